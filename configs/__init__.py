@@ -1,0 +1,1 @@
+"""Settings of the experiments: names and numbers only."""

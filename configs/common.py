@@ -1,0 +1,107 @@
+"""What all GLUE configs share; a task's own file changes a few lines.
+
+Any key can be set on the command line: --config.optim.epochs=3,
+--config.vera.targets="('query', 'key', 'value')".
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+SIZES = ("base", "large")
+
+
+def get_config() -> ConfigDict:
+  """Everything but the task and its settings."""
+  config = ConfigDict()
+  config.task = placeholder(str, required=True)  # a name in data/tasks.py
+  config.method = "vera"  # vera | lora | bitfit | head | full
+  config.seed = 0  # of dropout, batch order and new leaves
+
+  config.model = ConfigDict()
+  config.model.name = "roberta-base"  # a hub id, or a folder
+  config.model.dtype = "auto"  # float32 on CPU, else bfloat16
+  config.model.scan = True  # one compiled layer instead of one each
+  config.model.remat = "none"  # none | full | dots: memory against time
+
+  config.data = ConfigDict()
+  config.data.source = "nyu-mll/glue"  # a hub id, or a folder of GLUE's files
+  config.data.max_length = 512  # tokens; longer texts are cut
+  config.data.max_train_examples = placeholder(int)  # unset: all
+  config.data.subset_seed = 0  # which ones, where they are not all
+  config.data.cache_dir = ""  # tokenised data; unset: ~/.cache/vera_jax
+
+  config.optim = ConfigDict()
+  config.optim.epochs = placeholder(int, required=True)
+  config.optim.batch_size = 64
+  config.optim.adapter_lr = placeholder(float)  # unset: the method's own lr
+  config.optim.head_lr = placeholder(float)  # unset: the method's own
+  config.optim.warmup_ratio = 0.06
+  config.optim.weight_decay = 0.0  # not given in the paper
+  config.optim.grad_clip = placeholder(float)  # global norm; unset: none
+
+  config.vera = ConfigDict()
+  config.vera.rank = 1024
+  config.vera.d_init = 0.1
+  config.vera.init = "kaiming_uniform"  # or a name in projections.INITIALISERS
+  config.vera.projection_seed = 0
+  config.vera.train = "both"  # both | d | b
+  config.vera.sharing = "shared"  # shared | unique: a pair for each layer
+  config.vera.targets = ("query", "value")  # patterns over the ends of paths
+  config.vera.lr = placeholder(float, required=True)
+  config.vera.head_lr = placeholder(float, required=True)
+
+  config.lora = ConfigDict()
+  config.lora.rank = 8
+  config.lora.alpha = 8.0
+  config.lora.targets = ("query", "value")
+  config.lora.lr = 4e-4
+  config.lora.head_lr = 4e-4
+
+  # The paper copies its other baselines from others; these rates are ours.
+  config.bitfit = ConfigDict({"lr": 1e-3, "head_lr": 1e-3})
+  config.head = ConfigDict({"head_lr": placeholder(float, required=True)})
+  config.full = ConfigDict({"lr": 2e-5, "head_lr": 2e-5})
+
+  config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+  config.eval_batch_size = 128
+  config.predict_test = False  # write GLUE's submission files
+  config.log = ConfigDict()
+  config.log.every = 10  # steps between lines of metrics.jsonl
+  config.log.wandb = ""  # a Weights & Biases project
+  return config
+
+
+def glue(
+  task: str,
+  size: str,
+  *,
+  epochs: int,
+  vera_lr: float,
+  head_lr: float,
+  lora_lr: float,
+) -> ConfigDict:
+  """A task's config on RoBERTa-base or -large, by the paper's Table 8.
+
+  LoRA's rate, for adapter and head alike, is that of its own paper (Table 9
+  there); it trains as many epochs as VeRA does.
+  """
+  config = get_config()
+  config.task = task
+  config.model.name = f"roberta-{size}"
+  config.optim.epochs = epochs
+  config.vera.lr = vera_lr
+  config.vera.head_lr = config.head.head_lr = head_lr
+  config.lora.lr = config.lora.head_lr = lora_lr
+  if size == "large":
+    config.data.max_length = 128
+    config.optim.batch_size = 32  # section 4.1; Table 8 says 32 on each of 4
+    config.vera.rank = 256
+    config.lora.alpha = 16.0
+  return config
+
+
+def pick(size: str, **columns: dict[str, float]) -> dict[str, float]:
+  """A size's column of Table 8."""
+  if size not in columns:
+    raise ValueError(f"the config has no {size!r}, only {', '.join(columns)}")
+  return columns[size]

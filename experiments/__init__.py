@@ -1,0 +1,1 @@
+"""Scripts: flags and configs in, `vera_jax` does the work."""

@@ -1,0 +1,186 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from tokenizers.pre_tokenizers import ByteLevel
+
+from vera_jax.data.examples import Examples
+from vera_jax.data.glue import TASKS, load_split
+from vera_jax.data.tokens import load_tokenizer, tokenise
+from vera_jax.errors import UserError
+
+
+@pytest.fixture
+def pairs() -> Examples:
+  return Examples(
+    first=["a b c d e f", "a"],
+    second=["x y", "z"],
+    labels=np.array([1, 0], np.int32),
+    index=np.array([0, 1]),
+  )
+
+
+def example(tokens, i):
+  part = slice(tokens.offsets[i], tokens.offsets[i + 1])
+  return tokens.ids[part].tolist(), tokens.token_types[part].tolist()
+
+
+def test_pairs_are_framed_typed_and_cut_at_the_longer(pairs, tiny_tokenizer):
+  tokens = tokenise(pairs, tiny_tokenizer, 8, None)
+  # [CLS] a b c [SEP] x y [SEP], and [CLS] a [SEP] z [SEP]
+  assert example(tokens, 0) == (
+    [2, 4, 5, 6, 3, 27, 28, 3],
+    [0, 0, 0, 0, 0, 1, 1, 1],
+  )
+  assert example(tokens, 1) == ([2, 4, 3, 29, 3], [0, 0, 0, 1, 1])
+  assert (tokens.truncated, tokens.pad_id, len(tokens)) == (1, 0, 2)
+  assert tokens.lengths.tolist() == [8, 5]
+  np.testing.assert_array_equal(tokens.labels, pairs.labels)
+
+
+def test_types_are_zero_when_the_tokenizer_gives_none(pairs, tiny_tokenizer):
+  tiny_tokenizer.model_input_names = ["input_ids", "attention_mask"]
+  tokens = tokenise(pairs, tiny_tokenizer, 16, None)
+  assert tokens.truncated == 0 and not tokens.token_types.any()
+  assert tokens.token_types.shape == tokens.ids.shape
+
+
+def test_single_sentences_without_labels(tiny_tokenizer):
+  texts = Examples(["a b", "c"], None, None, np.arange(2))
+  tokens = tokenise(texts, tiny_tokenizer, 8, None)
+  assert example(tokens, 0)[0] == [2, 4, 5, 3] and tokens.labels is None
+
+
+def same(one, other):
+  for field in dataclasses.fields(one):
+    a, b = getattr(one, field.name), getattr(other, field.name)
+    np.testing.assert_array_equal(a, b, strict=True)
+
+
+def test_the_cache_gives_the_same_tokens(pairs, tiny_tokenizer, tmp_path):
+  cache = tmp_path / "made" / "here"
+  first = tokenise(pairs, tiny_tokenizer, 8, cache)
+  assert [p.name for p in cache.iterdir()] == [f"{first.fingerprint}.npz"]
+  tiny_tokenizer.backend_tokenizer.no_truncation()  # state of a call: no key
+
+  def never(*args, **kwargs):
+    raise AssertionError("the cache was not used")
+
+  stored = tokenise(pairs, Frozen(tiny_tokenizer, never), 8, cache)
+  same(first, stored)
+
+
+class Frozen:
+  """A tokenizer that must not be called."""
+
+  def __init__(self, tokenizer, call):
+    self._tokenizer, self._call = tokenizer, call
+
+  def __getattr__(self, name):
+    return getattr(self._tokenizer, name)
+
+  def __call__(self, *args, **kwargs):
+    return self._call(*args, **kwargs)
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "other"])
+def test_a_damaged_cache_is_made_again(pairs, tiny_tokenizer, tmp_path, damage):
+  good = tokenise(pairs, tiny_tokenizer, 8, tmp_path)
+  (path,) = tmp_path.iterdir()
+  whole = path.read_bytes()
+  if damage == "other":
+    np.savez(path, ids=np.arange(3))
+  else:
+    half = whole[: len(whole) // 2]
+    path.write_bytes({"cut": half, "noise": b"x" * 999, "empty": b""}[damage])
+  same(good, tokenise(pairs, tiny_tokenizer, 8, tmp_path))
+  (path,) = tmp_path.iterdir()
+  with np.load(path, allow_pickle=False) as again:
+    assert again["offsets"].tolist() == good.offsets.tolist()
+
+
+def test_the_fingerprint_covers_all_that_matters(pairs, tiny_tokenizer):
+  def change(**fields):
+    return dataclasses.replace(pairs, **fields)
+
+  variants = [
+    (pairs, 8),
+    (pairs, 9),
+    (change(first=["a b c d e f", "b"]), 8),
+    (change(second=["x y", "a"]), 8),
+    (change(second=None), 8),
+    (change(labels=np.array([1, 1], np.int32)), 8),
+    (change(labels=None), 8),
+    (change(first=["a b c d e", "fa"]), 8),
+  ]
+  prints = [
+    tokenise(examples, tiny_tokenizer, length, None).fingerprint
+    for examples, length in variants
+  ]
+  tiny_tokenizer.add_tokens(["new"])
+  prints.append(tokenise(pairs, tiny_tokenizer, 8, None).fingerprint)
+  assert len(set(prints)) == len(prints)
+
+
+def test_an_unwritable_cache_only_warns(
+  pairs, tiny_tokenizer, tmp_path, caplog
+):
+  (tmp_path / "file").write_text("in the way")
+  tokens = tokenise(pairs, tiny_tokenizer, 8, tmp_path / "file")
+  assert len(tokens) == 2 and "aren't cached" in caplog.text
+
+
+def test_loading_a_saved_tokenizer(pairs, tiny_tokenizer, tmp_path):
+  tiny_tokenizer.save_pretrained(tmp_path)
+  loaded = load_tokenizer(tmp_path)
+  same(
+    tokenise(pairs, tiny_tokenizer, 8, None), tokenise(pairs, loaded, 8, None)
+  )
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
+  with pytest.raises(UserError, match="holds no tokenizer: tokenizer.json"):
+    load_tokenizer(tmp_path)
+
+
+def test_a_broken_tokenizer_file(tmp_path):
+  (tmp_path / "tokenizer.json").write_text("{half")
+  with pytest.raises(UserError, match="tokenizer can't be read"):
+    load_tokenizer(tmp_path)
+
+
+def roberta_files(folder):
+  """The byte alphabet and two merges, in RoBERTa's two files."""
+  words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+  words += sorted(ByteLevel.alphabet()) + ["th", "the"]
+  vocab = {word: id for id, word in enumerate(words)}
+  (folder / "vocab.json").write_text(json.dumps(vocab))
+  (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
+  return vocab
+
+
+@pytest.mark.parametrize("config", [None, '{"model_type": "roberta"}'])
+def test_roberta_from_vocabulary_and_merges(tmp_path, config):
+  vocab = roberta_files(tmp_path)
+  if config:
+    (tmp_path / "config.json").write_text(config)
+  texts = Examples(["the"], ["t"], None, np.arange(1))
+  tokens = tokenise(texts, load_tokenizer(tmp_path), 16, None)
+  expected = [0, vocab["the"], 2, 2, vocab["t"], 2]
+  assert tokens.ids.tolist() == expected and tokens.pad_id == 1
+  assert not tokens.token_types.any()
+
+
+def test_minilm_ignores_the_padding_its_file_asks_for(
+  minilm_folder, glue_folder
+):
+  # its tokenizer.json pads all texts to 128 and cuts them there
+  dev = load_split(TASKS["rte"], glue_folder, "validation")
+  tokenizer = load_tokenizer(minilm_folder)
+  tokens = tokenise(dev, tokenizer, 512, None)
+  assert tokens.truncated == 0 and tokens.lengths.max() > 128
+  assert (tokens.ids != tokens.pad_id).all()
+  cut = tokenise(dev, tokenizer, 128, None)
+  assert cut.truncated == (tokens.lengths > 128).sum() > 0

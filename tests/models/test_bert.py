@@ -1,0 +1,284 @@
+"""The encoder's tree, packing, stacking, dropout and refusals."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from vera_jax.errors import UserError
+from vera_jax.models.bert import BertClassifier, BertConfig
+
+KINDS = pytest.mark.parametrize("kind", ["bert", "roberta"])
+
+
+def loop(params):
+  """A scanned tree as the looped model names it."""
+  stacked = params["encoder"]["layer"]
+  depth = len(jax.tree.leaves(stacked)[0])
+  layers = {
+    f"layer_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+    for i in range(depth)
+  }
+  return {**params, "encoder": layers}
+
+
+def test_the_tree_of_tiny_bert(tiny, shapes):
+  tree = flatten_dict(shapes(BertClassifier(tiny(), 3)), sep="/")
+  assert {name: leaf.shape for name, leaf in tree.items()} == {
+    "embeddings/word_embeddings/embedding": (50, 16),
+    "embeddings/position_embeddings/embedding": (20, 16),
+    "embeddings/token_type_embeddings/embedding": (2, 16),
+    "embeddings/LayerNorm/scale": (16,),
+    "embeddings/LayerNorm/bias": (16,),
+    "encoder/layer/attention/self/query/kernel": (2, 16, 16),
+    "encoder/layer/attention/self/query/bias": (2, 16),
+    "encoder/layer/attention/self/key/kernel": (2, 16, 16),
+    "encoder/layer/attention/self/key/bias": (2, 16),
+    "encoder/layer/attention/self/value/kernel": (2, 16, 16),
+    "encoder/layer/attention/self/value/bias": (2, 16),
+    "encoder/layer/attention/output/dense/kernel": (2, 16, 16),
+    "encoder/layer/attention/output/dense/bias": (2, 16),
+    "encoder/layer/attention/output/LayerNorm/scale": (2, 16),
+    "encoder/layer/attention/output/LayerNorm/bias": (2, 16),
+    "encoder/layer/intermediate/dense/kernel": (2, 16, 32),
+    "encoder/layer/intermediate/dense/bias": (2, 32),
+    "encoder/layer/output/dense/kernel": (2, 32, 16),
+    "encoder/layer/output/dense/bias": (2, 16),
+    "encoder/layer/output/LayerNorm/scale": (2, 16),
+    "encoder/layer/output/LayerNorm/bias": (2, 16),
+    "pooler/dense/kernel": (16, 16),
+    "pooler/dense/bias": (16,),
+    "classifier/kernel": (16, 3),
+    "classifier/bias": (3,),
+  }
+
+
+def test_a_looped_tree_and_robertas_head(tiny, shapes):
+  model = BertClassifier(tiny("roberta"), 3, scan=False)
+  tree = flatten_dict(shapes(model), sep="/")
+  heads = {k: v.shape for k, v in tree.items() if k.startswith("classifier")}
+  assert heads == {
+    "classifier/dense/kernel": (16, 16),
+    "classifier/dense/bias": (16,),
+    "classifier/out_proj/kernel": (16, 3),
+    "classifier/out_proj/bias": (3,),
+  }
+  assert not any(name.startswith("pooler") for name in tree)
+  assert tree["encoder/layer_1/output/dense/kernel"].shape == (32, 16)
+
+
+@KINDS
+def test_packed_rows_equal_padded_rows(kind, tiny, init, apply):
+  model = BertClassifier(tiny(kind), 3)
+  params = init(model)
+  rng = np.random.default_rng(1)
+  texts = [rng.integers(5, 50, n) for n in (5, 3, 7)]
+  pad = model.config.pad_token_id
+  padded = np.full((3, 7), pad)
+  for row, text in zip(padded, texts, strict=True):
+    row[: len(text)] = text
+  types = (np.arange(7) > 2).astype(np.int32)
+  packed = {
+    "input_ids": [[*texts[0], *texts[1], pad], [*texts[2], pad, pad]],
+    "token_type_ids": [[*types[:5], *types[:3], 0], [*types, 0, 0]],
+    "positions": [[*range(5), *range(3), 0], [*range(7), 0, 0]],
+    "segment_ids": [[1] * 5 + [2] * 3 + [0], [1] * 7 + [0, 0]],
+    "cls_positions": [[0, 5], [0, 0]],
+  }
+  packed = {k: jnp.asarray(v, jnp.int32) for k, v in packed.items()}
+  got = apply(model, params, **packed)
+  want = apply(
+    model,
+    params,
+    jnp.asarray(padded, jnp.int32),
+    jnp.asarray(np.tile(types, (3, 1))),
+  )
+  assert got.shape == (2, 2, 3) and want.shape == (3, 1, 3)
+  found = np.stack([got[0, 0], got[0, 1], got[1, 0]])
+  np.testing.assert_allclose(found, want[:, 0], atol=1e-5)
+  assert np.abs(want[0, 0] - want[1, 0]).max() > 1e-2
+
+
+@KINDS
+def test_padding_changes_nothing(kind, tiny, init, apply, ids):
+  model = BertClassifier(tiny(kind), 3)
+  params = init(model)
+  wide = jnp.pad(
+    ids, ((0, 0), (0, 4)), constant_values=model.config.pad_token_id
+  )
+  np.testing.assert_allclose(
+    apply(model, params, ids), apply(model, params, wide), atol=1e-5
+  )
+
+
+@partial(jax.jit, static_argnums=1)
+@jax.value_and_grad
+def squares(params, model, ids):
+  return jnp.sum(jnp.square(model.apply({"params": params}, ids)))
+
+
+@pytest.fixture(scope="module")
+def scanned(tiny, init, ids):
+  """A scanned model's config, parameters, value and gradients."""
+  model = BertClassifier(tiny("roberta"), 3)
+  params = init(model)
+  return model.config, params, *squares(params, model, ids)
+
+
+@pytest.mark.parametrize(
+  "scan, remat",
+  [(True, "full"), (True, "dots"), (False, "none"), (False, "full")],
+)
+def test_stacking_and_remat_change_nothing(scan, remat, scanned, ids):
+  config, params, value_wanted, grads_wanted = scanned
+  model = BertClassifier(config, 3, scan=scan, remat=remat)
+  reshape = (lambda tree: tree) if scan else loop
+  value, grads = squares(reshape(params), model, ids)
+  np.testing.assert_allclose(value, value_wanted, rtol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    grads,
+    reshape(grads_wanted),
+  )
+
+
+@KINDS
+@pytest.mark.parametrize("scan, remat", [(True, "full"), (False, "none")])
+def test_dropout_follows_its_key(kind, scan, remat, tiny, init, apply, ids):
+  model = BertClassifier(tiny(kind), 3, scan=scan, remat=remat)
+  params = init(model)
+
+  def run(seed, **options):
+    return apply(model, params, ids, key=jax.random.key(seed), **options)
+
+  first, again, other = (run(s, deterministic=False) for s in (0, 0, 1))
+  np.testing.assert_array_equal(first, again)
+  assert np.abs(first - other).max() > 1e-4
+  np.testing.assert_array_equal(run(0), run(1))
+
+
+RATES = (
+  "hidden_dropout_prob",
+  "attention_probs_dropout_prob",
+  "classifier_dropout",
+)
+
+
+@KINDS
+@pytest.mark.parametrize("active", RATES)
+def test_each_dropout_rate_is_used(kind, active, tiny, init, apply, ids):
+  rates = dict.fromkeys(RATES, 0.0)
+  model = BertClassifier(tiny(kind, **{**rates, active: 0.5}), 3)
+  quiet = BertClassifier(tiny(kind, **rates), 3)
+  params = init(model)
+  options = {"deterministic": False, "key": jax.random.key(0)}
+  want = apply(quiet, params, ids)
+  same = apply(quiet, params, ids, **options)
+  np.testing.assert_allclose(same, want, atol=1e-6)
+  dropped = apply(model, params, ids, **options)
+  assert np.abs(dropped - want).max() > 1e-3
+
+
+def test_classifier_dropout_falls_back_to_the_hidden_rate(
+  tiny, init, apply, ids
+):
+  changes = {"hidden_dropout_prob": 0.9, "num_hidden_layers": 1}
+  config = tiny(**changes, classifier_dropout=None)
+  same = tiny(**changes, classifier_dropout=0.9)
+  params = init(BertClassifier(config, 3))
+  options = {"deterministic": False, "key": jax.random.key(0)}
+  one, two = (
+    apply(BertClassifier(c, 3), params, ids, **options) for c in (config, same)
+  )
+  np.testing.assert_array_equal(one, two)
+
+
+def test_layers_heads_and_rows_draw_their_own_dropout(tiny, init, ids):
+  config = tiny(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
+  model = BertClassifier(config, 3)
+  params = jax.tree.map(jnp.zeros_like, init(model))
+  values = params["encoder"]["layer"]["attention"]["self"]["value"]
+  values["bias"] = jnp.ones_like(values["bias"])  # so context sums the probs
+
+  @jax.jit
+  def contexts(params):
+    _, state = model.apply(
+      {"params": params},
+      ids,
+      deterministic=False,
+      rngs={"dropout": jax.random.key(0)},
+      capture_intermediates=lambda module, _: module.name == "self",
+      mutable=["intermediates"],
+    )
+    return state["intermediates"]["encoder"]["layer"]["attention"]["self"]
+
+  context = np.asarray(contexts(params)["__call__"][0])
+  assert context.shape == (2, 2, 8, 16)  # layers, rows, length, hidden
+  assert np.abs(context[0] - context[1]).max() > 0.1
+  assert np.abs(context[0, 0] - context[0, 1]).max() > 0.1
+  assert np.abs(context[..., :8] - context[..., 8:]).max() > 0.1
+
+
+def test_bfloat16_computes_low_and_answers_in_float32(tiny, init, apply, ids):
+  params = init(BertClassifier(tiny(), 3))
+  want = apply(BertClassifier(tiny(), 3), params, ids)
+  low = BertClassifier(tiny(), 3, dtype=jnp.bfloat16)
+  got, state = jax.jit(
+    partial(low.apply, capture_intermediates=True, mutable=["intermediates"])
+  )({"params": params}, ids)
+  inner = state["intermediates"]["encoder"]["__call__"][0]
+  assert inner.dtype == jnp.bfloat16 and got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want, atol=0.1)
+
+
+def test_param_dtype_spares_the_head(tiny, shapes):
+  tree = shapes(BertClassifier(tiny("roberta"), 3, param_dtype=jnp.bfloat16))
+  head = tree.pop("classifier")
+  assert {leaf.dtype for leaf in jax.tree.leaves(head)} == {jnp.dtype("f4")}
+  assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.bfloat16.dtype}
+
+
+def test_positions_past_the_table_give_nan(tiny, init, apply):
+  model = BertClassifier(tiny("roberta"), 3)  # 20 rows, two of them offset
+  params = init(model)
+  last, past = (jnp.full((1, n), 7, jnp.int32) for n in (18, 19))
+  assert jnp.isfinite(apply(model, params, last)).all()
+  assert jnp.isnan(apply(model, params, past)).all()
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+    ({"model_type": None}, "model_type is None"),
+    ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+    ({"hidden_act": "silu"}, "hidden_act is 'silu'"),
+    ({"hidden_act": ["gelu"]}, "hidden_act"),
+    ({"is_decoder": True}, "is_decoder is True"),
+    ({"hidden_size": 15}, "hidden_size 15 does not divide"),
+    ({"hidden_size": "16"}, "no usable hidden_size"),
+    ({"vocab_size": None, "hidden_size": 1.5}, "vocab_size, hidden_size"),
+    ({"pad_token_id": None}, "no usable pad_token_id"),
+  ],
+)
+def test_what_is_not_supported_is_named(changes, words, tiny):
+  with pytest.raises(UserError, match=words):
+    tiny(**changes)
+
+
+def test_missing_fields_are_named():
+  with pytest.raises(UserError, match="vocab_size, hidden_size"):
+    BertConfig.from_dict({"model_type": "bert"})
+
+
+def test_unknown_remat_is_refused(tiny):
+  with pytest.raises(UserError, match="'half'.*none, full, dots"):
+    BertClassifier(tiny(), 3, remat="half")
+
+
+def test_pad_token_defaults_to_the_familys(tiny):
+  assert (tiny("bert").pad_token_id, tiny("roberta").pad_token_id) == (0, 1)
+  assert (tiny("bert").first_position, tiny("roberta").first_position) == (0, 2)

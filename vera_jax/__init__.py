@@ -1,0 +1,52 @@
+"""VeRA, Vector-based Random Matrix Adaptation, in JAX and Flax.
+
+What a notebook needs:
+
+  vera, lora          an adapter method
+  adapt               put it on any linen model
+  find_targets        the layers that patterns match, with their widths
+  adapter_size        trained numbers, counted from shapes
+  merge               fold the trained adapter into the kernels
+  make_pair, digest   the frozen random matrices A, B, and their fingerprint
+  label_tree, split, join, count   adapter, head and frozen parameters
+  train_and_evaluate  a whole run from a config
+  UserError           what is raised for input that the user can mend
+"""
+
+from vera_jax.adapter import Adapter, Target
+from vera_jax.apply import adapt, adapter_size, find_targets
+from vera_jax.errors import UserError
+from vera_jax.labels import count, join, label_tree, split
+from vera_jax.lora import lora
+from vera_jax.merge import merge
+from vera_jax.projections import digest, make_pair
+from vera_jax.vera import vera
+
+__version__ = "0.1.0"
+
+
+def train_and_evaluate(config, workdir):
+  """A whole run; see `vera_jax.train.loop.train_and_evaluate`."""
+  from vera_jax.train import loop  # the training stack loads when it is used
+
+  return loop.train_and_evaluate(config, workdir)
+
+
+__all__ = [
+  "Adapter",
+  "Target",
+  "UserError",
+  "adapt",
+  "adapter_size",
+  "count",
+  "digest",
+  "find_targets",
+  "join",
+  "label_tree",
+  "lora",
+  "make_pair",
+  "merge",
+  "split",
+  "train_and_evaluate",
+  "vera",
+]

@@ -1,0 +1,175 @@
+"""Put an adapter on any linen model, from outside.
+
+`adapt(model, adapter, targets=...)` is a linen module with the model's own
+parameter tree, plus the adapter's leaves beside each adapted kernel and the
+`projections` collection. The model's code is left alone: its Dense and
+DenseGeneral calls are intercepted by path.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from jax import Array
+
+from vera_jax.adapter import Adapter, Path, Target
+from vera_jax.errors import UserError
+
+LAYERS = (nn.Dense, nn.DenseGeneral)
+
+
+def _matches(pattern: str, path: Path) -> bool:
+  """Whether the regular expression matches the path's last names in full."""
+  return bool(re.search(f"(?:^|/)(?:{pattern})$", "/".join(path)))
+
+
+def _axes(layer: nn.Module, x: Array) -> tuple[int, ...]:
+  """The axes of x that the layer contracts."""
+  axis = layer.axis if isinstance(layer, nn.DenseGeneral) else -1
+  axes = axis if isinstance(axis, Sequence) else (axis,)
+  return tuple(a % x.ndim for a in axes)
+
+
+def _features(layer: nn.Module) -> tuple[int, ...]:
+  features = layer.features  # type: ignore[attr-defined]
+  return tuple(features) if isinstance(features, Sequence) else (features,)
+
+
+def _is_layer(context: nn.module.InterceptorContext) -> bool:
+  return isinstance(context.module, LAYERS) and (
+    context.method_name == "__call__"
+  )
+
+
+def _record(found, next_fun, args, kwargs, context):
+  """Interceptor: note each dense layer's path, widths and kernel rank."""
+  layer = context.module
+  if _is_layer(context):
+    x = kwargs.get("inputs", *args)
+    axes, features = _axes(layer, x), _features(layer)
+    inputs = math.prod(x.shape[a] for a in axes)
+    rank = len(axes) + len(features)
+    found[layer.path] = (inputs, math.prod(features), rank)
+  return next_fun(*args, **kwargs)
+
+
+def find_targets(
+  model: nn.Module, patterns: Sequence[str], *args: Any, **kwargs: Any
+) -> dict[Path, Target]:
+  """The dense layers whose path ends in one of the patterns.
+
+  Args:
+    model: any linen module, unbound.
+    patterns: regular expressions over "/"-joined paths; "query" matches every
+      path that ends in the name `query`.
+    *args: example inputs (arrays or `jax.ShapeDtypeStruct`); nothing is
+      computed on them.
+    **kwargs: keyword arguments of the model's call.
+
+  Raises:
+    UserError: a pattern matches no layer; the message lists those there are.
+  """
+  found: dict[Path, tuple[int, int, int]] = {}
+  with nn.intercept_methods(partial(_record, found)):
+    arrays = {k: v for k, v in kwargs.items() if hasattr(v, "shape")}
+    static = {k: v for k, v in kwargs.items() if k not in arrays}
+    init = partial(model.init, **static)
+    shapes = jax.eval_shape(init, jax.random.key(0), *args, **arrays)
+  kernels = flatten_dict(shapes["params"])
+  for pattern in patterns:
+    if not any(_matches(pattern, path) for path in found):
+      there = "\n  ".join("/".join(path) for path in found)
+      raise UserError(
+        f"No layer's path ends in the target pattern {pattern!r}. The layers"
+        f" that can be adapted are:\n  {there}"
+      )
+  return {
+    path: Target(
+      inputs, outputs, tuple(kernels[(*path, "kernel")].shape[:-rank])
+    )
+    for path, (inputs, outputs, rank) in found.items()
+    if any(_matches(pattern, path) for pattern in patterns)
+  }
+
+
+def _add_delta(adapter, targets, projections, next_fun, args, kwargs, context):
+  """Interceptor: the layer's output plus the adapter's."""
+  layer = context.module
+  y = next_fun(*args, **kwargs)
+  if not _is_layer(context) or not any(
+    _matches(pattern, layer.path) for pattern in targets
+  ):
+    return y
+  x = kwargs.get("inputs", *args)
+  axes, features = _axes(layer, x), _features(layer)
+  x = jnp.moveaxis(x, axes, range(-len(axes), 0))
+  x = x.reshape(*x.shape[: -len(axes)], -1).astype(y.dtype)
+  outputs = math.prod(features)
+  inits = adapter.init(x.shape[-1], outputs)
+  leaves = {name: layer.scope.param(name, f) for name, f in inits.items()}
+  own = layer.variables.get("projections", {})
+  matrices = {**projections, **own}
+  delta = adapter.forward(leaves, matrices, x, outputs=outputs)
+  return y + delta.reshape(y.shape)
+
+
+class Adapted(nn.Module):
+  """A model and the adapter on it; made by `adapt`."""
+
+  model: nn.Module
+  adapter: Adapter
+  targets: tuple[str, ...]
+
+  def setup(self) -> None:
+    nn.share_scope(self, self.model)  # the base keeps its parameters' names
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    projections = self.variables.get("projections", {})
+    add = partial(_add_delta, self.adapter, self.targets, projections)
+    with nn.intercept_methods(add):
+      return self.model(*args, **kwargs)
+
+  @nn.nowrap
+  def find_targets(self, *args: Any, **kwargs: Any) -> dict[Path, Target]:
+    """The layers that the adapter is on, by path."""
+    return find_targets(self.model, self.targets, *args, **kwargs)
+
+  @nn.nowrap
+  def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    """As `nn.Module.init`, with the collections `params` and `projections`."""
+    projections = self.adapter.projections(self.find_targets(*args, **kwargs))
+    base = {"projections": projections} if projections else {}
+    _, new = self.apply(
+      base, *args, rngs=rngs, mutable=nn.DenyList("projections"), **kwargs
+    )
+    return {**new, **base}
+
+
+def adapt(
+  model: nn.Module, adapter: Adapter, *, targets: Sequence[str]
+) -> Adapted:
+  """Wrap a linen model, unchanged, with an adapter at the matching layers.
+
+  The result is used as the model is; its `init` adds the adapter's leaves and
+  the `projections` collection, its output equals the model's until the adapter
+  is trained. See `find_targets` for the patterns.
+  """
+  if isinstance(targets, str):
+    raise UserError(f"targets is the text {targets!r}; give a list of patterns.")
+  return Adapted(model, adapter, tuple(targets))
+
+
+def adapter_size(adapter: Adapter, targets: Mapping[Path, Target]) -> int:
+  """Trained numbers of an adapter on these layers, counted from shapes."""
+  key = jax.random.key(0)
+  return sum(
+    target.layers * math.prod(jax.eval_shape(init, key).shape)
+    for target in targets.values()
+    for init in adapter.init(target.inputs, target.outputs).values()
+  )

@@ -1,0 +1,90 @@
+"""Save and resume: trainable leaves, optimiser, step and position in the data.
+
+The frozen base and the projections are never in a checkpoint: the base is
+loaded from its own files, A and B are made from their seed.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import (
+  AnyPreservationPolicy,
+  BestN,
+  LatestN,
+)
+
+
+def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
+  """The higher score is better; of equal ones the earlier epoch."""
+  return metrics["score"], -metrics["epoch"]
+
+
+class Checkpoints:
+  """A run's `checkpoints/` folder: the last two saves and the best epoch.
+
+  The last but one is there for when the last can't be read. A save is small and
+  is on disk when `save` returns, so that its errors show where they happen.
+  """
+
+  def __init__(self, folder: Path) -> None:
+    best = BestN(
+      n=1,
+      get_metric_fn=_rank,  # type: ignore[arg-type]
+      keep_checkpoints_without_metrics=False,
+    )
+    self._manager = ocp.CheckpointManager(
+      folder.absolute(),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=AnyPreservationPolicy([LatestN(n=2), best]),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=False,
+      ),
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self._manager.close()
+
+  @property
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    progress: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+  ) -> None:
+    """Save at a step.
+
+    Args:
+      step: updates done.
+      state: a tree of arrays.
+      progress: JSON values that a resumed run goes on from.
+      metrics: {"score", "epoch"} at the end of an epoch; a save without can't
+        be the best one.
+    """
+    if step == self.latest_step:
+      return
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      progress=ocp.args.JsonSave(dict(progress)),
+    )
+    kept = dict(metrics) if metrics is not None else None
+    self._manager.save(step, args=items, metrics=kept)
+
+  def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
+    """(state, progress) of a step, in the shapes and shardings of `state`."""
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    items = ocp.args.Composite(
+      state=ocp.args.StandardRestore(abstract),
+      progress=ocp.args.JsonRestore(),
+    )
+    restored = self._manager.restore(step, args=items)
+    return restored.state, restored.progress

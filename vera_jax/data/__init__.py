@@ -1,0 +1,1 @@
+"""Text data: GLUE's splits, tokens, packed batches."""

@@ -1,0 +1,92 @@
+"""The batches of a run, a function of (seed, step) alone.
+
+So a run resumes at any step from that number: no iterator state is saved.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Int64
+
+from vera_jax.data.packing import Batch, Layout, fill, pack
+from vera_jax.data.placement import Placement, place_all
+from vera_jax.data.prefetch import prefetch
+from vera_jax.data.tokens import Tokens
+
+_AHEAD = 4  # training batches packed while a step runs
+
+
+def epoch_order(
+  n: int, *, seed: int, epoch: int
+) -> Int64[np.ndarray, " examples"]:
+  """The order in which an epoch visits n examples; epochs count from 0."""
+  return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+  """Steps of an epoch; the last batch may be smaller."""
+  return -(-n // batch_size)
+
+
+def batch_indices(
+  n: int, *, batch_size: int, seed: int, step: int
+) -> Int64[np.ndarray, " batch"]:
+  """The examples of a step; steps count from 0 over all epochs."""
+  epoch, place = divmod(step, steps_per_epoch(n, batch_size))
+  order = epoch_order(n, seed=seed, epoch=epoch)
+  return order[place * batch_size : (place + 1) * batch_size]
+
+
+def train_batches(
+  tokens: Tokens,
+  layout: Layout,
+  *,
+  batch_size: int,
+  seed: int,
+  start_step: int = 0,
+) -> Iterator[tuple[int, Batch]]:
+  """Yields (step, packed batch) for ever, from any step.
+
+  A step's batch is the same whatever the start. Batches are packed ahead in a
+  thread, which ends when the iterator is closed or collected.
+  """
+  steps = _pack_steps(
+    tokens, layout, batch_size=batch_size, seed=seed, start_step=start_step
+  )
+  return prefetch(steps, _AHEAD)
+
+
+def _pack_steps(
+  tokens: Tokens,
+  layout: Layout,
+  *,
+  batch_size: int,
+  seed: int,
+  start_step: int,
+) -> Iterator[tuple[int, Batch]]:
+  steps = steps_per_epoch(len(tokens), batch_size)
+  first_epoch, skip = divmod(start_step, steps)
+  for epoch in itertools.count(first_epoch):
+    order = epoch_order(len(tokens), seed=seed, epoch=epoch)
+    for place in range(skip, steps):
+      indices = order[place * batch_size : (place + 1) * batch_size]
+      yield epoch * steps + place, pack(tokens, indices, layout)
+    skip = 0
+
+
+def eval_batches(tokens: Tokens, layout: Layout) -> Iterator[Batch]:
+  """Packs a whole split, each example once, in one static shape.
+
+  The examples come in no order: `example` says which one a slot holds. All
+  batches have the first row count of `layout`, which `plan_eval_layout` makes
+  for a split; the last batch may have empty rows.
+  """
+  rows = layout.rows[0]
+  place = place_all(tokens.lengths, layout)
+  for first in range(0, place.rows, rows):
+    here = np.flatnonzero((place.row >= first) & (place.row < first + rows))
+    part = Placement(
+      place.row[here] - first, place.start[here], place.slot[here]
+    )
+    yield fill(tokens, here, part, layout._replace(rows=(rows,)))

@@ -1,0 +1,50 @@
+"""Texts and labels of one split."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vera_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Examples:
+  """One split, in its file's order.
+
+  Attributes:
+    first: the texts, or the first text of each pair.
+    second: the second texts; None for single sentences.
+    labels: int32 class ids or float32 scores; None for an unlabelled test.
+    index: int64, the row's name in GLUE's submission files.
+  """
+
+  first: list[str]
+  second: list[str] | None
+  labels: np.ndarray | None
+  index: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.first)
+
+
+def subset(examples: Examples, n: int | None, seed: int) -> Examples:
+  """The first `n` examples after a seeded shuffle; all of them for None.
+
+  The order is that of `np.random.default_rng(seed).permutation(len)[:n]`.
+  An `n` beyond the split is an error, so that no run claims data it lacks.
+  """
+  if n is None:
+    return examples
+  if not 0 < n <= len(examples):
+    raise UserError(
+      f"config.data.max_train_examples is {n}, but the split has "
+      f"{len(examples)} examples: choose 1 to {len(examples)}, or leave it "
+      "unset for all of them."
+    )
+  chosen = np.random.default_rng(seed).permutation(len(examples))[:n]
+  return Examples(
+    first=[examples.first[i] for i in chosen],
+    second=examples.second and [examples.second[i] for i in chosen],
+    labels=None if examples.labels is None else examples.labels[chosen],
+    index=examples.index[chosen],
+  )

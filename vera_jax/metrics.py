@@ -1,0 +1,97 @@
+"""GLUE's official metrics, as fractions (scikit-learn and SciPy compute them).
+
+Accuracy, F1 of class 1, Matthews correlation; Pearson and Spearman
+correlation for regression. A collapsed model (one prediction for everything,
+how VeRA fails in the paper's Table 6) scores as such and never as NaN.
+"""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """The share of equal class ids."""
+  return float(np.mean(predictions == labels))
+
+
+def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """F1 of class 1; 0 where class 1 is neither predicted nor there."""
+  from sklearn.metrics import f1_score
+
+  return float(f1_score(labels, predictions, zero_division=0.0))
+
+
+def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """Matthews correlation; 0, chance, when either side is one class."""
+  if collapsed(predictions) or collapsed(labels):
+    return 0.0
+  from sklearn.metrics import matthews_corrcoef
+
+  return float(matthews_corrcoef(labels, predictions))
+
+
+def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """Pearson correlation.
+
+  It is undefined (0 / 0) when either side is constant. A constant says nothing
+  about the labels, so such a model gets 0, the value of no correlation.
+  """
+  if collapsed(predictions) or collapsed(labels):
+    return 0.0
+  from scipy.stats import pearsonr
+
+  return float(pearsonr(*_doubles(predictions, labels)).statistic)
+
+
+def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """Spearman's rank correlation; 0 for a constant, as in `pearson`."""
+  if collapsed(predictions) or collapsed(labels):
+    return 0.0
+  from scipy.stats import spearmanr
+
+  return float(spearmanr(*_doubles(predictions, labels)).statistic)
+
+
+def _doubles(*values: np.ndarray) -> list[np.ndarray]:
+  return [np.asarray(value, np.float64) for value in values]
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+  "accuracy": accuracy,
+  "f1": f1,
+  "matthews": matthews,
+  "pearson": pearson,
+  "spearman": spearman,
+}
+
+
+def score(
+  names: Iterable[str], predictions: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
+  """Metrics by name, in the order of `names` (a task's `metrics`).
+
+  Args:
+    names: keys of `METRICS`.
+    predictions, labels: [examples], class ids or regression values.
+
+  Raises:
+    ValueError: for no examples, unequal shapes, values that aren't finite.
+  """
+  predictions, labels = np.asarray(predictions), np.asarray(labels)
+  if predictions.shape != labels.shape or labels.ndim != 1 or not labels.size:
+    raise ValueError(
+      f"predictions {predictions.shape} and labels {labels.shape} must be "
+      "one-dimensional, of one length, and not empty"
+    )
+  if not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
+    raise ValueError("predictions or labels are not finite")
+  return {name: METRICS[name](predictions, labels) for name in names}
+
+
+def collapsed(predictions: np.ndarray) -> bool:
+  """Whether all predictions are the same: the paper's sign of failure."""
+  predictions = np.asarray(predictions)
+  return bool(predictions.size) and bool(
+    (predictions == predictions.flat[0]).all()
+  )

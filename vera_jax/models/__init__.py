@@ -1,0 +1,1 @@
+"""Plain linen models and their weights; no word of adapters."""

@@ -1,0 +1,357 @@
+"""BERT and RoBERTa encoders with each family's own classification head.
+
+Module and parameter names are Hugging Face's, so that a path in the tree
+reads like a name in a checkpoint. Several examples may share one row: segment
+ids number them from 1 (0 is padding) and attention stays inside a segment.
+
+Every projection is a plain `nn.Dense`, and the scanned stack carries every
+variable collection on a leading layer axis, so that whatever is put on from
+outside follows the layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, get_type_hints
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from vera_jax.errors import UserError
+
+# The shapes that the model's pieces pass on: `slots` are the examples of a row.
+Ids = Int[Array, "rows length"]
+Hidden = Float[Array, "rows length hidden"]
+Inner = Float[Array, "rows length inner"]
+Read = Float[Array, "rows slots hidden"]
+Logits = Float[Array, "rows slots labels"]
+Mask = Bool[Array, "rows 1 length length"]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "gelu": partial(nn.gelu, approximate=False),
+  "gelu_new": partial(nn.gelu, approximate=True),
+  "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
+  "relu": nn.relu,
+}
+REMAT_POLICIES = {
+  "full": None,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+  """The fields of a Hugging Face config.json that the model reads."""
+
+  model_type: str
+  vocab_size: int
+  hidden_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  intermediate_size: int
+  max_position_embeddings: int
+  pad_token_id: int
+  type_vocab_size: int = 2
+  hidden_act: str = "gelu"
+  layer_norm_eps: float = 1e-12
+  initializer_range: float = 0.02
+  hidden_dropout_prob: float = 0.1
+  attention_probs_dropout_prob: float = 0.1
+  classifier_dropout: float | None = None
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> "BertConfig":
+    """Picks the model's fields; what it can't honour is a UserError."""
+    kind = _one_of(fields, "model_type", ("bert", "roberta"))
+    _one_of(fields, "position_embedding_type", ("absolute", None))
+    _one_of(fields, "is_decoder", (False, None))
+    _one_of({"hidden_act": "gelu", **fields}, "hidden_act", ACTIVATIONS)
+    known = {"pad_token_id": 1 if kind == "roberta" else 0, **fields}
+    hints = get_type_hints(cls)
+    taken = {name: known[name] for name in hints if name in known}
+    wrong = [
+      field.name
+      for field in dataclasses.fields(cls)
+      if not isinstance(
+        taken.get(field.name, field.default), hints[field.name] | int
+      )
+    ]
+    if wrong:
+      raise UserError(f"config.json has no usable {', '.join(wrong)}.")
+    config = cls(**taken)
+    if config.hidden_size % config.num_attention_heads:
+      raise UserError(
+        f"config.json: hidden_size {config.hidden_size} does not divide into "
+        f"num_attention_heads {config.num_attention_heads}."
+      )
+    return config
+
+  @property
+  def first_position(self) -> int:
+    """The row of the position table that an example's first token uses."""
+    return self.pad_token_id + 1 if self.model_type == "roberta" else 0
+
+
+def _one_of(fields: Mapping[str, Any], name: str, allowed: Any) -> Any:
+  value = fields.get(name)
+  if value not in tuple(allowed):
+    words = ", ".join(repr(word) for word in allowed if word is not None)
+    raise UserError(
+      f"config.json: {name} is {value!r}; this model supports {words}."
+    )
+  return value
+
+
+class Part(nn.Module):
+  """A piece of the network: what all pieces are told, what they are made of.
+
+  `deterministic` is an attribute, hence static under scan and remat.
+  """
+
+  config: BertConfig
+  dtype: DTypeLike
+  param_dtype: DTypeLike
+  deterministic: bool
+
+  @property
+  def told(self) -> tuple[BertConfig, DTypeLike, DTypeLike, bool]:
+    return self.config, self.dtype, self.param_dtype, self.deterministic
+
+  @nn.nowrap
+  def dense(self, features: int, name: str) -> nn.Dense:
+    return nn.Dense(
+      features,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      kernel_init=nn.initializers.normal(self.config.initializer_range),
+      name=name,
+    )
+
+  @nn.nowrap
+  def embed(self, rows: int, name: str) -> nn.Embed:
+    return nn.Embed(
+      rows,
+      self.config.hidden_size,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      embedding_init=nn.initializers.normal(self.config.initializer_range),
+      name=name,
+    )
+
+  @nn.nowrap
+  def norm(self, hidden: Array) -> Array:
+    return nn.LayerNorm(
+      epsilon=self.config.layer_norm_eps,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      use_fast_variance=False,
+      name="LayerNorm",
+    )(hidden)
+
+  @nn.nowrap
+  def dropout(self, hidden: Array, rate: float | None = None) -> Array:
+    rate = self.config.hidden_dropout_prob if rate is None else rate
+    return nn.Dropout(rate, deterministic=self.deterministic)(hidden)
+
+
+class Embeddings(Part):
+  @nn.compact
+  def __call__(
+    self, input_ids: Ids, token_type_ids: Ids, positions: Ids
+  ) -> Hidden:
+    config = self.config
+    words = self.embed(config.vocab_size, "word_embeddings")
+    types = self.embed(config.type_vocab_size, "token_type_embeddings")
+    places = self.embed(config.max_position_embeddings, "position_embeddings")
+    hidden = words(input_ids) + types(token_type_ids)
+    hidden = hidden + places(positions + config.first_position)
+    return self.dropout(self.norm(hidden))
+
+
+class SelfAttention(Part):
+  @nn.compact
+  def __call__(self, hidden: Hidden, mask: Mask) -> Hidden:
+    heads = self.config.num_attention_heads
+    rate = self.config.attention_probs_dropout_prob
+    split = (*hidden.shape[:-1], heads, hidden.shape[-1] // heads)
+    query, key, value = (
+      self.dense(hidden.shape[-1], name)(hidden).reshape(split)
+      for name in ("query", "key", "value")
+    )
+    drops = rate > 0 and not self.deterministic
+    context = nn.dot_product_attention(
+      query,
+      key,
+      value,
+      mask=mask,
+      broadcast_dropout=False,
+      dropout_rng=self.make_rng("dropout") if drops else None,
+      dropout_rate=rate,
+      deterministic=not drops,
+      dtype=self.dtype,
+      force_fp32_for_softmax=True,
+    )
+    return context.reshape(hidden.shape)
+
+
+class Output(Part):
+  """Projects back to the hidden width, adds the residual, normalises."""
+
+  @nn.compact
+  def __call__(self, inner: Inner, residual: Hidden) -> Hidden:
+    inner = self.dense(self.config.hidden_size, "dense")(inner)
+    return self.norm(self.dropout(inner) + residual)
+
+
+class Attention(Part):
+  @nn.compact
+  def __call__(self, hidden: Hidden, mask: Mask) -> Hidden:
+    context = SelfAttention(*self.told, name="self")(hidden, mask)
+    return Output(*self.told, name="output")(context, hidden)
+
+
+class Intermediate(Part):
+  @nn.compact
+  def __call__(self, hidden: Hidden) -> Inner:
+    inner = self.dense(self.config.intermediate_size, "dense")(hidden)
+    return ACTIVATIONS[self.config.hidden_act](inner)
+
+
+class Layer(Part):
+  """One encoder layer, in the (carry, output) form that scan asks for."""
+
+  @nn.compact
+  def __call__(self, hidden: Hidden, mask: Mask) -> tuple[Hidden, None]:
+    hidden = Attention(*self.told, name="attention")(hidden, mask)
+    inner = Intermediate(*self.told, name="intermediate")(hidden)
+    return Output(*self.told, name="output")(inner, hidden), None
+
+
+class Encoder(Part):
+  scan: bool
+  remat: str
+
+  @nn.compact
+  def __call__(self, hidden: Hidden, mask: Mask) -> Hidden:
+    depth = self.config.num_hidden_layers
+    layer: Any = Layer
+    if self.remat != "none":
+      policy = REMAT_POLICIES[self.remat]
+      layer = nn.remat(layer, policy=policy, prevent_cse=not self.scan)
+    if self.scan:
+      layer = nn.scan(
+        layer,
+        variable_axes={True: 0},
+        split_rngs={True: True},
+        in_axes=nn.broadcast,
+        length=depth,
+      )
+      return layer(*self.told, name="layer")(hidden, mask)[0]
+    for index in range(depth):
+      hidden, _ = layer(*self.told, name=f"layer_{index}")(hidden, mask)
+    return hidden
+
+
+class Pooler(Part):
+  @nn.compact
+  def __call__(self, hidden: Read) -> Read:
+    return nn.tanh(self.dense(self.config.hidden_size, "dense")(hidden))
+
+
+class RobertaHead(Part):
+  num_labels: int
+
+  @nn.compact
+  def __call__(self, read: Read) -> Logits:
+    rate = self.config.classifier_dropout
+    inner = self.dense(self.config.hidden_size, "dense")
+    read = nn.tanh(inner(self.dropout(read, rate)))
+    return self.dense(self.num_labels, "out_proj")(self.dropout(read, rate))
+
+
+class BertClassifier(nn.Module):
+  """Encoder and head: token ids to one row of logits for each example.
+
+  `scan` stacks the layers on a leading axis (compiled once) instead of
+  `layer_0`, `layer_1`, ...; `remat` is "none", "full" (keep nothing inside a
+  layer) or "dots" (keep the projections' outputs). `dtype` computes and
+  `param_dtype` stores the encoder; the head, which is trained, stays in
+  float32.
+  """
+
+  config: BertConfig
+  num_labels: int
+  dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
+  scan: bool = True
+  remat: str = "none"
+
+  def __post_init__(self) -> None:
+    if self.remat not in ("none", *REMAT_POLICIES):
+      known = ", ".join(("none", *REMAT_POLICIES))
+      raise UserError(f"remat is {self.remat!r}; it is one of {known}.")
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+    self,
+    input_ids: Ids,
+    token_type_ids: Ids | None = None,
+    positions: Ids | None = None,
+    segment_ids: Ids | None = None,
+    cls_positions: Int[Array, "rows slots"] | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> Logits:
+    """Logits in float32 of the examples whose first tokens are named.
+
+    Without `segment_ids` a row is one example, padded with the pad token;
+    `positions` restart at 0 in each example (RoBERTa's offset is added here);
+    `cls_positions` are the columns that the head reads, column 0 by default.
+    Positions past the position table give NaN.
+    """
+    if token_type_ids is None:
+      token_type_ids = jnp.zeros_like(input_ids)
+    if positions is None:
+      places = jnp.arange(input_ids.shape[1], dtype=input_ids.dtype)
+      positions = jnp.broadcast_to(places, input_ids.shape)
+    if segment_ids is None:
+      segment_ids = (input_ids != self.config.pad_token_id).astype(jnp.int32)
+    if cls_positions is None:
+      cls_positions = jnp.zeros_like(input_ids[:, :1])
+    mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    told = (self.config, self.dtype, self.param_dtype, deterministic)
+    hidden = Embeddings(*told, name="embeddings")(
+      input_ids, token_type_ids, positions
+    )
+    encoder = Encoder(*told, self.scan, self.remat, name="encoder")
+    hidden = encoder(hidden, mask)
+    read = jnp.take_along_axis(hidden, cls_positions[..., None], axis=1)
+    if self.config.model_type == "bert":
+      read = Pooler(*told, name="pooler")(read)
+      return self.bert_head(read.astype(jnp.float32), deterministic)
+    head = RobertaHead(
+      self.config,
+      jnp.float32,
+      jnp.float32,
+      deterministic,
+      self.num_labels,
+      name="classifier",
+    )
+    return head(read.astype(jnp.float32))
+
+  def bert_head(self, read: Read, deterministic: bool) -> Logits:
+    rate = self.config.classifier_dropout
+    if rate is None:
+      rate = self.config.hidden_dropout_prob
+    read = nn.Dropout(rate, deterministic=deterministic)(read)
+    return nn.Dense(
+      self.num_labels,
+      dtype=jnp.float32,
+      param_dtype=jnp.float32,
+      kernel_init=nn.initializers.normal(self.config.initializer_range),
+      name="classifier",
+    )(read)

@@ -1,0 +1,340 @@
+"""Hugging Face checkpoints and parameter trees, both ways and without torch.
+
+A checkpoint is a folder with config.json and model.safetensors, or shards and
+their index. torch keeps a dense kernel as (out, in), the tree as (in, out);
+a scanned tree stacks the layers that a checkpoint numbers.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from vera_jax.errors import UserError
+from vera_jax.models.bert import BertConfig
+
+HUB_PATIENCE = 15.0  # seconds until a silent hub counts as unreachable
+HUB_FILES = [
+  "config.json",
+  "tokenizer*.json",
+  "vocab.*",
+  "merges.txt",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "*.safetensors",
+  "*.safetensors.index.json",
+]
+LEAVES = {
+  "kernel": "weight",
+  "scale": "weight",
+  "embedding": "weight",
+  "bias": "bias",
+}
+BASES = ("bert.", "roberta.")
+# Buffers and pretraining heads: no classifier has a place for them.
+NO_PLACE = (
+  "embeddings.position_ids",
+  "embeddings.token_type_ids",
+  "cls.",
+  "lm_head.",
+  "pooler.",  # left over only where the model, as RoBERTa's, has none
+)
+FLOATS = ("F64", "F32", "F16", "BF16")
+CONVERT = (
+  'python -c "import torch, safetensors.torch as s; s.save_file('
+  "{k: v.clone().contiguous() for k, v in torch.load('pytorch_model.bin', "
+  "weights_only=True).items()}, 'model.safetensors')\""
+)
+
+
+class Loaded(NamedTuple):
+  """What a checkpoint gave a tree, and what found no partner.
+
+  `missing` are parameter paths ("classifier/kernel"), the others the
+  checkpoint's own names: `dropped` those that a classifier never uses (id
+  buffers, pretraining heads), `unexpected` all the rest.
+  """
+
+  params: dict[str, Any]
+  missing: tuple[str, ...]
+  unexpected: tuple[str, ...]
+  dropped: tuple[str, ...]
+
+
+class Source(NamedTuple):
+  """One tensor of a checkpoint: its name there and the open file."""
+
+  name: str
+  file: Any
+
+
+def module_name(
+  path: tuple[str, ...], *, layer: int | None = None, model_type: str = ""
+) -> str:
+  """Hugging Face's name of the module at a path of the tree.
+
+  ("encoder", "layer", "attention", "self", "query") with layer=3, or
+  ("encoder", "layer_3", ...), is "encoder.layer.3.attention.self.query". With
+  `model_type` the name is that of a sequence classifier, whose encoder sits
+  under "bert." or "roberta.".
+  """
+  words = []
+  for word in path:
+    if word == "layer":
+      if layer is None:
+        raise ValueError(f"{'/'.join(path)} is stacked: which layer?")
+      words += ["layer", str(layer)]
+    elif word.startswith("layer_"):
+      words += ["layer", word.removeprefix("layer_")]
+    else:
+      words.append(word)
+  if model_type and path[0] != "classifier":
+    words.insert(0, model_type)
+  return ".".join(words)
+
+
+def module_path(name: str, *, scan: bool) -> tuple[tuple[str, ...], int | None]:
+  """The inverse: path in the tree, and the layer's index where it is stacked.
+
+  A leading "bert." or "roberta." is taken off first.
+  """
+  words = _without_base(name).split(".")
+  if words[:2] != ["encoder", "layer"]:
+    return tuple(words), None
+  index, rest = words[2], words[3:]
+  if scan:
+    return ("encoder", "layer", *rest), int(index)
+  return ("encoder", f"layer_{index}", *rest), None
+
+
+def load_config(folder: Path) -> BertConfig:
+  """Reads config.json; anything this model can't honour is a UserError."""
+  fields = _read_json(folder / "config.json")
+  return BertConfig.from_dict(fields)
+
+
+def load_params(
+  folder: Path,
+  template: Mapping[str, Any],
+  *,
+  param_dtype: DTypeLike | None = None,
+) -> Loaded:
+  """Fills a tree of shapes from a checkpoint, one tensor in memory at a time.
+
+  `template` holds a `jax.ShapeDtypeStruct` a leaf: the "params" of an
+  `eval_shape` of the model's init. Leaves come as numpy arrays of
+  `param_dtype`, or of the template's own types when that is None.
+  """
+  filled: dict[tuple[str, ...], np.ndarray] = {}
+  missing, used = [], set()
+  with ExitStack() as stack:
+    sources = _open_sources(folder, stack)
+    for path, leaf in flatten_dict(dict(template)).items():
+      names = _tensor_names(path, leaf.shape)
+      found = [sources[name] for name in names if name in sources]
+      used.update(source.name for source in found)
+      if not found:
+        missing.append("/".join(path))
+      elif len(found) < len(names):
+        absent = next(name for name in names if name not in sources)
+        raise UserError(f"{folder} lacks the tensor {absent!r}.")
+      else:
+        dtype = leaf.dtype if param_dtype is None else param_dtype
+        filled[path] = _read_leaf(path, leaf.shape, found, dtype=dtype)
+    rest = [s for s in sources.items() if s[1].name not in used]
+  dropped = [s.name for name, s in rest if name.startswith(NO_PLACE)]
+  unexpected = [s.name for name, s in rest if not name.startswith(NO_PLACE)]
+  return Loaded(
+    unflatten_dict(filled),
+    tuple(sorted(missing)),
+    tuple(sorted(unexpected)),
+    tuple(sorted(dropped)),
+  )
+
+
+def to_hf(
+  params: Mapping[str, Any], config: BertConfig
+) -> dict[str, np.ndarray]:
+  """The tree as a sequence classifier's state dict, in torch's layout."""
+  tensors = {}
+  for path, leaf in flatten_dict(dict(params)).items():
+    names = _tensor_names(path, leaf.shape, model_type=config.model_type)
+    value = np.asarray(leaf)
+    layers = value if "layer" in path else [value]
+    for name, array in zip(names, layers, strict=True):
+      array = array.T if path[-1] == "kernel" else array
+      tensors[name] = np.ascontiguousarray(array)
+  return tensors
+
+
+def resolve(name_or_folder: str | Path) -> Path:
+  """A local folder for a folder's path or for a model's id on the hub.
+
+  From the hub come config, tokenizer files and safetensors only. When it can't
+  be reached, an earlier download serves; without one this ends in a UserError
+  within `HUB_PATIENCE` seconds.
+  """
+  folder = Path(name_or_folder).expanduser()
+  if folder.is_dir():
+    return folder
+  name = str(name_or_folder)
+  if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    raise UserError(f"There is no folder {name} (config.model.name).")
+  return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+  from huggingface_hub import HfApi, snapshot_download
+
+  ask = partial(HfApi().model_info, name, timeout=HUB_PATIENCE / 3)
+  refusal = _within(HUB_PATIENCE, ask)
+  try:
+    return Path(
+      snapshot_download(
+        name,
+        allow_patterns=HUB_FILES,
+        local_files_only=refusal is not None,
+      )
+    )
+  except Exception as error:  # of whichever HTTP library the client uses
+    cause = refusal or error
+    reason = (str(cause) or type(cause).__name__).splitlines()[0]
+    raise UserError(
+      f"There is no folder {name!r}, the model hub gave no model of that name "
+      f"({reason}), and no earlier download is on this machine. Check the "
+      f"name; where the hub can't be reached, set config.model.name to a "
+      f"folder (config.json, tokenizer files, model.safetensors) and "
+      f"config.data.source to a folder with the task's files."
+    ) from cause
+
+
+def _within(seconds: float, ask: Callable[[], Any]) -> Exception | None:
+  """The call's exception, if any; time-outs of name servers have no other."""
+  outcome: list[Exception | None] = []
+
+  def run() -> None:
+    try:
+      ask()
+      outcome.append(None)
+    except Exception as error:
+      outcome.append(error)
+
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  thread.join(seconds)
+  return outcome[0] if outcome else TimeoutError(f"silent for {seconds:.0f} s")
+
+
+def _tensor_names(
+  path: tuple[str, ...], shape: Sequence[int], *, model_type: str = ""
+) -> list[str]:
+  """The tensors of a leaf: one, or one a layer where layers are stacked."""
+  if path[-1] not in LEAVES:
+    raise ValueError(f"{'/'.join(path)} is no parameter of the model.")
+  layers = range(shape[0]) if "layer" in path else [None]
+  return [
+    module_name(path[:-1], layer=layer, model_type=model_type)
+    + f".{LEAVES[path[-1]]}"
+    for layer in layers
+  ]
+
+
+def _read_leaf(
+  path: tuple[str, ...],
+  shape: tuple[int, ...],
+  sources: Sequence[Source],
+  *,
+  dtype: DTypeLike,
+) -> np.ndarray:
+  leaf = np.empty(shape, dtype)
+  for slot, source in zip(
+    leaf if "layer" in path else leaf[None], sources, strict=True
+  ):
+    slot = slot.T if path[-1] == "kernel" else slot
+    header = source.file.get_slice(source.name)
+    found = tuple(header.get_shape())
+    if found != slot.shape:
+      raise UserError(
+        f"Tensor {source.name!r} has shape {found} in the checkpoint, but "
+        f"the model of its config.json and task needs {slot.shape}."
+      )
+    if header.get_dtype() not in FLOATS:
+      raise UserError(
+        f"Tensor {source.name!r} is stored as {header.get_dtype()}; only "
+        f"{', '.join(FLOATS)} can be read. Use an unquantised checkpoint."
+      )
+    slot[...] = source.file.get_tensor(source.name)
+  return leaf
+
+
+def _open_sources(folder: Path, stack: ExitStack) -> dict[str, Source]:
+  """Every tensor under its name in the model, without base and legacy words."""
+  sources: dict[str, Source] = {}
+  for file in _tensor_files(folder):
+    try:
+      opened = stack.enter_context(safe_open(file, framework="numpy"))
+    except (SafetensorError, OSError) as error:
+      raise UserError(
+        f"{file} is missing or no whole safetensors file ({error}); fetch or "
+        f"copy it again."
+      ) from error
+    for name in opened.keys():
+      known = _without_base(name)
+      if known in sources:
+        raise UserError(
+          f"{folder} holds both {sources[known].name!r} and {name!r}, which "
+          f"name one parameter; keep one."
+        )
+      sources[known] = Source(name, opened)
+  return sources
+
+
+def _without_base(name: str) -> str:
+  for base in BASES:
+    name = name.removeprefix(base)
+  name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+  return name.replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+  if (folder / "model.safetensors").is_file():
+    return [folder / "model.safetensors"]
+  index = folder / "model.safetensors.index.json"
+  if index.is_file():
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+      raise UserError(f"{index} has no weight_map; fetch or copy it again.")
+    return sorted({folder / file for file in files.values()})
+  if any(folder.glob("pytorch_model*.bin")):
+    raise UserError(
+      f"{folder} has its weights in torch's pickle format, which is not read "
+      f"here. Convert them once, in that folder and where torch is installed: "
+      f"{CONVERT}"
+    )
+  raise UserError(
+    f"{folder} has neither model.safetensors nor "
+    f"model.safetensors.index.json (config.model.name)."
+  )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+  try:
+    fields = json.loads(file.read_text(encoding="utf-8"))
+  except FileNotFoundError as error:
+    raise UserError(
+      f"There is no {file}; config.model.name takes a folder in Hugging "
+      f"Face's layout."
+    ) from error
+  except (OSError, ValueError) as error:
+    raise UserError(f"{file} can't be read as JSON: {error}") from error
+  if not isinstance(fields, dict):
+    raise UserError(f"{file} is not a JSON object.")
+  return fields

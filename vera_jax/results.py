@@ -1,0 +1,59 @@
+"""One run, one `result.json`: what tables and plots are made from."""
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vera_jax.errors import UserError
+from vera_jax.workdir import write_json
+
+FILE = "result.json"
+PACKAGES = ("vera_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+PACKAGES += ("transformers", "datasets", "numpy")
+
+
+def provenance() -> dict[str, Any]:
+  """Versions and hardware that a figure was made with."""
+  device = jax.devices()[0]
+  return {
+    "versions": {"python": platform.python_version(), **_versions()},
+    "device": {
+      "platform": device.platform,
+      "kind": device.device_kind,
+      "count": jax.device_count(),
+      "processes": jax.process_count(),
+    },
+  }
+
+
+def _versions() -> dict[str, str]:
+  import vera_jax
+
+  others = {name: version(name) for name in PACKAGES if name != "vera_jax"}
+  return {"vera_jax": vera_jax.__version__, **others}
+
+
+def write(workdir: Path, result: Mapping[str, Any]) -> None:
+  write_json(workdir / FILE, dict(result))
+
+
+def read(workdir: Path) -> dict[str, Any] | None:
+  """The result of a finished run; None when the folder holds none."""
+  path = workdir / FILE
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise UserError(f"{path} can't be read as JSON: {error}") from error
+
+
+def read_all(folder: Path) -> list[dict[str, Any]]:
+  """The results of every finished run below a folder, in order of path."""
+  found = (read(path.parent) for path in sorted(folder.rglob(FILE)))
+  return [result for result in found if result is not None]

@@ -1,0 +1,172 @@
+"""The model of a run: pretrained base, the method's adapter, a new head.
+
+The state is made by eval_shape -> shardings -> jitted init. Where a leaf's value
+comes from, first that applies: a checkpoint of this run (the loop restores it),
+the pretrained files, fresh random numbers.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import DictKey
+from ml_collections import ConfigDict
+
+from vera_jax.adapter import Adapter
+from vera_jax.apply import adapt, find_targets
+from vera_jax.errors import UserError
+from vera_jax.labels import FROZEN, Counts, count, label_tree, split
+from vera_jax.lora import lora
+from vera_jax.models.bert import BertClassifier
+from vera_jax.models.hf_weights import LEAVES, Loaded, load_config, load_params
+from vera_jax.projections import digest
+from vera_jax.train.sharding import REPLICATED, param_shardings, put
+from vera_jax.train.step import INPUTS, Frozen, State
+from vera_jax.vera import vera
+
+
+class Model(NamedTuple):
+  """The module to apply and its parameters.
+
+  `labels` covers the trainable leaves; `digest` is the projections'; `notes`
+  say which weights found no partner in the checkpoint or in the model.
+  """
+
+  module: nn.Module
+  labels: dict[str, Any]
+  counts: Counts
+  trainable: dict[str, Any]
+  frozen: Frozen
+  digest: str | None
+  notes: tuple[str, ...]
+
+
+def build_adapter(config: ConfigDict) -> tuple[Adapter | None, tuple[str, ...]]:
+  """The method's adapter and targets; None where it trains the base itself."""
+  if config.method == "vera":
+    names = ("rank", "d_init", "init", "projection_seed", "train", "sharing")
+    settings = {name: config.vera[name] for name in names}
+    return vera(**settings), tuple(config.vera.targets)
+  if config.method == "lora":
+    settings = {name: config.lora[name] for name in ("rank", "alpha")}
+    return lora(**settings), tuple(config.lora.targets)
+  return None, ()
+
+
+def compute_dtype(name: str) -> Any:
+  """"auto" is float32 on CPU and bfloat16 on accelerators."""
+  if name == "auto":
+    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  if name not in ("float32", "bfloat16"):
+    raise UserError(
+      f"config.model.dtype is {name!r}; choose auto, float32 or bfloat16."
+    )
+  return jnp.dtype(name)
+
+
+def _shapes(module: nn.Module) -> dict[tuple[str, ...], Any]:
+  """The shapes of a module's parameters, by path."""
+  inputs = {name: jax.ShapeDtypeStruct((1, 8), jnp.int32) for name in INPUTS}
+  shapes = jax.eval_shape(module.init, jax.random.key(0), **inputs)
+  return flatten_dict(shapes["params"])
+
+
+def _fresh(module: nn.Module, paths: list[tuple[str, ...]], seed: int) -> Any:
+  """Random first values of some leaves; XLA drops the work for the others."""
+
+  @jax.jit
+  def init(key):
+    inputs = {name: jnp.zeros((1, 8), jnp.int32) for name in INPUTS}
+    params = flatten_dict(module.init(key, **inputs)["params"])
+    return [params[path] for path in paths]
+
+  return dict(zip(paths, init(jax.random.key(seed)), strict=True))
+
+
+def _announce(loaded: Loaded, fresh: list[tuple[str, ...]]) -> Iterator[str]:
+  new = sorted("/".join(path) for path in fresh if path[-1] in LEAVES)
+  if new:
+    yield f"new, trained from random values: {', '.join(new)}"
+  for what, names in (
+    ("not used, no such parameter here", loaded.unexpected),
+    ("not used, not part of a classifier", loaded.dropped),
+  ):
+    if names:
+      yield f"{what}: {', '.join(names)}"
+
+
+def build_model(
+  config: ConfigDict, *, folder: Path, num_labels: int, mesh: Mesh
+) -> Model:
+  """The pretrained base with the method's adapter and a new head on it."""
+  dtype = compute_dtype(config.model.dtype)
+  base = BertClassifier(
+    load_config(folder),
+    num_labels,
+    dtype=dtype,
+    param_dtype=dtype,
+    scan=config.model.scan,
+    remat=config.model.remat,
+  )
+  adapter, targets = build_adapter(config)
+  module = base if adapter is None else adapt(base, adapter, targets=targets)
+  shapes = _shapes(module)
+
+  # Frozen leaves are stored as they are computed with, trained ones in float32.
+  first = flatten_dict(label_tree(unflatten_dict(shapes), config.method))
+  template = {
+    path: jax.ShapeDtypeStruct(
+      leaf.shape, dtype if first[path] == FROZEN else jnp.float32
+    )
+    for path, leaf in _shapes(base).items()
+  }
+  loaded = load_params(folder, unflatten_dict(template))
+  given = flatten_dict(loaded.params)
+  fresh = [path for path in shapes if path not in given]
+  labels = label_tree(unflatten_dict(shapes), config.method, new=fresh)
+  params = unflatten_dict({**given, **_fresh(module, fresh, config.seed)})
+  params = put(params, param_shardings(params, mesh))
+  trainable, frozen = split(params, labels)
+  projections = _projections(base, adapter, targets)
+  everywhere = NamedSharding(mesh, REPLICATED)
+  return Model(
+    module=module,
+    labels=split(labels, labels)[0],
+    counts=count(params, labels),
+    trainable=trainable,
+    frozen=Frozen(frozen, put(projections, everywhere)),
+    digest=digest(projections) if projections else None,
+    notes=tuple(_announce(loaded, fresh)),
+  )
+
+
+def _projections(base: nn.Module, adapter: Adapter | None, targets) -> Any:
+  if adapter is None:
+    return {}
+  inputs = {name: jax.ShapeDtypeStruct((1, 8), jnp.int32) for name in INPUTS}
+  return adapter.projections(find_targets(base, targets, **inputs))
+
+
+def init_state(
+  model: Model, tx: optax.GradientTransformation, mesh: Mesh
+) -> State:
+  """Step 0: the optimiser's slots lie where the leaves they serve lie."""
+  everywhere = NamedSharding(mesh, REPLICATED)
+  leaves = flatten_dict(model.trainable)
+
+  def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
+    names = tuple(key.key for key in path if isinstance(key, DictKey))
+    leaf = leaves.get(names[1:])  # the first name is optax's: the label
+    return everywhere if leaf is None else leaf.sharding
+
+  shapes = jax.eval_shape(tx.init, model.trainable)
+  slots = jax.tree_util.tree_map_with_path(place, shapes)
+  opt_state = jax.jit(tx.init, out_shardings=slots)(model.trainable)
+  return State(put(np.int32(0), everywhere), model.trainable, opt_state)

@@ -1,0 +1,56 @@
+"""AdamW with a learning rate of its own for adapter and head (section 4.1)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+
+from vera_jax.labels import ADAPTER, FROZEN, HEAD
+
+
+def schedule(
+  peak: float, *, steps: int, warmup_ratio: float
+) -> optax.Schedule:
+  """Linear from 0 to `peak`, then linear to 0 at the last step."""
+  warmup = int(warmup_ratio * steps)
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, peak, max(warmup, 1)),
+      optax.linear_schedule(peak, 0.0, max(steps - warmup, 1)),
+    ],
+    [warmup],
+  )
+
+
+def optimiser(
+  labels: Mapping[str, Any],
+  *,
+  adapter_lr: float,
+  head_lr: float,
+  steps: int,
+  warmup_ratio: float = 0.06,
+  weight_decay: float = 0.0,
+  grad_clip: float | None = None,
+) -> optax.GradientTransformation:
+  """One transformation by label; a frozen leaf has no slot and no update.
+
+  `optax.partition` is today's name of `optax.multi_transform`. Clipping, by the
+  global norm over adapter and head, sees trainable gradients only: the step
+  takes no others.
+  """
+
+  def adamw(peak: float) -> optax.GradientTransformation:
+    rate = schedule(peak, steps=steps, warmup_ratio=warmup_ratio)
+    return optax.adamw(rate, weight_decay=weight_decay)
+
+  by_label = optax.partition(
+    {
+      ADAPTER: adamw(adapter_lr),
+      HEAD: adamw(head_lr),
+      FROZEN: optax.set_to_zero(),
+    },
+    dict(labels),
+  )
+  if grad_clip is None:
+    return by_label
+  return optax.chain(optax.clip_by_global_norm(grad_clip), by_label)

@@ -1,0 +1,123 @@
+"""What a run tells while it runs: log lines, progress bar, metric files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+)
+
+from vera_jax.errors import UserError
+
+
+def _read_until(path: Path, step: int) -> list[str]:
+  """The lines of metrics.jsonl up to a step: those of a resumed run."""
+  if not path.exists():
+    return []
+  kept = []
+  for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+      if json.loads(line)["step"] <= step:
+        kept.append(line)
+    except ValueError:  # cut off when the run was killed
+      continue
+  return kept
+
+
+def _wandb_run(workdir: Path, config: Mapping[str, Any], project: str) -> Any:
+  try:
+    import wandb
+  except ImportError as error:
+    raise UserError(
+      f"config.log.wandb={project!r} asks for Weights & Biases, which is not"
+      " installed: pip install wandb, or leave the setting empty."
+    ) from error
+  return wandb.init(
+    project=project, dir=str(workdir), config=dict(config), resume="allow"
+  )
+
+
+class Reporter:
+  """The primary process writes; the others are silent. Use as a context."""
+
+  def __init__(
+    self,
+    workdir: Path,
+    *,
+    config: Mapping[str, Any],
+    steps: int,
+    step: int = 0,
+    primary: bool = True,
+    wandb: str = "",
+  ) -> None:
+    self.console = Console(stderr=True, quiet=not primary, highlight=False)
+    self._progress = Progress(
+      TextColumn("{task.description}"),
+      BarColumn(),
+      MofNCompleteColumn(),
+      TextColumn("{task.fields[note]}"),
+      TimeRemainingColumn(),
+      console=self.console,
+      disable=not self.console.is_terminal,
+    )
+    self._task = self._progress.add_task(
+      "training", total=steps, completed=step, note=""
+    )
+    self._score = ""
+    self._files: Any = None
+    if primary:
+      self._open(workdir, step)
+    self._wandb = (
+      _wandb_run(workdir, config, wandb) if wandb and primary else None
+    )
+
+  def _open(self, workdir: Path, step: int) -> None:
+    from tensorboardX import SummaryWriter
+
+    path = workdir / "metrics.jsonl"
+    kept = _read_until(path, step)
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    board = SummaryWriter(
+      str(workdir / "tensorboard"), purge_step=step + 1 if step else None
+    )
+    self._files = path.open("a", encoding="utf-8", buffering=1), board
+
+  def __enter__(self) -> "Reporter":
+    self._progress.start()
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self._progress.stop()
+    for file in self._files or ():
+      file.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+  def log(self, text: str) -> None:
+    self.console.print(text, markup=False, soft_wrap=True)
+
+  def advance(self, step: int, *, loss: float) -> None:
+    """Move the bar to a step."""
+    note = f"loss {loss:.4f} {self._score}"
+    self._progress.update(self._task, completed=step, note=note)
+
+  def show_score(self, text: str) -> None:
+    self._score = text
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """One line of metrics.jsonl; the same to TensorBoard and W&B."""
+    if self._files is None:
+      return
+    lines, board = self._files
+    lines.write(json.dumps({"step": step, **values}) + "\n")
+    for name, value in values.items():
+      board.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log(dict(values), step=step)

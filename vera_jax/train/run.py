@@ -1,0 +1,103 @@
+"""All that a run is made of, built from its config."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vera_jax.data.batches import steps_per_epoch
+from vera_jax.models.hf_weights import resolve
+from vera_jax.train.data import Data, build_data
+from vera_jax.train.model import Model, build_model
+from vera_jax.train.optim import optimiser
+from vera_jax.train.sharding import batch_shards, make_mesh
+
+
+class Run(NamedTuple):
+  """What a run is made of; `rates` are the learning rates it trains with."""
+
+  config: ConfigDict
+  base: Path
+  mesh: Mesh
+  data: Data
+  model: Model
+  tx: optax.GradientTransformation
+  rates: dict[str, float]
+  epoch_steps: int
+
+  @property
+  def steps(self) -> int:
+    return self.epoch_steps * self.config.optim.epochs
+
+
+def learning_rates(config: ConfigDict) -> dict[str, float]:
+  """`config.optim`'s rates, or where they are unset the method's own."""
+  own = config[config.method]
+  adapter, head = config.optim.adapter_lr, config.optim.head_lr
+  return {
+    "adapter_lr": own.get("lr", 0.0) if adapter is None else adapter,
+    "head_lr": own.head_lr if head is None else head,
+  }
+
+
+def build_run(config: ConfigDict) -> Run:
+  """Read the data, load the base, make adapter, head and optimiser."""
+  mesh = make_mesh(**config.mesh)
+  base = resolve(config.model.name)
+  data = build_data(config, folder=base, shards=batch_shards(mesh))
+  model = build_model(
+    config, folder=base, num_labels=data.task.num_labels, mesh=mesh
+  )
+  epoch_steps = steps_per_epoch(
+    len(data.tokens["train"]), config.optim.batch_size
+  )
+  rates = learning_rates(config)
+  tx = optimiser(
+    model.labels,
+    **rates,
+    steps=epoch_steps * config.optim.epochs,
+    warmup_ratio=config.optim.warmup_ratio,
+    weight_decay=config.optim.weight_decay,
+    grad_clip=config.optim.grad_clip,
+  )
+  return Run(config, base, mesh, data, model, tx, rates, epoch_steps)
+
+
+def introduction(run: Run) -> list[str]:
+  """What a run is about to do, in a few lines for a person."""
+  config, counts, tokens = run.config, run.model.counts, run.data.tokens
+  device = jax.devices()[0]
+  trained = counts.adapter + counts.head
+  cut = {name: t.truncated for name, t in tokens.items() if t.truncated}
+  shapes = " or ".join(map(str, run.data.train_layout.rows))
+  lines = [
+    f"{config.task}, {config.method} on {config.model.name}, seed"
+    f" {config.seed}; {jax.device_count()} x {device.device_kind}",
+    f"trained: adapter {counts.adapter:,}, head {counts.head:,} of"
+    f" {trained + counts.frozen:,} ({trained / (trained + counts.frozen):.2%})",
+    f"data: {len(tokens['train']):,} training examples in {run.epoch_steps}"
+    f" steps an epoch, packed into {shapes} rows of"
+    f" {run.data.train_layout.length} tokens",
+    *run.model.notes,
+  ]
+  if cut:
+    texts = ", ".join(f"{n} of {len(tokens[s])} in {s}" for s, n in cut.items())
+    lines.append(f"cut at {config.data.max_length} tokens: {texts}")
+  return lines
+
+
+def about(run: Run) -> dict[str, Any]:
+  """What a result and an adapter's file say of the run that made them."""
+  config, task = run.config, run.data.task
+  return {
+    "task": task.name,
+    "method": config.method,
+    "seed": config.seed,
+    "base": config.model.name,
+    "labels": list(task.labels),
+    "score_name": task.metrics[0],
+    "projection_digest": run.model.digest,
+  }

@@ -1,0 +1,90 @@
+"""The device mesh, and where each array lies on it.
+
+Axes: `data` splits the batch, `fsdp` splits the batch and the base's weights,
+`tensor` splits heads and feed-forward width. d, b, the projections and the head
+are small and lie on every device.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vera_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+REPLICATED = PartitionSpec()
+
+# (pattern over a leaf's path, the specs of its last axes); first match wins.
+RULES = (
+  (r".*(query|key|value|intermediate/dense)/kernel", ("fsdp", "tensor")),
+  (r".*(query|key|value|intermediate/dense)/bias", ("tensor",)),
+  (r"encoder/.*output/dense/kernel", ("tensor", "fsdp")),
+  (r".*word_embeddings/embedding", (None, "fsdp")),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """A mesh over all devices; one size may be -1: what is left over."""
+  sizes, devices = [data, fsdp, tensor], jax.device_count()
+  known = math.prod(size for size in sizes if size != -1)
+  if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
+    sizes[sizes.index(-1)] = devices // known
+  if min(sizes) < 1 or math.prod(sizes) != devices:
+    raise UserError(
+      f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit the"
+      f" {devices} devices there are; their product must be {devices} (one of"
+      " them may be -1 for what is left over)."
+    )
+  types = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=types)
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Into how many parts the rows of a batch are split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh):
+  name = "/".join(path)
+  for pattern, axes in RULES:
+    if re.fullmatch(pattern, name):
+      spec = (None,) * (len(shape) - len(axes)) + axes
+      for size, axis in zip(shape, spec, strict=True):
+        if axis and size % mesh.shape[axis]:
+          raise UserError(
+            f"{name} of shape {shape} does not divide over the mesh's"
+            f" {axis}={mesh.shape[axis]}; choose a divisor of {size}."
+          )
+      return PartitionSpec(*spec)
+  return REPLICATED
+
+
+def param_shardings(params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+  """A NamedSharding for each leaf of a parameter tree (or of its shapes)."""
+  return unflatten_dict(
+    {
+      path: NamedSharding(mesh, _spec(path, tuple(leaf.shape), mesh))
+      for path, leaf in flatten_dict(dict(params)).items()
+    }
+  )
+
+
+def put(tree: Any, shardings: Any) -> Any:
+  """Global arrays from host values that every process has in full."""
+
+  def place(value: Any, sharding: NamedSharding) -> jax.Array:
+    value = np.asarray(value)
+    return jax.make_array_from_callback(
+      value.shape, sharding, lambda index: value[index]
+    )
+
+  if isinstance(shardings, NamedSharding):
+    return jax.tree.map(lambda value: place(value, shardings), tree)
+  return jax.tree.map(place, tree, shardings)

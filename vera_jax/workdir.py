@@ -1,0 +1,68 @@
+"""A run's folder: one config, resumed by the same config, never by another.
+
+  config.json  checkpoints/  metrics.jsonl  tensorboard/  adapter/  result.json
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+
+from vera_jax.errors import UserError
+
+# What may differ between a run and its resumption: it changes no result.
+FREE = ("log", "predict_test")
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Write whole or not at all."""
+  new = path.with_name(path.name + ".new")
+  new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  os.replace(new, path)
+
+
+def bound(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The settings that make a run what it is."""
+  return {k: v for k, v in config.items() if k not in FREE}
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+  # as JSON reads them back: tuples are lists there
+  return flatten_dict(json.loads(json.dumps(bound(config))), sep=".")
+
+
+def check(workdir: Path, config: Mapping[str, Any]) -> None:
+  """Refuse a folder that holds a run of another config.
+
+  Raises:
+    UserError: naming each key that differs, with both values.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    return
+  try:
+    theirs = _flat(json.loads(path.read_text(encoding="utf-8")))
+  except ValueError as error:
+    raise UserError(f"{path} can't be read as JSON: {error}") from error
+  ours = _flat(config)
+  differ = [
+    f"{key}: {theirs.get(key, 'unset')!r} there, {ours.get(key, 'unset')!r} now"
+    for key in sorted({*ours, *theirs})
+    if ours.get(key) != theirs.get(key)
+  ]
+  if differ:
+    raise UserError(
+      f"{workdir} holds a run of another config. Choose another --workdir, or"
+      " the same settings to resume it. Different are:\n  "
+      + "\n  ".join(differ)
+    )
+
+
+def claim(workdir: Path, config: Mapping[str, Any]) -> None:
+  """Make the folder this config's."""
+  check(workdir, config)
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_json(workdir / "config.json", dict(config))
