@@ -64,7 +64,7 @@ $(WITH_ENCODER): $(INSTALLED)
 	$(BIN)/python -c "import hashlib, sys, sysconfig; from pathlib import Path; \
 	  file = Path(sysconfig.get_path('purelib'), '$(ENCODER_WEIGHTS)'); \
 	  found = hashlib.sha256(file.read_bytes()).hexdigest(); \
-	  found == '$(strip $(ENCODER_SHA256))' or exit( \
+	  found == '$(strip $(ENCODER_SHA256))' or sys.exit( \
 	    f'{file} is not the encoder that we know: its sha256 is {found}')"
 	touch $@
 

@@ -5,6 +5,7 @@ their index. torch keeps a dense kernel as (out, in), the tree as (in, out);
 a scanned tree stacks the layers that a checkpoint numbers.
 """
 
+import importlib.util
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,7 @@ LEAVES = {
   "bias": "bias",
 }
 BASES = ("bert.", "roberta.")
+PACKAGE = "package:"
 # Buffers and pretraining heads: no classifier has a place for them.
 NO_PLACE = (
   "embeddings.position_ids",
@@ -134,7 +136,8 @@ def load_params(
   `param_dtype`, or of the template's own types when that is None.
   """
   filled: dict[tuple[str, ...], np.ndarray] = {}
-  missing, used = [], set()
+  missing: list[str] = []
+  used: set[str] = set()
   with ExitStack() as stack:
     sources = _open_sources(folder, stack)
     for path, leaf in flatten_dict(dict(template)).items():
@@ -178,7 +181,7 @@ def to_hf(
 def resolve(name_or_folder: str | Path) -> Path:
   """A local folder for a folder's path or for a model's id on the hub.
 
-  From the hub come config, tokenizer files and safetensors only. When it can't
+  "package:NAME/path" is a folder inside an installed Python package. From the hub come config, tokenizer files and safetensors only. When it can't
   be reached, an earlier download serves; without one this ends in a UserError
   within `HUB_PATIENCE` seconds.
   """
@@ -186,9 +189,22 @@ def resolve(name_or_folder: str | Path) -> Path:
   if folder.is_dir():
     return folder
   name = str(name_or_folder)
+  if name.startswith(PACKAGE):
+    return _in_package(name.removeprefix(PACKAGE))
   if name.startswith(("/", ".", "~")) or name.count("/") > 1:
     raise UserError(f"There is no folder {name} (config.model.name).")
   return _from_hub(name)
+
+
+def _in_package(name: str) -> Path:
+  package, _, inside = name.partition("/")
+  spec = importlib.util.find_spec(package)  # found, not imported
+  if spec is None or spec.origin is None:
+    raise UserError(
+      f"The Python package {package!r} (config.model.name) is not installed; "
+      "`make .venv` installs the small encoder of the quickstart."
+    )
+  return Path(spec.origin).parent / inside
 
 
 def _from_hub(name: str) -> Path:
