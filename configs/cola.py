@@ -1,12 +1,12 @@
-"""CoLA: grammatical acceptability, with the paper's settings (Table 8).
+"""CoLA: grammatical acceptability. The paper's settings (Table 8).
 
   python -m experiments.glue --config=configs/cola.py          # RoBERTa-base
   python -m experiments.glue --config=configs/cola.py:large    # RoBERTa-large
 
-Expected, by the paper (median of five seeds' best epochs, Table 2): Matthews correlation
-65.6 ± 0.8 for base and 68.0 ± 0.8 for large. Not run by us: RoBERTa's weights could not be
-had where this was written. Others' re-runs came out 1.5 to 2.5 points below the
-paper, as an average over the six tasks.
+Expected, by the paper (Table 2, Matthews correlation, median of five seeds'
+best epochs): base 65.6 ± 0.8, large 68.0 ± 0.8. Not run by us, for want of
+RoBERTa's weights. Others' re-runs average 1.5 to 2.5 points less over the six
+tasks.
 """
 
 from ml_collections import ConfigDict

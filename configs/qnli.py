@@ -1,12 +1,11 @@
-"""QNLI: whether a sentence answers a question, with the paper's settings (Table 8).
+"""QNLI: does a sentence answer a question. The paper's settings (Table 8).
 
   python -m experiments.glue --config=configs/qnli.py          # RoBERTa-base
   python -m experiments.glue --config=configs/qnli.py:large    # RoBERTa-large
 
-Expected, by the paper (median of five seeds' best epochs, Table 2): accuracy
-91.8 ± 0.2 for base and 94.4 ± 0.2 for large. Not run by us: RoBERTa's weights could not be
-had where this was written. Others' re-runs came out 1.5 to 2.5 points below the
-paper, as an average over the six tasks.
+Expected, by the paper (Table 2, accuracy, median of five seeds' best epochs):
+base 91.8 ± 0.2, large 94.4 ± 0.2. Not run by us, for want of RoBERTa's
+weights. Others' re-runs average 1.5 to 2.5 points less over the six tasks.
 """
 
 from ml_collections import ConfigDict

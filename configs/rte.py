@@ -1,12 +1,11 @@
-"""RTE: textual entailment, with the paper's settings (Table 8).
+"""RTE: textual entailment. The paper's settings (Table 8).
 
   python -m experiments.glue --config=configs/rte.py          # RoBERTa-base
   python -m experiments.glue --config=configs/rte.py:large    # RoBERTa-large
 
-Expected, by the paper (median of five seeds' best epochs, Table 2): accuracy
-78.7 ± 0.7 for base and 85.9 ± 0.7 for large. Not run by us: RoBERTa's weights could not be
-had where this was written. Others' re-runs came out 1.5 to 2.5 points below the
-paper, as an average over the six tasks.
+Expected, by the paper (Table 2, accuracy, median of five seeds' best epochs):
+base 78.7 ± 0.7, large 85.9 ± 0.7. Not run by us, for want of RoBERTa's
+weights. Others' re-runs average 1.5 to 2.5 points less over the six tasks.
 """
 
 from ml_collections import ConfigDict

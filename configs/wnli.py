@@ -3,10 +3,10 @@
   python -m experiments.glue --config=configs/wnli.py          # RoBERTa-base
   python -m experiments.glue --config=configs/wnli.py:large    # RoBERTa-large
 
-The paper leaves WNLI out, as most do: its dev set contradicts its training set,
-and the majority class (56.3 % of dev) is what a sound model is left with. VeRA's
-rates are those that Table 8 gives tasks of like size, untuned; epochs and LoRA's
-rate are LoRA's (its Table 9). Not run by us.
+The paper leaves WNLI out, as most do: its dev set contradicts its training
+set, and a sound model is left with the majority class, 56.3 % of dev. VeRA's
+rates are those that Table 8 gives like tasks, untuned; LoRA's rate and the
+epochs are LoRA's own (its Table 9). Not run by us.
 """
 
 from ml_collections import ConfigDict

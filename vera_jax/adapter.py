@@ -41,7 +41,7 @@ class Adapter(NamedTuple):
       path serve that layer.
     init: a layer's (inputs, outputs) -> its trainable leaves by name, each as a
       function of a key.
-    forward: (leaves, projections, x of shape (..., inputs), outputs) -> what the
+    forward: (leaves, projections, x of (..., inputs), outputs) -> what the
       adapter adds to the layer's output, (..., outputs).
     kernel: (leaves, projections, inputs, outputs) -> the same as an addition to
       the kernel, (inputs, outputs).

@@ -161,7 +161,7 @@ def adapt(
   is trained. See `find_targets` for the patterns.
   """
   if isinstance(targets, str):
-    raise UserError(f"targets is the text {targets!r}; give a list of patterns.")
+    raise UserError(f"targets is {targets!r}; give a list of patterns.")
   return Adapted(model, adapter, tuple(targets))
 
 

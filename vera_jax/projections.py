@@ -1,8 +1,8 @@
 """The frozen random pair A, B: made from a seed, never trained, never stored.
 
-Both come from `jax.random.key(seed)`: A from its fold 0, B from its fold 1. With
-the uniform initialisers (the paper's among them) the same seed gives the same
-bits on any device and any number of devices; `digest` tells when it did not.
+Both come from `jax.random.key(seed)`: A from its fold 0, B from its fold 1.
+With the uniform initialisers (the paper's among them) a seed gives the same bits
+on any device and any number of devices; `digest` tells when it did not.
 """
 
 import hashlib

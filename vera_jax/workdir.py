@@ -1,6 +1,6 @@
 """A run's folder: one config, resumed by the same config, never by another.
 
-  config.json  checkpoints/  metrics.jsonl  tensorboard/  adapter/  result.json
+config.json  checkpoints/  metrics.jsonl  tensorboard/  adapter/  result.json
 """
 
 import json

@@ -181,8 +181,9 @@ def to_hf(
 def resolve(name_or_folder: str | Path) -> Path:
   """A local folder for a folder's path or for a model's id on the hub.
 
-  "package:NAME/path" is a folder inside an installed Python package. From the hub come config, tokenizer files and safetensors only. When it can't
-  be reached, an earlier download serves; without one this ends in a UserError
+  "package:NAME/path" is a folder inside an installed Python package. From the
+  hub come config, tokenizer files and safetensors only. When it can't be
+  reached, an earlier download serves; without one this ends in a UserError
   within `HUB_PATIENCE` seconds.
   """
   folder = Path(name_or_folder).expanduser()

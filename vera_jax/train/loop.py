@@ -155,9 +155,7 @@ class Session:
       if step == run.steps:
         return
       batch = put(batch, self._sharding)
-      self.state, metrics = self._step(
-        self.state, run.model.frozen, batch, key
-      )
+      self.state, metrics = self._step(self.state, run.model.frozen, batch, key)
       self._read(unread, report)
       unread = step + 1, metrics
       ends_epoch = (step + 1) % run.epoch_steps == 0

@@ -1,8 +1,8 @@
 """The model of a run: pretrained base, the method's adapter, a new head.
 
-The state is made by eval_shape -> shardings -> jitted init. Where a leaf's value
-comes from, first that applies: a checkpoint of this run (the loop restores it),
-the pretrained files, fresh random numbers.
+Made by eval_shape -> shardings -> jitted init. A leaf's value comes from, first
+that applies: a checkpoint of this run (the loop restores it), the pretrained
+files, fresh random numbers.
 """
 
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def build_adapter(config: ConfigDict) -> tuple[Adapter | None, tuple[str, ...]]:
 
 
 def compute_dtype(name: str) -> Any:
-  """"auto" is float32 on CPU and bfloat16 on accelerators."""
+  """ "auto" is float32 on CPU and bfloat16 on accelerators."""
   if name == "auto":
     name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   if name not in ("float32", "bfloat16"):

@@ -8,9 +8,7 @@ import optax
 from vera_jax.labels import ADAPTER, FROZEN, HEAD
 
 
-def schedule(
-  peak: float, *, steps: int, warmup_ratio: float
-) -> optax.Schedule:
+def schedule(peak: float, *, steps: int, warmup_ratio: float) -> optax.Schedule:
   """Linear from 0 to `peak`, then linear to 0 at the last step."""
   warmup = int(warmup_ratio * steps)
   return optax.join_schedules(
