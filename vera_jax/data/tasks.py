@@ -5,7 +5,7 @@ of the ids that the hub's `nyu-mll/glue` uses. The first metric of a task is its
 score: the one that the VeRA paper reports (section 4.1).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vera_jax.errors import UserError
 
@@ -164,10 +164,19 @@ _TASKS = (
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+# The quickstart's generated pairs (experiments/make_entailment.py), no benchmark.
+GENERATED = replace(
+  TASKS["rte"],
+  name="generated_entailment",
+  folder="entailment",
+  submissions=("generated_entailment.tsv",),
+)
 
 
 def task_named(name: str) -> Task:
   """The task of that name, or a UserError that lists the names."""
+  if name == GENERATED.name:
+    return GENERATED
   if name not in TASKS:
     raise UserError(
       f"There is no GLUE task {name!r}. The tasks are: {', '.join(TASKS)}."

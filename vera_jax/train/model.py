@@ -31,6 +31,8 @@ from vera_jax.train.sharding import REPLICATED, param_shardings, put
 from vera_jax.train.step import INPUTS, Frozen, State
 from vera_jax.vera import vera
 
+MAY_BE_NEW = ("classifier/", "pooler/")  # leaves that a task brings itself
+
 
 class Model(NamedTuple):
   """The module to apply and its parameters.
@@ -83,6 +85,7 @@ def _fresh(module: nn.Module, paths: list[tuple[str, ...]], seed: int) -> Any:
 
   @jax.jit
   def init(key):
+    inputs: dict[str, Any]
     inputs = {name: jnp.zeros((1, 8), jnp.int32) for name in INPUTS}
     params = flatten_dict(module.init(key, **inputs)["params"])
     return [params[path] for path in paths]
@@ -100,6 +103,17 @@ def _announce(loaded: Loaded, fresh: list[tuple[str, ...]]) -> Iterator[str]:
   ):
     if names:
       yield f"{what}: {', '.join(names)}"
+
+
+def _refuse_gaps(folder: Path, missing: tuple[str, ...]) -> None:
+  """Only a head may start at random; an encoder without weights is a mistake."""
+  gaps = [name for name in missing if not name.startswith(MAY_BE_NEW)]
+  if gaps:
+    shown = ", ".join(gaps[:5]) + (", ..." if len(gaps) > 5 else "")
+    raise UserError(
+      f"{folder} lacks {len(gaps)} of the encoder's weights: {shown}. Is it"
+      " the checkpoint that its config.json describes?"
+    )
 
 
 def build_model(
@@ -128,6 +142,7 @@ def build_model(
     for path, leaf in _shapes(base).items()
   }
   loaded = load_params(folder, unflatten_dict(template))
+  _refuse_gaps(folder, loaded.missing)
   given = flatten_dict(loaded.params)
   fresh = [path for path in shapes if path not in given]
   labels = label_tree(unflatten_dict(shapes), config.method, new=fresh)

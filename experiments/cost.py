@@ -1,0 +1,92 @@
+"""What a training step costs by method, from the compiled program itself.
+
+  python -m experiments.cost --config=configs/minilm.py:sst2
+
+Compiles the real step of a config for each method and prints XLA's own count of
+FLOPs and of bytes moved, the step's temporary memory, and the bytes of gradients
+and optimiser slots. Nothing is run or timed: the figures repeat exactly.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments import cli
+from vera_jax.labels import TRAINED
+from vera_jax.train.model import init_state
+from vera_jax.train.run import Run, build_run
+from vera_jax.train.step import INPUTS, train_step
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", "configs/minilm.py:sst2", "Settings: configs/TASK.py."
+)
+ROWS = flags.DEFINE_integer("rows", 8, "Rows of the batch, as packed.")
+
+
+class Cost(NamedTuple):
+  """Of one step: FLOPs, bytes moved, and bytes held by kind."""
+
+  flops: float
+  moved: float
+  temporary: int
+  gradients: int
+  slots: int
+
+
+def _bytes(tree: Any) -> int:
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def step_cost(run: Run, rows: int) -> Cost:
+  """The cost of one training step on `rows` full rows."""
+  layout = run.data.train_layout
+  batch = {
+    name: jax.ShapeDtypeStruct((rows, layout.length), jnp.int32)
+    for name in INPUTS
+  }
+  slot = jax.ShapeDtypeStruct((rows, layout.slots), jnp.int32)
+  batch |= {"cls_positions": slot, "labels": slot, "example": slot}
+  state = init_state(run.model, run.tx, run.mesh)
+  step = partial(train_step, apply=run.model.module.apply, tx=run.tx)
+  lowered = jax.jit(step, donate_argnums=0).lower(
+    state, run.model.frozen, batch, jax.random.key(0)
+  )
+  compiled = lowered.compile()
+  counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
+  return Cost(
+    flops=counted["flops"],
+    moved=counted["bytes accessed"],
+    temporary=memory.temp_size_in_bytes,
+    gradients=_bytes(state.params),
+    slots=_bytes(state.opt_state),
+  )
+
+
+def main() -> None:
+  table = Table(title=f"One step, {ROWS.value} packed rows")
+  table.add_column("method")
+  for name in ("GFLOP", "GB moved", "MB temporary", "kB gradients", "kB slots"):
+    table.add_column(name, justify="right")
+  for method in TRAINED:
+    config = CONFIG.value.copy_and_resolve_references()
+    config.method = method
+    cost = step_cost(build_run(config), ROWS.value)
+    table.add_row(
+      method,
+      f"{cost.flops / 1e9:.2f}",
+      f"{cost.moved / 1e9:.2f}",
+      f"{cost.temporary / 1e6:.1f}",
+      f"{cost.gradients / 1e3:,.1f}",
+      f"{cost.slots / 1e3:,.1f}",
+    )
+  Console().print(table)
+
+
+if __name__ == "__main__":
+  cli.run(main, usage=__doc__)

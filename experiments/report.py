@@ -1,0 +1,86 @@
+"""A table from the result.json files below a folder.
+
+  python -m experiments.report results/minilm
+
+Markdown on standard output: a row for each task and method, over the seeds that
+were run. Scores are in percent: the best epoch of each seed as the paper takes
+it (median, with the lowest and the highest seed), and the last epoch's.
+"""
+
+import statistics
+import sys
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+
+HEADER = (
+  "task",
+  "metric",
+  "method",
+  "adapter",
+  "head",
+  "best epoch",
+  "last epoch",
+  "seeds",
+  "epochs",
+  "seconds a run",
+)
+METHODS = ("vera", "lora", "bitfit", "head", "full")
+
+
+def main() -> None:
+  from vera_jax.results import read_all
+
+  folders = flags.FLAGS.args or ["results"]
+  results = [r for name in folders for r in read_all(Path(name))]
+  if not results:
+    raise cli.UserError(f"There is no result.json below {', '.join(folders)}.")
+  print(markdown(results))
+
+
+def _spread(scores: Iterable[float]) -> str:
+  values = sorted(100 * score for score in scores)
+  median = f"{statistics.median(values):.1f}"
+  if len(values) == 1:
+    return median
+  return f"{median} ({values[0]:.1f} to {values[-1]:.1f})"
+
+
+def _row(runs: list[dict[str, Any]]) -> tuple[str, ...]:
+  first = runs[0]
+  epochs = {run["config"]["optim"]["epochs"] for run in runs}
+  seconds = statistics.median(run["seconds"] for run in runs)
+  return (
+    first["task"],
+    first["score_name"],
+    first["method"],
+    f"{first['parameters']['adapter']:,}",
+    f"{first['parameters']['head']:,}",
+    _spread(run["best"]["score"] for run in runs),
+    _spread(run["last"]["score"] for run in runs),
+    str(len(runs)),
+    ", ".join(map(str, sorted(epochs))),
+    f"{seconds:.0f}",
+  )
+
+
+def markdown(results: Iterable[dict[str, Any]]) -> str:
+  """The table; rows by task, then by method."""
+
+  def key(result: dict[str, Any]) -> tuple[str, int]:
+    return result["task"], METHODS.index(result["method"])
+
+  ordered = sorted(results, key=key)
+  rows = [_row(list(runs)) for _, runs in groupby(ordered, key)]
+  rule = ["---"] * 3 + ["---:"] * (len(HEADER) - 3)
+  lines = [HEADER, tuple(rule), *rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+  cli.run(main, usage=__doc__)
