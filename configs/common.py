@@ -4,6 +4,8 @@ Any key can be set on the command line: --config.optim.epochs=3,
 --config.vera.targets="('query', 'key', 'value')".
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -13,7 +15,7 @@ SIZES = ("base", "large")
 def get_config() -> ConfigDict:
   """Everything but the task and its settings."""
   config = ConfigDict()
-  config.task = placeholder(str, required=True)  # a name in data/tasks.py
+  config.task = placeholder(str)  # to be set: a name in data/tasks.py
   config.method = "vera"  # vera | lora | bitfit | head | full
   config.seed = 0  # of dropout, batch order and new leaves
 
@@ -31,7 +33,7 @@ def get_config() -> ConfigDict:
   config.data.cache_dir = ""  # tokenised data; unset: ~/.cache/vera_jax
 
   config.optim = ConfigDict()
-  config.optim.epochs = placeholder(int, required=True)
+  config.optim.epochs = placeholder(int)  # to be set
   config.optim.batch_size = 64
   config.optim.adapter_lr = placeholder(float)  # unset: the method's own lr
   config.optim.head_lr = placeholder(float)  # unset: the method's own
@@ -47,8 +49,8 @@ def get_config() -> ConfigDict:
   config.vera.train = "both"  # both | d | b
   config.vera.sharing = "shared"  # shared | unique: a pair for each layer
   config.vera.targets = ("query", "value")  # patterns over the ends of paths
-  config.vera.lr = placeholder(float, required=True)
-  config.vera.head_lr = placeholder(float, required=True)
+  config.vera.lr = placeholder(float)  # to be set
+  config.vera.head_lr = placeholder(float)  # to be set
 
   config.lora = ConfigDict()
   config.lora.rank = 8
@@ -59,7 +61,7 @@ def get_config() -> ConfigDict:
 
   # The paper copies its other baselines from others; these rates are ours.
   config.bitfit = ConfigDict({"lr": 1e-3, "head_lr": 1e-3})
-  config.head = ConfigDict({"head_lr": placeholder(float, required=True)})
+  config.head = ConfigDict({"head_lr": placeholder(float)})
   config.full = ConfigDict({"lr": 2e-5, "head_lr": 2e-5})
 
   config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
@@ -100,7 +102,7 @@ def glue(
   return config
 
 
-def pick(size: str, **columns: dict[str, float]) -> dict[str, float]:
+def pick(size: str, **columns: dict[str, Any]) -> dict[str, Any]:
   """A size's column of Table 8."""
   if size not in columns:
     raise ValueError(f"the config has no {size!r}, only {', '.join(columns)}")

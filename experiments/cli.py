@@ -2,17 +2,24 @@
 
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.console import Console
 from rich.table import Table
 
 from vera_jax.errors import UserError
+from vera_jax.train.interrupt import EXIT_CODE, Interrupted
+from vera_jax.train.settings import check_settings
+from vera_jax.workdir import bound
+
+flags.disclaim_key_flags()  # what is defined here belongs to the script
 
 
 def run(main: Callable[[], None], *, usage: str | None) -> None:
@@ -35,10 +42,11 @@ def run(main: Callable[[], None], *, usage: str | None) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
   try:
-    return app.parse_flags_with_usage(argv)
-  except (KeyError, AttributeError, ValueError, TypeError, OSError) as error:
-    text = error.args[0] if len(error.args) == 1 else error
-    sys.exit(_complain(f"{text}", 2))
+    return flags.FLAGS(argv)
+  except (flags.Error, UserError) as error:
+    sys.exit(_complain(f"{error}\n--help shows the flags.", 2))
+  except SystemExit:  # --help was shown, which is no failure
+    sys.exit(0)
 
 
 def _guard(main: Callable[[], None]) -> int:
@@ -46,12 +54,8 @@ def _guard(main: Callable[[], None]) -> int:
     main()
   except UserError as error:
     return _complain(str(error), 1)
-  except Exception as error:
-    from vera_jax.train.interrupt import EXIT_CODE, Interrupted
-
-    if isinstance(error, Interrupted):
-      return _complain(str(error), EXIT_CODE)
-    raise
+  except Interrupted as error:
+    return _complain(str(error), EXIT_CODE)
   except KeyboardInterrupt:
     return _complain("Stopped.", 130)
   return 0
@@ -62,10 +66,63 @@ def _complain(text: str, code: int) -> int:
   return code
 
 
+def define_config() -> flags.FlagHolder:
+  """--config=FILE and --config.KEY=VALUE, with errors that say what there is.
+
+  The config isn't locked, for that would ask for the required settings before
+  those of the command line are in.
+  """
+  holder = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Settings: configs/TASK.py, or configs/TASK.py:large. Any of them can be"
+    " changed: --config.optim.epochs=3",
+    lock_config=False,
+  )
+  flags.FLAGS["config"].parser = _ConfigParser("config", lock_config=False)
+  return holder
+
+
+class _ConfigParser(ConfigFileFlagParser):
+  def parse(self, path: str) -> ConfigDict:
+    file = Path(path.partition(":")[0])
+    if not file.is_file():
+      there = ", ".join(map(str, sorted(file.parent.glob("*.py"))))
+      raise UserError(
+        f"--config: there is no file {file}; there is {there or 'none here'}."
+      )
+    try:
+      config = super().parse(path)
+    except (TypeError, ValueError) as error:  # its text is a traceback
+      raise UserError(f"--config={path}: {error.__context__}") from error
+    check_keys(config, sys.argv[1:])
+    return config
+
+
+def check_keys(config: ConfigDict, arguments: Iterable[str]) -> None:
+  """Refuse --config.KEY for keys that are not there.
+
+  Raises:
+    UserError: naming the key's group and what that holds.
+  """
+  for argument in arguments:
+    match = re.match(r"--?(?:no)?(config\.[\w.]+)", argument)
+    place, *keys = match[1].split(".") if match else [""]
+    group: Any = config
+    for key in keys:
+      if not isinstance(group, ConfigDict):
+        raise UserError(f"{place} is a setting, not a group of settings.")
+      if key not in group:
+        raise UserError(
+          f"{place} has no setting {key!r}. It has: {', '.join(group)}."
+        )
+      settings = dict(group.items(preserve_field_references=True))
+      place, group = f"{place}.{key}", settings[key]
+
+
 def default_workdir(config: ConfigDict) -> Path:
   """One folder a config: the same settings find the same run again."""
-  from vera_jax.workdir import bound
-
+  check_settings(config)
   text = json.dumps(bound(config.to_dict()), sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()[:8]
   name = f"{config.method}-seed{config.seed}-{digest}"
@@ -90,6 +147,3 @@ def show_result(result: Mapping[str, Any], workdir: Path | str) -> None:
   console = Console()
   console.print(table)
   console.print(f"{workdir}", markup=False, highlight=False)
-
-
-__all__ = ["UserError", "default_workdir", "flags", "run", "show_result"]

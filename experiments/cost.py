@@ -2,18 +2,16 @@
 
   python -m experiments.cost --config=configs/minilm.py:sst2
 
-Compiles the real step of a config for each method and prints XLA's own count of
-FLOPs and of bytes moved, the step's temporary memory, and the bytes of gradients
-and optimiser slots. Nothing is run or timed: the figures repeat exactly.
+Compiles the real step of a config for each method and prints XLA's own count
+of FLOPs and of bytes moved, the step's temporary memory, and the bytes of
+gradients and optimiser slots. Nothing is run or timed, so figures repeat.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
@@ -21,11 +19,9 @@ from experiments import cli
 from vera_jax.labels import TRAINED
 from vera_jax.train.model import init_state
 from vera_jax.train.run import Run, build_run
-from vera_jax.train.step import INPUTS, train_step
+from vera_jax.train.step import INPUTS, jit_train_step
 
-CONFIG = config_flags.DEFINE_config_file(
-  "config", "configs/minilm.py:sst2", "Settings: configs/TASK.py."
-)
+CONFIG = cli.define_config()
 ROWS = flags.DEFINE_integer("rows", 8, "Rows of the batch, as packed.")
 
 
@@ -53,12 +49,11 @@ def step_cost(run: Run, rows: int) -> Cost:
   slot = jax.ShapeDtypeStruct((rows, layout.slots), jnp.int32)
   batch |= {"cls_positions": slot, "labels": slot, "example": slot}
   state = init_state(run.model, run.tx, run.mesh)
-  step = partial(train_step, apply=run.model.module.apply, tx=run.tx)
-  lowered = jax.jit(step, donate_argnums=0).lower(
-    state, run.model.frozen, batch, jax.random.key(0)
-  )
-  compiled = lowered.compile()
+  step = jit_train_step(state, apply=run.model.module.apply, tx=run.tx)
+  arguments = (state, run.model.frozen, batch, jax.random.key(0))
+  compiled: Any = step.lower(*arguments).compile()
   counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
+  assert counted is not None and memory is not None
   return Cost(
     flops=counted["flops"],
     moved=counted["bytes accessed"],

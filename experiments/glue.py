@@ -12,13 +12,11 @@ finished one. Without network, name local folders:
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from experiments import cli
+from vera_jax.errors import UserError
 
-CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Settings: configs/TASK.py, or configs/TASK.py:large."
-)
+CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
@@ -29,7 +27,7 @@ WORKDIR = flags.DEFINE_string(
 def main() -> None:
   config = CONFIG.value
   if config is None:
-    raise cli.UserError("Say which settings: --config=configs/rte.py")
+    raise UserError("Say which settings: --config=configs/rte.py")
   from vera_jax.train.loop import train_and_evaluate  # after the flags' errors
 
   workdir = WORKDIR.value or cli.default_workdir(config)

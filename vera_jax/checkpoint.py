@@ -4,6 +4,7 @@ The frozen base and the projections are never in a checkpoint: the base is
 loaded from its own files, A and B are made from their seed.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from orbax.checkpoint.checkpoint_managers import (
   LatestN,
 )
 
+from vera_jax.errors import UserError
+
 
 def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
   """The higher score is better; of equal ones the earlier epoch."""
-  return metrics["score"], -metrics["epoch"]
+  return metrics.get("score", -math.inf), -metrics.get("epoch", math.inf)
 
 
 class Checkpoints:
@@ -30,15 +33,12 @@ class Checkpoints:
   """
 
   def __init__(self, folder: Path) -> None:
-    best = BestN(
-      n=1,
-      get_metric_fn=_rank,  # type: ignore[arg-type]
-      keep_checkpoints_without_metrics=False,
-    )
+    kept = [LatestN(n=2), BestN(n=1, get_metric_fn=_rank)]
     self._manager = ocp.CheckpointManager(
       folder.absolute(),
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=AnyPreservationPolicy([LatestN(n=2), best]),
+        preservation_policy=AnyPreservationPolicy(kept),
+        best_fn=_rank,  # without it the metrics are not written down
         cleanup_tmp_directories=True,
         enable_async_checkpointing=False,
       ),
@@ -76,8 +76,7 @@ class Checkpoints:
       state=ocp.args.StandardSave(state),
       progress=ocp.args.JsonSave(dict(progress)),
     )
-    kept = dict(metrics) if metrics is not None else None
-    self._manager.save(step, args=items, metrics=kept)
+    self._manager.save(step, args=items, metrics=dict(metrics or {}))
 
   def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
     """(state, progress) of a step, in the shapes and shardings of `state`."""
@@ -86,5 +85,12 @@ class Checkpoints:
       state=ocp.args.StandardRestore(abstract),
       progress=ocp.args.JsonRestore(),
     )
-    restored = self._manager.restore(step, args=items)
+    try:
+      restored = self._manager.restore(step, args=items)
+    except Exception as error:  # of whichever layer met the damage
+      folder = self._manager.directory / str(step)
+      raise UserError(
+        f"The save {folder} can't be read. Without that folder the run goes on"
+        f" from the save before it. The reason: {error}"
+      ) from error
     return restored.state, restored.progress

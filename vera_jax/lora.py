@@ -40,9 +40,9 @@ def _init(inputs: int, outputs: int, *, rank: int):
   bound = inputs**-0.5
   return {
     A: lambda key: jax.random.uniform(
-      key, (rank, inputs), minval=-bound, maxval=bound
+      key, (rank, inputs), jnp.float32, minval=-bound, maxval=bound
     ),
-    B: lambda key: jnp.zeros((outputs, rank)),
+    B: lambda key: jnp.zeros((outputs, rank), jnp.float32),
   }
 
 

@@ -1,8 +1,8 @@
 """The frozen random pair A, B: made from a seed, never trained, never stored.
 
 Both come from `jax.random.key(seed)`: A from its fold 0, B from its fold 1.
-With the uniform initialisers (the paper's among them) a seed gives the same bits
-on any device and any number of devices; `digest` tells when it did not.
+With the uniform initialisers (the paper's among them) a seed gives the same
+bits on any device and any number of devices; `digest` tells when it did not.
 """
 
 import hashlib
@@ -42,7 +42,9 @@ def _kaiming_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
 
 def _kaiming_normal(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
   """N(0, 2 / fan_in), a row of Table 6."""
-  return jax.random.normal(key, shape) * np.float32(np.sqrt(2 / shape[1]))
+  return jax.random.normal(key, shape, jnp.float32) * np.float32(
+    np.sqrt(2 / shape[1])
+  )
 
 
 def _uniform_tenth(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
@@ -70,7 +72,8 @@ def _peft_pair(seed: int, rank: int, inputs: int, outputs: int) -> Pair:
   """PEFT's own matrices for a `projection_prng_key`, bit for bit, no torch.
 
   PEFT draws A, then B, from one torch CPU generator: MT19937, of whose 32-bit
-  outputs a float takes the low 24 bits.
+  outputs a float takes the low 24 bits. The bound is rounded to float32, the
+  scaling is done in float64.
   """
   if not 0 <= seed < 2**32:
     raise UserError(f"PEFT's projection key must fit 32 bits; got {seed}.")
@@ -78,7 +81,8 @@ def _peft_pair(seed: int, rank: int, inputs: int, outputs: int) -> Pair:
 
   def draw(shape: tuple[int, int]) -> Array:
     raw = stream.randint(0, 2**32, size=shape, dtype=np.uint32) & 0xFFFFFF
-    beta = np.sqrt(3.0) * (np.sqrt(2.0) / np.sqrt(shape[1]))
+    bound = np.sqrt(3.0) * (np.sqrt(2.0) / np.sqrt(shape[1]))
+    beta = np.float64(np.float32(bound))
     uniform = raw.astype(np.float64) * 2.0**-24
     return jnp.asarray((uniform * (2 * beta) - beta).astype(np.float32))
 

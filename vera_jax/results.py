@@ -13,8 +13,16 @@ from vera_jax.errors import UserError
 from vera_jax.workdir import write_json
 
 FILE = "result.json"
-PACKAGES = ("vera_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-PACKAGES += ("transformers", "datasets", "numpy")
+PACKAGES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "transformers",
+  "datasets",
+  "numpy",
+)
 
 
 def provenance() -> dict[str, Any]:
@@ -34,12 +42,14 @@ def provenance() -> dict[str, Any]:
 def _versions() -> dict[str, str]:
   import vera_jax
 
-  others = {name: version(name) for name in PACKAGES if name != "vera_jax"}
+  others = {name: version(name) for name in PACKAGES}
   return {"vera_jax": vera_jax.__version__, **others}
 
 
-def write(workdir: Path, result: Mapping[str, Any]) -> None:
+def write(workdir: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+  """Mark a run as finished; the result comes back as `read` will give it."""
   write_json(workdir / FILE, dict(result))
+  return json.loads(json.dumps(result))  # its tuples are lists now
 
 
 def read(workdir: Path) -> dict[str, Any] | None:

@@ -69,7 +69,7 @@ def _init(inputs: int, outputs: int, *, rank: int, d_init: float, train: str):
   d = constant(0.0 if train == "d" else d_init)
   leaves = {
     D: lambda key: d(key, (rank,), jnp.float32),
-    B_VECTOR: lambda key: jnp.zeros(outputs),
+    B_VECTOR: lambda key: jnp.zeros(outputs, jnp.float32),
   }
   return {k: v for k, v in leaves.items() if train == "both" or k[-1] == train}
 
@@ -84,9 +84,14 @@ def _forward(
 ) -> Float[Array, "*t o"]:
   A = projections["A"][:, : x.shape[-1]].astype(x.dtype)
   B = projections["B"][:outputs].astype(x.dtype)
-  d = leaves.get(D, jnp.float32(d_init)).astype(x.dtype)
-  b = leaves.get(B_VECTOR, jnp.float32(1)).astype(x.dtype)
+  d = _along_last_axis(leaves.get(D, jnp.float32(d_init)), x)
+  b = _along_last_axis(leaves.get(B_VECTOR, jnp.float32(1)), x)
   return b * ((d * (x @ A.T)) @ B.T)
+
+
+def _along_last_axis(vector: Array, x: Array) -> Array:
+  """The vector in the type of x and with as many axes."""
+  return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _kernel(

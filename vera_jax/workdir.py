@@ -35,19 +35,29 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(workdir: Path, config: Mapping[str, Any]) -> None:
-  """Refuse a folder that holds a run of another config.
+  """Refuse a folder that holds a run of another config, or of none.
 
   Raises:
-    UserError: naming each key that differs, with both values.
+    UserError: naming each key that differs, with both values, if any.
   """
   path = workdir / "config.json"
   if not path.exists():
+    if (workdir / "checkpoints").exists():
+      raise UserError(
+        f"{workdir} holds checkpoints, but no config.json that says of what"
+        " run. Choose another --workdir, or remove them."
+      )
     return
   try:
-    theirs = _flat(json.loads(path.read_text(encoding="utf-8")))
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(written, dict):
+      raise ValueError("no JSON object")
   except ValueError as error:
-    raise UserError(f"{path} can't be read as JSON: {error}") from error
-  ours = _flat(config)
+    raise UserError(
+      f"{path} can't be read as a run's config ({error}). Choose another"
+      " --workdir."
+    ) from error
+  ours, theirs = _flat(config), _flat(written)
   differ = [
     f"{key}: {theirs.get(key, 'unset')!r} there, {ours.get(key, 'unset')!r} now"
     for key in sorted({*ours, *theirs})
@@ -64,5 +74,8 @@ def check(workdir: Path, config: Mapping[str, Any]) -> None:
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:
   """Make the folder this config's."""
   check(workdir, config)
-  workdir.mkdir(parents=True, exist_ok=True)
-  write_json(workdir / "config.json", dict(config))
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "config.json", dict(config))
+  except OSError as error:
+    raise UserError(f"{workdir} can't be used: {error.strerror}.") from error

@@ -13,6 +13,8 @@ from vera_jax.models.hf_weights import load_config, load_params, to_hf
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.parity
+
 SIZES = {
   "vocab_size": 100,
   "hidden_size": 32,

@@ -4,11 +4,12 @@ The library retries for long when there is no network, so the hub is asked
 once first, with a limit, and a hub that doesn't answer is an error at once.
 """
 
-import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from vera_jax import hub
 from vera_jax.data.examples import Examples
 from vera_jax.data.tasks import Task
 from vera_jax.errors import UserError
@@ -76,7 +77,7 @@ def _download(task: Task, source: str):
   except datasets.exceptions.DatasetNotFoundError as error:
     raise _not_there(source) from error
   except ConnectionError as error:
-    raise _unreachable(source, error) from error
+    raise hub.unreachable(source, error) from error
   except (OSError, ValueError, RuntimeError) as error:
     raise UserError(
       f"{task.name} can't be loaded from {source}: {error}"
@@ -96,24 +97,12 @@ def _ask(source: str) -> None:
   from huggingface_hub import HfApi
   from huggingface_hub.errors import RepositoryNotFoundError
 
-  problems: list[Exception] = []
-
-  def ask() -> None:
-    try:
-      HfApi().dataset_info(source, timeout=ANSWER_SECONDS)
-    except Exception as error:  # whatever it is, it is told to the user
-      problems.append(error)
-
-  # a thread, for looking up a host's name knows no limit of its own
-  asking = threading.Thread(target=ask, daemon=True)
-  asking.start()
-  asking.join(1.5 * ANSWER_SECONDS)
-  if asking.is_alive():
-    raise _unreachable(source, TimeoutError("no answer"))
-  if problems and isinstance(problems[0], RepositoryNotFoundError):
-    raise _not_there(source) from problems[0]
-  if problems:
-    raise _unreachable(source, problems[0]) from problems[0]
+  ask = partial(HfApi().dataset_info, source, timeout=ANSWER_SECONDS)
+  error = hub.trouble(ask, 1.5 * ANSWER_SECONDS)
+  if isinstance(error, RepositoryNotFoundError):
+    raise _not_there(source) from error
+  if error is not None:
+    raise hub.unreachable(source, error) from error
 
 
 def _not_there(source: str) -> UserError:
@@ -121,13 +110,4 @@ def _not_there(source: str) -> UserError:
     f"The hub has no data set {source} (or not for you), and there is no "
     "folder of that name. config.data.source takes a hub id, or a folder "
     "with GLUE's files."
-  )
-
-
-def _unreachable(source: str, error: Exception) -> UserError:
-  return UserError(
-    f"The hub can't be reached for {source} ({error}). To work without it, "
-    "set config.data.source to a folder with GLUE's files (train.tsv, "
-    "dev.tsv) and config.model.name to a folder with the model in Hugging "
-    "Face's layout."
   )

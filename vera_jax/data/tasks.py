@@ -164,7 +164,7 @@ _TASKS = (
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
-# The quickstart's generated pairs (experiments/make_entailment.py), no benchmark.
+# The quickstart's pairs, made by experiments/make_entailment.py: no benchmark.
 GENERATED = replace(
   TASKS["rte"],
   name="generated_entailment",

@@ -5,12 +5,9 @@ their index. torch keeps a dense kernel as (out, in), the tree as (in, out);
 a scanned tree stacks the layers that a checkpoint numbers.
 """
 
-import importlib.util
 import json
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,17 +19,6 @@ from safetensors import SafetensorError, safe_open
 from vera_jax.errors import UserError
 from vera_jax.models.bert import BertConfig
 
-HUB_PATIENCE = 15.0  # seconds until a silent hub counts as unreachable
-HUB_FILES = [
-  "config.json",
-  "tokenizer*.json",
-  "vocab.*",
-  "merges.txt",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "*.safetensors",
-  "*.safetensors.index.json",
-]
 LEAVES = {
   "kernel": "weight",
   "scale": "weight",
@@ -40,7 +26,6 @@ LEAVES = {
   "bias": "bias",
 }
 BASES = ("bert.", "roberta.")
-PACKAGE = "package:"
 # Buffers and pretraining heads: no classifier has a place for them.
 NO_PLACE = (
   "embeddings.position_ids",
@@ -176,78 +161,6 @@ def to_hf(
       array = array.T if path[-1] == "kernel" else array
       tensors[name] = np.ascontiguousarray(array)
   return tensors
-
-
-def resolve(name_or_folder: str | Path) -> Path:
-  """A local folder for a folder's path or for a model's id on the hub.
-
-  "package:NAME/path" is a folder inside an installed Python package. From the
-  hub come config, tokenizer files and safetensors only. When it can't be
-  reached, an earlier download serves; without one this ends in a UserError
-  within `HUB_PATIENCE` seconds.
-  """
-  folder = Path(name_or_folder).expanduser()
-  if folder.is_dir():
-    return folder
-  name = str(name_or_folder)
-  if name.startswith(PACKAGE):
-    return _in_package(name.removeprefix(PACKAGE))
-  if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-    raise UserError(f"There is no folder {name} (config.model.name).")
-  return _from_hub(name)
-
-
-def _in_package(name: str) -> Path:
-  package, _, inside = name.partition("/")
-  spec = importlib.util.find_spec(package)  # found, not imported
-  if spec is None or spec.origin is None:
-    raise UserError(
-      f"The Python package {package!r} (config.model.name) is not installed; "
-      "`make .venv` installs the small encoder of the quickstart."
-    )
-  return Path(spec.origin).parent / inside
-
-
-def _from_hub(name: str) -> Path:
-  from huggingface_hub import HfApi, snapshot_download
-
-  ask = partial(HfApi().model_info, name, timeout=HUB_PATIENCE / 3)
-  refusal = _within(HUB_PATIENCE, ask)
-  try:
-    return Path(
-      snapshot_download(
-        name,
-        allow_patterns=HUB_FILES,
-        local_files_only=refusal is not None,
-      )
-    )
-  except Exception as error:  # of whichever HTTP library the client uses
-    cause = refusal or error
-    reason = (str(cause) or type(cause).__name__).splitlines()[0]
-    raise UserError(
-      f"There is no folder {name!r}, the model hub gave no model of that name "
-      f"({reason}), and no earlier download is on this machine. Check the "
-      f"name; where the hub can't be reached, set config.model.name to a "
-      f"folder (config.json, tokenizer files, model.safetensors) and "
-      f"config.data.source to a folder with the task's files."
-    ) from cause
-
-
-def _within(seconds: float, ask: Callable[[], Any]) -> Exception | None:
-  """The call's exception, if any; time-outs of name servers have no other."""
-  outcome: list[Exception | None] = []
-
-  def run() -> None:
-    try:
-      ask()
-      outcome.append(None)
-    except Exception as error:
-      outcome.append(error)
-
-  thread = threading.Thread(target=run, daemon=True)
-  thread.start()
-  thread.join(seconds)
-  return outcome[0] if outcome else TimeoutError(f"silent for {seconds:.0f} s")
 
 
 def _tensor_names(

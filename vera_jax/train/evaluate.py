@@ -15,7 +15,7 @@ from vera_jax.data.tokens import Tokens
 from vera_jax.metrics import collapsed, score
 from vera_jax.train.sharding import put
 
-Logits = Float32[np.ndarray, "examples labels"]
+Logits = Float32[np.ndarray, "_ labels"]  # a split has its own length
 
 
 def split_logits(

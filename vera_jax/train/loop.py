@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
@@ -34,8 +35,9 @@ from vera_jax.train.interrupt import Flag, Interrupted, watch
 from vera_jax.train.model import init_state
 from vera_jax.train.report import Reporter
 from vera_jax.train.run import Run, about, build_run, introduction
+from vera_jax.train.settings import check_settings
 from vera_jax.train.sharding import BATCH, put
-from vera_jax.train.step import State, eval_step, train_step
+from vera_jax.train.step import State, eval_step, jit_train_step
 
 SUBMISSION = "submission"
 Progress = dict[str, Any]
@@ -61,6 +63,7 @@ def train_and_evaluate(
     UserError: for whatever the user can mend; the message says how.
     Interrupted: after Ctrl-C or SIGTERM, once the run is saved.
   """
+  check_settings(config)
   folder = Path(workdir).expanduser().absolute()
   workdirs.check(folder, config.to_dict())
   result = results.read(folder)
@@ -84,7 +87,7 @@ def train_and_evaluate(
 
 def use_compilation_cache() -> None:
   """Keep compiled programs, unless JAX_COMPILATION_CACHE_DIR says where."""
-  if jax.config.jax_compilation_cache_dir is None:
+  if jax.config.values["jax_compilation_cache_dir"] is None:
     cache = Path("~/.cache/vera_jax/xla").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache))
 
@@ -103,12 +106,10 @@ class Session:
   def __init__(self, run: Run, saves: Checkpoints) -> None:
     self.run, self.saves = run, saves
     apply = run.model.module.apply
-    self._step = jax.jit(
-      partial(train_step, apply=apply, tx=run.tx), donate_argnums=0
-    )
+    self.state = init_state(run.model, run.tx, run.mesh)
+    self._step = jit_train_step(self.state, apply=apply, tx=run.tx)
     self._evaluate = jax.jit(partial(eval_step, apply=apply))
     self._sharding = NamedSharding(run.mesh, BATCH)
-    self.state = init_state(run.model, run.tx, run.mesh)
     self.progress = {"history": [], "loss_sum": 0.0, "seconds": 0.0}
     if saves.latest_step is not None:
       self._restore(saves.latest_step)
@@ -175,28 +176,32 @@ class Session:
       return
     step, metrics = unread
     values = {name: float(value) for name, value in metrics.items()}
-    if not math.isfinite(values["loss"]):
-      raise UserError(self._not_finite(step, values["loss"]))
+    for name, value in values.items():
+      if not math.isfinite(value):
+        raise UserError(self._not_finite(name, value, step))
     self.progress["loss_sum"] += values["loss"]
     report.advance(step, loss=values["loss"])
     if step % self.run.config.log.every == 0:
       report.write(step, values)
 
-  def _not_finite(self, step: int, loss: float) -> str:
+  def _not_finite(self, name: str, value: float, step: int) -> str:
     kept = self.saves.latest_step
     last = "no checkpoint was saved yet"
     if kept is not None:
       last = f"the last good checkpoint is that of step {kept}"
     return (
-      f"The loss is {loss} at step {step} of {self.run.steps}; the run stops"
-      f" here and {last}. Try, in another --workdir, lower learning rates,"
-      " config.optim.grad_clip=1.0 or config.model.dtype=float32."
+      f"The {name} is {value} at step {step} of {self.run.steps}; the run"
+      f" stops here and {last}. Try, in another --workdir, lower learning"
+      " rates, config.optim.grad_clip=1.0 or config.model.dtype=float32."
     )
 
   def _end_epoch(self, step: int, report: Reporter) -> None:
     """Evaluate, save, log."""
     run, task = self.run, self.run.data.task
     logits = self._logits(task.dev_splits)
+    for split in logits.values():
+      if not np.isfinite(split).all():  # the epoch's last update broke it
+        raise UserError(self._not_finite("dev output", math.nan, step))
     scores = dev_scores(task, logits, run.data.tokens)
     epoch = {
       "epoch": step // run.epoch_steps,
@@ -208,8 +213,9 @@ class Session:
     }
     self.progress["history"].append(epoch)
     self.progress["loss_sum"] = 0.0
-    self._save(step, {name: epoch[name] for name in ("score", "epoch")})
+    # written first: a line beyond the last save is dropped on resuming
     report.write(step, {"epoch": epoch["epoch"], **scores})
+    self._save(step, {name: epoch[name] for name in ("score", "epoch")})
     report.show_score(f"{task.metrics[0]} {epoch['score']:.4f}")
     shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     report.log(
@@ -246,9 +252,11 @@ class Session:
   def predict_test(self, folder: Path) -> None:
     """Answers to the unlabelled test split, as GLUE's server takes them."""
     task = self.run.data.task
+    new = folder.with_name(folder.name + ".new")
     for name, logits in self._logits(task.test_splits).items():
       index = self.run.data.tokens[name].index
-      write_submission(folder, task, name, predictions(task, logits), index)
+      write_submission(new, task, name, predictions(task, logits), index)
+    new.rename(folder)  # all files or none
 
   def finish(self, folder: Path) -> dict[str, Any]:
     """Write the adapter and then, since it marks a run as done, the result."""
@@ -286,5 +294,4 @@ class Session:
         "versions": result["versions"],
       },
     )
-    results.write(folder, result)
-    return result
+    return results.write(folder, result)

@@ -106,7 +106,7 @@ def _announce(loaded: Loaded, fresh: list[tuple[str, ...]]) -> Iterator[str]:
 
 
 def _refuse_gaps(folder: Path, missing: tuple[str, ...]) -> None:
-  """Only a head may start at random; an encoder without weights is a mistake."""
+  """Only a head may start at random; an encoder that does is a mistake."""
   gaps = [name for name in missing if not name.startswith(MAY_BE_NEW)]
   if gaps:
     shown = ", ".join(gaps[:5]) + (", ..." if len(gaps) > 5 else "")

@@ -71,12 +71,12 @@ class Reporter:
       "training", total=steps, completed=step, note=""
     )
     self._score = ""
-    self._files: Any = None
-    if primary:
-      self._open(workdir, step)
     self._wandb = (
       _wandb_run(workdir, config, wandb) if wandb and primary else None
     )
+    self._files: Any = None
+    if primary:
+      self._open(workdir, step)
 
   def _open(self, workdir: Path, step: int) -> None:
     from tensorboardX import SummaryWriter
@@ -84,9 +84,7 @@ class Reporter:
     path = workdir / "metrics.jsonl"
     kept = _read_until(path, step)
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    board = SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=step + 1 if step else None
-    )
+    board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
     self._files = path.open("a", encoding="utf-8", buffering=1), board
 
   def __enter__(self) -> "Reporter":

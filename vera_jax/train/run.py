@@ -9,7 +9,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vera_jax.data.batches import steps_per_epoch
-from vera_jax.models.hf_weights import resolve
+from vera_jax.errors import UserError
+from vera_jax.hub import resolve
+from vera_jax.models.bert import BertConfig
+from vera_jax.models.hf_weights import load_config
 from vera_jax.train.data import Data, build_data
 from vera_jax.train.model import Model, build_model
 from vera_jax.train.optim import optimiser
@@ -48,6 +51,7 @@ def build_run(config: ConfigDict) -> Run:
   mesh = make_mesh(**config.mesh)
   base = resolve(config.model.name)
   data = build_data(config, folder=base, shards=batch_shards(mesh))
+  check_fit(load_config(base), data)
   model = build_model(
     config, folder=base, num_labels=data.task.num_labels, mesh=mesh
   )
@@ -64,6 +68,23 @@ def build_run(config: ConfigDict) -> Run:
     grad_clip=config.optim.grad_clip,
   )
   return Run(config, base, mesh, data, model, tx, rates, epoch_steps)
+
+
+def check_fit(model: BertConfig, data: Data) -> None:
+  """Refuse texts that are beyond the model's tables; lookups never fail."""
+  longest = max(int(split.lengths.max()) for split in data.tokens.values())
+  room = model.max_position_embeddings - model.first_position
+  if longest > room:
+    raise UserError(
+      f"The longest text has {longest} tokens, but the model has positions for"
+      f" {room}: set config.data.max_length={room} or lower."
+    )
+  highest = max(int(split.ids.max()) for split in data.tokens.values())
+  if highest >= model.vocab_size:
+    raise UserError(
+      f"The tokenizer gave the id {highest}, but the model's vocabulary ends"
+      f" before {model.vocab_size}: the two don't belong together."
+    )
 
 
 def introduction(run: Run) -> list[str]:

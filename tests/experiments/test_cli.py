@@ -1,0 +1,127 @@
+"""Keys, exit codes and the closing table, without starting a process."""
+
+import re
+
+import pytest
+
+from configs import common, rte
+from experiments import cli
+from vera_jax.errors import UserError
+from vera_jax.train.interrupt import Interrupted
+from vera_jax.train.settings import check_settings
+
+
+def refuse(*arguments):
+  with pytest.raises(UserError) as caught:
+    cli.check_keys(rte.get_config(), arguments)
+  return str(caught.value)
+
+
+def test_an_unknown_key_is_told_its_neighbours():
+  told = refuse("--config.vera.rnak=3")
+  assert "config.vera has no setting 'rnak'" in told
+  for name in rte.get_config().vera:
+    assert name in told
+  assert "vera" in refuse("--config.vrea.rank", "3")
+  assert "predict_test" in refuse("--noconfig.predict")
+  assert "not a group" in refuse("--config.seed.x=1")
+  assert "not a group" in refuse("--config.optim.adapter_lr.x=1")
+
+
+def test_known_keys_and_other_flags_pass():
+  cli.check_keys(
+    rte.get_config(),
+    [
+      "--config=configs/rte.py",
+      "--config.vera.rank=3",
+      "-config.optim.head_lr=1",
+      "--noconfig.predict_test",
+      "--config.vera.targets[0]=query",
+      "--workdir=config.nothing",
+    ],
+  )
+
+
+@pytest.mark.parametrize(
+  "error, code",
+  [
+    (None, 0),
+    (UserError("mend it"), 1),
+    (Interrupted("saved"), 75),
+    (KeyboardInterrupt(), 130),
+  ],
+)
+def test_exit_codes(error, code, capsys):
+  def main():
+    if error is not None:
+      raise error
+
+  assert cli._guard(main) == code
+  assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+  def main():
+    raise ZeroDivisionError
+
+  with pytest.raises(ZeroDivisionError):
+    cli._guard(main)
+
+
+def test_what_must_be_set_is_named():
+  config = common.get_config()
+  with pytest.raises(UserError) as caught:
+    check_settings(config)
+  assert str(caught.value).endswith(
+    "config.task, config.optim.epochs, config.vera.lr, config.vera.head_lr."
+  )
+  config.task, config.optim.epochs = "rte", 1
+  config.method = "lora"
+  check_settings(config)  # VeRA's rates aren't asked for
+  config.method, config.optim.head_lr = "head", 1e-3
+  check_settings(config)
+
+
+@pytest.mark.parametrize(
+  "key", ["optim.epochs", "optim.batch_size", "eval_batch_size", "log.every"]
+)
+def test_zero_is_too_small(key):
+  config = rte.get_config()
+  config.update_from_flattened_dict({key: 0})
+  with pytest.raises(UserError, match=f"config.{key} is 0"):
+    check_settings(config)
+
+
+def test_an_unknown_method_is_refused():
+  config = rte.get_config()
+  config.method = "dora"
+  with pytest.raises(UserError, match="'dora'; choose from vera, lora"):
+    check_settings(config)
+
+
+def test_one_folder_a_config():
+  def folder(**changes):
+    config = rte.get_config()
+    config.update_from_flattened_dict(changes)
+    return cli.default_workdir(config).as_posix()
+
+  assert re.fullmatch(r"runs/rte/vera-seed0-[0-9a-f]{8}", folder())
+  assert folder() == folder(**{"log.every": 1}) == folder(predict_test=True)
+  assert len({folder(), folder(seed=1), folder(**{"vera.rank": 2})}) == 3
+
+
+def test_the_closing_table(capsys):
+  epoch = {"epoch": 2, "metrics": {"accuracy": 0.75, "f1": 0.5}}
+  last = {"epoch": 3, "metrics": {"accuracy": 0.7, "f1": 0.25}}
+  result = {
+    "task": "mrpc",
+    "method": "vera",
+    "best": epoch,
+    "last": last,
+    "parameters": {"adapter": 43008, "head": 592130},
+    "seconds": 12.3,
+  }
+  cli.show_result(result, "runs/x")
+  shown = capsys.readouterr().out
+  for word in ("mrpc, vera", "0.7500", "0.2500", "43,008", "592,130", "runs/x"):
+    assert word in shown

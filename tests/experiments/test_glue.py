@@ -1,0 +1,116 @@
+"""The command itself: what users type, and what they mistype."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RTE = "--config=configs/rte.py"
+
+
+def glue(*flags, **settings):
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.glue", *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env={**os.environ, **settings},
+    timeout=120,
+  )
+  assert "Traceback" not in done.stderr, done.stderr
+  return done
+
+
+def refused(code, *flags):
+  done = glue(*flags)
+  assert done.returncode == code, done
+  return done.stderr
+
+
+def test_help_is_ours():
+  done = glue("--help")
+  assert done.returncode == 0
+  assert done.stdout.startswith("Fine-tune on a GLUE task")
+  for word in ("--config", "--workdir", "--helpfull", "config.model.name"):
+    assert word in done.stdout
+  for word in ("--verbosity", "--pdb", "--log_dir"):
+    assert word not in done.stdout
+  assert not done.stderr
+
+
+@pytest.mark.parametrize(
+  "code, flags, words",
+  [
+    (1, [], "--config=configs/rte.py"),
+    (2, [RTE, "--config.vera.rnak=3"], "d_init, head_lr, init, lr"),
+    (2, [RTE, "--config.vera.rank=many"], "--config.vera.rank=many"),
+    (2, [RTE, "--work=here"], "Unknown command line flag 'work'"),
+    (2, [RTE, "leftover"], "leftover"),
+    (2, ["--config=configs/nope.py"], "no file configs/nope.py"),
+    (2, ["--config=configs/rte.py:huge"], "only base, large"),
+    (1, ["--config=configs/common.py"], "config.task, config.optim.epochs"),
+    (1, [RTE, "--config.optim.batch_size=0"], "config.optim.batch_size is 0"),
+  ],
+)
+def test_a_mistake_is_told_in_a_line_or_two(code, flags, words):
+  told = refused(code, *flags)
+  assert words in told
+  assert len(told.splitlines()) <= 3
+
+
+def test_a_required_setting_can_come_from_the_command_line():
+  told = refused(
+    1, "--config=configs/common.py", "--config.task=rte", "--config.vera.lr=1"
+  )
+  assert "config.optim.epochs, config.vera.head_lr" in told
+  assert "config.task" not in told
+
+
+def test_a_hub_out_of_reach_is_told_within_half_a_minute(tmp_path):
+  started = time.monotonic()
+  done = glue(
+    RTE,
+    f"--workdir={tmp_path / 'run'}",
+    HF_HUB_OFFLINE="0",
+    HF_ENDPOINT="http://127.0.0.1:9",
+    HF_HOME=str(tmp_path / "cache"),
+  )
+  assert time.monotonic() - started < 30
+  assert done.returncode == 1
+  assert "hub can't be reached" in done.stderr
+  assert "config.model.name" in done.stderr
+  assert "config.data.source" in done.stderr
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def flags(tiny_settings, tmp_path):
+  settings = {**tiny_settings, "optim.epochs": 1}
+  return [
+    RTE,
+    f"--workdir={tmp_path / 'run'}",
+    *(f"--config.{key}={value}" for key, value in settings.items()),
+  ]
+
+
+def test_a_target_that_matches_nothing_lists_the_layers(flags, tmp_path):
+  told = refused(1, *flags, "--config.vera.targets=('query', 'kye')")
+  assert "'kye'" in told
+  assert "encoder/layer/attention/self/key" in told
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.smoke
+def test_targets_from_the_command_line(flags):
+  targets = "--config.vera.targets=('query', 'key', 'output/dense')"
+  done = glue(*flags, targets)
+  assert done.returncode == 0, done.stderr
+  # two layers of width 16, of four matched layers each, rank 8
+  assert f"adapter {2 * 4 * (16 + 8)}" in done.stderr
+  assert "epoch 1 of 1: accuracy" in done.stderr
+  assert "best epoch" in done.stdout
+  assert refused(1, *flags).count("there,") == 1  # another config: targets

@@ -1,0 +1,99 @@
+"""Saves are small, few and good on any mesh."""
+
+from contextlib import ExitStack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vera_jax.checkpoint import Checkpoints
+from vera_jax.errors import UserError
+from vera_jax.train.sharding import make_mesh
+
+
+def state(value=0.0, sharding=None):
+  tree = {"d": jnp.full(8, value), "slots": (jnp.full((8, 2), value),)}
+  return jax.device_put(tree, sharding)
+
+
+def steps(folder):
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def test_what_is_saved_comes_back(tmp_path):
+  progress = {"history": [{"score": 0.1}], "loss_sum": 0.1 + 0.2}
+  with Checkpoints(tmp_path) as saves:
+    assert saves.latest_step is None
+    saves.save(3, state(1 / 3), progress)
+  with Checkpoints(tmp_path) as saves:
+    assert saves.latest_step == 3
+    restored, back = saves.restore(3, state())
+  assert back == progress
+  jax.tree.map(np.testing.assert_array_equal, restored, state(1 / 3))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_last_two_and_the_best_are_kept(again, tmp_path):
+  """`again`: in a new process for each save, as after interruptions."""
+  scores = [0.1, 0.7, 0.7, 0.5, None, 0.6]
+  with ExitStack() as stack:
+    for i, score in enumerate(scores):
+      if again or i == 0:
+        stack.close()
+        saves = stack.enter_context(Checkpoints(tmp_path))
+      metrics = score and {"score": score, "epoch": i + 1}
+      saves.save(i + 1, state(i), {}, metrics)
+  assert steps(tmp_path) == [2, 5, 6]  # of the two best the earlier
+
+
+def test_a_save_without_a_score_is_never_the_best(tmp_path):
+  with Checkpoints(tmp_path) as saves:
+    for step in (1, 2, 3):
+      saves.save(step, state(), {})
+    saves.save(4, state(), {}, {"score": -1.0, "epoch": 1})
+    for step in (5, 6, 7):
+      saves.save(step, state(), {})
+  assert steps(tmp_path) == [4, 6, 7]
+
+
+def test_the_same_step_twice_is_harmless(tmp_path):
+  with Checkpoints(tmp_path) as saves:
+    saves.save(1, state(1.0), {"a": 1}, {"score": 0.5, "epoch": 1})
+    saves.save(1, state(2.0), {"a": 2})
+    restored, progress = saves.restore(1, state())
+  assert progress == {"a": 1} and restored["d"][0] == 1.0
+
+
+def test_a_save_goes_on_another_mesh(tmp_path):
+  split = NamedSharding(make_mesh(8, 1, 1), PartitionSpec("data"))
+  whole = NamedSharding(make_mesh(1, 4, 2), PartitionSpec(("fsdp", "tensor")))
+  with Checkpoints(tmp_path) as saves:
+    saves.save(1, state(1 / 3, split), {})
+    restored, _ = saves.restore(1, state(0.0, whole))
+  assert restored["d"].sharding == whole
+  jax.tree.map(np.testing.assert_array_equal, restored, state(1 / 3))
+
+
+def test_half_a_save_does_not_count(tmp_path):
+  with Checkpoints(tmp_path) as saves:
+    saves.save(1, state(), {})
+  (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+  with Checkpoints(tmp_path) as saves:
+    assert saves.latest_step == 1
+  assert steps(tmp_path) == [1]
+
+
+def test_a_damaged_save_is_a_clear_error(tmp_path):
+  with Checkpoints(tmp_path) as saves:
+    saves.save(1, state(1.0), {})
+    saves.save(2, state(2.0), {})
+  for file in (tmp_path / "2" / "state").rglob("*"):
+    if file.is_file():
+      file.write_bytes(b"")
+  with Checkpoints(tmp_path) as saves:
+    with pytest.raises(UserError, match="2 can't be read"):
+      saves.restore(2, state())
+    restored, _ = saves.restore(1, state())
+    assert restored["d"][0] == 1.0

@@ -1,0 +1,149 @@
+"""Every config builds, says how it is run, and holds the paper's figures."""
+
+import importlib
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from vera_jax.data.batches import train_batches
+from vera_jax.train.model import init_state
+from vera_jax.train.run import build_run
+from vera_jax.train.settings import check_settings
+from vera_jax.train.sharding import BATCH, put
+from vera_jax.train.step import train_step
+
+FOLDER = Path(__file__).resolve().parents[1] / "configs"
+NAMES = sorted(
+  {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common"}
+)
+GLUE = sorted(set(NAMES) - {"minilm", "quickstart"})
+
+# Table 8: epochs, head's rate, VeRA's rate.
+TABLE_8 = {
+  "base": {
+    "sst2": (60, 4e-3, 4e-3),
+    "mrpc": (30, 4e-3, 1e-2),
+    "cola": (80, 1e-2, 1e-2),
+    "qnli": (25, 4e-3, 1e-2),
+    "rte": (160, 1e-2, 4e-3),
+    "stsb": (80, 1e-2, 1e-2),
+  },
+  "large": {
+    "sst2": (10, 6e-3, 1e-2),
+    "mrpc": (40, 3e-3, 3e-2),
+    "cola": (40, 6e-3, 1e-2),
+    "qnli": (20, 2e-4, 1e-2),
+    "rte": (40, 2e-3, 2e-2),
+    "stsb": (20, 2e-3, 2e-2),
+  },
+}
+# The columns' common rows: rank, longest sequence, batch.
+COMMON = {"base": (1024, 512, 64), "large": (256, 128, 32)}
+# LoRA's own paper, Table 9: its rate.
+LORA = {
+  "base": {
+    "mnli": 5e-4,
+    "sst2": 5e-4,
+    "mrpc": 4e-4,
+    "cola": 4e-4,
+    "qnli": 4e-4,
+    "qqp": 5e-4,
+    "rte": 5e-4,
+    "stsb": 4e-4,
+  },
+  "large": {
+    "mnli": 3e-4,
+    "sst2": 4e-4,
+    "mrpc": 3e-4,
+    "cola": 2e-4,
+    "qnli": 2e-4,
+    "qqp": 3e-4,
+    "rte": 4e-4,
+    "stsb": 2e-4,
+  },
+}
+
+
+def load(name, *variant):
+  return importlib.import_module(f"configs.{name}").get_config(*variant)
+
+
+def test_all_nine_tasks_have_a_config():
+  assert set(GLUE) == {*LORA["base"], "wnli"}
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+@pytest.mark.parametrize("name", TABLE_8["base"])
+def test_the_papers_settings(name, size):
+  config = load(name, size)
+  optim, vera = config.optim, config.vera
+  rates = config.optim.epochs, vera.head_lr, vera.lr
+  assert rates == TABLE_8[size][name]
+  assert (vera.rank, config.data.max_length, optim.batch_size) == COMMON[size]
+  assert vera.targets == ("query", "value")
+  assert (vera.d_init, vera.init) == (0.1, "kaiming_uniform")
+  assert (vera.train, vera.sharing) == ("both", "shared")
+  assert optim.warmup_ratio == 0.06
+  assert optim.adapter_lr is None and optim.head_lr is None
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+@pytest.mark.parametrize("name", LORA["base"])
+def test_loras_own_settings(name, size):
+  lora = load(name, size).lora
+  assert lora.lr == lora.head_lr == LORA[size][name]
+  assert (lora.rank, lora.targets) == (8, ("query", "value"))
+  assert lora.alpha == {"base": 8, "large": 16}[size]
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+@pytest.mark.parametrize("name", GLUE)
+def test_every_method_has_its_settings(name, size):
+  config = load(name, size)
+  assert config.task == name and config.model.name == f"roberta-{size}"
+  for method in ("vera", "lora", "bitfit", "head", "full"):
+    config.method = method
+    check_settings(config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_header_holds_the_command(name):
+  text = importlib.import_module(f"configs.{name}").__doc__
+  assert f"python -m experiments.glue --config=configs/{name}.py" in text
+  large = f"--config=configs/{name}.py:large"
+  assert (large in text) == (name in GLUE)
+
+
+def test_base_is_the_default():
+  for name in GLUE:
+    assert load(name).to_json() == load(name, "base").to_json()
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_an_unknown_column_is_refused(name):
+  with pytest.raises(ValueError, match="'huge', only base, large"):
+    load(name, "huge")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_of_each(name, tiny_config):
+  config = tiny_config(
+    name, data__max_train_examples=4, optim__epochs=1, model__scan=True
+  )
+  run = build_run(config)
+  state = init_state(run.model, run.tx, run.mesh)
+  _, batch = next(
+    train_batches(
+      run.data.tokens["train"], run.data.train_layout, batch_size=4, seed=0
+    )
+  )
+  step = partial(train_step, apply=run.model.module.apply, tx=run.tx)
+  batch = put(batch, NamedSharding(run.mesh, BATCH))
+  key = jax.random.key(config.seed)
+  state, metrics = jax.jit(step)(state, run.model.frozen, batch, key)
+  assert state.step == 1 and run.steps == 1
+  assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0

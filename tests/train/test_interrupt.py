@@ -1,0 +1,77 @@
+"""The first signal is noted, the second ends the process."""
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from vera_jax.train.interrupt import SIGNALS, watch
+
+
+def handlers():
+  return [signal.getsignal(number) for number in SIGNALS]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_sets_the_flag(number):
+  before = handlers()
+  with watch() as flag:
+    assert flag.caught is None
+    signal.raise_signal(number)
+    assert flag.caught == number
+    assert signal.getsignal(number) == signal.SIG_DFL
+  assert handlers() == before
+
+
+def test_one_of_the_other_kind_is_noted_too():
+  with watch() as flag:
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    assert flag.caught == signal.SIGTERM
+
+
+def test_the_handlers_come_back_after_an_error():
+  before = handlers()
+  with pytest.raises(ZeroDivisionError), watch():
+    raise ZeroDivisionError
+  assert handlers() == before
+
+
+TWICE = """
+import signal
+from vera_jax.train.interrupt import watch
+with watch() as flag:
+  signal.raise_signal(signal.{name})
+  print("first", flag.caught.name, flush=True)
+  signal.raise_signal(signal.{name})
+  print("never reached")
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_second_is_not_held_up(number):
+  done = subprocess.run(
+    [sys.executable, "-c", TWICE.format(name=number.name)],
+    cwd=Path(__file__).resolve().parents[2],
+    capture_output=True,
+    text=True,
+  )
+  assert done.stdout.strip() == f"first {number.name}"
+  assert done.returncode == -number
+
+
+def test_another_thread_watches_nothing():
+  seen = []
+
+  def run():
+    with watch() as flag:
+      seen.append((flag.caught, handlers()))
+
+  before = handlers()
+  thread = threading.Thread(target=run)
+  thread.start()
+  thread.join()
+  assert seen == [(None, before)]

@@ -1,0 +1,314 @@
+"""Whole runs on a tiny encoder: what they leave, and that they resume."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from vera_jax.errors import UserError
+from vera_jax.train import loop
+from vera_jax.train.interrupt import Interrupted
+from vera_jax.train.loop import best_epoch, train_and_evaluate
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAD = {"classifier.kernel", "classifier.bias"}
+QV = {"query", "value"}
+# Sizes by hand: width 16, two layers, rank 8; two labels; 5,584 in the base.
+ADAPTERS = {
+  "vera": 2 * 2 * (16 + 8),
+  "lora": 2 * 2 * 2 * 16 * 8,
+  "bitfit": 16 + 2 * (3 * 16 + 16 + 16 + 32 + 16 + 16) + 16,
+  "head": 0,
+  "full": 5584,
+}
+
+
+def read_lines(folder):
+  text = (folder / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def losses(folder):
+  return [line["loss"] for line in read_lines(folder) if "loss" in line]
+
+
+def check_result(config, folder, result):
+  """All that design.md lists, and figures that agree with one another."""
+  assert result == json.loads((folder / "result.json").read_text())
+  assert result["config"] == json.loads((folder / "config.json").read_text())
+  assert result["method"] == config.method and result["seed"] == config.seed
+  epochs = result["history"]
+  assert [e["epoch"] for e in epochs] == [1, 2, 3]
+  assert [e["step"] for e in epochs] == [10, 20, 30]
+  assert all(e["score"] == e["metrics"]["accuracy"] for e in epochs)
+  assert result["last"] == epochs[-1] and result["best"] in epochs
+  assert result["score_name"] == "accuracy"
+  assert result["parameters"]["adapter"] == ADAPTERS[config.method]
+  assert result["parameters"]["head"] == 34
+  assert (result["projection_digest"] is None) == (config.method != "vera")
+  assert result["data"]["train"]["examples"] == 40
+  assert len(result["data"]["validation"]["fingerprint"]) == 64
+  assert {"python", "jax", "flax", "vera_jax"} <= result["versions"].keys()
+  assert result["device"]["count"] == 8
+  assert result["seconds"] > 0
+  assert result["learning_rates"] == {"adapter_lr": 0.02, "head_lr": 0.05}
+  assert (
+    losses(folder) == pytest.approx(losses(folder))
+    and len(losses(folder)) == 30
+  )
+
+
+@pytest.mark.smoke
+def test_a_run_leaves_what_was_promised(finished):
+  check_result(*finished)
+  assert {path.name for path in finished.folder.iterdir()} == {
+    "config.json",
+    "checkpoints",
+    "metrics.jsonl",
+    "tensorboard",
+    "adapter",
+    "result.json",
+  }
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "head", "full"])
+def test_the_baselines_go_by_the_same_loop(method, tiny_config, tmp_path):
+  config = tiny_config(method=method)
+  check_result(
+    config, tmp_path / "run", train_and_evaluate(config, tmp_path / "run")
+  )
+
+
+def test_the_mean_of_an_epochs_losses_is_its_training_loss(finished):
+  for epoch, steps in zip(
+    finished.result["history"],
+    np.reshape(losses(finished.folder), (3, 10)),
+    strict=True,
+  ):
+    assert epoch["train_loss"] == pytest.approx(steps.mean(), rel=1e-6)
+
+
+def test_the_adapters_files_hold_the_best_epoch(finished, saved):
+  folder = finished.folder / "adapter"
+  tensors = load_file(folder / "adapter.safetensors")
+  wanted = {
+    f"encoder.layer.{i}.attention.self.{name}.vera_{vector}"
+    for i in range(2)
+    for name in QV
+    for vector in "bd"
+  }
+  assert tensors.keys() == wanted | HEAD
+  best = finished.result["best"]
+  arrays, _ = saved(finished.folder, best["step"])
+  kernel = next(
+    x for name, x in arrays.items() if "params" in name and "kernel" in name
+  )
+  assert np.array_equal(kernel, tensors["classifier.kernel"])
+  about = json.loads((folder / "adapter.json").read_text())
+  assert about["score"] == best["score"]
+  assert about["projection_digest"] == finished.result["projection_digest"]
+  assert about["settings"]["rank"] == 8
+
+
+def test_a_finished_run_is_only_reported(finished, monkeypatch):
+  monkeypatch.setattr(loop, "build_run", None)
+  before = sorted(p.stat().st_mtime_ns for p in finished.folder.rglob("*"))
+  assert train_and_evaluate(finished.config, finished.folder) == finished.result
+  after = sorted(p.stat().st_mtime_ns for p in finished.folder.rglob("*"))
+  assert before == after
+
+
+def test_the_best_epoch_is_the_first_of_the_highest():
+  scores = [0.5, 0.7, 0.7, 0.6]
+  history = [{"epoch": i + 1, "score": s} for i, s in enumerate(scores)]
+  assert best_epoch(history)["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+  "step", [pytest.param(14, marks=pytest.mark.smoke), 20, 30]
+)
+def test_stopped_and_resumed_is_as_if_left_alone(
+  step, finished, stop_at, tmp_path, monkeypatch, assert_same_run
+):
+  folder = tmp_path / "run"
+  stop_at(step)
+  with pytest.raises(Interrupted, match="SIGTERM, saved at step .* of 30"):
+    train_and_evaluate(finished.config, folder)
+  assert not (folder / "result.json").exists()
+  monkeypatch.undo()
+  train_and_evaluate(finished.config, folder)
+  assert_same_run(folder, finished.folder, 30)
+
+
+KILLED = """
+import os, runpy, sys
+from vera_jax.train.report import Reporter
+advance = Reporter.advance
+def hooked(self, step, *, loss):
+  advance(self, step, loss=loss)
+  if step == STEP:
+    os.kill(os.getpid(), SIGNAL)
+Reporter.advance = hooked
+runpy.run_module("experiments.glue", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_kill_9_and_the_same_command_again(
+  finished, tiny_settings, tmp_path, assert_same_run
+):
+  """SIGTERM in the first epoch, SIGKILL in the second, then to the end."""
+  folder = tmp_path / "run"
+  flags = ["--config=configs/rte.py", f"--workdir={folder}"]
+  flags += [f"--config.{key}={value}" for key, value in tiny_settings.items()]
+
+  def run(*command):
+    return subprocess.run(
+      [sys.executable, *command, *flags],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      env=os.environ,
+    )
+
+  def stopped(step, number):
+    code = KILLED.replace("STEP", str(step))
+    return run("-c", code.replace("SIGNAL", str(number.value)))
+
+  done = stopped(4, signal.SIGTERM)
+  assert done.returncode == 75, done.stderr
+  assert "The same command goes on from there." in done.stderr
+  done = stopped(17, signal.SIGKILL)
+  assert done.returncode == -signal.SIGKILL, done.stderr
+  assert max(line["step"] for line in read_lines(folder)) > 10
+  done = run("-m", "experiments.glue")
+  assert done.returncode == 0, done.stderr
+  assert "resumed at step 10 of 30" in done.stderr
+  assert "accuracy" in done.stdout
+  assert_same_run(folder, finished.folder, 30)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny_config, tmp_path, saved):
+  config = tiny_config(optim__head_lr=1e38)
+  with pytest.raises(UserError, match=r"is (nan|inf) at step \d+ of 30"):
+    train_and_evaluate(config, tmp_path / "run")
+  assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_the_last_good_save_is_left(tiny_config, tmp_path, monkeypatch, saved):
+  step = loop.train_step
+
+  def broken(state, *args, **kwargs):
+    state, metrics = step(state, *args, **kwargs)
+    loss = jnp.where(state.step == 14, jnp.nan, metrics["loss"])
+    return state, {**metrics, "loss": loss}
+
+  monkeypatch.setattr(loop, "train_step", broken)
+  with pytest.raises(UserError, match="loss is nan at step 14 .* of step 10"):
+    train_and_evaluate(tiny_config(), tmp_path / "run")
+  arrays, progress = saved(tmp_path / "run", 10)
+  assert len(progress["history"]) == 1
+  assert all(np.isfinite(array).all() for array in arrays.values())
+  monkeypatch.undo()
+  train_and_evaluate(tiny_config(), tmp_path / "run")  # nothing bad was kept
+
+
+def test_an_epoch_that_ends_broken_is_not_saved(
+  finished, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(
+    loop, "split_logits", lambda *_, **__: np.full((20, 2), np.nan, np.float32)
+  )
+  with pytest.raises(UserError, match="at step 10 .* no checkpoint"):
+    train_and_evaluate(finished.config, tmp_path / "run")
+  told = capsys.readouterr().err  # up to there
+  assert "adapter 96, head 34 of 5,714" in told
+  assert "random values: classifier/bias, classifier/kernel" in told
+  assert "no such parameter here: bert.encoder.extra.weight" in told
+  assert "not part of a classifier: cls.predictions.bias" in told
+
+
+def submission(folder, name):
+  lines = (folder / "submission" / name).read_text().splitlines()
+  return [line.split("\t") for line in lines]
+
+
+def test_mnli_has_two_dev_and_two_test_splits(tiny_config, tmp_path):
+  config = tiny_config(
+    "mnli",
+    model__scan=False,
+    predict_test=True,
+    optim__epochs=1,
+    data__max_train_examples=8,
+  )
+  result = train_and_evaluate(config, tmp_path)
+  assert result["best"]["metrics"].keys() == {
+    "accuracy",
+    "accuracy/validation_mismatched",
+  }
+  assert result["last"]["step"] == 2
+  assert result["data"]["train"]["examples"] == 8
+  names = {path.name for path in (tmp_path / "submission").iterdir()}
+  assert names == {"MNLI-m.tsv", "MNLI-mm.tsv"}
+  rows = submission(tmp_path, "MNLI-mm.tsv")
+  assert rows[0] == ["index", "prediction"] and len(rows) == 21
+  assert {word for _, word in rows[1:]} <= set(result["labels"])
+
+
+def test_stsb_is_regression(tiny_config, tmp_path):
+  result = train_and_evaluate(tiny_config("stsb"), tmp_path)
+  assert result["best"]["metrics"].keys() == {"pearson", "spearman"}
+  assert result["labels"] == [] and result["parameters"]["head"] == 17
+  losses = [epoch["train_loss"] for epoch in result["history"]]
+  assert losses[-1] < losses[0]
+
+
+def test_a_finished_run_can_still_predict(finished, tmp_path, monkeypatch):
+  folder = tmp_path / "run"
+  shutil.copytree(finished.folder, folder)
+  config = finished.config.copy_and_resolve_references()
+  config.predict_test = True
+  monkeypatch.setattr(loop.Session, "train", None)
+  assert train_and_evaluate(config, folder) == finished.result
+  rows = submission(folder, "RTE.tsv")
+  assert [int(index) for index, _ in rows[1:]] == list(range(24))
+  monkeypatch.setattr(loop, "build_run", None)
+  train_and_evaluate(config, folder)  # once is enough
+
+
+def test_scanned_and_looped_layers_train_alike(
+  tiny_config, tiny_model, tmp_path
+):
+  model = tmp_path / "model"
+  shutil.copytree(tiny_model, model)
+  fields = json.loads((model / "config.json").read_text())
+  off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+  (model / "config.json").write_text(json.dumps({**fields, **off}))
+  curves = []
+  for scan in (True, False):
+    folder = tmp_path / f"{scan}"
+    settings = {"model__name": str(model), "model__scan": scan}
+    train_and_evaluate(tiny_config(optim__epochs=1, **settings), folder)
+    curves.append(losses(folder))
+  np.testing.assert_allclose(*curves, atol=1e-4)
+
+
+@pytest.mark.smoke
+def test_no_frozen_leaf_is_in_a_runs_saves(finished, saved):
+  arrays, progress = saved(finished.folder, 30)
+  paths = {name for name in arrays if "opt_state" not in name}
+  leaves = [name.split("]")[-2].strip("['") for name in paths if "]" in name]
+  assert set(leaves) <= {"step", "vera_b", "vera_d", "kernel", "bias", "params"}
+  kernels = [name for name in arrays if "kernel" in name]
+  assert kernels and all("classifier" in name for name in kernels)
+  trained = 96 + 34
+  numbers = sum(array.size for array in arrays.values())
+  assert 3 * trained <= numbers <= 3 * trained + 10  # value and AdamW's two
+  assert len(progress["history"]) == 3

@@ -1,0 +1,108 @@
+"""The Hugging Face hub, asked no longer than a person waits."""
+
+import importlib.util
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vera_jax.errors import UserError
+
+PATIENCE = 15.0  # seconds until a silent hub counts as unreachable
+PACKAGE = "package:"
+FILES = [
+  "config.json",
+  "tokenizer*.json",
+  "vocab.*",
+  "merges.txt",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "*.safetensors",
+  "*.safetensors.index.json",
+]
+
+
+def trouble(ask: Callable[[], Any], seconds: float) -> Exception | None:
+  """The exception of a call to the hub, or a TimeoutError; None if it went.
+
+  In a thread: looking up a host's name knows no limit of its own.
+  """
+  outcome: list[Exception | None] = []
+
+  def run() -> None:
+    try:
+      ask()
+      outcome.append(None)
+    except Exception as error:  # whatever it is, it is told to the user
+      outcome.append(error)
+
+  thread = threading.Thread(target=run, daemon=True)
+  thread.start()
+  thread.join(seconds)
+  return (
+    outcome[0] if outcome else TimeoutError(f"no answer in {seconds:.0f} s")
+  )
+
+
+def unreachable(name: str, error: Exception) -> UserError:
+  """What to do without the hub, which a name was to come from."""
+  reason = (str(error) or type(error).__name__).splitlines()[0]
+  return UserError(
+    f"The hub can't be reached for {name} ({reason}), and no earlier download"
+    " is on this machine. To work without the hub, set\n"
+    "  config.model.name   to a folder with config.json, the tokenizer's files"
+    " and model.safetensors\n"
+    "  config.data.source  to a folder with GLUE's files: train.tsv, dev.tsv"
+  )
+
+
+def resolve(name_or_folder: str | Path) -> Path:
+  """A local folder for a folder's path or for a model's id on the hub.
+
+  "package:NAME/path" is a folder inside an installed Python package. From the
+  hub come config, tokenizer files and safetensors only. When it can't be
+  reached, an earlier download serves; without one this ends in a UserError
+  within `PATIENCE` seconds.
+  """
+  folder = Path(name_or_folder).expanduser()
+  if folder.is_dir():
+    return folder
+  name = str(name_or_folder)
+  if name.startswith(PACKAGE):
+    return _in_package(name.removeprefix(PACKAGE))
+  if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    raise UserError(f"There is no folder {name} (config.model.name).")
+  return _download(name)
+
+
+def _in_package(name: str) -> Path:
+  package, _, inside = name.partition("/")
+  spec = importlib.util.find_spec(package)  # found, not imported
+  if spec is None or spec.origin is None:
+    raise UserError(
+      f"The Python package {package!r} (config.model.name) is not installed;"
+      " `make quickstart` installs the small encoder that comes in one."
+    )
+  return Path(spec.origin).parent / inside
+
+
+def _download(name: str) -> Path:
+  from huggingface_hub import HfApi, snapshot_download
+  from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+  ask = partial(HfApi().model_info, name, timeout=PATIENCE / 3)
+  refusal = trouble(ask, PATIENCE)
+  offline = refusal is not None
+  try:
+    return Path(
+      snapshot_download(name, allow_patterns=FILES, local_files_only=offline)
+    )
+  except Exception as error:  # of whichever HTTP library the client uses
+    if isinstance(refusal, RepositoryNotFoundError | HFValidationError):
+      raise UserError(
+        f"The hub has no model {name!r} (or not for you), and there is no"
+        " folder of that name. config.model.name takes a hub id, or a folder"
+        " with config.json, the tokenizer's files and model.safetensors."
+      ) from error
+    raise unreachable(name, refusal or error) from error
