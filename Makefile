@@ -26,8 +26,8 @@ help: ## list the targets
 quickstart: $(WITH_ENCODER) ## train VeRA and a head alone, compare them
 	$(BIN)/python -m experiments.quickstart
 
-test: $(WITH_DEV) $(WITH_ENCODER) ## run all tests
-	$(BIN)/python -m pytest
+test: $(WITH_DEV) $(WITH_ENCODER) ## run all tests, one file a core
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(WITH_DEV) ## lint, format and type check
 	$(BIN)/ruff check

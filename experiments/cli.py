@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ from vera_jax.workdir import bound
 flags.disclaim_key_flags()  # what is defined here belongs to the script
 
 
-def run(main: Callable[[], None], *, usage: str | None) -> None:
+def run(
+  main: Callable[..., None], *, usage: str | None, operands: bool = False
+) -> None:
   """Parse the flags and call `main`; users' mistakes end without traceback.
+
+  With `operands`, `main` is given the list of arguments that are no flags.
 
   Exit codes: 0 done, 1 a mistake in input or data, 2 in the flags, 75 stopped
   by Ctrl-C or SIGTERM and saved.
@@ -31,11 +36,11 @@ def run(main: Callable[[], None], *, usage: str | None) -> None:
   sys.modules["__main__"].__doc__ = usage  # what --help shows first
 
   def guarded(argv: list[str]) -> None:
-    if len(argv) > 1:
+    if len(argv) > 1 and not operands:
       sys.exit(_complain(f"Not a flag: {' '.join(argv[1:])}", 2))
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # orbax tells of each save
-    sys.exit(_guard(main))
+    sys.exit(_guard(partial(main, argv[1:]) if operands else main))
 
   app.run(guarded, flags_parser=_parse)
 

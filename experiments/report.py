@@ -13,9 +13,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
 from experiments import cli
+from vera_jax.errors import UserError
+from vera_jax.results import read_all
 
 HEADER = (
   "task",
@@ -32,14 +32,16 @@ HEADER = (
 METHODS = ("vera", "lora", "bitfit", "head", "full")
 
 
-def main() -> None:
-  from vera_jax.results import read_all
+def main(folders: list[str]) -> None:
+  print(table(folders or ["results"]))
 
-  folders = flags.FLAGS.args or ["results"]
+
+def table(folders: list[str]) -> str:
+  """The Markdown table of all results below some folders."""
   results = [r for name in folders for r in read_all(Path(name))]
   if not results:
-    raise cli.UserError(f"There is no result.json below {', '.join(folders)}.")
-  print(markdown(results))
+    raise UserError(f"There is no result.json below {', '.join(folders)}.")
+  return markdown(results)
 
 
 def _spread(scores: Iterable[float]) -> str:
@@ -82,4 +84,4 @@ def markdown(results: Iterable[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main, usage=__doc__)
+  cli.run(main, usage=__doc__, operands=True)

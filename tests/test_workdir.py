@@ -65,3 +65,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
   with pytest.raises(TypeError):
     write_json(path, {"a": object()})
   assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_checkpoints_of_an_unknown_run_are_refused(tmp_path):
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(UserError, match="no config.json"):
+    claim(tmp_path, CONFIG)

@@ -65,6 +65,7 @@ _KEYED: dict[str, Callable[[PRNGKeyArray, tuple[int, int]], Array]] = {
   "uniform": _uniform_tenth,
   "orthogonal": _orthogonal,
 }
+PRNG = "threefry2x32"  # gives the same bits on CPU, GPU and TPU
 INITIALISERS = (*_KEYED, "peft")
 
 
@@ -106,7 +107,7 @@ def make_pair(
     raise UserError(f"init is {init!r}; choose from {', '.join(INITIALISERS)}.")
   if init == "peft":
     return _peft_pair(seed, rank, inputs, outputs)
-  key = jax.random.key(seed, impl="threefry2x32")
+  key = jax.random.key(seed, impl=PRNG)
   for fold in folds:
     key = jax.random.fold_in(key, fold)
   a, b = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)

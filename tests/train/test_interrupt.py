@@ -75,3 +75,13 @@ def test_another_thread_watches_nothing():
   thread.start()
   thread.join()
   assert seen == [(None, before)]
+
+
+def test_what_the_process_ignores_stays_ignored():
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with watch() as flag:
+      signal.raise_signal(signal.SIGINT)
+      assert flag.caught is None
+  finally:
+    signal.signal(signal.SIGINT, before)

@@ -5,6 +5,7 @@ their index. torch keeps a dense kernel as (out, in), the tree as (in, out);
 a scanned tree stacks the layers that a checkpoint numbers.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -146,6 +147,15 @@ def load_params(
     tuple(sorted(unexpected)),
     tuple(sorted(dropped)),
   )
+
+
+def fingerprint(folder: Path) -> str:
+  """sha256 over the weight files, which tells one base from another."""
+  sha = hashlib.sha256()
+  for file in _tensor_files(folder):
+    with file.open("rb") as opened:
+      sha.update(hashlib.file_digest(opened, "sha256").digest())
+  return sha.hexdigest()
 
 
 def to_hf(

@@ -30,12 +30,15 @@ def watch() -> Iterator[Flag]:
   """A flag that the first SIGINT or SIGTERM sets, inside this context.
 
   Off the main thread Python can't watch signals; there the flag stays unset.
+  A signal that the process was told to ignore (`command &` in a script does
+  so with SIGINT) stays ignored.
   """
   flag = Flag()
   if threading.current_thread() is not threading.main_thread():
     yield flag
     return
-  before = {number: signal.signal(number, flag.set) for number in SIGNALS}
+  heeded = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+  before = {number: signal.signal(number, flag.set) for number in heeded}
   try:
     yield flag
   finally:

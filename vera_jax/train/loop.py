@@ -23,6 +23,8 @@ from vera_jax.adapter_files import save_adapter
 from vera_jax.checkpoint import Checkpoints
 from vera_jax.data.batches import train_batches
 from vera_jax.errors import UserError
+from vera_jax.models.hf_weights import fingerprint
+from vera_jax.projections import PRNG
 from vera_jax.submission import write_submission
 from vera_jax.train.evaluate import (
   Logits,
@@ -290,6 +292,8 @@ class Session:
         **facts,
         "score": best["score"],
         "settings": run.config[run.config.method].to_dict(),
+        "projection_prng": PRNG,
+        "base_fingerprint": fingerprint(run.base),
         "parameters": result["parameters"],
         "versions": result["versions"],
       },

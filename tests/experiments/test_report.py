@@ -1,0 +1,72 @@
+"""The tables that results are shown in."""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from experiments import quickstart, report
+from experiments.report import markdown
+from vera_jax.errors import UserError
+from vera_jax.results import read_all
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(method, seed, scores, task="rte"):
+  history = [{"epoch": i + 1, "score": score} for i, score in enumerate(scores)]
+  return {
+    "task": task,
+    "method": method,
+    "seed": seed,
+    "score_name": "accuracy",
+    "best": max(history, key=lambda epoch: epoch["score"]),
+    "last": history[-1],
+    "parameters": {"adapter": 1792, "head": 770, "frozen": 10**6},
+    "config": {"optim": {"epochs": len(scores)}},
+    "seconds": 10.0 * (seed + 1),
+  }
+
+
+def test_a_row_a_task_and_method_over_its_seeds():
+  results = [
+    run("lora", 0, [0.5, 0.6]),
+    run("vera", 2, [0.9, 0.8]),
+    run("vera", 0, [0.7, 0.6]),
+    run("vera", 1, [0.5, 0.55]),
+  ]
+  lines = markdown(results).splitlines()
+  assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+  assert lines[2] == (
+    "| rte | accuracy | vera | 1,792 | 770 | 70.0 (55.0 to 90.0)"
+    " | 60.0 (55.0 to 80.0) | 3 | 2 | 20 |"
+  )
+  assert lines[3].startswith("| rte | accuracy | lora |")
+  assert "| 60.0 | 60.0 | 1 | 2 | 10 |" in lines[3]
+
+
+@pytest.mark.skipif(
+  not (ROOT / "README.md").exists(), reason="not in a checkout"
+)
+def test_the_readme_shows_the_committed_results():
+  table = markdown(read_all(ROOT / "results/minilm"))
+  assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_no_results_is_an_error(tmp_path):
+  with pytest.raises(UserError, match="no result.json"):
+    report.table([str(tmp_path)])
+
+
+def test_the_quickstart_compares_head_and_vera(
+  tiny_config, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  small = tiny_config("quickstart")
+  monkeypatch.setattr(
+    quickstart.quickstart, "get_config", lambda: copy.deepcopy(small)
+  )
+  quickstart.main()
+  shown = capsys.readouterr().out
+  assert "head alone" in shown and "VeRA" in shown
+  assert len(read_all(tmp_path / "runs")) == 2
