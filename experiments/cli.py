@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -34,6 +35,8 @@ def run(
   by Ctrl-C or SIGTERM and saved.
   """
   sys.modules["__main__"].__doc__ = usage  # what --help shows first
+  # its advice is about torch models, of which none is used
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
   def guarded(argv: list[str]) -> None:
     if len(argv) > 1 and not operands:

@@ -45,9 +45,8 @@ def _show(results: list[dict[str, Any]]) -> None:
   console.print(table)
   frozen = results[0]["parameters"]["frozen"]
   console.print(
-    f"VeRA answers {100 * (vera - head):.1f} points more of the pairs than the"
-    f" head alone. The encoder's {frozen / 1e6:.1f} M parameters are frozen in"
-    " both."
+    f"VeRA is {100 * (vera - head):.1f} points above the head alone. The"
+    f" encoder's {frozen / 1e6:.1f} M parameters stay frozen in both."
   )
 
 
