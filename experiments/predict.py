@@ -50,13 +50,11 @@ LINES = flags.DEFINE_integer(
 def main() -> None:
   if not INPUT.value or bool(ADAPTER.value) == bool(MODEL.value):
     raise UserError("Give --input=FILE and either --adapter=DIR or --model=DIR")
-  from vera_jax.data.tasks import task_named  # after the flags' errors
-  from vera_jax.data.texts import read_lines
+  from vera_jax.data.texts import read_lines  # after the flags' errors
 
   with _opened(INPUT.value) as (file, progress):
     predictor = _predictor()
-    name = predictor.classifier.about.get("task")
-    task = task_named(name) if name else None
+    task = predictor.classifier.task
     lines = read_lines(
       _counted(file, progress),
       format=_input_format(INPUT.value),
@@ -158,5 +156,13 @@ def _text(answer: Any, labels: tuple[str, ...]) -> str:
   return "\t".join([answer.label, *(f"{number:.6f}" for number in numbers)])
 
 
+def _until_closed() -> None:
+  """`main`, up to where a reader such as `head` has seen enough."""
+  try:
+    main()
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 if __name__ == "__main__":
-  cli.run(main, usage=__doc__)
+  cli.run(_until_closed, usage=__doc__)

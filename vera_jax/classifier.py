@@ -20,6 +20,7 @@ from vera_jax.adapter import Adapter, Target
 from vera_jax.adapter import Path as TreePath
 from vera_jax.adapter_files import SavedAdapter, named_slices
 from vera_jax.apply import adapt
+from vera_jax.data.tasks import Task, task_named
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.labels import FROZEN, label_tree
@@ -63,6 +64,14 @@ class Classifier(NamedTuple):
     if self.projections:
       return {"params": self.params, "projections": self.projections}
     return {"params": self.params}
+
+  @property
+  def task(self) -> Task | None:
+    """The GLUE task that it was trained for; None if it was another."""
+    try:
+      return task_named(str(self.about.get("task")))
+    except UserError:
+      return None
 
   @property
   def room(self) -> int:
@@ -130,10 +139,11 @@ def load_classifier(
   folder = resolve(name)
   config = load_config(folder)
   fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-  names = fields.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
   try:
+    count = int(fields.get("num_labels", 2))
+    names = fields.get("id2label") or {i: f"LABEL_{i}" for i in range(count)}
     ordered = sorted((int(key), str(value)) for key, value in names.items())
-  except (AttributeError, ValueError) as error:
+  except (AttributeError, TypeError, ValueError) as error:
     raise UserError(f"{folder / 'config.json'}: no usable id2label.") from error
   regression = len(ordered) == 1 or fields.get("problem_type") == "regression"
   module = BertClassifier(

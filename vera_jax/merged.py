@@ -21,7 +21,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vera_jax.classifier import MERGED, Classifier, load_classifier
-from vera_jax.data.tasks import task_named
 from vera_jax.errors import UserError
 from vera_jax.hub import FILES
 from vera_jax.merge import merge
@@ -127,7 +126,8 @@ def _write(
   for kind in kinds:
     _save(tensors, folder, dtype=kind)
     written = load_classifier(folder, dtype=jnp.dtype(kind))
-    logits = Predictor(written).logits(*probes)
+    answers = Predictor(written, max_length=predictor.max_length)
+    logits = answers.logits(*probes)
     found[kind] = float(np.abs(logits - expected).max())
     _refuse_beyond(kind, found[kind], allowed[kind])
   about = {
@@ -190,6 +190,6 @@ def _probes(predictor: Predictor) -> tuple[list[str], list[str] | None]:
   rng = random.Random(0)
   drawn = [" ".join(rng.choices(vocabulary, k=4 + 3 * i)) for i in range(DRAWN)]
   first = [*PROBES, *drawn]
-  task = predictor.classifier.about.get("task")
-  single = task is None or len(task_named(task).columns) == 1
+  task = predictor.classifier.task
+  single = task is None or len(task.columns) == 1
   return first, None if single else [*first[1:], first[0]]
