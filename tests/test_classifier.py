@@ -25,8 +25,9 @@ def logits(classifier):
   return np.asarray(apply(classifier.variables, jnp.asarray(IDS)))
 
 
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize(
+  "method, scan", [*((method, True) for method in TRAINED), ("vera", False)]
+)
 def test_what_was_saved_is_in_the_tree(method, scan, random_adapter):
   saved = load_adapter(random_adapter(method))
   classifier = restore_adapter(saved, scan=scan)
@@ -44,8 +45,9 @@ def test_what_was_saved_is_in_the_tree(method, scan, random_adapter):
   assert classifier.labels == ("entailment", "not_entailment")
 
 
-@pytest.mark.parametrize("sharing", ["shared", "unique"])
-@pytest.mark.parametrize("trained_scan", [True, False])
+@pytest.mark.parametrize(
+  "sharing, trained_scan", [("shared", True), ("unique", False)]
+)
 def test_scanned_or_looped_serves_any_adapter(
   sharing, trained_scan, random_adapter
 ):

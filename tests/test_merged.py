@@ -57,8 +57,8 @@ def test_roberta_and_regression(random_adapter, tiny_roberta, tmp_path):
   assert load_classifier(tmp_path / "out").labels == ()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_the_bytes_nearly_the_answers(dtype, random_adapter, tmp_path):
+def test_half_the_bytes_nearly_the_answers(random_adapter, tmp_path):
+  dtype = "bfloat16"
   adapted = restored(random_adapter())
   about = write_merged(adapted, tmp_path / "out", dtype=dtype)
   assert list(about["differences"]) == ["float32", dtype]
@@ -150,8 +150,9 @@ def test_a_real_encoder(random_adapter, minilm_folder, tmp_path):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-@pytest.mark.parametrize("method", ["vera", "lora"])
+@pytest.mark.parametrize(
+  "kind, method", [("bert", "lora"), ("roberta", "vera")]
+)
 def test_torch_gives_the_same_logits(
   kind, method, random_adapter, tiny_model, tiny_roberta, tmp_path
 ):
