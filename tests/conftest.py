@@ -58,14 +58,11 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
-  """A pretrained encoder's folder: random, headless, with two odd tensors."""
+def _random_encoder(fields: dict) -> dict[str, np.ndarray]:
   from vera_jax.models.bert import BertClassifier, BertConfig
   from vera_jax.models.hf_weights import to_hf
 
-  folder = tmp_path_factory.mktemp("tiny_model")
-  config = BertConfig.from_dict(TINY)
+  config = BertConfig.from_dict(fields)
   ids = jax.ShapeDtypeStruct((1, 8), np.int32)
   init = BertClassifier(config, 2).init
   shapes = jax.eval_shape(init, jax.random.key(0), ids)["params"]
@@ -76,7 +73,14 @@ def tiny_model(tmp_path_factory) -> Path:
     noise = 0.3 * rng.standard_normal(leaf.shape) + (path[-1].key == "scale")
     return noise.astype(np.float32)
 
-  tensors = to_hf(jax.tree_util.tree_map_with_path(draw, shapes), config)
+  return to_hf(jax.tree_util.tree_map_with_path(draw, shapes), config)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+  """A pretrained encoder's folder: random, headless, with two odd tensors."""
+  folder = tmp_path_factory.mktemp("tiny_model")
+  tensors = _random_encoder(TINY)
   tensors["cls.predictions.bias"] = np.zeros(3, np.float32)
   tensors["bert.encoder.extra.weight"] = np.zeros(3, np.float32)
   save_file(tensors, folder / "model.safetensors")
@@ -139,5 +143,100 @@ def tiny_config(tiny_settings):
     changes = {key.replace("__", "."): x for key, x in changes.items()}
     config.update_from_flattened_dict({**tiny_settings, **changes})
     return config
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def tiny_roberta(tmp_path_factory) -> Path:
+  """A small random RoBERTa with a tokenizer of whole words."""
+  from tokenizers import Tokenizer
+  from tokenizers.models import WordLevel
+  from tokenizers.pre_tokenizers import Whitespace
+  from tokenizers.processors import RobertaProcessing
+  from transformers import PreTrainedTokenizerFast
+
+  folder = tmp_path_factory.mktemp("tiny_roberta")
+  fields = {**TINY, "model_type": "roberta", "pad_token_id": 1}
+  tensors = _random_encoder(fields)
+  save_file(tensors, folder / "model.safetensors")
+  special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+  vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+  words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+  words.pre_tokenizer = Whitespace()
+  words.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))
+  names = dict(zip(("bos", "pad", "eos", "unk", "mask"), special, strict=True))
+  PreTrainedTokenizerFast(
+    tokenizer_object=words,
+    **{f"{name}_token": word for name, word in names.items()},
+  ).save_pretrained(folder)
+  (folder / "config.json").write_text(json.dumps(fields))
+  return folder
+
+
+SETTINGS = {
+  "vera": {
+    "rank": 8,
+    "d_init": 0.1,
+    "init": "kaiming_uniform",
+    "projection_seed": 0,
+    "train": "both",
+    "sharing": "shared",
+    "targets": ["query", "value"],
+  },
+  "lora": {"rank": 2, "alpha": 4.0, "targets": ["query", "value"]},
+}
+
+
+@pytest.fixture(scope="session")
+def random_adapter(tiny_model, tmp_path_factory):
+  """Makes an adapter's folder, its leaves random; keywords are settings."""
+  from flax.traverse_util import flatten_dict, unflatten_dict
+
+  from vera_jax.adapter_files import save_adapter
+  from vera_jax.apply import adapt
+  from vera_jax.labels import FROZEN, label_tree
+  from vera_jax.methods import make_adapter
+  from vera_jax.models.bert import BertClassifier
+  from vera_jax.models.hf_weights import fingerprint, load_config
+  from vera_jax.projections import PRNG, digest
+
+  def make(
+    method="vera", *, base=tiny_model, task="rte", scan=True, **settings
+  ) -> Path:
+    from vera_jax.data.tasks import task_named
+
+    labels = task_named(task).labels
+    settings = {**SETTINGS.get(method, {}), **settings}
+    ids = jax.ShapeDtypeStruct((1, 8), np.int32)
+    model = BertClassifier(load_config(base), len(labels) or 1, scan=scan)
+    adapter, targets = make_adapter(method, settings)
+    module, projections = model, {}
+    if adapter is not None:
+      module = adapt(model, adapter, targets=targets)
+      projections = adapter.projections(module.find_targets(ids))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
+    kinds = flatten_dict(label_tree(shapes, method))
+    rng = np.random.default_rng(7)
+    trained = {
+      path: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
+      + np.float32(path[-1] == "scale")
+      for path, leaf in sorted(flatten_dict(shapes).items())
+      if kinds[path] != FROZEN
+    }
+    folder = tmp_path_factory.mktemp(f"{method}_adapter")
+    about = {
+      "task": task,
+      "method": method,
+      "settings": settings,
+      "base": str(base),
+      "base_fingerprint": fingerprint(base),
+      "labels": list(labels),
+      "projection_prng": PRNG,
+      "projection_digest": digest(projections) if projections else None,
+      "max_length": 16,
+    }
+    save_adapter(folder, unflatten_dict(trained), about=about)
+    return folder
 
   return make

@@ -10,15 +10,24 @@ What a notebook needs:
   make_pair, digest   the frozen random matrices A, B, and their fingerprint
   label_tree, split, join, count   adapter, head and frozen parameters
   train_and_evaluate  a whole run from a config
+  save_adapter, load_adapter   a trained adapter's folder, two small files
+  restore_adapter     a loaded adapter on its base: a whole classifier
+  load_classifier     a merged (or any other) classifier's folder
+  write_merged        a classifier as a plain Hugging Face checkpoint
+  Predictor           answers of a classifier to texts
   UserError           what is raised for input that the user can mend
 """
 
 from vera_jax.adapter import Adapter, Target
+from vera_jax.adapter_files import SavedAdapter, load_adapter, save_adapter
 from vera_jax.apply import adapt, adapter_size, find_targets
+from vera_jax.classifier import Classifier, load_classifier, restore_adapter
 from vera_jax.errors import UserError
 from vera_jax.labels import count, join, label_tree, split
 from vera_jax.lora import lora
 from vera_jax.merge import merge
+from vera_jax.merged import write_merged
+from vera_jax.prediction import Predictor
 from vera_jax.projections import digest, make_pair
 from vera_jax.vera import vera
 
@@ -34,6 +43,9 @@ def train_and_evaluate(config, workdir):
 
 __all__ = [
   "Adapter",
+  "Classifier",
+  "Predictor",
+  "SavedAdapter",
   "Target",
   "UserError",
   "adapt",
@@ -43,10 +55,15 @@ __all__ = [
   "find_targets",
   "join",
   "label_tree",
+  "load_adapter",
+  "load_classifier",
   "lora",
   "make_pair",
   "merge",
+  "restore_adapter",
+  "save_adapter",
   "split",
   "train_and_evaluate",
   "vera",
+  "write_merged",
 ]

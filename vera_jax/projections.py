@@ -162,8 +162,20 @@ def make_projections(
 
 
 def digest(projections: Mapping[str, Any]) -> str:
-  """sha256 over the matrices' float32 bytes, in order of their paths."""
+  """sha256 over the matrices' float32 bytes, the same scanned or looped.
+
+  They go in order of the paths without layer numbers, then of the layers, and A
+  before B.
+  """
+  matrices: dict[tuple[str, tuple[int, ...], str], np.ndarray] = {}
+  for path, leaf in flatten_dict(dict(projections)).items():
+    name = "/".join(path[:-1])
+    role = re.sub(r"_\d+(?=/|$)", "", name)
+    numbers = tuple(int(n) for n in re.findall(r"_(\d+)(?=/|$)", name))
+    values = np.asarray(leaf, "<f4")
+    for layer in np.ndindex(values.shape[:-2]):
+      matrices[role, numbers + layer, path[-1]] = values[layer]
   sha = hashlib.sha256()
-  for _, matrix in sorted(flatten_dict(dict(projections)).items()):
-    sha.update(np.asarray(matrix, "<f4").tobytes())
+  for _, matrix in sorted(matrices.items(), key=lambda item: item[0]):
+    sha.update(matrix.tobytes())
   return sha.hexdigest()

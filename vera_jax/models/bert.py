@@ -30,6 +30,15 @@ Read = Float[Array, "rows slots hidden"]
 Logits = Float[Array, "rows slots labels"]
 Mask = Bool[Array, "rows 1 length length"]
 
+# The arrays of a packed batch that `BertClassifier` takes.
+INPUTS = (
+  "input_ids",
+  "token_type_ids",
+  "positions",
+  "segment_ids",
+  "cls_positions",
+)
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu": partial(nn.gelu, approximate=False),
   "gelu_new": partial(nn.gelu, approximate=True),

@@ -294,6 +294,7 @@ class Session:
         "settings": run.config[run.config.method].to_dict(),
         "projection_prng": PRNG,
         "base_fingerprint": fingerprint(run.base),
+        "max_length": run.config.data.max_length,
         "parameters": result["parameters"],
         "versions": result["versions"],
       },

@@ -23,13 +23,12 @@ from vera_jax.adapter import Adapter
 from vera_jax.apply import adapt, find_targets
 from vera_jax.errors import UserError
 from vera_jax.labels import FROZEN, Counts, count, label_tree, split
-from vera_jax.lora import lora
-from vera_jax.models.bert import BertClassifier
+from vera_jax.methods import make_adapter
+from vera_jax.models.bert import INPUTS, BertClassifier
 from vera_jax.models.hf_weights import LEAVES, Loaded, load_config, load_params
 from vera_jax.projections import digest
 from vera_jax.train.sharding import REPLICATED, param_shardings, put
-from vera_jax.train.step import INPUTS, Frozen, State
-from vera_jax.vera import vera
+from vera_jax.train.step import Frozen, State
 
 MAY_BE_NEW = ("classifier/", "pooler/")  # leaves that a task brings itself
 
@@ -52,14 +51,7 @@ class Model(NamedTuple):
 
 def build_adapter(config: ConfigDict) -> tuple[Adapter | None, tuple[str, ...]]:
   """The method's adapter and targets; None where it trains the base itself."""
-  if config.method == "vera":
-    names = ("rank", "d_init", "init", "projection_seed", "train", "sharing")
-    settings = {name: config.vera[name] for name in names}
-    return vera(**settings), tuple(config.vera.targets)
-  if config.method == "lora":
-    settings = {name: config.lora[name] for name in ("rank", "alpha")}
-    return lora(**settings), tuple(config.lora.targets)
-  return None, ()
+  return make_adapter(config.method, config[config.method].to_dict())
 
 
 def compute_dtype(name: str) -> Any:

@@ -15,14 +15,8 @@ from jax import Array
 from jaxtyping import Float, Int, Num, PRNGKeyArray
 
 from vera_jax.labels import join
+from vera_jax.models.bert import INPUTS
 
-INPUTS = (
-  "input_ids",
-  "token_type_ids",
-  "positions",
-  "segment_ids",
-  "cls_positions",
-)
 Tree = Any
 
 

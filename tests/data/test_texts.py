@@ -1,0 +1,93 @@
+"""Lines of text to predict: headers, columns, keys, and what is wrong."""
+
+import pytest
+
+from vera_jax.data.tasks import TASKS
+from vera_jax.data.texts import Line, read_lines
+
+
+def read(text, format="tsv", **options):
+  data = text if isinstance(text, bytes) else text.encode()
+  return list(read_lines(data.splitlines(True), format=format, **options))
+
+
+def test_a_tsv_without_header_is_all_text():
+  assert read("a b\nc\r\nd") == [
+    Line(1, ("a b",)),
+    Line(2, ("c",)),
+    Line(3, ("d",)),
+  ]
+  assert read("a\tb\n")[0].texts == ("a", "b")
+
+
+@pytest.mark.parametrize(
+  "header, task, texts",
+  [
+    ("sentence\tlabel", None, ("0",)),
+    ("index\ttext", None, ("1",)),
+    ("index\tsentence1\tsentence2\tlabel", None, ("1", "2")),
+    ("index\tquestion\tsentence\tlabel", "qnli", ("1", "2")),
+    ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "mrpc", ("3", "4")),
+    ("sentence2\tsentence1", "rte", ("1", "0")),
+  ],
+)
+def test_a_header_says_where_the_texts_are(header, task, texts):
+  count = None if task is None else 2
+  lines = read(
+    f"{header}\n0\t1\t2\t3\t4\n", task=TASKS.get(task or ""), count=count
+  )
+  assert lines[0] == Line(1, header=True)
+  assert lines[1] == Line(2, texts)
+
+
+def test_a_byte_order_mark_is_no_text():
+  assert read("\N{ZERO WIDTH NO-BREAK SPACE}sentence\na")[0].header
+
+
+def test_quotes_are_text():
+  assert read('"a" said\nb')[0].texts == ('"a" said',)
+
+
+@pytest.mark.parametrize(
+  "line, texts",
+  [
+    ('{"sentence": "a"}', ("a",)),
+    ('{"text": "a", "label": 1}', ("a",)),
+    ('{"sentence2": "b", "sentence1": "a"}', ("a", "b")),
+    ('{"text": "tab\\tinside"}', ("tab\tinside",)),
+  ],
+)
+def test_the_keys_of_jsonl(line, texts):
+  assert read(line, "jsonl") == [Line(1, texts)]
+
+
+def test_a_tasks_own_keys():
+  line = '{"question": "a", "sentence": "b"}'
+  found = read(line, "jsonl", task=TASKS["qnli"], count=2)
+  assert found == [Line(1, ("a", "b"))]
+
+
+@pytest.mark.parametrize(
+  "format, line, words",
+  [
+    ("tsv", b"a\tb\n", "2 columns, 1 expected"),
+    ("tsv", b"\n", "empty"),
+    ("tsv", b"\xff\n", "not UTF-8"),
+    ("jsonl", b"nope\n", "no JSON"),
+    ("jsonl", b"[1]\n", "no JSON object"),
+    ("jsonl", b'{"sentence": 3}\n', "no text under sentence, or text"),
+    ("jsonl", b'{"text": " "}\n', "a text is empty"),
+    ("jsonl", b'{"text": "\\ud800"}\n', "not UTF-8"),
+  ],
+)
+def test_a_bad_line_is_named_and_the_rest_goes_on(format, line, words):
+  good = b"good\n" if format == "tsv" else b'{"text": "good"}\n'
+  lines = read(good + line + good, format)
+  assert [bool(found.error) for found in lines] == [False, True, False]
+  assert lines[1].number == 2 and words in lines[1].error
+  assert lines[2].texts == ("good",)
+
+
+def test_a_short_row_under_a_header():
+  lines = read("index\tsentence\n0\n1\ta\n")
+  assert "1 columns" in lines[1].error and lines[2].texts == ("a",)

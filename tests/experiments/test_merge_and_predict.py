@@ -1,0 +1,81 @@
+"""The two commands as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script, *flags, text=""):
+  done = subprocess.run(
+    [sys.executable, "-m", f"experiments.{script}", *map(str, flags)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    input=text,
+    env=os.environ,
+    timeout=120,
+  )
+  assert "Traceback" not in done.stderr, done.stderr
+  return done
+
+
+def test_merge_then_predict_from_both(random_adapter, tmp_path):
+  adapter, out = random_adapter(), tmp_path / "out"
+  done = run("merge", f"--adapter={adapter}", f"--out={out}")
+  assert done.returncode == 0, done.stderr
+  assert "float32" in done.stdout and str(out) in done.stdout.replace("\n", "")
+  file = tmp_path / "texts.tsv"
+  file.write_text(
+    "sentence1\tsentence2\nword1 word2\tword3\nalone\nword4\tword5\n"
+  )
+  ours = run("predict", f"--adapter={adapter}", f"--input={file}")
+  assert ours.returncode == 1
+  assert "line 3: it has 1 columns" in ours.stderr
+  assert "1 of 4 lines could not be used." in ours.stderr
+  header, first, bad, last = ours.stdout.splitlines()
+  assert header.split("\t") == [
+    "label",
+    "score",
+    "entailment",
+    "not_entailment",
+  ]
+  assert bad == ""
+  lines = ['{"sentence1": "word1 word2", "sentence2": "word3"}', "{"]
+  theirs = run(
+    "predict",
+    f"--model={out}",
+    "--input=-",
+    "--input_format=jsonl",
+    "--format=jsonl",
+    text="\n".join(lines),
+  )
+  assert theirs.returncode == 1
+  answer, bad = map(json.loads, theirs.stdout.splitlines())
+  label, score, *chances = first.split("\t")
+  assert answer["label"] == label and bad == {}
+  assert answer["score"] == pytest.approx(float(score), abs=2e-6)
+  assert list(answer["probabilities"].values()) == pytest.approx(
+    [float(chance) for chance in chances], abs=2e-6
+  )
+
+
+@pytest.mark.parametrize(
+  "script, flags, words",
+  [
+    ("merge", ["--adapter=nowhere"], "--adapter=DIR --out=DIR"),
+    ("merge", ["--adapter=nowhere", "--out=new"], "no adapter folder nowhere"),
+    ("merge", ["--adapter=nowhere", "--out=."], ". is in use"),
+    ("predict", ["--adapter=a", "--model=b", "--input=-"], "either --adapter"),
+    ("predict", ["--adapter=a", "--input=no.tsv"], "no.tsv can't be read"),
+  ],
+)
+def test_a_mistake_is_told_in_a_line(script, flags, words):
+  done = run(script, *flags)
+  assert done.returncode == 1 and words in done.stderr
+  assert len(done.stderr.splitlines()) == 1
