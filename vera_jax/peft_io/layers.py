@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ class Layer(NamedTuple):
   target: Target
 
 
+@cache
 def linear_layers(config: BertConfig) -> dict[str, Layer]:
   """Every linear layer by its name in Hugging Face's classifier."""
   found = {}
@@ -38,6 +40,7 @@ def linear_layers(config: BertConfig) -> dict[str, Layer]:
   return found
 
 
+@cache
 def param_shapes(config: BertConfig, num_labels: int) -> dict[Path, Any]:
   """The shapes of a classifier's own parameters, by path."""
   model = BertClassifier(config, num_labels)
