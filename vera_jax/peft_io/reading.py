@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 
 from vera_jax.adapter_files import save_adapter
 from vera_jax.errors import UserError
-from vera_jax.hub import resolve
+from vera_jax.hub import PACKAGE, resolve
 from vera_jax.models.bert import BertConfig
 from vera_jax.models.hf_weights import fingerprint, load_config, module_path
 from vera_jax.peft_io.about import describe, our_settings
@@ -74,7 +74,11 @@ def import_adapter(
   """
   check_free(out)
   settings = read_config(folder)
+  tensors, carried = read_tensors(folder / PEFT_FILE)
   name = base or settings.base
+  ours = str(carried.get("base"))
+  if base is None and ours.startswith(PACKAGE):
+    name = ours  # the export wrote the folder, which is one machine's own
   if name is None:
     raise UserError(
       f"{folder} names no base model, or a revision of one: say --base=FOLDER."
@@ -82,7 +86,6 @@ def import_adapter(
   base_folder = resolve(name)
   config = _base_config(base_folder)
   layers = linear_layers(config)
-  tensors, carried = read_tensors(folder / PEFT_FILE)
   parts = _sort(tensors, settings.method, layers)
   _check_targets(settings, parts.adapted, layers)
   adapter = _adapter_leaves(settings, parts.adapted, layers)
