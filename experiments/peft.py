@@ -1,0 +1,63 @@
+"""Adapters to and from PEFT's format, without torch.
+
+  python -m experiments.peft import --adapter=PEFT_DIR --out=OUR_DIR
+  python -m experiments.peft export --adapter=OUR_DIR --out=PEFT_DIR --as=lora
+
+VeRA and LoRA go both ways; any VeRA adapter is also a LoRA adapter of the same
+rank, exactly (--as=lora). --base names the base where the adapter's own name
+for it is not found.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from experiments import cli
+from vera_jax.errors import UserError
+
+ADAPTER = flags.DEFINE_string("adapter", None, "The folder to read.")
+OUT = flags.DEFINE_string("out", None, "The folder to write.")
+BASE = flags.DEFINE_string(
+  "base", None, "The base, a folder or a hub id; unset: the adapter says it."
+)
+AS = flags.DEFINE_enum(
+  "as", None, ["vera", "lora"], "export: PEFT's method; unset: the adapter's."
+)
+TASK = flags.DEFINE_string(
+  "task", None, "import: the GLUE task, for the names of the labels."
+)
+
+
+def main(words: list[str]) -> None:
+  from vera_jax.peft_io import export_adapter, import_adapter
+
+  if words not in (["import"], ["export"]):
+    raise UserError("Say import or export; --help shows how.")
+  if not ADAPTER.value or not OUT.value:
+    raise UserError("--adapter and --out are needed.")
+  folder, out = Path(ADAPTER.value), Path(OUT.value)
+  if words == ["import"]:
+    about = import_adapter(folder, out, base=BASE.value, task=TASK.value)
+    print(_told(about))
+  else:
+    for warning in export_adapter(
+      folder, out, method=AS.value, base=BASE.value
+    ):
+      print(f"Warning: {warning}", file=sys.stderr)
+  print(out)
+
+
+def _told(about: dict) -> str:
+  given, size = about["settings"], about["parameters"]["adapter"]
+  text = f"{about['method']}, rank {given['rank']}, {size:,} numbers on "
+  text += ", ".join(given["targets"])
+  if given.get("init") == "stored":
+    text += "; no key gives its projections, so they are kept in the file"
+  elif about["method"] == "vera":
+    text += f"; projections: {given['init']}, {given['projection_seed']}"
+  return text
+
+
+if __name__ == "__main__":
+  cli.run(main, usage=__doc__, operands=True)

@@ -1,0 +1,66 @@
+"""The two kinds of adapter folder as tensors and words."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from vera_jax.errors import UserError
+from vera_jax.models.hf_weights import FLOATS
+
+PEFT_FILE = "adapter_model.safetensors"
+OUR_FILE = "adapter.safetensors"
+OURS = "vera_jax"  # our adapter.json, in the header of an exported file
+PREFIX = "base_model.model."
+PAIR = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
+LEAVES = {
+  "vera": {"vera_lambda_d": "vera_d", "vera_lambda_b": "vera_b"},
+  "lora": {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"},
+}
+STORED = "stored"  # settings.init where A and B lie in adapter.safetensors
+
+
+def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """All tensors in float32, and the adapter.json that the header may carry."""
+  if not file.is_file() and file.with_suffix(".bin").is_file():
+    raise UserError(
+      f"{file.with_suffix('.bin')} is torch's pickle format, which is not read"
+      " here. Load the adapter in PEFT and save it again: save_pretrained"
+      " writes safetensors."
+    )
+  try:
+    with safe_open(file, framework="numpy") as opened:
+      for name in opened.keys():
+        dtype = opened.get_slice(name).get_dtype()
+        if dtype not in FLOATS:
+          raise UserError(
+            f"{file}: {name!r} is stored as {dtype}; only"
+            f" {', '.join(FLOATS)} can be read."
+          )
+      tensors = {
+        name: np.asarray(opened.get_tensor(name), np.float32)
+        for name in opened.keys()
+      }
+      return tensors, _carried(opened.metadata() or {})
+  except (SafetensorError, OSError) as error:
+    raise UserError(
+      f"{file} is missing or no whole safetensors file ({error}); fetch or"
+      " copy it again."
+    ) from error
+
+
+def _carried(metadata: Mapping[str, str]) -> dict[str, Any]:
+  try:
+    about = json.loads(metadata.get(OURS, "{}"))
+  except ValueError:
+    return {}
+  return about if isinstance(about, dict) else {}
+
+
+def check_free(folder: Path) -> None:
+  """Nothing is written over."""
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise UserError(f"{folder} is there already; choose another --out.")
