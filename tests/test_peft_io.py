@@ -7,6 +7,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from vera_jax.adapter_files import load_adapter
+from vera_jax.classifier import restore_adapter
 from vera_jax.errors import UserError
 from vera_jax.models.bert import BertConfig
 from vera_jax.peft_io import export_adapter, import_adapter
@@ -154,6 +156,30 @@ def test_projections_made_elsewhere_are_kept(carry):
   for letter, matrix in stored.items():
     np.testing.assert_array_equal(matrix, theirs[f"base_model.vera_{letter}"])
   assert about["projection_digest"] == digest(stored)
+
+
+@pytest.mark.parametrize("init", ["peft", "orthogonal"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_what_was_imported_is_restored(carry, tmp_path, init, scan):
+  theirs = vectors() | pair(init=init)
+  carry(theirs, VERA)
+  restored = restore_adapter(load_adapter(tmp_path / "ours"), scan=scan)
+  for letter, matrix in restored.projections.items():
+    np.testing.assert_array_equal(matrix, theirs[f"base_model.vera_{letter}"])
+  query = restored.params["encoder"]["layer" if scan else "layer_1"]
+  found = query["attention"]["self"]["query"]["vera_b"]
+  np.testing.assert_array_equal(
+    found[1] if scan else found,
+    theirs[MODULE.format(1, QUERY, "vera_lambda_b")],
+  )
+
+
+def test_stored_projections_that_are_gone(carry, tmp_path):
+  carry(vectors() | pair(init="orthogonal"), VERA)
+  saved = load_adapter(tmp_path / "ours")
+  del saved.tensors["projections.A"]
+  with pytest.raises(UserError, match="projections.A"):
+    restore_adapter(saved)
 
 
 def test_wider_projections_are_cut_to_the_layers(carry):
@@ -331,7 +357,9 @@ def test_there_and_back(tiny_model, tmp_path, init):
     for name in ("ours", "back")
   )
   assert one == two
-  assert json.loads((tmp_path / "back/adapter.json").read_text()) == about
+  written = json.loads((tmp_path / "back/adapter.json").read_text())
+  assert len(written.pop("tensors_sha256")) == 64
+  assert written == about
 
 
 def test_what_peft_gets(tiny_model, tmp_path):

@@ -22,6 +22,8 @@ from vera_jax.models.hf_weights import module_name
 from vera_jax.workdir import write_json
 
 ABOUT, TENSORS = "adapter.json", "adapter.safetensors"
+# The init of projections that no seed gives: A and B then lie in the file.
+STORED = "stored"
 SHA256 = "tensors_sha256"
 # What an adapter is put back by, and the JSON types of it.
 NEEDED: dict[str, tuple[type, ...]] = {

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from vera_jax.adapter import Adapter, Target
 from vera_jax.adapter import Path as TreePath
-from vera_jax.adapter_files import SavedAdapter, named_slices
+from vera_jax.adapter_files import STORED, SavedAdapter, named_slices
 from vera_jax.apply import adapt
 from vera_jax.data.tasks import Task, task_named
 from vera_jax.errors import UserError
@@ -106,6 +106,8 @@ def restore_adapter(
     config, len(labels) or 1, dtype=dtype, param_dtype=dtype, scan=scan
   )
   adapter, patterns = make_adapter(about["method"], about["settings"])
+  if about["settings"].get("init") == STORED and adapter is not None:
+    saved, adapter = _take_stored(saved, adapter)
   module: nn.Module = model
   targets: dict[TreePath, Target] = {}
   ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
@@ -245,6 +247,22 @@ def _leaves(found: Mapping[str, np.ndarray], trained: Flat) -> Flat:
     value = np.stack(values) if "layer" in path else values[0]
     leaves[path] = value.astype(np.float32)
   return leaves
+
+
+def _take_stored(
+  saved: SavedAdapter, adapter: Adapter
+) -> tuple[SavedAdapter, Adapter]:
+  """The pair that no seed gives moves from the tensors to the adapter."""
+  rest = dict(saved.tensors)
+  try:
+    pair = {k: jnp.asarray(rest.pop(f"projections.{k}")) for k in "AB"}
+  except KeyError as error:
+    raise UserError(
+      f"The adapter {saved.folder} has stored projections by its adapter.json,"
+      f" but its tensors lack {error}."
+    ) from error
+  stored = adapter._replace(projections=lambda targets: pair)
+  return saved._replace(tensors=rest), stored
 
 
 def _projections(

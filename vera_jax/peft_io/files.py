@@ -20,7 +20,6 @@ LEAVES = {
   "vera": {"vera_lambda_d": "vera_d", "vera_lambda_b": "vera_b"},
   "lora": {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"},
 }
-STORED = "stored"  # settings.init where A and B lie in adapter.safetensors
 
 
 def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vera_jax.adapter_files import STORED
 from vera_jax.errors import UserError
 from vera_jax.peft_io.config import PeftSettings
-from vera_jax.peft_io.files import STORED
 from vera_jax.projections import INITIALISERS, digest, make_pair
 
 

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from vera_jax.adapter import Path as TreePath
+from vera_jax.adapter_files import STORED
 from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE, resolve
 from vera_jax.models.hf_weights import (
@@ -30,7 +31,6 @@ from vera_jax.peft_io.files import (
   OURS,
   PEFT_FILE,
   PREFIX,
-  STORED,
   check_free,
   read_tensors,
 )
