@@ -26,11 +26,6 @@ from configs import minilm
 from experiments import cli
 from vera_jax.errors import UserError
 
-SOURCE = flags.DEFINE_string(
-  "source", None, "SST-2: a folder of GLUE's files, or a hub id."
-)
-OUT = flags.DEFINE_string("out", "results/peft_steps", "Where results go.")
-STEPS = flags.DEFINE_integer("steps", 100, "Training steps.", lower_bound=1)
 PAD_TO = 16  # lengths are rounded up to it
 
 Batch = dict[str, np.ndarray]
@@ -272,5 +267,10 @@ def _told(result: dict[str, Any]) -> str:
   )
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # flags too: a test imports this beside others
+  SOURCE = flags.DEFINE_string(
+    "source", None, "SST-2: a folder of GLUE's files, or a hub id."
+  )
+  OUT = flags.DEFINE_string("out", "results/peft_steps", "Where results go.")
+  STEPS = flags.DEFINE_integer("steps", 100, "Training steps.", lower_bound=1)
   cli.run(main, usage=__doc__)

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from vera_jax.errors import UserError
 from vera_jax.train import loop
+from vera_jax.train import step as step_module
 from vera_jax.train.interrupt import Interrupted
 from vera_jax.train.loop import best_epoch, train_and_evaluate
 
@@ -203,14 +204,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_config, tmp_path, saved):
 
 
 def test_the_last_good_save_is_left(tiny_config, tmp_path, monkeypatch, saved):
-  step = loop.train_step
+  step = step_module.train_step
 
   def broken(state, *args, **kwargs):
     state, metrics = step(state, *args, **kwargs)
     loss = jnp.where(state.step == 14, jnp.nan, metrics["loss"])
     return state, {**metrics, "loss": loss}
 
-  monkeypatch.setattr(loop, "train_step", broken)
+  monkeypatch.setattr(step_module, "train_step", broken)
   with pytest.raises(UserError, match="loss is nan at step 14 .* of step 10"):
     train_and_evaluate(tiny_config(), tmp_path / "run")
   arrays, progress = saved(tmp_path / "run", 10)
