@@ -53,11 +53,30 @@ def main() -> None:
   out = Path(OUT.value)
   out.mkdir(parents=True, exist_ok=True)
   (out / "curves.json").write_text(json.dumps(curves, indent=2) + "\n")
-  print(out / "curves.json")
+  _draw(curves, out / "curves.png")
+  print(out / "curves.png")
+
+
+def _draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
+  """Both loss curves of each method, one on the other."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(10, 3.6), layout="constrained")
+  axes = figure.subplots(1, len(curves), sharey=True)
+  for axis, (method, curve) in zip(axes, curves.items(), strict=True):
+    axis.plot(curve["peft"], color="#9ecae1", linewidth=5, label="PEFT (torch)")
+    axis.plot(curve["vera_jax"], color="black", linewidth=1.2, label="vera_jax")
+    apart = curve["largest_relative_loss_difference"]
+    axis.set_title(f"{method}: largest relative difference {apart:.1e}")
+    axis.set_xlabel("step")
+    axis.legend(loc="lower left")
+  axes[0].set_ylabel("training loss")
+  figure.savefig(path, dpi=120)
 
 
 def _need_torch() -> None:
   try:
+    import matplotlib  # noqa: F401
     import peft  # noqa: F401
     import torch  # noqa: F401
   except ImportError as error:

@@ -11,6 +11,16 @@ import pytest
 from vera_jax.train.interrupt import SIGNALS, watch
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+  """The usual handlers, for a runner in the background has SIGINT ignored."""
+  usual = (signal.default_int_handler, signal.SIG_DFL)
+  before = [signal.signal(n, h) for n, h in zip(SIGNALS, usual, strict=True)]
+  yield
+  for number, handler in zip(SIGNALS, before, strict=True):
+    signal.signal(number, handler)
+
+
 def handlers():
   return [signal.getsignal(number) for number in SIGNALS]
 
@@ -43,6 +53,7 @@ def test_the_handlers_come_back_after_an_error():
 TWICE = """
 import signal
 from vera_jax.train.interrupt import watch
+signal.signal(signal.{name}, signal.SIG_DFL)
 with watch() as flag:
   signal.raise_signal(signal.{name})
   print("first", flag.caught.name, flush=True)
