@@ -91,6 +91,13 @@ def define_config() -> flags.FlagHolder:
   return holder
 
 
+def chosen(holder: flags.FlagHolder) -> ConfigDict:
+  """The config that --config names; none is the user's mistake."""
+  if holder.value is None:
+    raise UserError("Say which settings: --config=configs/rte.py")
+  return holder.value
+
+
 class _ConfigParser(ConfigFileFlagParser):
   def parse(self, path: str) -> ConfigDict:
     file = Path(path.partition(":")[0])

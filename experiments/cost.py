@@ -69,7 +69,7 @@ def main() -> None:
   for name in ("GFLOP", "GB moved", "MB temporary", "kB gradients", "kB slots"):
     table.add_column(name, justify="right")
   for method in TRAINED:
-    config = CONFIG.value.copy_and_resolve_references()
+    config = cli.chosen(CONFIG).copy_and_resolve_references()
     config.method = method
     cost = step_cost(build_run(config), ROWS.value)
     table.add_row(

@@ -14,7 +14,6 @@ finished one. Without network, name local folders:
 from absl import flags
 
 from experiments import cli
-from vera_jax.errors import UserError
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string(
@@ -25,9 +24,7 @@ WORKDIR = flags.DEFINE_string(
 
 
 def main() -> None:
-  config = CONFIG.value
-  if config is None:
-    raise UserError("Say which settings: --config=configs/rte.py")
+  config = cli.chosen(CONFIG)
   from vera_jax.train.loop import train_and_evaluate  # after the flags' errors
 
   workdir = WORKDIR.value or cli.default_workdir(config)

@@ -1,6 +1,7 @@
 """Keys, exit codes and the closing table, without starting a process."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,3 +126,8 @@ def test_the_closing_table(capsys):
   shown = capsys.readouterr().out
   for word in ("mrpc, vera", "0.7500", "0.2500", "43,008", "592,130", "runs/x"):
     assert word in shown
+
+
+def test_no_config_is_the_users_mistake():
+  with pytest.raises(UserError, match="--config=configs/rte.py"):
+    cli.chosen(SimpleNamespace(value=None))
