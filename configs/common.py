@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
   config.model.dtype = "auto"  # float32 on CPU, else bfloat16
   config.model.scan = True  # one compiled layer instead of one each
   config.model.remat = "none"  # none | full | dots: memory against time
+  config.model.contraction = "auto"  # auto | factored | folded | mixed
 
   config.data = ConfigDict()
   config.data.source = "nyu-mll/glue"  # a hub id, or a folder of GLUE's files

@@ -10,16 +10,16 @@ gradients and optimiser slots. Nothing is run or timed, so figures repeat.
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
 from vera_jax.labels import TRAINED
+from vera_jax.models.bert import input_shapes
 from vera_jax.train.model import init_state
 from vera_jax.train.run import Run, build_run
-from vera_jax.train.step import INPUTS, jit_train_step
+from vera_jax.train.step import jit_train_step
 
 CONFIG = cli.define_config()
 ROWS = flags.DEFINE_integer("rows", 8, "Rows of the batch, as packed.")
@@ -42,12 +42,8 @@ def _bytes(tree: Any) -> int:
 def step_cost(run: Run, rows: int) -> Cost:
   """The cost of one training step on `rows` full rows."""
   layout = run.data.train_layout
-  batch = {
-    name: jax.ShapeDtypeStruct((rows, layout.length), jnp.int32)
-    for name in INPUTS
-  }
-  slot = jax.ShapeDtypeStruct((rows, layout.slots), jnp.int32)
-  batch |= {"cls_positions": slot, "labels": slot, "example": slot}
+  batch = input_shapes(rows, layout.length, layout.slots)
+  batch |= {name: batch["cls_positions"] for name in ("labels", "example")}
   state = init_state(run.model, run.tx, run.mesh)
   step = jit_train_step(state, apply=run.model.module.apply, tx=run.tx)
   arguments = (state, run.model.frozen, batch, jax.random.key(0))

@@ -23,20 +23,37 @@ from vera_jax.models.bert import BertClassifier, BertConfig
 from vera_jax.vera import vera
 
 ADAPTERS = {"vera": vera(4), "lora": lora(2)}
-SELF = "encoder/layer/attention/self"
+LAYERS = ("layer", "layer_1")  # the stack, and the last
+SELF = [f"encoder/{layer}/attention/self" for layer in LAYERS]
 LEAVES = {
-  "vera": {f"{SELF}/{q}/vera_{v}" for q in ("query", "value") for v in "db"},
-  "lora": {f"{SELF}/{q}/lora_{m}" for q in ("query", "value") for m in "AB"},
+  "vera": {
+    f"{self}/{q}/vera_{v}"
+    for self in SELF
+    for q in ("query", "value")
+    for v in "db"
+  },
+  "lora": {
+    f"{self}/{q}/lora_{m}"
+    for self in SELF
+    for q in ("query", "value")
+    for m in "AB"
+  },
   "bitfit": {
     "embeddings/LayerNorm/bias",
-    f"{SELF}/query/bias",
-    f"{SELF}/key/bias",
-    f"{SELF}/value/bias",
-    "encoder/layer/attention/output/dense/bias",
-    "encoder/layer/attention/output/LayerNorm/bias",
-    "encoder/layer/intermediate/dense/bias",
-    "encoder/layer/output/dense/bias",
-    "encoder/layer/output/LayerNorm/bias",
+    *(
+      f"encoder/{layer}/{name}/bias"
+      for layer in LAYERS
+      for name in (
+        "attention/self/query",
+        "attention/self/key",
+        "attention/self/value",
+        "attention/output/dense",
+        "attention/output/LayerNorm",
+        "intermediate/dense",
+        "output/dense",
+        "output/LayerNorm",
+      )
+    ),
   },
   "head": set(),
 }

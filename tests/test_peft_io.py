@@ -166,11 +166,11 @@ def test_what_was_imported_is_restored(carry, tmp_path, init, scan):
   restored = restore_adapter(load_adapter(tmp_path / "ours"), scan=scan)
   for letter, matrix in restored.projections.items():
     np.testing.assert_array_equal(matrix, theirs[f"base_model.vera_{letter}"])
-  query = restored.params["encoder"]["layer" if scan else "layer_1"]
+  query = restored.params["encoder"]["layer" if scan else "layer_0"]
   found = query["attention"]["self"]["query"]["vera_b"]
   np.testing.assert_array_equal(
-    found[1] if scan else found,
-    theirs[MODULE.format(1, QUERY, "vera_lambda_b")],
+    found[0] if scan else found,
+    theirs[MODULE.format(0, QUERY, "vera_lambda_b")],
   )
 
 

@@ -149,7 +149,7 @@ def our_logits(folder, base):
     if module == "projections":
       stored[leaf] = value
     else:
-      own[(*module_path(module, scan=False)[0], leaf)] = value
+      own[(*module_path(module), leaf)] = value
   variables = {"params": unflatten_dict(leaves | own)}
   want = jax.tree.map(jnp.shape, shapes["params"])
   assert jax.tree.map(jnp.shape, variables["params"]) == want

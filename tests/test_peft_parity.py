@@ -24,7 +24,7 @@ KEY, RANK = 3, 8
 SIZES = {
   "vocab_size": 100,
   "hidden_size": 32,
-  "num_hidden_layers": 2,
+  "num_hidden_layers": 3,
   "num_attention_heads": 4,
   "intermediate_size": 48,
   "max_position_embeddings": 40,

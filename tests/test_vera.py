@@ -20,7 +20,7 @@ TINY = BertConfig.from_dict(
     "model_type": "bert",
     "vocab_size": 20,
     "hidden_size": 8,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "intermediate_size": 12,
     "max_position_embeddings": 10,
@@ -168,6 +168,10 @@ def test_the_parameter_tree():
     "encoder/layer/attention/self/query/vera_d": (2, 4),
     "encoder/layer/intermediate/dense/vera_b": (2, 12),
     "encoder/layer/intermediate/dense/vera_d": (2, 4),
+    "encoder/layer_2/attention/self/query/vera_b": (8,),
+    "encoder/layer_2/attention/self/query/vera_d": (4,),
+    "encoder/layer_2/intermediate/dense/vera_b": (12,),
+    "encoder/layer_2/intermediate/dense/vera_d": (4,),
   }
   assert {k: v.shape for k, v in params.items() if k in own} == {
     k: v.shape for k, v in own.items()

@@ -1,4 +1,4 @@
-"""What an adapter method is: four pure functions.
+"""What an adapter method is: a few pure functions.
 
 `apply.adapt` puts one on any linen model, `merge.merge` folds one into the
 kernels, and neither knows which method it holds. `vera.vera` and `lora.lora`
@@ -41,10 +41,13 @@ class Adapter(NamedTuple):
       path serve that layer.
     init: a layer's (inputs, outputs) -> its trainable leaves by name, each as a
       function of a key.
-    forward: (leaves, projections, x of (..., inputs), outputs) -> what the
-      adapter adds to the layer's output, (..., outputs).
-    kernel: (leaves, projections, inputs, outputs) -> the same as an addition to
+    forward: (leaves, projections, x of (..., inputs), kernel of (inputs,
+      outputs)) -> x times the adapted kernel, (..., outputs). With None for the
+      kernel and `outputs`, only what the adapter adds to the layer's output.
+    kernel: (leaves, projections, inputs, outputs) -> what the adapter adds to
       the kernel, (inputs, outputs).
+    plan: (tokens, inputs, outputs) -> how `forward` multiplies, a name in
+      `contraction.PLANS`.
   """
 
   name: str
@@ -52,3 +55,4 @@ class Adapter(NamedTuple):
   init: Callable[[int, int], dict[str, Callable[[Array], Array]]]
   forward: Callable[..., Array]
   kernel: Callable[..., Array]
+  plan: Callable[[int, int, int], str]

@@ -10,11 +10,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from flax.traverse_util import flatten_dict
 from jax import Array
 
@@ -51,15 +52,28 @@ def _is_layer(context: nn.module.InterceptorContext) -> bool:
   )
 
 
+class _Call(NamedTuple):
+  """A dense layer's call: rows and widths of the product, kernel's rank."""
+
+  tokens: int
+  inputs: int
+  outputs: int
+  rank: int
+
+
 def _record(found, next_fun, args, kwargs, context):
-  """Interceptor: note each dense layer's path, widths and kernel rank."""
+  """Interceptor: note each dense layer's call by the layer's path."""
   layer = context.module
   if _is_layer(context):
     x = kwargs.get("inputs", *args)
     axes, features = _axes(layer, x), _features(layer)
     inputs = math.prod(x.shape[a] for a in axes)
-    rank = len(axes) + len(features)
-    found[layer.path] = (inputs, math.prod(features), rank)
+    found[layer.path] = _Call(
+      tokens=x.size // inputs,
+      inputs=inputs,
+      outputs=math.prod(features),
+      rank=len(axes) + len(features),
+    )
   return next_fun(*args, **kwargs)
 
 
@@ -74,6 +88,28 @@ def _init_shapes(model: nn.Module, args: Any, kwargs: Any) -> Any:
     return model.init(key, *args, **kwargs)
 
   return jax.eval_shape(init, jax.random.key(0), arrays)
+
+
+def _calls(
+  model: nn.Module, patterns: Sequence[str], args: Any, kwargs: Any
+) -> tuple[dict[Path, _Call], dict[Path, Any]]:
+  """The matched layers' calls, and the shapes of the model's parameters."""
+  found: dict[Path, _Call] = {}
+  with nn.intercept_methods(partial(_record, found)):
+    params = flatten_dict(_init_shapes(model, args, kwargs)["params"])
+  for pattern in patterns:
+    if not any(_matches(pattern, path) for path in found):
+      there = "\n  ".join("/".join(path) for path in found)
+      raise UserError(
+        f"No layer's path ends in the target pattern {pattern!r}. The layers"
+        f" that can be adapted are:\n  {there}"
+      )
+  matched = {
+    path: call
+    for path, call in found.items()
+    if any(_matches(pattern, path) for pattern in patterns)
+  }
+  return matched, params
 
 
 def find_targets(
@@ -92,44 +128,57 @@ def find_targets(
   Raises:
     UserError: a pattern matches no layer; the message lists those there are.
   """
-  found: dict[Path, tuple[int, int, int]] = {}
-  with nn.intercept_methods(partial(_record, found)):
-    kernels = flatten_dict(_init_shapes(model, args, kwargs)["params"])
-  for pattern in patterns:
-    if not any(_matches(pattern, path) for path in found):
-      there = "\n  ".join("/".join(path) for path in found)
-      raise UserError(
-        f"No layer's path ends in the target pattern {pattern!r}. The layers"
-        f" that can be adapted are:\n  {there}"
-      )
+  calls, params = _calls(model, patterns, args, kwargs)
   return {
     path: Target(
-      inputs, outputs, tuple(kernels[(*path, "kernel")].shape[:-rank])
+      call.inputs,
+      call.outputs,
+      tuple(params[(*path, "kernel")].shape[: -call.rank]),
     )
-    for path, (inputs, outputs, rank) in found.items()
-    if any(_matches(pattern, path) for pattern in patterns)
+    for path, call in calls.items()
   }
 
 
-def _add_delta(adapter, targets, projections, next_fun, args, kwargs, context):
-  """Interceptor: the layer's output plus the adapter's."""
+def _is_plain(layer: Any) -> bool:
+  """Whether the layer multiplies as `x @ kernel` does."""
+  own = layer.precision, layer.dot_general, layer.dot_general_cls
+  return own == (None, None, None)
+
+
+def _kernel_and_bias(layer: Any, x: Array, outputs: int) -> Any:
+  """x, the flat kernel and bias, of one type as the layer itself takes them."""
+  own = layer.variables["params"]
+  kernel = own["kernel"].reshape(-1, outputs)
+  bias = own["bias"].reshape(-1) if layer.use_bias else None
+  return promote_dtype(x, kernel, bias, dtype=layer.dtype)
+
+
+def _adapted(adapter, targets, projections, next_fun, args, kwargs, context):
+  """Interceptor: the layer's output with an adapted kernel."""
   layer = context.module
-  y = next_fun(*args, **kwargs)
   if not _is_layer(context) or not any(
     _matches(pattern, layer.path) for pattern in targets
   ):
-    return y
+    return next_fun(*args, **kwargs)
+  plain = _is_plain(layer)
+  first = not layer.has_variable("params", "kernel")  # init: the call makes it
+  y = next_fun(*args, **kwargs) if first or not plain else None
   x = kwargs.get("inputs", *args)
   axes, features = _axes(layer, x), _features(layer)
   x = jnp.moveaxis(x, axes, range(-len(axes), 0))
-  x = x.reshape(*x.shape[: -len(axes)], -1).astype(y.dtype)
+  x = x.reshape(*x.shape[: -len(axes)], -1)
   outputs = math.prod(features)
   inits = adapter.init(x.shape[-1], outputs)
   leaves = {name: layer.scope.param(name, f) for name, f in inits.items()}
-  own = layer.variables.get("projections", {})
-  matrices = {**projections, **own}
-  delta = adapter.forward(leaves, matrices, x, outputs=outputs)
-  return y + delta.reshape(y.shape)
+  matrices = {**projections, **layer.variables.get("projections", {})}
+  forward = partial(adapter.forward, leaves, matrices, outputs=outputs)
+  if not plain:
+    return y + forward(x.astype(y.dtype)).reshape(y.shape)
+  x, kernel, bias = _kernel_and_bias(layer, x, outputs)
+  y = forward(x, kernel)
+  if bias is not None:
+    y += bias.reshape((1,) * (y.ndim - 1) + (-1,))
+  return y.reshape(*y.shape[:-1], *features)
 
 
 class Adapted(nn.Module):
@@ -144,14 +193,21 @@ class Adapted(nn.Module):
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     projections = self.variables.get("projections", {})
-    add = partial(_add_delta, self.adapter, self.targets, projections)
-    with nn.intercept_methods(add):
+    adapted = partial(_adapted, self.adapter, self.targets, projections)
+    with nn.intercept_methods(adapted):
       return self.model(*args, **kwargs)
 
   @nn.nowrap
   def find_targets(self, *args: Any, **kwargs: Any) -> dict[Path, Target]:
     """The layers that the adapter is on, by path."""
     return find_targets(self.model, self.targets, *args, **kwargs)
+
+  @nn.nowrap
+  def plans(self, *args: Any, **kwargs: Any) -> dict[Path, str]:
+    """How each adapted layer multiplies for inputs of these shapes."""
+    calls, _ = _calls(self.model, self.targets, args, kwargs)
+    plan = self.adapter.plan
+    return {path: plan(*call[:3]) for path, call in calls.items()}
 
   @nn.nowrap
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vera_jax.adapter import Adapter
+from vera_jax.contraction import AUTO
 from vera_jax.errors import UserError
 from vera_jax.labels import TRAINED
 from vera_jax.lora import lora
@@ -28,7 +29,11 @@ MAKERS: dict[str, Callable[..., Adapter]] = {"vera": vera, "lora": lora}
 
 
 def make_adapter(
-  method: str, settings: Mapping[str, Any]
+  method: str,
+  settings: Mapping[str, Any],
+  *,
+  plan: str = AUTO,
+  forwards: int = 1,
 ) -> tuple[Adapter | None, tuple[str, ...]]:
   """The method's adapter and the patterns of its targets.
 
@@ -36,6 +41,8 @@ def make_adapter(
     method: vera, lora, bitfit, head or full; the last three train leaves of the
       base itself and give (None, ()).
     settings: the method's group of a config; what else it holds is ignored.
+    plan: the contraction plan, "auto" or a name in `contraction.PLANS`.
+    forwards: how often a training step runs the forward pass; 2 under remat.
 
   Raises:
     UserError: an unknown method, or a setting that is missing or of a wrong
@@ -54,7 +61,8 @@ def make_adapter(
     given = ", ".join(f"{name}={settings.get(name)!r}" for name in wrong)
     raise UserError(f"The settings of {method} have no usable {given}.")
   chosen = {name: settings[name] for name in types}
-  return MAKERS[method](**chosen), tuple(targets or ())
+  adapter = MAKERS[method](**chosen, plan=plan, forwards=forwards)
+  return adapter, tuple(targets or ())
 
 
 def _fits(value: Any, kind: type) -> bool:

@@ -6,9 +6,13 @@ A (r x in_max) and B (out_max x r) are one frozen random pair for the whole
 network; a layer takes the leading columns of A and rows of B that it needs.
 d (r) and b (out) are all that is trained. There is no alpha.
 
+`contraction.py` has the orders in which this is multiplied out.
+
 Einsum letters, here and in `lora.py`: r rank, i in, o out.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
@@ -16,6 +20,7 @@ from jax import Array
 from jax.nn.initializers import constant
 from jaxtyping import Float
 
+from vera_jax import contraction
 from vera_jax.adapter import Adapter, Leaves
 from vera_jax.errors import UserError
 from vera_jax.projections import make_projections
@@ -31,6 +36,8 @@ def vera(
   projection_seed: int = 0,
   train: str = "both",
   sharing: str = "shared",
+  plan: str = contraction.AUTO,
+  forwards: int = 1,
 ) -> Adapter:
   """VeRA as an `Adapter`.
 
@@ -44,11 +51,15 @@ def vera(
       d counts as `d_init`.
     sharing: "shared", one pair for all layers, or "unique", one a layer
       (Table 7).
+    plan: a name in `contraction.PLANS`, or "auto": the cheapest for each shape.
+    forwards: how often a training step runs the forward pass; 2 under remat.
   """
   if rank < 1:
     raise UserError(f"VeRA's rank is {rank}; it must be at least 1.")
   if train not in ("both", "d", "b"):
     raise UserError(f"train is {train!r}; choose both, d or b.")
+  contraction.check_plan(plan)
+  planned = partial(_plan, plan=plan, rank=rank, forwards=forwards)
   return Adapter(
     name="vera",
     projections=partial(
@@ -59,8 +70,9 @@ def vera(
       sharing=sharing,
     ),
     init=partial(_init, rank=rank, d_init=d_init, train=train),
-    forward=partial(_forward, d_init=d_init),
+    forward=partial(_forward, d_init=d_init, plan=planned),
     kernel=partial(_kernel, d_init=d_init),
+    plan=planned,
   )
 
 
@@ -74,24 +86,48 @@ def _init(inputs: int, outputs: int, *, rank: int, d_init: float, train: str):
   return {k: v for k, v in leaves.items() if train == "both" or k[-1] == train}
 
 
+def _plan(
+  tokens: int, inputs: int, outputs: int, *, plan: str, rank: int, forwards: int
+) -> str:
+  if plan != contraction.AUTO:
+    return plan
+  return contraction.choose(tokens, rank, inputs, outputs, forwards=forwards)
+
+
+def _vectors(leaves: Leaves, d_init: float) -> tuple[Array, Array]:
+  """d and b; a vector that is not trained as one number."""
+  one = jnp.ones(1)
+  return leaves.get(D, d_init * one), leaves.get(B_VECTOR, one)
+
+
 def _forward(
   leaves: Leaves,
   projections: Leaves,
   x: Float[Array, "*t i"],
+  kernel: Float[Array, "i o"] | None = None,
   *,
   outputs: int,
   d_init: float,
+  plan: Callable[[int, int, int], str],
 ) -> Float[Array, "*t o"]:
   A = projections["A"][:, : x.shape[-1]].astype(x.dtype)
+  how = plan(math.prod(x.shape[:-1]), x.shape[-1], outputs)
+  if kernel is not None and how != "factored":
+    up = _up(leaves, projections, outputs=outputs, d_init=d_init)
+    return contraction.FOLDING[how](x, kernel, A.T, up.astype(x.dtype))
   B = projections["B"][:outputs].astype(x.dtype)
-  d = _along_last_axis(leaves.get(D, jnp.float32(d_init)), x)
-  b = _along_last_axis(leaves.get(B_VECTOR, jnp.float32(1)), x)
-  return b * ((d * (x @ A.T)) @ B.T)
+  along = (1,) * (x.ndim - 1) + (-1,)
+  d, b = (v.astype(x.dtype).reshape(along) for v in _vectors(leaves, d_init))
+  delta = b * ((d * (x @ A.T)) @ B.T)
+  return delta if kernel is None else x @ kernel + delta
 
 
-def _along_last_axis(vector: Array, x: Array) -> Array:
-  """The vector in the type of x and with as many axes."""
-  return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+def _up(
+  leaves: Leaves, projections: Leaves, *, outputs: int, d_init: float
+) -> Float[Array, "r o"]:
+  """diag(d) B^T diag(b): what turns A x into the delta."""
+  d, b = _vectors(leaves, d_init)
+  return d[:, None] * projections["B"][:outputs].T * b[None]
 
 
 def _kernel(
@@ -102,7 +138,6 @@ def _kernel(
   outputs: int,
   d_init: float,
 ) -> Float[Array, "i o"]:
-  A, B = projections["A"][:, :inputs], projections["B"][:outputs]
-  d = jnp.broadcast_to(leaves.get(D, jnp.float32(d_init)), len(A))
-  b = leaves.get(B_VECTOR, jnp.ones(outputs))
-  return jnp.einsum("ri,r,or,o->io", A, d, B, b, precision="highest")
+  A = projections["A"][:, :inputs]
+  up = _up(leaves, projections, outputs=outputs, d_init=d_init)
+  return jnp.matmul(A.T, up, precision="highest")

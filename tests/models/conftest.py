@@ -18,7 +18,7 @@ def tiny():
       "model_type": kind,
       "vocab_size": 50,
       "hidden_size": 16,
-      "num_hidden_layers": 2,
+      "num_hidden_layers": 3,
       "num_attention_heads": 2,
       "intermediate_size": 32,
       "max_position_embeddings": 20,

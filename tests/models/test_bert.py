@@ -16,13 +16,31 @@ KINDS = pytest.mark.parametrize("kind", ["bert", "roberta"])
 
 def loop(params):
   """A scanned tree as the looped model names it."""
-  stacked = params["encoder"]["layer"]
-  depth = len(jax.tree.leaves(stacked)[0])
-  layers = {
-    f"layer_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-    for i in range(depth)
-  }
+  layers = dict(params["encoder"])
+  stacked = layers.pop("layer")
+  for i in range(len(jax.tree.leaves(stacked)[0])):
+    layers[f"layer_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
   return {**params, "encoder": layers}
+
+
+LAYER = {
+  "attention/self/query/kernel": (16, 16),
+  "attention/self/query/bias": (16,),
+  "attention/self/key/kernel": (16, 16),
+  "attention/self/key/bias": (16,),
+  "attention/self/value/kernel": (16, 16),
+  "attention/self/value/bias": (16,),
+  "attention/output/dense/kernel": (16, 16),
+  "attention/output/dense/bias": (16,),
+  "attention/output/LayerNorm/scale": (16,),
+  "attention/output/LayerNorm/bias": (16,),
+  "intermediate/dense/kernel": (16, 32),
+  "intermediate/dense/bias": (32,),
+  "output/dense/kernel": (32, 16),
+  "output/dense/bias": (16,),
+  "output/LayerNorm/scale": (16,),
+  "output/LayerNorm/bias": (16,),
+}
 
 
 def test_the_tree_of_tiny_bert(tiny, shapes):
@@ -33,22 +51,8 @@ def test_the_tree_of_tiny_bert(tiny, shapes):
     "embeddings/token_type_embeddings/embedding": (2, 16),
     "embeddings/LayerNorm/scale": (16,),
     "embeddings/LayerNorm/bias": (16,),
-    "encoder/layer/attention/self/query/kernel": (2, 16, 16),
-    "encoder/layer/attention/self/query/bias": (2, 16),
-    "encoder/layer/attention/self/key/kernel": (2, 16, 16),
-    "encoder/layer/attention/self/key/bias": (2, 16),
-    "encoder/layer/attention/self/value/kernel": (2, 16, 16),
-    "encoder/layer/attention/self/value/bias": (2, 16),
-    "encoder/layer/attention/output/dense/kernel": (2, 16, 16),
-    "encoder/layer/attention/output/dense/bias": (2, 16),
-    "encoder/layer/attention/output/LayerNorm/scale": (2, 16),
-    "encoder/layer/attention/output/LayerNorm/bias": (2, 16),
-    "encoder/layer/intermediate/dense/kernel": (2, 16, 32),
-    "encoder/layer/intermediate/dense/bias": (2, 32),
-    "encoder/layer/output/dense/kernel": (2, 32, 16),
-    "encoder/layer/output/dense/bias": (2, 16),
-    "encoder/layer/output/LayerNorm/scale": (2, 16),
-    "encoder/layer/output/LayerNorm/bias": (2, 16),
+    **{f"encoder/layer/{name}": (2, *shape) for name, shape in LAYER.items()},
+    **{f"encoder/layer_2/{name}": shape for name, shape in LAYER.items()},
     "pooler/dense/kernel": (16, 16),
     "pooler/dense/bias": (16,),
     "classifier/kernel": (16, 3),

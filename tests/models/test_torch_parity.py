@@ -18,7 +18,7 @@ pytestmark = pytest.mark.parity
 SIZES = {
   "vocab_size": 100,
   "hidden_size": 32,
-  "num_hidden_layers": 2,
+  "num_hidden_layers": 3,
   "num_attention_heads": 4,
   "intermediate_size": 64,
   "max_position_embeddings": 40,

@@ -82,7 +82,7 @@ def model_of(method):
       "model_type": "bert",
       "vocab_size": 24,
       "hidden_size": 16,
-      "num_hidden_layers": 2,
+      "num_hidden_layers": 3,
       "num_attention_heads": 4,
       "intermediate_size": 32,
       "max_position_embeddings": 12,
@@ -108,17 +108,18 @@ def test_where_each_kind_of_leaf_lies():
     for name, sharding in placed.items()
     if sharding.spec != REPLICATED
   }
-  column = PartitionSpec(None, "fsdp", "tensor")
-  row = PartitionSpec(None, "tensor", "fsdp")
-  bias = PartitionSpec(None, "tensor")
-  self, layer = "encoder/layer/attention/self", "encoder/layer"
+  column, row, bias = ("fsdp", "tensor"), ("tensor", "fsdp"), ("tensor",)
+  layer = {
+    **{f"attention/self/{n}/kernel": column for n in ("query", "key", "value")},
+    **{f"attention/self/{n}/bias": bias for n in ("query", "key", "value")},
+    "intermediate/dense/kernel": column,
+    "intermediate/dense/bias": bias,
+    "attention/output/dense/kernel": row,
+    "output/dense/kernel": row,
+  }
   assert specs == {
-    **{f"{self}/{n}/kernel": column for n in ("query", "key", "value")},
-    **{f"{self}/{n}/bias": bias for n in ("query", "key", "value")},
-    f"{layer}/intermediate/dense/kernel": column,
-    f"{layer}/intermediate/dense/bias": bias,
-    f"{layer}/attention/output/dense/kernel": row,
-    f"{layer}/output/dense/kernel": row,
+    **{f"encoder/layer/{n}": PartitionSpec(None, *s) for n, s in layer.items()},
+    **{f"encoder/layer_2/{n}": PartitionSpec(*s) for n, s in layer.items()},
     "embeddings/word_embeddings/embedding": PartitionSpec(None, "fsdp"),
   }
   assert {f"{QUERY}/vera_d", f"{QUERY}/vera_b", "classifier/kernel"} <= (

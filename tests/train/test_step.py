@@ -25,7 +25,8 @@ from vera_jax.train.step import (
 )
 from vera_jax.vera import vera
 
-ADAPTERS = {"vera": vera(4), "lora": lora(2)}
+# Factored: the other plans do make products of a kernel's shape.
+ADAPTERS = {"vera": vera(4, plan="factored"), "lora": lora(2)}
 METHODS = ("vera", "lora", "bitfit", "head", "full")
 IDS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 KEY = jax.random.key(5)
@@ -40,7 +41,7 @@ def model_of(method, *, labels=3, dropout=0.0):
       "model_type": "bert",
       "vocab_size": 24,
       "hidden_size": 16,
-      "num_hidden_layers": 2,
+      "num_hidden_layers": 3,
       "num_attention_heads": 4,
       "intermediate_size": 32,
       "max_position_embeddings": 12,

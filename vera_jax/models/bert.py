@@ -26,9 +26,10 @@ from vera_jax.errors import UserError
 Ids = Int[Array, "rows length"]
 Hidden = Float[Array, "rows length hidden"]
 Inner = Float[Array, "rows length inner"]
-Read = Float[Array, "rows slots hidden"]
+Read = Float[Array, "rows reads hidden"]
 Logits = Float[Array, "rows slots labels"]
-Mask = Bool[Array, "rows 1 length length"]
+Mask = Bool[Array, "rows 1 reads length"]
+Places = Int[Array, "rows slots"]
 
 # The arrays of a packed batch that `BertClassifier` takes.
 INPUTS = (
@@ -38,6 +39,14 @@ INPUTS = (
   "segment_ids",
   "cls_positions",
 )
+
+
+def input_shapes(rows: int, length: int, slots: int) -> dict[str, Any]:
+  """`INPUTS` of a packed batch, as shapes."""
+  tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+  places = jax.ShapeDtypeStruct((rows, slots), jnp.int32)
+  return {n: places if n == "cls_positions" else tokens for n in INPUTS}
+
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu": partial(nn.gelu, approximate=False),
@@ -182,13 +191,12 @@ class Embeddings(Part):
 
 class SelfAttention(Part):
   @nn.compact
-  def __call__(self, hidden: Hidden, mask: Mask) -> Hidden:
+  def __call__(self, read: Read, hidden: Hidden, mask: Mask) -> Read:
     heads = self.config.num_attention_heads
     rate = self.config.attention_probs_dropout_prob
-    split = (*hidden.shape[:-1], heads, hidden.shape[-1] // heads)
     query, key, value = (
-      self.dense(hidden.shape[-1], name)(hidden).reshape(split)
-      for name in ("query", "key", "value")
+      self.dense(hidden.shape[-1], name)(x).reshape(*x.shape[:-1], heads, -1)
+      for name, x in (("query", read), ("key", hidden), ("value", hidden))
     )
     drops = rate > 0 and not self.deterministic
     context = nn.dot_product_attention(
@@ -203,7 +211,7 @@ class SelfAttention(Part):
       dtype=self.dtype,
       force_fp32_for_softmax=True,
     )
-    return context.reshape(hidden.shape)
+    return context.reshape(read.shape)
 
 
 class Output(Part):
@@ -217,9 +225,9 @@ class Output(Part):
 
 class Attention(Part):
   @nn.compact
-  def __call__(self, hidden: Hidden, mask: Mask) -> Hidden:
-    context = SelfAttention(*self.told, name="self")(hidden, mask)
-    return Output(*self.told, name="output")(context, hidden)
+  def __call__(self, read: Read, hidden: Hidden, mask: Mask) -> Read:
+    context = SelfAttention(*self.told, name="self")(read, hidden, mask)
+    return Output(*self.told, name="output")(context, read)
 
 
 class Intermediate(Part):
@@ -230,38 +238,63 @@ class Intermediate(Part):
 
 
 class Layer(Part):
-  """One encoder layer, in the (carry, output) form that scan asks for."""
+  """One encoder layer: `read`, which attends to `hidden`, a layer further."""
 
   @nn.compact
-  def __call__(self, hidden: Hidden, mask: Mask) -> tuple[Hidden, None]:
-    hidden = Attention(*self.told, name="attention")(hidden, mask)
-    inner = Intermediate(*self.told, name="intermediate")(hidden)
-    return Output(*self.told, name="output")(inner, hidden), None
+  def __call__(self, read: Read, hidden: Hidden, mask: Mask) -> Read:
+    read = Attention(*self.told, name="attention")(read, hidden, mask)
+    inner = Intermediate(*self.told, name="intermediate")(read)
+    return Output(*self.told, name="output")(inner, read)
+
+
+def _all_positions(
+  layer: Layer, hidden: Hidden, mask: Mask
+) -> tuple[Hidden, None]:
+  """A layer at every position, in the (carry, output) form of scan."""
+  return layer(hidden, hidden, mask), None
 
 
 class Encoder(Part):
+  """All layers; of the last, what the head reads of it and no more.
+
+  Past its keys and values the last layer mixes no positions, so the others
+  need no computing.
+  """
+
   scan: bool
   remat: str
 
   @nn.compact
-  def __call__(self, hidden: Hidden, mask: Mask) -> Hidden:
-    depth = self.config.num_hidden_layers
+  def __call__(
+    self, hidden: Hidden, segment_ids: Ids, cls_positions: Places
+  ) -> Read:
+    inner = self.config.num_hidden_layers - 1
+    mask = _same_segment(segment_ids, segment_ids)
     layer: Any = Layer
     if self.remat != "none":
       policy = REMAT_POLICIES[self.remat]
       layer = nn.remat(layer, policy=policy, prevent_cse=not self.scan)
-    if self.scan:
-      layer = nn.scan(
-        layer,
+    if self.scan and inner:
+      stack = nn.scan(
+        _all_positions,
         variable_axes={True: 0},
         split_rngs={True: True},
         in_axes=nn.broadcast,
-        length=depth,
+        length=inner,
       )
-      return layer(*self.told, name="layer")(hidden, mask)[0]
-    for index in range(depth):
-      hidden, _ = layer(*self.told, name=f"layer_{index}")(hidden, mask)
-    return hidden
+      hidden, _ = stack(layer(*self.told, name="layer"), hidden, mask)
+    for index in range(0 if self.scan else inner):
+      hidden = layer(*self.told, name=f"layer_{index}")(hidden, hidden, mask)
+    read = jnp.take_along_axis(hidden, cls_positions[..., None], axis=1)
+    own = jnp.take_along_axis(segment_ids, cls_positions, axis=1)
+    mask = _same_segment(own, segment_ids)
+    return layer(*self.told, name=f"layer_{inner}")(read, hidden, mask)
+
+
+def _same_segment(
+  queries: Int[Array, "rows queries"], keys: Int[Array, "rows keys"]
+) -> Bool[Array, "rows 1 queries keys"]:
+  return queries[:, None, :, None] == keys[:, None, None, :]
 
 
 class Pooler(Part):
@@ -284,8 +317,8 @@ class RobertaHead(Part):
 class BertClassifier(nn.Module):
   """Encoder and head: token ids to one row of logits for each example.
 
-  `scan` stacks the layers on a leading axis (compiled once) instead of
-  `layer_0`, `layer_1`, ...; `remat` is "none", "full" (keep nothing inside a
+  `scan` stacks all layers but the last on a leading axis (compiled once, under
+  `layer`) instead of `layer_0`, `layer_1`, ...; `remat` is "none", "full" (keep nothing inside a
   layer) or "dots" (keep the projections' outputs). `dtype` computes and
   `param_dtype` stores the encoder; the head, which is trained, stays in
   float32.
@@ -311,7 +344,7 @@ class BertClassifier(nn.Module):
     token_type_ids: Ids | None = None,
     positions: Ids | None = None,
     segment_ids: Ids | None = None,
-    cls_positions: Int[Array, "rows slots"] | None = None,
+    cls_positions: Places | None = None,
     *,
     deterministic: bool = True,
   ) -> Logits:
@@ -331,14 +364,12 @@ class BertClassifier(nn.Module):
       segment_ids = (input_ids != self.config.pad_token_id).astype(jnp.int32)
     if cls_positions is None:
       cls_positions = jnp.zeros_like(input_ids[:, :1])
-    mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     told = (self.config, self.dtype, self.param_dtype, deterministic)
     hidden = Embeddings(*told, name="embeddings")(
       input_ids, token_type_ids, positions
     )
     encoder = Encoder(*told, self.scan, self.remat, name="encoder")
-    hidden = encoder(hidden, mask)
-    read = jnp.take_along_axis(hidden, cls_positions[..., None], axis=1)
+    read = encoder(hidden, segment_ids, cls_positions)
     if self.config.model_type == "bert":
       read = Pooler(*told, name="pooler")(read)
       return self.bert_head(read.astype(jnp.float32), deterministic)

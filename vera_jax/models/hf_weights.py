@@ -2,7 +2,7 @@
 
 A checkpoint is a folder with config.json and model.safetensors, or shards and
 their index. torch keeps a dense kernel as (out, in), the tree as (in, out);
-a scanned tree stacks the layers that a checkpoint numbers.
+a scanned tree stacks the layers that a checkpoint numbers, but for the last.
 """
 
 import hashlib
@@ -89,18 +89,15 @@ def module_name(
   return ".".join(words)
 
 
-def module_path(name: str, *, scan: bool) -> tuple[tuple[str, ...], int | None]:
-  """The inverse: path in the tree, and the layer's index where it is stacked.
+def module_path(name: str) -> tuple[str, ...]:
+  """The inverse: the path in a looped tree.
 
   A leading "bert." or "roberta." is taken off first.
   """
   words = _without_base(name).split(".")
-  if words[:2] != ["encoder", "layer"]:
-    return tuple(words), None
-  index, rest = words[2], words[3:]
-  if scan:
-    return ("encoder", "layer", *rest), int(index)
-  return ("encoder", f"layer_{index}", *rest), None
+  if words[:2] == ["encoder", "layer"]:
+    words[1:3] = [f"layer_{words[2]}"]
+  return tuple(words)
 
 
 def load_config(folder: Path) -> BertConfig:

@@ -1,7 +1,7 @@
 """The linear layers of a base, under Hugging Face's names and under ours."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ IDS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 
 
 class Layer(NamedTuple):
-  """A linear layer: its path in a looped tree, that of all such layers in a
-  scanned tree, and its widths."""
+  """A linear layer: its path in a looped tree, the same with `layer` for each
+  numbered layer, and its widths."""
 
   path: Path
   kind: Path
@@ -30,13 +30,11 @@ class Layer(NamedTuple):
 def linear_layers(config: BertConfig) -> dict[str, Layer]:
   """Every linear layer by its name in Hugging Face's classifier."""
   found = {}
-  targets = find_targets(BertClassifier(config, 2), [".*"], IDS)
-  for kind, (inputs, outputs, stack) in targets.items():
-    for i in range(stack[0] if stack else 1):
-      words = (f"layer_{i}" if word == "layer" else word for word in kind)
-      layer = Layer(tuple(words), kind, Target(inputs, outputs))
-      name = module_name(layer.path, model_type=config.model_type)
-      found[name] = layer
+  model = BertClassifier(config, 2, scan=False)
+  for path, target in find_targets(model, [".*"], IDS).items():
+    kind = tuple(re.sub(r"^layer_\d+$", "layer", word) for word in path)
+    name = module_name(path, model_type=config.model_type)
+    found[name] = Layer(path, kind, target)
   return found
 
 
@@ -46,17 +44,6 @@ def param_shapes(config: BertConfig, num_labels: int) -> dict[Path, Any]:
   model = BertClassifier(config, num_labels)
   shapes = jax.eval_shape(model.init, jax.random.key(0), IDS)
   return flatten_dict(shapes["params"])
-
-
-def scanned(layers: Iterable[Layer]) -> dict[Path, Target]:
-  """These layers as a scanned model's targets."""
-  kinds: dict[Path, list[Layer]] = {}
-  for layer in layers:
-    kinds.setdefault(layer.kind, []).append(layer)
-  return {
-    kind: same[0].target._replace(stack=(len(same),) if "layer" in kind else ())
-    for kind, same in kinds.items()
-  }
 
 
 def patterns(kinds: Collection[Path], there: Collection[Path]) -> list[str]:

@@ -166,7 +166,7 @@ def _sort(
     inner = name.removeprefix(PREFIX)
     ending = next((e for e in LEAVES[method] if inner.endswith(f".{e}")), None)
     module, _, last = inner.rpartition(".")
-    path = module_path(module, scan=False)[0]
+    path = module_path(module)
     if method == "vera" and name in PAIR:
       parts.pair[PAIR[name]] = value
     elif ending and inner.removesuffix(f".{ending}") in layers:

@@ -39,7 +39,6 @@ from vera_jax.peft_io.layers import (
   Layer,
   linear_layers,
   module_list,
-  scanned,
 )
 from vera_jax.projections import digest, make_projections
 from vera_jax.workdir import write_json
@@ -191,7 +190,7 @@ def _read(
   ours = Ours(about, {}, {}, {})
   for name, value in tensors.items():
     module, _, leaf = name.rpartition(".")
-    path = module_path(module, scan=False)[0]
+    path = module_path(module)
     theirs = module_name(path, model_type=model_type)
     if module == "projections":
       ours.stored[leaf] = value
@@ -264,22 +263,18 @@ def _projections(
   """A and B by path in a looped tree, or at its root; the digest is checked."""
   given = ours.about["settings"]
   adapted = [layers[name] for name in ours.adapted]
-  trees: list[dict[str, Any]] = [dict(ours.stored)]
+  tree: dict[str, Any] = dict(ours.stored)
   if given["init"] != STORED:
-    looped = {layer.path: layer.target for layer in adapted}
-    trees = [
-      make_projections(
-        targets,
-        rank=given["rank"],
-        seed=given["projection_seed"],
-        init=given["init"],
-        sharing=given["sharing"],
-      )
-      for targets in (looped, scanned(adapted))
-    ]
-  if ours.about["projection_digest"] not in map(digest, trees):
+    tree = make_projections(
+      {layer.path: layer.target for layer in adapted},
+      rank=given["rank"],
+      seed=given["projection_seed"],
+      init=given["init"],
+      sharing=given["sharing"],
+    )
+  if ours.about["projection_digest"] != digest(tree):
     raise UserError(
       "The adapter's projections don't have the digest that its adapter.json"
       " names: it is damaged, or was made by another version."
     )
-  return {p: np.asarray(x) for p, x in flatten_dict(trees[0]).items()}
+  return {p: np.asarray(x) for p, x in flatten_dict(tree).items()}

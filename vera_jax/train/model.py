@@ -21,13 +21,19 @@ from ml_collections import ConfigDict
 
 from vera_jax.adapter import Adapter
 from vera_jax.apply import adapt, find_targets
+from vera_jax.contraction import AUTO
 from vera_jax.errors import UserError
 from vera_jax.labels import FROZEN, Counts, count, label_tree, split
 from vera_jax.methods import make_adapter
 from vera_jax.models.bert import INPUTS, BertClassifier
 from vera_jax.models.hf_weights import LEAVES, Loaded, load_config, load_params
 from vera_jax.projections import digest
-from vera_jax.train.sharding import REPLICATED, param_shardings, put
+from vera_jax.train.sharding import (
+  REPLICATED,
+  batch_shards,
+  param_shardings,
+  put,
+)
 from vera_jax.train.step import Frozen, State
 
 MAY_BE_NEW = ("classifier/", "pooler/")  # leaves that a task brings itself
@@ -49,9 +55,21 @@ class Model(NamedTuple):
   notes: tuple[str, ...]
 
 
-def build_adapter(config: ConfigDict) -> tuple[Adapter | None, tuple[str, ...]]:
-  """The method's adapter and targets; None where it trains the base itself."""
-  return make_adapter(config.method, config[config.method].to_dict())
+def build_adapter(
+  config: ConfigDict, shards: int = 1
+) -> tuple[Adapter | None, tuple[str, ...]]:
+  """The method's adapter and targets; None where it trains the base itself.
+
+  With a batch in several shards "auto" is the factored plan: the others sum a
+  gradient of a whole kernel's size over the devices.
+  """
+  plan = config.model.contraction
+  return make_adapter(
+    config.method,
+    config[config.method].to_dict(),
+    plan="factored" if plan == AUTO and shards > 1 else plan,
+    forwards=1 if config.model.remat == "none" else 2,
+  )
 
 
 def compute_dtype(name: str) -> Any:
@@ -121,7 +139,7 @@ def build_model(
     scan=config.model.scan,
     remat=config.model.remat,
   )
-  adapter, targets = build_adapter(config)
+  adapter, targets = build_adapter(config, batch_shards(mesh))
   module = base if adapter is None else adapt(base, adapter, targets=targets)
   shapes = _shapes(module)
 

@@ -1,5 +1,7 @@
 """All that a run is made of, built from its config."""
 
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,10 +10,11 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vera_jax.apply import Adapted
 from vera_jax.data.batches import steps_per_epoch
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
-from vera_jax.models.bert import BertConfig
+from vera_jax.models.bert import BertConfig, input_shapes
 from vera_jax.models.hf_weights import load_config
 from vera_jax.train.data import Data, build_data
 from vera_jax.train.model import Model, build_model
@@ -102,12 +105,25 @@ def introduction(run: Run) -> list[str]:
     f"data: {len(tokens['train']):,} training examples in {run.epoch_steps}"
     f" steps an epoch, packed into {shapes} rows of"
     f" {run.data.train_layout.length} tokens",
+    *_contractions(run),
     *run.model.notes,
   ]
   if cut:
     texts = ", ".join(f"{n} of {len(tokens[s])} in {s}" for s, n in cut.items())
     lines.append(f"cut at {config.data.max_length} tokens: {texts}")
   return lines
+
+
+def _contractions(run: Run) -> Iterator[str]:
+  """How the adapter is multiplied at a usual batch's shape, in one line."""
+  module, layout = run.model.module, run.data.train_layout
+  if not isinstance(module, Adapted):
+    return
+  rows = layout.rows[len(layout.rows) // 2]
+  plans = module.plans(**input_shapes(rows, layout.length, layout.slots))
+  counts = Counter(plans.values())
+  told = ", ".join(f"{plan} in {n}" for plan, n in counts.most_common())
+  yield f"contraction at {rows} rows: {told} of {len(plans)} adapted products"
 
 
 def about(run: Run) -> dict[str, Any]:
