@@ -7,7 +7,6 @@ to: method and settings, base and its fingerprint, the projections' digest.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +17,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from vera_jax.errors import UserError
+from vera_jax.json_files import read_json
 from vera_jax.models.hf_weights import module_name
 from vera_jax.workdir import write_json
 
 ABOUT, TENSORS = "adapter.json", "adapter.safetensors"
+BOTH = f"An adapter is the two files {ABOUT} and {TENSORS}."
 # The init of projections that no seed gives: A and B then lie in the file.
 STORED = "stored"
 SHA256 = "tensors_sha256"
@@ -135,18 +136,12 @@ def _read(file: Path) -> bytes:
     return file.read_bytes()
   except OSError as error:
     raise UserError(
-      f"{file} can't be read ({error.strerror}); an adapter is the two files"
-      f" {ABOUT} and {TENSORS}."
+      f"{file} can't be read: {error.strerror}. {BOTH}"
     ) from error
 
 
 def _read_about(file: Path) -> dict[str, Any]:
-  try:
-    about = json.loads(_read(file).decode())
-  except ValueError as error:
-    raise UserError(f"{file} can't be read as JSON: {error}") from error
-  if not isinstance(about, dict):
-    raise UserError(f"{file} is not a JSON object.")
+  about = read_json(file, hint=BOTH)
   lacking = [
     name
     for name, kinds in NEEDED.items()

@@ -15,15 +15,11 @@ from flax.traverse_util import unflatten_dict
 from vera_jax.adapter_files import save_adapter
 from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE, resolve
+from vera_jax.json_files import read_json
 from vera_jax.models.bert import BertConfig
 from vera_jax.models.hf_weights import fingerprint, load_config, module_path
 from vera_jax.peft_io.about import describe, our_settings
-from vera_jax.peft_io.config import (
-  PeftSettings,
-  is_target,
-  read_config,
-  read_json,
-)
+from vera_jax.peft_io.config import PeftSettings, is_target, read_config
 from vera_jax.peft_io.files import (
   LEAVES,
   PAIR,

@@ -18,13 +18,14 @@ from vera_jax.adapter import Path as TreePath
 from vera_jax.adapter_files import STORED
 from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE, resolve
+from vera_jax.json_files import read_json
 from vera_jax.models.hf_weights import (
   fingerprint,
   load_config,
   module_name,
   module_path,
 )
-from vera_jax.peft_io.config import FILE, read_json
+from vera_jax.peft_io.config import FILE
 from vera_jax.peft_io.files import (
   LEAVES,
   OUR_FILE,
