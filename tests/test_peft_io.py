@@ -7,9 +7,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from vera_jax.adapter_files import load_adapter
+from vera_jax.adapter_files import FORMAT, load_adapter
 from vera_jax.classifier import restore_adapter
 from vera_jax.errors import UserError
+from vera_jax.layer_stacks import stack_layers
 from vera_jax.models.bert import BertConfig
 from vera_jax.peft_io import export_adapter, import_adapter
 from vera_jax.peft_io.config import PeftSettings, is_target
@@ -96,7 +97,7 @@ def carry(tiny_model, tmp_path):
     folder = write(tmp_path / "theirs", tensors, config, **changes)
     import_adapter(folder, tmp_path / "ours", base=str(tiny_model))
     about = json.loads((tmp_path / "ours/adapter.json").read_text())
-    return about, load_file(tmp_path / "ours/adapter.safetensors")
+    return about, load_adapter(tmp_path / "ours").tensors
 
   return carry
 
@@ -338,10 +339,10 @@ def trained(folder, base, **settings):
   )
   about = import_adapter(theirs, folder, base=str(base), task="sst2")
   about |= {"settings": given, "seed": 1, "score": 0.5}
-  (folder / "adapter.json").write_text(json.dumps(about))
-  tensors = load_file(folder / "adapter.safetensors")
+  tensors = load_adapter(folder).tensors
   own = {n: x for n, x in tensors.items() if "projections" not in n}
-  save_file(own, folder / "adapter.safetensors")
+  save_file(stack_layers(own), folder / "adapter.safetensors")
+  (folder / "adapter.json").write_text(json.dumps(about))
   return about, own
 
 
@@ -359,6 +360,7 @@ def test_there_and_back(tiny_model, tmp_path, init):
   assert one == two
   written = json.loads((tmp_path / "back/adapter.json").read_text())
   assert len(written.pop("tensors_sha256")) == 64
+  assert written.pop("format") == FORMAT
   assert written == about
 
 

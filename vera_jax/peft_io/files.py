@@ -12,7 +12,6 @@ from vera_jax.errors import UserError
 from vera_jax.models.hf_weights import FLOATS
 
 PEFT_FILE = "adapter_model.safetensors"
-OUR_FILE = "adapter.safetensors"
 OURS = "vera_jax"  # our adapter.json, in the header of an exported file
 PREFIX = "base_model.model."
 PAIR = {"base_model.vera_A": "A", "base_model.vera_B": "B"}

@@ -15,10 +15,9 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from vera_jax.adapter import Path as TreePath
-from vera_jax.adapter_files import STORED
+from vera_jax.adapter_files import STORED, SavedAdapter, load_adapter
 from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE, resolve
-from vera_jax.json_files import read_json
 from vera_jax.models.hf_weights import (
   fingerprint,
   load_config,
@@ -28,12 +27,10 @@ from vera_jax.models.hf_weights import (
 from vera_jax.peft_io.config import FILE
 from vera_jax.peft_io.files import (
   LEAVES,
-  OUR_FILE,
   OURS,
   PEFT_FILE,
   PREFIX,
   check_free,
-  read_tensors,
 )
 from vera_jax.peft_io.head import HEADS
 from vera_jax.peft_io.layers import (
@@ -96,19 +93,20 @@ def export_adapter(
     UserError: naming what PEFT can't hold, is missing or doesn't fit.
   """
   check_free(out)
-  about = read_json(folder / "adapter.json")
-  own, given = about.get("method"), about.get("settings")
-  if own not in METHODS or not isinstance(given, dict):
+  saved = load_adapter(folder)
+  about = saved.about
+  own, given = about["method"], about["settings"]
+  if own not in METHODS:
     raise UserError(
       f"{folder} holds method {own!r}; only {' and '.join(METHODS)} are"
       " adapters that PEFT can hold. Merge it and use the checkpoint."
     )
-  name = base or str(about.get("base"))
+  name = base or about["base"]
   base_folder = resolve(name)
   _check_base(about, base_folder)
   config = load_config(base_folder)
   layers = linear_layers(config)
-  ours = _read(folder, about, layers, config.model_type)
+  ours = _sort(saved, layers, config.model_type)
   converted = _convert(ours, method or own, layers)
   place = str(base_folder) if name.startswith(PACKAGE) else name
   _write(out, ours, converted, base=place, layers=layers)
@@ -174,23 +172,18 @@ def _write(
 
 
 def _check_base(about: Mapping[str, Any], base: Path) -> None:
-  known = about.get("base_fingerprint")
-  if known is not None and known != fingerprint(base):
+  if about["base_fingerprint"] != fingerprint(base):
     raise UserError(
       f"{base} is not the base that the adapter was trained on: its weights"
       " have another fingerprint. Give the right one by --base=FOLDER."
     )
 
 
-def _read(
-  folder: Path,
-  about: dict[str, Any],
-  layers: Mapping[str, Layer],
-  model_type: str,
+def _sort(
+  saved: SavedAdapter, layers: Mapping[str, Layer], model_type: str
 ) -> Ours:
-  tensors, _ = read_tensors(folder / OUR_FILE)
-  ours = Ours(about, {}, {}, {})
-  for name, value in tensors.items():
+  ours = Ours(saved.about, {}, {}, {})
+  for name, value in saved.tensors.items():
     module, _, leaf = name.rpartition(".")
     path = module_path(module, scan=False)[0]
     theirs = module_name(path, model_type=model_type)
@@ -203,9 +196,11 @@ def _read(
     elif path[0] in HEADS and leaf == "bias":
       ours.head[f"{theirs}.bias"] = value
     else:
-      raise UserError(f"{folder} holds {name!r}, for which PEFT has no place.")
+      raise UserError(
+        f"{saved.folder} holds {name!r}, for which PEFT has no place."
+      )
   if not ours.adapted:
-    raise UserError(f"{folder / OUR_FILE} holds no adapted layer.")
+    raise UserError(f"{saved.folder} holds no adapted layer.")
   return ours
 
 
