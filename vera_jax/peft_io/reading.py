@@ -36,7 +36,7 @@ from vera_jax.peft_io.head import (
   num_labels,
 )
 from vera_jax.peft_io.layers import Layer, linear_layers
-from vera_jax.peft_io.origin import Origin, find_origin
+from vera_jax.peft_io.origin import Origin, check_base, find_origin
 from vera_jax.projections import PRNG
 
 HEAD = {"weight": "kernel", "bias": "bias"}
@@ -80,6 +80,7 @@ def import_adapter(
       f"{folder} names no base model, or a revision of one: say --base=FOLDER."
     )
   base_folder = resolve(name)
+  check_base(carried, base_folder)
   config = _base_config(base_folder)
   layers = linear_layers(config)
   parts = _sort(tensors, settings.method, layers)
@@ -197,7 +198,8 @@ def _check_targets(
       raise UserError(
         f"target_modules {'names' if expected else 'leaves out'} {name}, but"
         f" the adapter's file has {'no' if expected else 'a'} tensor for it:"
-        " the two files don't belong together, or one is cut off."
+        " the two files don't belong together, one is cut off, or the base is"
+        " another."
       )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
@@ -18,8 +19,8 @@ from vera_jax.adapter import Path as TreePath
 from vera_jax.adapter_files import STORED, SavedAdapter, load_adapter
 from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE, resolve
+from vera_jax.methods import make_adapter
 from vera_jax.models.hf_weights import (
-  fingerprint,
   load_config,
   module_name,
   module_path,
@@ -30,7 +31,9 @@ from vera_jax.peft_io.files import (
   OURS,
   PEFT_FILE,
   PREFIX,
+  SHA256,
   check_free,
+  checksum,
 )
 from vera_jax.peft_io.head import HEADS
 from vera_jax.peft_io.layers import (
@@ -39,6 +42,7 @@ from vera_jax.peft_io.layers import (
   module_list,
   scanned,
 )
+from vera_jax.peft_io.origin import check_base
 from vera_jax.projections import digest, make_projections
 from vera_jax.workdir import write_json
 
@@ -103,10 +107,11 @@ def export_adapter(
     )
   name = base or about["base"]
   base_folder = resolve(name)
-  _check_base(about, base_folder)
+  check_base(about, base_folder)
   config = load_config(base_folder)
   layers = linear_layers(config)
   ours = _sort(saved, layers, config.model_type)
+  _check_leaves(ours, layers)
   converted = _convert(ours, method or own, layers)
   place = str(base_folder) if name.startswith(PACKAGE) else name
   _write(out, ours, converted, base=place, layers=layers)
@@ -166,17 +171,31 @@ def _write(
   save_file(
     {name: np.ascontiguousarray(value) for name, value in tensors.items()},
     out / PEFT_FILE,
-    metadata={"format": "pt", OURS: json.dumps(ours.about)},
+    metadata={
+      "format": "pt",
+      OURS: json.dumps(ours.about),
+      SHA256: checksum(tensors),
+    },
   )
   write_json(out / FILE, config)
 
 
-def _check_base(about: Mapping[str, Any], base: Path) -> None:
-  if about["base_fingerprint"] != fingerprint(base):
-    raise UserError(
-      f"{base} is not the base that the adapter was trained on: its weights"
-      " have another fingerprint. Give the right one by --base=FOLDER."
-    )
+def _check_leaves(ours: Ours, layers: Mapping[str, Layer]) -> None:
+  """Names and shapes are those of method and rank."""
+  adapter, _ = make_adapter(ours.about["method"], ours.about["settings"])
+  assert adapter is not None
+  for name, leaves in ours.adapted.items():
+    inputs, outputs, _ = layers[name].target
+    need = {
+      leaf: jax.eval_shape(init, jax.random.key(0)).shape
+      for leaf, init in adapter.init(inputs, outputs).items()
+    }
+    have = {leaf: value.shape for leaf, value in leaves.items()}
+    if have != need:
+      raise UserError(
+        f"{name} has {have} in the adapter's file, but its adapter.json and"
+        f" the base need {need}."
+      )
 
 
 def _sort(
