@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from safetensors.numpy import load_file
 
 from configs import minilm
 from experiments import cli
@@ -144,7 +143,9 @@ def train_here(
   import jax
 
   from vera_jax.adapter_files import save_adapter
+  from vera_jax.models.hf_weights import fingerprint
   from vera_jax.peft_io import export_adapter
+  from vera_jax.projections import PRNG
   from vera_jax.train.model import build_model, init_state
   from vera_jax.train.optim import optimiser
   from vera_jax.train.run import learning_rates
@@ -158,7 +159,9 @@ def train_here(
   about = {
     "method": config.method,
     "base": str(base),
+    "base_fingerprint": fingerprint(base),
     "labels": labels,
+    "projection_prng": PRNG,
     "projection_digest": model.digest,
     "settings": config[config.method].to_dict(),
   }
@@ -244,9 +247,9 @@ def train_in_peft(
 
 def _distances(method: str, ours: Trained, theirs: Trained) -> dict[str, Any]:
   """Relative distances: of each step's loss, and of all d, all b and so on."""
-  one, two = (
-    load_file(side.folder / "adapter.safetensors") for side in (ours, theirs)
-  )
+  from vera_jax.adapter_files import load_adapter
+
+  one, two = (load_adapter(side.folder).tensors for side in (ours, theirs))
   kinds = {name.rpartition(".")[2] for name in one if f".{method}_" in name}
   apart = {
     kind: _relative(

@@ -7,10 +7,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from vera_jax.adapter_files import (
+  FORMAT,
   SHA256,
   load_adapter,
   save_adapter,
@@ -19,6 +21,7 @@ from vera_jax.adapter_files import (
 from vera_jax.apply import adapt
 from vera_jax.errors import UserError
 from vera_jax.labels import label_tree, split
+from vera_jax.layer_stacks import stack_layers
 from vera_jax.methods import make_adapter
 from vera_jax.models.bert import BertClassifier, BertConfig
 
@@ -87,10 +90,14 @@ def test_both_files_are_there(tmp_path):
   about = json.loads((folder / "adapter.json").read_text())
   data = (folder / "adapter.safetensors").read_bytes()
   checksum = hashlib.sha256(data).hexdigest()
-  assert about == {"targets": ["query"], SHA256: checksum}
-  loaded = load_file(folder / "adapter.safetensors")
-  for name, value in tensors(make(True)).items():
-    np.testing.assert_array_equal(loaded[name], value)
+  assert about == {"targets": ["query"], "format": FORMAT, SHA256: checksum}
+  stored = load_file(folder / "adapter.safetensors")
+  assert {name: x.shape for name, x in stored.items()} == {
+    "encoder.layer.0-1.attention.self.query.vera_d": (2, 3),
+    "encoder.layer.0-1.attention.self.query.vera_b": (2, 4),
+    "classifier.kernel": (4, 2),
+    "classifier.bias": (2,),
+  }
 
 
 def test_what_was_saved_is_read(random_adapter):
@@ -99,48 +106,123 @@ def test_what_was_saved_is_read(random_adapter):
   assert saved.folder == folder
   assert saved.about["settings"]["rank"] == 8
   stored = load_file(folder / "adapter.safetensors")
-  assert saved.tensors.keys() == stored.keys()
-  for name, value in stored.items():
-    np.testing.assert_array_equal(saved.tensors[name], value)
+  name = "encoder.layer.{}.attention.self.value.vera_b"
+  for layer in (0, 1):
+    np.testing.assert_array_equal(
+      saved.tensors[name.format(layer)], stored[name.format("0-1")][layer]
+    )
+  assert len(saved.tensors) == 2 * len(stored) - 2  # the head has no layers
 
 
-@pytest.mark.parametrize("size", ["base", "large"])
-def test_the_files_are_small(size, tmp_path):
-  """At most 4 bytes a trained number and 16 KiB, RoBERTa's own shapes."""
-  large = size == "large"
-  config = BertConfig(
-    model_type="roberta",
-    vocab_size=50265,
-    hidden_size=1024 if large else 768,
-    num_hidden_layers=24 if large else 12,
-    num_attention_heads=16 if large else 12,
-    intermediate_size=4096 if large else 3072,
-    max_position_embeddings=514,
-    pad_token_id=1,
-  )
-  settings = {
-    "rank": 256 if large else 1024,
+def test_the_first_format_is_read(random_adapter, tmp_path):
+  """A tensor a layer, and no number that says so."""
+  folder = shutil.copytree(random_adapter(), tmp_path / "old")
+  saved = load_adapter(folder)
+  save_file(saved.tensors, folder / "adapter.safetensors")
+  data = (folder / "adapter.safetensors").read_bytes()
+  checksum = hashlib.sha256(data).hexdigest()
+  change(folder, format="gone", **{SHA256: checksum})
+  old = load_adapter(folder)
+  assert old.tensors.keys() == saved.tensors.keys()
+  for name, value in saved.tensors.items():
+    np.testing.assert_array_equal(old.tensors[name], value)
+
+
+ROBERTA = {
+  "base": (768, 12, 12, 3072),
+  "large": (1024, 24, 16, 4096),
+}
+EVERYWHERE = ["query", "key", "value", "dense"]
+SETTINGS = {
+  "vera": {
     "d_init": 0.1,
     "init": "kaiming_uniform",
     "projection_seed": 0,
     "train": "both",
     "sharing": "shared",
     "targets": ["query", "value"],
-  }
-  adapter, targets = make_adapter("vera", settings)
-  model = adapt(BertClassifier(config, 3), adapter, targets=targets)
+  },
+  "lora": {"alpha": 4.0, "targets": ["query", "value"]},
+}
+
+
+def trained_shapes(size, method, **settings):
+  """What a method trains of RoBERTa, as a tree of shapes, and its settings."""
+  width, layers, heads, inner = ROBERTA[size]
+  config = BertConfig(
+    model_type="roberta",
+    vocab_size=50265,
+    hidden_size=width,
+    num_hidden_layers=layers,
+    num_attention_heads=heads,
+    intermediate_size=inner,
+    max_position_embeddings=514,
+    pad_token_id=1,
+  )
+  settings = {**SETTINGS.get(method, {}), **settings}
+  adapter, targets = make_adapter(method, settings)
+  model = BertClassifier(config, 3)
+  if adapter is not None:
+    model = adapt(model, adapter, targets=targets)
   ids = jax.ShapeDtypeStruct((1, 8), np.int32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
-  trained, _ = split(shapes, label_tree(shapes, "vera"))
-  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), trained)
-  about = {"settings": settings, "versions": dict.fromkeys("abcdefgh", "0.0.0")}
-  save_adapter(tmp_path, zeros, about=about)
+  return split(shapes, label_tree(shapes, method))[0], settings
+
+
+def about_a_run(settings):
+  """As long as what `train.loop` writes, or longer."""
+  return {
+    "task": "generated_entailment",
+    "base": "package:some_package_with_a_long_name/and_a_folder_in_it",
+    "base_fingerprint": 64 * "0",
+    "projection_digest": 64 * "0",
+    "labels": ["entailment", "neutral", "contradiction"],
+    "settings": settings,
+    "versions": dict.fromkeys((12 * x for x in "abcdefghi"), "10.20.30"),
+    "parameters": dict.fromkeys(("adapter", "head", "frozen"), 10**9),
+  }
+
+
+@pytest.mark.parametrize(
+  "size, method, settings, adapter",
+  [
+    ("base", "vera", {"rank": 1024}, 43_008),
+    ("large", "vera", {"rank": 256}, 61_440),
+    ("large", "vera", {"rank": 256, "targets": EVERYWHERE}, None),
+    ("large", "lora", {"rank": 8}, 786_432),
+    ("large", "lora", {"rank": 1, "targets": EVERYWHERE}, None),
+    ("large", "bitfit", {}, None),
+    ("large", "head", {}, 0),
+  ],
+)
+def test_the_files_are_small(size, method, settings, adapter, tmp_path):
+  """At most 4 bytes a trained number and 16 KiB, RoBERTa's own shapes."""
+  shapes, settings = trained_shapes(size, method, **settings)
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+  save_adapter(tmp_path, zeros, about=about_a_run(settings))
   numbers = sum(leaf.size for leaf in flatten_dict(zeros).values())
-  assert numbers == (61_440 if large else 43_008) + (
-    1024 * 1024 + 4 * 1024 + 3 if large else 768 * 768 + 4 * 768 + 3
-  )
-  size_on_disk = sum(file.stat().st_size for file in tmp_path.iterdir())
-  assert size_on_disk <= 4 * numbers + 16 * 1024
+  width = ROBERTA[size][0]
+  if adapter is not None:
+    assert numbers == adapter + width * width + 4 * width + 3
+  found = sum(file.stat().st_size for file in tmp_path.iterdir())
+  assert found <= 4 * numbers + 16 * 1024
+  with safe_open(tmp_path / "adapter.safetensors", "numpy") as file:
+    assert len(list(file.keys())) <= 32
+
+
+def test_the_header_of_a_whole_model_is_short():
+  """`full` on RoBERTa-large, counted: its 1.4 GB need not be written."""
+  shapes, _ = trained_shapes("large", "full")
+  numbers = {
+    path: np.zeros(leaf.shape[:1] if "layer" in path else ())
+    for path, leaf in flatten_dict(shapes).items()
+  }
+  names = stack_layers(tensors(unflatten_dict(numbers)))
+  entry = len('{"dtype":"F32","shape":[50265,1024],"data_offsets":[,]},:""')
+  digits = 2 * len("1400000000") + len("24,")
+  header = sum(len(name) + entry + digits for name in names)
+  assert 20 < len(names) < 40
+  assert header + 4096 <= 16 * 1024
 
 
 def cut(folder):
@@ -167,6 +249,14 @@ def unsigned_cut(folder):
   change(folder, **{SHA256: "gone"})
 
 
+def no_layer(folder):
+  stored = load_file(folder / "adapter.safetensors")
+  name = "encoder.layer.0-1.attention.self.query.vera_d"
+  stored[name] = stored[name][:1]
+  save_file(stored, folder / "adapter.safetensors")
+  change(folder, **{SHA256: "gone"})
+
+
 def no_number(folder):
   stored = load_file(folder / "adapter.safetensors")
   stored["classifier.bias"][0] = np.nan
@@ -178,7 +268,7 @@ def no_number(folder):
   "harm, words",
   [
     (shutil.rmtree, "There is no adapter folder"),
-    (lambda f: (f / "adapter.json").unlink(), "adapter.json can't be read"),
+    (lambda f: (f / "adapter.json").unlink(), "There is no .*adapter.json"),
     (
       lambda f: (f / "adapter.safetensors").unlink(),
       "adapter.safetensors can't be read",
@@ -190,9 +280,15 @@ def no_number(folder):
       lambda f: change(f, method=3, base_fingerprint="gone"),
       "no usable method, base_fingerprint",
     ),
+    (
+      lambda f: change(f, format=FORMAT + 1),
+      f"has format {FORMAT + 1}; .* up to {FORMAT}",
+    ),
+    (lambda f: change(f, format="new"), "has format 'new'"),
     (cut, "checksum differs"),
     (flip, "checksum differs"),
     (unsigned_cut, "no whole safetensors file"),
+    (no_layer, "vera_d has shape .* says 2 layers"),
     (no_number, "classifier.bias holds values that are not finite"),
   ],
 )

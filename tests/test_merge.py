@@ -178,6 +178,24 @@ def test_a_pair_a_layer_is_the_same_scanned_and_looped():
   assert np.abs(query - down[:, :6]).max() > 0.1
 
 
+@pytest.mark.parametrize("method", ["vera", "lora"])
+def test_the_unmerged_tree_is_kept_bit_for_bit(method):
+  model = adapt(Stack("scanned"), METHODS[method], targets=TARGETS)
+  variables = start(model)
+  params = randomise(variables["params"])
+  before = {p: np.array(x).tobytes() for p, x in flatten_dict(params).items()}
+  merged = merge(
+    params,
+    variables.get("projections", {}),
+    adapter=model.adapter,
+    targets=model.find_targets(X),
+  )
+  after = {p: np.array(x).tobytes() for p, x in flatten_dict(params).items()}
+  assert after == before
+  kernel = ("layer", "up", "kernel")
+  assert flatten_dict(merged)[kernel].tobytes() != before[kernel]
+
+
 def test_only_adapted_kernels_change_and_keep_their_type():
   model = adapt(Stack("scanned"), METHODS["vera"], targets=["up"])
   variables = start(model)

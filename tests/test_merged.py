@@ -44,6 +44,8 @@ def test_the_folder_answers_as_the_adapter_does(
   assert merged.about == about
   assert about["differences"]["float32"] <= 1e-5
   assert fingerprint(adapted.folder) == before  # unmerged is the base itself
+  assert about["base"] == str(adapted.folder)
+  assert about["base_fingerprint"] == before
   assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 

@@ -1,15 +1,17 @@
 """PEFT's folders, without PEFT: formats, names, shapes, each refusal."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from vera_jax.adapter_files import load_adapter
+from vera_jax.adapter_files import FORMAT, load_adapter
 from vera_jax.classifier import restore_adapter
 from vera_jax.errors import UserError
+from vera_jax.layer_stacks import stack_layers
 from vera_jax.models.bert import BertConfig
 from vera_jax.peft_io import export_adapter, import_adapter
 from vera_jax.peft_io.config import PeftSettings, is_target
@@ -96,7 +98,7 @@ def carry(tiny_model, tmp_path):
     folder = write(tmp_path / "theirs", tensors, config, **changes)
     import_adapter(folder, tmp_path / "ours", base=str(tiny_model))
     about = json.loads((tmp_path / "ours/adapter.json").read_text())
-    return about, load_file(tmp_path / "ours/adapter.safetensors")
+    return about, load_adapter(tmp_path / "ours").tensors
 
   return carry
 
@@ -277,6 +279,7 @@ TENSORS = {
     {"base_model.model.model.layers.0.q_proj.vera_lambda_d": noise(RANK)},
     "q_proj",
   ),
+  "no number": ({D0: np.full(RANK, np.nan, np.float32)}, "not finite numbers"),
   "whole numbers": ({D0: np.zeros(RANK, np.int8)}, "stored as I8"),
 }
 
@@ -308,8 +311,9 @@ def test_files_refused(tiny_model, tmp_path):
   fails("names no base model", theirs, base=None)
   file = theirs / "adapter_model.safetensors"
   whole = file.read_bytes()
-  file.write_bytes(whole[:-9])
-  fails("no whole safetensors file", theirs)
+  for damaged in (whole[:-9], whole[:50], b"", b"\xff" + whole[1:]):
+    file.write_bytes(damaged)
+    fails("no whole safetensors file", theirs)
   file.rename(file.with_suffix(".bin"))
   fails("pickle format", theirs)
   file.write_bytes(whole)
@@ -338,10 +342,10 @@ def trained(folder, base, **settings):
   )
   about = import_adapter(theirs, folder, base=str(base), task="sst2")
   about |= {"settings": given, "seed": 1, "score": 0.5}
-  (folder / "adapter.json").write_text(json.dumps(about))
-  tensors = load_file(folder / "adapter.safetensors")
+  tensors = load_adapter(folder).tensors
   own = {n: x for n, x in tensors.items() if "projections" not in n}
-  save_file(own, folder / "adapter.safetensors")
+  save_file(stack_layers(own), folder / "adapter.safetensors")
+  (folder / "adapter.json").write_text(json.dumps(about))
   return about, own
 
 
@@ -359,6 +363,7 @@ def test_there_and_back(tiny_model, tmp_path, init):
   assert one == two
   written = json.loads((tmp_path / "back/adapter.json").read_text())
   assert len(written.pop("tensors_sha256")) == 64
+  assert written.pop("format") == FORMAT
   assert written == about
 
 
@@ -426,16 +431,72 @@ def test_exports_refused(tiny_model, tmp_path):
       export_adapter(tmp_path / "ours", tmp_path / "theirs", **kwargs)
     assert not (tmp_path / "theirs").exists()
 
-  unique = {**about["settings"], "sharing": "unique"}
+  given = about["settings"]
+  unique = {**given, "sharing": "unique"}
   fails("method 'bitfit'", {"method": "bitfit"})
   fails("--as=lora", {"settings": unique})
   fails("digest", {"projection_digest": "0"})
   fails("digest", {"projection_digest": "0"}, method="lora")
   fails("another fingerprint", {"base_fingerprint": "0"})
-  fails("lack 'rank'", {"settings": {"sharing": "shared"}})
-  lora = {"method": "lora", "settings": {"rank": RANK, "alpha": 1.0}}
-  fails("can't be written as VeRA", lora, method="vera")
+  fails("no usable rank=None", {"settings": {"sharing": "shared"}})
+  fails(r"vera_d': \(4,\).* need .*\(5,\)", {"settings": given | {"rank": 5}})
+  fails("need {'vera_d'", {"settings": given | {"train": "d"}})
+  lora = {"rank": RANK, "alpha": 1.0, "targets": ["query"]}
+  fails("need {'lora_A'", {"method": "lora", "settings": lora})
   fails("There is no folder", {"base": "/nowhere"})
+
+
+def test_lora_is_no_vera(carry, tmp_path):
+  carry(matrices(), LORA)
+  with pytest.raises(UserError, match="can't be written as VeRA"):
+    export_adapter(tmp_path / "ours", tmp_path / "vera", method="vera")
+
+
+def flipped(file):
+  """One bit of the last number."""
+  data = bytearray(file.read_bytes())
+  data[-1] ^= 1
+  file.write_bytes(data)
+
+
+def test_a_damaged_adapter_is_not_exported(carry, tmp_path):
+  carry(vectors() | pair(), VERA)
+  flipped(tmp_path / "ours/adapter.safetensors")
+  with pytest.raises(UserError, match="checksum differs"):
+    export_adapter(tmp_path / "ours", tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["vera", "lora"])
+def test_a_damaged_export_is_not_imported(carry, tmp_path, method):
+  carry(vectors() | pair(), VERA)
+  export_adapter(tmp_path / "ours", tmp_path / "out", method=method)
+  import_adapter(tmp_path / "out", tmp_path / "whole")
+  flipped(tmp_path / "out/adapter_model.safetensors")
+  with pytest.raises(UserError, match="is damaged: its tensors differ"):
+    import_adapter(tmp_path / "out", tmp_path / "back")
+  assert not (tmp_path / "back").exists()
+
+
+def test_an_export_keeps_to_its_base(carry, tiny_model, tmp_path):
+  """PEFT's own files name no weights; what we export does."""
+  carry(vectors() | pair(), VERA)
+  export_adapter(tmp_path / "ours", tmp_path / "out")
+  other = shutil.copytree(tiny_model, tmp_path / "other")
+  stored = load_file(other / "model.safetensors")
+  stored["bert.pooler.dense.bias"][0] += 1e-3
+  save_file(stored, other / "model.safetensors")
+  for move, folder in ((export_adapter, "ours"), (import_adapter, "out")):
+    with pytest.raises(UserError, match="another fingerprint"):
+      move(tmp_path / folder, tmp_path / "new", base=str(other))
+  assert not (tmp_path / "new").exists()
+
+
+def test_a_base_with_more_layers(minilm_folder, tmp_path):
+  theirs = write(tmp_path / "theirs", vectors() | pair(), VERA)
+  with pytest.raises(UserError, match="layer.2.*, or the base is another"):
+    import_adapter(theirs, tmp_path / "ours", base=str(minilm_folder))
+  assert not (tmp_path / "ours").exists()
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file
 
 from experiments.peft_steps import compare
-from vera_jax.adapter_files import save_adapter
+from vera_jax.adapter_files import load_adapter, save_adapter
 from vera_jax.apply import adapt
 from vera_jax.labels import count, label_tree, split
 from vera_jax.lora import lora
 from vera_jax.models.bert import BertClassifier
-from vera_jax.models.hf_weights import load_config, load_params, module_path
+from vera_jax.models.hf_weights import (
+  fingerprint,
+  load_config,
+  load_params,
+  module_path,
+)
 from vera_jax.peft_io import export_adapter, import_adapter
-from vera_jax.projections import digest
+from vera_jax.projections import PRNG, digest
 from vera_jax.vera import vera
 
 torch = pytest.importorskip("torch")
@@ -136,7 +140,7 @@ def parts(about):
 def our_logits(folder, base):
   """By hand from the folder's two files."""
   about = json.loads((folder / "adapter.json").read_text())
-  tensors = load_file(folder / "adapter.safetensors")
+  tensors = load_adapter(folder).tensors
   model = BertClassifier(load_config(base), LABELS, scan=False)
   adapted = adapt(model, parts(about), targets=about["settings"]["targets"])
   ids = jnp.asarray(IDS)
@@ -254,6 +258,7 @@ def ours_at_random(base, folder, **settings):
   made = adapted.adapter.projections(adapted.find_targets(ids))
   about |= {"projection_digest": digest(made) if made else None}
   about |= {"parameters": counts, "labels": ["a", "b", "c"]}
+  about |= {"base_fingerprint": fingerprint(base), "projection_prng": PRNG}
   save_adapter(folder, trained, about=about)
 
 

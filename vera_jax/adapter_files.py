@@ -1,13 +1,13 @@
 """A trained adapter as two small files: `adapter.json`, `adapter.safetensors`.
 
 The tensors are the trained leaves (d, b, head) under the names that Hugging
-Face gives their layers, one entry a layer whether the stack was scanned or not:
-`encoder.layer.3.attention.self.query.vera_d`. The JSON says what they belong
-to: method and settings, base and its fingerprint, the projections' digest.
+Face gives their layers: `encoder.layer.3.attention.self.query.vera_d`. In the
+file those of consecutive layers are one (`layer_stacks`), whether the model's
+stack was scanned or not. The JSON says what they belong to: method and
+settings, base and its fingerprint, the projections' digest.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from vera_jax.errors import UserError
+from vera_jax.json_files import read_json
+from vera_jax.layer_stacks import stack_layers, unstack_layers
 from vera_jax.models.hf_weights import module_name
 from vera_jax.workdir import write_json
 
 ABOUT, TENSORS = "adapter.json", "adapter.safetensors"
+BOTH = f"An adapter is the two files {ABOUT} and {TENSORS}."
+# 1 had a tensor a layer, and no number; it is read all the same.
+FORMAT = 2
 # The init of projections that no seed gives: A and B then lie in the file.
 STORED = "stored"
 SHA256 = "tensors_sha256"
@@ -79,15 +84,16 @@ def save_adapter(
     folder: made when missing.
     trained: the trainable leaves, from `labels.split`.
     about: JSON values for adapter.json; `NEEDED` lists those that
-      `load_adapter` asks for. A checksum of the tensors is added.
+      `load_adapter` asks for. The format's number and a checksum of the
+      tensors are added.
   """
   folder = Path(folder).expanduser()
-  data = save(tensors(trained))
+  data = save(stack_layers(tensors(trained)))
   checksum = hashlib.sha256(data).hexdigest()
   try:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TENSORS).write_bytes(data)
-    write_json(folder / ABOUT, {**about, SHA256: checksum})
+    write_json(folder / ABOUT, {**about, "format": FORMAT, SHA256: checksum})
   except OSError as error:
     raise UserError(f"{folder} can't be written: {error.strerror}.") from error
 
@@ -110,7 +116,9 @@ def load_adapter(folder: str | Path) -> SavedAdapter:
       " checksum differs. It is damaged or another adapter's; copy both again."
     )
   try:
-    found = load(data)
+    found = unstack_layers(load(data))
+  except UserError as error:
+    raise UserError(f"{folder / TENSORS}: {error}") from error
   except (SafetensorError, ValueError, KeyError) as error:
     raise UserError(
       f"{folder / TENSORS} is no whole safetensors file ({error}); copy it"
@@ -135,18 +143,18 @@ def _read(file: Path) -> bytes:
     return file.read_bytes()
   except OSError as error:
     raise UserError(
-      f"{file} can't be read ({error.strerror}); an adapter is the two files"
-      f" {ABOUT} and {TENSORS}."
+      f"{file} can't be read: {error.strerror}. {BOTH}"
     ) from error
 
 
 def _read_about(file: Path) -> dict[str, Any]:
-  try:
-    about = json.loads(_read(file).decode())
-  except ValueError as error:
-    raise UserError(f"{file} can't be read as JSON: {error}") from error
-  if not isinstance(about, dict):
-    raise UserError(f"{file} is not a JSON object.")
+  about = read_json(file, hint=BOTH)
+  number = about.get("format", 1)
+  if number not in range(1, FORMAT + 1):
+    raise UserError(
+      f"{file} has format {number!r}; this vera_jax reads formats up to"
+      f" {FORMAT}. It was written by a newer one, or changed by hand."
+    )
   lacking = [
     name
     for name, kinds in NEEDED.items()

@@ -4,7 +4,6 @@
 the base, and refuses whatever is not what the adapter was trained with.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from vera_jax.apply import adapt
 from vera_jax.data.tasks import Task, task_named
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
+from vera_jax.json_files import read_json
 from vera_jax.labels import FROZEN, label_tree
 from vera_jax.methods import make_adapter
 from vera_jax.models.bert import BertClassifier, BertConfig
@@ -140,7 +140,7 @@ def load_classifier(
   """
   folder = resolve(name)
   config = load_config(folder)
-  fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+  fields = read_json(folder / "config.json")
   try:
     count = int(fields.get("num_labels", 2))
     names = fields.get("id2label") or {i: f"LABEL_{i}" for i in range(count)}
@@ -158,19 +158,10 @@ def load_classifier(
       f"{folder} is no whole classifier: it lacks {_some(loaded.missing)}."
     )
   labels = () if regression else tuple(value for _, value in ordered)
-  about = _read_merged(folder / MERGED)
+  merged = folder / MERGED
+  about = read_json(merged) if merged.exists() else {}
   params = jax.tree.map(jnp.asarray, loaded.params)
   return Classifier(module, params, {}, config, folder, labels, about, None, {})
-
-
-def _read_merged(file: Path) -> dict[str, Any]:
-  try:
-    about = json.loads(file.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    return {}
-  except (OSError, ValueError) as error:
-    raise UserError(f"{file} can't be read as JSON: {error}") from error
-  return about if isinstance(about, dict) else {}
 
 
 def _find_base(saved: SavedAdapter, base: str | Path | None) -> Path:

@@ -20,6 +20,9 @@ def merge(
 ) -> dict[str, Any]:
   """The base's parameter tree with W0 + delta in place of each adapted W0.
 
+  A new tree: `params` stays as it is, bit for bit. To unmerge is to use it
+  again, for subtracting the delta would not give back the bits of W0.
+
   Args:
     params: base and adapter leaves in one tree, as `adapt`'s module has them.
     projections: the `projections` collection.

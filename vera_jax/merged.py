@@ -8,7 +8,6 @@ Before the folder gets its name, its weights are read back and their answers to
 probe texts compared with the adapted model's.
 """
 
-import json
 import random
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from safetensors.numpy import save_file
 from vera_jax.classifier import MERGED, Classifier, load_classifier
 from vera_jax.errors import UserError
 from vera_jax.hub import FILES
+from vera_jax.json_files import read_json
 from vera_jax.merge import merge
 from vera_jax.models.hf_weights import to_hf
 from vera_jax.prediction import Predictor
@@ -167,8 +167,7 @@ def _copy_tokenizer(base: Path, folder: Path) -> None:
 
 def _hf_config(classifier: Classifier, dtype: str) -> dict[str, Any]:
   """The base's config.json, as that of a classifier with named labels."""
-  file = classifier.folder / "config.json"
-  fields = json.loads(file.read_text(encoding="utf-8"))
+  fields = read_json(classifier.folder / "config.json")
   for stale in ("_name_or_path", "torch_dtype", "transformers_version"):
     fields.pop(stale, None)
   labels = classifier.labels or ("LABEL_0",)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from vera_jax.errors import UserError
+from vera_jax.json_files import read_json
 from vera_jax.workdir import write_json
 
 FILE = "result.json"
@@ -55,12 +55,7 @@ def write(workdir: Path, result: Mapping[str, Any]) -> dict[str, Any]:
 def read(workdir: Path) -> dict[str, Any] | None:
   """The result of a finished run; None when the folder holds none."""
   path = workdir / FILE
-  if not path.exists():
-    return None
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise UserError(f"{path} can't be read as JSON: {error}") from error
+  return read_json(path) if path.exists() else None
 
 
 def read_all(folder: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from vera_jax.errors import UserError
+from vera_jax.json_files import read_json
 
 # What may differ between a run and its resumption: it changes no result.
 FREE = ("log", "predict_test")
@@ -48,15 +49,7 @@ def check(workdir: Path, config: Mapping[str, Any]) -> None:
         " run. Choose another --workdir, or remove them."
       )
     return
-  try:
-    written = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(written, dict):
-      raise ValueError("no JSON object")
-  except ValueError as error:
-    raise UserError(
-      f"{path} can't be read as a run's config ({error}). Choose another"
-      " --workdir."
-    ) from error
+  written = read_json(path, hint="Choose another --workdir.")
   ours, theirs = _flat(config), _flat(written)
   differ = [
     f"{key}: {theirs.get(key, 'unset')!r} there, {ours.get(key, 'unset')!r} now"

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
+from vera_jax.adapter_files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.train import loop
 from vera_jax.train import step as step_module
@@ -99,7 +99,7 @@ def test_the_mean_of_an_epochs_losses_is_its_training_loss(finished):
 
 def test_the_adapters_files_hold_the_best_epoch(finished, saved):
   folder = finished.folder / "adapter"
-  tensors = load_file(folder / "adapter.safetensors")
+  tensors = load_adapter(folder).tensors
   wanted = {
     f"encoder.layer.{i}.attention.self.{name}.vera_{vector}"
     for i in range(2)

@@ -6,7 +6,6 @@ a scanned tree stacks the layers that a checkpoint numbers, but for the last.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from vera_jax.errors import UserError
+from vera_jax.json_files import read_json
 from vera_jax.models.bert import BertConfig
 
 LEAVES = {
@@ -102,7 +102,8 @@ def module_path(name: str) -> tuple[str, ...]:
 
 def load_config(folder: Path) -> BertConfig:
   """Reads config.json; anything this model can't honour is a UserError."""
-  fields = _read_json(folder / "config.json")
+  hint = "config.model.name takes a folder in Hugging Face's layout."
+  fields = read_json(folder / "config.json", hint=hint)
   return BertConfig.from_dict(fields)
 
 
@@ -246,7 +247,7 @@ def _tensor_files(folder: Path) -> list[Path]:
     return [folder / "model.safetensors"]
   index = folder / "model.safetensors.index.json"
   if index.is_file():
-    files = _read_json(index).get("weight_map")
+    files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files:
       raise UserError(f"{index} has no weight_map; fetch or copy it again.")
     return sorted({folder / file for file in files.values()})
@@ -260,18 +261,3 @@ def _tensor_files(folder: Path) -> list[Path]:
     f"{folder} has neither model.safetensors nor "
     f"model.safetensors.index.json (config.model.name)."
   )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-  try:
-    fields = json.loads(file.read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
-    raise UserError(
-      f"There is no {file}; config.model.name takes a folder in Hugging "
-      f"Face's layout."
-    ) from error
-  except (OSError, ValueError) as error:
-    raise UserError(f"{file} can't be read as JSON: {error}") from error
-  if not isinstance(fields, dict):
-    raise UserError(f"{file} is not a JSON object.")
-  return fields

@@ -8,7 +8,8 @@ from vera_jax import results
 from vera_jax.adapter import Path as TreePath
 from vera_jax.data.tasks import task_named
 from vera_jax.errors import UserError
-from vera_jax.peft_io.config import PeftSettings, read_json
+from vera_jax.json_files import read_json
+from vera_jax.peft_io.config import PeftSettings
 from vera_jax.peft_io.layers import patterns
 from vera_jax.peft_io.origin import Origin
 

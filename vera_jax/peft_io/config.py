@@ -4,7 +4,6 @@ Read from PEFT 0.21.2 without importing it (that would need torch). A field that
 isn't known here may change what the adapter computes: it must be empty.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vera_jax.errors import UserError
+from vera_jax.json_files import read_json
 
 FILE = "adapter_config.json"
 METHODS = {"VERA": "vera", "LORA": "lora"}
@@ -100,19 +100,6 @@ def read_config(folder: Path) -> PeftSettings:
     ) from error
   except UserError as error:
     raise UserError(f"{folder / FILE}: {error}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-  """A JSON object; a UserError where the file holds none."""
-  try:
-    fields = json.loads(file.read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
-    raise UserError(f"There is no {file}.") from error
-  except (OSError, ValueError) as error:
-    raise UserError(f"{file} can't be read as JSON: {error}") from error
-  if not isinstance(fields, dict):
-    raise UserError(f"{file} is not a JSON object.")
-  return fields
 
 
 def _refuse(fields: Mapping[str, Any], method: str) -> None:

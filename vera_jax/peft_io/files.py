@@ -1,5 +1,6 @@
 """The two kinds of adapter folder as tensors and words."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,8 @@ from vera_jax.errors import UserError
 from vera_jax.models.hf_weights import FLOATS
 
 PEFT_FILE = "adapter_model.safetensors"
-OUR_FILE = "adapter.safetensors"
-OURS = "vera_jax"  # our adapter.json, in the header of an exported file
+# In an exported file's header: our adapter.json, a checksum of the tensors.
+OURS, SHA256 = "vera_jax", "vera_jax_sha256"
 PREFIX = "base_model.model."
 PAIR = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
 LEAVES = {
@@ -43,12 +44,40 @@ def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         name: np.asarray(opened.get_tensor(name), np.float32)
         for name in opened.keys()
       }
-      return tensors, _carried(opened.metadata() or {})
+      metadata = opened.metadata() or {}
   except (SafetensorError, OSError) as error:
     raise UserError(
       f"{file} is missing or no whole safetensors file ({error}); fetch or"
       " copy it again."
     ) from error
+  _check_values(file, tensors, metadata.get(SHA256))
+  return tensors, _carried(metadata)
+
+
+def _check_values(
+  file: Path, tensors: Mapping[str, np.ndarray], known: str | None
+) -> None:
+  """PEFT's own files have no checksum: there, damage may show as no number."""
+  wrong = [name for name, x in tensors.items() if not np.isfinite(x).all()]
+  if wrong:
+    raise UserError(
+      f"{file}: {', '.join(wrong[:3])} holds values that are not finite"
+      " numbers."
+    )
+  if known not in (None, checksum(tensors)):
+    raise UserError(
+      f"{file} is damaged: its tensors differ from those that were exported."
+      " Copy or export it again."
+    )
+
+
+def checksum(tensors: Mapping[str, np.ndarray]) -> str:
+  """sha256 over names and float32 values, in the names' order."""
+  sha = hashlib.sha256()
+  for name in sorted(tensors):
+    sha.update(name.encode())
+    sha.update(np.ascontiguousarray(tensors[name], "<f4").tobytes())
+  return sha.hexdigest()
 
 
 def _carried(metadata: Mapping[str, str]) -> dict[str, Any]:

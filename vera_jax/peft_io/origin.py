@@ -1,14 +1,25 @@
-"""Where a VeRA adapter's projections come from: a seed, or the file itself."""
+"""Where an adapter comes from: its base; a seed, or the file, for A and B."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vera_jax.adapter_files import STORED
 from vera_jax.errors import UserError
+from vera_jax.models.hf_weights import fingerprint
 from vera_jax.peft_io.config import PeftSettings
 from vera_jax.projections import INITIALISERS, digest, make_pair
+
+
+def check_base(about: Mapping[str, Any], base: Path) -> None:
+  """Refuses another base than adapter.json's; PEFT's own files name none."""
+  if about.get("base_fingerprint") not in (None, fingerprint(base)):
+    raise UserError(
+      f"{base} is not the base that the adapter was trained on: its weights"
+      " have another fingerprint. Give the right one by --base=FOLDER."
+    )
 
 
 class Origin(NamedTuple):

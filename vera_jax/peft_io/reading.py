@@ -15,15 +15,11 @@ from flax.traverse_util import unflatten_dict
 from vera_jax.adapter_files import save_adapter
 from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE, resolve
+from vera_jax.json_files import read_json
 from vera_jax.models.bert import BertConfig
 from vera_jax.models.hf_weights import fingerprint, load_config, module_path
 from vera_jax.peft_io.about import describe, our_settings
-from vera_jax.peft_io.config import (
-  PeftSettings,
-  is_target,
-  read_config,
-  read_json,
-)
+from vera_jax.peft_io.config import PeftSettings, is_target, read_config
 from vera_jax.peft_io.files import (
   LEAVES,
   PAIR,
@@ -40,7 +36,7 @@ from vera_jax.peft_io.head import (
   num_labels,
 )
 from vera_jax.peft_io.layers import Layer, linear_layers
-from vera_jax.peft_io.origin import Origin, find_origin
+from vera_jax.peft_io.origin import Origin, check_base, find_origin
 from vera_jax.projections import PRNG
 
 HEAD = {"weight": "kernel", "bias": "bias"}
@@ -84,6 +80,7 @@ def import_adapter(
       f"{folder} names no base model, or a revision of one: say --base=FOLDER."
     )
   base_folder = resolve(name)
+  check_base(carried, base_folder)
   config = _base_config(base_folder)
   layers = linear_layers(config)
   parts = _sort(tensors, settings.method, layers)
@@ -201,7 +198,8 @@ def _check_targets(
       raise UserError(
         f"target_modules {'names' if expected else 'leaves out'} {name}, but"
         f" the adapter's file has {'no' if expected else 'a'} tensor for it:"
-        " the two files don't belong together, or one is cut off."
+        " the two files don't belong together, one is cut off, or the base is"
+        " another."
       )
 
 

@@ -10,29 +10,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from vera_jax.adapter import Path as TreePath
-from vera_jax.adapter_files import STORED
+from vera_jax.adapter_files import STORED, SavedAdapter, load_adapter
 from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE, resolve
+from vera_jax.methods import make_adapter
 from vera_jax.models.hf_weights import (
-  fingerprint,
   load_config,
   module_name,
   module_path,
 )
-from vera_jax.peft_io.config import FILE, read_json
+from vera_jax.peft_io.config import FILE
 from vera_jax.peft_io.files import (
   LEAVES,
-  OUR_FILE,
   OURS,
   PEFT_FILE,
   PREFIX,
+  SHA256,
   check_free,
-  read_tensors,
+  checksum,
 )
 from vera_jax.peft_io.head import HEADS
 from vera_jax.peft_io.layers import (
@@ -40,6 +41,7 @@ from vera_jax.peft_io.layers import (
   linear_layers,
   module_list,
 )
+from vera_jax.peft_io.origin import check_base
 from vera_jax.projections import digest, make_projections
 from vera_jax.workdir import write_json
 
@@ -94,19 +96,21 @@ def export_adapter(
     UserError: naming what PEFT can't hold, is missing or doesn't fit.
   """
   check_free(out)
-  about = read_json(folder / "adapter.json")
-  own, given = about.get("method"), about.get("settings")
-  if own not in METHODS or not isinstance(given, dict):
+  saved = load_adapter(folder)
+  about = saved.about
+  own, given = about["method"], about["settings"]
+  if own not in METHODS:
     raise UserError(
       f"{folder} holds method {own!r}; only {' and '.join(METHODS)} are"
       " adapters that PEFT can hold. Merge it and use the checkpoint."
     )
-  name = base or str(about.get("base"))
+  name = base or about["base"]
   base_folder = resolve(name)
-  _check_base(about, base_folder)
+  check_base(about, base_folder)
   config = load_config(base_folder)
   layers = linear_layers(config)
-  ours = _read(folder, about, layers, config.model_type)
+  ours = _sort(saved, layers, config.model_type)
+  _check_leaves(ours, layers)
   converted = _convert(ours, method or own, layers)
   place = str(base_folder) if name.startswith(PACKAGE) else name
   _write(out, ours, converted, base=place, layers=layers)
@@ -166,29 +170,38 @@ def _write(
   save_file(
     {name: np.ascontiguousarray(value) for name, value in tensors.items()},
     out / PEFT_FILE,
-    metadata={"format": "pt", OURS: json.dumps(ours.about)},
+    metadata={
+      "format": "pt",
+      OURS: json.dumps(ours.about),
+      SHA256: checksum(tensors),
+    },
   )
   write_json(out / FILE, config)
 
 
-def _check_base(about: Mapping[str, Any], base: Path) -> None:
-  known = about.get("base_fingerprint")
-  if known is not None and known != fingerprint(base):
-    raise UserError(
-      f"{base} is not the base that the adapter was trained on: its weights"
-      " have another fingerprint. Give the right one by --base=FOLDER."
-    )
+def _check_leaves(ours: Ours, layers: Mapping[str, Layer]) -> None:
+  """Names and shapes are those of method and rank."""
+  adapter, _ = make_adapter(ours.about["method"], ours.about["settings"])
+  assert adapter is not None
+  for name, leaves in ours.adapted.items():
+    inputs, outputs, _ = layers[name].target
+    need = {
+      leaf: jax.eval_shape(init, jax.random.key(0)).shape
+      for leaf, init in adapter.init(inputs, outputs).items()
+    }
+    have = {leaf: value.shape for leaf, value in leaves.items()}
+    if have != need:
+      raise UserError(
+        f"{name} has {have} in the adapter's file, but its adapter.json and"
+        f" the base need {need}."
+      )
 
 
-def _read(
-  folder: Path,
-  about: dict[str, Any],
-  layers: Mapping[str, Layer],
-  model_type: str,
+def _sort(
+  saved: SavedAdapter, layers: Mapping[str, Layer], model_type: str
 ) -> Ours:
-  tensors, _ = read_tensors(folder / OUR_FILE)
-  ours = Ours(about, {}, {}, {})
-  for name, value in tensors.items():
+  ours = Ours(saved.about, {}, {}, {})
+  for name, value in saved.tensors.items():
     module, _, leaf = name.rpartition(".")
     path = module_path(module)
     theirs = module_name(path, model_type=model_type)
@@ -201,9 +214,11 @@ def _read(
     elif path[0] in HEADS and leaf == "bias":
       ours.head[f"{theirs}.bias"] = value
     else:
-      raise UserError(f"{folder} holds {name!r}, for which PEFT has no place.")
+      raise UserError(
+        f"{saved.folder} holds {name!r}, for which PEFT has no place."
+      )
   if not ours.adapted:
-    raise UserError(f"{folder / OUR_FILE} holds no adapted layer.")
+    raise UserError(f"{saved.folder} holds no adapted layer.")
   return ours
 
 
