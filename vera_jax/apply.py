@@ -162,7 +162,8 @@ def _adapted(adapter, targets, projections, next_fun, args, kwargs, context):
     return next_fun(*args, **kwargs)
   plain = _is_plain(layer)
   first = not layer.has_variable("params", "kernel")  # init: the call makes it
-  y = next_fun(*args, **kwargs) if first or not plain else None
+  if first or not plain:
+    y = next_fun(*args, **kwargs)
   x = kwargs.get("inputs", *args)
   axes, features = _axes(layer, x), _features(layer)
   x = jnp.moveaxis(x, axes, range(-len(axes), 0))

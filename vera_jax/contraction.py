@@ -14,6 +14,8 @@ a low rank, folded for many tokens, mixed for what lies between. Several layers
 on one input need x @ down once: XLA merges equal products.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -110,4 +112,5 @@ def _mixed_backward(saved, g):
 
 mixed.defvjp(_mixed_forward, _mixed_backward)
 
-FOLDING = {"folded": folded, "mixed": mixed}  # the plans that need the kernel
+Product = Callable[[Array, Array, Array, Array], Array]
+FOLDING: dict[str, Product] = {"folded": folded, "mixed": mixed}

@@ -318,10 +318,10 @@ class BertClassifier(nn.Module):
   """Encoder and head: token ids to one row of logits for each example.
 
   `scan` stacks all layers but the last on a leading axis (compiled once, under
-  `layer`) instead of `layer_0`, `layer_1`, ...; `remat` is "none", "full" (keep nothing inside a
-  layer) or "dots" (keep the projections' outputs). `dtype` computes and
-  `param_dtype` stores the encoder; the head, which is trained, stays in
-  float32.
+  `layer`) instead of `layer_0`, `layer_1`, ...; `remat` is "none", "full" (keep
+  nothing inside a layer) or "dots" (keep the projections' outputs). `dtype`
+  computes and `param_dtype` stores the encoder; the head, which is trained,
+  stays in float32.
   """
 
   config: BertConfig
