@@ -19,7 +19,7 @@ from experiments import cli
 from vera_jax.labels import TRAINED
 from vera_jax.train.model import init_state
 from vera_jax.train.run import Run, build_run
-from vera_jax.train.step import INPUTS, jit_train_step
+from vera_jax.train.step import INPUTS, jit_train_pass, no_sums
 
 CONFIG = cli.define_config()
 ROWS = flags.DEFINE_integer("rows", 8, "Rows of the batch, as packed.")
@@ -47,10 +47,12 @@ def step_cost(run: Run, rows: int) -> Cost:
     for name in INPUTS
   }
   slot = jax.ShapeDtypeStruct((rows, layout.slots), jnp.int32)
-  batch |= {"cls_positions": slot, "labels": slot, "example": slot}
+  batch |= {"cls_positions": slot, "labels": slot}
+  batch["weights"] = jax.ShapeDtypeStruct(slot.shape, jnp.float32)
   state = init_state(run.model, run.tx, run.mesh)
-  step = jit_train_step(state, apply=run.model.module.apply, tx=run.tx)
-  arguments = (state, run.model.frozen, batch, jax.random.key(0))
+  step = jit_train_pass(state, apply=run.model.module.apply, tx=run.tx)
+  sums, key = no_sums(state.params), jax.random.key(0)
+  arguments = (state, sums, run.model.frozen, batch, key, True)
   compiled: Any = step.lower(*arguments).compile()
   counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
   assert counted is not None and memory is not None

@@ -53,6 +53,7 @@ def build_data(config: ConfigDict, *, folder: Path, shards: int) -> Data:
     train_layout=plan_layout(
       tokens["train"].lengths,
       batch_size=config.optim.batch_size,
+      epochs=config.optim.epochs,
       shards=shards,
     ),
     eval_layouts={name: plan(tokens[name].lengths) for name in splits[1:]},

@@ -154,11 +154,13 @@ class Session:
       start_step=int(self.state.step),
     )
     unread = None
-    for step, batch in batches:
+    for step, passes in batches:
       if step == run.steps:
         return
-      batch = put(batch, self._sharding)
-      self.state, metrics = self._step(self.state, run.model.frozen, batch, key)
+      passes = put(passes, self._sharding)
+      self.state, metrics = self._step(
+        self.state, run.model.frozen, passes, key
+      )
       self._read(unread, report)
       unread = step + 1, metrics
       ends_epoch = (step + 1) % run.epoch_steps == 0
