@@ -1,0 +1,27 @@
+import subprocess
+import sys
+import time
+
+from vera_jax.train.start import since_start
+
+CODE = """
+import time
+time.sleep(0.5)
+from vera_jax.train.start import since_start
+print(since_start())
+"""
+
+
+def test_the_time_before_the_import_counts():
+  started = time.monotonic()
+  done = subprocess.run(
+    [sys.executable, "-c", CODE], capture_output=True, text=True, check=True
+  )
+  # the kernel counts in hundredths
+  assert 0.49 < float(done.stdout) < time.monotonic() - started + 0.02
+
+
+def test_time_goes_on():
+  one = since_start()
+  time.sleep(0.05)
+  assert 0 < one < since_start()
