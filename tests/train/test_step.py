@@ -12,6 +12,8 @@ from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
 
 from vera_jax.apply import adapt
+from vera_jax.data.packing import Layout, pack
+from vera_jax.data.tokens import Tokens
 from vera_jax.labels import label_tree, split
 from vera_jax.lora import lora
 from vera_jax.models.bert import BertClassifier, BertConfig
@@ -19,6 +21,7 @@ from vera_jax.train.step import (
   INPUTS,
   Frozen,
   State,
+  add_pass,
   eval_step,
   jit_train_pass,
   jit_train_step,
@@ -163,6 +166,50 @@ def test_passes_add_up_to_the_step():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
   for one, two in zip(*map(jax.tree.leaves, (got, want)), strict=True):
     np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def random_tokens(seed):
+  """Twelve texts for the tiny model, of 3 to 11 tokens."""
+  rng = np.random.default_rng(seed)
+  lengths = np.array([11, *rng.integers(3, 12, 11)])
+  return Tokens(
+    ids=rng.integers(1, 24, lengths.sum()).astype(np.int32),
+    offsets=np.concatenate([[0], np.cumsum(lengths)]),
+    token_types=rng.integers(0, 2, lengths.sum()).astype(np.int32),
+    labels=rng.integers(0, 3, 12).astype(np.int32),
+    index=np.arange(12),
+    truncated=0,
+    pad_id=0,
+    fingerprint="",
+  )
+
+
+def test_what_is_packed_is_what_padding_would_give():
+  """Logits, loss and gradient of random batches; one slot a row is padding."""
+  apply, state, frozen, _ = parts("vera")
+  add = jax.jit(partial(add_pass, apply=apply))
+  evaluate = jax.jit(partial(eval_step, apply=apply))
+
+  def outcome(tokens, indices, layout):
+    logits, sums = np.zeros((12, 3)), no_sums(state.params)
+    for batch in pack(tokens, indices, layout):
+      out = np.asarray(evaluate(state.params, frozen, batch))
+      real = batch["example"] >= 0
+      logits[batch["example"][real]] = out[real]
+      sums = add(state, sums, frozen, batch, KEY)
+    return [logits, sums.loss, *jax.tree.leaves(sums.grads)], sums.passes
+
+  passes = []
+  for seed in range(4):
+    tokens = random_tokens(seed)
+    indices = np.random.default_rng(seed).permutation(12)[: 12 - seed]
+    want, one = outcome(tokens, indices, Layout((12,), 12, 1))
+    got, some = outcome(tokens, indices, Layout((1, 3), 24, 9))
+    assert one == 1
+    passes.append(int(some))
+    for ours, padded in zip(got, want, strict=True):
+      np.testing.assert_allclose(ours, padded, atol=1e-5)
+  assert len(set(passes)) > 1
 
 
 def test_the_loss_of_classes_by_hand():
