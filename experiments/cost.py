@@ -16,10 +16,9 @@ from rich.table import Table
 
 from experiments import cli
 from vera_jax.labels import TRAINED
-from vera_jax.models.bert import input_shapes
 from vera_jax.train.model import init_state
 from vera_jax.train.run import Run, build_run
-from vera_jax.train.step import jit_train_step
+from vera_jax.train.step import jit_train_pass, no_sums, pass_shapes
 
 CONFIG = cli.define_config()
 ROWS = flags.DEFINE_integer("rows", 8, "Rows of the batch, as packed.")
@@ -42,11 +41,11 @@ def _bytes(tree: Any) -> int:
 def step_cost(run: Run, rows: int) -> Cost:
   """The cost of one training step on `rows` full rows."""
   layout = run.data.train_layout
-  batch = input_shapes(rows, layout.length, layout.slots)
-  batch |= {name: batch["cls_positions"] for name in ("labels", "example")}
+  batch = pass_shapes(rows, layout.length, layout.slots)
   state = init_state(run.model, run.tx, run.mesh)
-  step = jit_train_step(state, apply=run.model.module.apply, tx=run.tx)
-  arguments = (state, run.model.frozen, batch, jax.random.key(0))
+  step = jit_train_pass(state, apply=run.model.module.apply, tx=run.tx)
+  sums, key = no_sums(state.params), jax.random.key(0)
+  arguments = (state, sums, run.model.frozen, batch, key, True)
   compiled: Any = step.lower(*arguments).compile()
   counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
   assert counted is not None and memory is not None

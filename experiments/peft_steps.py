@@ -171,7 +171,7 @@ def train_here(
   losses = []
   for batch in batches:
     state, metrics = step(
-      state, model.frozen, _packed(batch), jax.random.key(0)
+      state, model.frozen, (_packed(batch),), jax.random.key(0)
     )
     losses.append(float(metrics["loss"]))
   save_adapter(place / "ours-end", state.params, about=about)
@@ -187,7 +187,7 @@ def _packed(batch: Batch) -> Batch:
     "segment_ids": batch["mask"],
     "cls_positions": np.zeros((rows, 1), np.int32),
     "labels": batch["labels"][:, None],
-    "example": np.arange(rows, dtype=np.int32)[:, None],
+    "weights": np.full((rows, 1), 1 / rows, np.float32),
   }
 
 

@@ -136,14 +136,14 @@ def test_one_step_of_each(name, tiny_config):
   )
   run = build_run(config)
   state = init_state(run.model, run.tx, run.mesh)
-  _, batch = next(
+  _, passes = next(
     train_batches(
       run.data.tokens["train"], run.data.train_layout, batch_size=4, seed=0
     )
   )
   step = partial(train_step, apply=run.model.module.apply, tx=run.tx)
-  batch = put(batch, NamedSharding(run.mesh, BATCH))
+  passes = put(passes, NamedSharding(run.mesh, BATCH))
   key = jax.random.key(config.seed)
-  state, metrics = jax.jit(step)(state, run.model.frozen, batch, key)
+  state, metrics = jax.jit(step)(state, run.model.frozen, passes, key)
   assert state.step == 1 and run.steps == 1
   assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0

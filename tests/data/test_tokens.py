@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
+from vera_jax.data import tokenizer as tokenizers
 from vera_jax.data.examples import Examples
 from vera_jax.data.glue import TASKS, load_split
-from vera_jax.data.tokens import load_tokenizer, tokenise
+from vera_jax.data.tokenizer import FolderTokenizer, load_tokenizer
+from vera_jax.data.tokens import tokenise
 from vera_jax.errors import UserError
 
 
@@ -128,7 +130,7 @@ def test_an_unwritable_cache_only_warns(
 ):
   (tmp_path / "file").write_text("in the way")
   tokens = tokenise(pairs, tiny_tokenizer, 8, tmp_path / "file")
-  assert len(tokens) == 2 and "aren't cached" in caplog.text
+  assert len(tokens) == 2 and "isn't cached" in caplog.text
 
 
 def test_loading_a_saved_tokenizer(pairs, tiny_tokenizer, tmp_path):
@@ -137,6 +139,25 @@ def test_loading_a_saved_tokenizer(pairs, tiny_tokenizer, tmp_path):
   same(
     tokenise(pairs, tiny_tokenizer, 8, None), tokenise(pairs, loaded, 8, None)
   )
+
+
+def test_with_cached_tokens_no_tokenizer_is_loaded(
+  pairs, tiny_tokenizer, tmp_path, monkeypatch
+):
+  folder, cache = tmp_path / "model", tmp_path / "cache"
+  tiny_tokenizer.save_pretrained(folder)
+  first = tokenise(pairs, FolderTokenizer(folder, cache), 8, cache)
+  same(first, tokenise(pairs, load_tokenizer(folder), 8, None))
+  with monkeypatch.context() as patch:
+    patch.setattr(tokenizers, "load_tokenizer", None)
+    same(first, tokenise(pairs, FolderTokenizer(folder, cache), 8, cache))
+  for path in cache.glob("*.json"):
+    path.write_text("{half")  # damaged: made again
+  same(first, tokenise(pairs, FolderTokenizer(folder, cache), 8, cache))
+  tiny_tokenizer.add_tokens(["new"])  # another tokenizer in its place
+  tiny_tokenizer.save_pretrained(folder)
+  other = tokenise(pairs, FolderTokenizer(folder, cache), 8, cache)
+  assert other.fingerprint != first.fingerprint
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):

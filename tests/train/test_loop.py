@@ -204,14 +204,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_config, tmp_path, saved):
 
 
 def test_the_last_good_save_is_left(tiny_config, tmp_path, monkeypatch, saved):
-  step = step_module.train_step
+  train_pass = step_module.train_pass
 
   def broken(state, *args, **kwargs):
-    state, metrics = step(state, *args, **kwargs)
+    state, sums, metrics = train_pass(state, *args, **kwargs)
     loss = jnp.where(state.step == 14, jnp.nan, metrics["loss"])
-    return state, {**metrics, "loss": loss}
+    return state, sums, {**metrics, "loss": loss}
 
-  monkeypatch.setattr(step_module, "train_step", broken)
+  monkeypatch.setattr(step_module, "train_pass", broken)
   with pytest.raises(UserError, match="loss is nan at step 14 .* of step 10"):
     train_and_evaluate(tiny_config(), tmp_path / "run")
   arrays, progress = saved(tmp_path / "run", 10)

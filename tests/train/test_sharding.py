@@ -169,14 +169,15 @@ def host_values(method):
 
 
 def batch_of():
-  """Eight rows of eight tokens, two examples a row, one slot empty."""
+  """A pass of two: eight rows of eight tokens, each two examples and a gap."""
   rng = np.random.default_rng(1)
   batch = {name: np.zeros((8, 8), np.int32) for name in INPUTS}
   batch["input_ids"] = rng.integers(1, 24, (8, 8)).astype(np.int32)
   batch["positions"][:] = [0, 1, 2, 3, 4, 0, 1, 2]
   batch["segment_ids"][:] = [1, 1, 1, 1, 1, 2, 2, 2]
   batch["cls_positions"] = np.tile(np.array([[0, 5, 0]], np.int32), (8, 1))
-  batch["example"] = np.tile(np.array([[0, 1, -1]], np.int32), (8, 1))
+  weights = np.array([[1 / 32, 1 / 32, 0]], np.float32)
+  batch["weights"] = np.tile(weights, (8, 1))
   batch["labels"] = rng.integers(0, 3, (8, 3)).astype(np.int32)
   return batch
 
@@ -204,7 +205,8 @@ def start(method, mesh):
   tx = optax.partition(rules, trained)
   state = init_state(model, tx, mesh)
   step = jit_train_step(state, apply=model.module.apply, tx=tx)
-  return step, state, frozen, put(batch_of(), NamedSharding(mesh, BATCH))
+  passes = put([batch_of()] * 2, NamedSharding(mesh, BATCH))
+  return step, state, frozen, passes
 
 
 def host(tree):
@@ -221,7 +223,7 @@ def on_one_device(method):
   state = State(np.int32(0), trainable, tx.init(trainable))
   step = jax.jit(partial(train_step, apply=module.apply, tx=tx))
   after, metrics = step(
-    state, Frozen(frozen, projections), batch_of(), jax.random.key(3)
+    state, Frozen(frozen, projections), [batch_of()] * 2, jax.random.key(3)
   )
   assert len(metrics["loss"].sharding.device_set) == 1
   return flatten_dict(host(after.params)), float(metrics["loss"])
@@ -231,10 +233,10 @@ def on_one_device(method):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_step_is_the_same_on_every_mesh(mesh, method):
   want, loss = on_one_device(method)
-  step, state, frozen, batch = start(method, make_mesh(**MESHES[mesh]))
+  step, state, frozen, passes = start(method, make_mesh(**MESHES[mesh]))
   before = jax.tree.map(lambda leaf: leaf.sharding, state)
   values = flatten_dict(host(state.params))
-  state, metrics = step(state, frozen, batch, jax.random.key(3))
+  state, metrics = step(state, frozen, passes, jax.random.key(3))
   np.testing.assert_allclose(metrics["loss"], loss, atol=1e-5)
   for path, leaf in flatten_dict(state.params).items():
     np.testing.assert_allclose(

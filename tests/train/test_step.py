@@ -1,6 +1,7 @@
 """The step: what it trains, what it counts, and what it never computes."""
 
 from functools import cache, partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
 
 from vera_jax.apply import adapt
+from vera_jax.data.packing import Layout, pack
+from vera_jax.data.tokens import Tokens
 from vera_jax.labels import label_tree, split
 from vera_jax.lora import lora
 from vera_jax.models.bert import BertClassifier, BertConfig
@@ -18,10 +21,13 @@ from vera_jax.train.step import (
   INPUTS,
   Frozen,
   State,
+  add_pass,
   eval_step,
+  jit_train_pass,
   jit_train_step,
-  mean_loss,
+  no_sums,
   train_step,
+  weighted_loss,
 )
 from vera_jax.vera import vera
 
@@ -84,7 +90,7 @@ def batch_of(packed, regression=False):
   rows, length, slots = (2, 12, 3) if packed else (4, 8, 1)
   batch = {name: np.zeros((rows, length), np.int32) for name in INPUTS[:4]}
   batch["cls_positions"] = np.zeros((rows, slots), np.int32)
-  batch["example"] = np.full((rows, slots), -1, np.int32)
+  batch["weights"] = np.zeros((rows, slots))
   batch["labels"] = np.full((rows, slots), 1, labels.dtype)
   for i, ((row, at, slot), n) in enumerate(zip(places, LENGTHS, strict=True)):
     cells = row, slice(at, at + n)
@@ -93,13 +99,20 @@ def batch_of(packed, regression=False):
     batch["positions"][cells] = np.arange(n)
     batch["segment_ids"][cells] = slot + 1
     batch["cls_positions"][row, slot] = at
-    batch["example"][row, slot] = i
+    batch["weights"][row, slot] = 1 / 4
     batch["labels"][row, slot] = labels[i]
-  kind = jnp.float32 if regression else jnp.int32
   return {
-    k: jnp.asarray(v, kind if k == "labels" else jnp.int32)
+    k: jnp.asarray(v, jnp.float32 if v.dtype == float else jnp.int32)
     for k, v in batch.items()
   }
+
+
+def in_passes(batch, *bounds):
+  """The rows of a batch between the bounds, as passes of a step."""
+  return [
+    {name: array[first:last] for name, array in batch.items()}
+    for first, last in pairwise((0, *bounds))
+  ]
 
 
 def jitted(method, **settings):
@@ -112,7 +125,7 @@ def jitted(method, **settings):
 )
 def test_only_trainable_leaves_are_returned_and_all_of_them_move(method):
   step, state, frozen = jitted(method)
-  after, metrics = step(state, frozen, batch_of(packed=True), KEY)
+  after, metrics = step(state, frozen, [batch_of(packed=True)], KEY)
   assert jax.tree.structure(after) == jax.tree.structure(state)
   assert after.step == 1
   squares = 0.0
@@ -131,7 +144,7 @@ def test_a_packed_step_is_the_padded_step(method, regression):
   settings = {"labels": 1} if regression else {}
   step, state, frozen = jitted(method, **settings)
   one, two = (
-    step(state, frozen, batch_of(packed, regression), KEY)
+    step(state, frozen, [batch_of(packed, regression)], KEY)
     for packed in (True, False)
   )
   np.testing.assert_allclose(one[1]["loss"], two[1]["loss"], atol=1e-5)
@@ -140,25 +153,86 @@ def test_a_packed_step_is_the_padded_step(method, regression):
     np.testing.assert_allclose(leaf, other, atol=1e-5, err_msg=str(path))
 
 
+def test_passes_add_up_to_the_step():
+  """Four rows at once, or one, one and two, compiled a pass at a time."""
+  step, state, frozen = jitted("vera")
+  batch = batch_of(packed=False)
+  want, figures = step(state, frozen, [batch], KEY)
+  apply, _, _, tx = parts("vera")
+  state = jax.tree.map(jnp.copy, state)  # for it is donated
+  step = jit_train_step(state, apply=apply, tx=tx)
+  got, metrics = step(state, frozen, in_passes(batch, 1, 2, 4), KEY)
+  assert got.step == 1
+  for name, value in figures.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+  for one, two in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def random_tokens(seed):
+  """Twelve texts for the tiny model, of 3 to 11 tokens."""
+  rng = np.random.default_rng(seed)
+  lengths = np.array([11, *rng.integers(3, 12, 11)])
+  return Tokens(
+    ids=rng.integers(1, 24, lengths.sum()).astype(np.int32),
+    offsets=np.concatenate([[0], np.cumsum(lengths)]),
+    token_types=rng.integers(0, 2, lengths.sum()).astype(np.int32),
+    labels=rng.integers(0, 3, 12).astype(np.int32),
+    index=np.arange(12),
+    truncated=0,
+    pad_id=0,
+    fingerprint="",
+  )
+
+
+def test_what_is_packed_is_what_padding_would_give():
+  """Logits, loss and gradient of random batches; one slot a row is padding."""
+  apply, state, frozen, _ = parts("vera")
+  add = jax.jit(partial(add_pass, apply=apply))
+  evaluate = jax.jit(partial(eval_step, apply=apply))
+
+  def outcome(tokens, indices, layout):
+    logits, sums = np.zeros((12, 3)), no_sums(state.params)
+    for batch in pack(tokens, indices, layout):
+      out = np.asarray(evaluate(state.params, frozen, batch))
+      real = batch["example"] >= 0
+      logits[batch["example"][real]] = out[real]
+      sums = add(state, sums, frozen, batch, KEY)
+    return [logits, sums.loss, *jax.tree.leaves(sums.grads)], sums.passes
+
+  passes = []
+  for seed in range(4):
+    tokens = random_tokens(seed)
+    indices = np.random.default_rng(seed).permutation(12)[: 12 - seed]
+    want, one = outcome(tokens, indices, Layout((12,), 12, 1))
+    got, some = outcome(tokens, indices, Layout((1, 3), 24, 9))
+    assert one == 1
+    passes.append(int(some))
+    for ours, padded in zip(got, want, strict=True):
+      np.testing.assert_allclose(ours, padded, atol=1e-5)
+  assert len(set(passes)) > 1
+
+
 def test_the_loss_of_classes_by_hand():
   rng = np.random.default_rng(2)
   logits = rng.normal(size=(2, 3, 4)).astype(np.float32)
   labels = np.array([[0, 3, 1], [2, 0, 0]], np.int32)
-  example = np.array([[4, 2, -1], [7, -1, -1]], np.int32)
+  weights = np.array([[1, 1, 0], [1, 0, 0]], np.float32) / 3
   shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   want = -np.mean(np.log([shares[0, 0, 0], shares[0, 1, 3], shares[1, 0, 2]]))
-  got = mean_loss(*map(jnp.asarray, (logits, labels, example)))
+  got = weighted_loss(*map(jnp.asarray, (logits, labels, weights)))
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_the_loss_of_a_regression_by_hand():
-  logits = jnp.asarray([[[1.0], [9.0]], [[-2.0], [0.5]]])
+  logits = jnp.asarray([[[1.0], [jnp.inf]], [[-2.0], [0.5]]])
   labels = jnp.asarray([[3.0, 100.0], [-1.0, 0.0]])
-  example = jnp.asarray([[0, -1], [1, 2]])
+  weights = jnp.asarray([[1, 0], [1, 1]]) / 3
   want = (2.0**2 + 1.0**2 + 0.5**2) / 3
-  np.testing.assert_allclose(mean_loss(logits, labels, example), want)
-  nobody = jnp.full((2, 2), -1)
-  assert mean_loss(logits, labels, nobody) == 0
+  np.testing.assert_allclose(
+    weighted_loss(logits, labels, weights), want, rtol=1e-6
+  )
+  assert weighted_loss(logits, labels, jnp.zeros((2, 2))) == 0
 
 
 def test_dropout_follows_the_step_and_the_key():
@@ -167,10 +241,22 @@ def test_dropout_follows_the_step_and_the_key():
 
   def loss(number, key):
     at = state._replace(step=jnp.int32(number))
-    return float(step(at, frozen, batch, key)[1]["loss"])
+    return float(step(at, frozen, [batch], key)[1]["loss"])
 
   assert loss(0, KEY) == loss(0, KEY)
   assert len({loss(0, KEY), loss(1, KEY), loss(0, jax.random.key(6))}) == 3
+
+
+def test_passes_have_dropout_of_their_own():
+  """One and the same pass, alone and after another of weight zero."""
+  step, state, frozen = jitted("head", dropout=0.3)
+  batch = batch_of(packed=True)
+  nothing = {**batch, "weights": jnp.zeros_like(batch["weights"])}
+  seen = {
+    float(step(state, frozen, passes, KEY)[1]["loss"])
+    for passes in ([batch], [nothing, batch])
+  }
+  assert len(seen) == 2
 
 
 def test_evaluation_has_no_dropout():
@@ -180,8 +266,8 @@ def test_evaluation_has_no_dropout():
   logits = jax.jit(partial(eval_step, apply=apply))(state.params, frozen, batch)
   assert logits.shape == (2, 3, 3)
   step, state, frozen = jitted("head")
-  loss = step(state, frozen, batch, KEY)[1]["loss"]
-  got = mean_loss(logits, batch["labels"], batch["example"])
+  loss = step(state, frozen, [batch], KEY)[1]["loss"]
+  got = weighted_loss(logits, batch["labels"], batch["weights"])
   np.testing.assert_allclose(got, loss, rtol=1e-5)
 
 
@@ -201,7 +287,7 @@ def test_a_step_never_has_the_frozen_weights_gradients():
 
   def products(method):
     step, state, frozen = jitted(method)
-    traced = jax.make_jaxpr(step)(state, frozen, batch_of(packed=True), KEY)
+    traced = jax.make_jaxpr(step)(state, frozen, [batch_of(packed=True)], KEY)
     return set(shapes(traced.jaxpr))
 
   kernels = {(16, 32), (32, 16), (16, 16)}
@@ -215,14 +301,15 @@ def test_a_step_of_vera_costs_less_than_one_of_full():
   costs = {}
   for method in ("vera", "full"):
     apply, state, frozen, tx = parts(method)
-    step = jit_train_step(state, apply=apply, tx=tx)
-    batch = batch_of(packed=True)
-    compiled = step.lower(state, frozen, batch, KEY).compile()
+    step = jit_train_pass(state, apply=apply, tx=tx)
+    sums, batch = no_sums(state.params), batch_of(packed=True)
+    compiled = step.lower(state, sums, frozen, batch, KEY, True).compile()
     memory = compiled.memory_analysis()
-    outputs = len(jax.tree.leaves(state)) + 2
+    changed = state, sums
+    outputs = len(jax.tree.leaves(changed)) + 2
     # The loss, the norm, and a pointer for each output.
-    bound = size_in_bytes(state) + 8 + 8 * outputs
+    bound = size_in_bytes(changed) + 8 + 8 * outputs
     assert memory.output_size_in_bytes <= bound
-    assert memory.alias_size_in_bytes == size_in_bytes(state)
+    assert memory.alias_size_in_bytes == size_in_bytes(changed)
     costs[method] = compiled.cost_analysis()["flops"]
   assert costs["vera"] < 0.85 * costs["full"]

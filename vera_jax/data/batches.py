@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from vera_jax.data.packing import Batch, Layout, fill, pack
-from vera_jax.data.placement import Placement, place_all
+from vera_jax.data.placement import place_all
 from vera_jax.data.prefetch import prefetch
 from vera_jax.data.tokens import Tokens
 
@@ -45,8 +45,8 @@ def train_batches(
   batch_size: int,
   seed: int,
   start_step: int = 0,
-) -> Iterator[tuple[int, Batch]]:
-  """Yields (step, packed batch) for ever, from any step.
+) -> Iterator[tuple[int, tuple[Batch, ...]]]:
+  """Yields (step, its passes) for ever, from any step.
 
   A step's batch is the same whatever the start. Batches are packed ahead in a
   thread, which ends when the iterator is closed or collected.
@@ -64,7 +64,7 @@ def _pack_steps(
   batch_size: int,
   seed: int,
   start_step: int,
-) -> Iterator[tuple[int, Batch]]:
+) -> Iterator[tuple[int, tuple[Batch, ...]]]:
   steps = steps_per_epoch(len(tokens), batch_size)
   first_epoch, skip = divmod(start_step, steps)
   for epoch in itertools.count(first_epoch):
@@ -85,8 +85,6 @@ def eval_batches(tokens: Tokens, layout: Layout) -> Iterator[Batch]:
   rows = layout.rows[0]
   place = place_all(tokens.lengths, layout)
   for first in range(0, place.rows, rows):
-    here = np.flatnonzero((place.row >= first) & (place.row < first + rows))
-    part = Placement(
-      place.row[here] - first, place.start[here], place.slot[here]
+    yield fill(
+      tokens, np.arange(len(tokens)), place, layout, first=first, rows=rows
     )
-    yield fill(tokens, here, part, layout._replace(rows=(rows,)))

@@ -1,18 +1,20 @@
 """Which row and column each example of a batch goes to."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
 _CHUNK = 2048  # examples of a long split that are placed together
+_PASS = 32  # tokens that one more pass must save
 
 
 class Layout(NamedTuple):
   """The array shapes that packed batches may have.
 
   Attributes:
-    rows: allowed row counts, ascending.
+    rows: allowed row counts, ascending. A batch that needs more rows than the
+      largest takes several passes.
     length: tokens a row.
     slots: most examples in a row.
   """
@@ -32,6 +34,14 @@ class Placement(NamedTuple):
   @property
   def rows(self) -> int:
     return int(self.row.max(initial=-1)) + 1
+
+  def part(
+    self, first: int, rows: int
+  ) -> tuple[Int64[np.ndarray, " some"], "Placement"]:
+    """The examples of some rows, and where they lie among these."""
+    here = np.flatnonzero((self.row >= first) & (self.row < first + rows))
+    row, start, slot = (column[here] for column in self)
+    return here, Placement(row - first, start, slot)
 
 
 def first_fit(
@@ -69,3 +79,29 @@ def place_all(
     parts.append(part._replace(row=part.row + rows))
     rows += part.rows
   return Placement(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def passes(needed: int, layout: Layout) -> tuple[int, ...]:
+  """The row counts of a step's passes, which together hold `needed` rows.
+
+  One pass of any of the layout's counts, and after it as many of the smallest
+  count as are wanting.
+  """
+  small = layout.rows[0]
+  main = min(
+    layout.rows, key=lambda rows: pass_cost(needed, rows, small, layout.length)
+  )
+  return (main,) + (small,) * _more(needed, main, small)
+
+
+def pass_cost(needed: Any, main: Any, small: int, length: int) -> Any:
+  """The tokens of such passes, with a surcharge for each after the first.
+
+  The arguments may be arrays, the result then has their broadcast shape.
+  """
+  more = _more(needed, main, small)
+  return (main + more * small) * length + more * _PASS
+
+
+def _more(needed: Any, main: Any, small: int) -> Any:
+  return np.maximum(-((main - needed) // small), 0)

@@ -1,53 +1,56 @@
 """Chooses the shapes of packed batches from the lengths of a data set.
 
 XLA compiles each shape anew, and every token of a shape costs as much as a
-real one. The plan weighs the two.
+real one. The plan weighs the two over the run's length: a short run has one
+shape, a long one three, of which the smallest serves as the further pass that
+an unusually long batch needs (`placement.passes`). So any batch fits.
 """
 
 import numpy as np
 from jaxtyping import Int64
 
-from vera_jax.data.placement import Layout, place_all
+from vera_jax.data.placement import Layout, pass_cost, place_all
 
 _MULTIPLE = 8  # row lengths are multiples of it
-_STRETCH = (1.0, 1.25, 1.5, 2.0)  # row lengths tried, in longest examples
-_SAMPLE = 4096  # batches that a plan looks at
-_SHAPES = 4  # row counts that serve all the batches of that sample
-_SHAPE_COST = 0.01  # a further shape must save this share of the tokens
+_STRETCH = 2  # row lengths tried: up to so many longest examples
+_LENGTHS = 10  # how many of them, at least
+_SAMPLE = 512  # batches that a plan looks at
+_SMALL = 4  # rows of a further pass: up to so many, or as many as a batch
 _ATTENTION = 1 / 2048  # a row of 2048 costs as much again for attention
+_COMPILE = 6000  # tokens that one CPU core trains on while a shape compiles
 
 
 def plan_layout(
   lengths: Int64[np.ndarray, " examples"],
   *,
   batch_size: int,
+  epochs: int = 1,
   shards: int = 1,
-  shapes: int = _SHAPES,
   seed: int = 0,
 ) -> Layout:
   """Chooses row length and row counts for random batches of these lengths.
 
-  A sample of batches is packed into rows of a few lengths. The cheapest plan
-  wins, by tokens processed, with a surcharge for longer rows (attention) and
-  for each further shape (compiling). One more row count, enough for whatever
-  batch, is only compiled should it be needed.
+  A sample of batches is packed into rows of several lengths. The cheapest plan
+  wins, by the tokens that the whole run processes, with a surcharge for longer
+  rows (attention), for each further pass and for each shape (compiling).
 
   Args:
     lengths: tokens of every example, those of the other splits too when
       they are to be packed by the same layout.
     batch_size: examples in a batch.
+    epochs: how often the run sees the examples.
     shards: every row count is a multiple of it: devices along "data".
-    shapes: at most so many row counts for usual batches.
+
+  Returns:
+    A layout of one to three row counts.
   """
   batch_size = min(batch_size, len(lengths))
+  steps = epochs * len(lengths) // batch_size
   sample = _sample(lengths, batch_size, seed)
   plans = [
-    _plan(sample, length, shards, shapes) for length in _row_lengths(lengths)
+    _plan(sample, length, shards, steps) for length in _row_lengths(lengths)
   ]
-  _, layout = min(plans)
-  enough = _round_up(batch_size, shards)
-  rows = sorted({*layout.rows, enough})
-  return layout._replace(rows=tuple(rows))
+  return min(plans)[1]
 
 
 def plan_eval_layout(
@@ -70,8 +73,10 @@ def plan_eval_layout(
 
 
 def _row_lengths(lengths: np.ndarray) -> list[int]:
-  longest = int(np.max(lengths))
-  return sorted({_round_up(int(longest * s), _MULTIPLE) for s in _STRETCH})
+  shortest = _round_up(int(np.max(lengths)), _MULTIPLE)
+  apart = max(1, shortest * (_STRETCH - 1) // (_LENGTHS * _MULTIPLE))
+  longest = shortest * _STRETCH
+  return list(range(shortest, longest + 1, apart * _MULTIPLE))
 
 
 def _round_up(count: int, multiple: int) -> int:
@@ -91,18 +96,16 @@ def _sample(lengths: np.ndarray, batch_size: int, seed: int) -> np.ndarray:
 
 
 def _plan(
-  sample: np.ndarray, length: int, shards: int, shapes: int
+  sample: np.ndarray, length: int, shards: int, steps: int
 ) -> tuple[float, Layout]:
   """The cheapest plan with that row length, and its cost in tokens."""
   needed, slots = _first_fit_counts(sample, length)
   needed = -(-needed // shards) * shards
-  plans = []
-  for count in range(1, shapes + 1):
-    rows = _row_counts(needed, count)
-    processed = length * np.mean(_smallest(rows, needed))
-    cost = processed * (1 + length * _ATTENTION) * (1 + count * _SHAPE_COST)
-    plans.append((float(cost), Layout(rows, length, slots)))
-  return min(plans)
+  # in tokens of this row length, which cost more than others
+  compiling = _COMPILE / (1 + length * _ATTENTION) / max(1, steps)
+  cost, rows = _row_counts(needed, length, shards, compiling)
+  cost *= 1 + length * _ATTENTION
+  return cost, Layout(rows, length, slots)
 
 
 def _first_fit_counts(
@@ -113,8 +116,10 @@ def _first_fit_counts(
   `first_fit` for all batches of the sample side by side.
   """
   batches, size = sample.shape
-  room = np.full((batches, size), length)
-  held = np.zeros((batches, size), np.int64)
+  # two rows that follow one another hold more than one row's length
+  most = 2 * int(sample.sum(axis=1).max()) // length + 1
+  room = np.full((batches, min(size, most)), length)
+  held = np.zeros_like(room)
   each = np.arange(batches)
   for lengths in sample.T:
     fits = room >= lengths[:, None]
@@ -124,30 +129,31 @@ def _first_fit_counts(
   return (held > 0).sum(axis=1), int(held.max())
 
 
-def _smallest(rows: tuple[int, ...], needed: np.ndarray) -> np.ndarray:
-  """The row count that each batch gets."""
-  return np.array(rows)[np.searchsorted(rows, needed)]
+def _row_counts(
+  needed: np.ndarray, length: int, shards: int, compiling: float
+) -> tuple[float, tuple[int, ...]]:
+  """At most three row counts of least cost, and their mean cost in tokens.
 
+  All triples are tried: the smallest, of which further passes are made, and
+  two (or one, the two being the same) of the counts that occur.
 
-def _row_counts(needed: np.ndarray, count: int) -> tuple[int, ...]:
-  """At most `count` row counts with the least sum over the batches.
-
-  Dynamic programming over the counts that occur: `best[j]` is the least sum
-  for the batches up to the j-th count, with that count among the chosen.
+  Args:
+    needed: rows of each batch.
+    compiling: tokens a step that a shape costs.
   """
-  unique, times = np.unique(needed, return_counts=True)
-  values: list[int] = unique.tolist()
-  upto: list[int] = [0, *np.cumsum(times).tolist()]
-  best: list[tuple[int, tuple[int, ...]]] = [
-    (value * upto[j + 1], (value,)) for j, value in enumerate(values)
-  ]
-  for _ in range(count - 1):
-    longer = []
-    for j, value in enumerate(values):
-      added = [
-        (total + value * (upto[j + 1] - upto[i + 1]), (*rows, value))
-        for i, (total, rows) in enumerate(best[:j])
-      ]
-      longer.append(min([best[j], *added]))
-    best = longer
-  return best[-1][1]
+  values, times = np.unique(needed, return_counts=True)
+  share = times / len(needed)
+  best: tuple[float, tuple[int, ...]] = (np.inf, ())
+  smalls = {*values.tolist(), *range(shards, shards * _SMALL + 1, shards)}
+  for small in sorted(smalls):
+    mains = np.array(sorted({small, *values[values >= small].tolist()}))
+    costs = pass_cost(values, mains[:, None], small, length)
+    for i, main in enumerate(mains):
+      least = np.minimum(costs[i], costs[0])  # small itself is the first
+      pairs = np.minimum(costs[i:], least) @ share
+      shapes = 3 - (mains[i:] == main) - (main == small)
+      totals = pairs + compiling * shapes
+      j = int(totals.argmin())
+      rows = tuple(sorted({int(small), int(main), int(mains[i + j])}))
+      best = min(best, (float(totals[j]), rows))
+  return best

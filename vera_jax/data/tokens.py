@@ -6,8 +6,6 @@ Made once: a cache file is named after everything that decides its content.
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -19,15 +17,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from vera_jax.data.cache import keep
 from vera_jax.data.examples import Examples
-from vera_jax.data.tokenizer import load_tokenizer
+from vera_jax.data.tokenizer import (
+  Facts,
+  FolderTokenizer,
+  facts_of,
+  load_tokenizer,
+)
 
 __all__ = ["Tokens", "load_tokenizer", "tokenise"]
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 4096  # texts tokenised at a time, which bounds the memory
-_LAYOUT = b"vera_jax tokens 1"  # a change of the stored form changes it
+_LAYOUT = b"vera_jax tokens 2"  # a change of the stored form changes it
 _UNREADABLE = (
   OSError,
   ValueError,
@@ -77,11 +81,14 @@ def tokenise(
   """Token ids of a split, from the cache where it has them.
 
   Args:
-    tokenizer: a fast tokenizer of transformers.
+    tokenizer: a fast tokenizer of transformers, or a folder's, which is then
+      loaded only where the cache has no tokens.
     max_length: longer examples are cut; of a pair the longer text first.
     cache_dir: folder of the cache files, made when missing; None for none.
   """
-  fingerprint = _fingerprint(examples, tokenizer, max_length)
+  folders = isinstance(tokenizer, FolderTokenizer)
+  facts = tokenizer.facts if folders else facts_of(tokenizer)
+  fingerprint = _fingerprint(examples, facts, max_length)
   path = cache_dir and Path(cache_dir) / f"{fingerprint}.npz"
   arrays = _load(path, len(examples)) if path else None
   if arrays is None:
@@ -95,7 +102,7 @@ def tokenise(
     labels=examples.labels,
     index=examples.index,
     truncated=int(arrays["truncated"]),
-    pad_id=int(tokenizer.pad_token_id),
+    pad_id=facts.pad_id,
     fingerprint=fingerprint,
   )
 
@@ -133,23 +140,18 @@ def _flat(rows: list[list[int]], count: int) -> np.ndarray:
   return np.fromiter((i for row in rows for i in row), np.int32, count)
 
 
-def _fingerprint(examples: Examples, tokenizer: Any, max_length: int) -> str:
+def _fingerprint(examples: Examples, facts: Facts, max_length: int) -> str:
   digest = hashlib.sha256(_LAYOUT)
-  for part in _parts(examples, tokenizer, max_length):
+  for part in _parts(examples, facts, max_length):
     digest.update(len(part).to_bytes(8, "little") + part)
   return digest.hexdigest()
 
 
 def _parts(
-  examples: Examples, tokenizer: Any, max_length: int
+  examples: Examples, facts: Facts, max_length: int
 ) -> Iterable[bytes]:
   """What decides the result, as bytes; each is hashed with its length."""
-  state = json.loads(tokenizer.backend_tokenizer.to_str())
-  # these two are settings of the last call, not of the tokenizer
-  state.pop("truncation", None)
-  state.pop("padding", None)
-  yield json.dumps(state, sort_keys=True).encode()
-  yield json.dumps([max_length, tokenizer.model_input_names]).encode()
+  yield json.dumps([max_length, *facts]).encode()
   yield b"none" if examples.labels is None else examples.labels.tobytes()
   yield str(len(examples)).encode()
   for texts in (examples.first, examples.second or []):
@@ -183,16 +185,4 @@ def _sound(arrays: dict[str, np.ndarray], examples: int) -> bool:
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-  """Writes beside the place and renames: readers never see half a file."""
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-      with os.fdopen(handle, "wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-      os.replace(name, path)
-    except BaseException:
-      os.unlink(name)
-      raise
-  except OSError as error:
-    log.warning("Tokens aren't cached, %s: %s.", path.parent, error.strerror)
+  keep(path, lambda file: np.savez(file, allow_pickle=False, **arrays))

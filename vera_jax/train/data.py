@@ -10,7 +10,8 @@ from vera_jax.data.examples import subset
 from vera_jax.data.glue import load_split
 from vera_jax.data.packing import Layout, plan_eval_layout, plan_layout
 from vera_jax.data.tasks import Task, task_named
-from vera_jax.data.tokens import Tokens, load_tokenizer, tokenise
+from vera_jax.data.tokenizer import FolderTokenizer
+from vera_jax.data.tokens import Tokens, tokenise
 
 
 class Data(NamedTuple):
@@ -34,7 +35,7 @@ def build_data(config: ConfigDict, *, folder: Path, shards: int) -> Data:
   splits = ["train", *task.dev_splits]
   if config.predict_test:
     splits += task.test_splits
-  tokenizer = load_tokenizer(folder)
+  tokenizer = FolderTokenizer(folder, cache_dir(config))
   tokens = {}
   for name in splits:
     examples = load_split(task, config.data.source, name)
@@ -53,6 +54,7 @@ def build_data(config: ConfigDict, *, folder: Path, shards: int) -> Data:
     train_layout=plan_layout(
       tokens["train"].lengths,
       batch_size=config.optim.batch_size,
+      epochs=config.optim.epochs,
       shards=shards,
     ),
     eval_layouts={name: plan(tokens[name].lengths) for name in splits[1:]},

@@ -5,6 +5,7 @@ dispatched before the last one's loss is read.
 """
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterable
@@ -39,6 +40,7 @@ from vera_jax.train.report import Reporter
 from vera_jax.train.run import Run, about, build_run, introduction
 from vera_jax.train.settings import check_settings
 from vera_jax.train.sharding import BATCH, put
+from vera_jax.train.start import since_start
 from vera_jax.train.step import State, eval_step, jit_train_step
 
 SUBMISSION = "submission"
@@ -92,6 +94,9 @@ def use_compilation_cache() -> None:
   if jax.config.values["jax_compilation_cache_dir"] is None:
     cache = Path("~/.cache/vera_jax/xla").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache))
+  # small programs too: together they take as long as the step
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -153,18 +158,22 @@ class Session:
       seed=config.seed,
       start_step=int(self.state.step),
     )
-    unread = None
-    for step, batch in batches:
+    first, unread = int(self.state.step), None
+    for step, passes in batches:
       if step == run.steps:
         return
-      batch = put(batch, self._sharding)
-      self.state, metrics = self._step(self.state, run.model.frozen, batch, key)
+      passes = put(passes, self._sharding)
+      self.state, metrics = self._step(
+        self.state, run.model.frozen, passes, key
+      )
       self._read(unread, report)
       unread = step + 1, metrics
       ends_epoch = (step + 1) % run.epoch_steps == 0
-      if ends_epoch or flag.caught:
+      if ends_epoch or flag.caught or step == first:
         self._read(unread, report)
         unread = None
+      if step == first:
+        report.log(f"first step done {since_start():.1f} s after the start")
       if ends_epoch:
         self._end_epoch(step + 1, report)
       if flag.caught:

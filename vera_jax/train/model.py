@@ -149,7 +149,8 @@ def build_model(
     path: jax.ShapeDtypeStruct(
       leaf.shape, dtype if first[path] == FROZEN else jnp.float32
     )
-    for path, leaf in _shapes(base).items()
+    for path, leaf in shapes.items()
+    if path[-1] in LEAVES  # the adapter's have names of their own
   }
   loaded = load_params(folder, unflatten_dict(template))
   _refuse_gaps(folder, loaded.missing)

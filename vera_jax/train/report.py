@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ def _wandb_run(workdir: Path, config: Mapping[str, Any], project: str) -> Any:
   )
 
 
+def _tensorboard(folder: str, *, purge_step: int) -> Any:
+  from tensorboardX import SummaryWriter  # imports torch where there is one
+
+  return SummaryWriter(folder, purge_step=purge_step)
+
+
 class Reporter:
   """The primary process writes; the others are silent. Use as a context."""
 
@@ -74,18 +81,19 @@ class Reporter:
     self._wandb = (
       _wandb_run(workdir, config, wandb) if wandb and primary else None
     )
-    self._files: Any = None
+    self._lines: Any = None
+    self._board: Any = None
     if primary:
       self._open(workdir, step)
 
   def _open(self, workdir: Path, step: int) -> None:
-    from tensorboardX import SummaryWriter
-
     path = workdir / "metrics.jsonl"
     kept = _read_until(path, step)
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-    self._files = path.open("a", encoding="utf-8", buffering=1), board
+    self._lines = path.open("a", encoding="utf-8", buffering=1)
+    self._open_board = partial(
+      _tensorboard, str(workdir / "tensorboard"), purge_step=step + 1
+    )
 
   def __enter__(self) -> "Reporter":
     self._progress.start()
@@ -93,8 +101,9 @@ class Reporter:
 
   def __exit__(self, *exc: object) -> None:
     self._progress.stop()
-    for file in self._files or ():
-      file.close()
+    for file in (self._lines, self._board):
+      if file is not None:
+        file.close()
     if self._wandb is not None:
       self._wandb.finish()
 
@@ -111,11 +120,12 @@ class Reporter:
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """One line of metrics.jsonl; the same to TensorBoard and W&B."""
-    if self._files is None:
+    if self._lines is None:
       return
-    lines, board = self._files
-    lines.write(json.dumps({"step": step, **values}) + "\n")
+    self._lines.write(json.dumps({"step": step, **values}) + "\n")
+    if self._board is None:
+      self._board = self._open_board()
     for name, value in values.items():
-      board.add_scalar(name, value, step)
+      self._board.add_scalar(name, value, step)
     if self._wandb is not None:
       self._wandb.log(dict(values), step=step)

@@ -1,21 +1,24 @@
 """The pure training and evaluation steps.
 
-The frozen base and the projections are arguments of their own: no gradient is
-taken for them, nothing of them is donated or returned.
+A training step is one pass over its packed batch, or several whose gradients
+add up; then comes the update. The frozen base and the projections are arguments
+of their own: no gradient is taken for them, nothing of them is donated or
+returned.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
-from jaxtyping import Float, Int, Num, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, Num, PRNGKeyArray
 
 from vera_jax.labels import join
-from vera_jax.models.bert import INPUTS
+from vera_jax.models.bert import INPUTS, input_shapes
 
 Tree = Any
 
@@ -28,11 +31,27 @@ class State(NamedTuple):
   opt_state: optax.OptState
 
 
+class Sums(NamedTuple):
+  """What the passes of a step so far have added up."""
+
+  passes: Int[Array, ""]
+  loss: Float[Array, ""]
+  grads: Tree
+
+
 class Frozen(NamedTuple):
   """What training reads: the base's frozen leaves and the projections."""
 
   params: Tree
   projections: Tree
+
+
+def pass_shapes(rows: int, length: int, slots: int) -> dict[str, Any]:
+  """The arrays of a pass over classes, as shapes."""
+  labels = jax.ShapeDtypeStruct((rows, slots), jnp.int32)
+  weights = jax.ShapeDtypeStruct((rows, slots), jnp.float32)
+  inputs = input_shapes(rows, length, slots)
+  return {**inputs, "labels": labels, "weights": weights}
 
 
 def forward(
@@ -49,62 +68,139 @@ def forward(
   return apply(variables, **{k: batch[k] for k in INPUTS}, **kwargs)
 
 
-def mean_loss(
+def weighted_loss(
   logits: Float[Array, "rows slots labels"],
   labels: Num[Array, "rows slots"],
-  example: Int[Array, "rows slots"],
+  weights: Float[Array, "rows slots"],
 ) -> Float[Array, ""]:
-  """Mean over the batch's examples; `example` is -1 in empty slots.
+  """The examples' losses by their weights: a pass's part of the batch's mean.
 
-  Cross-entropy for whole-number labels, squared error for float ones.
+  Cross-entropy for whole-number labels, squared error for float ones. A weight
+  is one over the batch's examples, or 0 in an empty slot.
   """
   if jnp.issubdtype(labels.dtype, jnp.floating):
     losses = jnp.square(logits[..., 0] - labels)
   else:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  real = example >= 0
-  return jnp.sum(jnp.where(real, losses, 0)) / jnp.maximum(jnp.sum(real), 1)
+  return jnp.sum(jnp.where(weights > 0, losses * weights, 0))
+
+
+def no_sums(params: Tree) -> Sums:
+  """What a step begins with."""
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  return Sums(jnp.int32(0), jnp.float32(0), zeros)
+
+
+def add_pass(
+  state: State,
+  sums: Sums,
+  frozen: Frozen,
+  batch: dict[str, Array],
+  dropout_key: PRNGKeyArray,
+  *,
+  apply: Callable[..., Any],
+) -> Sums:
+  """Adds the loss and the gradient of a pass."""
+  key = jax.random.fold_in(dropout_key, state.step)
+  rngs = {"dropout": jax.random.fold_in(key, sums.passes)}
+
+  def loss_of(params: Tree) -> Float[Array, ""]:
+    logits = forward(
+      apply, params, frozen, batch, deterministic=False, rngs=rngs
+    )
+    return weighted_loss(logits, batch["labels"], batch["weights"])
+
+  loss, grads = jax.value_and_grad(loss_of)(state.params)
+  grads = jax.tree.map(jnp.add, sums.grads, grads)
+  return Sums(sums.passes + 1, sums.loss + loss, grads)
+
+
+def update(
+  state: State, sums: Sums, *, tx: optax.GradientTransformation
+) -> State:
+  """The trainable leaves moved by the whole batch's gradient."""
+  updates, opt_state = tx.update(sums.grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  return State(state.step + 1, params, opt_state)
+
+
+def figures(sums: Sums) -> dict[str, Float[Array, ""]]:
+  return {"loss": sums.loss, "grad_norm": optax.tree.norm(sums.grads)}
 
 
 def train_step(
   state: State,
   frozen: Frozen,
-  batch: dict[str, Array],
+  passes: Sequence[dict[str, Array]],
   dropout_key: PRNGKeyArray,
   *,
   apply: Callable[..., Any],
   tx: optax.GradientTransformation,
 ) -> tuple[State, dict[str, Float[Array, ""]]]:
   """One update of the trainable leaves."""
-  rngs = {"dropout": jax.random.fold_in(dropout_key, state.step)}
-
-  def loss_of(params: Tree) -> Float[Array, ""]:
-    logits = forward(
-      apply, params, frozen, batch, deterministic=False, rngs=rngs
-    )
-    return mean_loss(logits, batch["labels"], batch["example"])
-
-  loss, grads = jax.value_and_grad(loss_of)(state.params)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-  return State(state.step + 1, params, opt_state), metrics
+  sums = no_sums(state.params)
+  for batch in passes:
+    sums = add_pass(state, sums, frozen, batch, dropout_key, apply=apply)
+  return update(state, sums, tx=tx), figures(sums)
 
 
-def jit_train_step(
+def train_pass(
+  state: State,
+  sums: Sums,
+  frozen: Frozen,
+  batch: dict[str, Array],
+  dropout_key: PRNGKeyArray,
+  last: Bool[Array, ""],
+  *,
+  apply: Callable[..., Any],
+  tx: optax.GradientTransformation,
+) -> tuple[State, Sums, dict[str, Float[Array, ""]]]:
+  """A pass of `train_step`, which ends with the update if it is the last."""
+  sums = add_pass(state, sums, frozen, batch, dropout_key, apply=apply)
+  state = jax.lax.cond(
+    last, partial(update, tx=tx), lambda state, _: state, state, sums
+  )
+  return state, sums, figures(sums)
+
+
+def jit_train_pass(
   state: State, *, apply: Callable[..., Any], tx: optax.GradientTransformation
 ) -> Any:
-  """`train_step`, compiled; the state is donated and stays where it lies.
+  """`train_pass`, compiled; state and sums are donated and stay where they lie.
 
   Left to itself, XLA moves small leaves to where a weight's shards are: the
   next step would be compiled anew.
   """
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   return jax.jit(
-    partial(train_step, apply=apply, tx=tx),
-    donate_argnums=0,
-    out_shardings=(shardings, None),
+    partial(train_pass, apply=apply, tx=tx),
+    donate_argnums=(0, 1),
+    out_shardings=(shardings, _sums_like(shardings), None),
   )
+
+
+def _sums_like(shardings: Any) -> Any:
+  return Sums(shardings.step, shardings.step, shardings.params)
+
+
+def jit_train_step(
+  state: State, *, apply: Callable[..., Any], tx: optax.GradientTransformation
+) -> Callable[..., Any]:
+  """`train_step`, compiled once for each row count that a pass may have."""
+  one_pass = jit_train_pass(state, apply=apply, tx=tx)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+  begin = jax.jit(no_sums, out_shardings=_sums_like(shardings))
+
+  def step(state, frozen, passes, dropout_key):
+    sums = begin(state.params)
+    for number, batch in enumerate(passes, 1):
+      last = np.bool_(number == len(passes))
+      state, sums, metrics = one_pass(
+        state, sums, frozen, batch, dropout_key, last
+      )
+    return state, metrics
+
+  return step
 
 
 def eval_step(
