@@ -74,6 +74,17 @@ class Classifier(NamedTuple):
       return None
 
   @property
+  def outputs(self) -> int:
+    """Logits of a text: one a label, or the value of a regression."""
+    return len(self.labels) or 1
+
+  @property
+  def max_length(self) -> int:
+    """Where a text is cut: as in training, if that is known and fits."""
+    trained = self.about.get("max_length")
+    return min(trained, self.room) if isinstance(trained, int) else self.room
+
+  @property
   def room(self) -> int:
     """The most tokens that a text may have."""
     return self.config.max_position_embeddings - self.config.first_position
@@ -207,17 +218,17 @@ def _fill(saved: SavedAdapter, folder: Path, shapes: Flat) -> Flat:
   given = flatten_dict(loaded.params)
   # what the base lacks started at random and was trained
   trained = {p: leaf for p, leaf in shapes.items() if p not in given}
-  differences = list(_differences(saved.tensors, trained))
-  if differences:
+  wrong = list(differences(saved.tensors, trained))
+  if wrong:
     raise UserError(
       f"The adapter {saved.folder} does not fit what its adapter.json says:\n  "
-      + "\n  ".join(differences)
+      + "\n  ".join(wrong)
     )
-  filled = given | _leaves(saved.tensors, trained)
+  filled = given | leaves_by_path(saved.tensors, trained)
   return {path: jnp.asarray(filled[path]) for path in shapes}
 
 
-def _differences(found: Mapping[str, np.ndarray], trained: Flat):
+def differences(found: Mapping[str, np.ndarray], trained: Flat):
   """What lacks, what is too much and what has another shape, in words."""
   expected = {
     name: leaf.shape[1:] if "layer" in path else leaf.shape
@@ -239,7 +250,7 @@ def _differences(found: Mapping[str, np.ndarray], trained: Flat):
     yield f"{_some(unequal)}: are rank and labels right?"
 
 
-def _leaves(found: Mapping[str, np.ndarray], trained: Flat) -> Flat:
+def leaves_by_path(found: Mapping[str, np.ndarray], trained: Flat) -> Flat:
   """The file's tensors as float32 leaves, stacked where the tree is."""
   leaves = {}
   for path, leaf in trained.items():

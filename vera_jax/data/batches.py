@@ -82,8 +82,14 @@ def eval_batches(tokens: Tokens, layout: Layout) -> Iterator[Batch]:
   batches have the first row count of `layout`, which `plan_eval_layout` makes
   for a split; the last batch may have empty rows.
   """
+  return placed_batches(tokens, place_all(tokens.lengths, layout), layout)
+
+
+def placed_batches(
+  tokens: Tokens, place: Placement, layout: Layout
+) -> Iterator[Batch]:
+  """`eval_batches` of examples that have their places already."""
   rows = layout.rows[0]
-  place = place_all(tokens.lengths, layout)
   for first in range(0, place.rows, rows):
     here = np.flatnonzero((place.row >= first) & (place.row < first + rows))
     part = Placement(
