@@ -139,9 +139,7 @@ class AdapterBank:
       UserError: the name is taken, no slot is free, or it does not fit.
     """
     if name in self:
-      raise UserError(
-        f"The bank has an adapter {name!r}: replace or remove it."
-      )
+      raise UserError(f"The bank has {name!r} already: replace or remove it.")
     if not self._free:
       raise UserError(
         f"The bank is full: its capacity is {self.capacity}. Remove an adapter"
@@ -194,14 +192,17 @@ class AdapterBank:
         f"Each text names its adapter: there are {len(first)} texts and"
         f" {len(slots)} names."
       )
-    limits = np.array([self._limit(name) for name in names])
+    limits = [self._limit(name) for name in names]
     out = np.empty((len(first), self._plain.outputs), np.float32)
-    for limit in np.unique(limits).tolist():
-      mine = np.flatnonzero(limits == limit)
-      texts = [
-        column and [column[i] for i in mine] for column in (first, second)
-      ]
-      tokens = encode(self._plain, self._tokenizer, *texts, limit=limit)
+    for limit in set(limits):
+      mine = [i for i, own in enumerate(limits) if own == limit]
+      tokens = encode(
+        self._plain,
+        self._tokenizer,
+        [first[i] for i in mine],
+        None if second is None else [second[i] for i in mine],
+        limit=limit,
+      )
       self.truncated += tokens.truncated
       out[mine] = packed_logits(
         lambda batch: self._run(self.params, self.frozen, batch),
