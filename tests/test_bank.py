@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vera_jax.adapter_files import SavedAdapter, load_adapter
-from vera_jax.bank import AdapterBank, _set_slot
+from vera_jax.bank import AdapterBank, set_slot
 from vera_jax.classifier import restore_adapter
 from vera_jax.errors import UserError
 from vera_jax.prediction import Predictor
@@ -126,7 +126,7 @@ def test_each_text_is_cut_as_its_adapters_training_did(adapters):
 def test_add_replace_and_remove_compile_nothing(bank, adapters):
   before = bank.logits(TEXTS, adapters=NAMED)
   bank.replace("three", adapters["three"])
-  compiled = bank._run._cache_size(), _set_slot._cache_size()
+  compiled = bank._run._cache_size(), set_slot._cache_size()
   new = another(adapters["one"], 17)
   bank.add("four", new)
   bank.replace("three", new)
@@ -141,7 +141,7 @@ def test_add_replace_and_remove_compile_nothing(bank, adapters):
   for name in ("three", "four"):
     logits = bank.logits(TEXTS, adapters=name)
     np.testing.assert_allclose(logits, want, rtol=0, atol=2e-5)
-  assert (bank._run._cache_size(), _set_slot._cache_size()) == compiled
+  assert (bank._run._cache_size(), set_slot._cache_size()) == compiled
   with pytest.raises(UserError, match="no adapter 'two'. It has: one, three"):
     bank.logits(TEXTS, adapters=NAMED)
 

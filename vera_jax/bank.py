@@ -245,7 +245,7 @@ class AdapterBank:
   ) -> None:
     saved = _loaded(adapter)
     leaves = self._fitting(name, saved)
-    self.params = _set_slot(self.params, np.int32(slot), leaves)
+    self.params = set_slot(self.params, np.int32(slot), leaves)
     labels = tuple(map(str, saved.about["labels"]))
     self._slots[name] = slot
     self._held[name] = self._plain._replace(about=saved.about, labels=labels)
@@ -316,7 +316,7 @@ def _program(
 
 
 @partial(jax.jit, donate_argnums=0)
-def _set_slot(stacked: Any, slot: Array, leaves: Any) -> Any:
+def set_slot(stacked: Any, slot: Array, leaves: Any) -> Any:
   """One adapter's leaves in their place: the stack is not copied."""
   return jax.tree.map(
     lambda whole, leaf: whole.at[slot].set(leaf), stacked, leaves

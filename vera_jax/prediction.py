@@ -13,7 +13,6 @@ from vera_jax.data.batches import placed_batches
 from vera_jax.data.examples import Examples
 from vera_jax.data.mixed import name_rows, place_mixed
 from vera_jax.data.packing import Batch, Layout
-from vera_jax.data.placement import Placement
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import Tokens, tokenise
 from vera_jax.errors import UserError
@@ -117,7 +116,8 @@ def packed_logits(
   """
   if adapters is None:
     adapters = np.zeros(len(tokens), np.int64)
-  layout, place = _layout(tokens, adapters)
+  layout = _layout(tokens)
+  place = place_mixed(tokens.lengths, adapters, layout)
   out = np.empty((len(tokens), outputs), np.float32)
   for batch in placed_batches(tokens, place, layout):
     logits = np.asarray(run(name_rows(batch, adapters)))
@@ -130,16 +130,11 @@ def _apply(module: Any, variables: Any, inputs: Any) -> jax.Array:
   return module.apply(variables, **inputs)
 
 
-def _layout(
-  tokens: Tokens, adapters: Int[np.ndarray, " texts"]
-) -> tuple[Layout, Placement]:
-  """One of few shapes with room for these texts, and their places."""
+def _layout(tokens: Tokens) -> Layout:
+  """One of few shapes with room for these texts."""
   longest = int(tokens.lengths.max())
   length = max(SHORTEST, 1 << (longest - 1).bit_length())
-  layout = Layout((), length, length // 4)
-  place = place_mixed(tokens.lengths, adapters, layout)
-  rows = next((rows for rows in ROWS if rows >= place.rows), ROWS[-1])
-  return layout._replace(rows=(rows,)), place
+  return Layout(ROWS, length, length // 4)
 
 
 def answers(logits: Logits, labels: tuple[str, ...]) -> Iterator[Answer]:

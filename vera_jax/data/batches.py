@@ -82,15 +82,21 @@ def eval_batches(tokens: Tokens, layout: Layout) -> Iterator[Batch]:
   batches have the first row count of `layout`, which `plan_eval_layout` makes
   for a split; the last batch may have empty rows.
   """
+  layout = layout._replace(rows=layout.rows[:1])
   return placed_batches(tokens, place_all(tokens.lengths, layout), layout)
 
 
 def placed_batches(
   tokens: Tokens, place: Placement, layout: Layout
 ) -> Iterator[Batch]:
-  """`eval_batches` of examples that have their places already."""
-  rows = layout.rows[0]
-  for first in range(0, place.rows, rows):
+  """Packs each example at its place: as many rows a batch as are allowed.
+
+  The last batch has the smallest allowed row count that is enough.
+  """
+  most = layout.rows[-1]
+  for first in range(0, place.rows, most):
+    left = place.rows - first
+    rows = next((rows for rows in layout.rows if rows >= left), most)
     here = np.flatnonzero((place.row >= first) & (place.row < first + rows))
     part = Placement(
       place.row[here] - first, place.start[here], place.slot[here]
