@@ -20,11 +20,9 @@ def interleaved(
 ) -> dict[str, list[float]]:
   """Seconds of every repetition of every way, taking turns.
 
-  Whatever else the machine does then meets all of them alike. Each runs once
-  before, untimed, to be compiled.
+  Whatever else the machine does then meets all of them alike. What is compiled
+  at a first call must have been called.
   """
-  for run in ways.values():
-    run()
   seconds: dict[str, list[float]] = {name: [] for name in ways}
   for _ in range(repetitions):
     for name, run in ways.items():
