@@ -18,7 +18,7 @@ from vera_jax.data.tokens import Tokens, tokenise
 from vera_jax.errors import UserError
 from vera_jax.models.bert import INPUTS
 
-ROWS = (1, 4, 16)  # of a batch: few shapes, for each is compiled
+ROWS = (1, 2, 4, 8, 16)  # of a batch: few shapes, for each is compiled
 SHORTEST = 32  # tokens a row; longer ones are powers of two
 Logits = Float32[np.ndarray, "texts labels"]
 
