@@ -55,7 +55,7 @@ def test_all_ways_give_the_banks_logits(
     pytest.importorskip("peft")
   else:
     monkeypatch.setattr(bank, "find_spec", lambda name: None)
-  result = report.environment() | bank.measure(
+  result = report.environment("bank") | bank.measure(
     str(tiny_model),
     task="rte",
     source=str(tiny_tasks),
@@ -70,6 +70,7 @@ def test_all_ways_give_the_banks_logits(
     assert result["ways"][name]["largest_logit_difference"] < 1e-5
   assert result["logits_apart_between_adapters"] > 1e-3
   assert len(result["ways"]) == (5 if theirs else 3)
+  assert "benchmark bank" in result["command"]
   result["roberta_base"] = bank.allocate(5, rank=16)
   assert result["roberta_base"]["bytes"] == 5 * 24 * (16 + 768) * 4
   bank.show(result)
