@@ -15,12 +15,14 @@ What a notebook needs:
   load_classifier     a merged (or any other) classifier's folder
   write_merged        a classifier as a plain Hugging Face checkpoint
   Predictor           answers of a classifier to texts
+  AdapterBank         many adapters on one base, mixed in one batch
   UserError           what is raised for input that the user can mend
 """
 
 from vera_jax.adapter import Adapter, Target
 from vera_jax.adapter_files import SavedAdapter, load_adapter, save_adapter
 from vera_jax.apply import adapt, adapter_size, find_targets
+from vera_jax.bank import AdapterBank
 from vera_jax.classifier import Classifier, load_classifier, restore_adapter
 from vera_jax.errors import UserError
 from vera_jax.labels import count, join, label_tree, split
@@ -43,6 +45,7 @@ def train_and_evaluate(config, workdir):
 
 __all__ = [
   "Adapter",
+  "AdapterBank",
   "Classifier",
   "Predictor",
   "SavedAdapter",

@@ -19,6 +19,7 @@ from vera_jax.adapter import Adapter, Target
 from vera_jax.adapter import Path as TreePath
 from vera_jax.adapter_files import STORED, SavedAdapter, named_slices
 from vera_jax.apply import adapt
+from vera_jax.contraction import AUTO
 from vera_jax.data.tasks import Task, task_named
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
@@ -74,6 +75,17 @@ class Classifier(NamedTuple):
       return None
 
   @property
+  def outputs(self) -> int:
+    """Logits of a text: one a label, or the value of a regression."""
+    return len(self.labels) or 1
+
+  @property
+  def max_length(self) -> int:
+    """Where a text is cut: as in training, if that is known and fits."""
+    trained = self.about.get("max_length")
+    return min(trained, self.room) if isinstance(trained, int) else self.room
+
+  @property
   def room(self) -> int:
     """The most tokens that a text may have."""
     return self.config.max_position_embeddings - self.config.first_position
@@ -85,6 +97,7 @@ def restore_adapter(
   *,
   dtype: DTypeLike = jnp.float32,
   scan: bool = True,
+  plan: str = AUTO,
 ) -> Classifier:
   """Put a saved adapter back on its base.
 
@@ -93,6 +106,7 @@ def restore_adapter(
     base: the base's folder or hub id; None for the one the adapter names.
     dtype: of the frozen leaves and of computing; what was trained is float32.
     scan: whether the layers are stacked; either serves any adapter.
+    plan: how adapted layers multiply, "auto" or one of `contraction.PLANS`.
 
   Raises:
     UserError: naming what differs from what the adapter was trained with:
@@ -105,7 +119,9 @@ def restore_adapter(
   model = BertClassifier(
     config, len(labels) or 1, dtype=dtype, param_dtype=dtype, scan=scan
   )
-  adapter, patterns = make_adapter(about["method"], about["settings"])
+  adapter, patterns = make_adapter(
+    about["method"], about["settings"], plan=plan
+  )
   if about["settings"].get("init") == STORED and adapter is not None:
     saved, adapter = _take_stored(saved, adapter)
   module: nn.Module = model
@@ -198,17 +214,17 @@ def _fill(saved: SavedAdapter, folder: Path, shapes: Flat) -> Flat:
   given = flatten_dict(loaded.params)
   # what the base lacks started at random and was trained
   trained = {p: leaf for p, leaf in shapes.items() if p not in given}
-  differences = list(_differences(saved.tensors, trained))
-  if differences:
+  wrong = list(differences(saved.tensors, trained))
+  if wrong:
     raise UserError(
       f"The adapter {saved.folder} does not fit what its adapter.json says:\n  "
-      + "\n  ".join(differences)
+      + "\n  ".join(wrong)
     )
-  filled = given | _leaves(saved.tensors, trained)
+  filled = given | leaves_by_path(saved.tensors, trained)
   return {path: jnp.asarray(filled[path]) for path in shapes}
 
 
-def _differences(found: Mapping[str, np.ndarray], trained: Flat):
+def differences(found: Mapping[str, np.ndarray], trained: Flat):
   """What lacks, what is too much and what has another shape, in words."""
   expected = {
     name: leaf.shape[1:] if "layer" in path else leaf.shape
@@ -230,7 +246,7 @@ def _differences(found: Mapping[str, np.ndarray], trained: Flat):
     yield f"{_some(unequal)}: are rank and labels right?"
 
 
-def _leaves(found: Mapping[str, np.ndarray], trained: Flat) -> Flat:
+def leaves_by_path(found: Mapping[str, np.ndarray], trained: Flat) -> Flat:
   """The file's tensors as float32 leaves, stacked where the tree is."""
   leaves = {}
   for path, leaf in trained.items():

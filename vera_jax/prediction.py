@@ -1,24 +1,24 @@
 """Answers of a trained classifier to texts, packed as in training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 
 from vera_jax.classifier import Classifier
-from vera_jax.data.batches import eval_batches
+from vera_jax.data.batches import placed_batches
 from vera_jax.data.examples import Examples
-from vera_jax.data.packing import Layout
-from vera_jax.data.placement import place_all
+from vera_jax.data.mixed import name_rows, place_mixed
+from vera_jax.data.packing import Batch, Layout
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import Tokens, tokenise
 from vera_jax.errors import UserError
 from vera_jax.models.bert import INPUTS
 
-ROWS = (1, 4, 16)  # of a batch: few shapes, for each is compiled
+ROWS = (1, 2, 4, 8, 16)  # of a batch: few shapes, for each is compiled
 SHORTEST = 32  # tokens a row; longer ones are powers of two
 Logits = Float32[np.ndarray, "texts labels"]
 
@@ -44,10 +44,7 @@ class Predictor:
     """`max_length` is the most tokens of a text; None: as in training."""
     self.classifier = classifier
     self.tokenizer = load_tokenizer(classifier.folder)
-    room = classifier.room
-    trained = classifier.about.get("max_length")
-    known = trained if isinstance(trained, int) else room
-    self.max_length = min(max_length or known, room)
+    self.max_length = min(max_length or classifier.max_length, classifier.room)
     self.truncated = 0  # texts that were cut, so far
     self._apply = jax.jit(partial(_apply, classifier.module))
 
@@ -55,44 +52,78 @@ class Predictor:
     self, first: Sequence[str], second: Sequence[str] | None = None
   ) -> Logits:
     """The logits of every text, or pair of texts, in their order."""
-    tokens = self._tokens(first, second)
-    layout = _layout(tokens)
-    out = np.empty((len(tokens), self._outputs), np.float32)
-    for batch in eval_batches(tokens, layout):
-      inputs = {name: batch[name] for name in INPUTS}
-      logits = np.asarray(self._apply(self.classifier.variables, inputs))
-      real = batch["example"] >= 0
-      out[batch["example"][real]] = logits[real]
-    return out
+    tokens = encode(
+      self.classifier, self.tokenizer, first, second, limit=self.max_length
+    )
+    self.truncated += tokens.truncated
+    return packed_logits(self._run, tokens, outputs=self.classifier.outputs)
 
   def answers(
     self, first: Sequence[str], second: Sequence[str] | None = None
   ) -> list[Answer]:
     """Label, score and probabilities of every text, in their order."""
-    return list(_answers(self.logits(first, second), self.classifier.labels))
+    return list(answers(self.logits(first, second), self.classifier.labels))
 
-  @property
-  def _outputs(self) -> int:
-    return len(self.classifier.labels) or 1
+  def _run(self, batch: Batch) -> jax.Array:
+    inputs = {name: batch[name] for name in INPUTS}
+    return self._apply(self.classifier.variables, inputs)
 
-  def _tokens(
-    self, first: Sequence[str], second: Sequence[str] | None
-  ) -> Tokens:
-    examples = Examples(
-      list(first),
-      None if second is None else list(second),
-      None,
-      np.arange(len(first)),
+
+def encode(
+  classifier: Classifier,
+  tokenizer: Any,
+  first: Sequence[str],
+  second: Sequence[str] | None,
+  *,
+  limit: int,
+) -> Tokens:
+  """The tokens of texts, or pairs, cut at `limit`.
+
+  Raises:
+    UserError: the tokenizer knows words that the classifier doesn't.
+  """
+  examples = Examples(
+    list(first),
+    None if second is None else list(second),
+    None,
+    np.arange(len(first)),
+  )
+  tokens = tokenise(examples, tokenizer, limit, None)
+  highest, size = int(tokens.ids.max()), classifier.config.vocab_size
+  if highest >= size:
+    raise UserError(
+      f"The tokenizer of {classifier.folder} gave the id {highest}, but"
+      f" the model's vocabulary ends before {size}."
     )
-    tokens = tokenise(examples, self.tokenizer, self.max_length, None)
-    self.truncated += tokens.truncated
-    highest, size = int(tokens.ids.max()), self.classifier.config.vocab_size
-    if highest >= size:
-      raise UserError(
-        f"The tokenizer of {self.classifier.folder} gave the id {highest}, but"
-        f" the model's vocabulary ends before {size}."
-      )
-    return tokens
+  return tokens
+
+
+def packed_logits(
+  run: Callable[[Batch], jax.Array],
+  tokens: Tokens,
+  *,
+  outputs: int,
+  adapters: Int[np.ndarray, " texts"] | None = None,
+) -> Logits:
+  """The logits of every text, packed into batches of few shapes.
+
+  Args:
+    run: a packed batch's logits, slot by slot.
+    tokens: of the texts.
+    outputs: logits of a text.
+    adapters: whose texts they are; those of two share no row, and the batches
+      say in `adapter` whose each row is. None: one adapter's.
+  """
+  if adapters is None:
+    adapters = np.zeros(len(tokens), np.int64)
+  layout = _layout(tokens)
+  place = place_mixed(tokens.lengths, adapters, layout)
+  out = np.empty((len(tokens), outputs), np.float32)
+  for batch in placed_batches(tokens, place, layout):
+    logits = np.asarray(run(name_rows(batch, adapters)))
+    real = batch["example"] >= 0
+    out[batch["example"][real]] = logits[real]
+  return out
 
 
 def _apply(module: Any, variables: Any, inputs: Any) -> jax.Array:
@@ -103,13 +134,11 @@ def _layout(tokens: Tokens) -> Layout:
   """One of few shapes with room for these texts."""
   longest = int(tokens.lengths.max())
   length = max(SHORTEST, 1 << (longest - 1).bit_length())
-  layout = Layout((), length, length // 4)
-  needed = place_all(tokens.lengths, layout).rows
-  rows = next((rows for rows in ROWS if rows >= needed), ROWS[-1])
-  return layout._replace(rows=(rows,))
+  return Layout(ROWS, length, length // 4)
 
 
-def _answers(logits: Logits, labels: tuple[str, ...]) -> Iterator[Answer]:
+def answers(logits: Logits, labels: tuple[str, ...]) -> Iterator[Answer]:
+  """What logits say, row by row; no labels: regression."""
   if not labels:
     for value in logits[:, 0].tolist():
       yield Answer("", value, ())

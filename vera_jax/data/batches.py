@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from vera_jax.data.packing import Batch, Layout, fill, pack
-from vera_jax.data.placement import place_all
+from vera_jax.data.placement import Placement, place_all
 from vera_jax.data.prefetch import prefetch
 from vera_jax.data.tokens import Tokens
 
@@ -82,9 +82,21 @@ def eval_batches(tokens: Tokens, layout: Layout) -> Iterator[Batch]:
   batches have the first row count of `layout`, which `plan_eval_layout` makes
   for a split; the last batch may have empty rows.
   """
-  rows = layout.rows[0]
-  place = place_all(tokens.lengths, layout)
-  for first in range(0, place.rows, rows):
+  layout = layout._replace(rows=layout.rows[:1])
+  return placed_batches(tokens, place_all(tokens.lengths, layout), layout)
+
+
+def placed_batches(
+  tokens: Tokens, place: Placement, layout: Layout
+) -> Iterator[Batch]:
+  """Packs each example at its place: as many rows a batch as are allowed.
+
+  The last batch has the smallest allowed row count that is enough.
+  """
+  most = layout.rows[-1]
+  for first in range(0, place.rows, most):
+    left = place.rows - first
+    rows = next((rows for rows in layout.rows if rows >= left), most)
     yield fill(
       tokens, np.arange(len(tokens)), place, layout, first=first, rows=rows
     )

@@ -68,6 +68,15 @@ def forward(
   return apply(variables, **{k: batch[k] for k in INPUTS}, **kwargs)
 
 
+def slot_losses(
+  logits: Float[Array, "rows slots labels"], labels: Num[Array, "rows slots"]
+) -> Float[Array, "rows slots"]:
+  """Cross-entropy for whole-number labels, squared error for float ones."""
+  if jnp.issubdtype(labels.dtype, jnp.floating):
+    return jnp.square(logits[..., 0] - labels)
+  return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
 def weighted_loss(
   logits: Float[Array, "rows slots labels"],
   labels: Num[Array, "rows slots"],
@@ -75,13 +84,9 @@ def weighted_loss(
 ) -> Float[Array, ""]:
   """The examples' losses by their weights: a pass's part of the batch's mean.
 
-  Cross-entropy for whole-number labels, squared error for float ones. A weight
-  is one over the batch's examples, or 0 in an empty slot.
+  A weight is one over the batch's examples, or 0 in an empty slot.
   """
-  if jnp.issubdtype(labels.dtype, jnp.floating):
-    losses = jnp.square(logits[..., 0] - labels)
-  else:
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  losses = slot_losses(logits, labels)
   return jnp.sum(jnp.where(weights > 0, losses * weights, 0))
 
 

@@ -1,0 +1,137 @@
+"""One pass in which each row of a packed batch runs with its own adapter.
+
+The trained leaves of N adapters are stacked on a leading axis. A pass gathers
+those of its rows (for VeRA d, b and the head) and is the ordinary forward
+under `jax.vmap`. Base, A and B have no such axis: x W0 and A x stay single
+products over all rows, and nothing of the size rows x in x out exists.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
+
+from vera_jax.models.bert import INPUTS
+from vera_jax.train.step import Frozen, State, Tree, forward, slot_losses
+
+
+def empty_stack(leaves: Tree, *, capacity: int) -> Tree:
+  """Zeros for so many adapters with leaves of these shapes."""
+  return jax.tree.map(
+    lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), leaves
+  )
+
+
+def mixed_logits(
+  stacked: Tree,
+  frozen: Frozen,
+  batch: dict[str, Array],
+  key: PRNGKeyArray | None = None,
+  *,
+  apply: Callable[..., Any],
+) -> Float[Array, "rows slots labels"]:
+  """Logits of every slot of a batch of several adapters.
+
+  Args:
+    stacked: the trained leaves, each with the adapters on its leading axis.
+    frozen: the base and the projections that all of them share.
+    batch: packed, with `adapter` [rows]; see `data.mixed`.
+    key: of dropout, which each row draws for itself; None is evaluation.
+    apply: the adapted module's. VeRA's forward must be the factored one.
+  """
+  own = jax.tree.map(lambda leaf: leaf[batch["adapter"]], stacked)
+  inputs = {name: batch[name] for name in INPUTS}
+  keys = None if key is None else jax.random.split(key, len(batch["adapter"]))
+
+  def one_row(own, inputs, key):
+    row = jax.tree.map(lambda x: x[None], inputs)
+    rngs = None if key is None else {"dropout": key}
+    return forward(
+      apply, own, frozen, row, deterministic=key is None, rngs=rngs
+    )[0]
+
+  return jax.vmap(one_row)(own, inputs, keys)
+
+
+def mixed_losses(
+  stacked: Tree,
+  frozen: Frozen,
+  batch: dict[str, Array],
+  key: PRNGKeyArray | None = None,
+  *,
+  apply: Callable[..., Any],
+) -> Float[Array, " adapters"]:
+  """Each adapter's mean loss over its own examples of the batch; 0 without any.
+
+  They depend on nothing of one another: the gradient of their sum holds, in
+  each adapter's place, the gradient of that adapter trained alone on those
+  examples. Arguments as in `mixed_logits`.
+  """
+  logits = mixed_logits(stacked, frozen, batch, key, apply=apply)
+
+  losses = slot_losses(logits, batch["labels"])
+
+  def own_loss(slot):
+    mine = (batch["adapter"] == slot)[:, None] & (batch["example"] >= 0)
+    return jnp.sum(jnp.where(mine, losses, 0)) / jnp.maximum(jnp.sum(mine), 1)
+
+  return jax.vmap(own_loss)(jnp.arange(len(jax.tree.leaves(stacked)[0])))
+
+
+def mixed_state(stacked: Tree, tx: optax.GradientTransformation) -> State:
+  """The state of training from here; every adapter has optimiser slots."""
+  return State(jnp.int32(0), stacked, jax.vmap(tx.init)(stacked))
+
+
+def mixed_step(
+  state: State,
+  frozen: Frozen,
+  batch: dict[str, Array],
+  dropout_key: PRNGKeyArray,
+  *,
+  apply: Callable[..., Any],
+  tx: optax.GradientTransformation,
+) -> tuple[State, dict[str, Array]]:
+  """One update of each adapter that the batch names, as if it were alone.
+
+  The optimiser sees one adapter at a time: clipping by the global norm, decay
+  and step counts are that adapter's own. Leaves and slots of the others are
+  neither read nor written, so a step's cost follows the batch, not the bank.
+  Donate the state (`jax.jit(..., donate_argnums=0)`), or it is copied whole.
+
+  Returns:
+    The state, and `loss` [capacity], NaN for adapters that the batch lacks.
+  """
+  capacity = len(jax.tree.leaves(state.params)[0])
+  rows = batch["adapter"]
+  slots, place = jnp.unique(
+    jnp.where(rows < 0, capacity, rows),  # past the end: dropped below
+    size=len(rows),
+    fill_value=capacity,
+    return_inverse=True,
+  )
+  whole = state.params, state.opt_state
+  params, opt_state = jax.tree.map(
+    lambda leaf: leaf.at[slots].get(mode="clip"), whole
+  )
+  key = jax.random.fold_in(dropout_key, state.step)
+  named = {**batch, "adapter": place}
+
+  def loss_of(params):
+    losses = mixed_losses(params, frozen, named, key, apply=apply)
+    return jnp.sum(losses), losses
+
+  grads, losses = jax.grad(loss_of, has_aux=True)(params)
+  updates, opt_state = jax.vmap(tx.update)(grads, opt_state, params)
+  params = optax.apply_updates(params, updates)
+  new = jax.tree.map(
+    lambda leaf, part: leaf.at[slots].set(part, mode="drop"),
+    whole,
+    (params, opt_state),
+  )
+  loss = jnp.full(capacity, jnp.nan).at[slots].set(losses, mode="drop")
+  return State(state.step + 1, *new), {"loss": loss}
