@@ -3,6 +3,7 @@
   python -m experiments.benchmark bank --help
 
   bank    many adapters in one batch, against a pass for each and PEFT
+  train   a whole run from start to scores, against PEFT and plain torch
 
 Each subcommand is a module of experiments/benchmarks with `define_flags` and
 `main`. It writes results/benchmarks/NAME.json, with the versions, the hardware
@@ -16,7 +17,7 @@ from absl import flags
 
 from experiments import cli
 
-SUBCOMMANDS = ("bank",)
+SUBCOMMANDS = ("bank", "train")
 
 
 def main() -> None:

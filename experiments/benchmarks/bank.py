@@ -76,7 +76,7 @@ def define_flags() -> None:
 
 def main() -> None:
   given = flags.FLAGS
-  result = environment()  # the load, before there is ours
+  result = environment("bank")  # the load, before there is ours
   result |= measure(
     given.base,
     task=given.task,

@@ -32,7 +32,7 @@ def interleaved(
   return seconds
 
 
-def environment() -> dict[str, Any]:
+def environment(subcommand: str) -> dict[str, Any]:
   """Command, versions and hardware; the load says what else was running."""
   made = provenance()
   for name in REFERENCES:
@@ -43,7 +43,9 @@ def environment() -> dict[str, Any]:
   words = [word for word in sys.argv[1:] if not word.startswith("--out=")]
   return {
     **made,
-    "command": " ".join(["python -m experiments.benchmark", *words]),
+    "command": " ".join(
+      ["python -m experiments.benchmark", subcommand, *words]
+    ),
     "cpu": _cpu(),
     "cores": os.cpu_count(),
     "load_before": [round(load, 2) for load in os.getloadavg()],

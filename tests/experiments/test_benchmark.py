@@ -55,7 +55,7 @@ def test_all_ways_give_the_banks_logits(
     pytest.importorskip("peft")
   else:
     monkeypatch.setattr(bank, "find_spec", lambda name: None)
-  result = report.environment() | bank.measure(
+  result = report.environment("bank") | bank.measure(
     str(tiny_model),
     task="rte",
     source=str(tiny_tasks),
