@@ -4,6 +4,7 @@
 
   bank    many adapters in one batch, against a pass for each and PEFT
   step    FLOPs, bytes and memory of a step by contraction plan, for CPU or TPU
+  train   a whole run from start to scores, against PEFT and plain torch
 
 Each subcommand is a module of experiments/benchmarks with `define_flags` and
 `main`. It writes results/benchmarks/NAME.json, with the versions, the hardware
@@ -17,7 +18,7 @@ from absl import flags
 
 from experiments import cli
 
-SUBCOMMANDS = ("bank", "step")
+SUBCOMMANDS = ("bank", "step", "train")
 
 
 def main() -> None:
