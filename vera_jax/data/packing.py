@@ -10,6 +10,8 @@ a handful of row counts, chosen from the data before training.
   position  0   1 2   3     0   1   2    0   0
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Int
 
@@ -22,6 +24,7 @@ __all__ = [
   "Layout",
   "fill",
   "pack",
+  "pack_alike",
   "plan_eval_layout",
   "plan_layout",
 ]
@@ -41,11 +44,24 @@ def pack(
     `example` (its index into `tokens`; -1 for an empty slot) and `labels`
     (int32, or float32 for regression; 0 in an empty slot or without labels).
   """
-  place = first_fit(tokens.lengths[indices], layout)
-  allowed = [rows for rows in layout.rows if rows >= place.rows]
+  (batch,) = pack_alike(tokens, [indices], layout)
+  return batch
+
+
+def pack_alike(
+  tokens: Tokens, batches: Sequence[Int[np.ndarray, " _"]], layout: Layout
+) -> list[Batch]:
+  """`pack` for several batches, all in the rows that the largest needs."""
+  places = [first_fit(tokens.lengths[indices], layout) for indices in batches]
+  needed = max(place.rows for place in places)
+  allowed = [rows for rows in layout.rows if rows >= needed]
   if not allowed:
-    raise ValueError(f"{place.rows} rows are needed, {layout} has fewer")
-  return fill(tokens, indices, place, layout._replace(rows=(allowed[0],)))
+    raise ValueError(f"{needed} rows are needed, {layout} has fewer")
+  one = layout._replace(rows=(allowed[0],))
+  return [
+    fill(tokens, indices, place, one)
+    for indices, place in zip(batches, places, strict=True)
+  ]
 
 
 def fill(

@@ -94,17 +94,49 @@ def train_step(
 def jit_train_step(
   state: State, *, apply: Callable[..., Any], tx: optax.GradientTransformation
 ) -> Any:
-  """`train_step`, compiled; the state is donated and stays where it lies.
+  """`train_step`, compiled; the state is donated and stays where it lies."""
+  return _jit(partial(train_step, apply=apply, tx=tx), state)
 
-  Left to itself, XLA moves small leaves to where a weight's shards are: the
+
+def member_step(
+  state: State,
+  frozen: Frozen,
+  batch: dict[str, Array],
+  dropout_key: PRNGKeyArray,
+  rates: dict[str, Float[Array, ""]],
+  *,
+  apply: Callable[..., Any],
+  optimiser: Callable[..., optax.GradientTransformation],
+) -> tuple[State, dict[str, Float[Array, ""]]]:
+  """`train_step` with the optimiser's numbers, by name, as arguments."""
+  tx = optimiser(**rates)
+  return train_step(state, frozen, batch, dropout_key, apply=apply, tx=tx)
+
+
+def jit_member_step(
+  state: State,
+  *,
+  apply: Callable[..., Any],
+  optimiser: Callable[..., optax.GradientTransformation],
+  members: int,
+) -> Any:
+  """`member_step` for a group of runs, compiled as `jit_train_step` is.
+
+  Every argument but the frozen leaves has a first axis of length `members`; in
+  a group of one nothing has (`stack.py`).
+  """
+  step = partial(member_step, apply=apply, optimiser=optimiser)
+  if members > 1:
+    step = jax.vmap(step, in_axes=(0, None, 0, 0, 0))
+  return _jit(step, state)
+
+
+def _jit(step: Callable[..., Any], state: State) -> Any:
+  """Left to itself, XLA moves small leaves to where a weight's shards are: the
   next step would be compiled anew.
   """
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-  return jax.jit(
-    partial(train_step, apply=apply, tx=tx),
-    donate_argnums=0,
-    out_shardings=(shardings, None),
-  )
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def eval_step(
