@@ -8,6 +8,7 @@ from vera_jax.data.batches import (
   batch_indices,
   epoch_order,
   eval_batches,
+  member_batches,
   steps_per_epoch,
   train_batches,
 )
@@ -71,6 +72,28 @@ def test_a_step_has_the_same_batch_from_any_start(tokens, layout, start):
       np.testing.assert_array_equal(array, resumed[name], strict=True)
     indices = batch_indices(45, batch_size=8, seed=2, step=step)
     assert examples_of(batch) == sorted(indices)
+
+
+def test_members_have_their_own_batches_and_empty_rows(tokens, layout):
+  seeds, empty = [2, 3, 5], 0
+  stacked = member_batches(
+    tokens, layout, batch_size=8, seeds=seeds, start_step=4
+  )
+  alone = [take(tokens, layout, 9, seed=s, start_step=4) for s in seeds]
+  together = itertools.islice(stacked, 9)
+  for (step, batch), *own in zip(together, *alone, strict=True):
+    rows = max(mine["example"].shape[0] for _, mine in own)
+    for place, (at, mine) in enumerate(own):
+      assert step == at
+      used = mine["example"].shape[0]
+      empty += rows - used
+      for name, array in mine.items():
+        assert batch[name].shape[:2] == (3, rows)
+        np.testing.assert_array_equal(batch[name][place, :used], array)
+      assert (batch["example"][place, used:] == -1).all()
+      assert (batch["segment_ids"][place, used:] == 0).all()
+  assert empty > 0  # some needed fewer rows than another
+  stacked.close()
 
 
 @pytest.mark.parametrize("shards", [1, 8])

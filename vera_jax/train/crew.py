@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from vera_jax.data.batches import member_batches, train_batches
 from vera_jax.data.packing import Batch
@@ -32,7 +33,7 @@ def behind_members(sharding: NamedSharding) -> NamedSharding:
 class Crew:
   """One slot a member. A slot may be idle: computed, and read by nobody."""
 
-  state: State
+  state: Tree  # a State, each leaf stacked
 
   def __init__(
     self,
@@ -59,7 +60,7 @@ class Crew:
     )
     self._take = jax.jit(_take, out_shardings=self._alone)
 
-  def _stack(self, states: Sequence[State]) -> State:
+  def _stack(self, states: Sequence[State]) -> Tree:
     if len(states) == 1:
       return states[0]
     shardings = jax.tree.map(behind_members, self._alone)
@@ -113,5 +114,5 @@ def _stack(trees: Sequence[Tree]) -> Tree:
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def _take(tree: Tree, place: int) -> Tree:
+def _take(tree: Tree, place: Int[Array, ""]) -> Tree:
   return jax.tree.map(lambda leaf: leaf[place], tree)

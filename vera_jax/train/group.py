@@ -74,7 +74,8 @@ def titles(configs: Sequence[ConfigDict]) -> list[str]:
   """A short name for each member: its seed, or all that differs."""
   runs = [own_settings(config) for config in configs]
   differ = [k for k in runs[0] if any(run[k] != runs[0][k] for run in runs)]
+  shown = sorted(differ or ["seed"], key=lambda key: key != "seed")
   return [
-    ", ".join(f"{k.rpartition('.')[-1]} {run[k]}" for k in differ or ["seed"])
+    ", ".join(f"{key.rpartition('.')[-1]} {run[key]}" for key in shown)
     for run in runs
   ]

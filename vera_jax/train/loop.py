@@ -170,6 +170,7 @@ class Session:
     """From a step on, until every member has ended or failed."""
     self._started = time.monotonic()
     self._step, self.live = step, list(live)
+    self._cohort = live
     self.crew = Crew(self.run, crew, {m: self._start(m) for m in live})
     self._before = {m: m.progress["seconds"] for m in live}
     with ExitStack() as files, watch() as flag:
@@ -269,7 +270,7 @@ class Session:
     )
     member.fail(reason, step=step)
     self.live.remove(member)
-    if len(self.crew.members) > 1:
+    if len(self._cohort) > 1:
       self.report.log(f"{member.title} failed. {reason}")
 
   def _end_epoch(self) -> None:
@@ -348,21 +349,21 @@ class Session:
     scores = [epoch["score"] for epoch in epochs.values()]
     name = self.run.data.task.metrics[0]
     shown = f"{name} {min(scores):.4f}"
-    if len(self.crew.members) > 1:
-      shown = f"{len(self.live)} of {len(self.crew.members)} train, {shown}"
+    if len(self._cohort) > 1:
+      shown = f"{len(self.live)} of {len(self._cohort)} train, {shown}"
       shown += f" to {max(scores):.4f}"
     self.report.show_score(shown)
     for member, epoch in epochs.items():
       self.report.log(self._epoch_line(member, epoch))
 
   def _epoch_line(self, member: Member, epoch: dict[str, Any]) -> str:
-    of_group = f"{member.title}: " if len(self.crew.members) > 1 else ""
+    whose = f"{member.title}: " if len(self._cohort) > 1 else ""
     scores = epoch["metrics"].items()
     shown = ", ".join(f"{name} {value:.4f}" for name, value in scores)
     epochs = self.run.config.optim.epochs
     stalled = member.ended and epoch["epoch"] < epochs
     return (
-      f"{of_group}epoch {epoch['epoch']} of {epochs}: {shown}, training"
+      f"{whose}epoch {epoch['epoch']} of {epochs}: {shown}, training"
       f" loss {epoch['train_loss']:.4f}, {member.progress['seconds']:.0f} s"
       + (", collapsed to one class" if epoch["collapsed"] else "")
       + (", stopped early" if stalled else "")

@@ -106,7 +106,7 @@ class Member:
 
   def write_failure(self) -> None:
     if self.failure is not None:
-      results.write(self.folder, self.failure, results.FAILED)
+      self.failure = results.write(self.folder, self.failure, results.FAILED)
 
   def finish(self, run: Run, params: Any) -> None:
     """Write the adapter and then, since it marks a run as done, the result."""

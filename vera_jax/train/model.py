@@ -181,7 +181,7 @@ def _projections(base: nn.Module, adapter: Adapter | None, targets) -> Any:
 def state_shape(
   model: Model, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Any:
-  """A `State` of shapes and places; a slot lies where the leaf it serves lies."""
+  """A `State` of shapes and places; a slot lies where its leaf lies."""
   everywhere = NamedSharding(mesh, REPLICATED)
   leaves = flatten_dict(model.trainable)
 

@@ -105,10 +105,11 @@ def introduction(run: Run, titles: Sequence[str]) -> list[str]:
   device = jax.devices()[0]
   trained = counts.adapter + counts.head
   cut = {name: t.truncated for name, t in tokens.items() if t.truncated}
+  who = titles[0] if len(titles) == 1 else f"{len(titles)} members at once"
   shapes = " or ".join(map(str, run.data.train_layout.rows))
   lines = [
     f"{config.task}, {config.method} on {config.model.name},"
-    f" {'; '.join(titles)}; {jax.device_count()} x {device.device_kind}",
+    f" {who}; {jax.device_count()} x {device.device_kind}",
     f"trained: adapter {counts.adapter:,}, head {counts.head:,} of"
     f" {trained + counts.frozen:,} ({trained / (trained + counts.frozen):.2%})",
     f"data: {len(tokens['train']):,} training examples in {run.epoch_steps}"
@@ -116,6 +117,8 @@ def introduction(run: Run, titles: Sequence[str]) -> list[str]:
     f" {run.data.train_layout.length} tokens",
     *run.model.notes,
   ]
+  if len(titles) > 1:
+    lines.append(f"members: {'; '.join(titles)}")
   if cut:
     texts = ", ".join(f"{n} of {len(tokens[s])} in {s}" for s, n in cut.items())
     lines.append(f"cut at {config.data.max_length} tokens: {texts}")

@@ -114,7 +114,7 @@ def member_step(
 
 
 def jit_member_step(
-  state: State,
+  state: Tree,
   *,
   apply: Callable[..., Any],
   optimiser: Callable[..., optax.GradientTransformation],
@@ -131,7 +131,7 @@ def jit_member_step(
   return _jit(step, state)
 
 
-def _jit(step: Callable[..., Any], state: State) -> Any:
+def _jit(step: Callable[..., Any], state: Tree) -> Any:
   """Left to itself, XLA moves small leaves to where a weight's shards are: the
   next step would be compiled anew.
   """
