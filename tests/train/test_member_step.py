@@ -123,6 +123,7 @@ def shapes_in(jaxpr):
       yield from shapes_in(inner)
 
 
+@pytest.mark.smoke
 def test_no_frozen_leaf_gets_a_member_axis():
   """A member count found nowhere else: no copy for each of the seven."""
   members = 7

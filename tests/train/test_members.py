@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from vera_jax import group_key, train_members
 from vera_jax.errors import UserError
 from vera_jax.train import loop
+from vera_jax.train.group import titles
 from vera_jax.train.interrupt import Interrupted
 from vera_jax.train.loop import train_and_evaluate
 
@@ -84,7 +85,6 @@ def assert_same_bits(folder, other):
   assert result_of(folder) == result_of(other)
 
 
-@pytest.mark.smoke
 def test_a_member_is_the_run_alone(together, finished):
   assert_alike(together.folders[0], finished.folder)
   assert together.results[0]["members"] == 3
@@ -101,6 +101,19 @@ def test_one_with_settings_of_its_own_too(together, tmp_path):
   assert len(set(first)) == 3  # seeds and d_init differ from the first step
 
 
+def test_members_on_a_mesh_of_all_axes(tiny_config, tmp_path):
+  """Stacked leaves and slots keep the base's shards; here all are trained."""
+  settings = {"method": "full", "optim__epochs": 1}
+  mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+  both = [tiny_config(**settings, **mesh, seed=seed) for seed in (0, 1)]
+  group = train(both, tmp_path)
+  alone = tmp_path / "alone"
+  train_and_evaluate(tiny_config(**settings, seed=1), alone)
+  np.testing.assert_allclose(
+    curve(group.folders[1]), curve(alone), rtol=0, atol=1e-5
+  )
+
+
 def test_finished_members_are_only_reported(together, monkeypatch):
   monkeypatch.setattr(loop, "build_run", None)
   configs, folders, results = together
@@ -108,18 +121,16 @@ def test_finished_members_are_only_reported(together, monkeypatch):
   assert train_and_evaluate(configs[2], folders[2]) == results[2]
 
 
-@pytest.mark.parametrize("torn", [False, True])
-def test_an_interrupted_group_goes_on_to_the_same_bits(
-  torn, together, stop_at, tmp_path, monkeypatch
+def test_a_group_killed_between_two_saves_goes_on_to_the_same_bits(
+  together, stop_at, tmp_path, monkeypatch
 ):
-  """`torn`: killed between the members' saves."""
+  """Those that are a save ahead go back to where all can stand."""
   stop_at(14)
   with pytest.raises(Interrupted, match="saved at step .* of 30"):
     train(together.configs, tmp_path)
   monkeypatch.undo()
-  if torn:
-    (last,) = (tmp_path / "1" / "checkpoints").glob("1[1-9]")
-    shutil.rmtree(last)
+  (last,) = (tmp_path / "1" / "checkpoints").glob("1[1-9]")
+  shutil.rmtree(last)
   again = train(together.configs, tmp_path)
   for folder, whole in zip(again.folders, together.folders, strict=True):
     assert_same_bits(folder, whole)
@@ -169,6 +180,7 @@ def test_a_members_nan_is_its_own(
   with pytest.raises(UserError) as caught:  # what the run alone says
     train_and_evaluate(configs[2], left)
   assert str(caught.value) == failure["failed"]
+  assert json.loads((left / "failed.json").read_text()) == failure
 
 
 def test_all_may_fail(tiny_config, tmp_path):
@@ -242,6 +254,13 @@ def test_what_does_not_fit_is_refused_by_name(
   with pytest.raises(UserError, match=words):
     train([tiny_config(), tiny_config(**changes)], tmp_path)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_members_name_is_what_differs(tiny_config):
+  assert titles([tiny_config(seed=3)]) == ["seed 3"]
+  assert titles([tiny_config(seed=s) for s in (0, 1)]) == ["seed 0", "seed 1"]
+  two = [tiny_config(), tiny_config(seed=1, optim__head_lr=None)]
+  assert titles(two) == ["seed 0, head_lr 0.05", "seed 1"]
 
 
 def test_a_folder_for_each(tiny_config, tmp_path):

@@ -75,7 +75,9 @@ def titles(configs: Sequence[ConfigDict]) -> list[str]:
   runs = [own_settings(config) for config in configs]
   differ = [k for k in runs[0] if any(run[k] != runs[0][k] for run in runs)]
   shown = sorted(differ or ["seed"], key=lambda key: key != "seed")
-  return [
-    ", ".join(f"{key.rpartition('.')[-1]} {run[key]}" for key in shown)
-    for run in runs
-  ]
+
+  def title(run: dict[str, Any]) -> str:
+    there = [key for key in shown if run[key] is not None]
+    return ", ".join(f"{key.rpartition('.')[-1]} {run[key]}" for key in there)
+
+  return [title(run) for run in runs]

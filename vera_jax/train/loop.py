@@ -175,6 +175,7 @@ class Session:
     self._before = {m: m.progress["seconds"] for m in live}
     with ExitStack() as files, watch() as flag:
       for member in live:
+        member.forget_failure()
         member.figures = files.enter_context(self._figures(member))
       for line in self._introduction():
         self.report.log(line)

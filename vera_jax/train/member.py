@@ -104,6 +104,10 @@ class Member:
       "config": self.config.to_dict(),
     }
 
+  def forget_failure(self) -> None:
+    """A run that is tried again has not failed."""
+    (self.folder / results.FAILED).unlink(missing_ok=True)
+
   def write_failure(self) -> None:
     if self.failure is not None:
       self.failure = results.write(self.folder, self.failure, results.FAILED)
@@ -148,7 +152,6 @@ class Member:
         "versions": result["versions"],
       },
     )
-    (self.folder / results.FAILED).unlink(missing_ok=True)
     self.result = results.write(self.folder, result)
 
 
