@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
   config.optim.warmup_ratio = 0.06
   config.optim.weight_decay = 0.0  # not given in the paper
   config.optim.grad_clip = placeholder(float)  # global norm; unset: none
+  config.optim.patience = placeholder(int)  # epochs without a better score
 
   config.vera = ConfigDict()
   config.vera.rank = 1024

@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import re
+import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,15 @@ def check_keys(config: ConfigDict, arguments: Iterable[str]) -> None:
       place, group = f"{place}.{key}", settings[key]
 
 
+def with_seeds(config: ConfigDict, seeds: Iterable[int]) -> list[ConfigDict]:
+  """The config with each of the seeds."""
+  configs = []
+  for seed in seeds:
+    configs.append(config.copy_and_resolve_references())
+    configs[-1].seed = seed
+  return configs
+
+
 def default_workdir(config: ConfigDict) -> Path:
   """One folder a config: the same settings find the same run again."""
   check_settings(config)
@@ -162,3 +172,46 @@ def show_result(result: Mapping[str, Any], workdir: Path | str) -> None:
   console = Console()
   console.print(table)
   console.print(f"{workdir}", markup=False, highlight=False)
+
+
+def show_members(
+  results: Sequence[Mapping[str, Any]], workdirs: Sequence[Path | str]
+) -> None:
+  """Runs that differ in their seeds: a row each, and what they have in common.
+
+  Scores in percent.
+  """
+  done = [result for result in results if "failed" not in result]
+  title = None
+  if done:
+    title = "{task}, {method}, {score_name}".format(**done[0])
+  table = Table(title=title, min_width=48)
+  table.add_column("seed")
+  for name in ("best epoch", "its score", "last score"):
+    table.add_column(name, justify="right")
+  for result in results:
+    table.add_row(str(result["seed"]), *_scores(result))
+  if done:
+    table.add_section()
+    shown = [spread(r[x]["score"] for r in done) for x in ("best", "last")]
+    table.add_row("median", "", *shown)
+  console = Console()
+  console.print(table)
+  for workdir in workdirs:
+    console.print(f"{workdir}", markup=False, highlight=False)
+
+
+def _scores(result: Mapping[str, Any]) -> tuple[str, str, str]:
+  if "failed" in result:
+    return f"failed at step {result['step']}", "", ""
+  best, last = result["best"], result["last"]
+  return str(best["epoch"]), spread([best["score"]]), spread([last["score"]])
+
+
+def spread(scores: Iterable[float]) -> str:
+  """In percent: the median, with the lowest and the highest."""
+  values = sorted(100 * score for score in scores)
+  median = f"{statistics.median(values):.1f}"
+  if len(values) == 1:
+    return median
+  return f"{median} ({values[0]:.1f} to {values[-1]:.1f})"

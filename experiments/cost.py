@@ -45,7 +45,7 @@ def step_cost(run: Run, rows: int) -> Cost:
   state = init_state(run.model, run.tx, run.mesh)
   step = jit_train_pass(state, apply=run.model.module.apply, tx=run.tx)
   sums, key = no_sums(state.params), jax.random.key(0)
-  arguments = (state, sums, run.model.frozen, batch, key, True)
+  arguments = (state, sums, run.model.frozen, batch, True, key)
   compiled: Any = step.lower(*arguments).compile()
   counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
   assert counted is not None and memory is not None

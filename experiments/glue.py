@@ -3,33 +3,73 @@
   python -m experiments.glue --config=configs/rte.py
   python -m experiments.glue --config=configs/rte.py:large --config.seed=1
   python -m experiments.glue --config=configs/cola.py --config.method=lora
+  python -m experiments.glue --config=configs/rte.py --seeds=0,1,2,3,4
 
 The same command again goes on with an unfinished run and shows the result of a
-finished one. Without network, name local folders:
+finished one. Several seeds train at once, on one base, each in a folder of its
+own. Without network, name local folders:
 
   --config.model.name=FOLDER    config.json, tokenizer, model.safetensors
   --config.data.source=FOLDER   train.tsv, dev.tsv, test.tsv, or RTE/, CoLA/, …
 """
 
+from pathlib import Path
+
 from absl import flags
+from ml_collections import ConfigDict
 
 from experiments import cli
+from vera_jax.errors import UserError
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "The run's folder. Unset: runs/TASK/METHOD-seedN-HASH, by the config.",
+  "The run's folder. Unset: runs/TASK/METHOD-seedN-HASH, by the config. With"
+  " --seeds it holds a folder for each, seedN.",
+)
+SEEDS = flags.DEFINE_list(
+  "seeds", [], "Seeds to train at once: 0,1,2,3. Unset: config.seed alone."
 )
 
 
 def main() -> None:
   config = cli.chosen(CONFIG)
+  if SEEDS.value:
+    return train_seeds(cli.with_seeds(config, _seeds()))
   from vera_jax.train.loop import train_and_evaluate  # after the flags' errors
 
   workdir = WORKDIR.value or cli.default_workdir(config)
   result = train_and_evaluate(config, workdir)
   cli.show_result(result, workdir)
+
+
+def train_seeds(configs: list[ConfigDict]) -> None:
+  from vera_jax.train.loop import train_members
+
+  workdirs = [_member_workdir(config) for config in configs]
+  results = train_members(configs, workdirs)
+  cli.show_members(results, workdirs)
+  failed = [
+    f"seed {r['seed']}: {r['failed']}" for r in results if "failed" in r
+  ]
+  if failed:
+    raise UserError("\n".join(failed))
+
+
+def _seeds() -> list[int]:
+  try:
+    return [int(seed) for seed in SEEDS.value]
+  except ValueError as error:
+    raise UserError(
+      f"--seeds={','.join(SEEDS.value)}: give whole numbers, as in 0,1,2."
+    ) from error
+
+
+def _member_workdir(config: ConfigDict) -> Path:
+  if WORKDIR.value is None:
+    return cli.default_workdir(config)
+  return Path(WORKDIR.value) / f"seed{config.seed}"
 
 
 if __name__ == "__main__":

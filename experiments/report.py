@@ -44,14 +44,6 @@ def table(folders: list[str]) -> str:
   return markdown(results)
 
 
-def _spread(scores: Iterable[float]) -> str:
-  values = sorted(100 * score for score in scores)
-  median = f"{statistics.median(values):.1f}"
-  if len(values) == 1:
-    return median
-  return f"{median} ({values[0]:.1f} to {values[-1]:.1f})"
-
-
 def _row(runs: list[dict[str, Any]]) -> tuple[str, ...]:
   first = runs[0]
   epochs = {run["config"]["optim"]["epochs"] for run in runs}
@@ -62,8 +54,8 @@ def _row(runs: list[dict[str, Any]]) -> tuple[str, ...]:
     first["method"],
     f"{first['parameters']['adapter']:,}",
     f"{first['parameters']['head']:,}",
-    _spread(run["best"]["score"] for run in runs),
-    _spread(run["last"]["score"] for run in runs),
+    cli.spread(run["best"]["score"] for run in runs),
+    cli.spread(run["last"]["score"] for run in runs),
     str(len(runs)),
     ", ".join(map(str, sorted(epochs))),
     f"{seconds:.0f}",

@@ -76,6 +76,21 @@ def test_a_save_goes_on_another_mesh(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, restored, state(1 / 3))
 
 
+def test_a_run_can_go_back_by_one_save(tmp_path):
+  with Checkpoints(tmp_path) as saves:
+    assert saves.resumable == [0]
+    saves.save(3, state(), {"a": 1}, {"score": 0.9, "epoch": 1})
+    assert saves.resumable == [0, 3]
+    for step in (5, 8):
+      saves.save(step, state(step), {"a": step})
+    assert saves.resumable == [5, 8]  # 3 is only there as the best
+    saves.forget_after(5)
+    assert saves.latest_step == 5 and saves.progress(5) == {"a": 5}
+    saves.save(8, state(9.0), {"a": 9})
+    assert saves.restore(8, state())[0]["d"][0] == 9.0
+  assert steps(tmp_path) == [3, 5, 8]
+
+
 def test_half_a_save_does_not_count(tmp_path):
   with Checkpoints(tmp_path) as saves:
     saves.save(1, state(), {})

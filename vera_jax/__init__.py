@@ -10,6 +10,8 @@ What a notebook needs:
   make_pair, digest   the frozen random matrices A, B, and their fingerprint
   label_tree, split, join, count   adapter, head and frozen parameters
   train_and_evaluate  a whole run from a config
+  train_members       several runs at once, on one base
+  group_key           runs with equal keys can train so
   save_adapter, load_adapter   a trained adapter's folder, two small files
   restore_adapter     a loaded adapter on its base: a whole classifier
   load_classifier     a merged (or any other) classifier's folder
@@ -43,6 +45,20 @@ def train_and_evaluate(config, workdir):
   return loop.train_and_evaluate(config, workdir)
 
 
+def train_members(configs, workdirs):
+  """Several runs at once; see `vera_jax.train.loop.train_members`."""
+  from vera_jax.train import loop
+
+  return loop.train_members(configs, workdirs)
+
+
+def group_key(config):
+  """Equal for runs that fit together; see `vera_jax.train.group.group_key`."""
+  from vera_jax.train import group
+
+  return group.group_key(config)
+
+
 __all__ = [
   "Adapter",
   "AdapterBank",
@@ -56,6 +72,7 @@ __all__ = [
   "count",
   "digest",
   "find_targets",
+  "group_key",
   "join",
   "label_tree",
   "load_adapter",
@@ -67,6 +84,7 @@ __all__ = [
   "save_adapter",
   "split",
   "train_and_evaluate",
+  "train_members",
   "vera",
   "write_merged",
 ]

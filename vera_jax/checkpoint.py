@@ -78,19 +78,42 @@ class Checkpoints:
     )
     self._manager.save(step, args=items, metrics=dict(metrics or {}))
 
+  @property
+  def resumable(self) -> list[int]:
+    """The last save's step and that of the one before it, or 0, the start."""
+    return sorted([0, *self._manager.all_steps()])[-2:]
+
+  def forget_after(self, step: int) -> None:
+    """Drop the saves beyond a step that the run goes back to."""
+    for saved in self._manager.all_steps():
+      if saved > step:
+        self._manager.delete(saved)
+
+  def progress(self, step: int) -> dict[str, Any]:
+    """The progress of a step alone."""
+    return self._read(step, progress=ocp.args.JsonRestore()).progress
+
   def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
-    """(state, progress) of a step, in the shapes and shardings of `state`."""
+    """(state, progress) of a step.
+
+    Args:
+      step: a step that was saved.
+      state: arrays, or their shapes, that say the shardings to restore to.
+    """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    items = ocp.args.Composite(
+    restored = self._read(
+      step,
       state=ocp.args.StandardRestore(abstract),
       progress=ocp.args.JsonRestore(),
     )
+    return restored.state, restored.progress
+
+  def _read(self, step: int, **items: Any) -> Any:
     try:
-      restored = self._manager.restore(step, args=items)
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # of whichever layer met the damage
       folder = self._manager.directory / str(step)
       raise UserError(
         f"The save {folder} can't be read. Without that folder the run goes on"
         f" from the save before it. The reason: {error}"
       ) from error
-    return restored.state, restored.progress

@@ -1,4 +1,7 @@
-"""One run, one `result.json`: what tables and plots are made from."""
+"""One run, one `result.json`: what tables and plots are made from.
+
+A run whose numbers ceased to be finite has a `failed.json` in its place.
+"""
 
 import json
 import platform
@@ -13,6 +16,7 @@ from vera_jax.json_files import read_json
 from vera_jax.workdir import write_json
 
 FILE = "result.json"
+FAILED = "failed.json"
 PACKAGES = (
   "jax",
   "jaxlib",
@@ -46,15 +50,17 @@ def _versions() -> dict[str, str]:
   return {"vera_jax": vera_jax.__version__, **others}
 
 
-def write(workdir: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+def write(
+  workdir: Path, result: Mapping[str, Any], file: str = FILE
+) -> dict[str, Any]:
   """Mark a run as finished; the result comes back as `read` will give it."""
-  write_json(workdir / FILE, dict(result))
+  write_json(workdir / file, dict(result))
   return json.loads(json.dumps(result))  # its tuples are lists now
 
 
-def read(workdir: Path) -> dict[str, Any] | None:
+def read(workdir: Path, file: str = FILE) -> dict[str, Any] | None:
   """The result of a finished run; None when the folder holds none."""
-  path = workdir / FILE
+  path = workdir / file
   return read_json(path) if path.exists() else None
 
 

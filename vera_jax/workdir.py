@@ -1,6 +1,7 @@
 """A run's folder: one config, resumed by the same config, never by another.
 
 config.json  checkpoints/  metrics.jsonl  tensorboard/  adapter/  result.json
+and failed.json instead of the last two where a loss was not finite.
 """
 
 import json

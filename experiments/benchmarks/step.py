@@ -200,8 +200,8 @@ def _compile(
     jax.eval_shape(no_sums, trained),
     Frozen(frozen, shapes.get("projections", {})),
     pass_shapes(size["rows"], length, 1),
-    jax.eval_shape(lambda: jax.random.key(0)),
     jax.ShapeDtypeStruct((), jnp.bool_),
+    jax.eval_shape(lambda: jax.random.key(0)),
   )
   place = SingleDeviceSharding(device)
   placed = jax.tree.map(

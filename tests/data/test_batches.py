@@ -8,6 +8,7 @@ from vera_jax.data.batches import (
   batch_indices,
   epoch_order,
   eval_batches,
+  member_batches,
   steps_per_epoch,
   train_batches,
 )
@@ -73,6 +74,30 @@ def test_a_step_has_the_same_batch_from_any_start(tokens, layout, start):
         np.testing.assert_array_equal(array, two[name], strict=True)
     indices = batch_indices(45, batch_size=8, seed=2, step=step)
     assert examples_of(*passes) == sorted(indices)
+
+
+def test_members_have_their_own_batches_and_empty_rows(tokens, layout):
+  seeds, empty = [2, 3, 5], 0
+  stacked = member_batches(
+    tokens, layout, batch_size=8, seeds=seeds, start_step=4
+  )
+  alone = [take(tokens, layout, 9, seed=s, start_step=4) for s in seeds]
+  together = itertools.islice(stacked, 9)
+  for (step, stacks), *own in zip(together, *alone, strict=True):
+    assert {step} == {at for at, _ in own}
+    every = itertools.zip_longest(*(passes for _, passes in own), fillvalue={})
+    for stack, batches in zip(stacks, every, strict=True):
+      counts = [len(batch.get("example", ())) for batch in batches]
+      for place, (batch, used) in enumerate(zip(batches, counts, strict=True)):
+        empty += max(counts) - used
+        for name, array in batch.items():
+          assert stack[name].shape[:2] == (3, max(counts))
+          np.testing.assert_array_equal(stack[name][place, :used], array)
+        assert (stack["example"][place, used:] == -1).all()
+        for name in ("segment_ids", "weights"):
+          assert not stack[name][place, used:].any()
+  assert empty > 0  # some needed fewer rows than another
+  stacked.close()
 
 
 @pytest.mark.parametrize("shards", [1, 8])

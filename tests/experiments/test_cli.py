@@ -84,7 +84,14 @@ def test_what_must_be_set_is_named():
 
 
 @pytest.mark.parametrize(
-  "key", ["optim.epochs", "optim.batch_size", "eval_batch_size", "log.every"]
+  "key",
+  [
+    "optim.epochs",
+    "optim.batch_size",
+    "optim.patience",
+    "eval_batch_size",
+    "log.every",
+  ],
 )
 def test_zero_is_too_small(key):
   config = rte.get_config()
@@ -126,6 +133,25 @@ def test_the_closing_table(capsys):
   shown = capsys.readouterr().out
   for word in ("mrpc, vera", "0.7500", "0.2500", "43,008", "592,130", "runs/x"):
     assert word in shown
+
+
+def test_the_table_of_several_seeds(capsys):
+  def result(seed, score):
+    best = {"epoch": 2, "score": score, "metrics": {}}
+    last = {"epoch": 3, "score": score - 0.1, "metrics": {}}
+    facts = {"task": "rte", "method": "vera", "score_name": "accuracy"}
+    return {**facts, "seed": seed, "best": best, "last": last}
+
+  failed = {"seed": 7, "failed": "The loss is nan at step 3.", "step": 3}
+  results = [result(4, 0.8), failed, result(5, 0.75), result(6, 0.6)]
+  cli.show_members(results, [f"runs/{i}" for i in range(4)])
+  shown = capsys.readouterr().out
+  assert "rte, vera, accuracy" in shown
+  for row in ("4 .*80.0.*70.0", "7 .*step 3", "median.*75.0 .60.0 to 80.0."):
+    assert re.search(row, shown), row
+  assert "runs/3" in shown
+  cli.show_members([failed], ["runs/0"])
+  assert "median" not in capsys.readouterr().out
 
 
 def test_no_config_is_the_users_mistake():

@@ -35,7 +35,13 @@ def test_help_is_ours():
   done = glue("--help")
   assert done.returncode == 0
   assert done.stdout.startswith("Fine-tune on a GLUE task")
-  for word in ("--config", "--workdir", "--helpfull", "config.model.name"):
+  for word in (
+    "--config",
+    "--workdir",
+    "--seeds",
+    "--helpfull",
+    "config.model.name",
+  ):
     assert word in done.stdout
   for word in ("--verbosity", "--pdb", "--log_dir"):
     assert word not in done.stdout
@@ -54,6 +60,8 @@ def test_help_is_ours():
     (2, ["--config=configs/rte.py:huge"], "only base, large"),
     (1, ["--config=configs/common.py"], "config.task, config.optim.epochs"),
     (1, [RTE, "--config.optim.batch_size=0"], "config.optim.batch_size is 0"),
+    (1, [RTE, "--seeds=0,one"], "--seeds=0,one: give whole numbers"),
+    (1, [RTE, "--seeds=3,4,3"], "Two members are the same run"),
   ],
 )
 def test_a_mistake_is_told_in_a_line_or_two(code, flags, words):
@@ -114,3 +122,17 @@ def test_targets_from_the_command_line(flags):
   assert "epoch 1 of 1: accuracy" in done.stderr
   assert "best epoch" in done.stdout
   assert refused(1, *flags).count("there,") == 1  # another config: targets
+
+
+def test_seeds_train_at_once(flags, tmp_path):
+  done = glue(*flags, "--seeds=0,1")
+  assert done.returncode == 0, done.stderr
+  assert "2 members at once" in done.stderr
+  for seed in (0, 1):
+    assert f"seed {seed}: epoch 1 of 1: accuracy" in done.stderr
+    assert (tmp_path / "run" / f"seed{seed}" / "result.json").exists()
+  assert "median" in done.stdout
+  told = refused(1, *flags, "--seeds=0,5", "--config.optim.head_lr=1e38")
+  assert "seed0 holds a run of another config" in told
+  told = refused(1, *flags, "--seeds=5", "--config.optim.head_lr=1e38")
+  assert "seed 5: The" in told and "at step" in told

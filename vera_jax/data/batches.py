@@ -4,12 +4,12 @@ So a run resumes at any step from that number: no iterator state is saved.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int64
 
-from vera_jax.data.packing import Batch, Layout, fill, pack
+from vera_jax.data.packing import Batch, Layout, fill, pack_alike
 from vera_jax.data.placement import Placement, place_all
 from vera_jax.data.prefetch import prefetch
 from vera_jax.data.tokens import Tokens
@@ -52,9 +52,38 @@ def train_batches(
   thread, which ends when the iterator is closed or collected.
   """
   steps = _pack_steps(
-    tokens, layout, batch_size=batch_size, seed=seed, start_step=start_step
+    tokens, layout, batch_size=batch_size, seeds=[seed], start_step=start_step
   )
-  return prefetch(steps, _AHEAD)
+  return prefetch(((step, passes) for step, (passes,) in steps), _AHEAD)
+
+
+def member_batches(
+  tokens: Tokens,
+  layout: Layout,
+  *,
+  batch_size: int,
+  seeds: Sequence[int],
+  start_step: int = 0,
+) -> Iterator[tuple[int, tuple[Batch, ...]]]:
+  """`train_batches` of several seeds, stacked along a first axis.
+
+  Each seed's passes are those it has alone, with empty rows at the end where
+  another's needs more, and an empty pass where another takes a further one.
+  """
+  steps = _pack_steps(
+    tokens, layout, batch_size=batch_size, seeds=seeds, start_step=start_step
+  )
+  return prefetch(
+    (
+      (step, tuple(map(_stacked, zip(*seeds, strict=True))))
+      for step, seeds in steps
+    ),
+    _AHEAD,
+  )
+
+
+def _stacked(batches: Sequence[Batch]) -> Batch:
+  return {name: np.stack([b[name] for b in batches]) for name in batches[0]}
 
 
 def _pack_steps(
@@ -62,16 +91,18 @@ def _pack_steps(
   layout: Layout,
   *,
   batch_size: int,
-  seed: int,
+  seeds: Sequence[int],
   start_step: int,
-) -> Iterator[tuple[int, tuple[Batch, ...]]]:
+) -> Iterator[tuple[int, list[tuple[Batch, ...]]]]:
+  """Yields (step, the passes of each seed)."""
   steps = steps_per_epoch(len(tokens), batch_size)
   first_epoch, skip = divmod(start_step, steps)
   for epoch in itertools.count(first_epoch):
-    order = epoch_order(len(tokens), seed=seed, epoch=epoch)
+    orders = [epoch_order(len(tokens), seed=s, epoch=epoch) for s in seeds]
     for place in range(skip, steps):
-      indices = order[place * batch_size : (place + 1) * batch_size]
-      yield epoch * steps + place, pack(tokens, indices, layout)
+      here = slice(place * batch_size, (place + 1) * batch_size)
+      own = [order[here] for order in orders]
+      yield epoch * steps + place, pack_alike(tokens, own, layout)
     skip = 0
 
 

@@ -11,6 +11,9 @@ needs more rows than usual takes a further pass, whose gradient is added.
   position  0   1 2   3     0   1   2    0   0
 """
 
+from collections.abc import Sequence
+from itertools import zip_longest
+
 import numpy as np
 from jaxtyping import Int
 
@@ -23,6 +26,7 @@ __all__ = [
   "Layout",
   "fill",
   "pack",
+  "pack_alike",
   "plan_eval_layout",
   "plan_layout",
 ]
@@ -46,12 +50,47 @@ def pack(
     (int32, or float32 for regression; 0 in an empty slot or without labels)
     and float32 `weights` (one over the step's examples; 0 in an empty slot).
   """
-  place = first_fit(tokens.lengths[indices], layout)
-  shapes = passes(place.rows, layout)
-  firsts = np.cumsum((0, *shapes[:-1])).tolist()
+  (passes,) = pack_alike(tokens, [indices], layout)
+  return passes
+
+
+def pack_alike(
+  tokens: Tokens, batches: Sequence[Int[np.ndarray, " _"]], layout: Layout
+) -> list[tuple[Batch, ...]]:
+  """`pack` for several batches, all in the shapes that the largest needs.
+
+  Each example lies in the pass, row and column that it has alone.
+  """
+  places = [first_fit(tokens.lengths[indices], layout) for indices in batches]
+  own = [passes(place.rows, layout) for place in places]
+  shapes = [max(counts) for counts in zip_longest(*own, fillvalue=0)]
+  return [
+    _fill_passes(tokens, indices, place, layout, counts, shapes)
+    for indices, place, counts in zip(batches, places, own, strict=True)
+  ]
+
+
+def _fill_passes(
+  tokens: Tokens,
+  indices: Int[np.ndarray, " examples"],
+  place: Placement,
+  layout: Layout,
+  counts: Sequence[int],
+  shapes: Sequence[int],
+) -> tuple[Batch, ...]:
+  """`counts` rows of the placement a pass, in arrays of `shapes` rows."""
+  ends = np.cumsum(counts).tolist()
   return tuple(
-    fill(tokens, indices, place, layout, first=first, rows=rows)
-    for first, rows in zip(firsts, shapes, strict=True)
+    fill(
+      tokens,
+      indices,
+      place,
+      layout,
+      first=end - held,
+      held=held,
+      rows=rows,
+    )
+    for end, held, rows in zip_longest(ends, counts, shapes, fillvalue=0)
   )
 
 
@@ -63,10 +102,15 @@ def fill(
   *,
   first: int,
   rows: int,
+  held: int | None = None,
 ) -> Batch:
-  """The arrays of some rows of a placement, from row `first` on."""
+  """The arrays of some rows of a placement, from row `first` on.
+
+  Of `rows` rows the first `held` are the placement's, or all; the others stay
+  empty.
+  """
   weight = 1 / len(indices)
-  here, place = place.part(first, rows)
+  here, place = place.part(first, rows if held is None else held)
   indices = indices[here]
   lengths = tokens.lengths[indices]
   before = np.cumsum(lengths) - lengths

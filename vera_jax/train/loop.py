@@ -1,14 +1,19 @@
-"""`train_and_evaluate`: one run, from config to result.
+"""`train_and_evaluate`, a run from config to result; `train_members`, several.
 
 Each epoch: step through the data -> evaluate -> save -> log. The next step is
-dispatched before the last one's loss is read.
+dispatched before the last one's figures are read.
+
+A run alone is a group of one. The members of a group take each step together,
+in one program: what is trained is stacked, the base is there once.
 """
 
 import math
 import os
 import signal
+import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +23,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from vera_jax import results
 from vera_jax import workdir as workdirs
-from vera_jax.adapter_files import save_adapter
 from vera_jax.checkpoint import Checkpoints
-from vera_jax.data.batches import train_batches
 from vera_jax.errors import UserError
-from vera_jax.models.hf_weights import fingerprint
-from vera_jax.projections import PRNG
 from vera_jax.submission import write_submission
+from vera_jax.train.crew import Crew
 from vera_jax.train.evaluate import (
   Logits,
   dev_scores,
@@ -34,17 +35,16 @@ from vera_jax.train.evaluate import (
   predictions,
   split_logits,
 )
+from vera_jax.train.group import check_group, titles
 from vera_jax.train.interrupt import Flag, Interrupted, watch
-from vera_jax.train.model import init_state
-from vera_jax.train.report import Reporter
-from vera_jax.train.run import Run, about, build_run, introduction
+from vera_jax.train.member import SUBMISSION, Member, best_epoch, cohorts
+from vera_jax.train.model import init_state, start_of, state_shape
+from vera_jax.train.report import Figures, Reporter
+from vera_jax.train.run import Run, build_run, introduction
 from vera_jax.train.settings import check_settings
-from vera_jax.train.sharding import BATCH, put
+from vera_jax.train.sharding import BATCH
 from vera_jax.train.start import since_start
-from vera_jax.train.step import State, eval_step, jit_train_step
-
-SUBMISSION = "submission"
-Progress = dict[str, Any]
+from vera_jax.train.step import State, eval_step
 
 
 def train_and_evaluate(
@@ -67,26 +67,79 @@ def train_and_evaluate(
     UserError: for whatever the user can mend; the message says how.
     Interrupted: after Ctrl-C or SIGTERM, once the run is saved.
   """
-  check_settings(config)
-  folder = Path(workdir).expanduser().absolute()
-  workdirs.check(folder, config.to_dict())
-  result = results.read(folder)
-  wants_test = config.predict_test and not (folder / SUBMISSION).exists()
-  if result is not None and not wants_test:
-    return result
+  (member,) = _members([config], [workdir])
+  member.failure = None  # tried again, from the last good save
+  _train([member])
+  if member.failure is not None:
+    raise UserError(member.failure["failed"])
+  return member.outcome
+
+
+def train_members(
+  configs: Sequence[ConfigDict], workdirs: Sequence[str | Path]
+) -> list[dict[str, Any]]:
+  """Train several runs at once, on one base, each in a folder of its own.
+
+  Each is the run that `train_and_evaluate` makes of its config, to float
+  rounding, and leaves the same folder. The same call again goes on from where
+  all stand, to the same bits; any member's folder can go on alone too. Finished
+  and failed members stay as they are.
+
+  A member that stops early or fails leaves its slot idle; when half of the
+  slots are idle, the next epoch's program is compiled without them.
+
+  Args:
+    configs: equal but for seed, learning rates, weight decay and VeRA's d_init;
+      `group.group_key` tells which runs fit together.
+    workdirs: the folder of each.
+
+  Returns:
+    For each the contents of its result.json, or of its failed.json where a loss
+    was not finite: that has the reason under "failed".
+
+  Raises:
+    UserError: for whatever the user can mend; the message says how.
+    Interrupted: after Ctrl-C or SIGTERM, once all members are saved.
+  """
+  members = _members(configs, workdirs)
+  _train(members)
+  return [member.outcome for member in members]
+
+
+def _members(
+  configs: Sequence[ConfigDict], folders: Sequence[str | Path]
+) -> list[Member]:
+  for config in configs:
+    check_settings(config)
+  check_group(configs)
+  paths = [Path(folder).expanduser().absolute() for folder in folders]
+  if len(set(paths)) < len(paths):
+    raise UserError("Each member needs a workdir of its own.")
+  members = []
+  for config, path, title in zip(configs, paths, titles(configs), strict=True):
+    workdirs.check(path, config.to_dict())
+    members.append(Member(config, path, title=title))
+  return members
+
+
+def _train(members: Sequence[Member]) -> None:
+  """Bring every member to its result or its failure."""
+  left = [member for member in members if member.open]
+  if not left:
+    return
   use_compilation_cache()
-  run = build_run(config)
-  workdirs.claim(folder, config.to_dict())
-  with Checkpoints(folder / "checkpoints") as saves:
-    session = Session(run, saves)
-    if result is None:
-      session.train(folder)
-    session.restore_best()
-  if wants_test:
-    session.predict_test(folder / SUBMISSION)
-  if result is None:
-    result = session.finish(folder)
-  return result
+  run = build_run(left[0].config)
+  for member in left:
+    workdirs.claim(member.folder, member.config.to_dict())
+  with ExitStack() as stack:
+    for member in left:
+      saves = Checkpoints(member.folder / "checkpoints")
+      member.resume(stack.enter_context(saves))
+    session = Session(run)
+    for step, live, crew in cohorts(members):
+      session.train(step, live, crew)
+    for member in left:
+      session.conclude(member)
 
 
 def use_compilation_cache() -> None:
@@ -99,159 +152,240 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
-  """The epoch of the highest score; of equal ones the first."""
-  return max(history, key=lambda epoch: (epoch["score"], -epoch["epoch"]))
-
-
 class Session:
-  """One process's work on a run: compiled steps, state, running figures."""
+  """One process's work on a group: who trains, who ends, what is written.
 
-  state: State
-  progress: Progress
+  Attributes:
+    crew: the slots of the program; those of members that are not in `live`
+      are idle, so that the others' program, and bits, stay the same.
+    live: the members that train.
+  """
 
-  def __init__(self, run: Run, saves: Checkpoints) -> None:
-    self.run, self.saves = run, saves
-    apply = run.model.module.apply
-    self.state = init_state(run.model, run.tx, run.mesh)
-    self._step = jit_train_step(self.state, apply=apply, tx=run.tx)
-    self._evaluate = jax.jit(partial(eval_step, apply=apply))
+  crew: Crew
+  live: list[Member]
+  report: Reporter
+
+  def __init__(self, run: Run) -> None:
+    self.run = run
+    self._evaluate = jax.jit(partial(eval_step, apply=run.model.module.apply))
     self._sharding = NamedSharding(run.mesh, BATCH)
-    self.progress = {"history": [], "loss_sum": 0.0, "seconds": 0.0}
-    if saves.latest_step is not None:
-      self._restore(saves.latest_step)
-    self._started = time.monotonic() - self.progress["seconds"]
+    self._shape = state_shape(run.model, run.tx, run.mesh)
 
-  def _restore(self, step: int) -> None:
-    self.state, self.progress = self.saves.restore(step, self.state)
+  def train(self, step: int, live: list[Member], crew: list[Member]) -> None:
+    """From a step on, until every member has ended or failed."""
+    self._started = time.monotonic()
+    self._step, self.live = step, list(live)
+    self._cohort = live
+    self.crew = Crew(self.run, crew, {m: self._start(m) for m in live})
+    self._before = {m: m.progress["seconds"] for m in live}
+    with ExitStack() as files, watch() as flag:
+      for member in live:
+        member.forget_failure()
+        member.figures = files.enter_context(self._figures(member))
+      for line in self._introduction():
+        self.report.log(line)
+      while self.live:
+        self._train_crew(flag)
+    for member in crew:
+      member.write_failure()
 
-  def restore_best(self) -> None:
-    """The best epoch's state; the figures stay those of the whole run."""
-    history = self.progress["history"]
-    self.state, _ = self.saves.restore(best_epoch(history)["step"], self.state)
+  def _start(self, member: Member) -> State:
+    """Its state at the step where training begins: saved, or the first one."""
+    if self._step:
+      return member.go_back_to(self._step, self._shape)
+    run, model = self.run, self.run.model
+    if member.config is not run.config:
+      params = start_of(model, member.config, run.mesh)
+      model = model._replace(trainable=params)
+    return init_state(model, run.tx, run.mesh)
 
-  def train(self, folder: Path) -> None:
-    """From wherever the run stands to its last step."""
-    run, config = self.run, self.run.config
-    reporter = Reporter(
-      folder,
-      config=config.to_dict(),
-      steps=run.steps,
-      step=int(self.state.step),
-      primary=jax.process_index() == 0,
-      wandb=config.log.wandb,
-    )
-    with reporter as report, watch() as flag:
-      for line in introduction(run):
-        report.log(line)
-      if self.state.step:
-        report.log(f"resumed at step {self.state.step} of {run.steps}")
-      self._train(report, flag)
+  def _figures(self, member: Member) -> Figures:
+    """The first member's reports for all."""
+    settings = {
+      "config": member.config.to_dict(),
+      "step": self._step,
+      "primary": jax.process_index() == 0,
+      "wandb": member.config.log.wandb,
+    }
+    if member is not self.live[0]:
+      return Figures(member.folder, **settings)
+    self.report = Reporter(member.folder, steps=self.run.steps, **settings)
+    return self.report
 
-  def _train(self, report: Reporter, flag: Flag) -> None:
-    run, config = self.run, self.run.config
-    key = jax.random.key(config.seed)
-    batches = train_batches(
-      run.data.tokens["train"],
-      run.data.train_layout,
-      batch_size=config.optim.batch_size,
-      seed=config.seed,
-      start_step=int(self.state.step),
-    )
-    first, unread = int(self.state.step), None
-    for step, passes in batches:
-      if step == run.steps:
-        return
-      passes = put(passes, self._sharding)
-      self.state, metrics = self._step(
-        self.state, run.model.frozen, passes, key
-      )
-      self._read(unread, report)
+  def _introduction(self) -> Iterator[str]:
+    yield from introduction(self.run, [m.title for m in self.live])
+    if self._step:
+      yield f"resumed at step {self._step} of {self.run.steps}"
+
+  def _train_crew(self, flag: Flag) -> None:
+    """Until the crew changes or nobody is left."""
+    first, unread = self._step, None
+    crew = self.crew
+    for step, passes in crew.batches(first):
+      metrics = crew.step(passes)
+      self._read(unread)
       unread = step + 1, metrics
-      ends_epoch = (step + 1) % run.epoch_steps == 0
+      self._step = step + 1
+      ends_epoch = self._step % self.run.epoch_steps == 0
       if ends_epoch or flag.caught or step == first:
-        self._read(unread, report)
+        self._read(unread)
         unread = None
       if step == first:
-        report.log(f"first step done {since_start():.1f} s after the start")
+        self.report.log(
+          f"first step done {since_start():.1f} s after the start"
+        )
       if ends_epoch:
-        self._end_epoch(step + 1, report)
+        self._end_epoch()
       if flag.caught:
-        self._stop(step + 1, flag.caught)
+        self._stop(flag.caught)
+      if ends_epoch:
+        for member in [m for m in crew.members if m.ended]:
+          self.conclude(member)
+      if not self.live or self.crew is not crew:
+        return
 
-  def _read(
-    self, unread: tuple[int, dict[str, jax.Array]] | None, report: Reporter
-  ) -> None:
-    """Wait for a step's figures; a loss that is not finite ends the run."""
+  def _read(self, unread: tuple[int, dict[str, jax.Array]] | None) -> None:
+    """Wait for a step's figures; where one is not finite, a member fails."""
     if unread is None:
       return
     step, metrics = unread
-    values = {name: float(value) for name, value in metrics.items()}
+    losses = []
+    for member, values in self.crew.figures(metrics):
+      if member in self.live and self._is_finite(member, values, step):
+        member.progress["loss_sum"] += values["loss"]
+        losses.append(values["loss"])
+        if step % member.config.log.every == 0:
+          member.figures.write(step, values)
+    if losses:
+      self.report.advance(step, loss=statistics.mean(losses))
+
+  def _is_finite(
+    self, member: Member, values: Mapping[str, float], step: int
+  ) -> bool:
     for name, value in values.items():
       if not math.isfinite(value):
-        raise UserError(self._not_finite(name, value, step))
-    self.progress["loss_sum"] += values["loss"]
-    report.advance(step, loss=values["loss"])
-    if step % self.run.config.log.every == 0:
-      report.write(step, values)
+        self._fail(member, f"{name} is {value}", step)
+        return False
+    return True
 
-  def _not_finite(self, name: str, value: float, step: int) -> str:
-    kept = self.saves.latest_step
+  def _fail(self, member: Member, what: str, step: int) -> None:
+    kept = member.saves.latest_step
     last = "no checkpoint was saved yet"
     if kept is not None:
       last = f"the last good checkpoint is that of step {kept}"
-    return (
-      f"The {name} is {value} at step {step} of {self.run.steps}; the run"
-      f" stops here and {last}. Try, in another --workdir, lower learning"
-      " rates, config.optim.grad_clip=1.0 or config.model.dtype=float32."
+    reason = (
+      f"The {what} at step {step} of {self.run.steps}; the run stops here and"
+      f" {last}. Try, in another --workdir, lower learning rates,"
+      " config.optim.grad_clip=1.0 or config.model.dtype=float32."
     )
+    member.fail(reason, step=step)
+    self.live.remove(member)
+    if len(self._cohort) > 1:
+      self.report.log(f"{member.title} failed. {reason}")
 
-  def _end_epoch(self, step: int, report: Reporter) -> None:
-    """Evaluate, save, log."""
-    run, task = self.run, self.run.data.task
-    logits = self._logits(task.dev_splits)
+  def _end_epoch(self) -> None:
+    """Evaluate, save, log; then the crew of the next epoch."""
+    for member in list(self.live):
+      self._evaluate_member(member)
+    ran, members = self.live, self.crew.members
+    self.live = [member for member in ran if not member.ended]
+    if 0 < 2 * len(self.live) <= len(members):
+      members = list(self.live)
+    for member in ran:
+      epoch = member.progress["history"][-1]
+      metrics = {name: epoch[name] for name in ("score", "epoch")}
+      self._save(member, members, metrics)
+    self._write_failures()
+    self._tell(ran)
+    if members is not self.crew.members:
+      states = {member: self.crew.state_of(member) for member in members}
+      self.crew = Crew(self.run, members, states)
+
+  def _evaluate_member(self, member: Member) -> None:
+    run, task, step = self.run, self.run.data.task, self._step
+    params = self.crew.state_of(member).params
+    logits = self._logits(params, task.dev_splits)
     for split in logits.values():
       if not np.isfinite(split).all():  # the epoch's last update broke it
-        raise UserError(self._not_finite("dev output", math.nan, step))
+        self._fail(member, "dev output is nan", step)
+        return
     scores = dev_scores(task, logits, run.data.tokens)
     epoch = {
       "epoch": step // run.epoch_steps,
       "step": step,
-      "train_loss": self.progress["loss_sum"] / run.epoch_steps,
+      "train_loss": member.progress["loss_sum"] / run.epoch_steps,
       "score": scores[task.metrics[0]],
       "metrics": scores,
       "collapsed": is_collapsed(task, logits),
     }
-    self.progress["history"].append(epoch)
-    self.progress["loss_sum"] = 0.0
+    member.progress["history"].append(epoch)
+    member.progress["loss_sum"] = 0.0
     # written first: a line beyond the last save is dropped on resuming
-    report.write(step, {"epoch": epoch["epoch"], **scores})
-    self._save(step, {name: epoch[name] for name in ("score", "epoch")})
-    report.show_score(f"{task.metrics[0]} {epoch['score']:.4f}")
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    report.log(
-      f"epoch {epoch['epoch']} of {run.config.optim.epochs}: {shown}, training"
-      f" loss {epoch['train_loss']:.4f}, {self.progress['seconds']:.0f} s"
-      + (", collapsed to one class" if epoch["collapsed"] else "")
-    )
+    member.figures.write(step, {"epoch": epoch["epoch"], **scores})
 
-  def _save(self, step: int, metrics: dict[str, float] | None) -> None:
-    self.progress["seconds"] = time.monotonic() - self._started
-    self.saves.save(step, self.state, self.progress, metrics)
+  def _save(
+    self,
+    member: Member,
+    members: Sequence[Member],
+    metrics: dict[str, float] | None,
+  ) -> None:
+    """`members` have the slots of the step to come."""
+    seconds = self._before[member] + time.monotonic() - self._started
+    member.progress["seconds"] = seconds
+    member.progress["members"] = len(self.crew.members)
+    member.progress["crew"] = [other.own for other in members]
+    state = self.crew.state_of(member)
+    member.saves.save(self._step, state, member.progress, metrics)
 
-  def _stop(self, step: int, number: signal.Signals) -> None:
-    self._save(step, None)  # nothing to do where the epoch just ended
+  def _write_failures(self) -> None:
+    """After the others' saves: the folders show the group at one step."""
+    for member in self.crew.members:
+      member.write_failure()
+
+  def _stop(self, number: signal.Signals) -> None:
+    for member in self.live:  # nothing to do where the epoch just ended
+      self._save(member, self.crew.members, None)
+    self._write_failures()
     raise Interrupted(
-      f"Stopped by {number.name}, saved at step {step} of {self.run.steps}."
-      " The same command goes on from there."
+      f"Stopped by {number.name}, saved at step {self._step} of"
+      f" {self.run.steps}. The same command goes on from there."
     )
 
-  def _logits(self, splits: Iterable[str]) -> dict[str, Logits]:
+  def _tell(self, ran: Sequence[Member]) -> None:
+    """An epoch's line, and what the bar shows."""
+    if not ran:
+      return
+    epochs = {member: member.progress["history"][-1] for member in ran}
+    scores = [epoch["score"] for epoch in epochs.values()]
+    name = self.run.data.task.metrics[0]
+    shown = f"{name} {min(scores):.4f}"
+    if len(self._cohort) > 1:
+      shown = f"{len(self.live)} of {len(self._cohort)} train, {shown}"
+      shown += f" to {max(scores):.4f}"
+    self.report.show_score(shown)
+    for member, epoch in epochs.items():
+      self.report.log(self._epoch_line(member, epoch))
+
+  def _epoch_line(self, member: Member, epoch: dict[str, Any]) -> str:
+    whose = f"{member.title}: " if len(self._cohort) > 1 else ""
+    scores = epoch["metrics"].items()
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in scores)
+    epochs = self.run.config.optim.epochs
+    stalled = member.ended and epoch["epoch"] < epochs
+    return (
+      f"{whose}epoch {epoch['epoch']} of {epochs}: {shown}, training"
+      f" loss {epoch['train_loss']:.4f}, {member.progress['seconds']:.0f} s"
+      + (", collapsed to one class" if epoch["collapsed"] else "")
+      + (", stopped early" if stalled else "")
+    )
+
+  def _logits(self, params: Any, splits: Iterable[str]) -> dict[str, Logits]:
+    """One member at a time, by the program that a run alone has."""
     run = self.run
     return {
       name: split_logits(
         self._evaluate,
-        self.state.params,
+        params,
         run.model.frozen,
         run.data.tokens[name],
         run.data.eval_layouts[name],
@@ -260,52 +394,22 @@ class Session:
       for name in splits
     }
 
-  def predict_test(self, folder: Path) -> None:
+  def conclude(self, member: Member) -> None:
+    """Answers, adapter and result of a member that has ended."""
+    if not member.open:
+      return
+    best = best_epoch(member.progress["history"])["step"]
+    params = member.saves.restore(best, self._shape)[0].params
+    if member.wants_test:
+      self._predict_test(params, member.folder / SUBMISSION)
+    if member.result is None:
+      member.finish(self.run, params)
+
+  def _predict_test(self, params: Any, folder: Path) -> None:
     """Answers to the unlabelled test split, as GLUE's server takes them."""
     task = self.run.data.task
     new = folder.with_name(folder.name + ".new")
-    for name, logits in self._logits(task.test_splits).items():
+    for name, logits in self._logits(params, task.test_splits).items():
       index = self.run.data.tokens[name].index
       write_submission(new, task, name, predictions(task, logits), index)
     new.rename(folder)  # all files or none
-
-  def finish(self, folder: Path) -> dict[str, Any]:
-    """Write the adapter and then, since it marks a run as done, the result."""
-    run, history = self.run, self.progress["history"]
-    best = best_epoch(history)
-    facts = about(run)
-    tokens = run.data.tokens
-    result = {
-      **facts,
-      "best": best,
-      "last": history[-1],
-      "parameters": run.model.counts._asdict(),
-      "learning_rates": run.rates,
-      "history": history,
-      "seconds": self.progress["seconds"],
-      "data": {
-        name: {
-          "examples": len(split),
-          "truncated": split.truncated,
-          "fingerprint": split.fingerprint,
-        }
-        for name, split in tokens.items()
-      },
-      "config": run.config.to_dict(),
-      **results.provenance(),
-    }
-    save_adapter(
-      folder / "adapter",
-      self.state.params,
-      about={
-        **facts,
-        "score": best["score"],
-        "settings": run.config[run.config.method].to_dict(),
-        "projection_prng": PRNG,
-        "base_fingerprint": fingerprint(run.base),
-        "max_length": run.config.data.max_length,
-        "parameters": result["parameters"],
-        "versions": result["versions"],
-      },
-    )
-    return results.write(folder, result)

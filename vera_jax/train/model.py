@@ -23,7 +23,7 @@ from vera_jax.adapter import Adapter
 from vera_jax.apply import adapt, find_targets
 from vera_jax.contraction import AUTO
 from vera_jax.errors import UserError
-from vera_jax.labels import FROZEN, Counts, count, label_tree, split
+from vera_jax.labels import FROZEN, Counts, count, join, label_tree, split
 from vera_jax.methods import make_adapter
 from vera_jax.models.bert import INPUTS, BertClassifier
 from vera_jax.models.hf_weights import LEAVES, Loaded, load_config, load_params
@@ -43,7 +43,8 @@ class Model(NamedTuple):
   """The module to apply and its parameters.
 
   `labels` covers the trainable leaves; `digest` is the projections'; `notes`
-  say which weights found no partner in the checkpoint or in the model.
+  say which weights found no partner in the checkpoint or in the model; `fresh`
+  are the paths of the leaves that started from random values.
   """
 
   module: nn.Module
@@ -53,6 +54,7 @@ class Model(NamedTuple):
   frozen: Frozen
   digest: str | None
   notes: tuple[str, ...]
+  fresh: tuple[tuple[str, ...], ...] = ()
 
 
 def build_adapter(
@@ -170,7 +172,22 @@ def build_model(
     frozen=Frozen(frozen, put(projections, everywhere)),
     digest=digest(projections) if projections else None,
     notes=tuple(_announce(loaded, fresh)),
+    fresh=tuple(fresh),
   )
+
+
+def start_of(model: Model, config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+  """The trainable leaves that a model of this config starts from.
+
+  The config may differ from the model's own in the values that leaves start
+  from: the seed, VeRA's `d_init`.
+  """
+  module = model.module
+  adapter, _ = build_adapter(config)
+  if adapter is not None:
+    module = module.clone(adapter=adapter)
+  fresh = unflatten_dict(_fresh(module, list(model.fresh), config.seed))
+  return join(model.trainable, put(fresh, param_shardings(fresh, mesh)))
 
 
 def _projections(base: nn.Module, adapter: Adapter | None, targets) -> Any:
@@ -180,19 +197,36 @@ def _projections(base: nn.Module, adapter: Adapter | None, targets) -> Any:
   return adapter.projections(find_targets(base, targets, **inputs))
 
 
-def init_state(
+def state_shape(
   model: Model, tx: optax.GradientTransformation, mesh: Mesh
-) -> State:
-  """Step 0: the optimiser's slots lie where the leaves they serve lie."""
+) -> Any:
+  """A `State` of shapes and places; a slot lies where its leaf lies."""
   everywhere = NamedSharding(mesh, REPLICATED)
   leaves = flatten_dict(model.trainable)
 
-  def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
+  def place(path: tuple[Any, ...], slot: Any) -> jax.ShapeDtypeStruct:
     names = tuple(key.key for key in path if isinstance(key, DictKey))
     leaf = leaves.get(names[1:])  # the first name is optax's: the label
-    return everywhere if leaf is None else leaf.sharding
+    sharding = everywhere if leaf is None else leaf.sharding
+    return jax.ShapeDtypeStruct(slot.shape, slot.dtype, sharding=sharding)
 
-  shapes = jax.eval_shape(tx.init, model.trainable)
-  slots = jax.tree_util.tree_map_with_path(place, shapes)
+  step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+  params = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=leaf.sharding
+    ),
+    model.trainable,
+  )
+  slots = jax.eval_shape(tx.init, model.trainable)
+  return State(step, params, jax.tree_util.tree_map_with_path(place, slots))
+
+
+def init_state(
+  model: Model, tx: optax.GradientTransformation, mesh: Mesh
+) -> State:
+  """Step 0."""
+  shape = state_shape(model, tx, mesh)
+  slots = jax.tree.map(lambda leaf: leaf.sharding, shape.opt_state)
   opt_state = jax.jit(tx.init, out_shardings=slots)(model.trainable)
-  return State(put(np.int32(0), everywhere), model.trainable, opt_state)
+  step = put(np.int32(0), shape.step.sharding)
+  return State(step, model.trainable, opt_state)

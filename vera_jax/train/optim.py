@@ -4,11 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import optax
+from jax import Array
+from jaxtyping import Float
 
 from vera_jax.labels import ADAPTER, FROZEN, HEAD
 
+Number = float | Float[Array, ""]  # traced where each member has its own
 
-def schedule(peak: float, *, steps: int, warmup_ratio: float) -> optax.Schedule:
+
+def schedule(
+  peak: Number, *, steps: int, warmup_ratio: float
+) -> optax.Schedule:
   """Linear from 0 to `peak`, then linear to 0 at the last step."""
   warmup = int(warmup_ratio * steps)
   return optax.join_schedules(
@@ -23,11 +29,11 @@ def schedule(peak: float, *, steps: int, warmup_ratio: float) -> optax.Schedule:
 def optimiser(
   labels: Mapping[str, Any],
   *,
-  adapter_lr: float,
-  head_lr: float,
+  adapter_lr: Number,
+  head_lr: Number,
   steps: int,
   warmup_ratio: float = 0.06,
-  weight_decay: float = 0.0,
+  weight_decay: Number = 0.0,
   grad_clip: float | None = None,
 ) -> optax.GradientTransformation:
   """One transformation by label; a frozen leaf has no slot and no update.
@@ -37,7 +43,7 @@ def optimiser(
   takes no others.
   """
 
-  def adamw(peak: float) -> optax.GradientTransformation:
+  def adamw(peak: Number) -> optax.GradientTransformation:
     rate = schedule(peak, steps=steps, warmup_ratio=warmup_ratio)
     return optax.adamw(rate, weight_decay=weight_decay)
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -41,7 +41,11 @@ def _wandb_run(workdir: Path, config: Mapping[str, Any], project: str) -> Any:
       " installed: pip install wandb, or leave the setting empty."
     ) from error
   return wandb.init(
-    project=project, dir=str(workdir), config=dict(config), resume="allow"
+    project=project,
+    dir=str(workdir),
+    config=dict(config),
+    resume="allow",
+    reinit="create_new",  # a group's members are open at the same time
   )
 
 
@@ -51,8 +55,60 @@ def _tensorboard(folder: str, *, purge_step: int) -> Any:
   return SummaryWriter(folder, purge_step=purge_step)
 
 
-class Reporter:
-  """The primary process writes; the others are silent. Use as a context."""
+class Figures:
+  """A run's metric files. The primary process writes. Use as a context."""
+
+  def __init__(
+    self,
+    workdir: Path,
+    *,
+    config: Mapping[str, Any],
+    step: int = 0,
+    primary: bool = True,
+    wandb: str = "",
+  ) -> None:
+    self._wandb = (
+      _wandb_run(workdir, config, wandb) if wandb and primary else None
+    )
+    self._lines: Any = None
+    self._board: Any = None
+    if primary:
+      self._open(workdir, step)
+
+  def _open(self, workdir: Path, step: int) -> None:
+    path = workdir / "metrics.jsonl"
+    kept = _read_until(path, step)
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    self._lines = path.open("a", encoding="utf-8", buffering=1)
+    self._open_board = partial(
+      _tensorboard, str(workdir / "tensorboard"), purge_step=step + 1
+    )
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    for file in (self._lines, self._board):
+      if file is not None:
+        file.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """One line of metrics.jsonl; the same to TensorBoard and W&B."""
+    if self._lines is None:
+      return
+    self._lines.write(json.dumps({"step": step, **values}) + "\n")
+    if self._board is None:
+      self._board = self._open_board()
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log(dict(values), step=step)
+
+
+class Reporter(Figures):
+  """The figures of a run, and what it, or its whole group, tells a person."""
 
   def __init__(
     self,
@@ -78,34 +134,17 @@ class Reporter:
       "training", total=steps, completed=step, note=""
     )
     self._score = ""
-    self._wandb = (
-      _wandb_run(workdir, config, wandb) if wandb and primary else None
-    )
-    self._lines: Any = None
-    self._board: Any = None
-    if primary:
-      self._open(workdir, step)
-
-  def _open(self, workdir: Path, step: int) -> None:
-    path = workdir / "metrics.jsonl"
-    kept = _read_until(path, step)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    self._lines = path.open("a", encoding="utf-8", buffering=1)
-    self._open_board = partial(
-      _tensorboard, str(workdir / "tensorboard"), purge_step=step + 1
+    super().__init__(
+      workdir, config=config, step=step, primary=primary, wandb=wandb
     )
 
-  def __enter__(self) -> "Reporter":
+  def __enter__(self) -> Self:
     self._progress.start()
     return self
 
   def __exit__(self, *exc: object) -> None:
     self._progress.stop()
-    for file in (self._lines, self._board):
-      if file is not None:
-        file.close()
-    if self._wandb is not None:
-      self._wandb.finish()
+    super().__exit__(*exc)
 
   def log(self, text: str) -> None:
     self.console.print(text, markup=False, soft_wrap=True)
@@ -117,15 +156,3 @@ class Reporter:
 
   def show_score(self, text: str) -> None:
     self._score = text
-
-  def write(self, step: int, values: Mapping[str, float]) -> None:
-    """One line of metrics.jsonl; the same to TensorBoard and W&B."""
-    if self._lines is None:
-      return
-    self._lines.write(json.dumps({"step": step, **values}) + "\n")
-    if self._board is None:
-      self._board = self._open_board()
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
-    if self._wandb is not None:
-      self._wandb.log(dict(values), step=step)

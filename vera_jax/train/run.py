@@ -1,7 +1,8 @@
 """All that a run is made of, built from its config."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,20 +24,26 @@ from vera_jax.train.sharding import batch_shards, make_mesh
 
 
 class Run(NamedTuple):
-  """What a run is made of; `rates` are the learning rates it trains with."""
+  """What a run is made of, or a group of runs: `config` is the first one's.
+
+  `optimiser` makes the transformation from `hyperparameters`.
+  """
 
   config: ConfigDict
   base: Path
   mesh: Mesh
   data: Data
   model: Model
-  tx: optax.GradientTransformation
-  rates: dict[str, float]
+  optimiser: Callable[..., optax.GradientTransformation]
   epoch_steps: int
 
   @property
   def steps(self) -> int:
     return self.epoch_steps * self.config.optim.epochs
+
+  @property
+  def tx(self) -> optax.GradientTransformation:
+    return self.optimiser(**hyperparameters(self.config))
 
 
 def learning_rates(config: ConfigDict) -> dict[str, float]:
@@ -47,6 +54,12 @@ def learning_rates(config: ConfigDict) -> dict[str, float]:
     "adapter_lr": own.get("lr", 0.0) if adapter is None else adapter,
     "head_lr": own.head_lr if head is None else head,
   }
+
+
+def hyperparameters(config: ConfigDict) -> dict[str, float]:
+  """The optimiser's numbers that the members of a group have each their own."""
+  decay = config.optim.weight_decay
+  return {**learning_rates(config), "weight_decay": decay}
 
 
 def build_run(config: ConfigDict) -> Run:
@@ -61,16 +74,14 @@ def build_run(config: ConfigDict) -> Run:
   epoch_steps = steps_per_epoch(
     len(data.tokens["train"]), config.optim.batch_size
   )
-  rates = learning_rates(config)
-  tx = optimiser(
+  make_optimiser = partial(
+    optimiser,
     model.labels,
-    **rates,
     steps=epoch_steps * config.optim.epochs,
     warmup_ratio=config.optim.warmup_ratio,
-    weight_decay=config.optim.weight_decay,
     grad_clip=config.optim.grad_clip,
   )
-  return Run(config, base, mesh, data, model, tx, rates, epoch_steps)
+  return Run(config, base, mesh, data, model, make_optimiser, epoch_steps)
 
 
 def check_fit(model: BertConfig, data: Data) -> None:
@@ -90,16 +101,17 @@ def check_fit(model: BertConfig, data: Data) -> None:
     )
 
 
-def introduction(run: Run) -> list[str]:
-  """What a run is about to do, in a few lines for a person."""
+def introduction(run: Run, titles: Sequence[str]) -> list[str]:
+  """What a run, or a group by its titles, is about to do, for a person."""
   config, counts, tokens = run.config, run.model.counts, run.data.tokens
   device = jax.devices()[0]
   trained = counts.adapter + counts.head
   cut = {name: t.truncated for name, t in tokens.items() if t.truncated}
+  who = titles[0] if len(titles) == 1 else f"{len(titles)} members at once"
   shapes = " or ".join(map(str, run.data.train_layout.rows))
   lines = [
-    f"{config.task}, {config.method} on {config.model.name}, seed"
-    f" {config.seed}; {jax.device_count()} x {device.device_kind}",
+    f"{config.task}, {config.method} on {config.model.name},"
+    f" {who}; {jax.device_count()} x {device.device_kind}",
     f"trained: adapter {counts.adapter:,}, head {counts.head:,} of"
     f" {trained + counts.frozen:,} ({trained / (trained + counts.frozen):.2%})",
     f"data: {len(tokens['train']):,} training examples in {run.epoch_steps}"
@@ -108,6 +120,8 @@ def introduction(run: Run) -> list[str]:
     *_contractions(run),
     *run.model.notes,
   ]
+  if len(titles) > 1:
+    lines.append(f"members: {'; '.join(titles)}")
   if cut:
     texts = ", ".join(f"{n} of {len(tokens[s])} in {s}" for s, n in cut.items())
     lines.append(f"cut at {config.data.max_length} tokens: {texts}")
@@ -126,9 +140,9 @@ def _contractions(run: Run) -> Iterator[str]:
   yield f"contraction at {rows} rows: {told} of {len(plans)} adapted products"
 
 
-def about(run: Run) -> dict[str, Any]:
+def about(run: Run, config: ConfigDict) -> dict[str, Any]:
   """What a result and an adapter's file say of the run that made them."""
-  config, task = run.config, run.data.task
+  task = run.data.task
   return {
     "task": task.name,
     "method": config.method,

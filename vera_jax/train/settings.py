@@ -9,6 +9,7 @@ from vera_jax.labels import TRAINED
 AT_LEAST_ONE = (
   "optim.epochs",
   "optim.batch_size",
+  "optim.patience",
   "eval_batch_size",
   "log.every",
   "data.max_length",
@@ -30,5 +31,5 @@ def check_settings(config: ConfigDict) -> None:
   if unset:
     raise UserError(f"Without a value are: {', '.join(unset)}.")
   for name in AT_LEAST_ONE:
-    if values[name] < 1:
+    if values[name] is not None and values[name] < 1:
       raise UserError(f"config.{name} is {values[name]}; at least 1 is needed.")

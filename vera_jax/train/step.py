@@ -154,8 +154,8 @@ def train_pass(
   sums: Sums,
   frozen: Frozen,
   batch: dict[str, Array],
-  dropout_key: PRNGKeyArray,
   last: Bool[Array, ""],
+  dropout_key: PRNGKeyArray,
   *,
   apply: Callable[..., Any],
   tx: optax.GradientTransformation,
@@ -168,44 +168,100 @@ def train_pass(
   return state, sums, figures(sums)
 
 
-def jit_train_pass(
-  state: State, *, apply: Callable[..., Any], tx: optax.GradientTransformation
-) -> Any:
-  """`train_pass`, compiled; state and sums are donated and stay where they lie.
-
-  Left to itself, XLA moves small leaves to where a weight's shards are: the
-  next step would be compiled anew.
-  """
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-  return jax.jit(
-    partial(train_pass, apply=apply, tx=tx),
-    donate_argnums=(0, 1),
-    out_shardings=(shardings, _sums_like(shardings), None),
+def member_pass(
+  state: State,
+  sums: Sums,
+  frozen: Frozen,
+  batch: dict[str, Array],
+  last: Bool[Array, ""],
+  dropout_key: PRNGKeyArray,
+  rates: dict[str, Float[Array, ""]],
+  *,
+  apply: Callable[..., Any],
+  optimiser: Callable[..., optax.GradientTransformation],
+) -> tuple[State, Sums, dict[str, Float[Array, ""]]]:
+  """`train_pass` with the optimiser's numbers, by name, as arguments."""
+  tx = optimiser(**rates)
+  return train_pass(
+    state, sums, frozen, batch, last, dropout_key, apply=apply, tx=tx
   )
 
 
-def _sums_like(shardings: Any) -> Any:
-  return Sums(shardings.step, shardings.step, shardings.params)
+def jit_train_pass(
+  state: State, *, apply: Callable[..., Any], tx: optax.GradientTransformation
+) -> Any:
+  """`train_pass`, compiled; state and sums are donated, and stay in place."""
+  return _jit(partial(train_pass, apply=apply, tx=tx), state)
 
 
 def jit_train_step(
   state: State, *, apply: Callable[..., Any], tx: optax.GradientTransformation
 ) -> Callable[..., Any]:
   """`train_step`, compiled once for each row count that a pass may have."""
-  one_pass = jit_train_pass(state, apply=apply, tx=tx)
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-  begin = jax.jit(no_sums, out_shardings=_sums_like(shardings))
+  return _in_passes(jit_train_pass(state, apply=apply, tx=tx), no_sums, state)
 
-  def step(state, frozen, passes, dropout_key):
+
+def jit_member_pass(
+  state: Tree,
+  *,
+  apply: Callable[..., Any],
+  optimiser: Callable[..., optax.GradientTransformation],
+  members: int,
+) -> Any:
+  """`member_pass` for a group of runs, compiled as `jit_train_pass` is.
+
+  Every argument but the frozen leaves and `last` has a first axis of length
+  `members`; in a group of one nothing has (`crew.py`).
+  """
+  one_pass = partial(member_pass, apply=apply, optimiser=optimiser)
+  if members > 1:
+    one_pass = jax.vmap(one_pass, in_axes=(0, 0, None, 0, None, 0, 0))
+  return _jit(one_pass, state)
+
+
+def jit_member_step(
+  state: Tree,
+  *,
+  apply: Callable[..., Any],
+  optimiser: Callable[..., optax.GradientTransformation],
+  members: int,
+) -> Callable[..., Any]:
+  """A step of a group: (state, frozen, passes, dropout keys, rates)."""
+  one_pass = jit_member_pass(
+    state, apply=apply, optimiser=optimiser, members=members
+  )
+  begin = jax.vmap(no_sums) if members > 1 else no_sums
+  return _in_passes(one_pass, begin, state)
+
+
+def _in_passes(
+  one_pass: Callable[..., Any], begin: Callable[[Tree], Sums], state: Tree
+) -> Callable[..., Any]:
+  """The compiled pass for each of a step's batches."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+  begin = jax.jit(begin, out_shardings=_sums_like(shardings))
+
+  def step(state, frozen, passes, *own):
     sums = begin(state.params)
     for number, batch in enumerate(passes, 1):
       last = np.bool_(number == len(passes))
-      state, sums, metrics = one_pass(
-        state, sums, frozen, batch, dropout_key, last
-      )
-    return state, metrics
+      state, sums, told = one_pass(state, sums, frozen, batch, last, *own)
+    return state, told
 
   return step
+
+
+def _jit(one_pass: Callable[..., Any], state: Tree) -> Any:
+  """Left to itself, XLA moves small leaves to where a weight's shards are: the
+  next step would be compiled anew. The figures lie where the step count does.
+  """
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+  out = shardings, _sums_like(shardings), shardings.step
+  return jax.jit(one_pass, donate_argnums=(0, 1), out_shardings=out)
+
+
+def _sums_like(shardings: Any) -> Any:
+  return Sums(shardings.step, shardings.step, shardings.params)
 
 
 def eval_step(
