@@ -81,7 +81,11 @@ def kernels_by_row(method, scan):
   """Shapes with an axis of rows and a kernel's, A's or B's two axes."""
   config = BertConfig("bert", 30, 16, 2, 2, 32, 40, 0)
   targets = ["query", "value", "intermediate/dense"]
-  model = adapt(BertClassifier(config, 2, scan=scan), vera(8), targets=targets)
+  model = adapt(
+    BertClassifier(config, 2, scan=scan),
+    vera(8, plan="factored"),
+    targets=targets,
+  )
   variables = variables_of(model)
   params, pair = variables["params"], variables["projections"]
   trained, base = split(params, label_tree(params, method))

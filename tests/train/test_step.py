@@ -303,7 +303,7 @@ def test_a_step_of_vera_costs_less_than_one_of_full():
     apply, state, frozen, tx = parts(method)
     step = jit_train_pass(state, apply=apply, tx=tx)
     sums, batch = no_sums(state.params), batch_of(packed=True)
-    compiled = step.lower(state, sums, frozen, batch, KEY, True).compile()
+    compiled = step.lower(state, sums, frozen, batch, True, KEY).compile()
     memory = compiled.memory_analysis()
     changed = state, sums
     outputs = len(jax.tree.leaves(changed)) + 2
