@@ -75,8 +75,8 @@ def assert_close(got, want, tolerance):
 
 @pytest.mark.parametrize(
   ("dtype", "lead"),
-  [("float32", ()), ("float32", (2, 3)), ("bfloat16", (5,))],
-  ids=["one", "rows", "bfloat16"],
+  [("float32", (2, 3)), ("bfloat16", (5,))],
+  ids=["float32", "bfloat16"],
 )
 @pytest.mark.parametrize(("name", "plan"), PLANS)
 def test_plans_agree_in_value_and_gradient(name, plan, dtype, lead):

@@ -27,7 +27,12 @@ from vera_jax.json_files import read_json
 from vera_jax.labels import FROZEN, label_tree
 from vera_jax.methods import make_adapter
 from vera_jax.models.bert import BertClassifier, BertConfig
-from vera_jax.models.hf_weights import fingerprint, load_config, load_params
+from vera_jax.models.hf_weights import (
+  fingerprint,
+  load_config,
+  load_params,
+  refuse_gaps,
+)
 from vera_jax.projections import PRNG, digest
 
 SHOWN = 3  # differences of one kind that a message lists
@@ -211,6 +216,7 @@ def _fill(saved: SavedAdapter, folder: Path, shapes: Flat) -> Flat:
   labels = flatten_dict(label_tree(unflatten_dict(shapes), method))
   frozen = {p: leaf for p, leaf in shapes.items() if labels[p] == FROZEN}
   loaded = load_params(folder, unflatten_dict(frozen))
+  refuse_gaps(folder, loaded.missing)
   given = flatten_dict(loaded.params)
   # what the base lacks started at random and was trained
   trained = {p: leaf for p, leaf in shapes.items() if p not in given}

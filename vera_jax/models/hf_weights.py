@@ -27,6 +27,7 @@ LEAVES = {
   "bias": "bias",
 }
 BASES = ("bert.", "roberta.")
+MAY_BE_NEW = ("classifier/", "pooler/")  # leaves that a task brings itself
 # Buffers and pretraining heads: no classifier has a place for them.
 NO_PLACE = (
   "embeddings.position_ids",
@@ -145,6 +146,17 @@ def load_params(
     tuple(sorted(unexpected)),
     tuple(sorted(dropped)),
   )
+
+
+def refuse_gaps(folder: Path, missing: Sequence[str]) -> None:
+  """Only a head may be new; raises a UserError where an encoder's leaf is."""
+  gaps = [name for name in missing if not name.startswith(MAY_BE_NEW)]
+  if gaps:
+    shown = ", ".join(gaps[:5]) + (", ..." if len(gaps) > 5 else "")
+    raise UserError(
+      f"{folder} lacks {len(gaps)} of the encoder's weights: {shown}. Is it"
+      " the checkpoint that its config.json describes?"
+    )
 
 
 def fingerprint(folder: Path) -> str:

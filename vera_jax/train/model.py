@@ -26,7 +26,13 @@ from vera_jax.errors import UserError
 from vera_jax.labels import FROZEN, Counts, count, join, label_tree, split
 from vera_jax.methods import make_adapter
 from vera_jax.models.bert import INPUTS, BertClassifier
-from vera_jax.models.hf_weights import LEAVES, Loaded, load_config, load_params
+from vera_jax.models.hf_weights import (
+  LEAVES,
+  Loaded,
+  load_config,
+  load_params,
+  refuse_gaps,
+)
 from vera_jax.projections import digest
 from vera_jax.train.sharding import (
   REPLICATED,
@@ -35,8 +41,6 @@ from vera_jax.train.sharding import (
   put,
 )
 from vera_jax.train.step import Frozen, State
-
-MAY_BE_NEW = ("classifier/", "pooler/")  # leaves that a task brings itself
 
 
 class Model(NamedTuple):
@@ -117,17 +121,6 @@ def _announce(loaded: Loaded, fresh: list[tuple[str, ...]]) -> Iterator[str]:
       yield f"{what}: {', '.join(names)}"
 
 
-def _refuse_gaps(folder: Path, missing: tuple[str, ...]) -> None:
-  """Only a head may start at random; an encoder that does is a mistake."""
-  gaps = [name for name in missing if not name.startswith(MAY_BE_NEW)]
-  if gaps:
-    shown = ", ".join(gaps[:5]) + (", ..." if len(gaps) > 5 else "")
-    raise UserError(
-      f"{folder} lacks {len(gaps)} of the encoder's weights: {shown}. Is it"
-      " the checkpoint that its config.json describes?"
-    )
-
-
 def build_model(
   config: ConfigDict, *, folder: Path, num_labels: int, mesh: Mesh
 ) -> Model:
@@ -155,7 +148,7 @@ def build_model(
     if path[-1] in LEAVES  # the adapter's have names of their own
   }
   loaded = load_params(folder, unflatten_dict(template))
-  _refuse_gaps(folder, loaded.missing)
+  refuse_gaps(folder, loaded.missing)
   given = flatten_dict(loaded.params)
   fresh = [path for path in shapes if path not in given]
   labels = label_tree(unflatten_dict(shapes), config.method, new=fresh)
