@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
 from flax.traverse_util import flatten_dict
 from jax import Array
 
@@ -150,7 +149,7 @@ def _kernel_and_bias(layer: Any, x: Array, outputs: int) -> Any:
   own = layer.variables["params"]
   kernel = own["kernel"].reshape(-1, outputs)
   bias = own["bias"].reshape(-1) if layer.use_bias else None
-  return promote_dtype(x, kernel, bias, dtype=layer.dtype)
+  return layer.promote_dtype(x, kernel, bias, dtype=layer.dtype)
 
 
 def _adapted(adapter, targets, projections, next_fun, args, kwargs, context):

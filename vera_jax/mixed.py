@@ -72,7 +72,6 @@ def mixed_losses(
   examples. Arguments as in `mixed_logits`.
   """
   logits = mixed_logits(stacked, frozen, batch, key, apply=apply)
-
   losses = slot_losses(logits, batch["labels"])
 
   def own_loss(slot):

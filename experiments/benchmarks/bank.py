@@ -30,18 +30,10 @@ from rich.table import Table
 
 from configs import minilm
 from experiments.benchmarks.report import environment, interleaved, write
+from experiments.benchmarks.roberta import roberta
 
 BANK, PASSES, SINGLE = "bank, mixed", "a pass for each", "one for all"
 PEFT, PEFT_SINGLE = "PEFT, switching", "PEFT, one for all"
-ROBERTA = {
-  "model_type": "roberta",
-  "vocab_size": 50265,
-  "hidden_size": 768,
-  "num_hidden_layers": 12,
-  "num_attention_heads": 12,
-  "intermediate_size": 3072,
-  "max_position_embeddings": 514,
-}
 Way = Callable[[], np.ndarray]
 
 
@@ -335,7 +327,7 @@ def allocate(count: int, *, rank: int) -> dict[str, Any]:
   from vera_jax.models.bert import BertClassifier, BertConfig
   from vera_jax.vera import vera
 
-  model = BertClassifier(BertConfig.from_dict(ROBERTA), 2)
+  model = BertClassifier(BertConfig.from_dict(roberta(768, 12)), 2)
   adapted = adapt(model, vera(rank), targets=["query", "value"])
   ids = jax.ShapeDtypeStruct((1, 8), np.int32)
   shapes = jax.eval_shape(adapted.init, jax.random.key(0), ids)["params"]

@@ -26,6 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments.benchmarks.report import environment, write
+from experiments.benchmarks.roberta import roberta
 from vera_jax.errors import UserError
 
 FROZEN = "frozen network"
@@ -173,7 +174,7 @@ def _compile(
 
   dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
   base = BertClassifier(
-    BertConfig.from_dict(_roberta(size, layers)),
+    BertConfig.from_dict(roberta(size["width"], layers)),
     2,
     dtype=dtype,
     param_dtype=dtype,
@@ -217,20 +218,6 @@ def _added(params: Any, name: str) -> list[tuple[str, ...]]:
   from flax.traverse_util import flatten_dict
 
   return [p for p in flatten_dict(params) if p[-1].startswith(name)]
-
-
-def _roberta(size: dict[str, int], layers: int) -> dict[str, Any]:
-  return {
-    "model_type": "roberta",
-    "vocab_size": 50265,
-    "hidden_size": size["width"],
-    "num_hidden_layers": layers,
-    "num_attention_heads": size["width"] // 64,
-    "intermediate_size": 4 * size["width"],
-    "max_position_embeddings": 514,
-    "type_vocab_size": 1,
-    "layer_norm_eps": 1e-5,
-  }
 
 
 def _table(size: str, costs: dict[str, Cost]) -> Table:
