@@ -98,12 +98,12 @@ def _costs(size: str, length: int, device: Any) -> dict[str, Cost]:
 
 def _ways(rank: int) -> Iterator[tuple[str, Any]]:
   """What is put on the network, by name."""
-  from vera_jax.contraction import AUTO, PLANS
+  from vera_jax.contraction import PLANS
   from vera_jax.lora import lora
   from vera_jax.vera import vera
 
   yield FROZEN, _nothing()
-  for plan in (*PLANS, AUTO):
+  for plan in PLANS:
     yield f"vera r={rank}, {plan}", vera(rank, plan=plan)
   yield "lora r=8", lora(8)
 
