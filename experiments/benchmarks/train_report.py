@@ -76,11 +76,12 @@ def _conditions(result: dict[str, Any]) -> str:
   return "\n".join(
     [
       "Seconds of the wall clock from the start of a process to the last dev"
-      " score: imports, compiling, and training, which is all the rest"
-      " (reading, tokenising, steps, evaluation each epoch). Tokens a second"
-      " are real ones, without padding, of training. Peak memory is the"
-      " process's resident set. Faster: the other side's seconds over ours,"
-      " all of them and those of training alone.",
+      " score, caches empty. Compiling is what a second start of the same"
+      " run takes less: it finds compiled programs and tokens kept. Training is"
+      " the rest without imports (reading, steps, evaluation each epoch)."
+      " Tokens a second are real ones, without padding, of training. Peak"
+      " memory is the process's resident set. Faster: the other side's seconds"
+      " over ours, all of them and those of training alone.",
       "",
       f"- `{result['command']}`",
       f"- {result['base']}, texts cut at {result['max_length']} tokens,"

@@ -30,12 +30,6 @@ def config(tiny_model, tiny_tasks):
   return config
 
 
-def test_nested_and_parallel_spans_count_once():
-  spans = [(5.0, 6.0), (0.0, 3.0), (1.0, 2.0), (2.0, 4.0)]
-  assert train_ours.covered(spans) == 5.0
-  assert train_ours.covered([]) == 0.0
-
-
 def test_a_run_from_the_command(tiny_model, tiny_tasks, tmp_path):
   words = ["--task=rte", f"--source={tiny_tasks}", f"--base={tiny_model}"]
   words += ["--epochs=2", "--methods=vera", "--peft=", f"--out={tmp_path}"]
@@ -52,7 +46,7 @@ def test_a_run_from_the_command(tiny_model, tiny_tasks, tmp_path):
   table = (tmp_path / "train-rte.md").read_text()
   assert train_report.markdown(result) == table and table in done.stdout
   (row,) = result["rows"]
-  assert row["compilation"] > 0 and row["imports"] > 0 and row["training"] > 0
+  assert row["imports"] > 0 and row["training"] > 0
   parts = row["imports"] + row["compilation"] + row["training"]
   assert parts == pytest.approx(row["seconds"])
   assert len(row["scores"]) == 2 and row["peak_bytes"] > 50e6

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from vera_jax.data.packing import Batch, Layout, fill, pack_alike
-from vera_jax.data.placement import Placement, place_all
+from vera_jax.data.placement import Placement, first_fit, place_all
 from vera_jax.data.prefetch import prefetch
 from vera_jax.data.tokens import Tokens
 
@@ -131,3 +131,15 @@ def placed_batches(
     yield fill(
       tokens, np.arange(len(tokens)), place, layout, first=first, rows=rows
     )
+
+
+def sample_batch(
+  tokens: Tokens, layout: Layout, *, rows: int, members: int = 1
+) -> Batch:
+  """A pass of that many rows as training has it, with one example in it.
+
+  With `members` as `member_batches` stacks them: shapes to compile for.
+  """
+  place = first_fit(tokens.lengths[:1], layout)
+  batch = fill(tokens, np.arange(1), place, layout, first=0, rows=rows)
+  return batch if members == 1 else _stacked([batch] * members)

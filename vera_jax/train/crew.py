@@ -6,6 +6,7 @@ not, and in a crew of one nothing has: its program is that of a run alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,10 +16,15 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from vera_jax.data.batches import member_batches, train_batches
+from vera_jax.data.batches import (
+  member_batches,
+  sample_batch,
+  train_batches,
+)
 from vera_jax.data.packing import Batch
 from vera_jax.train.member import Member
 from vera_jax.train.run import Run, hyperparameters
+from vera_jax.train.runtime import Background
 from vera_jax.train.sharding import BATCH, put
 from vera_jax.train.step import State, jit_member_step
 
@@ -59,6 +65,7 @@ class Crew:
       optimiser=run.optimiser,
       members=len(members),
     )
+    self._programs = Background()
     self._take = jax.jit(_take, out_shardings=self._alone)
 
   def _stack(self, states: Sequence[State]) -> Tree:
@@ -81,17 +88,39 @@ class Crew:
 
   def step(self, passes: Passes) -> dict[str, Array]:
     """Take a step; the figures are on the way when this returns."""
-    sharding = self._sharding
-    if len(self.members) > 1:
-      sharding = behind_members(sharding)
+    self._compile(passes)
     self.state, metrics = self._step(
       self.state,
       self.run.model.frozen,
-      put(passes, sharding),
+      self._put(passes),
       self._keys,
       self._numbers,
     )
     return metrics
+
+  def _put(self, batches: Tree) -> Tree:
+    alone = len(self.members) == 1
+    sharding = self._sharding if alone else behind_members(self._sharding)
+    return put(batches, sharding)
+
+  def _compile(self, passes: Passes) -> None:
+    """Wait for these passes' programs; the other shapes' come behind them."""
+    rows = [batch["labels"].shape[-2] for batch in passes]
+    for count in (*rows, *self.run.data.train_layout.rows):
+      self._programs.compile(count, partial(self._lower, count))
+    for count in rows:
+      self._programs.wait(count)
+
+  def _lower(self, rows: int) -> Any:
+    data = self.run.data
+    batch = sample_batch(
+      data.tokens["train"],
+      data.train_layout,
+      rows=rows,
+      members=len(self.members),
+    )
+    frozen, own = self.run.model.frozen, (self._keys, self._numbers)
+    return self._step.lower(frozen, self._put(batch), *own)
 
   def figures(
     self, metrics: Mapping[str, Array]

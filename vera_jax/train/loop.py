@@ -8,7 +8,6 @@ in one program: what is trained is stacked, the base is there once.
 """
 
 import math
-import os
 import signal
 import statistics
 import time
@@ -41,6 +40,7 @@ from vera_jax.train.member import SUBMISSION, Member, best_epoch, cohorts
 from vera_jax.train.model import init_state, start_of, state_shape
 from vera_jax.train.report import Figures, Reporter
 from vera_jax.train.run import Run, build_run, introduction
+from vera_jax.train.runtime import compiler_options, prepare
 from vera_jax.train.settings import check_settings
 from vera_jax.train.sharding import BATCH
 from vera_jax.train.start import since_start
@@ -127,7 +127,7 @@ def _train(members: Sequence[Member]) -> None:
   left = [member for member in members if member.open]
   if not left:
     return
-  use_compilation_cache()
+  prepare()
   run = build_run(left[0].config)
   for member in left:
     workdirs.claim(member.folder, member.config.to_dict())
@@ -140,16 +140,6 @@ def _train(members: Sequence[Member]) -> None:
       session.train(step, live, crew)
     for member in left:
       session.conclude(member)
-
-
-def use_compilation_cache() -> None:
-  """Keep compiled programs, unless JAX_COMPILATION_CACHE_DIR says where."""
-  if jax.config.values["jax_compilation_cache_dir"] is None:
-    cache = Path("~/.cache/vera_jax/xla").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-  # small programs too: together they take as long as the step
-  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 class Session:
@@ -167,7 +157,10 @@ class Session:
 
   def __init__(self, run: Run) -> None:
     self.run = run
-    self._evaluate = jax.jit(partial(eval_step, apply=run.model.module.apply))
+    self._evaluate = jax.jit(
+      partial(eval_step, apply=run.model.module.apply),
+      compiler_options=compiler_options(),
+    )
     self._sharding = NamedSharding(run.mesh, BATCH)
     self._shape = state_shape(run.model, run.tx, run.mesh)
 

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int, Num, PRNGKeyArray
 
 from vera_jax.labels import join
 from vera_jax.models.bert import INPUTS, input_shapes
+from vera_jax.train.runtime import compiler_options
 
 Tree = Any
 
@@ -196,9 +197,9 @@ def jit_train_pass(
 
 def jit_train_step(
   state: State, *, apply: Callable[..., Any], tx: optax.GradientTransformation
-) -> Callable[..., Any]:
+) -> "Step":
   """`train_step`, compiled once for each row count that a pass may have."""
-  return _in_passes(jit_train_pass(state, apply=apply, tx=tx), no_sums, state)
+  return Step(jit_train_pass(state, apply=apply, tx=tx), no_sums, state)
 
 
 def jit_member_pass(
@@ -225,30 +226,51 @@ def jit_member_step(
   apply: Callable[..., Any],
   optimiser: Callable[..., optax.GradientTransformation],
   members: int,
-) -> Callable[..., Any]:
+) -> "Step":
   """A step of a group: (state, frozen, passes, dropout keys, rates)."""
   one_pass = jit_member_pass(
     state, apply=apply, optimiser=optimiser, members=members
   )
   begin = jax.vmap(no_sums) if members > 1 else no_sums
-  return _in_passes(one_pass, begin, state)
+  return Step(one_pass, begin, state)
 
 
-def _in_passes(
-  one_pass: Callable[..., Any], begin: Callable[[Tree], Sums], state: Tree
-) -> Callable[..., Any]:
-  """The compiled pass for each of a step's batches."""
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-  begin = jax.jit(begin, out_shardings=_sums_like(shardings))
+class Step:
+  """A step in passes: (state, frozen, passes, *own) -> (state, figures).
 
-  def step(state, frozen, passes, *own):
-    sums = begin(state.params)
+  `one_pass` is compiled, `begin` gives the sums that a step begins with.
+  """
+
+  def __init__(
+    self, one_pass: Any, begin: Callable[[Tree], Sums], state: Tree
+  ) -> None:
+    self._pass = one_pass
+    self._state = jax.tree.map(_shape, state)
+    shardings = _sums_like(jax.tree.map(lambda leaf: leaf.sharding, state))
+    self._begin = jax.jit(begin, out_shardings=shardings)
+    self._sums = jax.tree.map(
+      lambda leaf, place: leaf.update(sharding=place),
+      jax.eval_shape(begin, state.params),
+      shardings,
+    )
+
+  def __call__(
+    self, state: Tree, frozen: Frozen, passes: Sequence[Any], *own: Any
+  ) -> tuple[Tree, dict[str, Array]]:
+    sums = self._begin(state.params)
     for number, batch in enumerate(passes, 1):
       last = np.bool_(number == len(passes))
-      state, sums, told = one_pass(state, sums, frozen, batch, last, *own)
+      state, sums, told = self._pass(state, sums, frozen, batch, last, *own)
     return state, told
 
-  return step
+  def lower(self, frozen: Frozen, batch: Any, *own: Any) -> Any:
+    """The program of passes of the batch's shape, to be compiled."""
+    last = np.bool_(True)
+    return self._pass.lower(self._state, self._sums, frozen, batch, last, *own)
+
+
+def _shape(leaf: Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _jit(one_pass: Callable[..., Any], state: Tree) -> Any:
@@ -257,7 +279,12 @@ def _jit(one_pass: Callable[..., Any], state: Tree) -> Any:
   """
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   out = shardings, _sums_like(shardings), shardings.step
-  return jax.jit(one_pass, donate_argnums=(0, 1), out_shardings=out)
+  return jax.jit(
+    one_pass,
+    donate_argnums=(0, 1),
+    out_shardings=out,
+    compiler_options=compiler_options(),
+  )
 
 
 def _sums_like(shardings: Any) -> Any:

@@ -1,0 +1,108 @@
+"""What a process settles before it trains: memory, compiling, caches."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vera_jax.train.runtime import Background, compiler_options
+
+FAULTS = """
+import resource
+import numpy as np
+from vera_jax.train.runtime import keep_freed_memory
+
+def faults():
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  np.ones(2**24, np.float32)  # 64 MiB: 16,384 pages
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+def _faults(**environment: str) -> int:
+  done = subprocess.run(
+    [sys.executable, "-c", FAULTS],
+    env={**os.environ, "NUMPY_MADVISE_HUGEPAGE": "0", **environment},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_used_again_unless_the_user_tuned_the_allocator():
+  assert _faults() < 100
+  assert _faults(MALLOC_MMAP_THRESHOLD_="65536") > 1000
+
+
+def test_a_program_compiled_in_the_background_is_not_compiled_again():
+  traced = []
+
+  @jax.jit
+  def double(x):
+    traced.append(x.shape)
+    return 2 * x
+
+  programs = Background()
+  for size in (2, 3, 2):
+    x = jax.ShapeDtypeStruct((size,), jnp.float32)
+    programs.compile(size, lambda x=x: double.lower(x))
+  for size in (2, 3):
+    programs.wait(size)
+    assert double(jnp.ones(size)).tolist() == [2.0] * size
+  assert sorted(traced) == [(2,), (3,)]
+
+
+def test_an_error_in_the_background_is_raised_where_it_is_waited_for():
+  programs = Background()
+  programs.compile("bad", lambda: jax.jit(lambda x: x @ x).lower(jnp.ones(3)))
+  programs.compile("worse", lambda: jax.jit(jnp.dot).lower(1, "a"))
+  programs.wait("bad")
+  with pytest.raises(TypeError):
+    programs.wait("worse")
+
+
+def test_the_users_own_optimisation_level_stands(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=2")
+  assert compiler_options() is None
+  monkeypatch.setenv("XLA_FLAGS", "")
+  assert compiler_options() == {"xla_backend_optimization_level": 1}
+
+
+CACHES = """
+import os
+import jax
+from vera_jax.train.runtime import use_compilation_cache
+use_compilation_cache()
+print(jax.config.jax_compilation_cache_dir)
+print(jax.config.jax_persistent_cache_min_compile_time_secs)
+"""
+
+
+def test_compiled_programs_are_kept_unless_the_user_says_where(tmp_path):
+  def caches(**chosen):
+    mine = {k: v for k, v in os.environ.items() if "CACHE" not in k}
+    done = subprocess.run(
+      [sys.executable, "-c", CACHES],
+      capture_output=True,
+      text=True,
+      check=True,
+      env={**mine, "HOME": str(tmp_path), **chosen},
+    )
+    return done.stdout.split()
+
+  assert caches() == [str(tmp_path / ".cache/vera_jax/xla"), "0"]
+  chosen = {
+    "JAX_COMPILATION_CACHE_DIR": "/elsewhere",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "2",
+  }
+  assert caches(**chosen) == ["/elsewhere", "2.0"]

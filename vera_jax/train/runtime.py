@@ -1,0 +1,100 @@
+"""How this process runs XLA: what is kept on disk and in memory, what is spent
+on compiling.
+
+Each holds for the whole process or for one program, changes no result, and
+leaves alone what the user has set.
+"""
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+# glibc's mallopt(3): numbers from malloc.h
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_NEVER, _PAD = 2**31 - 1, 2**26  # bytes
+
+
+def prepare() -> None:
+  """Call before JAX looks for devices: threads keep the memory they have."""
+  keep_freed_memory()
+  use_compilation_cache()
+
+
+def use_compilation_cache() -> None:
+  """Keep compiled programs, unless JAX_COMPILATION_CACHE_DIR says where."""
+  if jax.config.values["jax_compilation_cache_dir"] is None:
+    cache = Path("~/.cache/vera_jax/xla").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+  # small programs too: together they take as long as the step
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def keep_freed_memory() -> None:
+  """Let glibc reuse what a step frees instead of giving it back to the kernel.
+
+  On CPU XLA allocates a step's temporaries anew each time. As glibc comes, the
+  kernel then maps, zeroes and unmaps all their pages: a fifth of the step's
+  time. One arena, since others can't hold blocks that large.
+  """
+  if platform.libc_ver()[0] != "glibc" or _is_tuned():
+    return
+  libc = ctypes.CDLL(None)
+  for option, value in (
+    (_ARENA_MAX, 1),
+    (_MMAP_MAX, 0),
+    (_TRIM_THRESHOLD, _NEVER),
+    (_TOP_PAD, _PAD),
+  ):
+    libc.mallopt(option, value)
+
+
+def _is_tuned() -> bool:
+  """Whether the user has set the allocator, or loads another."""
+  names = ("GLIBC_TUNABLES", "LD_PRELOAD")
+  return any(k.startswith("MALLOC_") or k in names for k in os.environ)
+
+
+def compiler_options() -> dict[str, Any] | None:
+  """For `jax.jit`, unless XLA_FLAGS says otherwise.
+
+  On CPU a step's time is in ready-made matrix products. Code of LLVM's first
+  level around them makes it as quick as the third's, and compiles in half the
+  time.
+  """
+  level = "xla_backend_optimization_level"
+  if jax.default_backend() != "cpu" or level in os.environ.get("XLA_FLAGS", ""):
+    return None
+  return {level: 1}
+
+
+class Background:
+  """Compiles programs in threads, several at a time, while others run.
+
+  XLA compiles a program in one thread. Calls of a jitted function wait for
+  nothing: `wait` before them, or it is compiled twice.
+  """
+
+  def __init__(self) -> None:
+    self._pool = ThreadPoolExecutor(os.cpu_count(), "compile")
+    self._tasks: dict[Hashable, Future[Any]] = {}
+
+  def compile(self, name: Hashable, lower: Callable[[], Any]) -> None:
+    """Begin with a program, unless it has been begun.
+
+    Args:
+      name: what `wait` knows it by.
+      lower: traces it and returns what a jitted function's `lower` does.
+    """
+    if name not in self._tasks:
+      self._tasks[name] = self._pool.submit(lambda: lower().compile())
+
+  def wait(self, name: Hashable) -> None:
+    """Until the program is compiled; its errors are raised here."""
+    self._tasks[name].result()
