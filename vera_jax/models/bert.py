@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from vera_jax.errors import UserError
+from vera_jax.models.dropout import dropout
 
 # The shapes that the model's pieces pass on: `slots` are the examples of a row.
 Ids = Int[Array, "rows length"]
@@ -172,7 +173,9 @@ class Part(nn.Module):
   @nn.nowrap
   def dropout(self, hidden: Array, rate: float | None = None) -> Array:
     rate = self.config.hidden_dropout_prob if rate is None else rate
-    return nn.Dropout(rate, deterministic=self.deterministic)(hidden)
+    if self.deterministic or rate == 0:
+      return hidden
+    return dropout(self.make_rng("dropout"), hidden, rate)
 
 
 class Embeddings(Part):
@@ -193,24 +196,15 @@ class SelfAttention(Part):
   @nn.compact
   def __call__(self, read: Read, hidden: Hidden, mask: Mask) -> Read:
     heads = self.config.num_attention_heads
-    rate = self.config.attention_probs_dropout_prob
     query, key, value = (
       self.dense(hidden.shape[-1], name)(x).reshape(*x.shape[:-1], heads, -1)
       for name, x in (("query", read), ("key", hidden), ("value", hidden))
     )
-    drops = rate > 0 and not self.deterministic
-    context = nn.dot_product_attention(
-      query,
-      key,
-      value,
-      mask=mask,
-      broadcast_dropout=False,
-      dropout_rng=self.make_rng("dropout") if drops else None,
-      dropout_rate=rate,
-      deterministic=not drops,
-      dtype=self.dtype,
-      force_fp32_for_softmax=True,
+    weights = nn.dot_product_attention_weights(
+      query, key, mask=mask, dtype=self.dtype, force_fp32_for_softmax=True
     )
+    weights = self.dropout(weights, self.config.attention_probs_dropout_prob)
+    context = jnp.einsum("...hqk,...khd->...qhd", weights, value)
     return context.reshape(read.shape)
 
 
