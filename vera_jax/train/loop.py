@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from vera_jax import workdir as workdirs
 from vera_jax.checkpoint import Checkpoints
+from vera_jax.data.batches import sample_batch
 from vera_jax.errors import UserError
 from vera_jax.submission import write_submission
 from vera_jax.train.crew import Crew
@@ -40,9 +41,9 @@ from vera_jax.train.member import SUBMISSION, Member, best_epoch, cohorts
 from vera_jax.train.model import init_state, start_of, state_shape
 from vera_jax.train.report import Figures, Reporter
 from vera_jax.train.run import Run, build_run, introduction
-from vera_jax.train.runtime import compiler_options, prepare
+from vera_jax.train.runtime import Background, compiler_options, prepare
 from vera_jax.train.settings import check_settings
-from vera_jax.train.sharding import BATCH
+from vera_jax.train.sharding import BATCH, put
 from vera_jax.train.start import since_start
 from vera_jax.train.step import State, eval_step
 
@@ -161,6 +162,7 @@ class Session:
       partial(eval_step, apply=run.model.module.apply),
       compiler_options=compiler_options(),
     )
+    self._programs = Background()
     self._sharding = NamedSharding(run.mesh, BATCH)
     self._shape = state_shape(run.model, run.tx, run.mesh)
 
@@ -216,6 +218,9 @@ class Session:
     crew = self.crew
     for step, passes in crew.batches(first):
       metrics = crew.step(passes)
+      if step == first:
+        for split in self.run.data.task.dev_splits:
+          self._compile_evaluation(split)
       self._read(unread)
       unread = step + 1, metrics
       self._step = step + 1
@@ -372,20 +377,34 @@ class Session:
       + (", stopped early" if stalled else "")
     )
 
+  def _compile_evaluation(self, split: str) -> None:
+    """In the background, if it has not been begun."""
+    self._programs.compile(split, partial(self._lower_evaluation, split))
+
+  def _lower_evaluation(self, split: str) -> Any:
+    data = self.run.data
+    tokens, layout = data.tokens[split], data.eval_layouts[split]
+    batch = sample_batch(tokens, layout, rows=layout.rows[0])
+    return self._evaluate.lower(
+      self._shape.params, self.run.model.frozen, put(batch, self._sharding)
+    )
+
   def _logits(self, params: Any, splits: Iterable[str]) -> dict[str, Logits]:
     """One member at a time, by the program that a run alone has."""
+    return {name: self._split_logits(params, name) for name in splits}
+
+  def _split_logits(self, params: Any, split: str) -> Logits:
     run = self.run
-    return {
-      name: split_logits(
-        self._evaluate,
-        params,
-        run.model.frozen,
-        run.data.tokens[name],
-        run.data.eval_layouts[name],
-        sharding=self._sharding,
-      )
-      for name in splits
-    }
+    self._compile_evaluation(split)
+    self._programs.wait(split)
+    return split_logits(
+      self._evaluate,
+      params,
+      run.model.frozen,
+      run.data.tokens[split],
+      run.data.eval_layouts[split],
+      sharding=self._sharding,
+    )
 
   def conclude(self, member: Member) -> None:
     """Answers, adapter and result of a member that has ended."""
