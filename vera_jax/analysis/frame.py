@@ -28,7 +28,8 @@ class Sweep(NamedTuple):
     paper: the model whose published numbers stand beside ours; "" for the
       trained one.
     runs: a row a run: task, method, condition, seed, score (best epoch, in
-      percent), last, adapter, head, seconds, collapsed, signatures, result.
+      percent), last, adapter, head, seconds, collapsed, signatures, folder,
+      result.
     failed: what the failed.json files say.
   """
 
@@ -44,18 +45,21 @@ def load_sweep(*folders: str | Path) -> Sweep:
   Raises:
     UserError: there is none, or a file that can't be read.
   """
-  found, failed, about = [], [], {}
+  places: list[Path] = []
+  failed: list[dict[str, Any]] = []
+  about: dict[str, Any] = {}
   for folder in map(Path, folders):
-    found += [_with_norms(place) for place in results.finished(folder)]
+    places += results.finished(folder)
     failed += results.read_failures(folder)
     if (folder / "sweep.json").exists():
       about = about or read_json(folder / "sweep.json")
-  if not found:
+  if not places:
     there = ", ".join(map(str, folders))
     more = f"; {len(failed)} runs failed" if failed else ""
     raise UserError(f"There is no result.json below {there}{more}.")
   title = about.get("title") or " and ".join(Path(f).name for f in folders)
-  return Sweep(title, about.get("paper", ""), frame(found), failed)
+  runs = frame([_with_norms(place) for place in places], places)
+  return Sweep(title, about.get("paper", ""), runs, failed)
 
 
 def _with_norms(folder: Path) -> dict[str, Any]:
@@ -67,8 +71,11 @@ def _with_norms(folder: Path) -> dict[str, Any]:
   return result
 
 
-def frame(found: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def frame(
+  found: Sequence[Mapping[str, Any]], folders: Sequence[Path] | None = None
+) -> pd.DataFrame:
   """A row a run, in order of task, method, condition and seed."""
+  places = [None] * len(found) if folders is None else folders
   keys = [_condition(result) for result in found]
   names = _names(found, keys)
   rows = [
@@ -87,9 +94,10 @@ def frame(found: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
       "seconds": result["seconds"],
       "collapsed": "collapsed" in (flags := signatures(result)),
       "signatures": flags,
+      "folder": folder,
       "result": result,
     }
-    for result, name in zip(found, names, strict=True)
+    for result, name, folder in zip(found, names, places, strict=True)
   ]
   table = pd.DataFrame(rows)
   order = table["method"].map(METHODS.index)

@@ -1,4 +1,4 @@
-"""The summary for a reader: columns of text, as Markdown, CSV or a rich table."""
+"""The summary for a reader: text in columns; Markdown, CSV or a rich table."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -30,7 +30,6 @@ def columns(table: pd.DataFrame, paper: str = "") -> dict[str, list[str]]:
     "last epoch": lambda row: _spread(row, "last", "last_low", "last_high"),
     f"paper, {paper}" if paper else "paper": _paper,
     "less LoRA (95 %)": _difference,
-    "p": lambda row: _p(row["p"]),
     "p, Holm": lambda row: _p(row["p_holm"]),
     "seen": _seen,
     "seeds": lambda row: str(row["seeds"]),
@@ -109,7 +108,7 @@ def csv(table: pd.DataFrame) -> str:
 
 def runs_csv(runs: pd.DataFrame) -> str:
   """A row a run, without what a cell can't hold."""
-  plain = runs.drop(columns=["result"])
+  plain = runs.drop(columns=["result", "folder"])
   joined = plain["signatures"].map("; ".join)
   return plain.assign(signatures=joined).to_csv(index=False)
 
@@ -133,7 +132,8 @@ def _reference(table: pd.DataFrame) -> list[str]:
   whose = " of the best median" if several else ""
   return [
     f"Less LoRA: mean difference from the LoRA condition{whose} over the seeds"
-    " that both have, with Student's 95 % interval; p of the paired t-test."
+    " that both have, with Student's 95 % interval; p of the paired t-test,"
+    " adjusted by Holm for the number of comparisons in this table."
   ]
 
 
