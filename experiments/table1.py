@@ -41,7 +41,7 @@ def main() -> None:
 
 def page(table: pd.DataFrame) -> str:
   header = ["model", "r", "method", "parameters", "paper", "bytes", "paper"]
-  header.append("says the paper's formula")
+  header.append("fits the formula")
   rule = ["---", "---:", "---", *["---:"] * 4, "---"]
   rows = [header, rule, *(_cells(row) for _, row in table.iterrows())]
   lines = ["| " + " | ".join(row) + " |" for row in rows]
@@ -62,12 +62,14 @@ def _cells(row: pd.Series) -> list[str]:
     _number(row["paper_parameters"]),
     _size(row["bytes"]),
     _size(row["paper_bytes"]),
-    f"other {' and '.join(wrong)}" if wrong else "the same",
+    f"no: {' and '.join(wrong)}" if wrong else "yes",
   ]
 
 
 def _number(value: float) -> str:
-  return f"{value / 1e6:.1f}M" if value > 1e7 else f"{value / 1e3:.1f}K"
+  """As the paper writes it: GPT-3's in millions, the others in thousands."""
+  millions = round(value) % 100_000 == 0
+  return f"{value / 1e6:.1f}M" if millions else f"{value / 1e3:.1f}K"
 
 
 def _size(value: float) -> str:

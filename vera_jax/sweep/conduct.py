@@ -14,6 +14,7 @@ from vera_jax.sweep.plan import DONE, FAILED, RUNNING, Planned, Unit
 from vera_jax.sweep.worker import note_failure
 from vera_jax.train.interrupt import EXIT_CODE, Flag, Interrupted, watch
 
+WORKER = [sys.executable, "-m", "vera_jax.sweep.worker"]
 POLL = 0.5  # seconds between looks at the worker
 GRACE = 60.0  # seconds that a worker is given for its save
 SAME = 3  # units that fail alike from the start: so would the rest
@@ -94,7 +95,7 @@ def _train(
   log = logs / f"{unit[0].name}.log"
   with log.open("a", encoding="utf-8") as file:
     worker = subprocess.Popen(
-      [sys.executable, "-m", "vera_jax.sweep.worker"],
+      WORKER,
       stdin=subprocess.PIPE,
       stdout=file,
       stderr=file,

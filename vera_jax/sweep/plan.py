@@ -114,6 +114,7 @@ def _overridden(base: ConfigDict, own: Mapping[str, Any]) -> ConfigDict:
   config = base.copy_and_resolve_references()
   for key, value in own.items():
     try:
+      _check_key(config, key)
       config.update_from_flattened_dict({key: value})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       reason = str(error).strip("'\"").splitlines()[0]
@@ -123,6 +124,15 @@ def _overridden(base: ConfigDict, own: Mapping[str, Any]) -> ConfigDict:
       ) from error
   check_settings(config)
   return config
+
+
+def _check_key(config: ConfigDict, key: str) -> None:
+  """A KeyError for a key that is not there; updating would pass over it."""
+  group: Any = config
+  for name in key.split("."):
+    if not isinstance(group, ConfigDict) or name not in group:
+      raise KeyError(f"it has no such setting as {name!r}")
+    group = dict(group.items(preserve_field_references=True))[name]
 
 
 def _digest(config: ConfigDict) -> str:

@@ -28,17 +28,23 @@ def main() -> int:
 
   logging.set_verbosity(logging.WARNING)
   unit = json.load(sys.stdin)
-  parent = os.getppid()
-
-  def follow() -> None:  # whoever started us is gone: save and end
-    if os.getppid() != parent:
-      os.kill(os.getpid(), signal.SIGTERM)
-
   locks = {Path(run["lock"]): run for run in unit["runs"]}
-  with held(list(locks), beat=follow) as mine:
+  with held(list(locks), beat=Follower().look) as mine:
     # only now is it sure that no other process finishes them
     left = [run for run in map(locks.get, mine) if run and _is_open(run, unit)]
     return train(left) if left else 0
+
+
+class Follower:
+  """Ends this process, saved, once the one that started it is gone."""
+
+  def __init__(self) -> None:
+    self._parent, self._told = os.getppid(), False
+
+  def look(self) -> None:
+    if not self._told and os.getppid() != self._parent:
+      self._told = True  # a second signal would not wait for the save
+      os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _is_open(run: dict[str, Any], unit: dict[str, Any]) -> bool:

@@ -1,0 +1,109 @@
+"""Every figure draws, and no text lies on another."""
+
+import itertools
+
+import pytest
+from matplotlib.text import Text
+
+from vera_jax.analysis import plots
+from vera_jax.analysis.frame import Sweep, frame, norms
+from vera_jax.analysis.summary import in_order, summary
+
+
+def overlaps(figure):
+  """Pairs of texts whose boxes meet, and texts that leave the figure."""
+  figure.canvas.draw()
+  shown = [
+    (text, text.get_window_extent())
+    for text in figure.findobj(Text)
+    if text.get_visible() and text.get_text().strip()
+  ]
+  # a tick's label may exist for a tick beyond the axes; those aren't drawn
+  boxes = [(t, b) for t, b in shown if b.width > 1 and _is_drawn(t)]
+  pairs = [
+    (a.get_text(), b.get_text())
+    for (a, one), (b, two) in itertools.combinations(boxes, 2)
+    if one.shrunk(0.9, 0.8).overlaps(two.shrunk(0.9, 0.8))
+  ]
+  outside = [
+    t.get_text()
+    for t, box in boxes
+    if box.x0 < -1 or box.y0 < -1 or box.x1 > figure.bbox.x1 + 1
+  ]
+  return pairs, outside
+
+
+def _is_drawn(text):
+  axes = text.axes
+  if axes is None or not axes.get_visible():
+    return axes is None
+  for axis, (low, high) in (
+    (axes.xaxis, sorted(axes.get_xlim())),
+    (axes.yaxis, sorted(axes.get_ylim())),
+  ):
+    for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+      if text in (tick.label1, tick.label2):
+        return low <= tick.get_loc() <= high
+  return True
+
+
+@pytest.fixture(scope="module")
+def ablations(make_result) -> Sweep:
+  """Long names, collapsed runs, the paper's numbers."""
+  every = (r"layer_\d+/output/dense", "query", "key", "value", "attention/x")
+  settings = [
+    {},
+    {"vera__d_init": 1e-7},
+    {"vera__d_init": 1.0, "collapsed": True, "scores": (0.53, 0.53)},
+    {"vera__init": "kaiming_normal"},
+    {"vera__train": "d"},
+    {"vera__targets": every},
+  ]
+  found = [
+    make_result(seed=seed, **{"scores": (0.6 + seed / 50, 0.8), **one})
+    for one in settings
+    for seed in (0, 1)
+  ]
+  return Sweep("Ablations", "", frame(found), [])
+
+
+@pytest.mark.parametrize("name", ["rank_sweep", "ablations"])
+def test_all_figures(name, request, tmp_path):
+  sweep = request.getfixturevalue(name)
+  made = dict(plots.figures(sweep, in_order(summary(sweep))))
+  expected = {"scores", "curves"}
+  if name == "rank_sweep":
+    expected |= {"ranks", "norms"}
+  assert made.keys() == expected
+  for figure in made.values():
+    assert overlaps(figure) == ([], [])
+  for path in plots.save(made["scores"], tmp_path, "scores"):
+    assert path.stat().st_size > 5000
+  assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg"}
+
+
+def test_collapsed_runs_are_hollow_and_the_papers_number_is_there(ablations):
+  table = summary(ablations)
+  figure = plots.score_figure(table, ablations.runs)
+  names = [t.get_text() for t in figure.legends[0].get_texts()]
+  assert names == ["a seed", "median", "collapsed", "the paper's"]
+  faces = [
+    tuple(points.get_facecolor()[0]) for points in figure.axes[0].collections
+  ]
+  assert faces.count((1.0, 1.0, 1.0, 1.0)) == 1
+
+
+def test_every_rank_is_named(rank_sweep):
+  figure = plots.rank_figure(summary(rank_sweep))
+  (ax,) = figure.axes
+  marks = [text.get_text() for text in ax.texts]
+  assert marks == ["1", "16", "256", "1", "8"]
+  assert ax.get_xscale() == "log"
+
+
+def test_norms_are_a_line_a_kind(rank_sweep):
+  figure = plots.norm_figure(norms(rank_sweep.runs))
+  assert len(figure.axes) == 6
+  for ax in figure.axes:
+    assert len(ax.lines) == 2
+    assert list(ax.lines[0].get_ydata()) == [1, 2, 3]
