@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from vera_jax.analysis import plots
@@ -12,7 +13,7 @@ from vera_jax.analysis.summary import in_order, summary
 
 def overlaps(figure):
   """Pairs of texts whose boxes meet, and texts that leave the figure."""
-  figure.canvas.draw()
+  FigureCanvasAgg(figure).draw()
   shown = [
     (text, text.get_window_extent())
     for text in figure.findobj(Text)

@@ -75,6 +75,7 @@ def frame(
   found: Sequence[Mapping[str, Any]], folders: Sequence[Path] | None = None
 ) -> pd.DataFrame:
   """A row a run, in order of task, method, condition and seed."""
+  places: Sequence[Path | None]
   places = [None] * len(found) if folders is None else folders
   keys = [_condition(result) for result in found]
   names = _names(found, keys)
@@ -101,9 +102,9 @@ def frame(
   ]
   table = pd.DataFrame(rows)
   order = table["method"].map(METHODS.index)
-  places = list(dict.fromkeys(_sorted_names(found, names)))
+  conditions = list(dict.fromkeys(_sorted_names(found, names)))
   table = table.assign(
-    _method=order, _place=table["condition"].map(places.index)
+    _method=order, _place=table["condition"].map(conditions.index)
   )
   by = ["task", "_method", "_place", "seed"]
   table = table.sort_values(by, kind="stable").drop(columns=by[1:3])

@@ -1,14 +1,7 @@
-"""The figures of a sweep: scores, learning curves, ranks, norms.
-
-Matplotlib without pyplot, so that nothing is global: each function returns a
-`Figure`, which notebooks show and `save` writes. Colours are Okabe and Ito's,
-which colour-blind readers can tell apart; markers and dashes say the same.
-"""
+"""The figures of a sweep: scores, learning curves, ranks."""
 
 import itertools
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib as mpl
@@ -16,45 +9,42 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from vera_jax.analysis.frame import Sweep, history, norms
-from vera_jax.data.tasks import task_named
-from vera_jax.norms import NAME, SHORT
+from vera_jax.analysis.style import (
+  BLACK,
+  DASHES,
+  MARKERS,
+  METHOD,
+  METRIC,
+  ORANGE,
+  PALETTE,
+  STYLE,
+  grid,
+  label,
+  save,
+  task_title,
+)
+from vera_jax.analysis.vector_plots import (
+  norm_figure,
+  spectrum_figure,
+  vector_figure,
+)
 
-VERMILION, BLUE, GREEN = "#D55E00", "#0072B2", "#009E73"
-PURPLE, ORANGE, SKY, BLACK = "#CC79A7", "#E69F00", "#56B4E9", "#000000"
-PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", "--", "-.", ":")
-METHOD = {
-  "vera": (BLUE, "o", "VeRA"),
-  "lora": (VERMILION, "s", "LoRA"),
-  "bitfit": (GREEN, "^", "BitFit"),
-  "head": (BLACK, "D", "head alone"),
-  "full": (PURPLE, "v", "full"),
-}
-METRIC = {
-  "accuracy": "accuracy",
-  "matthews": "Matthews correlation",
-  "pearson": "Pearson correlation",
-}
-STYLE: dict[str, Any] = {
-  "font.size": 9,
-  "axes.titlesize": 10,
-  "axes.labelsize": 9,
-  "legend.fontsize": 8,
-  "legend.frameon": False,
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.grid": True,
-  "grid.alpha": 0.3,
-  "lines.linewidth": 1.4,
-  "svg.fonttype": "none",  # text stays text
-  "svg.hashsalt": "vera_jax",  # the same bytes for the same figure
-}
+__all__ = [
+  "curve_figure",
+  "figures",
+  "norm_figure",
+  "rank_figure",
+  "save",
+  "score_figure",
+  "spectrum_figure",
+  "vector_figure",
+]
+
 MOST = 7  # lines that one panel can tell apart
-WRAP = 34  # letters of a condition's name in a line
 
 
 def figures(sweep: Sweep, table: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
@@ -72,39 +62,6 @@ def figures(sweep: Sweep, table: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     yield "norms", norm_figure(vectors, title=sweep.title)
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-  """As PNG and SVG."""
-  folder.mkdir(parents=True, exist_ok=True)
-  paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
-  with mpl.rc_context(STYLE):
-    figure.savefig(paths[0], dpi=200)
-    figure.savefig(paths[1], metadata={"Date": None})
-  return paths
-
-
-def _grid(
-  rows: int, columns: int, *, width: float, height: float, title: str
-) -> tuple[Figure, np.ndarray]:
-  """Panels of a size each, in inches, in a figure that makes room for text."""
-  figure = Figure(
-    figsize=(width * columns, height * rows + 0.3), layout="constrained"
-  )
-  figure.suptitle(title, fontsize=11)
-  axes = figure.subplots(rows, columns, squeeze=False)
-  return figure, axes
-
-
-def task_title(name: str) -> str:
-  """As GLUE writes it: SST-2."""
-  return task_named(name).folder
-
-
-def label(method: str, condition: str) -> str:
-  """A condition's name in a figure, broken where it is long."""
-  name = f"{METHOD[method][2]}, {condition}" if condition else METHOD[method][2]
-  return "\n".join(textwrap.wrap(name, WRAP, break_long_words=False))
-
-
 def score_figure(
   table: pd.DataFrame, runs: pd.DataFrame, *, title: str = ""
 ) -> Figure:
@@ -117,7 +74,7 @@ def score_figure(
     ]
     height = 0.8 + 0.26 * max(lines)
     columns = min(2, len(tasks))
-    figure, axes = _grid(
+    figure, axes = grid(
       -(-len(tasks) // columns), columns, width=5.2, height=height, title=title
     )
     for ax, task in itertools.zip_longest(axes.flat, tasks):
@@ -164,8 +121,6 @@ def _scores(ax: Axes, table: pd.DataFrame, runs: pd.DataFrame) -> None:
 
 
 def _score_key(table: pd.DataFrame) -> list[Any]:
-  from matplotlib.lines import Line2D
-
   plain = {"linestyle": "none", "color": BLACK}
   keys = [
     Line2D([], [], marker="o", alpha=0.6, label="a seed", **plain),
@@ -190,7 +145,7 @@ def curve_figure(
   """
   with mpl.rc_context(STYLE):
     tasks = list(dict.fromkeys(runs["task"]))
-    figure, axes = _grid(len(tasks), 2, width=4.4, height=2.9, title=title)
+    figure, axes = grid(len(tasks), 2, width=4.4, height=2.9, title=title)
     epochs = history(runs)
     for row, task in zip(axes, tasks, strict=True):
       best = table[table["task"] == task]
@@ -240,7 +195,7 @@ def rank_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
   with mpl.rc_context(STYLE):
     ranked = table[table["rank"].notna()]
     tasks = list(dict.fromkeys(ranked["task"]))
-    figure, axes = _grid(1, len(tasks), width=5.4, height=3.4, title=title)
+    figure, axes = grid(1, len(tasks), width=5.4, height=3.4, title=title)
     for ax, task in zip(axes.flat, tasks, strict=True):
       here = ranked[ranked["task"] == task]
       for above, (method, some) in enumerate(
@@ -297,137 +252,3 @@ def _count(value: float, place: int) -> str:
     if value >= unit:
       return f"{value / unit:g}{name}"
   return f"{value:g}"
-
-
-def norm_figure(
-  vectors: pd.DataFrame, *, title: str = "", most: int = 6
-) -> Figure:
-  """Norms of d and b a layer, a line a kind of layer: the paper's Figure 3.
-
-  Args:
-    vectors: from `frame.norms`; VeRA's are shown.
-    title: of the figure.
-    most: conditions that are shown, those with the most layers first.
-  """
-  with mpl.rc_context(STYLE):
-    own = vectors[vectors["leaf"].isin(["d", "b"])]
-    groups = list(own.groupby(["task", "condition"], sort=False))
-    wide = sorted(
-      groups, key=lambda g: -len(g[1][["layer", "kind"]].drop_duplicates())
-    )
-    shown = wide[:most]
-    kinds = list(dict.fromkeys(own["kind"]))
-    figure, axes = _grid(len(shown), 2, width=4.4, height=2.3, title=title)
-    for row, ((task, condition), some) in zip(axes, shown, strict=True):
-      for ax, leaf in zip(row, "db", strict=True):
-        _norm_lines(ax, some[some["leaf"] == leaf], kinds)
-        ax.set_ylabel(rf"$\Vert {leaf} \Vert_2$")
-        ax.set_xlabel("layer")
-        ax.set_ylim(bottom=0)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-      whose = task_title(str(task))
-      name = f"{whose}: {condition}" if condition else whose
-      row[0].set_title("\n".join(textwrap.wrap(name, 44)), loc="left")
-    _norm_key(figure, kinds)
-    return figure
-
-
-def _norm_lines(ax: Axes, vectors: pd.DataFrame, kinds: Sequence[str]) -> None:
-  if vectors.empty:
-    ax.text(0.5, 0.5, "not trained", transform=ax.transAxes, ha="center")
-  for kind, some in vectors.groupby("kind", sort=False):
-    seeds = some.groupby("layer")["norm"]
-    middle, place = seeds.median(), kinds.index(str(kind))
-    color = PALETTE[place % len(PALETTE)]
-    ax.plot(
-      middle.index,
-      middle,
-      DASHES[place % len(DASHES)],
-      color=color,
-      marker=MARKERS[place % len(MARKERS)],
-      ms=4,
-    )
-    ax.fill_between(
-      middle.index, seeds.min(), seeds.max(), color=color, alpha=0.15, lw=0
-    )
-
-
-def _norm_key(figure: Figure, kinds: Sequence[str]) -> None:
-  from matplotlib.lines import Line2D
-
-  keys = [
-    Line2D(
-      [],
-      [],
-      color=PALETTE[i % len(PALETTE)],
-      linestyle=DASHES[i % len(DASHES)],
-      marker=MARKERS[i % len(MARKERS)],
-      ms=4,
-      label=kind,
-    )
-    for i, kind in enumerate(kinds)
-  ]
-  figure.legend(
-    handles=keys, loc="outside lower center", ncols=min(4, len(keys))
-  )
-
-
-def spectrum_figure(values: pd.DataFrame, *, title: str = "") -> Figure:
-  """Singular values of the merged delta, a line a layer, a panel a kind.
-
-  Args:
-    values: from `spectra`.
-    title: of the figure.
-  """
-  with mpl.rc_context(STYLE):
-    kinds = list(dict.fromkeys(values["kind"]))
-    figure, axes = _grid(1, len(kinds), width=4.0, height=3.0, title=title)
-    layers = sorted(values["layer"].unique())
-    shades = mpl.colormaps["cividis"](np.linspace(0, 0.9, len(layers)))
-    for ax, kind in zip(axes.flat, kinds, strict=True):
-      here = values[(values["kind"] == kind) & (values["value"] > 0)]
-      for layer, some in here.groupby("layer"):
-        color = shades[layers.index(layer)]
-        ax.plot(some["place"], some["value"], color=color, label=str(layer))
-      ax.set_yscale("log")
-      ax.set_title(kind)
-      ax.set_xlabel("place")
-    axes.flat[0].set_ylabel("singular value of the delta")
-    axes.flat[-1].legend(
-      title="layer", loc="upper left", bbox_to_anchor=(1.02, 1.0)
-    )
-    return figure
-
-
-def vector_figure(
-  tensors: Mapping[str, np.ndarray], *, title: str = ""
-) -> Figure:
-  """The entries of every layer's d and b: quartiles, and the outer 2.5 %.
-
-  Args:
-    tensors: a saved adapter's, as `load_adapter` gives them.
-    title: of the figure.
-  """
-  found = {
-    (match["kind"], match["leaf"][-1], int(match["layer"])): value
-    for name, value in tensors.items()
-    if (match := NAME.fullmatch(name)) and match["leaf"].startswith("vera")
-  }
-  kinds = list(dict.fromkeys(kind for kind, _, _ in found))
-  with mpl.rc_context(STYLE):
-    figure, axes = _grid(len(kinds), 2, width=4.4, height=2.2, title=title)
-    for row, kind in zip(axes, kinds, strict=True):
-      for ax, leaf in zip(row, "db", strict=True):
-        own = {n: v for (k, x, n), v in found.items() if (k, x) == (kind, leaf)}
-        if own:
-          ax.boxplot(
-            list(own.values()),
-            positions=list(own),
-            whis=(2.5, 97.5),
-            showfliers=False,
-            medianprops={"color": VERMILION},
-            boxprops={"color": BLUE},
-          )
-        ax.set_title(f"{leaf} of {SHORT.get(kind, kind)}")
-        ax.set_xlabel("layer")
-    return figure

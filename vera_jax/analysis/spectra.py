@@ -34,7 +34,7 @@ def deltas(classifier: Classifier) -> dict[tuple[int, str], Any]:
   params = flatten_dict(classifier.params)
   matrices = flatten_dict(classifier.projections)
   shared = {k[0]: v for k, v in matrices.items() if len(k) == 1}
-  found = {}
+  found: dict[tuple[int, str], Any] = {}
   for path, target in classifier.targets.items():
     size = target.inputs, target.outputs
     own = {k[-1]: v for k, v in matrices.items() if k[:-1] == path}

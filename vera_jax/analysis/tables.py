@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 from rich.table import Table
@@ -11,7 +12,7 @@ from vera_jax.analysis.signatures import COLLAPSED
 from vera_jax.analysis.summary import smallest_ranks
 
 LEFT = ("task", "metric", "method", "condition", "seen", "paper's")
-Row = pd.Series
+Row = Any  # of the summary, a pandas Series
 
 
 def columns(table: pd.DataFrame, paper: str = "") -> dict[str, list[str]]:

@@ -79,7 +79,7 @@ class LiveTable(Watcher):
     self._live = Live(
       console=self.console,
       get_renderable=self._draw,
-      refresh_per_second=1,
+      refresh_per_second=0.5,  # each look reads all runs' folders
       transient=False,
     )
 
