@@ -49,9 +49,9 @@ from vera_jax.sweep.plan import (
   write_about,
 )
 from vera_jax.sweep.table import (
+  Finished,
   LiveTable,
   counts,
-  finished,
   plan_table,
   seconds_left,
 )
@@ -123,7 +123,7 @@ def _given(arguments: list[str]) -> set[str]:
 def show(plan: Plan, mine: list[Unit]) -> None:
   """The plan with counts and an estimate."""
   console = Console()
-  rate = estimate.rate(finished(plan), TFLOPS.value)
+  rate = estimate.rate(Finished(plan)(), TFLOPS.value)
   console.print(plan_table(plan, mine, rate))
   runs = [run for unit in mine for run in unit]
   part = f"shard {SHARD.value}: " if SHARD.value else ""

@@ -14,38 +14,36 @@ from vera_jax.analysis.summary import in_order, summary
 def overlaps(figure):
   """Pairs of texts whose boxes meet, and texts that leave the figure."""
   FigureCanvasAgg(figure).draw()
-  shown = [
-    (text, text.get_window_extent())
+  hidden = set(hidden_ticks(figure))
+  boxes = [
+    (text.get_text(), text.get_window_extent())
     for text in figure.findobj(Text)
-    if text.get_visible() and text.get_text().strip()
+    if text.get_visible() and text.get_text().strip() and text not in hidden
   ]
-  # a tick's label may exist for a tick beyond the axes; those aren't drawn
-  boxes = [(t, b) for t, b in shown if b.width > 1 and _is_drawn(t)]
+  boxes = [(name, box) for name, box in boxes if box.width > 1]
   pairs = [
-    (a.get_text(), b.get_text())
+    (a, b)
     for (a, one), (b, two) in itertools.combinations(boxes, 2)
     if one.shrunk(0.9, 0.8).overlaps(two.shrunk(0.9, 0.8))
   ]
   outside = [
-    t.get_text()
-    for t, box in boxes
+    name
+    for name, box in boxes
     if box.x0 < -1 or box.y0 < -1 or box.x1 > figure.bbox.x1 + 1
   ]
   return pairs, outside
 
 
-def _is_drawn(text):
-  axes = text.axes
-  if axes is None or not axes.get_visible():
-    return axes is None
-  for axis, (low, high) in (
-    (axes.xaxis, sorted(axes.get_xlim())),
-    (axes.yaxis, sorted(axes.get_ylim())),
-  ):
-    for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
-      if text in (tick.label1, tick.label2):
-        return low <= tick.get_loc() <= high
-  return True
+def hidden_ticks(figure):
+  """Labels that matplotlib keeps for ticks beyond the axes, and unused ones."""
+  for ax in figure.axes:
+    for axis, (low, high) in (
+      (ax.xaxis, sorted(ax.get_xlim())),
+      (ax.yaxis, sorted(ax.get_ylim())),
+    ):
+      for tick in (*axis.majorTicks, *axis.minorTicks):
+        if not ax.get_visible() or not low <= tick.get_loc() <= high:
+          yield from (tick.label1, tick.label2)
 
 
 @pytest.fixture(scope="module")

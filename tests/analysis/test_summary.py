@@ -10,7 +10,7 @@ from vera_jax import results
 from vera_jax.analysis import load_sweep, summary, tables
 from vera_jax.analysis.frame import Sweep, frame, history
 from vera_jax.analysis.significance import holm, paired
-from vera_jax.analysis.summary import in_order, smallest_ranks
+from vera_jax.analysis.summary import convergence, in_order, smallest_ranks
 from vera_jax.errors import UserError
 
 
@@ -105,6 +105,29 @@ def test_the_table_shows_paper_difference_and_collapse(make_result):
   assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
   assert "x failed: nan" in tables.notes(sweep, table)
   assert len(tables.runs_csv(sweep.runs).splitlines()) == 6
+
+
+def test_convergence_is_told_at_the_best_rate(make_result):
+  losses = {
+    ("vera", 0.01): (0.7, 0.6, 0.5),
+    ("vera", 0.1): (0.6, 0.45, 0.3),
+    ("lora", 0.001): (0.7, 0.6, 0.45),
+    ("lora", 0.01): (0.7, 0.7, 0.7),
+  }
+  found = [
+    make_result(method, seed, (0.6,) * 3, losses=curve, optim__adapter_lr=rate)
+    | {"learning_rates": {"adapter_lr": rate}}
+    for (method, rate), curve in losses.items()
+    for seed in (0, 1)
+  ]
+  sweep = Sweep("", "", frame(found), [])
+  table = convergence(sweep.runs).set_index("method")
+  assert table.loc["vera", "condition"] == "adapter_lr 0.1"
+  assert table.loc["vera", "loss"] == 0.3
+  assert table.loc["vera", "reaches"] == 2  # LoRA ends at 0.45
+  assert table.loc["lora", "condition"] == "adapter_lr 0.001"
+  notes = "\n".join(tables.notes(sweep, summary(sweep)))
+  assert "it reaches LoRA's last loss in epoch 2." in notes
 
 
 def test_an_epoch_a_row(rank_sweep):

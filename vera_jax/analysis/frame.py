@@ -91,6 +91,7 @@ def frame(
       "adapter": result["parameters"]["adapter"],
       "head": result["parameters"]["head"],
       "rank": _rank(result),
+      "rate": result.get("learning_rates", {}).get("adapter_lr"),
       "epochs": result["config"]["optim"]["epochs"],
       "seconds": result["seconds"],
       "collapsed": "collapsed" in (flags := signatures(result)),

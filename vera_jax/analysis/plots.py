@@ -121,7 +121,7 @@ def _scores(ax: Axes, table: pd.DataFrame, runs: pd.DataFrame) -> None:
 
 
 def _score_key(table: pd.DataFrame) -> list[Any]:
-  plain = {"linestyle": "none", "color": BLACK}
+  plain: Any = {"linestyle": "none", "color": BLACK}
   keys = [
     Line2D([], [], marker="o", alpha=0.6, label="a seed", **plain),
     Line2D([], [], marker="|", ms=11, mew=1.8, label="median", **plain),
@@ -131,7 +131,7 @@ def _score_key(table: pd.DataFrame) -> list[Any]:
       Line2D([], [], marker="o", mfc="white", label="collapsed", **plain)
     )
   if table["paper"].notna().any():
-    star = {"linestyle": "none", "color": ORANGE, "mec": BLACK, "ms": 9}
+    star: Any = {"linestyle": "none", "color": ORANGE, "mec": BLACK, "ms": 9}
     keys.append(Line2D([], [], marker="*", label="the paper's", **star))
   return keys
 

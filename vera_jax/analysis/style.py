@@ -19,7 +19,7 @@ VERMILION, BLUE, GREEN = "#D55E00", "#0072B2", "#009E73"
 PURPLE, ORANGE, SKY, BLACK = "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", "--", "-.", ":")
+DASHES: Any = ("-", "--", "-.", ":")
 METHOD = {
   "vera": (BLUE, "o", "VeRA"),
   "lora": (VERMILION, "s", "LoRA"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from vera_jax.analysis.frame import METHODS, Sweep
+from vera_jax.analysis.frame import METHODS, Sweep, history
 from vera_jax.analysis.published import published
 from vera_jax.analysis.significance import Difference, holm, paired
 
@@ -100,6 +100,39 @@ def smallest_ranks(table: pd.DataFrame) -> pd.DataFrame:
         "smallest_adapter": least["adapter"],
       }
     )
+  return pd.DataFrame(rows)
+
+
+def convergence(runs: pd.DataFrame) -> pd.DataFrame:
+  """How fast each method's best rate brings the training loss down.
+
+  A row a task and method of which several learning rates were run: the
+  condition whose last median loss is lowest, that loss, and the first epoch
+  whose median loss is at or below the last one of LoRA's best condition; None
+  where it never is, or there is no LoRA.
+  """
+  rows: list[dict[str, Any]] = []
+  for (task, method), group in runs.groupby(["task", "method"], sort=False):
+    if group["rate"].nunique() < 2:
+      continue
+    losses = history(group).groupby(["condition", "epoch"])["loss"].median()
+    curves = losses.unstack("epoch")
+    best = curves.iloc[:, -1].idxmin()
+    one = group[group["condition"] == best].iloc[0]
+    rows.append(
+      {
+        "task": task,
+        "method": method,
+        "condition": best,
+        "adapter": one["adapter"],
+        "loss": curves.loc[best].iloc[-1],
+        "curve": curves.loc[best],
+      }
+    )
+  lora = {row["task"]: row["loss"] for row in rows if row["method"] == "lora"}
+  for row in rows:
+    below = row["curve"] <= lora.get(row["task"], -1.0)
+    row["reaches"] = int(below.idxmax()) if below.any() else None
   return pd.DataFrame(rows)
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from vera_jax.analysis.frame import Sweep
 from vera_jax.analysis.signatures import COLLAPSED
-from vera_jax.analysis.summary import smallest_ranks
+from vera_jax.analysis.summary import convergence, smallest_ranks
 
 LEFT = ("task", "metric", "method", "condition", "seen", "paper's")
 Row = Any  # of the summary, a pandas Series
@@ -119,6 +119,7 @@ def notes(sweep: Sweep, table: pd.DataFrame) -> list[str]:
   return [
     *_reference(table),
     *_ranks(table),
+    *_convergence(sweep.runs),
     *(
       f"{f['run']} failed: {f['failed'].splitlines()[0]}" for f in sweep.failed
     ),
@@ -146,6 +147,25 @@ def _ranks(table: pd.DataFrame) -> list[str]:
     f" {row['smallest_adapter']:,} parameters)."
     for _, row in smallest_ranks(table).iterrows()
   ]
+
+
+def _convergence(runs: pd.DataFrame) -> list[str]:
+  notes = []
+  for _, row in convergence(runs).iterrows():
+    text = (
+      f"{row['task']}, {row['method']}: the training loss comes lowest with"
+      f" {row['condition']}, to {row['loss']:.4f} ({row['adapter']:,}"
+      " parameters)"
+    )
+    if row["method"] != "lora":
+      never = row["reaches"] is None or math.isnan(row["reaches"])
+      text += (
+        "; it doesn't reach LoRA's last loss"
+        if never
+        else f"; it reaches LoRA's last loss in epoch {row['reaches']:.0f}"
+      )
+    notes.append(f"{text}.")
+  return notes
 
 
 def text_of(cells: dict[str, list[str]], below: Sequence[str]) -> str:

@@ -36,10 +36,24 @@ def counts(runs: Sequence[Planned]) -> str:
   return ", ".join(f"{found[s]} {s}" for s in STATES if found[s]) or "no runs"
 
 
-def finished(plan: Plan) -> list[dict]:
-  """The results of the plan's runs, as far as they are there."""
-  found = (results.read(run.folder) for run in plan.runs)
-  return [result for result in found if result is not None]
+class Finished:
+  """The results of a plan's runs, as far as they are there; each read once."""
+
+  def __init__(self, plan: Plan) -> None:
+    self._plan = plan
+    self._read: dict[str, dict] = {}
+
+  def __call__(self) -> list[dict]:
+    found = (self.of(run) for run in self._plan.runs)
+    return [result for result in found if result is not None]
+
+  def of(self, run: Planned) -> dict | None:
+    if run.name not in self._read:
+      result = results.read(run.folder)
+      if result is None:
+        return None
+      self._read[run.name] = result
+    return self._read[run.name]
 
 
 def seconds_left(units: Sequence[Unit], rate: Rate) -> float:
@@ -71,6 +85,7 @@ class LiveTable(Watcher):
   ) -> None:
     self.console = Console(stderr=True, highlight=False)
     self._plan, self._units, self._tflops = plan, units, tflops
+    self._finished = Finished(plan)
     self._mine = [run for unit in units for run in unit]
     self._started = time.monotonic()
     self._unit_started = self._started
@@ -111,7 +126,7 @@ class LiveTable(Watcher):
       self.console.print(text, markup=False, soft_wrap=True)
 
   def _rate(self) -> Rate:
-    return estimate.rate(finished(self._plan), self._tflops)
+    return estimate.rate(self._finished(), self._tflops)
 
   def _draw(self) -> RenderableType:
     states = {run.name: run.state for run in self._plan.runs}
@@ -148,7 +163,7 @@ class LiveTable(Watcher):
   def _row(self, run: Planned, state: str, rate: Rate) -> list[RenderableType]:
     name, told = Text(run.name), Text(state, style=STYLES.get(state, "dim"))
     if state == DONE:
-      result = results.read(run.folder) or {}
+      result = self._finished.of(run) or {}
       epoch = f"{result['best']['epoch']} best"
       score = f"{result['best']['score']:.4f}"
       mark = " collapsed" if result["best"].get("collapsed") else ""
