@@ -1,6 +1,5 @@
 """Workers are started, waited for, and their ends understood."""
 
-import io
 import json
 import os
 import signal
@@ -21,7 +20,7 @@ from vera_jax.train.interrupt import Interrupted
 
 def pretend(monkeypatch, code):
   """Workers run this instead; `unit` is what they are told."""
-  start = "import json, os, signal, sys, time; unit = json.load(sys.stdin)\n"
+  start = "import json, os, sys; unit = json.loads(sys.stdin.readline())\n"
   monkeypatch.setattr(module, "WORKER", [sys.executable, "-c", start + code])
   monkeypatch.setattr(module, "POLL", 0.05)
 
@@ -91,14 +90,12 @@ def test_a_signal_is_passed_on_and_waited_for(
 ):
   pretend(
     monkeypatch,
-    """
-def stop(*_):
-  open("{}", "w").write("saved")
-  sys.exit(75)
-signal.signal(signal.SIGTERM, stop)
-open("{}", "w").write("")
-time.sleep(60)
-""".format(tmp_path / "saved", tmp_path / "ready"),
+    f"""
+open({str(tmp_path / "ready")!r}, "w").write("")
+sys.stdin.read()
+open({str(tmp_path / "saved")!r}, "w").write("saved")
+sys.exit(75)
+""",
   )
 
   class Impatient(Watcher):
@@ -133,15 +130,26 @@ def unit_of(runs, *, retry_failed=False):
   return json.dumps({"runs": told, "retry_failed": retry_failed})
 
 
-def work(monkeypatch, runs, **settings):
-  monkeypatch.setattr(sys, "stdin", io.StringIO(unit_of(runs, **settings)))
-  return worker.main()
+@pytest.fixture
+def work(monkeypatch):
+  """Runs a worker here, as if started with these runs."""
+  before = signal.getsignal(signal.SIGTERM)
+
+  def run(runs, **settings):
+    end, start = os.pipe()
+    with os.fdopen(end) as stdin, os.fdopen(start, "w") as parent:
+      print(unit_of(runs, **settings), file=parent, flush=True)
+      monkeypatch.setattr(sys, "stdin", stdin)
+      return worker.main()
+
+  yield run
+  signal.signal(signal.SIGTERM, before)
 
 
-def test_a_worker_trains_its_unit(tiny_sweep, monkeypatch):
+def test_a_worker_trains_its_unit(tiny_sweep, work):
   run, other = tiny_sweep(seeds((0, 1)), optim__batch_size=20).runs
   with held([other.lock]):
-    assert work(monkeypatch, [run, other]) == 0
+    assert work([run, other]) == 0
   assert (run.state, other.state) == ("done", "new")
   assert not run.lock.exists()
   result = results.read(run.folder)
@@ -156,7 +164,7 @@ def test_a_worker_trains_its_unit(tiny_sweep, monkeypatch):
 
 @pytest.mark.parametrize("error", [MemoryError("too much"), KeyError("odd")])
 def test_whatever_ends_a_worker_is_told_in_the_folders(
-  tiny_sweep, monkeypatch, error
+  tiny_sweep, monkeypatch, work, error
 ):
   def fail(configs, folders):
     folders[0].mkdir(parents=True)
@@ -165,12 +173,12 @@ def test_whatever_ends_a_worker_is_told_in_the_folders(
 
   monkeypatch.setattr("vera_jax.train.loop.train_members", fail)
   plan = tiny_sweep(seeds((0, 1)))
-  assert work(monkeypatch, plan.runs) == 1
+  assert work(plan.runs) == 1
   assert [run.state for run in plan.runs] == ["done", "failed"]
   assert type(error).__name__ in plan.runs[1].failure()
 
 
-def test_a_worker_takes_what_is_left(tiny_sweep, monkeypatch):
+def test_a_worker_takes_what_is_left(tiny_sweep, monkeypatch, work):
   plan = tiny_sweep()
   done, failed, *left = plan.runs
   for run, file in ((done, results.FILE), (failed, results.FAILED)):
@@ -178,31 +186,40 @@ def test_a_worker_takes_what_is_left(tiny_sweep, monkeypatch):
     results.write(run.folder, {}, file)
   taken = []
   monkeypatch.setattr(worker, "train", lambda runs: taken.append(runs) or 0)
-  work(monkeypatch, plan.runs)
-  work(monkeypatch, plan.runs, retry_failed=True)
+  work(plan.runs)
+  work(plan.runs, retry_failed=True)
   names = [[run["lock"] for run in runs] for runs in taken]
   assert names[0] == [str(run.lock) for run in left]
   assert names[1] == [str(run.lock) for run in (failed, *left)]
-  assert work(monkeypatch, [done]) == 0 and len(taken) == 2
+  assert work([done]) == 0 and len(taken) == 2
 
 
-def test_a_worker_whose_parent_is_gone_is_told_once(monkeypatch):
+def test_a_closed_input_stops_a_worker_and_a_second_signal_never_comes(
+  monkeypatch,
+):
   told = []
   monkeypatch.setattr(os, "kill", lambda *what: told.append(what))
-  follower = worker.Follower()
-  follower.look()
-  assert told == []
-  monkeypatch.setattr(os, "getppid", lambda: 1)
-  follower.look()
-  follower.look()
-  assert told == [(os.getpid(), signal.SIGTERM)]
+  end, start = os.pipe()
+  before = signal.signal(signal.SIGTERM, worker.leave)
+  try:
+    worker.follow(end)
+    assert told == []  # the sweep is there
+    os.close(start)
+    worker.follow(end)
+    assert told == [(os.getpid(), signal.SIGTERM)]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a run that took one
+    worker.follow(end)
+    assert len(told) == 1
+  finally:
+    signal.signal(signal.SIGTERM, before)
+    os.close(end)
 
 
 def test_a_worker_tells_every_folder_why_it_could_not(
-  tiny_sweep, monkeypatch, tmp_path, capsys
+  tiny_sweep, work, tmp_path, capsys
 ):
   plan = tiny_sweep(seeds((0, 1)), data__source=str(tmp_path / "nowhere"))
-  assert work(monkeypatch, plan.runs) == 1
+  assert work(plan.runs) == 1
   for run in plan.runs:
     assert run.state == "failed" and "nowhere" in run.failure()
   assert "Traceback" not in capsys.readouterr().err

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,12 @@ def _train(
     )
     assert worker.stdin is not None
     told = json.dumps({"runs": runs, "retry_failed": retry_failed})
-    try:
-      worker.stdin.write(told.encode())
-      worker.stdin.close()
-    except BrokenPipeError:  # it ended at once; its exit code tells
-      pass
+    with suppress(BrokenPipeError):  # it ended at once; its exit code tells
+      worker.stdin.write(told.encode() + b"\n")
+      worker.stdin.flush()
     code = _wait(worker, flag, tick)
+    with suppress(BrokenPipeError):
+      worker.stdin.close()
   if code not in (0, 1, EXIT_CODE) and not flag.caught:
     note_failure(runs, f"{_end(code)} The last lines of {log}:\n{_last(log)}")
     return 1
@@ -133,7 +134,8 @@ def _wait(
     except subprocess.TimeoutExpired:
       tick()
     if flag.caught and asked is None:
-      worker.send_signal(signal.SIGTERM)
+      assert worker.stdin is not None
+      worker.stdin.close()  # it stops and saves
       asked = time.monotonic()
     if asked is not None and time.monotonic() - asked > GRACE:
       worker.kill()

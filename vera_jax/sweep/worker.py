@@ -1,17 +1,22 @@
 """The process that trains a sweep's unit: runs that can train together.
 
 A process of its own, so that a crash, or memory that isn't given back, ends
-with it, and its progress bar has nobody to quarrel with. It reads the unit as
-JSON from standard input. Exit codes: 0 done (members may have failed, their
-folders say so), 75 stopped and saved, 1 none of the runs could be trained.
+with it, and its progress bar has nobody to quarrel with. It reads the unit as a
+line of JSON from standard input, and stops, saved, when that is closed: whoever
+started it wants so, or is gone. Exit codes: 0 done (members may have failed,
+their folders say so), 75 stopped and saved, 1 none of the runs could be
+trained.
 """
 
 import json
 import os
+import select
 import signal
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -27,24 +32,30 @@ def main() -> int:
   from absl import logging
 
   logging.set_verbosity(logging.WARNING)
-  unit = json.load(sys.stdin)
+  signal.signal(signal.SIGTERM, leave)
+  unit = json.loads(sys.stdin.readline())
   locks = {Path(run["lock"]): run for run in unit["runs"]}
-  with held(list(locks), beat=Follower().look) as mine:
+  with held(list(locks), beat=partial(follow, sys.stdin.fileno())) as mine:
     # only now is it sure that no other process finishes them
     left = [run for run in map(locks.get, mine) if run and _is_open(run, unit)]
     return train(left) if left else 0
 
 
-class Follower:
-  """Ends this process, saved, once the one that started it is gone."""
+def leave(number: int, frame: FrameType | None) -> None:
+  """SIGTERM while nothing trains: there is nothing to save."""
+  del number, frame
+  raise SystemExit(EXIT_CODE)
 
-  def __init__(self) -> None:
-    self._parent, self._told = os.getppid(), False
 
-  def look(self) -> None:
-    if not self._told and os.getppid() != self._parent:
-      self._told = True  # a second signal would not wait for the save
-      os.kill(os.getpid(), signal.SIGTERM)
+def follow(stdin: int) -> None:
+  """Once standard input is closed: SIGTERM to ourselves, if none came yet.
+
+  A cluster may send it to every process of a job, and a run that has taken one
+  (its handler is the default again) would not survive a second.
+  """
+  caught = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  if not caught and select.select([stdin], [], [], 0)[0]:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _is_open(run: dict[str, Any], unit: dict[str, Any]) -> bool:
