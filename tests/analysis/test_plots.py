@@ -100,6 +100,16 @@ def test_every_rank_is_named(rank_sweep):
   assert ax.get_xscale() == "log"
 
 
+def test_ranks_that_lie_close_are_told_apart(make_result):
+  found = [
+    make_result("vera", seed, (0.7,), adapter=4608 + 12 * r, vera__rank=r)
+    for r in (1, 2, 4, 8, 16)
+    for seed in (0, 1)
+  ]
+  sweep = Sweep("Close", "", frame(found), [])
+  assert overlaps(plots.rank_figure(summary(sweep))) == ([], [])
+
+
 def test_norms_are_a_line_a_kind(rank_sweep):
   figure = plots.norm_figure(norms(rank_sweep.runs))
   assert len(figure.axes) == 6

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from configs.sweeps import layers
 from vera_jax import results
 from vera_jax.analysis import load_sweep, summary, tables
 from vera_jax.analysis.frame import Sweep, frame, history
@@ -38,19 +39,35 @@ def test_what_is_not_the_methods_own_makes_no_condition(make_result):
 
 
 def test_targets_are_told_in_words(make_result):
-  half = (r"layer_(0|1)/.*/query",)
+  linear = layers.targets(6)[1]
+  lower = layers.targets(6)[-2]
   runs = frame(
     [
-      make_result(vera__targets=half),
-      make_result(vera__targets=("query", "value")),
-      make_result(vera__targets=(r"layer_\d+/output/dense",)),
+      make_result(vera__targets=targets)
+      for targets in (lower, linear, ("query", "value"), (linear[-1],))
     ]
+    + [make_result(vera__targets=("layer_5/.*/value",))]
   )
   assert list(runs["condition"]) == [
-    "targets query of 0|1",
+    "targets query + value of layers 0, 1, 2",
+    "targets all linear layers",
     "targets query + value",
-    "targets output/dense",
+    "targets output",
+    "targets value of layer 5",
   ]
+
+
+def test_what_most_conditions_have_goes_without_saying(make_result):
+  runs = frame(
+    [
+      make_result(),
+      make_result(seed=1),
+      make_result(vera__d_init=1.0),
+      make_result(vera__init="uniform"),
+    ]
+  )
+  names = ["default", "default", "d_init 1", "init uniform"]
+  assert list(runs["condition"]) == names
 
 
 def test_the_difference_is_paired_with_the_best_lora(rank_sweep):

@@ -1,5 +1,7 @@
 """A folder of results as a DataFrame, a row a run."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ from vera_jax import results
 from vera_jax.analysis.signatures import signatures
 from vera_jax.errors import UserError
 from vera_jax.json_files import read_json
-from vera_jax.norms import norms_beside
+from vera_jax.norms import SHORT, norms_beside
 
 METHODS = ("vera", "lora", "bitfit", "head", "full")
 # Settings that tell no condition from another: the first are a run's own,
@@ -134,24 +136,30 @@ def _names(
 ) -> list[str]:
   """What tells a run's condition from the others of its task and method.
 
-  In words: "rank 64, d_init 0.1"; "" where there is one condition only.
+  In words: "rank 64, d_init 0.1". A value that more than half of the conditions
+  have goes without saying; one that has only such values is "default". "" where
+  there is one condition only.
   """
-  alike: dict[tuple, list[dict[str, Any]]] = {}
+  alike: dict[tuple, dict[str, dict[str, Any]]] = {}
   for result, key in zip(found, keys, strict=True):
-    alike.setdefault((result["task"], result["method"]), []).append(key)
-  differ = {
-    which: [
-      k for k in _union(group) if len({repr(g.get(k)) for g in group}) > 1
-    ]
-    for which, group in alike.items()
-  }
+    group = alike.setdefault((result["task"], result["method"]), {})
+    group[repr(key)] = key
   return [
-    ", ".join(
-      f"{name.rpartition('.')[-1]} {_word(key.get(name))}"
-      for name in differ[result["task"], result["method"]]
-    )
+    _name(key, list(alike[result["task"], result["method"]].values()))
     for result, key in zip(found, keys, strict=True)
   ]
+
+
+def _name(key: dict[str, Any], group: Sequence[dict[str, Any]]) -> str:
+  if len(group) == 1:
+    return ""
+  words = []
+  for name in _union(group):
+    values = Counter(repr(other.get(name)) for other in group)
+    own = values[repr(key.get(name))]
+    if own < len(group) and own <= len(group) / 2:
+      words.append(f"{name.rpartition('.')[-1]} {_word(key.get(name))}")
+  return ", ".join(words) or "default"
 
 
 def _union(group: Iterable[dict[str, Any]]) -> list[str]:
@@ -160,15 +168,32 @@ def _union(group: Iterable[dict[str, Any]]) -> list[str]:
 
 def _word(value: Any) -> str:
   if isinstance(value, tuple):
-    return " + ".join(_target(str(v)) for v in value)
+    return _targets([str(pattern) for pattern in value])
   return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _target(pattern: str) -> str:
-  r"""A target pattern for a person: "layer_(0|1|2)/.*/query" -> query 0|1|2."""
-  plain = pattern.replace(r"layer_\d+/", "").replace("layer_", "")
-  layers, _, name = plain.rpartition("/.*/")
-  return f"{name} of {layers.strip('()')}" if layers else plain
+def _targets(patterns: Sequence[str]) -> str:
+  """Target patterns for a person: "query + value of layers 0, 1, 2"."""
+  parts = [
+    pattern.replace(r"layer_\d+/", "").rpartition("/.*/")
+    for pattern in patterns
+  ]
+  names = [_kind(name) for _, _, name in parts]
+  layers = {layers for layers, _, _ in parts}
+  if len(layers) > 1:  # of each its own
+    return " + ".join(patterns)
+  if set(names) == set(SHORT.values()):
+    return "all linear layers"
+  numbers = re.findall(r"\d+", layers.pop())
+  where = f" of layers {', '.join(numbers)}" if len(numbers) > 1 else ""
+  where = f" of layer {numbers[0]}" if len(numbers) == 1 else where
+  return " + ".join(names) + where
+
+
+def _kind(name: str) -> str:
+  """attention/output/dense -> attention output."""
+  plain = name.replace("/", ".")
+  return SHORT.get(plain, plain.replace(".dense", "").replace(".", " "))
 
 
 def _sorted_names(

@@ -1,7 +1,7 @@
 """The figures of a sweep: scores, learning curves, ranks."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from vera_jax.analysis.frame import Sweep, history, norms
 from vera_jax.analysis.style import (
@@ -44,6 +45,12 @@ __all__ = [
   "vector_figure",
 ]
 
+# Where a label may stand beside its point: the nearest that is free.
+PLACES = (
+  *((0, 1), (-1, 0), (1, 0), (0, -1)),
+  *((-1, 1), (1, 1), (-1, -1), (1, -1)),
+  *((-2, 0), (2, 0), (0, 2), (0, -2), (-2, 1), (-2, -1), (-3, 0), (3, 0)),
+)
 MOST = 7  # lines that one panel can tell apart
 
 
@@ -198,10 +205,8 @@ def rank_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
     figure, axes = grid(1, len(tasks), width=5.4, height=3.4, title=title)
     for ax, task in zip(axes.flat, tasks, strict=True):
       here = ranked[ranked["task"] == task]
-      for above, (method, some) in enumerate(
-        here.groupby("method", sort=False)
-      ):
-        _rank_line(ax, str(method), some, above=bool(above))
+      for method, some in here.groupby("method", sort=False):
+        _rank_line(ax, str(method), some)
       ax.set_xscale("log")
       ax.set_title(task_title(task))
       ax.set_xlabel("trained adapter parameters")
@@ -210,14 +215,18 @@ def rank_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
       ax.margins(y=0.14)
       ax.xaxis.set_major_formatter(FuncFormatter(_count))
       ax.xaxis.set_minor_locator(NullLocator())
-      ax.legend(loc="best")
+    figure.legend(
+      *axes.flat[0].get_legend_handles_labels(),
+      loc="outside lower center",
+      ncols=2,
+    )
+    for ax, task in zip(axes.flat, tasks, strict=True):
+      _name_ranks(figure, ax, ranked[ranked["task"] == task])
     return figure
 
 
-def _rank_line(
-  ax: Axes, method: str, rows: pd.DataFrame, *, above: bool
-) -> None:
-  """The seeds' range is a bar; the number at a point is its rank."""
+def _rank_line(ax: Axes, method: str, rows: pd.DataFrame) -> None:
+  """Medians joined by a line; a bar is the seeds' range."""
   color, marker, name = METHOD[method]
   rows = rows.sort_values("adapter")
   below, over = rows["score"] - rows["low"], rows["high"] - rows["score"]
@@ -232,18 +241,54 @@ def _rank_line(
     elinewidth=0.8,
     label=f"{name}, r at each point",
   )
-  ends = rows["high"] if above else rows["low"]
-  for x, y, rank in zip(rows["adapter"], ends, rows["rank"], strict=True):
+
+
+def _name_ranks(figure: Figure, ax: Axes, table: pd.DataFrame) -> None:
+  """The rank at each point, where no other label or bar lies."""
+  figure.draw_without_rendering()  # now the axes' place is known
+  at = ax.transData.transform
+  scale = figure.dpi / 72  # pixels a point
+  taken = [
+    Bbox([at((x, low)) - 4 * scale, at((x, high)) + 4 * scale])
+    for x, low, high in zip(
+      table["adapter"], table["low"], table["high"], strict=True
+    )
+  ]
+  for _, line in table.groupby("method"):
+    points = line[["adapter", "score"]].to_numpy(float)
+    taken += _along(list(at(points)))
+  for _, row in table.iterrows():
+    text, width = str(int(row["rank"])), 5.0 * len(str(int(row["rank"])))
+    for way in PLACES:
+      middle = np.array(way) * (8 + np.array([width / 2, 3.5])) * scale
+      middle += at((row["adapter"], row["score"]))
+      half = np.array([width / 2, 4.0]) * scale
+      box = Bbox([middle - half, middle + half])
+      if not any(box.overlaps(other) for other in taken):
+        break
+    taken.append(box)
+    offset = (middle - at((row["adapter"], row["score"]))) / scale
     ax.annotate(
-      f"{int(rank)}",
-      (x, y),
-      xytext=(0, 5 if above else -5),
+      text,
+      (row["adapter"], row["score"]),
+      xytext=tuple(offset),
       textcoords="offset points",
       ha="center",
-      va="bottom" if above else "top",
+      va="center",
       fontsize=7.5,
-      color=color,
+      color=METHOD[row["method"]][0],
     )
+
+
+def _along(points: Sequence[np.ndarray]) -> list[Bbox]:
+  """Small boxes on the line through points, in order of their x."""
+  ordered = sorted(points, key=lambda point: point[0])
+  steps = np.linspace(0, 1, 25)[:, None]
+  return [
+    Bbox([middle - 1, middle + 1])
+    for a, b in itertools.pairwise(ordered)
+    for middle in a + steps * (b - a)
+  ]
 
 
 def _count(value: float, place: int) -> str:

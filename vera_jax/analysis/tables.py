@@ -24,7 +24,7 @@ def columns(table: pd.DataFrame, paper: str = "") -> dict[str, list[str]]:
     "task": lambda row: row["task"],
     "metric": lambda row: row["metric"],
     "method": lambda row: row["method"],
-    "condition": lambda row: row["condition"].replace("|", ", "),
+    "condition": lambda row: row["condition"].replace("|", "\\|"),
     "adapter": lambda row: f"{row['adapter']:,}",
     "head": lambda row: f"{row['head']:,}",
     "best epoch": lambda row: _spread(row, "score", "low", "high"),
