@@ -32,7 +32,7 @@ def test_from_top_to_bottom(minilm_folder, tmp_path):
     capture_output=True,
     text=True,
     timeout=400,
-    env={**os.environ, "IPYTHONDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+    env={**os.environ, "IPYTHONDIR": str(tmp_path)},
   )
   assert done.returncode == 0, done.stderr[-3000:]
   cells = json.loads(out.read_text(encoding="utf-8"))["cells"]
