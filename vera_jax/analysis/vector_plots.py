@@ -113,6 +113,8 @@ def spectrum_figure(values: pd.DataFrame, *, title: str = "") -> Figure:
         color = shades[layers.index(layer)]
         ax.plot(some["place"], some["value"], color=color, label=str(layer))
       ax.set_yscale("log")
+      # what lies lower is rounding, of ranks that the delta hasn't
+      ax.set_ylim(bottom=1e-6 * values["value"].max())
       ax.set_title(kind)
       ax.set_xlabel("place")
     axes.flat[0].set_ylabel("singular value of the delta")
