@@ -51,15 +51,16 @@ def show(sweep: Sweep, kind: str) -> None:
   console = Console()
   if kind == "auto":
     kind = "terminal" if console.is_terminal else "markdown"
-  table = in_order(summary(sweep))
-  cells = tables.columns(table, sweep.paper)
-  below = tables.notes(sweep, table)
+  rows = in_order(summary(sweep))
+  cells = tables.columns(rows, sweep.paper)
+  below = tables.notes(sweep, rows)
   if kind == "csv":
-    sys.stdout.write(tables.csv(table))
+    sys.stdout.write(tables.csv(rows))
   elif kind == "markdown":
     sys.stdout.write(tables.text_of(cells, below))
   else:
-    console.print(tables.for_terminal(cells, sweep.title))
+    table = tables.for_terminal(cells, sweep.title, width=console.width)
+    console.print(table)
     for note in below:
       console.print(note, markup=False, highlight=False)
 

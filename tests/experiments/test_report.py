@@ -58,7 +58,7 @@ def test_the_readme_shows_the_committed_results():
 
 
 @pytest.mark.skipif(not (ROOT / "results").exists(), reason="not in a checkout")
-def test_a_report_is_tables_and_figures(tmp_path, capsys):
+def test_a_report_is_tables_and_figures(tmp_path, capsys, monkeypatch):
   sweep = load_sweep(ROOT / "results/minilm")
   report.write(sweep, tmp_path)
   names = {path.name for path in tmp_path.iterdir()}
@@ -73,9 +73,13 @@ def test_a_report_is_tables_and_figures(tmp_path, capsys):
   assert head["collapsed"].item() == 3  # one answer to everything
   report.show(sweep, "csv")
   assert capsys.readouterr().out == (tmp_path / "table.csv").read_text()
-  report.show(sweep, "terminal")
-  shown = capsys.readouterr().out
-  assert "collapsed" in shown and "7,680" in shown
+  for columns, there in (("80", False), ("200", True)):
+    monkeypatch.setenv("COLUMNS", columns)
+    report.show(sweep, "terminal")
+    shown = capsys.readouterr().out
+    assert ("7,680" in shown) == there != ("no room for" in shown)
+    rows = [line for line in shown.splitlines() if line.startswith("│")]
+    assert len(rows) == 9 and "collapsed" in rows[2]  # no cell is broken
   report.show(sweep, "auto")  # no terminal here
   page = (tmp_path / "table.md").read_text(encoding="utf-8")
   assert page.endswith(capsys.readouterr().out)

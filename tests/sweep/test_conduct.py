@@ -15,7 +15,9 @@ from vera_jax.sweep import worker
 from vera_jax.sweep.conduct import Watcher, conduct
 from vera_jax.sweep.lock import held
 from vera_jax.sweep.plan import units
+from vera_jax.train.group import group_key
 from vera_jax.train.interrupt import Interrupted
+from vera_jax.train.settings import check_settings
 
 
 def pretend(monkeypatch, code):
@@ -146,20 +148,22 @@ def work(monkeypatch):
   signal.signal(signal.SIGTERM, before)
 
 
-def test_a_worker_trains_its_unit(tiny_sweep, work):
-  run, other = tiny_sweep(seeds((0, 1)), optim__batch_size=20).runs
-  with held([other.lock]):
-    assert work([run, other]) == 0
-  assert (run.state, other.state) == ("done", "new")
-  assert not run.lock.exists()
-  result = results.read(run.folder)
-  norms = {(v["layer"], v["kind"], v["leaf"]) for v in result["norms"]}
-  assert norms == {
-    (layer, kind, leaf)
-    for layer in (0, 1)
-    for kind in ("query", "value")
-    for leaf in "db"
-  }
+def test_a_worker_trains_its_unit(tiny_sweep, monkeypatch, work):
+  given = []
+  monkeypatch.setattr(
+    "vera_jax.train.loop.train_members", lambda *group: given.append(group)
+  )
+  runs = tiny_sweep(seeds((0, 1, 2))).runs
+  with held([runs[2].lock]):
+    assert work(runs) == 0
+    assert runs[2].lock.exists()
+  ((configs, folders),) = given
+  assert folders == [run.folder for run in runs[:2]]
+  assert not any(run.lock.exists() for run in runs)
+  for config, run in zip(configs, runs[:2], strict=True):
+    check_settings(config)  # through JSON it is the same config
+    assert group_key(config) == group_key(run.config)
+    assert config.seed == run.config.seed
 
 
 @pytest.mark.parametrize("error", [MemoryError("too much"), KeyError("odd")])

@@ -31,7 +31,7 @@ def columns(table: pd.DataFrame, paper: str = "") -> dict[str, list[str]]:
     "last epoch": lambda row: _spread(row, "last", "last_low", "last_high"),
     f"paper, {paper}" if paper else "paper": _paper,
     "less LoRA (95 %)": _difference,
-    "p, Holm": lambda row: _p(row["p_holm"]),
+    "p (Holm)": lambda row: _p(row["p_holm"]),
     "seen": _seen,
     "seeds": lambda row: str(row["seeds"]),
     "epochs": lambda row: str(row["epochs"]),
@@ -88,18 +88,45 @@ def markdown(cells: dict[str, list[str]]) -> str:
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def for_terminal(cells: dict[str, list[str]], title: str) -> Table:
+# What a narrow terminal does without, the first first.
+SPARED = (
+  "seconds a run",
+  "epochs",
+  "metric",
+  "last epoch",
+  "head",
+  "seeds",
+  "p (Holm)",
+  "adapter",
+)
+
+
+def for_terminal(
+  cells: dict[str, list[str]], title: str, *, width: int
+) -> Table:
+  """As a rich table; columns that don't fit are left out and named."""
+  cells, spared = dict(cells), []
+  for name in SPARED:
+    if name in cells and _width(cells) > width:
+      del cells[name]
+      spared.append(name)
   table = Table(title=title, title_justify="left")
+  if spared:
+    table.caption = f"no room for: {', '.join(spared)}"
+    table.caption_justify = "left"
   for name in cells:
-    left = name in LEFT
-    table.add_column(
-      name, justify="left" if left else "right", no_wrap=name == "method"
-    )
+    table.add_column(name, justify="left" if name in LEFT else "right")
   seen = cells.get("seen", [])
   for place, row in enumerate(zip(*cells.values(), strict=True)):
     bad = place < len(seen) and COLLAPSED in seen[place]
     table.add_row(*row, style="red" if bad else None)
   return table
+
+
+def _width(cells: dict[str, list[str]]) -> int:
+  """Of the table, each cell in one line."""
+  columns = [max(map(len, (n, *column))) for n, column in cells.items()]
+  return 1 + sum(3 + width for width in columns)
 
 
 def csv(table: pd.DataFrame) -> str:
