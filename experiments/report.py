@@ -1,78 +1,91 @@
-"""A table from the result.json files below a folder.
+"""Tables and figures from the result.json files below a folder.
 
-  python -m experiments.report results/minilm
+  python -m experiments.report DIR                  # a sweep's, or any runs'
+  python -m experiments.report DIR --format=csv
+  python -m experiments.report results/minilm       # the README's table
 
-Markdown on standard output: a row for each task and method, over the seeds that
-were run. Scores are in percent: the best epoch of each seed as the paper takes
-it (median, with the lowest and the highest seed), and the last epoch's.
+Prints a table, in a terminal as one, elsewhere as Markdown, and writes into
+DIR/report: table.md, table.csv (a row a condition, unrounded), runs.csv (a row
+a run) and the figures as PNG and SVG. --out=FOLDER puts them elsewhere, --out=
+nowhere.
+
+A row is a task, a method and what else tells its runs from others. Scores are
+in percent: each seed's best epoch as the paper takes it (median, with the
+lowest and the highest seed), and the last epoch's. Beside them stand the
+paper's number, where it has one, the difference from LoRA over the seeds that
+both have, with its p, and what the runs show: collapsed to one class, d gone to
+zero, unstable loss. No weights are needed.
 """
 
-import statistics
+import sys
 from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from experiments import cli
-from vera_jax.errors import UserError
-from vera_jax.results import read_all
+from absl import flags
+from rich.console import Console
 
-HEADER = (
-  "task",
-  "metric",
-  "method",
-  "adapter",
-  "head",
-  "best epoch",
-  "last epoch",
-  "seeds",
-  "epochs",
-  "seconds a run",
+from experiments import cli
+from vera_jax.analysis import plots, tables
+from vera_jax.analysis.frame import Sweep, frame, load_sweep
+from vera_jax.analysis.summary import in_order, summary
+
+FORMATS = ("auto", "terminal", "markdown", "csv")
+FORMAT = flags.DEFINE_enum("format", "auto", FORMATS, "What is printed.")
+OUT = flags.DEFINE_string(
+  "out", None, "Where files go. Unset: DIR/report; empty: nowhere."
 )
-METHODS = ("vera", "lora", "bitfit", "head", "full")
 
 
 def main(folders: list[str]) -> None:
-  print(table(folders or ["results"]))
+  folders = folders or ["results"]
+  sweep = load_sweep(*folders)
+  out = OUT.value if OUT.value is not None else f"{folders[0]}/report"
+  show(sweep, FORMAT.value)
+  if out:
+    write(sweep, Path(out))
+    print(f"{out}", file=sys.stderr)
 
 
-def table(folders: list[str]) -> str:
-  """The Markdown table of all results below some folders."""
-  results = [r for name in folders for r in read_all(Path(name))]
-  if not results:
-    raise UserError(f"There is no result.json below {', '.join(folders)}.")
-  return markdown(results)
+def show(sweep: Sweep, kind: str) -> None:
+  console = Console()
+  if kind == "auto":
+    kind = "terminal" if console.is_terminal else "markdown"
+  rows = in_order(summary(sweep))
+  cells = tables.columns(rows, sweep.paper)
+  below = tables.notes(sweep, rows)
+  if kind == "csv":
+    sys.stdout.write(tables.csv(rows))
+  elif kind == "markdown":
+    sys.stdout.write(tables.text_of(cells, below))
+  else:
+    table = tables.for_terminal(cells, sweep.title, width=console.width)
+    console.print(table)
+    for note in below:
+      console.print(note, markup=False, highlight=False)
 
 
-def _row(runs: list[dict[str, Any]]) -> tuple[str, ...]:
-  first = runs[0]
-  epochs = {run["config"]["optim"]["epochs"] for run in runs}
-  seconds = statistics.median(run["seconds"] for run in runs)
-  return (
-    first["task"],
-    first["score_name"],
-    first["method"],
-    f"{first['parameters']['adapter']:,}",
-    f"{first['parameters']['head']:,}",
-    cli.spread(run["best"]["score"] for run in runs),
-    cli.spread(run["last"]["score"] for run in runs),
-    str(len(runs)),
-    ", ".join(map(str, sorted(epochs))),
-    f"{seconds:.0f}",
-  )
+def write(sweep: Sweep, folder: Path) -> None:
+  """All files of a report."""
+  table = in_order(summary(sweep))
+  cells = tables.columns(table, sweep.paper)
+  folder.mkdir(parents=True, exist_ok=True)
+  page = tables.text_of(cells, tables.notes(sweep, table))
+  texts = {
+    "table.md": f"# {sweep.title}\n\n{page}",
+    "table.csv": tables.csv(table),
+    "runs.csv": tables.runs_csv(sweep.runs),
+  }
+  for name, text in texts.items():
+    (folder / name).write_text(text, encoding="utf-8")
+  for name, figure in plots.figures(sweep, table):
+    plots.save(figure, folder, name)
 
 
 def markdown(results: Iterable[dict[str, Any]]) -> str:
-  """The table; rows by task, then by method."""
-
-  def key(result: dict[str, Any]) -> tuple[str, int]:
-    return result["task"], METHODS.index(result["method"])
-
-  ordered = sorted(results, key=key)
-  rows = [_row(list(runs)) for _, runs in groupby(ordered, key)]
-  rule = ["---"] * 3 + ["---:"] * (len(HEADER) - 3)
-  lines = [HEADER, tuple(rule), *rows]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+  """The table alone; rows by task, then by method."""
+  sweep = Sweep("", "", frame(list(results)), [])
+  return tables.markdown(tables.columns(in_order(summary(sweep))))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ What a notebook needs:
   write_merged        a classifier as a plain Hugging Face checkpoint
   Predictor           answers of a classifier to texts
   AdapterBank         many adapters on one base, mixed in one batch
+  analysis            a module: results as DataFrames and figures
   UserError           what is raised for input that the user can mend
 """
 

@@ -64,7 +64,18 @@ def read(workdir: Path, file: str = FILE) -> dict[str, Any] | None:
   return read_json(path) if path.exists() else None
 
 
+def finished(folder: Path) -> list[Path]:
+  """The folders of every finished run below a folder, in order."""
+  return [path.parent for path in sorted(folder.rglob(FILE))]
+
+
 def read_all(folder: Path) -> list[dict[str, Any]]:
   """The results of every finished run below a folder, in order of path."""
-  found = (read(path.parent) for path in sorted(folder.rglob(FILE)))
+  found = map(read, finished(folder))
   return [result for result in found if result is not None]
+
+
+def read_failures(folder: Path) -> list[dict[str, Any]]:
+  """What the failed.json files below a folder say, with each one's `run`."""
+  paths = sorted(folder.rglob(FAILED))
+  return [{**read_json(path), "run": path.parent.name} for path in paths]

@@ -3,11 +3,12 @@
 import copy
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from experiments import quickstart, report
 from experiments.report import markdown
-from vera_jax.errors import UserError
+from vera_jax.analysis import load_sweep
 from vera_jax.results import read_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(method, seed, scores, task="rte"):
   history = [{"epoch": i + 1, "score": score} for i, score in enumerate(scores)]
+  config = {"task": task, "method": method, "model": {"name": "small"}}
+  config["optim"] = {"epochs": len(scores)}
   return {
     "task": task,
     "method": method,
@@ -23,7 +26,8 @@ def run(method, seed, scores, task="rte"):
     "best": max(history, key=lambda epoch: epoch["score"]),
     "last": history[-1],
     "parameters": {"adapter": 1792, "head": 770, "frozen": 10**6},
-    "config": {"optim": {"epochs": len(scores)}},
+    "config": config,
+    "history": history,
     "seconds": 10.0 * (seed + 1),
   }
 
@@ -39,10 +43,10 @@ def test_a_row_a_task_and_method_over_its_seeds():
   assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
   assert lines[2] == (
     "| rte | accuracy | vera | 1,792 | 770 | 70.0 (55.0 to 90.0)"
-    " | 60.0 (55.0 to 80.0) | 3 | 2 | 20 |"
+    " | 60.0 (55.0 to 80.0) | +10.0 | 3 | 2 | 20 |"
   )
   assert lines[3].startswith("| rte | accuracy | lora |")
-  assert "| 60.0 | 60.0 | 1 | 2 | 10 |" in lines[3]
+  assert "| 60.0 | 60.0 |  | 1 | 2 | 10 |" in lines[3]
 
 
 @pytest.mark.skipif(
@@ -53,9 +57,32 @@ def test_the_readme_shows_the_committed_results():
   assert table in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_no_results_is_an_error(tmp_path):
-  with pytest.raises(UserError, match="no result.json"):
-    report.table([str(tmp_path)])
+@pytest.mark.skipif(not (ROOT / "results").exists(), reason="not in a checkout")
+def test_a_report_is_tables_and_figures(tmp_path, capsys, monkeypatch):
+  sweep = load_sweep(ROOT / "results/minilm")
+  report.write(sweep, tmp_path)
+  names = {path.name for path in tmp_path.iterdir()}
+  figures = {
+    f"{n}.{kind}" for n in ("scores", "curves") for kind in ("png", "svg")
+  }
+  assert names == figures | {"table.md", "table.csv", "runs.csv"}
+  table = pd.read_csv(tmp_path / "table.csv")
+  assert len(pd.read_csv(tmp_path / "runs.csv")) == len(sweep.runs)
+  assert table["seeds"].sum() == len(sweep.runs)
+  head = table[(table["task"] == "cola") & (table["method"] == "head")]
+  assert head["collapsed"].item() == 3  # one answer to everything
+  report.show(sweep, "csv")
+  assert capsys.readouterr().out == (tmp_path / "table.csv").read_text()
+  for columns, there in (("80", False), ("200", True)):
+    monkeypatch.setenv("COLUMNS", columns)
+    report.show(sweep, "terminal")
+    shown = capsys.readouterr().out
+    assert ("7,680" in shown) == there != ("no room for" in shown)
+    rows = [line for line in shown.splitlines() if line.startswith("│")]
+    assert len(rows) == 9 and "collapsed" in rows[2]  # no cell is broken
+  report.show(sweep, "auto")  # no terminal here
+  page = (tmp_path / "table.md").read_text(encoding="utf-8")
+  assert page.endswith(capsys.readouterr().out)
 
 
 def test_the_quickstart_compares_head_and_vera(

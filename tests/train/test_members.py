@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from vera_jax import group_key, train_members
 from vera_jax.errors import UserError
+from vera_jax.norms import norms_beside
 from vera_jax.train import loop
 from vera_jax.train.group import titles
 from vera_jax.train.interrupt import Interrupted
@@ -74,7 +75,7 @@ def assert_alike(folder, alone):
   one, two = map(result_of, (folder, alone))
   for result in (one, two):
     result["history"] = [{**e, "train_loss": 0} for e in result["history"]]
-    for key in ("best", "last", "members"):
+    for key in ("best", "last", "members", "norms"):  # the leaves say it
       del result[key]
   assert one == two
 
@@ -267,3 +268,10 @@ def test_a_folder_for_each(tiny_config, tmp_path):
   configs = [tiny_config(), tiny_config(seed=1)]
   with pytest.raises(UserError, match="workdir of its own"):
     train_members(configs, [tmp_path, tmp_path])
+
+
+def test_the_norms_in_a_result_are_those_of_its_adapter(together):
+  for folder, result in zip(together.folders, together.results, strict=True):
+    assert result["norms"] == norms_beside(folder)
+    assert {v["leaf"] for v in result["norms"]} == {"d", "b"}
+    assert len(result["norms"]) == 2 * 2 * 2  # layers, query and value

@@ -7,9 +7,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vera_jax import results
-from vera_jax.adapter_files import save_adapter
+from vera_jax.adapter_files import save_adapter, tensors
 from vera_jax.checkpoint import Checkpoints
 from vera_jax.models.hf_weights import fingerprint
+from vera_jax.norms import adapter_norms, as_json
 from vera_jax.projections import PRNG
 from vera_jax.train.group import own_settings
 from vera_jax.train.report import Figures
@@ -124,6 +125,7 @@ class Member:
       "stopped_early": len(history) < config.optim.epochs,
       "parameters": run.model.counts._asdict(),
       "learning_rates": learning_rates(config),
+      "norms": as_json(adapter_norms(tensors(params))),
       "history": history,
       "seconds": self.progress["seconds"],
       "members": self.progress["members"],

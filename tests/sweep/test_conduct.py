@@ -1,0 +1,229 @@
+"""Workers are started, waited for, and their ends understood."""
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+
+from configs.sweeps import product, seeds
+from vera_jax import results
+from vera_jax.errors import UserError
+from vera_jax.sweep import conduct as module
+from vera_jax.sweep import worker
+from vera_jax.sweep.conduct import Watcher, conduct
+from vera_jax.sweep.lock import held
+from vera_jax.sweep.plan import units
+from vera_jax.train.group import group_key
+from vera_jax.train.interrupt import Interrupted
+from vera_jax.train.settings import check_settings
+
+
+def pretend(monkeypatch, code):
+  """Workers run this instead; `unit` is what they are told."""
+  start = "import json, os, sys; unit = json.loads(sys.stdin.readline())\n"
+  monkeypatch.setattr(module, "WORKER", [sys.executable, "-c", start + code])
+  monkeypatch.setattr(module, "POLL", 0.05)
+
+
+FINISH = """
+for run in unit["runs"]:
+  os.makedirs(run["folder"], exist_ok=True)
+  open(run["folder"] + "/result.json", "a").write("{}")
+"""
+
+
+def test_every_run_is_trained_once(tiny_sweep, monkeypatch, tmp_path):
+  pretend(monkeypatch, FINISH)
+  plan = tiny_sweep()
+  parts = units(plan.runs, members=8)
+  conduct(parts, logs=tmp_path / "logs")
+  conduct(parts, logs=tmp_path / "logs", retry_failed=True)
+  assert {run.state for run in plan.runs} == {"done"}
+  for run in plan.runs:  # a second time would have appended
+    assert (run.folder / results.FILE).read_text() == "{}"
+
+
+def test_a_killed_worker_fails_and_is_retried_on_demand(
+  tiny_sweep, monkeypatch, tmp_path
+):
+  plan = tiny_sweep()
+  parts = units(plan.runs, members=8)
+  pretend(
+    monkeypatch,
+    "if unit['runs'][0]['config']['method'] == 'lora':\n"
+    "  print('last words', flush=True); os.kill(os.getpid(), 9)\n" + FINISH,
+  )
+  conduct(parts, logs=tmp_path / "logs")
+  states = [run.state for run in plan.runs]
+  assert states == ["done"] * 4 + ["failed"] * 2
+  for words in ("SIGKILL", "--members=1", "last words"):
+    assert words in plan.runs[-1].failure()
+  pretend(monkeypatch, FINISH)
+  conduct(parts, logs=tmp_path / "logs")
+  assert plan.runs[-1].state == "failed"
+  conduct(parts, logs=tmp_path / "logs", retry_failed=True)
+  assert plan.runs[-1].state == "done"
+
+
+def test_what_fails_at_once_everywhere_ends_the_sweep(
+  tiny_sweep, monkeypatch, tmp_path
+):
+  pretend(
+    monkeypatch,
+    """
+for run in unit["runs"]:
+  os.makedirs(run["folder"])
+  told = {"failed": "no such folder: glue"}
+  open(run["folder"] + "/failed.json", "w").write(json.dumps(told))
+sys.exit(1)
+""",
+  )
+  plan = tiny_sweep(product({"vera.rank": (1, 2, 3, 4, 5)}))
+  with pytest.raises(UserError, match="no such folder: glue") as told:
+    conduct(units(plan.runs, members=8), logs=tmp_path / "logs")
+  assert "--retry_failed" in str(told.value)
+  assert [run.state for run in plan.runs] == ["failed"] * 3 + ["new"] * 2
+
+
+def test_a_signal_is_passed_on_and_waited_for(
+  tiny_sweep, monkeypatch, tmp_path
+):
+  pretend(
+    monkeypatch,
+    f"""
+open({str(tmp_path / "ready")!r}, "w").write("")
+sys.stdin.read()
+open({str(tmp_path / "saved")!r}, "w").write("saved")
+sys.exit(75)
+""",
+  )
+
+  class Impatient(Watcher):
+    sent = False
+
+    def tick(self):
+      if (tmp_path / "ready").exists() and not self.sent:
+        self.sent = True
+        os.kill(os.getpid(), signal.SIGINT)
+
+  plan = tiny_sweep()
+  with pytest.raises(Interrupted, match="SIGINT, all runs saved"):
+    conduct(
+      units(plan.runs, members=8), logs=tmp_path / "logs", watcher=Impatient()
+    )
+  assert (tmp_path / "saved").read_text() == "saved"
+  assert {run.state for run in plan.runs} == {"new"}  # nobody failed
+
+
+def test_what_another_process_trains_is_left_to_it(
+  tiny_sweep, monkeypatch, tmp_path
+):
+  pretend(monkeypatch, FINISH)
+  plan = tiny_sweep()
+  with held([plan.runs[0].lock]):
+    conduct(units(plan.runs, members=8), logs=tmp_path / "logs")
+    assert [run.state for run in plan.runs] == ["running"] + ["done"] * 5
+
+
+def unit_of(runs, *, retry_failed=False):
+  told = [module._as_json(run) for run in runs]
+  return json.dumps({"runs": told, "retry_failed": retry_failed})
+
+
+@pytest.fixture
+def work(monkeypatch):
+  """Runs a worker here, as if started with these runs."""
+  before = signal.getsignal(signal.SIGTERM)
+
+  def run(runs, **settings):
+    end, start = os.pipe()
+    with os.fdopen(end) as stdin, os.fdopen(start, "w") as parent:
+      print(unit_of(runs, **settings), file=parent, flush=True)
+      monkeypatch.setattr(sys, "stdin", stdin)
+      return worker.main()
+
+  yield run
+  signal.signal(signal.SIGTERM, before)
+
+
+def test_a_worker_trains_its_unit(tiny_sweep, monkeypatch, work):
+  given = []
+  monkeypatch.setattr(
+    "vera_jax.train.loop.train_members", lambda *group: given.append(group)
+  )
+  runs = tiny_sweep(seeds((0, 1, 2))).runs
+  with held([runs[2].lock]):
+    assert work(runs) == 0
+    assert runs[2].lock.exists()
+  ((configs, folders),) = given
+  assert folders == [run.folder for run in runs[:2]]
+  assert not any(run.lock.exists() for run in runs)
+  for config, run in zip(configs, runs[:2], strict=True):
+    check_settings(config)  # through JSON it is the same config
+    assert group_key(config) == group_key(run.config)
+    assert config.seed == run.config.seed
+
+
+@pytest.mark.parametrize("error", [MemoryError("too much"), KeyError("odd")])
+def test_whatever_ends_a_worker_is_told_in_the_folders(
+  tiny_sweep, monkeypatch, work, error
+):
+  def fail(configs, folders):
+    folders[0].mkdir(parents=True)
+    results.write(folders[0], {"score": 1.0})  # was done before the others
+    raise error
+
+  monkeypatch.setattr("vera_jax.train.loop.train_members", fail)
+  plan = tiny_sweep(seeds((0, 1)))
+  assert work(plan.runs) == 1
+  assert [run.state for run in plan.runs] == ["done", "failed"]
+  assert type(error).__name__ in plan.runs[1].failure()
+
+
+def test_a_worker_takes_what_is_left(tiny_sweep, monkeypatch, work):
+  plan = tiny_sweep()
+  done, failed, *left = plan.runs
+  for run, file in ((done, results.FILE), (failed, results.FAILED)):
+    run.folder.mkdir(parents=True)
+    results.write(run.folder, {}, file)
+  taken = []
+  monkeypatch.setattr(worker, "train", lambda runs: taken.append(runs) or 0)
+  work(plan.runs)
+  work(plan.runs, retry_failed=True)
+  names = [[run["lock"] for run in runs] for runs in taken]
+  assert names[0] == [str(run.lock) for run in left]
+  assert names[1] == [str(run.lock) for run in (failed, *left)]
+  assert work([done]) == 0 and len(taken) == 2
+
+
+def test_a_closed_input_stops_a_worker_and_a_second_signal_never_comes(
+  monkeypatch,
+):
+  told = []
+  monkeypatch.setattr(os, "kill", lambda *what: told.append(what))
+  end, start = os.pipe()
+  before = signal.signal(signal.SIGTERM, worker.leave)
+  try:
+    worker.follow(end)
+    assert told == []  # the sweep is there
+    os.close(start)
+    worker.follow(end)
+    assert told == [(os.getpid(), signal.SIGTERM)]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a run that took one
+    worker.follow(end)
+    assert len(told) == 1
+  finally:
+    signal.signal(signal.SIGTERM, before)
+    os.close(end)
+
+
+def test_a_worker_tells_every_folder_why_it_could_not(
+  tiny_sweep, work, tmp_path, capsys
+):
+  plan = tiny_sweep(seeds((0, 1)), data__source=str(tmp_path / "nowhere"))
+  assert work(plan.runs) == 1
+  for run in plan.runs:
+    assert run.state == "failed" and "nowhere" in run.failure()
+  assert "Traceback" not in capsys.readouterr().err

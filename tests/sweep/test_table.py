@@ -1,0 +1,133 @@
+"""What a person sees of a sweep, and how long it will take."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from vera_jax import results
+from vera_jax.sweep import estimate
+from vera_jax.sweep.lock import held
+from vera_jax.sweep.plan import units
+from vera_jax.sweep.progress import read_progress
+from vera_jax.sweep.table import LiveTable, counts, plan_table
+
+
+def finish(run, *, seconds=12.0, members=1, collapsed=False):
+  run.folder.mkdir(parents=True)
+  best = {"epoch": 1, "score": 0.625, "collapsed": collapsed}
+  results.write(
+    run.folder,
+    {
+      "best": best,
+      "score_name": "accuracy",
+      "seconds": seconds,
+      "members": members,
+      "config": run.config.to_dict(),
+    },
+  )
+
+
+def drawn(renderable, height=50):
+  console = Console(width=120, height=height, force_terminal=False)
+  with console.capture() as capture:
+    console.print(renderable)
+  return capture.get()
+
+
+@pytest.fixture
+def half_done(tiny_sweep):
+  plan = tiny_sweep(optim__epochs=4)
+  finish(plan.runs[0])
+  finish(plan.runs[1], collapsed=True)
+  for run in plan.runs[2:4]:
+    run.folder.mkdir(parents=True)
+  results.write(plan.runs[2].folder, {"failed": "loss is nan"}, results.FAILED)
+  lines = [
+    {"step": 310, "loss": 0.5},
+    {"step": 620, "epoch": 1, "accuracy": 0.75},
+    {"step": 930, "loss": 0.25},
+  ]
+  text = "\n".join(map(json.dumps, lines)) + '\n{"step": 94'
+  (plan.runs[3].folder / "metrics.jsonl").write_text(text)
+  return plan
+
+
+def test_the_plan_counts_and_estimates(half_done):
+  parts = units(half_done.runs, members=8)
+  text = drawn(plan_table(half_done, parts, estimate.rate([])))
+  assert counts(half_done.runs) == "2 done, 1 failed, 3 new"
+  assert "2 done" in text and "1 failed, 1 new" in text and "~" in text
+  assert text.count("seed0") == 3
+
+
+def test_the_live_table_shows_every_state(half_done):
+  parts = units(half_done.runs, members=8)
+  table = LiveTable(half_done, parts)
+  with held([half_done.runs[3].lock]):
+    table.started([half_done.runs[3]])
+    text = drawn(table._draw())
+  lines = {
+    line.split()[1]: line for line in text.splitlines() if "-seed" in line
+  }
+  name = [run.name for run in half_done.runs]
+  assert "done" in lines[name[0]] and "0.6250" in lines[name[0]]
+  assert "collapsed" in lines[name[1]]
+  assert "failed" in lines[name[2]]
+  running = lines[name[3]]
+  # rte has 2,490 examples, 623 steps of 4: the plan doesn't read the data
+  assert "running" in running and "1.5 of 4" in running
+  assert "0.2500" in running and "0.7500" in running and "~" in running
+  assert "2 done, 1 failed, 1 running, 2 new" in text and "left here" in text
+
+
+def test_what_trains_is_on_the_smallest_screen(half_done, monkeypatch):
+  table = LiveTable(half_done, units(half_done.runs, members=8))
+  monkeypatch.setattr(type(table.console), "height", 10)
+  with held([half_done.runs[3].lock]):
+    rows = [
+      line for line in drawn(table._draw()).splitlines() if "-seed" in line
+    ]
+  assert len(rows) == 5 and half_done.runs[3].name in rows[0]
+
+
+def test_no_lines_no_progress(tmp_path):
+  assert read_progress(tmp_path).step == 0
+
+
+def test_finished_runs_say_how_fast_the_machine_is(tiny_sweep):
+  plan = tiny_sweep()
+  run = plan.runs[0]
+  finish(run, seconds=60.0, members=3)  # three shared these seconds
+  rate = estimate.rate([results.read(run.folder)])
+  assert rate.seconds([run.config]) == pytest.approx(estimate.START + 20)
+  assert rate.seconds([]) == 0 and "1 finished" in rate.source
+  given = estimate.rate([results.read(run.folder)], tflops=2.0)
+  assert given.flops == 2e12
+
+
+def test_more_is_dearer(tiny_config):
+  small = estimate.flops(tiny_config())
+  for changes in (
+    {"optim__epochs": 6},
+    {"vera__rank": 64},
+    {"method": "full"},
+    {"data__max_train_examples": 99999, "task": "sst2"},
+  ):
+    assert estimate.flops(tiny_config(**changes)) > small
+  assert estimate.flops(tiny_config(method="head")) < small
+
+
+def test_time_for_a_person():
+  shown = [estimate.span(s) for s in (40, 720, 12_000, 432_000)]
+  assert shown == ["40 s", "12 min", "3 h 20 min", "5 days"]
+
+
+@pytest.mark.parametrize(
+  "name, folder", [("rte", "RTE"), ("cola", "CoLA"), ("sst2", "SST-2")]
+)
+def test_the_sizes_are_glues(name, folder, glue_folder):
+  size, header = estimate.SIZES[name], name != "cola"
+  for file, count in (("train", size.train), ("dev", size.dev)):
+    text = (glue_folder / folder / f"{file}.tsv").read_text(encoding="utf-8")
+    assert len(text.strip("\n").split("\n")) - header == count

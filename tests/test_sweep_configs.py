@@ -1,0 +1,150 @@
+"""Every study builds, says how it is run, and holds the paper's settings."""
+
+import importlib
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs.sweeps import layers, single
+from vera_jax import Target, adapter_size, find_targets
+from vera_jax.apply import _matches
+from vera_jax.methods import make_adapter
+from vera_jax.models.bert import BertClassifier, BertConfig
+from vera_jax.sweep import estimate
+from vera_jax.sweep.plan import make_plan, units
+
+FOLDER = Path(__file__).resolve().parents[1] / "configs/sweeps"
+NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"__init__"})
+# Runs in the paper's size and in the small one.
+COUNTS = {
+  ("glue", "base"): 6 * 2 * 5,
+  ("glue", "large"): 6 * 2 * 5,
+  ("glue", "minilm"): 2 * 3 * 3,
+  ("rank", "large"): 13 * 5,
+  ("rank", "minilm"): 13 * 3,
+  # of Table 7's rows the shared one is Table 6's default, on two tasks
+  ("ablations", "large"): (2 * 8 + 4 + 2) * 5,
+  ("ablations", "minilm"): 9 * 3,
+  ("layers", "large"): 10 * 5,
+  ("layers", "minilm"): 10 * 2,
+  ("single", "large"): 2 * 2 * 3 * 5,
+  ("single", "minilm"): 2 * 3 * 3,
+  ("example", "generated"): 4 * 3,
+  ("example", "sst2"): 3 * 3,
+}
+
+
+def load(name, variant):
+  return importlib.import_module(f"configs.sweeps.{name}").get_config(variant)
+
+
+@pytest.mark.parametrize("name, variant", COUNTS)
+def test_every_run_of_a_study(name, variant, tmp_path):
+  plan = make_plan(load(name, variant), tmp_path)
+  assert len(plan.runs) == COUNTS[name, variant]
+  assert max(map(len, units(plan.runs, members=8))) <= 8
+
+
+def test_all_studies_are_listed():
+  assert {name for name, _ in COUNTS} == set(NAMES)
+  for name in NAMES:
+    module = importlib.import_module(f"configs.sweeps.{name}")
+    assert f"--config=configs/sweeps/{name}.py" in module.__doc__
+    default = module.get_config().to_json()
+    assert default in [load(n, v).to_json() for n, v in COUNTS if n == name]
+    with pytest.raises(ValueError, match="no 'huge'"):
+      module.get_config("huge")
+
+
+def test_the_papers_settings_are_the_tasks_own(tmp_path):
+  plan = make_plan(load("glue", "large"), tmp_path)
+  for run in plan.runs:
+    task, method, seed = run.config.task, run.config.method, run.config.seed
+    own = importlib.import_module(f"configs.{task}").get_config("large")
+    own.method, own.seed = method, seed
+    assert run.config.to_dict() == own.to_dict()
+  seeds = Counter((r.config.task, r.config.method) for r in plan.runs)
+  assert set(seeds.values()) == {5}
+
+
+def test_the_ranks_of_figure_2(tmp_path):
+  plan = make_plan(load("rank", "large"), tmp_path)
+  ranks = {"vera": set(), "lora": set()}
+  for run in plan.runs:
+    ranks[run.config.method].add(run.config[run.config.method].rank)
+    assert run.config.task == "rte"
+  assert ranks["vera"] == {1, 4, 16, 64, 256, 1024}
+  assert ranks["lora"] == {1, 2, 4, 8, 16, 32, 64}
+
+
+def encoder(layers, width):
+  return BertClassifier(
+    BertConfig.from_dict(
+      {
+        "model_type": "roberta",
+        "vocab_size": 10,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 4 * width,
+        "max_position_embeddings": 16,
+      }
+    ),
+    2,
+    scan=False,
+  )
+
+
+@pytest.fixture(scope="module")
+def paths():
+  """Every dense layer of a looped encoder of six layers."""
+  ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+  return list(find_targets(encoder(6, 16), (".*",), ids))
+
+
+def matched(paths, patterns):
+  return [p for p in paths if any(_matches(x, p) for x in patterns)]
+
+
+def test_which_layers_are_adapted(paths):
+  counts = [len(matched(paths, patterns)) for patterns in layers.targets(6)]
+  assert counts == [12, 36, *[6] * 6, 6, 6]
+  lower, upper = (set(matched(paths, x)) for x in layers.targets(6)[-2:])
+  assert not lower & upper
+  numbers = {int(path[1].removeprefix("layer_")) for path in lower}
+  assert numbers == {0, 1, 2}
+
+
+@pytest.mark.parametrize("size", single.WIDTHS)
+def test_one_layer_and_equally_many_parameters(size, paths, tmp_path):
+  width, last = single.WIDTHS[size], single.LAST[size]
+  chosen, sizes = set(), Counter()
+  for run in make_plan(load("single", size), tmp_path).runs:
+    settings = run.config[run.config.method].to_dict()
+    adapter, patterns = make_adapter(run.config.method, settings)
+    chosen.add(tuple(patterns))
+    one = {("layer",): Target(width, width)}
+    sizes[run.config.method, adapter_size(adapter, one)] += 1
+  ours, theirs = (
+    Counter({n: c for (m, n), c in sizes.items() if m == method})
+    for method in ("vera", "lora")
+  )
+  assert ours == theirs
+  ((pattern,),) = chosen
+  found = matched(paths, (pattern.replace(str(last), "5"),))
+  assert found == [("encoder", "layer_5", "attention", "self", "value")]
+
+
+def test_the_small_studies_fit_an_evening(tmp_path):
+  """About 80 minutes on the two idle cores that the rate was measured on."""
+  rate = estimate.rate([])
+  total = 0.0
+  for name, variant in COUNTS:
+    if variant == "minilm":
+      plan = make_plan(load(name, variant), tmp_path)
+      found = units(plan.runs, members=8)
+      total += sum(rate.seconds(r.config for r in unit) for unit in found)
+  assert total < 80 * 60
