@@ -67,7 +67,7 @@ def shards_of(places: Sequence[Any], *, front: int = 0) -> Shards:
     return ONE
   mesh = places[0].mesh
   specs = tuple(PartitionSpec(*place.spec[front:]) for place in places)
-  whole = all("fsdp" not in spec for spec in specs) or mesh.shape["fsdp"] == 1
+  whole = all("fsdp" not in spec for spec in specs)
   return Shards(mesh, ("data", "fsdp") if whole else ("data",), specs)
 
 
