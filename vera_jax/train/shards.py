@@ -13,8 +13,10 @@ no device could hold a whole one. Then the shards are those of `data` alone.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -26,6 +28,7 @@ from vera_jax.train.sharding import BATCH
 
 Tree = Any
 _TOGETHER = 2**24  # bytes of a leaf that is worth copying into a joint buffer
+_LAYERS = (nn.Dense, nn.Embed, nn.LayerNorm)
 
 
 class Shards(NamedTuple):
@@ -51,6 +54,12 @@ class Shards(NamedTuple):
     spec = (*sharding.spec, *(None,) * (front - len(sharding.spec)))
     spec = PartitionSpec(*spec[:front], self.axes, *spec[front:])
     return NamedSharding(sharding.mesh, spec)
+
+  @property
+  def rows(self) -> tuple[str, ...]:
+    """The axes over which a shard's own rows are split."""
+    (axes,) = BATCH
+    return tuple(a for a in axes if self.count == 1 or a not in self.axes)
 
 
 ONE = Shards(None)
@@ -81,15 +90,38 @@ def divide(batch: dict[str, Array], shards: Shards) -> dict[str, Array]:
   (rows,) = {len(array) for array in batch.values()}
   if rows % count:
     raise UserError(f"{rows} rows do not divide over {count} batch shards.")
-  (axes,) = BATCH
-  within = tuple(axis for axis in axes if axis not in shards.axes)
-  place = NamedSharding(mesh, PartitionSpec(shards.axes, within))
+  place = NamedSharding(mesh, PartitionSpec(shards.axes, shards.rows))
 
   def split(array: Array) -> Array:
     array = array.reshape(count, rows // count, *array.shape[1:])
     return jax.lax.with_sharding_constraint(array, place)
 
   return {name: split(array) for name, array in batch.items()}
+
+
+def rows_stay(shards: Shards) -> Any:
+  """A context in which every layer's output is split by its rows.
+
+  XLA may else split it as the layer's kernel is, over `fsdp`, and send
+  activations about where it could gather the kernel.
+  """
+  mesh = shards.mesh
+  if mesh is None or mesh.size == mesh.shape["data"]:
+    return nullcontext()
+
+  def interceptor(next_fun, args, kwargs, context):
+    y = next_fun(*args, **kwargs)
+    if (
+      not isinstance(context.module, _LAYERS)
+      or context.method_name != "__call__"
+    ):
+      return y
+    spec = PartitionSpec(
+      shards.rows, *(PartitionSpec.UNCONSTRAINED,) * (y.ndim - 1)
+    )
+    return jax.lax.with_sharding_constraint(y, NamedSharding(mesh, spec))
+
+  return nn.intercept_methods(interceptor)
 
 
 def total(

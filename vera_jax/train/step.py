@@ -21,7 +21,14 @@ from jaxtyping import Bool, Float, Int, Num, PRNGKeyArray
 from vera_jax.labels import join
 from vera_jax.models.bert import INPUTS, input_shapes
 from vera_jax.train.shard_keys import shard_keys
-from vera_jax.train.shards import ONE, Shards, divide, shards_of, total
+from vera_jax.train.shards import (
+  ONE,
+  Shards,
+  divide,
+  rows_stay,
+  shards_of,
+  total,
+)
 
 Tree = Any
 
@@ -120,14 +127,17 @@ def add_pass(
     params: Tree, batch: dict[str, Array], key: PRNGKeyArray
   ) -> Float[Array, ""]:
     rngs = {"dropout": key}
-    logits = forward(
-      apply, params, frozen, batch, deterministic=False, rngs=rngs
-    )
+    with rows_stay(shards):
+      logits = forward(
+        apply, params, frozen, batch, deterministic=False, rngs=rngs
+      )
     return weighted_loss(logits, batch["labels"], batch["weights"])
 
   differentiate = jax.value_and_grad(loss_of)
   if shards.count > 1:
-    differentiate = jax.vmap(differentiate, in_axes=(None, 0, 0))
+    differentiate = jax.vmap(
+      differentiate, in_axes=(None, 0, 0), spmd_axis_name=shards.axes
+    )
     batch, key = divide(batch, shards), shard_keys(key, shards.count)
   loss, grads = differentiate(state.params, batch, key)
   grads = jax.tree.map(jnp.add, sums.grads, grads)
