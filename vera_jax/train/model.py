@@ -35,6 +35,7 @@ from vera_jax.models.hf_weights import (
 from vera_jax.projections import digest
 from vera_jax.train.sharding import (
   REPLICATED,
+  check_heads,
   param_shardings,
   put,
 )
@@ -119,8 +120,10 @@ def build_model(
 ) -> Model:
   """The pretrained base with the method's adapter and a new head on it."""
   dtype = compute_dtype(config.model.dtype)
+  fields = load_config(folder)
+  check_heads(fields.num_attention_heads, mesh)
   base = BertClassifier(
-    load_config(folder),
+    fields,
     num_labels,
     dtype=dtype,
     param_dtype=dtype,

@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.extend.random import define_prng_impl, threefry2x32_p
-from jaxtyping import Int, Key, UInt32
+from jaxtyping import Integer, Key, UInt32
 
 from vera_jax.errors import UserError
 
 WHOLE = "threefry2x32"
-Words = UInt32[Array, "*w 3"]  # a threefry key's two words, and the shard
+# A threefry key's two words, and the shard; alone, and several.
+Words = UInt32[Array, "3"]
+Many = UInt32[Array, "*n 3"]
 
 
 def shard_keys(key: Key[Array, ""], shards: int) -> Key[Array, " shards"]:
@@ -42,22 +44,22 @@ def _whole(words: Words) -> Key[Array, ""]:
   return jax.random.wrap_key_data(words[:2], impl=WHOLE)
 
 
-def _with_shard(key: Key[Array, "*n"], words: Words) -> Words:
+def _with_shard(key: Key[Array, "*n"], words: Words) -> Many:
   made = jax.random.key_data(key)
   shard = jnp.broadcast_to(words[2:], (*made.shape[:-1], 1))
   return jnp.concatenate([made, shard], axis=-1)
 
 
-def _seed(seed: Int[Array, ""]) -> Words:
+def _seed(seed: Integer[Array, ""]) -> Words:
   made = jax.random.key_data(jax.random.key(seed, impl=WHOLE))
   return jnp.concatenate([made, jnp.zeros(1, jnp.uint32)])
 
 
-def _split(words: Words, shape: tuple[int, ...]) -> Words:
+def _split(words: Words, shape: tuple[int, ...]) -> Many:
   return _with_shard(jax.random.split(_whole(words), shape), words)
 
 
-def _fold_in(words: Words, data: Int[Array, ""]) -> Words:
+def _fold_in(words: Words, data: int | Integer[Array, ""]) -> Words:
   return _with_shard(jax.random.fold_in(_whole(words), data), words)
 
 

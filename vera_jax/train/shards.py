@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from vera_jax.errors import UserError
@@ -35,31 +35,32 @@ class Shards(NamedTuple):
   """Over which axes of the mesh gradients are kept apart.
 
   Attributes:
+    mesh: the mesh, or None for a single device outside of any.
     axes: "data", or "data" and "fsdp".
     places: the PartitionSpec of every trainable leaf, in order.
   """
 
-  mesh: Mesh | None
+  mesh: Any
   axes: tuple[str, ...] = ()
   places: tuple[PartitionSpec, ...] = ()
 
   @property
-  def count(self) -> int:
+  def number(self) -> int:
     return math.prod(self.mesh.shape[a] for a in self.axes) if self.mesh else 1
 
   def behind(self, sharding: Any, front: int) -> Any:
     """A leaf's sharding once it has the shards' axis, after `front` others."""
-    if self.count == 1:
+    if self.number == 1:
       return sharding
-    spec = (*sharding.spec, *(None,) * (front - len(sharding.spec)))
-    spec = PartitionSpec(*spec[:front], self.axes, *spec[front:])
+    own = (*sharding.spec, *(None,) * (front - len(sharding.spec)))
+    spec = PartitionSpec(*own[:front], self.axes, *own[front:])
     return NamedSharding(sharding.mesh, spec)
 
   @property
   def rows(self) -> tuple[str, ...]:
     """The axes over which a shard's own rows are split."""
     (axes,) = BATCH
-    return tuple(a for a in axes if self.count == 1 or a not in self.axes)
+    return tuple(a for a in axes if self.number == 1 or a not in self.axes)
 
 
 ONE = Shards(None)
@@ -86,7 +87,7 @@ def divide(batch: dict[str, Array], shards: Shards) -> dict[str, Array]:
   Raises:
     UserError: the rows don't divide.
   """
-  count, mesh = shards.count, shards.mesh
+  count, mesh = shards.number, shards.mesh
   (rows,) = {len(array) for array in batch.values()}
   if rows % count:
     raise UserError(f"{rows} rows do not divide over {count} batch shards.")
@@ -131,7 +132,7 @@ def total(
 
   Small leaves travel in one buffer with the loss, whatever XLA combines.
   """
-  if shards.count == 1:
+  if shards.number == 1:
     return loss, grads
   leaves, tree = jax.tree.flatten(grads)
   joint = [
@@ -159,7 +160,7 @@ def _sum_together(
   leaves: list[Float[Array, "shards ..."]], shards: Shards
 ) -> list[Float[Array, "..."]]:
   flat = jnp.concatenate(
-    [leaf.reshape(shards.count, -1) for leaf in leaves], axis=1
+    [leaf.reshape(shards.number, -1) for leaf in leaves], axis=1
   )
   apart = NamedSharding(shards.mesh, PartitionSpec(shards.axes))
   flat = jax.lax.with_sharding_constraint(flat, apart)

@@ -102,7 +102,7 @@ def weighted_loss(
 
 def no_sums(params: Tree, shards: Shards = ONE) -> Sums:
   """What a step begins with."""
-  front = (shards.count,) if shards.count > 1 else ()
+  front = (shards.number,) if shards.number > 1 else ()
   zeros = jax.tree.map(
     lambda leaf: jnp.zeros(front + leaf.shape, leaf.dtype), params
   )
@@ -134,11 +134,11 @@ def add_pass(
     return weighted_loss(logits, batch["labels"], batch["weights"])
 
   differentiate = jax.value_and_grad(loss_of)
-  if shards.count > 1:
+  if shards.number > 1:
     differentiate = jax.vmap(
       differentiate, in_axes=(None, 0, 0), spmd_axis_name=shards.axes
     )
-    batch, key = divide(batch, shards), shard_keys(key, shards.count)
+    batch, key = divide(batch, shards), shard_keys(key, shards.number)
   loss, grads = differentiate(state.params, batch, key)
   grads = jax.tree.map(jnp.add, sums.grads, grads)
   return Sums(sums.passes + 1, sums.loss + loss, grads)
@@ -290,6 +290,18 @@ def jit_no_sums(state: Tree, *, members: int = 1) -> Any:
     begin = jax.vmap(begin)
   places = jax.tree.map(lambda leaf: leaf.sharding, state)
   return jax.jit(begin, out_shardings=_sums_like(places, members))
+
+
+def sums_shape(state: Tree) -> Any:
+  """A `Sums` of shapes and places, from a state's."""
+  places = _sums_like(jax.tree.map(lambda leaf: leaf.sharding, state), 1)
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=place
+    ),
+    jax.eval_shape(jit_no_sums(state), state.params),
+    places,
+  )
 
 
 def _in_passes(
