@@ -32,6 +32,13 @@ ROWS = flags.DEFINE_integer(
   "rows", None, "Rows of the batch. Unset: config.optim.batch_size.", 1
 )
 SEARCH = flags.DEFINE_bool("search", True, "Find the largest batch.")
+EFFORT = flags.DEFINE_float(
+  "effort",
+  0.0,
+  "XLA's optimisation effort: -1 compiles sooner, plans worse.",
+  -1,
+  1,
+)
 OUT = flags.DEFINE_string("out", "results/plans", "Where the JSON goes.")
 
 
@@ -50,7 +57,13 @@ def main() -> None:
     chosen = config.copy_and_resolve_references()
     chosen.method = method
     check_settings(chosen)
-    made[method] = plan(chosen, pod, rows=ROWS.value, search=SEARCH.value)
+    made[method] = plan(
+      chosen,
+      pod,
+      rows=ROWS.value,
+      search=SEARCH.value,
+      effort=EFFORT.value,
+    )
     about = report.about(config, pod, shlex.join(sys.argv[1:]))
     path = report.write({**about, "methods": made}, folder=OUT.value)
   console = Console()

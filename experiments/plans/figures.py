@@ -31,7 +31,12 @@ class TooLarge(Exception):
 
 
 def plan(
-  config: ConfigDict, pod: Pod, *, rows: int | None = None, search: bool = True
+  config: ConfigDict,
+  pod: Pod,
+  *,
+  rows: int | None = None,
+  search: bool = True,
+  effort: float = 0.0,
 ) -> dict[str, Any]:
   """The figures of a config's method on a pod, as JSON has them."""
   mesh = make_mesh(**config.mesh, over=pod.devices)
@@ -41,11 +46,12 @@ def plan(
   rows = -(-(rows or config.optim.batch_size) // shards) * shards
   length = config.data.max_length
   step = step_of(config, fields, mesh, dtype)
-  compiles = Compiles(step, length)
+  compiles = Compiles(step, length, effort)
   result: dict[str, Any] = {
     "method": config.method,
     "mesh": {name: int(size) for name, size in mesh.shape.items()},
     "dtype": dtype.name,
+    "effort": effort,
     "rows": rows,
     "rows_a_chip": rows // shards,
     "length": length,
@@ -56,7 +62,11 @@ def plan(
     compiled = compiles(rows)
     result |= counted(compiled, pod)
     result["flops"] = _flops(
-      config, fields, compiled, partial(step_of, mesh=mesh, dtype=dtype), rows
+      config,
+      fields,
+      compiled,
+      partial(step_of, mesh=mesh, dtype=dtype),
+      partial(Step.compile, rows=rows, length=length, effort=effort),
     )
   except TooLarge as error:
     result |= {"fits": False, "total": error.needed, "room": error.room}
@@ -79,15 +89,15 @@ def _dtype(name: str) -> Any:
 class Compiles:
   """A step's programs by row count, each compiled once."""
 
-  def __init__(self, step: Step, length: int) -> None:
-    self._step, self._length = step, length
+  def __init__(self, step: Step, length: int, effort: float = 0.0) -> None:
+    self._step, self._length, self._effort = step, length, effort
     self._totals: dict[int, int | None] = {}
     self.count = 0
 
   def __call__(self, rows: int) -> Any:
     self.count += 1
     try:
-      compiled = self._step.compile(rows, self._length)
+      compiled = self._step.compile(rows, self._length, effort=self._effort)
     except jax.errors.JaxRuntimeError as error:
       self._totals[rows] = None
       raise _too_large(error) from error
@@ -185,7 +195,7 @@ def _flops(
   fields: Any,
   compiled: Any,
   build: Callable[..., Step],
-  rows: int,
+  compile: Callable[[Step], Any],
 ) -> dict[str, float]:
   """FLOPs of a step on one chip.
 
@@ -199,7 +209,6 @@ def _flops(
   short = config.copy_and_resolve_references()
   short.model.scan = False
   few = dataclasses.replace(fields, num_hidden_layers=DEEPER)
-  three = build(short, few).compile(rows, config.data.max_length)
-  a_layer = three.cost_analysis()["flops"] - once
+  a_layer = compile(build(short, few)).cost_analysis()["flops"] - once
   more = fields.num_hidden_layers - (DEEPER - 1)
   return {"a_chip": once + more * a_layer, "a_layer": a_layer}

@@ -53,18 +53,25 @@ class Step(NamedTuple):
   function: Any
   mesh: Mesh
 
-  def compile(self, rows: int, length: int, slots: int = 1) -> Any:
-    """XLA's program for a pass over that many rows."""
+  def compile(
+    self, rows: int, length: int, slots: int = 1, *, effort: float = 0.0
+  ) -> Any:
+    """XLA's program for a pass over that many rows.
+
+    `effort` is XLA's own setting, from -1 (least) to 1; 0 is its default.
+    """
     batch = _placed(pass_shapes(rows, length, slots), self.mesh, BATCH)
     key = jax.eval_shape(lambda: jax.random.key(0))
     rates = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in _RATES}
     small = jax.ShapeDtypeStruct((), jnp.bool_), key, rates
     last, key, rates = _placed(small, self.mesh)
-    return self.function.lower(
+    lowered = self.function.lower(
       self.state, self.sums, self.model.frozen, batch, last, key, rates
-    ).compile()
+    )
+    return lowered.compile(dict.fromkeys(_EFFORTS, effort) if effort else None)
 
 
+_EFFORTS = ("exec_time_optimization_effort", "memory_fitting_effort")
 _RATES = ("adapter_lr", "head_lr", "weight_decay")
 
 

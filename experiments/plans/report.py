@@ -1,5 +1,6 @@
 """A plan's file, its table, and the docs made from it."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,24 +31,26 @@ def about(config: ConfigDict, pod: Pod, words: str) -> dict[str, Any]:
     "chip": pod.kind,
     "devices": len(pod.devices),
     "command": f"python -m experiments.plan {words}",
-    "run": run_command(config, words),
+    "run": run_command(words),
     "versions": provenance()["versions"],
   }
 
 
-def run_command(config: ConfigDict, words: str) -> str:
-  """The training command of the same settings, for every host of the pod."""
-  own = [w for w in words.split() if w.startswith(("--config", "-config"))]
-  method = f"--config.method={config.method}"
-  if not any("config.method" in word for word in own):
-    own.append(method)
-  return " ".join(["python -m experiments.glue --distributed", *own])
+def run_command(words: str) -> str:
+  """The training command of the same settings, the same on every host."""
+  own = [w for w in shlex.split(words) if w.lstrip("-").startswith("config")]
+  return shlex.join(["python", "-m", "experiments.glue", *own])
 
 
 def write(result: Mapping[str, Any], *, folder: str) -> Path:
   name = Path(str(result["model"])).name
   pod = str(result["topology"]).replace(":", "-")
-  path = Path(folder) / f"{name}-{pod}.json"
+  return save(result, f"{name}-{pod}", folder=folder)
+
+
+def save(result: Mapping[str, Any], name: str, *, folder: str) -> Path:
+  """NAME.json in the folder, which is made when missing."""
+  path = Path(folder) / f"{name}.json"
   path.parent.mkdir(parents=True, exist_ok=True)
   write_json(path, dict(result))
   return path
@@ -77,7 +80,10 @@ def rows(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
   yield line("all-reduces a step", lambda m: _sent(m, "all-reduce"))
   yield line("other collectives", _others)
   yield line("largest batch, rows (a chip)", _largest)
-  yield line("programs compiled", lambda m: str(m["compiles"]))
+  yield line(
+    "programs compiled (XLA's effort)",
+    lambda m: f"{m['compiles']} ({m['effort']:+.0f})",
+  )
 
 
 def _mb(size: int | None) -> str:
@@ -142,7 +148,10 @@ def title(result: Mapping[str, Any]) -> str:
 
 
 def notes(result: Mapping[str, Any]) -> str:
-  return "To train there, on every host at once:\n  " + result["run"]
+  return (
+    "To train there, on every host at once, with a folder that all see:\n"
+    f"  {result['run']} --workdir=FOLDER"
+  )
 
 
 def markdown(result: Mapping[str, Any]) -> str:
