@@ -8,6 +8,7 @@ steps of two passes on 1, 2, 4 and 8 devices, by vera, lora and full, and tells
 the largest difference of losses and of trained leaves from one device's.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -41,6 +42,10 @@ SPLITS = (
   (2, 2, 2),
 )
 METHODS = ("vera", "lora", "full")
+HEADER = [
+  "mesh",
+  *(f"{m}: {what}" for m in METHODS for what in ("losses", "leaves")),
+]
 ROWS, LENGTH, SLOTS = 8, 16, 2
 RATES = {"adapter_lr": 1e-2, "head_lr": 1e-2, "weight_decay": 0.0}
 
@@ -157,16 +162,29 @@ def main() -> None:
   print(path)
 
 
+def rows(found: dict[str, Any]) -> Iterator[list[str]]:
+  """A mesh and its differences, as text."""
+  for name, made in found.items():
+    yield [
+      name,
+      *(f"{made[m][k]:.1e}" for m in METHODS for k in ("loss", "leaves")),
+    ]
+
+
 def _table(found: dict[str, Any]) -> Table:
   table = Table(title="Largest differences from one device")
-  table.add_column("mesh")
-  for method in METHODS:
-    table.add_column(f"{method}: losses")
-    table.add_column("leaves")
-  for name, made in found.items():
-    texts = [f"{made[m][k]:.1e}" for m in METHODS for k in ("loss", "leaves")]
-    table.add_row(name, *texts)
+  for name in HEADER:
+    table.add_column(name)
+  for texts in rows(found):
+    table.add_row(*texts)
   return table
+
+
+def markdown(result: dict[str, Any]) -> str:
+  """The table as docs/meshes.md has it."""
+  lines = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1)]
+  lines += list(rows(result["meshes"]))
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

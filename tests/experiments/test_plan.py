@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments import meshes
 from experiments.plans import chips, report
 from experiments.plans.collectives import collectives
 from experiments.plans.search import largest
@@ -17,7 +18,9 @@ from vera_jax.errors import UserError
 from vera_jax.train.sharding import make_mesh
 
 ROOT = Path(__file__).parents[2]
-PLANS = sorted((ROOT / "results/plans").glob("*.json"))
+PLANS = sorted((ROOT / "results/plans").glob("roberta*.json"))
+MESHES = ROOT / "results/plans/meshes.json"
+TOLERANCE = 1e-5  # of losses and of trained leaves, as docs/meshes.md says
 
 # The ways in which a TPU's program writes what the CPU's does not.
 TPU = """HloModule step
@@ -120,3 +123,14 @@ def test_on_every_planned_pod_gradients_are_sent_once(path):
     assert sum(c["bytes"] * c["times"] for c in reduced) == 4 * (trained + 1)
     assert not any(c["looped"] for c in made["collectives"])
     assert {t for c in reduced for t in c["types"]} == {"f32"}
+
+
+def test_the_measured_meshes_agree_and_the_docs_say_so():
+  result = json.loads(MESHES.read_text())
+  assert meshes.markdown(result) in (ROOT / "docs/meshes.md").read_text()
+  *several, moved = result["meshes"].values()
+  assert len(several) == len(meshes.SPLITS)
+  for method in meshes.METHODS:
+    for made in several:
+      assert max(made[method].values()) < TOLERANCE
+    assert moved[method]["leaves"] > 100 * TOLERANCE

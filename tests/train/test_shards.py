@@ -91,4 +91,4 @@ def test_leaves_that_fsdp_splits_are_added_over_it_at_once():
 def test_rows_that_do_not_divide_are_refused():
   shards = shards_of([NamedSharding(make_mesh(8), PartitionSpec())])
   with pytest.raises(UserError, match="12 rows do not divide over 8"):
-    divide({"x": np.zeros((12, 3))}, shards)
+    divide({"x": jax.numpy.zeros((12, 3))}, shards)
