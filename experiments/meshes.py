@@ -8,132 +8,26 @@ steps of two passes on 1, 2, 4 and 8 devices, by vera, lora and full, and tells
 the largest difference of losses and of trained leaves from one device's.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 from rich.console import Console
-from rich.table import Table
 
-from configs import common
 from experiments import cli
-from experiments.benchmarks.roberta import roberta
-from experiments.plans.lowering import step_of
+from experiments.plans.equality import METHODS, compare, table
 from experiments.plans.report import save
 from vera_jax.errors import UserError
-from vera_jax.models.bert import BertConfig
+from vera_jax.json_files import read_json
 from vera_jax.results import provenance
-from vera_jax.train.sharding import AXES, make_mesh
-
-SPLITS = (
-  (2, 1, 1),
-  (1, 2, 1),
-  (1, 1, 2),
-  (4, 1, 1),
-  (2, 2, 1),
-  (1, 2, 2),
-  (8, 1, 1),
-  (2, 4, 1),
-  (2, 1, 4),
-  (2, 2, 2),
-)
-METHODS = ("vera", "lora", "full")
-HEADER = [
-  "mesh",
-  *(f"{m}: {what}" for m in METHODS for what in ("losses", "leaves")),
-]
-ROWS, LENGTH, SLOTS = 8, 16, 2
-RATES = {"adapter_lr": 1e-2, "head_lr": 1e-2, "weight_decay": 0.0}
 
 STEPS = flags.DEFINE_integer("steps", 5, "Updates.", 1)
+ONLY = flags.DEFINE_list(
+  "methods",
+  list(METHODS),
+  "Which to train; the file keeps what it has of others.",
+)
 OUT = flags.DEFINE_string("out", "results/plans", "Where meshes.json goes.")
-
-
-def config_of(method: str) -> ConfigDict:
-  config = common.get_config()
-  config.task, config.method = "rte", method
-  config.vera.rank, config.model.contraction = 32, "auto"
-  config.vera.lr = config.vera.head_lr = 1e-2
-  return config
-
-
-def fields() -> BertConfig:
-  small = {"vocab_size": 96, "num_attention_heads": 4, "intermediate_size": 64}
-  return BertConfig.from_dict({**roberta(32, 3), **small})
-
-
-def train(method: str, sizes: tuple[int, ...], steps: int) -> tuple[Any, Any]:
-  """(losses, trained leaves) on the first devices, from fixed values."""
-  mesh = make_mesh(*sizes, over=jax.devices()[: int(np.prod(sizes))])
-  step = step_of(config_of(method), fields(), mesh, jnp.dtype("float32"))
-  rng = np.random.default_rng(0)
-
-  def draw(path: Any, leaf: Any) -> Any:
-    whole = jnp.issubdtype(leaf.dtype, jnp.integer)
-    scale = path[-1].key == "scale"
-    value = 0.2 * rng.standard_normal(leaf.shape) + scale
-    value = np.zeros(leaf.shape) if whole else value
-    return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
-
-  def zeros(tree: Any) -> Any:
-    return jax.tree.map(
-      lambda leaf: jax.device_put(
-        np.zeros(leaf.shape, leaf.dtype), leaf.sharding
-      ),
-      tree,
-    )
-
-  state = step.state._replace(
-    step=zeros(step.state.step),
-    params=jax.tree_util.tree_map_with_path(draw, step.state.params),
-    opt_state=zeros(step.state.opt_state),
-  )
-  frozen = jax.tree_util.tree_map_with_path(draw, step.model.frozen._asdict())
-  frozen = type(step.model.frozen)(**frozen)
-  losses = []
-  for number in range(steps):
-    sums = zeros(step.sums)
-    for last in (False, True):
-      state, sums, told = step.function(
-        state,
-        sums,
-        frozen,
-        _batch(2 * number + last),
-        np.bool_(last),
-        jax.random.key(1),
-        {name: np.float32(rate) for name, rate in RATES.items()},
-      )
-    losses.append(float(told["loss"]))
-  return np.array(losses), jax.tree.map(np.asarray, state.params)
-
-
-def _batch(seed: int) -> dict[str, np.ndarray]:
-  rng = np.random.default_rng(seed)
-  half = LENGTH // 2
-  places = np.tile(np.arange(half), (ROWS, 2))
-  whole = {
-    "input_ids": rng.integers(3, 96, (ROWS, LENGTH)),
-    "token_type_ids": np.zeros((ROWS, LENGTH)),
-    "positions": places,
-    "segment_ids": np.tile(np.repeat([1, 2], half), (ROWS, 1)),
-    "cls_positions": np.tile([0, half], (ROWS, 1)),
-    "labels": rng.integers(0, 2, (ROWS, SLOTS)),
-  }
-  batch = {name: array.astype(np.int32) for name, array in whole.items()}
-  weights = np.full((ROWS, SLOTS), 1 / (2 * ROWS * SLOTS), np.float32)
-  return {**batch, "weights": weights}
-
-
-def apart(one: Any, other: Any) -> dict[str, float]:
-  leaves = zip(*map(jax.tree.leaves, (one[1], other[1])), strict=True)
-  return {
-    "loss": float(np.abs(one[0] - other[0]).max()),
-    "leaves": max(float(np.abs(a - b).max()) for a, b in leaves),
-  }
 
 
 def main() -> None:
@@ -142,49 +36,16 @@ def main() -> None:
       f"There are {jax.device_count()} devices; eight are needed:"
       " XLA_FLAGS=--xla_force_host_platform_device_count=8"
     )
-  found: dict[str, Any] = {}
-  for method in METHODS:
-    alone = train(method, (1, 1, 1), STEPS.value)
-    moved = train(method, (1, 1, 1), 1)
-    for sizes in SPLITS:
-      name = ", ".join(
-        f"{a}={n}" for a, n in zip(AXES, sizes, strict=True) if n > 1
-      )
-      got = apart(train(method, sizes, STEPS.value), alone)
-      found.setdefault(name, {})[method] = got
-      print(method, name, got, flush=True)
-    found.setdefault("the steps after the first, one device", {})[method] = (
-      apart((alone[0][:1], moved[1]), (moved[0], alone[1]))
-    )
-  result = {"steps": STEPS.value, "meshes": found, **provenance()}
-  path = save(result, "meshes", folder=OUT.value)
-  Console().print(_table(found))
-  print(path)
-
-
-def rows(found: dict[str, Any]) -> Iterator[list[str]]:
-  """A mesh and its differences, as text."""
-  for name, made in found.items():
-    yield [
-      name,
-      *(f"{made[m][k]:.1e}" for m in METHODS for k in ("loss", "leaves")),
-    ]
-
-
-def _table(found: dict[str, Any]) -> Table:
-  table = Table(title="Largest differences from one device")
-  for name in HEADER:
-    table.add_column(name)
-  for texts in rows(found):
-    table.add_row(*texts)
-  return table
-
-
-def markdown(result: dict[str, Any]) -> str:
-  """The table as docs/meshes.md has it."""
-  lines = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1)]
-  lines += list(rows(result["meshes"]))
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  for method in ONLY.value:
+    told = compare(method, STEPS.value)
+    path = Path(OUT.value) / "meshes.json"
+    found = read_json(path)["meshes"] if path.exists() else {}
+    for name, made in told.items():
+      found.setdefault(name, {})[method] = made
+    result = {"steps": STEPS.value, "meshes": found, **provenance()}
+    save(result, path.stem, folder=OUT.value)
+  Console().print(table(found))
+  print(f"{OUT.value}/meshes.json")
 
 
 if __name__ == "__main__":

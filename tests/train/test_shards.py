@@ -1,7 +1,9 @@
 """One all-reduce a step, in float32, of what is trained and the loss."""
 
+import dataclasses
+
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from ml_collections import ConfigDict
@@ -27,6 +29,11 @@ FIELDS = BertConfig.from_dict(
 )
 
 
+QUIET = dataclasses.replace(  # compiles in a third of the time
+  FIELDS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+)
+
+
 def config_of(method, *, plan="auto", remat="none") -> ConfigDict:
   config = get_config()
   config.task, config.method = "rte", method
@@ -36,36 +43,28 @@ def config_of(method, *, plan="auto", remat="none") -> ConfigDict:
   return config
 
 
-def sent(config, sizes, dtype=np.float32):
+def sent(config, sizes, *, fields=QUIET, dtype="float32"):
   """The collectives of the compiled step, and the bytes that are trained."""
-  mesh = make_mesh(**sizes)
-  step = step_of(config, FIELDS, mesh, np.dtype(dtype))
+  step = step_of(config, fields, make_mesh(**sizes), jnp.dtype(dtype))
   compiled = step.compile(rows=8, length=8, slots=2)
   trained = sum(leaf.size * 4 for leaf in jax.tree.leaves(step.state.params))
   return collectives(compiled.as_text()), trained
 
 
 @pytest.mark.parametrize(
-  "method, settings",
+  "method, settings, also",
   [
-    ("vera", {"plan": "mixed"}),
-    ("vera", {"plan": "folded", "remat": "full"}),
-    ("lora", {}),
-    ("full", {}),
+    ("vera", {"plan": "mixed"}, {"fields": FIELDS}),
+    ("vera", {"plan": "folded", "remat": "full"}, {"dtype": "bfloat16"}),
+    ("lora", {}, {}),
+    ("full", {}, {}),
   ],
 )
-def test_pure_data_parallelism_sends_the_gradients_once(method, settings):
-  (only,), trained = sent(config_of(method, **settings), {"data": 8})
+def test_pure_data_parallelism_sends_the_gradients_once(method, settings, also):
+  (only,), trained = sent(config_of(method, **settings), {"data": 8}, **also)
   assert only.kind == "all-reduce" and only.types == ("f32",)
   assert only.times == 1 and not only.looped
   assert only.bytes == trained + 4  # the loss
-
-
-def test_bfloat16_is_summed_in_float32():
-  (only,), trained = sent(
-    config_of("vera", plan="folded"), {"data": 8}, jax.numpy.bfloat16
-  )
-  assert only.types == ("f32",) and only.bytes == trained + 4
 
 
 def test_under_fsdp_kernels_are_gathered_and_gradients_sent_once():
@@ -91,4 +90,4 @@ def test_leaves_that_fsdp_splits_are_added_over_it_at_once():
 def test_rows_that_do_not_divide_are_refused():
   shards = shards_of([NamedSharding(make_mesh(8), PartitionSpec())])
   with pytest.raises(UserError, match="12 rows do not divide over 8"):
-    divide({"x": jax.numpy.zeros((12, 3))}, shards)
+    divide({"x": jnp.zeros((12, 3))}, shards)
