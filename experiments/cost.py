@@ -18,7 +18,7 @@ from experiments import cli
 from vera_jax.labels import TRAINED
 from vera_jax.train.model import init_state
 from vera_jax.train.run import Run, build_run
-from vera_jax.train.step import jit_train_pass, no_sums, pass_shapes
+from vera_jax.train.step import jit_no_sums, jit_train_pass, pass_shapes
 
 CONFIG = cli.define_config()
 ROWS = flags.DEFINE_integer("rows", 8, "Rows of the batch, as packed.")
@@ -44,7 +44,7 @@ def step_cost(run: Run, rows: int) -> Cost:
   batch = pass_shapes(rows, layout.length, layout.slots)
   state = init_state(run.model, run.tx, run.mesh)
   step = jit_train_pass(state, apply=run.model.module.apply, tx=run.tx)
-  sums, key = no_sums(state.params), jax.random.key(0)
+  sums, key = jit_no_sums(state)(state.params), jax.random.key(0)
   arguments = (state, sums, run.model.frozen, batch, True, key)
   compiled: Any = step.lower(*arguments).compile()
   counted, memory = compiled.cost_analysis(), compiled.memory_analysis()

@@ -9,8 +9,15 @@ import pytest
 
 from vera_jax.data.batches import batch_indices, steps_per_epoch
 from vera_jax.data.packing import Layout, pack, plan_eval_layout, plan_layout
-from vera_jax.data.placement import first_fit, pass_cost, passes, place_all
+from vera_jax.data.placement import (
+  at_most,
+  first_fit,
+  pass_cost,
+  passes,
+  place_all,
+)
 from vera_jax.data.plan import _row_counts
+from vera_jax.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden/lengths.json"
 COUNTS = json.loads(GOLDEN.read_text())  # by tests/golden/make_lengths.py
@@ -152,3 +159,13 @@ def test_at_most_a_tenth_of_an_evaluation_is_padding(task, tokenizer):
         f" {batches} batches of {rows} rows of {layout.length}"
       )
       assert share <= 0.1
+
+
+def test_a_pass_may_be_smaller_than_the_batch():
+  layout = Layout((4, 16, 24), 64, 3)
+  assert at_most(layout, 13, shards=4).rows == (4, 12)
+  assert at_most(layout, 4, shards=4).rows == (4,)
+  assert at_most(layout, 99) == layout
+  assert sum(passes(24, at_most(layout, 12))) >= 24
+  with pytest.raises(UserError, match="pass_rows is 3.* 4 batch shards"):
+    at_most(layout, 3, shards=4)

@@ -73,9 +73,10 @@ def test_an_error_in_the_background_is_raised_where_it_is_waited_for():
 
 def test_the_users_own_optimisation_level_stands(monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=2")
-  assert compiler_options() is None
+  assert compiler_options("cpu") is None
   monkeypatch.setenv("XLA_FLAGS", "")
-  assert compiler_options() == {"xla_backend_optimization_level": 1}
+  assert compiler_options("tpu") is None
+  assert compiler_options("cpu") == {"xla_backend_optimization_level": 1}
 
 
 CACHES = """

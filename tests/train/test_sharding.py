@@ -20,6 +20,7 @@ from vera_jax.train.sharding import (
   BATCH,
   REPLICATED,
   batch_shards,
+  check_heads,
   make_mesh,
   param_shardings,
   put,
@@ -264,3 +265,17 @@ def test_a_slot_lies_where_its_leaf_lies(method):
       seen += 1
       assert slot.sharding.is_equivalent_to(leaves[names[1:]], slot.ndim)
   assert seen == len(leaves)
+
+
+@pytest.mark.smoke
+def test_a_head_is_not_cut_in_two():
+  check_heads(12, make_mesh(2, 1, 4))
+  with pytest.raises(UserError, match="12 attention heads .* tensor=8"):
+    check_heads(12, make_mesh(1, 1, 8))
+
+
+def test_a_mesh_over_other_devices():
+  some = jax.devices()[:4]
+  assert make_mesh(-1, 2, 1, over=some).devices.shape == (2, 2, 1)
+  with pytest.raises(UserError, match="does not fit the 4 devices"):
+    make_mesh(8, over=some)

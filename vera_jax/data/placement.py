@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from vera_jax.errors import UserError
+
 _CHUNK = 2048  # examples of a long split that are placed together
 _PASS = 32  # tokens that one more pass must save
 
@@ -92,6 +94,22 @@ def passes(needed: int, layout: Layout) -> tuple[int, ...]:
     layout.rows, key=lambda rows: pass_cost(needed, rows, small, layout.length)
   )
   return (main,) + (small,) * _more(needed, main, small)
+
+
+def at_most(layout: Layout, rows: int, *, shards: int = 1) -> Layout:
+  """The layout with no more rows a pass; long batches take further passes.
+
+  Raises:
+    UserError: the rows are fewer than the batch's shards.
+  """
+  most = rows // shards * shards
+  if most == 0:
+    raise UserError(
+      f"config.optim.pass_rows is {rows}, but a pass has a row at least for"
+      f" each of the mesh's {shards} batch shards."
+    )
+  kept = {min(count, most) for count in layout.rows}
+  return layout._replace(rows=tuple(sorted(kept)))
 
 
 def pass_cost(needed: Any, main: Any, small: int, length: int) -> Any:

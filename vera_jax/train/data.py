@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from vera_jax.data.examples import subset
 from vera_jax.data.glue import load_split
 from vera_jax.data.packing import Layout, plan_eval_layout, plan_layout
+from vera_jax.data.placement import at_most
 from vera_jax.data.tasks import Task, task_named
 from vera_jax.data.tokenizer import FolderTokenizer
 from vera_jax.data.tokens import Tokens, tokenise
@@ -48,14 +49,17 @@ def build_data(config: ConfigDict, *, folder: Path, shards: int) -> Data:
   plan = partial(
     plan_eval_layout, batch_size=config.eval_batch_size, shards=shards
   )
+  layout = plan_layout(
+    tokens["train"].lengths,
+    batch_size=config.optim.batch_size,
+    epochs=config.optim.epochs,
+    shards=shards,
+  )
+  if config.optim.pass_rows is not None:
+    layout = at_most(layout, config.optim.pass_rows, shards=shards)
   return Data(
     task=task,
     tokens=tokens,
-    train_layout=plan_layout(
-      tokens["train"].lengths,
-      batch_size=config.optim.batch_size,
-      epochs=config.optim.epochs,
-      shards=shards,
-    ),
+    train_layout=layout,
     eval_layouts={name: plan(tokens[name].lengths) for name in splits[1:]},
   )

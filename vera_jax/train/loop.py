@@ -160,7 +160,7 @@ class Session:
     self.run = run
     self._evaluate = jax.jit(
       partial(eval_step, apply=run.model.module.apply),
-      compiler_options=compiler_options(),
+      compiler_options=compiler_options(jax.default_backend()),
     )
     self._programs = Background()
     self._sharding = NamedSharding(run.mesh, BATCH)

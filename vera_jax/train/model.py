@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from vera_jax.adapter import Adapter
 from vera_jax.apply import adapt, find_targets
-from vera_jax.contraction import AUTO
 from vera_jax.errors import UserError
 from vera_jax.labels import FROZEN, Counts, count, join, label_tree, split
 from vera_jax.methods import make_adapter
@@ -36,7 +35,7 @@ from vera_jax.models.hf_weights import (
 from vera_jax.projections import digest
 from vera_jax.train.sharding import (
   REPLICATED,
-  batch_shards,
+  check_heads,
   param_shardings,
   put,
 )
@@ -62,18 +61,13 @@ class Model(NamedTuple):
 
 
 def build_adapter(
-  config: ConfigDict, shards: int = 1
+  config: ConfigDict,
 ) -> tuple[Adapter | None, tuple[str, ...]]:
-  """The method's adapter and targets; None where it trains the base itself.
-
-  With a batch in several shards "auto" is the factored plan: the others sum a
-  gradient of a whole kernel's size over the devices.
-  """
-  plan = config.model.contraction
+  """The method's adapter and targets; None where it trains the base itself."""
   return make_adapter(
     config.method,
     config[config.method].to_dict(),
-    plan="factored" if plan == AUTO and shards > 1 else plan,
+    plan=config.model.contraction,
     forwards=1 if config.model.remat == "none" else 2,
   )
 
@@ -126,15 +120,17 @@ def build_model(
 ) -> Model:
   """The pretrained base with the method's adapter and a new head on it."""
   dtype = compute_dtype(config.model.dtype)
+  fields = load_config(folder)
+  check_heads(fields.num_attention_heads, mesh)
   base = BertClassifier(
-    load_config(folder),
+    fields,
     num_labels,
     dtype=dtype,
     param_dtype=dtype,
     scan=config.model.scan,
     remat=config.model.remat,
   )
-  adapter, targets = build_adapter(config, batch_shards(mesh))
+  adapter, targets = build_adapter(config)
   module = base if adapter is None else adapt(base, adapter, targets=targets)
   shapes = _shapes(module)
 

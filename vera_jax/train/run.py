@@ -134,7 +134,8 @@ def _contractions(run: Run) -> Iterator[str]:
   if not isinstance(module, Adapted):
     return
   rows = layout.rows[len(layout.rows) // 2]
-  plans = module.plans(**input_shapes(rows, layout.length, layout.slots))
+  a_shard = rows // batch_shards(run.mesh)
+  plans = module.plans(**input_shapes(a_shard, layout.length, layout.slots))
   counts = Counter(plans.values())
   told = ", ".join(f"{plan} in {n}" for plan, n in counts.most_common())
   yield f"contraction at {rows} rows: {told} of {len(plans)} adapted products"

@@ -61,7 +61,7 @@ def _is_tuned() -> bool:
   return any(k.startswith("MALLOC_") or k in names for k in os.environ)
 
 
-def compiler_options() -> dict[str, Any] | None:
+def compiler_options(platform: str) -> dict[str, Any] | None:
   """For `jax.jit`, unless XLA_FLAGS says otherwise.
 
   On CPU a step's time is in ready-made matrix products. Code of LLVM's first
@@ -69,7 +69,7 @@ def compiler_options() -> dict[str, Any] | None:
   time.
   """
   level = "xla_backend_optimization_level"
-  if jax.default_backend() != "cpu" or level in os.environ.get("XLA_FLAGS", ""):
+  if platform != "cpu" or level in os.environ.get("XLA_FLAGS", ""):
     return None
   return {level: 1}
 

@@ -9,6 +9,7 @@ from vera_jax.labels import TRAINED
 AT_LEAST_ONE = (
   "optim.epochs",
   "optim.batch_size",
+  "optim.pass_rows",
   "optim.patience",
   "eval_batch_size",
   "log.every",

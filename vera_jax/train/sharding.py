@@ -2,12 +2,13 @@
 
 Axes: `data` splits the batch, `fsdp` splits the batch and the base's weights,
 `tensor` splits heads and feed-forward width. d, b, the projections and the head
-are small and lie on every device.
+lie on every device: they are small, and split they would have to be gathered
+for every product.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,9 +31,19 @@ RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-  """A mesh over all devices; one size may be -1: what is left over."""
-  sizes, devices = [data, fsdp, tensor], jax.device_count()
+def make_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  *,
+  over: Sequence[Any] | None = None,
+) -> Mesh:
+  """A mesh over all devices; one size may be -1: what is left over.
+
+  `over` are other devices than this machine's, such as a described pod's.
+  """
+  sizes = [data, fsdp, tensor]
+  devices = jax.device_count() if over is None else len(over)
   known = math.prod(size for size in sizes if size != -1)
   if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
     sizes[sizes.index(-1)] = devices // known
@@ -43,12 +54,22 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
       " them may be -1 for what is left over)."
     )
   types = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=types)
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=over)
 
 
 def batch_shards(mesh: Mesh) -> int:
   """Into how many parts the rows of a batch are split."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_heads(heads: int, mesh: Mesh) -> None:
+  """Refuse a `tensor` that would cut through an attention head."""
+  tensor = mesh.shape["tensor"]
+  if heads % tensor:
+    raise UserError(
+      f"The model's {heads} attention heads do not divide over the mesh's"
+      f" tensor={tensor}; choose a divisor of {heads}."
+    )
 
 
 def _spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh):

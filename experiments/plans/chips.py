@@ -1,0 +1,68 @@
+"""The chips that a plan can be made for, and what to say without libtpu."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from vera_jax.errors import UserError
+
+GIB = 2**30
+# Bytes of HBM a chip, by the kind that JAX calls it: Google's figures.
+MEMORY = {
+  "TPU v4": 32 * GIB,
+  "TPU v5 lite": 16 * GIB,
+  "TPU v5": 95 * GIB,
+  "TPU v6 lite": 32 * GIB,
+}
+INSTALL = "pip install libtpu"
+
+
+class Pod(NamedTuple):
+  """A described topology.
+
+  Attributes:
+    memory: bytes of HBM for each of `devices`; where a chip is two devices,
+      half of the chip's.
+  """
+
+  name: str
+  devices: Sequence[Any]
+  kind: str
+  memory: int
+
+
+def describe_pod(name: str) -> Pod:
+  """A topology by its name, such as v5e:16x16.
+
+  Raises:
+    UserError: libtpu is missing or locked, or knows no such topology.
+  """
+  from jax.experimental.topologies import get_topology_desc
+
+  try:
+    import libtpu  # noqa: F401
+  except ImportError as error:
+    raise UserError(
+      f"Compiling for {name} needs libtpu, the TPU compiler, which needs no"
+      f" TPU: {INSTALL}"
+    ) from error
+  devices: Any
+  try:
+    devices = get_topology_desc(name, "tpu").devices
+  except (RuntimeError, ValueError, NotImplementedError) as error:
+    raise UserError(
+      f"XLA can't describe {name!r} ({_first_line(error)}). A topology reads"
+      " KIND:XxY, such as v5e:2x2, v5e:16x16, v6e:2x4; libtpu serves one"
+      " process at a time."
+    ) from error
+  kind = devices[0].device_kind
+  if kind not in MEMORY:
+    raise UserError(
+      f"{name} has chips of kind {kind}; known are {', '.join(MEMORY)}."
+    )
+  chips = {tuple(device.coords) for device in devices}
+  memory = MEMORY[kind] * len(chips) // len(devices)
+  return Pod(name, devices, kind, memory)
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).strip().splitlines()[0] if str(error).strip() else ""

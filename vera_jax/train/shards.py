@@ -1,0 +1,173 @@
+"""The shards of a batch: each has a gradient of its own until a step's end.
+
+The rows are split over the mesh's `data` and `fsdp`, and every shard's loss is
+differentiated with respect to the trainable leaves as if it were the only one:
+loss and gradients have a first axis, one entry a shard, which lies where the
+shard's rows lie. So nothing passes between shards within the backward pass, nor
+between the passes of a step. `total` then adds the shards up: one all-reduce of
+as many float32 numbers as are trained, and the loss.
+
+Leaves that `fsdp` splits have their gradients added over it as they come, for
+no device could hold a whole one. Then the shards are those of `data` alone.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float
+
+from vera_jax.errors import UserError
+from vera_jax.train.sharding import BATCH
+
+Tree = Any
+_TOGETHER = 2**24  # bytes of a leaf that is worth copying into a joint buffer
+_LAYERS = (nn.Dense, nn.Embed, nn.LayerNorm)
+
+
+class Shards(NamedTuple):
+  """Over which axes of the mesh gradients are kept apart.
+
+  Attributes:
+    mesh: the mesh, or None for a single device outside of any.
+    axes: "data", or "data" and "fsdp".
+    places: the PartitionSpec of every trainable leaf, in order.
+  """
+
+  mesh: Any
+  axes: tuple[str, ...] = ()
+  places: tuple[PartitionSpec, ...] = ()
+
+  @property
+  def number(self) -> int:
+    return math.prod(self.mesh.shape[a] for a in self.axes) if self.mesh else 1
+
+  def behind(self, sharding: Any, front: int) -> Any:
+    """A leaf's sharding once it has the shards' axis, after `front` others."""
+    if self.number == 1:
+      return sharding
+    own = (*sharding.spec, *(None,) * (front - len(sharding.spec)))
+    spec = PartitionSpec(*own[:front], self.axes, *own[front:])
+    return NamedSharding(sharding.mesh, spec)
+
+  @property
+  def rows(self) -> tuple[str, ...]:
+    """The axes over which a shard's own rows are split."""
+    (axes,) = BATCH
+    return tuple(a for a in axes if self.number == 1 or a not in self.axes)
+
+
+ONE = Shards(None)
+
+
+def shards_of(places: Sequence[Any], *, front: int = 0) -> Shards:
+  """The shards of a step that trains leaves with these shardings.
+
+  Args:
+    places: a sharding a leaf.
+    front: first axes of the leaves that are not the leaf's own: members'.
+  """
+  if not all(isinstance(place, NamedSharding) for place in places):
+    return ONE
+  mesh = places[0].mesh
+  specs = tuple(PartitionSpec(*place.spec[front:]) for place in places)
+  whole = all("fsdp" not in spec for spec in specs)
+  return Shards(mesh, ("data", "fsdp") if whole else ("data",), specs)
+
+
+def divide(batch: dict[str, Array], shards: Shards) -> dict[str, Array]:
+  """Rows [rows, ...] as [shards, rows a shard, ...].
+
+  Raises:
+    UserError: the rows don't divide.
+  """
+  count, mesh = shards.number, shards.mesh
+  (rows,) = {len(array) for array in batch.values()}
+  if rows % count:
+    raise UserError(f"{rows} rows do not divide over {count} batch shards.")
+  place = NamedSharding(mesh, PartitionSpec(shards.axes, shards.rows))
+
+  def split(array: Array) -> Array:
+    array = array.reshape(count, rows // count, *array.shape[1:])
+    return jax.lax.with_sharding_constraint(array, place)
+
+  return {name: split(array) for name, array in batch.items()}
+
+
+def rows_stay(shards: Shards) -> Any:
+  """A context in which every layer's output is split by its rows.
+
+  XLA may else split it as the layer's kernel is, over `fsdp`, and send
+  activations about where it could gather the kernel.
+  """
+  mesh = shards.mesh
+  if mesh is None or mesh.size == mesh.shape["data"]:
+    return nullcontext()
+
+  def interceptor(next_fun, args, kwargs, context):
+    y = next_fun(*args, **kwargs)
+    if (
+      not isinstance(context.module, _LAYERS)
+      or context.method_name != "__call__"
+    ):
+      return y
+    spec = PartitionSpec(
+      shards.rows, *(PartitionSpec.UNCONSTRAINED,) * (y.ndim - 1)
+    )
+    return jax.lax.with_sharding_constraint(y, NamedSharding(mesh, spec))
+
+  return nn.intercept_methods(interceptor)
+
+
+def total(
+  loss: Float[Array, "*shards"], grads: Tree, shards: Shards
+) -> tuple[Float[Array, ""], Tree]:
+  """The whole batch's loss and gradients, from those of its shards.
+
+  Small leaves travel in one buffer with the loss, whatever XLA combines.
+  """
+  if shards.number == 1:
+    return loss, grads
+  leaves, tree = jax.tree.flatten(grads)
+  joint = [
+    not any(spec) and leaf[0].nbytes <= _TOGETHER
+    for leaf, spec in zip(leaves, shards.places, strict=True)
+  ]
+  small = [leaf for leaf, joins in zip(leaves, joint, strict=True) if joins]
+  loss, *small = _sum_together([loss, *small], shards)
+  rest = iter(small)
+  leaves = [
+    next(rest) if joins else _sum(leaf, spec, shards)
+    for leaf, spec, joins in zip(leaves, shards.places, joint, strict=True)
+  ]
+  return loss, jax.tree.unflatten(tree, leaves)
+
+
+def _sum(
+  leaf: Float[Array, "shards ..."], spec: PartitionSpec, shards: Shards
+) -> Float[Array, "..."]:
+  place = NamedSharding(shards.mesh, spec)
+  return jax.lax.with_sharding_constraint(leaf.sum(axis=0), place)
+
+
+def _sum_together(
+  leaves: list[Float[Array, "shards ..."]], shards: Shards
+) -> list[Float[Array, "..."]]:
+  flat = jnp.concatenate(
+    [leaf.reshape(shards.number, -1) for leaf in leaves], axis=1
+  )
+  apart = NamedSharding(shards.mesh, PartitionSpec(shards.axes))
+  flat = jax.lax.with_sharding_constraint(flat, apart)
+  flat = _sum(flat, PartitionSpec(), shards)
+  summed, start = [], 0
+  for leaf in leaves:
+    size = leaf[0].size
+    summed.append(flat[start : start + size].reshape(leaf.shape[1:]))
+    start += size
+  return summed
