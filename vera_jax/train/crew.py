@@ -19,7 +19,7 @@ from vera_jax.data.batches import member_batches, train_batches
 from vera_jax.data.packing import Batch
 from vera_jax.train.member import Member
 from vera_jax.train.run import Run, hyperparameters
-from vera_jax.train.sharding import BATCH, put
+from vera_jax.train.sharding import BATCH, portion_of, put_rows
 from vera_jax.train.step import State, jit_member_step
 
 Tree = Any
@@ -47,6 +47,7 @@ class Crew:
     filler = next(iter(states.values()))
     self._alone = jax.tree.map(lambda leaf: leaf.sharding, filler)
     self._sharding = NamedSharding(run.mesh, BATCH)
+    self._portion = portion_of(self._sharding)
     self.state = self._stack([states.get(m, filler) for m in members])
     configs = [member.config for member in members]
     self._keys = _stack([jax.random.key(config.seed) for config in configs])
@@ -71,9 +72,10 @@ class Crew:
     """Each member's own order, from any step."""
     tokens, layout = self.run.data.tokens["train"], self.run.data.train_layout
     seeds = [member.config.seed for member in self.members]
-    settings = {
+    settings: dict[str, Any] = {
       "batch_size": self.run.config.optim.batch_size,
       "start_step": start_step,
+      "portion": self._portion,
     }
     if len(seeds) == 1:
       return train_batches(tokens, layout, seed=seeds[0], **settings)
@@ -87,7 +89,7 @@ class Crew:
     self.state, metrics = self._step(
       self.state,
       self.run.model.frozen,
-      put(passes, sharding),
+      put_rows(passes, sharding, self._portion),
       self._keys,
       self._numbers,
     )
