@@ -70,7 +70,7 @@ def kills(ground: Ground, alone: Path, *, times: int, seed: int = 0) -> Trial:
   ended = ground.run(workdir)
   same = ended.code == 0 and not differing(workdir, alone)
   seen = f"{in_saves} of them in mid-save; {again} steps were done again"
-  return Trial("kill -9 in one run", killed, int(ended.code != 0), same, seen)
+  return Trial("kill -9 in one run", killed, int(not same), same, seen)
 
 
 def _sealed(workdir: Path, step: int) -> bool:
@@ -99,7 +99,7 @@ def preemptions(
   done = ground.run(workdir)
   same = done.code == 0 and not differing(workdir, alone)
   seen = f"exit code 75; saved {late} steps or less after the last figures"
-  return Trial("SIGTERM", tried, lost + (done.code != 0), same, seen)
+  return Trial("SIGTERM", tried, lost + (not same), same, seen)
 
 
 def _cut(file: Path) -> None:
@@ -137,11 +137,11 @@ def stopped(ground: Ground, step: int) -> Path:
   return workdir
 
 
-def damages(ground: Ground, alone: Path, *, times: int) -> list[Trial]:
+def damages(ground: Ground, alone: Path) -> list[Trial]:
   """The newest save of a stopped run is harmed, each time otherwise."""
   trials = []
   origin = stopped(ground, EPOCH + 3)
-  for number, (name, below, harm) in enumerate(DAMAGES[:times]):
+  for number, (name, below, harm) in enumerate(DAMAGES):
     workdir = ground.folder / f"damaged-{number}"
     shutil.rmtree(workdir, ignore_errors=True)
     shutil.copytree(origin, workdir)
@@ -152,13 +152,14 @@ def damages(ground: Ground, alone: Path, *, times: int) -> list[Trial]:
     told = f"save of step {newest}" in ended.told and file.name in ended.told
     resumed = f"resumed at step {before} " in ended.told
     kept = (workdir / "damaged" / str(newest)).is_dir()
-    good = ended.code == 0 and told and resumed and kept
+    same = ended.code == 0 and not differing(workdir, alone)
+    good = same and told and resumed and kept
     trials.append(
       Trial(
         f"newest save damaged: {name}",
         1,
         int(not good),
-        ended.code == 0 and not differing(workdir, alone),
+        same,
         f"step and file named, set aside; on from step {before}, not {newest}",
       )
     )
@@ -235,6 +236,6 @@ def _fill_disk(ground: Ground, alone: Path, disk: Path) -> Trial:
   good = ended.code == 1 and clear and "Traceback" not in ended.told
   filler.unlink()
   done = ground.run(workdir)
-  lost = int(not good or done.code != 0 or "resumed at" not in done.told)
   same = done.code == 0 and not differing(workdir, alone)
+  lost = int(not good or not same or "resumed at" not in done.told)
   return Trial("full disk", 1, lost, same, _without_paths(ended, disk))

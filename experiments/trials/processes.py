@@ -68,7 +68,7 @@ def stopped_by_one(ground: Ground) -> list[Trial]:
     Trial(
       "SIGTERM to one of two processes",
       1,
-      int(not agreed),
+      int(not agreed or not same),
       same,
       "both save at the same step, exit code 75; resumed as SLURM starts them",
     ),
@@ -94,12 +94,13 @@ def left_by_one(ground: Ground) -> list[Trial]:
     survivor = end(processes[1 - victim])
     seconds = time.monotonic() - started
     again = [end(p) for p in ground.start_several(workdir)]
-    same = not differing(workdir, ground.folder / "devices-2x4")
+    whole = ground.folder / "devices-2x4"
+    same = not any(e.code for e in again) and not differing(workdir, whole)
     trials.append(
       Trial(
         f"kill -9 on process {victim} of two",
         1,
-        int(survivor.code == 0 or any(e.code for e in again)),
+        int(survivor.code == 0 or not same),
         same,
         f"the other ended by itself, {seconds:.0f} s later",
       )
