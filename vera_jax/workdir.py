@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def hold(workdir: Path) -> Iterator[None]:
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    file = (workdir / LOCK).open("a+", encoding="utf-8")
+    file = (workdir / LOCK).open("a+b", buffering=0)
   except OSError as error:
     raise UserError(f"{workdir} can't be used: {error.strerror}.") from error
   with file:
@@ -125,18 +125,17 @@ def hold(workdir: Path) -> Iterator[None]:
     except BlockingIOError as error:
       file.seek(0)
       raise UserError(
-        f"Another run is at work in {workdir}: {file.read().strip()}. Wait for"
-        " it, stop it, or choose another --workdir."
+        f"Another run is at work in {workdir}: {file.read().decode().strip()}."
+        " Wait for it, stop it, or choose another --workdir."
       ) from error
     except OSError as error:
       log.warning(
         "%s can't be locked (%s): see to it that no second run uses it.",
         *(workdir, error.strerror),
       )
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    with full_disk_told(workdir):
-      file.flush()
+    with suppress(OSError):  # a full disk: held all the same
+      file.truncate(0)
+      file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     yield
 
 
