@@ -107,7 +107,9 @@ What was done to a run, how often, and what came of it. Written by
 beside other work; jax {versions["jax"]}, orbax {versions["orbax-checkpoint"]}.
 
 {table(found["trials"])}
-
+{found.get("note", "")}
+- **Times tried** 0: left out when this page was written;
+  `python -m experiments.faults --only=GROUP` tries a group again.
 - **Lost**: runs that did not go on or did not end as they should have, by the
   same command and without a hand on the folder.
 - **Bit-identical**: to a run left alone, in the last save's arrays, in
