@@ -17,7 +17,7 @@ WITH_DEV := $(VENV)/.dev
 WITH_PARITY := $(VENV)/.parity
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check parity smoke clean
+.PHONY: help quickstart test check parity smoke faults clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-11s%s\n", $$1, $$2}' \
@@ -41,6 +41,9 @@ smoke: $(WITH_DEV) $(WITH_ENCODER) ## a few quick tests, for another Python
 	$(BIN)/python -c "import jax, sys, vera_jax; \
 	  print('Python', sys.version.split()[0], 'with jax', jax.__version__)"
 	$(BIN)/python -m pytest -m smoke
+
+faults: $(WITH_DEV) ## kill, stop, harm and starve runs; writes docs/faults.md
+	$(BIN)/python -m experiments.faults
 
 clean: ## remove .venv
 	rm -rf $(VENV)

@@ -6,6 +6,7 @@ import os
 import re
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.console import Console
 from rich.table import Table
 
+from vera_jax import distributed
 from vera_jax.errors import UserError
 from vera_jax.train.interrupt import EXIT_CODE, Interrupted
 from vera_jax.train.settings import check_settings
@@ -44,7 +46,9 @@ def run(
       sys.exit(_complain(f"Not a flag: {' '.join(argv[1:])}", 2))
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # orbax tells of each save
-    sys.exit(_guard(partial(main, argv[1:]) if operands else main))
+    code = _guard(partial(main, argv[1:]) if operands else main)
+    distributed.leave(code, together=code in (0, EXIT_CODE))
+    sys.exit(code)
 
   app.run(guarded, flags_parser=_parse)
 
@@ -67,6 +71,12 @@ def _guard(main: Callable[[], None]) -> int:
     return _complain(str(error), EXIT_CODE)
   except KeyboardInterrupt:
     return _complain("Stopped.", 130)
+  except Exception:
+    if not distributed.are_several():
+      raise
+    traceback.print_exc()
+    text = "This process failed, or another one did: see what all of them told."
+    return _complain(f"{text} The same command for all goes on.", 1)
   return 0
 
 
@@ -90,6 +100,31 @@ def define_config() -> flags.FlagHolder:
   )
   flags.FLAGS["config"].parser = _ConfigParser("config", lock_config=False)
   return holder
+
+
+def define_processes() -> Callable[[], None]:
+  """--coordinator, --num_processes, --process_id; call what comes back first.
+
+  It joins the processes, before any device is used.
+  """
+  about = (
+    "Several processes, by hand: HOST:PORT of process 0. A TPU pod and SLURM"
+    " need none of these flags.",
+    "How many processes the run has; 1 alone: no others, whatever a launcher"
+    " says.",
+    "This one's number, from 0.",
+  )
+  coordinator = flags.DEFINE_string("coordinator", None, about[0])
+  count = flags.DEFINE_integer("num_processes", None, about[1], lower_bound=1)
+  number = flags.DEFINE_integer("process_id", None, about[2], lower_bound=0)
+  patience = flags.DEFINE_float(
+    "processes_timeout",
+    distributed.PATIENCE,
+    "Seconds to wait for the other processes.",
+  )
+  return lambda: distributed.initialize(
+    coordinator.value, count.value, number.value, patience=patience.value
+  )
 
 
 def chosen(holder: flags.FlagHolder) -> ConfigDict:

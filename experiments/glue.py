@@ -4,10 +4,13 @@
   python -m experiments.glue --config=configs/rte.py:large --config.seed=1
   python -m experiments.glue --config=configs/cola.py --config.method=lora
   python -m experiments.glue --config=configs/rte.py --seeds=0,1,2,3,4
+  python -m experiments.glue --config=configs/rte.py --num_processes=2
+    --coordinator=HOST:PORT --process_id=0    (in one line; the other with 1)
 
 The same command again goes on with an unfinished run and shows the result of a
 finished one. Several seeds train at once, on one base, each in a folder of its
-own. Without network, name local folders:
+own. Several processes share one workdir, which all must see; a TPU pod's and
+SLURM's are found without flags. Without network, name local folders:
 
   --config.model.name=FOLDER    config.json, tokenizer, model.safetensors
   --config.data.source=FOLDER   train.tsv, dev.tsv, test.tsv, or RTE/, CoLA/, …
@@ -19,6 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import cli
+from vera_jax import distributed
 from vera_jax.errors import UserError
 
 CONFIG = cli.define_config()
@@ -31,17 +35,20 @@ WORKDIR = flags.DEFINE_string(
 SEEDS = flags.DEFINE_list(
   "seeds", [], "Seeds to train at once: 0,1,2,3. Unset: config.seed alone."
 )
+JOIN = cli.define_processes()
 
 
 def main() -> None:
   config = cli.chosen(CONFIG)
+  JOIN()
   if SEEDS.value:
     return train_seeds(cli.with_seeds(config, _seeds()))
   from vera_jax.train.loop import train_and_evaluate  # after the flags' errors
 
   workdir = WORKDIR.value or cli.default_workdir(config)
   result = train_and_evaluate(config, workdir)
-  cli.show_result(result, workdir)
+  if distributed.is_first():
+    cli.show_result(result, workdir)
 
 
 def train_seeds(configs: list[ConfigDict]) -> None:
@@ -49,7 +56,8 @@ def train_seeds(configs: list[ConfigDict]) -> None:
 
   workdirs = [_member_workdir(config) for config in configs]
   results = train_members(configs, workdirs)
-  cli.show_members(results, workdirs)
+  if distributed.is_first():
+    cli.show_members(results, workdirs)
   failed = [
     f"seed {r['seed']}: {r['failed']}" for r in results if "failed" in r
   ]

@@ -1,5 +1,7 @@
 """Saves are small, few and good on any mesh."""
 
+import errno
+import os
 from contextlib import ExitStack
 
 import jax
@@ -100,15 +102,73 @@ def test_half_a_save_does_not_count(tmp_path):
   assert steps(tmp_path) == [1]
 
 
-def test_a_damaged_save_is_a_clear_error(tmp_path):
+def array_file(save):
+  """The file with the most of a save's arrays in it."""
+  files = [path for path in (save / "state").rglob("*") if path.is_file()]
+  return max(files, key=lambda path: path.stat().st_size)
+
+
+def test_a_damaged_save_is_named_and_set_aside(tmp_path, caplog):
+  folder = tmp_path / "checkpoints"
+  with Checkpoints(folder) as saves:
+    for step in (1, 2, 3):
+      saves.save(step, state(step), {})
+  file = array_file(folder / "3")
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 1
+  file.write_bytes(data)
+  with Checkpoints(folder) as saves:
+    assert saves.latest_step == 2
+    restored, _ = saves.restore(2, state())
+    assert restored["d"][0] == 2.0
+    saves.save(3, state(3.0), {})
+  assert "save of step 3 is not used" in caplog.text
+  assert str(file) in caplog.text
+  kept = tmp_path / "damaged" / "3"
+  assert str(kept) in caplog.text and array_file(kept).read_bytes() == data
+  array_file(folder / "3").write_bytes(b"")
+  with Checkpoints(folder) as saves:
+    assert saves.latest_step == 2
+  assert steps(tmp_path / "damaged") == [3]
+  assert (tmp_path / "damaged" / "3-2").is_dir()  # the first one stays
+
+
+def test_damage_after_opening_is_a_clear_error(tmp_path):
+  with Checkpoints(tmp_path / "x") as saves:
+    saves.save(1, state(1.0), {})
+    file = array_file(tmp_path / "x" / "1")
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match=f"step 1 can't be read: {file}"):
+      saves.restore(1, state())
+
+
+def test_the_saves_of_another_config_are_refused(tmp_path):
+  config = {"seed": 0, "vera": {"rank": 4}, "log": {"every": 1}}
+  with Checkpoints(tmp_path, config) as saves:
+    saves.save(1, state(), {})
+  with Checkpoints(tmp_path, {**config, "log": {"every": 2}}) as saves:
+    assert saves.latest_step == 1
+  with pytest.raises(UserError) as caught:
+    Checkpoints(tmp_path, {**config, "vera": {"rank": 8}})
+  assert "vera.rank: 4 there, 8 now" in str(caught.value)
+  assert "seed" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    ValueError("RESOURCE_EXHAUSTED: ... No space left on device"),
+  ],
+)
+def test_a_full_disk_leaves_the_last_save(error, tmp_path, monkeypatch):
+  def full(*args, **kwargs):
+    raise error
+
   with Checkpoints(tmp_path) as saves:
     saves.save(1, state(1.0), {})
-    saves.save(2, state(2.0), {})
-  for file in (tmp_path / "2" / "state").rglob("*"):
-    if file.is_file():
-      file.write_bytes(b"")
+    monkeypatch.setattr(saves._manager, "save", full)
+    with pytest.raises(UserError, match="(?s)full: step 2 .* that of step 1"):
+      saves.save(2, state(2.0), {})
   with Checkpoints(tmp_path) as saves:
-    with pytest.raises(UserError, match="2 can't be read"):
-      saves.restore(2, state())
-    restored, _ = saves.restore(1, state())
-    assert restored["d"][0] == 1.0
+    assert saves.restore(1, state())[0]["d"][0] == 1.0

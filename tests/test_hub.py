@@ -1,5 +1,6 @@
 """Names and folders of models, with the hub out of reach."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from experiments.trials.downloads import NAME
+from experiments.trials.downloads import hub as broken_hub
+from vera_jax import hub
 from vera_jax.errors import UserError
-from vera_jax.hub import resolve, trouble
+from vera_jax.hub import persist, resolve, trouble
 
 ASK = """
 import sys, time
@@ -59,6 +63,7 @@ def cached(cache, name="some/model") -> Path:
   snapshot = repo / "snapshots" / ("0" * 40)
   snapshot.mkdir(parents=True)
   (snapshot / "config.json").write_text("{}")
+  (snapshot / "model.safetensors").write_bytes(b"")
   (repo / "refs").mkdir()
   (repo / "refs" / "main").write_text("0" * 40)
   return snapshot
@@ -122,3 +127,60 @@ def test_a_silent_name_server_is_not_waited_for():
   stuck.set()
   assert isinstance(error, TimeoutError)
   assert time.monotonic() - started < 5
+
+
+def test_half_a_download_does_not_serve(tmp_path):
+  snapshot = cached(tmp_path)
+  (snapshot / "model.safetensors").unlink()
+  refused(ask("some/model", tmp_path, HF_ENDPOINT="http://127.0.0.1:9"))
+
+
+def flaky(breaks, error):
+  """A download that breaks off so many times, and how often it was begun."""
+  begun = []
+
+  def fetch():
+    begun.append(1)
+    if len(begun) <= breaks:
+      raise error
+    return "whole"
+
+  return fetch, begun
+
+
+@pytest.fixture
+def no_pause(monkeypatch):
+  monkeypatch.setattr(hub, "PAUSE", 0.0)
+
+
+def test_a_download_is_begun_again(no_pause, caplog):
+  fetch, begun = flaky(2, ConnectionError("peer closed connection"))
+  assert persist(fetch, "some/model") == "whole"
+  assert len(begun) == 3
+  assert caplog.text.count("some/model broke off (peer closed") == 2
+
+
+def test_one_that_always_breaks_off_is_an_error(no_pause):
+  fetch, begun = flaky(9, ConnectionError("peer closed connection"))
+  with pytest.raises(UserError, match="broke off 3 times.*peer closed"):
+    persist(fetch, "some/model")
+  assert len(begun) == 3
+
+
+def test_what_would_come_again_is_not_tried_again(no_pause):
+  fetch, begun = flaky(9, OSError(errno.ENOSPC, "No space left on device"))
+  with pytest.raises(UserError, match="the disk is full"):
+    persist(fetch, "some/model")
+  assert len(begun) == 1
+  fetch, begun = flaky(9, KeyError("x"))
+  with pytest.raises(KeyError):
+    persist(fetch, "some/model", (ConnectionError,))
+  assert len(begun) == 1
+
+
+def test_a_hub_that_breaks_off_in_the_middle_of_a_file(tiny_model, tmp_path):
+  with broken_hub(tiny_model, breaks=2) as (address, asked):
+    answer = ask(NAME, tmp_path, HF_ENDPOINT=address)
+  weights = Path(answer.strip()) / "model.safetensors"
+  assert weights.read_bytes() == (tiny_model / weights.name).read_bytes()
+  assert asked.count(weights.name) == 3

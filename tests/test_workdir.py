@@ -1,11 +1,13 @@
 """One folder, one config."""
 
+import errno
 import json
+import os
 
 import pytest
 
 from vera_jax.errors import UserError
-from vera_jax.workdir import check, claim, write_json
+from vera_jax.workdir import check, claim, full_disk_told, hold, write_json
 
 CONFIG = {
   "seed": 0,
@@ -71,3 +73,34 @@ def test_checkpoints_of_an_unknown_run_are_refused(tmp_path):
   (tmp_path / "checkpoints").mkdir()
   with pytest.raises(UserError, match="no config.json"):
     claim(tmp_path, CONFIG)
+
+
+def test_a_held_folder_is_refused_by_the_holders_name(tmp_path):
+  folder = tmp_path / "runs" / "one"
+  with hold(folder):
+    with pytest.raises(UserError, match=f"process {os.getpid()} on "):
+      with hold(folder):
+        pass
+  with hold(folder):  # free again, though the file is still there
+    assert (folder / "lock").read_text().count("process") == 1
+
+
+def test_a_folder_that_cannot_be_held(tmp_path):
+  (tmp_path / "run").write_text("")
+  with (
+    pytest.raises(UserError, match="run can't be used"),
+    hold(tmp_path / "run"),
+  ):
+    pass
+
+
+def test_a_full_disk_is_told_wherever_it_is_met(tmp_path):
+  with pytest.raises(UserError, match=f"disk of {tmp_path} is full"):
+    with full_disk_told(tmp_path):
+      try:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+      except OSError as error:
+        raise RuntimeError("a layer above") from error
+  for other in (OSError(errno.EACCES, "denied"), ValueError("x")):
+    with pytest.raises(type(other)), full_disk_told(tmp_path):
+      raise other

@@ -1,15 +1,23 @@
 """The Hugging Face hub, asked no longer than a person waits."""
 
+import errno
 import importlib.util
+import logging
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vera_jax.errors import UserError
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
 PATIENCE = 15.0  # seconds until a silent hub counts as unreachable
+ATTEMPTS = 3  # of a download; the client itself tries a file several times
+PAUSE = 1.0  # seconds before the second attempt, twice as many before the next
 PACKAGE = "package:"
 FILES = [
   "config.json",
@@ -47,10 +55,9 @@ def trouble(ask: Callable[[], Any], seconds: float) -> Exception | None:
 
 def unreachable(name: str, error: Exception) -> UserError:
   """What to do without the hub, which a name was to come from."""
-  reason = (str(error) or type(error).__name__).splitlines()[0]
   return UserError(
-    f"The hub can't be reached for {name} ({reason}), and no earlier download"
-    " is on this machine. To work without the hub, set\n"
+    f"The hub can't be reached for {name} ({_first_line(error)}), and no"
+    " earlier download is on this machine. To work without the hub, set\n"
     "  config.model.name   to a folder with config.json, the tokenizer's files"
     " and model.safetensors\n"
     "  config.data.source  to a folder with GLUE's files: train.tsv, dev.tsv"
@@ -91,13 +98,13 @@ def _download(name: str) -> Path:
   from huggingface_hub import HfApi, snapshot_download
   from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
+  fetch = partial(snapshot_download, name, allow_patterns=FILES)
   ask = partial(HfApi().model_info, name, timeout=PATIENCE / 3)
   refusal = trouble(ask, PATIENCE)
-  offline = refusal is not None
+  if refusal is None:
+    return Path(persist(fetch, name))
   try:
-    return Path(
-      snapshot_download(name, allow_patterns=FILES, local_files_only=offline)
-    )
+    folder = Path(fetch(local_files_only=True))
   except Exception as error:  # of whichever HTTP library the client uses
     if isinstance(refusal, RepositoryNotFoundError | HFValidationError):
       raise UserError(
@@ -105,4 +112,49 @@ def _download(name: str) -> Path:
         " folder of that name. config.model.name takes a hub id, or a folder"
         " with config.json, the tokenizer's files and model.safetensors."
       ) from error
-    raise unreachable(name, refusal or error) from error
+    raise unreachable(name, refusal) from error
+  if not any(folder.glob("*.safetensors")):  # a download that broke off
+    raise unreachable(name, refusal)
+  return folder
+
+
+def persist(
+  fetch: Callable[[], T],
+  name: str,
+  broken: tuple[type[Exception], ...] = (Exception,),
+) -> T:
+  """What a download gives, begun again where it broke off.
+
+  Args:
+    fetch: downloads; what has come before is not fetched again.
+    name: for the messages.
+    broken: the errors of a download that broke off; others are raised as they
+      are.
+
+  Raises:
+    UserError: it broke off `ATTEMPTS` times, or the disk is full.
+  """
+  for attempt in range(1, ATTEMPTS + 1):
+    try:
+      return fetch()
+    except broken as error:
+      if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        raise UserError(
+          f"{name} can't be downloaded: the disk is full. HF_HOME names another"
+          " folder for downloads."
+        ) from error
+      reason = _first_line(error)
+      if attempt == ATTEMPTS:
+        raise UserError(
+          f"The download of {name} broke off {ATTEMPTS} times, the last time"
+          f" with: {reason}. The same command goes on with it; what has come is"
+          " kept. Or name a local folder as config.model.name or"
+          " config.data.source."
+        ) from error
+      log.warning("%s broke off (%s) and is begun again.", name, reason)
+      time.sleep(PAUSE * 2 ** (attempt - 1))
+  raise AssertionError("unreachable")
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error) or type(error).__name__).splitlines()[0]

@@ -13,6 +13,7 @@ from vera_jax.data.batches import (
   train_batches,
 )
 from vera_jax.data.packing import plan_eval_layout, plan_layout
+from vera_jax.data.portion import Portion
 from vera_jax.data.prefetch import prefetch
 
 
@@ -112,6 +113,49 @@ def test_evaluation_sees_every_example_once_in_one_shape(make_tokens, shards):
     filled = batch["example"] >= 0
     labels = tokens.labels[batch["example"][filled]]
     np.testing.assert_array_equal(batch["labels"][filled], labels)
+
+
+PORTIONS = [Portion(0, 3, 4), Portion(3, 4, 4)]  # of two processes
+
+
+def assert_joined(parts, whole, axis=0):
+  for name, array in whole.items():
+    joined = np.concatenate([part[name] for part in parts], axis)
+    np.testing.assert_array_equal(joined, array, strict=True)
+
+
+def test_the_processes_portions_are_the_batch(tokens):
+  layout = plan_layout(tokens.lengths, batch_size=8, shards=4)
+  whole, *parts = (
+    take(tokens, layout, 12, seed=2, **given)
+    for given in ({}, *({"portion": portion} for portion in PORTIONS))
+  )
+  for (_, passes), *own in zip(whole, *parts, strict=True):
+    for batch, *pieces in zip(passes, *(p for _, p in own), strict=True):
+      assert_joined(pieces, batch)
+      rows = [len(piece["labels"]) for piece in pieces]
+      assert rows[0] == 3 * rows[1]
+      assert [p.whole(n) for p, n in zip(PORTIONS, rows, strict=True)] == [
+        len(batch["labels"])
+      ] * 2
+
+
+def test_so_are_those_of_members_and_of_evaluation(tokens):
+  layout = plan_layout(tokens.lengths, batch_size=8, shards=4)
+  members = [
+    member_batches(tokens, layout, batch_size=8, seeds=[2, 3], **given)
+    for given in ({}, *({"portion": portion} for portion in PORTIONS))
+  ]
+  for (_, passes), *own in itertools.islice(zip(*members, strict=True), 6):
+    for batch, *pieces in zip(passes, *(p for _, p in own), strict=True):
+      assert_joined(pieces, batch, axis=1)
+  for batches in members:
+    batches.close()
+  layout = plan_eval_layout(tokens.lengths, batch_size=16, shards=4)
+  parts = [eval_batches(tokens, layout, portion=p) for p in PORTIONS]
+  whole = eval_batches(tokens, layout)
+  for batch, *pieces in zip(whole, *parts, strict=True):
+    assert_joined(pieces, batch)
 
 
 def workers():

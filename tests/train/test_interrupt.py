@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from vera_jax.train.interrupt import SIGNALS, watch
+from vera_jax.train.interrupt import (
+  SIGNALS,
+  Flag,
+  Interrupted,
+  Stop,
+  nothing_to_save,
+  watch,
+)
+from vera_jax.train.sharding import make_mesh
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +104,32 @@ def test_what_the_process_ignores_stays_ignored():
       assert flag.caught is None
   finally:
     signal.signal(signal.SIGINT, before)
+
+
+def test_outside_of_training_sigterm_ends_at_once():
+  before = handlers()
+  with pytest.raises(Interrupted, match="SIGTERM outside of training"):
+    with nothing_to_save():
+      signal.raise_signal(signal.SIGTERM)
+  assert handlers() == before
+
+
+def test_training_has_its_own_way_within():
+  with nothing_to_save():
+    with watch() as flag:
+      signal.raise_signal(signal.SIGTERM)
+    assert flag.caught == signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_one_process_caught_all_hear(number):
+  """The question that several processes ask, here of eight devices."""
+  flag, mesh = Flag(), make_mesh(2, 2, 2)
+  stop = Stop(flag, mesh)
+  assert stop.ask() is None and stop.heard(None) is None
+  stop._alone = False
+  assert stop.heard(stop.ask()) is None
+  asked = stop.ask()
+  flag.caught = number
+  assert stop.heard(asked) is None  # it came after the question
+  assert stop.heard(stop.ask()) == number

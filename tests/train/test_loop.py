@@ -1,25 +1,25 @@
 """Whole runs on a tiny encoder: what they leave, and that they resume."""
 
+import errno
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+from vera_jax import workdir
 from vera_jax.adapter_files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.train import loop
 from vera_jax.train import step as step_module
 from vera_jax.train.interrupt import Interrupted
 from vera_jax.train.loop import best_epoch, train_and_evaluate
+from vera_jax.train.report import Reporter
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAD = {"classifier.kernel", "classifier.bias"}
 QV = {"query", "value"}
 # Sizes by hand: width 16, two layers, rank 8; two labels; 5,584 in the base.
@@ -77,6 +77,7 @@ def test_a_run_leaves_what_was_promised(finished):
     "tensorboard",
     "adapter",
     "result.json",
+    "lock",
   }
 
 
@@ -149,51 +150,79 @@ def test_stopped_and_resumed_is_as_if_left_alone(
   assert_same_run(folder, finished.folder, 30)
 
 
-KILLED = """
-import os, runpy, sys
-from vera_jax.train.report import Reporter
-advance = Reporter.advance
-def hooked(self, step, *, loss):
-  advance(self, step, loss=loss)
-  if step == STEP:
-    os.kill(os.getpid(), SIGNAL)
-Reporter.advance = hooked
-runpy.run_module("experiments.glue", run_name="__main__", alter_sys=True)
-"""
+def flip_a_byte(save):
+  files = [path for path in (save / "state").rglob("*") if path.is_file()]
+  file = max(files, key=lambda path: path.stat().st_size)
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 1
+  file.write_bytes(data)
+  return file
 
 
-def test_kill_9_and_the_same_command_again(
-  finished, tiny_settings, tmp_path, assert_same_run
+@pytest.fixture(scope="session")
+def stopped(finished, tmp_path_factory):
+  """A run that SIGTERM stopped in its third epoch. Copy, don't touch."""
+  folder = tmp_path_factory.mktemp("stopped") / "run"
+  advance = Reporter.advance
+
+  def hooked(self, at, *, loss):
+    advance(self, at, loss=loss)
+    if at == 24:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Reporter, "advance", hooked)
+    with pytest.raises(Interrupted):
+      train_and_evaluate(finished.config, folder)
+  return folder
+
+
+@pytest.mark.parametrize("which", ["newest", "best"])
+def test_a_damaged_save_costs_steps_and_nothing_else(
+  which, stopped, finished, saved, tmp_path, caplog, assert_same_run
 ):
-  """SIGTERM in the first epoch, SIGKILL in the second, then to the end."""
   folder = tmp_path / "run"
-  flags = ["--config=configs/rte.py", f"--workdir={folder}"]
-  flags += [f"--config.{key}={value}" for key, value in tiny_settings.items()]
-
-  def run(*command):
-    return subprocess.run(
-      [sys.executable, *command, *flags],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-      env=os.environ,
-    )
-
-  def stopped(step, number):
-    code = KILLED.replace("STEP", str(step))
-    return run("-c", code.replace("SIGNAL", str(number.value)))
-
-  done = stopped(4, signal.SIGTERM)
-  assert done.returncode == 75, done.stderr
-  assert "The same command goes on from there." in done.stderr
-  done = stopped(17, signal.SIGKILL)
-  assert done.returncode == -signal.SIGKILL, done.stderr
-  assert max(line["step"] for line in read_lines(folder)) > 10
-  done = run("-m", "experiments.glue")
-  assert done.returncode == 0, done.stderr
-  assert "resumed at step 10 of 30" in done.stderr
-  assert "accuracy" in done.stdout
+  shutil.copytree(stopped, folder)
+  newest = max(int(p.name) for p in (folder / "checkpoints").iterdir())
+  history = saved(folder, newest)[1]["history"]
+  step = newest if which == "newest" else best_epoch(history)["step"]
+  file = flip_a_byte(folder / "checkpoints" / str(step))
+  train_and_evaluate(finished.config, folder)
+  assert f"save of step {step} is not used: {file} is damaged" in caplog.text
+  assert (folder / "damaged" / str(step)).is_dir()
   assert_same_run(folder, finished.folder, 30)
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_later(
+  stopped, finished, tmp_path, monkeypatch, assert_same_run
+):
+  folder = tmp_path / "run"
+  shutil.copytree(stopped, folder)
+  save = ocp.CheckpointManager.save
+
+  def full(self, step, *args, **kwargs):
+    if step == 30:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return save(self, step, *args, **kwargs)
+
+  monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+  with pytest.raises(UserError, match="full: step 30 .* that of step 25"):
+    train_and_evaluate(finished.config, folder)
+  assert not (folder / "result.json").exists()
+  monkeypatch.undo()
+  train_and_evaluate(finished.config, folder)
+  assert_same_run(folder, finished.folder, 30)
+
+
+def test_a_folder_at_work_is_refused_before_anything_is_loaded(
+  stopped, finished, tmp_path, monkeypatch
+):
+  folder = tmp_path / "run"
+  shutil.copytree(stopped, folder)
+  monkeypatch.setattr(loop, "build_run", None)
+  with workdir.hold(folder):
+    with pytest.raises(UserError, match="Another run is at work"):
+      train_and_evaluate(finished.config, folder)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny_config, tmp_path, saved):
@@ -227,7 +256,7 @@ def test_an_epoch_that_ends_broken_is_not_saved(
   monkeypatch.setattr(
     loop, "split_logits", lambda *_, **__: np.full((20, 2), np.nan, np.float32)
   )
-  with pytest.raises(UserError, match="at step 10 .* no checkpoint"):
+  with pytest.raises(UserError, match="at step 10 .* No checkpoint"):
     train_and_evaluate(finished.config, tmp_path / "run")
   told = capsys.readouterr().err  # up to there
   assert "adapter 96, head 34 of 5,714" in told

@@ -23,7 +23,9 @@ from vera_jax.train.sharding import (
   check_heads,
   make_mesh,
   param_shardings,
+  portion_of,
   put,
+  put_rows,
 )
 from vera_jax.train.step import (
   INPUTS,
@@ -146,6 +148,17 @@ def test_put_keeps_values_and_splits_them():
   mesh = make_mesh(2, 2, 2)
   batch = {"x": np.arange(16).reshape(8, 2), "y": np.arange(8)}
   placed = put(batch, NamedSharding(mesh, BATCH))
+  portion = portion_of(NamedSharding(mesh, BATCH))
+  assert portion.bounds(8) == (0, 8)  # one process has all rows
+  by_rows = put_rows(batch, NamedSharding(mesh, BATCH), portion)
+  for name, array in placed.items():
+    assert by_rows[name].sharding == array.sharding
+    np.testing.assert_array_equal(by_rows[name], array)
+  members = NamedSharding(mesh, PartitionSpec(None, *BATCH))
+  stacked = {"x": np.arange(24).reshape(3, 8)}
+  placed_behind = put_rows(stacked, members, portion)["x"]
+  assert placed_behind.sharding == members
+  np.testing.assert_array_equal(placed_behind, stacked["x"])
   for name, value in batch.items():
     np.testing.assert_array_equal(placed[name], value)
     shards = [s.data.shape[0] for s in placed[name].addressable_shards]

@@ -11,6 +11,7 @@ from jaxtyping import Int64
 
 from vera_jax.data.packing import Batch, Layout, fill, pack_alike
 from vera_jax.data.placement import Placement, first_fit, place_all
+from vera_jax.data.portion import WHOLE, Portion
 from vera_jax.data.prefetch import prefetch
 from vera_jax.data.tokens import Tokens
 
@@ -45,14 +46,21 @@ def train_batches(
   batch_size: int,
   seed: int,
   start_step: int = 0,
+  portion: Portion = WHOLE,
 ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
   """Yields (step, its passes) for ever, from any step.
 
-  A step's batch is the same whatever the start. Batches are packed ahead in a
-  thread, which ends when the iterator is closed or collected.
+  A step's batch is the same whatever the start; of each pass the portion's rows
+  are made. Batches are packed ahead in a thread, which ends when the iterator
+  is closed or collected.
   """
   steps = _pack_steps(
-    tokens, layout, batch_size=batch_size, seeds=[seed], start_step=start_step
+    tokens,
+    layout,
+    batch_size=batch_size,
+    seeds=[seed],
+    start_step=start_step,
+    portion=portion,
   )
   return prefetch(((step, passes) for step, (passes,) in steps), _AHEAD)
 
@@ -64,6 +72,7 @@ def member_batches(
   batch_size: int,
   seeds: Sequence[int],
   start_step: int = 0,
+  portion: Portion = WHOLE,
 ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
   """`train_batches` of several seeds, stacked along a first axis.
 
@@ -71,7 +80,12 @@ def member_batches(
   another's needs more, and an empty pass where another takes a further one.
   """
   steps = _pack_steps(
-    tokens, layout, batch_size=batch_size, seeds=seeds, start_step=start_step
+    tokens,
+    layout,
+    batch_size=batch_size,
+    seeds=seeds,
+    start_step=start_step,
+    portion=portion,
   )
   return prefetch(
     (
@@ -93,6 +107,7 @@ def _pack_steps(
   batch_size: int,
   seeds: Sequence[int],
   start_step: int,
+  portion: Portion,
 ) -> Iterator[tuple[int, list[tuple[Batch, ...]]]]:
   """Yields (step, the passes of each seed)."""
   steps = steps_per_epoch(len(tokens), batch_size)
@@ -102,23 +117,43 @@ def _pack_steps(
     for place in range(skip, steps):
       here = slice(place * batch_size, (place + 1) * batch_size)
       own = [order[here] for order in orders]
-      yield epoch * steps + place, pack_alike(tokens, own, layout)
+      yield epoch * steps + place, pack_alike(tokens, own, layout, portion)
     skip = 0
 
 
-def eval_batches(tokens: Tokens, layout: Layout) -> Iterator[Batch]:
+def eval_placement(tokens: Tokens, layout: Layout) -> Placement:
+  """Where each example of a split goes in `eval_batches`.
+
+  Rows count through all batches.
+  """
+  layout = layout._replace(rows=layout.rows[:1])
+  return place_all(tokens.lengths, layout)
+
+
+def eval_batches(
+  tokens: Tokens,
+  layout: Layout,
+  *,
+  place: Placement | None = None,
+  portion: Portion = WHOLE,
+) -> Iterator[Batch]:
   """Packs a whole split, each example once, in one static shape.
 
   The examples come in no order: `example` says which one a slot holds. All
   batches have the first row count of `layout`, which `plan_eval_layout` makes
-  for a split; the last batch may have empty rows.
+  for a split; the last batch may have empty rows. Of each the portion's rows
+  are made. `place` is `eval_placement`'s, where it is known already.
   """
   layout = layout._replace(rows=layout.rows[:1])
-  return placed_batches(tokens, place_all(tokens.lengths, layout), layout)
+  place = place or eval_placement(tokens, layout)
+  return placed_batches(tokens, place, layout, portion)
 
 
 def placed_batches(
-  tokens: Tokens, place: Placement, layout: Layout
+  tokens: Tokens,
+  place: Placement,
+  layout: Layout,
+  portion: Portion = WHOLE,
 ) -> Iterator[Batch]:
   """Packs each example at its place: as many rows a batch as are allowed.
 
@@ -129,7 +164,13 @@ def placed_batches(
     left = place.rows - first
     rows = next((rows for rows in layout.rows if rows >= left), most)
     yield fill(
-      tokens, np.arange(len(tokens)), place, layout, first=first, rows=rows
+      tokens,
+      np.arange(len(tokens)),
+      place,
+      layout,
+      first=first,
+      rows=rows,
+      portion=portion,
     )
 
 

@@ -15,6 +15,8 @@ from vera_jax.data.tasks import Task
 from vera_jax.errors import UserError
 
 ANSWER_SECONDS = 10.0
+# Other errors of the library are about the data set, and come again.
+_BROKE_OFF = (ConnectionError, TimeoutError, EOFError)
 
 
 def download_split(task: Task, source: str, split: str) -> Examples:
@@ -72,8 +74,11 @@ def _download(task: Task, source: str):
 
   if not datasets.config.HF_HUB_OFFLINE and not _stored(source):
     _ask(source)
+  fetch = partial(datasets.load_dataset, source, task.name)
   try:
-    return datasets.load_dataset(source, task.name)
+    if datasets.config.HF_HUB_OFFLINE:
+      return fetch()
+    return hub.persist(fetch, f"{source} ({task.name})", _BROKE_OFF)
   except datasets.exceptions.DatasetNotFoundError as error:
     raise _not_there(source) from error
   except ConnectionError as error:

@@ -19,6 +19,7 @@ from jaxtyping import Int
 
 from vera_jax.data.placement import Layout, Placement, first_fit, passes
 from vera_jax.data.plan import plan_eval_layout, plan_layout
+from vera_jax.data.portion import WHOLE, Portion
 from vera_jax.data.tokens import Tokens
 
 __all__ = [
@@ -55,17 +56,21 @@ def pack(
 
 
 def pack_alike(
-  tokens: Tokens, batches: Sequence[Int[np.ndarray, " _"]], layout: Layout
+  tokens: Tokens,
+  batches: Sequence[Int[np.ndarray, " _"]],
+  layout: Layout,
+  portion: Portion = WHOLE,
 ) -> list[tuple[Batch, ...]]:
   """`pack` for several batches, all in the shapes that the largest needs.
 
-  Each example lies in the pass, row and column that it has alone.
+  Each example lies in the pass, row and column that it has alone. Of each pass
+  only the portion's rows are made.
   """
   places = [first_fit(tokens.lengths[indices], layout) for indices in batches]
   own = [passes(place.rows, layout) for place in places]
   shapes = [max(counts) for counts in zip_longest(*own, fillvalue=0)]
   return [
-    _fill_passes(tokens, indices, place, layout, counts, shapes)
+    _fill_passes(tokens, indices, place, layout, counts, shapes, portion)
     for indices, place, counts in zip(batches, places, own, strict=True)
   ]
 
@@ -77,6 +82,7 @@ def _fill_passes(
   layout: Layout,
   counts: Sequence[int],
   shapes: Sequence[int],
+  portion: Portion,
 ) -> tuple[Batch, ...]:
   """`counts` rows of the placement a pass, in arrays of `shapes` rows."""
   ends = np.cumsum(counts).tolist()
@@ -89,6 +95,7 @@ def _fill_passes(
       first=end - held,
       held=held,
       rows=rows,
+      portion=portion,
     )
     for end, held, rows in zip_longest(ends, counts, shapes, fillvalue=0)
   )
@@ -103,14 +110,18 @@ def fill(
   first: int,
   rows: int,
   held: int | None = None,
+  portion: Portion = WHOLE,
 ) -> Batch:
   """The arrays of some rows of a placement, from row `first` on.
 
   Of `rows` rows the first `held` are the placement's, or all; the others stay
-  empty.
+  empty. The portion's rows of them are made.
   """
   weight = 1 / len(indices)
-  here, place = place.part(first, rows if held is None else held)
+  low, high = portion.bounds(rows)
+  held = min(rows if held is None else held, high) - low
+  here, place = place.part(first + low, max(held, 0))
+  rows = high - low
   indices = indices[here]
   lengths = tokens.lengths[indices]
   before = np.cumsum(lengths) - lengths

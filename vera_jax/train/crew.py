@@ -25,7 +25,7 @@ from vera_jax.data.packing import Batch
 from vera_jax.train.member import Member
 from vera_jax.train.run import Run, hyperparameters
 from vera_jax.train.runtime import Background
-from vera_jax.train.sharding import BATCH, put
+from vera_jax.train.sharding import BATCH, portion_of, put, put_rows
 from vera_jax.train.step import State, jit_member_step
 
 Tree = Any
@@ -53,6 +53,7 @@ class Crew:
     filler = next(iter(states.values()))
     self._alone = jax.tree.map(lambda leaf: leaf.sharding, filler)
     self._sharding = NamedSharding(run.mesh, BATCH)
+    self._portion = portion_of(self._sharding)
     self.state = self._stack([states.get(m, filler) for m in members])
     configs = [member.config for member in members]
     self._keys = _stack([jax.random.key(config.seed) for config in configs])
@@ -78,9 +79,10 @@ class Crew:
     """Each member's own order, from any step."""
     tokens, layout = self.run.data.tokens["train"], self.run.data.train_layout
     seeds = [member.config.seed for member in self.members]
-    settings = {
+    settings: dict[str, Any] = {
       "batch_size": self.run.config.optim.batch_size,
       "start_step": start_step,
+      "portion": self._portion,
     }
     if len(seeds) == 1:
       return train_batches(tokens, layout, seed=seeds[0], **settings)
@@ -92,20 +94,21 @@ class Crew:
     self.state, metrics = self._step(
       self.state,
       self.run.model.frozen,
-      self._put(passes),
+      put_rows(passes, self._split, self._portion),
       self._keys,
       self._numbers,
     )
     return metrics
 
-  def _put(self, batches: Tree) -> Tree:
+  @property
+  def _split(self) -> NamedSharding:
+    """Where batches lie."""
     alone = len(self.members) == 1
-    sharding = self._sharding if alone else behind_members(self._sharding)
-    return put(batches, sharding)
+    return self._sharding if alone else behind_members(self._sharding)
 
   def _compile(self, passes: Passes) -> None:
     """Wait for these passes' programs; the other shapes' come behind them."""
-    rows = [batch["labels"].shape[-2] for batch in passes]
+    rows = [self._portion.whole(b["labels"].shape[-2]) for b in passes]
     for count in (*rows, *self.run.data.train_layout.rows):
       self._programs.compile(count, partial(self._lower, count))
     for count in rows:
@@ -120,7 +123,7 @@ class Crew:
       members=len(self.members),
     )
     frozen, own = self.run.model.frozen, (self._keys, self._numbers)
-    return self._step.lower(frozen, self._put(batch), *own)
+    return self._step.lower(frozen, put(batch, self._split), *own)
 
   def figures(
     self, metrics: Mapping[str, Array]

@@ -8,12 +8,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Float32
 
-from vera_jax.data.batches import eval_batches
+from vera_jax.data.batches import eval_batches, eval_placement
 from vera_jax.data.packing import Layout
 from vera_jax.data.tasks import Task
 from vera_jax.data.tokens import Tokens
 from vera_jax.metrics import collapsed, score
-from vera_jax.train.sharding import put
+from vera_jax.train.sharding import portion_of, put_rows
 
 Logits = Float32[np.ndarray, "_ labels"]  # a split has its own length
 
@@ -27,16 +27,17 @@ def split_logits(
   *,
   sharding: NamedSharding,
 ) -> Logits:
-  """The logits of every example, in the split's order."""
-  rows: list[tuple[np.ndarray, jax.Array]] = []
-  for batch in eval_batches(tokens, layout):
-    logits = step(params, frozen, put(batch, sharding))
-    rows.append((batch["example"], logits))  # read later: dispatch runs ahead
-  out = np.empty((len(tokens), rows[0][1].shape[-1]), np.float32)
-  for example, logits in rows:
-    real = example >= 0
-    out[example[real]] = np.asarray(logits)[real]
-  return out
+  """The logits of every example, in the split's order.
+
+  `step` gives every process all rows.
+  """
+  portion = portion_of(sharding)
+  place = eval_placement(tokens, layout)
+  rows = [  # read later: dispatch runs ahead
+    step(params, frozen, put_rows(batch, sharding, portion))
+    for batch in eval_batches(tokens, layout, place=place, portion=portion)
+  ]
+  return np.concatenate(rows)[place.row, place.slot]
 
 
 def predictions(task: Task, logits: Logits) -> np.ndarray:

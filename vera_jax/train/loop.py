@@ -23,8 +23,9 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from vera_jax import workdir as workdirs
-from vera_jax.checkpoint import Checkpoints
+from vera_jax.checkpoint import Checkpoints, good_save
 from vera_jax.data.batches import sample_batch
+from vera_jax.distributed import is_first, on_first
 from vera_jax.errors import UserError
 from vera_jax.submission import write_submission
 from vera_jax.train.crew import Crew
@@ -36,14 +37,19 @@ from vera_jax.train.evaluate import (
   split_logits,
 )
 from vera_jax.train.group import check_group, titles
-from vera_jax.train.interrupt import Flag, Interrupted, watch
+from vera_jax.train.interrupt import (
+  Interrupted,
+  Stop,
+  nothing_to_save,
+  watch,
+)
 from vera_jax.train.member import SUBMISSION, Member, best_epoch, cohorts
 from vera_jax.train.model import init_state, start_of, state_shape
 from vera_jax.train.report import Figures, Reporter
 from vera_jax.train.run import Run, build_run, introduction
 from vera_jax.train.runtime import Background, compiler_options, prepare
 from vera_jax.train.settings import check_settings
-from vera_jax.train.sharding import BATCH, put
+from vera_jax.train.sharding import BATCH, REPLICATED, put
 from vera_jax.train.start import since_start
 from vera_jax.train.step import State, eval_step
 
@@ -129,18 +135,40 @@ def _train(members: Sequence[Member]) -> None:
   if not left:
     return
   prepare()
-  run = build_run(left[0].config)
-  for member in left:
-    workdirs.claim(member.folder, member.config.to_dict())
-  with ExitStack() as stack:
+  with nothing_to_save(), ExitStack() as stack:
+    _hold([m for m in left if m.folder.exists()], stack)
+    run = build_run(left[0].config)
+    _claim(left, stack)
     for member in left:
-      saves = Checkpoints(member.folder / "checkpoints")
-      member.resume(stack.enter_context(saves))
+      folder, config = member.folder / "checkpoints", member.config.to_dict()
+      member.resume(stack.enter_context(Checkpoints(folder, config)))
     session = Session(run)
     for step, live, crew in cohorts(members):
       session.train(step, live, crew)
     for member in left:
       session.conclude(member)
+
+
+def _hold(members: Sequence[Member], stack: ExitStack) -> None:
+  """Their folders, until the stack is closed: as early as they are there."""
+
+  def hold() -> None:
+    for member in members:
+      stack.enter_context(workdirs.hold(member.folder))
+      stack.enter_context(workdirs.full_disk_told(member.folder))
+      member.held = True
+
+  on_first(hold)
+
+
+def _claim(members: Sequence[Member], stack: ExitStack) -> None:
+  _hold([member for member in members if not member.held], stack)
+
+  def claim() -> None:
+    for member in members:
+      workdirs.claim(member.folder, member.config.to_dict())
+
+  on_first(claim)
 
 
 class Session:
@@ -158,8 +186,10 @@ class Session:
 
   def __init__(self, run: Run) -> None:
     self.run = run
+    self._everywhere = NamedSharding(run.mesh, REPLICATED)
     self._evaluate = jax.jit(
       partial(eval_step, apply=run.model.module.apply),
+      out_shardings=self._everywhere,  # each process reads all
       compiler_options=compiler_options(jax.default_backend()),
     )
     self._programs = Background()
@@ -179,8 +209,9 @@ class Session:
         member.figures = files.enter_context(self._figures(member))
       for line in self._introduction():
         self.report.log(line)
+      stop = Stop(flag, self.run.mesh)
       while self.live:
-        self._train_crew(flag)
+        self._train_crew(stop)
     for member in crew:
       member.write_failure()
 
@@ -199,7 +230,7 @@ class Session:
     settings = {
       "config": member.config.to_dict(),
       "step": self._step,
-      "primary": jax.process_index() == 0,
+      "primary": is_first(),
       "wandb": member.config.log.wandb,
     }
     if member is not self.live[0]:
@@ -212,11 +243,12 @@ class Session:
     if self._step:
       yield f"resumed at step {self._step} of {self.run.steps}"
 
-  def _train_crew(self, flag: Flag) -> None:
+  def _train_crew(self, stop: Stop) -> None:
     """Until the crew changes or nobody is left."""
     first, unread = self._step, None
     crew = self.crew
     for step, passes in crew.batches(first):
+      asked = stop.ask()
       metrics = crew.step(passes)
       if step == first:
         for split in self.run.data.task.dev_splits:
@@ -225,7 +257,7 @@ class Session:
       unread = step + 1, metrics
       self._step = step + 1
       ends_epoch = self._step % self.run.epoch_steps == 0
-      if ends_epoch or flag.caught or step == first:
+      if ends_epoch or step == first or stop.heard(asked):
         self._read(unread)
         unread = None
       if step == first:
@@ -234,8 +266,9 @@ class Session:
         )
       if ends_epoch:
         self._end_epoch()
-      if flag.caught:
-        self._stop(flag.caught)
+      if caught := stop.heard(asked):
+        self._read(unread)
+        self._stop(caught)
       if ends_epoch:
         for member in [m for m in crew.members if m.ended]:
           self.conclude(member)
@@ -267,13 +300,10 @@ class Session:
     return True
 
   def _fail(self, member: Member, what: str, step: int) -> None:
-    kept = member.saves.latest_step
-    last = "no checkpoint was saved yet"
-    if kept is not None:
-      last = f"the last good checkpoint is that of step {kept}"
     reason = (
-      f"The {what} at step {step} of {self.run.steps}; the run stops here and"
-      f" {last}. Try, in another --workdir, lower learning rates,"
+      f"The {what} at step {step} of {self.run.steps}; the run stops here."
+      f" {good_save(member.saves.latest_step)} Try, in another --workdir, lower"
+      " learning rates,"
       " config.optim.grad_clip=1.0 or config.model.dtype=float32."
     )
     member.fail(reason, step=step)
@@ -412,6 +442,7 @@ class Session:
       return
     best = best_epoch(member.progress["history"])["step"]
     params = member.saves.restore(best, self._shape)[0].params
+    params = jax.jit(lambda p: p, out_shardings=self._everywhere)(params)
     if member.wants_test:
       self._predict_test(params, member.folder / SUBMISSION)
     if member.result is None:
@@ -420,8 +451,15 @@ class Session:
   def _predict_test(self, params: Any, folder: Path) -> None:
     """Answers to the unlabelled test split, as GLUE's server takes them."""
     task = self.run.data.task
-    new = folder.with_name(folder.name + ".new")
-    for name, logits in self._logits(params, task.test_splits).items():
-      index = self.run.data.tokens[name].index
-      write_submission(new, task, name, predictions(task, logits), index)
-    new.rename(folder)  # all files or none
+    logits = self._logits(params, task.test_splits)
+
+    def write() -> None:
+      new = folder.with_name(folder.name + ".new")
+      for name in task.test_splits:
+        index = self.run.data.tokens[name].index
+        write_submission(
+          new, task, name, predictions(task, logits[name]), index
+        )
+      new.rename(folder)  # all files or none
+
+    on_first(write)

@@ -1,6 +1,8 @@
 """One run of a group: its folder, figures and fate; a run alone is one too."""
 
+import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from ml_collections import ConfigDict
 from vera_jax import results
 from vera_jax.adapter_files import save_adapter, tensors
 from vera_jax.checkpoint import Checkpoints
+from vera_jax.distributed import is_first, on_first
 from vera_jax.models.hf_weights import fingerprint
 from vera_jax.norms import adapter_norms, as_json
 from vera_jax.projections import PRNG
@@ -16,6 +19,8 @@ from vera_jax.train.group import own_settings
 from vera_jax.train.report import Figures
 from vera_jax.train.run import Run, about, learning_rates
 from vera_jax.train.step import State
+
+log = logging.getLogger(__name__)
 
 SUBMISSION = "submission"
 
@@ -33,6 +38,7 @@ class Member:
       settings of every slot of the program that trained it, `members` their
       number in its last epoch.
     result, failure: what its result.json or failed.json says, if it is there.
+    held: whether this process has the folder to itself.
     saves, figures: open while the run trains.
   """
 
@@ -42,6 +48,7 @@ class Member:
   def __init__(self, config: ConfigDict, folder: Path, *, title: str) -> None:
     self.config, self.folder, self.title = config, folder, title
     self.own = own_settings(config)
+    self.held = False
     self.progress: dict[str, Any] = {
       "history": [],
       "loss_sum": 0.0,
@@ -53,10 +60,24 @@ class Member:
     self.failure = results.read(folder, results.FAILED)
 
   def resume(self, saves: Checkpoints) -> None:
-    """Take the last save's progress, if there is one."""
+    """Take the last save's progress, if there is one.
+
+    Where the best epoch's save is lost, that of the last save before which it
+    is there, or of none: the best epoch is trained again.
+    """
     self.saves = saves
-    if saves.latest_step is not None:
-      self.progress |= saves.progress(saves.latest_step)
+    for step in reversed(saves.steps):
+      progress = saves.progress(step)
+      history = progress["history"]
+      if not history or best_epoch(history)["step"] in saves.steps:
+        self.progress |= progress
+        break
+      log.warning(
+        "%s: step %d is not gone on from, since the save of the best epoch,"
+        " step %d, is not there.",
+        *(self.folder, step, best_epoch(history)["step"]),
+      )
+      saves.forget_after(step - 1)
 
   def go_back_to(self, step: int, shape: Any) -> State:
     """A save's state; its progress is the member's, later saves are dropped."""
@@ -107,14 +128,20 @@ class Member:
 
   def forget_failure(self) -> None:
     """A run that is tried again has not failed."""
-    (self.folder / results.FAILED).unlink(missing_ok=True)
+    if is_first():
+      (self.folder / results.FAILED).unlink(missing_ok=True)
 
   def write_failure(self) -> None:
-    if self.failure is not None:
+    if self.failure is not None and is_first():
       self.failure = results.write(self.folder, self.failure, results.FAILED)
 
   def finish(self, run: Run, params: Any) -> None:
-    """Write the adapter and then, since it marks a run as done, the result."""
+    """The first process writes adapter and result; then all have the result."""
+    on_first(partial(self._write, run, params))
+    self.result = results.read(self.folder)
+
+  def _write(self, run: Run, params: Any) -> None:
+    """The adapter and then, since it marks a run as done, the result."""
     history, config = self.progress["history"], self.config
     best = best_epoch(history)
     facts = about(run, config)
@@ -154,7 +181,7 @@ class Member:
         "versions": result["versions"],
       },
     )
-    self.result = results.write(self.folder, result)
+    results.write(self.folder, result)
 
 
 def cohorts(

@@ -1,7 +1,9 @@
 """What a run tells while it runs: log lines, progress bar, metric files."""
 
+import errno
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +18,7 @@ from rich.progress import (
 )
 
 from vera_jax.errors import UserError
+from vera_jax.workdir import write_text
 
 
 def _read_until(path: Path, step: int) -> list[str]:
@@ -55,6 +58,26 @@ def _tensorboard(folder: str, *, purge_step: int) -> Any:
   return SummaryWriter(folder, purge_step=purge_step)
 
 
+def _check_board(board: Any) -> None:
+  """Its thread ends at a failed write, and the queue to it then fills up."""
+  writer = getattr(board.file_writer, "event_writer", None)
+  thread = getattr(writer, "_worker", None)
+  if thread is not None and not thread.is_alive():
+    raise OSError(errno.EIO, "TensorBoard's files can't be written any more")
+
+
+def _close_board(board: Any) -> None:
+  """On a full disk once, not again as Python ends."""
+  writer: Any = getattr(board.file_writer, "event_writer", None)
+  try:
+    board.close()
+  except OSError:
+    if thread := getattr(writer, "_worker", None):
+      thread.stop()
+      writer._closed = True
+    raise
+
+
 class Figures:
   """A run's metric files. The primary process writes. Use as a context."""
 
@@ -78,7 +101,7 @@ class Figures:
   def _open(self, workdir: Path, step: int) -> None:
     path = workdir / "metrics.jsonl"
     kept = _read_until(path, step)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(line + "\n" for line in kept))
     self._lines = path.open("a", encoding="utf-8", buffering=1)
     self._open_board = partial(
       _tensorboard, str(workdir / "tensorboard"), purge_step=step + 1
@@ -88,11 +111,13 @@ class Figures:
     return self
 
   def __exit__(self, *exc: object) -> None:
-    for file in (self._lines, self._board):
-      if file is not None:
-        file.close()
-    if self._wandb is not None:
-      self._wandb.finish()
+    with ExitStack() as stack:
+      if self._wandb is not None:
+        stack.callback(self._wandb.finish)
+      if self._board is not None:
+        stack.callback(_close_board, self._board)
+      if self._lines is not None:
+        stack.callback(self._lines.close)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """One line of metrics.jsonl; the same to TensorBoard and W&B."""
@@ -101,6 +126,7 @@ class Figures:
     self._lines.write(json.dumps({"step": step, **values}) + "\n")
     if self._board is None:
       self._board = self._open_board()
+    _check_board(self._board)
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
     if self._wandb is not None:

@@ -16,6 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vera_jax.data.portion import Portion
 from vera_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -109,3 +110,35 @@ def put(tree: Any, shardings: Any) -> Any:
   if isinstance(shardings, NamedSharding):
     return jax.tree.map(lambda value: place(value, shardings), tree)
   return jax.tree.map(place, tree, shardings)
+
+
+def portion_of(sharding: NamedSharding) -> Portion:
+  """The rows that this process makes for its devices, where a batch lies so."""
+  here = sharding.addressable_devices_indices_map((sharding.num_devices,))
+  of = sharding.num_devices
+  rows = [index[0].indices(of) for index in here.values() if index]
+  return Portion(min(r[0] for r in rows), max(r[1] for r in rows), of)
+
+
+def put_rows(tree: Any, sharding: NamedSharding, portion: Portion) -> Any:
+  """Global arrays from each process's portion of their rows.
+
+  The rows are the axis that `sharding` splits: the first, or the one behind the
+  members.
+  """
+  axis = len(sharding.spec) - 1
+
+  def place(value: Any) -> jax.Array:
+    shape = list(value.shape)
+    shape[axis] = portion.whole(shape[axis])
+    low, _ = portion.bounds(shape[axis])
+
+    def own(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None  # asked of this process's devices alone
+      first, last, _ = index[axis].indices(shape[axis])
+      here = slice(first - low, last - low)
+      return value[(*index[:axis], here, *index[axis + 1 :])]
+
+    return jax.make_array_from_callback(tuple(shape), sharding, own)
+
+  return jax.tree.map(place, tree)

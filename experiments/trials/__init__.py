@@ -1,0 +1,1 @@
+"""The faults that `experiments.faults` tries, and what they are tried on."""
