@@ -36,16 +36,16 @@ def main() -> None:
       f"There are {jax.device_count()} devices; eight are needed:"
       " XLA_FLAGS=--xla_force_host_platform_device_count=8"
     )
+  path = Path(OUT.value) / "meshes.json"
   for method in ONLY.value:
-    told = compare(method, STEPS.value)
-    path = Path(OUT.value) / "meshes.json"
-    found = read_json(path)["meshes"] if path.exists() else {}
-    for name, made in told.items():
+    for name, made in compare(method, STEPS.value):
+      print(method, name, made, flush=True)
+      found = read_json(path)["meshes"] if path.exists() else {}
       found.setdefault(name, {})[method] = made
-    result = {"steps": STEPS.value, "meshes": found, **provenance()}
-    save(result, path.stem, folder=OUT.value)
+      result = {"steps": STEPS.value, "meshes": found, **provenance()}
+      save(result, path.stem, folder=OUT.value)
   Console().print(table(found))
-  print(f"{OUT.value}/meshes.json")
+  print(path)
 
 
 if __name__ == "__main__":

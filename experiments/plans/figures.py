@@ -19,7 +19,7 @@ from vera_jax.train.sharding import batch_shards, make_mesh
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _NEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
-DEEPER = 3  # layers of the unrolled program that FLOPs are counted from
+UNROLLED = 2, 3  # layers of the programs that FLOPs are counted from
 
 
 class TooLarge(Exception):
@@ -77,7 +77,8 @@ def plan(
       start=rows // shards,
     )
     result["largest"] = {"rows": most * shards, "rows_a_chip": most}
-  result["compiles"] = compiles.count + ("flops" in result)
+  unrolled = len(UNROLLED) * (config.model.scan and "flops" in result)
+  result["compiles"] = compiles.count + unrolled
   return result
 
 
@@ -199,16 +200,19 @@ def _flops(
 ) -> dict[str, float]:
   """FLOPs of a step on one chip.
 
-  XLA counts a loop's body once, so of a scanned stack one layer and the last.
-  What a third layer adds, by an unrolled program of three, is added for each
-  further one.
+  XLA counts a loop's body once. So of a scanned stack it is the count of two
+  layers, unrolled, and for each further one what a third adds to them.
   """
-  once = compiled.cost_analysis()["flops"]
   if not config.model.scan:
-    return {"a_chip": once}
+    return {"a_chip": compiled.cost_analysis()["flops"]}
   short = config.copy_and_resolve_references()
   short.model.scan = False
-  few = dataclasses.replace(fields, num_hidden_layers=DEEPER)
-  a_layer = compile(build(short, few)).cost_analysis()["flops"] - once
-  more = fields.num_hidden_layers - (DEEPER - 1)
-  return {"a_chip": once + more * a_layer, "a_layer": a_layer}
+  two, three = (
+    compile(build(short, dataclasses.replace(fields, num_hidden_layers=layers)))
+    for layers in UNROLLED
+  )
+  few, more = (program.cost_analysis()["flops"] for program in (two, three))
+  return {
+    "a_chip": few + (fields.num_hidden_layers - UNROLLED[0]) * (more - few),
+    "a_layer": more - few,
+  }
