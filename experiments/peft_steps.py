@@ -152,7 +152,7 @@ def train_here(
   from vera_jax.train.sharding import make_mesh
   from vera_jax.train.step import jit_train_step
 
-  mesh = make_mesh(**config.mesh)
+  mesh = make_mesh(over=jax.devices()[:1])  # torch has one, too
   model = build_model(config, folder=base, num_labels=len(labels), mesh=mesh)
   tx = optimiser(model.labels, **learning_rates(config), steps=len(batches))
   state = init_state(model, tx, mesh)

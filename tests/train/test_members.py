@@ -173,7 +173,7 @@ def test_a_members_nan_is_its_own(
     assert_same_bits(folder, whole)
   failure = again.results[2]
   assert failure["seed"] == 2 and 1 <= failure["step"] < 10
-  assert "no checkpoint was saved yet" in failure["failed"]
+  assert "No checkpoint was saved yet" in failure["failed"]
   left = again.folders[2]
   assert json.loads((left / "failed.json").read_text()) == failure
   assert not (left / "result.json").exists()
