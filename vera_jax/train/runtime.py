@@ -16,8 +16,9 @@ from typing import Any
 import jax
 
 # glibc's mallopt(3): numbers from malloc.h
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 _NEVER, _PAD = 2**31 - 1, 2**26  # bytes
+_CORES = 4  # that the compiling of one program can use
 
 
 def prepare() -> None:
@@ -41,13 +42,14 @@ def keep_freed_memory() -> None:
 
   On CPU XLA allocates a step's temporaries anew each time. As glibc comes, the
   kernel then maps, zeroes and unmaps all their pages: a fifth of the step's
-  time. One arena, since others can't hold blocks that large.
+  time. Programs run in the main thread, for only its arena holds blocks as
+  large as that.
   """
   if platform.libc_ver()[0] != "glibc" or _is_tuned():
     return
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
   libc = ctypes.CDLL(None)
   for option, value in (
-    (_ARENA_MAX, 1),
     (_MMAP_MAX, 0),
     (_TRIM_THRESHOLD, _NEVER),
     (_TOP_PAD, _PAD),
@@ -75,14 +77,16 @@ def compiler_options(platform: str) -> dict[str, Any] | None:
 
 
 class Background:
-  """Compiles programs in threads, several at a time, while others run.
+  """Compiles programs in other threads while what is compiled runs.
 
-  XLA compiles a program in one thread. Calls of a jitted function wait for
-  nothing: `wait` before them, or it is compiled twice.
+  Few at a time, in the order in which they are asked for: one keeps several
+  cores busy. Calls of a jitted function wait for nothing: `wait` before them,
+  or it is compiled twice.
   """
 
   def __init__(self) -> None:
-    self._pool = ThreadPoolExecutor(os.cpu_count(), "compile")
+    count = max(1, (os.cpu_count() or 1) // _CORES)
+    self._pool = ThreadPoolExecutor(count, "compile")
     self._tasks: dict[Hashable, Future[Any]] = {}
 
   def compile(self, name: Hashable, lower: Callable[[], Any]) -> None:
