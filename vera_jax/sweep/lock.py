@@ -6,6 +6,7 @@ on the owner's own machine, elsewhere once it is `STALE` seconds old by the file
 server's clock. No `flock`, which not every cluster's file system has.
 """
 
+import hashlib
 import json
 import os
 import socket
@@ -76,43 +77,48 @@ def _now(folder: Path) -> float:
 def acquire(path: Path) -> bool:
   """Make the lock ours; False where another process has it."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  if _create(path):
-    return True
-  if is_held(path):
-    return False
-  _remove_void(path)
-  return _create(path)
-
-
-def _create(path: Path) -> bool:
-  """Whole or not at all: a link to a file that is written already."""
+  new = path.with_name(f".{uuid.uuid4().hex}")
   owner = {
     "host": _host(),
     "pid": os.getpid(),
     "started": _started(os.getpid()),
+    "lock": new.name,  # tells it from any other lock
   }
-  new = path.with_name(f".{uuid.uuid4().hex}")
   new.write_text(json.dumps(owner), encoding="utf-8")
   try:
-    os.link(new, path)
+    os.link(new, path)  # whole or not at all
+    return True
   except FileExistsError:
-    return False
+    return _replace_void(path, new)
   finally:
-    new.unlink()
-  return True
+    new.unlink(missing_ok=True)
 
 
-def _remove_void(path: Path) -> None:
-  """Take the void lock away, and never another's new one."""
-  aside = path.with_name(f".{uuid.uuid4().hex}")
+def _replace_void(path: Path, new: Path) -> bool:
+  """Put ours in the place of a void lock, and never of another's new one.
+
+  Whoever has the claim on this very lock does so, and nobody else.
+  """
+  void = _text(path)
+  if not void or is_held(path):
+    return False
+  claim = path.with_name(f".{hashlib.sha256(void.encode()).hexdigest()}")
+  if not acquire(claim):
+    return False
   try:
-    os.rename(path, aside)
+    if _text(path) != void:  # replaced before the claim was ours
+      return False
+    os.replace(new, path)
+    return True
+  finally:
+    claim.unlink()
+
+
+def _text(path: Path) -> str:
+  try:
+    return path.read_text(encoding="utf-8")
   except FileNotFoundError:
-    return
-  if is_held(aside):  # another process was first and has it by now
-    with suppress(FileExistsError):
-      os.link(aside, path)
-  aside.unlink()
+    return ""
 
 
 @contextmanager
