@@ -27,7 +27,7 @@ from rich.table import Table
 
 from experiments.benchmarks.report import environment, write
 from experiments.benchmarks.roberta import roberta
-from vera_jax.errors import UserError
+from experiments.plans.chips import describe_pod
 
 FROZEN = "frozen network"
 SHALLOW, DEEPER = 2, 3  # layers of the unrolled programs
@@ -75,16 +75,7 @@ def _device(name: str) -> Any:
 
   if name == "cpu":
     return jax.devices("cpu")[0]
-  try:
-    from jax.experimental.topologies import get_topology_desc
-
-    return get_topology_desc(name, "tpu").devices[0]
-  except (RuntimeError, ValueError, NotImplementedError) as error:
-    raise UserError(
-      f"XLA can't compile for {name!r} here ({error}). It needs libtpu (pip"
-      " install libtpu), no other process that has it open, and a topology"
-      " such as v5e:2x2. --device=cpu needs none of that."
-    ) from error
+  return describe_pod(name).devices[0]
 
 
 def _costs(size: str, length: int, device: Any) -> dict[str, Cost]:

@@ -17,19 +17,17 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from experiments.benchmarks.roberta import roberta
-from vera_jax.apply import adapt, find_targets
 from vera_jax.data.tasks import task_named
 from vera_jax.hub import resolve
 from vera_jax.labels import FROZEN, count, label_tree, split
-from vera_jax.models.bert import BertClassifier, BertConfig, input_shapes
+from vera_jax.models.bert import BertConfig, input_shapes
 from vera_jax.models.hf_weights import load_config
-from vera_jax.train.model import Model, build_adapter, state_shape
+from vera_jax.train.model import Model, build_module, state_shape
 from vera_jax.train.optim import optimiser
 from vera_jax.train.run import hyperparameters
 from vera_jax.train.sharding import (
   BATCH,
   REPLICATED,
-  check_heads,
   param_shardings,
 )
 from vera_jax.train.step import (
@@ -87,27 +85,17 @@ def describe(
   config: ConfigDict, fields: BertConfig, mesh: Mesh, dtype: Any
 ) -> Model:
   """`train.model.build_model`'s result, of shapes with places."""
-  check_heads(fields.num_attention_heads, mesh)
   labels = task_named(config.task).num_labels
-  base = BertClassifier(
-    fields,
-    labels,
-    dtype=dtype,
-    param_dtype=dtype,
-    scan=config.model.scan,
-    remat=config.model.remat,
+  parts = build_module(
+    config, fields, num_labels=labels, mesh=mesh, dtype=dtype
   )
-  adapter, targets = build_adapter(config)
-  module = base if adapter is None else adapt(base, adapter, targets=targets)
+  module = parts.module
   inputs = input_shapes(1, 8, 1)
   shapes = jax.eval_shape(module.init, jax.random.key(0), **inputs)["params"]
   names = label_tree(shapes, config.method)
   stored = _stored(shapes, names, param_shardings(shapes, mesh), dtype)
   trainable, frozen = split(stored, names)
-  projections: Any = {}
-  if adapter is not None:
-    found = find_targets(base, targets, **inputs)
-    projections = jax.eval_shape(lambda: adapter.projections(found))
+  projections = jax.eval_shape(parts.projections)
   return Model(
     module=module,
     labels=split(names, names)[0],

@@ -24,7 +24,12 @@ from vera_jax.apply import adapt, find_targets
 from vera_jax.errors import UserError
 from vera_jax.labels import FROZEN, Counts, count, join, label_tree, split
 from vera_jax.methods import make_adapter
-from vera_jax.models.bert import INPUTS, BertClassifier
+from vera_jax.models.bert import (
+  INPUTS,
+  BertClassifier,
+  BertConfig,
+  input_shapes,
+)
 from vera_jax.models.hf_weights import (
   LEAVES,
   Loaded,
@@ -115,12 +120,33 @@ def _announce(loaded: Loaded, fresh: list[tuple[str, ...]]) -> Iterator[str]:
       yield f"{what}: {', '.join(names)}"
 
 
-def build_model(
-  config: ConfigDict, *, folder: Path, num_labels: int, mesh: Mesh
-) -> Model:
-  """The pretrained base with the method's adapter and a new head on it."""
-  dtype = compute_dtype(config.model.dtype)
-  fields = load_config(folder)
+class Parts(NamedTuple):
+  """A module, and what it was made of."""
+
+  module: nn.Module
+  base: BertClassifier
+  adapter: Adapter | None
+  targets: tuple[str, ...]
+
+  def projections(self) -> Any:
+    """The `projections` collection; empty where no adapter has one."""
+    if self.adapter is None:
+      return {}
+    inputs = input_shapes(1, 8, 1)
+    return self.adapter.projections(
+      find_targets(self.base, self.targets, **inputs)
+    )
+
+
+def build_module(
+  config: ConfigDict,
+  fields: BertConfig,
+  *,
+  num_labels: int,
+  mesh: Mesh,
+  dtype: Any,
+) -> Parts:
+  """The architecture with the method's adapter on it; no weights."""
   check_heads(fields.num_attention_heads, mesh)
   base = BertClassifier(
     fields,
@@ -132,6 +158,19 @@ def build_model(
   )
   adapter, targets = build_adapter(config)
   module = base if adapter is None else adapt(base, adapter, targets=targets)
+  return Parts(module, base, adapter, targets)
+
+
+def build_model(
+  config: ConfigDict, *, folder: Path, num_labels: int, mesh: Mesh
+) -> Model:
+  """The pretrained base with the method's adapter and a new head on it."""
+  dtype = compute_dtype(config.model.dtype)
+  fields = load_config(folder)
+  parts = build_module(
+    config, fields, num_labels=num_labels, mesh=mesh, dtype=dtype
+  )
+  module = parts.module
   shapes = _shapes(module)
 
   # Frozen leaves are stored as they are computed with, trained ones in float32.
@@ -151,7 +190,7 @@ def build_model(
   params = unflatten_dict({**given, **_fresh(module, fresh, config.seed)})
   params = put(params, param_shardings(params, mesh))
   trainable, frozen = split(params, labels)
-  projections = _projections(base, adapter, targets)
+  projections = parts.projections()
   everywhere = NamedSharding(mesh, REPLICATED)
   return Model(
     module=module,
@@ -177,13 +216,6 @@ def start_of(model: Model, config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     module = module.clone(adapter=adapter)
   fresh = unflatten_dict(_fresh(module, list(model.fresh), config.seed))
   return join(model.trainable, put(fresh, param_shardings(fresh, mesh)))
-
-
-def _projections(base: nn.Module, adapter: Adapter | None, targets) -> Any:
-  if adapter is None:
-    return {}
-  inputs = {name: jax.ShapeDtypeStruct((1, 8), jnp.int32) for name in INPUTS}
-  return adapter.projections(find_targets(base, targets, **inputs))
 
 
 def state_shape(
