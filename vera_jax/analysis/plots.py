@@ -16,15 +16,13 @@ from matplotlib.transforms import Bbox
 from vera_jax.analysis.frame import Sweep, history, norms
 from vera_jax.analysis.style import (
   BLACK,
-  DASHES,
-  MARKERS,
   METHOD,
   METRIC,
   ORANGE,
-  PALETTE,
   STYLE,
   grid,
   label,
+  median_line,
   save,
   task_title,
 )
@@ -180,21 +178,8 @@ def curve_figure(
 def _curve(
   ax: Axes, epochs: pd.DataFrame, what: str, place: int, condition: pd.Series
 ) -> None:
-  seeds = epochs.groupby("epoch")[what]
-  middle = seeds.median()
-  color = PALETTE[place % len(PALETTE)]
-  ax.plot(
-    middle.index,
-    middle,
-    DASHES[place % len(DASHES)],
-    color=color,
-    marker=MARKERS[place % len(MARKERS)],
-    ms=3.5,
-    label=label(condition["method"], condition["condition"]),
-  )
-  ax.fill_between(
-    middle.index, seeds.min(), seeds.max(), color=color, alpha=0.12, lw=0
-  )
+  name = label(condition["method"], condition["condition"])
+  median_line(ax, epochs.groupby("epoch")[what], place, label=name)
 
 
 def rank_figure(table: pd.DataFrame, *, title: str = "") -> Figure:

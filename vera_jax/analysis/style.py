@@ -11,7 +11,9 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pandas.core.groupby import SeriesGroupBy
 
 from vera_jax.data.tasks import task_named
 
@@ -80,3 +82,25 @@ def label(method: str, condition: str) -> str:
   """A condition's name in a figure, broken where it is long."""
   name = f"{METHOD[method][2]}, {condition}" if condition else METHOD[method][2]
   return "\n".join(textwrap.wrap(name, WRAP, break_long_words=False))
+
+
+def median_line(
+  ax: Axes, seeds: SeriesGroupBy, place: int, *, label: str | None = None
+) -> None:
+  """The median over the seeds, and a band from the lowest to the highest.
+
+  `place` is the line's among those of its axes: its colour, dashes, marker.
+  """
+  middle, color = seeds.median(), PALETTE[place % len(PALETTE)]
+  ax.plot(
+    middle.index,
+    middle,
+    DASHES[place % len(DASHES)],
+    color=color,
+    marker=MARKERS[place % len(MARKERS)],
+    ms=3.5,
+    label=label,
+  )
+  ax.fill_between(
+    middle.index, seeds.min(), seeds.max(), color=color, alpha=0.12, lw=0
+  )

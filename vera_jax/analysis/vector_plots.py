@@ -19,6 +19,7 @@ from vera_jax.analysis.style import (
   STYLE,
   VERMILION,
   grid,
+  median_line,
   task_title,
 )
 from vera_jax.norms import NAME, SHORT
@@ -62,19 +63,7 @@ def _norm_lines(ax: Axes, vectors: pd.DataFrame, kinds: Sequence[str]) -> None:
     ax.text(0.5, 0.5, "not trained", transform=ax.transAxes, ha="center")
   for kind, some in vectors.groupby("kind", sort=False):
     seeds = some.groupby("layer")["norm"]
-    middle, place = seeds.median(), kinds.index(str(kind))
-    color = PALETTE[place % len(PALETTE)]
-    ax.plot(
-      middle.index,
-      middle,
-      DASHES[place % len(DASHES)],
-      color=color,
-      marker=MARKERS[place % len(MARKERS)],
-      ms=4,
-    )
-    ax.fill_between(
-      middle.index, seeds.min(), seeds.max(), color=color, alpha=0.15, lw=0
-    )
+    median_line(ax, seeds, kinds.index(str(kind)))
 
 
 def _norm_key(figure: Figure, kinds: Sequence[str]) -> None:
