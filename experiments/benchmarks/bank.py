@@ -30,7 +30,7 @@ from rich.table import Table
 
 from configs import minilm
 from experiments.benchmarks.report import environment, interleaved, write
-from experiments.benchmarks.roberta import roberta
+from vera_jax.models.roberta import roberta
 
 BANK, PASSES, SINGLE = "bank, mixed", "a pass for each", "one for all"
 PEFT, PEFT_SINGLE = "PEFT, switching", "PEFT, one for all"

@@ -26,8 +26,8 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments.benchmarks.report import environment, write
-from experiments.benchmarks.roberta import roberta
 from experiments.plans.chips import describe_pod
+from vera_jax.models.roberta import roberta
 
 FROZEN = "frozen network"
 SHALLOW, DEEPER = 2, 3  # layers of the unrolled programs

@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from configs import common
-from experiments.benchmarks.roberta import roberta
 from experiments.plans.lowering import step_of
 from vera_jax.models.bert import BertConfig
+from vera_jax.models.roberta import roberta
 from vera_jax.train.sharding import AXES, make_mesh
 
 SPLITS = (

@@ -16,12 +16,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from experiments.benchmarks.roberta import roberta
 from vera_jax.data.tasks import task_named
 from vera_jax.hub import resolve
 from vera_jax.labels import FROZEN, count, label_tree, split
 from vera_jax.models.bert import BertConfig, input_shapes
 from vera_jax.models.hf_weights import load_config
+from vera_jax.models.roberta import SIZES, roberta
 from vera_jax.train.model import Model, build_module, state_shape
 from vera_jax.train.optim import optimiser
 from vera_jax.train.run import hyperparameters
@@ -38,7 +38,6 @@ from vera_jax.train.step import (
   sums_shape,
 )
 
-ROBERTA = {"roberta-base": (768, 12), "roberta-large": (1024, 24)}
 _STEPS = 1000  # of the schedule, which no count depends on
 
 
@@ -76,8 +75,8 @@ _RATES = ("adapter_lr", "head_lr", "weight_decay")
 def architecture(config: ConfigDict) -> BertConfig:
   """Of config.model.name; RoBERTa's two sizes are known without a download."""
   name = config.model.name
-  if name in ROBERTA and not Path(name).exists():
-    return BertConfig.from_dict(roberta(*ROBERTA[name]))
+  if name in SIZES and not Path(name).exists():
+    return BertConfig.from_dict(roberta(*SIZES[name]))
   return load_config(resolve(name))
 
 

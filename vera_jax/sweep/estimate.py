@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from vera_jax.data.batches import steps_per_epoch
 from vera_jax.hub import PACKAGE
 from vera_jax.json_files import read_json
+from vera_jax.models import roberta
 
 
 class Size(NamedTuple):
@@ -38,7 +39,6 @@ SIZES = {
   "generated_entailment": Size(2000, 320, 28),
 }
 UNKNOWN = Size(10_000, 1000, 40)
-MODELS = {"roberta-base": (12, 768), "roberta-large": (24, 1024)}
 # MiniLM, VeRA, SST-2 on two idle CPU cores, results/benchmarks/train-sst2.md
 TWO_CORES = 0.11e12
 START = 25.0  # seconds of a worker before its first step, compiling included
@@ -57,23 +57,23 @@ def steps(config: ConfigDict) -> int:
 
 
 def shape_of(name: str) -> tuple[int, int]:
-  """(layers, width) of a model; RoBERTa-base's where nothing is known."""
-  if name in MODELS:
-    return MODELS[name]
+  """(width, layers) of a model; RoBERTa-base's where nothing is known."""
+  if name in roberta.SIZES:
+    return roberta.SIZES[name]
   from vera_jax.hub import resolve
 
   if name.startswith(PACKAGE) or "/" in name:
     try:
       fields = read_json(resolve(name) / "config.json")
-      return int(fields["num_hidden_layers"]), int(fields["hidden_size"])
+      return int(fields["hidden_size"]), int(fields["num_hidden_layers"])
     except Exception:  # an estimate is no reason to stop
       pass
-  return MODELS["roberta-base"]
+  return roberta.SIZES["roberta-base"]
 
 
 def flops(config: ConfigDict) -> float:
   """Of a whole run, evaluations included."""
-  size, (layers, width) = size_of(config), shape_of(str(config.model.name))
+  size, (width, layers) = size_of(config), shape_of(str(config.model.name))
   weights = 12 * layers * width**2
   method = config.method
   # a forward pass is 2 a weight and token, each of the two gradients as much

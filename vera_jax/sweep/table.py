@@ -27,7 +27,7 @@ from vera_jax.sweep.plan import (
 from vera_jax.sweep.progress import read_progress
 
 STYLES = {DONE: "green", FAILED: "bold red", RUNNING: "cyan"}
-TODO = (NEW, UNFINISHED)
+LEFT = (NEW, UNFINISHED)
 
 
 def counts(runs: Sequence[Planned]) -> str:
@@ -57,7 +57,7 @@ class Finished:
 
 
 def seconds_left(units: Sequence[Unit], rate: Rate) -> float:
-  left = [[r.config for r in unit if r.state in TODO] for unit in units]
+  left = [[r.config for r in unit if r.state in LEFT] for unit in units]
   return sum(rate.seconds(configs) for configs in left)
 
 

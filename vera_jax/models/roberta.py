@@ -2,9 +2,11 @@
 
 from typing import Any
 
+SIZES = {"roberta-base": (768, 12), "roberta-large": (1024, 24)}
+
 
 def roberta(width: int, layers: int) -> dict[str, Any]:
-  """config.json of base (768, 12), large (1024, 24) or some of their layers."""
+  """config.json of one of `SIZES` (width, layers), or of some of its layers."""
   return {
     "model_type": "roberta",
     "vocab_size": 50265,
