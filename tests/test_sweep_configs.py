@@ -22,14 +22,14 @@ NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"__init__"})
 COUNTS = {
   ("glue", "base"): 6 * 2 * 5,
   ("glue", "large"): 6 * 2 * 5,
-  ("glue", "minilm"): 2 * 3 * 3,
+  ("glue", "minilm"): 2 * (2 + 2 + 1) * 4,
   ("rank", "large"): 13 * 5,
   ("rank", "minilm"): 13 * 3,
   # of Table 7's rows the shared one is Table 6's default, on two tasks
   ("ablations", "large"): (2 * 8 + 4 + 2) * 5,
   ("ablations", "minilm"): 9 * 3,
   ("layers", "large"): 10 * 5,
-  ("layers", "minilm"): 10 * 2,
+  ("layers", "minilm"): 10 * 3,
   ("single", "large"): 2 * 2 * 3 * 5,
   ("single", "minilm"): 2 * 3 * 3,
   ("example", "generated"): 4 * 3,
@@ -139,7 +139,7 @@ def test_one_layer_and_equally_many_parameters(size, paths, tmp_path):
 
 
 def test_the_small_studies_fit_an_evening(tmp_path):
-  """About 80 minutes on the two idle cores that the rate was measured on."""
+  """About 105 minutes on the two idle cores that the rate was measured on."""
   rate = estimate.rate([])
   total = 0.0
   for name, variant in COUNTS:
@@ -147,4 +147,4 @@ def test_the_small_studies_fit_an_evening(tmp_path):
       plan = make_plan(load(name, variant), tmp_path)
       found = units(plan.runs, members=8)
       total += sum(rate.seconds(r.config for r in unit) for unit in found)
-  assert total < 80 * 60
+  assert total < 110 * 60

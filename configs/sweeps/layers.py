@@ -11,7 +11,7 @@ value, upper layers above lower ones. Others report 0.3 points more for all
 linear layers (VB-LoRA's authors, average of six tasks). Not run by us, for want
 of RoBERTa's weights.
 
-minilm: SST-2, 1,200 training sentences in batches of 16, two seeds, three
+minilm: SST-2, 1,200 training sentences in batches of 16, three seeds, three
 epochs.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from configs import common, minilm, rte
-from configs.sweeps import SEEDS, cross, product, seeds, sweep
+from configs.sweeps import FEWER, SEEDS, cross, product, seeds, sweep
 
 LINEAR = {
   "query": "query",
@@ -55,7 +55,7 @@ def get_config(size: str = "large") -> ConfigDict:
   choices = product({"vera.targets": targets(LAYERS[size])})
   if size == "minilm":
     base = minilm.brief()
-    runs = cross(choices, seeds(range(2)))
+    runs = cross(choices, seeds(FEWER))
     return sweep("Which layers, MiniLM", base, runs)
   base = rte.get_config(size)
   base.model.scan = False

@@ -8,16 +8,13 @@ paper's settings (query and value; base r = 1024, large r = 256; LoRA r = 8)
 beside the frozen network with nothing on it: that step trains a number a
 column of the same layers, so that the gradient takes the same way. FLOPs, bytes
 moved and temporary memory are XLA's own counts, for one chip of a described TPU
-(no TPU is needed, only `pip install libtpu`) or for this machine's CPU.
-
-XLA counts a loop's body once, whatever the turns. So FLOPs and bytes are those
-of two layers, unrolled, plus as often as there are further layers what a third
-one adds. Temporary memory is that of the whole depth, with the layers scanned.
+in bfloat16 (no TPU is needed, only `pip install libtpu`) or for this machine's
+CPU in float32. FLOPs and bytes are counted as experiments/plans/depth.py says;
+temporary memory is that of the scanned step.
 """
 
 import os
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -25,16 +22,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from configs import rte
 from experiments.benchmarks.report import environment, write
 from experiments.plans.chips import describe_pod
-from vera_jax.models.roberta import roberta
 
 FROZEN = "frozen network"
-SHALLOW, DEEPER = 2, 3  # layers of the unrolled programs
-SIZES = {
-  "base": {"width": 768, "layers": 12, "rank": 1024, "rows": 64},
-  "large": {"width": 1024, "layers": 24, "rank": 256, "rows": 32},
-}
+SIZES = "base", "large"
 
 
 class Cost(NamedTuple):
@@ -46,7 +39,7 @@ class Cost(NamedTuple):
 
 
 def define_flags() -> None:
-  flags.DEFINE_multi_enum("sizes", list(SIZES), list(SIZES), "Of RoBERTa.")
+  flags.DEFINE_multi_enum("sizes", list(SIZES), SIZES, "Of RoBERTa.")
   flags.DEFINE_string(
     "device", "v5e:2x2", "A TPU topology, whose first chip is taken; or cpu."
   )
@@ -61,12 +54,13 @@ def main() -> None:
   result = environment("step")
   device = _device(given.device)
   result |= {"device": given.device, "length": given.length, "sizes": {}}
+  kind = given.device.partition(":")[0]
   for size in given.sizes:
     costs = _costs(size, given.length, device)
     result["sizes"][size] = {k: cost._asdict() for k, cost in costs.items()}
     Console().print(_table(size, costs))
-  kind = given.device.partition(":")[0]
-  print(write(f"step-{kind}", result, folder=given.out))
+    path = write(f"step-{kind}", result, folder=given.out)
+  print(path)
 
 
 def _device(name: str) -> Any:
@@ -79,27 +73,33 @@ def _device(name: str) -> Any:
 
 
 def _costs(size: str, length: int, device: Any) -> dict[str, Cost]:
-  ways = dict(_ways(SIZES[size]["rank"]))
+  ways = dict(_ways(size))
   told = f"RoBERTa-{size}"
   return {
-    name: _cost(way, SIZES[size], length, device)
-    for name, way in track(ways.items(), description=told, total=len(ways))
+    name: _cost(config, adapter, length, device)
+    for name, (config, adapter) in track(
+      ways.items(), description=told, total=len(ways)
+    )
   }
 
 
-def _ways(rank: int) -> Iterator[tuple[str, Any]]:
-  """What is put on the network, by name."""
+def _ways(size: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+  """(name, (config, adapter that the config's method doesn't make))."""
   from vera_jax.contraction import PLANS
-  from vera_jax.lora import lora
-  from vera_jax.vera import vera
 
-  yield FROZEN, _nothing()
+  def config(method: str, plan: str = "auto") -> Any:
+    made = rte.get_config(size)
+    made.method, made.model.contraction, made.model.scan = method, plan, True
+    return made
+
+  vera, lora = (config(method) for method in ("vera", "lora"))
+  yield FROZEN, (config("head"), (frozen_network(), tuple(vera.vera.targets)))
   for plan in PLANS:
-    yield f"vera r={rank}, {plan}", vera(rank, plan=plan)
-  yield "lora r=8", lora(8)
+    yield f"vera r={vera.vera.rank}, {plan}", (config("vera", plan), None)
+  yield f"lora r={lora.lora.rank}", (lora, None)
 
 
-def _nothing() -> Any:
+def frozen_network() -> Any:
   """An adapter that adds one number a column, for which x's gradient is not
   needed but that of the layer's output is."""
   import jax.numpy as jnp
@@ -119,103 +119,29 @@ def _nothing() -> Any:
   )
 
 
-def _cost(way: Any, size: dict[str, int], length: int, device: Any) -> Cost:
-  compiled = partial(_compile, way, size, length, device)
-  two, three = (compiled(n, scan=False) for n in (SHALLOW, DEEPER))
-  more = size["layers"] - SHALLOW
-  counted = [program.cost_analysis() for program in (two, three)]
+def _cost(config: Any, adapter: Any, length: int, device: Any) -> Cost:
+  from experiments.plans.depth import counts
+  from experiments.plans.lowering import architecture, step_of
+  from vera_jax.train.model import compute_dtype
+  from vera_jax.train.sharding import make_mesh
 
-  def total(name: str) -> float:
-    first, second = (count[name] for count in counted)
-    return first + more * (second - first)
+  dtype = "float32" if device.platform == "cpu" else "bfloat16"
+  mesh = make_mesh(over=[device])
 
-  memory = compiled(size["layers"], scan=True).memory_analysis()
+  def compiled(config: Any, fields: Any) -> Any:
+    step = step_of(config, fields, mesh, compute_dtype(dtype), adapter=adapter)
+    return step.compile(config.optim.batch_size, length)
+
+  fields = architecture(config)
+  memory = compiled(config, fields).memory_analysis()
   return Cost(
-    flops=total("flops"),
-    moved=total("bytes accessed"),
-    temporary=memory.temp_size_in_bytes,
+    **counts(config, fields, compiled), temporary=memory.temp_size_in_bytes
   )
-
-
-def _compile(
-  way: Any,
-  size: dict[str, int],
-  length: int,
-  device: Any,
-  layers: int,
-  *,
-  scan: bool,
-) -> Any:
-  """The step's program; of weights there are shapes only."""
-  import jax
-  import jax.numpy as jnp
-  from jax.sharding import SingleDeviceSharding
-
-  from vera_jax.apply import adapt
-  from vera_jax.labels import label_tree, split
-  from vera_jax.models.bert import BertClassifier, BertConfig, input_shapes
-  from vera_jax.train.optim import optimiser
-  from vera_jax.train.step import (
-    Frozen,
-    State,
-    no_sums,
-    pass_shapes,
-    train_pass,
-  )
-
-  dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
-  base = BertClassifier(
-    BertConfig.from_dict(roberta(size["width"], layers)),
-    2,
-    dtype=dtype,
-    param_dtype=dtype,
-    scan=scan,
-  )
-  module = adapt(base, way, targets=["query", "value"])
-  shapes = jax.eval_shape(
-    module.init, jax.random.key(0), **input_shapes(1, 8, 1)
-  )
-  params = shapes["params"]
-  labels = label_tree(params, "head", new=_added(params, way.name))
-  trained, frozen = split(params, labels)
-  tx = optimiser(
-    split(labels, labels)[0], adapter_lr=1e-3, head_lr=1e-3, steps=1000
-  )
-  trained = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), trained
-  )
-  state = jax.eval_shape(
-    lambda params: State(jnp.int32(0), params, tx.init(params)), trained
-  )
-  arguments = (
-    state,
-    jax.eval_shape(no_sums, trained),
-    Frozen(frozen, shapes.get("projections", {})),
-    pass_shapes(size["rows"], length, 1),
-    jax.ShapeDtypeStruct((), jnp.bool_),
-    jax.eval_shape(lambda: jax.random.key(0)),
-  )
-  place = SingleDeviceSharding(device)
-  placed = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-    arguments,
-  )
-  step = partial(train_pass, apply=module.apply, tx=tx)
-  return jax.jit(step, donate_argnums=(0, 1)).lower(*placed).compile()
-
-
-def _added(params: Any, name: str) -> list[tuple[str, ...]]:
-  """The paths of an adapter's leaves."""
-  from flax.traverse_util import flatten_dict
-
-  return [p for p in flatten_dict(params) if p[-1].startswith(name)]
 
 
 def _table(size: str, costs: dict[str, Cost]) -> Table:
-  settings = SIZES[size]
-  table = Table(
-    title=f"RoBERTa-{size}, {settings['rows']} rows, one step",
-  )
+  rows = rte.get_config(size).optim.batch_size
+  table = Table(title=f"RoBERTa-{size}, {rows} rows, one step")
   table.add_column("trained")
   for name in ("TFLOP", "against frozen", "GB moved", "MB temporary"):
     table.add_column(name, justify="right")

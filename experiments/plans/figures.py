@@ -1,10 +1,7 @@
 """What a training step needs on one chip, by method, from compiled programs."""
 
-import dataclasses
 import math
 import re
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +9,7 @@ from ml_collections import ConfigDict
 
 from experiments.plans.chips import Pod
 from experiments.plans.collectives import Collective, collectives
+from experiments.plans.depth import UNROLLED, counts
 from experiments.plans.lowering import Step, architecture, step_of
 from experiments.plans.search import largest
 from vera_jax.train.model import compute_dtype
@@ -19,7 +17,6 @@ from vera_jax.train.sharding import batch_shards, make_mesh
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _NEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
-UNROLLED = 2, 3  # layers of the programs that FLOPs are counted from
 
 
 class TooLarge(Exception):
@@ -46,6 +43,17 @@ def plan(
   rows = -(-(rows or config.optim.batch_size) // shards) * shards
   length = config.data.max_length
   step = step_of(config, fields, mesh, dtype)
+
+  def flops(compiled: Any) -> float:
+    if not config.model.scan:
+      return compiled.cost_analysis()["flops"]
+
+    def compile(config: ConfigDict, fields: Any) -> Any:
+      shallow = step_of(config, fields, mesh, dtype)
+      return shallow.compile(rows, length, effort=effort)
+
+    return counts(config, fields, compile)["flops"]
+
   compiles = Compiles(step, length, effort)
   result: dict[str, Any] = {
     "method": config.method,
@@ -61,13 +69,7 @@ def plan(
   try:
     compiled = compiles(rows)
     result |= counted(compiled, pod)
-    result["flops"] = _flops(
-      config,
-      fields,
-      compiled,
-      partial(step_of, mesh=mesh, dtype=dtype),
-      partial(Step.compile, rows=rows, length=length, effort=effort),
-    )
+    result["flops"] = {"a_chip": flops(compiled)}
   except TooLarge as error:
     result |= {"fits": False, "total": error.needed, "room": error.room}
   if search:
@@ -189,30 +191,3 @@ def _grouped(found: list[Collective]) -> list[dict[str, Any]]:
     }
     for (kind, types, size, looped), count in times.items()
   ]
-
-
-def _flops(
-  config: ConfigDict,
-  fields: Any,
-  compiled: Any,
-  build: Callable[..., Step],
-  compile: Callable[[Step], Any],
-) -> dict[str, float]:
-  """FLOPs of a step on one chip.
-
-  XLA counts a loop's body once. So of a scanned stack it is the count of two
-  layers, unrolled, and for each further one what a third adds to them.
-  """
-  if not config.model.scan:
-    return {"a_chip": compiled.cost_analysis()["flops"]}
-  short = config.copy_and_resolve_references()
-  short.model.scan = False
-  two, three = (
-    compile(build(short, dataclasses.replace(fields, num_hidden_layers=layers)))
-    for layers in UNROLLED
-  )
-  few, more = (program.cost_analysis()["flops"] for program in (two, three))
-  return {
-    "a_chip": few + (fields.num_hidden_layers - UNROLLED[0]) * (more - few),
-    "a_layer": more - few,
-  }

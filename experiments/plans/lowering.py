@@ -16,13 +16,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from vera_jax.adapter import Adapter
+from vera_jax.apply import adapt
 from vera_jax.data.tasks import task_named
 from vera_jax.hub import resolve
 from vera_jax.labels import FROZEN, count, label_tree, split
 from vera_jax.models.bert import BertConfig, input_shapes
-from vera_jax.models.hf_weights import load_config
+from vera_jax.models.hf_weights import LEAVES, load_config
 from vera_jax.models.roberta import SIZES, roberta
-from vera_jax.train.model import Model, build_module, state_shape
+from vera_jax.train.model import Model, Parts, build_module, state_shape
 from vera_jax.train.optim import optimiser
 from vera_jax.train.run import hyperparameters
 from vera_jax.train.sharding import (
@@ -80,18 +82,13 @@ def architecture(config: ConfigDict) -> BertConfig:
   return load_config(resolve(name))
 
 
-def describe(
-  config: ConfigDict, fields: BertConfig, mesh: Mesh, dtype: Any
-) -> Model:
+def describe(config: ConfigDict, parts: Parts, mesh: Mesh, dtype: Any) -> Model:
   """`train.model.build_model`'s result, of shapes with places."""
-  labels = task_named(config.task).num_labels
-  parts = build_module(
-    config, fields, num_labels=labels, mesh=mesh, dtype=dtype
-  )
   module = parts.module
   inputs = input_shapes(1, 8, 1)
   shapes = jax.eval_shape(module.init, jax.random.key(0), **inputs)["params"]
-  names = label_tree(shapes, config.method)
+  new = [path for path in flatten_dict(shapes) if path[-1] not in LEAVES]
+  names = label_tree(shapes, config.method, new=new)
   stored = _stored(shapes, names, param_shardings(shapes, mesh), dtype)
   trainable, frozen = split(stored, names)
   projections = jax.eval_shape(parts.projections)
@@ -132,10 +129,27 @@ def _placed(tree: Any, mesh: Mesh, spec: Any = REPLICATED) -> Any:
 
 
 def step_of(
-  config: ConfigDict, fields: BertConfig, mesh: Mesh, dtype: Any
+  config: ConfigDict,
+  fields: BertConfig,
+  mesh: Mesh,
+  dtype: Any,
+  *,
+  adapter: tuple[Adapter, tuple[str, ...]] | None = None,
 ) -> Step:
-  """The step that a run of this config trains with."""
-  model = describe(config, fields, mesh, dtype)
+  """The step that a run of this config trains with.
+
+  Args:
+    adapter: one that no config makes, and its targets, on a "head" run's base.
+  """
+  labels = task_named(config.task).num_labels
+  parts = build_module(
+    config, fields, num_labels=labels, mesh=mesh, dtype=dtype
+  )
+  if adapter is not None:
+    given, targets = adapter
+    module = adapt(parts.base, given, targets=targets)
+    parts = Parts(module, parts.base, given, targets)
+  model = describe(config, parts, mesh, dtype)
   make: Callable[..., Any] = partial(
     optimiser,
     model.labels,

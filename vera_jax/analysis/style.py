@@ -6,6 +6,7 @@ which colour-blind readers can tell apart; markers and dashes say the same.
 """
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,22 @@ STYLE: Any = {
   "svg.fonttype": "none",  # text stays text
   "svg.hashsalt": "vera_jax",  # the same bytes for the same figure
 }
+FORMATS: Any = {"png": {"dpi": 200}, "svg": {"metadata": {"Date": None}}}
 WRAP = 34  # letters of a condition's name in a line
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-  """As PNG and SVG."""
+def save(
+  figure: Figure,
+  folder: Path,
+  name: str,
+  kinds: Sequence[str] = tuple(FORMATS),
+) -> list[Path]:
+  """As PNG and SVG, or as `kinds` of them."""
   folder.mkdir(parents=True, exist_ok=True)
-  paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
+  paths = [folder / f"{name}.{kind}" for kind in kinds]
   with mpl.rc_context(STYLE):
-    figure.savefig(paths[0], dpi=200)
-    figure.savefig(paths[1], metadata={"Date": None})
+    for kind, path in zip(kinds, paths, strict=True):
+      figure.savefig(path, **FORMATS[kind])
   return paths
 
 
