@@ -22,6 +22,7 @@ from vera_jax import distributed
 from vera_jax.errors import UserError
 from vera_jax.train.interrupt import EXIT_CODE, Interrupted
 from vera_jax.train.settings import check_settings
+from vera_jax.train.start import count_from_process_start
 from vera_jax.workdir import bound
 
 flags.disclaim_key_flags()  # what is defined here belongs to the script
@@ -37,6 +38,7 @@ def run(
   Exit codes: 0 done, 1 a mistake in input or data, 2 in the flags, 75 stopped
   by Ctrl-C or SIGTERM and saved.
   """
+  count_from_process_start()
   sys.modules["__main__"].__doc__ = usage  # what --help shows first
   # its advice is about torch models, of which none is used
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

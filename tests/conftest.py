@@ -71,29 +71,13 @@ TINY = {
 }
 
 
-def _random_encoder(fields: dict) -> dict[str, np.ndarray]:
-  from vera_jax.models.bert import BertClassifier, BertConfig
-  from vera_jax.models.hf_weights import to_hf
-
-  config = BertConfig.from_dict(fields)
-  ids = jax.ShapeDtypeStruct((1, 8), np.int32)
-  init = BertClassifier(config, 2).init
-  shapes = jax.eval_shape(init, jax.random.key(0), ids)["params"]
-  del shapes["classifier"]
-  rng = np.random.default_rng(0)
-
-  def draw(path, leaf):
-    noise = 0.3 * rng.standard_normal(leaf.shape) + (path[-1].key == "scale")
-    return noise.astype(np.float32)
-
-  return to_hf(jax.tree_util.tree_map_with_path(draw, shapes), config)
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
   """A pretrained encoder's folder: random, headless, with two odd tensors."""
+  from experiments.trials.ground import random_encoder
+
   folder = tmp_path_factory.mktemp("tiny_model")
-  tensors = _random_encoder(TINY)
+  tensors = random_encoder(TINY)
   tensors["cls.predictions.bias"] = np.zeros(3, np.float32)
   tensors["bert.encoder.extra.weight"] = np.zeros(3, np.float32)
   save_file(tensors, folder / "model.safetensors")
@@ -169,9 +153,11 @@ def tiny_roberta(tmp_path_factory) -> Path:
   from tokenizers.processors import RobertaProcessing
   from transformers import PreTrainedTokenizerFast
 
+  from experiments.trials.ground import random_encoder
+
   folder = tmp_path_factory.mktemp("tiny_roberta")
   fields = {**TINY, "model_type": "roberta", "pad_token_id": 1}
-  tensors = _random_encoder(fields)
+  tensors = random_encoder(fields)
   save_file(tensors, folder / "model.safetensors")
   special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
   vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}

@@ -30,20 +30,30 @@ LIMIT = 1800.0  # seconds that a process may take; the machine may be busy
 
 def make_encoder(folder: Path, **fields: float) -> Path:
   """A random BERT over the generated texts' words, in Hugging Face's layout."""
-  import jax
   from safetensors.numpy import save_file
-
-  from vera_jax.models.bert import BertClassifier, BertConfig
-  from vera_jax.models.hf_weights import to_hf
 
   texts = "".join(file.read_text() for file in sorted(DATA.glob("*.tsv")))
   words = sorted(set(re.findall(r"\w+|[^\w\s]", texts.lower())))
   words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
   about = {**ENCODER, **fields, "vocab_size": len(words)}
-  config = BertConfig.from_dict(about)
-  ids = jax.ShapeDtypeStruct((1, 8), np.int32)
+  folder.mkdir(parents=True)
+  save_file(random_encoder(about), folder / "model.safetensors")
+  (folder / "config.json").write_text(json.dumps(about))
+  (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+  return folder
+
+
+def random_encoder(about: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Tensors without a head, by Hugging Face's names; `about` is config.json."""
+  import jax
+
+  from vera_jax.models.bert import BertClassifier, BertConfig, input_shapes
+  from vera_jax.models.hf_weights import to_hf
+
+  config = BertConfig.from_dict(dict(about))
   init = BertClassifier(config, 2).init
-  shapes = jax.eval_shape(init, jax.random.key(0), ids)["params"]
+  inputs = input_shapes(1, 8, 1)
+  shapes = jax.eval_shape(init, jax.random.key(0), **inputs)["params"]
   del shapes["classifier"]
   rng = np.random.default_rng(0)
 
@@ -51,12 +61,7 @@ def make_encoder(folder: Path, **fields: float) -> Path:
     noise = 0.3 * rng.standard_normal(leaf.shape) + (path[-1].key == "scale")
     return noise.astype(np.float32)
 
-  folder.mkdir(parents=True)
-  tensors = jax.tree_util.tree_map_with_path(draw, shapes)
-  save_file(to_hf(tensors, config), folder / "model.safetensors")
-  (folder / "config.json").write_text(json.dumps(about))
-  (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-  return folder
+  return to_hf(jax.tree_util.tree_map_with_path(draw, shapes), config)
 
 
 class Ended(NamedTuple):

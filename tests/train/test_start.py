@@ -2,7 +2,11 @@ import subprocess
 import sys
 import time
 
-from vera_jax.train.start import since_start
+from vera_jax.train.start import (
+  begin,
+  count_from_process_start,
+  since_start,
+)
 
 CODE = """
 import time
@@ -25,3 +29,10 @@ def test_time_goes_on():
   one = since_start()
   time.sleep(0.05)
   assert 0 < one < since_start()
+
+
+def test_one_run_takes_the_commands_time():
+  before = time.monotonic()
+  count_from_process_start()
+  first, second = begin(), begin()
+  assert first < before <= second <= time.monotonic()

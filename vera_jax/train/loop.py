@@ -50,7 +50,7 @@ from vera_jax.train.run import Run, build_run, introduction
 from vera_jax.train.runtime import Background, compiler_options, prepare
 from vera_jax.train.settings import check_settings
 from vera_jax.train.sharding import BATCH, REPLICATED, put
-from vera_jax.train.start import since_start
+from vera_jax.train.start import begin
 from vera_jax.train.step import State, eval_step
 
 
@@ -134,6 +134,7 @@ def _train(members: Sequence[Member]) -> None:
   left = [member for member in members if member.open]
   if not left:
     return
+  began = begin()
   prepare()
   with nothing_to_save(), ExitStack() as stack:
     _hold([m for m in left if m.folder.exists()], stack)
@@ -142,7 +143,7 @@ def _train(members: Sequence[Member]) -> None:
     for member in left:
       folder, config = member.folder / "checkpoints", member.config.to_dict()
       member.resume(stack.enter_context(Checkpoints(folder, config)))
-    session = Session(run)
+    session = Session(run, began)
     for step, live, crew in cohorts(members):
       session.train(step, live, crew)
     for member in left:
@@ -184,8 +185,8 @@ class Session:
   live: list[Member]
   report: Reporter
 
-  def __init__(self, run: Run) -> None:
-    self.run = run
+  def __init__(self, run: Run, began: float) -> None:
+    self.run, self._began = run, began
     self._everywhere = NamedSharding(run.mesh, REPLICATED)
     self._evaluate = jax.jit(
       partial(eval_step, apply=run.model.module.apply),
@@ -262,7 +263,8 @@ class Session:
         unread = None
       if step == first:
         self.report.log(
-          f"first step done {since_start():.1f} s after the start"
+          f"first step done {time.monotonic() - self._began:.1f} s after the"
+          " start"
         )
       if ends_epoch:
         self._end_epoch()

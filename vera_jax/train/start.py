@@ -1,4 +1,4 @@
-"""How long ago this process was started."""
+"""When a run began, for the seconds to its first step."""
 
 import os
 import time
@@ -6,6 +6,23 @@ from pathlib import Path
 
 _IMPORTED = time.monotonic()
 _STARTED = 19  # starttime's place in /proc/self/stat, after "pid (name)"
+_command: float | None = None  # when it was given, until a run takes it
+
+
+def count_from_process_start() -> None:
+  """The next run began with this process: what a script's user waited for.
+
+  Any other, in a notebook or a script's second, begins when it is called.
+  """
+  global _command
+  _command = time.monotonic() - since_start()
+
+
+def begin() -> float:
+  """When the run that calls this began, on `time.monotonic`'s clock."""
+  global _command
+  began, _command = _command, None
+  return time.monotonic() if began is None else began
 
 
 def since_start() -> float:
