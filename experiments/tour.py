@@ -11,40 +11,27 @@ written. About a minute on one core. Needs torch and peft beside our own
 requirements: requirements-parity.txt.
 """
 
-import contextlib
 import json
-import os
-import platform
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
-from ml_collections import ConfigDict
-from rich.console import Console
-from rich.table import Table
 
-from configs import quickstart
 from experiments import cli
-from vera_jax import results
+from experiments.tours import page, reference
+from experiments.tours.ground import Ground, make_ground
+from experiments.tours.page import Size, Step
 from vera_jax.adapter_files import load_adapter, tensors
 from vera_jax.checkpoint import Checkpoints
 from vera_jax.classifier import Classifier, load_classifier, restore_adapter
-from vera_jax.data.examples import Examples
-from vera_jax.data.glue import load_split
-from vera_jax.data.tasks import task_named
-from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.hub import resolve
 from vera_jax.labels import label_tree, split
 from vera_jax.merged import write_merged
 from vera_jax.models.hf_weights import fingerprint, load_params
@@ -57,98 +44,27 @@ from vera_jax.train.run import build_run
 from vera_jax.train.sharding import BATCH
 from vera_jax.train.step import eval_step
 
-ROOT = Path(__file__).resolve().parents[1]
-PAIRS = {"train": 160, "dev": 32}  # the first of each split are used
 ROUND = 1e-4  # a logit in float32, computed in another order
 MOVED = 1e-2  # a logit, by an adapter that was trained
 SAME = 0.0  # bit for bit
-PEFT_BATCH = 32
 NAMES = {"vera": "VeRA", "lora": "LoRA"}
-RATES = {"vera": 2e-2, "lora": 5e-3}  # PEFT's
-HEADER = ("step", "compared", "largest difference", "bound", "bytes written")
-SIZES = ("adapter", "trained numbers", "bytes here", "bytes in PEFT")
-
-
-class Step(NamedTuple):
-  """An arrow of the tour. `moved` asks for a difference of at least the bound,
-  where else it is the most; `written` is the size of the files it wrote."""
-
-  arrow: str
-  compared: str
-  difference: float
-  bound: float
-  moved: bool = False
-  written: int | None = None
-
-  @property
-  def passed(self) -> bool:
-    if self.moved:
-      return self.difference >= self.bound
-    return self.difference <= self.bound
-
-  def cells(self) -> list[str]:
-    """As a row of a table."""
-    size = "" if self.written is None else f"{self.written:,}"
-    limit = f"{'≥' if self.moved else '≤'} {self.bound:g}"
-    return [self.arrow, self.compared, f"{self.difference:.1e}", limit, size]
-
-
-class Size(NamedTuple):
-  """One adapter's two files, in our format and in PEFT's."""
-
-  adapter: str
-  numbers: int
-  ours: int
-  theirs: int
-
-  def cells(self) -> list[str]:
-    """As a row of a table."""
-    return [self.adapter, *(f"{number:,}" for number in self[1:])]
-
-
-class Ground(NamedTuple):
-  """What the tour walks on: an empty folder, the run's config, the base, the
-  pairs that are trained on and those that are compared."""
-
-  place: Path
-  config: ConfigDict
-  base: Path
-  train: Examples
-  probes: Examples
-
-  @property
-  def run(self) -> Path:
-    return self.place / "run"
-
-  @property
-  def adapter(self) -> Path:
-    return self.run / "adapter"
 
 
 def main() -> None:
-  _need_torch()
+  reference.need_torch()
   start = time.monotonic()
   with TemporaryDirectory() as folder:
     steps, sizes = walk(Path(folder))
   seconds = time.monotonic() - start
-  _show(steps, sizes)
+  page.show(steps, sizes)
   check(steps)
   out = Path(OUT.value)
   out.mkdir(parents=True, exist_ok=True)
-  write_page(out / "tour.md", steps, sizes, seconds=seconds)
-  facts = {"seconds": seconds, **_provenance()}
+  page.write_page(out / "tour.md", steps, sizes, seconds=seconds)
+  facts = {"seconds": seconds, **page.provenance()}
   facts |= {"steps": [step._asdict() for step in steps]}
   facts |= {"sizes": [size._asdict() for size in sizes]}
   (out / "tour.json").write_text(json.dumps(facts, indent=2) + "\n")
-
-
-def _need_torch() -> None:
-  for name in ("torch", "peft"):
-    if find_spec(name) is None:
-      raise UserError(
-        f"The tour needs {name}, which is not installed:"
-        " pip install -r requirements-parity.txt"
-      )
 
 
 def check(steps: Iterable[Step]) -> None:
@@ -165,48 +81,13 @@ def check(steps: Iterable[Step]) -> None:
 
 def walk(place: Path) -> tuple[list[Step], list[Size]]:
   """All steps, in order, and what the adapters' files weigh."""
-  ground = _ground(place)
-  with _quiet():
+  ground = make_ground(place)
+  with reference.quiet():
     trained, logits = _train(ground)
     steps = [*trained, *_merge(ground, logits), *_to_peft(ground, logits)]
     for method in NAMES:
       steps += _from_peft(ground, method)
   return steps, list(_sizes(ground))
-
-
-def _ground(place: Path) -> Ground:
-  config = quickstart.get_config()
-  source = _first_pairs(ROOT / config.data.source, place / "pairs")
-  config.data.source = str(source)
-  config.data.cache_dir = str(place / "tokens")
-  config.model.dtype = "float32"
-  config.optim.batch_size = 16
-  config.optim.epochs = 2
-  task = task_named(config.task)
-  train, dev = (
-    load_split(task, source, name) for name in ("train", "validation")
-  )
-  return Ground(place, config, resolve(config.model.name), train, dev)
-
-
-def _first_pairs(source: Path, folder: Path) -> Path:
-  folder.mkdir()
-  for name, count in PAIRS.items():
-    lines = (source / f"{name}.tsv").read_text().splitlines(keepends=True)
-    (folder / f"{name}.tsv").write_text("".join(lines[: count + 1]))
-  return folder
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Without torch's and PEFT's bars and advice."""
-  import transformers
-
-  transformers.logging.set_verbosity_error()
-  transformers.logging.disable_progress_bar()
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    yield
 
 
 def _train(ground: Ground) -> tuple[list[Step], Logits]:
@@ -264,7 +145,7 @@ def _merge(ground: Ground, logits: Logits) -> Iterator[Step]:
   yield Step(
     "merge → torch loads it",
     "logits: predict, torch",
-    _largest(logits, _torch_logits(_in_torch(out), ground)),
+    _largest(logits, reference.logits(reference.in_torch(out), ground)),
     ROUND,
   )
   yield Step(
@@ -288,11 +169,11 @@ def _to_peft(ground: Ground, logits: Logits) -> Iterator[Step]:
   for method, name in NAMES.items():
     out = ground.place / f"exported-{method}"
     export_adapter(ground.adapter, out, method=method)
-    model = _in_peft(out, ground)
+    model = reference.in_peft(out, ground)
     yield Step(
       f"adapter folder → PEFT export as {name} → PEFT loads it",
       "logits: predict, PEFT",
-      _largest(logits, _torch_logits(model, ground)),
+      _largest(logits, reference.logits(model, ground)),
       ROUND,
       written=_bytes(out),
     )
@@ -303,9 +184,9 @@ def _to_peft(ground: Ground, logits: Logits) -> Iterator[Step]:
 
 def _moved(arrow: str, model: Any, ground: Ground) -> Step:
   """That PEFT's model answers otherwise with its adapter switched off."""
-  logits = _torch_logits(model, ground)
+  logits = reference.logits(model, ground)
   model.base_model.disable_adapter_layers()
-  bare = _torch_logits(model, ground)  # with the trained head all the same
+  bare = reference.logits(model, ground)  # with the trained head all the same
   model.base_model.enable_adapter_layers()
   difference = _largest(logits, bare)
   return Step(arrow, "logits: adapter on, off", difference, MOVED, moved=True)
@@ -316,9 +197,9 @@ def _from_peft(ground: Ground, method: str) -> Iterator[Step]:
   theirs, ours, again = (
     ground.place / f"{part}-{method}" for part in ("theirs", "ours", "again")
   )
-  name, model = NAMES[method], _train_in_peft(ground, method)
+  name, model = NAMES[method], reference.train(ground, method)
   model.save_pretrained(str(theirs))
-  logits = _torch_logits(model, ground)
+  logits = reference.logits(model, ground)
   yield _moved(f"PEFT trains {name}", model, ground)._replace(
     written=_bytes(theirs)
   )
@@ -335,7 +216,9 @@ def _from_peft(ground: Ground, method: str) -> Iterator[Step]:
   yield Step(
     f"imported {name} → LoRA export → PEFT loads it",
     "logits: PEFT before, PEFT after",
-    _largest(logits, _torch_logits(_in_peft(again, ground), ground)),
+    _largest(
+      logits, reference.logits(reference.in_peft(again, ground), ground)
+    ),
     ROUND,
     written=_bytes(again),
   )
@@ -354,66 +237,6 @@ def _sizes(ground: Ground) -> Iterator[Size]:
     folder = ground.place / ours
     numbers = sum(x.size for x in load_adapter(folder).tensors.values())
     yield Size(kind, numbers, _bytes(folder), _bytes(ground.place / theirs))
-
-
-def _train_in_peft(ground: Ground, method: str) -> Any:
-  """A new adapter and head, after a few steps of AdamW."""
-  import peft
-  import torch
-
-  model = peft.get_peft_model(
-    _in_torch(ground.base), _peft_config(ground.config, method)
-  ).train()
-  trained = [p for p in model.parameters() if p.requires_grad]
-  optimiser = torch.optim.AdamW(trained, lr=RATES[method])
-  labels = torch.from_numpy(np.asarray(ground.train.labels)).long()
-  for start in range(0, len(labels), PEFT_BATCH):
-    rows = slice(start, start + PEFT_BATCH)
-    inputs = _encoded(ground.train, rows, ground)
-    model(**inputs, labels=labels[rows]).loss.backward()
-    optimiser.step()
-    optimiser.zero_grad()
-  return model.eval()
-
-
-def _peft_config(config: ConfigDict, method: str) -> Any:
-  import peft
-
-  own = config[method]
-  same: dict[str, Any] = {"task_type": "SEQ_CLS"}
-  same |= {"r": own.rank, "target_modules": list(own.targets)}
-  if method == "lora":
-    return peft.LoraConfig(lora_alpha=own.alpha, **same)
-  return peft.VeraConfig(**same)
-
-
-def _encoded(pairs: Examples, rows: slice, ground: Ground) -> Any:
-  tokenizer = load_tokenizer(ground.base)
-  texts = pairs.first[rows], (pairs.second or [])[rows]
-  return tokenizer(*texts, padding=True, return_tensors="pt")
-
-
-def _in_torch(folder: Path) -> Any:
-  import torch
-  from transformers import AutoModelForSequenceClassification as Auto
-
-  torch.manual_seed(0)  # of a new head, and of dropout
-  return Auto.from_pretrained(folder, num_labels=2).eval()
-
-
-def _in_peft(folder: Path, ground: Ground) -> Any:
-  import peft
-
-  base = _in_torch(ground.base)
-  return peft.PeftModel.from_pretrained(base, str(folder)).eval()
-
-
-def _torch_logits(model: Any, ground: Ground) -> Logits:
-  import torch
-
-  with torch.no_grad():
-    inputs = _encoded(ground.probes, slice(None), ground)
-    return model(**inputs).logits.numpy()
 
 
 def _predicted(classifier: Classifier, ground: Ground) -> Logits:
@@ -437,86 +260,6 @@ def _bytes(folder: Path) -> int:
   """Of JSON and tensors; PEFT writes a model card as well."""
   files = [*folder.glob("adapter*.json"), *folder.glob("*.safetensors")]
   return sum(file.stat().st_size for file in files)
-
-
-def _show(steps: Iterable[Step], sizes: Iterable[Size]) -> None:
-  console = Console()
-  for header, rows in ((HEADER, steps), (SIZES, sizes)):
-    table = Table()
-    for name in header:
-      table.add_column(name)
-    for row in rows:
-      table.add_row(*row.cells())
-    console.print(table)
-
-
-PAGE = """# A tour of an adapter's files
-
-An adapter that was trained here goes through every format that it can have,
-and adapters that PEFT trained come here and go back. After each arrow the
-logits of the same {pairs} pairs of sentences are compared with those before it.
-A difference past its bound ends the tour with exit code 1; `make parity`,
-which CI runs, takes it.
-
-```
-python -m experiments.tour
-```
-
-writes this page and `tour.json`. The model is all-MiniLM-L6-v2, the data are
-generated entailment pairs, both as in the quickstart; query and value are
-adapted, VeRA with r = 256, LoRA with r = 8. Training is as short as the tour
-needs to move the logits: no score here says anything.
-
-{steps}
-
-Bounds with ≥ are of steps that must change the logits. "LoRA export" of a VeRA
-adapter has VeRA's rank, 256: exact, and large. To unmerge is to keep, not to
-subtract: merging returns a new tree and writes a new folder, so the base's
-bytes are what they were, and `merge.json` has its name and fingerprint.
-
-## Bytes
-
-The same adapter, with its head, in both formats: `adapter.json` and
-`adapter.safetensors` here, `adapter_config.json` and
-`adapter_model.safetensors` in PEFT. "No projections" is PEFT's
-`save_projection=False`: who reads that file must draw A and B as torch does.
-
-{sizes}
-
-A folder of ours has at most 4 bytes a trained number and 16 KiB, for any
-method and depth: what consecutive layers train is one tensor in the file.
-
-Made with {versions}; {hardware}; {seconds:.0f} seconds in all.
-"""
-
-
-def write_page(
-  file: Path, steps: Iterable[Step], sizes: Iterable[Size], *, seconds: float
-) -> None:
-  """The whole page: text, both tables, what they were made with."""
-  facts = _provenance()
-  text = PAGE.format(
-    pairs=PAIRS["dev"],
-    steps=_markdown(HEADER, steps),
-    sizes=_markdown(SIZES, sizes),
-    versions=", ".join(f"{k} {v}" for k, v in facts["versions"].items()),
-    hardware=facts["hardware"],
-    seconds=seconds,
-  )
-  file.write_text(text, encoding="utf-8")
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Step | Size]) -> str:
-  cells = [header, ["---"] * len(header), *(row.cells() for row in rows)]
-  return "\n".join(f"| {' | '.join(row)} |" for row in cells)
-
-
-def _provenance() -> dict[str, Any]:
-  versions = results.provenance()["versions"]
-  versions |= {name: version(name) for name in ("torch", "peft")}
-  cores = len(os.sched_getaffinity(0))
-  hardware = f"{cores} CPU core{'s'[: cores != 1]}, {platform.machine()}"
-  return {"versions": versions, "hardware": hardware}
 
 
 if __name__ == "__main__":  # flags too: a test imports this beside others

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import tour
+from experiments.tours.page import Step
 from vera_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +49,7 @@ def test_the_tour(minilm_folder, tmp_path):
     assert size["ours"] <= 4 * size["numbers"] + 16 * 1024
 
 
-STEP = tour.Step("a → b", "logits: a, b", 1e-6, 1e-4)
+STEP = Step("a → b", "logits: a, b", 1e-6, 1e-4)
 
 
 @pytest.mark.parametrize(
