@@ -15,14 +15,15 @@ temporary memory is that of the scanned step.
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from configs import rte
+from experiments.benchmarks import step_report
 from experiments.benchmarks.report import environment, write
 from experiments.plans.chips import describe_pod
 
@@ -31,11 +32,12 @@ SIZES = "base", "large"
 
 
 class Cost(NamedTuple):
-  """Of one step, by XLA's count."""
+  """Of one step, by XLA's count; `sent` is what several chips all-reduce."""
 
   flops: float
   moved: float
   temporary: int
+  sent: int
 
 
 def define_flags() -> None:
@@ -53,14 +55,39 @@ def main() -> None:
   given = flags.FLAGS
   result = environment("step")
   device = _device(given.device)
-  result |= {"device": given.device, "length": given.length, "sizes": {}}
-  kind = given.device.partition(":")[0]
+  result |= {
+    "device": given.device,
+    "kind": device.device_kind,
+    "dtype": _dtype(device),
+    "length": given.length,
+    "rows": {size: _batch(size) for size in given.sizes},
+    "sizes": {},
+  }
   for size in given.sizes:
     costs = _costs(size, given.length, device)
     result["sizes"][size] = {k: cost._asdict() for k, cost in costs.items()}
-    Console().print(_table(size, costs))
-    path = write(f"step-{kind}", result, folder=given.out)
+    path = publish(result, folder=given.out)
+  for table in step_report.for_terminal(result):
+    Console().print(table)
   print(path)
+
+
+def publish(result: dict[str, Any], *, folder: str) -> Path:
+  """Writes the figures, their tables and the plot."""
+  kind = result["device"].partition(":")[0]
+  path = write(f"step-{kind}", result, folder=folder)
+  page = step_report.markdown(result)
+  path.with_suffix(".md").write_text(page, encoding="utf-8")
+  step_report.draw(result, path.with_suffix(".png"))
+  return path
+
+
+def _batch(size: str) -> int:
+  return rte.get_config(size).optim.batch_size
+
+
+def _dtype(device: Any) -> str:
+  return "float32" if device.platform == "cpu" else "bfloat16"
 
 
 def _device(name: str) -> Any:
@@ -125,32 +152,19 @@ def _cost(config: Any, adapter: Any, length: int, device: Any) -> Cost:
   from vera_jax.train.model import compute_dtype
   from vera_jax.train.sharding import make_mesh
 
-  dtype = "float32" if device.platform == "cpu" else "bfloat16"
-  mesh = make_mesh(over=[device])
+  dtype, mesh = compute_dtype(_dtype(device)), make_mesh(over=[device])
+
+  def step(config: Any, fields: Any) -> Any:
+    return step_of(config, fields, mesh, dtype, adapter=adapter)
 
   def compiled(config: Any, fields: Any) -> Any:
-    step = step_of(config, fields, mesh, compute_dtype(dtype), adapter=adapter)
-    return step.compile(config.optim.batch_size, length)
+    return step(config, fields).compile(config.optim.batch_size, length)
 
   fields = architecture(config)
   memory = compiled(config, fields).memory_analysis()
+  numbers = step(config, fields).model.counts
   return Cost(
-    **counts(config, fields, compiled), temporary=memory.temp_size_in_bytes
+    **counts(config, fields, compiled),
+    temporary=memory.temp_size_in_bytes,
+    sent=4 * (numbers.adapter + numbers.head + 1),  # and the loss
   )
-
-
-def _table(size: str, costs: dict[str, Cost]) -> Table:
-  rows = rte.get_config(size).optim.batch_size
-  table = Table(title=f"RoBERTa-{size}, {rows} rows, one step")
-  table.add_column("trained")
-  for name in ("TFLOP", "against frozen", "GB moved", "MB temporary"):
-    table.add_column(name, justify="right")
-  for name, cost in costs.items():
-    table.add_row(
-      name,
-      f"{cost.flops / 1e12:.3f}",
-      f"{cost.flops / costs[FROZEN].flops:.3f}",
-      f"{cost.moved / 1e9:.2f}",
-      f"{cost.temporary / 1e6:,.0f}",
-    )
-  return table
