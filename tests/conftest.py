@@ -26,9 +26,15 @@ from safetensors.numpy import save_file
 
 jaxtyping.install_import_hook("vera_jax", "typeguard.typechecked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-COMPILED = tempfile.TemporaryDirectory()  # shared with tests' own processes
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+# What one compiles all others find: pytest's workers, and tests' own processes.
+# With a limit of size JAX locks the folder, so that nobody reads half a file.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  COMPILED = tempfile.TemporaryDirectory()
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+  os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**33)
+cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+jax.config.update("jax_compilation_cache_dir", cache)
+jax.config.update("jax_compilation_cache_max_size", 2**33)
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
