@@ -6,7 +6,9 @@
 The real step of VeRA, in each contraction plan, and of LoRA on RoBERTa of the
 paper's settings (query and value; base r = 1024, large r = 256; LoRA r = 8)
 beside the frozen network with nothing on it: that step trains a number a
-column of the same layers, so that the gradient takes the same way. FLOPs, bytes
+column of the same layers, so that the gradient takes the same way. All compute
+of the last layer what the head reads; the frozen network stands there with the
+whole last layer as well. FLOPs, bytes
 moved and temporary memory are XLA's own counts, for one chip of a described TPU
 in bfloat16 (no TPU is needed, only `pip install libtpu`) or for this machine's
 CPU in float32. FLOPs and bytes are counted as experiments/plans/depth.py says;
@@ -28,6 +30,7 @@ from experiments.benchmarks.report import environment, write
 from experiments.plans.chips import describe_pod
 
 FROZEN = "frozen network"
+WHOLE = "frozen network, last layer whole"
 SIZES = "base", "large"
 
 
@@ -103,15 +106,13 @@ def _costs(size: str, length: int, device: Any) -> dict[str, Cost]:
   ways = dict(_ways(size))
   told = f"RoBERTa-{size}"
   return {
-    name: _cost(config, adapter, length, device)
-    for name, (config, adapter) in track(
-      ways.items(), description=told, total=len(ways)
-    )
+    name: _cost(*way, length, device)
+    for name, way in track(ways.items(), description=told, total=len(ways))
   }
 
 
-def _ways(size: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
-  """(name, (config, adapter that the config's method doesn't make))."""
+def _ways(size: str) -> Iterator[tuple[str, tuple[Any, Any, bool]]]:
+  """(name, (config, adapter that its method doesn't make, whole last layer))."""
   from vera_jax.contraction import PLANS
 
   def config(method: str, plan: str = "auto") -> Any:
@@ -120,10 +121,15 @@ def _ways(size: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
     return made
 
   vera, lora = (config(method) for method in ("vera", "lora"))
-  yield FROZEN, (config("head"), (frozen_network(), tuple(vera.vera.targets)))
+  nothing = frozen_network(), tuple(vera.vera.targets)
+  yield FROZEN, (config("head"), nothing, False)
+  yield WHOLE, (config("head"), nothing, True)
   for plan in PLANS:
-    yield f"vera r={vera.vera.rank}, {plan}", (config("vera", plan), None)
-  yield f"lora r={lora.lora.rank}", (lora, None)
+    yield (
+      f"vera r={vera.vera.rank}, {plan}",
+      (config("vera", plan), None, False),
+    )
+  yield f"lora r={lora.lora.rank}", (lora, None, False)
 
 
 def frozen_network() -> Any:
@@ -146,7 +152,9 @@ def frozen_network() -> Any:
   )
 
 
-def _cost(config: Any, adapter: Any, length: int, device: Any) -> Cost:
+def _cost(
+  config: Any, adapter: Any, whole: bool, length: int, device: Any
+) -> Cost:
   from experiments.plans.depth import counts
   from experiments.plans.lowering import architecture, step_of
   from vera_jax.train.model import compute_dtype
@@ -158,13 +166,19 @@ def _cost(config: Any, adapter: Any, length: int, device: Any) -> Cost:
     return step_of(config, fields, mesh, dtype, adapter=adapter)
 
   def compiled(config: Any, fields: Any) -> Any:
-    return step(config, fields).compile(config.optim.batch_size, length)
+    return step(config, fields).compile(rows, length, read)
 
-  fields = architecture(config)
+  fields, rows = architecture(config), config.optim.batch_size
+  read = length if whole else 1  # positions a row, that the head reads
   memory = compiled(config, fields).memory_analysis()
   numbers = step(config, fields).model.counts
+  found = counts(config, fields, compiled)
+  # The head is trained, so that each of its products is three; those at
+  # positions that are only read for the last layer's sake don't count.
+  width, labels = fields.hidden_size, 2
+  found["flops"] -= 3 * 2 * rows * (read - 1) * width * (width + labels)
   return Cost(
-    **counts(config, fields, compiled),
+    **found,
     temporary=memory.temp_size_in_bytes,
     sent=4 * (numbers.adapter + numbers.head + 1),  # and the loss
   )

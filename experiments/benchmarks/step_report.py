@@ -10,6 +10,7 @@ COLUMNS = (
   "on the network",
   "TFLOP",
   "against frozen",
+  "against it, whole",
   "GB moved",
   "MB temporary",
   "MB all-reduced",
@@ -21,12 +22,13 @@ FROZEN, VERA, LORA = "#999999", "#0072B2", "#D55E00"
 def tables(result: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
   """(title, cells of the rows) for each size."""
   for size, costs in result["sizes"].items():
-    frozen = next(iter(costs.values()))
+    frozen, whole = list(costs.values())[:2]
     rows = [
       [
         name,
         f"{cost['flops'] / 1e12:.3f}",
         f"{cost['flops'] / frozen['flops']:.3f}",
+        f"{cost['flops'] / whole['flops']:.3f}",
         f"{cost['moved'] / 1e9:.1f}",
         f"{cost['temporary'] / 1e6:,.0f}",
         f"{cost['sent'] / 1e6:.3f}",
@@ -66,7 +68,9 @@ def markdown(result: dict[str, Any]) -> str:
   parts.append(f"""\
 Query and value are adapted. "{frozen}" trains one
 number a column of the same layers, and the head: forward, and the gradient down
-to the lowest of them. FLOPs and bytes moved are those of two layers, unrolled,
+to the lowest of them. All rows compute of the last layer what the head reads,
+but for "whole", which has it at every position (its bytes and memory have the
+head there too; its FLOPs don't). FLOPs and bytes moved are those of two layers, unrolled,
 and for each further one what a third adds; temporary memory is the scanned
 step's at full depth. All-reduced is what one step sends over several chips,
 float32, once; [tpu_pod.md](../../docs/tpu_pod.md) has it as compiled for them.
