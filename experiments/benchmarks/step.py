@@ -112,7 +112,7 @@ def _costs(size: str, length: int, device: Any) -> dict[str, Cost]:
 
 
 def _ways(size: str) -> Iterator[tuple[str, tuple[Any, Any, bool]]]:
-  """(name, (config, adapter that its method doesn't make, whole last layer))."""
+  """(name, (config, an adapter of no method, whether to read everywhere))."""
   from vera_jax.contraction import PLANS
 
   def config(method: str, plan: str = "auto") -> Any:

@@ -66,14 +66,14 @@ def markdown(result: dict[str, Any]) -> str:
   frozen = next(iter(next(iter(result["sizes"].values()))))
   versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
   parts.append(f"""\
-Query and value are adapted. "{frozen}" trains one
-number a column of the same layers, and the head: forward, and the gradient down
-to the lowest of them. All rows compute of the last layer what the head reads,
-but for "whole", which has it at every position (its bytes and memory have the
-head there too; its FLOPs don't). FLOPs and bytes moved are those of two layers, unrolled,
-and for each further one what a third adds; temporary memory is the scanned
-step's at full depth. All-reduced is what one step sends over several chips,
-float32, once; [tpu_pod.md](../../docs/tpu_pod.md) has it as compiled for them.
+Query and value are adapted. "{frozen}" trains one number a column of the same
+layers, and the head: forward, and the gradient down to the lowest of them. All
+compute of the last layer what the head reads; only "whole" has it at every
+position, and the head there too in its bytes and memory, not in its FLOPs.
+FLOPs and bytes moved are those of two layers, unrolled, and for each further
+one what a third adds; temporary memory is the scanned step's at full depth.
+All-reduced is what a step sends over several chips, in float32 and once, as
+[tpu_pod.md](../../docs/tpu_pod.md) has it from programs compiled for them.
 
 - `{result["command"]}`
 - {versions}""")
