@@ -112,7 +112,7 @@ def test_wandb_gets_the_same_figures(tmp_path, monkeypatch):
   class Wandb:
     @staticmethod
     def init(**settings):
-      told.append(settings["project"])
+      told.append((settings["project"], settings["id"]))
       return Wandb
 
     @staticmethod
@@ -125,4 +125,10 @@ def test_wandb_gets_the_same_figures(tmp_path, monkeypatch):
 
   monkeypatch.setitem(sys.modules, "wandb", Wandb)
   write(tmp_path, [1], wandb="project")
-  assert told == ["project", (1, {"loss": 1.0}), "finished"]
+  (project, name), *rest = told
+  assert project == "project"
+  assert rest == [(1, {"loss": 1.0}), "finished"]
+  write(tmp_path, [2], step=1, wandb="project")  # resumed: the same run
+  write(tmp_path, [1], wandb="project")  # begun anew
+  ids = [one[1] for one in told if one[0] == "project"]
+  assert ids[:2] == [name, name] and ids[2] != name

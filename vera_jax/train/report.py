@@ -2,6 +2,7 @@
 
 import errno
 import json
+import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -35,7 +36,10 @@ def _read_until(path: Path, step: int) -> list[str]:
   return kept
 
 
-def _wandb_run(workdir: Path, config: Mapping[str, Any], project: str) -> Any:
+def _wandb_run(
+  workdir: Path, config: Mapping[str, Any], project: str, *, resumed: bool
+) -> Any:
+  """A run of its own, or when resumed the one that `wandb_id` names."""
   try:
     import wandb
   except ImportError as error:
@@ -43,8 +47,12 @@ def _wandb_run(workdir: Path, config: Mapping[str, Any], project: str) -> Any:
       f"config.log.wandb={project!r} asks for Weights & Biases, which is not"
       " installed: pip install wandb, or leave the setting empty."
     ) from error
+  name = workdir / "wandb_id"
+  if not (resumed and name.exists()):
+    write_text(name, uuid.uuid4().hex)
   return wandb.init(
     project=project,
+    id=name.read_text(encoding="utf-8"),
     dir=str(workdir),
     config=dict(config),
     resume="allow",
@@ -91,7 +99,9 @@ class Figures:
     wandb: str = "",
   ) -> None:
     self._wandb = (
-      _wandb_run(workdir, config, wandb) if wandb and primary else None
+      _wandb_run(workdir, config, wandb, resumed=step > 0)
+      if wandb and primary
+      else None
     )
     self._lines: Any = None
     self._board: Any = None
