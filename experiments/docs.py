@@ -1,4 +1,4 @@
-"""Puts what results/ holds into the pages of docs/.
+"""Puts what results/ holds into README.md and the pages of docs/.
 
   python -m experiments.docs
 
@@ -21,11 +21,13 @@ from vera_jax.json_files import read_json
 
 DOCS, SWEEPS = Path("docs"), Path("results/sweeps")
 MADE = re.compile(r"<!-- from (\S+) -->\n.*?<!-- end -->", re.DOTALL)
-FIGURE = re.compile(r"\]\(figures/(?P<sweep>\w+)-(?P<name>\w+)\.png\)")
+FIGURE = re.compile(
+  r"\]\((?:docs/)?figures/(?P<sweep>\w+)-(?P<name>\w+)\.png\)"
+)
 
 
 def main() -> None:
-  for path in sorted(DOCS.glob("*.md")):
+  for path in [Path("README.md"), *sorted(DOCS.glob("*.md"))]:
     page = path.read_text(encoding="utf-8")
     path.write_text(filled(page), encoding="utf-8")
     draw(page)

@@ -5,14 +5,17 @@
 
 The real step of VeRA, in each contraction plan, and of LoRA on RoBERTa of the
 paper's settings (query and value; base r = 1024, large r = 256; LoRA r = 8)
-beside the frozen network with nothing on it: that step trains a number a
-column of the same layers, so that the gradient takes the same way. All compute
-of the last layer what the head reads; the frozen network stands there with the
-whole last layer as well. FLOPs, bytes
-moved and temporary memory are XLA's own counts, for one chip of a described TPU
-in bfloat16 (no TPU is needed, only `pip install libtpu`) or for this machine's
-CPU in float32. FLOPs and bytes are counted as experiments/plans/depth.py says;
-temporary memory is that of the scanned step.
+beside two steps of the network with nothing on it. One trains a number a column
+of the same layers, so that the gradient takes the same way, and computes of the
+last layer what the head reads, as all others do. The other has the whole last
+layer, and the gradient down to the embeddings (it trains the biases).
+
+FLOPs, bytes moved and temporary memory are XLA's own counts, for one chip of a
+described TPU in bfloat16 (no TPU is needed, only `pip install libtpu`) or for
+this machine's CPU in float32. FLOPs and bytes are counted as
+experiments/plans/depth.py says; temporary memory is the scanned step's. Each
+step is three programs, a minute or more on one core; what an earlier call of
+the same versions has counted stays in the file.
 """
 
 import os
@@ -28,9 +31,10 @@ from configs import rte
 from experiments.benchmarks import step_report
 from experiments.benchmarks.report import environment, write
 from experiments.plans.chips import describe_pod
+from vera_jax.json_files import read_json
 
 FROZEN = "frozen network"
-WHOLE = "frozen network, last layer whole"
+WHOLE = "frozen network, whole"
 SIZES = "base", "large"
 
 
@@ -56,33 +60,50 @@ def main() -> None:
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   given = flags.FLAGS
-  result = environment("step")
   device = _device(given.device)
-  result |= {
+  kind = given.device.partition(":")[0]
+  path = Path(given.out) / f"step-{kind}.json"
+  result = environment("step") | {
     "device": given.device,
     "kind": device.device_kind,
     "dtype": _dtype(device),
     "length": given.length,
-    "rows": {size: _batch(size) for size in given.sizes},
-    "sizes": {},
+    "rows": {size: _batch(size) for size in SIZES},
   }
+  found = kept(path, result)
   for size in given.sizes:
-    costs = _costs(size, given.length, device)
-    result["sizes"][size] = {k: cost._asdict() for k, cost in costs.items()}
-    path = publish(result, folder=given.out)
-  for table in step_report.for_terminal(result):
+    ways = dict(_ways(size))
+    costs = {k: x for k, x in found.get(size, {}).items() if k in ways}
+    told = f"RoBERTa-{size}"
+    for name, way in track(ways.items(), description=told, total=len(ways)):
+      if name not in costs:
+        costs[name] = _cost(*way, given.length, device)._asdict()
+        found[size] = costs
+        write(path.stem, result | {"sizes": found}, folder=given.out)
+    found[size] = {name: costs[name] for name in ways}
+  publish(result | {"sizes": found}, path)
+  for table in step_report.for_terminal(read_json(path)):
     Console().print(table)
   print(path)
 
 
-def publish(result: dict[str, Any], *, folder: str) -> Path:
+def kept(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+  """What an earlier call has counted under the same conditions, by size."""
+  if not path.exists():
+    return {}
+  there = read_json(path)
+  same = ("versions", "device", "dtype", "length", "rows")
+  if any(there.get(key) != result[key] for key in same):
+    return {}
+  return there["sizes"]
+
+
+def publish(result: dict[str, Any], path: Path) -> None:
   """Writes the figures, their tables and the plot."""
-  kind = result["device"].partition(":")[0]
-  path = write(f"step-{kind}", result, folder=folder)
+  write(path.stem, result, folder=str(path.parent))
   page = step_report.markdown(result)
   path.with_suffix(".md").write_text(page, encoding="utf-8")
   step_report.draw(result, path.with_suffix(".png"))
-  return path
 
 
 def _batch(size: str) -> int:
@@ -102,15 +123,6 @@ def _device(name: str) -> Any:
   return describe_pod(name).devices[0]
 
 
-def _costs(size: str, length: int, device: Any) -> dict[str, Cost]:
-  ways = dict(_ways(size))
-  told = f"RoBERTa-{size}"
-  return {
-    name: _cost(*way, length, device)
-    for name, way in track(ways.items(), description=told, total=len(ways))
-  }
-
-
 def _ways(size: str) -> Iterator[tuple[str, tuple[Any, Any, bool]]]:
   """(name, (config, an adapter of no method, whether to read everywhere))."""
   from vera_jax.contraction import PLANS
@@ -123,7 +135,7 @@ def _ways(size: str) -> Iterator[tuple[str, tuple[Any, Any, bool]]]:
   vera, lora = (config(method) for method in ("vera", "lora"))
   nothing = frozen_network(), tuple(vera.vera.targets)
   yield FROZEN, (config("head"), nothing, False)
-  yield WHOLE, (config("head"), nothing, True)
+  yield WHOLE, (config("bitfit"), None, True)
   for plan in PLANS:
     yield (
       f"vera r={vera.vera.rank}, {plan}",

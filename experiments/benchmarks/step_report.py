@@ -63,16 +63,17 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [list(COLUMNS), rule, *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     parts.append(f"**{title}**\n\n{table}")
-  frozen = next(iter(next(iter(result["sizes"].values()))))
   versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
   parts.append(f"""\
-Query and value are adapted. "{frozen}" trains one number a column of the same
-layers, and the head: forward, and the gradient down to the lowest of them. All
-compute of the last layer what the head reads; only "whole" has it at every
-position, and the head there too in its bytes and memory, not in its FLOPs.
-FLOPs and bytes moved are those of two layers, unrolled, and for each further
-one what a third adds; temporary memory is the scanned step's at full depth.
-All-reduced is what a step sends over several chips, in float32 and once, as
+Query and value are adapted. "frozen network" trains one number a column of the
+same layers and the head: forward, and the gradient down to the lowest of them.
+As all others it computes of the last layer what the head reads. "frozen
+network, whole" is forward and gradient from the whole last layer down to the
+embeddings; it trains the biases, which is 0.03 % of its FLOPs, and its bytes
+and memory, not its FLOPs, have the head at every position. FLOPs and bytes
+moved are those of two layers, unrolled, and for each further one what a third
+adds; temporary memory is the scanned step's at full depth. All-reduced is what
+a step sends over several chips, in float32 and once, as
 [tpu_pod.md](../../docs/tpu_pod.md) has it from programs compiled for them.
 
 - `{result["command"]}`

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from experiments.benchmark import SUBCOMMANDS
-from experiments.benchmarks import bank, report
+from experiments.benchmarks import bank, report, step, step_report
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(*words):
   return subprocess.run(
     [sys.executable, "-m", "experiments.benchmark", *words],
-    cwd=Path(__file__).parents[2],
+    cwd=ROOT,
     capture_output=True,
     text=True,
   )
@@ -78,3 +80,29 @@ def test_all_ways_give_the_banks_logits(
   assert ("PEFT is left out" in told) != theirs
   written = report.write("bank", result, folder=str(tmp_path / "new"))
   assert json.loads(written.read_text()) == result
+
+
+STEPS = sorted((ROOT / "results/benchmarks").glob("step-*.json"))
+
+
+@pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
+def test_a_steps_table_is_that_of_the_figures(path, tmp_path):
+  result = json.loads(path.read_text())
+  assert step_report.markdown(result) == path.with_suffix(".md").read_text()
+  step_report.draw(result, tmp_path / "bars.png")
+  assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+  for costs in result["sizes"].values():
+    frozen, whole, *plans, lora = (costs[name] for name in costs)
+    folded = next(cost for name, cost in costs.items() if "folded" in name)
+    factored = next(cost for name, cost in costs.items() if "factored" in name)
+    assert min(plan["flops"] for plan in plans) <= 1.03 * whole["flops"]
+    assert folded["temporary"] <= factored["temporary"]
+    assert lora["flops"] < 1.02 * frozen["flops"]
+
+
+def test_counted_steps_are_kept_for_the_same_conditions_only():
+  path = STEPS[0]
+  result = json.loads(path.read_text())
+  assert step.kept(path, result) == result["sizes"]
+  assert step.kept(path, result | {"length": 64}) == {}
+  assert step.kept(path.with_name("none.json"), result) == {}

@@ -1,4 +1,4 @@
-"""The pages of docs/ hold what results/ says."""
+"""README.md and the pages of docs/ hold what results/ says."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from experiments import docs
 from vera_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
