@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from experiments.plans.collectives import Collective, collectives
 from experiments.plans.depth import UNROLLED, counts
 from experiments.plans.lowering import Step, architecture, step_of
 from experiments.plans.search import largest
+from vera_jax.models.bert import BertConfig
 from vera_jax.train.model import compute_dtype
 from vera_jax.train.sharding import batch_shards, make_mesh
 
@@ -43,17 +45,6 @@ def plan(
   rows = -(-(rows or config.optim.batch_size) // shards) * shards
   length = config.data.max_length
   step = step_of(config, fields, mesh, dtype)
-
-  def flops(compiled: Any) -> float:
-    if not config.model.scan:
-      return compiled.cost_analysis()["flops"]
-
-    def compile(config: ConfigDict, fields: Any) -> Any:
-      shallow = step_of(config, fields, mesh, dtype)
-      return shallow.compile(rows, length, effort=effort)
-
-    return counts(config, fields, compile)["flops"]
-
   compiles = Compiles(step, length, effort)
   result: dict[str, Any] = {
     "method": config.method,
@@ -69,7 +60,14 @@ def plan(
   try:
     compiled = compiles(rows)
     result |= counted(compiled, pod)
-    result["flops"] = {"a_chip": flops(compiled)}
+    result["flops"] = _flops(
+      config,
+      fields,
+      compiled,
+      lambda config, fields: step_of(config, fields, mesh, dtype).compile(
+        rows, length, effort=effort
+      ),
+    )
   except TooLarge as error:
     result |= {"fits": False, "total": error.needed, "room": error.room}
   if search:
@@ -82,6 +80,18 @@ def plan(
   unrolled = len(UNROLLED) * (config.model.scan and "flops" in result)
   result["compiles"] = compiles.count + unrolled
   return result
+
+
+def _flops(
+  config: ConfigDict,
+  fields: BertConfig,
+  compiled: Any,
+  compile: Callable[[ConfigDict, BertConfig], Any],
+) -> dict[str, float]:
+  """Of a step on one chip; a scanned stack's are `depth.counts`'."""
+  if config.model.scan:
+    return {"a_chip": counts(config, fields, compile)["flops"]}
+  return {"a_chip": compiled.cost_analysis()["flops"]}
 
 
 def _dtype(name: str) -> Any:
