@@ -52,7 +52,7 @@ def get_config(size: str = "large") -> ConfigDict:
   if size == "minilm":
     base = minilm.brief()
     small = cross(variants() + sharing(), seeds(FEWER))
-    return sweep(f"{TITLE}, MiniLM", base, small, paper="roberta-large")
+    return sweep(f"{TITLE}, MiniLM", base, small)
   common.pick(size, base={}, large={}, minilm={})
   configs = {
     task: importlib.import_module(f"configs.{task}").get_config(size)
