@@ -51,10 +51,15 @@ def load_sweep(*folders: str | Path) -> Sweep:
   failed: list[dict[str, Any]] = []
   about: dict[str, Any] = {}
   for folder in map(Path, folders):
-    places += results.finished(folder)
+    plan = folder / "sweep.json"
+    sweep = read_json(plan) if plan.exists() else {}
+    about = about or sweep
+    order = {name: place for place, name in enumerate(sweep.get("runs", ()))}
+    places += sorted(
+      results.finished(folder),
+      key=lambda place: order.get(place.name, len(order)),
+    )
     failed += results.read_failures(folder)
-    if (folder / "sweep.json").exists():
-      about = about or read_json(folder / "sweep.json")
   if not places:
     there = ", ".join(map(str, folders))
     more = f"; {len(failed)} runs failed" if failed else ""
