@@ -6,7 +6,7 @@
 On the small encoder, three seeds each. Without a variant it trains on the
 generated pairs of `make quickstart`, which are no benchmark and need no
 download. sst2: 1,200 training sentences, three epochs, without the head alone;
-results/sweeps/example has the results of its first unit (rank 16), which
+results/sweeps/example has its results and one adapter, which
 notebooks/analysis.ipynb reads.
 """
 
