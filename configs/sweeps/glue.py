@@ -12,8 +12,8 @@ row is no fair target there. Expected: configs/TASK.py. base and large were not
 run by us, for want of RoBERTa's weights.
 
 minilm: SST-2 (2,000 training sentences, three epochs) and CoLA (3,000, four) in
-batches of 16, five seeds, the head alone as well. cola: all of CoLA, five epochs
-in batches of 32, three seeds, at twice the rates of configs/minilm.py.
+batches of 16, five seeds, the head alone as well. cola: all of CoLA, five
+epochs in batches of 32, three seeds, at twice the rates of configs/minilm.py.
 """
 
 import importlib

@@ -141,7 +141,7 @@ def test_a_deep_stack_is_counted_from_shallow_ones():
   deep = dataclasses.replace(
     equality.fields(),
     num_hidden_layers=4,
-    hidden_dropout_prob=0.0,  # the counts' pattern is the same, the compile short
+    hidden_dropout_prob=0.0,  # compiles sooner
     attention_probs_dropout_prob=0.0,
   )
 
