@@ -27,6 +27,8 @@ FIGURE = re.compile(
 
 
 def main() -> None:
+  if not DOCS.is_dir():
+    raise UserError("There is no docs/ here: run it at the checkout's top.")
   for path in [Path("README.md"), *sorted(DOCS.glob("*.md"))]:
     page = path.read_text(encoding="utf-8")
     path.write_text(filled(page), encoding="utf-8")

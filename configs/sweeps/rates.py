@@ -4,13 +4,13 @@
 
 MiniLM, SST-2, 1,200 training sentences in batches of 16, three epochs, rates a
 factor of two apart; the seeds are none of the studies'. What came out best for
-each method is what `configs.minilm.BEST` has, and so what the `:minilm`
-variants train with. The paper's studies have the paper's rates.
+each method is what `configs.minilm.BEST` has, and so what the small studies on
+`minilm.brief` train with. The paper's studies have the paper's rates.
 """
 
 from ml_collections import ConfigDict
 
-from configs import minilm
+from configs import common, minilm
 from configs.sweeps import cross, product, seeds, sweep
 
 RATES = {
@@ -20,7 +20,8 @@ RATES = {
 OTHERS = (10, 11)  # seeds
 
 
-def get_config() -> ConfigDict:
+def get_config(size: str = "minilm") -> ConfigDict:
+  common.pick(size, minilm={})
   base = minilm.get_config("sst2")
   base.update_from_flattened_dict(minilm.BRIEF)
   runs = []

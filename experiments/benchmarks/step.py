@@ -15,7 +15,7 @@ described TPU in bfloat16 (no TPU is needed, only `pip install libtpu`) or for
 this machine's CPU in float32. FLOPs and bytes are counted as
 experiments/plans/depth.py says; temporary memory is the scanned step's. Each
 step is three programs, a minute or more on one core; what an earlier call of
-the same versions has counted stays in the file.
+the same versions has counted stays in the file, without --anew.
 """
 
 import os
@@ -53,6 +53,7 @@ def define_flags() -> None:
     "device", "v5e:2x2", "A TPU topology, whose first chip is taken; or cpu."
   )
   flags.DEFINE_integer("length", 128, "Tokens a row.", lower_bound=8)
+  flags.DEFINE_bool("anew", False, "Count again what the file has.")
   flags.DEFINE_string("out", "results/benchmarks", "Where step-*.json goes.")
 
 
@@ -70,7 +71,7 @@ def main() -> None:
     "length": given.length,
     "rows": {size: _batch(size) for size in SIZES},
   }
-  found = kept(path, result)
+  found = {} if given.anew else kept(path, result)
   for size in given.sizes:
     ways = dict(_ways(size))
     costs = {k: x for k, x in found.get(size, {}).items() if k in ways}

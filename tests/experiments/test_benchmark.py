@@ -95,7 +95,7 @@ def test_a_steps_table_is_that_of_the_figures(path, tmp_path):
     frozen, whole, *plans, lora = (costs[name] for name in costs)
     folded = next(cost for name, cost in costs.items() if "folded" in name)
     factored = next(cost for name, cost in costs.items() if "factored" in name)
-    assert min(plan["flops"] for plan in plans) <= 1.03 * whole["flops"]
+    assert min(plan["flops"] for plan in plans) <= 1.02 * whole["flops"]
     assert folded["temporary"] <= factored["temporary"]
     assert lora["flops"] < 1.02 * frozen["flops"]
 

@@ -40,3 +40,9 @@ def test_figures_that_a_page_shows_are_drawn(monkeypatch, tmp_path):
   assert drawn == ["example-curves.png"]
   with pytest.raises(UserError, match=r"no figure pie; it gives .*curves"):
     docs.draw("![Pie](figures/example-pie.png)")
+
+
+def test_elsewhere_than_in_a_checkout(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match="checkout"):
+    docs.main()

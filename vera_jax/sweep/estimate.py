@@ -39,7 +39,8 @@ SIZES = {
   "generated_entailment": Size(2000, 320, 28),
 }
 UNKNOWN = Size(10_000, 1000, 40)
-# MiniLM, VeRA, SST-2 on two idle CPU cores, results/benchmarks/train-sst2.md
+# MiniLM, VeRA, SST-2 on two idle, slow CPU cores: 77 s of training, of which
+# those of results/benchmarks/train-sst2.md need 39
 TWO_CORES = 0.11e12
 START = 25.0  # seconds of a worker before its first step, compiling included
 
