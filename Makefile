@@ -43,7 +43,7 @@ smoke: $(WITH_DEV) $(WITH_ENCODER) ## a few quick tests, for another Python
 	$(BIN)/python -m pytest -m smoke
 
 faults: $(WITH_DEV) ## kill, stop, harm and starve runs; writes docs/faults.md
-	$(BIN)/python -m experiments.faults
+	$(BIN)/python -m tests.faults.run
 
 clean: ## remove .venv
 	rm -rf $(VENV)

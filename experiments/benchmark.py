@@ -6,7 +6,7 @@
   step    FLOPs, bytes and memory of a step by contraction plan, for CPU or TPU
   train   a whole run from start to scores, against PEFT and plain torch
 
-Each subcommand is a module of experiments/benchmarks with `define_flags` and
+Each subcommand is a module of benchmarks with `define_flags` and
 `main`. It writes results/benchmarks/NAME.json, with the versions, the hardware
 and the command that its figures come from, and prints them as a table.
 """
@@ -27,7 +27,7 @@ def main() -> None:
     asked = word.lstrip("-") in ("help", "h")
     print(__doc__, file=sys.stdout if asked else sys.stderr)
     sys.exit(0 if asked else 2)
-  module = importlib.import_module(f"experiments.benchmarks.{word}")
+  module = importlib.import_module(f"benchmarks.{word}")
   module.define_flags()
   flags.adopt_module_key_flags(module)  # what --help shows
   del sys.argv[1]

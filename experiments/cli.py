@@ -18,12 +18,12 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.console import Console
 from rich.table import Table
 
-from vera_jax import distributed
 from vera_jax.errors import UserError
-from vera_jax.train.interrupt import EXIT_CODE, Interrupted
-from vera_jax.train.settings import check_settings
+from vera_jax.train import distributed
+from vera_jax.train.config import check_settings
+from vera_jax.train.preemption import EXIT_CODE, Interrupted
 from vera_jax.train.start import count_from_process_start
-from vera_jax.workdir import bound
+from vera_jax.train.workdir import bound
 
 flags.disclaim_key_flags()  # what is defined here belongs to the script
 

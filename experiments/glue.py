@@ -22,8 +22,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import cli
-from vera_jax import distributed
 from vera_jax.errors import UserError
+from vera_jax.train import distributed
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string(

@@ -46,10 +46,10 @@ def main() -> None:
   config = cli.chosen(CONFIG)
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no cloud for a TPU
-  from experiments.plans import report  # after the flags' errors
-  from experiments.plans.chips import describe_pod
-  from experiments.plans.figures import plan
-  from vera_jax.train.settings import check_settings
+  from benchmarks.plans import report  # after the flags' errors
+  from benchmarks.plans.chips import describe_pod
+  from benchmarks.plans.figures import plan
+  from vera_jax.train.config import check_settings
 
   pod = describe_pod(TOPOLOGY.value)
   made: dict[str, Any] = {}

@@ -70,9 +70,9 @@ def main() -> None:
 
 
 def _predictor() -> Any:
-  from vera_jax.adapter_files import load_adapter
-  from vera_jax.classifier import load_classifier, restore_adapter
-  from vera_jax.prediction import Predictor
+  from vera_jax.adapters.files import load_adapter
+  from vera_jax.models.pretrained import load_classifier, restore_adapter
+  from vera_jax.serve.predictor import Predictor
 
   if MODEL.value:
     classifier = load_classifier(MODEL.value)

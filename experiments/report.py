@@ -26,9 +26,9 @@ from absl import flags
 from rich.console import Console
 
 from experiments import cli
-from vera_jax.analysis import plots, tables
-from vera_jax.analysis.frame import Sweep, frame, load_sweep
-from vera_jax.analysis.summary import in_order, summary
+from vera_jax.report import plots, tables
+from vera_jax.report.frame import Sweep, frame, load_sweep
+from vera_jax.report.summary import in_order, summary
 
 FORMATS = ("auto", "terminal", "markdown", "csv")
 FORMAT = flags.DEFINE_enum("format", "auto", FORMATS, "What is printed.")

@@ -13,7 +13,7 @@ import pandas as pd
 from absl import flags
 
 from experiments import cli
-from vera_jax.analysis.table1 import BYTES, GIB, KIB, MIB, MODELS, table1
+from vera_jax.report.table1 import BYTES, GIB, KIB, MIB, MODELS, table1
 
 CSV = flags.DEFINE_bool("csv", False, "All numbers, unrounded.")
 

@@ -41,7 +41,7 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
   """Scripts have flags of the same names: each test file begins without any."""
   if isinstance(collector, pytest.Module):
     for module, found in flags.FLAGS.flags_by_module_dict().items():
-      if module.startswith("experiments."):
+      if module.startswith(("experiments.", "benchmarks.", "tests.")):
         for flag in list(found):
           delattr(flags.FLAGS, flag.name)
 
@@ -80,7 +80,7 @@ TINY = {
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
   """A pretrained encoder's folder: random, headless, with two odd tensors."""
-  from experiments.trials.ground import random_encoder
+  from tests.faults.ground import random_encoder
 
   folder = tmp_path_factory.mktemp("tiny_model")
   tensors = random_encoder(TINY)
@@ -96,8 +96,8 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_tasks(tmp_path_factory) -> Path:
   """All nine tasks in GLUE's folders: 40 examples, 16 to 24 in the others."""
-  from vera_jax.data.glue_files import file_name
-  from vera_jax.data.tasks import GENERATED, TASKS
+  from vera_jax.tasks.glue import GENERATED, TASKS
+  from vera_jax.tasks.glue_files import file_name
 
   folder = tmp_path_factory.mktemp("tiny_tasks")
   rng = np.random.default_rng(0)
@@ -159,7 +159,7 @@ def tiny_roberta(tmp_path_factory) -> Path:
   from tokenizers.processors import RobertaProcessing
   from transformers import PreTrainedTokenizerFast
 
-  from experiments.trials.ground import random_encoder
+  from tests.faults.ground import random_encoder
 
   folder = tmp_path_factory.mktemp("tiny_roberta")
   fields = {**TINY, "model_type": "roberta", "pad_token_id": 1}
@@ -198,18 +198,18 @@ def random_adapter(tiny_model, tmp_path_factory):
   """Makes an adapter's folder, its leaves random; keywords are settings."""
   from flax.traverse_util import flatten_dict, unflatten_dict
 
-  from vera_jax.adapter_files import save_adapter
-  from vera_jax.apply import adapt
-  from vera_jax.labels import FROZEN, label_tree
-  from vera_jax.methods import make_adapter
+  from vera_jax.adapters.apply import adapt
+  from vera_jax.adapters.files import save_adapter
+  from vera_jax.adapters.labels import FROZEN, label_tree
+  from vera_jax.adapters.methods import make_adapter
+  from vera_jax.adapters.projections import PRNG, digest
   from vera_jax.models.bert import BertClassifier
   from vera_jax.models.hf_weights import fingerprint, load_config
-  from vera_jax.projections import PRNG, digest
 
   def make(
     method="vera", *, base=tiny_model, task="rte", scan=True, **settings
   ) -> Path:
-    from vera_jax.data.tasks import task_named
+    from vera_jax.tasks.glue import task_named
 
     labels = task_named(task).labels
     settings = {**SETTINGS.get(method, {}), **settings}

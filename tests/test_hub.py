@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.trials.downloads import NAME
-from experiments.trials.downloads import hub as broken_hub
+from tests.faults.downloads import NAME
+from tests.faults.downloads import hub as broken_hub
 from vera_jax import hub
 from vera_jax.errors import UserError
 from vera_jax.hub import persist, resolve, trouble

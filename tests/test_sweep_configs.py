@@ -10,8 +10,8 @@ import pytest
 
 from configs.sweeps import layers, single
 from vera_jax import Target, adapter_size, find_targets
-from vera_jax.apply import _matches
-from vera_jax.methods import make_adapter
+from vera_jax.adapters.apply import _matches
+from vera_jax.adapters.methods import make_adapter
 from vera_jax.models.bert import BertClassifier, BertConfig
 from vera_jax.sweep import estimate
 from vera_jax.sweep.plan import make_plan, units

@@ -22,19 +22,23 @@ What a notebook needs:
   UserError           what is raised for input that the user can mend
 """
 
-from vera_jax.adapter import Adapter, Target
-from vera_jax.adapter_files import SavedAdapter, load_adapter, save_adapter
-from vera_jax.apply import adapt, adapter_size, find_targets
-from vera_jax.bank import AdapterBank
-from vera_jax.classifier import Classifier, load_classifier, restore_adapter
+from vera_jax.adapters.apply import adapt, adapter_size, find_targets
+from vera_jax.adapters.files import SavedAdapter, load_adapter, save_adapter
+from vera_jax.adapters.interface import Adapter, Target
+from vera_jax.adapters.labels import count, join, label_tree, split
+from vera_jax.adapters.lora import lora
+from vera_jax.adapters.merge import merge
+from vera_jax.adapters.projections import digest, make_pair
+from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
-from vera_jax.labels import count, join, label_tree, split
-from vera_jax.lora import lora
-from vera_jax.merge import merge
-from vera_jax.merged import write_merged
-from vera_jax.prediction import Predictor
-from vera_jax.projections import digest, make_pair
-from vera_jax.vera import vera
+from vera_jax.models.export_hf import write_merged
+from vera_jax.models.pretrained import (
+  Classifier,
+  load_classifier,
+  restore_adapter,
+)
+from vera_jax.serve.bank import AdapterBank
+from vera_jax.serve.predictor import Predictor
 
 __version__ = "0.1.0"
 

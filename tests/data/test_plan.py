@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vera_jax.data.batches import batch_indices, steps_per_epoch
+from vera_jax.data.loader import batch_indices, steps_per_epoch
 from vera_jax.data.packing import Layout, pack, plan_eval_layout, plan_layout
 from vera_jax.data.placement import (
   at_most,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from vera_jax.data.tasks import TASKS
 from vera_jax.data.texts import Line, read_lines
+from vera_jax.tasks.glue import TASKS
 
 
 def read(text, format="tsv", **options):

@@ -7,10 +7,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from vera_jax.data import tokenizer as tokenizers
 from vera_jax.data.examples import Examples
-from vera_jax.data.glue import TASKS, load_split
 from vera_jax.data.tokenizer import FolderTokenizer, load_tokenizer
 from vera_jax.data.tokens import tokenise
 from vera_jax.errors import UserError
+from vera_jax.tasks.glue_splits import TASKS, load_split
 
 
 @pytest.fixture

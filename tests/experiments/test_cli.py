@@ -8,8 +8,8 @@ import pytest
 from configs import common, rte
 from experiments import cli
 from vera_jax.errors import UserError
-from vera_jax.train.interrupt import Interrupted
-from vera_jax.train.settings import check_settings
+from vera_jax.train.config import check_settings
+from vera_jax.train.preemption import Interrupted
 
 
 def refuse(*arguments):

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import quickstart, report
 from experiments.report import markdown
-from vera_jax.analysis import load_sweep
+from vera_jax.report import load_sweep
 from vera_jax.results import read_all
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from peft import VeraConfig, get_peft_model
 
-from vera_jax.adapter import Target
-from vera_jax.projections import digest, make_pair, make_projections
+from vera_jax.adapters.interface import Target
+from vera_jax.adapters.projections import digest, make_pair, make_projections
 
 FILE = Path(__file__).with_name("projections.json")
 PAIRS = [

@@ -15,9 +15,9 @@ from vera_jax.sweep import worker
 from vera_jax.sweep.conduct import Watcher, conduct
 from vera_jax.sweep.lock import held
 from vera_jax.sweep.plan import units
+from vera_jax.train.config import check_settings
 from vera_jax.train.group import group_key
-from vera_jax.train.interrupt import Interrupted
-from vera_jax.train.settings import check_settings
+from vera_jax.train.preemption import Interrupted
 
 
 def pretend(monkeypatch, code):

@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 
+from vera_jax.train.logging import Reporter
 from vera_jax.train.loop import train_and_evaluate
-from vera_jax.train.report import Reporter
 
 
 class Finished(NamedTuple):

@@ -1,10 +1,10 @@
 """A run's own adapter folder, put back on its base."""
 
-from vera_jax.adapter_files import load_adapter
-from vera_jax.classifier import restore_adapter
-from vera_jax.data.glue import load_split
-from vera_jax.metrics import accuracy
-from vera_jax.prediction import Predictor
+from vera_jax.adapters.files import load_adapter
+from vera_jax.models.pretrained import restore_adapter
+from vera_jax.serve.predictor import Predictor
+from vera_jax.tasks.glue_splits import load_split
+from vera_jax.tasks.metrics import accuracy
 
 
 def test_it_answers_as_the_run_did(finished):

@@ -11,14 +11,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from vera_jax import workdir
-from vera_jax.adapter_files import load_adapter
+from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
-from vera_jax.train import loop
+from vera_jax.train import loop, workdir
 from vera_jax.train import step as step_module
-from vera_jax.train.interrupt import Interrupted
+from vera_jax.train.logging import Reporter
 from vera_jax.train.loop import best_epoch, train_and_evaluate
-from vera_jax.train.report import Reporter
+from vera_jax.train.preemption import Interrupted
 
 HEAD = {"classifier.kernel", "classifier.bias"}
 QV = {"query", "value"}

@@ -9,8 +9,9 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import SingleDeviceSharding
 
-from vera_jax.apply import adapt
-from vera_jax.labels import label_tree, split
+from vera_jax.adapters.apply import adapt
+from vera_jax.adapters.labels import label_tree, split
+from vera_jax.adapters.vera import vera
 from vera_jax.models.bert import INPUTS, BertClassifier, BertConfig
 from vera_jax.train.optim import optimiser
 from vera_jax.train.step import (
@@ -22,7 +23,6 @@ from vera_jax.train.step import (
   pass_shapes,
   train_step,
 )
-from vera_jax.vera import vera
 
 # MiniLM's widths. No array is made of them.
 MINILM = {

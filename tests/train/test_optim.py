@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from vera_jax.labels import ADAPTER, FROZEN, HEAD, label_tree, split
+from vera_jax.adapters.labels import ADAPTER, FROZEN, HEAD, label_tree, split
 from vera_jax.train.optim import optimiser, schedule
 
 PARAMS = {

@@ -10,10 +10,18 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vera_jax.apply import adapt
+from vera_jax.adapters.apply import adapt
+from vera_jax.adapters.labels import (
+  ADAPTER,
+  FROZEN,
+  HEAD,
+  count,
+  label_tree,
+  split,
+)
+from vera_jax.adapters.lora import lora
+from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
-from vera_jax.labels import ADAPTER, FROZEN, HEAD, count, label_tree, split
-from vera_jax.lora import lora
 from vera_jax.models.bert import BertClassifier, BertConfig
 from vera_jax.train.model import Model, init_state
 from vera_jax.train.sharding import (
@@ -34,7 +42,6 @@ from vera_jax.train.step import (
   jit_train_step,
   train_step,
 )
-from vera_jax.vera import vera
 
 ADAPTERS = {"vera": vera(4), "lora": lora(2)}
 MESHES = {

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from ml_collections import ConfigDict
 
+from benchmarks.plans.collectives import collectives
+from benchmarks.plans.lowering import step_of
 from configs.common import get_config
-from experiments.plans.collectives import collectives
-from experiments.plans.lowering import step_of
 from vera_jax.errors import UserError
 from vera_jax.models.bert import BertConfig
 from vera_jax.train.sharding import make_mesh

@@ -11,11 +11,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
 
-from vera_jax.apply import adapt
+from vera_jax.adapters.apply import adapt
+from vera_jax.adapters.labels import label_tree, split
+from vera_jax.adapters.lora import lora
+from vera_jax.adapters.vera import vera
 from vera_jax.data.packing import Layout, pack
 from vera_jax.data.tokens import Tokens
-from vera_jax.labels import label_tree, split
-from vera_jax.lora import lora
 from vera_jax.models.bert import BertClassifier, BertConfig
 from vera_jax.train.step import (
   INPUTS,
@@ -29,7 +30,6 @@ from vera_jax.train.step import (
   train_step,
   weighted_loss,
 )
-from vera_jax.vera import vera
 
 # Factored: the other plans do make products of a kernel's shape.
 ADAPTERS = {"vera": vera(4, plan="factored"), "lora": lora(2)}

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from vera_jax.data.tasks import Task
+from vera_jax.tasks.glue import Task
 
 FORMATS = ("tsv", "jsonl")
 SINGLE = (("sentence",), ("text",))

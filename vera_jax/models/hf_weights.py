@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from vera_jax.errors import UserError
-from vera_jax.json_files import read_json
+from vera_jax.files import read_json
 from vera_jax.models.bert import BertConfig
 
 LEAVES = {

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from vera_jax import results
-from vera_jax.adapter import Path as TreePath
-from vera_jax.data.tasks import task_named
+from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.errors import UserError
-from vera_jax.json_files import read_json
+from vera_jax.files import read_json
 from vera_jax.peft_io.config import PeftSettings
 from vera_jax.peft_io.layers import patterns
 from vera_jax.peft_io.origin import Origin
+from vera_jax.tasks.glue import task_named
 
 RUN = ("task", "seed", "labels", "score_name", "score", "versions")
 

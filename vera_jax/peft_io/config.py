@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vera_jax.errors import UserError
-from vera_jax.json_files import read_json
+from vera_jax.files import read_json
 
 FILE = "adapter_config.json"
 METHODS = {"VERA": "vera", "LORA": "lora"}

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vera_jax.adapter import Path as TreePath
+from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.errors import UserError
-from vera_jax.json_files import read_json
+from vera_jax.files import read_json
 from vera_jax.models.bert import BertConfig
 from vera_jax.models.hf_weights import load_params
 from vera_jax.peft_io.layers import param_shapes

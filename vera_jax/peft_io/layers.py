@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from vera_jax.adapter import Path, Target
-from vera_jax.apply import find_targets
+from vera_jax.adapters.apply import find_targets
+from vera_jax.adapters.interface import Path, Target
 from vera_jax.models.bert import BertClassifier, BertConfig
 from vera_jax.models.hf_weights import module_name
 

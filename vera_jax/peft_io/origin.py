@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vera_jax.adapter_files import STORED
+from vera_jax.adapters.files import STORED
+from vera_jax.adapters.projections import INITIALISERS, digest, make_pair
 from vera_jax.errors import UserError
 from vera_jax.models.hf_weights import fingerprint
 from vera_jax.peft_io.config import PeftSettings
-from vera_jax.projections import INITIALISERS, digest, make_pair
 
 
 def check_base(about: Mapping[str, Any], base: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from vera_jax.adapter_files import save_adapter
+from vera_jax.adapters.files import save_adapter
+from vera_jax.adapters.projections import PRNG
 from vera_jax.errors import UserError
+from vera_jax.files import read_json
 from vera_jax.hub import PACKAGE, resolve
-from vera_jax.json_files import read_json
 from vera_jax.models.bert import BertConfig
 from vera_jax.models.hf_weights import fingerprint, load_config, module_path
 from vera_jax.peft_io.about import describe, our_settings
@@ -37,7 +38,6 @@ from vera_jax.peft_io.head import (
 )
 from vera_jax.peft_io.layers import Layer, linear_layers
 from vera_jax.peft_io.origin import Origin, check_base, find_origin
-from vera_jax.projections import PRNG
 
 HEAD = {"weight": "kernel", "bias": "bias"}
 

@@ -15,11 +15,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from vera_jax.adapter import Path as TreePath
-from vera_jax.adapter_files import STORED, SavedAdapter, load_adapter
+from vera_jax.adapters.files import STORED, SavedAdapter, load_adapter
+from vera_jax.adapters.interface import Path as TreePath
+from vera_jax.adapters.methods import make_adapter
+from vera_jax.adapters.projections import digest, make_projections
 from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE, resolve
-from vera_jax.methods import make_adapter
 from vera_jax.models.hf_weights import (
   load_config,
   module_name,
@@ -42,8 +43,7 @@ from vera_jax.peft_io.layers import (
   module_list,
 )
 from vera_jax.peft_io.origin import check_base
-from vera_jax.projections import digest, make_projections
-from vera_jax.workdir import write_json
+from vera_jax.train.workdir import write_json
 
 METHODS = ("vera", "lora")
 WARNING = (

@@ -13,7 +13,7 @@ from typing import Any
 from vera_jax.errors import UserError
 from vera_jax.sweep.plan import DONE, FAILED, RUNNING, Planned, Unit
 from vera_jax.sweep.worker import note_failure
-from vera_jax.train.interrupt import EXIT_CODE, Flag, Interrupted, watch
+from vera_jax.train.preemption import EXIT_CODE, Flag, Interrupted, watch
 
 WORKER = [sys.executable, "-m", "vera_jax.sweep.worker"]
 POLL = 0.5  # seconds between looks at the worker

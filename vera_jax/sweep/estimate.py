@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from vera_jax.data.batches import steps_per_epoch
+from vera_jax.data.loader import steps_per_epoch
+from vera_jax.files import read_json
 from vera_jax.hub import PACKAGE
-from vera_jax.json_files import read_json
 from vera_jax.models import roberta
 
 

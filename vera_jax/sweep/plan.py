@@ -15,9 +15,9 @@ from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.sweep.estimate import flops
 from vera_jax.sweep.lock import is_held
+from vera_jax.train.config import check_settings
 from vera_jax.train.group import group_key
-from vera_jax.train.settings import check_settings
-from vera_jax.workdir import bound
+from vera_jax.train.workdir import bound
 
 DONE, FAILED, RUNNING, UNFINISHED, NEW = (
   "done",

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.sweep.lock import held
-from vera_jax.train.interrupt import EXIT_CODE, Interrupted
+from vera_jax.train.preemption import EXIT_CODE, Interrupted
 
 
 def main() -> int:

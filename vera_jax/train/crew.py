@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from vera_jax.data.batches import (
+from vera_jax.data.loader import (
   member_batches,
   sample_batch,
   train_batches,

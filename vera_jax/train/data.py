@@ -7,12 +7,12 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from vera_jax.data.examples import subset
-from vera_jax.data.glue import load_split
 from vera_jax.data.packing import Layout, plan_eval_layout, plan_layout
 from vera_jax.data.placement import at_most
-from vera_jax.data.tasks import Task, task_named
 from vera_jax.data.tokenizer import FolderTokenizer
 from vera_jax.data.tokens import Tokens, tokenise
+from vera_jax.tasks.glue import Task, task_named
+from vera_jax.tasks.glue_splits import load_split
 
 
 class Data(NamedTuple):

@@ -8,11 +8,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Float32
 
-from vera_jax.data.batches import eval_batches, eval_placement
+from vera_jax.data.loader import eval_batches, eval_placement
 from vera_jax.data.packing import Layout
-from vera_jax.data.tasks import Task
 from vera_jax.data.tokens import Tokens
-from vera_jax.metrics import collapsed, score
+from vera_jax.tasks.glue import Task
+from vera_jax.tasks.metrics import collapsed, score
 from vera_jax.train.sharding import portion_of, put_rows
 
 Logits = Float32[np.ndarray, "_ labels"]  # a split has its own length

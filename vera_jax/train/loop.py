@@ -22,13 +22,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from vera_jax import workdir as workdirs
-from vera_jax.checkpoint import Checkpoints, good_save
-from vera_jax.data.batches import sample_batch
-from vera_jax.distributed import is_first, on_first
+from vera_jax.data.loader import sample_batch
 from vera_jax.errors import UserError
-from vera_jax.submission import write_submission
+from vera_jax.tasks.submission import write_submission
+from vera_jax.train import workdir as workdirs
+from vera_jax.train.checkpoint import Checkpoints, good_save
+from vera_jax.train.config import check_settings
 from vera_jax.train.crew import Crew
+from vera_jax.train.distributed import is_first, on_first
 from vera_jax.train.evaluate import (
   Logits,
   dev_scores,
@@ -37,18 +38,17 @@ from vera_jax.train.evaluate import (
   split_logits,
 )
 from vera_jax.train.group import check_group, titles
-from vera_jax.train.interrupt import (
+from vera_jax.train.logging import Figures, Reporter
+from vera_jax.train.member import SUBMISSION, Member, best_epoch, cohorts
+from vera_jax.train.model import init_state, start_of, state_shape
+from vera_jax.train.preemption import (
   Interrupted,
   Stop,
   nothing_to_save,
   watch,
 )
-from vera_jax.train.member import SUBMISSION, Member, best_epoch, cohorts
-from vera_jax.train.model import init_state, start_of, state_shape
-from vera_jax.train.report import Figures, Reporter
 from vera_jax.train.run import Run, build_run, introduction
 from vera_jax.train.runtime import Background, compiler_options, prepare
-from vera_jax.train.settings import check_settings
 from vera_jax.train.sharding import BATCH, REPLICATED, put
 from vera_jax.train.start import begin
 from vera_jax.train.step import State, eval_step

@@ -9,14 +9,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vera_jax import results
-from vera_jax.adapter_files import save_adapter, tensors
-from vera_jax.checkpoint import Checkpoints
-from vera_jax.distributed import is_first, on_first
+from vera_jax.adapters.files import save_adapter, tensors
+from vera_jax.adapters.norms import adapter_norms, as_json
+from vera_jax.adapters.projections import PRNG
 from vera_jax.models.hf_weights import fingerprint
-from vera_jax.norms import adapter_norms, as_json
-from vera_jax.projections import PRNG
+from vera_jax.train.checkpoint import Checkpoints
+from vera_jax.train.distributed import is_first, on_first
 from vera_jax.train.group import own_settings
-from vera_jax.train.report import Figures
+from vera_jax.train.logging import Figures
 from vera_jax.train.run import Run, about, learning_rates
 from vera_jax.train.step import State
 

@@ -19,11 +19,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import DictKey
 from ml_collections import ConfigDict
 
-from vera_jax.adapter import Adapter
-from vera_jax.apply import adapt, find_targets
+from vera_jax.adapters.apply import adapt, find_targets
+from vera_jax.adapters.interface import Adapter
+from vera_jax.adapters.labels import (
+  FROZEN,
+  Counts,
+  count,
+  join,
+  label_tree,
+  split,
+)
+from vera_jax.adapters.methods import make_adapter
+from vera_jax.adapters.projections import digest
 from vera_jax.errors import UserError
-from vera_jax.labels import FROZEN, Counts, count, join, label_tree, split
-from vera_jax.methods import make_adapter
 from vera_jax.models.bert import (
   INPUTS,
   BertClassifier,
@@ -37,7 +45,6 @@ from vera_jax.models.hf_weights import (
   load_params,
   refuse_gaps,
 )
-from vera_jax.projections import digest
 from vera_jax.train.sharding import (
   REPLICATED,
   check_heads,

@@ -7,7 +7,7 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
-from vera_jax.labels import ADAPTER, FROZEN, HEAD
+from vera_jax.adapters.labels import ADAPTER, FROZEN, HEAD
 
 Number = float | Float[Array, ""]  # traced where each member has its own
 

@@ -11,8 +11,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vera_jax.apply import Adapted
-from vera_jax.data.batches import steps_per_epoch
+from vera_jax.adapters.apply import Adapted
+from vera_jax.data.loader import steps_per_epoch
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.bert import BertConfig, input_shapes

@@ -18,7 +18,7 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float, Int, Num, PRNGKeyArray
 
-from vera_jax.labels import join
+from vera_jax.adapters.labels import join
 from vera_jax.models.bert import INPUTS, input_shapes
 from vera_jax.train.runtime import compiler_options
 from vera_jax.train.shard_keys import shard_keys

@@ -1,0 +1,30 @@
+"""Our contender of `benchmark train`: the run that a user would start."""
+
+import time
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from benchmarks.contender import Settings, serve
+from vera_jax.train.loop import train_and_evaluate
+
+
+def train(settings: Settings) -> dict[str, Any]:
+  """Scores of each epoch, numbers trained."""
+  imported = time.time()
+  result = train_and_evaluate(
+    ConfigDict(settings["config"]), settings["workdir"]
+  )
+  parameters = result["parameters"]
+  memory = jax.local_devices()[0].memory_stats() or {}
+  return {
+    "imported": imported,
+    "scores": [epoch["score"] for epoch in result["history"]],
+    "trained": parameters["adapter"] + parameters["head"],
+    "device_peak_bytes": memory.get("peak_bytes_in_use"),
+  }
+
+
+if __name__ == "__main__":
+  serve(train)

@@ -1,0 +1,183 @@
+"""PEFT's contender of `benchmark train`, and torch's without PEFT.
+
+The loop that one would write with care: texts tokenised once, batches padded
+to their longest text, dev batches sorted by length, SDPA attention, fused
+AdamW. Imports nothing of ours, whose libraries would count as its own.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+  AutoModelForSequenceClassification,
+  AutoTokenizer,
+  DataCollatorWithPadding,
+  get_linear_schedule_with_warmup,
+)
+
+from benchmarks.contender import Settings, serve
+
+Row = dict[str, Any]  # an example's token ids and label
+Collate = Callable[[list[Row]], Any]  # examples to a padded batch
+
+
+def train(settings: Settings) -> dict[str, Any]:
+  """Predictions on the dev splits after each epoch, numbers trained."""
+  if settings["config"]["method"] in ("vera", "lora"):
+    import peft  # noqa: F401  its import counts as such
+  imported = time.time()
+  torch.manual_seed(settings["config"]["seed"])
+  tokenizer = AutoTokenizer.from_pretrained(settings["base"])
+  splits = {
+    name: encode(tokenizer, split, settings["config"]["data"]["max_length"])
+    for name, split in settings["splits"].items()
+  }
+  model = build(settings).to(settings["device"])
+  collate = DataCollatorWithPadding(tokenizer)
+  predictions = list(epochs(model, splits, collate, settings=settings))
+  cuda = settings["device"] == "cuda"
+  return {
+    "imported": imported,
+    "compilation": 0.0,
+    "predictions": predictions,
+    "trained": sum(leaf.numel() for leaf in trainable(model).values()),
+    "threads": torch.get_num_threads(),
+    "attention": model.config._attn_implementation,
+    "device_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+  }
+
+
+def epochs(
+  model: Any,
+  splits: dict[str, list[Row]],
+  collate: Collate,
+  *,
+  settings: Settings,
+) -> Iterator[dict[str, list[float]]]:
+  """Trains; after each epoch the predictions on the dev splits."""
+  config, device = settings["config"], settings["device"]
+  batches: DataLoader[Row] = DataLoader(
+    cast(Dataset[Row], splits["train"]),
+    batch_size=config["optim"]["batch_size"],
+    shuffle=True,
+    collate_fn=collate,
+  )
+  optimiser = adamw(model, config)
+  steps = len(batches) * config["optim"]["epochs"]
+  warmup = int(config["optim"]["warmup_ratio"] * steps)
+  schedule = get_linear_schedule_with_warmup(optimiser, warmup, steps)
+  half = settings["dtype"] == "bfloat16"
+  compute = torch.autocast(device, dtype=torch.bfloat16, enabled=half)
+  predicted = partial(predict, collate=collate, size=config["eval_batch_size"])
+  for _ in range(config["optim"]["epochs"]):
+    model.train()
+    for batch in batches:
+      with compute:
+        loss = model(**batch.to(device)).loss
+      loss.backward()
+      optimiser.step()
+      schedule.step()
+      optimiser.zero_grad()
+    with compute:
+      dev = {
+        name: predicted(model, splits[name]) for name in settings["dev_splits"]
+      }
+    yield dev
+
+
+def encode(tokenizer: Any, split: dict[str, Any], max_length: int) -> list[Row]:
+  """Token ids without padding, the label beside them."""
+  encoded = tokenizer(
+    split["first"], split["second"], truncation=True, max_length=max_length
+  )
+  columns = {**encoded, "label": split["labels"]}
+  return [
+    dict(zip(columns, values, strict=True))
+    for values in zip(*columns.values(), strict=True)
+  ]
+
+
+def build(settings: Settings) -> Any:
+  """The pretrained model, the method's leaves trainable and in float32."""
+  config = settings["config"]
+  model = AutoModelForSequenceClassification.from_pretrained(
+    settings["base"], num_labels=settings["outputs"], dtype=torch.float32
+  )
+  if config["method"] in ("vera", "lora"):
+    model = adapted(model, config)
+  elif config["method"] == "head":
+    for name, leaf in model.named_parameters():
+      leaf.requires_grad = "classifier" in name
+  for leaf in model.parameters():
+    if not leaf.requires_grad:
+      leaf.data = leaf.data.to(getattr(torch, settings["dtype"]))
+  return model
+
+
+def adapted(model: torch.nn.Module, config: dict[str, Any]) -> torch.nn.Module:
+  """PEFT's adapter on the model, by the settings of ours; no dropout of its."""
+  import peft
+
+  own = config[config["method"]]
+  shared = {
+    "task_type": "SEQ_CLS",  # trains the classifier, too
+    "r": own["rank"],
+    "target_modules": list(own["targets"]),
+  }
+  adapter: peft.PeftConfig
+  if config["method"] == "vera":
+    adapter = peft.VeraConfig(
+      **shared, d_initial=own["d_init"], vera_dropout=0.0
+    )
+  else:
+    adapter = peft.LoraConfig(
+      **shared, lora_alpha=own["alpha"], lora_dropout=0.0
+    )
+  return peft.get_peft_model(model, adapter)
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+  return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def adamw(
+  model: torch.nn.Module, config: dict[str, Any]
+) -> torch.optim.Optimizer:
+  """A learning rate of its own for adapter (or base) and head."""
+  own, leaves = config[config["method"]], trainable(model)
+  head = [leaf for name, leaf in leaves.items() if "classifier" in name]
+  others = [leaf for name, leaf in leaves.items() if "classifier" not in name]
+  return torch.optim.AdamW(
+    [
+      {"params": others, "lr": own.get("lr", 0.0)},
+      {"params": head, "lr": own["head_lr"]},
+    ],
+    weight_decay=config["optim"]["weight_decay"],
+    fused=True,
+  )
+
+
+@torch.inference_mode()
+def predict(
+  model: Any, rows: list[Row], *, collate: Collate, size: int
+) -> list[float]:
+  """Classes, or values for regression, in the order of the rows."""
+  model.eval()
+  device = next(model.parameters()).device
+  order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+  found: dict[int, float] = {}
+  for start in range(0, len(order), size):
+    part = order[start : start + size]
+    logits = model(**collate([rows[i] for i in part]).to(device)).logits
+    one = logits.shape[-1] == 1
+    values = logits[:, 0].float() if one else logits.argmax(-1)
+    found |= zip(part, values.tolist(), strict=True)
+  return [found[i] for i in range(len(rows))]
+
+
+if __name__ == "__main__":
+  serve(train)

@@ -1,1 +1,0 @@
-"""The faults that `experiments.faults` tries, and what they are tried on."""

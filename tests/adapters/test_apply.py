@@ -1,0 +1,175 @@
+"""Adapters on any linen model: what is matched, and what is left alone."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from vera_jax.adapters.apply import adapt, find_targets
+from vera_jax.adapters.interface import Target
+from vera_jax.adapters.lora import lora
+from vera_jax.adapters.vera import vera
+from vera_jax.errors import UserError
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+
+
+class Net(nn.Module):
+  """Keyword inputs, a flag that Python reads, dropout, nested names."""
+
+  @nn.compact
+  def __call__(self, x, wide: bool = True, *, deterministic: bool = True):
+    y = nn.Dense(6, name="query")(inputs=x)
+    y = nn.Dropout(0.5, deterministic=deterministic)(y)
+    if wide:
+      y = jnp.concatenate([y, y], axis=-1)
+    return nn.Dense(2, name="query_out")(nn.LayerNorm()(y))
+
+
+class Twice(nn.Module):
+  """One layer, made in setup, used two times."""
+
+  def setup(self):
+    self.layer = nn.Dense(4)
+
+  def __call__(self, x):
+    return self.layer(self.layer(x))
+
+
+class Grouped(nn.Module):
+  """A kernel for each of the rows: no single delta fits it."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.DenseGeneral(2, batch_dims=(0,), name="grouped")(x)
+    return nn.Dense(2, name="plain")(y)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("wide", "deterministic"))
+def run(model, variables, x, key=None, **options):
+  rngs = None if key is None else {"dropout": key}
+  return model.apply(variables, x, rngs=rngs, **options)
+
+
+def start(model, *args, seed=0, **kwargs):
+  return jax.jit(partial(model.init, **kwargs))(jax.random.key(seed), *args)
+
+
+def test_the_models_own_tree_and_outputs_stay():
+  """Equal keys give equal base leaves, with the adapter and without."""
+  model = adapt(Net(), vera(3), targets=["query"])
+  variables, own = start(model, X), start(Net(), X)
+  params = flatten_dict(variables["params"])
+  for path, leaf in flatten_dict(own["params"]).items():
+    np.testing.assert_array_equal(params.pop(path), leaf)
+  assert params.keys() == {("query", "vera_d"), ("query", "vera_b")}
+  np.testing.assert_array_equal(run(model, variables, X), run(Net(), own, X))
+
+
+def test_a_pattern_matches_whole_names_at_the_paths_end():
+  def found(*patterns):
+    return {"/".join(path) for path in find_targets(Net(), patterns, X)}
+
+  assert found("query") == {"query"}
+  assert found("query.*") == {"query", "query_out"}
+  assert found("query", "query_out") == {"query", "query_out"}
+  assert found("query|query_out") == {"query", "query_out"}
+
+
+def test_a_pattern_without_a_match_lists_the_layers():
+  model = adapt(Net(), vera(3), targets=["query", "uery", "key"])
+  with pytest.raises(UserError, match="'uery'(.|\n)*query\n  query_out"):
+    model.init(jax.random.key(0), X)
+
+
+def test_one_text_is_not_a_list_of_patterns():
+  with pytest.raises(UserError, match="give a list"):
+    adapt(Net(), vera(3), targets="query")
+
+
+def test_layers_with_a_kernel_a_row_are_no_targets():
+  with pytest.raises(UserError, match="adapted are:\n  plain$"):
+    find_targets(Grouped(), ["grouped"], X)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
+def test_static_arguments_reach_the_model(shape):
+  """By position and by keyword; shapes may stand for arrays."""
+  x = jax.ShapeDtypeStruct(shape, jnp.float32)
+  at = ("query_out",)
+  want = {at: Target(6, 2)}
+  assert find_targets(Net(), ["query_out"], x, False) == want
+  assert find_targets(Net(), ["query_out"], x, wide=False) == want
+  assert find_targets(Net(), ["query_out"], x=x) == {at: Target(12, 2)}
+
+
+def test_keyword_inputs_and_flags():
+  model = adapt(Net(), vera(3), targets=["query"])
+  variables = jax.jit(lambda x: model.init(jax.random.key(0), x=x))(X)
+  own = {"params": variables["params"]}
+  key = jax.random.key(1)
+  dropped = run(model, variables, X, key, deterministic=False)
+  np.testing.assert_array_equal(
+    dropped, run(Net(), own, X, key, deterministic=False)
+  )
+  assert jnp.abs(dropped - run(model, variables, X)).max() > 0.01
+  narrow = start(model, X, wide=False)
+  assert narrow["params"]["query_out"]["kernel"].shape == (6, 2)
+  assert run(model, narrow, X, wide=False).shape == (3, 2)
+
+
+def test_a_layer_that_is_used_twice_has_one_adapter():
+  model = adapt(Twice(), lora(2), targets=["layer"])
+  params = start(model, X)["params"]
+  assert params["layer"].keys() == {"kernel", "bias", "lora_A", "lora_B"}
+  up = np.random.default_rng(1).normal(size=(4, 2)).astype(np.float32)
+  layer = {name: np.asarray(leaf) for name, leaf in params["layer"].items()}
+  kernel = layer["kernel"] + 4 * (up @ layer["lora_A"]).T  # alpha / r is 4
+  want = np.asarray(X) @ kernel @ kernel  # the bias starts at 0
+  params = {"layer": {**layer, "lora_B": up}}
+  got = run(model, {"params": params}, X)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_projections_follow_their_seed_alone():
+  """Not the key of init, not the base: the seed, the rank and the widths."""
+
+  def made(projection_seed, seed):
+    method = vera(3, projection_seed=projection_seed)
+    model = adapt(Net(), method, targets=["query", "query_out"])
+    return start(model, X, seed=seed)["projections"]
+
+  one, same, other = made(0, 0), made(0, 1), made(1, 0)
+  for name, shape in {"A": (3, 12), "B": (6, 3)}.items():
+    assert one[name].shape == shape
+    np.testing.assert_array_equal(one[name], same[name])
+    assert jnp.abs(one[name] - other[name]).max() > 0.1
+
+
+def test_training_leaves_the_projections_alone():
+  model = adapt(Net(), vera(3), targets=["query"])
+  variables = start(model, X)
+  projections = variables["projections"]
+  tx = optax.sgd(0.1)
+
+  @jax.jit
+  def update(params):
+    def loss(params):
+      y, changed = model.apply(
+        {"params": params, "projections": projections}, X, mutable=True
+      )
+      return jnp.sum(jnp.square(y)), changed["projections"]
+
+    grads, after = jax.grad(loss, has_aux=True)(params)
+    updates, _ = tx.update(grads, tx.init(params))
+    return optax.apply_updates(params, updates), after
+
+  params, after = update(variables["params"])
+  moved = jax.tree.map(jnp.subtract, params, variables["params"])
+  assert jnp.abs(moved["query"]["vera_b"]).max() > 0
+  jax.tree.map(np.testing.assert_array_equal, after, projections)

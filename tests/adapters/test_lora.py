@@ -1,0 +1,51 @@
+"""LoRA, the baseline: formula, scale and where it starts.
+
+Gradients and counts are checked beside VeRA's in test_vera.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vera_jax.adapters.lora import lora
+from vera_jax.errors import UserError
+
+
+@pytest.mark.parametrize("alpha", [8.0, 3.0])
+def test_the_delta_is_alpha_over_r_times_b_a_x(alpha):
+  rng = np.random.default_rng(0)
+  A, B = rng.normal(size=(2, 4)), rng.normal(size=(3, 2))
+  x = rng.normal(size=(5, 4))
+  want = alpha / 2 * np.stack([B @ A @ row for row in x])
+  leaves, inputs = jax.tree.map(
+    lambda a: jnp.asarray(a, jnp.float32), ({"lora_A": A, "lora_B": B}, x)
+  )
+  method = lora(2, alpha=alpha)
+  got = method.forward(leaves, {}, inputs, outputs=3)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  kernel = method.kernel(leaves, {}, inputs=4, outputs=3)
+  np.testing.assert_allclose(x @ kernel, want, rtol=1e-5, atol=1e-5)
+
+
+def test_where_the_matrices_start():
+  """A as torch starts it: uniform up to 1 / sqrt(in), variance 1 / (3 in)."""
+  leaves = lora(50).init(400, 7)
+  values = {name: init(jax.random.key(0)) for name, init in leaves.items()}
+  assert {name: value.shape for name, value in values.items()} == {
+    "lora_A": (50, 400),
+    "lora_B": (7, 50),
+  }
+  bound = 400**-0.5
+  assert 0.99 * bound < jnp.abs(values["lora_A"]).max() <= bound
+  np.testing.assert_allclose(jnp.var(values["lora_A"]), 1 / 1200, rtol=0.05)
+  assert not values["lora_B"].any()
+
+
+def test_lora_has_no_projections():
+  assert lora().projections({}) == {}
+
+
+def test_rank_0_is_refused():
+  with pytest.raises(UserError, match="rank is 0"):
+    lora(0)

@@ -1,0 +1,108 @@
+"""The benchmarks measure what they say, on a model of seconds."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bank, report, step, step_report
+from experiments.benchmark import SUBCOMMANDS
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words):
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.benchmark", *words],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_each_subcommand_helps():
+  for word in SUBCOMMANDS:
+    done = run(word, "--help")
+    assert done.returncode == 0 and "--out" in done.stdout
+    told = importlib.import_module(f"benchmarks.{word}").__doc__
+    assert told.splitlines()[0] in done.stdout
+
+
+def test_what_can_be_measured_is_told():
+  asked, none, unknown = run("--help"), run(), run("bnak")
+  assert asked.returncode == 0 and "\n  bank " in asked.stdout
+  assert none.returncode == unknown.returncode == 2
+  assert "\n  bank " in none.stderr and "\n  bank " in unknown.stderr
+
+
+def test_ways_take_turns():
+  calls = []
+  ways = {name: lambda name=name: calls.append(name) for name in "ab"}
+  seconds = report.interleaved(ways, repetitions=2)
+  assert calls == list("abab")
+  assert [len(times) for times in seconds.values()] == [2, 2]
+
+
+@pytest.mark.parametrize(
+  "theirs", [False, pytest.param(True, marks=pytest.mark.parity)]
+)
+@pytest.mark.filterwarnings("ignore")  # torch's and PEFT's own
+def test_all_ways_give_the_banks_logits(
+  theirs, tiny_model, tiny_tasks, monkeypatch, tmp_path, capsys
+):
+  if theirs:
+    pytest.importorskip("peft")
+  else:
+    monkeypatch.setattr(bank, "find_spec", lambda name: None)
+  result = report.environment("bank") | bank.measure(
+    str(tiny_model),
+    task="rte",
+    source=str(tiny_tasks),
+    adapters=3,
+    examples=12,
+    rank=8,
+    repetitions=1,
+    batch=3,
+  )
+  names = [bank.PASSES, *([bank.PEFT] if theirs else [])]
+  for name in names:
+    assert result["ways"][name]["largest_logit_difference"] < 1e-5
+  assert result["logits_apart_between_adapters"] > 1e-3
+  assert len(result["ways"]) == (5 if theirs else 3)
+  assert "benchmark bank" in result["command"]
+  result["roberta_base"] = bank.allocate(5, rank=16)
+  assert result["roberta_base"]["bytes"] == 5 * 24 * (16 + 768) * 4
+  bank.show(result)
+  told = capsys.readouterr().out
+  assert ("PEFT is left out" in told) != theirs
+  written = report.write("bank", result, folder=str(tmp_path / "new"))
+  assert json.loads(written.read_text()) == result
+
+
+STEPS = sorted((ROOT / "results/benchmarks").glob("step-*.json"))
+
+
+@pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
+def test_a_steps_table_is_that_of_the_figures(path, tmp_path):
+  result = json.loads(path.read_text())
+  assert step_report.markdown(result) == path.with_suffix(".md").read_text()
+  step_report.draw(result, tmp_path / "bars.png")
+  assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+  for costs in result["sizes"].values():
+    frozen, whole, *plans, lora = (costs[name] for name in costs)
+    folded = next(cost for name, cost in costs.items() if "folded" in name)
+    factored = next(cost for name, cost in costs.items() if "factored" in name)
+    assert min(plan["flops"] for plan in plans) <= 1.02 * whole["flops"]
+    assert folded["temporary"] <= factored["temporary"]
+    assert lora["flops"] < 1.02 * frozen["flops"]
+
+
+def test_counted_steps_are_kept_for_the_same_conditions_only():
+  path = STEPS[0]
+  result = json.loads(path.read_text())
+  assert step.kept(path, result) == result["sizes"]
+  assert step.kept(path, result | {"length": 64}) == {}
+  assert step.kept(path.with_name("none.json"), result) == {}

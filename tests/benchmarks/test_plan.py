@@ -1,0 +1,159 @@
+"""A plan reads programs rightly, finds the largest batch, speaks clearly."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from benchmarks.plans import chips, depth, equality, report
+from benchmarks.plans.collectives import collectives
+from benchmarks.plans.lowering import step_of
+from benchmarks.plans.search import largest
+from benchmarks.step import frozen_network
+from vera_jax.errors import UserError
+from vera_jax.train.sharding import make_mesh
+
+ROOT = Path(__file__).parents[2]
+PLANS = sorted((ROOT / "results/plans").glob("roberta*.json"))
+MESHES = ROOT / "results/plans/meshes.json"
+TOLERANCE = 1e-5  # of losses and of trained leaves, as docs/meshes.md says
+
+# The ways in which a TPU's program writes what the CPU's does not.
+TPU = """HloModule step
+
+%body.1 (p: (f32[4])) -> (f32[4]) {
+  %g = (bf16[2,8]{1,0:T(8,128)(2,1)}, bf16[2,64]{1,0}) all-gather-start(%x), replica_groups=[2,8]<=[16], dimensions={1}
+  %r = f32[4]{0:T(256)} reduce-scatter(%y), replica_groups={{0,1,2},{3,4,5}}, to_apply=%add
+  ROOT %t = (f32[4]) tuple(%r)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %w = (f32[4]) while(%i), condition=%cond.1, body=%body.1, backend_config={"known_trip_count":{"n":"11"}}
+  %s = (f32[4]{0}, pred[9]{0}) all-reduce(%a, %b), to_apply=%add
+  ROOT %o = f32[4] get-tuple-element(%w), index=0
+}
+"""  # noqa: E501
+
+
+def test_a_tpus_way_of_writing():
+  gathered, scattered, reduced = collectives(TPU)
+  assert gathered == ("all-gather", ("bf16",), 2 * 64 * 2, 11, True)
+  assert scattered == ("reduce-scatter", ("f32",), 3 * 16, 11, True)
+  assert reduced == ("all-reduce", ("f32", "pred"), 16 + 9, 1, False)
+
+
+def test_what_a_loop_sends_counts_once_a_turn():
+  rows = NamedSharding(make_mesh(8), PartitionSpec("data"))
+  x = jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=rows)
+
+  def turn(x, _):
+    return jnp.tanh(x @ x.T @ x), None
+
+  step = jax.jit(lambda x: jax.lax.scan(turn, x, length=5)[0])
+  found = collectives(step.lower(x).compile().as_text())
+  assert {(one.times, one.looped) for one in found} == {(5, True)}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("most", [0, 1, 2, 7, 100, 1000])
+@pytest.mark.parametrize("start", [1, 16])
+def test_the_largest_batch_is_found_in_few_tries(most, start):
+  """Memory with a jump, as when XLA changes its mind about a layout."""
+  tries = []
+
+  def use(rows):
+    tries.append(rows)
+    jump = 500 if rows > 40 else 0
+    return 1000 + 37 * rows + jump
+
+  room = 1000 + 37 * most + (500 if most > 40 else 0)
+  got = largest(use, room, start=start)
+  assert got <= most < got + max(2, 0.126 * got + 1)
+  assert len(tries) == len(set(tries)) and len(tries) <= 8
+
+
+def test_what_cannot_be_compiled_does_not_fit():
+  assert largest(lambda r: None if r > 5 else 1, 10) == 5
+  assert largest(lambda r: None, 10, start=4) == 0
+
+
+def test_without_libtpu_it_says_how_to_install_it(monkeypatch):
+  monkeypatch.setitem(sys.modules, "libtpu", None)
+  with pytest.raises(UserError, match=f"v5e:2x2 needs .* {chips.INSTALL}"):
+    chips.describe_pod("v5e:2x2")
+
+
+def test_an_unknown_chip_is_named(monkeypatch):
+  class Chip:
+    device_kind, coords = "TPU v99", (0, 0, 0)
+
+  class Topology:
+    devices = (Chip(),)
+
+  import jax.experimental.topologies as topologies
+
+  monkeypatch.setitem(sys.modules, "libtpu", sys)
+  monkeypatch.setattr(topologies, "get_topology_desc", lambda *_: Topology())
+  with pytest.raises(UserError, match="kind TPU v99; known are TPU v4"):
+    chips.describe_pod("v99:1x1")
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_the_docs_tables_are_the_files(path):
+  page = (ROOT / "docs/tpu_pod.md").read_text()
+  assert report.markdown(json.loads(path.read_text())) in page
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_on_every_planned_pod_gradients_are_sent_once(path):
+  for made in json.loads(path.read_text())["methods"].values():
+    if "collectives" not in made:
+      continue
+    trained = made["parameters"]["adapter"] + made["parameters"]["head"]
+    reduced = [c for c in made["collectives"] if c["kind"] == "all-reduce"]
+    assert sum(c["bytes"] * c["times"] for c in reduced) == 4 * (trained + 1)
+    assert not any(c["looped"] for c in made["collectives"])
+    assert {t for c in reduced for t in c["types"]} == {"f32"}
+
+
+def test_the_measured_meshes_agree_and_the_docs_say_so():
+  result = json.loads(MESHES.read_text())
+  assert equality.markdown(result) in (ROOT / "docs/meshes.md").read_text()
+  found = result["meshes"]
+  moved = found.pop(equality.MOVED)
+  assert found.keys() <= set(map(equality.name_of, equality.SPLITS))
+  for method in equality.METHODS:
+    told = [made[method] for made in found.values() if method in made]
+    assert len(told) >= 3
+    assert max(max(made.values()) for made in told) < TOLERANCE
+    assert moved[method]["leaves"] > 100 * TOLERANCE
+
+
+def test_a_deep_stack_is_counted_from_shallow_ones():
+  """Within 1 % of the same depth unrolled, and less for what is frozen."""
+  config = equality.config_of("vera")
+  mesh, dtype = make_mesh(over=jax.devices()[:1]), jnp.dtype("float32")
+  deep = dataclasses.replace(
+    equality.fields(),
+    num_hidden_layers=4,
+    hidden_dropout_prob=0.0,  # compiles sooner
+    attention_probs_dropout_prob=0.0,
+  )
+
+  def compiled(config, fields, adapter=None):
+    step = step_of(config, fields, mesh, dtype, adapter=adapter)
+    return step.compile(rows=4, length=32)
+
+  counted = depth.counts(config, deep, compiled)
+  config.model.scan = False
+  whole = compiled(config, deep).cost_analysis()
+  assert counted["flops"] == pytest.approx(whole["flops"], rel=0.01)
+  assert counted["moved"] == pytest.approx(whole["bytes accessed"], rel=0.01)
+  config.method, config.head.head_lr = "head", 1e-2
+  bare = compiled(config, deep, (frozen_network(), ("query", "value")))
+  assert whole["flops"] > 1.01 * bare.cost_analysis()["flops"]

@@ -1,0 +1,118 @@
+"""Every figure draws, and no text lies on another."""
+
+import itertools
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+
+from vera_jax.report import plots
+from vera_jax.report.frame import Sweep, frame, norms
+from vera_jax.report.summary import in_order, summary
+
+
+def overlaps(figure):
+  """Pairs of texts whose boxes meet, and texts that leave the figure."""
+  FigureCanvasAgg(figure).draw()
+  hidden = set(hidden_ticks(figure))
+  boxes = [
+    (text.get_text(), text.get_window_extent())
+    for text in figure.findobj(Text)
+    if text.get_visible() and text.get_text().strip() and text not in hidden
+  ]
+  boxes = [(name, box) for name, box in boxes if box.width > 1]
+  pairs = [
+    (a, b)
+    for (a, one), (b, two) in itertools.combinations(boxes, 2)
+    if one.shrunk(0.9, 0.8).overlaps(two.shrunk(0.9, 0.8))
+  ]
+  outside = [
+    name
+    for name, box in boxes
+    if box.x0 < -1 or box.y0 < -1 or box.x1 > figure.bbox.x1 + 1
+  ]
+  return pairs, outside
+
+
+def hidden_ticks(figure):
+  """Labels that matplotlib keeps for ticks beyond the axes, and unused ones."""
+  for ax in figure.axes:
+    for axis, (low, high) in (
+      (ax.xaxis, sorted(ax.get_xlim())),
+      (ax.yaxis, sorted(ax.get_ylim())),
+    ):
+      for tick in (*axis.majorTicks, *axis.minorTicks):
+        if not ax.get_visible() or not low <= tick.get_loc() <= high:
+          yield from (tick.label1, tick.label2)
+
+
+@pytest.fixture(scope="module")
+def ablations(make_result) -> Sweep:
+  """Long names, collapsed runs, the paper's numbers."""
+  every = (r"layer_\d+/output/dense", "query", "key", "value", "attention/x")
+  settings = [
+    {},
+    {"vera__d_init": 1e-7},
+    {"vera__d_init": 1.0, "collapsed": True, "scores": (0.53, 0.53)},
+    {"vera__init": "kaiming_normal"},
+    {"vera__train": "d"},
+    {"vera__targets": every},
+  ]
+  found = [
+    make_result(seed=seed, **{"scores": (0.6 + seed / 50, 0.8), **one})
+    for one in settings
+    for seed in (0, 1)
+  ]
+  return Sweep("Ablations", "", frame(found), [])
+
+
+@pytest.mark.parametrize("name", ["rank_sweep", "ablations"])
+def test_all_figures(name, request, tmp_path):
+  sweep = request.getfixturevalue(name)
+  made = dict(plots.figures(sweep, in_order(summary(sweep))))
+  expected = {"scores", "curves"}
+  if name == "rank_sweep":
+    expected |= {"ranks", "norms"}
+  assert made.keys() == expected
+  for figure in made.values():
+    assert overlaps(figure) == ([], [])
+  for path in plots.save(made["scores"], tmp_path, "scores"):
+    assert path.stat().st_size > 5000
+  assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg"}
+
+
+def test_collapsed_runs_are_hollow_and_the_papers_number_is_there(ablations):
+  table = summary(ablations)
+  figure = plots.score_figure(table, ablations.runs)
+  names = [t.get_text() for t in figure.legends[0].get_texts()]
+  assert names == ["a seed", "median", "collapsed", "the paper's"]
+  faces = [
+    tuple(points.get_facecolor()[0]) for points in figure.axes[0].collections
+  ]
+  assert faces.count((1.0, 1.0, 1.0, 1.0)) == 1
+
+
+def test_every_rank_is_named(rank_sweep):
+  figure = plots.rank_figure(summary(rank_sweep))
+  (ax,) = figure.axes
+  marks = [text.get_text() for text in ax.texts]
+  assert marks == ["1", "16", "256", "1", "8"]
+  assert ax.get_xscale() == "log"
+
+
+def test_ranks_that_lie_close_are_told_apart(make_result):
+  found = [
+    make_result("vera", seed, (0.7,), adapter=4608 + 12 * r, vera__rank=r)
+    for r in (1, 2, 4, 8, 16)
+    for seed in (0, 1)
+  ]
+  sweep = Sweep("Close", "", frame(found), [])
+  assert overlaps(plots.rank_figure(summary(sweep))) == ([], [])
+
+
+def test_norms_are_a_line_a_kind(rank_sweep):
+  figure = plots.norm_figure(norms(rank_sweep.runs))
+  assert len(figure.axes) == 6
+  for ax in figure.axes:
+    assert len(ax.lines) == 2
+    assert list(ax.lines[0].get_ydata()) == [1, 2, 3]

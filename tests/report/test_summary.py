@@ -1,0 +1,174 @@
+"""The summary of a sweep, and what it says of differences."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from configs.sweeps import layers
+from vera_jax import results
+from vera_jax.errors import UserError
+from vera_jax.report import load_sweep, summary, tables
+from vera_jax.report.frame import Sweep, frame, history
+from vera_jax.report.significance import holm, paired
+from vera_jax.report.summary import convergence, in_order, smallest_ranks
+
+
+def test_a_row_a_condition_over_its_seeds(rank_sweep):
+  table = summary(rank_sweep)
+  assert list(table["condition"]) == [
+    *("rank 1", "rank 16", "rank 256"),
+    *("rank 1", "rank 8"),
+  ]
+  row = table.iloc[1]
+  assert (row["score"], row["low"], row["high"]) == (70, 69, 71)
+  assert (row["seeds"], row["adapter"], row["head"]) == (3, 660, 770)
+
+
+def test_what_is_not_the_methods_own_makes_no_condition(make_result):
+  runs = frame(
+    [
+      make_result("vera", 0, vera__rank=4, lora__rank=1),
+      make_result("vera", 1, vera__rank=4, lora__rank=2),
+      make_result("vera", 2, vera__rank=4, log__every=3),
+      make_result("lora", 0, vera__rank=8),
+    ]
+  )
+  assert list(runs["condition"]) == [""] * 4
+
+
+def test_targets_are_told_in_words(make_result):
+  linear = layers.targets(6)[1]
+  lower = layers.targets(6)[-2]
+  runs = frame(
+    [
+      make_result(vera__targets=targets)
+      for targets in (lower, linear, ("query", "value"), (linear[-1],))
+    ]
+    + [make_result(vera__targets=("layer_5/.*/value",))]
+  )
+  assert list(runs["condition"]) == [
+    "targets query + value of layers 0, 1, 2",
+    "targets all linear layers",
+    "targets query + value",
+    "targets output",
+    "targets value of layer 5",
+  ]
+
+
+def test_what_most_conditions_have_goes_without_saying(make_result):
+  runs = frame(
+    [
+      make_result(),
+      make_result(seed=1),
+      make_result(vera__d_init=1.0),
+      make_result(vera__init="uniform"),
+    ]
+  )
+  names = ["default", "default", "d_init 1", "init uniform"]
+  assert list(runs["condition"]) == names
+
+
+def test_the_difference_is_paired_with_the_best_lora(rank_sweep):
+  row = summary(rank_sweep).iloc[1]  # vera, rank 16
+  ours, theirs = np.array([69.0, 70, 71]), np.array([72.0, 74, 75])
+  assert row["reference"] == "lora rank 8" and row["pairs"] == 3
+  assert row["difference"] == pytest.approx((ours - theirs).mean())
+  known = stats.ttest_rel(ours, theirs)
+  interval = known.confidence_interval(0.95)
+  assert row["p"] == pytest.approx(known.pvalue)
+  assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(interval))
+  assert row["p_holm"] >= row["p"]
+  assert np.isnan(summary(rank_sweep).iloc[4]["p"])  # LoRA itself
+
+
+def test_only_seeds_that_both_have_are_compared():
+  found = paired({0: 1.0, 1: 2.0, 5: 9.0}, {0: 0.0, 1: 0.5, 7: 3.0})
+  assert found.pairs == 2 and found.mean == 1.25
+  assert paired({0: 1.0}, {1: 1.0}).pairs == 0
+  alone = paired({0: 1.0}, {0: 0.5})
+  assert alone.mean == 0.5 and np.isnan(alone.p)
+  same = paired({0: 1.0, 1: 2.0}, {0: 0.5, 1: 1.5})  # no noise to test against
+  assert same.mean == 0.5 and np.isnan(same.p)
+
+
+def test_holm():
+  adjusted = holm([0.01, 0.04, np.nan, 0.03])
+  np.testing.assert_allclose(adjusted, [0.03, 0.06, np.nan, 0.06])
+
+
+def test_the_smallest_rank_within_the_spread_of_the_best(rank_sweep):
+  found = smallest_ranks(summary(rank_sweep)).set_index("method")
+  assert found.loc["vera", "best"] == 256
+  assert found.loc["vera", "smallest"] == 16  # 70 is in 70 to 72
+  assert found.loc["lora", "smallest"] == found.loc["lora", "best"] == 8
+
+
+def test_the_table_shows_paper_difference_and_collapse(make_result):
+  found = [
+    *(make_result("vera", s, (0.85, 0.86), vera__rank=256) for s in (0, 1)),
+    *(make_result("lora", s, (0.80, 0.81 + s / 100)) for s in (0, 1)),
+    make_result("vera", 0, (0.5,), vera__d_init=1.0, collapsed=True),
+  ]
+  sweep = Sweep("T", "", frame(found), [{"run": "x", "failed": "nan\nmore"}])
+  table = in_order(summary(sweep))
+  cells = tables.columns(table)
+  assert cells["paper"][:2] == ["85.9 ± 0.7", "60.3 ± 12.4"]
+  assert cells["less LoRA (95 %)"][0].startswith("+4.5 (")
+  assert cells["seen"] == ["", "collapsed", ""]
+  assert "d_init 1" in cells["condition"][1]
+  lines = tables.markdown(cells).splitlines()
+  assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+  assert "x failed: nan" in tables.notes(sweep, table)
+  assert len(tables.runs_csv(sweep.runs).splitlines()) == 6
+
+
+def test_convergence_is_told_at_the_best_rate(make_result):
+  losses = {
+    ("vera", 0.01): (0.7, 0.6, 0.5),
+    ("vera", 0.1): (0.6, 0.45, 0.3),
+    ("lora", 0.001): (0.7, 0.6, 0.45),
+    ("lora", 0.01): (0.7, 0.7, 0.7),
+  }
+  found = [
+    make_result(method, seed, (0.6,) * 3, losses=curve, optim__adapter_lr=rate)
+    | {"learning_rates": {"adapter_lr": rate}}
+    for (method, rate), curve in losses.items()
+    for seed in (0, 1)
+  ]
+  sweep = Sweep("", "", frame(found), [])
+  table = convergence(sweep.runs).set_index("method")
+  assert table.loc["vera", "condition"] == "adapter_lr 0.1"
+  assert table.loc["vera", "loss"] == 0.3
+  assert table.loc["vera", "reaches"] == 2  # LoRA ends at 0.45
+  assert table.loc["lora", "condition"] == "adapter_lr 0.001"
+  notes = "\n".join(tables.notes(sweep, summary(sweep)))
+  assert "it reaches LoRA's last loss in epoch 2." in notes
+
+
+def test_an_epoch_a_row(rank_sweep):
+  epochs = history(rank_sweep.runs)
+  assert len(epochs) == 30 and set(epochs["epoch"]) == {1, 2}
+
+
+def test_a_folder_is_read_with_its_title_and_its_failures(
+  make_result, random_adapter, tmp_path
+):
+  old = {k: x for k, x in make_result().items() if k != "norms"}
+  for name, result in (("a", old), ("b", make_result(seed=1))):
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    results.write(tmp_path / "runs" / name, result)
+  random_adapter().rename(tmp_path / "runs/a/adapter")
+  (tmp_path / "runs/c").mkdir()
+  results.write(tmp_path / "runs/c", {"failed": "nan"}, results.FAILED)
+  about = {"title": "A sweep", "paper": "roberta-large"}
+  (tmp_path / "sweep.json").write_text(json.dumps(about))
+  sweep = load_sweep(tmp_path)
+  assert (sweep.title, sweep.paper) == ("A sweep", "roberta-large")
+  assert [failure["run"] for failure in sweep.failed] == ["c"]
+  by_seed = sweep.runs.set_index("seed")
+  assert len(by_seed.loc[0, "result"]["norms"]) == 8  # from the adapter
+  assert by_seed.loc[0, "folder"] == tmp_path / "runs/a"
+  with pytest.raises(UserError, match="no result.json"):
+    load_sweep(tmp_path / "runs/c")

@@ -1,0 +1,63 @@
+"""Answers to texts: packing changes none, order is kept."""
+
+import numpy as np
+import pytest
+
+from vera_jax.adapters.files import load_adapter
+from vera_jax.errors import UserError
+from vera_jax.models.pretrained import restore_adapter
+from vera_jax.serve.predictor import ROWS, Predictor
+
+RNG = np.random.default_rng(0)
+TEXTS = [
+  " ".join(RNG.choice([f"word{i}" for i in range(25)], 1 + i % 9))
+  for i in range(150)
+]
+
+
+def predictor(folder, **options):
+  return Predictor(restore_adapter(load_adapter(folder)), **options)
+
+
+def test_packed_answers_are_those_of_each_alone(random_adapter):
+  model = predictor(random_adapter(task="sst2"))
+  together = model.logits(TEXTS)  # several batches of several rows
+  assert sum(len(text.split()) + 2 for text in TEXTS) > 32 * ROWS[-1]
+  for i in (0, 7, 60, 149):
+    alone = model.logits([TEXTS[i]])
+    np.testing.assert_allclose(together[i], alone[0], rtol=0, atol=1e-5)
+  assert np.ptp(together, axis=0).max() > 1e-2
+
+
+def test_label_score_and_probabilities(random_adapter):
+  model = predictor(random_adapter(task="sst2"))
+  answers, logits = model.answers(TEXTS[:9]), model.logits(TEXTS[:9])
+  for answer, row in zip(answers, logits, strict=True):
+    assert answer.label == ("negative", "positive")[row.argmax()]
+    assert answer.score == max(answer.probabilities)
+    chance = 1 / (1 + np.exp(row[0] - row[1]))
+    np.testing.assert_allclose(answer.probabilities[1], chance, atol=1e-6)
+
+
+def test_regression_gives_the_value(random_adapter):
+  model = predictor(random_adapter(task="stsb"))
+  answers = model.answers(TEXTS[:3], TEXTS[3:6])
+  values = model.logits(TEXTS[:3], TEXTS[3:6])[:, 0]
+  assert [a.score for a in answers] == values.tolist()
+  assert {(a.label, a.probabilities) for a in answers} == {("", ())}
+
+
+@pytest.mark.parametrize("length, cut", [(None, 1), (8, 2), (999, 0)])
+def test_long_texts_are_cut_and_counted(length, cut, random_adapter):
+  # 16 tokens in training, 20 positions in the model
+  model = predictor(random_adapter(task="sst2"), max_length=length)
+  texts = [" ".join(["word1"] * n) for n in (3, 9, 16)]
+  assert np.isfinite(model.logits(texts)).all()
+  assert model.truncated == cut
+
+
+def test_a_tokenizer_of_another_model_is_refused(random_adapter):
+  model = predictor(random_adapter(task="sst2"))
+  model.tokenizer.add_tokens(["newword"])
+  with pytest.raises(UserError, match="gave the id 30"):
+    model.logits(["newword"])

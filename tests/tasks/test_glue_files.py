@@ -1,0 +1,171 @@
+"""Reading GLUE's own files: what is in them, and every way they can be bad."""
+
+import logging
+import re
+
+import numpy as np
+import pytest
+
+from vera_jax.errors import UserError
+from vera_jax.tasks.glue_splits import TASKS, load_split, task_named
+
+QUOTE = 'He said "it is'
+TRAIN = {  # first example's texts, labels
+  "cola": ([QUOTE], [1, 0]),
+  "sst2": ([QUOTE + " "], [1, 0]),
+  "mrpc": ([QUOTE, "second"], [1, 0]),
+  "qqp": ([QUOTE, "Why?"], [1, 0]),
+  "stsb": ([QUOTE, "cat"], [5.0, 0.5]),
+  "mnli": ([QUOTE, "Yes."], [2, 0]),
+  "qnli": (["Who?", QUOTE], [1, 0]),
+  "rte": ([QUOTE, "B."], [1, 0]),
+  "wnli": ([QUOTE, "B."], [1, 0]),
+}
+
+
+def test_all_nine_tasks_are_there():
+  assert sorted(TASKS) == sorted(TRAIN)
+  with pytest.raises(UserError, match="no GLUE task 'rtf'.*cola"):
+    task_named("rtf")
+  assert task_named("rte") is TASKS["rte"]
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_train_file_of_every_task(tiny_glue, name):
+  texts, labels = TRAIN[name]
+  examples = load_split(TASKS[name], tiny_glue, "train")
+  assert examples.first[0] == texts[0]
+  assert (examples.second or [None])[0] == (texts + [None])[1]
+  assert examples.labels is not None
+  np.testing.assert_array_equal(examples.labels, labels)
+  regression = TASKS[name].regression
+  assert examples.labels.dtype == (np.float32 if regression else np.int32)
+  np.testing.assert_array_equal(examples.index, [0, 1])
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_dev_and_test_files_of_every_task(tiny_glue, name):
+  task = TASKS[name]
+  for split in task.dev_splits:
+    dev = load_split(task, tiny_glue, split)
+    assert len(dev) == 1 and dev.labels is not None
+  for split in task.test_splits:
+    assert load_split(task, tiny_glue, split).labels is None
+
+
+def test_the_tasks_own_folder_or_its_parent(tiny_glue):
+  for source in (tiny_glue, tiny_glue / "RTE", str(tiny_glue / "RTE")):
+    assert len(load_split(TASKS["rte"], source, "train")) == 2
+
+
+def test_mnli_has_two_dev_and_two_test_files(tiny_glue):
+  for part in ("matched", "mismatched"):
+    dev = load_split(TASKS["mnli"], tiny_glue, f"validation_{part}")
+    assert dev.first == [part]
+    assert load_split(TASKS["mnli"], tiny_glue, f"test_{part}").first == [part]
+  with pytest.raises(UserError, match="mnli has no split 'validation'"):
+    load_split(TASKS["mnli"], tiny_glue, "validation")
+
+
+def test_test_files_keep_their_own_index(tiny_glue):
+  assert load_split(TASKS["qqp"], tiny_glue, "test").index.tolist() == [3]
+  mismatched = load_split(TASKS["mnli"], tiny_glue, "test_mismatched")
+  assert mismatched.index.tolist() == [6]
+
+
+def test_columns_are_found_by_name(tiny_glue):
+  path = tiny_glue / "RTE/train.tsv"
+  path.write_text("label\tsentence2\tindex\tsentence1\nentailment\tB\t0\tA\n")
+  examples = load_split(TASKS["rte"], tiny_glue, "train")
+  assert (examples.first, examples.second) == (["A"], ["B"])
+
+
+def test_only_line_ends_end_lines(tiny_glue):
+  path = tiny_glue / "SST-2/train.tsv"
+  path.write_text("sentence\tlabel\na\u2028b\x0cc\x85d\t1\n", encoding="utf-8")
+  examples = load_split(TASKS["sst2"], tiny_glue, "train")
+  assert examples.first == ["a\u2028b\x0cc\x85d"]
+
+
+def test_qqp_rows_cut_short_are_left_out_as_on_the_hub(tiny_glue, caplog):
+  path = tiny_glue / "QQP/train.tsv"
+  path.write_text(path.read_text() + "9\t5\t6\tHalf a\nquestion\tB?\t0\n")
+  with caplog.at_level(logging.WARNING):
+    assert len(load_split(TASKS["qqp"], tiny_glue, "train")) == 2
+  assert "2 rows are cut short" in caplog.text
+
+
+RTE = "index\tsentence1\tsentence2\tlabel\n0\tA\tB\tentailment\n"
+STSB = "sentence1\tsentence2\tscore\nA\tB\t5\n"
+BAD = [
+  ("rte", RTE + "1\tA\tB\n", r"train.tsv:3: 3 columns .* be 4"),
+  ("rte", RTE + "1\tA\tB\tC\tentailment\n", r"train.tsv:3: 5 columns"),
+  ("rte", RTE + "\n" + RTE, r"train.tsv:3: 1 columns"),
+  ("rte", RTE + "1\tA\tB\tmaybe\n", r"train.tsv:3: label 'maybe' \(unknown"),
+  ("rte", RTE + "1\tA\tB\t1\n", r":3: label '1' .*entailment, not_entail"),
+  ("cola", "s\t1\t\tA\ns\t-1\t\tB\n", r"train.tsv:2: label '-1' .*without"),
+  ("cola", "s\t1\t\tA\ns\t1\tB\n", r"train.tsv:2: 3 columns .* be 4"),
+  ("cola", "source\tlabel\tmark\tsentence\n", r"train.tsv:1: label 'label'"),
+  ("cola", "", r"train.tsv: the file has no examples"),
+  ("stsb", STSB + "A\tB\tbig\n", r"train.tsv:3: score 'big' is not a number"),
+  ("stsb", STSB + "A\tB\t5.1\n", r"train.tsv:3: score '5.1' .*from 0 to 5"),
+  ("stsb", STSB + "A\tB\t-1\n", r"train.tsv:3: score '-1'"),
+  ("stsb", STSB + "A\tB\tnan\n", r"train.tsv:3: score 'nan'"),
+  ("rte", "index\tsentence1\tlabel\n0\tA\t1\n", r":1: .*no column 'sentence2'"),
+  ("rte", "sentence1\tsentence2\nA\tB\n", r":1: there is no column 'label'"),
+  ("rte", "index\tsentence1\tsentence2\tlabel\n", r"has no examples"),
+  ("rte", "", r"has no examples"),
+]
+
+
+@pytest.mark.parametrize("name, text, message", BAD)
+def test_bad_files_are_named_with_their_line(tmp_path, name, text, message):
+  (tmp_path / "train.tsv").write_text(text)
+  with pytest.raises(UserError, match=message) as error:
+    load_split(TASKS[name], tmp_path, "train")
+  assert str(tmp_path) in str(error.value)
+
+
+def test_a_file_that_is_not_utf8(tiny_glue):
+  path = tiny_glue / "RTE/train.tsv"
+  path.write_bytes(path.read_bytes() + b"2\tcaf\xe9\tB\tentailment\n")
+  with pytest.raises(UserError, match=r"train.tsv:4: .*UTF-8 \(byte 0xe9\)"):
+    load_split(TASKS["rte"], tiny_glue, "train")
+
+
+def test_a_bad_index_in_a_test_file(tiny_glue):
+  (tiny_glue / "RTE/test.tsv").write_text(
+    "index\tsentence1\tsentence2\nx\tA\tB\n"
+  )
+  with pytest.raises(UserError, match=r"test.tsv:2: index 'x'"):
+    load_split(TASKS["rte"], tiny_glue, "test")
+
+
+def test_missing_files_say_what_is_expected(tiny_glue, tmp_path):
+  (tiny_glue / "MNLI/train.tsv").unlink()
+  names = "train.tsv, dev_matched.tsv, dev_mismatched.tsv, test_matched.tsv"
+  with pytest.raises(UserError, match=re.escape(names)) as error:
+    load_split(TASKS["mnli"], tiny_glue, "train")
+  assert "MNLI/" in str(error.value)
+  with pytest.raises(UserError, match="no such folder"):
+    load_split(TASKS["rte"], tmp_path / "nowhere", "train")
+
+
+ROWS = {
+  "rte": ((2490, 277, 3000), [1249, 1241]),
+  "cola": ((8551, 1043, 1063), [2528, 6023]),
+  "sst2": ((67349, 872, 1821), [29780, 37569]),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_official_sizes(glue_folder, name):
+  task = TASKS[name]
+  counts, labels = ROWS[name]
+  splits = [load_split(task, glue_folder, split) for split in task.splits]
+  assert tuple(map(len, splits)) == counts
+  assert splits[0].labels is not None and splits[2].labels is None
+  assert np.bincount(splits[0].labels).tolist() == labels
+  if name == "sst2":  # the hub keeps the space at the end, too
+    hidden = "hide new secretions from the parental units "
+    assert splits[0].first[0] == hidden

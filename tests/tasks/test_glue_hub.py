@@ -1,0 +1,149 @@
+"""The hub's road, with `datasets.load_dataset` replaced: nothing is fetched."""
+
+import time
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from vera_jax.errors import UserError
+from vera_jax.tasks import glue_hub
+from vera_jax.tasks.glue_splits import TASKS, load_split
+
+HUB = "nyu-mll/glue"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+  """Puts a DatasetDict where the hub's would be."""
+
+  def put(**splits):
+    data = datasets.DatasetDict(
+      {name: datasets.Dataset.from_dict(rows) for name, rows in splits.items()}
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, task: data)
+
+  return put
+
+
+@pytest.fixture
+def online(monkeypatch, tmp_path):
+  """As with a network and an empty cache, to test what is asked."""
+  monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+  monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+
+
+def fail_with(error):
+  def call(*args, **kwargs):
+    raise error
+
+  return call
+
+
+def rows(**columns):
+  return {"idx": [4, 9], **columns}
+
+
+def test_pairs_and_their_labels(hub):
+  hub(
+    train=rows(sentence1=["a", "b"], sentence2=["c", "d"], label=[1, 0]),
+    test=rows(sentence1=["a", "b"], sentence2=["c", "d"], label=[-1, -1]),
+  )
+  train = load_split(TASKS["rte"], HUB, "train")
+  assert (train.first, train.second) == (["a", "b"], ["c", "d"])
+  assert train.labels.tolist() == [1, 0] and train.labels.dtype == np.int32
+  assert train.index.tolist() == [4, 9]
+  assert load_split(TASKS["rte"], HUB, "test").labels is None
+
+
+def test_mnli_splits_and_columns(hub):
+  hub(
+    train=rows(premise=["a", "b"], hypothesis=["c", "d"], label=[2, 0]),
+    validation_matched=rows(
+      premise=["e", "f"], hypothesis=["c", "d"], label=[2, 1]
+    ),
+  )
+  assert load_split(TASKS["mnli"], HUB, "validation_matched").first[0] == "e"
+  with pytest.raises(UserError, match="no split 'validation_mismatched'"):
+    load_split(TASKS["mnli"], HUB, "validation_mismatched")
+
+
+def test_regression(hub):
+  hub(train=rows(sentence1=["a", "b"], sentence2=["c", "d"], label=[2.5, 5.0]))
+  labels = load_split(TASKS["stsb"], HUB, "train").labels
+  assert labels.tolist() == [2.5, 5.0] and labels.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+  "name, columns, message",
+  [
+    ("cola", {"sentence": ["a", "b"], "label": [1, -1]}, "row 1 .* without a"),
+    ("cola", {"sentence": ["a", "b"], "label": [2, 1]}, "row 0 has label 2;"),
+    ("cola", {"sentence": ["a", "b"]}, "no column 'label'"),
+    ("cola", {"text": ["a", "b"], "label": [1, 0]}, "no column 'sentence'"),
+    (
+      "stsb",
+      {"sentence1": ["a"] * 2, "sentence2": ["b"] * 2, "label": [6.0, 1.0]},
+      "row 0 has label 6; labels go from 0 to 5",
+    ),
+  ],
+)
+def test_bad_rows(hub, name, columns, message):
+  hub(train=rows(**columns))
+  with pytest.raises(UserError, match=message):
+    load_split(TASKS[name], HUB, "train")
+
+
+def test_an_empty_split(hub):
+  hub(train={"sentence": [], "label": [], "idx": []})
+  with pytest.raises(UserError, match=r"\(cola, train\) has no examples"):
+    load_split(TASKS["cola"], HUB, "train")
+
+
+def test_offline_names_both_settings():
+  with pytest.raises(UserError, match="can't be reached") as error:
+    load_split(TASKS["rte"], "nobody/no-such-data", "train")
+  assert "config.data.source" in str(error.value)
+  assert "config.model.name" in str(error.value)
+
+
+def test_a_hub_that_refuses_the_connection(online, monkeypatch):
+  ask = fail_with(ConnectionError("refused"))
+  monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", ask)
+  with pytest.raises(UserError, match=r"can't be reached .*refused"):
+    load_split(TASKS["rte"], HUB, "train")
+
+
+def test_a_hub_that_never_answers(online, monkeypatch):
+  monkeypatch.setattr(glue_hub, "ANSWER_SECONDS", 0.05)
+  monkeypatch.setattr(
+    huggingface_hub.HfApi, "dataset_info", lambda *_, **__: time.sleep(1)
+  )
+  with pytest.raises(UserError, match=r"can't be reached .*no answer"):
+    load_split(TASKS["rte"], HUB, "train")
+
+
+def test_a_hub_without_that_data(online, monkeypatch):
+  error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+  monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail_with(error))
+  with pytest.raises(UserError, match="has no data set nobody/nothing"):
+    load_split(TASKS["rte"], "nobody/nothing", "train")
+
+
+def test_an_earlier_download_serves_without_asking(
+  online, hub, monkeypatch, tmp_path
+):
+  (tmp_path / "nyu-mll___glue").mkdir()
+  ask = fail_with(AssertionError("asked"))
+  monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", ask)
+  hub(train=rows(sentence=["a", "b"], label=[0, 1]))
+  assert len(load_split(TASKS["cola"], HUB, "train")) == 2
+
+
+def test_other_failures_of_the_library(monkeypatch):
+  error = ValueError("BuilderConfig 'rte' not found")
+  monkeypatch.setattr(datasets, "load_dataset", fail_with(error))
+  with pytest.raises(UserError, match="rte can't be loaded .*BuilderConfig"):
+    load_split(TASKS["rte"], HUB, "train")

@@ -1,0 +1,82 @@
+"""Metrics against values worked out by hand."""
+
+import numpy as np
+import pytest
+
+from vera_jax.tasks.glue import TASKS
+from vera_jax.tasks.metrics import METRICS, collapsed, score
+
+LABELS = np.array([1, 1, 1, 0, 0, 1, 0, 0])
+GUESSES = np.array([1, 1, 0, 0, 0, 1, 1, 1])
+# 3 true and 2 false positives, 1 false and 2 true negatives
+
+
+def test_classes_by_hand():
+  result = score(["accuracy", "f1", "matthews"], GUESSES, LABELS)
+  assert list(result) == ["accuracy", "f1", "matthews"]
+  assert result["accuracy"] == 5 / 8
+  assert result["f1"] == pytest.approx(2 * 3 / (2 * 3 + 2 + 1))
+  expected = (3 * 2 - 2 * 1) / np.sqrt((3 + 2) * (3 + 1) * (2 + 2) * (2 + 1))
+  assert result["matthews"] == pytest.approx(expected)
+
+
+def test_regression_by_hand():
+  labels = np.array([1, 2, 3, 4], np.float32)
+  guesses = np.array([1, 3, 2, 10], np.float32)
+  result = score(["pearson", "spearman"], guesses, labels)
+  # centred: (-1.5, -.5, .5, 1.5) and (-3, -1, -2, 6)
+  assert result["pearson"] == pytest.approx(13 / np.sqrt(5 * 50))
+  assert result["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15))
+
+
+def test_perfect_and_three_classes():
+  labels = np.array([0, 1, 2, 1])
+  assert score(["accuracy", "matthews"], labels, labels) == {
+    "accuracy": 1.0,
+    "matthews": 1.0,
+  }
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("constant", [0, 1])
+def test_a_collapsed_model_scores_without_nan_or_warning(name, constant):
+  guesses = np.full(8, constant)
+  value = score([name], guesses, LABELS)[name]
+  assert np.isfinite(value)
+  if name not in ("accuracy", "f1"):
+    assert value == 0.0
+
+
+def test_constant_labels():
+  assert score(["matthews", "pearson"], GUESSES, np.ones(8, np.int64)) == {
+    "matthews": 0.0,
+    "pearson": 0.0,
+  }
+
+
+def test_collapsed():
+  assert collapsed(np.array([2, 2, 2])) and collapsed(np.array([0.5]))
+  assert not collapsed(np.array([2, 2, 1]))
+  assert not collapsed(np.array([]))
+
+
+@pytest.mark.parametrize(
+  "guesses, labels",
+  [
+    (np.zeros(3), np.zeros(2)),
+    (np.zeros(0), np.zeros(0)),
+    (np.zeros((2, 1)), np.zeros((2, 1))),
+    (np.array([np.nan, 1]), np.zeros(2)),
+  ],
+)
+def test_what_can_not_be_scored(guesses, labels):
+  with pytest.raises(ValueError):
+    score(["accuracy"], guesses, labels)
+
+
+def test_every_task_has_known_metrics():
+  names = {name for task in TASKS.values() for name in task.metrics}
+  assert names == set(METRICS)
+  assert TASKS["cola"].metrics[0] == "matthews"
+  assert TASKS["stsb"].metrics[0] == "pearson"
+  assert TASKS["mrpc"].metrics[0] == "accuracy"

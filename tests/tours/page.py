@@ -1,0 +1,134 @@
+"""The rows of a tour, in a terminal and as docs/tour.md."""
+
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.tours.ground import PAIRS
+from vera_jax import results
+
+HEADER = ("step", "compared", "largest difference", "bound", "bytes written")
+SIZES = ("adapter", "trained numbers", "bytes here", "bytes in PEFT")
+
+
+class Step(NamedTuple):
+  """An arrow of the tour. `moved` asks for a difference of at least the bound,
+  where else it is the most; `written` is the size of the files it wrote."""
+
+  arrow: str
+  compared: str
+  difference: float
+  bound: float
+  moved: bool = False
+  written: int | None = None
+
+  @property
+  def passed(self) -> bool:
+    if self.moved:
+      return self.difference >= self.bound
+    return self.difference <= self.bound
+
+  def cells(self) -> list[str]:
+    """As a row of a table."""
+    size = "" if self.written is None else f"{self.written:,}"
+    limit = f"{'≥' if self.moved else '≤'} {self.bound:g}"
+    return [self.arrow, self.compared, f"{self.difference:.1e}", limit, size]
+
+
+class Size(NamedTuple):
+  """One adapter's two files, in our format and in PEFT's."""
+
+  adapter: str
+  numbers: int
+  ours: int
+  theirs: int
+
+  def cells(self) -> list[str]:
+    """As a row of a table."""
+    return [self.adapter, *(f"{number:,}" for number in self[1:])]
+
+
+def show(steps: Iterable[Step], sizes: Iterable[Size]) -> None:
+  console = Console()
+  for header, rows in ((HEADER, steps), (SIZES, sizes)):
+    table = Table()
+    for name in header:
+      table.add_column(name)
+    for row in rows:
+      table.add_row(*row.cells())
+    console.print(table)
+
+
+PAGE = """# A tour of an adapter's files
+
+An adapter that was trained here goes through every format that it can have,
+and adapters that PEFT trained come here and go back. After each arrow the
+logits of the same {pairs} pairs of sentences are compared with those before it.
+A difference past its bound ends the tour with exit code 1; `make parity`,
+which CI runs, takes it.
+
+```
+python -m tests.tours.run
+```
+
+writes this page and `tour.json`. The model is all-MiniLM-L6-v2, the data are
+generated entailment pairs, both as in the quickstart; query and value are
+adapted, VeRA with r = 256, LoRA with r = 8. Training is as short as the tour
+needs to move the logits: no score here says anything.
+
+{steps}
+
+Bounds with ≥ are of steps that must change the logits. "LoRA export" of a VeRA
+adapter has VeRA's rank, 256: exact, and large. To unmerge is to keep, not to
+subtract: merging returns a new tree and writes a new folder, so the base's
+bytes are what they were, and `merge.json` has its name and fingerprint.
+
+## Bytes
+
+The same adapter, with its head, in both formats: `adapter.json` and
+`adapter.safetensors` here, `adapter_config.json` and
+`adapter_model.safetensors` in PEFT. "No projections" is PEFT's
+`save_projection=False`: who reads that file must draw A and B as torch does.
+
+{sizes}
+
+A folder of ours has at most 4 bytes a trained number and 16 KiB, for any
+method and depth: what consecutive layers train is one tensor in the file.
+
+Made with {versions}; {hardware}; {seconds:.0f} seconds in all.
+"""
+
+
+def write_page(
+  file: Path, steps: Iterable[Step], sizes: Iterable[Size], *, seconds: float
+) -> None:
+  """The whole page: text, both tables, what they were made with."""
+  facts = provenance()
+  text = PAGE.format(
+    pairs=PAIRS["dev"],
+    steps=_markdown(HEADER, steps),
+    sizes=_markdown(SIZES, sizes),
+    versions=", ".join(f"{k} {v}" for k, v in facts["versions"].items()),
+    hardware=facts["hardware"],
+    seconds=seconds,
+  )
+  file.write_text(text, encoding="utf-8")
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Step | Size]) -> str:
+  cells = [header, ["---"] * len(header), *(row.cells() for row in rows)]
+  return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def provenance() -> dict[str, Any]:
+  versions = results.provenance()["versions"]
+  versions |= {name: version(name) for name in ("torch", "peft")}
+  cores = len(os.sched_getaffinity(0))
+  hardware = f"{cores} CPU core{'s'[: cores != 1]}, {platform.machine()}"
+  return {"versions": versions, "hardware": hardware}

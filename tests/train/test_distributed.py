@@ -1,0 +1,83 @@
+"""The start of several processes; what one alone makes of the same calls."""
+
+import jax
+import pytest
+
+from vera_jax.errors import UserError
+from vera_jax.train import distributed
+from vera_jax.train.distributed import initialize, is_launched, on_first
+
+SLURM = {
+  "SLURM_JOB_ID": "7",
+  "SLURM_STEP_NODELIST": "node[1-2]",
+  "SLURM_NTASKS": "2",
+  "SLURM_PROCID": "0",
+  "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize(
+  "given, words",
+  [
+    (("host:1", None, 0), "Without a value: --num_processes"),
+    ((None, 2, None), "Without a value: --coordinator, --process_id"),
+    (("host", 2, 0), "give HOST:PORT"),
+    (("host:port", 2, 0), "give HOST:PORT"),
+    ((":12", 2, 0), "give HOST:PORT"),
+    (("host:70000", 2, 0), "give HOST:PORT"),
+    (("host:12", 2, 2), "numbered from 0 to 1"),
+    (("host:12", 2, -1), "numbered from 0 to 1"),
+  ],
+)
+def test_flags_that_do_not_fit(given, words):
+  with pytest.raises(UserError, match=words):
+    initialize(*given)
+
+
+def test_alone_nothing_is_started(monkeypatch):
+  monkeypatch.setattr(jax.distributed, "initialize", None)
+  monkeypatch.setattr(distributed, "is_launched", lambda _: False)
+  initialize()
+  monkeypatch.setattr(distributed, "is_launched", lambda _: True)
+  initialize(num_processes=1)
+
+
+def test_processes_that_do_not_come_are_given_up(monkeypatch):
+  def refuse(*args, **settings):
+    raise RuntimeError("no such host")
+
+  monkeypatch.setattr(jax.distributed, "initialize", refuse)
+  before = jax.config.values["jax_enable_preemption_service"]
+  with pytest.raises(UserError, match="(?s)host:1: no such host.*--process_id"):
+    initialize("host:1", 2, 1, patience=1.0)
+  jax.config.update("jax_enable_preemption_service", before)
+
+
+@pytest.mark.parametrize(
+  "environment, launched",
+  [
+    ({"TPU_SKIP_MDS_QUERY": "1"}, False),
+    ({"JAX_PLATFORMS": "cpu"}, False),
+    (SLURM, True),
+    ({**SLURM, "JAX_PLATFORMS": "cpu"}, True),
+    ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, False),  # one step of a larger job
+    ({**SLURM, "SLURM_NTASKS": "1"}, False),
+    ({"SLURM_JOB_ID": "7", "JAX_PLATFORMS": "cpu"}, False),  # no srun
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, True),
+    ({"TPU_WORKER_HOSTNAMES": "a", "TPU_SKIP_MDS_QUERY": "1"}, False),
+    ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, True),
+    ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, False),
+  ],
+)
+def test_what_a_launcher_sets(environment, launched):
+  assert is_launched(environment) == launched
+
+
+def test_one_process_is_the_first_and_waits_for_nobody():
+  acted = []
+  on_first(lambda: acted.append(1))
+  assert acted == [1] and distributed.is_first()
+  with pytest.raises(ZeroDivisionError):
+    on_first(lambda: 1 / 0)
+  distributed.leave(1, together=False)  # leaves nobody: goes on

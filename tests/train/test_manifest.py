@@ -1,0 +1,73 @@
+"""Whatever happens to a sealed file is noticed, and the file is named."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from vera_jax.errors import UserError
+from vera_jax.train.checkpoint import Checkpoints
+from vera_jax.train.manifest import FILE, damage, read_seal, write_seal
+
+
+@pytest.fixture
+def sealed(tmp_path) -> Path:
+  (tmp_path / "deep").mkdir()
+  (tmp_path / "deep/array").write_bytes(bytes(range(100)))
+  (tmp_path / "progress.json").write_text("{}")
+  write_seal(tmp_path, {"step": 3, "config": {"targets": ("a", "b")}})
+  return tmp_path
+
+
+def flip(file: Path, place: int) -> None:
+  data = bytearray(file.read_bytes())
+  data[place] ^= 1
+  file.write_bytes(data)
+
+
+def test_an_untouched_folder_is_whole(sealed):
+  assert damage(sealed) is None
+  assert read_seal(sealed)["step"] == 3
+
+
+@pytest.mark.parametrize("place", [0, 50, 99])
+def test_a_flipped_bit_is_noticed_and_its_file_named(sealed, place):
+  flip(sealed / "deep/array", place)
+  assert f"{sealed / 'deep/array'} is damaged" in damage(sealed)
+
+
+def test_a_short_or_missing_file_is_named(sealed):
+  (sealed / "deep/array").write_bytes(bytes(range(50)))
+  assert "deep/array is damaged" in damage(sealed)
+  (sealed / "deep/array").unlink()
+  assert "deep/array is missing" in damage(sealed)
+
+
+def test_every_byte_of_the_seal_counts(sealed):
+  size = (sealed / FILE).stat().st_size
+  for place in range(0, size - 1):  # the last is a line break
+    flip(sealed / FILE, place)
+    assert FILE in damage(sealed), place
+    flip(sealed / FILE, place)
+
+
+def test_without_a_seal_the_save_was_cut_off(sealed):
+  (sealed / FILE).unlink()
+  assert "cut off" in damage(sealed)
+  with pytest.raises(UserError, match="cut off"):
+    read_seal(sealed)
+
+
+def test_each_file_of_a_real_save_is_under_seal(tmp_path):
+  with Checkpoints(tmp_path) as saves:
+    saves.save(1, {"d": jnp.arange(8.0)}, {"a": 1}, {"score": 0.5, "epoch": 1})
+  files = [path for path in (tmp_path / "1").rglob("*") if path.is_file()]
+  assert len(files) > 4
+  for file in files:
+    data = file.read_bytes()
+    if file.name == FILE or not data:
+      continue
+    flip(file, len(data) // 2)
+    assert str(file) in damage(tmp_path / "1")
+    file.write_bytes(data)
+  assert damage(tmp_path / "1") is None

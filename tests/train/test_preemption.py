@@ -1,0 +1,135 @@
+"""The first signal is noted, the second ends the process."""
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from vera_jax.train.preemption import (
+  SIGNALS,
+  Flag,
+  Interrupted,
+  Stop,
+  nothing_to_save,
+  watch,
+)
+from vera_jax.train.sharding import make_mesh
+
+
+@pytest.fixture(autouse=True)
+def heeded():
+  """The usual handlers, for a runner in the background has SIGINT ignored."""
+  usual = (signal.default_int_handler, signal.SIG_DFL)
+  before = [signal.signal(n, h) for n, h in zip(SIGNALS, usual, strict=True)]
+  yield
+  for number, handler in zip(SIGNALS, before, strict=True):
+    signal.signal(number, handler)
+
+
+def handlers():
+  return [signal.getsignal(number) for number in SIGNALS]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_sets_the_flag(number):
+  before = handlers()
+  with watch() as flag:
+    assert flag.caught is None
+    signal.raise_signal(number)
+    assert flag.caught == number
+    assert signal.getsignal(number) == signal.SIG_DFL
+  assert handlers() == before
+
+
+def test_one_of_the_other_kind_is_noted_too():
+  with watch() as flag:
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    assert flag.caught == signal.SIGTERM
+
+
+def test_the_handlers_come_back_after_an_error():
+  before = handlers()
+  with pytest.raises(ZeroDivisionError), watch():
+    raise ZeroDivisionError
+  assert handlers() == before
+
+
+TWICE = """
+import signal
+from vera_jax.train.preemption import watch
+signal.signal(signal.{name}, signal.SIG_DFL)
+with watch() as flag:
+  signal.raise_signal(signal.{name})
+  print("first", flag.caught.name, flush=True)
+  signal.raise_signal(signal.{name})
+  print("never reached")
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_second_is_not_held_up(number):
+  done = subprocess.run(
+    [sys.executable, "-c", TWICE.format(name=number.name)],
+    cwd=Path(__file__).resolve().parents[2],
+    capture_output=True,
+    text=True,
+  )
+  assert done.stdout.strip() == f"first {number.name}"
+  assert done.returncode == -number
+
+
+def test_another_thread_watches_nothing():
+  seen = []
+
+  def run():
+    with watch() as flag:
+      seen.append((flag.caught, handlers()))
+
+  before = handlers()
+  thread = threading.Thread(target=run)
+  thread.start()
+  thread.join()
+  assert seen == [(None, before)]
+
+
+def test_what_the_process_ignores_stays_ignored():
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with watch() as flag:
+      signal.raise_signal(signal.SIGINT)
+      assert flag.caught is None
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def test_outside_of_training_sigterm_ends_at_once():
+  before = handlers()
+  with pytest.raises(Interrupted, match="SIGTERM outside of training"):
+    with nothing_to_save():
+      signal.raise_signal(signal.SIGTERM)
+  assert handlers() == before
+
+
+def test_training_has_its_own_way_within():
+  with nothing_to_save():
+    with watch() as flag:
+      signal.raise_signal(signal.SIGTERM)
+    assert flag.caught == signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_one_process_caught_all_hear(number):
+  """The question that several processes ask, here of eight devices."""
+  flag, mesh = Flag(), make_mesh(2, 2, 2)
+  stop = Stop(flag, mesh)
+  assert stop.ask() is None and stop.heard(None) is None
+  stop._alone = False
+  assert stop.heard(stop.ask()) is None
+  asked = stop.ask()
+  flag.caught = number
+  assert stop.heard(asked) is None  # it came after the question
+  assert stop.heard(stop.ask()) == number

@@ -1,0 +1,1 @@
+"""Adapter methods, and what puts them on a model."""

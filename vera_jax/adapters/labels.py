@@ -1,0 +1,91 @@
+"""One label a parameter: `adapter`, `head` or `frozen`.
+
+The label tree is what the optimiser, the checkpoints, the counts and the
+adapter's files read. The training step differentiates with respect to the
+trainable leaves only, so `split` and `join` are its first and last words.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vera_jax.adapters.interface import Path
+from vera_jax.errors import UserError
+
+ADAPTER, HEAD, FROZEN = "adapter", "head", "frozen"
+
+# What each method trains beside the head, as a pattern over a leaf's path.
+# Under "bitfit" and "full" the adapter is a part, or all, of the base itself.
+TRAINED = {
+  "vera": r".*/vera_\w+",
+  "lora": r".*/lora_\w+",
+  "bitfit": r".*/bias",
+  "head": None,
+  "full": r".*",
+}
+
+
+def label_tree(
+  params: Mapping[str, Any],
+  method: str,
+  *,
+  head: str = "classifier/.*",
+  new: Collection[Path] = (),
+) -> dict[str, Any]:
+  """Label every leaf; the first rule that fits wins.
+
+  Args:
+    params: the whole parameter tree, or its shapes.
+    method: a key of `TRAINED`.
+    head: pattern of the head's leaves.
+    new: paths of leaves that the checkpoint lacks: they start at random and are
+      trained with the head, unless they are the adapter's own.
+  """
+  if method not in TRAINED:
+    raise UserError(f"method is {method!r}; choose from {', '.join(TRAINED)}.")
+  trained = TRAINED[method]
+
+  def label(path: Path) -> str:
+    name = "/".join(path)
+    if re.fullmatch(head, name):
+      return HEAD
+    if trained is not None and re.fullmatch(trained, name):
+      return ADAPTER
+    return HEAD if path in new else FROZEN
+
+  return unflatten_dict({p: label(p) for p in flatten_dict(dict(params))})
+
+
+def split(
+  params: Mapping[str, Any], labels: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(trainable, frozen): two trees that share no leaf."""
+  flat, names = flatten_dict(dict(params)), flatten_dict(dict(labels))
+  trainable = {p: x for p, x in flat.items() if names[p] != FROZEN}
+  frozen = {p: x for p, x in flat.items() if names[p] == FROZEN}
+  return unflatten_dict(trainable), unflatten_dict(frozen)
+
+
+def join(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+  """The one tree that `split` took apart."""
+  return unflatten_dict(flatten_dict(dict(a)) | flatten_dict(dict(b)))
+
+
+class Counts(NamedTuple):
+  """Numbers (not bytes) of each kind; the paper's counts are `adapter`."""
+
+  adapter: int
+  head: int
+  frozen: int
+
+
+def count(params: Mapping[str, Any], labels: Mapping[str, Any]) -> Counts:
+  """How many numbers are trained in adapter and head, and how many are not."""
+  sizes = dict.fromkeys((ADAPTER, HEAD, FROZEN), 0)
+  names = flatten_dict(dict(labels))
+  for path, leaf in flatten_dict(dict(params)).items():
+    sizes[names[path]] += math.prod(leaf.shape)
+  return Counts(**sizes)

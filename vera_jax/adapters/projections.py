@@ -1,0 +1,181 @@
+"""The frozen random pair A, B: made from a seed, never trained, never stored.
+
+Both come from `jax.random.key(seed)`: A from its fold 0, B from its fold 1.
+With the uniform initialisers (the paper's among them) a seed gives the same
+bits on any device and any number of devices; `digest` tells when it did not.
+"""
+
+import hashlib
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
+
+from vera_jax.adapters.interface import Path, Target
+from vera_jax.errors import UserError
+
+Pair = dict[str, Float[Array, "_ _"]]
+
+
+def _signed_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
+  """Uniform in (-2^24, 2^24): odd whole numbers, exact in float32.
+
+  Scaling them is one multiplication, rounded alike everywhere; an offset as in
+  jax.random.uniform could be fused into it on some devices and not on others.
+  """
+  bits = (jax.random.bits(key, shape, jnp.uint32) >> 8).astype(jnp.int32)
+  return (2 * bits + 1 - 2**24).astype(jnp.float32)
+
+
+def _kaiming_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
+  """U(-beta, beta), beta = sqrt(6 / fan_in): torch's default, section 4.1."""
+  beta = np.sqrt(6 / shape[1])
+  return _signed_uniform(key, shape) * np.float32(beta * 2.0**-24)
+
+
+def _kaiming_normal(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
+  """N(0, 2 / fan_in), a row of Table 6."""
+  return jax.random.normal(key, shape, jnp.float32) * np.float32(
+    np.sqrt(2 / shape[1])
+  )
+
+
+def _uniform_tenth(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
+  """U[0, 0.1), a row of Table 6."""
+  bits = jax.random.bits(key, shape, jnp.uint32) >> 8
+  return bits.astype(jnp.float32) * np.float32(0.1 * 2.0**-24)
+
+
+def _orthogonal(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
+  """Orthogonal rows or columns, scaled to Kaiming's variance 2 / fan_in."""
+  scale = np.sqrt(2 * max(shape) / shape[1])
+  return jax.nn.initializers.orthogonal(scale)(key, shape, jnp.float32)
+
+
+_KEYED: dict[str, Callable[[PRNGKeyArray, tuple[int, int]], Array]] = {
+  "kaiming_uniform": _kaiming_uniform,
+  "kaiming_normal": _kaiming_normal,
+  "uniform": _uniform_tenth,
+  "orthogonal": _orthogonal,
+}
+PRNG = "threefry2x32"  # gives the same bits on CPU, GPU and TPU
+INITIALISERS = (*_KEYED, "peft")
+
+
+def _peft_pair(seed: int, rank: int, inputs: int, outputs: int) -> Pair:
+  """PEFT's own matrices for a `projection_prng_key`, bit for bit, no torch.
+
+  PEFT draws A, then B, from one torch CPU generator: MT19937, of whose 32-bit
+  outputs a float takes the low 24 bits. The bound is rounded to float32, the
+  scaling is done in float64.
+  """
+  if not 0 <= seed < 2**32:
+    raise UserError(f"PEFT's projection key must fit 32 bits; got {seed}.")
+  stream = np.random.RandomState(seed)
+
+  def draw(shape: tuple[int, int]) -> Array:
+    raw = stream.randint(0, 2**32, size=shape, dtype=np.uint32) & 0xFFFFFF
+    bound = np.sqrt(3.0) * (np.sqrt(2.0) / np.sqrt(shape[1]))
+    beta = np.float64(np.float32(bound))
+    uniform = raw.astype(np.float64) * 2.0**-24
+    return jnp.asarray((uniform * (2 * beta) - beta).astype(np.float32))
+
+  return {"A": draw((rank, inputs)), "B": draw((outputs, rank))}
+
+
+def make_pair(
+  rank: int,
+  inputs: int,
+  outputs: int,
+  *,
+  seed: int = 0,
+  init: str = "kaiming_uniform",
+  folds: Sequence[int] = (),
+) -> Pair:
+  """A (rank, inputs) and B (outputs, rank) in float32.
+
+  `folds` tell apart the layers that have a pair of their own.
+  """
+  if init not in INITIALISERS:
+    raise UserError(f"init is {init!r}; choose from {', '.join(INITIALISERS)}.")
+  if init == "peft":
+    return _peft_pair(seed, rank, inputs, outputs)
+  key = jax.random.key(seed, impl=PRNG)
+  for fold in folds:
+    key = jax.random.fold_in(key, fold)
+  a, b = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+  draw = _KEYED[init]
+  return {"A": draw(a, (rank, inputs)), "B": draw(b, (outputs, rank))}
+
+
+def _unique_pair(
+  path: Path, index: int, target: Target, *, rank: int, seed: int, init: str
+) -> Pair:
+  """The pair of one layer: alike in a scanned and in a looped stack."""
+  name = "/".join(path)
+  numbers = [int(n) for n in re.findall(r"_(\d+)(?=/|$)", name)]
+  role = zlib.crc32(re.sub(r"_\d+(?=/|$)", "", name).encode())
+  folds = (role, *(numbers or [index]))
+  size = target.inputs, target.outputs
+  return make_pair(rank, *size, seed=seed, init=init, folds=folds)
+
+
+def make_projections(
+  targets: Mapping[Path, Target],
+  *,
+  rank: int,
+  seed: int,
+  init: str,
+  sharing: str,
+) -> dict[str, Any]:
+  """The `projections` collection for these layers.
+
+  "shared": {"A", "B"} at the root, as wide as the widest target, as PEFT does.
+  "unique": a pair of its own at each target's path, stacked as the target is.
+  """
+  if sharing not in ("shared", "unique"):
+    raise UserError(f"sharing is {sharing!r}; choose shared or unique.")
+  if sharing == "shared":
+    inputs = max(t.inputs for t in targets.values())
+    outputs = max(t.outputs for t in targets.values())
+    return dict(make_pair(rank, inputs, outputs, seed=seed, init=init))
+  if init == "peft":
+    raise UserError("PEFT's projections are one shared pair, never unique.")
+  tree: dict[Path, Array] = {}
+  for path, target in targets.items():
+    pairs = [
+      _unique_pair(path, i, target, rank=rank, seed=seed, init=init)
+      for i in range(target.layers)
+    ]
+    for name in "AB":
+      stacked = jnp.stack([pair[name] for pair in pairs])
+      shape = (*target.stack, *stacked.shape[1:])
+      tree[(*path, name)] = stacked.reshape(shape)
+  return unflatten_dict(tree)
+
+
+def digest(projections: Mapping[str, Any]) -> str:
+  """sha256 over the matrices' float32 bytes, the same scanned or looped.
+
+  They go in order of the paths without layer numbers, then of the layers, and A
+  before B.
+  """
+  matrices: dict[tuple[str, tuple[int, ...], str], np.ndarray] = {}
+  for path, leaf in flatten_dict(dict(projections)).items():
+    name = "/".join(path[:-1])
+    role = re.sub(r"_\d+(?=/|$)", "", name)
+    numbers = tuple(int(n) for n in re.findall(r"_(\d+)(?=/|$)", name))
+    values = np.asarray(leaf, "<f4")
+    for layer in np.ndindex(values.shape[:-2]):
+      matrices[role, numbers + layer, path[-1]] = values[layer]
+  sha = hashlib.sha256()
+  for _, matrix in sorted(matrices.items(), key=lambda item: item[0]):
+    sha.update(matrix.tobytes())
+  return sha.hexdigest()

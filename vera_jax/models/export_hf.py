@@ -1,0 +1,194 @@
+"""A trained classifier as a plain checkpoint in Hugging Face's layout.
+
+The adapter is folded into the base's kernels, so that transformers' torch
+classes load the folder with no adapter library. The base stays untouched: its
+name and fingerprint go into merge.json, and to unmerge is to use it again.
+
+Before the folder gets its name, its weights are read back and their answers to
+probe texts compared with the adapted model's.
+"""
+
+import random
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from vera_jax.adapters.merge import merge
+from vera_jax.errors import UserError
+from vera_jax.files import read_json
+from vera_jax.hub import FILES
+from vera_jax.models.hf_weights import to_hf
+from vera_jax.models.pretrained import MERGED, Classifier, load_classifier
+from vera_jax.serve.predictor import Predictor
+from vera_jax.train.workdir import write_json
+
+WEIGHTS = "model.safetensors"
+ARCHITECTURES = {
+  "bert": "BertForSequenceClassification",
+  "roberta": "RobertaForSequenceClassification",
+}
+# The largest difference of a logit, as a share of the largest one, or of 1.
+BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+PROBES = (
+  "The film is a quiet, funny and deeply felt portrait of a family.",
+  "Two hours of noise, and not one line worth hearing.",
+  "Nobody at the station knew when the last train would leave.",
+  "She asked him whether the letter had been sent.",
+  "Prices rose by 3.5 % in May, the bank said on Tuesday.",
+  "The more he eats, the thinner gets.",
+  "Is it raining in Lisbon?",
+  "No.",
+)
+DRAWN = 8  # further probes, of tokens drawn from the vocabulary
+
+
+def write_merged(
+  classifier: Classifier,
+  folder: str | Path,
+  *,
+  dtype: str = "float32",
+  bounds: Mapping[str, float] = BOUNDS,
+) -> dict[str, Any]:
+  """Write the merged checkpoint, if it answers as the adapted model does.
+
+  Args:
+    classifier: from `restore_adapter`, in float32.
+    folder: must not be there, or be empty.
+    dtype: of the weights, a name in `BOUNDS`.
+    bounds: the most that each type's logits may differ, as in `BOUNDS`.
+
+  Returns:
+    What merge.json holds, among it "differences" and "bounds": by type, the
+    largest difference of a logit that was found and that is allowed.
+
+  Raises:
+    UserError: the folder is in use, or a difference is past its bound; nothing
+      is written then.
+  """
+  refuse_used(folder)
+  folder = Path(folder).expanduser().absolute()
+  if dtype not in BOUNDS:
+    raise UserError(f"dtype is {dtype!r}; choose from {', '.join(BOUNDS)}.")
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+      new = Path(place) / "merged"
+      new.mkdir()
+      about = _write(classifier, new, dtype=dtype, bounds=bounds)
+      new.replace(folder)  # all files or none
+  except OSError as error:
+    raise UserError(f"{folder} can't be written: {error}") from error
+  return about
+
+
+def merged_params(classifier: Classifier) -> dict[str, Any]:
+  """The plain model's parameters, with the adapter folded in."""
+  if classifier.adapter is None:
+    return classifier.params
+  return merge(
+    classifier.params,
+    classifier.projections,
+    adapter=classifier.adapter,
+    targets=classifier.targets,
+  )
+
+
+def refuse_used(folder: str | Path) -> None:
+  """Raises a UserError unless the folder is new or empty."""
+  folder = Path(folder).expanduser()
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise UserError(f"{folder} is in use; choose another --out.")
+
+
+def _write(
+  classifier: Classifier,
+  folder: Path,
+  *,
+  dtype: str,
+  bounds: Mapping[str, float],
+) -> dict[str, Any]:
+  tensors = to_hf(merged_params(classifier), classifier.config)
+  _copy_tokenizer(classifier.folder, folder)
+  write_json(folder / "config.json", _hf_config(classifier, dtype))
+  predictor = Predictor(classifier)
+  probes = _probes(predictor)
+  expected = predictor.logits(*probes)
+  scale = max(1.0, float(np.abs(expected).max()))
+  kinds = tuple(dict.fromkeys(("float32", dtype)))  # the one to keep comes last
+  allowed = {kind: scale * bounds[kind] for kind in kinds}
+  found = {}
+  for kind in kinds:
+    _save(tensors, folder, dtype=kind)
+    written = load_classifier(folder, dtype=jnp.dtype(kind))
+    answers = Predictor(written, max_length=predictor.max_length)
+    logits = answers.logits(*probes)
+    found[kind] = float(np.abs(logits - expected).max())
+    _refuse_beyond(kind, found[kind], allowed[kind])
+  about = {
+    **classifier.about,
+    "dtype": dtype,
+    "probes": len(expected),
+    "differences": found,
+    "bounds": allowed,
+  }
+  write_json(folder / MERGED, about)
+  return about
+
+
+def _refuse_beyond(kind: str, difference: float, bound: float) -> None:
+  if not difference <= bound:  # NaN is refused too
+    raise UserError(
+      f"The merged model in {kind} answers differently from the adapted one:"
+      f" a logit differs by {difference:.2e}, past the bound {bound:.2e}."
+      " Nothing was written."
+    )
+
+
+def _save(tensors: Mapping[str, np.ndarray], folder: Path, *, dtype: str):
+  kind = jnp.dtype(dtype)
+  with np.errstate(over="ignore"):  # infinite weights are refused by the probe
+    cast = {name: value.astype(kind) for name, value in tensors.items()}
+  save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
+  shutil.copymode(folder / "config.json", folder / WEIGHTS)
+
+
+def _copy_tokenizer(base: Path, folder: Path) -> None:
+  for pattern in FILES:
+    for file in sorted(base.glob(pattern)):
+      if file.name != "config.json" and "safetensors" not in file.name:
+        shutil.copyfile(file, folder / file.name)
+
+
+def _hf_config(classifier: Classifier, dtype: str) -> dict[str, Any]:
+  """The base's config.json, as that of a classifier with named labels."""
+  fields = read_json(classifier.folder / "config.json")
+  for stale in ("_name_or_path", "torch_dtype", "transformers_version"):
+    fields.pop(stale, None)
+  labels = classifier.labels or ("LABEL_0",)
+  kind = "single_label_classification" if classifier.labels else "regression"
+  return {
+    **fields,
+    "architectures": [ARCHITECTURES[classifier.config.model_type]],
+    "id2label": {str(i): label for i, label in enumerate(labels)},
+    "label2id": {label: i for i, label in enumerate(labels)},
+    "num_labels": len(labels),
+    "problem_type": kind,
+    "dtype": dtype,
+  }
+
+
+def _probes(predictor: Predictor) -> tuple[list[str], list[str] | None]:
+  """Sentences, and nonsense from the tokenizer's own vocabulary."""
+  vocabulary = sorted(predictor.tokenizer.get_vocab())
+  rng = random.Random(0)
+  drawn = [" ".join(rng.choices(vocabulary, k=4 + 3 * i)) for i in range(DRAWN)]
+  first = [*PROBES, *drawn]
+  task = predictor.classifier.task
+  single = task is None or len(task.columns) == 1
+  return first, None if single else [*first[1:], first[0]]

@@ -1,0 +1,113 @@
+"""How figures look, the same for all.
+
+Matplotlib without pyplot, so that nothing is global: each function returns a
+`Figure`, which notebooks show and `save` writes. Colours are Okabe and Ito's,
+which colour-blind readers can tell apart; markers and dashes say the same.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pandas.core.groupby import SeriesGroupBy
+
+from vera_jax.tasks.glue import task_named
+
+VERMILION, BLUE, GREEN = "#D55E00", "#0072B2", "#009E73"
+PURPLE, ORANGE, SKY, BLACK = "#CC79A7", "#E69F00", "#56B4E9", "#000000"
+PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES: Any = ("-", "--", "-.", ":")
+METHOD = {
+  "vera": (BLUE, "o", "VeRA"),
+  "lora": (VERMILION, "s", "LoRA"),
+  "bitfit": (GREEN, "^", "BitFit"),
+  "head": (BLACK, "D", "head alone"),
+  "full": (PURPLE, "v", "full"),
+}
+METRIC = {
+  "accuracy": "accuracy",
+  "matthews": "Matthews correlation",
+  "pearson": "Pearson correlation",
+}
+STYLE: Any = {
+  "font.size": 9,
+  "axes.titlesize": 10,
+  "axes.labelsize": 9,
+  "legend.fontsize": 8,
+  "legend.frameon": False,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.grid": True,
+  "grid.alpha": 0.3,
+  "lines.linewidth": 1.4,
+  "svg.fonttype": "none",  # text stays text
+  "svg.hashsalt": "vera_jax",  # the same bytes for the same figure
+}
+FORMATS: Any = {"png": {"dpi": 200}, "svg": {"metadata": {"Date": None}}}
+WRAP = 34  # letters of a condition's name in a line
+
+
+def save(
+  figure: Figure,
+  folder: Path,
+  name: str,
+  kinds: Sequence[str] = tuple(FORMATS),
+) -> list[Path]:
+  """As PNG and SVG, or as `kinds` of them."""
+  folder.mkdir(parents=True, exist_ok=True)
+  paths = [folder / f"{name}.{kind}" for kind in kinds]
+  with mpl.rc_context(STYLE):
+    for kind, path in zip(kinds, paths, strict=True):
+      figure.savefig(path, **FORMATS[kind])
+  return paths
+
+
+def grid(
+  rows: int, columns: int, *, width: float, height: float, title: str
+) -> tuple[Figure, np.ndarray]:
+  """Panels of a size each, in inches, in a figure that makes room for text."""
+  figure = Figure(
+    figsize=(width * columns, height * rows + 0.3), layout="constrained"
+  )
+  figure.suptitle(title, fontsize=11)
+  axes = figure.subplots(rows, columns, squeeze=False)
+  return figure, axes
+
+
+def task_title(name: str) -> str:
+  """As GLUE writes it: SST-2."""
+  return task_named(name).folder
+
+
+def label(method: str, condition: str) -> str:
+  """A condition's name in a figure, broken where it is long."""
+  name = f"{METHOD[method][2]}, {condition}" if condition else METHOD[method][2]
+  return "\n".join(textwrap.wrap(name, WRAP, break_long_words=False))
+
+
+def median_line(
+  ax: Axes, seeds: SeriesGroupBy, place: int, *, label: str | None = None
+) -> None:
+  """The median over the seeds, and a band from the lowest to the highest.
+
+  `place` is the line's among those of its axes: its colour, dashes, marker.
+  """
+  middle, color = seeds.median(), PALETTE[place % len(PALETTE)]
+  ax.plot(
+    middle.index,
+    middle,
+    DASHES[place % len(DASHES)],
+    color=color,
+    marker=MARKERS[place % len(MARKERS)],
+    ms=3.5,
+    label=label,
+  )
+  ax.fill_between(
+    middle.index, seeds.min(), seeds.max(), color=color, alpha=0.12, lw=0
+  )

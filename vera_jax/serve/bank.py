@@ -1,0 +1,322 @@
+"""Many adapters in one batch: each text names the adapter that answers it.
+
+  bank = AdapterBank({"films": "runs/a/adapter"}, capacity=1000)
+  bank.add("grammar", "runs/b/adapter")
+  bank.logits(["A fine film.", "Him go."], adapters=["films", "grammar"])
+
+A VeRA adapter is two vectors a layer beside a base and a pair A, B that all
+share, so a bank stacks thousands of them in little memory and a pass gathers
+what its rows need (`mixed.mixed_logits`). LoRA and BitFit adapters work by the
+same code and take their own size each.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Int
+
+from vera_jax.adapters.files import (
+  STORED,
+  SavedAdapter,
+  load_adapter,
+  named_slices,
+  save_adapter,
+)
+from vera_jax.adapters.methods import SETTINGS
+from vera_jax.adapters.projections import digest
+from vera_jax.data.tokenizer import load_tokenizer
+from vera_jax.errors import UserError
+from vera_jax.models.pretrained import (
+  Classifier,
+  differences,
+  leaves_by_path,
+  restore_adapter,
+)
+from vera_jax.serve.predictor import (
+  Answer,
+  Logits,
+  answers,
+  encode,
+  packed_logits,
+)
+from vera_jax.train.multi_adapter import empty_stack, mixed_logits
+from vera_jax.train.step import Frozen
+
+# What an adapter starts from; the digest tells the projections themselves.
+STARTS = ("d_init", "init", "projection_seed")
+
+
+class AdapterBank:
+  """Adapters by name over one base and one pair, up to a capacity.
+
+  Attributes:
+    params: the trained leaves, [capacity, ...]; replaced as a whole after
+      training (`mixed.mixed_step`). Adding and replacing donate it.
+    frozen: the base and the projections.
+    apply: the adapted module's.
+    capacity: how many adapters have room.
+    truncated: texts that were cut, so far.
+  """
+
+  def __init__(
+    self,
+    adapters: Mapping[str, str | Path | SavedAdapter],
+    *,
+    capacity: int | None = None,
+    base: str | Path | None = None,
+    dtype: DTypeLike = jnp.float32,
+    max_length: int | None = None,
+  ) -> None:
+    """The first adapter says what all others must fit.
+
+    Args:
+      adapters: folders, or what `load_adapter` gave, by name; at least one.
+      capacity: None for no more than these.
+      base, dtype: as in `restore_adapter`.
+      max_length: the most tokens of a text; None: as each adapter's training.
+
+    Raises:
+      UserError: naming the adapter and what it does not fit.
+    """
+    if not adapters:
+      raise UserError("A bank starts from an adapter at least: none was given.")
+    self.capacity = len(adapters) if capacity is None else capacity
+    if self.capacity < len(adapters):
+      raise UserError(
+        f"A capacity of {capacity} has no room for {len(adapters)} adapters."
+      )
+    first = _loaded(next(iter(adapters.values())))
+    if first.about["method"] == "full":
+      raise UserError(
+        f"The adapter {first.folder} trained the whole base (method full), so"
+        " it can't share one in a bank. Use a Predictor for each."
+      )
+    # factored: any other plan would make a kernel for every row
+    classifier = restore_adapter(first, base, dtype=dtype, plan="factored")
+    params, frozen = _split(classifier, first)
+    self.params = empty_stack(params, capacity=self.capacity)
+    self.frozen = Frozen(frozen, classifier.projections)
+    self.apply = classifier.module.apply
+    self.truncated = 0
+    self._shapes = flatten_dict(jax.eval_shape(lambda: params))
+    self._plain = classifier._replace(params={}, about=first.about)
+    self._max_length = max_length
+    self._tokenizer = load_tokenizer(classifier.folder)
+    self._run = jax.jit(partial(mixed_logits, apply=self.apply))
+    self._free = list(reversed(range(self.capacity)))
+    self._slots: dict[str, int] = {}
+    self._held: dict[str, Classifier] = {}  # without parameters
+    for name, adapter in adapters.items():
+      self.add(name, adapter)
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._slots
+
+  def __len__(self) -> int:
+    return len(self._slots)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._slots)
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of all leaves at full capacity, heads among them."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
+  def add(self, name: str, adapter: str | Path | SavedAdapter) -> None:
+    """Put an adapter into a free slot; nothing is compiled anew.
+
+    Raises:
+      UserError: the name is taken, no slot is free, or it does not fit.
+    """
+    if name in self:
+      raise UserError(f"The bank has {name!r} already: replace or remove it.")
+    if not self._free:
+      raise UserError(
+        f"The bank is full: its capacity is {self.capacity}. Remove an adapter"
+        f" first, or make a bank with a larger one to add {name!r}."
+      )
+    self._put(name, adapter, self._free[-1])
+    self._free.pop()
+
+  def replace(self, name: str, adapter: str | Path | SavedAdapter) -> None:
+    """Put another adapter in the place of one; errors as for `add`."""
+    self._put(name, adapter, int(self.slots([name])[0]))
+
+  def remove(self, name: str) -> None:
+    """Give a slot back."""
+    self._free.append(int(self.slots([name])[0]))
+    del self._slots[name], self._held[name]
+
+  def slots(self, names: Iterable[str]) -> Int[np.ndarray, " names"]:
+    """Where on the leading axis of `params` these adapters lie."""
+    names = list(names)
+    unknown = [name for name in dict.fromkeys(names) if name not in self]
+    if unknown:
+      there = ", ".join(list(self)[:9]) + (", ..." if len(self) > 9 else "")
+      raise UserError(
+        f"The bank has no adapter {', '.join(map(repr, unknown))}. It has:"
+        f" {there or 'none'}."
+      )
+    return np.array([self._slots[name] for name in names], np.int64)
+
+  def logits(
+    self,
+    first: Sequence[str],
+    second: Sequence[str] | None = None,
+    *,
+    adapters: str | Sequence[str],
+  ) -> Logits:
+    """The logits of every text, or pair of texts, in their order.
+
+    Adapters share a batch if their training cut texts at the same length (or
+    the bank has a `max_length`); those of another length get one of their own.
+
+    Args:
+      first, second: as for `Predictor.logits`.
+      adapters: a name for each text, or one for all.
+    """
+    names = [adapters] * len(first) if isinstance(adapters, str) else adapters
+    slots = self.slots(names)
+    if len(slots) != len(first):
+      raise UserError(
+        f"Each text names its adapter: there are {len(first)} texts and"
+        f" {len(slots)} names."
+      )
+    limits = [self._limit(name) for name in names]
+    out = np.empty((len(first), self._plain.outputs), np.float32)
+    for limit in set(limits):
+      mine = [i for i, own in enumerate(limits) if own == limit]
+      tokens = encode(
+        self._plain,
+        self._tokenizer,
+        [first[i] for i in mine],
+        None if second is None else [second[i] for i in mine],
+        limit=limit,
+      )
+      self.truncated += tokens.truncated
+      out[mine] = packed_logits(
+        lambda batch: self._run(self.params, self.frozen, batch),
+        tokens,
+        outputs=self._plain.outputs,
+        adapters=slots[mine],
+      )
+    return out
+
+  def answers(
+    self,
+    first: Sequence[str],
+    second: Sequence[str] | None = None,
+    *,
+    adapters: str | Sequence[str],
+  ) -> list[Answer]:
+    """Label, score and probabilities of every text, in its adapter's labels."""
+    names = [adapters] * len(first) if isinstance(adapters, str) else adapters
+    logits = self.logits(first, second, adapters=names)
+    return [
+      next(answers(row[None], self._held[name].labels))
+      for row, name in zip(logits, names, strict=True)
+    ]
+
+  def save(self, name: str, folder: str | Path) -> None:
+    """Write an adapter, as trained in the bank, as `save_adapter` does."""
+    slot = self.slots([name])[0]
+    trained = jax.tree.map(lambda leaf: leaf[slot], self.params)
+    about = self._held[name].about
+    if about["settings"].get("init") == STORED:
+      trained = {**trained, "projections": self.frozen.projections}
+    save_adapter(folder, trained, about=about)
+
+  def _limit(self, name: str) -> int:
+    own = self._held[name]
+    return min(self._max_length or own.max_length, own.room)
+
+  def _put(
+    self, name: str, adapter: str | Path | SavedAdapter, slot: int
+  ) -> None:
+    saved = _loaded(adapter)
+    leaves = self._fitting(name, saved)
+    self.params = set_slot(self.params, np.int32(slot), leaves)
+    labels = tuple(map(str, saved.about["labels"]))
+    self._slots[name] = slot
+    self._held[name] = self._plain._replace(about=saved.about, labels=labels)
+
+  def _fitting(self, name: str, saved: SavedAdapter) -> dict[str, Any]:
+    """The adapter's leaves, if it runs by the bank's program."""
+    tensors = {
+      key: value
+      for key, value in saved.tensors.items()
+      if not key.startswith("projections.")
+    }
+    ours, theirs = _program(self._plain.about, {}), _program(*saved[:2])
+    wrong = [
+      f"{key}: {theirs[key]} there, {ours.get(key)} in the bank"
+      for key in theirs
+      if theirs[key] != ours.get(key)
+    ]
+    wrong += differences(tensors, self._shapes)
+    if wrong:
+      raise UserError(
+        f"The adapter {name!r} ({saved.folder}) does not fit this bank:\n  "
+        + "\n  ".join(wrong)
+      )
+    return unflatten_dict(leaves_by_path(tensors, self._shapes))
+
+
+def _loaded(adapter: str | Path | SavedAdapter) -> SavedAdapter:
+  if isinstance(adapter, SavedAdapter):
+    return adapter
+  return load_adapter(adapter)
+
+
+def _split(
+  classifier: Classifier, saved: SavedAdapter
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(what the adapter's file holds, the base's rest)."""
+  flat = flatten_dict(classifier.params)
+
+  def trained(path):
+    return next(named_slices(path, flat[path]))[0] in saved.tensors
+
+  params = {path: leaf for path, leaf in flat.items() if trained(path)}
+  frozen = {path: leaf for path, leaf in flat.items() if path not in params}
+  return unflatten_dict(params), unflatten_dict(frozen)
+
+
+def _program(
+  about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+  """What adapters of one bank have in common, beside the leaves' shapes.
+
+  A pair that the tensors hold is known by its own digest.
+  """
+  pair = {k: tensors.get(f"projections.{k}") for k in "AB"}
+  stored = all(matrix is not None for matrix in pair.values())
+  found = digest(pair) if stored else about["projection_digest"]
+  method, settings = about["method"], about["settings"]
+  names = [name for name in SETTINGS.get(method, {}) if name not in STARTS]
+  if settings.get("train") == "b":
+    names.append("d_init")  # which d then stays at
+  return {
+    "method": method,
+    "base (fingerprint)": about["base_fingerprint"][:12],
+    "number of labels": len(about["labels"]),
+    **{name: settings.get(name) for name in names},
+    "projections (digest)": found and found[:12],
+  }
+
+
+@partial(jax.jit, donate_argnums=0)
+def set_slot(stacked: Any, slot: Array, leaves: Any) -> Any:
+  """One adapter's leaves in their place: the stack is not copied."""
+  return jax.tree.map(
+    lambda whole, leaf: whole.at[slot].set(leaf), stacked, leaves
+  )

@@ -1,0 +1,149 @@
+"""Answers of a trained classifier to texts, packed as in training."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Int
+
+from vera_jax.data.examples import Examples
+from vera_jax.data.loader import placed_batches
+from vera_jax.data.multi_adapter import name_rows, place_mixed
+from vera_jax.data.packing import Batch, Layout
+from vera_jax.data.tokenizer import load_tokenizer
+from vera_jax.data.tokens import Tokens, tokenise
+from vera_jax.errors import UserError
+from vera_jax.models.bert import INPUTS
+from vera_jax.models.pretrained import Classifier
+
+ROWS = (1, 2, 4, 8, 16)  # of a batch: few shapes, for each is compiled
+SHORTEST = 32  # tokens a row; longer ones are powers of two
+Logits = Float32[np.ndarray, "texts labels"]
+
+
+class Answer(NamedTuple):
+  """One text's answer.
+
+  `label` is "" for regression, whose `score` is the value itself; else `score`
+  is the label's probability, and `probabilities` follow the classifier's order.
+  """
+
+  label: str
+  score: float
+  probabilities: tuple[float, ...]
+
+
+class Predictor:
+  """A classifier with its tokenizer, compiled for a few shapes."""
+
+  def __init__(
+    self, classifier: Classifier, *, max_length: int | None = None
+  ) -> None:
+    """`max_length` is the most tokens of a text; None: as in training."""
+    self.classifier = classifier
+    self.tokenizer = load_tokenizer(classifier.folder)
+    self.max_length = min(max_length or classifier.max_length, classifier.room)
+    self.truncated = 0  # texts that were cut, so far
+    self._apply = jax.jit(partial(_apply, classifier.module))
+
+  def logits(
+    self, first: Sequence[str], second: Sequence[str] | None = None
+  ) -> Logits:
+    """The logits of every text, or pair of texts, in their order."""
+    tokens = encode(
+      self.classifier, self.tokenizer, first, second, limit=self.max_length
+    )
+    self.truncated += tokens.truncated
+    return packed_logits(self._run, tokens, outputs=self.classifier.outputs)
+
+  def answers(
+    self, first: Sequence[str], second: Sequence[str] | None = None
+  ) -> list[Answer]:
+    """Label, score and probabilities of every text, in their order."""
+    return list(answers(self.logits(first, second), self.classifier.labels))
+
+  def _run(self, batch: Batch) -> jax.Array:
+    inputs = {name: batch[name] for name in INPUTS}
+    return self._apply(self.classifier.variables, inputs)
+
+
+def encode(
+  classifier: Classifier,
+  tokenizer: Any,
+  first: Sequence[str],
+  second: Sequence[str] | None,
+  *,
+  limit: int,
+) -> Tokens:
+  """The tokens of texts, or pairs, cut at `limit`.
+
+  Raises:
+    UserError: the tokenizer knows words that the classifier doesn't.
+  """
+  examples = Examples(
+    list(first),
+    None if second is None else list(second),
+    None,
+    np.arange(len(first)),
+  )
+  tokens = tokenise(examples, tokenizer, limit, None)
+  highest, size = int(tokens.ids.max()), classifier.config.vocab_size
+  if highest >= size:
+    raise UserError(
+      f"The tokenizer of {classifier.folder} gave the id {highest}, but"
+      f" the model's vocabulary ends before {size}."
+    )
+  return tokens
+
+
+def packed_logits(
+  run: Callable[[Batch], jax.Array],
+  tokens: Tokens,
+  *,
+  outputs: int,
+  adapters: Int[np.ndarray, " texts"] | None = None,
+) -> Logits:
+  """The logits of every text, packed into batches of few shapes.
+
+  Args:
+    run: a packed batch's logits, slot by slot.
+    tokens: of the texts.
+    outputs: logits of a text.
+    adapters: whose texts they are; those of two share no row, and the batches
+      say in `adapter` whose each row is. None: one adapter's.
+  """
+  if adapters is None:
+    adapters = np.zeros(len(tokens), np.int64)
+  layout = _layout(tokens)
+  place = place_mixed(tokens.lengths, adapters, layout)
+  out = np.empty((len(tokens), outputs), np.float32)
+  for batch in placed_batches(tokens, place, layout):
+    logits = np.asarray(run(name_rows(batch, adapters)))
+    real = batch["example"] >= 0
+    out[batch["example"][real]] = logits[real]
+  return out
+
+
+def _apply(module: Any, variables: Any, inputs: Any) -> jax.Array:
+  return module.apply(variables, **inputs)
+
+
+def _layout(tokens: Tokens) -> Layout:
+  """One of few shapes with room for these texts."""
+  longest = int(tokens.lengths.max())
+  length = max(SHORTEST, 1 << (longest - 1).bit_length())
+  return Layout(ROWS, length, length // 4)
+
+
+def answers(logits: Logits, labels: tuple[str, ...]) -> Iterator[Answer]:
+  """What logits say, row by row; no labels: regression."""
+  if not labels:
+    for value in logits[:, 0].tolist():
+      yield Answer("", value, ())
+    return
+  shifted = np.exp(logits - logits.max(-1, keepdims=True))
+  for row in (shifted / shifted.sum(-1, keepdims=True)).tolist():
+    best = int(np.argmax(row))
+    yield Answer(labels[best], row[best], tuple(row))

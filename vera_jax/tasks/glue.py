@@ -1,0 +1,184 @@
+"""The nine GLUE tasks: their files, columns, labels and metrics.
+
+Facts of the GLUE benchmark (Wang et al., 2018). Label names stand in the order
+of the ids that the hub's `nyu-mll/glue` uses. The first metric of a task is its
+score: the one that the VeRA paper reports (section 4.1).
+"""
+
+from dataclasses import dataclass, replace
+
+from vera_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Task:
+  """One task: how its files, the hub and GLUE's server write it.
+
+  Attributes:
+    name: the hub's configuration name.
+    folder: the name of the task's folder as GLUE ships it.
+    columns: the hub's text columns, one or two.
+    file_columns: the same columns in the files' headers.
+    file_label: the label's column in the files.
+    labels: label names in hub id order; () for regression.
+    written: the labels as files and submissions spell them, same order.
+    metrics: names that `metrics.score` knows; the first is the score.
+    headerless: the columns of train and dev files that have no header line.
+    dev_splits, test_splits: hub names of the splits.
+    submissions: the file that GLUE's server takes for each test split.
+    broken_rows: whether GLUE's own files hold rows that are cut short. The
+      hub leaves those out, and so do we.
+  """
+
+  name: str
+  folder: str
+  columns: tuple[str, ...]
+  file_columns: tuple[str, ...]
+  file_label: str
+  labels: tuple[str, ...]
+  written: tuple[str, ...]
+  metrics: tuple[str, ...] = ("accuracy",)
+  headerless: tuple[str, ...] = ()
+  dev_splits: tuple[str, ...] = ("validation",)
+  test_splits: tuple[str, ...] = ("test",)
+  submissions: tuple[str, ...] = ()
+  broken_rows: bool = False
+
+  @property
+  def regression(self) -> bool:
+    return not self.labels
+
+  @property
+  def num_labels(self) -> int:
+    """Outputs of the head: classes, or one for regression."""
+    return len(self.labels) or 1
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    return ("train", *self.dev_splits, *self.test_splits)
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+MNLI = ("entailment", "neutral", "contradiction")
+IDS = ("0", "1")
+
+_TASKS = (
+  Task(
+    "cola",
+    "CoLA",
+    columns=("sentence",),
+    file_columns=("sentence",),
+    file_label="label",
+    labels=("unacceptable", "acceptable"),
+    written=IDS,
+    metrics=("matthews",),
+    headerless=("source", "label", "mark", "sentence"),
+    submissions=("CoLA.tsv",),
+  ),
+  Task(
+    "sst2",
+    "SST-2",
+    columns=("sentence",),
+    file_columns=("sentence",),
+    file_label="label",
+    labels=("negative", "positive"),
+    written=IDS,
+    submissions=("SST-2.tsv",),
+  ),
+  Task(
+    "mrpc",
+    "MRPC",
+    columns=("sentence1", "sentence2"),
+    file_columns=("#1 String", "#2 String"),
+    file_label="Quality",
+    labels=("not_equivalent", "equivalent"),
+    written=IDS,
+    metrics=("accuracy", "f1"),
+    submissions=("MRPC.tsv",),
+  ),
+  Task(
+    "qqp",
+    "QQP",
+    columns=("question1", "question2"),
+    file_columns=("question1", "question2"),
+    file_label="is_duplicate",
+    labels=("not_duplicate", "duplicate"),
+    written=IDS,
+    metrics=("accuracy", "f1"),
+    submissions=("QQP.tsv",),
+    broken_rows=True,
+  ),
+  Task(
+    "stsb",
+    "STS-B",
+    columns=("sentence1", "sentence2"),
+    file_columns=("sentence1", "sentence2"),
+    file_label="score",
+    labels=(),
+    written=(),
+    metrics=("pearson", "spearman"),
+    submissions=("STS-B.tsv",),
+  ),
+  Task(
+    "mnli",
+    "MNLI",
+    columns=("premise", "hypothesis"),
+    file_columns=("sentence1", "sentence2"),
+    file_label="gold_label",
+    labels=MNLI,
+    written=MNLI,
+    dev_splits=("validation_matched", "validation_mismatched"),
+    test_splits=("test_matched", "test_mismatched"),
+    submissions=("MNLI-m.tsv", "MNLI-mm.tsv"),
+  ),
+  Task(
+    "qnli",
+    "QNLI",
+    columns=("question", "sentence"),
+    file_columns=("question", "sentence"),
+    file_label="label",
+    labels=ENTAILMENT,
+    written=ENTAILMENT,
+    submissions=("QNLI.tsv",),
+  ),
+  Task(
+    "rte",
+    "RTE",
+    columns=("sentence1", "sentence2"),
+    file_columns=("sentence1", "sentence2"),
+    file_label="label",
+    labels=ENTAILMENT,
+    written=ENTAILMENT,
+    submissions=("RTE.tsv",),
+  ),
+  Task(
+    "wnli",
+    "WNLI",
+    columns=("sentence1", "sentence2"),
+    file_columns=("sentence1", "sentence2"),
+    file_label="label",
+    labels=("not_entailment", "entailment"),
+    written=IDS,
+    submissions=("WNLI.tsv",),
+  ),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+# The quickstart's pairs, made by experiments/make_entailment.py: no benchmark.
+GENERATED = replace(
+  TASKS["rte"],
+  name="generated_entailment",
+  folder="entailment",
+  submissions=("generated_entailment.tsv",),
+)
+
+
+def task_named(name: str) -> Task:
+  """The task of that name, or a UserError that lists the names."""
+  if name == GENERATED.name:
+    return GENERATED
+  if name not in TASKS:
+    raise UserError(
+      f"There is no GLUE task {name!r}. The tasks are: {', '.join(TASKS)}."
+    )
+  return TASKS[name]

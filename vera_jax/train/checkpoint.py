@@ -1,0 +1,205 @@
+"""Save and resume: trainable leaves, optimiser, step and position in the data.
+
+The frozen base and the projections are never in a checkpoint: the base is
+loaded from its own files, A and B are made from their seed.
+
+Several processes save and restore together, in one folder that all of them see.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import (
+  AnyPreservationPolicy,
+  BestN,
+  LatestN,
+)
+
+from vera_jax.errors import UserError
+from vera_jax.train.distributed import on_first
+from vera_jax.train.manifest import damage, read_seal, write_seal
+from vera_jax.train.workdir import bound, differences, is_full
+
+log = logging.getLogger(__name__)
+
+DAMAGED = "damaged"  # the folder beside the saves for those that are
+
+
+def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
+  """The higher score is better; of equal ones the earlier epoch."""
+  return metrics.get("score", -math.inf), -metrics.get("epoch", math.inf)
+
+
+class Checkpoints:
+  """A run's `checkpoints/` folder: the last two saves and the best epoch.
+
+  The last but one is there for when the last is damaged. A save is small and
+  is on disk when `save` returns, so that its errors show where they happen.
+  """
+
+  def __init__(
+    self, folder: Path, config: Mapping[str, Any] | None = None
+  ) -> None:
+    """Open the folder; damaged saves are set aside first, and named.
+
+    Args:
+      folder: made when missing.
+      config: the run's. Its saves carry it, and those of another are refused.
+    """
+    self._folder = folder.absolute()
+    self._config = None if config is None else bound(config)
+    on_first(self._inspect)
+    kept = [LatestN(n=2), BestN(n=1, get_metric_fn=_rank)]
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=AnyPreservationPolicy(kept),
+        best_fn=_rank,  # without it the metrics are not written down
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=False,
+      ),
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self._manager.close()
+
+  def _inspect(self) -> None:
+    found = self._folder.iterdir() if self._folder.is_dir() else ()
+    for save in sorted(path for path in found if path.name.isdigit()):
+      reason = damage(save)
+      if reason is not None:
+        self._set_aside(save, reason)
+      else:
+        self._check_config(save)
+
+  def _set_aside(self, save: Path, reason: str) -> None:
+    place = self._folder.with_name(DAMAGED)
+    place.mkdir(exist_ok=True)
+    names = (save.name, *(f"{save.name}-{i}" for i in range(2, 10_000)))
+    kept = next(place / name for name in names if not (place / name).exists())
+    save.rename(kept)
+    log.warning(
+      "The save of step %s is not used: %s. It is kept as %s, and the newest"
+      " whole save is used.",
+      *(save.name, reason, kept),
+    )
+
+  def _check_config(self, save: Path) -> None:
+    theirs = read_seal(save).get("config")
+    if self._config is None or theirs is None:
+      return
+    differ = differences(theirs, self._config)
+    if differ:
+      raise UserError(
+        f"{save} is the save of a run of another config. Choose another"
+        " --workdir, or the same settings. Different are:\n  "
+        + "\n  ".join(differ)
+      )
+
+  @property
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  @property
+  def steps(self) -> list[int]:
+    """All that are saved, ascending."""
+    return sorted(self._manager.all_steps())
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    progress: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+  ) -> None:
+    """Save at a step; a save that fails leaves the others as they are.
+
+    Args:
+      step: updates done.
+      state: a tree of arrays.
+      progress: JSON values that a resumed run goes on from.
+      metrics: {"score", "epoch"} at the end of an epoch; a save without can't
+        be the best one.
+
+    Raises:
+      UserError: the disk is full.
+    """
+    last = self.latest_step
+    if step == last:
+      return
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      progress=ocp.args.JsonSave(dict(progress)),
+    )
+    try:
+      self._manager.save(step, args=items, metrics=dict(metrics or {}))
+      on_first(lambda: self._seal(step))
+    except Exception as error:  # of whichever layer met the full disk
+      if not is_full(error, self._folder):
+        raise
+      raise UserError(
+        f"The disk is full: step {step} could not be saved in {self._folder}."
+        f" {good_save(last)} Free some space; the same command goes on from"
+        " there."
+      ) from error
+
+  def _seal(self, step: int) -> None:
+    write_seal(self._folder / str(step), {"step": step, "config": self._config})
+
+  @property
+  def resumable(self) -> list[int]:
+    """The last save's step and that of the one before it, or 0, the start."""
+    return [0, *self.steps][-2:]
+
+  def forget_after(self, step: int) -> None:
+    """Drop the saves beyond a step that the run goes back to."""
+    for saved in self.steps:
+      if saved > step:
+        self._manager.delete(saved)
+
+  def progress(self, step: int) -> dict[str, Any]:
+    """The progress of a step alone."""
+    return self._read(step, progress=ocp.args.JsonRestore()).progress
+
+  def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
+    """(state, progress) of a step.
+
+    Args:
+      step: a step that was saved.
+      state: arrays, or their shapes, that say the shardings to restore to.
+    """
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    restored = self._read(
+      step,
+      state=ocp.args.StandardRestore(abstract),
+      progress=ocp.args.JsonRestore(),
+    )
+    return restored.state, restored.progress
+
+  def _read(self, step: int, **items: Any) -> Any:
+    folder = self._folder / str(step)
+    reason: object = damage(folder)
+    try:
+      if reason is None:
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:  # of whichever layer met the damage
+      reason = error
+    raise UserError(
+      f"The save of step {step} can't be read: {reason}. The same command sets"
+      f" it aside and goes on from the save before it, or without {folder}."
+    )
+
+
+def good_save(step: int | None) -> str:
+  """A sentence: what is left when a run stops on an error."""
+  if step is None:
+    return "No checkpoint was saved yet."
+  return f"The last good checkpoint is that of step {step}."
