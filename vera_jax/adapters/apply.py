@@ -2,183 +2,60 @@
 
 `adapt(model, adapter, targets=...)` is a linen module with the model's own
 parameter tree, plus the adapter's leaves beside each adapted kernel and the
-`projections` collection. The model's code is left alone: its Dense and
-DenseGeneral calls are intercepted by path.
+`projections` collection. The model's code is left alone: the calls of its
+layers are intercepted by path.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+from flax.core import FrozenDict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from vera_jax.adapters.interface import Adapter, Path, Target
+from vera_jax.adapters.interface import (
+  EMPTY,
+  Adapter,
+  Leaves,
+  Path,
+  Site,
+  Target,
+)
+from vera_jax.adapters.layers import (
+  flat_bias,
+  flat_kernel,
+  is_quantised,
+  product_of,
+)
+from vera_jax.adapters.products import (
+  AUTO,
+  adapted_product,
+  check_plan,
+  choose,
+)
+from vera_jax.adapters.sites import (
+  Fused,
+  all_sites,
+  arrays_at,
+  first_leaves,
+  for_each_layer,
+  init_shapes,
+  layer_path,
+  make_shared,
+  matches,
+  parts_of,
+  trace_sites,
+)
 from vera_jax.errors import UserError
 
-LAYERS = (nn.Dense, nn.DenseGeneral)
-
-
-def _matches(pattern: str, path: Path) -> bool:
-  """Whether the regular expression matches the path's last names in full."""
-  return bool(re.search(f"(?:^|/)(?:{pattern})$", "/".join(path)))
-
-
-def _axes(layer: nn.Module, x: Array) -> tuple[int, ...]:
-  """The axes of x that the layer contracts, in the order of its kernel's."""
-  axis = layer.axis if isinstance(layer, nn.DenseGeneral) else -1
-  axes = axis if isinstance(axis, Sequence) else (axis,)
-  return tuple(sorted(a % x.ndim for a in axes))
-
-
-def _features(layer: Any) -> tuple[int, ...]:
-  features = layer.features
-  return tuple(features) if isinstance(features, Sequence) else (features,)
-
-
-def _is_layer(context: nn.module.InterceptorContext) -> bool:
-  """Whether it is a call of a dense layer with one kernel for all rows."""
-  layer = context.module
-  return (
-    isinstance(layer, LAYERS)
-    and context.method_name == "__call__"
-    and not getattr(layer, "batch_dims", ())
-  )
-
-
-class _Call(NamedTuple):
-  """A dense layer's call: rows and widths of the product, kernel's rank."""
-
-  tokens: int
-  inputs: int
-  outputs: int
-  rank: int
-
-
-def _record(found, next_fun, args, kwargs, context):
-  """Interceptor: note each dense layer's call by the layer's path."""
-  layer = context.module
-  if _is_layer(context):
-    x = kwargs.get("inputs", *args)
-    axes, features = _axes(layer, x), _features(layer)
-    inputs = math.prod(x.shape[a] for a in axes)
-    found[layer.path] = _Call(
-      tokens=x.size // inputs,
-      inputs=inputs,
-      outputs=math.prod(features),
-      rank=len(axes) + len(features),
-    )
-  return next_fun(*args, **kwargs)
-
-
-def _init_shapes(model: nn.Module, args: Any, kwargs: Any) -> Any:
-  """The shapes of the model's variables; what is no array stays static."""
-  inputs, tree = jax.tree.flatten((args, kwargs))
-  arrays = {i: x for i, x in enumerate(inputs) if hasattr(x, "shape")}
-
-  def init(key, arrays):
-    leaves = [arrays.get(i, x) for i, x in enumerate(inputs)]
-    args, kwargs = jax.tree.unflatten(tree, leaves)
-    return model.init(key, *args, **kwargs)
-
-  return jax.eval_shape(init, jax.random.key(0), arrays)
-
-
-def _calls(
-  model: nn.Module, patterns: Sequence[str], args: Any, kwargs: Any
-) -> tuple[dict[Path, _Call], dict[Path, Any]]:
-  """The matched layers' calls, and the shapes of the model's parameters."""
-  found: dict[Path, _Call] = {}
-  with nn.intercept_methods(partial(_record, found)):
-    params = flatten_dict(_init_shapes(model, args, kwargs)["params"])
-  for pattern in patterns:
-    if not any(_matches(pattern, path) for path in found):
-      there = "\n  ".join("/".join(path) for path in found)
-      raise UserError(
-        f"No layer's path ends in the target pattern {pattern!r}. The layers"
-        f" that can be adapted are:\n  {there}"
-      )
-  matched = {
-    path: call
-    for path, call in found.items()
-    if any(_matches(pattern, path) for pattern in patterns)
-  }
-  return matched, params
-
-
-def find_targets(
-  model: nn.Module, patterns: Sequence[str], *args: Any, **kwargs: Any
-) -> dict[Path, Target]:
-  """The dense layers whose path ends in one of the patterns.
-
-  Args:
-    model: any linen module, unbound.
-    patterns: regular expressions over "/"-joined paths; "query" matches every
-      path that ends in the name `query`.
-    *args: example inputs (arrays or `jax.ShapeDtypeStruct`); nothing is
-      computed on them.
-    **kwargs: keyword arguments of the model's call.
-
-  Raises:
-    UserError: a pattern matches no layer; the message lists those there are.
-  """
-  calls, params = _calls(model, patterns, args, kwargs)
-  return {
-    path: Target(
-      call.inputs,
-      call.outputs,
-      tuple(params[(*path, "kernel")].shape[: -call.rank]),
-    )
-    for path, call in calls.items()
-  }
-
-
-def _is_plain(layer: Any) -> bool:
-  """Whether the layer multiplies as `x @ kernel` does."""
-  own = layer.precision, layer.dot_general, layer.dot_general_cls
-  return own == (None, None, None)
-
-
-def _kernel_and_bias(layer: Any, x: Array, outputs: int) -> Any:
-  """x, the flat kernel and bias, of one type as the layer itself takes them."""
-  own = layer.variables["params"]
-  kernel = own["kernel"].reshape(-1, outputs)
-  bias = own["bias"].reshape(-1) if layer.use_bias else None
-  return layer.promote_dtype(x, kernel, bias, dtype=layer.dtype)
-
-
-def _adapted(adapter, targets, projections, next_fun, args, kwargs, context):
-  """Interceptor: the layer's output with an adapted kernel."""
-  layer = context.module
-  if not _is_layer(context) or not any(
-    _matches(pattern, layer.path) for pattern in targets
-  ):
-    return next_fun(*args, **kwargs)
-  plain = _is_plain(layer)
-  first = not layer.has_variable("params", "kernel")  # init: the call makes it
-  if first or not plain:
-    y = next_fun(*args, **kwargs)
-  x = kwargs.get("inputs", *args)
-  axes, features = _axes(layer, x), _features(layer)
-  x = jnp.moveaxis(x, axes, range(-len(axes), 0))
-  x = x.reshape(*x.shape[: -len(axes)], -1)
-  outputs = math.prod(features)
-  inits = adapter.init(x.shape[-1], outputs)
-  leaves = {name: layer.scope.param(name, f) for name, f in inits.items()}
-  matrices = {**projections, **layer.variables.get("projections", {})}
-  forward = partial(adapter.forward, leaves, matrices, outputs=outputs)
-  if not plain:
-    return y + forward(x.astype(y.dtype)).reshape(y.shape)
-  x, kernel, bias = _kernel_and_bias(layer, x, outputs)
-  y = forward(x, kernel)
-  if bias is not None:
-    y += bias.reshape((1,) * (y.ndim - 1) + (-1,))
-  return y.reshape(*y.shape[:-1], *features)
+UNADAPTED = Adapter("unadapted")
+PENALTIES = "penalties"  # the collection that methods sow their penalties into
+KEYS = "adapter"  # the stream of random keys of methods that draw numbers
 
 
 class Adapted(nn.Module):
@@ -187,58 +64,240 @@ class Adapted(nn.Module):
   model: nn.Module
   adapter: Adapter
   targets: tuple[str, ...]
+  fused: Fused
+  plan: str
+  forwards: int
 
   def setup(self) -> None:
     nn.share_scope(self, self.model)  # the base keeps its parameters' names
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    projections = self.variables.get("projections", {})
-    adapted = partial(_adapted, self.adapter, self.targets, projections)
-    with nn.intercept_methods(adapted):
+    shared = arrays_at(self.variables.get("projections", {}))
+    common = self.adapter.own(arrays_at(self.variables["params"]))
+    with nn.intercept_methods(partial(self._call_layer, shared, common)):
       return self.model(*args, **kwargs)
 
   @nn.nowrap
+  def _call_layer(self, shared, common, next_fun, args, kwargs, context):
+    """Interceptor: the layer's output, with adapted weights at its sites."""
+    layer, path = context.module, context.module.path
+    product = product_of(context, args, kwargs)
+    if product is None:
+      return next_fun(*args, **kwargs)
+    params = layer.variables["params"]
+    columns = {
+      name: span
+      for name, span in parts_of(path, self.fused).items()
+      if self._is_target((*path, name))
+    }
+    is_site = self._is_target(path)
+    if not (is_site or columns or is_quantised(params)):
+      return next_fun(*args, **kwargs)
+
+    x, kernel, bias = layer.promote_dtype(
+      product.x,
+      flat_kernel(params, (), product.outputs),
+      flat_bias(params, ()),
+      dtype=layer.dtype,
+    )
+    whole = Site(path, x.shape[-1], product.outputs, lambda: kernel, bias)
+    projections = layer.variables.get("projections", {})
+    pieces = []
+    for name, (first, last) in _pieces(columns, product.outputs).items():
+      adapted = is_site or name in columns
+      place = (name,) if name in columns else ()
+      site = whole._replace(
+        path=(*path, *place),
+        outputs=last - first,
+        kernel=partial(_columns, kernel, first, last),
+        bias=None if bias is None else bias[first:last],
+        shared={**shared, **arrays_at(projections, place)},
+        common=common,
+      )
+      adapter = self.adapter if adapted else UNADAPTED
+      draws = any(link.forward is not None for link in adapter.methods)
+      y, penalty = adapted_product(
+        adapter,
+        self._leaves(adapter, arrays_at(params, place), site.path),
+        site,
+        x,
+        multiply=product.multiply,
+        plain=product.plain,
+        plan=self.plan,
+        forwards=self.forwards,
+        key=layer.make_rng(KEYS) if draws and layer.has_rng(KEYS) else None,
+      )
+      if penalty is not None:
+        layer.sow(PENALTIES, "sum", penalty)
+      pieces.append(y)
+    y = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
+    return y.reshape(*y.shape[:-1], *product.features)
+
+  @nn.nowrap
+  def _is_target(self, path: Path) -> bool:
+    return any(matches(pattern, path) for pattern in self.targets)
+
+  @nn.nowrap
+  def _leaves(self, adapter: Adapter, found: Leaves, path: Path) -> Leaves:
+    """The site's own leaves; without any, the base would run unadapted."""
+    leaves = adapter.own(found)
+    if adapter.init is not None and not leaves:
+      raise UserError(
+        f"The parameters have no leaves of {adapter.name} at {'/'.join(path)}."
+        " Use those that the adapted module's init gives, or load an adapter."
+      )
+    return leaves
+
+  @nn.nowrap
   def find_targets(self, *args: Any, **kwargs: Any) -> dict[Path, Target]:
-    """The layers that the adapter is on, by path."""
-    return find_targets(self.model, self.targets, *args, **kwargs)
+    """The sites that the adapter is on, by path."""
+    return find_targets(
+      self.model, self.targets, *args, fused=self.fused, **kwargs
+    )
 
   @nn.nowrap
   def plans(self, *args: Any, **kwargs: Any) -> dict[Path, str]:
-    """How each adapted layer multiplies for inputs of these shapes."""
-    calls, _ = _calls(self.model, self.targets, args, kwargs)
-    plan = self.adapter.plan
-    return {path: plan(*call[:3]) for path, call in calls.items()}
+    """How each low-rank delta multiplies for inputs of these shapes."""
+    if not self.targets:
+      return {}
+    targets, calls = trace_sites(
+      self.model, self.targets, *args, fused=self.fused, **kwargs
+    )
+    chosen: dict[Path, str] = {}
+
+    def note(variables: Any) -> None:
+      params = variables["params"]
+      projections = variables.get("projections", {})
+      sites = all_sites(self.adapter, targets, params, projections)
+      for path, site in sites.items():
+        leaves = self.adapter.own(arrays_at(params, path))
+        own_shared = arrays_at(projections, path)
+
+        def choose_here(site, leaves, path=path):
+          for link in self.adapter.methods:
+            if link.low_rank is not None:
+              chosen[path] = choose(
+                calls[path].tokens,
+                link.low_rank(link.own(leaves), site),
+                plan=self.plan,
+                forwards=self.forwards,
+              )
+
+        for_each_layer(choose_here, site, own_shared, leaves)
+
+    jax.eval_shape(note, init_shapes(self, *args, **kwargs))
+    return chosen
 
   @nn.nowrap
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-    """As `nn.Module.init`, with the collections `params` and `projections`."""
-    projections = self.adapter.projections(self.find_targets(*args, **kwargs))
-    base = {"projections": projections} if projections else {}
-    _, new = self.apply(
-      base, *args, rngs=rngs, mutable=nn.DenyList("projections"), **kwargs
+    """As `nn.Module.init`, with the adapter's leaves among the `params` and
+    the collection `projections`, made on the model's own first weights."""
+    variables = dict(self.model.init(rngs, *args, **kwargs))
+    key = rngs["params"] if isinstance(rngs, Mapping) else rngs
+    targets = self.find_targets(*args, **kwargs) if self.targets else {}
+    params = variables["params"]
+    projections = make_shared(self.adapter, targets, params)
+    leaves = first_leaves(self.adapter, targets, params, projections, key)
+    variables["params"] = unflatten_dict(
+      flatten_dict(params) | flatten_dict(leaves)
     )
-    return {**new, **base}
+    return variables | ({"projections": projections} if projections else {})
+
+
+def _columns(kernel: Array, first: int, last: int) -> Array:
+  return kernel[:, first:last]
+
+
+def _pieces(
+  columns: Mapping[str, tuple[int, int]], outputs: int
+) -> dict[str, tuple[int, int]]:
+  """The named columns and, without a name in `columns`, what lies between."""
+  pieces: dict[str, tuple[int, int]] = {}
+  done = 0
+  for name, (first, last) in sorted(columns.items(), key=lambda x: x[1]):
+    if done < first:
+      pieces[f"{done}:{first}"] = done, first
+    pieces[name] = first, last
+    done = last
+  if done < outputs:
+    pieces[f"{done}:{outputs}"] = done, outputs
+  return pieces
 
 
 def adapt(
-  model: nn.Module, adapter: Adapter, *, targets: Sequence[str]
+  model: nn.Module,
+  adapter: Adapter,
+  *,
+  targets: Sequence[str],
+  fused: Fused = EMPTY,
+  plan: str = AUTO,
+  forwards: int = 1,
 ) -> Adapted:
   """Wrap a linen model, unchanged, with an adapter at the matching layers.
 
   The result is used as the model is; its `init` adds the adapter's leaves and
   the `projections` collection, its output equals the model's until the adapter
-  is trained. See `find_targets` for the patterns.
+  is trained.
+
+  Args:
+    model: any linen module, unbound.
+    adapter: from `vera`, `lora`, ...
+    targets: patterns as in `find_targets`.
+    fused: parts of fused kernels, which targets may then name: by a layer's
+      pattern, each part's first and last column by name.
+    plan: how low-rank deltas are multiplied, a name in `products.PLANS`, or
+      "auto": the cheapest for each shape.
+    forwards: how often a training step runs the forward pass; 2 under remat.
   """
   if isinstance(targets, str):
     raise UserError(f"targets is {targets!r}; give a list of patterns.")
-  return Adapted(model, adapter, tuple(targets))
+  fixed: Any = FrozenDict({key: dict(parts) for key, parts in fused.items()})
+  return Adapted(
+    model, adapter, tuple(targets), fixed, check_plan(plan), forwards
+  )
+
+
+def find_targets(
+  model: nn.Module,
+  patterns: Sequence[str],
+  *args: Any,
+  fused: Fused = EMPTY,
+  **kwargs: Any,
+) -> dict[Path, Target]:
+  """The sites whose path ends in one of the patterns.
+
+  Args:
+    model: any linen module, unbound.
+    patterns: regular expressions over "/"-joined paths; "query" matches every
+      path that ends in the name `query`.
+    *args: example inputs (arrays or `jax.ShapeDtypeStruct`); nothing is
+      computed on them.
+    fused: as in `adapt`.
+    **kwargs: keyword arguments of the model's call.
+
+  Raises:
+    UserError: a pattern matches no site; the message lists those there are.
+  """
+  return trace_sites(model, patterns, *args, fused=fused, **kwargs)[0]
 
 
 def adapter_size(adapter: Adapter, targets: Mapping[Path, Target]) -> int:
-  """Trained numbers of an adapter on these layers, counted from shapes."""
-  key = jax.random.key(0)
-  return sum(
-    target.layers * math.prod(jax.eval_shape(init, key).shape)
-    for target in targets.values()
-    for init in adapter.init(target.inputs, target.outputs).values()
-  )
+  """Trained numbers of an adapter on these sites, counted from shapes."""
+  kernels: dict[Path, Any] = {}
+  for path, target in targets.items():
+    outputs = target.columns[1] if target.columns else target.outputs
+    for name, shape in (
+      ("kernel", (*target.stack, target.inputs, outputs)),
+      ("bias", (*target.stack, outputs)),
+    ):
+      place = (*layer_path(path, target), name)
+      if place not in kernels or kernels[place].shape[-1] < outputs:
+        kernels[place] = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+  def start(params: Any) -> Any:
+    projections = make_shared(adapter, targets, params)
+    key = jax.random.key(0)
+    return first_leaves(adapter, targets, params, projections, key)
+
+  leaves = jax.eval_shape(start, unflatten_dict(kernels))
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(leaves))

@@ -1,58 +1,143 @@
-"""What an adapter method is: a few pure functions.
+"""What an adapter method is: a few pure functions over sites.
 
-`apply.adapt` puts one on any linen model, `merge.merge` folds one into the
-kernels, and neither knows which method it holds. `vera.vera` and `lora.lora`
-are the two instances.
+A site is one product `x @ kernel + bias` of the network. A method says which
+leaves it trains there and which weights they turn the site's own into: that is
+its definition, which merging uses. Whatever computes the same product faster
+or with randomness beside it is optional. `apply.adapt` puts a method on any
+linen model, `merge.merge` folds it into the kernels, `chain.chain` puts several
+on one site, and none of them knows which method it holds.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jax import Array
+from jaxtyping import Float
 
 Path = tuple[str, ...]
 Leaves = Mapping[str, Array]
+Kernel = Float[Array, "*stack i o"]
+Bias = Float[Array, "*stack o"]
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class Target(NamedTuple):
-  """An adapted layer: its flat input and output widths.
+  """What is known of a site before there are weights.
 
-  `stack` is () for a layer of its own and (layers,) under `nn.scan`, where one
-  parameter holds all layers.
+  Attributes:
+    inputs, outputs: its flat widths i and o.
+    stack: () for a layer of its own and (layers,) under `nn.scan`, where one
+      parameter holds all layers.
+    columns: (first, last) where the site is a part of a fused kernel, such as
+      the query's third of GPT-2's `c_attn`. Its path is then the layer's path
+      with the part's name behind it.
   """
 
   inputs: int
   outputs: int
   stack: tuple[int, ...] = ()
+  columns: tuple[int, int] | None = None
 
   @property
   def layers(self) -> int:
     return math.prod(self.stack)
 
 
+class Site(NamedTuple):
+  """One product of the network, as a method sees it.
+
+  Attributes:
+    path: where its leaves lie in the parameter tree.
+    inputs, outputs: i and o.
+    kernel: makes the kernel (i, o) on demand: dequantised, and as the methods
+      before this one in a chain left it.
+    bias: (o,), or None where the layer has none.
+    shared: what the method's `shared` made for this site and for all.
+    common: the method's trained leaves at the tree's root.
+    stack: () inside a method's functions, except in `shared`, whose sites have
+      the stack's axes in front of kernel and bias.
+  """
+
+  path: Path
+  inputs: int
+  outputs: int
+  kernel: Callable[[], Kernel]
+  bias: Bias | None = None
+  shared: Leaves = EMPTY
+  common: Leaves = EMPTY
+  stack: tuple[int, ...] = ()
+
+
+def as_they_are(leaves: Leaves, site: Site) -> Leaves:
+  """The `prepare` of methods whose products need no kernel per row."""
+  del site
+  return leaves
+
+
+class LowRank(NamedTuple):
+  """delta = down @ diag(inner) @ up @ diag(outer), added to a kernel.
+
+  Attributes:
+    down: (i, r).
+    up: (r, o).
+    inner, outer: (r,) and (o,); None counts as 1.
+    trains_down: whether `down` is trained, whose gradient costs a product.
+  """
+
+  down: Float[Array, "i r"]
+  up: Float[Array, "r o"]
+  inner: Float[Array, " _"] | None = None
+  outer: Float[Array, " _"] | None = None
+  trains_down: bool = False
+
+
 class Adapter(NamedTuple):
   """An adapter method.
 
   Attributes:
-    name: prefix of its parameters' names.
-    projections: all targets, by path -> the non-trainable `projections`
-      collection; matrices at its root serve every layer, those at a layer's
-      path serve that layer.
-    init: a layer's (inputs, outputs) -> its trainable leaves by name, each as a
-      function of a key.
-    forward: (leaves, projections, x of (..., inputs), kernel of (inputs,
-      outputs)) -> x times the adapted kernel, (..., outputs). With None for the
-      kernel and `outputs`, only what the adapter adds to the layer's output.
-    kernel: (leaves, projections, inputs, outputs) -> what the adapter adds to
-      the kernel, (inputs, outputs).
-    plan: (tokens, inputs, outputs) -> how `forward` multiplies, a name in
-      `contraction.PLANS`.
+    name: every leaf's name starts with it and an underscore.
+    init: (key, site) -> the site's trained leaves. They may depend on the
+      kernel, which is why they are made on the loaded weights.
+    weights: (leaves, site) -> (kernel, bias), adapted: the definition.
+    shared: sites by path -> the non-trainable `projections` collection. Arrays
+      at its root serve every site; those at a site's path serve that site and
+      carry its stack's axes.
+    common: (key, sites by path) -> trained leaves at the root of the tree.
+    trains: a pattern over the paths of base leaves that are trained themselves.
+    low_rank: (leaves, site) -> `LowRank`, where weights = kernel + delta; then
+      `products` chooses the order of multiplication.
+    forward: (leaves, site, x, key, inner) -> (y, penalty): for randomness in
+      training. `inner(x)` is the product so far; with None for the key, y is
+      x times `weights`. The penalty, a number or None, is added to the mean
+      loss.
+    prepare: (leaves, site) -> leaves, once when a bank takes an adapter in,
+      so that a row's product needs no kernel of its own. Without it a bank
+      refuses the method.
+    links: the methods of a chain, in order; () for a single method.
   """
 
   name: str
-  projections: Callable[[Mapping[Path, Target]], dict[str, Any]]
-  init: Callable[[int, int], dict[str, Callable[[Array], Array]]]
-  forward: Callable[..., Array]
-  kernel: Callable[..., Array]
-  plan: Callable[[int, int, int], str]
+  init: Callable[[Array, Site], dict[str, Array]] | None = None
+  weights: Callable[[Leaves, Site], tuple[Array, Array | None]] | None = None
+  shared: Callable[[Mapping[Path, Site]], dict[str, Any]] | None = None
+  common: Callable[[Array, Mapping[Path, Site]], dict[str, Array]] | None = None
+  trains: str | None = None
+  low_rank: Callable[[Leaves, Site], LowRank] | None = None
+  forward: Callable[..., tuple[Array, Array | None]] | None = None
+  prepare: Callable[[Leaves, Site], Leaves] | None = None
+  links: tuple["Adapter", ...] = ()
+
+  @property
+  def methods(self) -> tuple["Adapter", ...]:
+    """The links of a chain, or the method itself."""
+    return self.links or (self,)
+
+  def owns(self, name: str) -> bool:
+    """Whether a leaf of this name is the method's."""
+    return any(name.startswith(f"{link.name}_") for link in self.methods)
+
+  def own(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the leaves that are the method's."""
+    return {name: leaf for name, leaf in leaves.items() if self.owns(name)}

@@ -1,4 +1,4 @@
-"""One label a parameter: `adapter`, `head` or `frozen`.
+"""One label per parameter: `adapter`, `head` or `frozen`.
 
 The label tree is what the optimiser, the checkpoints, the counts and the
 adapter's files read. The training step differentiates with respect to the
@@ -12,25 +12,15 @@ from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vera_jax.adapters.interface import Path
-from vera_jax.errors import UserError
+from vera_jax.adapters.interface import Adapter, Path
+from vera_jax.adapters.methods import adapter_named
 
 ADAPTER, HEAD, FROZEN = "adapter", "head", "frozen"
-
-# What each method trains beside the head, as a pattern over a leaf's path.
-# Under "bitfit" and "full" the adapter is a part, or all, of the base itself.
-TRAINED = {
-  "vera": r".*/vera_\w+",
-  "lora": r".*/lora_\w+",
-  "bitfit": r".*/bias",
-  "head": None,
-  "full": r".*",
-}
 
 
 def label_tree(
   params: Mapping[str, Any],
-  method: str,
+  method: Adapter | str,
   *,
   head: str = "classifier/.*",
   new: Collection[Path] = (),
@@ -39,20 +29,20 @@ def label_tree(
 
   Args:
     params: the whole parameter tree, or its shapes.
-    method: a key of `TRAINED`.
+    method: the adapter, or a method's name.
     head: pattern of the head's leaves.
     new: paths of leaves that the checkpoint lacks: they start at random and are
       trained with the head, unless they are the adapter's own.
   """
-  if method not in TRAINED:
-    raise UserError(f"method is {method!r}; choose from {', '.join(TRAINED)}.")
-  trained = TRAINED[method]
+  adapter = adapter_named(method) if isinstance(method, str) else method
 
   def label(path: Path) -> str:
     name = "/".join(path)
     if re.fullmatch(head, name):
       return HEAD
-    if trained is not None and re.fullmatch(trained, name):
+    if adapter.owns(path[-1]):
+      return ADAPTER
+    if adapter.trains is not None and re.fullmatch(adapter.trains, name):
       return ADAPTER
     return HEAD if path in new else FROZEN
 

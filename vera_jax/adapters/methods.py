@@ -1,79 +1,103 @@
-"""A method's adapter from its settings, as configs and adapter files hold them.
+"""The table of methods, and a method's adapter from its settings.
 
-Both go through `make_adapter`, so that they build the same thing.
+A new method is one file with a function that returns an `Adapter`, and one
+line in `METHODS`. Configs and adapter files hold its settings by name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from vera_jax.adapters.base_leaves import bitfit, full, head
 from vera_jax.adapters.interface import Adapter
-from vera_jax.adapters.labels import TRAINED
 from vera_jax.adapters.lora import lora
-from vera_jax.adapters.products import AUTO
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 
-# The settings that make an adapter what it is; learning rates are no part.
-SETTINGS: dict[str, dict[str, type]] = {
-  "vera": {
-    "rank": int,
-    "d_init": float,
-    "init": str,
-    "projection_seed": int,
-    "train": str,
-    "sharing": str,
-  },
-  "lora": {"rank": int, "alpha": float},
+
+class Method(NamedTuple):
+  """A line of the table.
+
+  Attributes:
+    make: settings -> the adapter.
+    settings: names and types of what makes an adapter what it is; learning
+      rates are no part.
+    starts: settings that only the first values of leaves and matrices come
+      from: trained adapters that differ in them run by one program.
+    per_run: settings that the runs of an ensemble may each have their own of,
+      since only the leaves' first values depend on them.
+  """
+
+  make: Callable[..., Adapter]
+  settings: dict[str, type] = {}
+  starts: tuple[str, ...] = ()
+  per_run: tuple[str, ...] = ()
+
+
+METHODS: dict[str, Method] = {
+  "vera": Method(
+    vera,
+    {
+      "rank": int,
+      "d_init": float,
+      "init": str,
+      "projection_seed": int,
+      "train": str,
+      "sharing": str,
+    },
+    starts=("d_init", "init", "projection_seed"),
+    per_run=("d_init",),
+  ),
+  "lora": Method(lora, {"rank": int, "alpha": float}),
+  "bitfit": Method(bitfit),
+  "head": Method(head),
+  "full": Method(full),
 }
-MAKERS: dict[str, Callable[..., Adapter]] = {"vera": vera, "lora": lora}
+
+
+def method_named(name: str) -> Method:
+  """A line of `METHODS`; a UserError for a name that is not there."""
+  if name not in METHODS:
+    raise UserError(f"method is {name!r}; choose from {', '.join(METHODS)}.")
+  return METHODS[name]
+
+
+def adapter_named(name: str) -> Adapter:
+  """The method with its default settings: enough to tell whose a leaf is."""
+  return method_named(name).make()
 
 
 def make_adapter(
-  method: str,
-  settings: Mapping[str, Any],
-  *,
-  plan: str = AUTO,
-  forwards: int = 1,
-) -> tuple[Adapter | None, tuple[str, ...]]:
+  method: str, settings: Mapping[str, Any]
+) -> tuple[Adapter, tuple[str, ...]]:
   """The method's adapter and the patterns of its targets.
 
   Args:
-    method: vera, lora, bitfit, head or full; the last three train leaves of the
-      base itself and give (None, ()).
+    method: a name in `METHODS`.
     settings: the method's group of a config; what else it holds is ignored.
-    plan: the contraction plan, "auto" or a name in `contraction.PLANS`.
-    forwards: how often a training step runs the forward pass; 2 under remat.
 
   Raises:
     UserError: an unknown method, or a setting that is missing or of a wrong
       type or value.
   """
-  if method not in TRAINED:
-    raise UserError(f"method is {method!r}; choose from {', '.join(TRAINED)}.")
-  if method not in MAKERS:
-    return None, ()
-  types = SETTINGS[method]
+  types = method_named(method).settings
+  if not types:  # it trains leaves of the base and needs no targets
+    return METHODS[method].make(), ()
   wrong = [name for name in types if not _fits(settings.get(name), types[name])]
   targets = settings.get("targets")
-  if not _are_patterns(targets):
+  if (
+    not isinstance(targets, Sequence)
+    or isinstance(targets, str)
+    or not targets
+    or not all(isinstance(pattern, str) for pattern in targets)
+  ):
     wrong.append("targets")
   if wrong:
     given = ", ".join(f"{name}={settings.get(name)!r}" for name in wrong)
     raise UserError(f"The settings of {method} have no usable {given}.")
   chosen = {name: settings[name] for name in types}
-  adapter = MAKERS[method](**chosen, plan=plan, forwards=forwards)
-  return adapter, tuple(targets or ())
+  return METHODS[method].make(**chosen), tuple(targets or ())
 
 
 def _fits(value: Any, kind: type) -> bool:
   allowed = (int, float) if kind is float else kind
   return isinstance(value, allowed) and not isinstance(value, bool)
-
-
-def _are_patterns(targets: Any) -> bool:
-  return (
-    isinstance(targets, Sequence)
-    and not isinstance(targets, str)
-    and bool(targets)
-    and all(isinstance(pattern, str) for pattern in targets)
-  )

@@ -6,6 +6,7 @@ bits on any device and any number of devices; `digest` tells when it did not.
 """
 
 import hashlib
+import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
-from vera_jax.adapters.interface import Path, Target
+from vera_jax.adapters.interface import Path, Site, Target
 from vera_jax.errors import UserError
 
 Pair = dict[str, Float[Array, "_ _"]]
@@ -116,19 +117,25 @@ def make_pair(
 
 
 def _unique_pair(
-  path: Path, index: int, target: Target, *, rank: int, seed: int, init: str
+  path: Path,
+  index: int,
+  site: Target | Site,
+  *,
+  rank: int,
+  seed: int,
+  init: str,
 ) -> Pair:
   """The pair of one layer: alike in a scanned and in a looped stack."""
   name = "/".join(path)
   numbers = [int(n) for n in re.findall(r"_(\d+)(?=/|$)", name)]
   role = zlib.crc32(re.sub(r"_\d+(?=/|$)", "", name).encode())
   folds = (role, *(numbers or [index]))
-  size = target.inputs, target.outputs
+  size = site.inputs, site.outputs
   return make_pair(rank, *size, seed=seed, init=init, folds=folds)
 
 
 def make_projections(
-  targets: Mapping[Path, Target],
+  sites: Mapping[Path, Target | Site],
   *,
   rank: int,
   seed: int,
@@ -137,26 +144,26 @@ def make_projections(
 ) -> dict[str, Any]:
   """The `projections` collection for these layers.
 
-  "shared": {"A", "B"} at the root, as wide as the widest target, as PEFT does.
-  "unique": a pair of its own at each target's path, stacked as the target is.
+  "shared": {"A", "B"} at the root, as wide as the widest site, as PEFT does.
+  "unique": a pair of its own at each site's path, stacked as the site is.
   """
   if sharing not in ("shared", "unique"):
     raise UserError(f"sharing is {sharing!r}; choose shared or unique.")
   if sharing == "shared":
-    inputs = max(t.inputs for t in targets.values())
-    outputs = max(t.outputs for t in targets.values())
+    inputs = max(t.inputs for t in sites.values())
+    outputs = max(t.outputs for t in sites.values())
     return dict(make_pair(rank, inputs, outputs, seed=seed, init=init))
   if init == "peft":
     raise UserError("PEFT's projections are one shared pair, never unique.")
   tree: dict[Path, Array] = {}
-  for path, target in targets.items():
+  for path, site in sites.items():
     pairs = [
-      _unique_pair(path, i, target, rank=rank, seed=seed, init=init)
-      for i in range(target.layers)
+      _unique_pair(path, i, site, rank=rank, seed=seed, init=init)
+      for i in range(math.prod(site.stack))
     ]
     for name in "AB":
       stacked = jnp.stack([pair[name] for pair in pairs])
-      shape = (*target.stack, *stacked.shape[1:])
+      shape = (*site.stack, *stacked.shape[1:])
       tree[(*path, name)] = stacked.reshape(shape)
   return unflatten_dict(tree)
 

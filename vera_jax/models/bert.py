@@ -1,4 +1,4 @@
-"""BERT and RoBERTa encoders with each family's own classification head.
+"""BERT and RoBERTa encoders, each with its own classification head.
 
 Module and parameter names are Hugging Face's, so that a path in the tree
 reads like a name in a checkpoint. Several examples may share one row: segment
@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vera_jax.errors import UserError
 from vera_jax.models.dropout import dropout
+from vera_jax.models.family import Family, Names
 
 # The shapes that the model's pieces pass on: `slots` are the examples of a row.
 Ids = Int[Array, "rows length"]
@@ -125,7 +126,7 @@ def _one_of(fields: Mapping[str, Any], name: str, allowed: Any) -> Any:
 
 
 class Part(nn.Module):
-  """A piece of the network: what all pieces are told, what they are made of.
+  """A piece of the network: the settings that all share, and their layers.
 
   `deterministic` is an attribute, hence static under scan and remat.
   """
@@ -136,7 +137,7 @@ class Part(nn.Module):
   deterministic: bool
 
   @property
-  def told(self) -> tuple[BertConfig, DTypeLike, DTypeLike, bool]:
+  def settings(self) -> tuple[BertConfig, DTypeLike, DTypeLike, bool]:
     return self.config, self.dtype, self.param_dtype, self.deterministic
 
   @nn.nowrap
@@ -220,8 +221,8 @@ class Output(Part):
 class Attention(Part):
   @nn.compact
   def __call__(self, read: Read, hidden: Hidden, mask: Mask) -> Read:
-    context = SelfAttention(*self.told, name="self")(read, hidden, mask)
-    return Output(*self.told, name="output")(context, read)
+    context = SelfAttention(*self.settings, name="self")(read, hidden, mask)
+    return Output(*self.settings, name="output")(context, read)
 
 
 class Intermediate(Part):
@@ -232,13 +233,13 @@ class Intermediate(Part):
 
 
 class Layer(Part):
-  """One encoder layer: `read`, which attends to `hidden`, a layer further."""
+  """Applies one layer: queries from `read`, keys and values from `hidden`."""
 
   @nn.compact
   def __call__(self, read: Read, hidden: Hidden, mask: Mask) -> Read:
-    read = Attention(*self.told, name="attention")(read, hidden, mask)
-    inner = Intermediate(*self.told, name="intermediate")(read)
-    return Output(*self.told, name="output")(inner, read)
+    read = Attention(*self.settings, name="attention")(read, hidden, mask)
+    inner = Intermediate(*self.settings, name="intermediate")(read)
+    return Output(*self.settings, name="output")(inner, read)
 
 
 def _all_positions(
@@ -249,10 +250,10 @@ def _all_positions(
 
 
 class Encoder(Part):
-  """All layers; of the last, what the head reads of it and no more.
+  """All layers; the last one at the positions that the head reads.
 
-  Past its keys and values the last layer mixes no positions, so the others
-  need no computing.
+  Past its keys and values the last layer mixes no positions, so nothing of it
+  need be computed where the head does not read.
   """
 
   scan: bool
@@ -271,18 +272,18 @@ class Encoder(Part):
     if self.scan and inner:
       stack = nn.scan(
         _all_positions,
-        variable_axes={True: 0},
+        variable_axes={True: 0},  # every collection, the adapter's too
         split_rngs={True: True},
         in_axes=nn.broadcast,
         length=inner,
       )
-      hidden, _ = stack(layer(*self.told, name="layer"), hidden, mask)
+      hidden, _ = stack(layer(*self.settings, name="layer"), hidden, mask)
     for index in range(0 if self.scan else inner):
-      hidden = layer(*self.told, name=f"layer_{index}")(hidden, hidden, mask)
+      hidden = layer(*self.settings, name=f"layer_{index}")(hidden, hidden, mask)
     read = jnp.take_along_axis(hidden, cls_positions[..., None], axis=1)
     own = jnp.take_along_axis(segment_ids, cls_positions, axis=1)
     mask = _same_segment(own, segment_ids)
-    return layer(*self.told, name=f"layer_{inner}")(read, hidden, mask)
+    return layer(*self.settings, name=f"layer_{inner}")(read, hidden, mask)
 
 
 def _same_segment(
@@ -298,18 +299,18 @@ class Pooler(Part):
 
 
 class RobertaHead(Part):
-  num_labels: int
+  outputs: int
 
   @nn.compact
   def __call__(self, read: Read) -> Logits:
     rate = self.config.classifier_dropout
     inner = self.dense(self.config.hidden_size, "dense")
     read = nn.tanh(inner(self.dropout(read, rate)))
-    return self.dense(self.num_labels, "out_proj")(self.dropout(read, rate))
+    return self.dense(self.outputs, "out_proj")(self.dropout(read, rate))
 
 
 class BertClassifier(nn.Module):
-  """Encoder and head: token ids to one row of logits for each example.
+  """Encoder and head: token ids to one row of outputs for each example.
 
   `scan` stacks all layers but the last on a leading axis (compiled once, under
   `layer`) instead of `layer_0`, `layer_1`, ...; `remat` is "none", "full" (keep
@@ -319,7 +320,7 @@ class BertClassifier(nn.Module):
   """
 
   config: BertConfig
-  num_labels: int
+  outputs: int
   dtype: DTypeLike = jnp.float32
   param_dtype: DTypeLike = jnp.float32
   scan: bool = True
@@ -358,21 +359,21 @@ class BertClassifier(nn.Module):
       segment_ids = (input_ids != self.config.pad_token_id).astype(jnp.int32)
     if cls_positions is None:
       cls_positions = jnp.zeros_like(input_ids[:, :1])
-    told = (self.config, self.dtype, self.param_dtype, deterministic)
-    hidden = Embeddings(*told, name="embeddings")(
+    settings = (self.config, self.dtype, self.param_dtype, deterministic)
+    hidden = Embeddings(*settings, name="embeddings")(
       input_ids, token_type_ids, positions
     )
-    encoder = Encoder(*told, self.scan, self.remat, name="encoder")
+    encoder = Encoder(*settings, self.scan, self.remat, name="encoder")
     read = encoder(hidden, segment_ids, cls_positions)
     if self.config.model_type == "bert":
-      read = Pooler(*told, name="pooler")(read)
+      read = Pooler(*settings, name="pooler")(read)
       return self.bert_head(read.astype(jnp.float32), deterministic)
     head = RobertaHead(
       self.config,
       jnp.float32,
       jnp.float32,
       deterministic,
-      self.num_labels,
+      self.outputs,
       name="classifier",
     )
     return head(read.astype(jnp.float32))
@@ -383,9 +384,53 @@ class BertClassifier(nn.Module):
       rate = self.config.hidden_dropout_prob
     read = nn.Dropout(rate, deterministic=deterministic)(read)
     return nn.Dense(
-      self.num_labels,
+      self.outputs,
       dtype=jnp.float32,
       param_dtype=jnp.float32,
       kernel_init=nn.initializers.normal(self.config.initializer_range),
       name="classifier",
     )(read)
+
+
+ENCODER = r".*(query|key|value|intermediate/dense)"
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+  (rf"{ENCODER}/kernel", ("fsdp", "tensor")),
+  (rf"{ENCODER}/bias", ("tensor",)),
+  (r"encoder/.*output/dense/kernel", ("tensor", "fsdp")),
+  (r".*word_embeddings/embedding", (None, "fsdp")),
+)
+
+
+def _family(kind: str) -> Family:
+  def module(config: BertConfig, head: str, outputs: int, **options: Any):
+    if head != "classification":
+      raise UserError(f"{kind} has no head for {head} here.")
+    return BertClassifier(config, outputs, **options)
+
+  name = {"bert": "Bert", "roberta": "Roberta"}[kind]
+  return Family(
+    config=BertConfig.from_dict,
+    module=module,
+    inputs=input_shapes,
+    names=Names(
+      prefixes=("bert.", "roberta."),
+      renamed=(
+        ("LayerNorm.gamma", "LayerNorm.weight"),
+        ("LayerNorm.beta", "LayerNorm.bias"),
+      ),
+      unused=(
+        "embeddings.position_ids",
+        "embeddings.token_type_ids",
+        "cls.",
+        "lm_head.",
+        "pooler.",  # left over only where the model, as RoBERTa's, has none
+      ),
+      new=("classifier/", "pooler/"),
+    ),
+    rules=RULES,
+    room=lambda c: c.max_position_embeddings - c.first_position,
+    classes={"classification": f"{name}ForSequenceClassification"},
+  )
+
+
+FAMILY = {kind: _family(kind) for kind in ("bert", "roberta")}

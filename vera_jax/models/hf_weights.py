@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
-from vera_jax.models.bert import BertConfig
+from vera_jax.models.family import Names, family_of, read_fields
 
 LEAVES = {
   "kernel": "weight",
@@ -26,16 +26,6 @@ LEAVES = {
   "embedding": "weight",
   "bias": "bias",
 }
-BASES = ("bert.", "roberta.")
-MAY_BE_NEW = ("classifier/", "pooler/")  # leaves that a task brings itself
-# Buffers and pretraining heads: no classifier has a place for them.
-NO_PLACE = (
-  "embeddings.position_ids",
-  "embeddings.token_type_ids",
-  "cls.",
-  "lm_head.",
-  "pooler.",  # left over only where the model, as RoBERTa's, has none
-)
 FLOATS = ("F64", "F32", "F16", "BF16")
 CONVERT = (
   'python -c "import torch, safetensors.torch as s; s.save_file('
@@ -90,22 +80,12 @@ def module_name(
   return ".".join(words)
 
 
-def module_path(name: str) -> tuple[str, ...]:
-  """The inverse: the path in a looped tree.
-
-  A leading "bert." or "roberta." is taken off first.
-  """
-  words = _without_base(name).split(".")
+def module_path(name: str, names: Names) -> tuple[str, ...]:
+  """The inverse: the path in a looped tree, without the base's prefix."""
+  words = _known_name(name, names).split(".")
   if words[:2] == ["encoder", "layer"]:
     words[1:3] = [f"layer_{words[2]}"]
   return tuple(words)
-
-
-def load_config(folder: Path) -> BertConfig:
-  """Reads config.json; anything this model can't honour is a UserError."""
-  hint = "config.model.name takes a folder in Hugging Face's layout."
-  fields = read_json(folder / "config.json", hint=hint)
-  return BertConfig.from_dict(fields)
 
 
 def load_params(
@@ -120,11 +100,12 @@ def load_params(
   `eval_shape` of the model's init. Leaves come as numpy arrays of
   `param_dtype`, or of the template's own types when that is None.
   """
+  names_here = family_of(read_fields(folder)).names
   filled: dict[tuple[str, ...], np.ndarray] = {}
   missing: list[str] = []
   used: set[str] = set()
   with ExitStack() as stack:
-    sources = _open_sources(folder, stack)
+    sources = _open_sources(folder, names_here, stack)
     for path, leaf in flatten_dict(dict(template)).items():
       names = _tensor_names(path, leaf.shape)
       found = [sources[name] for name in names if name in sources]
@@ -138,8 +119,8 @@ def load_params(
         dtype = leaf.dtype if param_dtype is None else param_dtype
         filled[path] = _read_leaf(path, leaf.shape, found, dtype=dtype)
     rest = [s for s in sources.items() if s[1].name not in used]
-  dropped = [s.name for name, s in rest if name.startswith(NO_PLACE)]
-  unexpected = [s.name for name, s in rest if not name.startswith(NO_PLACE)]
+  dropped = [s.name for name, s in rest if name.startswith(names_here.unused)]
+  unexpected = [s.name for name, s in rest if not name.startswith(names_here.unused)]
   return Loaded(
     unflatten_dict(filled),
     tuple(sorted(missing)),
@@ -150,7 +131,8 @@ def load_params(
 
 def refuse_gaps(folder: Path, missing: Sequence[str]) -> None:
   """Only a head may be new; raises a UserError where an encoder's leaf is."""
-  gaps = [name for name in missing if not name.startswith(MAY_BE_NEW)]
+  may_be_new = family_of(read_fields(folder)).names.new
+  gaps = [name for name in missing if not name.startswith(may_be_new)]
   if gaps:
     shown = ", ".join(gaps[:5]) + (", ..." if len(gaps) > 5 else "")
     raise UserError(
@@ -169,7 +151,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def to_hf(
-  params: Mapping[str, Any], config: BertConfig
+  params: Mapping[str, Any], config: Any
 ) -> dict[str, np.ndarray]:
   """The tree as a sequence classifier's state dict, in torch's layout."""
   tensors = {}
@@ -225,7 +207,9 @@ def _read_leaf(
   return leaf
 
 
-def _open_sources(folder: Path, stack: ExitStack) -> dict[str, Source]:
+def _open_sources(
+  folder: Path, names: Names, stack: ExitStack
+) -> dict[str, Source]:
   """Every tensor under its name in the model, without base and legacy words."""
   sources: dict[str, Source] = {}
   for file in _tensor_files(folder):
@@ -237,7 +221,7 @@ def _open_sources(folder: Path, stack: ExitStack) -> dict[str, Source]:
         f"copy it again."
       ) from error
     for name in opened.keys():
-      known = _without_base(name)
+      known = _known_name(name, names)
       if known in sources:
         raise UserError(
           f"{folder} holds both {sources[known].name!r} and {name!r}, which "
@@ -247,11 +231,12 @@ def _open_sources(folder: Path, stack: ExitStack) -> dict[str, Source]:
   return sources
 
 
-def _without_base(name: str) -> str:
-  for base in BASES:
-    name = name.removeprefix(base)
-  name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-  return name.replace("LayerNorm.beta", "LayerNorm.bias")
+def _known_name(name: str, names: Names) -> str:
+  for prefix in names.prefixes:
+    name = name.removeprefix(prefix)
+  for old, new in names.renamed:
+    name = name.replace(old, new)
+  return name
 
 
 def _tensor_files(folder: Path) -> list[Path]:

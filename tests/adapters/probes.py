@@ -1,0 +1,195 @@
+"""Six throw-away methods that the adapter interface must be able to express.
+
+They stand for the hard cases of methods to come: random numbers with a penalty
+in the loss, one vector for the whole network, matrices taken from W0, a part of
+a fused kernel, a kernel in eight bits, and a low-rank delta with a magnitude.
+Nothing outside `vera_jax/adapters` may know of them.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vera_jax.adapters.chain import chain
+from vera_jax.adapters.interface import (
+  EMPTY,
+  Adapter,
+  LowRank,
+  Site,
+  as_they_are,
+)
+from vera_jax.adapters.layers import SCALE
+from vera_jax.adapters.lora import lora
+from vera_jax.adapters.products import add_low_rank
+from vera_jax.adapters.vera import vera
+
+
+class Probe(NamedTuple):
+  """A method and what it is put on.
+
+  Attributes:
+    adapter: the method.
+    targets: patterns.
+    fused: parts of fused kernels.
+    quantised: whether the base's kernels are stored in eight bits.
+  """
+
+  adapter: Adapter
+  targets: tuple[str, ...] = ("heads", "out")
+  fused: Mapping[str, Any] = EMPTY
+  quantised: bool = False
+
+
+def noisy(rank: int = 3) -> Adapter:
+  """VeRA whose d is drawn in training, with a penalty on its spread."""
+  base = vera(rank)
+
+  def init(key, site):
+    first = jax.random.normal(key, (rank,))
+    return {
+      "noisy_d": 0.1 + 0.01 * first,
+      "noisy_b": jnp.zeros(site.outputs),
+      "noisy_log_sigma": jnp.full(rank, -2.0),
+    }
+
+  def low_rank(leaves, site):
+    vectors = {"vera_d": leaves["noisy_d"], "vera_b": leaves["noisy_b"]}
+    return base.low_rank(vectors, site)
+
+  def forward(leaves, site, x, key, inner):
+    factors = low_rank(leaves, site)
+    spread = jnp.exp(leaves["noisy_log_sigma"])
+    d = factors.inner
+    if key is not None:
+      d = d + spread * jax.random.normal(key, d.shape)
+    along = (1,) * (x.ndim - 1) + (-1,)
+    thin = (x @ factors.down) * d.reshape(along)
+    y = inner(x) + (thin @ factors.up) * factors.outer.reshape(along)
+    return y, jnp.mean(spread**2)
+
+  return Adapter(
+    "noisy",
+    init=init,
+    weights=add_low_rank(low_rank),
+    shared=base.shared,
+    forward=forward,
+    prepare=as_they_are,
+  )
+
+
+def one_vector(size: int = 5, rank: int = 2) -> Adapter:
+  """One trained vector for the network; each site picks entries as its b."""
+
+  def shared(sites):
+    found = {}
+    for number, (path, site) in enumerate(sites.items()):
+      key = jax.random.fold_in(jax.random.key(3), number)
+      ones = jax.random.split(key, 3)
+      found[*path, "down"] = jax.random.normal(
+        ones[0], (*site.stack, site.inputs, rank)
+      )
+      found[*path, "up"] = jax.random.normal(
+        ones[1], (*site.stack, rank, site.outputs)
+      )
+      found[*path, "index"] = jax.random.randint(
+        ones[2], (*site.stack, site.outputs), 0, size
+      )
+    return unflatten_dict(found)
+
+  def common(key, sites):
+    return {"one_vector_theta": jnp.zeros(size)}
+
+  def low_rank(leaves, site):
+    theta = site.common["one_vector_theta"]
+    shared = site.shared
+    return LowRank(shared["down"], shared["up"], None, theta[shared["index"]])
+
+  return Adapter(
+    "one_vector",
+    weights=add_low_rank(low_rank),
+    shared=shared,
+    common=common,
+    low_rank=low_rank,
+    prepare=as_they_are,
+  )
+
+
+def from_weights(rank: int = 2) -> Adapter:
+  """A trained r x r matrix between the singular vectors of W0."""
+
+  def shared(sites):
+    found = {}
+    for path, site in sites.items():
+      u, s, v = jnp.linalg.svd(site.kernel(), full_matrices=False)
+      found[*path, "down"] = u[..., :rank] * s[..., None, :rank]
+      found[*path, "up"] = v[..., :rank, :]
+    return unflatten_dict(found)
+
+  def low_rank(leaves, site):
+    up = leaves["from_weights_r"] @ site.shared["up"]
+    return LowRank(site.shared["down"], up)
+
+  return Adapter(
+    "from_weights",
+    init=lambda key, site: {"from_weights_r": jnp.zeros((rank, rank))},
+    weights=add_low_rank(low_rank),
+    shared=shared,
+    low_rank=low_rank,
+    prepare=as_they_are,
+  )
+
+
+def magnitude() -> Adapter:
+  """m * kernel / |kernel|, per output; m starts at the norms of W0."""
+
+  def scale(leaves, site: Site):
+    if "magnitude_scale" in leaves:  # as a bank keeps it
+      return leaves["magnitude_scale"]
+    norm = jnp.linalg.norm(site.kernel(), axis=0)
+    return leaves["magnitude_m"] / jax.lax.stop_gradient(norm)
+
+  def forward(leaves, site, x, key, inner):
+    y, along = inner(x), (1,) * (x.ndim - 1) + (-1,)
+    factor = scale(leaves, site).reshape(along)
+    bias = 0 if site.bias is None else site.bias.reshape(along)
+    return factor * (y - bias) + bias, None
+
+  return Adapter(
+    "magnitude",
+    init=lambda key, site: {
+      "magnitude_m": jnp.linalg.norm(site.kernel(), axis=0)
+    },
+    weights=lambda leaves, site: (
+      site.kernel() * scale(leaves, site)[None],
+      site.bias,
+    ),
+    forward=forward,
+    prepare=lambda leaves, site: {"magnitude_scale": scale(leaves, site)},
+  )
+
+
+def quantise(params: Any) -> Any:
+  """Every block's kernel as int8 codes and a scale per output."""
+  flat = flatten_dict(params)
+  for path in [p for p in flat if p[-1] == "kernel" and "heads" in p]:
+    kernel = flat[path]
+    axes = tuple(range(kernel.ndim))[-3:-2]  # heads: (i, 2, 4) per layer
+    scale = jnp.max(jnp.abs(kernel), axis=axes, keepdims=True) / 127
+    flat[path] = jnp.round(kernel / scale).astype(jnp.int8)
+    flat[*path[:-1], SCALE] = scale
+  return unflatten_dict(flat)
+
+
+QUERY = {"fused": {"query": (0, 8), "key": (8, 16), "value": (16, 24)}}
+
+PROBES = {
+  "random numbers": Probe(noisy()),
+  "one vector": Probe(one_vector()),
+  "matrices from W0": Probe(from_weights()),
+  "columns": Probe(vera(3), ("query", "value"), QUERY),
+  "int8": Probe(vera(3), quantised=True),
+  "delta and magnitude": Probe(chain(lora(2), magnitude())),
+}

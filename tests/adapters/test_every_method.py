@@ -1,0 +1,311 @@
+"""What holds for every adapter method, and for the probes of the interface.
+
+The adapted weights are the definition: the forward, its gradients and the
+merged network must agree with them, in whatever way the layers are laid out.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from tests.adapters.conftest import Net, stacked
+from tests.adapters.probes import PROBES, Probe, quantise
+from vera_jax.adapters.apply import KEYS, PENALTIES, adapt, adapter_size
+from vera_jax.adapters.base_leaves import bitfit, full, head
+from vera_jax.adapters.chain import chain
+from vera_jax.adapters.labels import ADAPTER, label_tree
+from vera_jax.adapters.lora import lora
+from vera_jax.adapters.merge import merge
+from vera_jax.adapters.products import PLANS
+from vera_jax.adapters.sites import (
+  first_leaves,
+  make_shared,
+  prepared_leaves,
+)
+from vera_jax.adapters.vera import vera
+
+METHODS = {
+  "vera": Probe(vera(3)),
+  "vera, a pair per layer": Probe(vera(3, sharing="unique")),
+  "vera, b alone": Probe(vera(3, train="b")),
+  "vera, d alone": Probe(vera(3, train="d")),
+  "lora": Probe(lora(2)),
+  "vera and bitfit": Probe(chain(vera(3), bitfit())),
+  "bitfit": Probe(bitfit(), ()),
+  "full": Probe(full(), ()),
+  "head": Probe(head(), ()),
+  **PROBES,
+}
+STARTS_ELSEWHERE = ("vera, b alone",)  # b starts at 0, d stands at d_init
+LAYOUTS = ("looped", "scanned", "remat")
+each_method = pytest.mark.parametrize("name", METHODS)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+class Ready:
+  """A method on the network: module, parameters, projections, targets."""
+
+  def __init__(self, name, layout, base, x, *, perturbed=False, **options):
+    probe = METHODS[name]
+    self.adapter = probe.adapter
+    self.model = Net(layout)
+    params = base if layout == "looped" else stacked(base)
+    self.base = quantise(params) if probe.quantised else params
+    self.module = adapt(
+      self.model,
+      self.adapter,
+      targets=probe.targets,
+      fused=probe.fused,
+      **options,
+    )
+    self.targets = self.module.find_targets(x) if probe.targets else {}
+    self.projections = make_shared(self.adapter, self.targets, self.base)
+    key = jax.random.key(7)
+    leaves = first_leaves(
+      self.adapter, self.targets, self.base, self.projections, key
+    )
+    self.params = join(self.base, leaves)
+    if perturbed:
+      self.params = perturb(self.params, self.adapter)
+
+  def __call__(self, params, x, key=None):
+    """(outputs, penalties)."""
+    variables = {"params": params}
+    if self.projections:
+      variables["projections"] = self.projections
+    y, sown = self.module.apply(
+      variables,
+      x,
+      rngs=None if key is None else {KEYS: key},
+      mutable=[PENALTIES],
+    )
+    return y, sum(map(jnp.sum, jax.tree.leaves(sown)))
+
+  def merged(self, params):
+    return merge(
+      params, self.projections, adapter=self.adapter, targets=self.targets
+    )
+
+
+def join(a, b):
+  return unflatten_dict(flatten_dict(a) | flatten_dict(b))
+
+
+def trained_paths(params, adapter):
+  labels = flatten_dict(label_tree(params, adapter))
+  return [path for path, label in labels.items() if label == ADAPTER]
+
+
+def perturb(params, adapter):
+  """The trained leaves moved by random amounts; the same looped or scanned."""
+  flat = flatten_dict(params)
+  for path in trained_paths(params, adapter):
+    rng = np.random.default_rng(len(path[-1]))
+    shape = flat[path].shape
+    move = rng.normal(size=shape[1:] if "layer" in path else shape)
+    move = np.broadcast_to(move, shape).astype(np.float32)
+    flat[path] = flat[path] + 0.3 * move
+  return unflatten_dict(flat)
+
+
+def plain(model, params, x):
+  """The network without adapter; quantised kernels are dequantised by it."""
+  module = adapt(model, head(), targets=())
+  return module.apply({"params": params}, x)
+
+
+@each_layout
+@each_method
+def test_identity_at_the_start_and_merged_equals_adapted(name, layout, base, x):
+  """And adapted differs from the base, once the leaves have moved."""
+  ready = Ready(name, layout, base, x)
+  run, bare = jax.jit(ready), jax.jit(partial(plain, ready.model))
+  start = ready.params
+  if name in STARTS_ELSEWHERE:
+    start = jax.tree.map_with_path(
+      lambda path, leaf: leaf * 0 if "vera_b" in str(path) else leaf, start
+    )
+  unadapted = bare(ready.base, x)
+  np.testing.assert_allclose(run(start, x)[0], unadapted, rtol=0, atol=1e-6)
+
+  moved = perturb(ready.params, ready.adapter)
+  y, _ = run(moved, x)
+  merged = ready.merged(moved)
+  assert not any(map(ready.adapter.owns, _names(merged)))
+  np.testing.assert_allclose(bare(merged, x), y, atol=2e-5)
+  if name != "head":
+    assert np.abs(y - unadapted).max() > 1e-2
+
+
+def _names(tree):
+  return [path[-1] for path in flatten_dict(tree)]
+
+
+@each_method
+def test_gradients_are_those_of_the_adapted_weights(name, base, x):
+  """For every trained leaf, and none of them is zero."""
+  ready = Ready(name, "scanned", base, x, perturbed=True)
+  flat = flatten_dict(ready.params)
+  trained = {p: flat[p] for p in trained_paths(ready.params, ready.adapter)}
+
+  def loss(trained, outputs):
+    params = unflatten_dict({**flat, **trained})
+    return jnp.sum(jnp.sin(outputs(params)))
+
+  def adapted(params):
+    return ready(params, x)[0]
+
+  def merged(params):
+    return plain(ready.model, ready.merged(params), x)
+
+  found = jax.jit(jax.grad(partial(loss, outputs=adapted)))(trained)
+  expected = jax.jit(jax.grad(partial(loss, outputs=merged)))(trained)
+  for path, gradient in found.items():
+    scale = float(np.abs(expected[path]).max())
+    if path[-1] == "noisy_log_sigma":  # has a part in training alone
+      continue
+    assert scale > 0, path
+    np.testing.assert_allclose(
+      gradient, expected[path], rtol=0, atol=2e-5 * max(scale, 1)
+    )
+
+
+@each_method
+def test_looped_and_scanned_are_the_same(name, base, x):
+  looped = Ready(name, "looped", base, x, perturbed=True)
+  scanned = Ready(name, "scanned", base, x, perturbed=True)
+  if name not in ("matrices from W0", "one vector"):  # drawn stack by stack
+    for path, leaf in flatten_dict(stacked(looped.params)).items():
+      np.testing.assert_allclose(
+        leaf, flatten_dict(scanned.params)[path], atol=1e-6
+      )
+    np.testing.assert_allclose(
+      jax.jit(looped)(looped.params, x)[0],
+      jax.jit(scanned)(scanned.params, x)[0],
+      atol=1e-5,
+    )
+
+
+@each_method
+def test_a_batch_of_adapters_equals_each_alone(name, base, x):
+  """vmap over the trained leaves, as an ensemble and a bank do it.
+
+  What a bank would run has no array of the size rows x in x out.
+  """
+  ready = Ready(name, "scanned", base, x, plan="factored")
+  paths = trained_paths(ready.params, ready.adapter)
+  if not paths:
+    pytest.skip("nothing but the head is trained")
+  flat = flatten_dict(ready.params)
+
+  def with_move(amount):
+    return {p: flat[p] * (1 + amount) + 0.1 * amount for p in paths}
+
+  amounts = jnp.asarray([0.0, 0.5, -0.4, 0.2, 0.1])
+  own = jax.vmap(with_move)(amounts)
+
+  def run(own):
+    return ready(unflatten_dict({**flat, **own}), x)[0]
+
+  together = jax.jit(jax.vmap(run))(own)
+  for n, amount in enumerate(amounts[:2]):
+    np.testing.assert_allclose(
+      together[n], jax.jit(run)(with_move(amount)), atol=1e-5
+    )
+  if ready.adapter.prepare is None:
+    return
+
+  def prepare(own):
+    params = unflatten_dict({**flat, **own})
+    leaves = prepared_leaves(
+      ready.adapter, ready.targets, params, ready.projections
+    )
+    bare = {p: v for p, v in flat.items() if not ready.adapter.owns(p[-1])}
+    biases = {p: v for p, v in own.items() if p in bare}
+    return unflatten_dict(bare), flatten_dict(leaves) | biases
+
+  bare, _ = prepare(with_move(0.0))
+  banked = jax.vmap(lambda own: prepare(own)[1])(own)
+
+  def row(own, x):
+    params = unflatten_dict(flatten_dict(bare) | own)
+    return ready(params, x[None])[0][0]
+
+  rows = jnp.stack([x[0]] * len(amounts))
+  answers = jax.jit(jax.vmap(row))(banked, rows)
+  np.testing.assert_allclose(answers, together[:, 0], atol=2e-5)
+  jaxpr = str(jax.make_jaxpr(jax.vmap(row))(banked, rows))
+  for kernel in ("5,8,8]", "5,8,24]", "5,8,2,4]", "5,2,4,8]"):
+    assert f"f32[{kernel}" not in jaxpr
+
+
+@each_method
+def test_counts_come_from_shapes(name, base, x):
+  ready = Ready(name, "scanned", base, x)
+  flat = flatten_dict(ready.params)
+  sizes = [flat[p].size for p in flat if ready.adapter.owns(p[-1])]
+  assert adapter_size(ready.adapter, ready.targets) == sum(sizes)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", ["vera", "matrices from W0", "one vector"])
+def test_every_plan_is_the_same_function(name, plan, base, x):
+  ready = Ready(name, "scanned", base, x, perturbed=True, plan=plan)
+  y, _ = jax.jit(ready)(ready.params, x)
+  merged = ready.merged(ready.params)
+  np.testing.assert_allclose(plain(ready.model, merged, x), y, atol=2e-5)
+
+
+@each_layout
+def test_random_numbers_and_penalty_in_training_only(layout, base, x):
+  ready = Ready("random numbers", layout, base, x, perturbed=True)
+  run = jax.jit(ready)
+  still, penalty = run(ready.params, x)
+  one, other = (run(ready.params, x, jax.random.key(k))[0] for k in (1, 2))
+  assert np.abs(one - other).max() > 1e-3 < np.abs(one - still).max()
+  flat = flatten_dict(ready.params)
+  sigma = [v for p, v in flat.items() if p[-1] == "noisy_log_sigma"]
+  shape = (-1, sigma[0].shape[-1])
+  expected = sum(np.mean(np.exp(2 * s.reshape(shape)), 1).sum() for s in sigma)
+  np.testing.assert_allclose(penalty, expected, rtol=1e-5)
+
+
+def test_layers_draw_numbers_of_their_own(base, x):
+  ready = Ready("random numbers", "scanned", base, x, perturbed=True)
+  first = flatten_dict(ready.params)[("layer", "out", "noisy_d")]
+  assert len({float(row[0]) for row in first}) == len(first)
+
+
+def test_a_part_and_its_whole_layer_are_refused(x):
+  fused = METHODS["columns"].fused
+  module = adapt(Net(), vera(3), targets=("fused", "query"), fused=fused)
+  with pytest.raises(Exception, match="name one of them"):
+    module.find_targets(x)
+
+
+def test_a_module_without_the_adapters_leaves_says_so(base, x):
+  module = adapt(Net(), vera(3), targets=("out",))
+  projections = vera(3).shared(module.find_targets(x))
+  with pytest.raises(Exception, match="no leaves of vera at layer_0/out"):
+    module.apply({"params": base, "projections": projections}, x)
+
+
+def test_layers_with_their_own_dot_general_keep_it(x):
+  """Nothing is folded into another order behind such a layer's back."""
+  seen = []
+
+  def noted(a, b, *args, **kwargs):
+    seen.append(a.shape)
+    return jax.lax.dot_general(a, b, *args, **kwargs)
+
+  model = nn.Dense(4, dot_general=noted)
+  module = adapt(nn.Sequential([model]), vera(3), targets=(".*",))
+  variables = module.init(jax.random.key(0), x)
+  seen.clear()
+  module.apply(variables, x)
+  assert seen == [x.shape]

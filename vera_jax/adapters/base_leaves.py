@@ -1,0 +1,18 @@
+"""Methods without leaves of their own: they train leaves of the base itself."""
+
+from vera_jax.adapters.interface import Adapter, as_they_are
+
+
+def bitfit() -> Adapter:
+  """BitFit (arXiv 2106.10199): all biases, those of LayerNorms among them."""
+  return Adapter(name="bitfit", trains=r".*/bias", prepare=as_they_are)
+
+
+def head() -> Adapter:
+  """The task's head alone, on the frozen base."""
+  return Adapter(name="head", prepare=as_they_are)
+
+
+def full() -> Adapter:
+  """Full fine-tuning: every leaf of the base."""
+  return Adapter(name="full", trains=r".*")

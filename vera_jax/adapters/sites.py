@@ -1,0 +1,283 @@
+"""The sites of a model: found by tracing, seen on weights, started and read.
+
+The model's own code is left alone. Its layers' calls are noted by path while
+its shapes are traced; nothing is computed.
+"""
+
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PRNGKeyArray
+
+from vera_jax.adapters.interface import (
+  EMPTY,
+  Adapter,
+  Leaves,
+  Path,
+  Site,
+  Target,
+)
+from vera_jax.adapters.layers import flat_bias, flat_kernel, product_of
+from vera_jax.errors import UserError
+
+# Parts of fused kernels: layer pattern -> part's name -> (first, last) column.
+Fused = Mapping[str, Mapping[str, tuple[int, int]]]
+Tree = Mapping[str, Any]
+
+
+def matches(pattern: str, path: Path) -> bool:
+  """Whether the regular expression matches the path's last names in full."""
+  return bool(re.search(f"(?:^|/)(?:{pattern})$", "/".join(path)))
+
+
+def parts_of(path: Path, fused: Fused) -> Mapping[str, tuple[int, int]]:
+  """The parts that a layer's kernel is fused of; {} for an ordinary layer."""
+  found = (parts for pattern, parts in fused.items() if matches(pattern, path))
+  return next(found, {})
+
+
+class Call(NamedTuple):
+  """A layer's call while it was traced: rows of x, widths, kernel's rank."""
+
+  tokens: int
+  inputs: int
+  outputs: int
+  rank: int
+
+
+def trace_sites(
+  model: nn.Module,
+  patterns: Sequence[str],
+  *args: Any,
+  fused: Fused = EMPTY,
+  **kwargs: Any,
+) -> tuple[dict[Path, Target], dict[Path, Call]]:
+  """The sites that the patterns match, and the calls of their layers, by path.
+
+  Raises:
+    UserError: a pattern matches no site; the message lists those there are.
+  """
+  calls: dict[Path, Call] = {}
+
+  def note(next_fun, args, kwargs, context):
+    product = product_of(context, args, kwargs)
+    if product is not None:
+      inputs = product.x.shape[-1]
+      calls[context.module.path] = Call(
+        product.x.size // inputs, inputs, product.outputs, product.kernel_rank
+      )
+    return next_fun(*args, **kwargs)
+
+  with nn.intercept_methods(note):
+    shapes = flatten_dict(init_shapes(model, *args, **kwargs)["params"])
+  found: dict[Path, Target] = {}
+  layers: dict[Path, Call] = {}
+  for path, call in calls.items():
+    rank = len(shapes[(*path, "kernel")].shape) - call.rank
+    stack = tuple(shapes[(*path, "kernel")].shape[:rank])
+    found[path] = Target(call.inputs, call.outputs, stack)
+    layers[path] = call
+    for name, (first, last) in parts_of(path, fused).items():
+      columns = first, last
+      found[*path, name] = Target(call.inputs, last - first, stack, columns)
+      layers[*path, name] = call
+  for pattern in patterns:
+    if not any(matches(pattern, path) for path in found):
+      there = "\n  ".join("/".join(path) for path in found)
+      raise UserError(
+        f"No layer's path ends in the target pattern {pattern!r}. The layers"
+        f" that can be adapted are:\n  {there}"
+      )
+  chosen = [p for p in found if any(matches(x, p) for x in patterns)]
+  both = [p for p in chosen if found[p].columns and p[:-1] in chosen]
+  if both:
+    raise UserError(
+      f"The targets name both {'/'.join(both[0][:-1])} and its part"
+      f" {both[0][-1]!r}; name one of them."
+    )
+  return {p: found[p] for p in chosen}, {p: layers[p] for p in chosen}
+
+
+def init_shapes(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+  """The shapes of the model's variables; what is no array stays static."""
+  inputs, tree = jax.tree.flatten((args, kwargs))
+  arrays = {i: x for i, x in enumerate(inputs) if hasattr(x, "shape")}
+
+  def init(key, arrays):
+    leaves = [arrays.get(i, x) for i, x in enumerate(inputs)]
+    args, kwargs = jax.tree.unflatten(tree, leaves)
+    return model.init(key, *args, **kwargs)
+
+  return jax.eval_shape(init, jax.random.key(0), arrays)
+
+
+def layer_path(path: Path, target: Target) -> Path:
+  """The path of the layer that a site is, or is a part of."""
+  return path[:-1] if target.columns else path
+
+
+def arrays_at(tree: Tree, path: Path = ()) -> Leaves:
+  """The arrays that lie at a path of a tree, without the subtrees there."""
+  for name in path:
+    tree = tree.get(name, {})
+  return {k: v for k, v in tree.items() if not isinstance(v, Mapping)}
+
+
+def layer_site(
+  path: Path,
+  target: Target,
+  layer: Leaves,
+  *,
+  shared: Leaves = EMPTY,
+  common: Leaves = EMPTY,
+) -> Site:
+  """A site on its layer's own leaves, stacked as the target says."""
+  columns = slice(*target.columns) if target.columns else slice(None)
+  outputs = layer["kernel"].size // (target.layers * target.inputs)
+  bias = flat_bias(layer, target.stack)
+  return Site(
+    path=path,
+    inputs=target.inputs,
+    outputs=target.outputs,
+    kernel=lambda: flat_kernel(layer, target.stack, outputs)[..., columns],
+    bias=None if bias is None else bias[..., columns],
+    shared=shared,
+    common=common,
+    stack=target.stack,
+  )
+
+
+def all_sites(
+  adapter: Adapter,
+  targets: Mapping[Path, Target],
+  params: Tree,
+  projections: Tree = EMPTY,
+) -> dict[Path, Site]:
+  """Every site on a whole parameter tree, stacked ones as a whole."""
+  return {
+    path: layer_site(
+      path,
+      target,
+      arrays_at(params, layer_path(path, target)),
+      shared=arrays_at(projections),
+      common=adapter.own(arrays_at(params)),
+    )
+    for path, target in targets.items()
+  }
+
+
+def for_each_layer(
+  function: Callable[..., Any], site: Site, own_shared: Leaves, *args: Any
+) -> Any:
+  """function(site, *args), mapped over the layers of a stacked site.
+
+  Args:
+    function: takes a site without stack.
+    site: its `shared` serves all layers.
+    own_shared: the projections at the site's path, stacked as the site is.
+    *args: trees whose leaves are stacked as the site is.
+  """
+
+  def one(kernel, bias, own, *args):
+    layer = site._replace(
+      kernel=lambda: kernel, bias=bias, shared={**site.shared, **own}, stack=()
+    )
+    return function(layer, *args)
+
+  for _ in site.stack:
+    one = jax.vmap(one)
+  return one(site.kernel(), site.bias, dict(own_shared), *args)
+
+
+def make_shared(
+  adapter: Adapter, targets: Mapping[Path, Target], params: Tree
+) -> dict[str, Any]:
+  """The `projections` collection; {} where the method has none."""
+  if adapter.shared is None or not targets:
+    return {}
+  return dict(adapter.shared(all_sites(adapter, targets, params)))
+
+
+def first_leaves(
+  adapter: Adapter,
+  targets: Mapping[Path, Target],
+  params: Tree,
+  projections: Tree,
+  key: PRNGKeyArray,
+) -> dict[str, Any]:
+  """The leaves that training starts from, as a tree to join to `params`.
+
+  They are made from the weights that are there, so these must be loaded first.
+  The same layer gets the same random numbers in a scanned and a looped stack.
+  """
+  sites = all_sites(adapter, targets, params, projections)
+  leaves: dict[Path, Any] = {}
+  if adapter.common is not None and sites:
+    root = adapter.common(jax.random.fold_in(key, 0), sites)
+    leaves |= {(name,): leaf for name, leaf in root.items()}
+    sites = {p: s._replace(common=root) for p, s in sites.items()}
+  start = adapter.init
+  for path, site in sites.items():
+    if start is None:
+      break
+    role, numbers = role_of(path)
+    own_key = jax.random.fold_in(key, zlib.crc32(role.encode()))
+    for number in numbers:
+      own_key = jax.random.fold_in(own_key, number)
+    keys = own_key
+    if site.stack:
+      indices = jnp.arange(targets[path].layers)
+      keys = jax.vmap(jax.random.fold_in, (None, 0))(own_key, indices)
+      keys = keys.reshape(site.stack)
+    made = for_each_layer(
+      lambda site, key: start(key, site),
+      site,
+      arrays_at(projections, path),
+      keys,
+    )
+    leaves |= {(*path, name): leaf for name, leaf in made.items()}
+  return unflatten_dict(leaves)
+
+
+def role_of(path: Path) -> tuple[str, list[int]]:
+  """("encoder", "layer_3", "query") -> ("encoder/layer/query", [3])."""
+  name = "/".join(path)
+  numbers = [int(n) for n in re.findall(r"_(\d+)(?=/|$)", name)]
+  return re.sub(r"_\d+(?=/|$)", "", name), numbers
+
+
+def prepared_leaves(
+  adapter: Adapter,
+  targets: Mapping[Path, Target],
+  params: Tree,
+  projections: Tree,
+) -> dict[str, Any]:
+  """The adapter's leaves as a bank keeps them; `params` is the whole tree.
+
+  Raises:
+    UserError: the method can't share a batch.
+  """
+  prepare = adapter.prepare
+  if prepare is None:
+    raise UserError(
+      f"{adapter.name} can't share a batch with other adapters in a bank: each"
+      " row would need a kernel of its own. Use a Predictor for each."
+    )
+  leaves: dict[Path, Any] = {
+    (name,): leaf for name, leaf in adapter.own(arrays_at(params)).items()
+  }
+  for path, site in all_sites(adapter, targets, params, projections).items():
+    made = for_each_layer(
+      lambda site, own: dict(prepare(own, site)),
+      site,
+      arrays_at(projections, path),
+      adapter.own(arrays_at(params, path)),
+    )
+    leaves |= {(*path, name): leaf for name, leaf in made.items()}
+  return unflatten_dict(leaves)
