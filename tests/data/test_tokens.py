@@ -10,7 +10,8 @@ from vera_jax.data.examples import Examples
 from vera_jax.data.tokenizer import FolderTokenizer, load_tokenizer
 from vera_jax.data.tokens import tokenise
 from vera_jax.errors import UserError
-from vera_jax.tasks.glue_splits import TASKS, load_split
+from vera_jax.tasks.glue import TASKS
+from vera_jax.tasks.glue_data import load_split
 
 
 @pytest.fixture

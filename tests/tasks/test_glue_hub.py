@@ -1,4 +1,4 @@
-"""The hub's road, with `datasets.load_dataset` replaced: nothing is fetched."""
+"""Splits from the hub, with `datasets.load_dataset` replaced: no network."""
 
 import time
 
@@ -10,7 +10,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from vera_jax.errors import UserError
 from vera_jax.tasks import glue_hub
-from vera_jax.tasks.glue_splits import TASKS, load_split
+from vera_jax.tasks.glue import TASKS
+from vera_jax.tasks.glue_data import load_split
 
 HUB = "nyu-mll/glue"
 

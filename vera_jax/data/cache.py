@@ -1,4 +1,4 @@
-"""Files that are kept to save time, and may be made again at any moment."""
+"""Writes cache files: they save time and can be made again at any moment."""
 
 import logging
 import os
@@ -10,10 +10,11 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
-def keep(path: Path, write: Callable[[Any], Any]) -> None:
-  """Writes beside the place and renames: readers never see half a file.
+def write_cache(path: Path, write: Callable[[Any], Any]) -> None:
+  """Calls `write` with a binary file that becomes `path` once it is complete.
 
-  What can't be kept is only told.
+  The file is written beside `path` and renamed, so that another process never
+  reads half of it. If it can't be written, a warning is all that happens.
   """
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Texts to token ids, stored ragged: one flat array and offsets.
 
-Made once: a cache file is named after everything that decides its content.
+Tokens are made once and cached. The name of a cache file is a hash of
+everything that decides its content, so a cached file is never out of date.
 """
 
 import hashlib
@@ -8,30 +9,27 @@ import json
 import logging
 import zipfile
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from vera_jax.data.cache import keep
+from vera_jax.data.cache import write_cache
 from vera_jax.data.examples import Examples
 from vera_jax.data.tokenizer import (
-  Facts,
   FolderTokenizer,
-  facts_of,
-  load_tokenizer,
+  TokenizerInfo,
+  tokenizer_info,
 )
-
-__all__ = ["Tokens", "load_tokenizer", "tokenise"]
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 4096  # texts tokenised at a time, which bounds the memory
-_LAYOUT = b"vera_jax tokens 2"  # a change of the stored form changes it
+_VERSION = b"vera_jax tokens 2"  # of the stored form: part of the file's name
 _UNREADABLE = (
   OSError,
   ValueError,
@@ -81,20 +79,22 @@ def tokenise(
   """Token ids of a split, from the cache where it has them.
 
   Args:
-    tokenizer: a fast tokenizer of transformers, or a folder's, which is then
-      loaded only where the cache has no tokens.
+    tokenizer: a fast tokenizer of transformers, or a `FolderTokenizer`, which
+      is loaded only if the cache has no tokens.
     max_length: longer examples are cut; of a pair the longer text first.
     cache_dir: folder of the cache files, made when missing; None for none.
   """
-  folders = isinstance(tokenizer, FolderTokenizer)
-  facts = tokenizer.facts if folders else facts_of(tokenizer)
-  fingerprint = _fingerprint(examples, facts, max_length)
+  if isinstance(tokenizer, FolderTokenizer):
+    info = tokenizer.info
+  else:
+    info = tokenizer_info(tokenizer)
+  fingerprint = _fingerprint(examples, info, max_length)
   path = cache_dir and Path(cache_dir) / f"{fingerprint}.npz"
   arrays = _load(path, len(examples)) if path else None
   if arrays is None:
-    arrays = _encode(examples, tokenizer, max_length)
+    made = arrays = _encode(examples, tokenizer, max_length)
     if path:
-      _save(path, arrays)
+      write_cache(path, lambda file: np.savez(file, allow_pickle=False, **made))
   return Tokens(
     ids=arrays["ids"],
     offsets=arrays["offsets"],
@@ -102,7 +102,7 @@ def tokenise(
     labels=examples.labels,
     index=examples.index,
     truncated=int(arrays["truncated"]),
-    pad_id=facts.pad_id,
+    pad_id=info.pad_id,
     fingerprint=fingerprint,
   )
 
@@ -114,49 +114,43 @@ def _encode(
   types: list[list[int]] = []
   truncated = 0
   for start in range(0, len(examples), _CHUNK):
-    part = slice(start, start + _CHUNK)
+    chunk = slice(start, start + _CHUNK)
     encoded = tokenizer(
-      examples.first[part],
-      examples.second[part] if examples.second else None,
+      examples.first[chunk],
+      examples.second[chunk] if examples.second else None,
       truncation="longest_first",
       max_length=max_length,
       padding=False,
     )
     ids += encoded["input_ids"]
+    # RoBERTa's tokenizer gives no types: its model has only one.
     types += encoded.get("token_type_ids") or [
       [0] * len(row) for row in encoded["input_ids"]
     ]
     truncated += sum(bool(text.overflowing) for text in encoded.encodings)
-  lengths = [len(row) for row in ids]
   return {
-    "ids": _flat(ids, sum(lengths)),
-    "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-    "token_types": _flat(types, sum(lengths)),
+    "ids": np.fromiter(chain.from_iterable(ids), np.int32),
+    "offsets": np.cumsum([0, *map(len, ids)], dtype=np.int64),
+    "token_types": np.fromiter(chain.from_iterable(types), np.int32),
     "truncated": np.array(truncated),
   }
 
 
-def _flat(rows: list[list[int]], count: int) -> np.ndarray:
-  return np.fromiter((i for row in rows for i in row), np.int32, count)
-
-
-def _fingerprint(examples: Examples, facts: Facts, max_length: int) -> str:
-  digest = hashlib.sha256(_LAYOUT)
-  for part in _parts(examples, facts, max_length):
+def _fingerprint(
+  examples: Examples, info: TokenizerInfo, max_length: int
+) -> str:
+  labels = examples.labels
+  parts = [
+    json.dumps([max_length, *info]).encode(),
+    b"none" if labels is None else labels.tobytes(),
+    str(len(examples)).encode(),
+  ]
+  texts = chain(examples.first, examples.second or [])
+  digest = hashlib.sha256(_VERSION)
+  for part in chain(parts, (t.encode("utf-8", "surrogatepass") for t in texts)):
+    # The length before each part keeps "ab", "c" apart from "a", "bc".
     digest.update(len(part).to_bytes(8, "little") + part)
   return digest.hexdigest()
-
-
-def _parts(
-  examples: Examples, facts: Facts, max_length: int
-) -> Iterable[bytes]:
-  """What decides the result, as bytes; each is hashed with its length."""
-  yield json.dumps([max_length, *facts]).encode()
-  yield b"none" if examples.labels is None else examples.labels.tobytes()
-  yield str(len(examples)).encode()
-  for texts in (examples.first, examples.second or []):
-    for text in texts:
-      yield text.encode("utf-8", "surrogatepass")
 
 
 def _load(path: Path, examples: int) -> dict[str, np.ndarray] | None:
@@ -166,23 +160,16 @@ def _load(path: Path, examples: int) -> dict[str, np.ndarray] | None:
   try:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
       arrays = {name: stored[name] for name in stored.files}
-    if _sound(arrays, examples):
+    ids, types = arrays["ids"], arrays["token_types"]
+    offsets = arrays["offsets"]
+    if (
+      offsets.shape == (examples + 1,)
+      and ids.shape == types.shape == (offsets[-1],)
+      and ids.dtype == types.dtype == np.int32
+      and offsets.dtype == np.int64
+      and arrays["truncated"].shape == ()
+    ):
       return arrays
   except _UNREADABLE as error:
     log.warning("%s is damaged (%s): made again.", path, error)
   return None
-
-
-def _sound(arrays: dict[str, np.ndarray], examples: int) -> bool:
-  ids, types = arrays["ids"], arrays["token_types"]
-  return (
-    arrays["offsets"].shape == (examples + 1,)
-    and ids.shape == types.shape == (arrays["offsets"][-1],)
-    and ids.dtype == types.dtype == np.int32
-    and arrays["offsets"].dtype == np.int64
-    and arrays["truncated"].shape == ()
-  )
-
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-  keep(path, lambda file: np.savez(file, allow_pickle=False, **arrays))

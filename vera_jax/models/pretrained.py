@@ -33,7 +33,7 @@ from vera_jax.models.hf_weights import (
   load_params,
   refuse_gaps,
 )
-from vera_jax.tasks.glue import Task, task_named
+from vera_jax.tasks.glue import GlueTask, glue_task
 
 SHOWN = 3  # differences of one kind that a message lists
 MERGED = "merge.json"  # what `merged.write_merged` says of a merged folder
@@ -72,10 +72,10 @@ class Classifier(NamedTuple):
     return {"params": self.params}
 
   @property
-  def task(self) -> Task | None:
+  def task(self) -> GlueTask | None:
     """The GLUE task that it was trained for; None if it was another."""
     try:
-      return task_named(str(self.about.get("task")))
+      return glue_task(str(self.about.get("task")))
     except UserError:
       return None
 
