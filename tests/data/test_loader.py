@@ -1,5 +1,6 @@
 import itertools
 import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -142,14 +143,14 @@ def test_so_are_those_of_evaluation(tokens):
     assert_joined(pieces, batch)
 
 
-def test_a_sample_has_the_shapes_of_training(tokens, layout):
-  for seeds, runs in ((1, None), ([1, 2], 2)):
-    [(_, (batch, *_))] = take(tokens, layout, 1, seeds=seeds)
-    rows = batch["labels"].shape[-2]
-    sample = sample_batch(tokens, layout, rows=rows, runs=runs)
-    for name, array in batch.items():
-      assert sample[name].shape == array.shape
-      assert sample[name].dtype == array.dtype
+@pytest.mark.parametrize("seeds, runs", [(1, None), ([1, 2], 2)])
+def test_a_sample_has_the_shapes_of_training(tokens, layout, seeds, runs):
+  [(_, (batch, *_))] = take(tokens, layout, 1, seeds=seeds)
+  rows = batch["labels"].shape[-2]
+  sample = sample_batch(tokens, layout, rows=rows, runs=runs)
+  for name, array in batch.items():
+    assert sample[name].shape == array.shape
+    assert sample[name].dtype == array.dtype
 
 
 def workers():
@@ -165,29 +166,18 @@ def test_closing_ends_the_thread(tokens, layout):
 
 
 def test_batches_are_packed_only_so_far_ahead(tokens, layout, monkeypatch):
-  made = []
-
-  def counted(*args, **kwargs):
-    made.append(1)
-    return pack_runs(*args, **kwargs)
-
-  monkeypatch.setattr(loader, "pack_runs", counted)
+  packing = Mock(wraps=pack_runs)
+  monkeypatch.setattr(loader, "pack_runs", packing)
   take(tokens, layout, 1, seeds=0)
-  assert len(made) <= 5
+  assert 1 <= packing.call_count <= 5
 
 
 def test_an_error_comes_after_the_batches_before_it(
   tokens, layout, monkeypatch
 ):
-  results = [pack_runs(tokens, [np.arange(8)], layout), KeyError("lost")]
-
-  def broken(*args, **kwargs):
-    result = results.pop(0)
-    if isinstance(result, Exception):
-      raise result
-    return result
-
-  monkeypatch.setattr(loader, "pack_runs", broken)
+  good = pack_runs(tokens, [np.arange(8)], layout)
+  packing = Mock(side_effect=[good, KeyError("lost")])
+  monkeypatch.setattr(loader, "pack_runs", packing)
   batches = train_batches(tokens, layout, batch_size=8, seeds=0)
   assert next(batches)[0] == 0
   with pytest.raises(KeyError, match="lost"):

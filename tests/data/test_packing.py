@@ -14,20 +14,22 @@ from vera_jax.data.packing import (
 )
 
 
-def random_layout(rng, tokens, batch: int) -> Layout:
-  """Of few rows, so that many batches take several microbatches."""
-  length = int(tokens.lengths.max() + rng.integers(0, 40))
-  return Layout((batch // 8, batch // 3), length, int(rng.integers(1, 12)))
-
-
 @pytest.mark.parametrize("seed", range(20))
-def test_every_example_once_and_whole(make_tokens, seed):
+def test_every_example_once_and_whole_in_the_layouts_shapes(make_tokens, seed):
   rng = np.random.default_rng(seed)
   tokens = make_tokens(seed, examples=80, longest=40)
   indices = rng.permutation(80)[: rng.integers(1, 33)]
-  layout = random_layout(rng, tokens, 33)
+  # few rows, so that many batches take several microbatches
+  length = int(tokens.lengths.max() + rng.integers(0, 40))
+  layout = Layout((4, 11), length, int(rng.integers(1, 12)))
+  needed = first_fit(tokens.lengths[indices], layout).rows
+  shapes = microbatch_rows(needed, layout)
   found, filled = [], 0
-  for batch in pack(tokens, indices, layout):
+  for batch, rows in zip(pack(tokens, indices, layout), shapes, strict=True):
+    for name, array in batch.items():
+      wide = name in ("input_ids", "token_type_ids", "positions", "segment_ids")
+      assert array.shape == (rows, layout.length if wide else layout.slots)
+      assert array.dtype == (np.float32 if name == "weights" else np.int32)
     for row, slot in np.argwhere(batch["example"] >= 0):
       i = batch["example"][row, slot]
       start = batch["cls_positions"][row, slot]
@@ -52,27 +54,6 @@ def test_every_example_once_and_whole(make_tokens, seed):
     np.testing.assert_array_equal(batch["weights"], batch["example"] >= 0)
   assert sorted(found) == sorted(indices)
   assert filled == tokens.lengths[indices].sum()
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_shapes_are_the_layouts(make_tokens, seed):
-  rng = np.random.default_rng(seed)
-  tokens = make_tokens(seed, examples=80, longest=40)
-  layout = random_layout(rng, tokens, 24)
-  indices = rng.permutation(80)[:24]
-  needed = first_fit(tokens.lengths[indices], layout).rows
-  packed = pack(tokens, indices, layout)
-  again = pack(tokens, indices, layout)
-  for batch, same, rows in zip(
-    packed, again, microbatch_rows(needed, layout), strict=True
-  ):
-    for name in ("input_ids", "token_type_ids", "positions", "segment_ids"):
-      assert batch[name].shape == (rows, layout.length)
-    for name in ("cls_positions", "example", "labels", "weights"):
-      assert batch[name].shape == (rows, layout.slots)
-    for name, array in batch.items():
-      assert array.dtype == (np.float32 if name == "weights" else np.int32)
-      np.testing.assert_array_equal(array, same[name])
 
 
 @pytest.mark.parametrize("rows", [(3,), (1, 6), (2, 5, 7)])

@@ -41,12 +41,9 @@ def test_a_header_says_where_the_texts_are(header, columns, texts):
   assert lines[1] == Line(2, texts)
 
 
-def test_a_byte_order_mark_is_no_text():
-  assert read("\N{ZERO WIDTH NO-BREAK SPACE}sentence\na")[0].header
-
-
-def test_quotes_are_text():
-  assert read('"a" said\nb')[0].texts == ('"a" said',)
+def test_a_byte_order_mark_is_no_text_but_quotes_are():
+  lines = read('\N{ZERO WIDTH NO-BREAK SPACE}sentence\n"a" said')
+  assert lines == [Line(1, header=True), Line(2, ('"a" said',))]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from vera_jax.data.packing import (
   Layout,
   pack,
   pack_by_adapter,
-  place_by_adapter,
+  place_all,
 )
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import tokenise
@@ -264,7 +264,7 @@ def test_rows_draw_their_own_dropout(bank):
 
 def test_no_row_holds_texts_of_two_adapters(tokens):
   slots = np.arange(len(TEXTS)) * 7 % 5
-  place = place_by_adapter(tokens.lengths, slots, LAYOUT)
+  place = place_all(tokens.lengths, LAYOUT, adapters=slots)
   for row in range(place.rows):
     here = place.row == row
     assert len(set(slots[here])) == 1

@@ -103,39 +103,31 @@ def first_fit(
 
 
 def place_all(
-  lengths: Int64[np.ndarray, " examples"], layout: Layout
+  lengths: Int64[np.ndarray, " examples"],
+  layout: Layout,
+  *,
+  adapters: Int[np.ndarray, " examples"] | None = None,
 ) -> Placement:
   """`first_fit` over a long split, some thousand examples at a time.
 
-  First fit takes quadratic time, and chunks that long lose no room.
+  First fit takes quadratic time, and in chunks of that size it loses no room.
+
+  Args:
+    adapters: the adapter of each example. Those of two adapters never share a
+      row, so that one number per row says which adapter it runs with
+      (`with_adapters`). None: all have the same.
   """
-  parts: list[Placement] = []
-  rows = 0
-  for start in range(0, len(lengths), _CHUNK):
-    part = first_fit(lengths[start : start + _CHUNK], layout)
-    parts.append(part._replace(row=part.row + rows))
-    rows += part.rows
-  return Placement(*map(np.concatenate, zip(*parts, strict=True)))
-
-
-def place_by_adapter(
-  lengths: Int[np.ndarray, " examples"],
-  adapters: Int[np.ndarray, " examples"],
-  layout: Layout,
-) -> Placement:
-  """`place_all` for each adapter's examples, one adapter after another.
-
-  Texts of two adapters never share a row, so that one number per row says
-  which adapter it runs with (`with_adapters`).
-  """
+  if adapters is None:
+    adapters = np.zeros(len(lengths), np.int64)
   order = np.argsort(adapters, kind="stable")
   place = np.zeros((3, len(lengths)), np.int64)
   rows = 0
-  edges = np.flatnonzero(np.diff(adapters[order])) + 1
-  for own in np.split(order, edges):
-    part = place_all(lengths[own], layout)
-    place[:, own] = part.row + rows, part.start, part.slot
-    rows += part.rows
+  for own in np.split(order, np.flatnonzero(np.diff(adapters[order])) + 1):
+    for start in range(0, len(own), _CHUNK):
+      chunk = own[start : start + _CHUNK]
+      part = first_fit(lengths[chunk], layout)
+      place[:, chunk] = part.row + rows, part.start, part.slot
+      rows += part.rows
   return Placement(*place)
 
 
@@ -310,7 +302,7 @@ def pack_by_adapter(
   Raises:
     ValueError: the layout has too few rows.
   """
-  place = place_by_adapter(tokens.lengths[indices], adapters[indices], layout)
+  place = place_all(tokens.lengths[indices], layout, adapters=adapters[indices])
   rows = next((rows for rows in layout.rows if rows >= place.rows), None)
   if rows is None:
     raise ValueError(f"{place.rows} rows are needed, {layout} has fewer")

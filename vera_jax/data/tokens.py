@@ -7,29 +7,29 @@ everything that decides its content, so a cached file is never out of date.
 import hashlib
 import json
 import logging
+import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from vera_jax.data.cache import write_cache
 from vera_jax.data.examples import Examples
-from vera_jax.data.tokenizer import (
-  FolderTokenizer,
-  TokenizerInfo,
-  tokenizer_info,
-)
+from vera_jax.data.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 4096  # texts tokenised at a time, which bounds the memory
 _VERSION = b"vera_jax tokens 2"  # of the stored form: part of the file's name
+# The files of a folder that decide how its tokenizer splits texts.
+_TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "config.json")
 _UNREADABLE = (
   OSError,
   ValueError,
@@ -70,6 +70,54 @@ class Tokens:
     return np.diff(self.offsets)
 
 
+class TokenizerInfo(NamedTuple):
+  """All that must be known of a tokenizer to use tokens from the cache.
+
+  Attributes:
+    digest: sha256 of everything that decides its token ids.
+    pad_id: its padding id.
+  """
+
+  digest: str
+  pad_id: int
+
+
+class FolderTokenizer:
+  """A folder's tokenizer, loaded only when there is something to tokenise.
+
+  transformers takes seconds to import, which a run whose tokens are all cached
+  can save. So `info` is cached beside the tokens, in a file named after the
+  tokenizer's files and the versions of the libraries.
+  """
+
+  def __init__(self, folder: str | Path, cache_dir: Path) -> None:
+    self._folder, self._cache = Path(folder).expanduser(), cache_dir
+
+  @cached_property
+  def loaded(self) -> Any:
+    return load_tokenizer(self._folder)
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    return self.loaded(*args, **kwargs)
+
+  @cached_property
+  def info(self) -> TokenizerInfo:
+    versions = [version(name) for name in ("transformers", "tokenizers")]
+    key = hashlib.sha256(json.dumps(versions).encode())
+    found = {f for n in _TOKENIZER_FILES for f in self._folder.glob(n)}
+    for file in sorted(found):
+      content = hashlib.sha256(file.read_bytes()).hexdigest()
+      key.update(f"{file.name} {content}\n".encode())
+    path = self._cache / f"tokenizer-{key.hexdigest()}.json"
+    try:
+      digest, pad_id = json.loads(path.read_text(encoding="utf-8"))
+      return TokenizerInfo(str(digest), int(pad_id))
+    except (OSError, ValueError, TypeError):  # missing or damaged
+      info = _info(self.loaded)
+      _write_cache(path, lambda part: part.write_text(json.dumps(info)))
+      return info
+
+
 def tokenise(
   examples: Examples,
   tokenizer: Any,
@@ -87,14 +135,14 @@ def tokenise(
   if isinstance(tokenizer, FolderTokenizer):
     info = tokenizer.info
   else:
-    info = tokenizer_info(tokenizer)
+    info = _info(tokenizer)
   fingerprint = _fingerprint(examples, info, max_length)
   path = cache_dir and Path(cache_dir) / f"{fingerprint}.npz"
   arrays = _load(path, len(examples)) if path else None
   if arrays is None:
-    made = arrays = _encode(examples, tokenizer, max_length)
+    arrays = new = _encode(examples, tokenizer, max_length)
     if path:
-      write_cache(path, lambda file: np.savez(file, allow_pickle=False, **made))
+      _write_cache(path, lambda to: np.savez(to, allow_pickle=False, **new))
   return Tokens(
     ids=arrays["ids"],
     offsets=arrays["offsets"],
@@ -105,6 +153,18 @@ def tokenise(
     pad_id=info.pad_id,
     fingerprint=fingerprint,
   )
+
+
+def _info(tokenizer: Any) -> TokenizerInfo:
+  """Digest and padding id of a fast tokenizer of transformers."""
+  state = json.loads(tokenizer.backend_tokenizer.to_str())
+  # These two are settings of the last call, not of the tokenizer.
+  state.pop("truncation", None)
+  state.pop("padding", None)
+  names = list(tokenizer.model_input_names)
+  text = json.dumps([state, names], sort_keys=True)
+  digest = hashlib.sha256(text.encode()).hexdigest()
+  return TokenizerInfo(digest, int(tokenizer.pad_token_id))
 
 
 def _encode(
@@ -173,3 +233,19 @@ def _load(path: Path, examples: int) -> dict[str, np.ndarray] | None:
   except _UNREADABLE as error:
     log.warning("%s is damaged (%s): made again.", path, error)
   return None
+
+
+def _write_cache(path: Path, write: Callable[[Path], Any]) -> None:
+  """Calls `write` with a path beside `path` and renames what it has written.
+
+  So another process never reads half a file. A cache can be made again at any
+  moment: if it can't be written, a warning is all that happens.
+  """
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+      part = Path(folder) / path.name
+      write(part)
+      part.replace(path)
+  except OSError as error:
+    log.warning("%s isn't cached: %s.", path, error.strerror)

@@ -9,8 +9,7 @@ from ml_collections import ConfigDict
 from vera_jax.data.examples import subset
 from vera_jax.data.layout import choose_eval_layout, choose_layout, limit_rows
 from vera_jax.data.packing import Layout
-from vera_jax.data.tokenizer import FolderTokenizer
-from vera_jax.data.tokens import Tokens, tokenise
+from vera_jax.data.tokens import FolderTokenizer, Tokens, tokenise
 from vera_jax.tasks.glue import GlueTask, glue_task
 from vera_jax.tasks.glue_data import load_split
 
