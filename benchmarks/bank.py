@@ -157,12 +157,12 @@ def make_adapters(
   from vera_jax.hub import resolve
   from vera_jax.models.bert import BertClassifier
   from vera_jax.models.hf_weights import fingerprint, load_config
-  from vera_jax.tasks.glue import task_named
+  from vera_jax.tasks.glue import glue_task
 
   # PEFT makes its own matrices of the key, so that both compute the same
   settings = {**minilm.get_config().vera.to_dict(), "rank": rank}
   settings["init"] = "peft"
-  labels, folder = task_named(task).labels, resolve(base)
+  labels, folder = glue_task(task).labels, resolve(base)
   method, targets = make_adapter("vera", settings)
   assert method is not None
   model = BertClassifier(load_config(folder), len(labels) or 1)
@@ -197,10 +197,10 @@ def read_texts(
 ) -> Texts:
   """Texts of the task's dev set, dealt to the adapters in turn."""
   from vera_jax.data.examples import subset
-  from vera_jax.tasks.glue import task_named
-  from vera_jax.tasks.glue_splits import load_split
+  from vera_jax.tasks.glue import glue_task
+  from vera_jax.tasks.glue_data import load_split
 
-  chosen = task_named(task)
+  chosen = glue_task(task)
   found = load_split(chosen, source, chosen.dev_splits[0])
   found = subset(found, min(count, len(found)), 0)
   dealt = [names[i % len(names)] for i in range(len(found))]

@@ -173,10 +173,10 @@ class Texts:
     from vera_jax.data.examples import subset
     from vera_jax.data.tokenizer import load_tokenizer
     from vera_jax.hub import resolve
-    from vera_jax.tasks.glue import task_named
-    from vera_jax.tasks.glue_splits import load_split
+    from vera_jax.tasks.glue import glue_task
+    from vera_jax.tasks.glue_data import load_split
 
-    self.task = task_named(config.task)
+    self.task = glue_task(config.task)
     self.base = resolve(config.model.name)
     self.splits: dict[str, dict[str, Any]] = {}
     for name in ("train", *self.task.dev_splits):

@@ -58,7 +58,7 @@ def main() -> None:
     lines = read_lines(
       _counted(file, progress),
       format=_input_format(INPUT.value),
-      task=task,
+      columns=(task.columns, task.file_columns) if task else (),
       count=len(task.columns) if task else None,
     )
     bad, total = _answer(predictor, lines)

@@ -97,7 +97,7 @@ def tiny_model(tmp_path_factory) -> Path:
 def tiny_tasks(tmp_path_factory) -> Path:
   """All nine tasks in GLUE's folders: 40 examples, 16 to 24 in the others."""
   from vera_jax.tasks.glue import GENERATED, TASKS
-  from vera_jax.tasks.glue_files import file_name
+  from vera_jax.tasks.glue_data import file_name
 
   folder = tmp_path_factory.mktemp("tiny_tasks")
   rng = np.random.default_rng(0)
@@ -209,9 +209,9 @@ def random_adapter(tiny_model, tmp_path_factory):
   def make(
     method="vera", *, base=tiny_model, task="rte", scan=True, **settings
   ) -> Path:
-    from vera_jax.tasks.glue import task_named
+    from vera_jax.tasks.glue import glue_task
 
-    labels = task_named(task).labels
+    labels = glue_task(task).labels
     settings = {**SETTINGS.get(method, {}), **settings}
     ids = jax.ShapeDtypeStruct((1, 8), np.int32)
     model = BertClassifier(load_config(base), len(labels) or 1, scan=scan)

@@ -138,7 +138,7 @@ def test_one_step_of_each(name, tiny_config):
   state = init_state(run.model, run.tx, run.mesh)
   _, passes = next(
     train_batches(
-      run.data.tokens["train"], run.data.train_layout, batch_size=4, seed=0
+      run.data.tokens["train"], run.data.train_layout, batch_size=4, seeds=0
     )
   )
   step = partial(train_step, apply=run.model.module.apply, tx=run.tx)

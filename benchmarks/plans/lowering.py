@@ -23,7 +23,7 @@ from vera_jax.hub import resolve
 from vera_jax.models.bert import BertConfig, input_shapes
 from vera_jax.models.hf_weights import LEAVES, load_config
 from vera_jax.models.roberta import SIZES, roberta
-from vera_jax.tasks.glue import task_named
+from vera_jax.tasks.glue import glue_task
 from vera_jax.train.model import Model, Parts, build_module, state_shape
 from vera_jax.train.optim import optimiser
 from vera_jax.train.run import hyperparameters
@@ -141,7 +141,7 @@ def step_of(
   Args:
     adapter: one that no config makes, and its targets, on a "head" run's base.
   """
-  labels = task_named(config.task).num_labels
+  labels = glue_task(config.task).num_labels
   parts = build_module(
     config, fields, num_labels=labels, mesh=mesh, dtype=dtype
   )

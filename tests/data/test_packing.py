@@ -5,24 +5,31 @@ import dataclasses
 import numpy as np
 import pytest
 
-from vera_jax.data.packing import Layout, pack
-from vera_jax.data.placement import first_fit, passes
-
-
-def random_layout(rng, tokens, batch: int) -> Layout:
-  """Of few rows, so that many batches take several passes."""
-  length = int(tokens.lengths.max() + rng.integers(0, 40))
-  return Layout((batch // 8, batch // 3), length, int(rng.integers(1, 12)))
+from vera_jax.data.packing import (
+  Layout,
+  first_fit,
+  microbatch_cost,
+  microbatch_rows,
+  pack,
+)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_example_once_and_whole(make_tokens, seed):
+def test_every_example_once_and_whole_in_the_layouts_shapes(make_tokens, seed):
   rng = np.random.default_rng(seed)
   tokens = make_tokens(seed, examples=80, longest=40)
   indices = rng.permutation(80)[: rng.integers(1, 33)]
-  layout = random_layout(rng, tokens, 33)
+  # few rows, so that many batches take several microbatches
+  length = int(tokens.lengths.max() + rng.integers(0, 40))
+  layout = Layout((4, 11), length, int(rng.integers(1, 12)))
+  needed = first_fit(tokens.lengths[indices], layout).rows
+  shapes = microbatch_rows(needed, layout)
   found, filled = [], 0
-  for batch in pack(tokens, indices, layout):
+  for batch, rows in zip(pack(tokens, indices, layout), shapes, strict=True):
+    for name, array in batch.items():
+      wide = name in ("input_ids", "token_type_ids", "positions", "segment_ids")
+      assert array.shape == (rows, layout.length if wide else layout.slots)
+      assert array.dtype == (np.float32 if name == "weights" else np.int32)
     for row, slot in np.argwhere(batch["example"] >= 0):
       i = batch["example"][row, slot]
       start = batch["cls_positions"][row, slot]
@@ -44,31 +51,20 @@ def test_every_example_once_and_whole(make_tokens, seed):
     real = batch["segment_ids"] > 0
     filled += real.sum()
     assert (batch["input_ids"][~real] == tokens.pad_id).all()
-    weights = np.where(batch["example"] >= 0, 1 / len(indices), 0)
-    np.testing.assert_allclose(batch["weights"], weights, rtol=1e-6)
+    np.testing.assert_array_equal(batch["weights"], batch["example"] >= 0)
   assert sorted(found) == sorted(indices)
   assert filled == tokens.lengths[indices].sum()
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_shapes_are_the_layouts(make_tokens, seed):
-  rng = np.random.default_rng(seed)
-  tokens = make_tokens(seed, examples=80, longest=40)
-  layout = random_layout(rng, tokens, 24)
-  indices = rng.permutation(80)[:24]
-  needed = first_fit(tokens.lengths[indices], layout).rows
-  packed = pack(tokens, indices, layout)
-  again = pack(tokens, indices, layout)
-  for batch, same, rows in zip(
-    packed, again, passes(needed, layout), strict=True
-  ):
-    for name in ("input_ids", "token_type_ids", "positions", "segment_ids"):
-      assert batch[name].shape == (rows, layout.length)
-    for name in ("cls_positions", "example", "labels", "weights"):
-      assert batch[name].shape == (rows, layout.slots)
-    for name, array in batch.items():
-      assert array.dtype == (np.float32 if name == "weights" else np.int32)
-      np.testing.assert_array_equal(array, same[name])
+@pytest.mark.parametrize("rows", [(3,), (1, 6), (2, 5, 7)])
+def test_microbatches_have_the_rows_needed(rows):
+  layout = Layout(rows, 72, 9)
+  for needed in range(1, 40):
+    shapes = microbatch_rows(needed, layout)
+    assert set(shapes) <= set(rows) and set(shapes[1:]) <= {rows[0]}
+    assert sum(shapes) >= needed > sum(shapes[:-1])
+    least = microbatch_cost(needed, np.array(rows), rows[0], 72).min()
+    assert least == 72 * sum(shapes) + 32 * (len(shapes) - 1)
 
 
 def test_a_batch_by_hand(make_tokens):

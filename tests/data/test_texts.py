@@ -3,7 +3,6 @@
 import pytest
 
 from vera_jax.data.texts import Line, read_lines
-from vera_jax.tasks.glue import TASKS
 
 
 def read(text, format="tsv", **options):
@@ -21,31 +20,30 @@ def test_a_tsv_without_header_is_all_text():
 
 
 @pytest.mark.parametrize(
-  "header, task, texts",
+  "header, columns, texts",
   [
     ("sentence\tlabel", None, ("0",)),
     ("index\ttext", None, ("1",)),
     ("index\tsentence1\tsentence2\tlabel", None, ("1", "2")),
-    ("index\tquestion\tsentence\tlabel", "qnli", ("1", "2")),
-    ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "mrpc", ("3", "4")),
-    ("sentence2\tsentence1", "rte", ("1", "0")),
+    ("index\tquestion\tsentence\tlabel", ("question", "sentence"), ("1", "2")),
+    (
+      "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+      ("#1 String", "#2 String"),
+      ("3", "4"),
+    ),
+    ("sentence2\tsentence1", ("sentence1", "sentence2"), ("1", "0")),
   ],
 )
-def test_a_header_says_where_the_texts_are(header, task, texts):
-  count = None if task is None else 2
-  lines = read(
-    f"{header}\n0\t1\t2\t3\t4\n", task=TASKS.get(task or ""), count=count
-  )
+def test_a_header_says_where_the_texts_are(header, columns, texts):
+  options = {"columns": [columns], "count": 2} if columns else {}
+  lines = read(f"{header}\n0\t1\t2\t3\t4\n", **options)
   assert lines[0] == Line(1, header=True)
   assert lines[1] == Line(2, texts)
 
 
-def test_a_byte_order_mark_is_no_text():
-  assert read("\N{ZERO WIDTH NO-BREAK SPACE}sentence\na")[0].header
-
-
-def test_quotes_are_text():
-  assert read('"a" said\nb')[0].texts == ('"a" said',)
+def test_a_byte_order_mark_is_no_text_but_quotes_are():
+  lines = read('\N{ZERO WIDTH NO-BREAK SPACE}sentence\n"a" said')
+  assert lines == [Line(1, header=True), Line(2, ('"a" said',))]
 
 
 @pytest.mark.parametrize(
@@ -61,9 +59,9 @@ def test_the_keys_of_jsonl(line, texts):
   assert read(line, "jsonl") == [Line(1, texts)]
 
 
-def test_a_tasks_own_keys():
+def test_keys_that_the_caller_adds():
   line = '{"question": "a", "sentence": "b"}'
-  found = read(line, "jsonl", task=TASKS["qnli"], count=2)
+  found = read(line, "jsonl", columns=[("question", "sentence")], count=2)
   assert found == [Line(1, ("a", "b"))]
 
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.labels import TRAINED
-from vera_jax.data.tokens import load_tokenizer
+from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.models.export_hf import BOUNDS, merged_params, write_merged
 from vera_jax.models.hf_weights import fingerprint

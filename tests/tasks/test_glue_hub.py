@@ -1,6 +1,7 @@
-"""The hub's road, with `datasets.load_dataset` replaced: nothing is fetched."""
+"""Splits from the hub, with `datasets.load_dataset` replaced: no network."""
 
 import time
+from unittest.mock import Mock
 
 import datasets
 import huggingface_hub
@@ -10,7 +11,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from vera_jax.errors import UserError
 from vera_jax.tasks import glue_hub
-from vera_jax.tasks.glue_splits import TASKS, load_split
+from vera_jax.tasks.glue import TASKS
+from vera_jax.tasks.glue_data import load_split
 
 HUB = "nyu-mll/glue"
 
@@ -33,13 +35,6 @@ def online(monkeypatch, tmp_path):
   """As with a network and an empty cache, to test what is asked."""
   monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
   monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-
-
-def fail_with(error):
-  def call(*args, **kwargs):
-    raise error
-
-  return call
 
 
 def rows(**columns):
@@ -110,7 +105,7 @@ def test_offline_names_both_settings():
 
 
 def test_a_hub_that_refuses_the_connection(online, monkeypatch):
-  ask = fail_with(ConnectionError("refused"))
+  ask = Mock(side_effect=ConnectionError("refused"))
   monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", ask)
   with pytest.raises(UserError, match=r"can't be reached .*refused"):
     load_split(TASKS["rte"], HUB, "train")
@@ -127,7 +122,9 @@ def test_a_hub_that_never_answers(online, monkeypatch):
 
 def test_a_hub_without_that_data(online, monkeypatch):
   error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
-  monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail_with(error))
+  monkeypatch.setattr(
+    huggingface_hub.HfApi, "dataset_info", Mock(side_effect=error)
+  )
   with pytest.raises(UserError, match="has no data set nobody/nothing"):
     load_split(TASKS["rte"], "nobody/nothing", "train")
 
@@ -136,7 +133,7 @@ def test_an_earlier_download_serves_without_asking(
   online, hub, monkeypatch, tmp_path
 ):
   (tmp_path / "nyu-mll___glue").mkdir()
-  ask = fail_with(AssertionError("asked"))
+  ask = Mock(side_effect=AssertionError("asked"))
   monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", ask)
   hub(train=rows(sentence=["a", "b"], label=[0, 1]))
   assert len(load_split(TASKS["cola"], HUB, "train")) == 2
@@ -144,6 +141,6 @@ def test_an_earlier_download_serves_without_asking(
 
 def test_other_failures_of_the_library(monkeypatch):
   error = ValueError("BuilderConfig 'rte' not found")
-  monkeypatch.setattr(datasets, "load_dataset", fail_with(error))
+  monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
   with pytest.raises(UserError, match="rte can't be loaded .*BuilderConfig"):
     load_split(TASKS["rte"], HUB, "train")

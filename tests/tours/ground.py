@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 from configs import quickstart
 from vera_jax.data.examples import Examples
 from vera_jax.hub import resolve
-from vera_jax.tasks.glue import task_named
-from vera_jax.tasks.glue_splits import load_split
+from vera_jax.tasks.glue import glue_task
+from vera_jax.tasks.glue_data import load_split
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = {"train": 160, "dev": 32}  # the first of each split are used
@@ -42,7 +42,7 @@ def make_ground(place: Path) -> Ground:
   config.model.dtype = "float32"
   config.optim.batch_size = 16
   config.optim.epochs = 2
-  task = task_named(config.task)
+  task = glue_task(config.task)
   train, dev = (
     load_split(task, source, name) for name in ("train", "validation")
   )

@@ -3,7 +3,7 @@
 from vera_jax.adapters.files import load_adapter
 from vera_jax.models.pretrained import restore_adapter
 from vera_jax.serve.predictor import Predictor
-from vera_jax.tasks.glue_splits import load_split
+from vera_jax.tasks.glue_data import load_split
 from vera_jax.tasks.metrics import accuracy
 
 

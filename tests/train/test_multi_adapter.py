@@ -15,8 +15,12 @@ from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.labels import ADAPTER, label_tree, split
 from vera_jax.adapters.vera import vera
 from vera_jax.data.examples import Examples
-from vera_jax.data.multi_adapter import pack_mixed, place_mixed
-from vera_jax.data.packing import Layout, pack
+from vera_jax.data.packing import (
+  Layout,
+  pack,
+  pack_by_adapter,
+  place_all,
+)
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import tokenise
 from vera_jax.models.bert import INPUTS, BertClassifier, BertConfig
@@ -172,7 +176,7 @@ def own_batches(tokens, name):
 def mixed_batches(bank, tokens):
   slots = bank.slots(NAMED)
   for indices in BATCHES:
-    yield on_device(pack_mixed(tokens, indices, slots, LAYOUT))
+    yield on_device(pack_by_adapter(tokens, indices, slots, LAYOUT))
 
 
 def test_gradients_of_the_means_are_each_alone(bank, tokens):
@@ -260,16 +264,18 @@ def test_rows_draw_their_own_dropout(bank):
 
 def test_no_row_holds_texts_of_two_adapters(tokens):
   slots = np.arange(len(TEXTS)) * 7 % 5
-  place = place_mixed(tokens.lengths, slots, LAYOUT)
+  place = place_all(tokens.lengths, LAYOUT, adapters=slots)
   for row in range(place.rows):
     here = place.row == row
     assert len(set(slots[here])) == 1
     assert tokens.lengths[here].sum() <= LAYOUT.length
     assert sorted(place.slot[here]) == list(range(here.sum()))
-  batch = pack_mixed(tokens, np.arange(30, 50), slots, Layout((20,), 32, 8))
+  batch = pack_by_adapter(
+    tokens, np.arange(30, 50), slots, Layout((20,), 32, 8)
+  )
   assert set(batch["example"][batch["example"] >= 0]) == set(range(30, 50))
   for adapter, examples in zip(batch["adapter"], batch["example"], strict=True):
     real = examples[examples >= 0]
     assert (slots[real] == adapter).all() if len(real) else adapter == -1
   with pytest.raises(ValueError, match="rows are needed"):
-    pack_mixed(tokens, np.arange(30), slots, Layout((2,), 32, 8))
+    pack_by_adapter(tokens, np.arange(30), slots, Layout((2,), 32, 8))

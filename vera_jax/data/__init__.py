@@ -1,1 +1,1 @@
-"""Text data: GLUE's splits, tokens, packed batches."""
+"""From texts to packed batches of tokens; knows nothing of tasks."""

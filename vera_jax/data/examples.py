@@ -9,13 +9,13 @@ from vera_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Examples:
-  """One split, in its file's order.
+  """One split, in the order of its source.
 
   Attributes:
     first: the texts, or the first text of each pair.
     second: the second texts; None for single sentences.
     labels: int32 class ids or float32 scores; None for an unlabelled test.
-    index: int64, the row's name in GLUE's submission files.
+    index: int64, the number by which a submission file names each example.
   """
 
   first: list[str]
@@ -31,7 +31,10 @@ def subset(examples: Examples, n: int | None, seed: int) -> Examples:
   """The first `n` examples after a seeded shuffle; all of them for None.
 
   The order is that of `np.random.default_rng(seed).permutation(len)[:n]`.
-  An `n` beyond the split is an error, so that no run claims data it lacks.
+
+  Raises:
+    UserError: `n` is more than the split has, so that no result claims more
+      data than there were.
   """
   if n is None:
     return examples

@@ -4,15 +4,24 @@ So a run resumes at any step from that number: no iterator state is saved.
 """
 
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Int64
 
-from vera_jax.data.packing import Batch, Layout, fill, pack_alike
-from vera_jax.data.placement import Placement, first_fit, place_all
-from vera_jax.data.portion import WHOLE, Portion
-from vera_jax.data.prefetch import prefetch
+from vera_jax.data.packing import (
+  WHOLE,
+  Batch,
+  Layout,
+  Placement,
+  ProcessShard,
+  first_fit,
+  pack_rows,
+  pack_runs,
+  place_all,
+)
 from vera_jax.data.tokens import Tokens
 
 _AHEAD = 4  # training batches packed while a step runs
@@ -44,89 +53,58 @@ def train_batches(
   layout: Layout,
   *,
   batch_size: int,
-  seed: int,
+  seeds: int | Sequence[int],
   start_step: int = 0,
-  portion: Portion = WHOLE,
+  shard: ProcessShard = WHOLE,
 ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
-  """Yields (step, its passes) for ever, from any step.
+  """Yields (step, its microbatches) for ever, from any step.
 
-  A step's batch is the same whatever the start; of each pass the portion's rows
-  are made. Batches are packed ahead in a thread, which ends when the iterator
-  is closed or collected.
+  A step's batch is `batch_indices`, whatever the start. Batches are packed
+  ahead in a thread, which ends when the iterator is closed or collected.
+
+  Args:
+    seeds: one run's seed; or several, and then the arrays have a leading axis
+      with an entry per run, each as it has them alone (`packing.pack_runs`).
+    shard: only these rows of each microbatch are made.
   """
-  steps = _pack_steps(
-    tokens,
-    layout,
-    batch_size=batch_size,
-    seeds=[seed],
-    start_step=start_step,
-    portion=portion,
-  )
-  return prefetch(((step, passes) for step, (passes,) in steps), _AHEAD)
+  own_seeds = [seeds] if isinstance(seeds, int) else list(seeds)
 
+  def packed() -> Iterator[tuple[int, tuple[Batch, ...]]]:
+    steps = steps_per_epoch(len(tokens), batch_size)
+    first_epoch, skip = divmod(start_step, steps)
+    for epoch in itertools.count(first_epoch):
+      orders = [
+        epoch_order(len(tokens), seed=seed, epoch=epoch) for seed in own_seeds
+      ]
+      for place in range(skip, steps):
+        here = slice(place * batch_size, (place + 1) * batch_size)
+        batches = [order[here] for order in orders]
+        runs = pack_runs(tokens, batches, layout, shard=shard)
+        if isinstance(seeds, int):
+          microbatches = runs[0]
+        else:
+          microbatches = tuple(map(_stack, zip(*runs, strict=True)))
+        yield epoch * steps + place, microbatches
+      skip = 0
 
-def member_batches(
-  tokens: Tokens,
-  layout: Layout,
-  *,
-  batch_size: int,
-  seeds: Sequence[int],
-  start_step: int = 0,
-  portion: Portion = WHOLE,
-) -> Iterator[tuple[int, tuple[Batch, ...]]]:
-  """`train_batches` of several seeds, stacked along a first axis.
-
-  Each seed's passes are those it has alone, with empty rows at the end where
-  another's needs more, and an empty pass where another takes a further one.
-  """
-  steps = _pack_steps(
-    tokens,
-    layout,
-    batch_size=batch_size,
-    seeds=seeds,
-    start_step=start_step,
-    portion=portion,
-  )
-  return prefetch(
-    (
-      (step, tuple(map(_stacked, zip(*seeds, strict=True))))
-      for step, seeds in steps
-    ),
-    _AHEAD,
-  )
-
-
-def _stacked(batches: Sequence[Batch]) -> Batch:
-  return {name: np.stack([b[name] for b in batches]) for name in batches[0]}
-
-
-def _pack_steps(
-  tokens: Tokens,
-  layout: Layout,
-  *,
-  batch_size: int,
-  seeds: Sequence[int],
-  start_step: int,
-  portion: Portion,
-) -> Iterator[tuple[int, list[tuple[Batch, ...]]]]:
-  """Yields (step, the passes of each seed)."""
-  steps = steps_per_epoch(len(tokens), batch_size)
-  first_epoch, skip = divmod(start_step, steps)
-  for epoch in itertools.count(first_epoch):
-    orders = [epoch_order(len(tokens), seed=s, epoch=epoch) for s in seeds]
-    for place in range(skip, steps):
-      here = slice(place * batch_size, (place + 1) * batch_size)
-      own = [order[here] for order in orders]
-      yield epoch * steps + place, pack_alike(tokens, own, layout, portion)
-    skip = 0
+  batches = packed()
+  # One thread, so that the generator runs in order and never in two places.
+  worker = ThreadPoolExecutor(1, "pack batches")
+  ahead = deque(worker.submit(next, batches) for _ in range(_AHEAD))
+  try:
+    while True:
+      batch = ahead.popleft().result()
+      ahead.append(worker.submit(next, batches))
+      yield batch
+  finally:
+    worker.shutdown(cancel_futures=True)
 
 
 def eval_placement(tokens: Tokens, layout: Layout) -> Placement:
   """Where each example of a split goes in `eval_batches`.
 
-  Rows count through all batches.
+  Rows are numbered through all batches.
   """
-  layout = layout._replace(rows=layout.rows[:1])
   return place_all(tokens.lengths, layout)
 
 
@@ -135,27 +113,31 @@ def eval_batches(
   layout: Layout,
   *,
   place: Placement | None = None,
-  portion: Portion = WHOLE,
+  shard: ProcessShard = WHOLE,
 ) -> Iterator[Batch]:
   """Packs a whole split, each example once, in one static shape.
 
-  The examples come in no order: `example` says which one a slot holds. All
-  batches have the first row count of `layout`, which `plan_eval_layout` makes
-  for a split; the last batch may have empty rows. Of each the portion's rows
-  are made. `place` is `eval_placement`'s, where it is known already.
+  The examples come in no particular order: `example` says which one is in a
+  slot. All batches have the first row count of `layout`, which
+  `choose_eval_layout` makes for a split; the last may have empty rows.
+
+  Args:
+    place: what `eval_placement` gave, if it is known already.
+    shard: only these rows of each batch are made.
   """
-  layout = layout._replace(rows=layout.rows[:1])
   place = place or eval_placement(tokens, layout)
-  return placed_batches(tokens, place, layout, portion)
+  layout = layout._replace(rows=layout.rows[:1])
+  return placed_batches(tokens, place, layout, shard=shard)
 
 
 def placed_batches(
   tokens: Tokens,
   place: Placement,
   layout: Layout,
-  portion: Portion = WHOLE,
+  *,
+  shard: ProcessShard = WHOLE,
 ) -> Iterator[Batch]:
-  """Packs each example at its place: as many rows a batch as are allowed.
+  """Packs each example at its place, with the most rows allowed per batch.
 
   The last batch has the smallest allowed row count that is enough.
   """
@@ -163,24 +145,32 @@ def placed_batches(
   for first in range(0, place.rows, most):
     left = place.rows - first
     rows = next((rows for rows in layout.rows if rows >= left), most)
-    yield fill(
+    yield pack_rows(
       tokens,
       np.arange(len(tokens)),
       place,
       layout,
       first=first,
+      last=first + rows,
       rows=rows,
-      portion=portion,
+      shard=shard,
     )
 
 
 def sample_batch(
-  tokens: Tokens, layout: Layout, *, rows: int, members: int = 1
+  tokens: Tokens, layout: Layout, *, rows: int, runs: int | None = None
 ) -> Batch:
-  """A pass of that many rows as training has it, with one example in it.
+  """A microbatch of that many rows with one example in it, to compile for.
 
-  With `members` as `member_batches` stacks them: shapes to compile for.
+  With `runs` the arrays have a leading axis of that size, as `train_batches`
+  gives them for several seeds.
   """
   place = first_fit(tokens.lengths[:1], layout)
-  batch = fill(tokens, np.arange(1), place, layout, first=0, rows=rows)
-  return batch if members == 1 else _stacked([batch] * members)
+  batch = pack_rows(
+    tokens, np.arange(1), place, layout, first=0, last=rows, rows=rows
+  )
+  return batch if runs is None else _stack([batch] * runs)
+
+
+def _stack(batches: Sequence[Batch]) -> Batch:
+  return {name: np.stack([b[name] for b in batches]) for name in batches[0]}

@@ -1,10 +1,11 @@
 """Packs the examples of a batch into rows: little padding, few shapes.
 
-Short texts share a row. Segment ids keep them apart in attention, positions
-start again with each, so a packed batch is the very batch that padding would
-give. XLA compiles every array shape anew, hence a `Layout`: one row length and
-at most three row counts, chosen from the data before training. A batch that
-needs more rows than usual takes a further pass, whose gradient is added.
+Short texts share a row. Segment ids keep them apart in attention, and positions
+start again with each text, so a packed batch computes exactly what a padded one
+would. XLA compiles every array shape anew, hence a `Layout`: one row length and
+at most three row counts, chosen from the data before training (`layout.py`). A
+batch that needs more rows than the usual microbatch has takes a further one,
+whose gradient is added.
 
   row     [CLS] a b [SEP] [CLS] c [SEP]  -   -
   segment   1   1 1   1     2   2   2    0   0
@@ -13,142 +14,299 @@ needs more rows than usual takes a further pass, whose gradient is added.
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int64
 
-from vera_jax.data.placement import Layout, Placement, first_fit, passes
-from vera_jax.data.plan import plan_eval_layout, plan_layout
-from vera_jax.data.portion import WHOLE, Portion
 from vera_jax.data.tokens import Tokens
 
-__all__ = [
-  "Batch",
-  "Layout",
-  "fill",
-  "pack",
-  "pack_alike",
-  "plan_eval_layout",
-  "plan_layout",
-]
+_CHUNK = 2048  # examples of a long split that are placed together
+_FURTHER = 32  # cost of one more microbatch beside its rows, in tokens
 
 Batch = dict[str, np.ndarray]
 
 
-def pack(
-  tokens: Tokens, indices: Int[np.ndarray, " examples"], layout: Layout
-) -> tuple[Batch, ...]:
-  """Packs the examples of a step: one pass as a rule, more for a long batch.
+class Layout(NamedTuple):
+  """The array shapes that packed batches may have.
 
-  The passes' losses and gradients add up to the batch's: see `weights`.
+  Attributes:
+    rows: allowed row counts of a microbatch, ascending. A batch that needs
+      more rows than the largest takes several microbatches.
+    length: tokens per row.
+    slots: most examples in a row.
+  """
+
+  rows: tuple[int, ...]
+  length: int
+  slots: int
+
+
+class Placement(NamedTuple):
+  """Where each example goes: its row, first column, and slot in the row."""
+
+  row: Int64[np.ndarray, " examples"]
+  start: Int64[np.ndarray, " examples"]
+  slot: Int64[np.ndarray, " examples"]
+
+  @property
+  def rows(self) -> int:
+    return int(self.row.max(initial=-1)) + 1
+
+
+class ProcessShard(NamedTuple):
+  """The batch rows that this process must supply: those of its devices.
+
+  A batch's rows fall into `of` equal shards, one per device, and the process
+  supplies shards `first` to `last` (`last` excluded). The row count of every
+  batch is a multiple of `of`.
+  """
+
+  first: int = 0
+  last: int = 1
+  of: int = 1
+
+  def bounds(self, rows: int) -> tuple[int, int]:
+    """First row, and the one after the last, in a batch of `rows` rows."""
+    return rows * self.first // self.of, rows * self.last // self.of
+
+  def global_rows(self, rows: int) -> int:
+    """Rows of the whole batch, of which this process has `rows`."""
+    return rows * self.of // (self.last - self.first)
+
+
+WHOLE = ProcessShard()
+
+
+def first_fit(
+  lengths: Int64[np.ndarray, " examples"], layout: Layout
+) -> Placement:
+  """Longest first, each into the first row with room; ties in order."""
+  if lengths.max(initial=0) > layout.length:
+    raise ValueError(f"{lengths.max()} tokens exceed {layout.length} a row")
+  row, start, slot = np.zeros((3, len(lengths)), np.int64)
+  used: list[int] = []  # tokens in each row
+  count: list[int] = []  # examples in each row
+  for i in np.argsort(-lengths, kind="stable").tolist():
+    room = layout.length - int(lengths[i])
+    for r, taken in enumerate(used):
+      if taken <= room and count[r] < layout.slots:
+        break
+    else:
+      r = len(used)
+      used.append(0)
+      count.append(0)
+    row[i], start[i], slot[i] = r, used[r], count[r]
+    used[r] += int(lengths[i])
+    count[r] += 1
+  return Placement(row, start, slot)
+
+
+def place_all(
+  lengths: Int64[np.ndarray, " examples"],
+  layout: Layout,
+  *,
+  adapters: Int[np.ndarray, " examples"] | None = None,
+) -> Placement:
+  """`first_fit` over a long split, some thousand examples at a time.
+
+  First fit takes quadratic time, and in chunks of that size it loses no room.
+
+  Args:
+    adapters: the adapter of each example. Those of two adapters never share a
+      row, so that one number per row says which adapter it runs with
+      (`with_adapters`). None: all have the same.
+  """
+  if adapters is None:
+    adapters = np.zeros(len(lengths), np.int64)
+  order = np.argsort(adapters, kind="stable")
+  place = np.zeros((3, len(lengths)), np.int64)
+  rows = 0
+  for own in np.split(order, np.flatnonzero(np.diff(adapters[order])) + 1):
+    for start in range(0, len(own), _CHUNK):
+      chunk = own[start : start + _CHUNK]
+      part = first_fit(lengths[chunk], layout)
+      place[:, chunk] = part.row + rows, part.start, part.slot
+      rows += part.rows
+  return Placement(*place)
+
+
+def microbatch_cost(needed: Any, main: Any, smallest: int, length: int) -> Any:
+  """Tokens of a step's microbatches, and a surcharge for each further one.
+
+  The first microbatch has `main` rows, the further ones `smallest`. The
+  arguments may be arrays; the result then has their broadcast shape.
+  """
+  further = np.maximum(-((main - needed) // smallest), 0)
+  return (main + further * smallest) * length + further * _FURTHER
+
+
+def microbatch_rows(needed: int, layout: Layout) -> tuple[int, ...]:
+  """Row counts of a step's microbatches, which together have `needed` rows.
+
+  One microbatch of any of the layout's counts, whichever is cheapest, and
+  after it as many of the smallest count as are still needed.
+  """
+  smallest = layout.rows[0]
+  main = min(
+    layout.rows,
+    key=lambda rows: microbatch_cost(needed, rows, smallest, layout.length),
+  )
+  further = max(-((main - needed) // smallest), 0)
+  return (main,) + (smallest,) * further
+
+
+def pack(
+  tokens: Tokens,
+  indices: Int[np.ndarray, " examples"],
+  layout: Layout,
+  *,
+  shard: ProcessShard = WHOLE,
+) -> tuple[Batch, ...]:
+  """Packs the examples of a step: one microbatch, or more for a long batch.
 
   Returns:
-    for each pass, with a row count of the layout,
+    for each microbatch, with a row count of the layout,
     int32 [rows, length] `input_ids`, `token_type_ids`, `positions` (from 0 in
     each example) and `segment_ids` (from 1 in each row, 0 for padding);
     [rows, slots] `cls_positions` (the column of an example's first token),
     `example` (its index into `tokens`; -1 for an empty slot), `labels`
     (int32, or float32 for regression; 0 in an empty slot or without labels)
-    and float32 `weights` (one over the step's examples; 0 in an empty slot).
+    and float32 `weights` (1 for an example, 0 in an empty slot).
   """
-  (passes,) = pack_alike(tokens, [indices], layout)
-  return passes
+  return pack_runs(tokens, [indices], layout, shard=shard)[0]
 
 
-def pack_alike(
+def pack_runs(
   tokens: Tokens,
   batches: Sequence[Int[np.ndarray, " _"]],
   layout: Layout,
-  portion: Portion = WHOLE,
+  *,
+  shard: ProcessShard = WHOLE,
 ) -> list[tuple[Batch, ...]]:
-  """`pack` for several batches, all in the shapes that the largest needs.
+  """`pack` for a batch of each run, all in the shapes that the largest needs.
 
-  Each example lies in the pass, row and column that it has alone. Of each pass
-  only the portion's rows are made.
+  Each example lies in the microbatch, row and column where `pack` puts it. A
+  run that needs fewer rows than another has empty rows at the end, and one
+  that needs fewer microbatches has empty ones.
   """
   places = [first_fit(tokens.lengths[indices], layout) for indices in batches]
-  own = [passes(place.rows, layout) for place in places]
-  shapes = [max(counts) for counts in zip_longest(*own, fillvalue=0)]
-  return [
-    _fill_passes(tokens, indices, place, layout, counts, shapes, portion)
-    for indices, place, counts in zip(batches, places, own, strict=True)
-  ]
+  counts = [microbatch_rows(place.rows, layout) for place in places]
+  shapes = [max(rows) for rows in zip_longest(*counts, fillvalue=0)]
+  packed = []
+  for indices, place, used in zip(batches, places, counts, strict=True):
+    first, microbatches = 0, []
+    for rows, own in zip_longest(shapes, used, fillvalue=0):
+      microbatches.append(
+        pack_rows(
+          tokens,
+          indices,
+          place,
+          layout,
+          first=first,
+          last=first + own,
+          rows=rows,
+          shard=shard,
+        )
+      )
+      first += own
+    packed.append(tuple(microbatches))
+  return packed
 
 
-def _fill_passes(
-  tokens: Tokens,
-  indices: Int[np.ndarray, " examples"],
-  place: Placement,
-  layout: Layout,
-  counts: Sequence[int],
-  shapes: Sequence[int],
-  portion: Portion,
-) -> tuple[Batch, ...]:
-  """`counts` rows of the placement a pass, in arrays of `shapes` rows."""
-  ends = np.cumsum(counts).tolist()
-  return tuple(
-    fill(
-      tokens,
-      indices,
-      place,
-      layout,
-      first=end - held,
-      held=held,
-      rows=rows,
-      portion=portion,
-    )
-    for end, held, rows in zip_longest(ends, counts, shapes, fillvalue=0)
-  )
-
-
-def fill(
+def pack_rows(
   tokens: Tokens,
   indices: Int[np.ndarray, " examples"],
   place: Placement,
   layout: Layout,
   *,
   first: int,
+  last: int,
   rows: int,
-  held: int | None = None,
-  portion: Portion = WHOLE,
+  shard: ProcessShard = WHOLE,
 ) -> Batch:
-  """The arrays of some rows of a placement, from row `first` on.
+  """The arrays of the placement's rows from `first` to before `last`.
 
-  Of `rows` rows the first `held` are the placement's, or all; the others stay
-  empty. The portion's rows of them are made.
+  Args:
+    indices: the examples of `tokens` that `place` places.
+    rows: of the microbatch; those beyond the placement's stay empty.
+    shard: only these of the microbatch's rows are made.
   """
-  weight = 1 / len(indices)
-  low, high = portion.bounds(rows)
-  held = min(rows if held is None else held, high) - low
-  here, place = place.part(first + low, max(held, 0))
+  low, high = shard.bounds(rows)
   rows = high - low
+  here = (place.row >= first + low) & (place.row < min(first + high, last))
+  row, start, slot = (column[here] for column in place)
+  row = row - first - low
   indices = indices[here]
   lengths = tokens.lengths[indices]
+  # One entry per token: its number within the example, its place in the
+  # tokens' flat array, and its place in the flattened rows.
   before = np.cumsum(lengths) - lengths
   within = np.arange(lengths.sum()) - np.repeat(before, lengths)
   source = np.repeat(tokens.offsets[indices], lengths) + within
-  target = np.repeat(place.row * layout.length + place.start, lengths) + within
+  target = np.repeat(row * layout.length + start, lengths) + within
 
-  def wide(values: np.ndarray, empty: int = 0) -> np.ndarray:
+  def per_token(values: np.ndarray, empty: int = 0) -> np.ndarray:
     flat = np.full(rows * layout.length, empty, np.int32)
     flat[target] = values
     return flat.reshape(rows, layout.length)
 
-  def slotted(values: np.ndarray, empty: int = 0) -> np.ndarray:
+  def per_slot(values: np.ndarray, empty: int = 0) -> np.ndarray:
     grid = np.full((rows, layout.slots), empty, values.dtype)
-    grid[place.row, place.slot] = values
+    grid[row, slot] = values
     return grid
 
   labels = tokens.labels
   if labels is None:
     labels = np.zeros(len(tokens), np.int32)
   return {
-    "input_ids": wide(tokens.ids[source], tokens.pad_id),
-    "token_type_ids": wide(tokens.token_types[source]),
-    "positions": wide(within),
-    "segment_ids": wide(np.repeat(place.slot + 1, lengths)),
-    "cls_positions": slotted(place.start.astype(np.int32)),
-    "example": slotted(np.asarray(indices, np.int32), -1),
-    "labels": slotted(labels[indices]),
-    "weights": slotted(np.full(len(indices), weight, np.float32)),
+    "input_ids": per_token(tokens.ids[source], tokens.pad_id),
+    "token_type_ids": per_token(tokens.token_types[source]),
+    "positions": per_token(within),
+    "segment_ids": per_token(np.repeat(slot + 1, lengths)),
+    "cls_positions": per_slot(start.astype(np.int32)),
+    "example": per_slot(indices.astype(np.int32), -1),
+    "labels": per_slot(labels[indices]),
+    "weights": per_slot(np.ones(len(indices), np.float32)),
   }
+
+
+def with_adapters(
+  batch: Batch, adapters: Int[np.ndarray, " examples"]
+) -> Batch:
+  """The batch with int32 [rows] `adapter`; -1 in a row without examples.
+
+  `adapters` has an entry for every example of the split.
+  """
+  first = batch["example"][:, 0]  # a row's slots are filled from the left
+  adapter = np.where(first >= 0, adapters[first], -1).astype(np.int32)
+  return {**batch, "adapter": adapter}
+
+
+def pack_by_adapter(
+  tokens: Tokens,
+  indices: Int[np.ndarray, " batch"],
+  adapters: Int[np.ndarray, " examples"],
+  layout: Layout,
+) -> Batch:
+  """Packs a training batch of several adapters into one microbatch.
+
+  Args:
+    tokens: a split.
+    indices: the examples of the batch.
+    adapters: the adapter of every example of the split, by its number in the
+      bank (`AdapterBank.slots`).
+    layout: its largest row count must be enough; as many rows as examples
+      always are.
+
+  Raises:
+    ValueError: the layout has too few rows.
+  """
+  place = place_all(tokens.lengths[indices], layout, adapters=adapters[indices])
+  rows = next((rows for rows in layout.rows if rows >= place.rows), None)
+  if rows is None:
+    raise ValueError(f"{place.rows} rows are needed, {layout} has fewer")
+  batch = pack_rows(
+    tokens, indices, place, layout, first=0, last=rows, rows=rows
+  )
+  return with_adapters(batch, adapters)

@@ -1,37 +1,35 @@
 """Texts to token ids, stored ragged: one flat array and offsets.
 
-Made once: a cache file is named after everything that decides its content.
+Tokens are made once and cached. The name of a cache file is a hash of
+everything that decides its content, so a cached file is never out of date.
 """
 
 import hashlib
 import json
 import logging
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from vera_jax.data.cache import keep
 from vera_jax.data.examples import Examples
-from vera_jax.data.tokenizer import (
-  Facts,
-  FolderTokenizer,
-  facts_of,
-  load_tokenizer,
-)
-
-__all__ = ["Tokens", "load_tokenizer", "tokenise"]
+from vera_jax.data.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 4096  # texts tokenised at a time, which bounds the memory
-_LAYOUT = b"vera_jax tokens 2"  # a change of the stored form changes it
+_VERSION = b"vera_jax tokens 2"  # of the stored form: part of the file's name
+# The files of a folder that decide how its tokenizer splits texts.
+_TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "config.json")
 _UNREADABLE = (
   OSError,
   ValueError,
@@ -72,6 +70,54 @@ class Tokens:
     return np.diff(self.offsets)
 
 
+class TokenizerInfo(NamedTuple):
+  """All that must be known of a tokenizer to use tokens from the cache.
+
+  Attributes:
+    digest: sha256 of everything that decides its token ids.
+    pad_id: its padding id.
+  """
+
+  digest: str
+  pad_id: int
+
+
+class FolderTokenizer:
+  """A folder's tokenizer, loaded only when there is something to tokenise.
+
+  transformers takes seconds to import, which a run whose tokens are all cached
+  can save. So `info` is cached beside the tokens, in a file named after the
+  tokenizer's files and the versions of the libraries.
+  """
+
+  def __init__(self, folder: str | Path, cache_dir: Path) -> None:
+    self._folder, self._cache = Path(folder).expanduser(), cache_dir
+
+  @cached_property
+  def loaded(self) -> Any:
+    return load_tokenizer(self._folder)
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    return self.loaded(*args, **kwargs)
+
+  @cached_property
+  def info(self) -> TokenizerInfo:
+    versions = [version(name) for name in ("transformers", "tokenizers")]
+    key = hashlib.sha256(json.dumps(versions).encode())
+    found = {f for n in _TOKENIZER_FILES for f in self._folder.glob(n)}
+    for file in sorted(found):
+      content = hashlib.sha256(file.read_bytes()).hexdigest()
+      key.update(f"{file.name} {content}\n".encode())
+    path = self._cache / f"tokenizer-{key.hexdigest()}.json"
+    try:
+      digest, pad_id = json.loads(path.read_text(encoding="utf-8"))
+      return TokenizerInfo(str(digest), int(pad_id))
+    except (OSError, ValueError, TypeError):  # missing or damaged
+      info = _info(self.loaded)
+      _write_cache(path, lambda part: part.write_text(json.dumps(info)))
+      return info
+
+
 def tokenise(
   examples: Examples,
   tokenizer: Any,
@@ -81,20 +127,22 @@ def tokenise(
   """Token ids of a split, from the cache where it has them.
 
   Args:
-    tokenizer: a fast tokenizer of transformers, or a folder's, which is then
-      loaded only where the cache has no tokens.
+    tokenizer: a fast tokenizer of transformers, or a `FolderTokenizer`, which
+      is loaded only if the cache has no tokens.
     max_length: longer examples are cut; of a pair the longer text first.
     cache_dir: folder of the cache files, made when missing; None for none.
   """
-  folders = isinstance(tokenizer, FolderTokenizer)
-  facts = tokenizer.facts if folders else facts_of(tokenizer)
-  fingerprint = _fingerprint(examples, facts, max_length)
+  if isinstance(tokenizer, FolderTokenizer):
+    info = tokenizer.info
+  else:
+    info = _info(tokenizer)
+  fingerprint = _fingerprint(examples, info, max_length)
   path = cache_dir and Path(cache_dir) / f"{fingerprint}.npz"
   arrays = _load(path, len(examples)) if path else None
   if arrays is None:
-    arrays = _encode(examples, tokenizer, max_length)
+    arrays = new = _encode(examples, tokenizer, max_length)
     if path:
-      _save(path, arrays)
+      _write_cache(path, lambda to: np.savez(to, allow_pickle=False, **new))
   return Tokens(
     ids=arrays["ids"],
     offsets=arrays["offsets"],
@@ -102,9 +150,21 @@ def tokenise(
     labels=examples.labels,
     index=examples.index,
     truncated=int(arrays["truncated"]),
-    pad_id=facts.pad_id,
+    pad_id=info.pad_id,
     fingerprint=fingerprint,
   )
+
+
+def _info(tokenizer: Any) -> TokenizerInfo:
+  """Digest and padding id of a fast tokenizer of transformers."""
+  state = json.loads(tokenizer.backend_tokenizer.to_str())
+  # These two are settings of the last call, not of the tokenizer.
+  state.pop("truncation", None)
+  state.pop("padding", None)
+  names = list(tokenizer.model_input_names)
+  text = json.dumps([state, names], sort_keys=True)
+  digest = hashlib.sha256(text.encode()).hexdigest()
+  return TokenizerInfo(digest, int(tokenizer.pad_token_id))
 
 
 def _encode(
@@ -114,49 +174,43 @@ def _encode(
   types: list[list[int]] = []
   truncated = 0
   for start in range(0, len(examples), _CHUNK):
-    part = slice(start, start + _CHUNK)
+    chunk = slice(start, start + _CHUNK)
     encoded = tokenizer(
-      examples.first[part],
-      examples.second[part] if examples.second else None,
+      examples.first[chunk],
+      examples.second[chunk] if examples.second else None,
       truncation="longest_first",
       max_length=max_length,
       padding=False,
     )
     ids += encoded["input_ids"]
+    # RoBERTa's tokenizer gives no types: its model has only one.
     types += encoded.get("token_type_ids") or [
       [0] * len(row) for row in encoded["input_ids"]
     ]
     truncated += sum(bool(text.overflowing) for text in encoded.encodings)
-  lengths = [len(row) for row in ids]
   return {
-    "ids": _flat(ids, sum(lengths)),
-    "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-    "token_types": _flat(types, sum(lengths)),
+    "ids": np.fromiter(chain.from_iterable(ids), np.int32),
+    "offsets": np.cumsum([0, *map(len, ids)], dtype=np.int64),
+    "token_types": np.fromiter(chain.from_iterable(types), np.int32),
     "truncated": np.array(truncated),
   }
 
 
-def _flat(rows: list[list[int]], count: int) -> np.ndarray:
-  return np.fromiter((i for row in rows for i in row), np.int32, count)
-
-
-def _fingerprint(examples: Examples, facts: Facts, max_length: int) -> str:
-  digest = hashlib.sha256(_LAYOUT)
-  for part in _parts(examples, facts, max_length):
+def _fingerprint(
+  examples: Examples, info: TokenizerInfo, max_length: int
+) -> str:
+  labels = examples.labels
+  parts = [
+    json.dumps([max_length, *info]).encode(),
+    b"none" if labels is None else labels.tobytes(),
+    str(len(examples)).encode(),
+  ]
+  texts = chain(examples.first, examples.second or [])
+  digest = hashlib.sha256(_VERSION)
+  for part in chain(parts, (t.encode("utf-8", "surrogatepass") for t in texts)):
+    # The length before each part keeps "ab", "c" apart from "a", "bc".
     digest.update(len(part).to_bytes(8, "little") + part)
   return digest.hexdigest()
-
-
-def _parts(
-  examples: Examples, facts: Facts, max_length: int
-) -> Iterable[bytes]:
-  """What decides the result, as bytes; each is hashed with its length."""
-  yield json.dumps([max_length, *facts]).encode()
-  yield b"none" if examples.labels is None else examples.labels.tobytes()
-  yield str(len(examples)).encode()
-  for texts in (examples.first, examples.second or []):
-    for text in texts:
-      yield text.encode("utf-8", "surrogatepass")
 
 
 def _load(path: Path, examples: int) -> dict[str, np.ndarray] | None:
@@ -166,23 +220,32 @@ def _load(path: Path, examples: int) -> dict[str, np.ndarray] | None:
   try:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
       arrays = {name: stored[name] for name in stored.files}
-    if _sound(arrays, examples):
+    ids, types = arrays["ids"], arrays["token_types"]
+    offsets = arrays["offsets"]
+    if (
+      offsets.shape == (examples + 1,)
+      and ids.shape == types.shape == (offsets[-1],)
+      and ids.dtype == types.dtype == np.int32
+      and offsets.dtype == np.int64
+      and arrays["truncated"].shape == ()
+    ):
       return arrays
   except _UNREADABLE as error:
     log.warning("%s is damaged (%s): made again.", path, error)
   return None
 
 
-def _sound(arrays: dict[str, np.ndarray], examples: int) -> bool:
-  ids, types = arrays["ids"], arrays["token_types"]
-  return (
-    arrays["offsets"].shape == (examples + 1,)
-    and ids.shape == types.shape == (arrays["offsets"][-1],)
-    and ids.dtype == types.dtype == np.int32
-    and arrays["offsets"].dtype == np.int64
-    and arrays["truncated"].shape == ()
-  )
+def _write_cache(path: Path, write: Callable[[Path], Any]) -> None:
+  """Calls `write` with a path beside `path` and renames what it has written.
 
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-  keep(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+  So another process never reads half a file. A cache can be made again at any
+  moment: if it can't be written, a warning is all that happens.
+  """
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+      part = Path(folder) / path.name
+      write(part)
+      part.replace(path)
+  except OSError as error:
+    log.warning("%s isn't cached: %s.", path, error.strerror)

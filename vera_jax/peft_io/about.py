@@ -11,7 +11,7 @@ from vera_jax.files import read_json
 from vera_jax.peft_io.config import PeftSettings
 from vera_jax.peft_io.layers import patterns
 from vera_jax.peft_io.origin import Origin
-from vera_jax.tasks.glue import task_named
+from vera_jax.tasks.glue import glue_task
 
 RUN = ("task", "seed", "labels", "score_name", "score", "versions")
 
@@ -24,7 +24,7 @@ def describe(
   words["versions"] = results.provenance()["versions"]
   words |= {name: carried[name] for name in RUN if name in carried}
   if task is not None:
-    named = task_named(task)
+    named = glue_task(task)
     words |= {"task": task, "labels": list(named.labels)}
     words |= {"score_name": named.metrics[0]}
   if not isinstance(words["labels"], list):

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas.core.groupby import SeriesGroupBy
 
-from vera_jax.tasks.glue import task_named
+from vera_jax.tasks.glue import glue_task
 
 VERMILION, BLUE, GREEN = "#D55E00", "#0072B2", "#009E73"
 PURPLE, ORANGE, SKY, BLACK = "#CC79A7", "#E69F00", "#56B4E9", "#000000"
@@ -82,7 +82,7 @@ def grid(
 
 def task_title(name: str) -> str:
   """As GLUE writes it: SST-2."""
-  return task_named(name).folder
+  return glue_task(name).folder
 
 
 def label(method: str, condition: str) -> str:

@@ -10,8 +10,7 @@ from jaxtyping import Float32, Int
 
 from vera_jax.data.examples import Examples
 from vera_jax.data.loader import placed_batches
-from vera_jax.data.multi_adapter import name_rows, place_mixed
-from vera_jax.data.packing import Batch, Layout
+from vera_jax.data.packing import Batch, Layout, place_all, with_adapters
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import Tokens, tokenise
 from vera_jax.errors import UserError
@@ -117,10 +116,10 @@ def packed_logits(
   if adapters is None:
     adapters = np.zeros(len(tokens), np.int64)
   layout = _layout(tokens)
-  place = place_mixed(tokens.lengths, adapters, layout)
+  place = place_all(tokens.lengths, layout, adapters=adapters)
   out = np.empty((len(tokens), outputs), np.float32)
   for batch in placed_batches(tokens, place, layout):
-    logits = np.asarray(run(name_rows(batch, adapters)))
+    logits = np.asarray(run(with_adapters(batch, adapters)))
     real = batch["example"] >= 0
     out[batch["example"][real]] = logits[real]
   return out

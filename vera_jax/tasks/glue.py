@@ -11,7 +11,7 @@ from vera_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class Task:
+class GlueTask:
   """One task: how its files, the hub and GLUE's server write it.
 
   Attributes:
@@ -63,7 +63,7 @@ MNLI = ("entailment", "neutral", "contradiction")
 IDS = ("0", "1")
 
 _TASKS = (
-  Task(
+  GlueTask(
     "cola",
     "CoLA",
     columns=("sentence",),
@@ -75,7 +75,7 @@ _TASKS = (
     headerless=("source", "label", "mark", "sentence"),
     submissions=("CoLA.tsv",),
   ),
-  Task(
+  GlueTask(
     "sst2",
     "SST-2",
     columns=("sentence",),
@@ -85,7 +85,7 @@ _TASKS = (
     written=IDS,
     submissions=("SST-2.tsv",),
   ),
-  Task(
+  GlueTask(
     "mrpc",
     "MRPC",
     columns=("sentence1", "sentence2"),
@@ -96,7 +96,7 @@ _TASKS = (
     metrics=("accuracy", "f1"),
     submissions=("MRPC.tsv",),
   ),
-  Task(
+  GlueTask(
     "qqp",
     "QQP",
     columns=("question1", "question2"),
@@ -108,7 +108,7 @@ _TASKS = (
     submissions=("QQP.tsv",),
     broken_rows=True,
   ),
-  Task(
+  GlueTask(
     "stsb",
     "STS-B",
     columns=("sentence1", "sentence2"),
@@ -119,7 +119,7 @@ _TASKS = (
     metrics=("pearson", "spearman"),
     submissions=("STS-B.tsv",),
   ),
-  Task(
+  GlueTask(
     "mnli",
     "MNLI",
     columns=("premise", "hypothesis"),
@@ -131,7 +131,7 @@ _TASKS = (
     test_splits=("test_matched", "test_mismatched"),
     submissions=("MNLI-m.tsv", "MNLI-mm.tsv"),
   ),
-  Task(
+  GlueTask(
     "qnli",
     "QNLI",
     columns=("question", "sentence"),
@@ -141,7 +141,7 @@ _TASKS = (
     written=ENTAILMENT,
     submissions=("QNLI.tsv",),
   ),
-  Task(
+  GlueTask(
     "rte",
     "RTE",
     columns=("sentence1", "sentence2"),
@@ -151,7 +151,7 @@ _TASKS = (
     written=ENTAILMENT,
     submissions=("RTE.tsv",),
   ),
-  Task(
+  GlueTask(
     "wnli",
     "WNLI",
     columns=("sentence1", "sentence2"),
@@ -163,7 +163,7 @@ _TASKS = (
   ),
 )
 
-TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+TASKS: dict[str, GlueTask] = {task.name: task for task in _TASKS}
 # The quickstart's pairs, made by experiments/make_entailment.py: no benchmark.
 GENERATED = replace(
   TASKS["rte"],
@@ -173,7 +173,7 @@ GENERATED = replace(
 )
 
 
-def task_named(name: str) -> Task:
+def glue_task(name: str) -> GlueTask:
   """The task of that name, or a UserError that lists the names."""
   if name == GENERATED.name:
     return GENERATED

@@ -32,29 +32,27 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-  """Pearson correlation.
-
-  It is undefined (0 / 0) when either side is constant. A constant says nothing
-  about the labels, so such a model gets 0, the value of no correlation.
-  """
-  if collapsed(predictions) or collapsed(labels):
-    return 0.0
+  """Pearson correlation; 0, no correlation, when either side is constant."""
   from scipy.stats import pearsonr
 
-  return float(pearsonr(*_doubles(predictions, labels)).statistic)
+  return _correlation(pearsonr, predictions, labels)
 
 
 def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
-  """Spearman's rank correlation; 0 for a constant, as in `pearson`."""
-  if collapsed(predictions) or collapsed(labels):
-    return 0.0
+  """Spearman's rank correlation; 0 when either side is constant."""
   from scipy.stats import spearmanr
 
-  return float(spearmanr(*_doubles(predictions, labels)).statistic)
+  return _correlation(spearmanr, predictions, labels)
 
 
-def _doubles(*values: np.ndarray) -> list[np.ndarray]:
-  return [np.asarray(value, np.float64) for value in values]
+def _correlation(
+  function: Callable, predictions: np.ndarray, labels: np.ndarray
+) -> float:
+  """A correlation of SciPy's, which would be 0 / 0 for a constant side."""
+  if collapsed(predictions) or collapsed(labels):
+    return 0.0
+  sides = (np.asarray(side, np.float64) for side in (predictions, labels))
+  return float(function(*sides).statistic)
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {

@@ -17,7 +17,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from vera_jax.data.loader import (
-  member_batches,
   sample_batch,
   train_batches,
 )
@@ -82,11 +81,10 @@ class Crew:
     settings: dict[str, Any] = {
       "batch_size": self.run.config.optim.batch_size,
       "start_step": start_step,
-      "portion": self._portion,
+      "shard": self._portion,
     }
-    if len(seeds) == 1:
-      return train_batches(tokens, layout, seed=seeds[0], **settings)
-    return member_batches(tokens, layout, seeds=seeds, **settings)
+    own = seeds[0] if len(seeds) == 1 else seeds
+    return train_batches(tokens, layout, seeds=own, **settings)
 
   def step(self, passes: Passes) -> dict[str, Array]:
     """Take a step; the figures are on the way when this returns."""
@@ -108,7 +106,7 @@ class Crew:
 
   def _compile(self, passes: Passes) -> None:
     """Wait for these passes' programs; the other shapes' come behind them."""
-    rows = [self._portion.whole(b["labels"].shape[-2]) for b in passes]
+    rows = [self._portion.global_rows(b["labels"].shape[-2]) for b in passes]
     for count in (*rows, *self.run.data.train_layout.rows):
       self._programs.compile(count, partial(self._lower, count))
     for count in rows:
@@ -120,7 +118,7 @@ class Crew:
       data.tokens["train"],
       data.train_layout,
       rows=rows,
-      members=len(self.members),
+      runs=None if len(self.members) == 1 else len(self.members),
     )
     frozen, own = self.run.model.frozen, (self._keys, self._numbers)
     return self._step.lower(frozen, put(batch, self._split), *own)

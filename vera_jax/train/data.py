@@ -7,18 +7,17 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from vera_jax.data.examples import subset
-from vera_jax.data.packing import Layout, plan_eval_layout, plan_layout
-from vera_jax.data.placement import at_most
-from vera_jax.data.tokenizer import FolderTokenizer
-from vera_jax.data.tokens import Tokens, tokenise
-from vera_jax.tasks.glue import Task, task_named
-from vera_jax.tasks.glue_splits import load_split
+from vera_jax.data.layout import choose_eval_layout, choose_layout, limit_rows
+from vera_jax.data.packing import Layout
+from vera_jax.data.tokens import FolderTokenizer, Tokens, tokenise
+from vera_jax.tasks.glue import GlueTask, glue_task
+from vera_jax.tasks.glue_data import load_split
 
 
 class Data(NamedTuple):
   """A task's tokens by split, and the shapes they are packed into."""
 
-  task: Task
+  task: GlueTask
   tokens: dict[str, Tokens]
   train_layout: Layout
   eval_layouts: dict[str, Layout]
@@ -32,7 +31,7 @@ def cache_dir(config: ConfigDict) -> Path:
 
 def build_data(config: ConfigDict, *, folder: Path, shards: int) -> Data:
   """Read, cut to size and tokenise the splits that the run needs."""
-  task = task_named(config.task)
+  task = glue_task(config.task)
   splits = ["train", *task.dev_splits]
   if config.predict_test:
     splits += task.test_splits
@@ -47,16 +46,16 @@ def build_data(config: ConfigDict, *, folder: Path, shards: int) -> Data:
       examples, tokenizer, config.data.max_length, cache_dir(config)
     )
   plan = partial(
-    plan_eval_layout, batch_size=config.eval_batch_size, shards=shards
+    choose_eval_layout, batch_size=config.eval_batch_size, shards=shards
   )
-  layout = plan_layout(
+  layout = choose_layout(
     tokens["train"].lengths,
     batch_size=config.optim.batch_size,
     epochs=config.optim.epochs,
     shards=shards,
   )
   if config.optim.pass_rows is not None:
-    layout = at_most(layout, config.optim.pass_rows, shards=shards)
+    layout = limit_rows(layout, config.optim.pass_rows, shards=shards)
   return Data(
     task=task,
     tokens=tokens,

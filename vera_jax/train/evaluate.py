@@ -11,7 +11,7 @@ from jaxtyping import Float32
 from vera_jax.data.loader import eval_batches, eval_placement
 from vera_jax.data.packing import Layout
 from vera_jax.data.tokens import Tokens
-from vera_jax.tasks.glue import Task
+from vera_jax.tasks.glue import GlueTask
 from vera_jax.tasks.metrics import collapsed, score
 from vera_jax.train.sharding import portion_of, put_rows
 
@@ -35,18 +35,18 @@ def split_logits(
   place = eval_placement(tokens, layout)
   rows = [  # read later: dispatch runs ahead
     step(params, frozen, put_rows(batch, sharding, portion))
-    for batch in eval_batches(tokens, layout, place=place, portion=portion)
+    for batch in eval_batches(tokens, layout, place=place, shard=portion)
   ]
   return np.concatenate(rows)[place.row, place.slot]
 
 
-def predictions(task: Task, logits: Logits) -> np.ndarray:
+def predictions(task: GlueTask, logits: Logits) -> np.ndarray:
   """Class ids, or the values themselves for regression."""
   return logits[:, 0] if task.regression else logits.argmax(-1)
 
 
 def dev_scores(
-  task: Task, logits: Mapping[str, Logits], tokens: Mapping[str, Tokens]
+  task: GlueTask, logits: Mapping[str, Logits], tokens: Mapping[str, Tokens]
 ) -> dict[str, float]:
   """GLUE's metrics over the dev splits; the task's score comes first.
 
@@ -62,6 +62,6 @@ def dev_scores(
   return scores
 
 
-def is_collapsed(task: Task, logits: Mapping[str, Logits]) -> bool:
+def is_collapsed(task: GlueTask, logits: Mapping[str, Logits]) -> bool:
   """Whether one and the same answer is given to everything (Table 6)."""
   return collapsed(predictions(task, logits[task.dev_splits[0]]))

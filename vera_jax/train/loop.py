@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from vera_jax.data.loader import sample_batch
 from vera_jax.errors import UserError
-from vera_jax.tasks.submission import write_submission
+from vera_jax.tasks.glue_data import write_submission
 from vera_jax.train import workdir as workdirs
 from vera_jax.train.checkpoint import Checkpoints, good_save
 from vera_jax.train.config import check_settings

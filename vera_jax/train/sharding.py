@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vera_jax.data.portion import Portion
+from vera_jax.data.packing import ProcessShard
 from vera_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -112,15 +112,15 @@ def put(tree: Any, shardings: Any) -> Any:
   return jax.tree.map(place, tree, shardings)
 
 
-def portion_of(sharding: NamedSharding) -> Portion:
+def portion_of(sharding: NamedSharding) -> ProcessShard:
   """The rows that this process makes for its devices, where a batch lies so."""
   here = sharding.addressable_devices_indices_map((sharding.num_devices,))
   of = sharding.num_devices
   rows = [index[0].indices(of) for index in here.values() if index]
-  return Portion(min(r[0] for r in rows), max(r[1] for r in rows), of)
+  return ProcessShard(min(r[0] for r in rows), max(r[1] for r in rows), of)
 
 
-def put_rows(tree: Any, sharding: NamedSharding, portion: Portion) -> Any:
+def put_rows(tree: Any, sharding: NamedSharding, portion: ProcessShard) -> Any:
   """Global arrays from each process's portion of their rows.
 
   The rows are the axis that `sharding` splits: the first, or the one behind the
@@ -130,7 +130,7 @@ def put_rows(tree: Any, sharding: NamedSharding, portion: Portion) -> Any:
 
   def place(value: Any) -> jax.Array:
     shape = list(value.shape)
-    shape[axis] = portion.whole(shape[axis])
+    shape[axis] = portion.global_rows(shape[axis])
     low, _ = portion.bounds(shape[axis])
 
     def own(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Reading GLUE's own files: what is in them, and every way they can be bad."""
+"""GLUE's own files, what can be wrong with them, and submissions."""
 
 import logging
 import re
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from vera_jax.errors import UserError
-from vera_jax.tasks.glue_splits import TASKS, load_split, task_named
+from vera_jax.tasks.glue import TASKS, glue_task
+from vera_jax.tasks.glue_data import load_split, write_submission
 
 QUOTE = 'He said "it is'
 TRAIN = {  # first example's texts, labels
@@ -26,26 +27,21 @@ TRAIN = {  # first example's texts, labels
 def test_all_nine_tasks_are_there():
   assert sorted(TASKS) == sorted(TRAIN)
   with pytest.raises(UserError, match="no GLUE task 'rtf'.*cola"):
-    task_named("rtf")
-  assert task_named("rte") is TASKS["rte"]
+    glue_task("rtf")
+  assert glue_task("rte") is TASKS["rte"]
 
 
 @pytest.mark.parametrize("name", TRAIN)
-def test_train_file_of_every_task(tiny_glue, name):
+def test_the_files_of_every_task(tiny_glue, name):
   texts, labels = TRAIN[name]
-  examples = load_split(TASKS[name], tiny_glue, "train")
+  task = TASKS[name]
+  examples = load_split(task, tiny_glue, "train")
   assert examples.first[0] == texts[0]
   assert (examples.second or [None])[0] == (texts + [None])[1]
-  assert examples.labels is not None
-  np.testing.assert_array_equal(examples.labels, labels)
-  regression = TASKS[name].regression
-  assert examples.labels.dtype == (np.float32 if regression else np.int32)
+  dtype = np.float32 if task.regression else np.int32
+  expected = np.array(labels, dtype)
+  np.testing.assert_array_equal(examples.labels, expected, strict=True)
   np.testing.assert_array_equal(examples.index, [0, 1])
-
-
-@pytest.mark.parametrize("name", TRAIN)
-def test_dev_and_test_files_of_every_task(tiny_glue, name):
-  task = TASKS[name]
   for split in task.dev_splits:
     dev = load_split(task, tiny_glue, split)
     assert len(dev) == 1 and dev.labels is not None
@@ -68,9 +64,11 @@ def test_mnli_has_two_dev_and_two_test_files(tiny_glue):
 
 
 def test_test_files_keep_their_own_index(tiny_glue):
-  assert load_split(TASKS["qqp"], tiny_glue, "test").index.tolist() == [3]
-  mismatched = load_split(TASKS["mnli"], tiny_glue, "test_mismatched")
-  assert mismatched.index.tolist() == [6]
+  for name, split, index in (
+    ("qqp", "test", 3),
+    ("mnli", "test_mismatched", 6),
+  ):
+    assert load_split(TASKS[name], tiny_glue, split).index.tolist() == [index]
 
 
 def test_columns_are_found_by_name(tiny_glue):
@@ -115,22 +113,17 @@ BAD = [
   ("rte", "sentence1\tsentence2\nA\tB\n", r":1: there is no column 'label'"),
   ("rte", "index\tsentence1\tsentence2\tlabel\n", r"has no examples"),
   ("rte", "", r"has no examples"),
+  ("rte", RTE + "1\tcaf\udce9\tB\tentailment\n", r":3: .*UTF-8 \(byte 0xe9"),
 ]
 
 
 @pytest.mark.parametrize("name, text, message", BAD)
 def test_bad_files_are_named_with_their_line(tmp_path, name, text, message):
-  (tmp_path / "train.tsv").write_text(text)
+  data = text.encode(errors="surrogateescape")  # a byte that is not UTF-8
+  (tmp_path / "train.tsv").write_bytes(data)
   with pytest.raises(UserError, match=message) as error:
     load_split(TASKS[name], tmp_path, "train")
   assert str(tmp_path) in str(error.value)
-
-
-def test_a_file_that_is_not_utf8(tiny_glue):
-  path = tiny_glue / "RTE/train.tsv"
-  path.write_bytes(path.read_bytes() + b"2\tcaf\xe9\tB\tentailment\n")
-  with pytest.raises(UserError, match=r"train.tsv:4: .*UTF-8 \(byte 0xe9\)"):
-    load_split(TASKS["rte"], tiny_glue, "train")
 
 
 def test_a_bad_index_in_a_test_file(tiny_glue):
@@ -169,3 +162,67 @@ def test_official_sizes(glue_folder, name):
   if name == "sst2":  # the hub keeps the space at the end, too
     hidden = "hide new secretions from the parental units "
     assert splits[0].first[0] == hidden
+
+
+SUBMISSIONS = {
+  "CoLA.tsv",
+  "SST-2.tsv",
+  "MRPC.tsv",
+  "STS-B.tsv",
+  "QQP.tsv",
+  "MNLI-m.tsv",
+  "MNLI-mm.tsv",
+  "QNLI.tsv",
+  "RTE.tsv",
+  "WNLI.tsv",
+}
+
+
+def test_one_file_for_each_test_split(tmp_path):
+  for task in TASKS.values():
+    for split in task.test_splits:
+      write_submission(tmp_path, task, split, np.array([0]), np.array([0]))
+  assert {path.name for path in tmp_path.iterdir()} == SUBMISSIONS
+
+
+@pytest.mark.parametrize(
+  "name, guesses, words",
+  [
+    ("rte", [1, 0], ["not_entailment", "entailment"]),
+    ("qnli", [0, 1], ["entailment", "not_entailment"]),
+    ("mnli", [2, 1], ["contradiction", "neutral"]),
+    ("wnli", [1, 0], ["1", "0"]),
+    ("cola", [1, 0], ["1", "0"]),
+    ("stsb", [2.71828, 5.4], ["2.718", "5.000"]),
+    ("stsb", [-0.3, 0.0], ["0.000", "0.000"]),
+  ],
+)
+def test_words_and_index(tmp_path, name, guesses, words):
+  task = TASKS[name]
+  path = write_submission(
+    tmp_path / "new",
+    task,
+    task.test_splits[-1],
+    np.array(guesses),
+    np.array([7, 9]),
+  )
+  expected = f"index\tprediction\n7\t{words[0]}\n9\t{words[1]}\n"
+  assert path.read_text() == expected
+
+
+@pytest.mark.parametrize(
+  "name, guesses", [("rte", [-1]), ("rte", [0, 1]), ("stsb", [np.nan])]
+)
+def test_what_can_not_be_submitted(tmp_path, name, guesses):
+  with pytest.raises(ValueError):
+    write_submission(
+      tmp_path, TASKS[name], "test", np.array(guesses), np.array([0])
+    )
+
+
+def test_a_submission_that_can_not_be_written(tmp_path):
+  (tmp_path / "file").write_text("in the way")
+  with pytest.raises(UserError, match="can't be written"):
+    write_submission(
+      tmp_path / "file", TASKS["rte"], "test", np.array([0]), np.array([0])
+    )

@@ -1,4 +1,4 @@
-"""Row lengths and counts: what any plan keeps, and how little is padding."""
+"""Row lengths and counts: any batch fits, and little is padding."""
 
 import json
 from itertools import combinations_with_replacement
@@ -7,16 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vera_jax.data.layout import (
+  _choose_row_counts,
+  choose_eval_layout,
+  choose_layout,
+  limit_rows,
+)
 from vera_jax.data.loader import batch_indices, steps_per_epoch
-from vera_jax.data.packing import Layout, pack, plan_eval_layout, plan_layout
-from vera_jax.data.placement import (
-  at_most,
+from vera_jax.data.packing import (
+  Layout,
   first_fit,
-  pass_cost,
-  passes,
+  microbatch_cost,
+  microbatch_rows,
+  pack,
   place_all,
 )
-from vera_jax.data.plan import _row_counts
 from vera_jax.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden/lengths.json"
@@ -44,12 +49,12 @@ RUNS = [
 
 @pytest.mark.parametrize("shards", [1, 2, 8])
 @pytest.mark.parametrize("batch_size", [5, 32])
-def test_any_batch_fits_a_plan(make_tokens, batch_size, shards):
+def test_any_batch_fits(make_tokens, batch_size, shards):
   tokens = make_tokens(1, examples=200, longest=90)
   lengths = tokens.lengths
   settings = {"batch_size": batch_size, "shards": shards, "epochs": 1000}
-  layout = plan_layout(lengths, **settings)
-  assert layout == plan_layout(lengths, **settings)
+  layout = choose_layout(lengths, **settings)
+  assert layout == choose_layout(lengths, **settings)
   assert layout.length % 8 == 0 and layout.length >= 90
   assert all(rows % shards == 0 for rows in layout.rows)
   assert list(layout.rows) == sorted(set(layout.rows))
@@ -63,7 +68,7 @@ def test_any_batch_fits_a_plan(make_tokens, batch_size, shards):
 
 def test_a_batch_larger_than_the_data(make_tokens):
   tokens = make_tokens(1, examples=3, longest=9)
-  layout = plan_layout(tokens.lengths, batch_size=64)
+  layout = choose_layout(tokens.lengths, batch_size=64)
   assert layout.rows[-1] <= 3 and layout.length <= 2 * 16
   assert len(pack(tokens, np.arange(3), layout)) == 1
 
@@ -71,21 +76,10 @@ def test_a_batch_larger_than_the_data(make_tokens):
 def test_a_short_run_has_one_shape_and_a_long_one_three(make_tokens):
   lengths = make_tokens(1, examples=500, longest=60).lengths
   counts = [
-    len(plan_layout(lengths, batch_size=32, epochs=epochs).rows)
+    len(choose_layout(lengths, batch_size=32, epochs=epochs).rows)
     for epochs in (1, 10, 1000)
   ]
   assert counts[0] == 1 and counts == sorted(counts) and counts[-1] == 3
-
-
-@pytest.mark.parametrize("rows", [(3,), (1, 6), (2, 5, 7)])
-def test_passes_hold_what_is_needed(rows):
-  layout = Layout(rows, 72, 9)
-  for needed in range(1, 40):
-    shapes = passes(needed, layout)
-    assert set(shapes) <= set(rows) and set(shapes[1:]) <= {rows[0]}
-    assert sum(shapes) >= needed > sum(shapes[:-1])
-    least = pass_cost(needed, np.array(rows), rows[0], 72).min()
-    assert least == 72 * sum(shapes) + 32 * (len(shapes) - 1)
 
 
 def test_row_counts_are_the_best_by_brute_force():
@@ -95,19 +89,19 @@ def test_row_counts_are_the_best_by_brute_force():
 
     def mean(rows, compiling=compiling):
       rows = tuple(sorted(set(rows)))
-      costs = [pass_cost(needed, main, rows[0], 72) for main in rows]
+      costs = [microbatch_cost(needed, main, rows[0], 72) for main in rows]
       return np.min(costs, axis=0).mean() + compiling * len(rows)
 
     every = combinations_with_replacement({1, 2, 3, 4, *needed.tolist()}, 3)
-    cost, rows = _row_counts(needed, 72, 1, compiling)
+    cost, rows = _choose_row_counts(needed, 72, shards=1, compiling=compiling)
     assert cost == pytest.approx(mean(rows))
     assert cost == pytest.approx(min(map(mean, every)))
   assert len(rows) == 1
 
 
-def test_an_evaluation_plan_is_one_shape(make_tokens):
+def test_an_evaluation_has_one_shape(make_tokens):
   tokens = make_tokens(1, examples=300, longest=50)
-  layout = plan_eval_layout(tokens.lengths, batch_size=64, shards=4)
+  layout = choose_eval_layout(tokens.lengths, batch_size=64, shards=4)
   assert len(layout.rows) == 1 and layout.rows[0] % 4 == 0
   assert layout.length == 56
 
@@ -126,7 +120,7 @@ def padding(lengths, layout: Layout, *, size: int, epochs: int) -> float:
   for step in range(steps):
     batch = batch_indices(len(lengths), batch_size=size, seed=3, step=step)
     real += lengths[batch].sum()
-    rows += sum(passes(first_fit(lengths[batch], layout).rows, layout))
+    rows += sum(microbatch_rows(first_fit(lengths[batch], layout).rows, layout))
   return 1 - real / (rows * layout.length)
 
 
@@ -134,7 +128,7 @@ def padding(lengths, layout: Layout, *, size: int, epochs: int) -> float:
 def test_at_most_a_tenth_is_padding(task, tokenizer, size, some, epochs):
   """With -s, the table of padding and shapes."""
   lengths = lengths_of(task, tokenizer, size, "train")[:some]
-  layout = plan_layout(lengths, batch_size=size, epochs=epochs)
+  layout = choose_layout(lengths, batch_size=size, epochs=epochs)
   share = padding(lengths, layout, size=size, epochs=epochs)
   print(
     f"\n{task:5}{tokenizer:8} {len(lengths):6} examples, batch {size},"
@@ -150,7 +144,7 @@ def test_at_most_a_tenth_of_an_evaluation_is_padding(task, tokenizer):
   for size in LONGEST:
     for split in ("validation", "test"):
       lengths = lengths_of(task, tokenizer, size, split)
-      layout = plan_eval_layout(lengths, batch_size=128)
+      layout = choose_eval_layout(lengths, batch_size=128)
       (rows,) = layout.rows
       batches = -(-place_all(lengths, layout).rows // rows)
       share = 1 - lengths.sum() / (batches * rows * layout.length)
@@ -161,11 +155,11 @@ def test_at_most_a_tenth_of_an_evaluation_is_padding(task, tokenizer):
       assert share <= 0.1
 
 
-def test_a_pass_may_be_smaller_than_the_batch():
+def test_a_microbatch_may_be_smaller_than_the_batch():
   layout = Layout((4, 16, 24), 64, 3)
-  assert at_most(layout, 13, shards=4).rows == (4, 12)
-  assert at_most(layout, 4, shards=4).rows == (4,)
-  assert at_most(layout, 99) == layout
-  assert sum(passes(24, at_most(layout, 12))) >= 24
+  assert limit_rows(layout, 13, shards=4).rows == (4, 12)
+  assert limit_rows(layout, 4, shards=4).rows == (4,)
+  assert limit_rows(layout, 99) == layout
+  assert sum(microbatch_rows(24, limit_rows(layout, 12))) >= 24
   with pytest.raises(UserError, match="pass_rows is 3.* 4 batch shards"):
-    at_most(layout, 3, shards=4)
+    limit_rows(layout, 3, shards=4)
