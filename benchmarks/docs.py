@@ -2,9 +2,10 @@
 
   python -m benchmarks.docs
 
-What stands in a page between `<!-- from PATH -->` and `<!-- end -->` is made
-anew: of a file in results/plans its table, of a sweep's folder the report. The
-figures that a page shows as figures/SWEEP-NAME.png are drawn.
+What stands in a page between `<!-- from PATH -->` and `<!-- end -->` is
+replaced: by a table where PATH is a file in results/plans, by the report where
+it is a sweep's folder. The figures that a page shows as figures/SWEEP-NAME.png
+are drawn.
 """
 
 import re
@@ -17,7 +18,7 @@ from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.report import plots, tables
 from vera_jax.report.frame import load_sweep
-from vera_jax.report.summary import in_order, summary
+from vera_jax.report.summary import summary
 
 DOCS, SWEEPS = Path("docs"), Path("results/sweeps")
 MADE = re.compile(r"<!-- from (\S+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -36,45 +37,41 @@ def main() -> None:
 
 
 def filled(page: str) -> str:
-  """The page with what its marks ask for between them."""
-  return MADE.sub(
-    lambda match: (
-      f"<!-- from {match[1]} -->\n\n{made_from(Path(match[1]))}\n\n<!-- end -->"
-    ),
-    page,
-  )
-
-
-def made_from(source: Path) -> str:
-  """Markdown of a plan's file, of meshes.json, or of a sweep's folder.
+  """The page with what its marks ask for between them.
 
   Raises:
-    UserError: it is missing, or is none of these.
+    UserError: a mark's file is missing, or is no result.
   """
-  if source.is_dir():
-    sweep = load_sweep(source)
-    table = in_order(summary(sweep))
-    below = tables.notes(sweep, table)
-    return tables.text_of(tables.columns(table, sweep.paper), below).strip()
-  if source.name == "meshes.json":
-    return equality.markdown(read_json(source))
-  return plans.markdown(read_json(source))
+
+  def between(match: re.Match[str]) -> str:
+    source = Path(match[1])
+    if source.is_dir():
+      sweep = load_sweep(source)
+      made = tables.page(sweep, summary(sweep)).strip()
+    elif source.name == "meshes.json":
+      made = equality.markdown(read_json(source))
+    else:
+      made = plans.markdown(read_json(source))
+    return f"<!-- from {match[1]} -->\n\n{made}\n\n<!-- end -->"
+
+  return MADE.sub(between, page)
 
 
 def draw(page: str) -> None:
-  """The figures that a page shows."""
-  shown: dict[str, set[str]] = {}
-  for match in FIGURE.finditer(page):
-    shown.setdefault(match["sweep"], set()).add(match["name"])
-  for name, wanted in shown.items():
+  """Draws the figures that a page shows.
+
+  Raises:
+    UserError: a sweep's results don't give such a figure.
+  """
+  shown = {(match["sweep"], match["name"]) for match in FIGURE.finditer(page)}
+  for name in sorted({sweep for sweep, _ in shown}):
     sweep = load_sweep(SWEEPS / name)
-    made = dict(plots.figures(sweep, in_order(summary(sweep))))
-    if missing := sorted(wanted - set(made)):
-      raise UserError(
-        f"{SWEEPS / name} gives no figure {', '.join(missing)};"
-        f" it gives {', '.join(made)}."
-      )
-    for one in sorted(wanted):
+    made = dict(plots.figures(sweep, summary(sweep)))
+    for one in sorted(figure for of, figure in shown if of == name):
+      if one not in made:
+        raise UserError(
+          f"{SWEEPS / name} gives no figure {one}; it gives {', '.join(made)}."
+        )
       plots.save(made[one], DOCS / "figures", f"{name}-{one}", ["png"])
 
 

@@ -2,33 +2,31 @@
 
   python -m experiments.report DIR                  # a sweep's, or any runs'
   python -m experiments.report DIR --format=csv
-  python -m experiments.report results/minilm       # the README's table
+  python -m experiments.report results/minilm
 
-Prints a table, in a terminal as one, elsewhere as Markdown, and writes into
-DIR/report: table.md, table.csv (a row a condition, unrounded), runs.csv (a row
-a run) and the figures as PNG and SVG. --out=FOLDER puts them elsewhere, --out=
-nowhere.
+Prints a table, as Markdown where the output is not a terminal, and writes into
+DIR/report: table.md, table.csv (one row per condition, unrounded), runs.csv
+(one row per run) and the figures as PNG and SVG. --out=FOLDER puts them
+elsewhere, --out= nowhere.
 
-A row is a task, a method and what else tells its runs from others. Scores are
-in percent: each seed's best epoch as the paper takes it (median, with the
-lowest and the highest seed), and the last epoch's. Beside them stand the
-paper's number, where it has one, the difference from LoRA over the seeds that
-both have, with its p, and what the runs show: collapsed to one class, d gone to
-zero, unstable loss. No weights are needed.
+A row is a task, a method and what else distinguishes its runs from others.
+Scores are in percent: each seed's best epoch as the paper takes it (median,
+with the lowest and the highest seed), and the last epoch's. Beside them stand
+the paper's number, where it has one, the difference from LoRA over the seeds
+that both have, with its p, and signs of failure: collapsed to one class, d gone
+to zero, unstable loss. No weights are needed.
 """
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from rich.console import Console
 
 from experiments import cli
 from vera_jax.report import plots, tables
-from vera_jax.report.frame import Sweep, frame, load_sweep
-from vera_jax.report.summary import in_order, summary
+from vera_jax.report.frame import Sweep, load_sweep
+from vera_jax.report.summary import summary
 
 FORMATS = ("auto", "terminal", "markdown", "csv")
 FORMAT = flags.DEFINE_enum("format", "auto", FORMATS, "What is printed.")
@@ -48,44 +46,36 @@ def main(folders: list[str]) -> None:
 
 
 def show(sweep: Sweep, kind: str) -> None:
+  """Prints the table in one of the `FORMATS`."""
   console = Console()
-  if kind == "auto":
-    kind = "terminal" if console.is_terminal else "markdown"
-  rows = in_order(summary(sweep))
-  cells = tables.columns(rows, sweep.paper)
-  below = tables.notes(sweep, rows)
+  table = summary(sweep)
   if kind == "csv":
-    sys.stdout.write(tables.csv(rows))
-  elif kind == "markdown":
-    sys.stdout.write(tables.text_of(cells, below))
+    sys.stdout.write(table.to_csv(index=False))
+  elif kind == "markdown" or (kind == "auto" and not console.is_terminal):
+    sys.stdout.write(tables.page(sweep, table))
   else:
-    table = tables.for_terminal(cells, sweep.title, width=console.width)
-    console.print(table)
-    for note in below:
+    cells = tables.columns(table, sweep.paper)
+    shown = tables.for_terminal(cells, sweep.title, width=console.width)
+    console.print(shown)
+    for note in tables.notes(sweep, table):
       console.print(note, markup=False, highlight=False)
 
 
 def write(sweep: Sweep, folder: Path) -> None:
-  """All files of a report."""
-  table = in_order(summary(sweep))
-  cells = tables.columns(table, sweep.paper)
-  folder.mkdir(parents=True, exist_ok=True)
-  page = tables.text_of(cells, tables.notes(sweep, table))
+  """Writes all files of a report."""
+  table = summary(sweep)
+  runs = sweep.runs.drop(columns=["result", "folder"])
+  runs["signatures"] = runs["signatures"].map("; ".join)
   texts = {
-    "table.md": f"# {sweep.title}\n\n{page}",
-    "table.csv": tables.csv(table),
-    "runs.csv": tables.runs_csv(sweep.runs),
+    "table.md": f"# {sweep.title}\n\n{tables.page(sweep, table)}",
+    "table.csv": table.to_csv(index=False),
+    "runs.csv": runs.to_csv(index=False),
   }
+  folder.mkdir(parents=True, exist_ok=True)
   for name, text in texts.items():
     (folder / name).write_text(text, encoding="utf-8")
   for name, figure in plots.figures(sweep, table):
     plots.save(figure, folder, name)
-
-
-def markdown(results: Iterable[dict[str, Any]]) -> str:
-  """The table alone; rows by task, then by method."""
-  sweep = Sweep("", "", frame(list(results)), [])
-  return tables.markdown(tables.columns(in_order(summary(sweep))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One run, one `result.json`: what tables and plots are made from.
 
-A run whose numbers ceased to be finite has a `failed.json` in its place.
+A run whose loss is no longer finite has a `failed.json` in its place.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+import vera_jax
 from vera_jax.files import read_json
 from vera_jax.train.workdir import write_json
 
@@ -30,10 +31,14 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-  """Versions and hardware that a figure was made with."""
+  """Versions and hardware that a result was made with."""
   device = jax.devices()[0]
   return {
-    "versions": {"python": platform.python_version(), **_versions()},
+    "versions": {
+      "python": platform.python_version(),
+      "vera_jax": vera_jax.__version__,
+      **{name: version(name) for name in PACKAGES},
+    },
     "device": {
       "platform": device.platform,
       "kind": device.device_kind,
@@ -41,13 +46,6 @@ def provenance() -> dict[str, Any]:
       "processes": jax.process_count(),
     },
   }
-
-
-def _versions() -> dict[str, str]:
-  import vera_jax
-
-  others = {name: version(name) for name in PACKAGES}
-  return {"vera_jax": vera_jax.__version__, **others}
 
 
 def write(
@@ -62,20 +60,3 @@ def read(workdir: Path, file: str = FILE) -> dict[str, Any] | None:
   """The result of a finished run; None when the folder holds none."""
   path = workdir / file
   return read_json(path) if path.exists() else None
-
-
-def finished(folder: Path) -> list[Path]:
-  """The folders of every finished run below a folder, in order."""
-  return [path.parent for path in sorted(folder.rglob(FILE))]
-
-
-def read_all(folder: Path) -> list[dict[str, Any]]:
-  """The results of every finished run below a folder, in order of path."""
-  found = map(read, finished(folder))
-  return [result for result in found if result is not None]
-
-
-def read_failures(folder: Path) -> list[dict[str, Any]]:
-  """What the failed.json files below a folder say, with each one's `run`."""
-  paths = sorted(folder.rglob(FAILED))
-  return [{**read_json(path), "run": path.parent.name} for path in paths]

@@ -7,9 +7,8 @@ import pandas as pd
 import pytest
 
 from experiments import quickstart, report
-from experiments.report import markdown
-from vera_jax.report import load_sweep
-from vera_jax.results import read_all
+from vera_jax.report import load_sweep, summary, tables
+from vera_jax.report.frame import Sweep, frame
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,14 +31,15 @@ def run(method, seed, scores, task="rte"):
   }
 
 
-def test_a_row_a_task_and_method_over_its_seeds():
+def test_one_row_per_task_and_method_over_its_seeds():
   results = [
     run("lora", 0, [0.5, 0.6]),
     run("vera", 2, [0.9, 0.8]),
     run("vera", 0, [0.7, 0.6]),
     run("vera", 1, [0.5, 0.55]),
   ]
-  lines = markdown(results).splitlines()
+  sweep = Sweep("", "", frame(results), [])
+  lines = tables.markdown(tables.columns(summary(sweep))).splitlines()
   assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
   assert lines[2] == (
     "| rte | accuracy | vera | 1,792 | 770 | 70.0 (55.0 to 90.0)"
@@ -52,9 +52,12 @@ def test_a_row_a_task_and_method_over_its_seeds():
 @pytest.mark.skipif(
   not (ROOT / "README.md").exists(), reason="not in a checkout"
 )
-def test_the_readme_shows_the_committed_results():
-  table = markdown(read_all(ROOT / "results/minilm"))
-  assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_a_page_shows_the_committed_results():
+  sweep = load_sweep(ROOT / "results/minilm")
+  cells = tables.columns(summary(sweep))
+  _, rows = tables.markdown(cells).split("---: |\n")
+  pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+  assert any(rows in page.read_text(encoding="utf-8") for page in pages)
 
 
 @pytest.mark.skipif(not (ROOT / "results").exists(), reason="not in a checkout")
@@ -96,4 +99,4 @@ def test_the_quickstart_compares_head_and_vera(
   quickstart.main()
   shown = capsys.readouterr().out
   assert "head alone" in shown and "VeRA" in shown
-  assert len(read_all(tmp_path / "runs")) == 2
+  assert len(list(tmp_path.glob("runs/**/result.json"))) == 2

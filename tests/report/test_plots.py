@@ -8,7 +8,7 @@ from matplotlib.text import Text
 
 from vera_jax.report import plots
 from vera_jax.report.frame import Sweep, frame, norms
-from vera_jax.report.summary import in_order, summary
+from vera_jax.report.summary import summary
 
 
 def overlaps(figure):
@@ -69,7 +69,7 @@ def ablations(make_result) -> Sweep:
 @pytest.mark.parametrize("name", ["rank_sweep", "ablations"])
 def test_all_figures(name, request, tmp_path):
   sweep = request.getfixturevalue(name)
-  made = dict(plots.figures(sweep, in_order(summary(sweep))))
+  made = dict(plots.figures(sweep, summary(sweep)))
   expected = {"scores", "curves"}
   if name == "rank_sweep":
     expected |= {"ranks", "norms"}
@@ -110,7 +110,7 @@ def test_ranks_that_lie_close_are_told_apart(make_result):
   assert overlaps(plots.rank_figure(summary(sweep))) == ([], [])
 
 
-def test_norms_are_a_line_a_kind(rank_sweep):
+def test_norms_are_one_line_per_kind(rank_sweep):
   figure = plots.norm_figure(norms(rank_sweep.runs))
   assert len(figure.axes) == 6
   for ax in figure.axes:

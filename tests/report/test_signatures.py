@@ -37,7 +37,7 @@ def test_each_failure_is_named(make_result, what, change):
   assert signatures(make_result(**change)) == [what]
 
 
-def test_norms_are_by_layer_and_kind(tmp_path):
+def test_norms_are_by_layer_and_kind():
   tensors = {
     "encoder.layer.11.output.dense.vera_d": np.full(4, 2.0, np.float32),
     "encoder.layer.2.attention.self.query.vera_b": np.ones(9, np.float32),
@@ -57,17 +57,17 @@ def test_norms_are_by_layer_and_kind(tmp_path):
 @pytest.mark.parametrize(
   "settings, printed",
   [
-    ({}, "85.9 ± 0.7"),
-    ({"size": "base"}, "78.7 ± 0.7"),
+    ({}, (85.9, 0.7)),
+    ({"size": "base"}, (78.7, 0.7)),
     ({"vera__rank": 64}, None),
-    ({"vera__d_init": 1e-7}, "84.7 ± 0.9"),
-    ({"vera__init": "uniform"}, "53.1 ± 0.8"),
-    ({"vera__train": "d"}, "67.0 ± 13.9"),
-    ({"vera__sharing": "unique"}, "84.6 ± 0.8"),
+    ({"vera__d_init": 1e-7}, (84.7, 0.9)),
+    ({"vera__init": "uniform"}, (53.1, 0.8)),
+    ({"vera__train": "d"}, (67.0, 13.9)),
+    ({"vera__sharing": "unique"}, (84.6, 0.8)),
     ({"vera__sharing": "unique", "vera__train": "b"}, None),
     ({"vera__init": "orthogonal"}, None),
     ({"vera__targets": ("key",)}, None),
-    ({"method": "lora"}, "85.2 ± 1.1"),
+    ({"method": "lora"}, (85.2, 1.1)),
     ({"method": "head"}, None),
     ({"model__name": "somewhere/minilm"}, None),
   ],
@@ -76,9 +76,9 @@ def test_the_papers_number_is_that_of_the_same_settings(
   make_result, settings, printed
 ):
   found = published(make_result(**settings)["config"])
-  assert (found and str(found)) == printed
+  assert (found and found[:2]) == printed
 
 
 def test_another_models_number_can_stand_beside(make_result):
   result = make_result(model__name="minilm", vera__rank=16)
-  assert str(published(result["config"], "roberta-base")) == "78.7 ± 0.7"
+  assert published(result["config"], "roberta-base")[:2] == (78.7, 0.7)

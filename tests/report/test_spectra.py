@@ -5,7 +5,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from vera_jax import load_adapter, restore_adapter
-from vera_jax.adapters import merge
+from vera_jax.adapters.merge import merge
 from vera_jax.errors import UserError
 from vera_jax.report import plots, spectra
 from vera_jax.report.spectra import deltas

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import table1 as script
 from vera_jax import adapter_size, find_targets
-from vera_jax.adapters import vera
+from vera_jax.adapters.vera import vera
 from vera_jax.models.bert import BertClassifier, BertConfig
 from vera_jax.report.table1 import MODELS, parameters, table1
 
@@ -16,30 +16,30 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_formulas():
-  for model in MODELS:
-    layers = 2 * model.layers
+  for model, (layers, width) in MODELS.items():
     for rank in (1, 16, 256):
       vera, lora = (parameters(m, model, rank) for m in ("vera", "lora"))
-      assert vera == layers * (model.width + rank)
-      assert lora == 2 * layers * model.width * rank
+      assert vera == 2 * layers * (width + rank)
+      assert lora == 2 * 2 * layers * width * rank
 
 
-def test_the_model_itself_has_the_same(monkeypatch):
-  base = MODELS[0]
+def test_the_model_itself_has_the_same():
+  layers, width = MODELS["RoBERTa-base"]
   config = BertConfig.from_dict(
     {
       "model_type": "roberta",
       "vocab_size": 100,
-      "hidden_size": base.width,
-      "num_hidden_layers": base.layers,
+      "hidden_size": width,
+      "num_hidden_layers": layers,
       "num_attention_heads": 12,
-      "intermediate_size": 4 * base.width,
+      "intermediate_size": 4 * width,
       "max_position_embeddings": 514,
     }
   )
   ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
   targets = find_targets(BertClassifier(config, 2), ("query", "key"), ids)
-  assert adapter_size(vera(16), targets) == parameters("vera", base, 16)
+  counted = parameters("vera", "RoBERTa-base", 16)
+  assert adapter_size(vera(16), targets) == counted
 
 
 def test_what_contradicts_the_papers_formula_and_nothing_else():

@@ -1,7 +1,7 @@
 """How long the trained vectors are, layer by layer: the paper's Figure 3."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ SHORT = {
 
 
 class Vector(NamedTuple):
-  """One trained leaf: of which layer, and its length.
+  """One trained leaf: where it is, and its length.
 
   Attributes:
     layer, kind: 3 and "query", say.
@@ -43,40 +43,44 @@ class Vector(NamedTuple):
 
 
 def adapter_norms(tensors: Mapping[str, np.ndarray]) -> list[Vector]:
-  """Of a saved adapter's leaves, by layer.
+  """The norms of a saved adapter's leaves, by layer.
 
   Args:
     tensors: by their names in the file, as `load_adapter` gives them.
   """
-  return sorted(_vectors(tensors))
-
-
-def _vectors(tensors: Mapping[str, np.ndarray]) -> Iterator[Vector]:
+  found = []
   for name, value in tensors.items():
     match = NAME.fullmatch(name)
     if match is None:
-      continue  # the head's
+      continue  # a leaf of the head
     norm = float(np.linalg.norm(value.astype(np.float64)))
-    kind = SHORT.get(match["kind"], match["kind"])
-    rms = norm / np.sqrt(value.size)
-    leaf = match["leaf"][-1]
-    yield Vector(int(match["layer"]), kind, leaf, value.size, norm, float(rms))
+    found.append(
+      Vector(
+        layer=int(match["layer"]),
+        kind=SHORT.get(match["kind"], match["kind"]),
+        leaf=match["leaf"][-1],
+        size=value.size,
+        norm=norm,
+        rms=float(norm / np.sqrt(value.size)),
+      )
+    )
+  return sorted(found)
 
 
 def as_json(vectors: list[Vector]) -> list[dict[str, Any]]:
-  """As a result.json keeps them; four digits are more than a figure shows."""
+  """As result.json keeps them: four digits, more than a figure shows."""
   return [
-    {**v._asdict(), "norm": _rounded(v.norm), "rms": _rounded(v.rms)}
-    for v in vectors
+    {
+      **vector._asdict(),
+      "norm": float(f"{vector.norm:.4g}"),
+      "rms": float(f"{vector.rms:.4g}"),
+    }
+    for vector in vectors
   ]
 
 
-def _rounded(value: float) -> float:
-  return float(f"{value:.4g}")
-
-
 def norms_beside(folder: Path) -> list[dict[str, Any]]:
-  """From the adapter in a run's folder; none where that holds no adapter."""
+  """Of the adapter in a run's folder; empty where that holds no adapter."""
   if not (folder / "adapter").is_dir():
     return []
   return as_json(adapter_norms(load_adapter(folder / "adapter").tensors))

@@ -1,14 +1,14 @@
-"""What is read out of finished runs: tables, tests, figures, adapters.
+"""What is read from finished runs: tables, tests, figures, adapters.
 
-  load_sweep      a folder's results as a Sweep: one DataFrame, a row a run
-  summary         a row a condition: median, spread, paper, significance
-  signatures      what failed runs look like
-  figures         every figure that a sweep's results give
+  load_sweep      a folder's results as a Sweep: a DataFrame with a row per run
+  summary         one row per condition: median, spread, paper, significance
+  signatures      the failures that a run shows
   adapter_norms   the norms of d and b, layer by layer
   spectra         singular values of the merged delta, layer by layer
   table1          parameters and bytes, from shapes (the paper's Table 1)
 
-Nothing but `spectra` and predictions needs the base's weights.
+Tables are formatted in `tables`, figures drawn in `plots`. Only `spectra` and
+predictions need the base's weights.
 """
 
 from vera_jax.adapters.norms import adapter_norms

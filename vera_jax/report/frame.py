@@ -1,8 +1,8 @@
-"""A folder of results as a DataFrame, a row a run."""
+"""A folder of results as a DataFrame, one row per run."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +13,22 @@ from vera_jax import results
 from vera_jax.adapters.norms import SHORT, norms_beside
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
-from vera_jax.report.signatures import signatures
+from vera_jax.report.signatures import COLLAPSED, signatures
 
-METHODS = ("vera", "lora", "bitfit", "head", "full")
-# Settings that tell no condition from another: the first are a run's own,
-# the others where it was run.
-ASIDE = ("seed", "task", "method")
-PLACES = ("log", "predict_test", "mesh", "data.cache_dir", "data.source")
+# The methods in the order of tables and figures, as figures write them.
+METHODS = {
+  "vera": "VeRA",
+  "lora": "LoRA",
+  "bitfit": "BitFit",
+  "head": "head alone",
+  "full": "full",
+}
+# Settings that make no condition: the first three have columns of their own,
+# the others say where a run took place and what it logged.
+ASIDE = (
+  *("seed", "task", "method"),
+  *("log", "predict_test", "mesh", "data.cache_dir", "data.source"),
+)
 
 
 class Sweep(NamedTuple):
@@ -29,10 +38,10 @@ class Sweep(NamedTuple):
     title: of its figures; the folder's name where no sweep.json says.
     paper: the model whose published numbers stand beside ours; "" for the
       trained one.
-    runs: a row a run: task, method, condition, seed, score (best epoch, in
+    runs: one row per run: task, method, condition, seed, score (best epoch, in
       percent), last, adapter, head, seconds, collapsed, signatures, folder,
       result.
-    failed: what the failed.json files say.
+    failed: what the failed.json files say, with each one's `run`.
   """
 
   title: str
@@ -49,169 +58,151 @@ def load_sweep(*folders: str | Path) -> Sweep:
   """
   places: list[Path] = []
   failed: list[dict[str, Any]] = []
-  about: dict[str, Any] = {}
+  plan: dict[str, Any] = {}
   for folder in map(Path, folders):
-    plan = folder / "sweep.json"
-    sweep = read_json(plan) if plan.exists() else {}
-    about = about or sweep
-    order = {name: place for place, name in enumerate(sweep.get("runs", ()))}
+    file = folder / "sweep.json"
+    own_plan = read_json(file) if file.exists() else {}
+    plan = plan or own_plan
+    order = {name: i for i, name in enumerate(own_plan.get("runs", ()))}
     places += sorted(
-      results.finished(folder),
+      (path.parent for path in sorted(folder.rglob(results.FILE))),
       key=lambda place: order.get(place.name, len(order)),
     )
-    failed += results.read_failures(folder)
+    failed += [
+      {**read_json(path), "run": path.parent.name}
+      for path in sorted(folder.rglob(results.FAILED))
+    ]
   if not places:
     there = ", ".join(map(str, folders))
     more = f"; {len(failed)} runs failed" if failed else ""
     raise UserError(f"There is no result.json below {there}{more}.")
-  title = about.get("title") or " and ".join(Path(f).name for f in folders)
-  runs = frame([_with_norms(place) for place in places], places)
-  return Sweep(title, about.get("paper", ""), runs, failed)
-
-
-def _with_norms(folder: Path) -> dict[str, Any]:
-  """A result; older ones have no norms, but an adapter beside them has."""
-  result = results.read(folder)
-  assert result is not None  # its file was found
-  if "norms" not in result:
-    result["norms"] = norms_beside(folder)
-  return result
+  found = [read_json(place / results.FILE) for place in places]
+  for result, place in zip(found, places, strict=True):
+    if "norms" not in result:  # older results; an adapter beside them has them
+      result["norms"] = norms_beside(place)
+  title = plan.get("title") or " and ".join(Path(f).name for f in folders)
+  return Sweep(title, plan.get("paper", ""), frame(found, places), failed)
 
 
 def frame(
   found: Sequence[Mapping[str, Any]], folders: Sequence[Path] | None = None
 ) -> pd.DataFrame:
-  """A row a run, in order of task, method, condition and seed."""
-  places: Sequence[Path | None]
-  places = [None] * len(found) if folders is None else folders
-  keys = [_condition(result) for result in found]
-  names = _names(found, keys)
-  rows = [
-    {
-      "task": result["task"],
-      "method": result["method"],
-      "condition": name,
-      "seed": result["seed"],
-      "score": 100 * result["best"]["score"],
-      "last": 100 * result["last"]["score"],
-      "metric": result["score_name"],
-      "adapter": result["parameters"]["adapter"],
-      "head": result["parameters"]["head"],
-      "rank": _rank(result),
-      "rate": result.get("learning_rates", {}).get("adapter_lr"),
-      "epochs": result["config"]["optim"]["epochs"],
-      "seconds": result["seconds"],
-      "collapsed": "collapsed" in (flags := signatures(result)),
-      "signatures": flags,
-      "folder": folder,
-      "result": result,
-    }
-    for result, name, folder in zip(found, names, places, strict=True)
-  ]
+  """One row per run, in order of task, method, condition and seed.
+
+  Conditions come by rank where runs have one, else in the order of `found`.
+
+  Args:
+    found: the contents of result.json files.
+    folders: where each was found.
+  """
+  rows = []
+  places: Sequence[Path | None] = folders or [None] * len(found)
+  for result, name, place in zip(found, _names(found), places, strict=True):
+    config, flags = result["config"], signatures(result)
+    rows.append(
+      {
+        "task": result["task"],
+        "method": result["method"],
+        "condition": name,
+        "seed": result["seed"],
+        "score": 100 * result["best"]["score"],
+        "last": 100 * result["last"]["score"],
+        "metric": result["score_name"],
+        "adapter": result["parameters"]["adapter"],
+        "head": result["parameters"]["head"],
+        "rank": config.get(result["method"], {}).get("rank"),
+        "rate": result.get("learning_rates", {}).get("adapter_lr"),
+        "epochs": config["optim"]["epochs"],
+        "seconds": result["seconds"],
+        "collapsed": COLLAPSED in flags,
+        "signatures": flags,
+        "folder": place,
+        "result": result,
+      }
+    )
   table = pd.DataFrame(rows)
-  order = table["method"].map(METHODS.index)
-  conditions = list(dict.fromkeys(_sorted_names(found, names)))
-  table = table.assign(
-    _method=order, _place=table["condition"].map(conditions.index)
-  )
-  by = ["task", "_method", "_place", "seed"]
-  table = table.sort_values(by, kind="stable").drop(columns=by[1:3])
-  return table.reset_index(drop=True)
-
-
-def _rank(result: Mapping[str, Any]) -> int | None:
-  return result["config"].get(result["method"], {}).get("rank")
-
-
-def _condition(result: Mapping[str, Any]) -> dict[str, Any]:
-  """The settings that bear on a run, without those that are its own."""
-  flat = flatten_dict(dict(result["config"]), sep=".")
-  others = tuple(f"{m}." for m in METHODS if m != result["method"])
-  return {
-    key: tuple(x) if isinstance(x, list) else x
-    for key, x in flat.items()
-    if not key.startswith(others)
-    and key not in ASIDE
-    and not any(key == p or key.startswith(f"{p}.") for p in PLACES)
+  by_rank = table.sort_values("rank", kind="stable", na_position="first")
+  order = {
+    "method": list(dict.fromkeys([*METHODS, *table["method"]])),
+    "condition": list(by_rank["condition"].unique()),
   }
+  return table.sort_values(
+    ["task", "method", "condition", "seed"],
+    key=lambda column: (
+      column.map(order[column.name].index) if column.name in order else column
+    ),
+    ignore_index=True,
+  )
 
 
-def _names(
-  found: Sequence[Mapping[str, Any]], keys: Sequence[dict[str, Any]]
-) -> list[str]:
-  """What tells a run's condition from the others of its task and method.
+def _names(found: Sequence[Mapping[str, Any]]) -> list[str]:
+  """What distinguishes a run's condition from others of its task and method.
 
   In words: "rank 64, d_init 0.1". A value that more than half of the conditions
-  have goes without saying; one that has only such values is "default". "" where
-  there is one condition only.
+  have is left out; a condition that has only such values is "default". "" where
+  there is only one condition.
   """
-  alike: dict[tuple, dict[str, dict[str, Any]]] = {}
-  for result, key in zip(found, keys, strict=True):
-    group = alike.setdefault((result["task"], result["method"]), {})
-    group[repr(key)] = key
-  return [
-    _name(key, list(alike[result["task"], result["method"]].values()))
-    for result, key in zip(found, keys, strict=True)
-  ]
+  groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+  every = []
+  for result in found:
+    method = result["method"]
+    # Another method's settings don't bear on the run.
+    aside = (*ASIDE, *(name for name in METHODS if name != method))
+    flat = flatten_dict(dict(result["config"]), sep=".")
+    every.append(
+      {
+        key: _in_words(value)
+        for key, value in flat.items()
+        if not any(key == a or key.startswith(f"{a}.") for a in aside)
+      }
+    )
+    group = groups.setdefault((result["task"], method), [])
+    if every[-1] not in group:
+      group.append(every[-1])
+  names = []
+  for result, own in zip(found, every, strict=True):
+    group = groups[result["task"], result["method"]]
+    words = []
+    for key in dict.fromkeys(key for other in group for key in other):
+      value = own.get(key, "None")
+      same = Counter(other.get(key, "None") for other in group)[value]
+      if same <= len(group) / 2:
+        words.append(f"{key.rpartition('.')[-1]} {value}")
+    names.append(", ".join(words) or ("default" if len(group) > 1 else ""))
+  return names
 
 
-def _name(key: dict[str, Any], group: Sequence[dict[str, Any]]) -> str:
-  if len(group) == 1:
-    return ""
-  words = []
-  for name in _union(group):
-    values = Counter(repr(other.get(name)) for other in group)
-    own = values[repr(key.get(name))]
-    if own < len(group) and own <= len(group) / 2:
-      words.append(f"{name.rpartition('.')[-1]} {_word(key.get(name))}")
-  return ", ".join(words) or "default"
-
-
-def _union(group: Iterable[dict[str, Any]]) -> list[str]:
-  return list(dict.fromkeys(key for one in group for key in one))
-
-
-def _word(value: Any) -> str:
-  if isinstance(value, tuple):
-    return _targets([str(pattern) for pattern in value])
-  return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _targets(patterns: Sequence[str]) -> str:
-  """Target patterns for a person: "query + value of layers 0, 1, 2"."""
+def _in_words(value: Any) -> str:
+  """A setting's value; target patterns as "query + value of layers 0, 1, 2"."""
+  if isinstance(value, float):
+    return f"{value:g}"
+  if not isinstance(value, list | tuple):
+    return str(value)
+  # A pattern is the path in a block, perhaps after "layer_(0|1)/.*/".
   parts = [
-    pattern.replace(r"layer_\d+/", "").rpartition("/.*/")
-    for pattern in patterns
+    str(pattern).removeprefix(r"layer_\d+/").rpartition("/.*/")
+    for pattern in value
   ]
-  names = [_kind(name) for _, _, name in parts]
-  layers = {layers for layers, _, _ in parts}
-  if len(layers) > 1:  # of each its own
-    return " + ".join(patterns)
-  if set(names) == set(SHORT.values()):
-    return "all linear layers"
-  numbers = re.findall(r"\d+", layers.pop())
-  where = f" of layers {', '.join(numbers)}" if len(numbers) > 1 else ""
-  where = f" of layer {numbers[0]}" if len(numbers) == 1 else where
-  return " + ".join(names) + where
-
-
-def _kind(name: str) -> str:
-  """attention/output/dense -> attention output."""
-  plain = name.replace("/", ".")
-  return SHORT.get(plain, plain.replace(".dense", "").replace(".", " "))
-
-
-def _sorted_names(
-  found: Sequence[Mapping[str, Any]], names: Sequence[str]
-) -> list[str]:
-  """By rank where runs have one, else in the order in which they come."""
-  order = range(len(names))
-  ranks = [_rank(result) or 0 for result in found]
-  return [names[i] for i in sorted(order, key=lambda i: (ranks[i], i))]
+  where = {layers for layers, _, _ in parts}
+  if len(where) != 1:  # each pattern has layers of its own
+    return " + ".join(map(str, value))
+  kinds = []
+  for _, _, path in parts:
+    plain = path.replace("/", ".")
+    kinds.append(
+      SHORT.get(plain, plain.replace(".dense", "").replace(".", " "))
+    )
+  every_kind = set(kinds) == set(SHORT.values())
+  name = "all linear layers" if every_kind else " + ".join(kinds)
+  numbers = re.findall(r"\d+", where.pop())
+  if not numbers:
+    return name
+  word = "layer" if len(numbers) == 1 else "layers"
+  return f"{name} of {word} {', '.join(numbers)}"
 
 
 def history(runs: pd.DataFrame) -> pd.DataFrame:
-  """A row an epoch of each run: score in percent, training loss."""
+  """One row per epoch of each run: score in percent, training loss."""
   rows = [
     {
       **row[["task", "method", "condition", "seed"]].to_dict(),
@@ -227,7 +218,7 @@ def history(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def norms(runs: pd.DataFrame) -> pd.DataFrame:
-  """A row a trained leaf of each run; empty where results have no norms."""
+  """One row per trained leaf and run; empty where results have no norms."""
   rows = [
     {**row[["task", "method", "condition", "seed"]].to_dict(), **vector}
     for _, row in runs.iterrows()

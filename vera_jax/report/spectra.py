@@ -1,5 +1,6 @@
 """The merged delta of a trained adapter, layer by layer, and its spectrum."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -10,16 +11,16 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
 from vera_jax.adapters.files import named_slices
-from vera_jax.adapters.interface import Path
 from vera_jax.adapters.norms import SHORT
 from vera_jax.errors import UserError
 from vera_jax.models.pretrained import Classifier
 
+KERNEL = re.compile(r".*encoder\.layer\.(?P<layer>\d+)\.(?P<kind>.+)\.kernel")
 Matrix = Float[np.ndarray, "inputs outputs"]
 COUNTED = 0.01  # of the largest singular value: what counts for the rank
 
 
-def deltas(classifier: Classifier) -> dict[tuple[int, str], Any]:
+def deltas(classifier: Classifier) -> dict[tuple[int, str], Matrix]:
   """What merging adds to each adapted kernel, by (layer, kind of layer).
 
   Raises:
@@ -34,40 +35,27 @@ def deltas(classifier: Classifier) -> dict[tuple[int, str], Any]:
   params = flatten_dict(classifier.params)
   matrices = flatten_dict(classifier.projections)
   shared = {k[0]: v for k, v in matrices.items() if len(k) == 1}
-  found: dict[tuple[int, str], Any] = {}
+  found: dict[tuple[int, str], Matrix] = {}
   for path, target in classifier.targets.items():
     size = target.inputs, target.outputs
     own = {k[-1]: v for k, v in matrices.items() if k[:-1] == path}
     leaves = {name: params[(*path, name)] for name in adapter.init(*size)}
     delta = partial(adapter.kernel, inputs=size[0], outputs=size[1])
-    for _ in target.stack:
+    for _ in target.stack:  # of a scanned stack all layers at once
       delta = jax.vmap(delta, in_axes=(0, 0 if own else None))
-    found |= _by_layer(path, np.asarray(delta(leaves, own or shared)))
+    whole = np.asarray(delta(leaves, own or shared))
+    for name, matrix in named_slices((*path, "kernel"), whole):
+      match = KERNEL.fullmatch(name)
+      assert match and matrix is not None
+      kind = SHORT.get(match["kind"], match["kind"])
+      found[int(match["layer"]), kind] = matrix
   return dict(sorted(found.items()))
-
-
-def _by_layer(path: Path, delta: np.ndarray) -> dict[tuple[int, str], Matrix]:
-  """One matrix a layer; a scanned stack has them behind a first axis."""
-  found = {}
-  for name, matrix in named_slices((*path, "kernel"), delta):
-    *_, number, kind, _ = _split(name)
-    assert matrix is not None
-    found[int(number), SHORT.get(kind, kind)] = matrix
-  return found
-
-
-def _split(name: str) -> tuple[str, str, str, str]:
-  """encoder.layer.3.attention.self.query.kernel, in its parts."""
-  before, _, rest = name.partition("encoder.layer.")
-  number, _, rest = rest.partition(".")
-  kind, _, leaf = rest.rpartition(".")
-  return before, number, kind, leaf
 
 
 def spectra(classifier: Classifier) -> pd.DataFrame:
   """The singular values of every layer's merged delta.
 
-  A row a value: layer, kind, place (from 1, the largest), value, and of the
+  One row per value: layer, kind, place (from 1, the largest), value, and of the
   whole layer: norm (Frobenius), stable_rank (squared norm over the largest
   value's square) and counted (values above a hundredth of the largest).
   """

@@ -16,20 +16,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas.core.groupby import SeriesGroupBy
 
-from vera_jax.tasks.glue import glue_task
+from vera_jax.report.frame import METHODS
+from vera_jax.tasks.glue import GENERATED, TASKS
 
 VERMILION, BLUE, GREEN = "#D55E00", "#0072B2", "#009E73"
 PURPLE, ORANGE, SKY, BLACK = "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: Any = ("-", "--", "-.", ":")
-METHOD = {
-  "vera": (BLUE, "o", "VeRA"),
-  "lora": (VERMILION, "s", "LoRA"),
-  "bitfit": (GREEN, "^", "BitFit"),
-  "head": (BLACK, "D", "head alone"),
-  "full": (PURPLE, "v", "full"),
+# A method's colour is the same in all figures; others than these share one.
+METHOD_COLORS = {
+  "vera": (BLUE, "o"),
+  "lora": (VERMILION, "s"),
+  "bitfit": (GREEN, "^"),
+  "head": (BLACK, "D"),
+  "full": (PURPLE, "v"),
 }
+OTHER = (SKY, "P")
 METRIC = {
   "accuracy": "accuracy",
   "matthews": "Matthews correlation",
@@ -50,7 +53,7 @@ STYLE: Any = {
   "svg.hashsalt": "vera_jax",  # the same bytes for the same figure
 }
 FORMATS: Any = {"png": {"dpi": 200}, "svg": {"metadata": {"Date": None}}}
-WRAP = 34  # letters of a condition's name in a line
+WRAP = 34  # letters of a condition's name per line
 
 
 def save(
@@ -59,7 +62,7 @@ def save(
   name: str,
   kinds: Sequence[str] = tuple(FORMATS),
 ) -> list[Path]:
-  """As PNG and SVG, or as `kinds` of them."""
+  """Writes the figure as PNG and SVG, or as `kinds` of them."""
   folder.mkdir(parents=True, exist_ok=True)
   paths = [folder / f"{name}.{kind}" for kind in kinds]
   with mpl.rc_context(STYLE):
@@ -71,7 +74,7 @@ def save(
 def grid(
   rows: int, columns: int, *, width: float, height: float, title: str
 ) -> tuple[Figure, np.ndarray]:
-  """Panels of a size each, in inches, in a figure that makes room for text."""
+  """Panels of equal size, in inches, in a figure that makes room for text."""
   figure = Figure(
     figsize=(width * columns, height * rows + 0.3), layout="constrained"
   )
@@ -82,12 +85,18 @@ def grid(
 
 def task_title(name: str) -> str:
   """As GLUE writes it: SST-2."""
-  return glue_task(name).folder
+  tasks = {**TASKS, GENERATED.name: GENERATED}
+  return tasks[name].folder if name in tasks else name
+
+
+def metric_title(name: str) -> str:
+  return METRIC.get(name, name)
 
 
 def label(method: str, condition: str) -> str:
   """A condition's name in a figure, broken where it is long."""
-  name = f"{METHOD[method][2]}, {condition}" if condition else METHOD[method][2]
+  name = METHODS.get(method, method)
+  name = f"{name}, {condition}" if condition else name
   return "\n".join(textwrap.wrap(name, WRAP, break_long_words=False))
 
 

@@ -1,203 +1,190 @@
-"""The summary for a reader: text in columns; Markdown, CSV or a rich table."""
+"""The summary for a reader: Markdown, or a table in the terminal."""
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import textwrap
 
 import pandas as pd
 from rich.table import Table
 
-from vera_jax.report.frame import Sweep
+from vera_jax.report.frame import Sweep, history
 from vera_jax.report.signatures import COLLAPSED
-from vera_jax.report.summary import convergence, smallest_ranks
 
-LEFT = ("task", "metric", "method", "condition", "seen", "paper's")
-Row = Any  # of the summary, a pandas Series
-
-
-def columns(table: pd.DataFrame, paper: str = "") -> dict[str, list[str]]:
-  """Column by column; those that would be empty are left out.
-
-  `paper` is the model of the paper's numbers where it is not the trained one.
-  """
-  makers: dict[str, Callable[[Row], str]] = {
-    "task": lambda row: row["task"],
-    "metric": lambda row: row["metric"],
-    "method": lambda row: row["method"],
-    "condition": lambda row: row["condition"].replace("|", "\\|"),
-    "adapter": lambda row: f"{row['adapter']:,}",
-    "head": lambda row: f"{row['head']:,}",
-    "best epoch": lambda row: _spread(row, "score", "low", "high"),
-    "last epoch": lambda row: _spread(row, "last", "last_low", "last_high"),
-    f"paper, {paper}" if paper else "paper": _paper,
-    "less LoRA (95 %)": _difference,
-    "p (Holm)": lambda row: _p(row["p_holm"]),
-    "seen": _seen,
-    "seeds": lambda row: str(row["seeds"]),
-    "epochs": lambda row: str(row["epochs"]),
-    "seconds a run": lambda row: f"{row['seconds']:.0f}",
-  }
-  made = {
-    name: [make(row) for _, row in table.iterrows()]
-    for name, make in makers.items()
-  }
-  return {name: cells for name, cells in made.items() if any(cells)}
-
-
-def _spread(row: Row, middle: str, low: str, high: str) -> str:
-  """Median, with the lowest and highest seed; collapsed ones are marked."""
-  text = f"{row[middle]:.1f}"
-  if row["seeds"] > 1:
-    text += f" ({row[low]:.1f} to {row[high]:.1f})"
-  return text
-
-
-def _paper(row: Row) -> str:
-  if row["paper"] is None or math.isnan(row["paper"]):
-    return ""
-  return f"{row['paper']:.1f} ± {row['paper_spread']:.1f}"
-
-
-def _difference(row: Row) -> str:
-  if math.isnan(row["difference"]):
-    return ""
-  text = f"{row['difference']:+.1f}"
-  if not math.isnan(row["ci_low"]):
-    text += f" ({row['ci_low']:+.1f} to {row['ci_high']:+.1f})"
-  return text
-
-
-def _p(value: float) -> str:
-  if math.isnan(value):
-    return ""
-  return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _seen(row: Row) -> str:
-  """Failure signatures, with the number of runs where it is not all."""
-  return ", ".join(
-    f"{name}" if count == row["seeds"] else f"{name} {count} of {row['seeds']}"
-    for name, count in row["signatures"].items()
-  )
-
-
-def markdown(cells: dict[str, list[str]]) -> str:
-  rule = ["---" if name in LEFT else "---:" for name in cells]
-  rows = zip(*cells.values(), strict=True)
-  lines = [list(cells), rule, *map(list, rows)]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-# What a narrow terminal does without, the first first.
+SIGNS = "signs of failure"
+LEFT = ("task", "metric", "method", "condition", SIGNS)  # the rest are numbers
+# Columns that a narrow terminal leaves out, the first one first.
 SPARED = (
-  "seconds a run",
+  "seconds per run",
   "epochs",
   "metric",
-  "last epoch",
-  "head",
+  "median at last epoch (range)",
+  "head parameters",
   "seeds",
-  "p (Holm)",
-  "adapter",
+  "p (Holm-adjusted)",
+  "adapter parameters",
 )
 
 
-def for_terminal(
-  cells: dict[str, list[str]], title: str, *, width: int
-) -> Table:
+def columns(table: pd.DataFrame, paper: str = "") -> pd.DataFrame:
+  """The summary as text under headings; empty columns are left out.
+
+  Args:
+    table: a `summary`.
+    paper: the model of the paper's numbers where it is not the trained one.
+  """
+  rows = []
+  for row in table.itertuples():
+    best, last = f"{row.score:.1f}", f"{row.last:.1f}"
+    if row.seeds > 1:
+      best += f" ({row.low:.1f} to {row.high:.1f})"
+      last += f" ({row.last_low:.1f} to {row.last_high:.1f})"
+    printed = difference = p = ""
+    if pd.notna(row.paper):
+      printed = f"{row.paper:.1f} ± {row.paper_spread:.1f}"
+    if pd.notna(row.difference):
+      difference = f"{row.difference:+.1f}"
+    if pd.notna(row.ci_low):  # with several seeds
+      difference += f" ({row.ci_low:+.1f} to {row.ci_high:+.1f})"
+    if pd.notna(row.p_holm):
+      p = "< 0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
+    signs = [
+      name if count == row.seeds else f"{name} {count} of {row.seeds}"
+      for name, count in row.signatures.items()
+    ]
+    rows.append(
+      {
+        "task": row.task,
+        "metric": row.metric,
+        "method": row.method,
+        "condition": row.condition.replace("|", "\\|"),
+        "adapter parameters": f"{row.adapter:,}",
+        "head parameters": f"{row.head:,}",
+        "median at best epoch (range)": best,
+        "median at last epoch (range)": last,
+        f"paper ({paper})" if paper else "paper": printed,
+        "difference from LoRA (95 % interval)": difference,
+        "p (Holm-adjusted)": p,
+        SIGNS: ", ".join(signs),
+        "seeds": str(row.seeds),
+        "epochs": str(row.epochs),
+        "seconds per run": f"{row.seconds:.0f}",
+      }
+    )
+  cells = pd.DataFrame(rows)
+  return cells.loc[:, (cells != "").any()]
+
+
+def markdown(cells: pd.DataFrame) -> str:
+  rule = ["---" if name in LEFT else "---:" for name in cells]
+  lines = [list(cells), rule, *cells.to_numpy()]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def page(sweep: Sweep, table: pd.DataFrame) -> str:
+  """The table and its notes in Markdown; `table` is the sweep's summary."""
+  below = [f"- {note}" for note in notes(sweep, table)]
+  text = markdown(columns(table, sweep.paper))
+  return "\n".join([text, *([""] if below else []), *below, ""])
+
+
+def for_terminal(cells: pd.DataFrame, title: str, *, width: int) -> Table:
   """As a rich table; columns that don't fit are left out and named."""
-  cells, spared = dict(cells), []
+  # A heading may take several lines, a cell may not.
+  widths = cells.map(len).max()
+  headings = {
+    name: textwrap.fill(str(name), max(10, widths[name])) for name in cells
+  }
+  for name, heading in headings.items():
+    widths[name] = max(widths[name], *map(len, heading.splitlines()))
+  spared: list[str] = []
   for name in SPARED:
-    if name in cells and _width(cells) > width:
-      del cells[name]
+    kept = widths.drop(spared)
+    # Each column has two spaces and a rule, and one rule closes the table.
+    if name in kept and 1 + (kept + 3).sum() > width:
       spared.append(name)
-  table = Table(title=title, title_justify="left")
+  shown = cells.drop(columns=spared)
+  table = Table(title=title, title_justify="left", caption_justify="left")
   if spared:
     table.caption = f"no room for: {', '.join(spared)}"
-    table.caption_justify = "left"
-  for name in cells:
-    table.add_column(name, justify="left" if name in LEFT else "right")
-  seen = cells.get("seen", [])
-  for place, row in enumerate(zip(*cells.values(), strict=True)):
-    bad = place < len(seen) and COLLAPSED in seen[place]
-    table.add_row(*row, style="red" if bad else None)
+  for name in shown:
+    table.add_column(
+      headings[name], justify="left" if name in LEFT else "right"
+    )
+  for _, row in shown.iterrows():
+    collapsed = COLLAPSED in row.get(SIGNS, "")
+    table.add_row(*row, style="red" if collapsed else None)
   return table
 
 
-def _width(cells: dict[str, list[str]]) -> int:
-  """Of the table, each cell in one line."""
-  columns = [max(map(len, (n, *column))) for n, column in cells.items()]
-  return 1 + sum(3 + width for width in columns)
-
-
-def csv(table: pd.DataFrame) -> str:
-  """All of the summary's columns, unrounded."""
-  return table.to_csv(index=False)
-
-
-def runs_csv(runs: pd.DataFrame) -> str:
-  """A row a run, without what a cell can't hold."""
-  plain = runs.drop(columns=["result", "folder"])
-  joined = plain["signatures"].map("; ".join)
-  return plain.assign(signatures=joined).to_csv(index=False)
-
-
 def notes(sweep: Sweep, table: pd.DataFrame) -> list[str]:
-  """What stands below the table, a sentence each."""
-  return [
-    *_reference(table),
-    *_ranks(table),
-    *_convergence(sweep.runs),
-    *(
-      f"{f['run']} failed: {f['failed'].splitlines()[0]}" for f in sweep.failed
-    ),
+  """What stands below the table, one sentence each."""
+  lines = []
+  if (table["pairs"] > 0).any():
+    loras = table[table["method"] == "lora"].groupby("task").size()
+    which = " that has the best median" if loras.max() > 1 else ""
+    lines.append(
+      "Difference from LoRA: the mean over the seeds that both have, against"
+      f" the LoRA condition{which}, with Student's 95 % interval; p of the"
+      " paired t-test, adjusted by Holm for the number of comparisons in this"
+      " table."
+    )
+  lines += _ranks(table) + _convergence(sweep.runs)
+  lines += [
+    f"{failure['run']} failed: {failure['failed'].splitlines()[0]}"
+    for failure in sweep.failed
   ]
-
-
-def _reference(table: pd.DataFrame) -> list[str]:
-  with_p = table[table["pairs"] > 0]
-  if with_p.empty:
-    return []
-  several = table[table["method"] == "lora"].groupby("task").size().max() > 1
-  whose = " of the best median" if several else ""
-  return [
-    f"Less LoRA: mean difference from the LoRA condition{whose} over the seeds"
-    " that both have, with Student's 95 % interval; p of the paired t-test,"
-    " adjusted by Holm for the number of comparisons in this table."
-  ]
+  return lines
 
 
 def _ranks(table: pd.DataFrame) -> list[str]:
-  return [
-    f"{row['task']}, {row['method']}: best at rank {row['best']}"
-    f" ({row['best_score']:.1f}); the smallest rank within its spread is"
-    f" {row['smallest']} ({row['smallest_score']:.1f},"
-    f" {row['smallest_adapter']:,} parameters)."
-    for _, row in smallest_ranks(table).iterrows()
-  ]
+  """The smallest rank whose median lies within the spread of the best rank's.
+
+  One sentence per task and method that has several ranks.
+  """
+  lines = []
+  for (task, method), group in table.groupby(["task", "method"], sort=False):
+    if group["rank"].nunique() < 2:
+      continue
+    best = group.loc[group["score"].idxmax()]
+    near = group[group["score"] >= best["low"]]
+    least = near.loc[near["rank"].astype(float).idxmin()]
+    lines.append(
+      f"{task}, {method}: best at rank {best['rank']:.0f}"
+      f" ({best['score']:.1f}); the smallest rank within its spread is"
+      f" {least['rank']:.0f} ({least['score']:.1f},"
+      f" {least['adapter']:,} parameters)."
+    )
+  return lines
 
 
 def _convergence(runs: pd.DataFrame) -> list[str]:
-  notes = []
-  for _, row in convergence(runs).iterrows():
+  """How fast each method's best rate brings the training loss down.
+
+  One sentence per task and method of which several learning rates were run:
+  the condition whose last median loss is lowest, that loss, and the first epoch
+  in which it is at or below the last one of LoRA's best condition.
+  """
+  curves = {}
+  for key, group in runs.groupby(["task", "method"], sort=False):
+    if group["rate"].nunique() > 1:
+      medians = history(group).groupby(["condition", "epoch"])["loss"].median()
+      losses = medians.unstack("epoch")
+      curves[key] = losses.loc[losses.iloc[:, -1].idxmin()]
+  lines = []
+  for (task, method), curve in curves.items():
+    one = runs[
+      (runs["task"] == task)
+      & (runs["method"] == method)
+      & (runs["condition"] == curve.name)
+    ].iloc[0]
     text = (
-      f"{row['task']}, {row['method']}: the training loss comes lowest with"
-      f" {row['condition']}, to {row['loss']:.4f} ({row['adapter']:,}"
-      " parameters)"
+      f"{task}, {method}: the training loss ends lowest with {curve.name},"
+      f" at {curve.iloc[-1]:.4f} ({one['adapter']:,} parameters)"
     )
-    if row["method"] != "lora":
-      never = row["reaches"] is None or math.isnan(row["reaches"])
+    if method != "lora" and (task, "lora") in curves:
+      below = curve <= curves[task, "lora"].iloc[-1]
       text += (
-        "; it doesn't reach LoRA's last loss"
-        if never
-        else f"; it reaches LoRA's last loss in epoch {row['reaches']:.0f}"
+        f"; it reaches LoRA's last loss in epoch {below.idxmax()}"
+        if below.any()
+        else "; it doesn't reach LoRA's last loss"
       )
-    notes.append(f"{text}.")
-  return notes
-
-
-def text_of(cells: dict[str, list[str]], below: Sequence[str]) -> str:
-  """The Markdown page."""
-  lines = [markdown(cells)]
-  if below:
-    lines += ["", *(f"- {note}" for note in below)]
-  return "\n".join(lines) + "\n"
+    lines.append(f"{text}.")
+  return lines
