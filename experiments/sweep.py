@@ -33,11 +33,11 @@ import sys
 
 from absl import flags
 from rich.console import Console
+from vera_jax.sweep.conduct import conduct
 
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.sweep import estimate
-from vera_jax.sweep.conduct import conduct
 from vera_jax.sweep.plan import (
   FAILED,
   Plan,

@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from vera_jax.sweep.lock import acquire
 
 from configs.sweeps import cross, difference, product, seeds, zipped
 from vera_jax import results
 from vera_jax.errors import UserError
-from vera_jax.sweep.lock import acquire
 from vera_jax.sweep.plan import (
   parse_shard,
   shard_of,

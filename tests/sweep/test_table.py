@@ -4,10 +4,10 @@ import json
 
 import pytest
 from rich.console import Console
+from vera_jax.sweep.lock import held
 
 from vera_jax import results
 from vera_jax.sweep import estimate
-from vera_jax.sweep.lock import held
 from vera_jax.sweep.plan import units
 from vera_jax.sweep.progress import read_progress
 from vera_jax.sweep.table import LiveTable, counts, plan_table

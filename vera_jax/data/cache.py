@@ -1,29 +1,19 @@
 """Files that are kept to save time, and may be made again at any moment."""
 
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from vera_jax.files import write_file
 
 log = logging.getLogger(__name__)
 
 
-def keep(path: Path, write: Callable[[Any], Any]) -> None:
-  """Writes beside the place and renames: readers never see half a file.
-
-  What can't be kept is only told.
-  """
+def keep(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+  """Write a file of the cache; if that can't be done, only warn."""
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-      with os.fdopen(handle, "wb") as file:
-        write(file)
-      os.replace(name, path)
-    except BaseException:
-      os.unlink(name)
-      raise
+    write_file(path, write)
   except OSError as error:
     log.warning("%s isn't cached: %s.", path, error.strerror)

@@ -78,7 +78,9 @@ def _download(task: Task, source: str):
   try:
     if datasets.config.HF_HUB_OFFLINE:
       return fetch()
-    return hub.persist(fetch, f"{source} ({task.name})", _BROKE_OFF)
+    return hub.retry_download(
+      fetch, f"{source} ({task.name})", broken=_BROKE_OFF
+    )
   except datasets.exceptions.DatasetNotFoundError as error:
     raise _not_there(source) from error
   except ConnectionError as error:
@@ -103,7 +105,7 @@ def _ask(source: str) -> None:
   from huggingface_hub.errors import RepositoryNotFoundError
 
   ask = partial(HfApi().dataset_info, source, timeout=ANSWER_SECONDS)
-  error = hub.trouble(ask, 1.5 * ANSWER_SECONDS)
+  error = hub.call_error(ask, seconds=1.5 * ANSWER_SECONDS)
   if isinstance(error, RepositoryNotFoundError):
     raise _not_there(source) from error
   if error is not None:

@@ -6,14 +6,14 @@ import signal
 import sys
 
 import pytest
+from vera_jax.sweep.conduct import Watcher, conduct
+from vera_jax.sweep.lock import held
 
 from configs.sweeps import product, seeds
 from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.sweep import conduct as module
 from vera_jax.sweep import worker
-from vera_jax.sweep.conduct import Watcher, conduct
-from vera_jax.sweep.lock import held
 from vera_jax.sweep.plan import units
 from vera_jax.train.config import check_settings
 from vera_jax.train.group import group_key
