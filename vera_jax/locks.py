@@ -14,6 +14,7 @@ may take it, and the only way to learn whether a lease is held is to try.
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -151,20 +152,16 @@ def _is_alive(pid: int, started: str) -> bool:
 def _start_time(pid: int) -> str:
   """Tells a process from a later one of the same number, on Linux."""
   try:
-    stat = Path(f"/proc/{pid}/stat").read_text()
+    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
   except OSError:
     return ""
-  fields = stat.rpartition(")")[2].split()
-  return "" if fields[0] == "Z" else fields[19]  # a zombie has ended
+  return "" if stat[0] == "Z" else stat[19]  # a zombie has ended
 
 
 def _file_server_time(folder: Path) -> float:
   """The time on the clock that stamps this folder's files."""
-  probe = folder / f".now-{uuid.uuid4().hex}"
   try:
-    probe.touch()
-    now = probe.stat().st_mtime
-    probe.unlink()
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".now-") as probe:
+      return os.fstat(probe.fileno()).st_mtime
   except OSError:  # a folder that can only be read
     return time.time()
-  return now
