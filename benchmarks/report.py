@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from vera_jax.files import write_json
 from vera_jax.results import provenance
-from vera_jax.train.workdir import write_json
 
 REFERENCES = ("torch", "peft")
 

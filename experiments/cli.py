@@ -1,7 +1,5 @@
-"""What the scripts share: flags, errors for a person, the closing table."""
+"""What the scripts share: flags, errors for a person, the table at the end."""
 
-import hashlib
-import json
 import os
 import re
 import statistics
@@ -20,10 +18,10 @@ from rich.table import Table
 
 from vera_jax.errors import UserError
 from vera_jax.train import distributed
-from vera_jax.train.config import check_settings
+from vera_jax.train.config import check_key, check_settings
 from vera_jax.train.preemption import EXIT_CODE, Interrupted
 from vera_jax.train.start import count_from_process_start
-from vera_jax.train.workdir import bound
+from vera_jax.train.workdir import digest
 
 flags.disclaim_key_flags()  # what is defined here belongs to the script
 
@@ -31,58 +29,64 @@ flags.disclaim_key_flags()  # what is defined here belongs to the script
 def run(
   main: Callable[..., None], *, usage: str | None, operands: bool = False
 ) -> None:
-  """Parse the flags and call `main`; users' mistakes end without traceback.
-
-  With `operands`, `main` is given the list of arguments that are no flags.
+  """Parse the flags, call `main` and exit; users' mistakes have no traceback.
 
   Exit codes: 0 done, 1 a mistake in input or data, 2 in the flags, 75 stopped
   by Ctrl-C or SIGTERM and saved.
+
+  Args:
+    main: the script.
+    usage: what --help shows first.
+    operands: whether `main` takes a list of the arguments that are no flags.
   """
   count_from_process_start()
-  sys.modules["__main__"].__doc__ = usage  # what --help shows first
-  # its advice is about torch models, of which none is used
+  sys.modules["__main__"].__doc__ = usage  # where absl looks for it
+  # transformers' advice is about torch models, of which none is used
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
   def guarded(argv: list[str]) -> None:
     if len(argv) > 1 and not operands:
-      sys.exit(_complain(f"Not a flag: {' '.join(argv[1:])}", 2))
+      print(f"Not a flag: {' '.join(argv[1:])}", file=sys.stderr)
+      sys.exit(2)
     if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # orbax tells of each save
-    code = _guard(partial(main, argv[1:]) if operands else main)
+      logging.set_verbosity(logging.WARNING)  # orbax logs each save
+    code = exit_code(partial(main, argv[1:]) if operands else main)
     distributed.leave(code, together=code in (0, EXIT_CODE))
     sys.exit(code)
 
-  app.run(guarded, flags_parser=_parse)
+  def parse(argv: list[str]) -> list[str]:
+    try:
+      return flags.FLAGS(argv)
+    except (flags.Error, UserError) as error:
+      print(f"{error}\n--help shows the flags.", file=sys.stderr)
+      sys.exit(2)
+    except SystemExit:  # --help was shown, which is no failure
+      sys.exit(0)
+
+  app.run(guarded, flags_parser=parse)
 
 
-def _parse(argv: list[str]) -> list[str]:
-  try:
-    return flags.FLAGS(argv)
-  except (flags.Error, UserError) as error:
-    sys.exit(_complain(f"{error}\n--help shows the flags.", 2))
-  except SystemExit:  # --help was shown, which is no failure
-    sys.exit(0)
-
-
-def _guard(main: Callable[[], None]) -> int:
+def exit_code(main: Callable[[], None]) -> int:
+  """Call `main`; print an error of the user's, and return the exit code."""
   try:
     main()
   except UserError as error:
-    return _complain(str(error), 1)
+    text, code = str(error), 1
   except Interrupted as error:
-    return _complain(str(error), EXIT_CODE)
+    text, code = str(error), EXIT_CODE
   except KeyboardInterrupt:
-    return _complain("Stopped.", 130)
+    text, code = "Stopped.", 130
   except Exception:
     if not distributed.are_several():
       raise
     traceback.print_exc()
-    text = "This process failed, or another one did: see what all of them told."
-    return _complain(f"{text} The same command for all goes on.", 1)
-  return 0
-
-
-def _complain(text: str, code: int) -> int:
+    text = (
+      "This process failed, or another one did: see what all of them printed."
+      " The same command for all goes on."
+    )
+    code = 1
+  else:
+    return 0
   print(text, file=sys.stderr)
   return code
 
@@ -105,20 +109,27 @@ def define_config() -> flags.FlagHolder:
 
 
 def define_processes() -> Callable[[], None]:
-  """--coordinator, --num_processes, --process_id; call what comes back first.
+  """--coordinator, --num_processes, --process_id, --processes_timeout.
 
-  It joins the processes, before any device is used.
+  Returns a function that joins the processes by these flags; call it before any
+  device is used.
   """
-  about = (
+  coordinator = flags.DEFINE_string(
+    "coordinator",
+    None,
     "Several processes, by hand: HOST:PORT of process 0. A TPU pod and SLURM"
     " need none of these flags.",
+  )
+  count = flags.DEFINE_integer(
+    "num_processes",
+    None,
     "How many processes the run has; 1 alone: no others, whatever a launcher"
     " says.",
-    "This one's number, from 0.",
+    lower_bound=1,
   )
-  coordinator = flags.DEFINE_string("coordinator", None, about[0])
-  count = flags.DEFINE_integer("num_processes", None, about[1], lower_bound=1)
-  number = flags.DEFINE_integer("process_id", None, about[2], lower_bound=0)
+  number = flags.DEFINE_integer(
+    "process_id", None, "This one's number, from 0.", lower_bound=0
+  )
   patience = flags.DEFINE_float(
     "processes_timeout",
     distributed.PATIENCE,
@@ -130,7 +141,7 @@ def define_processes() -> Callable[[], None]:
 
 
 def chosen(holder: flags.FlagHolder) -> ConfigDict:
-  """The config that --config names; none is the user's mistake."""
+  """The config that --config names; a UserError if there is none."""
   if holder.value is None:
     raise UserError("Say which settings: --config=configs/rte.py")
   return holder.value
@@ -153,24 +164,10 @@ class _ConfigParser(ConfigFileFlagParser):
 
 
 def check_keys(config: ConfigDict, arguments: Iterable[str]) -> None:
-  """Refuse --config.KEY for keys that are not there.
-
-  Raises:
-    UserError: naming the key's group and what that holds.
-  """
+  """Refuse --config.KEY for keys that are not there, by `check_key`."""
   for argument in arguments:
-    match = re.match(r"--?(?:no)?(config\.[\w.]+)", argument)
-    place, *keys = match[1].split(".") if match else [""]
-    group: Any = config
-    for key in keys:
-      if not isinstance(group, ConfigDict):
-        raise UserError(f"{place} is a setting, not a group of settings.")
-      if key not in group:
-        raise UserError(
-          f"{place} has no setting {key!r}. It has: {', '.join(group)}."
-        )
-      settings = dict(group.items(preserve_field_references=True))
-      place, group = f"{place}.{key}", settings[key]
+    if match := re.match(r"--?(?:no)?config\.([\w.]+)", argument):
+      check_key(config, match[1])
 
 
 def with_seeds(config: ConfigDict, seeds: Iterable[int]) -> list[ConfigDict]:
@@ -183,16 +180,14 @@ def with_seeds(config: ConfigDict, seeds: Iterable[int]) -> list[ConfigDict]:
 
 
 def default_workdir(config: ConfigDict) -> Path:
-  """One folder a config: the same settings find the same run again."""
+  """A folder per config: the same settings find the same run again."""
   check_settings(config)
-  text = json.dumps(bound(config.to_dict()), sort_keys=True)
-  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-  name = f"{config.method}-seed{config.seed}-{digest}"
+  name = f"{config.method}-seed{config.seed}-{digest(config.to_dict())}"
   return Path("runs") / str(config.task) / name
 
 
 def show_result(result: Mapping[str, Any], workdir: Path | str) -> None:
-  """The result's main figures as a table on standard output."""
+  """The result's main numbers as a table on standard output."""
   table = Table(title=f"{result['task']}, {result['method']}", min_width=48)
   table.add_column("")
   table.add_column("best epoch", justify="right")
@@ -211,10 +206,10 @@ def show_result(result: Mapping[str, Any], workdir: Path | str) -> None:
   console.print(f"{workdir}", markup=False, highlight=False)
 
 
-def show_members(
+def show_seeds(
   results: Sequence[Mapping[str, Any]], workdirs: Sequence[Path | str]
 ) -> None:
-  """Runs that differ in their seeds: a row each, and what they have in common.
+  """Runs that differ in their seeds: one row each, and the median.
 
   Scores in percent.
   """
@@ -227,7 +222,13 @@ def show_members(
   for name in ("best epoch", "its score", "last score"):
     table.add_column(name, justify="right")
   for result in results:
-    table.add_row(str(result["seed"]), *_scores(result))
+    seed = str(result["seed"])
+    if "failed" in result:
+      table.add_row(seed, f"failed at step {result['step']}", "", "")
+      continue
+    best, last = result["best"], result["last"]
+    scores = spread([best["score"]]), spread([last["score"]])
+    table.add_row(seed, str(best["epoch"]), *scores)
   if done:
     table.add_section()
     shown = [spread(r[x]["score"] for r in done) for x in ("best", "last")]
@@ -236,13 +237,6 @@ def show_members(
   console.print(table)
   for workdir in workdirs:
     console.print(f"{workdir}", markup=False, highlight=False)
-
-
-def _scores(result: Mapping[str, Any]) -> tuple[str, str, str]:
-  if "failed" in result:
-    return f"failed at step {result['step']}", "", ""
-  best, last = result["best"], result["last"]
-  return str(best["epoch"]), spread([best["score"]]), spread([last["score"]])
 
 
 def spread(scores: Iterable[float]) -> str:

@@ -57,7 +57,7 @@ def train_seeds(configs: list[ConfigDict]) -> None:
   workdirs = [_member_workdir(config) for config in configs]
   results = train_members(configs, workdirs)
   if distributed.is_first():
-    cli.show_members(results, workdirs)
+    cli.show_seeds(results, workdirs)
   failed = [
     f"seed {r['seed']}: {r['failed']}" for r in results if "failed" in r
   ]

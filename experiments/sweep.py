@@ -5,13 +5,13 @@
     --workdir=DIR --config.base.data.source=glue_data --dry_run
 
 The same command again goes on: finished runs are kept, unfinished ones go on
-from their last save, failed ones are told and tried again with --retry_failed.
-Runs that can train together do so, at most --members at once; each unit of them
-has a process of its own, whose output is in DIR/logs. Ctrl-C and SIGTERM save
-first and end with exit code 75.
+from their last save, failed ones are listed and tried again with
+--retry_failed. Runs that can train together do so, at most --members at once;
+each such unit has a process of its own, whose output is in DIR/logs. Ctrl-C and
+SIGTERM save first and end with exit code 75.
 
---config.base.KEY=VALUE changes the base config, and overrules the sweep where
-that sets the same key: --config.base.seed=0 leaves one seed.
+--config.base.KEY=VALUE changes the base config, also where the sweep sets the
+same key: --config.base.seed=0 leaves one seed.
 
 Several machines with a shared folder: each does its part of the plan,
 
@@ -20,12 +20,12 @@ Several machines with a shared folder: each does its part of the plan,
     --workdir=/shared/glue --shard=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
 
 or, without --shard, all take what nobody has yet: a run is never trained twice
-at the same time, for its process holds a lock in DIR/locks. A dead machine's
-lock is void after three minutes. On a machine with several GPUs, start one
-process a GPU: CUDA_VISIBLE_DEVICES=1 python -m experiments.sweep ... . On pod
-slices, one shard a slice, each slice a single host.
+at the same time, for its process has a lock in DIR/locks. A dead machine's lock
+is free after three minutes. On a machine with several GPUs, start one process
+per GPU: CUDA_VISIBLE_DEVICES=1 python -m experiments.sweep ... . On pod slices,
+one shard per slice, each slice a single host.
 
-  python -m experiments.report DIR      # tables and figures, also of a half
+  python -m experiments.report DIR      # tables and figures, at any time
 """
 
 import re
@@ -35,25 +35,25 @@ from absl import flags
 from rich.console import Console
 
 from experiments import cli
+from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.sweep import estimate
-from vera_jax.sweep.conduct import conduct
 from vera_jax.sweep.plan import (
   FAILED,
-  Plan,
-  Unit,
+  SweepRun,
   make_plan,
+  make_units,
   parse_shard,
   shard_of,
-  units,
-  write_about,
+  write_plan,
 )
+from vera_jax.sweep.runner import run_units
 from vera_jax.sweep.table import (
-  Finished,
   LiveTable,
   counts,
   plan_table,
   seconds_left,
+  states,
 )
 
 CONFIG = cli.define_config()
@@ -95,74 +95,54 @@ def main() -> None:
     )
   if not WORKDIR.value:
     raise UserError("Say where the sweep's runs go: --workdir=DIR")
-  plan = make_plan(sweep, WORKDIR.value, fixed=_given(sys.argv[1:]))
+  # what the command line sets in the base, no override of the sweep changes
+  given = (re.match(r"--?(?:no)?config\.base\.([\w.]+)", a) for a in sys.argv)
+  fixed = {match[1] for match in given if match}
+  plan = make_plan(sweep, WORKDIR.value, fixed=fixed)
   index, count = parse_shard(SHARD.value)
-  members = MEMBERS.value or sweep.members
-  mine = shard_of(units(plan.runs, members=members, shards=count), index, count)
+  most = MEMBERS.value or sweep.members
+  units = shard_of(make_units(plan.runs, most=most, shards=count), index, count)
+  runs = [run for unit in units for run in unit]
   if DRY_RUN.value:
-    return show(plan, mine)
-  write_about(plan)
-  if not RETRY.value:
-    _tell_failures(plan, mine)
-  with LiveTable(plan, mine, tflops=TFLOPS.value) as table:
-    conduct(
-      mine,
-      logs=plan.folder / "logs",
-      retry_failed=RETRY.value,
-      watcher=table,
+    finished = filter(None, (results.read(run.folder) for run in plan.runs))
+    rate = estimate.rate(finished, TFLOPS.value)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(plan_table(plan, units, rate), soft_wrap=False)
+    part = f"shard {SHARD.value}: " if SHARD.value else ""
+    left = estimate.span(seconds_left(units, rate))
+    console.print(
+      f"{part}{len(runs)} of {len(plan.runs)} runs in {len(units)} units:"
+      f" {counts(states(runs))}\nleft: about {left}, {rate.source}",
+      markup=False,
     )
-  _conclude(plan, mine)
-
-
-def _given(arguments: list[str]) -> set[str]:
-  """The keys of the base that the command line sets."""
-  found = (re.match(r"--?(?:no)?config\.base\.([\w.]+)", a) for a in arguments)
-  return {match[1] for match in found if match}
-
-
-def show(plan: Plan, mine: list[Unit]) -> None:
-  """The plan with counts and an estimate."""
-  console = Console()
-  rate = estimate.rate(Finished(plan)(), TFLOPS.value)
-  console.print(plan_table(plan, mine, rate))
-  runs = [run for unit in mine for run in unit]
-  part = f"shard {SHARD.value}: " if SHARD.value else ""
-  left = seconds_left(mine, rate)
-  console.print(
-    f"{part}{len(runs)} of {len(plan.runs)} runs in {len(mine)} units:"
-    f" {counts(runs)}",
-    highlight=False,
-  )
-  console.print(
-    f"left: about {estimate.span(left)}, {rate.source}",
-    highlight=False,
-    markup=False,
-    soft_wrap=True,
-  )
-
-
-def _failed(mine: list[Unit]) -> list[str]:
-  runs = [run for unit in mine for run in unit if run.state == FAILED]
-  return [f"{run.name}: {run.failure()}" for run in runs]
-
-
-def _tell_failures(plan: Plan, mine: list[Unit]) -> None:
-  failed = _failed(mine)
-  if failed:
+    return
+  write_plan(plan)
+  failed = failures(runs)
+  if failed and not RETRY.value:
     print(f"{len(failed)} failed before:", *failed, sep="\n", file=sys.stderr)
     print("--retry_failed tries them again.", file=sys.stderr)
-
-
-def _conclude(plan: Plan, mine: list[Unit]) -> None:
-  runs = [run for unit in mine for run in unit]
-  print(f"{counts(runs)}; of the whole sweep: {counts(plan.runs)}")
-  print(f"python -m experiments.report {WORKDIR.value}")
-  failed = _failed(mine)
-  if failed:
-    raise UserError(
-      f"{len(failed)} failed:\n" + "\n".join(failed) + "\nLogs are in"
-      f" {plan.folder / 'logs'}; --retry_failed tries them again."
+  logs = plan.folder / "logs"
+  with LiveTable(plan, units, tflops=TFLOPS.value) as table:
+    run_units(
+      units,
+      logs=logs,
+      retry_failed=RETRY.value,
+      on_start=table.start,
+      on_end=table.end,
     )
+  here, everywhere = counts(states(runs)), counts(states(plan.runs))
+  print(f"{here}; of the whole sweep: {everywhere}")
+  print(f"python -m experiments.report {WORKDIR.value}")
+  if failed := failures(runs):
+    raise UserError(
+      f"{len(failed)} failed:\n" + "\n".join(failed) + f"\nLogs are in {logs};"
+      " --retry_failed tries them again."
+    )
+
+
+def failures(runs: list[SweepRun]) -> list[str]:
+  """A line for each failed run, with the reason."""
+  return [f"{r.name}: {r.failure()}" for r in runs if r.state == FAILED]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tests.faults.downloads import NAME
 from tests.faults.downloads import hub as broken_hub
 from vera_jax import hub
 from vera_jax.errors import UserError
-from vera_jax.hub import persist, resolve, trouble
+from vera_jax.hub import call_error, resolve, retry_download
 
 ASK = """
 import sys, time
@@ -123,7 +123,7 @@ def test_a_hub_that_never_answers(tmp_path):
 def test_a_silent_name_server_is_not_waited_for():
   stuck = threading.Event()
   started = time.monotonic()
-  error = trouble(stuck.wait, 0.1)
+  error = call_error(stuck.wait, seconds=0.1)
   stuck.set()
   assert isinstance(error, TimeoutError)
   assert time.monotonic() - started < 5
@@ -155,7 +155,7 @@ def no_pause(monkeypatch):
 
 def test_a_download_is_begun_again(no_pause, caplog):
   fetch, begun = flaky(2, ConnectionError("peer closed connection"))
-  assert persist(fetch, "some/model") == "whole"
+  assert retry_download(fetch, "some/model") == "whole"
   assert len(begun) == 3
   assert caplog.text.count("some/model broke off (peer closed") == 2
 
@@ -163,18 +163,18 @@ def test_a_download_is_begun_again(no_pause, caplog):
 def test_one_that_always_breaks_off_is_an_error(no_pause):
   fetch, begun = flaky(9, ConnectionError("peer closed connection"))
   with pytest.raises(UserError, match="broke off 3 times.*peer closed"):
-    persist(fetch, "some/model")
+    retry_download(fetch, "some/model")
   assert len(begun) == 3
 
 
 def test_what_would_come_again_is_not_tried_again(no_pause):
   fetch, begun = flaky(9, OSError(errno.ENOSPC, "No space left on device"))
   with pytest.raises(UserError, match="the disk is full"):
-    persist(fetch, "some/model")
+    retry_download(fetch, "some/model")
   assert len(begun) == 1
   fetch, begun = flaky(9, KeyError("x"))
   with pytest.raises(KeyError):
-    persist(fetch, "some/model", (ConnectionError,))
+    retry_download(fetch, "some/model", broken=(ConnectionError,))
   assert len(begun) == 1
 
 

@@ -14,7 +14,7 @@ from vera_jax.adapters.apply import _matches
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.models.bert import BertClassifier, BertConfig
 from vera_jax.sweep import estimate
-from vera_jax.sweep.plan import make_plan, units
+from vera_jax.sweep.plan import make_plan, make_units
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs/sweeps"
 NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"__init__"})
@@ -47,7 +47,7 @@ def load(name, variant):
 def test_every_run_of_a_study(name, variant, tmp_path):
   plan = make_plan(load(name, variant), tmp_path)
   assert len(plan.runs) == COUNTS[name, variant]
-  assert max(map(len, units(plan.runs, members=8))) <= 8
+  assert max(map(len, make_units(plan.runs, most=8))) <= 8
 
 
 def test_all_studies_are_listed():
@@ -147,6 +147,6 @@ def test_the_small_studies_fit_an_evening(tmp_path):
   for name, variant in COUNTS:
     if variant == "minilm":
       plan = make_plan(load(name, variant), tmp_path)
-      found = units(plan.runs, members=8)
+      found = make_units(plan.runs, most=8)
       total += sum(rate.seconds(r.config for r in unit) for unit in found)
   assert total < 110 * 60

@@ -31,30 +31,29 @@ FILES = [
 ]
 
 
-def trouble(ask: Callable[[], Any], seconds: float) -> Exception | None:
-  """The exception of a call to the hub, or a TimeoutError; None if it went.
+def call_error(call: Callable[[], Any], *, seconds: float) -> Exception | None:
+  """The exception that a call raises, or a TimeoutError; None if it succeeds.
 
-  In a thread: looking up a host's name knows no limit of its own.
+  The call runs in a thread, since looking up a host's name has no time limit.
   """
   outcome: list[Exception | None] = []
 
   def run() -> None:
     try:
-      ask()
+      call()
       outcome.append(None)
-    except Exception as error:  # whatever it is, it is told to the user
+    except Exception as error:  # whatever it is, the caller reports it
       outcome.append(error)
 
   thread = threading.Thread(target=run, daemon=True)
   thread.start()
   thread.join(seconds)
-  return (
-    outcome[0] if outcome else TimeoutError(f"no answer in {seconds:.0f} s")
-  )
+  late = TimeoutError(f"no answer in {seconds:.0f} s")
+  return outcome[0] if outcome else late
 
 
 def unreachable(name: str, error: Exception) -> UserError:
-  """What to do without the hub, which a name was to come from."""
+  """The error that says what to do if the hub can't be asked for a name."""
   return UserError(
     f"The hub can't be reached for {name} ({_first_line(error)}), and no"
     " earlier download is on this machine. To work without the hub, set\n"
@@ -77,34 +76,27 @@ def resolve(name_or_folder: str | Path) -> Path:
     return folder
   name = str(name_or_folder)
   if name.startswith(PACKAGE):
-    return _in_package(name.removeprefix(PACKAGE))
+    package, _, inside = name.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package)  # found, not imported
+    if spec is None or spec.origin is None:
+      raise UserError(
+        f"The Python package {package!r} (config.model.name) is not installed;"
+        " `make quickstart` installs the small encoder that comes in one."
+      )
+    return Path(spec.origin).parent / inside
   if name.startswith(("/", ".", "~")) or name.count("/") > 1:
     raise UserError(f"There is no folder {name} (config.model.name).")
-  return _download(name)
-
-
-def _in_package(name: str) -> Path:
-  package, _, inside = name.partition("/")
-  spec = importlib.util.find_spec(package)  # found, not imported
-  if spec is None or spec.origin is None:
-    raise UserError(
-      f"The Python package {package!r} (config.model.name) is not installed;"
-      " `make quickstart` installs the small encoder that comes in one."
-    )
-  return Path(spec.origin).parent / inside
-
-
-def _download(name: str) -> Path:
   from huggingface_hub import HfApi, snapshot_download
   from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
   fetch = partial(snapshot_download, name, allow_patterns=FILES)
+  # asked first, for a download alone would wait much longer for a silent hub
   ask = partial(HfApi().model_info, name, timeout=PATIENCE / 3)
-  refusal = trouble(ask, PATIENCE)
+  refusal = call_error(ask, seconds=PATIENCE)
   if refusal is None:
-    return Path(persist(fetch, name))
+    return Path(retry_download(fetch, name))
   try:
-    folder = Path(fetch(local_files_only=True))
+    folder = Path(fetch(local_files_only=True))  # an earlier download
   except Exception as error:  # of whichever HTTP library the client uses
     if isinstance(refusal, RepositoryNotFoundError | HFValidationError):
       raise UserError(
@@ -118,12 +110,13 @@ def _download(name: str) -> Path:
   return folder
 
 
-def persist(
+def retry_download(
   fetch: Callable[[], T],
   name: str,
+  *,
   broken: tuple[type[Exception], ...] = (Exception,),
 ) -> T:
-  """What a download gives, begun again where it broke off.
+  """Download; where that breaks off, begin again.
 
   Args:
     fetch: downloads; what has come before is not fetched again.

@@ -13,8 +13,7 @@ from typing import Any
 import jax
 
 import vera_jax
-from vera_jax.files import read_json
-from vera_jax.train.workdir import write_json
+from vera_jax.files import read_json, write_json
 
 FILE = "result.json"
 FAILED = "failed.json"

@@ -9,9 +9,8 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from benchmarks.plans.chips import Pod
-from vera_jax.files import read_json
+from vera_jax.files import read_json, write_json
 from vera_jax.results import provenance
-from vera_jax.train.workdir import write_json
 
 KINDS = {
   "base": "base",

@@ -18,11 +18,11 @@ def refuse(*arguments):
   return str(caught.value)
 
 
-def test_an_unknown_key_is_told_its_neighbours():
-  told = refuse("--config.vera.rnak=3")
-  assert "config.vera has no setting 'rnak'" in told
+def test_an_unknown_key_is_shown_its_neighbours():
+  message = refuse("--config.vera.rnak=3")
+  assert "config.vera has no setting 'rnak'" in message
   for name in rte.get_config().vera:
-    assert name in told
+    assert name in message
   assert "vera" in refuse("--config.vrea.rank", "3")
   assert "predict_test" in refuse("--noconfig.predict")
   assert "not a group" in refuse("--config.seed.x=1")
@@ -57,7 +57,7 @@ def test_exit_codes(error, code, capsys):
     if error is not None:
       raise error
 
-  assert cli._guard(main) == code
+  assert cli.exit_code(main) == code
   assert "Traceback" not in capsys.readouterr().err
 
 
@@ -66,7 +66,7 @@ def test_a_bug_keeps_its_traceback():
     raise ZeroDivisionError
 
   with pytest.raises(ZeroDivisionError):
-    cli._guard(main)
+    cli.exit_code(main)
 
 
 def test_what_must_be_set_is_named():
@@ -144,13 +144,13 @@ def test_the_table_of_several_seeds(capsys):
 
   failed = {"seed": 7, "failed": "The loss is nan at step 3.", "step": 3}
   results = [result(4, 0.8), failed, result(5, 0.75), result(6, 0.6)]
-  cli.show_members(results, [f"runs/{i}" for i in range(4)])
+  cli.show_seeds(results, [f"runs/{i}" for i in range(4)])
   shown = capsys.readouterr().out
   assert "rte, vera, accuracy" in shown
   for row in ("4 .*80.0.*70.0", "7 .*step 3", "median.*75.0 .60.0 to 80.0."):
     assert re.search(row, shown), row
   assert "runs/3" in shown
-  cli.show_members([failed], ["runs/0"])
+  cli.show_seeds([failed], ["runs/0"])
   assert "median" not in capsys.readouterr().out
 
 

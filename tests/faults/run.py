@@ -20,9 +20,8 @@ from experiments import cli
 from tests.faults import downloads, interruption, processes
 from tests.faults.ground import Ground, Trial
 from vera_jax.errors import UserError
-from vera_jax.files import read_json
+from vera_jax.files import read_json, write_json, write_text
 from vera_jax.results import provenance
-from vera_jax.train.workdir import write_json, write_text
 
 OUT = flags.DEFINE_string("out", "docs", "Where faults.md and faults.json go.")
 KILLS = flags.DEFINE_integer("kills", 20, "kill -9 so often in one run.")

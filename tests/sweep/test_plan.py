@@ -7,12 +7,12 @@ import pytest
 from configs.sweeps import cross, difference, product, seeds, zipped
 from vera_jax import results
 from vera_jax.errors import UserError
-from vera_jax.sweep.lock import acquire
+from vera_jax.locks import locked
 from vera_jax.sweep.plan import (
+  make_units,
   parse_shard,
   shard_of,
-  units,
-  write_about,
+  write_plan,
 )
 from vera_jax.train.group import group_key
 
@@ -97,26 +97,27 @@ def test_what_a_folder_holds_is_the_state(tiny_sweep):
   assert run.state == "unfinished"
   results.write(run.folder, {"failed": "loss is nan"}, results.FAILED)
   assert run.state == "failed" and run.failure() == "loss is nan"
-  assert acquire(run.lock) and run.state == "running"
+  with locked([run.lock]):
+    assert run.state == "running"
   results.write(run.folder, {"score": 1.0})
   assert run.state == "done"
 
 
 def test_units_train_together_and_are_no_larger_than_asked(tiny_sweep):
   runs = tiny_sweep().runs
-  found = units(runs, members=8)
+  found = make_units(runs, most=8)
   assert [len(unit) for unit in found] == [2, 2, 2]
   for unit in found:
     assert len({group_key(run.config) for run in unit}) == 1
-  assert [len(unit) for unit in units(runs, members=1)] == [1] * 6
+  assert [len(unit) for unit in make_units(runs, most=1)] == [1] * 6
   many = tiny_sweep(seeds(range(9))).runs
-  assert [len(unit) for unit in units(many, members=4)] == [3, 3, 3]
+  assert [len(unit) for unit in make_units(many, most=4)] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 9])
 def test_shards_take_every_run_once(tiny_sweep, count):
   runs = tiny_sweep().runs
-  shared = units(runs, members=8, shards=count)
+  shared = make_units(runs, most=8, shards=count)
   taken = [
     run.name
     for index in range(count)
@@ -130,7 +131,7 @@ def test_shards_take_every_run_once(tiny_sweep, count):
 
 def test_what_is_done_moves_nothing_between_shards(tiny_sweep):
   def shares(runs):
-    shared = units(runs, members=8, shards=2)
+    shared = make_units(runs, most=8, shards=2)
     return [
       [run.name for unit in shard_of(shared, i, 2) for run in unit]
       for i in (0, 1)
@@ -152,12 +153,12 @@ def test_a_shard_is_counted_from_zero():
 
 def test_the_report_is_told_what_the_sweep_is(tiny_sweep, tmp_path):
   plan = tiny_sweep()
-  write_about(plan)
-  write_about(plan)  # as another shard does
+  write_plan(plan)
+  write_plan(plan)  # as another shard does
   about = json.loads((tmp_path / "sweep.json").read_text())
   assert about["title"] == "Tiny" and len(about["runs"]) == 6
   assert list(tmp_path.glob(".sweep*")) == []
   blocked = tmp_path / "file"
   blocked.write_text("")
   with pytest.raises(UserError, match="can't be used"):
-    write_about(tiny_sweep(folder=blocked / "sweep"))
+    write_plan(tiny_sweep(folder=blocked / "sweep"))

@@ -6,11 +6,16 @@ import pytest
 from rich.console import Console
 
 from vera_jax import results
+from vera_jax.locks import locked
 from vera_jax.sweep import estimate
-from vera_jax.sweep.lock import held
-from vera_jax.sweep.plan import units
-from vera_jax.sweep.progress import read_progress
-from vera_jax.sweep.table import LiveTable, counts, plan_table
+from vera_jax.sweep.plan import make_units
+from vera_jax.sweep.table import (
+  LiveTable,
+  counts,
+  plan_table,
+  read_progress,
+  states,
+)
 
 
 def finish(run, *, seconds=12.0, members=1, collapsed=False):
@@ -54,18 +59,18 @@ def half_done(tiny_sweep):
 
 
 def test_the_plan_counts_and_estimates(half_done):
-  parts = units(half_done.runs, members=8)
+  parts = make_units(half_done.runs, most=8)
   text = drawn(plan_table(half_done, parts, estimate.rate([])))
-  assert counts(half_done.runs) == "2 done, 1 failed, 3 new"
+  assert counts(states(half_done.runs)) == "2 done, 1 failed, 3 new"
   assert "2 done" in text and "1 failed, 1 new" in text and "~" in text
   assert text.count("seed0") == 3
 
 
 def test_the_live_table_shows_every_state(half_done):
-  parts = units(half_done.runs, members=8)
+  parts = make_units(half_done.runs, most=8)
   table = LiveTable(half_done, parts)
-  with held([half_done.runs[3].lock]):
-    table.started([half_done.runs[3]])
+  with locked([half_done.runs[3].lock]):
+    table.start([half_done.runs[3]])
     text = drawn(table._draw())
   lines = {
     line.split()[1]: line for line in text.splitlines() if "-seed" in line
@@ -82,9 +87,9 @@ def test_the_live_table_shows_every_state(half_done):
 
 
 def test_what_trains_is_on_the_smallest_screen(half_done, monkeypatch):
-  table = LiveTable(half_done, units(half_done.runs, members=8))
+  table = LiveTable(half_done, make_units(half_done.runs, most=8))
   monkeypatch.setattr(type(table.console), "height", 10)
-  with held([half_done.runs[3].lock]):
+  with locked([half_done.runs[3].lock]):
     rows = [
       line for line in drawn(table._draw()).splitlines() if "-seed" in line
     ]

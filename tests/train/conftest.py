@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 
-from vera_jax.train.logging import Reporter
+from vera_jax.train.logging import ProgressBar
 from vera_jax.train.loop import train_and_evaluate
 
 
@@ -34,14 +34,14 @@ def stop_at(monkeypatch):
   """Sends this process a signal once a step's figures are in."""
 
   def arm(step, number=signal.SIGTERM):
-    advance = Reporter.advance
+    advance = ProgressBar.advance
 
     def hooked(self, at, *, loss):
       advance(self, at, loss=loss)
       if at == step:
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Reporter, "advance", hooked)
+    monkeypatch.setattr(ProgressBar, "advance", hooked)
 
   yield arm
   monkeypatch.undo()

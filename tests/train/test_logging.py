@@ -1,4 +1,4 @@
-"""What a run tells, and that a resumed one goes on where it stood."""
+"""What a run reports, and that a resumed one goes on where it stood."""
 
 import json
 import sys
@@ -6,12 +6,7 @@ import sys
 import pytest
 
 from vera_jax.errors import UserError
-from vera_jax.train.logging import Reporter
-
-
-def make(folder, **changes):
-  settings = {"config": {}, "steps": 10, **changes}
-  return Reporter(folder, **settings)
+from vera_jax.train.logging import MetricWriter, ProgressBar
 
 
 def steps(folder):
@@ -20,10 +15,9 @@ def steps(folder):
 
 
 def write(folder, numbers, **changes):
-  with make(folder, **changes) as report:
+  with MetricWriter(folder, config={}, **changes) as metrics:
     for step in numbers:
-      report.advance(step, loss=1.0)
-      report.write(step, {"loss": 1 / step})
+      metrics.write(step, {"loss": 1 / step})
 
 
 def test_a_line_for_each_write(tmp_path):
@@ -33,8 +27,8 @@ def test_a_line_for_each_write(tmp_path):
 
 
 def test_lines_are_on_disk_before_the_run_ends(tmp_path):
-  with make(tmp_path) as report:
-    report.write(1, {"loss": 1.0})
+  with MetricWriter(tmp_path, config={}) as metrics:
+    metrics.write(1, {"loss": 1.0})
     assert steps(tmp_path) == [1]
 
 
@@ -75,26 +69,23 @@ def test_tensorboard_forgets_what_is_trained_again(tmp_path):
       data = data[16 + size :]
       if event.HasField("session_log"):
         starts.append(event.step)
-  assert sorted(starts) == [
-    1,
-    3,
-  ]  # what stood at these steps and later is purged
+  assert sorted(starts) == [1, 3]  # what stood there and later is purged
 
 
-def test_no_terminal_no_bar_but_lines(tmp_path, capsys):
-  with make(tmp_path) as report:
-    report.advance(1, loss=1.0)
-    report.log("epoch 1 of 3: accuracy 0.5000 [not markup]" + 99 * " long")
-  told = capsys.readouterr().err
-  assert told.splitlines() == [
+def test_no_terminal_no_bar_but_lines(capsys):
+  with ProgressBar(steps=10) as bar:
+    bar.advance(1, loss=1.0)
+    bar.log("epoch 1 of 3: accuracy 0.5000 [not markup]" + 99 * " long")
+  shown = capsys.readouterr().err
+  assert shown.splitlines() == [
     "epoch 1 of 3: accuracy 0.5000 [not markup]" + 99 * " long"
   ]
 
 
 def test_other_processes_are_silent(tmp_path, capsys):
   write(tmp_path, [1], primary=False)
-  with make(tmp_path, primary=False) as report:
-    report.log("hello")
+  with ProgressBar(steps=10, primary=False) as bar:
+    bar.log("hello")
   assert capsys.readouterr().err == ""
   assert not list(tmp_path.iterdir())
 
@@ -102,33 +93,33 @@ def test_other_processes_are_silent(tmp_path, capsys):
 def test_wandb_is_only_asked_for_where_it_is_installed(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(UserError, match="pip install wandb"):
-    make(tmp_path, wandb="project")
+    MetricWriter(tmp_path, config={}, wandb="project")
   assert not list(tmp_path.iterdir())
 
 
-def test_wandb_gets_the_same_figures(tmp_path, monkeypatch):
-  told = []
+def test_wandb_gets_the_same_metrics(tmp_path, monkeypatch):
+  calls = []
 
   class Wandb:
     @staticmethod
     def init(**settings):
-      told.append((settings["project"], settings["id"]))
+      calls.append((settings["project"], settings["id"]))
       return Wandb
 
     @staticmethod
     def log(values, *, step):
-      told.append((step, values))
+      calls.append((step, values))
 
     @staticmethod
     def finish():
-      told.append("finished")
+      calls.append("finished")
 
   monkeypatch.setitem(sys.modules, "wandb", Wandb)
   write(tmp_path, [1], wandb="project")
-  (project, name), *rest = told
+  (project, name), *rest = calls
   assert project == "project"
   assert rest == [(1, {"loss": 1.0}), "finished"]
   write(tmp_path, [2], step=1, wandb="project")  # resumed: the same run
   write(tmp_path, [1], wandb="project")  # begun anew
-  ids = [one[1] for one in told if one[0] == "project"]
+  ids = [one[1] for one in calls if one[0] == "project"]
   assert ids[:2] == [name, name] and ids[2] != name

@@ -15,7 +15,7 @@ from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.train import loop, workdir
 from vera_jax.train import step as step_module
-from vera_jax.train.logging import Reporter
+from vera_jax.train.logging import ProgressBar
 from vera_jax.train.loop import best_epoch, train_and_evaluate
 from vera_jax.train.preemption import Interrupted
 
@@ -76,7 +76,6 @@ def test_a_run_leaves_what_was_promised(finished):
     "tensorboard",
     "adapter",
     "result.json",
-    "lock",
   }
 
 
@@ -162,7 +161,7 @@ def flip_a_byte(save):
 def stopped(finished, tmp_path_factory):
   """A run that SIGTERM stopped in its third epoch. Copy, don't touch."""
   folder = tmp_path_factory.mktemp("stopped") / "run"
-  advance = Reporter.advance
+  advance = ProgressBar.advance
 
   def hooked(self, at, *, loss):
     advance(self, at, loss=loss)
@@ -170,7 +169,7 @@ def stopped(finished, tmp_path_factory):
       os.kill(os.getpid(), signal.SIGTERM)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Reporter, "advance", hooked)
+    patch.setattr(ProgressBar, "advance", hooked)
     with pytest.raises(Interrupted):
       train_and_evaluate(finished.config, folder)
   return folder
@@ -219,7 +218,7 @@ def test_a_folder_at_work_is_refused_before_anything_is_loaded(
   folder = tmp_path / "run"
   shutil.copytree(stopped, folder)
   monkeypatch.setattr(loop, "build_run", None)
-  with workdir.hold(folder):
+  with workdir.lock_workdir(folder):
     with pytest.raises(UserError, match="Another run is at work"):
       train_and_evaluate(finished.config, folder)
 

@@ -1,4 +1,4 @@
-"""Whatever happens to a sealed file is noticed, and the file is named."""
+"""Whatever happens to a file of a save is noticed, and the file is named."""
 
 from pathlib import Path
 
@@ -7,15 +7,20 @@ import pytest
 
 from vera_jax.errors import UserError
 from vera_jax.train.checkpoint import Checkpoints
-from vera_jax.train.manifest import FILE, damage, read_seal, write_seal
+from vera_jax.train.manifest import (
+  FILE,
+  find_damage,
+  read_manifest,
+  write_manifest,
+)
 
 
 @pytest.fixture
-def sealed(tmp_path) -> Path:
+def folder(tmp_path) -> Path:
   (tmp_path / "deep").mkdir()
   (tmp_path / "deep/array").write_bytes(bytes(range(100)))
   (tmp_path / "progress.json").write_text("{}")
-  write_seal(tmp_path, {"step": 3, "config": {"targets": ("a", "b")}})
+  write_manifest(tmp_path, {"step": 3, "config": {"targets": ("a", "b")}})
   return tmp_path
 
 
@@ -25,40 +30,40 @@ def flip(file: Path, place: int) -> None:
   file.write_bytes(data)
 
 
-def test_an_untouched_folder_is_whole(sealed):
-  assert damage(sealed) is None
-  assert read_seal(sealed)["step"] == 3
+def test_an_untouched_folder_is_whole(folder):
+  assert find_damage(folder) is None
+  assert read_manifest(folder)["step"] == 3
 
 
 @pytest.mark.parametrize("place", [0, 50, 99])
-def test_a_flipped_bit_is_noticed_and_its_file_named(sealed, place):
-  flip(sealed / "deep/array", place)
-  assert f"{sealed / 'deep/array'} is damaged" in damage(sealed)
+def test_a_flipped_bit_is_noticed_and_its_file_named(folder, place):
+  flip(folder / "deep/array", place)
+  assert f"{folder / 'deep/array'} is damaged" in find_damage(folder)
 
 
-def test_a_short_or_missing_file_is_named(sealed):
-  (sealed / "deep/array").write_bytes(bytes(range(50)))
-  assert "deep/array is damaged" in damage(sealed)
-  (sealed / "deep/array").unlink()
-  assert "deep/array is missing" in damage(sealed)
+def test_a_short_or_missing_file_is_named(folder):
+  (folder / "deep/array").write_bytes(bytes(range(50)))
+  assert "deep/array is damaged" in find_damage(folder)
+  (folder / "deep/array").unlink()
+  assert "deep/array is missing" in find_damage(folder)
 
 
-def test_every_byte_of_the_seal_counts(sealed):
-  size = (sealed / FILE).stat().st_size
+def test_every_byte_of_the_manifest_counts(folder):
+  size = (folder / FILE).stat().st_size
   for place in range(0, size - 1):  # the last is a line break
-    flip(sealed / FILE, place)
-    assert FILE in damage(sealed), place
-    flip(sealed / FILE, place)
+    flip(folder / FILE, place)
+    assert FILE in find_damage(folder), place
+    flip(folder / FILE, place)
 
 
-def test_without_a_seal_the_save_was_cut_off(sealed):
-  (sealed / FILE).unlink()
-  assert "cut off" in damage(sealed)
+def test_without_a_manifest_the_save_was_cut_off(folder):
+  (folder / FILE).unlink()
+  assert "cut off" in find_damage(folder)
   with pytest.raises(UserError, match="cut off"):
-    read_seal(sealed)
+    read_manifest(folder)
 
 
-def test_each_file_of_a_real_save_is_under_seal(tmp_path):
+def test_each_file_of_a_real_save_is_in_the_manifest(tmp_path):
   with Checkpoints(tmp_path) as saves:
     saves.save(1, {"d": jnp.arange(8.0)}, {"a": 1}, {"score": 0.5, "epoch": 1})
   files = [path for path in (tmp_path / "1").rglob("*") if path.is_file()]
@@ -68,6 +73,6 @@ def test_each_file_of_a_real_save_is_under_seal(tmp_path):
     if file.name == FILE or not data:
       continue
     flip(file, len(data) // 2)
-    assert str(file) in damage(tmp_path / "1")
+    assert str(file) in find_damage(tmp_path / "1")
     file.write_bytes(data)
-  assert damage(tmp_path / "1") is None
+  assert find_damage(tmp_path / "1") is None

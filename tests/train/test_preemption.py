@@ -20,7 +20,7 @@ from vera_jax.train.sharding import make_mesh
 
 
 @pytest.fixture(autouse=True)
-def heeded():
+def usual_handlers():
   """The usual handlers, for a runner in the background has SIGINT ignored."""
   usual = (signal.default_int_handler, signal.SIG_DFL)
   before = [signal.signal(n, h) for n, h in zip(SIGNALS, usual, strict=True)]
@@ -71,7 +71,7 @@ with watch() as flag:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_second_is_not_held_up(number):
+def test_the_second_ends_at_once(number):
   done = subprocess.run(
     [sys.executable, "-c", TWICE.format(name=number.name)],
     cwd=Path(__file__).resolve().parents[2],
@@ -114,7 +114,7 @@ def test_outside_of_training_sigterm_ends_at_once():
   assert handlers() == before
 
 
-def test_training_has_its_own_way_within():
+def test_the_watch_of_training_comes_before_it():
   with nothing_to_save():
     with watch() as flag:
       signal.raise_signal(signal.SIGTERM)
@@ -122,14 +122,14 @@ def test_training_has_its_own_way_within():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_what_one_process_caught_all_hear(number):
+def test_what_one_process_caught_all_know(number):
   """The question that several processes ask, here of eight devices."""
   flag, mesh = Flag(), make_mesh(2, 2, 2)
   stop = Stop(flag, mesh)
-  assert stop.ask() is None and stop.heard(None) is None
+  assert stop.ask() is None and stop.answer(None) is None
   stop._alone = False
-  assert stop.heard(stop.ask()) is None
+  assert stop.answer(stop.ask()) is None
   asked = stop.ask()
   flag.caught = number
-  assert stop.heard(asked) is None  # it came after the question
-  assert stop.heard(stop.ask()) == number
+  assert stop.answer(asked) is None  # it came after the question
+  assert stop.answer(stop.ask()) == number

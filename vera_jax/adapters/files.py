@@ -19,9 +19,8 @@ from safetensors.numpy import load, save
 
 from vera_jax.adapters.layer_stacks import stack_layers, unstack_layers
 from vera_jax.errors import UserError
-from vera_jax.files import read_json
+from vera_jax.files import read_json, write_json
 from vera_jax.models.hf_weights import module_name
-from vera_jax.train.workdir import write_json
 
 ABOUT, TENSORS = "adapter.json", "adapter.safetensors"
 BOTH = f"An adapter is the two files {ABOUT} and {TENSORS}."

@@ -20,6 +20,7 @@ from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.projections import digest, make_projections
 from vera_jax.errors import UserError
+from vera_jax.files import write_json
 from vera_jax.hub import PACKAGE, resolve
 from vera_jax.models.hf_weights import (
   load_config,
@@ -43,7 +44,6 @@ from vera_jax.peft_io.layers import (
   module_list,
 )
 from vera_jax.peft_io.origin import check_base
-from vera_jax.train.workdir import write_json
 
 METHODS = ("vera", "lora")
 WARNING = (

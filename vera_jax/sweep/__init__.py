@@ -1,10 +1,8 @@
-"""Many runs in one folder: planned, shared out, kept, gone on with.
+"""Many runs in one folder: planned, divided among machines, resumed.
 
 plan.py      which runs there are, where they stand, which train together
-lock.py      one process at a time has a run
 estimate.py  how long it takes
 worker.py    the process that trains a unit
-conduct.py   starts the workers, one after another
-progress.py  how far a run has come, by its files
+runner.py    starts the workers, one after another
 table.py     what a person sees of it
 """

@@ -17,7 +17,7 @@ from vera_jax.models import roberta
 
 
 class Size(NamedTuple):
-  """Of a task: training and dev examples, tokens of an example."""
+  """Of a task: training and dev examples, mean tokens per example."""
 
   train: int
   dev: int
@@ -39,26 +39,27 @@ SIZES = {
   "generated_entailment": Size(2000, 320, 28),
 }
 UNKNOWN = Size(10_000, 1000, 40)
-# MiniLM, VeRA, SST-2 on two idle, slow CPU cores: 77 s of training, of which
-# those of results/benchmarks/train-sst2.md need 39
+# FLOP/s. MiniLM with VeRA on SST-2 took 77 s of training on two idle, slow CPU
+# cores; the cores of results/benchmarks/train-sst2.md need 39 s.
 TWO_CORES = 0.11e12
 START = 25.0  # seconds of a worker before its first step, compiling included
 
 
 def size_of(config: ConfigDict) -> Size:
+  """Of a run's task, with `config.data.max_train_examples` at most."""
   size = SIZES.get(str(config.task), UNKNOWN)
   most = config.data.max_train_examples or size.train
   return size._replace(train=min(size.train, most))
 
 
 def steps(config: ConfigDict) -> int:
-  """Of a whole run, for a bar: exact for GLUE's tasks."""
+  """Updates of a whole run, for a progress bar: exact for GLUE's tasks."""
   each = steps_per_epoch(size_of(config).train, config.optim.batch_size)
   return each * config.optim.epochs
 
 
 def shape_of(name: str) -> tuple[int, int]:
-  """(width, layers) of a model; RoBERTa-base's where nothing is known."""
+  """(width, layers) of a model; RoBERTa-base's if nothing is known."""
   if name in roberta.SIZES:
     return roberta.SIZES[name]
   from vera_jax.hub import resolve
@@ -73,11 +74,12 @@ def shape_of(name: str) -> tuple[int, int]:
 
 
 def flops(config: ConfigDict) -> float:
-  """Of a whole run, evaluations included."""
+  """FLOPs of a whole run, evaluations included."""
   size, (width, layers) = size_of(config), shape_of(str(config.model.name))
   weights = 12 * layers * width**2
   method = config.method
-  # a forward pass is 2 a weight and token, each of the two gradients as much
+  # forward: 2 FLOPs per weight and token; so is each of the two gradients,
+  # of which that of the weights is needed for full fine-tuning alone
   per_token = {"head": 2, "full": 6}.get(method, 4) * weights
   if method in ("vera", "lora"):
     adapted = min(layers * len(config[method].targets), 6 * layers)
@@ -88,13 +90,13 @@ def flops(config: ConfigDict) -> float:
 
 
 class Rate(NamedTuple):
-  """FLOP a second of one worker, and where that is known from."""
+  """FLOP/s of one worker, and a phrase that says where they are known from."""
 
   flops: float
   source: str
 
   def seconds(self, configs: Iterable[ConfigDict]) -> float:
-    """Of one unit: a start, then all its runs."""
+    """Seconds of one unit: a start, then all its runs."""
     total = sum(flops(config) for config in configs)
     return START + total / self.flops if total else 0.0
 
@@ -102,7 +104,7 @@ class Rate(NamedTuple):
 def rate(
   finished: Iterable[Mapping[str, Any]], tflops: float | None = None
 ) -> Rate:
-  """The machine's rate: as given, else as finished runs had it."""
+  """The machine's rate: as given, else by the results of finished runs."""
   if tflops:
     return Rate(tflops * 1e12, f"at {tflops:g} TFLOP/s, as given")
   rates = [
@@ -121,7 +123,7 @@ def rate(
 
 
 def span(seconds: float) -> str:
-  """For a person: 40 s, 12 min, 3 h 20 min, 5 days."""
+  """Seconds for a person: 40 s, 12 min, 3 h 20 min, 5 days."""
   if seconds < 90:
     return f"{seconds:.0f} s"
   minutes = round(seconds / 60)

@@ -1,42 +1,41 @@
 """Which runs a sweep has, where each stands, and which train together."""
 
-import hashlib
-import json
-import os
 import re
-import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax import results
 from vera_jax.errors import UserError
+from vera_jax.files import write_json
+from vera_jax.locks import is_locked
 from vera_jax.sweep.estimate import flops
-from vera_jax.sweep.lock import is_held
-from vera_jax.train.config import check_settings
+from vera_jax.train.config import check_key, check_settings
 from vera_jax.train.group import group_key
-from vera_jax.train.workdir import bound
+from vera_jax.train.workdir import digest
 
-DONE, FAILED, RUNNING, UNFINISHED, NEW = (
-  "done",
-  "failed",
-  "running",
-  "unfinished",
-  "new",
-)
-STATES = (DONE, FAILED, RUNNING, UNFINISHED, NEW)
-ABOUT = "sweep.json"
+STATES = ("done", "failed", "running", "unfinished", "new")
+DONE, FAILED, RUNNING, UNFINISHED, NEW = STATES
 LONGEST = 24  # letters of a value in a folder's name
 
 
-class Planned(NamedTuple):
-  """A run of a sweep: `own` is what the sweep overrides, by flat key."""
+class SweepRun(NamedTuple):
+  """A run of a sweep.
+
+  Attributes:
+    name: of its folder; it ends in a digest of the settings.
+    config: its settings.
+    overrides: those that the sweep sets, by flat key.
+    folder: the run's workdir.
+    lock: the file that a process has while it trains the run.
+  """
 
   name: str
   config: ConfigDict
-  own: dict[str, Any]
+  overrides: dict[str, Any]
   folder: Path
   lock: Path
 
@@ -45,7 +44,7 @@ class Planned(NamedTuple):
     """One of `STATES`, by what the folder holds now."""
     if (self.folder / results.FILE).exists():
       return DONE
-    if is_held(self.lock):
+    if is_locked(self.lock):
       return RUNNING
     if (self.folder / results.FAILED).exists():
       return FAILED
@@ -64,10 +63,10 @@ class Plan(NamedTuple):
   paper: str
   folder: Path
   axes: tuple[str, ...]
-  runs: list[Planned]
+  runs: list[SweepRun]
 
 
-Unit = list[Planned]  # runs that one worker trains together
+Unit = list[SweepRun]  # runs that one worker trains together
 
 
 def make_plan(
@@ -86,125 +85,95 @@ def make_plan(
       settings that can't work.
   """
   folder = Path(workdir).expanduser().absolute()
-  overrides = [
+  all_overrides = [
     {key: x for key, x in one if key not in fixed} for one in sweep.overrides
   ]
-  axes = _axes(overrides)
-  runs: dict[str, Planned] = {}
-  for own in overrides:
-    config = _overridden(sweep.base, own)
-    name = f"{_slug(own, axes)}-{_digest(config)}".strip("-")
-    place = folder / "runs" / name
-    run = Planned(name, config, own, place, folder / "locks" / name)
-    runs.setdefault(_digest(config), run)
+  keys = dict.fromkeys(key for one in all_overrides for key in one)
+  axes = tuple(
+    key for key in keys if len({repr(o.get(key)) for o in all_overrides}) > 1
+  )
+  runs: dict[str, SweepRun] = {}
+  for overrides in all_overrides:
+    config = sweep.base.copy_and_resolve_references()
+    for key, value in overrides.items():
+      try:
+        check_key(config, key)  # updating would ignore a key that is unknown
+        config.update_from_flattened_dict({key: value})
+      except (UserError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).strip("'\"").splitlines()[0]
+        raise UserError(
+          f"The sweep's override {key}={value!r} doesn't fit the base config:"
+          f" {reason}"
+        ) from error
+    check_settings(config)
+    code = digest(config.to_dict())
+    name = "-".join([*_name_parts(overrides, axes), code])
+    place, lock = folder / "runs" / name, folder / "locks" / name
+    runs.setdefault(code, SweepRun(name, config, overrides, place, lock))
   return Plan(sweep.title, sweep.paper, folder, axes, list(runs.values()))
 
 
-def _axes(overrides: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-  """Keys that not all overrides have the same of, in order of appearance."""
-  keys = dict.fromkeys(key for own in overrides for key in own)
-
-  def values(key: str) -> set[str]:
-    return {repr(own.get(key)) for own in overrides}
-
-  return tuple(key for key in keys if len(values(key)) > 1)
-
-
-def _overridden(base: ConfigDict, own: Mapping[str, Any]) -> ConfigDict:
-  config = base.copy_and_resolve_references()
-  for key, value in own.items():
-    try:
-      _check_key(config, key)
-      config.update_from_flattened_dict({key: value})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-      reason = str(error).strip("'\"").splitlines()[0]
-      raise UserError(
-        f"The sweep's override {key}={value!r} doesn't fit the base config:"
-        f" {reason}"
-      ) from error
-  check_settings(config)
-  return config
-
-
-def _check_key(config: ConfigDict, key: str) -> None:
-  """A KeyError for a key that is not there; updating would pass over it."""
-  group: Any = config
-  for name in key.split("."):
-    if not isinstance(group, ConfigDict) or name not in group:
-      raise KeyError(f"it has no such setting as {name!r}")
-    group = dict(group.items(preserve_field_references=True))[name]
-
-
-def _digest(config: ConfigDict) -> str:
-  text = json.dumps(bound(config.to_dict()), sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _slug(own: Mapping[str, Any], axes: Iterable[str]) -> str:
-  """What a run has its own, as a folder's name: sst2-vera-rank16-seed0."""
+def _name_parts(overrides: Mapping[str, Any], axes: Sequence[str]) -> list[str]:
+  """What makes a run differ, for its folder's name: sst2, vera, rank16."""
   parts = []
   for key in axes:
-    if own.get(key) is None:
+    value = overrides.get(key)
+    if value is None:
       continue
     word = "" if key in ("task", "method") else key.rpartition(".")[-1]
-    value = own[key]
-    text = "+".join(value) if isinstance(value, Sequence | tuple) else value
-    if isinstance(value, str):
-      text = value
-    parts.append(word + re.sub(r"[^\w.+-]+", "_", str(text))[:LONGEST])
-  return "-".join(parts)
+    text = "+".join(value) if isinstance(value, tuple | list) else str(value)
+    parts.append(word + re.sub(r"[^\w.+-]+", "_", text)[:LONGEST])
+  return parts
 
 
-def units(
-  runs: Sequence[Planned], *, members: int, shards: int = 1
+def make_units(
+  runs: Sequence[SweepRun], *, most: int, shards: int = 1
 ) -> list[Unit]:
-  """Runs that can train together, as they are shared out.
+  """Divide runs into units whose runs can train together.
 
-  What is done makes no difference, so that every shard finds the same units.
+  It makes no difference what is done already, so every shard finds the same
+  units.
 
   Args:
-    runs: of the whole plan.
-    members: at most so many in a unit.
-    shards: there are as many units at least, if there are as many runs.
+    runs: all of the plan's.
+    most: runs in a unit.
+    shards: there are at least as many units, if there are as many runs.
   """
+
+  def split(group: Unit, most: int) -> list[Unit]:  # into nearly equal parts
+    parts = np.array_split(range(len(group)), -(-len(group) // most))
+    return [[group[i] for i in part] for part in parts]
+
   groups: dict[str, Unit] = {}
   for run in runs:
     groups.setdefault(group_key(run.config), []).append(run)
-  found = [unit for group in groups.values() for unit in _cut(group, members)]
-  while len(found) < min(shards, len(runs)):
-    longest = max(found, key=len)
-    place = found.index(longest)
-    found[place : place + 1] = _cut(longest, -(-len(longest) // 2))
-  return found
-
-
-def _cut(group: Unit, members: int) -> list[Unit]:
-  """Parts of nearly equal size."""
-  count = -(-len(group) // members)
-  sizes = [len(group) // count + (i < len(group) % count) for i in range(count)]
-  starts = [sum(sizes[:i]) for i in range(count)]
-  return [group[a : a + n] for a, n in zip(starts, sizes, strict=True)]
+  units = [unit for group in groups.values() for unit in split(group, most)]
+  while len(units) < min(shards, len(runs)):
+    longest = max(units, key=len)
+    place = units.index(longest)
+    units[place : place + 1] = split(longest, -(-len(longest) // 2))
+  return units
 
 
 def shard_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
-  """The units of one shard, the costliest shared out first."""
+  """The units of one of `count` shards, which have about equally much to do.
+
+  The most expensive unit is given away first, each to the shard with the least
+  so far.
+  """
+  costs = [sum(flops(run.config) for run in unit) for unit in units]
   loads = [0.0] * count
   mine = []
-  order = sorted(units, key=lambda unit: -_cost(unit))  # stable
-  for unit in order:
+  for number in sorted(range(len(units)), key=lambda i: -costs[i]):
     least = loads.index(min(loads))
-    loads[least] += _cost(unit)
+    loads[least] += costs[number]
     if least == index:
-      mine.append(unit)
-  return [unit for unit in units if unit in mine]
-
-
-def _cost(unit: Unit) -> float:
-  return sum(flops(run.config) for run in unit)
+      mine.append(number)
+  return [units[number] for number in sorted(mine)]
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
-  """(i, n) of "i/n", i from 0; (0, 1) where there is none."""
+  """(i, n) of "i/n", i from 0; (0, 1) if there is none."""
   if not text:
     return 0, 1
   match = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -216,21 +185,17 @@ def parse_shard(text: str | None) -> tuple[int, int]:
   )
 
 
-def write_about(plan: Plan) -> None:
-  """sweep.json, for the report: title, axes and what each run has its own."""
-  about = {
+def write_plan(plan: Plan) -> None:
+  """sweep.json, for the report: title, axes and each run's overrides."""
+  fields = {
     "title": plan.title,
     "paper": plan.paper,
     "axes": plan.axes,
-    "runs": {run.name: run.own for run in plan.runs},
+    "runs": {run.name: run.overrides for run in plan.runs},
   }
-  text = json.dumps(about, indent=2) + "\n"
   try:
     plan.folder.mkdir(parents=True, exist_ok=True)
-    # under a name of its own, for shards write at the same time
-    new = plan.folder / f".{ABOUT}-{uuid.uuid4().hex}"
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, plan.folder / ABOUT)
+    write_json(plan.folder / "sweep.json", fields)
   except OSError as error:
     raise UserError(
       f"{plan.folder} can't be used: {error.strerror}."

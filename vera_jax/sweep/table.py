@@ -1,8 +1,12 @@
 """What a person sees of a sweep: the plan, and a live table of its runs."""
 
+import json
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -11,7 +15,6 @@ from rich.text import Text
 
 from vera_jax import results
 from vera_jax.sweep import estimate
-from vera_jax.sweep.conduct import Watcher
 from vera_jax.sweep.estimate import Rate, span
 from vera_jax.sweep.plan import (
   DONE,
@@ -21,48 +24,66 @@ from vera_jax.sweep.plan import (
   STATES,
   UNFINISHED,
   Plan,
-  Planned,
+  SweepRun,
   Unit,
 )
-from vera_jax.sweep.progress import read_progress
 
 STYLES = {DONE: "green", FAILED: "bold red", RUNNING: "cyan"}
-LEFT = (NEW, UNFINISHED)
+TAIL = 4096  # bytes of metrics.jsonl that are looked at
 
 
-def counts(runs: Sequence[Planned]) -> str:
+class Progress(NamedTuple):
+  """From the last lines of metrics.jsonl; None where there was none yet."""
+
+  step: int = 0
+  loss: float | None = None
+  score: float | None = None
+
+
+def read_progress(folder: Path) -> Progress:
+  """The latest step, loss, and score of an epoch."""
+  try:
+    with (folder / "metrics.jsonl").open("rb") as file:
+      size = file.seek(0, os.SEEK_END)
+      file.seek(max(0, size - TAIL))
+      lines = file.read().splitlines()
+  except OSError:
+    return Progress()
+  now = Progress()
+  for line in lines:
+    try:
+      values = json.loads(line)
+    except ValueError:  # its beginning lies before the tail, or its end is new
+      continue
+    now = now._replace(step=values.pop("step", 0))
+    if "loss" in values:
+      now = now._replace(loss=values["loss"])
+    if values.pop("epoch", None) is not None:  # then the scores of its end
+      now = now._replace(score=next(iter(values.values()), None))
+  return now
+
+
+def counts(states: Sequence[str]) -> str:
   """ "3 done, 1 failed, 8 new"."""
-  found = Counter(run.state for run in runs)
+  found = Counter(states)
   return ", ".join(f"{found[s]} {s}" for s in STATES if found[s]) or "no runs"
 
 
-class Finished:
-  """The results of a plan's runs, as far as they are there; each read once."""
-
-  def __init__(self, plan: Plan) -> None:
-    self._plan = plan
-    self._read: dict[str, dict] = {}
-
-  def __call__(self) -> list[dict]:
-    found = (self.of(run) for run in self._plan.runs)
-    return [result for result in found if result is not None]
-
-  def of(self, run: Planned) -> dict | None:
-    if run.name not in self._read:
-      result = results.read(run.folder)
-      if result is None:
-        return None
-      self._read[run.name] = result
-    return self._read[run.name]
+def states(runs: Sequence[SweepRun]) -> list[str]:
+  return [run.state for run in runs]
 
 
 def seconds_left(units: Sequence[Unit], rate: Rate) -> float:
-  left = [[r.config for r in unit if r.state in LEFT] for unit in units]
+  """For the runs that are new or unfinished, unit after unit."""
+  left = [
+    [run.config for run in unit if run.state in (NEW, UNFINISHED)]
+    for unit in units
+  ]
   return sum(rate.seconds(configs) for configs in left)
 
 
 def plan_table(plan: Plan, units: Sequence[Unit], rate: Rate) -> Table:
-  """A row a unit: its runs, their states, the time that is left of it."""
+  """One row per unit: its runs, their states, the time that is left of it."""
   table = Table(title=plan.title, title_justify="left")
   table.add_column("unit", justify="right")
   table.add_column("runs")
@@ -71,26 +92,32 @@ def plan_table(plan: Plan, units: Sequence[Unit], rate: Rate) -> Table:
   for number, unit in enumerate(units, 1):
     names = Text("\n".join(run.name for run in unit))
     left = seconds_left([unit], rate)
-    table.add_row(
-      str(number), names, counts(unit), f"~{span(left)}" if left else ""
-    )
+    shown = f"~{span(left)}" if left else ""
+    table.add_row(str(number), names, counts(states(unit)), shown)
   return table
 
 
-class LiveTable(Watcher):
-  """A table that is redrawn in a terminal; elsewhere a line an event."""
+class LiveTable:
+  """A table that is redrawn in a terminal; elsewhere one line per event."""
 
   def __init__(
     self, plan: Plan, units: Sequence[Unit], *, tflops: float | None = None
   ) -> None:
+    """A table of a plan's runs, of which this process trains some units.
+
+    Args:
+      plan: the whole sweep.
+      units: those of this process.
+      tflops: the machine's speed, for the time left; unset: measured on the
+        runs that are done.
+    """
     self.console = Console(stderr=True, highlight=False)
     self._plan, self._units, self._tflops = plan, units, tflops
-    self._finished = Finished(plan)
-    self._mine = [run for unit in units for run in unit]
+    self._results: dict[str, dict] = {}  # by name, so that each is read once
     self._started = time.monotonic()
     self._unit_started = self._started
     self._unit: Unit = []
-    self._seen: dict[str, int] = {}
+    self._first_step = 0  # of the unit that trains
     self._live = Live(
       console=self.console,
       get_renderable=self._draw,
@@ -106,110 +133,95 @@ class LiveTable(Watcher):
   def __exit__(self, *exc: object) -> None:
     self._live.stop()
 
-  def started(self, unit: Unit) -> None:
+  def start(self, unit: Unit) -> None:
+    """A worker has been started for these runs."""
     self._unit, self._unit_started = unit, time.monotonic()
-    self._first = {run.name: read_progress(run.folder).step for run in unit}
+    self._first_step = read_progress(unit[0].folder).step
     self._say(f"training {', '.join(run.name for run in unit)}")
 
-  def ended(self, unit: Unit) -> None:
+  def end(self, unit: Unit) -> None:
+    """The worker has ended; the runs' folders say how it went."""
     self._unit = []
     for run in unit:
-      state = run.state
-      told = run.failure() if state == FAILED else _score(run)
-      self._say(f"{run.name}: {state} {told}".rstrip())
+      state, text = run.state, ""
+      if state == FAILED:
+        text = run.failure()
+      elif result := self._result(run):
+        best = result["best"]
+        mark = ", collapsed" if best.get("collapsed") else ""
+        text = f"{result['score_name']} {best['score']:.4f}{mark}"
+      self._say(f"{run.name}: {state} {text}".rstrip())
     left = seconds_left(self._units, self._rate())
     end = f", about {span(left)} left" if left else ""
-    self._say(f"{counts(self._mine)}{end}")
+    mine = [run for unit in self._units for run in unit]
+    self._say(f"{counts(states(mine))}{end}")
 
   def _say(self, text: str) -> None:
     if not self.console.is_terminal:
       self.console.print(text, markup=False, soft_wrap=True)
 
+  def _result(self, run: SweepRun) -> dict | None:
+    if run.name not in self._results:
+      result = results.read(run.folder)
+      if result is not None:
+        self._results[run.name] = result
+    return self._results.get(run.name)
+
   def _rate(self) -> Rate:
-    return estimate.rate(self._finished(), self._tflops)
+    finished = filter(None, map(self._result, self._plan.runs))
+    return estimate.rate(finished, self._tflops)
 
   def _draw(self) -> RenderableType:
-    states = {run.name: run.state for run in self._plan.runs}
+    now = states(self._plan.runs)
     rate = self._rate()
+    unit_left = self._unit_left(rate)
     table = Table(title=self._plan.title, title_justify="left")
     table.add_column("run", no_wrap=True)
     table.add_column("state")
     for name in ("epoch", "loss", "score", "left"):
       table.add_column(name, justify="right")
-    for run in self._shown(states):
-      table.add_row(*self._row(run, states[run.name], rate))
-    here = Counter(states.values())
-    told = ", ".join(f"{here[s]} {s}" for s in STATES if here[s])
-    left = self._unit_left(rate) + seconds_left(self._units, rate)
-    elapsed = span(time.monotonic() - self._started)
-    end = f"all: {told}; {elapsed} so far, about {span(left)} left here"
-    return Group(table, Text(end))
 
-  def _shown(self, states: dict[str, str]) -> list[Planned]:
-    """As many as the screen takes: running, failed, the last finished."""
+    # as many as the screen has room for: what runs, failed, or finished last
+    def order(item: tuple[SweepRun, str]) -> tuple[int, float]:
+      run, state = item
+      place = (RUNNING, FAILED, DONE, UNFINISHED, NEW).index(state)
+      if state != DONE:
+        return place, 0.0
+      return place, -(run.folder / results.FILE).stat().st_mtime
+
     room = max(5, self.console.height - 8)
-
-    def when(run: Planned) -> float:
-      file = run.folder / results.FILE
-      return file.stat().st_mtime if file.exists() else 0.0
-
-    runs = {
-      s: [r for r in self._plan.runs if states[r.name] == s] for s in STATES
-    }
-    done = sorted(runs[DONE], key=when, reverse=True)
-    order = [*runs[RUNNING], *runs[FAILED], *done]
-    return [*order, *runs[UNFINISHED], *runs[NEW]][:room]
-
-  def _row(self, run: Planned, state: str, rate: Rate) -> list[RenderableType]:
-    name, told = Text(run.name), Text(state, style=STYLES.get(state, "dim"))
-    if state == DONE:
-      result = self._finished.of(run) or {}
-      epoch = f"{result['best']['epoch']} best"
-      score = f"{result['best']['score']:.4f}"
-      mark = " collapsed" if result["best"].get("collapsed") else ""
-      return [
-        name,
-        Text(state + mark, style=STYLES[state]),
-        epoch,
-        "",
-        score,
-        "",
-      ]
-    if state in (NEW, FAILED):
-      return [name, told, "", "", "", ""]
-    now = read_progress(run.folder)
-    total = estimate.steps(run.config)
-    epochs = run.config.optim.epochs
-    left = ""
-    if state == RUNNING and run in self._unit:
-      left = f"~{span(self._unit_left(rate))}"
-    return [
-      name,
-      told,
-      f"{now.step / total * epochs:.1f} of {epochs}",
-      "" if now.loss is None else f"{now.loss:.4f}",
-      "" if now.score is None else f"{now.score:.4f}",
-      left,
-    ]
+    rows = sorted(zip(self._plan.runs, now, strict=True), key=order)
+    for run, state in rows[:room]:
+      epoch = loss = score = left = mark = ""
+      if state == DONE and (result := self._result(run)):
+        best = result["best"]
+        mark = " collapsed" if best.get("collapsed") else ""
+        epoch, score = f"{best['epoch']} best", f"{best['score']:.4f}"
+      if state in (RUNNING, UNFINISHED):
+        progress = read_progress(run.folder)
+        epochs = run.config.optim.epochs
+        part = progress.step / estimate.steps(run.config)
+        epoch = f"{part * epochs:.1f} of {epochs}"
+        loss = "" if progress.loss is None else f"{progress.loss:.4f}"
+        score = "" if progress.score is None else f"{progress.score:.4f}"
+      if state == RUNNING and run in self._unit:
+        left = f"~{span(unit_left)}"
+      shown = Text(state + mark, style=STYLES.get(state, "dim"))
+      table.add_row(Text(run.name), shown, epoch, loss, score, left)
+    all_left = unit_left + seconds_left(self._units, rate)
+    elapsed = span(time.monotonic() - self._started)
+    end = f"{elapsed} so far, about {span(all_left)} left here"
+    return Group(table, Text(f"all: {counts(now)}; {end}"))
 
   def _unit_left(self, rate: Rate) -> float:
-    """Of the unit that trains here, by its own speed once it has one."""
+    """Seconds of the unit that trains here, by its own speed if it has one."""
     if not self._unit:
       return 0.0
     passed = time.monotonic() - self._unit_started
     run = self._unit[0]
-    step, first = read_progress(run.folder).step, self._first[run.name]
-    total = estimate.steps(run.config)
+    done = read_progress(run.folder).step - self._first_step
     trained = passed - estimate.START
-    if step > first and trained > 0:
-      return max(0.0, (total - step) * trained / (step - first))
+    if done > 0 and trained > 0:
+      to_do = estimate.steps(run.config) - self._first_step - done
+      return max(0.0, to_do * trained / done)
     return max(0.0, rate.seconds(r.config for r in self._unit) - passed)
-
-
-def _score(run: Planned) -> str:
-  result = results.read(run.folder)
-  if result is None:
-    return ""
-  best = result["best"]
-  mark = ", collapsed" if best.get("collapsed") else ""
-  return f"{result['score_name']} {best['score']:.4f}{mark}"

@@ -1,11 +1,11 @@
 """The process that trains a sweep's unit: runs that can train together.
 
-A process of its own, so that a crash, or memory that isn't given back, ends
-with it, and its progress bar has nobody to quarrel with. It reads the unit as a
-line of JSON from standard input, and stops, saved, when that is closed: whoever
-started it wants so, or is gone. Exit codes: 0 done (members may have failed,
-their folders say so), 75 stopped and saved, 1 none of the runs could be
-trained.
+It is a process of its own, so that a crash, or memory that isn't given back,
+ends with it, and so that its progress bar doesn't disturb the sweep's table. It
+reads the unit as a line of JSON from standard input. When that is closed, the
+sweep wants to stop or is gone: the worker saves and stops. Exit codes: 0 done
+(some runs may have failed, as their folders say), 75 stopped and saved, 1 none
+of the runs could be trained.
 """
 
 import json
@@ -13,8 +13,8 @@ import os
 import select
 import signal
 import sys
+import threading
 import traceback
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,21 +23,32 @@ from ml_collections import ConfigDict
 
 from vera_jax import results
 from vera_jax.errors import UserError
-from vera_jax.sweep.lock import held
+from vera_jax.locks import locked
 from vera_jax.train.preemption import EXIT_CODE, Interrupted
 
 
-def main() -> int:
+def main(unit: dict[str, Any]) -> int:
+  """Train what is left of a unit's runs; returns the exit code.
+
+  Args:
+    unit: {"runs": [{"config", "folder", "lock"}], "retry_failed"}.
+  """
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   from absl import logging
 
   logging.set_verbosity(logging.WARNING)
-  signal.signal(signal.SIGTERM, leave)
-  unit = json.loads(sys.stdin.readline())
-  locks = {Path(run["lock"]): run for run in unit["runs"]}
-  with held(list(locks), beat=partial(follow, sys.stdin.fileno())) as mine:
-    # only now is it sure that no other process finishes them
-    left = [run for run in map(locks.get, mine) if run and _is_open(run, unit)]
+  runs = {Path(run["lock"]): run for run in unit["runs"]}
+  with locked(runs) as mine:
+    left = []
+    for lock in mine:
+      # looked at again, for only now can no other process finish it
+      folder = Path(runs[lock]["folder"])
+      if (folder / results.FILE).exists():
+        continue
+      if unit["retry_failed"]:
+        (folder / results.FAILED).unlink(missing_ok=True)
+      if not (folder / results.FAILED).exists():
+        left.append(runs[lock])
     return train(left) if left else 0
 
 
@@ -48,29 +59,20 @@ def leave(number: int, frame: FrameType | None) -> None:
   raise SystemExit(EXIT_CODE)
 
 
-def follow(stdin: int) -> None:
-  """Once standard input is closed: SIGTERM to ourselves, if none came yet.
+def stop_when_closed(stdin: int) -> None:
+  """Wait until standard input is closed, then send SIGTERM to ourselves.
 
-  A cluster may send it to every process of a job, and a run that has taken one
-  (its handler is the default again) would not survive a second.
+  Unless one came before: a cluster may send it to every process of a job, and a
+  run that has caught one (its handler is then the default again) would not
+  survive a second.
   """
-  caught = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-  if not caught and select.select([stdin], [], [], 0)[0]:
+  select.select([stdin], [], [])  # nothing more is written to it
+  if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _is_open(run: dict[str, Any], unit: dict[str, Any]) -> bool:
-  folder = Path(run["folder"])
-  if (folder / results.FILE).exists():
-    return False
-  failed = folder / results.FAILED
-  if unit["retry_failed"]:
-    failed.unlink(missing_ok=True)
-  return not failed.exists()
-
-
 def train(runs: list[dict[str, Any]]) -> int:
-  """Train them together; what ends them all is written to each folder."""
+  """Train them together; an error that ends all is written to each folder."""
   from vera_jax.train.loop import train_members  # the training stack, late
 
   configs = [ConfigDict(run["config"]) for run in runs]
@@ -84,7 +86,7 @@ def train(runs: list[dict[str, Any]]) -> int:
     print(error, file=sys.stderr)
     note_failure(runs, str(error))
     return 1
-  except Exception as error:  # whatever it is, the sweep goes on and tells
+  except Exception as error:  # whatever it is, the sweep goes on to the next
     traceback.print_exc()
     note_failure(runs, f"{type(error).__name__}: {error}")
     return 1
@@ -95,8 +97,7 @@ def note_failure(runs: list[dict[str, Any]], reason: str) -> None:
   """A failed.json for each run that has neither result nor failure."""
   for run in runs:
     folder, config = Path(run["folder"]), run["config"]
-    there = [(folder / f).exists() for f in (results.FILE, results.FAILED)]
-    if any(there):
+    if any((folder / f).exists() for f in (results.FILE, results.FAILED)):
       continue
     folder.mkdir(parents=True, exist_ok=True)
     failure = {
@@ -111,4 +112,9 @@ def note_failure(runs: list[dict[str, Any]], reason: str) -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  signal.signal(signal.SIGTERM, leave)
+  given = json.loads(sys.stdin.readline())
+  threading.Thread(
+    target=stop_when_closed, args=[sys.stdin.fileno()], daemon=True
+  ).start()
+  sys.exit(main(given))

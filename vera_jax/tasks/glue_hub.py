@@ -79,7 +79,7 @@ def _download(task: GlueTask, source: str):
   # An earlier download may serve when the hub doesn't answer.
   if not offline and not (cache / source.replace("/", "___")).is_dir():
     ask = partial(HfApi().dataset_info, source, timeout=ANSWER_SECONDS)
-    error = hub.trouble(ask, 1.5 * ANSWER_SECONDS)
+    error = hub.call_error(ask, seconds=1.5 * ANSWER_SECONDS)
     if isinstance(error, RepositoryNotFoundError):
       raise not_there from error
     if error is not None:
@@ -88,7 +88,9 @@ def _download(task: GlueTask, source: str):
   try:
     if offline:
       return fetch()
-    return hub.persist(fetch, f"{source} ({task.name})", _BROKE_OFF)
+    return hub.retry_download(
+      fetch, f"{source} ({task.name})", broken=_BROKE_OFF
+    )
   except datasets.exceptions.DatasetNotFoundError as error:
     raise not_there from error
   except ConnectionError as error:

@@ -22,24 +22,19 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from vera_jax.errors import UserError
 from vera_jax.train.distributed import on_first
-from vera_jax.train.manifest import damage, read_seal, write_seal
-from vera_jax.train.workdir import bound, differences, is_full
+from vera_jax.train.manifest import find_damage, read_manifest, write_manifest
+from vera_jax.train.workdir import differences, identity, is_disk_full
 
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged"  # the folder beside the saves for those that are
 
 
-def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
-  """The higher score is better; of equal ones the earlier epoch."""
-  return metrics.get("score", -math.inf), -metrics.get("epoch", math.inf)
-
-
 class Checkpoints:
   """A run's `checkpoints/` folder: the last two saves and the best epoch.
 
-  The last but one is there for when the last is damaged. A save is small and
-  is on disk when `save` returns, so that its errors show where they happen.
+  The last but one is there in case the last is damaged. A save is small and is
+  on disk when `save` returns, so that its errors show where they happen.
   """
 
   def __init__(
@@ -52,14 +47,22 @@ class Checkpoints:
       config: the run's. Its saves carry it, and those of another are refused.
     """
     self._folder = folder.absolute()
-    self._config = None if config is None else bound(config)
-    on_first(self._inspect)
-    kept = [LatestN(n=2), BestN(n=1, get_metric_fn=_rank)]
+    self._config = None if config is None else identity(config)
+    on_first(self._check_saves)
+
+    def rank(metrics: Mapping[str, float]) -> tuple[float, float]:
+      # the higher score is better; of equal ones the earlier epoch
+      return metrics.get("score", -math.inf), -metrics.get("epoch", math.inf)
+
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=AnyPreservationPolicy(kept),
-        best_fn=_rank,  # without it the metrics are not written down
+        preservation_policy=AnyPreservationPolicy(
+          [LatestN(n=2), BestN(n=1, get_metric_fn=rank)]
+        ),
+        best_fn=rank,  # without it the metrics are not written down
+        # saves that were cut off: until it is whole, orbax gives a save
+        # another name; damage after that only the manifest notices
         cleanup_tmp_directories=True,
         enable_async_checkpointing=False,
       ),
@@ -71,38 +74,32 @@ class Checkpoints:
   def __exit__(self, *exc: object) -> None:
     self._manager.close()
 
-  def _inspect(self) -> None:
+  def _check_saves(self) -> None:
+    """Set damaged saves aside; refuse those of another config."""
     found = self._folder.iterdir() if self._folder.is_dir() else ()
     for save in sorted(path for path in found if path.name.isdigit()):
-      reason = damage(save)
+      reason = find_damage(save)
       if reason is not None:
-        self._set_aside(save, reason)
-      else:
-        self._check_config(save)
-
-  def _set_aside(self, save: Path, reason: str) -> None:
-    place = self._folder.with_name(DAMAGED)
-    place.mkdir(exist_ok=True)
-    names = (save.name, *(f"{save.name}-{i}" for i in range(2, 10_000)))
-    kept = next(place / name for name in names if not (place / name).exists())
-    save.rename(kept)
-    log.warning(
-      "The save of step %s is not used: %s. It is kept as %s, and the newest"
-      " whole save is used.",
-      *(save.name, reason, kept),
-    )
-
-  def _check_config(self, save: Path) -> None:
-    theirs = read_seal(save).get("config")
-    if self._config is None or theirs is None:
-      return
-    differ = differences(theirs, self._config)
-    if differ:
-      raise UserError(
-        f"{save} is the save of a run of another config. Choose another"
-        " --workdir, or the same settings. Different are:\n  "
-        + "\n  ".join(differ)
-      )
+        place = self._folder.with_name(DAMAGED)
+        place.mkdir(exist_ok=True)
+        names = (save.name, *(f"{save.name}-{i}" for i in range(2, 10_000)))
+        kept = next(place / n for n in names if not (place / n).exists())
+        save.rename(kept)
+        log.warning(
+          "The save of step %s is not used: %s. It is kept as %s, and the"
+          " newest whole save is used.",
+          *(save.name, reason, kept),
+        )
+        continue
+      theirs = read_manifest(save).get("config")
+      if self._config is None or theirs is None:
+        continue
+      if differ := differences(theirs, self._config):
+        raise UserError(
+          f"{save} is the save of a run of another config. Choose another"
+          " --workdir, or the same settings. Different are:\n  "
+          + "\n  ".join(differ)
+        )
 
   @property
   def latest_step(self) -> int | None:
@@ -139,20 +136,18 @@ class Checkpoints:
       state=ocp.args.StandardSave(state),
       progress=ocp.args.JsonSave(dict(progress)),
     )
+    fields = {"step": step, "config": self._config}
     try:
       self._manager.save(step, args=items, metrics=dict(metrics or {}))
-      on_first(lambda: self._seal(step))
+      on_first(lambda: write_manifest(self._folder / str(step), fields))
     except Exception as error:  # of whichever layer met the full disk
-      if not is_full(error, self._folder):
+      if not is_disk_full(error, self._folder):
         raise
       raise UserError(
         f"The disk is full: step {step} could not be saved in {self._folder}."
         f" {good_save(last)} Free some space; the same command goes on from"
         " there."
       ) from error
-
-  def _seal(self, step: int) -> None:
-    write_seal(self._folder / str(step), {"step": step, "config": self._config})
 
   @property
   def resumable(self) -> list[int]:
@@ -186,7 +181,7 @@ class Checkpoints:
 
   def _read(self, step: int, **items: Any) -> Any:
     folder = self._folder / str(step)
-    reason: object = damage(folder)
+    reason: object = find_damage(folder)
     try:
       if reason is None:
         return self._manager.restore(step, args=ocp.args.Composite(**items))

@@ -1,5 +1,7 @@
 """Settings that can't work are refused before anything is loaded."""
 
+from typing import Any
+
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -18,8 +20,12 @@ AT_LEAST_ONE = (
 
 
 def check_settings(config: ConfigDict) -> None:
-  """Raises a UserError that names what is unset or out of its range."""
-  if config.method not in TRAINED:
+  """Refuse a run's settings that are unset or out of their range.
+
+  Raises:
+    UserError: names all of them, with what is allowed.
+  """
+  if config.method not in TRAINED:  # all else depends on it
     raise UserError(
       f"config.method is {config.method!r}; choose from {', '.join(TRAINED)}."
     )
@@ -29,8 +35,29 @@ def check_settings(config: ConfigDict) -> None:
     if config.optim[rate] is None and own in config[config.method]:
       needed.append(f"{config.method}.{own}")
   unset = [f"config.{name}" for name in needed if values[name] is None]
-  if unset:
-    raise UserError(f"Without a value are: {', '.join(unset)}.")
+  wrong = [f"Without a value are: {', '.join(unset)}."] if unset else []
   for name in AT_LEAST_ONE:
     if values[name] is not None and values[name] < 1:
-      raise UserError(f"config.{name} is {values[name]}; at least 1 is needed.")
+      wrong.append(f"config.{name} is {values[name]}; at least 1 is needed.")
+  if wrong:
+    raise UserError("\n".join(wrong))
+
+
+def check_key(config: ConfigDict, key: str) -> None:
+  """Refuse a key, as "vera.rank", that the config doesn't have.
+
+  Raises:
+    UserError: naming the key's group and what that holds.
+  """
+  place = "config"
+  group: Any = config
+  for name in key.split("."):
+    if not isinstance(group, ConfigDict):
+      raise UserError(f"{place} is a setting, not a group of settings.")
+    if name not in group:
+      raise UserError(
+        f"{place} has no setting {name!r}. It has: {', '.join(group)}."
+      )
+    place = f"{place}.{name}"
+    # as references, since reading a required setting without a value raises
+    group = dict(group.items(preserve_field_references=True))[name]

@@ -12,26 +12,23 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from vera_jax.errors import UserError
-from vera_jax.hub import trouble
+from vera_jax.hub import call_error
 
 PATIENCE = 300.0  # seconds until missing processes are given up
-FLAGS = ("coordinator", "num_processes", "process_id")
-_SLURM = (
+_SLURM = (  # what srun sets in each task of a step
   "SLURM_JOB_ID",
   "SLURM_STEP_NODELIST",
   "SLURM_NTASKS",
   "SLURM_PROCID",
   "SLURM_LOCALID",
 )
-_GRACE = 2.0
-_TOLD_BYTES = 4096  # of an error's text, for the other processes
+_ERROR_BYTES = 4096  # of an error's text, as sent to the other processes
 
 
 def initialize(
@@ -43,9 +40,9 @@ def initialize(
 ) -> None:
   """Join the other processes, if there are any; before any device is used.
 
-  The three arguments, or none: then a TPU pod's or SLURM's own variables tell,
-  and without these the process is alone. `num_processes=1` by itself leaves it
-  alone whatever they say.
+  Give all three arguments, or none: then the variables of a TPU pod or of SLURM
+  are used, and without these the process is alone. `num_processes=1` by itself
+  leaves it alone whatever they say.
 
   Args:
     coordinator: HOST:PORT, where process 0 listens; HOST is its machine.
@@ -56,30 +53,48 @@ def initialize(
   Raises:
     UserError: arguments that don't fit, or others that did not come.
   """
-  given = dict(
-    zip(FLAGS, (coordinator, num_processes, process_id), strict=True)
-  )
-  if given == {**dict.fromkeys(FLAGS), "num_processes": 1}:
-    return
-  if all(value is None for value in given.values()):
-    if not is_launched(os.environ):
+  if coordinator is None and process_id is None:
+    if num_processes == 1:
       return
-    where = "by the launcher's variables"
-  else:
-    _check(given)
+    if num_processes is None and not is_launched(os.environ):
+      return
+  given = {
+    "--coordinator": coordinator,
+    "--num_processes": num_processes,
+    "--process_id": process_id,
+  }
+  lacking = [flag for flag, value in given.items() if value is None]
+  where = "by the launcher's variables"
+  if len(lacking) < len(given):
+    if coordinator is None or num_processes is None or process_id is None:
+      raise UserError(
+        f"Without a value: {', '.join(lacking)}. Several processes need all of"
+        " --coordinator=HOST:PORT, --num_processes and --process_id."
+      )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+      raise UserError(
+        f"--coordinator={coordinator}: give HOST:PORT, the machine of process 0"
+        " and a free port there."
+      )
+    if not 0 <= process_id < num_processes:
+      raise UserError(
+        f"--process_id={process_id} of --num_processes={num_processes}: the"
+        f" processes are numbered from 0 to {num_processes - 1}."
+      )
     where = f"at {coordinator}"
-  # ours hears SIGTERM; jax's own listener would keep it from us
+  # we handle SIGTERM ourselves; jax's own listener would take it from us
   jax.config.update("jax_enable_preemption_service", False)
   start = partial(
     jax.distributed.initialize,
     coordinator,
     num_processes,
     process_id,
-    # given up by us first: jax ends the process without a word to Python
+    # we give up first, since jax then ends the process without an exception
     initialization_timeout=int(patience) + 600,
     shutdown_timeout_seconds=60,
   )
-  error = trouble(start, patience)
+  error = call_error(start, seconds=patience)
   if error is not None:
     raise UserError(
       f"The processes did not come together {where}: {error}. All of them are"
@@ -87,27 +102,6 @@ def initialize(
       " with its own --process_id; HOST is the machine of process 0, and the"
       " port has to be free and open there. --num_processes=1 starts one alone."
     ) from error
-
-
-def _check(given: Mapping[str, Any]) -> None:
-  lacking = [f"--{name}" for name, value in given.items() if value is None]
-  if lacking:
-    raise UserError(
-      f"Without a value: {', '.join(lacking)}. Several processes need all of"
-      " --coordinator=HOST:PORT, --num_processes and --process_id."
-    )
-  host, _, port = given["coordinator"].rpartition(":")
-  if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-    raise UserError(
-      f"--coordinator={given['coordinator']}: give HOST:PORT, the machine of"
-      " process 0 and a free port there."
-    )
-  number, count = given["process_id"], given["num_processes"]
-  if not 0 <= number < count:
-    raise UserError(
-      f"--process_id={number} of --num_processes={count}: the processes are"
-      f" numbered from 0 to {count - 1}."
-    )
 
 
 def is_launched(environment: Mapping[str, str]) -> bool:
@@ -124,7 +118,7 @@ def is_launched(environment: Mapping[str, str]) -> bool:
     return True
   if "TPU_SKIP_MDS_QUERY" in environment or find_spec("libtpu") is None:
     return False
-  # a TPU's virtual machine: its metadata know the pod, and jax asks them
+  # a TPU's virtual machine: jax asks its metadata server about the pod
   chips = ("accel[0-9]*", "vfio/[0-9]*")
   return any(any(Path("/dev").glob(chip)) for chip in chips)
 
@@ -142,41 +136,36 @@ def is_first() -> bool:
 def leave(code: int, *, together: bool) -> None:
   """End one of several processes, without waiting for those that still work.
 
-  Args:
-    code: the process's exit code.
-    together: the others end too; they are waited for as Python ends.
+  Python's own end would wait for them, since jax does; so this returns only for
+  a process that is alone, or that ends together with all others.
   """
   if together or not jax.distributed.is_initialized():
     return
   sys.stdout.flush()
   sys.stderr.flush()
-  time.sleep(_GRACE)  # the others may have the same error to tell
+  time.sleep(2.0)  # the others may have the same error to report
   os._exit(code)
 
 
 def on_first(act: Callable[[], None]) -> None:
-  """Let process 0 act; the others wait, and fail as it does.
+  """Let process 0 act; the others wait, and fail if it does.
 
   Raises:
-    UserError: what `act` raised, in every process.
+    Exception: what `act` raised; in the other processes a UserError with its
+      text.
   """
   if not are_several():
     return act()
-  told, error = "", None
+  message, error = "", None
   if is_first():
     try:
       act()
-    except Exception as raised:  # told to the others before it is raised here
-      error, told = raised, str(raised) or type(raised).__name__
-  text = np.zeros(_TOLD_BYTES, np.uint8)
-  data = told.encode()[:_TOLD_BYTES]
-  text[: len(data)] = np.frombuffer(data, np.uint8)
-  told = (
-    bytes(multihost_utils.broadcast_one_to_all(text))
-    .rstrip(b"\0")
-    .decode(errors="ignore")
-  )
+    except Exception as raised:  # raised below, once the others know of it
+      error, message = raised, str(raised) or type(raised).__name__
+  data = message.encode()[:_ERROR_BYTES].ljust(_ERROR_BYTES, b"\0")
+  sent = multihost_utils.broadcast_one_to_all(np.frombuffer(data, np.uint8))
+  message = bytes(sent).rstrip(b"\0").decode(errors="ignore")
   if error is not None:
     raise error
-  if told:
-    raise UserError(told)
+  if message:
+    raise UserError(message)

@@ -1,11 +1,10 @@
-"""What a run tells while it runs: log lines, progress bar, metric files."""
+"""What a run reports: metric files, and for a person a bar and log lines."""
 
 import errno
 import json
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,27 +18,142 @@ from rich.progress import (
 )
 
 from vera_jax.errors import UserError
-from vera_jax.train.workdir import write_text
+from vera_jax.files import write_text
 
 
-def _read_until(path: Path, step: int) -> list[str]:
-  """The lines of metrics.jsonl up to a step: those of a resumed run."""
-  if not path.exists():
-    return []
-  kept = []
-  for line in path.read_text(encoding="utf-8").splitlines():
-    try:
-      if json.loads(line)["step"] <= step:
-        kept.append(line)
-    except ValueError:  # cut off when the run was killed
-      continue
-  return kept
+class MetricWriter:
+  """A run's metrics.jsonl, TensorBoard files and Weights & Biases run.
+
+  Use as a context. The first process writes; in others nothing happens.
+  """
+
+  def __init__(
+    self,
+    workdir: Path,
+    *,
+    config: Mapping[str, Any],
+    step: int = 0,
+    primary: bool = True,
+    wandb: str = "",
+  ) -> None:
+    """Open the files; what a resumed run will write again is dropped.
+
+    Args:
+      workdir: the run's folder.
+      config: shown by Weights & Biases.
+      step: the step that the run goes on from; metrics up to it are kept.
+      primary: whether this process writes.
+      wandb: the project's name; empty: no Weights & Biases.
+
+    Raises:
+      UserError: Weights & Biases is asked for but not installed.
+    """
+    self._lines: Any = None
+    self._board: Any = None
+    self._wandb: Any = None
+    if not primary:
+      return
+    if wandb:
+      self._wandb = _start_wandb(workdir, config, wandb, resumed=step > 0)
+    self._board_folder, self._board_step = workdir / "tensorboard", step + 1
+    path = workdir / "metrics.jsonl"
+    kept = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+      try:
+        if json.loads(line)["step"] <= step:
+          kept.append(line)
+      except ValueError:  # cut off when the run was killed
+        continue
+    write_text(path, "".join(line + "\n" for line in kept))
+    self._lines = path.open("a", encoding="utf-8", buffering=1)
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    with ExitStack() as stack:  # closes all, even where one of them raises
+      if self._wandb is not None:
+        stack.callback(self._wandb.finish)
+      if self._board is not None:
+        stack.callback(_close_tensorboard, self._board)
+      if self._lines is not None:
+        stack.callback(self._lines.close)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """One line of metrics.jsonl; the same to TensorBoard and W&B.
+
+    Raises:
+      OSError: the files can't be written.
+    """
+    if self._lines is None:
+      return
+    self._lines.write(json.dumps({"step": step, **values}) + "\n")
+    if self._board is None:
+      # imported at the first write, for it imports torch where there is one
+      from tensorboardX import SummaryWriter
+
+      self._board = SummaryWriter(
+        str(self._board_folder), purge_step=self._board_step
+      )
+    # its thread ends at a failed write; then its queue would fill up and block
+    thread = getattr(_event_writer(self._board), "_worker", None)
+    if thread is not None and not thread.is_alive():
+      raise OSError(errno.EIO, "TensorBoard's files can't be written any more")
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log(dict(values), step=step)
 
 
-def _wandb_run(
+class ProgressBar:
+  """A bar with the time left, in a terminal, and log lines anywhere.
+
+  Use as a context. Only the first process shows anything.
+  """
+
+  def __init__(
+    self, *, steps: int, step: int = 0, primary: bool = True
+  ) -> None:
+    self.console = Console(stderr=True, quiet=not primary, highlight=False)
+    self._progress = Progress(
+      TextColumn("{task.description}"),
+      BarColumn(),
+      MofNCompleteColumn(),
+      TextColumn("{task.fields[note]}"),
+      TimeRemainingColumn(),
+      console=self.console,
+      disable=not self.console.is_terminal,
+    )
+    self._task = self._progress.add_task(
+      "training", total=steps, completed=step, note=""
+    )
+    self._score = ""
+
+  def __enter__(self) -> Self:
+    self._progress.start()
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self._progress.stop()
+
+  def log(self, text: str) -> None:
+    """A line above the bar."""
+    self.console.print(text, markup=False, soft_wrap=True)
+
+  def advance(self, step: int, *, loss: float) -> None:
+    """Move the bar to a step."""
+    note = f"loss {loss:.4f} {self._score}"
+    self._progress.update(self._task, completed=step, note=note)
+
+  def show_score(self, text: str) -> None:
+    """What stands behind the loss from the next step on."""
+    self._score = text
+
+
+def _start_wandb(
   workdir: Path, config: Mapping[str, Any], project: str, *, resumed: bool
 ) -> Any:
-  """A run of its own, or when resumed the one that `wandb_id` names."""
+  """A new run, or for a resumed one that which the file `wandb_id` names."""
   try:
     import wandb
   except ImportError as error:
@@ -56,27 +170,17 @@ def _wandb_run(
     dir=str(workdir),
     config=dict(config),
     resume="allow",
-    reinit="create_new",  # a group's members are open at the same time
+    reinit="create_new",  # the runs of an ensemble are open at the same time
   )
 
 
-def _tensorboard(folder: str, *, purge_step: int) -> Any:
-  from tensorboardX import SummaryWriter  # imports torch where there is one
-
-  return SummaryWriter(folder, purge_step=purge_step)
+def _event_writer(board: Any) -> Any:
+  return getattr(board.file_writer, "event_writer", None)
 
 
-def _check_board(board: Any) -> None:
-  """Its thread ends at a failed write, and the queue to it then fills up."""
-  writer = getattr(board.file_writer, "event_writer", None)
-  thread = getattr(writer, "_worker", None)
-  if thread is not None and not thread.is_alive():
-    raise OSError(errno.EIO, "TensorBoard's files can't be written any more")
-
-
-def _close_board(board: Any) -> None:
-  """On a full disk once, not again as Python ends."""
-  writer: Any = getattr(board.file_writer, "event_writer", None)
+def _close_tensorboard(board: Any) -> None:
+  """Close it; where that fails, keep Python from trying again at its end."""
+  writer = _event_writer(board)
   try:
     board.close()
   except OSError:
@@ -84,111 +188,3 @@ def _close_board(board: Any) -> None:
       thread.stop()
       writer._closed = True
     raise
-
-
-class Figures:
-  """A run's metric files. The primary process writes. Use as a context."""
-
-  def __init__(
-    self,
-    workdir: Path,
-    *,
-    config: Mapping[str, Any],
-    step: int = 0,
-    primary: bool = True,
-    wandb: str = "",
-  ) -> None:
-    self._wandb = (
-      _wandb_run(workdir, config, wandb, resumed=step > 0)
-      if wandb and primary
-      else None
-    )
-    self._lines: Any = None
-    self._board: Any = None
-    if primary:
-      self._open(workdir, step)
-
-  def _open(self, workdir: Path, step: int) -> None:
-    path = workdir / "metrics.jsonl"
-    kept = _read_until(path, step)
-    write_text(path, "".join(line + "\n" for line in kept))
-    self._lines = path.open("a", encoding="utf-8", buffering=1)
-    self._open_board = partial(
-      _tensorboard, str(workdir / "tensorboard"), purge_step=step + 1
-    )
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *exc: object) -> None:
-    with ExitStack() as stack:
-      if self._wandb is not None:
-        stack.callback(self._wandb.finish)
-      if self._board is not None:
-        stack.callback(_close_board, self._board)
-      if self._lines is not None:
-        stack.callback(self._lines.close)
-
-  def write(self, step: int, values: Mapping[str, float]) -> None:
-    """One line of metrics.jsonl; the same to TensorBoard and W&B."""
-    if self._lines is None:
-      return
-    self._lines.write(json.dumps({"step": step, **values}) + "\n")
-    if self._board is None:
-      self._board = self._open_board()
-    _check_board(self._board)
-    for name, value in values.items():
-      self._board.add_scalar(name, value, step)
-    if self._wandb is not None:
-      self._wandb.log(dict(values), step=step)
-
-
-class Reporter(Figures):
-  """The figures of a run, and what it, or its whole group, tells a person."""
-
-  def __init__(
-    self,
-    workdir: Path,
-    *,
-    config: Mapping[str, Any],
-    steps: int,
-    step: int = 0,
-    primary: bool = True,
-    wandb: str = "",
-  ) -> None:
-    self.console = Console(stderr=True, quiet=not primary, highlight=False)
-    self._progress = Progress(
-      TextColumn("{task.description}"),
-      BarColumn(),
-      MofNCompleteColumn(),
-      TextColumn("{task.fields[note]}"),
-      TimeRemainingColumn(),
-      console=self.console,
-      disable=not self.console.is_terminal,
-    )
-    self._task = self._progress.add_task(
-      "training", total=steps, completed=step, note=""
-    )
-    self._score = ""
-    super().__init__(
-      workdir, config=config, step=step, primary=primary, wandb=wandb
-    )
-
-  def __enter__(self) -> Self:
-    self._progress.start()
-    return self
-
-  def __exit__(self, *exc: object) -> None:
-    self._progress.stop()
-    super().__exit__(*exc)
-
-  def log(self, text: str) -> None:
-    self.console.print(text, markup=False, soft_wrap=True)
-
-  def advance(self, step: int, *, loss: float) -> None:
-    """Move the bar to a step."""
-    note = f"loss {loss:.4f} {self._score}"
-    self._progress.update(self._task, completed=step, note=note)
-
-  def show_score(self, text: str) -> None:
-    self._score = text

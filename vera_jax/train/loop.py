@@ -38,7 +38,7 @@ from vera_jax.train.evaluate import (
   split_logits,
 )
 from vera_jax.train.group import check_group, titles
-from vera_jax.train.logging import Figures, Reporter
+from vera_jax.train.logging import MetricWriter, ProgressBar
 from vera_jax.train.member import SUBMISSION, Member, best_epoch, cohorts
 from vera_jax.train.model import init_state, start_of, state_shape
 from vera_jax.train.preemption import (
@@ -124,7 +124,7 @@ def _members(
     raise UserError("Each member needs a workdir of its own.")
   members = []
   for config, path, title in zip(configs, paths, titles(configs), strict=True):
-    workdirs.check(path, config.to_dict())
+    workdirs.check_workdir(path, config.to_dict())
     members.append(Member(config, path, title=title))
   return members
 
@@ -155,8 +155,8 @@ def _hold(members: Sequence[Member], stack: ExitStack) -> None:
 
   def hold() -> None:
     for member in members:
-      stack.enter_context(workdirs.hold(member.folder))
-      stack.enter_context(workdirs.full_disk_told(member.folder))
+      stack.enter_context(workdirs.lock_workdir(member.folder))
+      stack.enter_context(workdirs.explain_full_disk(member.folder))
       member.held = True
 
   on_first(hold)
@@ -167,7 +167,7 @@ def _claim(members: Sequence[Member], stack: ExitStack) -> None:
 
   def claim() -> None:
     for member in members:
-      workdirs.claim(member.folder, member.config.to_dict())
+      workdirs.write_config(member.folder, member.config.to_dict())
 
   on_first(claim)
 
@@ -183,7 +183,7 @@ class Session:
 
   crew: Crew
   live: list[Member]
-  report: Reporter
+  report: ProgressBar
 
   def __init__(self, run: Run, began: float) -> None:
     self.run, self._began = run, began
@@ -208,6 +208,9 @@ class Session:
       for member in live:
         member.forget_failure()
         member.figures = files.enter_context(self._figures(member))
+      self.report = files.enter_context(
+        ProgressBar(steps=self.run.steps, step=self._step, primary=is_first())
+      )
       for line in self._introduction():
         self.report.log(line)
       stop = Stop(flag, self.run.mesh)
@@ -226,18 +229,14 @@ class Session:
       model = model._replace(trainable=params)
     return init_state(model, run.tx, run.mesh)
 
-  def _figures(self, member: Member) -> Figures:
-    """The first member's reports for all."""
-    settings = {
-      "config": member.config.to_dict(),
-      "step": self._step,
-      "primary": is_first(),
-      "wandb": member.config.log.wandb,
-    }
-    if member is not self.live[0]:
-      return Figures(member.folder, **settings)
-    self.report = Reporter(member.folder, steps=self.run.steps, **settings)
-    return self.report
+  def _figures(self, member: Member) -> MetricWriter:
+    return MetricWriter(
+      member.folder,
+      config=member.config.to_dict(),
+      step=self._step,
+      primary=is_first(),
+      wandb=member.config.log.wandb,
+    )
 
   def _introduction(self) -> Iterator[str]:
     yield from introduction(self.run, [m.title for m in self.live])
@@ -258,7 +257,7 @@ class Session:
       unread = step + 1, metrics
       self._step = step + 1
       ends_epoch = self._step % self.run.epoch_steps == 0
-      if ends_epoch or step == first or stop.heard(asked):
+      if ends_epoch or step == first or stop.answer(asked):
         self._read(unread)
         unread = None
       if step == first:
@@ -268,7 +267,7 @@ class Session:
         )
       if ends_epoch:
         self._end_epoch()
-      if caught := stop.heard(asked):
+      if caught := stop.answer(asked):
         self._read(unread)
         self._stop(caught)
       if ends_epoch:

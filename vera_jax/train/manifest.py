@@ -1,26 +1,23 @@
-"""A save's checksums: damage is noticed before anything goes on from it.
+"""A checksum manifest in each save: damage is noticed before it is used.
 
-`seal.json` is written last, so a save without it was cut off.
+Orbax writes a save under a temporary name and renames it at the end, so that a
+save which was cut off never counts. It does not notice bytes that change
+later, or that the disk lost in a crash: a flipped bit in an array restores as
+another number. The manifest has the checksum of each file and, since saves may
+be copied between folders, the config they belong to. It is written last.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vera_jax.errors import UserError
-from vera_jax.files import read_json
-from vera_jax.train.workdir import write_json
+from vera_jax.files import read_json, write_json
 
 FILE = "seal.json"
-FILES, OWN = "sha256", "own_sha256"
-
-
-def _files(folder: Path) -> Iterator[Path]:
-  for path in sorted(folder.rglob("*")):
-    if path.is_file() and path != folder / FILE:
-      yield path
+FILES, OWN = "sha256", "own_sha256"  # of all files by name; of the manifest
 
 
 def _checksum(file: Path) -> str:
@@ -28,19 +25,25 @@ def _checksum(file: Path) -> str:
     return hashlib.file_digest(data, "sha256").hexdigest()
 
 
-def _own(facts: Mapping[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def _own(fields: Mapping[str, Any]) -> str:
+  text = json.dumps(fields, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_seal(folder: Path, facts: Mapping[str, Any]) -> None:
-  """Seal a folder as it is, with JSON values that say what it belongs to."""
-  names = {str(f.relative_to(folder)): _checksum(f) for f in _files(folder)}
-  whole = json.loads(json.dumps({**facts, FILES: names}))
+def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
+  """Write a folder's manifest, with JSON values that say what it belongs to."""
+  checksums = {
+    str(path.relative_to(folder)): _checksum(path)
+    for path in sorted(folder.rglob("*"))
+    if path.is_file() and path != folder / FILE
+  }
+  # as JSON will read it back: tuples are lists there
+  whole = json.loads(json.dumps({**fields, FILES: checksums}))
   write_json(folder / FILE, {**whole, OWN: _own(whole)})
 
 
-def read_seal(folder: Path) -> dict[str, Any]:
-  """What the seal says, if it is whole.
+def read_manifest(folder: Path) -> dict[str, Any]:
+  """What the manifest says, if it is whole.
 
   Raises:
     UserError: it is missing or damaged; the message names the file.
@@ -48,17 +51,16 @@ def read_seal(folder: Path) -> dict[str, Any]:
   file = folder / FILE
   if not file.exists():
     raise UserError(f"{file} is missing: the save was cut off")
-  facts = read_json(file)
-  if facts.pop(OWN, None) != _own(facts) or FILES not in facts:
+  fields = read_json(file)
+  if fields.pop(OWN, None) != _own(fields) or FILES not in fields:
     raise UserError(f"{file} is damaged")
-  return facts
+  return fields
 
 
-def damage(folder: Path) -> str | None:
-  """Which file is not as it was sealed, and how; None for a whole save."""
+def find_damage(folder: Path) -> str | None:
+  """Which file is not as the manifest has it, and how; None if all are."""
   try:
-    sealed = read_seal(folder)[FILES]
-    for name, checksum in sealed.items():
+    for name, checksum in read_manifest(folder)[FILES].items():
       if not (folder / name).is_file():
         return f"{folder / name} is missing"
       if _checksum(folder / name) != checksum:

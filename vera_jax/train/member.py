@@ -16,7 +16,7 @@ from vera_jax.models.hf_weights import fingerprint
 from vera_jax.train.checkpoint import Checkpoints
 from vera_jax.train.distributed import is_first, on_first
 from vera_jax.train.group import own_settings
-from vera_jax.train.logging import Figures
+from vera_jax.train.logging import MetricWriter
 from vera_jax.train.run import Run, about, learning_rates
 from vera_jax.train.step import State
 
@@ -43,7 +43,7 @@ class Member:
   """
 
   saves: Checkpoints
-  figures: Figures
+  figures: MetricWriter
 
   def __init__(self, config: ConfigDict, folder: Path, *, title: str) -> None:
     self.config, self.folder, self.title = config, folder, title

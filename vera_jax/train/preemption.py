@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the step under way, not within it."""
+"""Ctrl-C and SIGTERM end a run after the current step, not within it."""
 
 import signal
 import threading
@@ -30,23 +30,23 @@ class Flag:
   def set(self, number: int, frame: FrameType | None) -> None:
     del frame
     self.caught = signal.Signals(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one is not held up
+    signal.signal(number, signal.SIG_DFL)  # a second one ends at once
 
 
 @contextmanager
 def watch() -> Iterator[Flag]:
   """A flag that the first SIGINT or SIGTERM sets, inside this context.
 
-  Off the main thread Python can't watch signals; there the flag stays unset.
-  A signal that the process was told to ignore (`command &` in a script does
-  so with SIGINT) stays ignored.
+  Outside the main thread Python can't watch signals; there the flag stays
+  unset. A signal that the process ignores (SIGINT, where a script started it as
+  `command &`) stays ignored.
   """
   flag = Flag()
   if threading.current_thread() is not threading.main_thread():
     yield flag
     return
-  heeded = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
-  before = {number: signal.signal(number, flag.set) for number in heeded}
+  watched = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+  before = {number: signal.signal(number, flag.set) for number in watched}
   try:
     yield flag
   finally:
@@ -62,30 +62,31 @@ def nothing_to_save() -> Iterator[None]:
   """
   main = threading.current_thread() is threading.main_thread()
   if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-    yield  # whoever set a handler has his own way
+    yield  # a handler that somebody else has set stays
     return
-  signal.signal(signal.SIGTERM, _interrupt)
+
+  def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    del frame
+    signal.signal(number, signal.SIG_DFL)
+    raise Interrupted(
+      f"Stopped by {signal.Signals(number).name} outside of training; what was"
+      " saved is there. The same command goes on."
+    )
+
+  signal.signal(signal.SIGTERM, interrupt)
   try:
     yield
   finally:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-  del frame
-  signal.signal(number, signal.SIG_DFL)
-  raise Interrupted(
-    f"Stopped by {signal.Signals(number).name} outside of training; what was"
-    " saved is there. The same command goes on."
-  )
-
-
 class Stop:
-  """Whether any process was told to stop, known to all at the same step.
+  """Whether any process has caught a signal, known to all at the same step.
 
-  Each step `ask` puts one number a device into a tiny program of its own, ahead
-  of the step's; `heard` reads its answer when the step before is done anyway,
-  so that nothing waits for it.
+  All processes must save at the same step. So each step `ask` starts a tiny
+  program of its own, with one number per device, ahead of the step's program;
+  `answer` reads its result when the step before is done, so that nothing waits
+  for it. A process that is alone only looks at its flag.
   """
 
   def __init__(self, flag: Flag, mesh: Mesh) -> None:
@@ -97,18 +98,18 @@ class Stop:
     )
 
   def ask(self) -> jax.Array | None:
-    """To be called by every process at the same step."""
+    """Start the question; every process calls this at the same step."""
     if self._alone:
       return None
-    told = np.int32(self._flag.caught or 0)
+    caught = np.int32(self._flag.caught or 0)
     count = self._split.mesh.size
     numbers = jax.make_array_from_callback(
-      (count,), self._split, lambda _: np.full(1, told)
+      (count,), self._split, lambda _: np.full(1, caught)
     )
     return self._highest(numbers)
 
-  def heard(self, asked: jax.Array | None) -> signal.Signals | None:
-    """The signal that one of the processes has caught."""
+  def answer(self, asked: jax.Array | None) -> signal.Signals | None:
+    """The signal that one of the processes had caught, or None."""
     if asked is None:
       return self._flag.caught
     number = int(asked)

@@ -1,30 +1,30 @@
-"""Workers are started, waited for, and their ends understood."""
+"""Workers are started and waited for, and how they end is understood."""
 
 import json
 import os
 import signal
 import sys
+import threading
 
 import pytest
 
 from configs.sweeps import product, seeds
 from vera_jax import results
 from vera_jax.errors import UserError
-from vera_jax.sweep import conduct as module
-from vera_jax.sweep import worker
-from vera_jax.sweep.conduct import Watcher, conduct
-from vera_jax.sweep.lock import held
-from vera_jax.sweep.plan import units
+from vera_jax.locks import locked
+from vera_jax.sweep import runner, worker
+from vera_jax.sweep.plan import make_units
+from vera_jax.sweep.runner import run_units
 from vera_jax.train.config import check_settings
 from vera_jax.train.group import group_key
 from vera_jax.train.preemption import Interrupted
 
 
 def pretend(monkeypatch, code):
-  """Workers run this instead; `unit` is what they are told."""
+  """Workers run this instead; `unit` is what they are given."""
   start = "import json, os, sys; unit = json.loads(sys.stdin.readline())\n"
-  monkeypatch.setattr(module, "WORKER", [sys.executable, "-c", start + code])
-  monkeypatch.setattr(module, "POLL", 0.05)
+  monkeypatch.setattr(runner, "WORKER", [sys.executable, "-c", start + code])
+  monkeypatch.setattr(runner, "POLL", 0.05)
 
 
 FINISH = """
@@ -37,9 +37,9 @@ for run in unit["runs"]:
 def test_every_run_is_trained_once(tiny_sweep, monkeypatch, tmp_path):
   pretend(monkeypatch, FINISH)
   plan = tiny_sweep()
-  parts = units(plan.runs, members=8)
-  conduct(parts, logs=tmp_path / "logs")
-  conduct(parts, logs=tmp_path / "logs", retry_failed=True)
+  parts = make_units(plan.runs, most=8)
+  run_units(parts, logs=tmp_path / "logs")
+  run_units(parts, logs=tmp_path / "logs", retry_failed=True)
   assert {run.state for run in plan.runs} == {"done"}
   for run in plan.runs:  # a second time would have appended
     assert (run.folder / results.FILE).read_text() == "{}"
@@ -49,21 +49,21 @@ def test_a_killed_worker_fails_and_is_retried_on_demand(
   tiny_sweep, monkeypatch, tmp_path
 ):
   plan = tiny_sweep()
-  parts = units(plan.runs, members=8)
+  parts = make_units(plan.runs, most=8)
   pretend(
     monkeypatch,
     "if unit['runs'][0]['config']['method'] == 'lora':\n"
     "  print('last words', flush=True); os.kill(os.getpid(), 9)\n" + FINISH,
   )
-  conduct(parts, logs=tmp_path / "logs")
+  run_units(parts, logs=tmp_path / "logs")
   states = [run.state for run in plan.runs]
   assert states == ["done"] * 4 + ["failed"] * 2
   for words in ("SIGKILL", "--members=1", "last words"):
     assert words in plan.runs[-1].failure()
   pretend(monkeypatch, FINISH)
-  conduct(parts, logs=tmp_path / "logs")
+  run_units(parts, logs=tmp_path / "logs")
   assert plan.runs[-1].state == "failed"
-  conduct(parts, logs=tmp_path / "logs", retry_failed=True)
+  run_units(parts, logs=tmp_path / "logs", retry_failed=True)
   assert plan.runs[-1].state == "done"
 
 
@@ -75,15 +75,15 @@ def test_what_fails_at_once_everywhere_ends_the_sweep(
     """
 for run in unit["runs"]:
   os.makedirs(run["folder"])
-  told = {"failed": "no such folder: glue"}
-  open(run["folder"] + "/failed.json", "w").write(json.dumps(told))
+  reason = {"failed": "no such folder: glue"}
+  open(run["folder"] + "/failed.json", "w").write(json.dumps(reason))
 sys.exit(1)
 """,
   )
   plan = tiny_sweep(product({"vera.rank": (1, 2, 3, 4, 5)}))
-  with pytest.raises(UserError, match="no such folder: glue") as told:
-    conduct(units(plan.runs, members=8), logs=tmp_path / "logs")
-  assert "--retry_failed" in str(told.value)
+  with pytest.raises(UserError, match="no such folder: glue") as caught:
+    run_units(make_units(plan.runs, most=8), logs=tmp_path / "logs")
+  assert "--retry_failed" in str(caught.value)
   assert [run.state for run in plan.runs] == ["failed"] * 3 + ["new"] * 2
 
 
@@ -93,26 +93,15 @@ def test_a_signal_is_passed_on_and_waited_for(
   pretend(
     monkeypatch,
     f"""
-open({str(tmp_path / "ready")!r}, "w").write("")
+os.kill(os.getppid(), {int(signal.SIGINT)})
 sys.stdin.read()
 open({str(tmp_path / "saved")!r}, "w").write("saved")
 sys.exit(75)
 """,
   )
-
-  class Impatient(Watcher):
-    sent = False
-
-    def tick(self):
-      if (tmp_path / "ready").exists() and not self.sent:
-        self.sent = True
-        os.kill(os.getpid(), signal.SIGINT)
-
   plan = tiny_sweep()
   with pytest.raises(Interrupted, match="SIGINT, all runs saved"):
-    conduct(
-      units(plan.runs, members=8), logs=tmp_path / "logs", watcher=Impatient()
-    )
+    run_units(make_units(plan.runs, most=8), logs=tmp_path / "logs")
   assert (tmp_path / "saved").read_text() == "saved"
   assert {run.state for run in plan.runs} == {"new"}  # nobody failed
 
@@ -122,39 +111,31 @@ def test_what_another_process_trains_is_left_to_it(
 ):
   pretend(monkeypatch, FINISH)
   plan = tiny_sweep()
-  with held([plan.runs[0].lock]):
-    conduct(units(plan.runs, members=8), logs=tmp_path / "logs")
+  with locked([plan.runs[0].lock]):
+    run_units(make_units(plan.runs, most=8), logs=tmp_path / "logs")
     assert [run.state for run in plan.runs] == ["running"] + ["done"] * 5
 
 
-def unit_of(runs, *, retry_failed=False):
-  told = [module._as_json(run) for run in runs]
-  return json.dumps({"runs": told, "retry_failed": retry_failed})
-
-
-@pytest.fixture
-def work(monkeypatch):
+def work(runs, *, retry_failed=False):
   """Runs a worker here, as if started with these runs."""
-  before = signal.getsignal(signal.SIGTERM)
-
-  def run(runs, **settings):
-    end, start = os.pipe()
-    with os.fdopen(end) as stdin, os.fdopen(start, "w") as parent:
-      print(unit_of(runs, **settings), file=parent, flush=True)
-      monkeypatch.setattr(sys, "stdin", stdin)
-      return worker.main()
-
-  yield run
-  signal.signal(signal.SIGTERM, before)
+  given = [
+    {
+      "config": json.loads(json.dumps(run.config.to_dict())),
+      "folder": str(run.folder),
+      "lock": str(run.lock),
+    }
+    for run in runs
+  ]
+  return worker.main({"runs": given, "retry_failed": retry_failed})
 
 
-def test_a_worker_trains_its_unit(tiny_sweep, monkeypatch, work):
+def test_a_worker_trains_its_unit(tiny_sweep, monkeypatch):
   given = []
   monkeypatch.setattr(
     "vera_jax.train.loop.train_members", lambda *group: given.append(group)
   )
   runs = tiny_sweep(seeds((0, 1, 2))).runs
-  with held([runs[2].lock]):
+  with locked([runs[2].lock]):
     assert work(runs) == 0
     assert runs[2].lock.exists()
   ((configs, folders),) = given
@@ -167,8 +148,8 @@ def test_a_worker_trains_its_unit(tiny_sweep, monkeypatch, work):
 
 
 @pytest.mark.parametrize("error", [MemoryError("too much"), KeyError("odd")])
-def test_whatever_ends_a_worker_is_told_in_the_folders(
-  tiny_sweep, monkeypatch, work, error
+def test_whatever_ends_a_worker_is_noted_in_the_folders(
+  tiny_sweep, monkeypatch, error
 ):
   def fail(configs, folders):
     folders[0].mkdir(parents=True)
@@ -182,7 +163,7 @@ def test_whatever_ends_a_worker_is_told_in_the_folders(
   assert type(error).__name__ in plan.runs[1].failure()
 
 
-def test_a_worker_takes_what_is_left(tiny_sweep, monkeypatch, work):
+def test_a_worker_takes_what_is_left(tiny_sweep, monkeypatch):
   plan = tiny_sweep()
   done, failed, *left = plan.runs
   for run, file in ((done, results.FILE), (failed, results.FAILED)):
@@ -198,29 +179,29 @@ def test_a_worker_takes_what_is_left(tiny_sweep, monkeypatch, work):
   assert work([done]) == 0 and len(taken) == 2
 
 
-def test_a_closed_input_stops_a_worker_and_a_second_signal_never_comes(
-  monkeypatch,
-):
-  told = []
-  monkeypatch.setattr(os, "kill", lambda *what: told.append(what))
+def test_a_closed_input_stops_a_worker_once(monkeypatch):
+  sent = []
+  monkeypatch.setattr(os, "kill", lambda *what: sent.append(what))
   end, start = os.pipe()
   before = signal.signal(signal.SIGTERM, worker.leave)
   try:
-    worker.follow(end)
-    assert told == []  # the sweep is there
+    thread = threading.Thread(target=worker.stop_when_closed, args=[end])
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive() and sent == []  # the sweep is there
     os.close(start)
-    worker.follow(end)
-    assert told == [(os.getpid(), signal.SIGTERM)]
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a run that took one
-    worker.follow(end)
-    assert len(told) == 1
+    thread.join()
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as after the first one
+    worker.stop_when_closed(end)
+    assert len(sent) == 1
   finally:
     signal.signal(signal.SIGTERM, before)
     os.close(end)
 
 
-def test_a_worker_tells_every_folder_why_it_could_not(
-  tiny_sweep, work, tmp_path, capsys
+def test_a_worker_notes_in_every_folder_why_it_could_not(
+  tiny_sweep, tmp_path, capsys
 ):
   plan = tiny_sweep(seeds((0, 1)), data__source=str(tmp_path / "nowhere"))
   assert work(plan.runs) == 1
