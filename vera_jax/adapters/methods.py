@@ -23,14 +23,14 @@ class Method(NamedTuple):
       rates are no part.
     starts: settings that only the first values of leaves and matrices come
       from: trained adapters that differ in them run by one program.
-    per_run: settings that the runs of an ensemble may each have their own of,
-      since only the leaves' first values depend on them.
+    per_run: settings -> the names of those that the runs of an ensemble may
+      each have their own of, since only leaves' first values depend on them.
   """
 
   make: Callable[..., Adapter]
   settings: dict[str, type] = {}
   starts: tuple[str, ...] = ()
-  per_run: tuple[str, ...] = ()
+  per_run: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda given: ()
 
 
 METHODS: dict[str, Method] = {
@@ -45,7 +45,8 @@ METHODS: dict[str, Method] = {
       "sharing": str,
     },
     starts=("d_init", "init", "projection_seed"),
-    per_run=("d_init",),
+    # where d is not trained it is a constant of the program
+    per_run=lambda given: ("d_init",) if given["train"] == "both" else (),
   ),
   "lora": Method(lora, {"rank": int, "alpha": float}),
   "bitfit": Method(bitfit),

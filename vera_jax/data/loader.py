@@ -7,6 +7,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -23,6 +24,106 @@ from vera_jax.data.packing import (
   place_all,
 )
 from vera_jax.data.tokens import Tokens
+
+class PackedData(NamedTuple):
+  """A run's tokenised splits, and the shapes that they are packed into.
+
+  Attributes:
+    tokens: by split; the training split is "train".
+    train_layout: the shapes of training microbatches.
+    eval_layouts: one shape per split.
+    batch_size: examples per step.
+    max_length: where texts were cut.
+    shard: the rows of every batch that this process must supply.
+  """
+
+  tokens: dict[str, Tokens]
+  train_layout: Layout
+  eval_layouts: dict[str, Layout]
+  batch_size: int
+  max_length: int
+  shard: ProcessShard = WHOLE
+
+  @property
+  def epoch_steps(self) -> int:
+    """Steps per epoch."""
+    return steps_per_epoch(len(self.tokens["train"]), self.batch_size)
+
+  def train_batches(
+    self, *, seeds: int | Sequence[int], start_step: int
+  ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
+    """(step, its microbatches) from any step; see `train_batches`."""
+    return train_batches(
+      self.tokens["train"],
+      self.train_layout,
+      batch_size=self.batch_size,
+      seeds=seeds,
+      start_step=start_step,
+      shard=self.shard,
+    )
+
+  def train_samples(self, *, runs: int | None = None) -> Iterator[Batch]:
+    """A microbatch of each shape that training has, to compile for."""
+    for rows in self.train_layout.rows:
+      yield sample_batch(
+        self.tokens["train"], self.train_layout, rows=rows, runs=runs
+      )
+
+  def eval_placement(self, split: str) -> Placement:
+    return eval_placement(self.tokens[split], self.eval_layouts[split])
+
+  def eval_batches(
+    self, split: str, place: Placement | None = None
+  ) -> Iterator[Batch]:
+    """The whole split; see `eval_batches`."""
+    layout = self.eval_layouts[split]
+    return eval_batches(
+      self.tokens[split], layout, place=place, shard=self.shard
+    )
+
+  def eval_sample(self) -> Batch:
+    """A batch as the first scored split has them, to compile for."""
+    split = list(self.tokens)[1]
+    layout = self.eval_layouts[split]
+    return sample_batch(self.tokens[split], layout, rows=layout.rows[0])
+
+  def introduction(self) -> list[str]:
+    """What a run says of its data in its first lines."""
+    layout, tokens = self.train_layout, self.tokens
+    lines = [
+      f"data: {len(tokens['train']):,} training examples in"
+      f" {self.epoch_steps} steps per epoch, packed into"
+      f" {' or '.join(map(str, layout.rows))} rows of {layout.length} tokens"
+    ]
+    cut = [
+      f"{split.truncated} of {len(split)} in {name}"
+      for name, split in tokens.items()
+      if split.truncated
+    ]
+    if cut:
+      lines.append(f"cut at {self.max_length} tokens: {', '.join(cut)}")
+    return lines
+
+  def record(self) -> dict[str, Any]:
+    """What result.json says of each split."""
+    return {
+      name: {
+        "examples": len(split),
+        "truncated": split.truncated,
+        "fingerprint": split.fingerprint,
+      }
+      for name, split in self.tokens.items()
+    }
+
+  @property
+  def longest(self) -> int:
+    """Tokens of the longest text."""
+    return max(int(split.lengths.max()) for split in self.tokens.values())
+
+  @property
+  def highest_id(self) -> int:
+    return max(int(split.ids.max()) for split in self.tokens.values())
+
 
 _AHEAD = 4  # training batches packed while a step runs
 

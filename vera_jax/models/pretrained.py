@@ -209,14 +209,14 @@ def load_model(plan: Blueprint, folder: Path, *, mesh: Mesh, seed: int) -> Model
   }
   loaded = load_params(folder, unflatten_dict(template))
   refuse_gaps(folder, loaded.missing)
-  base = put(loaded.params, param_shardings(loaded.params, mesh, plan.family))
+  base = put(loaded.params, param_shardings(loaded.params, mesh, plan.family.rules))
   projections = put(
     plan.projections(base), NamedSharding(mesh, REPLICATED)
   )
   new = [path for path in plan.shapes if path not in flatten_dict(base)]
   fresh = plan.fresh_leaves(base, projections, new, seed)
   own = unflatten_dict(fresh)
-  own = put(own, param_shardings(own, mesh, plan.family))
+  own = put(own, param_shardings(own, mesh, plan.family.rules))
   params = unflatten_dict(flatten_dict(base) | flatten_dict(own))
   named = plan.label(params, new)
   trainable, frozen = split(params, named)
@@ -256,7 +256,7 @@ def abstract_model(plan: Blueprint, *, mesh: Mesh) -> Model:
   own, projections = jax.eval_shape(build, base)
   shapes = unflatten_dict(plan.shapes | flatten_dict(own))
   labels = flatten_dict(plan.label(shapes))
-  places = flatten_dict(param_shardings(shapes, mesh, plan.family))
+  places = flatten_dict(param_shardings(shapes, mesh, plan.family.rules))
   stored = {
     path: jax.ShapeDtypeStruct(
       leaf.shape,

@@ -8,6 +8,8 @@ score: the one that the VeRA paper reports (section 4.1).
 from dataclasses import dataclass, replace
 
 from vera_jax.errors import UserError
+from vera_jax.tasks.classification import classification
+from vera_jax.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -182,3 +184,27 @@ def glue_task(name: str) -> GlueTask:
       f"There is no GLUE task {name!r}. The tasks are: {', '.join(TASKS)}."
     )
   return TASKS[name]
+
+
+NAMES = tuple(TASKS)
+
+
+def task_named(name: str) -> Task | None:
+  """A GLUE task as the training loop knows tasks; None for another name."""
+  if name not in NAMES and name != GENERATED.name:
+    return None
+  from vera_jax.tasks.glue_data import load_split, write_submission
+
+  glue = glue_task(name)
+  return classification(
+    name,
+    labels=glue.labels,
+    metrics=glue.metrics,
+    read_split=lambda source, split: load_split(glue, source, split),
+    dev_splits=glue.dev_splits,
+    test_splits=glue.test_splits,
+    write_answers=lambda folder, split, predictions, index: write_submission(
+      folder, glue, split, predictions, index
+    ),
+    columns=(glue.columns, glue.file_columns),
+  )

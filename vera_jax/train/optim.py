@@ -6,10 +6,11 @@ from typing import Any
 import optax
 from jax import Array
 from jaxtyping import Float
+from ml_collections import ConfigDict
 
 from vera_jax.adapters.labels import ADAPTER, FROZEN, HEAD
 
-Number = float | Float[Array, ""]  # traced where each member has its own
+Number = float | Float[Array, ""]  # traced: each run of an ensemble has its own
 
 
 def schedule(
@@ -58,3 +59,18 @@ def optimiser(
   if grad_clip is None:
     return by_label
   return optax.chain(optax.clip_by_global_norm(grad_clip), by_label)
+
+
+def learning_rates(config: ConfigDict) -> dict[str, float]:
+  """`config.optim`'s rates, or where they are unset the method's own."""
+  own = config[config.method]
+  adapter, head = config.optim.adapter_lr, config.optim.head_lr
+  return {
+    "adapter_lr": own.get("lr", 0.0) if adapter is None else adapter,
+    "head_lr": own.head_lr if head is None else head,
+  }
+
+
+def rates_of(config: ConfigDict) -> dict[str, float]:
+  """The optimiser's numbers that the runs of an ensemble have each their own."""
+  return {**learning_rates(config), "weight_decay": config.optim.weight_decay}

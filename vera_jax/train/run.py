@@ -1,155 +1,300 @@
-"""All that a run is made of, built from its config."""
+"""One run's folder and outcome: what is saved, resumed and written at its end.
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+The loop (`loop.py`) and the ensemble (`ensemble.py`) train; a `Run` knows how
+far its own training has come and keeps that in its folder.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import optax
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from vera_jax.adapters.apply import Adapted
-from vera_jax.data.loader import steps_per_epoch
-from vera_jax.errors import UserError
-from vera_jax.hub import resolve
-from vera_jax.models.bert import BertConfig, input_shapes
-from vera_jax.models.hf_weights import load_config
-from vera_jax.train.data import Data, build_data
-from vera_jax.train.model import Model, build_model
-from vera_jax.train.optim import optimiser
-from vera_jax.train.sharding import batch_shards, make_mesh
+from vera_jax import results
+from vera_jax.adapters.files import save_adapter, tensors
+from vera_jax.adapters.norms import adapter_norms, as_json
+from vera_jax.adapters.projections import PRNG
+from vera_jax.models.hf_weights import fingerprint
+from vera_jax.tasks.task import Evaluation
+from vera_jax.train.checkpoint import Checkpoints, good_save
+from vera_jax.train.distributed import is_first, on_first
+from vera_jax.train.logging import MetricWriter
+from vera_jax.train.optim import learning_rates
+from vera_jax.train.setup import Setup
+from vera_jax.train.sharding import REPLICATED
+from vera_jax.train.step import State
+from vera_jax.train.workdir import (
+  check_workdir,
+  explain_full_disk,
+  lock_workdir,
+  write_config,
+)
+
+log = logging.getLogger(__name__)
+
+ANSWERS = "submission"  # the folder of the answers to the test splits
 
 
-class Run(NamedTuple):
-  """What a run is made of, or a group of runs: `config` is the first one's.
+def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """The epoch of the highest score; of equal ones the first."""
+  return max(history, key=lambda epoch: (epoch["score"], -epoch["epoch"]))
 
-  `optimiser` makes the transformation from `hyperparameters`.
+
+class Run:
+  """One training run.
+
+  Attributes:
+    progress: JSON values that a resumed run goes on from: the epochs' history,
+      the losses summed since the last epoch, the seconds trained.
+    result, failure: what result.json or failed.json says, if it is there.
+    saves: the checkpoints, while the run is open.
+    title: what tells it from the other runs of an ensemble.
   """
 
-  config: ConfigDict
-  base: Path
-  mesh: Mesh
-  data: Data
-  model: Model
-  optimiser: Callable[..., optax.GradientTransformation]
-  epoch_steps: int
+  saves: Checkpoints
+
+  def __init__(
+    self, config: ConfigDict, workdir: str | Path, *, title: str = ""
+  ) -> None:
+    """Look at the folder; nothing is written.
+
+    Raises:
+      UserError: it holds the run of another config.
+    """
+    self.config, self.folder = config, Path(workdir).expanduser().absolute()
+    self.title = title or f"seed {config.seed}"
+    check_workdir(self.folder, config.to_dict())
+    self.progress: dict[str, Any] = {
+      "history": [],
+      "loss_sum": 0.0,
+      "seconds": 0.0,
+    }
+    self.result = results.read(self.folder)
+    self.failure = results.read(self.folder, results.FAILED)
 
   @property
-  def steps(self) -> int:
-    return self.epoch_steps * self.config.optim.epochs
+  def is_done(self) -> bool:
+    """Whether the result is there, and the answers where they are asked for."""
+    return self.result is not None and not self._wants_answers
 
   @property
-  def tx(self) -> optax.GradientTransformation:
-    return self.optimiser(**hyperparameters(self.config))
+  def _wants_answers(self) -> bool:
+    return self.config.predict_test and not (self.folder / ANSWERS).exists()
 
+  @property
+  def history(self) -> list[dict[str, Any]]:
+    return self.progress["history"]
 
-def learning_rates(config: ConfigDict) -> dict[str, float]:
-  """`config.optim`'s rates, or where they are unset the method's own."""
-  own = config[config.method]
-  adapter, head = config.optim.adapter_lr, config.optim.head_lr
-  return {
-    "adapter_lr": own.get("lr", 0.0) if adapter is None else adapter,
-    "head_lr": own.head_lr if head is None else head,
-  }
+  @property
+  def has_ended(self) -> bool:
+    """Whether it has trained all its epochs, or those its patience allows."""
+    history, optim = self.history, self.config.optim
+    if len(history) == optim.epochs:
+      return True
+    if not history or optim.patience is None:
+      return False
+    waited = len(history) - best_epoch(history)["epoch"]
+    return waited >= optim.patience
 
+  @contextmanager
+  def locked(self) -> Iterator[None]:
+    """Keep other processes out of the folder, which is made if missing."""
+    with ExitStack() as stack:
 
-def hyperparameters(config: ConfigDict) -> dict[str, float]:
-  """The optimiser's numbers that the members of a group have each their own."""
-  decay = config.optim.weight_decay
-  return {**learning_rates(config), "weight_decay": decay}
+      def lock() -> None:
+        stack.enter_context(lock_workdir(self.folder))
+        stack.enter_context(explain_full_disk(self.folder))
 
+      on_first(lock)
+      yield
 
-def build_run(config: ConfigDict) -> Run:
-  """Read the data, load the base, make adapter, head and optimiser."""
-  mesh = make_mesh(**config.mesh)
-  base = resolve(config.model.name)
-  data = build_data(config, folder=base, shards=batch_shards(mesh))
-  check_fit(load_config(base), data)
-  model = build_model(
-    config, folder=base, num_labels=data.task.num_labels, mesh=mesh
-  )
-  epoch_steps = steps_per_epoch(
-    len(data.tokens["train"]), config.optim.batch_size
-  )
-  make_optimiser = partial(
-    optimiser,
-    model.labels,
-    steps=epoch_steps * config.optim.epochs,
-    warmup_ratio=config.optim.warmup_ratio,
-    grad_clip=config.optim.grad_clip,
-  )
-  return Run(config, base, mesh, data, model, make_optimiser, epoch_steps)
+  @contextmanager
+  def opened(self) -> Iterator[None]:
+    """The folder is this config's, its checkpoints open, progress restored."""
+    config = self.config.to_dict()
+    on_first(lambda: write_config(self.folder, config))
+    with Checkpoints(self.folder / "checkpoints", config) as self.saves:
+      for step in reversed(self.saves.steps):
+        progress = self.saves.progress(step)
+        history = progress["history"]
+        if not history or best_epoch(history)["step"] in self.saves.steps:
+          self.progress |= progress
+          break
+        # The result needs the best epoch's leaves: that epoch is trained again.
+        log.warning(
+          "%s: step %d is not gone on from, since the save of the best epoch,"
+          " step %d, is not there.",
+          *(self.folder, step, best_epoch(history)["step"]),
+        )
+        self.saves.forget_after(step - 1)
+      yield
 
+  def restore(self, step: int, shape: State) -> State:
+    """The state of a save; later saves are dropped."""
+    self.saves.forget_after(step)
+    state, progress = self.saves.restore(step, shape)
+    self.progress |= progress
+    return state
 
-def check_fit(model: BertConfig, data: Data) -> None:
-  """Refuse texts that are beyond the model's tables; lookups never fail."""
-  longest = max(int(split.lengths.max()) for split in data.tokens.values())
-  room = model.max_position_embeddings - model.first_position
-  if longest > room:
-    raise UserError(
-      f"The longest text has {longest} tokens, but the model has positions for"
-      f" {room}: set config.data.max_length={room} or lower."
+  def metric_writer(self, step: int) -> MetricWriter:
+    """metrics.jsonl and its companions, from a step on."""
+    if is_first():  # a run that is tried again has not failed
+      (self.folder / results.FAILED).unlink(missing_ok=True)
+    return MetricWriter(
+      self.folder,
+      config=self.config.to_dict(),
+      step=step,
+      primary=is_first(),
+      wandb=self.config.log.wandb,
     )
-  highest = max(int(split.ids.max()) for split in data.tokens.values())
-  if highest >= model.vocab_size:
-    raise UserError(
-      f"The tokenizer gave the id {highest}, but the model's vocabulary ends"
-      f" before {model.vocab_size}: the two don't belong together."
+
+  def note_step(
+    self, writer: MetricWriter, step: int, metrics: Mapping[str, float]
+  ) -> str | None:
+    """Count a step in; returns what is wrong where a metric is not finite."""
+    for name, value in metrics.items():
+      if not math.isfinite(value):
+        return f"{name} is {value}"
+    self.progress["loss_sum"] += metrics["loss"]
+    if step % self.config.log.every == 0:
+      writer.write(step, metrics)
+    return None
+
+  def note_epoch(
+    self,
+    writer: MetricWriter,
+    step: int,
+    evaluation: Evaluation,
+    *,
+    setup: Setup,
+  ) -> None:
+    """Count an epoch in."""
+    name, scores = setup.task.score_name, evaluation.scores
+    epoch = {
+      "epoch": step // setup.data.epoch_steps,
+      "step": step,
+      "train_loss": self.progress["loss_sum"] / setup.data.epoch_steps,
+      "score": scores[name],
+      "metrics": scores,
+      "collapsed": evaluation.collapsed,
+    }
+    self.history.append(epoch)
+    self.progress["loss_sum"] = 0.0
+    # written first: a line beyond the last save is dropped on resuming
+    writer.write(step, {"epoch": epoch["epoch"], **scores})
+
+  def epoch_line(self) -> str:
+    """The last epoch, for a person."""
+    epoch, epochs = self.history[-1], self.config.optim.epochs
+    scores = epoch["metrics"].items()
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in scores)
+    return (
+      f"epoch {epoch['epoch']} of {epochs}: {shown}, training loss"
+      f" {epoch['train_loss']:.4f}, {self.progress['seconds']:.0f} s"
+      + (", collapsed to one class" if epoch["collapsed"] else "")
+      + (", stopped early" if self.has_ended and len(self.history) < epochs else "")
     )
 
+  def save(self, step: int, state: State, *, ends_epoch: bool) -> None:
+    metrics = None
+    if ends_epoch:
+      metrics = {name: self.history[-1][name] for name in ("score", "epoch")}
+    self.saves.save(step, state, self.progress, metrics)
 
-def introduction(run: Run, titles: Sequence[str]) -> list[str]:
-  """What a run, or a group by its titles, is about to do, for a person."""
-  config, counts, tokens = run.config, run.model.counts, run.data.tokens
-  device = jax.devices()[0]
-  trained = counts.adapter + counts.head
-  cut = {name: t.truncated for name, t in tokens.items() if t.truncated}
-  who = titles[0] if len(titles) == 1 else f"{len(titles)} members at once"
-  shapes = " or ".join(map(str, run.data.train_layout.rows))
-  lines = [
-    f"{config.task}, {config.method} on {config.model.name},"
-    f" {who}; {jax.device_count()} x {device.device_kind}",
-    f"trained: adapter {counts.adapter:,}, head {counts.head:,} of"
-    f" {trained + counts.frozen:,} ({trained / (trained + counts.frozen):.2%})",
-    f"data: {len(tokens['train']):,} training examples in {run.epoch_steps}"
-    f" steps an epoch, packed into {shapes} rows of"
-    f" {run.data.train_layout.length} tokens",
-    *_contractions(run),
-    *run.model.notes,
-  ]
-  if len(titles) > 1:
-    lines.append(f"members: {'; '.join(titles)}")
-  if cut:
-    texts = ", ".join(f"{n} of {len(tokens[s])} in {s}" for s, n in cut.items())
-    lines.append(f"cut at {config.data.max_length} tokens: {texts}")
-  return lines
+  def fail(self, what: str, *, step: int, steps: int) -> None:
+    """Write failed.json: no training can go on from here."""
+    reason = (
+      f"The {what} at step {step} of {steps}; the run stops here."
+      f" {good_save(self.saves.latest_step)} Try, in another --workdir, lower"
+      " learning rates, config.optim.grad_clip=1.0 or"
+      " config.model.dtype=float32."
+    )
+    self.failure = {
+      "task": self.config.task,
+      "method": self.config.method,
+      "seed": self.config.seed,
+      "step": step,
+      "failed": reason,
+      "config": self.config.to_dict(),
+    }
+    if is_first():
+      results.write(self.folder, self.failure, results.FAILED)
 
+  def finish(self, setup: Setup) -> dict[str, Any]:
+    """Answers, adapter and result of a run that has ended, from its best epoch.
 
-def _contractions(run: Run) -> Iterator[str]:
-  """How the adapter is multiplied at a usual batch's shape, in one line."""
-  module, layout = run.model.module, run.data.train_layout
-  if not isinstance(module, Adapted):
-    return
-  rows = layout.rows[len(layout.rows) // 2]
-  a_shard = rows // batch_shards(run.mesh)
-  plans = module.plans(**input_shapes(a_shard, layout.length, layout.slots))
-  counts = Counter(plans.values())
-  told = ", ".join(f"{plan} in {n}" for plan, n in counts.most_common())
-  yield f"contraction at {rows} rows: {told} of {len(plans)} adapted products"
+    Returns:
+      The contents of result.json.
+    """
+    best = best_epoch(self.history)
+    params = self.saves.restore(best["step"], setup.shape)[0].params
+    everywhere = NamedSharding(setup.mesh, REPLICATED)
+    params = jax.jit(lambda p: p, out_shardings=everywhere)(params)
+    answers = setup.task.write_answers
+    if self._wants_answers and answers is not None:
+      new = self.folder / f"{ANSWERS}.new"
+      write = answers(setup.measure_with(params), setup.data, new)
 
+      def write_all() -> None:
+        write()
+        new.rename(self.folder / ANSWERS)  # all files or none
 
-def about(run: Run, config: ConfigDict) -> dict[str, Any]:
-  """What a result and an adapter's file say of the run that made them."""
-  task = run.data.task
-  return {
-    "task": task.name,
-    "method": config.method,
-    "seed": config.seed,
-    "base": config.model.name,
-    "labels": list(task.labels),
-    "score_name": task.metrics[0],
-    "projection_digest": run.model.digest,
-  }
+      on_first(write_all)
+    if self.result is None:
+      on_first(partial(self._write_result, setup, params, best))
+      self.result = results.read(self.folder)
+    assert self.result is not None
+    return self.result
+
+  def _write_result(
+    self, setup: Setup, params: Any, best: dict[str, Any]
+  ) -> None:
+    """The adapter and then, since it marks a run as done, the result."""
+    config, task = self.config, setup.task
+    of_both = {
+      "task": task.name,
+      "method": config.method,
+      "seed": config.seed,
+      "base": config.model.name,
+      "labels": list(task.labels),
+      "score_name": task.score_name,
+      "projection_digest": setup.model.digest,
+    }
+    provenance = results.provenance()
+    parameters = setup.model.counts._asdict()
+    save_adapter(
+      self.folder / "adapter",
+      params,
+      about={
+        **of_both,
+        "score": best["score"],
+        "settings": config[config.method].to_dict(),
+        "projection_prng": PRNG,
+        "base_fingerprint": fingerprint(setup.base),
+        "max_length": config.data.max_length,
+        "parameters": parameters,
+        "versions": provenance["versions"],
+      },
+    )
+    result = {
+      **of_both,
+      "best": best,
+      "last": self.history[-1],
+      "stopped_early": len(self.history) < config.optim.epochs,
+      "parameters": parameters,
+      "learning_rates": learning_rates(config),
+      "norms": as_json(adapter_norms(tensors(params))),
+      "history": self.history,
+      "seconds": self.progress["seconds"],
+      "members": len(self.progress.get("ensemble", [0])),
+      "data": setup.data.record(),
+      "config": config.to_dict(),
+      **provenance,
+    }
+    results.write(self.folder, result)

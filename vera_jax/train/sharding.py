@@ -22,15 +22,7 @@ from vera_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
-
-# (pattern over a leaf's path, the specs of its last axes); first match wins.
-RULES = (
-  (r".*(query|key|value|intermediate/dense)/kernel", ("fsdp", "tensor")),
-  (r".*(query|key|value|intermediate/dense)/bias", ("tensor",)),
-  (r"encoder/.*output/dense/kernel", ("tensor", "fsdp")),
-  (r".*word_embeddings/embedding", (None, "fsdp")),
-)
-
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 def make_mesh(
   data: int = -1,
@@ -73,9 +65,11 @@ def check_heads(heads: int, mesh: Mesh) -> None:
     )
 
 
-def _spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh):
+def _spec(
+  path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules
+) -> PartitionSpec:
   name = "/".join(path)
-  for pattern, axes in RULES:
+  for pattern, axes in rules:
     if re.fullmatch(pattern, name):
       spec = (None,) * (len(shape) - len(axes)) + axes
       for size, axis in zip(shape, spec, strict=True):
@@ -88,11 +82,17 @@ def _spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh):
   return REPLICATED
 
 
-def param_shardings(params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-  """A NamedSharding for each leaf of a parameter tree (or of its shapes)."""
+def param_shardings(
+  params: Mapping[str, Any], mesh: Mesh, rules: Rules
+) -> dict[str, Any]:
+  """A NamedSharding for each leaf of a parameter tree (or of its shapes).
+
+  `rules` are a family's: (pattern over a leaf's path, the axes of the mesh that
+  its last axes are split over); the first match wins.
+  """
   return unflatten_dict(
     {
-      path: NamedSharding(mesh, _spec(path, tuple(leaf.shape), mesh))
+      path: NamedSharding(mesh, _spec(path, tuple(leaf.shape), mesh, rules))
       for path, leaf in flatten_dict(dict(params)).items()
     }
   )
@@ -112,26 +112,26 @@ def put(tree: Any, shardings: Any) -> Any:
   return jax.tree.map(place, tree, shardings)
 
 
-def portion_of(sharding: NamedSharding) -> ProcessShard:
-  """The rows that this process makes for its devices, where a batch lies so."""
+def process_shard(sharding: NamedSharding) -> ProcessShard:
+  """The batch rows that this process must supply for its devices."""
   here = sharding.addressable_devices_indices_map((sharding.num_devices,))
   of = sharding.num_devices
   rows = [index[0].indices(of) for index in here.values() if index]
   return ProcessShard(min(r[0] for r in rows), max(r[1] for r in rows), of)
 
 
-def put_rows(tree: Any, sharding: NamedSharding, portion: ProcessShard) -> Any:
-  """Global arrays from each process's portion of their rows.
+def put_rows(tree: Any, sharding: NamedSharding, shard: ProcessShard) -> Any:
+  """Global arrays from the rows that each process supplies.
 
   The rows are the axis that `sharding` splits: the first, or the one behind the
-  members.
+  runs of an ensemble.
   """
   axis = len(sharding.spec) - 1
 
   def place(value: Any) -> jax.Array:
     shape = list(value.shape)
-    shape[axis] = portion.global_rows(shape[axis])
-    low, _ = portion.bounds(shape[axis])
+    shape[axis] = shard.global_rows(shape[axis])
+    low, _ = shard.bounds(shape[axis])
 
     def own(index: tuple[slice, ...] | None) -> np.ndarray:
       assert index is not None  # asked of this process's devices alone

@@ -2,15 +2,20 @@
 
 The rows are split over the mesh's `data` and `fsdp`, and every shard's loss is
 differentiated with respect to the trainable leaves as if it were the only one:
-loss and gradients have a first axis, one entry a shard, which lies where the
+loss and gradients have a first axis, one entry per shard, which lies where the
 shard's rows lie. So nothing passes between shards within the backward pass, nor
-between the passes of a step. `total` then adds the shards up: one all-reduce of
-as many float32 numbers as are trained, and the loss.
+between the microbatches of a step. `total` then adds the shards up: one
+all-reduce of as many float32 numbers as are trained, and the loss.
+
+`jax.shard_map` with one `psum` gives the same programs where fsdp is 1. Where
+it is not, it needs the kernels gathered by hand inside every layer (XLA aborts
+if only `data` is mapped), which is more code than this file.
 
 Leaves that `fsdp` splits have their gradients added over it as they come, for
 no device could hold a whole one. Then the shards are those of `data` alone.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,6 +24,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
@@ -70,8 +76,8 @@ def shards_of(places: Sequence[Any], *, front: int = 0) -> Shards:
   """The shards of a step that trains leaves with these shardings.
 
   Args:
-    places: a sharding a leaf.
-    front: first axes of the leaves that are not the leaf's own: members'.
+    places: a sharding per leaf.
+    front: first axes of the leaves that are not the leaf's own: an ensemble's.
   """
   if not all(isinstance(place, NamedSharding) for place in places):
     return ONE
@@ -82,7 +88,7 @@ def shards_of(places: Sequence[Any], *, front: int = 0) -> Shards:
 
 
 def divide(batch: dict[str, Array], shards: Shards) -> dict[str, Array]:
-  """Rows [rows, ...] as [shards, rows a shard, ...].
+  """Rows [rows, ...] as [shards, rows per shard, ...].
 
   Raises:
     UserError: the rows don't divide.
@@ -126,27 +132,42 @@ def rows_stay(shards: Shards) -> Any:
 
 
 def total(
-  loss: Float[Array, "*shards"], grads: Tree, shards: Shards
-) -> tuple[Float[Array, ""], Tree]:
-  """The whole batch's loss and gradients, from those of its shards.
+  loss: Float[Array, "*shards"],
+  count: Float[Array, "*shards"],
+  grads: Tree,
+  shards: Shards,
+) -> tuple[Float[Array, ""], Float[Array, ""], Tree]:
+  """The whole batch's loss, count and gradients, from those of its shards.
 
-  Small leaves travel in one buffer with the loss, whatever XLA combines.
+  One all-reduce: small leaves travel in one buffer with the loss, whatever XLA
+  would combine by itself. Large ones are not worth copying into it.
   """
   if shards.number == 1:
-    return loss, grads
+    return loss, count, grads
   leaves, tree = jax.tree.flatten(grads)
   joint = [
     not any(spec) and leaf[0].nbytes <= _TOGETHER
     for leaf, spec in zip(leaves, shards.places, strict=True)
   ]
-  small = [leaf for leaf, joins in zip(leaves, joint, strict=True) if joins]
-  loss, *small = _sum_together([loss, *small], shards)
-  rest = iter(small)
+  small = [loss, count, *itertools.compress(leaves, joint)]
+  flat = jnp.concatenate(
+    [leaf.reshape(shards.number, -1) for leaf in small], axis=1
+  )
+  apart = NamedSharding(shards.mesh, PartitionSpec(shards.axes))
+  flat = jax.lax.with_sharding_constraint(flat, apart)
+  flat = _sum(flat, PartitionSpec(), shards)
+  ends = np.cumsum([leaf[0].size for leaf in small])[:-1]
+  pieces = jnp.split(flat, ends)
+  loss, count, *rest = (
+    piece.reshape(leaf.shape[1:])
+    for piece, leaf in zip(pieces, small, strict=True)
+  )
+  summed = iter(rest)
   leaves = [
-    next(rest) if joins else _sum(leaf, spec, shards)
+    next(summed) if joins else _sum(leaf, spec, shards)
     for leaf, spec, joins in zip(leaves, shards.places, joint, strict=True)
   ]
-  return loss, jax.tree.unflatten(tree, leaves)
+  return loss, count, jax.tree.unflatten(tree, leaves)
 
 
 def _sum(
@@ -154,20 +175,3 @@ def _sum(
 ) -> Float[Array, "..."]:
   place = NamedSharding(shards.mesh, spec)
   return jax.lax.with_sharding_constraint(leaf.sum(axis=0), place)
-
-
-def _sum_together(
-  leaves: list[Float[Array, "shards ..."]], shards: Shards
-) -> list[Float[Array, "..."]]:
-  flat = jnp.concatenate(
-    [leaf.reshape(shards.number, -1) for leaf in leaves], axis=1
-  )
-  apart = NamedSharding(shards.mesh, PartitionSpec(shards.axes))
-  flat = jax.lax.with_sharding_constraint(flat, apart)
-  flat = _sum(flat, PartitionSpec(), shards)
-  summed, start = [], 0
-  for leaf in leaves:
-    size = leaf[0].size
-    summed.append(flat[start : start + size].reshape(leaf.shape[1:]))
-    start += size
-  return summed

@@ -1,0 +1,169 @@
+"""Classification and regression of whole texts: one output row per example."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jaxtyping import Float, Float32, Num
+from ml_collections import ConfigDict
+
+from vera_jax.data.examples import Examples, subset
+from vera_jax.data.layout import choose_eval_layout, choose_layout, limit_rows
+from vera_jax.data.loader import PackedData
+from vera_jax.data.packing import ProcessShard
+from vera_jax.data.tokens import FolderTokenizer, tokenise
+from vera_jax.tasks.metrics import collapsed, score
+from vera_jax.tasks.task import Evaluation, Task
+
+Logits = Float32[np.ndarray, "examples labels"]
+MeasureBatch = Callable[[Mapping[str, Any]], Any]
+
+
+def classification(
+  name: str,
+  *,
+  labels: tuple[str, ...],
+  metrics: tuple[str, ...],
+  read_split: Callable[[str, str], Examples],
+  dev_splits: tuple[str, ...],
+  test_splits: tuple[str, ...] = (),
+  write_answers: Callable[..., Any] | None = None,
+  columns: tuple[tuple[str, ...], ...] = (),
+) -> Task:
+  """A task over labelled texts.
+
+  Args:
+    name: the task's.
+    labels: the class names in the order of their ids; () for regression.
+    metrics: names that `metrics.score` knows; the first is the score.
+    read_split: (config.data.source, split) -> its examples.
+    dev_splits: scored, the first one for the score that counts.
+    test_splits: answered where config.predict_test asks for it.
+    write_answers: (folder, split, predictions, index) -> a file.
+    columns: names that the text columns of input files may have.
+  """
+
+  def load(
+    config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
+  ) -> PackedData:
+    """Read, cut to size, tokenise; choose the shapes to pack into."""
+    splits = ["train", *dev_splits]
+    if config.predict_test:
+      splits += test_splits
+    cache = Path(config.data.cache_dir or "~/.cache/vera_jax/tokens")
+    cache = cache.expanduser()
+    tokenizer = FolderTokenizer(folder, cache)
+    tokens = {}
+    for split in splits:
+      examples = read_split(config.data.source, split)
+      if split == "train":
+        size, seed = config.data.max_train_examples, config.data.subset_seed
+        examples = subset(examples, size, seed)
+      tokens[split] = tokenise(
+        examples, tokenizer, config.data.max_length, cache
+      )
+    layout = choose_layout(
+      tokens["train"].lengths,
+      batch_size=config.optim.batch_size,
+      epochs=config.optim.epochs,
+      shards=shards,
+    )
+    if config.optim.microbatch_rows is not None:
+      layout = limit_rows(layout, config.optim.microbatch_rows, shards=shards)
+    eval_layout = partial(
+      choose_eval_layout, batch_size=config.eval_batch_size, shards=shards
+    )
+    return PackedData(
+      tokens=tokens,
+      train_layout=layout,
+      eval_layouts={name: eval_layout(tokens[name].lengths) for name in splits},
+      batch_size=config.optim.batch_size,
+      max_length=config.data.max_length,
+      shard=shard,
+    )
+
+  def evaluate(measure_batch: MeasureBatch, data: PackedData) -> Evaluation:
+    """The metrics of every dev split. A second one (MNLI's mismatched) has its
+    name behind the metric's."""
+    scores: dict[str, float] = {}
+    finite, answers = True, {}
+    for split in dev_splits:
+      logits = split_logits(measure_batch, data, split)
+      if not np.isfinite(logits).all():
+        return Evaluation({}, finite=False)
+      answers[split] = predictions(logits, labels)
+      known = data.tokens[split].labels
+      assert known is not None  # a dev split without labels is refused
+      tail = "" if split == dev_splits[0] else f"/{split}"
+      values = score(metrics, answers[split], known)
+      scores |= {name + tail: value for name, value in values.items()}
+    return Evaluation(scores, collapsed(answers[dev_splits[0]]), finite)
+
+  def answer(
+    measure_batch: MeasureBatch, data: PackedData, folder: Path
+  ) -> Callable[[], None]:
+    """Computed by all processes; what is returned writes, in the first one."""
+    found = {
+      split: predictions(split_logits(measure_batch, data, split), labels)
+      for split in test_splits
+    }
+
+    def write() -> None:
+      assert write_answers is not None
+      for split, values in found.items():
+        write_answers(folder, split, values, data.tokens[split].index)
+
+    return write
+
+  return Task(
+    name=name,
+    head="classification",
+    outputs=len(labels) or 1,
+    labels=labels,
+    score_name=metrics[0],
+    load=load,
+    loss=loss,
+    measure=lambda outputs, batch: outputs,
+    evaluate=evaluate,
+    write_answers=answer if write_answers else None,
+    columns=columns,
+  )
+
+
+def slot_losses(
+  logits: Float[Array, "rows slots labels"], labels: Num[Array, "rows slots"]
+) -> Float[Array, "rows slots"]:
+  """Cross-entropy for whole-number labels, squared error for float ones."""
+  if jnp.issubdtype(labels.dtype, jnp.floating):
+    return jnp.square(logits[..., 0] - labels)
+  return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def loss(
+  logits: Float[Array, "rows slots labels"], batch: Mapping[str, Any]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """The examples' summed loss and their number; empty slots count nothing."""
+  losses = slot_losses(logits, batch["labels"])
+  weights = batch["weights"]
+  # where, so that a loss which is not finite in an empty slot is left out
+  return jnp.sum(jnp.where(weights > 0, losses, 0)), jnp.sum(weights)
+
+
+def split_logits(
+  measure_batch: MeasureBatch, data: PackedData, split: str
+) -> Logits:
+  """The logits of every example, in the split's order."""
+  place = data.eval_placement(split)
+  # read after the last batch is sent, so that the device never waits
+  rows = [measure_batch(batch) for batch in data.eval_batches(split, place)]
+  return np.concatenate(rows)[place.row, place.slot]
+
+
+def predictions(logits: Logits, labels: tuple[str, ...]) -> np.ndarray:
+  """Class ids, or the values themselves for regression."""
+  return logits.argmax(-1) if labels else logits[:, 0]

@@ -1,0 +1,101 @@
+"""What a task is, and the table of them.
+
+A task says what is learned: it loads examples, makes batches of them, gives the
+loss as (sum, count), and scores a model. A new task is one file with a function
+that makes a `Task`, and one line in `TASKS`.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax import Array
+from ml_collections import ConfigDict
+
+from vera_jax.data.packing import WHOLE, ProcessShard
+from vera_jax.errors import UserError
+
+Batch = Mapping[str, Any]
+
+
+class Evaluation(NamedTuple):
+  """What a model reached on the dev splits.
+
+  Attributes:
+    scores: by metric; the first is the one that counts, higher is better.
+    collapsed: whether one and the same answer is given to everything.
+    finite: whether all outputs were finite numbers.
+  """
+
+  scores: dict[str, float]
+  collapsed: bool = False
+  finite: bool = True
+
+
+class Task(NamedTuple):
+  """A task, as functions.
+
+  Attributes:
+    name: as config.task has it.
+    head, outputs: the kind of head that the model needs, as families know it,
+      and how many outputs it has.
+    labels: their names in the outputs' order; () where there are none.
+    score_name: of the score that counts.
+    load: (config, base's folder, shards, process shard) -> the data, as
+      `data.loader.PackedData` has it: batches from any position, and what is
+      said of the data in a run's first lines and in its result.
+    loss: (outputs, batch) -> (sum, count) over what the batch has to learn, so
+      that microbatches and shards weigh every example alike.
+    measure: (outputs, batch) -> the arrays that `evaluate` needs of a batch.
+    evaluate: (measure_batch, data) -> `Evaluation`. `measure_batch` runs the
+      model on a host batch and returns its `measure`d arrays.
+    write_answers: (measure_batch, data, folder) -> files with the answers to
+      the test splits; None where the task has no such files.
+    columns: names that the text columns of input files may have.
+  """
+
+  name: str
+  head: str
+  outputs: int
+  labels: tuple[str, ...]
+  score_name: str
+  load: Callable[..., Any]
+  loss: Callable[[Array, Batch], tuple[Array, Array]]
+  measure: Callable[[Array, Batch], Any]
+  evaluate: Callable[..., Evaluation]
+  write_answers: Callable[..., None] | None = None
+  columns: tuple[tuple[str, ...], ...] = ()
+
+  def load_data(
+    self,
+    config: ConfigDict,
+    folder: Path,
+    *,
+    shards: int = 1,
+    shard: ProcessShard = WHOLE,
+  ) -> Any:
+    """The data of a run; see `load`."""
+    return self.load(config, folder, shards, shard)
+
+
+# The modules that know tasks by name; each has `task_named(name)`, which gives
+# None for a name that is not one of its tasks, and `NAMES`.
+TASKS = ("glue",)
+
+
+def task_named(name: str) -> Task:
+  """The task of that name.
+
+  Raises:
+    UserError: there is none; the message lists the names.
+  """
+  modules = [importlib.import_module(f"vera_jax.tasks.{m}") for m in TASKS]
+  for module in modules:
+    task = module.task_named(name)
+    if task is not None:
+      return task
+  names = [name for module in modules for name in module.NAMES]
+  raise UserError(
+    f"There is no task {name!r}. The tasks are: {', '.join(names)}."
+  )

@@ -1,0 +1,267 @@
+"""What a run, or an ensemble, is made of, built from a config."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from vera_jax.adapters.labels import join
+from vera_jax.adapters.methods import make_adapter
+from vera_jax.data.loader import PackedData
+from vera_jax.errors import UserError
+from vera_jax.hub import resolve
+from vera_jax.models.family import read_fields
+from vera_jax.models.pretrained import (
+  Blueprint,
+  Model,
+  blueprint,
+  load_model,
+)
+from vera_jax.tasks.task import Batch, Task, task_named
+from vera_jax.train.optim import optimiser, rates_of
+from vera_jax.train.runtime import Background, compiler_options
+from vera_jax.train.sharding import (
+  BATCH,
+  REPLICATED,
+  batch_shards,
+  make_mesh,
+  param_shardings,
+  process_shard,
+  put,
+  put_rows,
+)
+from vera_jax.train.step import (
+  Frozen,
+  State,
+  Step,
+  init_state,
+  outputs_of,
+  state_shape,
+)
+
+
+class Setup(NamedTuple):
+  """Data, model and optimiser on a mesh; `config` is the first run's.
+
+  Attributes:
+    base: the base's folder.
+    optimiser: makes the transformation from `optim.rates_of`.
+    shape: of a run's `State`, with places.
+    evaluate: the compiled model: (params, frozen, batch) -> what the task
+      measures, which every process has whole.
+  """
+
+  config: ConfigDict
+  base: Path
+  mesh: Mesh
+  task: Task
+  data: PackedData
+  model: Model
+  frozen: Frozen
+  optimiser: Callable[..., optax.GradientTransformation]
+  shape: State
+  evaluate: Any
+  background: Background
+
+  @property
+  def steps(self) -> int:
+    return self.data.epoch_steps * self.config.optim.epochs
+
+  @property
+  def rows(self) -> NamedSharding:
+    """How the rows of a batch lie on the mesh."""
+    return NamedSharding(self.mesh, BATCH)
+
+  @property
+  def outputs(self) -> Callable[..., Any]:
+    """(params, frozen, batch, key) -> (the model's outputs, penalty)."""
+    plan = self.model.blueprint
+    return partial(outputs_of, plan.module, tuple(plan.inputs))
+
+  def make_step(self, state: State, *, runs: int | None = None) -> Step:
+    return Step(
+      state,
+      outputs=self.outputs,
+      loss=self.task.loss,
+      optimiser=self.optimiser,
+      runs=runs,
+    )
+
+  def first_state(self, config: ConfigDict) -> State:
+    """Step 0 of a run, whose config may differ in seed and first values."""
+    model = self.model
+    if config is not self.config:
+      model = restart(model, config, self.mesh)
+    tx = self.optimiser(**rates_of(config))
+    return init_state(model.trainable, tx, self.shape)
+
+  def put_batch(self, batch: Any, *, runs: bool = False) -> Any:
+    """A host batch on the devices, from the rows that each process supplies."""
+    rows = self.rows
+    if runs:  # no device splits the leading axis
+      rows = NamedSharding(self.mesh, jax.P(None, *rows.spec))
+    return put_rows(batch, rows, self.data.shard)
+
+  def put_sample(self, batch: Any, *, runs: bool = False) -> Any:
+    """A batch that every process has whole, of the shapes of a real one."""
+    rows = self.rows
+    if runs:
+      rows = NamedSharding(self.mesh, jax.P(None, *rows.spec))
+    return put(batch, rows)
+
+  def measure_with(self, params: Any) -> Callable[[Batch], Any]:
+    """What the task evaluates by: host batch -> measured arrays."""
+    return lambda batch: self.evaluate(
+      params, self.frozen, self.put_batch(batch)
+    )
+
+  def compile_evaluation(self) -> None:
+    """In the background, while the first steps run."""
+    batch = self.put_sample(self.data.eval_sample())
+    self.background.compile(
+      "evaluate",
+      lambda: self.evaluate.lower(self.shape.params, self.frozen, batch),
+    )
+
+
+def build_blueprint(
+  config: ConfigDict, fields: Any, task: Task, **options: Any
+) -> Blueprint:
+  """The model of a run's config, without weights; `options` are overrides."""
+  settings = {
+    "method": config.method,
+    "settings": config[config.method].to_dict(),
+    "dtype": compute_dtype(config.model.dtype),
+    "scan": config.model.scan,
+    "remat": config.model.remat,
+    "plan": config.model.contraction,
+  }
+  return blueprint(
+    fields, head=task.head, outputs=task.outputs, **{**settings, **options}
+  )
+
+
+def build_setup(config: ConfigDict) -> Setup:
+  """Read the data, load the base, make adapter, head and optimiser."""
+  mesh = make_mesh(**config.mesh)
+  task = task_named(config.task)
+  base = resolve(config.model.name)
+  rows = NamedSharding(mesh, BATCH)
+  data = task.load_data(
+    config, base, shards=batch_shards(mesh), shard=process_shard(rows)
+  )
+  plan = build_blueprint(config, read_fields(base), task)
+  room = plan.family.room(plan.config)
+  if data.longest > room:
+    raise UserError(
+      f"The longest text has {data.longest} tokens, but the model has positions"
+      f" for {room}: set config.data.max_length={room} or lower."
+    )
+  if data.highest_id >= plan.config.vocab_size:  # look-ups would never fail
+    raise UserError(
+      f"The tokenizer gave the id {data.highest_id}, but the model's vocabulary"
+      f" ends before {plan.config.vocab_size}: the two don't belong together."
+    )
+  model = load_model(plan, base, mesh=mesh, seed=config.seed)
+  make_optimiser = partial(
+    optimiser,
+    model.labels,
+    steps=data.epoch_steps * config.optim.epochs,
+    warmup_ratio=config.optim.warmup_ratio,
+    grad_clip=config.optim.grad_clip,
+  )
+
+  def measured(params: Any, frozen: Frozen, batch: Batch) -> Any:
+    names = tuple(plan.inputs)
+    outputs, _ = outputs_of(plan.module, names, params, frozen, batch)
+    return task.measure(outputs, batch)
+
+  evaluate = jax.jit(
+    measured,
+    out_shardings=NamedSharding(mesh, REPLICATED),  # each process reads all
+    compiler_options=compiler_options(jax.default_backend()),
+  )
+  tx = make_optimiser(**rates_of(config))
+  return Setup(
+    config=config,
+    base=base,
+    mesh=mesh,
+    task=task,
+    data=data,
+    model=model,
+    frozen=Frozen(model.frozen, model.projections),
+    optimiser=make_optimiser,
+    shape=state_shape(model, tx, mesh),
+    evaluate=evaluate,
+    background=Background(),
+  )
+
+
+def compute_dtype(name: str) -> Any:
+  """ "auto" is float32 on CPU and bfloat16 on accelerators."""
+  if name == "auto":
+    name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  if name not in ("float32", "bfloat16"):
+    raise UserError(
+      f"config.model.dtype is {name!r}; choose auto, float32 or bfloat16."
+    )
+  return jnp.dtype(name)
+
+
+def restart(model: Model, config: ConfigDict, mesh: Mesh) -> Model:
+  """The model with the first leaves of another config of its ensemble.
+
+  That config may differ in what leaves start from: the seed, VeRA's `d_init`.
+  """
+  plan = model.blueprint
+  adapter, _ = make_adapter(config.method, config[config.method].to_dict())
+  plan = plan._replace(module=plan.module.clone(adapter=adapter))
+  base = join(model.trainable, model.frozen)
+  fresh = plan.fresh_leaves(
+    base, model.projections, list(model.fresh), config.seed
+  )
+  own = unflatten_dict(fresh)
+  own = put(own, param_shardings(own, mesh, plan.family.rules))
+  return model._replace(trainable=join(model.trainable, own))
+
+
+def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
+  """What a run, or an ensemble by its titles, is about to do, for a person."""
+  config, counts = setup.config, setup.model.counts
+  device = jax.devices()[0]
+  trained = counts.adapter + counts.head
+  who = titles[0] if len(titles) == 1 else f"{len(titles)} runs at once"
+  yield (
+    f"{config.task}, {config.method} on {config.model.name},"
+    f" {who}; {jax.device_count()} × {device.device_kind}"
+  )
+  yield (
+    f"trained: adapter {counts.adapter:,}, head {counts.head:,} of"
+    f" {trained + counts.frozen:,} ({trained / (trained + counts.frozen):.2%})"
+  )
+  data, *cut = setup.data.introduction()
+  yield data
+  layout = setup.data.train_layout
+  rows = layout.rows[len(layout.rows) // 2]
+  plan = setup.model.blueprint
+  shapes = plan.family.inputs(
+    rows // batch_shards(setup.mesh), layout.length, layout.slots
+  )
+  plans = plan.module.plans(**shapes)
+  if plans:
+    shown = ", ".join(
+      f"{name} in {n}" for name, n in Counter(plans.values()).most_common()
+    )
+    yield f"contraction at {rows} rows: {shown} of {len(plans)} adapted products"
+  yield from setup.model.notes
+  if len(titles) > 1:
+    yield f"runs: {'; '.join(titles)}"
+  yield from cut
