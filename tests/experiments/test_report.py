@@ -49,17 +49,6 @@ def test_one_row_per_task_and_method_over_its_seeds():
   assert "| 60.0 | 60.0 |  | 1 | 2 | 10 |" in lines[3]
 
 
-@pytest.mark.skipif(
-  not (ROOT / "README.md").exists(), reason="not in a checkout"
-)
-def test_a_page_shows_the_committed_results():
-  sweep = load_sweep(ROOT / "results/minilm")
-  cells = tables.columns(summary(sweep))
-  _, rows = tables.markdown(cells).split("---: |\n")
-  pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-  assert any(rows in page.read_text(encoding="utf-8") for page in pages)
-
-
 @pytest.mark.skipif(not (ROOT / "results").exists(), reason="not in a checkout")
 def test_a_report_is_tables_and_figures(tmp_path, capsys, monkeypatch):
   sweep = load_sweep(ROOT / "results/minilm")

@@ -68,7 +68,7 @@ def test_targets_are_put_in_words(make_result):
   ]
 
 
-def test_what_most_conditions_have_goes_without_saying(make_result):
+def test_what_most_conditions_have_is_left_out(make_result):
   runs = frame(
     [
       make_result(),
@@ -163,6 +163,12 @@ def test_convergence_is_that_of_the_best_rate(make_result):
   assert (
     "rte, lora: the training loss ends lowest with adapter_lr 0.001" in notes
   )
+
+
+def test_the_old_name_is_the_same_module():
+  from vera_jax import analysis
+
+  assert analysis.summary is summary and analysis.load_sweep is load_sweep
 
 
 def test_one_row_per_epoch(rank_sweep):

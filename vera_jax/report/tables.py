@@ -89,11 +89,16 @@ def for_terminal(cells: pd.DataFrame, title: str, *, width: int) -> Table:
   """As a rich table; columns that don't fit are left out and named."""
   # A heading may take several lines, a cell may not.
   widths = cells.map(len).max()
-  headings = {
-    name: textwrap.fill(str(name), max(10, widths[name])) for name in cells
-  }
-  for name, heading in headings.items():
-    widths[name] = max(widths[name], *map(len, heading.splitlines()))
+  headings = {}
+  for name in cells:
+    lines = textwrap.wrap(
+      str(name),
+      max(10, widths[name]),
+      break_on_hyphens=False,
+      break_long_words=False,
+    )
+    headings[name] = "\n".join(lines)
+    widths[name] = max(widths[name], *map(len, lines))
   spared: list[str] = []
   for name in SPARED:
     kept = widths.drop(spared)
@@ -162,22 +167,19 @@ def _convergence(runs: pd.DataFrame) -> list[str]:
   the condition whose last median loss is lowest, that loss, and the first epoch
   in which it is at or below the last one of LoRA's best condition.
   """
-  curves = {}
+  curves, sizes = {}, {}
   for key, group in runs.groupby(["task", "method"], sort=False):
     if group["rate"].nunique() > 1:
       medians = history(group).groupby(["condition", "epoch"])["loss"].median()
       losses = medians.unstack("epoch")
-      curves[key] = losses.loc[losses.iloc[:, -1].idxmin()]
+      best = losses.iloc[:, -1].idxmin()
+      curves[key] = losses.loc[best]
+      sizes[key] = group.groupby("condition")["adapter"].first()[best]
   lines = []
   for (task, method), curve in curves.items():
-    one = runs[
-      (runs["task"] == task)
-      & (runs["method"] == method)
-      & (runs["condition"] == curve.name)
-    ].iloc[0]
     text = (
       f"{task}, {method}: the training loss ends lowest with {curve.name},"
-      f" at {curve.iloc[-1]:.4f} ({one['adapter']:,} parameters)"
+      f" at {curve.iloc[-1]:.4f} ({sizes[task, method]:,} parameters)"
     )
     if method != "lora" and (task, "lora") in curves:
       below = curve <= curves[task, "lora"].iloc[-1]
