@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vera_jax.errors import UserError
 from vera_jax.train import distributed
@@ -188,10 +188,12 @@ def default_workdir(config: ConfigDict) -> Path:
 
 def show_result(result: Mapping[str, Any], workdir: Path | str) -> None:
   """The result's main numbers as a table on standard output."""
-  table = Table(title=f"{result['task']}, {result['method']}", min_width=48)
-  table.add_column("")
-  table.add_column("best epoch", justify="right")
-  table.add_column("last epoch", justify="right")
+  table = Table(
+    "",
+    *(Column(f"{which} epoch", justify="right") for which in ("best", "last")),
+    title=f"{result['task']}, {result['method']}",
+    min_width=48,
+  )
   best, last = result["best"], result["last"]
   table.add_row("epoch", str(best["epoch"]), str(last["epoch"]))
   for name, value in best["metrics"].items():
@@ -201,9 +203,8 @@ def show_result(result: Mapping[str, Any], workdir: Path | str) -> None:
   table.add_row("adapter parameters", f"{parameters['adapter']:,}", "")
   table.add_row("head parameters", f"{parameters['head']:,}", "")
   table.add_row("seconds", f"{result['seconds']:.0f}", "")
-  console = Console()
-  console.print(table)
-  console.print(f"{workdir}", markup=False, highlight=False)
+  Console().print(table)
+  Console().print(f"{workdir}", markup=False, highlight=False)
 
 
 def show_seeds(
@@ -214,35 +215,30 @@ def show_seeds(
   Scores in percent.
   """
   done = [result for result in results if "failed" not in result]
-  title = None
-  if done:
-    title = "{task}, {method}, {score_name}".format(**done[0])
-  table = Table(title=title, min_width=48)
-  table.add_column("seed")
-  for name in ("best epoch", "its score", "last score"):
-    table.add_column(name, justify="right")
+  names = ("best epoch", "its score", "last score")
+  table = Table(
+    "seed",
+    *(Column(name, justify="right") for name in names),
+    title="{task}, {method}, {score_name}".format(**done[0]) if done else None,
+    min_width=48,
+  )
   for result in results:
     seed = str(result["seed"])
     if "failed" in result:
       table.add_row(seed, f"failed at step {result['step']}", "", "")
       continue
     best, last = result["best"], result["last"]
-    scores = spread([best["score"]]), spread([last["score"]])
+    scores = (f"{100 * epoch['score']:.1f}" for epoch in (best, last))
     table.add_row(seed, str(best["epoch"]), *scores)
   if done:
+    shown = []
+    for which in ("best", "last"):
+      values = sorted(100 * result[which]["score"] for result in done)
+      shown.append(f"{statistics.median(values):.1f}")
+      if len(values) > 1:
+        shown[-1] += f" ({values[0]:.1f} to {values[-1]:.1f})"
     table.add_section()
-    shown = [spread(r[x]["score"] for r in done) for x in ("best", "last")]
     table.add_row("median", "", *shown)
-  console = Console()
-  console.print(table)
+  Console().print(table)
   for workdir in workdirs:
-    console.print(f"{workdir}", markup=False, highlight=False)
-
-
-def spread(scores: Iterable[float]) -> str:
-  """In percent: the median, with the lowest and the highest."""
-  values = sorted(100 * score for score in scores)
-  median = f"{statistics.median(values):.1f}"
-  if len(values) == 1:
-    return median
-  return f"{median} ({values[0]:.1f} to {values[-1]:.1f})"
+    Console().print(f"{workdir}", markup=False, highlight=False)

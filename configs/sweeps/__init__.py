@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 Overrides = list[dict[str, Any]]
@@ -26,17 +27,17 @@ def product(choices: Mapping[str, Iterable[Any]]) -> Overrides:
 
 
 def zipped(columns: Mapping[str, Sequence[Any]]) -> Overrides:
-  """The first of each column, the second of each, ...; equally long columns."""
+  """The first of each column, the second of each, and so on; equal lengths."""
   rows = zip(*columns.values(), strict=True)
   return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def cross(*lists: Overrides) -> Overrides:
   """Each override of one list with each of the others; later keys win."""
-  merged = []
-  for parts in itertools.product(*lists):
-    merged.append({key: x for part in parts for key, x in part.items()})
-  return merged
+  return [
+    {key: x for part in parts for key, x in part.items()}
+    for parts in itertools.product(*lists)
+  ]
 
 
 def seeds(numbers: Iterable[int]) -> Overrides:
@@ -45,19 +46,8 @@ def seeds(numbers: Iterable[int]) -> Overrides:
 
 def difference(base: ConfigDict, other: ConfigDict) -> dict[str, Any]:
   """The overrides that turn one config into the other."""
-  ours, theirs = _flat(base), _flat(other)
+  ours, theirs = (flatten_dict(c.to_dict(), sep=".") for c in (base, other))
   return {k: x for k, x in theirs.items() if k not in ours or x != ours[k]}
-
-
-def _flat(config: ConfigDict, place: str = "") -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for key, value in config.items():
-    name = f"{place}{key}"
-    if isinstance(value, ConfigDict):
-      flat |= _flat(value, f"{name}.")
-    else:
-      flat[name] = value
-  return flat
 
 
 def sweep(
@@ -68,9 +58,9 @@ def sweep(
   Args:
     title: of its tables and figures.
     base: a run's config.
-    overrides: of each run.
-    paper: the model whose published numbers stand beside ours, where it is not
-      the one that is trained: "roberta-base" or "roberta-large".
+    overrides: one dict per run, by flat key.
+    paper: the model whose published numbers stand beside ours, if it is not the
+      one that is trained: "roberta-base" or "roberta-large".
   """
   config = ConfigDict({"title": title, "paper": paper, "members": 8})
   config.base = base

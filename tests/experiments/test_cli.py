@@ -5,10 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from configs import common, rte
+from configs import rte
 from experiments import cli
 from vera_jax.errors import UserError
-from vera_jax.train.config import check_settings
 from vera_jax.train.preemption import Interrupted
 
 
@@ -69,45 +68,7 @@ def test_a_bug_keeps_its_traceback():
     cli.exit_code(main)
 
 
-def test_what_must_be_set_is_named():
-  config = common.get_config()
-  with pytest.raises(UserError) as caught:
-    check_settings(config)
-  assert str(caught.value).endswith(
-    "config.task, config.optim.epochs, config.vera.lr, config.vera.head_lr."
-  )
-  config.task, config.optim.epochs = "rte", 1
-  config.method = "lora"
-  check_settings(config)  # VeRA's rates aren't asked for
-  config.method, config.optim.head_lr = "head", 1e-3
-  check_settings(config)
-
-
-@pytest.mark.parametrize(
-  "key",
-  [
-    "optim.epochs",
-    "optim.batch_size",
-    "optim.patience",
-    "eval_batch_size",
-    "log.every",
-  ],
-)
-def test_zero_is_too_small(key):
-  config = rte.get_config()
-  config.update_from_flattened_dict({key: 0})
-  with pytest.raises(UserError, match=f"config.{key} is 0"):
-    check_settings(config)
-
-
-def test_an_unknown_method_is_refused():
-  config = rte.get_config()
-  config.method = "dora"
-  with pytest.raises(UserError, match="'dora'; choose from vera, lora"):
-    check_settings(config)
-
-
-def test_one_folder_a_config():
+def test_one_folder_per_config():
   def folder(**changes):
     config = rte.get_config()
     config.update_from_flattened_dict(changes)

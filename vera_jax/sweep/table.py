@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from vera_jax import results
@@ -84,11 +84,13 @@ def seconds_left(units: Sequence[Unit], rate: Rate) -> float:
 
 def plan_table(plan: Plan, units: Sequence[Unit], rate: Rate) -> Table:
   """One row per unit: its runs, their states, the time that is left of it."""
-  table = Table(title=plan.title, title_justify="left")
-  table.add_column("unit", justify="right")
-  table.add_column("runs")
-  table.add_column("state")
-  table.add_column("left", justify="right")
+  table = Table(
+    Column("unit", justify="right"),
+    *("runs", "state"),
+    Column("left", justify="right"),
+    title=plan.title,
+    title_justify="left",
+  )
   for number, unit in enumerate(units, 1):
     names = Text("\n".join(run.name for run in unit))
     left = seconds_left([unit], rate)
@@ -134,7 +136,7 @@ class LiveTable:
     self._live.stop()
 
   def start(self, unit: Unit) -> None:
-    """A worker has been started for these runs."""
+    """A worker starts for these runs."""
     self._unit, self._unit_started = unit, time.monotonic()
     self._first_step = read_progress(unit[0].folder).step
     self._say(f"training {', '.join(run.name for run in unit)}")
@@ -175,11 +177,14 @@ class LiveTable:
     now = states(self._plan.runs)
     rate = self._rate()
     unit_left = self._unit_left(rate)
-    table = Table(title=self._plan.title, title_justify="left")
-    table.add_column("run", no_wrap=True)
-    table.add_column("state")
-    for name in ("epoch", "loss", "score", "left"):
-      table.add_column(name, justify="right")
+    numbers = ("epoch", "loss", "score", "left")
+    table = Table(
+      Column("run", no_wrap=True),
+      "state",
+      *(Column(name, justify="right") for name in numbers),
+      title=self._plan.title,
+      title_justify="left",
+    )
 
     # as many as the screen has room for: what runs, failed, or finished last
     def order(item: tuple[SweepRun, str]) -> tuple[int, float]:
