@@ -15,7 +15,7 @@ SIZES = ("base", "large")
 def get_config() -> ConfigDict:
   """Everything but the task and its settings."""
   config = ConfigDict()
-  config.task = placeholder(str)  # to be set: a name in data/tasks.py
+  config.task = placeholder(str)  # to be set: a name in tasks/glue.py
   config.method = "vera"  # vera | lora | bitfit | head | full
   config.seed = 0  # of dropout, batch order and new leaves
 
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
   config.model.dtype = "auto"  # float32 on CPU, else bfloat16
   config.model.scan = True  # one compiled layer instead of one each
   config.model.remat = "none"  # none | full | dots: memory against time
-  config.model.contraction = "auto"  # auto | factored | folded | mixed
+  config.model.contraction = "auto"  # a plan in adapters/products.py
 
   config.data = ConfigDict()
   config.data.source = "nyu-mll/glue"  # a hub id, or a folder of GLUE's files
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
   config.optim = ConfigDict()
   config.optim.epochs = placeholder(int)  # to be set
   config.optim.batch_size = 64
-  config.optim.pass_rows = placeholder(int)  # packed rows at once; unset: all
+  config.optim.pass_rows = placeholder(int)  # per microbatch; unset: all
   config.optim.adapter_lr = placeholder(float)  # unset: the method's own lr
   config.optim.head_lr = placeholder(float)  # unset: the method's own
   config.optim.warmup_ratio = 0.06

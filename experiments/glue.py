@@ -52,10 +52,10 @@ def main() -> None:
 
 
 def train_seeds(configs: list[ConfigDict]) -> None:
-  from vera_jax.train.loop import train_members
+  from vera_jax.train.ensemble import train_ensemble
 
   workdirs = [_member_workdir(config) for config in configs]
-  results = train_members(configs, workdirs)
+  results = train_ensemble(configs, workdirs)
   if distributed.is_first():
     cli.show_seeds(results, workdirs)
   failed = [

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from vera_jax.train.model import init_state
 
 from vera_jax.data.loader import train_batches
 from vera_jax.train.config import check_settings
-from vera_jax.train.model import init_state
 from vera_jax.train.run import build_run
 from vera_jax.train.sharding import BATCH, put
 from vera_jax.train.step import train_step

@@ -10,7 +10,7 @@ What a notebook needs:
   make_pair, digest   the frozen random matrices A, B, and their fingerprint
   label_tree, split, join, count   adapter, head and frozen parameters
   train_and_evaluate  a whole run from a config
-  train_members       several runs at once, on one base
+  train_ensemble      several runs at once, on one base
   group_key           runs with equal keys can train so
   save_adapter, load_adapter   a trained adapter's folder, two small files
   restore_adapter     a loaded adapter on its base: a whole classifier
@@ -18,7 +18,7 @@ What a notebook needs:
   write_merged        a classifier as a plain Hugging Face checkpoint
   Predictor           answers of a classifier to texts
   AdapterBank         many adapters on one base, mixed in one batch
-  analysis            a module: results as DataFrames and figures
+  report              a package: results as DataFrames and figures
   UserError           what is raised for input that the user can mend
 """
 
@@ -50,18 +50,21 @@ def train_and_evaluate(config, workdir):
   return loop.train_and_evaluate(config, workdir)
 
 
-def train_members(configs, workdirs):
-  """Several runs at once; see `vera_jax.train.loop.train_members`."""
-  from vera_jax.train import loop
+def train_ensemble(configs, workdirs):
+  """Several runs at once; see `vera_jax.train.ensemble.train_ensemble`."""
+  from vera_jax.train import ensemble
 
-  return loop.train_members(configs, workdirs)
+  return ensemble.train_ensemble(configs, workdirs)
+
+
+train_members = train_ensemble  # its old name
 
 
 def group_key(config):
-  """Equal for runs that fit together; see `vera_jax.train.group.group_key`."""
-  from vera_jax.train import group
+  """Equal for runs that can train together, by `train_ensemble`."""
+  from vera_jax.train import ensemble
 
-  return group.group_key(config)
+  return ensemble.group_key(config)
 
 
 __all__ = [
@@ -89,6 +92,7 @@ __all__ = [
   "save_adapter",
   "split",
   "train_and_evaluate",
+  "train_ensemble",
   "train_members",
   "vera",
   "write_merged",

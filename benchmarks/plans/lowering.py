@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
+from vera_jax.train.model import Model, Parts, build_module, state_shape
 
 from vera_jax.adapters.apply import adapt
 from vera_jax.adapters.interface import Adapter
@@ -24,7 +25,6 @@ from vera_jax.models.bert import BertConfig, input_shapes
 from vera_jax.models.hf_weights import LEAVES, load_config
 from vera_jax.models.roberta import SIZES, roberta
 from vera_jax.tasks.glue import glue_task
-from vera_jax.train.model import Model, Parts, build_module, state_shape
 from vera_jax.train.optim import optimiser
 from vera_jax.train.run import hyperparameters
 from vera_jax.train.sharding import (

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from vera_jax.train.model import build_model
 
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.labels import TRAINED
@@ -16,7 +17,6 @@ from vera_jax.models.export_hf import BOUNDS, merged_params, write_merged
 from vera_jax.models.hf_weights import fingerprint
 from vera_jax.models.pretrained import load_classifier, restore_adapter
 from vera_jax.serve.predictor import Predictor
-from vera_jax.train.model import build_model
 from vera_jax.train.sharding import make_mesh
 
 FIRST = ["word1 word2 word3", "word9", "word4 word4 word20 word7"]

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from vera_jax.train.group import group_key
 
 from configs.sweeps import product, seeds
 from vera_jax import results
@@ -16,7 +17,6 @@ from vera_jax.sweep import runner, worker
 from vera_jax.sweep.plan import make_units
 from vera_jax.sweep.runner import run_units
 from vera_jax.train.config import check_settings
-from vera_jax.train.group import group_key
 from vera_jax.train.preemption import Interrupted
 
 

@@ -21,15 +21,16 @@ class Method(NamedTuple):
     make: settings -> the adapter.
     settings: names and types of what makes an adapter what it is; learning
       rates are no part.
-    starts: settings that only the first values of leaves and matrices come
-      from: trained adapters that differ in them run by one program.
-    per_run: settings -> the names of those that the runs of an ensemble may
-      each have their own of, since only leaves' first values depend on them.
+    starts: settings -> the names of those that only the first values of leaves
+      and matrices come from: trained adapters that differ in them run by one
+      program.
+    per_run: settings -> the names of those that only leaves' first values come
+      from: the runs of an ensemble may each have their own.
   """
 
   make: Callable[..., Adapter]
   settings: dict[str, type] = {}
-  starts: tuple[str, ...] = ()
+  starts: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda given: ()
   per_run: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda given: ()
 
 
@@ -44,8 +45,12 @@ METHODS: dict[str, Method] = {
       "train": str,
       "sharing": str,
     },
-    starts=("d_init", "init", "projection_seed"),
-    # where d is not trained it is a constant of the program
+    # where b is trained alone, d stays at d_init, a constant of the program
+    starts=lambda given: (
+      ("init", "projection_seed")
+      if given["train"] == "b"
+      else ("d_init", "init", "projection_seed")
+    ),
     per_run=lambda given: ("d_init",) if given["train"] == "both" else (),
   ),
   "lora": Method(lora, {"rank": int, "alpha": float}),

@@ -25,6 +25,7 @@ from vera_jax.data.packing import (
 )
 from vera_jax.data.tokens import Tokens
 
+
 class PackedData(NamedTuple):
   """A run's tokenised splits, and the shapes that they are packed into.
 

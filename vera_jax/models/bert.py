@@ -279,7 +279,9 @@ class Encoder(Part):
       )
       hidden, _ = stack(layer(*self.settings, name="layer"), hidden, mask)
     for index in range(0 if self.scan else inner):
-      hidden = layer(*self.settings, name=f"layer_{index}")(hidden, hidden, mask)
+      hidden = layer(*self.settings, name=f"layer_{index}")(
+        hidden, hidden, mask
+      )
     read = jnp.take_along_axis(hidden, cls_positions[..., None], axis=1)
     own = jnp.take_along_axis(segment_ids, cls_positions, axis=1)
     mask = _same_segment(own, segment_ids)

@@ -25,13 +25,9 @@ from vera_jax.files import read_json, write_json
 from vera_jax.hub import FILES
 from vera_jax.models.hf_weights import to_hf
 from vera_jax.models.pretrained import MERGED, Classifier, load_classifier
-from vera_jax.serve.predictor import Predictor
+from vera_jax.serve.predictor import Predictor, text_columns
 
 WEIGHTS = "model.safetensors"
-ARCHITECTURES = {
-  "bert": "BertForSequenceClassification",
-  "roberta": "RobertaForSequenceClassification",
-}
 # The largest difference of a logit, as a share of the largest one, or of 1.
 BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 PROBES = (
@@ -88,8 +84,6 @@ def write_merged(
 
 def merged_params(classifier: Classifier) -> dict[str, Any]:
   """The plain model's parameters, with the adapter folded in."""
-  if classifier.adapter is None:
-    return classifier.params
   return merge(
     classifier.params,
     classifier.projections,
@@ -173,7 +167,7 @@ def _hf_config(classifier: Classifier, dtype: str) -> dict[str, Any]:
   kind = "single_label_classification" if classifier.labels else "regression"
   return {
     **fields,
-    "architectures": [ARCHITECTURES[classifier.config.model_type]],
+    "architectures": [classifier.family.classes["classification"]],
     "id2label": {str(i): label for i, label in enumerate(labels)},
     "label2id": {label: i for i, label in enumerate(labels)},
     "num_labels": len(labels),
@@ -188,6 +182,6 @@ def _probes(predictor: Predictor) -> tuple[list[str], list[str] | None]:
   rng = random.Random(0)
   drawn = [" ".join(rng.choices(vocabulary, k=4 + 3 * i)) for i in range(DRAWN)]
   first = [*PROBES, *drawn]
-  task = predictor.classifier.task
-  single = task is None or len(task.columns) == 1
-  return first, None if single else [*first[1:], first[0]]
+  columns = text_columns(predictor.classifier)
+  pairs = bool(columns) and len(columns[0]) == 2
+  return first, [*first[1:], first[0]] if pairs else None

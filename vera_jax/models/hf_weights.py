@@ -120,7 +120,9 @@ def load_params(
         filled[path] = _read_leaf(path, leaf.shape, found, dtype=dtype)
     rest = [s for s in sources.items() if s[1].name not in used]
   dropped = [s.name for name, s in rest if name.startswith(names_here.unused)]
-  unexpected = [s.name for name, s in rest if not name.startswith(names_here.unused)]
+  unexpected = [
+    s.name for name, s in rest if not name.startswith(names_here.unused)
+  ]
   return Loaded(
     unflatten_dict(filled),
     tuple(sorted(missing)),
@@ -150,9 +152,7 @@ def fingerprint(folder: Path) -> str:
   return sha.hexdigest()
 
 
-def to_hf(
-  params: Mapping[str, Any], config: Any
-) -> dict[str, np.ndarray]:
+def to_hf(params: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
   """The tree as a sequence classifier's state dict, in torch's layout."""
   tensors = {}
   for path, leaf in flatten_dict(dict(params)).items():

@@ -91,7 +91,7 @@ class Blueprint(NamedTuple):
 
     @jax.jit
     def start(key, params, projections):
-      inputs = {
+      inputs: dict[str, Any] = {
         name: jnp.zeros(leaf.shape, leaf.dtype)
         for name, leaf in self.inputs.items()
       }
@@ -192,7 +192,9 @@ class Model(NamedTuple):
   fresh: tuple[TreePath, ...] = ()
 
 
-def load_model(plan: Blueprint, folder: Path, *, mesh: Mesh, seed: int) -> Model:
+def load_model(
+  plan: Blueprint, folder: Path, *, mesh: Mesh, seed: int
+) -> Model:
   """The pretrained base with the method's first leaves and a new head.
 
   A leaf's value comes from, first that applies: a checkpoint of this run (the
@@ -209,10 +211,10 @@ def load_model(plan: Blueprint, folder: Path, *, mesh: Mesh, seed: int) -> Model
   }
   loaded = load_params(folder, unflatten_dict(template))
   refuse_gaps(folder, loaded.missing)
-  base = put(loaded.params, param_shardings(loaded.params, mesh, plan.family.rules))
-  projections = put(
-    plan.projections(base), NamedSharding(mesh, REPLICATED)
+  base = put(
+    loaded.params, param_shardings(loaded.params, mesh, plan.family.rules)
   )
+  projections = put(plan.projections(base), NamedSharding(mesh, REPLICATED))
   new = [path for path in plan.shapes if path not in flatten_dict(base)]
   fresh = plan.fresh_leaves(base, projections, new, seed)
   own = unflatten_dict(fresh)
@@ -312,6 +314,11 @@ class Classifier(NamedTuple):
     return {"params": self.params}
 
   @property
+  def inputs(self) -> tuple[str, ...]:
+    """The names of a packed batch's arrays that the module takes."""
+    return tuple(self.family.inputs(1, 8, 1))
+
+  @property
   def outputs(self) -> int:
     """Logits of a text: one per label, or the value of a regression."""
     return len(self.labels) or 1
@@ -364,9 +371,9 @@ def restore_adapter(
 
   # Frozen leaves from the base. What it lacks, and what the method trains of
   # it, was trained and is in the adapter's file.
-  whole = jax.eval_shape(
-    made.module.init, jax.random.key(0), **made.inputs
-  )["params"]
+  whole = jax.eval_shape(made.module.init, jax.random.key(0), **made.inputs)[
+    "params"
+  ]
   kinds = flatten_dict(made.label(whole))
   shapes = flatten_dict(whole)
   frozen = {

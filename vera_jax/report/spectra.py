@@ -1,16 +1,15 @@
 """The merged delta of a trained adapter, layer by layer, and its spectrum."""
 
 import re
-from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 import pandas as pd
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float
 
 from vera_jax.adapters.files import named_slices
+from vera_jax.adapters.merge import merge
 from vera_jax.adapters.norms import SHORT
 from vera_jax.errors import UserError
 from vera_jax.models.pretrained import Classifier
@@ -28,22 +27,24 @@ def deltas(classifier: Classifier) -> dict[tuple[int, str], Matrix]:
       trains the base itself.
   """
   adapter = classifier.adapter
-  if adapter is None:
+  if not classifier.targets:
     raise UserError(
       "This classifier has no adapter whose delta could be shown."
     )
+  merged = flatten_dict(
+    merge(
+      classifier.params,
+      classifier.projections,
+      adapter=adapter,
+      targets=classifier.targets,
+    )
+  )
   params = flatten_dict(classifier.params)
-  matrices = flatten_dict(classifier.projections)
-  shared = {k[0]: v for k, v in matrices.items() if len(k) == 1}
   found: dict[tuple[int, str], Matrix] = {}
   for path, target in classifier.targets.items():
-    size = target.inputs, target.outputs
-    own = {k[-1]: v for k, v in matrices.items() if k[:-1] == path}
-    leaves = {name: params[(*path, name)] for name in adapter.init(*size)}
-    delta = partial(adapter.kernel, inputs=size[0], outputs=size[1])
-    for _ in target.stack:  # of a scanned stack all layers at once
-      delta = jax.vmap(delta, in_axes=(0, 0 if own else None))
-    whole = np.asarray(delta(leaves, own or shared))
+    place = (*path, "kernel")
+    added = np.asarray(merged[place]) - np.asarray(params[place])
+    whole = added.reshape(*target.stack, target.inputs, target.outputs)
     for name, matrix in named_slices((*path, "kernel"), whole):
       match = KERNEL.fullmatch(name)
       assert match and matrix is not None

@@ -30,7 +30,7 @@ from vera_jax.adapters.files import (
   named_slices,
   save_adapter,
 )
-from vera_jax.adapters.methods import SETTINGS
+from vera_jax.adapters.methods import method_named
 from vera_jax.adapters.projections import digest
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
@@ -50,9 +50,6 @@ from vera_jax.serve.predictor import (
 from vera_jax.train.multi_adapter import empty_stack, mixed_logits
 from vera_jax.train.step import Frozen
 
-# What an adapter starts from; the digest tells the projections themselves.
-STARTS = ("d_init", "init", "projection_seed")
-
 
 class AdapterBank:
   """Adapters by name over one base and one pair, up to a capacity.
@@ -61,7 +58,7 @@ class AdapterBank:
     params: the trained leaves, [capacity, ...]; replaced as a whole after
       training (`mixed.mixed_step`). Adding and replacing donate it.
     frozen: the base and the projections.
-    apply: the adapted module's.
+    model: the adapted module and its inputs' names, for `mixed_step`.
     capacity: how many adapters have room.
     truncated: texts that were cut, so far.
   """
@@ -94,23 +91,27 @@ class AdapterBank:
         f"A capacity of {capacity} has no room for {len(adapters)} adapters."
       )
     first = _loaded(next(iter(adapters.values())))
-    if first.about["method"] == "full":
-      raise UserError(
-        f"The adapter {first.folder} trained the whole base (method full), so"
-        " it can't share one in a bank. Use a Predictor for each."
-      )
     # factored: any other plan would make a kernel for every row
     classifier = restore_adapter(first, base, dtype=dtype, plan="factored")
+    if classifier.adapter.prepare is None:
+      raise UserError(
+        f"The adapter {first.folder} is of the method {first.about['method']},"
+        " whose rows would need a base or kernels of their own, so that it"
+        " can't share a batch in a bank. Use a Predictor for each."
+      )
     params, frozen = _split(classifier, first)
     self.params = empty_stack(params, capacity=self.capacity)
     self.frozen = Frozen(frozen, classifier.projections)
-    self.apply = classifier.module.apply
+    self.model: dict[str, Any] = {
+      "module": classifier.module,
+      "inputs": classifier.inputs,
+    }
     self.truncated = 0
     self._shapes = flatten_dict(jax.eval_shape(lambda: params))
     self._plain = classifier._replace(params={}, about=first.about)
     self._max_length = max_length
     self._tokenizer = load_tokenizer(classifier.folder)
-    self._run = jax.jit(partial(mixed_logits, apply=self.apply))
+    self._run = jax.jit(partial(mixed_logits, **self.model))
     self._free = list(reversed(range(self.capacity)))
     self._slots: dict[str, int] = {}
     self._held: dict[str, Classifier] = {}  # without parameters
@@ -302,9 +303,10 @@ def _program(
   stored = all(matrix is not None for matrix in pair.values())
   found = digest(pair) if stored else about["projection_digest"]
   method, settings = about["method"], about["settings"]
-  names = [name for name in SETTINGS.get(method, {}) if name not in STARTS]
-  if settings.get("train") == "b":
-    names.append("d_init")  # which d then stays at
+  row = method_named(method)
+  # What only first values come from may differ; the digest tells the matrices.
+  free = row.starts(settings)
+  names = [name for name in row.settings if name not in free]
   return {
     "method": method,
     "base (fingerprint)": about["base_fingerprint"][:12],

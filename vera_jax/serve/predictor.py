@@ -14,11 +14,11 @@ from vera_jax.data.packing import Batch, Layout, place_all, with_adapters
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import Tokens, tokenise
 from vera_jax.errors import UserError
-from vera_jax.models.bert import INPUTS
 from vera_jax.models.pretrained import Classifier
+from vera_jax.tasks.task import task_named
 
 ROWS = (1, 2, 4, 8, 16)  # of a batch: few shapes, for each is compiled
-SHORTEST = 32  # tokens a row; longer ones are powers of two
+SHORTEST = 32  # tokens per row; longer ones are powers of two
 Logits = Float32[np.ndarray, "texts labels"]
 
 
@@ -45,6 +45,7 @@ class Predictor:
     self.tokenizer = load_tokenizer(classifier.folder)
     self.max_length = min(max_length or classifier.max_length, classifier.room)
     self.truncated = 0  # texts that were cut, so far
+    self._inputs = tuple(classifier.inputs)
     self._apply = jax.jit(partial(_apply, classifier.module))
 
   def logits(
@@ -64,8 +65,16 @@ class Predictor:
     return list(answers(self.logits(first, second), self.classifier.labels))
 
   def _run(self, batch: Batch) -> jax.Array:
-    inputs = {name: batch[name] for name in INPUTS}
+    inputs = {name: batch[name] for name in self._inputs}
     return self._apply(self.classifier.variables, inputs)
+
+
+def text_columns(classifier: Classifier) -> tuple[tuple[str, ...], ...]:
+  """The names that its task's text columns may have; () if it is unknown."""
+  try:
+    return task_named(str(classifier.about.get("task"))).columns
+  except UserError:
+    return ()
 
 
 def encode(

@@ -14,7 +14,7 @@ from vera_jax.files import write_json
 from vera_jax.locks import is_locked
 from vera_jax.sweep.estimate import flops
 from vera_jax.train.config import check_key, check_settings
-from vera_jax.train.group import group_key
+from vera_jax.train.ensemble import group_key
 from vera_jax.train.workdir import digest
 
 STATES = ("done", "failed", "running", "unfinished", "new")

@@ -73,12 +73,12 @@ def stop_when_closed(stdin: int) -> None:
 
 def train(runs: list[dict[str, Any]]) -> int:
   """Train them together; an error that ends all is written to each folder."""
-  from vera_jax.train.loop import train_members  # the training stack, late
+  from vera_jax.train.ensemble import train_ensemble  # the training stack, late
 
   configs = [ConfigDict(run["config"]) for run in runs]
   folders = [Path(run["folder"]) for run in runs]
   try:
-    train_members(configs, folders)
+    train_ensemble(configs, folders)
   except Interrupted as error:
     print(error, file=sys.stderr)
     return EXIT_CODE

@@ -50,8 +50,9 @@ class Task(NamedTuple):
     measure: (outputs, batch) -> the arrays that `evaluate` needs of a batch.
     evaluate: (measure_batch, data) -> `Evaluation`. `measure_batch` runs the
       model on a host batch and returns its `measure`d arrays.
-    write_answers: (measure_batch, data, folder) -> files with the answers to
-      the test splits; None where the task has no such files.
+    write_answers: (measure_batch, data, folder) -> a function that writes the
+      answers to the test splits into the folder. All processes compute them,
+      the first one writes. None where the task has no such files.
     columns: names that the text columns of input files may have.
   """
 
@@ -64,7 +65,7 @@ class Task(NamedTuple):
   loss: Callable[[Array, Batch], tuple[Array, Array]]
   measure: Callable[[Array, Batch], Any]
   evaluate: Callable[..., Evaluation]
-  write_answers: Callable[..., None] | None = None
+  write_answers: Callable[..., Callable[[], None]] | None = None
   columns: tuple[tuple[str, ...], ...] = ()
 
   def load_data(

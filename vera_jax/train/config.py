@@ -5,7 +5,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from vera_jax.adapters.labels import TRAINED
+from vera_jax.adapters.methods import METHODS
 from vera_jax.errors import UserError
 
 AT_LEAST_ONE = (
@@ -25,9 +25,9 @@ def check_settings(config: ConfigDict) -> None:
   Raises:
     UserError: names all of them, with what is allowed.
   """
-  if config.method not in TRAINED:  # all else depends on it
+  if config.method not in METHODS:  # all else depends on it
     raise UserError(
-      f"config.method is {config.method!r}; choose from {', '.join(TRAINED)}."
+      f"config.method is {config.method!r}; choose from {', '.join(METHODS)}."
     )
   values = flatten_dict(config.to_dict(), sep=".")
   needed = ["task", "optim.epochs"]

@@ -160,7 +160,9 @@ def _train(
     ProgressBar(steps=setup.steps, step=first, primary=is_first()) as bar,
     watch() as flag,
   ):
-    writers = {run: files.enter_context(run.metric_writer(first)) for run in live}
+    writers = {
+      run: files.enter_context(run.metric_writer(first)) for run in live
+    }
     for line in introduction(setup, [run.title for run in live]):
       bar.log(line)
     if first:
@@ -168,10 +170,9 @@ def _train(
     stop = Stop(flag, setup.mesh)
 
     def fail(run: Run, what: str, step: int) -> None:
-      run.fail(what, step=step, steps=setup.steps)
-      assert run.failure is not None
       live.remove(run)
-      bar.log(f"{run.title} failed. {run.failure['failed']}")
+      reason = run.fail(what, step=step, steps=setup.steps)
+      bar.log(f"{run.title} failed. {reason}")
 
     def read(unread: tuple[int, Any] | None) -> None:
       """Wait for a step's metrics; a run whose loss is not finite fails."""
@@ -235,8 +236,8 @@ def _train(
           bar.log(f"{run.title}: {run.epoch_line()}")
       if caught is not None:
         raise Interrupted(
-          f"Stopped by {caught.name}, saved at step {done} of {setup.steps}. The"
-          " same command goes on from there."
+          f"Stopped by {caught.name}, saved at step {done} of {setup.steps}."
+          " The same command goes on from there."
         )
       live[:] = [run for run in live if not run.has_ended]
       if not live:

@@ -25,7 +25,7 @@ from vera_jax.train.preemption import (
 )
 from vera_jax.train.run import Run
 from vera_jax.train.runtime import prepare
-from vera_jax.train.setup import build_setup, introduction
+from vera_jax.train.setup import Setup, build_setup, introduction
 from vera_jax.train.start import begin
 
 
@@ -64,7 +64,7 @@ def train_and_evaluate(
       return run.finish(setup)
 
 
-def _train(run: Run, setup: Any, began: float) -> None:
+def _train(run: Run, setup: Setup, began: float) -> None:
   """From the last save, or from the start, to the last epoch."""
   first = run.saves.latest_step or 0
   if first:
@@ -94,8 +94,7 @@ def _train(run: Run, setup: Any, began: float) -> None:
       number, metrics = unread
       values = {name: float(value) for name, value in metrics.items()}
       if wrong := run.note_step(writer, number, values):
-        run.fail(wrong, step=number, steps=setup.steps)
-        raise UserError(run.failure["failed"])
+        raise UserError(run.fail(wrong, step=number, steps=setup.steps))
       bar.advance(number, loss=values["loss"])
 
     def compile_for(batch: Any) -> int:
@@ -139,19 +138,20 @@ def _train(run: Run, setup: Any, began: float) -> None:
         measure_batch = setup.measure_with(state.params)
         evaluation = setup.task.evaluate(measure_batch, setup.data)
         if not evaluation.finite:  # the epoch's last update broke it
-          run.fail("dev output is nan", step=done, steps=setup.steps)
-          raise UserError(run.failure["failed"])
+          what = "dev output is nan"
+          raise UserError(run.fail(what, step=done, steps=setup.steps))
         run.note_epoch(writer, done, evaluation, setup=setup)
       seconds = time.monotonic() - started
       run.progress["seconds"] = seconds_before + seconds
       run.save(done, state, ends_epoch=ends_epoch)
       if ends_epoch:
-        bar.show_score(f"{setup.task.score_name} {run.history[-1]['score']:.4f}")
+        score = run.history[-1]["score"]
+        bar.show_score(f"{setup.task.score_name} {score:.4f}")
         bar.log(run.epoch_line())
       if caught is not None:
         raise Interrupted(
-          f"Stopped by {caught.name}, saved at step {done} of {setup.steps}. The"
-          " same command goes on from there."
+          f"Stopped by {caught.name}, saved at step {done} of {setup.steps}."
+          " The same command goes on from there."
         )
       if run.has_ended:
         return

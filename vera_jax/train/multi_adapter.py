@@ -1,12 +1,12 @@
-"""One pass in which each row of a packed batch runs with its own adapter.
+"""One batch in which each row runs with an adapter of its own.
 
-The trained leaves of N adapters are stacked on a leading axis. A pass gathers
+The trained leaves of N adapters are stacked on a leading axis. A batch gathers
 those of its rows (for VeRA d, b and the head) and is the ordinary forward
 under `jax.vmap`. Base, A and B have no such axis: x W0 and A x stay single
 products over all rows, and nothing of the size rows x in x out exists.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,8 @@ import optax
 from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
-from vera_jax.models.bert import INPUTS
-from vera_jax.train.step import Frozen, State, Tree, forward, slot_losses
+from vera_jax.tasks.classification import slot_losses
+from vera_jax.train.step import Frozen, State, Tree, outputs_of
 
 
 def empty_stack(leaves: Tree, *, capacity: int) -> Tree:
@@ -32,7 +32,8 @@ def mixed_logits(
   batch: dict[str, Array],
   key: PRNGKeyArray | None = None,
   *,
-  apply: Callable[..., Any],
+  module: Any,
+  inputs: Sequence[str],
 ) -> Float[Array, "rows slots labels"]:
   """Logits of every slot of a batch of several adapters.
 
@@ -41,20 +42,19 @@ def mixed_logits(
     frozen: the base and the projections that all of them share.
     batch: packed, with `adapter` [rows]; see `data.mixed`.
     key: of dropout, which each row draws for itself; None is evaluation.
-    apply: the adapted module's. VeRA's forward must be the factored one.
+    module: the adapted module, with the factored plan: any other would make a
+      kernel per row.
+    inputs: the names of the batch's arrays that the module takes.
   """
   own = jax.tree.map(lambda leaf: leaf[batch["adapter"]], stacked)
-  inputs = {name: batch[name] for name in INPUTS}
+  rows = {name: batch[name] for name in inputs}
   keys = None if key is None else jax.random.split(key, len(batch["adapter"]))
 
-  def one_row(own, inputs, key):
-    row = jax.tree.map(lambda x: x[None], inputs)
-    rngs = None if key is None else {"dropout": key}
-    return forward(
-      apply, own, frozen, row, deterministic=key is None, rngs=rngs
-    )[0]
+  def one_row(own, row, key):
+    row = jax.tree.map(lambda x: x[None], row)
+    return outputs_of(module, inputs, own, frozen, row, key)[0][0]
 
-  return jax.vmap(one_row)(own, inputs, keys)
+  return jax.vmap(one_row)(own, rows, keys)
 
 
 def mixed_losses(
@@ -62,8 +62,7 @@ def mixed_losses(
   frozen: Frozen,
   batch: dict[str, Array],
   key: PRNGKeyArray | None = None,
-  *,
-  apply: Callable[..., Any],
+  **model: Any,
 ) -> Float[Array, " adapters"]:
   """Each adapter's mean loss over its own examples of the batch; 0 without any.
 
@@ -71,7 +70,7 @@ def mixed_losses(
   each adapter's place, the gradient of that adapter trained alone on those
   examples. Arguments as in `mixed_logits`.
   """
-  logits = mixed_logits(stacked, frozen, batch, key, apply=apply)
+  logits = mixed_logits(stacked, frozen, batch, key, **model)
   losses = slot_losses(logits, batch["labels"])
 
   def own_loss(slot):
@@ -92,8 +91,8 @@ def mixed_step(
   batch: dict[str, Array],
   dropout_key: PRNGKeyArray,
   *,
-  apply: Callable[..., Any],
   tx: optax.GradientTransformation,
+  **model: Any,
 ) -> tuple[State, dict[str, Array]]:
   """One update of each adapter that the batch names, as if it were alone.
 
@@ -121,7 +120,7 @@ def mixed_step(
   named = {**batch, "adapter": place}
 
   def loss_of(params):
-    losses = mixed_losses(params, frozen, named, key, apply=apply)
+    losses = mixed_losses(params, frozen, named, key, **model)
     return jnp.sum(losses), losses
 
   grads, losses = jax.grad(loss_of, has_aux=True)(params)

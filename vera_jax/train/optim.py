@@ -72,5 +72,5 @@ def learning_rates(config: ConfigDict) -> dict[str, float]:
 
 
 def rates_of(config: ConfigDict) -> dict[str, float]:
-  """The optimiser's numbers that the runs of an ensemble have each their own."""
+  """The optimiser's numbers, of which each run of an ensemble has its own."""
   return {**learning_rates(config), "weight_decay": config.optim.weight_decay}

@@ -194,12 +194,15 @@ class Run:
     epoch, epochs = self.history[-1], self.config.optim.epochs
     scores = epoch["metrics"].items()
     shown = ", ".join(f"{name} {value:.4f}" for name, value in scores)
-    return (
+    line = (
       f"epoch {epoch['epoch']} of {epochs}: {shown}, training loss"
       f" {epoch['train_loss']:.4f}, {self.progress['seconds']:.0f} s"
-      + (", collapsed to one class" if epoch["collapsed"] else "")
-      + (", stopped early" if self.has_ended and len(self.history) < epochs else "")
     )
+    if epoch["collapsed"]:
+      line += ", collapsed to one class"
+    if self.has_ended and len(self.history) < epochs:
+      line += ", stopped early"
+    return line
 
   def save(self, step: int, state: State, *, ends_epoch: bool) -> None:
     metrics = None
@@ -207,8 +210,8 @@ class Run:
       metrics = {name: self.history[-1][name] for name in ("score", "epoch")}
     self.saves.save(step, state, self.progress, metrics)
 
-  def fail(self, what: str, *, step: int, steps: int) -> None:
-    """Write failed.json: no training can go on from here."""
+  def fail(self, what: str, *, step: int, steps: int) -> str:
+    """Write failed.json: no training can go on from here; returns why."""
     reason = (
       f"The {what} at step {step} of {steps}; the run stops here."
       f" {good_save(self.saves.latest_step)} Try, in another --workdir, lower"
@@ -225,6 +228,7 @@ class Run:
     }
     if is_first():
       results.write(self.folder, self.failure, results.FAILED)
+    return reason
 
   def finish(self, setup: Setup) -> dict[str, Any]:
     """Answers, adapter and result of a run that has ended, from its best epoch.
@@ -239,10 +243,10 @@ class Run:
     answers = setup.task.write_answers
     if self._wants_answers and answers is not None:
       new = self.folder / f"{ANSWERS}.new"
-      write = answers(setup.measure_with(params), setup.data, new)
+      write_new = answers(setup.measure_with(params), setup.data, new)
 
       def write_all() -> None:
-        write()
+        write_new()
         new.rename(self.folder / ANSWERS)  # all files or none
 
       on_first(write_all)

@@ -171,7 +171,7 @@ def build_setup(config: ConfigDict) -> Setup:
       f" ends before {plan.config.vocab_size}: the two don't belong together."
     )
   model = load_model(plan, base, mesh=mesh, seed=config.seed)
-  make_optimiser = partial(
+  make_optimiser: Callable[..., Any] = partial(
     optimiser,
     model.labels,
     steps=data.epoch_steps * config.optim.epochs,
@@ -260,7 +260,9 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
     shown = ", ".join(
       f"{name} in {n}" for name, n in Counter(plans.values()).most_common()
     )
-    yield f"contraction at {rows} rows: {shown} of {len(plans)} adapted products"
+    yield (
+      f"contraction at {rows} rows: {shown} of {len(plans)} adapted products"
+    )
   yield from setup.model.notes
   if len(titles) > 1:
     yield f"runs: {'; '.join(titles)}"

@@ -24,6 +24,7 @@ BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
+
 def make_mesh(
   data: int = -1,
   fsdp: int = 1,

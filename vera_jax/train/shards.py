@@ -17,7 +17,7 @@ no device could hold a whole one. Then the shards are those of `data` alone.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -87,7 +87,7 @@ def shards_of(places: Sequence[Any], *, front: int = 0) -> Shards:
   return Shards(mesh, ("data", "fsdp") if whole else ("data",), specs)
 
 
-def divide(batch: dict[str, Array], shards: Shards) -> dict[str, Array]:
+def divide(batch: Mapping[str, Array], shards: Shards) -> dict[str, Array]:
   """Rows [rows, ...] as [shards, rows per shard, ...].
 
   Raises:

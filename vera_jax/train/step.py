@@ -23,8 +23,15 @@ from vera_jax.adapters.apply import KEYS, PENALTIES
 from vera_jax.adapters.labels import join
 from vera_jax.models.pretrained import Model
 from vera_jax.train.runtime import compiler_options
-from vera_jax.train.shards import ONE, Shards, divide, rows_stay, shards_of, total
 from vera_jax.train.sharding import REPLICATED
+from vera_jax.train.shards import (
+  ONE,
+  Shards,
+  divide,
+  rows_stay,
+  shards_of,
+  total,
+)
 
 Tree = Any
 Batch = Mapping[str, Array]
@@ -50,7 +57,7 @@ class Sums(NamedTuple):
 
   microbatches: Int[Array, "*runs"]
   loss: Float[Array, "*shards"]
-  count: Float[Array, "*shards"]
+  examples: Float[Array, "*shards"]
   grads: Tree
 
 
@@ -70,7 +77,9 @@ def outputs_of(
   variables = {"params": join(params, frozen.params)}
   if frozen.projections:
     variables["projections"] = frozen.projections
-  rngs = key if key is None else {"dropout": key, KEYS: jax.random.fold_in(key, 1)}
+  rngs = None
+  if key is not None:
+    rngs = {"dropout": key, KEYS: jax.random.fold_in(key, 1)}
   outputs, sown = module.apply(
     variables,
     **{name: batch[name] for name in inputs},
@@ -122,7 +131,7 @@ def accumulate(
   return Sums(
     sums.microbatches + 1,
     sums.loss + total,
-    sums.count + count,
+    sums.examples + count,
     jax.tree.map(jnp.add, sums.grads, grads),
   )
 
@@ -136,7 +145,7 @@ def update(
   shards: Shards = ONE,
 ) -> tuple[State, dict[str, Float[Array, ""]]]:
   """Moves the trainable leaves by the mean gradient of the whole batch."""
-  loss, count, grads = total(sums.loss, sums.count, sums.grads, shards)
+  loss, count, grads = total(sums.loss, sums.examples, sums.grads, shards)
   count = jnp.maximum(count, 1)
   grads = jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), grads)
   tx = optimiser(**rates)
@@ -246,14 +255,12 @@ class Step:
     self, frozen: Frozen, batch: Any, key: Any, rates: Any
   ) -> Any:
     """A step of one microbatch as a single program, to be counted."""
-    whole = partial(
-      train_step,
-      start=self.start,
-      accumulate=self.accumulate,
-      update=self.update,
-    )
-    return jax.jit(lambda *args: whole(args[0], args[1], [args[2]], *args[3:]),
-                   donate_argnums=0).lower(self._state, frozen, batch, key, rates)
+
+    def step(state, frozen, batch, key, rates):
+      return self(state, frozen, [batch], key, rates)
+
+    whole = jax.jit(step, donate_argnums=0)
+    return whole.lower(self._state, frozen, batch, key, rates)
 
 
 def state_shape(
