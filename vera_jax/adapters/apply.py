@@ -281,8 +281,20 @@ def find_targets(
   return trace_sites(model, patterns, *args, fused=fused, **kwargs)[0]
 
 
+def leaf_shapes(adapter: Adapter, path: Path, target: Target) -> dict[str, Any]:
+  """The shapes of a site's leaves by name, with its stack's axes."""
+  shapes = _leaf_shapes(adapter, {path: target})
+  return dict(arrays_at(shapes, path))
+
+
 def adapter_size(adapter: Adapter, targets: Mapping[Path, Target]) -> int:
   """Trained numbers of an adapter on these sites, counted from shapes."""
+  leaves = jax.tree.leaves(_leaf_shapes(adapter, targets))
+  return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def _leaf_shapes(adapter: Adapter, targets: Mapping[Path, Target]) -> Any:
+  """The tree of all leaves, as shapes, on layers of the targets' widths."""
   kernels: dict[Path, Any] = {}
   for path, target in targets.items():
     outputs = target.columns[1] if target.columns else target.outputs
@@ -299,5 +311,4 @@ def adapter_size(adapter: Adapter, targets: Mapping[Path, Target]) -> int:
     key = jax.random.key(0)
     return first_leaves(adapter, targets, params, projections, key)
 
-  leaves = jax.eval_shape(start, unflatten_dict(kernels))
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(leaves))
+  return jax.eval_shape(start, unflatten_dict(kernels))

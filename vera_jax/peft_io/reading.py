@@ -18,7 +18,8 @@ from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.hub import PACKAGE, resolve
 from vera_jax.models.bert import BertConfig
-from vera_jax.models.hf_weights import fingerprint, load_config, module_path
+from vera_jax.models.family import family_of, load_config
+from vera_jax.models.hf_weights import fingerprint, module_path
 from vera_jax.peft_io.about import describe, our_settings
 from vera_jax.peft_io.config import PeftSettings, is_target, read_config
 from vera_jax.peft_io.files import (
@@ -83,7 +84,7 @@ def import_adapter(
   check_base(carried, base_folder)
   config = _base_config(base_folder)
   layers = linear_layers(config)
-  parts = _sort(tensors, settings.method, layers)
+  parts = _sort(tensors, settings.method, layers, config.model_type)
   _check_targets(settings, parts.adapted, layers)
   adapter = _adapter_leaves(settings, parts.adapted, layers)
   head = parts.head or head_of_base(base_folder, config)
@@ -156,14 +157,18 @@ def _base_config(folder: Path) -> BertConfig:
 
 
 def _sort(
-  tensors: Mapping[str, np.ndarray], method: str, layers: Collection[str]
+  tensors: Mapping[str, np.ndarray],
+  method: str,
+  layers: Collection[str],
+  model_type: str,
 ) -> Parts:
   parts = Parts({}, {}, {})
+  names = family_of({"model_type": model_type}).names
   for name, value in tensors.items():
     inner = name.removeprefix(PREFIX)
     ending = next((e for e in LEAVES[method] if inner.endswith(f".{e}")), None)
     module, _, last = inner.rpartition(".")
-    path = module_path(module)
+    path = module_path(module, names)
     if method == "vera" and name in PAIR:
       parts.pair[PAIR[name]] = value
     elif ending and inner.removesuffix(f".{ending}") in layers:
@@ -204,7 +209,7 @@ def _check_targets(
 
 
 def _shapes(settings: PeftSettings, layer: Layer) -> dict[str, tuple[int, ...]]:
-  rank, (inputs, outputs, _) = settings.rank, layer.target
+  rank, (inputs, outputs) = settings.rank, layer.target[:2]
   if settings.method == "vera":
     return {"vera_d": (rank,), "vera_b": (outputs,)}
   return {"lora_A": (rank, inputs), "lora_B": (outputs, rank)}

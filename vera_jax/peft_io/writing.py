@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
+from vera_jax.adapters.apply import leaf_shapes
 from vera_jax.adapters.files import STORED, SavedAdapter, load_adapter
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.methods import make_adapter
@@ -22,8 +22,8 @@ from vera_jax.adapters.projections import digest, make_projections
 from vera_jax.errors import UserError
 from vera_jax.files import write_json
 from vera_jax.hub import PACKAGE, resolve
+from vera_jax.models.family import family_of, load_config
 from vera_jax.models.hf_weights import (
-  load_config,
   module_name,
   module_path,
 )
@@ -182,12 +182,11 @@ def _write(
 def _check_leaves(ours: Ours, layers: Mapping[str, Layer]) -> None:
   """Names and shapes are those of method and rank."""
   adapter, _ = make_adapter(ours.about["method"], ours.about["settings"])
-  assert adapter is not None
   for name, leaves in ours.adapted.items():
-    inputs, outputs, _ = layers[name].target
+    layer = layers[name]
     need = {
-      leaf: jax.eval_shape(init, jax.random.key(0)).shape
-      for leaf, init in adapter.init(inputs, outputs).items()
+      leaf: shape.shape
+      for leaf, shape in leaf_shapes(adapter, layer.path, layer.target).items()
     }
     have = {leaf: value.shape for leaf, value in leaves.items()}
     if have != need:
@@ -200,10 +199,11 @@ def _check_leaves(ours: Ours, layers: Mapping[str, Layer]) -> None:
 def _sort(
   saved: SavedAdapter, layers: Mapping[str, Layer], model_type: str
 ) -> Ours:
+  names = family_of({"model_type": model_type}).names
   ours = Ours(saved.about, {}, {}, {})
   for name, value in saved.tensors.items():
     module, _, leaf = name.rpartition(".")
-    path = module_path(module)
+    path = module_path(module, names)
     theirs = module_name(path, model_type=model_type)
     if module == "projections":
       ours.stored[leaf] = value
@@ -261,13 +261,13 @@ def _as_lora(ours: Ours, layers: Mapping[str, Layer]) -> dict[str, Tensors]:
   matrices = _projections(ours, layers)
   adapted = {}
   for name, leaves in ours.adapted.items():
-    path, (inputs, outputs, _) = layers[name].path, layers[name].target
+    path, target = layers[name].path, layers[name].target
     own = path if (*path, "A") in matrices else ()
     A, B = matrices[(*own, "A")], matrices[(*own, "B")]
     vectors = _vectors(ours, layers[name], leaves)
     adapted[name] = {
-      "lora_A": vectors["vera_d"][:, None] * A[:, :inputs],
-      "lora_B": vectors["vera_b"][:, None] * B[:outputs],
+      "lora_A": vectors["vera_d"][:, None] * A[:, : target.inputs],
+      "lora_B": vectors["vera_b"][:, None] * B[: target.outputs],
     }
   return adapted
 

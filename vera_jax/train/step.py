@@ -214,7 +214,7 @@ class Step:
     self.start = jax.jit(start, out_shardings=sums)
     self.accumulate = jit(add, donate_argnums=0, out_shardings=sums)
     self.update = jit(
-      move, donate_argnums=(0, 1), out_shardings=(places, places.step)
+      move, donate_argnums=0, out_shardings=(places, places.step)
     )
     self._state = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
