@@ -19,7 +19,8 @@ from jaxtyping import Float
 Path = tuple[str, ...]
 Leaves = Mapping[str, Array]
 Kernel = Float[Array, "*stack i o"]
-Bias = Float[Array, "*stack o"]
+# Its axes are not bound: the sites of one tree have several widths.
+Bias = Float[Array, "*_stack _o"]
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
