@@ -27,8 +27,8 @@ from safetensors.numpy import save_file
 
 jaxtyping.install_import_hook("vera_jax", "typeguard.typechecked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# What one compiles all others find: pytest's workers, and tests' own processes.
-# With a limit of size JAX locks the folder, so that nobody reads half a file.
+# What one process compiles, all others use: pytest's workers, and those that
+# tests start. With a size limit JAX locks the folder: no half file is read.
 if "PYTEST_XDIST_WORKER" not in os.environ:
   COMPILED = tempfile.TemporaryDirectory()
   os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
@@ -39,7 +39,7 @@ jax.config.update("jax_compilation_cache_max_size", 2**33)
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
-  """Scripts have flags of the same names: each test file begins without any."""
+  """Scripts have flags of the same names: each test file starts without any."""
   if isinstance(collector, pytest.Module):
     for module, found in flags.FLAGS.flags_by_module_dict().items():
       if module.startswith(("experiments.", "benchmarks.", "tests.")):
@@ -81,7 +81,7 @@ TINY = {
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
   """A pretrained encoder's folder: random, headless, with two odd tensors."""
-  from tests.faults.ground import random_encoder
+  from tests.faults.fixtures import random_encoder
 
   folder = tmp_path_factory.mktemp("tiny_model")
   tensors = random_encoder(TINY)
@@ -160,7 +160,7 @@ def tiny_roberta(tmp_path_factory) -> Path:
   from tokenizers.processors import RobertaProcessing
   from transformers import PreTrainedTokenizerFast
 
-  from tests.faults.ground import random_encoder
+  from tests.faults.fixtures import random_encoder
 
   folder = tmp_path_factory.mktemp("tiny_roberta")
   fields = {**TINY, "model_type": "roberta", "pad_token_id": 1}
