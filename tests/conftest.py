@@ -198,13 +198,12 @@ def random_adapter(tiny_model, tmp_path_factory):
   """Makes an adapter's folder, its leaves random; keywords are settings."""
   from flax.traverse_util import flatten_dict, unflatten_dict
 
-  from vera_jax.adapters.apply import adapt
   from vera_jax.adapters.files import save_adapter
-  from vera_jax.adapters.labels import FROZEN, label_tree
-  from vera_jax.adapters.methods import make_adapter
+  from vera_jax.adapters.labels import FROZEN
   from vera_jax.adapters.projections import PRNG, digest
-  from vera_jax.models.bert import BertClassifier
-  from vera_jax.models.hf_weights import fingerprint, load_config
+  from vera_jax.models.family import read_fields
+  from vera_jax.models.hf_weights import fingerprint
+  from vera_jax.models.pretrained import blueprint
 
   def make(
     method="vera", *, base=tiny_model, task="rte", scan=True, **settings
@@ -213,15 +212,18 @@ def random_adapter(tiny_model, tmp_path_factory):
 
     labels = glue_task(task).labels
     settings = {**SETTINGS.get(method, {}), **settings}
-    ids = jax.ShapeDtypeStruct((1, 8), np.int32)
-    model = BertClassifier(load_config(base), len(labels) or 1, scan=scan)
-    adapter, targets = make_adapter(method, settings)
-    module, projections = model, {}
-    if adapter is not None:
-      module = adapt(model, adapter, targets=targets)
-      projections = adapter.projections(module.find_targets(ids))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
-    kinds = flatten_dict(label_tree(shapes, method))
+    made = blueprint(
+      read_fields(base),
+      outputs=len(labels) or 1,
+      method=method,
+      settings=settings,
+      scan=scan,
+    )
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(made.module.init, key, **made.inputs)["params"]
+    zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
+    projections = made.projections(zeros)
+    kinds = flatten_dict(made.label(shapes))
     rng = np.random.default_rng(7)
     trained = {
       path: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)

@@ -18,8 +18,9 @@ from jaxtyping import Float
 
 Path = tuple[str, ...]
 Leaves = Mapping[str, Array]
-Kernel = Float[Array, "*stack i o"]
-Bias = Float[Array, "*stack o"]
+# Sites of different widths lie in one dict, so the axes are not compared.
+Kernel = Float[Array, "*_stack _i _o"]
+Bias = Float[Array, "*_stack _o"]
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
