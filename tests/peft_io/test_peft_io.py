@@ -8,15 +8,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from vera_jax.adapters.files import FORMAT, load_adapter
-from vera_jax.adapters.layer_stacks import stack_layers
+from vera_jax.adapters.files import FORMAT, load_adapter, stack_layers
 from vera_jax.adapters.projections import digest, make_pair
 from vera_jax.errors import UserError
-from vera_jax.models.bert import BertConfig
-from vera_jax.models.pretrained import restore_adapter
+from vera_jax.models.pretrained import blueprint, restore_adapter
 from vera_jax.peft_io import export_adapter, import_adapter
-from vera_jax.peft_io.config import PeftSettings, is_target
-from vera_jax.peft_io.layers import linear_layers, module_list, patterns
+from vera_jax.peft_io.base import linear_layers, module_list, target_patterns
+from vera_jax.peft_io.settings import PeftSettings, is_target
 from vera_jax.peft_io.writing import WARNING
 
 MODULE = "base_model.model.bert.encoder.layer.{}.{}.{}"
@@ -506,7 +504,7 @@ def layers():
   )
   sizes |= {"intermediate_size": 4, "max_position_embeddings": 8}
   fields = {"model_type": "bert", "pad_token_id": 0, **sizes}
-  return linear_layers(BertConfig.from_dict(fields))
+  return linear_layers(blueprint(fields, outputs=2, scan=False))
 
 
 def adapted(layers, /, **settings):
@@ -537,9 +535,8 @@ def test_targets_as_peft_finds_them(layers):
 
 
 def test_the_shortest_names_for_layers(layers):
-  kinds = {layer.kind for layer in layers.values()}
-  named = [layer.kind for name, layer in layers.items() if "dense" in name]
-  assert patterns(named, kinds) == [
+  kinds = {layer.kind for name, layer in layers.items() if "dense" in name}
+  assert target_patterns(kinds, layers) == [
     "attention/output/dense",
     "intermediate/dense",
     r"layer(_\d+)?/output/dense",
