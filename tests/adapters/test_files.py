@@ -11,19 +11,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from vera_jax.adapters.apply import adapt
 from vera_jax.adapters.files import (
   FORMAT,
   SHA256,
   load_adapter,
   save_adapter,
+  stack_layers,
   tensors,
 )
-from vera_jax.adapters.labels import label_tree, split
-from vera_jax.adapters.files import stack_layers
-from vera_jax.adapters.methods import make_adapter
+from vera_jax.adapters.labels import split
 from vera_jax.errors import UserError
-from vera_jax.models.bert import BertClassifier, BertConfig
 
 
 def make(scan: bool):
