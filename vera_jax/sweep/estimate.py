@@ -37,7 +37,7 @@ def size_of(config: ConfigDict) -> Size:
 
 
 def steps(config: ConfigDict) -> int:
-  """Updates of a whole run, for a progress bar: exact where the task says its size."""
+  """Updates of a whole run; exact where the task says its size."""
   each = steps_per_epoch(size_of(config).train, config.optim.batch_size)
   return each * config.optim.epochs
 
