@@ -19,8 +19,7 @@ from jaxtyping import Float
 Path = tuple[str, ...]
 Leaves = Mapping[str, Array]
 Kernel = Float[Array, "*stack i o"]
-# Its axes are not bound: the sites of one tree have several widths.
-Bias = Float[Array, "*_stack _o"]
+Bias = Float[Array, "... _"]  # no names: sites of all widths share a dict
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
