@@ -310,7 +310,9 @@ class AdapterBank:
     self.params = set_slot(self.params, np.int32(slot), prepared)
     labels = tuple(map(str, saved.about["labels"]))
     self._slots[name] = slot
-    self._adapters[name] = self._plain._replace(about=saved.about, labels=labels)
+    self._adapters[name] = self._plain._replace(
+      about=saved.about, labels=labels
+    )
 
 
 def _loaded(adapter: str | Path | SavedAdapter) -> SavedAdapter:
