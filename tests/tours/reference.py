@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from vera_jax.train.evaluate import Logits
 
 from tests.tours.ground import Ground
 from vera_jax.data.examples import Examples
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.train.evaluate import Logits
 
 PEFT_BATCH = 32
 RATES = {"vera": 2e-2, "lora": 5e-3}

@@ -23,6 +23,8 @@ import jax
 import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
+from vera_jax.train.evaluate import Logits, split_logits
+from vera_jax.train.model import init_state
 
 from experiments import cli
 from tests.tours import page, reference
@@ -41,9 +43,7 @@ from vera_jax.models.pretrained import (
 from vera_jax.peft_io import export_adapter, import_adapter
 from vera_jax.serve.predictor import Predictor
 from vera_jax.train.checkpoint import Checkpoints
-from vera_jax.train.evaluate import Logits, split_logits
 from vera_jax.train.loop import train_and_evaluate
-from vera_jax.train.model import init_state
 from vera_jax.train.run import build_run
 from vera_jax.train.sharding import BATCH
 from vera_jax.train.step import eval_step
