@@ -34,7 +34,7 @@ def start(model, x):
 @pytest.mark.smoke
 @pytest.mark.parametrize("method", [vera(5), lora(2)], ids=["vera", "lora"])
 def test_axes_named_out_of_order(method):
-  """The layer may name the contracted axes in any order."""
+  """The kernel's axes are those of x, whatever order the layer names."""
   layer = nn.DenseGeneral(5, axis=(-1, -2))
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 7)), "float32")
   model = adapt(nn.Sequential([layer]), method, targets=["layers_0"])
