@@ -87,8 +87,9 @@ def _need_torch() -> None:
 
 def compare(config: ConfigDict, steps: int) -> dict[str, Any]:
   """Train both for some steps; losses of each, and their largest distances."""
-  from vera_jax.hub import resolve
   from vera_jax.train.data import build_data
+
+  from vera_jax.hub import resolve
 
   with tempfile.TemporaryDirectory() as folder:
     place = Path(folder)
@@ -141,12 +142,12 @@ def train_here(
 ) -> Trained:
   """Leaves the start in PEFT's format in place/start."""
   import jax
+  from vera_jax.train.model import build_model, init_state
 
   from vera_jax.adapters.files import save_adapter
   from vera_jax.adapters.projections import PRNG
   from vera_jax.models.hf_weights import fingerprint
   from vera_jax.peft_io import export_adapter
-  from vera_jax.train.model import build_model, init_state
   from vera_jax.train.optim import optimiser
   from vera_jax.train.run import learning_rates
   from vera_jax.train.sharding import make_mesh

@@ -12,53 +12,54 @@ from typing import Any
 from vera_jax.files import write_json
 from vera_jax.results import provenance
 
-REFERENCES = ("torch", "peft")
-
 
 def interleaved(
-  ways: Mapping[str, Callable[[], Any]], *, repetitions: int
+  variants: Mapping[str, Callable[[], Any]], *, repetitions: int
 ) -> dict[str, list[float]]:
-  """Seconds of every repetition of every way, taking turns.
+  """Seconds of every repetition of every variant, by turns.
 
-  Whatever else the machine does then meets all of them alike. What is compiled
-  at a first call must have been called.
+  Whatever else the machine does meanwhile then affects all of them alike. What
+  is compiled at a first call must have been called before.
   """
-  seconds: dict[str, list[float]] = {name: [] for name in ways}
+  seconds: dict[str, list[float]] = {name: [] for name in variants}
   for _ in range(repetitions):
-    for name, run in ways.items():
+    for name, run in variants.items():
       start = time.perf_counter()
       run()
       seconds[name].append(time.perf_counter() - start)
   return seconds
 
 
-def environment(subcommand: str) -> dict[str, Any]:
-  """Command, versions and hardware; the load says what else was running."""
+def environment(name: str) -> dict[str, Any]:
+  """A benchmark's command, versions and hardware; the load says what else ran.
+
+  Call it before the measurement: the load afterwards is the benchmark's own.
+  """
   made = provenance()
-  for name in REFERENCES:
+  for package in ("torch", "peft"):
     try:
-      made["versions"][name] = version(name)
+      made["versions"][package] = version(package)
     except PackageNotFoundError:
-      made["versions"][name] = None
+      made["versions"][package] = None
   words = [word for word in sys.argv[1:] if not word.startswith("--out=")]
+  cpu = platform.processor()
+  if Path("/proc/cpuinfo").exists():
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+      if line.startswith("model name"):
+        cpu = line.partition(":")[2].strip()
+        break
   return {
     **made,
-    "command": " ".join(
-      ["python -m experiments.benchmark", subcommand, *words]
-    ),
-    "cpu": _cpu(),
+    "command": " ".join([f"python -m benchmarks.{name}", *words]),
+    "cpu": cpu,
     "cores": os.cpu_count(),
-    "load_before": [round(load, 2) for load in os.getloadavg()],
+    "load_before": load(),
   }
 
 
-def _cpu() -> str:
-  try:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-  except OSError:  # not Linux
-    return platform.processor()
-  names = [line for line in lines if line.startswith("model name")]
-  return names[0].partition(":")[2].strip() if names else platform.processor()
+def load() -> list[float]:
+  """The machine's load averages over 1, 5 and 15 minutes."""
+  return [round(average, 2) for average in os.getloadavg()]
 
 
 def write(name: str, result: Mapping[str, Any], *, folder: str) -> Path:

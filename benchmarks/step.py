@@ -1,50 +1,69 @@
 """What a training step costs, from programs that XLA compiled and nobody ran.
 
-  python -m experiments.benchmark step
-  python -m experiments.benchmark step --sizes=base --device=cpu
+  python -m benchmarks.step
+  python -m benchmarks.step --sizes=base --device=cpu
 
-The real step of VeRA, in each contraction plan, and of LoRA on RoBERTa of the
+The real step of VeRA, in each contraction plan, and of LoRA on RoBERTa at the
 paper's settings (query and value; base r = 1024, large r = 256; LoRA r = 8)
-beside two steps of the network with nothing on it. One trains a number a column
-of the same layers, so that the gradient takes the same way, and computes of the
-last layer what the head reads, as all others do. The other has the whole last
-layer, and the gradient down to the embeddings (it trains the biases).
+beside two steps of the network with no method on it. One trains one number per
+output of the same layers, so that the gradient goes through the same layers,
+and computes of the last layer what the head reads, as all others do. The other
+has the whole last layer, and the gradient down to the embeddings (it trains the
+biases).
 
 FLOPs, bytes moved and temporary memory are XLA's own counts, for one chip of a
 described TPU in bfloat16 (no TPU is needed, only `pip install libtpu`) or for
 this machine's CPU in float32. FLOPs and bytes are counted as
 benchmarks/plans/depth.py says; temporary memory is the scanned step's. Each
-step is three programs, a minute or more on one core; what an earlier call of
-the same versions has counted stays in the file, without --anew.
+step takes three programs, a minute or more on one core. What an earlier call of
+the same versions has counted stays in the file; --anew counts it again.
 """
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from absl import flags
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
 from benchmarks import step_report
-from benchmarks.plans.chips import describe_pod
+from benchmarks.plans.chips import describe_pod, use_no_accelerator
+from benchmarks.plans.depth import counts
+from benchmarks.plans.lowering import (
+  AbstractStep,
+  abstract_step,
+  architecture,
+)
 from benchmarks.report import environment, write
 from configs import rte
+from experiments import cli
+from vera_jax.adapters.interface import Adapter, Leaves, Site
+from vera_jax.adapters.products import PLANS
 from vera_jax.files import read_json
+from vera_jax.train.sharding import make_mesh
 
 FROZEN = "frozen network"
 WHOLE = "frozen network, whole"
 SIZES = "base", "large"
 
 
-class Cost(NamedTuple):
-  """Of one step, by XLA's count; `sent` is what several chips all-reduce."""
+class Variant(NamedTuple):
+  """A step to count.
 
-  flops: float
-  moved: float
-  temporary: int
-  sent: int
+  Attributes:
+    config: a run's.
+    adapter: in place of the config's method; and the targets that it is on.
+    whole: whether the head reads every position, so that the last layer is
+      computed whole.
+  """
+
+  config: ConfigDict
+  adapter: tuple[Adapter, tuple[str, ...]] | None = None
+  whole: bool = False
 
 
 def define_flags() -> None:
@@ -52,43 +71,49 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "device", "v5e:2x2", "A TPU topology, whose first chip is taken; or cpu."
   )
-  flags.DEFINE_integer("length", 128, "Tokens a row.", lower_bound=8)
+  flags.DEFINE_integer("length", 128, "Tokens per row.", lower_bound=8)
   flags.DEFINE_bool("anew", False, "Count again what the file has.")
   flags.DEFINE_string("out", "results/benchmarks", "Where step-*.json goes.")
 
 
 def main() -> None:
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  use_no_accelerator()
   given = flags.FLAGS
-  device = _device(given.device)
-  kind = given.device.partition(":")[0]
-  path = Path(given.out) / f"step-{kind}.json"
+  if given.device == "cpu":
+    device: Any = jax.devices("cpu")[0]
+  else:
+    device = describe_pod(given.device).devices[0]
+  path = Path(given.out) / f"step-{given.device.partition(':')[0]}.json"
   result = environment("step") | {
     "device": given.device,
     "kind": device.device_kind,
-    "dtype": _dtype(device),
+    "dtype": "float32" if device.platform == "cpu" else "bfloat16",
     "length": given.length,
-    "rows": {size: _batch(size) for size in SIZES},
+    "rows": {size: rte.get_config(size).optim.batch_size for size in SIZES},
   }
   found = {} if given.anew else kept(path, result)
   for size in given.sizes:
-    ways = dict(_ways(size))
-    costs = {k: x for k, x in found.get(size, {}).items() if k in ways}
-    told = f"RoBERTa-{size}"
-    for name, way in track(ways.items(), description=told, total=len(ways)):
+    chosen = dict(variants(size))
+    costs = {k: x for k, x in found.get(size, {}).items() if k in chosen}
+    for name, variant in track(chosen.items(), f"RoBERTa-{size}", len(chosen)):
       if name not in costs:
-        costs[name] = _cost(*way, given.length, device)._asdict()
+        costs[name] = cost(
+          variant, length=given.length, device=device, dtype=result["dtype"]
+        )
         found[size] = costs
         write(path.stem, result | {"sizes": found}, folder=given.out)
-    found[size] = {name: costs[name] for name in ways}
-  publish(result | {"sizes": found}, path)
-  for table in step_report.for_terminal(read_json(path)):
+    found[size] = {name: costs[name] for name in chosen}
+  result["sizes"] = found
+  write(path.stem, result, folder=given.out)
+  page = step_report.markdown(result)
+  path.with_suffix(".md").write_text(page, encoding="utf-8")
+  step_report.draw(result, path.with_suffix(".png"))
+  for table in step_report.for_terminal(result):
     Console().print(table)
   print(path)
 
 
-def kept(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+def kept(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
   """What an earlier call has counted under the same conditions, by size."""
   if not path.exists():
     return {}
@@ -99,99 +124,74 @@ def kept(path: Path, result: dict[str, Any]) -> dict[str, Any]:
   return there["sizes"]
 
 
-def publish(result: dict[str, Any], path: Path) -> None:
-  """Writes the figures, their tables and the plot."""
-  write(path.stem, result, folder=str(path.parent))
-  page = step_report.markdown(result)
-  path.with_suffix(".md").write_text(page, encoding="utf-8")
-  step_report.draw(result, path.with_suffix(".png"))
+def variants(size: str) -> Iterator[tuple[str, Variant]]:
+  """(name, what to count) for RoBERTa-base or -large."""
 
-
-def _batch(size: str) -> int:
-  return rte.get_config(size).optim.batch_size
-
-
-def _dtype(device: Any) -> str:
-  return "float32" if device.platform == "cpu" else "bfloat16"
-
-
-def _device(name: str) -> Any:
-  """The CPU, or the first chip of a described topology."""
-  import jax
-
-  if name == "cpu":
-    return jax.devices("cpu")[0]
-  return describe_pod(name).devices[0]
-
-
-def _ways(size: str) -> Iterator[tuple[str, tuple[Any, Any, bool]]]:
-  """(name, (config, an adapter of no method, whether to read everywhere))."""
-  from vera_jax.adapters.products import PLANS
-
-  def config(method: str, plan: str = "auto") -> Any:
+  def config(method: str, plan: str = "auto") -> ConfigDict:
     made = rte.get_config(size)
     made.method, made.model.contraction, made.model.scan = method, plan, True
     return made
 
   vera, lora = (config(method) for method in ("vera", "lora"))
-  nothing = frozen_network(), tuple(vera.vera.targets)
-  yield FROZEN, (config("head"), nothing, False)
-  yield WHOLE, (config("bitfit"), None, True)
+  targets = tuple(vera.vera.targets)
+  yield FROZEN, Variant(config("head"), (column_bias(), targets))
+  yield WHOLE, Variant(config("bitfit"), whole=True)
   for plan in PLANS:
-    yield (
-      f"vera r={vera.vera.rank}, {plan}",
-      (config("vera", plan), None, False),
-    )
-  yield f"lora r={lora.lora.rank}", (lora, None, False)
+    yield f"vera r={vera.vera.rank}, {plan}", Variant(config("vera", plan))
+  yield f"lora r={lora.lora.rank}", Variant(lora)
 
 
-def frozen_network() -> Any:
-  """An adapter that adds one number a column, for which x's gradient is not
-  needed but that of the layer's output is."""
-  import jax.numpy as jnp
+def column_bias() -> Adapter:
+  """An adapter that adds one number to each output.
 
-  from vera_jax.adapters.interface import Adapter
+  Its gradient needs that of the layer's output, but not the layer's input: the
+  least that any adapter of the layer can cost.
+  """
+
+  def weights(leaves: Leaves, site: Site) -> Any:
+    added = leaves["column_bias"]
+    return site.kernel(), added if site.bias is None else site.bias + added
 
   return Adapter(
-    name="nothing",
-    projections=lambda targets: {},
-    init=lambda i, o: {"nothing": lambda key: jnp.zeros(o, jnp.float32)},
-    forward=lambda leaves, _, x, kernel, *, outputs: (
-      x @ kernel
-      + leaves["nothing"].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-    ),
-    kernel=lambda leaves, _, *, inputs, outputs: jnp.zeros((inputs, outputs)),
-    plan=lambda tokens, inputs, outputs: "factored",
+    name="column",
+    init=lambda key, site: {"column_bias": jnp.zeros(site.outputs)},
+    weights=weights,
   )
 
 
-def _cost(
-  config: Any, adapter: Any, whole: bool, length: int, device: Any
-) -> Cost:
-  from benchmarks.plans.depth import counts
-  from benchmarks.plans.lowering import architecture, step_of
-  from vera_jax.train.model import compute_dtype
-  from vera_jax.train.sharding import make_mesh
-
-  dtype, mesh = compute_dtype(_dtype(device)), make_mesh(over=[device])
-
-  def step(config: Any, fields: Any) -> Any:
-    return step_of(config, fields, mesh, dtype, adapter=adapter)
-
-  def compiled(config: Any, fields: Any) -> Any:
-    return step(config, fields).compile(rows, length, read)
-
+def cost(
+  variant: Variant, *, length: int, device: Any, dtype: str
+) -> dict[str, Any]:
+  """XLA's counts of one step; "sent" is what several chips all-reduce, in
+  bytes, and "temporary" and "moved" are bytes too."""
+  config, mesh = variant.config, make_mesh(over=[device])
   fields, rows = architecture(config), config.optim.batch_size
-  read = length if whole else 1  # positions a row, that the head reads
-  memory = compiled(config, fields).memory_analysis()
-  numbers = step(config, fields).model.counts
-  found = counts(config, fields, compiled)
-  # The head is trained, so that each of its products is three; those at
-  # positions that are only read for the last layer's sake don't count.
-  width, labels = fields.hidden_size, 2
-  found["flops"] -= 3 * 2 * rows * (read - 1) * width * (width + labels)
-  return Cost(
-    **found,
-    temporary=memory.temp_size_in_bytes,
-    sent=4 * (numbers.adapter + numbers.head + 1),  # and the loss
+  read = length if variant.whole else 1  # positions per row that the head reads
+
+  def step(config: ConfigDict, fields: Mapping[str, Any]) -> AbstractStep:
+    options: dict[str, Any] = {"dtype": jnp.dtype(dtype)}
+    if variant.adapter is not None:
+      options["adapter"] = variant.adapter
+    return abstract_step(config, fields, mesh, **options)
+
+  real = step(config, fields)
+  memory = real.compile(rows, length, read).memory_analysis()
+  found = counts(
+    config, fields, lambda *args: step(*args).compile(rows, length, read)
   )
+  # The head is trained, so that each of its products counts three times; those
+  # at positions that are only read for the last layer's sake are left out.
+  width, labels = fields["hidden_size"], 2
+  found["flops"] -= 3 * 2 * rows * (read - 1) * width * (width + labels)
+  numbers = real.model.counts
+  return {
+    **found,
+    "temporary": memory.temp_size_in_bytes,
+    # with the loss and the number of examples
+    "sent": 4 * (numbers.adapter + numbers.head + 2),
+  }
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main, usage=__doc__)

@@ -1,4 +1,4 @@
-"""Our contender of `benchmark train`: the run that a user would start."""
+"""Our side of `benchmarks.train`: the run that a user would start."""
 
 import time
 from typing import Any
@@ -6,16 +6,15 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from benchmarks.contender import Settings, serve
+from benchmarks.process import Settings, serve
 from vera_jax.train.loop import train_and_evaluate
 
 
 def train(settings: Settings) -> dict[str, Any]:
   """Scores of each epoch, numbers trained."""
   imported = time.time()
-  result = train_and_evaluate(
-    ConfigDict(settings["config"]), settings["workdir"]
-  )
+  config = ConfigDict(settings["config"])
+  result = train_and_evaluate(config, settings["workdir"])
   parameters = result["parameters"]
   memory = jax.local_devices()[0].memory_stats() or {}
   return {

@@ -5,25 +5,31 @@
     --methods=vera --config.mesh.fsdp=2
 
 Compiles the real step for the described chips (pip install libtpu; no TPU) and
-prints what one chip holds, computes and sends, for vera, lora and full side by
+prints what one chip stores, computes and sends, for vera, lora and full side by
 side, the largest batch that fits, and the command that would train there. The
 batch is config.optim.batch_size rows of one text each, config.data.max_length
-tokens long, as if nothing could be packed; at least a row a chip.
+tokens long, as if nothing could be packed; at least one row per chip.
 """
 
-import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 from rich.console import Console
 
+from benchmarks.plans import report
+from benchmarks.plans.chips import describe_pod, use_no_accelerator
+from benchmarks.plans.figures import plan
+from benchmarks.report import write
 from experiments import cli
+from vera_jax.files import read_json
+from vera_jax.train.config import check_settings
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string(
-  "topology", "v5e:2x2", "Chips and how they lie: v5e:16x16, v6e:2x4, ..."
+  "topology", "v5e:2x2", "Chips and their arrangement: v5e:16x16, v6e:2x4, ..."
 )
 METHODS = flags.DEFINE_list(
   "methods", ["vera", "lora", "full"], "Side by side in the table."
@@ -44,32 +50,32 @@ OUT = flags.DEFINE_string("out", "results/plans", "Where the JSON goes.")
 
 def main() -> None:
   config = cli.chosen(CONFIG)
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no cloud for a TPU
-  from benchmarks.plans import report  # after the flags' errors
-  from benchmarks.plans.chips import describe_pod
-  from benchmarks.plans.figures import plan
-  from vera_jax.train.config import check_settings
-
+  use_no_accelerator()
   pod = describe_pod(TOPOLOGY.value)
-  made: dict[str, Any] = {}
+  name = f"{Path(config.model.name).name}-{pod.name.replace(':', '-')}"
+  methods: dict[str, Any] = {}
   for method in METHODS.value:
     chosen = config.copy_and_resolve_references()
     chosen.method = method
     check_settings(chosen)
-    made[method] = plan(
+    methods[method] = plan(
       chosen,
       pod,
       rows=ROWS.value,
       search=SEARCH.value,
       effort=EFFORT.value,
     )
-    about = report.about(config, pod, shlex.join(sys.argv[1:]))
-    path = report.write({**about, "methods": made}, folder=OUT.value)
-  console = Console()
-  console.print(report.table(report.read(path)))
-  console.print(report.notes(report.read(path)), markup=False, highlight=False)
-  console.print(str(path), markup=False, highlight=False)
+    # Written after each method, so that an interrupted plan keeps the others.
+    about = report.metadata(config, pod, shlex.join(sys.argv[1:]))
+    path = write(name, {**about, "methods": methods}, folder=OUT.value)
+  result, console = read_json(path), Console()
+  console.print(report.table(result))
+  console.print(
+    "To train there, on every host at once, with a folder that all see:\n"
+    f"  {result['run']} --workdir=FOLDER\n{path}",
+    markup=False,
+    highlight=False,
+  )
 
 
 if __name__ == "__main__":

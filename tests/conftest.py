@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ from safetensors.numpy import save_file
 
 jaxtyping.install_import_hook("vera_jax", "typeguard.typechecked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# What one compiles all others find: pytest's workers, and tests' own processes.
-# With a limit of size JAX locks the folder, so that nobody reads half a file.
+# What one process compiles, all others use: pytest's workers, and those that
+# tests start. With a size limit JAX locks the folder: no half file is read.
 if "PYTEST_XDIST_WORKER" not in os.environ:
   COMPILED = tempfile.TemporaryDirectory()
   os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
@@ -38,7 +39,7 @@ jax.config.update("jax_compilation_cache_max_size", 2**33)
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
-  """Scripts have flags of the same names: each test file begins without any."""
+  """Scripts have flags of the same names: each test file starts without any."""
   if isinstance(collector, pytest.Module):
     for module, found in flags.FLAGS.flags_by_module_dict().items():
       if module.startswith(("experiments.", "benchmarks.", "tests.")):
@@ -80,7 +81,7 @@ TINY = {
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
   """A pretrained encoder's folder: random, headless, with two odd tensors."""
-  from tests.faults.ground import random_encoder
+  from tests.faults.fixtures import random_encoder
 
   folder = tmp_path_factory.mktemp("tiny_model")
   tensors = random_encoder(TINY)
@@ -159,7 +160,7 @@ def tiny_roberta(tmp_path_factory) -> Path:
   from tokenizers.processors import RobertaProcessing
   from transformers import PreTrainedTokenizerFast
 
-  from tests.faults.ground import random_encoder
+  from tests.faults.fixtures import random_encoder
 
   folder = tmp_path_factory.mktemp("tiny_roberta")
   fields = {**TINY, "model_type": "roberta", "pad_token_id": 1}
@@ -202,7 +203,7 @@ def random_adapter(tiny_model, tmp_path_factory):
   from vera_jax.adapters.labels import FROZEN
   from vera_jax.adapters.projections import PRNG, digest
   from vera_jax.models.family import read_fields
-  from vera_jax.models.hf_weights import fingerprint
+  from vera_jax.models.hf_weights import fingerprint, load_params
   from vera_jax.models.pretrained import blueprint
 
   def make(
@@ -212,18 +213,18 @@ def random_adapter(tiny_model, tmp_path_factory):
 
     labels = glue_task(task).labels
     settings = {**SETTINGS.get(method, {}), **settings}
-    made = blueprint(
+    plan = blueprint(
       read_fields(base),
       outputs=len(labels) or 1,
       method=method,
       settings=settings,
       scan=scan,
     )
-    key = jax.random.key(0)
-    shapes = jax.eval_shape(made.module.init, key, **made.inputs)["params"]
-    zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
-    projections = made.projections(zeros)
-    kinds = flatten_dict(made.label(shapes))
+    init, key = plan.module.init, jax.random.key(0)
+    shapes = jax.eval_shape(init, key, **plan.inputs)["params"]
+    kinds = flatten_dict(plan.label(shapes))
+    weights = load_params(base, unflatten_dict(plan.shapes)).params
+    projections = plan.projections(jax.tree.map(jnp.asarray, weights))
     rng = np.random.default_rng(7)
     trained = {
       path: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)

@@ -1,12 +1,16 @@
 """The chips that a plan can be made for, and what to say without libtpu."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
 
 from vera_jax.errors import UserError
 
 GIB = 2**30
-# Bytes of HBM a chip, by the kind that JAX calls it: Google's figures.
+# Bytes of HBM per chip, by the kind that JAX calls it: Google's figures.
 MEMORY = {
   "TPU v4": 32 * GIB,
   "TPU v5 lite": 16 * GIB,
@@ -30,14 +34,19 @@ class Pod(NamedTuple):
   memory: int
 
 
+def use_no_accelerator() -> None:
+  """Compile on the CPU, for whatever chips; call it before JAX is used."""
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no cloud for a TPU
+  if "JAX_PLATFORMS" not in os.environ:
+    jax.config.update("jax_platforms", "cpu")
+
+
 def describe_pod(name: str) -> Pod:
   """A topology by its name, such as v5e:16x16.
 
   Raises:
     UserError: libtpu is missing or locked, or knows no such topology.
   """
-  from jax.experimental.topologies import get_topology_desc
-
   try:
     import libtpu  # noqa: F401
   except ImportError as error:
@@ -47,10 +56,11 @@ def describe_pod(name: str) -> Pod:
     ) from error
   devices: Any
   try:
-    devices = get_topology_desc(name, "tpu").devices
+    devices = topologies.get_topology_desc(name, "tpu").devices
   except (RuntimeError, ValueError, NotImplementedError) as error:
+    first_line = str(error).strip().partition("\n")[0]
     raise UserError(
-      f"XLA can't describe {name!r} ({_first_line(error)}). A topology reads"
+      f"XLA can't describe {name!r} ({first_line}). A topology reads"
       " KIND:XxY, such as v5e:2x2, v5e:16x16, v6e:2x4; libtpu serves one"
       " process at a time."
     ) from error
@@ -60,9 +70,4 @@ def describe_pod(name: str) -> Pod:
       f"{name} has chips of kind {kind}; known are {', '.join(MEMORY)}."
     )
   chips = {tuple(device.coords) for device in devices}
-  memory = MEMORY[kind] * len(chips) // len(devices)
-  return Pod(name, devices, kind, memory)
-
-
-def _first_line(error: Exception) -> str:
-  return str(error).strip().splitlines()[0] if str(error).strip() else ""
+  return Pod(name, devices, kind, MEMORY[kind] * len(chips) // len(devices))

@@ -1,8 +1,8 @@
 """What a compiled program sends between chips, read from its HLO text.
 
 Every collective with its bytes and how often a step runs it: one inside a loop
-(a scanned stack's body) runs once a turn. Bytes are those of one chip's result,
-or, of a reduce-scatter, of what goes in.
+(a scanned stack's body) runs once per iteration. Bytes are those of one chip's
+result, or, of a reduce-scatter, of its input.
 """
 
 import math
@@ -19,14 +19,19 @@ KINDS = (
 )
 _WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5}  # others say their bits: bf16, s32
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.+)$")
-_CALLED = re.compile(
-  r"(body|condition|calls|to_apply|true_computation|false_computation)="
-  r"%?([\w.\-]+)"
+_INSTRUCTION = re.compile(
+  r"^\s*(?:ROOT )?%?[\w.\-]+ = "
+  r"(?P<shape>.*?) (?P<operation>[a-z][\w\-]*)\((?P<rest>.*)$"
 )
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CALLED = re.compile(
+  r"(?:body|condition|calls|to_apply|true_computation|false_computation"
+  r"|branch_computations)=(\{[^}]*\}|[%\w.\-]+)"
+)
+_ITERATIONS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+# The chips of a group are either listed or counted.
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")
 
 
 class Collective(NamedTuple):
@@ -34,7 +39,7 @@ class Collective(NamedTuple):
 
   Attributes:
     bytes: of one run of it, on one chip.
-    times: runs a step.
+    times: how often a step runs it.
     looped: whether it is inside a loop.
   """
 
@@ -46,113 +51,56 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-  """All of a module's, in the order of the text.
+  """All collectives of a module, in the order in which it runs them.
 
   Args:
     text: a compiled module's, as `compiled.as_text()` gives it.
   """
-  bodies, entry = _computations(text)
-  found: list[Collective] = []
-  _walk(entry, bodies, times=1, looped=False, found=found)
-  return found
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """The instructions of every computation, and the entry's name."""
-  bodies: dict[str, list[str]] = {}
+  bodies: dict[str, list[re.Match[str]]] = {}
   entry, current = "", []
   for line in text.splitlines():
     if head := _COMPUTATION.match(line):
       current = bodies.setdefault(head[2], [])
       entry = head[2] if head[1] else entry
     elif match := _INSTRUCTION.match(line):
-      current.append(match[2])
-  return bodies, entry
+      current.append(match)
+
+  def walk(name: str, times: int, looped: bool) -> Iterator[Collective]:
+    for match in bodies.get(name, []):
+      operation, rest = match["operation"], match["rest"]
+      if operation.removesuffix("-start") in KINDS:
+        types, size = _sent(match["shape"], operation, rest)
+        kind = operation.removesuffix("-start")
+        yield Collective(kind, types, size, times, looped)
+        continue  # what it calls is the addition
+      loops = operation == "while"
+      known = _ITERATIONS.search(rest) if loops else None
+      runs = times * int(known[1]) if known else times
+      for called in _CALLED.findall(rest):
+        for computation in re.findall(r"[\w.\-]+", called):
+          yield from walk(computation, runs, looped or loops)
+
+  return list(walk(entry, 1, False))
 
 
-def _walk(
-  name: str,
-  bodies: dict[str, list[str]],
-  *,
-  times: int,
-  looped: bool,
-  found: list[Collective],
-) -> None:
-  for text in bodies.get(name, []):
-    shape, kind = _operation(text)
-    base = kind.removesuffix("-start")
-    if base in KINDS:
-      found.append(_collective(base, shape, text, times, looped))
-      continue  # its to_apply is the addition
-    turns, loops = times, kind == "while"
-    if loops:
-      turns *= _trips(text)
-    for called in _called(text):
-      _walk(called, bodies, times=turns, looped=looped or loops, found=found)
-
-
-def _operation(text: str) -> tuple[str, str]:
-  """(result's shape, operation) of what is right of an instruction's "="."""
-  end = _closing(text) if text.startswith("(") else text.index(" ")
-  return text[:end], text[end:].strip().partition("(")[0]
-
-
-def _closing(text: str) -> int:
-  """Where the bracket that the text begins with has been closed."""
-  depth = 0
-  for end, letter in enumerate(text, 1):
-    depth += (letter == "(") - (letter == ")")
-    if depth == 0:
-      return end
-  return len(text)
-
-
-def _collective(
-  kind: str, shape: str, text: str, times: int, looped: bool
-) -> Collective:
-  parts = list(_arrays(shape))
-  if f"{kind}-start(" in text and kind in ("all-gather", "collective-permute"):
-    # the shape lists what goes in, then what comes out (and, of a
-    # permutation, two contexts)
-    half = 1 if kind == "collective-permute" else len(parts) // 2
-    parts = parts[half : 2 * half]
-  size = sum(bits for _, bits in parts)
-  if kind == "reduce-scatter":
-    size *= _group_size(text)
-  names = tuple(sorted({name for name, _ in parts}))
-  return Collective(kind, names, int(size), times, looped)
-
-
-def _arrays(shape: str) -> Iterator[tuple[str, float]]:
-  """(type, bytes) of every array in a shape."""
+def _sent(shape: str, operation: str, rest: str) -> tuple[tuple[str, ...], int]:
+  """(element types, bytes) of a collective, from its result's shape."""
+  arrays = []
   for name, sizes in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape)):
     count = math.prod(int(size) for size in sizes.split(",") if size)
-    yield name, count * _width(name)
-
-
-def _width(name: str) -> float:
-  if name in _WIDTHS:
-    return _WIDTHS[name]
-  bits = re.match(r"[a-z]+(\d+)", name)
-  return int(bits[1]) / 8 if bits else 0  # a token has none
-
-
-def _group_size(text: str) -> int:
-  """Chips that share the operation, from either way of writing the groups."""
-  if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-    return len(listed[1].split(","))
-  if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
-    return int(counted[1])
-  return 1
-
-
-def _trips(text: str) -> int:
-  turns = _TURNS.search(text)
-  return int(turns[1]) if turns else 1
-
-
-def _called(text: str) -> Iterator[str]:
-  for _, name in _CALLED.findall(text):
-    yield name
-  for names in _BRANCHES.findall(text):
-    yield from re.findall(r"[\w.\-]+", names)
+    bits = re.match(r"[a-z]+(\d+)", name)  # a token has none
+    width = _WIDTHS.get(name, int(bits[1]) / 8 if bits else 0)
+    arrays.append((name, count * width))
+  # These two list their input, then their output (and a permutation also two
+  # contexts).
+  if operation == "all-gather-start":
+    arrays = arrays[len(arrays) // 2 :]
+  elif operation == "collective-permute-start":
+    arrays = arrays[1:2]
+  size = sum(width for _, width in arrays)
+  if operation.startswith("reduce-scatter"):
+    if listed := _LISTED.search(rest):
+      size *= len(listed[1].split(","))
+    elif counted := _COUNTED.search(rest):
+      size *= int(counted[1])
+  return tuple(sorted({name for name, _ in arrays})), int(size)

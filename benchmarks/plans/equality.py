@@ -1,7 +1,8 @@
 """How far training on a mesh is from training on one device.
 
-A small random RoBERTa (four heads, three layers, dropout 0.1) takes some steps
-of two passes on 1, 2, 4 and 8 devices.
+A small random RoBERTa (four heads, three layers) takes some steps of two
+microbatches on 1, 2, 4 and 8 devices. Dropout is off, for its masks depend on
+the mesh.
 """
 
 from collections.abc import Iterator
@@ -12,11 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
-from rich.table import Table
 
-from benchmarks.plans.lowering import step_of
+from benchmarks.plans.lowering import abstract_step
 from configs import common
-from vera_jax.models.bert import BertConfig
 from vera_jax.models.roberta import roberta
 from vera_jax.train.sharding import AXES, make_mesh
 
@@ -40,85 +39,70 @@ HEADER = [
 MOVED = "first step to last, one device"
 ROWS, LENGTH, SLOTS = 8, 16, 2
 RATES = {"adapter_lr": 1e-2, "head_lr": 1e-2, "weight_decay": 0.0}
+FIELDS = {
+  **roberta(32, 3),
+  "vocab_size": 96,
+  "num_attention_heads": 4,
+  "intermediate_size": 64,
+  "hidden_dropout_prob": 0.0,
+  "attention_probs_dropout_prob": 0.0,
+}
 
 
 def config_of(method: str) -> ConfigDict:
+  """A method's config at a small rank, whatever the machine in float32."""
   config = common.get_config()
   config.task, config.method = "rte", method
-  config.vera.rank, config.model.contraction = 32, "auto"
-  config.vera.lr = config.vera.head_lr = 1e-2
+  config.vera.rank, config.model.dtype = 32, "float32"
+  config.vera.lr = config.vera.head_lr = config.head.head_lr = 1e-2
   return config
-
-
-def fields() -> BertConfig:
-  small = {"vocab_size": 96, "num_attention_heads": 4, "intermediate_size": 64}
-  return BertConfig.from_dict({**roberta(32, 3), **small})
 
 
 def train(method: str, sizes: tuple[int, ...], steps: int) -> tuple[Any, Any]:
   """(losses, trained leaves) on the first devices, from fixed values."""
   mesh = make_mesh(*sizes, over=jax.devices()[: int(np.prod(sizes))])
-  step = step_of(config_of(method), fields(), mesh, jnp.dtype("float32"))
+  shapes = abstract_step(config_of(method), FIELDS, mesh)
   rng = np.random.default_rng(0)
 
-  def draw(path: Any, leaf: Any) -> Any:
-    whole = jnp.issubdtype(leaf.dtype, jnp.integer)
-    scale = path[-1].key == "scale"
-    value = 0.2 * rng.standard_normal(leaf.shape) + scale
-    value = np.zeros(leaf.shape) if whole else value
+  def draw(path: Any, leaf: Any) -> jax.Array:
+    value = 0.2 * rng.standard_normal(leaf.shape) + (path[-1].key == "scale")
     return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
 
-  def zeros(tree: Any) -> Any:
-    return jax.tree.map(
-      lambda leaf: jax.device_put(
-        np.zeros(leaf.shape, leaf.dtype), leaf.sharding
-      ),
-      tree,
-    )
+  def zeros(leaf: Any) -> jax.Array:
+    return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
 
-  state = step.state._replace(
-    step=zeros(step.state.step),
-    params=jax.tree_util.tree_map_with_path(draw, step.state.params),
-    opt_state=zeros(step.state.opt_state),
-  )
-  frozen = jax.tree_util.tree_map_with_path(draw, step.model.frozen._asdict())
-  frozen = type(step.model.frozen)(**frozen)
+  state = jax.tree.map(zeros, shapes.state)
+  params = jax.tree_util.tree_map_with_path(draw, shapes.state.params)
+  state = state._replace(params=params)
+  frozen = jax.tree_util.tree_map_with_path(draw, shapes.frozen)
+  rates = {name: jnp.float32(rate) for name, rate in RATES.items()}
   losses = []
-  for number in range(steps):
-    sums = zeros(step.sums)
-    for last in (False, True):
-      state, sums, told = step.function(
-        state,
-        sums,
-        frozen,
-        _batch(2 * number + last),
-        np.bool_(last),
-        jax.random.key(1),
-        {name: np.float32(rate) for name, rate in RATES.items()},
-      )
-    losses.append(float(told["loss"]))
+  for step in range(steps):
+    microbatches = [_batch(2 * step), _batch(2 * step + 1)]
+    key = jax.random.key(1)
+    state, metrics = shapes.step(state, frozen, microbatches, key, rates)
+    losses.append(float(metrics["loss"]))
   return np.array(losses), jax.tree.map(np.asarray, state.params)
 
 
-def _batch(seed: int) -> dict[str, np.ndarray]:
+def _batch(seed: int) -> dict[str, Any]:
+  """Rows of two examples each."""
   rng = np.random.default_rng(seed)
   half = LENGTH // 2
-  places = np.tile(np.arange(half), (ROWS, 2))
-  whole = {
+  batch = {
     "input_ids": rng.integers(3, 96, (ROWS, LENGTH)),
     "token_type_ids": np.zeros((ROWS, LENGTH)),
-    "positions": places,
+    "positions": np.tile(np.arange(half), (ROWS, 2)),
     "segment_ids": np.tile(np.repeat([1, 2], half), (ROWS, 1)),
     "cls_positions": np.tile([0, half], (ROWS, 1)),
     "labels": rng.integers(0, 2, (ROWS, SLOTS)),
   }
-  batch = {name: array.astype(np.int32) for name, array in whole.items()}
-  weights = np.full((ROWS, SLOTS), 1 / (2 * ROWS * SLOTS), np.float32)
-  return {**batch, "weights": weights}
+  batch = {name: array.astype(np.int32) for name, array in batch.items()}
+  return {**batch, "weights": np.ones((ROWS, SLOTS), np.float32)}
 
 
 def apart(one: Any, other: Any) -> dict[str, float]:
-  """Largest differences, but for the keys' biases.
+  """Largest differences of losses and of leaves, without the keys' biases.
 
   Softmax cancels these: their gradient is nothing but rounding, of which AdamW
   makes steps of full length.
@@ -149,24 +133,12 @@ def name_of(sizes: tuple[int, ...]) -> str:
 def rows(found: dict[str, Any]) -> Iterator[list[str]]:
   """A mesh and its differences, as text; "-" was not measured."""
   for name in [*map(name_of, SPLITS), MOVED]:
-    made = found.get(name, {})
-    yield [
-      name,
-      *(
-        f"{made[m][k]:.1e}" if m in made else "-"
-        for m in METHODS
-        for k in ("loss", "leaves")
-      ),
-    ]
-
-
-def table(found: dict[str, Any]) -> Table:
-  table = Table(title="Largest differences from one device")
-  for name in HEADER:
-    table.add_column(name)
-  for texts in rows(found):
-    table.add_row(*texts)
-  return table
+    row = [name]
+    for method in METHODS:
+      measured = found.get(name, {}).get(method)
+      for kind in ("loss", "leaves"):
+        row.append(f"{measured[kind]:.1e}" if measured else "-")
+    yield row
 
 
 def markdown(result: dict[str, Any]) -> str:

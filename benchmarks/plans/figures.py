@@ -2,31 +2,34 @@
 
 import math
 import re
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
 from benchmarks.plans.chips import Pod
-from benchmarks.plans.collectives import Collective, collectives
+from benchmarks.plans.collectives import collectives
 from benchmarks.plans.depth import UNROLLED, counts
-from benchmarks.plans.lowering import Step, architecture, step_of
+from benchmarks.plans.lowering import (
+  AbstractStep,
+  abstract_step,
+  architecture,
+)
 from benchmarks.plans.search import largest
-from vera_jax.models.bert import BertConfig
-from vera_jax.train.model import compute_dtype
+from vera_jax.train.setup import compute_dtype
 from vera_jax.train.sharding import batch_shards, make_mesh
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _NEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
 
 
-class TooLarge(Exception):
-  """XLA found no room; `needed` and `room` in bytes, as it says."""
+class TooLarge(NamedTuple):
+  """A program that XLA found no room for, in bytes; 0 where it says none."""
 
-  def __init__(self, needed: int, room: int) -> None:
-    super().__init__(f"{needed} bytes needed of {room}")
-    self.needed, self.room = needed, room
+  needed: int
+  room: int
 
 
 def plan(
@@ -37,15 +40,34 @@ def plan(
   search: bool = True,
   effort: float = 0.0,
 ) -> dict[str, Any]:
-  """The figures of a config's method on a pod, as JSON has them."""
+  """The figures of a config's method on a pod, as the plan's JSON has them.
+
+  Args:
+    config: a run's, checked.
+    pod: the chips, which `config.mesh` splits.
+    rows: of the batch; None for `config.optim.batch_size`. Rounded up to a
+      whole number per batch shard.
+    search: whether to find the largest batch that fits.
+    effort: XLA's own setting, from -1 to 1.
+  """
   mesh = make_mesh(**config.mesh, over=pod.devices)
-  dtype = _dtype(config.model.dtype)
-  fields = architecture(config)
-  shards = batch_shards(mesh)
+  name = config.model.dtype  # "auto" as a run on these chips takes it
+  dtype = compute_dtype("bfloat16" if name == "auto" else name)
+  fields, shards = architecture(config), batch_shards(mesh)
   rows = -(-(rows or config.optim.batch_size) // shards) * shards
   length = config.data.max_length
-  step = step_of(config, fields, mesh, dtype)
-  compiles = Compiles(step, length, effort)
+  step = abstract_step(config, fields, mesh, dtype=dtype)
+  totals: dict[int, int | None] = {}  # bytes on a chip by rows; None: no room
+
+  def compile(rows: int) -> Any:
+    found = compile_if_it_fits(step, rows, length, effort=effort)
+    totals[rows] = None if isinstance(found, TooLarge) else total(found)
+    return found
+
+  def compile_other(config: ConfigDict, fields: Mapping[str, Any]) -> Any:
+    other = abstract_step(config, fields, mesh, dtype=dtype)
+    return other.compile(rows, length, effort=effort)
+
   result: dict[str, Any] = {
     "method": config.method,
     "mesh": {name: int(size) for name, size in mesh.shape.items()},
@@ -57,106 +79,78 @@ def plan(
     "parameters": step.model.counts._asdict(),
     "bytes": held(step),
   }
-  try:
-    compiled = compiles(rows)
-    result |= counted(compiled, pod)
-    result["flops"] = _flops(
-      config,
-      fields,
-      compiled,
-      lambda config, fields: step_of(config, fields, mesh, dtype).compile(
-        rows, length, effort=effort
-      ),
-    )
-  except TooLarge as error:
-    result |= {"fits": False, "total": error.needed, "room": error.room}
+  unrolled = 0
+  compiled = compile(rows)
+  if isinstance(compiled, TooLarge):
+    result["fits"] = False
+    result |= {"total": compiled.needed, "room": compiled.room}
+  else:
+    memory = compiled.memory_analysis()
+    found = Counter[Any]()
+    for one in collectives(compiled.as_text()):
+      found[one._replace(times=0)] += one.times
+    if config.model.scan:
+      flops = counts(config, fields, compile_other)["flops"]
+      unrolled = len(UNROLLED)
+    else:
+      flops = compiled.cost_analysis()["flops"]
+    result |= {
+      "temporaries": memory.temp_size_in_bytes,
+      "arguments": memory.argument_size_in_bytes,
+      "total": totals[rows],
+      "room": pod.memory,
+      "fits": total(compiled) <= pod.memory,
+      "collectives": [
+        one._replace(times=times)._asdict() for one, times in found.items()
+      ],
+      "flops": {"a_chip": flops},
+    }
   if search:
-    most = largest(
-      lambda a_chip: compiles.total(a_chip * shards),
-      pod.memory,
-      start=rows // shards,
-    )
+
+    def use(rows_a_chip: int) -> int | None:
+      if rows_a_chip * shards not in totals:
+        compile(rows_a_chip * shards)
+      return totals[rows_a_chip * shards]
+
+    most = largest(use, pod.memory, start=rows // shards)
     result["largest"] = {"rows": most * shards, "rows_a_chip": most}
-  unrolled = len(UNROLLED) * (config.model.scan and "flops" in result)
-  result["compiles"] = compiles.count + unrolled
+  result["compiles"] = len(totals) + unrolled
   return result
 
 
-def _flops(
-  config: ConfigDict,
-  fields: BertConfig,
-  compiled: Any,
-  compile: Callable[[ConfigDict, BertConfig], Any],
-) -> dict[str, float]:
-  """Of a step on one chip; a scanned stack's are `depth.counts`'."""
-  if config.model.scan:
-    return {"a_chip": counts(config, fields, compile)["flops"]}
-  return {"a_chip": compiled.cost_analysis()["flops"]}
+def compile_if_it_fits(
+  step: AbstractStep, rows: int, length: int, *, effort: float
+) -> Any:
+  """XLA's program of a step, or `TooLarge`."""
+  try:
+    return step.compile(rows, length, effort=effort)
+  except jax.errors.JaxRuntimeError as error:
+    if match := _NEEDED.search(str(error)):
+      needed, unit, room, room_unit = match.groups()
+      return TooLarge(
+        int(float(needed) * _UNITS[unit]), int(float(room) * _UNITS[room_unit])
+      )
+    if "RESOURCE_EXHAUSTED" in str(error):
+      return TooLarge(0, 0)
+    raise
 
 
-def _dtype(name: str) -> Any:
-  """As a run there takes it: "auto" is bfloat16 on accelerators."""
-  return compute_dtype("bfloat16" if name == "auto" else name)
-
-
-class Compiles:
-  """A step's programs by row count, each compiled once."""
-
-  def __init__(self, step: Step, length: int, effort: float = 0.0) -> None:
-    self._step, self._length, self._effort = step, length, effort
-    self._totals: dict[int, int | None] = {}
-    self.count = 0
-
-  def __call__(self, rows: int) -> Any:
-    self.count += 1
-    try:
-      compiled = self._step.compile(rows, self._length, effort=self._effort)
-    except jax.errors.JaxRuntimeError as error:
-      self._totals[rows] = None
-      raise _too_large(error) from error
-    self._totals[rows] = total(compiled)
-    return compiled
-
-  def total(self, rows: int) -> int | None:
-    """Bytes on a chip; None where XLA finds no room."""
-    if rows not in self._totals:
-      try:
-        self(rows)
-      except TooLarge:
-        pass
-    return self._totals[rows]
-
-
-def _too_large(error: Exception) -> Exception:
-  match = _NEEDED.search(str(error))
-  if match is None and "RESOURCE_EXHAUSTED" not in str(error):
-    return error
-  if match is None:
-    return TooLarge(0, 0)
-  sizes = (
-    float(match[1]) * _UNITS[match[2]],
-    float(match[3]) * _UNITS[match[4]],
-  )
-  return TooLarge(*map(int, sizes))
-
-
-def held(step: Step) -> dict[str, int]:
-  """Bytes of the arguments on one chip, by kind, as numbers fill them."""
+def held(step: AbstractStep) -> dict[str, int]:
+  """Bytes of a step's arrays on one chip, by kind, without padding."""
   return {
-    "base": _bytes(step.model.frozen.params),
-    "projections": _bytes(step.model.frozen.projections),
+    "base": _bytes(step.frozen.params),
+    "projections": _bytes(step.frozen.projections),
     "trainables": _bytes(step.state.params),
     "optimiser": _bytes(step.state.opt_state),
-    "gradients": _bytes(step.sums),
+    "gradients": _bytes(step.state.params),  # each lies where its leaf lies
   }
 
 
 def _bytes(tree: Any) -> int:
-  def one(leaf: Any) -> int:
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    return leaf.dtype.itemsize * math.prod(shape)
-
-  return sum(map(one, jax.tree.leaves(tree)))
+  return sum(
+    leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+    for leaf in jax.tree.leaves(tree)
+  )
 
 
 def total(compiled: Any) -> int:
@@ -169,35 +163,3 @@ def total(compiled: Any) -> int:
     - memory.alias_size_in_bytes
     + memory.generated_code_size_in_bytes
   )
-
-
-def counted(compiled: Any, pod: Pod) -> dict[str, Any]:
-  """Memory and collectives of a compiled program."""
-  memory = compiled.memory_analysis()
-  needed = total(compiled)
-  return {
-    "temporaries": memory.temp_size_in_bytes,
-    "arguments": memory.argument_size_in_bytes,
-    "total": needed,
-    "room": pod.memory,
-    "fits": needed <= pod.memory,
-    "collectives": _grouped(collectives(compiled.as_text())),
-  }
-
-
-def _grouped(found: list[Collective]) -> list[dict[str, Any]]:
-  """Equal ones once, with how often a step runs them."""
-  times: dict[tuple, int] = {}
-  for one in found:
-    key = one.kind, one.types, one.bytes, one.looped
-    times[key] = times.get(key, 0) + one.times
-  return [
-    {
-      "kind": kind,
-      "types": list(types),
-      "bytes": size,
-      "times": count,
-      "looped": looped,
-    }
-    for (kind, types, size, looped), count in times.items()
-  ]

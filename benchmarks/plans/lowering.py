@@ -1,164 +1,111 @@
 """The real training step of a config, compiled from shapes alone.
 
 No weight, no text and no device of the kind is needed: the mesh may be made of
-a topology's described chips. The program is the one that a run compiles for a
-pass over so many rows.
+a topology's described chips. The program is a whole step of one microbatch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
-from vera_jax.train.model import Model, Parts, build_module, state_shape
 
-from vera_jax.adapters.apply import adapt
-from vera_jax.adapters.interface import Adapter
-from vera_jax.adapters.labels import FROZEN, count, label_tree, split
 from vera_jax.hub import resolve
-from vera_jax.models.bert import BertConfig, input_shapes
-from vera_jax.models.hf_weights import LEAVES, load_config
+from vera_jax.models.family import read_fields
+from vera_jax.models.pretrained import Model, abstract_model
 from vera_jax.models.roberta import SIZES, roberta
-from vera_jax.tasks.glue import glue_task
-from vera_jax.train.optim import optimiser
-from vera_jax.train.run import hyperparameters
-from vera_jax.train.sharding import (
-  BATCH,
-  REPLICATED,
-  param_shardings,
-)
-from vera_jax.train.step import (
-  Frozen,
-  State,
-  jit_member_pass,
-  pass_shapes,
-  sums_shape,
-)
+from vera_jax.tasks.task import task_named
+from vera_jax.train.optim import optimiser, rates_of
+from vera_jax.train.setup import build_blueprint
+from vera_jax.train.sharding import BATCH, REPLICATED
+from vera_jax.train.step import Frozen, State, Step, outputs_of, state_shape
 
-_STEPS = 1000  # of the schedule, which no count depends on
+STEPS = 1000  # of the learning rate's schedule; no count depends on it
+EFFORTS = ("exec_time_optimization_effort", "memory_fitting_effort")
 
 
-class Step(NamedTuple):
-  """A step's arguments as shapes with places, and the jitted function."""
+class AbstractStep(NamedTuple):
+  """A training step whose arguments are shapes with places on a mesh."""
 
   model: Model
   state: State
-  sums: Any
-  function: Any
+  step: Step
   mesh: Mesh
+
+  @property
+  def frozen(self) -> Frozen:
+    return Frozen(self.model.frozen, self.model.projections)
 
   def compile(
     self, rows: int, length: int, slots: int = 1, *, effort: float = 0.0
   ) -> Any:
-    """XLA's program for a pass over that many rows.
+    """XLA's program of a step of one microbatch.
 
-    `effort` is XLA's own setting, from -1 (least) to 1; 0 is its default.
+    Args:
+      rows, length: of the microbatch, in rows and in tokens per row.
+      slots: examples per row at most.
+      effort: XLA's own setting, from -1 (least) to 1; 0 is its default.
     """
-    batch = _placed(pass_shapes(rows, length, slots), self.mesh, BATCH)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    rates = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in _RATES}
-    small = jax.ShapeDtypeStruct((), jnp.bool_), key, rates
-    last, key, rates = _placed(small, self.mesh)
-    lowered = self.function.lower(
-      self.state, self.sums, self.model.frozen, batch, last, key, rates
-    )
-    return lowered.compile(dict.fromkeys(_EFFORTS, effort) if effort else None)
+    inputs = self.model.blueprint.family.inputs(rows, length, slots)
+    batch = {
+      **inputs,
+      "labels": jax.ShapeDtypeStruct((rows, slots), jnp.int32),
+      "weights": jax.ShapeDtypeStruct((rows, slots), jnp.float32),
+    }
+    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    names = ("adapter_lr", "head_lr", "weight_decay")
+    small = jax.eval_shape(jax.random.key, 0), dict.fromkeys(names, rate)
+    key, rates = placed(small, self.mesh, REPLICATED)
+    batch = placed(batch, self.mesh, BATCH)
+    lowered = self.step.lower_whole(self.frozen, batch, key, rates)
+    return lowered.compile(dict.fromkeys(EFFORTS, effort) if effort else None)
 
 
-_EFFORTS = ("exec_time_optimization_effort", "memory_fitting_effort")
-_RATES = ("adapter_lr", "head_lr", "weight_decay")
+def placed(tree: Any, mesh: Mesh, spec: Any) -> Any:
+  """Shapes with a place on the mesh."""
+  sharding = NamedSharding(mesh, spec)
+  return jax.tree.map(lambda leaf: leaf.update(sharding=sharding), tree)
 
 
-def architecture(config: ConfigDict) -> BertConfig:
-  """Of config.model.name; RoBERTa's two sizes are known without a download."""
+def architecture(config: ConfigDict) -> dict[str, Any]:
+  """config.json of the model; RoBERTa's two are known without a download."""
   name = config.model.name
   if name in SIZES and not Path(name).exists():
-    return BertConfig.from_dict(roberta(*SIZES[name]))
-  return load_config(resolve(name))
+    return roberta(*SIZES[name])
+  return read_fields(resolve(name))
 
 
-def describe(config: ConfigDict, parts: Parts, mesh: Mesh, dtype: Any) -> Model:
-  """`train.model.build_model`'s result, of shapes with places."""
-  module = parts.module
-  inputs = input_shapes(1, 8, 1)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), **inputs)["params"]
-  new = [path for path in flatten_dict(shapes) if path[-1] not in LEAVES]
-  names = label_tree(shapes, config.method, new=new)
-  stored = _stored(shapes, names, param_shardings(shapes, mesh), dtype)
-  trainable, frozen = split(stored, names)
-  projections = jax.eval_shape(parts.projections)
-  return Model(
-    module=module,
-    labels=split(names, names)[0],
-    counts=count(shapes, names),
-    trainable=trainable,
-    frozen=Frozen(frozen, _placed(projections, mesh)),
-    digest=None,
-    notes=(),
-  )
-
-
-def _stored(shapes: Any, names: Any, places: Any, dtype: Any) -> Any:
-  """Frozen leaves of the type they are computed with, trained ones float32."""
-  kinds, places = flatten_dict(names), flatten_dict(places)
-  return unflatten_dict(
-    {
-      path: jax.ShapeDtypeStruct(
-        leaf.shape,
-        dtype if kinds[path] == FROZEN else jnp.float32,
-        sharding=places[path],
-      )
-      for path, leaf in flatten_dict(shapes).items()
-    }
-  )
-
-
-def _placed(tree: Any, mesh: Mesh, spec: Any = REPLICATED) -> Any:
-  sharding = NamedSharding(mesh, spec)
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=sharding
-    ),
-    tree,
-  )
-
-
-def step_of(
-  config: ConfigDict,
-  fields: BertConfig,
-  mesh: Mesh,
-  dtype: Any,
-  *,
-  adapter: tuple[Adapter, tuple[str, ...]] | None = None,
-) -> Step:
+def abstract_step(
+  config: ConfigDict, fields: Mapping[str, Any], mesh: Mesh, **options: Any
+) -> AbstractStep:
   """The step that a run of this config trains with.
 
   Args:
-    adapter: one that no config makes, and its targets, on a "head" run's base.
+    config: a run's.
+    fields: of the base's config.json.
+    mesh: of any devices, described ones among them.
+    **options: what `models.pretrained.blueprint` takes in place of the config's
+      own, such as `dtype` or `adapter`.
   """
-  labels = glue_task(config.task).num_labels
-  parts = build_module(
-    config, fields, num_labels=labels, mesh=mesh, dtype=dtype
-  )
-  if adapter is not None:
-    given, targets = adapter
-    module = adapt(parts.base, given, targets=targets)
-    parts = Parts(module, parts.base, given, targets)
-  model = describe(config, parts, mesh, dtype)
-  make: Callable[..., Any] = partial(
+  task = task_named(config.task)
+  plan = build_blueprint(config, fields, task, **options)
+  model = abstract_model(plan, mesh=mesh)
+  make_optimiser: Callable[..., Any] = partial(
     optimiser,
     model.labels,
-    steps=_STEPS,
+    steps=STEPS,
     warmup_ratio=config.optim.warmup_ratio,
     grad_clip=config.optim.grad_clip,
   )
-  state = state_shape(model, make(**hyperparameters(config)), mesh)
-  one_pass = jit_member_pass(
-    state, apply=model.module.apply, optimiser=make, members=1
+  state = state_shape(model, make_optimiser(**rates_of(config)), mesh)
+  step = Step(
+    state,
+    outputs=partial(outputs_of, plan.module, tuple(plan.inputs)),
+    loss=task.loss,
+    optimiser=make_optimiser,
   )
-  return Step(model, state, sums_shape(state), one_pass, mesh)
+  return AbstractStep(model, state, step, mesh)

@@ -1,8 +1,8 @@
-"""The largest batch that fits, in as few compiles as may be."""
+"""The largest batch that fits, in as few compilations as possible."""
 
 from collections.abc import Callable
 
-MOST = 2**16  # rows a chip that are never passed
+MOST = 2**16  # rows per chip that are never exceeded
 
 
 def largest(
@@ -14,43 +14,39 @@ def largest(
 ) -> int:
   """The most rows that fit, by doubling and bisection with a good guess.
 
-  Memory grows about as the rows do. So each try is where the line through the
-  last two that fit meets `room`; where that leads outside of what is known, the
-  rows are doubled, or the gap is halved.
+  Memory grows roughly in proportion to the rows. So each try is where the line
+  through the last two row counts that fit meets `room`; where that lies outside
+  the bounds known so far, the rows are doubled, or the gap is halved.
 
   Args:
     use: bytes that so many rows need, or None where they can't be compiled.
     room: bytes that there are.
     start: rows to try first.
-    within: how near the answer is to the first that doesn't fit, as a share.
+    within: how near the answer is to the first that doesn't fit, as a fraction.
 
   Returns:
-    rows, or 0 where one alone is too many.
+    rows, or 0 where even one row does not fit.
   """
-  seen = [(0, 0)]
+  before, good = (0, 0), (0, 0)  # (rows, bytes) of the last two that fit
   rows, bad = start, MOST + 1
   while True:
     need = use(rows)
     if need is not None and need <= room:
-      seen.append((rows, need))
+      before, good = good, (rows, need)
     else:
       bad = rows
-    good = seen[-1][0]
-    if bad - good <= max(1, int(within * good)) or good == MOST:
-      return good
-    rows = min(_guess(seen, room, bad, within), MOST)
-
-
-def _guess(
-  seen: list[tuple[int, int]], room: int, bad: int, within: float
-) -> int:
-  """Rows to try next, between the last that fit and the first that didn't."""
-  (before, used), (good, need) = ([(0, 0)] * 2 + seen)[-2:]
-  if good == 0:
-    return bad // 2
-  slope = max(1.0, (need - used) / (good - before))
-  met = good + int((room - need) / slope)
-  nearest = good + max(1, int(within * good))
-  if bad > MOST:
-    return max(nearest, met)
-  return min(max(nearest, met), bad - 1) if met < bad else (good + bad) // 2
+    most, used = good
+    step = max(1, int(within * most))
+    if bad - most <= step or most == MOST:
+      return most
+    if most == 0:
+      rows = bad // 2
+      continue
+    slope = max(1.0, (used - before[1]) / (most - before[0]))
+    met = most + int((room - used) / slope)
+    if bad > MOST:
+      rows = min(max(most + step, met), MOST)
+    elif met < bad:
+      rows = min(max(most + step, met), bad - 1)
+    else:
+      rows = (most + bad) // 2

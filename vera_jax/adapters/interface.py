@@ -18,9 +18,8 @@ from jaxtyping import Float
 
 Path = tuple[str, ...]
 Leaves = Mapping[str, Array]
-# Sites of different widths lie in one dict, so the axes are not compared.
-Kernel = Float[Array, "*_stack _i _o"]
-Bias = Float[Array, "*_stack _o"]
+Kernel = Float[Array, "*stack i o"]
+Bias = Float[Array, "... _"]  # no names: sites of all widths share a dict
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 

@@ -210,12 +210,20 @@ class Step:
       places.step, per_shard, per_shard, jax.tree.map(behind, places.params)
     )
     (device, *_) = places.step.device_set
-    jit = partial(jax.jit, compiler_options=compiler_options(device.platform))
-    self.start = jax.jit(start, out_shardings=sums)
-    self.accumulate = jit(add, donate_argnums=0, out_shardings=sums)
-    self.update = jit(
-      move, donate_argnums=0, out_shardings=(places, places.step)
-    )
+    self._options = compiler_options(device.platform)
+
+    def compiled(options: Any) -> dict[str, Any]:
+      jit = partial(jax.jit, compiler_options=options)
+      return {
+        "start": jax.jit(start, out_shardings=sums),
+        "accumulate": jit(add, donate_argnums=0, out_shardings=sums),
+        "update": jit(
+          move, donate_argnums=0, out_shardings=(places, places.step)
+        ),
+      }
+
+    self._parts = compiled(self._options)
+    self._inner_parts = compiled(None)  # a jit inside a jit takes no options
     self._state = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=leaf.sharding
@@ -224,7 +232,7 @@ class Step:
     )
     self._sums = jax.tree.map(
       lambda leaf, place: leaf.update(sharding=place),
-      jax.eval_shape(self.start, self._state.params),
+      jax.eval_shape(self._parts["start"], self._state.params),
       sums,
     )
 
@@ -236,20 +244,12 @@ class Step:
     key: PRNGKeyArray,
     rates: Mapping[str, Array],
   ) -> tuple[State, dict[str, Array]]:
-    return train_step(
-      state,
-      frozen,
-      microbatches,
-      key,
-      rates,
-      start=self.start,
-      accumulate=self.accumulate,
-      update=self.update,
-    )
+    return train_step(state, frozen, microbatches, key, rates, **self._parts)
 
   def lower(self, frozen: Frozen, batch: Any, key: Any) -> Any:
     """The program of a microbatch of this shape, to be compiled ahead."""
-    return self.accumulate.lower(self._sums, self._state, frozen, batch, key)
+    accumulate = self._parts["accumulate"]
+    return accumulate.lower(self._sums, self._state, frozen, batch, key)
 
   def lower_whole(
     self, frozen: Frozen, batch: Any, key: Any, rates: Any
@@ -257,9 +257,10 @@ class Step:
     """A step of one microbatch as a single program, to be counted."""
 
     def step(state, frozen, batch, key, rates):
-      return self(state, frozen, [batch], key, rates)
+      parts = self._inner_parts
+      return train_step(state, frozen, [batch], key, rates, **parts)
 
-    whole = jax.jit(step, donate_argnums=0)
+    whole = jax.jit(step, donate_argnums=0, compiler_options=self._options)
     return whole.lower(self._state, frozen, batch, key, rates)
 
 

@@ -1,6 +1,6 @@
-"""One contender of a benchmark, in a process whose memory is its own.
+"""One trainer of `benchmarks.train`, in a process whose memory is its own.
 
-Imports nothing but the standard library: torch's contenders pay for torch.
+Imports nothing but the standard library: torch's trainers pay for torch.
 """
 
 import json
@@ -14,24 +14,23 @@ from typing import Any
 Settings = dict[str, Any]
 
 
-def serve(work: Callable[[Settings], dict[str, Any]]) -> None:
-  """Work by the settings in one file, tell the outcome in another.
+def serve(train: Callable[[Settings], dict[str, Any]]) -> None:
+  """Train by the settings in one file, write the outcome to another.
 
-  `settings["started"]` is the time at which the process was started. `work`
+  `settings["started"]` is the time at which the process was started. `train`
   gives the time "imported", at which it had all its libraries.
   """
-  asked, told = map(Path, sys.argv[1:])
-  settings = json.loads(asked.read_text(encoding="utf-8"))
-  outcome = work(settings)
-  started = settings["started"]
-  outcome["seconds"] = time.time() - started
-  outcome["imports"] = outcome.pop("imported") - started
+  request, answer = map(Path, sys.argv[1:])
+  settings = json.loads(request.read_text(encoding="utf-8"))
+  outcome = train(settings)
+  outcome["seconds"] = time.time() - settings["started"]
+  outcome["imports"] = outcome.pop("imported") - settings["started"]
   outcome["peak_bytes"] = peak_bytes()
-  told.write_text(json.dumps(outcome), encoding="utf-8")
+  answer.write_text(json.dumps(outcome), encoding="utf-8")
 
 
 def peak_bytes() -> int:
-  """The most memory that this process ever held.
+  """The most memory that this process ever had.
 
   Not by getrusage where there is /proc: a child's figure starts there with
   the memory of the process that started it.
