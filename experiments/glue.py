@@ -7,7 +7,7 @@
   python -m experiments.glue --config=configs/rte.py --num_processes=2
     --coordinator=HOST:PORT --process_id=0    (in one line; the other with 1)
 
-The same command again goes on with an unfinished run and shows the result of a
+The same command again continues an unfinished run and shows the result of a
 finished one. Several seeds train at once, on one base, each in a folder of its
 own. Several processes share one workdir, which all must see; a TPU pod's and
 SLURM's are found without flags. Without network, name local folders:
@@ -19,7 +19,6 @@ SLURM's are found without flags. Without network, name local folders:
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from experiments import cli
 from vera_jax.errors import UserError
@@ -41,20 +40,30 @@ JOIN = cli.define_processes()
 def main() -> None:
   config = cli.chosen(CONFIG)
   JOIN()
-  if SEEDS.value:
-    return train_seeds(cli.with_seeds(config, _seeds()))
-  from vera_jax.train.loop import train_and_evaluate  # after the flags' errors
-
-  workdir = WORKDIR.value or cli.default_workdir(config)
-  result = train_and_evaluate(config, workdir)
-  if distributed.is_first():
-    cli.show_result(result, workdir)
-
-
-def train_seeds(configs: list[ConfigDict]) -> None:
+  try:
+    seeds = [int(seed) for seed in SEEDS.value]
+  except ValueError as error:
+    raise UserError(
+      f"--seeds={','.join(SEEDS.value)}: give whole numbers, as in 0,1,2."
+    ) from error
+  # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.train.ensemble import train_ensemble
+  from vera_jax.train.loop import train_and_evaluate
 
-  workdirs = [_member_workdir(config) for config in configs]
+  if not seeds:
+    workdir = WORKDIR.value or cli.default_workdir(config)
+    result = train_and_evaluate(config, workdir)
+    if distributed.is_first():
+      cli.show_result(result, workdir)
+    return
+
+  configs = cli.with_seeds(config, seeds)
+  workdirs = [
+    Path(WORKDIR.value) / f"seed{config.seed}"
+    if WORKDIR.value
+    else cli.default_workdir(config)
+    for config in configs
+  ]
   results = train_ensemble(configs, workdirs)
   if distributed.is_first():
     cli.show_seeds(results, workdirs)
@@ -63,21 +72,6 @@ def train_seeds(configs: list[ConfigDict]) -> None:
   ]
   if failed:
     raise UserError("\n".join(failed))
-
-
-def _seeds() -> list[int]:
-  try:
-    return [int(seed) for seed in SEEDS.value]
-  except ValueError as error:
-    raise UserError(
-      f"--seeds={','.join(SEEDS.value)}: give whole numbers, as in 0,1,2."
-    ) from error
-
-
-def _member_workdir(config: ConfigDict) -> Path:
-  if WORKDIR.value is None:
-    return cli.default_workdir(config)
-  return Path(WORKDIR.value) / f"seed{config.seed}"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ AS = flags.DEFINE_enum(
   "as", None, ["vera", "lora"], "export: PEFT's method; unset: the adapter's."
 )
 TASK = flags.DEFINE_string(
-  "task", None, "import: the GLUE task, for the names of the labels."
+  "task", None, "import: the task's name, for the names of the labels."
 )
 
 
@@ -37,26 +37,22 @@ def main(words: list[str]) -> None:
   if not ADAPTER.value or not OUT.value:
     raise UserError("--adapter and --out are needed.")
   folder, out = Path(ADAPTER.value), Path(OUT.value)
-  if words == ["import"]:
-    about = import_adapter(folder, out, base=BASE.value, task=TASK.value)
-    print(_told(about))
-  else:
+  if words == ["export"]:
     for warning in export_adapter(
       folder, out, method=AS.value, base=BASE.value
     ):
       print(f"Warning: {warning}", file=sys.stderr)
+  else:
+    about = import_adapter(folder, out, base=BASE.value, task=TASK.value)
+    given, size = about["settings"], about["parameters"]["adapter"]
+    text = f"{about['method']}, rank {given['rank']}, {size:,} numbers on "
+    text += ", ".join(given["targets"])
+    if given.get("init") == "stored":
+      text += "; no key gives its projections, so they are kept in the file"
+    elif "init" in given:
+      text += f"; projections: {given['init']}, {given['projection_seed']}"
+    print(text)
   print(out)
-
-
-def _told(about: dict) -> str:
-  given, size = about["settings"], about["parameters"]["adapter"]
-  text = f"{about['method']}, rank {given['rank']}, {size:,} numbers on "
-  text += ", ".join(given["targets"])
-  if given.get("init") == "stored":
-    text += "; no key gives its projections, so they are kept in the file"
-  elif about["method"] == "vera":
-    text += f"; projections: {given['init']}, {given['projection_seed']}"
-  return text
 
 
 if __name__ == "__main__":

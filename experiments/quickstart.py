@@ -1,4 +1,4 @@
-"""VeRA against a head alone, on the data and the encoder that come along.
+"""VeRA against a head alone, on generated data and a small encoder.
 
   python -m experiments.quickstart        (or: make quickstart)
 
@@ -6,8 +6,6 @@ Trains on generated entailment pairs, whose dev set holds words and patterns
 that training never shows, and ends with a table. A few minutes on two cores;
 run again, it shows the finished runs.
 """
-
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,10 +22,6 @@ def main() -> None:
     config = quickstart.get_config()
     config.method = method
     results.append(train_and_evaluate(config, cli.default_workdir(config)))
-  _show(results)
-
-
-def _show(results: list[dict[str, Any]]) -> None:
   table = Table(title="Generated entailment, dev set (chance is 0.500)")
   table.add_column("method")
   for name in ("adapter parameters", "head parameters", "accuracy", "seconds"):

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ from safetensors.numpy import save_file
 
 jaxtyping.install_import_hook("vera_jax", "typeguard.typechecked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# What one compiles all others find: pytest's workers, and tests' own processes.
-# With a limit of size JAX locks the folder, so that nobody reads half a file.
+# What one process compiles, all others use: pytest's workers, and those that
+# tests start. With a size limit JAX locks the folder: no half file is read.
 if "PYTEST_XDIST_WORKER" not in os.environ:
   COMPILED = tempfile.TemporaryDirectory()
   os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
@@ -38,7 +39,7 @@ jax.config.update("jax_compilation_cache_max_size", 2**33)
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
-  """Scripts have flags of the same names: each test file begins without any."""
+  """Scripts have flags of the same names: each test file starts without any."""
   if isinstance(collector, pytest.Module):
     for module, found in flags.FLAGS.flags_by_module_dict().items():
       if module.startswith(("experiments.", "benchmarks.", "tests.")):
@@ -80,7 +81,7 @@ TINY = {
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
   """A pretrained encoder's folder: random, headless, with two odd tensors."""
-  from tests.faults.ground import random_encoder
+  from tests.faults.fixtures import random_encoder
 
   folder = tmp_path_factory.mktemp("tiny_model")
   tensors = random_encoder(TINY)
@@ -159,7 +160,7 @@ def tiny_roberta(tmp_path_factory) -> Path:
   from tokenizers.processors import RobertaProcessing
   from transformers import PreTrainedTokenizerFast
 
-  from tests.faults.ground import random_encoder
+  from tests.faults.fixtures import random_encoder
 
   folder = tmp_path_factory.mktemp("tiny_roberta")
   fields = {**TINY, "model_type": "roberta", "pad_token_id": 1}
@@ -198,13 +199,12 @@ def random_adapter(tiny_model, tmp_path_factory):
   """Makes an adapter's folder, its leaves random; keywords are settings."""
   from flax.traverse_util import flatten_dict, unflatten_dict
 
-  from vera_jax.adapters.apply import adapt
   from vera_jax.adapters.files import save_adapter
-  from vera_jax.adapters.labels import FROZEN, label_tree
-  from vera_jax.adapters.methods import make_adapter
+  from vera_jax.adapters.labels import FROZEN
   from vera_jax.adapters.projections import PRNG, digest
-  from vera_jax.models.bert import BertClassifier
-  from vera_jax.models.hf_weights import fingerprint, load_config
+  from vera_jax.models.family import read_fields
+  from vera_jax.models.hf_weights import fingerprint, load_params
+  from vera_jax.models.pretrained import blueprint
 
   def make(
     method="vera", *, base=tiny_model, task="rte", scan=True, **settings
@@ -213,15 +213,18 @@ def random_adapter(tiny_model, tmp_path_factory):
 
     labels = glue_task(task).labels
     settings = {**SETTINGS.get(method, {}), **settings}
-    ids = jax.ShapeDtypeStruct((1, 8), np.int32)
-    model = BertClassifier(load_config(base), len(labels) or 1, scan=scan)
-    adapter, targets = make_adapter(method, settings)
-    module, projections = model, {}
-    if adapter is not None:
-      module = adapt(model, adapter, targets=targets)
-      projections = adapter.projections(module.find_targets(ids))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
-    kinds = flatten_dict(label_tree(shapes, method))
+    plan = blueprint(
+      read_fields(base),
+      outputs=len(labels) or 1,
+      method=method,
+      settings=settings,
+      scan=scan,
+    )
+    init, key = plan.module.init, jax.random.key(0)
+    shapes = jax.eval_shape(init, key, **plan.inputs)["params"]
+    kinds = flatten_dict(plan.label(shapes))
+    weights = load_params(base, unflatten_dict(plan.shapes)).params
+    projections = plan.projections(jax.tree.map(jnp.asarray, weights))
     rng = np.random.default_rng(7)
     trained = {
       path: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)

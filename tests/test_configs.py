@@ -1,20 +1,15 @@
-"""Every config builds, says how it is run, and holds the paper's figures."""
+"""Every config builds, says how it is run, and holds the paper's settings."""
 
 import importlib
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from vera_jax.train.model import init_state
 
-from vera_jax.data.loader import train_batches
 from vera_jax.train.config import check_settings
-from vera_jax.train.run import build_run
-from vera_jax.train.sharding import BATCH, put
-from vera_jax.train.step import train_step
+from vera_jax.train.optim import rates_of
+from vera_jax.train.setup import build_setup
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 NAMES = sorted(
@@ -134,16 +129,12 @@ def test_one_step_of_each(name, tiny_config):
   config = tiny_config(
     name, data__max_train_examples=4, optim__epochs=1, model__scan=True
   )
-  run = build_run(config)
-  state = init_state(run.model, run.tx, run.mesh)
-  _, passes = next(
-    train_batches(
-      run.data.tokens["train"], run.data.train_layout, batch_size=4, seeds=0
-    )
-  )
-  step = partial(train_step, apply=run.model.module.apply, tx=run.tx)
-  passes = put(passes, NamedSharding(run.mesh, BATCH))
+  setup = build_setup(config)
+  state = setup.first_state(config)
+  step, rates = setup.make_step(state), rates_of(config)
+  _, microbatches = next(setup.data.train_batches(seeds=0, start_step=0))
+  placed = [setup.put_batch(batch) for batch in microbatches]
   key = jax.random.key(config.seed)
-  state, metrics = jax.jit(step)(state, run.model.frozen, passes, key)
-  assert state.step == 1 and run.steps == 1
+  state, metrics = step(state, setup.frozen, placed, key, rates)
+  assert state.step == 1 and setup.steps == 1
   assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0

@@ -10,8 +10,8 @@ import pytest
 
 from configs.sweeps import layers, single
 from vera_jax import Target, adapter_size, find_targets
-from vera_jax.adapters.apply import _matches
 from vera_jax.adapters.methods import make_adapter
+from vera_jax.adapters.sites import matches
 from vera_jax.models.bert import BertClassifier, BertConfig
 from vera_jax.sweep import estimate
 from vera_jax.sweep.plan import make_plan, make_units
@@ -82,33 +82,16 @@ def test_the_ranks_of_figure_2(tmp_path):
   assert ranks["lora"] == {1, 2, 4, 8, 16, 32, 64}
 
 
-def encoder(layers, width):
-  return BertClassifier(
-    BertConfig.from_dict(
-      {
-        "model_type": "roberta",
-        "vocab_size": 10,
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "intermediate_size": 4 * width,
-        "max_position_embeddings": 16,
-      }
-    ),
-    2,
-    scan=False,
-  )
-
-
 @pytest.fixture(scope="module")
 def paths():
   """Every dense layer of a looped encoder of six layers."""
+  config = BertConfig("roberta", 10, 16, 6, 2, 64, 16, pad_token_id=1)
   ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-  return list(find_targets(encoder(6, 16), (".*",), ids))
+  return list(find_targets(BertClassifier(config, 2, scan=False), (".*",), ids))
 
 
 def matched(paths, patterns):
-  return [p for p in paths if any(_matches(x, p) for x in patterns)]
+  return [p for p in paths if any(matches(x, p) for x in patterns)]
 
 
 def test_which_layers_are_adapted(paths):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-LAYERS = 3
+LAYERS = 2
 
 
 class Block(nn.Module):

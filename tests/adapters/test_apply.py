@@ -92,7 +92,7 @@ def test_one_text_is_not_a_list_of_patterns():
     adapt(Net(), vera(3), targets="query")
 
 
-def test_layers_with_a_kernel_a_row_are_no_targets():
+def test_layers_with_a_kernel_per_row_are_no_targets():
   with pytest.raises(UserError, match="adapted are:\n  plain$"):
     find_targets(Grouped(), ["grouped"], X)
 

@@ -34,7 +34,7 @@ METHODS = {
   "vera, a pair per layer": Probe(vera(3, sharing="unique")),
   "vera, b alone": Probe(vera(3, train="b")),
   "vera, d alone": Probe(vera(3, train="d")),
-  "lora": Probe(lora(2)),
+  "lora": Probe(lora(2, alpha=2.0)),
   "vera and bitfit": Probe(chain(vera(3), bitfit())),
   "bitfit": Probe(bitfit(), ()),
   "full": Probe(full(), ()),

@@ -11,19 +11,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from vera_jax.adapters.apply import adapt
 from vera_jax.adapters.files import (
   FORMAT,
   SHA256,
   load_adapter,
   save_adapter,
+  stack_layers,
   tensors,
 )
-from vera_jax.adapters.labels import label_tree, split
-from vera_jax.adapters.layer_stacks import stack_layers
-from vera_jax.adapters.methods import make_adapter
+from vera_jax.adapters.labels import split
 from vera_jax.errors import UserError
-from vera_jax.models.bert import BertClassifier, BertConfig
 
 
 def make(scan: bool):
@@ -149,24 +146,13 @@ SETTINGS = {
 def trained_shapes(size, method, **settings):
   """What a method trains of RoBERTa, as a tree of shapes, and its settings."""
   width, layers, heads, inner = ROBERTA[size]
-  config = BertConfig(
-    model_type="roberta",
-    vocab_size=50265,
-    hidden_size=width,
-    num_hidden_layers=layers,
-    num_attention_heads=heads,
-    intermediate_size=inner,
-    max_position_embeddings=514,
-    pad_token_id=1,
-  )
+  fields = roberta(width, layers) | {"intermediate_size": inner}
   settings = {**SETTINGS.get(method, {}), **settings}
-  adapter, targets = make_adapter(method, settings)
-  model = BertClassifier(config, 3)
-  if adapter is not None:
-    model = adapt(model, adapter, targets=targets)
-  ids = jax.ShapeDtypeStruct((1, 8), np.int32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
-  return split(shapes, label_tree(shapes, method))[0], settings
+  made = blueprint(fields, outputs=3, method=method, settings=settings)
+  shapes = jax.eval_shape(made.module.init, jax.random.key(0), **made.inputs)[
+    "params"
+  ]
+  return split(shapes, made.label(shapes))[0], settings
 
 
 def about_a_run(settings):

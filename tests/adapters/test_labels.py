@@ -1,4 +1,6 @@
-"""One label a leaf: what each method trains, split, join and counts."""
+"""One label per leaf: what each method trains, split, join and counts."""
+
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,6 @@ from vera_jax.adapters.labels import (
   ADAPTER,
   FROZEN,
   HEAD,
-  TRAINED,
   Counts,
   count,
   join,
@@ -18,6 +19,7 @@ from vera_jax.adapters.labels import (
   split,
 )
 from vera_jax.adapters.lora import lora
+from vera_jax.adapters.methods import METHODS
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 from vera_jax.models.bert import BertClassifier, BertConfig
@@ -68,6 +70,7 @@ HEADS = {
 FAMILIES = pytest.mark.parametrize("family", HEADS)
 
 
+@cache
 def shapes_of(family, method):
   config = BertConfig.from_dict(
     {
@@ -127,7 +130,7 @@ def test_another_heads_name():
   assert names(labels, HEAD) == {"pooler/dense/kernel", "pooler/dense/bias"}
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", METHODS)
 def test_join_undoes_split(method):
   shapes = shapes_of("bert", method)
   labels = label_tree(shapes, method)

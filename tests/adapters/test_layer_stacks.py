@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vera_jax.adapters.layer_stacks import stack_layers, unstack_layers
+from vera_jax.adapters.files import stack_layers, unstack_layers
 from vera_jax.errors import UserError
 
 

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vera_jax.adapters.interface import Site
 from vera_jax.adapters.lora import lora
+from vera_jax.adapters.products import adapted_product
 from vera_jax.errors import UserError
 
 
@@ -21,17 +23,19 @@ def test_the_delta_is_alpha_over_r_times_b_a_x(alpha):
   leaves, inputs = jax.tree.map(
     lambda a: jnp.asarray(a, jnp.float32), ({"lora_A": A, "lora_B": B}, x)
   )
+  site = Site(("layer",), 4, 3, lambda: jnp.zeros((4, 3)))
   method = lora(2, alpha=alpha)
-  got = method.forward(leaves, {}, inputs, outputs=3)
+  got, _ = adapted_product(method, leaves, site, inputs, plan="factored")
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-  kernel = method.kernel(leaves, {}, inputs=4, outputs=3)
+  kernel, bias = method.weights(leaves, site)
   np.testing.assert_allclose(x @ kernel, want, rtol=1e-5, atol=1e-5)
+  assert bias is None
 
 
 def test_where_the_matrices_start():
   """A as torch starts it: uniform up to 1 / sqrt(in), variance 1 / (3 in)."""
-  leaves = lora(50).init(400, 7)
-  values = {name: init(jax.random.key(0)) for name, init in leaves.items()}
+  site = Site(("layer",), 400, 7, lambda: jnp.zeros((400, 7)))
+  values = lora(50).init(jax.random.key(0), site)
   assert {name: value.shape for name, value in values.items()} == {
     "lora_A": (50, 400),
     "lora_B": (7, 50),
@@ -40,10 +44,6 @@ def test_where_the_matrices_start():
   assert 0.99 * bound < jnp.abs(values["lora_A"]).max() <= bound
   np.testing.assert_allclose(jnp.var(values["lora_A"]), 1 / 1200, rtol=0.05)
   assert not values["lora_B"].any()
-
-
-def test_lora_has_no_projections():
-  assert lora().projections({}) == {}
 
 
 def test_rank_0_is_refused():

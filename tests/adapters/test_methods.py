@@ -3,14 +3,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vera_jax.adapters.interface import Target
+from vera_jax.adapters.interface import Site
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
-from vera_jax.train.model import build_adapter
 
 VERA = {
   "rank": 4,
@@ -25,9 +25,9 @@ VERA = {
 
 def made(adapter):
   """The projections and first values for one layer."""
-  key = jax.random.key(0)
-  first = {name: f(key) for name, f in adapter.init(6, 5).items()}
-  return {**first, **adapter.projections({("query",): Target(6, 5)})}
+  site = Site(("query",), 6, 5, lambda: jnp.zeros((6, 5)))
+  first = adapter.init(jax.random.key(0), site)
+  return first | (adapter.shared({site.path: site}) if adapter.shared else {})
 
 
 def same(one, two):
@@ -45,9 +45,9 @@ def test_settings_make_the_method():
 
 @pytest.mark.parametrize("method", ["vera", "lora"])
 def test_a_config_and_its_json_make_the_same(tiny_config, method):
-  config = tiny_config(method=method)
-  adapter, targets = build_adapter(config)
-  written = json.loads(json.dumps(config[method].to_dict()))
+  settings = tiny_config(method=method)[method].to_dict()
+  adapter, targets = make_adapter(method, settings)
+  written = json.loads(json.dumps(settings))
   again, patterns = make_adapter(method, written)
   assert targets == patterns
   same(adapter, again)
@@ -55,7 +55,8 @@ def test_a_config_and_its_json_make_the_same(tiny_config, method):
 
 @pytest.mark.parametrize("method", ["bitfit", "head", "full"])
 def test_the_others_put_nothing_on(method):
-  assert make_adapter(method, {"lr": 1e-3}) == (None, ())
+  adapter, targets = make_adapter(method, {"lr": 1e-3})
+  assert (adapter.name, adapter.init, targets) == (method, None, ())
 
 
 @pytest.mark.parametrize(

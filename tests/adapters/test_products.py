@@ -1,29 +1,32 @@
 """Every plan is the same function; the cheapest is chosen by counted FLOPs."""
 
+from functools import cache
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vera_jax.adapters import products as contraction
 from vera_jax.adapters.apply import adapt
+from vera_jax.adapters.interface import LowRank, Site
 from vera_jax.adapters.lora import lora
+from vera_jax.adapters.products import (
+  PLANS,
+  adapted_product,
+  check_plan,
+  choose,
+  costs,
+)
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 
 METHODS = {
-  "vera": vera,
-  "vera d": lambda rank, **kwargs: vera(rank, train="d", **kwargs),
-  "vera b": lambda rank, **kwargs: vera(rank, train="b", **kwargs),
-  "lora": lora,
+  "vera": vera(6),
+  "vera d": vera(6, train="d"),
+  "vera b": vera(6, train="b"),
+  "lora": lora(6),
 }
-PLANS = [
-  (method, plan)
-  for method in METHODS
-  for plan in ("folded", "mixed")
-  if (method, plan) != ("lora", "mixed")
-]
 # A product of eight bits of mantissa against one of another order.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 4e-2}
 
@@ -38,29 +41,34 @@ class Attention(nn.Module):
     types = {"dtype": self.dtype, "param_dtype": self.dtype}
     query = nn.Dense(12, name="query", **types)(x)
     value = nn.DenseGeneral((3, 4), name="value", **types)(x)
-    mixed = jnp.tanh(query) * value.reshape(query.shape)
-    return nn.Dense(2, use_bias=False, name="out", **types)(mixed)
+    both = jnp.tanh(query) * value.reshape(query.shape)
+    return nn.Dense(2, use_bias=False, name="out", **types)(both)
 
 
-def value_and_gradients(method, dtype, lead, variables=None):
-  """Outputs; gradients of all parameters and of x; the variables used."""
+@cache
+def value_and_gradients(name, dtype, plan):
+  """Outputs; gradients of all parameters, frozen kernels too, and of x."""
   rng = np.random.default_rng(0)
+  lead = (2, 3) if dtype == "float32" else (5,)
   x = jnp.asarray(rng.normal(size=(*lead, 8)), dtype)
-  model = adapt(Attention(dtype), method, targets=["query", "value", "out"])
-  if variables is None:
-    variables = model.init(jax.random.key(0), x)
-    variables["params"] = jax.tree.map(
-      lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype),
-      variables["params"],
-    )
+  model = adapt(
+    Attention(dtype),
+    METHODS[name],
+    targets=["query", "value", "out"],
+    plan=plan,
+  )
+  variables = model.init(jax.random.key(0), x)
+  params = jax.tree.map(
+    lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype),
+    variables["params"],
+  )
 
   def total(params, x):
     y = model.apply({**variables, "params": params}, x)
     return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
 
-  grad = jax.grad(total, argnums=(0, 1), has_aux=True)
-  grads, y = jax.jit(grad)(variables["params"], x)
-  return y, grads, variables
+  grads, y = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(params, x)
+  return y, grads
 
 
 def assert_close(got, want, tolerance):
@@ -74,33 +82,32 @@ def assert_close(got, want, tolerance):
 
 
 @pytest.mark.parametrize(
-  ("dtype", "lead"),
-  [("float32", (2, 3)), ("bfloat16", (5,))],
-  ids=["float32", "bfloat16"],
+  "name, dtype, plan",
+  [
+    ("vera", "float32", "folded"),
+    ("vera", "float32", "folded_forward"),
+    ("vera", "bfloat16", "folded"),
+    ("vera", "bfloat16", "folded_forward"),
+    ("vera d", "float32", "folded_forward"),
+    ("vera b", "float32", "folded_forward"),
+    ("lora", "float32", "folded"),
+    ("lora", "bfloat16", "folded"),
+  ],
 )
-@pytest.mark.parametrize(("name", "plan"), PLANS)
-def test_plans_agree_in_value_and_gradient(name, plan, dtype, lead):
-  """In every parameter, frozen kernels too, and in the input."""
-  make = METHODS[name]
-  y, grads, variables = value_and_gradients(
-    make(6, plan="factored"), dtype, lead
-  )
-  got, got_grads, _ = value_and_gradients(
-    make(6, plan=plan), dtype, lead, variables
-  )
-  assert_close(got, y, TOLERANCE[dtype])
-  assert_close(got_grads, grads, TOLERANCE[dtype])
+def test_plans_agree_in_value_and_gradient(name, dtype, plan):
+  got = value_and_gradients(name, dtype, plan)
+  want = value_and_gradients(name, dtype, "factored")
+  assert_close(got, want, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("plan", ["folded", "mixed"])
-def test_plans_agree_under_vmap_and_remat(plan):
-  """A member's vectors on a leading axis; the base has none."""
+def test_plans_agree_under_vmap_and_remat():
+  """Each run's vectors on a leading axis, which the base has not."""
   rng = np.random.default_rng(1)
   x = jnp.asarray(rng.normal(size=(3, 5, 8)), jnp.float32)
 
   def gradients(plan):
     model = adapt(
-      nn.remat(Attention)(), vera(6, plan=plan), targets=["query", "value"]
+      nn.remat(Attention)(), vera(6), targets=["query", "value"], plan=plan
     )
     variables = model.init(jax.random.key(0), x[0])
     params = variables["params"]
@@ -116,15 +123,17 @@ def test_plans_agree_under_vmap_and_remat(plan):
 
     return jax.jit(jax.vmap(jax.value_and_grad(loss)))(jnp.arange(1.0, 4.0), x)
 
-  assert_close(gradients(plan), gradients("factored"), 2e-5)
+  want = gradients("factored")
+  for plan in ("folded", "folded_forward"):
+    assert_close(gradients(plan), want, 2e-5)
 
 
 TOKENS, RANK, INPUTS, OUTPUTS = 96, 64, 160, 192
 
 
+@cache
 def compiled_flops(plan, layers=1):
   """Of a step through adapted layers on one x: gradients of leaves and x."""
-  method = vera(RANK, plan=plan)
 
   def shape(*sizes):
     return jax.ShapeDtypeStruct(sizes, jnp.float32)
@@ -135,57 +144,65 @@ def compiled_flops(plan, layers=1):
   kernels = [shape(INPUTS, OUTPUTS)] * layers
 
   def loss(trained, projections, kernels):
-    return sum(
-      jnp.sum(
-        method.forward(own, projections, trained[1], kernel, outputs=OUTPUTS)
-        ** 2
+    all_leaves, x = trained
+    total = 0.0
+    for own, kernel in zip(all_leaves, kernels, strict=True):
+      site = Site(
+        ("layer",), INPUTS, OUTPUTS, lambda k=kernel: k, shared=projections
       )
-      for own, kernel in zip(trained[0], kernels, strict=True)
-    )
+      y, _ = adapted_product(vera(RANK), own, site, x, plan=plan)
+      total += jnp.sum(y**2)
+    return total
 
   step = jax.jit(jax.grad(loss)).lower(trained, projections, kernels)
   return step.compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("plan", contraction.PLANS)
+@pytest.mark.parametrize("plan", PLANS)
 def test_counted_costs_are_the_compiled_ones(plan):
   """Within 5 %: XLA also counts what is no product."""
-  delta = contraction.costs(TOKENS, RANK, INPUTS, OUTPUTS)[plan]
+  delta = costs(TOKENS, RANK, INPUTS, OUTPUTS)[plan]
   want = 2 * (delta + 2 * TOKENS * INPUTS * OUTPUTS)
   assert compiled_flops(plan) == pytest.approx(want, rel=0.05)
 
 
-@pytest.mark.parametrize("plan", ["factored", "mixed"])
+@pytest.mark.parametrize("plan", ["factored", "folded_forward"])
 def test_layers_on_one_input_share_a_x(plan):
   """Two layers cost one product A x less than twice one layer."""
   saved = 2 * compiled_flops(plan) - compiled_flops(plan, layers=2)
   assert saved == pytest.approx(2 * TOKENS * RANK * INPUTS, rel=0.05)
 
 
+def factors(rank, *, trains_down=False):
+  return LowRank(
+    jnp.zeros((768, rank)), jnp.zeros((rank, 768)), trains_down=trains_down
+  )
+
+
 def test_the_cheapest_is_chosen():
   """By tokens: none to spare for a kernel, then some, then plenty."""
-  base = {"rank": 1024, "inputs": 768, "outputs": 768}
-  chosen = [contraction.choose(n, **base) for n in (128, 512, 8192)]
-  assert chosen == ["factored", "mixed", "folded"]
+  vera_1024 = factors(1024)
+  chosen = [choose(tokens, vera_1024) for tokens in (128, 512, 8192)]
+  assert chosen == ["factored", "folded_forward", "folded"]
   # remat runs the forward pass twice, where factored pays most of its cost
-  assert contraction.choose(256, **base, forwards=2) != "mixed"
+  assert choose(256, vera_1024, forwards=2) != "folded_forward"
   for tokens in (64, 500, 3000):
-    priced = contraction.costs(tokens, **base)
-    assert priced[contraction.choose(tokens, **base)] == min(priced.values())
+    priced = costs(tokens, 1024, 768, 768)
+    assert priced[choose(tokens, vera_1024)] == min(priced.values())
 
 
 def test_lora_folds_a_high_rank_only():
-  low, high = lora(8), lora(512)
-  assert low.plan(8192, 768, 768) == "factored"
-  assert high.plan(8192, 768, 768) == "folded"
+  low, high = (factors(rank, trains_down=True) for rank in (8, 512))
+  assert choose(8192, low) == "factored"
+  assert choose(8192, high) == "folded"
 
 
-@pytest.mark.parametrize("make", [vera, lora])
-def test_an_unknown_plan_is_refused(make):
-  with pytest.raises(UserError, match="choose auto, factored"):
-    make(4, plan="fast")
+def test_names_of_plans():
+  assert check_plan("mixed") == "folded_forward"  # its old name
+  with pytest.raises(UserError, match="'fast'; choose auto, factored"):
+    adapt(Attention(), vera(4), targets=["out"], plan="fast")
 
 
-def test_lora_has_no_mixed_plan():
-  with pytest.raises(UserError, match="no mixed plan"):
-    lora(4, plan="mixed")
+def test_trained_matrices_have_no_folded_forward_plan():
+  with pytest.raises(UserError, match="for methods with fixed matrices"):
+    choose(8, factors(4, trains_down=True), plan="folded_forward")

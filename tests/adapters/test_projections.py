@@ -44,11 +44,17 @@ def test_jit_and_eight_devices_give_the_same_bits(init):
   assert digest(jax.jit(make)()) == golden["digests"][init]
 
 
-def test_the_bits_of_a_pair_a_layer():
-  targets = {(f"layer_{i}", "query"): Target(12, 16) for i in range(2)}
-  settings = {"rank": 4, "seed": 5, "init": "kaiming_uniform"}
-  made = make_projections(targets, **settings, sharing="unique")
-  assert digest(made) == GOLDEN["unique"]
+def test_the_bits_of_a_pair_per_layer():
+  """The same for layers of their own and for a stack of them."""
+  looped = {(f"layer_{i}", "query"): Target(12, 16) for i in range(2)}
+  stacked = {("layer", "query"): Target(12, 16, (2,))}
+  for targets in (looped, stacked):
+    made = make_projections(
+      targets, rank=4, seed=5, init="kaiming_uniform", sharing="unique"
+    )
+    assert digest(made) == GOLDEN["unique"]
+  first, second = made["layer"]["query"]["A"]
+  assert np.abs(first - second).max() > 0.1
 
 
 @pytest.mark.parametrize("golden", GOLDEN["peft"])
@@ -116,7 +122,7 @@ def test_one_pair_is_as_wide_as_the_widest_layers():
     np.testing.assert_array_equal(shared[name], pair[name])
 
 
-def test_a_pair_a_layer_has_each_layers_own_size():
+def test_a_pair_per_layer_has_each_layers_own_size():
   targets = {("a", "up"): Target(8, 32, (2,)), ("a", "down"): Target(24, 4)}
   made = make_projections(
     targets, rank=3, seed=0, init="kaiming_uniform", sharing="unique"

@@ -61,24 +61,24 @@ def test_help_is_ours():
     (1, ["--config=configs/common.py"], "config.task, config.optim.epochs"),
     (1, [RTE, "--config.optim.batch_size=0"], "config.optim.batch_size is 0"),
     (1, [RTE, "--seeds=0,one"], "--seeds=0,one: give whole numbers"),
-    (1, [RTE, "--seeds=3,4,3"], "Two members are the same run"),
+    (1, [RTE, "--seeds=3,4,3"], "Two runs of the ensemble are the same"),
   ],
 )
-def test_a_mistake_is_told_in_a_line_or_two(code, flags, words):
-  told = refused(code, *flags)
-  assert words in told
-  assert len(told.splitlines()) <= 3
+def test_a_mistake_is_explained_in_a_line_or_two(code, flags, words):
+  message = refused(code, *flags)
+  assert words in message
+  assert len(message.splitlines()) <= 3
 
 
 def test_a_required_setting_can_come_from_the_command_line():
-  told = refused(
+  message = refused(
     1, "--config=configs/common.py", "--config.task=rte", "--config.vera.lr=1"
   )
-  assert "config.optim.epochs, config.vera.head_lr" in told
-  assert "config.task" not in told
+  assert "config.optim.epochs, config.vera.head_lr" in message
+  assert "config.task" not in message
 
 
-def test_a_hub_out_of_reach_is_told_within_half_a_minute(tmp_path):
+def test_a_hub_out_of_reach_is_explained_within_half_a_minute(tmp_path):
   started = time.monotonic()
   done = glue(
     RTE,
@@ -106,9 +106,9 @@ def flags(tiny_settings, tmp_path):
 
 
 def test_a_target_that_matches_nothing_lists_the_layers(flags, tmp_path):
-  told = refused(1, *flags, "--config.vera.targets=('query', 'kye')")
-  assert "'kye'" in told
-  assert "encoder/layer/attention/self/key" in told
+  message = refused(1, *flags, "--config.vera.targets=('query', 'kye')")
+  assert "'kye'" in message
+  assert "encoder/layer/attention/self/key" in message
   assert not (tmp_path / "run").exists()
 
 
@@ -127,12 +127,12 @@ def test_targets_from_the_command_line(flags):
 def test_seeds_train_at_once(flags, tmp_path):
   done = glue(*flags, "--seeds=0,1")
   assert done.returncode == 0, done.stderr
-  assert "2 members at once" in done.stderr
+  assert "2 runs at once" in done.stderr
   for seed in (0, 1):
     assert f"seed {seed}: epoch 1 of 1: accuracy" in done.stderr
     assert (tmp_path / "run" / f"seed{seed}" / "result.json").exists()
   assert "median" in done.stdout
-  told = refused(1, *flags, "--seeds=0,5", "--config.optim.head_lr=1e38")
-  assert "seed0 holds a run of another config" in told
-  told = refused(1, *flags, "--seeds=5", "--config.optim.head_lr=1e38")
-  assert "seed 5: The" in told and "at step" in told
+  message = refused(1, *flags, "--seeds=0,5", "--config.optim.head_lr=1e38")
+  assert "seed0 holds a run of another config" in message
+  message = refused(1, *flags, "--seeds=5", "--config.optim.head_lr=1e38")
+  assert "seed 5: The" in message and "at step" in message

@@ -75,7 +75,7 @@ def test_merge_then_predict_from_both(random_adapter, tmp_path):
     ("predict", ["--adapter=a", "--input=no.tsv"], "no.tsv can't be read"),
   ],
 )
-def test_a_mistake_is_told_in_a_line(script, flags, words):
+def test_a_mistake_is_explained_in_a_line(script, flags, words):
   done = run(script, *flags)
   assert done.returncode == 1 and words in done.stderr
   assert len(done.stderr.splitlines()) == 1

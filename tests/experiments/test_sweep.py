@@ -39,7 +39,7 @@ def test_help_has_what_a_cluster_needs():
     ([RANK, "--workdir=x", "--shard=4/4"], "from 0 to n - 1"),
   ],
 )
-def test_a_mistake_is_told_in_a_line_or_two(flags, words):
+def test_a_mistake_is_explained_in_a_line_or_two(flags, words):
   done = sweep(*flags)
   assert done.returncode == 1 and words in done.stderr
   assert len(done.stderr.splitlines()) <= 3

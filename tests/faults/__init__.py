@@ -1,1 +1,1 @@
-"""The faults that `tests.faults.run` tries, and what they are tried on."""
+"""Fault tests: what a run survives, tried on real processes."""

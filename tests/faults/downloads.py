@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from tests.faults.ground import Ground, Trial
+from tests.faults.fixtures import Launcher, Outcome
 
 NAME = "some/encoder"
 COMMIT = "0123456789" * 4
@@ -17,11 +17,11 @@ COMMIT = "0123456789" * 4
 
 @contextmanager
 def hub(folder: Path, breaks: int) -> Iterator[tuple[str, list[str]]]:
-  """(address, what was asked for) of a hub with one model.
+  """(address, names of the requested files) of a hub with one model.
 
-  So many times the connection ends in the middle of the weights.
+  The first `breaks` times the connection ends in the middle of the weights.
   """
-  asked: list[str] = []
+  requested: list[str] = []
   left = [breaks]
 
   class Handler(BaseHTTPRequestHandler):
@@ -37,70 +37,68 @@ def hub(folder: Path, breaks: int) -> Iterator[tuple[str, list[str]]]:
     def _answer(self, *, body: bool) -> None:
       path = self.path.partition("?")[0]
       if path.startswith("/api/models/"):
-        self._about(path)
-        return
-      file = folder / path.rpartition("/")[2]
-      if not file.is_file():
-        self.send_error(404)
-        return
-      data = file.read_bytes()
-      start = int(self.headers.get("Range", "bytes=0-")[6:].split("-")[0])
+        data, headers = _listing(folder, path), {}
+        start, name = 0, "listing.json"
+      else:
+        file = folder / path.rpartition("/")[2]
+        if not file.is_file():
+          self.send_error(404)
+          return
+        start = int(self.headers.get("Range", "bytes=0-")[6:].split("-")[0])
+        data, name = file.read_bytes()[start:], file.name
+        headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
       self.send_response(206 if start else 200)
-      self.send_header("Content-Length", str(len(data) - start))
-      self.send_header("ETag", f'"{file.name}"')
-      self.send_header("X-Repo-Commit", COMMIT)
+      self.send_header("Content-Length", str(len(data)))
+      for key, value in headers.items():
+        self.send_header(key, value)
       self.end_headers()
       if not body:
         return
-      asked.append(file.name)
-      data = data[start:]
-      if file.suffix == ".safetensors" and left[0] > 0:
+      requested.append(name)
+      if name.endswith(".safetensors") and left[0] > 0:
         left[0] -= 1
         data = data[: len(data) // 2]
       self.wfile.write(data)
       self.close_connection = True
 
-    def _about(self, path: str) -> None:
-      files = [{"rfilename": f.name} for f in sorted(folder.iterdir())]
-      about: Any = {"id": NAME, "sha": COMMIT, "siblings": files}
-      if "/tree/" in path:
-        about = [
-          {
-            "type": "file",
-            "path": file.name,
-            "size": file.stat().st_size,
-            "oid": COMMIT,
-          }
-          for file in sorted(folder.iterdir())
-        ]
-      data = json.dumps(about).encode()
-      self.send_response(200)
-      self.send_header("Content-Type", "application/json")
-      self.send_header("Content-Length", str(len(data)))
-      self.end_headers()
-      self.wfile.write(data)
-
   server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
   thread = threading.Thread(target=server.serve_forever, daemon=True)
   thread.start()
   try:
-    yield f"http://127.0.0.1:{server.server_port}", asked
+    yield f"http://127.0.0.1:{server.server_port}", requested
   finally:
     server.shutdown()
     server.server_close()
     thread.join()
 
 
-def downloads(ground: Ground) -> list[Trial]:
+def _listing(folder: Path, path: str) -> bytes:
+  """What the hub's API answers about the model, or its tree of files."""
+  files = sorted(folder.iterdir())
+  siblings = [{"rfilename": file.name} for file in files]
+  answer: Any = {"id": NAME, "sha": COMMIT, "siblings": siblings}
+  if "/tree/" in path:
+    answer = [
+      {
+        "type": "file",
+        "path": file.name,
+        "size": file.stat().st_size,
+        "oid": COMMIT,
+      }
+      for file in files
+    ]
+  return json.dumps(answer).encode()
+
+
+def downloads(launcher: Launcher) -> list[Outcome]:
   """The weights break off twice, and then every time."""
-  encoder = Path(ground.settings["model.name"])
-  trials = []
+  outcomes = []
   for breaks, name in ((2, "twice"), (10_000, "every time")):
-    cache = ground.folder / f"hub-{breaks}"
+    cache = launcher.folder / f"hub-{breaks}"
     shutil.rmtree(cache, ignore_errors=True)
-    with hub(encoder, breaks) as (address, asked):
-      ended = ground.run(
-        ground.folder / f"from-hub-{breaks}",
+    with hub(launcher.settings["model.name"], breaks) as (address, requested):
+      ended = launcher.run(
+        launcher.folder / f"from-hub-{breaks}",
         environment={
           "HF_ENDPOINT": address,
           "HF_HOME": str(cache),
@@ -108,12 +106,14 @@ def downloads(ground: Ground) -> list[Trial]:
         },
         **{"model.name": NAME, "optim.epochs": 1},
       )
-    times = asked.count("model.safetensors")
-    told = "broke off 3 times" in ended.told and "Traceback" not in ended.told
-    good = ended.code == 0 if breaks == 2 else ended.code == 1 and told
-    seen = f"the weights were asked for {times} times; "
-    seen += "then it trains" if breaks == 2 else "then a clear error"
-    trials.append(
-      Trial(f"a download breaks off {name}", 1, int(not good), None, seen)
-    )
-  return trials
+    if breaks == 2:
+      good, end = ended.code == 0, "then it trains"
+    else:
+      clear = "broke off 3 times" in ended.output
+      clear = clear and "Traceback" not in ended.output
+      good, end = ended.code == 1 and clear, "then a clear error"
+    times = requested.count("model.safetensors")
+    seen = f"the weights were asked for {times} times; {end}"
+    fault = f"a download breaks off {name}"
+    outcomes.append(Outcome(fault, 1, int(not good), None, seen))
+  return outcomes

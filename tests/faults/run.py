@@ -1,16 +1,16 @@
-"""What a run survives: each fault is tried on real processes.
+"""Fault tests: what a run survives, tried on real processes.
 
   python -m tests.faults.run            # writes docs/faults.md, faults.json
   python -m tests.faults.run --kills=3 --out=FOLDER
 
 A tiny random encoder trains on generated pairs. A run that was killed, stopped,
-harmed or starved is compared with one left alone: the last save's arrays,
+damaged or out of disk is compared with one left alone: the last save's arrays,
 metrics.jsonl, the adapter, the result.
 """
 
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,69 +18,62 @@ from absl import flags
 
 from experiments import cli
 from tests.faults import downloads, interruption, processes
-from tests.faults.ground import Ground, Trial
+from tests.faults.fixtures import Launcher, Outcome
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json, write_text
 from vera_jax.results import provenance
 
 OUT = flags.DEFINE_string("out", "docs", "Where faults.md and faults.json go.")
-KILLS = flags.DEFINE_integer("kills", 20, "kill -9 so often in one run.")
-TERMS = flags.DEFINE_integer("terms", 5, "SIGTERM so often in one run.")
+KILLS = flags.DEFINE_integer("kills", 20, "Times of kill -9 in one run.")
+TERMS = flags.DEFINE_integer("terms", 5, "Times of SIGTERM in one run.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the random moments.")
-FOLDER = flags.DEFINE_string("folder", None, "Unset: one that goes afterwards.")
+FOLDER = flags.DEFINE_string("folder", None, "Unset: a temporary one.")
 ONLY = flags.DEFINE_list(
   "only",
   [],
-  "Try these groups alone: kills, terms, harm, several. The others' rows stay.",
+  "Only these groups: kills, terms, harm, several. The others' rows stay.",
 )
 WORDS = {None: "not compared", True: "yes", False: "no"}
 
 
-def kills(folder: Path) -> Iterator[Trial]:
-  ground = Ground(folder, epochs=3 * KILLS.value + 1)
-  alone, seed = _alone(ground), SEED.value
-  yield interruption.kills(ground, alone, times=KILLS.value, seed=seed)
+def kills(folder: Path) -> Iterator[Outcome]:
+  launcher, times = Launcher(folder, epochs=3 * KILLS.value + 1), KILLS.value
+  alone = launcher.run_alone()
+  yield interruption.kills(launcher, alone, times=times, seed=SEED.value)
 
 
-def terms(folder: Path) -> Iterator[Trial]:
-  ground = Ground(folder, epochs=3 * TERMS.value + 1)
-  alone, seed = _alone(ground), SEED.value
-  yield interruption.preemptions(ground, alone, times=TERMS.value, seed=seed)
+def terms(folder: Path) -> Iterator[Outcome]:
+  launcher, times = Launcher(folder, epochs=3 * TERMS.value + 1), TERMS.value
+  alone = launcher.run_alone()
+  yield interruption.preemptions(launcher, alone, times=times, seed=SEED.value)
 
 
-def harm(folder: Path) -> Iterator[Trial]:
-  ground = Ground(folder, epochs=3)
-  alone = _alone(ground)
-  yield from interruption.damages(ground, alone)
-  yield interruption.full_disk(ground, alone)
-  yield interruption.second_run(ground)
-  yield interruption.other_config(ground)
-  yield from downloads.downloads(ground)
+def harm(folder: Path) -> Iterator[Outcome]:
+  launcher = Launcher(folder, epochs=3)
+  alone = launcher.run_alone()
+  yield from interruption.damages(launcher, alone)
+  yield interruption.full_disk(launcher, alone)
+  yield interruption.second_run(launcher)
+  yield interruption.other_config(launcher)
+  yield from downloads.downloads(launcher)
 
 
-def several(folder: Path) -> Iterator[Trial]:
-  ground = Ground(folder, epochs=3, dropout=False)
-  yield from processes.equal_layouts(ground)
-  yield from processes.stopped_by_one(ground)
-  yield from processes.left_by_one(ground)
-  yield processes.no_coordinator(ground)
+def several(folder: Path) -> Iterator[Outcome]:
+  launcher = Launcher(folder, epochs=3, dropout=False)
+  yield from processes.equal_layouts(launcher)
+  yield from processes.stopped_by_one(launcher)
+  yield from processes.left_by_one(launcher)
+  yield processes.no_coordinator(launcher)
 
 
 GROUPS = {f.__name__: f for f in (kills, terms, harm, several)}
 
 
-def _alone(ground: Ground) -> Path:
-  workdir = ground.folder / "alone"
-  ended = ground.run(workdir)
-  if ended.code:
-    raise UserError(f"The run left alone failed:\n{ended.told}")
-  return workdir
-
-
-def as_row(group: str, trial: Trial) -> dict[str, Any]:
-  same, others = trial.same, trial._asdict()
-  del others["same"]
-  return {"group": group, **others, "bit_identical": same}
+def as_row(group: str, outcome: Outcome) -> dict[str, Any]:
+  """An outcome as faults.json has it."""
+  fields = outcome._asdict()
+  same = fields.pop("same")
+  return {"group": group, **fields, "bit_identical": same}
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
@@ -124,7 +117,7 @@ beside other work; jax {versions["jax"]}, orbax {versions["orbax-checkpoint"]}.
 
 
 def write(out: Path, rows: list[dict[str, Any]]) -> None:
-  """Both files, after each trial: a run of this is long."""
+  """Both files, after each fault test: all of them take long."""
   own = (KILLS, TERMS, SEED)
   given = "".join(f" --{f.name}={f.value}" for f in own if f.present)
   found = {
@@ -139,28 +132,24 @@ def write(out: Path, rows: list[dict[str, Any]]) -> None:
   write_text(out / "faults.md", page(found))
 
 
-def kept(file: Path, chosen: Collection[str]) -> list[dict[str, Any]]:
-  """The rows of an earlier run that are not tried again."""
-  if len(chosen) == len(GROUPS) or not file.exists():
-    return []
-  rows = read_json(file)["trials"]
-  return [row for row in rows if row["group"] not in chosen]
-
-
 def main() -> None:
   chosen, out = ONLY.value or list(GROUPS), Path(OUT.value)
   unknown = [name for name in chosen if name not in GROUPS]
   if unknown:
     raise UserError(f"--only={unknown[0]}: choose from {', '.join(GROUPS)}.")
-  rows = kept(out / "faults.json", chosen)
+  rows: list[dict[str, Any]] = []
+  earlier = out / "faults.json"
+  if len(chosen) < len(GROUPS) and earlier.exists():
+    rows = [r for r in read_json(earlier)["trials"] if r["group"] not in chosen]
   with tempfile.TemporaryDirectory() as temporary:
     folder = Path(FOLDER.value or temporary).absolute()
     for group in chosen:
-      for trial in GROUPS[group](folder / group):
-        rows.append(as_row(group, trial))
+      for outcome in GROUPS[group](folder / group):
+        row = as_row(group, outcome)
+        rows.append(row)
         rows.sort(key=lambda row: list(GROUPS).index(row["group"]))
         write(out, rows)
-        print(table([as_row(group, trial)]).splitlines()[-1], flush=True)
+        print(table([row]).splitlines()[-1], flush=True)
   if any(row["lost"] for row in rows):
     raise UserError(f"Not all came through: {out / 'faults.md'}")
 

@@ -1,6 +1,6 @@
 """The short form of `python -m tests.faults.run`: real processes, few faults.
 
-All trials share one config and one run left alone.
+All tests share one config and one run left alone.
 """
 
 import signal
@@ -9,7 +9,7 @@ import pytest
 
 from configs import quickstart
 from tests.faults import interruption
-from tests.faults.ground import Ground, Trial, end, reach, saves
+from tests.faults.fixtures import Launcher, Outcome, reach, saves
 from tests.faults.processes import largest_difference
 from tests.faults.run import as_row, page, table
 from vera_jax.results import provenance
@@ -19,64 +19,57 @@ CLOSE = 1e-5  # losses of about 0.7, where sums are added in another order
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory) -> Ground:
+def launcher(tmp_path_factory) -> Launcher:
   folder = tmp_path_factory.mktemp("faults")
-  return Ground(folder, epochs=6, dropout=False)
+  return Launcher(folder, epochs=6, dropout=False)
 
 
 @pytest.fixture(scope="module")
-def alone(ground):
-  """One process of one device, left alone."""
-  folder = ground.folder / "alone"
-  ended = ground.run(folder)
-  assert ended.code == 0, ended.told
-  return folder
+def alone(launcher):
+  return launcher.run_alone()
 
 
-def test_killed_at_random_moments_and_in_a_save(ground, alone):
-  trial = interruption.kills(ground, alone, times=2, seed=1)
-  assert trial.tried == 2 and trial.lost == 0 and trial.same
+def test_killed_at_random_moments_and_in_a_save(launcher, alone):
+  outcome = interruption.kills(launcher, alone, times=2, seed=1)
+  assert outcome.tried == 2 and outcome.lost == 0 and outcome.same
 
 
-def test_two_processes_are_one(ground, alone):
+def test_two_processes_are_one(launcher, alone):
   """Two of four devices = one of eight = one of one, stopped on the way.
 
   SIGTERM comes to the second process alone; both save at the same step. Then
   the two are started as SLURM does.
   """
-  two = ground.folder / "two"
-  processes = ground.start_several(two)
+  two, eight = launcher.folder / "two", launcher.folder / "eight"
+  processes = launcher.start_several(two)
   assert reach(two, 13, processes[0])
   processes[1].send_signal(signal.SIGTERM)
-  stops = [end(process) for process in processes]
-  assert [stop.code for stop in stops] == [75, 75], stops[0].told
+  stops = [process.end() for process in processes]
+  assert [stop.code for stop in stops] == [75, 75], stops[0].output
   step = saves(two)[-1]
   assert step >= 13 and not (two / "result.json").exists()
   for stop in stops:
-    assert f"Stopped by SIGTERM, saved at step {step} of 60" in stop.told
-  assert "epoch 1 of 6" in stops[0].told and "epoch" not in stops[1].told
+    assert f"Stopped by SIGTERM, saved at step {step} of 60" in stop.output
+  assert "epoch 1 of 6" in stops[0].output and "epoch" not in stops[1].output
 
-  again = [end(process) for process in ground.start_several(two, slurm=True)]
-  assert [ended.code for ended in again] == [0, 0], again[0].told
-  assert f"resumed at step {step} of 60" in again[0].told
-  assert "best epoch" in again[0].told and "best epoch" not in again[1].told
+  first, second = launcher.run_several(two, slurm=True)
+  assert (first.code, second.code) == (0, 0), first.output
+  assert f"resumed at step {step} of 60" in first.output
+  assert "best epoch" in first.output and "best epoch" not in second.output
 
   config = quickstart.get_config()
-  settings = {k: _plain(v) for k, v in ground.settings.items()}
-  config.update_from_flattened_dict(settings)
-  result = train_and_evaluate(config, ground.folder / "eight")
+  paths = ("model.name", "data.source", "data.cache_dir")
+  as_text = {name: str(launcher.settings[name]) for name in paths}
+  config.update_from_flattened_dict({**launcher.settings, **as_text})
+  result = train_and_evaluate(config, eight)
   assert result["device"] == {**result["device"], "count": 8, "processes": 1}
-  assert largest_difference(two, ground.folder / "eight") < CLOSE
+  assert largest_difference(two, eight) < CLOSE
   assert largest_difference(two, alone) < CLOSE
 
 
-def _plain(value):
-  return value if isinstance(value, int | float) else str(value)
-
-
 def test_the_table_says_what_was_seen():
-  trials = [Trial("a fault", 3, 0, True, "x"), Trial("b", 1, 1, None, "y")]
-  rows = [as_row("harm", trial) for trial in trials]
+  outcomes = Outcome("a fault", 3, 0, True, "x"), Outcome("b", 1, 1, None, "y")
+  rows = [as_row("harm", outcome) for outcome in outcomes]
   assert "| a fault | 3 | 0 | yes | x |" in table(rows)
   assert "| b | 1 | 1 | not compared | y |" in table(rows)
   about = {"command": "c", "faults": 4, "cores": 2}

@@ -38,7 +38,7 @@ def ids() -> jax.Array:
 
 @pytest.fixture(scope="session")
 def apply():
-  """The compiled forward pass: (model, params, ids, **arrays), key to drop."""
+  """The compiled forward pass; with a key and not deterministic, dropout."""
 
   @partial(jax.jit, static_argnums=0, static_argnames="deterministic")
   def run(model, params, *args, key=None, deterministic=True, **arrays):
@@ -51,7 +51,7 @@ def apply():
 
 @pytest.fixture(scope="session")
 def init(shapes):
-  """Parameters with every leaf random, biases and norms included."""
+  """Makes parameters with every leaf random, biases and norms included."""
 
   def make(model: BertClassifier) -> dict:
     rng = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def init(shapes):
 
 @pytest.fixture(scope="session")
 def shapes(ids):
-  """The tree of shapes that load_params fills."""
+  """Makes the tree of shapes that load_params fills."""
 
   def make(model: BertClassifier) -> dict:
     return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]

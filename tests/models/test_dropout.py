@@ -19,7 +19,7 @@ def test_numbers_are_dropped_at_the_rate_and_the_others_scaled(rate, last):
   slack = 5 * (rate * (1 - rate) / y.size) ** 0.5
   assert abs(kept.mean() - (1 - rate)) < slack
   np.testing.assert_allclose(y[kept], 3 / (1 - rate), rtol=2e-4)
-  # both halves of a word serve, and neither follows the other
+  # both halves of a random word are used, and they are independent
   halves = kept[..., : last // 2 * 2].reshape(-1, 2)
   assert np.all(np.abs(halves.mean(0) - (1 - rate)) < 2 * slack)
   assert abs(np.corrcoef(halves.T)[0, 1]) < 5 / len(halves) ** 0.5

@@ -7,15 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from vera_jax.train.model import build_model
 
 from vera_jax.adapters.files import load_adapter
-from vera_jax.adapters.labels import TRAINED
+from vera_jax.adapters.methods import METHODS
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.models.export_hf import BOUNDS, merged_params, write_merged
+from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import fingerprint
-from vera_jax.models.pretrained import load_classifier, restore_adapter
+from vera_jax.models.pretrained import (
+  blueprint,
+  load_classifier,
+  load_model,
+  restore_adapter,
+)
 from vera_jax.serve.predictor import Predictor
 from vera_jax.train.sharding import make_mesh
 
@@ -27,7 +32,7 @@ def restored(folder):
   return restore_adapter(load_adapter(folder))
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_folder_answers_as_the_adapter_does(
   method, random_adapter, tmp_path
 ):
@@ -116,15 +121,11 @@ def test_nothing_is_written_over(random_adapter, tmp_path):
   assert (tmp_path / "out/model.safetensors").is_file()
 
 
-def test_a_merged_folder_is_a_model_to_train(
-  random_adapter, tiny_config, tmp_path
-):
+def test_a_merged_folder_is_a_model_to_train(random_adapter, tmp_path):
   adapted = restored(random_adapter())
   write_merged(adapted, tmp_path / "out")
-  config = tiny_config(method="head", model__name=str(tmp_path / "out"))
-  model = build_model(
-    config, folder=tmp_path / "out", num_labels=2, mesh=make_mesh()
-  )
+  plan = blueprint(read_fields(tmp_path / "out"), outputs=2)
+  model = load_model(plan, tmp_path / "out", mesh=make_mesh(), seed=0)
   assert model.notes == ()  # no weight is new, none is left over
   np.testing.assert_array_equal(
     model.trainable["classifier"]["kernel"],
@@ -132,7 +133,7 @@ def test_a_merged_folder_is_a_model_to_train(
   )
 
 
-def test_a_broken_merged_note_is_told(random_adapter, tmp_path):
+def test_a_broken_merge_json_is_named(random_adapter, tmp_path):
   write_merged(restored(random_adapter("head")), tmp_path / "out")
   (tmp_path / "out/merge.json").write_text("{")
   with pytest.raises(UserError, match="merge.json can't be read"):
@@ -178,7 +179,7 @@ def test_torch_gives_the_same_logits(
   assert np.ptp(theirs) > 1e-2
 
 
-def test_a_damaged_base_is_told(random_adapter, tiny_model, tmp_path):
+def test_a_damaged_base_is_named(random_adapter, tiny_model, tmp_path):
   folder = shutil.copytree(tiny_model, tmp_path / "base")
   saved = load_adapter(random_adapter())
   stored = load_file(folder / "model.safetensors")

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from vera_jax.errors import UserError
-from vera_jax.models.bert import BertClassifier
+from vera_jax.models.bert import FAMILY, BertClassifier
+from vera_jax.models.family import load_config
 from vera_jax.models.hf_weights import (
-  load_config,
   load_params,
   module_name,
   module_path,
@@ -243,8 +243,9 @@ def test_names_of_modules():
   assert named == f"roberta.{QUERY}"
   head = module_name(("classifier", "dense"), model_type="roberta")
   assert head == "classifier.dense"
-  assert module_path(named) == module_path(QUERY) == looped
-  assert module_path(head) == ("classifier", "dense")
+  names = FAMILY["roberta"].names
+  assert module_path(named, names) == module_path(QUERY, names) == looped
+  assert module_path(head, names) == ("classifier", "dense")
   with pytest.raises(ValueError, match="which layer"):
     module_name(stacked)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vera_jax.models.bert import BertClassifier
-from vera_jax.models.hf_weights import load_config, load_params, to_hf
+from vera_jax.models.family import load_config
+from vera_jax.models.hf_weights import load_params, to_hf
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

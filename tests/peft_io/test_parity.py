@@ -1,27 +1,12 @@
 """Adapters to and from PEFT, live: the same logits on both sides."""
 
-import json
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks.peft_steps import compare
-from vera_jax.adapters.apply import adapt
-from vera_jax.adapters.files import load_adapter, save_adapter
-from vera_jax.adapters.labels import count, label_tree, split
-from vera_jax.adapters.lora import lora
-from vera_jax.adapters.projections import PRNG, digest
-from vera_jax.adapters.vera import vera
-from vera_jax.models.bert import BertClassifier
-from vera_jax.models.hf_weights import (
-  fingerprint,
-  load_config,
-  load_params,
-  module_path,
-)
+from vera_jax.adapters.files import load_adapter
+from vera_jax.models.pretrained import restore_adapter
 from vera_jax.peft_io import export_adapter, import_adapter
 
 torch = pytest.importorskip("torch")
@@ -37,7 +22,7 @@ LABELS, RANK = 3, 8
 SIZES = {
   "vocab_size": 100,
   "hidden_size": 32,
-  "num_hidden_layers": 2,
+  "num_hidden_layers": 3,
   "num_attention_heads": 4,
   "intermediate_size": 48,
   "max_position_embeddings": 40,
@@ -47,27 +32,17 @@ KINDS = {
   "bert": (transformers.BertConfig, transformers.BertModel),
   "roberta": (transformers.RobertaConfig, transformers.RobertaModel),
 }
-DIFFERENT = ("query", "value", "intermediate/dense")  # shapes, that is
-THEIRS = ["query", "value", "intermediate.dense"]
 IDS = np.random.default_rng(1).integers(5, 100, (3, 9))
-VERA = {
-  "d_init": 0.1,
-  "init": "kaiming_uniform",
-  "projection_seed": 0,
-  "sharing": "shared",
-  "train": "both",
-}
-WAYS = {
-  "list": {"target_modules": THEIRS},
+SHAPES = ["query", "value", "intermediate.dense"]  # two shapes of layers
+VARIANTS = {
+  "list": {"target_modules": SHAPES},
   "regex": {"target_modules": r".*layer\.1\..*(query|output\.dense)"},
   "some layers": {
-    "target_modules": THEIRS,
+    "target_modules": SHAPES,
     "layers_to_transform": [1],
     "layers_pattern": "layer",
   },
-  "whole names": {
-    "target_modules": "all-linear",
-  },
+  "all": {"target_modules": "all-linear"},
 }
 
 
@@ -82,7 +57,7 @@ def bases(tmp_path_factory):
   return folders
 
 
-def their_base(base):
+def torch_model(base):
   torch.manual_seed(1)  # of the new head
   return transformers.AutoModelForSequenceClassification.from_pretrained(
     base, num_labels=LABELS
@@ -90,19 +65,18 @@ def their_base(base):
 
 
 def trained_by_peft(base, config, folder):
-  """An adapter that PEFT trained for a few steps, and its model."""
-  model = peft.get_peft_model(their_base(base), config)
-  rates = [
-    {
-      "params": [p for n, p in model.named_parameters() if own(n, p)],
-      "lr": rate,
-    }
-    for own, rate in (
-      (lambda n, p: p.requires_grad and "classifier" in n, 1e-2),
-      (lambda n, p: p.requires_grad and "classifier" not in n, 1e-1),
-    )
-  ]
-  optimiser = torch.optim.AdamW(rates)
+  """The model of an adapter that PEFT trained for a few steps and saved."""
+  model = peft.get_peft_model(torch_model(base), config)
+  groups = {True: [], False: []}
+  for name, value in model.named_parameters():
+    if value.requires_grad:
+      groups["classifier" in name].append(value)
+  optimiser = torch.optim.AdamW(
+    [
+      {"params": groups[True], "lr": 1e-2},
+      {"params": groups[False], "lr": 1e-1},
+    ]
+  )
   labels = torch.tensor([0, 1, 2])
   for _ in range(3):
     model(input_ids=torch.from_numpy(IDS), labels=labels).loss.backward()
@@ -112,190 +86,123 @@ def trained_by_peft(base, config, folder):
   return model.eval()
 
 
-def their_logits(model):
-  """With the adapter, and with its layers (not the head) switched off."""
-  ids = torch.from_numpy(IDS)
+def assert_same(folder, base, model):
+  """Our folder's logits are those of PEFT's model, and not its base's."""
+  restored = restore_adapter(load_adapter(folder), base)
+  ours = jax.jit(restored.module.apply)(restored.variables, IDS)[:, 0]
   with torch.no_grad():
-    logits = model(input_ids=ids).logits.numpy()
-    model.base_model.disable_adapter_layers()
-    bare = model(input_ids=ids).logits.numpy()
+    theirs = model(input_ids=torch.from_numpy(IDS)).logits.numpy()
+    model.base_model.disable_adapter_layers()  # the head stays
+    bare = model(input_ids=torch.from_numpy(IDS)).logits.numpy()
     model.base_model.enable_adapter_layers()
-  return logits, bare
+  print("largest logit difference", np.abs(ours - theirs).max())
+  np.testing.assert_allclose(ours, theirs, atol=1e-4)
+  assert np.abs(theirs - bare).max() > 0.01
 
 
-def loaded_by_peft(base, folder):
-  return peft.PeftModel.from_pretrained(their_base(base), folder).eval()
+def numbers(tensors, *words):
+  """How many numbers lie in the tensors whose names have one of the words."""
+  chosen = [x for n, x in tensors.items() if any(word in n for word in words)]
+  return sum(np.size(x) for x in chosen)
 
 
-def parts(about):
-  given = about["settings"]
-  if about["method"] == "lora":
-    return lora(given["rank"], alpha=given["alpha"])
-  names = ("rank", "d_init", "projection_seed", "train", "sharing")
-  known = {name: given[name] for name in names}
-  init = given["init"] if given["init"] != "stored" else "peft"
-  return vera(**known, init=init)
-
-
-def our_logits(folder, base):
-  """By hand from the folder's two files."""
-  about = json.loads((folder / "adapter.json").read_text())
-  tensors = load_adapter(folder).tensors
-  model = BertClassifier(load_config(base), LABELS, scan=False)
-  adapted = adapt(model, parts(about), targets=about["settings"]["targets"])
-  ids = jnp.asarray(IDS)
-  shapes = jax.eval_shape(adapted.init, jax.random.key(0), ids)
-  plain = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
-  leaves = flatten_dict(load_params(base, plain).params)
-  own, stored = {}, {}
-  for name, value in tensors.items():
-    module, _, leaf = name.rpartition(".")
-    if module == "projections":
-      stored[leaf] = value
-    else:
-      own[(*module_path(module), leaf)] = value
-  variables = {"params": unflatten_dict(leaves | own)}
-  want = jax.tree.map(jnp.shape, shapes["params"])
-  assert jax.tree.map(jnp.shape, variables["params"]) == want
+@pytest.mark.parametrize(
+  "kind, variant, settings",
+  [
+    ("bert", "list", {"save_projection": True}),
+    ("roberta", "list", {"save_projection": False}),
+    ("bert", "regex", {"save_projection": False}),
+    ("bert", "some layers", {"save_projection": True}),
+    ("roberta", "all", {"save_projection": True}),
+    ("bert", "all", {"save_projection": False}),
+    ("bert", "list", {"use_rslora": True}),
+    ("roberta", "some layers", {"use_rslora": False}),
+    ("roberta", "regex", {"use_rslora": True}),
+    ("bert", "all", {"use_rslora": False}),
+  ],
+)
+def test_from_peft(bases, kind, variant, settings, tmp_path):
+  options = settings | VARIANTS[variant] | {"task_type": "SEQ_CLS", "r": RANK}
+  if "use_rslora" in settings:
+    config = peft.LoraConfig(lora_alpha=6, **options)
+  else:
+    config = peft.VeraConfig(projection_prng_key=2**32 + 7, **options)
+  model = trained_by_peft(bases[kind], config, tmp_path / "theirs")
+  ours = tmp_path / "ours"
+  about = import_adapter(tmp_path / "theirs", ours, base=str(bases[kind]))
+  assert_same(ours, bases[kind], model)
   if about["method"] == "vera":
-    targets = adapted.find_targets(ids)
-    made = stored or adapted.adapter.projections(targets)
-    if about["settings"]["sharing"] == "shared":  # else it is the scanned one's
-      assert digest(made) == about["projection_digest"]
-    assert bool(stored) == (about["settings"]["init"] == "stored")
-    variables["projections"] = made
-  logits = jax.jit(adapted.apply)(variables, ids)[:, 0]
-  counts = about["parameters"]
-  assert counts["adapter"] + counts["head"] == sum(x.size for x in own.values())
-  return np.asarray(logits)
-
-
-def same(one, other, bare):
-  print("largest logit difference", np.abs(one - other).max())
-  np.testing.assert_allclose(one, other, atol=1e-4)
-  assert np.abs(other - bare).max() > 0.01
-
-
-@pytest.mark.parametrize(
-  "kind, way, saved",
-  [
-    ("bert", "list", True),
-    ("roberta", "list", False),
-    ("bert", "regex", False),
-    ("bert", "some layers", True),
-    ("roberta", "whole names", True),
-  ],
-)
-def test_vera_from_peft(bases, kind, way, saved, tmp_path):
-  config = peft.VeraConfig(
-    task_type="SEQ_CLS",
-    r=RANK,
-    projection_prng_key=2**32 + 7,
-    save_projection=saved,
-    **WAYS[way],
-  )
-  model = trained_by_peft(bases[kind], config, tmp_path / "theirs")
-  about = import_adapter(
-    tmp_path / "theirs", tmp_path / "ours", base=str(bases[kind])
-  )
-  same(our_logits(tmp_path / "ours", bases[kind]), *their_logits(model))
-  assert about["settings"]["init"] == "peft"
-  assert about["settings"]["projection_seed"] == 7  # torch takes 32 bits
-
-
-@pytest.mark.parametrize(
-  "kind, way, rslora",
-  [
-    ("bert", "list", True),
-    ("roberta", "some layers", False),
-    ("roberta", "regex", True),
-  ],
-)
-def test_lora_from_peft(bases, kind, way, rslora, tmp_path):
-  config = peft.LoraConfig(
-    task_type="SEQ_CLS",
-    r=RANK,
-    lora_alpha=6,
-    use_rslora=rslora,
-    **WAYS[way],
-  )
-  model = trained_by_peft(bases[kind], config, tmp_path / "theirs")
-  import_adapter(tmp_path / "theirs", tmp_path / "ours", base=str(bases[kind]))
-  same(our_logits(tmp_path / "ours", bases[kind]), *their_logits(model))
+    assert about["settings"]["init"] == "peft"
+    assert about["settings"]["projection_seed"] == 7  # torch takes 32 bits
+  tensors, counts = load_adapter(ours).tensors, about["parameters"]
+  assert counts["adapter"] == numbers(tensors, "vera_", "lora_")
+  assert counts["head"] == numbers(tensors, "classifier")
+  if variant in ("list", "all"):  # otherwise ours has layers that add nothing
+    theirs = {n: x.detach().numpy() for n, x in model.named_parameters()}
+    assert counts["adapter"] == numbers(theirs, "vera_lambda", "lora_")
 
 
 def test_an_adapter_without_a_head_takes_the_bases(bases, tmp_path):
-  their_base(bases["bert"]).save_pretrained(tmp_path / "base")
+  torch_model(bases["bert"]).save_pretrained(tmp_path / "base")
   config = peft.LoraConfig(r=4, target_modules=["query"])
-  model = peft.get_peft_model(their_base(tmp_path / "base"), config).eval()
+  model = peft.get_peft_model(torch_model(tmp_path / "base"), config).eval()
   with torch.no_grad():
     for name, value in model.named_parameters():
       value += 0.1 * ("lora_B" in name)
   model.save_pretrained(tmp_path / "theirs")
   about = import_adapter(tmp_path / "theirs", tmp_path / "ours")
   assert about["base"] == str(tmp_path / "base")
-  same(our_logits(tmp_path / "ours", tmp_path / "base"), *their_logits(model))
+  assert_same(tmp_path / "ours", tmp_path / "base", model)
 
 
-def ours_at_random(base, folder, **settings):
-  """An adapter of ours with every trained leaf random, in our format."""
-  method = "lora" if "alpha" in settings else "vera"
-  given = {"rank": RANK, "targets": DIFFERENT, **settings}
-  if method == "vera":
-    given = {**VERA, **given}
-  about = {"method": method, "base": str(base), "settings": given}
-  model = BertClassifier(load_config(base), LABELS)
-  adapted = adapt(model, parts(about), targets=DIFFERENT)
-  ids = jnp.asarray(IDS)
-  shapes = jax.eval_shape(adapted.init, jax.random.key(0), ids)["params"]
-  labels = label_tree(shapes, method)
-  rng = np.random.default_rng(0)
-  trained = jax.tree.map(
-    lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32),
-    split(shapes, labels)[0],
-  )
-  counts = count(shapes, labels)._asdict()
-  made = adapted.adapter.projections(adapted.find_targets(ids))
-  about |= {"projection_digest": digest(made) if made else None}
-  about |= {"parameters": counts, "labels": ["a", "b", "c"]}
-  about |= {"base_fingerprint": fingerprint(base), "projection_prng": PRNG}
-  save_adapter(folder, trained, about=about)
+@pytest.fixture
+def ours_at_random(bases, random_adapter):
+  """Makes an adapter of ours with every trained leaf random."""
+
+  def make(kind, method="vera", **settings):
+    targets = ["query", "value", "intermediate/dense"]
+    settings |= {"base": bases[kind], "rank": RANK, "targets": targets}
+    return random_adapter(method, task="mnli", **settings)  # three labels
+
+  return make
+
+
+def loaded_by_peft(base, folder):
+  return peft.PeftModel.from_pretrained(torch_model(base), folder).eval()
 
 
 @pytest.mark.parametrize(
-  "kind, method, settings",
+  "kind, own, method, settings",
   [
-    ("bert", "vera", {"init": "kaiming_uniform", "projection_seed": 5}),
-    ("roberta", "vera", {"init": "peft", "projection_seed": 5}),
-    ("roberta", "vera", {"train": "b"}),
-    ("bert", "lora", {"alpha": 6.5}),
-    ("bert", "lora", {"init": "orthogonal"}),
-    ("roberta", "lora", {"train": "d"}),
-    ("roberta", "lora", {"sharing": "unique"}),
+    ("bert", "vera", "vera", {"projection_seed": 5}),
+    ("roberta", "vera", "vera", {"init": "peft", "projection_seed": 5}),
+    ("roberta", "vera", "vera", {"train": "b"}),
+    ("bert", "lora", "lora", {"alpha": 6.5}),
+    ("bert", "vera", "lora", {"init": "orthogonal"}),
+    ("roberta", "vera", "lora", {"train": "d"}),
+    ("roberta", "vera", "lora", {"sharing": "unique"}),
   ],
 )
-def test_to_peft(bases, kind, method, settings, tmp_path):
-  base = bases[kind]
-  ours_at_random(base, tmp_path / "ours", **settings)
-  export_adapter(tmp_path / "ours", tmp_path / "theirs", method=method)
-  theirs = loaded_by_peft(base, tmp_path / "theirs")
-  wanted = peft.PeftType.VERA if method == "vera" else peft.PeftType.LORA
-  assert theirs.peft_config["default"].peft_type == wanted
-  same(our_logits(tmp_path / "ours", base), *their_logits(theirs))
+def test_to_peft(bases, ours_at_random, kind, own, method, settings, tmp_path):
+  ours = ours_at_random(kind, own, **settings)
+  export_adapter(ours, tmp_path / "theirs", method=method)
+  theirs = loaded_by_peft(bases[kind], tmp_path / "theirs")
+  assert theirs.peft_config["default"].peft_type.value == method.upper()
+  assert_same(ours, bases[kind], theirs)
 
 
-def test_projections_that_no_key_gives_are_kept(bases, tmp_path):
-  base = bases["bert"]
-  ours_at_random(base, tmp_path / "ours")
-  export_adapter(tmp_path / "ours", tmp_path / "theirs")
+def test_projections_that_no_key_gives_are_kept(
+  bases, ours_at_random, tmp_path
+):
+  base, kept = bases["bert"], tmp_path / "kept"
+  export_adapter(ours_at_random("bert"), tmp_path / "theirs")
   theirs = loaded_by_peft(base, tmp_path / "theirs")
   theirs.save_pretrained(tmp_path / "again")  # without our header
-  about = import_adapter(tmp_path / "again", tmp_path / "kept", base=str(base))
+  about = import_adapter(tmp_path / "again", kept, base=str(base))
   assert about["settings"]["init"] == "stored"
-  same(our_logits(tmp_path / "kept", base), *their_logits(theirs))
-  export_adapter(tmp_path / "kept", tmp_path / "lora", method="lora")
-  as_lora = loaded_by_peft(base, tmp_path / "lora")
-  same(our_logits(tmp_path / "kept", base), *their_logits(as_lora))
+  assert_same(kept, base, theirs)
+  export_adapter(kept, tmp_path / "lora", method="lora")
+  assert_same(kept, base, loaded_by_peft(base, tmp_path / "lora"))
 
 
 @pytest.mark.parametrize("method", ["vera", "lora"])

@@ -4,7 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from tests.adapters.probes import magnitude
+from vera_jax.adapters.chain import chain
 from vera_jax.adapters.files import SavedAdapter, load_adapter
+from vera_jax.adapters.lora import lora
+from vera_jax.adapters.methods import METHODS, Method
 from vera_jax.errors import UserError
 from vera_jax.models.pretrained import restore_adapter
 from vera_jax.serve.bank import AdapterBank, set_slot
@@ -36,7 +40,7 @@ def three(folder):
   return dict(zip(NAMES, (another(first, i) for i in range(3)), strict=True))
 
 
-COMPILED: dict[str, Predictor] = {}  # one program for all of a kind
+COMPILED: dict[str, Predictor] = {}  # one program for adapters of a kind
 
 
 def alone(saved, *texts, **options):
@@ -91,13 +95,12 @@ def test_pairs_on_roberta_whose_head_is_deep(tiny_roberta, random_adapter):
   bank = AdapterBank(saved, capacity=7)
   texts = TEXTS[:20], TEXTS[20:40]
   mixed = bank.logits(*texts, adapters=NAMED[:20])
-  for name in set(NAMED):
-    mine = [i for i in range(20) if NAMED[i] == name]
-    want = alone(saved[name], *texts)[mine]
-    np.testing.assert_allclose(mixed[mine], want, rtol=0, atol=2e-5)
+  own = {name: alone(saved[name], *texts) for name in set(NAMED)}
+  want = chosen(own, NAMED[:20])
+  np.testing.assert_allclose(mixed, want, rtol=0, atol=2e-5)
 
 
-def test_one_name_for_all_and_answers_in_its_labels(adapters, expected):
+def test_one_name_for_all_texts_and_answers_in_its_labels(adapters, expected):
   grammar = another(
     adapters["two"], 9, task="cola", labels=["unacceptable", "acceptable"]
   )
@@ -192,7 +195,7 @@ def test_what_does_not_fit_is_named(
       put(name, other)
   assert list(bank) == list(NAMES)
   jax.tree.map(np.testing.assert_array_equal, bank.params, before)
-  bank.add("four", load_adapter(random_adapter(task="sst2")))  # a slot is left
+  bank.add("four", load_adapter(random_adapter(task="sst2")))  # still free
 
 
 def test_another_base_or_alpha_is_named(bank, adapters, random_adapter):
@@ -203,6 +206,26 @@ def test_another_base_or_alpha_is_named(bank, adapters, random_adapter):
   louder = random_adapter("lora", task="sst2", alpha=8.0)
   with pytest.raises(UserError, match="alpha: 8.0 there, 4.0 in the bank"):
     AdapterBank({"a": saved, "b": louder})
+
+
+@pytest.fixture
+def prepared_method(monkeypatch):
+  """A method whose rows need a scale computed from their kernels: DoRA's."""
+  made = Method(lambda rank: chain(lora(rank), magnitude()), {"rank": int})
+  monkeypatch.setitem(METHODS, "scaled", made)
+  return {"rank": 2, "targets": ["query", "value"], "task": "sst2"}
+
+
+def test_a_method_is_prepared_or_refused(
+  prepared_method, random_adapter, tmp_path
+):
+  saved = three(random_adapter("scaled", **prepared_method))
+  bank = AdapterBank(saved)
+  mixed = bank.logits(TEXTS, adapters=NAMED)
+  own = {name: alone(saved[name], TEXTS) for name in set(NAMED)}
+  np.testing.assert_allclose(mixed, chosen(own), rtol=0, atol=2e-5)
+  with pytest.raises(UserError, match="'one' can't be saved from a bank"):
+    bank.save("one", tmp_path)
   with pytest.raises(UserError, match="method full"):
     AdapterBank({"all": random_adapter("full", task="sst2")})
 
@@ -212,36 +235,31 @@ def test_where_an_adapter_started_is_no_difference(bank, adapters):
   bank.add("four", another(adapters["one"], 3, settings=settings))
 
 
+def stored(saved, pair):
+  """An adapter with its A and B in the file, as imported ones may have them."""
+  settings = {**saved.about["settings"], "init": "stored"}
+  tensors = {f"projections.{k}": np.asarray(pair[k]) for k in "AB"}
+  about = {**saved.about, "settings": settings}
+  return saved._replace(about=about, tensors=saved.tensors | tensors)
+
+
 def test_a_stored_pair_fits_by_its_own_digest(adapters):
   pair = restore_adapter(adapters["one"]).projections
-  settings = {**adapters["one"].about["settings"], "init": "stored"}
-
-  def stored(pair):
-    tensors = {f"projections.{k}": np.asarray(pair[k]) for k in "AB"}
-    saved = another(adapters["two"], 3, settings=settings)
-    return saved._replace(tensors=saved.tensors | tensors)
-
+  other = another(adapters["two"], 3)
   bank = AdapterBank(adapters, capacity=4)
-  bank.add("four", stored(pair))
-  want = alone(stored(pair), TEXTS)
+  bank.add("four", stored(other, pair))
+  want = alone(stored(other, pair), TEXTS)
   mixed = bank.logits(TEXTS, adapters="four")
   np.testing.assert_allclose(mixed, want, rtol=0, atol=2e-5)
   with pytest.raises(UserError, match="digest"):
-    bank.replace("four", stored({k: 2 * x for k, x in pair.items()}))
+    bank.replace("four", stored(other, {k: 2 * x for k, x in pair.items()}))
 
 
 @pytest.mark.parametrize("init", ["kaiming_uniform", "stored"])
 def test_what_is_saved_comes_back(init, adapters, tmp_path):
   saved = adapters["one"]
   if init == "stored":
-    pair = restore_adapter(saved).projections
-    settings = {**saved.about["settings"], "init": "stored"}
-    tensors = {f"projections.{k}": np.asarray(pair[k]) for k in "AB"}
-    saved = SavedAdapter(
-      {**saved.about, "settings": settings},
-      saved.tensors | tensors,
-      saved.folder,
-    )
+    saved = stored(saved, restore_adapter(saved).projections)
   bank = AdapterBank({"one": saved}, capacity=2)
   bank.save("one", tmp_path / "again")
   again = load_adapter(tmp_path / "again")

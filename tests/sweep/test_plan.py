@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from vera_jax.train.group import group_key
 
 from configs.sweeps import cross, difference, product, seeds, zipped
 from vera_jax import results
@@ -15,6 +14,7 @@ from vera_jax.sweep.plan import (
   shard_of,
   write_plan,
 )
+from vera_jax.train.ensemble import group_key
 
 
 def test_products_and_zips():

@@ -7,7 +7,6 @@ import sys
 import threading
 
 import pytest
-from vera_jax.train.group import group_key
 
 from configs.sweeps import product, seeds
 from vera_jax import results
@@ -17,6 +16,7 @@ from vera_jax.sweep import runner, worker
 from vera_jax.sweep.plan import make_units
 from vera_jax.sweep.runner import run_units
 from vera_jax.train.config import check_settings
+from vera_jax.train.ensemble import group_key
 from vera_jax.train.preemption import Interrupted
 
 
@@ -132,7 +132,7 @@ def work(runs, *, retry_failed=False):
 def test_a_worker_trains_its_unit(tiny_sweep, monkeypatch):
   given = []
   monkeypatch.setattr(
-    "vera_jax.train.loop.train_members", lambda *group: given.append(group)
+    "vera_jax.train.ensemble.train_ensemble", lambda *group: given.append(group)
   )
   runs = tiny_sweep(seeds((0, 1, 2))).runs
   with locked([runs[2].lock]):
@@ -156,7 +156,7 @@ def test_whatever_ends_a_worker_is_noted_in_the_folders(
     results.write(folders[0], {"score": 1.0})  # was done before the others
     raise error
 
-  monkeypatch.setattr("vera_jax.train.loop.train_members", fail)
+  monkeypatch.setattr("vera_jax.train.ensemble.train_ensemble", fail)
   plan = tiny_sweep(seeds((0, 1)))
   assert work(plan.runs) == 1
   assert [run.state for run in plan.runs] == ["done", "failed"]

@@ -16,6 +16,7 @@ from vera_jax.sweep.table import (
   read_progress,
   states,
 )
+from vera_jax.tasks.glue import SIZES
 
 
 def finish(run, *, seconds=12.0, members=1, collapsed=False):
@@ -132,7 +133,7 @@ def test_time_for_a_person():
   "name, folder", [("rte", "RTE"), ("cola", "CoLA"), ("sst2", "SST-2")]
 )
 def test_the_sizes_are_glues(name, folder, glue_folder):
-  size, header = estimate.SIZES[name], name != "cola"
+  size, header = SIZES[name], name != "cola"
   for file, count in (("train", size.train), ("dev", size.dev)):
     text = (glue_folder / folder / f"{file}.tsv").read_text(encoding="utf-8")
     assert len(text.strip("\n").split("\n")) - header == count

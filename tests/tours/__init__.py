@@ -1,0 +1,1 @@
+"""Round-trip tests: an adapter through every format it can have."""

@@ -1,4 +1,4 @@
-"""The rows of a tour, in a terminal and as docs/tour.md."""
+"""The table of the round trips, in a terminal and as docs/tour.md."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from tests.tours.ground import PAIRS
+from tests.tours.fixtures import PAIRS
 from vera_jax import results
 
 HEADER = ("step", "compared", "largest difference", "bound", "bytes written")
@@ -18,8 +18,16 @@ SIZES = ("adapter", "trained numbers", "bytes here", "bytes in PEFT")
 
 
 class Step(NamedTuple):
-  """An arrow of the tour. `moved` asks for a difference of at least the bound,
-  where else it is the most; `written` is the size of the files it wrote."""
+  """A step of a round trip, a row of the table.
+
+  Attributes:
+    arrow: what was turned into what.
+    compared: the numbers before and after that were compared.
+    difference: the largest one found.
+    bound: the most that it may be; if `moved`, the least.
+    moved: whether the step has to change the numbers.
+    written: bytes of the files that it wrote.
+  """
 
   arrow: str
   compared: str
@@ -42,7 +50,7 @@ class Step(NamedTuple):
 
 
 class Size(NamedTuple):
-  """One adapter's two files, in our format and in PEFT's."""
+  """Bytes of one adapter's two files, in our format and in PEFT's."""
 
   adapter: str
   numbers: int

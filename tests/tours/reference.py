@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from tests.tours.ground import Ground
+from tests.tours.fixtures import Fixtures
 from vera_jax.data.examples import Examples
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.train.evaluate import Logits
 
-PEFT_BATCH = 32
+BATCH = 32
 RATES = {"vera": 2e-2, "lora": 5e-3}
 
 
@@ -31,7 +29,7 @@ def need_torch() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Without torch's and PEFT's bars and advice."""
+  """Without torch's and PEFT's progress bars and warnings."""
   import transformers
 
   transformers.logging.set_verbosity_error()
@@ -41,44 +39,39 @@ def quiet() -> Iterator[None]:
     yield
 
 
-def train(ground: Ground, method: str) -> Any:
-  """A new adapter and head, after a few steps of AdamW."""
+def train(fixtures: Fixtures, method: str) -> Any:
+  """A PEFT model with a new adapter and head, after a few steps of AdamW."""
   import peft
   import torch
 
-  model = peft.get_peft_model(
-    in_torch(ground.base), _peft_config(ground.config, method)
-  ).train()
+  own = fixtures.config[method]
+  options: dict[str, Any] = {"r": own.rank, "target_modules": list(own.targets)}
+  options["task_type"] = "SEQ_CLS"
+  if method == "lora":
+    config: Any = peft.LoraConfig(lora_alpha=own.alpha, **options)
+  else:
+    config = peft.VeraConfig(**options)
+  model = peft.get_peft_model(in_torch(fixtures.base), config).train()
   trained = [p for p in model.parameters() if p.requires_grad]
   optimiser = torch.optim.AdamW(trained, lr=RATES[method])
-  labels = torch.from_numpy(np.asarray(ground.train.labels)).long()
-  for start in range(0, len(labels), PEFT_BATCH):
-    rows = slice(start, start + PEFT_BATCH)
-    inputs = _encoded(ground.train, rows, ground)
+  labels = torch.from_numpy(np.asarray(fixtures.train.labels)).long()
+  for start in range(0, len(labels), BATCH):
+    rows = slice(start, start + BATCH)
+    inputs = _encoded(fixtures.train, rows, fixtures)
     model(**inputs, labels=labels[rows]).loss.backward()
     optimiser.step()
     optimiser.zero_grad()
   return model.eval()
 
 
-def _peft_config(config: ConfigDict, method: str) -> Any:
-  import peft
-
-  own = config[method]
-  same: dict[str, Any] = {"task_type": "SEQ_CLS"}
-  same |= {"r": own.rank, "target_modules": list(own.targets)}
-  if method == "lora":
-    return peft.LoraConfig(lora_alpha=own.alpha, **same)
-  return peft.VeraConfig(**same)
-
-
-def _encoded(pairs: Examples, rows: slice, ground: Ground) -> Any:
-  tokenizer = load_tokenizer(ground.base)
+def _encoded(pairs: Examples, rows: slice, fixtures: Fixtures) -> Any:
   texts = pairs.first[rows], (pairs.second or [])[rows]
+  tokenizer = load_tokenizer(fixtures.base)
   return tokenizer(*texts, padding=True, return_tensors="pt")
 
 
 def in_torch(folder: Path) -> Any:
+  """transformers' torch classifier of a folder."""
   import torch
   from transformers import AutoModelForSequenceClassification as Auto
 
@@ -86,16 +79,18 @@ def in_torch(folder: Path) -> Any:
   return Auto.from_pretrained(folder, num_labels=2).eval()
 
 
-def in_peft(folder: Path, ground: Ground) -> Any:
+def in_peft(folder: Path, fixtures: Fixtures) -> Any:
+  """PEFT's model of an adapter's folder."""
   import peft
 
-  base = in_torch(ground.base)
+  base = in_torch(fixtures.base)
   return peft.PeftModel.from_pretrained(base, str(folder)).eval()
 
 
-def logits(model: Any, ground: Ground) -> Logits:
+def logits(model: Any, fixtures: Fixtures) -> np.ndarray:
+  """What a torch model answers to the probe pairs, [pairs, 2]."""
   import torch
 
   with torch.no_grad():
-    inputs = _encoded(ground.probes, slice(None), ground)
+    inputs = _encoded(fixtures.probes, slice(None), fixtures)
     return model(**inputs).logits.numpy()

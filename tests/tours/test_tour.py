@@ -1,4 +1,4 @@
-"""The tour as CI takes it, and what makes it fail."""
+"""The round trips as CI runs them, and what makes them fail."""
 
 import json
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def rows(page):
-  """Cells of each table row, without the figures of one run."""
+  """Cells of each table row, without the measured numbers."""
   lines = [line for line in page.splitlines() if line.startswith("| ")]
   cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
   return [
@@ -25,7 +25,7 @@ def rows(page):
 
 
 @pytest.mark.parity
-def test_the_tour(minilm_folder, tmp_path):
+def test_all_round_trips(minilm_folder, tmp_path):
   """Every arrow within its bound; the page in docs/ has the same rows."""
   pytest.importorskip("torch")
   pytest.importorskip("peft")
@@ -76,7 +76,7 @@ def test_a_difference_past_its_bound_fails(changes, passed):
 
 
 @pytest.mark.parametrize("name", ["torch", "peft"])
-def test_what_to_install_is_told(name, monkeypatch):
+def test_what_to_install_is_named(name, monkeypatch):
   monkeypatch.setitem(sys.modules, name, None)
   with pytest.raises(UserError, match="pip install -r requirements-parity"):
     tour.main()

@@ -1,5 +1,6 @@
-"""The pass of many adapters: what it makes, its gradients and its steps."""
+"""A batch of several adapters: its arrays, its gradients and its steps."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -25,6 +26,7 @@ from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import tokenise
 from vera_jax.models.bert import INPUTS, BertClassifier, BertConfig
 from vera_jax.serve.bank import AdapterBank
+from vera_jax.tasks.classification import loss
 from vera_jax.train.multi_adapter import (
   empty_stack,
   mixed_logits,
@@ -35,9 +37,10 @@ from vera_jax.train.multi_adapter import (
 from vera_jax.train.step import (
   Frozen,
   State,
-  forward,
+  accumulate,
+  outputs_of,
   train_step,
-  weighted_loss,
+  update,
 )
 
 NAMES = ("one", "two", "three")
@@ -59,15 +62,15 @@ def bank(random_adapter):
   return bank
 
 
-# What a pass makes and what it costs
+# Arrays and bytes
 
 
-def made_shapes(jaxpr):
-  """Shapes of all that a program makes, inner programs' too."""
+def array_shapes(jaxpr):
+  """Shapes of all arrays that a program computes, inner programs' too."""
   for eqn in jaxpr.eqns:
     yield from (v.aval.shape for v in eqn.outvars if hasattr(v.aval, "shape"))
     for inner in jaxprs_in_params(eqn.params):
-      yield from made_shapes(inner)
+      yield from array_shapes(inner)
 
 
 def batch_of(rows=5, length=24, slots=3):
@@ -87,21 +90,22 @@ def kernels_by_row(method, scan):
   targets = ["query", "value", "intermediate/dense"]
   model = adapt(
     BertClassifier(config, 2, scan=scan),
-    vera(8, plan="factored"),
+    vera(8),
     targets=targets,
+    plan="factored",
   )
   variables = variables_of(model)
   params, pair = variables["params"], variables["projections"]
   trained, base = split(params, label_tree(params, method))
   stacked = jax.eval_shape(partial(empty_stack, capacity=4), trained)
-  run = partial(mixed_logits, apply=model.apply)
+  run = partial(mixed_logits, module=model, inputs=INPUTS)
   batch = batch_of(rows=5, length=24)
   jaxpr = jax.make_jaxpr(run)(stacked, Frozen(base, pair), batch).jaxpr
   matrices = {(8, 16), (32, 8), (16, 16), (16, 32), (32, 16)}
   matrices |= {shape[::-1] for shape in matrices}
   return [
     shape
-    for shape in made_shapes(jaxpr)
+    for shape in array_shapes(jaxpr)
     if 5 in shape[:-2] and shape[-2:] in matrices
   ]
 
@@ -114,7 +118,7 @@ def test_no_kernel_gets_an_axis_of_rows(scan):
 
 
 def test_ten_thousand_adapters_of_roberta_base():
-  """24 layers x (1024 + 768) numbers x 4 bytes each, and the heads apart."""
+  """24 sites x (1024 + 768) numbers x 4 bytes each, without the heads."""
   config = BertConfig("roberta", 50265, 768, 12, 12, 3072, 514, 1)
   targets = ["query", "value"]
   model = adapt(BertClassifier(config, 2), vera(1024), targets=targets)
@@ -152,12 +156,21 @@ def tokens(tiny_model):
   return tokenise(examples, load_tokenizer(tiny_model), 16, None)
 
 
-def without_dropout(apply):
-  def run(*args, deterministic, rngs, **kwargs):
-    del deterministic, rngs
-    return apply(*args, deterministic=True, **kwargs)
+@pytest.fixture
+def model(bank):
+  """The bank's module and inputs, without dropout: masks would differ."""
+  module = bank.model["module"]
+  config = dataclasses.replace(
+    module.model.config,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+  )
+  module = module.clone(model=module.model.clone(config=config))
+  return {**bank.model, "module": module}
 
-  return run
+
+def leaves_of(tree, slot):
+  return jax.tree.map(lambda leaf: leaf[slot], tree)
 
 
 def on_device(batch):
@@ -165,7 +178,7 @@ def on_device(batch):
 
 
 def own_batches(tokens, name):
-  """An adapter's own examples of each batch, packed as ever."""
+  """An adapter's own examples of each batch, packed without the others."""
   for indices in BATCHES:
     mine = [i for i in indices if NAMED[i] == name]
     if mine:
@@ -179,72 +192,72 @@ def mixed_batches(bank, tokens):
     yield on_device(pack_by_adapter(tokens, indices, slots, LAYOUT))
 
 
-def test_gradients_of_the_means_are_each_alone(bank, tokens):
+def test_gradients_of_the_means_are_each_alone(bank, tokens, model):
   """Of one batch; the loss is each adapter's mean, the objective their sum."""
-  apply = without_dropout(bank.apply)
-  (batch, *_), names = mixed_batches(bank, tokens), NAMES
+  batch = next(mixed_batches(bank, tokens))
 
   @jax.jit
   def mixed(params):
-    losses = mixed_losses(params, bank.frozen, batch, KEY, apply=apply)
+    losses = mixed_losses(params, bank.frozen, batch, **model)
     return losses.sum(), losses
 
   @jax.jit
   def single(params, batch):
-    logits = forward(
-      apply, params, bank.frozen, batch, deterministic=True, rngs=None
-    )
-    return weighted_loss(logits, batch["labels"], batch["weights"])
+    logits, _ = outputs_of(*model.values(), params, bank.frozen, batch)
+    total, count = loss(logits, batch)
+    return total / count
 
   grads, losses = jax.grad(mixed, has_aux=True)(bank.params)
   value_and_grad = jax.jit(jax.value_and_grad(single))
-  for name in names:
-    slot = bank.slots([name])[0]
-    params = jax.tree.map(lambda leaf, slot=slot: leaf[slot], bank.params)
-    loss, grad = value_and_grad(params, next(own_batches(tokens, name)))
-    np.testing.assert_allclose(losses[slot], loss, rtol=1e-5)
+  for name, slot in zip(NAMES, bank.slots(NAMES), strict=True):
+    params = leaves_of(bank.params, slot)
+    value, grad = value_and_grad(params, next(own_batches(tokens, name)))
+    np.testing.assert_allclose(losses[slot], value, rtol=1e-5)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    jax.tree.map(close, jax.tree.map(lambda g, s=slot: g[s], grads), grad)
+    jax.tree.map(close, leaves_of(grads, slot), grad)
     assert max(jnp.abs(g).max() for g in jax.tree.leaves(grad)) > 0.01
   free = bank.slots(["one"])[0] + 3  # a slot without an adapter
   assert losses[free] == 0
   assert all(not g[free].any() for g in jax.tree.leaves(grads))
 
 
-def test_steps_are_those_of_each_alone(bank, tokens):
-  """Clipping, decay and moments too; who has no example is left alone."""
-  apply = without_dropout(bank.apply)
+def test_steps_are_those_of_each_alone(bank, tokens, model):
+  """Clipping, decay and moments too; without examples nothing changes."""
   start = jax.tree.map(np.array, bank.params)
   state = mixed_state(bank.params, TX)
-  step = jax.jit(partial(mixed_step, apply=apply, tx=TX), donate_argnums=0)
+  step = jax.jit(partial(mixed_step, tx=TX, **model), donate_argnums=0)
   losses = []
   for batch in mixed_batches(bank, tokens):
     state, metrics = step(state, bank.frozen, batch, KEY)
     losses.append(np.asarray(metrics["loss"]))
   bank.params = state.params
-  run = jax.jit(partial(train_step, apply=apply, tx=TX))
-  for name in NAMES:
-    slot = bank.slots([name])[0]
-    own = jax.tree.map(lambda leaf, slot=slot: leaf[slot], start)
+
+  outputs = partial(outputs_of, *model.values())
+  run = jax.jit(
+    partial(
+      train_step,
+      accumulate=partial(accumulate, outputs=outputs, loss=loss),
+      update=partial(update, optimiser=lambda: TX),
+    )
+  )
+  for name, slot in zip(NAMES, bank.slots(NAMES), strict=True):
+    own = leaves_of(start, slot)
     state = State(jnp.int32(0), own, TX.init(own))
     single = []
     for batch in own_batches(tokens, name):
-      state, metrics = run(state, bank.frozen, (batch,), KEY)
+      state, metrics = run(state, bank.frozen, (batch,), KEY, {})
       single.append(metrics["loss"])
     mixed = [loss[slot] for loss in losses if not np.isnan(loss[slot])]
     assert len(mixed) == STEPS - (name == "three")
     np.testing.assert_allclose(mixed, single, rtol=1e-4)
     close = partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
-    found = jax.tree.map(lambda leaf, slot=slot: leaf[slot], bank.params)
+    found = leaves_of(bank.params, slot)
     jax.tree.map(close, found, state.params)
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), found, own)
     assert min(jax.tree.leaves(moved)) > 1e-4
   slot = 4  # no adapter's
-  jax.tree.map(
-    lambda a, b: np.testing.assert_array_equal(a[slot], b[slot]),
-    bank.params,
-    start,
-  )
+  unchanged = leaves_of(bank.params, slot), leaves_of(start, slot)
+  jax.tree.map(np.testing.assert_array_equal, *unchanged)
   assert np.isnan([loss[slot] for loss in losses]).all()
 
 
@@ -252,7 +265,7 @@ def test_rows_draw_their_own_dropout(bank):
   """Three rows of one text and one adapter."""
   batch = batch_of(rows=3, length=8, slots=1)
   batch["adapter"][:] = bank.slots(["one"])
-  run = jax.jit(partial(mixed_logits, apply=bank.apply))
+  run = jax.jit(partial(mixed_logits, **bank.model))
   same = np.asarray(run(bank.params, bank.frozen, batch))
   np.testing.assert_allclose(same, same[:1].repeat(3, 0), rtol=0, atol=1e-6)
   drawn = np.asarray(run(bank.params, bank.frozen, batch, KEY))

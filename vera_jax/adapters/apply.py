@@ -43,11 +43,12 @@ from vera_jax.adapters.sites import (
   all_sites,
   arrays_at,
   first_leaves,
-  for_each_layer,
   init_shapes,
   layer_path,
   make_shared,
+  map_sites,
   matches,
+  own_leaves,
   parts_of,
   trace_sites,
 )
@@ -165,25 +166,24 @@ class Adapted(nn.Module):
     )
     chosen: dict[Path, str] = {}
 
+    def choose_at(site: Site, leaves: Leaves) -> None:
+      for link in self.adapter.methods:
+        if link.low_rank is not None:
+          chosen[site.path] = choose(
+            calls[site.path].tokens,
+            link.low_rank(link.own(leaves), site),
+            plan=self.plan,
+            forwards=self.forwards,
+          )
+
     def note(variables: Any) -> None:
-      params = variables["params"]
-      projections = variables.get("projections", {})
+      params, projections = (
+        variables["params"],
+        variables.get("projections", {}),
+      )
       sites = all_sites(self.adapter, targets, params, projections)
-      for path, site in sites.items():
-        leaves = self.adapter.own(arrays_at(params, path))
-        own_shared = arrays_at(projections, path)
-
-        def choose_here(site, leaves, path=path):
-          for link in self.adapter.methods:
-            if link.low_rank is not None:
-              chosen[path] = choose(
-                calls[path].tokens,
-                link.low_rank(link.own(leaves), site),
-                plan=self.plan,
-                forwards=self.forwards,
-              )
-
-        for_each_layer(choose_here, site, own_shared, leaves)
+      leaves = own_leaves(self.adapter, sites, params)
+      map_sites(choose_at, sites, projections, leaves)
 
     jax.eval_shape(note, init_shapes(self, *args, **kwargs))
     return chosen

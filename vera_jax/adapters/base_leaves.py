@@ -2,6 +2,8 @@
 
 from vera_jax.adapters.interface import Adapter, as_they_are
 
+ALL = r".*"  # the pattern of every leaf
+
 
 def bitfit() -> Adapter:
   """BitFit (arXiv 2106.10199): all biases, those of LayerNorms among them."""
@@ -15,4 +17,4 @@ def head() -> Adapter:
 
 def full() -> Adapter:
   """Full fine-tuning: every leaf of the base."""
-  return Adapter(name="full", trains=r".*")
+  return Adapter(name="full", trains=ALL)

@@ -1,13 +1,14 @@
 """A trained adapter as two small files: `adapter.json`, `adapter.safetensors`.
 
 The tensors are the trained leaves (d, b, head) under the names that Hugging
-Face gives their layers: `encoder.layer.3.attention.self.query.vera_d`. In the
-file those of consecutive layers are one (`layer_stacks`), whether the model's
-stack was scanned or not. The JSON says what they belong to: method and
-settings, base and its fingerprint, the projections' digest.
+Face gives their layers: `encoder.layer.3.attention.self.query.vera_d`. The file
+has those of consecutive layers as one, whether the model's stack was scanned or
+not. The JSON says what they belong to: method and settings, base and its
+fingerprint, the projections' digest.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,19 +18,18 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from vera_jax.adapters.layer_stacks import stack_layers, unstack_layers
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json
 from vera_jax.models.hf_weights import module_name
 
 ABOUT, TENSORS = "adapter.json", "adapter.safetensors"
 BOTH = f"An adapter is the two files {ABOUT} and {TENSORS}."
-# 1 had a tensor a layer, and no number; it is read all the same.
+# Format 1 had one tensor per layer, and no number; it is read all the same.
 FORMAT = 2
 # The init of projections that no seed gives: A and B then lie in the file.
 STORED = "stored"
 SHA256 = "tensors_sha256"
-# What an adapter is put back by, and the JSON types of it.
+# The fields that restoring an adapter needs, and their JSON types.
 NEEDED: dict[str, tuple[type, ...]] = {
   "method": (str,),
   "settings": (dict,),
@@ -39,20 +39,24 @@ NEEDED: dict[str, tuple[type, ...]] = {
   "projection_prng": (str,),
   "projection_digest": (str, type(None)),
 }
+Tensors = dict[str, np.ndarray]
+# Names of one layer's tensor and of several layers' (from 0 to 23).
+ONE = re.compile(r"(.*?\.)(\d+)(\..+)")
+SEVERAL = re.compile(r"(.*?\.)(\d+)-(\d+)(\..+)")
 
 
 class SavedAdapter(NamedTuple):
   """What the two files hold; `folder` is where they were read."""
 
   about: dict[str, Any]
-  tensors: dict[str, np.ndarray]
+  tensors: Tensors
   folder: Path
 
 
 def named_slices(
   path: tuple[str, ...], leaf: Any
 ) -> Iterator[tuple[str, Any | None]]:
-  """A leaf's name in the file and its value; one a layer of a stacked leaf.
+  """A leaf's name in the file and its value; one per layer of a stacked leaf.
 
   A leaf of shapes only (`jax.ShapeDtypeStruct`) gives the names and None.
   """
@@ -65,13 +69,62 @@ def named_slices(
     yield f"{module}.{path[-1]}", value
 
 
-def tensors(trained: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def tensors(trained: Mapping[str, Any]) -> Tensors:
   """The trained leaves by name, stacked layers taken apart."""
   return {
     name: np.ascontiguousarray(value)
     for path, leaf in flatten_dict(dict(trained)).items()
     for name, value in named_slices(path, np.asarray(leaf))
   }
+
+
+def stack_layers(tensors: Mapping[str, np.ndarray]) -> Tensors:
+  """Consecutive layers' equal tensors as one, the layers along axis 0.
+
+  A file's header names each tensor in some hundred bytes, which for a deep
+  model's biases would be more than 16 KiB. One tensor under
+  `encoder.layer.0-23.output.dense.bias` says the same.
+  """
+  stacked: Tensors = {}
+  roles: dict[tuple, dict[int, np.ndarray]] = {}
+  for name, value in tensors.items():
+    if match := ONE.fullmatch(name):
+      role = match[1], match[3], value.shape, value.dtype
+      roles.setdefault(role, {})[int(match[2])] = value
+    else:
+      stacked[name] = value
+  for (before, after, *_), layers in roles.items():
+    consecutive: list[int] = []
+    for number in sorted(layers):
+      consecutive.append(number)
+      if number + 1 not in layers:
+        name = f"{before}{consecutive[0]}-{number}{after}"
+        stacked[name] = np.stack([layers[i] for i in consecutive])
+        consecutive = []
+  return stacked
+
+
+def unstack_layers(stacked: Mapping[str, np.ndarray]) -> Tensors:
+  """The inverse; a tensor whose name has no range of layers stays as it is.
+
+  Raises:
+    UserError: a tensor has not the layers that its name says.
+  """
+  tensors: Tensors = {}
+  for name, value in stacked.items():
+    match = SEVERAL.fullmatch(name)
+    if match is None:
+      tensors[name] = value
+      continue
+    numbers = range(int(match[2]), int(match[3]) + 1)
+    if value.shape[:1] != (len(numbers),):
+      raise UserError(
+        f"{name} has shape {value.shape}, but its name says {len(numbers)}"
+        " layers."
+      )
+    for number, layer in zip(numbers, value, strict=True):
+      tensors[f"{match[1]}{number}{match[4]}"] = layer
+  return tensors
 
 
 def save_adapter(
@@ -85,6 +138,9 @@ def save_adapter(
     about: JSON values for adapter.json; `NEEDED` lists those that
       `load_adapter` asks for. The format's number and a checksum of the
       tensors are added.
+
+  Raises:
+    UserError: the folder can't be written.
   """
   folder = Path(folder).expanduser()
   data = save(stack_layers(tensors(trained)))
@@ -98,7 +154,7 @@ def save_adapter(
 
 
 def load_adapter(folder: str | Path) -> SavedAdapter:
-  """Read an adapter's folder; `classifier.restore_adapter` puts it on a base.
+  """Read an adapter's folder; `pretrained.restore_adapter` puts it on a base.
 
   Raises:
     UserError: a file that is missing, damaged or not of this adapter.
@@ -106,53 +162,12 @@ def load_adapter(folder: str | Path) -> SavedAdapter:
   folder = Path(folder).expanduser()
   if not folder.is_dir():
     raise UserError(f"There is no adapter folder {folder}.")
-  about = _read_about(folder / ABOUT)
-  data = _read(folder / TENSORS)
-  checksum = hashlib.sha256(data).hexdigest()
-  if about.get(SHA256, checksum) != checksum:
-    raise UserError(
-      f"{folder / TENSORS} is not the file that {ABOUT} was written with: its"
-      " checksum differs. It is damaged or another adapter's; copy both again."
-    )
-  try:
-    found = unstack_layers(load(data))
-  except UserError as error:
-    raise UserError(f"{folder / TENSORS}: {error}") from error
-  except (SafetensorError, ValueError, KeyError) as error:
-    raise UserError(
-      f"{folder / TENSORS} is no whole safetensors file ({error}); copy it"
-      " again."
-    ) from error
-  wrong = [name for name, value in found.items() if not _is_sound(value)]
-  if wrong:
-    raise UserError(
-      f"{folder / TENSORS}: {', '.join(wrong[:3])} holds values that are not"
-      " finite numbers."
-    )
-  return SavedAdapter(about, found, folder)
-
-
-def _is_sound(values: np.ndarray) -> bool:
-  floating = np.issubdtype(values.dtype, np.floating)
-  return floating and bool(np.isfinite(values).all())
-
-
-def _read(file: Path) -> bytes:
-  try:
-    return file.read_bytes()
-  except OSError as error:
-    raise UserError(
-      f"{file} can't be read: {error.strerror}. {BOTH}"
-    ) from error
-
-
-def _read_about(file: Path) -> dict[str, Any]:
-  about = read_json(file, hint=BOTH)
+  about = read_json(folder / ABOUT, hint=BOTH)
   number = about.get("format", 1)
   if number not in range(1, FORMAT + 1):
     raise UserError(
-      f"{file} has format {number!r}; this vera_jax reads formats up to"
-      f" {FORMAT}. It was written by a newer one, or changed by hand."
+      f"{folder / ABOUT} has format {number!r}; this vera_jax reads formats up"
+      f" to {FORMAT}. It was written by a newer one, or changed by hand."
     )
   lacking = [
     name
@@ -160,5 +175,38 @@ def _read_about(file: Path) -> dict[str, Any]:
     if name not in about or not isinstance(about[name], kinds)
   ]
   if lacking:
-    raise UserError(f"{file} has no usable {', '.join(lacking)}.")
-  return about
+    raise UserError(f"{folder / ABOUT} has no usable {', '.join(lacking)}.")
+
+  file = folder / TENSORS
+  try:
+    data = file.read_bytes()
+  except OSError as error:
+    raise UserError(
+      f"{file} can't be read: {error.strerror}. {BOTH}"
+    ) from error
+  checksum = hashlib.sha256(data).hexdigest()
+  if about.get(SHA256, checksum) != checksum:
+    raise UserError(
+      f"{file} is not the file that {ABOUT} was written with: its checksum"
+      " differs. It is damaged or another adapter's; copy both again."
+    )
+  try:
+    found = unstack_layers(load(data))
+  except UserError as error:
+    raise UserError(f"{file}: {error}") from error
+  except (SafetensorError, ValueError, KeyError) as error:
+    raise UserError(
+      f"{file} is no whole safetensors file ({error}); copy it again."
+    ) from error
+  wrong = [
+    name
+    for name, value in found.items()
+    if not np.issubdtype(value.dtype, np.floating)
+    or not np.isfinite(value).all()
+  ]
+  if wrong:
+    raise UserError(
+      f"{file}: {', '.join(wrong[:3])} holds values that are not finite"
+      " numbers."
+    )
+  return SavedAdapter(about, found, folder)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 Path = tuple[str, ...]
 Leaves = Mapping[str, Array]
 Kernel = Float[Array, "*stack i o"]
-Bias = Float[Array, "*stack o"]
+Bias = Float[Array, "... _"]  # no names: sites of all widths share a dict
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 

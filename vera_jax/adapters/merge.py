@@ -10,9 +10,9 @@ from vera_jax.adapters.interface import Adapter, Path, Target
 from vera_jax.adapters.layers import SCALE, flat_kernel
 from vera_jax.adapters.sites import (
   all_sites,
-  arrays_at,
-  for_each_layer,
   layer_path,
+  map_sites,
+  own_leaves,
 )
 
 
@@ -40,32 +40,30 @@ def merge(
     for path, leaf in flatten_dict(dict(params)).items()
     if not adapter.owns(path[-1])
   }
-  sites = all_sites(adapter, targets, params, projections)
   weights = adapter.weights
-  for path, site in sites.items():
-    if weights is None:
-      break
-    kernel, bias = for_each_layer(
-      lambda site, leaves: weights(leaves, site),
-      site,
-      arrays_at(projections, path),
-      adapter.own(arrays_at(params, path)),
-    )
-    layer, columns = layer_path(path, targets[path]), targets[path].columns
-    place = (..., slice(*columns) if columns else slice(None))
-    for name, value in (("kernel", kernel), ("bias", bias)):
-      if value is None:
-        continue
-      whole = merged[(*layer, name)]
-      shape, dtype = whole.shape, whole.dtype
-      if name == "kernel":
-        scale = merged.pop((*layer, SCALE), None)
-        leaves = {"kernel": whole} | ({} if scale is None else {SCALE: scale})
-        outputs = whole.size // (targets[path].layers * site.inputs)
-        whole = flat_kernel(leaves, site.stack, outputs)
-        dtype = whole.dtype
-      else:
-        whole = whole.reshape(*site.stack, -1)
-      whole = jnp.asarray(whole).at[place].set(value.astype(dtype))
-      merged[(*layer, name)] = whole.reshape(shape)
+  if weights is None:  # what was trained is the base itself
+    return unflatten_dict(merged)
+  sites = all_sites(adapter, targets, params, projections)
+  adapted = map_sites(
+    lambda site, leaves: weights(leaves, site),
+    sites,
+    projections,
+    own_leaves(adapter, sites, params),
+  )
+  for path, (kernel, bias) in adapted.items():
+    target, layer = targets[path], layer_path(path, targets[path])
+    columns = (..., slice(*target.columns or (None,)))
+    leaf = merged[(*layer, "kernel")]
+    parts = {"kernel": leaf}
+    if (*layer, SCALE) in merged:
+      parts[SCALE] = merged.pop((*layer, SCALE))
+    outputs = leaf.size // (target.layers * target.inputs)
+    whole = flat_kernel(parts, target.stack, outputs)
+    whole = jnp.asarray(whole).at[columns].set(kernel.astype(whole.dtype))
+    merged[(*layer, "kernel")] = whole.reshape(leaf.shape)
+    if bias is not None:
+      leaf = merged[(*layer, "bias")]
+      whole = jnp.asarray(leaf).reshape(*target.stack, -1)
+      whole = whole.at[columns].set(bias.astype(leaf.dtype))
+      merged[(*layer, "bias")] = whole.reshape(leaf.shape)
   return unflatten_dict(merged)

@@ -114,7 +114,9 @@ def _scaled(x: Array, vector: Array | None) -> Array:
 
 def whole_up(factors: LowRank) -> Float[Array, "r o"]:
   """diag(inner) @ up @ diag(outer): what turns x @ down into the delta."""
-  up = _scaled(factors.up, factors.outer)
+  up = factors.up
+  if factors.outer is not None:
+    up = up * factors.outer[None]
   return up if factors.inner is None else factors.inner[:, None] * up
 
 

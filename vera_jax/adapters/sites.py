@@ -7,12 +7,14 @@ its shapes are traced; nothing is computed.
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
 from jaxtyping import PRNGKeyArray
 
 from vera_jax.adapters.interface import (
@@ -129,30 +131,6 @@ def arrays_at(tree: Tree, path: Path = ()) -> Leaves:
   return {k: v for k, v in tree.items() if not isinstance(v, Mapping)}
 
 
-def layer_site(
-  path: Path,
-  target: Target,
-  layer: Leaves,
-  *,
-  shared: Leaves = EMPTY,
-  common: Leaves = EMPTY,
-) -> Site:
-  """A site on its layer's own leaves, stacked as the target says."""
-  columns = slice(*target.columns) if target.columns else slice(None)
-  outputs = layer["kernel"].size // (target.layers * target.inputs)
-  bias = flat_bias(layer, target.stack)
-  return Site(
-    path=path,
-    inputs=target.inputs,
-    outputs=target.outputs,
-    kernel=lambda: flat_kernel(layer, target.stack, outputs)[..., columns],
-    bias=None if bias is None else bias[..., columns],
-    shared=shared,
-    common=common,
-    stack=target.stack,
-  )
-
-
 def all_sites(
   adapter: Adapter,
   targets: Mapping[Path, Target],
@@ -160,39 +138,66 @@ def all_sites(
   projections: Tree = EMPTY,
 ) -> dict[Path, Site]:
   """Every site on a whole parameter tree, stacked ones as a whole."""
-  return {
-    path: layer_site(
-      path,
-      target,
-      arrays_at(params, layer_path(path, target)),
+  sites = {}
+  for path, target in targets.items():
+    layer = arrays_at(params, layer_path(path, target))
+    outputs = layer["kernel"].size // (target.layers * target.inputs)
+    columns = (..., slice(*target.columns or (None,)))
+    bias = flat_bias(layer, target.stack)
+    sites[path] = Site(
+      path=path,
+      inputs=target.inputs,
+      outputs=target.outputs,
+      kernel=partial(_kernel, layer, target.stack, outputs, columns),
+      bias=None if bias is None else bias[columns],
       shared=arrays_at(projections),
       common=adapter.own(arrays_at(params)),
+      stack=target.stack,
     )
-    for path, target in targets.items()
-  }
+  return sites
 
 
-def for_each_layer(
-  function: Callable[..., Any], site: Site, own_shared: Leaves, *args: Any
-) -> Any:
-  """function(site, *args), mapped over the layers of a stacked site.
+def _kernel(layer: Leaves, stack: Any, outputs: int, columns: Any) -> Array:
+  return flat_kernel(layer, stack, outputs)[columns]
+
+
+def map_sites(
+  function: Callable[[Site, Any], Any],
+  sites: Mapping[Path, Site],
+  projections: Tree,
+  given: Mapping[Path, Any],
+) -> dict[Path, Any]:
+  """function(site, given[path]) for every site, mapped over stacked layers.
 
   Args:
     function: takes a site without stack.
-    site: its `shared` serves all layers.
-    own_shared: the projections at the site's path, stacked as the site is.
-    *args: trees whose leaves are stacked as the site is.
+    sites: from `all_sites`.
+    projections: those at a site's path are stacked as the site is.
+    given: trees whose leaves are stacked as the site is.
   """
 
-  def one(kernel, bias, own, *args):
+  def one_layer(site: Site, kernel: Any, bias: Any, own: Any, given: Any):
+    shared = {**site.shared, **own}
     layer = site._replace(
-      kernel=lambda: kernel, bias=bias, shared={**site.shared, **own}, stack=()
+      kernel=lambda: kernel, bias=bias, shared=shared, stack=()
     )
-    return function(layer, *args)
+    return function(layer, given)
 
-  for _ in site.stack:
-    one = jax.vmap(one)
-  return one(site.kernel(), site.bias, dict(own_shared), *args)
+  found = {}
+  for path, site in sites.items():
+    mapped: Callable[..., Any] = partial(one_layer, site)
+    for _ in site.stack:
+      mapped = jax.vmap(mapped)
+    own = dict(arrays_at(projections, path))
+    found[path] = mapped(site.kernel(), site.bias, own, given[path])
+  return found
+
+
+def own_leaves(
+  adapter: Adapter, sites: Mapping[Path, Site], params: Tree
+) -> dict[Path, dict[str, Any]]:
+  """The adapter's leaves of every site in a whole parameter tree."""
+  return {path: adapter.own(arrays_at(params, path)) for path in sites}
 
 
 def make_shared(
@@ -217,39 +222,26 @@ def first_leaves(
   The same layer gets the same random numbers in a scanned and a looped stack.
   """
   sites = all_sites(adapter, targets, params, projections)
-  leaves: dict[Path, Any] = {}
+  root: dict[str, Any] = {}
   if adapter.common is not None and sites:
     root = adapter.common(jax.random.fold_in(key, 0), sites)
-    leaves |= {(name,): leaf for name, leaf in root.items()}
     sites = {p: s._replace(common=root) for p, s in sites.items()}
   start = adapter.init
+  if start is None:
+    return root
+  keys: dict[Path, Any] = {}
   for path, site in sites.items():
-    if start is None:
-      break
     role, numbers = role_of(path)
-    own_key = jax.random.fold_in(key, zlib.crc32(role.encode()))
+    own = jax.random.fold_in(key, zlib.crc32(role.encode()))
     for number in numbers:
-      own_key = jax.random.fold_in(own_key, number)
-    keys = own_key
+      own = jax.random.fold_in(own, number)
     if site.stack:
-      indices = jnp.arange(targets[path].layers)
-      keys = jax.vmap(jax.random.fold_in, (None, 0))(own_key, indices)
-      keys = keys.reshape(site.stack)
-    made = for_each_layer(
-      lambda site, key: start(key, site),
-      site,
-      arrays_at(projections, path),
-      keys,
-    )
-    leaves |= {(*path, name): leaf for name, leaf in made.items()}
-  return unflatten_dict(leaves)
-
-
-def role_of(path: Path) -> tuple[str, list[int]]:
-  """("encoder", "layer_3", "query") -> ("encoder/layer/query", [3])."""
-  name = "/".join(path)
-  numbers = [int(n) for n in re.findall(r"_(\d+)(?=/|$)", name)]
-  return re.sub(r"_\d+(?=/|$)", "", name), numbers
+      layers = jnp.arange(targets[path].layers)
+      own = jax.vmap(jax.random.fold_in, (None, 0))(own, layers)
+      own = own.reshape(site.stack)
+    keys[path] = own
+  made = map_sites(lambda site, key: start(key, site), sites, projections, keys)
+  return _tree(root, made)
 
 
 def prepared_leaves(
@@ -269,15 +261,27 @@ def prepared_leaves(
       f"{adapter.name} can't share a batch with other adapters in a bank: each"
       " row would need a kernel of its own. Use a Predictor for each."
     )
-  leaves: dict[Path, Any] = {
-    (name,): leaf for name, leaf in adapter.own(arrays_at(params)).items()
-  }
-  for path, site in all_sites(adapter, targets, params, projections).items():
-    made = for_each_layer(
-      lambda site, own: dict(prepare(own, site)),
-      site,
-      arrays_at(projections, path),
-      adapter.own(arrays_at(params, path)),
-    )
-    leaves |= {(*path, name): leaf for name, leaf in made.items()}
-  return unflatten_dict(leaves)
+  sites = all_sites(adapter, targets, params, projections)
+  made = map_sites(
+    lambda site, own: dict(prepare(own, site)),
+    sites,
+    projections,
+    own_leaves(adapter, sites, params),
+  )
+  return _tree(adapter.own(arrays_at(params)), made)
+
+
+def _tree(
+  root: Mapping[str, Any], sites: Mapping[Path, Mapping[str, Any]]
+) -> dict[str, Any]:
+  flat: dict[Path, Any] = {(name,): leaf for name, leaf in root.items()}
+  for path, leaves in sites.items():
+    flat |= {(*path, name): leaf for name, leaf in leaves.items()}
+  return unflatten_dict(flat)
+
+
+def role_of(path: Path) -> tuple[str, list[int]]:
+  """("encoder", "layer_3", "query") -> ("encoder/layer/query", [3])."""
+  name = "/".join(path)
+  numbers = [int(n) for n in re.findall(r"_(\d+)(?=/|$)", name)]
+  return re.sub(r"_\d+(?=/|$)", "", name), numbers

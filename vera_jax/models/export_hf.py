@@ -107,22 +107,32 @@ def _write(
   bounds: Mapping[str, float],
 ) -> dict[str, Any]:
   tensors = to_hf(merged_params(classifier), classifier.config)
-  _copy_tokenizer(classifier.folder, folder)
+  for pattern in FILES:  # the tokenizer's
+    for file in sorted(classifier.folder.glob(pattern)):
+      if file.name != "config.json" and "safetensors" not in file.name:
+        shutil.copyfile(file, folder / file.name)
   write_json(folder / "config.json", _hf_config(classifier, dtype))
   predictor = Predictor(classifier)
   probes = _probes(predictor)
   expected = predictor.logits(*probes)
   scale = max(1.0, float(np.abs(expected).max()))
-  kinds = tuple(dict.fromkeys(("float32", dtype)))  # the one to keep comes last
-  allowed = {kind: scale * bounds[kind] for kind in kinds}
-  found = {}
-  for kind in kinds:
-    _save(tensors, folder, dtype=kind)
+  found, allowed = {}, {}
+  # float32 always, as the proof of the merge; the type to keep comes last
+  for kind in dict.fromkeys(("float32", dtype)):
+    with np.errstate(over="ignore"):  # infinite weights fail the probes
+      cast = {name: x.astype(jnp.dtype(kind)) for name, x in tensors.items()}
+    save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / WEIGHTS)
     written = load_classifier(folder, dtype=jnp.dtype(kind))
     answers = Predictor(written, max_length=predictor.max_length)
-    logits = answers.logits(*probes)
-    found[kind] = float(np.abs(logits - expected).max())
-    _refuse_beyond(kind, found[kind], allowed[kind])
+    difference = float(np.abs(answers.logits(*probes) - expected).max())
+    found[kind], allowed[kind] = difference, scale * bounds[kind]
+    if not difference <= allowed[kind]:  # NaN is refused too
+      raise UserError(
+        f"The merged model in {kind} answers differently from the adapted one:"
+        f" a logit differs by {difference:.2e}, past the bound"
+        f" {allowed[kind]:.2e}. Nothing was written."
+      )
   about = {
     **classifier.about,
     "dtype": dtype,
@@ -132,30 +142,6 @@ def _write(
   }
   write_json(folder / MERGED, about)
   return about
-
-
-def _refuse_beyond(kind: str, difference: float, bound: float) -> None:
-  if not difference <= bound:  # NaN is refused too
-    raise UserError(
-      f"The merged model in {kind} answers differently from the adapted one:"
-      f" a logit differs by {difference:.2e}, past the bound {bound:.2e}."
-      " Nothing was written."
-    )
-
-
-def _save(tensors: Mapping[str, np.ndarray], folder: Path, *, dtype: str):
-  kind = jnp.dtype(dtype)
-  with np.errstate(over="ignore"):  # infinite weights are refused by the probe
-    cast = {name: value.astype(kind) for name, value in tensors.items()}
-  save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
-  shutil.copymode(folder / "config.json", folder / WEIGHTS)
-
-
-def _copy_tokenizer(base: Path, folder: Path) -> None:
-  for pattern in FILES:
-    for file in sorted(base.glob(pattern)):
-      if file.name != "config.json" and "safetensors" not in file.name:
-        shutil.copyfile(file, folder / file.name)
 
 
 def _hf_config(classifier: Classifier, dtype: str) -> dict[str, Any]:

@@ -10,58 +10,68 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vera_jax.adapters.files import save_adapter
-from vera_jax.adapters.projections import PRNG
+from vera_jax import results
+from vera_jax.adapters.apply import leaf_shapes
+from vera_jax.adapters.files import STORED, save_adapter
+from vera_jax.adapters.interface import Path as TreePath
+from vera_jax.adapters.labels import HEAD
+from vera_jax.adapters.lora import lora
+from vera_jax.adapters.projections import (
+  INITIALISERS,
+  PRNG,
+  digest,
+  make_pair,
+)
+from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
-from vera_jax.files import read_json
-from vera_jax.hub import PACKAGE, resolve
-from vera_jax.models.bert import BertConfig
-from vera_jax.models.family import family_of, load_config
-from vera_jax.models.hf_weights import fingerprint, module_path
-from vera_jax.peft_io.about import describe, our_settings
-from vera_jax.peft_io.config import PeftSettings, is_target, read_config
-from vera_jax.peft_io.files import (
+from vera_jax.hub import PACKAGE
+from vera_jax.models.hf_weights import load_params
+from vera_jax.models.pretrained import blueprint
+from vera_jax.peft_io.base import Base, open_base, target_patterns
+from vera_jax.peft_io.settings import PeftSettings, is_target, read_settings
+from vera_jax.peft_io.tensors import (
+  FILE,
   LEAVES,
   PAIR,
-  PEFT_FILE,
   PREFIX,
+  Tensors,
   check_free,
   read_tensors,
 )
-from vera_jax.peft_io.head import (
-  HEADS,
-  Leaves,
-  check_head,
-  head_of_base,
-  num_labels,
-)
-from vera_jax.peft_io.layers import Layer, linear_layers
-from vera_jax.peft_io.origin import Origin, check_base, find_origin
+from vera_jax.tasks.task import task_named
 
-HEAD = {"weight": "kernel", "bias": "bias"}
+# What adapter.json says of the run, and PEFT's own files don't.
+RUN = ("task", "seed", "labels", "score_name", "score", "versions")
+HEAD_LEAVES = {"weight": "kernel", "bias": "bias"}
+Leaves = dict[TreePath, np.ndarray]
 
 
 class Parts(NamedTuple):
-  """A file's tensors by what they are: {module: {leaf: values}} of the adapted
-  layers, the saved pair, the head's leaves by path."""
+  """A file's tensors by what they are.
 
-  adapted: dict[str, dict[str, np.ndarray]]
-  pair: dict[str, np.ndarray]
+  Attributes:
+    adapted: {module: {leaf: values}} of the adapted layers.
+    pair: A and B, where they were stored.
+    head: leaves of whole modules by path.
+  """
+
+  adapted: dict[str, Tensors]
+  pair: Tensors
   head: Leaves
 
 
 def import_adapter(
   folder: Path, out: Path, *, base: str | None = None, task: str | None = None
 ) -> dict[str, Any]:
-  """Write a PEFT adapter (VeRA or LoRA, on BERT or RoBERTa) as ours.
+  """Write a PEFT adapter (VeRA or LoRA, of a classifier) as ours.
 
   Args:
     folder: holds adapter_config.json and adapter_model.safetensors.
     out: the new folder.
     base: folder or hub id of the base; unset: the one that the config names.
-    task: a GLUE task, for the names of labels and metric.
+    task: a task's name, for the names of labels and metric.
 
   Returns:
     What adapter.json holds.
@@ -70,134 +80,111 @@ def import_adapter(
     UserError: naming what can't be carried, is missing or doesn't fit.
   """
   check_free(out)
-  settings = read_config(folder)
-  tensors, carried = read_tensors(folder / PEFT_FILE)
+  settings = read_settings(folder)
+  tensors, exported = read_tensors(folder / FILE)
   name = base or settings.base
-  ours = str(carried.get("base"))
-  if base is None and ours.startswith(PACKAGE):
-    name = ours  # the export wrote the folder, which is one machine's own
+  exported_base = str(exported.get("base"))
+  if base is None and exported_base.startswith(PACKAGE):
+    name = exported_base  # the config has its folder, which is one machine's
   if name is None:
     raise UserError(
       f"{folder} names no base model, or a revision of one: say --base=FOLDER."
     )
-  base_folder = resolve(name)
-  check_base(carried, base_folder)
-  config = _base_config(base_folder)
-  layers = linear_layers(config)
-  parts = _sort(tensors, settings.method, layers, config.model_type)
-  _check_targets(settings, parts.adapted, layers)
-  adapter = _adapter_leaves(settings, parts.adapted, layers)
-  head = parts.head or head_of_base(base_folder, config)
-  shapes = check_head(head, config)
-  labels = num_labels(head)
-  about = {
-    **describe(carried, task=task, num_labels=labels, base=base_folder),
-    "base": name,
-    "base_fingerprint": fingerprint(base_folder),
-    "parameters": {
-      "adapter": sum(x.size for x in adapter.values()),
-      "head": sum(x.size for x in head.values()),
-      "frozen": sum(x.size for p, x in shapes.items() if p not in head),
-    },
+  opened = open_base(name, exported)
+  parts = _sort(tensors, settings.method, opened)
+  _check_targets(settings, parts.adapted, opened)
+  adapter = _adapter_leaves(settings, parts.adapted, opened)
+  head, outputs, frozen = _head(parts.head, opened)
+
+  # What our own export knew of the method's settings, PEFT's fields or neither.
+  known = exported.get("settings")
+  if exported.get("method") != settings.method or not isinstance(known, dict):
+    known = {}
+  kinds = {opened.layers[name].kind for name in parts.adapted}
+  given = {
+    "rank": settings.rank,
+    "targets": target_patterns(kinds, opened.layers),
+    "lr": known.get("lr"),
+    "head_lr": known.get("head_lr"),
   }
-  said, origin = _method(settings, parts, layers, carried)
-  kept = origin.pair.items() if origin else ()
-  stored = {("projections", letter): matrix for letter, matrix in kept}
-  save_adapter(
-    out, unflatten_dict({**adapter, **head, **stored}), about={**about, **said}
-  )
-  return {**about, **said}
-
-
-def _method(
-  settings: PeftSettings,
-  parts: Parts,
-  layers: Mapping[str, Layer],
-  carried: Mapping[str, Any],
-) -> tuple[dict[str, Any], Origin | None]:
-  """What adapter.json says of the method, and where its projections are from.
-
-  `carried` is the adapter.json of our own export, {} in PEFT's own files.
-  """
-  ours = carried.get("settings")
-  if carried.get("method") != settings.method or not isinstance(ours, dict):
-    ours = {}
-  origin = None
-  if settings.method == "vera":
-    targets = [layers[name].target for name in parts.adapted]
-    origin = find_origin(
+  stored: Tensors = {}
+  pair_digest = None
+  if settings.method == "lora":
+    given["alpha"] = settings.alpha
+  else:
+    targets = [opened.layers[name].target for name in parts.adapted]
+    init, seed, pair = find_projections(
       settings,
       parts.pair,
       inputs=max(target.inputs for target in targets),
       outputs=max(target.outputs for target in targets),
-      ours=ours,
+      known=known,
     )
-  said = {
+    given |= {"d_init": settings.d_init, "init": init, "projection_seed": seed}
+    given |= {"sharing": "shared", "train": "both"}
+    pair_digest = digest(pair)
+    stored = pair if init == STORED else {}
+
+  about = {
+    **_about_run(exported, task, outputs=outputs, fields=opened.fields),
+    "base": name,
+    "base_fingerprint": opened.fingerprint,
+    "parameters": {
+      "adapter": sum(x.size for x in adapter.values()),
+      "head": sum(x.size for x in head.values()),
+      "frozen": frozen,
+    },
     "method": settings.method,
-    "projection_digest": origin.digest if origin else None,
+    "projection_digest": pair_digest,
     "projection_prng": PRNG,
-    "settings": our_settings(
-      settings,
-      origin,
-      kinds={layers[name].kind for name in parts.adapted},
-      there={layer.kind for layer in layers.values()},
-      ours=ours,
-    ),
+    "settings": given,
   }
-  return said, origin
+  kept = {("projections", letter): matrix for letter, matrix in stored.items()}
+  save_adapter(out, unflatten_dict({**adapter, **head, **kept}), about=about)
+  return about
 
 
-def _base_config(folder: Path) -> BertConfig:
-  if read_json(folder / "config.json").get("quantization_config"):
-    raise UserError(
-      f"{folder} is quantised (quantization_config in its config.json); give"
-      " the unquantised base by --base=FOLDER."
-    )
-  return load_config(folder)
-
-
-def _sort(
-  tensors: Mapping[str, np.ndarray],
-  method: str,
-  layers: Collection[str],
-  model_type: str,
-) -> Parts:
+def _sort(tensors: Tensors, method: str, base: Base) -> Parts:
   parts = Parts({}, {}, {})
-  names = family_of({"model_type": model_type}).names
   for name, value in tensors.items():
     inner = name.removeprefix(PREFIX)
-    ending = next((e for e in LEAVES[method] if inner.endswith(f".{e}")), None)
+    ending = next((e for e in LEAVES[method] if inner.endswith(f".{e}")), "")
+    layer = inner.removesuffix(f".{ending}")
     module, _, last = inner.rpartition(".")
-    path = module_path(module, names)
+    path = base.path(module)
     if method == "vera" and name in PAIR:
       parts.pair[PAIR[name]] = value
-    elif ending and inner.removesuffix(f".{ending}") in layers:
-      leaves = parts.adapted.setdefault(inner.removesuffix(f".{ending}"), {})
-      leaves[LEAVES[method][ending]] = value
-    elif path[0] in HEADS and last in HEAD:
-      parts.head[(*path, HEAD[last])] = value.T if last == "weight" else value
+    elif ending and layer in base.layers:
+      leaf = LEAVES[method][ending]
+      parts.adapted.setdefault(layer, {})[leaf] = value
+    elif path[0] in base.whole and last in HEAD_LEAVES:
+      value = value.T if last == "weight" else value  # torch has (out, in)
+      parts.head[(*path, HEAD_LEAVES[last])] = value
     else:
       raise UserError(
         f"The adapter's file holds {name!r}, which has no place here: only"
         f" {' and '.join(LEAVES[method])} of a classifier's linear layers, and"
-        f" whole {' and '.join(HEADS)} modules (modules_to_save), can be"
+        f" whole {' and '.join(base.whole)} modules (modules_to_save), can be"
         " carried."
       )
   return parts
 
 
 def _check_targets(
-  settings: PeftSettings, found: Collection[str], layers: Collection[str]
+  settings: PeftSettings, found: Collection[str], base: Base
 ) -> None:
+  """Raises a UserError where the file's layers are not those of the config."""
   if not found:
     raise UserError("The adapter's file holds no adapted layer.")
-  whole = [name for name in found if name.startswith(HEADS)]
-  if whole:
-    raise UserError(
-      f"{whole[0]} is part of the head, which is trained whole here; name"
-      " classifier in modules_to_save instead of adapting it."
-    )
-  for name in layers:
+  labels = flatten_dict(base.classifier.label(base.shapes))
+  for name in found:
+    path = base.layers[name].path
+    if labels[(*path, "kernel")] == HEAD:
+      raise UserError(
+        f"{name} is part of the head, which is trained whole here; name"
+        f" {path[0]} in modules_to_save instead of adapting it."
+      )
+  for name in base.layers:
     expected = is_target(settings, name)
     if expected is not None and expected != (name in found):
       raise UserError(
@@ -208,34 +195,157 @@ def _check_targets(
       )
 
 
-def _shapes(settings: PeftSettings, layer: Layer) -> dict[str, tuple[int, ...]]:
-  rank, (inputs, outputs) = settings.rank, layer.target[:2]
-  if settings.method == "vera":
-    return {"vera_d": (rank,), "vera_b": (outputs,)}
-  return {"lora_A": (rank, inputs), "lora_B": (outputs, rank)}
-
-
 def _adapter_leaves(
-  settings: PeftSettings,
-  adapted: Mapping[str, Mapping[str, np.ndarray]],
-  layers: Mapping[str, Layer],
+  settings: PeftSettings, adapted: Mapping[str, Tensors], base: Base
 ) -> Leaves:
-  kinds = {layers[name].kind for name in adapted}
+  """The leaves of every layer of the adapted kinds, by path."""
+  if settings.method == "vera":
+    # without A and B, on which the leaves' shapes don't depend
+    adapter = vera(settings.rank)._replace(shared=None)
+  else:
+    adapter = lora(settings.rank)
+  kinds = {base.layers[name].kind for name in adapted}
   leaves: Leaves = {}
-  for name, layer in layers.items():
-    for leaf, shape in _shapes(settings, layer).items():
-      if layer.kind not in kinds:
-        continue
-      value = adapted.get(name, {}).get(leaf)
-      if value is None and name in adapted:
-        raise UserError(f"The adapter's file lacks {leaf} of {name}.")
-      if value is None:
+  for name, layer in base.layers.items():
+    if layer.kind not in kinds:
+      continue
+    for leaf, need in leaf_shapes(adapter, layer.path, layer.target).items():
+      if name not in adapted:
         start = settings.d_init if leaf == "vera_d" else 0
-        value = np.full(shape, start, np.float32)
-      if value.shape != shape:
+        value = np.full(need.shape, start, np.float32)
+      elif leaf not in adapted[name]:
+        raise UserError(f"The adapter's file lacks {leaf} of {name}.")
+      else:
+        value = adapted[name][leaf]
+      if value.shape != need.shape:
         raise UserError(
           f"{leaf} of {name} has shape {value.shape}; the base and r ="
-          f" {settings.rank} need {shape}. Is it the right base?"
+          f" {settings.rank} need {need.shape}. Is it the right base?"
         )
       leaves[(*layer.path, leaf)] = value
   return leaves
+
+
+def _head(found: Leaves, base: Base) -> tuple[Leaves, int, int]:
+  """The head, its number of outputs, and how many numbers the rest holds.
+
+  Args:
+    found: whole modules in the adapter's file (modules_to_save); without any
+      the adapter was trained with the base's own head.
+    base: of the adapter.
+  """
+  head = found
+  if not head:
+    names = base.fields.get("id2label") or (0, 1)
+    made = blueprint(base.fields, outputs=len(names), scan=False)
+    labels = flatten_dict(made.label(unflatten_dict(made.shapes)))
+    own = {path: x for path, x in made.shapes.items() if labels[path] == HEAD}
+    loaded = load_params(base.folder, unflatten_dict(own))
+    if loaded.missing:
+      raise UserError(
+        f"Neither the adapter (modules_to_save) nor {base.folder} has a"
+        " classifier. Save the adapter with its head: task_type='SEQ_CLS'."
+      )
+    head = flatten_dict(loaded.params)
+  *_, last = base.layers.values()  # it gives the logits
+  kernel = head.get((*last.path, "kernel"))
+  if kernel is None:
+    raise UserError("The adapter's file has only part of a classifier.")
+  outputs = kernel.shape[-1]
+  shapes = blueprint(base.fields, outputs=outputs, scan=False).shapes
+  modules = {path[0] for path in head}
+  for path in sorted({*head, *(p for p in shapes if p[0] in modules)}):
+    need = shapes[path].shape if path in shapes else None
+    have = head[path].shape if path in head else None
+    if need != have:
+      raise UserError(
+        f"The head's {'/'.join(path)} has shape {have} in the adapter and"
+        f" {need} in the base's model. Is it the right base?"
+      )
+  frozen = sum(x.size for path, x in shapes.items() if path not in head)
+  return head, outputs, frozen
+
+
+def find_projections(
+  settings: PeftSettings,
+  pair: Tensors,
+  *,
+  inputs: int,
+  outputs: int,
+  known: Mapping[str, Any],
+) -> tuple[str, int, Tensors]:
+  """A and B, with the initialiser and the seed that give them.
+
+  Args:
+    settings: of the adapter.
+    pair: A and B as saved; empty where they were not.
+    inputs, outputs: the largest widths of the adapted layers.
+    known: the settings that our own export wrote into the file, if it is one.
+
+  Returns:
+    `files.STORED` in place of an initialiser where no seed gives the saved
+    pair.
+
+  Raises:
+    UserError: the saved pair is incomplete or doesn't fit the layers.
+  """
+  rank = settings.rank
+  candidates = [("peft", settings.key)]
+  init, seed = known.get("init"), known.get("projection_seed")
+  if init in INITIALISERS and isinstance(seed, int):
+    candidates.insert(0, (str(init), seed))
+  saved: Tensors | None = None
+  if settings.saved or pair:
+    if set(pair) != {"A", "B"}:
+      raise UserError(
+        "save_projection is true, but the file lacks base_model.vera_A or"
+        " base_model.vera_B: it is cut off, or save_projection must be false."
+      )
+    # PEFT's pair may be wider than the layers, which use its first columns
+    saved = {"A": pair["A"][:, :inputs], "B": pair["B"][:outputs]}
+    need = {"A": (rank, inputs), "B": (outputs, rank)}
+    if any(saved[k].shape != need[k] for k in "AB"):
+      raise UserError(
+        f"vera_A and vera_B have shapes {pair['A'].shape}, {pair['B'].shape};"
+        f" the layers and r need {need['A']}, {need['B']}."
+      )
+  else:
+    candidates = candidates[-1:]  # PEFT's key is all that the folder says
+  for init, seed in candidates:
+    made = make_pair(rank, inputs, outputs, init=init, seed=seed)
+    drawn = {name: np.asarray(matrix) for name, matrix in made.items()}
+    if saved is None or all(np.array_equal(saved[k], drawn[k]) for k in "AB"):
+      return init, seed, drawn
+  assert saved is not None
+  return STORED, settings.key, saved
+
+
+def _about_run(
+  exported: Mapping[str, Any],
+  task: str | None,
+  *,
+  outputs: int,
+  fields: Mapping[str, Any],
+) -> dict[str, Any]:
+  """What is known of the run: from a named task, from our own export, or none.
+
+  Without either, the labels' names are those of the base's config.json.
+  """
+  about: dict[str, Any] = dict.fromkeys(RUN)
+  about["versions"] = results.provenance()["versions"]
+  about |= {name: exported[name] for name in RUN if name in exported}
+  if task is not None:
+    named = task_named(task)
+    about |= {"task": task, "labels": list(named.labels)}
+    about["score_name"] = named.score_name
+  if not isinstance(about["labels"], list):
+    names = list((fields.get("id2label") or {}).values())
+    if len(names) != outputs:
+      names = [f"LABEL_{i}" for i in range(outputs)]
+    about["labels"] = [str(name) for name in names] if outputs > 1 else []
+  if (len(about["labels"]) or 1) != outputs:
+    raise UserError(
+      f"The head has {outputs} outputs, but the labels are"
+      f" {', '.join(map(str, about['labels']))}."
+    )
+  return about

@@ -5,76 +5,36 @@ A' = diag(d) A at scale 1, of A the columns and of B the rows that the layer
 uses. The other way round there is no such identity.
 """
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
 
 from vera_jax.adapters.apply import leaf_shapes
-from vera_jax.adapters.files import STORED, SavedAdapter, load_adapter
-from vera_jax.adapters.interface import Path as TreePath
+from vera_jax.adapters.files import STORED, load_adapter
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.projections import digest, make_projections
 from vera_jax.errors import UserError
 from vera_jax.files import write_json
-from vera_jax.hub import PACKAGE, resolve
-from vera_jax.models.family import family_of, load_config
-from vera_jax.models.hf_weights import (
-  module_name,
-  module_path,
-)
-from vera_jax.peft_io.config import FILE
-from vera_jax.peft_io.files import (
+from vera_jax.hub import PACKAGE
+from vera_jax.peft_io.base import module_list, open_base
+from vera_jax.peft_io.settings import FILE
+from vera_jax.peft_io.tensors import FILE as TENSORS
+from vera_jax.peft_io.tensors import (
   LEAVES,
-  OURS,
-  PEFT_FILE,
+  PAIR,
   PREFIX,
-  SHA256,
+  Tensors,
   check_free,
-  checksum,
+  write_tensors,
 )
-from vera_jax.peft_io.head import HEADS
-from vera_jax.peft_io.layers import (
-  Layer,
-  linear_layers,
-  module_list,
-)
-from vera_jax.peft_io.origin import check_base
 
-METHODS = ("vera", "lora")
 WARNING = (
   "PEFT up to 0.20.0 ignores saved projections: it loads this adapter without"
   " an error and computes something else. Load it with PEFT 0.21.0 or newer,"
   " or export it with --as=lora, which every PEFT reads."
 )
-Tensors = dict[str, np.ndarray]
-THEIRS = {
-  ours: theirs for names in LEAVES.values() for theirs, ours in names.items()
-}
-
-
-class Ours(NamedTuple):
-  """Our folder: adapter.json, the leaves of each adapted layer and the head's
-  by Hugging Face's names, and the projections where they were stored."""
-
-  about: dict[str, Any]
-  adapted: dict[str, Tensors]
-  head: Tensors
-  stored: Tensors
-
-
-class Converted(NamedTuple):
-  """What PEFT is to get: `adapted` as in `Ours`, the pair to save, and the
-  config's fields of the method."""
-
-  method: str
-  adapted: dict[str, Tensors]
-  pair: Tensors
-  fields: dict[str, Any]
 
 
 def export_adapter(
@@ -99,197 +59,124 @@ def export_adapter(
   saved = load_adapter(folder)
   about = saved.about
   own, given = about["method"], about["settings"]
-  if own not in METHODS:
+  if own not in LEAVES:
     raise UserError(
-      f"{folder} holds method {own!r}; only {' and '.join(METHODS)} are"
+      f"{folder} holds method {own!r}; only {' and '.join(LEAVES)} are"
       " adapters that PEFT can hold. Merge it and use the checkpoint."
     )
   name = base or about["base"]
-  base_folder = resolve(name)
-  check_base(about, base_folder)
-  config = load_config(base_folder)
-  layers = linear_layers(config)
-  ours = _sort(saved, layers, config.model_type)
-  _check_leaves(ours, layers)
-  converted = _convert(ours, method or own, layers)
-  place = str(base_folder) if name.startswith(PACKAGE) else name
-  _write(out, ours, converted, base=place, layers=layers)
-  stored = converted.method == "vera" and given.get("init") != "peft"
-  return [WARNING] if stored else []
+  opened = open_base(name, about)
+  layers = opened.layers
+  adapter, _ = make_adapter(own, given)
 
+  # The tensors by Hugging Face's names of their modules.
+  adapted: dict[str, Tensors] = {}
+  tensors: Tensors = {}  # of the new file: first the head's
+  whole: set[str] = set()
+  pair: dict[str, Any] = {}
+  for tensor, value in saved.tensors.items():
+    module, _, leaf = tensor.rpartition(".")
+    path = opened.path(module)
+    theirs = opened.name(path)
+    if module == "projections":
+      pair[leaf] = value
+    elif theirs in layers and leaf.startswith(tuple(LEAVES)):
+      adapted.setdefault(theirs, {})[leaf] = value
+    elif path[0] in opened.whole and leaf in ("kernel", "bias"):
+      whole.add(path[0])
+      value = value.T if leaf == "kernel" else value  # torch has (out, in)
+      leaf = {"kernel": "weight", "bias": "bias"}[leaf]
+      tensors[f"{PREFIX}{theirs}.{leaf}"] = value
+    else:
+      raise UserError(
+        f"{folder} holds {tensor!r}, for which PEFT has no place."
+      )
+  if not adapted:
+    raise UserError(f"{folder} holds no adapted layer.")
 
-def _convert(ours: Ours, method: str, layers: Mapping[str, Layer]) -> Converted:
-  own, given = ours.about["method"], ours.about["settings"]
-  try:
-    if method == own == "vera":
-      adapted, pair = _as_vera(ours, layers)
-      return Converted(method, adapted, pair, _vera_fields(given))
-    if method == "lora":
-      alpha = given["alpha"] if own == "lora" else given["rank"]
-      adapted = ours.adapted if own == "lora" else _as_lora(ours, layers)
-      fields = {"r": given["rank"], "lora_alpha": alpha}
-      return Converted(method, adapted, {}, fields)
-  except KeyError as error:
-    raise UserError(
-      f"The adapter's adapter.json or its tensors lack {error}."
-    ) from error
-  raise UserError(
-    "A LoRA adapter can't be written as VeRA: its matrices are its own."
-  )
-
-
-def _write(
-  out: Path,
-  ours: Ours,
-  converted: Converted,
-  *,
-  base: str,
-  layers: Mapping[str, Layer],
-) -> None:
-  adapted = converted.adapted
-  tensors = {
-    f"{PREFIX}{module}.{THEIRS[leaf]}": value
-    for module, leaves in adapted.items()
-    for leaf, value in leaves.items()
-  }
-  tensors |= {f"{PREFIX}{name}": value for name, value in ours.head.items()}
-  tensors |= {f"base_model.vera_{k}": x for k, x in converted.pair.items()}
-  whole = [head for head in HEADS if any(head in name for name in ours.head)]
-  config = {
-    "peft_type": converted.method.upper(),
-    "task_type": "SEQ_CLS",
-    "base_model_name_or_path": base,
-    "inference_mode": True,
-    "target_modules": module_list(adapted, layers),
-    "modules_to_save": whole,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    **converted.fields,
-  }
-  out.mkdir(parents=True, exist_ok=True)
-  save_file(
-    {name: np.ascontiguousarray(value) for name, value in tensors.items()},
-    out / PEFT_FILE,
-    metadata={
-      "format": "pt",
-      OURS: json.dumps(ours.about),
-      SHA256: checksum(tensors),
-    },
-  )
-  write_json(out / FILE, config)
-
-
-def _check_leaves(ours: Ours, layers: Mapping[str, Layer]) -> None:
-  """Names and shapes are those of method and rank."""
-  adapter, _ = make_adapter(ours.about["method"], ours.about["settings"])
-  for name, leaves in ours.adapted.items():
-    layer = layers[name]
-    need = {
-      leaf: shape.shape
-      for leaf, shape in leaf_shapes(adapter, layer.path, layer.target).items()
-    }
+  # A and B don't matter for the leaves' shapes, and may lie in the file.
+  alone = adapter._replace(shared=None)
+  for module, leaves in adapted.items():
+    layer = layers[module]
+    shapes = leaf_shapes(alone, layer.path, layer.target)
+    need = {leaf: shape.shape for leaf, shape in shapes.items()}
     have = {leaf: value.shape for leaf, value in leaves.items()}
     if have != need:
       raise UserError(
-        f"{name} has {have} in the adapter's file, but its adapter.json and"
+        f"{module} has {have} in the adapter's file, but its adapter.json and"
         f" the base need {need}."
       )
 
-
-def _sort(
-  saved: SavedAdapter, layers: Mapping[str, Layer], model_type: str
-) -> Ours:
-  names = family_of({"model_type": model_type}).names
-  ours = Ours(saved.about, {}, {}, {})
-  for name, value in saved.tensors.items():
-    module, _, leaf = name.rpartition(".")
-    path = module_path(module, names)
-    theirs = module_name(path, model_type=model_type)
-    if module == "projections":
-      ours.stored[leaf] = value
-    elif theirs in layers and leaf.startswith(METHODS):
-      ours.adapted.setdefault(theirs, {})[leaf] = value
-    elif path[0] in HEADS and leaf == "kernel":
-      ours.head[f"{theirs}.weight"] = value.T
-    elif path[0] in HEADS and leaf == "bias":
-      ours.head[f"{theirs}.bias"] = value
-    else:
+  method = method or own
+  fields: dict[str, Any] = {"r": given["rank"]}
+  if own == "lora":
+    if method == "vera":
       raise UserError(
-        f"{saved.folder} holds {name!r}, for which PEFT has no place."
+        "A LoRA adapter can't be written as VeRA: its matrices are its own."
       )
-  if not ours.adapted:
-    raise UserError(f"{saved.folder} holds no adapted layer.")
-  return ours
+    fields["lora_alpha"] = given["alpha"]
+  else:
+    shared = given["sharing"] == "shared"
+    if method == "vera" and not shared:
+      raise UserError(
+        "Each layer of this adapter has projections of its own"
+        " (sharing=unique), for which PEFT's VeRA has no place: --as=lora."
+      )
+    if given["init"] != STORED:
+      pair = make_projections(
+        {layers[module].path: layers[module].target for module in adapted},
+        rank=given["rank"],
+        seed=given["projection_seed"],
+        init=given["init"],
+        sharing=given["sharing"],
+      )
+    if about["projection_digest"] != digest(pair):
+      raise UserError(
+        "The adapter's projections don't have the digest that its adapter.json"
+        " names: it is damaged, or was made by another version."
+      )
+    matrices = {path: np.asarray(x) for path, x in flatten_dict(pair).items()}
+    for module, leaves in adapted.items():
+      path, target = layers[module].path, layers[module].target
+      # PEFT has both vectors; the one that was not trained is written out.
+      d = np.full(given["rank"], given["d_init"], np.float32)
+      b = np.ones(target.outputs, np.float32)
+      d, b = leaves.get("vera_d", d), leaves.get("vera_b", b)
+      if method == "vera":
+        adapted[module] = {"vera_d": d, "vera_b": b}
+      else:
+        place = () if shared else path
+        A = matrices[(*place, "A")][:, : target.inputs]
+        B = matrices[(*place, "B")][: target.outputs]
+        adapted[module] = {"lora_A": d[:, None] * A, "lora_B": b[:, None] * B}
+    if method == "lora":
+      fields["lora_alpha"] = given["rank"]  # scale 1
+    else:
+      tensors |= {name: matrices[(letter,)] for name, letter in PAIR.items()}
+      key = given["projection_seed"] if given["init"] == "peft" else 0
+      fields |= {"d_initial": given["d_init"], "projection_prng_key": key}
+      fields |= {"save_projection": True, "vera_dropout": 0.0}
 
-
-def _vera_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-  key = given["projection_seed"] if given["init"] == "peft" else 0
-  return {
-    "r": given["rank"],
-    "d_initial": given["d_init"],
-    "projection_prng_key": key,
-    "save_projection": True,
-    "vera_dropout": 0.0,
+  tensors |= {
+    f"{PREFIX}{module}.{theirs}": leaves[ours]
+    for module, leaves in adapted.items()
+    for theirs, ours in LEAVES[method].items()
   }
-
-
-def _vectors(ours: Ours, layer: Layer, leaves: Tensors) -> Tensors:
-  """d and b, with the one that was not trained written out."""
-  given = ours.about["settings"]
-  d = np.full(given["rank"], given["d_init"], np.float32)
-  b = np.ones(layer.target.outputs, np.float32)
-  return {"vera_d": d, "vera_b": b, **leaves}
-
-
-def _as_vera(
-  ours: Ours, layers: Mapping[str, Layer]
-) -> tuple[dict[str, Tensors], Tensors]:
-  if ours.about["settings"]["sharing"] != "shared":
-    raise UserError(
-      "Each layer of this adapter has projections of its own"
-      " (sharing=unique), for which PEFT's VeRA has no place: --as=lora."
-    )
-  adapted = {
-    name: _vectors(ours, layers[name], leaves)
-    for name, leaves in ours.adapted.items()
+  config = {
+    "peft_type": method.upper(),
+    "task_type": "SEQ_CLS",
+    # PEFT knows no bases inside packages, but takes their folders
+    "base_model_name_or_path": (
+      str(opened.folder) if name.startswith(PACKAGE) else name
+    ),
+    "inference_mode": True,
+    "target_modules": module_list(adapted, layers),
+    "modules_to_save": sorted(whole),
+    "bias": "none",
+    "fan_in_fan_out": False,
+    **fields,
   }
-  matrices = _projections(ours, layers)
-  return adapted, {k: matrices[(k,)] for k in "AB"}
-
-
-def _as_lora(ours: Ours, layers: Mapping[str, Layer]) -> dict[str, Tensors]:
-  matrices = _projections(ours, layers)
-  adapted = {}
-  for name, leaves in ours.adapted.items():
-    path, target = layers[name].path, layers[name].target
-    own = path if (*path, "A") in matrices else ()
-    A, B = matrices[(*own, "A")], matrices[(*own, "B")]
-    vectors = _vectors(ours, layers[name], leaves)
-    adapted[name] = {
-      "lora_A": vectors["vera_d"][:, None] * A[:, : target.inputs],
-      "lora_B": vectors["vera_b"][:, None] * B[: target.outputs],
-    }
-  return adapted
-
-
-def _projections(
-  ours: Ours, layers: Mapping[str, Layer]
-) -> dict[TreePath, np.ndarray]:
-  """A and B by path in a looped tree, or at its root; the digest is checked."""
-  given = ours.about["settings"]
-  adapted = [layers[name] for name in ours.adapted]
-  tree: dict[str, Any] = dict(ours.stored)
-  if given["init"] != STORED:
-    tree = make_projections(
-      {layer.path: layer.target for layer in adapted},
-      rank=given["rank"],
-      seed=given["projection_seed"],
-      init=given["init"],
-      sharing=given["sharing"],
-    )
-  if ours.about["projection_digest"] != digest(tree):
-    raise UserError(
-      "The adapter's projections don't have the digest that its adapter.json"
-      " names: it is damaged, or was made by another version."
-    )
-  return {p: np.asarray(x) for p, x in flatten_dict(tree).items()}
+  out.mkdir(parents=True, exist_ok=True)
+  write_tensors(out / TENSORS, tensors, about=about)
+  write_json(out / FILE, config)
+  return [WARNING] if method == "vera" and given["init"] != "peft" else []

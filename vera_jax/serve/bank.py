@@ -4,10 +4,12 @@
   bank.add("grammar", "runs/b/adapter")
   bank.logits(["A fine film.", "Him go."], adapters=["films", "grammar"])
 
-A VeRA adapter is two vectors a layer beside a base and a pair A, B that all
-share, so a bank stacks thousands of them in little memory and a pass gathers
-what its rows need (`mixed.mixed_logits`). LoRA and BitFit adapters work by the
-same code and take their own size each.
+A VeRA adapter is two vectors per layer beside a base and a pair A, B that all
+share, so a bank stacks thousands of them in little memory, and each batch
+gathers what its rows need (`multi_adapter.mixed_logits`). Other methods work by
+the same code and take their own size each. A method whose product would need a
+kernel per row is prepared when an adapter is added (`Adapter.prepare`), or is
+refused where it can't be.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,8 +32,11 @@ from vera_jax.adapters.files import (
   named_slices,
   save_adapter,
 )
+from vera_jax.adapters.interface import as_they_are
+from vera_jax.adapters.labels import join
 from vera_jax.adapters.methods import method_named
 from vera_jax.adapters.projections import digest
+from vera_jax.adapters.sites import prepared_leaves
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.models.pretrained import (
@@ -56,7 +61,7 @@ class AdapterBank:
 
   Attributes:
     params: the trained leaves, [capacity, ...]; replaced as a whole after
-      training (`mixed.mixed_step`). Adding and replacing donate it.
+      training (`multi_adapter.mixed_step`). Adding and replacing donate it.
     frozen: the base and the projections.
     model: the adapted module and its inputs' names, for `mixed_step`.
     capacity: how many adapters have room.
@@ -72,7 +77,7 @@ class AdapterBank:
     dtype: DTypeLike = jnp.float32,
     max_length: int | None = None,
   ) -> None:
-    """The first adapter says what all others must fit.
+    """The first adapter decides what all others must fit.
 
     Args:
       adapters: folders, or what `load_adapter` gave, by name; at least one.
@@ -84,7 +89,7 @@ class AdapterBank:
       UserError: naming the adapter and what it does not fit.
     """
     if not adapters:
-      raise UserError("A bank starts from an adapter at least: none was given.")
+      raise UserError("A bank starts with one adapter or more; none was given.")
     self.capacity = len(adapters) if capacity is None else capacity
     if self.capacity < len(adapters):
       raise UserError(
@@ -99,16 +104,26 @@ class AdapterBank:
         " whose rows would need a base or kernels of their own, so that it"
         " can't share a batch in a bank. Use a Predictor for each."
       )
-    params, frozen = _split(classifier, first)
-    self.params = empty_stack(params, capacity=self.capacity)
-    self.frozen = Frozen(frozen, classifier.projections)
+    # What the adapter's file holds is stacked; the base's rest is shared.
+    flat = flatten_dict(classifier.params)
+    own = {
+      path: leaf
+      for path, leaf in flat.items()
+      if next(named_slices(path, leaf))[0] in first.tensors
+    }
+    frozen = {path: leaf for path, leaf in flat.items() if path not in own}
+    self.frozen = Frozen(unflatten_dict(frozen), classifier.projections)
+    self._shapes = jax.eval_shape(lambda: own)
+    self._plain = classifier._replace(params={}, about=first.about)
+    links = classifier.adapter.methods
+    self._is_prepared = any(link.prepare is not as_they_are for link in links)
+    leaves = jax.eval_shape(self._prepare, unflatten_dict(own))
+    self.params = empty_stack(leaves, capacity=self.capacity)
     self.model: dict[str, Any] = {
       "module": classifier.module,
       "inputs": classifier.inputs,
     }
     self.truncated = 0
-    self._shapes = flatten_dict(jax.eval_shape(lambda: params))
-    self._plain = classifier._replace(params={}, about=first.about)
     self._max_length = max_length
     self._tokenizer = load_tokenizer(classifier.folder)
     self._run = jax.jit(partial(mixed_logits, **self.model))
@@ -228,8 +243,20 @@ class AdapterBank:
     ]
 
   def save(self, name: str, folder: str | Path) -> None:
-    """Write an adapter, as trained in the bank, as `save_adapter` does."""
+    """Write an adapter, as trained in the bank, as `save_adapter` does.
+
+    Raises:
+      UserError: the bank has no such adapter, or keeps what was computed from
+        its trained leaves and not these themselves.
+    """
     slot = self.slots([name])[0]
+    if self._is_prepared:
+      method = self._plain.about["method"]
+      raise UserError(
+        f"{name!r} can't be saved from a bank: of the method {method} it keeps"
+        " what was computed from the trained numbers, not these themselves."
+        " Copy the folder that the adapter was added from."
+      )
     trained = jax.tree.map(lambda leaf: leaf[slot], self.params)
     about = self._held[name].about
     if about["settings"].get("init") == STORED:
@@ -240,36 +267,50 @@ class AdapterBank:
     own = self._held[name]
     return min(self._max_length or own.max_length, own.room)
 
+  def _prepare(self, leaves: Any) -> Any:
+    """What the bank keeps of an adapter's leaves."""
+    if not self._is_prepared:
+      return leaves
+    adapter, targets = self._plain.adapter, self._plain.targets
+    leaves = jax.tree.map(jnp.asarray, leaves)
+    params = join(leaves, self.frozen.params)
+    projections = self.frozen.projections
+    prepared = prepared_leaves(adapter, targets, params, projections)
+    rest = {  # the head, and what else of the base was trained
+      path: leaf
+      for path, leaf in flatten_dict(leaves).items()
+      if not adapter.owns(path[-1])
+    }
+    return join(prepared, unflatten_dict(rest))
+
   def _put(
     self, name: str, adapter: str | Path | SavedAdapter, slot: int
   ) -> None:
+    """Write an adapter into a slot, if it runs by the bank's program."""
     saved = _loaded(adapter)
-    leaves = self._fitting(name, saved)
-    self.params = set_slot(self.params, np.int32(slot), leaves)
-    labels = tuple(map(str, saved.about["labels"]))
-    self._slots[name] = slot
-    self._held[name] = self._plain._replace(about=saved.about, labels=labels)
-
-  def _fitting(self, name: str, saved: SavedAdapter) -> dict[str, Any]:
-    """The adapter's leaves, if it runs by the bank's program."""
-    tensors = {
-      key: value
-      for key, value in saved.tensors.items()
-      if not key.startswith("projections.")
-    }
     ours, theirs = _program(self._plain.about, {}), _program(*saved[:2])
     wrong = [
       f"{key}: {theirs[key]} there, {ours.get(key)} in the bank"
       for key in theirs
       if theirs[key] != ours.get(key)
     ]
+    tensors = {
+      key: value
+      for key, value in saved.tensors.items()
+      if not key.startswith("projections.")
+    }
     wrong += differences(tensors, self._shapes)
     if wrong:
       raise UserError(
         f"The adapter {name!r} ({saved.folder}) does not fit this bank:\n  "
         + "\n  ".join(wrong)
       )
-    return unflatten_dict(leaves_by_path(tensors, self._shapes))
+    leaves = unflatten_dict(leaves_by_path(tensors, self._shapes))
+    prepared = self._prepare(leaves)
+    self.params = set_slot(self.params, np.int32(slot), prepared)
+    labels = tuple(map(str, saved.about["labels"]))
+    self._slots[name] = slot
+    self._held[name] = self._plain._replace(about=saved.about, labels=labels)
 
 
 def _loaded(adapter: str | Path | SavedAdapter) -> SavedAdapter:
@@ -278,33 +319,20 @@ def _loaded(adapter: str | Path | SavedAdapter) -> SavedAdapter:
   return load_adapter(adapter)
 
 
-def _split(
-  classifier: Classifier, saved: SavedAdapter
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(what the adapter's file holds, the base's rest)."""
-  flat = flatten_dict(classifier.params)
-
-  def trained(path):
-    return next(named_slices(path, flat[path]))[0] in saved.tensors
-
-  params = {path: leaf for path, leaf in flat.items() if trained(path)}
-  frozen = {path: leaf for path, leaf in flat.items() if path not in params}
-  return unflatten_dict(params), unflatten_dict(frozen)
-
-
 def _program(
   about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
   """What adapters of one bank have in common, beside the leaves' shapes.
 
-  A pair that the tensors hold is known by its own digest.
+  A pair A, B that lies in the file is compared by its own digest.
   """
   pair = {k: tensors.get(f"projections.{k}") for k in "AB"}
   stored = all(matrix is not None for matrix in pair.values())
   found = digest(pair) if stored else about["projection_digest"]
   method, settings = about["method"], about["settings"]
   row = method_named(method)
-  # What only first values come from may differ; the digest tells the matrices.
+  # Settings that only first values come from may differ; for the matrices the
+  # digest is compared.
   free = row.starts(settings)
   names = [name for name in row.settings if name not in free]
   return {
@@ -318,7 +346,7 @@ def _program(
 
 @partial(jax.jit, donate_argnums=0)
 def set_slot(stacked: Any, slot: Array, leaves: Any) -> Any:
-  """One adapter's leaves in their place: the stack is not copied."""
+  """The stack with one adapter's leaves in a slot; written in place."""
   return jax.tree.map(
     lambda whole, leaf: whole.at[slot].set(leaf), stacked, leaves
   )

@@ -1,7 +1,7 @@
 """Answers of a trained classifier to texts, packed as in training."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int
 from vera_jax.data.examples import Examples
 from vera_jax.data.loader import placed_batches
 from vera_jax.data.packing import Batch, Layout, place_all, with_adapters
+from vera_jax.data.texts import Line
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import Tokens, tokenise
 from vera_jax.errors import UserError
@@ -45,13 +46,16 @@ class Predictor:
     self.tokenizer = load_tokenizer(classifier.folder)
     self.max_length = min(max_length or classifier.max_length, classifier.room)
     self.truncated = 0  # texts that were cut, so far
-    self._inputs = tuple(classifier.inputs)
-    self._apply = jax.jit(partial(_apply, classifier.module))
+    self._apply = jax.jit(classifier.module.apply)
 
   def logits(
     self, first: Sequence[str], second: Sequence[str] | None = None
   ) -> Logits:
-    """The logits of every text, or pair of texts, in their order."""
+    """The logits of every text, or pair of texts, in their order.
+
+    Raises:
+      UserError: the tokenizer has words that the classifier lacks.
+    """
     tokens = encode(
       self.classifier, self.tokenizer, first, second, limit=self.max_length
     )
@@ -65,12 +69,28 @@ class Predictor:
     return list(answers(self.logits(first, second), self.classifier.labels))
 
   def _run(self, batch: Batch) -> jax.Array:
-    inputs = {name: batch[name] for name in self._inputs}
-    return self._apply(self.classifier.variables, inputs)
+    inputs = {name: batch[name] for name in self.classifier.inputs}
+    return self._apply(self.classifier.variables, **inputs)
+
+
+def answer_lines(
+  predictor: Predictor, lines: Iterable[Line], *, at_once: int
+) -> Iterator[tuple[Line, Answer | None]]:
+  """Each line with its answer, `at_once` of them answered together.
+
+  The answer is None for a header and for a line that could not be read.
+  """
+  lines = iter(lines)
+  while chunk := list(itertools.islice(lines, at_once)):
+    good = [line.texts for line in chunk if line.texts]
+    columns = [list(column) for column in zip(*good, strict=True)]
+    found = iter(predictor.answers(*columns) if good else [])
+    for line in chunk:
+      yield line, next(found) if line.texts else None
 
 
 def text_columns(classifier: Classifier) -> tuple[tuple[str, ...], ...]:
-  """The names that its task's text columns may have; () if it is unknown."""
+  """The names that its task's text columns may have; () for an unknown task."""
   try:
     return task_named(str(classifier.about.get("task"))).columns
   except UserError:
@@ -88,7 +108,7 @@ def encode(
   """The tokens of texts, or pairs, cut at `limit`.
 
   Raises:
-    UserError: the tokenizer knows words that the classifier doesn't.
+    UserError: the tokenizer has words that the classifier lacks.
   """
   examples = Examples(
     list(first),
@@ -116,15 +136,17 @@ def packed_logits(
   """The logits of every text, packed into batches of few shapes.
 
   Args:
-    run: a packed batch's logits, slot by slot.
+    run: a packed batch -> its logits, slot by slot.
     tokens: of the texts.
-    outputs: logits of a text.
-    adapters: whose texts they are; those of two share no row, and the batches
-      say in `adapter` whose each row is. None: one adapter's.
+    outputs: the number of logits per text.
+    adapters: the adapter of each text. Texts of two adapters share no row, and
+      `adapter` in a batch has the adapter of each row. None: all have the same.
   """
   if adapters is None:
     adapters = np.zeros(len(tokens), np.int64)
-  layout = _layout(tokens)
+  longest = int(tokens.lengths.max())
+  length = max(SHORTEST, 1 << (longest - 1).bit_length())
+  layout = Layout(ROWS, length, length // 4)
   place = place_all(tokens.lengths, layout, adapters=adapters)
   out = np.empty((len(tokens), outputs), np.float32)
   for batch in placed_batches(tokens, place, layout):
@@ -134,19 +156,8 @@ def packed_logits(
   return out
 
 
-def _apply(module: Any, variables: Any, inputs: Any) -> jax.Array:
-  return module.apply(variables, **inputs)
-
-
-def _layout(tokens: Tokens) -> Layout:
-  """One of few shapes with room for these texts."""
-  longest = int(tokens.lengths.max())
-  length = max(SHORTEST, 1 << (longest - 1).bit_length())
-  return Layout(ROWS, length, length // 4)
-
-
 def answers(logits: Logits, labels: tuple[str, ...]) -> Iterator[Answer]:
-  """What logits say, row by row; no labels: regression."""
+  """The answer of each row of logits; without labels, of a regression."""
   if not labels:
     for value in logits[:, 0].tolist():
       yield Answer("", value, ())

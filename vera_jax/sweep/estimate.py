@@ -10,34 +10,15 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from vera_jax.adapters.base_leaves import ALL
+from vera_jax.adapters.methods import make_adapter
 from vera_jax.data.loader import steps_per_epoch
+from vera_jax.errors import UserError
 from vera_jax.files import read_json
-from vera_jax.hub import PACKAGE
-from vera_jax.models import roberta
+from vera_jax.hub import PACKAGE, resolve
+from vera_jax.models.roberta import SIZES
+from vera_jax.tasks.task import Size, task_named
 
-
-class Size(NamedTuple):
-  """Of a task: training and dev examples, mean tokens per example."""
-
-  train: int
-  dev: int
-  tokens: int
-
-
-# GLUE's own numbers of examples. Tokens: counted for sst2, cola and rte with
-# BERT's tokenizer, by the length of the texts for the others.
-SIZES = {
-  "cola": Size(8551, 1043, 11),
-  "sst2": Size(67349, 872, 13),
-  "mrpc": Size(3668, 408, 53),
-  "stsb": Size(5749, 1500, 31),
-  "qqp": Size(363846, 40430, 31),
-  "mnli": Size(392702, 19647, 40),
-  "qnli": Size(104743, 5463, 51),
-  "rte": Size(2490, 277, 70),
-  "wnli": Size(635, 71, 38),
-  "generated_entailment": Size(2000, 320, 28),
-}
 UNKNOWN = Size(10_000, 1000, 40)
 # FLOP/s. MiniLM with VeRA on SST-2 took 77 s of training on two idle, slow CPU
 # cores; the cores of results/benchmarks/train-sst2.md need 39 s.
@@ -47,43 +28,50 @@ START = 25.0  # seconds of a worker before its first step, compiling included
 
 def size_of(config: ConfigDict) -> Size:
   """Of a run's task, with `config.data.max_train_examples` at most."""
-  size = SIZES.get(str(config.task), UNKNOWN)
+  try:
+    size = task_named(str(config.task)).size or UNKNOWN
+  except UserError:
+    size = UNKNOWN
   most = config.data.max_train_examples or size.train
   return size._replace(train=min(size.train, most))
 
 
 def steps(config: ConfigDict) -> int:
-  """Updates of a whole run, for a progress bar: exact for GLUE's tasks."""
+  """Updates of a whole run; exact where the task says its size."""
   each = steps_per_epoch(size_of(config).train, config.optim.batch_size)
   return each * config.optim.epochs
 
 
 def shape_of(name: str) -> tuple[int, int]:
-  """(width, layers) of a model; RoBERTa-base's if nothing is known."""
-  if name in roberta.SIZES:
-    return roberta.SIZES[name]
-  from vera_jax.hub import resolve
-
+  """(width, layers) of a model; those of a base model if nothing is known."""
+  if name in SIZES:
+    return SIZES[name]
   if name.startswith(PACKAGE) or "/" in name:
     try:
       fields = read_json(resolve(name) / "config.json")
       return int(fields["hidden_size"]), int(fields["num_hidden_layers"])
     except Exception:  # an estimate is no reason to stop
       pass
-  return roberta.SIZES["roberta-base"]
+  return 768, 12
 
 
 def flops(config: ConfigDict) -> float:
   """FLOPs of a whole run, evaluations included."""
   size, (width, layers) = size_of(config), shape_of(str(config.model.name))
   weights = 12 * layers * width**2
-  method = config.method
-  # forward: 2 FLOPs per weight and token; so is each of the two gradients,
-  # of which that of the weights is needed for full fine-tuning alone
-  per_token = {"head": 2, "full": 6}.get(method, 4) * weights
-  if method in ("vera", "lora"):
-    adapted = min(layers * len(config[method].targets), 6 * layers)
-    per_token += 4 * config[method].rank * 2 * width * adapted
+  # Forward: 2 FLOPs per weight and token. The inputs' gradient takes as many,
+  # where anything below the head is trained; so does that of whole kernels.
+  adapter, targets = make_adapter(
+    config.method, config[config.method].to_dict()
+  )
+  per_token = 2 * weights
+  if targets or adapter.trains:
+    per_token += 2 * weights
+  if adapter.trains == ALL:
+    per_token += 2 * weights
+  if targets:
+    adapted = min(layers * len(targets), 6 * layers)
+    per_token += 4 * config[config.method].rank * 2 * width * adapted
   tokens = min(size.tokens, config.data.max_length)
   epoch = size.train * per_token + size.dev * 2 * weights
   return float(config.optim.epochs * tokens * epoch)

@@ -18,7 +18,7 @@ from vera_jax.data.loader import PackedData
 from vera_jax.data.packing import ProcessShard
 from vera_jax.data.tokens import FolderTokenizer, tokenise
 from vera_jax.tasks.metrics import collapsed, score
-from vera_jax.tasks.task import Evaluation, Task
+from vera_jax.tasks.task import Evaluation, Size, Task
 
 Logits = Float32[np.ndarray, "examples labels"]
 MeasureBatch = Callable[[Mapping[str, Any]], Any]
@@ -34,6 +34,7 @@ def classification(
   test_splits: tuple[str, ...] = (),
   write_answers: Callable[..., Any] | None = None,
   columns: tuple[tuple[str, ...], ...] = (),
+  size: Size | None = None,
 ) -> Task:
   """A task over labelled texts.
 
@@ -46,6 +47,7 @@ def classification(
     test_splits: answered where config.predict_test asks for it.
     write_answers: (folder, split, predictions, index) -> a file.
     columns: names that the text columns of input files may have.
+    size: of the data as they are published.
   """
 
   def load(
@@ -132,6 +134,7 @@ def classification(
     evaluate=evaluate,
     write_answers=answer if write_answers else None,
     columns=columns,
+    size=size,
   )
 
 

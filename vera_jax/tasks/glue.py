@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from vera_jax.errors import UserError
 from vera_jax.tasks.classification import classification
-from vera_jax.tasks.task import Task
+from vera_jax.tasks.task import Size, Task
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,20 @@ def glue_task(name: str) -> GlueTask:
 
 
 NAMES = tuple(TASKS)
+# GLUE's own numbers of examples. Tokens: counted for sst2, cola and rte with
+# BERT's tokenizer, by the length of the texts for the others.
+SIZES = {
+  "cola": Size(8551, 1043, 11),
+  "sst2": Size(67349, 872, 13),
+  "mrpc": Size(3668, 408, 53),
+  "stsb": Size(5749, 1500, 31),
+  "qqp": Size(363846, 40430, 31),
+  "mnli": Size(392702, 19647, 40),
+  "qnli": Size(104743, 5463, 51),
+  "rte": Size(2490, 277, 70),
+  "wnli": Size(635, 71, 38),
+  "generated_entailment": Size(2000, 320, 28),
+}
 
 
 def task_named(name: str) -> Task | None:
@@ -207,4 +221,5 @@ def task_named(name: str) -> Task | None:
       folder, glue, split, predictions, index
     ),
     columns=(glue.columns, glue.file_columns),
+    size=SIZES[name],
   )

@@ -33,6 +33,14 @@ class Evaluation(NamedTuple):
   finite: bool = True
 
 
+class Size(NamedTuple):
+  """Training and dev examples, and mean tokens per example: for estimates."""
+
+  train: int
+  dev: int
+  tokens: int
+
+
 class Task(NamedTuple):
   """A task, as functions.
 
@@ -54,6 +62,7 @@ class Task(NamedTuple):
       answers to the test splits into the folder. All processes compute them,
       the first one writes. None where the task has no such files.
     columns: names that the text columns of input files may have.
+    size: of its data as they are published, if that is known.
   """
 
   name: str
@@ -67,6 +76,7 @@ class Task(NamedTuple):
   evaluate: Callable[..., Evaluation]
   write_answers: Callable[..., Callable[[], None]] | None = None
   columns: tuple[tuple[str, ...], ...] = ()
+  size: Size | None = None
 
   def load_data(
     self,

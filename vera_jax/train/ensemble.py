@@ -11,9 +11,9 @@ ignored, so that the others' program, and their bits, stay the same.
 """
 
 import json
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vera_jax.adapters.methods import method_named
 from vera_jax.errors import UserError
 from vera_jax.train.config import check_settings
-from vera_jax.train.distributed import is_first
-from vera_jax.train.logging import ProgressBar
-from vera_jax.train.optim import rates_of
-from vera_jax.train.preemption import Interrupted, Stop, nothing_to_save, watch
+from vera_jax.train.loop import train
+from vera_jax.train.preemption import nothing_to_save
 from vera_jax.train.run import Run
 from vera_jax.train.runtime import prepare
-from vera_jax.train.setup import Setup, build_setup, introduction
+from vera_jax.train.setup import Setup, build_setup
+from vera_jax.train.sharding import behind_runs
 from vera_jax.train.start import begin
 from vera_jax.train.step import State
 
@@ -76,8 +74,8 @@ def train_ensemble(
       setup = build_setup(left[0].config)
       for run in left:
         stack.enter_context(run.opened())
-      for step, live, slots in _groups(left, runs):
-        _train(setup, step, live, slots, began)
+      for ensemble in _ensembles(left, runs):
+        train(ensemble, setup, began)
       for run in left:
         if run.failure is None:
           run.finish(setup)
@@ -85,169 +83,132 @@ def train_ensemble(
   return [outcome for outcome in outcomes if outcome is not None]
 
 
-def _groups(
+def _ensembles(
   left: Sequence[Run], runs: Sequence[Run]
-) -> Iterator[tuple[int, list[Run], list[Run]]]:
-  """Yields (step, the runs that train on from there, the program's slots).
+) -> Iterator["Ensemble"]:
+  """The runs that are left, in groups that can train on together.
 
-  Runs that can stand at the same step train together; to meet others a run
-  goes back by one save and no further, which is how far apart the runs are when
-  they were killed between two saves. The slots are those that were saved, idle
-  ones too, since another program would give other bits.
+  These stand at the same step; to meet others a run goes back by one save and
+  no further, which is how far apart runs are that were killed between two
+  saves.
   """
   open_runs = [run for run in left if run.result is None and not run.has_ended]
   while open_runs:
     step = min(run.saves.resumable[-1] for run in open_runs)
     live = [run for run in open_runs if step in run.saves.resumable]
     slots = live
-    if step:
-      saved = [run.saves.progress(step).get("ensemble") for run in live]
+    if step:  # the slots that were saved, for another program has other bits
       own = {_name(run.config): run for run in runs}
-      if saved[0] and saved.count(saved[0]) == len(saved):
-        if all(name in own for name in saved[0]):
-          slots = [own[name] for name in saved[0]]
-    yield step, live, slots
+      saved = [run.saves.progress(step).get("ensemble") for run in live]
+      names = saved[0] or []
+      if all(s == names for s in saved) and names and set(names) <= set(own):
+        slots = [own[name] for name in names]
+    yield Ensemble(step, live, slots)
     open_runs = [run for run in open_runs if run not in live]
 
 
-def _train(
-  setup: Setup, first: int, live: list[Run], slots: list[Run], began: float
-) -> None:
-  """From a step on, until every run has ended or failed."""
-  together, live = len(live), list(live)
-  for run in live:
-    run.progress["ensemble"] = [_name(slot.config) for slot in slots]
-  states = {
-    run: run.restore(first, setup.shape)
-    if first
-    else setup.first_state(run.config)
-    for run in live
-  }
-  filler = states[live[0]]  # of idle slots
-  places = jax.tree.map(_behind_runs, setup.shape)
-  state = jax.jit(
-    lambda *states: jax.tree.map(lambda *x: jnp.stack(x), *states),
-    out_shardings=places,
-  )(*(states.get(run, filler) for run in slots))
-  del states, filler
-  step_program = setup.make_step(
-    jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(
-        (len(slots), *leaf.shape), leaf.dtype, sharding=place
-      ),
-      setup.shape,
-      places,
-    ),
-    runs=len(slots),
-  )
-  take = jax.jit(
-    lambda state, slot: jax.tree.map(lambda leaf: leaf[slot], state),
-    out_shardings=jax.tree.map(lambda leaf: leaf.sharding, setup.shape),
-  )
+class Ensemble:
+  """Several runs, for the loop that trains one (see `Run`).
 
-  def state_of(run: Run) -> State:
-    return take(state, slots.index(run))
+  Attributes:
+    live: the runs that train.
+    slots: whose leaves are where on the leading axis. The slot of a run that
+      has ended, or failed, is computed and ignored.
+    log: where lines for a person go.
+  """
 
-  seeds = [run.config.seed for run in slots]
-  keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-  each = [rates_of(run.config) for run in slots]
-  rates = {n: jnp.asarray([r[n] for r in each], jnp.float32) for n in each[0]}
-  before = {run: run.progress["seconds"] for run in live}
-  started = time.monotonic()
+  log: Callable[[str], None]
 
-  with (
-    ExitStack() as files,
-    ProgressBar(steps=setup.steps, step=first, primary=is_first()) as bar,
-    watch() as flag,
-  ):
-    writers = {
-      run: files.enter_context(run.metric_writer(first)) for run in live
-    }
-    for line in introduction(setup, [run.title for run in live]):
-      bar.log(line)
-    if first:
-      bar.log(f"resumed at step {first} of {setup.steps}")
-    stop = Stop(flag, setup.mesh)
+  def __init__(self, step: int, live: list[Run], slots: list[Run]) -> None:
+    self.first_step, self.live, self.slots = step, list(live), slots
+    self.size = len(slots)
+    self.seeds = [run.config.seed for run in slots]
+    self.titles = [run.title for run in live]
+    self.key = jnp.stack([run.key for run in slots])
+    rates = [run.rates for run in slots]
+    self.rates = jax.tree.map(lambda *each: jnp.stack(each), *rates)
 
-    def fail(run: Run, what: str, step: int) -> None:
-      live.remove(run)
-      reason = run.fail(what, step=step, steps=setup.steps)
-      bar.log(f"{run.title} failed. {reason}")
+  def start(self, setup: Setup, step: int) -> State:
+    """The states of all slots, stacked; idle ones have a copy of another's."""
+    for run in self.live:
+      run.progress["ensemble"] = [_name(slot.config) for slot in self.slots]
+    states = {run: run.start(setup, step) for run in self.live}
+    filler = states[self.live[0]]
+    alone = jax.tree.map(lambda leaf: leaf.sharding, setup.shape)
+    self._take = jax.jit(
+      lambda state, slot: jax.tree.map(lambda leaf: leaf[slot], state),
+      out_shardings=alone,
+    )
+    stack = jax.jit(
+      lambda *states: jax.tree.map(lambda *each: jnp.stack(each), *states),
+      out_shardings=jax.tree.map(behind_runs, alone),
+    )
+    return stack(*(states.get(run, filler) for run in self.slots))
 
-    def read(unread: tuple[int, Any] | None) -> None:
-      """Wait for a step's metrics; a run whose loss is not finite fails."""
-      if unread is None:
-        return
-      number, metrics = unread
-      columns = {name: np.asarray(values) for name, values in metrics.items()}
-      losses = []
-      for run in list(live):
-        slot = slots.index(run)
-        values = {name: float(x[slot]) for name, x in columns.items()}
-        if wrong := run.note_step(writers[run], number, values):
-          fail(run, wrong, number)
-        else:
-          losses.append(values["loss"])
-      if losses:
-        bar.advance(number, loss=sum(losses) / len(losses))
+  def state_of(self, run: Run, state: State) -> State:
+    """A run's own part, as a run alone has it."""
+    return self._take(state, self.slots.index(run))
 
-    unread = None
-    batches = setup.data.train_batches(seeds=seeds, start_step=first)
-    for number, microbatches in batches:
-      asked = stop.ask()
-      placed = [setup.put_batch(batch, runs=True) for batch in microbatches]
-      state, metrics = step_program(state, setup.frozen, placed, keys, rates)
-      if number == first:
-        setup.compile_evaluation()
-      read(unread)  # the step before, while this one runs
-      done, unread = number + 1, (number + 1, metrics)
-      ends_epoch = done % setup.data.epoch_steps == 0
-      if number == first:
-        read(unread)
-        unread = None
-        passed = time.monotonic() - began
-        bar.log(f"first step done {passed:.1f} s after the start")
-      caught = stop.answer(asked)
-      if not ends_epoch and caught is None and live:
-        continue
+  @contextmanager
+  def training(self, setup: Setup, step: int) -> Iterator[None]:
+    self._together = len(self.live)
+    with ExitStack() as stack:
+      for run in self.live:
+        stack.enter_context(run.training(setup, step))
+      yield
 
-      read(unread)
-      unread = None
-      if ends_epoch:
-        setup.background.wait("evaluate")
-        for run in list(live):
-          measure_batch = setup.measure_with(state_of(run).params)
-          evaluation = setup.task.evaluate(measure_batch, setup.data)
-          if evaluation.finite:
-            run.note_epoch(writers[run], done, evaluation, setup=setup)
-          else:
-            fail(run, "dev output is nan", done)
-      for run in live:
-        seconds = time.monotonic() - started
-        run.progress["seconds"] = before[run] + seconds
-        run.save(done, state_of(run), ends_epoch=ends_epoch)
-      if ends_epoch and live:
-        scores = [run.history[-1]["score"] for run in live]
-        bar.show_score(
-          f"{len(live)} of {together} train, {setup.task.score_name}"
-          f" {min(scores):.4f} to {max(scores):.4f}"
-        )
-        for run in live:
-          bar.log(f"{run.title}: {run.epoch_line()}")
-      if caught is not None:
-        raise Interrupted(
-          f"Stopped by {caught.name}, saved at step {done} of {setup.steps}."
-          " The same command goes on from there."
-        )
-      live[:] = [run for run in live if not run.has_ended]
-      if not live:
-        return
+  def _each(self, act: Callable[[Run], Any]) -> list[Any]:
+    """act(run) for every run that trains; one that fails by it is left out."""
+    found = []
+    for run in list(self.live):
+      try:
+        found.append(act(run))
+      except UserError as error:
+        if run.failure is None:
+          raise
+        self.live.remove(run)
+        self.log(f"{run.title} failed. {error}")
+    return found
 
+  def note_step(self, step: int, metrics: Mapping[str, Any]) -> float:
+    """Each run's own metrics; returns the mean loss."""
+    self.live = [run for run in self.live if not run.has_ended]
+    columns = {name: np.asarray(values) for name, values in metrics.items()}
 
-def _behind_runs(leaf: Any) -> NamedSharding:
-  """The leaf's placing behind a leading axis, which no device splits."""
-  place = leaf.sharding
-  return NamedSharding(place.mesh, PartitionSpec(None, *place.spec))
+    def note(run: Run) -> float:
+      slot = self.slots.index(run)
+      own = {name: values[slot] for name, values in columns.items()}
+      return run.note_step(step, own)
+
+    losses = self._each(note)
+    return sum(losses) / len(losses) if losses else math.nan
+
+  def end_epoch(self, step: int, state: State) -> None:
+    """One run at a time, by the program that a run alone has."""
+    self._each(lambda run: run.end_epoch(step, self.state_of(run, state)))
+
+  def save(self, step: int, state: State, *, ends_epoch: bool) -> None:
+    for run in self.live:
+      run.save(step, self.state_of(run, state), ends_epoch=ends_epoch)
+
+  @property
+  def score_line(self) -> str:
+    scores = [run.history[-1]["score"] for run in self.live] or [math.nan]
+    return (
+      f"{len(self.live)} of {self._together} train, {min(scores):.4f} to"
+      f" {max(scores):.4f}"
+    )
+
+  @property
+  def epoch_lines(self) -> list[str]:
+    return [
+      f"{run.title}: {line}" for run in self.live for line in run.epoch_lines
+    ]
+
+  @property
+  def has_ended(self) -> bool:
+    """Whether no run trains any more."""
+    return all(run.has_ended for run in self.live)
 
 
 # Which runs fit together: they share the base, the projections, the data and

@@ -8,15 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vera_jax.errors import UserError
 from vera_jax.train.config import check_settings
 from vera_jax.train.distributed import is_first
 from vera_jax.train.logging import ProgressBar
-from vera_jax.train.optim import rates_of
 from vera_jax.train.preemption import (
   Interrupted,
   Stop,
@@ -60,94 +56,85 @@ def train_and_evaluate(
     setup = build_setup(config)
     with run.opened():
       if run.result is None and not run.has_ended:
-        _train(run, setup, began)
+        train(run, setup, began)
       return run.finish(setup)
 
 
-def _train(run: Run, setup: Setup, began: float) -> None:
-  """From the last save, or from the start, to the last epoch."""
-  first = run.saves.latest_step or 0
-  if first:
-    state = run.restore(first, setup.shape)
-  else:
-    state = setup.first_state(run.config)
-  step_program = setup.make_step(setup.shape)
-  key = jax.random.key(run.config.seed)
-  rates = {name: jnp.float32(x) for name, x in rates_of(run.config).items()}
-  seconds_before, started = run.progress["seconds"], time.monotonic()
+def train(run: Any, setup: Setup, began: float) -> None:
+  """The training loop: from the last save, or the start, to the last epoch.
+
+  Args:
+    run: a `Run`, or an `Ensemble` of several.
+    setup: what it is made of.
+    began: when the user began to wait for the first step, on
+      `time.monotonic`'s clock.
+  """
+  first = run.first_step
+  state = run.start(setup, first)
+  step_program = setup.make_step(state, runs=run.size)
+  key, rates = run.key, run.rates
+
+  def compile_for(batch: Any) -> Any:
+    """Compile for a microbatch's shape, in another thread, if need be."""
+    shape = batch["labels"].shape
+    setup.background.compile(
+      shape, lambda: step_program.lower(setup.frozen, batch, key)
+    )
+    return shape
 
   with (
-    run.metric_writer(first) as writer,
+    run.training(setup, first),
     ProgressBar(steps=setup.steps, step=first, primary=is_first()) as bar,
     watch() as flag,
   ):
-    for line in introduction(setup, [run.title]):
+    run.log = bar.log
+    for line in introduction(setup, run.titles):
       bar.log(line)
     if first:
       bar.log(f"resumed at step {first} of {setup.steps}")
     stop = Stop(flag, setup.mesh)
+    unread: list[tuple[int, Any]] = []  # steps whose metrics are on their way
 
-    def read(unread: tuple[int, Any] | None) -> None:
-      """Wait for a step's metrics; a loss that is not finite ends the run."""
-      if unread is None:
-        return
-      number, metrics = unread
-      values = {name: float(value) for name, value in metrics.items()}
-      if wrong := run.note_step(writer, number, values):
-        raise UserError(run.fail(wrong, step=number, steps=setup.steps))
-      bar.advance(number, loss=values["loss"])
+    def read() -> None:
+      for number, metrics in unread:
+        bar.advance(number, loss=run.note_step(number, metrics))
+      unread.clear()
 
-    def compile_for(batch: Any) -> int:
-      """Compile for a microbatch's shape, in another thread, if need be."""
-      rows = batch["labels"].shape[0]
-      setup.background.compile(
-        rows, lambda: step_program.lower(setup.frozen, batch, key)
-      )
-      return rows
-
-    unread = None
-    batches = setup.data.train_batches(seeds=run.config.seed, start_step=first)
+    batches = setup.data.train_batches(seeds=run.seeds, start_step=first)
     for number, microbatches in batches:
       asked = stop.ask()
-      placed = [setup.put_batch(batch) for batch in microbatches]
+      placed = [setup.put_batch(b, runs=run.size) for b in microbatches]
       shapes = [compile_for(batch) for batch in placed]
-      if number == first:  # the other shapes behind this one
-        for batch in setup.data.train_samples():
-          compile_for(setup.put_sample(batch))
+      if number == first:  # the other shapes are compiled behind this one
+        for sample in setup.data.train_samples(runs=run.size):
+          compile_for(setup.put_sample(sample, runs=run.size))
       for shape in shapes:
         setup.background.wait(shape)
       state, metrics = step_program(state, setup.frozen, placed, key, rates)
       if number == first:
         setup.compile_evaluation()
-      read(unread)  # the step before, while this one runs
-      done, unread = number + 1, (number + 1, metrics)
-      ends_epoch = done % setup.data.epoch_steps == 0
-      if number == first:
-        read(unread)
-        unread = None
-        passed = time.monotonic() - began
-        bar.log(f"first step done {passed:.1f} s after the start")
-      caught = stop.answer(asked)
-      if not ends_epoch and caught is None:
-        continue
 
-      read(unread)
-      unread = None
+      read()  # the step before, while this one runs
+      done = number + 1
+      unread.append((done, metrics))
+      if number == first:
+        read()
+        seconds = time.monotonic() - began
+        bar.log(f"first step done {seconds:.1f} s after the start")
+
+      ends_epoch = done % setup.data.epoch_steps == 0
+      caught = stop.answer(asked)
+      if not (ends_epoch or caught or run.has_ended):
+        continue
+      read()
       if ends_epoch:
         setup.background.wait("evaluate")
-        measure_batch = setup.measure_with(state.params)
-        evaluation = setup.task.evaluate(measure_batch, setup.data)
-        if not evaluation.finite:  # the epoch's last update broke it
-          what = "dev output is nan"
-          raise UserError(run.fail(what, step=done, steps=setup.steps))
-        run.note_epoch(writer, done, evaluation, setup=setup)
-      seconds = time.monotonic() - started
-      run.progress["seconds"] = seconds_before + seconds
+        run.end_epoch(done, state)
       run.save(done, state, ends_epoch=ends_epoch)
       if ends_epoch:
-        score = run.history[-1]["score"]
-        bar.show_score(f"{setup.task.score_name} {score:.4f}")
-        bar.log(run.epoch_line())
+        bar.show_score(run.score_line)
+        for line in run.epoch_lines:
+          bar.log(line)
       if caught is not None:
         raise Interrupted(
           f"Stopped by {caught.name}, saved at step {done} of {setup.steps}."

@@ -3,7 +3,7 @@
 The trained leaves of N adapters are stacked on a leading axis. A batch gathers
 those of its rows (for VeRA d, b and the head) and is the ordinary forward
 under `jax.vmap`. Base, A and B have no such axis: x W0 and A x stay single
-products over all rows, and nothing of the size rows x in x out exists.
+products over all rows, and no array has the size rows x in x out.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from vera_jax.train.step import Frozen, State, Tree, outputs_of
 
 
 def empty_stack(leaves: Tree, *, capacity: int) -> Tree:
-  """Zeros for so many adapters with leaves of these shapes."""
+  """Zeros for `capacity` adapters with leaves of these shapes."""
   return jax.tree.map(
     lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), leaves
   )
@@ -40,7 +40,7 @@ def mixed_logits(
   Args:
     stacked: the trained leaves, each with the adapters on its leading axis.
     frozen: the base and the projections that all of them share.
-    batch: packed, with `adapter` [rows]; see `data.mixed`.
+    batch: packed, with `adapter` [rows], as from `packing.with_adapters`.
     key: of dropout, which each row draws for itself; None is evaluation.
     module: the adapted module, with the factored plan: any other would make a
       kernel per row.
@@ -66,7 +66,7 @@ def mixed_losses(
 ) -> Float[Array, " adapters"]:
   """Each adapter's mean loss over its own examples of the batch; 0 without any.
 
-  They depend on nothing of one another: the gradient of their sum holds, in
+  They do not depend on one another: the gradient of their sum holds, in
   each adapter's place, the gradient of that adapter trained alone on those
   examples. Arguments as in `mixed_logits`.
   """
@@ -98,8 +98,9 @@ def mixed_step(
 
   The optimiser sees one adapter at a time: clipping by the global norm, decay
   and step counts are that adapter's own. Leaves and slots of the others are
-  neither read nor written, so a step's cost follows the batch, not the bank.
-  Donate the state (`jax.jit(..., donate_argnums=0)`), or it is copied whole.
+  neither read nor written, so a step costs by the size of the batch, not of the
+  bank. Donate the state (`jax.jit(..., donate_argnums=0)`), or all of it is
+  copied. The leaves must be trained ones, not prepared (`Adapter.prepare`).
 
   Returns:
     The state, and `loss` [capacity], NaN for adapters that the batch lacks.

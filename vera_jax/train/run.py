@@ -6,26 +6,29 @@ far its own training has come and keeps that in its folder.
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jaxtyping import PRNGKeyArray
 from ml_collections import ConfigDict
 
 from vera_jax import results
 from vera_jax.adapters.files import save_adapter, tensors
 from vera_jax.adapters.norms import adapter_norms, as_json
 from vera_jax.adapters.projections import PRNG
+from vera_jax.errors import UserError
 from vera_jax.models.hf_weights import fingerprint
-from vera_jax.tasks.task import Evaluation
 from vera_jax.train.checkpoint import Checkpoints, good_save
 from vera_jax.train.distributed import is_first, on_first
 from vera_jax.train.logging import MetricWriter
-from vera_jax.train.optim import learning_rates
+from vera_jax.train.optim import learning_rates, rates_of
 from vera_jax.train.setup import Setup
 from vera_jax.train.sharding import REPLICATED
 from vera_jax.train.step import State
@@ -54,10 +57,14 @@ class Run:
       the losses summed since the last epoch, the seconds trained.
     result, failure: what result.json or failed.json says, if it is there.
     saves: the checkpoints, while the run is open.
+    setup, log: what it is made of and where lines for a person go, while it
+      trains.
     title: what tells it from the other runs of an ensemble.
   """
 
   saves: Checkpoints
+  setup: Setup
+  log: Callable[[str], None]
 
   def __init__(
     self, config: ConfigDict, workdir: str | Path, *, title: str = ""
@@ -135,61 +142,117 @@ class Run:
         self.saves.forget_after(step - 1)
       yield
 
-  def restore(self, step: int, shape: State) -> State:
-    """The state of a save; later saves are dropped."""
+  # What the loop asks of a run; an ensemble answers the same.
+
+  size: int | None = None  # runs on a leading axis of the state; None: no axis
+
+  @property
+  def first_step(self) -> int:
+    """Where training goes on: the last save, or the start."""
+    return self.saves.latest_step or 0
+
+  @property
+  def seeds(self) -> int | list[int]:
+    """Of the batches' order."""
+    return self.config.seed
+
+  @property
+  def titles(self) -> list[str]:
+    return [self.title]
+
+  @property
+  def key(self) -> PRNGKeyArray:
+    """Of dropout and of methods that draw random numbers."""
+    return jax.random.key(self.config.seed)
+
+  @property
+  def rates(self) -> dict[str, Any]:
+    """The optimiser's numbers, as arguments of the step."""
+    rates = rates_of(self.config)
+    return {name: jnp.float32(value) for name, value in rates.items()}
+
+  def start(self, setup: Setup, step: int) -> State:
+    """The state at a step: that of a save, or the first one.
+
+    Later saves are dropped.
+    """
+    if not step:
+      return setup.first_state(self.config)
     self.saves.forget_after(step)
-    state, progress = self.saves.restore(step, shape)
+    state, progress = self.saves.restore(step, setup.shape)
     self.progress |= progress
     return state
 
-  def metric_writer(self, step: int) -> MetricWriter:
-    """metrics.jsonl and its companions, from a step on."""
+  @contextmanager
+  def training(self, setup: Setup, step: int) -> Iterator[None]:
+    """metrics.jsonl and its companions are open, from a step on."""
+    self.setup, self._before = setup, self.progress["seconds"]
+    self._started = time.monotonic()
     if is_first():  # a run that is tried again has not failed
       (self.folder / results.FAILED).unlink(missing_ok=True)
-    return MetricWriter(
+    with MetricWriter(
       self.folder,
       config=self.config.to_dict(),
       step=step,
       primary=is_first(),
       wandb=self.config.log.wandb,
-    )
+    ) as self._writer:
+      yield
 
-  def note_step(
-    self, writer: MetricWriter, step: int, metrics: Mapping[str, float]
-  ) -> str | None:
-    """Count a step in; returns what is wrong where a metric is not finite."""
-    for name, value in metrics.items():
+  def note_step(self, step: int, metrics: Mapping[str, Any]) -> float:
+    """Wait for a step's metrics and write them; returns the loss.
+
+    Raises:
+      UserError: one of them is not finite: the run has failed.
+    """
+    values = {name: float(value) for name, value in metrics.items()}
+    for name, value in values.items():
       if not math.isfinite(value):
-        return f"{name} is {value}"
-    self.progress["loss_sum"] += metrics["loss"]
+        raise UserError(self.fail(f"{name} is {value}", step))
+    self.progress["loss_sum"] += values["loss"]
     if step % self.config.log.every == 0:
-      writer.write(step, metrics)
-    return None
+      self._writer.write(step, values)
+    return values["loss"]
 
-  def note_epoch(
-    self,
-    writer: MetricWriter,
-    step: int,
-    evaluation: Evaluation,
-    *,
-    setup: Setup,
-  ) -> None:
-    """Count an epoch in."""
-    name, scores = setup.task.score_name, evaluation.scores
+  def end_epoch(self, step: int, state: State) -> None:
+    """Evaluate and note the scores.
+
+    Raises:
+      UserError: an output is not finite, since the last update broke it.
+    """
+    task, data = self.setup.task, self.setup.data
+    evaluation = task.evaluate(self.setup.measure_with(state.params), data)
+    if not evaluation.finite:
+      raise UserError(self.fail("dev output is nan", step))
     epoch = {
-      "epoch": step // setup.data.epoch_steps,
+      "epoch": step // data.epoch_steps,
       "step": step,
-      "train_loss": self.progress["loss_sum"] / setup.data.epoch_steps,
-      "score": scores[name],
-      "metrics": scores,
+      "train_loss": self.progress["loss_sum"] / data.epoch_steps,
+      "score": evaluation.scores[task.score_name],
+      "metrics": evaluation.scores,
       "collapsed": evaluation.collapsed,
     }
     self.history.append(epoch)
     self.progress["loss_sum"] = 0.0
     # written first: a line beyond the last save is dropped on resuming
-    writer.write(step, {"epoch": epoch["epoch"], **scores})
+    self._writer.write(step, {"epoch": epoch["epoch"], **evaluation.scores})
 
-  def epoch_line(self) -> str:
+  def save(self, step: int, state: State, *, ends_epoch: bool) -> None:
+    seconds = time.monotonic() - self._started
+    self.progress["seconds"] = self._before + seconds
+    metrics = None
+    if ends_epoch:
+      metrics = {name: self.history[-1][name] for name in ("score", "epoch")}
+    self.saves.save(step, state, self.progress, metrics)
+
+  @property
+  def score_line(self) -> str:
+    """What the progress bar shows."""
+    epoch = self.history[-1]
+    return f"{self.setup.task.score_name} {epoch['score']:.4f}"
+
+  @property
+  def epoch_lines(self) -> list[str]:
     """The last epoch, for a person."""
     epoch, epochs = self.history[-1], self.config.optim.epochs
     scores = epoch["metrics"].items()
@@ -202,18 +265,12 @@ class Run:
       line += ", collapsed to one class"
     if self.has_ended and len(self.history) < epochs:
       line += ", stopped early"
-    return line
+    return [line]
 
-  def save(self, step: int, state: State, *, ends_epoch: bool) -> None:
-    metrics = None
-    if ends_epoch:
-      metrics = {name: self.history[-1][name] for name in ("score", "epoch")}
-    self.saves.save(step, state, self.progress, metrics)
-
-  def fail(self, what: str, *, step: int, steps: int) -> str:
+  def fail(self, what: str, step: int) -> str:
     """Write failed.json: no training can go on from here; returns why."""
     reason = (
-      f"The {what} at step {step} of {steps}; the run stops here."
+      f"The {what} at step {step} of {self.setup.steps}; the run stops here."
       f" {good_save(self.saves.latest_step)} Try, in another --workdir, lower"
       " learning rates, config.optim.grad_clip=1.0 or"
       " config.model.dtype=float32."

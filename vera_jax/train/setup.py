@@ -32,6 +32,7 @@ from vera_jax.train.sharding import (
   BATCH,
   REPLICATED,
   batch_shards,
+  behind_runs,
   make_mesh,
   param_shardings,
   process_shard,
@@ -80,16 +81,12 @@ class Setup(NamedTuple):
     """How the rows of a batch lie on the mesh."""
     return NamedSharding(self.mesh, BATCH)
 
-  @property
-  def outputs(self) -> Callable[..., Any]:
-    """(params, frozen, batch, key) -> (the model's outputs, penalty)."""
-    plan = self.model.blueprint
-    return partial(outputs_of, plan.module, tuple(plan.inputs))
-
   def make_step(self, state: State, *, runs: int | None = None) -> Step:
+    """The compiled step for states like this one."""
+    plan = self.model.blueprint
     return Step(
       state,
-      outputs=self.outputs,
+      outputs=partial(outputs_of, plan.module, tuple(plan.inputs)),
       loss=self.task.loss,
       optimiser=self.optimiser,
       runs=runs,
@@ -103,19 +100,17 @@ class Setup(NamedTuple):
     tx = self.optimiser(**rates_of(config))
     return init_state(model.trainable, tx, self.shape)
 
-  def put_batch(self, batch: Any, *, runs: bool = False) -> Any:
-    """A host batch on the devices, from the rows that each process supplies."""
-    rows = self.rows
-    if runs:  # no device splits the leading axis
-      rows = NamedSharding(self.mesh, jax.P(None, *rows.spec))
+  def put_batch(self, batch: Any, *, runs: int | None = None) -> Any:
+    """A host batch on the devices, from the rows that each process supplies.
+
+    With `runs` its arrays have a leading axis, which no device splits.
+    """
+    rows = self.rows if runs is None else behind_runs(self.rows)
     return put_rows(batch, rows, self.data.shard)
 
-  def put_sample(self, batch: Any, *, runs: bool = False) -> Any:
+  def put_sample(self, batch: Any, *, runs: int | None = None) -> Any:
     """A batch that every process has whole, of the shapes of a real one."""
-    rows = self.rows
-    if runs:
-      rows = NamedSharding(self.mesh, jax.P(None, *rows.spec))
-    return put(batch, rows)
+    return put(batch, self.rows if runs is None else behind_runs(self.rows))
 
   def measure_with(self, params: Any) -> Callable[[Batch], Any]:
     """What the task evaluates by: host batch -> measured arrays."""

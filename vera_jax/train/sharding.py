@@ -121,6 +121,12 @@ def process_shard(sharding: NamedSharding) -> ProcessShard:
   return ProcessShard(min(r[0] for r in rows), max(r[1] for r in rows), of)
 
 
+def behind_runs(sharding: NamedSharding) -> NamedSharding:
+  """The same placing behind a leading axis, which no device splits: the runs of
+  an ensemble."""
+  return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
 def put_rows(tree: Any, sharding: NamedSharding, shard: ProcessShard) -> Any:
   """Global arrays from the rows that each process supplies.
 

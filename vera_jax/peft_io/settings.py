@@ -1,12 +1,13 @@
-"""PEFT's adapter_config.json: what it says, and what can't be carried.
+"""PEFT's adapter_config.json: what it says, and what can't be carried over.
 
-Read from PEFT 0.21.2 without importing it (that would need torch). A field that
-isn't known here may change what the adapter computes: it must be empty.
+The fields are those of PEFT 0.21.2, read without importing it (that would need
+torch). A field that isn't known here may change what the adapter computes: it
+must be empty.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ KNOWN = {
   "use_rslora",
   "vera_dropout",
 }
-# These ways of starting leave the base's own weights as they are.
+# These initialisations leave the base's own weights as they are.
 INITS = (True, False, "gaussian", "eva", "orthogonal")
 MERGE = (
   "train it again without, or merge it in PEFT (merge_and_unload, then"
@@ -65,44 +66,62 @@ ADVICE = {
 
 
 class PeftSettings(NamedTuple):
-  """An adapter_config.json in our terms; `alpha` is such that the scale is
-  alpha / rank, whether or not PEFT's was stabilised by the rank's root."""
+  """What an adapter_config.json says, in our terms.
+
+  Attributes:
+    method: "vera" or "lora".
+    rank: r.
+    base: the base's name; None where there is none, or a revision of one.
+    targets, exclude: a regular expression over whole names, or endings of them.
+    layers, layers_pattern: the numbers that targets are limited to, and the
+      names of lists of layers that these count.
+    modules_to_save: modules that are trained and stored whole, as the head is.
+    alpha: LoRA's, such that its scale is alpha / rank: rank-stabilised LoRA,
+      whose scale is alpha / sqrt(rank), has it times sqrt(rank).
+    d_init: the first value of VeRA's d.
+    key: the seed of PEFT's A and B.
+    saved: whether A and B are stored in the file.
+  """
 
   method: str
   rank: int
   base: str | None
   targets: str | tuple[str, ...] | None
-  exclude: str | tuple[str, ...]
-  layers: tuple[int, ...] | None
-  layers_pattern: tuple[str, ...]
-  modules_to_save: tuple[str, ...]
+  exclude: str | tuple[str, ...] = ()
+  layers: tuple[int, ...] | None = None
+  layers_pattern: tuple[str, ...] = ()
+  modules_to_save: tuple[str, ...] = ()
   alpha: float = 0.0
   d_init: float = 0.1
   key: int = 0
   saved: bool = False
 
 
-def read_config(folder: Path) -> PeftSettings:
-  """Read and check; a UserError names the field that can't be honoured."""
-  fields = read_json(folder / FILE)
+def read_settings(folder: Path) -> PeftSettings:
+  """Read and check a folder's adapter_config.json.
+
+  Raises:
+    UserError: naming the field that can't be carried over or has a wrong value.
+  """
+  file = folder / FILE
+  fields = read_json(file)
   method = METHODS.get(str(fields.get("peft_type")))
   if method is None:
     raise UserError(
-      f"{folder / FILE}: peft_type is {fields.get('peft_type')!r}; only"
+      f"{file}: peft_type is {fields.get('peft_type')!r}; only"
       f" {' and '.join(METHODS)} can be carried."
     )
   try:
     _refuse(fields, method)
     return _settings(fields, method)
   except (TypeError, ValueError, AttributeError) as error:
-    raise UserError(
-      f"{folder / FILE} has an unusable value: {error}"
-    ) from error
+    raise UserError(f"{file} has an unusable value: {error}") from error
   except UserError as error:
-    raise UserError(f"{folder / FILE}: {error}") from error
+    raise UserError(f"{file}: {error}") from error
 
 
 def _refuse(fields: Mapping[str, Any], method: str) -> None:
+  """Raises a UserError for a field that changes what the adapter computes."""
   for name, value in fields.items():
     if name not in KNOWN and value not in EMPTY:
       raise UserError(f"{name}={value!r}: {ADVICE.get(name, MERGE)}.")
@@ -116,17 +135,25 @@ def _refuse(fields: Mapping[str, Any], method: str) -> None:
       " base's weights. Convert the adapter in PEFT (save_pretrained's"
       " path_initial_model_for_weight_conversion) first."
     )
-  for name, whole in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-    values = (fields.get(name) or {}).values()
-    odd = [value for value in values if value != fields.get(whole, 8)]
-    if method == "lora" and odd:
-      raise UserError(
-        f"{name}={fields[name]!r}: all layers share one value here; {MERGE}."
-      )
+  if method == "lora":
+    for name, whole in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+      values = (fields.get(name) or {}).values()
+      if any(value != fields.get(whole, 8) for value in values):
+        raise UserError(
+          f"{name}={fields[name]!r}: all layers share one value here; {MERGE}."
+        )
 
 
 def _settings(fields: Mapping[str, Any], method: str) -> PeftSettings:
-  rank = fields["r"] if "r" in fields else (256 if method == "vera" else 8)
+  def names(field: str) -> tuple[str, ...]:
+    value = fields.get(field) or ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+  def pattern(field: str) -> str | tuple[str, ...] | None:
+    value = fields.get(field)
+    return value if value is None or isinstance(value, str) else tuple(value)
+
+  rank = fields.get("r", 256 if method == "vera" else 8)  # PEFT's defaults
   if not isinstance(rank, int) or rank < 1:
     raise UserError(f"r={rank!r}: it must be a whole number, at least 1.")
   layers = fields.get("layers_to_transform")
@@ -136,11 +163,11 @@ def _settings(fields: Mapping[str, Any], method: str) -> PeftSettings:
     method=method,
     rank=rank,
     base=str(base) if base and fields.get("revision") is None else None,
-    targets=_names(fields.get("target_modules")),
-    exclude=_names(fields.get("exclude_modules")) or (),
+    targets=pattern("target_modules"),
+    exclude=pattern("exclude_modules") or (),
     layers=tuple(layers) if layers else None,
-    layers_pattern=_words(fields.get("layers_pattern")),
-    modules_to_save=_words(fields.get("modules_to_save")),
+    layers_pattern=names("layers_pattern"),
+    modules_to_save=names("modules_to_save"),
   )
   if method == "vera":
     return common._replace(
@@ -152,48 +179,37 @@ def _settings(fields: Mapping[str, Any], method: str) -> PeftSettings:
   return common._replace(alpha=float(fields.get("lora_alpha", 8)) * root)
 
 
-def _names(value: Any) -> str | tuple[str, ...] | None:
-  return value if value is None or isinstance(value, str) else tuple(value)
-
-
-def _words(value: Any) -> tuple[str, ...]:
-  return (value,) if isinstance(value, str) and value else tuple(value or ())
-
-
-def _listed(name: str, entries: str | Iterable[str]) -> bool:
-  """A string is a regular expression; of a list, entries end the name."""
-  if isinstance(entries, str):
-    return bool(re.fullmatch(entries, name))
-  return any(name == e or name.endswith(f".{e}") for e in entries)
-
-
 def is_target(settings: PeftSettings, name: str) -> bool | None:
   """Whether PEFT would adapt the module; None where the file doesn't say.
 
   Args:
     settings: of the adapter.
     name: of a linear module, in Hugging Face's classifier.
+
+  Raises:
+    UserError: the file holds no proper regular expression.
   """
-  if settings.targets in (None, "all-linear"):
+  targets = settings.targets
+  if targets in (None, "all-linear"):
     return None
+
+  def listed(entries: str | tuple[str, ...]) -> bool:
+    if isinstance(entries, str):
+      return bool(re.fullmatch(entries, name))
+    return any(name == e or name.endswith(f".{e}") for e in entries)
+
   try:
-    return _is_target(settings, name, settings.targets or ())
+    kept = rf"(?:^|.*\.)(?:{'|'.join(settings.modules_to_save)})(?:$|\..*)"
+    if settings.modules_to_save and re.match(kept, name):
+      return False
+    if listed(settings.exclude) or not listed(targets or ()):
+      return False
+    if settings.layers is None or isinstance(targets, str) or name in targets:
+      return True  # a whole name is taken whatever its layer's number
+    stack = "|".join(settings.layers_pattern) or r"[^.]*"
+    found = re.match(rf"(?:^|.*?\.)(?:{stack})\.(\d+)\.", name)
+    return found is not None and int(found[1]) in settings.layers
   except re.error as error:
     raise UserError(
       f"{FILE} has no proper regular expression: {error}."
     ) from error
-
-
-def _is_target(
-  settings: PeftSettings, name: str, targets: str | tuple[str, ...]
-) -> bool:
-  kept = rf"(?:^|.*\.)(?:{'|'.join(settings.modules_to_save)})(?:$|\..*)"
-  if settings.modules_to_save and re.match(kept, name):
-    return False
-  if _listed(name, settings.exclude) or not _listed(name, targets):
-    return False
-  if settings.layers is None or isinstance(targets, str) or name in targets:
-    return True
-  stack = "|".join(settings.layers_pattern) or r"[^.]*"
-  found = re.match(rf"(?:^|.*?\.)(?:{stack})\.(\d+)\.", name)
-  return found is not None and int(found[1]) in settings.layers

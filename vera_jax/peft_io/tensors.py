@@ -1,4 +1,8 @@
-"""The two kinds of adapter folder as tensors and words."""
+"""PEFT's adapter_model.safetensors: its tensors, and what our export adds.
+
+An export carries our adapter.json in the file's header, so that the way back
+loses nothing, and a checksum of the tensors, which PEFT's own files lack.
+"""
 
 import hashlib
 import json
@@ -8,31 +12,41 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from vera_jax.errors import UserError
 from vera_jax.models.hf_weights import FLOATS
 
-PEFT_FILE = "adapter_model.safetensors"
-# In an exported file's header: our adapter.json, a checksum of the tensors.
-OURS, SHA256 = "vera_jax", "vera_jax_sha256"
+FILE = "adapter_model.safetensors"
+# Entries of the header: our adapter.json, the checksum.
+METADATA, SHA256 = "vera_jax", "vera_jax_sha256"
+# PEFT's names of tensors: what precedes a module's name, A and B of VeRA, and
+# the endings behind the name of an adapted module, with our leaves' names.
 PREFIX = "base_model.model."
 PAIR = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
 LEAVES = {
   "vera": {"vera_lambda_d": "vera_d", "vera_lambda_b": "vera_b"},
   "lora": {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"},
 }
+Tensors = dict[str, np.ndarray]
 
 
-def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  """All tensors in float32, and the adapter.json that the header may carry."""
+def read_tensors(file: Path) -> tuple[Tensors, dict[str, Any]]:
+  """All tensors in float32, and the adapter.json of our export, or {}.
+
+  Raises:
+    UserError: a file that is missing, damaged or of another type.
+  """
   if not file.is_file() and file.with_suffix(".bin").is_file():
     raise UserError(
       f"{file.with_suffix('.bin')} is torch's pickle format, which is not read"
       " here. Load the adapter in PEFT and save it again: save_pretrained"
       " writes safetensors."
     )
+  tensors: Tensors = {}
   try:
     with safe_open(file, framework="numpy") as opened:
+      metadata = opened.metadata() or {}
       for name in opened.keys():
         dtype = opened.get_slice(name).get_dtype()
         if dtype not in FLOATS:
@@ -40,35 +54,40 @@ def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             f"{file}: {name!r} is stored as {dtype}; only"
             f" {', '.join(FLOATS)} can be read."
           )
-      tensors = {
-        name: np.asarray(opened.get_tensor(name), np.float32)
-        for name in opened.keys()
-      }
-      metadata = opened.metadata() or {}
+        tensors[name] = np.asarray(opened.get_tensor(name), np.float32)
   except (SafetensorError, OSError) as error:
     raise UserError(
       f"{file} is missing or no whole safetensors file ({error}); fetch or"
       " copy it again."
     ) from error
-  _check_values(file, tensors, metadata.get(SHA256))
-  return tensors, _carried(metadata)
-
-
-def _check_values(
-  file: Path, tensors: Mapping[str, np.ndarray], known: str | None
-) -> None:
-  """PEFT's own files have no checksum: there, damage may show as no number."""
   wrong = [name for name, x in tensors.items() if not np.isfinite(x).all()]
   if wrong:
     raise UserError(
       f"{file}: {', '.join(wrong[:3])} holds values that are not finite"
       " numbers."
     )
-  if known not in (None, checksum(tensors)):
+  if metadata.get(SHA256) not in (None, checksum(tensors)):
     raise UserError(
       f"{file} is damaged: its tensors differ from those that were exported."
       " Copy or export it again."
     )
+  try:
+    about = json.loads(metadata.get(METADATA, "{}"))
+  except ValueError:
+    about = {}
+  return tensors, about if isinstance(about, dict) else {}
+
+
+def write_tensors(
+  file: Path, tensors: Mapping[str, np.ndarray], *, about: Mapping[str, Any]
+) -> None:
+  """Write the tensors, with our adapter.json and a checksum in the header."""
+  metadata = {METADATA: json.dumps(about), SHA256: checksum(tensors)}
+  save_file(
+    {name: np.ascontiguousarray(value) for name, value in tensors.items()},
+    file,
+    metadata={"format": "pt", **metadata},
+  )
 
 
 def checksum(tensors: Mapping[str, np.ndarray]) -> str:
@@ -80,15 +99,7 @@ def checksum(tensors: Mapping[str, np.ndarray]) -> str:
   return sha.hexdigest()
 
 
-def _carried(metadata: Mapping[str, str]) -> dict[str, Any]:
-  try:
-    about = json.loads(metadata.get(OURS, "{}"))
-  except ValueError:
-    return {}
-  return about if isinstance(about, dict) else {}
-
-
 def check_free(folder: Path) -> None:
-  """Nothing is written over."""
+  """Raises a UserError unless the folder is new or empty."""
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise UserError(f"{folder} is there already; choose another --out.")

@@ -1,0 +1,289 @@
+"""Fixtures of the fault tests: a tiny run's processes and what it leaves."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vera_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "experiments/entailment"
+ENCODER = {
+  "model_type": "bert",
+  "hidden_size": 16,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "intermediate_size": 32,
+  "max_position_embeddings": 64,
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LIMIT = 1800.0  # seconds that a process may take; the machine may be busy
+
+
+def random_encoder(fields: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Random tensors of a config.json's encoder, by Hugging Face's names."""
+  from flax.traverse_util import unflatten_dict
+
+  from vera_jax.models.hf_weights import to_hf
+  from vera_jax.models.pretrained import blueprint
+
+  plan = blueprint(fields, outputs=2)
+  rng = np.random.default_rng(0)
+  leaves = {}
+  for path, leaf in sorted(plan.shapes.items()):
+    if path[0] != "classifier":
+      noise = 0.3 * rng.standard_normal(leaf.shape) + (path[-1] == "scale")
+      leaves[path] = noise.astype(np.float32)
+  return to_hf(unflatten_dict(leaves), plan.config)
+
+
+class Outcome(NamedTuple):
+  """What a fault test found: a row of the table.
+
+  Attributes:
+    fault: what was done to the run.
+    tried, lost: how often, and how often the run did not end as it should.
+    same: whether all bits are those of a run left alone; None if not compared.
+    seen: a sentence for the table.
+  """
+
+  fault: str
+  tried: int
+  lost: int
+  same: bool | None
+  seen: str
+
+
+class Ended(NamedTuple):
+  """A process's exit code and all that it printed."""
+
+  code: int
+  output: str
+
+
+class Process(subprocess.Popen[str]):
+  """A command that prints into a file."""
+
+  def __init__(
+    self, command: Sequence[str], *, output: Path, env: Mapping[str, str]
+  ) -> None:
+    self.output = output
+    with output.open("w") as file:
+      super().__init__(
+        command,
+        cwd=ROOT,
+        stdout=file,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+      )
+
+  def end(self) -> Ended:
+    """Wait until it ends by itself."""
+    try:
+      code = self.wait(LIMIT)
+    finally:
+      self.kill()
+    return Ended(code, self.output.read_text())
+
+  def kill_now(self) -> None:
+    """SIGKILL, and wait until it is gone."""
+    self.kill()
+    self.wait()
+
+
+class Launcher:
+  """Starts processes of one tiny config, whose workdirs are in `folder`."""
+
+  def __init__(
+    self, folder: Path, *, epochs: int, dropout: bool = True
+  ) -> None:
+    self.folder = folder
+    encoder = folder / "encoder"
+    if not encoder.exists():
+      _make_encoder(encoder, **({} if dropout else NO_DROPOUT))
+    self.settings: dict[str, Any] = {
+      "model.name": encoder,
+      "data.source": DATA,
+      "data.max_train_examples": 40,
+      "data.max_length": 64,
+      "data.cache_dir": folder / "tokens",
+      "optim.epochs": epochs,
+      "optim.batch_size": 4,
+      "optim.adapter_lr": 0.02,
+      "optim.head_lr": 0.05,
+      "vera.rank": 8,
+      "eval_batch_size": 640,
+      "log.every": 1,
+    }
+    self._environment = {
+      "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      "HF_HUB_OFFLINE": "1",
+    }
+
+  def start(
+    self,
+    workdir: Path,
+    *flags: str,
+    devices: int = 1,
+    environment: Mapping[str, str] | None = None,
+    **settings: Any,
+  ) -> Process:
+    """Start training in a workdir; `settings` change the config."""
+    given = {**self.settings, **settings}
+    command = [sys.executable, "-m", "experiments.glue"]
+    command += ["--config=configs/quickstart.py", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in given.items()]
+    return Process(
+      [*command, *flags],
+      output=self.folder / f"output-{time.monotonic_ns()}",
+      env={
+        **self._environment,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        **(environment or {}),
+      },
+    )
+
+  def run(self, workdir: Path, *flags: str, **options: Any) -> Ended:
+    """As `start`, until the process ends."""
+    return self.start(workdir, *flags, **options).end()
+
+  def start_several(
+    self,
+    workdir: Path,
+    *,
+    slurm: bool = False,
+    count: int = 2,
+    devices: int = 4,
+  ) -> list[Process]:
+    """Processes of one run, which find each other by flags or as in SLURM."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+      port = server.getsockname()[1]  # a free one
+    processes = []
+    for number in range(count):
+      flags, environment = [], {}
+      if slurm:
+        environment = {
+          "SLURM_JOB_ID": str(port),
+          "JAX_COORDINATOR_PORT": str(port),
+          "SLURM_STEP_NODELIST": "localhost",
+          "SLURM_NTASKS": str(count),
+          "SLURM_PROCID": str(number),
+          "SLURM_LOCALID": str(number),
+        }
+      else:
+        flags = [f"--coordinator=localhost:{port}", f"--process_id={number}"]
+        flags += [f"--num_processes={count}"]
+      processes.append(
+        self.start(workdir, *flags, devices=devices, environment=environment)
+      )
+    return processes
+
+  def run_several(self, workdir: Path, **options: Any) -> list[Ended]:
+    """As `start_several`, until all processes end."""
+    return [process.end() for process in self.start_several(workdir, **options)]
+
+  def run_alone(self) -> Path:
+    """The workdir of a run that nothing happens to; others are compared to it.
+
+    Raises:
+      UserError: with the run's output, if even this one fails.
+    """
+    workdir = self.folder / "alone"
+    ended = self.run(workdir)
+    if ended.code:
+      raise UserError(f"The run left alone failed:\n{ended.output}")
+    return workdir
+
+
+def _make_encoder(folder: Path, **fields: float) -> None:
+  """A random BERT over the generated texts' words, in Hugging Face's layout."""
+  from safetensors.numpy import save_file
+
+  texts = "".join(file.read_text() for file in sorted(DATA.glob("*.tsv")))
+  words = sorted(set(re.findall(r"\w+|[^\w\s]", texts.lower())))
+  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+  config = {**ENCODER, **fields, "vocab_size": len(words)}
+  folder.mkdir(parents=True)
+  save_file(random_encoder(config), folder / "model.safetensors")
+  (folder / "config.json").write_text(json.dumps(config))
+  (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+
+
+def wait_until(is_there: Callable[[], bool], process: Process) -> bool:
+  """Whether a condition became true before the process ended."""
+  while process.poll() is None:
+    if is_there():
+      return True
+    time.sleep(0.001)
+  return False
+
+
+def reach(workdir: Path, step: int, process: Process) -> bool:
+  """Whether a run's metrics came to a step before the process ended."""
+  return wait_until(lambda: last_step(workdir) >= step, process)
+
+
+def lines(workdir: Path) -> list[dict[str, Any]]:
+  """The whole lines of metrics.jsonl."""
+  path = workdir / "metrics.jsonl"
+  found = path.read_text().splitlines(keepends=True) if path.exists() else []
+  return [json.loads(line) for line in found if line.endswith("\n")]
+
+
+def last_step(workdir: Path) -> int:
+  return max((line["step"] for line in lines(workdir)), default=0)
+
+
+def saves(workdir: Path) -> list[int]:
+  """The steps of the saves that are there, ascending."""
+  folder = workdir / "checkpoints"
+  found = folder.iterdir() if folder.is_dir() else ()
+  return sorted(int(path.name) for path in found if path.name.isdigit())
+
+
+def _arrays(workdir: Path) -> dict[str, bytes]:
+  """The newest save's arrays: trained leaves and optimiser slots, by path."""
+  import jax
+  import orbax.checkpoint as ocp
+
+  place = workdir / "checkpoints" / str(saves(workdir)[-1]) / "state"
+  with ocp.StandardCheckpointer() as checkpointer:
+    metadata = checkpointer.metadata(place).item_metadata
+    # as host arrays, whatever devices saved them
+    shapes = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metadata)
+    leaves = checkpointer.restore(place, shapes)
+  named = jax.tree_util.tree_leaves_with_path(leaves)
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
+    for path, leaf in named
+  }
+
+
+def differing(one: Path, two: Path) -> list[str]:
+  """What differs between two finished runs, to the last bit.
+
+  Compared are the last save's step and arrays (trained leaves and optimiser),
+  metrics.jsonl, the adapter's tensors, and the result but for its seconds.
+  """
+  found = []
+  if saves(one)[-1] != saves(two)[-1] or _arrays(one) != _arrays(two):
+    found.append("last save")
+  for name in ("metrics.jsonl", "adapter/adapter.safetensors"):
+    if (one / name).read_bytes() != (two / name).read_bytes():
+      found.append(name)
+  results = [json.loads((f / "result.json").read_text()) for f in (one, two)]
+  if len({json.dumps({**r, "seconds": 0}) for r in results}) > 1:
+    found.append("result.json")
+  return found

@@ -1,0 +1,178 @@
+"""From PEFT's folder to ours, without PEFT: names, values, each refusal."""
+
+import numpy as np
+import pytest
+
+from tests.peft_io.folders import (
+  HEAD,
+  KEY,
+  LORA,
+  MODULE,
+  QUERY,
+  RANK,
+  TARGETS,
+  VERA,
+  WIDE,
+  WIDTHS,
+  matrices,
+  noise,
+  pair,
+  vectors,
+  write,
+)
+from vera_jax.adapters.files import load_adapter
+from vera_jax.adapters.projections import digest, make_pair
+from vera_jax.errors import UserError
+from vera_jax.models.pretrained import restore_adapter
+from vera_jax.peft_io import import_adapter
+
+
+def test_vera_with_its_projections(carry, tiny_model):
+  theirs = vectors() | pair()
+  about, tensors = carry(theirs, VERA)
+  want = {"classifier.kernel": theirs[HEAD[0]].T}
+  want["classifier.bias"] = theirs[HEAD[1]]
+  for layer in (0, 1):
+    for kind in WIDTHS:
+      for leaf in "db":
+        name = MODULE.format(layer, kind, f"vera_lambda_{leaf}")
+        want[f"encoder.layer.{layer}.{kind}.vera_{leaf}"] = theirs[name]
+  assert tensors.keys() == want.keys()
+  for name, value in want.items():
+    np.testing.assert_array_equal(tensors[name], value)
+  assert about["settings"] == {
+    "rank": RANK,
+    "targets": TARGETS,
+    "lr": None,
+    "head_lr": None,
+    "d_init": 0.1,
+    "init": "peft",
+    "projection_seed": KEY,
+    "sharing": "shared",
+    "train": "both",
+  }
+  made = make_pair(RANK, 16, 32, seed=KEY, init="peft")
+  assert about["projection_digest"] == digest(made)
+  assert about["method"] == "vera" and about["base"] == str(tiny_model)
+  assert about["labels"] == ["LABEL_0", "LABEL_1"]
+  assert about["parameters"]["adapter"] == 2 * (2 * RANK + 16 + 32)
+  assert about["parameters"]["head"] == 34
+
+
+def test_vera_by_its_key(carry):
+  about, tensors = carry(vectors(), VERA, save_projection=False)
+  assert about["settings"]["init"] == "peft"
+  assert about["settings"]["projection_seed"] == KEY
+  assert not any("projections" in name for name in tensors)
+
+
+def test_projections_made_elsewhere_are_kept(carry, tmp_path):
+  """Cut to the layers where they are wider."""
+  theirs = pair(init="orthogonal", inputs=50, outputs=60)
+  about, tensors = carry(vectors() | theirs, VERA)
+  assert about["settings"]["init"] == "stored"
+  stored = {k: tensors[f"projections.{k}"] for k in "AB"}
+  A, B = (theirs[f"base_model.vera_{k}"] for k in "AB")
+  np.testing.assert_array_equal(stored["A"], A[:, :16])
+  np.testing.assert_array_equal(stored["B"], B[:32])
+  assert about["projection_digest"] == digest(stored)
+  saved = load_adapter(tmp_path / "ours")
+  del saved.tensors["projections.A"]
+  with pytest.raises(UserError, match="projections.A"):
+    restore_adapter(saved)
+
+
+@pytest.mark.parametrize("init", ["peft", "orthogonal"])
+@pytest.mark.parametrize("scan", [True, False])
+def test_what_was_imported_is_restored(carry, tmp_path, init, scan):
+  theirs = vectors() | pair(init=init)
+  carry(theirs, VERA)
+  restored = restore_adapter(load_adapter(tmp_path / "ours"), scan=scan)
+  for letter, matrix in restored.projections.items():
+    np.testing.assert_array_equal(matrix, theirs[f"base_model.vera_{letter}"])
+  query = restored.params["encoder"]["layer" if scan else "layer_0"]
+  found = query["attention"]["self"]["query"]["vera_b"]
+  np.testing.assert_array_equal(
+    found[0] if scan else found,
+    theirs[MODULE.format(0, QUERY, "vera_lambda_b")],
+  )
+
+
+def test_layers_left_out_get_nothing_added(carry):
+  theirs = vectors(layers=(1,)) | pair()
+  about, tensors = carry(theirs, VERA, layers_to_transform=1)
+  assert not tensors[f"encoder.layer.0.{WIDE}.vera_b"].any()
+  assert (tensors[f"encoder.layer.0.{WIDE}.vera_d"] == np.float32(0.1)).all()
+  assert about["parameters"]["adapter"] == 2 * (2 * RANK + 16 + 32)
+
+
+@pytest.mark.parametrize("rslora, alpha", [(False, 6.0), (True, 12.0)])
+def test_lora(carry, rslora, alpha):
+  theirs = matrices()
+  about, tensors = carry(theirs, LORA, use_rslora=rslora)
+  assert about["method"] == "lora" and about["projection_digest"] is None
+  assert about["settings"]["alpha"] == alpha  # the scale is alpha / rank
+  for leaf in ("lora_A", "lora_B"):
+    np.testing.assert_array_equal(
+      tensors[f"encoder.layer.0.{WIDE}.{leaf}"],
+      theirs[MODULE.format(0, WIDE, f"{leaf}.weight")],
+    )
+
+
+D0 = MODULE.format(0, QUERY, "vera_lambda_d")
+TENSORS = {
+  "no pair": ({"base_model.vera_A": None}, "lacks base_model.vera_A"),
+  "half a layer": ({D0: None}, "lacks vera_d"),
+  "shape": ({D0: noise(RANK + 1)}, "Is it the right base?"),
+  "pair's shape": ({"base_model.vera_A": noise(RANK, 9)}, "vera_A and vera_B"),
+  "half a head": ({HEAD[1]: None}, "classifier/bias"),
+  "no head": (dict.fromkeys(HEAD), "has a classifier"),
+  "adapted head": (
+    {f"base_model.model.classifier.vera_lambda_{k}": noise(2) for k in "db"},
+    "classifier is part of the head",
+  ),
+  "magnitude": (
+    {MODULE.format(0, QUERY, "lora_magnitude_vector"): noise(16)},
+    "lora_magnitude_vector",
+  ),
+  "bias": ({MODULE.format(0, QUERY, "bias"): noise(16)}, "query.bias"),
+  "another model": (
+    {"base_model.model.model.layers.0.q_proj.vera_lambda_d": noise(RANK)},
+    "q_proj",
+  ),
+  "no number": ({D0: np.full(RANK, np.nan, np.float32)}, "not finite numbers"),
+  "whole numbers": ({D0: np.zeros(RANK, np.int8)}, "stored as I8"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_refused(carry, case):
+  changes, words = TENSORS[case]
+  tensors = vectors() | pair() | changes
+  with pytest.raises(UserError) as error:
+    carry({n: x for n, x in tensors.items() if x is not None}, VERA)
+  assert words in str(error.value)
+
+
+def test_files_refused(tiny_model, minilm_folder, tmp_path):
+  def fails(words, folder, out=tmp_path / "out", base=tiny_model, **options):
+    with pytest.raises(UserError, match=words):
+      import_adapter(folder, out, base=base and str(base), **options)
+    assert out == tiny_model or not out.exists()
+
+  theirs = write(tmp_path / "theirs", vectors() | pair(), VERA)
+  fails("There is no .*adapter_config.json", tmp_path)
+  fails("there already", theirs, out=tiny_model)
+  fails("names no base model", theirs, base=None)
+  fails("layer.2.*, or the base is another", theirs, base=minilm_folder)
+  fails("has 2 outputs, but the labels are ent", theirs, task="mnli")
+  file = theirs / "adapter_model.safetensors"
+  whole = file.read_bytes()
+  for damaged in (whole[:-9], whole[:50], b"", b"\xff" + whole[1:]):
+    file.write_bytes(damaged)
+    fails("no whole safetensors file", theirs)
+  file.rename(file.with_suffix(".bin"))
+  fails("pickle format", theirs)
+  file.write_bytes(whole)
+  (theirs / "adapter_config.json").write_text("{")
+  fails("can't be read as JSON", theirs)

@@ -1,0 +1,152 @@
+"""The base of an adapter, and its linear layers by PEFT's names and by ours.
+
+Only shapes are looked at, and the weights' fingerprint; no weights are loaded.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax.traverse_util import unflatten_dict
+
+from vera_jax.adapters.apply import find_targets
+from vera_jax.adapters.interface import Path as TreePath
+from vera_jax.adapters.interface import Target
+from vera_jax.errors import UserError
+from vera_jax.hub import resolve
+from vera_jax.models.family import read_fields
+from vera_jax.models.hf_weights import fingerprint, module_name, module_path
+from vera_jax.models.pretrained import Blueprint, blueprint
+
+
+class Layer(NamedTuple):
+  """A linear layer.
+
+  Attributes:
+    path: in a looped tree, such as encoder/layer_3/output/dense.
+    kind: the same without the layer's number: encoder/layer/output/dense.
+    target: its widths.
+  """
+
+  path: TreePath
+  kind: TreePath
+  target: Target
+
+
+class Base(NamedTuple):
+  """What converting an adapter needs of its base.
+
+  Attributes:
+    folder: of the base.
+    fields: of config.json.
+    fingerprint: of the weights.
+    classifier: the base with a head of two outputs, in a looped tree of shapes.
+    layers: `linear_layers` of it.
+  """
+
+  folder: Path
+  fields: dict[str, Any]
+  fingerprint: str
+  classifier: Blueprint
+  layers: dict[str, Layer]
+
+  @property
+  def shapes(self) -> dict[str, Any]:
+    """The classifier's parameters, as a tree of shapes."""
+    return unflatten_dict(self.classifier.shapes)
+
+  @property
+  def whole(self) -> tuple[str, ...]:
+    """Modules that a task may bring and train whole (modules_to_save)."""
+    return tuple(new.rstrip("/") for new in self.classifier.family.names.new)
+
+  def path(self, name: str) -> TreePath:
+    """A module's path in a looped tree."""
+    return module_path(name, self.classifier.family.names)
+
+  def name(self, path: TreePath) -> str:
+    """A module's name in Hugging Face's classifier."""
+    return module_name(path, model_type=self.classifier.config.model_type)
+
+
+def open_base(name: str, about: Mapping[str, Any]) -> Base:
+  """Find a base by its folder or hub id.
+
+  Args:
+    name: the folder or id.
+    about: the adapter.json, which names the weights' fingerprint; PEFT's own
+      files name none.
+
+  Raises:
+    UserError: the base is not there, not this adapter's, or quantised.
+  """
+  folder = resolve(name)
+  found = fingerprint(folder)
+  if about.get("base_fingerprint") not in (None, found):
+    raise UserError(
+      f"{folder} is not the base that the adapter was trained on: its weights"
+      " have another fingerprint. Give the right one by --base=FOLDER."
+    )
+  fields = read_fields(folder)
+  if fields.get("quantization_config"):
+    raise UserError(
+      f"{folder} is quantised (quantization_config in its config.json); give"
+      " the unquantised base by --base=FOLDER."
+    )
+  classifier = blueprint(fields, outputs=2, scan=False)
+  return Base(folder, fields, found, classifier, linear_layers(classifier))
+
+
+def linear_layers(classifier: Blueprint) -> dict[str, Layer]:
+  """Every linear layer by its name in Hugging Face's classifier.
+
+  They come in the order of their calls: the last one gives the logits.
+  """
+  model, inputs = classifier.module.model, classifier.inputs
+  layers = {}
+  for path, target in find_targets(model, [".*"], **inputs).items():
+    kind = tuple(re.sub(r"^layer_\d+$", "layer", word) for word in path)
+    name = module_name(path, model_type=classifier.config.model_type)
+    layers[name] = Layer(path, kind, target)
+  return layers
+
+
+def target_patterns(
+  kinds: Collection[TreePath], layers: Mapping[str, Layer]
+) -> list[str]:
+  """The shortest target pattern of ours for each of some kinds of layers.
+
+  Args:
+    kinds: what is adapted.
+    layers: all that the model has; a pattern matches its own kind only.
+  """
+  there = {"/".join(layer.kind) for layer in layers.values()}
+  patterns = []
+  for kind in sorted(kinds):
+    others = there - {"/".join(kind)}
+    for start in range(len(kind) - 1, -1, -1):
+      ending = "/".join(kind[start:])
+      if not any(f"/{name}".endswith(f"/{ending}") for name in others):
+        break
+    patterns.append(re.sub(r"\blayer\b", r"layer(_\\d+)?", ending))
+  return patterns
+
+
+def module_list(
+  names: Collection[str], layers: Mapping[str, Layer]
+) -> list[str]:
+  """PEFT's target_modules for these layers: endings, or else whole names."""
+  listed: set[str] = set()
+  for name in names:
+    words = name.split(".")
+    same = {n for n in layers if layers[n].kind == layers[name].kind}
+    entry = name
+    if same <= set(names):  # all layers of the kind: one ending may name them
+      for start in range(len(words) - 1, 0, -1):
+        ending = ".".join(words[start:])
+        if {n for n in layers if n.endswith(f".{ending}")} == same:
+          entry = ending
+          break
+    listed.add(entry)
+  return sorted(listed)
