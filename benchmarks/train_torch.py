@@ -1,8 +1,8 @@
-"""PEFT's contender of `benchmark train`, and torch's without PEFT.
+"""The baselines of `benchmarks.train`: PEFT, and torch without PEFT.
 
 The loop that one would write with care: texts tokenised once, batches padded
 to their longest text, dev batches sorted by length, SDPA attention, fused
-AdamW. Imports nothing of ours, whose libraries would count as its own.
+AdamW. Imports nothing of vera_jax, whose libraries would count as its own.
 """
 
 import time
@@ -19,7 +19,7 @@ from transformers import (
   get_linear_schedule_with_warmup,
 )
 
-from benchmarks.contender import Settings, serve
+from benchmarks.process import Settings, serve
 
 Row = dict[str, Any]  # an example's token ids and label
 Collate = Callable[[list[Row]], Any]  # examples to a padded batch
@@ -28,7 +28,7 @@ Collate = Callable[[list[Row]], Any]  # examples to a padded batch
 def train(settings: Settings) -> dict[str, Any]:
   """Predictions on the dev splits after each epoch, numbers trained."""
   if settings["config"]["method"] in ("vera", "lora"):
-    import peft  # noqa: F401  its import counts as such
+    import peft  # noqa: F401  counted among the imports
   imported = time.time()
   torch.manual_seed(settings["config"]["seed"])
   tokenizer = AutoTokenizer.from_pretrained(settings["base"])
@@ -119,7 +119,7 @@ def build(settings: Settings) -> Any:
 
 
 def adapted(model: torch.nn.Module, config: dict[str, Any]) -> torch.nn.Module:
-  """PEFT's adapter on the model, by the settings of ours; no dropout of its."""
+  """PEFT's adapter on the model, by our settings and without its dropout."""
   import peft
 
   own = config[config["method"]]

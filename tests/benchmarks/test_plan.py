@@ -14,7 +14,7 @@ from benchmarks.plans import chips, depth, equality, report
 from benchmarks.plans.collectives import collectives
 from benchmarks.plans.lowering import step_of
 from benchmarks.plans.search import largest
-from benchmarks.step import frozen_network
+from benchmarks.step import column_bias
 from vera_jax.errors import UserError
 from vera_jax.train.sharding import make_mesh
 
