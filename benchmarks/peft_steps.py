@@ -14,7 +14,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from benchmarks.plans.lowering import abstract_step
 from benchmarks.report import write
 from configs import minilm
 from experiments import cli
@@ -37,16 +37,9 @@ from vera_jax.models.hf_weights import fingerprint
 from vera_jax.models.pretrained import load_model
 from vera_jax.peft_io import export_adapter, import_adapter
 from vera_jax.tasks.task import Task, task_named
-from vera_jax.train.optim import optimiser, rates_of, schedule
-from vera_jax.train.setup import build_blueprint
+from vera_jax.train.optim import rates_of, schedule
 from vera_jax.train.sharding import make_mesh
-from vera_jax.train.step import (
-  Frozen,
-  Step,
-  init_state,
-  outputs_of,
-  state_shape,
-)
+from vera_jax.train.step import Frozen
 
 PAD_TO = 16  # lengths are rounded up to it
 
@@ -173,21 +166,11 @@ def train_here(
 ) -> Trained:
   """Leaves the start in PEFT's format in place/start."""
   mesh = make_mesh(over=jax.devices()[:1])  # torch has one, too
-  plan = build_blueprint(config, read_fields(base), task)
+  here = abstract_step(config, read_fields(base), mesh, steps=len(batches))
+  plan = here.model.blueprint
   model = load_model(plan, base, mesh=mesh, seed=config.seed)
-  rates = rates_of(config)
-
-  def make_optimiser(**rates: Any) -> Any:
-    return optimiser(model.labels, steps=len(batches), **rates)
-
-  tx = make_optimiser(**rates)
-  state = init_state(model.trainable, tx, state_shape(model, tx, mesh))
-  step = Step(
-    state,
-    outputs=partial(outputs_of, plan.module, tuple(plan.inputs)),
-    loss=task.loss,
-    optimiser=make_optimiser,
-  )
+  state = jax.tree.map(jnp.zeros_like, here.state)
+  state = state._replace(params=model.trainable)
   about = {
     "method": config.method,
     "base": str(base),
@@ -200,7 +183,7 @@ def train_here(
   save_adapter(place / "ours-start", state.params, about=about)
   export_adapter(place / "ours-start", place / "start")
   frozen, losses = Frozen(model.frozen, model.projections), []
-  traced = {name: jnp.float32(rate) for name, rate in rates.items()}
+  rates = {n: jnp.float32(rate) for n, rate in rates_of(config).items()}
   for batch in batches:
     rows, length = batch["ids"].shape
     packed: Any = {
@@ -213,7 +196,7 @@ def train_here(
       "weights": np.ones((rows, 1), np.float32),
     }
     key = jax.random.key(0)
-    state, metrics = step(state, frozen, [packed], key, traced)
+    state, metrics = here.step(state, frozen, [packed], key, rates)
     losses.append(float(metrics["loss"]))
   save_adapter(place / "ours-end", state.params, about=about)
   return Trained(losses, place / "ours-end")
