@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.plans import chips, depth, equality, figures, report
+from benchmarks import meshes
+from benchmarks.plans import chips, depth, figures, report
 from benchmarks.plans.collectives import collectives
 from benchmarks.plans.lowering import abstract_step
 from benchmarks.plans.search import largest
@@ -101,7 +102,7 @@ def test_an_unknown_chip_is_named(monkeypatch):
 
 def test_the_plan_of_a_compiled_step(tiny_roberta):
   """On eight CPU devices: gradients, loss and count are sent in one sum."""
-  config = equality.config_of("vera")
+  config = meshes.config_of("vera")
   config.model.name, config.data.max_length = str(tiny_roberta), 8
   pod = chips.Pod("cpu", jax.devices(), "cpu", 2**30)
   made = figures.plan(config, pod, rows=9, search=False)
@@ -161,11 +162,11 @@ def test_on_every_planned_pod_gradients_are_sent_once(path):
 
 def test_the_measured_meshes_agree_and_the_docs_say_so():
   result = json.loads(MESHES.read_text())
-  assert equality.markdown(result) in (ROOT / "docs/meshes.md").read_text()
+  assert meshes.markdown(result) in (ROOT / "docs/meshes.md").read_text()
   found = result["meshes"]
-  moved = found.pop(equality.MOVED)
-  assert found.keys() <= set(map(equality.name_of, equality.SPLITS))
-  for method in equality.METHODS:
+  moved = found.pop(meshes.MOVED)
+  assert found.keys() <= set(map(meshes.name_of, meshes.SPLITS))
+  for method in meshes.METHODS:
     apart = [made[method] for made in found.values() if method in made]
     assert len(apart) >= 3
     assert max(max(made.values()) for made in apart) < TOLERANCE
@@ -174,9 +175,9 @@ def test_the_measured_meshes_agree_and_the_docs_say_so():
 
 def test_a_deep_stack_is_counted_from_shallow_ones():
   """Within 1 % of the same depth unrolled, and less for what is frozen."""
-  config = equality.config_of("vera")
+  config = meshes.config_of("vera")
   mesh = make_mesh(over=jax.devices()[:1])
-  deep = {**equality.FIELDS, "num_hidden_layers": 4}
+  deep = {**meshes.FIELDS, "num_hidden_layers": 4}
 
   def compiled(config, fields, **options):
     step = abstract_step(config, fields, mesh, **options)
