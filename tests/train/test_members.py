@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
+from vera_jax.train.group import titles
 
 from vera_jax import group_key, train_members
 from vera_jax.adapters.norms import norms_beside
 from vera_jax.errors import UserError
 from vera_jax.train import loop
-from vera_jax.train.group import titles
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.preemption import Interrupted
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
+from vera_jax.train.model import Model, init_state
 
 from vera_jax.adapters.apply import adapt
 from vera_jax.adapters.labels import (
@@ -23,7 +24,6 @@ from vera_jax.adapters.lora import lora
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 from vera_jax.models.bert import BertClassifier, BertConfig
-from vera_jax.train.model import Model, init_state
 from vera_jax.train.sharding import (
   BATCH,
   REPLICATED,

@@ -40,7 +40,7 @@ Batch = Mapping[str, Array]
 class State(NamedTuple):
   """What training changes: all that a checkpoint holds of the arrays."""
 
-  step: Int[Array, "*runs"]
+  step: Any  # int32 [*runs]; a shape in a `State` of shapes
   params: Tree
   opt_state: optax.OptState
 
