@@ -11,7 +11,7 @@ drawn.
 import re
 from pathlib import Path
 
-from benchmarks.plans import equality
+from benchmarks import meshes
 from benchmarks.plans import report as plans
 from experiments import cli
 from vera_jax.errors import UserError
@@ -49,7 +49,7 @@ def filled(page: str) -> str:
       sweep = load_sweep(source)
       made = tables.page(sweep, summary(sweep)).strip()
     elif source.name == "meshes.json":
-      made = equality.markdown(read_json(source))
+      made = meshes.markdown(read_json(source))
     else:
       made = plans.markdown(read_json(source))
     return f"<!-- from {match[1]} -->\n\n{made}\n\n<!-- end -->"

@@ -183,7 +183,7 @@ class Step:
 
   def __init__(
     self,
-    state: State,
+    state: Any,
     *,
     outputs: Callable[..., tuple[Array, Array]],
     loss: Callable[[Array, Batch], tuple[Array, Array]],
