@@ -108,7 +108,7 @@ def test_no_held_out_word_is_in_train(splits):
 
 
 def _overlap(pair: Pair) -> list[float]:
-  """What word and letter overlap, and the lengths, can tell."""
+  """Features: overlap of words and letters, and the lengths."""
   one, two = (re.findall(r"\w+", text.lower()) for text in pair[:2])
   shared = set(one) & set(two)
   letters = [

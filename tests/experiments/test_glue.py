@@ -1,34 +1,15 @@
 """The command itself: what users type, and what they mistype."""
 
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.experiments import command
+
 RTE = "--config=configs/rte.py"
-
-
-def glue(*flags, **settings):
-  done = subprocess.run(
-    [sys.executable, "-m", "experiments.glue", *flags],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    env={**os.environ, **settings},
-    timeout=120,
-  )
-  assert "Traceback" not in done.stderr, done.stderr
-  return done
-
-
-def refused(code, *flags):
-  done = glue(*flags)
-  assert done.returncode == code, done
-  return done.stderr
+glue = partial(command.run, "glue")
+refused = partial(command.refused, "glue")
 
 
 def test_help_is_ours():

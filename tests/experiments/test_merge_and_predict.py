@@ -1,28 +1,10 @@
 """The two commands as a user types them."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(script, *flags, text=""):
-  done = subprocess.run(
-    [sys.executable, "-m", f"experiments.{script}", *map(str, flags)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    input=text,
-    env=os.environ,
-    timeout=120,
-  )
-  assert "Traceback" not in done.stderr, done.stderr
-  return done
+from tests.experiments.command import refused, run
 
 
 def test_merge_then_predict_from_both(random_adapter, tmp_path):
@@ -76,6 +58,5 @@ def test_merge_then_predict_from_both(random_adapter, tmp_path):
   ],
 )
 def test_a_mistake_is_explained_in_a_line(script, flags, words):
-  done = run(script, *flags)
-  assert done.returncode == 1 and words in done.stderr
-  assert len(done.stderr.splitlines()) == 1
+  message = refused(script, 1, *flags)
+  assert words in message and len(message.splitlines()) == 1

@@ -1,7 +1,7 @@
 """A run's own adapter folder, put back on its base."""
 
 from vera_jax.adapters.files import load_adapter
-from vera_jax.models.pretrained import restore_adapter
+from vera_jax.models.classifier import restore_adapter
 from vera_jax.serve.predictor import Predictor
 from vera_jax.tasks.glue_data import load_split
 from vera_jax.tasks.metrics import accuracy

@@ -39,7 +39,7 @@ from vera_jax.adapters.projections import digest
 from vera_jax.adapters.sites import prepared_leaves
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.models.pretrained import (
+from vera_jax.models.classifier import (
   Classifier,
   differences,
   leaves_by_path,
@@ -129,7 +129,7 @@ class AdapterBank:
     self._run = jax.jit(partial(mixed_logits, **self.model))
     self._free = list(reversed(range(self.capacity)))
     self._slots: dict[str, int] = {}
-    self._held: dict[str, Classifier] = {}  # without parameters
+    self._adapters: dict[str, Classifier] = {}  # without parameters
     for name, adapter in adapters.items():
       self.add(name, adapter)
 
@@ -170,7 +170,7 @@ class AdapterBank:
   def remove(self, name: str) -> None:
     """Give a slot back."""
     self._free.append(int(self.slots([name])[0]))
-    del self._slots[name], self._held[name]
+    del self._slots[name], self._adapters[name]
 
   def slots(self, names: Iterable[str]) -> Int[np.ndarray, " names"]:
     """Where on the leading axis of `params` these adapters lie."""
@@ -238,7 +238,7 @@ class AdapterBank:
     names = [adapters] * len(first) if isinstance(adapters, str) else adapters
     logits = self.logits(first, second, adapters=names)
     return [
-      next(answers(row[None], self._held[name].labels))
+      next(answers(row[None], self._adapters[name].labels))
       for row, name in zip(logits, names, strict=True)
     ]
 
@@ -258,13 +258,13 @@ class AdapterBank:
         " Copy the folder that the adapter was added from."
       )
     trained = jax.tree.map(lambda leaf: leaf[slot], self.params)
-    about = self._held[name].about
+    about = self._adapters[name].about
     if about["settings"].get("init") == STORED:
       trained = {**trained, "projections": self.frozen.projections}
     save_adapter(folder, trained, about=about)
 
   def _limit(self, name: str) -> int:
-    own = self._held[name]
+    own = self._adapters[name]
     return min(self._max_length or own.max_length, own.room)
 
   def _prepare(self, leaves: Any) -> Any:
@@ -310,7 +310,9 @@ class AdapterBank:
     self.params = set_slot(self.params, np.int32(slot), prepared)
     labels = tuple(map(str, saved.about["labels"]))
     self._slots[name] = slot
-    self._held[name] = self._plain._replace(about=saved.about, labels=labels)
+    self._adapters[name] = self._plain._replace(
+      about=saved.about, labels=labels
+    )
 
 
 def _loaded(adapter: str | Path | SavedAdapter) -> SavedAdapter:

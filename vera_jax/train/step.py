@@ -38,12 +38,9 @@ Batch = Mapping[str, Array]
 
 
 class State(NamedTuple):
-  """What training changes: all that a checkpoint holds of the arrays.
+  """What training changes: all that a checkpoint holds of the arrays."""
 
-  Of shapes with places, it says what a state looks like (`state_shape`).
-  """
-
-  step: Int[Array, "..."] | jax.ShapeDtypeStruct
+  step: Any  # int32 [*runs]; a shape in a `State` of shapes
   params: Tree
   opt_state: optax.OptState
 
@@ -186,7 +183,7 @@ class Step:
 
   def __init__(
     self,
-    state: State,
+    state: Any,
     *,
     outputs: Callable[..., tuple[Array, Array]],
     loss: Callable[[Array, Batch], tuple[Array, Array]],
