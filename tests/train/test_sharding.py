@@ -131,9 +131,7 @@ def batch_of():
   """Eight rows of eight tokens, each two examples and a gap."""
   rng = np.random.default_rng(1)
   inputs = tiny_blueprint("head").family.inputs(8, 8, 3)
-  batch = {
-    name: np.zeros(leaf.shape, np.int32) for name, leaf in shapes.items()
-  }
+  batch = {name: np.zeros(x.shape, np.int32) for name, x in inputs.items()}
   batch["input_ids"] = rng.integers(1, 24, (8, 8)).astype(np.int32)
   batch["positions"][:] = [0, 1, 2, 3, 4, 0, 1, 2]
   batch["segment_ids"][:] = [1, 1, 1, 1, 1, 2, 2, 2]

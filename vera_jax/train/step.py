@@ -160,7 +160,7 @@ def train_step(
   frozen: Frozen,
   microbatches: Sequence[Batch],
   key: Key[Array, "*runs"],
-  rates: Mapping[str, Float[Array, ""]],
+  rates: Mapping[str, Float[Array, "*runs"]],
   *,
   start: Callable[..., Sums] = no_sums,
   accumulate: Callable[..., Sums],
