@@ -13,7 +13,7 @@ import pytest
 
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
-from vera_jax.models.pretrained import restore_adapter
+from vera_jax.models.classifier import restore_adapter
 from vera_jax.serve.predictor import Predictor
 from vera_jax.tasks import classification
 from vera_jax.tasks.glue import glue_task
