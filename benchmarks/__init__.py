@@ -1,1 +1,1 @@
-"""What `python -m experiments.benchmark` measures: a module a subcommand."""
+"""What measures the library: `python -m benchmarks.NAME --help`."""

@@ -1,40 +1,61 @@
-"""Many adapters in one batch, against a pass for each and against PEFT.
+"""Many adapters in one batch, against one pass per adapter and against PEFT.
 
-  python -m experiments.benchmark bank
-  python -m experiments.benchmark bank --task=sst2 --source=GLUE_FOLDER
+  python -m benchmarks.bank
+  python -m benchmarks.bank --task=sst2 --source=GLUE_FOLDER
 
-N VeRA adapters on all-MiniLM-L6-v2, each with numbers of its own, answer the
+N VeRA adapters on all-MiniLM-L6-v2, each with values of its own, answer the
 same texts, each text by one of them: in mixed batches from one bank, in N
 passes of one adapter each, all by one adapter in ordinary batches, and in
-PEFT's torch, which sets one adapter after another. From texts to logits, so
-tokenising counts everywhere. Median of the repetitions, which take turns.
+PEFT's torch, which sets one adapter after another. The time is from texts to
+logits, so tokenising counts everywhere: the median of the repetitions, which
+take turns.
 
 The logits of bank, passes and PEFT are compared. Then the adapters of 10,000
-RoBERTa-base models are allocated for their bytes, and one of them replaced.
+RoBERTa-base models are allocated to count their bytes, and some are replaced.
 PEFT's rows need torch and peft: requirements-parity.txt.
 """
 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import flags
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from benchmarks.report import environment, interleaved, write
 from configs import minilm
-from vera_jax.models.roberta import roberta
+from experiments import cli
+from vera_jax.adapters.apply import leaf_shapes
+from vera_jax.adapters.files import load_adapter, save_adapter
+from vera_jax.adapters.labels import join, label_tree, split
+from vera_jax.adapters.projections import PRNG, digest, make_projections
+from vera_jax.adapters.vera import vera
+from vera_jax.data.examples import subset
+from vera_jax.data.tokenizer import load_tokenizer
+from vera_jax.hub import resolve
+from vera_jax.models.classifier import restore_adapter
+from vera_jax.models.family import read_fields
+from vera_jax.models.hf_weights import fingerprint
+from vera_jax.models.pretrained import blueprint
+from vera_jax.models.roberta import SIZES, roberta
+from vera_jax.peft_io import export_adapter
+from vera_jax.serve.bank import AdapterBank, set_slot
+from vera_jax.serve.predictor import Predictor
+from vera_jax.tasks.glue_data import load_split
+from vera_jax.tasks.glue_facts import glue_task
+from vera_jax.train.multi_adapter import empty_stack
 
-BANK, PASSES, SINGLE = "bank, mixed", "a pass for each", "one for all"
+BANK, PASSES, SINGLE = "bank, mixed", "one pass per adapter", "one for all"
 PEFT, PEFT_SINGLE = "PEFT, switching", "PEFT, one for all"
-Way = Callable[[], np.ndarray]
+Variant = Callable[[], np.ndarray]  # answers all texts, gives their logits
 
 
 class Texts(NamedTuple):
@@ -56,11 +77,13 @@ def define_flags() -> None:
   flags.DEFINE_integer("examples", 256, "Texts in all.", lower_bound=1)
   flags.DEFINE_integer("rank", 256, "VeRA's rank.", lower_bound=1)
   flags.DEFINE_integer("repetitions", 5, "Timed runs.", lower_bound=1)
-  flags.DEFINE_integer("batch", 32, "Texts of a batch in PEFT.", lower_bound=1)
+  flags.DEFINE_integer("batch", 32, "Texts per batch in PEFT.", lower_bound=1)
   flags.DEFINE_integer(
     "stack", 10_000, "RoBERTa-base adapters to allocate; 0 for none."
   )
-  flags.DEFINE_string("task", "generated_entailment", "Whose dev set is read.")
+  flags.DEFINE_string(
+    "task", "generated_entailment", "Whose development texts are answered."
+  )
   flags.DEFINE_string("source", "experiments", "A folder of GLUE's files.")
   flags.DEFINE_string("base", minilm.ENCODER, "The encoder.")
   flags.DEFINE_string("out", "results/benchmarks", "Where bank.json goes.")
@@ -68,7 +91,7 @@ def define_flags() -> None:
 
 def main() -> None:
   given = flags.FLAGS
-  result = environment("bank")  # the load, before there is ours
+  result = environment("bank")
   result |= measure(
     given.base,
     task=given.task,
@@ -96,24 +119,39 @@ def measure(
   repetitions: int,
   batch: int,
 ) -> dict[str, Any]:
-  """Every way's seconds and how far its logits are from the bank's."""
-  from vera_jax.hub import resolve
-  from vera_jax.serve.bank import AdapterBank
+  """Every variant's seconds, and how far its logits are from the bank's.
 
+  Args:
+    base: the encoder's folder or hub id.
+    task, source: of GLUE, whose first development split gives the texts.
+    adapters: how many there are; the texts are dealt to them by turns.
+    examples: texts at most.
+    rank: VeRA's.
+    repetitions: of each variant.
+    batch: texts per batch in PEFT.
+  """
   with tempfile.TemporaryDirectory() as place:
     names = [f"adapter{i}" for i in range(adapters)]
     folders = {name: Path(place) / name for name in names}
     make_adapters(folders, base=base, task=task, rank=rank)
-    texts = read_texts(names, task=task, source=source, count=examples)
+    glue = glue_task(task)
+    found = load_split(glue, source, glue.dev_splits[0])
+    found = subset(found, min(examples, len(found)), 0)
+    dealt = [names[i % adapters] for i in range(len(found))]
+    texts = Texts(found.first, found.second, dealt)
     bank = AdapterBank(folders)
-    ways: dict[str, Way] = {
-      BANK: partial(bank.logits, *texts[:2], adapters=texts.adapters)
+    variants: dict[str, Variant] = {
+      BANK: partial(bank.logits, *texts[:2], adapters=dealt)
     }
-    ways |= ways_of_predictor(folders, texts)
+    variants |= predictor_variants(folders, texts)
     if find_spec("torch") and find_spec("peft"):
-      ways |= ways_of_peft(folders, texts, base=resolve(base), batch=batch)
-    logits = {name: run() for name, run in ways.items()}  # compiles, too
-    seconds = interleaved(ways, repetitions=repetitions)
+      variants |= peft_variants(folders, texts, base=resolve(base), batch=batch)
+    logits = {name: run() for name, run in variants.items()}  # compiles, too
+    seconds = interleaved(variants, repetitions=repetitions)
+  apart = {
+    name: float(np.abs(found - logits[BANK]).max())
+    for name, found in logits.items()
+  }
   return {
     "base": base,
     "task": task,
@@ -122,54 +160,43 @@ def measure(
     "examples": len(texts.first),
     "bytes_of_the_bank": bank.nbytes,
     # what a text answered by another's adapter would look like
-    "logits_apart_between_adapters": float(
-      np.abs(logits[SINGLE] - logits[BANK]).max()
-    ),
+    "logits_apart_between_adapters": apart[SINGLE],
     "ways": {
       name: {
         "examples_per_second": len(texts.first) / statistics.median(times),
         "seconds": times,
-        "largest_logit_difference": _apart(logits, name),
+        # None where other adapters answer
+        "largest_logit_difference": (
+          apart[name] if name in (PASSES, PEFT) else None
+        ),
       }
       for name, times in seconds.items()
     },
   }
 
 
-def _apart(logits: dict[str, np.ndarray], name: str) -> float | None:
-  """From the bank's logits; None where other adapters answer."""
-  if name in (BANK, SINGLE, PEFT_SINGLE):
-    return None
-  return float(np.abs(logits[name] - logits[BANK]).max())
-
-
 def make_adapters(
-  folders: dict[str, Path], *, base: str, task: str, rank: int
+  folders: Mapping[str, Path], *, base: str, task: str, rank: int
 ) -> None:
-  """Saved adapters, drawn around where training starts."""
-  import jax
-
-  from vera_jax.adapters.apply import adapt
-  from vera_jax.adapters.files import save_adapter
-  from vera_jax.adapters.labels import label_tree, split
-  from vera_jax.adapters.methods import make_adapter
-  from vera_jax.adapters.projections import PRNG, digest
-  from vera_jax.hub import resolve
-  from vera_jax.models.bert import BertClassifier
-  from vera_jax.models.hf_weights import fingerprint, load_config
-  from vera_jax.tasks.glue import glue_task
-
-  # PEFT makes its own matrices of the key, so that both compute the same
+  """Saved adapters, whose values are drawn around where training starts."""
   settings = {**minilm.get_config().vera.to_dict(), "rank": rank}
+  # PEFT makes its own matrices from the seed, and these are equal to them.
   settings["init"] = "peft"
   labels, folder = glue_task(task).labels, resolve(base)
-  method, targets = make_adapter("vera", settings)
-  assert method is not None
-  model = BertClassifier(load_config(folder), len(labels) or 1)
-  adapted = adapt(model, method, targets=targets)
-  ids = jax.ShapeDtypeStruct((1, 8), np.int32)
-  shapes = jax.eval_shape(adapted.init, jax.random.key(0), ids)["params"]
-  trained, _ = split(shapes, label_tree(shapes, "vera"))
+  plan = blueprint(
+    read_fields(folder),
+    outputs=len(labels) or 1,
+    method="vera",
+    settings=settings,
+  )
+  first = jax.eval_shape(plan.module.init, jax.random.key(0), **plan.inputs)
+  trained, _ = split(first["params"], plan.label(first["params"]))
+  names = ("rank", "init", "sharing")
+  projections = make_projections(
+    plan.targets,
+    seed=settings["projection_seed"],
+    **{name: settings[name] for name in names},
+  )
   about = {
     "task": task,
     "method": "vera",
@@ -178,12 +205,12 @@ def make_adapters(
     "base_fingerprint": fingerprint(folder),
     "labels": list(labels),
     "projection_prng": PRNG,
-    "projection_digest": digest(method.projections(adapted.find_targets(ids))),
+    "projection_digest": digest(projections),
     "max_length": 128,
   }
   rng = np.random.default_rng(0)
 
-  def draw(path, leaf):
+  def draw(path: Any, leaf: Any) -> np.ndarray:
     start = settings["d_init"] if path[-1].key == "vera_d" else 0.0
     return rng.normal(start, 0.05, leaf.shape).astype(np.float32)
 
@@ -192,28 +219,10 @@ def make_adapters(
     save_adapter(place, leaves, about=about)
 
 
-def read_texts(
-  names: list[str], *, task: str, source: str, count: int
-) -> Texts:
-  """Texts of the task's dev set, dealt to the adapters in turn."""
-  from vera_jax.data.examples import subset
-  from vera_jax.tasks.glue import glue_task
-  from vera_jax.tasks.glue_data import load_split
-
-  chosen = glue_task(task)
-  found = load_split(chosen, source, chosen.dev_splits[0])
-  found = subset(found, min(count, len(found)), 0)
-  dealt = [names[i % len(names)] for i in range(len(found))]
-  return Texts(found.first, found.second, dealt)
-
-
-def ways_of_predictor(folders: dict[str, Path], texts: Texts) -> dict[str, Way]:
+def predictor_variants(
+  folders: Mapping[str, Path], texts: Texts
+) -> dict[str, Variant]:
   """One compiled program that runs with one adapter after another."""
-  from vera_jax.adapters.files import load_adapter
-  from vera_jax.adapters.labels import join, label_tree, split
-  from vera_jax.models.pretrained import restore_adapter
-  from vera_jax.serve.predictor import Predictor
-
   restored = {
     name: restore_adapter(load_adapter(place))
     for name, place in folders.items()
@@ -221,7 +230,7 @@ def ways_of_predictor(folders: dict[str, Path], texts: Texts) -> dict[str, Way]:
   first = next(iter(restored.values()))
   labels = label_tree(first.params, "vera")
   _, base = split(first.params, labels)
-  # one base in memory for all
+  # All of them share one base in memory.
   classifiers = {
     name: own._replace(params=join(split(own.params, labels)[0], base))
     for name, own in restored.items()
@@ -230,8 +239,7 @@ def ways_of_predictor(folders: dict[str, Path], texts: Texts) -> dict[str, Way]:
 
   def passes() -> np.ndarray:
     out = np.empty((len(texts.first), first.outputs), np.float32)
-    for name in classifiers:
-      predictor.classifier = classifiers[name]
+    for name, predictor.classifier in classifiers.items():
       mine, some, others = texts.of(name)
       out[mine] = predictor.logits(some, others)
     return out
@@ -243,17 +251,30 @@ def ways_of_predictor(folders: dict[str, Path], texts: Texts) -> dict[str, Way]:
   return {PASSES: passes, SINGLE: single}
 
 
-def ways_of_peft(
-  folders: dict[str, Path], texts: Texts, *, base: Path, batch: int
-) -> dict[str, Way]:
-  """PEFT's torch on padded batches, its adapters from our own folders."""
+def peft_variants(
+  folders: Mapping[str, Path], texts: Texts, *, base: Path, batch: int
+) -> dict[str, Variant]:
+  """PEFT's torch on padded batches, with the same adapters, exported."""
   import torch
+  from peft import PeftModel
+  from transformers import AutoModelForSequenceClassification
+  from transformers.utils import logging
 
-  from vera_jax.data.tokenizer import load_tokenizer
-
+  logging.disable_progress_bar()
+  first_name = next(iter(folders))
+  outputs = len(load_adapter(folders[first_name]).about["labels"]) or 1
+  model: Any = AutoModelForSequenceClassification.from_pretrained(
+    base, num_labels=outputs
+  )
+  for name, place in folders.items():
+    theirs = place.with_name(f"{name}-peft")
+    export_adapter(place, theirs, base=str(base))
+    if name == first_name:
+      model = PeftModel.from_pretrained(model, theirs, adapter_name=name)
+    else:
+      model.load_adapter(theirs, adapter_name=name)
+  model.eval()
   tokenizer = load_tokenizer(base)
-  model = _peft_model(folders, base)
-  outputs = model.config.num_labels
 
   def answer(first: list[str], second: list[str] | None) -> np.ndarray:
     parts = []
@@ -280,35 +301,10 @@ def ways_of_peft(
     return out
 
   def single() -> np.ndarray:
-    model.set_adapter(next(iter(folders)))
+    model.set_adapter(first_name)
     return answer(*texts[:2])
 
   return {PEFT: switching, PEFT_SINGLE: single}
-
-
-def _peft_model(folders: dict[str, Path], base: Path) -> Any:
-  from peft import PeftModel
-  from transformers import AutoModelForSequenceClassification
-  from transformers.utils import logging
-
-  from vera_jax.adapters.files import load_adapter
-  from vera_jax.peft_io import export_adapter
-
-  logging.disable_progress_bar()
-  theirs = {
-    name: place.with_name(f"{name}-peft") for name, place in folders.items()
-  }
-  for name, place in folders.items():
-    export_adapter(place, theirs[name], base=str(base))
-  first, *rest = theirs
-  labels = len(load_adapter(folders[first]).about["labels"]) or 1
-  plain = AutoModelForSequenceClassification.from_pretrained(
-    base, num_labels=labels
-  )
-  model = PeftModel.from_pretrained(plain, theirs[first], adapter_name=first)
-  for name in rest:
-    model.load_adapter(theirs[name], adapter_name=name)
-  return model.eval()
 
 
 def allocate(count: int, *, rank: int) -> dict[str, Any]:
@@ -317,29 +313,15 @@ def allocate(count: int, *, rank: int) -> dict[str, Any]:
   The heads are left out: RoBERTa's own, 2.4 MB each, is as large with any
   method.
   """
-  import jax
-  from flax.traverse_util import flatten_dict
-
-  from vera_jax.adapters.apply import adapt
-  from vera_jax.adapters.labels import ADAPTER, label_tree
-  from vera_jax.adapters.vera import vera
-  from vera_jax.models.bert import BertClassifier, BertConfig
-  from vera_jax.serve.bank import set_slot
-  from vera_jax.train.multi_adapter import empty_stack
-
-  model = BertClassifier(BertConfig.from_dict(roberta(768, 12)), 2)
-  adapted = adapt(model, vera(rank), targets=["query", "value"])
-  ids = jax.ShapeDtypeStruct((1, 8), np.int32)
-  shapes = jax.eval_shape(adapted.init, jax.random.key(0), ids)["params"]
-  kinds = flatten_dict(label_tree(shapes, "vera"))
-  trained = {
-    path: leaf
-    for path, leaf in flatten_dict(shapes).items()
-    if kinds[path] == ADAPTER
+  fields, adapter = roberta(*SIZES["roberta-base"]), vera(rank)
+  plan = blueprint(fields, outputs=2, adapter=(adapter, ("query", "value")))
+  shapes = {
+    path: leaf_shapes(adapter, path, target)
+    for path, target in plan.targets.items()
   }
-  stacked = jax.block_until_ready(empty_stack(trained, capacity=count))
+  stacked = jax.block_until_ready(empty_stack(shapes, capacity=count))
   sizes = [leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(stacked)]
-  leaves = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), trained)
+  leaves = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
   seconds = []
   for slot in range(0, count, -(-count // 20)):
     start = time.perf_counter()
@@ -354,33 +336,39 @@ def allocate(count: int, *, rank: int) -> dict[str, Any]:
   }
 
 
-def show(result: dict[str, Any]) -> None:
+def show(result: Mapping[str, Any]) -> None:
   """The figures as a table on standard output."""
-  title = f"{result['examples']} texts, {result['adapters']} adapters"
-  table = Table(title=f"{title}, VeRA r = {result['rank']}")
-  table.add_column("way")
-  for name in ("examples a second", "slowest to fastest", "logits apart"):
-    table.add_column(name, justify="right")
-  for name, way in result["ways"].items():
-    rates = [result["examples"] / seconds for seconds in way["seconds"]]
-    apart = way["largest_logit_difference"]
+  console, count = Console(), result["examples"]
+  columns = ("texts per second", "slowest to fastest", "logits apart")
+  table = Table(
+    "variant",
+    *(Column(name, justify="right") for name in columns),
+    title=f"{count} texts, {result['adapters']} adapters,"
+    f" VeRA r = {result['rank']}",
+  )
+  for name, variant in result["ways"].items():
+    seconds, apart = variant["seconds"], variant["largest_logit_difference"]
     table.add_row(
       name,
-      f"{way['examples_per_second']:.0f}",
-      f"{min(rates):.0f} to {max(rates):.0f}",
+      f"{variant['examples_per_second']:.0f}",
+      f"{count / max(seconds):.0f} to {count / min(seconds):.0f}",
       "" if apart is None else f"{apart:.1e}",
     )
-  console = Console()
   console.print(table)
   if PEFT not in result["ways"]:
     console.print("PEFT is left out: pip install -r requirements-parity.txt")
   other = result["logits_apart_between_adapters"]
   console.print(f"Between two adapters' logits: up to {other:.2f}.")
   each = result["bytes_of_the_bank"] / result["adapters"]
-  console.print(f"The bank: {each / 1e3:.1f} kB an adapter with its head.")
+  console.print(f"The bank: {each / 1e3:.1f} kB per adapter with its head.")
   if big := result.get("roberta_base"):
     console.print(
       f"{big['adapters']:,} RoBERTa-base adapters, r = {big['rank']}:"
       f" {big['bytes'] / 1e9:.3f} GB, {big['bytes_each']:,.0f} bytes each,"
       f" one replaced in {big['seconds_to_replace_one'] * 1e3:.2f} ms."
     )
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main, usage=__doc__)

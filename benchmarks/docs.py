@@ -1,17 +1,17 @@
-"""Puts what results/ holds into README.md and the pages of docs/.
+"""Puts the tables of results/ into README.md and the pages of docs/.
 
   python -m benchmarks.docs
 
-What stands in a page between `<!-- from PATH -->` and `<!-- end -->` is
-replaced: by a table where PATH is a file in results/plans, by the report where
-it is a sweep's folder. The figures that a page shows as figures/SWEEP-NAME.png
-are drawn.
+What a page has between `<!-- from PATH -->` and `<!-- end -->` is replaced: by
+a table where PATH is a file in results/plans, by the report where it is a
+sweep's folder. The figures that a page shows as figures/SWEEP-NAME.png are
+drawn.
 """
 
 import re
 from pathlib import Path
 
-from benchmarks.plans import equality
+from benchmarks import meshes
 from benchmarks.plans import report as plans
 from experiments import cli
 from vera_jax.errors import UserError
@@ -29,7 +29,7 @@ FIGURE = re.compile(
 
 def main() -> None:
   if not DOCS.is_dir():
-    raise UserError("There is no docs/ here: run it at the checkout's top.")
+    raise UserError("There is no docs/ here: run it at the top of a checkout.")
   for path in [Path("README.md"), *sorted(DOCS.glob("*.md"))]:
     page = path.read_text(encoding="utf-8")
     path.write_text(filled(page), encoding="utf-8")
@@ -37,10 +37,10 @@ def main() -> None:
 
 
 def filled(page: str) -> str:
-  """The page with what its marks ask for between them.
+  """The page with every marked table made anew.
 
   Raises:
-    UserError: a mark's file is missing, or is no result.
+    UserError: the file that a mark names is missing, or is no result.
   """
 
   def between(match: re.Match[str]) -> str:
@@ -49,7 +49,7 @@ def filled(page: str) -> str:
       sweep = load_sweep(source)
       made = tables.page(sweep, summary(sweep)).strip()
     elif source.name == "meshes.json":
-      made = equality.markdown(read_json(source))
+      made = meshes.markdown(read_json(source))
     else:
       made = plans.markdown(read_json(source))
     return f"<!-- from {match[1]} -->\n\n{made}\n\n<!-- end -->"

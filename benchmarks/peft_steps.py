@@ -1,29 +1,45 @@
-"""Step by step the same as PEFT: one start, one data, two trainers.
+"""Step by step the same as PEFT: one start, one data set, two trainers.
 
   python -m benchmarks.peft_steps --source=GLUE_FOLDER --out=results/peft_steps
 
-Trains VeRA (PEFT's own projections) and LoRA on all-MiniLM-L6-v2 and SST-2's
-sentences, dropout off, in float32, once here and once in PEFT, from the same
-head over the same batches, and writes curves.json: both loss curves and how far
-the trained leaves are apart. The start goes to PEFT, and PEFT's end comes back,
-through the same files that users exchange. Needs torch and peft beside our own
-requirements: requirements-parity.txt.
+Trains VeRA (with PEFT's own projections) and LoRA on all-MiniLM-L6-v2 and
+SST-2's sentences, dropout off, in float32, once here and once in PEFT, from the
+same head over the same batches. Writes curves.json: both loss curves and how
+far the trained leaves are apart. The start goes to PEFT, and PEFT's end comes
+back, through the same files that users exchange. Needs torch and peft beside
+our own requirements: requirements-parity.txt.
 """
 
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from benchmarks.plans.lowering import abstract_step
+from benchmarks.report import write
 from configs import minilm
 from experiments import cli
+from vera_jax.adapters.files import load_adapter, save_adapter
+from vera_jax.adapters.projections import PRNG
+from vera_jax.data.loader import PackedData, batch_indices
 from vera_jax.errors import UserError
+from vera_jax.hub import resolve
+from vera_jax.models.family import read_fields
+from vera_jax.models.hf_weights import fingerprint
+from vera_jax.models.pretrained import load_model
+from vera_jax.peft_io import export_adapter, import_adapter
+from vera_jax.tasks.task import Task, task_named
+from vera_jax.train.optim import rates_of, schedule
+from vera_jax.train.sharding import make_mesh
+from vera_jax.train.step import Frozen
 
 PAD_TO = 16  # lengths are rounded up to it
 
@@ -37,26 +53,49 @@ class Trained(NamedTuple):
   folder: Path
 
 
+def define_flags() -> None:
+  flags.DEFINE_string(
+    "source", None, "SST-2: a folder of GLUE's files, or a hub id."
+  )
+  flags.DEFINE_string("out", "results/peft_steps", "Where results go.")
+  flags.DEFINE_integer("steps", 100, "Training steps.", lower_bound=1)
+
+
 def main() -> None:
-  _need_torch()
-  curves = {}
+  try:
+    import matplotlib  # noqa: F401
+    import peft  # noqa: F401
+    import torch  # noqa: F401
+  except ImportError as error:
+    raise UserError(
+      f"The comparison needs {error.name}, which is not installed:"
+      " pip install -r requirements-parity.txt"
+    ) from error
+  given, curves = flags.FLAGS, {}
   for method in ("vera", "lora"):
     config = minilm.get_config("sst2")
     config.method = method
     config.vera.init = "peft"
     config.model.dtype = "float32"
-    if SOURCE.value:
-      config.data.source = SOURCE.value
-    curves[method] = compare(config, STEPS.value)
-    print(f"{method}: {_told(curves[method])}")
-  out = Path(OUT.value)
-  out.mkdir(parents=True, exist_ok=True)
-  (out / "curves.json").write_text(json.dumps(curves, indent=2) + "\n")
-  _draw(curves, out / "curves.png")
-  print(out / "curves.png")
+    if given.source:
+      config.data.source = given.source
+    curve = curves[method] = compare(config, given.steps)
+    apart = ", ".join(
+      f"{kind} {value:.1e}"
+      for kind, value in curve["relative_distance"].items()
+    )
+    print(
+      f"{method}: {given.steps} steps, loss {curve['peft'][0]:.4f} to"
+      f" {curve['peft'][-1]:.4f}; largest relative difference of the losses"
+      f" {curve['largest_relative_loss_difference']:.1e}, of the trained leaves"
+      f" at the end: {apart}"
+    )
+  path = write("curves", curves, folder=given.out).with_suffix(".png")
+  draw(curves, path)
+  print(path)
 
 
-def _draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
+def draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
   """Both loss curves of each method, one on the other."""
   from matplotlib.figure import Figure
 
@@ -73,33 +112,17 @@ def _draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
   figure.savefig(path, dpi=120)
 
 
-def _need_torch() -> None:
-  try:
-    import matplotlib  # noqa: F401
-    import peft  # noqa: F401
-    import torch  # noqa: F401
-  except ImportError as error:
-    raise UserError(
-      f"The comparison needs {error.name}, which is not installed:"
-      " pip install -r requirements-parity.txt"
-    ) from error
-
-
 def compare(config: ConfigDict, steps: int) -> dict[str, Any]:
   """Train both for some steps; losses of each, and their largest distances."""
-  from vera_jax.train.data import build_data
-
-  from vera_jax.hub import resolve
-
   with tempfile.TemporaryDirectory() as folder:
     place = Path(folder)
     base = without_dropout(resolve(config.model.name), place / "base")
     config.model.name = str(base)
-    data = build_data(config, folder=base, shards=1)
+    task = task_named(config.task)
+    data = task.load_data(config, base)
     batches = list(_batches(data, config, steps))
-    labels = list(data.task.labels)
-    ours = train_here(config, base, labels, batches, place)
-    theirs = train_in_peft(config, base, labels, batches, place)
+    ours = train_here(config, base, task, batches, place)
+    theirs = train_in_peft(config, base, task, batches, place)
     return _distances(config.method, ours, theirs)
 
 
@@ -113,10 +136,10 @@ def without_dropout(base: Path, folder: Path) -> Path:
   return folder
 
 
-def _batches(data: Any, config: ConfigDict, steps: int) -> Iterable[Batch]:
-  """A row an example, padded: what both sides read."""
-  from vera_jax.data.loader import batch_indices
-
+def _batches(
+  data: PackedData, config: ConfigDict, steps: int
+) -> Iterator[Batch]:
+  """One row per example, padded: what both sides read."""
   tokens, size = data.tokens["train"], config.optim.batch_size
   for step in range(steps):
     rows = batch_indices(
@@ -130,72 +153,59 @@ def _batches(data: Any, config: ConfigDict, steps: int) -> Iterable[Batch]:
       first, last = tokens.offsets[example : example + 2]
       ids[row, : last - first] = tokens.ids[first:last]
       mask[row, : last - first] = 1
+    assert tokens.labels is not None  # a training split has them
     yield {"ids": ids, "mask": mask, "labels": tokens.labels[rows]}
 
 
 def train_here(
   config: ConfigDict,
   base: Path,
-  labels: list[str],
+  task: Task,
   batches: list[Batch],
   place: Path,
 ) -> Trained:
   """Leaves the start in PEFT's format in place/start."""
-  import jax
-  from vera_jax.train.model import build_model, init_state
-
-  from vera_jax.adapters.files import save_adapter
-  from vera_jax.adapters.projections import PRNG
-  from vera_jax.models.hf_weights import fingerprint
-  from vera_jax.peft_io import export_adapter
-  from vera_jax.train.optim import optimiser
-  from vera_jax.train.run import learning_rates
-  from vera_jax.train.sharding import make_mesh
-  from vera_jax.train.step import jit_train_step
-
   mesh = make_mesh(over=jax.devices()[:1])  # torch has one, too
-  model = build_model(config, folder=base, num_labels=len(labels), mesh=mesh)
-  tx = optimiser(model.labels, **learning_rates(config), steps=len(batches))
-  state = init_state(model, tx, mesh)
+  here = abstract_step(config, read_fields(base), mesh, steps=len(batches))
+  plan = here.model.blueprint
+  model = load_model(plan, base, mesh=mesh, seed=config.seed)
+  state = jax.tree.map(jnp.zeros_like, here.state)
+  state = state._replace(params=model.trainable)
   about = {
     "method": config.method,
     "base": str(base),
     "base_fingerprint": fingerprint(base),
-    "labels": labels,
+    "labels": list(task.labels),
     "projection_prng": PRNG,
     "projection_digest": model.digest,
     "settings": config[config.method].to_dict(),
   }
   save_adapter(place / "ours-start", state.params, about=about)
   export_adapter(place / "ours-start", place / "start")
-  step = jit_train_step(state, apply=model.module.apply, tx=tx)
-  losses = []
+  frozen, losses = Frozen(model.frozen, model.projections), []
+  rates = {n: jnp.float32(rate) for n, rate in rates_of(config).items()}
   for batch in batches:
-    state, metrics = step(
-      state, model.frozen, (_packed(batch),), jax.random.key(0)
-    )
+    rows, length = batch["ids"].shape
+    packed: Any = {
+      "input_ids": batch["ids"],
+      "token_type_ids": np.zeros_like(batch["ids"]),
+      "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+      "segment_ids": batch["mask"],
+      "cls_positions": np.zeros((rows, 1), np.int32),
+      "labels": batch["labels"][:, None],
+      "weights": np.ones((rows, 1), np.float32),
+    }
+    key = jax.random.key(0)
+    state, metrics = here.step(state, frozen, [packed], key, rates)
     losses.append(float(metrics["loss"]))
   save_adapter(place / "ours-end", state.params, about=about)
   return Trained(losses, place / "ours-end")
 
 
-def _packed(batch: Batch) -> Batch:
-  rows, length = batch["ids"].shape
-  return {
-    "input_ids": batch["ids"],
-    "token_type_ids": np.zeros_like(batch["ids"]),
-    "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-    "segment_ids": batch["mask"],
-    "cls_positions": np.zeros((rows, 1), np.int32),
-    "labels": batch["labels"][:, None],
-    "weights": np.full((rows, 1), 1 / rows, np.float32),
-  }
-
-
 def train_in_peft(
   config: ConfigDict,
   base: Path,
-  labels: list[str],
+  task: Task,
   batches: list[Batch],
   place: Path,
 ) -> Trained:
@@ -204,30 +214,27 @@ def train_in_peft(
   import torch
   from transformers import AutoModelForSequenceClassification
 
-  from vera_jax.peft_io import import_adapter
-  from vera_jax.train.optim import schedule
-  from vera_jax.train.run import learning_rates
-
   model = peft.PeftModel.from_pretrained(
     AutoModelForSequenceClassification.from_pretrained(
-      base, num_labels=len(labels)
+      base, num_labels=task.outputs
     ),
     place / "start",
     is_trainable=True,
   ).eval()
-  rates = learning_rates(config)
+  rates = rates_of(config)
   trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-  groups: Mapping[str, list] = {
-    "adapter_lr": [p for n, p in trained if "modules_to_save" not in n],
-    "head_lr": [p for n, p in trained if "modules_to_save" in n],
-  }
-  optimiser = torch.optim.AdamW(
-    [{"params": groups[name], "lr": rates[name]} for name in groups],
+  adapter = [p for n, p in trained if "modules_to_save" not in n]
+  head = [p for n, p in trained if "modules_to_save" in n]
+  adamw = torch.optim.AdamW(
+    [
+      {"params": adapter, "lr": rates["adapter_lr"]},
+      {"params": head, "lr": rates["head_lr"]},
+    ],
     weight_decay=0.0,
   )
   rate = schedule(1.0, steps=len(batches), warmup_ratio=0.06)
   scheduler = torch.optim.lr_scheduler.LambdaLR(
-    optimiser, lambda step: float(rate(step))
+    adamw, lambda step: float(rate(step))
   )
   losses = []
   for batch in batches:
@@ -236,9 +243,9 @@ def train_in_peft(
       attention_mask=torch.from_numpy(batch["mask"]),
       labels=torch.from_numpy(batch["labels"]).long(),
     ).loss
-    optimiser.zero_grad()
+    adamw.zero_grad()
     loss.backward()
-    optimiser.step()
+    adamw.step()
     scheduler.step()
     losses.append(loss.item())
   model.save_pretrained(str(place / "end"))
@@ -248,21 +255,17 @@ def train_in_peft(
 
 def _distances(method: str, ours: Trained, theirs: Trained) -> dict[str, Any]:
   """Relative distances: of each step's loss, and of all d, all b and so on."""
-  from vera_jax.adapters.files import load_adapter
-
   one, two = (load_adapter(side.folder).tensors for side in (ours, theirs))
   kinds = {name.rpartition(".")[2] for name in one if f".{method}_" in name}
-  apart = {
-    kind: _relative(
-      *(
-        np.concatenate(
-          [leaves[n].ravel() for n in sorted(one) if n.endswith(f".{kind}")]
-        )
-        for leaves in (one, two)
-      )
+  apart = {}
+  for kind in sorted(kinds):
+    names = [name for name in sorted(one) if name.endswith(f".{kind}")]
+    here, there = (
+      np.concatenate([leaves[name].ravel() for name in names])
+      for leaves in (one, two)
     )
-    for kind in sorted(kinds)
-  }
+    norm = np.linalg.norm(there)
+    apart[kind] = float(np.linalg.norm(here - there) / norm)
   losses = np.array(ours.losses), np.array(theirs.losses)
   return {
     "vera_jax": ours.losses,
@@ -274,26 +277,6 @@ def _distances(method: str, ours: Trained, theirs: Trained) -> dict[str, Any]:
   }
 
 
-def _relative(one: np.ndarray, two: np.ndarray) -> float:
-  return float(np.linalg.norm(one - two) / np.linalg.norm(two))
-
-
-def _told(result: dict[str, Any]) -> str:
-  apart = ", ".join(
-    f"{kind} {value:.1e}" for kind, value in result["relative_distance"].items()
-  )
-  return (
-    f"{len(result['peft'])} steps, loss {result['peft'][0]:.4f} to"
-    f" {result['peft'][-1]:.4f}; largest relative difference of the losses"
-    f" {result['largest_relative_loss_difference']:.1e}, of the end's leaves:"
-    f" {apart}"
-  )
-
-
-if __name__ == "__main__":  # flags too: a test imports this beside others
-  SOURCE = flags.DEFINE_string(
-    "source", None, "SST-2: a folder of GLUE's files, or a hub id."
-  )
-  OUT = flags.DEFINE_string("out", "results/peft_steps", "Where results go.")
-  STEPS = flags.DEFINE_integer("steps", 100, "Training steps.", lower_bound=1)
+if __name__ == "__main__":
+  define_flags()
   cli.run(main, usage=__doc__)

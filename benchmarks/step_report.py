@@ -1,10 +1,10 @@
-"""The tables and the plot of `benchmark step`, from its figures."""
+"""The tables and the plot of `benchmarks.step`, from its figures."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 COLUMNS = (
   "on the network",
@@ -15,8 +15,8 @@ COLUMNS = (
   "MB temporary",
   "MB all-reduced",
 )
-# of Okabe and Ito's colours, which the colour-blind tell apart
-FROZEN, VERA, LORA = "#999999", "#0072B2", "#D55E00"
+# Okabe and Ito's, which colour-blind readers can tell apart, by the first word
+COLORS, GREY = {"vera": "#0072B2", "lora": "#D55E00"}, "#999999"
 
 
 def tables(result: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
@@ -46,17 +46,16 @@ def _conditions(result: dict[str, Any], size: str) -> str:
 
 
 def for_terminal(result: dict[str, Any]) -> Iterator[Table]:
+  columns = [Column(name, justify="right") for name in COLUMNS[1:]]
   for title, rows in tables(result):
-    table = Table(title=title)
-    for place, name in enumerate(COLUMNS):
-      table.add_column(name, justify="right" if place else "left")
+    table = Table(COLUMNS[0], *columns, title=title)
     for row in rows:
       table.add_row(*row)
     yield table
 
 
 def markdown(result: dict[str, Any]) -> str:
-  """A table a size, and what the columns mean."""
+  """One table per size, and what the columns mean."""
   rule = ["---", *["---:"] * (len(COLUMNS) - 1)]
   parts = ["# What a step costs, as XLA compiles it"]
   for title, rows in tables(result):
@@ -65,16 +64,17 @@ def markdown(result: dict[str, Any]) -> str:
     parts.append(f"**{title}**\n\n{table}")
   versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
   parts.append(f"""\
-Query and value are adapted. "frozen network" trains one number a column of the
-same layers and the head: forward, and the gradient down to the lowest of them.
-As all others it computes of the last layer what the head reads. "frozen
-network, whole" is forward and gradient from the whole last layer down to the
-embeddings; it trains the biases, which is 0.03 % of its FLOPs, and its bytes
-and memory, not its FLOPs, have the head at every position. FLOPs and bytes
-moved are those of two layers, unrolled, and for each further one what a third
-adds; temporary memory is the scanned step's at full depth. All-reduced is what
-a step sends over several chips, in float32 and once, as
-[tpu_pod.md](../../docs/tpu_pod.md) has it from programs compiled for them.
+Query and value are adapted. "frozen network" trains one number per output of
+the same layers and the head: it takes the forward pass, and the gradient down
+to the lowest of these layers. Like all others it computes of the last layer
+what the head reads. "frozen network, whole" is forward and gradient from the
+whole last layer down to the embeddings. It trains the biases, which is 0.03 %
+of its FLOPs; its bytes and memory, but not its FLOPs, include the head at every
+position. FLOPs and bytes moved are those of two layers, unrolled, and for each
+further one what a third layer adds; temporary memory is the scanned step's at
+full depth. "MB all-reduced" is what a step sends between several chips, in
+float32 and once, as [tpu_pod.md](../../docs/tpu_pod.md) has it from programs
+compiled for them.
 
 - `{result["command"]}`
 - {versions}""")
@@ -82,7 +82,7 @@ a step sends over several chips, in float32 and once, as
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-  """FLOPs against the frozen network's, and temporary memory: a bar a way."""
+  """FLOPs against the frozen network's, and temporary memory: bars."""
   from matplotlib.figure import Figure
 
   sizes = result["sizes"]
@@ -90,7 +90,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
   panels = figure.subplots(len(sizes), 2, sharey="row", squeeze=False)
   for (left, right), (size, costs) in zip(panels, sizes.items(), strict=True):
     names, first = list(costs), next(iter(costs.values()))
-    colors = [_color(name) for name in names]
+    colors = [COLORS.get(name.split()[0], GREY) for name in names]
     ratios = [cost["flops"] / first["flops"] for cost in costs.values()]
     memory = [cost["temporary"] / 1e6 for cost in costs.values()]
     for axes, values, form in (
@@ -107,9 +107,3 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.set_xlabel("FLOPs, the frozen network's = 1")
     right.set_xlabel("MB of temporary memory")
   figure.savefig(path, dpi=120)
-
-
-def _color(name: str) -> str:
-  if name.startswith("vera"):
-    return VERA
-  return LORA if name.startswith("lora") else FROZEN

@@ -1,12 +1,12 @@
 """A whole fine-tuning run, from start to scores, against PEFT and torch.
 
-  python -m experiments.benchmark train
-  python -m experiments.benchmark train --task=sst2 --source=GLUE_FOLDER
+  python -m benchmarks.train
+  python -m benchmarks.train --task=sst2 --source=GLUE_FOLDER
 
 Trains all-MiniLM-L6-v2 by configs/minilm.py: once here, as a user would, with
 nothing compiled or tokenised before, and once in PEFT, batches padded to their
 longest text. Same texts, weights, batch size, dtype, dropout, rates and epochs.
-Each contender is a process of its own, one after another.
+Each trainer is a process of its own, one after another.
 
 Writes train-TASK.json, its table in Markdown and a plot. Where there is a GPU
 its rows come after the CPU's. PEFT's and torch's rows need torch and peft, the
@@ -28,10 +28,17 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from benchmarks.report import environment, write
+from benchmarks.report import environment, load, write
 from benchmarks.train_report import draw, markdown
 from configs import minilm
+from experiments import cli
+from vera_jax.data.examples import subset
+from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
+from vera_jax.hub import resolve
+from vera_jax.tasks.glue_data import load_split
+from vera_jax.tasks.glue_facts import glue_task
+from vera_jax.tasks.metrics import score
 
 METHODS = ("vera", "lora", "head", "full")
 ADAPTED = METHODS[:2]
@@ -41,7 +48,7 @@ MODULES = {OURS: "train_ours", PEFT: "train_torch", TORCH: "train_torch"}
 Outcome = dict[str, Any]
 
 
-class Contender(NamedTuple):
+class Trainer(NamedTuple):
   """Who trains, by which method, on "cpu" or "gpu"."""
 
   side: str
@@ -65,7 +72,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_list("devices", None, "cpu, gpu; unset: all that there are.")
   flags.DEFINE_integer(
-    "repetitions", 1, "Runs of each, in turns; medians count.", lower_bound=1
+    "repetitions", 1, "Runs of each, by turns; medians count.", lower_bound=1
   )
   flags.DEFINE_string("base", minilm.ENCODER, "The encoder.")
   flags.DEFINE_string("out", "results/benchmarks", "Where the files go.")
@@ -80,19 +87,27 @@ def main() -> None:
   if given.examples:
     config.data.max_train_examples = given.examples
   asked = choose(given.methods, given.peft, given.devices)
-  load = [round(load, 2) for load in os.getloadavg()]
-  chosen = [contender for contender in asked if can_run(contender)]
+  load_before = load()
+  chosen = [trainer for trainer in asked if can_run(trainer)]
   result = measure(config, chosen, repetitions=given.repetitions)
   result["left_out"] = [str(other) for other in asked if other not in chosen]
-  # only now, for it takes hold of a GPU
-  result = environment("train") | {"load_before": load} | result
-  publish(result, folder=given.out)
+  # Only now, since it makes this process claim a GPU that the trainers need.
+  result = environment("train") | {"load_before": load_before} | result
+  path = write(f"train-{result['task']}", result, folder=given.out)
+  table = markdown(result)
+  path.with_suffix(".md").write_text(table, encoding="utf-8")
+  print(f"\n{table}")
+  if find_spec("matplotlib"):
+    draw(result, path.with_suffix(".png"))
+  else:
+    print("Not drawn, since matplotlib is not installed.")
+  print(path)
 
 
 def choose(
   ours: list[str], theirs: list[str], devices: list[str] | None
-) -> list[Contender]:
-  """Each method's contenders side by side, on one device after another."""
+) -> list[Trainer]:
+  """Each method's trainers side by side, on one device after another."""
   if not devices:
     backend = _printed("import jax; print(jax.default_backend())")
     devices = ["cpu", "gpu"] if backend == "gpu" else ["cpu"]
@@ -105,22 +120,22 @@ def choose(
   sides = [(OURS, name) for name in ours]
   sides += [(PEFT if name in ADAPTED else TORCH, name) for name in theirs]
   sides.sort(key=lambda side: METHODS.index(side[1]))
-  return [Contender(*side, device) for device in devices for side in sides]
+  return [Trainer(*side, device) for device in devices for side in sides]
 
 
-def can_run(contender: Contender) -> bool:
+def can_run(trainer: Trainer) -> bool:
   """Whether its libraries are installed, for its device."""
-  if contender.side == OURS:
+  if trainer.side == OURS:
     return True
-  libraries = ["torch", "peft"] if contender.side == PEFT else ["torch"]
+  libraries = ["torch", "peft"] if trainer.side == PEFT else ["torch"]
   if not all(map(find_spec, libraries)):
     return False
   cuda = "import torch; print(torch.cuda.is_available())"
-  return contender.device == "cpu" or _printed(cuda) == "True"
+  return trainer.device == "cpu" or _printed(cuda) == "True"
 
 
 def _printed(code: str) -> str:
-  """By another process: a GPU must be free for the contenders."""
+  """What another process prints, so that this one never claims a GPU."""
   asked = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
   )
@@ -128,21 +143,24 @@ def _printed(code: str) -> str:
 
 
 def measure(
-  config: ConfigDict, contenders: list[Contender], *, repetitions: int
+  config: ConfigDict, trainers: list[Trainer], *, repetitions: int
 ) -> dict[str, Any]:
-  """All contenders' rows, and what they trained on."""
+  """All trainers' rows, and what they trained on."""
   texts = Texts(config)
-  for side in {contender.side for contender in contenders}:
-    _warm(side)
-  outcomes: dict[Contender, list[Outcome]] = {c: [] for c in contenders}
-  turns = contenders * repetitions
-  for number, contender in enumerate(turns, 1):
-    print(f"{number} of {len(turns)}: {contender}", end="", flush=True)
-    outcome = run(contender, config, texts)
+  for side in {trainer.side for trainer in trainers}:
+    # Read its libraries from the disk once, so that no run is charged for it.
+    code = f"import benchmarks.{MODULES[side]}"
+    code += ", peft" if side == PEFT else ""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+  outcomes: dict[Trainer, list[Outcome]] = {c: [] for c in trainers}
+  turns = trainers * repetitions
+  for number, trainer in enumerate(turns, 1):
+    print(f"{number} of {len(turns)}: {trainer}", end="", flush=True)
+    outcome = run(trainer, config, texts)
     print(f", {outcome['seconds']:.1f} s", flush=True)
-    outcomes[contender].append(outcome)
+    outcomes[trainer].append(outcome)
   tokens = texts.tokens * config.optim.epochs
-  rows = [row(c, some, tokens=tokens) for c, some in outcomes.items()]
+  rows = [row(one, some, tokens=tokens) for one, some in outcomes.items()]
   return {
     "task": config.task,
     "base": config.model.name,
@@ -153,29 +171,15 @@ def measure(
     "max_length": config.data.max_length,
     "real_tokens_an_epoch": texts.tokens,
     "score_name": texts.task.metrics[0],
-    "load_after": [round(load, 2) for load in os.getloadavg()],
+    "load_after": load(),
     "rows": [compared(row, rows) for row in rows],
   }
-
-
-def _warm(side: str) -> None:
-  """Read a side's libraries from the disk once, so that none pays for it."""
-  code = f"import benchmarks.{MODULES[side]}"
-  if side == PEFT:
-    code += ", peft"
-  subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 class Texts:
   """A config's texts and labels, as our own run reads them."""
 
   def __init__(self, config: ConfigDict) -> None:
-    from vera_jax.data.examples import subset
-    from vera_jax.data.tokenizer import load_tokenizer
-    from vera_jax.hub import resolve
-    from vera_jax.tasks.glue import glue_task
-    from vera_jax.tasks.glue_data import load_split
-
     self.task = glue_task(config.task)
     self.base = resolve(config.model.name)
     self.splits: dict[str, dict[str, Any]] = {}
@@ -201,8 +205,6 @@ class Texts:
 
   def scores(self, predictions: list[dict[str, list[float]]]) -> list[float]:
     """The task's score of each epoch's predictions."""
-    from vera_jax.tasks.metrics import score
-
     main, dev = self.task.metrics[:1], self.task.dev_splits[0]
     labels = np.array(self.labels)
     return [
@@ -211,36 +213,55 @@ class Texts:
     ]
 
 
-def run(contender: Contender, config: ConfigDict, texts: Texts) -> Outcome:
-  """One contender's run, every cache of it empty before.
+def run(trainer: Trainer, config: ConfigDict, texts: Texts) -> Outcome:
+  """One trainer's run, all its caches empty.
 
-  Ours compiles while it trains. What that takes is told by a second run, which
-  finds the programs that the first has kept.
+  Ours compiles while it trains. How long that takes is measured by a second
+  run, which finds the programs that the first one has left in the cache.
+
+  Raises:
+    UserError: the run failed; with the last lines that it printed.
   """
   with tempfile.TemporaryDirectory() as name:
-    place = Path(name)
-    settings = config.to_dict()
-    settings["method"] = contender.method
-    settings["data"]["cache_dir"] = str(place / "tokens")
-    asked = {"config": settings, "workdir": str(place / "run")}
-    surroundings = {"JAX_COMPILATION_CACHE_DIR": str(place / "xla")}
-    if contender.device == "cpu":
-      surroundings["JAX_PLATFORMS"] = "cpu"
-    if contender.side != OURS:
-      asked |= for_torch(contender, texts)
-    outcome = _ask(MODULES[contender.side], asked, place, surroundings)
-    if contender.side == OURS:
-      asked["workdir"] = str(place / "second")
-      second = _ask(MODULES[OURS], asked, place, surroundings)
-      outcome["compilation"] = outcome["seconds"] - second["seconds"]
-  if contender.side != OURS:
-    outcome["scores"] = texts.scores(outcome.pop("predictions"))
+    folder = Path(name)
+    request, answer = folder / "request.json", folder / "answer.json"
+    variables = {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
+    if trainer.device == "cpu":
+      variables["JAX_PLATFORMS"] = "cpu"
+    settings: dict[str, Any] = {"config": config.to_dict()}
+    settings["config"]["method"] = trainer.method
+    settings["config"]["data"]["cache_dir"] = str(folder / "tokens")
+    if trainer.side != OURS:
+      settings |= for_torch(trainer, texts)
+
+    def start(workdir: str) -> Outcome:
+      own = {"workdir": str(folder / workdir), "started": time.time()}
+      request.write_text(json.dumps(settings | own))
+      module = f"benchmarks.{MODULES[trainer.side]}"
+      done = subprocess.run(
+        [sys.executable, "-m", module, request, answer],
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+      )
+      if done.returncode:
+        end = "\n".join(done.stdout.splitlines()[-15:])
+        raise UserError(f"\n{trainer} failed; its last lines:\n{end}")
+      return json.loads(answer.read_text())
+
+    outcome = start("run")
+    if trainer.side == OURS:
+      again = start("second")
+      outcome["compilation"] = outcome["seconds"] - again["seconds"]
+    else:
+      outcome["scores"] = texts.scores(outcome.pop("predictions"))
   return outcome
 
 
-def for_torch(contender: Contender, texts: Texts) -> dict[str, Any]:
+def for_torch(trainer: Trainer, texts: Texts) -> dict[str, Any]:
   """What our own run finds out by itself."""
-  cpu = contender.device == "cpu"
+  cpu = trainer.device == "cpu"
   return {
     "base": str(texts.base),
     "splits": texts.splits,
@@ -251,30 +272,8 @@ def for_torch(contender: Contender, texts: Texts) -> dict[str, Any]:
   }
 
 
-def _ask(
-  module: str,
-  settings: dict[str, Any],
-  place: Path,
-  surroundings: dict[str, str],
-) -> Outcome:
-  """Starts the process, and waits for what it tells."""
-  asked, told = place / "asked.json", place / "told.json"
-  asked.write_text(json.dumps({**settings, "started": time.time()}))
-  done = subprocess.run(
-    [sys.executable, "-m", f"benchmarks.{module}", asked, told],
-    env={**os.environ, **surroundings},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
-  if done.returncode:
-    end = "\n".join(done.stdout.splitlines()[-15:])
-    raise UserError(f"\nThis contender failed; its last words:\n{end}")
-  return json.loads(told.read_text())
-
-
 def row(
-  contender: Contender, outcomes: list[Outcome], *, tokens: int
+  trainer: Trainer, outcomes: list[Outcome], *, tokens: int
 ) -> dict[str, Any]:
   """Medians over the runs; scores and counts are those of the first.
 
@@ -290,7 +289,7 @@ def row(
   }
   first = outcomes[0]
   return {
-    **contender._asdict(),
+    **trainer._asdict(),
     **medians,
     "device_peak_bytes": first["device_peak_bytes"],
     "tokens_a_second": tokens / medians["training"],
@@ -302,11 +301,9 @@ def row(
 
 def compared(own: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
   """A row of ours with how many times as long the other side takes."""
-  if own["side"] != OURS:
-    return own
   for other in rows:
     alike = all(other[key] == own[key] for key in ("method", "device"))
-    if alike and other["side"] != OURS:
+    if alike and own["side"] == OURS != other["side"]:
       return own | {
         "times_faster": other["seconds"] / own["seconds"],
         "times_faster_in_training": other["training"] / own["training"],
@@ -314,14 +311,6 @@ def compared(own: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
   return own
 
 
-def publish(result: dict[str, Any], *, folder: str) -> None:
-  """Prints the table; writes it, the figures and the plot."""
-  path = write(f"train-{result['task']}", result, folder=folder)
-  table = markdown(result)
-  path.with_suffix(".md").write_text(table, encoding="utf-8")
-  print(f"\n{table}")
-  if find_spec("matplotlib"):
-    draw(result, path.with_suffix(".png"))
-  else:
-    print("Not drawn, for matplotlib is not installed.")
-  print(path)
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main, usage=__doc__)

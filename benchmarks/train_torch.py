@@ -1,13 +1,12 @@
-"""PEFT's contender of `benchmark train`, and torch's without PEFT.
+"""The baselines of `benchmarks.train`: PEFT, and torch without PEFT.
 
 The loop that one would write with care: texts tokenised once, batches padded
 to their longest text, dev batches sorted by length, SDPA attention, fused
-AdamW. Imports nothing of ours, whose libraries would count as its own.
+AdamW. Imports nothing of vera_jax, whose libraries would count as its own.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,7 @@ from transformers import (
   get_linear_schedule_with_warmup,
 )
 
-from benchmarks.contender import Settings, serve
+from benchmarks.process import Settings, serve
 
 Row = dict[str, Any]  # an example's token ids and label
 Collate = Callable[[list[Row]], Any]  # examples to a padded batch
@@ -27,39 +26,18 @@ Collate = Callable[[list[Row]], Any]  # examples to a padded batch
 
 def train(settings: Settings) -> dict[str, Any]:
   """Predictions on the dev splits after each epoch, numbers trained."""
-  if settings["config"]["method"] in ("vera", "lora"):
-    import peft  # noqa: F401  its import counts as such
+  config, device = settings["config"], settings["device"]
+  if config["method"] in ("vera", "lora"):
+    import peft  # noqa: F401  counted among the imports
   imported = time.time()
-  torch.manual_seed(settings["config"]["seed"])
+  torch.manual_seed(config["seed"])
   tokenizer = AutoTokenizer.from_pretrained(settings["base"])
   splits = {
-    name: encode(tokenizer, split, settings["config"]["data"]["max_length"])
+    name: encode(tokenizer, split, config["data"]["max_length"])
     for name, split in settings["splits"].items()
   }
-  model = build(settings).to(settings["device"])
+  model = build(settings).to(device)
   collate = DataCollatorWithPadding(tokenizer)
-  predictions = list(epochs(model, splits, collate, settings=settings))
-  cuda = settings["device"] == "cuda"
-  return {
-    "imported": imported,
-    "compilation": 0.0,
-    "predictions": predictions,
-    "trained": sum(leaf.numel() for leaf in trainable(model).values()),
-    "threads": torch.get_num_threads(),
-    "attention": model.config._attn_implementation,
-    "device_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-  }
-
-
-def epochs(
-  model: Any,
-  splits: dict[str, list[Row]],
-  collate: Collate,
-  *,
-  settings: Settings,
-) -> Iterator[dict[str, list[float]]]:
-  """Trains; after each epoch the predictions on the dev splits."""
-  config, device = settings["config"], settings["device"]
   batches: DataLoader[Row] = DataLoader(
     cast(Dataset[Row], splits["train"]),
     batch_size=config["optim"]["batch_size"],
@@ -72,7 +50,7 @@ def epochs(
   schedule = get_linear_schedule_with_warmup(optimiser, warmup, steps)
   half = settings["dtype"] == "bfloat16"
   compute = torch.autocast(device, dtype=torch.bfloat16, enabled=half)
-  predicted = partial(predict, collate=collate, size=config["eval_batch_size"])
+  size, predictions = config["eval_batch_size"], []
   for _ in range(config["optim"]["epochs"]):
     model.train()
     for batch in batches:
@@ -84,9 +62,20 @@ def epochs(
       optimiser.zero_grad()
     with compute:
       dev = {
-        name: predicted(model, splits[name]) for name in settings["dev_splits"]
+        name: predict(model, splits[name], collate=collate, size=size)
+        for name in settings["dev_splits"]
       }
-    yield dev
+    predictions.append(dev)
+  cuda = device == "cuda"
+  return {
+    "imported": imported,
+    "compilation": 0.0,
+    "predictions": predictions,
+    "trained": sum(leaf.numel() for leaf in trainable(model).values()),
+    "threads": torch.get_num_threads(),
+    "attention": model.config._attn_implementation,
+    "device_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+  }
 
 
 def encode(tokenizer: Any, split: dict[str, Any], max_length: int) -> list[Row]:
@@ -104,11 +93,28 @@ def encode(tokenizer: Any, split: dict[str, Any], max_length: int) -> list[Row]:
 def build(settings: Settings) -> Any:
   """The pretrained model, the method's leaves trainable and in float32."""
   config = settings["config"]
-  model = AutoModelForSequenceClassification.from_pretrained(
+  model: Any = AutoModelForSequenceClassification.from_pretrained(
     settings["base"], num_labels=settings["outputs"], dtype=torch.float32
   )
   if config["method"] in ("vera", "lora"):
-    model = adapted(model, config)
+    import peft
+
+    own = config[config["method"]]  # our settings, without PEFT's dropout
+    shared = {
+      "task_type": "SEQ_CLS",  # trains the classifier, too
+      "r": own["rank"],
+      "target_modules": list(own["targets"]),
+    }
+    adapter: peft.PeftConfig
+    if config["method"] == "vera":
+      adapter = peft.VeraConfig(
+        **shared, d_initial=own["d_init"], vera_dropout=0.0
+      )
+    else:
+      adapter = peft.LoraConfig(
+        **shared, lora_alpha=own["alpha"], lora_dropout=0.0
+      )
+    model = peft.get_peft_model(model, adapter)
   elif config["method"] == "head":
     for name, leaf in model.named_parameters():
       leaf.requires_grad = "classifier" in name
@@ -116,28 +122,6 @@ def build(settings: Settings) -> Any:
     if not leaf.requires_grad:
       leaf.data = leaf.data.to(getattr(torch, settings["dtype"]))
   return model
-
-
-def adapted(model: torch.nn.Module, config: dict[str, Any]) -> torch.nn.Module:
-  """PEFT's adapter on the model, by the settings of ours; no dropout of its."""
-  import peft
-
-  own = config[config["method"]]
-  shared = {
-    "task_type": "SEQ_CLS",  # trains the classifier, too
-    "r": own["rank"],
-    "target_modules": list(own["targets"]),
-  }
-  adapter: peft.PeftConfig
-  if config["method"] == "vera":
-    adapter = peft.VeraConfig(
-      **shared, d_initial=own["d_init"], vera_dropout=0.0
-    )
-  else:
-    adapter = peft.LoraConfig(
-      **shared, lora_alpha=own["alpha"], lora_dropout=0.0
-    )
-  return peft.get_peft_model(model, adapter)
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

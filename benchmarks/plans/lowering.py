@@ -24,7 +24,6 @@ from vera_jax.train.setup import build_blueprint
 from vera_jax.train.sharding import BATCH, REPLICATED
 from vera_jax.train.step import Frozen, State, Step, outputs_of, state_shape
 
-STEPS = 1000  # of the learning rate's schedule; no count depends on it
 EFFORTS = ("exec_time_optimization_effort", "memory_fitting_effort")
 
 
@@ -80,7 +79,12 @@ def architecture(config: ConfigDict) -> dict[str, Any]:
 
 
 def abstract_step(
-  config: ConfigDict, fields: Mapping[str, Any], mesh: Mesh, **options: Any
+  config: ConfigDict,
+  fields: Mapping[str, Any],
+  mesh: Mesh,
+  *,
+  steps: int = 1000,
+  **options: Any,
 ) -> AbstractStep:
   """The step that a run of this config trains with.
 
@@ -88,6 +92,7 @@ def abstract_step(
     config: a run's.
     fields: of the base's config.json.
     mesh: of any devices, described ones among them.
+    steps: of the learning rate's schedule; no count depends on it.
     **options: what `models.pretrained.blueprint` takes in place of the config's
       own, such as `dtype` or `adapter`.
   """
@@ -97,7 +102,7 @@ def abstract_step(
   make_optimiser: Callable[..., Any] = partial(
     optimiser,
     model.labels,
-    steps=STEPS,
+    steps=steps,
     warmup_ratio=config.optim.warmup_ratio,
     grad_clip=config.optim.grad_clip,
   )

@@ -1,4 +1,4 @@
-"""The adapter's two files: names, shapes, values, damage."""
+"""The adapter's two files: names, shapes, values, sizes, damage."""
 
 import hashlib
 import json
@@ -18,91 +18,53 @@ from vera_jax.adapters.files import (
   save_adapter,
   stack_layers,
   tensors,
+  unstack_layers,
 )
 from vera_jax.adapters.labels import split
 from vera_jax.errors import UserError
+from vera_jax.models.pretrained import blueprint
+from vera_jax.models.roberta import SIZES, roberta
+
+HEAD = {"kernel": np.ones((4, 2), np.float32), "bias": np.zeros(2)}
 
 
 def make(scan: bool):
   """Two layers' vectors, 0 and 1, and a head."""
-  layers = [
-    {
-      "attention": {
-        "self": {
-          "query": {
-            "vera_d": np.full(3, i, np.float32),
-            "vera_b": np.full(4, 10 + i, np.float32),
-          }
-        }
-      }
-    }
-    for i in range(2)
-  ]
-  stacked = {
-    "layer": {
-      "attention": {
-        "self": {
-          "query": {
-            name: np.stack(
-              [x["attention"]["self"]["query"][name] for x in layers]
-            )
-            for name in ("vera_d", "vera_b")
-          }
-        }
-      }
-    }
-  }
-  looped = {f"layer_{i}": layer for i, layer in enumerate(layers)}
-  head = {"kernel": np.ones((4, 2), np.float32), "bias": np.zeros(2)}
-  return {"encoder": stacked if scan else looped, "classifier": head}
+
+  def query(d, b):
+    return {"attention": {"self": {"query": {"vera_d": d, "vera_b": b}}}}
+
+  d, b = (np.array([x], np.float32).repeat(n) for x, n in ((0, 3), (10, 4)))
+  if scan:
+    layers = {"layer": query(np.stack([d, d + 1]), np.stack([b, b + 1]))}
+  else:
+    layers = {"layer_0": query(d, b), "layer_1": query(d + 1, b + 1)}
+  return {"encoder": layers, "classifier": HEAD}
 
 
-def test_a_stack_is_taken_apart():
-  assert {name: x.shape for name, x in tensors(make(True)).items()} == {
-    "encoder.layer.0.attention.self.query.vera_d": (3,),
-    "encoder.layer.1.attention.self.query.vera_d": (3,),
-    "encoder.layer.0.attention.self.query.vera_b": (4,),
-    "encoder.layer.1.attention.self.query.vera_b": (4,),
-    "classifier.kernel": (4, 2),
-    "classifier.bias": (2,),
-  }
-  assert tensors(make(True))[
-    "encoder.layer.1.attention.self.query.vera_b"
-  ].tolist() == [11, 11, 11, 11]
-
-
-def test_scanned_and_looped_stacks_give_the_same_files(tmp_path):
-  for scan in (True, False):
-    save_adapter(tmp_path / f"{scan}", make(scan), about={"method": "vera"})
-  one, two = (
-    (tmp_path / name / "adapter.safetensors").read_bytes()
-    for name in ("True", "False")
-  )
-  assert one == two
-
-
-def test_both_files_are_there(tmp_path):
+@pytest.mark.parametrize("scan", [True, False])
+def test_both_files_are_there(tmp_path, scan):
   folder = tmp_path / "new" / "adapter"
-  save_adapter(folder, make(True), about={"targets": ("query",)})
+  save_adapter(folder, make(scan), about={"targets": ("query",)})
   about = json.loads((folder / "adapter.json").read_text())
   data = (folder / "adapter.safetensors").read_bytes()
   checksum = hashlib.sha256(data).hexdigest()
   assert about == {"targets": ["query"], "format": FORMAT, SHA256: checksum}
   stored = load_file(folder / "adapter.safetensors")
-  assert {name: x.shape for name, x in stored.items()} == {
-    "encoder.layer.0-1.attention.self.query.vera_d": (2, 3),
-    "encoder.layer.0-1.attention.self.query.vera_b": (2, 4),
-    "classifier.kernel": (4, 2),
-    "classifier.bias": (2,),
+  assert {name: x.tolist() for name, x in stored.items()} == {
+    "encoder.layer.0-1.attention.self.query.vera_d": [[0] * 3, [1] * 3],
+    "encoder.layer.0-1.attention.self.query.vera_b": [[10] * 4, [11] * 4],
+    "classifier.kernel": [[1, 1]] * 4,
+    "classifier.bias": [0, 0],
   }
 
 
 def test_what_was_saved_is_read(random_adapter):
   folder = random_adapter()
   saved = load_adapter(str(folder))
-  assert saved.folder == folder
-  assert saved.about["settings"]["rank"] == 8
-  stored = load_file(folder / "adapter.safetensors")
+  assert saved.folder == folder and saved.about["settings"]["rank"] == 8
+  file = folder / "adapter.safetensors"
+  stored = load_file(file)
   name = "encoder.layer.{}.attention.self.value.vera_b"
   for layer in (0, 1):
     np.testing.assert_array_equal(
@@ -110,25 +72,58 @@ def test_what_was_saved_is_read(random_adapter):
     )
   assert len(saved.tensors) == 2 * len(stored) - 2  # the head has no layers
 
-
-def test_the_first_format_is_read(random_adapter, tmp_path):
-  """A tensor a layer, and no number that says so."""
-  folder = shutil.copytree(random_adapter(), tmp_path / "old")
-  saved = load_adapter(folder)
-  save_file(saved.tensors, folder / "adapter.safetensors")
-  data = (folder / "adapter.safetensors").read_bytes()
-  checksum = hashlib.sha256(data).hexdigest()
-  change(folder, format="gone", **{SHA256: checksum})
+  # The first format had one tensor per layer, and no number.
+  save_file(saved.tensors, file)
+  checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+  change(folder, format=None, **{SHA256: checksum})
   old = load_adapter(folder)
   assert old.tensors.keys() == saved.tensors.keys()
   for name, value in saved.tensors.items():
     np.testing.assert_array_equal(old.tensors[name], value)
 
 
-ROBERTA = {
-  "base": (768, 12, 12, 3072),
-  "large": (1024, 24, 16, 4096),
-}
+def numbered(layers, width=3, kind=np.float32, role="query.vera_d"):
+  return {f"encoder.layer.{i}.{role}": np.full(width, i, kind) for i in layers}
+
+
+@pytest.mark.parametrize(
+  "layers, names",
+  [
+    (numbered(range(12)), ["0-11.query"]),
+    (numbered([5, 0, 2, 1, 10]), ["0-2.query", "5-5.query", "10-10.query"]),
+    (numbered([0, 1]) | numbered([2], width=4), ["0-1.query", "2-2.query"]),
+    (
+      numbered([0, 1]) | numbered([2], kind=np.float64),
+      ["0-1.query", "2-2.query"],
+    ),
+    (
+      numbered([0, 1]) | numbered([0, 1], role="output.2.vera_d"),
+      ["0-1.query", "0-1.output.2"],
+    ),
+    ({}, []),
+  ],
+)
+def test_layers_are_stacked_and_taken_apart(layers, names):
+  whole = {"classifier.bias": np.zeros(2, np.float32), **layers}
+  stacked = stack_layers(whole)
+  names = [f"encoder.layer.{name}.vera_d" for name in names]
+  assert list(stacked) == ["classifier.bias", *names]
+  for back in (unstack_layers(stacked), unstack_layers(whole)):
+    assert back.keys() == whole.keys()
+    for name, value in whole.items():
+      np.testing.assert_array_equal(back[name], value)
+      assert back[name].dtype == value.dtype
+
+
+@pytest.mark.parametrize(
+  "layers, shape", [("0-2", (2, 3)), ("3-1", (1, 3)), ("0-1", ())]
+)
+def test_other_layers_than_the_name_says(layers, shape):
+  wrong = {f"encoder.layer.{layers}.query.vera_d": np.zeros(shape)}
+  with pytest.raises(UserError, match="vera_d has shape .* its name says"):
+    unstack_layers(wrong)
+
+
 EVERYWHERE = ["query", "key", "value", "dense"]
 SETTINGS = {
   "vera": {
@@ -144,29 +139,12 @@ SETTINGS = {
 
 
 def trained_shapes(size, method, **settings):
-  """What a method trains of RoBERTa, as a tree of shapes, and its settings."""
-  width, layers, heads, inner = ROBERTA[size]
-  fields = roberta(width, layers) | {"intermediate_size": inner}
+  """What a method trains of RoBERTa, as a tree of shapes."""
   settings = {**SETTINGS.get(method, {}), **settings}
+  fields = roberta(*SIZES[f"roberta-{size}"])
   made = blueprint(fields, outputs=3, method=method, settings=settings)
-  shapes = jax.eval_shape(made.module.init, jax.random.key(0), **made.inputs)[
-    "params"
-  ]
-  return split(shapes, made.label(shapes))[0], settings
-
-
-def about_a_run(settings):
-  """As long as what `train.loop` writes, or longer."""
-  return {
-    "task": "generated_entailment",
-    "base": "package:some_package_with_a_long_name/and_a_folder_in_it",
-    "base_fingerprint": 64 * "0",
-    "projection_digest": 64 * "0",
-    "labels": ["entailment", "neutral", "contradiction"],
-    "settings": settings,
-    "versions": dict.fromkeys((12 * x for x in "abcdefghi"), "10.20.30"),
-    "parameters": dict.fromkeys(("adapter", "head", "frozen"), 10**9),
-  }
+  shapes = jax.eval_shape(made.module.init, jax.random.key(0), **made.inputs)
+  return split(shapes["params"], made.label(shapes["params"]))[0]
 
 
 @pytest.mark.parametrize(
@@ -183,11 +161,21 @@ def about_a_run(settings):
 )
 def test_the_files_are_small(size, method, settings, adapter, tmp_path):
   """At most 4 bytes a trained number and 16 KiB, RoBERTa's own shapes."""
-  shapes, settings = trained_shapes(size, method, **settings)
+  shapes = trained_shapes(size, method, **settings)
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
-  save_adapter(tmp_path, zeros, about=about_a_run(settings))
+  about = {  # as long as what a run writes, or longer
+    "task": "generated_entailment",
+    "base": "package:some_package_with_a_long_name/and_a_folder_in_it",
+    "base_fingerprint": 64 * "0",
+    "projection_digest": 64 * "0",
+    "labels": ["entailment", "neutral", "contradiction"],
+    "settings": {**SETTINGS.get(method, {}), **settings},
+    "versions": dict.fromkeys((12 * x for x in "abcdefghi"), "10.20.30"),
+    "parameters": dict.fromkeys(("adapter", "head", "frozen"), 10**9),
+  }
+  save_adapter(tmp_path, zeros, about=about)
   numbers = sum(leaf.size for leaf in flatten_dict(zeros).values())
-  width = ROBERTA[size][0]
+  width, _ = SIZES[f"roberta-{size}"]
   if adapter is not None:
     assert numbers == adapter + width * width + 4 * width + 3
   found = sum(file.stat().st_size for file in tmp_path.iterdir())
@@ -198,10 +186,9 @@ def test_the_files_are_small(size, method, settings, adapter, tmp_path):
 
 def test_the_header_of_a_whole_model_is_short():
   """`full` on RoBERTa-large, counted: its 1.4 GB need not be written."""
-  shapes, _ = trained_shapes("large", "full")
   numbers = {
     path: np.zeros(leaf.shape[:1] if "layer" in path else ())
-    for path, leaf in flatten_dict(shapes).items()
+    for path, leaf in flatten_dict(trained_shapes("large", "full")).items()
   }
   names = stack_layers(tensors(unflatten_dict(numbers)))
   entry = len('{"dtype":"F32","shape":[50265,1024],"data_offsets":[,]},:""')
@@ -211,43 +198,28 @@ def test_the_header_of_a_whole_model_is_short():
   assert header + 4096 <= 16 * 1024
 
 
-def cut(folder):
-  file = folder / "adapter.safetensors"
-  file.write_bytes(file.read_bytes()[:-9])
-
-
-def flip(folder):
-  file = folder / "adapter.safetensors"
-  data = bytearray(file.read_bytes())
-  data[-1] ^= 1
-  file.write_bytes(data)
-
-
 def change(folder, **fields):
+  """Other fields in adapter.json; None takes one out."""
   file = folder / "adapter.json"
   about = {**json.loads(file.read_text()), **fields}
-  gone = [name for name, value in about.items() if value == "gone"]
-  file.write_text(json.dumps({k: about[k] for k in about if k not in gone}))
+  file.write_text(json.dumps({k: x for k, x in about.items() if x is not None}))
 
 
-def unsigned_cut(folder):
-  cut(folder)
-  change(folder, **{SHA256: "gone"})
+def damage(folder, edit, **fields):
+  """Other bytes in adapter.safetensors."""
+  file = folder / "adapter.safetensors"
+  file.write_bytes(edit(file.read_bytes()))
+  change(folder, **fields)
 
 
-def no_layer(folder):
-  stored = load_file(folder / "adapter.safetensors")
-  name = "encoder.layer.0-1.attention.self.query.vera_d"
-  stored[name] = stored[name][:1]
-  save_file(stored, folder / "adapter.safetensors")
-  change(folder, **{SHA256: "gone"})
+def store(folder, name, value):
+  """Another tensor in adapter.safetensors, without a checksum."""
+  file = folder / "adapter.safetensors"
+  save_file({**load_file(file), name: np.float32(value)}, file)
+  change(folder, **{SHA256: None})
 
 
-def no_number(folder):
-  stored = load_file(folder / "adapter.safetensors")
-  stored["classifier.bias"][0] = np.nan
-  save_file(stored, folder / "adapter.safetensors")
-  change(folder, **{SHA256: "gone"})
+D = "encoder.layer.0-1.attention.self.query.vera_d"
 
 
 @pytest.mark.parametrize(
@@ -263,7 +235,7 @@ def no_number(folder):
     (lambda f: (f / "adapter.json").write_bytes(b"\xff"), "read as JSON"),
     (lambda f: (f / "adapter.json").write_text("[]"), "not a JSON object"),
     (
-      lambda f: change(f, method=3, base_fingerprint="gone"),
+      lambda f: change(f, method=3, base_fingerprint=None),
       "no usable method, base_fingerprint",
     ),
     (
@@ -271,15 +243,24 @@ def no_number(folder):
       f"has format {FORMAT + 1}; .* up to {FORMAT}",
     ),
     (lambda f: change(f, format="new"), "has format 'new'"),
-    (cut, "checksum differs"),
-    (flip, "checksum differs"),
-    (unsigned_cut, "no whole safetensors file"),
-    (no_layer, "vera_d has shape .* says 2 layers"),
-    (no_number, "classifier.bias holds values that are not finite"),
+    (lambda f: damage(f, lambda data: data[:-9]), "checksum differs"),
+    (
+      lambda f: damage(f, lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+      "checksum differs",
+    ),
+    (
+      lambda f: damage(f, lambda data: data[:-9], **{SHA256: None}),
+      "no whole safetensors file",
+    ),
+    (lambda f: store(f, D, [[0] * 8]), "vera_d has shape .* says 2 layers"),
+    (
+      lambda f: store(f, "classifier.bias", [np.nan, 0]),
+      "classifier.bias holds values that are not finite",
+    ),
   ],
 )
-def test_damage_is_told(harm, words, random_adapter, tmp_path):
-  folder = shutil.copytree(random_adapter(), tmp_path / "adapter")
+def test_damage_is_an_error(harm, words, random_adapter):
+  folder = random_adapter()
   harm(folder)
   with pytest.raises(UserError, match=words):
     load_adapter(folder)

@@ -16,32 +16,32 @@ ROOT = Path(__file__).parents[2]
 
 def run(*words):
   return subprocess.run(
-    [sys.executable, "-m", "experiments.benchmark", *words],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
+    [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True
   )
 
 
-def test_each_subcommand_helps():
+def test_each_benchmark_helps_under_its_old_name_too():
   for word in SUBCOMMANDS:
-    done = run(word, "--help")
-    assert done.returncode == 0 and "--out" in done.stdout
-    told = importlib.import_module(f"benchmarks.{word}").__doc__
-    assert told.splitlines()[0] in done.stdout
+    first_line = importlib.import_module(f"benchmarks.{word}").__doc__
+    first_line = first_line.splitlines()[0]
+    for words in ([f"benchmarks.{word}"], ["experiments.benchmark", word]):
+      done = run(*words, "--help")
+      assert done.returncode == 0 and "--out" in done.stdout, done.stderr
+      assert first_line in done.stdout
 
 
-def test_what_can_be_measured_is_told():
-  asked, none, unknown = run("--help"), run(), run("bnak")
+def test_the_old_command_lists_the_benchmarks():
+  old = "experiments.benchmark"
+  asked, none, unknown = run(old, "--help"), run(old), run(old, "bnak")
   assert asked.returncode == 0 and "\n  bank " in asked.stdout
   assert none.returncode == unknown.returncode == 2
   assert "\n  bank " in none.stderr and "\n  bank " in unknown.stderr
 
 
-def test_ways_take_turns():
+def test_variants_take_turns():
   calls = []
-  ways = {name: lambda name=name: calls.append(name) for name in "ab"}
-  seconds = report.interleaved(ways, repetitions=2)
+  variants = {name: lambda name=name: calls.append(name) for name in "ab"}
+  seconds = report.interleaved(variants, repetitions=2)
   assert calls == list("abab")
   assert [len(times) for times in seconds.values()] == [2, 2]
 
@@ -50,7 +50,7 @@ def test_ways_take_turns():
   "theirs", [False, pytest.param(True, marks=pytest.mark.parity)]
 )
 @pytest.mark.filterwarnings("ignore")  # torch's and PEFT's own
-def test_all_ways_give_the_banks_logits(
+def test_all_variants_give_the_banks_logits(
   theirs, tiny_model, tiny_tasks, monkeypatch, tmp_path, capsys
 ):
   if theirs:
@@ -72,12 +72,12 @@ def test_all_ways_give_the_banks_logits(
     assert result["ways"][name]["largest_logit_difference"] < 1e-5
   assert result["logits_apart_between_adapters"] > 1e-3
   assert len(result["ways"]) == (5 if theirs else 3)
-  assert "benchmark bank" in result["command"]
+  assert "benchmarks.bank" in result["command"]
   result["roberta_base"] = bank.allocate(5, rank=16)
   assert result["roberta_base"]["bytes"] == 5 * 24 * (16 + 768) * 4
   bank.show(result)
-  told = capsys.readouterr().out
-  assert ("PEFT is left out" in told) != theirs
+  shown = capsys.readouterr().out
+  assert ("PEFT is left out" in shown) != theirs
   written = report.write("bank", result, folder=str(tmp_path / "new"))
   assert json.loads(written.read_text()) == result
 

@@ -35,7 +35,7 @@ def test_a_run_from_the_command(tiny_model, tiny_tasks, tmp_path):
   words += ["--epochs=2", "--methods=vera", "--peft=", f"--out={tmp_path}"]
   words += ["--devices=cpu"]
   done = subprocess.run(
-    [sys.executable, "-m", "experiments.benchmark", "train", *words],
+    [sys.executable, "-m", "benchmarks.train", *words],
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -50,24 +50,24 @@ def test_a_run_from_the_command(tiny_model, tiny_tasks, tmp_path):
   parts = row["imports"] + row["compilation"] + row["training"]
   assert parts == pytest.approx(row["seconds"])
   assert len(row["scores"]) == 2 and row["peak_bytes"] > 50e6
-  assert " train --task=rte" in result["command"]
+  assert "benchmarks.train --task=rte" in result["command"]
 
 
-def test_what_fails_is_told(config):
+def test_a_failed_run_shows_its_last_lines(config):
   texts = train.Texts(config)
   config.data.source = "nowhere at all"
-  contender = train.Contender(train.OURS, "vera", "cpu")
+  trainer = train.Trainer(train.OURS, "vera", "cpu")
   with pytest.raises(train.UserError, match="nowhere at all"):
-    train.run(contender, config, texts)
+    train.run(trainer, config, texts)
 
 
-def test_what_there_is_not_is_told():
+def test_unknown_methods_and_devices_are_refused():
   for words in (["vara"], [], ["cpu"]), ([], [], ["tpu"]):
     with pytest.raises(train.UserError, match="choose from"):
       train.choose(*words)
 
 
-def test_contenders_stand_side_by_side():
+def test_trainers_stand_side_by_side():
   chosen = train.choose(["head", "vera"], ["vera", "full"], ["cpu", "gpu"])
   assert list(map(str, chosen)) == [
     f"{name} on {device}"
@@ -80,13 +80,13 @@ def test_contenders_stand_side_by_side():
 def test_what_is_not_installed_is_left_out(there, monkeypatch):
   monkeypatch.setattr(train, "find_spec", lambda name: name in there)
   monkeypatch.setattr(train, "_printed", lambda code: "False")  # no CUDA
-  contenders = train.choose(["vera"], ["vera", "head"], ["cpu", "gpu"])
-  can = {str(one) for one in contenders if train.can_run(one)}
+  trainers = train.choose(["vera"], ["vera", "head"], ["cpu", "gpu"])
+  can = {str(one) for one in trainers if train.can_run(one)}
   theirs = {"torch head on cpu"} if "torch" in there else set()
   theirs |= {"PEFT vera on cpu"} if "peft" in there else set()
   assert can == {"vera_jax vera on cpu", "vera_jax vera on gpu"} | theirs
   figures = json.loads(FIGURES[0].read_text())
-  missing = [str(one) for one in contenders if not train.can_run(one)]
+  missing = [str(one) for one in trainers if not train.can_run(one)]
   table = train_report.markdown({**figures, "left_out": missing})
   assert "left out" in table and all(name in table for name in missing)
 
@@ -97,8 +97,8 @@ def test_ratios_are_between_the_same_method_and_device():
 
   def made(side, device, seconds, compilation):
     own = {"seconds": seconds, "compilation": compilation}
-    contender = train.Contender(side, "vera", device)
-    return train.row(contender, [{**outcome, **own}], tokens=30)
+    trainer = train.Trainer(side, "vera", device)
+    return train.row(trainer, [{**outcome, **own}], tokens=30)
 
   rows = [
     made(train.OURS, "cpu", 10.0, 4.0),
@@ -127,10 +127,10 @@ def test_the_plot_is_drawn(tmp_path):
   assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
-def asked(config, method, dtype="float32"):
-  """What torch's contender is given, on the CPU."""
-  contender = train.Contender(train.TORCH, method, "cpu")
-  given = train.for_torch(contender, train.Texts(config)) | {"dtype": dtype}
+def settings_for_torch(config, method, dtype="float32"):
+  """What a baseline is given, on the CPU."""
+  trainer = train.Trainer(train.TORCH, method, "cpu")
+  given = train.for_torch(trainer, train.Texts(config)) | {"dtype": dtype}
   return given | {"config": {**config.to_dict(), "method": method}}
 
 
@@ -140,7 +140,7 @@ def test_both_sides_train_as_many_numbers(config, tmp_path):
   pytest.importorskip("peft")
   from benchmarks import train_torch
 
-  theirs = train_torch.train(asked(config, "vera"))
+  theirs = train_torch.train(settings_for_torch(config, "vera"))
   config.data.cache_dir = str(tmp_path / "tokens")
   ours = train_ours.train(
     {"config": config.to_dict(), "workdir": str(tmp_path / "run")}
@@ -159,7 +159,7 @@ def test_torch_learns_and_keeps_the_base(dtype, config):
 
   from benchmarks import train_torch
 
-  settings = asked(config, "vera", dtype)
+  settings = settings_for_torch(config, "vera", dtype)
   model = train_torch.build(settings)
   for name, leaf in model.named_parameters():
     kind = "float32" if leaf.requires_grad else dtype
@@ -182,7 +182,7 @@ def test_torchs_predictions_keep_the_order_of_the_texts(config):
 
   from benchmarks import train_torch
 
-  settings = asked(config, "head")
+  settings = settings_for_torch(config, "head")
   settings["outputs"] = 1  # values tell more than classes
   tokenizer = AutoTokenizer.from_pretrained(settings["base"])
   rows = train_torch.encode(tokenizer, settings["splits"]["validation"], 16)

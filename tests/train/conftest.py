@@ -1,19 +1,78 @@
-"""One whole run that many tests look at, and what they compare runs by."""
+"""A tiny model for steps; one whole run, and what runs are compared by."""
 
 import json
 import os
+import shutil
 import signal
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 
+from tests.conftest import SETTINGS, TINY
+from vera_jax.adapters.labels import count, split
+from vera_jax.models.pretrained import Blueprint, Model, blueprint
 from vera_jax.train.logging import ProgressBar
 from vera_jax.train.loop import train_and_evaluate
+from vera_jax.train.step import outputs_of
+
+
+def tiny_blueprint(method, *, dropout=0.0, plan="auto", **fields) -> Blueprint:
+  """Three labels on a BERT of three layers, whose heads four devices divide."""
+  rates = dict.fromkeys(
+    ("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout
+  )
+  sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 24}
+  return blueprint(
+    {**TINY, **sizes, **rates, **fields},
+    outputs=3,
+    method=method,
+    settings=SETTINGS.get(method, {}),
+    plan=plan,
+  )
+
+
+@cache
+def random_model(method, **options) -> Model:
+  """A model of random numbers, the same for equal shapes, on one device."""
+  plan = tiny_blueprint(method, **options)
+  key = jax.random.key(0)
+  shapes = jax.eval_shape(plan.module.init, key, **plan.inputs)["params"]
+  rng = np.random.default_rng(0)
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: jnp.asarray(
+      0.3 * rng.standard_normal(leaf.shape) + (path[-1].key == "scale"),
+      leaf.dtype,
+    ),
+    shapes,
+  )
+  labels = plan.label(params)
+  trainable, frozen = split(params, labels)
+  return Model(
+    blueprint=plan,
+    labels=split(labels, labels)[0],
+    counts=count(params, labels),
+    trainable=here(trainable),
+    frozen=here(frozen),
+    projections=here(plan.projections(params)),
+  )
+
+
+def here(tree):
+  """On one device for good: a jitted function has one program for all such."""
+  return jax.device_put(tree, jax.devices()[0])
+
+
+def outputs(model: Model):
+  """(params, frozen, batch, key) -> (logits, penalty)."""
+  plan = model.blueprint
+  return partial(outputs_of, plan.module, tuple(plan.inputs))
 
 
 class Finished(NamedTuple):
@@ -29,9 +88,20 @@ def finished(tiny_config, tmp_path_factory) -> Finished:
   return Finished(config, folder, train_and_evaluate(config, folder))
 
 
+@pytest.fixture(scope="session")
+def quiet_model(tiny_model, tmp_path_factory) -> Path:
+  """The tiny model without dropout, whose masks depend on the mesh."""
+  folder = tmp_path_factory.mktemp("quiet") / "model"
+  shutil.copytree(tiny_model, folder)
+  fields = json.loads((folder / "config.json").read_text())
+  off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+  (folder / "config.json").write_text(json.dumps({**fields, **off}))
+  return folder
+
+
 @pytest.fixture
 def stop_at(monkeypatch):
-  """Sends this process a signal once a step's figures are in."""
+  """Sends this process a signal once a step's metrics are in."""
 
   def arm(step, number=signal.SIGTERM):
     advance = ProgressBar.advance

@@ -8,8 +8,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flax.traverse_util import unflatten_dict
-
 from vera_jax.adapters.apply import find_targets
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.interface import Target
@@ -50,11 +48,6 @@ class Base(NamedTuple):
   fingerprint: str
   classifier: Blueprint
   layers: dict[str, Layer]
-
-  @property
-  def shapes(self) -> dict[str, Any]:
-    """The classifier's parameters, as a tree of shapes."""
-    return unflatten_dict(self.classifier.shapes)
 
   @property
   def whole(self) -> tuple[str, ...]:

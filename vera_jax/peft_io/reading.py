@@ -7,7 +7,7 @@ should be, and the two must agree. Layers of a kind that PEFT left out
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -17,18 +17,17 @@ from vera_jax.adapters.apply import leaf_shapes
 from vera_jax.adapters.files import STORED, save_adapter
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import HEAD
-from vera_jax.adapters.lora import lora
+from vera_jax.adapters.methods import METHODS
 from vera_jax.adapters.projections import (
   INITIALISERS,
   PRNG,
   digest,
   make_pair,
 )
-from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE
 from vera_jax.models.hf_weights import load_params
-from vera_jax.models.pretrained import blueprint
+from vera_jax.models.pretrained import Blueprint, blueprint
 from vera_jax.peft_io.base import Base, open_base, target_patterns
 from vera_jax.peft_io.settings import PeftSettings, is_target, read_settings
 from vera_jax.peft_io.tensors import (
@@ -46,20 +45,6 @@ from vera_jax.tasks.task import task_named
 RUN = ("task", "seed", "labels", "score_name", "score", "versions")
 HEAD_LEAVES = {"weight": "kernel", "bias": "bias"}
 Leaves = dict[TreePath, np.ndarray]
-
-
-class Parts(NamedTuple):
-  """A file's tensors by what they are.
-
-  Attributes:
-    adapted: {module: {leaf: values}} of the adapted layers.
-    pair: A and B, where they were stored.
-    head: leaves of whole modules by path.
-  """
-
-  adapted: dict[str, Tensors]
-  pair: Tensors
-  head: Leaves
 
 
 def import_adapter(
@@ -83,91 +68,96 @@ def import_adapter(
   settings = read_settings(folder)
   tensors, exported = read_tensors(folder / FILE)
   name = base or settings.base
-  exported_base = str(exported.get("base"))
-  if base is None and exported_base.startswith(PACKAGE):
-    name = exported_base  # the config has its folder, which is one machine's
+  if base is None and str(exported.get("base")).startswith(PACKAGE):
+    name = exported["base"]  # the config has its folder on some machine
   if name is None:
     raise UserError(
       f"{folder} names no base model, or a revision of one: say --base=FOLDER."
     )
-  opened = open_base(name, exported)
-  parts = _sort(tensors, settings.method, opened)
-  _check_targets(settings, parts.adapted, opened)
-  adapter = _adapter_leaves(settings, parts.adapted, opened)
-  head, outputs, frozen = _head(parts.head, opened)
+  network = open_base(name, exported)
 
-  # What our own export knew of the method's settings, PEFT's fields or neither.
+  # The tensors by what they are: of adapted layers, of VeRA's A and B, or of a
+  # module that was saved whole.
+  endings = LEAVES[settings.method]
+  adapted: dict[str, Tensors] = {}
+  pair: Tensors = {}
+  head: Leaves = {}
+  for tensor, value in tensors.items():
+    inner = tensor.removeprefix(PREFIX)
+    module, _, last = inner.rpartition(".")
+    path = network.path(module)
+    ending = next((e for e in endings if inner.endswith(f".{e}")), "")
+    layer = inner.removesuffix(f".{ending}")
+    if settings.method == "vera" and tensor in PAIR:
+      pair[PAIR[tensor]] = value
+    elif ending and layer in network.layers:
+      adapted.setdefault(layer, {})[endings[ending]] = value
+    elif path[0] in network.whole and last in HEAD_LEAVES:
+      value = value.T if last == "weight" else value  # torch has (out, in)
+      head[(*path, HEAD_LEAVES[last])] = value
+    else:
+      raise UserError(
+        f"The adapter's file holds {tensor!r}, which has no place here: only"
+        f" {' and '.join(endings)} of a classifier's linear layers, and whole"
+        f" {' and '.join(network.whole)} modules (modules_to_save), can be"
+        " carried."
+      )
+  _check_targets(settings, adapted, network)
+  leaves = _adapter_leaves(settings, adapted, network)
+  head, outputs, frozen = _complete_head(head, network)
+  parameters = {
+    "adapter": sum(x.size for x in leaves.values()),
+    "head": sum(x.size for x in head.values()),
+    "frozen": frozen,
+  }
+
+  # The method's settings as a run's config has them. Our own export knew the
+  # learning rates and which seed gave A and B.
   known = exported.get("settings")
   if exported.get("method") != settings.method or not isinstance(known, dict):
     known = {}
-  kinds = {opened.layers[name].kind for name in parts.adapted}
+  kinds = {network.layers[layer].kind for layer in adapted}
   given = {
     "rank": settings.rank,
-    "targets": target_patterns(kinds, opened.layers),
+    "targets": target_patterns(kinds, network.layers),
     "lr": known.get("lr"),
     "head_lr": known.get("head_lr"),
   }
-  stored: Tensors = {}
   pair_digest = None
   if settings.method == "lora":
     given["alpha"] = settings.alpha
   else:
-    targets = [opened.layers[name].target for name in parts.adapted]
+    targets = [network.layers[layer].target for layer in adapted]
     init, seed, pair = find_projections(
       settings,
-      parts.pair,
+      pair,
       inputs=max(target.inputs for target in targets),
       outputs=max(target.outputs for target in targets),
       known=known,
     )
-    given |= {"d_init": settings.d_init, "init": init, "projection_seed": seed}
-    given |= {"sharing": "shared", "train": "both"}
+    given |= {
+      "d_init": settings.d_init,
+      "init": init,
+      "projection_seed": seed,
+      "sharing": "shared",
+      "train": "both",
+    }
     pair_digest = digest(pair)
-    stored = pair if init == STORED else {}
+    if init == STORED:
+      leaves |= {("projections", name): matrix for name, matrix in pair.items()}
 
   about = {
-    **_about_run(exported, task, outputs=outputs, fields=opened.fields),
+    **_about_run(exported, task, outputs=outputs, fields=network.fields),
     "base": name,
-    "base_fingerprint": opened.fingerprint,
-    "parameters": {
-      "adapter": sum(x.size for x in adapter.values()),
-      "head": sum(x.size for x in head.values()),
-      "frozen": frozen,
-    },
+    "base_fingerprint": network.fingerprint,
+    "parameters": parameters,
     "method": settings.method,
     "projection_digest": pair_digest,
     "projection_prng": PRNG,
     "settings": given,
   }
-  kept = {("projections", letter): matrix for letter, matrix in stored.items()}
-  save_adapter(out, unflatten_dict({**adapter, **head, **kept}), about=about)
+  save_adapter(out, unflatten_dict({**leaves, **head}), about=about)
   return about
-
-
-def _sort(tensors: Tensors, method: str, base: Base) -> Parts:
-  parts = Parts({}, {}, {})
-  for name, value in tensors.items():
-    inner = name.removeprefix(PREFIX)
-    ending = next((e for e in LEAVES[method] if inner.endswith(f".{e}")), "")
-    layer = inner.removesuffix(f".{ending}")
-    module, _, last = inner.rpartition(".")
-    path = base.path(module)
-    if method == "vera" and name in PAIR:
-      parts.pair[PAIR[name]] = value
-    elif ending and layer in base.layers:
-      leaf = LEAVES[method][ending]
-      parts.adapted.setdefault(layer, {})[leaf] = value
-    elif path[0] in base.whole and last in HEAD_LEAVES:
-      value = value.T if last == "weight" else value  # torch has (out, in)
-      parts.head[(*path, HEAD_LEAVES[last])] = value
-    else:
-      raise UserError(
-        f"The adapter's file holds {name!r}, which has no place here: only"
-        f" {' and '.join(LEAVES[method])} of a classifier's linear layers, and"
-        f" whole {' and '.join(base.whole)} modules (modules_to_save), can be"
-        " carried."
-      )
-  return parts
 
 
 def _check_targets(
@@ -176,10 +166,10 @@ def _check_targets(
   """Raises a UserError where the file's layers are not those of the config."""
   if not found:
     raise UserError("The adapter's file holds no adapted layer.")
-  labels = flatten_dict(base.classifier.label(base.shapes))
+  head = _head_paths(base.classifier)
   for name in found:
     path = base.layers[name].path
-    if labels[(*path, "kernel")] == HEAD:
+    if (*path, "kernel") in head:
       raise UserError(
         f"{name} is part of the head, which is trained whole here; name"
         f" {path[0]} in modules_to_save instead of adapting it."
@@ -199,11 +189,7 @@ def _adapter_leaves(
   settings: PeftSettings, adapted: Mapping[str, Tensors], base: Base
 ) -> Leaves:
   """The leaves of every layer of the adapted kinds, by path."""
-  if settings.method == "vera":
-    # without A and B, on which the leaves' shapes don't depend
-    adapter = vera(settings.rank)._replace(shared=None)
-  else:
-    adapter = lora(settings.rank)
+  adapter = METHODS[settings.method].make(settings.rank)
   kinds = {base.layers[name].kind for name in adapted}
   leaves: Leaves = {}
   for name, layer in base.layers.items():
@@ -226,20 +212,23 @@ def _adapter_leaves(
   return leaves
 
 
-def _head(found: Leaves, base: Base) -> tuple[Leaves, int, int]:
+def _head_paths(classifier: Blueprint) -> set[TreePath]:
+  labels = classifier.label(unflatten_dict(classifier.shapes))
+  return {p for p, label in flatten_dict(labels).items() if label == HEAD}
+
+
+def _complete_head(head: Leaves, base: Base) -> tuple[Leaves, int, int]:
   """The head, its number of outputs, and how many numbers the rest holds.
 
   Args:
-    found: whole modules in the adapter's file (modules_to_save); without any
+    head: whole modules in the adapter's file (modules_to_save); without any
       the adapter was trained with the base's own head.
     base: of the adapter.
   """
-  head = found
   if not head:
     names = base.fields.get("id2label") or (0, 1)
     made = blueprint(base.fields, outputs=len(names), scan=False)
-    labels = flatten_dict(made.label(unflatten_dict(made.shapes)))
-    own = {path: x for path, x in made.shapes.items() if labels[path] == HEAD}
+    own = {path: made.shapes[path] for path in _head_paths(made)}
     loaded = load_params(base.folder, unflatten_dict(own))
     if loaded.missing:
       raise UserError(

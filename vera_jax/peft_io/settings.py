@@ -105,23 +105,23 @@ def read_settings(folder: Path) -> PeftSettings:
   """
   file = folder / FILE
   fields = read_json(file)
-  method = METHODS.get(str(fields.get("peft_type")))
-  if method is None:
-    raise UserError(
-      f"{file}: peft_type is {fields.get('peft_type')!r}; only"
-      f" {' and '.join(METHODS)} can be carried."
-    )
   try:
-    _refuse(fields, method)
-    return _settings(fields, method)
+    return _settings(fields)
   except (TypeError, ValueError, AttributeError) as error:
     raise UserError(f"{file} has an unusable value: {error}") from error
   except UserError as error:
     raise UserError(f"{file}: {error}") from error
 
 
-def _refuse(fields: Mapping[str, Any], method: str) -> None:
-  """Raises a UserError for a field that changes what the adapter computes."""
+def _settings(fields: Mapping[str, Any]) -> PeftSettings:
+  method = METHODS.get(str(fields.get("peft_type")))
+  if method is None:
+    raise UserError(
+      f"peft_type is {fields.get('peft_type')!r}; only {' and '.join(METHODS)}"
+      " can be carried."
+    )
+
+  # What changes the result and has no counterpart here is refused.
   for name, value in fields.items():
     if name not in KNOWN and value not in EMPTY:
       raise UserError(f"{name}={value!r}: {ADVICE.get(name, MERGE)}.")
@@ -143,8 +143,6 @@ def _refuse(fields: Mapping[str, Any], method: str) -> None:
           f"{name}={fields[name]!r}: all layers share one value here; {MERGE}."
         )
 
-
-def _settings(fields: Mapping[str, Any], method: str) -> PeftSettings:
   def names(field: str) -> tuple[str, ...]:
     value = fields.get(field) or ()
     return (value,) if isinstance(value, str) else tuple(value)

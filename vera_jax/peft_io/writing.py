@@ -65,9 +65,10 @@ def export_adapter(
       " adapters that PEFT can hold. Merge it and use the checkpoint."
     )
   name = base or about["base"]
-  opened = open_base(name, about)
-  layers = opened.layers
-  adapter, _ = make_adapter(own, given)
+  network = open_base(name, about)
+  layers = network.layers
+  # Without A and B: the leaves' shapes don't depend on them.
+  adapter = make_adapter(own, given)[0]._replace(shared=None)
 
   # The tensors by Hugging Face's names of their modules.
   adapted: dict[str, Tensors] = {}
@@ -76,17 +77,17 @@ def export_adapter(
   pair: dict[str, Any] = {}
   for tensor, value in saved.tensors.items():
     module, _, leaf = tensor.rpartition(".")
-    path = opened.path(module)
-    theirs = opened.name(path)
+    path = network.path(module)
+    theirs = network.name(path)
     if module == "projections":
       pair[leaf] = value
     elif theirs in layers and leaf.startswith(tuple(LEAVES)):
       adapted.setdefault(theirs, {})[leaf] = value
-    elif path[0] in opened.whole and leaf in ("kernel", "bias"):
+    elif path[0] in network.whole and leaf in ("kernel", "bias"):
       whole.add(path[0])
-      value = value.T if leaf == "kernel" else value  # torch has (out, in)
-      leaf = {"kernel": "weight", "bias": "bias"}[leaf]
-      tensors[f"{PREFIX}{theirs}.{leaf}"] = value
+      # torch has (out, in)
+      last, value = ("weight", value.T) if leaf == "kernel" else (leaf, value)
+      tensors[f"{PREFIX}{theirs}.{last}"] = value
     else:
       raise UserError(
         f"{folder} holds {tensor!r}, for which PEFT has no place."
@@ -94,11 +95,10 @@ def export_adapter(
   if not adapted:
     raise UserError(f"{folder} holds no adapted layer.")
 
-  # A and B don't matter for the leaves' shapes, and may lie in the file.
-  alone = adapter._replace(shared=None)
+  # They must be those of the method and the rank that adapter.json names.
   for module, leaves in adapted.items():
     layer = layers[module]
-    shapes = leaf_shapes(alone, layer.path, layer.target)
+    shapes = leaf_shapes(adapter, layer.path, layer.target)
     need = {leaf: shape.shape for leaf, shape in shapes.items()}
     have = {leaf: value.shape for leaf, value in leaves.items()}
     if have != need:
@@ -107,6 +107,7 @@ def export_adapter(
         f" the base need {need}."
       )
 
+  # The leaves and settings of PEFT's method.
   method = method or own
   fields: dict[str, Any] = {"r": given["rank"]}
   if own == "lora":
@@ -167,7 +168,7 @@ def export_adapter(
     "task_type": "SEQ_CLS",
     # PEFT knows no bases inside packages, but takes their folders
     "base_model_name_or_path": (
-      str(opened.folder) if name.startswith(PACKAGE) else name
+      str(network.folder) if name.startswith(PACKAGE) else name
     ),
     "inference_mode": True,
     "target_modules": module_list(adapted, layers),

@@ -130,9 +130,9 @@ class Ensemble:
 
   def start(self, setup: Setup, step: int) -> State:
     """The states of all slots, stacked; idle ones have a copy of another's."""
+    states = {run: run.start(setup, step) for run in self.live}
     for run in self.live:
       run.progress["ensemble"] = [_name(slot.config) for slot in self.slots]
-    states = {run: run.start(setup, step) for run in self.live}
     filler = states[self.live[0]]
     alone = jax.tree.map(lambda leaf: leaf.sharding, setup.shape)
     self._take = jax.jit(

@@ -181,6 +181,7 @@ class Run:
     self.saves.forget_after(step)
     state, progress = self.saves.restore(step, setup.shape)
     self.progress |= progress
+    self.progress.pop("ensemble", None)  # an ensemble sets it anew
     return state
 
   @contextmanager
