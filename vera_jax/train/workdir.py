@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,19 @@ def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
 def lock_workdir(workdir: Path) -> Iterator[None]:
   """Keep other processes from training in a folder, made if missing.
 
+  A folder in which nothing was written goes again with the lock.
+
   Raises:
     UserError: another process has the lock; the message says which, and where.
   """
   path = workdir / "lock"
+
+  def remove_if_empty() -> None:
+    with suppress(OSError):
+      workdir.rmdir()  # fails for a folder with files
+
   with ExitStack() as stack:
+    stack.callback(remove_if_empty)
     try:
       mine = stack.enter_context(locked([path]))
     except OSError as error:
