@@ -41,15 +41,16 @@ from vera_jax.adapters.vera import vera
 from vera_jax.data.examples import subset
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.hub import resolve
+from vera_jax.models.classifier import restore_adapter
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import fingerprint
-from vera_jax.models.pretrained import blueprint, restore_adapter
+from vera_jax.models.pretrained import blueprint
 from vera_jax.models.roberta import SIZES, roberta
 from vera_jax.peft_io import export_adapter
 from vera_jax.serve.bank import AdapterBank, set_slot
 from vera_jax.serve.predictor import Predictor
-from vera_jax.tasks.glue import glue_task
 from vera_jax.tasks.glue_data import load_split
+from vera_jax.tasks.glue_facts import glue_task
 from vera_jax.train.multi_adapter import empty_stack
 
 BANK, PASSES, SINGLE = "bank, mixed", "one pass per adapter", "one for all"

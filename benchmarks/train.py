@@ -36,8 +36,8 @@ from vera_jax.data.examples import subset
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
-from vera_jax.tasks.glue import glue_task
 from vera_jax.tasks.glue_data import load_split
+from vera_jax.tasks.glue_facts import glue_task
 from vera_jax.tasks.metrics import score
 
 METHODS = ("vera", "lora", "head", "full")

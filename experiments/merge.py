@@ -33,8 +33,8 @@ def main() -> None:
   if not ADAPTER.value or not OUT.value:
     raise UserError("Say what to merge, and where to: --adapter=DIR --out=DIR")
   from vera_jax.adapters.files import load_adapter  # after the flags' errors
+  from vera_jax.models.classifier import restore_adapter
   from vera_jax.models.export_hf import refuse_used, write_merged
-  from vera_jax.models.pretrained import restore_adapter
 
   refuse_used(OUT.value)  # before the base is loaded
   classifier = restore_adapter(load_adapter(ADAPTER.value), BASE.value)

@@ -52,7 +52,7 @@ def main() -> None:
   # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.adapters.files import load_adapter
   from vera_jax.data.texts import read_lines
-  from vera_jax.models.pretrained import load_classifier, restore_adapter
+  from vera_jax.models.classifier import load_classifier, restore_adapter
   from vera_jax.serve.predictor import Predictor, answer_lines, text_columns
 
   bad = total = 0

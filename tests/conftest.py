@@ -97,8 +97,8 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_tasks(tmp_path_factory) -> Path:
   """All nine tasks in GLUE's folders: 40 examples, 16 to 24 in the others."""
-  from vera_jax.tasks.glue import GENERATED, TASKS
   from vera_jax.tasks.glue_data import file_name
+  from vera_jax.tasks.glue_facts import GENERATED, TASKS
 
   folder = tmp_path_factory.mktemp("tiny_tasks")
   rng = np.random.default_rng(0)
@@ -209,7 +209,7 @@ def random_adapter(tiny_model, tmp_path_factory):
   def make(
     method="vera", *, base=tiny_model, task="rte", scan=True, **settings
   ) -> Path:
-    from vera_jax.tasks.glue import glue_task
+    from vera_jax.tasks.glue_facts import glue_task
 
     labels = glue_task(task).labels
     settings = {**SETTINGS.get(method, {}), **settings}

@@ -31,12 +31,12 @@ from vera_jax.adapters.merge import merge
 from vera_jax.adapters.projections import digest, make_pair
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
-from vera_jax.models.export_hf import write_merged
-from vera_jax.models.pretrained import (
+from vera_jax.models.classifier import (
   Classifier,
   load_classifier,
   restore_adapter,
 )
+from vera_jax.models.export_hf import write_merged
 from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.predictor import Predictor
 

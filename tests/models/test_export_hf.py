@@ -12,15 +12,11 @@ from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.methods import METHODS
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
+from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.models.export_hf import BOUNDS, merged_params, write_merged
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import fingerprint
-from vera_jax.models.pretrained import (
-  blueprint,
-  load_classifier,
-  load_model,
-  restore_adapter,
-)
+from vera_jax.models.pretrained import blueprint, load_model
 from vera_jax.serve.predictor import Predictor
 from vera_jax.train.sharding import make_mesh
 

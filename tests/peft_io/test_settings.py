@@ -15,45 +15,42 @@ from tests.peft_io.folders import (
 from vera_jax.errors import UserError
 from vera_jax.peft_io.settings import PeftSettings, is_target
 
-REFUSED = {
-  "bias": ({"bias": "all"}, "bias='all'"),
-  "fan_in_fan_out": ({"fan_in_fan_out": True}, "set it to false"),
-  "method": ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-  "task": ({"task_type": "CAUSAL_LM"}, "task_type='CAUSAL_LM'"),
-  "unknown field": ({"new_trick": 3}, "new_trick=3"),
-  "rank": ({"r": "four"}, "r='four'"),
-  "other rank": ({"r": 5}, "r = 5 need"),
-  "layers": ({"layers_to_transform": [0]}, "leaves out bert.encoder.layer.1"),
-  "targets": ({"target_modules": ["key", "query", WIDE]}, "self.key"),
-  "expression": ({"target_modules": "*query"}, "regular expression"),
-  "type": ({"target_modules": 3}, "unusable value"),
-}
-REFUSED_LORA = {
-  "dora": ({"use_dora": True}, "use_dora=True: DoRA"),
-  "bias": ({"lora_bias": True}, "lora_bias=True"),
-  "ranks": ({"rank_pattern": {"query": 8}}, "rank_pattern"),
-  "alphas": ({"alpha_pattern": {"query": 8}}, "alpha_pattern"),
-  "pissa": ({"init_lora_weights": "pissa"}, "changed the base's weights"),
-  "loftq": ({"loftq_config": {"loftq_bits": 4}}, "quantised"),
-  "qalora": ({"use_qalora": True}, "quantised"),
-  "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-  "replicated": ({"layer_replication": [[0, 1]]}, "layer_replication"),
-}
+REFUSED = [
+  ({"bias": "all"}, "bias='all'"),
+  ({"fan_in_fan_out": True}, "set it to false"),
+  ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+  ({"task_type": "CAUSAL_LM"}, "task_type='CAUSAL_LM'"),
+  ({"new_trick": 3}, "new_trick=3"),
+  ({"r": "four"}, "r='four'"),
+  ({"r": 5}, "r = 5 need"),
+  ({"layers_to_transform": [0]}, "leaves out bert.encoder.layer.1"),
+  ({"target_modules": ["key", "query", WIDE]}, "self.key"),
+  ({"target_modules": "*query"}, "regular expression"),
+  ({"target_modules": 3}, "unusable value"),
+]
+REFUSED_LORA = [
+  ({"use_dora": True}, "use_dora=True: DoRA"),
+  ({"lora_bias": True}, "lora_bias=True"),
+  ({"rank_pattern": {"query": 8}}, "rank_pattern"),
+  ({"alpha_pattern": {"query": 8}}, "alpha_pattern"),
+  ({"init_lora_weights": "pissa"}, "changed the base's weights"),
+  ({"loftq_config": {"loftq_bits": 4}}, "quantised"),
+  ({"use_qalora": True}, "quantised"),
+  ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+  ({"layer_replication": [[0, 1]]}, "layer_replication"),
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(carry, case):
-  changes, words = REFUSED[case]
+@pytest.mark.parametrize(
+  "tensors, config, changes, words",
+  [
+    *((vectors() | pair(), VERA, *case) for case in REFUSED),
+    *((matrices(), LORA, *case) for case in REFUSED_LORA),
+  ],
+)
+def test_refused(carry, tensors, config, changes, words):
   with pytest.raises(UserError) as error:
-    carry(vectors() | pair(), VERA, **changes)
-  assert words in str(error.value)
-
-
-@pytest.mark.parametrize("case", REFUSED_LORA)
-def test_lora_refused(carry, case):
-  changes, words = REFUSED_LORA[case]
-  with pytest.raises(UserError) as error:
-    carry(matrices(), LORA, **changes)
+    carry(tensors, config, **changes)
   assert words in str(error.value)
 
 

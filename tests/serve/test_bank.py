@@ -10,7 +10,7 @@ from vera_jax.adapters.files import SavedAdapter, load_adapter
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.methods import METHODS, Method
 from vera_jax.errors import UserError
-from vera_jax.models.pretrained import restore_adapter
+from vera_jax.models.classifier import restore_adapter
 from vera_jax.serve.bank import AdapterBank, set_slot
 from vera_jax.serve.predictor import Predictor
 

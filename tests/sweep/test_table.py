@@ -16,7 +16,7 @@ from vera_jax.sweep.table import (
   read_progress,
   states,
 )
-from vera_jax.tasks.glue import SIZES
+from vera_jax.tasks.glue_facts import SIZES
 
 
 def finish(run, *, seconds=12.0, members=1, collapsed=False):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from vera_jax.errors import UserError
-from vera_jax.tasks.glue import TASKS, glue_task
 from vera_jax.tasks.glue_data import load_split, write_submission
+from vera_jax.tasks.glue_facts import TASKS, glue_task
 
 QUOTE = 'He said "it is'
 TRAIN = {  # first example's texts, labels

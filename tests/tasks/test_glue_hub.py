@@ -11,8 +11,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from vera_jax.errors import UserError
 from vera_jax.tasks import glue_hub
-from vera_jax.tasks.glue import TASKS
 from vera_jax.tasks.glue_data import load_split
+from vera_jax.tasks.glue_facts import TASKS
 
 HUB = "nyu-mll/glue"
 

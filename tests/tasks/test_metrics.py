@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vera_jax.tasks.glue import TASKS
+from vera_jax.tasks.glue_facts import TASKS
 from vera_jax.tasks.metrics import METRICS, collapsed, score
 
 LABELS = np.array([1, 1, 1, 0, 0, 1, 0, 0])

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 from configs import quickstart
 from vera_jax.data.examples import Examples
 from vera_jax.hub import resolve
-from vera_jax.tasks.glue import glue_task
 from vera_jax.tasks.glue_data import load_split
+from vera_jax.tasks.glue_facts import glue_task
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = {"train": 160, "dev": 32}  # the first of each split are used

@@ -29,13 +29,13 @@ from vera_jax.adapters.files import load_adapter, tensors
 from vera_jax.adapters.labels import label_tree, split
 from vera_jax.errors import UserError
 from vera_jax.files import write_json
-from vera_jax.models.export_hf import write_merged
-from vera_jax.models.hf_weights import fingerprint, load_params
-from vera_jax.models.pretrained import (
+from vera_jax.models.classifier import (
   Classifier,
   load_classifier,
   restore_adapter,
 )
+from vera_jax.models.export_hf import write_merged
+from vera_jax.models.hf_weights import fingerprint, load_params
 from vera_jax.peft_io import export_adapter, import_adapter
 from vera_jax.serve.predictor import Predictor
 from vera_jax.tasks.classification import split_logits

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from functools import cache, partial
 from pathlib import Path
@@ -85,6 +86,17 @@ def finished(tiny_config, tmp_path_factory) -> Finished:
   """VeRA, three epochs of ten steps, left alone. Look, don't touch."""
   config, folder = tiny_config(), tmp_path_factory.mktemp("finished") / "run"
   return Finished(config, folder, train_and_evaluate(config, folder))
+
+
+@pytest.fixture(scope="session")
+def quiet_model(tiny_model, tmp_path_factory) -> Path:
+  """The tiny model without dropout, whose masks depend on the mesh."""
+  folder = tmp_path_factory.mktemp("quiet") / "model"
+  shutil.copytree(tiny_model, folder)
+  fields = json.loads((folder / "config.json").read_text())
+  off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+  (folder / "config.json").write_text(json.dumps({**fields, **off}))
+  return folder
 
 
 @pytest.fixture

@@ -13,11 +13,18 @@ import pytest
 
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
+from vera_jax.models.classifier import restore_adapter
+from vera_jax.serve.predictor import Predictor
+from vera_jax.tasks import classification
+from vera_jax.tasks.glue import glue_task
+from vera_jax.tasks.glue_data import load_split
+from vera_jax.tasks.metrics import accuracy
 from vera_jax.train import loop, workdir
 from vera_jax.train import step as step_module
 from vera_jax.train.logging import ProgressBar
-from vera_jax.train.loop import best_epoch, train_and_evaluate
+from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.preemption import Interrupted
+from vera_jax.train.run import best_epoch
 
 HEAD = {"classifier.kernel", "classifier.bias"}
 QV = {"query", "value"}
@@ -41,13 +48,13 @@ def losses(folder):
 
 
 def check_result(config, folder, result):
-  """All that design.md lists, and figures that agree with one another."""
+  """Everything is there, and the numbers agree with one another."""
   assert result == json.loads((folder / "result.json").read_text())
   assert result["config"] == json.loads((folder / "config.json").read_text())
   assert result["method"] == config.method and result["seed"] == config.seed
-  epochs = result["history"]
-  assert [e["epoch"] for e in epochs] == [1, 2, 3]
-  assert [e["step"] for e in epochs] == [10, 20, 30]
+  epochs, count = result["history"], config.optim.epochs
+  assert [e["epoch"] for e in epochs] == [1 + i for i in range(count)]
+  assert [e["step"] for e in epochs] == [10 + 10 * i for i in range(count)]
   assert all(e["score"] == e["metrics"]["accuracy"] for e in epochs)
   assert result["last"] == epochs[-1] and result["best"] in epochs
   assert result["score_name"] == "accuracy"
@@ -60,10 +67,7 @@ def check_result(config, folder, result):
   assert result["device"]["count"] == 8
   assert result["seconds"] > 0
   assert result["learning_rates"] == {"adapter_lr": 0.02, "head_lr": 0.05}
-  assert (
-    losses(folder) == pytest.approx(losses(folder))
-    and len(losses(folder)) == 30
-  )
+  assert len(losses(folder)) == 10 * count and np.isfinite(losses(folder)).all()
 
 
 @pytest.mark.smoke
@@ -81,7 +85,7 @@ def test_a_run_leaves_what_was_promised(finished):
 
 @pytest.mark.parametrize("method", ["lora", "bitfit", "head", "full"])
 def test_the_baselines_go_by_the_same_loop(method, tiny_config, tmp_path):
-  config = tiny_config(method=method)
+  config = tiny_config(method=method, optim__epochs=1)
   check_result(
     config, tmp_path / "run", train_and_evaluate(config, tmp_path / "run")
   )
@@ -118,8 +122,19 @@ def test_the_adapters_files_hold_the_best_epoch(finished, saved):
   assert about["settings"]["rank"] == 8
 
 
+def test_a_restored_adapter_answers_as_the_run_did(finished):
+  """The dev score of the best epoch, from the adapter's two files."""
+  classifier = restore_adapter(load_adapter(finished.folder / "adapter"))
+  source = finished.config.data.source
+  dev = load_split(glue_task("rte"), source, "validation")
+  logits = Predictor(classifier).logits(dev.first, dev.second)
+  found = accuracy(logits.argmax(-1), dev.labels)
+  assert found == finished.result["best"]["score"]
+  assert classifier.about["max_length"] == finished.config.data.max_length
+
+
 def test_a_finished_run_is_only_reported(finished, monkeypatch):
-  monkeypatch.setattr(loop, "build_run", None)
+  monkeypatch.setattr(loop, "build_setup", None)
   before = sorted(p.stat().st_mtime_ns for p in finished.folder.rglob("*"))
   assert train_and_evaluate(finished.config, finished.folder) == finished.result
   after = sorted(p.stat().st_mtime_ns for p in finished.folder.rglob("*"))
@@ -133,11 +148,12 @@ def test_the_best_epoch_is_the_first_of_the_highest():
 
 
 @pytest.mark.parametrize(
-  "step", [pytest.param(14, marks=pytest.mark.smoke), 20, 30]
+  "step", [pytest.param(20, marks=pytest.mark.smoke), 30]
 )
 def test_stopped_and_resumed_is_as_if_left_alone(
   step, finished, stop_at, tmp_path, monkeypatch, assert_same_run
 ):
+  """At an epoch's end; in its midst, the next tests do it by `stopped`."""
   folder = tmp_path / "run"
   stop_at(step)
   with pytest.raises(Interrupted, match="SIGTERM, saved at step .* of 30"):
@@ -191,7 +207,7 @@ def test_a_damaged_save_costs_steps_and_nothing_else(
   assert_same_run(folder, finished.folder, 30)
 
 
-def test_a_full_disk_is_told_and_the_run_goes_on_later(
+def test_a_full_disk_is_reported_and_the_run_goes_on_later(
   stopped, finished, tmp_path, monkeypatch, assert_same_run
 ):
   folder = tmp_path / "run"
@@ -217,7 +233,7 @@ def test_a_folder_at_work_is_refused_before_anything_is_loaded(
 ):
   folder = tmp_path / "run"
   shutil.copytree(stopped, folder)
-  monkeypatch.setattr(loop, "build_run", None)
+  monkeypatch.setattr(loop, "build_setup", None)
   with workdir.lock_workdir(folder):
     with pytest.raises(UserError, match="Another run is at work"):
       train_and_evaluate(finished.config, folder)
@@ -231,14 +247,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_config, tmp_path, saved):
 
 
 def test_the_last_good_save_is_left(tiny_config, tmp_path, monkeypatch, saved):
-  train_pass = step_module.train_pass
+  update = step_module.update
 
   def broken(state, *args, **kwargs):
-    state, sums, metrics = train_pass(state, *args, **kwargs)
+    state, metrics = update(state, *args, **kwargs)
     loss = jnp.where(state.step == 14, jnp.nan, metrics["loss"])
-    return state, sums, {**metrics, "loss": loss}
+    return state, {**metrics, "loss": loss}
 
-  monkeypatch.setattr(step_module, "train_pass", broken)
+  monkeypatch.setattr(step_module, "update", broken)
   with pytest.raises(UserError, match="loss is nan at step 14 .* of step 10"):
     train_and_evaluate(tiny_config(), tmp_path / "run")
   arrays, progress = saved(tmp_path / "run", 10)
@@ -251,16 +267,15 @@ def test_the_last_good_save_is_left(tiny_config, tmp_path, monkeypatch, saved):
 def test_an_epoch_that_ends_broken_is_not_saved(
   finished, tmp_path, monkeypatch, capsys
 ):
-  monkeypatch.setattr(
-    loop, "split_logits", lambda *_, **__: np.full((20, 2), np.nan, np.float32)
-  )
+  nothing = np.full((20, 2), np.nan, np.float32)
+  monkeypatch.setattr(classification, "split_logits", lambda *_: nothing)
   with pytest.raises(UserError, match="at step 10 .* No checkpoint"):
     train_and_evaluate(finished.config, tmp_path / "run")
-  told = capsys.readouterr().err  # up to there
-  assert "adapter 96, head 34 of 5,714" in told
-  assert "random values: classifier/bias, classifier/kernel" in told
-  assert "no such parameter here: bert.encoder.extra.weight" in told
-  assert "not part of a classifier: cls.predictions.bias" in told
+  printed = capsys.readouterr().err  # up to there
+  assert "adapter 96, head 34 of 5,714" in printed
+  assert "random values: classifier/bias, classifier/kernel" in printed
+  assert "no such parameter here: bert.encoder.extra.weight" in printed
+  assert "not part of the model: cls.predictions.bias" in printed
 
 
 def submission(folder, name):
@@ -303,26 +318,21 @@ def test_a_finished_run_can_still_predict(finished, tmp_path, monkeypatch):
   shutil.copytree(finished.folder, folder)
   config = finished.config.copy_and_resolve_references()
   config.predict_test = True
-  monkeypatch.setattr(loop.Session, "train", None)
+  monkeypatch.setattr(loop, "train", None)
   assert train_and_evaluate(config, folder) == finished.result
   rows = submission(folder, "RTE.tsv")
   assert [int(index) for index, _ in rows[1:]] == list(range(24))
-  monkeypatch.setattr(loop, "build_run", None)
+  monkeypatch.setattr(loop, "build_setup", None)
   train_and_evaluate(config, folder)  # once is enough
 
 
 def test_scanned_and_looped_layers_train_alike(
-  tiny_config, tiny_model, tmp_path
+  tiny_config, quiet_model, tmp_path
 ):
-  model = tmp_path / "model"
-  shutil.copytree(tiny_model, model)
-  fields = json.loads((model / "config.json").read_text())
-  off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-  (model / "config.json").write_text(json.dumps({**fields, **off}))
   curves = []
   for scan in (True, False):
     folder = tmp_path / f"{scan}"
-    settings = {"model__name": str(model), "model__scan": scan}
+    settings = {"model__name": str(quiet_model), "model__scan": scan}
     train_and_evaluate(tiny_config(optim__epochs=1, **settings), folder)
     curves.append(losses(folder))
   np.testing.assert_allclose(*curves, atol=1e-4)

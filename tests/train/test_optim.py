@@ -146,3 +146,27 @@ def test_clipping_is_by_the_norm_over_adapter_and_head():
   loose = run(plain, [two, small])
   gap = jnp.abs(loose["classifier"]["kernel"] - got["classifier"]["kernel"])
   assert gap.max() > 1e-5
+
+
+@pytest.mark.parametrize("name", ["adapter_lr", "head_lr", "weight_decay"])
+def test_each_run_of_an_ensemble_may_have_its_own_number(name):
+  """Traced, with an axis of runs, it gives the update that it gives alone."""
+  labels = {"layer": {"vera_b": "adapter"}, "classifier": {"kernel": "head"}}
+  params = {
+    "layer": {"vera_b": jnp.array([1.0, -2.0])},
+    "classifier": {"kernel": jnp.array([[3.0]])},
+  }
+  grads = jax.tree.map(lambda x: 0.3 * x + 1, params)
+
+  def update(rates):
+    tx = optimiser(labels, **rates, steps=10, warmup_ratio=0.0)
+    return tx.update(grads, tx.init(params), params)[0]
+
+  same = {**RATES, "weight_decay": 0.1}
+  many = jnp.array([0.0, 0.03, 0.5])
+  rates = {k: jnp.full(3, x) for k, x in same.items()} | {name: many}
+  got = jax.vmap(update)(rates)
+  for i, value in enumerate(many):
+    want = update({**same, name: float(value)})
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+      np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-8)

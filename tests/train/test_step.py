@@ -1,6 +1,6 @@
 """The step: what it trains, what it counts, and what it never computes."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -136,31 +136,6 @@ def test_what_is_packed_is_what_padding_would_give():
   assert len(set(microbatches)) > 1
 
 
-def test_the_loss_of_classes_by_hand():
-  rng = np.random.default_rng(2)
-  logits = rng.normal(size=(2, 3, 4)).astype(np.float32)
-  labels = np.array([[0, 3, 1], [2, 0, 0]], np.int32)
-  weights = np.array([[1, 1, 0], [1, 0, 0]], np.float32)
-  shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-  want = -np.sum(np.log([shares[0, 0, 0], shares[0, 1, 3], shares[1, 0, 2]]))
-  batch = {"labels": jnp.asarray(labels), "weights": jnp.asarray(weights)}
-  total, count = loss(jnp.asarray(logits), batch)
-  np.testing.assert_allclose(total, want, rtol=1e-5)
-  assert count == 3
-
-
-def test_the_loss_of_a_regression_by_hand():
-  """What an empty slot holds is left out, even if it is not finite."""
-  logits = jnp.asarray([[[1.0], [jnp.inf]], [[-2.0], [0.5]]])
-  labels = jnp.asarray([[3.0, 100.0], [-1.0, 0.0]])
-  weights = jnp.asarray([[1.0, 0.0], [1.0, 1.0]])
-  total, count = loss(logits, {"labels": labels, "weights": weights})
-  np.testing.assert_allclose(total, 2.0**2 + 1.0**2 + 0.5**2, rtol=1e-6)
-  assert count == 3
-  nothing = {"labels": labels, "weights": jnp.zeros((2, 2))}
-  assert loss(logits, nothing) == (0, 0)
-
-
 @pytest.mark.parametrize("parts", [1, 4])
 def test_a_penalty_counts_once_however_many_microbatches(parts):
   """Beside the mean loss of all examples, whatever they are split into."""
@@ -229,10 +204,11 @@ def test_a_step_never_has_the_frozen_weights_gradients():
         yield from shapes(inner)
 
   def products(method):
-    step, state, frozen = ready(method)
-    sums = no_sums(state.params)
-    arguments = sums, state, frozen, batch_of(), KEY
-    traced = jax.make_jaxpr(step.accumulate)(*arguments)
+    _, state, frozen = ready(method)
+    run = outputs(random_model(method, plan="factored"))
+    traced = jax.make_jaxpr(partial(accumulate, outputs=run, loss=loss))(
+      no_sums(state.params), state, frozen, batch_of(), KEY
+    )
     return set(shapes(traced.jaxpr))
 
   kernels = {(16, 32), (32, 16), (16, 16)}

@@ -154,7 +154,7 @@ def save_adapter(
 
 
 def load_adapter(folder: str | Path) -> SavedAdapter:
-  """Read an adapter's folder; `pretrained.restore_adapter` puts it on a base.
+  """Read an adapter's folder; `classifier.restore_adapter` puts it on a base.
 
   Raises:
     UserError: a file that is missing, damaged or not of this adapter.

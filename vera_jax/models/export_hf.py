@@ -23,8 +23,8 @@ from vera_jax.adapters.merge import merge
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json
 from vera_jax.hub import FILES
+from vera_jax.models.classifier import MERGED, Classifier, load_classifier
 from vera_jax.models.hf_weights import to_hf
-from vera_jax.models.pretrained import MERGED, Classifier, load_classifier
 from vera_jax.serve.predictor import Predictor, text_columns
 
 WEIGHTS = "model.safetensors"

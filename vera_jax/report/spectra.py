@@ -12,7 +12,7 @@ from vera_jax.adapters.files import named_slices
 from vera_jax.adapters.merge import merge
 from vera_jax.adapters.norms import SHORT
 from vera_jax.errors import UserError
-from vera_jax.models.pretrained import Classifier
+from vera_jax.models.classifier import Classifier
 
 KERNEL = re.compile(r".*encoder\.layer\.(?P<layer>\d+)\.(?P<kind>.+)\.kernel")
 Matrix = Float[np.ndarray, "inputs outputs"]

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from pandas.core.groupby import SeriesGroupBy
 
 from vera_jax.report.frame import METHODS
-from vera_jax.tasks.glue import GENERATED, TASKS
+from vera_jax.tasks.glue_facts import GENERATED, TASKS
 
 VERMILION, BLUE, GREEN = "#D55E00", "#0072B2", "#009E73"
 PURPLE, ORANGE, SKY, BLACK = "#CC79A7", "#E69F00", "#56B4E9", "#000000"

@@ -39,7 +39,7 @@ from vera_jax.adapters.projections import digest
 from vera_jax.adapters.sites import prepared_leaves
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.models.pretrained import (
+from vera_jax.models.classifier import (
   Classifier,
   differences,
   leaves_by_path,

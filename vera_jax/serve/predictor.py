@@ -15,7 +15,7 @@ from vera_jax.data.texts import Line
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import Tokens, tokenise
 from vera_jax.errors import UserError
-from vera_jax.models.pretrained import Classifier
+from vera_jax.models.classifier import Classifier
 from vera_jax.tasks.task import task_named
 
 ROWS = (1, 2, 4, 8, 16)  # of a batch: few shapes, for each is compiled

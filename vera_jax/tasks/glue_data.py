@@ -15,7 +15,7 @@ import numpy as np
 
 from vera_jax.data.examples import Examples
 from vera_jax.errors import UserError
-from vera_jax.tasks.glue import GlueTask
+from vera_jax.tasks.glue_facts import GlueTask
 from vera_jax.tasks.glue_hub import download_split
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import numpy as np
 from vera_jax import hub
 from vera_jax.data.examples import Examples
 from vera_jax.errors import UserError
-from vera_jax.tasks.glue import GlueTask
+from vera_jax.tasks.glue_facts import GlueTask
 
 ANSWER_SECONDS = 10.0
 # Downloads that fail like this are tried again. Other errors of the library

@@ -19,12 +19,7 @@ from vera_jax.data.loader import PackedData
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
-from vera_jax.models.pretrained import (
-  Blueprint,
-  Model,
-  blueprint,
-  load_model,
-)
+from vera_jax.models.pretrained import Blueprint, Model, blueprint, load_model
 from vera_jax.tasks.task import Batch, Task, task_named
 from vera_jax.train.optim import optimiser, rates_of
 from vera_jax.train.runtime import Background, compiler_options

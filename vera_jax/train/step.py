@@ -17,7 +17,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import DictKey
-from jaxtyping import Float, Int, PRNGKeyArray
+from jaxtyping import Float, Int, Key, PRNGKeyArray
 
 from vera_jax.adapters.apply import KEYS, PENALTIES
 from vera_jax.adapters.labels import join
@@ -159,8 +159,8 @@ def train_step(
   state: State,
   frozen: Frozen,
   microbatches: Sequence[Batch],
-  key: PRNGKeyArray,
-  rates: Mapping[str, Float[Array, ""]],
+  key: Key[Array, "*runs"],
+  rates: Mapping[str, Float[Array, "*runs"]],
   *,
   start: Callable[..., Sums] = no_sums,
   accumulate: Callable[..., Sums],
@@ -241,7 +241,7 @@ class Step:
     state: State,
     frozen: Frozen,
     microbatches: Sequence[Batch],
-    key: PRNGKeyArray,
+    key: Key[Array, "*runs"],
     rates: Mapping[str, Array],
   ) -> tuple[State, dict[str, Array]]:
     return train_step(state, frozen, microbatches, key, rates, **self._parts)
@@ -280,7 +280,7 @@ def state_shape(
     sharding = leaves.get(names[1:], everywhere)
     return jax.ShapeDtypeStruct(slot.shape, slot.dtype, sharding=sharding)
 
-  step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
   params = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=leaf.sharding

@@ -15,8 +15,8 @@ from vera_jax.adapters.methods import METHODS
 from vera_jax.adapters.projections import digest
 from vera_jax.errors import UserError
 from vera_jax.models.bert import BertClassifier
+from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.models.hf_weights import load_params
-from vera_jax.models.pretrained import load_classifier, restore_adapter
 
 IDS = np.array([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]], np.int32)
 

@@ -1,24 +1,184 @@
-"""Runs that train together: each is the run alone, whatever befalls others."""
+"""Runs that train together: each is the run alone, whatever befalls others.
+
+First what the step of several costs, then whole runs.
+"""
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
-from vera_jax.train.group import titles
 
-from vera_jax import group_key, train_members
+from tests.train.conftest import here, outputs, random_model, tiny_blueprint
+from vera_jax import group_key, train_ensemble
 from vera_jax.adapters.norms import norms_beside
 from vera_jax.errors import UserError
-from vera_jax.train import loop
+from vera_jax.models.pretrained import abstract_model
+from vera_jax.tasks.classification import loss
+from vera_jax.train import ensemble, loop
 from vera_jax.train.loop import train_and_evaluate
+from vera_jax.train.optim import optimiser
 from vera_jax.train.preemption import Interrupted
+from vera_jax.train.sharding import behind_runs, make_mesh
+from vera_jax.train.step import (
+  Frozen,
+  State,
+  Step,
+  accumulate,
+  no_sums,
+  state_shape,
+)
 
-# What a member may have its own: seed, both rates, weight decay, d_init.
+RATES = {"adapter_lr": 0.01, "head_lr": 0.02, "weight_decay": 0.1}
+
+
+def shapes(tree, *front):
+  """Of arrays that have these axes in front."""
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct((*front, *leaf.shape), leaf.dtype), tree
+  )
+
+
+def batch_shapes(plan, rows, length, slots, *front):
+  """A packed microbatch's, by name."""
+  batch = plan.family.inputs(rows, length, slots)
+  batch["labels"] = jax.ShapeDtypeStruct((rows, slots), jnp.int32)
+  batch["weights"] = jax.ShapeDtypeStruct((rows, slots), jnp.float32)
+  return shapes(batch, *front)
+
+
+# MiniLM's widths. No array is made of them.
+MINILM = {
+  "vocab_size": 30522,
+  "hidden_size": 384,
+  "num_hidden_layers": 6,
+  "num_attention_heads": 12,
+  "intermediate_size": 1536,
+  "max_position_embeddings": 512,
+}
+
+
+def test_eight_runs_need_the_base_once():
+  """Peak memory: the base, and eight times a run's own and a tenth at most."""
+  mesh = make_mesh(over=jax.devices()[:1])
+  model = abstract_model(tiny_blueprint("vera", **MINILM), mesh=mesh)
+  frozen = Frozen(model.frozen, model.projections)
+  make = partial(optimiser, model.labels, steps=10)
+  alone = state_shape(model, make(**RATES), mesh)
+
+  def peak_bytes(*runs):
+    """What XLA has of arguments, results and temporaries at once."""
+    state = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        (*runs, *leaf.shape),
+        leaf.dtype,
+        sharding=behind_runs(leaf.sharding) if runs else leaf.sharding,
+      ),
+      alone,
+    )
+    step = Step(
+      state,
+      outputs=outputs(model),
+      loss=loss,
+      optimiser=make,
+      runs=runs[0] if runs else None,
+    )
+    batch = batch_shapes(model.blueprint, 4, 64, 4, *runs)
+    key = shapes(jax.eval_shape(lambda: jax.random.key(0)), *runs)
+    memory = step.lower(frozen, batch, key).compile().memory_analysis()
+    assert memory.alias_size_in_bytes > 0  # the sums are donated
+    return (
+      memory.argument_size_in_bytes
+      + memory.temp_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+    )
+
+  base = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
+  one, eight = peak_bytes(), peak_bytes(8)
+  assert base < one < eight
+  assert eight <= base + 8 * (one - base) * 1.1
+
+
+def shapes_in(jaxpr):
+  """Of every value, in the bodies of loops and calls too."""
+  for equation in jaxpr.eqns:
+    yield from (tuple(v.aval.shape) for v in equation.outvars)
+    for inner in jaxprs_in_params(equation.params):
+      yield from shapes_in(inner)
+
+
+@pytest.mark.smoke
+def test_no_frozen_leaf_gets_an_axis_of_runs():
+  """A number of runs that is found nowhere else: no copy for each of seven."""
+  runs, sizes = 7, {"vocab_size": 60, "intermediate_size": 48}
+  model = random_model("vera", **sizes)
+  state = State(jnp.int32(0), model.trainable, ())
+  frozen = Frozen(model.frozen, model.projections)
+  step = jax.vmap(
+    partial(accumulate, outputs=outputs(model), loss=loss),
+    in_axes=(0, 0, None, 0, 0),
+  )
+  seen = set(
+    shapes_in(
+      jax.make_jaxpr(step)(
+        shapes(no_sums(model.trainable), runs),
+        shapes(state, runs),
+        frozen,
+        batch_shapes(model.blueprint, 5, 20, 3, runs),
+        shapes(jax.random.key(0), runs),
+      ).jaxpr
+    )
+  )
+  assert (runs, 8) in seen  # d of a layer, for each
+  # The shapes that only frozen leaves have, of a whole stack and of a layer.
+  own = set(sizes.values())
+  leaves = {leaf.shape for leaf in jax.tree.leaves(frozen.params)}
+  wide = {shape for shape in leaves if len(shape) > 1 and own & {*shape[-2:]}}
+  assert len(wide) >= 3
+  for shape in wide | {shape[-2:] for shape in wide}:
+    for at in range(len(shape) + 1):
+      assert (*shape[:at], runs, *shape[at:]) not in seen, shape
+
+
+def test_empty_rows_change_nothing_under_dropout():
+  """As packing leaves them where another run needs more rows: each row keeps
+  its dropout mask, so loss and gradient are the same to float rounding."""
+  model = random_model("vera", dropout=0.3)
+  rng = np.random.default_rng(0)
+  batch = {
+    name: np.ones(leaf.shape, np.int32)
+    for name, leaf in batch_shapes(model.blueprint, 3, 8, 1).items()
+  }
+  batch["input_ids"] = rng.integers(0, 24, (3, 8)).astype(np.int32)
+  batch["positions"] = np.tile(np.arange(8, dtype=np.int32), (3, 1))
+  batch["cls_positions"] = np.zeros((3, 1), np.int32)
+  batch["weights"] = np.ones((3, 1), np.float32)
+  padded = {name: np.pad(x, ((0, 5), (0, 0))) for name, x in batch.items()}
+  add = jax.jit(partial(accumulate, outputs=outputs(model), loss=loss))
+  state = State(jnp.int32(0), model.trainable, ())
+  frozen = Frozen(model.frozen, model.projections)
+
+  def summed(batch, key=1):
+    sums = no_sums(model.trainable)
+    return add(sums, state, frozen, here(batch), jax.random.key(key))
+
+  want, got = summed(batch), summed(padded)
+  assert got.examples == want.examples == 3
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  assert abs(summed(batch, key=2).loss - want.loss) > 1e-3  # dropout is on
+
+
+# What a run may have its own: seed, both rates, weight decay, d_init.
 OTHER = {
   "seed": 1,
   "optim__adapter_lr": 0.01,
@@ -31,20 +191,20 @@ OTHER = {
 ATOL = 2e-6
 
 
-class Group(NamedTuple):
+class Together(NamedTuple):
   configs: list[ConfigDict]
   folders: list[Path]
   results: list[dict]
 
 
-def train(configs, folder) -> Group:
+def train(configs, folder) -> Together:
   folders = [folder / str(i) for i in range(len(configs))]
-  return Group(configs, folders, train_members(configs, folders))
+  return Together(configs, folders, train_ensemble(configs, folders))
 
 
 @pytest.fixture(scope="session")
-def together(tiny_config, tmp_path_factory) -> Group:
-  """Three members, three epochs, left alone. Look, don't touch."""
+def together(tiny_config, tmp_path_factory) -> Together:
+  """Three runs, three epochs, left alone. Look, don't touch."""
   configs = [tiny_config(), tiny_config(**OTHER), tiny_config(seed=2)]
   return train(configs, tmp_path_factory.mktemp("together"))
 
@@ -86,43 +246,49 @@ def assert_same_bits(folder, other):
   assert result_of(folder) == result_of(other)
 
 
-def test_a_member_is_the_run_alone(together, finished):
+def test_each_is_the_run_alone(together, finished, tmp_path):
+  """The one with settings of its own too."""
   assert_alike(together.folders[0], finished.folder)
   assert together.results[0]["members"] == 3
   assert finished.result["members"] == 1
   names = {path.name for path in finished.folder.iterdir()}
   for folder in together.folders:
     assert {path.name for path in folder.iterdir()} == names
-
-
-def test_one_with_settings_of_its_own_too(together, tmp_path):
   train_and_evaluate(together.configs[1], tmp_path)
   assert_alike(together.folders[1], tmp_path)
   first = [curve(folder)[0] for folder in together.folders]
   assert len(set(first)) == 3  # seeds and d_init differ from the first step
 
 
-def test_members_on_a_mesh_of_all_axes(tiny_config, tmp_path):
-  """Stacked leaves and slots keep the base's shards; here all are trained."""
-  settings = {"method": "full", "optim__epochs": 1}
+def test_runs_on_a_mesh_of_all_axes(tiny_config, quiet_model, tmp_path):
+  """Stacked leaves and slots keep the base's shards; here all are trained.
+
+  Without dropout, whose masks depend on the mesh.
+  """
+  settings = {
+    "method": "full",
+    "optim__epochs": 1,
+    "model__name": str(quiet_model),
+  }
   mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
   both = [tiny_config(**settings, **mesh, seed=seed) for seed in (0, 1)]
-  group = train(both, tmp_path)
+  found = train(both, tmp_path)
   alone = tmp_path / "alone"
   train_and_evaluate(tiny_config(**settings, seed=1), alone)
   np.testing.assert_allclose(
-    curve(group.folders[1]), curve(alone), rtol=0, atol=1e-5
+    curve(found.folders[1]), curve(alone), rtol=0, atol=1e-5
   )
 
 
-def test_finished_members_are_only_reported(together, monkeypatch):
-  monkeypatch.setattr(loop, "build_run", None)
+def test_finished_runs_are_only_reported(together, monkeypatch):
+  monkeypatch.setattr(ensemble, "build_setup", None)
+  monkeypatch.setattr(loop, "build_setup", None)
   configs, folders, results = together
-  assert train_members(configs, folders) == results
+  assert train_ensemble(configs, folders) == results
   assert train_and_evaluate(configs[2], folders[2]) == results[2]
 
 
-def test_a_group_killed_between_two_saves_goes_on_to_the_same_bits(
+def test_killed_between_two_saves_they_go_on_to_the_same_bits(
   together, stop_at, tmp_path, monkeypatch
 ):
   """Those that are a save ahead go back to where all can stand."""
@@ -137,10 +303,8 @@ def test_a_group_killed_between_two_saves_goes_on_to_the_same_bits(
     assert_same_bits(folder, whole)
 
 
-def test_a_member_goes_on_alone(
-  together, finished, stop_at, tmp_path, monkeypatch
-):
-  stop_at(14)
+def test_one_goes_on_alone(together, finished, stop_at, tmp_path, monkeypatch):
+  stop_at(24)
   with pytest.raises(Interrupted):
     train(together.configs, tmp_path)
   monkeypatch.undo()
@@ -157,17 +321,15 @@ def broken(config):
   return config
 
 
-@pytest.mark.parametrize("step", [None, 14])
-def test_a_members_nan_is_its_own(
-  step, together, stop_at, tmp_path, monkeypatch, capsys
+def test_a_runs_nan_is_its_own(
+  together, stop_at, tmp_path, monkeypatch, capsys
 ):
-  """`step`: with an interruption after the failure."""
+  """With an interruption after the failure."""
   configs = [*together.configs[:2], broken(together.configs[2])]
-  if step:
-    stop_at(step)
-    with pytest.raises(Interrupted):
-      train(configs, tmp_path)
-    monkeypatch.undo()
+  stop_at(14)
+  with pytest.raises(Interrupted):
+    train(configs, tmp_path)
+  monkeypatch.undo()
   again = train(configs, tmp_path)
   for folder, whole in zip(again.folders[:2], together.folders, strict=False):
     assert_same_bits(folder, whole)
@@ -192,7 +354,7 @@ def test_all_may_fail(tiny_config, tmp_path):
 def test_each_stops_early_by_itself(
   tiny_config, stop_at, tmp_path, monkeypatch
 ):
-  """One that learns nothing stops; the other's program shrinks then.
+  """One that learns nothing stops, and its slot stays, computed and ignored.
 
   The score is a correlation, which the other raises in its second epoch.
   """
@@ -205,15 +367,15 @@ def test_each_stops_early_by_itself(
   whole = train(configs, tmp_path / "whole")
   stopped, other = whole.results
   assert stopped["stopped_early"] and len(stopped["history"]) == 3
-  assert stopped["best"]["epoch"] == 1 and stopped["members"] == 2
+  assert stopped["best"]["epoch"] == 1
   assert not other["stopped_early"] and len(other["history"]) == 4
-  assert other["best"]["epoch"] == 2 and other["members"] == 1
+  assert other["best"]["epoch"] == 2
+  assert stopped["members"] == other["members"] == 2
   train_and_evaluate(configs[0], tmp_path / "alone")
   assert_alike(whole.folders[0], tmp_path / "alone")
   stop_at(35)
   with pytest.raises(Interrupted):
     train(configs, tmp_path / "again")
-  assert (tmp_path / "again" / "0" / "result.json").exists()
   monkeypatch.undo()
   again = train(configs, tmp_path / "again")
   for folder, same in zip(again.folders, whole.folders, strict=True):
@@ -246,7 +408,7 @@ def test_runs_that_fit_together_have_one_key(tiny_config):
     ({"vera__rank": 4, "seed": 1}, "vera.rank. Runs .* may differ in .*seed"),
     ({"vera__projection_seed": 1}, "vera.projection_seed"),
     ({"optim__epochs": 2, "task": "cola"}, "optim.epochs, task"),
-    ({}, "Two members are the same run"),
+    ({}, "Two runs of the ensemble are the same"),
   ],
 )
 def test_what_does_not_fit_is_refused_by_name(
@@ -257,7 +419,8 @@ def test_what_does_not_fit_is_refused_by_name(
   assert not list(tmp_path.iterdir())
 
 
-def test_a_members_name_is_what_differs(tiny_config):
+def test_a_runs_title_is_what_differs(tiny_config):
+  titles = ensemble._titles
   assert titles([tiny_config(seed=3)]) == ["seed 3"]
   assert titles([tiny_config(seed=s) for s in (0, 1)]) == ["seed 0", "seed 1"]
   two = [tiny_config(), tiny_config(seed=1, optim__head_lr=None)]
@@ -267,7 +430,7 @@ def test_a_members_name_is_what_differs(tiny_config):
 def test_a_folder_for_each(tiny_config, tmp_path):
   configs = [tiny_config(), tiny_config(seed=1)]
   with pytest.raises(UserError, match="workdir of its own"):
-    train_members(configs, [tmp_path, tmp_path])
+    train_ensemble(configs, [tmp_path, tmp_path])
 
 
 def test_the_norms_in_a_result_are_those_of_its_adapter(together):
