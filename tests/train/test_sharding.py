@@ -204,7 +204,8 @@ def test_a_step_is_the_same_on_every_mesh(method, sizes):
     np.testing.assert_allclose(
       leaf, want[path], atol=1e-5, err_msg="/".join(path)
     )
-    assert np.abs(leaf - np.asarray(before[path])).max() > 0
+    if path[-2:] != ("key", "bias"):  # softmax cancels it
+      assert np.abs(leaf - np.asarray(before[path])).max() > 0
   for old, new in zip(*map(jax.tree.leaves, (shape, after)), strict=True):
     assert old.sharding.is_equivalent_to(new.sharding, new.ndim), new.shape
 
