@@ -54,8 +54,9 @@ TEXTS = [
 def bank(random_adapter):
   saved = load_adapter(random_adapter(task="sst2"))
   bank = AdapterBank(dict.fromkeys(NAMES, saved), capacity=5)
+  rng = np.random.default_rng(1)
   bank.params = jax.tree.map(
-    lambda x: x + 0.2 * RNG.standard_normal(x.shape).astype(np.float32),
+    lambda x: x + 0.2 * rng.standard_normal(x.shape).astype(np.float32),
     bank.params,
   )
   return bank
@@ -117,7 +118,8 @@ def test_no_kernel_gets_an_axis_of_rows(scan):
 
 LABELS = np.arange(len(TEXTS), dtype=np.int32) % 2
 KEY = jax.random.key(3)
-TX = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.02))
+# The large eps: Adam would make the rounding of a gradient near 0 a whole step.
+TX = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.02, eps=1e-3))
 LAYOUT = Layout((12,), 32, 8)  # one shape, alone and mixed
 STEPS = 3
 BATCHES = [np.arange(12) + 12 * step for step in range(STEPS)]
