@@ -156,7 +156,7 @@ def test_half_precision_computes_and_trains_in_float32(method):
 
 
 def test_the_parameter_tree():
-  """A seed and two vectors a layer; nothing else joins the parameters."""
+  """A seed and two vectors per layer; nothing else joins the parameters."""
   base = BertClassifier(TINY, 3)
   model = adapt(base, vera(4), targets=["query", "intermediate/dense"])
   shapes = jax.eval_shape(model.init, jax.random.key(0), IDS)

@@ -24,7 +24,7 @@ from vera_jax.train.step import outputs_of
 
 
 def tiny_blueprint(method, *, dropout=0.0, plan="auto", **fields) -> Blueprint:
-  """Three labels on a BERT of three layers, whose heads four devices divide."""
+  """Three labels on a BERT of three layers, whose heads two devices divide."""
   rates = dict.fromkeys(
     ("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout
   )
