@@ -123,8 +123,7 @@ def train(run: Any, setup: Setup, began: float) -> None:
         bar.log(f"first step done {seconds:.1f} s after the start")
 
       ends_epoch = done % setup.data.epoch_steps == 0
-      caught = stop.answer(asked)
-      if not (ends_epoch or caught or run.has_ended):
+      if not (ends_epoch or stop.answer(asked) or run.has_ended):
         continue
       read()
       if ends_epoch:
@@ -135,7 +134,7 @@ def train(run: Any, setup: Setup, began: float) -> None:
         bar.show_score(run.score_line)
         for line in run.epoch_lines:
           bar.log(line)
-      if caught is not None:
+      if caught := stop.answer(asked):
         raise Interrupted(
           f"Stopped by {caught.name}, saved at step {done} of {setup.steps}."
           " The same command goes on from there."
