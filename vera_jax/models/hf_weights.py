@@ -96,7 +96,7 @@ def load_params(
 ) -> Loaded:
   """Fills a tree of shapes from a checkpoint, one tensor in memory at a time.
 
-  `template` holds a `jax.ShapeDtypeStruct` a leaf: the "params" of an
+  `template` holds one `jax.ShapeDtypeStruct` per leaf: the "params" of an
   `eval_shape` of the model's init. Leaves come as numpy arrays of
   `param_dtype`, or of the template's own types when that is None.
   """
@@ -168,7 +168,7 @@ def to_hf(params: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
 def _tensor_names(
   path: tuple[str, ...], shape: Sequence[int], *, model_type: str = ""
 ) -> list[str]:
-  """The tensors of a leaf: one, or one a layer where layers are stacked."""
+  """The tensors of a leaf: one, or one per layer where layers are stacked."""
   if path[-1] not in LEAVES:
     raise ValueError(f"{'/'.join(path)} is no parameter of the model.")
   layers = range(shape[0]) if "layer" in path else [None]
