@@ -100,12 +100,12 @@ def load_params(
   `eval_shape` of the model's init. Leaves come as numpy arrays of
   `param_dtype`, or of the template's own types when that is None.
   """
-  names_here = family_of(read_fields(folder)).names
+  family_names = family_of(read_fields(folder)).names
   filled: dict[tuple[str, ...], np.ndarray] = {}
   missing: list[str] = []
   used: set[str] = set()
   with ExitStack() as stack:
-    sources = _open_sources(folder, names_here, stack)
+    sources = _open_sources(folder, family_names, stack)
     for path, leaf in flatten_dict(dict(template)).items():
       names = _tensor_names(path, leaf.shape)
       found = [sources[name] for name in names if name in sources]
@@ -119,9 +119,9 @@ def load_params(
         dtype = leaf.dtype if param_dtype is None else param_dtype
         filled[path] = _read_leaf(path, leaf.shape, found, dtype=dtype)
     rest = [s for s in sources.items() if s[1].name not in used]
-  dropped = [s.name for name, s in rest if name.startswith(names_here.unused)]
+  dropped = [s.name for name, s in rest if name.startswith(family_names.unused)]
   unexpected = [
-    s.name for name, s in rest if not name.startswith(names_here.unused)
+    s.name for name, s in rest if not name.startswith(family_names.unused)
   ]
   return Loaded(
     unflatten_dict(filled),
