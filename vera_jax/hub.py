@@ -1,13 +1,13 @@
 """The Hugging Face hub, asked no longer than a person waits."""
 
 import errno
-import importlib.util
 import logging
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from importlib import metadata
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from vera_jax.errors import UserError
@@ -66,24 +66,17 @@ def unreachable(name: str, error: Exception) -> UserError:
 def resolve(name_or_folder: str | Path) -> Path:
   """A local folder for a folder's path or for a model's id on the hub.
 
-  "package:NAME/path" is a folder inside an installed Python package. From the
-  hub come config, tokenizer files and safetensors only. When it can't be
+  "package:NAME/path" is a folder inside an installed Python package, by
+  `package_folder`. From the hub come config, tokenizer files and safetensors only. When it can't be
   reached, an earlier download serves; without one this ends in a UserError
   within `PATIENCE` seconds.
   """
   folder = Path(name_or_folder).expanduser()
-  if folder.is_dir():
+  if _is_folder(folder):
     return folder
   name = str(name_or_folder)
   if name.startswith(PACKAGE):
-    package, _, inside = name.removeprefix(PACKAGE).partition("/")
-    spec = importlib.util.find_spec(package)  # found, not imported
-    if spec is None or spec.origin is None:
-      raise UserError(
-        f"The Python package {package!r} (config.model.name) is not installed;"
-        " `make quickstart` installs the small encoder that comes in one."
-      )
-    return Path(spec.origin).parent / inside
+    return package_folder(name)
   if name.startswith(("/", ".", "~")) or name.count("/") > 1:
     raise UserError(f"There is no folder {name} (config.model.name).")
   from huggingface_hub import HfApi, snapshot_download
@@ -108,6 +101,42 @@ def resolve(name_or_folder: str | Path) -> Path:
   if not any(folder.glob("*.safetensors")):  # a download that broke off
     raise unreachable(name, refusal)
   return folder
+
+
+def package_folder(name: str) -> Path:
+  """The folder that "package:NAME/path" is, in an installed distribution.
+
+  Such a name may stand in a stranger's adapter.json. So it is looked up in the
+  lists of files that installers leave, and nothing is imported: finding a
+  module as `import` does runs the packages around it, also those that lie in
+  the current folder.
+
+  Raises:
+    UserError: no distribution has the package, or it has no such folder.
+  """
+  parts = PurePosixPath(name.removeprefix(PACKAGE)).parts
+  package = parts[0] if parts else ""
+  try:  # most have their distribution's name
+    found = [metadata.distribution(package)]
+  except (metadata.PackageNotFoundError, ValueError):
+    names = metadata.packages_distributions().get(package, [])
+    found = [metadata.distribution(distribution) for distribution in names]
+  if not found:
+    raise UserError(
+      f"The Python package {package!r} (config.model.name, or the base of an"
+      " adapter) is not installed; `make quickstart` installs the small encoder"
+      " that comes in one."
+    )
+  for distribution in found:
+    inside = (file.parts for file in distribution.files or ())
+    if ".." not in parts and any(x[: len(parts)] == parts for x in inside):
+      folder = Path(str(distribution.locate_file(PurePosixPath(*parts))))
+      if folder.is_dir():
+        return folder
+  raise UserError(
+    f"The Python package {package!r} is installed, but its list of files has no"
+    f" folder {'/'.join(parts)}. Name the folder itself."
+  )
 
 
 def retry_download(
@@ -147,6 +176,13 @@ def retry_download(
       log.warning("%s broke off (%s) and is begun again.", name, reason)
       time.sleep(PAUSE * 2 ** (attempt - 1))
   raise AssertionError("unreachable")
+
+
+def _is_folder(path: Path) -> bool:
+  try:
+    return path.is_dir()
+  except OSError:  # a name that is too long for a path
+    return False
 
 
 def _first_line(error: Exception) -> str:

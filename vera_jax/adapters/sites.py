@@ -27,6 +27,7 @@ from vera_jax.adapters.interface import (
 )
 from vera_jax.adapters.layers import flat_bias, flat_kernel, product_of
 from vera_jax.errors import UserError
+from vera_jax.patterns import find
 
 # Parts of fused kernels: layer pattern -> part's name -> (first, last) column.
 Fused = Mapping[str, Mapping[str, tuple[int, int]]]
@@ -35,7 +36,7 @@ Tree = Mapping[str, Any]
 
 def matches(pattern: str, path: Path) -> bool:
   """Whether the regular expression matches the path's last names in full."""
-  return bool(re.search(f"(?:^|/)(?:{pattern})$", "/".join(path)))
+  return bool(find(pattern, "/".join(path), form=r"(?:.*/)??(?:{})\Z"))
 
 
 def parts_of(path: Path, fused: Fused) -> Mapping[str, tuple[int, int]]:

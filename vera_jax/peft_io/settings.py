@@ -6,13 +6,13 @@ must be empty.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
+from vera_jax.patterns import find
 
 FILE = "adapter_config.json"
 METHODS = {"VERA": "vera", "LORA": "lora"}
@@ -193,21 +193,19 @@ def is_target(settings: PeftSettings, name: str) -> bool | None:
 
   def listed(entries: str | tuple[str, ...]) -> bool:
     if isinstance(entries, str):
-      return bool(re.fullmatch(entries, name))
+      return bool(find(entries, name))
     return any(name == e or name.endswith(f".{e}") for e in entries)
 
   try:
-    kept = rf"(?:^|.*\.)(?:{'|'.join(settings.modules_to_save)})(?:$|\..*)"
-    if settings.modules_to_save and re.match(kept, name):
+    whole = "|".join(settings.modules_to_save)
+    if whole and find(whole, name, form=r"(?:.*\.)?(?:{})(?:\Z|\.)"):
       return False
     if listed(settings.exclude) or not listed(targets or ()):
       return False
     if settings.layers is None or isinstance(targets, str) or name in targets:
       return True  # a whole name is taken whatever its layer's number
     stack = "|".join(settings.layers_pattern) or r"[^.]*"
-    found = re.match(rf"(?:^|.*?\.)(?:{stack})\.(\d+)\.", name)
-    return found is not None and int(found[1]) in settings.layers
-  except re.error as error:
-    raise UserError(
-      f"{FILE} has no proper regular expression: {error}."
-    ) from error
+    found = find(stack, name, form=r"(?:.*?\.)?(?:{})\.(?P<layer>\d+)\.")
+    return found is not None and int(found["layer"]) in settings.layers
+  except UserError as error:
+    raise UserError(f"{FILE}: {error}") from error
