@@ -26,7 +26,10 @@ from absl import flags
 from experiments import cli
 from vera_jax.errors import UserError
 
-ADAPTER = flags.DEFINE_string("adapter", None, "An adapter's folder.")
+ENDINGS = {"": "tsv", ".tsv": "tsv", ".txt": "tsv", ".jsonl": "jsonl"}
+ADAPTER = flags.DEFINE_string(
+  "adapter", None, "An adapter: a folder, or a hub id (owner/name[@revision])."
+)
 MODEL = flags.DEFINE_string(
   "model", None, "A whole classifier's folder, such as a merged one."
 )
@@ -35,7 +38,7 @@ BASE = flags.DEFINE_string(
 )
 INPUT = flags.DEFINE_string("input", None, "A .tsv or .jsonl file, or -.")
 INPUT_FORMAT = flags.DEFINE_enum(
-  "input_format", None, ["tsv", "jsonl"], "Unset: by the name; tsv for -."
+  "input_format", None, ["tsv", "jsonl"], "Unset: by the ending; tsv for -."
 )
 FORMAT = flags.DEFINE_enum("format", "tsv", ["tsv", "jsonl"], "Of the output.")
 MAX_LENGTH = flags.DEFINE_integer(
@@ -49,6 +52,7 @@ LINES = flags.DEFINE_integer(
 def main() -> None:
   if not INPUT.value or bool(ADAPTER.value) == bool(MODEL.value):
     raise UserError("Give --input=FILE and either --adapter=DIR or --model=DIR")
+  form = input_format(INPUT.value, INPUT_FORMAT.value)
   # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.adapters.files import load_adapter
   from vera_jax.data.texts import read_lines
@@ -64,10 +68,9 @@ def main() -> None:
       classifier = restore_adapter(saved, BASE.value)
     predictor = Predictor(classifier, max_length=MAX_LENGTH.value)
     columns, labels = text_columns(classifier), classifier.labels
-    by_name = "jsonl" if INPUT.value.endswith(".jsonl") else "tsv"
     lines = read_lines(
       file,
-      format=INPUT_FORMAT.value or by_name,
+      format=form,
       columns=columns,
       count=len(columns[0]) if columns else None,
     )
@@ -85,6 +88,21 @@ def main() -> None:
     print(f"{cut} tokens.", file=sys.stderr)
   if bad:
     raise UserError(f"{bad} of {total} lines could not be used.")
+
+
+def input_format(name: str, given: str | None) -> str:
+  """How a file is read: as the flag says, or else by its name's ending.
+
+  Raises:
+    UserError: another format, whose header or quotes would be taken for text.
+  """
+  ending = Path(name).suffix.lower()
+  if given is None and ending not in ENDINGS:
+    raise UserError(
+      f"{name}: {ending} files are not read here, only .tsv and .jsonl. Convert"
+      " it, or say by --input_format that it is one of these all the same."
+    )
+  return given or ENDINGS[ending]
 
 
 @contextmanager

@@ -67,9 +67,9 @@ def resolve(name_or_folder: str | Path) -> Path:
   """A local folder for a folder's path or for a model's id on the hub.
 
   "package:NAME/path" is a folder inside an installed Python package, by
-  `package_folder`. From the hub come config, tokenizer files and safetensors only. When it can't be
-  reached, an earlier download serves; without one this ends in a UserError
-  within `PATIENCE` seconds.
+  `package_folder`. From the hub come config, tokenizer files and safetensors
+  only. When it can't be reached, an earlier download serves; without one this
+  ends in a UserError within `PATIENCE` seconds.
   """
   folder = Path(name_or_folder).expanduser()
   if _is_folder(folder):

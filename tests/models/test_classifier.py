@@ -129,6 +129,15 @@ def test_a_base_that_moved_can_be_named(tiny_model, random_adapter, tmp_path):
     ({}, {"init": "uniform"}, "come out different"),
     ({"projection_digest": "0" * 64}, {}, "not 000000000000"),
     ({"projection_prng": "rbg"}, {}, "generator 'rbg'"),
+    ({}, {"projection_seed": 10**30}, "no usable projection_seed=1000000"),
+    ({}, {"projection_seed": -(2**31) - 1}, "must fit 32 bits"),
+    ({}, {"rank": 10**30}, "no usable rank=1000000"),
+    ({}, {"d_init": float("inf")}, "no usable d_init=inf"),
+    ({"method": "lora"}, {"alpha": float("nan")}, "no usable alpha=nan"),
+    ({"method": "lora"}, {"alpha": 10**400}, "no usable alpha=1000000"),
+    ({}, {"targets": ["((.|[a-z/_])+)+[QX]"]}, "takes too long|no layer"),
+    ({}, {"targets": ["que("]}, "no proper regular expression"),
+    ({"base": "package:no_package.sub/model"}, {}, "is not installed"),
   ],
 )
 def test_what_differs_is_named(about, settings, words, random_adapter):

@@ -99,6 +99,20 @@ def test_weights_too_large_for_the_type_are_refused(random_adapter, tmp_path):
     write_merged(adapted, tmp_path / "out", dtype="float16")
 
 
+def test_weights_that_are_no_numbers_are_refused(random_adapter, tmp_path):
+  adapted = restored(random_adapter())
+  query = adapted.params["encoder"]["layer"]["attention"]["self"]["query"]
+  query["vera_b"] = jnp.full_like(query["vera_b"], 3e38)
+  with pytest.raises(UserError, match="merged .*query.* are not finite"):
+    write_merged(adapted, tmp_path / "out")
+  adapted = restored(random_adapter("head"))
+  bias = adapted.params["classifier"]["bias"]
+  adapted.params["classifier"]["bias"] = jnp.full_like(bias, jnp.inf)
+  with pytest.raises(UserError, match="merged .*classifier.* are not finite"):
+    write_merged(adapted, tmp_path / "out")
+  assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_written_over(random_adapter, tmp_path):
   adapted = restored(random_adapter("head"))
   (tmp_path / "note").write_text("mine")

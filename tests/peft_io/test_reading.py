@@ -1,5 +1,8 @@
 """From PEFT's folder to ours, without PEFT: names, values, each refusal."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -104,6 +107,17 @@ def test_layers_left_out_get_nothing_added(carry):
   assert not tensors[f"encoder.layer.0.{WIDE}.vera_b"].any()
   assert (tensors[f"encoder.layer.0.{WIDE}.vera_d"] == np.float32(0.1)).all()
   assert about["parameters"]["adapter"] == 2 * (2 * RANK + 16 + 32)
+
+
+def test_labels_are_in_the_order_of_their_ids(tiny_model, tmp_path):
+  base = shutil.copytree(tiny_model, tmp_path / "base")
+  fields = json.loads((base / "config.json").read_text())
+  fields["id2label"] = {"1": "yes", "0": "no"}
+  (base / "config.json").write_text(json.dumps(fields))
+  theirs = write(tmp_path / "theirs", vectors() | pair(), VERA)
+  about = import_adapter(theirs, tmp_path / "ours", base=str(base))
+  assert about["labels"] == ["no", "yes"] and about["max_length"] is None
+  assert load_adapter(tmp_path / "ours").about["labels"] == ["no", "yes"]
 
 
 @pytest.mark.parametrize("rslora, alpha", [(False, 6.0), (True, 12.0)])

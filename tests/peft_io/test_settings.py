@@ -26,9 +26,15 @@ REFUSED = [
   ({"layers_to_transform": [0]}, "leaves out bert.encoder.layer.1"),
   ({"target_modules": ["key", "query", WIDE]}, "self.key"),
   ({"target_modules": "*query"}, "regular expression"),
+  ({"target_modules": "((.|[a-z.])+)+[QX]"}, "takes too long"),
+  ({"d_initial": float("nan")}, "d_initial=nan"),
+  ({"r": 10**30}, "r=1000000"),
+  ({"projection_prng_key": float("inf")}, "unusable value"),
   ({"target_modules": 3}, "unusable value"),
 ]
 REFUSED_LORA = [
+  ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
+  ({"lora_alpha": 1e30}, "lora_alpha=1e+30"),
   ({"use_dora": True}, "use_dora=True: DoRA"),
   ({"lora_bias": True}, "lora_bias=True"),
   ({"rank_pattern": {"query": 8}}, "rank_pattern"),

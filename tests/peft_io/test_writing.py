@@ -59,7 +59,7 @@ def test_there_and_back(export, tmp_path, init):
   assert warnings == ([] if init == "peft" else [WARNING])
   import_adapter(tmp_path / "theirs", tmp_path / "back")
   back = load_adapter(tmp_path / "back").about
-  assert saved.about.items() <= (back | {"max_length": 16}).items()
+  assert saved.about.items() <= back.items()  # max_length among them
   one, two = (
     (folder / "adapter.safetensors").read_bytes()
     for folder in (saved.folder, tmp_path / "back")

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from vera_jax.adapters.methods import LARGEST
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json
 from vera_jax.models.hf_weights import module_name
@@ -39,6 +40,7 @@ NEEDED: dict[str, tuple[type, ...]] = {
   "projection_prng": (str,),
   "projection_digest": (str, type(None)),
 }
+SHORTEST = 3  # tokens of a text: the least word, and one before and behind it
 Tensors = dict[str, np.ndarray]
 # Names of one layer's tensor and of several layers' (from 0 to 23).
 ONE = re.compile(r"(.*?\.)(\d+)(\..+)")
@@ -153,6 +155,19 @@ def save_adapter(
     raise UserError(f"{folder} can't be written: {error.strerror}.") from error
 
 
+def check_length(length: Any) -> None:
+  """Raises a UserError for a max_length that no text fits.
+
+  None, in an adapter that PEFT wrote, is for as long as the model has room.
+  """
+  whole = isinstance(length, int) and not isinstance(length, bool)
+  if length is not None and not (whole and length >= SHORTEST):
+    raise UserError(
+      f"max_length is {length!r}; it must be a number of tokens, {SHORTEST} or"
+      " more."
+    )
+
+
 def load_adapter(folder: str | Path) -> SavedAdapter:
   """Read an adapter's folder; `classifier.restore_adapter` puts it on a base.
 
@@ -176,6 +191,10 @@ def load_adapter(folder: str | Path) -> SavedAdapter:
   ]
   if lacking:
     raise UserError(f"{folder / ABOUT} has no usable {', '.join(lacking)}.")
+  try:
+    check_length(about.get("max_length"))
+  except UserError as error:
+    raise UserError(f"{folder / ABOUT}: {error}") from error
 
   file = folder / TENSORS
   try:
@@ -202,11 +221,11 @@ def load_adapter(folder: str | Path) -> SavedAdapter:
     name
     for name, value in found.items()
     if not np.issubdtype(value.dtype, np.floating)
-    or not np.isfinite(value).all()
+    or not (abs(value) <= LARGEST).all()  # which NaN is not
   ]
   if wrong:
     raise UserError(
       f"{file}: {', '.join(wrong[:3])} holds values that are not finite"
-      " numbers."
+      f" numbers, or are beyond {LARGEST:.0e}, where products overflow."
     )
   return SavedAdapter(about, found, folder)

@@ -13,6 +13,10 @@ from vera_jax.adapters.lora import lora
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 
+# Settings and trained numbers beyond it are a mistake or damage: float32 ends
+# near 3e38, and norms square what a product of d, b, A, B and x gives.
+LARGEST = 1e9
+
 
 class Method(NamedTuple):
   """A line of the table.
@@ -106,4 +110,8 @@ def make_adapter(
 
 def _fits(value: Any, kind: type) -> bool:
   allowed = (int, float) if kind is float else kind
-  return isinstance(value, allowed) and not isinstance(value, bool)
+  if not isinstance(value, allowed) or isinstance(value, bool):
+    return False
+  if isinstance(value, int | float):  # NaN is not within a limit either
+    return abs(value) <= (2**32 - 1 if kind is int else LARGEST)
+  return True

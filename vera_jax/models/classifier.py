@@ -25,7 +25,7 @@ from vera_jax.adapters.projections import PRNG, digest
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.hub import resolve
-from vera_jax.models.family import Family, read_fields
+from vera_jax.models.family import Family, label_names, read_fields
 from vera_jax.models.hf_weights import fingerprint, load_params, refuse_gaps
 from vera_jax.models.pretrained import Flat, blueprint
 
@@ -173,14 +173,9 @@ def load_classifier(
   """
   folder = resolve(name)
   fields = read_fields(folder)
-  try:
-    count = int(fields.get("num_labels", 2))
-    names = fields.get("id2label") or {i: f"LABEL_{i}" for i in range(count)}
-    ordered = sorted((int(key), str(value)) for key, value in names.items())
-  except (AttributeError, TypeError, ValueError) as error:
-    raise UserError(f"{folder / 'config.json'}: no usable id2label.") from error
-  regression = len(ordered) == 1 or fields.get("problem_type") == "regression"
-  made = blueprint(fields, outputs=len(ordered), dtype=dtype, scan=scan)
+  names = label_names(fields)
+  regression = len(names) == 1 or fields.get("problem_type") == "regression"
+  made = blueprint(fields, outputs=len(names), dtype=dtype, scan=scan)
   loaded = load_params(folder, unflatten_dict(made.shapes))
   if loaded.missing:
     raise UserError(
@@ -194,7 +189,7 @@ def load_classifier(
     made.family,
     made.config,
     folder,
-    () if regression else tuple(value for _, value in ordered),
+    () if regression else tuple(names),
     read_json(merged) if merged.exists() else {},
     made.adapter,
     {},

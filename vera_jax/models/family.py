@@ -90,6 +90,23 @@ def read_fields(folder: Path) -> dict[str, Any]:
   return read_json(folder / "config.json", hint=hint)
 
 
+def label_names(fields: Mapping[str, Any]) -> list[str]:
+  """The labels of a config.json in the order of the logits, which is by id.
+
+  Without names they are LABEL_0, LABEL_1 and so on, as transformers has them.
+
+  Raises:
+    UserError: ids that are no numbers.
+  """
+  try:
+    count = int(fields.get("num_labels", 2))
+    names = fields.get("id2label") or {i: f"LABEL_{i}" for i in range(count)}
+    ordered = sorted((int(key), str(value)) for key, value in names.items())
+  except (AttributeError, TypeError, ValueError) as error:
+    raise UserError("config.json: no usable id2label.") from error
+  return [name for _, name in ordered]
+
+
 def load_config(folder: Path) -> Any:
   """A folder's config.json as its family's dataclass."""
   fields = read_fields(folder)

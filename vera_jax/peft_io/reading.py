@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax import results
 from vera_jax.adapters.apply import leaf_shapes
-from vera_jax.adapters.files import STORED, save_adapter
+from vera_jax.adapters.files import STORED, check_length, save_adapter
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import HEAD
 from vera_jax.adapters.methods import METHODS
@@ -26,6 +26,7 @@ from vera_jax.adapters.projections import (
 )
 from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE
+from vera_jax.models.family import label_names
 from vera_jax.models.hf_weights import load_params
 from vera_jax.models.pretrained import Blueprint, blueprint
 from vera_jax.peft_io.base import Base, open_base, target_patterns
@@ -42,7 +43,15 @@ from vera_jax.peft_io.tensors import (
 from vera_jax.tasks.task import task_named
 
 # What adapter.json says of the run, and PEFT's own files don't.
-RUN = ("task", "seed", "labels", "score_name", "score", "versions")
+RUN = (
+  "task",
+  "seed",
+  "labels",
+  "score_name",
+  "score",
+  "max_length",
+  "versions",
+)
 HEAD_LEAVES = {"weight": "kernel", "bias": "bias"}
 Leaves = dict[TreePath, np.ndarray]
 
@@ -226,8 +235,8 @@ def _complete_head(head: Leaves, base: Base) -> tuple[Leaves, int, int]:
     base: of the adapter.
   """
   if not head:
-    names = base.fields.get("id2label") or (0, 1)
-    made = blueprint(base.fields, outputs=len(names), scan=False)
+    outputs = len(label_names(base.fields))
+    made = blueprint(base.fields, outputs=outputs, scan=False)
     own = {path: made.shapes[path] for path in _head_paths(made)}
     loaded = load_params(base.folder, unflatten_dict(own))
     if loaded.missing:
@@ -328,10 +337,11 @@ def _about_run(
     about |= {"task": task, "labels": list(named.labels)}
     about["score_name"] = named.score_name
   if not isinstance(about["labels"], list):
-    names = list((fields.get("id2label") or {}).values())
+    names = label_names(fields)
     if len(names) != outputs:
       names = [f"LABEL_{i}" for i in range(outputs)]
-    about["labels"] = [str(name) for name in names] if outputs > 1 else []
+    about["labels"] = names if outputs > 1 else []
+  check_length(about["max_length"])
   if (len(about["labels"]) or 1) != outputs:
     raise UserError(
       f"The head has {outputs} outputs, but the labels are"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vera_jax.adapters.methods import LARGEST
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.patterns import find
@@ -107,7 +108,7 @@ def read_settings(folder: Path) -> PeftSettings:
   fields = read_json(file)
   try:
     return _settings(fields)
-  except (TypeError, ValueError, AttributeError) as error:
+  except (TypeError, ValueError, AttributeError, OverflowError) as error:
     raise UserError(f"{file} has an unusable value: {error}") from error
   except UserError as error:
     raise UserError(f"{file}: {error}") from error
@@ -151,8 +152,14 @@ def _settings(fields: Mapping[str, Any]) -> PeftSettings:
     value = fields.get(field)
     return value if value is None or isinstance(value, str) else tuple(value)
 
+  def number(field: str, default: float) -> float:
+    value = float(fields.get(field, default))
+    if not abs(value) <= LARGEST:  # which NaN is not
+      raise UserError(f"{field}={value}: a usual, finite number is needed.")
+    return value
+
   rank = fields.get("r", 256 if method == "vera" else 8)  # PEFT's defaults
-  if not isinstance(rank, int) or rank < 1:
+  if not isinstance(rank, int) or not 1 <= rank <= LARGEST:
     raise UserError(f"r={rank!r}: it must be a whole number, at least 1.")
   layers = fields.get("layers_to_transform")
   layers = [layers] if isinstance(layers, int) else layers
@@ -169,12 +176,12 @@ def _settings(fields: Mapping[str, Any]) -> PeftSettings:
   )
   if method == "vera":
     return common._replace(
-      d_init=float(fields.get("d_initial", 0.1)),
+      d_init=number("d_initial", 0.1),
       key=int(fields.get("projection_prng_key") or 0) % 2**32,  # as torch does
       saved=bool(fields.get("save_projection", True)),
     )
   root = math.sqrt(rank) if fields.get("use_rslora") else 1.0
-  return common._replace(alpha=float(fields.get("lora_alpha", 8)) * root)
+  return common._replace(alpha=number("lora_alpha", 8) * root)
 
 
 def is_target(settings: PeftSettings, name: str) -> bool | None:

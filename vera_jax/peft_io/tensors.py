@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from vera_jax.adapters.methods import LARGEST
 from vera_jax.errors import UserError
 from vera_jax.models.hf_weights import FLOATS
 
@@ -60,11 +61,12 @@ def read_tensors(file: Path) -> tuple[Tensors, dict[str, Any]]:
       f"{file} is missing or no whole safetensors file ({error}); fetch or"
       " copy it again."
     ) from error
-  wrong = [name for name, x in tensors.items() if not np.isfinite(x).all()]
+  # a NaN is not within the limit either
+  wrong = [n for n, x in tensors.items() if not (abs(x) <= LARGEST).all()]
   if wrong:
     raise UserError(
       f"{file}: {', '.join(wrong[:3])} holds values that are not finite"
-      " numbers."
+      f" numbers, or are beyond {LARGEST:.0e}, where products overflow."
     )
   if metadata.get(SHA256) not in (None, checksum(tensors)):
     raise UserError(

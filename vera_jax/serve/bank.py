@@ -49,6 +49,8 @@ from vera_jax.serve.predictor import (
   Answer,
   Logits,
   answers,
+  check_finite,
+  check_texts,
   encode,
   packed_logits,
 )
@@ -200,6 +202,7 @@ class AdapterBank:
       first, second: as for `Predictor.logits`.
       adapters: a name for each text, or one for all.
     """
+    check_texts(first, second)
     names = [adapters] * len(first) if isinstance(adapters, str) else adapters
     slots = self.slots(names)
     if len(slots) != len(first):
@@ -225,7 +228,7 @@ class AdapterBank:
         outputs=self._plain.outputs,
         adapters=slots[mine],
       )
-    return out
+    return check_finite(out)
 
   def answers(
     self,
@@ -265,7 +268,8 @@ class AdapterBank:
 
   def _limit(self, name: str) -> int:
     own = self._adapters[name]
-    return min(self._max_length or own.max_length, own.room)
+    length = own.max_length if self._max_length is None else self._max_length
+    return min(length, own.room)
 
   def _prepare(self, leaves: Any) -> Any:
     """What the bank keeps of an adapter's leaves."""

@@ -44,7 +44,9 @@ class Predictor:
     """`max_length` is the most tokens of a text; None: as in training."""
     self.classifier = classifier
     self.tokenizer = load_tokenizer(classifier.folder)
-    self.max_length = min(max_length or classifier.max_length, classifier.room)
+    if max_length is None:
+      max_length = classifier.max_length
+    self.max_length = min(max_length, classifier.room)
     self.truncated = 0  # texts that were cut, so far
     self._apply = jax.jit(classifier.module.apply)
 
@@ -53,9 +55,22 @@ class Predictor:
   ) -> Logits:
     """The logits of every text, or pair of texts, in their order.
 
+    Args:
+      first: the texts; none give an array without rows.
+      second: the second text of each pair.
+
     Raises:
-      UserError: the tokenizer has words that the classifier lacks.
+      UserError: what was given is no list of texts, or two lists of different
+        lengths; the tokenizer has words that the classifier lacks; a logit is
+        not a finite number.
     """
+    return check_finite(self.any_logits(first, second))
+
+  def any_logits(
+    self, first: Sequence[str], second: Sequence[str] | None = None
+  ) -> Logits:
+    """`logits` that may be infinite or no numbers."""
+    check_texts(first, second)
     tokens = encode(
       self.classifier, self.tokenizer, first, second, limit=self.max_length
     )
@@ -97,6 +112,38 @@ def text_columns(classifier: Classifier) -> tuple[tuple[str, ...], ...]:
     return ()
 
 
+def check_texts(first: Any, second: Any = None) -> None:
+  """Raises a UserError unless each is a list of texts, both of one length."""
+  for texts in (first, second):
+    if texts is None:
+      continue
+    if isinstance(texts, str) or not hasattr(texts, "__len__"):
+      raise UserError(
+        "A list of texts is needed, also for one text: ['A fine film.']. Given"
+        f" was a {type(texts).__name__}."
+      )
+    for i, text in enumerate(texts):
+      if not isinstance(text, str):
+        raise UserError(f"Text {i} is {text!r}, a {type(text).__name__}.")
+  if second is not None and len(first) != len(second):
+    raise UserError(
+      f"There are {len(first)} first texts and {len(second)} second ones; each"
+      " pair has one of both."
+    )
+
+
+def check_finite(logits: Logits) -> Logits:
+  """The logits, or a UserError that names the texts of those not finite."""
+  wrong = np.flatnonzero(~np.isfinite(logits).all(-1)).tolist()
+  if wrong:
+    raise UserError(
+      f"The model's answer is not a finite number for {len(wrong)} of"
+      f" {len(logits)} texts, the first of them number {wrong[0]} (from 0): the"
+      " weights of base or adapter are too large for their type, or damaged."
+    )
+  return logits
+
+
 def encode(
   classifier: Classifier,
   tokenizer: Any,
@@ -108,8 +155,15 @@ def encode(
   """The tokens of texts, or pairs, cut at `limit`.
 
   Raises:
-    UserError: the tokenizer has words that the classifier lacks.
+    UserError: the limit has no room for a word, or the tokenizer has words that
+      the classifier lacks.
   """
+  special = tokenizer.num_special_tokens_to_add(pair=second is not None)
+  if limit <= special:
+    raise UserError(
+      f"max_length is {limit}, but {special} tokens of each text are the"
+      f" model's own marks: give {special + 1} or more."
+    )
   examples = Examples(
     list(first),
     None if second is None else list(second),
@@ -117,7 +171,7 @@ def encode(
     np.arange(len(first)),
   )
   tokens = tokenise(examples, tokenizer, limit, None)
-  highest, size = int(tokens.ids.max()), classifier.config.vocab_size
+  highest, size = int(tokens.ids.max(initial=0)), classifier.config.vocab_size
   if highest >= size:
     raise UserError(
       f"The tokenizer of {classifier.folder} gave the id {highest}, but"
@@ -144,6 +198,8 @@ def packed_logits(
   """
   if adapters is None:
     adapters = np.zeros(len(tokens), np.int64)
+  if not len(tokens):
+    return np.empty((0, outputs), np.float32)
   longest = int(tokens.lengths.max())
   length = max(SHORTEST, 1 << (longest - 1).bit_length())
   layout = Layout(ROWS, length, length // 4)
