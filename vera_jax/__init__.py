@@ -13,6 +13,7 @@ What a notebook needs:
   train_ensemble      several runs at once, on one base
   group_key           runs with equal keys can train so
   save_adapter, load_adapter   a trained adapter's folder, two small files
+  push_adapter        an adapter's folder to the Hugging Face hub
   restore_adapter     a loaded adapter on its base: a whole classifier
   load_classifier     a merged (or any other) classifier's folder
   write_merged        a classifier as a plain Hugging Face checkpoint
@@ -29,6 +30,7 @@ from vera_jax.adapters.labels import count, join, label_tree, split
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.merge import merge
 from vera_jax.adapters.projections import digest, make_pair
+from vera_jax.adapters.push import push_adapter
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import (
@@ -88,6 +90,7 @@ __all__ = [
   "lora",
   "make_pair",
   "merge",
+  "push_adapter",
   "restore_adapter",
   "save_adapter",
   "split",

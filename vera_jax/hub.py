@@ -4,7 +4,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -52,14 +52,19 @@ def call_error(call: Callable[[], Any], *, seconds: float) -> Exception | None:
   return outcome[0] if outcome else late
 
 
-def unreachable(name: str, error: Exception) -> UserError:
+ADVICE = (
+  "To work without the hub, set\n"
+  "  config.model.name   to a folder with config.json, the tokenizer's files"
+  " and model.safetensors\n"
+  "  config.data.source  to a folder with GLUE's files: train.tsv, dev.tsv"
+)
+
+
+def unreachable(name: str, error: Exception, advice: str = ADVICE) -> UserError:
   """The error that says what to do if the hub can't be asked for a name."""
   return UserError(
     f"The hub can't be reached for {name} ({_first_line(error)}), and no"
-    " earlier download is on this machine. To work without the hub, set\n"
-    "  config.model.name   to a folder with config.json, the tokenizer's files"
-    " and model.safetensors\n"
-    "  config.data.source  to a folder with GLUE's files: train.tsv, dev.tsv"
+    f" earlier download is on this machine. {advice}"
   )
 
 
@@ -79,27 +84,61 @@ def resolve(name_or_folder: str | Path) -> Path:
     return package_folder(name)
   if name.startswith(("/", ".", "~")) or name.count("/") > 1:
     raise UserError(f"There is no folder {name} (config.model.name).")
-  from huggingface_hub import HfApi, snapshot_download
-  from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+  return snapshot(
+    name,
+    files=FILES,
+    absent=f"The hub has no model {name!r} (or not for you), and there is no"
+    " folder of that name. config.model.name takes a hub id, or a folder with"
+    " config.json, the tokenizer's files and model.safetensors.",
+  )
 
-  fetch = partial(snapshot_download, name, allow_patterns=FILES)
+
+def snapshot(
+  name: str,
+  *,
+  files: Sequence[str],
+  absent: str,
+  advice: str = ADVICE,
+  revision: str | None = None,
+) -> Path:
+  """A folder with a repository's files, from the hub or an earlier download.
+
+  Args:
+    name: its id.
+    files: patterns of the files' names.
+    absent: what to say if the hub has no such repository or revision.
+    advice: what to do if the hub can't be reached.
+    revision: a branch, tag or commit; None for the newest.
+
+  Raises:
+    UserError: it isn't there, or the hub didn't answer within `PATIENCE`
+      seconds and no earlier download serves.
+  """
+  from huggingface_hub import HfApi, snapshot_download
+  from huggingface_hub.errors import (
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+  )
+
+  fetch = partial(
+    snapshot_download, name, allow_patterns=list(files), revision=revision
+  )
   # asked first, for a download alone would wait much longer for a silent hub
-  ask = partial(HfApi().model_info, name, timeout=PATIENCE / 3)
+  info = HfApi().model_info
+  ask = partial(info, name, revision=revision, timeout=PATIENCE / 3)
   refusal = call_error(ask, seconds=PATIENCE)
   if refusal is None:
     return Path(retry_download(fetch, name))
+  nowhere = RepositoryNotFoundError, RevisionNotFoundError, HFValidationError
   try:
     folder = Path(fetch(local_files_only=True))  # an earlier download
   except Exception as error:  # of whichever HTTP library the client uses
-    if isinstance(refusal, RepositoryNotFoundError | HFValidationError):
-      raise UserError(
-        f"The hub has no model {name!r} (or not for you), and there is no"
-        " folder of that name. config.model.name takes a hub id, or a folder"
-        " with config.json, the tokenizer's files and model.safetensors."
-      ) from error
-    raise unreachable(name, refusal) from error
+    if isinstance(refusal, nowhere):
+      raise UserError(absent) from error
+    raise unreachable(name, refusal, advice) from error
   if not any(folder.glob("*.safetensors")):  # a download that broke off
-    raise unreachable(name, refusal)
+    raise unreachable(name, refusal, advice)
   return folder
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from vera_jax.adapters.card import model_card
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import restore_adapter
@@ -123,6 +124,8 @@ def test_the_adapters_files_hold_the_best_epoch(finished, saved):
   assert about["score"] == best["score"]
   assert about["projection_digest"] == finished.result["projection_digest"]
   assert about["settings"]["rank"] == 8
+  assert about["data"] == finished.result["data"]
+  assert (folder / "README.md").read_text() == model_card(about)
 
 
 def test_a_restored_adapter_answers_as_the_run_did(finished):

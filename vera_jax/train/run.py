@@ -340,6 +340,7 @@ class Run:
         "projection_prng": PRNG,
         "base_fingerprint": fingerprint(setup.base),
         "max_length": config.data.max_length,
+        "data": setup.data.record(),
         "parameters": parameters,
         "versions": provenance["versions"],
       },
