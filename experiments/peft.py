@@ -27,6 +27,12 @@ AS = flags.DEFINE_enum(
 TASK = flags.DEFINE_string(
   "task", None, "import: the task's name, for the names of the labels."
 )
+MAX_LENGTH = flags.DEFINE_integer(
+  "max_length",
+  None,
+  "import: tokens that longer texts are cut at. Unset: as our own export knew"
+  " it, else the model's room, for PEFT's files do not say it.",
+)
 
 
 def main(words: list[str]) -> None:
@@ -43,7 +49,13 @@ def main(words: list[str]) -> None:
     ):
       print(f"Warning: {warning}", file=sys.stderr)
   else:
-    about = import_adapter(folder, out, base=BASE.value, task=TASK.value)
+    about = import_adapter(
+      folder,
+      out,
+      base=BASE.value,
+      task=TASK.value,
+      max_length=MAX_LENGTH.value,
+    )
     given, size = about["settings"], about["parameters"]["adapter"]
     text = f"{about['method']}, rank {given['rank']}, {size:,} numbers on "
     text += ", ".join(given["targets"])

@@ -103,7 +103,7 @@ def test_weights_that_are_no_numbers_are_refused(random_adapter, tmp_path):
   adapted = restored(random_adapter())
   query = adapted.params["encoder"]["layer"]["attention"]["self"]["query"]
   query["vera_b"] = jnp.full_like(query["vera_b"], 3e38)
-  with pytest.raises(UserError, match="merged .*query.* are not finite"):
+  with pytest.raises(UserError, match="not a finite number for"):
     write_merged(adapted, tmp_path / "out")
   adapted = restored(random_adapter("head"))
   bias = adapted.params["classifier"]["bias"]

@@ -115,9 +115,11 @@ def test_labels_are_in_the_order_of_their_ids(tiny_model, tmp_path):
   fields["id2label"] = {"1": "yes", "0": "no"}
   (base / "config.json").write_text(json.dumps(fields))
   theirs = write(tmp_path / "theirs", vectors() | pair(), VERA)
-  about = import_adapter(theirs, tmp_path / "ours", base=str(base))
-  assert about["labels"] == ["no", "yes"] and about["max_length"] is None
-  assert load_adapter(tmp_path / "ours").about["labels"] == ["no", "yes"]
+  for name, length in (("one", None), ("two", 9)):
+    out = tmp_path / name
+    import_adapter(theirs, out, base=str(base), max_length=length)
+    about = load_adapter(out).about
+    assert about["labels"] == ["no", "yes"] and about["max_length"] == length
 
 
 @pytest.mark.parametrize("rslora, alpha", [(False, 6.0), (True, 12.0)])
@@ -179,6 +181,7 @@ def test_files_refused(tiny_model, minilm_folder, tmp_path):
   fails("there already", theirs, out=tiny_model)
   fails("names no base model", theirs, base=None)
   fails("layer.2.*, or the base is another", theirs, base=minilm_folder)
+  fails("max_length is -5", theirs, max_length=-5)
   fails("has 2 outputs, but the labels are ent", theirs, task="mnli")
   file = theirs / "adapter_model.safetensors"
   whole = file.read_bytes()

@@ -57,7 +57,12 @@ Leaves = dict[TreePath, np.ndarray]
 
 
 def import_adapter(
-  folder: Path, out: Path, *, base: str | None = None, task: str | None = None
+  folder: Path,
+  out: Path,
+  *,
+  base: str | None = None,
+  task: str | None = None,
+  max_length: int | None = None,
 ) -> dict[str, Any]:
   """Write a PEFT adapter (VeRA or LoRA, of a classifier) as ours.
 
@@ -66,6 +71,8 @@ def import_adapter(
     out: the new folder.
     base: folder or hub id of the base; unset: the one that the config names.
     task: a task's name, for the names of labels and metric.
+    max_length: tokens that longer texts are cut at; unset: as our own export
+      knew it, and for PEFT's own files as many as the model has room for.
 
   Returns:
     What adapter.json holds.
@@ -155,8 +162,12 @@ def import_adapter(
     if init == STORED:
       leaves |= {("projections", name): matrix for name, matrix in pair.items()}
 
+  run = _about_run(exported, task, outputs=outputs, fields=network.fields)
+  if max_length is not None:
+    run["max_length"] = max_length
+  check_length(run["max_length"])
   about = {
-    **_about_run(exported, task, outputs=outputs, fields=network.fields),
+    **run,
     "base": name,
     "base_fingerprint": network.fingerprint,
     "parameters": parameters,
@@ -341,7 +352,6 @@ def _about_run(
     if len(names) != outputs:
       names = [f"LABEL_{i}" for i in range(outputs)]
     about["labels"] = names if outputs > 1 else []
-  check_length(about["max_length"])
   if (len(about["labels"]) or 1) != outputs:
     raise UserError(
       f"The head has {outputs} outputs, but the labels are"
