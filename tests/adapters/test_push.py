@@ -104,6 +104,7 @@ def test_the_card_is_made_from_the_result(random_adapter):
   for text in (
     "# vera adapter for sst2",
     "rank 8",
+    "targets (query, value)",
     f"| base | {about['base']} |",
     about["base_fingerprint"],
     about["projection_digest"],

@@ -144,6 +144,9 @@ def test_a_broken_merge_json_is_named(random_adapter, tmp_path):
   (tmp_path / "out/merge.json").write_text("{")
   with pytest.raises(UserError, match="merge.json can't be read"):
     load_classifier(tmp_path / "out")
+  (tmp_path / "out/merge.json").write_text('{"max_length": "5"}')
+  with pytest.raises(UserError, match="max_length is '5'"):
+    load_classifier(tmp_path / "out")
 
 
 def test_a_real_encoder(random_adapter, minilm_folder, tmp_path):

@@ -202,6 +202,8 @@ def test_another_base_or_alpha_is_named(bank, adapters, random_adapter):
   other = another(adapters["one"], 1, base_fingerprint="0" * 64)
   with pytest.raises(UserError, match=r"base \(fingerprint\): 0{12} there"):
     bank.add("four", other)
+  with pytest.raises(UserError, match="no usable rank=None"):
+    bank.add("four", another(adapters["one"], 1, settings={}))
   saved = load_adapter(random_adapter("lora", task="sst2"))
   louder = random_adapter("lora", task="sst2", alpha=8.0)
   with pytest.raises(UserError, match="alpha: 8.0 there, 4.0 in the bank"):

@@ -63,7 +63,13 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _each(values: Mapping[str, Any]) -> list[str]:
-  return [f"{name} {value}" for name, value in values.items()]
+  """Each name with its value; a list's entries (targets) between brackets."""
+  return [
+    f"{name} ({', '.join(map(str, value))})"
+    if isinstance(value, list | tuple)
+    else f"{name} {value}"
+    for name, value in values.items()
+  ]
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -15,7 +15,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from vera_jax.adapters.files import STORED, SavedAdapter, named_slices
+from vera_jax.adapters.files import (
+  STORED,
+  SavedAdapter,
+  check_length,
+  named_slices,
+)
 from vera_jax.adapters.interface import Adapter, Target
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import FROZEN
@@ -182,6 +187,8 @@ def load_classifier(
       f"{folder} is no whole classifier: it lacks {_some(loaded.missing)}."
     )
   merged = folder / MERGED
+  about = read_json(merged) if merged.exists() else {}
+  check_length(about.get("max_length"))
   return Classifier(
     made.module,
     jax.tree.map(jnp.asarray, loaded.params),
@@ -190,7 +197,7 @@ def load_classifier(
     made.config,
     folder,
     () if regression else tuple(names),
-    read_json(merged) if merged.exists() else {},
+    about,
     made.adapter,
     {},
   )

@@ -34,7 +34,7 @@ from vera_jax.adapters.files import (
 )
 from vera_jax.adapters.interface import as_they_are
 from vera_jax.adapters.labels import join
-from vera_jax.adapters.methods import method_named
+from vera_jax.adapters.methods import make_adapter, method_named
 from vera_jax.adapters.projections import digest
 from vera_jax.adapters.sites import prepared_leaves
 from vera_jax.data.tokenizer import load_tokenizer
@@ -292,6 +292,7 @@ class AdapterBank:
   ) -> None:
     """Write an adapter into a slot, if it runs by the bank's program."""
     saved = _loaded(adapter)
+    make_adapter(saved.about["method"], saved.about["settings"])  # all usable
     ours, theirs = _program(self._plain.about, {}), _program(*saved[:2])
     wrong = [
       f"{key}: {theirs[key]} there, {ours.get(key)} in the bank"
