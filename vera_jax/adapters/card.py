@@ -40,8 +40,7 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   if found := about.get("base_fingerprint"):
     yield "fingerprint of the base's weights", str(found)
   if found := about.get("projection_digest"):
-    prng = about.get("projection_prng")
-    yield "digest of A and B", f"{found}, drawn by {prng} from the seed above"
+    yield "digest of A and B", str(found)
   sizes = {
     split: f"{facts.get('examples')} examples, sha256 {facts['fingerprint']}"
     for split, facts in group("data").items()
@@ -49,7 +48,8 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   }
   yield "data", "; ".join([str(about.get("task")), *_each(sizes)])
   if isinstance(score := about.get("score"), int | float):
-    yield "score", f"{about.get('score_name')} {score:.4f} of one run's best"
+    reached = f"{about.get('score_name')} {score:.4f}"
+    yield "score", f"{reached} on the dev data, one run's best epoch"
   if about.get("seed") is not None:
     yield "seed", str(about["seed"])
   if labels := about.get("labels"):
@@ -57,7 +57,7 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   if about.get("max_length"):
     yield "texts are cut at", f"{about['max_length']} tokens"
   if group("parameters"):
-    yield "numbers", _pairs(group("parameters"))
+    yield "parameters", _pairs(group("parameters"))
   if group("versions"):
     yield "versions", _pairs(group("versions"))
 
