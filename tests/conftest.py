@@ -3,14 +3,13 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The tests compile far more than they run: LLVM spends no effort, and XLA's older
-# way to write loops compiles in a third of the newer one's time.
-FLAGS = {
-  "xla_force_host_platform_device_count": 8,
-  "xla_backend_optimization_level": 0,
-  "xla_cpu_use_fusion_emitters": "false",
-}
-os.environ["XLA_FLAGS"] = " ".join(f"--{k}={v}" for k, v in FLAGS.items())
+# The tests compile far more than they run: LLVM makes no effort, and XLA's older
+# emitters of loops compile in a third of the newer ones' time.
+os.environ["XLA_FLAGS"] = (
+  "--xla_force_host_platform_device_count=8"
+  " --xla_backend_optimization_level=0"
+  " --xla_cpu_use_fusion_emitters=false"
+)
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded by a test
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
@@ -29,7 +28,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-import tests.typecheck  # noqa: F401  # so that the hook finds it by name
+import tests.typecheck  # noqa: F401 - the hook below finds it by its name
 
 jaxtyping.install_import_hook("vera_jax", "tests.typecheck.checked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
