@@ -3,8 +3,8 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The tests compile far more than they run: LLVM makes no effort, and XLA's older
-# emitters of loops compile in a third of the newer ones' time.
+# The tests compile far more than they run: LLVM makes no effort, and XLA's
+# older loop emitters compile in a third of the newer ones' time.
 os.environ["XLA_FLAGS"] = (
   "--xla_force_host_platform_device_count=8"
   " --xla_backend_optimization_level=0"
