@@ -1,11 +1,15 @@
 """Settings that can't work are refused before anything is loaded."""
 
+import math
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from vera_jax.adapters.methods import METHODS
+from vera_jax.adapters.apply import plans_at
+from vera_jax.adapters.interface import Target
+from vera_jax.adapters.methods import METHODS, make_adapter
+from vera_jax.adapters.products import check_plan
 from vera_jax.errors import UserError
 
 AT_LEAST_ONE = (
@@ -16,7 +20,15 @@ AT_LEAST_ONE = (
   "eval_batch_size",
   "log.every",
   "data.max_length",
+  "data.max_train_examples",
 )
+NOT_NEGATIVE = (
+  "optim.adapter_lr",
+  "optim.head_lr",
+  "optim.weight_decay",
+  "data.subset_seed",
+)
+SEEDS = 2**32  # of jax.random.key; it would take a higher one for a lower
 
 
 def check_settings(config: ConfigDict) -> None:
@@ -36,9 +48,36 @@ def check_settings(config: ConfigDict) -> None:
       needed.append(f"{config.method}.{own}")
   unset = [f"config.{name}" for name in needed if values[name] is None]
   wrong = [f"Without a value are: {', '.join(unset)}."] if unset else []
+
+  def refuse(name: str, allowed: str) -> None:
+    wrong.append(f"config.{name} is {values[name]}; {allowed}.")
+
   for name in AT_LEAST_ONE:
     if values[name] is not None and values[name] < 1:
-      wrong.append(f"config.{name} is {values[name]}; at least 1 is needed.")
+      refuse(name, "at least 1 is needed")
+  for name in (
+    *NOT_NEGATIVE,
+    *(f"{config.method}.{rate}" for rate in ("lr", "head_lr")),
+  ):
+    value = values.get(name)
+    if value is not None and not 0 <= value < math.inf:
+      refuse(name, "it must be a finite number, 0 or above")
+  clip = values["optim.grad_clip"]
+  if clip is not None and not 0 < clip < math.inf:
+    refuse("optim.grad_clip", "a norm above 0 is needed; unset clips nothing")
+  if not 0 <= values["optim.warmup_ratio"] <= 1:
+    refuse("optim.warmup_ratio", "it is a share of the steps, from 0 to 1")
+  if not 0 <= config.seed < SEEDS:
+    refuse("seed", f"choose a whole number from 0 to {SEEDS - 1}")
+  try:
+    adapter, targets = make_adapter(
+      config.method, config[config.method].to_dict()
+    )
+    plan = check_plan(config.model.contraction)
+    if targets:  # any site shows whether the method can be multiplied so
+      plans_at(adapter, {("site",): Target(2, 2)}, {("site",): 1}, plan=plan)
+  except UserError as error:
+    wrong.append(str(error))
   if wrong:
     raise UserError("\n".join(wrong))
 
