@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
+from flax.core import FrozenDict, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
@@ -72,6 +72,12 @@ class Adapted(nn.Module):
     nn.share_scope(self, self.model)  # the base keeps its parameters' names
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    if self.is_initializing():  # `init` below has no need of this call
+      raise UserError(
+        "An adapted module can't be initialised inside another module: the"
+        " adapter's leaves are made on a whole model's weights. Adapt the outer"
+        " module instead: adapt(outer, adapter, targets=...)."
+      )
     shared = arrays_at(self.variables.get("projections", {}))
     common = self.adapter.own(arrays_at(self.variables["params"]))
     with nn.intercept_methods(partial(self._call_layer, shared, common)):
@@ -84,7 +90,7 @@ class Adapted(nn.Module):
     product = product_of(context, args, kwargs)
     if product is None:
       return next_fun(*args, **kwargs)
-    params = layer.variables["params"]
+    params = meta.unbox(layer.variables["params"])
     columns = {
       name: span
       for name, span in parts_of(path, self.fused).items()
@@ -182,6 +188,14 @@ class Adapted(nn.Module):
       flatten_dict(params) | flatten_dict(leaves)
     )
     return variables | ({"projections": projections} if projections else {})
+
+  @nn.nowrap
+  def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    """(output, variables): as `nn.Module.init_with_output`, by `init`."""
+    variables = self.init(rngs, *args, **kwargs)
+    keys = dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}
+    output, _ = self.apply(variables, *args, rngs=keys, mutable=True, **kwargs)
+    return output, variables
 
 
 def _columns(kernel: Array, first: int, last: int) -> Array:

@@ -140,7 +140,8 @@ def _unique_pair(
   name = "/".join(path)
   numbers = [int(n) for n in re.findall(r"_(\d+)(?=/|$)", name)]
   role = zlib.crc32(re.sub(r"_\d+(?=/|$)", "", name).encode())
-  folds = (role, *(numbers or [index]))
+  # a stack may have a number of its own, as linen's default name ScanBlock_0
+  folds = (role, *numbers, *([index] if site.stack or not numbers else []))
   size = site.inputs, site.outputs
   return make_pair(rank, *size, seed=seed, init=init, folds=folds)
 
