@@ -20,6 +20,7 @@ from vera_jax.errors import UserError
 from vera_jax.train import distributed
 from vera_jax.train.config import check_key, check_settings
 from vera_jax.train.preemption import EXIT_CODE, Interrupted
+from vera_jax.train.runtime import leave_libtpu_alone
 from vera_jax.train.start import count_from_process_start
 from vera_jax.train.workdir import digest
 
@@ -43,6 +44,7 @@ def run(
   sys.modules["__main__"].__doc__ = usage  # where absl looks for it
   # transformers' advice is about torch models, of which none is used
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+  leave_libtpu_alone()
 
   def guarded(argv: list[str]) -> None:
     if len(argv) > 1 and not operands:

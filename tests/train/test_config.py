@@ -74,6 +74,7 @@ def test_all_that_is_wrong_is_in_one_message():
     ({"vera.targets": ("que(",)}, "target 'que\\(' is no regular expression"),
     ({"vera.rank": 0}, "VeRA's rank is 0"),
     ({"vera.init": "zeros"}, "init is 'zeros'; choose from"),
+    ({"model.scan": "some"}, "model.scan is 'some'; choose auto, true or"),
     ({"model.contraction": "best"}, "contraction is 'best'; choose auto"),
     (
       {"method": "lora", "model.contraction": "folded_forward"},

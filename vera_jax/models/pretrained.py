@@ -24,6 +24,7 @@ from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.products import AUTO
 from vera_jax.adapters.projections import digest
 from vera_jax.adapters.sites import first_leaves, make_shared
+from vera_jax.errors import UserError
 from vera_jax.models.family import Family, family_of
 from vera_jax.models.hf_weights import load_params, refuse_gaps
 from vera_jax.train.sharding import (
@@ -34,6 +35,7 @@ from vera_jax.train.sharding import (
 )
 
 Flat = dict[TreePath, Any]
+LOOPED = 12  # layers at most; their compiling takes seconds on a CPU
 
 
 class Blueprint(NamedTuple):
@@ -46,6 +48,7 @@ class Blueprint(NamedTuple):
     dtype: of frozen leaves and of computing.
     shapes: of every leaf of base and head, by path.
     inputs: example shapes of the module's inputs.
+    scan: whether the layers are stacked.
   """
 
   family: Family
@@ -55,6 +58,7 @@ class Blueprint(NamedTuple):
   dtype: DTypeLike
   shapes: Flat
   inputs: dict[str, Any]
+  scan: bool
 
   @property
   def adapter(self) -> Adapter:
@@ -98,6 +102,33 @@ class Blueprint(NamedTuple):
     return fresh | own
 
 
+def choose_scan(
+  choice: bool | str, *, layers: int, platform: str | None = None
+) -> bool:
+  """Whether layers are stacked, so that one is compiled for all.
+
+  Looped layers run faster and take longer to compile, the longer the more there
+  are. "auto" loops up to `LOOPED` of them, but none on a TPU, for whose chips a
+  layer takes long to compile.
+
+  Args:
+    choice: true, false or "auto".
+    layers: of the base.
+    platform: of the devices; None for this process's.
+
+  Raises:
+    UserError: another choice.
+  """
+  if choice == AUTO:
+    platform = platform or jax.default_backend()
+    return platform == "tpu" or layers > LOOPED
+  if choice not in (True, False):
+    raise UserError(
+      f"config.model.scan is {choice!r}; choose {AUTO}, true or false."
+    )
+  return bool(choice)
+
+
 def blueprint(
   fields: Mapping[str, Any],
   *,
@@ -107,7 +138,7 @@ def blueprint(
   settings: Mapping[str, Any] = EMPTY,
   adapter: tuple[Adapter, tuple[str, ...]] | None = None,
   dtype: DTypeLike = jnp.float32,
-  scan: bool = True,
+  scan: bool | str = True,
   remat: str = "none",
   plan: str = AUTO,
 ) -> Blueprint:
@@ -120,7 +151,8 @@ def blueprint(
     method, settings: a name in `methods.METHODS`, and its group of a config.
     adapter: in place of these, an adapter and the patterns of its targets.
     dtype: of frozen leaves and of computing; what is trained is float32.
-    scan: whether the layers are stacked; either serves any adapter.
+    scan: whether the layers are stacked, or "auto" (`choose_scan`); either
+      serves any adapter.
     remat: "none", "full" or "dots".
     plan: how low-rank deltas multiply, "auto" or one of `products.PLANS`.
 
@@ -129,6 +161,7 @@ def blueprint(
   """
   family = family_of(fields)
   config = family.config(fields)
+  scan = choose_scan(scan, layers=config.num_hidden_layers)
   base = family.module(
     config,
     head,
@@ -156,6 +189,7 @@ def blueprint(
     dtype=dtype,
     shapes=flatten_dict(shapes),
     inputs=inputs,
+    scan=scan,
   )
 
 

@@ -11,6 +11,7 @@ from vera_jax.adapters.interface import Target
 from vera_jax.adapters.methods import METHODS, make_adapter
 from vera_jax.adapters.products import check_plan
 from vera_jax.errors import UserError
+from vera_jax.models.pretrained import choose_scan
 
 AT_LEAST_ONE = (
   "optim.epochs",
@@ -69,6 +70,10 @@ def check_settings(config: ConfigDict) -> None:
     refuse("optim.warmup_ratio", "it is a share of the steps, from 0 to 1")
   if not 0 <= config.seed < SEEDS:
     refuse("seed", f"choose a whole number from 0 to {SEEDS - 1}")
+  try:
+    choose_scan(config.model.scan, layers=1, platform="cpu")
+  except UserError as error:
+    wrong.append(str(error))
   try:
     adapter, targets = make_adapter(
       config.method, config[config.method].to_dict()

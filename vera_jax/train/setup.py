@@ -237,11 +237,13 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
     f"trained: adapter {counts.adapter:,}, head {counts.head:,} of"
     f" {trained + counts.frozen:,} ({trained / (trained + counts.frozen):.2%})"
   )
+  plan = setup.model.blueprint
+  how = "stacked, one is compiled" if plan.scan else "looped"
+  yield f"layers: {plan.config.num_hidden_layers}, {how}"
   data, *cut = setup.data.introduction()
   yield data
   layout = setup.data.train_layout
   rows = layout.rows[len(layout.rows) // 2]
-  plan = setup.model.blueprint
   shapes = plan.family.inputs(
     rows // batch_shards(setup.mesh), layout.length, layout.slots
   )
