@@ -162,19 +162,6 @@ class Adapted(nn.Module):
     )
 
   @nn.nowrap
-  def plans(self, *args: Any, **kwargs: Any) -> dict[Path, str]:
-    """How each low-rank delta multiplies for inputs of these shapes."""
-    if not self.targets:
-      return {}
-    targets, calls = trace_sites(
-      self.model, self.targets, *args, fused=self.fused, **kwargs
-    )
-    tokens = {path: call.tokens for path, call in calls.items()}
-    return plans_at(
-      self.adapter, targets, tokens, plan=self.plan, forwards=self.forwards
-    )
-
-  @nn.nowrap
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
     """As `nn.Module.init`, with the adapter's leaves among the `params` and
     the collection `projections`, made on the model's own first weights."""

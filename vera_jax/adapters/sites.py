@@ -80,8 +80,12 @@ def trace_sites(
   *args: Any,
   fused: Fused = EMPTY,
   **kwargs: Any,
-) -> tuple[dict[Path, Target], dict[Path, Call]]:
-  """The sites that the patterns match, and the calls of their layers, by path.
+) -> tuple[dict[Path, Target], dict[Path, Call], Any]:
+  """One trace of a model: sites, the calls of their layers, all shapes.
+
+  Returns:
+    The sites that the patterns match and the calls of their layers, both by
+    path, and the shapes of the model's variables.
 
   Raises:
     UserError: a pattern matches no site; the message lists those there are. Or
@@ -102,7 +106,8 @@ def trace_sites(
     return result
 
   with nn.intercept_methods(note):
-    shapes = flatten_dict(init_shapes(model, *args, **kwargs)["params"])
+    variables = init_shapes(model, *args, **kwargs)
+  shapes = flatten_dict(variables["params"])
   found: dict[Path, Target] = {}
   layers: dict[Path, Call] = {}
   astray: dict[Path, tuple[int, ...]] = {}  # by how their kernels are stacked
@@ -139,7 +144,11 @@ def trace_sites(
       f"The targets name both {'/'.join(both[0][:-1])} and its part"
       f" {both[0][-1]!r}; name one of them."
     )
-  return {p: found[p] for p in chosen}, {p: layers[p] for p in chosen}
+  return (
+    {p: found[p] for p in chosen},
+    {p: layers[p] for p in chosen},
+    meta.unbox(variables),
+  )
 
 
 def init_shapes(model: nn.Module, *args: Any, **kwargs: Any) -> Any:

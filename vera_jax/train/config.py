@@ -87,6 +87,23 @@ def check_settings(config: ConfigDict) -> None:
     raise UserError("\n".join(wrong))
 
 
+def without_effect(config: ConfigDict) -> set[str]:
+  """The settings, by flat key, that a checked config's method makes no use of."""
+  method = config.method
+  adapter, targets = make_adapter(method, config[method].to_dict())
+  idle = {
+    f"{group}.{name}"
+    for group in METHODS
+    if group != method
+    for name in config.get(group, {})
+  }
+  if all(link.low_rank is None for link in adapter.methods):
+    idle.add("model.contraction")
+  if not targets and adapter.trains is None:
+    idle.add("optim.adapter_lr")
+  return idle
+
+
 def check_key(config: ConfigDict, key: str) -> None:
   """Refuse a key, as "vera.rank", that the config doesn't have.
 
