@@ -53,6 +53,13 @@ def test_what_changes_no_result_may_differ(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text())["predict_test"]
 
 
+def test_a_newer_methods_settings_are_no_difference(tmp_path):
+  write_config(tmp_path, CONFIG)
+  check_workdir(tmp_path, {**CONFIG, "newer": {"lr": 0.1, "targets": ("q",)}})
+  with pytest.raises(UserError, match="vera.new: 'unset' there, 1 now"):
+    check_workdir(tmp_path, {**CONFIG, "vera": {**CONFIG["vera"], "new": 1}})
+
+
 def test_what_is_left_open_is_no_difference(tmp_path):
   """A folder says stacked or looped; "auto" takes either, the other not."""
   auto, stacked, looped = (

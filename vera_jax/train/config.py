@@ -88,7 +88,7 @@ def check_settings(config: ConfigDict) -> None:
 
 
 def without_effect(config: ConfigDict) -> set[str]:
-  """The settings, by flat key, that a checked config's method makes no use of."""
+  """The settings, by flat key, that the method of a config has no use for."""
   method = config.method
   adapter, targets = make_adapter(method, config[method].to_dict())
   idle = {

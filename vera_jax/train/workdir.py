@@ -56,17 +56,25 @@ def differences(
 ) -> list[str]:
   """A line for each setting of a run's identity that is not the same.
 
-  What one side leaves open is no difference.
+  What one side leaves open is no difference, nor is a whole group that it
+  lacks: such are the settings of methods that are newer than the run.
   """
   there, now = (
     # as JSON reads them back: tuples are lists there
     flatten_dict(json.loads(json.dumps(identity(config))), sep=".")
     for config in (theirs, ours)
   )
+  lacking = {
+    group
+    for one, other in ((theirs, ours), (ours, theirs))
+    for group, settings in one.items()
+    if isinstance(settings, Mapping) and group not in other
+  }
   return [
     f"{key}: {there.get(key, 'unset')!r} there, {now.get(key, 'unset')!r} now"
     for key in sorted({*now, *there})
     if now.get(key) != there.get(key)
+    and key.partition(".")[0] not in lacking
     and not (key == "model.scan" and (_is_auto(theirs) or _is_auto(ours)))
   ]
 
