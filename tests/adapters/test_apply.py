@@ -15,6 +15,7 @@ from vera_jax.adapters.interface import Target
 from vera_jax.adapters.labels import count, label_tree
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.merge import merge
+from vera_jax.adapters.projections import make_projections
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 
@@ -218,11 +219,12 @@ class Outer(nn.Module):
 
 def test_layers_of_a_stack_have_pairs_of_their_own():
   """Also where the stack's own name ends in a number."""
-  method = vera(3, sharing="unique")
   found = find_targets(Stack(), ["out"], X)
   assert found == {("ScanBlock_0", "out"): Target(4, 4, (4,))}
-  pairs = method.shared(found)["ScanBlock_0"]["out"]
-  for name, matrices in pairs.items():
+  made = make_projections(
+    found, rank=3, seed=0, init="kaiming_uniform", sharing="unique"
+  )
+  for name, matrices in made["ScanBlock_0"]["out"].items():
     assert len(np.unique(np.asarray(matrices), axis=0)) == 4, name
 
 
