@@ -7,7 +7,7 @@ Any key can be set on the command line: --config.optim.epochs=3,
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 SIZES = ("base", "large")
 
@@ -22,7 +22,9 @@ def get_config() -> ConfigDict:
   config.model = ConfigDict()
   config.model.name = "roberta-base"  # a hub id, or a folder
   config.model.dtype = "auto"  # float32 on CPU, else bfloat16
-  config.model.scan = True  # one compiled layer instead of one each
+  # Stacked layers, of which one is compiled, or looped ones: true | false |
+  # auto, by device and depth.
+  config.model.scan = FieldReference("auto", field_type=object)
   config.model.remat = "none"  # none | full | dots: memory against time
   config.model.contraction = "auto"  # a plan in adapters/products.py
 

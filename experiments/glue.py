@@ -16,6 +16,7 @@ SLURM's are found without flags. Without network, name local folders:
   --config.data.source=FOLDER   train.tsv, dev.tsv, test.tsv, or RTE/, CoLA/, …
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -39,6 +40,7 @@ JOIN = cli.define_processes()
 
 def main() -> None:
   config = cli.chosen(CONFIG)
+  cli.remark_idle(config, sys.argv[1:])
   JOIN()
   try:
     seeds = [int(seed) for seed in SEEDS.value]

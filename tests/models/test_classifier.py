@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,9 @@ from vera_jax.adapters.projections import digest
 from vera_jax.errors import UserError
 from vera_jax.models.bert import BertClassifier
 from vera_jax.models.classifier import load_classifier, restore_adapter
+from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params
+from vera_jax.models.pretrained import blueprint
 
 IDS = np.array([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]], np.int32)
 
@@ -44,6 +47,32 @@ def test_what_was_saved_is_in_the_tree(method, scan, random_adapter):
   if method == "vera":
     assert digest(classifier.projections) == saved.about["projection_digest"]
   assert classifier.labels == ("entailment", "not_entailment")
+
+
+def test_a_model_is_traced_once(random_adapter):
+  """For its sites, its shapes and the order of its products alike."""
+  saved, traced = load_adapter(random_adapter()), []
+
+  def note(next_fun, args, kwargs, context):
+    if isinstance(context.module, BertClassifier):
+      traced.append(context.method_name == "__call__")
+    return next_fun(*args, **kwargs)
+
+  with nn.intercept_methods(note):
+    classifier = restore_adapter(saved)
+    assert sum(traced) == 1
+    plan = blueprint(
+      read_fields(classifier.folder),
+      outputs=2,
+      adapter=(classifier.adapter, ("query", "value")),
+      sizes=(32, 16, 2),
+    )
+    assert set(plan.plans) == set(classifier.targets)
+    assert sum(traced) == 2
+  inner, last = ("encoder", "layer"), ("encoder", "layer_1")
+  query = ("attention", "self", "query")
+  assert plan.tokens[*inner, *query] == 32 * 16
+  assert plan.tokens[*last, *query] == 32 * 2  # where the head reads
 
 
 @pytest.mark.parametrize(

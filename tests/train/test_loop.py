@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from vera_jax import results
 from vera_jax.adapters.card import model_card
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
@@ -25,7 +26,8 @@ from vera_jax.train import step as step_module
 from vera_jax.train.logging import ProgressBar
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.preemption import Interrupted
-from vera_jax.train.run import best_epoch
+from vera_jax.train.run import Run, best_epoch
+from vera_jax.train.workdir import write_config
 
 HEAD = {"classifier.kernel", "classifier.bias"}
 QV = {"query", "value"}
@@ -342,6 +344,23 @@ def test_scanned_and_looped_layers_train_alike(
     train_and_evaluate(tiny_config(optim__epochs=1, **settings), folder)
     curves.append(losses(folder))
   np.testing.assert_allclose(*curves, atol=1e-4)
+
+
+def test_a_run_keeps_the_layers_that_it_began_with(
+  finished, tiny_config, tmp_path
+):
+  """Two layers on a CPU are looped; a folder that says stacked stays so."""
+  assert finished.config.model.scan == "auto"  # the caller's is left alone
+  for file in (finished.folder / "config.json", finished.folder / results.FILE):
+    written = json.loads(file.read_text())
+    assert written.get("config", written)["model"]["scan"] is False
+  for scan in ("auto", False):
+    config = tiny_config(model__scan=scan)
+    assert train_and_evaluate(config, finished.folder) == finished.result
+  with pytest.raises(UserError, match="model.scan: False there, True now"):
+    Run(tiny_config(model__scan=True), finished.folder)
+  write_config(tmp_path, tiny_config(model__scan=True).to_dict())
+  assert Run(tiny_config(), tmp_path).config.model.scan is True
 
 
 @pytest.mark.smoke

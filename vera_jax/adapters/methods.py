@@ -4,6 +4,7 @@ A new method is one file with a function that returns an `Adapter`, and one
 line in `METHODS`. Configs and adapter files hold its settings by name.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -104,6 +105,13 @@ def make_adapter(
   if wrong:
     given = ", ".join(f"{name}={settings.get(name)!r}" for name in wrong)
     raise UserError(f"The settings of {method} have no usable {given}.")
+  for pattern in targets or ():
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise UserError(
+        f"The target {pattern!r} is no regular expression: {error}."
+      ) from error
   chosen = {name: settings[name] for name in types}
   return METHODS[method].make(**chosen), tuple(targets or ())
 

@@ -156,27 +156,6 @@ def microbatch_rows(needed: int, layout: Layout) -> tuple[int, ...]:
   return (main,) + (smallest,) * further
 
 
-def pack(
-  tokens: Tokens,
-  indices: Int[np.ndarray, " examples"],
-  layout: Layout,
-  *,
-  shard: ProcessShard = WHOLE,
-) -> tuple[Batch, ...]:
-  """Packs the examples of a step: one microbatch, or more for a long batch.
-
-  Returns:
-    for each microbatch, with a row count of the layout,
-    int32 [rows, length] `input_ids`, `token_type_ids`, `positions` (from 0 in
-    each example) and `segment_ids` (from 1 in each row, 0 for padding);
-    [rows, slots] `cls_positions` (the column of an example's first token),
-    `example` (its index into `tokens`; -1 for an empty slot), `labels`
-    (int32, or float32 for regression; 0 in an empty slot or without labels)
-    and float32 `weights` (1 for an example, 0 in an empty slot).
-  """
-  return pack_runs(tokens, [indices], layout, shard=shard)[0]
-
-
 def pack_runs(
   tokens: Tokens,
   batches: Sequence[Int[np.ndarray, " _"]],
@@ -184,11 +163,20 @@ def pack_runs(
   *,
   shard: ProcessShard = WHOLE,
 ) -> list[tuple[Batch, ...]]:
-  """`pack` for a batch of each run, all in the shapes that the largest needs.
+  """Packs a step's examples: one microbatch, or more for a long batch.
 
-  Each example lies in the microbatch, row and column where `pack` puts it. A
-  run that needs fewer rows than another has empty rows at the end, and one
-  that needs fewer microbatches has empty ones.
+  Several runs' batches are packed each by itself, in the shapes that the
+  largest needs. A run that needs fewer rows than another has empty rows at the
+  end, and one that needs fewer microbatches has empty ones.
+
+  Returns:
+    for each run and microbatch, with a row count of the layout,
+    int32 [rows, length] `input_ids`, `token_type_ids`, `positions` (from 0 in
+    each example) and `segment_ids` (from 1 in each row, 0 for padding);
+    [rows, slots] `cls_positions` (the column of an example's first token),
+    `example` (its index into `tokens`; -1 for an empty slot), `labels`
+    (int32, or float32 for regression; 0 in an empty slot or without labels)
+    and float32 `weights` (1 for an example, 0 in an empty slot).
   """
   places = [first_fit(tokens.lengths[indices], layout) for indices in batches]
   counts = [microbatch_rows(place.rows, layout) for place in places]

@@ -128,11 +128,9 @@ def restore_adapter(
 
   # Frozen leaves from the base. What it lacks, and what the method trains of
   # it, was trained and is in the adapter's file.
-  whole = jax.eval_shape(made.module.init, jax.random.key(0), **made.inputs)[
-    "params"
-  ]
-  kinds = flatten_dict(made.label(whole))
-  shapes = flatten_dict(whole)
+  own, _ = made.own_shapes()
+  shapes = made.shapes | flatten_dict(own)
+  kinds = flatten_dict(made.label(unflatten_dict(shapes)))
   frozen = {
     path: leaf
     for path, leaf in shapes.items()

@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from vera_jax.adapters.methods import method_named
+from vera_jax.adapters.products import AUTO
 from vera_jax.errors import UserError
 from vera_jax.train.config import check_settings
 from vera_jax.train.loop import train
@@ -65,6 +66,14 @@ def train_ensemble(
   if len({run.folder for run in runs}) < len(runs):
     raise UserError("Each run of an ensemble needs a workdir of its own.")
   left = [run for run in runs if not run.is_done and run.failure is None]
+  begun = {run.config.model.scan for run in left} - {AUTO}
+  if len(begun) > 1:
+    raise UserError(
+      "Some of these runs have begun with stacked layers, others with looped"
+      " ones (model.scan in their config.json): train them in two calls."
+    )
+  for run in left:
+    run.choose_scan(*(begun or {AUTO}))
   if left:
     began = begin()
     prepare()
@@ -73,7 +82,7 @@ def train_ensemble(
         stack.enter_context(run.locked())
       setup = build_setup(left[0].config)
       for run in left:
-        stack.enter_context(run.opened())
+        stack.enter_context(run.opened(setup))
       for ensemble in _ensembles(left, runs):
         train(ensemble, setup, began)
       for run in left:

@@ -148,7 +148,10 @@ def build_setup(config: ConfigDict) -> Setup:
   data = task.load_data(
     config, base, shards=batch_shards(mesh), shard=process_shard(rows)
   )
-  plan = build_blueprint(config, read_fields(base), task)
+  layout = data.train_layout
+  middle = layout.rows[len(layout.rows) // 2]  # of its microbatches' row counts
+  sizes = middle // batch_shards(mesh), layout.length, layout.slots
+  plan = build_blueprint(config, read_fields(base), task, sizes=sizes)
   room = plan.family.room(plan.config)
   if data.longest > room:
     raise UserError(
@@ -237,21 +240,20 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
     f"trained: adapter {counts.adapter:,}, head {counts.head:,} of"
     f" {trained + counts.frozen:,} ({trained / (trained + counts.frozen):.2%})"
   )
+  plan = setup.model.blueprint
+  how = "stacked, one is compiled" if plan.scan else "looped"
+  yield f"layers: {plan.config.num_hidden_layers}, {how}"
   data, *cut = setup.data.introduction()
   yield data
-  layout = setup.data.train_layout
-  rows = layout.rows[len(layout.rows) // 2]
-  plan = setup.model.blueprint
-  shapes = plan.family.inputs(
-    rows // batch_shards(setup.mesh), layout.length, layout.slots
-  )
-  plans = plan.module.plans(**shapes)
+  plans = plan.plans
   if plans:
     shown = ", ".join(
       f"{name} in {n}" for name, n in Counter(plans.values()).most_common()
     )
+    rows = setup.data.train_layout.rows
     yield (
-      f"contraction at {rows} rows: {shown} of {len(plans)} adapted products"
+      f"contraction at {rows[len(rows) // 2]} rows: {shown} of {len(plans)}"
+      " adapted products"
     )
   yield from setup.model.notes
   if len(titles) > 1:
