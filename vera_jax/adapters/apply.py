@@ -44,6 +44,7 @@ from vera_jax.adapters.sites import (
   arrays_at,
   first_leaves,
   init_shapes,
+  is_on,
   layer_path,
   make_shared,
   map_sites,
@@ -168,7 +169,7 @@ class Adapted(nn.Module):
 
     def choose_at(site: Site, leaves: Leaves) -> None:
       for link in self.adapter.methods:
-        if link.low_rank is not None:
+        if link.low_rank is not None and is_on(link, site.path):
           chosen[site.path] = choose(
             calls[site.path].tokens,
             link.low_rank(link.own(leaves), site),

@@ -10,6 +10,7 @@ import pandas as pd
 from flax.traverse_util import flatten_dict
 
 from vera_jax import results
+from vera_jax.adapters.methods import groups_of
 from vera_jax.adapters.norms import SHORT, norms_beside
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
@@ -19,6 +20,9 @@ from vera_jax.report.signatures import COLLAPSED, signatures
 METHODS = {
   "vera": "VeRA",
   "lora": "LoRA",
+  "ia3": "IA3",
+  "dora": "DoRA",
+  "dvora": "DVoRA",
   "bitfit": "BitFit",
   "head": "head alone",
   "full": "full",
@@ -29,6 +33,11 @@ ASIDE = (
   *("seed", "task", "method"),
   *("log", "predict_test", "mesh", "data.cache_dir", "data.source"),
 )
+
+
+def method_title(method: str) -> str:
+  """A method's name, or a chain's, as tables and figures write it."""
+  return " + ".join(METHODS.get(name, name) for name in method.split("+"))
 
 
 class Sweep(NamedTuple):
@@ -99,6 +108,7 @@ def frame(
   places: Sequence[Path | None] = folders or [None] * len(found)
   for result, name, place in zip(found, _names(found), places, strict=True):
     config, flags = result["config"], signatures(result)
+    groups = [config.get(g, {}) for g in groups_of(result["method"]).values()]
     rows.append(
       {
         "task": result["task"],
@@ -110,7 +120,7 @@ def frame(
         "metric": result["score_name"],
         "adapter": result["parameters"]["adapter"],
         "head": result["parameters"]["head"],
-        "rank": config.get(result["method"], {}).get("rank"),
+        "rank": next((g["rank"] for g in groups if "rank" in g), None),
         "rate": result.get("learning_rates", {}).get("adapter_lr"),
         "epochs": config["optim"]["epochs"],
         "seconds": result["seconds"],
@@ -147,7 +157,8 @@ def _names(found: Sequence[Mapping[str, Any]]) -> list[str]:
   for result in found:
     method = result["method"]
     # Another method's settings don't bear on the run.
-    aside = (*ASIDE, *(name for name in METHODS if name != method))
+    used = groups_of(method).values()
+    aside = (*ASIDE, *(name for name in METHODS if name not in used))
     flat = flatten_dict(dict(result["config"]), sep=".")
     every.append(
       {

@@ -5,7 +5,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from vera_jax.adapters.methods import METHODS
+from vera_jax.adapters.methods import adapter_named, groups_of, settings_in
 from vera_jax.errors import UserError
 
 AT_LEAST_ONE = (
@@ -25,15 +25,17 @@ def check_settings(config: ConfigDict) -> None:
   Raises:
     UserError: names all of them, with what is allowed.
   """
-  if config.method not in METHODS:  # all else depends on it
-    raise UserError(
-      f"config.method is {config.method!r}; choose from {', '.join(METHODS)}."
-    )
+  try:  # all else depends on it
+    adapter_named(config.method)
+    settings_in(config, config.method)
+  except UserError as error:
+    raise UserError(f"config.{error}") from error
+  group = next(iter(groups_of(config.method).values()))
   values = flatten_dict(config.to_dict(), sep=".")
   needed = ["task", "optim.epochs"]
   for rate, own in (("adapter_lr", "lr"), ("head_lr", "head_lr")):
-    if config.optim[rate] is None and own in config[config.method]:
-      needed.append(f"{config.method}.{own}")
+    if config.optim[rate] is None and own in config[group]:
+      needed.append(f"{group}.{own}")
   unset = [f"config.{name}" for name in needed if values[name] is None]
   wrong = [f"Without a value are: {', '.join(unset)}."] if unset else []
   for name in AT_LEAST_ONE:
