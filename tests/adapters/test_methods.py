@@ -1,6 +1,7 @@
 """One maker of adapters, for configs and for adapter files."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def test_each_method_of_a_chain_is_on_its_own_targets():
   adapter, targets = make_adapter("dvora+ia3", settings)
   assert targets == ("query", "wide")
   sites = {
-    (name,): Site((name,), inputs, 5, lambda: jnp.ones((6, 5)))
+    (name,): Site((name,), inputs, 5, partial(jnp.ones, (inputs, 5)))
     for name, inputs in (("query", 6), ("wide", 9))
   }
   pair = adapter.shared(sites)

@@ -101,11 +101,11 @@ def groups_of(method: str) -> dict[str, str]:
   return {name: (line and line.group) or name for name, line in lines.items()}
 
 
-def settings_in(config: Mapping[str, Any], method: str) -> dict[str, Any]:
+def settings_in(config: Any, method: str) -> dict[str, Any]:
   """A method's settings in a config, as `make_adapter` takes them.
 
   Args:
-    config: a run's, or one as result.json holds it.
+    config: a run's `ConfigDict`, or the dict that result.json has of it.
     method: a name in `METHODS`, or a chain of some.
 
   Raises:
