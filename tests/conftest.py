@@ -191,7 +191,9 @@ SETTINGS = {
     "targets": ["query", "value"],
   },
   "lora": {"rank": 2, "alpha": 4.0, "targets": ["query", "value"]},
+  "ia3": {"targets": ["key", "value"], "feedforward": []},
 }
+SETTINGS |= {"dora": SETTINGS["lora"], "dvora": SETTINGS["vera"]}
 
 
 @pytest.fixture(scope="session")
