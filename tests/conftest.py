@@ -194,6 +194,8 @@ SETTINGS = {
   "ia3": {"targets": ["key", "value"], "feedforward": []},
 }
 SETTINGS |= {"dora": SETTINGS["lora"], "dvora": SETTINGS["vera"]}
+SETTINGS["dvora+ia3"] = {name: SETTINGS[name] for name in ("dvora", "ia3")}
+SETTINGS["vera+bitfit"] = {"vera": SETTINGS["vera"], "bitfit": {}}
 
 
 @pytest.fixture(scope="session")

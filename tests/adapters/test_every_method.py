@@ -39,10 +39,12 @@ METHODS = {
   "lora": Probe(lora(2, alpha=2.0)),
   "ia3": Probe(ia3(feedforward=("out",))),
   "dora": Probe(dora(2)),
-  "dvora": Probe(dvora(3)),
   "vera and bitfit": Probe(chain(vera(3), bitfit())),
   "dvora and ia3, each on its own": Probe(
-    chain(dvora(3)._replace(on=("heads",)), ia3()._replace(on=("out",)))
+    chain(
+      dvora(3)._replace(on=("heads",)),
+      ia3(feedforward=("out",))._replace(on=("out",)),
+    )
   ),
   "bitfit": Probe(bitfit(), ()),
   "full": Probe(full(), ()),

@@ -11,13 +11,14 @@ from safetensors.numpy import load_file, save_file
 
 from vera_jax.adapters.files import load_adapter, tensors
 from vera_jax.adapters.labels import label_tree, split
-from vera_jax.adapters.methods import METHODS
 from vera_jax.adapters.projections import digest
 from vera_jax.errors import UserError
 from vera_jax.models.bert import BertClassifier
 from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.models.hf_weights import load_params
 
+CHAINS = ("dvora+ia3", "vera+bitfit")
+METHODS = ("vera", "lora", "bitfit", "head", "full", *CHAINS)
 IDS = np.array([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]], np.int32)
 
 
@@ -27,7 +28,8 @@ def logits(classifier):
 
 
 @pytest.mark.parametrize(
-  "method, scan", [*((method, True) for method in METHODS), ("vera", False)]
+  "method, scan",
+  [*((method, True) for method in METHODS), ("vera", False)],
 )
 def test_what_was_saved_is_in_the_tree(method, scan, random_adapter):
   saved = load_adapter(random_adapter(method))
