@@ -2,7 +2,8 @@
 
 What a notebook needs:
 
-  vera, lora          an adapter method
+  vera, lora, ia3, dora, dvora   an adapter method
+  chain               several methods on one network
   adapt               put it on any linen model
   find_targets        the layers that patterns match, with their widths
   adapter_size        trained numbers, counted from shapes
@@ -24,10 +25,13 @@ What a notebook needs:
 """
 
 from vera_jax.adapters.apply import adapt, adapter_size, find_targets
+from vera_jax.adapters.chain import chain
 from vera_jax.adapters.files import SavedAdapter, load_adapter, save_adapter
+from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Adapter, Target
 from vera_jax.adapters.labels import count, join, label_tree, split
 from vera_jax.adapters.lora import lora
+from vera_jax.adapters.magnitude import dora, dvora
 from vera_jax.adapters.merge import merge
 from vera_jax.adapters.projections import digest, make_pair
 from vera_jax.adapters.push import push_adapter
@@ -79,10 +83,14 @@ __all__ = [
   "UserError",
   "adapt",
   "adapter_size",
+  "chain",
   "count",
   "digest",
+  "dora",
+  "dvora",
   "find_targets",
   "group_key",
+  "ia3",
   "join",
   "label_tree",
   "load_adapter",

@@ -18,7 +18,8 @@ from vera_jax.peft_io.settings import PeftSettings, is_target
 REFUSED = [
   ({"bias": "all"}, "bias='all'"),
   ({"fan_in_fan_out": True}, "set it to false"),
-  ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+  ({"peft_type": "OFT"}, "peft_type is 'OFT'; only VERA and LORA and IA3"),
+  ({"peft_type": "IA3"}, "which has no place here: only ia3_l of"),
   ({"task_type": "CAUSAL_LM"}, "task_type='CAUSAL_LM'"),
   ({"new_trick": 3}, "new_trick=3"),
   ({"r": "four"}, "r='four'"),
@@ -35,7 +36,7 @@ REFUSED = [
 REFUSED_LORA = [
   ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
   ({"lora_alpha": 1e30}, "lora_alpha=1e+30"),
-  ({"use_dora": True}, "use_dora=True: DoRA"),
+  ({"use_dora": True}, "lacks magnitude_m of bert.encoder.layer"),
   ({"lora_bias": True}, "lora_bias=True"),
   ({"rank_pattern": {"query": 8}}, "rank_pattern"),
   ({"alpha_pattern": {"query": 8}}, "alpha_pattern"),

@@ -43,6 +43,7 @@ from vera_jax.adapters.sites import (
   all_sites,
   arrays_at,
   first_leaves,
+  is_on,
   layer_path,
   make_shared,
   map_sites,
@@ -297,7 +298,7 @@ def plans_at(
 
   def choose_at(site: Site, leaves: Leaves) -> None:
     for link in adapter.methods:
-      if link.low_rank is not None:
+      if link.low_rank is not None and is_on(link, site.path):
         chosen[site.path] = choose(
           tokens[site.path],
           link.low_rank(link.own(leaves), site),

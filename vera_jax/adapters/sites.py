@@ -47,6 +47,11 @@ def parts_of(path: Path, fused: Fused) -> Mapping[str, tuple[int, int]]:
   return next(found, {})
 
 
+def is_on(link: Adapter, path: Path) -> bool:
+  """Whether a chain's link adapts this site of the chain."""
+  return not link.on or any(matches(pattern, path) for pattern in link.on)
+
+
 class Call(NamedTuple):
   """A layer's call while it was traced: rows of x, widths, its own kernel."""
 

@@ -25,10 +25,14 @@ METADATA, SHA256 = "vera_jax", "vera_jax_sha256"
 # the endings behind the name of an adapted module, with our leaves' names.
 PREFIX = "base_model.model."
 PAIR = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
+LORA = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 LEAVES = {
   "vera": {"vera_lambda_d": "vera_d", "vera_lambda_b": "vera_b"},
-  "lora": {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"},
+  "lora": LORA,
+  "dora": {**LORA, "lora_magnitude_vector": "magnitude_m"},  # no ".weight"
+  "ia3": {"ia3_l": "ia3_out"},  # (out, 1); ia3_in has the same name and (1, in)
 }
+OURS = {"ia3_in", *(leaf for ours in LEAVES.values() for leaf in ours.values())}
 Tensors = dict[str, np.ndarray]
 
 

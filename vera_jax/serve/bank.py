@@ -34,7 +34,7 @@ from vera_jax.adapters.files import (
 )
 from vera_jax.adapters.interface import as_they_are
 from vera_jax.adapters.labels import join
-from vera_jax.adapters.methods import make_adapter, method_named
+from vera_jax.adapters.methods import by_link, links_of, make_adapter
 from vera_jax.adapters.projections import digest
 from vera_jax.adapters.sites import prepared_leaves
 from vera_jax.data.tokenizer import load_tokenizer
@@ -337,16 +337,23 @@ def _program(
   stored = all(matrix is not None for matrix in pair.values())
   found = digest(pair) if stored else about["projection_digest"]
   method, settings = about["method"], about["settings"]
-  row = method_named(method)
   # Settings that only first values come from may differ; for the matrices the
   # digest is compared.
-  free = row.starts(settings)
-  names = [name for name in row.settings if name not in free]
+  fixed: dict[str, Any] = {}
+  groups = by_link(method, settings)
+  for name, line in links_of(method).items():
+    place = f"{name}." if len(groups) > 1 else ""
+    free = line.starts(groups[name])
+    fixed |= {
+      f"{place}{key}": groups[name].get(key)
+      for key in line.settings
+      if key not in free
+    }
   return {
     "method": method,
     "base (fingerprint)": about["base_fingerprint"][:12],
     "number of labels": len(about["labels"]),
-    **{name: settings.get(name) for name in names},
+    **fixed,
     "projections (digest)": found and found[:12],
   }
 
