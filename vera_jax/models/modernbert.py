@@ -327,7 +327,7 @@ class Encoder(Part):
     turns = []
     for theta in (config.global_theta, config.local_theta):
       frequencies = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
-      angles = positions[..., None, None] * frequencies
+      angles = positions[..., None, None] * frequencies[None, None, None]
       turns.append((jnp.cos(angles), jnp.sin(angles)))
     far = Reach(whole, *turns[0])
     near = Reach(whole & window, *turns[1])

@@ -1,0 +1,330 @@
+"""The families beside BERT and RoBERTa: trees, packing, stacking, refusals."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from tests.models.test_bert import loop
+from vera_jax.errors import UserError
+from vera_jax.models.family import FAMILIES, family_of
+from vera_jax.models.hf_weights import module_name, module_path
+from vera_jax.models.pretrained import blueprint
+
+SIZES = {
+  "vocab_size": 50,
+  "max_position_embeddings": 20,
+  "pad_token_id": 0,
+}
+FIELDS = {
+  "distilbert": {
+    **SIZES,
+    "model_type": "distilbert",
+    "dim": 16,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 24,
+  },
+  "modernbert": {
+    **SIZES,
+    "model_type": "modernbert",
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "local_attention": 4,
+    "layer_types": ["full_attention", *["sliding_attention"] * 2],
+  },
+}
+CASES = {
+  "distilbert": FIELDS["distilbert"],
+  "modernbert": FIELDS["modernbert"],
+  "mean": {
+    **FIELDS["modernbert"],
+    "layer_types": None,
+    "global_attn_every_n_layers": 2,
+    "classifier_pooling": "mean",
+    "norm_bias": True,
+  },
+}
+VERA = {
+  "rank": 4,
+  "d_init": 0.1,
+  "init": "kaiming_uniform",
+  "projection_seed": 0,
+  "train": "both",
+  "sharing": "shared",
+  "targets": ["query", "value"],
+}
+
+
+def random_params(shapes):
+  """Every leaf random, the same numbers for equal shapes."""
+  rng = np.random.default_rng(0)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: jnp.asarray(
+      0.3 * rng.standard_normal(leaf.shape) + (path[-1].key == "scale"),
+      leaf.dtype,
+    ),
+    shapes,
+  )
+
+
+def build(case, **options):
+  """(module, its random parameters, its projections), VeRA's leaves too."""
+  plan = blueprint(
+    CASES[case], outputs=3, method="vera", settings=VERA, **options
+  )
+  init = partial(plan.module.init, jax.random.key(0))
+  params = random_params(jax.eval_shape(init, **plan.inputs)["params"])
+  return plan, params, {"projections": plan.projections(params)}
+
+
+def packed_batch():
+  """Texts of 9, 3 and 7 tokens: padded, packed, and where each is read."""
+  rng = np.random.default_rng(1)
+  texts = [rng.integers(5, 50, n) for n in (9, 3, 7)]
+  padded = np.zeros((3, 13), np.int32)
+  for row, text in zip(padded, texts, strict=True):
+    row[: len(text)] = text
+  packed = {
+    "input_ids": [[*texts[0], *texts[1], 0], [*texts[2], *[0] * 6]],
+    "positions": [[*range(9), *range(3), 0], [*range(7), *[0] * 6]],
+    "segment_ids": [[1] * 9 + [2] * 3 + [0], [1] * 7 + [0] * 6],
+    "cls_positions": [[0, 9], [0, 0]],
+  }
+  packed = {k: jnp.asarray(v, jnp.int32) for k, v in packed.items()}
+  return jnp.asarray(padded), packed
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packed_equals_padded_and_looped_scanned(case):
+  plan, params, shared = build(case)
+  looped, *_ = build(case, scan=False)
+  padded, packed = packed_batch()
+
+  @partial(jax.jit, static_argnums=0)
+  def run(module, params, batch):
+    return module.apply({"params": params, **shared}, **batch)
+
+  want = run(plan.module, params, {"input_ids": padded})
+  got = run(looped.module, loop(params), packed)
+  found = np.stack([got[0, 0], got[0, 1], got[1, 0]])
+  np.testing.assert_allclose(found, want[:, 0], rtol=1e-4, atol=1e-5)
+  assert np.abs(want[0] - want[1]).max() > 1e-2
+
+
+def test_gradients_are_the_same_looped_and_scanned_with_remat():
+  plan, params, shared = build("modernbert", remat="full")
+  looped, *_ = build("modernbert", scan=False)
+  _, packed = packed_batch()
+
+  @partial(jax.jit, static_argnums=0)
+  @partial(jax.grad, argnums=1)
+  def grads_of(module, params):
+    logits = module.apply({"params": params, **shared}, **packed)
+    return jnp.sum(jnp.square(logits.at[1, 1].set(0)))
+
+  grads, others = grads_of(plan.module, params), loop(params)
+  others = flatten_dict(grads_of(looped.module, others), sep="/")
+  grads = flatten_dict(loop(grads), sep="/")
+  largest = max(np.abs(leaf).max() for leaf in grads.values())
+  for path, leaf in grads.items():
+    scale = np.abs(leaf).max() + 1e-3 * largest
+    np.testing.assert_allclose(
+      leaf / scale, others[path] / scale, atol=1e-3, err_msg=path
+    )
+    assert not path.endswith("vera_b") or np.abs(leaf).max() > 0
+
+
+def test_a_local_window_is_cut_by_example():
+  """Only what lies in the window, and in the example, reaches a token."""
+  fields = {**FIELDS["modernbert"], "num_hidden_layers": 1}
+  fields |= {"layer_types": ["sliding_attention"]}
+  plan = blueprint(fields, outputs=3)
+  params = random_params(
+    jax.eval_shape(partial(plan.module.init, jax.random.key(0)), **plan.inputs)[
+      "params"
+    ]
+  )
+  _, packed = packed_batch()
+  packed["cls_positions"] = jnp.array([[4, 9], [0, 0]], jnp.int32)
+  logits = jax.jit(
+    lambda ids: plan.module.apply(
+      {"params": params}, **{**packed, "input_ids": ids}
+    )
+  )
+  before = logits(packed["input_ids"])
+  seen = {}  # column -> the slots of row 0 whose answer it changes
+  for column in range(12):
+    ids = packed["input_ids"].at[0, column].add(1)
+    changed = np.abs(logits(ids) - before).max(-1)[0] > 1e-6
+    seen[column] = set(np.flatnonzero(changed).tolist())
+  assert [c for c in seen if 0 in seen[c]] == [2, 3, 4, 5, 6]  # 4 // 2 away
+  assert [c for c in seen if 1 in seen[c]] == [9, 10, 11]
+
+
+@pytest.mark.parametrize("case", ["distilbert", "modernbert"])
+def test_vera_has_the_papers_counts_on_query_and_value(case):
+  """r + out for each site, of a fused kernel's part as of a whole layer."""
+  plan, params, _ = build(case)
+  layers = plan.config.num_hidden_layers
+  leaves = {p: x for p, x in flatten_dict(params).items() if "vera_" in p[-1]}
+  assert sum(x.size for x in leaves.values()) == layers * 2 * (4 + 16)
+  assert {path[-2] for path in leaves} == {"query", "value"}
+  assert plan.module.plans(**plan.inputs).keys() == {p[:-1] for p in leaves}
+  key = (*next(p[:-2] for p in leaves), "key")
+  assert not any(path[: len(key)] == key and path in leaves for path in leaves)
+
+
+@pytest.mark.parametrize("case", ["distilbert", "mean"])
+def test_bfloat16_and_dropout(case):
+  """Low precision answers in float32; each dropout rate is used."""
+  padded, _ = packed_batch()
+  fields = CASES[case]
+  rates = {
+    "distilbert": ("dropout", "attention_dropout", "seq_classif_dropout"),
+    "mean": (
+      "embedding_dropout",
+      "attention_dropout",
+      "mlp_dropout",
+      "classifier_dropout",
+    ),
+  }[case]
+  sizes = {"n_layers": 1, "num_hidden_layers": 1, "layer_types": None}
+  quiet = {**fields, **sizes, **dict.fromkeys(rates, 0.0)}
+  params = None
+
+  def answer(fields, dtype=jnp.float32, **options):
+    nonlocal params
+    plan = blueprint(fields, outputs=3, dtype=dtype)
+    shapes = jax.eval_shape(plan.module.init, jax.random.key(0), padded)
+    params = params or random_params(shapes["params"])
+    return jax.jit(partial(plan.module.apply, **options))(
+      {"params": params}, padded
+    )
+
+  want = answer(quiet)
+  low = answer(quiet, jnp.bfloat16)
+  assert low.dtype == jnp.float32
+  np.testing.assert_allclose(low, want, atol=0.2)
+  drop = {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
+  np.testing.assert_allclose(answer(quiet, **drop), want, atol=1e-5)
+  for rate in rates:
+    dropped = answer({**quiet, rate: 0.5}, **drop)
+    assert np.abs(dropped - want).max() > 1e-3, rate
+
+
+NAMES = {
+  "distilbert": {
+    "encoder/layer_2/attention/query": "transformer.layer.2.attention.q_lin",
+    "encoder/layer_0/ffn/lin1": "transformer.layer.0.ffn.lin1",
+    "embeddings/LayerNorm": "embeddings.LayerNorm",
+  },
+  "modernbert": {
+    "encoder/layer_0/next_norm": "layers.1.attn_norm",
+    "encoder/layer_11/attn/Wqkv": "layers.11.attn.Wqkv",
+    "encoder/final_norm": "final_norm",
+  },
+}
+
+
+@pytest.mark.parametrize(
+  "kind, prefix", [("distilbert", "distilbert."), ("modernbert", "model.")]
+)
+def test_names_there_and_back(kind, prefix):
+  names = family_of({"model_type": kind}).names
+  for path, name in NAMES[kind].items():
+    assert module_name(tuple(path.split("/")), names=names) == prefix + name
+    assert "/".join(module_path(prefix + name, names)) == path
+    assert (
+      "/".join(
+        module_path(path.replace("/", ".").replace("layer_", "layer."), names)
+      )
+      == path
+    )
+  assert module_name(("classifier",), names=names) == "classifier"
+
+
+def test_the_rules_name_leaves_that_are_there():
+  for kind in ("distilbert", "modernbert"):
+    plan = blueprint(FIELDS[kind], outputs=3)
+    paths = ["/".join(path) for path in plan.shapes]
+    for pattern, axes in plan.family.rules:
+      found = [path for path in paths if re.fullmatch(pattern, path)]
+      assert found, pattern
+      assert all("layer" in p or "embed" in p for p in found) and axes
+
+
+def test_robertas_relatives():
+  fields = {
+    **SIZES,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+  }
+  fields.pop("pad_token_id")
+  for kind in ("xlm-roberta", "camembert"):
+    family = family_of({"model_type": kind})
+    config = family.config({**fields, "model_type": kind})
+    assert (config.pad_token_id, config.first_position) == (1, 2)
+    assert family.room(config) == 18
+    assert family.names.prefixes[0] == "roberta."
+  assert len(FAMILIES) == 6
+
+
+@pytest.mark.parametrize(
+  "kind, changes, words",
+  [
+    ("distilbert", {"activation": "silu"}, "activation is 'silu'"),
+    ("distilbert", {"dim": 15}, "hidden_size 15 does not divide"),
+    ("distilbert", {"n_layers": None}, "no usable num_hidden_layers"),
+    ("modernbert", {"hidden_activation": "silu"}, "hidden_activation is"),
+    ("modernbert", {"classifier_pooling": "max"}, "supports 'cls', 'mean'"),
+    ("modernbert", {"layer_types": ["chunked"]}, "1 entries.*'chunked'"),
+    ("modernbert", {"head_dim": 4}, "heads of width 4"),
+    ("modernbert", {"local_attention": "128"}, "no usable local_attention"),
+    ("modernbert", {"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
+    (
+      "modernbert",
+      {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+      "rope_type is 'yarn'",
+    ),
+    (
+      "modernbert",
+      {"layer_types": None, "global_attn_every_n_layers": 0},
+      "global_attn_every_n_layers is 0",
+    ),
+  ],
+)
+def test_what_is_not_supported_is_named(kind, changes, words):
+  with pytest.raises(UserError, match=words):
+    family_of({"model_type": kind}).config({**FIELDS[kind], **changes})
+
+
+def test_rotations_of_old_and_new_files():
+  """transformers 4.48 wrote two rates; 5 writes `rope_parameters`."""
+  read = family_of({"model_type": "modernbert"}).config
+
+  def thetas(**changes):
+    config = read({**FIELDS["modernbert"], **changes})
+    return config.global_theta, config.local_theta
+
+  assert thetas() == (160_000.0, 10_000.0)
+  assert thetas(global_rope_theta=5.0, local_rope_theta=3.0) == (5.0, 3.0)
+  assert thetas(global_rope_theta=5.0, local_rope_theta=None) == (5.0, 5.0)
+  new = {"full_attention": {"rope_type": "default", "rope_theta": 7.0}}
+  assert thetas(rope_parameters=new) == (7.0, 10_000.0)
+
+
+def test_unknown_heads_and_remat_are_refused():
+  for kind in ("distilbert", "modernbert"):
+    with pytest.raises(UserError, match=f"{kind} has no head for poems"):
+      blueprint(FIELDS[kind], outputs=3, head="poems")
+    with pytest.raises(UserError, match="'half'.*none, full, dots"):
+      blueprint(FIELDS[kind], outputs=3, remat="half")
