@@ -84,53 +84,60 @@ def build(case, **options):
   return plan, params, {"projections": plan.projections(params)}
 
 
-def packed_batch():
-  """Texts of 9, 3 and 7 tokens: padded, packed, and where each is read."""
+def batches():
+  """Texts of 9, 3 and 7 tokens, padded and packed, in the same shapes."""
   rng = np.random.default_rng(1)
-  texts = [rng.integers(5, 50, n) for n in (9, 3, 7)]
-  padded = np.zeros((3, 13), np.int32)
-  for row, text in zip(padded, texts, strict=True):
-    row[: len(text)] = text
-  packed = {
-    "input_ids": [[*texts[0], *texts[1], 0], [*texts[2], *[0] * 6]],
-    "positions": [[*range(9), *range(3), 0], [*range(7), *[0] * 6]],
-    "segment_ids": [[1] * 9 + [2] * 3 + [0], [1] * 7 + [0] * 6],
-    "cls_positions": [[0, 9], [0, 0]],
+  texts = [rng.integers(5, 50, n).tolist() for n in (9, 3, 7)]
+  full = [t + [0] * (13 - len(t)) for t in texts]
+  padded = {
+    "input_ids": full,
+    "positions": [list(range(13))] * 3,
+    "segment_ids": [[int(i > 0) for i in row] for row in full],
+    "cls_positions": [[0, 0]] * 3,
   }
-  packed = {k: jnp.asarray(v, jnp.int32) for k, v in packed.items()}
-  return jnp.asarray(padded), packed
+  packed = {
+    "input_ids": [texts[0] + texts[1] + [0], full[2], [0] * 13],
+    "positions": [[*range(9), *range(3), 0], [*range(7), *[0] * 6], [0] * 13],
+    "segment_ids": [[1] * 9 + [2] * 3 + [0], [1] * 7 + [0] * 6, [0] * 13],
+    "cls_positions": [[0, 9], [0, 0], [0, 0]],
+  }
+  return [
+    {k: jnp.asarray(v, jnp.int32) for k, v in batch.items()}
+    for batch in (padded, packed)
+  ]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_packed_equals_padded_and_looped_scanned(case):
+def test_packed_rows_equal_padded_rows(case):
   plan, params, shared = build(case)
-  looped, *_ = build(case, scan=False)
-  padded, packed = packed_batch()
-
-  @partial(jax.jit, static_argnums=0)
-  def run(module, params, batch):
-    return module.apply({"params": params, **shared}, **batch)
-
-  want = run(plan.module, params, {"input_ids": padded})
-  got = run(looped.module, loop(params), packed)
+  run = jax.jit(
+    lambda batch: plan.module.apply({"params": params, **shared}, **batch)
+  )
+  want, got = map(run, batches())
   found = np.stack([got[0, 0], got[0, 1], got[1, 0]])
   np.testing.assert_allclose(found, want[:, 0], rtol=1e-4, atol=1e-5)
   assert np.abs(want[0] - want[1]).max() > 1e-2
+  assert np.isfinite(got).all()  # in empty rows too
 
 
-def test_gradients_are_the_same_looped_and_scanned_with_remat():
+def test_looped_is_scanned_with_remat():
+  """Logits and gradients; the layers of DistilBERT are stacked by BERT's."""
   plan, params, shared = build("modernbert", remat="full")
   looped, *_ = build("modernbert", scan=False)
-  _, packed = packed_batch()
+  packed = batches()[1]
 
   @partial(jax.jit, static_argnums=0)
-  @partial(jax.grad, argnums=1)
-  def grads_of(module, params):
+  @partial(jax.value_and_grad, argnums=1)
+  def squares(module, params):
     logits = module.apply({"params": params, **shared}, **packed)
-    return jnp.sum(jnp.square(logits.at[1, 1].set(0)))
+    return jnp.sum(jnp.square(logits[0]))
 
-  grads, others = grads_of(plan.module, params), loop(params)
-  others = flatten_dict(grads_of(looped.module, others), sep="/")
+  (value, grads), (other, others) = (
+    squares(plan.module, params),
+    squares(looped.module, loop(params)),
+  )
+  np.testing.assert_allclose(value, other, rtol=1e-5)
+  others = flatten_dict(others, sep="/")
   grads = flatten_dict(loop(grads), sep="/")
   largest = max(np.abs(leaf).max() for leaf in grads.values())
   for path, leaf in grads.items():
@@ -151,8 +158,8 @@ def test_a_local_window_is_cut_by_example():
       "params"
     ]
   )
-  _, packed = packed_batch()
-  packed["cls_positions"] = jnp.array([[4, 9], [0, 0]], jnp.int32)
+  packed = batches()[1]
+  packed["cls_positions"] = packed["cls_positions"].at[0, 0].set(4)
   logits = jax.jit(
     lambda ids: plan.module.apply(
       {"params": params}, **{**packed, "input_ids": ids}
@@ -181,42 +188,46 @@ def test_vera_has_the_papers_counts_on_query_and_value(case):
   assert not any(path[: len(key)] == key and path in leaves for path in leaves)
 
 
-@pytest.mark.parametrize("case", ["distilbert", "mean"])
-def test_bfloat16_and_dropout(case):
-  """Low precision answers in float32; each dropout rate is used."""
-  padded, _ = packed_batch()
-  fields = CASES[case]
-  rates = {
-    "distilbert": ("dropout", "attention_dropout", "seq_classif_dropout"),
-    "mean": (
-      "embedding_dropout",
-      "attention_dropout",
-      "mlp_dropout",
-      "classifier_dropout",
-    ),
-  }[case]
-  sizes = {"n_layers": 1, "num_hidden_layers": 1, "layer_types": None}
-  quiet = {**fields, **sizes, **dict.fromkeys(rates, 0.0)}
-  params = None
+DRAWS = [  # how often masks are drawn in two layers of DistilBERT, or in three
+  ("distilbert", "dropout", 1 + 2),
+  ("distilbert", "attention_dropout", 2),
+  ("distilbert", "seq_classif_dropout", 1),
+  ("modernbert", "embedding_dropout", 1),
+  ("modernbert", "attention_dropout", 2 * 3),
+  ("modernbert", "mlp_dropout", 3),
+  ("modernbert", "classifier_dropout", 1),
+]
 
-  def answer(fields, dtype=jnp.float32, **options):
-    nonlocal params
-    plan = blueprint(fields, outputs=3, dtype=dtype)
-    shapes = jax.eval_shape(plan.module.init, jax.random.key(0), padded)
-    params = params or random_params(shapes["params"])
-    return jax.jit(partial(plan.module.apply, **options))(
-      {"params": params}, padded
-    )
 
-  want = answer(quiet)
-  low = answer(quiet, jnp.bfloat16)
-  assert low.dtype == jnp.float32
-  np.testing.assert_allclose(low, want, atol=0.2)
-  drop = {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
-  np.testing.assert_allclose(answer(quiet, **drop), want, atol=1e-5)
-  for rate in rates:
-    dropped = answer({**quiet, rate: 0.5}, **drop)
-    assert np.abs(dropped - want).max() > 1e-3, rate
+@pytest.mark.parametrize("kind, rate, draws", DRAWS)
+def test_each_dropout_rate_is_used(kind, rate, draws):
+  off = {name: 0.0 for other, name, _ in DRAWS if other == kind}
+  plan = blueprint({**FIELDS[kind], **off, rate: 0.5}, outputs=3, scan=False)
+  ids = jnp.ones((1, 8), jnp.int32)
+  params = jax.eval_shape(plan.module.init, jax.random.key(0), ids)
+
+  def count(deterministic):
+    options = {"rngs": {"dropout": jax.random.key(0)}}
+    run = partial(plan.module.apply, deterministic=deterministic, **options)
+    text = str(jax.make_jaxpr(run)(params, ids))
+    return text.count("= random_bits[")
+
+  assert (count(deterministic=False), count(deterministic=True)) == (draws, 0)
+
+
+def test_bfloat16_computes_low_and_answers_in_float32():
+  plan, params, shared = build("modernbert")
+  low, *_ = build("modernbert", dtype=jnp.bfloat16)
+  batch = batches()[0]
+  want, got = (
+    jax.jit(p.module.apply)({"params": params, **shared}, **batch)
+    for p in (plan, low)
+  )
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want, atol=0.2)
+  assert np.abs(got - want).max() > 1e-5
+  stored = {p[0]: leaf.dtype for p, leaf in low.shapes.items()}
+  assert stored["encoder"] == jnp.bfloat16 and stored["classifier"] == "float32"
 
 
 NAMES = {
