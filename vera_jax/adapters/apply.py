@@ -85,7 +85,8 @@ class Adapted(nn.Module):
     product = product_of(context, args, kwargs)
     if product is None:
       return next_fun(*args, **kwargs)
-    params = layer.variables["params"]
+    own = layer.variables["params"]  # parts of a fused kernel lie below it
+    params = arrays_at(own)
     columns = {
       name: span
       for name, span in parts_of(path, self.fused).items()
@@ -119,7 +120,7 @@ class Adapted(nn.Module):
       draws = any(link.forward is not None for link in adapter.methods)
       y, penalty = adapted_product(
         adapter,
-        self._leaves(adapter, arrays_at(params, place), site.path),
+        self._leaves(adapter, arrays_at(own, place), site.path),
         site,
         x,
         multiply=product.multiply,
