@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict, meta
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
@@ -91,7 +91,8 @@ class Adapted(nn.Module):
     product = product_of(context, args, kwargs)
     if product is None:
       return next_fun(*args, **kwargs)
-    params = meta.unbox(layer.variables["params"])
+    own = layer.variables["params"]  # parts of a fused kernel lie below it
+    params = arrays_at(own)
     columns = {
       name: span
       for name, span in parts_of(path, self.fused).items()
@@ -125,7 +126,7 @@ class Adapted(nn.Module):
       draws = any(link.forward is not None for link in adapter.methods)
       y, penalty = adapted_product(
         adapter,
-        self._leaves(adapter, arrays_at(params, place), site.path),
+        self._leaves(adapter, arrays_at(own, place), site.path),
         site,
         x,
         multiply=product.multiply,

@@ -53,7 +53,7 @@ RUN = (
   "max_length",
   "versions",
 )
-HEAD_LEAVES = {"weight": "kernel", "bias": "bias"}
+HEAD_LEAVES = ("weight", "bias")
 Leaves = dict[TreePath, np.ndarray]
 
 
@@ -114,8 +114,11 @@ def import_adapter(
         value = value.reshape(-1)
       adapted.setdefault(layer, {})[leaf] = value
     elif path[0] in network.whole and last in HEAD_LEAVES:
-      value = value.T if last == "weight" else value  # torch has (out, in)
-      head[(*path, HEAD_LEAVES[last])] = value
+      if last == "weight":
+        last, value = (
+          ("kernel", value.T) if value.ndim > 1 else ("scale", value)
+        )
+      head[(*path, last)] = value  # torch has (out, in)
     else:
       raise UserError(
         f"The adapter's file holds {tensor!r}, which has no place here: only"
@@ -282,6 +285,12 @@ def _complete_head(head: Leaves, base: Base) -> tuple[Leaves, int, int]:
   outputs = kernel.shape[-1]
   shapes = blueprint(base.fields, outputs=outputs, scan=False).shapes
   modules = {path[0] for path in head}
+  lacking = {path[0] for path in _head_paths(base.classifier)} - modules
+  if lacking:
+    raise UserError(
+      f"The adapter's file lacks {' and '.join(sorted(lacking))}, a part of the"
+      " head: name it in modules_to_save."
+    )
   for path in sorted({*head, *(p for p in shapes if p[0] in modules)}):
     need = shapes[path].shape if path in shapes else None
     have = head[path].shape if path in head else None

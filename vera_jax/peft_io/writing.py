@@ -103,11 +103,17 @@ def export_adapter(
       pair[leaf] = value
     elif theirs in layers and leaf in OURS:
       adapted.setdefault(theirs, {})[leaf] = value
-    elif path[0] in network.whole and leaf in ("kernel", "bias"):
+    elif path[0] in network.whole and leaf in ("kernel", "scale", "bias"):
       whole.add(path[0])
-      # torch has (out, in)
-      last, value = ("weight", value.T) if leaf == "kernel" else (leaf, value)
+      last = "bias" if leaf == "bias" else "weight"
+      value = value.T  # torch has (out, in)
       tensors[f"{PREFIX}{theirs}.{last}"] = value
+    elif network.name(path[:-1]) in layers and leaf.startswith(tuple(LEAVES)):
+      raise UserError(
+        f"{module} is a part of the fused layer {network.name(path[:-1])}, and"
+        " PEFT adapts whole layers only. Merge the adapter, or train one with"
+        f" targets=({path[-2]!r},), the whole layer."
+      )
     else:
       raise UserError(
         f"{folder} holds {tensor!r}, for which PEFT has no place."

@@ -14,8 +14,8 @@ from vera_jax.adapters.base_leaves import ALL
 from vera_jax.adapters.methods import by_link, make_adapter, settings_in
 from vera_jax.data.loader import steps_per_epoch
 from vera_jax.errors import UserError
-from vera_jax.files import read_json
 from vera_jax.hub import PACKAGE, resolve
+from vera_jax.models.family import load_config
 from vera_jax.models.roberta import SIZES
 from vera_jax.tasks.task import Size, task_named
 
@@ -48,8 +48,8 @@ def shape_of(name: str) -> tuple[int, int]:
     return SIZES[name]
   if name.startswith(PACKAGE) or "/" in name:
     try:
-      fields = read_json(resolve(name) / "config.json")
-      return int(fields["hidden_size"]), int(fields["num_hidden_layers"])
+      config = load_config(resolve(name))
+      return config.hidden_size, config.num_hidden_layers
     except Exception:  # an estimate is no reason to stop
       pass
   return 768, 12
