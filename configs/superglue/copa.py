@@ -18,4 +18,4 @@ from configs.superglue import superglue
 
 def get_config(size: str = "base") -> ConfigDict:
   epochs = dict(base=160, large=80, minilm=20)
-  return superglue("copa", size, epochs=epochs, max_length=128)
+  return superglue("copa", size, epochs=epochs, max_length=256)

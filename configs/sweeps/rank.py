@@ -16,7 +16,7 @@ superglue: the same ranks and seeds on SuperGLUE's five tasks, RoBERTa-large,
 each task by configs/superglue/TASK.py:large. The paper has no such study; not
 run by us.
 
-superglue_small: CB and COPA on MiniLM, ten epochs, three of each method's
+superglue_small: CB and COPA on MiniLM, five epochs, three of each method's
 ranks, three seeds. With SuperGLUE's files, or others of their form, in
 FOLDER/CB and FOLDER/COPA:
 
@@ -78,7 +78,7 @@ def _superglue(
   ]
   if size == "minilm":
     for config in configs:
-      config.optim.epochs = 10
+      config.optim.epochs = 5
   tasks = [
     {"task": config.task, **difference(configs[0], config)}
     for config in configs
