@@ -11,6 +11,7 @@ from vera_jax.data.packing import (
   microbatch_cost,
   microbatch_rows,
   pack,
+  pack_runs,
 )
 
 
@@ -93,7 +94,8 @@ def test_an_examples_choices_lie_in_one_row_in_order(make_tokens, choices):
   )
   layout = Layout((3, 5), int(tokens.lengths.max()) + 10, 3)
   found = []
-  for batch in pack(tokens, np.arange(4, 20), layout):
+  (batches,) = pack_runs(tokens, [np.arange(4, 20)], layout)
+  for batch in batches:
     rows = len(batch["example"])
     assert batch["cls_positions"].shape == (rows, 3 * choices)
     starts = batch["cls_positions"].reshape(rows, 3, choices)

@@ -303,8 +303,10 @@ def test_copa_line_by_line(folder, copa_predictor):
 
 
 def test_what_copa_can_not_be_asked(copa_predictor):
-  with pytest.raises(UserError, match="premise, choice1.* 4 lists .* not 2"):
+  with pytest.raises(UserError, match="premise, choice1.* give 4 lists"):
     copa_predictor.answers(["a"], ["b"])
+  with pytest.raises(UserError, match="all of one length"):
+    copa_predictor.answers(["a"], ["b"], ["c"], ["cause", "cause"])
   with pytest.raises(UserError, match="Example 2: question is 'why'"):
     copa_predictor.answers(["a"] * 2, ["b"] * 2, ["c"] * 2, ["cause", "why"])
 

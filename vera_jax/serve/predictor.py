@@ -83,10 +83,11 @@ class Predictor:
     if self.task is None or self.task.form is None:
       return list(answers(self.logits(*columns), self.labels))
     names = self.task.columns[0]
-    if len(columns) != len(names):
+    counts = {len(column) for column in columns}
+    if len(columns) != len(names) or len(counts) > 1:
       raise UserError(
         f"{self.task.name} asks about {', '.join(names)}: give {len(names)}"
-        f" lists of texts, not {len(columns)}."
+        " lists of texts, all of one length."
       )
     texts: list[tuple[str, ...]] = []
     for number, row in enumerate(zip(*columns, strict=True), 1):
