@@ -15,7 +15,7 @@ SIZES = ("base", "large")
 def get_config() -> ConfigDict:
   """Everything but the task and its settings."""
   config = ConfigDict()
-  config.task = placeholder(str)  # to be set: a name in tasks/glue_facts.py
+  config.task = placeholder(str)  # to be set: a name in tasks/
   # vera | lora | ia3 | dora | dvora | bitfit | head | full, or a chain such as
   # vera+bitfit. DoRA takes LoRA's settings and rates, DVoRA takes VeRA's. In a
   # chain each method has its own settings, and all have the first one's rates.

@@ -8,9 +8,10 @@ probability, with tabs between (--format=jsonl: an object). For regression the
 score is the value. A bad line is named on standard error and gives an empty
 line ({} in JSONL); the rest goes on, and the exit code is 1 at the end.
 
-A .tsv holds one text per line, or two. Its first line is a header if it names
-the text columns (sentence or text; sentence1 and sentence2; or the task's own),
-and then a header comes out as well. A .jsonl has those names as keys.
+A .tsv holds one text per line, or two, or as many as the task has columns
+(COPA: premise, choice1, choice2, question). Its first line is a header if it
+names the text columns (sentence or text; sentence1 and sentence2; or the task's
+own), and then a header comes out as well. A .jsonl has those names as keys.
 """
 
 import json
@@ -67,12 +68,13 @@ def main() -> None:
       saved = load_adapter(ADAPTER.value or "")
       classifier = restore_adapter(saved, BASE.value)
     predictor = Predictor(classifier, max_length=MAX_LENGTH.value)
-    columns, labels = text_columns(classifier), classifier.labels
+    columns, labels = text_columns(classifier), predictor.labels
     lines = read_lines(
       file,
       format=form,
       columns=columns,
       count=len(columns[0]) if columns else None,
+      check=predictor.task and predictor.task.form,
     )
     for line, answer in answer_lines(predictor, lines, at_once=LINES.value):
       total += 1

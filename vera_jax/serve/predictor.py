@@ -16,7 +16,7 @@ from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import Tokens, tokenise
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
-from vera_jax.tasks.task import task_named
+from vera_jax.tasks.task import Task, task_named
 
 ROWS = (1, 2, 4, 8, 16)  # of a batch: few shapes, for each is compiled
 SHORTEST = 32  # tokens per row; longer ones are powers of two
@@ -49,11 +49,13 @@ class Predictor:
     self.max_length = min(max_length, classifier.room)
     self.truncated = 0  # texts that were cut, so far
     self._apply = jax.jit(classifier.module.apply)
+    self.task = task_of(classifier)
+    self.labels = (self.task and self.task.choices) or classifier.labels
 
   def logits(
     self, first: Sequence[str], second: Sequence[str] | None = None
   ) -> Logits:
-    """The logits of every text, or pair of texts, in their order.
+    """What the head gives for every text, or pair of texts, in their order.
 
     Args:
       first: the texts; none give an array without rows.
@@ -78,10 +80,38 @@ class Predictor:
     return packed_logits(self._run, tokens, outputs=self.classifier.outputs)
 
   def answers(
-    self, first: Sequence[str], second: Sequence[str] | None = None
+    self,
+    first: Sequence[str],
+    second: Sequence[str] | None = None,
+    *more: Sequence[str],
   ) -> list[Answer]:
-    """Label, score and probabilities of every text, in their order."""
-    return list(answers(self.logits(first, second), self.classifier.labels))
+    """Label, score and probabilities of every example, in their order.
+
+    Args:
+      first, second, more: the examples' texts, column by column, as the task's
+        own data have them: premises, first choices, second choices, questions.
+
+    Raises:
+      UserError: the task can't be asked about an example's texts.
+    """
+    columns = [x for x in (first, second, *more) if x is not None]
+    if self.task is None or self.task.form is None:
+      return list(answers(self.logits(*columns), self.labels))
+    names = self.task.columns[0]
+    counts = {len(column) for column in columns}
+    if len(columns) != len(names) or len(counts) > 1:
+      raise UserError(
+        f"{self.task.name} asks about {', '.join(names)}: give {len(names)}"
+        " lists of texts, all of one length."
+      )
+    texts: list[tuple[str, ...]] = []
+    for number, row in enumerate(zip(*columns, strict=True), 1):
+      try:
+        texts += self.task.form(*row)
+      except ValueError as error:
+        raise UserError(f"Example {number}: {error}.") from error
+    logits = self.logits(*map(list, zip(*texts, strict=True)))
+    return list(answers(logits.reshape(len(first), -1), self.labels))
 
   def _run(self, batch: Batch) -> jax.Array:
     inputs = {name: batch[name] for name in self.classifier.inputs}
@@ -104,12 +134,18 @@ def answer_lines(
       yield line, next(found) if line.texts else None
 
 
+def task_of(classifier: Classifier) -> Task | None:
+  """The task that it was trained on; None where that is not known."""
+  try:
+    return task_named(str(classifier.about.get("task")))
+  except UserError:
+    return None
+
+
 def text_columns(classifier: Classifier) -> tuple[tuple[str, ...], ...]:
   """The names that its task's text columns may have; () for an unknown task."""
-  try:
-    return task_named(str(classifier.about.get("task"))).columns
-  except UserError:
-    return ()
+  task = task_of(classifier)
+  return task.columns if task else ()
 
 
 def check_texts(first: Any, second: Any = None) -> None:
