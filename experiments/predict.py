@@ -10,7 +10,14 @@ line ({} in JSONL); the rest goes on, and the exit code is 1 at the end.
 
 A .tsv holds one text per line, or two. Its first line is a header if it names
 the text columns (sentence or text; sentence1 and sentence2; or the task's own),
-and then a header comes out as well. A .jsonl has those names as keys.
+and then a header comes out as well. A .jsonl has those names as keys, a .csv
+(with quotes) and a .parquet always have them as columns.
+
+An adapter trained on your own texts (experiments.classify) knows its columns:
+they are looked for in all formats. Where several labels may apply, the label is
+those above one half, joined by "|". Of one that tags words, a line has the tags
+and the probability of each, with spaces between; words are what stands between
+spaces, or a JSON list.
 """
 
 import json
@@ -24,6 +31,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
+from vera_jax.data.tables import FORMATS, SUFFIXES, parquet_rows, read_rows
 from vera_jax.errors import UserError
 
 ADAPTER = flags.DEFINE_string("adapter", None, "An adapter's folder.")
@@ -33,9 +41,11 @@ MODEL = flags.DEFINE_string(
 BASE = flags.DEFINE_string(
   "base", None, "The adapter's base. Unset: what adapter.json names."
 )
-INPUT = flags.DEFINE_string("input", None, "A .tsv or .jsonl file, or -.")
+INPUT = flags.DEFINE_string(
+  "input", None, "A .csv, .tsv, .jsonl or .parquet file, or -."
+)
 INPUT_FORMAT = flags.DEFINE_enum(
-  "input_format", None, ["tsv", "jsonl"], "Unset: by the name; tsv for -."
+  "input_format", None, FORMATS, "Unset: by the name; tsv for -."
 )
 FORMAT = flags.DEFINE_enum("format", "tsv", ["tsv", "jsonl"], "Of the output.")
 MAX_LENGTH = flags.DEFINE_integer(
@@ -51,9 +61,14 @@ def main() -> None:
     raise UserError("Give --input=FILE and either --adapter=DIR or --model=DIR")
   # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.adapters.files import load_adapter
-  from vera_jax.data.texts import read_lines
+  from vera_jax.data.texts import read_lines, read_texts
   from vera_jax.models.classifier import load_classifier, restore_adapter
+  from vera_jax.models.kinds import TAGS
   from vera_jax.serve.predictor import Predictor, answer_lines, text_columns
+
+  format = INPUT_FORMAT.value or SUFFIXES.get(Path(INPUT.value).suffix, "tsv")
+  if format == "parquet" and INPUT.value == "-":
+    raise UserError("Parquet is read from a file, not from standard input.")
 
   bad = total = 0
   with _opened(INPUT.value) as file:
@@ -63,23 +78,31 @@ def main() -> None:
       saved = load_adapter(ADAPTER.value or "")
       classifier = restore_adapter(saved, BASE.value)
     predictor = Predictor(classifier, max_length=MAX_LENGTH.value)
-    columns, labels = text_columns(classifier), classifier.labels
-    by_name = "jsonl" if INPUT.value.endswith(".jsonl") else "tsv"
-    lines = read_lines(
-      file,
-      format=INPUT_FORMAT.value or by_name,
-      columns=columns,
-      count=len(columns[0]) if columns else None,
-    )
+    columns = text_columns(classifier)
+    names = ["label", "score", *classifier.labels]
+    if classifier.kind == TAGS:
+      names = ["tags", "scores"]
+    if format == "parquet":
+      path = Path(INPUT.value).expanduser()
+      lines = read_texts(parquet_rows(path), columns=columns)
+    elif format == "csv" or "columns" in classifier.about:
+      lines = read_texts(read_rows(file, format=format), columns=columns)
+    else:
+      lines = read_lines(
+        file,
+        format=format,
+        columns=columns,
+        count=len(columns[0]) if columns else None,
+      )
     for line, answer in answer_lines(predictor, lines, at_once=LINES.value):
       total += 1
       if line.error:
         bad += 1
         print(f"line {line.number}: {line.error}", file=sys.stderr)
       if not line.header:
-        print(_text(answer, labels), flush=True)
+        print(_text(answer, classifier.labels), flush=True)
       elif FORMAT.value == "tsv":
-        print("\t".join(["label", "score", *labels]), flush=True)
+        print("\t".join(names), flush=True)
   if predictor.truncated:
     cut = f"{predictor.truncated} texts were cut at {predictor.max_length}"
     print(f"{cut} tokens.", file=sys.stderr)
@@ -111,14 +134,23 @@ def _opened(name: str) -> Iterator[Iterable[bytes]]:
 
 def _text(answer: Any, labels: tuple[str, ...]) -> str:
   """An answer as a line of the output; an empty one for None, a bad line."""
+  tagged = hasattr(answer, "tags")
+  if FORMAT.value == "jsonl" and tagged:
+    return json.dumps(answer._asdict(), ensure_ascii=False)
   if FORMAT.value == "jsonl":
     fields = {} if answer is None else {"score": answer.score}
     if answer is not None and labels:
       chances = dict(zip(labels, answer.probabilities, strict=True))
       fields = {"label": answer.label, **fields, "probabilities": chances}
+      if answer.labels or not answer.label:  # several may apply
+        fields = {"labels": answer.labels, **fields}
+        del fields["label"]
     return json.dumps(fields, ensure_ascii=False)
   if answer is None:
     return ""
+  if tagged:
+    scores = " ".join(f"{score:.6f}" for score in answer.scores)
+    return f"{' '.join(answer.tags)}\t{scores}"
   numbers = (answer.score, *answer.probabilities)
   return "\t".join([answer.label, *(f"{number:.6f}" for number in numbers)])
 

@@ -1,6 +1,7 @@
 """Texts and labels of one split."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,15 +13,17 @@ class Examples:
   """One split, in the order of its source.
 
   Attributes:
-    first: the texts, or the first text of each pair.
+    first: the texts, or the first text of each pair, or the words of each.
     second: the second texts; None for single sentences.
-    labels: int32 class ids or float32 scores; None for an unlabelled test.
+    labels: int32 class ids or float32 scores [examples], float32 0 or 1
+      [examples, labels] where several may apply, or for words a list of int32
+      class ids [words]; None for an unlabelled test.
     index: int64, the number by which a submission file names each example.
   """
 
-  first: list[str]
+  first: list[Any]
   second: list[str] | None
-  labels: np.ndarray | None
+  labels: Any
   index: np.ndarray
 
   def __len__(self) -> int:
@@ -45,9 +48,19 @@ def subset(examples: Examples, n: int | None, seed: int) -> Examples:
       "unset for all of them."
     )
   chosen = np.random.default_rng(seed).permutation(len(examples))[:n]
+  return take(examples, chosen)
+
+
+def take(examples: Examples, chosen: np.ndarray) -> Examples:
+  """The examples of these numbers, in their order."""
+  labels = examples.labels
+  if isinstance(labels, list):
+    labels = [labels[i] for i in chosen]
+  elif labels is not None:
+    labels = labels[chosen]
   return Examples(
     first=[examples.first[i] for i in chosen],
     second=examples.second and [examples.second[i] for i in chosen],
-    labels=None if examples.labels is None else examples.labels[chosen],
+    labels=labels,
     index=examples.index[chosen],
   )

@@ -17,7 +17,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int, Int64, Shaped
 
 from vera_jax.data.tokens import Tokens
 
@@ -171,8 +171,9 @@ def pack(
     each example) and `segment_ids` (from 1 in each row, 0 for padding);
     [rows, slots] `cls_positions` (the column of an example's first token),
     `example` (its index into `tokens`; -1 for an empty slot), `labels`
-    (int32, or float32 for regression; 0 in an empty slot or without labels)
-    and float32 `weights` (1 for an example, 0 in an empty slot).
+    (as the tokens have them; 0 in an empty slot or without labels) and float32
+    `weights` (1 for an example, 0 in an empty slot). For texts given as words,
+    labels and weights are [rows, length], of the tokens that words begin with.
   """
   return pack_runs(tokens, [indices], layout, shard=shard)[0]
 
@@ -246,19 +247,35 @@ def pack_rows(
   source = np.repeat(tokens.offsets[indices], lengths) + within
   target = np.repeat(row * layout.length + start, lengths) + within
 
-  def per_token(values: np.ndarray, empty: int = 0) -> np.ndarray:
-    flat = np.full(rows * layout.length, empty, np.int32)
+  def per_token(
+    values: np.ndarray, empty: int = 0, dtype: Any = np.int32
+  ) -> np.ndarray:
+    flat = np.full(rows * layout.length, empty, dtype)
     flat[target] = values
     return flat.reshape(rows, layout.length)
 
   def per_slot(values: np.ndarray, empty: int = 0) -> np.ndarray:
-    grid = np.full((rows, layout.slots), empty, values.dtype)
+    shape = (rows, layout.slots, *values.shape[1:])
+    grid = np.full(shape, empty, values.dtype)
     grid[row, slot] = values
     return grid
 
   labels = tokens.labels
-  if labels is None:
-    labels = np.zeros(len(tokens), np.int32)
+  if tokens.words is None:
+    if labels is None:
+      labels = np.zeros(len(tokens), np.int32)
+    learned = {
+      "labels": per_slot(labels[indices]),
+      "weights": per_slot(np.ones(len(indices), np.float32)),
+    }
+  else:
+    if labels is None:
+      labels = np.zeros(len(tokens.ids), np.int32)
+    begins = tokens.words[source] >= 0
+    learned = {
+      "labels": per_token(labels[source]),
+      "weights": per_token(begins, dtype=np.float32),
+    }
   return {
     "input_ids": per_token(tokens.ids[source], tokens.pad_id),
     "token_type_ids": per_token(tokens.token_types[source]),
@@ -266,9 +283,20 @@ def pack_rows(
     "segment_ids": per_token(np.repeat(slot + 1, lengths)),
     "cls_positions": per_slot(start.astype(np.int32)),
     "example": per_slot(indices.astype(np.int32), -1),
-    "labels": per_slot(labels[indices]),
-    "weights": per_slot(np.ones(len(indices), np.float32)),
+    **learned,
   }
+
+
+def per_token(
+  rows: Shaped[np.ndarray, "rows length ..."],
+  tokens: Tokens,
+  place: Placement,
+) -> Shaped[np.ndarray, "ids ..."]:
+  """What packed rows hold for each token, in the order of `tokens.ids`."""
+  lengths = tokens.lengths
+  within = np.arange(lengths.sum()) - np.repeat(tokens.offsets[:-1], lengths)
+  column = np.repeat(place.start, lengths) + within
+  return rows[np.repeat(place.row, lengths), column]
 
 
 def with_adapters(

@@ -10,9 +10,13 @@ TSV.
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-Texts = tuple[str, ...]
+from vera_jax.data.tables import Row
+from vera_jax.errors import UserError
+
+# Each text is a string; for tagging it may also be the list of its words.
+Texts = tuple[Any, ...]
 NAMES = (("sentence1", "sentence2"), ("sentence",), ("text",))
 
 
@@ -82,6 +86,44 @@ def read_lines(
     else:
       count = len(texts)
       yield Line(number, texts)
+
+
+def read_texts(
+  rows: Iterable[Row], *, columns: Sequence[Texts] = ()
+) -> Iterator[Line]:
+  """Each row's texts, from the columns of a table; a bad row has its `error`.
+
+  Args:
+    rows: as `tables.file_rows` gives them.
+    columns: names that the text columns may have; the first that are there
+      count. () for `NAMES`.
+
+  Raises:
+    UserError: the table has none of them.
+  """
+  known = columns or NAMES
+  wanted = ", or ".join(" and ".join(names) for names in known)
+  for row in rows:
+    names = next((n for n in known if set(n) <= set(row.values)), None)
+    if row.header and names is None:
+      raise UserError(
+        f"The table has no column {wanted}; its columns are"
+        f" {', '.join(row.values)}."
+      )
+    texts: Texts = tuple(row.values[name] for name in names or ())
+    error = row.error
+    if not error and names is None:
+      error = f"it has no text under {wanted}"
+    for text in () if row.header else texts:
+      parts = text if isinstance(text, list) and text else [text]
+      if not all(isinstance(part, str) for part in parts):
+        error = f"it has no text under {wanted}"
+      elif not all(part.strip() for part in parts):
+        error = "a text is empty"
+    if error or row.header:
+      yield Line(row.number, error=error, header=row.header)
+    else:
+      yield Line(row.number, texts)
 
 
 def _from_cells(

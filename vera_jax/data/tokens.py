@@ -10,7 +10,7 @@ import logging
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -47,7 +47,10 @@ class Tokens:
   Example i is `ids[offsets[i]:offsets[i + 1]]`, special tokens included.
 
   Attributes:
-    labels, index: as in `Examples`.
+    labels, index: as in `Examples`; for texts given as words, labels [tokens]
+      with the class of the word that begins at a token, 0 elsewhere.
+    words: for such texts, [tokens] the number in its text of the word that
+      begins at a token; -1 for further parts of it and special tokens.
     truncated: how many examples were cut to `max_length`.
     pad_id: the tokenizer's padding id.
     fingerprint: sha256 over texts, labels, tokenizer and `max_length`.
@@ -61,6 +64,7 @@ class Tokens:
   truncated: int
   pad_id: int
   fingerprint: str
+  words: Int32[np.ndarray, " tokens"] | None = None
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
@@ -143,16 +147,33 @@ def tokenise(
     arrays = new = _encode(examples, tokenizer, max_length)
     if path:
       _write_cache(path, lambda to: np.savez(to, allow_pickle=False, **new))
+  labels, words = examples.labels, arrays.get("words")
+  if isinstance(labels, list):
+    assert words is not None  # tags are of words
+    labels = _token_labels(labels, words, np.diff(arrays["offsets"]))
   return Tokens(
     ids=arrays["ids"],
     offsets=arrays["offsets"],
     token_types=arrays["token_types"],
-    labels=examples.labels,
+    labels=labels,
     index=examples.index,
     truncated=int(arrays["truncated"]),
     pad_id=info.pad_id,
     fingerprint=fingerprint,
+    words=words,
   )
+
+
+def _token_labels(
+  labels: list[np.ndarray],
+  words: Int32[np.ndarray, " tokens"],
+  lengths: Int64[np.ndarray, " examples"],
+) -> Int32[np.ndarray, " tokens"]:
+  """The class of each word, at the token that it begins with."""
+  before = np.cumsum([0, *map(len, labels)][:-1])  # words of earlier texts
+  number = words + np.repeat(before, lengths)
+  flat = np.concatenate(labels).astype(np.int32)
+  return np.where(words >= 0, flat[number], 0).astype(np.int32)
 
 
 def _info(tokenizer: Any) -> TokenizerInfo:
@@ -172,11 +193,14 @@ def _encode(
 ) -> dict[str, np.ndarray]:
   ids: list[list[int]] = []
   types: list[list[int]] = []
+  words: list[int] = []
   truncated = 0
+  are_words = _are_words(examples)
   for start in range(0, len(examples), _CHUNK):
     chunk = slice(start, start + _CHUNK)
+    first = examples.first[chunk]
     encoded = tokenizer(
-      examples.first[chunk],
+      [" ".join(text) for text in first] if are_words else first,
       examples.second[chunk] if examples.second else None,
       truncation="longest_first",
       max_length=max_length,
@@ -188,24 +212,57 @@ def _encode(
       [0] * len(row) for row in encoded["input_ids"]
     ]
     truncated += sum(bool(text.overflowing) for text in encoded.encodings)
-  return {
+    if are_words:
+      for text, encoding in zip(first, encoded.encodings, strict=True):
+        words += _beginnings(text, encoding.offsets)
+  arrays: dict[str, np.ndarray] = {
     "ids": np.fromiter(chain.from_iterable(ids), np.int32),
     "offsets": np.cumsum([0, *map(len, ids)], dtype=np.int64),
     "token_types": np.fromiter(chain.from_iterable(types), np.int32),
     "truncated": np.array(truncated),
   }
+  return arrays | ({"words": np.array(words, np.int32)} if are_words else {})
+
+
+def _are_words(examples: Examples) -> bool:
+  """Whether the texts are given as lists of words."""
+  return bool(examples.first) and not isinstance(examples.first[0], str)
+
+
+def _beginnings(
+  words: list[str], offsets: list[tuple[int, int]]
+) -> Iterator[int]:
+  """For each token the number of the word that begins with it, or -1.
+
+  `offsets` are the tokens' characters in the words joined by spaces. A token's
+  last character counts, since some tokenizers put the space before a word into
+  the word's first token.
+  """
+  of_character: list[int] = []
+  for number, word in enumerate(words):
+    of_character += [number] * len(word) + [-1]
+  last = -1
+  for start, end in offsets:
+    here = of_character[end - 1] if end > start else -1
+    yield here if here > last else -1
+    last = max(last, here)
 
 
 def _fingerprint(
   examples: Examples, info: TokenizerInfo, max_length: int
 ) -> str:
   labels = examples.labels
+  if isinstance(labels, list):
+    labels = np.concatenate(labels)
   parts = [
     json.dumps([max_length, *info]).encode(),
     b"none" if labels is None else labels.tobytes(),
     str(len(examples)).encode(),
   ]
-  texts = chain(examples.first, examples.second or [])
+  texts: Iterator[str] = chain(examples.first, examples.second or [])
+  if _are_words(examples):
+    parts.append(b"words")
+    texts = map(json.dumps, examples.first)
   digest = hashlib.sha256(_VERSION)
   for part in chain(parts, (t.encode("utf-8", "surrogatepass") for t in texts)):
     # The length before each part keeps "ab", "c" apart from "a", "bc".
@@ -221,11 +278,11 @@ def _load(path: Path, examples: int) -> dict[str, np.ndarray] | None:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
       arrays = {name: stored[name] for name in stored.files}
     ids, types = arrays["ids"], arrays["token_types"]
-    offsets = arrays["offsets"]
+    offsets, words = arrays["offsets"], arrays.get("words", arrays["ids"])
     if (
       offsets.shape == (examples + 1,)
-      and ids.shape == types.shape == (offsets[-1],)
-      and ids.dtype == types.dtype == np.int32
+      and ids.shape == types.shape == words.shape == (offsets[-1],)
+      and ids.dtype == types.dtype == words.dtype == np.int32
       and offsets.dtype == np.int64
       and arrays["truncated"].shape == ()
     ):

@@ -25,8 +25,9 @@ from vera_jax.adapters.projections import PRNG, digest
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.hub import resolve
-from vera_jax.models.family import Family, read_fields
+from vera_jax.models.family import Family, family_of, read_fields
 from vera_jax.models.hf_weights import fingerprint, load_params, refuse_gaps
+from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, TAGS, kind_of
 from vera_jax.models.pretrained import Flat, blueprint
 
 SHOWN = 3  # differences of one kind that a message lists
@@ -43,6 +44,7 @@ class Classifier(NamedTuple):
     family, config: of the base.
     folder: config.json and tokenizer files.
     labels: names in the order of the logits; () for regression.
+    kind: what the logits mean, a name in `kinds.KINDS`.
     about: of adapter.json or merge.json; {} for another folder.
     adapter, targets: the method and the sites that it is on.
   """
@@ -54,6 +56,7 @@ class Classifier(NamedTuple):
   config: Any
   folder: Path
   labels: tuple[str, ...]
+  kind: str
   about: dict[str, Any]
   adapter: Adapter
   targets: dict[TreePath, Target]
@@ -72,7 +75,7 @@ class Classifier(NamedTuple):
 
   @property
   def outputs(self) -> int:
-    """Logits of a text: one per label, or the value of a regression."""
+    """Logits of a text, or a token: one per label, or a regression's value."""
     return len(self.labels) or 1
 
   @property
@@ -109,12 +112,14 @@ def restore_adapter(
   about = saved.about
   folder = _find_base(saved, base)
   labels = tuple(map(str, about["labels"]))
+  kind = kind_of(about, labels)
   given, targets = make_adapter(about["method"], about["settings"])
   if about["settings"].get("init") == STORED:
     saved, given = _take_stored(saved, given)
   made = blueprint(
     read_fields(folder),
     outputs=len(labels) or 1,
+    head=KINDS[kind].head,
     adapter=(given, targets),
     dtype=dtype,
     scan=scan,
@@ -157,6 +162,7 @@ def restore_adapter(
     made.config,
     folder,
     labels,
+    kind,
     about,
     given,
     made.targets,
@@ -179,8 +185,11 @@ def load_classifier(
     ordered = sorted((int(key), str(value)) for key, value in names.items())
   except (AttributeError, TypeError, ValueError) as error:
     raise UserError(f"{folder / 'config.json'}: no usable id2label.") from error
-  regression = len(ordered) == 1 or fields.get("problem_type") == "regression"
-  made = blueprint(fields, outputs=len(ordered), dtype=dtype, scan=scan)
+  kind = _kind_of_folder(fields, len(ordered))
+  head = KINDS[kind].head
+  made = blueprint(
+    fields, outputs=len(ordered), head=head, dtype=dtype, scan=scan
+  )
   loaded = load_params(folder, unflatten_dict(made.shapes))
   if loaded.missing:
     raise UserError(
@@ -194,11 +203,24 @@ def load_classifier(
     made.family,
     made.config,
     folder,
-    () if regression else tuple(value for _, value in ordered),
+    () if kind == NUMBER else tuple(value for _, value in ordered),
+    kind,
     read_json(merged) if merged.exists() else {},
     made.adapter,
     {},
   )
+
+
+def _kind_of_folder(fields: Mapping[str, Any], outputs: int) -> str:
+  """What the logits of a checkpoint mean, by its config.json."""
+  tags = family_of(fields).classes.get(KINDS[TAGS].head)
+  if tags and tags in (fields.get("architectures") or ()):
+    return TAGS
+  problem = fields.get("problem_type")
+  named = [name for name, kind in KINDS.items() if kind.problem_type == problem]
+  if problem and named:
+    return named[0]
+  return NUMBER if outputs == 1 else CLASSES
 
 
 def _find_base(saved: SavedAdapter, base: str | Path | None) -> Path:

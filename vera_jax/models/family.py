@@ -52,7 +52,10 @@ class Family(NamedTuple):
     rules: (pattern over a leaf's path, mesh axes of its last axes), first match
       wins; other leaves lie on every device.
     room: config -> the most tokens that a text may have.
-    classes: transformers' class for each kind of head, for exported folders.
+    classes: transformers' class for each kind of head that the module has:
+      "classification" gives outputs [rows, slots, outputs], one for each
+      example; "token_classification" [rows, length, outputs], one for each
+      token.
   """
 
   config: Callable[[Mapping[str, Any]], Any]

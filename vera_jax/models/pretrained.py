@@ -24,6 +24,7 @@ from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.products import AUTO
 from vera_jax.adapters.projections import digest
 from vera_jax.adapters.sites import first_leaves, make_shared
+from vera_jax.errors import UserError
 from vera_jax.models.family import Family, family_of
 from vera_jax.models.hf_weights import load_params, refuse_gaps
 from vera_jax.train.sharding import (
@@ -128,6 +129,11 @@ def blueprint(
     UserError: a family, setting or target that is not there.
   """
   family = family_of(fields)
+  if head not in family.classes:
+    raise UserError(
+      f"{fields['model_type']} has no head for {head} here; it has"
+      f" {', '.join(family.classes)}."
+    )
   config = family.config(fields)
   base = family.module(
     config,

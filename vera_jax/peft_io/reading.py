@@ -42,7 +42,10 @@ from vera_jax.peft_io.tensors import (
 from vera_jax.tasks.task import task_named
 
 # What adapter.json says of the run, and PEFT's own files don't.
-RUN = ("task", "seed", "labels", "score_name", "score", "versions")
+RUN = (
+  *("task", "seed", "labels", "kind", "columns"),
+  *("score_name", "score", "versions"),
+)
 HEAD_LEAVES = {"weight": "kernel", "bias": "bias"}
 Leaves = dict[TreePath, np.ndarray]
 

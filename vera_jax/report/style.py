@@ -35,6 +35,8 @@ METHOD_COLORS = {
 OTHER = (SKY, "P")
 METRIC = {
   "accuracy": "accuracy",
+  "micro_f1": "micro F1",
+  "entity_f1": "entity F1",
   "matthews": "Matthews correlation",
   "pearson": "Pearson correlation",
 }

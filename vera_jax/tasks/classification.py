@@ -1,4 +1,7 @@
-"""Classification and regression of whole texts: one output row per example."""
+"""Whole texts: classes, several labels at once, or a number for each.
+
+One row of outputs per example.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,6 +20,7 @@ from vera_jax.data.layout import choose_eval_layout, choose_layout, limit_rows
 from vera_jax.data.loader import PackedData
 from vera_jax.data.packing import ProcessShard
 from vera_jax.data.tokens import FolderTokenizer, tokenise
+from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, SEVERAL
 from vera_jax.tasks.metrics import collapsed, score
 from vera_jax.tasks.task import Evaluation, Size, Task
 
@@ -35,6 +39,7 @@ def classification(
   write_answers: Callable[..., Any] | None = None,
   columns: tuple[tuple[str, ...], ...] = (),
   size: Size | None = None,
+  kind: str | None = None,
 ) -> Task:
   """A task over labelled texts.
 
@@ -48,7 +53,9 @@ def classification(
     write_answers: (folder, split, predictions, index) -> a file.
     columns: names that the text columns of input files may have.
     size: of the data as they are published.
+    kind: in `models.kinds`; None for classes, or a number without labels.
   """
+  kind = kind or (CLASSES if labels else NUMBER)
 
   def load(
     config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
@@ -98,7 +105,7 @@ def classification(
       logits = split_logits(measure_batch, data, split)
       if not np.isfinite(logits).all():
         return Evaluation({}, finite=False)
-      answers[split] = predictions(logits, labels)
+      answers[split] = predictions(logits, kind)
       known = data.tokens[split].labels
       assert known is not None  # a dev split without labels is refused
       tail = "" if split == dev_splits[0] else f"/{split}"
@@ -111,7 +118,7 @@ def classification(
   ) -> Callable[[], None]:
     """Computed by all processes; what is returned writes, in the first one."""
     found = {
-      split: predictions(split_logits(measure_batch, data, split), labels)
+      split: predictions(split_logits(measure_batch, data, split), kind)
       for split in test_splits
     }
 
@@ -124,9 +131,10 @@ def classification(
 
   return Task(
     name=name,
-    head="classification",
+    head=KINDS[kind].head,
     outputs=len(labels) or 1,
     labels=labels,
+    kind=kind,
     score_name=metrics[0],
     load=load,
     loss=loss,
@@ -139,9 +147,16 @@ def classification(
 
 
 def slot_losses(
-  logits: Float[Array, "rows slots labels"], labels: Num[Array, "rows slots"]
+  logits: Float[Array, "rows slots labels"],
+  labels: Num[Array, "rows slots *labels"],
 ) -> Float[Array, "rows slots"]:
-  """Cross-entropy for whole-number labels, squared error for float ones."""
+  """The loss of each slot, by what its label is.
+
+  Cross-entropy for a class id, squared error for a number; for a 0 or 1 for
+  each label the mean over them of their sigmoids' cross-entropies.
+  """
+  if labels.ndim == logits.ndim:
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels), -1)
   if jnp.issubdtype(labels.dtype, jnp.floating):
     return jnp.square(logits[..., 0] - labels)
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -167,6 +182,8 @@ def split_logits(
   return np.concatenate(rows)[place.row, place.slot]
 
 
-def predictions(logits: Logits, labels: tuple[str, ...]) -> np.ndarray:
-  """Class ids, or the values themselves for regression."""
-  return logits.argmax(-1) if labels else logits[:, 0]
+def predictions(logits: Logits, kind: str) -> np.ndarray:
+  """Class ids, whether each label applies, or the values of a regression."""
+  if kind == SEVERAL:
+    return logits > 0  # a probability above one half
+  return logits[:, 0] if kind == NUMBER else logits.argmax(-1)
