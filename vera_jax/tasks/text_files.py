@@ -224,10 +224,7 @@ def _decide(table: Table, data: ConfigDict) -> Facts:
     raise UserError(
       f"config.data.kind is {kind!r}; choose from {', '.join(KINDS)}."
     )
-  values = [
-    _label(table, row, label, may_be_empty=kind == SEVERAL)
-    for row in range(len(table.numbers))
-  ]
+  values = _values(table, label, may_be_empty=kind == SEVERAL)
   names = table.classes.get(label)
   if not kind:
     kind = _kind(values, table.columns[columns[0]], named=bool(names))
@@ -323,9 +320,9 @@ def _examples(table: Table, facts: Facts) -> Examples:
       )
     return ids[name]
 
-  for row in range(len(table.numbers)):
+  values = _values(table, facts.label, may_be_empty=facts.kind == SEVERAL)
+  for row, value in enumerate(values):
     place = table.place(row)
-    value = _label(table, row, facts.label, may_be_empty=facts.kind == SEVERAL)
     for name, column in zip(facts.columns, columns, strict=True):
       text = table.columns[name][row]
       if facts.kind == TAGS:
@@ -417,13 +414,14 @@ def _notes(facts: Facts, train: Examples, *, said: str | None) -> list[str]:
   return lines
 
 
-def _label(table: Table, row: int, column: str, *, may_be_empty: bool) -> Any:
-  value = table.columns[column][row]
-  missing = value is None or (isinstance(value, float) and math.isnan(value))
-  blank = isinstance(value, str) and not value.strip() and not may_be_empty
-  if missing or blank:
-    raise UserError(f"{table.place(row)}: {column} is missing.")
-  return value
+def _values(table: Table, column: str, *, may_be_empty: bool) -> list[Any]:
+  """A label's column, in which nothing is missing."""
+  for row, value in enumerate(table.columns[column]):
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    blank = isinstance(value, str) and not value.strip() and not may_be_empty
+    if missing or blank:
+      raise UserError(f"{table.place(row)}: {column} is missing.")
+  return table.columns[column]
 
 
 def _as_list(value: Any) -> list[Any] | None:

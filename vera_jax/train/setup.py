@@ -230,7 +230,7 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
   trained = counts.adapter + counts.head
   who = titles[0] if len(titles) == 1 else f"{len(titles)} runs at once"
   yield (
-    f"{config.task}, {config.method} on {config.model.name},"
+    f"{setup.task.name}, {config.method} on {config.model.name},"
     f" {who}; {jax.device_count()} × {device.device_kind}"
   )
   yield (
