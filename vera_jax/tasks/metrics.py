@@ -135,7 +135,8 @@ def score(
     ValueError: for no examples, unequal shapes, values that aren't finite.
   """
   predictions, labels = np.asarray(predictions), np.asarray(labels)
-  several = labels.ndim == 2  # labels that may apply together
+  names = tuple(names)
+  several = labels.ndim == 2 and set(names) <= {"macro_f1", "micro_f1"}
   if (
     predictions.shape != labels.shape
     or not (labels.ndim == 1 or several)
@@ -143,7 +144,7 @@ def score(
   ):
     raise ValueError(
       f"predictions {predictions.shape} and labels {labels.shape} must be "
-      "of one length, and not empty"
+      "one-dimensional, or for F1 two-dimensional, of one length, and not empty"
     )
   if not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
     raise ValueError("predictions or labels are not finite")
