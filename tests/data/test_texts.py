@@ -108,9 +108,8 @@ def test_a_table_has_its_texts_in_columns():
     "it has 1 columns, but the header has 2 (n, text)",
     "a text is empty",
   ]
-  pair = from_table(
-    '{"a": "x", "b": ["y", "z"]}\n{"a": "x"}\n', "jsonl", [("a", "b")]
-  )
+  lines = '{"a": "x", "b": ["y", "z"]}\n{"a": "x"}\n'
+  pair = from_table(lines, "jsonl", [("a", "b")])
   assert pair[0].texts == ("x", ["y", "z"])
   assert pair[1].error == "it has no text under a and b"
   with pytest.raises(UserError, match="no column text; its columns are a, b"):

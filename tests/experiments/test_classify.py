@@ -1,19 +1,17 @@
 """A user's own texts from training to prediction, on a tiny encoder."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 
-from experiments import predict
 from tests.experiments.command import run
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.models.export_hf import write_merged
 from vera_jax.serve.bank import AdapterBank
-from vera_jax.serve.predictor import Predictor
+from vera_jax.serve.predictor import Predictor, text_columns
 from vera_jax.train.loop import train_and_evaluate
 
 BRIEF = {"optim.epochs": 1, "optim.batch_size": 8, "vera.rank": 4}
@@ -78,45 +76,30 @@ def trained(request, settings, tmp_path_factory):
   return request.param, folder / "run", result
 
 
-def read_answers(capsys, monkeypatch, *flags):
-  """What predict prints, as lines."""
-  with monkeypatch.context() as patch:
-    patch.setattr(sys, "argv", ["predict", *map(str, flags)])
-    predict.flags.FLAGS(sys.argv)
-    try:
-      predict.main()
-    finally:
-      predict.flags.FLAGS.unparse_flags()
-      for flag in flags:  # back to what they are without a command line
-        name = flag.removeprefix("--").partition("=")[0]
-        predict.flags.FLAGS[name].unparse()
-  return capsys.readouterr().out.splitlines()
-
-
-def test_prediction_knows_columns_and_kind(
-  trained, tmp_path, capsys, monkeypatch
-):
+def test_prediction_knows_columns_and_kind(trained, tmp_path):
   kind, folder, result = trained
   column = "words" if kind == "token_classification" else "text"
   assert result["kind"] == kind and result["columns"] == [column]
-  (tmp_path / "a.csv").write_text(
-    f'other,{column}\n1,"word1 word3"\n2,\n3,word4\n'
-  )
-  flags = [f"--adapter={folder / 'adapter'}", f"--input={tmp_path / 'a.csv'}"]
-  with pytest.raises(UserError, match="1 of 4 lines could not be used"):
-    read_answers(capsys, monkeypatch, *flags)
-  out = capsys.readouterr()
-  header, one, empty, _ = out.out.splitlines()
-  assert out.err == "line 3: a text is empty\n" and empty == ""
-  label, scores, *chances = one.split("\t")
   if kind == "multi_label":
-    assert header.split("\t") == ["label", "score", "a", "b"]
-    pairs = zip(("a", "b"), map(float, chances), strict=True)
-    assert label == "|".join(name for name, chance in pairs if chance > 0.5)
-  else:
-    assert header == "tags\tscores"
-    assert set(label.split()) <= set(result["labels"])
-    assert len(label.split()) == len(scores.split()) == 2
+    classifier = restore_adapter(load_adapter(folder / "adapter"))
+    assert text_columns(classifier) == (("text",),)
+    for answer in Predictor(classifier).answers(["word1 word3", "word4"]):
+      pairs = zip(("a", "b"), answer.probabilities, strict=True)
+      chosen = tuple(name for name, chance in pairs if chance > 0.5)
+      assert answer.labels == chosen and answer.label == "|".join(chosen)
+      assert answer.score == max(answer.probabilities)
+    return
+  file = tmp_path / "a.csv"
+  file.write_text('other,words\n1,"word1 word3"\n2,\n3,word4\n')
+  done = run("predict", f"--adapter={folder / 'adapter'}", f"--input={file}")
+  assert done.returncode == 1
+  assert "line 3: a text is empty" in done.stderr
+  assert "1 of 4 lines could not be used" in done.stderr
+  header, one, empty, _ = done.stdout.splitlines()
+  assert header == "tags\tscores" and empty == ""
+  tags, scores = one.split("\t")
+  assert set(tags.split()) <= set(result["labels"])
+  assert len(tags.split()) == len(scores.split()) == 2
 
 
 def test_lists_of_words_long_texts_and_merged_weights(trained, tmp_path):

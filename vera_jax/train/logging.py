@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -67,7 +67,7 @@ class MetricWriter:
     write_text(path, "".join(line + "\n" for line in kept))
     self._lines = path.open("a", encoding="utf-8", buffering=1)
 
-  def __enter__(self) -> Self:
+  def __enter__(self):
     return self
 
   def __exit__(self, *exc: object) -> None:
@@ -129,7 +129,7 @@ class ProgressBar:
     )
     self._score = ""
 
-  def __enter__(self) -> Self:
+  def __enter__(self):
     self._progress.start()
     return self
 
