@@ -18,7 +18,7 @@ from benchmarks.plans.lowering import abstract_step, architecture
 from experiments import cli
 from vera_jax.adapters.methods import METHODS
 from vera_jax.hub import resolve
-from vera_jax.tasks.task import task_named
+from vera_jax.tasks.task import task_for
 from vera_jax.train.config import check_settings
 from vera_jax.train.sharding import batch_shards, make_mesh
 
@@ -36,7 +36,7 @@ def main() -> None:
   config = cli.chosen(CONFIG).copy_and_resolve_references()
   check_settings(config)
   mesh = make_mesh(**config.mesh)
-  data = task_named(config.task).load_data(
+  data = task_for(config).load_data(
     config, resolve(config.model.name), shards=batch_shards(mesh)
   )
   layout, fields = data.train_layout, architecture(config)

@@ -36,7 +36,7 @@ from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import fingerprint
 from vera_jax.models.pretrained import load_model
 from vera_jax.peft_io import export_adapter, import_adapter
-from vera_jax.tasks.task import Task, task_named
+from vera_jax.tasks.task import Task, task_for
 from vera_jax.train.optim import rates_of, schedule
 from vera_jax.train.sharding import make_mesh
 from vera_jax.train.step import Frozen
@@ -118,7 +118,7 @@ def compare(config: ConfigDict, steps: int) -> dict[str, Any]:
     place = Path(folder)
     base = without_dropout(resolve(config.model.name), place / "base")
     config.model.name = str(base)
-    task = task_named(config.task)
+    task = task_for(config)
     data = task.load_data(config, base)
     batches = list(_batches(data, config, steps))
     ours = train_here(config, base, task, batches, place)

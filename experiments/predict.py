@@ -11,7 +11,14 @@ line ({} in JSONL); the rest goes on, and the exit code is 1 at the end.
 A .tsv holds one text per line, or two, or as many as the task has columns
 (COPA: premise, choice1, choice2, question). Its first line is a header if it
 names the text columns (sentence or text; sentence1 and sentence2; or the task's
-own), and then a header comes out as well. A .jsonl has those names as keys.
+own), and then a header comes out as well. A .jsonl has those names as keys, a
+.csv (with quotes) and a .parquet always have them as columns.
+
+An adapter trained on your own texts (experiments.classify) knows its columns:
+they are looked for in all formats. Where several labels may apply, the label is
+those above one half, joined by "|". Of one that tags words, a line has the tags
+and the probability of each, with spaces between; words are what stands between
+spaces, or a JSON list.
 """
 
 import json
@@ -25,9 +32,10 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
+from vera_jax.data.tables import FORMATS, SUFFIXES, parquet_rows, read_rows
 from vera_jax.errors import UserError
 
-ENDINGS = {"": "tsv", ".tsv": "tsv", ".txt": "tsv", ".jsonl": "jsonl"}
+ENDINGS = {**SUFFIXES, "": "tsv", ".txt": "tsv"}
 ADAPTER = flags.DEFINE_string(
   "adapter", None, "An adapter: a folder, or a hub id (owner/name[@revision])."
 )
@@ -37,9 +45,11 @@ MODEL = flags.DEFINE_string(
 BASE = flags.DEFINE_string(
   "base", None, "The adapter's base. Unset: what adapter.json names."
 )
-INPUT = flags.DEFINE_string("input", None, "A .tsv or .jsonl file, or -.")
+INPUT = flags.DEFINE_string(
+  "input", None, "A .csv, .tsv, .jsonl or .parquet file, or -."
+)
 INPUT_FORMAT = flags.DEFINE_enum(
-  "input_format", None, ["tsv", "jsonl"], "Unset: by the ending; tsv for -."
+  "input_format", None, FORMATS, "Unset: by the name; tsv for -."
 )
 FORMAT = flags.DEFINE_enum("format", "tsv", ["tsv", "jsonl"], "Of the output.")
 MAX_LENGTH = flags.DEFINE_integer(
@@ -53,11 +63,14 @@ LINES = flags.DEFINE_integer(
 def main() -> None:
   if not INPUT.value or bool(ADAPTER.value) == bool(MODEL.value):
     raise UserError("Give --input=FILE and either --adapter=DIR or --model=DIR")
-  form = input_format(INPUT.value, INPUT_FORMAT.value)
+  format = input_format(INPUT.value, INPUT_FORMAT.value)
+  if format == "parquet" and INPUT.value == "-":
+    raise UserError("Parquet is read from a file, not from standard input.")
   # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.adapters.files import load_adapter
-  from vera_jax.data.texts import read_lines
+  from vera_jax.data.texts import read_lines, read_texts
   from vera_jax.models.classifier import load_classifier, restore_adapter
+  from vera_jax.models.kinds import TAGS
   from vera_jax.serve.predictor import Predictor, answer_lines, text_columns
 
   bad = total = 0
@@ -68,23 +81,34 @@ def main() -> None:
       saved = load_adapter(ADAPTER.value or "")
       classifier = restore_adapter(saved, BASE.value)
     predictor = Predictor(classifier, max_length=MAX_LENGTH.value)
-    columns, labels = text_columns(classifier), predictor.labels
-    lines = read_lines(
-      file,
-      format=form,
-      columns=columns,
-      count=len(columns[0]) if columns else None,
-      check=predictor.task and predictor.task.form,
-    )
+    columns = text_columns(classifier)
+    names = ["label", "score", *predictor.labels]
+    if classifier.kind == TAGS:
+      names = ["tags", "scores"]
+    check = predictor.task and predictor.task.form
+    if format == "parquet":
+      rows = parquet_rows(Path(INPUT.value).expanduser())
+      lines = read_texts(rows, columns=columns, check=check)
+    elif format == "csv" or "columns" in classifier.about:
+      rows = read_rows(file, format=format)
+      lines = read_texts(rows, columns=columns, check=check)
+    else:
+      lines = read_lines(
+        file,
+        format=format,
+        columns=columns,
+        count=len(columns[0]) if columns else None,
+        check=check,
+      )
     for line, answer in answer_lines(predictor, lines, at_once=LINES.value):
       total += 1
       if line.error:
         bad += 1
         print(f"line {line.number}: {line.error}", file=sys.stderr)
       if not line.header:
-        print(_text(answer, labels), flush=True)
+        print(_text(answer, predictor.labels), flush=True)
       elif FORMAT.value == "tsv":
-        print("\t".join(["label", "score", *labels]), flush=True)
+        print("\t".join(names), flush=True)
   if predictor.truncated:
     cut = f"{predictor.truncated} texts were cut at {predictor.max_length}"
     print(f"{cut} tokens.", file=sys.stderr)
@@ -96,13 +120,14 @@ def input_format(name: str, given: str | None) -> str:
   """How a file is read: as the flag says, or else by its name's ending.
 
   Raises:
-    UserError: another format, whose header or quotes would be taken for text.
+    UserError: another format, which would be taken for text.
   """
   ending = Path(name).suffix.lower()
   if given is None and ending not in ENDINGS:
     raise UserError(
-      f"{name}: {ending} files are not read here, only .tsv and .jsonl. Convert"
-      " it, or say by --input_format that it is one of these all the same."
+      f"{name}: {ending} files are not read here, only"
+      f" {', '.join(filter(None, ENDINGS))}. Convert it, or say by"
+      " --input_format that it is one of these all the same."
     )
   return given or ENDINGS[ending]
 
@@ -131,14 +156,23 @@ def _opened(name: str) -> Iterator[Iterable[bytes]]:
 
 def _text(answer: Any, labels: tuple[str, ...]) -> str:
   """An answer as a line of the output; an empty one for None, a bad line."""
+  tagged = hasattr(answer, "tags")
+  if FORMAT.value == "jsonl" and tagged:
+    return json.dumps(answer._asdict(), ensure_ascii=False)
   if FORMAT.value == "jsonl":
     fields = {} if answer is None else {"score": answer.score}
     if answer is not None and labels:
       chances = dict(zip(labels, answer.probabilities, strict=True))
       fields = {"label": answer.label, **fields, "probabilities": chances}
+      if answer.labels or not answer.label:  # several may apply
+        fields = {"labels": answer.labels, **fields}
+        del fields["label"]
     return json.dumps(fields, ensure_ascii=False)
   if answer is None:
     return ""
+  if tagged:
+    scores = " ".join(f"{score:.6f}" for score in answer.scores)
+    return f"{' '.join(answer.tags)}\t{scores}"
   numbers = (answer.score, *answer.probabilities)
   return "\t".join([answer.label, *(f"{number:.6f}" for number in numbers)])
 

@@ -14,7 +14,7 @@ from vera_jax.train.setup import build_setup
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 NAMES = sorted(
-  {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common"}
+  {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common", "text"}
 )
 GLUE = sorted(set(NAMES) - {"minilm", "quickstart"})
 
@@ -168,3 +168,14 @@ def test_one_step_of_each_kind(name, tiny_config):
   state, metrics = step(state, setup.frozen, placed, key, rates)
   assert state.step == 1 and setup.steps == 1
   assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("size", ["minilm", "base", "large"])
+def test_ones_own_texts_need_only_a_file(size):
+  config = load("text", size)
+  assert config.task == "text" and config.data.train is None
+  for method in ("vera", "lora", "bitfit", "head", "full"):
+    config.method = method
+    check_settings(config)
+  text = importlib.import_module("configs.text").__doc__
+  assert "python -m experiments.classify --config=configs/text.py" in text

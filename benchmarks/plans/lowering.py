@@ -18,7 +18,7 @@ from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
 from vera_jax.models.pretrained import Model, abstract_model
 from vera_jax.models.roberta import SIZES, roberta
-from vera_jax.tasks.task import task_named
+from vera_jax.tasks.task import task_for
 from vera_jax.train.optim import optimiser, rates_of
 from vera_jax.train.setup import build_blueprint
 from vera_jax.train.sharding import BATCH, REPLICATED
@@ -96,7 +96,7 @@ def abstract_step(
     **options: what `models.pretrained.blueprint` takes in place of the config's
       own, such as `dtype` or `adapter`.
   """
-  task = task_named(config.task)
+  task = task_for(config)
   plan = build_blueprint(config, fields, task, **options)
   model = abstract_model(plan, mesh=mesh)
   make_optimiser: Callable[..., Any] = partial(

@@ -2,7 +2,9 @@
 
 import pytest
 
-from vera_jax.data.texts import Line, read_lines
+from vera_jax.data.tables import read_rows
+from vera_jax.data.texts import Line, read_lines, read_texts
+from vera_jax.errors import UserError
 
 
 def read(text, format="tsv", **options):
@@ -90,3 +92,26 @@ def test_a_bad_line_is_named_and_the_rest_goes_on(format, line, words):
 def test_a_short_row_under_a_header():
   lines = read("index\tsentence\n0\n1\ta\n")
   assert "1 columns" in lines[1].error and lines[2].texts == ("a",)
+
+
+def from_table(text, format="csv", columns=()):
+  rows = read_rows(text.encode().splitlines(True), format=format)
+  return list(read_texts(rows, columns=columns))
+
+
+def test_a_table_has_its_texts_in_columns():
+  text = 'n,text\n1,"a, b"\n2\n3, \n4,c\n'
+  header, *lines = from_table(text)
+  assert header == Line(1, header=True)
+  assert [line.texts for line in lines] == [("a, b",), (), (), ("c",)]
+  assert lines[0].number == 2
+  assert [line.error for line in lines[1:3]] == [
+    "it has 1 columns, but the header has 2 (n, text)",
+    "a text is empty",
+  ]
+  lines = '{"a": "x", "b": ["y", "z"]}\n{"a": "x"}\n'
+  pair = from_table(lines, "jsonl", [("a", "b")])
+  assert pair[0].texts == ("x", ["y", "z"])
+  assert pair[1].error == "it has no text under a and b"
+  with pytest.raises(UserError, match="no column text; its columns are a, b"):
+    from_table("a,b\n", columns=[("text",)])

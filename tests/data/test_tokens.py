@@ -3,7 +3,10 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.processors import BertProcessing
+from transformers import PreTrainedTokenizerFast
 
 from vera_jax.data import tokens as tokens_module
 from vera_jax.data.examples import Examples
@@ -194,3 +197,47 @@ def test_minilm_ignores_the_padding_its_file_asks_for(
   assert (tokens.ids != tokens.pad_id).all()
   cut = tokenise(dev, tokenizer, 128, None)
   assert cut.truncated == (tokens.lengths > 128).sum() > 0
+
+
+WORDS = Examples(
+  [["abc", "b", "ab", "c"], ["c", "New York"]],
+  None,
+  [np.array([3, 1, 2, 1], np.int32), np.array([2, 1], np.int32)],
+  np.arange(2),
+)
+
+
+def word_pieces():
+  """abc is a ##b ##c; New York, as one word, is two unknown tokens."""
+  special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+  vocab = {p: i for i, p in enumerate([*special, "a", "b", "c", "##b", "##c"])}
+  backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+  backend.pre_tokenizer = WhitespaceSplit()
+  ends = (("[SEP]", 3), ("[CLS]", 2))
+  backend.post_processor = BertProcessing(*ends)
+  return PreTrainedTokenizerFast(
+    tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]"
+  )
+
+
+def test_the_first_part_of_a_word_has_its_number_and_label(tmp_path):
+  tokenizer = word_pieces()
+  tokens = tokenise(WORDS, tokenizer, 8, tmp_path)
+  # [CLS] a ##b ##c b a ##b [SEP], c is cut; [CLS] c New York [SEP]
+  assert tokens.lengths.tolist() == [8, 5] and tokens.truncated == 1
+  first, second = [-1, 0, -1, -1, 1, 2, -1, -1], [-1, 0, 1, -1, -1]
+  assert tokens.words.tolist() == first + second
+  assert tokens.labels.tolist() == [0, 3, 0, 0, 1, 2, 0, 0] + [0, 2, 1, 0, 0]
+  same(tokenise(WORDS, tokenizer, 8, tmp_path), tokens)  # from the cache
+  joined = dataclasses.replace(WORDS, first=["abc b ab c", "c New York"])
+  joined = dataclasses.replace(joined, labels=None)
+  other = tokenise(joined, tokenizer, 8, tmp_path)
+  assert other.words is None and other.fingerprint != tokens.fingerprint
+  np.testing.assert_array_equal(other.ids, tokens.ids)
+
+
+def test_a_space_may_belong_to_the_token_behind_it():
+  """As byte-level tokenizers have it that don't trim their offsets."""
+  offsets = [(0, 0), (0, 2), (2, 4), (4, 6), (6, 7), (0, 0)]
+  words = tokens_module._beginnings(["ab", "c", "def"], offsets)
+  assert list(words) == [-1, 0, 1, 2, -1, -1]

@@ -80,6 +80,27 @@ def test_random_models(family, act, labels, scan, tmp_path, shapes):
   assert np.ptp(want, axis=0).min() > 0.01
 
 
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_every_token_has_outputs_for_tagging(family, tmp_path, shapes):
+  torch.manual_seed(0)
+  pad = 1 if family == "Roberta" else 0
+  config = getattr(transformers, f"{family}Config")(
+    **SIZES, num_labels=3, pad_token_id=pad
+  )
+  peer = getattr(transformers, f"{family}ForTokenClassification")(config)
+  peer.save_pretrained(tmp_path)
+  model = BertClassifier(load_config(tmp_path), 3, head="token_classification")
+  loaded = load_params(tmp_path, shapes(model))
+  assert loaded[1:] == ((), (), ())
+  batch = random_batch(config)
+  arrays = {k: v for k, v in batch.items() if k != "attention_mask"}
+  got = jax.jit(model.apply)({"params": loaded.params}, **arrays)
+  real = batch["attention_mask"] > 0
+  want = torch_logits(peer, batch)
+  np.testing.assert_allclose(got[real], want[real], atol=1e-4)
+  assert np.ptp(want[real], axis=0).min() > 0.01
+
+
 @pytest.mark.parametrize("scan", [True, False])
 def test_minilm_on_padded_pairs(scan, minilm_folder, shapes):
   torch.manual_seed(0)

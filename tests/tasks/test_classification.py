@@ -9,7 +9,8 @@ from vera_jax.data.loader import PackedData
 from vera_jax.data.packing import Layout
 from vera_jax.data.tokens import Tokens
 from vera_jax.errors import UserError
-from vera_jax.tasks.classification import classification, loss
+from vera_jax.models.kinds import SEVERAL
+from vera_jax.tasks.classification import classification, loss, predictions
 from vera_jax.tasks.task import task_named
 
 
@@ -43,6 +44,16 @@ def test_regression_is_squared_error():
   batch = {"labels": jnp.array([[2.5]]), "weights": jnp.ones((1, 1))}
   total, _ = loss(jnp.asarray([[[2.0]]]), batch)
   np.testing.assert_allclose(total, 0.25)
+
+
+def test_several_labels_have_a_cross_entropy_each():
+  labels = jnp.array([[[1.0, 0.0]]])
+  batch = {"labels": labels, "weights": jnp.ones((1, 1))}
+  total, count = loss(jnp.asarray([[[2.0, 1.0]]]), batch)
+  expected = (np.log(1 + np.exp(-2.0)) + np.log(1 + np.exp(1.0))) / 2
+  np.testing.assert_allclose(total / count, expected, rtol=1e-6)
+  logits = np.array([[0.1, -1.0], [-2.0, -0.1]], np.float32)
+  np.testing.assert_array_equal(predictions(logits, SEVERAL), [[1, 0], [0, 0]])
 
 
 @pytest.fixture

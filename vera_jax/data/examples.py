@@ -1,6 +1,7 @@
 """Texts and labels of one split."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,18 +13,20 @@ class Examples:
   """One split, in the order of its source.
 
   Attributes:
-    first: the texts, or the first text of each pair.
+    first: the texts, or the first text of each pair, or the words of each.
     second: the second texts; None for single sentences.
-    labels: int32 class ids or float32 scores; None for an unlabelled test.
+    labels: int32 class ids or float32 scores [examples], float32 0 or 1
+      [examples, labels] where several may apply, or for words a list of int32
+      class ids [words]; None for an unlabelled test.
     index: int64, the number by which a submission file names each example.
     choices: texts (or pairs) per example: 1, or the number of the choices
       between which an example asks. Those of an example follow one another, so
       `first` and `second` then have so many entries for each label.
   """
 
-  first: list[str]
+  first: list[Any]
   second: list[str] | None
-  labels: np.ndarray | None
+  labels: Any
   index: np.ndarray
   choices: int = 1
 
@@ -49,12 +52,22 @@ def subset(examples: Examples, n: int | None, seed: int) -> Examples:
       "unset for all of them."
     )
   chosen = np.random.default_rng(seed).permutation(len(examples))[:n]
+  return take(examples, chosen)
+
+
+def take(examples: Examples, chosen: np.ndarray) -> Examples:
+  """The examples of these numbers, in their order."""
+  labels = examples.labels
+  if isinstance(labels, list):
+    labels = [labels[i] for i in chosen]
+  elif labels is not None:
+    labels = labels[chosen]
   choices = np.arange(examples.choices)
   texts = (chosen[:, None] * examples.choices + choices).ravel()
   return Examples(
     first=[examples.first[i] for i in texts],
     second=examples.second and [examples.second[i] for i in texts],
-    labels=None if examples.labels is None else examples.labels[chosen],
+    labels=labels,
     index=examples.index[chosen],
     choices=examples.choices,
   )

@@ -20,7 +20,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int, Int64, Shaped
 
 from vera_jax.data.tokens import Tokens
 
@@ -179,8 +179,10 @@ def pack_runs(
     [rows, slots * choices] `cls_positions` (the column of a text's first token;
     those of an example's choices follow one another);
     [rows, slots] `example` (its index into `tokens`; -1 for an empty slot),
-    `labels` (int32, or float32 for regression; 0 in an empty slot or without
-    labels) and float32 `weights` (1 for an example, 0 in an empty slot).
+    `labels` (as the tokens have them; 0 in an empty slot or without labels) and
+    float32 `weights` (1 for an example, 0 in an empty slot). For texts given as
+    words, labels and weights are [rows, length], of the tokens that words begin
+    with.
   """
   places = [first_fit(tokens.lengths[indices], layout) for indices in batches]
   counts = [microbatch_rows(place.rows, layout) for place in places]
@@ -244,21 +246,37 @@ def pack_rows(
   source = np.repeat(offsets, lengths) + within
   target = np.repeat(text_row * layout.length + text_start, lengths) + within
 
-  def per_token(values: np.ndarray, empty: int = 0) -> np.ndarray:
-    flat = np.full(rows * layout.length, empty, np.int32)
+  def per_token(
+    values: np.ndarray, empty: int = 0, dtype: Any = np.int32
+  ) -> np.ndarray:
+    flat = np.full(rows * layout.length, empty, dtype)
     flat[target] = values
     return flat.reshape(rows, layout.length)
 
   def per_slot(values: np.ndarray, empty: int = 0) -> np.ndarray:
-    grid = np.full((rows, layout.slots), empty, values.dtype)
+    shape = (rows, layout.slots, *values.shape[1:])
+    grid = np.full(shape, empty, values.dtype)
     grid[row, slot] = values
     return grid
 
   cls_positions = np.zeros((rows, layout.slots * choices), np.int32)
   cls_positions[text_row, text_slot] = text_start
   labels = tokens.labels
-  if labels is None:
-    labels = np.zeros(len(tokens), np.int32)
+  if tokens.words is None:
+    if labels is None:
+      labels = np.zeros(len(tokens), np.int32)
+    learned = {
+      "labels": per_slot(labels[indices]),
+      "weights": per_slot(np.ones(len(indices), np.float32)),
+    }
+  else:
+    if labels is None:
+      labels = np.zeros(len(tokens.ids), np.int32)
+    begins = tokens.words[source] >= 0
+    learned = {
+      "labels": per_token(labels[source]),
+      "weights": per_token(begins, dtype=np.float32),
+    }
   return {
     "input_ids": per_token(tokens.ids[source], tokens.pad_id),
     "token_type_ids": per_token(tokens.token_types[source]),
@@ -266,9 +284,20 @@ def pack_rows(
     "segment_ids": per_token(np.repeat(text_slot + 1, lengths)),
     "cls_positions": cls_positions,
     "example": per_slot(indices.astype(np.int32), -1),
-    "labels": per_slot(labels[indices]),
-    "weights": per_slot(np.ones(len(indices), np.float32)),
+    **learned,
   }
+
+
+def per_token(
+  rows: Shaped[np.ndarray, "rows length ..."],
+  tokens: Tokens,
+  place: Placement,
+) -> Shaped[np.ndarray, "ids ..."]:
+  """What packed rows hold for each token, in the order of `tokens.ids`."""
+  lengths = tokens.lengths
+  within = np.arange(lengths.sum()) - np.repeat(tokens.offsets[:-1], lengths)
+  column = np.repeat(place.start, lengths) + within
+  return rows[np.repeat(place.row, lengths), column]
 
 
 def with_adapters(

@@ -13,7 +13,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-Texts = tuple[str, ...]
+from vera_jax.data.tables import Row
+from vera_jax.errors import UserError
+
+# Each text is a string; for tagging it may also be the list of its words.
+Texts = tuple[Any, ...]
 NAMES = (("sentence1", "sentence2"), ("sentence",), ("text",))
 
 
@@ -87,6 +91,53 @@ def read_lines(
     else:
       count = len(texts)
       yield Line(number, texts)
+
+
+def read_texts(
+  rows: Iterable[Row],
+  *,
+  columns: Sequence[Texts] = (),
+  check: Callable[..., Any] | None = None,
+) -> Iterator[Line]:
+  """Each row's texts, from the columns of a table; a bad row has its `error`.
+
+  Args:
+    rows: as `tables.file_rows` gives them.
+    columns: names that the text columns may have; the first that are there
+      count. () for `NAMES`.
+    check: called with a row's texts; its ValueError is the row's `error`.
+
+  Raises:
+    UserError: the table has none of them.
+  """
+  known = columns or NAMES
+  wanted = ", or ".join(" and ".join(names) for names in known)
+  for row in rows:
+    names = next((n for n in known if set(n) <= set(row.values)), None)
+    if row.header and names is None:
+      raise UserError(
+        f"The table has no column {wanted}; its columns are"
+        f" {', '.join(row.values)}."
+      )
+    texts: Texts = tuple(row.values[name] for name in names or ())
+    error = row.error
+    if not error and names is None:
+      error = f"it has no text under {wanted}"
+    for text in () if row.header else texts:
+      parts = text if isinstance(text, list) and text else [text]
+      if not all(isinstance(part, str) for part in parts):
+        error = f"it has no text under {wanted}"
+      elif not all(part.strip() for part in parts):
+        error = "a text is empty"
+    if check is not None and not error and not row.header:
+      try:
+        check(*texts)
+      except ValueError as wrong:
+        error = str(wrong)
+    if error or row.header:
+      yield Line(row.number, error=error, header=row.header)
+    else:
+      yield Line(row.number, texts)
 
 
 def _from_cells(

@@ -10,7 +10,7 @@ import logging
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -49,7 +49,10 @@ class Tokens:
   example is one text, or those of its `choices`, which follow one another.
 
   Attributes:
-    labels, index, choices: as in `Examples`.
+    labels, index, choices: as in `Examples`; for texts given as words, labels
+      [tokens] with the class of the word that begins at a token, 0 elsewhere.
+    words: for such texts, [tokens] the number in its text of the word that
+      begins at a token; -1 for further parts of it and special tokens.
     truncated: how many texts were cut to `max_length`.
     pad_id: the tokenizer's padding id.
     fingerprint: sha256 over texts, labels, tokenizer and `max_length`.
@@ -64,6 +67,7 @@ class Tokens:
   pad_id: int
   fingerprint: str
   choices: int = 1
+  words: Int32[np.ndarray, " tokens"] | None = None
 
   def __len__(self) -> int:
     return len(self.text_lengths) // self.choices
@@ -154,17 +158,34 @@ def tokenise(
     arrays = new = _encode(examples, tokenizer, max_length)
     if path:
       _write_cache(path, lambda to: np.savez(to, allow_pickle=False, **new))
+  labels, words = examples.labels, arrays.get("words")
+  if isinstance(labels, list):
+    assert words is not None  # tags are of words
+    labels = _token_labels(labels, words, np.diff(arrays["offsets"]))
   return Tokens(
     ids=arrays["ids"],
     offsets=arrays["offsets"],
     token_types=arrays["token_types"],
-    labels=examples.labels,
+    labels=labels,
     index=examples.index,
     truncated=int(arrays["truncated"]),
     pad_id=info.pad_id,
     fingerprint=fingerprint,
     choices=examples.choices,
+    words=words,
   )
+
+
+def _token_labels(
+  labels: list[np.ndarray],
+  words: Int32[np.ndarray, " tokens"],
+  lengths: Int64[np.ndarray, " examples"],
+) -> Int32[np.ndarray, " tokens"]:
+  """The class of each word, at the token that it begins with."""
+  before = np.cumsum([0, *map(len, labels)][:-1])  # words of earlier texts
+  number = words + np.repeat(before, lengths)
+  flat = np.concatenate(labels).astype(np.int32)
+  return np.where(words >= 0, flat[number], 0).astype(np.int32)
 
 
 def _info(tokenizer: Any) -> TokenizerInfo:
@@ -184,6 +205,7 @@ def _encode(
 ) -> dict[str, np.ndarray]:
   ids: list[list[int]] = []
   types: list[list[int]] = []
+  words: list[int] = []
   truncated = 0
   # below the special tokens, the tokenizer would cut nothing at all
   special = tokenizer.num_special_tokens_to_add(pair=bool(examples.second))
@@ -193,10 +215,12 @@ def _encode(
       f"max_length is {max_length}, but {special} tokens of each example are"
       f" special ones: at least {least} are needed."
     )
+  are_words = _are_words(examples)
   for start in range(0, len(examples.first), _CHUNK):
     chunk = slice(start, start + _CHUNK)
+    first = examples.first[chunk]
     encoded = tokenizer(
-      examples.first[chunk],
+      [" ".join(text) for text in first] if are_words else first,
       examples.second[chunk] if examples.second else None,
       truncation="longest_first",
       max_length=max_length,
@@ -208,12 +232,40 @@ def _encode(
       [0] * len(row) for row in encoded["input_ids"]
     ]
     truncated += sum(bool(text.overflowing) for text in encoded.encodings)
-  return {
+    if are_words:
+      for text, encoding in zip(first, encoded.encodings, strict=True):
+        words += _beginnings(text, encoding.offsets)
+  arrays: dict[str, np.ndarray] = {
     "ids": np.fromiter(chain.from_iterable(ids), np.int32),
     "offsets": np.cumsum([0, *map(len, ids)], dtype=np.int64),
     "token_types": np.fromiter(chain.from_iterable(types), np.int32),
     "truncated": np.array(truncated),
   }
+  return arrays | ({"words": np.array(words, np.int32)} if are_words else {})
+
+
+def _are_words(examples: Examples) -> bool:
+  """Whether the texts are given as lists of words."""
+  return bool(examples.first) and not isinstance(examples.first[0], str)
+
+
+def _beginnings(
+  words: list[str], offsets: list[tuple[int, int]]
+) -> Iterator[int]:
+  """For each token the number of the word that begins with it, or -1.
+
+  `offsets` are the tokens' characters in the words joined by spaces. A token's
+  last character counts, since some tokenizers put the space before a word into
+  the word's first token.
+  """
+  of_character: list[int] = []
+  for number, word in enumerate(words):
+    of_character += [number] * len(word) + [-1]
+  last = -1
+  for start, end in offsets:
+    here = of_character[end - 1] if end > start else -1
+    yield here if here > last else -1
+    last = max(last, here)
 
 
 def _fingerprint(
@@ -223,12 +275,17 @@ def _fingerprint(
   settings = [max_length, *info]
   if examples.choices > 1:  # pairs hash as they did before there were choices
     settings.append(examples.choices)
+  if isinstance(labels, list):
+    labels = np.concatenate(labels)
   parts = [
     json.dumps(settings).encode(),
     b"none" if labels is None else labels.tobytes(),
     str(len(examples)).encode(),
   ]
-  texts = chain(examples.first, examples.second or [])
+  texts: Iterator[str] = chain(examples.first, examples.second or [])
+  if _are_words(examples):
+    parts.append(b"words")
+    texts = map(json.dumps, examples.first)
   digest = hashlib.sha256(_VERSION)
   for part in chain(parts, (t.encode("utf-8", "surrogatepass") for t in texts)):
     # The length before each part keeps "ab", "c" apart from "a", "bc".
@@ -244,11 +301,11 @@ def _load(path: Path, texts: int) -> dict[str, np.ndarray] | None:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
       arrays = {name: stored[name] for name in stored.files}
     ids, types = arrays["ids"], arrays["token_types"]
-    offsets = arrays["offsets"]
+    offsets, words = arrays["offsets"], arrays.get("words", arrays["ids"])
     if (
       offsets.shape == (texts + 1,)
-      and ids.shape == types.shape == (offsets[-1],)
-      and ids.dtype == types.dtype == np.int32
+      and ids.shape == types.shape == words.shape == (offsets[-1],)
+      and ids.dtype == types.dtype == words.dtype == np.int32
       and offsets.dtype == np.int64
       and arrays["truncated"].shape == ()
     ):

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vera_jax.errors import UserError
 from vera_jax.models.attention import (
   ACTIVATIONS,
   REMAT_POLICIES,
@@ -40,7 +39,7 @@ from vera_jax.models.family import Family, Names, one_of, take_fields
 Hidden = Float[Array, "rows length hidden"]
 Inner = Float[Array, "rows length inner"]
 Read = Float[Array, "rows reads hidden"]
-Logits = Float[Array, "rows slots labels"]
+Logits = Float[Array, "rows reads labels"]
 
 # config.json's model_type -> the name in transformers' classes, and the words
 # that a file has before the encoder's names.
@@ -217,7 +216,7 @@ def _all_positions(
 
 
 class Encoder(Part):
-  """All layers; the last one at the positions that the head reads.
+  """All layers; the last one at the positions that the head reads, or at all.
 
   Past its keys and values the last layer mixes no positions, so nothing of it
   need be computed where the head does not read.
@@ -229,7 +228,7 @@ class Encoder(Part):
 
   @nn.compact
   def __call__(
-    self, hidden: Hidden, segment_ids: Ids, cls_positions: Places
+    self, hidden: Hidden, segment_ids: Ids, cls_positions: Places | None
   ) -> Read:
     inner = self.config.num_hidden_layers - 1
     mask = same_segment(segment_ids, segment_ids)
@@ -250,9 +249,11 @@ class Encoder(Part):
       hidden = layer(*self.settings, name=f"layer_{index}")(
         hidden, hidden, mask
       )
-    read = jnp.take_along_axis(hidden, cls_positions[..., None], axis=1)
-    own = jnp.take_along_axis(segment_ids, cls_positions, axis=1)
-    mask = same_segment(own, segment_ids)
+    read = hidden
+    if cls_positions is not None:
+      read = jnp.take_along_axis(hidden, cls_positions[..., None], axis=1)
+      own = jnp.take_along_axis(segment_ids, cls_positions, axis=1)
+      mask = same_segment(own, segment_ids)
     return layer(*self.settings, name=f"layer_{inner}")(read, hidden, mask)
 
 
@@ -276,6 +277,8 @@ class RobertaHead(Part):
 class BertClassifier(nn.Module):
   """Encoder and head: token ids to one row of outputs for each example.
 
+  With `head="token_classification"` there is one for each token instead.
+
   `scan` stacks all layers but the last on a leading axis (compiled once, under
   `layer`) instead of `layer_0`, `layer_1`, ...; `remat` is "none", "full" (keep
   nothing inside a layer) or "dots" (keep the projections' outputs). `dtype`
@@ -289,6 +292,7 @@ class BertClassifier(nn.Module):
   param_dtype: DTypeLike = jnp.float32
   scan: bool = True
   remat: str = "none"
+  head: str = "classification"
 
   def __post_init__(self) -> None:
     check_remat(self.remat)
@@ -306,6 +310,8 @@ class BertClassifier(nn.Module):
     deterministic: bool = True,
   ) -> Logits:
     """Logits in float32 of the examples whose first tokens are named.
+
+    With the head for tokens: of every token, [rows, length, labels].
 
     Without `segment_ids` a row is one example, padded with the pad token;
     `positions` restart at 0 in each example (RoBERTa's offset is added here);
@@ -326,10 +332,13 @@ class BertClassifier(nn.Module):
       input_ids, token_type_ids, positions
     )
     encoder = Encoder(*settings, self.scan, self.remat, name="encoder")
+    if self.head == "token_classification":
+      read = encoder(hidden, segment_ids, None)
+      return self.plain_head(read.astype(jnp.float32), deterministic)
     read = encoder(hidden, segment_ids, cls_positions)
     if self.config.model_type == "bert":
       read = Pooler(*settings, name="pooler")(read)
-      return self.bert_head(read.astype(jnp.float32), deterministic)
+      return self.plain_head(read.astype(jnp.float32), deterministic)
     head = RobertaHead(
       self.config,
       jnp.float32,
@@ -340,7 +349,7 @@ class BertClassifier(nn.Module):
     )
     return head(read.astype(jnp.float32))
 
-  def bert_head(self, read: Read, deterministic: bool) -> Logits:
+  def plain_head(self, read: Read, deterministic: bool) -> Logits:
     rate = self.config.classifier_dropout
     if rate is None:
       rate = self.config.hidden_dropout_prob
@@ -365,9 +374,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 def _family(kind: str) -> Family:
   def module(config: BertConfig, head: str, outputs: int, **options: Any):
-    if head != "classification":
-      raise UserError(f"{kind} has no head for {head} here.")
-    return BertClassifier(config, outputs, **options)
+    return BertClassifier(config, outputs, head=head, **options)
 
   name, base = KINDS[kind]
   return Family(
@@ -391,7 +398,10 @@ def _family(kind: str) -> Family:
     ),
     rules=RULES,
     room=lambda c: c.max_position_embeddings - c.first_position,
-    classes={"classification": f"{name}ForSequenceClassification"},
+    classes={
+      "classification": f"{name}ForSequenceClassification",
+      "token_classification": f"{name}ForTokenClassification",
+    },
   )
 
 

@@ -30,8 +30,14 @@ from vera_jax.adapters.projections import PRNG, digest
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.hub import resolve
-from vera_jax.models.family import Family, label_names, read_fields
+from vera_jax.models.family import (
+  Family,
+  family_of,
+  label_names,
+  read_fields,
+)
 from vera_jax.models.hf_weights import fingerprint, load_params, refuse_gaps
+from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, TAGS, kind_of
 from vera_jax.models.pretrained import Flat, blueprint
 
 SHOWN = 3  # differences of one kind that a message lists
@@ -48,6 +54,7 @@ class Classifier(NamedTuple):
     family, config: of the base.
     folder: config.json and tokenizer files.
     labels: names in the order of the logits; () for regression.
+    kind: what the logits mean, a name in `kinds.KINDS`.
     about: of adapter.json or merge.json; {} for another folder.
     adapter, targets: the method and the sites that it is on.
   """
@@ -59,6 +66,7 @@ class Classifier(NamedTuple):
   config: Any
   folder: Path
   labels: tuple[str, ...]
+  kind: str
   about: dict[str, Any]
   adapter: Adapter
   targets: dict[TreePath, Target]
@@ -77,7 +85,7 @@ class Classifier(NamedTuple):
 
   @property
   def outputs(self) -> int:
-    """Logits of a text: one per label, or the value of a regression."""
+    """Logits of a text, or a token: one per label, or a regression's value."""
     return len(self.labels) or 1
 
   @property
@@ -114,12 +122,14 @@ def restore_adapter(
   about = saved.about
   folder = _find_base(saved, base)
   labels = tuple(map(str, about["labels"]))
+  kind = kind_of(about, labels)
   given, targets = make_adapter(about["method"], about["settings"])
   if about["settings"].get("init") == STORED:
     saved, given = _take_stored(saved, given)
   made = blueprint(
     read_fields(folder),
     outputs=len(labels) or 1,
+    head=KINDS[kind].head,
     adapter=(given, targets),
     dtype=dtype,
     scan=scan,
@@ -160,6 +170,7 @@ def restore_adapter(
     made.config,
     folder,
     labels,
+    kind,
     about,
     given,
     made.targets,
@@ -177,8 +188,10 @@ def load_classifier(
   folder = resolve(name)
   fields = read_fields(folder)
   names = label_names(fields)
-  regression = len(names) == 1 or fields.get("problem_type") == "regression"
-  made = blueprint(fields, outputs=len(names), dtype=dtype, scan=scan)
+  kind = _kind_of_folder(fields, len(names))
+  made = blueprint(
+    fields, outputs=len(names), head=KINDS[kind].head, dtype=dtype, scan=scan
+  )
   loaded = load_params(folder, unflatten_dict(made.shapes))
   if loaded.missing:
     raise UserError(
@@ -194,11 +207,24 @@ def load_classifier(
     made.family,
     made.config,
     folder,
-    () if regression else tuple(names),
+    () if kind == NUMBER else tuple(names),
+    kind,
     about,
     made.adapter,
     {},
   )
+
+
+def _kind_of_folder(fields: Mapping[str, Any], outputs: int) -> str:
+  """What the logits of a checkpoint mean, by its config.json."""
+  tags = family_of(fields).classes.get(KINDS[TAGS].head)
+  if tags and tags in (fields.get("architectures") or ()):
+    return TAGS
+  problem = fields.get("problem_type")
+  named = [name for name, kind in KINDS.items() if kind.problem_type == problem]
+  if problem and named:
+    return named[0]
+  return NUMBER if outputs == 1 else CLASSES
 
 
 def _find_base(saved: SavedAdapter, base: str | Path | None) -> Path:

@@ -25,6 +25,7 @@ from vera_jax.files import read_json, write_json
 from vera_jax.hub import FILES
 from vera_jax.models.classifier import MERGED, Classifier, load_classifier
 from vera_jax.models.hf_weights import to_hf
+from vera_jax.models.kinds import KINDS
 from vera_jax.serve.predictor import Predictor, text_columns
 
 WEIGHTS = "model.safetensors"
@@ -145,7 +146,7 @@ def _write(
   about = {
     **classifier.about,
     "dtype": dtype,
-    "probes": len(expected),
+    "probes": len(probes[0]),
     "differences": found,
     "bounds": allowed,
   }
@@ -158,15 +159,14 @@ def _hf_config(classifier: Classifier, dtype: str) -> dict[str, Any]:
   fields = read_json(classifier.folder / "config.json")
   for stale in ("_name_or_path", "torch_dtype", "transformers_version"):
     fields.pop(stale, None)
-  labels = classifier.labels or ("LABEL_0",)
-  kind = "single_label_classification" if classifier.labels else "regression"
+  labels, kind = classifier.labels or ("LABEL_0",), KINDS[classifier.kind]
   return {
     **fields,
-    "architectures": [classifier.family.classes["classification"]],
+    "architectures": [classifier.family.classes[kind.head]],
     "id2label": {str(i): label for i, label in enumerate(labels)},
     "label2id": {label: i for i, label in enumerate(labels)},
     "num_labels": len(labels),
-    "problem_type": kind,
+    "problem_type": kind.problem_type,
     "dtype": dtype,
   }
 

@@ -61,7 +61,10 @@ class Family(NamedTuple):
     rules: (pattern over a leaf's path, mesh axes of its last axes), first match
       wins; other leaves lie on every device.
     room: config -> the most tokens that a text may have.
-    classes: transformers' class for each kind of head, for exported folders.
+    classes: transformers' class for each kind of head that the module has:
+      "classification" gives outputs [rows, slots, outputs], one for each
+      example; "token_classification" [rows, length, outputs], one for each
+      token.
     head: pattern of the paths of the head, which every method trains.
     fused: config -> the parts of fused kernels, which targets may name: by a
       layer's pattern, each part's first and last column by name.

@@ -186,6 +186,11 @@ def blueprint(
     UserError: a family, setting or target that is not there.
   """
   family = family_of(fields)
+  if head not in family.classes:
+    raise UserError(
+      f"{fields['model_type']} has no head for {head} here; it has"
+      f" {', '.join(family.classes)}."
+    )
   config = family.config(fields)
   scan = choose_scan(scan, layers=config.num_hidden_layers)
   base = family.module(

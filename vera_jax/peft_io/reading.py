@@ -45,13 +45,8 @@ from vera_jax.tasks.task import task_named
 
 # What adapter.json says of the run, and PEFT's own files don't.
 RUN = (
-  "task",
-  "seed",
-  "labels",
-  "score_name",
-  "score",
-  "max_length",
-  "versions",
+  *("task", "seed", "labels", "kind", "columns", "max_length"),
+  *("score_name", "score", "versions"),
 )
 HEAD_LEAVES = ("weight", "bias")
 Leaves = dict[TreePath, np.ndarray]

@@ -19,6 +19,7 @@ from vera_jax.adapters.projections import digest, make_projections
 from vera_jax.errors import UserError
 from vera_jax.files import write_json
 from vera_jax.hub import PACKAGE
+from vera_jax.models.kinds import CLASSES, KINDS, kind_of
 from vera_jax.peft_io.base import module_list, open_base
 from vera_jax.peft_io.settings import FILE
 from vera_jax.peft_io.tensors import FILE as TENSORS
@@ -82,6 +83,12 @@ def export_adapter(
     raise UserError(
       f"A {own} adapter can't be written as PEFT's {method}; as"
       f" {' or '.join(HELD_BY[own])} it can."
+    )
+  head = KINDS[kind_of(about, about["labels"])].head
+  if head != KINDS[CLASSES].head:
+    raise UserError(
+      f"{folder} has a head for {head}; only adapters that classify whole texts"
+      " are carried to PEFT. Merge it and use the checkpoint."
     )
   name = base or about["base"]
   network = open_base(name, about)

@@ -45,6 +45,7 @@ from vera_jax.models.classifier import (
   leaves_by_path,
   restore_adapter,
 )
+from vera_jax.models.kinds import KINDS, TAGS, kind_of
 from vera_jax.serve.predictor import (
   Answer,
   Logits,
@@ -100,6 +101,11 @@ class AdapterBank:
     first = _loaded(next(iter(adapters.values())))
     # factored: any other plan would make a kernel for every row
     classifier = restore_adapter(first, base, dtype=dtype, plan="factored")
+    if classifier.kind == TAGS:
+      raise UserError(
+        f"The adapter {first.folder} tags words, but a bank answers whole"
+        " texts. Use a Predictor."
+      )
     if classifier.adapter.prepare is None:
       raise UserError(
         f"The adapter {first.folder} is of the method {first.about['method']},"
@@ -241,8 +247,9 @@ class AdapterBank:
     names = [adapters] * len(first) if isinstance(adapters, str) else adapters
     logits = self.logits(first, second, adapters=names)
     return [
-      next(answers(row[None], self._adapters[name].labels))
-      for row, name in zip(logits, names, strict=True)
+      next(answers(row[None], own.labels, kind=own.kind))
+      for row, own in zip(logits, map(self._adapters.get, names), strict=True)
+      if own is not None  # all are there: `logits` has looked them up
     ]
 
   def save(self, name: str, folder: str | Path) -> None:
@@ -316,7 +323,7 @@ class AdapterBank:
     labels = tuple(map(str, saved.about["labels"]))
     self._slots[name] = slot
     self._adapters[name] = self._plain._replace(
-      about=saved.about, labels=labels
+      about=saved.about, labels=labels, kind=kind_of(saved.about, labels)
     )
 
 
@@ -353,6 +360,7 @@ def _program(
     "method": method,
     "base (fingerprint)": about["base_fingerprint"][:12],
     "number of labels": len(about["labels"]),
+    "head": KINDS[kind_of(about, about["labels"])].head,
     **fixed,
     "projections (digest)": found and found[:12],
   }

@@ -7,15 +7,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Float32, Int
+from scipy.special import expit
 
 from vera_jax.data.examples import Examples
 from vera_jax.data.loader import placed_batches
-from vera_jax.data.packing import Batch, Layout, place_all, with_adapters
+from vera_jax.data.packing import (
+  Batch,
+  Layout,
+  per_token,
+  place_all,
+  with_adapters,
+)
 from vera_jax.data.texts import Line
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import Tokens, tokenise
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
+from vera_jax.models.kinds import CLASSES, SEVERAL, TAGS
 from vera_jax.tasks.task import Task, task_named
 
 ROWS = (1, 2, 4, 8, 16)  # of a batch: few shapes, for each is compiled
@@ -28,11 +36,25 @@ class Answer(NamedTuple):
 
   `label` is "" for regression, whose `score` is the value itself; else `score`
   is the label's probability, and `probabilities` follow the classifier's order.
+  Where several labels may apply, `labels` are those above one half, `label`
+  joins them by "|", and `score` is the highest probability of all labels.
   """
 
   label: str
   score: float
   probabilities: tuple[float, ...]
+  labels: tuple[str, ...] = ()
+
+
+class Tagged(NamedTuple):
+  """One text's words, the tag of each, and the tag's probability.
+
+  A word of which the tokenizer leaves nothing has the first tag, at 0.
+  """
+
+  words: tuple[str, ...]
+  tags: tuple[str, ...]
+  scores: tuple[float, ...]
 
 
 class Predictor:
@@ -53,13 +75,17 @@ class Predictor:
     self.labels = (self.task and self.task.choices) or classifier.labels
 
   def logits(
-    self, first: Sequence[str], second: Sequence[str] | None = None
+    self,
+    first: Sequence[str] | Sequence[Sequence[str]],
+    second: Sequence[str] | None = None,
   ) -> Logits:
     """What the head gives for every text, or pair of texts, in their order.
 
     Args:
       first: the texts; none give an array without rows.
       second: the second text of each pair.
+
+    Of a classifier that tags words they are those of every token.
 
     Raises:
       UserError: what was given is no list of texts, or two lists of different
@@ -69,23 +95,31 @@ class Predictor:
     return check_finite(self.any_logits(first, second))
 
   def any_logits(
-    self, first: Sequence[str], second: Sequence[str] | None = None
+    self,
+    first: Sequence[str] | Sequence[Sequence[str]],
+    second: Sequence[str] | None = None,
   ) -> Logits:
     """`logits` that may be infinite or no numbers."""
-    check_texts(first, second)
-    tokens = encode(
-      self.classifier, self.tokenizer, first, second, limit=self.max_length
-    )
+    tokens = self._encode(first, second)
     self.truncated += tokens.truncated
     return packed_logits(self._run, tokens, outputs=self.classifier.outputs)
 
+  def _encode(self, first: Any, second: Any = None) -> Tokens:
+    check_texts(first, second, words=self.classifier.kind == TAGS)
+    return encode(
+      self.classifier, self.tokenizer, first, second, limit=self.max_length
+    )
+
   def answers(
     self,
-    first: Sequence[str],
+    first: Sequence[str] | Sequence[Sequence[str]],
     second: Sequence[str] | None = None,
     *more: Sequence[str],
-  ) -> list[Answer]:
+  ) -> list[Answer] | list[Tagged]:
     """Label, score and probabilities of every example, in their order.
+
+    Of a classifier that tags words, the tags of each text's words: texts are
+    lists of words then, or are split at spaces.
 
     Args:
       first, second, more: the examples' texts, column by column, as the task's
@@ -94,9 +128,12 @@ class Predictor:
     Raises:
       UserError: the task can't be asked about an example's texts.
     """
-    columns = [x for x in (first, second, *more) if x is not None]
+    if self.classifier.kind == TAGS:
+      return self._tags_of(first)
+    columns: list[Any] = [x for x in (first, second, *more) if x is not None]
+    kind = self.classifier.kind
     if self.task is None or self.task.form is None:
-      return list(answers(self.logits(*columns), self.labels))
+      return list(answers(self.logits(*columns), self.labels, kind=kind))
     names = self.task.columns[0]
     counts = {len(column) for column in columns}
     if len(columns) != len(names) or len(counts) > 1:
@@ -113,14 +150,56 @@ class Predictor:
     logits = self.logits(*map(list, zip(*texts, strict=True)))
     return list(answers(logits.reshape(len(first), -1), self.labels))
 
+  def _tags_of(
+    self, first: Sequence[str] | Sequence[Sequence[str]]
+  ) -> list[Tagged]:
+    """The tags of each text's words."""
+    check_texts(first, words=True)
+    labels = self.classifier.labels
+    texts = list(map(words_of, first))
+    tags = [[labels[0]] * len(text) for text in texts]
+    scores = [[0.0] * len(text) for text in texts]
+    # A long text is answered in pieces: what one has no room for is the next.
+    done = dict.fromkeys((i for i, text in enumerate(texts) if text), 0)
+    while done:
+      numbers = list(done)
+      tokens = self._encode([texts[i][done[i] :] for i in numbers])
+      logits = packed_logits(self._run, tokens, outputs=len(labels))
+      check_finite(logits)
+      found = answers(logits, labels)  # of each token
+      assert tokens.words is not None
+      for i, places in zip(
+        np.repeat(numbers, tokens.lengths).tolist(),
+        zip(tokens.words.tolist(), found, strict=True),
+        strict=True,
+      ):
+        word, answer = places
+        if word >= 0:
+          tags[i][done[i] + word] = answer.label
+          scores[i][done[i] + word] = answer.score
+      ends = np.maximum.reduceat(tokens.words, tokens.offsets[:-1])
+      for i, last in zip(numbers, ends.tolist(), strict=True):
+        done[i] += max(last, 0) + 1
+        if done[i] >= len(texts[i]):
+          del done[i]
+    return [
+      Tagged(tuple(text), tuple(own), tuple(chances))
+      for text, own, chances in zip(texts, tags, scores, strict=True)
+    ]
+
   def _run(self, batch: Batch) -> jax.Array:
     inputs = {name: batch[name] for name in self.classifier.inputs}
     return self._apply(self.classifier.variables, **inputs)
 
 
+def words_of(text: str | Sequence[str]) -> list[str]:
+  """A text's words: as given, or what stands between spaces."""
+  return text.split() if isinstance(text, str) else list(text)
+
+
 def answer_lines(
   predictor: Predictor, lines: Iterable[Line], *, at_once: int
-) -> Iterator[tuple[Line, Answer | None]]:
+) -> Iterator[tuple[Line, Answer | Tagged | None]]:
   """Each line with its answer, `at_once` of them answered together.
 
   The answer is None for a header and for a line that could not be read.
@@ -129,7 +208,7 @@ def answer_lines(
   while chunk := list(itertools.islice(lines, at_once)):
     good = [line.texts for line in chunk if line.texts]
     columns = [list(column) for column in zip(*good, strict=True)]
-    found = iter(predictor.answers(*columns) if good else [])
+    found: Iterator[Any] = iter(predictor.answers(*columns) if good else [])
     for line in chunk:
       yield line, next(found) if line.texts else None
 
@@ -143,13 +222,27 @@ def task_of(classifier: Classifier) -> Task | None:
 
 
 def text_columns(classifier: Classifier) -> tuple[tuple[str, ...], ...]:
-  """The names that its task's text columns may have; () for an unknown task."""
+  """The names that its text columns may have; () where they are not known.
+
+  Those that it was trained with if its file says them, else its task's.
+  """
+  own = classifier.about.get("columns")
+  if isinstance(own, list) and own:
+    return (tuple(map(str, own)),)
   task = task_of(classifier)
   return task.columns if task else ()
 
 
-def check_texts(first: Any, second: Any = None) -> None:
-  """Raises a UserError unless each is a list of texts, both of one length."""
+def check_texts(first: Any, second: Any = None, *, words: bool = False) -> None:
+  """Refuses what is no list of texts, and lists of two lengths.
+
+  Args:
+    first, second: the lists; None for the second where there is none.
+    words: whether a text may also be given as the list of its words.
+
+  Raises:
+    UserError: says what was given.
+  """
   for texts in (first, second):
     if texts is None:
       continue
@@ -159,7 +252,10 @@ def check_texts(first: Any, second: Any = None) -> None:
         f" was a {type(texts).__name__}."
       )
     for i, text in enumerate(texts):
-      if not isinstance(text, str):
+      parts = [text] if isinstance(text, str) or not words else text
+      if not isinstance(parts, list | tuple) or not all(
+        isinstance(part, str) for part in parts
+      ):
         raise UserError(f"Text {i} is {text!r}, a {type(text).__name__}.")
   if second is not None and len(first) != len(second):
     raise UserError(
@@ -183,7 +279,7 @@ def check_finite(logits: Logits) -> Logits:
 def encode(
   classifier: Classifier,
   tokenizer: Any,
-  first: Sequence[str],
+  first: Sequence[str] | Sequence[Sequence[str]],
   second: Sequence[str] | None,
   *,
   limit: int,
@@ -194,6 +290,9 @@ def encode(
     UserError: the limit has no room for a word, or the tokenizer has words that
       the classifier lacks.
   """
+  texts: Any = first
+  if classifier.kind == TAGS:
+    texts = map(words_of, first)
   special = tokenizer.num_special_tokens_to_add(pair=second is not None)
   if limit <= special:
     raise UserError(
@@ -201,7 +300,7 @@ def encode(
       f" model's own marks: give {special + 1} or more."
     )
   examples = Examples(
-    list(first),
+    list(texts),
     None if second is None else list(second),
     None,
     np.arange(len(first)),
@@ -225,6 +324,8 @@ def packed_logits(
 ) -> Logits:
   """The logits of every text, packed into batches of few shapes.
 
+  Of texts that are given as words, those of every token, in the tokens' order.
+
   Args:
     run: a packed batch -> its logits, slot by slot.
     tokens: of the texts.
@@ -240,19 +341,32 @@ def packed_logits(
   length = max(SHORTEST, 1 << (longest - 1).bit_length())
   layout = Layout(ROWS, length, length // 4)
   place = place_all(tokens.lengths, layout, adapters=adapters)
+  batches = placed_batches(tokens, place, layout)
+  if tokens.words is not None:
+    rows = [np.asarray(run(with_adapters(b, adapters))) for b in batches]
+    return per_token(np.concatenate(rows), tokens, place)
   out = np.empty((len(tokens), outputs), np.float32)
-  for batch in placed_batches(tokens, place, layout):
+  for batch in batches:
     logits = np.asarray(run(with_adapters(batch, adapters)))
     real = batch["example"] >= 0
     out[batch["example"][real]] = logits[real]
   return out
 
 
-def answers(logits: Logits, labels: tuple[str, ...]) -> Iterator[Answer]:
+def answers(
+  logits: Logits, labels: tuple[str, ...], *, kind: str = CLASSES
+) -> Iterator[Answer]:
   """The answer of each row of logits; without labels, of a regression."""
   if not labels:
     for value in logits[:, 0].tolist():
       yield Answer("", value, ())
+    return
+  if kind == SEVERAL:
+    for row in expit(logits).tolist():
+      chosen = tuple(
+        name for name, chance in zip(labels, row, strict=True) if chance > 0.5
+      )
+      yield Answer("|".join(chosen), max(row), tuple(row), chosen)
     return
   shifted = np.exp(logits - logits.max(-1, keepdims=True))
   for row in (shifted / shifted.sum(-1, keepdims=True)).tolist():

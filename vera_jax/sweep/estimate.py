@@ -17,7 +17,7 @@ from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE, resolve
 from vera_jax.models.family import load_config
 from vera_jax.models.roberta import SIZES
-from vera_jax.tasks.task import Size, task_named
+from vera_jax.tasks.task import Size, task_for
 
 UNKNOWN = Size(10_000, 1000, 40)
 # FLOP/s. MiniLM with VeRA on SST-2 took 77 s of training on two idle, slow CPU
@@ -29,7 +29,7 @@ START = 25.0  # seconds of a worker before its first step, compiling included
 def size_of(config: ConfigDict) -> Size:
   """Of a run's task, with `config.data.max_train_examples` at most."""
   try:
-    size = task_named(str(config.task)).size or UNKNOWN
+    size = task_for(config).size or UNKNOWN
   except UserError:
     size = UNKNOWN
   most = config.data.max_train_examples or size.train

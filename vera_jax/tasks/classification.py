@@ -1,4 +1,4 @@
-"""Classification and regression of whole texts, and choice between texts.
+"""Whole texts: classes, several labels at once, or a number for each.
 
 Each example has one row of logits. A text that is classified has them from the
 head's outputs. An example that asks between choices is one text per choice,
@@ -23,6 +23,7 @@ from vera_jax.data.layout import choose_eval_layout, choose_layout, limit_rows
 from vera_jax.data.loader import PackedData
 from vera_jax.data.packing import ProcessShard
 from vera_jax.data.tokens import FolderTokenizer, tokenise
+from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, SEVERAL
 from vera_jax.tasks.metrics import collapsed, score
 from vera_jax.tasks.task import Evaluation, Form, Size, Task
 
@@ -44,6 +45,7 @@ def classification(
   form: Form | None = None,
   title: str = "",
   size: Size | None = None,
+  kind: str | None = None,
 ) -> Task:
   """A task over labelled texts.
 
@@ -61,8 +63,10 @@ def classification(
     form: what the model reads for the texts of these columns (`Task.form`).
     title: as a reader knows the task.
     size: of the data as they are published.
+    kind: in `models.kinds`; None for classes, or a number without labels.
   """
-  answer_names = choices or labels
+  kind = kind or (CLASSES if labels else NUMBER)
+  read_as = CLASSES if choices else kind  # of an example's logits
 
   def load(
     config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
@@ -112,7 +116,7 @@ def classification(
       logits = split_logits(measure_batch, data, split)
       if not np.isfinite(logits).all():
         return Evaluation({}, finite=False)
-      answers[split] = predictions(logits, answer_names)
+      answers[split] = predictions(logits, read_as)
       known = data.tokens[split].labels
       assert known is not None  # a dev split without labels is refused
       tail = "" if split == dev_splits[0] else f"/{split}"
@@ -125,7 +129,7 @@ def classification(
   ) -> Callable[[], None]:
     """Computed by all processes; what is returned writes, in the first one."""
     found = {
-      split: predictions(split_logits(measure_batch, data, split), answer_names)
+      split: predictions(split_logits(measure_batch, data, split), read_as)
       for split in test_splits
     }
 
@@ -138,9 +142,10 @@ def classification(
 
   return Task(
     name=name,
-    head="classification",
+    head=KINDS[kind].head,
     outputs=len(labels) or 1,
     labels=labels,
+    kind=kind,
     choices=choices,
     score_name=metrics[0],
     load=load,
@@ -163,9 +168,16 @@ def example_logits(
 
 
 def slot_losses(
-  logits: Float[Array, "rows slots labels"], labels: Num[Array, "rows slots"]
+  logits: Float[Array, "rows slots labels"],
+  labels: Num[Array, "rows slots *labels"],
 ) -> Float[Array, "rows slots"]:
-  """Cross-entropy for whole-number labels, squared error for float ones."""
+  """The loss of each slot, by what its label is.
+
+  Cross-entropy for a class id, squared error for a number; for a 0 or 1 for
+  each label the mean over them of their sigmoids' cross-entropies.
+  """
+  if labels.ndim == logits.ndim:
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels), -1)
   if jnp.issubdtype(labels.dtype, jnp.floating):
     return jnp.square(logits[..., 0] - labels)
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -191,6 +203,8 @@ def split_logits(
   return np.concatenate(rows)[place.row, place.slot]
 
 
-def predictions(logits: Logits, labels: tuple[str, ...]) -> np.ndarray:
-  """Class ids, or the values themselves for regression."""
-  return logits.argmax(-1) if labels else logits[:, 0]
+def predictions(logits: Logits, kind: str) -> np.ndarray:
+  """Class ids, whether each label applies, or the values of a regression."""
+  if kind == SEVERAL:
+    return logits > 0  # a probability above one half
+  return logits[:, 0] if kind == NUMBER else logits.argmax(-1)

@@ -1,5 +1,7 @@
 """GLUE's nine tasks, as the training loop knows tasks."""
 
+from ml_collections import ConfigDict
+
 from vera_jax.tasks.classification import classification
 from vera_jax.tasks.glue_data import load_split, write_submission
 from vera_jax.tasks.glue_facts import GENERATED, SIZES, TASKS, glue_task
@@ -8,8 +10,9 @@ from vera_jax.tasks.task import Task
 NAMES = tuple(TASKS)
 
 
-def task_named(name: str) -> Task | None:
+def task_for(config: ConfigDict) -> Task | None:
   """A GLUE task as the training loop knows tasks; None for another name."""
+  name = config.task
   if name not in NAMES and name != GENERATED.name:
     return None
   glue = glue_task(name)

@@ -7,7 +7,7 @@ once.
 
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def download_rows(task: GlueTask, source: str, split: str) -> Rows:
     UserError: for a source that can't be reached, and for rows that aren't the
       task's.
   """
-  data = _download(task, source)
+  data = download(source, task.name)
   if split not in data:
     raise UserError(
       f"{source} has no split {split!r} for {task.name}; it has "
@@ -81,8 +81,12 @@ def download_rows(task: GlueTask, source: str, split: str) -> Rows:
   )
 
 
-def _download(task: GlueTask, source: str):
-  """The hub's DatasetDict of one task."""
+def download(source: str, name: str | None) -> Any:
+  """The hub's DatasetDict of a data set, or of one of several by its name.
+
+  Raises:
+    UserError: it isn't there, or the hub can't be reached.
+  """
   import datasets
   from huggingface_hub import HfApi
   from huggingface_hub.errors import RepositoryNotFoundError
@@ -90,7 +94,7 @@ def _download(task: GlueTask, source: str):
   not_there = UserError(
     f"The hub has no data set {source} (or not for you), and there is no "
     "folder of that name. config.data.source takes a hub id, or a folder "
-    "with the task's files."
+    "with the data set's files."
   )
   offline = datasets.config.HF_HUB_OFFLINE
   cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
@@ -102,18 +106,16 @@ def _download(task: GlueTask, source: str):
       raise not_there from error
     if error is not None:
       raise hub.unreachable(source, error) from error
-  fetch = partial(datasets.load_dataset, source, task.name)
+  fetch = partial(datasets.load_dataset, source, name)
+  shown = f"{source} ({name})" if name else source
   try:
     if offline:
       return fetch()
-    return hub.retry_download(
-      fetch, f"{source} ({task.name})", broken=_BROKE_OFF
-    )
+    return hub.retry_download(fetch, shown, broken=_BROKE_OFF)
   except datasets.exceptions.DatasetNotFoundError as error:
     raise not_there from error
   except ConnectionError as error:
     raise hub.unreachable(source, error) from error
   except (OSError, ValueError, RuntimeError) as error:
-    raise UserError(
-      f"{task.name} can't be loaded from {source}: {error}"
-    ) from error
+    what = name or "it"
+    raise UserError(f"{what} can't be loaded from {source}: {error}") from error

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from vera_jax.data.examples import Examples
 from vera_jax.errors import UserError
@@ -172,8 +173,9 @@ TASKS: dict[str, SuperGlueTask] = {
 NAMES = tuple(TASKS)
 
 
-def task_named(name: str) -> Task | None:
+def task_for(config: ConfigDict) -> Task | None:
   """A SuperGLUE task as the training loop knows tasks; None for another."""
+  name = config.task
   if name not in TASKS:
     return None
   facts = TASKS[name]

@@ -2,12 +2,13 @@
 
 A task says what is learned: it loads examples, makes batches of them, gives the
 loss as (sum, count), and scores a model. A new task is one file with a function
-that makes a `Task`, and one line in `TASKS`.
+that makes a `Task` from a run's config, and one line in `TASKS`.
 """
 
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jax import Array
@@ -50,6 +51,7 @@ class Task(NamedTuple):
     head, outputs: the kind of head that the model needs, as families know it,
       and how many outputs it has.
     labels: their names in the outputs' order; () where there are none.
+    kind: what the outputs mean, a name in `models.kinds.KINDS`.
     choices: the names of an example's choices, where an example asks between
       texts, each of which the model scores; () where an example is one text.
     score_name: of the score that counts.
@@ -69,13 +71,16 @@ class Task(NamedTuple):
       text or pair per choice; a ValueError says what is wrong with the texts.
       None: it reads the columns as they are.
     title: as a reader knows the task; "" for its name.
-    size: of its data as they are published, if that is known.
+    size: of its data, if that is known.
+    notes: what it found out about its data, for a run's first lines.
+    stored: further JSON values for the result and the adapter's file.
   """
 
   name: str
   head: str
   outputs: int
   labels: tuple[str, ...]
+  kind: str
   score_name: str
   load: Callable[..., Any]
   loss: Callable[[Array, Batch], tuple[Array, Array]]
@@ -87,6 +92,8 @@ class Task(NamedTuple):
   form: Form | None = None
   title: str = ""
   size: Size | None = None
+  notes: tuple[str, ...] = ()
+  stored: Mapping[str, Any] = MappingProxyType({})
 
   def load_data(
     self,
@@ -100,23 +107,33 @@ class Task(NamedTuple):
     return self.load(config, folder, shards, shard)
 
 
-# The modules that know tasks by name; each has `task_named(name)`, which gives
-# None for a name that is not one of its tasks, and `NAMES`.
-TASKS = ("glue", "superglue")
+# The modules that make tasks. Each has `NAMES` of them and `task_for(config)`,
+# which gives None where config.task is not one of them.
+TASKS = ("glue", "superglue", "text_files")
 
 
-def task_named(name: str) -> Task:
-  """The task of that name.
+def task_for(config: ConfigDict) -> Task:
+  """The task of a run. Where its labels come from its data, these are read.
 
   Raises:
-    UserError: there is none; the message lists the names.
+    UserError: there is none of that name (the message lists the names), or its
+      data can't be used.
   """
   modules = [importlib.import_module(f"vera_jax.tasks.{m}") for m in TASKS]
   for module in modules:
-    task = module.task_named(name)
+    task = module.task_for(config)
     if task is not None:
       return task
   names = [name for module in modules for name in module.NAMES]
   raise UserError(
-    f"There is no task {name!r}. The tasks are: {', '.join(names)}."
+    f"There is no task {config.task!r}. The tasks are: {', '.join(names)}."
   )
+
+
+def task_named(name: str) -> Task:
+  """A task that is known by its name alone, whatever its data.
+
+  Raises:
+    UserError: there is none of that name, or it needs more than its name.
+  """
+  return task_for(ConfigDict({"task": name}))

@@ -341,6 +341,8 @@ class Run:
       "seed": config.seed,
       "base": config.model.name,
       "labels": list(task.labels),
+      "kind": task.kind,
+      **task.stored,
       "score_name": task.score_name,
       "projection_digest": setup.model.digest,
     }

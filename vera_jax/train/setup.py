@@ -20,7 +20,7 @@ from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
 from vera_jax.models.pretrained import Blueprint, Model, blueprint, load_model
-from vera_jax.tasks.task import Batch, Task, task_named
+from vera_jax.tasks.task import Batch, Task, task_for
 from vera_jax.train.optim import optimiser, rates_of
 from vera_jax.train.runtime import Background, compiler_options
 from vera_jax.train.sharding import (
@@ -142,7 +142,7 @@ def build_blueprint(
 def build_setup(config: ConfigDict) -> Setup:
   """Read the data, load the base, make adapter, head and optimiser."""
   mesh = make_mesh(**config.mesh)
-  task = task_named(config.task)
+  task = task_for(config)
   base = resolve(config.model.name)
   rows = NamedSharding(mesh, BATCH)
   data = task.load_data(
@@ -234,7 +234,7 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
   trained = counts.adapter + counts.head
   who = titles[0] if len(titles) == 1 else f"{len(titles)} runs at once"
   yield (
-    f"{config.task}, {config.method} on {config.model.name},"
+    f"{setup.task.name}, {config.method} on {config.model.name},"
     f" {who}; {jax.device_count()} × {device.device_kind}"
   )
   yield (
@@ -244,6 +244,7 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
   plan = setup.model.blueprint
   how = "stacked, one is compiled" if plan.scan else "looped"
   yield f"layers: {plan.config.num_hidden_layers}, {how}"
+  yield from setup.task.notes
   data, *cut = setup.data.introduction()
   yield data
   plans = plan.plans

@@ -1,0 +1,238 @@
+"""A user's own files: what is decided about them, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import text
+from vera_jax.errors import UserError
+from vera_jax.models.kinds import CLASSES, NUMBER, SEVERAL, TAGS
+from vera_jax.tasks import text_files
+from vera_jax.tasks.task import task_for, task_named
+
+
+@pytest.fixture
+def decide(tmp_path):
+  """What is found in rows of JSON, or in the text of a CSV."""
+
+  def found(rows, dev=None, **settings):
+    config = text.get_config()
+    for split, content in (("train", rows), ("dev", dev)):
+      if content is not None:
+        is_csv = isinstance(content, str)
+        path = tmp_path / f"{split}.{'csv' if is_csv else 'jsonl'}"
+        lines = [content] if is_csv else map(json.dumps, content)
+        path.write_text("\n".join(lines))
+        config.data[split] = str(path)
+    config.data.update(settings)
+    examples = {}
+
+    def keep(name, *, read_split, dev_splits, **facts):
+      for split in ("train", *dev_splits):
+        examples[split] = read_split("", split)
+      return make[facts.get("kind", TAGS)](
+        name, read_split=read_split, dev_splits=dev_splits, **facts
+      )
+
+    make = dict.fromkeys((CLASSES, NUMBER, SEVERAL), text_files.classification)
+    make[TAGS] = text_files.tagging
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(text_files, "classification", keep)
+      patch.setattr(text_files, "tagging", keep)
+      return task_for(config), examples
+
+  return found
+
+
+def rows(*labels, **more):
+  """A text for each label, ten times."""
+  return [
+    {"text": f"text {i}", "label": label, **more}
+    for i, label in enumerate(labels * 10)
+  ]
+
+
+WORDS = [
+  {"tokens": ["Anna", "is", "here"], "tags": ["B-PER", "O", "O"]},
+  {"tokens": ["Hello"], "tags": ["O"]},
+] * 5
+
+
+@pytest.mark.parametrize(
+  "data, kind, labels",
+  [
+    (rows("good", "bad"), CLASSES, ("bad", "good")),
+    (rows(2, 10, 0), CLASSES, ("0", "2", "10")),
+    (rows(True, False), CLASSES, ("false", "true")),
+    (rows(1.0, 2.0), CLASSES, ("1", "2")),
+    (rows(0.5, 2.0), NUMBER, ()),
+    (rows(*range(30)), NUMBER, ()),
+    (rows(["a", "b"], [], ["c"]), SEVERAL, ("a", "b", "c")),
+    (WORDS, TAGS, ("O", "B-PER", "I-PER")),
+    ("text,label\nx y,B-A O\nz v,O O\n" * 1, TAGS, ("O", "B-A", "I-A")),
+    ("text,label\n" + "x,1\ny,0\n" * 5, CLASSES, ("0", "1")),
+    ("text,label\n" + "x,1.5\ny,0\n" * 5, NUMBER, ()),
+    ('text,label\n"x","[""b""]"\ny,[]\n', SEVERAL, ("b",)),
+    ("text,label\n" + "x,O\ny,A\n" * 5, CLASSES, ("A", "O")),
+  ],
+)
+def test_kind_and_labels_are_found(data, kind, labels, decide):
+  task, examples = decide(data)
+  assert (task.kind, task.labels) == (kind, labels)
+  assert task.outputs == (len(labels) or 1)
+  both = [examples[split] for split in ("train", "dev")]
+  count = len(data) if isinstance(data, list) else data.count("\n") - 1
+  assert sum(map(len, both)) == count == sum(task.size[:2])
+
+
+def test_labels_are_ids_marks_numbers_and_tags(decide):
+  (task, found) = decide(rows("b", "a"), dev=rows("a", "b")[:2])
+  assert found["dev"].labels.tolist() == [0, 1]
+  assert found["dev"].labels.dtype == np.int32
+  _, found = decide(rows(["b"], ["a", "b"]), dev=rows([], ["a"])[:2])
+  assert found["dev"].labels.tolist() == [[0, 0], [1, 0]]
+  _, found = decide(rows(0.5, 1), dev=rows(7)[:1])
+  assert (
+    found["dev"].labels.tolist() == [7] and found["dev"].labels.dtype == "f4"
+  )
+  task, found = decide(WORDS, dev=WORDS[:2])
+  assert [t.tolist() for t in found["dev"].labels] == [[1, 0, 0], [0]]
+  assert found["dev"].first == [["Anna", "is", "here"], ["Hello"]]
+  assert task.head == "token_classification"
+  assert task.stored == {"columns": ["tokens"]}
+
+
+def test_what_is_said_goes_before_what_is_found(decide):
+  data = rows(1, 2, other="x", premise="p")
+  task, found = decide(
+    data, kind=NUMBER, text=("other", "premise"), label="label"
+  )
+  assert task.kind == NUMBER and task.columns == (("other", "premise"),)
+  assert found["train"].second[0] == "p"
+  task, _ = decide(data, text=("text",), labels=("2", "1"))
+  assert task.labels == ("2", "1")
+  task, _ = decide("text,label\n" + "x,b|a\ny,\n" * 5, kind=SEVERAL)
+  assert task.labels == ("a", "b")
+  lines = " ".join(task.notes)
+  assert "texts: text; label: label" in lines
+  assert "multi label, 2 labels: a, b" in lines and "dev: 1 of the 10" in lines
+
+
+def test_class_ids_have_the_names_of_the_file(tmp_path):
+  import datasets
+
+  path = tmp_path / "train.parquet"
+  names = datasets.ClassLabel(names=["no", "yes"])
+  features = {"text": datasets.Value("string"), "label": names}
+  data = {"text": list("abcd"), "label": [1, 0, 1, 0]}
+  features = datasets.Features(features)
+  datasets.Dataset.from_dict(data, features=features).to_parquet(path)
+  config = text.get_config()
+  config.data.source = str(tmp_path)  # a folder with train and dev
+  assert task_for(config).labels == ("no", "yes")
+
+
+def test_a_data_set_of_the_hub(monkeypatch):
+  import datasets
+
+  def split(*labels):
+    features = {"text": datasets.Value("string")}
+    features["label"] = datasets.ClassLabel(names=["no", "yes"])
+    data = {"text": ["a"] * len(labels), "label": list(labels)}
+    return datasets.Dataset.from_dict(
+      data, features=datasets.Features(features)
+    )
+
+  asked = []
+  splits = {"train": split(0, 1, 1), "validation": split(1), "test": split(-1)}
+  monkeypatch.setattr(
+    text_files, "download", lambda *names: asked.append(names) or splits
+  )
+  config = text.get_config()
+  config.data.train = "owner/name:part"
+  task = task_for(config)
+  assert task.name == "text:name" and task.labels == ("no", "yes")
+  assert asked == [("owner/name", "part")] and task.size[:2] == (3, 1)
+  splits["train"] = split(0, 1, -1)
+  message = r"owner/name:part \(train\), row 3: label is -1 \(-1 marks a row"
+  with pytest.raises(UserError, match=message):
+    task_for(config)
+
+
+GOOD = "text,label\nx,a\ny,b\nz,a\n"
+
+
+@pytest.mark.parametrize(
+  "data, dev, settings, message",
+  [
+    (GOOD + "v,\n", None, {}, r"train.csv:5: label is missing"),
+    (GOOD + " ,a\n", None, {}, r"train.csv:5: text is empty"),
+    (GOOD + "v\n", None, {}, r"train.csv:5: it has 1 columns"),
+    (GOOD, "text,label\nx,c\n", {}, r"dev.csv:2: unknown label 'c'. .* a, b"),
+    (GOOD, "text,class\nx,c\n", {}, r"dev.csv has no column 'label'"),
+    (GOOD, None, {"labels": ("a", "c")}, r"train.csv:3: unknown label 'b'"),
+    (GOOD, None, {"kind": NUMBER}, r"train.csv:2: label 'a' is not a number"),
+    (GOOD, None, {"kind": "x"}, "choose from classification, regression"),
+    (
+      GOOD,
+      None,
+      {"label": "no"},
+      "no column 'no'. The columns .* text, lab",
+    ),
+    (GOOD, None, {"text": ("text", "label")}, "one or two columns of texts"),
+    (GOOD, None, {"dev_fraction": 0.9}, "dev_fraction is 0.9"),
+    ("text,label\nx,a\ny,a\n", None, {}, "only the label a"),
+    ("text,label\nx,a\ny,b\n", None, {}, "too few to keep some for scoring"),
+    ("text,note\nx,a\n", None, {}, "which column is the label"),
+    ("a,b,label\nx,y,1\n", None, {}, "which column holds the texts"),
+    ("text,sentence,label\nx,y,1\n", None, {}, "which column holds the texts"),
+    (rows(*map(str, range(30)), "x"), GOOD, {}, None),
+    ([*rows(0.5, 1), *rows("x")], None, {"kind": NUMBER}, "l:21: label 'x' is"),
+    ([*rows("a", "b"), *rows(None)], None, {}, "jsonl:21: label is missing"),
+    (rows(float("nan"), 1.5), None, {}, "jsonl:1: label is missing"),
+    ([{"text": 5, "label": 1}] * 2 + rows(0), None, {}, "l:1: text is no text"),
+    (
+      [*WORDS, {"tokens": ["a"], "tags": ["O", "O"]}],
+      None,
+      {},
+      "2 tags for 1 w",
+    ),
+    (
+      [*WORDS, {"tokens": ["a", ""], "tags": ["O", "O"]}],
+      None,
+      {},
+      "11: tokens",
+    ),
+  ],
+)
+def test_bad_data_are_named(data, dev, settings, message, decide):
+  if message is None:
+    distinct = [{**row, "label": f"l{i}"} for i, row in enumerate(data)]
+    message = "has 310 different values in 310 rows"
+    data, dev = distinct, None
+  with pytest.raises(UserError, match=message):
+    decide(data, dev, **settings)
+
+
+def test_the_dev_part_is_by_seed_and_by_class(decide):
+  data = rows(*["a"] * 8, "b", "b") + [{"text": "only", "label": "c"}]
+  _, found = decide(data)
+  again = decide(data)[1]
+  other = decide(data, subset_seed=1)[1]
+  dev = found["dev"]
+  assert dev.first == again["dev"].first != other["dev"].first
+  assert not set(dev.first) & set(found["train"].first)
+  counts = np.bincount(dev.labels, minlength=3)
+  assert counts.tolist() == [8, 2, 0]  # of 80, 20 and the only one
+
+
+def test_other_names_and_missing_data():
+  with pytest.raises(UserError, match="needs the data to be known"):
+    task_named("text")
+  config = text.get_config()
+  with pytest.raises(UserError, match="Name the data: config.data.train=FILE"):
+    task_for(config)
+  config.predict_test = True
+  with pytest.raises(UserError, match="experiments.predict"):
+    task_for(config)

@@ -1,0 +1,48 @@
+"""What a classifier's outputs can mean: classes, a number, labels, tags.
+
+The kind is stored with the adapter, so that prediction, merging and export know
+it without the task's data.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from vera_jax.errors import UserError
+
+CLASSES = "classification"  # one of several classes, by softmax
+NUMBER = "regression"  # a value
+SEVERAL = "multi_label"  # any of several labels, each by a sigmoid
+TAGS = "token_classification"  # a class for each word, by softmax
+
+
+class Kind(NamedTuple):
+  """A kind's head, and transformers' name for the problem (None: it has none).
+
+  `head` is a key of `Family.classes`.
+  """
+
+  head: str
+  problem_type: str | None
+
+
+KINDS = {
+  CLASSES: Kind("classification", "single_label_classification"),
+  NUMBER: Kind("classification", "regression"),
+  SEVERAL: Kind("classification", "multi_label_classification"),
+  TAGS: Kind("token_classification", None),
+}
+
+
+def kind_of(about: Mapping[str, Any], labels: Sequence[str]) -> str:
+  """The kind that adapter.json names; files without one tell by their labels.
+
+  Raises:
+    UserError: there is no such kind, or it doesn't go with the labels.
+  """
+  kind = about.get("kind") or (CLASSES if labels else NUMBER)
+  if kind not in KINDS or (kind == NUMBER) != (not labels):
+    raise UserError(
+      f"The adapter's kind is {kind!r} with {len(labels)} labels. A kind is one"
+      f" of {', '.join(KINDS)}, and {NUMBER} alone has no labels."
+    )
+  return kind

@@ -1,0 +1,485 @@
+"""A user's own labelled texts, from files or the hub.
+
+Columns, kind of problem and label names are taken from the data where
+`config.data` doesn't say them, and a run's first lines say what was decided.
+They are stored with the adapter, so that prediction needs no training data.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vera_jax.data.examples import Examples, take
+from vera_jax.data.tables import SUFFIXES, Table, class_names, read_table
+from vera_jax.errors import UserError
+from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, SEVERAL, TAGS
+from vera_jax.tasks.classification import classification
+from vera_jax.tasks.glue_hub import download
+from vera_jax.tasks.tagging import are_bio, tagging
+from vera_jax.tasks.task import Size, Task
+
+NAMES = ("text",)
+# Names by which columns are found.
+TEXTS = (
+  *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("text1", "text2")),
+  *(("text",), ("sentence",), ("review",), ("tokens",), ("words",)),
+)
+LABELS = ("label", "labels", "class", "category", "score", "tags", "ner_tags")
+SPLITS = {"train": ("train",), "dev": ("dev", "validation", "val")}
+MOST_CLASSES = 20  # more different whole numbers than that are values
+SEVERAL_APART = re.compile(r"[|;]")  # between the labels in a CSV's cell
+METRICS = {
+  CLASSES: ("accuracy", "macro_f1"),
+  NUMBER: ("pearson", "spearman"),
+  SEVERAL: ("micro_f1", "macro_f1"),
+}
+SHOWN = 12  # label names that a line shows
+
+
+class Facts(NamedTuple):
+  """What is decided about a data set.
+
+  Attributes:
+    columns: one or two, of the texts.
+    label: the label's column.
+    kind: a name in `models.kinds.KINDS`.
+    labels: the class names, in the order of their ids; () for regression.
+  """
+
+  columns: tuple[str, ...]
+  label: str
+  kind: str
+  labels: tuple[str, ...]
+
+
+def task_for(config: ConfigDict) -> Task | None:
+  """The task that a user's data are; None where config.task has another name.
+
+  Raises:
+    UserError: the data can't be read, or it isn't clear what they are; the
+      message names file and line.
+  """
+  if config.task not in NAMES:
+    return None
+  if "data" not in config:
+    raise UserError(f"The task {config.task!r} needs the data to be known.")
+  if config.get("predict_test"):
+    raise UserError(
+      "config.predict_test is for benchmarks. Answer your own texts by"
+      " python -m experiments.predict --adapter=RUN/adapter --input=FILE"
+    )
+  data = config.data
+  name, train, dev = _tables(data)
+  facts = _decide(train, data)
+  examples = {"train": _examples(train, facts)}
+  if dev is not None:
+    examples["dev"] = _examples(dev, facts)
+    where = f"{dev.name}, {len(examples['dev'])} rows"
+  else:
+    chosen = _dev_rows(examples["train"], facts, data)
+    rest = np.setdiff1d(np.arange(len(examples["train"])), chosen)
+    where = (
+      f"{len(chosen)} of the {len(examples['train'])} training rows"
+      f" (config.data.dev_fraction={data.dev_fraction}, taken by"
+      f" config.data.subset_seed={data.subset_seed}"
+      f"{', stratified' if facts.kind == CLASSES else ''})"
+    )
+    examples["dev"] = take(examples["train"], chosen)
+    examples["train"] = take(examples["train"], rest)
+
+  def read_split(source: Any, split: str) -> Examples:
+    return examples[split]
+
+  name = f"text:{name}"  # no name of a benchmark's task
+  if facts.kind == TAGS:
+    task = tagging(
+      name, labels=facts.labels, read_split=read_split, dev_splits=("dev",)
+    )
+  else:
+    task = classification(
+      name,
+      labels=facts.labels,
+      metrics=METRICS[facts.kind],
+      read_split=read_split,
+      dev_splits=("dev",),
+      kind=facts.kind,
+    )
+  texts = [*examples["train"].first, *(examples["train"].second or [])]
+  words = sum(len(t.split() if isinstance(t, str) else t) for t in texts)
+  rows = len(examples["train"])
+  tokens = 2 + round(1.3 * words / rows)  # an estimate: parts of words
+  return task._replace(
+    columns=(facts.columns,),
+    size=Size(rows, len(examples["dev"]), tokens),
+    notes=(*_notes(facts, examples["train"], said=data.kind), f"dev: {where}"),
+    stored={"columns": list(facts.columns)},
+  )
+
+
+def _tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
+  """The data's name, and their tables; None for dev where there is none."""
+  files = {split: data[split] for split in SPLITS}
+  source = data.source
+  if files["train"] and not Path(files["train"]).expanduser().exists():
+    if not Path(files["train"]).suffix and "/" in files["train"]:
+      source, files["train"] = files["train"], None  # a hub id
+  if files["train"]:
+    path = Path(files["train"]).expanduser()
+    if path.is_dir():
+      source = path
+    else:
+      name = path.absolute().parent.name if path.stem == "train" else path.stem
+      dev = read_table(files["dev"]) if files["dev"] else None
+      return name, read_table(path), dev
+  if not source:
+    raise UserError(
+      "Name the data: config.data.train=FILE (and config.data.dev=FILE), each"
+      f" with a name in {', '.join(SUFFIXES)}; or config.data.source=NAME, a"
+      " hub id or a folder that holds train and dev files."
+    )
+  found: dict[str, Table] = {}
+  folder = Path(source).expanduser()
+  if folder.is_dir():
+    for split, names in SPLITS.items():
+      paths = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.stem in names and path.suffix in SUFFIXES
+      ]
+      if len(paths) > 1:
+        raise UserError(
+          f"{folder} has {' and '.join(p.name for p in paths)}: name the file,"
+          f" config.data.{split}=FILE."
+        )
+      for path in paths:
+        found[split] = read_table(path)
+    name = folder.absolute().name
+  else:
+    hub_id, _, part = str(source).partition(":")
+    splits = download(hub_id, part or None)
+    for split, names in SPLITS.items():
+      for rows in [splits[name] for name in names if name in splits][:1]:
+        found[split] = Table(
+          name=f"{source} ({split})",
+          columns={column: list(rows[column]) for column in rows.column_names},
+          numbers=list(range(1, len(rows) + 1)),
+          classes=class_names(rows.features.to_dict()),
+          lines=False,
+        )
+    name = hub_id.rpartition("/")[2]
+  if "train" not in found:
+    raise UserError(f"{source} has no training data named train.")
+  if files["dev"]:
+    found["dev"] = read_table(files["dev"])
+  return name, found["train"], found.get("dev")
+
+
+def _decide(table: Table, data: ConfigDict) -> Facts:
+  """Columns, kind and labels: what the config says, else what the table shows.
+
+  Raises:
+    UserError: there is not exactly one possibility.
+  """
+  there = f"The columns of {table.name} are {', '.join(table.columns)}."
+  label = data.label
+  if not label:
+    known = [name for name in LABELS if name in table.columns]
+    if len(known) != 1:
+      raise UserError(
+        f"It is not clear which column is the label ({len(known)} have a name"
+        f" that is known): say config.data.label=NAME. {there}"
+      )
+    label = known[0]
+  columns = (data.text,) if isinstance(data.text, str) else tuple(data.text)
+  if not columns:
+    groups = [names for names in TEXTS if set(names) <= set(table.columns)]
+    rest = [name for name in table.columns if name != label]
+    if not groups and len(rest) == 1:
+      groups = [(rest[0],)]
+    if len(groups) != 1:
+      raise UserError(
+        "It is not clear which column holds the texts: say"
+        " config.data.text=NAME, or for pairs"
+        f" config.data.text=\"('FIRST','SECOND')\". {there}"
+      )
+    columns = groups[0]
+  for name in (label, *columns):
+    if name not in table.columns:
+      raise UserError(f"There is no column {name!r}. {there}")
+  if len(columns) > 2 or len({label, *columns}) != len(columns) + 1:
+    raise UserError(
+      f"config.data.text names {columns} and config.data.label {label!r}: one"
+      " or two columns of texts, and another one, are needed."
+    )
+
+  kind = data.kind
+  if kind and kind not in KINDS:
+    raise UserError(
+      f"config.data.kind is {kind!r}; choose from {', '.join(KINDS)}."
+    )
+  values = _values(table, label, may_be_empty=kind == SEVERAL)
+  names = table.classes.get(label)
+  if not kind:
+    kind = _kind(values, table.columns[columns[0]], named=bool(names))
+  if kind == NUMBER:
+    return Facts(columns, label, kind, ())
+  if kind == TAGS and len(columns) == 2:
+    raise UserError(
+      "Tags are of the words of one text: config.data.text names two columns."
+    )
+  if data.labels:
+    labels = tuple(map(str, data.labels))
+  elif names:
+    labels = tuple(names)
+  else:
+    several = kind in (SEVERAL, TAGS)
+    found = Counter(
+      name
+      for value in values
+      for name in (_names(value, kind) if several else [_name(value)])
+    )
+    labels = tuple(sorted(found, key=_order))
+    if kind == TAGS and are_bio(labels):  # each type with both of its tags
+      types = sorted({name[2:] for name in labels if name != "O"})
+      labels = ("O", *(f"{mark}-{t}" for t in types for mark in "BI"))
+    if kind == CLASSES and not data.kind and len(labels) > MOST_CLASSES:
+      if len(labels) > len(values) / 2:
+        raise UserError(
+          f"{table.name}: {label} has {len(labels)} different values in"
+          f" {len(values)} rows. Is it the label (config.data.label)? If so,"
+          " config.data.kind=classification takes them as classes, and"
+          " config.data.kind=regression takes numbers as values."
+        )
+  if len(labels) < (1 if kind == SEVERAL else 2):
+    raise UserError(
+      f"{table.name}: {label} has only the label {', '.join(labels) or 'none'};"
+      " there is nothing to learn."
+    )
+  return Facts(columns, label, kind, labels)
+
+
+def _kind(values: Sequence[Any], texts: Sequence[Any], *, named: bool) -> str:
+  """The kind of problem that labels show; `named` says that ids have names."""
+  lists = [_as_list(value) for value in values]
+  lengths = [len(_words(text)) for text in texts]
+  if all(value is not None for value in lists):
+    tags = [value for value in lists if value is not None]
+    if any(not isinstance(text, str) for text in texts):
+      return TAGS
+    bio = are_bio(_name(tag) for value in tags for tag in value)
+    return TAGS if bio and [*map(len, tags)] == lengths else SEVERAL
+  if all(isinstance(value, str) for value in values):
+    tags = [value.split() for value in values]
+    bio = are_bio(tag for value in tags for tag in value)
+    if bio and [*map(len, tags)] == lengths and max(lengths) > 1:
+      return TAGS
+  numbers = [_number(value) for value in values]
+  if named or any(number is None for number in numbers):
+    return CLASSES
+  whole = all(number is not None and number.is_integer() for number in numbers)
+  return CLASSES if whole and len({*numbers}) <= MOST_CLASSES else NUMBER
+
+
+def _examples(table: Table, facts: Facts) -> Examples:
+  """A table's texts and labels.
+
+  Raises:
+    UserError: for a row that can't be used; the message says which.
+  """
+  for name in (*facts.columns, facts.label):
+    if name not in table.columns:
+      raise UserError(
+        f"{table.name} has no column {name!r}; it has"
+        f" {', '.join(table.columns)}."
+      )
+  ids = {name: i for i, name in enumerate(facts.labels)}
+  names = table.classes.get(facts.label)
+  columns: list[list[Any]] = [[] for _ in facts.columns]
+  labels: list[Any] = []
+
+  def id_of(value: Any, place: str) -> int:
+    name = _name(value)
+    if names and isinstance(value, int):
+      if not 0 <= value < len(names):
+        reason = " (-1 marks a row without a label)" if value == -1 else ""
+        raise UserError(
+          f"{place}: {facts.label} is {value}{reason}; class ids go from 0 to"
+          f" {len(names) - 1}."
+        )
+      name = names[value]
+    if name not in ids:
+      raise UserError(
+        f"{place}: unknown label {name!r}. The labels are {_some(ids)}."
+      )
+    return ids[name]
+
+  values = _values(table, facts.label, may_be_empty=facts.kind == SEVERAL)
+  for row, value in enumerate(values):
+    place = table.place(row)
+    for name, column in zip(facts.columns, columns, strict=True):
+      text = table.columns[name][row]
+      if facts.kind == TAGS:
+        text = _words(text)
+        parts = text
+      else:
+        parts = [text]
+      if not parts or not all(isinstance(p, str) and p.strip() for p in parts):
+        is_text = all(isinstance(part, str) for part in parts)
+        what = "is empty" if is_text else f"is no text: {text!r}"
+        raise UserError(f"{place}: {name} {what}.")
+      column.append(text)
+    if facts.kind == NUMBER:
+      number = _number(value)
+      if number is None:
+        raise UserError(f"{place}: {facts.label} {value!r} is not a number.")
+      labels.append(number)
+    elif facts.kind == CLASSES:
+      labels.append(id_of(value, place))
+    elif facts.kind == SEVERAL:
+      marks = np.zeros(len(ids), np.float32)
+      marks[[id_of(part, place) for part in _names(value, SEVERAL)]] = 1
+      labels.append(marks)
+    else:
+      tags = _names(value, TAGS)
+      if len(tags) != len(columns[0][-1]):
+        raise UserError(
+          f"{place}: {len(tags)} tags for {len(columns[0][-1])} words."
+        )
+      labels.append(np.array([id_of(tag, place) for tag in tags], np.int32))
+  known: Any = labels
+  if facts.kind != TAGS:
+    known = np.array(labels, np.int32 if facts.kind == CLASSES else np.float32)
+  return Examples(
+    first=columns[0],
+    second=columns[1] if len(columns) > 1 else None,
+    labels=known,
+    index=np.arange(len(labels)),
+  )
+
+
+def _dev_rows(examples: Examples, facts: Facts, data: ConfigDict) -> np.ndarray:
+  """The rows that are kept for scoring: every class by its share.
+
+  A shuffle by seed is sorted by class, and rows are taken from it at equal
+  distances. A class's only row stays in training.
+  """
+  fraction, rows = data.dev_fraction, len(examples)
+  if not 0 < fraction <= 0.5:
+    raise UserError(
+      f"config.data.dev_fraction is {fraction}; choose a share of the rows"
+      " above 0 and up to 0.5."
+    )
+  order = np.random.default_rng(data.subset_seed).permutation(rows)
+  if facts.kind == CLASSES:
+    ids = np.asarray(examples.labels)
+    order = order[np.bincount(ids)[ids[order]] > 1]
+    order = order[np.argsort(ids[order], kind="stable")]
+  size = min(max(1, round(fraction * rows)), len(order) // 2)
+  if size == 0:
+    raise UserError(
+      f"{rows} training rows are too few to keep some for scoring: name a file"
+      " of others, config.data.dev=FILE."
+    )
+  places = (np.arange(size) + 0.5) * len(order) / size
+  return np.sort(order[places.astype(int)])
+
+
+def _notes(facts: Facts, train: Examples, *, said: str | None) -> list[str]:
+  """What was decided, for a run's first lines."""
+  what = facts.kind.replace("_", " ")
+  if facts.kind == NUMBER:
+    values = np.asarray(train.labels)
+    what += f" of values from {values.min():g} to {values.max():g}"
+  else:
+    word = "tags" if facts.kind == TAGS else "labels"
+    what += f", {len(facts.labels)} {word}: {_some(facts.labels)}"
+  if not said:
+    what += " (by the labels; config.data.kind=... changes it)"
+  lines = [
+    f"texts: {' and '.join(facts.columns)}; label: {facts.label}",
+    f"kind: {what}",
+  ]
+  if facts.kind == NUMBER and max(abs(values.mean()), values.std()) > 10:
+    lines.append(
+      f"The values' mean is {values.mean():.3g}, their spread"
+      f" {values.std():.3g}: scaled to a spread near 1 they would train better."
+    )
+  return lines
+
+
+def _values(table: Table, column: str, *, may_be_empty: bool) -> list[Any]:
+  """A label's column, in which nothing is missing."""
+  for row, value in enumerate(table.columns[column]):
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    blank = isinstance(value, str) and not value.strip() and not may_be_empty
+    if missing or blank:
+      raise UserError(f"{table.place(row)}: {column} is missing.")
+  return table.columns[column]
+
+
+def _as_list(value: Any) -> list[Any] | None:
+  """A list, also one that is written as JSON; None for anything else."""
+  if isinstance(value, str) and value.strip().startswith("["):
+    try:
+      value = json.loads(value)
+    except ValueError:
+      return None
+  return list(value) if isinstance(value, list | tuple) else None
+
+
+def _words(text: Any) -> list[Any]:
+  """A text's words: those of a list, else what stands between spaces."""
+  words = _as_list(text)
+  if words is not None:
+    return words
+  return text.split() if isinstance(text, str) else []
+
+
+def _names(value: Any, kind: str) -> list[Any]:
+  """The labels or tags in one cell."""
+  found = _as_list(value)
+  if found is not None:
+    return found
+  text = _name(value)
+  if kind == TAGS:
+    return text.split()
+  return [part.strip() for part in SEVERAL_APART.split(text) if part.strip()]
+
+
+def _number(value: Any) -> float | None:
+  """A finite number, or None; true and false are words."""
+  if isinstance(value, bool):
+    return None
+  try:
+    number = float(value)
+  except (TypeError, ValueError, OverflowError):
+    return None
+  return number if math.isfinite(number) else None
+
+
+def _name(value: Any) -> str:
+  """A label's name: 1 and 1.0 are the same one, and true is a word."""
+  if isinstance(value, bool):
+    return str(value).lower()
+  if isinstance(value, float) and value.is_integer():
+    value = int(value)
+  return str(value).strip()
+
+
+def _order(name: str) -> tuple[bool, float, str]:
+  """Names sort as numbers where they are numbers."""
+  number = _number(name)
+  return number is None, number or 0.0, name
+
+
+def _some(names: Iterable[str]) -> str:
+  names = list(names)
+  more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+  return ", ".join(names[:SHOWN]) + more
