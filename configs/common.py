@@ -15,8 +15,11 @@ SIZES = ("base", "large")
 def get_config() -> ConfigDict:
   """Everything but the task and its settings."""
   config = ConfigDict()
-  config.task = placeholder(str)  # to be set: a name in tasks/glue_facts.py
-  config.method = "vera"  # vera | lora | bitfit | head | full
+  config.task = placeholder(str)  # to be set: a name in tasks/
+  # vera | lora | ia3 | dora | dvora | bitfit | head | full, or a chain such as
+  # vera+bitfit. DoRA takes LoRA's settings and rates, DVoRA takes VeRA's. In a
+  # chain each method has its own settings, and all have the first one's rates.
+  config.method = "vera"
   config.seed = 0  # of dropout, batch order and new leaves
 
   config.model = ConfigDict()
@@ -64,7 +67,15 @@ def get_config() -> ConfigDict:
   config.lora.lr = 4e-4
   config.lora.head_lr = 4e-4
 
-  # The paper copies its other baselines from others; these rates are ours.
+  # Keys, values and what enters the feed-forward's output layer, as BERT and
+  # RoBERTa name them. These rates are ours and untuned, as are those below; the
+  # paper copies its other baselines from others.
+  config.ia3 = ConfigDict()
+  config.ia3.targets = ("key", "value", r"layer(_\d+)?/output/dense")
+  config.ia3.feedforward = config.ia3.targets[2:]  # inputs scaled, not outputs
+  config.ia3.lr = 1e-2
+  config.ia3.head_lr = 4e-3
+
   config.bitfit = ConfigDict({"lr": 1e-3, "head_lr": 1e-3})
   config.head = ConfigDict({"head_lr": placeholder(float)})
   config.full = ConfigDict({"lr": 2e-5, "head_lr": 2e-5})

@@ -16,6 +16,7 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.console import Console
 from rich.table import Column, Table
 
+from vera_jax.adapters.methods import METHODS
 from vera_jax.errors import UserError
 from vera_jax.train import distributed
 from vera_jax.train.config import check_key, check_settings, without_effect
@@ -103,7 +104,8 @@ def define_config() -> flags.FlagHolder:
     "config",
     None,
     "Settings: configs/TASK.py, or configs/TASK.py:large. Any of them can be"
-    " changed: --config.optim.epochs=3",
+    " changed: --config.optim.epochs=3. config.method is one of"
+    f" {', '.join(METHODS)}, or several joined by +, as vera+bitfit.",
     lock_config=False,
   )
   flags.FLAGS["config"].parser = _ConfigParser("config", lock_config=False)

@@ -12,7 +12,6 @@ from safetensors.numpy import load_file, save_file
 
 from vera_jax.adapters.files import load_adapter, tensors
 from vera_jax.adapters.labels import label_tree, split
-from vera_jax.adapters.methods import METHODS
 from vera_jax.adapters.projections import digest
 from vera_jax.errors import UserError
 from vera_jax.models.bert import BertClassifier
@@ -21,6 +20,8 @@ from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params
 from vera_jax.models.pretrained import blueprint
 
+CHAINS = ("dvora+ia3", "vera+bitfit")
+METHODS = ("vera", "lora", "bitfit", "head", "full", *CHAINS)
 IDS = np.array([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]], np.int32)
 
 
@@ -30,7 +31,8 @@ def logits(classifier):
 
 
 @pytest.mark.parametrize(
-  "method, scan", [*((method, True) for method in METHODS), ("vera", False)]
+  "method, scan",
+  [*((method, True) for method in METHODS), ("vera", False)],
 )
 def test_what_was_saved_is_in_the_tree(method, scan, random_adapter):
   saved = load_adapter(random_adapter(method))
@@ -158,6 +160,15 @@ def test_a_base_that_moved_can_be_named(tiny_model, random_adapter, tmp_path):
     ({}, {"init": "uniform"}, "come out different"),
     ({"projection_digest": "0" * 64}, {}, "not 000000000000"),
     ({"projection_prng": "rbg"}, {}, "generator 'rbg'"),
+    ({}, {"projection_seed": 10**30}, "no usable projection_seed=1000000"),
+    ({}, {"projection_seed": -(2**31) - 1}, "must fit 32 bits"),
+    ({}, {"rank": 10**30}, "no usable rank=1000000"),
+    ({}, {"d_init": float("inf")}, "no usable d_init=inf"),
+    ({"method": "lora"}, {"alpha": float("nan")}, "no usable alpha=nan"),
+    ({"method": "lora"}, {"alpha": 10**400}, "no usable alpha=1000000"),
+    ({}, {"targets": ["((.|[a-z/_])+)+[QX]"]}, "takes too long|no layer"),
+    ({}, {"targets": ["que("]}, "no proper regular expression"),
+    ({"base": "package:no_package.sub/model"}, {}, "is not installed"),
   ],
 )
 def test_what_differs_is_named(about, settings, words, random_adapter):

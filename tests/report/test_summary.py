@@ -12,7 +12,7 @@ from configs.sweeps import layers
 from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.report import load_sweep, summary, tables
-from vera_jax.report.frame import Sweep, frame, history
+from vera_jax.report.frame import Sweep, frame, history, method_title
 from vera_jax.report.summary import holm, paired
 
 
@@ -37,6 +37,23 @@ def test_what_is_not_the_methods_own_makes_no_condition(make_result):
     ]
   )
   assert list(runs["condition"]) == [""] * 4
+
+
+def test_a_variant_and_a_chain_have_the_settings_of_their_methods(make_result):
+  runs = frame(
+    [
+      make_result("dvora", 0, vera__rank=4, lora__rank=1),
+      make_result("dvora", 1, vera__rank=4, lora__rank=2),
+      make_result("dvora", 2, vera__rank=8),
+      make_result("ia3+lora", 0, lora__rank=8, vera__rank=4),
+      make_result("ia3+lora", 1, lora__rank=8, vera__rank=8),
+      make_result("ia3", 0),
+    ]
+  )
+  assert list(runs["rank"].dropna()) == [4, 4, 8, 8, 8]
+  names = dict(zip(runs["method"], runs["condition"], strict=True))
+  assert names == {"ia3": "", "dvora": "rank 8", "ia3+lora": ""}
+  assert method_title("ia3+lora") == "IA3 + LoRA"
 
 
 def test_targets_are_put_in_words(make_result):

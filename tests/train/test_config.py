@@ -40,8 +40,21 @@ def test_zero_is_too_small(key):
 
 def test_an_unknown_method_is_refused():
   config = rte.get_config()
-  config.method = "dora"
-  with pytest.raises(UserError, match="'dora'; choose from vera, lora"):
+  config.method = "dara"
+  with pytest.raises(UserError, match="'dara'; choose from vera, lora"):
+    check_settings(config)
+
+
+def test_a_chain_needs_the_rates_of_its_first_method():
+  config = rte.get_config()
+  config.vera.lr = config.vera.head_lr = None
+  for config.method in ("bitfit+vera", "dora", "ia3"):
+    check_settings(config)
+  for config.method in ("vera+bitfit", "dvora"):
+    with pytest.raises(UserError, match="config.vera.lr, config.vera.head_lr"):
+      check_settings(config)
+  config.method = "vera+head"
+  with pytest.raises(UserError, match="head adds nothing to a chain"):
     check_settings(config)
 
 

@@ -12,7 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from vera_jax import results
+from vera_jax.adapters.card import model_card
 from vera_jax.adapters.files import load_adapter
+from vera_jax.adapters.methods import settings_in
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import restore_adapter
 from vera_jax.serve.predictor import Predictor
@@ -37,6 +39,7 @@ ADAPTERS = {
   "bitfit": 16 + 2 * (3 * 16 + 16 + 16 + 32 + 16 + 16) + 16,
   "head": 0,
   "full": 5584,
+  "dvora+ia3": 2 * 2 * (2 * 16 + 8) + 2 * (16 + 16 + 32),
 }
 
 
@@ -62,7 +65,9 @@ def check_result(config, folder, result):
   assert result["score_name"] == "accuracy"
   assert result["parameters"]["adapter"] == ADAPTERS[config.method]
   assert result["parameters"]["head"] == 34
-  assert (result["projection_digest"] is None) == (config.method != "vera")
+  assert (result["projection_digest"] is None) == (
+    config.method not in ("vera", "dvora+ia3")
+  )
   assert result["data"]["train"]["examples"] == 40
   assert len(result["data"]["validation"]["fingerprint"]) == 64
   assert {"python", "jax", "flax", "vera_jax"} <= result["versions"].keys()
@@ -85,7 +90,7 @@ def test_a_run_leaves_what_was_promised(finished):
   }
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", "full"])
+@pytest.mark.parametrize("method", ["lora", "bitfit", "full", "dvora+ia3"])
 def test_the_baselines_go_by_the_same_loop(
   method, tiny_config, quiet_model, tmp_path
 ):
@@ -94,6 +99,11 @@ def test_the_baselines_go_by_the_same_loop(
   config = tiny_config(method=method, **settings)
   result = train_and_evaluate(config, tmp_path / "run")
   check_result(config, tmp_path / "run", result)
+  saved = load_adapter(tmp_path / "run/adapter")
+  assert saved.about["settings"] == json.loads(
+    json.dumps(settings_in(config, method))
+  )
+  restore_adapter(saved)
 
 
 def test_the_mean_of_an_epochs_losses_is_its_training_loss(finished):
@@ -125,6 +135,8 @@ def test_the_adapters_files_hold_the_best_epoch(finished, saved):
   assert about["score"] == best["score"]
   assert about["projection_digest"] == finished.result["projection_digest"]
   assert about["settings"]["rank"] == 8
+  assert about["data"] == finished.result["data"]
+  assert (folder / "README.md").read_text() == model_card(about)
 
 
 def test_a_restored_adapter_answers_as_the_run_did(finished):

@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict, meta
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
@@ -43,6 +43,7 @@ from vera_jax.adapters.sites import (
   all_sites,
   arrays_at,
   first_leaves,
+  is_on,
   layer_path,
   make_shared,
   map_sites,
@@ -90,7 +91,8 @@ class Adapted(nn.Module):
     product = product_of(context, args, kwargs)
     if product is None:
       return next_fun(*args, **kwargs)
-    params = meta.unbox(layer.variables["params"])
+    own = layer.variables["params"]  # parts of a fused kernel lie below it
+    params = arrays_at(own)
     columns = {
       name: span
       for name, span in parts_of(path, self.fused).items()
@@ -124,7 +126,7 @@ class Adapted(nn.Module):
       draws = any(link.forward is not None for link in adapter.methods)
       y, penalty = adapted_product(
         adapter,
-        self._leaves(adapter, arrays_at(params, place), site.path),
+        self._leaves(adapter, arrays_at(own, place), site.path),
         site,
         x,
         multiply=product.multiply,
@@ -297,7 +299,7 @@ def plans_at(
 
   def choose_at(site: Site, leaves: Leaves) -> None:
     for link in adapter.methods:
-      if link.low_rank is not None:
+      if link.low_rank is not None and is_on(link, site.path):
         chosen[site.path] = choose(
           tokens[site.path],
           link.low_rank(link.own(leaves), site),

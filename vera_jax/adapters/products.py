@@ -33,6 +33,7 @@ from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
 from vera_jax.adapters.interface import Adapter, Leaves, LowRank, Site
+from vera_jax.adapters.sites import is_on
 from vera_jax.errors import UserError
 
 Product = Callable[[Array], Array]
@@ -231,7 +232,8 @@ def adapted_product(
     return of_weights(site.kernel(), site.bias)(x)
 
   product: Product = base
-  for number, link in enumerate(adapter.methods):
+  here = [x for x in enumerate(adapter.methods) if is_on(x[1], site.path)]
+  for number, link in here:
     own = link.own(leaves)
     if link.forward is not None:
       own_key = None if key is None else jax.random.fold_in(key, number)
@@ -241,7 +243,7 @@ def adapted_product(
       product = of_low_rank(product, site, link.low_rank(own, site))
     elif link.weights is not None:
       product = of_weights(*link.weights(own, site))
-    if link is not adapter.methods[-1]:
+    if link is not here[-1][1]:
       site = adapted_site(link, own, site)
   y = product(x)
   return y, jnp.sum(jnp.stack(penalties)) if penalties else None

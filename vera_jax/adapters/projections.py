@@ -113,12 +113,19 @@ def make_pair(
   """A (rank, inputs) and B (outputs, rank) in float32.
 
   `folds` tell apart the layers that have a pair of their own.
+
+  Raises:
+    UserError: an unknown `init`, or a seed beyond 32 bits.
   """
   if init not in INITIALISERS:
     raise UserError(f"init is {init!r}; choose from {', '.join(INITIALISERS)}.")
   check_seed(seed)
   if init == "peft":
     return _peft_pair(seed, rank, inputs, outputs)
+  if not -(2**31) <= seed < 2**32:
+    raise UserError(
+      f"projection_seed is {seed}; it must fit 32 bits: at most {2**32 - 1}."
+    )
   key = jax.random.key(seed, impl=PRNG)
   for fold in folds:
     key = jax.random.fold_in(key, fold)

@@ -29,6 +29,7 @@ from vera_jax.adapters.interface import (
 )
 from vera_jax.adapters.layers import flat_bias, flat_kernel, product_of
 from vera_jax.errors import UserError
+from vera_jax.patterns import find
 
 # Parts of fused kernels: layer pattern -> part's name -> (first, last) column.
 Fused = Mapping[str, Mapping[str, tuple[int, int]]]
@@ -37,13 +38,18 @@ Tree = Mapping[str, Any]
 
 def matches(pattern: str, path: Path) -> bool:
   """Whether the regular expression matches the path's last names in full."""
-  return bool(re.search(f"(?:^|/)(?:{pattern})$", "/".join(path)))
+  return bool(find(pattern, "/".join(path), form=r"(?:.*/)??(?:{})\Z"))
 
 
 def parts_of(path: Path, fused: Fused) -> Mapping[str, tuple[int, int]]:
   """The parts that a layer's kernel is fused of; {} for an ordinary layer."""
   found = (parts for pattern, parts in fused.items() if matches(pattern, path))
   return next(found, {})
+
+
+def is_on(link: Adapter, path: Path) -> bool:
+  """Whether a chain's link adapts this site of the chain."""
+  return not link.on or any(matches(pattern, path) for pattern in link.on)
 
 
 class Call(NamedTuple):

@@ -16,15 +16,19 @@ class Examples:
     second: the second texts; None for single sentences.
     labels: int32 class ids or float32 scores; None for an unlabelled test.
     index: int64, the number by which a submission file names each example.
+    choices: texts (or pairs) per example: 1, or the number of the choices
+      between which an example asks. Those of an example follow one another, so
+      `first` and `second` then have so many entries for each label.
   """
 
   first: list[str]
   second: list[str] | None
   labels: np.ndarray | None
   index: np.ndarray
+  choices: int = 1
 
   def __len__(self) -> int:
-    return len(self.first)
+    return len(self.first) // self.choices
 
 
 def subset(examples: Examples, n: int | None, seed: int) -> Examples:
@@ -45,9 +49,12 @@ def subset(examples: Examples, n: int | None, seed: int) -> Examples:
       "unset for all of them."
     )
   chosen = np.random.default_rng(seed).permutation(len(examples))[:n]
+  choices = np.arange(examples.choices)
+  texts = (chosen[:, None] * examples.choices + choices).ravel()
   return Examples(
-    first=[examples.first[i] for i in chosen],
-    second=examples.second and [examples.second[i] for i in chosen],
+    first=[examples.first[i] for i in texts],
+    second=examples.second and [examples.second[i] for i in texts],
     labels=None if examples.labels is None else examples.labels[chosen],
     index=examples.index[chosen],
+    choices=examples.choices,
   )

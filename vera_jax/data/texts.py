@@ -1,4 +1,5 @@
-"""Texts to predict, line by line: TSV or JSONL, one or two texts per line.
+"""Texts to predict, line by line: TSV or JSONL, one or two texts per line, or
+as many as the caller's columns are.
 
 The first line of a TSV is a header if it names the text columns; other columns
 are then ignored, so that a data set's own files can be read. Without a header
@@ -9,8 +10,8 @@ TSV.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 Texts = tuple[str, ...]
 NAMES = (("sentence1", "sentence2"), ("sentence",), ("text",))
@@ -34,6 +35,7 @@ def read_lines(
   format: str,
   columns: Sequence[Texts] = (),
   count: int | None = None,
+  check: Callable[..., Any] | None = None,
 ) -> Iterator[Line]:
   """Each line's texts, in order; a bad line is an entry with its `error`.
 
@@ -41,8 +43,9 @@ def read_lines(
     lines: undecoded, as a binary file gives them.
     format: "tsv" or "jsonl".
     columns: further names that the text columns may have, tried before
-      `NAMES`; each entry names one or two columns.
-    count: texts per line, 1 or 2; None: as many as the first good line has.
+      `NAMES`; each entry names the columns of one line.
+    count: texts per line; None: as many as the first good line has, 1 or 2.
+    check: called with a line's texts; its ValueError is the line's `error`.
   """
   places: list[int] | None = None  # of the text columns, from the header
   for number, line in enumerate(lines, 1):
@@ -75,6 +78,8 @@ def read_lines(
         part.encode()  # JSON can hold half a character, which is no text
         if not part.strip():
           raise ValueError("a text is empty")
+      if check is not None:
+        check(*texts)
     except UnicodeError:
       yield Line(number, error="it is not UTF-8")
     except ValueError as error:
@@ -106,6 +111,8 @@ def _from_json(text: str, known: Sequence[Texts]) -> Texts:
     fields = json.loads(text)
   except ValueError as error:
     raise ValueError(f"it is no JSON ({error})") from error
+  except RecursionError as error:  # a thousand brackets
+    raise ValueError("its JSON is nested too deeply") from error
   if not isinstance(fields, dict):
     raise ValueError("it is no JSON object")
   for names in known:

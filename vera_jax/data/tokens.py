@@ -45,11 +45,12 @@ _UNREADABLE = (
 class Tokens:
   """The token ids of one split.
 
-  Example i is `ids[offsets[i]:offsets[i + 1]]`, special tokens included.
+  Text i is `ids[offsets[i]:offsets[i + 1]]`, special tokens included. An
+  example is one text, or those of its `choices`, which follow one another.
 
   Attributes:
-    labels, index: as in `Examples`.
-    truncated: how many examples were cut to `max_length`.
+    labels, index, choices: as in `Examples`.
+    truncated: how many texts were cut to `max_length`.
     pad_id: the tokenizer's padding id.
     fingerprint: sha256 over texts, labels, tokenizer and `max_length`.
   """
@@ -62,13 +63,19 @@ class Tokens:
   truncated: int
   pad_id: int
   fingerprint: str
+  choices: int = 1
 
   def __len__(self) -> int:
-    return len(self.offsets) - 1
+    return len(self.text_lengths) // self.choices
+
+  @cached_property
+  def text_lengths(self) -> Int64[np.ndarray, " texts"]:
+    return np.diff(self.offsets)
 
   @cached_property
   def lengths(self) -> Int64[np.ndarray, " examples"]:
-    return np.diff(self.offsets)
+    """Tokens of each example, all its choices together."""
+    return np.diff(self.offsets[:: self.choices])
 
 
 class TokenizerInfo(NamedTuple):
@@ -142,7 +149,7 @@ def tokenise(
     info = _info(tokenizer)
   fingerprint = _fingerprint(examples, info, max_length)
   path = cache_dir and Path(cache_dir) / f"{fingerprint}.npz"
-  arrays = _load(path, len(examples)) if path else None
+  arrays = _load(path, len(examples.first)) if path else None
   if arrays is None:
     arrays = new = _encode(examples, tokenizer, max_length)
     if path:
@@ -156,6 +163,7 @@ def tokenise(
     truncated=int(arrays["truncated"]),
     pad_id=info.pad_id,
     fingerprint=fingerprint,
+    choices=examples.choices,
   )
 
 
@@ -185,7 +193,7 @@ def _encode(
       f"max_length is {max_length}, but {special} tokens of each example are"
       f" special ones: at least {least} are needed."
     )
-  for start in range(0, len(examples), _CHUNK):
+  for start in range(0, len(examples.first), _CHUNK):
     chunk = slice(start, start + _CHUNK)
     encoded = tokenizer(
       examples.first[chunk],
@@ -212,8 +220,11 @@ def _fingerprint(
   examples: Examples, info: TokenizerInfo, max_length: int
 ) -> str:
   labels = examples.labels
+  settings = [max_length, *info]
+  if examples.choices > 1:  # pairs hash as they did before there were choices
+    settings.append(examples.choices)
   parts = [
-    json.dumps([max_length, *info]).encode(),
+    json.dumps(settings).encode(),
     b"none" if labels is None else labels.tobytes(),
     str(len(examples)).encode(),
   ]
@@ -225,7 +236,7 @@ def _fingerprint(
   return digest.hexdigest()
 
 
-def _load(path: Path, examples: int) -> dict[str, np.ndarray] | None:
+def _load(path: Path, texts: int) -> dict[str, np.ndarray] | None:
   """The cached arrays; None for a missing file and for a damaged one."""
   if not path.is_file():
     return None
@@ -235,7 +246,7 @@ def _load(path: Path, examples: int) -> dict[str, np.ndarray] | None:
     ids, types = arrays["ids"], arrays["token_types"]
     offsets = arrays["offsets"]
     if (
-      offsets.shape == (examples + 1,)
+      offsets.shape == (texts + 1,)
       and ids.shape == types.shape == (offsets[-1],)
       and ids.dtype == types.dtype == np.int32
       and offsets.dtype == np.int64

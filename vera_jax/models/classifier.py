@@ -15,7 +15,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from vera_jax.adapters.files import STORED, SavedAdapter, named_slices
+from vera_jax.adapters.files import (
+  STORED,
+  SavedAdapter,
+  check_length,
+  named_slices,
+)
 from vera_jax.adapters.interface import Adapter, Target
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import FROZEN
@@ -25,7 +30,7 @@ from vera_jax.adapters.projections import PRNG, digest
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.hub import resolve
-from vera_jax.models.family import Family, read_fields
+from vera_jax.models.family import Family, label_names, read_fields
 from vera_jax.models.hf_weights import fingerprint, load_params, refuse_gaps
 from vera_jax.models.pretrained import Flat, blueprint
 
@@ -171,20 +176,17 @@ def load_classifier(
   """
   folder = resolve(name)
   fields = read_fields(folder)
-  try:
-    count = int(fields.get("num_labels", 2))
-    names = fields.get("id2label") or {i: f"LABEL_{i}" for i in range(count)}
-    ordered = sorted((int(key), str(value)) for key, value in names.items())
-  except (AttributeError, TypeError, ValueError) as error:
-    raise UserError(f"{folder / 'config.json'}: no usable id2label.") from error
-  regression = len(ordered) == 1 or fields.get("problem_type") == "regression"
-  made = blueprint(fields, outputs=len(ordered), dtype=dtype, scan=scan)
+  names = label_names(fields)
+  regression = len(names) == 1 or fields.get("problem_type") == "regression"
+  made = blueprint(fields, outputs=len(names), dtype=dtype, scan=scan)
   loaded = load_params(folder, unflatten_dict(made.shapes))
   if loaded.missing:
     raise UserError(
       f"{folder} is no whole classifier: it lacks {_some(loaded.missing)}."
     )
   merged = folder / MERGED
+  about = read_json(merged) if merged.exists() else {}
+  check_length(about.get("max_length"))
   return Classifier(
     made.module,
     jax.tree.map(jnp.asarray, loaded.params),
@@ -192,8 +194,8 @@ def load_classifier(
     made.family,
     made.config,
     folder,
-    () if regression else tuple(value for _, value in ordered),
-    read_json(merged) if merged.exists() else {},
+    () if regression else tuple(names),
+    about,
     made.adapter,
     {},
   )

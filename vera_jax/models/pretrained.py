@@ -94,7 +94,7 @@ class Blueprint(NamedTuple):
 
   def label(self, params: Any, new: Any = ()) -> dict[str, Any]:
     """adapter, head or frozen for every leaf; `new` leaves had no weights."""
-    return label_tree(params, self.adapter, new=new)
+    return label_tree(params, self.adapter, head=self.family.head, new=new)
 
   def fresh_leaves(
     self, params: Any, projections: Any, new: list[TreePath], seed: int
@@ -202,6 +202,7 @@ def blueprint(
     base,
     given,
     targets=targets,
+    fused=family.fused(config),
     plan=plan,
     forwards=1 if remat == "none" else 2,
   )

@@ -11,6 +11,7 @@ import pandas as pd
 from flax.traverse_util import flatten_dict
 
 from vera_jax import results
+from vera_jax.adapters.methods import groups_of
 from vera_jax.adapters.norms import SHORT, norms_beside
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
@@ -20,6 +21,9 @@ from vera_jax.report.signatures import COLLAPSED, signatures
 METHODS = {
   "vera": "VeRA",
   "lora": "LoRA",
+  "ia3": "IA3",
+  "dora": "DoRA",
+  "dvora": "DVoRA",
   "bitfit": "BitFit",
   "head": "head alone",
   "full": "full",
@@ -31,6 +35,11 @@ ASIDE = (
   *("log", "predict_test", "mesh", "data.cache_dir", "data.source"),
   "model.scan",  # changes rounding alone
 )
+
+
+def method_title(method: str) -> str:
+  """A method's name, or a chain's, as tables and figures write it."""
+  return " + ".join(METHODS.get(name, name) for name in method.split("+"))
 
 
 class Sweep(NamedTuple):
@@ -150,6 +159,7 @@ def frame(
   places: Sequence[Path | None] = folders or [None] * len(found)
   for result, name, place in zip(found, _names(found), places, strict=True):
     config, flags = result["config"], signatures(result)
+    groups = [config.get(g, {}) for g in groups_of(result["method"]).values()]
     rows.append(
       {
         "task": result["task"],
@@ -161,7 +171,7 @@ def frame(
         "metric": result["score_name"],
         "adapter": result["parameters"]["adapter"],
         "head": result["parameters"]["head"],
-        "rank": config.get(result["method"], {}).get("rank"),
+        "rank": next((g["rank"] for g in groups if "rank" in g), None),
         "rate": result.get("learning_rates", {}).get("adapter_lr"),
         "data": _data_of(config),
         "epochs": config["optim"]["epochs"],
@@ -190,8 +200,8 @@ def frame(
 def _own_settings(result: Mapping[str, Any]) -> dict[str, Any]:
   """The settings that make a run's condition, by flat key."""
   # Another method's settings don't bear on the run.
-  others = (name for name in METHODS if name != result["method"])
-  aside = (*ASIDE, *others)
+  used = groups_of(result["method"]).values()
+  aside = (*ASIDE, *(name for name in METHODS if name not in used))
   flat = flatten_dict(dict(result["config"]), sep=".")
   return {
     key: value

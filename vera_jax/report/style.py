@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas.core.groupby import SeriesGroupBy
 
-from vera_jax.report.frame import METHODS
-from vera_jax.tasks.glue_facts import GENERATED, TASKS
+from vera_jax.errors import UserError
+from vera_jax.report.frame import method_title
+from vera_jax.tasks.task import task_named
 
 VERMILION, BLUE, GREEN = "#D55E00", "#0072B2", "#009E73"
 PURPLE, ORANGE, SKY, BLACK = "#CC79A7", "#E69F00", "#56B4E9", "#000000"
@@ -28,6 +29,9 @@ DASHES: Any = ("-", "--", "-.", ":")
 METHOD_COLORS = {
   "vera": (BLUE, "o"),
   "lora": (VERMILION, "s"),
+  "ia3": (ORANGE, "p"),
+  "dora": (VERMILION, "X"),
+  "dvora": (BLUE, "X"),
   "bitfit": (GREEN, "^"),
   "head": (BLACK, "D"),
   "full": (PURPLE, "v"),
@@ -35,6 +39,7 @@ METHOD_COLORS = {
 OTHER = (SKY, "P")
 METRIC = {
   "accuracy": "accuracy",
+  "accuracy_f1": "mean of accuracy and F1",
   "matthews": "Matthews correlation",
   "pearson": "Pearson correlation",
 }
@@ -84,9 +89,11 @@ def grid(
 
 
 def task_title(name: str) -> str:
-  """As GLUE writes it: SST-2."""
-  tasks = {**TASKS, GENERATED.name: GENERATED}
-  return tasks[name].folder if name in tasks else name
+  """As its benchmark writes it: SST-2; the name itself of another task."""
+  try:
+    return task_named(name).title or name
+  except UserError:
+    return name
 
 
 def metric_title(name: str) -> str:
@@ -95,7 +102,7 @@ def metric_title(name: str) -> str:
 
 def label(method: str, condition: str) -> str:
   """A condition's name in a figure, broken where it is long."""
-  name = METHODS.get(method, method)
+  name = method_title(method)
   name = f"{name}, {condition}" if condition else name
   return "\n".join(textwrap.wrap(name, WRAP, break_long_words=False))
 

@@ -16,7 +16,7 @@ from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import Tokens, tokenise
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
-from vera_jax.tasks.task import task_named
+from vera_jax.tasks.task import Task, task_named
 
 ROWS = (1, 2, 4, 8, 16)  # of a batch: few shapes, for each is compiled
 SHORTEST = 32  # tokens per row; longer ones are powers of two
@@ -44,18 +44,35 @@ class Predictor:
     """`max_length` is the most tokens of a text; None: as in training."""
     self.classifier = classifier
     self.tokenizer = load_tokenizer(classifier.folder)
-    self.max_length = min(max_length or classifier.max_length, classifier.room)
+    if max_length is None:
+      max_length = classifier.max_length
+    self.max_length = min(max_length, classifier.room)
     self.truncated = 0  # texts that were cut, so far
     self._apply = jax.jit(classifier.module.apply)
+    self.task = task_of(classifier)
+    self.labels = (self.task and self.task.choices) or classifier.labels
 
   def logits(
     self, first: Sequence[str], second: Sequence[str] | None = None
   ) -> Logits:
-    """The logits of every text, or pair of texts, in their order.
+    """What the head gives for every text, or pair of texts, in their order.
+
+    Args:
+      first: the texts; none give an array without rows.
+      second: the second text of each pair.
 
     Raises:
-      UserError: the tokenizer has words that the classifier lacks.
+      UserError: what was given is no list of texts, or two lists of different
+        lengths; the tokenizer has words that the classifier lacks; a logit is
+        not a finite number.
     """
+    return check_finite(self.any_logits(first, second))
+
+  def any_logits(
+    self, first: Sequence[str], second: Sequence[str] | None = None
+  ) -> Logits:
+    """`logits` that may be infinite or no numbers."""
+    check_texts(first, second)
     tokens = encode(
       self.classifier, self.tokenizer, first, second, limit=self.max_length
     )
@@ -63,10 +80,38 @@ class Predictor:
     return packed_logits(self._run, tokens, outputs=self.classifier.outputs)
 
   def answers(
-    self, first: Sequence[str], second: Sequence[str] | None = None
+    self,
+    first: Sequence[str],
+    second: Sequence[str] | None = None,
+    *more: Sequence[str],
   ) -> list[Answer]:
-    """Label, score and probabilities of every text, in their order."""
-    return list(answers(self.logits(first, second), self.classifier.labels))
+    """Label, score and probabilities of every example, in their order.
+
+    Args:
+      first, second, more: the examples' texts, column by column, as the task's
+        own data have them: premises, first choices, second choices, questions.
+
+    Raises:
+      UserError: the task can't be asked about an example's texts.
+    """
+    columns = [x for x in (first, second, *more) if x is not None]
+    if self.task is None or self.task.form is None:
+      return list(answers(self.logits(*columns), self.labels))
+    names = self.task.columns[0]
+    counts = {len(column) for column in columns}
+    if len(columns) != len(names) or len(counts) > 1:
+      raise UserError(
+        f"{self.task.name} asks about {', '.join(names)}: give {len(names)}"
+        " lists of texts, all of one length."
+      )
+    texts: list[tuple[str, ...]] = []
+    for number, row in enumerate(zip(*columns, strict=True), 1):
+      try:
+        texts += self.task.form(*row)
+      except ValueError as error:
+        raise UserError(f"Example {number}: {error}.") from error
+    logits = self.logits(*map(list, zip(*texts, strict=True)))
+    return list(answers(logits.reshape(len(first), -1), self.labels))
 
   def _run(self, batch: Batch) -> jax.Array:
     inputs = {name: batch[name] for name in self.classifier.inputs}
@@ -89,12 +134,50 @@ def answer_lines(
       yield line, next(found) if line.texts else None
 
 
+def task_of(classifier: Classifier) -> Task | None:
+  """The task that it was trained on; None where that is not known."""
+  try:
+    return task_named(str(classifier.about.get("task")))
+  except UserError:
+    return None
+
+
 def text_columns(classifier: Classifier) -> tuple[tuple[str, ...], ...]:
   """The names that its task's text columns may have; () for an unknown task."""
-  try:
-    return task_named(str(classifier.about.get("task"))).columns
-  except UserError:
-    return ()
+  task = task_of(classifier)
+  return task.columns if task else ()
+
+
+def check_texts(first: Any, second: Any = None) -> None:
+  """Raises a UserError unless each is a list of texts, both of one length."""
+  for texts in (first, second):
+    if texts is None:
+      continue
+    if isinstance(texts, str) or not hasattr(texts, "__len__"):
+      raise UserError(
+        "A list of texts is needed, also for one text: ['A fine film.']. Given"
+        f" was a {type(texts).__name__}."
+      )
+    for i, text in enumerate(texts):
+      if not isinstance(text, str):
+        raise UserError(f"Text {i} is {text!r}, a {type(text).__name__}.")
+  if second is not None and len(first) != len(second):
+    raise UserError(
+      f"There are {len(first)} first texts and {len(second)} second ones; each"
+      " pair has one of both."
+    )
+
+
+def check_finite(logits: Logits) -> Logits:
+  """The logits, or a UserError that names the texts of those not finite."""
+  wrong = np.flatnonzero(~np.isfinite(logits).all(-1)).tolist()
+  if wrong:
+    raise UserError(
+      f"The model's answer is not a finite number for {len(wrong)} of"
+      f" {len(logits)} texts, the first of them number {wrong[0]} (from 0): the"
+      " weights of base or adapter are too large for their type, or damaged."
+    )
+  return logits
 
 
 def encode(
@@ -108,8 +191,15 @@ def encode(
   """The tokens of texts, or pairs, cut at `limit`.
 
   Raises:
-    UserError: the tokenizer has words that the classifier lacks.
+    UserError: the limit has no room for a word, or the tokenizer has words that
+      the classifier lacks.
   """
+  special = tokenizer.num_special_tokens_to_add(pair=second is not None)
+  if limit <= special:
+    raise UserError(
+      f"max_length is {limit}, but {special} tokens of each text are the"
+      f" model's own marks: give {special + 1} or more."
+    )
   examples = Examples(
     list(first),
     None if second is None else list(second),
@@ -117,7 +207,7 @@ def encode(
     np.arange(len(first)),
   )
   tokens = tokenise(examples, tokenizer, limit, None)
-  highest, size = int(tokens.ids.max()), classifier.config.vocab_size
+  highest, size = int(tokens.ids.max(initial=0)), classifier.config.vocab_size
   if highest >= size:
     raise UserError(
       f"The tokenizer of {classifier.folder} gave the id {highest}, but"
@@ -144,6 +234,8 @@ def packed_logits(
   """
   if adapters is None:
     adapters = np.zeros(len(tokens), np.int64)
+  if not len(tokens):
+    return np.empty((0, outputs), np.float32)
   longest = int(tokens.lengths.max())
   length = max(SHORTEST, 1 << (longest - 1).bit_length())
   layout = Layout(ROWS, length, length // 4)

@@ -1,4 +1,10 @@
-"""Classification and regression of whole texts: one output row per example."""
+"""Classification and regression of whole texts, and choice between texts.
+
+Each example has one row of logits. A text that is classified has them from the
+head's outputs. An example that asks between choices is one text per choice,
+which the head scores with a single output; the scores of an example's texts are
+its logits, so that loss, metrics and answers are those of classification.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,7 +24,7 @@ from vera_jax.data.loader import PackedData
 from vera_jax.data.packing import ProcessShard
 from vera_jax.data.tokens import FolderTokenizer, tokenise
 from vera_jax.tasks.metrics import collapsed, score
-from vera_jax.tasks.task import Evaluation, Size, Task
+from vera_jax.tasks.task import Evaluation, Form, Size, Task
 
 Logits = Float32[np.ndarray, "examples labels"]
 MeasureBatch = Callable[[Mapping[str, Any]], Any]
@@ -28,12 +34,15 @@ def classification(
   name: str,
   *,
   labels: tuple[str, ...],
+  choices: tuple[str, ...] = (),
   metrics: tuple[str, ...],
   read_split: Callable[[str, str], Examples],
   dev_splits: tuple[str, ...],
   test_splits: tuple[str, ...] = (),
   write_answers: Callable[..., Any] | None = None,
   columns: tuple[tuple[str, ...], ...] = (),
+  form: Form | None = None,
+  title: str = "",
   size: Size | None = None,
 ) -> Task:
   """A task over labelled texts.
@@ -41,14 +50,19 @@ def classification(
   Args:
     name: the task's.
     labels: the class names in the order of their ids; () for regression.
+    choices: the names of an example's choices, where it asks between texts
+      (`Examples.choices` of them); there are no labels then.
     metrics: names that `metrics.score` knows; the first is the score.
     read_split: (config.data.source, split) -> its examples.
     dev_splits: scored, the first one for the score that counts.
     test_splits: answered where config.predict_test asks for it.
     write_answers: (folder, split, predictions, index) -> a file.
     columns: names that the text columns of input files may have.
+    form: what the model reads for the texts of these columns (`Task.form`).
+    title: as a reader knows the task.
     size: of the data as they are published.
   """
+  answer_names = choices or labels
 
   def load(
     config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
@@ -98,7 +112,7 @@ def classification(
       logits = split_logits(measure_batch, data, split)
       if not np.isfinite(logits).all():
         return Evaluation({}, finite=False)
-      answers[split] = predictions(logits, labels)
+      answers[split] = predictions(logits, answer_names)
       known = data.tokens[split].labels
       assert known is not None  # a dev split without labels is refused
       tail = "" if split == dev_splits[0] else f"/{split}"
@@ -111,7 +125,7 @@ def classification(
   ) -> Callable[[], None]:
     """Computed by all processes; what is returned writes, in the first one."""
     found = {
-      split: predictions(split_logits(measure_batch, data, split), labels)
+      split: predictions(split_logits(measure_batch, data, split), answer_names)
       for split in test_splits
     }
 
@@ -127,15 +141,25 @@ def classification(
     head="classification",
     outputs=len(labels) or 1,
     labels=labels,
+    choices=choices,
     score_name=metrics[0],
     load=load,
-    loss=loss,
-    measure=lambda outputs, batch: outputs,
+    loss=lambda outputs, batch: loss(example_logits(outputs, batch), batch),
+    measure=example_logits,
     evaluate=evaluate,
     write_answers=answer if write_answers else None,
     columns=columns,
+    form=form,
+    title=title,
     size=size,
   )
+
+
+def example_logits(
+  outputs: Float[Array, "rows texts outputs"], batch: Mapping[str, Any]
+) -> Float[Array, "rows slots labels"]:
+  """The logits of each example: its text's outputs, or its choices' scores."""
+  return outputs.reshape(*batch["weights"].shape, -1)
 
 
 def slot_losses(

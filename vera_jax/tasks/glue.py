@@ -24,5 +24,6 @@ def task_named(name: str) -> Task | None:
       folder, glue, split, predictions, index
     ),
     columns=(glue.columns, glue.file_columns),
+    title=glue.folder,
     size=SIZES[name],
   )

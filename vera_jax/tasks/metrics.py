@@ -1,8 +1,9 @@
-"""GLUE's official metrics, as fractions (scikit-learn and SciPy compute them).
+"""The benchmarks' metrics, as fractions (scikit-learn and SciPy compute them).
 
-Accuracy, F1 of class 1, Matthews correlation; Pearson and Spearman
-correlation for regression. A collapsed model (one prediction for everything,
-how VeRA fails in the paper's Table 6) scores as such and never as NaN.
+Accuracy, F1 of class 1, mean F1 of all classes, Matthews correlation; Pearson
+and Spearman correlation for regression. A collapsed model (one prediction for
+everything, how VeRA fails in the paper's Table 6) scores as such and never as
+NaN.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,6 +21,21 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
   from sklearn.metrics import f1_score
 
   return float(f1_score(labels, predictions, zero_division=0.0))
+
+
+def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """The unweighted mean of each class's F1, over the classes that occur."""
+  from sklearn.metrics import f1_score
+
+  return float(
+    f1_score(labels, predictions, average="macro", zero_division=0.0)
+  )
+
+
+def accuracy_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """The mean of accuracy and macro F1, as SuperGLUE scores imbalanced classes
+  (Wang et al., 2019, section 3.2)."""
+  return (accuracy(predictions, labels) + macro_f1(predictions, labels)) / 2
 
 
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -58,6 +74,8 @@ def _correlation(
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
   "accuracy": accuracy,
   "f1": f1,
+  "macro_f1": macro_f1,
+  "accuracy_f1": accuracy_f1,
   "matthews": matthews,
   "pearson": pearson,
   "spearman": spearman,

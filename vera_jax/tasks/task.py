@@ -17,6 +17,7 @@ from vera_jax.data.packing import WHOLE, ProcessShard
 from vera_jax.errors import UserError
 
 Batch = Mapping[str, Any]
+Form = Callable[..., list[tuple[str, ...]]]
 
 
 class Evaluation(NamedTuple):
@@ -49,6 +50,8 @@ class Task(NamedTuple):
     head, outputs: the kind of head that the model needs, as families know it,
       and how many outputs it has.
     labels: their names in the outputs' order; () where there are none.
+    choices: the names of an example's choices, where an example asks between
+      texts, each of which the model scores; () where an example is one text.
     score_name: of the score that counts.
     load: (config, base's folder, shards, process shard) -> the data, as
       `data.loader.PackedData` has it: batches from any position, and what is
@@ -62,6 +65,10 @@ class Task(NamedTuple):
       answers to the test splits into the folder. All processes compute them,
       the first one writes. None where the task has no such files.
     columns: names that the text columns of input files may have.
+    form: (an example's texts, by column) -> what the model reads for it, one
+      text or pair per choice; a ValueError says what is wrong with the texts.
+      None: it reads the columns as they are.
+    title: as a reader knows the task; "" for its name.
     size: of its data as they are published, if that is known.
   """
 
@@ -74,8 +81,11 @@ class Task(NamedTuple):
   loss: Callable[[Array, Batch], tuple[Array, Array]]
   measure: Callable[[Array, Batch], Any]
   evaluate: Callable[..., Evaluation]
+  choices: tuple[str, ...] = ()
   write_answers: Callable[..., Callable[[], None]] | None = None
   columns: tuple[tuple[str, ...], ...] = ()
+  form: Form | None = None
+  title: str = ""
   size: Size | None = None
 
   def load_data(
@@ -92,7 +102,7 @@ class Task(NamedTuple):
 
 # The modules that know tasks by name; each has `task_named(name)`, which gives
 # None for a name that is not one of its tasks, and `NAMES`.
-TASKS = ("glue",)
+TASKS = ("glue", "superglue")
 
 
 def task_named(name: str) -> Task:

@@ -8,7 +8,13 @@ from ml_collections import ConfigDict
 
 from vera_jax.adapters.apply import plans_at
 from vera_jax.adapters.interface import Target
-from vera_jax.adapters.methods import METHODS, make_adapter
+from vera_jax.adapters.methods import (
+  METHODS,
+  adapter_named,
+  groups_of,
+  make_adapter,
+  settings_in,
+)
 from vera_jax.adapters.products import check_plan
 from vera_jax.errors import UserError
 from vera_jax.models.pretrained import choose_scan
@@ -38,15 +44,17 @@ def check_settings(config: ConfigDict) -> None:
   Raises:
     UserError: names all of them, with what is allowed.
   """
-  if config.method not in METHODS:  # all else depends on it
-    raise UserError(
-      f"config.method is {config.method!r}; choose from {', '.join(METHODS)}."
-    )
+  try:  # all else depends on it
+    adapter_named(config.method)
+    settings_in(config, config.method)
+  except UserError as error:
+    raise UserError(f"config.{error}") from error
+  group = next(iter(groups_of(config.method).values()))
   values = flatten_dict(config.to_dict(), sep=".")
   needed = ["task", "optim.epochs"]
   for rate, own in (("adapter_lr", "lr"), ("head_lr", "head_lr")):
-    if config.optim[rate] is None and own in config[config.method]:
-      needed.append(f"{config.method}.{own}")
+    if config.optim[rate] is None and own in config[group]:
+      needed.append(f"{group}.{own}")
   unset = [f"config.{name}" for name in needed if values[name] is None]
   wrong = [f"Without a value are: {', '.join(unset)}."] if unset else []
 
@@ -58,7 +66,7 @@ def check_settings(config: ConfigDict) -> None:
       refuse(name, "at least 1 is needed")
   for name in (
     *NOT_NEGATIVE,
-    *(f"{config.method}.{rate}" for rate in ("lr", "head_lr")),
+    *(f"{group}.{rate}" for rate in ("lr", "head_lr")),
   ):
     value = values.get(name)
     if value is not None and not 0 <= value < math.inf:
@@ -75,12 +83,13 @@ def check_settings(config: ConfigDict) -> None:
   except UserError as error:
     wrong.append(str(error))
   try:
-    adapter, targets = make_adapter(
-      config.method, config[config.method].to_dict()
-    )
+    settings = settings_in(config, config.method)
+    adapter, targets = make_adapter(config.method, settings)
     plan = check_plan(config.model.contraction)
     if targets:  # any site shows whether the method can be multiplied so
-      plans_at(adapter, {("site",): Target(2, 2)}, {("site",): 1}, plan=plan)
+      for link in adapter.methods:
+        one = link._replace(on=())
+        plans_at(one, {("site",): Target(2, 2)}, {("site",): 1}, plan=plan)
   except UserError as error:
     wrong.append(str(error))
   if wrong:
@@ -89,12 +98,13 @@ def check_settings(config: ConfigDict) -> None:
 
 def without_effect(config: ConfigDict) -> set[str]:
   """The settings, by flat key, that the method of a config has no use for."""
-  method = config.method
-  adapter, targets = make_adapter(method, config[method].to_dict())
+  settings = settings_in(config, config.method)
+  adapter, targets = make_adapter(config.method, settings)
+  used = groups_of(config.method).values()
   idle = {
     f"{group}.{name}"
     for group in METHODS
-    if group != method
+    if group not in used
     for name in config.get(group, {})
   }
   if all(link.low_rank is None for link in adapter.methods):

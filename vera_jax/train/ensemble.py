@@ -23,7 +23,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from vera_jax.adapters.methods import method_named
+from vera_jax.adapters.methods import groups_of, links_of
 from vera_jax.adapters.products import AUTO
 from vera_jax.errors import UserError
 from vera_jax.train.config import check_settings
@@ -226,13 +226,13 @@ class Ensemble:
 
 
 def _own_keys(config: ConfigDict) -> set[str]:
-  method = config.method
-  keys = {"seed", f"{method}.lr", f"{method}.head_lr"}
-  keys |= {"optim.adapter_lr", "optim.head_lr", "optim.weight_decay"}
-  per_run = method_named(method).per_run
-  return keys | {
-    f"{method}.{name}" for name in per_run(config[method].to_dict())
-  }
+  keys = {"seed", "optim.adapter_lr", "optim.head_lr", "optim.weight_decay"}
+  groups = groups_of(config.method)
+  for name, line in links_of(config.method).items():
+    group = groups[name]
+    per_run = line.per_run(config[group].to_dict())
+    keys |= {f"{group}.{key}" for key in ("lr", "head_lr", *per_run)}
+  return keys
 
 
 def _settings(config: ConfigDict, *, own: bool) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from vera_jax import results
 from vera_jax.adapters.files import save_adapter, tensors
+from vera_jax.adapters.methods import settings_in
 from vera_jax.adapters.norms import adapter_norms, as_json
 from vera_jax.adapters.products import AUTO
 from vera_jax.adapters.projections import PRNG
@@ -351,10 +352,11 @@ class Run:
       about={
         **of_both,
         "score": best["score"],
-        "settings": config[config.method].to_dict(),
+        "settings": settings_in(config, config.method),
         "projection_prng": PRNG,
         "base_fingerprint": fingerprint(setup.base),
         "max_length": config.data.max_length,
+        "data": setup.data.record(),
         "parameters": parameters,
         "versions": provenance["versions"],
       },

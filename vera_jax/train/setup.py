@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from vera_jax.adapters.labels import join
-from vera_jax.adapters.methods import make_adapter
+from vera_jax.adapters.methods import make_adapter, settings_in
 from vera_jax.data.loader import PackedData
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
@@ -128,7 +128,7 @@ def build_blueprint(
   """The model of a run's config, without weights; `options` are overrides."""
   settings = {
     "method": config.method,
-    "settings": config[config.method].to_dict(),
+    "settings": settings_in(config, config.method),
     "dtype": compute_dtype(config.model.dtype),
     "scan": config.model.scan,
     "remat": config.model.remat,
@@ -150,7 +150,7 @@ def build_setup(config: ConfigDict) -> Setup:
   )
   layout = data.train_layout
   middle = layout.rows[len(layout.rows) // 2]  # of its microbatches' row counts
-  sizes = middle // batch_shards(mesh), layout.length, layout.slots
+  sizes = middle // batch_shards(mesh), layout.length, data.texts_per_row
   plan = build_blueprint(config, read_fields(base), task, sizes=sizes)
   room = plan.family.room(plan.config)
   if data.longest > room:
@@ -215,7 +215,8 @@ def restart(model: Model, config: ConfigDict, mesh: Mesh) -> Model:
   That config may differ in what leaves start from: the seed, VeRA's `d_init`.
   """
   plan = model.blueprint
-  adapter, _ = make_adapter(config.method, config[config.method].to_dict())
+  settings = settings_in(config, config.method)
+  adapter, _ = make_adapter(config.method, settings)
   plan = plan._replace(module=plan.module.clone(adapter=adapter))
   base = join(model.trainable, model.frozen)
   fresh = plan.fresh_leaves(
