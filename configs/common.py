@@ -15,7 +15,7 @@ SIZES = ("base", "large")
 def get_config() -> ConfigDict:
   """Everything but the task and its settings."""
   config = ConfigDict()
-  config.task = placeholder(str)  # to be set: a name in tasks/glue_facts.py
+  config.task = placeholder(str)  # to be set: a name in tasks/
   config.method = "vera"  # vera | lora | bitfit | head | full
   config.seed = 0  # of dropout, batch order and new leaves
 

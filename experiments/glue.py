@@ -1,8 +1,9 @@
-"""Fine-tune on a GLUE task, with VeRA or a baseline.
+"""Fine-tune on a GLUE task, or SuperGLUE's, with VeRA or a baseline.
 
   python -m experiments.glue --config=configs/rte.py
   python -m experiments.glue --config=configs/rte.py:large --config.seed=1
   python -m experiments.glue --config=configs/cola.py --config.method=lora
+  python -m experiments.glue --config=configs/superglue/copa.py
   python -m experiments.glue --config=configs/rte.py --seeds=0,1,2,3,4
   python -m experiments.glue --config=configs/rte.py --num_processes=2
     --coordinator=HOST:PORT --process_id=0    (in one line; the other with 1)
@@ -14,6 +15,7 @@ SLURM's are found without flags. Without network, name local folders:
 
   --config.model.name=FOLDER    config.json, tokenizer, model.safetensors
   --config.data.source=FOLDER   train.tsv, dev.tsv, test.tsv, or RTE/, CoLA/, …
+                                (SuperGLUE: train.jsonl, val.jsonl, test.jsonl)
 """
 
 from pathlib import Path

@@ -8,10 +8,11 @@ probability, with tabs between (--format=jsonl: an object). For regression the
 score is the value. A bad line is named on standard error and gives an empty
 line ({} in JSONL); the rest goes on, and the exit code is 1 at the end.
 
-A .tsv holds one text per line, or two. Its first line is a header if it names
-the text columns (sentence or text; sentence1 and sentence2; or the task's own),
-and then a header comes out as well. A .jsonl has those names as keys, a .csv
-(with quotes) and a .parquet always have them as columns.
+A .tsv holds one text per line, or two, or as many as the task has columns
+(COPA: premise, choice1, choice2, question). Its first line is a header if it
+names the text columns (sentence or text; sentence1 and sentence2; or the task's
+own), and then a header comes out as well. A .jsonl has those names as keys, a
+.csv (with quotes) and a .parquet always have them as columns.
 
 An adapter trained on your own texts (experiments.classify) knows its columns:
 they are looked for in all formats. Where several labels may apply, the label is
@@ -79,20 +80,23 @@ def main() -> None:
       classifier = restore_adapter(saved, BASE.value)
     predictor = Predictor(classifier, max_length=MAX_LENGTH.value)
     columns = text_columns(classifier)
-    names = ["label", "score", *classifier.labels]
+    check = predictor.task and predictor.task.form
+    names = ["label", "score", *predictor.labels]
     if classifier.kind == TAGS:
       names = ["tags", "scores"]
     if format == "parquet":
       path = Path(INPUT.value).expanduser()
-      lines = read_texts(parquet_rows(path), columns=columns)
+      lines = read_texts(parquet_rows(path), columns=columns, check=check)
     elif format == "csv" or "columns" in classifier.about:
-      lines = read_texts(read_rows(file, format=format), columns=columns)
+      rows = read_rows(file, format=format)
+      lines = read_texts(rows, columns=columns, check=check)
     else:
       lines = read_lines(
         file,
         format=format,
         columns=columns,
         count=len(columns[0]) if columns else None,
+        check=check,
       )
     for line, answer in answer_lines(predictor, lines, at_once=LINES.value):
       total += 1

@@ -124,6 +124,34 @@ def test_an_unknown_column_is_refused(name):
     load(name, "huge")
 
 
+@pytest.mark.parametrize("name", ["boolq", "cb", "copa", "rte", "wic"])
+def test_superglues_configs(name):
+  module = importlib.import_module(f"configs.superglue.{name}")
+  file = f"configs/superglue/{name}.py"
+  for size in ("base", "large", "minilm"):
+    config = module.get_config(size)
+    assert config.task == f"superglue_{name}"
+    assert config.data.source == "aps/super_glue"
+    variant = "" if size == "base" else f":{size}"
+    assert f"experiments.glue --config={file}{variant}" in module.__doc__
+    if size != "minilm":
+      assert config.model.name == f"roberta-{size}"
+    for config.method in ("vera", "lora", "bitfit", "head", "full"):
+      check_settings(config)
+  assert module.get_config().to_json() == module.get_config("base").to_json()
+  with pytest.raises(ValueError, match="'huge', only base, large, minilm"):
+    module.get_config("huge")
+
+
+def test_superglues_rte_has_the_settings_of_glues():
+  from configs.superglue import rte
+
+  for size in ("base", "large"):
+    ours, glues = rte.get_config(size), load("rte", size)
+    ours.task, ours.data.source = glues.task, glues.data.source
+    assert ours.to_json() == glues.to_json()
+
+
 @pytest.mark.parametrize("name", ["cola", "mnli", "stsb", "minilm"])
 def test_one_step_of_each_kind(name, tiny_config):
   """Two labels, three labels and pairs, a score, a config with variants."""

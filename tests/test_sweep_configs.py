@@ -26,6 +26,8 @@ COUNTS = {
   ("glue", "cola"): 2 * 3,
   ("rank", "large"): 13 * 5,
   ("rank", "minilm"): 10 * 3,
+  ("rank", "superglue"): 5 * 13 * 5,
+  ("rank", "superglue_small"): 2 * 6 * 3,
   # of Table 7's rows the shared one is Table 6's default, on two tasks
   ("ablations", "large"): (2 * 8 + 4 + 2) * 5,
   ("ablations", "minilm"): 9 * 3,
@@ -80,6 +82,20 @@ def test_the_ranks_of_figure_2(tmp_path):
     assert run.config.task == "rte"
   assert ranks["vera"] == {1, 4, 16, 64, 256, 1024}
   assert ranks["lora"] == {1, 2, 4, 8, 16, 32, 64}
+
+
+def test_the_ranks_on_superglue(tmp_path):
+  plan = make_plan(load("rank", "superglue"), tmp_path)
+  for run in plan.runs:
+    config = run.config
+    name = config.task.removeprefix("superglue_")
+    module = importlib.import_module(f"configs.superglue.{name}")
+    own = module.get_config("large")
+    own.method, own.seed = config.method, config.seed
+    own[own.method].rank = config[own.method].rank
+    assert config.to_dict() == own.to_dict()
+  ranks = Counter((r.config.task, r.config.method) for r in plan.runs)
+  assert set(ranks.values()) == {6 * 5, 7 * 5} and len(ranks) == 2 * 5
 
 
 @pytest.fixture(scope="module")

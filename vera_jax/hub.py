@@ -59,7 +59,7 @@ def unreachable(name: str, error: Exception) -> UserError:
     " earlier download is on this machine. To work without the hub, set\n"
     "  config.model.name   to a folder with config.json, the tokenizer's files"
     " and model.safetensors\n"
-    "  config.data.source  to a folder with GLUE's files: train.tsv, dev.tsv"
+    "  config.data.source  to a folder with the task's files"
   )
 
 

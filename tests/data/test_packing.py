@@ -11,6 +11,7 @@ from vera_jax.data.packing import (
   microbatch_cost,
   microbatch_rows,
   pack,
+  pack_runs,
 )
 
 
@@ -83,6 +84,37 @@ def test_a_batch_by_hand(make_tokens):
   two = pack(tokens, indices, Layout((1,), 8, 2))
   for name, array in batch.items():
     np.testing.assert_array_equal(np.concatenate([b[name] for b in two]), array)
+
+
+@pytest.mark.parametrize("choices", [2, 5])
+def test_an_examples_choices_lie_in_one_row_in_order(make_tokens, choices):
+  texts = make_tokens(3, examples=20 * choices, longest=9)
+  tokens = dataclasses.replace(
+    texts, choices=choices, labels=texts.labels[:20], index=np.arange(20)
+  )
+  layout = Layout((3, 5), int(tokens.lengths.max()) + 10, 3)
+  found = []
+  (batches,) = pack_runs(tokens, [np.arange(4, 20)], layout)
+  for batch in batches:
+    rows = len(batch["example"])
+    assert batch["cls_positions"].shape == (rows, 3 * choices)
+    starts = batch["cls_positions"].reshape(rows, 3, choices)
+    for row, slot in np.argwhere(batch["example"] >= 0):
+      i = batch["example"][row, slot]
+      for choice in range(choices):
+        number = slot * choices + choice
+        columns = np.flatnonzero(batch["segment_ids"][row] == number + 1)
+        length = tokens.text_lengths[i * choices + choice]
+        expected = starts[row, slot, choice] + np.arange(length)
+        np.testing.assert_array_equal(columns, expected)
+        positions = batch["positions"][row, columns]
+        np.testing.assert_array_equal(positions, np.arange(length))
+        source = tokens.offsets[i * choices + choice] + np.arange(length)
+        got = batch["input_ids"][row, columns]
+        np.testing.assert_array_equal(got, tokens.ids[source])
+      assert batch["labels"][row, slot] == tokens.labels[i]
+      found.append(i)
+  assert sorted(found) == list(range(4, 20))
 
 
 def test_regression_labels_and_none(make_tokens):

@@ -51,6 +51,15 @@ def test_single_sentences_without_labels(tiny_tokenizer):
   assert example(tokens, 0)[0] == [2, 4, 5, 3] and tokens.labels is None
 
 
+def test_choices_are_texts_of_one_example(pairs, tiny_tokenizer, tmp_path):
+  one = dataclasses.replace(pairs, choices=2, labels=None, index=np.arange(1))
+  for cache in (None, tmp_path, tmp_path):  # not, newly and already cached
+    tokens = tokenise(one, tiny_tokenizer, 8, cache)
+    assert len(tokens) == 1 and tokens.choices == 2
+    assert tokens.text_lengths.tolist() == [8, 5]
+    assert tokens.lengths.tolist() == [13]
+
+
 def same(one, other):
   for field in dataclasses.fields(one):
     a, b = getattr(one, field.name), getattr(other, field.name)
@@ -97,6 +106,7 @@ def test_the_fingerprint_covers_all_that_matters(pairs, tiny_tokenizer):
     (change(labels=np.array([1, 1], np.int32)), 8),
     (change(labels=None), 8),
     (change(first=["a b c d e", "fa"]), 8),
+    (change(choices=2, labels=np.array([1], np.int32)), 8),
   ]
   prints = [
     tokenise(examples, tiny_tokenizer, length, None).fingerprint

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vera_jax.tasks import superglue
 from vera_jax.tasks.glue_facts import TASKS
 from vera_jax.tasks.metrics import METRICS, collapsed, entity_scores, score
 
@@ -27,6 +28,17 @@ def test_regression_by_hand():
   # centred: (-1.5, -.5, .5, 1.5) and (-3, -1, -2, 6)
   assert result["pearson"] == pytest.approx(13 / np.sqrt(5 * 50))
   assert result["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15))
+
+
+def test_macro_f1_and_its_mean_with_accuracy_by_hand():
+  labels = np.array([0, 0, 0, 1, 1, 2])
+  guesses = np.array([0, 0, 1, 1, 0, 0])
+  # F1 = 2 TP / (2 TP + FP + FN): 4/7 and 2/4 for two classes, 0 for the third
+  result = score(["accuracy_f1", "accuracy", "macro_f1"], guesses, labels)
+  assert result["accuracy"] == pytest.approx(3 / 6)
+  assert result["macro_f1"] == pytest.approx((4 / 7 + 2 / 4 + 0) / 3)
+  expected = (3 / 6 + (4 / 7 + 2 / 4) / 3) / 2
+  assert result["accuracy_f1"] == pytest.approx(expected)
 
 
 def test_perfect_and_three_classes():
@@ -75,8 +87,8 @@ def test_what_can_not_be_scored(guesses, labels):
 
 
 def test_every_task_has_known_metrics():
-  names = {name for task in TASKS.values() for name in task.metrics}
-  assert names <= set(METRICS)
+  tasks = [*TASKS.values(), *(facts.glue for facts in superglue.TASKS.values())]
+  assert {name for task in tasks for name in task.metrics} <= set(METRICS)
   assert TASKS["cola"].metrics[0] == "matthews"
   assert TASKS["stsb"].metrics[0] == "pearson"
   assert TASKS["mrpc"].metrics[0] == "accuracy"

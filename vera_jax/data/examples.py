@@ -19,15 +19,19 @@ class Examples:
       [examples, labels] where several may apply, or for words a list of int32
       class ids [words]; None for an unlabelled test.
     index: int64, the number by which a submission file names each example.
+    choices: texts (or pairs) per example: 1, or the number of the choices
+      between which an example asks. Those of an example follow one another, so
+      `first` and `second` then have so many entries for each label.
   """
 
   first: list[Any]
   second: list[str] | None
   labels: Any
   index: np.ndarray
+  choices: int = 1
 
   def __len__(self) -> int:
-    return len(self.first)
+    return len(self.first) // self.choices
 
 
 def subset(examples: Examples, n: int | None, seed: int) -> Examples:
@@ -58,9 +62,12 @@ def take(examples: Examples, chosen: np.ndarray) -> Examples:
     labels = [labels[i] for i in chosen]
   elif labels is not None:
     labels = labels[chosen]
+  choices = np.arange(examples.choices)
+  texts = (chosen[:, None] * examples.choices + choices).ravel()
   return Examples(
-    first=[examples.first[i] for i in chosen],
-    second=examples.second and [examples.second[i] for i in chosen],
+    first=[examples.first[i] for i in texts],
+    second=examples.second and [examples.second[i] for i in texts],
     labels=labels,
     index=examples.index[chosen],
+    choices=examples.choices,
   )

@@ -97,7 +97,7 @@ class PackedData(NamedTuple):
       f" {' or '.join(map(str, layout.rows))} rows of {layout.length} tokens"
     ]
     cut = [
-      f"{split.truncated} of {len(split)} in {name}"
+      f"{split.truncated} of {len(split.text_lengths)} in {name}"
       for name, split in tokens.items()
       if split.truncated
     ]
@@ -117,9 +117,14 @@ class PackedData(NamedTuple):
     }
 
   @property
+  def texts_per_row(self) -> int:
+    """Most texts in a row of a training batch."""
+    return self.train_layout.slots * self.tokens["train"].choices
+
+  @property
   def longest(self) -> int:
     """Tokens of the longest text."""
-    return max(int(split.lengths.max()) for split in self.tokens.values())
+    return max(int(split.text_lengths.max()) for split in self.tokens.values())
 
   @property
   def highest_id(self) -> int:

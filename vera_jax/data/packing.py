@@ -7,6 +7,9 @@ at most three row counts, chosen from the data before training (`layout.py`). A
 batch that needs more rows than the usual microbatch has takes a further one,
 whose gradient is added.
 
+An example that asks between choices is several texts, one for each. They lie
+in one row, one after another, each a segment of its own.
+
   row     [CLS] a b [SEP] [CLS] c [SEP]  -   -
   segment   1   1 1   1     2   2   2    0   0
   position  0   1 2   3     0   1   2    0   0
@@ -168,12 +171,14 @@ def pack(
   Returns:
     for each microbatch, with a row count of the layout,
     int32 [rows, length] `input_ids`, `token_type_ids`, `positions` (from 0 in
-    each example) and `segment_ids` (from 1 in each row, 0 for padding);
-    [rows, slots] `cls_positions` (the column of an example's first token),
-    `example` (its index into `tokens`; -1 for an empty slot), `labels`
-    (as the tokens have them; 0 in an empty slot or without labels) and float32
-    `weights` (1 for an example, 0 in an empty slot). For texts given as words,
-    labels and weights are [rows, length], of the tokens that words begin with.
+    each text) and `segment_ids` (from 1 in each row, 0 for padding);
+    [rows, slots * choices] `cls_positions` (the column of a text's first token;
+    those of an example's choices follow one another);
+    [rows, slots] `example` (its index into `tokens`; -1 for an empty slot),
+    `labels` (as the tokens have them; 0 in an empty slot or without labels) and
+    float32 `weights` (1 for an example, 0 in an empty slot). For texts given as
+    words, labels and weights are [rows, length], of the tokens that words begin
+    with.
   """
   return pack_runs(tokens, [indices], layout, shard=shard)[0]
 
@@ -238,14 +243,20 @@ def pack_rows(
   here = (place.row >= first + low) & (place.row < min(first + high, last))
   row, start, slot = (column[here] for column in place)
   row = row - first - low
-  indices = indices[here]
-  lengths = tokens.lengths[indices]
-  # One entry per token: its number within the example, its place in the
-  # tokens' flat array, and its place in the flattened rows.
+  indices, choices = indices[here], tokens.choices
+  # One entry per text: its number, its row, first column and slot.
+  texts = (indices[:, None] * choices + np.arange(choices)).ravel()
+  lengths, offsets = tokens.text_lengths[texts], tokens.offsets[texts]
+  text_row = np.repeat(row, choices)
+  text_start = np.repeat(start - tokens.offsets[indices * choices], choices)
+  text_start += offsets  # behind the example's choices before this one
+  text_slot = (slot[:, None] * choices + np.arange(choices)).ravel()
+  # One entry per token: its number within the text, its place in the tokens'
+  # flat array, and its place in the flattened rows.
   before = np.cumsum(lengths) - lengths
   within = np.arange(lengths.sum()) - np.repeat(before, lengths)
-  source = np.repeat(tokens.offsets[indices], lengths) + within
-  target = np.repeat(row * layout.length + start, lengths) + within
+  source = np.repeat(offsets, lengths) + within
+  target = np.repeat(text_row * layout.length + text_start, lengths) + within
 
   def per_token(
     values: np.ndarray, empty: int = 0, dtype: Any = np.int32
@@ -260,6 +271,8 @@ def pack_rows(
     grid[row, slot] = values
     return grid
 
+  cls_positions = np.zeros((rows, layout.slots * choices), np.int32)
+  cls_positions[text_row, text_slot] = text_start
   labels = tokens.labels
   if tokens.words is None:
     if labels is None:
@@ -280,8 +293,8 @@ def pack_rows(
     "input_ids": per_token(tokens.ids[source], tokens.pad_id),
     "token_type_ids": per_token(tokens.token_types[source]),
     "positions": per_token(within),
-    "segment_ids": per_token(np.repeat(slot + 1, lengths)),
-    "cls_positions": per_slot(start.astype(np.int32)),
+    "segment_ids": per_token(np.repeat(text_slot + 1, lengths)),
+    "cls_positions": cls_positions,
     "example": per_slot(indices.astype(np.int32), -1),
     **learned,
   }

@@ -1,4 +1,5 @@
-"""Texts to predict, line by line: TSV or JSONL, one or two texts per line.
+"""Texts to predict, line by line: TSV or JSONL, one or two texts per line, or
+as many as the caller's columns are.
 
 The first line of a TSV is a header if it names the text columns; other columns
 are then ignored, so that a data set's own files can be read. Without a header
@@ -9,7 +10,7 @@ TSV.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vera_jax.data.tables import Row
@@ -38,6 +39,7 @@ def read_lines(
   format: str,
   columns: Sequence[Texts] = (),
   count: int | None = None,
+  check: Callable[..., Any] | None = None,
 ) -> Iterator[Line]:
   """Each line's texts, in order; a bad line is an entry with its `error`.
 
@@ -45,8 +47,9 @@ def read_lines(
     lines: undecoded, as a binary file gives them.
     format: "tsv" or "jsonl".
     columns: further names that the text columns may have, tried before
-      `NAMES`; each entry names one or two columns.
-    count: texts per line, 1 or 2; None: as many as the first good line has.
+      `NAMES`; each entry names the columns of one line.
+    count: texts per line; None: as many as the first good line has, 1 or 2.
+    check: called with a line's texts; its ValueError is the line's `error`.
   """
   places: list[int] | None = None  # of the text columns, from the header
   for number, line in enumerate(lines, 1):
@@ -79,6 +82,8 @@ def read_lines(
         part.encode()  # JSON can hold half a character, which is no text
         if not part.strip():
           raise ValueError("a text is empty")
+      if check is not None:
+        check(*texts)
     except UnicodeError:
       yield Line(number, error="it is not UTF-8")
     except ValueError as error:
@@ -89,7 +94,10 @@ def read_lines(
 
 
 def read_texts(
-  rows: Iterable[Row], *, columns: Sequence[Texts] = ()
+  rows: Iterable[Row],
+  *,
+  columns: Sequence[Texts] = (),
+  check: Callable[..., Any] | None = None,
 ) -> Iterator[Line]:
   """Each row's texts, from the columns of a table; a bad row has its `error`.
 
@@ -97,6 +105,7 @@ def read_texts(
     rows: as `tables.file_rows` gives them.
     columns: names that the text columns may have; the first that are there
       count. () for `NAMES`.
+    check: as for `read_lines`.
 
   Raises:
     UserError: the table has none of them.
@@ -120,6 +129,11 @@ def read_texts(
         error = f"it has no text under {wanted}"
       elif not all(part.strip() for part in parts):
         error = "a text is empty"
+    if check is not None and not error and not row.header:
+      try:
+        check(*texts)
+      except ValueError as wrong:
+        error = str(wrong)
     if error or row.header:
       yield Line(row.number, error=error, header=row.header)
     else:

@@ -44,14 +44,15 @@ _UNREADABLE = (
 class Tokens:
   """The token ids of one split.
 
-  Example i is `ids[offsets[i]:offsets[i + 1]]`, special tokens included.
+  Text i is `ids[offsets[i]:offsets[i + 1]]`, special tokens included. An
+  example is one text, or those of its `choices`, which follow one another.
 
   Attributes:
-    labels, index: as in `Examples`; for texts given as words, labels [tokens]
-      with the class of the word that begins at a token, 0 elsewhere.
+    labels, index, choices: as in `Examples`; for texts given as words, labels
+      [tokens] with the class of the word that begins at a token, 0 elsewhere.
     words: for such texts, [tokens] the number in its text of the word that
       begins at a token; -1 for further parts of it and special tokens.
-    truncated: how many examples were cut to `max_length`.
+    truncated: how many texts were cut to `max_length`.
     pad_id: the tokenizer's padding id.
     fingerprint: sha256 over texts, labels, tokenizer and `max_length`.
   """
@@ -64,14 +65,20 @@ class Tokens:
   truncated: int
   pad_id: int
   fingerprint: str
+  choices: int = 1
   words: Int32[np.ndarray, " tokens"] | None = None
 
   def __len__(self) -> int:
-    return len(self.offsets) - 1
+    return len(self.text_lengths) // self.choices
+
+  @cached_property
+  def text_lengths(self) -> Int64[np.ndarray, " texts"]:
+    return np.diff(self.offsets)
 
   @cached_property
   def lengths(self) -> Int64[np.ndarray, " examples"]:
-    return np.diff(self.offsets)
+    """Tokens of each example, all its choices together."""
+    return np.diff(self.offsets[:: self.choices])
 
 
 class TokenizerInfo(NamedTuple):
@@ -142,7 +149,7 @@ def tokenise(
     info = _info(tokenizer)
   fingerprint = _fingerprint(examples, info, max_length)
   path = cache_dir and Path(cache_dir) / f"{fingerprint}.npz"
-  arrays = _load(path, len(examples)) if path else None
+  arrays = _load(path, len(examples.first)) if path else None
   if arrays is None:
     arrays = new = _encode(examples, tokenizer, max_length)
     if path:
@@ -160,6 +167,7 @@ def tokenise(
     truncated=int(arrays["truncated"]),
     pad_id=info.pad_id,
     fingerprint=fingerprint,
+    choices=examples.choices,
     words=words,
   )
 
@@ -196,7 +204,7 @@ def _encode(
   words: list[int] = []
   truncated = 0
   are_words = _are_words(examples)
-  for start in range(0, len(examples), _CHUNK):
+  for start in range(0, len(examples.first), _CHUNK):
     chunk = slice(start, start + _CHUNK)
     first = examples.first[chunk]
     encoded = tokenizer(
@@ -254,8 +262,11 @@ def _fingerprint(
   labels = examples.labels
   if isinstance(labels, list):
     labels = np.concatenate(labels)
+  settings = [max_length, *info]
+  if examples.choices > 1:  # pairs hash as they did before there were choices
+    settings.append(examples.choices)
   parts = [
-    json.dumps([max_length, *info]).encode(),
+    json.dumps(settings).encode(),
     b"none" if labels is None else labels.tobytes(),
     str(len(examples)).encode(),
   ]
@@ -270,7 +281,7 @@ def _fingerprint(
   return digest.hexdigest()
 
 
-def _load(path: Path, examples: int) -> dict[str, np.ndarray] | None:
+def _load(path: Path, texts: int) -> dict[str, np.ndarray] | None:
   """The cached arrays; None for a missing file and for a damaged one."""
   if not path.is_file():
     return None
@@ -280,7 +291,7 @@ def _load(path: Path, examples: int) -> dict[str, np.ndarray] | None:
     ids, types = arrays["ids"], arrays["token_types"]
     offsets, words = arrays["offsets"], arrays.get("words", arrays["ids"])
     if (
-      offsets.shape == (examples + 1,)
+      offsets.shape == (texts + 1,)
       and ids.shape == types.shape == words.shape == (offsets[-1],)
       and ids.dtype == types.dtype == words.dtype == np.int32
       and offsets.dtype == np.int64

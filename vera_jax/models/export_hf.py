@@ -169,5 +169,5 @@ def _probes(predictor: Predictor) -> tuple[list[str], list[str] | None]:
   drawn = [" ".join(rng.choices(vocabulary, k=4 + 3 * i)) for i in range(DRAWN)]
   first = [*PROBES, *drawn]
   columns = text_columns(predictor.classifier)
-  pairs = bool(columns) and len(columns[0]) == 2
+  pairs = bool(columns) and len(columns[0]) > 1
   return first, [*first[1:], first[0]] if pairs else None

@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas.core.groupby import SeriesGroupBy
 
+from vera_jax.errors import UserError
 from vera_jax.report.frame import METHODS
-from vera_jax.tasks.glue_facts import GENERATED, TASKS
+from vera_jax.tasks.task import task_named
 
 VERMILION, BLUE, GREEN = "#D55E00", "#0072B2", "#009E73"
 PURPLE, ORANGE, SKY, BLACK = "#CC79A7", "#E69F00", "#56B4E9", "#000000"
@@ -37,6 +38,7 @@ METRIC = {
   "accuracy": "accuracy",
   "micro_f1": "micro F1",
   "entity_f1": "entity F1",
+  "accuracy_f1": "mean of accuracy and F1",
   "matthews": "Matthews correlation",
   "pearson": "Pearson correlation",
 }
@@ -86,9 +88,11 @@ def grid(
 
 
 def task_title(name: str) -> str:
-  """As GLUE writes it: SST-2."""
-  tasks = {**TASKS, GENERATED.name: GENERATED}
-  return tasks[name].folder if name in tasks else name
+  """As its benchmark writes it: SST-2; the name itself of another task."""
+  try:
+    return task_named(name).title or name
+  except UserError:
+    return name
 
 
 def metric_title(name: str) -> str:

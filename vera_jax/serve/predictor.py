@@ -24,7 +24,7 @@ from vera_jax.data.tokens import Tokens, tokenise
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
 from vera_jax.models.kinds import CLASSES, SEVERAL, TAGS
-from vera_jax.tasks.task import task_named
+from vera_jax.tasks.task import Task, task_named
 
 ROWS = (1, 2, 4, 8, 16)  # of a batch: few shapes, for each is compiled
 SHORTEST = 32  # tokens per row; longer ones are powers of two
@@ -69,13 +69,15 @@ class Predictor:
     self.max_length = min(max_length or classifier.max_length, classifier.room)
     self.truncated = 0  # texts that were cut, so far
     self._apply = jax.jit(classifier.module.apply)
+    self.task = task_of(classifier)
+    self.labels = (self.task and self.task.choices) or classifier.labels
 
   def logits(
     self,
     first: Sequence[str] | Sequence[Sequence[str]],
     second: Sequence[str] | None = None,
   ) -> Logits:
-    """The logits of every text, or pair of texts, in their order.
+    """What the head gives for every text, or pair of texts, in their order.
 
     Of a classifier that tags words they are those of every token.
 
@@ -90,19 +92,51 @@ class Predictor:
     self,
     first: Sequence[str] | Sequence[Sequence[str]],
     second: Sequence[str] | None = None,
+    *more: Sequence[str],
   ) -> list[Answer] | list[Tagged]:
-    """Label, score and probabilities of every text, in their order.
+    """Label, score and probabilities of every example, in their order.
 
     Of a classifier that tags words, the tags of each text's words: texts are
     lists of words then, or are split at spaces.
+
+    Args:
+      first, second, more: the examples' texts, column by column, as the task's
+        own data have them: premises, first choices, second choices, questions.
+
+    Raises:
+      UserError: the task can't be asked about an example's texts.
     """
-    labels, kind = self.classifier.labels, self.classifier.kind
-    if kind != TAGS:
-      return list(answers(self.logits(first, second), labels, kind=kind))
+    if self.classifier.kind == TAGS:
+      return self._tags(first)
+    labels, kind = self.labels, self.classifier.kind
+    columns: list[Any] = [x for x in (first, second, *more) if x is not None]
+    if self.task is None or self.task.form is None:
+      return list(answers(self.logits(*columns), labels, kind=kind))
+    names = self.task.columns[0]
+    counts = {len(column) for column in columns}
+    if len(columns) != len(names) or len(counts) > 1:
+      raise UserError(
+        f"{self.task.name} asks about {', '.join(names)}: give {len(names)}"
+        " lists of texts, all of one length."
+      )
+    texts: list[tuple[str, ...]] = []
+    for number, row in enumerate(zip(*columns, strict=True), 1):
+      try:
+        texts += self.task.form(*row)
+      except ValueError as error:
+        raise UserError(f"Example {number}: {error}.") from error
+    logits = self.logits(*map(list, zip(*texts, strict=True)))
+    return list(answers(logits.reshape(len(first), -1), self.labels))
+
+  def _tags(self, first: Sequence[Any]) -> list[Tagged]:
+    """The tags of each text's words.
+
+    A long text is answered in pieces: what one has no room for is the next.
+    """
+    labels = self.classifier.labels
     texts = list(map(words_of, first))
     tags = [[labels[0]] * len(text) for text in texts]
     scores = [[0.0] * len(text) for text in texts]
-    # A long text is answered in pieces: what one has no room for is the next.
     done = dict.fromkeys((i for i, text in enumerate(texts) if text), 0)
     while done:
       numbers = list(done)
@@ -160,6 +194,14 @@ def answer_lines(
       yield line, next(found) if line.texts else None
 
 
+def task_of(classifier: Classifier) -> Task | None:
+  """The task that it was trained on; None where that is not known."""
+  try:
+    return task_named(str(classifier.about.get("task")))
+  except UserError:
+    return None
+
+
 def text_columns(classifier: Classifier) -> tuple[tuple[str, ...], ...]:
   """The names that its text columns may have; () where they are not known.
 
@@ -168,10 +210,8 @@ def text_columns(classifier: Classifier) -> tuple[tuple[str, ...], ...]:
   own = classifier.about.get("columns")
   if isinstance(own, list) and own:
     return (tuple(map(str, own)),)
-  try:
-    return task_named(str(classifier.about.get("task"))).columns
-  except UserError:
-    return ()
+  task = task_of(classifier)
+  return task.columns if task else ()
 
 
 def encode(

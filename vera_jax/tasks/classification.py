@@ -1,6 +1,9 @@
-"""Whole texts: classes, several labels at once, or a number for each.
+"""Whole texts: classes, several labels or a number, and choice between texts.
 
-One row of outputs per example.
+Each example has one row of logits. A text that is classified has them from the
+head's outputs. An example that asks between choices is one text per choice,
+which the head scores with a single output; the scores of an example's texts are
+its logits, so that loss, metrics and answers are those of classification.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +25,7 @@ from vera_jax.data.packing import ProcessShard
 from vera_jax.data.tokens import FolderTokenizer, tokenise
 from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, SEVERAL
 from vera_jax.tasks.metrics import collapsed, score
-from vera_jax.tasks.task import Evaluation, Size, Task
+from vera_jax.tasks.task import Evaluation, Form, Size, Task
 
 Logits = Float32[np.ndarray, "examples labels"]
 MeasureBatch = Callable[[Mapping[str, Any]], Any]
@@ -32,12 +35,15 @@ def classification(
   name: str,
   *,
   labels: tuple[str, ...],
+  choices: tuple[str, ...] = (),
   metrics: tuple[str, ...],
   read_split: Callable[[str, str], Examples],
   dev_splits: tuple[str, ...],
   test_splits: tuple[str, ...] = (),
   write_answers: Callable[..., Any] | None = None,
   columns: tuple[tuple[str, ...], ...] = (),
+  form: Form | None = None,
+  title: str = "",
   size: Size | None = None,
   kind: str | None = None,
 ) -> Task:
@@ -46,16 +52,20 @@ def classification(
   Args:
     name: the task's.
     labels: the class names in the order of their ids; () for regression.
+    choices: the names of an example's choices, where it asks between texts
+      (`Examples.choices` of them); there are no labels then.
     metrics: names that `metrics.score` knows; the first is the score.
     read_split: (config.data.source, split) -> its examples.
     dev_splits: scored, the first one for the score that counts.
     test_splits: answered where config.predict_test asks for it.
     write_answers: (folder, split, predictions, index) -> a file.
     columns: names that the text columns of input files may have.
+    form: what the model reads for the texts of these columns (`Task.form`).
+    title: as a reader knows the task.
     size: of the data as they are published.
     kind: in `models.kinds`; None for classes, or a number without labels.
   """
-  kind = kind or (CLASSES if labels else NUMBER)
+  kind = kind or (CLASSES if labels or choices else NUMBER)
 
   def load(
     config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
@@ -135,15 +145,25 @@ def classification(
     outputs=len(labels) or 1,
     labels=labels,
     kind=kind,
+    choices=choices,
     score_name=metrics[0],
     load=load,
-    loss=loss,
-    measure=lambda outputs, batch: outputs,
+    loss=lambda outputs, batch: loss(example_logits(outputs, batch), batch),
+    measure=example_logits,
     evaluate=evaluate,
     write_answers=answer if write_answers else None,
     columns=columns,
+    form=form,
+    title=title,
     size=size,
   )
+
+
+def example_logits(
+  outputs: Float[Array, "rows texts outputs"], batch: Mapping[str, Any]
+) -> Float[Array, "rows slots labels"]:
+  """The logits of each example: its text's outputs, or its choices' scores."""
+  return outputs.reshape(*batch["weights"].shape, -1)
 
 
 def slot_losses(

@@ -27,5 +27,6 @@ def task_for(config: ConfigDict) -> Task | None:
       folder, glue, split, predictions, index
     ),
     columns=(glue.columns, glue.file_columns),
+    title=glue.folder,
     size=SIZES[name],
   )

@@ -40,15 +40,27 @@ def load_split(task: GlueTask, source: str | Path, split: str) -> Examples:
     raise UserError(
       f"{task.name} has no split {split!r}; it has {', '.join(task.splits)}."
     )
+  folder = local_folder(source)
+  if folder is not None:
+    return _read_split(task, folder, split)
+  return download_split(task, str(source), split)
+
+
+def local_folder(source: str | Path) -> Path | None:
+  """The folder that config.data.source names; None where it is a hub id.
+
+  Raises:
+    UserError: it is neither.
+  """
   folder = Path(source).expanduser()
   if folder.is_dir():
-    return _read_split(task, folder, split)
+    return folder
   if not _HUB_ID.fullmatch(str(source)):
     raise UserError(
       f"config.data.source is {str(source)!r}: there is no such folder, and "
       "it doesn't look like a hub id (owner/name)."
     )
-  return download_split(task, str(source), split)
+  return None
 
 
 def file_name(split: str) -> str:

@@ -7,7 +7,7 @@ once.
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,27 @@ ANSWER_SECONDS = 10.0
 _BROKE_OFF = (ConnectionError, TimeoutError, EOFError)
 
 
+class Rows(NamedTuple):
+  """A split's text columns, labels (None for a test), and `Examples.index`."""
+
+  columns: list[list[str]]
+  labels: np.ndarray | None
+  numbers: np.ndarray
+
+
 def download_split(task: GlueTask, source: str, split: str) -> Examples:
   """Reads one split of a task from the hub; see `glue_data.load_split`."""
+  (first, *rest), labels, numbers = download_rows(task, source, split)
+  return Examples(first, rest[0] if rest else None, labels, numbers)
+
+
+def download_rows(task: GlueTask, source: str, split: str) -> Rows:
+  """The columns of one split on the hub, as they are.
+
+  Raises:
+    UserError: for a source that can't be reached, and for rows that aren't the
+      task's.
+  """
   data = download(source, task.name)
   if split not in data:
     raise UserError(
@@ -54,13 +73,11 @@ def download_split(task: GlueTask, source: str, split: str) -> Examples:
         f"{low} to {high}."
       )
     labels = labels.astype(np.float32 if task.regression else np.int32)
-  texts = [list(rows[name]) for name in task.columns]
   has_index = "idx" in rows.column_names
-  return Examples(
-    first=texts[0],
-    second=texts[1] if len(texts) > 1 else None,
+  return Rows(
+    columns=[list(rows[name]) for name in task.columns],
     labels=labels,
-    index=np.array(rows["idx"] if has_index else range(len(rows)), np.int64),
+    numbers=np.array(rows["idx"] if has_index else range(len(rows)), np.int64),
   )
 
 
@@ -77,7 +94,7 @@ def download(source: str, name: str | None) -> Any:
   not_there = UserError(
     f"The hub has no data set {source} (or not for you), and there is no "
     "folder of that name. config.data.source takes a hub id, or a folder "
-    "with the data set's files."
+    "with the task's files."
   )
   offline = datasets.config.HF_HUB_OFFLINE
   cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser()

@@ -77,6 +77,12 @@ def entity_scores(
   }
 
 
+def accuracy_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """The mean of accuracy and macro F1, as SuperGLUE scores imbalanced classes
+  (Wang et al., 2019, section 3.2)."""
+  return (accuracy(predictions, labels) + macro_f1(predictions, labels)) / 2
+
+
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
   """Matthews correlation; 0, chance, when either side is one class."""
   if collapsed(predictions) or collapsed(labels):
@@ -115,6 +121,7 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
   "f1": f1,
   "macro_f1": macro_f1,
   "micro_f1": micro_f1,
+  "accuracy_f1": accuracy_f1,
   "matthews": matthews,
   "pearson": pearson,
   "spearman": spearman,

@@ -18,6 +18,7 @@ from vera_jax.data.packing import WHOLE, ProcessShard
 from vera_jax.errors import UserError
 
 Batch = Mapping[str, Any]
+Form = Callable[..., list[tuple[str, ...]]]
 
 
 class Evaluation(NamedTuple):
@@ -51,6 +52,8 @@ class Task(NamedTuple):
       and how many outputs it has.
     labels: their names in the outputs' order; () where there are none.
     kind: what the outputs mean, a name in `models.kinds.KINDS`.
+    choices: the names of an example's choices, where an example asks between
+      texts, each of which the model scores; () where an example is one text.
     score_name: of the score that counts.
     load: (config, base's folder, shards, process shard) -> the data, as
       `data.loader.PackedData` has it: batches from any position, and what is
@@ -64,6 +67,10 @@ class Task(NamedTuple):
       answers to the test splits into the folder. All processes compute them,
       the first one writes. None where the task has no such files.
     columns: names that the text columns of input files may have.
+    form: (an example's texts, by column) -> what the model reads for it, one
+      text or pair per choice; a ValueError says what is wrong with the texts.
+      None: it reads the columns as they are.
+    title: as a reader knows the task; "" for its name.
     size: of its data, if that is known.
     notes: what it found out about its data, for a run's first lines.
     stored: further JSON values for the result and the adapter's file.
@@ -79,8 +86,11 @@ class Task(NamedTuple):
   loss: Callable[[Array, Batch], tuple[Array, Array]]
   measure: Callable[[Array, Batch], Any]
   evaluate: Callable[..., Evaluation]
+  choices: tuple[str, ...] = ()
   write_answers: Callable[..., Callable[[], None]] | None = None
   columns: tuple[tuple[str, ...], ...] = ()
+  form: Form | None = None
+  title: str = ""
   size: Size | None = None
   notes: tuple[str, ...] = ()
   stored: Mapping[str, Any] = MappingProxyType({})
@@ -99,7 +109,7 @@ class Task(NamedTuple):
 
 # The modules that make tasks. Each has `NAMES` of them and `task_for(config)`,
 # which gives None where config.task is not one of them.
-TASKS = ("glue", "text_files")
+TASKS = ("glue", "superglue", "text_files")
 
 
 def task_for(config: ConfigDict) -> Task:

@@ -244,7 +244,7 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
   rows = layout.rows[len(layout.rows) // 2]
   plan = setup.model.blueprint
   shapes = plan.family.inputs(
-    rows // batch_shards(setup.mesh), layout.length, layout.slots
+    rows // batch_shards(setup.mesh), layout.length, setup.data.texts_per_row
   )
   plans = plan.module.plans(**shapes)
   if plans:
