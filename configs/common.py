@@ -7,7 +7,7 @@ Any key can be set on the command line: --config.optim.epochs=3,
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 SIZES = ("base", "large")
 
@@ -16,13 +16,18 @@ def get_config() -> ConfigDict:
   """Everything but the task and its settings."""
   config = ConfigDict()
   config.task = placeholder(str)  # to be set: a name in tasks/
-  config.method = "vera"  # vera | lora | bitfit | head | full
+  # vera | lora | ia3 | dora | dvora | bitfit | head | full, or a chain such as
+  # vera+bitfit. DoRA takes LoRA's settings and rates, DVoRA takes VeRA's. In a
+  # chain each method has its own settings, and all have the first one's rates.
+  config.method = "vera"
   config.seed = 0  # of dropout, batch order and new leaves
 
   config.model = ConfigDict()
   config.model.name = "roberta-base"  # a hub id, or a folder
   config.model.dtype = "auto"  # float32 on CPU, else bfloat16
-  config.model.scan = True  # one compiled layer instead of one each
+  # Stacked layers, of which one is compiled, or looped ones: true | false |
+  # auto, by device and depth.
+  config.model.scan = FieldReference("auto", field_type=object)
   config.model.remat = "none"  # none | full | dots: memory against time
   config.model.contraction = "auto"  # a plan in adapters/products.py
 
@@ -62,7 +67,15 @@ def get_config() -> ConfigDict:
   config.lora.lr = 4e-4
   config.lora.head_lr = 4e-4
 
-  # The paper copies its other baselines from others; these rates are ours.
+  # Keys, values and what enters the feed-forward's output layer, as BERT and
+  # RoBERTa name them. These rates are ours and untuned, as are those below; the
+  # paper copies its other baselines from others.
+  config.ia3 = ConfigDict()
+  config.ia3.targets = ("key", "value", r"layer(_\d+)?/output/dense")
+  config.ia3.feedforward = config.ia3.targets[2:]  # inputs scaled, not outputs
+  config.ia3.lr = 1e-2
+  config.ia3.head_lr = 4e-3
+
   config.bitfit = ConfigDict({"lr": 1e-3, "head_lr": 1e-3})
   config.head = ConfigDict({"head_lr": placeholder(float)})
   config.full = ConfigDict({"lr": 2e-5, "head_lr": 2e-5})

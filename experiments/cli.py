@@ -16,10 +16,12 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.console import Console
 from rich.table import Column, Table
 
+from vera_jax.adapters.methods import METHODS
 from vera_jax.errors import UserError
 from vera_jax.train import distributed
-from vera_jax.train.config import check_key, check_settings
+from vera_jax.train.config import check_key, check_settings, without_effect
 from vera_jax.train.preemption import EXIT_CODE, Interrupted
+from vera_jax.train.runtime import leave_libtpu_alone
 from vera_jax.train.start import count_from_process_start
 from vera_jax.train.workdir import digest
 
@@ -43,6 +45,7 @@ def run(
   sys.modules["__main__"].__doc__ = usage  # where absl looks for it
   # transformers' advice is about torch models, of which none is used
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+  leave_libtpu_alone()
 
   def guarded(argv: list[str]) -> None:
     if len(argv) > 1 and not operands:
@@ -101,7 +104,8 @@ def define_config() -> flags.FlagHolder:
     "config",
     None,
     "Settings: configs/TASK.py, or configs/TASK.py:large. Any of them can be"
-    " changed: --config.optim.epochs=3",
+    " changed: --config.optim.epochs=3. config.method is one of"
+    f" {', '.join(METHODS)}, or several joined by +, as vera+bitfit.",
     lock_config=False,
   )
   flags.FLAGS["config"].parser = _ConfigParser("config", lock_config=False)
@@ -163,11 +167,31 @@ class _ConfigParser(ConfigFileFlagParser):
     return config
 
 
+def given_keys(arguments: Iterable[str]) -> list[str]:
+  """The keys of --config.KEY among the arguments."""
+  found = (re.match(r"--?(?:no)?config\.([\w.]+)", a) for a in arguments)
+  return [match[1] for match in found if match]
+
+
 def check_keys(config: ConfigDict, arguments: Iterable[str]) -> None:
   """Refuse --config.KEY for keys that are not there, by `check_key`."""
-  for argument in arguments:
-    if match := re.match(r"--?(?:no)?config\.([\w.]+)", argument):
-      check_key(config, match[1])
+  for key in given_keys(arguments):
+    check_key(config, key)
+
+
+def remark_idle(config: ConfigDict, arguments: Iterable[str]) -> None:
+  """A line for each --config.KEY that changes nothing of the run.
+
+  No error, since one command line may serve several methods in turn.
+  """
+  check_settings(config)
+  idle = without_effect(config)
+  for key in given_keys(arguments):
+    if key in idle:
+      print(
+        f"--config.{key} has no effect with config.method={config.method}.",
+        file=sys.stderr,
+      )
 
 
 def with_seeds(config: ConfigDict, seeds: Iterable[int]) -> list[ConfigDict]:

@@ -18,6 +18,7 @@ SLURM's are found without flags. Without network, name local folders:
                                 (SuperGLUE: train.jsonl, val.jsonl, test.jsonl)
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -41,6 +42,7 @@ JOIN = cli.define_processes()
 
 def main() -> None:
   config = cli.chosen(CONFIG)
+  cli.remark_idle(config, sys.argv[1:])
   JOIN()
   try:
     seeds = [int(seed) for seed in SEEDS.value]

@@ -18,7 +18,9 @@ from experiments import cli
 from vera_jax.errors import UserError
 
 ADAPTER = flags.DEFINE_string(
-  "adapter", None, "The adapter's folder: a run's adapter/."
+  "adapter",
+  None,
+  "The adapter: a run's adapter/, or a hub id (owner/name[@revision]).",
 )
 OUT = flags.DEFINE_string("out", None, "The folder to write; new or empty.")
 BASE = flags.DEFINE_string(

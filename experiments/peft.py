@@ -3,9 +3,9 @@
   python -m experiments.peft import --adapter=PEFT_DIR --out=OUR_DIR
   python -m experiments.peft export --adapter=OUR_DIR --out=PEFT_DIR --as=lora
 
-VeRA and LoRA go both ways; any VeRA adapter is also a LoRA adapter of the same
-rank, exactly (--as=lora). --base names the base where the adapter's own name
-for it is not found.
+VeRA, LoRA, DoRA and IA3 go both ways; any VeRA adapter is also a LoRA adapter
+of the same rank, exactly (--as=lora), and so is DVoRA, with use_dora. --base
+names the base where the adapter's own name for it is not found.
 """
 
 import sys
@@ -22,10 +22,19 @@ BASE = flags.DEFINE_string(
   "base", None, "The base, a folder or a hub id; unset: the adapter says it."
 )
 AS = flags.DEFINE_enum(
-  "as", None, ["vera", "lora"], "export: PEFT's method; unset: the adapter's."
+  "as",
+  None,
+  ["vera", "lora", "ia3"],
+  "export: PEFT's method; unset: the adapter's.",
 )
 TASK = flags.DEFINE_string(
   "task", None, "import: the task's name, for the names of the labels."
+)
+MAX_LENGTH = flags.DEFINE_integer(
+  "max_length",
+  None,
+  "import: tokens that longer texts are cut at. Unset: as our own export knew"
+  " it, else the model's room, for PEFT's files do not say it.",
 )
 
 
@@ -43,9 +52,16 @@ def main(words: list[str]) -> None:
     ):
       print(f"Warning: {warning}", file=sys.stderr)
   else:
-    about = import_adapter(folder, out, base=BASE.value, task=TASK.value)
+    about = import_adapter(
+      folder,
+      out,
+      base=BASE.value,
+      task=TASK.value,
+      max_length=MAX_LENGTH.value,
+    )
     given, size = about["settings"], about["parameters"]["adapter"]
-    text = f"{about['method']}, rank {given['rank']}, {size:,} numbers on "
+    rank = f" rank {given['rank']}," if "rank" in given else ""
+    text = f"{about['method']},{rank} {size:,} numbers on "
     text += ", ".join(given["targets"])
     if given.get("init") == "stored":
       text += "; no key gives its projections, so they are kept in the file"

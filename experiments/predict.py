@@ -35,7 +35,10 @@ from experiments import cli
 from vera_jax.data.tables import FORMATS, SUFFIXES, parquet_rows, read_rows
 from vera_jax.errors import UserError
 
-ADAPTER = flags.DEFINE_string("adapter", None, "An adapter's folder.")
+ENDINGS = {**SUFFIXES, "": "tsv", ".txt": "tsv"}
+ADAPTER = flags.DEFINE_string(
+  "adapter", None, "An adapter: a folder, or a hub id (owner/name[@revision])."
+)
 MODEL = flags.DEFINE_string(
   "model", None, "A whole classifier's folder, such as a merged one."
 )
@@ -46,7 +49,7 @@ INPUT = flags.DEFINE_string(
   "input", None, "A .csv, .tsv, .jsonl or .parquet file, or -."
 )
 INPUT_FORMAT = flags.DEFINE_enum(
-  "input_format", None, FORMATS, "Unset: by the name; tsv for -."
+  "input_format", None, FORMATS, "Unset: by the ending; tsv for -."
 )
 FORMAT = flags.DEFINE_enum("format", "tsv", ["tsv", "jsonl"], "Of the output.")
 MAX_LENGTH = flags.DEFINE_integer(
@@ -60,6 +63,7 @@ LINES = flags.DEFINE_integer(
 def main() -> None:
   if not INPUT.value or bool(ADAPTER.value) == bool(MODEL.value):
     raise UserError("Give --input=FILE and either --adapter=DIR or --model=DIR")
+  form = input_format(INPUT.value, INPUT_FORMAT.value)
   # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.adapters.files import load_adapter
   from vera_jax.data.texts import read_lines, read_texts
@@ -67,8 +71,7 @@ def main() -> None:
   from vera_jax.models.kinds import TAGS
   from vera_jax.serve.predictor import Predictor, answer_lines, text_columns
 
-  format = INPUT_FORMAT.value or SUFFIXES.get(Path(INPUT.value).suffix, "tsv")
-  if format == "parquet" and INPUT.value == "-":
+  if form == "parquet" and INPUT.value == "-":
     raise UserError("Parquet is read from a file, not from standard input.")
 
   bad = total = 0
@@ -84,16 +87,16 @@ def main() -> None:
     names = ["label", "score", *predictor.labels]
     if classifier.kind == TAGS:
       names = ["tags", "scores"]
-    if format == "parquet":
+    if form == "parquet":
       path = Path(INPUT.value).expanduser()
       lines = read_texts(parquet_rows(path), columns=columns, check=check)
-    elif format == "csv" or "columns" in classifier.about:
-      rows = read_rows(file, format=format)
+    elif form == "csv" or "columns" in classifier.about:
+      rows = read_rows(file, format=form)
       lines = read_texts(rows, columns=columns, check=check)
     else:
       lines = read_lines(
         file,
-        format=format,
+        format=form,
         columns=columns,
         count=len(columns[0]) if columns else None,
         check=check,
@@ -112,6 +115,22 @@ def main() -> None:
     print(f"{cut} tokens.", file=sys.stderr)
   if bad:
     raise UserError(f"{bad} of {total} lines could not be used.")
+
+
+def input_format(name: str, given: str | None) -> str:
+  """How a file is read: as the flag says, or else by its name's ending.
+
+  Raises:
+    UserError: another format, whose header or quotes would be taken for text.
+  """
+  ending = Path(name).suffix.lower()
+  if given is None and ending not in ENDINGS:
+    raise UserError(
+      f"{name}: {ending} files are not read here, only {', '.join(SUFFIXES)}."
+      " Convert it, or say by --input_format that it is one of these all the"
+      " same."
+    )
+  return given or ENDINGS[ending]
 
 
 @contextmanager

@@ -15,6 +15,9 @@ with the lowest and the highest seed), and the last epoch's. Beside them stand
 the paper's number, where it has one, the difference from LoRA over the seeds
 that both have, with its p, and signs of failure: collapsed to one class, d gone
 to zero, unstable loss. No weights are needed.
+
+A run that several folders hold is counted once, and a file that can't be read
+is left out; notes below the table say so.
 """
 
 import sys
@@ -50,6 +53,8 @@ def show(sweep: Sweep, kind: str) -> None:
   console = Console()
   table = summary(sweep)
   if kind == "csv":
+    for remark in sweep.remarks:
+      print(remark, file=sys.stderr)
     sys.stdout.write(table.to_csv(index=False))
   elif kind == "markdown" or (kind == "auto" and not console.is_terminal):
     sys.stdout.write(tables.page(sweep, table))
@@ -64,7 +69,7 @@ def show(sweep: Sweep, kind: str) -> None:
 def write(sweep: Sweep, folder: Path) -> None:
   """Writes all files of a report."""
   table = summary(sweep)
-  runs = sweep.runs.drop(columns=["result", "folder"])
+  runs = sweep.runs.drop(columns=["result", "folder", "data"])
   runs["signatures"] = runs["signatures"].map("; ".join)
   texts = {
     "table.md": f"# {sweep.title}\n\n{tables.page(sweep, table)}",

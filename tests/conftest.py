@@ -196,7 +196,11 @@ SETTINGS = {
     "targets": ["query", "value"],
   },
   "lora": {"rank": 2, "alpha": 4.0, "targets": ["query", "value"]},
+  "ia3": {"targets": ["key", "value"], "feedforward": []},
 }
+SETTINGS |= {"dora": SETTINGS["lora"], "dvora": SETTINGS["vera"]}
+SETTINGS["dvora+ia3"] = {name: SETTINGS[name] for name in ("dvora", "ia3")}
+SETTINGS["vera+bitfit"] = {"vera": SETTINGS["vera"], "bitfit": {}}
 
 
 @pytest.fixture(scope="session")

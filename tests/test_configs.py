@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from vera_jax.adapters.methods import METHODS
 from vera_jax.train.config import check_settings
 from vera_jax.train.optim import rates_of
 from vera_jax.train.setup import build_setup
@@ -100,7 +101,7 @@ def test_loras_own_settings(name, size):
 def test_every_method_has_its_settings(name, size):
   config = load(name, size)
   assert config.task == name and config.model.name == f"roberta-{size}"
-  for method in ("vera", "lora", "bitfit", "head", "full"):
+  for method in METHODS:
     config.method = method
     check_settings(config)
 

@@ -85,6 +85,59 @@ def test_a_path_is_never_asked_of_the_hub(name):
     resolve(name)
 
 
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+  """A package that marks its import, and its distribution's list of files."""
+  site = tmp_path / "site"
+  model = site / "some_package" / "model"
+  model.mkdir(parents=True)
+  (model / "config.json").write_text("{}")
+  for place in (site / "some_package", tmp_path / "here" / "local_package"):
+    place.mkdir(parents=True, exist_ok=True)
+    code = f"open({str(tmp_path / 'imported')!r}, 'w')"
+    (place / "__init__.py").write_text(code)
+    (place / "sub.py").write_text("")
+  about = site / "another_name-1.0.dist-info"
+  about.mkdir()
+  (about / "METADATA").write_text("Metadata-Version: 2.1\nName: another-name\n")
+  files = ["some_package/__init__.py", "some_package/model/config.json"]
+  (about / "RECORD").write_text("".join(f"{name},,\n" for name in files))
+  monkeypatch.syspath_prepend(str(site))
+  monkeypatch.syspath_prepend(str(tmp_path / "here"))
+  monkeypatch.chdir(tmp_path / "here")
+  yield site
+  assert not (tmp_path / "imported").exists()
+
+
+def test_a_package_is_found_by_its_list_of_files(installed):
+  found = resolve("package:some_package/model")
+  assert found == installed / "some_package/model"
+  assert resolve("package:some_package") == installed / "some_package"
+
+
+@pytest.mark.parametrize(
+  "name, words",
+  [
+    ("some_package.sub/model", "'some_package.sub' .* is not installed"),
+    ("local_package.sub/model", "'local_package.sub' .* is not installed"),
+    ("local_package", "'local_package' .* is not installed"),
+    ("", "'' .* is not installed"),
+    ("..", "'..' .* is not installed"),
+    ("some_package/../../here", "has no folder"),
+    ("some_package/other", "has no folder some_package/other"),
+    ("some_package/model/config.json", "has no folder"),
+  ],
+)
+def test_looking_for_a_package_imports_nothing(name, words, installed):
+  with pytest.raises(UserError, match=words):
+    resolve(f"package:{name}")
+
+
+def test_a_name_longer_than_any_path_is_refused():
+  with pytest.raises(UserError, match="config.model.name"):
+    resolve("x" * 10_000)
+
+
 def test_a_bad_name_is_refused():
   with pytest.raises(UserError, match="config.model.name"):
     resolve("bad name")

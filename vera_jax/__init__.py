@@ -2,7 +2,8 @@
 
 What a notebook needs:
 
-  vera, lora          an adapter method
+  vera, lora, ia3, dora, dvora   an adapter method
+  chain               several methods on one network
   adapt               put it on any linen model
   find_targets        the layers that patterns match, with their widths
   adapter_size        trained numbers, counted from shapes
@@ -13,6 +14,7 @@ What a notebook needs:
   train_ensemble      several runs at once, on one base
   group_key           runs with equal keys can train so
   save_adapter, load_adapter   a trained adapter's folder, two small files
+  push_adapter        an adapter's folder to the Hugging Face hub
   restore_adapter     a loaded adapter on its base: a whole classifier
   load_classifier     a merged (or any other) classifier's folder
   write_merged        a classifier as a plain Hugging Face checkpoint
@@ -23,12 +25,16 @@ What a notebook needs:
 """
 
 from vera_jax.adapters.apply import adapt, adapter_size, find_targets
+from vera_jax.adapters.chain import chain
 from vera_jax.adapters.files import SavedAdapter, load_adapter, save_adapter
+from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Adapter, Target
 from vera_jax.adapters.labels import count, join, label_tree, split
 from vera_jax.adapters.lora import lora
+from vera_jax.adapters.magnitude import dora, dvora
 from vera_jax.adapters.merge import merge
 from vera_jax.adapters.projections import digest, make_pair
+from vera_jax.adapters.push import push_adapter
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import (
@@ -77,10 +83,14 @@ __all__ = [
   "UserError",
   "adapt",
   "adapter_size",
+  "chain",
   "count",
   "digest",
+  "dora",
+  "dvora",
   "find_targets",
   "group_key",
+  "ia3",
   "join",
   "label_tree",
   "load_adapter",
@@ -88,6 +98,7 @@ __all__ = [
   "lora",
   "make_pair",
   "merge",
+  "push_adapter",
   "restore_adapter",
   "save_adapter",
   "split",

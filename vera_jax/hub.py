@@ -1,13 +1,13 @@
 """The Hugging Face hub, asked no longer than a person waits."""
 
 import errno
-import importlib.util
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
+from importlib import metadata
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from vera_jax.errors import UserError
@@ -52,62 +52,130 @@ def call_error(call: Callable[[], Any], *, seconds: float) -> Exception | None:
   return outcome[0] if outcome else late
 
 
-def unreachable(name: str, error: Exception) -> UserError:
+ADVICE = (
+  "To work without the hub, set\n"
+  "  config.model.name   to a folder with config.json, the tokenizer's files"
+  " and model.safetensors\n"
+  "  config.data.source  to a folder with the task's files"
+)
+
+
+def unreachable(name: str, error: Exception, advice: str = ADVICE) -> UserError:
   """The error that says what to do if the hub can't be asked for a name."""
   return UserError(
     f"The hub can't be reached for {name} ({_first_line(error)}), and no"
-    " earlier download is on this machine. To work without the hub, set\n"
-    "  config.model.name   to a folder with config.json, the tokenizer's files"
-    " and model.safetensors\n"
-    "  config.data.source  to a folder with the task's files"
+    f" earlier download is on this machine. {advice}"
   )
 
 
 def resolve(name_or_folder: str | Path) -> Path:
   """A local folder for a folder's path or for a model's id on the hub.
 
-  "package:NAME/path" is a folder inside an installed Python package. From the
-  hub come config, tokenizer files and safetensors only. When it can't be
-  reached, an earlier download serves; without one this ends in a UserError
-  within `PATIENCE` seconds.
+  "package:NAME/path" is a folder inside an installed Python package, by
+  `package_folder`. From the hub come config, tokenizer files and safetensors
+  only. When it can't be reached, an earlier download serves; without one this
+  ends in a UserError within `PATIENCE` seconds.
   """
   folder = Path(name_or_folder).expanduser()
-  if folder.is_dir():
+  if _is_folder(folder):
     return folder
   name = str(name_or_folder)
   if name.startswith(PACKAGE):
-    package, _, inside = name.removeprefix(PACKAGE).partition("/")
-    spec = importlib.util.find_spec(package)  # found, not imported
-    if spec is None or spec.origin is None:
-      raise UserError(
-        f"The Python package {package!r} (config.model.name) is not installed;"
-        " `make quickstart` installs the small encoder that comes in one."
-      )
-    return Path(spec.origin).parent / inside
+    return package_folder(name)
   if name.startswith(("/", ".", "~")) or name.count("/") > 1:
     raise UserError(f"There is no folder {name} (config.model.name).")
-  from huggingface_hub import HfApi, snapshot_download
-  from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+  return snapshot(
+    name,
+    files=FILES,
+    absent=f"The hub has no model {name!r} (or not for you), and there is no"
+    " folder of that name. config.model.name takes a hub id, or a folder with"
+    " config.json, the tokenizer's files and model.safetensors.",
+  )
 
-  fetch = partial(snapshot_download, name, allow_patterns=FILES)
+
+def snapshot(
+  name: str,
+  *,
+  files: Sequence[str],
+  absent: str,
+  advice: str = ADVICE,
+  revision: str | None = None,
+) -> Path:
+  """A folder with a repository's files, from the hub or an earlier download.
+
+  Args:
+    name: its id.
+    files: patterns of the files' names.
+    absent: what to say if the hub has no such repository or revision.
+    advice: what to do if the hub can't be reached.
+    revision: a branch, tag or commit; None for the newest.
+
+  Raises:
+    UserError: it isn't there, or the hub didn't answer within `PATIENCE`
+      seconds and no earlier download serves.
+  """
+  from huggingface_hub import HfApi, snapshot_download
+  from huggingface_hub.errors import (
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+  )
+
+  fetch = partial(
+    snapshot_download, name, allow_patterns=list(files), revision=revision
+  )
   # asked first, for a download alone would wait much longer for a silent hub
-  ask = partial(HfApi().model_info, name, timeout=PATIENCE / 3)
+  info = HfApi().model_info
+  ask = partial(info, name, revision=revision, timeout=PATIENCE / 3)
   refusal = call_error(ask, seconds=PATIENCE)
   if refusal is None:
     return Path(retry_download(fetch, name))
+  nowhere = RepositoryNotFoundError, RevisionNotFoundError, HFValidationError
   try:
     folder = Path(fetch(local_files_only=True))  # an earlier download
   except Exception as error:  # of whichever HTTP library the client uses
-    if isinstance(refusal, RepositoryNotFoundError | HFValidationError):
-      raise UserError(
-        f"The hub has no model {name!r} (or not for you), and there is no"
-        " folder of that name. config.model.name takes a hub id, or a folder"
-        " with config.json, the tokenizer's files and model.safetensors."
-      ) from error
-    raise unreachable(name, refusal) from error
+    if isinstance(refusal, nowhere):
+      raise UserError(absent) from error
+    raise unreachable(name, refusal, advice) from error
   if not any(folder.glob("*.safetensors")):  # a download that broke off
-    raise unreachable(name, refusal)
+    raise unreachable(name, refusal, advice)
   return folder
+
+
+def package_folder(name: str) -> Path:
+  """The folder that "package:NAME/path" is, in an installed distribution.
+
+  Such a name may stand in a stranger's adapter.json. So it is looked up in the
+  lists of files that installers leave, and nothing is imported: finding a
+  module as `import` does runs the packages around it, also those that lie in
+  the current folder.
+
+  Raises:
+    UserError: no distribution has the package, or it has no such folder.
+  """
+  parts = PurePosixPath(name.removeprefix(PACKAGE)).parts
+  package = parts[0] if parts else ""
+  try:  # most have their distribution's name
+    found = [metadata.distribution(package)]
+  except (metadata.PackageNotFoundError, ValueError):
+    names = metadata.packages_distributions().get(package, [])
+    found = [metadata.distribution(distribution) for distribution in names]
+  if not found:
+    raise UserError(
+      f"The Python package {package!r} (config.model.name, or the base of an"
+      " adapter) is not installed; `make quickstart` installs the small encoder"
+      " that comes in one."
+    )
+  for distribution in found:
+    inside = (file.parts for file in distribution.files or ())
+    if ".." not in parts and any(x[: len(parts)] == parts for x in inside):
+      folder = Path(str(distribution.locate_file(PurePosixPath(*parts))))
+      if folder.is_dir():
+        return folder
+  raise UserError(
+    f"The Python package {package!r} is installed, but its list of files has no"
+    f" folder {'/'.join(parts)}. Name the folder itself."
+  )
 
 
 def retry_download(
@@ -147,6 +215,13 @@ def retry_download(
       log.warning("%s broke off (%s) and is begun again.", name, reason)
       time.sleep(PAUSE * 2 ** (attempt - 1))
   raise AssertionError("unreachable")
+
+
+def _is_folder(path: Path) -> bool:
+  try:
+    return path.is_dir()
+  except OSError:  # a name that is too long for a path
+    return False
 
 
 def _first_line(error: Exception) -> str:

@@ -1,8 +1,8 @@
-"""Six throw-away methods that the adapter interface must be able to express.
+"""Five throw-away methods that the adapter interface must be able to express.
 
 They stand for the hard cases of methods to come: random numbers with a penalty
 in the loss, one vector for the whole network, matrices taken from W0, a part of
-a fused kernel, a kernel in eight bits, and a low-rank delta with a magnitude.
+a fused kernel, and a kernel in eight bits.
 Nothing outside `vera_jax/adapters` may know of them.
 """
 
@@ -13,16 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vera_jax.adapters.chain import chain
 from vera_jax.adapters.interface import (
   EMPTY,
   Adapter,
   LowRank,
-  Site,
   as_they_are,
 )
 from vera_jax.adapters.layers import SCALE
-from vera_jax.adapters.lora import lora
 from vera_jax.adapters.products import add_low_rank
 from vera_jax.adapters.vera import vera
 
@@ -142,35 +139,6 @@ def from_weights(rank: int = 2) -> Adapter:
   )
 
 
-def magnitude() -> Adapter:
-  """m * kernel / |kernel|, per output; m starts at the norms of W0."""
-
-  def scale(leaves, site: Site):
-    if "magnitude_scale" in leaves:  # as a bank keeps it
-      return leaves["magnitude_scale"]
-    norm = jnp.linalg.norm(site.kernel(), axis=0)
-    return leaves["magnitude_m"] / jax.lax.stop_gradient(norm)
-
-  def forward(leaves, site, x, key, inner):
-    y, along = inner(x), (1,) * (x.ndim - 1) + (-1,)
-    factor = scale(leaves, site).reshape(along)
-    bias = 0 if site.bias is None else site.bias.reshape(along)
-    return factor * (y - bias) + bias, None
-
-  return Adapter(
-    "magnitude",
-    init=lambda key, site: {
-      "magnitude_m": jnp.linalg.norm(site.kernel(), axis=0)
-    },
-    weights=lambda leaves, site: (
-      site.kernel() * scale(leaves, site)[None],
-      site.bias,
-    ),
-    forward=forward,
-    prepare=lambda leaves, site: {"magnitude_scale": scale(leaves, site)},
-  )
-
-
 def quantise(params: Any) -> Any:
   """Every block's kernel as int8 codes and a scale per output."""
   flat = flatten_dict(params)
@@ -191,5 +159,4 @@ PROBES = {
   "matrices from W0": Probe(from_weights()),
   "columns": Probe(vera(3), ("query", "value"), QUERY),
   "int8": Probe(vera(3), quantised=True),
-  "delta and magnitude": Probe(chain(lora(2), magnitude())),
 }

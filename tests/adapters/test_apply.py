@@ -10,9 +10,12 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vera_jax.adapters.apply import adapt, find_targets
+from vera_jax.adapters.apply import adapt, adapter_size, find_targets
 from vera_jax.adapters.interface import Target
+from vera_jax.adapters.labels import count, label_tree
 from vera_jax.adapters.lora import lora
+from vera_jax.adapters.merge import merge
+from vera_jax.adapters.projections import make_projections
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 
@@ -173,3 +176,104 @@ def test_training_leaves_the_projections_alone():
   moved = jax.tree.map(jnp.subtract, params, variables["params"])
   assert jnp.abs(moved["query"]["vera_b"]).max() > 0
   jax.tree.map(np.testing.assert_array_equal, after, projections)
+
+
+class Block(nn.Module):
+  """A square layer whose kernel and bias are boxed, if `names` are given."""
+
+  names: tuple[str, ...] | None = None
+
+  @nn.compact
+  def __call__(self, x, _=None):
+    first = nn.initializers.normal(1.0)
+    if self.names:
+      first = nn.with_partitioning(first, self.names)
+    return nn.Dense(4, kernel_init=first, name="out")(x), None
+
+
+class Stack(nn.Module):
+  """Four of them, under linen's default name, ScanBlock_0."""
+
+  axis: int = 0
+  names: tuple[str, ...] | None = None
+
+  @nn.compact
+  def __call__(self, x):
+    scanned = nn.scan(
+      Block,
+      variable_axes={"params": self.axis, "projections": 0},
+      split_rngs={"params": True},
+      length=4,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(self.names)(x)[0]
+
+
+class Outer(nn.Module):
+  inner: nn.Module
+
+  @nn.compact
+  def __call__(self, x):
+    return self.inner(x)
+
+
+def test_layers_of_a_stack_have_pairs_of_their_own():
+  """Also where the stack's own name ends in a number."""
+  found = find_targets(Stack(), ["out"], X)
+  assert found == {("ScanBlock_0", "out"): Target(4, 4, (4,))}
+  made = make_projections(
+    found, rank=3, seed=0, init="kaiming_uniform", sharing="unique"
+  )
+  for name, matrices in made["ScanBlock_0"]["out"].items():
+    assert len(np.unique(np.asarray(matrices), axis=0)) == 4, name
+
+
+@pytest.mark.parametrize(
+  "boxed, plain",
+  [
+    (Outer(Block(("rows", "columns"))), Outer(Block())),
+    (Stack(names=("rows", "columns")), Stack()),
+  ],
+)
+def test_kernels_with_partitioning(boxed, plain):
+  """The base's leaves keep their boxes; the adapter does what it does else."""
+  models = [adapt(m, lora(2), targets=["out"]) for m in (boxed, plain)]
+  variables, want = (start(model, X) for model in models)
+  names = nn.get_partition_spec(variables)
+  assert "rows" in str(names)
+  jax.tree.map(np.testing.assert_array_equal, nn.unbox(variables), want)
+  trained = jax.tree.map(lambda leaf: leaf + 0.1, variables)
+  (y, *_), (y_want, *_) = (
+    jax.tree.leaves(run(model, v, X))
+    for model, v in zip(models, (trained, nn.unbox(trained)), strict=True)
+  )
+  np.testing.assert_array_equal(y, y_want)
+  targets = models[0].find_targets(X)
+  labels = label_tree(trained["params"], lora(2))
+  assert count(trained["params"], labels).adapter == adapter_size(
+    lora(2), targets
+  )
+  merged = merge(trained["params"], {}, adapter=lora(2), targets=targets)
+  (got, *_) = jax.tree.leaves(run(boxed, {"params": merged}, X))
+  np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_stacked_on_another_axis_are_refused():
+  """Four layers of width four: shapes alone don't tell the axis."""
+  with pytest.raises(UserError, match=r"ScanBlock_0/out .* axes \(1,\)"):
+    find_targets(Stack(axis=1), ["out"], X)
+  with pytest.raises(UserError, match="'params': 0"):
+    adapt(Stack(axis=1), vera(3), targets=["out"]).init(jax.random.key(0), X)
+
+
+def test_the_output_comes_with_the_variables():
+  model = adapt(Net(), vera(3), targets=["query"])
+  y, variables = jax.jit(model.init_with_output)(jax.random.key(0), X)
+  jax.tree.map(np.testing.assert_array_equal, variables, start(model, X))
+  np.testing.assert_allclose(y, run(model, variables, X), rtol=1e-6)
+
+
+def test_an_adapter_inside_another_module_is_refused():
+  inner = adapt(Net(), vera(3), targets=["query"])
+  with pytest.raises(UserError, match=r"adapt\(outer, adapter, targets="):
+    Outer(inner).init(jax.random.key(0), X)

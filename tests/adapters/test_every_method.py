@@ -18,8 +18,10 @@ from tests.adapters.probes import PROBES, Probe, quantise
 from vera_jax.adapters.apply import KEYS, PENALTIES, adapt, adapter_size
 from vera_jax.adapters.base_leaves import bitfit, full, head
 from vera_jax.adapters.chain import chain
+from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.labels import ADAPTER, label_tree
 from vera_jax.adapters.lora import lora
+from vera_jax.adapters.magnitude import dora, dvora
 from vera_jax.adapters.merge import merge
 from vera_jax.adapters.products import PLANS
 from vera_jax.adapters.sites import (
@@ -35,7 +37,15 @@ METHODS = {
   "vera, b alone": Probe(vera(3, train="b")),
   "vera, d alone": Probe(vera(3, train="d")),
   "lora": Probe(lora(2, alpha=2.0)),
+  "ia3": Probe(ia3(feedforward=("out",))),
+  "dora": Probe(dora(2)),
   "vera and bitfit": Probe(chain(vera(3), bitfit())),
+  "dvora and ia3, each on its own": Probe(
+    chain(
+      dvora(3)._replace(on=("heads",)),
+      ia3(feedforward=("out",))._replace(on=("out",)),
+    )
+  ),
   "bitfit": Probe(bitfit(), ()),
   "full": Probe(full(), ()),
   "head": Probe(head(), ()),

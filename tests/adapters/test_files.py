@@ -257,6 +257,14 @@ D = "encoder.layer.0-1.attention.self.query.vera_d"
       lambda f: store(f, "classifier.bias", [np.nan, 0]),
       "classifier.bias holds values that are not finite",
     ),
+    (
+      lambda f: store(f, "classifier.bias", [3e38, 0]),
+      "classifier.bias holds values .* or are beyond 1e\\+09",
+    ),
+    *(
+      (lambda f, n=n: change(f, max_length=n), f"max_length is {n!r}; it must")
+      for n in (0, 1, -5, "5", True, 7.5)
+    ),
   ],
 )
 def test_damage_is_an_error(harm, words, random_adapter):

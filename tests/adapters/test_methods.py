@@ -1,6 +1,7 @@
 """One maker of adapters, for configs and for adapter files."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from vera_jax.adapters.interface import Site
-from vera_jax.adapters.methods import make_adapter
+from vera_jax.adapters.methods import make_adapter, settings_in
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 
@@ -26,8 +27,8 @@ VERA = {
 def made(adapter):
   """The projections and first values for one layer."""
   site = Site(("query",), 6, 5, lambda: jnp.zeros((6, 5)))
-  first = adapter.init(jax.random.key(0), site)
-  return first | (adapter.shared({site.path: site}) if adapter.shared else {})
+  pair = adapter.shared({site.path: site}) if adapter.shared else {}
+  return pair | adapter.init(jax.random.key(0), site._replace(shared=pair))
 
 
 def same(one, two):
@@ -43,9 +44,11 @@ def test_settings_make_the_method():
   same(adapter, vera(4, d_init=1, init="uniform", projection_seed=3))
 
 
-@pytest.mark.parametrize("method", ["vera", "lora"])
+@pytest.mark.parametrize(
+  "method", ["vera", "lora", "ia3", "dora", "dvora", "vera+bitfit", "ia3+dvora"]
+)
 def test_a_config_and_its_json_make_the_same(tiny_config, method):
-  settings = tiny_config(method=method)[method].to_dict()
+  settings = settings_in(tiny_config(method=method), method)
   adapter, targets = make_adapter(method, settings)
   written = json.loads(json.dumps(settings))
   again, patterns = make_adapter(method, written)
@@ -62,7 +65,14 @@ def test_the_others_put_nothing_on(method):
 @pytest.mark.parametrize(
   "method, change, words",
   [
-    ("dora", {}, "method is 'dora'; choose from vera, lora"),
+    ("dara", {}, "method is 'dara'; choose from vera, lora"),
+    ("vera+dara", {}, "method is 'vera.dara'; choose from vera, lora"),
+    ("vera+vera", {}, "each method can be there once"),
+    ("vera+dvora", {}, "different methods, not vera . vera . magnitude"),
+    ("vera+head", {}, "head adds nothing to a chain"),
+    ("full+vera", {}, "full trains every weight"),
+    ("ia3", {"feedforward": ["key"]}, "must be some of the targets"),
+    ("ia3", {"feedforward": "query"}, "no usable feedforward='query'"),
     ("vera", {"rank": None}, "no usable rank=None"),
     ("vera", {"rank": True}, "no usable rank=True"),
     ("vera", {"d_init": "a"}, "no usable d_init='a'"),
@@ -73,5 +83,45 @@ def test_the_others_put_nothing_on(method):
   ],
 )
 def test_what_is_wrong_is_named(method, change, words):
+  settings = {**VERA, **change}
+  if "+" in method:
+    settings = dict.fromkeys(method.split("+"), settings)
   with pytest.raises(UserError, match=words.replace("[", r"\[")):
-    make_adapter(method, {**VERA, **change})
+    make_adapter(method, settings)
+
+
+def test_a_chains_settings_are_there_for_each_method(tiny_config):
+  with pytest.raises(UserError, match="have none for bitfit"):
+    make_adapter("vera+bitfit", {"vera": VERA})
+  config = tiny_config().to_dict()
+  del config["ia3"]
+  with pytest.raises(UserError, match="no group 'ia3', from which ia3 takes"):
+    settings_in(config, "vera+ia3")
+
+
+def test_each_method_of_a_chain_is_on_its_own_targets():
+  """And VeRA's pair is only as wide as its own sites are."""
+  settings = {
+    "dvora": VERA,
+    "ia3": {"targets": ["query", "wide"], "feedforward": ["wide"]},
+  }
+  adapter, targets = make_adapter("dvora+ia3", settings)
+  assert targets == ("query", "wide")
+  sites = {
+    (name,): Site((name,), inputs, 5, partial(jnp.ones, (inputs, 5)))
+    for name, inputs in (("query", 6), ("wide", 9))
+  }
+  pair = adapter.shared(sites)
+  assert pair["A"].shape == (4, 6)
+  leaves = {
+    path: adapter.init(jax.random.key(0), site._replace(shared=pair))
+    for path, site in sites.items()
+  }
+  shapes = jax.tree.map(jnp.shape, leaves)
+  assert shapes[("query",)] == {
+    "vera_d": (4,),
+    "vera_b": (5,),
+    "magnitude_m": (5,),
+    "ia3_out": (5,),
+  }
+  assert shapes[("wide",)] == {"ia3_in": (9,)}

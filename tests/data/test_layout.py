@@ -19,7 +19,7 @@ from vera_jax.data.packing import (
   first_fit,
   microbatch_cost,
   microbatch_rows,
-  pack,
+  pack_runs,
   place_all,
 )
 from vera_jax.errors import UserError
@@ -62,7 +62,9 @@ def test_any_batch_fits(make_tokens, batch_size, shards):
   longest = np.argsort(-lengths)[:batch_size]
   shortest = np.argsort(lengths)[:batch_size]
   for worst in (longest, shortest, np.array([0])):
-    shapes = {b["input_ids"].shape for b in pack(tokens, worst, layout)}
+    shapes = {
+      b["input_ids"].shape for b in pack_runs(tokens, [worst], layout)[0]
+    }
     assert shapes <= {(rows, layout.length) for rows in layout.rows}
 
 
@@ -70,7 +72,7 @@ def test_a_batch_larger_than_the_data(make_tokens):
   tokens = make_tokens(1, examples=3, longest=9)
   layout = choose_layout(tokens.lengths, batch_size=64)
   assert layout.rows[-1] <= 3 and layout.length <= 2 * 16
-  assert len(pack(tokens, np.arange(3), layout)) == 1
+  assert len(pack_runs(tokens, [np.arange(3)], layout)[0]) == 1
 
 
 def test_a_short_run_has_one_shape_and_a_long_one_three(make_tokens):

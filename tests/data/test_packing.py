@@ -10,7 +10,6 @@ from vera_jax.data.packing import (
   first_fit,
   microbatch_cost,
   microbatch_rows,
-  pack,
   pack_runs,
 )
 
@@ -26,7 +25,9 @@ def test_every_example_once_and_whole_in_the_layouts_shapes(make_tokens, seed):
   needed = first_fit(tokens.lengths[indices], layout).rows
   shapes = microbatch_rows(needed, layout)
   found, filled = [], 0
-  for batch, rows in zip(pack(tokens, indices, layout), shapes, strict=True):
+  for batch, rows in zip(
+    pack_runs(tokens, [indices], layout)[0], shapes, strict=True
+  ):
     for name, array in batch.items():
       wide = name in ("input_ids", "token_type_ids", "positions", "segment_ids")
       assert array.shape == (rows, layout.length if wide else layout.slots)
@@ -72,7 +73,7 @@ def test_a_batch_by_hand(make_tokens):
   tokens = make_tokens(0, examples=3, longest=5)
   tokens.offsets[:] = [0, 5, 8, 11]
   indices = np.array([1, 0, 2])
-  (batch,) = pack(tokens, indices, Layout((2, 3), 8, 2))
+  (batch,) = pack_runs(tokens, [indices], Layout((2, 3), 8, 2))[0]
   # the longest first, then the others where there is room, in order
   assert batch["example"].tolist() == [[0, 1], [2, -1]]
   assert batch["segment_ids"].tolist() == [
@@ -81,7 +82,7 @@ def test_a_batch_by_hand(make_tokens):
   ]
   assert batch["positions"][0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
   assert batch["cls_positions"].tolist() == [[0, 5], [0, 0]]
-  two = pack(tokens, indices, Layout((1,), 8, 2))
+  two = pack_runs(tokens, [indices], Layout((1,), 8, 2))[0]
   for name, array in batch.items():
     np.testing.assert_array_equal(np.concatenate([b[name] for b in two]), array)
 
@@ -120,14 +121,14 @@ def test_an_examples_choices_lie_in_one_row_in_order(make_tokens, choices):
 def test_regression_labels_and_none(make_tokens):
   tokens = make_tokens(0, examples=4, longest=6, regression=True)
   layout = Layout((4,), 8, 2)
-  (batch,) = pack(tokens, np.arange(4), layout)
+  (batch,) = pack_runs(tokens, [np.arange(4)], layout)[0]
   assert batch["labels"].dtype == np.float32
   unlabelled = dataclasses.replace(tokens, labels=None)
-  (batch,) = pack(unlabelled, np.arange(4), layout)
+  (batch,) = pack_runs(unlabelled, [np.arange(4)], layout)[0]
   assert not batch["labels"].any()
 
 
 def test_what_does_not_fit_is_an_error(make_tokens):
   tokens = make_tokens(0, examples=8, longest=20)
   with pytest.raises(ValueError, match="20 tokens exceed 16"):
-    pack(tokens, np.arange(8), Layout((8,), 16, 4))
+    pack_runs(tokens, [np.arange(8)], Layout((8,), 16, 4))[0]

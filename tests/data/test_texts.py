@@ -78,6 +78,7 @@ def test_keys_that_the_caller_adds():
     ("jsonl", b'{"sentence": 3}\n', "no text under sentence, or text"),
     ("jsonl", b'{"text": " "}\n', "a text is empty"),
     ("jsonl", b'{"text": "\\ud800"}\n', "not UTF-8"),
+    ("jsonl", b"[" * 100_000 + b"\n", "nested too deeply"),
   ],
 )
 def test_a_bad_line_is_named_and_the_rest_goes_on(format, line, words):

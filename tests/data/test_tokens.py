@@ -66,6 +66,17 @@ def same(one, other):
     np.testing.assert_array_equal(a, b, strict=True)
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_length_below_the_special_tokens_is_refused(
+  pairs, tiny_tokenizer, length
+):
+  """The tokenizer itself would cut nothing, or leave nothing of the texts."""
+  words = f"max_length is {length}, but 3 tokens .* at least 5"
+  with pytest.raises(UserError, match=words):
+    tokenise(pairs, tiny_tokenizer, length, None)
+  assert len(tokenise(pairs, tiny_tokenizer, 5, None)) == 2
+
+
 def test_the_cache_gives_the_same_tokens(
   pairs, tiny_tokenizer, tmp_path, monkeypatch
 ):

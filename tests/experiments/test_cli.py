@@ -43,6 +43,29 @@ def test_known_keys_and_other_flags_pass():
 
 
 @pytest.mark.parametrize(
+  "method, idle",
+  [
+    ("head", ["model.contraction", "optim.adapter_lr", "lora.rank"]),
+    ("bitfit", ["model.contraction", "lora.rank"]),
+    ("lora", []),
+    ("vera", ["lora.rank"]),
+  ],
+)
+def test_a_setting_without_effect_is_remarked(method, idle, capsys):
+  config = rte.get_config()
+  config.method = method
+  cli.remark_idle(config, ["--config=configs/rte.py"])
+  assert capsys.readouterr().err == ""  # of defaults nothing is said
+  given = ["model.contraction", "optim.adapter_lr", "optim.head_lr"]
+  arguments = [f"--config.{key}=1" for key in (*given, "lora.rank", "seed")]
+  cli.remark_idle(config, arguments)
+  lines = capsys.readouterr().err.splitlines()
+  assert lines == [
+    f"--config.{key} has no effect with config.method={method}." for key in idle
+  ]
+
+
+@pytest.mark.parametrize(
   "error, code",
   [
     (None, 0),

@@ -28,7 +28,8 @@ def test_merge_then_predict_from_both(random_adapter, tmp_path):
     "not_entailment",
   ]
   assert bad == ""
-  lines = ['{"sentence1": "word1 word2", "sentence2": "word3"}', "{"]
+  good = '{"sentence1": "word1 word2", "sentence2": "word3"}'
+  lines = ["[" * 100_000, good, "{"]
   theirs = run(
     "predict",
     f"--model={out}",
@@ -38,9 +39,9 @@ def test_merge_then_predict_from_both(random_adapter, tmp_path):
     text="\n".join(lines),
   )
   assert theirs.returncode == 1
-  answer, bad = map(json.loads, theirs.stdout.splitlines())
+  deep, answer, bad = map(json.loads, theirs.stdout.splitlines())
   label, score, *chances = first.split("\t")
-  assert answer["label"] == label and bad == {}
+  assert answer["label"] == label and bad == deep == {}
   assert answer["score"] == pytest.approx(float(score), abs=2e-6)
   assert list(answer["probabilities"].values()) == pytest.approx(
     [float(chance) for chance in chances], abs=2e-6
@@ -55,6 +56,7 @@ def test_merge_then_predict_from_both(random_adapter, tmp_path):
     ("merge", ["--adapter=nowhere", "--out=."], ". is in use"),
     ("predict", ["--adapter=a", "--model=b", "--input=-"], "either --adapter"),
     ("predict", ["--adapter=a", "--input=no.tsv"], "no.tsv can't be read"),
+    ("predict", ["--adapter=a", "--input=x.csv"], "x.csv: .csv files are not"),
   ],
 )
 def test_a_mistake_is_explained_in_a_line(script, flags, words):

@@ -1,5 +1,6 @@
 """A hub on this machine, which breaks off in the middle of a file."""
 
+import base64
 import json
 import shutil
 import threading
@@ -13,13 +14,16 @@ from tests.faults.fixtures import Launcher, Outcome
 
 NAME = "some/encoder"
 COMMIT = "0123456789" * 4
+REVISIONS = ("main", "v1", COMMIT)
+TOKEN = "hf_token"  # which uploads need
 
 
 @contextmanager
-def hub(folder: Path, breaks: int) -> Iterator[tuple[str, list[str]]]:
+def hub(folder: Path, breaks: int = 0) -> Iterator[tuple[str, list[str]]]:
   """(address, names of the requested files) of a hub with one model.
 
   The first `breaks` times the connection ends in the middle of the weights.
+  Uploads go into the folder.
   """
   requested: list[str] = []
   left = [breaks]
@@ -34,8 +38,23 @@ def hub(folder: Path, breaks: int) -> Iterator[tuple[str, list[str]]]:
     def do_GET(self) -> None:
       self._answer(body=True)
 
+    def do_POST(self) -> None:
+      body = self.rfile.read(int(self.headers["Content-Length"]))
+      allowed = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+      self.send_response(200 if allowed else 401)
+      self.end_headers()
+      address = f"http://{self.headers['Host']}"
+      answer = _upload(folder, address, self.path, body) if allowed else {}
+      self.wfile.write(json.dumps(answer).encode())
+
     def _answer(self, *, body: bool) -> None:
       path = self.path.partition("?")[0]
+      _, _, revision = path.partition("/revision/")
+      if revision and revision not in REVISIONS:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RevisionNotFound")
+        self.end_headers()
+        return
       if path.startswith("/api/models/"):
         data, headers = _listing(folder, path), {}
         start, name = 0, "listing.json"
@@ -88,6 +107,22 @@ def _listing(folder: Path, path: str) -> bytes:
       for file in files
     ]
   return json.dumps(answer).encode()
+
+
+def _upload(folder: Path, address: str, path: str, body: bytes) -> Any:
+  """What the hub's API answers to each request of an upload."""
+  if "/preupload/" in path:
+    names = [file["path"] for file in json.loads(body)["files"]]
+    how = {"uploadMode": "regular", "shouldIgnore": False}
+    return {"files": [{"path": name, **how} for name in names]}
+  if "/commit/" in path:
+    for line in map(json.loads, body.splitlines()):
+      if line["key"] == "file":
+        content = base64.b64decode(line["value"]["content"])
+        (folder / line["value"]["path"]).write_bytes(content)
+    url = f"{address}/{NAME}/commit/{COMMIT}"
+    return {"success": True, "commitOid": COMMIT, "commitUrl": url}
+  return {"url": f"{address}/{NAME}", "warnings": []}  # create, validate-yaml
 
 
 def downloads(launcher: Launcher) -> list[Outcome]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +12,16 @@ from safetensors.numpy import load_file, save_file
 
 from vera_jax.adapters.files import load_adapter, tensors
 from vera_jax.adapters.labels import label_tree, split
-from vera_jax.adapters.methods import METHODS
 from vera_jax.adapters.projections import digest
 from vera_jax.errors import UserError
 from vera_jax.models.bert import BertClassifier
 from vera_jax.models.classifier import load_classifier, restore_adapter
+from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params
+from vera_jax.models.pretrained import blueprint
 
+CHAINS = ("dvora+ia3", "vera+bitfit")
+METHODS = ("vera", "lora", "bitfit", "head", "full", *CHAINS)
 IDS = np.array([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]], np.int32)
 
 
@@ -27,7 +31,8 @@ def logits(classifier):
 
 
 @pytest.mark.parametrize(
-  "method, scan", [*((method, True) for method in METHODS), ("vera", False)]
+  "method, scan",
+  [*((method, True) for method in METHODS), ("vera", False)],
 )
 def test_what_was_saved_is_in_the_tree(method, scan, random_adapter):
   saved = load_adapter(random_adapter(method))
@@ -44,6 +49,32 @@ def test_what_was_saved_is_in_the_tree(method, scan, random_adapter):
   if method == "vera":
     assert digest(classifier.projections) == saved.about["projection_digest"]
   assert classifier.labels == ("entailment", "not_entailment")
+
+
+def test_a_model_is_traced_once(random_adapter):
+  """For its sites, its shapes and the order of its products alike."""
+  saved, traced = load_adapter(random_adapter()), []
+
+  def note(next_fun, args, kwargs, context):
+    if isinstance(context.module, BertClassifier):
+      traced.append(context.method_name == "__call__")
+    return next_fun(*args, **kwargs)
+
+  with nn.intercept_methods(note):
+    classifier = restore_adapter(saved)
+    assert sum(traced) == 1
+    plan = blueprint(
+      read_fields(classifier.folder),
+      outputs=2,
+      adapter=(classifier.adapter, ("query", "value")),
+      sizes=(32, 16, 2),
+    )
+    assert set(plan.plans) == set(classifier.targets)
+    assert sum(traced) == 2
+  inner, last = ("encoder", "layer"), ("encoder", "layer_1")
+  query = ("attention", "self", "query")
+  assert plan.tokens[*inner, *query] == 32 * 16
+  assert plan.tokens[*last, *query] == 32 * 2  # where the head reads
 
 
 @pytest.mark.parametrize(
@@ -129,6 +160,15 @@ def test_a_base_that_moved_can_be_named(tiny_model, random_adapter, tmp_path):
     ({}, {"init": "uniform"}, "come out different"),
     ({"projection_digest": "0" * 64}, {}, "not 000000000000"),
     ({"projection_prng": "rbg"}, {}, "generator 'rbg'"),
+    ({}, {"projection_seed": 10**30}, "no usable projection_seed=1000000"),
+    ({}, {"projection_seed": -(2**31) - 1}, "must fit 32 bits"),
+    ({}, {"rank": 10**30}, "no usable rank=1000000"),
+    ({}, {"d_init": float("inf")}, "no usable d_init=inf"),
+    ({"method": "lora"}, {"alpha": float("nan")}, "no usable alpha=nan"),
+    ({"method": "lora"}, {"alpha": 10**400}, "no usable alpha=1000000"),
+    ({}, {"targets": ["((.|[a-z/_])+)+[QX]"]}, "takes too long|no layer"),
+    ({}, {"targets": ["que("]}, "no proper regular expression"),
+    ({"base": "package:no_package.sub/model"}, {}, "is not installed"),
   ],
 )
 def test_what_differs_is_named(about, settings, words, random_adapter):

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from vera_jax.adapters.files import load_adapter
-from vera_jax.adapters.methods import METHODS
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import load_classifier, restore_adapter
@@ -30,7 +29,9 @@ def restored(folder):
   return restore_adapter(load_adapter(folder))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+  "method", ["vera", "lora", "bitfit", "head", "full", "dvora+ia3"]
+)
 def test_the_folder_answers_as_the_adapter_does(
   method, random_adapter, tmp_path
 ):
@@ -99,6 +100,20 @@ def test_weights_too_large_for_the_type_are_refused(random_adapter, tmp_path):
     write_merged(adapted, tmp_path / "out", dtype="float16")
 
 
+def test_weights_that_are_no_numbers_are_refused(random_adapter, tmp_path):
+  adapted = restored(random_adapter())
+  query = adapted.params["encoder"]["layer"]["attention"]["self"]["query"]
+  query["vera_b"] = jnp.full_like(query["vera_b"], 3e38)
+  with pytest.raises(UserError, match="not a finite number for"):
+    write_merged(adapted, tmp_path / "out")
+  adapted = restored(random_adapter("head"))
+  bias = adapted.params["classifier"]["bias"]
+  adapted.params["classifier"]["bias"] = jnp.full_like(bias, jnp.inf)
+  with pytest.raises(UserError, match="merged .*classifier.* are not finite"):
+    write_merged(adapted, tmp_path / "out")
+  assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_written_over(random_adapter, tmp_path):
   adapted = restored(random_adapter("head"))
   (tmp_path / "note").write_text("mine")
@@ -129,6 +144,9 @@ def test_a_broken_merge_json_is_named(random_adapter, tmp_path):
   write_merged(restored(random_adapter("head")), tmp_path / "out")
   (tmp_path / "out/merge.json").write_text("{")
   with pytest.raises(UserError, match="merge.json can't be read"):
+    load_classifier(tmp_path / "out")
+  (tmp_path / "out/merge.json").write_text('{"max_length": "5"}')
+  with pytest.raises(UserError, match="max_length is '5'"):
     load_classifier(tmp_path / "out")
 
 

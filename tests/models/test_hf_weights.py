@@ -235,11 +235,11 @@ def test_names_of_modules():
   stacked, looped = ("encoder", "layer", *TAIL), ("encoder", "layer_3", *TAIL)
   assert module_name(stacked, layer=3) == QUERY
   assert module_name(looped) == QUERY
-  named = module_name(looped, model_type="roberta")
-  assert named == f"roberta.{QUERY}"
-  head = module_name(("classifier", "dense"), model_type="roberta")
-  assert head == "classifier.dense"
   names = FAMILY["roberta"].names
+  named = module_name(looped, names=names)
+  assert named == f"roberta.{QUERY}"
+  head = module_name(("classifier", "dense"), names=names)
+  assert head == "classifier.dense"
   assert module_path(named, names) == module_path(QUERY, names) == looped
   assert module_path(head, names) == ("classifier", "dense")
   with pytest.raises(ValueError, match="which layer"):

@@ -32,6 +32,7 @@ KINDS = {
   "bert": (transformers.BertConfig, transformers.BertModel),
   "roberta": (transformers.RobertaConfig, transformers.RobertaModel),
 }
+LEAVES = ("vera_", "lora_", "magnitude_", "ia3_")
 IDS = np.random.default_rng(1).integers(5, 100, (3, 9))
 SHAPES = ["query", "value", "intermediate.dense"]  # two shapes of layers
 VARIANTS = {
@@ -43,6 +44,10 @@ VARIANTS = {
     "layers_pattern": "layer",
   },
   "all": {"target_modules": "all-linear"},
+  "feed-forward": {  # both output layers, as by PEFT's default, of one block
+    "target_modules": r".*layer\.1\..*(key|value|output\.dense)",
+    "feedforward_modules": r".*output\.dense",
+  },
 }
 
 
@@ -119,11 +124,15 @@ def numbers(tensors, *words):
     ("roberta", "some layers", {"use_rslora": False}),
     ("roberta", "regex", {"use_rslora": True}),
     ("bert", "all", {"use_rslora": False}),
+    ("bert", "some layers", {"use_rslora": True, "use_dora": True}),
+    ("bert", "feed-forward", {"init_ia3_weights": True}),
   ],
 )
 def test_from_peft(bases, kind, variant, settings, tmp_path):
-  options = settings | VARIANTS[variant] | {"task_type": "SEQ_CLS", "r": RANK}
-  if "use_rslora" in settings:
+  options = settings | VARIANTS[variant] | {"task_type": "SEQ_CLS"}
+  if "init_ia3_weights" in settings:
+    config = peft.IA3Config(**options)
+  elif options.setdefault("r", RANK) and "use_rslora" in settings:
     config = peft.LoraConfig(lora_alpha=6, **options)
   else:
     config = peft.VeraConfig(projection_prng_key=2**32 + 7, **options)
@@ -135,9 +144,9 @@ def test_from_peft(bases, kind, variant, settings, tmp_path):
     assert about["settings"]["init"] == "peft"
     assert about["settings"]["projection_seed"] == 7  # torch takes 32 bits
   tensors, counts = load_adapter(ours).tensors, about["parameters"]
-  assert counts["adapter"] == numbers(tensors, "vera_", "lora_")
+  assert counts["adapter"] == numbers(tensors, *LEAVES)
   assert counts["head"] == numbers(tensors, "classifier")
-  if variant in ("list", "all"):  # otherwise ours has layers that add nothing
+  if variant in ("list", "all"):  # otherwise ours has layers without effect
     theirs = {n: x.detach().numpy() for n, x in model.named_parameters()}
     assert counts["adapter"] == numbers(theirs, "vera_lambda", "lora_")
 
@@ -161,8 +170,9 @@ def ours_at_random(bases, random_adapter):
 
   def make(kind, method="vera", **settings):
     targets = ["query", "value", "intermediate/dense"]
-    settings |= {"base": bases[kind], "rank": RANK, "targets": targets}
-    return random_adapter(method, task="mnli", **settings)  # three labels
+    settings = {"rank": RANK, "targets": targets, **settings}
+    # of three labels
+    return random_adapter(method, task="mnli", base=bases[kind], **settings)
 
   return make
 
@@ -181,13 +191,26 @@ def loaded_by_peft(base, folder):
     ("bert", "vera", "lora", {"init": "orthogonal"}),
     ("roberta", "vera", "lora", {"train": "d"}),
     ("roberta", "vera", "lora", {"sharing": "unique"}),
+    ("bert", "dora", "lora", {"alpha": 6.5}),
+    ("roberta", "dvora", "lora", {"projection_seed": 5}),
+    (
+      "roberta",
+      "ia3",
+      "ia3",
+      {
+        "targets": ["key", "value", r"layer(_\d+)?/output/dense"],
+        "feedforward": [r"layer(_\d+)?/output/dense"],
+      },
+    ),
   ],
 )
 def test_to_peft(bases, ours_at_random, kind, own, method, settings, tmp_path):
   ours = ours_at_random(kind, own, **settings)
   export_adapter(ours, tmp_path / "theirs", method=method)
   theirs = loaded_by_peft(bases[kind], tmp_path / "theirs")
-  assert theirs.peft_config["default"].peft_type.value == method.upper()
+  config = theirs.peft_config["default"]
+  assert config.peft_type.value == method.upper()
+  assert getattr(config, "use_dora", False) == (own in ("dora", "dvora"))
   assert_same(ours, bases[kind], theirs)
 
 

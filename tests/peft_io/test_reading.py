@@ -1,5 +1,8 @@
 """From PEFT's folder to ours, without PEFT: names, values, each refusal."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
@@ -106,6 +109,19 @@ def test_layers_left_out_get_nothing_added(carry):
   assert about["parameters"]["adapter"] == 2 * (2 * RANK + 16 + 32)
 
 
+def test_labels_are_in_the_order_of_their_ids(tiny_model, tmp_path):
+  base = shutil.copytree(tiny_model, tmp_path / "base")
+  fields = json.loads((base / "config.json").read_text())
+  fields["id2label"] = {"1": "yes", "0": "no"}
+  (base / "config.json").write_text(json.dumps(fields))
+  theirs = write(tmp_path / "theirs", vectors() | pair(), VERA)
+  for name, length in (("one", None), ("two", 9)):
+    out = tmp_path / name
+    import_adapter(theirs, out, base=str(base), max_length=length)
+    about = load_adapter(out).about
+    assert about["labels"] == ["no", "yes"] and about["max_length"] == length
+
+
 @pytest.mark.parametrize("rslora, alpha", [(False, 6.0), (True, 12.0)])
 def test_lora(carry, rslora, alpha):
   theirs = matrices()
@@ -165,6 +181,7 @@ def test_files_refused(tiny_model, minilm_folder, tmp_path):
   fails("there already", theirs, out=tiny_model)
   fails("names no base model", theirs, base=None)
   fails("layer.2.*, or the base is another", theirs, base=minilm_folder)
+  fails("max_length is -5", theirs, max_length=-5)
   fails("has 2 outputs, but the labels are ent", theirs, task="mnli")
   file = theirs / "adapter_model.safetensors"
   whole = file.read_bytes()

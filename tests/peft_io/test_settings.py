@@ -18,7 +18,8 @@ from vera_jax.peft_io.settings import PeftSettings, is_target
 REFUSED = [
   ({"bias": "all"}, "bias='all'"),
   ({"fan_in_fan_out": True}, "set it to false"),
-  ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+  ({"peft_type": "OFT"}, "peft_type is 'OFT'; only VERA and LORA and IA3"),
+  ({"peft_type": "IA3"}, "which has no place here: only ia3_l of"),
   ({"task_type": "CAUSAL_LM"}, "task_type='CAUSAL_LM'"),
   ({"new_trick": 3}, "new_trick=3"),
   ({"r": "four"}, "r='four'"),
@@ -26,10 +27,16 @@ REFUSED = [
   ({"layers_to_transform": [0]}, "leaves out bert.encoder.layer.1"),
   ({"target_modules": ["key", "query", WIDE]}, "self.key"),
   ({"target_modules": "*query"}, "regular expression"),
+  ({"target_modules": "((.|[a-z.])+)+[QX]"}, "takes too long"),
+  ({"d_initial": float("nan")}, "d_initial=nan"),
+  ({"r": 10**30}, "r=1000000"),
+  ({"projection_prng_key": float("inf")}, "unusable value"),
   ({"target_modules": 3}, "unusable value"),
 ]
 REFUSED_LORA = [
-  ({"use_dora": True}, "use_dora=True: DoRA"),
+  ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
+  ({"lora_alpha": 1e30}, "lora_alpha=1e+30"),
+  ({"use_dora": True}, "lacks magnitude_m of bert.encoder.layer"),
   ({"lora_bias": True}, "lora_bias=True"),
   ({"rank_pattern": {"query": 8}}, "rank_pattern"),
   ({"alpha_pattern": {"query": 8}}, "alpha_pattern"),

@@ -1,5 +1,6 @@
 """The summary of a sweep, and what it says of differences."""
 
+import copy
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from configs.sweeps import layers
 from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.report import load_sweep, summary, tables
-from vera_jax.report.frame import Sweep, frame, history
+from vera_jax.report.frame import Sweep, frame, history, method_title
 from vera_jax.report.summary import holm, paired
 
 
@@ -36,6 +37,23 @@ def test_what_is_not_the_methods_own_makes_no_condition(make_result):
     ]
   )
   assert list(runs["condition"]) == [""] * 4
+
+
+def test_a_variant_and_a_chain_have_the_settings_of_their_methods(make_result):
+  runs = frame(
+    [
+      make_result("dvora", 0, vera__rank=4, lora__rank=1),
+      make_result("dvora", 1, vera__rank=4, lora__rank=2),
+      make_result("dvora", 2, vera__rank=8),
+      make_result("ia3+lora", 0, lora__rank=8, vera__rank=4),
+      make_result("ia3+lora", 1, lora__rank=8, vera__rank=8),
+      make_result("ia3", 0),
+    ]
+  )
+  assert list(runs["rank"].dropna()) == [4, 4, 8, 8, 8]
+  names = dict(zip(runs["method"], runs["condition"], strict=True))
+  assert names == {"ia3": "", "dvora": "rank 8", "ia3+lora": ""}
+  assert method_title("ia3+lora") == "IA3 + LoRA"
 
 
 def test_targets_are_put_in_words(make_result):
@@ -196,6 +214,73 @@ def test_a_folder_is_read_with_its_title_and_its_failures(
   assert by_seed.loc[0, "folder"] == tmp_path / "runs/a"
   with pytest.raises(UserError, match="no result.json.*; 1 runs failed"):
     load_sweep(tmp_path / "runs/c")
-  (tmp_path / "runs/b/result.json").write_text('{"score": ')
-  with pytest.raises(UserError, match="result.json can't be read"):
+
+
+def written(folder, **found):
+  """A folder of result.json files, one below each name."""
+  for name, result in found.items():
+    (folder / name).mkdir(parents=True)
+    results.write(folder / name, result)
+  return folder
+
+
+def test_a_damaged_file_is_named_and_the_others_are_reported(
+  make_result, tmp_path
+):
+  written(tmp_path, a=make_result(), b={"score": 1.0}, c={}, d={}, e={})
+  (tmp_path / "c/result.json").write_text('{"score": ')
+  (tmp_path / "d/result.json").write_bytes(b"\xff\xfe")
+  broken = make_result(seed=1) | {"best": None}
+  (tmp_path / "e/result.json").write_text(json.dumps(broken))
+  (tmp_path / "b/failed.json").write_text("[]")
+  (tmp_path / "c/failed.json").write_text("{}")
+  (tmp_path / "sweep.json").write_text("")
+  sweep = load_sweep(tmp_path)
+  assert list(sweep.runs["seed"]) == [0]
+  notes = tables.notes(sweep, summary(sweep))
+  assert "c failed: no reason is known" in notes
+  for file in (*(f"{x}/result.json" for x in "bcde"), "b/failed", "sweep"):
+    assert sum("Left out" in line and file in line for line in notes) == 1
+  (tmp_path / "a/result.json").unlink()
+  with pytest.raises(UserError, match=r"no result.json(.|\n)*c/result.json"):
     load_sweep(tmp_path)
+
+
+def test_a_run_in_two_folders_counts_once(make_result, tmp_path):
+  data = {"train": {"examples": 9, "fingerprint": "abc"}}
+  found = [make_result(seed=s, size="base") | {"data": data} for s in (0, 1, 2)]
+  one = written(tmp_path / "one", a=found[0], b=found[1], c=found[2])
+  again = copy.deepcopy(found[0])
+  again["config"]["log"]["every"] = 7  # changes nothing of the run
+  again["config"]["data"]["source"] = "elsewhere/glue"
+  other = copy.deepcopy(found[1]) | {"data": {"train": {"fingerprint": "x"}}}
+  better = copy.deepcopy(found[2])
+  better["best"]["score"] = 0.99
+  two = written(tmp_path / "two", d=again, e=other, f=better)
+  sweep = load_sweep(one, two)
+  assert sorted(sweep.runs["seed"]) == [0, 1, 1, 2]
+  assert sweep.runs["score"].max() < 99
+  (remark,) = sweep.remarks
+  assert remark.startswith("Not counted again: 2 results")
+  assert remark.endswith("two/f.") and "two/d" not in remark
+  # a folder within another brings nothing twice, and nothing to remark
+  assert len(load_sweep(tmp_path / "one", one / "a").runs) == 3
+  assert load_sweep(tmp_path / "one", one / "a").remarks == ()
+
+
+def test_the_lora_of_another_data_size_is_no_reference(make_result):
+  sizes = {100: (0.6, 0.5), 900: (0.8, 0.9), 500: (0.7, None)}
+  found = [
+    make_result(method, seed, (score,), data__max_train_examples=size)
+    for size, scores in sizes.items()
+    for method, score in zip(("vera", "lora"), scores, strict=True)
+    for seed in (0, 1)
+    if score is not None
+  ]
+  sweep = Sweep("", "", frame(found), [])
+  table = summary(sweep).set_index(["method", "condition"])["difference"]
+  assert table["vera", "max_train_examples 100"] == pytest.approx(10)
+  assert table["vera", "max_train_examples 900"] == pytest.approx(-10)
+  assert np.isnan(table["vera", "max_train_examples 500"])
+  notes = "\n".join(tables.notes(sweep, summary(sweep)))
+  assert "LoRA condition of the same base and data that" in notes

@@ -4,11 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.adapters.probes import magnitude
-from vera_jax.adapters.chain import chain
+from tests.conftest import SETTINGS
 from vera_jax.adapters.files import SavedAdapter, load_adapter
-from vera_jax.adapters.lora import lora
-from vera_jax.adapters.methods import METHODS, Method
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import restore_adapter
 from vera_jax.serve.bank import AdapterBank, set_slot
@@ -202,30 +199,27 @@ def test_another_base_or_alpha_is_named(bank, adapters, random_adapter):
   other = another(adapters["one"], 1, base_fingerprint="0" * 64)
   with pytest.raises(UserError, match=r"base \(fingerprint\): 0{12} there"):
     bank.add("four", other)
+  with pytest.raises(UserError, match="no usable rank=None"):
+    bank.add("four", another(adapters["one"], 1, settings={}))
   saved = load_adapter(random_adapter("lora", task="sst2"))
   louder = random_adapter("lora", task="sst2", alpha=8.0)
   with pytest.raises(UserError, match="alpha: 8.0 there, 4.0 in the bank"):
     AdapterBank({"a": saved, "b": louder})
 
 
-@pytest.fixture
-def prepared_method(monkeypatch):
-  """A method whose rows need a scale computed from their kernels: DoRA's."""
-  made = Method(lambda rank: chain(lora(rank), magnitude()), {"rank": int})
-  monkeypatch.setitem(METHODS, "scaled", made)
-  return {"rank": 2, "targets": ["query", "value"], "task": "sst2"}
-
-
-def test_a_method_is_prepared_or_refused(
-  prepared_method, random_adapter, tmp_path
-):
-  saved = three(random_adapter("scaled", **prepared_method))
+def test_a_method_is_prepared_or_refused(random_adapter, tmp_path):
+  """DVoRA's rows need a scale computed from their kernels."""
+  saved = three(random_adapter("dvora+ia3", task="sst2"))
   bank = AdapterBank(saved)
   mixed = bank.logits(TEXTS, adapters=NAMED)
   own = {name: alone(saved[name], TEXTS) for name in set(NAMED)}
   np.testing.assert_allclose(mixed, chosen(own), rtol=0, atol=2e-5)
   with pytest.raises(UserError, match="'one' can't be saved from a bank"):
     bank.save("one", tmp_path)
+  other = SETTINGS["dvora"] | {"rank": 2}
+  settings = saved["one"].about["settings"] | {"dvora": other}
+  with pytest.raises(UserError, match="dvora.rank: 2 there, 8 in the bank"):
+    bank.replace("one", another(saved["one"], 3, settings=settings))
   with pytest.raises(UserError, match="method full"):
     AdapterBank({"all": random_adapter("full", task="sst2")})
 

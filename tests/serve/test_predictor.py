@@ -1,12 +1,13 @@
 """Answers to texts: packing changes none, order is kept."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import restore_adapter
-from vera_jax.serve.predictor import ROWS, Predictor
+from vera_jax.serve.predictor import ROWS, Predictor, check_texts
 
 RNG = np.random.default_rng(0)
 TEXTS = [
@@ -61,3 +62,40 @@ def test_a_tokenizer_of_another_model_is_refused(random_adapter):
   model.tokenizer.add_tokens(["newword"])
   with pytest.raises(UserError, match="gave the id 30"):
     model.logits(["newword"])
+
+
+@pytest.mark.parametrize("length", [0, -5, 1, 2])
+def test_a_length_without_room_for_a_word_is_refused(length, random_adapter):
+  model = predictor(random_adapter(task="sst2"), max_length=length)
+  with pytest.raises(UserError, match=f"max_length is {length}.* give 3 or"):
+    model.logits(["word1"])
+  with pytest.raises(UserError, match="give 4 or more"):
+    model.logits(["word1"], ["word2"])
+
+
+def test_no_texts_have_no_answers(random_adapter):
+  model = predictor(random_adapter(task="sst2"))
+  assert model.logits([]).shape == (0, 2) and model.answers([], []) == []
+
+
+def test_what_is_no_list_of_texts_is_refused(random_adapter):
+  """A text alone was answered letter by letter."""
+  model = predictor(random_adapter(task="sst2"))
+  with pytest.raises(UserError, match="also for one text.* was a str"):
+    model.answers("word1")
+  with pytest.raises(UserError, match="was a str"):
+    model.answers(["word1"] * 5, "word2")
+  with pytest.raises(UserError, match="2 first texts and 1 second ones"):
+    model.logits(["word1", "word2"], ["word3"])
+  with pytest.raises(UserError, match="Text 1 is None, a NoneType"):
+    check_texts(["word1", None])
+  with pytest.raises(UserError, match="was a generator"):
+    check_texts(text for text in ["word1"])
+
+
+def test_answers_that_are_no_numbers_are_refused(random_adapter):
+  classifier = restore_adapter(load_adapter(random_adapter(task="sst2")))
+  bias = classifier.params["classifier"]["bias"]
+  classifier.params["classifier"]["bias"] = jnp.full_like(bias, jnp.nan)
+  with pytest.raises(UserError, match="not a finite number for 2 of 2 texts"):
+    Predictor(classifier).answers(["word1", "word2"])

@@ -118,10 +118,12 @@ def test_more_is_dearer(tiny_config):
     {"optim__epochs": 6},
     {"vera__rank": 64},
     {"method": "full"},
+    {"method": "lora+dvora"},
     {"data__max_train_examples": 99999, "task": "sst2"},
   ):
     assert estimate.flops(tiny_config(**changes)) > small
-  assert estimate.flops(tiny_config(method="head")) < small
+  for method in ("head", "ia3"):
+    assert estimate.flops(tiny_config(method=method)) < small
 
 
 def test_time_for_a_person():

@@ -40,8 +40,21 @@ def test_zero_is_too_small(key):
 
 def test_an_unknown_method_is_refused():
   config = rte.get_config()
-  config.method = "dora"
-  with pytest.raises(UserError, match="'dora'; choose from vera, lora"):
+  config.method = "dara"
+  with pytest.raises(UserError, match="'dara'; choose from vera, lora"):
+    check_settings(config)
+
+
+def test_a_chain_needs_the_rates_of_its_first_method():
+  config = rte.get_config()
+  config.vera.lr = config.vera.head_lr = None
+  for config.method in ("bitfit+vera", "dora", "ia3"):
+    check_settings(config)
+  for config.method in ("vera+bitfit", "dvora"):
+    with pytest.raises(UserError, match="config.vera.lr, config.vera.head_lr"):
+      check_settings(config)
+  config.method = "vera+head"
+  with pytest.raises(UserError, match="head adds nothing to a chain"):
     check_settings(config)
 
 
@@ -53,3 +66,46 @@ def test_all_that_is_wrong_is_in_one_message():
     check_settings(config)
   for words in ("config.task", "batch_size is 0", "config.log.every is -1"):
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"optim.grad_clip": 0.0}, "grad_clip is 0.0; a norm above 0"),
+    ({"optim.grad_clip": -1.0}, "grad_clip is -1.0"),
+    ({"optim.warmup_ratio": 1.5}, "warmup_ratio is 1.5; it is a share"),
+    ({"optim.adapter_lr": -0.1}, "optim.adapter_lr is -0.1; it must be"),
+    ({"vera.head_lr": -0.1}, "config.vera.head_lr is -0.1"),
+    ({"optim.head_lr": float("nan")}, "head_lr is nan; it must be a finite"),
+    ({"optim.weight_decay": -1.0}, "weight_decay is -1.0"),
+    ({"seed": -1}, "config.seed is -1; choose a whole number from 0"),
+    ({"seed": 2**32}, "config.seed is 4294967296"),
+    ({"data.subset_seed": -1}, "data.subset_seed is -1"),
+    ({"data.max_train_examples": 0}, "max_train_examples is 0"),
+    ({"vera.projection_seed": 2**32}, "32 bits; got 4294967296"),
+    ({"vera.projection_seed": -1}, "32 bits; got -1"),
+    ({"vera.targets": ("que(",)}, "target 'que\\(' is no regular expression"),
+    ({"vera.rank": 0}, "VeRA's rank is 0"),
+    ({"vera.init": "zeros"}, "init is 'zeros'; choose from"),
+    ({"model.scan": "some"}, "model.scan is 'some'; choose auto, true or"),
+    ({"model.contraction": "best"}, "contraction is 'best'; choose auto"),
+    (
+      {"method": "lora", "model.contraction": "folded_forward"},
+      "folded_forward plan is for methods with fixed matrices",
+    ),
+  ],
+)
+def test_what_would_fail_or_train_nonsense_is_refused(changes, words):
+  config = rte.get_config()
+  check_settings(config)
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(UserError, match=words):
+    check_settings(config)
+
+
+def test_the_limits_themselves_are_allowed():
+  config = rte.get_config()
+  config.update_from_flattened_dict(
+    {"optim.warmup_ratio": 1.0, "optim.adapter_lr": 0.0, "seed": 2**32 - 1}
+  )
+  check_settings(config)

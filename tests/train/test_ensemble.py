@@ -395,6 +395,11 @@ def test_runs_that_fit_together_have_one_key(tiny_config):
   ]
   keys = [group_key(tiny_config(**changes)) for changes in others]
   assert len({key, *keys}) == 1 + len(others)
+  chain = tiny_config(method="dvora+ia3")
+  first = {"vera__d_init": 0.5, "vera__lr": 1.0, "ia3__lr": 1.0}
+  assert group_key(chain) == group_key(
+    tiny_config(method=chain.method, **first)
+  )
   # trained alone, b counts d as a constant of the program
   only_b = {"vera__train": "b"}
   assert group_key(tiny_config(**only_b)) != group_key(

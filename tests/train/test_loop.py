@@ -11,7 +11,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from vera_jax import results
+from vera_jax.adapters.card import model_card
 from vera_jax.adapters.files import load_adapter
+from vera_jax.adapters.methods import settings_in
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import restore_adapter
 from vera_jax.serve.predictor import Predictor
@@ -24,7 +27,8 @@ from vera_jax.train import step as step_module
 from vera_jax.train.logging import ProgressBar
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.preemption import Interrupted
-from vera_jax.train.run import best_epoch
+from vera_jax.train.run import Run, best_epoch
+from vera_jax.train.workdir import write_config
 
 HEAD = {"classifier.kernel", "classifier.bias"}
 QV = {"query", "value"}
@@ -35,6 +39,7 @@ ADAPTERS = {
   "bitfit": 16 + 2 * (3 * 16 + 16 + 16 + 32 + 16 + 16) + 16,
   "head": 0,
   "full": 5584,
+  "dvora+ia3": 2 * 2 * (2 * 16 + 8) + 2 * (16 + 16 + 32),
 }
 
 
@@ -60,7 +65,9 @@ def check_result(config, folder, result):
   assert result["score_name"] == "accuracy"
   assert result["parameters"]["adapter"] == ADAPTERS[config.method]
   assert result["parameters"]["head"] == 34
-  assert (result["projection_digest"] is None) == (config.method != "vera")
+  assert (result["projection_digest"] is None) == (
+    config.method not in ("vera", "dvora+ia3")
+  )
   assert result["data"]["train"]["examples"] == 40
   assert len(result["data"]["validation"]["fingerprint"]) == 64
   assert {"python", "jax", "flax", "vera_jax"} <= result["versions"].keys()
@@ -83,7 +90,7 @@ def test_a_run_leaves_what_was_promised(finished):
   }
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", "full"])
+@pytest.mark.parametrize("method", ["lora", "bitfit", "full", "dvora+ia3"])
 def test_the_baselines_go_by_the_same_loop(
   method, tiny_config, quiet_model, tmp_path
 ):
@@ -92,6 +99,11 @@ def test_the_baselines_go_by_the_same_loop(
   config = tiny_config(method=method, **settings)
   result = train_and_evaluate(config, tmp_path / "run")
   check_result(config, tmp_path / "run", result)
+  saved = load_adapter(tmp_path / "run/adapter")
+  assert saved.about["settings"] == json.loads(
+    json.dumps(settings_in(config, method))
+  )
+  restore_adapter(saved)
 
 
 def test_the_mean_of_an_epochs_losses_is_its_training_loss(finished):
@@ -123,6 +135,8 @@ def test_the_adapters_files_hold_the_best_epoch(finished, saved):
   assert about["score"] == best["score"]
   assert about["projection_digest"] == finished.result["projection_digest"]
   assert about["settings"]["rank"] == 8
+  assert about["data"] == finished.result["data"]
+  assert (folder / "README.md").read_text() == model_card(about)
 
 
 def test_a_restored_adapter_answers_as_the_run_did(finished):
@@ -339,6 +353,23 @@ def test_scanned_and_looped_layers_train_alike(
     train_and_evaluate(tiny_config(optim__epochs=1, **settings), folder)
     curves.append(losses(folder))
   np.testing.assert_allclose(*curves, atol=1e-4)
+
+
+def test_a_run_keeps_the_layers_that_it_began_with(
+  finished, tiny_config, tmp_path
+):
+  """Two layers on a CPU are looped; a folder that says stacked stays so."""
+  assert finished.config.model.scan == "auto"  # the caller's is left alone
+  for file in (finished.folder / "config.json", finished.folder / results.FILE):
+    written = json.loads(file.read_text())
+    assert written.get("config", written)["model"]["scan"] is False
+  for scan in ("auto", False):
+    config = tiny_config(model__scan=scan)
+    assert train_and_evaluate(config, finished.folder) == finished.result
+  with pytest.raises(UserError, match="model.scan: False there, True now"):
+    Run(tiny_config(model__scan=True), finished.folder)
+  write_config(tmp_path, tiny_config(model__scan=True).to_dict())
+  assert Run(tiny_config(), tmp_path).config.model.scan is True
 
 
 @pytest.mark.smoke

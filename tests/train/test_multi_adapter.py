@@ -17,8 +17,8 @@ from vera_jax.adapters.vera import vera
 from vera_jax.data.examples import Examples
 from vera_jax.data.packing import (
   Layout,
-  pack,
   pack_by_adapter,
+  pack_runs,
   place_all,
 )
 from vera_jax.data.tokenizer import load_tokenizer
@@ -159,7 +159,7 @@ def own_batches(tokens, name):
   for indices in BATCHES:
     mine = [i for i in indices if NAMED[i] == name]
     if mine:
-      (batch,) = pack(tokens, np.array(mine), LAYOUT)
+      (batch,) = pack_runs(tokens, [np.array(mine)], LAYOUT)[0]
       yield on_device(batch)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from vera_jax.train import runtime
 from vera_jax.train.runtime import Background, compiler_options
 
 FAULTS = """
@@ -42,6 +43,34 @@ def _faults(**environment: str) -> int:
 def test_freed_memory_is_used_again_unless_the_user_tuned_the_allocator():
   assert _faults() < 100
   assert _faults(MALLOC_MMAP_THRESHOLD_="65536") > 1000
+
+
+@pytest.mark.parametrize(
+  "device, chosen, want",
+  [
+    (None, None, "cpu"),
+    ("accel0", None, None),
+    ("vfio/0", None, None),
+    (None, "cuda,cpu", "cuda,cpu"),
+  ],
+)
+def test_libtpu_is_left_alone_where_there_is_no_tpu(
+  device, chosen, want, tmp_path, monkeypatch
+):
+  (tmp_path / "libtpu.py").touch()
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delenv("JAX_FORCE_TPU_INIT", raising=False)
+  monkeypatch.setattr(runtime, "entry_points", lambda group: ())
+  if device:
+    (tmp_path / device).parent.mkdir(exist_ok=True)
+    (tmp_path / device).touch()
+  before = jax.config.values["jax_platforms"]
+  try:
+    jax.config.update("jax_platforms", chosen)
+    runtime.leave_libtpu_alone(tmp_path)
+    assert jax.config.values["jax_platforms"] == want
+  finally:
+    jax.config.update("jax_platforms", before)
 
 
 def test_a_program_compiled_in_the_background_is_not_compiled_again():

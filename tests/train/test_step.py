@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from jax.extend.core import jaxprs_in_params
 
 from tests.train.conftest import here, outputs, random_model
-from vera_jax.data.packing import Layout, pack
+from vera_jax.data.packing import Layout, pack_runs
 from vera_jax.data.tokens import Tokens
 from vera_jax.tasks.classification import loss
 from vera_jax.train.step import Frozen, State, Step, accumulate, no_sums, update
@@ -41,7 +41,7 @@ def random_tokens(seed, *, count=12):
 def batch_of():
   """Four examples in two rows of three slots, two of which stay empty."""
   texts, layout = random_tokens(2, count=4), Layout((2,), 20, 3)
-  (batch,) = pack(texts, np.arange(4), layout)
+  (batch,) = pack_runs(texts, [np.arange(4)], layout)[0]
   return here(batch)
 
 
@@ -115,7 +115,7 @@ def test_what_is_packed_is_what_padding_would_give():
 
   def outcome(tokens, indices, layout):
     logits, sums = np.zeros((12, 3)), no_sums(state.params)
-    for batch in pack(tokens, indices, layout):
+    for batch in pack_runs(tokens, [indices], layout)[0]:
       out, sums = add(sums, batch)
       real = batch["example"] >= 0
       logits[batch["example"][real]] = out[real]

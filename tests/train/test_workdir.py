@@ -9,6 +9,7 @@ import pytest
 from vera_jax.errors import UserError
 from vera_jax.train.workdir import (
   check_workdir,
+  digest,
   explain_full_disk,
   lock_workdir,
   write_config,
@@ -50,6 +51,28 @@ def test_what_changes_no_result_may_differ(tmp_path):
   changed = {**CONFIG, "log": {"every": 1}, "predict_test": True}
   write_config(tmp_path, changed)
   assert json.loads((tmp_path / "config.json").read_text())["predict_test"]
+
+
+def test_a_newer_methods_settings_are_no_difference(tmp_path):
+  write_config(tmp_path, CONFIG)
+  check_workdir(tmp_path, {**CONFIG, "newer": {"lr": 0.1, "targets": ("q",)}})
+  with pytest.raises(UserError, match="vera.new: 'unset' there, 1 now"):
+    check_workdir(tmp_path, {**CONFIG, "vera": {**CONFIG["vera"], "new": 1}})
+
+
+def test_what_is_left_open_is_no_difference(tmp_path):
+  """A folder says stacked or looped; "auto" takes either, the other not."""
+  auto, stacked, looped = (
+    {**CONFIG, "model": {"name": "small", "scan": scan}}
+    for scan in ("auto", True, False)
+  )
+  write_config(tmp_path, looped)
+  assert check_workdir(tmp_path, auto)["model"]["scan"] is False
+  check_workdir(tmp_path, looped)
+  with pytest.raises(UserError, match="model.scan: False there, True now"):
+    check_workdir(tmp_path, stacked)
+  # folders that were named while true was the default are found again
+  assert digest(auto) == digest(stacked) != digest(looped)
 
 
 @pytest.mark.parametrize("text", ["", '{"seed": ', "[1]", "\udcff"])

@@ -43,7 +43,7 @@ from vera_jax.adapters.sites import (
   all_sites,
   arrays_at,
   first_leaves,
-  init_shapes,
+  is_on,
   layer_path,
   make_shared,
   map_sites,
@@ -73,6 +73,12 @@ class Adapted(nn.Module):
     nn.share_scope(self, self.model)  # the base keeps its parameters' names
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    if self.is_initializing():  # `init` below has no need of this call
+      raise UserError(
+        "An adapted module can't be initialised inside another module: the"
+        " adapter's leaves are made on a whole model's weights. Adapt the outer"
+        " module instead: adapt(outer, adapter, targets=...)."
+      )
     shared = arrays_at(self.variables.get("projections", {}))
     common = self.adapter.own(arrays_at(self.variables["params"]))
     with nn.intercept_methods(partial(self._call_layer, shared, common)):
@@ -85,7 +91,8 @@ class Adapted(nn.Module):
     product = product_of(context, args, kwargs)
     if product is None:
       return next_fun(*args, **kwargs)
-    params = layer.variables["params"]
+    own = layer.variables["params"]  # parts of a fused kernel lie below it
+    params = arrays_at(own)
     columns = {
       name: span
       for name, span in parts_of(path, self.fused).items()
@@ -119,7 +126,7 @@ class Adapted(nn.Module):
       draws = any(link.forward is not None for link in adapter.methods)
       y, penalty = adapted_product(
         adapter,
-        self._leaves(adapter, arrays_at(params, place), site.path),
+        self._leaves(adapter, arrays_at(own, place), site.path),
         site,
         x,
         multiply=product.multiply,
@@ -157,38 +164,6 @@ class Adapted(nn.Module):
     )
 
   @nn.nowrap
-  def plans(self, *args: Any, **kwargs: Any) -> dict[Path, str]:
-    """How each low-rank delta multiplies for inputs of these shapes."""
-    if not self.targets:
-      return {}
-    targets, calls = trace_sites(
-      self.model, self.targets, *args, fused=self.fused, **kwargs
-    )
-    chosen: dict[Path, str] = {}
-
-    def choose_at(site: Site, leaves: Leaves) -> None:
-      for link in self.adapter.methods:
-        if link.low_rank is not None:
-          chosen[site.path] = choose(
-            calls[site.path].tokens,
-            link.low_rank(link.own(leaves), site),
-            plan=self.plan,
-            forwards=self.forwards,
-          )
-
-    def note(variables: Any) -> None:
-      params, projections = (
-        variables["params"],
-        variables.get("projections", {}),
-      )
-      sites = all_sites(self.adapter, targets, params, projections)
-      leaves = own_leaves(self.adapter, sites, params)
-      map_sites(choose_at, sites, projections, leaves)
-
-    jax.eval_shape(note, init_shapes(self, *args, **kwargs))
-    return chosen
-
-  @nn.nowrap
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
     """As `nn.Module.init`, with the adapter's leaves among the `params` and
     the collection `projections`, made on the model's own first weights."""
@@ -202,6 +177,14 @@ class Adapted(nn.Module):
       flatten_dict(params) | flatten_dict(leaves)
     )
     return variables | ({"projections": projections} if projections else {})
+
+  @nn.nowrap
+  def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    """(output, variables): as `nn.Module.init_with_output`, by `init`."""
+    variables = self.init(rngs, *args, **kwargs)
+    keys = dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}
+    output, _ = self.apply(variables, *args, rngs=keys, mutable=True, **kwargs)
+    return output, variables
 
 
 def _columns(kernel: Array, first: int, last: int) -> Array:
@@ -293,9 +276,64 @@ def adapter_size(adapter: Adapter, targets: Mapping[Path, Target]) -> int:
   return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
+def plans_at(
+  adapter: Adapter,
+  targets: Mapping[Path, Target],
+  tokens: Mapping[Path, int],
+  *,
+  plan: str = AUTO,
+  forwards: int = 1,
+) -> dict[Path, str]:
+  """How each low-rank delta multiplies, from shapes alone.
+
+  Args:
+    adapter: the method; sites where it has no low-rank delta are left out.
+    targets: the sites.
+    tokens: rows of x at each.
+    plan, forwards: as for `adapt`.
+
+  Raises:
+    UserError: the method can't be multiplied by this plan.
+  """
+  chosen: dict[Path, str] = {}
+
+  def choose_at(site: Site, leaves: Leaves) -> None:
+    for link in adapter.methods:
+      if link.low_rank is not None and is_on(link, site.path):
+        chosen[site.path] = choose(
+          tokens[site.path],
+          link.low_rank(link.own(leaves), site),
+          plan=plan,
+          forwards=forwards,
+        )
+
+  def note(params: Any) -> None:
+    projections = make_shared(adapter, targets, params)
+    key = jax.random.key(0)
+    own = first_leaves(adapter, targets, params, projections, key)
+    whole = unflatten_dict(flatten_dict(params) | flatten_dict(own))
+    sites = all_sites(adapter, targets, whole, projections)
+    leaves = own_leaves(adapter, sites, whole)
+    map_sites(choose_at, sites, projections, leaves)
+
+  jax.eval_shape(note, _layer_shapes(targets))
+  return chosen
+
+
 def _leaf_shapes(adapter: Adapter, targets: Mapping[Path, Target]) -> Any:
   """The tree of all leaves, as shapes, on layers of the targets' widths."""
-  kernels: dict[Path, Any] = {}
+
+  def start(params: Any) -> Any:
+    projections = make_shared(adapter, targets, params)
+    key = jax.random.key(0)
+    return first_leaves(adapter, targets, params, projections, key)
+
+  return jax.eval_shape(start, _layer_shapes(targets))
+
+
+def _layer_shapes(targets: Mapping[Path, Target]) -> dict[str, Any]:
+  """The shapes of kernels and biases that have these sites."""
+  shapes: dict[Path, Any] = {}
   for path, target in targets.items():
     outputs = target.columns[1] if target.columns else target.outputs
     for name, shape in (
@@ -303,12 +341,6 @@ def _leaf_shapes(adapter: Adapter, targets: Mapping[Path, Target]) -> Any:
       ("bias", (*target.stack, outputs)),
     ):
       place = (*layer_path(path, target), name)
-      if place not in kernels or kernels[place].shape[-1] < outputs:
-        kernels[place] = jax.ShapeDtypeStruct(shape, jnp.float32)
-
-  def start(params: Any) -> Any:
-    projections = make_shared(adapter, targets, params)
-    key = jax.random.key(0)
-    return first_leaves(adapter, targets, params, projections, key)
-
-  return jax.eval_shape(start, unflatten_dict(kernels))
+      if place not in shapes or shapes[place].shape[-1] < outputs:
+        shapes[place] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return unflatten_dict(shapes)

@@ -1,29 +1,50 @@
-"""Several methods on the same sites: `chain(lora(), magnitude())` is DoRA."""
+"""Several methods on the same network: `chain(lora(), magnitude())` is DoRA."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from jax import Array
 
+from vera_jax.adapters.base_leaves import ALL
 from vera_jax.adapters.interface import Adapter, Leaves, Path, Site
 from vera_jax.adapters.products import adapted_site
+from vera_jax.adapters.sites import is_on
 from vera_jax.errors import UserError
 
 
-def chain(*links: Adapter) -> Adapter:
+def chain(*given: Adapter) -> Adapter:
   """The methods one after another: each adapts what those before it left.
 
+  A method that is `on` certain sites leaves the chain's others alone.
+
   Raises:
-    UserError: the same method twice, two methods with shared matrices, or a
-      method that is known by its weights alone behind one that draws random
-      numbers, which it would undo.
+    UserError: the same method twice, two methods with shared matrices, a method
+      that has no part in a chain because it adapts nothing or leaves nothing to
+      adapt, or one that is known by its weights alone behind one that draws
+      random numbers, which it would undo.
   """
+  links = tuple(
+    link._replace(on=link.on or whole.on)
+    for whole in given
+    for link in whole.methods
+  )
   names = [link.name for link in links]
   if len(set(names)) < len(names) or len(links) < 2:
     raise UserError(
       f"A chain takes different methods, not {' + '.join(names)}."
     )
+  for link in links:
+    if link.trains == ALL:
+      raise UserError(
+        f"{link.name} trains every weight, which leaves nothing for a chain to"
+        " add; use it alone."
+      )
+    if link.weights is None and link.trains is None:
+      raise UserError(
+        f"{link.name} adds nothing to a chain; leave it out. A head is trained"
+        " with every method."
+      )
   if sum(link.shared is not None for link in links) > 1:
     raise UserError(
       f"Of {' + '.join(names)} more than one brings shared matrices."
@@ -37,9 +58,13 @@ def chain(*links: Adapter) -> Adapter:
         " random numbers; name it first."
       )
 
+  def at(site: Site) -> Iterator[tuple[int, Adapter]]:
+    """The links that are on the site, each with its number."""
+    return (x for x in enumerate(links) if is_on(x[1], site.path))
+
   def start(key: Array, site: Site) -> dict[str, Array]:
     leaves: dict[str, Array] = {}
-    for number, link in enumerate(links):
+    for number, link in at(site):
       if link.init is not None:
         own = link.init(jax.random.fold_in(key, number), site)
         leaves |= own
@@ -47,20 +72,31 @@ def chain(*links: Adapter) -> Adapter:
     return leaves
 
   def weights(leaves: Leaves, site: Site) -> tuple[Array, Array | None]:
-    for link in links:
+    for _, link in at(site):
       site = adapted_site(link, link.own(leaves), site)
     return site.kernel(), site.bias
+
+  def of_link(link: Adapter, sites: Mapping[Path, Site]) -> Mapping[Path, Site]:
+    return {path: site for path, site in sites.items() if is_on(link, path)}
+
+  def shared(sites: Mapping[Path, Site]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for link in links:
+      if link.shared is not None:
+        found |= link.shared(of_link(link, sites))
+    return found
 
   def common(key: Array, sites: Mapping[Path, Site]) -> dict[str, Array]:
     found: dict[str, Any] = {}
     for number, link in enumerate(links):
       if link.common is not None:
-        found |= link.common(jax.random.fold_in(key, number), sites)
+        own = jax.random.fold_in(key, number)
+        found |= link.common(own, of_link(link, sites))
     return found
 
   def prepare(leaves: Leaves, site: Site) -> Leaves:
     prepared: dict[str, Array] = {}
-    for link in links:
+    for _, link in at(site):
       assert link.prepare is not None
       own = link.own(leaves)
       prepared |= link.prepare(own, site)
@@ -72,7 +108,7 @@ def chain(*links: Adapter) -> Adapter:
     name="+".join(names),
     init=start,
     weights=weights,
-    shared=next((x.shared for x in links if x.shared is not None), None),
+    shared=shared if any(link.shared for link in links) else None,
     common=common,
     trains="|".join(trained) or None,
     prepare=prepare if all(link.prepare for link in links) else None,

@@ -1,5 +1,7 @@
 """A trained adapter as two small files: `adapter.json`, `adapter.safetensors`.
 
+Beside them lies README.md, a model card for people and the hub (`card.py`).
+
 The tensors are the trained leaves (d, b, head) under the names that Hugging
 Face gives their layers: `encoder.layer.3.attention.self.query.vera_d`. The file
 has those of consecutive layers as one, whether the model's stack was scanned or
@@ -18,8 +20,11 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from vera_jax.adapters.card import CARD, model_card
+from vera_jax.adapters.methods import LARGEST
 from vera_jax.errors import UserError
-from vera_jax.files import read_json, write_json
+from vera_jax.files import read_json, write_json, write_text
+from vera_jax.hub import snapshot
 from vera_jax.models.hf_weights import module_name
 
 ABOUT, TENSORS = "adapter.json", "adapter.safetensors"
@@ -39,7 +44,11 @@ NEEDED: dict[str, tuple[type, ...]] = {
   "projection_prng": (str,),
   "projection_digest": (str, type(None)),
 }
+SHORTEST = 3  # tokens of a text: the least word, and one before and behind it
 Tensors = dict[str, np.ndarray]
+HUB_ID = re.compile(
+  r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?"
+)
 # Names of one layer's tensor and of several layers' (from 0 to 23).
 ONE = re.compile(r"(.*?\.)(\d+)(\..+)")
 SEVERAL = re.compile(r"(.*?\.)(\d+)-(\d+)(\..+)")
@@ -130,7 +139,7 @@ def unstack_layers(stacked: Mapping[str, np.ndarray]) -> Tensors:
 def save_adapter(
   folder: str | Path, trained: Mapping[str, Any], *, about: Mapping[str, Any]
 ) -> None:
-  """Write both files.
+  """Write both files, and the card.
 
   Args:
     folder: made when missing.
@@ -149,19 +158,48 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TENSORS).write_bytes(data)
     write_json(folder / ABOUT, {**about, "format": FORMAT, SHA256: checksum})
+    write_text(folder / CARD, model_card(about))
   except OSError as error:
     raise UserError(f"{folder} can't be written: {error.strerror}.") from error
 
 
-def load_adapter(folder: str | Path) -> SavedAdapter:
-  """Read an adapter's folder; `classifier.restore_adapter` puts it on a base.
+def check_length(length: Any) -> None:
+  """Raises a UserError for a max_length that no text fits.
+
+  None, in an adapter that PEFT wrote, is for as long as the model has room.
+  """
+  whole = isinstance(length, int) and not isinstance(length, bool)
+  if length is not None and not (whole and length >= SHORTEST):
+    raise UserError(
+      f"max_length is {length!r}; it must be a number of tokens, {SHORTEST} or"
+      " more."
+    )
+
+
+def load_adapter(name: str | Path) -> SavedAdapter:
+  """Read an adapter; `classifier.restore_adapter` puts it on a base.
+
+  Args:
+    name: its folder, or its id on the hub: owner/name, or owner/name@revision
+      for a branch, tag or commit.
 
   Raises:
     UserError: a file that is missing, damaged or not of this adapter.
   """
-  folder = Path(folder).expanduser()
+  folder = Path(name).expanduser()
   if not folder.is_dir():
-    raise UserError(f"There is no adapter folder {folder}.")
+    hub_id = HUB_ID.fullmatch(str(name))
+    if not hub_id:
+      raise UserError(f"There is no adapter folder {folder}.")
+    nor = f"There is no adapter folder {name} either; a hub id is"
+    folder = snapshot(
+      hub_id["name"],
+      files=(ABOUT, TENSORS, CARD),
+      absent=f"The hub has no {name} (or not for you). {nor} owner/name or"
+      " owner/name@revision.",
+      advice=f"{nor} owner/name or owner/name@revision.",
+      revision=hub_id["revision"],
+    )
   about = read_json(folder / ABOUT, hint=BOTH)
   number = about.get("format", 1)
   if number not in range(1, FORMAT + 1):
@@ -176,6 +214,10 @@ def load_adapter(folder: str | Path) -> SavedAdapter:
   ]
   if lacking:
     raise UserError(f"{folder / ABOUT} has no usable {', '.join(lacking)}.")
+  try:
+    check_length(about.get("max_length"))
+  except UserError as error:
+    raise UserError(f"{folder / ABOUT}: {error}") from error
 
   file = folder / TENSORS
   try:
@@ -202,11 +244,11 @@ def load_adapter(folder: str | Path) -> SavedAdapter:
     name
     for name, value in found.items()
     if not np.issubdtype(value.dtype, np.floating)
-    or not np.isfinite(value).all()
+    or not (abs(value) <= LARGEST).all()  # which NaN is not
   ]
   if wrong:
     raise UserError(
       f"{file}: {', '.join(wrong[:3])} holds values that are not finite"
-      " numbers."
+      f" numbers, or are beyond {LARGEST:.0e}, where products overflow."
     )
   return SavedAdapter(about, found, folder)

@@ -116,6 +116,8 @@ class Adapter(NamedTuple):
       so that a row's product needs no kernel of its own. Without it a bank
       refuses the method.
     links: the methods of a chain, in order; () for a single method.
+    on: patterns of the sites that a link of a chain is on; () for all sites of
+      the chain.
   """
 
   name: str
@@ -128,6 +130,7 @@ class Adapter(NamedTuple):
   forward: Callable[..., tuple[Array, Array | None]] | None = None
   prepare: Callable[[Leaves, Site], Leaves] | None = None
   links: tuple["Adapter", ...] = ()
+  on: tuple[str, ...] = ()
 
   @property
   def methods(self) -> tuple["Adapter", ...]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.interface import Adapter, Path
@@ -76,6 +77,6 @@ def count(params: Mapping[str, Any], labels: Mapping[str, Any]) -> Counts:
   """How many numbers are trained in adapter and head, and how many are not."""
   sizes = dict.fromkeys((ADAPTER, HEAD, FROZEN), 0)
   names = flatten_dict(dict(labels))
-  for path, leaf in flatten_dict(dict(params)).items():
+  for path, leaf in flatten_dict(meta.unbox(dict(params))).items():
     sizes[names[path]] += math.prod(leaf.shape)
   return Counts(**sizes)

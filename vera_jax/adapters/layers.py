@@ -25,7 +25,6 @@ class Product(NamedTuple):
     x: (..., i), the contracted axes moved behind and made one.
     outputs: o.
     features: the axes that the layer's output has in place of o.
-    kernel_rank: axes of the layer's own kernel, without a stack's.
     multiply: (x, kernel (i, o)) -> (..., o), with the layer's own precision
       and dot_general.
     plain: whether `multiply` is `x @ kernel`.
@@ -34,7 +33,6 @@ class Product(NamedTuple):
   x: Float[Array, "*t i"]
   outputs: int
   features: tuple[int, ...]
-  kernel_rank: int
   multiply: Callable[[Array, Array], Array]
   plain: bool
 
@@ -61,8 +59,7 @@ def _dense(layer: Any, x: Array) -> Product | None:
 
   own = layer.precision, layer.dot_general, layer.dot_general_cls
   plain = own == (None, None, None)
-  rank = len(axes) + len(features)
-  return Product(x, math.prod(features), features, rank, multiply, plain)
+  return Product(x, math.prod(features), features, multiply, plain)
 
 
 KINDS: dict[type[nn.Module], Callable[[Any, Array], Product | None]] = {

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.interface import Adapter, Path, Target
@@ -25,7 +26,8 @@ def merge(
 ) -> dict[str, Any]:
   """The base's parameter tree with the adapted weights in place of its own.
 
-  A new tree: `params` stays as it is, bit for bit. To unmerge is to use it
+  A new tree, without boxes of `nn.with_partitioning`: `params` stays as it is,
+  bit for bit. To unmerge is to use it
   again, for subtracting the delta would not give back the bits of W0. A
   quantised kernel becomes one of its scale's type.
 
@@ -37,7 +39,7 @@ def merge(
   """
   merged = {
     path: leaf
-    for path, leaf in flatten_dict(dict(params)).items()
+    for path, leaf in flatten_dict(meta.unbox(dict(params))).items()
     if not adapter.owns(path[-1])
   }
   weights = adapter.weights

@@ -14,6 +14,11 @@ NAME = re.compile(
   r"\.(?P<leaf>vera_[db]|lora_[AB])"
 )
 SHORT = {
+  **{
+    f"{place}.{part}": part
+    for place in ("attention", "attn.Wqkv")
+    for part in ("query", "key", "value")
+  },
   "attention.self.query": "query",
   "attention.self.key": "key",
   "attention.self.value": "value",

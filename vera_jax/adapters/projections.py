@@ -77,8 +77,6 @@ def _peft_pair(seed: int, rank: int, inputs: int, outputs: int) -> Pair:
   outputs a float takes the low 24 bits. The bound is rounded to float32, the
   scaling is done in float64.
   """
-  if not 0 <= seed < 2**32:
-    raise UserError(f"PEFT's projection key must fit 32 bits; got {seed}.")
   stream = np.random.RandomState(seed)
 
   def draw(shape: tuple[int, int]) -> Array:
@@ -89,6 +87,18 @@ def _peft_pair(seed: int, rank: int, inputs: int, outputs: int) -> Pair:
     return jnp.asarray((uniform * (2 * beta) - beta).astype(np.float32))
 
   return {"A": draw((rank, inputs)), "B": draw((outputs, rank))}
+
+
+def check_seed(seed: int) -> int:
+  """The seed of a pair, if the generator takes all of it.
+
+  Raises:
+    UserError: it would cut off what is beyond 32 bits, so that two seeds gave
+      one pair.
+  """
+  if not 0 <= seed < 2**32:
+    raise UserError(f"projection_seed must fit 32 bits; got {seed}.")
+  return seed
 
 
 def make_pair(
@@ -103,11 +113,19 @@ def make_pair(
   """A (rank, inputs) and B (outputs, rank) in float32.
 
   `folds` tell apart the layers that have a pair of their own.
+
+  Raises:
+    UserError: an unknown `init`, or a seed beyond 32 bits.
   """
   if init not in INITIALISERS:
     raise UserError(f"init is {init!r}; choose from {', '.join(INITIALISERS)}.")
+  check_seed(seed)
   if init == "peft":
     return _peft_pair(seed, rank, inputs, outputs)
+  if not -(2**31) <= seed < 2**32:
+    raise UserError(
+      f"projection_seed is {seed}; it must fit 32 bits: at most {2**32 - 1}."
+    )
   key = jax.random.key(seed, impl=PRNG)
   for fold in folds:
     key = jax.random.fold_in(key, fold)
@@ -129,7 +147,8 @@ def _unique_pair(
   name = "/".join(path)
   numbers = [int(n) for n in re.findall(r"_(\d+)(?=/|$)", name)]
   role = zlib.crc32(re.sub(r"_\d+(?=/|$)", "", name).encode())
-  folds = (role, *(numbers or [index]))
+  # a stack may have a number of its own, as linen's default name ScanBlock_0
+  folds = (role, *numbers, *([index] if site.stack or not numbers else []))
   size = site.inputs, site.outputs
   return make_pair(rank, *size, seed=seed, init=init, folds=folds)
 

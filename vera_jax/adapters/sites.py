@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
+from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import PRNGKeyArray
@@ -27,6 +29,7 @@ from vera_jax.adapters.interface import (
 )
 from vera_jax.adapters.layers import flat_bias, flat_kernel, product_of
 from vera_jax.errors import UserError
+from vera_jax.patterns import find
 
 # Parts of fused kernels: layer pattern -> part's name -> (first, last) column.
 Fused = Mapping[str, Mapping[str, tuple[int, int]]]
@@ -35,7 +38,7 @@ Tree = Mapping[str, Any]
 
 def matches(pattern: str, path: Path) -> bool:
   """Whether the regular expression matches the path's last names in full."""
-  return bool(re.search(f"(?:^|/)(?:{pattern})$", "/".join(path)))
+  return bool(find(pattern, "/".join(path), form=r"(?:.*/)??(?:{})\Z"))
 
 
 def parts_of(path: Path, fused: Fused) -> Mapping[str, tuple[int, int]]:
@@ -44,13 +47,37 @@ def parts_of(path: Path, fused: Fused) -> Mapping[str, tuple[int, int]]:
   return next(found, {})
 
 
+def is_on(link: Adapter, path: Path) -> bool:
+  """Whether a chain's link adapts this site of the chain."""
+  return not link.on or any(matches(pattern, path) for pattern in link.on)
+
+
 class Call(NamedTuple):
-  """A layer's call while it was traced: rows of x, widths, kernel's rank."""
+  """A layer's call while it was traced: rows of x, widths, its own kernel."""
 
   tokens: int
   inputs: int
   outputs: int
-  rank: int
+  kernel: tuple[int, ...]
+
+
+class _Noted(struct.PyTreeNode, meta.AxisMetadata):
+  """A kernel's shape that notes where `nn.scan` or `nn.vmap` stacks it."""
+
+  value: Any
+  axes: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+  def unbox(self) -> Any:
+    return self.value
+
+  def replace_boxed(self, value: Any) -> "_Noted":
+    return self.replace(value=value)
+
+  def add_axis(self, index: int, params: Any) -> "_Noted":
+    return self.replace(axes=(index, *self.axes))
+
+  def remove_axis(self, index: int, params: Any) -> "_Noted":
+    return self.replace(axes=self.axes[1:])
 
 
 def trace_sites(
@@ -59,30 +86,42 @@ def trace_sites(
   *args: Any,
   fused: Fused = EMPTY,
   **kwargs: Any,
-) -> tuple[dict[Path, Target], dict[Path, Call]]:
-  """The sites that the patterns match, and the calls of their layers, by path.
+) -> tuple[dict[Path, Target], dict[Path, Call], Any]:
+  """One trace of a model: sites, the calls of their layers, all shapes.
+
+  Returns:
+    The sites that the patterns match and the calls of their layers, both by
+    path, and the shapes of the model's variables.
 
   Raises:
-    UserError: a pattern matches no site; the message lists those there are.
+    UserError: a pattern matches no site; the message lists those there are. Or
+      the layers of a matching one are not stacked in front.
   """
   calls: dict[Path, Call] = {}
 
   def note(next_fun, args, kwargs, context):
     product = product_of(context, args, kwargs)
+    result = next_fun(*args, **kwargs)
     if product is not None:
-      inputs = product.x.shape[-1]
-      calls[context.module.path] = Call(
-        product.x.size // inputs, inputs, product.outputs, product.kernel_rank
+      layer, inputs = context.module, product.x.shape[-1]
+      kernel = meta.unbox(layer.get_variable("params", "kernel"))
+      layer.put_variable("params", "kernel", _Noted(kernel))
+      calls[layer.path] = Call(
+        product.x.size // inputs, inputs, product.outputs, kernel.shape
       )
-    return next_fun(*args, **kwargs)
+    return result
 
   with nn.intercept_methods(note):
-    shapes = flatten_dict(init_shapes(model, *args, **kwargs)["params"])
+    variables = init_shapes(model, *args, **kwargs)
+  shapes = flatten_dict(variables["params"])
   found: dict[Path, Target] = {}
   layers: dict[Path, Call] = {}
+  astray: dict[Path, tuple[int, ...]] = {}  # by how their kernels are stacked
   for path, call in calls.items():
-    rank = len(shapes[(*path, "kernel")].shape) - call.rank
-    stack = tuple(shapes[(*path, "kernel")].shape[:rank])
+    noted = shapes[(*path, "kernel")]
+    stack = noted.value.shape[: len(noted.axes)]
+    if any(noted.axes) or noted.value.shape != (*stack, *call.kernel):
+      astray[path] = noted.axes
     found[path] = Target(call.inputs, call.outputs, stack)
     layers[path] = call
     for name, (first, last) in parts_of(path, fused).items():
@@ -97,13 +136,25 @@ def trace_sites(
         f" that can be adapted are:\n  {there}"
       )
   chosen = [p for p in found if any(matches(x, p) for x in patterns)]
+  for path in chosen:
+    layer = layer_path(path, found[path])
+    if layer in astray:
+      raise UserError(
+        f"The kernels of {'/'.join(layer)} are stacked on axes {astray[layer]},"
+        " or changed by a transformation. An adapter needs a stack's axis in"
+        " front: nn.scan(..., variable_axes={'params': 0, 'projections': 0})."
+      )
   both = [p for p in chosen if found[p].columns and p[:-1] in chosen]
   if both:
     raise UserError(
       f"The targets name both {'/'.join(both[0][:-1])} and its part"
       f" {both[0][-1]!r}; name one of them."
     )
-  return {p: found[p] for p in chosen}, {p: layers[p] for p in chosen}
+  return (
+    {p: found[p] for p in chosen},
+    {p: layers[p] for p in chosen},
+    meta.unbox(variables),
+  )
 
 
 def init_shapes(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +179,11 @@ def arrays_at(tree: Tree, path: Path = ()) -> Leaves:
   """The arrays that lie at a path of a tree, without the subtrees there."""
   for name in path:
     tree = tree.get(name, {})
-  return {k: v for k, v in tree.items() if not isinstance(v, Mapping)}
+  return {
+    name: meta.unbox(leaf)  # of `nn.with_partitioning`, if it has a box
+    for name, leaf in tree.items()
+    if not isinstance(leaf, Mapping)
+  }
 
 
 def all_sites(

@@ -159,17 +159,21 @@ def microbatch_rows(needed: int, layout: Layout) -> tuple[int, ...]:
   return (main,) + (smallest,) * further
 
 
-def pack(
+def pack_runs(
   tokens: Tokens,
-  indices: Int[np.ndarray, " examples"],
+  batches: Sequence[Int[np.ndarray, " _"]],
   layout: Layout,
   *,
   shard: ProcessShard = WHOLE,
-) -> tuple[Batch, ...]:
-  """Packs the examples of a step: one microbatch, or more for a long batch.
+) -> list[tuple[Batch, ...]]:
+  """Packs a step's examples: one microbatch, or more for a long batch.
+
+  Several runs' batches are packed each by itself, in the shapes that the
+  largest needs. A run that needs fewer rows than another has empty rows at the
+  end, and one that needs fewer microbatches has empty ones.
 
   Returns:
-    for each microbatch, with a row count of the layout,
+    for each run and microbatch, with a row count of the layout,
     int32 [rows, length] `input_ids`, `token_type_ids`, `positions` (from 0 in
     each text) and `segment_ids` (from 1 in each row, 0 for padding);
     [rows, slots * choices] `cls_positions` (the column of a text's first token;
@@ -179,22 +183,6 @@ def pack(
     float32 `weights` (1 for an example, 0 in an empty slot). For texts given as
     words, labels and weights are [rows, length], of the tokens that words begin
     with.
-  """
-  return pack_runs(tokens, [indices], layout, shard=shard)[0]
-
-
-def pack_runs(
-  tokens: Tokens,
-  batches: Sequence[Int[np.ndarray, " _"]],
-  layout: Layout,
-  *,
-  shard: ProcessShard = WHOLE,
-) -> list[tuple[Batch, ...]]:
-  """`pack` for a batch of each run, all in the shapes that the largest needs.
-
-  Each example lies in the microbatch, row and column where `pack` puts it. A
-  run that needs fewer rows than another has empty rows at the end, and one
-  that needs fewer microbatches has empty ones.
   """
   places = [first_fit(tokens.lengths[indices], layout) for indices in batches]
   counts = [microbatch_rows(place.rows, layout) for place in places]

@@ -162,6 +162,8 @@ def _from_json(text: str, known: Sequence[Texts]) -> Texts:
     fields = json.loads(text)
   except ValueError as error:
     raise ValueError(f"it is no JSON ({error})") from error
+  except RecursionError as error:  # a thousand brackets
+    raise ValueError("its JSON is nested too deeply") from error
   if not isinstance(fields, dict):
     raise ValueError("it is no JSON object")
   for names in known:

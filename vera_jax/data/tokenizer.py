@@ -40,7 +40,7 @@ def load_tokenizer(folder: str | Path) -> Any:
   name = "AutoTokenizer" if any(map(has, configs)) else by_vocabulary
   try:
     tokenizer = getattr(transformers, name).from_pretrained(
-      str(folder), local_files_only=True
+      str(folder), local_files_only=True, trust_remote_code=False
     )
   except Exception as error:  # `tokenizers` raises Exception itself
     reason = f"{folder}: the tokenizer can't be read: {error}"

@@ -23,6 +23,7 @@ from jaxtyping import Int32, Int64
 
 from vera_jax.data.examples import Examples
 from vera_jax.data.tokenizer import load_tokenizer
+from vera_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,9 @@ class FolderTokenizer:
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     return self.loaded(*args, **kwargs)
+
+  def num_special_tokens_to_add(self, *, pair: bool) -> int:
+    return self.loaded.num_special_tokens_to_add(pair=pair)
 
   @cached_property
   def info(self) -> TokenizerInfo:
@@ -203,6 +207,14 @@ def _encode(
   types: list[list[int]] = []
   words: list[int] = []
   truncated = 0
+  # below the special tokens, the tokenizer would cut nothing at all
+  special = tokenizer.num_special_tokens_to_add(pair=bool(examples.second))
+  least = special + (2 if examples.second else 1)
+  if len(examples) and max_length < least:
+    raise UserError(
+      f"max_length is {max_length}, but {special} tokens of each example are"
+      f" special ones: at least {least} are needed."
+    )
   are_words = _are_words(examples)
   for start in range(0, len(examples.first), _CHUNK):
     chunk = slice(start, start + _CHUNK)

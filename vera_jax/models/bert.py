@@ -1,5 +1,7 @@
 """BERT and RoBERTa encoders, each with its own classification head.
 
+XLM-R and CamemBERT are RoBERTa with another vocabulary.
+
 Module and parameter names are Hugging Face's, so that a path in the tree
 reads like a name in a checkpoint. Several examples may share one row: segment
 ids number them from 1 (0 is padding) and attention stays inside a segment.
@@ -10,55 +12,42 @@ outside follows the layers.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, get_type_hints
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from vera_jax.errors import UserError
+from vera_jax.models.attention import (
+  ACTIVATIONS,
+  REMAT_POLICIES,
+  Ids,
+  Mask,
+  Places,
+  attend,
+  check_remat,
+  fill_inputs,
+  input_shapes,
+  same_segment,
+)
 from vera_jax.models.dropout import dropout
-from vera_jax.models.family import Family, Names
+from vera_jax.models.family import Family, Names, one_of, take_fields
 
 # The shapes that the model's pieces pass on: `slots` are the examples of a row.
-Ids = Int[Array, "rows length"]
 Hidden = Float[Array, "rows length hidden"]
 Inner = Float[Array, "rows length inner"]
 Read = Float[Array, "rows reads hidden"]
 Logits = Float[Array, "rows reads labels"]
-Mask = Bool[Array, "rows 1 reads length"]
-Places = Int[Array, "rows slots"]
 
-# The arrays of a packed batch that `BertClassifier` takes.
-INPUTS = (
-  "input_ids",
-  "token_type_ids",
-  "positions",
-  "segment_ids",
-  "cls_positions",
-)
-
-
-def input_shapes(rows: int, length: int, slots: int) -> dict[str, Any]:
-  """`INPUTS` of a packed batch, as shapes."""
-  tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-  places = jax.ShapeDtypeStruct((rows, slots), jnp.int32)
-  return {n: places if n == "cls_positions" else tokens for n in INPUTS}
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-  "gelu": partial(nn.gelu, approximate=False),
-  "gelu_new": partial(nn.gelu, approximate=True),
-  "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
-  "relu": nn.relu,
-}
-REMAT_POLICIES = {
-  "full": None,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+# config.json's model_type -> the name in transformers' classes, and the words
+# that a file has before the encoder's names.
+KINDS = {
+  "bert": ("Bert", "bert"),
+  "roberta": ("Roberta", "roberta"),
+  "xlm-roberta": ("XLMRoberta", "roberta"),
+  "camembert": ("Camembert", "roberta"),
 }
 
 
@@ -85,44 +74,23 @@ class BertConfig:
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> "BertConfig":
     """Picks the model's fields; what it can't honour is a UserError."""
-    kind = _one_of(fields, "model_type", ("bert", "roberta"))
-    _one_of(fields, "position_embedding_type", ("absolute", None))
-    _one_of(fields, "is_decoder", (False, None))
-    _one_of({"hidden_act": "gelu", **fields}, "hidden_act", ACTIVATIONS)
-    known = {"pad_token_id": 1 if kind == "roberta" else 0, **fields}
-    hints = get_type_hints(cls)
-    taken = {name: known[name] for name in hints if name in known}
-    wrong = [
-      field.name
-      for field in dataclasses.fields(cls)
-      if not isinstance(
-        taken.get(field.name, field.default), hints[field.name] | int
-      )
-    ]
-    if wrong:
-      raise UserError(f"config.json has no usable {', '.join(wrong)}.")
-    config = cls(**taken)
-    if config.hidden_size % config.num_attention_heads:
-      raise UserError(
-        f"config.json: hidden_size {config.hidden_size} does not divide into "
-        f"num_attention_heads {config.num_attention_heads}."
-      )
-    return config
+    kind = one_of(fields, "model_type", KINDS)
+    one_of(fields, "position_embedding_type", ("absolute", None))
+    one_of(fields, "is_decoder", (False, None))
+    pad = 0 if kind == "bert" else 1
+    return cls.checked({"pad_token_id": pad, **fields})
+
+  @classmethod
+  def checked(cls, fields: Mapping[str, Any]) -> "BertConfig":
+    """Of fields that all have BERT's names."""
+    one_of({"hidden_act": "gelu", **fields}, "hidden_act", ACTIVATIONS)
+    return take_fields(cls, fields)
 
   @property
   def first_position(self) -> int:
     """The row of the position table that an example's first token uses."""
-    return self.pad_token_id + 1 if self.model_type == "roberta" else 0
-
-
-def _one_of(fields: Mapping[str, Any], name: str, allowed: Any) -> Any:
-  value = fields.get(name)
-  if value not in tuple(allowed):
-    words = ", ".join(repr(word) for word in allowed if word is not None)
-    raise UserError(
-      f"config.json: {name} is {value!r}; this model supports {words}."
-    )
-  return value
+    _, base = KINDS.get(self.model_type, ("", ""))
+    return self.pad_token_id + 1 if base == "roberta" else 0
 
 
 class Part(nn.Module):
@@ -162,13 +130,13 @@ class Part(nn.Module):
     )
 
   @nn.nowrap
-  def norm(self, hidden: Array) -> Array:
+  def norm(self, hidden: Array, name: str = "LayerNorm") -> Array:
     return nn.LayerNorm(
       epsilon=self.config.layer_norm_eps,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
       use_fast_variance=False,
-      name="LayerNorm",
+      name=name,
     )(hidden)
 
   @nn.nowrap
@@ -201,12 +169,10 @@ class SelfAttention(Part):
       self.dense(hidden.shape[-1], name)(x).reshape(*x.shape[:-1], heads, -1)
       for name, x in (("query", read), ("key", hidden), ("value", hidden))
     )
-    weights = nn.dot_product_attention_weights(
-      query, key, mask=mask, dtype=self.dtype, force_fp32_for_softmax=True
+    rate = self.config.attention_probs_dropout_prob
+    return attend(
+      query, key, value, mask, dropout=lambda x: self.dropout(x, rate)
     )
-    weights = self.dropout(weights, self.config.attention_probs_dropout_prob)
-    context = jnp.einsum("...hqk,...khd->...qhd", weights, value)
-    return context.reshape(read.shape)
 
 
 class Output(Part):
@@ -243,7 +209,7 @@ class Layer(Part):
 
 
 def _all_positions(
-  layer: Layer, hidden: Hidden, mask: Mask
+  layer: nn.Module, hidden: Hidden, mask: Mask
 ) -> tuple[Hidden, None]:
   """A layer at every position, in the (carry, output) form of scan."""
   return layer(hidden, hidden, mask), None
@@ -258,14 +224,15 @@ class Encoder(Part):
 
   scan: bool
   remat: str
+  kind: Any = Layer
 
   @nn.compact
   def __call__(
     self, hidden: Hidden, segment_ids: Ids, cls_positions: Places | None
   ) -> Read:
     inner = self.config.num_hidden_layers - 1
-    mask = _same_segment(segment_ids, segment_ids)
-    layer: Any = Layer
+    mask = same_segment(segment_ids, segment_ids)
+    layer: Any = self.kind
     if self.remat != "none":
       policy = REMAT_POLICIES[self.remat]
       layer = nn.remat(layer, policy=policy, prevent_cse=not self.scan)
@@ -286,14 +253,8 @@ class Encoder(Part):
     if cls_positions is not None:
       read = jnp.take_along_axis(hidden, cls_positions[..., None], axis=1)
       own = jnp.take_along_axis(segment_ids, cls_positions, axis=1)
-      mask = _same_segment(own, segment_ids)
+      mask = same_segment(own, segment_ids)
     return layer(*self.settings, name=f"layer_{inner}")(read, hidden, mask)
-
-
-def _same_segment(
-  queries: Int[Array, "rows queries"], keys: Int[Array, "rows keys"]
-) -> Bool[Array, "rows 1 queries keys"]:
-  return queries[:, None, :, None] == keys[:, None, None, :]
 
 
 class Pooler(Part):
@@ -334,9 +295,7 @@ class BertClassifier(nn.Module):
   head: str = "classification"
 
   def __post_init__(self) -> None:
-    if self.remat not in ("none", *REMAT_POLICIES):
-      known = ", ".join(("none", *REMAT_POLICIES))
-      raise UserError(f"remat is {self.remat!r}; it is one of {known}.")
+    check_remat(self.remat)
     super().__post_init__()
 
   @nn.compact
@@ -361,13 +320,13 @@ class BertClassifier(nn.Module):
     """
     if token_type_ids is None:
       token_type_ids = jnp.zeros_like(input_ids)
-    if positions is None:
-      places = jnp.arange(input_ids.shape[1], dtype=input_ids.dtype)
-      positions = jnp.broadcast_to(places, input_ids.shape)
-    if segment_ids is None:
-      segment_ids = (input_ids != self.config.pad_token_id).astype(jnp.int32)
-    if cls_positions is None:
-      cls_positions = jnp.zeros_like(input_ids[:, :1])
+    positions, segment_ids, cls_positions = fill_inputs(
+      input_ids,
+      positions,
+      segment_ids,
+      cls_positions,
+      pad=self.config.pad_token_id,
+    )
     settings = (self.config, self.dtype, self.param_dtype, deterministic)
     hidden = Embeddings(*settings, name="embeddings")(
       input_ids, token_type_ids, positions
@@ -417,13 +376,13 @@ def _family(kind: str) -> Family:
   def module(config: BertConfig, head: str, outputs: int, **options: Any):
     return BertClassifier(config, outputs, head=head, **options)
 
-  name = {"bert": "Bert", "roberta": "Roberta"}[kind]
+  name, base = KINDS[kind]
   return Family(
     config=BertConfig.from_dict,
     module=module,
     inputs=input_shapes,
     names=Names(
-      prefixes=("bert.", "roberta."),
+      prefixes=(f"{base}.", "bert.", "roberta."),
       renamed=(
         ("LayerNorm.gamma", "LayerNorm.weight"),
         ("LayerNorm.beta", "LayerNorm.bias"),
@@ -446,4 +405,4 @@ def _family(kind: str) -> Family:
   )
 
 
-FAMILY = {kind: _family(kind) for kind in ("bert", "roberta")}
+FAMILY = {kind: _family(kind) for kind in KINDS}

@@ -15,7 +15,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from vera_jax.adapters.files import STORED, SavedAdapter, named_slices
+from vera_jax.adapters.files import (
+  STORED,
+  SavedAdapter,
+  check_length,
+  named_slices,
+)
 from vera_jax.adapters.interface import Adapter, Target
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import FROZEN
@@ -25,7 +30,12 @@ from vera_jax.adapters.projections import PRNG, digest
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.hub import resolve
-from vera_jax.models.family import Family, family_of, read_fields
+from vera_jax.models.family import (
+  Family,
+  family_of,
+  label_names,
+  read_fields,
+)
 from vera_jax.models.hf_weights import fingerprint, load_params, refuse_gaps
 from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, TAGS, kind_of
 from vera_jax.models.pretrained import Flat, blueprint
@@ -128,11 +138,9 @@ def restore_adapter(
 
   # Frozen leaves from the base. What it lacks, and what the method trains of
   # it, was trained and is in the adapter's file.
-  whole = jax.eval_shape(made.module.init, jax.random.key(0), **made.inputs)[
-    "params"
-  ]
-  kinds = flatten_dict(made.label(whole))
-  shapes = flatten_dict(whole)
+  own, _ = made.own_shapes()
+  shapes = made.shapes | flatten_dict(own)
+  kinds = flatten_dict(made.label(unflatten_dict(shapes)))
   frozen = {
     path: leaf
     for path, leaf in shapes.items()
@@ -179,16 +187,11 @@ def load_classifier(
   """
   folder = resolve(name)
   fields = read_fields(folder)
-  try:
-    count = int(fields.get("num_labels", 2))
-    names = fields.get("id2label") or {i: f"LABEL_{i}" for i in range(count)}
-    ordered = sorted((int(key), str(value)) for key, value in names.items())
-  except (AttributeError, TypeError, ValueError) as error:
-    raise UserError(f"{folder / 'config.json'}: no usable id2label.") from error
-  kind = _kind_of_folder(fields, len(ordered))
+  names = label_names(fields)
+  kind = _kind_of_folder(fields, len(names))
   head = KINDS[kind].head
   made = blueprint(
-    fields, outputs=len(ordered), head=head, dtype=dtype, scan=scan
+    fields, outputs=len(names), head=head, dtype=dtype, scan=scan
   )
   loaded = load_params(folder, unflatten_dict(made.shapes))
   if loaded.missing:
@@ -196,6 +199,8 @@ def load_classifier(
       f"{folder} is no whole classifier: it lacks {_some(loaded.missing)}."
     )
   merged = folder / MERGED
+  about = read_json(merged) if merged.exists() else {}
+  check_length(about.get("max_length"))
   return Classifier(
     made.module,
     jax.tree.map(jnp.asarray, loaded.params),
@@ -203,9 +208,9 @@ def load_classifier(
     made.family,
     made.config,
     folder,
-    () if kind == NUMBER else tuple(value for _, value in ordered),
+    () if kind == NUMBER else tuple(names),
     kind,
-    read_json(merged) if merged.exists() else {},
+    about,
     made.adapter,
     {},
   )

@@ -6,10 +6,11 @@ its files are named and how its weights are split over devices. A new family is
 one file with a `FAMILY`, and one line in `FAMILIES`.
 """
 
+import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import flax.linen as nn
 
@@ -22,19 +23,27 @@ class Names(NamedTuple):
 
   A tree's path is the tensor's name without prefix, "/" for ".", a layer's
   number behind "_" (`encoder/layer_3`), and flax's names of leaves for torch's.
+  Every tree has its layers in `encoder/layer...`, whatever the file calls them.
 
   Attributes:
-    prefixes: words that a file may have before a base's names.
+    prefixes: words that a file may have before a base's names; the first is
+      written.
+    outside: modules beside the base, whose names have no prefix.
     renamed: old spellings in files and the ones that are used now.
     unused: beginnings of names that no task has a place for, such as buffers
       and pretraining heads.
     new: beginnings of paths that a task may bring itself, such as its head.
+    to_file, to_tree: a module's dotted name in a looped tree -> in a file,
+      prefix aside, and back, where the two are not the same.
   """
 
-  prefixes: tuple[str, ...] = ()
+  prefixes: tuple[str, ...] = ("",)
+  outside: tuple[str, ...] = ("classifier",)
   renamed: tuple[tuple[str, str], ...] = ()
   unused: tuple[str, ...] = ()
   new: tuple[str, ...] = ()
+  to_file: Callable[[str], str] = str
+  to_tree: Callable[[str], str] = str
 
 
 class Family(NamedTuple):
@@ -42,8 +51,8 @@ class Family(NamedTuple):
 
   Attributes:
     config: config.json's fields -> a dataclass; what the module can't honour
-      is a UserError. It has at least `vocab_size`, `num_hidden_layers`,
-      `num_attention_heads` and `model_type`.
+      is a UserError. It has at least `vocab_size`, `hidden_size`,
+      `num_hidden_layers`, `num_attention_heads` and `model_type`.
     module: (config, head, outputs, *, dtype, param_dtype, scan, remat) -> a
       linen module from the arrays of `inputs` to the head's outputs.
     inputs: (rows, length, slots) -> the shapes of the module's keyword inputs,
@@ -56,6 +65,9 @@ class Family(NamedTuple):
       "classification" gives outputs [rows, slots, outputs], one for each
       example; "token_classification" [rows, length, outputs], one for each
       token.
+    head: pattern of the paths of the head, which every method trains.
+    fused: config -> the parts of fused kernels, which targets may name: by a
+      layer's pattern, each part's first and last column by name.
   """
 
   config: Callable[[Mapping[str, Any]], Any]
@@ -65,10 +77,21 @@ class Family(NamedTuple):
   rules: tuple[tuple[str, tuple[str | None, ...]], ...]
   room: Callable[[Any], int]
   classes: Mapping[str, str]
+  head: str = "classifier/.*"
+  fused: Callable[[Any], Mapping[str, Mapping[str, tuple[int, int]]]] = (
+    lambda config: {}
+  )
 
 
 # config.json's model_type -> the module of this package that has its FAMILY.
-FAMILIES = {"bert": "bert", "roberta": "bert"}
+FAMILIES = {
+  "bert": "bert",
+  "roberta": "bert",
+  "xlm-roberta": "bert",
+  "camembert": "bert",
+  "distilbert": "distilbert",
+  "modernbert": "modernbert",
+}
 
 
 def family_of(fields: Mapping[str, Any]) -> Family:
@@ -93,7 +116,61 @@ def read_fields(folder: Path) -> dict[str, Any]:
   return read_json(folder / "config.json", hint=hint)
 
 
+def label_names(fields: Mapping[str, Any]) -> list[str]:
+  """The labels of a config.json in the order of the logits, which is by id.
+
+  Without names they are LABEL_0, LABEL_1 and so on, as transformers has them.
+
+  Raises:
+    UserError: ids that are no numbers.
+  """
+  try:
+    count = int(fields.get("num_labels", 2))
+    names = fields.get("id2label") or {i: f"LABEL_{i}" for i in range(count)}
+    ordered = sorted((int(key), str(value)) for key, value in names.items())
+  except (AttributeError, TypeError, ValueError) as error:
+    raise UserError("config.json: no usable id2label.") from error
+  return [name for _, name in ordered]
+
+
 def load_config(folder: Path) -> Any:
   """A folder's config.json as its family's dataclass."""
   fields = read_fields(folder)
   return family_of(fields).config(fields)
+
+
+def one_of(fields: Mapping[str, Any], name: str, allowed: Iterable[Any]) -> Any:
+  """A field of config.json, if it is among the values that a module knows."""
+  value, known = fields.get(name), tuple(allowed)
+  if value not in known:
+    words = ", ".join(repr(word) for word in known if word is not None)
+    raise UserError(
+      f"config.json: {name} is {value!r}; this model supports {words}."
+    )
+  return value
+
+
+def take_fields(cls: type, fields: Mapping[str, Any]) -> Any:
+  """A config dataclass from the fields of the same names.
+
+  Raises:
+    UserError: one is missing or of a wrong type, or heads don't divide.
+  """
+  hints = get_type_hints(cls)
+  taken = {name: fields[name] for name in hints if name in fields}
+  wrong = [
+    field.name
+    for field in dataclasses.fields(cls)
+    if not isinstance(
+      taken.get(field.name, field.default), hints[field.name] | int
+    )
+  ]
+  if wrong:
+    raise UserError(f"config.json has no usable {', '.join(wrong)}.")
+  config = cls(**taken)
+  if config.hidden_size % config.num_attention_heads:
+    raise UserError(
+      f"config.json: hidden_size {config.hidden_size} does not divide into "
+      f"num_attention_heads {config.num_attention_heads}."
+    )
+  return config

@@ -6,6 +6,7 @@ a scanned tree stacks the layers that a checkpoint numbers, but for the last.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -56,14 +57,17 @@ class Source(NamedTuple):
 
 
 def module_name(
-  path: tuple[str, ...], *, layer: int | None = None, model_type: str = ""
+  path: tuple[str, ...],
+  *,
+  layer: int | None = None,
+  names: Names | None = None,
 ) -> str:
-  """Hugging Face's name of the module at a path of the tree.
+  """The dotted name of the module at a path of the tree.
 
   ("encoder", "layer", "attention", "self", "query") with layer=3, or
   ("encoder", "layer_3", ...), is "encoder.layer.3.attention.self.query". With
-  `model_type` the name is that of a sequence classifier, whose encoder sits
-  under "bert." or "roberta.".
+  `names` it is the name in the files of that family's sequence classifiers,
+  such as "bert.encoder.layer.3.attention.self.query".
   """
   words = []
   for word in path:
@@ -75,17 +79,17 @@ def module_name(
       words += ["layer", word.removeprefix("layer_")]
     else:
       words.append(word)
-  if model_type and path[0] != "classifier":
-    words.insert(0, model_type)
-  return ".".join(words)
+  name = ".".join(words)
+  if names is None:
+    return name
+  prefix = "" if path[0] in names.outside else names.prefixes[0]
+  return prefix + names.to_file(name)
 
 
 def module_path(name: str, names: Names) -> tuple[str, ...]:
   """The inverse: the path in a looped tree, without the base's prefix."""
-  words = _known_name(name, names).split(".")
-  if words[:2] == ["encoder", "layer"]:
-    words[1:3] = [f"layer_{words[2]}"]
-  return tuple(words)
+  known = re.sub(r"\blayer\.(?=\d)", "layer_", _known_name(name, names))
+  return tuple(known.split("."))
 
 
 def load_params(
@@ -100,12 +104,12 @@ def load_params(
   `eval_shape` of the model's init. Leaves come as numpy arrays of
   `param_dtype`, or of the template's own types when that is None.
   """
-  family_names = family_of(read_fields(folder)).names
+  known = family_of(read_fields(folder)).names
   filled: dict[tuple[str, ...], np.ndarray] = {}
   missing: list[str] = []
   used: set[str] = set()
   with ExitStack() as stack:
-    sources = _open_sources(folder, family_names, stack)
+    sources = _open_sources(folder, known, stack)
     for path, leaf in flatten_dict(dict(template)).items():
       names = _tensor_names(path, leaf.shape)
       found = [sources[name] for name in names if name in sources]
@@ -113,16 +117,19 @@ def load_params(
       if not found:
         missing.append("/".join(path))
       elif len(found) < len(names):
-        absent = next(name for name in names if name not in sources)
+        written = _tensor_names(path, leaf.shape, names=known)
+        absent = next(
+          file
+          for file, name in zip(written, names, strict=True)
+          if name not in sources
+        )
         raise UserError(f"{folder} lacks the tensor {absent!r}.")
       else:
         dtype = leaf.dtype if param_dtype is None else param_dtype
         filled[path] = _read_leaf(path, leaf.shape, found, dtype=dtype)
     rest = [s for s in sources.items() if s[1].name not in used]
-  dropped = [s.name for name, s in rest if name.startswith(family_names.unused)]
-  unexpected = [
-    s.name for name, s in rest if not name.startswith(family_names.unused)
-  ]
+  dropped = [s.name for name, s in rest if name.startswith(known.unused)]
+  unexpected = [s.name for name, s in rest if not name.startswith(known.unused)]
   return Loaded(
     unflatten_dict(filled),
     tuple(sorted(missing)),
@@ -154,9 +161,10 @@ def fingerprint(folder: Path) -> str:
 
 def to_hf(params: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
   """The tree as a sequence classifier's state dict, in torch's layout."""
+  known = family_of({"model_type": config.model_type}).names
   tensors = {}
   for path, leaf in flatten_dict(dict(params)).items():
-    names = _tensor_names(path, leaf.shape, model_type=config.model_type)
+    names = _tensor_names(path, leaf.shape, names=known)
     value = np.asarray(leaf)
     layers = value if "layer" in path else [value]
     for name, array in zip(names, layers, strict=True):
@@ -166,15 +174,17 @@ def to_hf(params: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
 
 
 def _tensor_names(
-  path: tuple[str, ...], shape: Sequence[int], *, model_type: str = ""
+  path: tuple[str, ...], shape: Sequence[int], *, names: Names | None = None
 ) -> list[str]:
-  """The tensors of a leaf: one, or one per layer where layers are stacked."""
+  """The tensors of a leaf: one, or one per layer where layers are stacked.
+
+  `names` as for `module_name`.
+  """
   if path[-1] not in LEAVES:
     raise ValueError(f"{'/'.join(path)} is no parameter of the model.")
   layers = range(shape[0]) if "layer" in path else [None]
   return [
-    module_name(path[:-1], layer=layer, model_type=model_type)
-    + f".{LEAVES[path[-1]]}"
+    module_name(path[:-1], layer=layer, names=names) + f".{LEAVES[path[-1]]}"
     for layer in layers
   ]
 
@@ -210,7 +220,7 @@ def _read_leaf(
 def _open_sources(
   folder: Path, names: Names, stack: ExitStack
 ) -> dict[str, Source]:
-  """Every tensor under its name in the model, without base and legacy words."""
+  """Every tensor under its name in a looped tree."""
   sources: dict[str, Source] = {}
   for file in _tensor_files(folder):
     try:
@@ -232,11 +242,12 @@ def _open_sources(
 
 
 def _known_name(name: str, names: Names) -> str:
+  """A name in a file as the tree has it, dotted, without the base's prefix."""
   for prefix in names.prefixes:
     name = name.removeprefix(prefix)
   for old, new in names.renamed:
     name = name.replace(old, new)
-  return name
+  return names.to_tree(name)
 
 
 def _tensor_files(folder: Path) -> list[Path]:

@@ -16,14 +16,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from vera_jax.adapters.apply import Adapted, adapt
+from vera_jax.adapters.apply import Adapted, adapt, plans_at
 from vera_jax.adapters.interface import EMPTY, Adapter, Target
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import FROZEN, Counts, count, label_tree, split
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.products import AUTO
 from vera_jax.adapters.projections import digest
-from vera_jax.adapters.sites import first_leaves, make_shared
+from vera_jax.adapters.sites import first_leaves, make_shared, trace_sites
 from vera_jax.errors import UserError
 from vera_jax.models.family import Family, family_of
 from vera_jax.models.hf_weights import load_params, refuse_gaps
@@ -35,6 +35,7 @@ from vera_jax.train.sharding import (
 )
 
 Flat = dict[TreePath, Any]
+LOOPED = 12  # layers at most; their compiling takes seconds on a CPU
 
 
 class Blueprint(NamedTuple):
@@ -47,6 +48,8 @@ class Blueprint(NamedTuple):
     dtype: of frozen leaves and of computing.
     shapes: of every leaf of base and head, by path.
     inputs: example shapes of the module's inputs.
+    scan: whether the layers are stacked.
+    tokens: rows of x at each adapted site, for inputs of the sizes asked for.
   """
 
   family: Family
@@ -56,10 +59,34 @@ class Blueprint(NamedTuple):
   dtype: DTypeLike
   shapes: Flat
   inputs: dict[str, Any]
+  scan: bool
+  tokens: dict[TreePath, int]
 
   @property
   def adapter(self) -> Adapter:
     return self.module.adapter
+
+  @property
+  def plans(self) -> dict[TreePath, str]:
+    """How each low-rank delta multiplies, by path."""
+    return plans_at(
+      self.adapter,
+      self.targets,
+      self.tokens,
+      plan=self.module.plan,
+      forwards=self.module.forwards,
+    )
+
+  def own_shapes(self) -> tuple[Any, Any]:
+    """The shapes of the adapter's leaves and of the projections."""
+
+    def build(base: Any) -> Any:
+      projections = self.projections(base)
+      key = jax.random.key(0)
+      own = first_leaves(self.adapter, self.targets, base, projections, key)
+      return own, projections
+
+    return jax.eval_shape(build, unflatten_dict(self.shapes))
 
   def projections(self, params: Any) -> dict[str, Any]:
     """The `projections` collection, on these weights (or their shapes)."""
@@ -67,7 +94,7 @@ class Blueprint(NamedTuple):
 
   def label(self, params: Any, new: Any = ()) -> dict[str, Any]:
     """adapter, head or frozen for every leaf; `new` leaves had no weights."""
-    return label_tree(params, self.adapter, new=new)
+    return label_tree(params, self.adapter, head=self.family.head, new=new)
 
   def fresh_leaves(
     self, params: Any, projections: Any, new: list[TreePath], seed: int
@@ -99,6 +126,33 @@ class Blueprint(NamedTuple):
     return fresh | own
 
 
+def choose_scan(
+  choice: bool | str, *, layers: int, platform: str | None = None
+) -> bool:
+  """Whether layers are stacked, so that one is compiled for all.
+
+  Looped layers run faster and take longer to compile, the longer the more there
+  are. "auto" loops up to `LOOPED` of them, but none on a TPU, for whose chips a
+  layer takes long to compile.
+
+  Args:
+    choice: true, false or "auto".
+    layers: of the base.
+    platform: of the devices; None for this process's.
+
+  Raises:
+    UserError: another choice.
+  """
+  if choice == AUTO:
+    platform = platform or jax.default_backend()
+    return platform == "tpu" or layers > LOOPED
+  if choice not in (True, False):
+    raise UserError(
+      f"config.model.scan is {choice!r}; choose {AUTO}, true or false."
+    )
+  return bool(choice)
+
+
 def blueprint(
   fields: Mapping[str, Any],
   *,
@@ -108,9 +162,10 @@ def blueprint(
   settings: Mapping[str, Any] = EMPTY,
   adapter: tuple[Adapter, tuple[str, ...]] | None = None,
   dtype: DTypeLike = jnp.float32,
-  scan: bool = True,
+  scan: bool | str = True,
   remat: str = "none",
   plan: str = AUTO,
+  sizes: tuple[int, int, int] = (1, 8, 1),
 ) -> Blueprint:
   """A model by its config.json and its method.
 
@@ -121,9 +176,11 @@ def blueprint(
     method, settings: a name in `methods.METHODS`, and its group of a config.
     adapter: in place of these, an adapter and the patterns of its targets.
     dtype: of frozen leaves and of computing; what is trained is float32.
-    scan: whether the layers are stacked; either serves any adapter.
+    scan: whether the layers are stacked, or "auto" (`choose_scan`); either
+      serves any adapter.
     remat: "none", "full" or "dots".
     plan: how low-rank deltas multiply, "auto" or one of `products.PLANS`.
+    sizes: rows, length and slots of the batches that `Blueprint.plans` is of.
 
   Raises:
     UserError: a family, setting or target that is not there.
@@ -135,6 +192,7 @@ def blueprint(
       f" {', '.join(family.classes)}."
     )
   config = family.config(fields)
+  scan = choose_scan(scan, layers=config.num_hidden_layers)
   base = family.module(
     config,
     head,
@@ -149,19 +207,23 @@ def blueprint(
     base,
     given,
     targets=targets,
+    fused=family.fused(config),
     plan=plan,
     forwards=1 if remat == "none" else 2,
   )
-  inputs = family.inputs(1, 8, 1)
-  shapes = jax.eval_shape(base.init, jax.random.key(0), **inputs)["params"]
+  found, calls, variables = trace_sites(
+    base, targets, fused=module.fused, **family.inputs(*sizes)
+  )
   return Blueprint(
     family=family,
     config=config,
     module=module,
-    targets=module.find_targets(**inputs) if targets else {},
+    targets=found,
     dtype=dtype,
-    shapes=flatten_dict(shapes),
-    inputs=inputs,
+    shapes=flatten_dict(variables["params"]),
+    inputs=family.inputs(1, 8, 1),
+    scan=scan,
+    tokens={path: call.tokens for path, call in calls.items()},
   )
 
 
@@ -244,16 +306,8 @@ def load_model(
 
 def abstract_model(plan: Blueprint, *, mesh: Mesh) -> Model:
   """`load_model`'s result as shapes with places: enough to compile a step."""
-  base = unflatten_dict(plan.shapes)
   everywhere = NamedSharding(mesh, REPLICATED)
-
-  def build(base: Any) -> Any:
-    projections = plan.projections(base)
-    key = jax.random.key(0)
-    own = first_leaves(plan.adapter, plan.targets, base, projections, key)
-    return own, projections
-
-  own, projections = jax.eval_shape(build, base)
+  own, projections = plan.own_shapes()
   shapes = unflatten_dict(plan.shapes | flatten_dict(own))
   labels = flatten_dict(plan.label(shapes))
   places = flatten_dict(param_shardings(shapes, mesh, plan.family.rules))

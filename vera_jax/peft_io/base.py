@@ -60,7 +60,7 @@ class Base(NamedTuple):
 
   def name(self, path: TreePath) -> str:
     """A module's name in Hugging Face's classifier."""
-    return module_name(path, model_type=self.classifier.config.model_type)
+    return module_name(path, names=self.classifier.family.names)
 
 
 def open_base(name: str, about: Mapping[str, Any]) -> Base:
@@ -100,7 +100,7 @@ def linear_layers(classifier: Blueprint) -> dict[str, Layer]:
   layers = {}
   for path, target in find_targets(model, [".*"], **inputs).items():
     kind = tuple(re.sub(r"^layer_\d+$", "layer", word) for word in path)
-    name = module_name(path, model_type=classifier.config.model_type)
+    name = module_name(path, names=classifier.family.names)
     layers[name] = Layer(path, kind, target)
   return layers
 

@@ -2,7 +2,8 @@
 
 The names in PEFT's file say which layers are adapted; its config says which
 should be, and the two must agree. Layers of a kind that PEFT left out
-(`layers_to_transform`) get the adapter that adds nothing: b, or LoRA's B, is 0.
+(`layers_to_transform`) get the adapter that changes nothing: b, or LoRA's B, is
+0, IA3's scales are 1 and DoRA's m is the norm of W0.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,10 +15,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax import results
 from vera_jax.adapters.apply import leaf_shapes
-from vera_jax.adapters.files import STORED, save_adapter
+from vera_jax.adapters.files import STORED, check_length, save_adapter
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import HEAD
-from vera_jax.adapters.methods import METHODS
+from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.projections import (
   INITIALISERS,
   PRNG,
@@ -26,6 +27,7 @@ from vera_jax.adapters.projections import (
 )
 from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE
+from vera_jax.models.family import label_names
 from vera_jax.models.hf_weights import load_params
 from vera_jax.models.pretrained import Blueprint, blueprint
 from vera_jax.peft_io.base import Base, open_base, target_patterns
@@ -43,23 +45,37 @@ from vera_jax.tasks.task import task_named
 
 # What adapter.json says of the run, and PEFT's own files don't.
 RUN = (
-  *("task", "seed", "labels", "kind", "columns"),
-  *("score_name", "score", "versions"),
+  "task",
+  "seed",
+  "labels",
+  "kind",
+  "columns",
+  "score_name",
+  "score",
+  "max_length",
+  "versions",
 )
-HEAD_LEAVES = {"weight": "kernel", "bias": "bias"}
+HEAD_LEAVES = ("weight", "bias")
 Leaves = dict[TreePath, np.ndarray]
 
 
 def import_adapter(
-  folder: Path, out: Path, *, base: str | None = None, task: str | None = None
+  folder: Path,
+  out: Path,
+  *,
+  base: str | None = None,
+  task: str | None = None,
+  max_length: int | None = None,
 ) -> dict[str, Any]:
-  """Write a PEFT adapter (VeRA or LoRA, of a classifier) as ours.
+  """Write a PEFT adapter (VeRA, LoRA, DoRA or IA3, of a classifier) as ours.
 
   Args:
     folder: holds adapter_config.json and adapter_model.safetensors.
     out: the new folder.
     base: folder or hub id of the base; unset: the one that the config names.
     task: a task's name, for the names of labels and metric.
+    max_length: tokens that longer texts are cut at; unset: as our own export
+      knew it, and for PEFT's own files as many as the model has room for.
 
   Returns:
     What adapter.json holds.
@@ -94,10 +110,17 @@ def import_adapter(
     if settings.method == "vera" and tensor in PAIR:
       pair[PAIR[tensor]] = value
     elif ending and layer in network.layers:
-      adapted.setdefault(layer, {})[endings[ending]] = value
+      leaf = endings[ending]
+      if leaf == "ia3_out":  # one row scales a layer's inputs
+        leaf = "ia3_in" if value.shape[:1] == (1,) else leaf
+        value = value.reshape(-1)
+      adapted.setdefault(layer, {})[leaf] = value
     elif path[0] in network.whole and last in HEAD_LEAVES:
-      value = value.T if last == "weight" else value  # torch has (out, in)
-      head[(*path, HEAD_LEAVES[last])] = value
+      if last == "weight":
+        last, value = (
+          ("kernel", value.T) if value.ndim > 1 else ("scale", value)
+        )
+      head[(*path, last)] = value  # torch has (out, in)
     else:
       raise UserError(
         f"The adapter's file holds {tensor!r}, which has no place here: only"
@@ -106,13 +129,6 @@ def import_adapter(
         " carried."
       )
   _check_targets(settings, adapted, network)
-  leaves = _adapter_leaves(settings, adapted, network)
-  head, outputs, frozen = _complete_head(head, network)
-  parameters = {
-    "adapter": sum(x.size for x in leaves.values()),
-    "head": sum(x.size for x in head.values()),
-    "frozen": frozen,
-  }
 
   # The method's settings as a run's config has them. Our own export knew the
   # learning rates and which seed gave A and B.
@@ -120,16 +136,31 @@ def import_adapter(
   if exported.get("method") != settings.method or not isinstance(known, dict):
     known = {}
   kinds = {network.layers[layer].kind for layer in adapted}
-  given = {
-    "rank": settings.rank,
+  given: dict[str, Any] = {
     "targets": target_patterns(kinds, network.layers),
     "lr": known.get("lr"),
     "head_lr": known.get("head_lr"),
   }
-  pair_digest = None
-  if settings.method == "lora":
-    given["alpha"] = settings.alpha
+  if settings.method == "ia3":
+    scaled = [layer for layer in adapted if "ia3_in" in adapted[layer]]
+    kinds = {network.layers[layer].kind for layer in scaled}
+    given["feedforward"] = target_patterns(kinds, network.layers)
   else:
+    given["rank"] = settings.rank
+  if settings.method in ("lora", "dora"):
+    given["alpha"] = settings.alpha
+  elif settings.method == "vera":
+    given |= {"d_init": settings.d_init, "sharing": "shared", "train": "both"}
+    given |= {"init": "peft", "projection_seed": settings.key}
+  leaves = _adapter_leaves(settings, given, adapted, network)
+  head, outputs, frozen = _complete_head(head, network)
+  parameters = {
+    "adapter": sum(x.size for x in leaves.values()),
+    "head": sum(x.size for x in head.values()),
+    "frozen": frozen,
+  }
+  pair_digest = None
+  if settings.method == "vera":
     targets = [network.layers[layer].target for layer in adapted]
     init, seed, pair = find_projections(
       settings,
@@ -138,19 +169,17 @@ def import_adapter(
       outputs=max(target.outputs for target in targets),
       known=known,
     )
-    given |= {
-      "d_init": settings.d_init,
-      "init": init,
-      "projection_seed": seed,
-      "sharing": "shared",
-      "train": "both",
-    }
+    given |= {"init": init, "projection_seed": seed}
     pair_digest = digest(pair)
     if init == STORED:
       leaves |= {("projections", name): matrix for name, matrix in pair.items()}
 
+  run = _about_run(exported, task, outputs=outputs, fields=network.fields)
+  if max_length is not None:
+    run["max_length"] = max_length
+  check_length(run["max_length"])
   about = {
-    **_about_run(exported, task, outputs=outputs, fields=network.fields),
+    **run,
     "base": name,
     "base_fingerprint": network.fingerprint,
     "parameters": parameters,
@@ -189,27 +218,39 @@ def _check_targets(
 
 
 def _adapter_leaves(
-  settings: PeftSettings, adapted: Mapping[str, Tensors], base: Base
+  settings: PeftSettings,
+  given: Mapping[str, Any],
+  adapted: Mapping[str, Tensors],
+  base: Base,
 ) -> Leaves:
   """The leaves of every layer of the adapted kinds, by path."""
-  adapter = METHODS[settings.method].make(settings.rank)
+  # Without A and B: the leaves' shapes don't depend on them.
+  adapter = make_adapter(settings.method, given)[0]._replace(shared=None)
   kinds = {base.layers[name].kind for name in adapted}
+  unchanged = {"vera_d": settings.d_init, "ia3_in": 1, "ia3_out": 1}
   leaves: Leaves = {}
   for name, layer in base.layers.items():
     if layer.kind not in kinds:
       continue
     for leaf, need in leaf_shapes(adapter, layer.path, layer.target).items():
-      if name not in adapted:
-        start = settings.d_init if leaf == "vera_d" else 0
-        value = np.full(need.shape, start, np.float32)
+      if name not in adapted and leaf == "magnitude_m":
+        place = (*layer.path, "kernel")
+        kernel = load_params(
+          base.folder, unflatten_dict({place: base.classifier.shapes[place]})
+        ).params
+        W0 = np.asarray(flatten_dict(kernel)[place], np.float32)
+        value = np.linalg.norm(W0.reshape(layer.target.inputs, -1), axis=0)
+      elif name not in adapted:
+        value = np.full(need.shape, unchanged.get(leaf, 0), np.float32)
       elif leaf not in adapted[name]:
         raise UserError(f"The adapter's file lacks {leaf} of {name}.")
       else:
         value = adapted[name][leaf]
       if value.shape != need.shape:
+        rank = f" and r = {settings.rank}" if settings.rank else ""
         raise UserError(
-          f"{leaf} of {name} has shape {value.shape}; the base and r ="
-          f" {settings.rank} need {need.shape}. Is it the right base?"
+          f"{leaf} of {name} has shape {value.shape}; the base{rank} need"
+          f"{'' if rank else 's'} {need.shape}. Is it the right base?"
         )
       leaves[(*layer.path, leaf)] = value
   return leaves
@@ -229,8 +270,8 @@ def _complete_head(head: Leaves, base: Base) -> tuple[Leaves, int, int]:
     base: of the adapter.
   """
   if not head:
-    names = base.fields.get("id2label") or (0, 1)
-    made = blueprint(base.fields, outputs=len(names), scan=False)
+    outputs = len(label_names(base.fields))
+    made = blueprint(base.fields, outputs=outputs, scan=False)
     own = {path: made.shapes[path] for path in _head_paths(made)}
     loaded = load_params(base.folder, unflatten_dict(own))
     if loaded.missing:
@@ -246,6 +287,12 @@ def _complete_head(head: Leaves, base: Base) -> tuple[Leaves, int, int]:
   outputs = kernel.shape[-1]
   shapes = blueprint(base.fields, outputs=outputs, scan=False).shapes
   modules = {path[0] for path in head}
+  lacking = {path[0] for path in _head_paths(base.classifier)} - modules
+  if lacking:
+    raise UserError(
+      f"The adapter's file lacks {' and '.join(sorted(lacking))}, a part of the"
+      " head: name it in modules_to_save."
+    )
   for path in sorted({*head, *(p for p in shapes if p[0] in modules)}):
     need = shapes[path].shape if path in shapes else None
     have = head[path].shape if path in head else None
@@ -331,10 +378,10 @@ def _about_run(
     about |= {"task": task, "labels": list(named.labels)}
     about["score_name"] = named.score_name
   if not isinstance(about["labels"], list):
-    names = list((fields.get("id2label") or {}).values())
+    names = label_names(fields)
     if len(names) != outputs:
       names = [f"LABEL_{i}" for i in range(outputs)]
-    about["labels"] = [str(name) for name in names] if outputs > 1 else []
+    about["labels"] = names if outputs > 1 else []
   if (len(about["labels"]) or 1) != outputs:
     raise UserError(
       f"The head has {outputs} outputs, but the labels are"

@@ -6,16 +6,17 @@ must be empty.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vera_jax.adapters.methods import LARGEST
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
+from vera_jax.patterns import find
 
 FILE = "adapter_config.json"
-METHODS = {"VERA": "vera", "LORA": "lora"}
+METHODS = {"VERA": "vera", "LORA": "lora", "IA3": "ia3"}
 EMPTY: tuple[Any, ...] = (None, False, "", "none", [], {})
 # Read below, or without effect on what a trained adapter computes.
 KNOWN = {
@@ -25,7 +26,9 @@ KNOWN = {
   "d_initial",
   "ensure_weight_tying",
   "exclude_modules",
+  "feedforward_modules",  # the shapes in the file say it
   "inference_mode",
+  "init_ia3_weights",
   "init_lora_weights",
   "init_weights",
   "layers_pattern",
@@ -58,7 +61,7 @@ ADVICE = {
   "bias": f"biases of the base were trained too; {MERGE}",
   "fan_in_fan_out": "the layers are Linear, where PEFT itself turns it off;"
   f" set it to false in {FILE}",
-  "use_dora": f"DoRA changes the whole weight's length; {MERGE}",
+  "use_dora": "it is known for LoRA alone",
   "lora_bias": f"LoRA's B has a bias here that no adapter of ours has; {MERGE}",
   "loftq_config": f"the base was quantised; {MERGE}",
   "use_qalora": f"the base was quantised; {MERGE}",
@@ -69,8 +72,8 @@ class PeftSettings(NamedTuple):
   """What an adapter_config.json says, in our terms.
 
   Attributes:
-    method: "vera" or "lora".
-    rank: r.
+    method: "vera", "lora", "dora" (LoRA with use_dora) or "ia3".
+    rank: r; 0 where the method has none.
     base: the base's name; None where there is none, or a revision of one.
     targets, exclude: a regular expression over whole names, or endings of them.
     layers, layers_pattern: the numbers that targets are limited to, and the
@@ -107,7 +110,7 @@ def read_settings(folder: Path) -> PeftSettings:
   fields = read_json(file)
   try:
     return _settings(fields)
-  except (TypeError, ValueError, AttributeError) as error:
+  except (TypeError, ValueError, AttributeError, OverflowError) as error:
     raise UserError(f"{file} has an unusable value: {error}") from error
   except UserError as error:
     raise UserError(f"{file}: {error}") from error
@@ -121,9 +124,13 @@ def _settings(fields: Mapping[str, Any]) -> PeftSettings:
       " can be carried."
     )
 
+  own = set()
+  if method == "lora" and fields.get("use_dora"):
+    method, own = "dora", {"use_dora"}
+
   # What changes the result and has no counterpart here is refused.
   for name, value in fields.items():
-    if name not in KNOWN and value not in EMPTY:
+    if name not in KNOWN | own and value not in EMPTY:
       raise UserError(f"{name}={value!r}: {ADVICE.get(name, MERGE)}.")
   if fields.get("task_type") not in (None, "SEQ_CLS"):
     raise UserError(
@@ -135,7 +142,7 @@ def _settings(fields: Mapping[str, Any]) -> PeftSettings:
       " base's weights. Convert the adapter in PEFT (save_pretrained's"
       " path_initial_model_for_weight_conversion) first."
     )
-  if method == "lora":
+  if method in ("lora", "dora"):
     for name, whole in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
       values = (fields.get(name) or {}).values()
       if any(value != fields.get(whole, 8) for value in values):
@@ -151,8 +158,16 @@ def _settings(fields: Mapping[str, Any]) -> PeftSettings:
     value = fields.get(field)
     return value if value is None or isinstance(value, str) else tuple(value)
 
+  def number(field: str, default: float) -> float:
+    value = float(fields.get(field, default))
+    if not abs(value) <= LARGEST:  # which NaN is not
+      raise UserError(f"{field}={value}: a usual, finite number is needed.")
+    return value
+
   rank = fields.get("r", 256 if method == "vera" else 8)  # PEFT's defaults
-  if not isinstance(rank, int) or rank < 1:
+  if method == "ia3":
+    rank = 0
+  elif not isinstance(rank, int) or not 1 <= rank <= LARGEST:
     raise UserError(f"r={rank!r}: it must be a whole number, at least 1.")
   layers = fields.get("layers_to_transform")
   layers = [layers] if isinstance(layers, int) else layers
@@ -169,12 +184,14 @@ def _settings(fields: Mapping[str, Any]) -> PeftSettings:
   )
   if method == "vera":
     return common._replace(
-      d_init=float(fields.get("d_initial", 0.1)),
+      d_init=number("d_initial", 0.1),
       key=int(fields.get("projection_prng_key") or 0) % 2**32,  # as torch does
       saved=bool(fields.get("save_projection", True)),
     )
+  if method == "ia3":
+    return common
   root = math.sqrt(rank) if fields.get("use_rslora") else 1.0
-  return common._replace(alpha=float(fields.get("lora_alpha", 8)) * root)
+  return common._replace(alpha=number("lora_alpha", 8) * root)
 
 
 def is_target(settings: PeftSettings, name: str) -> bool | None:
@@ -193,21 +210,19 @@ def is_target(settings: PeftSettings, name: str) -> bool | None:
 
   def listed(entries: str | tuple[str, ...]) -> bool:
     if isinstance(entries, str):
-      return bool(re.fullmatch(entries, name))
+      return bool(find(entries, name))
     return any(name == e or name.endswith(f".{e}") for e in entries)
 
   try:
-    kept = rf"(?:^|.*\.)(?:{'|'.join(settings.modules_to_save)})(?:$|\..*)"
-    if settings.modules_to_save and re.match(kept, name):
+    whole = "|".join(settings.modules_to_save)
+    if whole and find(whole, name, form=r"(?:.*\.)?(?:{})(?:\Z|\.)"):
       return False
     if listed(settings.exclude) or not listed(targets or ()):
       return False
     if settings.layers is None or isinstance(targets, str) or name in targets:
       return True  # a whole name is taken whatever its layer's number
     stack = "|".join(settings.layers_pattern) or r"[^.]*"
-    found = re.match(rf"(?:^|.*?\.)(?:{stack})\.(\d+)\.", name)
-    return found is not None and int(found[1]) in settings.layers
-  except re.error as error:
-    raise UserError(
-      f"{FILE} has no proper regular expression: {error}."
-    ) from error
+    found = find(stack, name, form=r"(?:.*?\.)?(?:{})\.(?P<layer>\d+)\.")
+    return found is not None and int(found["layer"]) in settings.layers
+  except UserError as error:
+    raise UserError(f"{FILE}: {error}") from error

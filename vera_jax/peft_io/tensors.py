@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from vera_jax.adapters.methods import LARGEST
 from vera_jax.errors import UserError
 from vera_jax.models.hf_weights import FLOATS
 
@@ -24,10 +25,14 @@ METADATA, SHA256 = "vera_jax", "vera_jax_sha256"
 # the endings behind the name of an adapted module, with our leaves' names.
 PREFIX = "base_model.model."
 PAIR = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
+LORA = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
 LEAVES = {
   "vera": {"vera_lambda_d": "vera_d", "vera_lambda_b": "vera_b"},
-  "lora": {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"},
+  "lora": LORA,
+  "dora": {**LORA, "lora_magnitude_vector": "magnitude_m"},  # no ".weight"
+  "ia3": {"ia3_l": "ia3_out"},  # (out, 1); ia3_in has the same name and (1, in)
 }
+OURS = {"ia3_in", *(leaf for ours in LEAVES.values() for leaf in ours.values())}
 Tensors = dict[str, np.ndarray]
 
 
@@ -60,11 +65,12 @@ def read_tensors(file: Path) -> tuple[Tensors, dict[str, Any]]:
       f"{file} is missing or no whole safetensors file ({error}); fetch or"
       " copy it again."
     ) from error
-  wrong = [name for name, x in tensors.items() if not np.isfinite(x).all()]
+  # a NaN is not within the limit either
+  wrong = [n for n, x in tensors.items() if not (abs(x) <= LARGEST).all()]
   if wrong:
     raise UserError(
       f"{file}: {', '.join(wrong[:3])} holds values that are not finite"
-      " numbers."
+      f" numbers, or are beyond {LARGEST:.0e}, where products overflow."
     )
   if metadata.get(SHA256) not in (None, checksum(tensors)):
     raise UserError(

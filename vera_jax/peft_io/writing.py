@@ -1,8 +1,9 @@
-"""Our adapter folder -> PEFT's, as VeRA or as LoRA.
+"""Our adapter folder -> PEFT's, as VeRA, LoRA or IA3.
 
 A VeRA adapter is a LoRA adapter of the same rank, exactly: B' = diag(b) B,
 A' = diag(d) A at scale 1, of A the columns and of B the rows that the layer
-uses. The other way round there is no such identity.
+uses. So is DVoRA, for which PEFT has no method, LoRA with `use_dora`. The other
+way round there is no such identity.
 """
 
 from pathlib import Path
@@ -24,6 +25,7 @@ from vera_jax.peft_io.settings import FILE
 from vera_jax.peft_io.tensors import FILE as TENSORS
 from vera_jax.peft_io.tensors import (
   LEAVES,
+  OURS,
   PAIR,
   PREFIX,
   Tensors,
@@ -38,15 +40,26 @@ WARNING = (
 )
 
 
+# PEFT's methods that can hold ours; the first one is taken if none is named.
+HELD_BY = {
+  "vera": ("vera", "lora"),
+  "lora": ("lora",),
+  "dora": ("lora",),
+  "dvora": ("lora",),
+  "ia3": ("ia3",),
+}
+
+
 def export_adapter(
   folder: Path, out: Path, *, method: str | None = None, base: str | None = None
 ) -> list[str]:
   """Write our adapter as PEFT's: adapter_config.json and the tensors.
 
   Args:
-    folder: of our adapter, VeRA or LoRA.
+    folder: of our adapter, of a method in `HELD_BY`.
     out: the new folder.
-    method: "vera" or "lora"; unset: the adapter's own.
+    method: PEFT's, "vera", "lora" or "ia3"; unset: the adapter's own, or LoRA
+      with `use_dora` for DoRA and DVoRA.
     base: folder or hub id of the base, where it isn't the one that the adapter
       names. It must be the same weights.
 
@@ -60,10 +73,16 @@ def export_adapter(
   saved = load_adapter(folder)
   about = saved.about
   own, given = about["method"], about["settings"]
-  if own not in LEAVES:
+  if own not in HELD_BY:
     raise UserError(
-      f"{folder} holds method {own!r}; only {' and '.join(LEAVES)} are"
-      " adapters that PEFT can hold. Merge it and use the checkpoint."
+      f"{folder} holds method {own!r}; only {', '.join(HELD_BY)} are adapters"
+      " that PEFT can hold. Merge it and use the checkpoint."
+    )
+  method = method or HELD_BY[own][0]
+  if method not in HELD_BY[own]:
+    raise UserError(
+      f"A {own} adapter can't be written as PEFT's {method}; as"
+      f" {' or '.join(HELD_BY[own])} it can."
     )
   head = KINDS[kind_of(about, about["labels"])].head
   if head != KINDS[CLASSES].head:
@@ -74,8 +93,9 @@ def export_adapter(
   name = base or about["base"]
   network = open_base(name, about)
   layers = network.layers
-  # Without A and B: the leaves' shapes don't depend on them.
-  adapter = make_adapter(own, given)[0]._replace(shared=None)
+  adapter, _ = make_adapter(own, given)
+  if not adapter.links:  # then the leaves' shapes don't depend on A and B
+    adapter = adapter._replace(shared=None)
 
   # The tensors by Hugging Face's names of their modules.
   adapted: dict[str, Tensors] = {}
@@ -88,13 +108,19 @@ def export_adapter(
     theirs = network.name(path)
     if module == "projections":
       pair[leaf] = value
-    elif theirs in layers and leaf.startswith(tuple(LEAVES)):
+    elif theirs in layers and leaf in OURS:
       adapted.setdefault(theirs, {})[leaf] = value
-    elif path[0] in network.whole and leaf in ("kernel", "bias"):
+    elif path[0] in network.whole and leaf in ("kernel", "scale", "bias"):
       whole.add(path[0])
-      # torch has (out, in)
-      last, value = ("weight", value.T) if leaf == "kernel" else (leaf, value)
+      last = "bias" if leaf == "bias" else "weight"
+      value = value.T  # torch has (out, in)
       tensors[f"{PREFIX}{theirs}.{last}"] = value
+    elif network.name(path[:-1]) in layers and leaf.startswith(tuple(LEAVES)):
+      raise UserError(
+        f"{module} is a part of the fused layer {network.name(path[:-1])}, and"
+        " PEFT adapts whole layers only. Merge the adapter, or train one with"
+        f" targets=({path[-2]!r},), the whole layer."
+      )
     else:
       raise UserError(
         f"{folder} holds {tensor!r}, for which PEFT has no place."
@@ -115,15 +141,23 @@ def export_adapter(
       )
 
   # The leaves and settings of PEFT's method.
-  method = method or own
-  fields: dict[str, Any] = {"r": given["rank"]}
-  if own == "lora":
-    if method == "vera":
-      raise UserError(
-        "A LoRA adapter can't be written as VeRA: its matrices are its own."
-      )
-    fields["lora_alpha"] = given["alpha"]
+  endings, fields = LEAVES[method], dict[str, Any]()
+  if own == "ia3":
+    scaled = [module for module in adapted if "ia3_in" in adapted[module]]
+    fields["feedforward_modules"] = module_list(scaled, layers)
+    for module, leaves in adapted.items():
+      # PEFT has a row for inputs and a column for outputs, under one name
+      (value,) = leaves.values()
+      shape = (1, -1) if module in scaled else (-1, 1)
+      adapted[module] = {"ia3_out": value.reshape(shape)}
   else:
+    fields |= {"r": given["rank"], "bias": "none"}
+  if own in ("dora", "dvora"):
+    endings = LEAVES["dora"]
+    fields["use_dora"] = True
+  if own in ("lora", "dora"):
+    fields["lora_alpha"] = given["alpha"]
+  elif own != "ia3":
     shared = given["sharing"] == "shared"
     if method == "vera" and not shared:
       raise UserError(
@@ -156,7 +190,7 @@ def export_adapter(
         place = () if shared else path
         A = matrices[(*place, "A")][:, : target.inputs]
         B = matrices[(*place, "B")][: target.outputs]
-        adapted[module] = {"lora_A": d[:, None] * A, "lora_B": b[:, None] * B}
+        leaves |= {"lora_A": d[:, None] * A, "lora_B": b[:, None] * B}
     if method == "lora":
       fields["lora_alpha"] = given["rank"]  # scale 1
     else:
@@ -168,7 +202,7 @@ def export_adapter(
   tensors |= {
     f"{PREFIX}{module}.{theirs}": leaves[ours]
     for module, leaves in adapted.items()
-    for theirs, ours in LEAVES[method].items()
+    for theirs, ours in endings.items()
   }
   config = {
     "peft_type": method.upper(),
@@ -180,7 +214,6 @@ def export_adapter(
     "inference_mode": True,
     "target_modules": module_list(adapted, layers),
     "modules_to_save": sorted(whole),
-    "bias": "none",
     "fan_in_fan_out": False,
     **fields,
   }

@@ -1,5 +1,6 @@
 """A folder of results as a DataFrame, one row per run."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ import pandas as pd
 from flax.traverse_util import flatten_dict
 
 from vera_jax import results
+from vera_jax.adapters.methods import groups_of
 from vera_jax.adapters.norms import SHORT, norms_beside
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
@@ -19,6 +21,9 @@ from vera_jax.report.signatures import COLLAPSED, signatures
 METHODS = {
   "vera": "VeRA",
   "lora": "LoRA",
+  "ia3": "IA3",
+  "dora": "DoRA",
+  "dvora": "DVoRA",
   "bitfit": "BitFit",
   "head": "head alone",
   "full": "full",
@@ -28,7 +33,13 @@ METHODS = {
 ASIDE = (
   *("seed", "task", "method"),
   *("log", "predict_test", "mesh", "data.cache_dir", "data.source"),
+  "model.scan",  # changes rounding alone
 )
+
+
+def method_title(method: str) -> str:
+  """A method's name, or a chain's, as tables and figures write it."""
+  return " + ".join(METHODS.get(name, name) for name in method.split("+"))
 
 
 class Sweep(NamedTuple):
@@ -42,46 +53,95 @@ class Sweep(NamedTuple):
       percent), last, adapter, head, seconds, collapsed, signatures, folder,
       result.
     failed: what the failed.json files say, with each one's `run`.
+    remarks: sentences on what was left out, and why.
   """
 
   title: str
   paper: str
   runs: pd.DataFrame
   failed: list[dict[str, Any]]
+  remarks: tuple[str, ...] = ()
 
 
 def load_sweep(*folders: str | Path) -> Sweep:
-  """The results below some folders.
+  """The results below some folders, each run once.
+
+  A run that several files hold, by its settings, data and seed, is counted
+  where it is found first. Files that can't be read are left out. The sweep's
+  remarks name both.
 
   Raises:
-    UserError: there is none, or a file that can't be read.
+    UserError: there is no result that can be read.
   """
-  places: list[Path] = []
-  failed: list[dict[str, Any]] = []
+  places: dict[Path, Path] = {}  # the same file, by another folder, is one
+  failures: dict[Path, Path] = {}
+  remarks: list[str] = []
   plan: dict[str, Any] = {}
+
+  def read(file: Path) -> dict[str, Any] | None:
+    try:
+      return read_json(file)
+    except UserError as error:
+      remarks.append(f"Left out: {error}")
+      return None
+
   for folder in map(Path, folders):
     file = folder / "sweep.json"
-    own_plan = read_json(file) if file.exists() else {}
+    own_plan = (read(file) if file.exists() else None) or {}
     plan = plan or own_plan
     order = {name: i for i, name in enumerate(own_plan.get("runs", ()))}
-    places += sorted(
+    for place in sorted(
       (path.parent for path in sorted(folder.rglob(results.FILE))),
       key=lambda place: order.get(place.name, len(order)),
+    ):
+      places.setdefault(place.resolve(), place)
+    for path in sorted(folder.rglob(results.FAILED)):
+      failures.setdefault(path.resolve(), path)
+  found: dict[str, tuple[dict[str, Any], Path]] = {}
+  repeats, unequal = 0, []
+  for place in places.values():
+    result = read(place / results.FILE)
+    if result is None:
+      continue
+    try:
+      if (
+        "norms" not in result
+      ):  # older results; an adapter beside them has them
+        result["norms"] = norms_beside(place)
+      key = json.dumps([_identity(result), result.get("data")], sort_keys=True)
+      history(frame([result]))
+    except Exception as error:  # whatever is wrong with it, others are not
+      remarks.append(
+        f"Left out: {place / results.FILE} is no run's result"
+        f" ({type(error).__name__}: {error})."
+      )
+      continue
+    first, _ = found.setdefault(key, (result, place))
+    if first is not result:
+      repeats += 1
+      if first["best"] != result["best"]:
+        unequal.append(str(place))
+  failed = [
+    {**failure, "run": path.parent.name}
+    for path in failures.values()
+    if (failure := read(path)) is not None
+  ]
+  if repeats:
+    other = f" Other scores than there have: {', '.join(unequal)}."
+    remarks.append(
+      f"Not counted again: {repeats} results of runs that are in the table,"
+      f" with the same settings, data and seed.{other if unequal else ''}"
     )
-    failed += [
-      {**read_json(path), "run": path.parent.name}
-      for path in sorted(folder.rglob(results.FAILED))
-    ]
-  if not places:
+  if not found:
     there = ", ".join(map(str, folders))
     more = f"; {len(failed)} runs failed" if failed else ""
-    raise UserError(f"There is no result.json below {there}{more}.")
-  found = [read_json(place / results.FILE) for place in places]
-  for result, place in zip(found, places, strict=True):
-    if "norms" not in result:  # older results; an adapter beside them has them
-      result["norms"] = norms_beside(place)
+    raise UserError(
+      "\n".join([f"There is no result.json below {there}{more}.", *remarks])
+    )
   title = plan.get("title") or " and ".join(Path(f).name for f in folders)
-  return Sweep(title, plan.get("paper", ""), frame(found, places), failed)
+  kept, kept_places = zip(*found.values(), strict=True)
+  runs = frame(kept, kept_places)
+  return Sweep(title, plan.get("paper", ""), runs, failed, tuple(remarks))
 
 
 def frame(
@@ -99,6 +159,7 @@ def frame(
   places: Sequence[Path | None] = folders or [None] * len(found)
   for result, name, place in zip(found, _names(found), places, strict=True):
     config, flags = result["config"], signatures(result)
+    groups = [config.get(g, {}) for g in groups_of(result["method"]).values()]
     rows.append(
       {
         "task": result["task"],
@@ -110,8 +171,9 @@ def frame(
         "metric": result["score_name"],
         "adapter": result["parameters"]["adapter"],
         "head": result["parameters"]["head"],
-        "rank": config.get(result["method"], {}).get("rank"),
+        "rank": next((g["rank"] for g in groups if "rank" in g), None),
         "rate": result.get("learning_rates", {}).get("adapter_lr"),
+        "data": _data_of(config),
         "epochs": config["optim"]["epochs"],
         "seconds": result["seconds"],
         "collapsed": COLLAPSED in flags,
@@ -135,6 +197,33 @@ def frame(
   )
 
 
+def _own_settings(result: Mapping[str, Any]) -> dict[str, Any]:
+  """The settings that make a run's condition, by flat key."""
+  # Another method's settings don't bear on the run.
+  used = groups_of(result["method"]).values()
+  aside = (*ASIDE, *(name for name in METHODS if name not in used))
+  flat = flatten_dict(dict(result["config"]), sep=".")
+  return {
+    key: value
+    for key, value in flat.items()
+    if not any(key == a or key.startswith(f"{a}.") for a in aside)
+  }
+
+
+def _identity(result: Mapping[str, Any]) -> dict[str, Any]:
+  """What two results of one run have in common."""
+  names = ("task", "method", "seed")
+  return {**_own_settings(result), **{name: result[name] for name in names}}
+
+
+def _data_of(config: Mapping[str, Any]) -> str:
+  """The base and the data that a run is on, but for where these were."""
+  data = dict(config.get("data", {}))
+  for place in ("source", "cache_dir"):
+    data.pop(place, None)
+  return json.dumps([config["model"]["name"], data], sort_keys=True)
+
+
 def _names(found: Sequence[Mapping[str, Any]]) -> list[str]:
   """What distinguishes a run's condition from others of its task and method.
 
@@ -146,15 +235,8 @@ def _names(found: Sequence[Mapping[str, Any]]) -> list[str]:
   every = []
   for result in found:
     method = result["method"]
-    # Another method's settings don't bear on the run.
-    aside = (*ASIDE, *(name for name in METHODS if name != method))
-    flat = flatten_dict(dict(result["config"]), sep=".")
     every.append(
-      {
-        key: _in_words(value)
-        for key, value in flat.items()
-        if not any(key == a or key.startswith(f"{a}.") for a in aside)
-      }
+      {key: _in_words(value) for key, value in _own_settings(result).items()}
     )
     group = groups.setdefault((result["task"], method), [])
     if every[-1] not in group:

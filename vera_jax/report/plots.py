@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from vera_jax.report.frame import METHODS, Sweep, history, norms
+from vera_jax.report.frame import Sweep, history, method_title, norms
 from vera_jax.report.style import (
   BLACK,
   METHOD_COLORS,
@@ -177,7 +177,7 @@ def rank_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
       for method, rows in here.groupby("method", sort=False):
         rows = rows.sort_values("adapter")
         color, marker = METHOD_COLORS.get(str(method), OTHER)
-        name = METHODS.get(str(method), method)
+        name = method_title(str(method))
         ax.errorbar(
           rows["adapter"],
           rows["score"],

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from vera_jax.adapters.files import named_slices
 from vera_jax.adapters.merge import merge
 from vera_jax.adapters.norms import SHORT
+from vera_jax.adapters.sites import layer_path
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
 
@@ -42,8 +43,9 @@ def deltas(classifier: Classifier) -> dict[tuple[int, str], Matrix]:
   params = flatten_dict(classifier.params)
   found: dict[tuple[int, str], Matrix] = {}
   for path, target in classifier.targets.items():
-    place = (*path, "kernel")
+    place = (*layer_path(path, target), "kernel")
     added = np.asarray(merged[place]) - np.asarray(params[place])
+    added = added[..., slice(*target.columns or (None,))]
     whole = added.reshape(*target.stack, target.inputs, target.outputs)
     for name, matrix in named_slices((*path, "kernel"), whole):
       match = KERNEL.fullmatch(name)

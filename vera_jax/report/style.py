@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from pandas.core.groupby import SeriesGroupBy
 
 from vera_jax.errors import UserError
-from vera_jax.report.frame import METHODS
+from vera_jax.report.frame import method_title
 from vera_jax.tasks.task import task_named
 
 VERMILION, BLUE, GREEN = "#D55E00", "#0072B2", "#009E73"
@@ -29,6 +29,9 @@ DASHES: Any = ("-", "--", "-.", ":")
 METHOD_COLORS = {
   "vera": (BLUE, "o"),
   "lora": (VERMILION, "s"),
+  "ia3": (ORANGE, "p"),
+  "dora": (VERMILION, "X"),
+  "dvora": (BLUE, "X"),
   "bitfit": (GREEN, "^"),
   "head": (BLACK, "D"),
   "full": (PURPLE, "v"),
@@ -101,7 +104,7 @@ def metric_title(name: str) -> str:
 
 def label(method: str, condition: str) -> str:
   """A condition's name in a figure, broken where it is long."""
-  name = METHODS.get(method, method)
+  name = method_title(method)
   name = f"{name}, {condition}" if condition else name
   return "\n".join(textwrap.wrap(name, WRAP, break_long_words=False))
 

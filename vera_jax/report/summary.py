@@ -23,7 +23,7 @@ def summary(sweep: Sweep) -> pd.DataFrame:
   finds against LoRA, p_holm over all comparisons of the sweep, collapsed
   (runs), signatures (count by name).
   """
-  rows, by_seed = [], []
+  rows, by_seed, data = [], [], []
   for _, runs in sweep.runs.groupby(BY, sort=False):
     first, score, last = runs.iloc[0], runs["score"], runs["last"]
     paper = published(first["result"]["config"], sweep.paper or None)
@@ -47,12 +47,17 @@ def summary(sweep: Sweep) -> pd.DataFrame:
       }
     )
     by_seed.append(dict(zip(runs["seed"], score, strict=True)))
+    data.append(first["data"])
   table = pd.DataFrame(rows)
 
-  # Each condition against the LoRA of its task that has the best median.
+  # Each condition against the LoRA of its task, base and data that has the best
+  # median.
   compared: list[dict[str, Any]] = []
   for i, row in enumerate(rows):
-    loras = table[(table["task"] == row["task"]) & (table["method"] == "lora")]
+    same = np.array([data[i] == other for other in data])
+    loras = table[
+      (table["task"] == row["task"]) & (table["method"] == "lora") & same
+    ]
     if row["method"] == "lora" or loras.empty:
       compared.append({**paired({}, {}), "reference": ""})
     else:

@@ -125,6 +125,8 @@ def notes(sweep: Sweep, table: pd.DataFrame) -> list[str]:
   if (table["pairs"] > 0).any():
     loras = table[table["method"] == "lora"].groupby("task").size()
     which = " that has the best median" if loras.max() > 1 else ""
+    if sweep.runs.groupby("task")["data"].nunique().max() > 1:
+      which = f" of the same base and data{which}"
     lines.append(
       "Difference from LoRA: the mean over the seeds that both have, against"
       f" the LoRA condition{which}, with Student's 95 % interval; p of the"
@@ -132,11 +134,10 @@ def notes(sweep: Sweep, table: pd.DataFrame) -> list[str]:
       " table."
     )
   lines += _ranks(table) + _convergence(sweep.runs)
-  lines += [
-    f"{failure['run']} failed: {failure['failed'].splitlines()[0]}"
-    for failure in sweep.failed
-  ]
-  return lines
+  for failure in sweep.failed:
+    reason = str(failure.get("failed", "")) or "no reason is known"
+    lines.append(f"{failure['run']} failed: {reason.splitlines()[0]}")
+  return lines + list(sweep.remarks)
 
 
 def _ranks(table: pd.DataFrame) -> list[str]:

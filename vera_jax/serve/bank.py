@@ -34,7 +34,7 @@ from vera_jax.adapters.files import (
 )
 from vera_jax.adapters.interface import as_they_are
 from vera_jax.adapters.labels import join
-from vera_jax.adapters.methods import method_named
+from vera_jax.adapters.methods import by_link, links_of, make_adapter
 from vera_jax.adapters.projections import digest
 from vera_jax.adapters.sites import prepared_leaves
 from vera_jax.data.tokenizer import load_tokenizer
@@ -50,6 +50,8 @@ from vera_jax.serve.predictor import (
   Answer,
   Logits,
   answers,
+  check_finite,
+  check_texts,
   encode,
   packed_logits,
 )
@@ -206,6 +208,7 @@ class AdapterBank:
       first, second: as for `Predictor.logits`.
       adapters: a name for each text, or one for all.
     """
+    check_texts(first, second)
     names = [adapters] * len(first) if isinstance(adapters, str) else adapters
     slots = self.slots(names)
     if len(slots) != len(first):
@@ -231,7 +234,7 @@ class AdapterBank:
         outputs=self._plain.outputs,
         adapters=slots[mine],
       )
-    return out
+    return check_finite(out)
 
   def answers(
     self,
@@ -272,7 +275,8 @@ class AdapterBank:
 
   def _limit(self, name: str) -> int:
     own = self._adapters[name]
-    return min(self._max_length or own.max_length, own.room)
+    length = own.max_length if self._max_length is None else self._max_length
+    return min(length, own.room)
 
   def _prepare(self, leaves: Any) -> Any:
     """What the bank keeps of an adapter's leaves."""
@@ -295,6 +299,7 @@ class AdapterBank:
   ) -> None:
     """Write an adapter into a slot, if it runs by the bank's program."""
     saved = _loaded(adapter)
+    make_adapter(saved.about["method"], saved.about["settings"])  # all usable
     ours, theirs = _program(self._plain.about, {}), _program(*saved[:2])
     wrong = [
       f"{key}: {theirs[key]} there, {ours.get(key)} in the bank"
@@ -339,17 +344,24 @@ def _program(
   stored = all(matrix is not None for matrix in pair.values())
   found = digest(pair) if stored else about["projection_digest"]
   method, settings = about["method"], about["settings"]
-  row = method_named(method)
   # Settings that only first values come from may differ; for the matrices the
   # digest is compared.
-  free = row.starts(settings)
-  names = [name for name in row.settings if name not in free]
+  fixed: dict[str, Any] = {}
+  groups = by_link(method, settings)
+  for name, line in links_of(method).items():
+    place = f"{name}." if len(groups) > 1 else ""
+    free = line.starts(groups[name])
+    fixed |= {
+      f"{place}{key}": groups[name].get(key)
+      for key in line.settings
+      if key not in free
+    }
   return {
     "method": method,
     "base (fingerprint)": about["base_fingerprint"][:12],
     "number of labels": len(about["labels"]),
     "head": KINDS[kind_of(about, about["labels"])].head,
-    **{name: settings.get(name) for name in names},
+    **fixed,
     "projections (digest)": found and found[:12],
   }
 

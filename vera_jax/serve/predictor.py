@@ -66,7 +66,9 @@ class Predictor:
     """`max_length` is the most tokens of a text; None: as in training."""
     self.classifier = classifier
     self.tokenizer = load_tokenizer(classifier.folder)
-    self.max_length = min(max_length or classifier.max_length, classifier.room)
+    if max_length is None:
+      max_length = classifier.max_length
+    self.max_length = min(max_length, classifier.room)
     self.truncated = 0  # texts that were cut, so far
     self._apply = jax.jit(classifier.module.apply)
     self.task = task_of(classifier)
@@ -81,9 +83,23 @@ class Predictor:
 
     Of a classifier that tags words they are those of every token.
 
+    Args:
+      first: the texts; none give an array without rows.
+      second: the second text of each pair.
+
     Raises:
-      UserError: the tokenizer has words that the classifier lacks.
+      UserError: what was given is no list of texts, or two lists of different
+        lengths; the tokenizer has words that the classifier lacks; a logit is
+        not a finite number.
     """
+    return check_finite(self.any_logits(first, second))
+
+  def any_logits(
+    self,
+    first: Sequence[str] | Sequence[Sequence[str]],
+    second: Sequence[str] | None = None,
+  ) -> Logits:
+    """`logits` that may be infinite or no numbers."""
     tokens = self._encode(first, second)
     self.truncated += tokens.truncated
     return packed_logits(self._run, tokens, outputs=self.classifier.outputs)
@@ -134,6 +150,7 @@ class Predictor:
     A long text is answered in pieces: what one has no room for is the next.
     """
     labels = self.classifier.labels
+    check_texts(first, words=True)
     texts = list(map(words_of, first))
     tags = [[labels[0]] * len(text) for text in texts]
     scores = [[0.0] * len(text) for text in texts]
@@ -142,6 +159,7 @@ class Predictor:
       numbers = list(done)
       tokens = self._encode([texts[i][done[i] :] for i in numbers], None)
       logits = packed_logits(self._run, tokens, outputs=len(labels))
+      check_finite(logits)
       found = answers(logits, labels)  # of each token
       assert tokens.words is not None
       for i, places in zip(
@@ -164,6 +182,7 @@ class Predictor:
     ]
 
   def _encode(self, first: Any, second: Any) -> Tokens:
+    check_texts(first, second, words=self.classifier.kind == TAGS)
     return encode(
       self.classifier, self.tokenizer, first, second, limit=self.max_length
     )
@@ -214,6 +233,42 @@ def text_columns(classifier: Classifier) -> tuple[tuple[str, ...], ...]:
   return task.columns if task else ()
 
 
+def check_texts(first: Any, second: Any = None, *, words: bool = False) -> None:
+  """Raises a UserError unless each is a list of texts, both of one length.
+
+  With `words` a text may be the list of its words.
+  """
+  for texts in (first, second):
+    if texts is None:
+      continue
+    if isinstance(texts, str) or not hasattr(texts, "__len__"):
+      raise UserError(
+        "A list of texts is needed, also for one text: ['A fine film.']. Given"
+        f" was a {type(texts).__name__}."
+      )
+    for i, text in enumerate(texts):
+      parts = text if words and isinstance(text, list | tuple) else [text]
+      if not all(isinstance(part, str) for part in parts):
+        raise UserError(f"Text {i} is {text!r}, a {type(text).__name__}.")
+  if second is not None and len(first) != len(second):
+    raise UserError(
+      f"There are {len(first)} first texts and {len(second)} second ones; each"
+      " pair has one of both."
+    )
+
+
+def check_finite(logits: Logits) -> Logits:
+  """The logits, or a UserError that names the texts of those not finite."""
+  wrong = np.flatnonzero(~np.isfinite(logits).all(-1)).tolist()
+  if wrong:
+    raise UserError(
+      f"The model's answer is not a finite number for {len(wrong)} of"
+      f" {len(logits)} texts, the first of them number {wrong[0]} (from 0): the"
+      " weights of base or adapter are too large for their type, or damaged."
+    )
+  return logits
+
+
 def encode(
   classifier: Classifier,
   tokenizer: Any,
@@ -225,8 +280,15 @@ def encode(
   """The tokens of texts, or pairs, cut at `limit`.
 
   Raises:
-    UserError: the tokenizer has words that the classifier lacks.
+    UserError: the limit has no room for a word, or the tokenizer has words that
+      the classifier lacks.
   """
+  special = tokenizer.num_special_tokens_to_add(pair=second is not None)
+  if limit <= special:
+    raise UserError(
+      f"max_length is {limit}, but {special} tokens of each text are the"
+      f" model's own marks: give {special + 1} or more."
+    )
   texts: Any = first
   if classifier.kind == TAGS:
     texts = map(words_of, first)
@@ -237,7 +299,7 @@ def encode(
     np.arange(len(first)),
   )
   tokens = tokenise(examples, tokenizer, limit, None)
-  highest, size = int(tokens.ids.max()), classifier.config.vocab_size
+  highest, size = int(tokens.ids.max(initial=0)), classifier.config.vocab_size
   if highest >= size:
     raise UserError(
       f"The tokenizer of {classifier.folder} gave the id {highest}, but"
@@ -266,6 +328,8 @@ def packed_logits(
   """
   if adapters is None:
     adapters = np.zeros(len(tokens), np.int64)
+  if not len(tokens):
+    return np.empty((0, outputs), np.float32)
   longest = int(tokens.lengths.max())
   length = max(SHORTEST, 1 << (longest - 1).bit_length())
   layout = Layout(ROWS, length, length // 4)

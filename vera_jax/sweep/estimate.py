@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from vera_jax.adapters.base_leaves import ALL
-from vera_jax.adapters.methods import make_adapter
+from vera_jax.adapters.methods import by_link, make_adapter, settings_in
 from vera_jax.data.loader import steps_per_epoch
 from vera_jax.errors import UserError
-from vera_jax.files import read_json
 from vera_jax.hub import PACKAGE, resolve
+from vera_jax.models.family import load_config
 from vera_jax.models.roberta import SIZES
 from vera_jax.tasks.task import Size, task_for
 
@@ -48,8 +48,8 @@ def shape_of(name: str) -> tuple[int, int]:
     return SIZES[name]
   if name.startswith(PACKAGE) or "/" in name:
     try:
-      fields = read_json(resolve(name) / "config.json")
-      return int(fields["hidden_size"]), int(fields["num_hidden_layers"])
+      config = load_config(resolve(name))
+      return config.hidden_size, config.num_hidden_layers
     except Exception:  # an estimate is no reason to stop
       pass
   return 768, 12
@@ -61,9 +61,8 @@ def flops(config: ConfigDict) -> float:
   weights = 12 * layers * width**2
   # Forward: 2 FLOPs per weight and token. The inputs' gradient takes as many,
   # where anything below the head is trained; so does that of whole kernels.
-  adapter, targets = make_adapter(
-    config.method, config[config.method].to_dict()
-  )
+  settings = settings_in(config, config.method)
+  adapter, targets = make_adapter(config.method, settings)
   per_token = 2 * weights
   if targets or adapter.trains:
     per_token += 2 * weights
@@ -71,7 +70,9 @@ def flops(config: ConfigDict) -> float:
     per_token += 2 * weights
   if targets:
     adapted = min(layers * len(targets), 6 * layers)
-    per_token += 4 * config[config.method].rank * 2 * width * adapted
+    groups = by_link(config.method, settings).values()
+    rank = sum(group.get("rank", 0) for group in groups)
+    per_token += 4 * rank * 2 * width * adapted
   tokens = min(size.tokens, config.data.max_length)
   epoch = size.train * per_token + size.dev * 2 * weights
   return float(config.optim.epochs * tokens * epoch)

@@ -1,5 +1,6 @@
 """Which runs a sweep has, where each stands, and which train together."""
 
+import copy
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -94,7 +95,8 @@ def make_plan(
   )
   runs: dict[str, SweepRun] = {}
   for overrides in all_overrides:
-    config = sweep.base.copy_and_resolve_references()
+    # with its references, which know the types of settings without a value
+    config = copy.deepcopy(sweep.base)
     for key, value in overrides.items():
       try:
         check_key(config, key)  # updating would ignore a key that is unknown
@@ -105,6 +107,7 @@ def make_plan(
           f"The sweep's override {key}={value!r} doesn't fit the base config:"
           f" {reason}"
         ) from error
+    config = config.copy_and_resolve_references()
     check_settings(config)
     code = digest(config.to_dict())
     name = "-".join([*_name_parts(overrides, axes), code])

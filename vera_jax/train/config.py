@@ -1,12 +1,23 @@
 """Settings that can't work are refused before anything is loaded."""
 
+import math
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from vera_jax.adapters.methods import METHODS
+from vera_jax.adapters.apply import plans_at
+from vera_jax.adapters.interface import Target
+from vera_jax.adapters.methods import (
+  METHODS,
+  adapter_named,
+  groups_of,
+  make_adapter,
+  settings_in,
+)
+from vera_jax.adapters.products import check_plan
 from vera_jax.errors import UserError
+from vera_jax.models.pretrained import choose_scan
 
 AT_LEAST_ONE = (
   "optim.epochs",
@@ -16,7 +27,15 @@ AT_LEAST_ONE = (
   "eval_batch_size",
   "log.every",
   "data.max_length",
+  "data.max_train_examples",
 )
+NOT_NEGATIVE = (
+  "optim.adapter_lr",
+  "optim.head_lr",
+  "optim.weight_decay",
+  "data.subset_seed",
+)
+SEEDS = 2**32  # of jax.random.key; it would take a higher one for a lower
 
 
 def check_settings(config: ConfigDict) -> None:
@@ -25,22 +44,74 @@ def check_settings(config: ConfigDict) -> None:
   Raises:
     UserError: names all of them, with what is allowed.
   """
-  if config.method not in METHODS:  # all else depends on it
-    raise UserError(
-      f"config.method is {config.method!r}; choose from {', '.join(METHODS)}."
-    )
+  try:  # all else depends on it
+    adapter_named(config.method)
+    settings_in(config, config.method)
+  except UserError as error:
+    raise UserError(f"config.{error}") from error
+  group = next(iter(groups_of(config.method).values()))
   values = flatten_dict(config.to_dict(), sep=".")
   needed = ["task", "optim.epochs"]
   for rate, own in (("adapter_lr", "lr"), ("head_lr", "head_lr")):
-    if config.optim[rate] is None and own in config[config.method]:
-      needed.append(f"{config.method}.{own}")
+    if config.optim[rate] is None and own in config[group]:
+      needed.append(f"{group}.{own}")
   unset = [f"config.{name}" for name in needed if values[name] is None]
   wrong = [f"Without a value are: {', '.join(unset)}."] if unset else []
+
+  def refuse(name: str, allowed: str) -> None:
+    wrong.append(f"config.{name} is {values[name]}; {allowed}.")
+
   for name in AT_LEAST_ONE:
     if values[name] is not None and values[name] < 1:
-      wrong.append(f"config.{name} is {values[name]}; at least 1 is needed.")
+      refuse(name, "at least 1 is needed")
+  for name in (
+    *NOT_NEGATIVE,
+    *(f"{group}.{rate}" for rate in ("lr", "head_lr")),
+  ):
+    value = values.get(name)
+    if value is not None and not 0 <= value < math.inf:
+      refuse(name, "it must be a finite number, 0 or above")
+  clip = values["optim.grad_clip"]
+  if clip is not None and not 0 < clip < math.inf:
+    refuse("optim.grad_clip", "a norm above 0 is needed; unset clips nothing")
+  if not 0 <= values["optim.warmup_ratio"] <= 1:
+    refuse("optim.warmup_ratio", "it is a share of the steps, from 0 to 1")
+  if not 0 <= config.seed < SEEDS:
+    refuse("seed", f"choose a whole number from 0 to {SEEDS - 1}")
+  try:
+    choose_scan(config.model.scan, layers=1, platform="cpu")
+  except UserError as error:
+    wrong.append(str(error))
+  try:
+    settings = settings_in(config, config.method)
+    adapter, targets = make_adapter(config.method, settings)
+    plan = check_plan(config.model.contraction)
+    if targets:  # any site shows whether the method can be multiplied so
+      for link in adapter.methods:
+        one = link._replace(on=())
+        plans_at(one, {("site",): Target(2, 2)}, {("site",): 1}, plan=plan)
+  except UserError as error:
+    wrong.append(str(error))
   if wrong:
     raise UserError("\n".join(wrong))
+
+
+def without_effect(config: ConfigDict) -> set[str]:
+  """The settings, by flat key, that the method of a config has no use for."""
+  settings = settings_in(config, config.method)
+  adapter, targets = make_adapter(config.method, settings)
+  used = groups_of(config.method).values()
+  idle = {
+    f"{group}.{name}"
+    for group in METHODS
+    if group not in used
+    for name in config.get(group, {})
+  }
+  if all(link.low_rank is None for link in adapter.methods):
+    idle.add("model.contraction")
+  if not targets and adapter.trains is None:
+    idle.add("optim.adapter_lr")
+  return idle
 
 
 def check_key(config: ConfigDict, key: str) -> None:

@@ -23,7 +23,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from vera_jax.adapters.methods import method_named
+from vera_jax.adapters.methods import groups_of, links_of
+from vera_jax.adapters.products import AUTO
 from vera_jax.errors import UserError
 from vera_jax.train.config import check_settings
 from vera_jax.train.loop import train
@@ -65,6 +66,14 @@ def train_ensemble(
   if len({run.folder for run in runs}) < len(runs):
     raise UserError("Each run of an ensemble needs a workdir of its own.")
   left = [run for run in runs if not run.is_done and run.failure is None]
+  begun = {run.config.model.scan for run in left} - {AUTO}
+  if len(begun) > 1:
+    raise UserError(
+      "Some of these runs have begun with stacked layers, others with looped"
+      " ones (model.scan in their config.json): train them in two calls."
+    )
+  for run in left:
+    run.choose_scan(*(begun or {AUTO}))
   if left:
     began = begin()
     prepare()
@@ -73,7 +82,7 @@ def train_ensemble(
         stack.enter_context(run.locked())
       setup = build_setup(left[0].config)
       for run in left:
-        stack.enter_context(run.opened())
+        stack.enter_context(run.opened(setup))
       for ensemble in _ensembles(left, runs):
         train(ensemble, setup, began)
       for run in left:
@@ -217,13 +226,13 @@ class Ensemble:
 
 
 def _own_keys(config: ConfigDict) -> set[str]:
-  method = config.method
-  keys = {"seed", f"{method}.lr", f"{method}.head_lr"}
-  keys |= {"optim.adapter_lr", "optim.head_lr", "optim.weight_decay"}
-  per_run = method_named(method).per_run
-  return keys | {
-    f"{method}.{name}" for name in per_run(config[method].to_dict())
-  }
+  keys = {"seed", "optim.adapter_lr", "optim.head_lr", "optim.weight_decay"}
+  groups = groups_of(config.method)
+  for name, line in links_of(config.method).items():
+    group = groups[name]
+    per_run = line.per_run(config[group].to_dict())
+    keys |= {f"{group}.{key}" for key in ("lr", "head_lr", *per_run)}
+  return keys
 
 
 def _settings(config: ConfigDict, *, own: bool) -> dict[str, Any]:

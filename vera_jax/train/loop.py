@@ -53,8 +53,8 @@ def train_and_evaluate(
   began = begin()
   prepare()
   with nothing_to_save(), run.locked():
-    setup = build_setup(config)
-    with run.opened():
+    setup = build_setup(run.config)
+    with run.opened(setup):
       if run.result is None and not run.has_ended:
         train(run, setup, began)
       return run.finish(setup)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from vera_jax.adapters.labels import ADAPTER, FROZEN, HEAD
+from vera_jax.adapters.methods import groups_of
 
 Number = float | Float[Array, ""]  # traced: each run of an ensemble has its own
 
@@ -62,8 +63,11 @@ def optimiser(
 
 
 def learning_rates(config: ConfigDict) -> dict[str, float]:
-  """`config.optim`'s rates, or where they are unset the method's own."""
-  own = config[config.method]
+  """`config.optim`'s rates, or where they are unset the method's own.
+
+  A chain's are those of its first method.
+  """
+  own = config[next(iter(groups_of(config.method).values()))]
   adapter, head = config.optim.adapter_lr, config.optim.head_lr
   return {
     "adapter_lr": own.get("lr", 0.0) if adapter is None else adapter,

@@ -4,6 +4,7 @@ The loop (`loop.py`) and the ensemble (`ensemble.py`) train; a `Run` knows how
 far its own training has come and keeps that in its folder.
 """
 
+import copy
 import logging
 import math
 import time
@@ -21,7 +22,9 @@ from ml_collections import ConfigDict
 
 from vera_jax import results
 from vera_jax.adapters.files import save_adapter, tensors
+from vera_jax.adapters.methods import settings_in
 from vera_jax.adapters.norms import adapter_norms, as_json
+from vera_jax.adapters.products import AUTO
 from vera_jax.adapters.projections import PRNG
 from vera_jax.errors import UserError
 from vera_jax.models.hf_weights import fingerprint
@@ -74,9 +77,12 @@ class Run:
     Raises:
       UserError: it holds the run of another config.
     """
-    self.config, self.folder = config, Path(workdir).expanduser().absolute()
+    self.config = copy.deepcopy(config)
+    self.folder = Path(workdir).expanduser().absolute()
     self.title = title or f"seed {config.seed}"
-    check_workdir(self.folder, config.to_dict())
+    written = check_workdir(self.folder, config.to_dict())
+    if written is not None:
+      self.choose_scan(written["model"]["scan"])
     self.progress: dict[str, Any] = {
       "history": [],
       "loss_sum": 0.0,
@@ -84,6 +90,15 @@ class Run:
     }
     self.result = results.read(self.folder)
     self.failure = results.read(self.folder, results.FAILED)
+
+  def choose_scan(self, scan: bool | str) -> None:
+    """Take over how the layers lie, where the config leaves that open.
+
+    A run goes on with what it began with: its saves have leaves of that shape.
+    """
+    if self.config.model.scan == AUTO:
+      with self.config.ignore_type():  # of "auto", a text
+        self.config.model.scan = scan
 
   @property
   def is_done(self) -> bool:
@@ -122,8 +137,9 @@ class Run:
       yield
 
   @contextmanager
-  def opened(self) -> Iterator[None]:
+  def opened(self, setup: Setup) -> Iterator[None]:
     """The folder is this config's, its checkpoints open, progress restored."""
+    self.choose_scan(setup.model.blueprint.scan)
     config = self.config.to_dict()
     on_first(lambda: write_config(self.folder, config))
     with Checkpoints(self.folder / "checkpoints", config) as self.saves:
@@ -338,10 +354,11 @@ class Run:
       about={
         **of_both,
         "score": best["score"],
-        "settings": config[config.method].to_dict(),
+        "settings": settings_in(config, config.method),
         "projection_prng": PRNG,
         "base_fingerprint": fingerprint(setup.base),
         "max_length": config.data.max_length,
+        "data": setup.data.record(),
         "parameters": parameters,
         "versions": provenance["versions"],
       },

@@ -10,6 +10,8 @@ import os
 import platform
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,24 @@ _CORES = 4  # that the compiling of one program can use
 
 def prepare() -> None:
   """Call before JAX looks for devices: threads keep the memory they have."""
+  leave_libtpu_alone()
   keep_freed_memory()
   use_compilation_cache()
+
+
+def leave_libtpu_alone(devices: Path = Path("/dev")) -> None:
+  """Use the CPU where libtpu is installed, say for plans, but there is no TPU.
+
+  JAX would start it to look for one, and it prints lines of errors. Nothing is
+  done where the user has chosen, where a TPU's device file is there (`accel0`,
+  or `vfio/0` from v5e on), or where another plugin, as CUDA's, may serve.
+  """
+  others = entry_points(group="jax_plugins") or find_spec("jax_plugins")
+  tpus = [*devices.glob("accel*"), *devices.glob("vfio/[0-9]*")]
+  if jax.config.values["jax_platforms"] or "JAX_FORCE_TPU_INIT" in os.environ:
+    return
+  if find_spec("libtpu") and not tpus and not others:
+    jax.config.update("jax_platforms", "cpu")
 
 
 def use_compilation_cache() -> None:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from vera_jax.adapters.labels import join
-from vera_jax.adapters.methods import make_adapter
+from vera_jax.adapters.methods import make_adapter, settings_in
 from vera_jax.data.loader import PackedData
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
@@ -128,7 +128,7 @@ def build_blueprint(
   """The model of a run's config, without weights; `options` are overrides."""
   settings = {
     "method": config.method,
-    "settings": config[config.method].to_dict(),
+    "settings": settings_in(config, config.method),
     "dtype": compute_dtype(config.model.dtype),
     "scan": config.model.scan,
     "remat": config.model.remat,
@@ -148,7 +148,10 @@ def build_setup(config: ConfigDict) -> Setup:
   data = task.load_data(
     config, base, shards=batch_shards(mesh), shard=process_shard(rows)
   )
-  plan = build_blueprint(config, read_fields(base), task)
+  layout = data.train_layout
+  middle = layout.rows[len(layout.rows) // 2]  # of its microbatches' row counts
+  sizes = middle // batch_shards(mesh), layout.length, data.texts_per_row
+  plan = build_blueprint(config, read_fields(base), task, sizes=sizes)
   room = plan.family.room(plan.config)
   if data.longest > room:
     raise UserError(
@@ -212,7 +215,8 @@ def restart(model: Model, config: ConfigDict, mesh: Mesh) -> Model:
   That config may differ in what leaves start from: the seed, VeRA's `d_init`.
   """
   plan = model.blueprint
-  adapter, _ = make_adapter(config.method, config[config.method].to_dict())
+  settings = settings_in(config, config.method)
+  adapter, _ = make_adapter(config.method, settings)
   plan = plan._replace(module=plan.module.clone(adapter=adapter))
   base = join(model.trainable, model.frozen)
   fresh = plan.fresh_leaves(
@@ -237,22 +241,21 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
     f"trained: adapter {counts.adapter:,}, head {counts.head:,} of"
     f" {trained + counts.frozen:,} ({trained / (trained + counts.frozen):.2%})"
   )
+  plan = setup.model.blueprint
+  how = "stacked, one is compiled" if plan.scan else "looped"
+  yield f"layers: {plan.config.num_hidden_layers}, {how}"
   yield from setup.task.notes
   data, *cut = setup.data.introduction()
   yield data
-  layout = setup.data.train_layout
-  rows = layout.rows[len(layout.rows) // 2]
-  plan = setup.model.blueprint
-  shapes = plan.family.inputs(
-    rows // batch_shards(setup.mesh), layout.length, setup.data.texts_per_row
-  )
-  plans = plan.module.plans(**shapes)
+  plans = plan.plans
   if plans:
     shown = ", ".join(
       f"{name} in {n}" for name, n in Counter(plans.values()).most_common()
     )
+    rows = setup.data.train_layout.rows
     yield (
-      f"contraction at {rows} rows: {shown} of {len(plans)} adapted products"
+      f"contraction at {rows[len(rows) // 2]} rows: {shown} of {len(plans)}"
+      " adapted products"
     )
   yield from setup.model.notes
   if len(titles) > 1:

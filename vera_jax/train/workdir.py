@@ -17,6 +17,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from vera_jax.adapters.products import AUTO
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json
 from vera_jax.locks import describe_owner, locked
@@ -33,29 +34,58 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def digest(config: Mapping[str, Any]) -> str:
-  """Eight letters that name a run: equal for equal `identity`."""
-  text = json.dumps(identity(config), sort_keys=True)
+  """Eight letters that name a run: equal for equal `identity`.
+
+  A `model.scan` of "auto" counts as true, which was the default before: the
+  same command finds the folders of then.
+  """
+  named = identity(config)
+  if _is_auto(named):
+    named |= {"model": {**named["model"], "scan": True}}
+  text = json.dumps(named, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _is_auto(config: Mapping[str, Any]) -> bool:
+  """Whether stacked or looped layers are still to be chosen."""
+  return config.get("model", {}).get("scan") == AUTO
 
 
 def differences(
   theirs: Mapping[str, Any], ours: Mapping[str, Any]
 ) -> list[str]:
-  """A line for each setting of a run's identity that is not the same."""
+  """A line for each setting of a run's identity that is not the same.
+
+  What one side leaves open is no difference, nor is a whole group that it
+  lacks: such are the settings of methods that are newer than the run.
+  """
   there, now = (
     # as JSON reads them back: tuples are lists there
     flatten_dict(json.loads(json.dumps(identity(config))), sep=".")
     for config in (theirs, ours)
   )
+  lacking = {
+    group
+    for one, other in ((theirs, ours), (ours, theirs))
+    for group, settings in one.items()
+    if isinstance(settings, Mapping) and group not in other
+  }
   return [
     f"{key}: {there.get(key, 'unset')!r} there, {now.get(key, 'unset')!r} now"
     for key in sorted({*now, *there})
     if now.get(key) != there.get(key)
+    and key.partition(".")[0] not in lacking
+    and not (key == "model.scan" and (_is_auto(theirs) or _is_auto(ours)))
   ]
 
 
-def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+def check_workdir(
+  workdir: Path, config: Mapping[str, Any]
+) -> dict[str, Any] | None:
   """Refuse a folder that holds a run of another config, or an unknown run.
+
+  Returns:
+    The config that the folder holds, if there is one.
 
   Raises:
     UserError: naming each key that differs, with both values, if any.
@@ -67,7 +97,7 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
         f"{workdir} holds checkpoints, but no config.json that says of what"
         " run. Choose another --workdir, or remove them."
       )
-    return
+    return None
   written = read_json(path, hint="Choose another --workdir.")
   differ = differences(written, config)
   if differ:
@@ -76,6 +106,7 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
       " the same settings to resume it. Different are:\n  "
       + "\n  ".join(differ)
     )
+  return written
 
 
 def write_config(workdir: Path, config: Mapping[str, Any]) -> None:

@@ -1,0 +1,124 @@
+"""To the hub and back, against a stand-in for its API; the model card."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.experiments.command import run
+from tests.faults.downloads import COMMIT, NAME, TOKEN, hub
+from vera_jax.adapters.card import CARD, model_card
+from vera_jax.adapters.files import load_adapter
+from vera_jax.adapters.push import push_adapter
+from vera_jax.errors import UserError
+from vera_jax.models.classifier import restore_adapter
+from vera_jax.serve.predictor import Predictor
+
+ROOT = Path(__file__).resolve().parents[2]
+ASK = """
+import os, sys
+from vera_jax.adapters.files import load_adapter
+from vera_jax.adapters.push import push_adapter
+from vera_jax.errors import UserError
+adapter, name = sys.argv[1:]
+for ask in (
+  lambda: load_adapter(name).folder,
+  lambda: load_adapter(f"{name}@v1").folder,
+  lambda: load_adapter(f"{name}@v2"),
+  lambda: push_adapter(adapter, name),
+):
+  try:
+    print(ask())
+  except UserError as error:
+    print(error)
+"""
+
+
+def test_to_the_hub_and_back(random_adapter, tmp_path):
+  adapter, store = random_adapter("head", task="sst2"), tmp_path / "store"
+  store.mkdir()
+  files = ["README.md", "adapter.json", "adapter.safetensors"]
+  with hub(store) as (address, _):
+    client = {
+      "HF_ENDPOINT": address,
+      "HF_HOME": str(tmp_path / "cache"),
+      "HF_HUB_OFFLINE": "0",
+    }
+    flags = f"--adapter={adapter}", f"--to={NAME}"
+    pushed = run("push", *flags, HF_TOKEN=TOKEN, **client)
+    assert pushed.stdout == f"{address}/{NAME}/commit/{COMMIT}\n"
+    assert sorted(file.name for file in store.iterdir()) == files
+    for file in files:
+      assert (store / file).read_bytes() == (adapter / file).read_bytes()
+    (store / "evil.py").write_text("")  # not fetched
+
+    asked = subprocess.run(
+      [sys.executable, "-c", ASK, adapter, NAME],
+      env={**os.environ, **client, "PYTHONPATH": str(ROOT), "HF_TOKEN": "no"},
+      capture_output=True,
+      text=True,
+    )
+    newest, v1, v2, refused = asked.stdout.splitlines()
+    for found in (newest, v1):
+      assert sorted(file.name for file in Path(found).iterdir()) == files
+    assert v2.startswith(f"The hub has no {NAME}@v2 (or not for you).")
+    assert refused.startswith(f"{NAME} can't be uploaded") and TOKEN != "no"
+
+    name = f"--adapter={NAME}@v1"
+    answer = run("predict", name, "--input=-", text="word1", **client)
+  model = Predictor(restore_adapter(load_adapter(adapter)))
+  (wanted,) = model.answers(["word1"])
+  label, score, *_ = answer.stdout.split("\t")
+  assert label == wanted.label
+  assert float(score) == pytest.approx(wanted.score, abs=2e-6)
+
+
+def test_what_is_no_adapter_is_not_uploaded(random_adapter, tmp_path):
+  folder = random_adapter()
+  for name in ("word", "a/b/c", f"{NAME}@v1"):
+    with pytest.raises(UserError, match="no hub id .* owner/name"):
+      push_adapter(folder, name)
+  with pytest.raises(UserError, match="no adapter folder"):
+    push_adapter(tmp_path / "none", NAME)
+  (folder / "adapter.safetensors").write_bytes(b"")
+  with pytest.raises(UserError, match="checksum differs"):
+    push_adapter(folder, NAME)
+
+
+@pytest.mark.parametrize("name", ["some/adapter", "some/adapter@v1"])
+def test_without_the_hub_there_is_still_a_clear_error(name):
+  with pytest.raises(UserError, match="(?s)be reached.*no adapter folder"):
+    load_adapter(name)
+
+
+def test_the_card_is_made_from_the_result(random_adapter):
+  folder = random_adapter(task="sst2")
+  about = json.loads((folder / "adapter.json").read_text())
+  assert (folder / CARD).read_text() == model_card(about)
+  data = {"train": {"examples": 40, "truncated": 0, "fingerprint": "f00d"}}
+  about |= {"seed": 3, "score_name": "accuracy", "score": 0.8125}
+  card = model_card({**about, "data": data})
+  for text in (
+    "# vera adapter for sst2",
+    "rank 8",
+    "targets (query, value)",
+    f"| base | {about['base']} |",
+    about["base_fingerprint"],
+    about["projection_digest"],
+    "| data | sst2; train 40 examples, sha256 f00d |",
+    "| score | accuracy 0.8125",
+    "| seed | 3 |",
+    "| labels | negative, positive |",
+    "| texts are cut at | 16 tokens |",
+    "vera_jax.load_adapter(",
+    "peft.PeftModel.from_pretrained(",
+  ):
+    assert text in card
+  assert "base_model" not in card  # a folder here is nobody else's
+  card = model_card({**about, "base": "roberta-base", "labels": ["a|b\n<c"]})
+  assert '\nbase_model: "roberta-base"\n' in card
+  assert "| labels | a\\|b &lt;c |" in card
+  assert model_card({}).startswith("---\nlibrary_name: vera_jax\n")

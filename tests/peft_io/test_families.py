@@ -1,0 +1,83 @@
+"""PEFT's adapters on DistilBERT and ModernBERT."""
+
+import numpy as np
+import pytest
+
+from tests.peft_io.test_parity import (
+  IDS,
+  assert_same,
+  loaded_by_peft,
+  trained_by_peft,
+)
+from vera_jax.errors import UserError
+from vera_jax.peft_io import export_adapter, import_adapter
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+
+SIZES = {"vocab_size": 100, "max_position_embeddings": 40, "pad_token_id": 0}
+MODERN = {
+  "hidden_size": 16,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "intermediate_size": 24,
+  "bos_token_id": 1,
+  "eos_token_id": 2,
+  "cls_token_id": 1,
+  "sep_token_id": 2,
+}
+DISTIL = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+TARGETS = {"distilbert": ["q_lin", "v_lin"], "modernbert": ["Wqkv"]}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+  """Random folders: an encoder, and a masked language model with its head."""
+  made = {
+    "distilbert": transformers.DistilBertModel(
+      transformers.DistilBertConfig(**SIZES, **DISTIL, initializer_range=0.2)
+    ),
+    "modernbert": transformers.ModernBertForMaskedLM(
+      transformers.ModernBertConfig(**SIZES, **MODERN, initializer_range=0.2)
+    ),
+  }
+  folders = {}
+  for kind, model in made.items():
+    folders[kind] = tmp_path_factory.mktemp(kind)
+    model.save_pretrained(folders[kind])
+  return folders
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_there_and_back(bases, kind, tmp_path):
+  """VeRA on DistilBERT, LoRA on ModernBERT's fused layer as a whole."""
+  options = {"r": 4, "target_modules": TARGETS[kind], "task_type": "SEQ_CLS"}
+  config = (
+    peft.VeraConfig(**options)
+    if kind == "distilbert"
+    else peft.LoraConfig(**options)
+  )
+  model = trained_by_peft(bases[kind], config, tmp_path / "theirs")
+  about = import_adapter(
+    tmp_path / "theirs", tmp_path / "ours", base=str(bases[kind])
+  )
+  patterns = {"distilbert": ["query", "value"], "modernbert": ["Wqkv"]}
+  assert about["settings"]["targets"] == patterns[kind]
+  assert_same(tmp_path / "ours", bases[kind], model)
+  export_adapter(tmp_path / "ours", tmp_path / "again")
+  again = loaded_by_peft(bases[kind], tmp_path / "again")
+  with torch.no_grad():
+    ids = torch.from_numpy(IDS)
+    want, got = (m(input_ids=ids).logits.numpy() for m in (model, again))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+  named = again.peft_config["default"].target_modules
+  assert set(named) == set(TARGETS[kind])
+
+
+def test_parts_of_a_fused_layer_are_refused(bases, random_adapter, tmp_path):
+  ours = random_adapter(base=bases["modernbert"], task="mnli", rank=4)
+  with pytest.raises(UserError, match=r"Wqkv.query is a part .*targets=\('Wqk"):
+    export_adapter(ours, tmp_path / "theirs")
+  assert not (tmp_path / "theirs").exists()

@@ -1,0 +1,124 @@
+"""An adapter's model card: README.md, made from what adapter.json says.
+
+The hub shows it as the adapter's page, and reads the lines between the dashes.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vera_jax.hub import PACKAGE
+
+CARD = "README.md"
+
+
+def model_card(about: Mapping[str, Any]) -> str:
+  """The card; what adapter.json leaves out is left out here as well."""
+  base, method = str(about.get("base")), str(about.get("method"))
+  tags = ["vera_jax", method, "text-classification"]
+  lines = ["---", "library_name: vera_jax"]
+  if not base.startswith((PACKAGE, "/", ".", "~")) and not Path(base).is_dir():
+    lines.append(f"base_model: {json.dumps(base)}")  # a hub id, it links there
+  lines += [f"tags: {json.dumps(tags)}", "---", ""]
+  lines += [f"# {_cell(method)} adapter for {_cell(about.get('task'))}", ""]
+  lines += ["| | |", "| --- | --- |"]
+  lines += [f"| {name} | {_cell(text)} |" for name, text in _facts(about)]
+  return "\n".join([*lines, USE])
+
+
+def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """What there is to say, in the table's order."""
+
+  def group(name: str) -> dict[str, Any]:
+    value = about.get(name)
+    return value if isinstance(value, dict) else {}
+
+  settings = {k: x for k, x in group("settings").items() if x is not None}
+  yield "method", f"{about.get('method')}: " + _pairs(settings)
+  yield "base", str(about.get("base"))
+  if found := about.get("base_fingerprint"):
+    yield "fingerprint of the base's weights", str(found)
+  if found := about.get("projection_digest"):
+    yield "digest of A and B", str(found)
+  sizes = {
+    split: f"{facts.get('examples')} examples, sha256 {facts['fingerprint']}"
+    for split, facts in group("data").items()
+    if isinstance(facts, dict) and "fingerprint" in facts
+  }
+  yield "data", "; ".join([str(about.get("task")), *_each(sizes)])
+  if isinstance(score := about.get("score"), int | float):
+    reached = f"{about.get('score_name')} {score:.4f}"
+    yield "score", f"{reached} on the dev data, one run's best epoch"
+  if about.get("seed") is not None:
+    yield "seed", str(about["seed"])
+  if labels := about.get("labels"):
+    yield "labels", ", ".join(map(str, labels))
+  if about.get("max_length"):
+    yield "texts are cut at", f"{about['max_length']} tokens"
+  if group("parameters"):
+    yield "parameters", _pairs(group("parameters"))
+  if group("versions"):
+    yield "versions", _pairs(group("versions"))
+
+
+def _each(values: Mapping[str, Any]) -> list[str]:
+  """Each name with its value; a list's entries (targets) between brackets."""
+  return [
+    f"{name} ({', '.join(map(str, value))})"
+    if isinstance(value, list | tuple)
+    else f"{name} {value}"
+    for name, value in values.items()
+  ]
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+  return ", ".join(_each(values))
+
+
+def _cell(text: Any) -> str:
+  """Text that stays in its cell, and is not taken for HTML."""
+  plain = " ".join(str(text).split())
+  return plain.replace("|", "\\|").replace("<", "&lt;")
+
+
+USE = """
+An adapter is two small files beside its frozen base. Loading it checks that the
+base's weights have the fingerprint above, and that A and B, where it has them,
+come out with their digest. ADAPTER below is this folder, or its hub id as
+owner/name.
+
+## In vera_jax
+
+```
+python -m experiments.predict --adapter=ADAPTER --input=texts.tsv
+python -m experiments.merge --adapter=ADAPTER --out=FOLDER
+```
+
+```python
+import vera_jax
+
+classifier = vera_jax.restore_adapter(vera_jax.load_adapter("ADAPTER"))
+vera_jax.Predictor(classifier).answers(["A first text.", "A second one."])
+```
+
+Where the base is not found under its name, `--base=FOLDER` (or the second
+argument of `restore_adapter`) says where it is.
+
+## In PEFT
+
+Methods that PEFT has too can be written in its format, without torch:
+
+```
+python -m experiments.peft export --adapter=ADAPTER --out=PEFT_ADAPTER
+```
+
+```python
+import peft, transformers
+
+base = transformers.AutoModelForSequenceClassification.from_pretrained(
+  "BASE", num_labels=2  # as many as there are labels, 1 for a regression
+)
+model = peft.PeftModel.from_pretrained(base, "PEFT_ADAPTER")
+```
+"""

@@ -1,0 +1,63 @@
+"""IA3: Infused Adapter by Inhibiting and Amplifying Inner Activations
+(arXiv 2205.05638, section 3.3), one trained scale per activation.
+
+  keys and values:         h = l * (W0 x + bias)
+  feed-forward's output:   h = W0 (l * x) + bias
+
+l starts at 1. The paper scales each layer's keys, values and what enters the
+feed-forward's second product: 2 x 768 + 3072 numbers in a layer of BERT-base,
+55,296 in all. PEFT's own defaults for BERT name "output.dense", by which they
+also scale the inputs of the attention's output layer; the paper doesn't.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from vera_jax.adapters.interface import Adapter, Leaves, Site, as_they_are
+from vera_jax.adapters.sites import matches
+
+INPUT, OUTPUT = "ia3_in", "ia3_out"
+
+
+def ia3(*, feedforward: Sequence[str] = ()) -> Adapter:
+  """IA3 as an `Adapter`: in or out trained numbers per site.
+
+  Args:
+    feedforward: patterns of those sites whose inputs are scaled; of all others
+      the outputs are.
+  """
+
+  def start(key: Array, site: Site) -> dict[str, Array]:
+    del key
+    if any(matches(pattern, site.path) for pattern in feedforward):
+      return {INPUT: jnp.ones(site.inputs, jnp.float32)}
+    return {OUTPUT: jnp.ones(site.outputs, jnp.float32)}
+
+  def weights(leaves: Leaves, site: Site) -> tuple[Array, Array | None]:
+    if INPUT in leaves:
+      return leaves[INPUT][:, None] * site.kernel(), site.bias
+    scale = leaves[OUTPUT]
+    bias = None if site.bias is None else scale * site.bias
+    return site.kernel() * scale[None], bias
+
+  def forward(
+    leaves: Leaves, site: Site, x: Array, key: Any, inner: Any
+  ) -> tuple[Array, None]:
+    del site, key
+    along = (1,) * (x.ndim - 1) + (-1,)
+    if INPUT in leaves:
+      # multiplied in float32: bfloat16 would round a scale close to 1
+      return inner((x * leaves[INPUT].reshape(along)).astype(x.dtype)), None
+    y = inner(x)
+    return (y * leaves[OUTPUT].reshape(along)).astype(y.dtype), None
+
+  return Adapter(
+    name="ia3",
+    init=start,
+    weights=weights,
+    forward=forward,
+    prepare=as_they_are,
+  )

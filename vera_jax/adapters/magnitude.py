@@ -1,0 +1,74 @@
+"""DoRA (arXiv 2402.09353): a kernel's direction and its length, apart.
+
+  W' = m * W / |W|,   W = W0 + delta                              (equation 5)
+
+|W| is the length of each output's weights and m, one number per output, starts
+at |W0|. The paper's symbols have one per input; its authors' code and PEFT's
+have one per output, as here. |W| counts as a constant in the backward pass
+(section 4.3). The delta is LoRA's in DoRA and VeRA's in DVoRA (section 5.4):
+`magnitude` follows either in a chain.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from vera_jax.adapters.chain import chain
+from vera_jax.adapters.interface import Adapter, Leaves, Site
+from vera_jax.adapters.lora import lora
+from vera_jax.adapters.vera import vera
+
+M = "magnitude_m"
+SCALE = "magnitude_scale"  # m / |W|, in place of m where a bank keeps it
+
+
+def dora(rank: int = 8, *, alpha: float = 8.0) -> Adapter:
+  """DoRA: LoRA with a magnitude, r (in + out) + out numbers per site."""
+  return chain(lora(rank, alpha=alpha), magnitude())
+
+
+def dvora(rank: int = 256, **settings: Any) -> Adapter:
+  """DVoRA: VeRA with a magnitude, r + 2 out numbers per site.
+
+  The settings are those of `vera`.
+  """
+  return chain(vera(rank, **settings), magnitude())
+
+
+def magnitude() -> Adapter:
+  """m * kernel / |kernel| as an `Adapter`: out trained numbers per site."""
+
+  def norm(site: Site) -> Float[Array, " o"]:
+    return jnp.linalg.norm(site.kernel().astype(jnp.float32), axis=0)
+
+  def scale(leaves: Leaves, site: Site) -> Float[Array, " o"]:
+    if SCALE in leaves:
+      return leaves[SCALE]
+    length = jax.lax.stop_gradient(norm(site))
+    # an output whose weights are all 0 has no direction, and m = 0
+    return leaves[M] / jnp.where(length > 0, length, 1)
+
+  def weights(leaves: Leaves, site: Site) -> tuple[Array, Array | None]:
+    return site.kernel() * scale(leaves, site)[None], site.bias
+
+  def forward(
+    leaves: Leaves, site: Site, x: Array, key: Any, inner: Any
+  ) -> tuple[Array, None]:
+    del key
+    y, along = inner(x), (1,) * (x.ndim - 1) + (-1,)
+    factor = scale(leaves, site).reshape(along)
+    scaled = y * factor  # in float32
+    if site.bias is not None:  # it is in y, and is not scaled
+      scaled += (1 - factor) * site.bias.reshape(along)
+    return scaled.astype(y.dtype), None
+
+  return Adapter(
+    name="magnitude",
+    init=lambda key, site: {M: norm(site)},
+    weights=weights,
+    forward=forward,
+    prepare=lambda leaves, site: {SCALE: scale(leaves, site)},
+  )
