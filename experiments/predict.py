@@ -49,7 +49,7 @@ INPUT = flags.DEFINE_string(
   "input", None, "A .csv, .tsv, .jsonl or .parquet file, or -."
 )
 INPUT_FORMAT = flags.DEFINE_enum(
-  "input_format", None, FORMATS, "Unset: by the name; tsv for -."
+  "input_format", None, FORMATS, "Unset: by the ending; tsv for -."
 )
 FORMAT = flags.DEFINE_enum("format", "tsv", ["tsv", "jsonl"], "Of the output.")
 MAX_LENGTH = flags.DEFINE_integer(
@@ -63,15 +63,16 @@ LINES = flags.DEFINE_integer(
 def main() -> None:
   if not INPUT.value or bool(ADAPTER.value) == bool(MODEL.value):
     raise UserError("Give --input=FILE and either --adapter=DIR or --model=DIR")
-  format = input_format(INPUT.value, INPUT_FORMAT.value)
-  if format == "parquet" and INPUT.value == "-":
-    raise UserError("Parquet is read from a file, not from standard input.")
+  form = input_format(INPUT.value, INPUT_FORMAT.value)
   # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.adapters.files import load_adapter
   from vera_jax.data.texts import read_lines, read_texts
   from vera_jax.models.classifier import load_classifier, restore_adapter
   from vera_jax.models.kinds import TAGS
   from vera_jax.serve.predictor import Predictor, answer_lines, text_columns
+
+  if form == "parquet" and INPUT.value == "-":
+    raise UserError("Parquet is read from a file, not from standard input.")
 
   bad = total = 0
   with _opened(INPUT.value) as file:
@@ -82,20 +83,20 @@ def main() -> None:
       classifier = restore_adapter(saved, BASE.value)
     predictor = Predictor(classifier, max_length=MAX_LENGTH.value)
     columns = text_columns(classifier)
+    check = predictor.task and predictor.task.form
     names = ["label", "score", *predictor.labels]
     if classifier.kind == TAGS:
       names = ["tags", "scores"]
-    check = predictor.task and predictor.task.form
-    if format == "parquet":
-      rows = parquet_rows(Path(INPUT.value).expanduser())
-      lines = read_texts(rows, columns=columns, check=check)
-    elif format == "csv" or "columns" in classifier.about:
-      rows = read_rows(file, format=format)
+    if form == "parquet":
+      path = Path(INPUT.value).expanduser()
+      lines = read_texts(parquet_rows(path), columns=columns, check=check)
+    elif form == "csv" or "columns" in classifier.about:
+      rows = read_rows(file, format=form)
       lines = read_texts(rows, columns=columns, check=check)
     else:
       lines = read_lines(
         file,
-        format=format,
+        format=form,
         columns=columns,
         count=len(columns[0]) if columns else None,
         check=check,
@@ -120,14 +121,14 @@ def input_format(name: str, given: str | None) -> str:
   """How a file is read: as the flag says, or else by its name's ending.
 
   Raises:
-    UserError: another format, which would be taken for text.
+    UserError: another format, whose header or quotes would be taken for text.
   """
   ending = Path(name).suffix.lower()
   if given is None and ending not in ENDINGS:
     raise UserError(
-      f"{name}: {ending} files are not read here, only"
-      f" {', '.join(filter(None, ENDINGS))}. Convert it, or say by"
-      " --input_format that it is one of these all the same."
+      f"{name}: {ending} files are not read here, only {', '.join(SUFFIXES)}."
+      " Convert it, or say by --input_format that it is one of these all the"
+      " same."
     )
   return given or ENDINGS[ending]
 

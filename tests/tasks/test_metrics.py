@@ -88,8 +88,7 @@ def test_what_can_not_be_scored(guesses, labels):
 
 def test_every_task_has_known_metrics():
   tasks = [*TASKS.values(), *(facts.glue for facts in superglue.TASKS.values())]
-  names = {name for task in tasks for name in task.metrics}
-  assert names <= set(METRICS)
+  assert {name for task in tasks for name in task.metrics} <= set(METRICS)
   assert TASKS["cola"].metrics[0] == "matthews"
   assert TASKS["stsb"].metrics[0] == "pearson"
   assert TASKS["mrpc"].metrics[0] == "accuracy"

@@ -105,7 +105,7 @@ def read_texts(
     rows: as `tables.file_rows` gives them.
     columns: names that the text columns may have; the first that are there
       count. () for `NAMES`.
-    check: called with a row's texts; its ValueError is the row's `error`.
+    check: as for `read_lines`.
 
   Raises:
     UserError: the table has none of them.

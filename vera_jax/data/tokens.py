@@ -272,11 +272,11 @@ def _fingerprint(
   examples: Examples, info: TokenizerInfo, max_length: int
 ) -> str:
   labels = examples.labels
+  if isinstance(labels, list):
+    labels = np.concatenate(labels)
   settings = [max_length, *info]
   if examples.choices > 1:  # pairs hash as they did before there were choices
     settings.append(examples.choices)
-  if isinstance(labels, list):
-    labels = np.concatenate(labels)
   parts = [
     json.dumps(settings).encode(),
     b"none" if labels is None else labels.tobytes(),

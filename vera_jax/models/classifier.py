@@ -189,8 +189,9 @@ def load_classifier(
   fields = read_fields(folder)
   names = label_names(fields)
   kind = _kind_of_folder(fields, len(names))
+  head = KINDS[kind].head
   made = blueprint(
-    fields, outputs=len(names), head=KINDS[kind].head, dtype=dtype, scan=scan
+    fields, outputs=len(names), head=head, dtype=dtype, scan=scan
   )
   loaded = load_params(folder, unflatten_dict(made.shapes))
   if loaded.missing:

@@ -40,9 +40,11 @@ def kind_of(about: Mapping[str, Any], labels: Sequence[str]) -> str:
     UserError: there is no such kind, or it doesn't go with the labels.
   """
   kind = about.get("kind") or (CLASSES if labels else NUMBER)
-  if kind not in KINDS or (kind == NUMBER) != (not labels):
+  needs = kind in (SEVERAL, TAGS)  # classes may be an example's choices
+  if kind not in KINDS or (labels if kind == NUMBER else needs and not labels):
     raise UserError(
       f"The adapter's kind is {kind!r} with {len(labels)} labels. A kind is one"
-      f" of {', '.join(KINDS)}, and {NUMBER} alone has no labels."
+      f" of {', '.join(KINDS)}; {NUMBER} has no labels, {SEVERAL} and {TAGS}"
+      " have some."
     )
   return kind

@@ -45,8 +45,15 @@ from vera_jax.tasks.task import task_named
 
 # What adapter.json says of the run, and PEFT's own files don't.
 RUN = (
-  *("task", "seed", "labels", "kind", "columns", "max_length"),
-  *("score_name", "score", "versions"),
+  "task",
+  "seed",
+  "labels",
+  "kind",
+  "columns",
+  "score_name",
+  "score",
+  "max_length",
+  "versions",
 )
 HEAD_LEAVES = ("weight", "bias")
 Leaves = dict[TreePath, np.ndarray]

@@ -39,9 +39,9 @@ METHOD_COLORS = {
 OTHER = (SKY, "P")
 METRIC = {
   "accuracy": "accuracy",
-  "accuracy_f1": "mean of accuracy and F1",
   "micro_f1": "micro F1",
   "entity_f1": "entity F1",
+  "accuracy_f1": "mean of accuracy and F1",
   "matthews": "Matthews correlation",
   "pearson": "Pearson correlation",
 }

@@ -81,11 +81,11 @@ class Predictor:
   ) -> Logits:
     """What the head gives for every text, or pair of texts, in their order.
 
+    Of a classifier that tags words they are those of every token.
+
     Args:
       first: the texts; none give an array without rows.
       second: the second text of each pair.
-
-    Of a classifier that tags words they are those of every token.
 
     Raises:
       UserError: what was given is no list of texts, or two lists of different
@@ -103,12 +103,6 @@ class Predictor:
     tokens = self._encode(first, second)
     self.truncated += tokens.truncated
     return packed_logits(self._run, tokens, outputs=self.classifier.outputs)
-
-  def _encode(self, first: Any, second: Any = None) -> Tokens:
-    check_texts(first, second, words=self.classifier.kind == TAGS)
-    return encode(
-      self.classifier, self.tokenizer, first, second, limit=self.max_length
-    )
 
   def answers(
     self,
@@ -129,11 +123,11 @@ class Predictor:
       UserError: the task can't be asked about an example's texts.
     """
     if self.classifier.kind == TAGS:
-      return self._tags_of(first)
+      return self._tags(first)
+    labels, kind = self.labels, self.classifier.kind
     columns: list[Any] = [x for x in (first, second, *more) if x is not None]
-    kind = self.classifier.kind
     if self.task is None or self.task.form is None:
-      return list(answers(self.logits(*columns), self.labels, kind=kind))
+      return list(answers(self.logits(*columns), labels, kind=kind))
     names = self.task.columns[0]
     counts = {len(column) for column in columns}
     if len(columns) != len(names) or len(counts) > 1:
@@ -150,20 +144,20 @@ class Predictor:
     logits = self.logits(*map(list, zip(*texts, strict=True)))
     return list(answers(logits.reshape(len(first), -1), self.labels))
 
-  def _tags_of(
-    self, first: Sequence[str] | Sequence[Sequence[str]]
-  ) -> list[Tagged]:
-    """The tags of each text's words."""
-    check_texts(first, words=True)
+  def _tags(self, first: Sequence[Any]) -> list[Tagged]:
+    """The tags of each text's words.
+
+    A long text is answered in pieces: what one has no room for is the next.
+    """
     labels = self.classifier.labels
+    check_texts(first, words=True)
     texts = list(map(words_of, first))
     tags = [[labels[0]] * len(text) for text in texts]
     scores = [[0.0] * len(text) for text in texts]
-    # A long text is answered in pieces: what one has no room for is the next.
     done = dict.fromkeys((i for i, text in enumerate(texts) if text), 0)
     while done:
       numbers = list(done)
-      tokens = self._encode([texts[i][done[i] :] for i in numbers])
+      tokens = self._encode([texts[i][done[i] :] for i in numbers], None)
       logits = packed_logits(self._run, tokens, outputs=len(labels))
       check_finite(logits)
       found = answers(logits, labels)  # of each token
@@ -186,6 +180,12 @@ class Predictor:
       Tagged(tuple(text), tuple(own), tuple(chances))
       for text, own, chances in zip(texts, tags, scores, strict=True)
     ]
+
+  def _encode(self, first: Any, second: Any) -> Tokens:
+    check_texts(first, second, words=self.classifier.kind == TAGS)
+    return encode(
+      self.classifier, self.tokenizer, first, second, limit=self.max_length
+    )
 
   def _run(self, batch: Batch) -> jax.Array:
     inputs = {name: batch[name] for name in self.classifier.inputs}
@@ -234,14 +234,9 @@ def text_columns(classifier: Classifier) -> tuple[tuple[str, ...], ...]:
 
 
 def check_texts(first: Any, second: Any = None, *, words: bool = False) -> None:
-  """Refuses what is no list of texts, and lists of two lengths.
+  """Raises a UserError unless each is a list of texts, both of one length.
 
-  Args:
-    first, second: the lists; None for the second where there is none.
-    words: whether a text may also be given as the list of its words.
-
-  Raises:
-    UserError: says what was given.
+  With `words` a text may be the list of its words.
   """
   for texts in (first, second):
     if texts is None:
@@ -252,10 +247,8 @@ def check_texts(first: Any, second: Any = None, *, words: bool = False) -> None:
         f" was a {type(texts).__name__}."
       )
     for i, text in enumerate(texts):
-      parts = [text] if isinstance(text, str) or not words else text
-      if not isinstance(parts, list | tuple) or not all(
-        isinstance(part, str) for part in parts
-      ):
+      parts = text if words and isinstance(text, list | tuple) else [text]
+      if not all(isinstance(part, str) for part in parts):
         raise UserError(f"Text {i} is {text!r}, a {type(text).__name__}.")
   if second is not None and len(first) != len(second):
     raise UserError(
@@ -290,15 +283,15 @@ def encode(
     UserError: the limit has no room for a word, or the tokenizer has words that
       the classifier lacks.
   """
-  texts: Any = first
-  if classifier.kind == TAGS:
-    texts = map(words_of, first)
   special = tokenizer.num_special_tokens_to_add(pair=second is not None)
   if limit <= special:
     raise UserError(
       f"max_length is {limit}, but {special} tokens of each text are the"
       f" model's own marks: give {special + 1} or more."
     )
+  texts: Any = first
+  if classifier.kind == TAGS:
+    texts = map(words_of, first)
   examples = Examples(
     list(texts),
     None if second is None else list(second),

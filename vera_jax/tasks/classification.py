@@ -1,4 +1,4 @@
-"""Whole texts: classes, several labels at once, or a number for each.
+"""Whole texts: classes, several labels or a number, and choice between texts.
 
 Each example has one row of logits. A text that is classified has them from the
 head's outputs. An example that asks between choices is one text per choice,
@@ -65,8 +65,7 @@ def classification(
     size: of the data as they are published.
     kind: in `models.kinds`; None for classes, or a number without labels.
   """
-  kind = kind or (CLASSES if labels else NUMBER)
-  read_as = CLASSES if choices else kind  # of an example's logits
+  kind = kind or (CLASSES if labels or choices else NUMBER)
 
   def load(
     config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
@@ -116,7 +115,7 @@ def classification(
       logits = split_logits(measure_batch, data, split)
       if not np.isfinite(logits).all():
         return Evaluation({}, finite=False)
-      answers[split] = predictions(logits, read_as)
+      answers[split] = predictions(logits, kind)
       known = data.tokens[split].labels
       assert known is not None  # a dev split without labels is refused
       tail = "" if split == dev_splits[0] else f"/{split}"
@@ -129,7 +128,7 @@ def classification(
   ) -> Callable[[], None]:
     """Computed by all processes; what is returned writes, in the first one."""
     found = {
-      split: predictions(split_logits(measure_batch, data, split), read_as)
+      split: predictions(split_logits(measure_batch, data, split), kind)
       for split in test_splits
     }
 

@@ -2,10 +2,10 @@
 
 The benchmarks' official ones: accuracy, F1 of class 1, Matthews correlation,
 the mean of accuracy and macro F1; Pearson and Spearman correlation for
-regression. For other data also F1 averaged over the
-classes (macro) or counted over all of them (micro), and F1 of entities. A
-collapsed model (one prediction for everything, how VeRA fails in the paper's
-Table 6) scores as such and never as NaN.
+regression. For other data also F1 averaged over the classes (macro) or counted
+over all of them (micro), and F1 of entities. A collapsed model (one prediction
+for everything, how VeRA fails in the paper's Table 6) scores as such and never
+as NaN.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,12 +31,6 @@ def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 
   average = "macro"
   return float(f1_score(labels, predictions, average=average, zero_division=0))
-
-
-def accuracy_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-  """The mean of accuracy and macro F1, as SuperGLUE scores imbalanced classes
-  (Wang et al., 2019, section 3.2)."""
-  return (accuracy(predictions, labels) + macro_f1(predictions, labels)) / 2
 
 
 def micro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -84,6 +78,12 @@ def entity_scores(
   }
 
 
+def accuracy_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """The mean of accuracy and macro F1, as SuperGLUE scores imbalanced classes
+  (Wang et al., 2019, section 3.2)."""
+  return (accuracy(predictions, labels) + macro_f1(predictions, labels)) / 2
+
+
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
   """Matthews correlation; 0, chance, when either side is one class."""
   if collapsed(predictions) or collapsed(labels):
@@ -121,8 +121,8 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
   "accuracy": accuracy,
   "f1": f1,
   "macro_f1": macro_f1,
-  "accuracy_f1": accuracy_f1,
   "micro_f1": micro_f1,
+  "accuracy_f1": accuracy_f1,
   "matthews": matthews,
   "pearson": pearson,
   "spearman": spearman,
