@@ -17,7 +17,6 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import DictKey
-from jax.typing import ArrayLike
 from jaxtyping import Float, Int, Key, PRNGKeyArray
 
 from vera_jax.adapters.apply import KEYS, PENALTIES
@@ -243,7 +242,7 @@ class Step:
     frozen: Frozen,
     microbatches: Sequence[Batch],
     key: Key[Array, "*runs"],
-    rates: Mapping[str, ArrayLike],
+    rates: Mapping[str, Array],
   ) -> tuple[State, dict[str, Array]]:
     return train_step(state, frozen, microbatches, key, rates, **self._parts)
 
