@@ -67,11 +67,11 @@ def get_config() -> ConfigDict:
   config.lora.lr = 4e-4
   config.lora.head_lr = 4e-4
 
-  # Keys, values and what enters the feed-forward's output layer, as BERT and
-  # RoBERTa name them. These rates are ours and untuned, as are those below; the
-  # paper copies its other baselines from others.
+  # Keys, values and what enters the feed-forward's output layer, as each family
+  # names it. These rates are ours and untuned, as are those below; the paper
+  # copies its other baselines from others.
   config.ia3 = ConfigDict()
-  config.ia3.targets = ("key", "value", r"layer(_\d+)?/output/dense")
+  config.ia3.targets = ("key", "value", r"layer(_\d+)?/output/dense|lin2|mlp/Wo")
   config.ia3.feedforward = config.ia3.targets[2:]  # inputs scaled, not outputs
   config.ia3.lr = 1e-2
   config.ia3.head_lr = 4e-3
