@@ -6,7 +6,7 @@ import pytest
 
 from vera_jax.data.layout import choose_eval_layout
 from vera_jax.data.loader import PackedData
-from vera_jax.data.packing import Layout, pack, per_token
+from vera_jax.data.packing import Layout, pack_runs, per_token
 from vera_jax.data.tokens import Tokens
 from vera_jax.tasks.tagging import NOT_FINITE, best, tagging
 
@@ -52,7 +52,7 @@ def task(labels=LABELS):
 
 def test_only_the_beginnings_of_words_are_learned(data):
   tokens = data.tokens["dev"]
-  (batch,) = pack(tokens, np.arange(3), data.train_layout)
+  ((batch,),) = pack_runs(tokens, [np.arange(3)], data.train_layout)
   begins = tokens.words >= 0
   place = data.eval_placement("dev")
   weights, labels = batch["weights"], batch["labels"]
