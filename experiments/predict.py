@@ -107,7 +107,7 @@ def main() -> None:
         bad += 1
         print(f"line {line.number}: {line.error}", file=sys.stderr)
       if not line.header:
-        print(_text(answer, classifier.labels), flush=True)
+        print(_text(answer, predictor.labels), flush=True)
       elif FORMAT.value == "tsv":
         print("\t".join(names), flush=True)
   if predictor.truncated:

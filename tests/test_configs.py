@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -161,7 +162,8 @@ def test_one_step_of_each_kind(name, tiny_config):
   )
   setup = build_setup(config)
   state = setup.first_state(config)
-  step, rates = setup.make_step(state), rates_of(config)
+  step = setup.make_step(state)
+  rates = {n: jnp.float32(rate) for n, rate in rates_of(config).items()}
   _, microbatches = next(setup.data.train_batches(seeds=0, start_step=0))
   placed = [setup.put_batch(batch) for batch in microbatches]
   key = jax.random.key(config.seed)

@@ -6,7 +6,6 @@ methods joined by "+" are a chain, as "vera+bitfit"; its settings are those of
 its methods, each under the method's name.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from vera_jax.adapters.lora import lora
 from vera_jax.adapters.magnitude import dora, dvora
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
+from vera_jax.patterns import find
 
 # Settings and trained numbers beyond it are a mistake or damage: float32 ends
 # near 3e38, and norms square what a product of d, b, A, B and x gives.
@@ -189,12 +189,7 @@ def make_adapter(
     given = ", ".join(f"{name}={settings.get(name)!r}" for name in wrong)
     raise UserError(f"The settings of {method} have no usable {given}.")
   for pattern in targets or ():
-    try:
-      re.compile(pattern)
-    except re.error as error:
-      raise UserError(
-        f"The target {pattern!r} is no regular expression: {error}."
-      ) from error
+    find(pattern, "")  # refuses what is no regular expression
   chosen = {name: settings[name] for name in types}
   for name, patterns in chosen.items():
     if types[name] is tuple and not set(patterns) <= set(targets or ()):

@@ -175,8 +175,8 @@ def layer_path(path: Path, target: Target) -> Path:
   return path[:-1] if target.columns else path
 
 
-def arrays_at(tree: Tree, path: Path = ()) -> Leaves:
-  """The arrays that lie at a path of a tree, without the subtrees there."""
+def arrays_at(tree: Tree, path: Path = ()) -> Tree:
+  """The arrays (or shapes) at a path of a tree, without the subtrees there."""
   for name in path:
     tree = tree.get(name, {})
   return {

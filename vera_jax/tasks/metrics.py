@@ -1,10 +1,11 @@
 """Metrics as fractions (scikit-learn and SciPy compute most of them).
 
-GLUE's official ones: accuracy, F1 of class 1, Matthews correlation; Pearson and
-Spearman correlation for regression. For other data also F1 averaged over the
-classes (macro) or counted over all of them (micro), and F1 of entities. A
-collapsed model (one prediction for everything, how VeRA fails in the paper's
-Table 6) scores as such and never as NaN.
+The benchmarks' official ones: accuracy, F1 of class 1, Matthews correlation,
+the mean of accuracy and macro F1; Pearson and Spearman correlation for
+regression. For other data also F1 averaged over the classes (macro) or counted
+over all of them (micro), and F1 of entities. A collapsed model (one prediction
+for everything, how VeRA fails in the paper's Table 6) scores as such and never
+as NaN.
 """
 
 from collections.abc import Callable, Iterable, Sequence
