@@ -56,7 +56,11 @@ def test_merge_then_predict_from_both(random_adapter, tmp_path):
     ("merge", ["--adapter=nowhere", "--out=."], ". is in use"),
     ("predict", ["--adapter=a", "--model=b", "--input=-"], "either --adapter"),
     ("predict", ["--adapter=a", "--input=no.tsv"], "no.tsv can't be read"),
-    ("predict", ["--adapter=a", "--input=x.csv"], "x.csv: .csv files are not"),
+    (
+      "predict",
+      ["--adapter=a", "--input=x.xlsx"],
+      ".xlsx files are not",
+    ),
   ],
 )
 def test_a_mistake_is_explained_in_a_line(script, flags, words):
