@@ -183,7 +183,7 @@ def test_vera_has_the_papers_counts_on_query_and_value(case):
   leaves = {p: x for p, x in flatten_dict(params).items() if "vera_" in p[-1]}
   assert sum(x.size for x in leaves.values()) == layers * 2 * (4 + 16)
   assert {path[-2] for path in leaves} == {"query", "value"}
-  assert plan.module.plans(**plan.inputs).keys() == {p[:-1] for p in leaves}
+  assert plan.plans.keys() == {p[:-1] for p in leaves}
   key = (*next(p[:-2] for p in leaves), "key")
   assert not any(path[: len(key)] == key and path in leaves for path in leaves)
 

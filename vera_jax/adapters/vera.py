@@ -21,6 +21,7 @@ from vera_jax.adapters.interface import (
   LowRank,
   Path,
   Site,
+  Target,
   as_they_are,
 )
 from vera_jax.adapters.products import add_low_rank
@@ -61,7 +62,7 @@ def vera(
     raise UserError(f"train is {train!r}; choose both, d or b.")
   check_choices(seed=projection_seed, init=init, sharing=sharing)
 
-  def shared(sites: Mapping[Path, Site]) -> dict[str, Any]:
+  def shared(sites: Mapping[Path, Target | Site]) -> dict[str, Any]:
     return make_projections(
       sites, rank=rank, seed=projection_seed, init=init, sharing=sharing
     )
