@@ -83,7 +83,7 @@ def test_all_that_is_wrong_is_in_one_message():
     ({"data.subset_seed": -1}, "data.subset_seed is -1"),
     ({"data.max_train_examples": 0}, "max_train_examples is 0"),
     ({"vera.projection_seed": 2**32}, "projection_seed=4294967296"),
-    ({"vera.projection_seed": -1}, "32 bits; got -1"),
+    ({"vera.projection_seed": -1}, "0 or above"),
     ({"vera.targets": ("que(",)}, "pattern 'que\\(' is no proper regular"),
     ({"vera.rank": 0}, "VeRA's rank is 0"),
     ({"vera.init": "zeros"}, "init is 'zeros'; choose from"),

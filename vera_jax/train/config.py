@@ -66,7 +66,7 @@ def check_settings(config: ConfigDict) -> None:
       refuse(name, "at least 1 is needed")
   for name in (
     *NOT_NEGATIVE,
-    *(f"{group}.{rate}" for rate in ("lr", "head_lr")),
+    *(f"{group}.{name}" for name in ("lr", "head_lr", "projection_seed")),
   ):
     value = values.get(name)
     if value is not None and not 0 <= value < math.inf:
