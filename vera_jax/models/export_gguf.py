@@ -56,6 +56,17 @@ def check_kind(kind: str) -> None:
   raise UserError(f"There is no format {kind!r}; choose {', '.join(KINDS)}.")
 
 
+def check_model(folder: Path) -> None:
+  """Raises a UserError unless GGUF has the folder's architecture."""
+  _architecture(read_fields(folder), folder)
+
+
+def refuse_there(file: Path) -> None:
+  """Raises a UserError if a file is there."""
+  if file.exists():
+    raise UserError(f"{file} is there already; choose another --out.")
+
+
 def write_gguf_of(
   folder: str | Path, file: str | Path, *, kind: str
 ) -> dict[str, int]:
@@ -78,8 +89,7 @@ def write_gguf_of(
   """
   check_kind(kind)
   folder, file = Path(folder).expanduser(), Path(file).expanduser()
-  if file.exists():
-    raise UserError(f"{file} is there already; choose another --out.")
+  refuse_there(file)
   fields = read_fields(folder)
   prefix, architecture = _architecture(fields, folder)
   if fields.get("num_key_value_heads") is None:
@@ -137,7 +147,7 @@ def write_gguf_of(
     metadata: dict[str, Any] = {
       "general.architecture": prefix,
       "general.type": "model",
-      "general.name": folder.name or prefix,
+      "general.name": file.stem,
       "general.file_type": file_type,
       "general.quantization_version": 2,
       f"{prefix}.vocab_size": rows,
@@ -241,6 +251,7 @@ def _scaling(
       )
   elif kind != "default":
     raise UserError(
-      f"{folder} can't be written as GGUF: its rotations are scaled by {kind!r}."
+      f"{folder} can't be written as GGUF: its rotations are scaled by"
+      f" {kind!r}."
     )
   return None

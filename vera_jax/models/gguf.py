@@ -117,7 +117,7 @@ def read_gguf(file: str | Path) -> Gguf:
     data = np.memmap(file, np.uint8, mode="r")
   except (OSError, ValueError) as error:  # an empty file is a ValueError
     raise UserError(f"{file} can't be read: {error}.") from error
-  header = _Header(file, memoryview(data))
+  header = _Header(file, memoryview(data.data))
   if bytes(data[:4]) != MAGIC:
     raise UserError(f"{file} is no GGUF file: it doesn't begin with GGUF.")
   header.position = 4

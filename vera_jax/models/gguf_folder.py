@@ -88,9 +88,7 @@ LLAMA = Architecture(
   always={"hidden_act": "silu"},
   interleaved=True,
 )
-MISTRAL = LLAMA._replace(
-  model_type="mistral", model_class="MistralForCausalLM"
-)
+MISTRAL = LLAMA._replace(model_type="mistral", model_class="MistralForCausalLM")
 ARCHITECTURES = {
   "llama": LLAMA,
   "qwen2": LLAMA._replace(
@@ -293,9 +291,15 @@ def config_fields(gguf: Gguf) -> dict[str, Any]:
   field, key = architecture.epsilon
   fields[field] = _short(get(key, float))
   if architecture.model_type == "gpt2":
+    if not fields["tie_word_embeddings"]:
+      raise UserError(
+        f"{gguf.file}: its head is not its embedding, as GPT-2's is here."
+      )
     return fields
   if not heads or fields["hidden_size"] % heads:
-    raise UserError(f"{gguf.file}: its width doesn't divide into {heads} heads.")
+    raise UserError(
+      f"{gguf.file}: its width doesn't divide into {heads} heads."
+    )
   width = get("attention.key_length", default=fields["hidden_size"] // heads)
   rotated = get("rope.dimension_count", default=width)
   if rotated != width or get("attention.value_length", default=width) != width:
@@ -444,4 +448,3 @@ def _is_tied(gguf: Gguf) -> bool:
 def _short(value: float) -> float:
   """The shortest number that is the same as float32, as a person wrote it."""
   return float(str(np.float32(value)))
-

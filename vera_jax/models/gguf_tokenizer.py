@@ -57,13 +57,19 @@ def tokenizer_files(
     UserError: the tokenizer is of another kind, its words are cut by a rule
       that is not known here, or its parts don't fit together.
   """
-  from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-  from tokenizers import processors
+  from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    processors,
+  )
 
   def refuse(reason: str) -> UserError:
     return UserError(
-      f"{source}: {reason}. Take the model as a folder in Hugging Face's layout,"
-      " with its tokenizer.json."
+      f"{source}: {reason}. Take the model as a folder in Hugging Face's"
+      " layout, with its tokenizer.json."
     )
 
   def get(name: str, default: Any = None) -> Any:
@@ -110,14 +116,14 @@ def tokenizer_files(
     raise refuse(f"its tokens and merges don't fit together ({error})") from (
       error
     )
-  steps = []
+  steps: list[Any] = []
   if rule is not None:
     made.pre_tokenizer = _cut(rule)
     made.decoder = decoders.ByteLevel()
     steps.append(processors.ByteLevel(trim_offsets=False))
   else:
-    spaces = [normalizers.Replace(" ", SPACE)]
-    ends = []
+    spaces: list[Any] = [normalizers.Replace(" ", SPACE)]
+    ends: list[Any] = []
     if get("add_space_prefix", True):
       spaces.insert(0, normalizers.Prepend(SPACE))
       ends = [decoders.Strip(" ", 1, 0)]
@@ -299,9 +305,7 @@ def _cut(rule: str) -> Any:
   if rule == "words":
     return cuts.ByteLevel(add_prefix_space=False)
   if rule == "digits":
-    return cuts.Sequence(
-      [cuts.Digits(individual_digits=True), _cut("words")]
-    )
+    return cuts.Sequence([cuts.Digits(individual_digits=True), _cut("words")])
   return cuts.Sequence(
     [
       cuts.Split(Regex(rule), behavior="isolated"),
@@ -311,7 +315,7 @@ def _cut(rule: str) -> Any:
 
 
 def _same(made: Any, found: Any) -> bool:
-  """Whether two pre-tokenizers cut alike: offsets are none of their business."""
+  """Whether two pre-tokenizers cut alike; how they count offsets aside."""
   if isinstance(made, dict) and isinstance(found, dict):
     names = (made.keys() | found.keys()) - {"trim_offsets"}
     standard = {"use_regex": True, "invert": False}

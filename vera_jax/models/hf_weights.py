@@ -1,8 +1,9 @@
 """Hugging Face checkpoints and parameter trees, both ways and without torch.
 
 A checkpoint is a folder with config.json and model.safetensors, or shards and
-their index, or what `gguf_folder` made of a GGUF file. torch keeps a dense kernel as (out, in), the tree as (in, out);
-a scanned tree stacks the layers that a checkpoint numbers, but for the last.
+their index, or what `gguf_folder` made of a GGUF file. torch keeps a dense
+kernel as (out, in), the tree as (in, out); a scanned tree stacks the layers
+that a checkpoint numbers, but for the last.
 """
 
 import hashlib
