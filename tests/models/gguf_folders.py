@@ -7,7 +7,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 WIDTH, LAYERS, HEADS, GROUPS, INNER, ROWS = 64, 2, 4, 2, 96, 48
-WORDS = ["the", "river", "runs", "low", " the", " river", "12", "'t"]
 TEXTS = [
   "the river  runs 12 345,6 low\n\n\n in the river",
   " The RIVER'LL run, don't: it\tis (low) ½ naïve 你好 😀\r\n",
@@ -96,8 +95,8 @@ def tensors_of(kind: str, *, tied: bool = True) -> dict[str, np.ndarray]:
   }
 
 
-def byte_level(folder: Path, rule: str, *, template: bool = False) -> None:
-  """A tokenizer whose merges were learned under a rule of `RULES`."""
+def byte_level(folder: Path, rule: str) -> int:
+  """A tokenizer with merges learned under a rule of `RULES`; its last id."""
   from tokenizers import AddedToken, Tokenizer, decoders, models, trainers
 
   from vera_jax.models.gguf_tokenizer import _cut
@@ -113,11 +112,11 @@ def byte_level(folder: Path, rule: str, *, template: bool = False) -> None:
   made.save(str(folder / "tokenizer.json"))
   about = {"tokenizer_class": "PreTrainedTokenizerFast"}
   about |= {"eos_token": "<end>", "pad_token": "<end>"}
-  if template:
-    about["chat_template"] = (
-      "{% for m in messages %}{{ m.content }}{% endfor %}"
-    )
+  each = "{{ message.content }}<end>"
+  loop = "{% for message in messages %}" + each + "{% endfor %}"
+  about["chat_template"] = loop
   (folder / "tokenizer_config.json").write_text(json.dumps(about))
+  return made.get_vocab_size() - 1
 
 
 def random_folder(
@@ -125,17 +124,17 @@ def random_folder(
 ) -> Path:
   """A decoder of `KINDS` with a tokenizer; keywords are config.json's."""
   folder.mkdir(exist_ok=True)
+  end = byte_level(folder, "words") - 1
   fields = {
     "model_type": kind,
     "vocab_size": ROWS,
     "tie_word_embeddings": tied,
-    "eos_token_id": ROWS - 3,
-    "pad_token_id": ROWS - 3,
+    "eos_token_id": end,
+    "pad_token_id": end,
     "bos_token_id": None,
     **KINDS[kind],
     **more,
   }
   (folder / "config.json").write_text(json.dumps(fields))
   save_file(tensors_of(kind, tied=tied), folder / "model.safetensors")
-  byte_level(folder, "words", template=True)
   return folder

@@ -357,7 +357,7 @@ def to_pairs(
 
 
 def llama3_factors(
-  scaling: Mapping[str, float], *, theta: float, width: int
+  scaling: Mapping[str, Any], *, theta: float, width: int
 ) -> Float[np.ndarray, " pairs"]:
   """What Llama 3.1 divides each pair's frequency by.
 

@@ -41,6 +41,7 @@ SPECIAL = {
   "unk_token": "tokenizer.ggml.unknown_token_id",
   "pad_token": "tokenizer.ggml.padding_token_id",
 }
+PADDING = "[PAD{}]"  # llama.cpp's name of an id that has no token
 TEMPLATE = "tokenizer.chat_template"
 
 
@@ -78,10 +79,14 @@ def tokenizer_files(
   kind, tokens = get("model"), get("tokens")
   if kind not in (BYTE_LEVEL, SENTENCE_PIECE) or not isinstance(tokens, list):
     raise refuse(f"its tokenizer is {kind!r}, which is not read here")
-  vocabulary = {token: i for i, token in enumerate(tokens)}
   types = get("token_type", np.full(len(tokens), NORMAL))
-  if len(vocabulary) < len(tokens) or len(types) != len(tokens):
+  if len(set(tokens)) < len(tokens) or len(types) != len(tokens):
     raise refuse("tokens are there twice, or have no types")
+  vocabulary = {
+    token: i
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+    if kind != UNUSED or token != PADDING.format(i)  # fills up the embedding
+  }
   named = {name: get(key.split(".")[-1]) for name, key in SPECIAL.items()}
   ids = {name: i for name, i in named.items() if i is not None}
   if not all(isinstance(i, int) and i < len(tokens) for i in ids.values()):
@@ -205,7 +210,7 @@ def tokenizer_metadata(folder: Path, *, rows: int) -> dict[str, Any]:
   vocabulary |= {token["content"]: token["id"] for token in added}
   if max(vocabulary.values()) >= rows:
     raise refuse(f"its tokenizer has ids beyond the embedding's {rows} rows")
-  tokens = [f"[PAD{i}]" for i in range(rows)]
+  tokens = [PADDING.format(i) for i in range(rows)]
   types = np.full(rows, UNUSED, np.int32)
   for token, i in vocabulary.items():
     tokens[i], types[i] = token, NORMAL
