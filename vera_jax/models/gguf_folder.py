@@ -36,7 +36,7 @@ class Architecture(NamedTuple):
       follow the architecture's name.
     epsilon: the same of the norms' epsilon.
     modules: the header's names of modules and Hugging Face's; {} is the layer.
-    always: further fields of config.json.
+    always: further fields of config.json, which a header has no place for.
     interleaved: whether the rows of q and k are kept as pairs that are rotated
       together, not as two halves of each head.
     transposed: modules whose kernels Hugging Face keeps as (in, out).
@@ -131,7 +131,11 @@ ARCHITECTURES = {
         "ffn_down": "mlp.c_proj",
       }.items()
     },
-    always={"activation_function": "gelu_new"},
+    always={
+      "activation_function": "gelu_new",
+      "scale_attn_weights": True,
+      "scale_attn_by_inverse_layer_idx": False,
+    },
     transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
   ),
 }
@@ -289,10 +293,6 @@ def config_fields(gguf: Gguf) -> dict[str, Any]:
   field, key = architecture.epsilon
   fields[field] = _short(get(key, float))
   if architecture.model_type == "gpt2":
-    if not fields["tie_word_embeddings"]:
-      raise UserError(
-        f"{gguf.file}: its head is not its embedding, as GPT-2's is here."
-      )
     return fields
   if not heads or fields["hidden_size"] % heads:
     raise UserError(
@@ -381,6 +381,10 @@ def _scaling(gguf: Gguf, fields: Mapping[str, Any]) -> dict[str, Any] | None:
   """rope_scaling of config.json."""
   prefix = f"{gguf.metadata['general.architecture']}.rope.scaling"
   kind = gguf.metadata.get(f"{prefix}.type", "none")
+  known = ("type", "factor", "original_context_length", "finetuned")
+  for key in gguf.metadata:
+    if key.startswith(f"{prefix}.") and key[len(prefix) + 1 :] not in known:
+      raise UserError(f"{gguf.file}: {key} is not known here.")
   if kind in ("linear", "yarn"):
     factor = gguf.metadata.get(f"{prefix}.factor")
     scaling = {"rope_type": kind, "factor": factor}
