@@ -44,7 +44,6 @@ from vera_jax.models.hf_weights import fingerprint, load_params
 from vera_jax.models.pretrained import blueprint
 
 FAMILIES = pytest.mark.parametrize("kind", KINDS)
-SMALL = {"general.architecture": "llama", "llama.embedding_length": 4}
 
 
 @pytest.fixture
@@ -256,6 +255,9 @@ REFUSED = [
   ({"llama__block_count": 3}, "holds 2 layers of width 64, not the 3"),
   ({"llama__embedding_length": 32}, "not the 2 of width 32"),
   ({"llama__attention__head_count": 5}, "doesn't divide into 5 heads"),
+  ({"llama__attention__head_count_kv": 0}, "4 heads and 0 of keys"),
+  ({"llama__attention__key_length": 15}, "15 with"),
+  ({"llama__rope__freq_base": float("nan")}, "llama.rope.freq_base: nan"),
   ({"llama__attention__head_count": None}, "no usable llama.attention.head"),
   ({"llama__context_length": "long"}, "no usable llama.context_length: 'long'"),
   ({"llama__expert_count": 8}, "has experts"),
@@ -502,9 +504,29 @@ def test_the_command_merges_an_adapter_on_a_gguf_base(
   assert moved == {("q_proj", "kernel"), ("v_proj", "kernel")}
 
 
-def test_the_command_refuses_four_bits_and_says_why(folder, tmp_path):
+@pytest.mark.parametrize("kind", ["gguf-q4_1", "gguf-q4_k_m", "q5_0"])
+def test_four_bits_are_refused_with_the_reason(kind, folder, tmp_path):
   out = tmp_path / "a.gguf"
-  command = ["merge", f"--model={folder('llama')}", f"--out={out}"]
-  done = run(*command, "--format=gguf-q4_1")
-  assert done.returncode == 1 and "would undo most" in done.stderr
+  with pytest.raises(UserError, match="would undo most of what was learned"):
+    write_gguf_of(folder("llama"), out, kind=kind)
   assert not out.exists()
+
+
+ODD = (-1, 0, 2**40, float("nan"), "x", True, [], ["a"], np.array([1, 2]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_odd_values_in_a_header_never_end_in_another_error(kind, file):
+  gguf, refused = read_gguf(file(kind)), 0
+  further = ("general.architecture", "llama.attention.sliding_window")
+  further += ("llama.rope.scaling.type", "tokenizer.ggml.scores")
+  keys = gguf.metadata.keys() | {*further, "tokenizer.ggml.bos_token_id"}
+  for key in sorted(keys):
+    for value in ODD:
+      odd = gguf._replace(metadata={**gguf.metadata, key: value})
+      try:
+        json.dumps(config_fields(odd))
+        json.dumps(tokenizer_files(odd.metadata, source=odd.file))
+      except UserError:
+        refused += 1
+  assert len(keys) * 2 < refused < len(keys) * len(ODD)

@@ -212,7 +212,8 @@ def _sizes(
   for field, key in architecture.fields.items():
     sizes[f"{prefix}.{key}"] = fields.get(field)
   field, key = architecture.epsilon
-  sizes[f"{prefix}.{key}"] = fields.get(field)
+  epsilon = fields.get(field)
+  sizes[f"{prefix}.{key}"] = None if epsilon is None else float(epsilon)
   if prefix == "gpt2" and fields.get("n_inner") is None:
     sizes["gpt2.feed_forward_length"] = 4 * fields.get("n_embd", 0)
   if prefix != "gpt2":

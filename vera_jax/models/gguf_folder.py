@@ -7,6 +7,8 @@ are dequantised one by one as they are loaded, under Hugging Face's names.
 """
 
 import hashlib
+import math
+import os
 import re
 import shutil
 import uuid
@@ -206,9 +208,10 @@ def gguf_folder(file: Path) -> Path:
     raise UserError(f"{file} can't be read: {error.strerror}.") from error
   # The place counts too: a copy elsewhere gets a link of its own, which no
   # other process turns elsewhere.
-  key = hashlib.sha256(f"{LAYOUT} {content} {file}".encode()).hexdigest()
+  about = f"{LAYOUT} {content} ".encode() + os.fsencode(file)
+  key = hashlib.sha256(about).hexdigest()
   cache = Path("~/.cache/vera_jax/gguf").expanduser()
-  folder = cache / f"{file.stem[:80]}-{key[:32]}"
+  folder = cache / f"{file.stem[:40]}-{key[:32]}"
   if (folder / LINK).is_file():
     return folder
   gguf = read_gguf(file)
@@ -236,12 +239,13 @@ def gguf_folder(file: Path) -> Path:
 def architecture_of(gguf: Gguf) -> Architecture:
   """A file's architecture; a window makes a Llama a Mistral."""
   name = gguf.metadata.get("general.architecture")
-  if name not in ARCHITECTURES:
+  if not isinstance(name, str) or name not in ARCHITECTURES:
     raise UserError(
       f"{gguf.file}: its architecture is {name!r}; GGUF files are read here of"
       f" {', '.join(ARCHITECTURES)}."
     )
-  if name == "llama" and gguf.metadata.get("llama.attention.sliding_window"):
+  window = gguf.metadata.get("llama.attention.sliding_window", 0)
+  if name == "llama" and not (isinstance(window, int) and window == 0):
     return MISTRAL
   return ARCHITECTURES[name]
 
@@ -257,7 +261,8 @@ def config_fields(gguf: Gguf) -> dict[str, Any]:
 
   def get(key: str, kinds: Any = int, default: Any = None) -> Any:
     value = gguf.metadata.get(f"{prefix}.{key}", default)
-    if not isinstance(value, kinds) or isinstance(value, bool) or value < 0:
+    whole = isinstance(value, kinds) and not isinstance(value, bool)
+    if not whole or not 0 <= value < math.inf:  # NaN is refused too
       raise UserError(
         f"{gguf.file}: its header has no usable {prefix}.{key}: {value!r}."
       )
@@ -277,14 +282,19 @@ def config_fields(gguf: Gguf) -> dict[str, Any]:
     )
   if get("expert_count", default=0):
     raise UserError(f"{gguf.file} has experts, which no model here has.")
-  ends = ("bos_token", "eos_token", "pad_token")
+  ends = {
+    f"{name}_id": gguf.metadata.get(SPECIAL[name])
+    for name in ("bos_token", "eos_token", "pad_token")
+  }
+  if not all(isinstance(i, int | None) for i in ends.values()):
+    raise UserError(f"{gguf.file}: its special ids are {ends}.")
   fields = {
     "architectures": [architecture.model_class],
     "model_type": architecture.model_type,
     "vocab_size": gguf.tensors["token_embd.weight"].shape[0],
     **architecture.always,
     "tie_word_embeddings": _is_tied(gguf),
-    **{f"{name}_id": gguf.metadata.get(SPECIAL[name]) for name in ends},
+    **ends,
   }
   heads = get("attention.head_count")
   grouped = {"attention.head_count_kv": heads}  # what is left out is the same
@@ -294,13 +304,22 @@ def config_fields(gguf: Gguf) -> dict[str, Any]:
   fields[field] = _short(get(key, float))
   if architecture.model_type == "gpt2":
     return fields
+  groups = fields["num_key_value_heads"]
   if not heads or fields["hidden_size"] % heads:
     raise UserError(
       f"{gguf.file}: its width doesn't divide into {heads} heads."
     )
+  if not groups or heads % groups:
+    raise UserError(
+      f"{gguf.file} has {heads} heads and {groups} of keys and values."
+    )
   width = get("attention.key_length", default=fields["hidden_size"] // heads)
   rotated = get("rope.dimension_count", default=width)
-  if rotated != width or get("attention.value_length", default=width) != width:
+  if (
+    width % 2
+    or rotated != width
+    or get("attention.value_length", default=width) != width
+  ):
     raise UserError(
       f"{gguf.file}: heads of {width} with {rotated} rotated values, or with"
       " values of another width than keys, are not known here."
@@ -385,13 +404,17 @@ def _scaling(gguf: Gguf, fields: Mapping[str, Any]) -> dict[str, Any] | None:
   for key in gguf.metadata:
     if key.startswith(f"{prefix}.") and key[len(prefix) + 1 :] not in known:
       raise UserError(f"{gguf.file}: {key} is not known here.")
+  if not isinstance(kind, str):
+    kind = repr(kind)  # and refused below
   if kind in ("linear", "yarn"):
     factor = gguf.metadata.get(f"{prefix}.factor")
     scaling = {"rope_type": kind, "factor": factor}
     context = gguf.metadata.get(f"{prefix}.original_context_length")
     if kind == "yarn":
       scaling["original_max_position_embeddings"] = context
-    if not isinstance(factor, float) or None in scaling.values():
+    wrong = not isinstance(factor, float) or not math.isfinite(factor)
+    wrong |= kind == "yarn" and not isinstance(context, int)
+    if wrong:
       raise UserError(f"{gguf.file}: its {prefix} lacks a value.")
     return scaling
   if kind != "none":

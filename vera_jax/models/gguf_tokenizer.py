@@ -73,34 +73,39 @@ def tokenizer_files(
       " layout, with its tokenizer.json."
     )
 
-  def get(name: str, default: Any = None) -> Any:
-    return metadata.get(f"tokenizer.ggml.{name}", default)
+  def get(name: str, kinds: Any, default: Any = None) -> Any:
+    value = metadata.get(f"tokenizer.ggml.{name}", default)
+    if value is not default and not isinstance(value, kinds):
+      raise refuse(f"its tokenizer.ggml.{name} is {str(value)[:80]}")
+    return value
 
-  kind, tokens = get("model"), get("tokens")
-  if kind not in (BYTE_LEVEL, SENTENCE_PIECE) or not isinstance(tokens, list):
+  kind, tokens = get("model", str), get("tokens", list)
+  if kind not in (BYTE_LEVEL, SENTENCE_PIECE) or not tokens:
     raise refuse(f"its tokenizer is {kind!r}, which is not read here")
-  types = get("token_type", np.full(len(tokens), NORMAL))
+  types = get("token_type", np.ndarray, np.full(len(tokens), NORMAL))
   if len(set(tokens)) < len(tokens) or len(types) != len(tokens):
     raise refuse("tokens are there twice, or have no types")
   vocabulary = {
     token: i
-    for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-    if kind != UNUSED or token != PADDING.format(i)  # fills up the embedding
+    for i, (token, kind_of) in enumerate(zip(tokens, types, strict=True))
+    if kind_of != UNUSED or token != PADDING.format(i)  # not a real token
   }
-  named = {name: get(key.split(".")[-1]) for name, key in SPECIAL.items()}
+  named = {name: get(key.split(".")[-1], int) for name, key in SPECIAL.items()}
   ids = {name: i for name, i in named.items() if i is not None}
-  if not all(isinstance(i, int) and i < len(tokens) for i in ids.values()):
+  if not all(0 <= i < len(tokens) for i in ids.values()):
     raise refuse(f"its special ids {ids} are beyond its {len(tokens)} tokens")
   special = {name: tokens[i] for name, i in ids.items()}
   rule, starts = None, kind == SENTENCE_PIECE
   if kind == BYTE_LEVEL:
-    rule = _rule(get("pre", RULES["words"][0]))
+    rule = _rule(get("pre", str, RULES["words"][0]))
     if rule is None:
-      raise refuse(f"it cuts words by the rule {get('pre')!r}, not known here")
+      raise refuse(
+        f"it cuts words by the rule {get('pre', str)!r}, not known here"
+      )
     starts = ADDS_START in RULES[rule]
-    merges = [tuple(merge.split(" ", 1)) for merge in get("merges", [])]
+    merges = [tuple(merge.split(" ", 1)) for merge in get("merges", list, [])]
   else:
-    scores = get("scores")
+    scores = get("scores", np.ndarray)
     if scores is None or len(scores) != len(tokens):
       raise refuse("its tokens have no scores")
     merges = merges_of(tokens, scores, types)
@@ -129,7 +134,7 @@ def tokenizer_files(
   else:
     spaces: list[Any] = [normalizers.Replace(" ", SPACE)]
     ends: list[Any] = []
-    if get("add_space_prefix", True):
+    if get("add_space_prefix", bool, True):
       spaces.insert(0, normalizers.Prepend(SPACE))
       ends = [decoders.Strip(" ", 1, 0)]
     made.normalizer = normalizers.Sequence(spaces)
@@ -149,8 +154,8 @@ def tokenizer_files(
     ]
   )
   bos, eos = (special.get(f"{name}_token") for name in ("bos", "eos"))
-  first = [bos] if get("add_bos_token", starts) and bos else []
-  last = [eos] if get("add_eos_token", False) and eos else []
+  first = [bos] if get("add_bos_token", bool, starts) and bos else []
+  last = [eos] if get("add_eos_token", bool, False) and eos else []
   if first or last:
     single = [*first, "$A", *last]
     pair = [*single, *(f"{part}:1" for part in (*first, "$B", *last))]
