@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from tests.tasks.decoder_files import GPT2, LLAMA, WORDS, write_decoder
@@ -15,7 +16,7 @@ from vera_jax.data.examples import Examples
 from vera_jax.data.loader import eval_batches
 from vera_jax.data.packing import Layout, pack_runs
 from vera_jax.models.decoder import Words, logits
-from vera_jax.models.family import family_of, read_fields
+from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params
 from vera_jax.models.pretrained import blueprint
 from vera_jax.tasks.language_modelling import (
@@ -24,6 +25,7 @@ from vera_jax.tasks.language_modelling import (
   measure,
 )
 
+ONE_LAYER = {**LLAMA, "num_hidden_layers": 1}
 RNG = np.random.default_rng(0)
 FIRST = [" ".join(RNG.choice(WORDS, n)) for n in (3, 1, 4, 2, 6, 2)]
 SECOND = [" ".join(RNG.choice(WORDS, n)) for n in (2, 5, 1, 3, 1, 2)]
@@ -34,7 +36,7 @@ TEXTS = Examples(SECOND, None, None, np.arange(6))
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
   """(its folder, its parameters, these and a batch -> Words)."""
-  folder = write_decoder(tmp_path_factory.mktemp("llama"), LLAMA)
+  folder = write_decoder(tmp_path_factory.mktemp("llama"), ONE_LAYER)
   return folder, *loaded(folder)
 
 
@@ -46,11 +48,8 @@ def loaded(folder):
   plan = blueprint(
     read_fields(folder), head="language_modelling", outputs=0, scan=False
   )
-  shapes = jax.eval_shape(
-    plan.module.model.init, jax.random.key(0), **plan.inputs
-  )
-  params = load_params(folder, shapes["params"]).params
-  names = tuple(family_of(read_fields(folder)).inputs(1, 8, 1))
+  params = load_params(folder, unflatten_dict(plan.shapes)).params
+  names = tuple(plan.inputs)
 
   @jax.jit
   def apply(params, batch):
