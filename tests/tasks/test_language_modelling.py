@@ -105,11 +105,12 @@ def test_packed_is_padded(decoder, data):
     return count, scores.sum(0), means
 
   results = []
-  for layout in (Layout((3,), 16, 4, reads=10), Layout((6,), 8, 1, reads=6)):
+  for slots, rows in ((4, 3), (1, 6)):
+    layout = Layout((6,), 16, slots, reads=10)
     (batch,) = pack_runs(tokens, [np.arange(6)], layout)[0]
+    assert (batch["segment_ids"].max(1) > 0).sum() == rows
+    batch.pop("example")  # else of one shape for both
     results.append(found(params, on_device(batch)))
-    rows = (batch["segment_ids"].max(1) > 0).sum()
-    assert rows == (3 if layout.slots == 4 else 6)
   for packed, padded in zip(*map(jax.tree.leaves, results), strict=True):
     np.testing.assert_allclose(packed, padded, rtol=1e-5, atol=1e-6)
   assert results[0][0] == 19
@@ -120,10 +121,14 @@ def test_loss_and_scores_are_those_of_all_logits(decoder, data):
   task, packed = data
   seen = []
 
+  @jax.jit
+  def outcome(params, batch):
+    words = apply(params, batch)
+    return logits(words), task.loss(words, batch), task.measure(words, batch)
+
   def measured(batch):
-    words = apply(params, batch := on_device(batch))
-    total, count = task.loss(words, batch)
-    z = np.asarray(logits(words), np.float64)
+    z, (total, count), sums = outcome(params, on_device(batch))
+    z = np.asarray(z, np.float64)
     p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     own = np.take_along_axis(p, batch["labels"][..., None], -1)[..., 0]
     real = batch["weights"] > 0
@@ -131,7 +136,7 @@ def test_loss_and_scores_are_those_of_all_logits(decoder, data):
     assert count == real.sum()
     hits = p.argmax(-1)[real] == batch["labels"][real]
     seen.extend(zip(-np.log(own[real]), hits, strict=True))
-    return task.measure(words, batch)
+    return sums
 
   scores = task.evaluate(measured, packed).scores
   assert next(iter(scores)) == task.score_name
