@@ -1,4 +1,4 @@
-"""A trained classifier: a base with a saved adapter on it, or a whole folder.
+"""A trained model: a base with a saved adapter on it, or a whole folder.
 
 `restore_adapter` rebuilds what a run trained from the adapter's two files and
 the base, and refuses whatever is not what the adapter was trained with.
@@ -37,7 +37,7 @@ from vera_jax.models.family import (
   read_fields,
 )
 from vera_jax.models.hf_weights import fingerprint, load_params, refuse_gaps
-from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, TAGS, kind_of
+from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, TAGS, WORDS, kind_of
 from vera_jax.models.pretrained import Flat, blueprint
 
 SHOWN = 3  # differences of one kind that a message lists
@@ -45,7 +45,7 @@ MERGED = "merge.json"  # what `export_hf.write_merged` says of a merged folder
 
 
 class Classifier(NamedTuple):
-  """A trained classifier: what prediction and merging need.
+  """A trained classifier, or a decoder: what its use and merging need.
 
   Attributes:
     module: the model, with the adapter on it where the method has one.
@@ -53,7 +53,7 @@ class Classifier(NamedTuple):
     projections: A and B; {} where the method has none.
     family, config: of the base.
     folder: config.json and tokenizer files.
-    labels: names in the order of the logits; () for regression.
+    labels: names in the order of the logits; () for regression and words.
     kind: what the logits mean, a name in `kinds.KINDS`.
     about: of adapter.json or merge.json; {} for another folder.
     adapter, targets: the method and the sites that it is on.
@@ -180,7 +180,7 @@ def restore_adapter(
 def load_classifier(
   name: str | Path, *, dtype: DTypeLike = jnp.float32, scan: bool = True
 ) -> Classifier:
-  """A whole classifier from a folder in Hugging Face's layout.
+  """A whole classifier or decoder from a folder in Hugging Face's layout.
 
   Raises:
     UserError: also where the folder holds an encoder without a head.
@@ -189,6 +189,8 @@ def load_classifier(
   fields = read_fields(folder)
   names = label_names(fields)
   kind = _kind_of_folder(fields, len(names))
+  if kind == WORDS:
+    names = []
   head = KINDS[kind].head
   made = blueprint(
     fields, outputs=len(names), head=head, dtype=dtype, scan=scan
@@ -196,7 +198,8 @@ def load_classifier(
   loaded = load_params(folder, unflatten_dict(made.shapes))
   if loaded.missing:
     raise UserError(
-      f"{folder} is no whole classifier: it lacks {_some(loaded.missing)}."
+      f"{folder} is no whole {'decoder' if kind == WORDS else 'classifier'}: it"
+      f" lacks {_some(loaded.missing)}."
     )
   merged = folder / MERGED
   about = read_json(merged) if merged.exists() else {}
@@ -218,7 +221,10 @@ def load_classifier(
 
 def _kind_of_folder(fields: Mapping[str, Any], outputs: int) -> str:
   """What the logits of a checkpoint mean, by its config.json."""
-  tags = family_of(fields).classes.get(KINDS[TAGS].head)
+  classes = family_of(fields).classes
+  if set(classes) == {KINDS[WORDS].head}:
+    return WORDS
+  tags = classes.get(KINDS[TAGS].head)
   if tags and tags in (fields.get("architectures") or ()):
     return TAGS
   problem = fields.get("problem_type")

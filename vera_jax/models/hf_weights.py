@@ -1,8 +1,9 @@
 """Hugging Face checkpoints and parameter trees, both ways and without torch.
 
 A checkpoint is a folder with config.json and model.safetensors, or shards and
-their index. torch keeps a dense kernel as (out, in), the tree as (in, out);
-a scanned tree stacks the layers that a checkpoint numbers, but for the last.
+their index, or what `gguf_folder` made of a GGUF file. torch keeps a dense
+kernel as (out, in), the tree as (in, out); a scanned tree stacks the layers
+that a checkpoint numbers, but for the last.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.models.family import Names, family_of, read_fields
+from vera_jax.models.gguf_folder import LINK, open_tensors
 
 LEAVES = {
   "kernel": "weight",
@@ -126,7 +128,9 @@ def load_params(
         raise UserError(f"{folder} lacks the tensor {absent!r}.")
       else:
         dtype = leaf.dtype if param_dtype is None else param_dtype
-        filled[path] = _read_leaf(path, leaf.shape, found, dtype=dtype)
+        filled[path] = _read_leaf(
+          path, leaf.shape, found, dtype=dtype, transposed=known.transposed
+        )
     rest = [s for s in sources.items() if s[1].name not in used]
   dropped = [s.name for name, s in rest if name.startswith(known.unused)]
   unexpected = [s.name for name, s in rest if not name.startswith(known.unused)]
@@ -153,14 +157,14 @@ def refuse_gaps(folder: Path, missing: Sequence[str]) -> None:
 def fingerprint(folder: Path) -> str:
   """sha256 over the weight files, which tells one base from another."""
   sha = hashlib.sha256()
-  for file in _tensor_files(folder):
+  for file in tensor_files(folder):
     with file.open("rb") as opened:
       sha.update(hashlib.file_digest(opened, "sha256").digest())
   return sha.hexdigest()
 
 
 def to_hf(params: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
-  """The tree as a sequence classifier's state dict, in torch's layout."""
+  """The tree as the state dict of its head's class, in torch's layout."""
   known = family_of({"model_type": config.model_type}).names
   tensors = {}
   for path, leaf in flatten_dict(dict(params)).items():
@@ -168,7 +172,8 @@ def to_hf(params: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
     value = np.asarray(leaf)
     layers = value if "layer" in path else [value]
     for name, array in zip(names, layers, strict=True):
-      array = array.T if path[-1] == "kernel" else array
+      if known.transposed and path[-1] == "kernel":
+        array = array.T
       tensors[name] = np.ascontiguousarray(array)
   return tensors
 
@@ -195,12 +200,13 @@ def _read_leaf(
   sources: Sequence[Source],
   *,
   dtype: DTypeLike,
+  transposed: bool,
 ) -> np.ndarray:
   leaf = np.empty(shape, dtype)
   for slot, source in zip(
     leaf if "layer" in path else leaf[None], sources, strict=True
   ):
-    slot = slot.T if path[-1] == "kernel" else slot
+    slot = slot.T if transposed and path[-1] == "kernel" else slot
     header = source.file.get_slice(source.name)
     found = tuple(header.get_shape())
     if found != slot.shape:
@@ -222,9 +228,12 @@ def _open_sources(
 ) -> dict[str, Source]:
   """Every tensor under its name in a looped tree."""
   sources: dict[str, Source] = {}
-  for file in _tensor_files(folder):
+  for file in tensor_files(folder):
     try:
-      opened = stack.enter_context(safe_open(file, framework="numpy"))
+      if file.name == LINK:
+        opened: Any = open_tensors(file)
+      else:
+        opened = stack.enter_context(safe_open(file, framework="numpy"))
     except (SafetensorError, OSError) as error:
       raise UserError(
         f"{file} is missing or no whole safetensors file ({error}); fetch or "
@@ -250,9 +259,12 @@ def _known_name(name: str, names: Names) -> str:
   return names.to_tree(name)
 
 
-def _tensor_files(folder: Path) -> list[Path]:
+def tensor_files(folder: Path) -> list[Path]:
+  """The files of a folder's weights; a UserError where there are none."""
   if (folder / "model.safetensors").is_file():
     return [folder / "model.safetensors"]
+  if (folder / LINK).is_file():
+    return [folder / LINK]
   index = folder / "model.safetensors.index.json"
   if index.is_file():
     files = read_json(index).get("weight_map")

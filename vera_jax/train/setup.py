@@ -150,7 +150,7 @@ def build_setup(config: ConfigDict) -> Setup:
   )
   layout = data.train_layout
   middle = layout.rows[len(layout.rows) // 2]  # of its microbatches' row counts
-  sizes = middle // batch_shards(mesh), layout.length, data.texts_per_row
+  sizes = middle // batch_shards(mesh), layout.length, data.reads_per_row
   plan = build_blueprint(config, read_fields(base), task, sizes=sizes)
   room = plan.family.room(plan.config)
   if data.longest > room:
@@ -164,6 +164,11 @@ def build_setup(config: ConfigDict) -> Setup:
       f" ends before {plan.config.vocab_size}: the two don't belong together."
     )
   model = load_model(plan, base, mesh=mesh, seed=config.seed)
+  if not model.counts.adapter + model.counts.head:
+    raise UserError(
+      f"config.method={config.method} trains nothing here: the task has no head"
+      " of its own. Choose a method with an adapter."
+    )
   make_optimiser: Callable[..., Any] = partial(
     optimiser,
     model.labels,
