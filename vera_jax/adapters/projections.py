@@ -66,6 +66,8 @@ _KEYED: dict[str, Callable[[PRNGKeyArray, tuple[int, int]], Array]] = {
   "uniform": _uniform_tenth,
   "orthogonal": _orthogonal,
 }
+# The init of projections that no seed gives: A and B lie in the adapter's file.
+STORED = "stored"
 PRNG = "threefry2x32"  # gives the same bits on CPU, GPU and TPU
 INITIALISERS = (*_KEYED, "peft")
 
@@ -96,7 +98,7 @@ def check_choices(*, seed: int, init: str, sharing: str = "shared") -> None:
     UserError: an unknown `init` or `sharing`, a combination that there is not,
       or a seed beyond 32 bits, of which the generator would cut off the rest.
   """
-  if init not in INITIALISERS:
+  if init not in (*INITIALISERS, STORED):
     raise UserError(f"init is {init!r}; choose from {', '.join(INITIALISERS)}.")
   if sharing not in ("shared", "unique"):
     raise UserError(f"sharing is {sharing!r}; choose shared or unique.")
@@ -123,6 +125,11 @@ def make_pair(
     UserError: an unknown `init`, or a seed beyond 32 bits.
   """
   check_choices(seed=seed, init=init)
+  if init == STORED:
+    raise UserError(
+      "Stored projections come from an adapter's file, never from a seed;"
+      f" choose init from {', '.join(INITIALISERS)}."
+    )
   if init == "peft":
     return _peft_pair(seed, rank, inputs, outputs)
   key = jax.random.key(seed, impl=PRNG)
