@@ -104,8 +104,9 @@ def check_choices(*, seed: int, init: str, sharing: str = "shared") -> None:
     raise UserError(f"sharing is {sharing!r}; choose shared or unique.")
   if sharing == "unique" and init == "peft":
     raise UserError("PEFT's projections are one shared pair, never unique.")
-  if not -(2**31) <= seed < 2**32:
-    raise UserError(f"projection_seed is {seed}; it must fit 32 bits.")
+  lowest = 0 if init == "peft" else -(2**31)  # torch's generator has no sign
+  if not lowest <= seed < 2**32:
+    raise UserError(f"projection_seed must fit 32 bits; got {seed}.")
 
 
 def make_pair(
