@@ -22,6 +22,7 @@ from safetensors.numpy import load, save
 
 from vera_jax.adapters.card import CARD, model_card
 from vera_jax.adapters.methods import LARGEST
+from vera_jax.adapters.projections import STORED as STORED
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json, write_text
 from vera_jax.hub import snapshot
@@ -31,8 +32,6 @@ ABOUT, TENSORS = "adapter.json", "adapter.safetensors"
 BOTH = f"An adapter is the two files {ABOUT} and {TENSORS}."
 # Format 1 had one tensor per layer, and no number; it is read all the same.
 FORMAT = 2
-# The init of projections that no seed gives: A and B then lie in the file.
-STORED = "stored"
 SHA256 = "tensors_sha256"
 # The fields that restoring an adapter needs, and their JSON types.
 NEEDED: dict[str, tuple[type, ...]] = {

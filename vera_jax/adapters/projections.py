@@ -66,6 +66,8 @@ _KEYED: dict[str, Callable[[PRNGKeyArray, tuple[int, int]], Array]] = {
   "uniform": _uniform_tenth,
   "orthogonal": _orthogonal,
 }
+# The init of projections that no seed gives: A and B lie in the adapter's file.
+STORED = "stored"
 PRNG = "threefry2x32"  # gives the same bits on CPU, GPU and TPU
 INITIALISERS = (*_KEYED, "peft")
 
@@ -96,14 +98,15 @@ def check_choices(*, seed: int, init: str, sharing: str = "shared") -> None:
     UserError: an unknown `init` or `sharing`, a combination that there is not,
       or a seed beyond 32 bits, of which the generator would cut off the rest.
   """
-  if init not in INITIALISERS:
+  if init not in (*INITIALISERS, STORED):
     raise UserError(f"init is {init!r}; choose from {', '.join(INITIALISERS)}.")
   if sharing not in ("shared", "unique"):
     raise UserError(f"sharing is {sharing!r}; choose shared or unique.")
   if sharing == "unique" and init == "peft":
     raise UserError("PEFT's projections are one shared pair, never unique.")
-  if not -(2**31) <= seed < 2**32:
-    raise UserError(f"projection_seed is {seed}; it must fit 32 bits.")
+  lowest = 0 if init == "peft" else -(2**31)  # torch's generator has no sign
+  if not lowest <= seed < 2**32:
+    raise UserError(f"projection_seed must fit 32 bits; got {seed}.")
 
 
 def make_pair(
@@ -123,6 +126,11 @@ def make_pair(
     UserError: an unknown `init`, or a seed beyond 32 bits.
   """
   check_choices(seed=seed, init=init)
+  if init == STORED:
+    raise UserError(
+      "Stored projections come from an adapter's file, never from a seed;"
+      f" choose init from {', '.join(INITIALISERS)}."
+    )
   if init == "peft":
     return _peft_pair(seed, rank, inputs, outputs)
   key = jax.random.key(seed, impl=PRNG)

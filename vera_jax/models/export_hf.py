@@ -121,7 +121,7 @@ def _write(
       " numbers: the adapter's or the base's are too large. Nothing was"
       " written."
     )
-  for pattern in FILES:  # the tokenizer's
+  for pattern in (*FILES, "generation_config.json"):  # the tokenizer's first
     for file in sorted(classifier.folder.glob(pattern)):
       if file.name != "config.json" and "safetensors" not in file.name:
         shutil.copyfile(file, folder / file.name)
