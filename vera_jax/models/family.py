@@ -33,6 +33,8 @@ class Names(NamedTuple):
     unused: beginnings of names that no task has a place for, such as buffers
       and pretraining heads.
     new: beginnings of paths that a task may bring itself, such as its head.
+    transposed: whether files have kernels as (out, in), as torch's linear layer
+      does; trees have (in, out).
     to_file, to_tree: a module's dotted name in a looped tree -> in a file,
       prefix aside, and back, where the two are not the same.
   """
@@ -42,6 +44,7 @@ class Names(NamedTuple):
   renamed: tuple[tuple[str, str], ...] = ()
   unused: tuple[str, ...] = ()
   new: tuple[str, ...] = ()
+  transposed: bool = True
   to_file: Callable[[str], str] = str
   to_tree: Callable[[str], str] = str
 
@@ -64,7 +67,7 @@ class Family(NamedTuple):
     classes: transformers' class for each kind of head that the module has:
       "classification" gives outputs [rows, slots, outputs], one for each
       example; "token_classification" [rows, length, outputs], one for each
-      token.
+      token; "language_modelling" `decoder.Words`, for each read position.
     head: pattern of the paths of the head, which every method trains.
     fused: config -> the parts of fused kernels, which targets may name: by a
       layer's pattern, each part's first and last column by name.
@@ -91,6 +94,11 @@ FAMILIES = {
   "camembert": "bert",
   "distilbert": "distilbert",
   "modernbert": "modernbert",
+  "gpt2": "gpt2",
+  "llama": "llama",
+  "mistral": "llama",
+  "qwen2": "llama",
+  "qwen3": "llama",
 }
 
 

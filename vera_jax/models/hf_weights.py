@@ -126,7 +126,9 @@ def load_params(
         raise UserError(f"{folder} lacks the tensor {absent!r}.")
       else:
         dtype = leaf.dtype if param_dtype is None else param_dtype
-        filled[path] = _read_leaf(path, leaf.shape, found, dtype=dtype)
+        filled[path] = _read_leaf(
+          path, leaf.shape, found, dtype=dtype, transposed=known.transposed
+        )
     rest = [s for s in sources.items() if s[1].name not in used]
   dropped = [s.name for name, s in rest if name.startswith(known.unused)]
   unexpected = [s.name for name, s in rest if not name.startswith(known.unused)]
@@ -160,7 +162,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def to_hf(params: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
-  """The tree as a sequence classifier's state dict, in torch's layout."""
+  """The tree as the state dict of its head's class, in torch's layout."""
   known = family_of({"model_type": config.model_type}).names
   tensors = {}
   for path, leaf in flatten_dict(dict(params)).items():
@@ -168,7 +170,8 @@ def to_hf(params: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
     value = np.asarray(leaf)
     layers = value if "layer" in path else [value]
     for name, array in zip(names, layers, strict=True):
-      array = array.T if path[-1] == "kernel" else array
+      if known.transposed and path[-1] == "kernel":
+        array = array.T
       tensors[name] = np.ascontiguousarray(array)
   return tensors
 
@@ -195,12 +198,13 @@ def _read_leaf(
   sources: Sequence[Source],
   *,
   dtype: DTypeLike,
+  transposed: bool,
 ) -> np.ndarray:
   leaf = np.empty(shape, dtype)
   for slot, source in zip(
     leaf if "layer" in path else leaf[None], sources, strict=True
   ):
-    slot = slot.T if path[-1] == "kernel" else slot
+    slot = slot.T if transposed and path[-1] == "kernel" else slot
     header = source.file.get_slice(source.name)
     found = tuple(header.get_shape())
     if found != slot.shape:

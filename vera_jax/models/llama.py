@@ -1,0 +1,382 @@
+"""Llama, and with its switches Mistral, Qwen2 and Qwen3.
+
+(arXiv 2302.13971, 2310.06825, 2407.10671, 2505.09388.) Rotary positions, keys
+and values in fewer heads than queries, a gated feed-forward layer, RMSNorm.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from vera_jax.errors import UserError
+from vera_jax.models.attention import ACTIVATIONS, Ids
+from vera_jax.models.decoder import (
+  HEAD,
+  Heads,
+  Hidden,
+  Mask,
+  Pair,
+  Part,
+  Pieces,
+  Reach,
+  attend,
+  input_shapes,
+  module,
+)
+from vera_jax.models.family import Family, Names, one_of, take_fields
+
+ACTIVATION = {**ACTIVATIONS, "silu": nn.silu}
+# config.json's model_type -> transformers' class, and what stands in its files'
+# place where they leave it out.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+  "llama": ("LlamaForCausalLM", {}),
+  "mistral": (
+    "MistralForCausalLM",
+    {"num_key_value_heads": 8, "sliding_window": 4096},
+  ),
+  "qwen2": ("Qwen2ForCausalLM", {"sliding_window": 4096}),
+  "qwen3": ("Qwen3ForCausalLM", {"sliding_window": 4096, "head_dim": 128}),
+}
+ROTATIONS = ("default", "linear", "dynamic", "llama3", "yarn")
+Turn = Float[Array, "rows length 1 _"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+  """The fields of a Hugging Face config.json that the model reads.
+
+  Attributes:
+    frequencies: of the rotations, in radians per position, one for each two
+      dimensions of a head.
+    rotation_scale: what the rotated vectors are multiplied by.
+    sliding_window: how many tokens the layers that slide see at most.
+    slides: whether a layer does, of each.
+    qkv_bias, out_bias: whether the attention's layers have biases.
+    head_norms: whether each head of queries and keys is normalised.
+  """
+
+  model_type: str
+  vocab_size: int
+  hidden_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  num_key_value_heads: int
+  head_dim: int
+  intermediate_size: int
+  max_position_embeddings: int
+  frequencies: tuple
+  rotation_scale: float
+  sliding_window: int | None
+  slides: tuple
+  qkv_bias: bool
+  out_bias: bool
+  head_norms: bool
+  mlp_bias: bool = False
+  tie_word_embeddings: bool = False
+  hidden_act: str = "silu"
+  rms_norm_eps: float = 1e-6
+  initializer_range: float = 0.02
+  attention_dropout: float = 0.0
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
+    """Picks the model's fields; what it can't honour is a UserError."""
+    kind = one_of(fields, "model_type", KINDS)
+    known = {"hidden_act": "silu", **KINDS[kind][1], **fields}
+    one_of(known, "hidden_act", ACTIVATION)
+    own: dict[str, Any] = {
+      "frequencies": (),
+      "rotation_scale": 1.0,
+      "slides": (),
+      "qkv_bias": kind == "qwen2",
+      "out_bias": False,
+      "head_norms": kind == "qwen3",
+      "mlp_bias": kind == "llama" and known.get("mlp_bias", False),
+    }
+    if kind in ("llama", "qwen3"):
+      bias = known.get("attention_bias", False)
+      own |= {"qkv_bias": bias, "out_bias": bias}
+    if known.get("num_key_value_heads") is None:
+      own["num_key_value_heads"] = known.get("num_attention_heads")
+    if known.get("head_dim") is None:
+      heads = known.get("num_attention_heads") or 1
+      own["head_dim"] = int(known.get("hidden_size") or 0) // int(heads)
+    if kind == "llama" or (
+      kind != "mistral" and not known.get("use_sliding_window")
+    ):
+      own["sliding_window"] = None
+    config = take_fields(cls, {**known, **own})
+    if config.num_attention_heads % config.num_key_value_heads:
+      raise UserError(
+        f"config.json: num_attention_heads {config.num_attention_heads} does"
+        f" not divide into num_key_value_heads {config.num_key_value_heads}."
+      )
+    if config.head_dim % 2:
+      raise UserError(
+        f"config.json: heads of width {config.head_dim}; rotations need an even"
+        " one."
+      )
+    frequencies, scale = _rotations(known, config)
+    return dataclasses.replace(
+      config,
+      slides=_slides(known, config),
+      frequencies=frequencies,
+      rotation_scale=scale,
+    )
+
+
+def _slides(fields: Mapping[str, Any], config: LlamaConfig) -> tuple[bool, ...]:
+  """Which layers have the sliding window: Mistral's all, Qwen's as said."""
+  layers = config.num_hidden_layers
+  if config.sliding_window is None:
+    return (False,) * layers
+  if config.model_type == "mistral":
+    return (True,) * layers
+  types = fields.get("layer_types")
+  if types is None:
+    first = fields.get("max_window_layers", 28)
+    return tuple(i >= first for i in range(layers))
+  kinds = ("full_attention", "sliding_attention")
+  if len(types) != layers or not set(types) <= set(kinds):
+    raise UserError(
+      f"config.json: layer_types has {len(types)} entries for {layers} layers:"
+      f" {', '.join(sorted(map(str, set(types))))}; this model supports"
+      f" {' and '.join(kinds)}."
+    )
+  return tuple(entry == kinds[1] for entry in types)
+
+
+def _rotations(
+  fields: Mapping[str, Any], config: LlamaConfig
+) -> tuple[tuple[float, ...], float]:
+  """The frequencies, and the scale, by `rope_parameters` or `rope_scaling`.
+
+  The base's powers (RoFormer, arXiv 2104.09864), stretched for longer texts:
+  all alike (linear), the slow ones (llama3), or by how often they turn over the
+  original length (yarn, arXiv 2309.00071). "dynamic" stretches only what is
+  longer than `max_position_embeddings`, for which there is no room here.
+
+  Raises:
+    UserError: another kind, or one that lacks a number.
+  """
+  given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+  if any(isinstance(value, Mapping) for value in given.values()):
+    raise UserError(
+      "config.json: rope_parameters differ by layer; this model has one kind."
+    )
+  kind = given.get("rope_type", given.get("type", "default"))
+  one_of({"rope_type": kind}, "rope_type", ROTATIONS)
+  part = given.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
+  one_of({"partial_rotary_factor": part}, "partial_rotary_factor", (None, 1))
+  theta = given.get("rope_theta") or fields.get("rope_theta") or 10_000.0
+  room = config.max_position_embeddings
+
+  def number(name: str, default: float | None = None) -> float:
+    value = given.get(name)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or value <= 0:
+      raise UserError(f"config.json: {kind} rotations with {name}={value!r}.")
+    return float(value)
+
+  width = config.head_dim
+  powers = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+  plain = 1 / np.float32(theta) ** powers
+  found, scale = plain, 1.0
+  original = float(
+    fields.get("original_max_position_embeddings")
+    or given.get("original_max_position_embeddings")
+    or room
+  )
+  if kind == "linear":
+    found = plain / np.float32(number("factor"))
+  elif kind == "llama3":
+    factor = number("factor")
+    low, high = (number(f"{name}_freq_factor") for name in ("low", "high"))
+    turns = original * plain / np.float32(2 * math.pi)
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    found = (1 - share) * plain / np.float32(factor) + share * plain
+  elif kind == "yarn":
+    factor = number("factor", room / original)
+    fast, slow = number("beta_fast", 32), number("beta_slow", 1)
+    # The dimensions that turn `fast` and `slow` times over the original length.
+    first, last = (
+      width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+      for turns in (fast, slow)
+    )
+    if given.get("truncate", True):
+      first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    last += 0.001 if first == last else 0
+    pairs = np.arange(width // 2, dtype=np.float32)
+    share = np.clip((pairs - first) / (last - first), 0, 1)
+    found = plain / np.float32(factor) * share + plain * (1 - share)
+    both = given.get("mscale") and given.get("mscale_all_dim")
+    up, down = (
+      1 + 0.1 * weight * math.log(max(factor, 1.0))
+      for weight in (
+        (number("mscale"), number("mscale_all_dim")) if both else (1.0, 0.0)
+      )
+    )
+    scale = number("attention_factor", up / down)
+  return tuple(map(float, found)), scale
+
+
+def norm(part: Part, name: str) -> nn.RMSNorm:
+  return nn.RMSNorm(
+    epsilon=part.config.rms_norm_eps,
+    dtype=part.dtype,
+    param_dtype=part.param_dtype,
+    name=name,
+  )
+
+
+class Shared(NamedTuple):
+  """What all layers are given: masks, and the rotations by position."""
+
+  reach: Reach
+  cos: Turn
+  sin: Turn
+
+
+def shared(config: LlamaConfig, reach: Reach) -> Shared:
+  frequencies = jnp.asarray(config.frequencies, jnp.float32)
+  angles = reach.positions[..., None, None] * frequencies[None, None, None]
+  scale = config.rotation_scale
+  return Shared(reach, scale * jnp.cos(angles), scale * jnp.sin(angles))
+
+
+def rotate(x: Heads, given: Shared) -> Heads:
+  """The pairs (j, j + half) of each head turned by the token's position."""
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = (
+    first * given.cos - second * given.sin,
+    second * given.cos + first * given.sin,
+  )
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class Embeddings(Part):
+  @nn.compact
+  def __call__(
+    self, input_ids: Ids, positions: Ids
+  ) -> tuple[Hidden, Float[Array, "vocab width"]]:
+    words = self.embed(self.config.vocab_size, "embed_tokens")
+    return words(input_ids), jnp.asarray(words.embedding, self.dtype)
+
+
+class Attention(Part):
+  @nn.compact
+  def __call__(
+    self, hidden: Hidden, index: Any, past: Pair | None, given: Shared
+  ) -> tuple[Hidden, Pair]:
+    config = self.config
+    query, key, value = (
+      self.dense(heads * config.head_dim, name, bias=config.qkv_bias)(
+        hidden
+      ).reshape(*hidden.shape[:-1], heads, config.head_dim)
+      for name, heads in (
+        ("q_proj", config.num_attention_heads),
+        ("k_proj", config.num_key_value_heads),
+        ("v_proj", config.num_key_value_heads),
+      )
+    )
+    if config.head_norms:
+      query, key = norm(self, "q_norm")(query), norm(self, "k_norm")(key)
+    query, key = rotate(query, given), rotate(key, given)
+    context = attend(
+      query,
+      key,
+      value,
+      _mask(config, index, given.reach),
+      past=past,
+      scale=config.head_dim**-0.5,
+      dropout=lambda x: self.dropout(x, config.attention_dropout),
+    )
+    dense = self.dense(config.hidden_size, "o_proj", bias=config.out_bias)
+    return dense(context), (key, value)
+
+
+def _mask(config: LlamaConfig, index: Any, reach: Reach) -> Mask:
+  """That of a layer, whose number is an array where layers are scanned."""
+  if reach.window is None or not any(config.slides):
+    return reach.whole
+  if all(config.slides):
+    return reach.window
+  return jnp.where(jnp.array(config.slides)[index], reach.window, reach.whole)
+
+
+class FeedForward(Part):
+  @nn.compact
+  def __call__(self, hidden: Hidden) -> Hidden:
+    config = self.config
+    gate, up = (
+      self.dense(config.intermediate_size, name, bias=config.mlp_bias)(hidden)
+      for name in ("gate_proj", "up_proj")
+    )
+    inner = ACTIVATION[config.hidden_act](gate) * up
+    dense = self.dense(config.hidden_size, "down_proj", bias=config.mlp_bias)
+    return dense(inner)
+
+
+class Layer(Part):
+  @nn.compact
+  def __call__(
+    self, hidden: Hidden, index: Any, past: Pair | None, given: Shared
+  ) -> tuple[Hidden, Pair | None]:
+    normed = norm(self, "input_layernorm")(hidden)
+    attention = Attention(*self.settings, name="self_attn")
+    context, new = attention(normed, index, past, given)
+    hidden = hidden + context
+    normed = norm(self, "post_attention_layernorm")(hidden)
+    hidden = hidden + FeedForward(*self.settings, name="mlp")(normed)
+    return hidden, None if past is None else new
+
+
+PIECES = Pieces(Embeddings, Layer, norm, shared)
+
+
+def _to_file(name: str) -> str:
+  name = re.sub(r"^encoder\.layer\b", "layers", name)
+  return re.sub(r"^(encoder|embeddings)\.", "", name)
+
+
+def _to_tree(name: str) -> str:
+  # frequencies that older files have among the weights
+  name = re.sub(r"^(layers\..*\.inv_freq)$", r"buffers.\1", name)
+  name = re.sub(r"^embed_tokens\b", "embeddings.embed_tokens", name)
+  name = re.sub(r"^layers\b", "encoder.layer", name)
+  return re.sub(r"^norm\b", "encoder.norm", name)
+
+
+FAMILY = {
+  kind: Family(
+    config=LlamaConfig.from_dict,
+    module=partial(module, PIECES),
+    inputs=input_shapes,
+    names=Names(
+      prefixes=("model.",),
+      outside=("lm_head",),
+      unused=("buffers.", "lm_head."),
+      to_file=_to_file,
+      to_tree=_to_tree,
+    ),
+    rules=(
+      (r"encoder/.*(q|k|v|gate|up)_proj/kernel", ("fsdp", "tensor")),
+      (r"encoder/.*(q|k|v|gate|up)_proj/bias", ("tensor",)),
+      (r"encoder/.*(o|down)_proj/kernel", ("tensor", "fsdp")),
+      (r"(embeddings/.*|lm_head)/embedding", (None, "fsdp")),
+    ),
+    room=lambda config: config.max_position_embeddings,
+    classes={HEAD: name},
+  )
+  for kind, (name, _) in KINDS.items()
+}
