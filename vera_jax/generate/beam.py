@@ -4,18 +4,18 @@
 `rules="lora"` what microsoft/LoRA's `examples/NLG/src/gpt2_beam.py` gives, by
 which the numbers of the LoRA and VeRA papers on E2E were made. They differ:
 
-| | hf | lora |
-|---|---|---|
-| n-grams that may not come again | of prompt and answer | of the answer |
-| forbidden words | are struck out after the softmax | before it: the others' |
-| | | probabilities add up to 1 |
-| candidates per step | 1 + the number of end tokens, at | as many as beams |
-| | least 2, times the beams | |
-| a text that ends | leaves its beam to the next candidate | leaves its beam |
-| | | empty for a step |
-| texts kept | as many as beams | the best one |
-| the search ends | by `early_stopping` | after all steps |
-| texts that haven't ended by then | compete, if among the best beams | compete |
+- n-grams that may not come again: hf counts those of prompt and answer, lora
+  those of the answer.
+- Forbidden words: hf strikes them out after the softmax; lora before it, so
+  that the probabilities of the others add up to 1.
+- Candidates of a step: in hf 1 + the number of end tokens, at least 2, for each
+  beam; in lora as many as beams.
+- A text that ends: in hf its beam goes to the next candidate; in lora the beam
+  is empty for a step.
+- The search keeps as many finished texts as beams in hf, and ends by
+  `early_stopping`; in lora it keeps the best one and runs all steps.
+- A text that hasn't ended by then competes with those that have; in hf if its
+  last word is one of the step's best.
 
 A finished text's score is the sum of its log probabilities, divided by its
 length in new tokens, the end token included, to the power `length_penalty`.

@@ -20,7 +20,7 @@ TokensToLogits = Callable[[Array, Any], tuple[Array, Any]]
 
 
 class Sampling(NamedTuple):
-  """How a word is chosen from its logits; in this order, as transformers has it.
+  """How a word is chosen from its logits, in the order of transformers.
 
   Attributes:
     temperature: the logits are divided by it; 0 takes the likeliest word.
@@ -173,7 +173,7 @@ def sample(
     ids: Array
     history: Array
     done: Array
-    count: Array
+    written: Array
     state: Any
 
   def write(carry: Carry, logits: Array) -> Carry:
@@ -187,7 +187,7 @@ def sample(
       carry.ids.at[:, carry.step].set(token),
       carry.history.at[jnp.arange(rows), so_far].set(token),
       carry.done | jnp.isin(token, ends),
-      carry.count + ~carry.done,
+      carry.written + ~carry.done,
       carry.state,
     )
 
@@ -204,4 +204,4 @@ def sample(
   history = append(prompts, lengths, ids)
   first = Carry(jnp.int32(0), ids, history, none > 0, none, state)
   last = jax.lax.while_loop(unfinished, go_on, write(first, logits))
-  return Answers(last.ids, last.count)
+  return Answers(last.ids, last.written)
