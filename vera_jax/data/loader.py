@@ -18,10 +18,10 @@ from vera_jax.data.packing import (
   Layout,
   Placement,
   ProcessShard,
-  first_fit,
   pack_rows,
   pack_runs,
   place_all,
+  place_examples,
 )
 from vera_jax.data.tokens import Tokens
 
@@ -35,6 +35,7 @@ class PackedData(NamedTuple):
     eval_layouts: one shape per split.
     batch_size: examples per step.
     max_length: where texts were cut.
+    cut: and on which side, where the task says so.
     shard: the rows of every batch that this process must supply.
   """
 
@@ -44,6 +45,7 @@ class PackedData(NamedTuple):
   batch_size: int
   max_length: int
   shard: ProcessShard = WHOLE
+  cut: str = ""
 
   @property
   def epoch_steps(self) -> int:
@@ -96,13 +98,17 @@ class PackedData(NamedTuple):
       f" {self.epoch_steps} steps per epoch, packed into"
       f" {' or '.join(map(str, layout.rows))} rows of {layout.length} tokens"
     ]
+    train = tokens["train"]
+    if train.learned is not None:
+      lines[0] += f"; {train.learned.sum():,} of {len(train.ids):,} are learned"
     cut = [
       f"{split.truncated} of {len(split.text_lengths)} in {name}"
       for name, split in tokens.items()
       if split.truncated
     ]
     if cut:
-      lines.append(f"cut at {self.max_length} tokens: {', '.join(cut)}")
+      side = f" on the {self.cut}" if self.cut else ""
+      lines.append(f"cut at {self.max_length} tokens{side}: {', '.join(cut)}")
     return lines
 
   def record(self) -> dict[str, Any]:
@@ -112,14 +118,17 @@ class PackedData(NamedTuple):
         "examples": len(split),
         "truncated": split.truncated,
         "fingerprint": split.fingerprint,
+        **({} if split.reads is None else {"learned": int(split.reads.sum())}),
       }
       for name, split in self.tokens.items()
     }
 
   @property
-  def texts_per_row(self) -> int:
-    """Most texts in a row of a training batch."""
-    return self.train_layout.slots * self.tokens["train"].choices
+  def reads_per_row(self) -> int:
+    """Most positions in a row of a training batch that the head reads: each
+    text's first token, or where the words are learned those before them."""
+    layout = self.train_layout
+    return layout.reads or layout.slots * self.tokens["train"].choices
 
   @property
   def longest(self) -> int:
@@ -212,7 +221,7 @@ def eval_placement(tokens: Tokens, layout: Layout) -> Placement:
 
   Rows are numbered through all batches.
   """
-  return place_all(tokens.lengths, layout)
+  return place_all(tokens.lengths, layout, reads=tokens.reads)
 
 
 def eval_batches(
@@ -272,7 +281,7 @@ def sample_batch(
   With `runs` the arrays have a leading axis of that size, as `train_batches`
   gives them for several seeds.
   """
-  place = first_fit(tokens.lengths[:1], layout)
+  place = place_examples(tokens, layout, np.arange(1))
   batch = pack_rows(
     tokens, np.arange(1), place, layout, first=0, last=rows, rows=rows
   )

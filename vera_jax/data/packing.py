@@ -13,6 +13,10 @@ in one row, one after another, each a segment of its own.
   row     [CLS] a b [SEP] [CLS] c [SEP]  -   -
   segment   1   1 1   1     2   2   2    0   0
   position  0   1 2   3     0   1   2    0   0
+
+Where the words themselves are learned, a row also has its reads: the columns
+whose next token is learned. So many of them as any row has are padded with
+weight 0, which is what the output layer is computed for.
 """
 
 from collections.abc import Sequence
@@ -38,11 +42,13 @@ class Layout(NamedTuple):
       more rows than the largest takes several microbatches.
     length: tokens per row.
     slots: most examples in a row.
+    reads: most learned tokens in a row, where words are learned.
   """
 
   rows: tuple[int, ...]
   length: int
   slots: int
+  reads: int = 0
 
 
 class Placement(NamedTuple):
@@ -82,26 +88,40 @@ WHOLE = ProcessShard()
 
 
 def first_fit(
-  lengths: Int64[np.ndarray, " examples"], layout: Layout
+  lengths: Int64[np.ndarray, " examples"],
+  layout: Layout,
+  *,
+  reads: Int64[np.ndarray, " examples"] | None = None,
 ) -> Placement:
-  """Longest first, each into the first row with room; ties in order."""
+  """Longest first, each into the first row with room; ties in order.
+
+  `reads` are learned tokens of each example, for which a row needs room too.
+  """
   if lengths.max(initial=0) > layout.length:
     raise ValueError(f"{lengths.max()} tokens exceed {layout.length} a row")
+  if reads is None:
+    reads = np.zeros_like(lengths)
+  elif reads.max(initial=0) > layout.reads:
+    raise ValueError(f"{reads.max()} learned tokens exceed {layout.reads} a row")
   row, start, slot = np.zeros((3, len(lengths)), np.int64)
   used: list[int] = []  # tokens in each row
   count: list[int] = []  # examples in each row
+  read: list[int] = []  # learned tokens in each row
   for i in np.argsort(-lengths, kind="stable").tolist():
     room = layout.length - int(lengths[i])
+    room_to_read = layout.reads - int(reads[i])
     for r, taken in enumerate(used):
-      if taken <= room and count[r] < layout.slots:
+      if taken <= room and count[r] < layout.slots and read[r] <= room_to_read:
         break
     else:
       r = len(used)
       used.append(0)
       count.append(0)
+      read.append(0)
     row[i], start[i], slot[i] = r, used[r], count[r]
     used[r] += int(lengths[i])
     count[r] += 1
+    read[r] += int(reads[i])
   return Placement(row, start, slot)
 
 
@@ -110,6 +130,7 @@ def place_all(
   layout: Layout,
   *,
   adapters: Int[np.ndarray, " examples"] | None = None,
+  reads: Int64[np.ndarray, " examples"] | None = None,
 ) -> Placement:
   """`first_fit` over a long split, some thousand examples at a time.
 
@@ -119,6 +140,7 @@ def place_all(
     adapters: the adapter of each example. Those of two adapters never share a
       row, so that one number per row says which adapter it runs with
       (`with_adapters`). None: all have the same.
+    reads: as for `first_fit`.
   """
   if adapters is None:
     adapters = np.zeros(len(lengths), np.int64)
@@ -128,7 +150,8 @@ def place_all(
   for own in np.split(order, np.flatnonzero(np.diff(adapters[order])) + 1):
     for start in range(0, len(own), _CHUNK):
       chunk = own[start : start + _CHUNK]
-      part = first_fit(lengths[chunk], layout)
+      own_reads = None if reads is None else reads[chunk]
+      part = first_fit(lengths[chunk], layout, reads=own_reads)
       place[:, chunk] = part.row + rows, part.start, part.slot
       rows += part.rows
   return Placement(*place)
@@ -159,6 +182,14 @@ def microbatch_rows(needed: int, layout: Layout) -> tuple[int, ...]:
   return (main,) + (smallest,) * further
 
 
+def place_examples(
+  tokens: Tokens, layout: Layout, indices: Int[np.ndarray, " examples"]
+) -> Placement:
+  """`first_fit` of these examples."""
+  reads = None if tokens.reads is None else tokens.reads[indices]
+  return first_fit(tokens.lengths[indices], layout, reads=reads)
+
+
 def pack_runs(
   tokens: Tokens,
   batches: Sequence[Int[np.ndarray, " _"]],
@@ -182,9 +213,11 @@ def pack_runs(
     `labels` (as the tokens have them; 0 in an empty slot or without labels) and
     float32 `weights` (1 for an example, 0 in an empty slot). For texts given as
     words, labels and weights are [rows, length], of the tokens that words begin
-    with.
+    with. Where words are learned there are no `cls_positions` or types, but
+    [rows, reads] `read_positions` (the columns whose next token is learned, in
+    order), `labels` (that token) and `weights`.
   """
-  places = [first_fit(tokens.lengths[indices], layout) for indices in batches]
+  places = [place_examples(tokens, layout, indices) for indices in batches]
   counts = [microbatch_rows(place.rows, layout) for place in places]
   shapes = [max(rows) for rows in zip_longest(*counts, fillvalue=0)]
   packed = []
@@ -259,6 +292,29 @@ def pack_rows(
     grid[row, slot] = values
     return grid
 
+  packed = {
+    "input_ids": per_token(tokens.ids[source], tokens.pad_id),
+    "positions": per_token(within),
+    "segment_ids": per_token(np.repeat(text_slot + 1, lengths)),
+    "example": per_slot(indices.astype(np.int32), -1),
+  }
+  if tokens.learned is not None:
+    # A learned token is read one column before its own.
+    places = np.sort(target[tokens.learned[source]])
+    its_row, column = np.divmod(places, layout.length)
+    read = np.arange(len(places)) - np.searchsorted(its_row, its_row)
+    shape = (rows, layout.reads)
+    read_positions, words = np.zeros((2, *shape), np.int32)
+    weights = np.zeros(shape, np.float32)
+    read_positions[its_row, read] = column - 1
+    words[its_row, read] = packed["input_ids"][its_row, column]
+    weights[its_row, read] = 1
+    return {
+      **packed,
+      "read_positions": read_positions,
+      "labels": words,
+      "weights": weights,
+    }
   cls_positions = np.zeros((rows, layout.slots * choices), np.int32)
   cls_positions[text_row, text_slot] = text_start
   labels = tokens.labels
@@ -278,12 +334,9 @@ def pack_rows(
       "weights": per_token(begins, dtype=np.float32),
     }
   return {
-    "input_ids": per_token(tokens.ids[source], tokens.pad_id),
+    **packed,
     "token_type_ids": per_token(tokens.token_types[source]),
-    "positions": per_token(within),
-    "segment_ids": per_token(np.repeat(text_slot + 1, lengths)),
     "cls_positions": cls_positions,
-    "example": per_slot(indices.astype(np.int32), -1),
     **learned,
   }
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Int32, Int64
 
+from vera_jax.data.completions import Completions, encode_completions
 from vera_jax.data.examples import Examples
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
@@ -53,6 +54,8 @@ class Tokens:
       [tokens] with the class of the word that begins at a token, 0 elsewhere.
     words: for such texts, [tokens] the number in its text of the word that
       begins at a token; -1 for further parts of it and special tokens.
+    learned: where the words themselves are learned, bool [tokens]: which tokens
+      are, each from those of its text before it.
     truncated: how many texts were cut to `max_length`.
     pad_id: the tokenizer's padding id.
     fingerprint: sha256 over texts, labels, tokenizer and `max_length`.
@@ -68,6 +71,7 @@ class Tokens:
   fingerprint: str
   choices: int = 1
   words: Int32[np.ndarray, " tokens"] | None = None
+  learned: Bool[np.ndarray, " tokens"] | None = None
 
   def __len__(self) -> int:
     return len(self.text_lengths) // self.choices
@@ -81,6 +85,14 @@ class Tokens:
     """Tokens of each example, all its choices together."""
     return np.diff(self.offsets[:: self.choices])
 
+  @cached_property
+  def reads(self) -> Int64[np.ndarray, " examples"] | None:
+    """Learned tokens of each example, where words are learned."""
+    if self.learned is None:
+      return None
+    before = np.concatenate([[0], np.cumsum(self.learned, dtype=np.int64)])
+    return np.diff(before[self.offsets[:: self.choices]])
+
 
 class TokenizerInfo(NamedTuple):
   """All that must be known of a tokenizer to use tokens from the cache.
@@ -88,10 +100,14 @@ class TokenizerInfo(NamedTuple):
   Attributes:
     digest: sha256 of everything that decides its token ids.
     pad_id: its padding id.
+    bos_id, eos_id: those of the tokens that begin and end a text, if it names
+      some.
   """
 
   digest: str
   pad_id: int
+  bos_id: int | None = None
+  eos_id: int | None = None
 
 
 class FolderTokenizer:
@@ -125,8 +141,9 @@ class FolderTokenizer:
       key.update(f"{file.name} {content}\n".encode())
     path = self._cache / f"tokenizer-{key.hexdigest()}.json"
     try:
-      digest, pad_id = json.loads(path.read_text(encoding="utf-8"))
-      return TokenizerInfo(str(digest), int(pad_id))
+      digest, pad_id, *ends = json.loads(path.read_text(encoding="utf-8"))
+      bos, eos = (None if i is None else int(i) for i in ends)
+      return TokenizerInfo(str(digest), int(pad_id), bos, eos)
     except (OSError, ValueError, TypeError):  # missing or damaged
       info = _info(self.loaded)
       _write_cache(path, lambda part: part.write_text(json.dumps(info)))
@@ -138,6 +155,8 @@ def tokenise(
   tokenizer: Any,
   max_length: int,
   cache_dir: str | Path | None,
+  *,
+  completions: Completions | None = None,
 ) -> Tokens:
   """Token ids of a split, from the cache where it has them.
 
@@ -146,16 +165,23 @@ def tokenise(
       is loaded only if the cache has no tokens.
     max_length: longer examples are cut; of a pair the longer text first.
     cache_dir: folder of the cache files, made when missing; None for none.
+    completions: how the words themselves are learned; None: they are not.
   """
   if isinstance(tokenizer, FolderTokenizer):
     info = tokenizer.info
   else:
     info = _info(tokenizer)
-  fingerprint = _fingerprint(examples, info, max_length)
+  fingerprint = _fingerprint(examples, info, max_length, completions)
   path = cache_dir and Path(cache_dir) / f"{fingerprint}.npz"
   arrays = _load(path, len(examples.first)) if path else None
   if arrays is None:
-    arrays = new = _encode(examples, tokenizer, max_length)
+    if completions is None:
+      arrays = new = _encode(examples, tokenizer, max_length)
+    else:
+      tokenizer = getattr(tokenizer, "loaded", tokenizer)
+      arrays = new = encode_completions(
+        examples, tokenizer, max_length, completions
+      )
     if path:
       _write_cache(path, lambda to: np.savez(to, allow_pickle=False, **new))
   labels, words = examples.labels, arrays.get("words")
@@ -173,6 +199,7 @@ def tokenise(
     fingerprint=fingerprint,
     choices=examples.choices,
     words=words,
+    learned=arrays.get("learned"),
   )
 
 
@@ -197,7 +224,8 @@ def _info(tokenizer: Any) -> TokenizerInfo:
   names = list(tokenizer.model_input_names)
   text = json.dumps([state, names], sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()
-  return TokenizerInfo(digest, int(tokenizer.pad_token_id))
+  ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+  return TokenizerInfo(digest, int(tokenizer.pad_token_id), *ends)
 
 
 def _encode(
@@ -269,12 +297,18 @@ def _beginnings(
 
 
 def _fingerprint(
-  examples: Examples, info: TokenizerInfo, max_length: int
+  examples: Examples,
+  info: TokenizerInfo,
+  max_length: int,
+  completions: Completions | None,
 ) -> str:
   labels = examples.labels
   if isinstance(labels, list):
     labels = np.concatenate(labels)
-  settings = [max_length, *info]
+  settings: list[Any] = [max_length, info.digest, info.pad_id]
+  if completions is not None:
+    settings += ["completions", *completions, info.bos_id, info.eos_id]
+    settings.append(examples.second is not None)
   if examples.choices > 1:  # pairs hash as they did before there were choices
     settings.append(examples.choices)
   parts = [
@@ -302,10 +336,13 @@ def _load(path: Path, texts: int) -> dict[str, np.ndarray] | None:
       arrays = {name: stored[name] for name in stored.files}
     ids, types = arrays["ids"], arrays["token_types"]
     offsets, words = arrays["offsets"], arrays.get("words", arrays["ids"])
+    learned = arrays.get("learned", np.zeros(len(ids), bool))
     if (
       offsets.shape == (texts + 1,)
       and ids.shape == types.shape == words.shape == (offsets[-1],)
       and ids.dtype == types.dtype == words.dtype == np.int32
+      and learned.shape == ids.shape
+      and learned.dtype == bool
       and offsets.dtype == np.int64
       and arrays["truncated"].shape == ()
     ):

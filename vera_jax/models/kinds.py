@@ -1,4 +1,4 @@
-"""What a classifier's outputs can mean: classes, a number, labels, tags.
+"""What a model's outputs can mean: classes, a number, labels, tags, words.
 
 The kind is stored with the adapter, so that prediction, merging and export know
 it without the task's data.
@@ -13,6 +13,7 @@ CLASSES = "classification"  # one of several classes, by softmax
 NUMBER = "regression"  # a value
 SEVERAL = "multi_label"  # any of several labels, each by a sigmoid
 TAGS = "token_classification"  # a class for each word, by softmax
+WORDS = "language_modelling"  # the next word at each position, by softmax
 
 
 class Kind(NamedTuple):
@@ -30,7 +31,9 @@ KINDS = {
   NUMBER: Kind("classification", "regression"),
   SEVERAL: Kind("classification", "multi_label_classification"),
   TAGS: Kind("token_classification", None),
+  WORDS: Kind("language_modelling", None),
 }
+LABELLED = tuple(name for name in KINDS if name != WORDS)
 
 
 def kind_of(about: Mapping[str, Any], labels: Sequence[str]) -> str:
@@ -41,10 +44,11 @@ def kind_of(about: Mapping[str, Any], labels: Sequence[str]) -> str:
   """
   kind = about.get("kind") or (CLASSES if labels else NUMBER)
   needs = kind in (SEVERAL, TAGS)  # classes may be an example's choices
-  if kind not in KINDS or (labels if kind == NUMBER else needs and not labels):
+  none = kind in (NUMBER, WORDS)
+  if kind not in KINDS or (labels if none else needs and not labels):
     raise UserError(
       f"The adapter's kind is {kind!r} with {len(labels)} labels. A kind is one"
-      f" of {', '.join(KINDS)}; {NUMBER} has no labels, {SEVERAL} and {TAGS}"
-      " have some."
+      f" of {', '.join(KINDS)}; {NUMBER} and {WORDS} have no labels,"
+      f" {SEVERAL} and {TAGS} have some."
     )
   return kind

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from vera_jax.data.examples import Examples, take
 from vera_jax.data.tables import SUFFIXES, Table, class_names, read_table
 from vera_jax.errors import UserError
-from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, SEVERAL, TAGS
+from vera_jax.models.kinds import CLASSES, LABELLED, NUMBER, SEVERAL, TAGS
 from vera_jax.tasks.classification import classification
 from vera_jax.tasks.glue_hub import download
 from vera_jax.tasks.tagging import are_bio, tagging
@@ -49,7 +49,7 @@ class Facts(NamedTuple):
   Attributes:
     columns: one or two, of the texts.
     label: the label's column.
-    kind: a name in `models.kinds.KINDS`.
+    kind: a name in `models.kinds.LABELLED`.
     labels: the class names, in the order of their ids; () for regression.
   """
 
@@ -220,9 +220,9 @@ def _decide(table: Table, data: ConfigDict) -> Facts:
     )
 
   kind = data.kind
-  if kind and kind not in KINDS:
+  if kind and kind not in LABELLED:
     raise UserError(
-      f"config.data.kind is {kind!r}; choose from {', '.join(KINDS)}."
+      f"config.data.kind is {kind!r}; choose from {', '.join(LABELLED)}."
     )
   values = _values(table, label, may_be_empty=kind == SEVERAL)
   names = table.classes.get(label)

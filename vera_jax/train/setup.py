@@ -150,7 +150,7 @@ def build_setup(config: ConfigDict) -> Setup:
   )
   layout = data.train_layout
   middle = layout.rows[len(layout.rows) // 2]  # of its microbatches' row counts
-  sizes = middle // batch_shards(mesh), layout.length, data.texts_per_row
+  sizes = middle // batch_shards(mesh), layout.length, data.reads_per_row
   plan = build_blueprint(config, read_fields(base), task, sizes=sizes)
   room = plan.family.room(plan.config)
   if data.longest > room:
