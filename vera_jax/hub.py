@@ -21,6 +21,7 @@ PAUSE = 1.0  # seconds before the second attempt, twice as many before the next
 PACKAGE = "package:"
 FILES = [
   "config.json",
+  "generation_config.json",
   "tokenizer*.json",
   "vocab.*",
   "merges.txt",

@@ -41,24 +41,33 @@ def prefill(
     lengths: of the prompts, in tokens, 1 or more.
   """
   real = jnp.arange(prompts.shape[1])[None] < lengths[:, None]
-  words, cache = module.apply(
+  outputs: Any = module.apply(
     variables,
     prompts,
     segment_ids=real.astype(jnp.int32),
     read_positions=lengths[:, None] - 1,
     cache=cache,
   )
-  return logits_of(words)[:, 0], cache
+  words, filled = outputs
+  return logits_of(words)[:, 0], filled
+
+
+def read_tokens(
+  module: nn.Module,
+  variables: Any,
+  cache: Cache,
+  ids: Int[Array, "rows tokens"],
+) -> tuple[Float[Array, "rows vocab"], Cache]:
+  """As `prefill`, for more tokens of each row, of which none is padding."""
+  outputs: Any = module.apply(variables, ids, cache=cache)
+  words, filled = outputs
+  return logits_of(words)[:, -1], filled
 
 
 def reader(module: nn.Module, variables: Any) -> TokensToLogits:
   """`tokens_to_logits` of a decoder, whose state is its cache."""
 
-  def tokens_to_logits(ids: Array, cache: Cache) -> tuple[Array, Cache]:
-    words, cache = module.apply(variables, ids, cache=cache)
-    return logits_of(words)[:, -1], cache
-
-  return tokens_to_logits
+  return lambda ids, cache: read_tokens(module, variables, cache, ids)
 
 
 def take_rows(
@@ -150,6 +159,9 @@ def decode(
   )
 
 
+# What is compiled serves all models of equal settings and shapes.
+compiled_prefill = jax.jit(prefill, static_argnames="module")
+compiled_read = jax.jit(read_tokens, static_argnames="module")
 compiled = jax.jit(
   decode,
   static_argnames=(

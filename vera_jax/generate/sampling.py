@@ -63,6 +63,9 @@ class Sampling(NamedTuple):
       )
 
 
+GREEDY = Sampling()
+
+
 class Answers(NamedTuple):
   """What was generated.
 
@@ -134,6 +137,9 @@ def next_tokens(
     logits = jnp.where(forbidden, -jnp.inf, logits)
   own = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
   return choose(logits, own, sampling=sampling)
+
+
+compiled_next = jax.jit(next_tokens, static_argnames="sampling")
 
 
 def sample(

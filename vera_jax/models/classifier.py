@@ -37,7 +37,7 @@ from vera_jax.models.family import (
   read_fields,
 )
 from vera_jax.models.hf_weights import fingerprint, load_params, refuse_gaps
-from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, TAGS, kind_of
+from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, TAGS, WORDS, kind_of
 from vera_jax.models.pretrained import Flat, blueprint
 
 SHOWN = 3  # differences of one kind that a message lists
@@ -208,7 +208,7 @@ def load_classifier(
     made.family,
     made.config,
     folder,
-    () if kind == NUMBER else tuple(names),
+    () if kind in (NUMBER, WORDS) else tuple(names),
     kind,
     about,
     made.adapter,
@@ -218,9 +218,13 @@ def load_classifier(
 
 def _kind_of_folder(fields: Mapping[str, Any], outputs: int) -> str:
   """What the logits of a checkpoint mean, by its config.json."""
-  tags = family_of(fields).classes.get(KINDS[TAGS].head)
-  if tags and tags in (fields.get("architectures") or ()):
-    return TAGS
+  classes = family_of(fields).classes
+  for kind in (TAGS, WORDS):
+    name = classes.get(KINDS[kind].head)
+    if name and name in (fields.get("architectures") or ()):
+      return kind
+  if set(classes) == {KINDS[WORDS].head}:
+    return WORDS
   problem = fields.get("problem_type")
   named = [name for name, kind in KINDS.items() if kind.problem_type == problem]
   if problem and named:
