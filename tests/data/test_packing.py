@@ -132,3 +132,50 @@ def test_what_does_not_fit_is_an_error(make_tokens):
   tokens = make_tokens(0, examples=8, longest=20)
   with pytest.raises(ValueError, match="20 tokens exceed 16"):
     pack_runs(tokens, [np.arange(8)], Layout((8,), 16, 4))[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_learned_token_is_read_one_column_before(make_tokens, seed):
+  rng = np.random.default_rng(seed)
+  tokens = make_tokens(seed, examples=40, longest=20)
+  learned = rng.random(len(tokens.ids)) < 0.5
+  learned[tokens.offsets[:-1]] = False  # nothing comes before them
+  tokens = dataclasses.replace(tokens, learned=learned)
+  indices = rng.permutation(40)[:20]
+  layout = Layout((3, 5), 24, 6, reads=int(tokens.reads.max()) + 2)
+  found = []
+  for batch in pack_runs(tokens, [indices], layout)[0]:
+    rows = len(batch["input_ids"])
+    for name in ("read_positions", "labels", "weights"):
+      assert batch[name].shape == (rows, layout.reads)
+    real = batch["weights"] > 0
+    # the empty ones are at the end and say nothing
+    assert (np.diff(batch["weights"]) <= 0).all()
+    assert not batch["labels"][~real].any()
+    assert not batch["read_positions"][~real].any()
+    for row, read in np.argwhere(real):
+      column = batch["read_positions"][row, read]
+      segment = batch["segment_ids"][row]
+      assert segment[column] == segment[column + 1] > 0
+      label = batch["labels"][row, read]
+      assert label == batch["input_ids"][row, column + 1]
+      example = batch["example"][row, segment[column] - 1]
+      within = batch["positions"][row, column + 1]
+      found.append(tokens.offsets[example] + within)
+  wanted = [
+    place
+    for i in indices
+    for place in range(tokens.offsets[i], tokens.offsets[i + 1])
+    if learned[place]
+  ]
+  assert sorted(found) == sorted(wanted)
+
+
+def test_a_row_has_room_for_so_many_learned_tokens():
+  lengths, reads = np.array([4, 4, 4]), np.array([3, 1, 1])
+  layout = Layout((2,), 12, 3, reads=4)
+  place = first_fit(lengths, layout, reads=reads)
+  assert place.row.tolist() == [0, 0, 1] and place.rows == 2
+  assert first_fit(lengths, layout).rows == 1
+  with pytest.raises(ValueError, match="3 learned tokens exceed 2 a row"):
+    first_fit(lengths, layout._replace(reads=2), reads=reads)

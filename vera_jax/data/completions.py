@@ -87,8 +87,8 @@ def encode_completions(
   begin, end = _begin(tokenizer), end_of_text(tokenizer)
   if max_length < len(begin) + 2:
     raise UserError(
-      f"config.data.max_length is {max_length}; at least {len(begin) + 2} tokens"
-      " are needed to learn one from another."
+      f"config.data.max_length is {max_length}; at least {len(begin) + 2}"
+      " tokens are needed to learn one from another."
     )
   ids: list[list[int]] = []
   learned: list[list[bool]] = []

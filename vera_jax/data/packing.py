@@ -102,7 +102,9 @@ def first_fit(
   if reads is None:
     reads = np.zeros_like(lengths)
   elif reads.max(initial=0) > layout.reads:
-    raise ValueError(f"{reads.max()} learned tokens exceed {layout.reads} a row")
+    raise ValueError(
+      f"{reads.max()} learned tokens exceed {layout.reads} a row"
+    )
   row, start, slot = np.zeros((3, len(lengths)), np.int64)
   used: list[int] = []  # tokens in each row
   count: list[int] = []  # examples in each row

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from vera_jax.errors import UserError
+from vera_jax.files import read_json
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -45,9 +46,28 @@ def load_tokenizer(folder: str | Path) -> Any:
   except Exception as error:  # `tokenizers` raises Exception itself
     reason = f"{folder}: the tokenizer can't be read: {error}"
     raise UserError(reason) from error
+  _name_ends(tokenizer, folder)
   if not tokenizer.is_fast or tokenizer.pad_token_id is None:
     raise UserError(
       f"{folder}: {type(tokenizer).__name__} is not a fast tokenizer with a "
       "padding token."
     )
   return tokenizer
+
+
+def _name_ends(tokenizer: Any, folder: Path) -> None:
+  """Give the tokenizer what decoders' folders leave out.
+
+  The tokens that begin and end a text may be named by config.json alone. A
+  padding token is any: attention never looks at it.
+  """
+  path = folder / "config.json"
+  fields = read_json(path) if path.is_file() else {}
+  for name in ("bos", "eos"):
+    ids = fields.get(f"{name}_token_id")
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    if getattr(tokenizer, f"{name}_token") is None and isinstance(first, int):
+      word = tokenizer.convert_ids_to_tokens(first)
+      setattr(tokenizer, f"{name}_token", word)
+  if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+    tokenizer.pad_token = tokenizer.eos_token

@@ -45,7 +45,7 @@ from vera_jax.models.classifier import (
   leaves_by_path,
   restore_adapter,
 )
-from vera_jax.models.kinds import KINDS, TAGS, kind_of
+from vera_jax.models.kinds import KINDS, TAGS, WORDS, kind_of
 from vera_jax.serve.predictor import (
   Answer,
   Logits,
@@ -105,6 +105,11 @@ class AdapterBank:
       raise UserError(
         f"The adapter {first.folder} tags words, but a bank answers whole"
         " texts. Use a Predictor."
+      )
+    if classifier.kind == WORDS:
+      raise UserError(
+        f"The adapter {first.folder} writes texts, but a bank answers"
+        " questions about whole ones."
       )
     if classifier.adapter.prepare is None:
       raise UserError(

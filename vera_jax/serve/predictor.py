@@ -23,7 +23,7 @@ from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import Tokens, tokenise
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
-from vera_jax.models.kinds import CLASSES, SEVERAL, TAGS
+from vera_jax.models.kinds import CLASSES, SEVERAL, TAGS, WORDS
 from vera_jax.tasks.task import Task, task_named
 
 ROWS = (1, 2, 4, 8, 16)  # of a batch: few shapes, for each is compiled
@@ -64,6 +64,11 @@ class Predictor:
     self, classifier: Classifier, *, max_length: int | None = None
   ) -> None:
     """`max_length` is the most tokens of a text; None: as in training."""
+    if classifier.kind == WORDS:
+      raise UserError(
+        f"The model in {classifier.folder} writes texts; a Predictor answers"
+        " questions about them. Use python -m experiments.generate."
+      )
     self.classifier = classifier
     self.tokenizer = load_tokenizer(classifier.folder)
     if max_length is None:

@@ -49,7 +49,7 @@ class Task(NamedTuple):
   Attributes:
     name: as config.task has it.
     head, outputs: the kind of head that the model needs, as families know it,
-      and how many outputs it has.
+      and how many outputs it has; 0 where it needs no new parameters.
     labels: their names in the outputs' order; () where there are none.
     kind: what the outputs mean, a name in `models.kinds.KINDS`.
     choices: the names of an example's choices, where an example asks between
@@ -59,7 +59,7 @@ class Task(NamedTuple):
       `data.loader.PackedData` has it: batches from any position, and what is
       said of the data in a run's first lines and in its result.
     loss: (outputs, batch) -> (sum, count) over what the batch has to learn, so
-      that microbatches and shards weigh every example alike.
+      that microbatches and shards weigh every example, or token, alike.
     measure: (outputs, batch) -> the arrays that `evaluate` needs of a batch.
     evaluate: (measure_batch, data) -> `Evaluation`. `measure_batch` runs the
       model on a host batch and returns its `measure`d arrays.
@@ -83,8 +83,8 @@ class Task(NamedTuple):
   kind: str
   score_name: str
   load: Callable[..., Any]
-  loss: Callable[[Array, Batch], tuple[Array, Array]]
-  measure: Callable[[Array, Batch], Any]
+  loss: Callable[[Any, Batch], tuple[Array, Array]]
+  measure: Callable[[Any, Batch], Any]
   evaluate: Callable[..., Evaluation]
   choices: tuple[str, ...] = ()
   write_answers: Callable[..., Callable[[], None]] | None = None
@@ -109,7 +109,7 @@ class Task(NamedTuple):
 
 # The modules that make tasks. Each has `NAMES` of them and `task_for(config)`,
 # which gives None where config.task is not one of them.
-TASKS = ("glue", "superglue", "text_files")
+TASKS = ("glue", "superglue", "text_files", "language_files")
 
 
 def task_for(config: ConfigDict) -> Task:

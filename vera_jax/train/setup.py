@@ -164,6 +164,11 @@ def build_setup(config: ConfigDict) -> Setup:
       f" ends before {plan.config.vocab_size}: the two don't belong together."
     )
   model = load_model(plan, base, mesh=mesh, seed=config.seed)
+  if not model.counts.adapter + model.counts.head:
+    raise UserError(
+      f"config.method={config.method} trains nothing here: the task has no head"
+      " of its own. Choose a method with an adapter."
+    )
   make_optimiser: Callable[..., Any] = partial(
     optimiser,
     model.labels,

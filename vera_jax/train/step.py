@@ -68,7 +68,7 @@ def outputs_of(
   frozen: Frozen,
   batch: Batch,
   key: PRNGKeyArray | None = None,
-) -> tuple[Array, Float[Array, ""]]:
+) -> tuple[Any, Float[Array, ""]]:
   """(the model's outputs on a packed batch, its methods' penalties).
 
   `inputs` names the batch's arrays that the module takes; `key` is that of
@@ -107,8 +107,8 @@ def accumulate(
   batch: Batch,
   key: PRNGKeyArray,
   *,
-  outputs: Callable[..., tuple[Array, Array]],
-  loss: Callable[[Array, Batch], tuple[Array, Array]],
+  outputs: Callable[..., tuple[Any, Array]],
+  loss: Callable[[Any, Batch], tuple[Array, Array]],
   shards: Shards = ONE,
 ) -> Sums:
   """Adds a microbatch's loss and gradient, for each data shard its own."""
@@ -185,8 +185,8 @@ class Step:
     self,
     state: Any,
     *,
-    outputs: Callable[..., tuple[Array, Array]],
-    loss: Callable[[Array, Batch], tuple[Array, Array]],
+    outputs: Callable[..., tuple[Any, Array]],
+    loss: Callable[[Any, Batch], tuple[Array, Array]],
     optimiser: Callable[..., optax.GradientTransformation],
     runs: int | None = None,
   ) -> None:
