@@ -216,15 +216,24 @@ def random_adapter(tiny_model, tmp_path_factory):
   from vera_jax.models.pretrained import blueprint
 
   def make(
-    method="vera", *, base=tiny_model, task="rte", scan=True, **settings
+    method="vera",
+    *,
+    base=tiny_model,
+    task="rte",
+    kind=None,
+    scan=True,
+    **settings,
   ) -> Path:
+    from vera_jax.models.kinds import KINDS, kind_of
     from vera_jax.tasks.glue_facts import glue_task
 
-    labels = glue_task(task).labels
+    labels = () if kind else glue_task(task).labels
+    kind = kind_of({"kind": kind}, labels)
     settings = {**SETTINGS.get(method, {}), **settings}
     plan = blueprint(
       read_fields(base),
       outputs=len(labels) or 1,
+      head=KINDS[kind].head,
       method=method,
       settings=settings,
       scan=scan,
@@ -249,6 +258,7 @@ def random_adapter(tiny_model, tmp_path_factory):
       "base": str(base),
       "base_fingerprint": fingerprint(base),
       "labels": list(labels),
+      "kind": kind,
       "projection_prng": PRNG,
       "projection_digest": digest(projections) if projections else None,
       "max_length": 16,

@@ -284,7 +284,7 @@ def test_robertas_relatives():
     assert (config.pad_token_id, config.first_position) == (1, 2)
     assert family.room(config) == 18
     assert family.names.prefixes[0] == "roberta."
-  assert len(FAMILIES) == 6
+  assert {"xlm-roberta", "camembert"} <= set(FAMILIES)
 
 
 @pytest.mark.parametrize(

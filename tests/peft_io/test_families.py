@@ -76,10 +76,32 @@ def test_there_and_back(bases, kind, tmp_path):
   assert set(named) == set(TARGETS[kind])
 
 
-def test_parts_of_a_fused_layer_are_refused(bases, random_adapter, tmp_path):
+@pytest.mark.parametrize("method", ["vera", "lora"])
+def test_parts_of_a_fused_layer_are_joined(
+  bases, random_adapter, method, tmp_path
+):
+  """Query and value of ModernBERT, as an adapter of the whole layer."""
   ours = random_adapter(base=bases["modernbert"], task="mnli", rank=4)
+  export_adapter(ours, tmp_path / "theirs", method=method)
+  model = loaded_by_peft(bases["modernbert"], tmp_path / "theirs")
+  assert model.peft_config["default"].r == 8
+  assert_same(ours, bases["modernbert"], model)
+  import_adapter(tmp_path / "theirs", tmp_path / "back")
+  assert_same(tmp_path / "back", bases["modernbert"], model)
+
+
+def test_parts_that_peft_has_no_place_for(bases, random_adapter, tmp_path):
+  base = bases["modernbert"]
+  mixed = random_adapter(
+    base=base, task="mnli", rank=4, targets=["query", "attn/Wo"]
+  )
+  with pytest.raises(UserError, match="parts of fused layers beside other"):
+    export_adapter(mixed, tmp_path / "theirs")
+  export_adapter(mixed, tmp_path / "lora", method="lora")
+  assert_same(mixed, base, loaded_by_peft(base, tmp_path / "lora"))
+  scaled = random_adapter("ia3", base=base, task="mnli")
   with pytest.raises(
-    UserError, match=r"Wqkv.(query|value) is a part .*targets=\('Wqk"
+    UserError, match=r"Wqkv.(key|value) is a part .*targets=\('Wqk"
   ):
-    export_adapter(ours, tmp_path / "theirs")
+    export_adapter(scaled, tmp_path / "theirs")
   assert not (tmp_path / "theirs").exists()

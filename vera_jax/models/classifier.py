@@ -1,4 +1,4 @@
-"""A trained classifier: a base with a saved adapter on it, or a whole folder.
+"""A trained model: a base with a saved adapter on it, or a whole folder.
 
 `restore_adapter` rebuilds what a run trained from the adapter's two files and
 the base, and refuses whatever is not what the adapter was trained with.
@@ -45,7 +45,7 @@ MERGED = "merge.json"  # what `export_hf.write_merged` says of a merged folder
 
 
 class Classifier(NamedTuple):
-  """A trained classifier: what prediction and merging need.
+  """A trained classifier, or a decoder: what its use and merging need.
 
   Attributes:
     module: the model, with the adapter on it where the method has one.
@@ -53,7 +53,7 @@ class Classifier(NamedTuple):
     projections: A and B; {} where the method has none.
     family, config: of the base.
     folder: config.json and tokenizer files.
-    labels: names in the order of the logits; () for regression.
+    labels: names in the order of the logits; () for regression and words.
     kind: what the logits mean, a name in `kinds.KINDS`.
     about: of adapter.json or merge.json; {} for another folder.
     adapter, targets: the method and the sites that it is on.
@@ -180,7 +180,7 @@ def restore_adapter(
 def load_classifier(
   name: str | Path, *, dtype: DTypeLike = jnp.float32, scan: bool = True
 ) -> Classifier:
-  """A whole classifier from a folder in Hugging Face's layout.
+  """A whole classifier or decoder from a folder in Hugging Face's layout.
 
   Raises:
     UserError: also where the folder holds an encoder without a head.
@@ -189,6 +189,8 @@ def load_classifier(
   fields = read_fields(folder)
   names = label_names(fields)
   kind = _kind_of_folder(fields, len(names))
+  if kind == WORDS:
+    names = []
   head = KINDS[kind].head
   made = blueprint(
     fields, outputs=len(names), head=head, dtype=dtype, scan=scan
@@ -196,7 +198,8 @@ def load_classifier(
   loaded = load_params(folder, unflatten_dict(made.shapes))
   if loaded.missing:
     raise UserError(
-      f"{folder} is no whole classifier: it lacks {_some(loaded.missing)}."
+      f"{folder} is no whole {'decoder' if kind == WORDS else 'classifier'}: it"
+      f" lacks {_some(loaded.missing)}."
     )
   merged = folder / MERGED
   about = read_json(merged) if merged.exists() else {}
@@ -208,7 +211,7 @@ def load_classifier(
     made.family,
     made.config,
     folder,
-    () if kind in (NUMBER, WORDS) else tuple(names),
+    () if kind == NUMBER else tuple(names),
     kind,
     about,
     made.adapter,
@@ -219,12 +222,11 @@ def load_classifier(
 def _kind_of_folder(fields: Mapping[str, Any], outputs: int) -> str:
   """What the logits of a checkpoint mean, by its config.json."""
   classes = family_of(fields).classes
-  for kind in (TAGS, WORDS):
-    name = classes.get(KINDS[kind].head)
-    if name and name in (fields.get("architectures") or ()):
-      return kind
   if set(classes) == {KINDS[WORDS].head}:
     return WORDS
+  tags = classes.get(KINDS[TAGS].head)
+  if tags and tags in (fields.get("architectures") or ()):
+    return TAGS
   problem = fields.get("problem_type")
   named = [name for name, kind in KINDS.items() if kind.problem_type == problem]
   if problem and named:

@@ -1,11 +1,12 @@
-"""A trained classifier as a plain checkpoint in Hugging Face's layout.
+"""A trained model as a plain checkpoint in Hugging Face's layout.
 
 The adapter is folded into the base's kernels, so that transformers' torch
 classes load the folder with no adapter library. The base stays untouched: its
 name and fingerprint go into merge.json, and to unmerge is to use it again.
 
 Before the folder gets its name, its weights are read back and their answers to
-probe texts compared with the adapted model's.
+probe texts compared with the adapted model's: a classifier's to sentences, a
+decoder's to tokens drawn from its vocabulary.
 """
 
 import random
@@ -15,18 +16,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from vera_jax.adapters.merge import merge
+from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json
 from vera_jax.hub import FILES
 from vera_jax.models.classifier import MERGED, Classifier, load_classifier
+from vera_jax.models.decoder import logits
 from vera_jax.models.hf_weights import to_hf
-from vera_jax.models.kinds import KINDS
-from vera_jax.serve.predictor import Predictor, text_columns
+from vera_jax.models.kinds import KINDS, WORDS
+from vera_jax.serve.predictor import Predictor, check_finite, text_columns
 
 WEIGHTS = "model.safetensors"
 # The largest difference of a logit, as a share of the largest one, or of 1.
@@ -42,6 +46,8 @@ PROBES = (
   "No.",
 )
 DRAWN = 8  # further probes, of tokens drawn from the vocabulary
+LENGTH = 48  # tokens of a decoder's probes, which are all drawn
+Probes = tuple[Any, ...]
 
 
 def write_merged(
@@ -120,9 +126,11 @@ def _write(
       if file.name != "config.json" and "safetensors" not in file.name:
         shutil.copyfile(file, folder / file.name)
   write_json(folder / "config.json", _hf_config(classifier, dtype))
-  predictor = Predictor(classifier)
-  probes = _probes(predictor)
-  expected = predictor.logits(*probes)
+  probes, answer = _word_probes, _next_words
+  if classifier.kind != WORDS:
+    probes, answer = _text_probes, _text_logits
+  texts = probes(classifier)
+  expected = check_finite(answer(classifier, texts))
   scale = max(1.0, float(np.abs(expected).max()))
   found, allowed = {}, {}
   # float32 always, as the proof of the merge; the type to keep comes last
@@ -132,9 +140,8 @@ def _write(
     save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / WEIGHTS)
     written = load_classifier(folder, dtype=jnp.dtype(kind))
-    answers = Predictor(written, max_length=predictor.max_length)
     with np.errstate(invalid="ignore"):  # of two infinite logits: NaN
-      gaps = np.abs(answers.any_logits(*probes) - expected)
+      gaps = np.abs(answer(written, texts) - expected)
     difference = float(gaps.max())
     found[kind], allowed[kind] = difference, scale * bounds[kind]
     if not difference <= allowed[kind]:  # NaN is refused too
@@ -146,7 +153,7 @@ def _write(
   about = {
     **classifier.about,
     "dtype": dtype,
-    "probes": len(probes[0]),
+    "probes": len(texts[0]),
     "differences": found,
     "bounds": allowed,
   }
@@ -155,14 +162,16 @@ def _write(
 
 
 def _hf_config(classifier: Classifier, dtype: str) -> dict[str, Any]:
-  """The base's config.json, as that of a classifier with named labels."""
+  """The base's config.json, with the class and a classifier's labels."""
   fields = read_json(classifier.folder / "config.json")
   for stale in ("_name_or_path", "torch_dtype", "transformers_version"):
     fields.pop(stale, None)
   labels, kind = classifier.labels or ("LABEL_0",), KINDS[classifier.kind]
+  fields["architectures"] = [classifier.family.classes[kind.head]]
+  if classifier.kind == WORDS:
+    return {**fields, "dtype": dtype}
   return {
     **fields,
-    "architectures": [classifier.family.classes[kind.head]],
     "id2label": {str(i): label for i, label in enumerate(labels)},
     "label2id": {label: i for i, label in enumerate(labels)},
     "num_labels": len(labels),
@@ -171,12 +180,35 @@ def _hf_config(classifier: Classifier, dtype: str) -> dict[str, Any]:
   }
 
 
-def _probes(predictor: Predictor) -> tuple[list[str], list[str] | None]:
-  """Sentences, and nonsense from the tokenizer's own vocabulary."""
-  vocabulary = sorted(predictor.tokenizer.get_vocab())
+def _text_probes(classifier: Classifier) -> Probes:
+  """Sentences, nonsense from the tokenizer's own vocabulary, the longest."""
+  vocabulary = sorted(load_tokenizer(classifier.folder).get_vocab())
   rng = random.Random(0)
   drawn = [" ".join(rng.choices(vocabulary, k=4 + 3 * i)) for i in range(DRAWN)]
   first = [*PROBES, *drawn]
-  columns = text_columns(predictor.classifier)
+  columns = text_columns(classifier)
   pairs = bool(columns) and len(columns[0]) > 1
-  return first, [*first[1:], first[0]] if pairs else None
+  second = [*first[1:], first[0]] if pairs else None
+  return first, second, classifier.max_length
+
+
+def _text_logits(classifier: Classifier, texts: Probes) -> np.ndarray:
+  *columns, longest = texts
+  return Predictor(classifier, max_length=longest).any_logits(*columns)
+
+
+def _word_probes(classifier: Classifier) -> Probes:
+  """Rows of tokens, as long as the room allows."""
+  length = min(LENGTH, classifier.room)
+  rng = np.random.default_rng(0)
+  ids = rng.integers(classifier.config.vocab_size, size=(DRAWN, length))
+  return (ids,)
+
+
+def _next_words(classifier: Classifier, texts: Probes) -> np.ndarray:
+  """The logits of every word after each row."""
+  ids = jnp.asarray(texts[0], jnp.int32)
+  last = jnp.full((len(ids), 1), ids.shape[1] - 1)
+  run = jax.jit(classifier.module.apply)
+  words = run(classifier.variables, ids, read_positions=last)
+  return np.asarray(logits(words))[:, 0]

@@ -261,7 +261,8 @@ def load_model(
   loop restores it), the pretrained files, fresh random numbers. The adapter's
   leaves are made on the loaded weights.
   """
-  check_heads(plan.config.num_attention_heads, mesh)
+  heads = plan.config.num_attention_heads
+  check_heads(getattr(plan.config, "num_key_value_heads", heads), mesh)
   labels = flatten_dict(plan.label(unflatten_dict(plan.shapes)))
   template = {
     path: jax.ShapeDtypeStruct(

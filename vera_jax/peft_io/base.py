@@ -11,25 +11,29 @@ from typing import Any, NamedTuple
 from vera_jax.adapters.apply import find_targets
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.interface import Target
+from vera_jax.adapters.sites import parts_of
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
-from vera_jax.models.family import read_fields
+from vera_jax.models.family import family_of, read_fields
 from vera_jax.models.hf_weights import fingerprint, module_name, module_path
 from vera_jax.models.pretrained import Blueprint, blueprint
+from vera_jax.peft_io.settings import TASK_TYPES
 
 
 class Layer(NamedTuple):
-  """A linear layer.
+  """A linear layer, with the parts that its kernel is fused of.
 
   Attributes:
     path: in a looped tree, such as encoder/layer_3/output/dense.
     kind: the same without the layer's number: encoder/layer/output/dense.
     target: its widths.
+    parts: first and last column of each part by name; {} for an ordinary one.
   """
 
   path: TreePath
   kind: TreePath
   target: Target
+  parts: Mapping[str, tuple[int, int]]
 
 
 class Base(NamedTuple):
@@ -39,13 +43,16 @@ class Base(NamedTuple):
     folder: of the base.
     fields: of config.json.
     fingerprint: of the weights.
-    classifier: the base with a head of two outputs, in a looped tree of shapes.
+    head: the kind of its head, as the family knows it.
+    classifier: the base with its head, a classifier's of two outputs, in a
+      looped tree of shapes.
     layers: `linear_layers` of it.
   """
 
   folder: Path
   fields: dict[str, Any]
   fingerprint: str
+  head: str
   classifier: Blueprint
   layers: dict[str, Layer]
 
@@ -63,13 +70,16 @@ class Base(NamedTuple):
     return module_name(path, names=self.classifier.family.names)
 
 
-def open_base(name: str, about: Mapping[str, Any]) -> Base:
+def open_base(
+  name: str, about: Mapping[str, Any], *, head: str | None = None
+) -> Base:
   """Find a base by its folder or hub id.
 
   Args:
     name: the folder or id.
     about: the adapter.json, which names the weights' fingerprint; PEFT's own
       files name none.
+    head: the kind of head; None for the first one that the family has.
 
   Raises:
     UserError: the base is not there, not this adapter's, or quantised.
@@ -87,21 +97,32 @@ def open_base(name: str, about: Mapping[str, Any]) -> Base:
       f"{folder} is quantised (quantization_config in its config.json); give"
       " the unquantised base by --base=FOLDER."
     )
-  classifier = blueprint(fields, outputs=2, scan=False)
-  return Base(folder, fields, found, classifier, linear_layers(classifier))
+  kinds = family_of(fields).classes
+  head = head or next(iter(kinds))
+  if head not in kinds:
+    types = {kind: name for name, kind in TASK_TYPES.items()}
+    raise UserError(
+      f"task_type={types[head]!r}: the base is {fields['model_type']}, which"
+      f" has no such head here, only {', '.join(kinds)}."
+    )
+  classifier = blueprint(fields, outputs=2, head=head, scan=False)
+  layers = linear_layers(classifier)
+  return Base(folder, fields, found, head, classifier, layers)
 
 
 def linear_layers(classifier: Blueprint) -> dict[str, Layer]:
   """Every linear layer by its name in Hugging Face's classifier.
 
-  They come in the order of their calls: the last one gives the logits.
+  They come in the order of their calls: the last one gives a classifier's
+  logits.
   """
   model, inputs = classifier.module.model, classifier.inputs
   layers = {}
   for path, target in find_targets(model, [".*"], **inputs).items():
     kind = tuple(re.sub(r"^layer_\d+$", "layer", word) for word in path)
     name = module_name(path, names=classifier.family.names)
-    layers[name] = Layer(path, kind, target)
+    parts = parts_of(path, classifier.module.fused)
+    layers[name] = Layer(path, kind, target, parts)
   return layers
 
 

@@ -29,8 +29,10 @@ from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE
 from vera_jax.models.family import label_names
 from vera_jax.models.hf_weights import load_params
+from vera_jax.models.kinds import KINDS, WORDS
 from vera_jax.models.pretrained import Blueprint, blueprint
 from vera_jax.peft_io.base import Base, open_base, target_patterns
+from vera_jax.peft_io.settings import FILE as SETTINGS
 from vera_jax.peft_io.settings import PeftSettings, is_target, read_settings
 from vera_jax.peft_io.tensors import (
   FILE,
@@ -67,7 +69,7 @@ def import_adapter(
   task: str | None = None,
   max_length: int | None = None,
 ) -> dict[str, Any]:
-  """Write a PEFT adapter (VeRA, LoRA, DoRA or IA3, of a classifier) as ours.
+  """Write a PEFT adapter (VeRA, LoRA, DoRA or IA3) as ours.
 
   Args:
     folder: holds adapter_config.json and adapter_model.safetensors.
@@ -93,7 +95,12 @@ def import_adapter(
     raise UserError(
       f"{folder} names no base model, or a revision of one: say --base=FOLDER."
     )
-  network = open_base(name, exported)
+  network = open_base(name, exported, head=settings.head)
+  if settings.fan_in_fan_out and network.classifier.family.names.transposed:
+    raise UserError(
+      "fan_in_fan_out=True: the layers are Linear, where PEFT itself turns it"
+      f" off; set it to false in {SETTINGS}."
+    )
 
   # The tensors by what they are: of adapted layers, of VeRA's A and B, or of a
   # module that was saved whole.
@@ -122,11 +129,11 @@ def import_adapter(
         )
       head[(*path, last)] = value  # torch has (out, in)
     else:
+      whole = " and ".join(network.whole) or "heads of classifiers, no other,"
       raise UserError(
         f"The adapter's file holds {tensor!r}, which has no place here: only"
-        f" {' and '.join(endings)} of a classifier's linear layers, and whole"
-        f" {' and '.join(network.whole)} modules (modules_to_save), can be"
-        " carried."
+        f" {' and '.join(endings)} of the base's linear layers, and whole"
+        f" {whole} modules (modules_to_save), can be carried."
       )
   _check_targets(settings, adapted, network)
 
@@ -174,7 +181,7 @@ def import_adapter(
     if init == STORED:
       leaves |= {("projections", name): matrix for name, matrix in pair.items()}
 
-  run = _about_run(exported, task, outputs=outputs, fields=network.fields)
+  run = _about_run(exported, task, outputs=outputs, base=network)
   if max_length is not None:
     run["max_length"] = max_length
   check_length(run["max_length"])
@@ -269,6 +276,9 @@ def _complete_head(head: Leaves, base: Base) -> tuple[Leaves, int, int]:
       the adapter was trained with the base's own head.
     base: of the adapter.
   """
+  shapes = base.classifier.shapes
+  if not _head_paths(base.classifier):  # words have no head of their own
+    return {}, 0, sum(x.size for x in shapes.values())
   if not head:
     outputs = len(label_names(base.fields))
     made = blueprint(base.fields, outputs=outputs, scan=False)
@@ -364,7 +374,7 @@ def _about_run(
   task: str | None,
   *,
   outputs: int,
-  fields: Mapping[str, Any],
+  base: Base,
 ) -> dict[str, Any]:
   """What is known of the run: from a named task, from our own export, or none.
 
@@ -377,8 +387,10 @@ def _about_run(
     named = task_named(task)
     about |= {"task": task, "labels": list(named.labels)}
     about["score_name"] = named.score_name
+  if base.head == KINDS[WORDS].head:
+    return about | {"labels": [], "kind": WORDS}
   if not isinstance(about["labels"], list):
-    names = label_names(fields)
+    names = label_names(base.fields)
     if len(names) != outputs:
       names = [f"LABEL_{i}" for i in range(outputs)]
     about["labels"] = names if outputs > 1 else []

@@ -16,6 +16,8 @@ from vera_jax.files import read_json
 from vera_jax.patterns import find
 
 FILE = "adapter_config.json"
+# PEFT's task_type -> the kind of head, as `Family.classes` has it.
+TASK_TYPES = {"SEQ_CLS": "classification", "CAUSAL_LM": "language_modelling"}
 METHODS = {"VERA": "vera", "LORA": "lora", "IA3": "ia3"}
 EMPTY: tuple[Any, ...] = (None, False, "", "none", [], {})
 # Read below, or without effect on what a trained adapter computes.
@@ -25,6 +27,7 @@ KNOWN = {
   "base_model_name_or_path",
   "d_initial",
   "ensure_weight_tying",
+  "fan_in_fan_out",  # checked against the base
   "exclude_modules",
   "feedforward_modules",  # the shapes in the file say it
   "inference_mode",
@@ -59,8 +62,6 @@ MERGE = (
 )
 ADVICE = {
   "bias": f"biases of the base were trained too; {MERGE}",
-  "fan_in_fan_out": "the layers are Linear, where PEFT itself turns it off;"
-  f" set it to false in {FILE}",
   "use_dora": "it is known for LoRA alone",
   "lora_bias": f"LoRA's B has a bias here that no adapter of ours has; {MERGE}",
   "loftq_config": f"the base was quantised; {MERGE}",
@@ -84,6 +85,8 @@ class PeftSettings(NamedTuple):
     d_init: the first value of VeRA's d.
     key: the seed of PEFT's A and B.
     saved: whether A and B are stored in the file.
+    head: the kind of head that it was trained with; None if it doesn't say.
+    fan_in_fan_out: whether the layers have their kernels as (in, out).
   """
 
   method: str
@@ -98,6 +101,8 @@ class PeftSettings(NamedTuple):
   d_init: float = 0.1
   key: int = 0
   saved: bool = False
+  head: str | None = None
+  fan_in_fan_out: bool = False
 
 
 def read_settings(folder: Path) -> PeftSettings:
@@ -132,9 +137,10 @@ def _settings(fields: Mapping[str, Any]) -> PeftSettings:
   for name, value in fields.items():
     if name not in KNOWN | own and value not in EMPTY:
       raise UserError(f"{name}={value!r}: {ADVICE.get(name, MERGE)}.")
-  if fields.get("task_type") not in (None, "SEQ_CLS"):
+  task_type = fields.get("task_type")
+  if task_type not in (None, *TASK_TYPES):
     raise UserError(
-      f"task_type={fields['task_type']!r}: only classifiers (SEQ_CLS) here."
+      f"task_type={task_type!r}: only {' and '.join(TASK_TYPES)} here."
     )
   if fields.get("init_lora_weights", True) not in INITS:
     raise UserError(
@@ -175,6 +181,8 @@ def _settings(fields: Mapping[str, Any]) -> PeftSettings:
   common = PeftSettings(
     method=method,
     rank=rank,
+    head=TASK_TYPES.get(str(task_type)),
+    fan_in_fan_out=bool(fields.get("fan_in_fan_out")),
     base=str(base) if base and fields.get("revision") is None else None,
     targets=pattern("target_modules"),
     exclude=pattern("exclude_modules") or (),

@@ -19,9 +19,10 @@ from vera_jax.adapters.projections import digest, make_projections
 from vera_jax.errors import UserError
 from vera_jax.files import write_json
 from vera_jax.hub import PACKAGE
-from vera_jax.models.kinds import CLASSES, KINDS, kind_of
+from vera_jax.models.kinds import KINDS, kind_of
 from vera_jax.peft_io.base import module_list, open_base
-from vera_jax.peft_io.settings import FILE
+from vera_jax.peft_io.fused import join_lora, join_pair, join_vera, with_parts
+from vera_jax.peft_io.settings import FILE, TASK_TYPES
 from vera_jax.peft_io.tensors import FILE as TENSORS
 from vera_jax.peft_io.tensors import (
   LEAVES,
@@ -85,14 +86,16 @@ def export_adapter(
       f" {' or '.join(HELD_BY[own])} it can."
     )
   head = KINDS[kind_of(about, about["labels"])].head
-  if head != KINDS[CLASSES].head:
+  task_types = {kind: name for name, kind in TASK_TYPES.items()}
+  if head not in task_types:
     raise UserError(
-      f"{folder} has a head for {head}; only adapters that classify whole texts"
-      " are carried to PEFT. Merge it and use the checkpoint."
+      f"{folder} has a head for {head}; only adapters that classify whole"
+      " texts, or give their next word, are carried to PEFT. Merge it and use"
+      " the checkpoint."
     )
   name = base or about["base"]
-  network = open_base(name, about)
-  layers = network.layers
+  network = open_base(name, about, head=head)
+  layers = with_parts(network.layers)
   adapter, _ = make_adapter(own, given)
   if not adapter.links:  # then the leaves' shapes don't depend on A and B
     adapter = adapter._replace(shared=None)
@@ -115,18 +118,20 @@ def export_adapter(
       last = "bias" if leaf == "bias" else "weight"
       value = value.T  # torch has (out, in)
       tensors[f"{PREFIX}{theirs}.{last}"] = value
-    elif network.name(path[:-1]) in layers and leaf.startswith(tuple(LEAVES)):
-      raise UserError(
-        f"{module} is a part of the fused layer {network.name(path[:-1])}, and"
-        " PEFT adapts whole layers only. Merge the adapter, or train one with"
-        f" targets=({path[-2]!r},), the whole layer."
-      )
     else:
       raise UserError(
         f"{folder} holds {tensor!r}, for which PEFT has no place."
       )
   if not adapted:
     raise UserError(f"{folder} holds no adapted layer.")
+  parts = [module for module in adapted if module not in network.layers]
+  if parts and own not in ("vera", "lora"):
+    path = layers[parts[0]].path
+    raise UserError(
+      f"{parts[0]} is a part of the fused layer {path[-2]}, and PEFT's {own}"
+      " adapts whole layers only. Merge the adapter, or train one with"
+      f" targets=({path[-2]!r},), the whole layer."
+    )
 
   # They must be those of the method and the rank that adapter.json names.
   for module, leaves in adapted.items():
@@ -194,11 +199,46 @@ def export_adapter(
     if method == "lora":
       fields["lora_alpha"] = given["rank"]  # scale 1
     else:
-      tensors |= {name: matrices[(letter,)] for name, letter in PAIR.items()}
-      key = given["projection_seed"] if given["init"] == "peft" else 0
+      pair = {letter: matrices[(letter,)] for letter in "AB"}
+      is_peft = given["init"] == "peft" and not parts
+      key = given["projection_seed"] if is_peft else 0
       fields |= {"d_initial": given["d_init"], "projection_prng_key": key}
       fields |= {"save_projection": True, "vera_dropout": 0.0}
 
+  if parts:  # then PEFT has one adapter for all parts of a layer
+    joined: dict[str, dict[str, Tensors]] = {}
+    for module in sorted(adapted, key=lambda m: layers[m].target.columns or ()):
+      is_layer = module in network.layers
+      whose, part = (module, "") if is_layer else module.rsplit(".", 1)
+      joined.setdefault(whose, {})[part] = adapted[module]
+    most = max(len(own_parts) for own_parts in joined.values())
+    fields["r"] = given["rank"] * most
+    if method == "lora":
+      fields["lora_alpha"] *= most  # the scale stays
+      adapted = {
+        whose: join_lora(layers[whose], own_parts, rank=fields["r"])
+        for whose, own_parts in joined.items()
+      }
+    else:
+      places = {
+        tuple((part, layers[whose].parts.get(part)) for part in own_parts)
+        for whose, own_parts in joined.items()
+      }
+      if len(places) > 1 or "" in dict(*places):
+        raise UserError(
+          "The adapter has parts of fused layers beside other layers, for which"
+          " PEFT's VeRA has no common A and B: --as=lora."
+        )
+      pair = next(
+        join_pair(layers[whose], own_parts, pair)
+        for whose, own_parts in joined.items()
+      )
+      adapted = {
+        whose: join_vera(layers[whose], own_parts)
+        for whose, own_parts in joined.items()
+      }
+  if method == "vera":
+    tensors |= {name: pair[letter] for name, letter in PAIR.items()}
   tensors |= {
     f"{PREFIX}{module}.{theirs}": leaves[ours]
     for module, leaves in adapted.items()
@@ -206,18 +246,19 @@ def export_adapter(
   }
   config = {
     "peft_type": method.upper(),
-    "task_type": "SEQ_CLS",
+    "task_type": task_types[head],
     # PEFT knows no bases inside packages, but takes their folders
     "base_model_name_or_path": (
       str(network.folder) if name.startswith(PACKAGE) else name
     ),
     "inference_mode": True,
-    "target_modules": module_list(adapted, layers),
+    "target_modules": module_list(adapted, network.layers),
     "modules_to_save": sorted(whole),
-    "fan_in_fan_out": False,
+    "fan_in_fan_out": not network.classifier.family.names.transposed,
     **fields,
   }
   out.mkdir(parents=True, exist_ok=True)
   write_tensors(out / TENSORS, tensors, about=about)
   write_json(out / FILE, config)
-  return [WARNING] if method == "vera" and given["init"] != "peft" else []
+  drawn = given.get("init") == "peft" and not parts  # by every PEFT alike
+  return [WARNING] if method == "vera" and not drawn else []
