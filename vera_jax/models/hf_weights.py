@@ -1,8 +1,9 @@
 """Hugging Face checkpoints and parameter trees, both ways and without torch.
 
 A checkpoint is a folder with config.json and model.safetensors, or shards and
-their index. torch keeps a dense kernel as (out, in), the tree as (in, out);
-a scanned tree stacks the layers that a checkpoint numbers, but for the last.
+their index, or what `gguf_folder` made of a GGUF file. torch keeps a dense
+kernel as (out, in), the tree as (in, out); a scanned tree stacks the layers
+that a checkpoint numbers, but for the last.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.models.family import Names, family_of, read_fields
+from vera_jax.models.gguf_folder import LINK, open_tensors
 
 LEAVES = {
   "kernel": "weight",
@@ -155,7 +157,7 @@ def refuse_gaps(folder: Path, missing: Sequence[str]) -> None:
 def fingerprint(folder: Path) -> str:
   """sha256 over the weight files, which tells one base from another."""
   sha = hashlib.sha256()
-  for file in _tensor_files(folder):
+  for file in tensor_files(folder):
     with file.open("rb") as opened:
       sha.update(hashlib.file_digest(opened, "sha256").digest())
   return sha.hexdigest()
@@ -226,9 +228,12 @@ def _open_sources(
 ) -> dict[str, Source]:
   """Every tensor under its name in a looped tree."""
   sources: dict[str, Source] = {}
-  for file in _tensor_files(folder):
+  for file in tensor_files(folder):
     try:
-      opened = stack.enter_context(safe_open(file, framework="numpy"))
+      if file.name == LINK:
+        opened: Any = open_tensors(file)
+      else:
+        opened = stack.enter_context(safe_open(file, framework="numpy"))
     except (SafetensorError, OSError) as error:
       raise UserError(
         f"{file} is missing or no whole safetensors file ({error}); fetch or "
@@ -254,9 +259,12 @@ def _known_name(name: str, names: Names) -> str:
   return names.to_tree(name)
 
 
-def _tensor_files(folder: Path) -> list[Path]:
+def tensor_files(folder: Path) -> list[Path]:
+  """The files of a folder's weights; a UserError where there are none."""
   if (folder / "model.safetensors").is_file():
     return [folder / "model.safetensors"]
+  if (folder / LINK).is_file():
+    return [folder / LINK]
   index = folder / "model.safetensors.index.json"
   if index.is_file():
     files = read_json(index).get("weight_map")

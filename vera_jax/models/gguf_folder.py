@@ -1,0 +1,450 @@
+"""A GGUF file as a folder in Hugging Face's layout.
+
+Everything here that takes a model takes such a folder. So a file gets one, in
+the cache and by its checksum: config.json and the tokenizer's files, made from
+the header, and a link to the file itself. The weights stay where they are and
+are dequantised one by one as they are loaded, under Hugging Face's names.
+"""
+
+import hashlib
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from vera_jax.errors import UserError
+from vera_jax.files import write_json
+from vera_jax.models.gguf import Gguf, read_gguf
+from vera_jax.models.gguf_tokenizer import SPECIAL, tokenizer_files
+
+LINK = "model.gguf"
+LAYOUT = 1  # counted up when the folder of the same file becomes another
+FREQUENCIES = "rope_freqs.weight"
+
+
+class Architecture(NamedTuple):
+  """How one of llama.cpp's architectures is written in config.json.
+
+  Attributes:
+    model_type, model_class: Hugging Face's.
+    fields: config.json's whole numbers and their keys in the header, which
+      follow the architecture's name.
+    epsilon: the same of the norms' epsilon.
+    modules: the header's names of modules and Hugging Face's; {} is the layer.
+    always: further fields of config.json.
+    interleaved: whether the rows of q and k are kept as pairs that are rotated
+      together, not as two halves of each head.
+    transposed: modules whose kernels Hugging Face keeps as (in, out).
+  """
+
+  model_type: str
+  model_class: str
+  fields: Mapping[str, str]
+  epsilon: tuple[str, str]
+  modules: Mapping[str, str]
+  always: Mapping[str, Any]
+  interleaved: bool = False
+  transposed: tuple[str, ...] = ()
+
+
+LLAMA = Architecture(
+  model_type="llama",
+  model_class="LlamaForCausalLM",
+  fields={
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+  },
+  epsilon=("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+  modules={
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+  }
+  | {
+    f"blk.{{}}.{ours}": f"model.layers.{{}}.{theirs}"
+    for ours, theirs in {
+      "attn_norm": "input_layernorm",
+      "attn_q": "self_attn.q_proj",
+      "attn_k": "self_attn.k_proj",
+      "attn_v": "self_attn.v_proj",
+      "attn_output": "self_attn.o_proj",
+      "attn_q_norm": "self_attn.q_norm",
+      "attn_k_norm": "self_attn.k_norm",
+      "ffn_norm": "post_attention_layernorm",
+      "ffn_gate": "mlp.gate_proj",
+      "ffn_up": "mlp.up_proj",
+      "ffn_down": "mlp.down_proj",
+    }.items()
+  },
+  always={"hidden_act": "silu"},
+  interleaved=True,
+)
+MISTRAL = LLAMA._replace(model_type="mistral", model_class="MistralForCausalLM")
+ARCHITECTURES = {
+  "llama": LLAMA,
+  "qwen2": LLAMA._replace(
+    model_type="qwen2",
+    model_class="Qwen2ForCausalLM",
+    always={"hidden_act": "silu", "use_sliding_window": False},
+    interleaved=False,
+  ),
+  "qwen3": LLAMA._replace(
+    model_type="qwen3",
+    model_class="Qwen3ForCausalLM",
+    always={"hidden_act": "silu", "use_sliding_window": False},
+    interleaved=False,
+  ),
+  "gpt2": Architecture(
+    model_type="gpt2",
+    model_class="GPT2LMHeadModel",
+    fields={
+      "n_positions": "context_length",
+      "n_embd": "embedding_length",
+      "n_inner": "feed_forward_length",
+      "n_layer": "block_count",
+      "n_head": "attention.head_count",
+    },
+    epsilon=("layer_norm_epsilon", "attention.layer_norm_epsilon"),
+    modules={
+      "token_embd": "transformer.wte",
+      "position_embd": "transformer.wpe",
+      "output_norm": "transformer.ln_f",
+      "output": "lm_head",
+    }
+    | {
+      f"blk.{{}}.{ours}": f"transformer.h.{{}}.{theirs}"
+      for ours, theirs in {
+        "attn_norm": "ln_1",
+        "attn_qkv": "attn.c_attn",
+        "attn_output": "attn.c_proj",
+        "ffn_norm": "ln_2",
+        "ffn_up": "mlp.c_fc",
+        "ffn_down": "mlp.c_proj",
+      }.items()
+    },
+    always={"activation_function": "gelu_new"},
+    transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
+  ),
+}
+LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+class Tensors:
+  """A file's tensors as `safetensors.safe_open` shows those of a checkpoint."""
+
+  def __init__(self, gguf: Gguf) -> None:
+    self.gguf = gguf
+    self.architecture, self.fields = architecture_of(gguf), config_fields(gguf)
+    self.names = {theirs: ours for ours, theirs in _names(gguf)}
+
+  def keys(self) -> list[str]:
+    return list(self.names)
+
+  def get_slice(self, name: str) -> "_Slice":
+    tensor = self.gguf.tensors[self.names[name]]
+    turned = is_transposed(self.names[name], self.architecture)
+    plain = tensor.format in ("F16", "BF16")
+    return _Slice(
+      tensor.shape[::-1] if turned else tensor.shape,
+      tensor.format if plain else "F32",
+    )
+
+  def get_tensor(self, name: str) -> Float[np.ndarray, "..."]:
+    """The values as Hugging Face has them."""
+    ours = self.names[name]
+    values = self.gguf.values(ours)
+    if is_transposed(ours, self.architecture):
+      return values.T
+    heads = interleaved_heads(ours, self.architecture, self.fields)
+    return values if heads is None else from_pairs(values, heads=heads)
+
+
+class _Slice(NamedTuple):
+  shape: tuple[int, ...]
+  format: str
+
+  def get_shape(self) -> list[int]:
+    return list(self.shape)
+
+  def get_dtype(self) -> str:
+    return self.format
+
+
+def open_tensors(file: Path) -> Tensors:
+  """A GGUF file's tensors under Hugging Face's names; see `read_gguf`."""
+  return Tensors(read_gguf(file))
+
+
+def gguf_folder(file: Path) -> Path:
+  """The folder in Hugging Face's layout that stands for a GGUF file.
+
+  It is made once for each content: 0.1 s a time to find it and about a second
+  to make it, at SmolLM2's 98 MB, and a few megabytes of disk, for the weights
+  are not copied.
+
+  Raises:
+    UserError: the file can't be read, or holds what isn't known here.
+  """
+  file = file.expanduser().resolve()
+  try:
+    with file.open("rb") as opened:
+      sha = hashlib.file_digest(opened, "sha256").hexdigest()
+  except OSError as error:
+    raise UserError(f"{file} can't be read: {error.strerror}.") from error
+  cache = Path("~/.cache/vera_jax/gguf").expanduser()
+  folder = cache / f"{sha}-{LAYOUT}"
+  try:
+    if not (folder / "config.json").is_file():
+      gguf = read_gguf(file)
+      files = {"config.json": config_fields(gguf)}
+      list(_names(gguf))  # tensors without a place are refused now
+      files |= tokenizer_files(gguf.metadata, source=file)
+      cache.mkdir(parents=True, exist_ok=True)
+      new = cache / f".{uuid.uuid4().hex}.new"
+      new.mkdir()
+      try:
+        for name, value in files.items():
+          write_json(new / name, value)
+        try:
+          new.rename(folder)  # all files or none
+        except OSError:  # another process was faster
+          if not (folder / "config.json").is_file():
+            raise
+      finally:
+        shutil.rmtree(new, ignore_errors=True)
+    link = folder / LINK
+    if not link.is_symlink() or link.readlink() != file:
+      new = folder / f".{uuid.uuid4().hex}.new"
+      new.symlink_to(file)
+      new.replace(link)
+  except OSError as error:
+    raise UserError(f"{folder} can't be written: {error}.") from error
+  return folder
+
+
+def architecture_of(gguf: Gguf) -> Architecture:
+  """A file's architecture; a window makes a Llama a Mistral."""
+  name = gguf.metadata.get("general.architecture")
+  if name not in ARCHITECTURES:
+    raise UserError(
+      f"{gguf.file}: its architecture is {name!r}; GGUF files are read here of"
+      f" {', '.join(ARCHITECTURES)}."
+    )
+  if name == "llama" and gguf.metadata.get("llama.attention.sliding_window"):
+    return MISTRAL
+  return ARCHITECTURES[name]
+
+
+def config_fields(gguf: Gguf) -> dict[str, Any]:
+  """config.json's fields for a file.
+
+  Raises:
+    UserError: the header lacks a field, or has what isn't known here.
+  """
+  architecture = architecture_of(gguf)
+  prefix = gguf.metadata["general.architecture"]
+
+  def get(key: str, kinds: Any = int, default: Any = None) -> Any:
+    value = gguf.metadata.get(f"{prefix}.{key}", default)
+    if not isinstance(value, kinds) or isinstance(value, bool) or value < 0:
+      raise UserError(
+        f"{gguf.file}: its header has no usable {prefix}.{key}: {value!r}."
+      )
+    return value
+
+  def has(tensor: str) -> bool:
+    return tensor in gguf.tensors
+
+  if not has("token_embd.weight"):
+    raise UserError(f"{gguf.file} holds no embedding, so it is no whole model.")
+  width = gguf.tensors["token_embd.weight"].shape[-1]
+  layers = {int(x[0]) for x in map(LAYER.search, gguf.tensors) if x}
+  if width != get("embedding_length") or len(layers) != get("block_count"):
+    raise UserError(
+      f"{gguf.file} holds {len(layers)} layers of width {width}, not the"
+      f" {get('block_count')} of width {get('embedding_length')} of its header."
+    )
+  if get("expert_count", default=0):
+    raise UserError(f"{gguf.file} has experts, which no model here has.")
+  ends = ("bos_token", "eos_token", "pad_token")
+  fields = {
+    "architectures": [architecture.model_class],
+    "model_type": architecture.model_type,
+    "vocab_size": gguf.tensors["token_embd.weight"].shape[0],
+    **architecture.always,
+    "tie_word_embeddings": _is_tied(gguf),
+    **{f"{name}_id": gguf.metadata.get(SPECIAL[name]) for name in ends},
+  }
+  heads = get("attention.head_count")
+  grouped = {"attention.head_count_kv": heads}  # what is left out is the same
+  for field, key in architecture.fields.items():
+    fields[field] = get(key, default=grouped.get(key))
+  field, key = architecture.epsilon
+  fields[field] = _short(get(key, float))
+  if architecture.model_type == "gpt2":
+    if not fields["tie_word_embeddings"]:
+      raise UserError(
+        f"{gguf.file}: its head is not its embedding, as GPT-2's is here."
+      )
+    return fields
+  if not heads or fields["hidden_size"] % heads:
+    raise UserError(
+      f"{gguf.file}: its width doesn't divide into {heads} heads."
+    )
+  width = get("attention.key_length", default=fields["hidden_size"] // heads)
+  rotated = get("rope.dimension_count", default=width)
+  if rotated != width or get("attention.value_length", default=width) != width:
+    raise UserError(
+      f"{gguf.file}: heads of {width} with {rotated} rotated values, or with"
+      " values of another width than keys, are not known here."
+    )
+  fields["head_dim"] = width
+  fields["rope_theta"] = _short(get("rope.freq_base", float, 10000.0))
+  fields["rope_scaling"] = _scaling(gguf, fields)
+  if architecture.model_type != "qwen2":  # which always has biases
+    fields["attention_bias"] = has("blk.0.attn_q.bias")
+  if architecture.model_type == "llama":
+    fields["mlp_bias"] = has("blk.0.ffn_up.bias")
+  if architecture.model_type == "mistral":
+    fields["sliding_window"] = get("attention.sliding_window")
+  return fields
+
+
+def is_transposed(name: str, architecture: Architecture) -> bool:
+  """Whether Hugging Face keeps a tensor, by its name here, the other way."""
+  module, leaf = name.split(".")[-2:]
+  return leaf == "weight" and module in architecture.transposed
+
+
+def interleaved_heads(
+  name: str, architecture: Architecture, fields: Mapping[str, Any]
+) -> int | None:
+  """The heads of a tensor whose rows the file has in pairs, or None."""
+  module = name.split(".")[-2]
+  if architecture.interleaved and module in ("attn_q", "attn_k"):
+    kind = "attention" if module == "attn_q" else "key_value"
+    return fields[f"num_{kind}_heads"]
+  return None
+
+
+def from_pairs(
+  values: Float[np.ndarray, "..."], *, heads: int
+) -> Float[np.ndarray, "..."]:
+  """Rows in pairs (0, 1, 2, ...) as rows in halves (0, 2, ..., 1, 3, ...).
+
+  llama.cpp rotates neighbouring rows of q and k together, Hugging Face's Llama
+  a head's first half with its second.
+  """
+  pairs = values.reshape(heads, -1, 2, *values.shape[1:])
+  return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def to_pairs(
+  values: Float[np.ndarray, "..."], *, heads: int
+) -> Float[np.ndarray, "..."]:
+  """The inverse of `from_pairs`."""
+  halves = values.reshape(heads, 2, -1, *values.shape[1:])
+  return halves.swapaxes(1, 2).reshape(values.shape)
+
+
+def llama3_factors(
+  scaling: Mapping[str, Any], *, theta: float, width: int
+) -> Float[np.ndarray, " pairs"]:
+  """What Llama 3.1 divides each pair's frequency by.
+
+  Wavelengths beyond the old context / low_freq_factor are stretched by the
+  factor, those below the old context / high_freq_factor are left, and those
+  between are in between.
+
+  Args:
+    scaling: rope_scaling of config.json, of rope_type llama3.
+    theta: rope_theta.
+    width: of a head.
+  """
+  low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+  exponents = np.arange(0, width, 2, dtype=np.float64) / width
+  turns = scaling["original_max_position_embeddings"] / (
+    2 * np.pi * theta**exponents
+  )
+  kept = np.clip((turns - low) / (high - low), 0, 1)
+  return (1 / ((1 - kept) / scaling["factor"] + kept)).astype(np.float32)
+
+
+def _scaling(gguf: Gguf, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+  """rope_scaling of config.json."""
+  prefix = f"{gguf.metadata['general.architecture']}.rope.scaling"
+  kind = gguf.metadata.get(f"{prefix}.type", "none")
+  if kind in ("linear", "yarn"):
+    factor = gguf.metadata.get(f"{prefix}.factor")
+    scaling = {"rope_type": kind, "factor": factor}
+    context = gguf.metadata.get(f"{prefix}.original_context_length")
+    if kind == "yarn":
+      scaling["original_max_position_embeddings"] = context
+    if not isinstance(factor, float) or None in scaling.values():
+      raise UserError(f"{gguf.file}: its {prefix} lacks a value.")
+    return scaling
+  if kind != "none":
+    raise UserError(f"{gguf.file}: {prefix}.type {kind!r} is not known here.")
+  if FREQUENCIES not in gguf.tensors:
+    return None
+  # Llama 3.1's scaling is kept as the factors that it comes to. All models
+  # that have it share these numbers; only the factor itself differs.
+  found = gguf.values(FREQUENCIES)
+  scaling = {
+    "rope_type": "llama3",
+    "factor": float(found.max()),
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+  }
+  width, theta = fields["head_dim"], fields["rope_theta"]
+  made = llama3_factors(scaling, theta=theta, width=width)
+  if found.shape != made.shape or not np.allclose(found, made, rtol=1e-4):
+    raise UserError(
+      f"{gguf.file}: the factors in {FREQUENCIES} are not Llama 3's."
+    )
+  return scaling if found.max() > 1 else None
+
+
+def _names(gguf: Gguf) -> Iterator[tuple[str, str]]:
+  """The file's name of each tensor, and Hugging Face's."""
+  modules = architecture_of(gguf).modules
+  tied = _is_tied(gguf)
+  for name in gguf.tensors:
+    layer = LAYER.search(name)
+    module, _, leaf = LAYER.sub("{}", name, count=1).rpartition(".")
+    if name == FREQUENCIES or (tied and name == "output.weight"):
+      continue
+    if module not in modules or leaf not in ("weight", "bias"):
+      raise UserError(
+        f"{gguf.file}: there is no place here for its tensor {name!r}. Is it a"
+        " variant of its architecture that is not known here?"
+      )
+    number = layer[0] if layer else ""
+    yield name, modules[module].format(number) + f".{leaf}"
+
+
+def _is_tied(gguf: Gguf) -> bool:
+  """Whether the head is the embedding, left out or written a second time."""
+  if "output.weight" not in gguf.tensors:
+    return True
+  kinds = {
+    gguf.tensors[name].format for name in ("output.weight", "token_embd.weight")
+  }
+  return len(kinds) == 1 and np.array_equal(
+    gguf.stored("output.weight"), gguf.stored("token_embd.weight")
+  )
+
+
+def _short(value: float) -> float:
+  """The shortest number that is the same as float32, as a person wrote it."""
+  return float(str(np.float32(value)))

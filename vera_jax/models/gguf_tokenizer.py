@@ -1,0 +1,334 @@
+"""A GGUF file's tokenizer as Hugging Face's files, and back.
+
+The header has the tokens in the order of their ids, each with a type, and for
+byte-level BPE ("gpt2") the merges and the name of the rule that cuts a text
+into words before merging. SentencePiece vocabularies ("llama") have a score for
+each token instead: of all neighbours that a token joins, the one with the
+highest score is joined first.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vera_jax.errors import UserError
+from vera_jax.files import read_json
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+BYTE_LEVEL, SENTENCE_PIECE = "gpt2", "llama"
+SPACE = "▁"  # how SentencePiece writes a space
+# A word as Llama 3 cuts it: an ending of a contraction; letters, with one
+# leading sign; up to three digits; other signs and line ends; spaces.
+SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Rules by name: "words" is GPT-2's expression, "digits" cuts digits out first,
+# others are expressions. The first of a rule's names is the one we write.
+RULES = {
+  "words": ("gpt-2", "mpt", "olmo", "jais"),
+  "digits": ("smollm", "starcoder", "refact", "command-r", "codeshell"),
+  SPLIT % "{1,3}": ("llama-bpe", "llama3", "llama-v3"),
+  SPLIT % "": ("qwen2", "deepseek-r1-qwen", "megrez"),
+}
+ADDS_START = "llama-bpe"  # whose texts start with BOS unless the file says no
+SPECIAL = {
+  "bos_token": "tokenizer.ggml.bos_token_id",
+  "eos_token": "tokenizer.ggml.eos_token_id",
+  "unk_token": "tokenizer.ggml.unknown_token_id",
+  "pad_token": "tokenizer.ggml.padding_token_id",
+}
+PADDING = "[PAD{}]"  # llama.cpp's name of an id that has no token
+TEMPLATE = "tokenizer.chat_template"
+
+
+def tokenizer_files(
+  metadata: Mapping[str, Any], *, source: Any
+) -> dict[str, dict[str, Any]]:
+  """The JSON of tokenizer.json and of tokenizer_config.json, by name.
+
+  Args:
+    metadata: of a GGUF file.
+    source: names the file in errors.
+
+  Raises:
+    UserError: the tokenizer is of another kind, its words are cut by a rule
+      that is not known here, or its parts don't fit together.
+  """
+  from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    processors,
+  )
+
+  def refuse(reason: str) -> UserError:
+    return UserError(
+      f"{source}: {reason}. Take the model as a folder in Hugging Face's"
+      " layout, with its tokenizer.json."
+    )
+
+  def get(name: str, default: Any = None) -> Any:
+    return metadata.get(f"tokenizer.ggml.{name}", default)
+
+  kind, tokens = get("model"), get("tokens")
+  if kind not in (BYTE_LEVEL, SENTENCE_PIECE) or not isinstance(tokens, list):
+    raise refuse(f"its tokenizer is {kind!r}, which is not read here")
+  types = get("token_type", np.full(len(tokens), NORMAL))
+  if len(set(tokens)) < len(tokens) or len(types) != len(tokens):
+    raise refuse("tokens are there twice, or have no types")
+  vocabulary = {
+    token: i
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+    if kind != UNUSED or token != PADDING.format(i)  # fills up the embedding
+  }
+  named = {name: get(key.split(".")[-1]) for name, key in SPECIAL.items()}
+  ids = {name: i for name, i in named.items() if i is not None}
+  if not all(isinstance(i, int) and i < len(tokens) for i in ids.values()):
+    raise refuse(f"its special ids {ids} are beyond its {len(tokens)} tokens")
+  special = {name: tokens[i] for name, i in ids.items()}
+  rule, starts = None, kind == SENTENCE_PIECE
+  if kind == BYTE_LEVEL:
+    rule = _rule(get("pre", RULES["words"][0]))
+    if rule is None:
+      raise refuse(f"it cuts words by the rule {get('pre')!r}, not known here")
+    starts = ADDS_START in RULES[rule]
+    merges = [tuple(merge.split(" ", 1)) for merge in get("merges", [])]
+  else:
+    scores = get("scores")
+    if scores is None or len(scores) != len(tokens):
+      raise refuse("its tokens have no scores")
+    merges = merges_of(tokens, scores, types)
+  try:
+    if kind == BYTE_LEVEL:
+      # Llama 3's file takes a word that is a token as it is, unmerged
+      model = models.BPE(vocabulary, merges, ignore_merges=starts)
+    else:
+      model = models.BPE(
+        vocabulary,
+        merges,
+        unk_token=special.get("unk_token", tokens[0]),
+        fuse_unk=True,
+        byte_fallback=True,
+      )
+    made = Tokenizer(model)
+  except Exception as error:  # `tokenizers` raises Exception itself
+    raise refuse(f"its tokens and merges don't fit together ({error})") from (
+      error
+    )
+  steps: list[Any] = []
+  if rule is not None:
+    made.pre_tokenizer = _cut(rule)
+    made.decoder = decoders.ByteLevel()
+    steps.append(processors.ByteLevel(trim_offsets=False))
+  else:
+    spaces: list[Any] = [normalizers.Replace(" ", SPACE)]
+    ends: list[Any] = []
+    if get("add_space_prefix", True):
+      spaces.insert(0, normalizers.Prepend(SPACE))
+      ends = [decoders.Strip(" ", 1, 0)]
+    made.normalizer = normalizers.Sequence(spaces)
+    made.decoder = decoders.Sequence(
+      [
+        decoders.Replace(SPACE, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        *ends,
+      ]
+    )
+  whole = [(i, t) for i, t in enumerate(types) if t in (CONTROL, USER_DEFINED)]
+  made.add_tokens(
+    [
+      AddedToken(tokens[i], special=bool(t == CONTROL), normalized=False)
+      for i, t in whole
+    ]
+  )
+  bos, eos = (special.get(f"{name}_token") for name in ("bos", "eos"))
+  first = [bos] if get("add_bos_token", starts) and bos else []
+  last = [eos] if get("add_eos_token", False) and eos else []
+  if first or last:
+    single = [*first, "$A", *last]
+    pair = [*single, *(f"{part}:1" for part in (*first, "$B", *last))]
+    around = [(token, vocabulary[token]) for token in {*first, *last}]
+    steps.append(
+      processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=around
+      )
+    )
+  if steps:
+    made.post_processor = processors.Sequence(steps)
+  # a batch needs a padding token, and no one reads what is in its place
+  special.setdefault("pad_token", special.get("eos_token", tokens[0]))
+  config = {
+    # not the architecture's own class, which would cut words by its own rule
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "clean_up_tokenization_spaces": False,
+    **special,
+  }
+  if isinstance(metadata.get(TEMPLATE), str):
+    config["chat_template"] = metadata[TEMPLATE]
+  return {
+    "tokenizer.json": json.loads(made.to_str()),
+    "tokenizer_config.json": config,
+  }
+
+
+def tokenizer_metadata(folder: Path, *, rows: int) -> dict[str, Any]:
+  """What a GGUF header says of a folder's tokenizer.
+
+  Args:
+    folder: with config.json, tokenizer.json and often tokenizer_config.json.
+    rows: of the embedding; ids without a token get a name that is never used.
+
+  Raises:
+    UserError: the tokenizer is of a kind that GGUF has no name for.
+  """
+  from tokenizers import Tokenizer
+
+  def refuse(reason: str) -> UserError:
+    return UserError(f"{folder} can't be written as GGUF: {reason}.")
+
+  file = folder / "tokenizer.json"
+  if not file.is_file():
+    raise refuse("it has no tokenizer.json")
+  try:
+    loaded = Tokenizer.from_file(str(file))
+    made = json.loads(file.read_text(encoding="utf-8"))
+    model, added = made["model"], made["added_tokens"]
+    vocabulary = dict(model["vocab"])
+    merges = [
+      tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair)
+      for pair in model["merges"]
+    ]
+  except Exception as error:  # `tokenizers` raises Exception itself
+    raise refuse(f"its tokenizer can't be read as BPE ({error})") from error
+  vocabulary |= {token["content"]: token["id"] for token in added}
+  if max(vocabulary.values()) >= rows:
+    raise refuse(f"its tokenizer has ids beyond the embedding's {rows} rows")
+  tokens = [PADDING.format(i) for i in range(rows)]
+  types = np.full(rows, UNUSED, np.int32)
+  for token, i in vocabulary.items():
+    tokens[i], types[i] = token, NORMAL
+  for token in added:
+    types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+  about: dict[str, Any] = {}
+  if model.get("byte_fallback"):
+    fallback = {f"<0x{byte:02X}>" for byte in range(256)}
+    for i, token in enumerate(tokens):
+      types[i] = BYTE if token in fallback else types[i]
+    if unknown := model.get("unk_token"):
+      types[vocabulary[unknown]] = UNKNOWN
+    scores = np.zeros(rows, np.float32)
+    for rank, (left, right) in reversed(list(enumerate(merges))):
+      scores[vocabulary[left + right]] = -rank
+    if merges_of(tokens, scores, types) != merges:
+      raise refuse(
+        "GGUF gives each token of such a vocabulary one score, from which its"
+        " merges don't follow in their order"
+      )
+    normal = json.dumps(made["normalizer"]) + json.dumps(made["pre_tokenizer"])
+    about |= {
+      "tokenizer.ggml.model": SENTENCE_PIECE,
+      "tokenizer.ggml.pre": "default",
+      "tokenizer.ggml.scores": scores,
+      "tokenizer.ggml.add_space_prefix": (
+        '"Prepend"' in normal or '"prepend_scheme"' in normal
+      ),
+    }
+  else:
+    rules = [
+      rule
+      for rule in RULES
+      if _same(json.loads(_cut(rule).__getstate__()), made["pre_tokenizer"])
+    ]
+    if not rules:
+      raise refuse("GGUF has no name, known here, for how it cuts words")
+    about |= {
+      "tokenizer.ggml.model": BYTE_LEVEL,
+      "tokenizer.ggml.pre": RULES[rules[0]][0],
+      "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+    }
+  about |= {
+    "tokenizer.ggml.tokens": tokens,
+    "tokenizer.ggml.token_type": types,
+  }
+  file = folder / "tokenizer_config.json"
+  config = read_json(file) if file.is_file() else {}
+  fields = read_json(folder / "config.json")
+  for name, key in SPECIAL.items():
+    token = config.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    i = vocabulary.get(token, fields.get(f"{name}_id"))
+    if isinstance(i, list):  # several ends: the first is the model's own
+      i = i[0]
+    if i is not None:
+      about[key] = i
+  around = loaded.encode("a").ids
+  bos, eos = (about.get(SPECIAL[f"{name}_token"]) for name in ("bos", "eos"))
+  about["tokenizer.ggml.add_bos_token"] = bool(around) and around[0] == bos
+  about["tokenizer.ggml.add_eos_token"] = bool(around) and around[-1] == eos
+  template = config.get("chat_template")
+  if (file := folder / "chat_template.jinja").is_file():
+    template = file.read_text(encoding="utf-8")
+  if isinstance(template, str):
+    about[TEMPLATE] = template
+  return about
+
+
+def merges_of(tokens: list[str], scores: Any, types: Any) -> list[tuple]:
+  """The merges that scores mean: each token's cuts in two, best token first."""
+  skip = {UNKNOWN, CONTROL, BYTE, UNUSED}
+  known = {
+    token: i
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+    if kind not in skip
+  }
+  found = [
+    (-float(scores[i]), known[token[:cut]], known[token[cut:]])
+    for token, i in known.items()
+    for cut in range(1, len(token))
+    if token[:cut] in known and token[cut:] in known
+  ]
+  return [(tokens[left], tokens[right]) for _, left, right in sorted(found)]
+
+
+def _rule(name: str) -> str | None:
+  found = [rule for rule, names in RULES.items() if name in names]
+  return found[0] if found else None
+
+
+def _cut(rule: str) -> Any:
+  """The pre-tokenizer of a rule of `RULES`."""
+  from tokenizers import Regex
+  from tokenizers import pre_tokenizers as cuts
+
+  if rule == "words":
+    return cuts.ByteLevel(add_prefix_space=False)
+  if rule == "digits":
+    return cuts.Sequence([cuts.Digits(individual_digits=True), _cut("words")])
+  return cuts.Sequence(
+    [
+      cuts.Split(Regex(rule), behavior="isolated"),
+      cuts.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+
+
+def _same(made: Any, found: Any) -> bool:
+  """Whether two pre-tokenizers cut alike; how they count offsets aside."""
+  if isinstance(made, dict) and isinstance(found, dict):
+    names = (made.keys() | found.keys()) - {"trim_offsets"}
+    standard = {"use_regex": True, "invert": False}
+    return all(
+      _same(made.get(n, standard.get(n)), found.get(n, standard.get(n)))
+      for n in names
+    )
+  if isinstance(made, list) and isinstance(found, list):
+    same = (_same(*pair) for pair in zip(made, found, strict=False))
+    return len(made) == len(found) and all(same)
+  return bool(made == found)
