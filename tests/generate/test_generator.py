@@ -5,11 +5,10 @@ import shutil
 
 import pytest
 
-from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.generate.beam import Beam
 from vera_jax.generate.sampling import Sampling
-from vera_jax.models.classifier import load_classifier, restore_adapter
+from vera_jax.models.classifier import load_classifier
 from vera_jax.serve.generator import Generator
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11 w12 w13", "w4 w1"]
@@ -54,17 +53,6 @@ def test_a_beam_search_streams_one_piece(generator):
   assert text == generator.texts(PROMPTS, **settings)[2]
 
 
-def test_merged_and_kept_adapters_write_the_same(
-  words_adapter, generator, adapted_generator
-):
-  decoder = restore_adapter(load_adapter(words_adapter))
-  merged = adapted_generator.texts(PROMPTS, max_new_tokens=8)
-  kept = Generator(decoder, keep_adapter=True)
-  assert "projections" in kept.variables
-  assert kept.texts(PROMPTS, max_new_tokens=8) == merged
-  assert merged != generator.texts(PROMPTS, max_new_tokens=8)
-
-
 def test_the_ids_that_end_a_text(tiny_decoder, tmp_path):
   folder = tmp_path / "copy"
   shutil.copytree(tiny_decoder, folder)
@@ -97,9 +85,10 @@ def test_prompts_that_can_not_be_continued(generator):
   assert len(generator.texts(just_fits, max_new_tokens=8)) == 4
 
 
-def test_a_classifier_writes_no_texts(random_adapter):
+def test_a_classifier_writes_no_texts(generator):
+  other = generator.decoder._replace(kind="classification")
   with pytest.raises(UserError, match="experiments.predict"):
-    Generator(restore_adapter(load_adapter(random_adapter())))
+    Generator(other)
 
 
 def test_padding_changes_nothing(generator):

@@ -87,7 +87,7 @@ def answers(case, prompt):
 if __name__ == "__main__":
   found = [
     {**case, "answers": [answers(case, prompt) for prompt in PROMPTS]}
-    for case in list(cases())[::5]  # few, for each is compiled
+    for case in list(cases())[::7]  # few, for each is compiled
   ]
   lines = ",\n".join("  " + json.dumps(case) for case in found)
   whole = f'{{"prompts": {json.dumps(PROMPTS)}, "new": {NEW}, "cases": [\n'
