@@ -93,30 +93,30 @@ def test_the_rules_lora_are_microsofts(penalty, ngram, beams):
 
 
 # The six rules of microsoft/LoRA one by one, where transformers has others.
-# Word 0 ends a text; the prompts are 2, or as a test says.
+# Word 0 ends a text.
+NO_BIGRAM_TWICE = {"beams": 2, "no_repeat_ngram": 2, "new": 4, "eos": [0]}
+FOR_LONG = {"beams": 2, "length_penalty": 2.0, "new": 5, "eos": [0]}
 
 
 def test_lora_forbids_n_grams_of_the_answer_only():
   table = chain({2: {3: 0.9, 4: 0.1}, 3: {0: 1.0}, 4: {0: 1.0}}, words=5)
-  settings = {"beams": 2, "no_repeat_ngram": 2, "new": 3, "eos": [0]}
   prompt = [[2, 3, 2]]  # 2 3 is in the prompt, and the likeliest answer
-  [[(text, _)]] = search(table, prompt, rules="lora", **settings)
+  [[(text, _)]] = search(table, prompt, rules="lora", **NO_BIGRAM_TWICE)
   assert text == [3, 0]
-  [[(text, _), _]] = search(table, prompt, rules="hf", **settings)
+  [[(text, _), _]] = search(table, prompt, rules="hf", **NO_BIGRAM_TWICE)
   assert text == [4, 0]
 
 
 def test_lora_spreads_what_it_forbids_over_the_other_words():
-  # 3 3 3 may not come: what is left after 3 3 is the end, at one half.
-  table = chain({2: {3: 1.0}, 3: {3: 0.5, 0: 0.3, 4: 0.2}}, words=5)
-  settings = {"beams": 1, "no_repeat_ngram": 2, "length_penalty": 0.0}
-  settings |= {"new": 4, "eos": [0]}
-  [[(text, score)]] = search(table, [[2]], rules="lora", **settings)
+  # Of what may follow 3 3, a third 3 has one half, and may not come.
+  chances = {2: {3: 1.0}, 3: {3: 0.5, 0: 0.4, 4: 0.1}, 4: {0: 1.0}}
+  table, prompt = chain(chances, words=5), [[1, 1, 2]]
+  [[(text, score)]] = search(table, prompt, rules="lora", **NO_BIGRAM_TWICE)
   assert text == [3, 3, 0]
-  assert score == pytest.approx(np.log(0.5 * 0.3 / 0.5))
-  [[(text, score)]] = search(table, [[2]], rules="hf", **settings)
-  assert text == [3, 3, 0]
-  assert score == pytest.approx(np.log(0.5 * 0.3))
+  assert score == pytest.approx(np.log(0.5 * 0.4 / 0.5) / 3)
+  [texts] = search(table, prompt, rules="hf", **NO_BIGRAM_TWICE)
+  [score] = [score for text, score in texts if text == [3, 3, 0]]
+  assert score == pytest.approx(np.log(0.5 * 0.4) / 3)
 
 
 def test_lora_does_not_refill_the_beam_of_a_text_that_ended():
@@ -130,23 +130,19 @@ def test_lora_does_not_refill_the_beam_of_a_text_that_ended():
     },
     words=5,
   )
-  settings = {"beams": 2, "length_penalty": 2.0, "new": 5, "eos": [0]}
-  [[(text, _)]] = search(table, [[2]], rules="lora", **settings)
+  [[(text, _)]] = search(table, [[2]], rules="lora", **FOR_LONG)
   assert text[0] == 3
-  texts = search(table, [[2]], rules="hf", early_stopping="never", **settings)[
-    0
-  ]
+  [texts] = search(table, [[2]], early_stopping="never", **FOR_LONG)
   assert texts[0][0] == [4, 1, 0]
 
 
 def test_lora_does_not_stop_early_and_counts_what_has_not_ended():
   # Long texts win by their penalty, after two short ones have ended.
-  table = chain({2: {0: 0.5, 3: 0.5}, 3: {0: 0.4, 3: 0.6}}, words=4)
-  settings = {"beams": 2, "length_penalty": 3.0, "new": 8, "eos": [0]}
-  [[(text, score)]] = search(table, [[2]], rules="lora", **settings)
-  assert text == [3] * 8
-  assert score == pytest.approx(np.log(0.5 * 0.6**7) / 8**3)
-  texts = search(table, [[2]], rules="hf", early_stopping=True, **settings)[0]
+  table = chain({2: {0: 0.5, 3: 0.5}, 3: {0: 0.4, 3: 0.6}}, words=5)
+  [[(text, score)]] = search(table, [[2]], rules="lora", **FOR_LONG)
+  assert text == [3] * 5
+  assert score == pytest.approx(np.log(0.5 * 0.6**4) / 5**2)
+  [texts] = search(table, [[2]], early_stopping=True, **FOR_LONG)
   assert max(len(text) for text, _ in texts) <= 3
 
 

@@ -7,7 +7,7 @@ import pytest
 from vera_jax.generate.history import append, repeats
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 3])
 def test_the_words_that_would_repeat_an_n_gram(size):
   rng = np.random.default_rng(size)
   tokens = rng.integers(0, 3, (20, 12)).astype(np.int32)
