@@ -71,12 +71,9 @@ def get_config() -> ConfigDict:
   # names it. These rates are ours and untuned, as are those below; the paper
   # copies its other baselines from others.
   config.ia3 = ConfigDict()
-  config.ia3.targets = (
-    "key",
-    "value",
-    r"layer(_\d+)?/output/dense|lin2|mlp/Wo",
-  )
-  config.ia3.feedforward = config.ia3.targets[2:]  # inputs scaled, not outputs
+  inputs = r"layer(_\d+)?/output/dense|lin2|mlp/Wo"  # scaled, not the outputs
+  config.ia3.targets = ("key", "value", inputs)
+  config.ia3.feedforward = (inputs,)
   config.ia3.lr = 1e-2
   config.ia3.head_lr = 4e-3
 

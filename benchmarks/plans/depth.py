@@ -26,7 +26,8 @@ def counts(
     compile: the program of a config and an architecture.
   """
   short = config.copy_and_resolve_references()
-  short.model.scan = False
+  with short.ignore_type():  # it may be "auto"
+    short.model.scan = False
   first, second = (
     compile(short, {**fields, "num_hidden_layers": layers}).cost_analysis()
     for layers in UNROLLED

@@ -150,5 +150,5 @@ def test_counts():
 
 
 def test_an_unknown_method_is_refused():
-  with pytest.raises(UserError, match="'dora'.*vera, lora, bitfit"):
-    label_tree({}, "dora")
+  with pytest.raises(UserError, match="'other'.*vera, lora, ia3"):
+    label_tree({}, "other")

@@ -89,7 +89,7 @@ def flags(tiny_settings, tmp_path):
 def test_a_target_that_matches_nothing_lists_the_layers(flags, tmp_path):
   message = refused(1, *flags, "--config.vera.targets=('query', 'kye')")
   assert "'kye'" in message
-  assert "encoder/layer/attention/self/key" in message
+  assert "encoder/layer_0/attention/self/key" in message
   assert not (tmp_path / "run").exists()
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from configs.common import get_config
 from tests.models.test_bert import loop
+from vera_jax.adapters.interface import Site
 from vera_jax.adapters.labels import join, split
 from vera_jax.errors import UserError
 from vera_jax.models.family import FAMILIES, family_of
@@ -181,7 +183,7 @@ def test_vera_has_the_papers_counts_on_query_and_value(case):
   leaves = {p: x for p, x in flatten_dict(params).items() if "vera_" in p[-1]}
   assert sum(x.size for x in leaves.values()) == layers * 2 * (4 + 16)
   assert {path[-2] for path in leaves} == {"query", "value"}
-  assert plan.module.plans(**plan.inputs).keys() == {p[:-1] for p in leaves}
+  assert plan.plans.keys() == {p[:-1] for p in leaves}
   key = (*next(p[:-2] for p in leaves), "key")
   assert not any(path[: len(key)] == key and path in leaves for path in leaves)
 
@@ -337,3 +339,19 @@ def test_unknown_heads_and_remat_are_refused():
       blueprint(FIELDS[kind], outputs=3, head="poems")
     with pytest.raises(UserError, match="'half'.*none, full, dots"):
       blueprint(FIELDS[kind], outputs=3, remat="half")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_default_targets_of_ia3_fit_every_family(case):
+  """Keys and values, and what enters each layer's last product."""
+  settings = get_config().ia3.to_dict()
+  plan = blueprint(CASES[case], outputs=3, method="ia3", settings=settings)
+  layers = plan.config.num_hidden_layers
+  found = [
+    plan.module.adapter.init(jax.random.key(0), site).keys()
+    for path, target in plan.targets.items()
+    for site in [Site(path, target.inputs, target.outputs, lambda: None)]
+    for _ in range(target.layers)
+  ]
+  assert found.count({"ia3_out"}) == 2 * layers
+  assert found.count({"ia3_in"}) == layers

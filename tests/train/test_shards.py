@@ -34,6 +34,7 @@ def config_of(method, *, plan="auto", remat="none") -> ConfigDict:
   config = get_config()
   config.task, config.method = "rte", method
   config.model.contraction, config.model.remat = plan, remat
+  config.model.scan = True
   config.vera.rank, config.lora.rank = 8, 2
   config.vera.lr = config.vera.head_lr = config.head.head_lr = 1e-2
   return config

@@ -89,16 +89,21 @@ def _peft_pair(seed: int, rank: int, inputs: int, outputs: int) -> Pair:
   return {"A": draw((rank, inputs)), "B": draw((outputs, rank))}
 
 
-def check_seed(seed: int) -> int:
-  """The seed of a pair, if the generator takes all of it.
+def check_choices(*, seed: int, init: str, sharing: str = "shared") -> None:
+  """Refuses what no projections can be made of.
 
   Raises:
-    UserError: it would cut off what is beyond 32 bits, so that two seeds gave
-      one pair.
+    UserError: an unknown `init` or `sharing`, a combination that there is not,
+      or a seed beyond 32 bits, of which the generator would cut off the rest.
   """
-  if not 0 <= seed < 2**32:
-    raise UserError(f"projection_seed must fit 32 bits; got {seed}.")
-  return seed
+  if init not in INITIALISERS:
+    raise UserError(f"init is {init!r}; choose from {', '.join(INITIALISERS)}.")
+  if sharing not in ("shared", "unique"):
+    raise UserError(f"sharing is {sharing!r}; choose shared or unique.")
+  if sharing == "unique" and init == "peft":
+    raise UserError("PEFT's projections are one shared pair, never unique.")
+  if not -(2**31) <= seed < 2**32:
+    raise UserError(f"projection_seed is {seed}; it must fit 32 bits.")
 
 
 def make_pair(
@@ -117,15 +122,9 @@ def make_pair(
   Raises:
     UserError: an unknown `init`, or a seed beyond 32 bits.
   """
-  if init not in INITIALISERS:
-    raise UserError(f"init is {init!r}; choose from {', '.join(INITIALISERS)}.")
-  check_seed(seed)
+  check_choices(seed=seed, init=init)
   if init == "peft":
     return _peft_pair(seed, rank, inputs, outputs)
-  if not -(2**31) <= seed < 2**32:
-    raise UserError(
-      f"projection_seed is {seed}; it must fit 32 bits: at most {2**32 - 1}."
-    )
   key = jax.random.key(seed, impl=PRNG)
   for fold in folds:
     key = jax.random.fold_in(key, fold)
@@ -166,14 +165,11 @@ def make_projections(
   "shared": {"A", "B"} at the root, as wide as the widest site, as PEFT does.
   "unique": a pair of its own at each site's path, stacked as the site is.
   """
-  if sharing not in ("shared", "unique"):
-    raise UserError(f"sharing is {sharing!r}; choose shared or unique.")
+  check_choices(seed=seed, init=init, sharing=sharing)
   if sharing == "shared":
     inputs = max(t.inputs for t in sites.values())
     outputs = max(t.outputs for t in sites.values())
     return dict(make_pair(rank, inputs, outputs, seed=seed, init=init))
-  if init == "peft":
-    raise UserError("PEFT's projections are one shared pair, never unique.")
   tree: dict[Path, Array] = {}
   for path, site in sites.items():
     pairs = [

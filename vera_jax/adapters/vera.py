@@ -21,10 +21,11 @@ from vera_jax.adapters.interface import (
   LowRank,
   Path,
   Site,
+  Target,
   as_they_are,
 )
 from vera_jax.adapters.products import add_low_rank
-from vera_jax.adapters.projections import check_seed, make_projections
+from vera_jax.adapters.projections import check_choices, make_projections
 from vera_jax.errors import UserError
 
 D, B_VECTOR = "vera_d", "vera_b"
@@ -59,9 +60,9 @@ def vera(
     raise UserError(f"VeRA's rank is {rank}; it must be at least 1.")
   if train not in ("both", "d", "b"):
     raise UserError(f"train is {train!r}; choose both, d or b.")
-  check_seed(projection_seed)
+  check_choices(seed=projection_seed, init=init, sharing=sharing)
 
-  def shared(sites: Mapping[Path, Site]) -> dict[str, Any]:
+  def shared(sites: Mapping[Path, Target | Site]) -> dict[str, Any]:
     return make_projections(
       sites, rank=rank, seed=projection_seed, init=init, sharing=sharing
     )

@@ -15,7 +15,7 @@ from vera_jax.adapters.methods import (
   make_adapter,
   settings_in,
 )
-from vera_jax.adapters.products import check_plan
+from vera_jax.adapters.products import AUTO, check_plan
 from vera_jax.errors import UserError
 from vera_jax.models.pretrained import choose_scan
 
@@ -86,7 +86,7 @@ def check_settings(config: ConfigDict) -> None:
     settings = settings_in(config, config.method)
     adapter, targets = make_adapter(config.method, settings)
     plan = check_plan(config.model.contraction)
-    if targets:  # any site shows whether the method can be multiplied so
+    if targets and plan != AUTO:  # any site shows whether it can be done so
       for link in adapter.methods:
         one = link._replace(on=())
         plans_at(one, {("site",): Target(2, 2)}, {("site",): 1}, plan=plan)

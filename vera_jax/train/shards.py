@@ -87,7 +87,9 @@ def shards_of(places: Sequence[Any], *, front: int = 0) -> Shards:
   return Shards(mesh, ("data", "fsdp") if whole else ("data",), specs)
 
 
-def divide(batch: Mapping[str, Array], shards: Shards) -> dict[str, Array]:
+def divide(
+  batch: Mapping[str, Array | np.ndarray], shards: Shards
+) -> dict[str, Array]:
   """Rows [rows, ...] as [shards, rows per shard, ...].
 
   Raises:
@@ -99,7 +101,7 @@ def divide(batch: Mapping[str, Array], shards: Shards) -> dict[str, Array]:
     raise UserError(f"{rows} rows do not divide over {count} batch shards.")
   place = NamedSharding(mesh, PartitionSpec(shards.axes, shards.rows))
 
-  def split(array: Array) -> Array:
+  def split(array: Array | np.ndarray) -> Array:
     array = array.reshape(count, rows // count, *array.shape[1:])
     return jax.lax.with_sharding_constraint(array, place)
 
