@@ -14,8 +14,9 @@ from vera_jax.train.optim import rates_of
 from vera_jax.train.setup import build_setup
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
+OWN = {"text", "language"}  # of a user's own files
 NAMES = sorted(
-  {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common", "text"}
+  {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common", *OWN}
 )
 GLUE = sorted(set(NAMES) - {"minilm", "quickstart"})
 
@@ -181,3 +182,12 @@ def test_ones_own_texts_need_only_a_file(size):
     check_settings(config)
   text = importlib.import_module("configs.text").__doc__
   assert "python -m experiments.classify --config=configs/text.py" in text
+
+
+def test_ones_own_texts_to_write_need_only_a_file():
+  config = load("language")
+  assert config.task == "language" and config.data.train is None
+  for config.method in ("vera", "lora", "bitfit", "full"):
+    check_settings(config)
+  text = importlib.import_module("configs.language").__doc__
+  assert "python -m experiments.language --config=configs/language.py" in text

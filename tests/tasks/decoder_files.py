@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -49,13 +50,15 @@ def tokenizer_of_words(**names) -> PreTrainedTokenizerFast:
 
 def write_decoder(folder: Path, fields: dict) -> Path:
   plan = blueprint(fields, head="language_modelling", outputs=0, scan=False)
-  init = jax.jit(plan.module.model.init)
-  inputs = {
-    n: jax.numpy.zeros(x.shape, x.dtype) for n, x in plan.inputs.items()
+  rng = np.random.default_rng(0)
+  params = {
+    path: (rng.standard_normal(leaf.shape) / 2 + (path[-1] == "scale")).astype(
+      np.float32
+    )
+    for path, leaf in sorted(plan.shapes.items())
   }
-  params = init(jax.random.key(0), **inputs)["params"]
-  params = jax.tree.map(lambda leaf: 4 * leaf, params)  # far from uniform
-  save_file(to_hf(params, plan.config), folder / "model.safetensors")
+  tensors = to_hf(unflatten_dict(params), plan.config)
+  save_file(tensors, folder / "model.safetensors")
   (folder / "config.json").write_text(json.dumps(fields))
   tokenizer_of_words().save_pretrained(folder)
   return folder

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from tests.tasks.decoder_files import GPT2, LLAMA, WORDS, write_decoder
@@ -15,7 +16,7 @@ from vera_jax.data.examples import Examples
 from vera_jax.data.loader import eval_batches
 from vera_jax.data.packing import Layout, pack_runs
 from vera_jax.models.decoder import Words, logits
-from vera_jax.models.family import family_of, read_fields
+from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params
 from vera_jax.models.pretrained import blueprint
 from vera_jax.tasks.language_modelling import (
@@ -24,6 +25,7 @@ from vera_jax.tasks.language_modelling import (
   measure,
 )
 
+ONE_LAYER = {**LLAMA, "num_hidden_layers": 1}
 RNG = np.random.default_rng(0)
 FIRST = [" ".join(RNG.choice(WORDS, n)) for n in (3, 1, 4, 2, 6, 2)]
 SECOND = [" ".join(RNG.choice(WORDS, n)) for n in (2, 5, 1, 3, 1, 2)]
@@ -34,7 +36,7 @@ TEXTS = Examples(SECOND, None, None, np.arange(6))
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
   """(its folder, its parameters, these and a batch -> Words)."""
-  folder = write_decoder(tmp_path_factory.mktemp("llama"), LLAMA)
+  folder = write_decoder(tmp_path_factory.mktemp("llama"), ONE_LAYER)
   return folder, *loaded(folder)
 
 
@@ -46,11 +48,8 @@ def loaded(folder):
   plan = blueprint(
     read_fields(folder), head="language_modelling", outputs=0, scan=False
   )
-  shapes = jax.eval_shape(
-    plan.module.model.init, jax.random.key(0), **plan.inputs
-  )
-  params = load_params(folder, shapes["params"]).params
-  names = tuple(family_of(read_fields(folder)).inputs(1, 8, 1))
+  params = load_params(folder, unflatten_dict(plan.shapes)).params
+  names = tuple(plan.inputs)
 
   @jax.jit
   def apply(params, batch):
@@ -106,11 +105,12 @@ def test_packed_is_padded(decoder, data):
     return count, scores.sum(0), means
 
   results = []
-  for layout in (Layout((3,), 16, 4, reads=10), Layout((6,), 8, 1, reads=6)):
+  for slots, rows in ((4, 3), (1, 6)):
+    layout = Layout((6,), 16, slots, reads=10)
     (batch,) = pack_runs(tokens, [np.arange(6)], layout)[0]
+    assert (batch["segment_ids"].max(1) > 0).sum() == rows
+    batch.pop("example")  # else of one shape for both
     results.append(found(params, on_device(batch)))
-    rows = (batch["segment_ids"].max(1) > 0).sum()
-    assert rows == (3 if layout.slots == 4 else 6)
   for packed, padded in zip(*map(jax.tree.leaves, results), strict=True):
     np.testing.assert_allclose(packed, padded, rtol=1e-5, atol=1e-6)
   assert results[0][0] == 19
@@ -121,10 +121,14 @@ def test_loss_and_scores_are_those_of_all_logits(decoder, data):
   task, packed = data
   seen = []
 
+  @jax.jit
+  def outcome(params, batch):
+    words = apply(params, batch)
+    return logits(words), task.loss(words, batch), task.measure(words, batch)
+
   def measured(batch):
-    words = apply(params, batch := on_device(batch))
-    total, count = task.loss(words, batch)
-    z = np.asarray(logits(words), np.float64)
+    z, (total, count), sums = outcome(params, on_device(batch))
+    z = np.asarray(z, np.float64)
     p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     own = np.take_along_axis(p, batch["labels"][..., None], -1)[..., 0]
     real = batch["weights"] > 0
@@ -132,7 +136,7 @@ def test_loss_and_scores_are_those_of_all_logits(decoder, data):
     assert count == real.sum()
     hits = p.argmax(-1)[real] == batch["labels"][real]
     seen.extend(zip(-np.log(own[real]), hits, strict=True))
-    return task.measure(words, batch)
+    return sums
 
   scores = task.evaluate(measured, packed).scores
   assert next(iter(scores)) == task.score_name
