@@ -122,3 +122,6 @@ def test_the_card_is_made_from_the_result(random_adapter):
   assert '\nbase_model: "roberta-base"\n' in card
   assert "| labels | a\\|b &lt;c |" in card
   assert model_card({}).startswith("---\nlibrary_name: vera_jax\n")
+  card = model_card({**about, "kind": "language_modelling"})
+  assert "text-generation" in card and "AutoModelForCausalLM" in card
+  assert "Predictor" not in card

@@ -11,12 +11,15 @@ from typing import Any
 from vera_jax.hub import PACKAGE
 
 CARD = "README.md"
+WRITES = "language_modelling"  # the kind of a model that writes texts
 
 
 def model_card(about: Mapping[str, Any]) -> str:
   """The card; what adapter.json leaves out is left out here as well."""
   base, method = str(about.get("base")), str(about.get("method"))
-  tags = ["vera_jax", method, "text-classification"]
+  writes = about.get("kind") == WRITES
+  task = "text-generation" if writes else "text-classification"
+  tags = ["vera_jax", method, task]
   lines = ["---", "library_name: vera_jax"]
   if not base.startswith((PACKAGE, "/", ".", "~")) and not Path(base).is_dir():
     lines.append(f"base_model: {json.dumps(base)}")  # a hub id, it links there
@@ -24,7 +27,7 @@ def model_card(about: Mapping[str, Any]) -> str:
   lines += [f"# {_cell(method)} adapter for {_cell(about.get('task'))}", ""]
   lines += ["| | |", "| --- | --- |"]
   lines += [f"| {name} | {_cell(text)} |" for name, text in _facts(about)]
-  return "\n".join([*lines, USE])
+  return "\n".join([*lines, LOADING, USE_OF_WORDS if writes else USE])
 
 
 def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -82,12 +85,13 @@ def _cell(text: Any) -> str:
   return plain.replace("|", "\\|").replace("<", "&lt;")
 
 
-USE = """
+LOADING = """
 An adapter is two small files beside its frozen base. Loading it checks that the
 base's weights have the fingerprint above, and that A and B, where it has them,
 come out with their digest. ADAPTER below is this folder, or its hub id as
 owner/name.
-
+"""
+USE = """\
 ## In vera_jax
 
 ```
@@ -119,6 +123,31 @@ import peft, transformers
 base = transformers.AutoModelForSequenceClassification.from_pretrained(
   "BASE", num_labels=2  # as many as there are labels, 1 for a regression
 )
+model = peft.PeftModel.from_pretrained(base, "PEFT_ADAPTER")
+```
+"""
+USE_OF_WORDS = """\
+## In vera_jax
+
+```
+python -m experiments.generate --adapter=ADAPTER --prompt=TEXT
+python -m experiments.merge --adapter=ADAPTER --out=FOLDER
+```
+
+Where the base is not found under its name, `--base=FOLDER` says where it is.
+
+## In PEFT
+
+Methods that PEFT has too can be written in its format, without torch:
+
+```
+python -m experiments.peft export --adapter=ADAPTER --out=PEFT_ADAPTER
+```
+
+```python
+import peft, transformers
+
+base = transformers.AutoModelForCausalLM.from_pretrained("BASE")
 model = peft.PeftModel.from_pretrained(base, "PEFT_ADAPTER")
 ```
 """
