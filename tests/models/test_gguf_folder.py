@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from tests.experiments.command import run
@@ -19,10 +19,13 @@ from tests.models.gguf_folders import (
   random_folder,
   tensors_of,
 )
+from vera_jax import load_adapter, restore_adapter
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
+from vera_jax.models.classifier import load_classifier
 from vera_jax.models.export_gguf import write_gguf_of
+from vera_jax.models.export_hf import merged_params
 from vera_jax.models.family import load_config, read_fields
 from vera_jax.models.gguf import Written, read_gguf, write_gguf
 from vera_jax.models.gguf_folder import (
@@ -259,6 +262,7 @@ REFUSED = [
   ({"llama__rope__dimension_count": 8}, "16 with 8 rotated values"),
   ({"llama__rope__scaling__type": "longrope"}, "'longrope' is not known"),
   ({"llama__rope__scaling__type": "linear"}, "rope.scaling lacks a value"),
+  ({"llama__rope__scaling__attn_factor": 2.0}, "attn_factor is not known"),
   ({"tokenizer__ggml__model": "bert"}, "its tokenizer is 'bert'"),
   ({"tokenizer__ggml__pre": "tekken"}, "by the rule 'tekken'"),
   ({"tokenizer__ggml__eos_token_id": 99}, "beyond its 48 tokens"),
@@ -299,28 +303,34 @@ def test_a_head_that_repeats_the_embedding_is_tied(folder, file, tmp_path):
     assert ("lm_head.weight" in opened.keys()) == (shift == 1)
 
 
-def test_a_file_gets_one_folder_for_its_content(file, tmp_path, home):
+def test_a_file_gets_one_folder_for_its_content_and_place(file, tmp_path, home):
   first = tmp_path / "a.gguf"
   shutil.copy(file("llama"), first)
   place = resolve(first)
   cache = home / ".cache/vera_jax/gguf"
-  sha = hashlib.sha256(first.read_bytes()).hexdigest()
-  assert place.parent == cache and sha in place.name
   assert [x.name for x in cache.iterdir()] == [place.name]
-  assert fingerprint(place) == hashlib.sha256(bytes.fromhex(sha)).hexdigest()
+  assert place.name.startswith("a-")
+  sha = hashlib.sha256(first.read_bytes()).digest()
+  assert fingerprint(place) == hashlib.sha256(sha).hexdigest()
   # small files only: the weights are not copied
   assert sum(x.lstat().st_size for x in place.iterdir()) < 20_000
   before = (place / "config.json").stat().st_mtime_ns
+  assert resolve(str(first)) == place
+  assert (place / "config.json").stat().st_mtime_ns == before
   second = tmp_path / "moved.gguf"
   first.rename(second)
-  assert resolve(str(second)) == place
-  assert (place / "config.json").stat().st_mtime_ns == before
-  assert (place / "model.gguf").resolve() == second.resolve()
-  assert open_tensors(place / "model.gguf").keys()
+  moved = resolve(second)
+  assert moved != place and fingerprint(moved) == (
+    hashlib.sha256(sha).hexdigest()
+  )
   with pytest.raises(UserError, match="There is no file"):
     resolve(first)
-  third = rewritten(second, tmp_path / "other.gguf", general__name="other")
-  assert resolve(third) != place
+  rewritten(second, first, general__name="other")
+  other = resolve(first)  # of the same name, with other content
+  assert other not in (place, moved) and fingerprint(other) != (
+    fingerprint(moved)
+  )
+  assert len(list(cache.iterdir())) == 3
 
 
 def test_a_file_in_a_package_is_found(file, tmp_path, home, monkeypatch):
@@ -435,8 +445,13 @@ def test_what_gguf_has_no_place_for_is_refused(folder, tiny_model, tmp_path):
   shutil.copytree(folder("qwen2"), place)
   whole = (place / "config.json").read_text()
   for changes, words in (
-    ({"use_sliding_window": True}, "use_sliding_window has no place"),
+    ({"use_sliding_window": True}, "use_sliding_window is True"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"rope_scaling": {"rope_type": "dynamic"}}, "scaled by 'dynamic'"),
+    (
+      {"rope_scaling": {**SCALINGS[1], "beta_fast": 16.0}},
+      "'yarn' with beta_fast, factor",
+    ),
     ({"tie_word_embeddings": False}, "lacks its head"),
     ({"rms_norm_eps": None}, "lacks what .*epsilon"),
   ):
@@ -457,14 +472,39 @@ def test_what_gguf_has_no_place_for_is_refused(folder, tiny_model, tmp_path):
   assert not out.exists()
 
 
-def test_the_command_writes_a_merged_folder_and_refuses_four_bits(
-  folder, tmp_path
+def test_the_command_merges_an_adapter_on_a_gguf_base(
+  file, random_adapter, home, tmp_path
 ):
-  out = tmp_path / "deep" / "a.gguf"
-  command = ["merge", f"--model={folder('llama')}", f"--out={out}"]
-  done = run(*command, "--format=gguf-q8_0")
+  base = resolve(file("llama"))
+  adapter = random_adapter(
+    base=base, kind="language_modelling", targets=["q_proj", "v_proj"]
+  )
+  out = tmp_path / "deep" / "merged.gguf"
+  done = run(
+    "merge", f"--adapter={adapter}", f"--out={out}", "--format=gguf-f16"
+  )
   assert done.returncode == 0, done.stderr
-  assert "5 in F32, 15 in Q8_0" in done.stdout.replace("\n", " ")
-  assert read_gguf(out).metadata["general.file_type"] == 7
+  assert "5 in F32, 15 in F16" in done.stdout.replace("\n", " ")
+  assert [x.name for x in out.parent.iterdir()] == [out.name]
+  about = read_gguf(out).metadata
+  assert (about["general.file_type"], about["general.name"]) == (1, "merged")
+  expected = merged_params(restore_adapter(load_adapter(adapter)))
+  found, plain = (
+    flatten_dict(load_classifier(place).params)
+    for place in (resolve(out), base)
+  )
+  moved = set()
+  for path, leaf in flatten_dict(expected).items():
+    half = np.asarray(leaf).astype(np.float16).astype(np.float32)
+    assert np.array_equal(found[path], half), path
+    if not np.array_equal(found[path], plain[path]):
+      moved.add(path[-2:])
+  assert moved == {("q_proj", "kernel"), ("v_proj", "kernel")}
+
+
+def test_the_command_refuses_four_bits_and_says_why(folder, tmp_path):
+  out = tmp_path / "a.gguf"
+  command = ["merge", f"--model={folder('llama')}", f"--out={out}"]
   done = run(*command, "--format=gguf-q4_1")
   assert done.returncode == 1 and "would undo most" in done.stderr
+  assert not out.exists()

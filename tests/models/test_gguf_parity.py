@@ -102,6 +102,23 @@ def test_transformers_and_we_read_our_file_as_the_folder(
   assert np.abs(ours - whole).max() < 1e-4
 
 
+def test_four_bits_take_back_what_eight_keep(torch):
+  import gguf
+
+  def rounded(values, kind):
+    kind = gguf.GGMLQuantizationType[kind]
+    stored = gguf.quants.quantize(values.astype(np.float32), kind)
+    return gguf.quants.dequantize(stored, kind)
+
+  rng = np.random.default_rng(0)
+  base = rounded(rng.standard_normal((256, 128)), "Q4_1")
+  change = rng.standard_normal((256, 4)) @ rng.standard_normal((4, 128))
+  change *= 0.01 * np.linalg.norm(base) / np.linalg.norm(change)
+  for kind, least, most in (("Q4_1", 0, 0.1), ("Q8_0", 0.95, 1.05)):
+    kept = rounded(base + change, kind) - base
+    assert least <= (kept * change).sum() / (change**2).sum() < most, kind
+
+
 @pytest.fixture(scope="module")
 def gguf_tokenizer(torch, smollm2):
   from transformers import AutoTokenizer

@@ -178,11 +178,16 @@ def _architecture(
       f"{folder} is a {model_type!r}; GGUF files are written here of"
       f" {', '.join(kinds)}."
     )
-  if fields.get("use_sliding_window"):
-    raise UserError(
-      f"{folder} can't be written as GGUF: use_sliding_window has no place in"
-      f" the header of a {model_type}."
-    )
+  _, architecture = kinds[model_type]
+  rope = fields.get("rope_parameters") or {}
+  plain = {**architecture.always, "partial_rotary_factor": 1}
+  for name, value in plain.items():
+    found = fields.get(name, rope.get(name))
+    if found is not None and found != value:
+      raise UserError(
+        f"{folder} can't be written as GGUF: its {name} is {found!r}, for which"
+        f" the header of a {model_type} has no place."
+      )
   return kinds[model_type]
 
 
@@ -236,6 +241,23 @@ def _scaling(
   theta = float(rope.get("rope_theta", fields.get("rope_theta", 10000.0)))
   scaling = fields.get("rope_scaling") or rope
   kind = scaling.get("rope_type", scaling.get("type", "default"))
+  numbers = {
+    name
+    for name, value in scaling.items()
+    if value is not None and name not in ("rope_type", "type", "rope_theta")
+  }
+  original = "original_max_position_embeddings"
+  known = {
+    "default": {"partial_rotary_factor"},
+    "linear": {"factor"},
+    "yarn": {"factor", original},
+    "llama3": {"factor", original, "low_freq_factor", "high_freq_factor"},
+  }
+  if kind not in known or numbers - known[kind]:
+    raise UserError(
+      f"{folder} can't be written as GGUF: its rotations are scaled by {kind!r}"
+      f" with {', '.join(sorted(numbers)) or 'no numbers'}."
+    )
   metadata[f"{prefix}.rope.freq_base"] = theta
   if kind == "llama3":
     width = metadata[f"{prefix}.rope.dimension_count"]
@@ -245,13 +267,8 @@ def _scaling(
     metadata[f"{prefix}.rope.scaling.type"] = kind
     metadata[f"{prefix}.rope.scaling.factor"] = float(scaling["factor"])
     if kind == "yarn":
-      context = scaling.get("original_max_position_embeddings")
+      context = scaling.get(original)
       metadata[f"{prefix}.rope.scaling.original_context_length"] = (
         context or fields["max_position_embeddings"]
       )
-  elif kind != "default":
-    raise UserError(
-      f"{folder} can't be written as GGUF: its rotations are scaled by"
-      f" {kind!r}."
-    )
   return None

@@ -36,7 +36,7 @@ class Architecture(NamedTuple):
       follow the architecture's name.
     epsilon: the same of the norms' epsilon.
     modules: the header's names of modules and Hugging Face's; {} is the layer.
-    always: further fields of config.json.
+    always: further fields of config.json, which a header has no place for.
     interleaved: whether the rows of q and k are kept as pairs that are rotated
       together, not as two halves of each head.
     transposed: modules whose kernels Hugging Face keeps as (in, out).
@@ -131,7 +131,11 @@ ARCHITECTURES = {
         "ffn_down": "mlp.c_proj",
       }.items()
     },
-    always={"activation_function": "gelu_new"},
+    always={
+      "activation_function": "gelu_new",
+      "scale_attn_weights": True,
+      "scale_attn_by_inverse_layer_idx": False,
+    },
     transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
   ),
 }
@@ -187,9 +191,9 @@ def open_tensors(file: Path) -> Tensors:
 def gguf_folder(file: Path) -> Path:
   """The folder in Hugging Face's layout that stands for a GGUF file.
 
-  It is made once for each content: 0.1 s a time to find it and about a second
-  to make it, at SmolLM2's 98 MB, and a few megabytes of disk, for the weights
-  are not copied.
+  It is made once for each content and place: for SmolLM2's 98 MB in about a
+  second, and found again in 0.1 s, the time of the checksum. It takes 4 MB, for
+  the weights are not copied.
 
   Raises:
     UserError: the file can't be read, or holds what isn't known here.
@@ -197,37 +201,35 @@ def gguf_folder(file: Path) -> Path:
   file = file.expanduser().resolve()
   try:
     with file.open("rb") as opened:
-      sha = hashlib.file_digest(opened, "sha256").hexdigest()
+      content = hashlib.file_digest(opened, "sha256").hexdigest()
   except OSError as error:
     raise UserError(f"{file} can't be read: {error.strerror}.") from error
+  # The place counts too: a copy elsewhere gets a link of its own, which no
+  # other process turns elsewhere.
+  key = hashlib.sha256(f"{LAYOUT} {content} {file}".encode()).hexdigest()
   cache = Path("~/.cache/vera_jax/gguf").expanduser()
-  folder = cache / f"{sha}-{LAYOUT}"
+  folder = cache / f"{file.stem[:80]}-{key[:32]}"
+  if (folder / LINK).is_file():
+    return folder
+  gguf = read_gguf(file)
+  list(_names(gguf))  # tensors without a place are refused now
+  files = {"config.json": config_fields(gguf)}
+  files |= tokenizer_files(gguf.metadata, source=file)
+  new = cache / f".{uuid.uuid4().hex}.new"
   try:
-    if not (folder / "config.json").is_file():
-      gguf = read_gguf(file)
-      files = {"config.json": config_fields(gguf)}
-      list(_names(gguf))  # tensors without a place are refused now
-      files |= tokenizer_files(gguf.metadata, source=file)
-      cache.mkdir(parents=True, exist_ok=True)
-      new = cache / f".{uuid.uuid4().hex}.new"
-      new.mkdir()
-      try:
-        for name, value in files.items():
-          write_json(new / name, value)
-        try:
-          new.rename(folder)  # all files or none
-        except OSError:  # another process was faster
-          if not (folder / "config.json").is_file():
-            raise
-      finally:
-        shutil.rmtree(new, ignore_errors=True)
-    link = folder / LINK
-    if not link.is_symlink() or link.readlink() != file:
-      new = folder / f".{uuid.uuid4().hex}.new"
-      new.symlink_to(file)
-      new.replace(link)
+    new.mkdir(parents=True)
+    for name, value in files.items():
+      write_json(new / name, value)
+    (new / LINK).symlink_to(file)
+    try:
+      new.rename(folder)  # all files or none
+    except OSError:
+      if not (folder / LINK).is_file():  # else another process was faster
+        raise
   except OSError as error:
     raise UserError(f"{folder} can't be written: {error}.") from error
+  finally:
+    shutil.rmtree(new, ignore_errors=True)
   return folder
 
 
@@ -291,10 +293,6 @@ def config_fields(gguf: Gguf) -> dict[str, Any]:
   field, key = architecture.epsilon
   fields[field] = _short(get(key, float))
   if architecture.model_type == "gpt2":
-    if not fields["tie_word_embeddings"]:
-      raise UserError(
-        f"{gguf.file}: its head is not its embedding, as GPT-2's is here."
-      )
     return fields
   if not heads or fields["hidden_size"] % heads:
     raise UserError(
@@ -383,6 +381,10 @@ def _scaling(gguf: Gguf, fields: Mapping[str, Any]) -> dict[str, Any] | None:
   """rope_scaling of config.json."""
   prefix = f"{gguf.metadata['general.architecture']}.rope.scaling"
   kind = gguf.metadata.get(f"{prefix}.type", "none")
+  known = ("type", "factor", "original_context_length", "finetuned")
+  for key in gguf.metadata:
+    if key.startswith(f"{prefix}.") and key[len(prefix) + 1 :] not in known:
+      raise UserError(f"{gguf.file}: {key} is not known here.")
   if kind in ("linear", "yarn"):
     factor = gguf.metadata.get(f"{prefix}.factor")
     scaling = {"rope_type": kind, "factor": factor}
