@@ -58,13 +58,20 @@ def test_the_ids_that_end_a_text(tiny_decoder, tmp_path):
   folder = tmp_path / "copy"
   shutil.copytree(tiny_decoder, folder)
   path = folder / "generation_config.json"
-  path.write_text(json.dumps({"eos_token_id": [0, 7]}))
-  assert Generator(load_classifier(folder)).eos == (0, 7)
+  path.write_text(json.dumps({"eos_token_id": [7, 8]}))
+  assert Generator(load_classifier(folder)).eos == (7, 8, 0)
   path.write_text(json.dumps({"eos_token_id": "end"}))
   with pytest.raises(UserError, match="eos_token_id is 'end'"):
     Generator(load_classifier(folder))
   path.unlink()
   assert Generator(load_classifier(folder)).eos == (0,)
+
+
+def test_a_prompt_ends_as_in_training(generator):
+  assert generator.encode("w1 w2", max_new_tokens=8) == [4, 5]
+  about = {"separate": True}
+  other = Generator(generator.decoder._replace(about=about))
+  assert other.encode("w1 w2", max_new_tokens=8) == [4, 5, 0]
 
 
 def test_prompts_that_can_not_be_continued(generator):

@@ -21,6 +21,7 @@ import numpy as np
 
 from vera_jax.adapters.apply import Adapted
 from vera_jax.adapters.merge import merge
+from vera_jax.data.completions import Completions, prompt_ids
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
@@ -84,13 +85,18 @@ class Generator:
     self.eos = _ends(decoder, self.tokenizer)
 
   def encode(self, prompt: str, *, max_new_tokens: int) -> Ids:
-    """A prompt's tokens, with those that the tokenizer puts before a text.
+    """A prompt's tokens, as the decoder was trained on them.
+
+    They begin with what the tokenizer puts before a text, and end with an
+    end-of-text token if that stood behind the prompts of training.
 
     Raises:
       UserError: there is none, they and the answer have no room, or the model
         lacks one of them.
     """
-    ids = self.tokenizer(prompt, verbose=False)["input_ids"]
+    separate = self.decoder.about.get("separate") is True
+    how = Completions("left", separate)
+    [ids] = prompt_ids(self.tokenizer, [prompt], how=how)
     self.check(ids, max_new_tokens=max_new_tokens)
     return ids
 
@@ -281,11 +287,14 @@ def _keys(seed: int, numbers: Sequence[int]) -> jax.Array:
 
 
 def _ends(decoder: Classifier, tokenizer: Any) -> tuple[int, ...]:
-  """The ids that end a text: the first that a file of the folder names.
+  """The ids that end a text: those of the first file of the folder that names
+  some, and the tokenizer's, which is what is learned here.
 
   Raises:
     UserError: the file holds something else there.
   """
+  own = tokenizer.eos_token_id
+  ends = [] if own is None else [own]
   for name in ("generation_config.json", "config.json"):
     path = decoder.folder / name
     named = read_json(path).get("eos_token_id") if path.is_file() else None
@@ -294,6 +303,5 @@ def _ends(decoder: Classifier, tokenizer: Any) -> tuple[int, ...]:
     ids = named if isinstance(named, list) else [named]
     if not all(isinstance(i, int) for i in ids):
       raise UserError(f"{path}: eos_token_id is {named!r}, not ids.")
-    return tuple(ids)
-  own = tokenizer.eos_token_id
-  return () if own is None else (own,)
+    return tuple(dict.fromkeys([*ids, *ends]))
+  return tuple(ends)
