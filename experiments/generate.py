@@ -12,9 +12,9 @@ gives {}; the rest goes on, and the exit code is 1 at the end.
 
 Without further flags the likeliest word is taken each time. --temperature draws
 words, each prompt by a key of its own from --seed; --beams searches. --model
-takes a folder in Hugging Face's layout, such as a merged one, a hub id, or
-package:NAME/PATH. An adapter is merged into the weights first; --keep_adapter
-decodes with it beside them.
+takes a folder in Hugging Face's layout, such as a merged one, a .gguf file, a
+hub id or package:NAME/PATH. An adapter is merged into the weights first;
+--keep_adapter decodes with it beside them.
 """
 
 import itertools
