@@ -5,7 +5,8 @@ import re
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,38 @@ def remark_idle(config: ConfigDict, arguments: Iterable[str]) -> None:
         f"--config.{key} has no effect with config.method={config.method}.",
         file=sys.stderr,
       )
+
+
+@contextmanager
+def opened(name: str) -> Iterator[Iterable[bytes]]:
+  """A file's lines, or for "-" those of standard input.
+
+  There is a progress bar if standard output is not shown.
+  """
+  if name == "-":
+    yield sys.stdin.buffer
+    return
+  from rich.progress import Progress
+
+  shown = sys.stderr.isatty() and not sys.stdout.isatty()
+  bar = Progress(
+    console=Console(stderr=True), disable=not shown, redirect_stdout=False
+  )
+  path = Path(name).expanduser()
+  try:
+    file = bar.open(path, "rb", description=path.name)
+  except OSError as error:
+    raise UserError(f"{name} can't be read: {error.strerror}.") from error
+  with bar, file:
+    yield file
+
+
+def until_closed(main: Callable[[], None]) -> None:
+  """`main`, which ends quietly when a reader such as `head` closes the pipe."""
+  try:
+    main()
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def with_seeds(config: ConfigDict, seeds: Iterable[int]) -> list[ConfigDict]:

@@ -22,10 +22,8 @@ spaces, or a JSON list.
 """
 
 import json
-import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +73,7 @@ def main() -> None:
     raise UserError("Parquet is read from a file, not from standard input.")
 
   bad = total = 0
-  with _opened(INPUT.value) as file:
+  with cli.opened(INPUT.value) as file:
     if MODEL.value:
       classifier = load_classifier(MODEL.value)
     else:
@@ -133,28 +131,6 @@ def input_format(name: str, given: str | None) -> str:
   return given or ENDINGS[ending]
 
 
-@contextmanager
-def _opened(name: str) -> Iterator[Iterable[bytes]]:
-  """The input's lines, and a progress bar if standard output is not shown."""
-  if name == "-":
-    yield sys.stdin.buffer
-    return
-  from rich.console import Console
-  from rich.progress import Progress
-
-  shown = sys.stderr.isatty() and not sys.stdout.isatty()
-  bar = Progress(
-    console=Console(stderr=True), disable=not shown, redirect_stdout=False
-  )
-  path = Path(name).expanduser()
-  try:
-    file = bar.open(path, "rb", description=path.name)
-  except OSError as error:
-    raise UserError(f"{name} can't be read: {error.strerror}.") from error
-  with bar, file:
-    yield file
-
-
 def _text(answer: Any, labels: tuple[str, ...]) -> str:
   """An answer as a line of the output; an empty one for None, a bad line."""
   tagged = hasattr(answer, "tags")
@@ -178,13 +154,5 @@ def _text(answer: Any, labels: tuple[str, ...]) -> str:
   return "\t".join([answer.label, *(f"{number:.6f}" for number in numbers)])
 
 
-def _until_closed() -> None:
-  """`main`, which ends quietly when a reader such as `head` closes the pipe."""
-  try:
-    main()
-  except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 if __name__ == "__main__":
-  cli.run(_until_closed, usage=__doc__)
+  cli.run(partial(cli.until_closed, main), usage=__doc__)

@@ -19,6 +19,8 @@ What a notebook needs:
   load_classifier     a merged (or any other) classifier's folder
   write_merged        a classifier as a plain Hugging Face checkpoint
   Predictor           answers of a classifier to texts
+  Generator           texts that a decoder continues prompts with
+  Sampling, Beam      how it chooses the words
   AdapterBank         many adapters on one base, mixed in one batch
   report              a package: results as DataFrames and figures
   UserError           what is raised for input that the user can mend
@@ -37,6 +39,8 @@ from vera_jax.adapters.projections import digest, make_pair
 from vera_jax.adapters.push import push_adapter
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
+from vera_jax.generate.beam import Beam
+from vera_jax.generate.sampling import Sampling
 from vera_jax.models.classifier import (
   Classifier,
   load_classifier,
@@ -44,6 +48,7 @@ from vera_jax.models.classifier import (
 )
 from vera_jax.models.export_hf import write_merged
 from vera_jax.serve.bank import AdapterBank
+from vera_jax.serve.generator import Generator
 from vera_jax.serve.predictor import Predictor
 
 __version__ = "0.1.0"
@@ -76,8 +81,11 @@ def group_key(config):
 __all__ = [
   "Adapter",
   "AdapterBank",
+  "Beam",
   "Classifier",
+  "Generator",
   "Predictor",
+  "Sampling",
   "SavedAdapter",
   "Target",
   "UserError",

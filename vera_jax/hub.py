@@ -22,6 +22,7 @@ PACKAGE = "package:"
 GGUF = ".gguf"
 FILES = [
   "config.json",
+  "generation_config.json",
   "tokenizer*.json",
   "vocab.*",
   "merges.txt",

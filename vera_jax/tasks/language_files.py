@@ -90,7 +90,12 @@ def task_for(config: ConfigDict) -> Task | None:
       f"texts: {' and '.join(columns)}; learned: {learned}",
       f"dev: {where}",
     ),
-    stored={**task.stored, "columns": list(columns)},
+    stored={
+      **task.stored,
+      "columns": list(columns),
+      # how prompts end, for whoever asks the model later
+      "separate": bool(data.separate and len(columns) > 1),
+    },
   )
 
 

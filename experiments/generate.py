@@ -1,0 +1,192 @@
+"""Let a decoder write on, with a trained adapter or from a whole folder.
+
+  python -m experiments.generate --adapter=RUN/adapter --prompt="Once upon a"
+  python -m experiments.generate --model=FOLDER --input=prompts.jsonl
+  … --temperature=0.7 --top_p=0.9 --seed=1
+  … --beams=10 --length_penalty=0.8 --no_repeat_ngram=4 --rules=lora
+
+The answer to one prompt appears as it is written (with --beams at its end). A
+file of prompts has an object with "prompt" in each line; its lines come out
+with "answer" added, in their order. A bad line is named on standard error and
+gives {}; the rest goes on, and the exit code is 1 at the end.
+
+Without further flags the likeliest word is taken each time. --temperature draws
+words, each prompt by a key of its own from --seed; --beams searches. --model
+takes a folder in Hugging Face's layout, such as a merged one, a .gguf file, a
+hub id or package:NAME/PATH. An adapter is merged into the weights first;
+--keep_adapter decodes with it beside them.
+"""
+
+import itertools
+import json
+import sys
+from functools import partial
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+from vera_jax.errors import UserError
+
+ADAPTER = flags.DEFINE_string(
+  "adapter", None, "An adapter: a folder, or a hub id (owner/name[@revision])."
+)
+MODEL = flags.DEFINE_string(
+  "model", None, "A whole decoder, such as a merged one."
+)
+BASE = flags.DEFINE_string(
+  "base", None, "The adapter's base. Unset: what adapter.json names."
+)
+PROMPT = flags.DEFINE_string("prompt", None, "One prompt.")
+INPUT = flags.DEFINE_string(
+  "input", None, "Prompts: a .jsonl file, or - for standard input."
+)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+  "max_new_tokens", 64, "The most tokens of an answer.", 1
+)
+TEMPERATURE = flags.DEFINE_float(
+  "temperature", 0.0, "0: the likeliest word each time. Above: words are drawn."
+)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among as many words; 0 for all.")
+TOP_P = flags.DEFINE_float(
+  "top_p", 1.0, "Draw among the words that together have this probability."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.", 0, 2**32 - 1)
+BEAMS = flags.DEFINE_integer(
+  "beams", None, "Beam search with as many beams.", 1
+)
+LENGTH_PENALTY = flags.DEFINE_float(
+  "length_penalty", 1.0, "Of beam search: above 0 for longer answers."
+)
+EARLY_STOPPING = flags.DEFINE_enum(
+  "early_stopping",
+  "false",
+  ["false", "true", "never"],
+  "When beam search ends, as transformers has it.",
+)
+RULES = flags.DEFINE_enum(
+  "rules",
+  "hf",
+  ["hf", "lora"],
+  "Of beam search: transformers' or those of microsoft/LoRA's experiments.",
+)
+NO_REPEAT_NGRAM = flags.DEFINE_integer(
+  "no_repeat_ngram", 0, "No n-gram of this size comes twice; 0: no rule.", 0
+)
+KEEP_ADAPTER = flags.DEFINE_bool(
+  "keep_adapter", False, "Decode with the adapter unmerged."
+)
+BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 16, "Prompts of a file that are answered together.", 1
+)
+DTYPE = flags.DEFINE_enum(
+  "dtype", "float32", ["float32", "bfloat16"], "Of weights and computing."
+)
+OF_SAMPLING = ("temperature", "top_k", "top_p", "seed")
+OF_BEAMS = ("length_penalty", "early_stopping", "rules")
+CHUNK = 8  # batches of a file that are sorted by length together
+
+
+def main() -> None:
+  if bool(ADAPTER.value) == bool(MODEL.value):
+    raise UserError("Give either --adapter=DIR or --model=DIR.")
+  if (PROMPT.value is None) == (INPUT.value is None):
+    raise UserError("Give either --prompt=TEXT or --input=FILE.")
+  idle = OF_SAMPLING if BEAMS.value else OF_BEAMS
+  given = [f"--{name}" for name in idle if flags.FLAGS[name].present]
+  if given:
+    why = "without --beams" if idle is OF_BEAMS else "with --beams"
+    raise UserError(f"{', '.join(given)} has no effect {why}: leave it out.")
+  # Imported only now: a mistake in the flags is reported without the wait.
+  import jax.numpy as jnp
+
+  from vera_jax.adapters.files import load_adapter
+  from vera_jax.generate.beam import Beam
+  from vera_jax.generate.sampling import Sampling
+  from vera_jax.models.classifier import load_classifier, restore_adapter
+  from vera_jax.serve.generator import Generator
+
+  how: Any = Sampling(
+    TEMPERATURE.value, TOP_K.value, TOP_P.value, NO_REPEAT_NGRAM.value
+  )
+  if BEAMS.value:
+    early = {"false": False, "true": True}
+    how = Beam(
+      BEAMS.value,
+      LENGTH_PENALTY.value,
+      NO_REPEAT_NGRAM.value,
+      early.get(EARLY_STOPPING.value, EARLY_STOPPING.value),
+      RULES.value,
+    )
+  how.check()
+
+  def make_generator() -> Generator:
+    dtype = jnp.dtype(DTYPE.value)
+    if MODEL.value:
+      decoder = load_classifier(MODEL.value, dtype=dtype)
+    else:
+      saved = load_adapter(ADAPTER.value or "")
+      decoder = restore_adapter(saved, BASE.value, dtype=dtype)
+    return Generator(
+      decoder, keep_adapter=KEEP_ADAPTER.value, rows=BATCH_SIZE.value
+    )
+
+  settings: dict[str, Any] = {
+    "how": how,
+    "max_new_tokens": MAX_NEW_TOKENS.value,
+    "seed": SEED.value,
+  }
+  if PROMPT.value is not None:
+    for piece in make_generator().stream(PROMPT.value, **settings):
+      print(piece, end="", flush=True)
+    print()
+    return
+  with cli.opened(INPUT.value or "-") as file:
+    _answer_file(file, make_generator(), settings)
+
+
+def _answer_file(file: Any, generator: Any, settings: dict[str, Any]) -> None:
+  """A line of JSON on standard output for each line of the file.
+
+  The prompts of some batches at a time are read and sorted by length, so that
+  a batch has little padding.
+  """
+  from vera_jax.data.tables import read_rows
+
+  bad = total = 0
+  rows = read_rows(file, format="jsonl")
+  while chunk := list(itertools.islice(rows, CHUNK * BATCH_SIZE.value)):
+    encoded, wrong = [], {}
+    for row in chunk:
+      try:
+        if row.error:
+          raise UserError(row.error)
+        if not isinstance(row.values.get("prompt"), str):
+          raise UserError('it has no "prompt" that is a text')
+        tokens = generator.encode(
+          row.values["prompt"], max_new_tokens=settings["max_new_tokens"]
+        )
+        encoded.append(tokens)
+      except UserError as error:
+        wrong[row.number] = str(error)
+        encoded.append(None)
+    # a prompt's number is its line's, also where lines before it are bad
+    good = [i for i, tokens in enumerate(encoded) if tokens is not None]
+    answers = generator.ids(
+      [encoded[i] for i in good],
+      numbers=[total + i for i in good],
+      **settings,
+    )
+    texts = dict(zip(good, map(generator.decode, answers), strict=True))
+    for i, row in enumerate(chunk):
+      if row.number in wrong:
+        print(f"line {row.number}: {wrong[row.number]}", file=sys.stderr)
+      line = {**row.values, "answer": texts[i]} if i in texts else {}
+      print(json.dumps(line, ensure_ascii=False), flush=True)
+    total, bad = total + len(chunk), bad + len(wrong)
+  if bad:
+    raise UserError(f"{bad} of {total} lines could not be used.")
+
+
+if __name__ == "__main__":
+  cli.run(partial(cli.until_closed, main), usage=__doc__)

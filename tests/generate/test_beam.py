@@ -1,0 +1,236 @@
+"""Beam search by both sets of rules, on tables of logits."""
+
+import itertools
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from tests.generate.markov import EOS, WORDS, chain, random_table, search
+from vera_jax.errors import UserError
+from vera_jax.generate.beam import Beam, best_words
+
+GOLDEN = json.loads(
+  (Path(__file__).parents[1] / "golden/beams.json").read_text()
+)
+PROMPTS = [[5], [7, 3, 7, 3], [4, 4, 9]]
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: str(c["seed"]))
+def test_the_rules_hf_give_transformers_texts(case):
+  check_against_transformers(case)
+
+
+def check_against_transformers(case):
+  case = dict(case)
+  expected, eos = case.pop("answers"), case.pop("eos")
+  table = random_table(case.pop("seed"))
+  found = search(table, GOLDEN["prompts"], new=GOLDEN["new"], eos=eos, **case)
+  for texts, answers in zip(found, expected, strict=True):
+    assert [text for text, _ in texts] == [text for text, _ in answers]
+    scores = [score for _, score in answers]
+    assert [score for _, score in texts] == pytest.approx(scores, rel=1e-5)
+
+
+@pytest.mark.parity
+def test_the_rules_hf_give_transformers_texts_live():
+  make = pytest.importorskip("tests.golden.make_beams", exc_type=ImportError)
+  for case in make.cases():
+    expected = [make.answers(case, prompt) for prompt in make.PROMPTS]
+    check_against_transformers({**case, "answers": expected})
+
+
+def lora_by_hand(table, prompt, *, beams, penalty, ngram, new, eos):
+  """microsoft/LoRA's search with lists, one candidate after another."""
+  best, best_score = [], -np.inf
+  running = [(0.0, [])]
+  for _ in range(new):
+    candidates = []
+    for total, text in running:
+      before = [0, *prompt, *text]
+      logits = table[before[-2], before[-1]].astype(np.float64)
+      if ngram:
+        grams = zip(*(text[k:] for k in range(ngram)), strict=False)
+        for *head, word in grams:
+          if head == text[len(text) - ngram + 1 :]:
+            logits[word] = -np.inf
+      for word, chance in enumerate(log_softmax(logits)):
+        candidates.append((total + chance, [*text, word]))
+    candidates.sort(key=lambda pair: -pair[0])
+    running = []
+    for total, text in candidates[:beams]:
+      if text[-1] not in eos:
+        running.append((total, text))
+      elif total / len(text) ** penalty > best_score:
+        best, best_score = text, total / len(text) ** penalty
+  for total, text in running:
+    if total / new**penalty > best_score:
+      best, best_score = text, total / new**penalty
+  return best, best_score
+
+
+@pytest.mark.parametrize("penalty, ngram, beams", [(0.8, 3, 3), (-0.5, 1, 4)])
+def test_the_rules_lora_are_microsofts(penalty, ngram, beams):
+  for seed in range(8):
+    table = random_table(seed, spread=2.5)
+    found = search(
+      table,
+      PROMPTS,
+      rules="lora",
+      beams=beams,
+      length_penalty=penalty,
+      no_repeat_ngram=ngram,
+    )
+    for prompt, [(text, score)] in zip(PROMPTS, found, strict=True):
+      expected, best = lora_by_hand(
+        table, prompt, beams=beams, penalty=penalty, ngram=ngram, new=8, eos=EOS
+      )
+      assert text == expected
+      assert score == pytest.approx(best, rel=1e-5)
+
+
+# The six rules of microsoft/LoRA one by one, where transformers has others.
+# Word 0 ends a text.
+NO_BIGRAM_TWICE = {"beams": 2, "no_repeat_ngram": 2, "new": 4, "eos": [0]}
+FOR_LONG = {"beams": 2, "length_penalty": 2.0, "new": 5, "eos": [0]}
+
+
+def test_lora_forbids_n_grams_of_the_answer_only():
+  table = chain({2: {3: 0.9, 4: 0.1}, 3: {0: 1.0}, 4: {0: 1.0}}, words=5)
+  prompt = [[2, 3, 2]]  # 2 3 is in the prompt, and the likeliest answer
+  [[(text, _)]] = search(table, prompt, rules="lora", **NO_BIGRAM_TWICE)
+  assert text == [3, 0]
+  [[(text, _), _]] = search(table, prompt, rules="hf", **NO_BIGRAM_TWICE)
+  assert text == [4, 0]
+
+
+def test_lora_spreads_what_it_forbids_over_the_other_words():
+  # Of what may follow 3 3, a third 3 has one half, and may not come.
+  chances = {2: {3: 1.0}, 3: {3: 0.5, 0: 0.4, 4: 0.1}, 4: {0: 1.0}}
+  table, prompt = chain(chances, words=5), [[1, 1, 2]]
+  [[(text, score)]] = search(table, prompt, rules="lora", **NO_BIGRAM_TWICE)
+  assert text == [3, 3, 0]
+  assert score == pytest.approx(np.log(0.5 * 0.4 / 0.5) / 3)
+  [texts] = search(table, prompt, rules="hf", **NO_BIGRAM_TWICE)
+  [score] = [score for text, score in texts if text == [3, 3, 0]]
+  assert score == pytest.approx(np.log(0.5 * 0.4) / 3)
+
+
+def test_lora_does_not_refill_the_beam_of_a_text_that_ended():
+  # The first words by chance are the end, 3 and 4; what follows 4 is certain.
+  table = chain(
+    {
+      2: {0: 0.4, 3: 0.35, 4: 0.25},
+      3: {word: 0.2 for word in range(5)},
+      4: {1: 1.0},
+      1: {0: 1.0},
+    },
+    words=5,
+  )
+  [[(text, _)]] = search(table, [[2]], rules="lora", **FOR_LONG)
+  assert text[0] == 3
+  [texts] = search(table, [[2]], early_stopping="never", **FOR_LONG)
+  assert texts[0][0] == [4, 1, 0]
+
+
+def test_lora_does_not_stop_early_and_counts_what_has_not_ended():
+  # Long texts win by their penalty, after two short ones have ended.
+  table = chain({2: {0: 0.5, 3: 0.5}, 3: {0: 0.4, 3: 0.6}}, words=5)
+  [[(text, score)]] = search(table, [[2]], rules="lora", **FOR_LONG)
+  assert text == [3] * 5
+  assert score == pytest.approx(np.log(0.5 * 0.6**4) / 5**2)
+  [texts] = search(table, [[2]], early_stopping=True, **FOR_LONG)
+  assert max(len(text) for text, _ in texts) <= 3
+
+
+def test_lora_scores_by_the_length_of_the_answer_with_its_end():
+  table = chain({2: {3: 1.0}, 3: {0: 0.25, 4: 0.75}, 4: {4: 1.0}}, words=5)
+  # the prompts' lengths count for nothing
+  settings = {"length_penalty": 0.8, "beams": 2, "new": 2, "eos": [4]}
+  for [(text, score)] in search(
+    table, [[2], [4, 4, 4, 2]], rules="lora", **settings
+  ):
+    assert text == [3, 4]
+    assert score == pytest.approx(np.log(0.75) / 2**0.8)
+
+
+def every_text(table, prompt, *, new, eos, penalty):
+  """All texts with their scores, the best first."""
+  texts, running = [], [([], 0.0)]
+  for length in range(1, new + 1):
+    longer = []
+    for text, total in running:
+      before = [0, *prompt, *text]
+      for word, chance in enumerate(log_softmax(table[before[-2], before[-1]])):
+        pair = [*text, word], total + float(chance)
+        ended = word in eos or length == new
+        if ended:
+          texts.append((pair[0], pair[1] / length**penalty))
+        else:
+          longer.append(pair)
+    running = longer
+  return sorted(texts, key=lambda pair: -pair[1])
+
+
+@pytest.mark.parametrize("rules", ["hf", "lora"])
+def test_with_beams_for_every_text_the_best_of_all_is_found(rules):
+  for seed in range(4):
+    table = random_table(seed, words=4)
+    settings = {"early_stopping": "never"} if rules == "hf" else {}
+    found = search(
+      table, [[3], [2, 1]], rules=rules, beams=30, new=4, eos=[0], **settings
+    )
+    for prompt, texts in zip([[3], [2, 1]], found, strict=True):
+      expected = every_text(table, prompt, new=4, eos=[0], penalty=1.0)
+      assert texts[0][0] == expected[0][0]
+      assert texts[0][1] == pytest.approx(expected[0][1], rel=1e-5)
+
+
+def test_the_best_words_of_all_beams():
+  rng = np.random.default_rng(0)
+  scores = rng.integers(0, 40, (3, 4, 9)).astype(np.float32)  # with equal ones
+  for keep in (4, 12):
+    values, beams, words = best_words(jnp.asarray(scores), keep=keep)
+    flat = scores.reshape(3, -1)
+    order = np.argsort(-flat, axis=1, kind="stable")[:, :keep]
+    assert (values == np.take_along_axis(flat, order, axis=1)).all()
+    assert (beams == order // 9).all() and (words == order % 9).all()
+
+
+@pytest.mark.parametrize(
+  "settings, words",
+  [
+    ({"rules": "t5x"}, "choose hf or lora"),
+    ({"beams": 0}, "at least 1"),
+    ({"no_repeat_ngram": -1}, "no_repeat_ngram is -1"),
+    ({"length_penalty": float("nan")}, "finite"),
+    ({"early_stopping": "soon"}, "'never'"),
+    ({"rules": "lora", "early_stopping": True}, "no effect"),
+  ],
+)
+def test_settings_that_there_are_not(settings, words):
+  with pytest.raises(UserError, match=words):
+    Beam(**settings).check()
+
+
+def test_more_ends_than_words():
+  table = random_table(0, words=4)
+  with pytest.raises(UserError, match="name fewer ids"):
+    search(table, [[1]], eos=list(itertools.chain(range(4))))
+
+
+def test_the_golden_cases_cover_what_ends_a_search():
+  cases = GOLDEN["cases"]
+  assert {str(case["early_stopping"]) for case in cases} == {
+    "False",
+    "True",
+    "never",
+  }
+  lengths = {
+    len(text) for case in cases for a in case["answers"] for text, _ in a
+  }
+  assert max(lengths) == GOLDEN["new"] and min(lengths) == 1
+  assert all(WORDS > word for case in cases for word in case["eos"])

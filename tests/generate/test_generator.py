@@ -1,0 +1,108 @@
+"""Texts that continue prompts: batches, streams, adapters, mistakes."""
+
+import json
+import shutil
+
+import pytest
+
+from vera_jax.errors import UserError
+from vera_jax.generate.beam import Beam
+from vera_jax.generate.sampling import Sampling
+from vera_jax.models.classifier import load_classifier
+from vera_jax.serve.generator import Generator
+
+PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11 w12 w13", "w4 w1"]
+
+
+def test_answers_are_texts_without_their_end(generator):
+  texts = generator.texts(PROMPTS, max_new_tokens=8)
+  ids = generator.ids(
+    [generator.encode(p, max_new_tokens=8) for p in PROMPTS], max_new_tokens=8
+  )
+  assert len(texts) == 4 and len(set(texts)) > 1
+  for text, tokens in zip(texts, ids, strict=True):
+    assert 0 not in tokens[:-1]
+    words = [f"w{i - 3}" for i in tokens if i > 2]
+    assert text == " ".join(words)
+
+
+def test_a_prompt_draws_by_its_own_number(generator):
+  how = Sampling(temperature=1.5)
+  texts = generator.texts(PROMPTS, how=how, max_new_tokens=8, seed=1)
+  assert generator.texts(PROMPTS, how=how, max_new_tokens=8, seed=1) == texts
+  assert generator.texts(PROMPTS, how=how, max_new_tokens=8, seed=2) != texts
+  tokens = [generator.encode(p, max_new_tokens=8) for p in PROMPTS]
+  mixed = generator.ids(
+    tokens[::-1], how=how, max_new_tokens=8, seed=1, numbers=[3, 2, 1, 0]
+  )
+  assert [generator.decode(ids) for ids in mixed] == texts[::-1]
+
+
+def test_a_stream_is_the_text_in_pieces(generator):
+  for how in (Sampling(), Sampling(temperature=1.5)):
+    settings = {"how": how, "max_new_tokens": 8, "seed": 5}
+    pieces = list(generator.stream(PROMPTS[0], **settings))
+    assert len(pieces) > 1
+    assert ["".join(pieces)] == generator.texts(PROMPTS[:1], **settings)
+
+
+def test_a_beam_search_streams_one_piece(generator):
+  settings = {"how": Beam(beams=3, length_penalty=0.8), "max_new_tokens": 8}
+  prompt = PROMPTS[2]  # long enough that its beams share slots of the cache
+  [text] = generator.stream(prompt, **settings)
+  assert [text] == generator.texts([prompt], **settings)
+  assert text and text != generator.texts(PROMPTS, max_new_tokens=8)[2]
+
+
+def test_the_ids_that_end_a_text(tiny_decoder, tmp_path):
+  folder = tmp_path / "copy"
+  shutil.copytree(tiny_decoder, folder)
+  path = folder / "generation_config.json"
+  path.write_text(json.dumps({"eos_token_id": [7, 8]}))
+  assert Generator(load_classifier(folder)).eos == (7, 8, 0)
+  path.write_text(json.dumps({"eos_token_id": "end"}))
+  with pytest.raises(UserError, match="eos_token_id is 'end'"):
+    Generator(load_classifier(folder))
+  path.unlink()
+  assert Generator(load_classifier(folder)).eos == (0,)
+
+
+def test_a_prompt_ends_as_in_training(generator):
+  assert generator.encode("w1 w2", max_new_tokens=8) == [4, 5]
+  about = {"separate": True}
+  other = Generator(generator.decoder._replace(about=about))
+  assert other.encode("w1 w2", max_new_tokens=8) == [4, 5, 0]
+
+
+def test_prompts_that_can_not_be_continued(generator):
+  for prompts, words in (
+    ("w1", "list of prompts"),
+    (["w1", ""], "Prompt 2: The prompt is empty"),
+    (["w1 " * 45], "45 tokens, and with 8 .* more than the 48"),
+  ):
+    with pytest.raises(UserError, match=words):
+      generator.texts(prompts, max_new_tokens=8)
+  with pytest.raises(UserError, match="token 99, but .* before 23"):
+    generator.ids([[5, 99]], max_new_tokens=8)
+  with pytest.raises(UserError, match="max_new_tokens is 0"):
+    generator.texts(["w1"], max_new_tokens=0)
+  with pytest.raises(UserError, match="beams is 0"):
+    generator.texts(["w1"], how=Beam(beams=0), max_new_tokens=8)
+  assert generator.ids([]) == []
+  just_fits = [*PROMPTS[:3], "w1 " * 40]
+  assert len(generator.texts(just_fits, max_new_tokens=8)) == 4
+
+
+def test_a_classifier_writes_no_texts(generator):
+  other = generator.decoder._replace(kind="classification")
+  with pytest.raises(UserError, match="experiments.predict"):
+    Generator(other)
+
+
+def test_padding_changes_nothing(generator):
+  prompts = [generator.encode(p, max_new_tokens=8) for p in PROMPTS]
+  apart = generator.ids(prompts, max_new_tokens=8)
+  # a longer one makes all rows of the batch as wide
+  prompts[2] = [5] * 33
+  together = generator.ids(prompts, max_new_tokens=8)
+  assert together[:2] == apart[:2] and together[3] == apart[3]

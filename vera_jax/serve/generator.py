@@ -1,0 +1,307 @@
+"""Texts that continue prompts, by a decoder with an adapter or without.
+
+  decoder = restore_adapter(load_adapter("runs/a/adapter"))
+  generator = Generator(decoder)
+  generator.texts(["Once upon a time"], max_new_tokens=40)
+  generator.texts(prompts, how=Sampling(temperature=0.7, top_p=0.9), seed=1)
+  generator.texts(prompts, how=Beam(beams=4, no_repeat_ngram=3))
+  for piece in generator.stream("Once upon a time"): print(piece, end="")
+
+The adapter is merged into the weights first, for then it costs nothing at each
+token; `keep_adapter=True` decodes with it beside them.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vera_jax.adapters.apply import Adapted
+from vera_jax.adapters.merge import merge
+from vera_jax.data.completions import Completions, prompt_ids
+from vera_jax.data.tokenizer import load_tokenizer
+from vera_jax.errors import UserError
+from vera_jax.files import read_json
+from vera_jax.generate.beam import Beam
+from vera_jax.generate.decode import (
+  compiled,
+  compiled_prefill,
+  compiled_read,
+)
+from vera_jax.generate.history import append
+from vera_jax.generate.sampling import (
+  GREEDY,
+  Answers,
+  Sampling,
+  compiled_next,
+)
+from vera_jax.models.classifier import Classifier
+from vera_jax.models.decoder import empty_cache
+from vera_jax.models.kinds import WORDS
+
+STEP = 32  # prompts are padded to multiples of it: few shapes are compiled
+BROKEN = "\ufffd"  # what a tokenizer gives for half of a character
+Ids = list[int]
+
+
+class Generator:
+  """A decoder with its tokenizer, compiled for a few shapes."""
+
+  def __init__(
+    self, decoder: Classifier, *, keep_adapter: bool = False, rows: int = 16
+  ) -> None:
+    """A generator of texts.
+
+    Args:
+      decoder: from `restore_adapter`, or `load_classifier` of a whole folder.
+      keep_adapter: decode with the adapter beside the weights, unmerged.
+      rows: how many prompts are answered together.
+
+    Raises:
+      UserError: the model answers questions about texts, and writes none.
+    """
+    if decoder.kind != WORDS:
+      raise UserError(
+        f"The model in {decoder.folder} is no decoder that writes texts; its"
+        " answers to texts are given by python -m experiments.predict."
+      )
+    self.decoder, self.rows = decoder, rows
+    self.tokenizer = load_tokenizer(decoder.folder)
+    self.module, self.variables = decoder.module, decoder.variables
+    if isinstance(self.module, Adapted) and not keep_adapter:
+      merged = merge(
+        decoder.params,
+        decoder.projections,
+        adapter=decoder.adapter,
+        targets=decoder.targets,
+      )
+      self.module, self.variables = self.module.model, {"params": merged}
+    plain: Any = self.module
+    plain = plain.model if isinstance(plain, Adapted) else plain
+    self.dtype = plain.dtype
+    self.eos = _ends(decoder, self.tokenizer)
+
+  def encode(self, prompt: str, *, max_new_tokens: int) -> Ids:
+    """A prompt's tokens, as the decoder was trained on them.
+
+    They begin with what the tokenizer puts before a text, and end with an
+    end-of-text token if that stood behind the prompts of training.
+
+    Raises:
+      UserError: there is none, they and the answer have no room, or the model
+        lacks one of them.
+    """
+    separate = self.decoder.about.get("separate") is True
+    how = Completions("left", separate)
+    [ids] = prompt_ids(self.tokenizer, [prompt], how=how)
+    self.check(ids, max_new_tokens=max_new_tokens)
+    return ids
+
+  def check(self, ids: Sequence[int], *, max_new_tokens: int) -> None:
+    """Raises a UserError for tokens that the decoder can't continue."""
+    if not len(ids):
+      raise UserError(
+        "The prompt is empty, and this tokenizer puts nothing before a text:"
+        " give one word at least."
+      )
+    room, vocab = self.decoder.room, self.decoder.config.vocab_size
+    if max_new_tokens < 1:
+      raise UserError(f"max_new_tokens is {max_new_tokens}; give 1 or more.")
+    if len(ids) + max_new_tokens > room:
+      raise UserError(
+        f"The prompt has {len(ids)} tokens, and with {max_new_tokens} new ones"
+        f" they are more than the {room} that the model has room for: shorten"
+        " it, or lower max_new_tokens."
+      )
+    if not 0 <= min(ids) <= max(ids) < vocab:
+      raise UserError(
+        f"The prompt has the token {max(ids)}, but the model's vocabulary ends"
+        f" before {vocab}: tokenizer and model don't belong together."
+      )
+
+  def texts(
+    self,
+    prompts: Sequence[str],
+    *,
+    how: Sampling | Beam = GREEDY,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+  ) -> list[str]:
+    """What follows each prompt, without it; the arguments are those of `ids`.
+
+    Raises:
+      UserError: what was given is no list of texts, or as for `encode`.
+    """
+    if isinstance(prompts, str):
+      raise UserError("A list of prompts is needed, also for one: ['Once'].")
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+      try:
+        encoded.append(self.encode(prompt, max_new_tokens=max_new_tokens))
+      except UserError as error:
+        raise UserError(f"Prompt {number}: {error}") from error
+    answers = self.ids(
+      encoded, how=how, max_new_tokens=max_new_tokens, seed=seed
+    )
+    return [self.decode(ids) for ids in answers]
+
+  def ids(
+    self,
+    prompts: Sequence[Sequence[int]],
+    *,
+    how: Sampling | Beam = GREEDY,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
+    eos: Sequence[int] | None = None,
+  ) -> list[Ids]:
+    """The tokens that follow each prompt's, with the end among them if any.
+
+    Args:
+      prompts: tokens; those of like lengths are answered together.
+      how: words are chosen: greedily, drawn, or by beam search.
+      max_new_tokens: the most tokens of an answer.
+      seed: of what is drawn. Each prompt has a key of its own, by its number,
+        so that its answer does not depend on the others.
+      numbers: of the prompts; None: from 0. Give them where prompts of one list
+        come in parts.
+      eos: the ids that end a text; None for those that the folder names.
+
+    Raises:
+      UserError: as for `check`, or settings that there are not.
+    """
+    how.check()
+    for ids in prompts:
+      self.check(ids, max_new_tokens=max_new_tokens)
+    ends = self.eos if eos is None else tuple(eos)
+    own = range(len(prompts)) if numbers is None else numbers
+    answers: list[Ids] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), self.rows):
+      batch = order[start : start + self.rows]
+      # rows that fill the batch up repeat its last prompt
+      count = min(self.rows, 1 << (len(batch) - 1).bit_length())
+      filled = batch + batch[-1:] * (count - len(batch))
+      tokens, lengths = self._padded([prompts[i] for i in filled])
+      # rounded down, for each value is compiled
+      shared = min(map(len, (prompts[i] for i in batch))) // 8 * 8
+      found = compiled(
+        self.module,
+        self.decoder.config,
+        self.variables,
+        tokens,
+        lengths,
+        _keys(seed, [own[i] for i in filled]),
+        how=how,
+        eos=ends,
+        max_new_tokens=max_new_tokens,
+        pad=self.tokenizer.pad_token_id,
+        shared=shared if isinstance(how, Beam) else 0,
+        dtype=self.dtype,
+      )
+      new, count_new = np.asarray(found.ids), np.asarray(found.lengths)
+      if not isinstance(found, Answers):  # the best of each prompt's texts
+        new, count_new = new[:, 0], count_new[:, 0]
+      for i, row, length in zip(batch, new, count_new, strict=False):
+        answers[i] = row[:length].tolist()
+    return answers
+
+  def stream(
+    self,
+    prompt: str,
+    *,
+    how: Sampling | Beam = GREEDY,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+  ) -> Iterator[str]:
+    """The answer that `texts` gives to one prompt, piece by piece.
+
+    That of a beam search is known only at its end, and comes as one piece.
+
+    Raises:
+      UserError: as for `encode`.
+    """
+    how.check()
+    if not isinstance(how, Sampling):
+      yield from self.texts([prompt], how=how, max_new_tokens=max_new_tokens)
+      return
+    tokens = self.encode(prompt, max_new_tokens=max_new_tokens)
+    ids, lengths = self._padded([tokens])
+    keys = _keys(seed, [0])
+    history = append(ids, lengths, jnp.zeros((1, max_new_tokens), jnp.int32))
+    length = ids.shape[1] + max_new_tokens
+    cache = empty_cache(self.decoder.config, 1, length, self.dtype)
+    logits, cache = compiled_prefill(
+      self.module, self.variables, cache, ids, lengths
+    )
+    answer: Ids = []
+    shown = ""
+    while True:
+      token = compiled_next(
+        logits,
+        keys,
+        jnp.int32(len(answer)),
+        history,
+        lengths + len(answer),
+        sampling=how,
+      )
+      history = history.at[0, len(tokens) + len(answer)].set(token[0])
+      answer.append(int(token[0]))
+      text = self.decode(answer)
+      if not text.endswith(BROKEN) and len(text) > len(shown):
+        yield text[len(shown) :]
+        shown = text
+      if answer[-1] in self.eos or len(answer) == max_new_tokens:
+        break
+      logits, cache = compiled_read(
+        self.module, self.variables, cache, token[:, None]
+      )
+    if len(text) > len(shown):
+      yield text[len(shown) :]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """An answer's text, without what ends it and other special tokens."""
+    kept = [i for i in ids if i not in self.eos]
+    return self.tokenizer.decode(
+      kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+  def _padded(
+    self, prompts: Sequence[Sequence[int]]
+  ) -> tuple[jax.Array, jax.Array]:
+    lengths = np.array([len(ids) for ids in prompts], np.int32)
+    width = min(-(-lengths.max() // STEP) * STEP, self.decoder.room)
+    padded = np.full((len(prompts), width), self.tokenizer.pad_token_id)
+    for row, ids in zip(padded, prompts, strict=True):
+      row[: len(ids)] = ids
+    return jnp.asarray(padded, jnp.int32), jnp.asarray(lengths)
+
+
+def _keys(seed: int, numbers: Sequence[int]) -> jax.Array:
+  """A key for each prompt's number."""
+  key = jax.random.key(seed)
+  return jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(numbers))
+
+
+def _ends(decoder: Classifier, tokenizer: Any) -> tuple[int, ...]:
+  """The ids that end a text: those of the first file of the folder that names
+  some, and the tokenizer's, which is what is learned here.
+
+  Raises:
+    UserError: the file holds something else there.
+  """
+  own = tokenizer.eos_token_id
+  ends = [] if own is None else [own]
+  for name in ("generation_config.json", "config.json"):
+    path = decoder.folder / name
+    named = read_json(path).get("eos_token_id") if path.is_file() else None
+    if named is None:
+      continue
+    ids = named if isinstance(named, list) else [named]
+    if not all(isinstance(i, int) for i in ids):
+      raise UserError(f"{path}: eos_token_id is {named!r}, not ids.")
+    return tuple(dict.fromkeys([*ids, *ends]))
+  return tuple(ends)
