@@ -33,7 +33,8 @@ quickstart: $(WITH_ENCODER) ## train VeRA and a head alone, compare them
 	$(BIN)/python -m experiments.quickstart
 
 test: $(WITH_DEV) $(WITH_ENCODER) ## run all tests, one file a core
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile \
+	  --no-loadscope-reorder
 
 check: $(WITH_DEV) ## lint, format and type check
 	$(BIN)/ruff check

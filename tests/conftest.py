@@ -43,6 +43,12 @@ jax.config.update("jax_compilation_cache_dir", cache)
 jax.config.update("jax_compilation_cache_max_size", 2**33)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Files with few long tests go first, so that all workers end together."""
+  long = ("faults", "tours", "train", "experiments", "benchmarks")
+  items.sort(key=lambda item: item.path.parent.name not in long)
+
+
 def pytest_collectstart(collector: pytest.Collector) -> None:
   """Scripts have flags of the same names: each test file starts without any."""
   if isinstance(collector, pytest.Module):

@@ -14,7 +14,7 @@ import regex
 
 from vera_jax.errors import UserError
 
-SECONDS = 1.0  # per name; an ordinary pattern takes some microseconds
+SECONDS = 0.3  # per name; an ordinary pattern takes some microseconds
 LONGEST = 2000  # characters; 24 layers by their whole names are about 1,200
 
 

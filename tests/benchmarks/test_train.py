@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import train, train_ours, train_report
 from configs import minilm
+from tests.faults.fixtures import DEVICES, flags_but
 
 ROOT = Path(__file__).parents[2]
 FIGURES = [
@@ -39,7 +40,7 @@ def test_a_run_from_the_command(tiny_model, tiny_tasks, tmp_path):
     cwd=ROOT,
     capture_output=True,
     text=True,
-    env={**os.environ, "XLA_FLAGS": ""},
+    env={**os.environ, "XLA_FLAGS": " ".join(flags_but(DEVICES))},
   )
   assert done.returncode == 0, done.stderr
   result = json.loads((tmp_path / "train-rte.json").read_text())

@@ -16,6 +16,15 @@ import numpy as np
 from vera_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+DEVICES = "--xla_force_host_platform_device_count"
+
+
+def flags_but(name: str) -> list[str]:
+  """XLA's flags that are set, without the one of this name."""
+  flags = os.environ.get("XLA_FLAGS", "").split()
+  return [flag for flag in flags if not flag.startswith(name)]
+
+
 DATA = ROOT / "experiments/entailment"
 ENCODER = {
   "model_type": "bert",
@@ -150,7 +159,8 @@ class Launcher:
       output=self.folder / f"output-{time.monotonic_ns()}",
       env={
         **self._environment,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # the flags that are set, but for the number of devices
+        "XLA_FLAGS": " ".join([*flags_but(DEVICES), f"{DEVICES}={devices}"]),
         **(environment or {}),
       },
     )
