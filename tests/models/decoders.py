@@ -96,3 +96,19 @@ def packed_and_padded() -> tuple[dict, dict]:
 def unpacked(rows: np.ndarray) -> list[np.ndarray]:
   """What `packed` has at the tokens of each text."""
   return [rows[0, :9], rows[0, 9:12], rows[1, :7]]
+
+
+def random_peer(fields, folder, **options):
+  """A random torch model, saved in a folder."""
+  import torch
+  import transformers
+
+  torch.manual_seed(0)
+  config = transformers.AutoConfig.for_model(**fields)
+  peer = transformers.AutoModelForCausalLM.from_config(config).eval()
+  with torch.no_grad():
+    for name, value in peer.named_parameters():
+      value.normal_(std=0.3)
+      value.add_(("norm" in name or "ln_" in name) and "weight" in name)
+  peer.save_pretrained(folder, **options)
+  return peer

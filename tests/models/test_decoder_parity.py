@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from tests.models.decoders import CASES, packed_and_padded, texts, unpacked
+from tests.models.decoders import (
+  CASES,
+  packed_and_padded,
+  random_peer,
+  texts,
+  unpacked,
+)
 from vera_jax.models.decoder import empty_cache, logits
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params, to_hf
@@ -19,19 +25,6 @@ transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 HEAD = "language_modelling"
-
-
-def random_peer(fields, folder, **options):
-  """A random torch model, saved in a folder."""
-  torch.manual_seed(0)
-  config = transformers.AutoConfig.for_model(**fields)
-  peer = transformers.AutoModelForCausalLM.from_config(config).eval()
-  with torch.no_grad():
-    for name, value in peer.named_parameters():
-      value.normal_(std=0.3)
-      value.add_(("norm" in name or "ln_" in name) and "weight" in name)
-  peer.save_pretrained(folder, **options)
-  return peer
 
 
 def torch_logits(peer, text):

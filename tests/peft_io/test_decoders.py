@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.decoders import CASES, GPT2
-from tests.models.test_decoder_parity import random_peer
+from tests.models.decoders import CASES, GPT2, random_peer
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import load_classifier, restore_adapter
