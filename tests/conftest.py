@@ -8,10 +8,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # older loop emitters, which jax 0.11 has no more, compile in a third of the
 # newer ones' time.
 os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=8"
-  " --xla_backend_optimization_level=0"
-  + " --xla_cpu_use_fusion_emitters=false"
-  * version("jaxlib").startswith("0.10.")
+  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+  + (
+    " --xla_cpu_use_fusion_emitters=false"
+    if version("jaxlib").startswith("0.10.")
+    else ""
+  )
 )
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded by a test
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
