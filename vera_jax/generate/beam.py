@@ -37,7 +37,7 @@ from vera_jax.generate.sampling import TokensToLogits
 RULES = ("hf", "lora")
 NEVER = "never"
 # What transformers has for minus infinity; -inf itself would not let a worse
-# text of the two be told from a better one.
+# text of two be seen as worse than the other.
 LOW = -1.0e9
 
 

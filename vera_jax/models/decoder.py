@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
 from vera_jax.errors import UserError
+from vera_jax.models import part
 from vera_jax.models.attention import REMAT_POLICIES, Ids, check_remat
-from vera_jax.models.dropout import dropout
 
 HEAD = "language_modelling"
 INPUTS = ("input_ids", "positions", "segment_ids", "read_positions")
@@ -200,31 +200,8 @@ def attend(
   return jnp.asarray(context).reshape(*mask.shape[:2], -1)
 
 
-class Part(nn.Module):
-  """A piece of a decoder: the settings that all share, and their layers.
-
-  `deterministic` is an attribute, hence static under scan and remat.
-  """
-
-  config: Any
-  dtype: DTypeLike
-  param_dtype: DTypeLike
-  deterministic: bool
-
-  @property
-  def settings(self) -> tuple[Any, DTypeLike, DTypeLike, bool]:
-    return self.config, self.dtype, self.param_dtype, self.deterministic
-
-  @nn.nowrap
-  def dense(self, features: int, name: str, *, bias: bool) -> nn.Dense:
-    return nn.Dense(
-      features,
-      use_bias=bias,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      kernel_init=nn.initializers.normal(self.config.initializer_range),
-      name=name,
-    )
+class Part(part.Part):
+  """A piece of a decoder."""
 
   @nn.nowrap
   def embed(self, words: int, name: str) -> nn.Embed:
@@ -236,12 +213,6 @@ class Part(nn.Module):
       embedding_init=nn.initializers.normal(self.config.initializer_range),
       name=name,
     )
-
-  @nn.nowrap
-  def dropout(self, x: Array, rate: float) -> Array:
-    if self.deterministic or rate == 0:
-      return x
-    return dropout(self.make_rng("dropout"), x, rate)
 
 
 def fill(cache: Cache, new: Pair, reach: Reach) -> Cache:

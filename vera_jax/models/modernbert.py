@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from vera_jax.errors import UserError
+from vera_jax.models import part
 from vera_jax.models.attention import (
   ACTIVATIONS,
   REMAT_POLICIES,
@@ -35,7 +36,6 @@ from vera_jax.models.attention import (
   input_shapes,
   same_segment,
 )
-from vera_jax.models.dropout import dropout
 from vera_jax.models.family import Family, Names, one_of, take_fields
 
 Hidden = Float[Array, "rows length hidden"]
@@ -144,31 +144,8 @@ def _theta(fields: Mapping[str, Any], kind: str) -> float:
   return given.get("rope_theta", theta)
 
 
-class Part(nn.Module):
-  """A piece of the network: the settings that all share, and their layers.
-
-  `deterministic` is an attribute, hence static under scan and remat.
-  """
-
-  config: ModernBertConfig
-  dtype: DTypeLike
-  param_dtype: DTypeLike
-  deterministic: bool
-
-  @property
-  def settings(self) -> tuple[ModernBertConfig, DTypeLike, DTypeLike, bool]:
-    return self.config, self.dtype, self.param_dtype, self.deterministic
-
-  @nn.nowrap
-  def dense(self, features: int, name: str, *, bias: bool) -> nn.Dense:
-    return nn.Dense(
-      features,
-      use_bias=bias,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      kernel_init=nn.initializers.normal(self.config.initializer_range),
-      name=name,
-    )
+class Part(part.Part):
+  """A piece of the encoder."""
 
   @nn.nowrap
   def norm(self, hidden: Array, name: str) -> Array:
@@ -180,12 +157,6 @@ class Part(nn.Module):
       use_fast_variance=False,
       name=name,
     )(hidden)
-
-  @nn.nowrap
-  def dropout(self, hidden: Array, rate: float) -> Array:
-    if self.deterministic or rate == 0:
-      return hidden
-    return dropout(self.make_rng("dropout"), hidden, rate)
 
 
 class Embeddings(Part):
