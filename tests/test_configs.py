@@ -10,7 +10,7 @@ import pytest
 
 from vera_jax.adapters.methods import METHODS
 from vera_jax.train.config import check_settings
-from vera_jax.train.optim import rates_of
+from vera_jax.train.optim import rates_of, schedule
 from vera_jax.train.setup import build_setup
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
@@ -18,7 +18,7 @@ OWN = {"text", "language"}  # of a user's own files
 NAMES = sorted(
   {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common", *OWN}
 )
-GLUE = sorted(set(NAMES) - {"minilm", "quickstart"})
+GLUE = sorted(set(NAMES) - {"minilm", "quickstart", "e2e"})
 
 # Table 8: epochs, head's rate, VeRA's rate.
 TABLE_8 = {
@@ -191,3 +191,28 @@ def test_ones_own_texts_to_write_need_only_a_file():
     check_settings(config)
   text = importlib.import_module("configs.language").__doc__
   assert "python -m experiments.language --config=configs/language.py" in text
+
+
+@pytest.mark.parametrize("size, rate", [("medium", 1e-1), ("large", 2e-2)])
+def test_the_papers_settings_on_e2e(size, rate):
+  """Table 10, and what microsoft/LoRA's examples/NLG has beside it."""
+  config = load("e2e", size)
+  optim, vera, lora = config.optim, config.vera, config.lora
+  assert config.model.name == f"gpt2-{size}"
+  assert (vera.rank, vera.lr, vera.d_init) == (1024, rate, 0.1)
+  assert (lora.rank, lora.alpha, lora.lr) == (4, 32, 2e-4)
+  assert (optim.epochs, optim.batch_size, optim.eps) == (5, 8, 1e-6)
+  assert (optim.label_smoothing, optim.weight_decay) == (0.1, 0.01)
+  assert config.generate.to_dict() == {
+    "beams": 10,
+    "length_penalty": 0.8,
+    "no_repeat_ngram": 4,
+    "rules": "lora",
+    "max_new_tokens": 64,
+    "rows": 16,
+  }
+  # the learning rate rises for 500 steps
+  rates = schedule(1.0, steps=26_290, warmup_ratio=optim.warmup_ratio)
+  assert rates(499) < rates(500) == 1.0 > rates(501)
+  for config.method in ("vera", "lora", "bitfit", "full"):
+    check_settings(config)

@@ -38,6 +38,9 @@ COUNTS = {
   ("rates", "minilm"): 2 * 5 * 2,
   ("example", "generated"): 4 * 3,
   ("example", "sst2"): 3 * 3,
+  # no tuning, asked in two ways; VeRA of two ranks and LoRA
+  ("e2e", "smollm2"): 2 + 3 * 3,
+  ("e2e", "rates"): 3 * 3,
 }
 
 

@@ -28,6 +28,7 @@ from vera_jax.data.layout import (
 from vera_jax.data.loader import PackedData
 from vera_jax.data.packing import ProcessShard
 from vera_jax.data.tokens import FolderTokenizer, tokenise
+from vera_jax.errors import UserError
 from vera_jax.models.decoder import Words
 from vera_jax.models.kinds import KINDS, WORDS
 from vera_jax.tasks.cross_entropy import cross_entropy, score_words
@@ -62,7 +63,15 @@ def language_modelling(
     smoothing: of the labels in training, see `cross_entropy`.
     title: as a reader knows the task.
     size: of the data, if it is known.
+
+  Raises:
+    UserError: another smoothing than a share.
   """
+  if not 0 <= smoothing < 1:
+    raise UserError(
+      f"config.optim.label_smoothing is {smoothing}; it is a share of the loss,"
+      " from 0 to below 1."
+    )
 
   def load(
     config: ConfigDict, folder: Path, shards: int, shard: ProcessShard

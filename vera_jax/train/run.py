@@ -305,12 +305,14 @@ class Run:
     return reason
 
   def finish(self, setup: Setup) -> dict[str, Any]:
-    """Answers, adapter and result of a run that has ended, from its best epoch.
+    """Answers, texts, adapter and result of a run that has ended.
+
+    They are of its best epoch, or of the last one where the task selects none.
 
     Returns:
       The contents of result.json.
     """
-    best = best_epoch(self.history)
+    best = best_epoch(self.history) if setup.task.selects else self.history[-1]
     params = self.saves.restore(best["step"], setup.shape)[0].params
     everywhere = NamedSharding(setup.mesh, REPLICATED)
     params = jax.jit(lambda p: p, out_shardings=everywhere)(params)
@@ -325,16 +327,21 @@ class Run:
 
       on_first(write_all)
     if self.result is None:
-      on_first(partial(self._write_result, setup, params, best))
+      # by all processes, since each may hold a part of the base
+      trained = setup.trained(params) if setup.task.write_texts else None
+      on_first(partial(self._write_result, setup, params, best, trained))
       self.result = results.read(self.folder)
     assert self.result is not None
     return self.result
 
   def _write_result(
-    self, setup: Setup, params: Any, best: dict[str, Any]
+    self, setup: Setup, params: Any, best: dict[str, Any], trained: Any
   ) -> None:
-    """The adapter and then, since it marks a run as done, the result."""
+    """Texts, adapter and then, since it marks a run as done, the result."""
     config, task = self.config, setup.task
+    test = {}
+    if task.write_texts is not None:
+      test = {"test": task.write_texts(trained, self.folder)}
     of_both = {
       "task": task.name,
       "method": config.method,
@@ -367,6 +374,7 @@ class Run:
       **of_both,
       "best": best,
       "last": self.history[-1],
+      **test,
       "stopped_early": len(self.history) < config.optim.epochs,
       "parameters": parameters,
       "learning_rates": learning_rates(config),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
@@ -18,10 +19,11 @@ from vera_jax.adapters.methods import make_adapter, settings_in
 from vera_jax.data.loader import PackedData
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
+from vera_jax.models.classifier import Classifier
 from vera_jax.models.family import read_fields
 from vera_jax.models.pretrained import Blueprint, Model, blueprint, load_model
 from vera_jax.tasks.task import Batch, Task, task_for
-from vera_jax.train.optim import optimiser, rates_of
+from vera_jax.train.optim import EPS, optimiser, rates_of
 from vera_jax.train.runtime import Background, compiler_options
 from vera_jax.train.sharding import (
   BATCH,
@@ -113,6 +115,32 @@ class Setup(NamedTuple):
       params, self.frozen, self.put_batch(batch)
     )
 
+  def trained(self, params: Any) -> Classifier:
+    """The model with trained leaves, on this process's first device.
+
+    Every process calls it: sharded leaves are gathered.
+    """
+    plan = self.model.blueprint
+    tree = join(params, self.frozen.params), self.frozen.projections
+    everywhere = NamedSharding(self.mesh, REPLICATED)
+    whole = jax.jit(lambda x: x, out_shardings=everywhere)(tree)
+    leaves, projections = jax.tree.map(
+      lambda x: jnp.asarray(np.asarray(x)), whole
+    )
+    return Classifier(
+      plan.module,
+      leaves,
+      projections,
+      plan.family,
+      plan.config,
+      self.base,
+      self.task.labels,
+      self.task.kind,
+      dict(self.task.stored),
+      plan.adapter,
+      plan.targets,
+    )
+
   def compile_evaluation(self) -> None:
     """In the background, while the first steps run."""
     batch = self.put_sample(self.data.eval_sample())
@@ -175,6 +203,7 @@ def build_setup(config: ConfigDict) -> Setup:
     steps=data.epoch_steps * config.optim.epochs,
     warmup_ratio=config.optim.warmup_ratio,
     grad_clip=config.optim.grad_clip,
+    eps=config.optim.get("eps", EPS),
   )
 
   def measured(params: Any, frozen: Frozen, batch: Batch) -> Any:

@@ -1,0 +1,78 @@
+"""A decoder learns to write E2E's sentences in a few minutes, on two cores.
+
+  python -m experiments.e2e_demo        (or: make e2e)
+
+VeRA on SmolLM2-135M, with rows that experiments/make_e2e.py generated: no
+benchmark. Prints what people (here: templates) wrote for some inputs, what the
+model writes before and after training, and the scores. Run again, it shows the
+finished runs.
+"""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from configs import e2e
+from experiments import cli
+from vera_jax.tasks.e2e_metrics import METRICS
+
+SHOWN = 4  # inputs
+
+
+def main() -> None:
+  from vera_jax.train.loop import train_and_evaluate
+
+  before = e2e.get_config("generated")
+  # The identity: VeRA's b starts at zero, and stays there at this rate.
+  before.optim.adapter_lr, before.data.max_train_examples = 0.0, 8
+  results, texts = [], []
+  for config in (before, e2e.get_config("generated")):
+    workdir = cli.default_workdir(config)
+    results.append(train_and_evaluate(config, workdir))
+    texts.append(_texts(workdir))
+
+  console = Console(highlight=False)
+  untuned, tuned = texts
+  rows = zip(
+    tuned["inputs"],
+    tuned["references"],
+    untuned["outputs"],
+    tuned["outputs"],
+    strict=True,
+  )
+  for one, references, old, new in list(rows)[:SHOWN]:
+    table = Table(title=one, title_justify="left", show_header=False)
+    for said in references.splitlines():
+      table.add_row("reference", said)
+    table.add_row("before", old or "(nothing)")
+    table.add_row("after", new or "(nothing)")
+    console.print(table)
+  table = Table(
+    f"{results[0]['test']['inputs']} inputs",
+    *(Column(name, justify="right") for name in ("before", "after")),
+  )
+  scores = [result["test"]["scores"] for result in results]
+  for name in METRICS:
+    if name in scores[0]:
+      table.add_row(name, *(f"{own[name]:.4f}" for own in scores))
+  console.print(table)
+  if missing := results[0]["test"]["missing"]:
+    console.print(missing)
+
+
+def _texts(workdir: Path) -> dict[str, list[str]]:
+  """What a run wrote, with inputs and references, one entry per input."""
+
+  def read(name: str) -> str:
+    return (workdir / f"test/{name}.txt").read_text("utf-8")
+
+  return {
+    "inputs": read("inputs").splitlines(),
+    "outputs": read("outputs").splitlines(),
+    "references": read("references").split("\n\n"),
+  }
+
+
+if __name__ == "__main__":
+  cli.run(main, usage=__doc__)
