@@ -89,7 +89,7 @@ def _small(config: ConfigDict, size: str) -> ConfigDict:
     "optim.epochs": 1,
     "optim.warmup_ratio": 0.06,
     "vera.rank": 256,
-    "vera.lr": 4e-2,
+    "vera.lr": 2e-1,
     "lora.rank": 8,
     "lora.alpha": 8.0,
     "lora.lr": 4e-3,

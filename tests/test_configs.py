@@ -14,11 +14,11 @@ from vera_jax.train.optim import rates_of, schedule
 from vera_jax.train.setup import build_setup
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
-OWN = {"text", "language"}  # of a user's own files
+OWN = {"text", "language", "e2e"}  # with commands of their own
 NAMES = sorted(
   {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common", *OWN}
 )
-GLUE = sorted(set(NAMES) - {"minilm", "quickstart", "e2e"})
+GLUE = sorted(set(NAMES) - {"minilm", "quickstart"})
 
 # Table 8: epochs, head's rate, VeRA's rate.
 TABLE_8 = {
@@ -216,3 +216,5 @@ def test_the_papers_settings_on_e2e(size, rate):
   assert rates(499) < rates(500) == 1.0 > rates(501)
   for config.method in ("vera", "lora", "bitfit", "full"):
     check_settings(config)
+  text = importlib.import_module("configs.e2e").__doc__
+  assert f"python -m experiments.e2e --config=configs/e2e.py:{size}" in text
