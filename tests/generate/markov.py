@@ -48,6 +48,19 @@ def start(table, prompts, lengths):
   return table[before, last], last
 
 
+def over_beams(table, beams):
+  """The state of all beams, and how their words are read."""
+
+  def tokens_to_logits(ids, origins, last):
+    last = jnp.take_along_axis(last, origins, axis=1)
+    return table[last, ids], ids
+
+  return (
+    tokens_to_logits,
+    lambda last: jnp.repeat(last[:, None], beams, axis=1),
+  )
+
+
 def reader(table):
   def tokens_to_logits(ids, last):
     return table[last, ids[:, 0]], ids[:, 0]
@@ -58,11 +71,11 @@ def reader(table):
 @partial(jax.jit, static_argnames=("beam", "new", "eos"))
 def _search(table, prompts, lengths, *, beam, new, eos):
   logits, state = start(table, prompts, lengths)
+  read, spread = over_beams(table, beam.beams)
   return beam_search(
-    reader(table),
-    lambda state, rows: state[rows],
+    read,
     logits,
-    state,
+    spread(state),
     prompts,
     lengths,
     beam=beam,
@@ -96,7 +109,8 @@ def search(table, prompts, *, new: int = 8, eos=EOS, **settings):
     new=new,
     eos=tuple(eos),
   )
-  ids, lengths, scores = jax.tree.map(np.asarray, found)
+  ids, lengths, scores, finite = jax.tree.map(np.asarray, found)
+  assert finite.all()
   return [
     [
       (ids[row, text, : lengths[row, text]].tolist(), float(scores[row, text]))
@@ -116,5 +130,6 @@ def sampled(table, prompts, keys, sampling, *, new: int = 8, eos=EOS):
     new=new,
     eos=tuple(eos),
   )
-  ids, lengths = map(np.asarray, answers)
+  ids, lengths, finite = map(np.asarray, answers)
+  assert finite.all()
   return [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]

@@ -31,14 +31,21 @@ Mask = Bool[Array, "rows length keys"]
 class Cache(NamedTuple):
   """The keys and values of each row's tokens so far; slot p is position p.
 
+  Every layer has arrays of its own, and heads come before slots: so a loop over
+  tokens writes to them in place and multiplies by them as they lie in memory.
+
   Attributes:
-    keys, values: of every layer; keys with their positions' rotations.
-    positions: how many slots of each row are filled.
+    keys, values: of each layer; keys with their positions' rotations.
+    positions: how many tokens each row has.
   """
 
-  keys: Float[Array, "layers rows length kv_heads k"]
-  values: Float[Array, "layers rows length kv_heads k"]
+  keys: tuple[Float[Array, "rows kv_heads slots k"], ...]
+  values: tuple[Float[Array, "rows kv_heads slots k"], ...]
   positions: Int[Array, " rows"]
+
+  @property
+  def slots(self) -> int:
+    return self.keys[0].shape[2]
 
 
 class Words(NamedTuple):
@@ -63,15 +70,17 @@ class Reach(NamedTuple):
     positions: of each token in its text.
     real: whether a token is no padding.
     whole: which keys a token attends to: the cache's slots, if there is one,
-      and then the tokens of the call.
+      or else the tokens of the call.
     window: those of them that are nearer than the sliding window, if the
       network has one.
+    slots: of the cache, which the tokens are written to.
   """
 
   positions: Ids
   real: Bool[Array, "rows length"]
   whole: Mask
   window: Mask | None
+  slots: Ids | None = None
 
 
 Pair = tuple[Array, Array]  # keys and values
@@ -95,11 +104,18 @@ def empty_cache(
     length: the most tokens that a row will have, prompt and answer.
     dtype: that the module computes in.
   """
-  layers, heads = config.num_hidden_layers, config.num_key_value_heads
-  shape = (layers, rows, length, heads, config.head_dim)
-  return Cache(
-    jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32)
+  shape = (rows, config.num_key_value_heads, length, config.head_dim)
+  empty = (jnp.zeros(shape, dtype),) * config.num_hidden_layers
+  return Cache(empty, empty, jnp.zeros(rows, jnp.int32))
+
+
+def grow(cache: Cache, slots: int) -> Cache:
+  """The cache with as many more slots."""
+  wider = ((0, 0), (0, 0), (0, slots), (0, 0))
+  keys, values = (
+    tuple(jnp.pad(layer, wider) for layer in layers) for layers in cache[:2]
   )
+  return cache._replace(keys=keys, values=values)
 
 
 def input_shapes(rows: int, length: int, slots: int) -> dict[str, Any]:
@@ -133,6 +149,7 @@ def find_reach(
   if segment_ids is None:
     segment_ids = jnp.ones_like(input_ids)
   real = segment_ids > 0
+  slots = None
   if cache is None:
     if positions is None:
       positions = jnp.broadcast_to(columns, input_ids.shape)
@@ -141,18 +158,14 @@ def find_reach(
   else:
     before = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
     positions = cache.positions[:, None] + before
-    slots = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)[None]
-    slots = jnp.broadcast_to(slots, (len(input_ids), slots.size))
-    filled = (slots < cache.positions[:, None])[:, None]
-    filled = jnp.broadcast_to(filled, (*input_ids.shape, slots.shape[1]))
-    # padding sees itself, so that no softmax is over nothing
-    itself = jnp.eye(length, dtype=bool)[None]
-    whole = jnp.concatenate([filled, real[:, None] & causal | itself], axis=-1)
-    keys_at = jnp.concatenate([slots, positions], axis=-1)
+    keys_at = jnp.arange(cache.slots, dtype=jnp.int32)[None]
+    whole = keys_at[:, None] <= positions[:, :, None]
+    # what is padding, or has no slot left, is written nowhere
+    slots = jnp.where(real, positions, cache.slots)
   near = None
   if window is not None:
     near = whole & (positions[:, :, None] - keys_at[:, None] < window)
-  return Reach(positions, real, whole, near)
+  return Reach(positions, real, whole, near, slots)
 
 
 def attend(
@@ -171,33 +184,40 @@ def attend(
 
   Args:
     query, key, value: of the call's tokens.
-    mask: over the cache's slots and the call's tokens.
-    past: the cache's keys and values, which nothing is copied from.
+    mask: over the call's tokens, or with a cache over its slots.
+    past: the cache's keys and values [rows kv_heads slots k], which have those
+      of the call's tokens by now.
     scale: of the scores.
     dropout: on the weights.
   """
   groups = key.shape[2]
   query = query.reshape(*query.shape[:2], groups, -1, query.shape[-1])
-  keys, values = [key], [value]
+  order = "rsgk"
   if past is not None:
-    keys, values = [past[0], key], [past[1], value]
-  parts = [
-    jnp.einsum(
-      "rqgmk,rsgk->rgmqs", query, x, preferred_element_type=jnp.float32
-    )
-    for x in keys
-  ]
-  scores = scale * jnp.concatenate(parts, axis=-1)
+    (key, value), order = past, "rgsk"
+  scores = scale * jnp.einsum(
+    f"rqgmk,{order}->rgmqs", query, key, preferred_element_type=jnp.float32
+  )
   lowest = jnp.finfo(scores.dtype).min
   scores = jnp.where(mask[:, None, None], scores, lowest)
   weights = dropout(jax.nn.softmax(scores).astype(value.dtype))
-  slots = weights.shape[-1] - value.shape[1]
-  seen = jnp.split(weights, [slots], axis=-1) if slots else [weights]
-  context = sum(
-    jnp.einsum("rgmqs,rsgk->rqgmk", w, x)
-    for w, x in zip(seen, values, strict=True)
+  context = jnp.einsum(f"rgmqs,{order}->rqgmk", weights, value)
+  return context.reshape(*mask.shape[:2], -1)
+
+
+def write(
+  past: Pair,
+  key: Float[Array, "rows length kv_heads k"],
+  value: Float[Array, "rows length kv_heads k"],
+  reach: Reach,
+) -> Pair:
+  """A layer's part of the cache with the call's tokens in their slots."""
+  rows = jnp.arange(len(key))[:, None]
+  keys, values = (
+    old.at[rows, :, reach.slots].set(new.astype(old.dtype), mode="drop")
+    for old, new in zip(past, (key, value), strict=True)
   )
-  return jnp.asarray(context).reshape(*mask.shape[:2], -1)
+  return keys, values
 
 
 class Part(part.Part):
@@ -215,21 +235,6 @@ class Part(part.Part):
     )
 
 
-def fill(cache: Cache, new: Pair, reach: Reach) -> Cache:
-  """The cache with a call's keys and values in the slots of their positions.
-
-  What is padding, or has a position past the last slot, is written nowhere.
-  """
-  slots = jnp.where(reach.real, reach.positions, cache.keys.shape[2])
-  rows = jnp.arange(len(slots))[:, None]
-  keys, values = (
-    old.at[:, rows, slots].set(x.astype(old.dtype), mode="drop")
-    for old, x in zip((cache.keys, cache.values), new, strict=True)
-  )
-  added = jnp.sum(reach.real, axis=1, dtype=cache.positions.dtype)
-  return Cache(keys, values, cache.positions + added)
-
-
 class Pieces(NamedTuple):
   """What a family brings to a `Decoder`.
 
@@ -237,8 +242,8 @@ class Pieces(NamedTuple):
     embeddings: a `Part`: (input_ids, positions) -> the hidden states, and the
       table of words [vocab, width].
     layer: a `Part`: (hidden states, its number, its keys and values in the
-      cache or None, what all layers share) -> the hidden states, and with a
-      cache the keys and values of the call's tokens.
+      cache or None, what all layers share) -> the hidden states, and the keys
+      and values in the cache with those of the call's tokens.
     norm: (part, name) -> the module that normalises hidden states there.
     shared: (config, reach) -> what all layers share.
   """
@@ -259,13 +264,13 @@ class Stack(Part):
   @nn.compact
   def __call__(
     self, hidden: Hidden, reads: Reads | None, cache: Cache | None, shared: Any
-  ) -> tuple[Float[Array, "rows reads width"], Pair | None]:
+  ) -> tuple[Float[Array, "rows reads width"], Any]:
     count, layer = self.config.num_hidden_layers, self.pieces.layer
-    new: Any = None
+    new: Any = []
     if self.remat != "none":
       policy = REMAT_POLICIES[self.remat]
       layer = nn.remat(layer, policy=policy, prevent_cse=not self.scan)
-    past = None if cache is None else (cache.keys, cache.values)
+    past: Any = None if cache is None else cache[:2]
     if self.scan:
       stack = nn.scan(
         layer,
@@ -276,16 +281,17 @@ class Stack(Part):
       )
       numbers = jnp.arange(count, dtype=jnp.int32)
       one = stack(*self.settings, name="layer")
+      if past is not None:
+        past = tuple(map(jnp.stack, past))
       hidden, new = one(hidden, numbers, past, shared)
+      if past is not None:
+        new = list(zip(*map(jnp.unstack, new), strict=True))
     else:
-      pairs = []
       for index in range(count):
         one = layer(*self.settings, name=f"layer_{index}")
         own = None if past is None else (past[0][index], past[1][index])
         hidden, pair = one(hidden, index, own, shared)
-        pairs.append(pair)
-      if past is not None:
-        new = tuple(jnp.stack(x) for x in zip(*pairs, strict=True))
+        new.append(pair)
     if reads is not None:
       hidden = jnp.take_along_axis(hidden, reads[..., None], axis=1)
     return self.pieces.norm(self, "norm")(hidden), new
@@ -321,6 +327,7 @@ class Decoder(nn.Module):
     segment_ids: Ids | None = None,
     read_positions: Reads | None = None,
     cache: Cache | None = None,
+    reach: Reach | None = None,
     *,
     deterministic: bool = True,
   ) -> Words | tuple[Words, Cache]:
@@ -333,11 +340,13 @@ class Decoder(nn.Module):
       segment_ids: 0 for padding, which no text sees; None where there is none.
       read_positions: columns whose hidden states are wanted; None for all.
       cache: of the tokens before; it needs slots for these.
+      reach: where the tokens are and what they attend to, in place of all that;
+        None where each row goes on with one text.
       deterministic: whether dropout is off.
     """
     config, pieces = self.config, self.pieces
     settings = (config, self.dtype, self.param_dtype, deterministic)
-    reach = find_reach(
+    reach = reach or find_reach(
       input_ids, positions, segment_ids, cache, window=config.sliding_window
     )
     embeddings = pieces.embeddings(*settings, name="embeddings")
@@ -348,9 +357,12 @@ class Decoder(nn.Module):
     if not config.tie_word_embeddings:
       table = Head(*settings, name="lm_head")()
     words = Words(hidden, table.T)
-    if cache is None or new is None:
+    if cache is None:
       return words
-    return words, fill(cache, new, reach)
+    keys, values = zip(*new, strict=True)
+    behind = jnp.where(reach.real, reach.positions + 1, 0)
+    longest = jnp.maximum(cache.positions, behind.max(axis=1))
+    return words, Cache(keys, values, longest)
 
 
 class Head(Part):

@@ -39,7 +39,7 @@ from vera_jax.generate.sampling import (
   compiled_next,
 )
 from vera_jax.models.classifier import Classifier
-from vera_jax.models.decoder import empty_cache
+from vera_jax.models.decoder import empty_cache, grow
 from vera_jax.models.kinds import WORDS
 
 STEP = 32  # prompts are padded to multiples of it: few shapes are compiled
@@ -186,8 +186,6 @@ class Generator:
       count = min(self.rows, 1 << (len(batch) - 1).bit_length())
       filled = batch + batch[-1:] * (count - len(batch))
       tokens, lengths = self._padded([prompts[i] for i in filled])
-      # rounded down, for each value is compiled
-      shared = min(map(len, (prompts[i] for i in batch))) // 8 * 8
       found = compiled(
         self.module,
         self.decoder.config,
@@ -199,7 +197,6 @@ class Generator:
         eos=ends,
         max_new_tokens=max_new_tokens,
         pad=self.tokenizer.pad_token_id,
-        shared=shared if isinstance(how, Beam) else 0,
         dtype=self.dtype,
       )
       new, count_new = np.asarray(found.ids), np.asarray(found.lengths)
@@ -232,11 +229,11 @@ class Generator:
     ids, lengths = self._padded([tokens])
     keys = _keys(seed, [0])
     history = append(ids, lengths, jnp.zeros((1, max_new_tokens), jnp.int32))
-    length = ids.shape[1] + max_new_tokens
-    cache = empty_cache(self.decoder.config, 1, length, self.dtype)
+    cache = empty_cache(self.decoder.config, 1, ids.shape[1], self.dtype)
     logits, cache = compiled_prefill(
       self.module, self.variables, cache, ids, lengths
     )
+    cache = grow(cache, max_new_tokens)
     answer: Ids = []
     shown = ""
     while True:
