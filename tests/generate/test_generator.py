@@ -74,6 +74,52 @@ def test_a_prompt_ends_as_in_training(generator):
   assert other.encode("w1 w2", max_new_tokens=8) == [4, 5, 0]
 
 
+TEMPLATE = (
+  "{% for m in messages if m.role == 'user' %}w1 {{ m.content }} w2{% endfor %}"
+  "{% if add_generation_prompt %} w3{% endif %}"
+)
+
+
+def with_template(decoder, template, folder):
+  """The decoder in a folder whose tokenizer has a chat template."""
+  shutil.copytree(decoder, folder)
+  (folder / "chat_template.jinja").write_text(template)
+  return load_classifier(folder)
+
+
+def test_a_message_is_put_into_the_chat_template(
+  generator, tiny_decoder, tmp_path
+):
+  decoder = with_template(tiny_decoder, TEMPLATE, tmp_path / "chat")
+  chat = Generator(decoder, chat=True)
+  prompts = [f"w1 {prompt} w2 w3" for prompt in PROMPTS]
+  for message, prompt in zip(PROMPTS, prompts, strict=True):
+    ids = chat.encode(message, max_new_tokens=8)
+    assert ids == generator.encode(prompt, max_new_tokens=8)
+  texts = chat.texts(PROMPTS, max_new_tokens=8)
+  assert texts == generator.texts(prompts, max_new_tokens=8)
+  assert ["".join(chat.stream(PROMPTS[0], max_new_tokens=8))] == texts[:1]
+  about = {"separate": True}  # the template alone says how a message ends
+  chat = Generator(decoder._replace(about=about), chat=True)
+  assert chat.encode("w5", max_new_tokens=8) == [4, 8, 5, 6]
+
+
+def test_a_chat_that_can_not_begin(
+  generator, tiny_decoder, tmp_path, monkeypatch
+):
+  with pytest.raises(UserError, match="tiny_decoder0 has no chat template"):
+    Generator(generator.decoder, chat=True)
+  refusing = "{{ raise_exception('a system message is needed') }}"
+  decoder = with_template(tiny_decoder, refusing, tmp_path / "chat")
+  with pytest.raises(UserError, match="can't be used: a system message is"):
+    Generator(decoder, chat=True)
+  found = "transformers.utils.chat_template_utils.is_jinja_available"
+  monkeypatch.setattr(found, lambda: False)
+  (decoder.folder / "chat_template.jinja").write_text("w1")  # not compiled yet
+  with pytest.raises(UserError, match="pip install -U jinja2"):
+    Generator(decoder, chat=True)
+
+
 def test_prompts_that_can_not_be_continued(generator):
   for prompts, words in (
     ("w1", "list of prompts"),

@@ -6,6 +6,7 @@
   generator.texts(prompts, how=Sampling(temperature=0.7, top_p=0.9), seed=1)
   generator.texts(prompts, how=Beam(beams=4, no_repeat_ngram=3))
   for piece in generator.stream("Once upon a time"): print(piece, end="")
+  Generator(decoder, chat=True).texts(["What is the capital of France?"])
 
 The adapter is merged into the weights first, for then it costs nothing at each
 token; `keep_adapter=True` decodes with it beside them.
@@ -22,6 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.apply import Adapted
 from vera_jax.adapters.merge import merge
+from vera_jax.data.chat import message_ids
 from vera_jax.data.completions import Completions, prompt_ids
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
@@ -53,7 +55,12 @@ class Generator:
   """A decoder with its tokenizer, compiled for a few shapes."""
 
   def __init__(
-    self, decoder: Classifier, *, keep_adapter: bool = False, rows: int = 16
+    self,
+    decoder: Classifier,
+    *,
+    keep_adapter: bool = False,
+    rows: int = 16,
+    chat: bool = False,
   ) -> None:
     """A generator of texts.
 
@@ -61,17 +68,21 @@ class Generator:
       decoder: from `restore_adapter`, or `load_classifier` of a whole folder.
       keep_adapter: decode with the adapter beside the weights, unmerged.
       rows: how many prompts are answered together.
+      chat: prompts are a user's messages, put into the chat template.
 
     Raises:
-      UserError: the model answers questions about texts, and writes none.
+      UserError: the model answers questions about texts, and writes none; or
+        as for `message_ids`.
     """
     if decoder.kind != WORDS:
       raise UserError(
         f"The model in {decoder.folder} is no decoder that writes texts; its"
         " answers to texts are given by python -m experiments.predict."
       )
-    self.rows = rows
+    self.rows, self.chat = rows, chat
     self.tokenizer = load_tokenizer(decoder.folder)
+    if chat:  # a template that fails is reported before any prompt is read
+      message_ids(self.tokenizer, "Hello.")
     self.module, self.variables = decoder.module, decoder.variables
     if isinstance(self.module, Adapted) and not keep_adapter:
       merged = merge(
@@ -96,15 +107,19 @@ class Generator:
     """A prompt's tokens, as the decoder was trained on them.
 
     They begin with what the tokenizer puts before a text, and end with an
-    end-of-text token if that stood behind the prompts of training.
+    end-of-text token if that stood behind the prompts of training. A chat
+    template alone says what is around a message.
 
     Raises:
       UserError: there is none, they and the answer have no room, or the model
         lacks one of them.
     """
-    separate = self.decoder.about.get("separate") is True
-    how = Completions("left", separate)
-    [ids] = prompt_ids(self.tokenizer, [prompt], how=how)
+    if self.chat:
+      ids = message_ids(self.tokenizer, prompt)
+    else:
+      separate = self.decoder.about.get("separate") is True
+      how = Completions("left", separate)
+      [ids] = prompt_ids(self.tokenizer, [prompt], how=how)
     self.check(ids, max_new_tokens=max_new_tokens)
     return ids
 
