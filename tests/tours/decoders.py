@@ -109,12 +109,11 @@ def decoder_trips(
 
   merged = folder / "merged"
   write_merged(adapted, merged)
-  here = _ours(load_classifier(merged))
   yield _compare(
     "adapter folder → merge",
     "adapter, merged folder",
     before,
-    here,
+    _ours(load_classifier(merged)),
     ROUND,
     written=files_size(merged),
   )
@@ -222,7 +221,7 @@ def _compare(
 
 
 def _ours(decoder: Classifier, *, keep_adapter: bool = False) -> Answers:
-  """Logits with an adapter beside the weights; texts as it is asked for."""
+  """Logits with an adapter beside the weights; texts with it merged or kept."""
   generator = Generator(decoder, keep_adapter=keep_adapter, rows=len(PROMPTS))
   found = _all_logits(decoder.module, decoder.variables, jnp.asarray(IDS))
   texts = generator.texts(PROMPTS, max_new_tokens=NEW)
