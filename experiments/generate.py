@@ -121,12 +121,13 @@ def main() -> None:
   how.check()
 
   def make_generator() -> Generator:
-    dtype = jnp.dtype(DTYPE.value)
+    # looped, as the generator has its layers: it then makes no second copy
+    options: Any = {"dtype": jnp.dtype(DTYPE.value), "scan": False}
     if MODEL.value:
-      decoder = load_classifier(MODEL.value, dtype=dtype)
+      decoder = load_classifier(MODEL.value, **options)
     else:
       saved = load_adapter(ADAPTER.value or "")
-      decoder = restore_adapter(saved, BASE.value, dtype=dtype)
+      decoder = restore_adapter(saved, BASE.value, **options)
     return Generator(
       decoder, keep_adapter=KEEP_ADAPTER.value, rows=BATCH_SIZE.value
     )

@@ -31,21 +31,21 @@ Mask = Bool[Array, "rows length keys"]
 class Cache(NamedTuple):
   """The keys and values of each row's tokens so far; slot p is position p.
 
-  Every layer has arrays of its own, and heads come before slots: so a loop over
-  tokens writes to them in place and multiplies by them as they lie in memory.
+  Every layer has arrays of its own, with the axes in the order of the products:
+  so a loop over tokens writes to them in place and copies nothing.
 
   Attributes:
     keys, values: of each layer; keys with their positions' rotations.
     positions: how many tokens each row has.
   """
 
-  keys: tuple[Float[Array, "rows kv_heads slots k"], ...]
+  keys: tuple[Float[Array, "rows kv_heads k slots"], ...]
   values: tuple[Float[Array, "rows kv_heads slots k"], ...]
   positions: Int[Array, " rows"]
 
   @property
   def slots(self) -> int:
-    return self.keys[0].shape[2]
+    return self.values[0].shape[2]
 
 
 class Words(NamedTuple):
@@ -104,18 +104,21 @@ def empty_cache(
     length: the most tokens that a row will have, prompt and answer.
     dtype: that the module computes in.
   """
-  shape = (rows, config.num_key_value_heads, length, config.head_dim)
-  empty = (jnp.zeros(shape, dtype),) * config.num_hidden_layers
-  return Cache(empty, empty, jnp.zeros(rows, jnp.int32))
+  heads, width = config.num_key_value_heads, config.head_dim
+  keys, values = (
+    (jnp.zeros((rows, heads, *shape), dtype),) * config.num_hidden_layers
+    for shape in ((width, length), (length, width))
+  )
+  return Cache(keys, values, jnp.zeros(rows, jnp.int32))
 
 
 def grow(cache: Cache, slots: int) -> Cache:
   """The cache with as many more slots."""
-  wider = ((0, 0), (0, 0), (0, slots), (0, 0))
-  keys, values = (
-    tuple(jnp.pad(layer, wider) for layer in layers) for layers in cache[:2]
+  same, wider = (0, 0), (0, slots)
+  return cache._replace(
+    keys=tuple(jnp.pad(x, (same, same, same, wider)) for x in cache.keys),
+    values=tuple(jnp.pad(x, (same, same, wider, same)) for x in cache.values),
   )
-  return cache._replace(keys=keys, values=values)
 
 
 def input_shapes(rows: int, length: int, slots: int) -> dict[str, Any]:
@@ -185,24 +188,53 @@ def attend(
   Args:
     query, key, value: of the call's tokens.
     mask: over the call's tokens, or with a cache over its slots.
-    past: the cache's keys and values [rows kv_heads slots k], which have those
-      of the call's tokens by now.
+    past: the cache's keys and values, which have those of the call's tokens by
+      now.
     scale: of the scores.
     dropout: on the weights.
   """
+  if past is not None:
+    return _attend_slots(query, past, mask, scale=scale, dropout=dropout)
   groups = key.shape[2]
   query = query.reshape(*query.shape[:2], groups, -1, query.shape[-1])
-  order = "rsgk"
-  if past is not None:
-    (key, value), order = past, "rgsk"
   scores = scale * jnp.einsum(
-    f"rqgmk,{order}->rgmqs", query, key, preferred_element_type=jnp.float32
+    "rqgmk,rsgk->rgmqs", query, key, preferred_element_type=jnp.float32
   )
   lowest = jnp.finfo(scores.dtype).min
   scores = jnp.where(mask[:, None, None], scores, lowest)
   weights = dropout(jax.nn.softmax(scores).astype(value.dtype))
-  context = jnp.einsum(f"rgmqs,{order}->rqgmk", weights, value)
+  context = jnp.einsum("rgmqs,rsgk->rqgmk", weights, value)
   return context.reshape(*mask.shape[:2], -1)
+
+
+def _attend_slots(
+  query: Heads,
+  past: Pair,
+  mask: Mask,
+  *,
+  scale: float | Array,
+  dropout: Callable[[Array], Array],
+) -> Hidden:
+  """`attend` to a cache, whose layout the products keep.
+
+  Every axis but the last two is one of many small products; the queries are
+  few, and are brought into this order.
+  """
+  keys, values = past
+  rows, groups, slots, width = values.shape
+  length = query.shape[1]
+  query = query.reshape(rows, length, groups, -1, width)
+  query = query.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, width)
+  scores = jnp.einsum(
+    "rgnk,rgks->rgns", query, keys, preferred_element_type=jnp.float32
+  ).reshape(rows, groups, -1, length, slots)
+  lowest = jnp.finfo(scores.dtype).min
+  scores = jnp.where(mask[:, None, None], scale * scores, lowest)
+  weights = dropout(jax.nn.softmax(scores).astype(values.dtype))
+  weights = weights.reshape(rows, groups, -1, slots)
+  context = jnp.einsum("rgns,rgsk->rgnk", weights, values)
+  context = context.reshape(rows, groups, -1, length, width)
+  return context.transpose(0, 3, 1, 2, 4).reshape(rows, length, -1)
 
 
 def write(
@@ -213,11 +245,13 @@ def write(
 ) -> Pair:
   """A layer's part of the cache with the call's tokens in their slots."""
   rows = jnp.arange(len(key))[:, None]
-  keys, values = (
-    old.at[rows, :, reach.slots].set(new.astype(old.dtype), mode="drop")
-    for old, new in zip(past, (key, value), strict=True)
+  keys, values = past
+  return (
+    keys.at[rows, :, :, reach.slots].set(key.astype(keys.dtype), mode="drop"),
+    values.at[rows, :, reach.slots].set(
+      value.astype(values.dtype), mode="drop"
+    ),
   )
-  return keys, values
 
 
 class Part(part.Part):

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.apply import Adapted
 from vera_jax.adapters.merge import merge
@@ -36,6 +37,7 @@ from vera_jax.generate.sampling import (
   GREEDY,
   Answers,
   Sampling,
+  are_numbers,
   compiled_next,
 )
 from vera_jax.models.classifier import Classifier
@@ -68,7 +70,7 @@ class Generator:
         f"The model in {decoder.folder} is no decoder that writes texts; its"
         " answers to texts are given by python -m experiments.predict."
       )
-    self.decoder, self.rows = decoder, rows
+    self.rows = rows
     self.tokenizer = load_tokenizer(decoder.folder)
     self.module, self.variables = decoder.module, decoder.variables
     if isinstance(self.module, Adapted) and not keep_adapter:
@@ -79,6 +81,12 @@ class Generator:
         targets=decoder.targets,
       )
       self.module, self.variables = self.module.model, {"params": merged}
+    self.module, self.variables = _unrolled(self.module, self.variables)
+    # stacked weights are let go
+    empty: Any = {"projections": {}}
+    self.decoder = decoder._replace(
+      module=self.module, **(empty | self.variables)
+    )
     plain: Any = self.module
     plain = plain.model if isinstance(plain, Adapted) else plain
     self.dtype = plain.dtype
@@ -171,7 +179,8 @@ class Generator:
       eos: the ids that end a text; None for those that the folder names.
 
     Raises:
-      UserError: as for `check`, or settings that there are not.
+      UserError: as for `check`, settings that there are not, or a model whose
+        logits are no numbers.
     """
     how.check()
     for ids in prompts:
@@ -199,6 +208,8 @@ class Generator:
         pad=self.tokenizer.pad_token_id,
         dtype=self.dtype,
       )
+      for i, fine in zip(batch, np.asarray(found.finite), strict=False):
+        self._check_numbers(fine, f"Prompt {own[i] + 1}: ")
       new, count_new = np.asarray(found.ids), np.asarray(found.lengths)
       if not isinstance(found, Answers):  # the best of each prompt's texts
         new, count_new = new[:, 0], count_new[:, 0]
@@ -219,7 +230,7 @@ class Generator:
     That of a beam search is known only at its end, and comes as one piece.
 
     Raises:
-      UserError: as for `encode`.
+      UserError: as for `encode` and `ids`.
     """
     how.check()
     if not isinstance(how, Sampling):
@@ -237,6 +248,7 @@ class Generator:
     answer: Ids = []
     shown = ""
     while True:
+      self._check_numbers(are_numbers(logits)[0])
       token = compiled_next(
         logits,
         keys,
@@ -266,6 +278,16 @@ class Generator:
       kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
 
+  def _check_numbers(self, fine: Any, prompt: str = "") -> None:
+    if not fine:
+      raise UserError(
+        f"{prompt}The next word can't be chosen, for its logits are not finite"
+        " numbers. Either a weight of the model or its adapter is not: see"
+        " whether the loss of its training was finite to the end. Or computing"
+        f" in {jnp.dtype(self.dtype).name} overflows: load the model"
+        " in float32."
+      )
+
   def _padded(
     self, prompts: Sequence[Sequence[int]]
   ) -> tuple[jax.Array, jax.Array]:
@@ -275,6 +297,30 @@ class Generator:
     for row, ids in zip(padded, prompts, strict=True):
       row[: len(ids)] = ids
     return jnp.asarray(padded, jnp.int32), jnp.asarray(lengths)
+
+
+def _unrolled(module: Any, variables: Any) -> tuple[Any, dict[str, Any]]:
+  """The model with its layers looped, which makes each token quicker.
+
+  A loop over stacked layers copies a layer's weights and its part of the cache
+  at every token.
+  """
+  adapted = isinstance(module, Adapted)
+  plain = module.model if adapted else module
+  if not plain.scan:
+    return module, variables
+  plain = plain.clone(scan=False)
+  leaves = {}
+  for path, leaf in flatten_dict(variables).items():
+    if "layer" not in path:
+      leaves[path] = leaf
+      continue
+    place = path.index("layer")
+    for number, one in enumerate(jnp.unstack(leaf)):
+      name = f"layer_{number}"
+      leaves[*path[:place], name, *path[place + 1 :]] = one
+  module = module.clone(model=plain) if adapted else plain
+  return module, unflatten_dict(leaves)
 
 
 def _keys(seed: int, numbers: Sequence[int]) -> jax.Array:
