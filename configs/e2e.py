@@ -92,7 +92,7 @@ def _small(config: ConfigDict, size: str) -> ConfigDict:
     "vera.lr": 2e-1,
     "lora.rank": 8,
     "lora.alpha": 8.0,
-    "lora.lr": 4e-3,
+    "lora.lr": 1e-2,
   }
   if size == "generated":
     changes |= {

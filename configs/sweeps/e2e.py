@@ -34,7 +34,7 @@ METHODS: Overrides = [
   {"method": "vera", "vera.rank": 1024},
   {"method": "lora"},
 ]
-RATES = {"vera": (2e-2, 6e-2, 2e-1, 6e-1), "lora": (1e-3, 3e-3, 1e-2)}
+RATES = {"vera": (2e-2, 6e-2, 2e-1, 6e-1), "lora": (1e-3, 3e-3, 1e-2, 3e-2)}
 OTHER = 10  # a seed
 CHAT = (
   "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by"
