@@ -63,6 +63,7 @@ def get_config() -> ConfigDict:
   config.lora = ConfigDict()
   config.lora.rank = 8
   config.lora.alpha = 8.0
+  config.lora.scaling = "rank"  # alpha / rank | root: alpha / sqrt(rank)
   config.lora.targets = ("query", "value")
   config.lora.lr = 4e-4
   config.lora.head_lr = 4e-4

@@ -101,9 +101,10 @@ class Adapter(NamedTuple):
     init: (key, site) -> the site's trained leaves. They may depend on the
       kernel, which is why they are made on the loaded weights.
     weights: (leaves, site) -> (kernel, bias), adapted: the definition.
-    shared: sites by path -> the non-trainable `projections` collection. Arrays
-      at its root serve every site; those at a site's path serve that site and
-      carry its stack's axes.
+    shared: sites by path, or their widths alone where no weights are asked for,
+      -> the non-trainable `projections` collection. Arrays at its root serve
+      every site; those at a site's path serve that site and carry its stack's
+      axes.
     common: (key, sites by path) -> trained leaves at the root of the tree.
     trains: a pattern over the paths of base leaves that are trained themselves.
     low_rank: (leaves, site) -> `LowRank`, where weights = kernel + delta; then
@@ -123,7 +124,7 @@ class Adapter(NamedTuple):
   name: str
   init: Callable[[Array, Site], dict[str, Array]] | None = None
   weights: Callable[[Leaves, Site], tuple[Array, Array | None]] | None = None
-  shared: Callable[[Mapping[Path, Site]], dict[str, Any]] | None = None
+  shared: Callable[[Mapping[Path, Target | Site]], dict[str, Any]] | None = None
   common: Callable[[Array, Mapping[Path, Site]], dict[str, Array]] | None = None
   trains: str | None = None
   low_rank: Callable[[Leaves, Site], LowRank] | None = None
