@@ -111,8 +111,8 @@ class Adapter(NamedTuple):
       `products` chooses the order of multiplication.
     forward: (leaves, site, x, key, inner) -> (y, penalty): for randomness in
       training. `inner(x)` is the product so far; with None for the key, y is
-      x times `weights`. The penalty, a number or None, is added to the mean
-      loss.
+      x times `weights`, and `low_rank` computes it where that is there. The
+      penalty, a number or None, is added to the mean loss.
     prepare: (leaves, site) -> leaves, once when a bank takes an adapter in,
       so that a row's product needs no kernel of its own. Without it a bank
       refuses the method.

@@ -15,6 +15,9 @@ from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Adapter
 from vera_jax.adapters.lora import lora, lora_fa
 from vera_jax.adapters.magnitude import dora, dvora
+from vera_jax.adapters.pvera import pvera
+from vera_jax.adapters.randlora import randlora
+from vera_jax.adapters.unilora import unilora
 from vera_jax.adapters.vera import onelora, vera
 from vera_jax.errors import UserError
 from vera_jax.patterns import find
@@ -89,6 +92,23 @@ METHODS: dict[str, Method] = {
     starts=lambda given: ("projection_seed",),
   ),
   "onelora": Method(onelora),
+  "pvera": Method(
+    pvera,
+    {"rank": int, "d_init": float, "init": str, "projection_seed": int},
+    starts=lambda given: ("d_init", "init", "projection_seed"),
+    per_run=lambda given: ("d_init",),
+  ),
+  "randlora": Method(
+    randlora,
+    {"rank": int, "alpha": float, "init": str, "projection_seed": int},
+    starts=lambda given: ("init", "projection_seed"),
+  ),
+  "unilora": Method(
+    unilora,
+    {"rank": int, "size": int, "theta_init": float, "projection_seed": int},
+    starts=lambda given: ("theta_init", "projection_seed"),
+    per_run=lambda given: ("theta_init",),
+  ),
   "bitfit": Method(bitfit, on_sites=False),
   "head": Method(head, on_sites=False),
   "full": Method(full, on_sites=False),

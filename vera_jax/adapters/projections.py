@@ -25,7 +25,7 @@ from vera_jax.errors import UserError
 Pair = dict[str, Float[Array, "_ _"]]
 
 
-def _signed_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
+def signed_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
   """Uniform in (-2^24, 2^24): odd whole numbers, exact in float32.
 
   Scaling them is one multiplication, rounded alike everywhere; an offset as in
@@ -38,7 +38,7 @@ def _signed_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
 def _kaiming_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
   """U(-beta, beta), beta = sqrt(6 / fan_in): torch's default, section 4.1."""
   beta = np.sqrt(6 / shape[1])
-  return _signed_uniform(key, shape) * np.float32(beta * 2.0**-24)
+  return signed_uniform(key, shape) * np.float32(beta * 2.0**-24)
 
 
 def _kaiming_normal(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
@@ -100,15 +100,22 @@ def _peft_pair(
   return {"A": draw((rows, inputs)), "B": draw((outputs, rank))}
 
 
-def check_choices(*, seed: int, init: str, sharing: str = "shared") -> None:
+def check_choices(
+  *,
+  seed: int,
+  init: str,
+  sharing: str = "shared",
+  known: Sequence[str] = INITIALISERS,
+) -> None:
   """Refuses what no projections can be made of.
 
   Raises:
-    UserError: an unknown `init` or `sharing`, a combination that there is not,
-      or a seed beyond 32 bits, of which the generator would cut off the rest.
+    UserError: an `init` that is not `known`, an unknown `sharing`, a
+      combination that there is not, or a seed beyond 32 bits, of which the
+      generator would cut off the rest.
   """
-  if init not in (*INITIALISERS, STORED):
-    raise UserError(f"init is {init!r}; choose from {', '.join(INITIALISERS)}.")
+  if init not in (*known, STORED):
+    raise UserError(f"init is {init!r}; choose from {', '.join(known)}.")
   if sharing not in ("shared", "unique"):
     raise UserError(f"sharing is {sharing!r}; choose shared or unique.")
   if sharing == "unique" and init == "peft":

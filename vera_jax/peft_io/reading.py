@@ -35,6 +35,7 @@ from vera_jax.models.kinds import KINDS, WORDS
 from vera_jax.models.pretrained import Blueprint, blueprint
 from vera_jax.peft_io.base import Base, open_base, target_patterns
 from vera_jax.peft_io.forms import FORMS
+from vera_jax.peft_io.forms.form import MERGE
 from vera_jax.peft_io.settings import FILE as SETTINGS
 from vera_jax.peft_io.settings import PeftSettings, is_target, read_settings
 from vera_jax.peft_io.tensors import (
@@ -89,14 +90,14 @@ def import_adapter(
   check_free(out)
   settings = read_settings(folder)
   tensors, exported = read_tensors(folder / FILE)
-  name = base or settings.base
+  named = base or settings.base
   if base is None and str(exported.get("base")).startswith(PACKAGE):
-    name = exported["base"]  # the config has its folder on some machine
-  if name is None:
+    named = exported["base"]  # the config has its folder on some machine
+  if named is None:
     raise UserError(
       f"{folder} names no base model, or a revision of one: say --base=FOLDER."
     )
-  network = open_base(name, exported, head=settings.head)
+  network = open_base(named, exported, head=settings.head)
   if settings.fan_in_fan_out and network.classifier.family.names.transposed:
     raise UserError(
       "fan_in_fan_out=True: the layers are Linear, where PEFT itself turns it"
@@ -145,6 +146,14 @@ def import_adapter(
       and (*layer.path, "kernel") not in heads
     }
   _check_targets(settings, adapted, network)
+  kinds = {network.layers[name].kind for name in adapted}
+  for name, of_base in network.layers.items():
+    if not form.endings and of_base.kind in kinds and name not in adapted:
+      raise UserError(
+        f"{SETTINGS} leaves out {name}, and {settings.method} has no numbers"
+        " that would leave a layer as it is: all layers of a kind must be"
+        f" adapted. {MERGE.capitalize()}."
+      )
 
   # The method's settings as a run's config has them. Our own export knew the
   # learning rates and which seed gave the random matrices.
@@ -153,7 +162,7 @@ def import_adapter(
     known = {}
   patterns = partial(target_patterns, layers=network.layers)
   given: dict[str, Any] = {
-    "targets": patterns({network.layers[layer].kind for layer in adapted}),
+    "targets": patterns(kinds),
     "lr": known.get("lr"),
     "head_lr": known.get("head_lr"),
     **settings.given,
@@ -163,7 +172,7 @@ def import_adapter(
   head, outputs, frozen = _complete_head(head, network)
   pair_digest = None
   if form.trained_root:
-    leaves |= {(name,): value for name, value in root.items()}
+    leaves |= _root_leaves(settings, given, root)
     root = {}
   parameters = {
     "adapter": sum(x.size for x in leaves.values()),
@@ -189,7 +198,7 @@ def import_adapter(
   check_length(run["max_length"])
   about = {
     **run,
-    "base": name,
+    "base": named,
     "base_fingerprint": network.fingerprint,
     "parameters": parameters,
     "method": settings.method,
@@ -263,6 +272,23 @@ def _adapter_leaves(
         )
       leaves[(*layer.path, leaf)] = value
   return leaves
+
+
+def _root_leaves(
+  settings: PeftSettings, given: Mapping[str, Any], found: Tensors
+) -> Leaves:
+  """The trained leaves that all layers share, by path."""
+  common = make_adapter(settings.method, given)[0].common
+  assert common is not None
+  need = jax.eval_shape(lambda: common(jax.random.key(0), {}))
+  for name, leaf in need.items():
+    have = found[name].shape if name in found else None
+    if have != leaf.shape:
+      raise UserError(
+        f"{name} has shape {have} in the adapter's file; its config needs"
+        f" {leaf.shape}: the two files don't belong together."
+      )
+  return {(name,): found[name] for name in need}
 
 
 def _head_paths(classifier: Blueprint) -> set[TreePath]:

@@ -7,6 +7,8 @@ of our methods that it can hold.
 from vera_jax.peft_io.forms.form import Exported, Form, Ours
 from vera_jax.peft_io.forms.ia3 import IA3
 from vera_jax.peft_io.forms.lora import LORA
+from vera_jax.peft_io.forms.randlora import RANDLORA
+from vera_jax.peft_io.forms.unilora import UNILORA
 from vera_jax.peft_io.forms.vera import PVERA, VERA
 
 # By PEFT's name of the method, which is its peft_type in lower case.
@@ -15,6 +17,8 @@ FORMS: dict[str, Form] = {
   "pvera": PVERA,
   "lora": LORA,
   "ia3": IA3,
+  "randlora": RANDLORA,
+  "unilora": UNILORA,
 }
 # PEFT's methods that can hold ours; the first one is taken if none is named.
 HELD_BY = {
@@ -24,6 +28,9 @@ HELD_BY = {
   "dvora": ("lora",),
   "lora_fa": ("lora",),
   "onelora": ("vera", "lora"),
+  "pvera": ("pvera", "lora"),
+  "randlora": ("randlora",),
+  "unilora": ("unilora", "lora"),
   "ia3": ("ia3",),
 }
 
