@@ -4,14 +4,14 @@
 
 What a page has between `<!-- from PATH -->` and `<!-- end -->` is replaced: by
 a table where PATH is a file in results/plans, by the report where it is a
-sweep's folder. The figures that a page shows as figures/SWEEP-NAME.png are
-drawn.
+sweep's folder, by the tables of methods where it is benchmarks/methods.py. The
+figures that a page shows as figures/SWEEP-NAME.png are drawn.
 """
 
 import re
 from pathlib import Path
 
-from benchmarks import meshes
+from benchmarks import meshes, methods
 from benchmarks.plans import report as plans
 from experiments import cli
 from vera_jax.errors import UserError
@@ -48,6 +48,8 @@ def filled(page: str) -> str:
     if source.is_dir():
       sweep = load_sweep(source)
       made = tables.page(sweep, summary(sweep)).strip()
+    elif source.name == "methods.py":
+      made = methods.markdown()
     elif source.name == "meshes.json":
       made = meshes.markdown(read_json(source))
     else:

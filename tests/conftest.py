@@ -216,6 +216,35 @@ SETTINGS = {
   },
   "lora": {"rank": 2, "alpha": 4.0, "targets": ["query", "value"]},
   "ia3": {"targets": ["key", "value"], "feedforward": []},
+  "lora_fa": {
+    "rank": 2,
+    "alpha": 4.0,
+    "scaling": "root",
+    "projection_seed": 1,
+    "targets": ["query", "value"],
+  },
+  "onelora": {"targets": ["query", "value"]},
+  "pvera": {
+    "rank": 8,
+    "d_init": 0.1,
+    "init": "kaiming_uniform",
+    "projection_seed": 0,
+    "targets": ["query", "value"],
+  },
+  "randlora": {
+    "rank": 5,
+    "alpha": 5.0,
+    "init": "uniform",
+    "projection_seed": 0,
+    "targets": ["query", "value"],
+  },
+  "unilora": {
+    "rank": 2,
+    "size": 50,
+    "theta_init": 0.02,
+    "projection_seed": 3,
+    "targets": ["query", "value"],
+  },
 }
 SETTINGS |= {"dora": SETTINGS["lora"], "dvora": SETTINGS["vera"]}
 SETTINGS["dvora+ia3"] = {name: SETTINGS[name] for name in ("dvora", "ia3")}

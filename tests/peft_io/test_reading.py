@@ -122,12 +122,13 @@ def test_labels_are_in_the_order_of_their_ids(tiny_model, tmp_path):
     assert about["labels"] == ["no", "yes"] and about["max_length"] == length
 
 
-@pytest.mark.parametrize("rslora, alpha", [(False, 6.0), (True, 12.0)])
-def test_lora(carry, rslora, alpha):
+@pytest.mark.parametrize("rslora, scaling", [(False, "rank"), (True, "root")])
+def test_lora(carry, rslora, scaling):
   theirs = matrices()
   about, tensors = carry(theirs, LORA, use_rslora=rslora)
   assert about["method"] == "lora" and about["projection_digest"] is None
-  assert about["settings"]["alpha"] == alpha  # the scale is alpha / rank
+  assert about["settings"]["alpha"] == 6
+  assert about["settings"]["scaling"] == scaling
   for leaf in ("lora_A", "lora_B"):
     np.testing.assert_array_equal(
       tensors[f"encoder.layer.0.{WIDE}.{leaf}"],

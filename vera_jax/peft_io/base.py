@@ -17,7 +17,9 @@ from vera_jax.hub import resolve
 from vera_jax.models.family import family_of, read_fields
 from vera_jax.models.hf_weights import fingerprint, module_name, module_path
 from vera_jax.models.pretrained import Blueprint, blueprint
-from vera_jax.peft_io.settings import TASK_TYPES
+
+# PEFT's task_type -> the kind of head, as `Family.classes` has it.
+TASK_TYPES = {"SEQ_CLS": "classification", "CAUSAL_LM": "language_modelling"}
 
 
 class Layer(NamedTuple):
