@@ -37,7 +37,8 @@ def classification(
   labels: tuple[str, ...],
   choices: tuple[str, ...] = (),
   metrics: tuple[str, ...],
-  read_split: Callable[[str, str], Examples],
+  read_split: Callable[[str, str], Examples] | None = None,
+  load: Callable[..., Any] | None = None,
   dev_splits: tuple[str, ...],
   test_splits: tuple[str, ...] = (),
   write_answers: Callable[..., Any] | None = None,
@@ -47,7 +48,7 @@ def classification(
   size: Size | None = None,
   kind: str | None = None,
 ) -> Task:
-  """A task over labelled texts.
+  """A task over labelled texts, or whatever `load` loads.
 
   Args:
     name: the task's.
@@ -55,7 +56,9 @@ def classification(
     choices: the names of an example's choices, where it asks between texts
       (`Examples.choices` of them); there are no labels then.
     metrics: names that `metrics.score` knows; the first is the score.
-    read_split: (config.data.source, split) -> its examples.
+    read_split: (config.data.source, split) -> its examples, where these are
+      texts.
+    load: as `Task.load`, in place of tokenising these.
     dev_splits: scored, the first one for the score that counts.
     test_splits: answered where config.predict_test asks for it.
     write_answers: (folder, split, predictions, index) -> a file.
@@ -67,7 +70,7 @@ def classification(
   """
   kind = kind or (CLASSES if labels or choices else NUMBER)
 
-  def load(
+  def load_texts(
     config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
   ) -> PackedData:
     """Read, cut to size, tokenise; choose the shapes to pack into."""
@@ -78,6 +81,7 @@ def classification(
     cache = cache.expanduser()
     tokenizer = FolderTokenizer(folder, cache)
     tokens = {}
+    assert read_split is not None
     for split in splits:
       examples = read_split(config.data.source, split)
       if split == "train":
@@ -116,7 +120,7 @@ def classification(
       if not np.isfinite(logits).all():
         return Evaluation({}, finite=False)
       answers[split] = predictions(logits, kind)
-      known = data.tokens[split].labels
+      known = data.labels(split)
       assert known is not None  # a dev split without labels is refused
       tail = "" if split == dev_splits[0] else f"/{split}"
       values = score(metrics, answers[split], known)
@@ -147,7 +151,7 @@ def classification(
     kind=kind,
     choices=choices,
     score_name=metrics[0],
-    load=load,
+    load=load or load_texts,
     loss=lambda outputs, batch: loss(example_logits(outputs, batch), batch),
     measure=example_logits,
     evaluate=evaluate,

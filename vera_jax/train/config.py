@@ -28,12 +28,17 @@ AT_LEAST_ONE = (
   "log.every",
   "data.max_length",
   "data.max_train_examples",
+  "data.max_eval_examples",
+  "data.shots",
+  "data.dev_shots",
+  "data.image_size",
 )
 NOT_NEGATIVE = (
   "optim.adapter_lr",
   "optim.head_lr",
   "optim.weight_decay",
   "data.subset_seed",
+  "data.shift",
 )
 SEEDS = 2**32  # of jax.random.key; it would take a higher one for a lower
 
@@ -62,7 +67,7 @@ def check_settings(config: ConfigDict) -> None:
     wrong.append(f"config.{name} is {values[name]}; {allowed}.")
 
   for name in AT_LEAST_ONE:
-    if values[name] is not None and values[name] < 1:
+    if values.get(name) is not None and values[name] < 1:
       refuse(name, "at least 1 is needed")
   for name in (
     *NOT_NEGATIVE,
