@@ -35,7 +35,7 @@ class ImageData(NamedTuple):
   splits: dict[str, Prepared]
   processor: Processor
   rows: int
-  eval_rows: dict[str, int]
+  eval_rows: int
   batch_size: int
   flip: bool = False
   shift: int = 0
@@ -79,12 +79,12 @@ class ImageData(NamedTuple):
     if not self.flip and not self.shift:
       return images
     count, tall, wide = images.shape[:3]
-    flips = rng.random(count) < 0.5
+    flips = rng.random((count, 1)) < 0.5
     moves = rng.integers(-self.shift, self.shift + 1, (count, 2))
     rows = np.clip(np.arange(tall) + moves[:, :1], 0, tall - 1)
     columns = np.clip(np.arange(wide) + moves[:, 1:], 0, wide - 1)
     if self.flip:
-      columns = np.where(flips[:, None], columns[:, ::-1], columns)
+      columns = np.where(flips, columns[:, ::-1], columns)
     every = np.arange(count)[:, None, None]
     return images[every, rows[:, :, None], columns[:, None]]
 
@@ -96,7 +96,7 @@ class ImageData(NamedTuple):
   def eval_sample(self) -> Batch:
     """A batch as the scored split has them, to compile for."""
     split = list(self.splits)[1]
-    return self._sample(split, self.eval_rows[split])
+    return self._sample(split, self.eval_rows)
 
   def _sample(self, split: str, rows: int) -> Batch:
     """A whole batch with one example, whatever this process supplies."""
@@ -113,7 +113,7 @@ class ImageData(NamedTuple):
     self, split: str, place: Placement | None = None
   ) -> Iterator[Batch]:
     """The whole split in its order; the last batch may have empty rows."""
-    images, rows = self.splits[split], self.eval_rows[split]
+    images, rows = self.splits[split], self.eval_rows
     for first in range(0, len(images), rows):
       indices = np.arange(first, min(first + rows, len(images)))
       yield self._batch(split, indices, images.pixels[indices], rows)

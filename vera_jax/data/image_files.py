@@ -6,7 +6,7 @@ which of them it uses.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -310,8 +310,8 @@ def choose_shots(
   """
   rng = np.random.default_rng(seed)
   order = rng.permutation(len(labels))
-  chosen: list[Iterable[int]] = []
-  scored: list[Iterable[int]] = []
+  chosen: list[np.ndarray] = []
+  scored: list[np.ndarray] = []
   for number in np.unique(labels):
     own = order[labels[order] == number]
     first = shots if shots is not None else len(own) - (dev_shots or 0)

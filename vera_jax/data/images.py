@@ -60,11 +60,12 @@ class Processor(NamedTuple):
     Raises:
       one of `UNREADABLE`.
     """
-    image = encoded
-    if not isinstance(image, Image.Image):
-      opened = io.BytesIO(image) if isinstance(image, bytes) else image
-      image = Image.open(opened)
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    if isinstance(encoded, bytes | Path):
+      # a path is read whole, so that no file stays open
+      file = io.BytesIO(_content(encoded))
+      with Image.open(file) as opened:
+        return self.prepare(opened)
+    image = ImageOps.exif_transpose(encoded).convert("RGB")
     size, filter = (self.width, self.height), Image.Resampling(self.resample)
     if not self.edge:
       return np.asarray(image.resize(size, filter))
@@ -185,7 +186,10 @@ def prepare_images(
   sha = hashlib.sha256(f"vera_jax images {VERSION} {PIL.__version__}".encode())
   sha.update(json.dumps(processor[:4]).encode() + labels.tobytes())
   for encoded in files.read(numbers):
-    sha.update(hashlib.sha256(_content(encoded)).digest())
+    try:
+      sha.update(hashlib.sha256(_content(encoded)).digest())
+    except OSError as error:  # the file is named when it is decoded
+      sha.update(str(error).encode())
   fingerprint = sha.hexdigest()
   stored, lines = cache / f"{fingerprint}.npy", cache / f"{fingerprint}.json"
   shape = (len(numbers), processor.height, processor.width, 3)
@@ -267,9 +271,4 @@ def _decode(
 
 
 def _content(encoded: Encoded) -> bytes:
-  if isinstance(encoded, bytes):
-    return encoded
-  try:
-    return encoded.read_bytes()
-  except OSError as error:  # it will be named when it is decoded
-    return str(error).encode()
+  return encoded if isinstance(encoded, bytes) else encoded.read_bytes()

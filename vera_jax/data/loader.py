@@ -253,7 +253,7 @@ def step_batches(
 
   batches = made()
   # One thread, so that the generator runs in order and never in two places.
-  worker = ThreadPoolExecutor(1, "make batches")
+  worker = ThreadPoolExecutor(1, "pack batches")
   ahead = deque(worker.submit(next, batches) for _ in range(_AHEAD))
   try:
     while True:

@@ -1,4 +1,4 @@
-"""Whole texts: classes, several labels or a number, and choice between texts.
+"""Whole texts, or images: classes, several labels or a number, and choices.
 
 Each example has one row of logits. A text that is classified has them from the
 head's outputs. An example that asks between choices is one text per choice,
@@ -19,6 +19,7 @@ from jaxtyping import Float, Float32, Num
 from ml_collections import ConfigDict
 
 from vera_jax.data.examples import Examples, subset
+from vera_jax.data.image_batches import ImageData
 from vera_jax.data.layout import choose_eval_layout, choose_layout, limit_rows
 from vera_jax.data.loader import PackedData
 from vera_jax.data.packing import ProcessShard
@@ -29,6 +30,7 @@ from vera_jax.tasks.task import Evaluation, Form, Size, Task
 
 Logits = Float32[np.ndarray, "examples labels"]
 MeasureBatch = Callable[[Mapping[str, Any]], Any]
+Data = PackedData | ImageData
 
 
 def classification(
@@ -110,7 +112,7 @@ def classification(
       shard=shard,
     )
 
-  def evaluate(measure_batch: MeasureBatch, data: PackedData) -> Evaluation:
+  def evaluate(measure_batch: MeasureBatch, data: Data) -> Evaluation:
     """The metrics of every dev split. A second one (MNLI's mismatched) has its
     name behind the metric's."""
     scores: dict[str, float] = {}
@@ -196,9 +198,7 @@ def loss(
   return jnp.sum(jnp.where(weights > 0, losses, 0)), jnp.sum(weights)
 
 
-def split_logits(
-  measure_batch: MeasureBatch, data: PackedData, split: str
-) -> Logits:
+def split_logits(measure_batch: MeasureBatch, data: Data, split: str) -> Logits:
   """The logits of every example, in the split's order."""
   place = data.eval_placement(split)
   # read after the last batch is sent, so that the device never waits

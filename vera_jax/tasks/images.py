@@ -91,7 +91,7 @@ def task_for(config: ConfigDict) -> Task | None:
       splits=prepared,
       processor=processor,
       rows=_rows(min(batch_size, optim.pass_rows or batch_size), shards),
-      eval_rows={"dev": _rows(-(-count // batches), shards)},
+      eval_rows=_rows(-(-count // batches), shards),
       batch_size=batch_size,
       flip=config.data.flip,
       shift=config.data.shift,

@@ -25,6 +25,7 @@ AT_LEAST_ONE = (
   "optim.pass_rows",
   "optim.patience",
   "eval_batch_size",
+  "eval_epochs",
   "log.every",
   "data.max_length",
   "data.max_train_examples",
@@ -76,6 +77,9 @@ def check_settings(config: ConfigDict) -> None:
     value = values.get(name)
     if value is not None and not 0 <= value < math.inf:
       refuse(name, "it must be a finite number, 0 or above")
+  epochs, between = values["optim.epochs"], values.get("eval_epochs") or 1
+  if epochs is not None and epochs % between:
+    refuse("eval_epochs", f"a divisor of the {epochs} epochs is needed")
   clip = values["optim.grad_clip"]
   if clip is not None and not 0 < clip < math.inf:
     refuse("optim.grad_clip", "a norm above 0 is needed; unset clips nothing")

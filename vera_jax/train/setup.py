@@ -72,6 +72,11 @@ class Setup(NamedTuple):
     return self.data.epoch_steps * self.config.optim.epochs
 
   @property
+  def steps_between_evaluations(self) -> int:
+    """Those of an epoch, or of as many as the config says."""
+    return self.data.epoch_steps * self.config.get("eval_epochs", 1)
+
+  @property
   def rows(self) -> NamedSharding:
     """How the rows of a batch lie on the mesh."""
     return NamedSharding(self.mesh, BATCH)
