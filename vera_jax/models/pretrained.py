@@ -165,7 +165,7 @@ def blueprint(
   scan: bool | str = True,
   remat: str = "none",
   plan: str = AUTO,
-  sizes: tuple[int, int, int] = (1, 8, 1),
+  sizes: tuple[int, int, int] | None = None,
 ) -> Blueprint:
   """A model by its config.json and its method.
 
@@ -180,7 +180,8 @@ def blueprint(
       serves any adapter.
     remat: "none", "full" or "dots".
     plan: how low-rank deltas multiply, "auto" or one of `products.PLANS`.
-    sizes: rows, length and slots of the batches that `Blueprint.plans` is of.
+    sizes: rows, length and slots of the batches that `Blueprint.plans` is of;
+      None for the family's example.
 
   Raises:
     UserError: a family, setting or target that is not there.
@@ -212,7 +213,10 @@ def blueprint(
     forwards=1 if remat == "none" else 2,
   )
   found, calls, variables = trace_sites(
-    base, targets, fused=module.fused, **family.inputs(*sizes)
+    base,
+    targets,
+    fused=module.fused,
+    **family.inputs(*(sizes or family.example)),
   )
   return Blueprint(
     family=family,
@@ -221,7 +225,7 @@ def blueprint(
     targets=found,
     dtype=dtype,
     shapes=flatten_dict(variables["params"]),
-    inputs=family.inputs(1, 8, 1),
+    inputs=family.inputs(*family.example),
     scan=scan,
     tokens={path: call.tokens for path, call in calls.items()},
   )

@@ -57,6 +57,7 @@ RUN = (
   "score_name",
   "score",
   "max_length",
+  "image_size",
   "versions",
 )
 HEAD_LEAVES = ("weight", "bias")
@@ -97,7 +98,7 @@ def import_adapter(
     raise UserError(
       f"{folder} names no base model, or a revision of one: say --base=FOLDER."
     )
-  network = open_base(named, exported, head=settings.head)
+  network = open_base(named, exported, head=settings.head).named_as(tensors)
   if settings.fan_in_fan_out and network.classifier.family.names.transposed:
     raise UserError(
       "fan_in_fan_out=True: the layers are Linear, where PEFT itself turns it"

@@ -31,12 +31,15 @@ METHODS = {
   "unilora": "Uni-LoRA",
   "bitfit": "BitFit",
   "head": "head alone",
+  "ridge": "ridge on features",
   "full": "full",
 }
 # Settings that make no condition: the first three have columns of their own,
-# the others say where a run took place and what it logged.
+# the next one is a seed too, the others say where a run took place and what it
+# logged.
 ASIDE = (
   *("seed", "task", "method"),
+  "data.subset_seed",
   *("log", "predict_test", "mesh", "data.cache_dir", "data.source"),
   "model.scan",  # changes rounding alone
 )

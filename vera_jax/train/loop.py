@@ -122,7 +122,7 @@ def train(run: Any, setup: Setup, began: float) -> None:
         seconds = time.monotonic() - began
         bar.log(f"first step done {seconds:.1f} s after the start")
 
-      ends_epoch = done % setup.data.epoch_steps == 0
+      ends_epoch = done % setup.steps_between_evaluations == 0
       if not (ends_epoch or stop.answer(asked) or run.has_ended):
         continue
       read()
