@@ -52,23 +52,25 @@ class Work(NamedTuple):
 
 
 WORKS = (Work(1, 1), Work(16, 1), Work(16, 10))
+PLACES = {
+  "The Copper Kettle": "pub | food : Italian | price : moderate",
+  "Harbour View": "restaurant | food : Indian | price : high",
+  "Lantern House": "coffee shop | food : English | price : cheap",
+  "Old Orchard": "restaurant | food : French | price : more than £ 30",
+  "Marble Arch Inn": "pub | food : English | price : less than £ 20",
+  "The Blue Door": "restaurant | food : Indian | price : moderate",
+  "Riverbank": "coffee shop | food : Chinese | price : cheap",
+  "Saffron": "restaurant | food : Indian | price : £ 20 - 25",
+}
+AREAS = (
+  "area : city centre | family friendly : no",
+  "rating : 5 out of 5 | area : riverside | family friendly : yes",
+)
+# about as long as those of the challenge's test, which have 36 tokens
 PROMPTS = [
-  "name : The Copper Kettle | Type : pub | food : Italian",
-  "name : Harbour View | Type : restaurant | area : riverside",
-  "name : Lantern House | Type : coffee shop | price : cheap | near : the mill",
-  "name : Old Orchard | food : French | price : high | area : city centre",
-  "name : Marble Arch Inn | Type : pub | family friendly : no",
-  "name : The Blue Door | Type : restaurant | food : Indian | rating : average",
-  "name : Riverbank | Type : coffee shop | food : Chinese | area : riverside",
-  "name : Saffron | Type : restaurant | food : Indian | price : moderate",
-  "name : The Quiet Corner | Type : coffee shop | rating : 5 out of 5",
-  "name : Seven Oaks | Type : pub | food : English | near : The Copper Kettle",
-  "name : Pepper Tree | Type : restaurant | food : Japanese | price : high",
-  "name : Station Arms | Type : pub | price : cheap | family friendly : yes",
-  "name : Willow | Type : restaurant | area : city centre | rating : low",
-  "name : The Green Room | food : Italian | price : moderate | near : Saffron",
-  "name : Corner House | Type : coffee shop | food : English | price : high",
-  "name : Silver Spoon | Type : restaurant | food : French | rating : high",
+  f"name : {name} | Type : {what} | {area} | near : {near}"
+  for area in AREAS
+  for (name, what), near in zip(PLACES.items(), [*PLACES][::-1], strict=True)
 ]
 
 
@@ -78,9 +80,10 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "new_tokens", 64, "The length of each answer.", lower_bound=2
   )
-  flags.DEFINE_integer(
-    "repetitions", 3, "Timed calls of each, by turns.", lower_bound=1
-  )
+  for name, calls in (("greedy", 3), ("beam", 2)):
+    flags.DEFINE_integer(
+      f"{name}_calls", calls, "Timed calls of each side.", lower_bound=1
+    )
   flags.DEFINE_string("out", "results/benchmarks", "Where the files go.")
 
 
@@ -96,9 +99,9 @@ def main() -> None:
     "model": given.model,
     "prompts": "E2E's test.txt" if given.source else "the benchmark's own",
     "new_tokens": given.new_tokens,
-    "repetitions": given.repetitions,
   }
-  result |= measure(sides, settings, repetitions=given.repetitions)
+  timed = {False: given.greedy_calls, True: given.beam_calls}
+  result |= measure(sides, settings, timed=timed)
   result["load_after"] = load()
   path = write("decode", result, folder=given.out)
   page = markdown(result)
@@ -151,9 +154,15 @@ class Side:
 
 
 def measure(
-  names: list[str], settings: dict[str, Any], *, repetitions: int
+  names: list[str], settings: dict[str, Any], *, timed: dict[bool, int]
 ) -> dict[str, Any]:
-  """A row for each work and side."""
+  """A row for each work and side.
+
+  Args:
+    names: of the sides.
+    settings: of both.
+    timed: calls after the first one: greedy ones, and those of beam search.
+  """
   rows = []
   with tempfile.TemporaryDirectory() as cache:
     sides = {name: Side(name, cache=cache) for name in names}
@@ -163,7 +172,7 @@ def measure(
       threads = [sides[n].ask(settings)["threads"] for n in names if n != OURS]
       for work in WORKS:
         calls: dict[str, list[Any]] = {name: [] for name in names}
-        for turn in range(1 + repetitions):
+        for turn in range(1 + timed[work.beams > 1]):
           for name, side in sides.items():
             call = side.ask(work._asdict())
             calls[name].append(call)
@@ -228,13 +237,14 @@ def markdown(result: dict[str, Any]) -> str:
     )
   table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
   versions, lengths = result["versions"], result["prompt_tokens"]
+  calls = ", ".join(str(len(row["seconds"])) for row in result["rows"])
   libraries = ("python", "jax", "flax", "transformers", "torch")
   notes = [
     f"Tokens are those of the answers, {result['new_tokens']} for each prompt;"
-    f" seconds are of {result['repetitions']} calls each, by turns. The first"
-    " call compiles in vera_jax. Peak memory is the process's resident set,"
-    " loading included, up to the end of the row. Times as fast: the seconds of"
-    " torch divided by ours.",
+    f" the two sides took turns ({calls} calls). The first call, which is not"
+    " among these, compiles in vera_jax. Peak memory is the process's resident"
+    " set, loading included, up to the end of the row. Times as fast: the"
+    " seconds of torch divided by ours.",
     "",
     f"- `{result['command']}`",
     f"- {result['model']} in float32; {len(lengths)} prompts"
