@@ -11,7 +11,7 @@ drawn.
 import re
 from pathlib import Path
 
-from benchmarks import meshes
+from benchmarks import decode, meshes
 from benchmarks.plans import report as plans
 from experiments import cli
 from vera_jax.errors import UserError
@@ -50,6 +50,8 @@ def filled(page: str) -> str:
       made = tables.page(sweep, summary(sweep)).strip()
     elif source.name == "meshes.json":
       made = meshes.markdown(read_json(source))
+    elif source.name.startswith("decode-"):
+      made = decode.markdown(read_json(source)).strip()
     else:
       made = plans.markdown(read_json(source))
     return f"<!-- from {match[1]} -->\n\n{made}\n\n<!-- end -->"

@@ -64,9 +64,6 @@ def read_tokens(
   return logits_of(words)[:, -1], filled
 
 
-MULTIPLE = 32
-
-
 class Beams(NamedTuple):
   """The cache of beams: they share their prompt's slots, and nothing moves.
 
@@ -89,9 +86,7 @@ class Beams(NamedTuple):
 def start_beams(cache: Cache, *, beams: int, words: int) -> Beams:
   """Beams behind their prompts, with slots for so many words of each."""
   width, lengths = cache.slots, cache.positions[:, None]
-  more = beams * words
-  # products of whole multiples are quicker
-  cache = grow(cache, more + -(width + more) % MULTIPLE)
+  cache = grow(cache, beams * words)
   slots = jnp.arange(cache.slots)[None]
   seen = jnp.broadcast_to(slots < lengths, (len(lengths), cache.slots))
   seen = jnp.repeat(seen[:, None], beams, axis=1)
