@@ -11,7 +11,7 @@ figures that a page shows as figures/SWEEP-NAME.png are drawn.
 import re
 from pathlib import Path
 
-from benchmarks import meshes, methods
+from benchmarks import decode, meshes, methods
 from benchmarks.plans import report as plans
 from experiments import cli
 from vera_jax.errors import UserError
@@ -52,6 +52,8 @@ def filled(page: str) -> str:
       made = methods.markdown()
     elif source.name == "meshes.json":
       made = meshes.markdown(read_json(source))
+    elif source.name.startswith("decode-"):
+      made = decode.markdown(read_json(source)).strip()
     else:
       made = plans.markdown(read_json(source))
     return f"<!-- from {match[1]} -->\n\n{made}\n\n<!-- end -->"

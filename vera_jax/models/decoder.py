@@ -22,6 +22,7 @@ from vera_jax.models.attention import REMAT_POLICIES, Ids, check_remat
 
 HEAD = "language_modelling"
 INPUTS = ("input_ids", "positions", "segment_ids", "read_positions")
+MULTIPLE = 32  # of slots in a grown cache: products of these are quicker
 Hidden = Float[Array, "rows length width"]
 Heads = Float[Array, "rows length heads k"]
 Reads = Int[Array, "rows reads"]
@@ -113,8 +114,9 @@ def empty_cache(
 
 
 def grow(cache: Cache, slots: int) -> Cache:
-  """The cache with as many more slots."""
-  same, wider = (0, 0), (0, slots)
+  """The cache with as many more slots, and some up to a MULTIPLE."""
+  total = -(-(cache.slots + slots) // MULTIPLE) * MULTIPLE
+  same, wider = (0, 0), (0, total - cache.slots)
   return cache._replace(
     keys=tuple(jnp.pad(x, (same, same, same, wider)) for x in cache.keys),
     values=tuple(jnp.pad(x, (same, same, wider, same)) for x in cache.values),
