@@ -35,13 +35,13 @@ class Row(NamedTuple):
 
   Attributes:
     weights: of an adapted layer.
-    count: trained numbers per layer, or in all: a formula of the settings, of
+    formula: trained numbers per layer, or in all: a formula of the settings, of
       i and o, the layer's widths, and of min, the smaller of these.
     source: a paper.
   """
 
   weights: str
-  count: str
+  formula: str
   source: str
 
 
@@ -83,7 +83,7 @@ def markdown(study: Path = STUDY) -> str:
       (
         f"{method_title(method)}, `{method}`" + (link if row.source else ""),
         row.weights,
-        row.count,
+        row.formula,
         " or ".join(f"`{name}`" for name in HELD_BY.get(method, ())),
         "" if adapter.weights is None else "yes",
         "refused" if adapter.prepare is None else "yes",
@@ -108,7 +108,8 @@ def _scores(study: Path) -> str:
       if one["pairs"] > 0:
         interval = f"{one['ci_low']:+.1f} to {one['ci_high']:+.1f}"
         differences.append(f"{one['difference']:+.1f} ({interval})")
-        differences.append(f"{one['p_holm']:.3f}")
+        p = one["p_holm"]  # NaN where all differences are the same
+        differences.append(f"{p:.3f}" if p == p else "")
       else:
         differences += ["", ""]
     rows.append(

@@ -100,6 +100,42 @@ def _peft_pair(
   return {"A": draw((rows, inputs)), "B": draw((outputs, rank))}
 
 
+def peft_bases(
+  seed: int, rank: int, fewer: int, more: int, matrices: int
+) -> Pair:
+  """PEFT's bases of RandLoRA for a `projection_prng_key`, bit for bit.
+
+  It draws A, then each B_j, in bfloat16 from torch's CPU generator (MT19937)
+  and divides each of the two by its standard deviation, in bfloat16 too. torch
+  scales 24 bits before it rounds them, and what rounds up to the range's end
+  becomes its beginning: so torch 2.13; older ones drew eight bits.
+
+  Args:
+    seed, rank: the key, and r.
+    fewer, more: the smaller and the larger width of A's and B's layers.
+    matrices: how many B_j there are; they lie side by side in B.
+  """
+  half = np.dtype(jnp.bfloat16).type
+  stream = np.random.RandomState(seed)
+
+  def draw(shape: tuple[int, int], fan: int) -> np.ndarray:
+    raw = stream.randint(0, 2**32, size=shape, dtype=np.uint32) & 0xFFFFFF
+    bound = np.float64(np.float32(np.sqrt(3.0) * np.sqrt(1 / 3) / np.sqrt(fan)))
+    drawn = (raw * 2.0**-24 * (2 * bound) - bound).astype(np.float32)
+    drawn = drawn.astype(half)
+    return np.where(drawn == half(bound), -drawn, drawn)
+
+  A = draw((rank, fewer), fewer)
+  B = np.concatenate([draw((more, rank), rank) for _ in range(matrices)], 1)
+
+  def divided(x: np.ndarray) -> Array:
+    deviation = half(np.float32(x.astype(np.float64).std(ddof=1)))
+    quotient = x.astype(np.float32) / np.float32(deviation)
+    return jnp.asarray(quotient.astype(half), jnp.float32)
+
+  return {"A": divided(A), "B": divided(B)}
+
+
 def check_choices(
   *,
   seed: int,

@@ -34,7 +34,12 @@ from vera_jax.adapters.interface import (
   Target,
 )
 from vera_jax.adapters.products import add_low_rank
-from vera_jax.adapters.projections import PRNG, check_choices, signed_uniform
+from vera_jax.adapters.projections import (
+  PRNG,
+  check_choices,
+  peft_bases,
+  signed_uniform,
+)
 from vera_jax.errors import UserError
 
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
@@ -70,7 +75,7 @@ def randlora(
     )
     matrices, fewer = math.ceil(min(widest) / rank), min(widest)
     if init == "peft":
-      return _peft_matrices(projection_seed, rank, fewer, max(widest), matrices)
+      return peft_bases(projection_seed, rank, fewer, max(widest), matrices)
     key = jax.random.key(projection_seed, impl=PRNG)
     unit = np.float32(np.sqrt(3) * 2.0**-24)  # of variance 1
     shapes = {"A": (rank, fewer), "B": (max(widest), matrices * rank)}
@@ -105,34 +110,3 @@ def randlora(
     weights=add_low_rank(low_rank),
     low_rank=low_rank,
   )
-
-
-def _peft_matrices(
-  seed: int, rank: int, fewer: int, more: int, matrices: int
-) -> dict[str, Array]:
-  """PEFT's own for a `projection_prng_key`, bit for bit, without torch.
-
-  It draws A, then each B_j, in bfloat16 from torch's CPU generator (MT19937)
-  and divides each of the two by its standard deviation, in bfloat16 too. torch
-  scales 24 bits before it rounds them, and what rounds up to the range's end
-  becomes its beginning: so torch 2.13; older ones drew eight bits.
-  """
-  half = np.dtype(jnp.bfloat16).type
-  stream = np.random.RandomState(seed)
-
-  def draw(shape: tuple[int, int], fan: int) -> np.ndarray:
-    raw = stream.randint(0, 2**32, size=shape, dtype=np.uint32) & 0xFFFFFF
-    bound = np.float64(np.float32(np.sqrt(3.0) * np.sqrt(1 / 3) / np.sqrt(fan)))
-    drawn = (raw * 2.0**-24 * (2 * bound) - bound).astype(np.float32)
-    drawn = drawn.astype(half)
-    return np.where(drawn == half(bound), -drawn, drawn)
-
-  A = draw((rank, fewer), fewer)
-  B = np.concatenate([draw((more, rank), rank) for _ in range(matrices)], 1)
-
-  def divided(x: np.ndarray) -> Array:
-    deviation = half(np.float32(x.astype(np.float64).std(ddof=1)))
-    quotient = x.astype(np.float32) / np.float32(deviation)
-    return jnp.asarray(quotient.astype(half), jnp.float32)
-
-  return {"A": divided(A), "B": divided(B)}

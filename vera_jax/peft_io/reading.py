@@ -139,6 +139,8 @@ def import_adapter(
         f" layers, and whole {whole} modules (modules_to_save), can be carried."
       )
   if not form.endings:  # then the config alone says which layers are adapted
+    if settings.targets is None:
+      raise UserError(f"{SETTINGS} names no target_modules.")
     heads = _head_paths(network.classifier)
     adapted = {
       name: {}
