@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
 from vera_jax.errors import UserError
-from vera_jax.models import part
+from vera_jax.models import bands, part
 from vera_jax.models.attention import REMAT_POLICIES, Ids, check_remat
 
 HEAD = "language_modelling"
@@ -25,7 +25,7 @@ INPUTS = ("input_ids", "positions", "segment_ids", "read_positions")
 Hidden = Float[Array, "rows length width"]
 Heads = Float[Array, "rows length heads k"]
 Reads = Int[Array, "rows reads"]
-Mask = Bool[Array, "rows length keys"]
+Mask = Bool[Array, "rows length keys"] | bands.Blocks
 
 
 class Cache(NamedTuple):
@@ -116,6 +116,7 @@ def find_reach(
   cache: Cache | None,
   *,
   window: int | None = None,
+  longest: int | None = None,
 ) -> Reach:
   """Positions and masks of packed rows, or of tokens that follow a cache's.
 
@@ -126,6 +127,7 @@ def find_reach(
     segment_ids: None where no token is padding.
     cache: what the row had before; padding may then be anywhere in it.
     window: how many tokens a token sees at most, itself included.
+    longest: tokens of the longest text; None: it may fill a row.
   """
   length = input_ids.shape[1]
   columns = jnp.arange(length, dtype=jnp.int32)
@@ -136,8 +138,8 @@ def find_reach(
   if cache is None:
     if positions is None:
       positions = jnp.broadcast_to(columns, input_ids.shape)
-    whole = (segment_ids[:, :, None] == segment_ids[:, None]) & causal
-    keys_at = positions
+    seen = bands.masks(segment_ids, positions, longest=longest, window=window)
+    return Reach(positions, real, *seen)
   else:
     before = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
     positions = cache.positions[:, None] + before
@@ -176,6 +178,8 @@ def attend(
     scale: of the scores.
     dropout: on the weights.
   """
+  if mask.ndim == 4:  # there is no cache
+    return bands.attend(query, key, value, mask, scale=scale, dropout=dropout)
   groups = key.shape[2]
   query = query.reshape(*query.shape[:2], groups, -1, query.shape[-1])
   keys, values = [key], [value]
@@ -250,7 +254,11 @@ class Pieces(NamedTuple):
 
 
 class Stack(Part):
-  """All layers, looped or scanned, and the last norm at the read positions."""
+  """All layers, looped or scanned, and the last norm at the read positions.
+
+  The hidden states that go in may have each of the `rows` in parts, one below
+  another.
+  """
 
   pieces: Pieces
   scan: bool
@@ -258,8 +266,14 @@ class Stack(Part):
 
   @nn.compact
   def __call__(
-    self, hidden: Hidden, reads: Reads | None, cache: Cache | None, shared: Any
-  ) -> tuple[Float[Array, "rows reads width"], Pair | None]:
+    self,
+    hidden: Float[Array, "parts part width"],
+    reads: Reads | None,
+    cache: Cache | None,
+    shared: Any,
+    *,
+    rows: int,
+  ) -> tuple[Hidden, Pair | None]:
     count, layer = self.config.num_hidden_layers, self.pieces.layer
     new: Any = None
     if self.remat != "none":
@@ -286,6 +300,7 @@ class Stack(Part):
         pairs.append(pair)
       if past is not None:
         new = tuple(jnp.stack(x) for x in zip(*pairs, strict=True))
+    hidden = hidden.reshape(rows, -1, hidden.shape[-1])
     if reads is not None:
       hidden = jnp.take_along_axis(hidden, reads[..., None], axis=1)
     return self.pieces.norm(self, "norm")(hidden), new
@@ -300,6 +315,7 @@ class Decoder(nn.Module):
     dtype: of computing.
     param_dtype: of the parameters.
     scan, remat: as for `pretrained.blueprint`.
+    longest: tokens of the longest text in the rows; None: it may fill a row.
   """
 
   config: Any
@@ -308,6 +324,7 @@ class Decoder(nn.Module):
   param_dtype: DTypeLike = jnp.float32
   scan: bool = True
   remat: str = "none"
+  longest: int | None = None
 
   def __post_init__(self) -> None:
     check_remat(self.remat)
@@ -338,13 +355,24 @@ class Decoder(nn.Module):
     config, pieces = self.config, self.pieces
     settings = (config, self.dtype, self.param_dtype, deterministic)
     reach = find_reach(
-      input_ids, positions, segment_ids, cache, window=config.sliding_window
+      input_ids,
+      positions,
+      segment_ids,
+      cache,
+      window=config.sliding_window,
+      longest=self.longest,
     )
+    if reach.whole.ndim == 4:
+      # Blocks as rows: XLA shares out rows among the cores.
+      block = reach.whole.shape[2]
+      input_ids = input_ids.reshape(-1, block)
+      reach = reach._replace(positions=reach.positions.reshape(-1, block))
     embeddings = pieces.embeddings(*settings, name="embeddings")
     hidden, table = embeddings(input_ids, reach.positions)
     stack = Stack(*settings, pieces, self.scan, self.remat, name="encoder")
     shared = pieces.shared(config, reach)
-    hidden, new = stack(hidden, read_positions, cache, shared)
+    rows = len(reach.whole)
+    hidden, new = stack(hidden, read_positions, cache, shared, rows=rows)
     if not config.tie_word_embeddings:
       table = Head(*settings, name="lm_head")()
     words = Words(hidden, table.T)

@@ -144,14 +144,18 @@ def build_setup(config: ConfigDict) -> Setup:
   mesh = make_mesh(**config.mesh)
   task = task_for(config)
   base = resolve(config.model.name)
-  rows = NamedSharding(mesh, BATCH)
-  data = task.load_data(
-    config, base, shards=batch_shards(mesh), shard=process_shard(rows)
-  )
+  shard = process_shard(NamedSharding(mesh, BATCH))
+  data = task.load_data(config, base, shards=batch_shards(mesh), shard=shard)
   layout = data.train_layout
-  middle = layout.rows[len(layout.rows) // 2]  # of its microbatches' row counts
-  sizes = middle // batch_shards(mesh), layout.length, data.reads_per_row
-  plan = build_blueprint(config, read_fields(base), task, sizes=sizes)
+  middle = layout.shapes[len(layout.shapes) // 2]  # of its microbatches
+  rows = middle.rows[0] // batch_shards(mesh)
+  plan = build_blueprint(
+    config,
+    read_fields(base),
+    task,
+    sizes=(rows, middle.length, data.reads_per_row),
+    longest=data.longest if layout.sizes else None,
+  )
   room = plan.family.room(plan.config)
   if data.longest > room:
     raise UserError(
@@ -257,10 +261,11 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
     shown = ", ".join(
       f"{name} in {n}" for name, n in Counter(plans.values()).most_common()
     )
-    rows = setup.data.train_layout.rows
+    shapes = setup.data.train_layout.shapes
+    middle = shapes[len(shapes) // 2]
     yield (
-      f"contraction at {rows[len(rows) // 2]} rows: {shown} of {len(plans)}"
-      " adapted products"
+      f"contraction at {middle.rows[0]} rows of {middle.length} tokens: {shown}"
+      f" of {len(plans)} adapted products"
     )
   yield from setup.model.notes
   if len(titles) > 1:
