@@ -181,6 +181,8 @@ class ImageData(NamedTuple):
     """Images of a training microbatch, pixels of a side, answers per image."""
     return self.rows, self.processor.height, 1
 
+  longest = None  # no row holds several images
+
   def labels(self, split: str) -> np.ndarray:
     return self.splits[split].labels
 

@@ -21,7 +21,6 @@ from vera_jax.data.packing import (
   pack_rows,
   pack_runs,
   place_all,
-  place_examples,
 )
 from vera_jax.data.tokens import Tokens
 from vera_jax.errors import UserError
@@ -68,10 +67,8 @@ class PackedData(NamedTuple):
 
   def train_samples(self, *, runs: int | None = None) -> Iterator[Batch]:
     """A microbatch of each shape that training has, to compile for."""
-    for rows in self.train_layout.rows:
-      yield sample_batch(
-        self.tokens["train"], self.train_layout, rows=rows, runs=runs
-      )
+    for shape in self.train_layout.shapes:
+      yield sample_batch(self.tokens["train"], shape, runs=runs)
 
   def eval_placement(self, split: str) -> Placement:
     return eval_placement(self.tokens[split], self.eval_layouts[split])
@@ -88,16 +85,17 @@ class PackedData(NamedTuple):
   def eval_sample(self) -> Batch:
     """A batch as the first scored split has them, to compile for."""
     split = list(self.tokens)[1]
-    layout = self.eval_layouts[split]
-    return sample_batch(self.tokens[split], layout, rows=layout.rows[0])
+    return sample_batch(self.tokens[split], self.eval_layouts[split])
 
   def introduction(self) -> list[str]:
     """What a run says of its data in its first lines."""
     layout, tokens = self.train_layout, self.tokens
+    lengths = sorted({shape.length for shape in layout.shapes})
     lines = [
       f"data: {len(tokens['train']):,} training examples in"
       f" {self.epoch_steps} steps per epoch, packed into"
-      f" {' or '.join(map(str, layout.rows))} rows of {layout.length} tokens"
+      f" {' or '.join(map(str, layout.rows))} rows of"
+      f" {' or '.join(map(str, lengths))} tokens"
     ]
     train = tokens["train"]
     if train.learned is not None:
@@ -129,9 +127,21 @@ class PackedData(NamedTuple):
     """Rows, tokens per row and most read positions per row of a usual training
     microbatch. A text's first token is read, or where the words are learned
     those before them."""
-    layout = self.train_layout
-    reads = layout.reads or layout.slots * self.tokens["train"].choices
-    return layout.rows[len(layout.rows) // 2], layout.length, reads
+    shapes = self.train_layout.shapes
+    usual = shapes[len(shapes) // 2]
+    reads = usual.reads or usual.slots * self.tokens["train"].choices
+    return usual.rows[0], usual.length, reads
+
+  @property
+  def longest(self) -> int | None:
+    """Tokens of the longest text where rows are long ones; else None."""
+    if not self.train_layout.sizes:
+      return None
+    return self._longest_text
+
+  @property
+  def _longest_text(self) -> int:
+    return max(int(x.text_lengths.max()) for x in self.tokens.values())
 
   def labels(self, split: str) -> Any:
     """Of a split's examples, in its order; None where there are none."""
@@ -151,7 +161,7 @@ class PackedData(NamedTuple):
         f"config.model.name is a {config.model_type}, which reads"
         f" {family.reads}, but config.task has texts."
       )
-    longest = max(int(x.text_lengths.max()) for x in self.tokens.values())
+    longest = self._longest_text
     highest = max(int(x.ids.max()) for x in self.tokens.values())
     room = family.room(config)
     if longest > room:
@@ -322,16 +332,22 @@ def placed_batches(
 
 
 def sample_batch(
-  tokens: Tokens, layout: Layout, *, rows: int, runs: int | None = None
+  tokens: Tokens, layout: Layout, *, runs: int | None = None
 ) -> Batch:
-  """A microbatch of that many rows with one example in it, to compile for.
+  """An empty microbatch of the layout's first row count, to compile for.
 
   With `runs` the arrays have a leading axis of that size, as `train_batches`
   gives them for several seeds.
   """
-  place = place_examples(tokens, layout, np.arange(1))
+  none, rows = np.arange(0), layout.rows[0]
   batch = pack_rows(
-    tokens, np.arange(1), place, layout, first=0, last=rows, rows=rows
+    tokens,
+    none,
+    Placement(none, none, none),
+    layout,
+    first=0,
+    last=rows,
+    rows=rows,
   )
   return batch if runs is None else stack_runs([batch] * runs)
 

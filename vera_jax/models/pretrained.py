@@ -166,6 +166,7 @@ def blueprint(
   remat: str = "none",
   plan: str = AUTO,
   sizes: tuple[int, int, int] | None = None,
+  longest: int | None = None,
 ) -> Blueprint:
   """A model by its config.json and its method.
 
@@ -182,6 +183,8 @@ def blueprint(
     plan: how low-rank deltas multiply, "auto" or one of `products.PLANS`.
     sizes: rows, length and slots of the batches that `Blueprint.plans` is of;
       None for the family's example.
+    longest: tokens of the longest text, for a decoder that is given long rows
+      of many texts (`bands.py`).
 
   Raises:
     UserError: a family, setting or target that is not there.
@@ -194,6 +197,7 @@ def blueprint(
     )
   config = family.config(fields)
   scan = choose_scan(scan, layers=config.num_hidden_layers)
+  options: dict[str, Any] = {} if longest is None else {"longest": longest}
   base = family.module(
     config,
     head,
@@ -202,6 +206,7 @@ def blueprint(
     param_dtype=dtype,
     scan=scan,
     remat=remat,
+    **options,
   )
   given, targets = adapter or make_adapter(method, settings)
   module = adapt(
@@ -276,8 +281,12 @@ def load_model(
   }
   loaded = load_params(folder, unflatten_dict(template))
   refuse_gaps(folder, loaded.missing)
-  base = put(
-    loaded.params, param_shardings(loaded.params, mesh, plan.family.rules)
+  places = param_shardings(loaded.params, mesh, plan.family.rules)
+  read, there = flatten_dict(loaded.params), flatten_dict(places)
+  loaded = loaded._replace(params={})
+  # each leaf is let go once it is placed: never two copies of the whole base
+  base = unflatten_dict(
+    {path: put(read.pop(path), there[path]) for path in list(read)}
   )
   projections = put(plan.projections(base), NamedSharding(mesh, REPLICATED))
   new = [path for path in plan.shapes if path not in flatten_dict(base)]

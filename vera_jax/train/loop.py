@@ -76,7 +76,7 @@ def train(run: Any, setup: Setup, began: float) -> None:
 
   def compile_for(batch: Any) -> Any:
     """Compile for a microbatch's shape, in another thread, if need be."""
-    shape = batch["labels"].shape
+    shape = tuple(array.shape for array in batch.values())
     setup.background.compile(
       shape, lambda: step_program.lower(setup.frozen, batch, key)
     )

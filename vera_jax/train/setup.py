@@ -183,7 +183,9 @@ def build_setup(config: ConfigDict) -> Setup:
   )
   rows_together, *others = data.sizes
   sizes = (rows_together // batch_shards(mesh), *others)
-  plan = build_blueprint(config, read_fields(base), task, sizes=sizes)
+  plan = build_blueprint(
+    config, read_fields(base), task, sizes=sizes, longest=data.longest
+  )
   data.check(plan.family, plan.config)
   model = load_model(plan, base, mesh=mesh, seed=config.seed)
   if not model.counts.adapter + model.counts.head:
@@ -280,8 +282,9 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
     shown = ", ".join(
       f"{name} in {n}" for name, n in Counter(plans.values()).most_common()
     )
+    rows, length, _ = setup.data.sizes
     yield (
-      f"contraction at {setup.data.sizes[0]} rows: {shown} of {len(plans)}"
+      f"contraction at {rows} × {length}: {shown} of {len(plans)}"
       " adapted products"
     )
   yield from setup.model.notes
