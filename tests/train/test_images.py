@@ -87,6 +87,8 @@ def test_a_run_learns_colours_and_its_adapter_answers_files(run, tiny_images):
     predictor.logits([files[0], "nowhere.png"])
   with pytest.raises(UserError, match="reads images. Use an ImagePredictor"):
     Predictor(predictor.classifier)
+  card = (folder / "adapter/README.md").read_text()
+  assert '"image-classification"' in card and "ImagePredictor(" in card
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(
@@ -216,6 +218,8 @@ def test_what_is_scored(images_config, tiny_images):
   assert sizes(data__shots=None) == (24, 12)
   assert sizes(data__shots=None, data__dev_shots=1) == (21, 3)
   assert sizes(data__max_train_examples=7) == (7, 12)
+  with pytest.raises(UserError, match="max_eval_examples is 13, but .* 12"):
+    sizes(data__max_eval_examples=13)
   train = str(tiny_images / "train")
   assert sizes(data__source=train) == (18, 6)
   with pytest.raises(UserError, match="no test split"):

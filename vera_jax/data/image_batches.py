@@ -14,6 +14,7 @@ from vera_jax.data.images import SHOWN, Prepared, Processor
 from vera_jax.data.loader import stack_runs, step_batches, steps_per_epoch
 from vera_jax.data.packing import WHOLE, Batch, Placement, ProcessShard
 from vera_jax.errors import UserError
+from vera_jax.models.family import IMAGES
 
 Images = UInt8[np.ndarray, "rows height width 3"]
 
@@ -192,7 +193,7 @@ class ImageData(NamedTuple):
     Raises:
       UserError: saying what it reads.
     """
-    if family.reads != "images":
+    if family.reads != IMAGES:
       raise UserError(
         f"config.model.name is a {config.model_type}, which reads"
         f" {family.reads}, but config.task has images."

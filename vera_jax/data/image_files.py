@@ -7,6 +7,7 @@ which of them it uses.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,8 @@ LABELS = ("label", "labels", "fine_label", "class")
 Encoded = bytes | Path
 
 
-class ImageFiles(NamedTuple):
+@dataclass(frozen=True)
+class ImageFiles:
   """The images of one split, not read yet.
 
   Attributes:

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,7 +144,8 @@ def read_processor(folder: Path, *, size: int | None = None) -> Processor:
     raise UserError(f"{file} can't be followed here: {error}.") from error
 
 
-class Prepared(NamedTuple):
+@dataclass(frozen=True)
+class Prepared:
   """The prepared images of a split.
 
   Attributes:

@@ -24,6 +24,7 @@ from vera_jax.data.packing import (
 )
 from vera_jax.data.tokens import Tokens
 from vera_jax.errors import UserError
+from vera_jax.models.family import TEXTS
 
 
 class PackedData(NamedTuple):
@@ -156,7 +157,7 @@ class PackedData(NamedTuple):
     Raises:
       UserError: it reads no texts, or has too few positions or words.
     """
-    if family.reads != "texts":
+    if family.reads != TEXTS:
       raise UserError(
         f"config.model.name is a {config.model_type}, which reads"
         f" {family.reads}, but config.task has texts."

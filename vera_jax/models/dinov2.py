@@ -21,6 +21,7 @@ from vera_jax.models.vision import (
   Read,
   VisionConfig,
   family,
+  norm,
 )
 
 # transformers' names of modules since 5.24, and those of the files.
@@ -72,12 +73,12 @@ class Layer(Part):
   @nn.compact
   def __call__(self, hidden: Hidden) -> Read:
     reads = self.reads
-    normed = self.norm(hidden, "norm1")
+    normed = norm(self, "norm1")(hidden)
     attention = Attention(*self.settings, name="attention")
     context = attention(normed[:, :reads], normed)
     scale = Scale(*self.settings, name="layer_scale1")
     hidden = hidden[:, :reads] + scale(context)
-    normed = self.norm(hidden, "norm2")
+    normed = norm(self, "norm2")(hidden)
     inner = FeedForward(*self.settings, name="mlp")(normed)
     return hidden + Scale(*self.settings, name="layer_scale2")(inner)
 

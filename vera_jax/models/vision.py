@@ -106,18 +106,19 @@ def cubic_weights(new: int, old: int) -> Float[np.ndarray, "new old"]:
   return weights.astype(np.float32)
 
 
+def norm(part: Any, name: str) -> nn.LayerNorm:
+  """A LayerNorm with the settings of a `Part`, or of the whole network."""
+  return nn.LayerNorm(
+    epsilon=part.config.layer_norm_eps,
+    dtype=part.dtype,
+    param_dtype=part.param_dtype,
+    use_fast_variance=False,
+    name=name,
+  )
+
+
 class Part(part.Part):
   """A piece of a network that reads images."""
-
-  @nn.nowrap
-  def norm(self, hidden: Array, name: str) -> Array:
-    return nn.LayerNorm(
-      epsilon=self.config.layer_norm_eps,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      use_fast_variance=False,
-      name=name,
-    )(hidden)
 
   @nn.nowrap
   def hidden_dropout(self, hidden: Array) -> Array:
@@ -292,7 +293,7 @@ class ImageClassifier(nn.Module):
     encoder = Encoder(
       *settings, self.layer, self.reads, self.scan, self.remat, name="encoder"
     )
-    read = Part(*settings).norm(encoder(hidden), "layernorm")
+    read = norm(self, "layernorm")(encoder(hidden))
     start = nn.initializers.normal(self.config.initializer_range)
     head = nn.Dense(self.outputs, kernel_init=start, name="classifier")
     return head(self.pool(read).astype(jnp.float32))[:, None]

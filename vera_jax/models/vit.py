@@ -20,6 +20,7 @@ from vera_jax.models.vision import (
   Read,
   VisionConfig,
   family,
+  norm,
 )
 
 # transformers' names of modules since 5.24, and those of the files.
@@ -53,11 +54,11 @@ class Layer(Part):
     def projection(features: int, name: str) -> Projection:
       return Projection(*self.settings, features, name=name)
 
-    normed = self.norm(hidden, "layernorm_before")
+    normed = norm(self, "layernorm_before")(hidden)
     attention = Attention(*self.settings, name="attention")
     context = attention(normed[:, :reads], normed)
     hidden = hidden[:, :reads] + self.hidden_dropout(context)
-    normed = self.norm(hidden, "layernorm_after")
+    normed = norm(self, "layernorm_after")(hidden)
     inner = projection(config.intermediate_size, "intermediate")(normed)
     inner = ACTIVATIONS[config.hidden_act](inner)
     inner = projection(config.hidden_size, "output")(inner)

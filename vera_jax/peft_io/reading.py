@@ -419,6 +419,8 @@ def _about_run(
   Without either, the labels' names are those of the base's config.json.
   """
   about: dict[str, Any] = dict.fromkeys(RUN)
+  if not base.reads_images:
+    del about["image_size"]
   about["versions"] = results.provenance()["versions"]
   about |= {name: exported[name] for name in RUN if name in exported}
   if task is not None:

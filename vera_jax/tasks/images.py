@@ -128,20 +128,32 @@ def choose_images(data: ConfigDict) -> Chosen:
       dev_shots=data.dev_shots,
       seed=data.subset_seed,
     )
-  if data.max_train_examples is not None:
-    order = np.random.default_rng(data.subset_seed).permutation(chosen)
-    chosen = np.sort(order[: data.max_train_examples])
+  chosen = _some(
+    chosen, data.max_train_examples, "max_train_examples", data.subset_seed
+  )
   dev, where = train, "training images that are not trained on"
   if data.dev_shots is None and test is not None:
     dev, scored, where = test, np.arange(len(test)), "the test split"
-  if data.max_eval_examples is not None:
-    # the same ones for every run
-    order = np.random.default_rng(0).permutation(scored)
-    scored = np.sort(order[: data.max_eval_examples])
   if not len(scored):
     raise UserError(f"{data.source} has no image left to score.")
+  # the same ones for every run
+  scored = _some(scored, data.max_eval_examples, "max_eval_examples", 0)
   splits = {"train": (train, chosen), "dev": (dev, scored)}
   return Chosen(name, source.classes, splits, where)
+
+
+def _some(
+  numbers: np.ndarray, most: int | None, setting: str, seed: int
+) -> np.ndarray:
+  """So many of the images, by seed; all of them for None."""
+  if most is None:
+    return numbers
+  if most > len(numbers):
+    raise UserError(
+      f"config.data.{setting} is {most}, but there are {len(numbers)} images;"
+      " leave it unset for all of them."
+    )
+  return np.sort(np.random.default_rng(seed).permutation(numbers)[:most])
 
 
 def open_source(data: ConfigDict) -> tuple[str, Source]:
