@@ -182,7 +182,10 @@ class ImageData(NamedTuple):
     """Images of a training microbatch, pixels of a side, answers per image."""
     return self.rows, self.processor.height, 1
 
-  longest = None  # no row holds several images
+  @property
+  def longest(self) -> None:
+    """No row holds several images."""
+    return None
 
   def labels(self, split: str) -> np.ndarray:
     return self.splits[split].labels
