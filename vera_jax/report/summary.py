@@ -11,7 +11,7 @@ from scipy import stats
 from vera_jax.report.frame import Sweep
 from vera_jax.report.published import published
 
-BY = ["task", "method", "condition"]
+BY = ["task", "metric", "method", "condition"]
 
 
 def summary(sweep: Sweep) -> pd.DataFrame:
@@ -50,14 +50,14 @@ def summary(sweep: Sweep) -> pd.DataFrame:
     data.append(first["data"])
   table = pd.DataFrame(rows)
 
-  # Each condition against the LoRA of its task, base and data that has the best
-  # median.
+  # Each condition against the LoRA of its task, metric, base and data that has
+  # the best median.
   compared: list[dict[str, Any]] = []
   for i, row in enumerate(rows):
     same = np.array([data[i] == other for other in data])
-    loras = table[
-      (table["task"] == row["task"]) & (table["method"] == "lora") & same
-    ]
+    for name in ("task", "metric"):
+      same &= table[name] == row[name]
+    loras = table[(table["method"] == "lora") & same]
     if row["method"] == "lora" or loras.empty:
       compared.append({**paired({}, {}), "reference": ""})
     else:
