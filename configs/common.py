@@ -16,9 +16,10 @@ def get_config() -> ConfigDict:
   """Everything but the task and its settings."""
   config = ConfigDict()
   config.task = placeholder(str)  # to be set: a name in tasks/
-  # vera | lora | ia3 | dora | dvora | bitfit | head | full, or a chain such as
-  # vera+bitfit. DoRA takes LoRA's settings and rates, DVoRA takes VeRA's. In a
-  # chain each method has its own settings, and all have the first one's rates.
+  # vera | lora | ia3 | dora | dvora | lora_fa | onelora | pvera | randlora |
+  # unilora | bitfit | head | full, or a chain such as vera+bitfit. DoRA takes
+  # LoRA's settings and rates, DVoRA VeRA's. In a chain each method has its own
+  # settings, and all have the first one's rates.
   config.method = "vera"
   config.seed = 0  # of dropout, batch order and new leaves
 
@@ -63,13 +64,54 @@ def get_config() -> ConfigDict:
   config.lora = ConfigDict()
   config.lora.rank = 8
   config.lora.alpha = 8.0
+  config.lora.scaling = "rank"  # alpha / rank | root: alpha / sqrt(rank)
   config.lora.targets = ("query", "value")
   config.lora.lr = 4e-4
   config.lora.head_lr = 4e-4
 
+  # LoRA whose A stays random, and VeRA of ones: each one matrix or vector per
+  # layer, and rates of ours, untuned, as are all of those below.
+  config.lora_fa = ConfigDict()
+  config.lora_fa.rank = 8
+  config.lora_fa.alpha = 8.0
+  config.lora_fa.scaling = "rank"
+  config.lora_fa.projection_seed = 0
+  config.lora_fa.targets = ("query", "value")
+  config.lora_fa.lr = 4e-3
+  config.lora_fa.head_lr = 4e-3
+  config.onelora = ConfigDict({"targets": ("query", "value")})
+  config.onelora.lr = 4e-4
+  config.onelora.head_lr = 4e-3
+
+  config.pvera = ConfigDict()
+  config.pvera.rank = 256
+  config.pvera.d_init = 0.1
+  config.pvera.init = "kaiming_uniform"
+  config.pvera.projection_seed = 0
+  config.pvera.targets = ("query", "value")
+  config.pvera.lr = 1e-2
+  config.pvera.head_lr = 4e-3
+
+  config.randlora = ConfigDict()
+  config.randlora.rank = 32
+  config.randlora.alpha = 640.0  # PEFT's: 20 times the rank
+  config.randlora.init = "uniform"  # | peft
+  config.randlora.projection_seed = 0
+  config.randlora.targets = ("query", "value")
+  config.randlora.lr = 1e-3
+  config.randlora.head_lr = 4e-3
+
+  config.unilora = ConfigDict()
+  config.unilora.rank = 4
+  config.unilora.size = 4096  # trained numbers in all
+  config.unilora.theta_init = 0.02
+  config.unilora.projection_seed = 42  # PEFT's
+  config.unilora.targets = ("query", "value")
+  config.unilora.lr = 4e-3
+  config.unilora.head_lr = 4e-3
+
   # Keys, values and what enters the feed-forward's output layer, as each family
-  # names it. These rates are ours and untuned, as are those below; the paper
-  # copies its other baselines from others.
+  # names it.
   config.ia3 = ConfigDict()
   inputs = r"layer(_\d+)?/output/dense|lin2|mlp/Wo"  # scaled, not the outputs
   config.ia3.targets = ("key", "value", inputs)

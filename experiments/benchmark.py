@@ -3,7 +3,6 @@
   python -m experiments.benchmark bank --help
 
   bank    many adapters in one batch, against one pass per adapter and PEFT
-  decode  generating texts, against transformers on torch
   step    FLOPs, bytes and memory of a step by contraction plan, for CPU or TPU
   train   a whole run from start to scores, against PEFT and plain torch
 
@@ -15,7 +14,7 @@ hardware and the command that its figures come from, and prints them as a table.
 import runpy
 import sys
 
-SUBCOMMANDS = ("bank", "decode", "step", "train")
+SUBCOMMANDS = ("bank", "step", "train")
 
 if __name__ == "__main__":
   word = sys.argv[1] if len(sys.argv) > 1 else ""

@@ -3,9 +3,10 @@
   python -m experiments.peft import --adapter=PEFT_DIR --out=OUR_DIR
   python -m experiments.peft export --adapter=OUR_DIR --out=PEFT_DIR --as=lora
 
-VeRA, LoRA, DoRA and IA3 go both ways; any VeRA adapter is also a LoRA adapter
-of the same rank, exactly (--as=lora), and so is DVoRA, with use_dora. --base
-names the base where the adapter's own name for it is not found.
+VeRA, PVeRA, LoRA, DoRA, RandLoRA, Uni-LoRA and IA3 go both ways; any VeRA
+adapter is also a LoRA adapter of the same rank, exactly (--as=lora), and so are
+PVeRA's mean, Uni-LoRA and, with use_dora, DVoRA. --base names the base where
+the adapter's own name for it is not found.
 """
 
 import sys
@@ -24,7 +25,7 @@ BASE = flags.DEFINE_string(
 AS = flags.DEFINE_enum(
   "as",
   None,
-  ["vera", "lora", "ia3"],
+  ["vera", "pvera", "lora", "randlora", "unilora", "ia3"],
   "export: PEFT's method; unset: the adapter's.",
 )
 TASK = flags.DEFINE_string(

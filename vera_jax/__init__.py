@@ -2,7 +2,8 @@
 
 What a notebook needs:
 
-  vera, lora, ia3, dora, dvora   an adapter method
+  vera, lora, ia3, dora, dvora, pvera, randlora, unilora, lora_fa, onelora
+                      an adapter method
   chain               several methods on one network
   adapt               put it on any linen model
   find_targets        the layers that patterns match, with their widths
@@ -19,6 +20,7 @@ What a notebook needs:
   load_classifier     a merged (or any other) classifier's folder
   write_merged        a classifier as a plain Hugging Face checkpoint
   Predictor           answers of a classifier to texts
+  ImagePredictor      and to images
   Generator           texts that a decoder continues prompts with
   Sampling, Beam      how it chooses the words
   AdapterBank         many adapters on one base, mixed in one batch
@@ -32,12 +34,15 @@ from vera_jax.adapters.files import SavedAdapter, load_adapter, save_adapter
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Adapter, Target
 from vera_jax.adapters.labels import count, join, label_tree, split
-from vera_jax.adapters.lora import lora
+from vera_jax.adapters.lora import lora, lora_fa
 from vera_jax.adapters.magnitude import dora, dvora
 from vera_jax.adapters.merge import merge
 from vera_jax.adapters.projections import digest, make_pair
 from vera_jax.adapters.push import push_adapter
-from vera_jax.adapters.vera import vera
+from vera_jax.adapters.pvera import pvera
+from vera_jax.adapters.randlora import randlora
+from vera_jax.adapters.unilora import unilora
+from vera_jax.adapters.vera import onelora, vera
 from vera_jax.errors import UserError
 from vera_jax.generate.beam import Beam
 from vera_jax.generate.sampling import Sampling
@@ -49,6 +54,7 @@ from vera_jax.models.classifier import (
 from vera_jax.models.export_hf import write_merged
 from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.generator import Generator
+from vera_jax.serve.image_predictor import ImagePredictor
 from vera_jax.serve.predictor import Predictor
 
 __version__ = "0.1.0"
@@ -84,6 +90,7 @@ __all__ = [
   "Beam",
   "Classifier",
   "Generator",
+  "ImagePredictor",
   "Predictor",
   "Sampling",
   "SavedAdapter",
@@ -104,15 +111,20 @@ __all__ = [
   "load_adapter",
   "load_classifier",
   "lora",
+  "lora_fa",
   "make_pair",
   "merge",
+  "onelora",
   "push_adapter",
+  "pvera",
+  "randlora",
   "restore_adapter",
   "save_adapter",
   "split",
   "train_and_evaluate",
   "train_ensemble",
   "train_members",
+  "unilora",
   "vera",
   "write_merged",
 ]

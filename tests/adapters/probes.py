@@ -1,8 +1,8 @@
-"""Five throw-away methods that the adapter interface must be able to express.
+"""Four throw-away methods that the adapter interface must be able to express.
 
 They stand for the hard cases of methods to come: random numbers with a penalty
-in the loss, one vector for the whole network, matrices taken from W0, a part of
-a fused kernel, and a kernel in eight bits.
+in the loss, matrices taken from W0, a part of a fused kernel, and a kernel in
+eight bits.
 Nothing outside `vera_jax/adapters` may know of them.
 """
 
@@ -77,43 +77,6 @@ def noisy(rank: int = 3) -> Adapter:
   )
 
 
-def one_vector(size: int = 5, rank: int = 2) -> Adapter:
-  """One trained vector for the network; each site picks entries as its b."""
-
-  def shared(sites):
-    found = {}
-    for number, (path, site) in enumerate(sites.items()):
-      key = jax.random.fold_in(jax.random.key(3), number)
-      ones = jax.random.split(key, 3)
-      found[*path, "down"] = jax.random.normal(
-        ones[0], (*site.stack, site.inputs, rank)
-      )
-      found[*path, "up"] = jax.random.normal(
-        ones[1], (*site.stack, rank, site.outputs)
-      )
-      found[*path, "index"] = jax.random.randint(
-        ones[2], (*site.stack, site.outputs), 0, size
-      )
-    return unflatten_dict(found)
-
-  def common(key, sites):
-    return {"one_vector_theta": jnp.zeros(size)}
-
-  def low_rank(leaves, site):
-    theta = site.common["one_vector_theta"]
-    shared = site.shared
-    return LowRank(shared["down"], shared["up"], None, theta[shared["index"]])
-
-  return Adapter(
-    "one_vector",
-    weights=add_low_rank(low_rank),
-    shared=shared,
-    common=common,
-    low_rank=low_rank,
-    prepare=as_they_are,
-  )
-
-
 def from_weights(rank: int = 2) -> Adapter:
   """A trained r x r matrix between the singular vectors of W0."""
 
@@ -155,7 +118,6 @@ QUERY = {"fused": {"query": (0, 8), "key": (8, 16), "value": (16, 24)}}
 
 PROBES = {
   "random numbers": Probe(noisy()),
-  "one vector": Probe(one_vector()),
   "matrices from W0": Probe(from_weights()),
   "columns": Probe(vera(3), ("query", "value"), QUERY),
   "int8": Probe(vera(3), quantised=True),

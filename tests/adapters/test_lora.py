@@ -8,23 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vera_jax.adapters.interface import Site
-from vera_jax.adapters.lora import lora
+from vera_jax.adapters.apply import adapter_size
+from vera_jax.adapters.interface import Site, Target
+from vera_jax.adapters.lora import lora, lora_fa
 from vera_jax.adapters.products import adapted_product
 from vera_jax.errors import UserError
 
 
-@pytest.mark.parametrize("alpha", [8.0, 3.0])
-def test_the_delta_is_alpha_over_r_times_b_a_x(alpha):
+@pytest.mark.parametrize(
+  "alpha, scaling, divisor", [(8.0, "rank", 2), (3.0, "root", 2**0.5)]
+)
+def test_the_delta_is_alpha_over_r_times_b_a_x(alpha, scaling, divisor):
   rng = np.random.default_rng(0)
   A, B = rng.normal(size=(2, 4)), rng.normal(size=(3, 2))
   x = rng.normal(size=(5, 4))
-  want = alpha / 2 * np.stack([B @ A @ row for row in x])
+  want = alpha / divisor * np.stack([B @ A @ row for row in x])
   leaves, inputs = jax.tree.map(
     lambda a: jnp.asarray(a, jnp.float32), ({"lora_A": A, "lora_B": B}, x)
   )
   site = Site(("layer",), 4, 3, lambda: jnp.zeros((4, 3)))
-  method = lora(2, alpha=alpha)
+  method = lora(2, alpha=alpha, scaling=scaling)
   got, _ = adapted_product(method, leaves, site, inputs, plan="factored")
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
   kernel, bias = method.weights(leaves, site)
@@ -46,6 +49,22 @@ def test_where_the_matrices_start():
   assert not values["lora_B"].any()
 
 
-def test_rank_0_is_refused():
-  with pytest.raises(UserError, match="rank is 0"):
-    lora(0)
+def test_lora_fa_trains_b_alone():
+  """A, of LoRA's distribution, is another one in every layer."""
+  targets = {("query",): Target(400, 7, (2,))}
+  method = lora_fa(50, projection_seed=3)
+  assert adapter_size(method, targets) == 2 * 50 * 7
+  A = method.shared(targets)["query"]["A"]
+  assert A.shape == (2, 50, 400) and jnp.abs(A[0] - A[1]).max() > 0.01
+  assert 0.99 * 400**-0.5 < jnp.abs(A).max() <= 400**-0.5
+  np.testing.assert_allclose(jnp.var(A), 1 / 1200, rtol=0.05)
+
+
+def test_what_is_refused():
+  for words, settings in {
+    "rank is 0": {"rank": 0},
+    "scaling is 'r'": {"scaling": "r"},
+    "train is 'A'": {"train": "A"},
+  }.items():
+    with pytest.raises(UserError, match=words):
+      lora(**settings)

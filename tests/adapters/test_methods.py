@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from vera_jax.adapters.interface import Site
-from vera_jax.adapters.methods import make_adapter, settings_in
+from vera_jax.adapters.lora import lora
+from vera_jax.adapters.methods import METHODS, make_adapter, settings_in
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 
@@ -28,7 +30,17 @@ def made(adapter):
   """The projections and first values for one layer."""
   site = Site(("query",), 6, 5, lambda: jnp.zeros((6, 5)))
   pair = adapter.shared({site.path: site}) if adapter.shared else {}
-  return pair | adapter.init(jax.random.key(0), site._replace(shared=pair))
+  key, leaves = jax.random.key(0), {}
+  if adapter.common:
+    leaves |= adapter.common(key, {site.path: site})
+  if adapter.init:
+    leaves |= adapter.init(key, site._replace(shared=pair))
+  return flatten_dict(pair, sep="/") | leaves
+
+
+def test_a_file_from_before_a_setting_is_read():
+  old = {"rank": 2, "alpha": 4.0, "targets": ["query"]}
+  same(make_adapter("lora", old)[0], lora(2, alpha=4.0))
 
 
 def same(one, two):
@@ -45,7 +57,8 @@ def test_settings_make_the_method():
 
 
 @pytest.mark.parametrize(
-  "method", ["vera", "lora", "ia3", "dora", "dvora", "vera+bitfit", "ia3+dvora"]
+  "method",
+  [*(m for m in METHODS if METHODS[m].on_sites), "vera+bitfit", "ia3+dvora"],
 )
 def test_a_config_and_its_json_make_the_same(tiny_config, method):
   settings = settings_in(tiny_config(method=method), method)

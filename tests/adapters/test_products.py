@@ -11,6 +11,7 @@ import pytest
 from vera_jax.adapters.apply import adapt
 from vera_jax.adapters.interface import LowRank, Site
 from vera_jax.adapters.lora import lora
+from vera_jax.adapters.magnitude import dvora
 from vera_jax.adapters.products import (
   PLANS,
   adapted_product,
@@ -18,6 +19,7 @@ from vera_jax.adapters.products import (
   choose,
   costs,
 )
+from vera_jax.adapters.projections import make_pair
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 
@@ -252,3 +254,25 @@ def test_what_is_left_of_a_small_delta(dtype, in_output, in_gradient):
     assert lowest <= error <= highest, plan
     for name, gradient in want.items():
       assert relative(gradients[name], gradient) <= in_gradient, (plan, name)
+
+
+@pytest.mark.parametrize("plan", ["folded", "folded_forward"])
+def test_a_magnitudes_norm_needs_no_delta_of_its_own(plan):
+  """Its kernel is the one that the product is made with."""
+  rank, width = 256, 48
+  x = jnp.ones((512, width))
+  pair = make_pair(rank, width, width)
+  W0 = jnp.ones((width, width))
+  site = Site(("layer",), width, width, lambda: W0, shared=pair)
+  counts = {}
+  for method in (vera(rank), dvora(rank)):
+    leaves = method.init(jax.random.key(0), site)
+
+    def loss(leaves, method=method):
+      y, _ = adapted_product(method, leaves, site, x, plan=plan)
+      return jnp.sum(jnp.sin(y))
+
+    compiled = jax.jit(jax.grad(loss)).lower(leaves).compile()
+    counts[method.name] = compiled.cost_analysis()["flops"]
+  more = counts["vera+magnitude"] - counts["vera"]
+  assert 0 < more < rank * width * width  # half of a product that forms it

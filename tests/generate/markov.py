@@ -48,17 +48,12 @@ def start(table, prompts, lengths):
   return table[before, last], last
 
 
-def over_beams(table, beams):
-  """The state of all beams, and how their words are read."""
-
+def beam_reader(table):
   def tokens_to_logits(ids, origins, last):
     last = jnp.take_along_axis(last, origins, axis=1)
     return table[last, ids], ids
 
-  return (
-    tokens_to_logits,
-    lambda last: jnp.repeat(last[:, None], beams, axis=1),
-  )
+  return tokens_to_logits
 
 
 def reader(table):
@@ -71,11 +66,10 @@ def reader(table):
 @partial(jax.jit, static_argnames=("beam", "new", "eos"))
 def _search(table, prompts, lengths, *, beam, new, eos):
   logits, state = start(table, prompts, lengths)
-  read, spread = over_beams(table, beam.beams)
   return beam_search(
-    read,
+    beam_reader(table),
     logits,
-    spread(state),
+    jnp.repeat(state[:, None], beam.beams, axis=1),
     prompts,
     lengths,
     beam=beam,
@@ -100,8 +94,13 @@ def _sample(table, prompts, lengths, keys, *, sampling, new, eos):
   )
 
 
-def search(table, prompts, *, new: int = 8, eos=EOS, **settings):
-  """Each prompt's texts, best first, and their scores."""
+def search(
+  table, prompts, *, new: int = 8, eos=EOS, finite=(True,), **settings
+):
+  """Each prompt's texts, best first, and their scores.
+
+  Its logits must be numbers, or not, as `finite` says of the prompts or of all.
+  """
   found = _search(
     jnp.asarray(table),
     *map(jnp.asarray, padded(prompts)),
@@ -109,8 +108,8 @@ def search(table, prompts, *, new: int = 8, eos=EOS, **settings):
     new=new,
     eos=tuple(eos),
   )
-  ids, lengths, scores, finite = jax.tree.map(np.asarray, found)
-  assert finite.all()
+  ids, lengths, scores, numbers = jax.tree.map(np.asarray, found)
+  assert (numbers == finite).all()
   return [
     [
       (ids[row, text, : lengths[row, text]].tolist(), float(scores[row, text]))
@@ -120,8 +119,10 @@ def search(table, prompts, *, new: int = 8, eos=EOS, **settings):
   ]
 
 
-def sampled(table, prompts, keys, sampling, *, new: int = 8, eos=EOS):
-  """Each prompt's answer."""
+def sampled(
+  table, prompts, keys, sampling, *, new: int = 8, eos=EOS, finite=(True,)
+):
+  """Each prompt's answer; `finite` as for `search`."""
   answers = _sample(
     jnp.asarray(table),
     *map(jnp.asarray, padded(prompts)),
@@ -130,6 +131,6 @@ def sampled(table, prompts, keys, sampling, *, new: int = 8, eos=EOS):
     new=new,
     eos=tuple(eos),
   )
-  ids, lengths, finite = map(np.asarray, answers)
-  assert finite.all()
+  ids, lengths, numbers = map(np.asarray, answers)
+  assert (numbers == finite).all()
   return [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]

@@ -3,12 +3,16 @@
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.generate.beam import Beam
 from vera_jax.generate.sampling import Sampling
-from vera_jax.models.classifier import load_classifier
+from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.serve.generator import Generator
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11 w12 w13", "w4 w1"]
@@ -152,3 +156,30 @@ def test_padding_changes_nothing(generator):
   prompts[2] = [5] * 33
   together = generator.ids(prompts, max_new_tokens=8)
   assert together[:2] == apart[:2] and together[3] == apart[3]
+
+
+def test_logits_that_are_no_numbers_are_an_error(generator):
+  """One word's weights are harmed; the prompt that has it is named."""
+  params = flatten_dict(generator.decoder.params)
+  path = ("embeddings", "wpe", "embedding")
+  params[path] = params[path].at[9].set(np.nan)  # the tenth place
+  other = generator.decoder._replace(params=unflatten_dict(params))
+  harmed = Generator(other)
+  prompts = ["w4", "w1 " * 9 + "w2", "w4 w1"]
+  for how in (Sampling(), Beam(beams=3, length_penalty=0.8)):
+    with pytest.raises(UserError, match="Prompt 2: .* loss of its training"):
+      harmed.texts(prompts, how=how, max_new_tokens=8)
+  with pytest.raises(UserError, match="in float32 overflows"):
+    list(harmed.stream(PROMPTS[0], max_new_tokens=8))
+
+
+def test_stacked_layers_are_looped(tiny_decoder, words_adapter):
+  """What was loaded either way gives the same, and only looped weights stay."""
+  for load in (
+    lambda scan: load_classifier(tiny_decoder, scan=scan),
+    lambda scan: restore_adapter(load_adapter(words_adapter), scan=scan),
+  ):
+    one, two = (Generator(load(scan), keep_adapter=True) for scan in (0, 1))
+    assert one.module == two.module
+    jax.tree.map(np.testing.assert_array_equal, one.variables, two.variables)
+    assert two.decoder.params is two.variables["params"]

@@ -21,7 +21,7 @@ from vera_jax.models.hf_weights import load_params
 from vera_jax.models.pretrained import blueprint
 
 CHAINS = ("dvora+ia3", "vera+bitfit")
-METHODS = ("vera", "lora", "bitfit", "head", "full", *CHAINS)
+METHODS = ("vera", "lora", "unilora", "bitfit", "head", "full", *CHAINS)
 IDS = np.array([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]], np.int32)
 
 

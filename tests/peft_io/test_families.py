@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from tests.conftest import TINY
+from tests.models.decoders import CASES as DECODERS
+from tests.models.test_families import CASES as FAMILIES
 from tests.peft_io.test_parity import (
   IDS,
   assert_same,
@@ -10,7 +13,9 @@ from tests.peft_io.test_parity import (
   trained_by_peft,
 )
 from vera_jax.errors import UserError
+from vera_jax.models.pretrained import blueprint
 from vera_jax.peft_io import export_adapter, import_adapter
+from vera_jax.peft_io.base import linear_layers
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -105,3 +110,27 @@ def test_parts_that_peft_has_no_place_for(bases, random_adapter, tmp_path):
   ):
     export_adapter(scaled, tmp_path / "theirs")
   assert not (tmp_path / "theirs").exists()
+
+
+ENCODERS = {
+  "bert": TINY,
+  "roberta": {**TINY, "model_type": "roberta"},
+  **{name: FAMILIES[name] for name in ("distilbert", "modernbert")},
+}
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
+def test_layers_come_in_the_order_of_torchs_modules(name):
+  """By which Uni-LoRA shares its vector out, on both sides."""
+  fields = (ENCODERS | DECODERS)[name]
+  head, auto = "classification", transformers.AutoModelForSequenceClassification
+  if name in DECODERS:
+    head, auto = "language_modelling", transformers.AutoModelForCausalLM
+  ours = list(
+    linear_layers(blueprint(fields, outputs=2, head=head, scan=False))
+  )
+  with torch.device("meta"):
+    model = auto.from_config(transformers.AutoConfig.for_model(**fields))
+  theirs = [module for module, _ in model.named_modules() if module in ours]
+  assert theirs == [module for module in ours if module in theirs]
+  assert len(theirs) >= 8

@@ -32,7 +32,7 @@ KINDS = {
   "bert": (transformers.BertConfig, transformers.BertModel),
   "roberta": (transformers.RobertaConfig, transformers.RobertaModel),
 }
-LEAVES = ("vera_", "lora_", "magnitude_", "ia3_")
+LEAVES = ("vera_", "lora_", "magnitude_", "ia3_")  # "pvera_" has "vera_" in it
 IDS = np.random.default_rng(1).integers(5, 100, (3, 9))
 SHAPES = ["query", "value", "intermediate.dense"]  # two shapes of layers
 VARIANTS = {
@@ -122,16 +122,25 @@ def numbers(tensors, *words):
     ("bert", "all", {"save_projection": False}),
     ("bert", "list", {"use_rslora": True}),
     ("roberta", "some layers", {"use_rslora": False}),
-    ("roberta", "regex", {"use_rslora": True}),
-    ("bert", "all", {"use_rslora": False}),
     ("bert", "some layers", {"use_rslora": True, "use_dora": True}),
     ("bert", "feed-forward", {"init_ia3_weights": True}),
+    ("bert", "some layers", {"pvera_dropout": 0.0, "save_projection": False}),
+    ("roberta", "some layers", {"randlora_alpha": 8, "save_projection": False}),
+    ("bert", "list", {"randlora_alpha": 8, "sparse": True}),
+    ("bert", "list", {"theta_d_length": 70}),
+    ("roberta", "all", {"theta_d_length": 70}),
   ],
 )
 def test_from_peft(bases, kind, variant, settings, tmp_path):
   options = settings | VARIANTS[variant] | {"task_type": "SEQ_CLS"}
   if "init_ia3_weights" in settings:
     config = peft.IA3Config(**options)
+  elif "theta_d_length" in settings:
+    config = peft.UniLoraConfig(r=3, proj_seed=7, **options)
+  elif "randlora_alpha" in settings:
+    config = peft.RandLoraConfig(r=5, projection_prng_key=7, **options)
+  elif "pvera_dropout" in settings:
+    config = peft.PveraConfig(r=RANK, projection_prng_key=7, **options)
   elif options.setdefault("r", RANK) and "use_rslora" in settings:
     config = peft.LoraConfig(lora_alpha=6, **options)
   else:
@@ -140,8 +149,9 @@ def test_from_peft(bases, kind, variant, settings, tmp_path):
   ours = tmp_path / "ours"
   about = import_adapter(tmp_path / "theirs", ours, base=str(bases[kind]))
   assert_same(ours, bases[kind], model)
-  if about["method"] == "vera":
-    assert about["settings"]["init"] == "peft"
+  if about["projection_digest"]:
+    drawn = "stored" if "sparse" in settings else "peft"
+    assert about["settings"].get("init", "peft") == drawn
     assert about["settings"]["projection_seed"] == 7  # torch takes 32 bits
   tensors, counts = load_adapter(ours).tensors, about["parameters"]
   assert counts["adapter"] == numbers(tensors, *LEAVES)
@@ -193,6 +203,14 @@ def loaded_by_peft(base, folder):
     ("roberta", "vera", "lora", {"sharing": "unique"}),
     ("bert", "dora", "lora", {"alpha": 6.5}),
     ("roberta", "dvora", "lora", {"projection_seed": 5}),
+    ("bert", "lora", "lora", {"scaling": "root"}),
+    ("roberta", "lora_fa", "lora", {}),
+    ("bert", "onelora", "vera", {}),
+    ("bert", "pvera", "pvera", {}),
+    ("roberta", "pvera", "lora", {"init": "peft"}),
+    ("bert", "randlora", "randlora", {}),
+    ("bert", "unilora", "unilora", {}),
+    ("roberta", "unilora", "lora", {}),
     (
       "roberta",
       "ia3",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.peft_io.folders import (
+  COMMON,
   HEAD,
   KEY,
   LORA,
@@ -17,6 +18,7 @@ from tests.peft_io.folders import (
   VERA,
   WIDE,
   WIDTHS,
+  head,
   matrices,
   noise,
   pair,
@@ -122,12 +124,13 @@ def test_labels_are_in_the_order_of_their_ids(tiny_model, tmp_path):
     assert about["labels"] == ["no", "yes"] and about["max_length"] == length
 
 
-@pytest.mark.parametrize("rslora, alpha", [(False, 6.0), (True, 12.0)])
-def test_lora(carry, rslora, alpha):
+@pytest.mark.parametrize("rslora, scaling", [(False, "rank"), (True, "root")])
+def test_lora(carry, rslora, scaling):
   theirs = matrices()
   about, tensors = carry(theirs, LORA, use_rslora=rslora)
   assert about["method"] == "lora" and about["projection_digest"] is None
-  assert about["settings"]["alpha"] == alpha  # the scale is alpha / rank
+  assert about["settings"]["alpha"] == 6
+  assert about["settings"]["scaling"] == scaling
   for leaf in ("lora_A", "lora_B"):
     np.testing.assert_array_equal(
       tensors[f"encoder.layer.0.{WIDE}.{leaf}"],
@@ -193,3 +196,44 @@ def test_files_refused(tiny_model, minilm_folder, tmp_path):
   file.write_bytes(whole)
   (theirs / "adapter_config.json").write_text("{")
   fails("can't be read as JSON", theirs)
+
+
+THETA = {"base_model.unilora_theta_d": noise(30)}
+UNILORA = {
+  **COMMON,
+  "peft_type": "UNILORA",
+  "theta_d_length": 30,
+  "proj_seed": 5,
+}
+
+
+def test_one_vector_for_all_layers(carry):
+  about, tensors = carry(head() | THETA, UNILORA)
+  (theirs,) = THETA.values()
+  np.testing.assert_array_equal(tensors["unilora_theta"], theirs)
+  assert about["parameters"]["adapter"] == 30
+  assert about["settings"]["targets"] == TARGETS
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"theta_d_length": 31}, "its config needs (31,)"),
+    ({"layers_to_transform": [0]}, "leaves out bert.encoder.layer.1"),
+    ({"target_modules": None}, "names no target_modules"),
+    ({"save_indices": True}, "Set save_indices=False"),
+    ({"proj_seed": 2**32}, "projection_seed=4294967296"),
+    (
+      {"peft_type": "RANDLORA", "sparse": True, "save_projection": False},
+      "such bases are not drawn here",
+    ),
+    ({"peft_type": "PVERA", "sample_at_inference": True}, "sample_at_inf"),
+  ],
+)
+def test_files_of_other_methods_refused(carry, changes, words):
+  config = UNILORA | changes
+  if config["peft_type"] != "UNILORA":
+    del config["theta_d_length"], config["proj_seed"]
+  with pytest.raises(UserError) as error:
+    carry(head() | THETA, config)
+  assert words in str(error.value)

@@ -18,8 +18,8 @@ from vera_jax.peft_io.settings import PeftSettings, is_target
 REFUSED = [
   ({"bias": "all"}, "bias='all'"),
   ({"fan_in_fan_out": True}, "set it to false"),
-  ({"peft_type": "OFT"}, "peft_type is 'OFT'; only VERA and LORA and IA3"),
-  ({"peft_type": "IA3"}, "which has no place here: only ia3_l of"),
+  ({"peft_type": "OFT"}, "peft_type is 'OFT'; only VERA, PVERA, LORA"),
+  ({"peft_type": "IA3"}, "projection_prng_key=7: train it again"),
   ({"task_type": "CAUSAL_LM"}, "task_type='CAUSAL_LM'"),
   ({"new_trick": 3}, "new_trick=3"),
   ({"r": "four"}, "r='four'"),
@@ -101,6 +101,6 @@ SECOND = {LAYER.format(1, QUERY)}
   ],
 )
 def test_targets_as_peft_finds_them(settings, adapted):
-  known = PeftSettings(method="lora", rank=RANK, base=None, **settings)
+  known = PeftSettings("lora", {}, "lora", base=None, **settings)
   names = OUTER | INNER | QUERIES | {"classifier"}
   assert {name for name in names if is_target(known, name)} == adapted

@@ -133,11 +133,9 @@ def test_exports_refused(random_adapter, tmp_path):
     assert not (tmp_path / "theirs").exists()
 
   given = about["settings"]
-  unique = {**given, "sharing": "unique"}
   fails("method 'bitfit'", {"method": "bitfit"})
   fails("method 'vera.bitfit'; only vera, lora", {"method": "vera+bitfit"})
   fails("dvora adapter .* as PEFT's vera", {"method": "dvora"}, method="vera")
-  fails("--as=lora", {"settings": unique})
   fails("digest", {"projection_digest": "0"})
   fails("digest", {"projection_digest": "0"}, method="lora")
   fails("another fingerprint", {"base_fingerprint": "0"})
@@ -147,6 +145,9 @@ def test_exports_refused(random_adapter, tmp_path):
   lora = {"rank": RANK, "alpha": 1.0, "targets": ["query"]}
   fails("need {'lora_A'", {"method": "lora", "settings": lora})
   fails("There is no folder", {"base": "/nowhere"})
+  unique = random_adapter(**SETTINGS, sharing="unique")
+  with pytest.raises(UserError, match="--as=lora"):
+    export_adapter(unique, tmp_path / "theirs")
 
 
 def test_lora_is_no_vera(carry, tmp_path):

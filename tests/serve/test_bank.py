@@ -74,7 +74,7 @@ def chosen(logits, named=NAMED):
   [
     ("vera", {}),
     ("vera", {"sharing": "unique", "train": "b"}),
-    ("lora", {}),
+    ("unilora", {}),
     ("bitfit", {}),
   ],
 )
@@ -220,8 +220,9 @@ def test_a_method_is_prepared_or_refused(random_adapter, tmp_path):
   settings = saved["one"].about["settings"] | {"dvora": other}
   with pytest.raises(UserError, match="dvora.rank: 2 there, 8 in the bank"):
     bank.replace("one", another(saved["one"], 3, settings=settings))
-  with pytest.raises(UserError, match="method full"):
-    AdapterBank({"all": random_adapter("full", task="sst2")})
+  for method in ("full", "randlora"):
+    with pytest.raises(UserError, match=f"method {method}"):
+      AdapterBank({"all": random_adapter(method, task="sst2")})
 
 
 def test_where_an_adapter_started_is_no_difference(bank, adapters):

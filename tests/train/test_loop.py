@@ -35,7 +35,8 @@ QV = {"query", "value"}
 # Sizes by hand: width 16, two layers, rank 8; two labels; 5,584 in the base.
 ADAPTERS = {
   "vera": 2 * 2 * (16 + 8),
-  "lora": 2 * 2 * 2 * 16 * 8,
+  "pvera": 2 * 2 * (16 + 2 * 8),
+  "unilora": 50,
   "bitfit": 16 + 2 * (3 * 16 + 16 + 16 + 32 + 16 + 16) + 16,
   "head": 0,
   "full": 5584,
@@ -66,7 +67,7 @@ def check_result(config, folder, result):
   assert result["parameters"]["adapter"] == ADAPTERS[config.method]
   assert result["parameters"]["head"] == 34
   assert (result["projection_digest"] is None) == (
-    config.method not in ("vera", "dvora+ia3")
+    config.method in ("bitfit", "full")
   )
   assert result["data"]["train"]["examples"] == 40
   assert len(result["data"]["validation"]["fingerprint"]) == 64
@@ -90,12 +91,15 @@ def test_a_run_leaves_what_was_promised(finished):
   }
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", "full", "dvora+ia3"])
+@pytest.mark.parametrize(
+  "method", ["pvera", "unilora", "bitfit", "full", "dvora+ia3"]
+)
 def test_the_baselines_go_by_the_same_loop(
   method, tiny_config, quiet_model, tmp_path
 ):
   """Without dropout, whose programs take longer to compile."""
   settings = {"model__name": str(quiet_model), "optim__epochs": 1}
+  settings |= {"pvera__rank": 8, "unilora__size": 50}
   config = tiny_config(method=method, **settings)
   result = train_and_evaluate(config, tmp_path / "run")
   check_result(config, tmp_path / "run", result)

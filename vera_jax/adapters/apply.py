@@ -299,7 +299,11 @@ def plans_at(
 
   def choose_at(site: Site, leaves: Leaves) -> None:
     for link in adapter.methods:
-      if link.low_rank is not None and is_on(link, site.path):
+      if link.low_rank is None or not is_on(link, site.path):
+        continue
+      if link.forward is not None:  # so it is in training, which draws numbers
+        chosen[site.path] = "factored"
+      else:
         chosen[site.path] = choose(
           tokens[site.path],
           link.low_rank(link.own(leaves), site),

@@ -7,7 +7,7 @@ import jax
 from jax import Array
 
 from vera_jax.adapters.base_leaves import ALL
-from vera_jax.adapters.interface import Adapter, Leaves, Path, Site
+from vera_jax.adapters.interface import Adapter, Leaves, Path, Site, Target
 from vera_jax.adapters.products import adapted_site
 from vera_jax.adapters.sites import is_on
 from vera_jax.errors import UserError
@@ -76,10 +76,10 @@ def chain(*given: Adapter) -> Adapter:
       site = adapted_site(link, link.own(leaves), site)
     return site.kernel(), site.bias
 
-  def of_link(link: Adapter, sites: Mapping[Path, Site]) -> Mapping[Path, Site]:
+  def of_link(link: Adapter, sites: Mapping[Path, Any]) -> Mapping[Path, Any]:
     return {path: site for path, site in sites.items() if is_on(link, path)}
 
-  def shared(sites: Mapping[Path, Site]) -> dict[str, Any]:
+  def shared(sites: Mapping[Path, Target | Site]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for link in links:
       if link.shared is not None:

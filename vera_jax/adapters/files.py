@@ -74,7 +74,7 @@ def named_slices(
     value = None
     if isinstance(leaf, np.ndarray):
       value = leaf[i] if stacked else leaf
-    yield f"{module}.{path[-1]}", value
+    yield ".".join(filter(None, (module, path[-1]))), value
 
 
 def tensors(trained: Mapping[str, Any]) -> Tensors:

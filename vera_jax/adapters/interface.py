@@ -101,17 +101,18 @@ class Adapter(NamedTuple):
     init: (key, site) -> the site's trained leaves. They may depend on the
       kernel, which is why they are made on the loaded weights.
     weights: (leaves, site) -> (kernel, bias), adapted: the definition.
-    shared: sites by path -> the non-trainable `projections` collection. Arrays
-      at its root serve every site; those at a site's path serve that site and
-      carry its stack's axes.
+    shared: sites by path, or their widths alone where no weights are asked for,
+      -> the non-trainable `projections` collection. Arrays at its root serve
+      every site; those at a site's path serve that site and carry its stack's
+      axes.
     common: (key, sites by path) -> trained leaves at the root of the tree.
     trains: a pattern over the paths of base leaves that are trained themselves.
     low_rank: (leaves, site) -> `LowRank`, where weights = kernel + delta; then
       `products` chooses the order of multiplication.
     forward: (leaves, site, x, key, inner) -> (y, penalty): for randomness in
       training. `inner(x)` is the product so far; with None for the key, y is
-      x times `weights`. The penalty, a number or None, is added to the mean
-      loss.
+      x times `weights`, and `low_rank` computes it where that is there. The
+      penalty, a number or None, is added to the mean loss.
     prepare: (leaves, site) -> leaves, once when a bank takes an adapter in,
       so that a row's product needs no kernel of its own. Without it a bank
       refuses the method.
@@ -123,7 +124,7 @@ class Adapter(NamedTuple):
   name: str
   init: Callable[[Array, Site], dict[str, Array]] | None = None
   weights: Callable[[Leaves, Site], tuple[Array, Array | None]] | None = None
-  shared: Callable[[Mapping[Path, Site]], dict[str, Any]] | None = None
+  shared: Callable[[Mapping[Path, Target | Site]], dict[str, Any]] | None = None
   common: Callable[[Array, Mapping[Path, Site]], dict[str, Array]] | None = None
   trains: str | None = None
   low_rank: Callable[[Leaves, Site], LowRank] | None = None

@@ -25,9 +25,12 @@ M = "magnitude_m"
 SCALE = "magnitude_scale"  # m / |W|, in place of m where a bank keeps it
 
 
-def dora(rank: int = 8, *, alpha: float = 8.0) -> Adapter:
-  """DoRA: LoRA with a magnitude, r (in + out) + out numbers per site."""
-  return chain(lora(rank, alpha=alpha), magnitude())
+def dora(rank: int = 8, **settings: Any) -> Adapter:
+  """DoRA: LoRA with a magnitude, r (in + out) + out numbers per site.
+
+  The settings are those of `lora`.
+  """
+  return chain(lora(rank, **settings), magnitude())
 
 
 def dvora(rank: int = 256, **settings: Any) -> Adapter:

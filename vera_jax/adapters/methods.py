@@ -13,9 +13,12 @@ from vera_jax.adapters.base_leaves import bitfit, full, head
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Adapter
-from vera_jax.adapters.lora import lora
+from vera_jax.adapters.lora import lora, lora_fa
 from vera_jax.adapters.magnitude import dora, dvora
-from vera_jax.adapters.vera import vera
+from vera_jax.adapters.pvera import pvera
+from vera_jax.adapters.randlora import randlora
+from vera_jax.adapters.unilora import unilora
+from vera_jax.adapters.vera import onelora, vera
 from vera_jax.errors import UserError
 from vera_jax.patterns import find
 
@@ -38,6 +41,10 @@ class Method(NamedTuple):
       from: the runs of an ensemble may each have their own.
     group: the config's group that holds its settings, where that has not its
       own name: a variant of a method takes the method's.
+    older: the values of those settings that files written before there was a
+      choice don't have.
+    on_sites: whether it is put on target layers, rather than training leaves of
+      the base.
   """
 
   make: Callable[..., Adapter]
@@ -45,6 +52,8 @@ class Method(NamedTuple):
   starts: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda given: ()
   per_run: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda given: ()
   group: str | None = None
+  older: Mapping[str, Any] = {}
+  on_sites: bool = True
 
 
 VERA = Method(
@@ -65,7 +74,11 @@ VERA = Method(
   ),
   per_run=lambda given: ("d_init",) if given["train"] == "both" else (),
 )
-LORA = Method(lora, {"rank": int, "alpha": float})
+LORA = Method(
+  lora,
+  {"rank": int, "alpha": float, "scaling": str},
+  older={"scaling": "rank"},
+)
 
 METHODS: dict[str, Method] = {
   "vera": VERA,
@@ -73,9 +86,32 @@ METHODS: dict[str, Method] = {
   "ia3": Method(ia3, {"feedforward": tuple}),
   "dora": LORA._replace(make=dora, group="lora"),
   "dvora": VERA._replace(make=dvora, group="vera"),
-  "bitfit": Method(bitfit),
-  "head": Method(head),
-  "full": Method(full),
+  "lora_fa": Method(
+    lora_fa,
+    {**LORA.settings, "projection_seed": int},
+    starts=lambda given: ("projection_seed",),
+  ),
+  "onelora": Method(onelora),
+  "pvera": Method(
+    pvera,
+    {"rank": int, "d_init": float, "init": str, "projection_seed": int},
+    starts=lambda given: ("d_init", "init", "projection_seed"),
+    per_run=lambda given: ("d_init",),
+  ),
+  "randlora": Method(
+    randlora,
+    {"rank": int, "alpha": float, "init": str, "projection_seed": int},
+    starts=lambda given: ("init", "projection_seed"),
+  ),
+  "unilora": Method(
+    unilora,
+    {"rank": int, "size": int, "theta_init": float, "projection_seed": int},
+    starts=lambda given: ("theta_init", "projection_seed"),
+    per_run=lambda given: ("theta_init",),
+  ),
+  "bitfit": Method(bitfit, on_sites=False),
+  "head": Method(head, on_sites=False),
+  "full": Method(full, on_sites=False),
 }
 
 
@@ -138,11 +174,13 @@ def by_link(
   """
   links = links_of(method)
   if len(links) == 1:
-    return {method: settings}
+    settings = {method: settings}
   for name in links:
     if not isinstance(settings.get(name), Mapping):
       raise UserError(f"The settings of {method} have none for {name}.")
-  return {name: settings[name] for name in links}
+  return {
+    name: {**line.older, **settings[name]} for name, line in links.items()
+  }
 
 
 def adapter_named(name: str) -> Adapter:
@@ -173,9 +211,10 @@ def make_adapter(
       chain(*(one._replace(on=patterns) for one, patterns in made)),
       tuple(all_targets),
     )
-  types = METHODS[method].settings
-  if not types:  # it trains leaves of the base and needs no targets
-    return METHODS[method].make(), ()
+  line = METHODS[method]
+  if not line.on_sites:  # it trains leaves of the base and needs no targets
+    return line.make(), ()
+  types, settings = line.settings, groups[method]
   wrong = [name for name in types if not _fits(settings.get(name), types[name])]
   targets = settings.get("targets")
   if (
@@ -197,7 +236,7 @@ def make_adapter(
         f"The settings of {method} have {name}={patterns!r}; they must be some"
         f" of the targets, {targets!r}."
       )
-  return METHODS[method].make(**chosen), tuple(targets or ())
+  return line.make(**chosen), tuple(targets or ())
 
 
 def _fits(value: Any, kind: type) -> bool:

@@ -110,8 +110,8 @@ def choose(
   return min(priced, key=lambda plan: priced[plan])
 
 
-def _scaled(x: Array, vector: Array | None) -> Array:
-  """x with its last axis scaled."""
+def scaled(x: Array, vector: Array | None) -> Array:
+  """x with its last axis scaled, in x's type."""
   if vector is None:
     return x
   return x * vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -205,16 +205,23 @@ def adapted_product(
   def of_weights(kernel: Array, bias: Array | None) -> Product:
     return lambda x: _plus(multiply(x, kernel.astype(x.dtype)), bias)
 
-  def of_low_rank(inner: Product, site: Site, factors: LowRank) -> Product:
+  def of_low_rank(
+    inner: Product, site: Site, factors: LowRank
+  ) -> tuple[Product, Site | None]:
+    """The product, and the site by its kernel, where that is made for it."""
     how = choose(_rows(x), factors, plan=plan, forwards=forwards)
     if how == "factored" or drawn or not plain:
-      return lambda x: inner(x) + _delta(x, factors)
+      return lambda x: inner(x) + _delta(x, factors), None
     kernel = site.kernel().astype(x.dtype)
     down = factors.down.astype(x.dtype)
     up = whole_up(factors).astype(x.dtype)
+    whole = fold(kernel, down, up)
+    known = site._replace(kernel=lambda: whole)
     if how == "folded":
-      return of_weights(fold(kernel, down, up), site.bias)
-    return lambda x: _plus(folded_forward(x, kernel, down, up), site.bias)
+      return of_weights(whole, site.bias), known
+    return (
+      lambda x: _plus(folded_forward(x, kernel, down, up), site.bias)
+    ), known
 
   def of_forward(
     link: Adapter, own: Leaves, site: Site, key: Any, inner: Product
@@ -234,17 +241,17 @@ def adapted_product(
   product: Product = base
   here = [x for x in enumerate(adapter.methods) if is_on(x[1], site.path)]
   for number, link in here:
-    own = link.own(leaves)
-    if link.forward is not None:
+    own, known = link.own(leaves), None
+    if link.forward is not None and (key is not None or not link.low_rank):
       own_key = None if key is None else jax.random.fold_in(key, number)
       product = of_forward(link, own, site, own_key, product)
       drawn = True
     elif link.low_rank is not None:
-      product = of_low_rank(product, site, link.low_rank(own, site))
+      product, known = of_low_rank(product, site, link.low_rank(own, site))
     elif link.weights is not None:
       product = of_weights(*link.weights(own, site))
     if link is not here[-1][1]:
-      site = adapted_site(link, own, site)
+      site = known or adapted_site(link, own, site)
   y = product(x)
   return y, jnp.sum(jnp.stack(penalties)) if penalties else None
 
@@ -263,8 +270,8 @@ def _rows(x: Array) -> int:
 
 
 def _delta(x: Float[Array, "*t i"], factors: LowRank) -> Float[Array, "*t o"]:
-  thin = _scaled(x @ factors.down.astype(x.dtype), factors.inner)
-  return _scaled(thin @ factors.up.astype(x.dtype), factors.outer)
+  thin = scaled(x @ factors.down.astype(x.dtype), factors.inner)
+  return scaled(thin @ factors.up.astype(x.dtype), factors.outer)
 
 
 def _plus(y: Float[Array, "*t o"], bias: Array | None) -> Float[Array, "*t o"]:

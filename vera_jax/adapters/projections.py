@@ -25,7 +25,7 @@ from vera_jax.errors import UserError
 Pair = dict[str, Float[Array, "_ _"]]
 
 
-def _signed_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
+def signed_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
   """Uniform in (-2^24, 2^24): odd whole numbers, exact in float32.
 
   Scaling them is one multiplication, rounded alike everywhere; an offset as in
@@ -38,7 +38,7 @@ def _signed_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
 def _kaiming_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
   """U(-beta, beta), beta = sqrt(6 / fan_in): torch's default, section 4.1."""
   beta = np.sqrt(6 / shape[1])
-  return _signed_uniform(key, shape) * np.float32(beta * 2.0**-24)
+  return signed_uniform(key, shape) * np.float32(beta * 2.0**-24)
 
 
 def _kaiming_normal(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
@@ -60,11 +60,18 @@ def _orthogonal(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
   return jax.nn.initializers.orthogonal(scale)(key, shape, jnp.float32)
 
 
+def _ones(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
+  """Nothing random: with rank 1, 1LoRA (arXiv 2503.08333)."""
+  del key
+  return jnp.ones(shape, jnp.float32)
+
+
 _KEYED: dict[str, Callable[[PRNGKeyArray, tuple[int, int]], Array]] = {
   "kaiming_uniform": _kaiming_uniform,
   "kaiming_normal": _kaiming_normal,
   "uniform": _uniform_tenth,
   "orthogonal": _orthogonal,
+  "ones": _ones,
 }
 # The init of projections that no seed gives: A and B lie in the adapter's file.
 STORED = "stored"
@@ -72,7 +79,9 @@ PRNG = "threefry2x32"  # gives the same bits on CPU, GPU and TPU
 INITIALISERS = (*_KEYED, "peft")
 
 
-def _peft_pair(seed: int, rank: int, inputs: int, outputs: int) -> Pair:
+def _peft_pair(
+  seed: int, rank: int, inputs: int, outputs: int, rows: int
+) -> Pair:
   """PEFT's own matrices for a `projection_prng_key`, bit for bit, no torch.
 
   PEFT draws A, then B, from one torch CPU generator: MT19937, of whose 32-bit
@@ -88,18 +97,61 @@ def _peft_pair(seed: int, rank: int, inputs: int, outputs: int) -> Pair:
     uniform = raw.astype(np.float64) * 2.0**-24
     return jnp.asarray((uniform * (2 * beta) - beta).astype(np.float32))
 
-  return {"A": draw((rank, inputs)), "B": draw((outputs, rank))}
+  return {"A": draw((rows, inputs)), "B": draw((outputs, rank))}
 
 
-def check_choices(*, seed: int, init: str, sharing: str = "shared") -> None:
+def peft_bases(
+  seed: int, rank: int, fewer: int, more: int, matrices: int
+) -> Pair:
+  """PEFT's bases of RandLoRA for a `projection_prng_key`, bit for bit.
+
+  It draws A, then each B_j, in bfloat16 from torch's CPU generator (MT19937)
+  and divides each of the two by its standard deviation, in bfloat16 too. torch
+  scales 24 bits before it rounds them, and what rounds up to the range's end
+  becomes its beginning: so torch 2.13; older ones drew eight bits.
+
+  Args:
+    seed, rank: the key, and r.
+    fewer, more: the smaller and the larger width of A's and B's layers.
+    matrices: how many B_j there are; they lie side by side in B.
+  """
+  half = np.dtype(jnp.bfloat16).type
+  stream = np.random.RandomState(seed)
+
+  def draw(shape: tuple[int, int], fan: int) -> np.ndarray:
+    raw = stream.randint(0, 2**32, size=shape, dtype=np.uint32) & 0xFFFFFF
+    bound = np.float64(np.float32(np.sqrt(3.0) * np.sqrt(1 / 3) / np.sqrt(fan)))
+    drawn = (raw * 2.0**-24 * (2 * bound) - bound).astype(np.float32)
+    drawn = drawn.astype(half)
+    return np.where(drawn == half(bound), -drawn, drawn)
+
+  A = draw((rank, fewer), fewer)
+  B = np.concatenate([draw((more, rank), rank) for _ in range(matrices)], 1)
+
+  def divided(x: np.ndarray) -> Array:
+    deviation = half(np.float32(x.astype(np.float64).std(ddof=1)))
+    quotient = x.astype(np.float32) / np.float32(deviation)
+    return jnp.asarray(quotient.astype(half), jnp.float32)
+
+  return {"A": divided(A), "B": divided(B)}
+
+
+def check_choices(
+  *,
+  seed: int,
+  init: str,
+  sharing: str = "shared",
+  known: Sequence[str] = INITIALISERS,
+) -> None:
   """Refuses what no projections can be made of.
 
   Raises:
-    UserError: an unknown `init` or `sharing`, a combination that there is not,
-      or a seed beyond 32 bits, of which the generator would cut off the rest.
+    UserError: an `init` that is not `known`, an unknown `sharing`, a
+      combination that there is not, or a seed beyond 32 bits, of which the
+      generator would cut off the rest.
   """
-  if init not in (*INITIALISERS, STORED):
-    raise UserError(f"init is {init!r}; choose from {', '.join(INITIALISERS)}.")
+  if init not in (*known, STORED):
+    raise UserError(f"init is {init!r}; choose from {', '.join(known)}.")
   if sharing not in ("shared", "unique"):
     raise UserError(f"sharing is {sharing!r}; choose shared or unique.")
   if sharing == "unique" and init == "peft":
@@ -117,14 +169,17 @@ def make_pair(
   seed: int = 0,
   init: str = "kaiming_uniform",
   folds: Sequence[int] = (),
+  rows: int | None = None,
 ) -> Pair:
   """A (rank, inputs) and B (outputs, rank) in float32.
 
-  `folds` tell apart the layers that have a pair of their own.
+  `folds` tell apart the layers that have a pair of their own; `rows` are those
+  of A, where it has not `rank` of them.
 
   Raises:
     UserError: an unknown `init`, or a seed beyond 32 bits.
   """
+  rows = rows or rank
   check_choices(seed=seed, init=init)
   if init == STORED:
     raise UserError(
@@ -132,13 +187,13 @@ def make_pair(
       f" choose init from {', '.join(INITIALISERS)}."
     )
   if init == "peft":
-    return _peft_pair(seed, rank, inputs, outputs)
+    return _peft_pair(seed, rank, inputs, outputs, rows)
   key = jax.random.key(seed, impl=PRNG)
   for fold in folds:
     key = jax.random.fold_in(key, fold)
   a, b = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
   draw = _KEYED[init]
-  return {"A": draw(a, (rank, inputs)), "B": draw(b, (outputs, rank))}
+  return {"A": draw(a, (rows, inputs)), "B": draw(b, (outputs, rank))}
 
 
 def _unique_pair(
@@ -166,18 +221,21 @@ def make_projections(
   rank: int,
   seed: int,
   init: str,
-  sharing: str,
+  sharing: str = "shared",
+  rows: int | None = None,
 ) -> dict[str, Any]:
   """The `projections` collection for these layers.
 
   "shared": {"A", "B"} at the root, as wide as the widest site, as PEFT does.
   "unique": a pair of its own at each site's path, stacked as the site is.
+  `rows` as in `make_pair`, of a shared pair.
   """
   check_choices(seed=seed, init=init, sharing=sharing)
   if sharing == "shared":
     inputs = max(t.inputs for t in sites.values())
     outputs = max(t.outputs for t in sites.values())
-    return dict(make_pair(rank, inputs, outputs, seed=seed, init=init))
+    size = inputs, outputs
+    return dict(make_pair(rank, *size, seed=seed, init=init, rows=rows))
   tree: dict[Path, Array] = {}
   for path, site in sites.items():
     pairs = [

@@ -89,3 +89,11 @@ def vera(
     low_rank=low_rank,
     prepare=as_they_are,
   )
+
+
+def onelora() -> Adapter:
+  """1LoRA (arXiv 2503.08333): h = W0 x + b * sum(x), out numbers per site.
+
+  It is VeRA of rank 1 with matrices of ones, of which b is trained alone.
+  """
+  return vera(1, d_init=1.0, init="ones", train="b")

@@ -17,15 +17,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
 from vera_jax.errors import UserError
-from vera_jax.models import part
+from vera_jax.models import bands, part
 from vera_jax.models.attention import REMAT_POLICIES, Ids, check_remat
 
 HEAD = "language_modelling"
 INPUTS = ("input_ids", "positions", "segment_ids", "read_positions")
+MULTIPLE = 32  # of slots in a grown cache: products of these are quicker
 Hidden = Float[Array, "rows length width"]
 Heads = Float[Array, "rows length heads k"]
 Reads = Int[Array, "rows reads"]
-Mask = Bool[Array, "rows length keys"]
+Mask = Bool[Array, "rows length keys"] | bands.Blocks
 
 
 class Cache(NamedTuple):
@@ -113,8 +114,9 @@ def empty_cache(
 
 
 def grow(cache: Cache, slots: int) -> Cache:
-  """The cache with as many more slots."""
-  same, wider = (0, 0), (0, slots)
+  """The cache with as many more slots, and some up to a MULTIPLE."""
+  total = -(-(cache.slots + slots) // MULTIPLE) * MULTIPLE
+  same, wider = (0, 0), (0, total - cache.slots)
   return cache._replace(
     keys=tuple(jnp.pad(x, (same, same, same, wider)) for x in cache.keys),
     values=tuple(jnp.pad(x, (same, same, wider, same)) for x in cache.values),
@@ -135,6 +137,7 @@ def find_reach(
   cache: Cache | None,
   *,
   window: int | None = None,
+  longest: int | None = None,
 ) -> Reach:
   """Positions and masks of packed rows, or of tokens that follow a cache's.
 
@@ -145,29 +148,26 @@ def find_reach(
     segment_ids: None where no token is padding.
     cache: what the row had before; padding may then be anywhere in it.
     window: how many tokens a token sees at most, itself included.
+    longest: tokens of the longest text; None: it may fill a row.
   """
-  length = input_ids.shape[1]
-  columns = jnp.arange(length, dtype=jnp.int32)
-  causal = (columns[:, None] >= columns[None])[None]
   if segment_ids is None:
     segment_ids = jnp.ones_like(input_ids)
   real = segment_ids > 0
-  slots = None
   if cache is None:
     if positions is None:
+      columns = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
       positions = jnp.broadcast_to(columns, input_ids.shape)
-    whole = (segment_ids[:, :, None] == segment_ids[:, None]) & causal
-    keys_at = positions
-  else:
-    before = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
-    positions = cache.positions[:, None] + before
-    keys_at = jnp.arange(cache.slots, dtype=jnp.int32)[None]
-    whole = keys_at[:, None] <= positions[:, :, None]
-    # what is padding, or has no slot left, is written nowhere
-    slots = jnp.where(real, positions, cache.slots)
+    seen = bands.masks(segment_ids, positions, longest=longest, window=window)
+    return Reach(positions, real, *seen)
+  before = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
+  positions = cache.positions[:, None] + before
+  keys_at = jnp.arange(cache.slots, dtype=jnp.int32)[None]
+  whole = keys_at[:, None] <= positions[:, :, None]
   near = None
   if window is not None:
     near = whole & (positions[:, :, None] - keys_at[:, None] < window)
+  # what is padding, or has no slot left, is written nowhere
+  slots = jnp.where(real, positions, cache.slots)
   return Reach(positions, real, whole, near, slots)
 
 
@@ -193,33 +193,10 @@ def attend(
     scale: of the scores.
     dropout: on the weights.
   """
-  if past is not None:
-    return _attend_slots(query, past, mask, scale=scale, dropout=dropout)
-  groups = key.shape[2]
-  query = query.reshape(*query.shape[:2], groups, -1, query.shape[-1])
-  scores = scale * jnp.einsum(
-    "rqgmk,rsgk->rgmqs", query, key, preferred_element_type=jnp.float32
-  )
-  lowest = jnp.finfo(scores.dtype).min
-  scores = jnp.where(mask[:, None, None], scores, lowest)
-  weights = dropout(jax.nn.softmax(scores).astype(value.dtype))
-  context = jnp.einsum("rgmqs,rsgk->rqgmk", weights, value)
-  return context.reshape(*mask.shape[:2], -1)
-
-
-def _attend_slots(
-  query: Heads,
-  past: Pair,
-  mask: Mask,
-  *,
-  scale: float | Array,
-  dropout: Callable[[Array], Array],
-) -> Hidden:
-  """`attend` to a cache, whose layout the products keep.
-
-  Every axis but the last two is one of many small products; the queries are
-  few, and are brought into this order.
-  """
+  if past is None:
+    return bands.attend(query, key, value, mask, scale=scale, dropout=dropout)
+  # Every axis but the last two is one of many small products, whose layout is
+  # the cache's; the queries are few, and are brought into this order.
   keys, values = past
   rows, groups, slots, width = values.shape
   length = query.shape[1]
@@ -289,7 +266,11 @@ class Pieces(NamedTuple):
 
 
 class Stack(Part):
-  """All layers, looped or scanned, and the last norm at the read positions."""
+  """All layers, looped or scanned, and the last norm at the read positions.
+
+  The hidden states that go in may have each of the `rows` in parts, one below
+  another.
+  """
 
   pieces: Pieces
   scan: bool
@@ -297,8 +278,14 @@ class Stack(Part):
 
   @nn.compact
   def __call__(
-    self, hidden: Hidden, reads: Reads | None, cache: Cache | None, shared: Any
-  ) -> tuple[Float[Array, "rows reads width"], Any]:
+    self,
+    hidden: Float[Array, "parts part width"],
+    reads: Reads | None,
+    cache: Cache | None,
+    shared: Any,
+    *,
+    rows: int,
+  ) -> tuple[Hidden, Any]:
     count, layer = self.config.num_hidden_layers, self.pieces.layer
     new: Any = []
     if self.remat != "none":
@@ -326,6 +313,7 @@ class Stack(Part):
         own = None if past is None else (past[0][index], past[1][index])
         hidden, pair = one(hidden, index, own, shared)
         new.append(pair)
+    hidden = hidden.reshape(rows, -1, hidden.shape[-1])
     if reads is not None:
       hidden = jnp.take_along_axis(hidden, reads[..., None], axis=1)
     return self.pieces.norm(self, "norm")(hidden), new
@@ -340,6 +328,7 @@ class Decoder(nn.Module):
     dtype: of computing.
     param_dtype: of the parameters.
     scan, remat: as for `pretrained.blueprint`.
+    longest: tokens of the longest text in the rows; None: it may fill a row.
   """
 
   config: Any
@@ -348,6 +337,7 @@ class Decoder(nn.Module):
   param_dtype: DTypeLike = jnp.float32
   scan: bool = True
   remat: str = "none"
+  longest: int | None = None
 
   def __post_init__(self) -> None:
     check_remat(self.remat)
@@ -381,13 +371,24 @@ class Decoder(nn.Module):
     config, pieces = self.config, self.pieces
     settings = (config, self.dtype, self.param_dtype, deterministic)
     reach = reach or find_reach(
-      input_ids, positions, segment_ids, cache, window=config.sliding_window
+      input_ids,
+      positions,
+      segment_ids,
+      cache,
+      window=config.sliding_window,
+      longest=self.longest,
     )
+    if cache is None:
+      # Blocks as rows: XLA shares out rows among the cores.
+      block = reach.whole.shape[2]
+      input_ids = input_ids.reshape(-1, block)
+      reach = reach._replace(positions=reach.positions.reshape(-1, block))
     embeddings = pieces.embeddings(*settings, name="embeddings")
     hidden, table = embeddings(input_ids, reach.positions)
     stack = Stack(*settings, pieces, self.scan, self.remat, name="encoder")
     shared = pieces.shared(config, reach)
-    hidden, new = stack(hidden, read_positions, cache, shared)
+    rows = len(reach.whole)
+    hidden, new = stack(hidden, read_positions, cache, shared, rows=rows)
     if not config.tie_word_embeddings:
       table = Head(*settings, name="lm_head")()
     words = Words(hidden, table.T)

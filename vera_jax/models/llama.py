@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -252,7 +253,9 @@ def shared(config: LlamaConfig, reach: Reach) -> Shared:
   frequencies = jnp.asarray(config.frequencies, jnp.float32)
   angles = reach.positions[..., None, None] * frequencies[None, None, None]
   scale = config.rotation_scale
-  return Shared(reach, scale * jnp.cos(angles), scale * jnp.sin(angles))
+  # XLA would compute them anew in each layer
+  cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+  return Shared(reach, scale * cos, scale * sin)
 
 
 def rotate(x: Heads, given: Shared) -> Heads:

@@ -2,14 +2,16 @@
 
 The names in PEFT's file say which layers are adapted; its config says which
 should be, and the two must agree. Layers of a kind that PEFT left out
-(`layers_to_transform`) get the adapter that changes nothing: b, or LoRA's B, is
-0, IA3's scales are 1 and DoRA's m is the norm of W0.
+(`layers_to_transform`) get the adapter that changes nothing, as the method's
+form says; DoRA's m is the norm of W0 there.
 """
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -17,13 +19,13 @@ from vera_jax import results
 from vera_jax.adapters.apply import leaf_shapes
 from vera_jax.adapters.files import STORED, check_length, save_adapter
 from vera_jax.adapters.interface import Path as TreePath
+from vera_jax.adapters.interface import Target
 from vera_jax.adapters.labels import HEAD
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.projections import (
   INITIALISERS,
   PRNG,
   digest,
-  make_pair,
 )
 from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE
@@ -32,12 +34,12 @@ from vera_jax.models.hf_weights import load_params
 from vera_jax.models.kinds import KINDS, WORDS
 from vera_jax.models.pretrained import Blueprint, blueprint
 from vera_jax.peft_io.base import Base, open_base, target_patterns
+from vera_jax.peft_io.forms import FORMS
+from vera_jax.peft_io.forms.form import MERGE
 from vera_jax.peft_io.settings import FILE as SETTINGS
 from vera_jax.peft_io.settings import PeftSettings, is_target, read_settings
 from vera_jax.peft_io.tensors import (
   FILE,
-  LEAVES,
-  PAIR,
   PREFIX,
   Tensors,
   check_free,
@@ -55,6 +57,7 @@ RUN = (
   "score_name",
   "score",
   "max_length",
+  "image_size",
   "versions",
 )
 HEAD_LEAVES = ("weight", "bias")
@@ -88,39 +91,39 @@ def import_adapter(
   check_free(out)
   settings = read_settings(folder)
   tensors, exported = read_tensors(folder / FILE)
-  name = base or settings.base
+  named = base or settings.base
   if base is None and str(exported.get("base")).startswith(PACKAGE):
-    name = exported["base"]  # the config has its folder on some machine
-  if name is None:
+    named = exported["base"]  # the config has its folder on some machine
+  if named is None:
     raise UserError(
       f"{folder} names no base model, or a revision of one: say --base=FOLDER."
     )
-  network = open_base(name, exported, head=settings.head)
+  network = open_base(named, exported, head=settings.head).named_as(tensors)
   if settings.fan_in_fan_out and network.classifier.family.names.transposed:
     raise UserError(
       "fan_in_fan_out=True: the layers are Linear, where PEFT itself turns it"
       f" off; set it to false in {SETTINGS}."
     )
 
-  # The tensors by what they are: of adapted layers, of VeRA's A and B, or of a
-  # module that was saved whole.
-  endings = LEAVES[settings.method]
+  # The tensors by what they are: of adapted layers, of all of them together, or
+  # of a module that was saved whole.
+  form = FORMS[settings.form]
   adapted: dict[str, Tensors] = {}
-  pair: Tensors = {}
+  root: Tensors = {}
   head: Leaves = {}
   for tensor, value in tensors.items():
     inner = tensor.removeprefix(PREFIX)
     module, _, last = inner.rpartition(".")
     path = network.path(module)
+    endings = (*form.endings, *form.dropped)
     ending = next((e for e in endings if inner.endswith(f".{e}")), "")
     layer = inner.removesuffix(f".{ending}")
-    if settings.method == "vera" and tensor in PAIR:
-      pair[PAIR[tensor]] = value
+    if tensor in form.root:
+      root[form.root[tensor]] = value
+    elif ending in form.dropped and layer in network.layers:
+      continue
     elif ending and layer in network.layers:
-      leaf = endings[ending]
-      if leaf == "ia3_out":  # one row scales a layer's inputs
-        leaf = "ia3_in" if value.shape[:1] == (1,) else leaf
-        value = value.reshape(-1)
+      leaf, value = form.take(ending, value, form.endings)
       adapted.setdefault(layer, {})[leaf] = value
     elif path[0] in network.whole and last in HEAD_LEAVES:
       if last == "weight":
@@ -132,53 +135,64 @@ def import_adapter(
       whole = " and ".join(network.whole) or "heads of classifiers, no other,"
       raise UserError(
         f"The adapter's file holds {tensor!r}, which has no place here: only"
-        f" {' and '.join(endings)} of the base's linear layers, and whole"
-        f" {whole} modules (modules_to_save), can be carried."
+        f" {' and '.join({**form.root, **form.endings})} of the base's linear"
+        f" layers, and whole {whole} modules (modules_to_save), can be carried."
       )
+  if not form.endings:  # then the config alone says which layers are adapted
+    if settings.targets is None:
+      raise UserError(f"{SETTINGS} names no target_modules.")
+    heads = _head_paths(network.classifier)
+    adapted = {
+      name: {}
+      for name, layer in network.layers.items()
+      if is_target(settings, name) is not False
+      and (*layer.path, "kernel") not in heads
+    }
   _check_targets(settings, adapted, network)
+  kinds = {network.layers[name].kind for name in adapted}
+  for name, of_base in network.layers.items():
+    if not form.endings and of_base.kind in kinds and name not in adapted:
+      raise UserError(
+        f"{SETTINGS} leaves out {name}, and {settings.method} has no numbers"
+        " that would leave a layer as it is: all layers of a kind must be"
+        f" adapted. {MERGE.capitalize()}."
+      )
 
   # The method's settings as a run's config has them. Our own export knew the
-  # learning rates and which seed gave A and B.
+  # learning rates and which seed gave the random matrices.
   known = exported.get("settings")
   if exported.get("method") != settings.method or not isinstance(known, dict):
     known = {}
-  kinds = {network.layers[layer].kind for layer in adapted}
+  patterns = partial(target_patterns, layers=network.layers)
   given: dict[str, Any] = {
-    "targets": target_patterns(kinds, network.layers),
+    "targets": patterns(kinds),
     "lr": known.get("lr"),
     "head_lr": known.get("head_lr"),
+    **settings.given,
+    **form.more(adapted, network.layers, patterns),
   }
-  if settings.method == "ia3":
-    scaled = [layer for layer in adapted if "ia3_in" in adapted[layer]]
-    kinds = {network.layers[layer].kind for layer in scaled}
-    given["feedforward"] = target_patterns(kinds, network.layers)
-  else:
-    given["rank"] = settings.rank
-  if settings.method in ("lora", "dora"):
-    given["alpha"] = settings.alpha
-  elif settings.method == "vera":
-    given |= {"d_init": settings.d_init, "sharing": "shared", "train": "both"}
-    given |= {"init": "peft", "projection_seed": settings.key}
   leaves = _adapter_leaves(settings, given, adapted, network)
   head, outputs, frozen = _complete_head(head, network)
+  pair_digest = None
+  if form.trained_root:
+    leaves |= _root_leaves(settings, given, root)
+    root = {}
   parameters = {
     "adapter": sum(x.size for x in leaves.values()),
     "head": sum(x.size for x in head.values()),
     "frozen": frozen,
   }
-  pair_digest = None
-  if settings.method == "vera":
-    targets = [network.layers[layer].target for layer in adapted]
-    init, seed, pair = find_projections(
-      settings,
-      pair,
-      inputs=max(target.inputs for target in targets),
-      outputs=max(target.outputs for target in targets),
-      known=known,
+  if make_adapter(settings.method, given)[0].shared is not None:
+    targets = {
+      layer.path: layer.target
+      for name, layer in network.layers.items()
+      if name in adapted
+    }
+    given, pair = find_projections(
+      settings, given, root, targets=targets, known=known
     )
-    given |= {"init": init, "projection_seed": seed}
     pair_digest = digest(pair)
-    if init == STORED:
+    if given.get("init") == STORED:
       leaves |= {("projections", name): matrix for name, matrix in pair.items()}
 
   run = _about_run(exported, task, outputs=outputs, base=network)
@@ -187,7 +201,7 @@ def import_adapter(
   check_length(run["max_length"])
   about = {
     **run,
-    "base": name,
+    "base": named,
     "base_fingerprint": network.fingerprint,
     "parameters": parameters,
     "method": settings.method,
@@ -234,7 +248,7 @@ def _adapter_leaves(
   # Without A and B: the leaves' shapes don't depend on them.
   adapter = make_adapter(settings.method, given)[0]._replace(shared=None)
   kinds = {base.layers[name].kind for name in adapted}
-  unchanged = {"vera_d": settings.d_init, "ia3_in": 1, "ia3_out": 1}
+  unchanged = FORMS[settings.form].unchanged(given)
   leaves: Leaves = {}
   for name, layer in base.layers.items():
     if layer.kind not in kinds:
@@ -254,13 +268,30 @@ def _adapter_leaves(
       else:
         value = adapted[name][leaf]
       if value.shape != need.shape:
-        rank = f" and r = {settings.rank}" if settings.rank else ""
+        rank = f" and r = {given['rank']}" if "rank" in given else ""
         raise UserError(
           f"{leaf} of {name} has shape {value.shape}; the base{rank} need"
           f"{'' if rank else 's'} {need.shape}. Is it the right base?"
         )
       leaves[(*layer.path, leaf)] = value
   return leaves
+
+
+def _root_leaves(
+  settings: PeftSettings, given: Mapping[str, Any], found: Tensors
+) -> Leaves:
+  """The trained leaves that all layers share, by path."""
+  common = make_adapter(settings.method, given)[0].common
+  assert common is not None
+  need = jax.eval_shape(lambda: common(jax.random.key(0), {}))
+  for name, leaf in need.items():
+    have = found[name].shape if name in found else None
+    if have != leaf.shape:
+      raise UserError(
+        f"{name} has shape {have} in the adapter's file; its config needs"
+        f" {leaf.shape}: the two files don't belong together."
+      )
+  return {(name,): found[name] for name in need}
 
 
 def _head_paths(classifier: Blueprint) -> set[TreePath]:
@@ -317,56 +348,63 @@ def _complete_head(head: Leaves, base: Base) -> tuple[Leaves, int, int]:
 
 def find_projections(
   settings: PeftSettings,
-  pair: Tensors,
+  given: dict[str, Any],
+  saved: Tensors,
   *,
-  inputs: int,
-  outputs: int,
+  targets: Mapping[TreePath, Target],
   known: Mapping[str, Any],
-) -> tuple[str, int, Tensors]:
-  """A and B, with the initialiser and the seed that give them.
+) -> tuple[dict[str, Any], Any]:
+  """(settings that give the random matrices, and these).
 
   Args:
-    settings: of the adapter.
-    pair: A and B as saved; empty where they were not.
-    inputs, outputs: the largest widths of the adapted layers.
+    settings: of PEFT's file.
+    given: ours, by which PEFT's own key draws them.
+    saved: the matrices as saved; empty where they were not.
+    targets: the adapted layers.
     known: the settings that our own export wrote into the file, if it is one.
 
   Returns:
-    `files.STORED` in place of an initialiser where no seed gives the saved
-    pair.
+    With `files.STORED` in place of an initialiser where no seed gives the saved
+    matrices.
 
   Raises:
-    UserError: the saved pair is incomplete or doesn't fit the layers.
+    UserError: the saved matrices are incomplete or don't fit the layers.
   """
-  rank = settings.rank
-  candidates = [("peft", settings.key)]
-  init, seed = known.get("init"), known.get("projection_seed")
-  if init in INITIALISERS and isinstance(seed, int):
-    candidates.insert(0, (str(init), seed))
-  saved: Tensors | None = None
-  if settings.saved or pair:
-    if set(pair) != {"A", "B"}:
+  candidates = [given]
+  names = FORMS[settings.form].root
+  if settings.saved or saved:
+    init, seed = known.get("init"), known.get("projection_seed")
+    if init in INITIALISERS and isinstance(seed, int):
+      candidates.insert(0, {**given, "init": init, "projection_seed": seed})
+    if set(saved) != set(names.values()):
       raise UserError(
-        "save_projection is true, but the file lacks base_model.vera_A or"
-        " base_model.vera_B: it is cut off, or save_projection must be false."
+        f"save_projection is true, but the file lacks {' or '.join(names)}: it"
+        " is cut off, or save_projection must be false."
       )
-    # PEFT's pair may be wider than the layers, which use its first columns
-    saved = {"A": pair["A"][:, :inputs], "B": pair["B"][:outputs]}
-    need = {"A": (rank, inputs), "B": (outputs, rank)}
-    if any(saved[k].shape != need[k] for k in "AB"):
+  for candidate in candidates:
+    shared = make_adapter(settings.method, candidate)[0].shared
+    assert shared is not None
+    drawn = jax.tree.map(np.asarray, shared(targets))
+    if not saved:
+      return candidate, drawn
+    # PEFT's may be made for wider layers: ours use the first columns
+    cut = {
+      name: matrix.reshape(len(matrix), -1)[: len(drawn[name])]
+      for name, matrix in saved.items()
+    }
+    cut = {name: x[:, : drawn[name].shape[1]] for name, x in cut.items()}
+    if any(cut[name].shape != drawn[name].shape for name in cut):
+      shapes, need = (
+        ", ".join(str(tree[name].shape) for name in cut)
+        for tree in (saved, drawn)
+      )
       raise UserError(
-        f"vera_A and vera_B have shapes {pair['A'].shape}, {pair['B'].shape};"
-        f" the layers and r need {need['A']}, {need['B']}."
+        f"{' and '.join(name.split('.')[-1] for name in names)} have shapes"
+        f" {shapes}; the layers and r need {need}."
       )
-  else:
-    candidates = candidates[-1:]  # PEFT's key is all that the folder says
-  for init, seed in candidates:
-    made = make_pair(rank, inputs, outputs, init=init, seed=seed)
-    drawn = {name: np.asarray(matrix) for name, matrix in made.items()}
-    if saved is None or all(np.array_equal(saved[k], drawn[k]) for k in "AB"):
-      return init, seed, drawn
-  assert saved is not None
-  return STORED, settings.key, saved
+    if all(np.array_equal(cut[name], drawn[name]) for name in cut):
+      return candidate, drawn
+  return {**given, "init": STORED}, cut
 
 
 def _about_run(
@@ -381,6 +419,8 @@ def _about_run(
   Without either, the labels' names are those of the base's config.json.
   """
   about: dict[str, Any] = dict.fromkeys(RUN)
+  if not base.reads_images:
+    del about["image_size"]
   about["versions"] = results.provenance()["versions"]
   about |= {name: exported[name] for name in RUN if name in exported}
   if task is not None:

@@ -21,18 +21,7 @@ from vera_jax.models.hf_weights import FLOATS
 FILE = "adapter_model.safetensors"
 # Entries of the header: our adapter.json, the checksum.
 METADATA, SHA256 = "vera_jax", "vera_jax_sha256"
-# PEFT's names of tensors: what precedes a module's name, A and B of VeRA, and
-# the endings behind the name of an adapted module, with our leaves' names.
-PREFIX = "base_model.model."
-PAIR = {"base_model.vera_A": "A", "base_model.vera_B": "B"}
-LORA = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}
-LEAVES = {
-  "vera": {"vera_lambda_d": "vera_d", "vera_lambda_b": "vera_b"},
-  "lora": LORA,
-  "dora": {**LORA, "lora_magnitude_vector": "magnitude_m"},  # no ".weight"
-  "ia3": {"ia3_l": "ia3_out"},  # (out, 1); ia3_in has the same name and (1, in)
-}
-OURS = {"ia3_in", *(leaf for ours in LEAVES.values() for leaf in ours.values())}
+PREFIX = "base_model.model."  # what precedes a module's name
 Tensors = dict[str, np.ndarray]
 
 

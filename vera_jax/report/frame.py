@@ -26,16 +26,24 @@ METHODS = {
   "ia3": "IA3",
   "dora": "DoRA",
   "dvora": "DVoRA",
+  "pvera": "PVeRA",
+  "onelora": "1LoRA",
+  "lora_fa": "LoRA-FA",
+  "randlora": "RandLoRA",
+  "unilora": "Uni-LoRA",
   "bitfit": "BitFit",
   "head": "head alone",
+  "ridge": "ridge on features",
   "full": "full",
 }
 RUN = ["task", "metric", "method", "condition", "seed"]
 PARTS = ("adapter", "head")  # that are trained, each at a rate of its own
 # Settings that make no condition: the first three have columns of their own,
-# the others say where a run took place and what it logged.
+# the next one is a seed too, the others say where a run took place and what it
+# logged.
 ASIDE = (
   *("seed", "task", "method"),
+  "data.subset_seed",
   *("log", "predict_test", "mesh", "data.cache_dir", "data.source"),
   "model.scan",  # changes rounding alone
 )

@@ -14,14 +14,14 @@ from vera_jax.report.published import published
 BY = ["task", "metric", "method", "condition"]
 
 
-def summary(sweep: Sweep) -> pd.DataFrame:
+def summary(sweep: Sweep, *, against: str = "lora") -> pd.DataFrame:
   """All conditions of a sweep, in the order of its runs; scores in percent.
 
   Columns: task, metric, method, condition, adapter, head, rank, score (median
   of the seeds' best epochs), low, high, last, last_low, last_high, seeds,
   epochs, seconds (median), paper, paper_spread, paper_source, what `paired`
-  finds against LoRA, p_holm over all comparisons of the sweep, collapsed
-  (runs), signatures (count by name).
+  finds against LoRA, or another method, p_holm over all comparisons of the
+  sweep, collapsed (runs), signatures (count by name).
   """
   rows, by_seed, data = [], [], []
   for _, runs in sweep.runs.groupby(BY, sort=False):
@@ -50,19 +50,19 @@ def summary(sweep: Sweep) -> pd.DataFrame:
     data.append(first["data"])
   table = pd.DataFrame(rows)
 
-  # Each condition against the LoRA of its task, metric, base and data that has
-  # the best median.
+  # Each condition against that one of its task, metric, base and data of the
+  # method to compare with that has the best median.
   compared: list[dict[str, Any]] = []
   for i, row in enumerate(rows):
     same = np.array([data[i] == other for other in data])
     for name in ("task", "metric"):
       same &= table[name] == row[name]
-    loras = table[(table["method"] == "lora") & same]
-    if row["method"] == "lora" or loras.empty:
+    others = table[(table["method"] == against) & same]
+    if row["method"] == against or others.empty:
       compared.append({**paired({}, {}), "reference": ""})
     else:
-      best = loras["score"].idxmax()
-      name = f"lora {loras.loc[best, 'condition']}".strip()
+      best = others["score"].idxmax()
+      name = f"{against} {others.loc[best, 'condition']}".strip()
       difference = paired(by_seed[i], by_seed[best])
       compared.append({**difference, "reference": name})
   table = table.join(pd.DataFrame(compared))

@@ -56,8 +56,9 @@ class Task(NamedTuple):
       texts, each of which the model scores; () where an example is one text.
     score_name: of the score that counts.
     load: (config, base's folder, shards, process shard) -> the data, as
-      `data.loader.PackedData` has it: batches from any position, and what is
-      said of the data in a run's first lines and in its result.
+      `data.loader.PackedData` and `data.image_batches.ImageData` have it:
+      batches from any position, and what is said of the data in a run's first
+      lines and in its result.
     loss: (outputs, batch) -> (sum, count) over what the batch has to learn, so
       that microbatches and shards weigh every example, or token, alike.
     measure: (outputs, batch) -> the arrays that `evaluate` needs of a batch.
@@ -115,7 +116,7 @@ class Task(NamedTuple):
 
 # The modules that make tasks. Each has `NAMES` of them and `task_for(config)`,
 # which gives None where config.task is not one of them.
-TASKS = ("glue", "superglue", "text_files", "language_files", "e2e")
+TASKS = ("glue", "superglue", "text_files", "language_files", "e2e", "images")
 
 
 def task_for(config: ConfigDict) -> Task:

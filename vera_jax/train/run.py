@@ -117,11 +117,14 @@ class Run:
   def has_ended(self) -> bool:
     """Whether it has trained all its epochs, or those its patience allows."""
     history, optim = self.history, self.config.optim
-    if len(history) == optim.epochs:
-      return True
-    if not history or optim.patience is None:
+    if not history:
       return False
-    waited = len(history) - best_epoch(history)["epoch"]
+    last = history[-1]["epoch"]
+    if last == optim.epochs:
+      return True
+    if optim.patience is None:
+      return False
+    waited = last - best_epoch(history)["epoch"]
     return waited >= optim.patience
 
   @contextmanager
@@ -244,7 +247,9 @@ class Run:
     epoch = {
       "epoch": step // data.epoch_steps,
       "step": step,
-      "train_loss": self.progress["loss_sum"] / data.epoch_steps,
+      "train_loss": (
+        self.progress["loss_sum"] / self.setup.steps_between_evaluations
+      ),
       "score": evaluation.scores[task.score_name],
       "metrics": evaluation.scores,
       "collapsed": evaluation.collapsed,
@@ -280,7 +285,7 @@ class Run:
     )
     if epoch["collapsed"]:
       line += ", collapsed to one class"
-    if self.has_ended and len(self.history) < epochs:
+    if self.has_ended and epoch["epoch"] < epochs:
       line += ", stopped early"
     return [line]
 
@@ -375,7 +380,7 @@ class Run:
       "best": best,
       "last": self.history[-1],
       **test,
-      "stopped_early": len(self.history) < config.optim.epochs,
+      "stopped_early": self.history[-1]["epoch"] < config.optim.epochs,
       "parameters": parameters,
       "learning_rates": learning_rates(config),
       "norms": as_json(adapter_norms(tensors(params))),

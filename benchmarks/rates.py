@@ -1,0 +1,72 @@
+"""Which learning rate a sweep over rates gives each method, by one rule.
+
+  python -m benchmarks.rates DIR
+
+The best one has the highest mean over the seeds. It is taken if the mean is
+lower at the next rate on both sides; otherwise the next doubling, or halving,
+has to be run first.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments import cli
+from vera_jax.errors import UserError
+from vera_jax.report.frame import Sweep, load_sweep
+
+
+class Choice(NamedTuple):
+  """What is known of a method's rates.
+
+  Attributes:
+    method: its name, and what else tells its runs from others'.
+    means: the mean score of each rate, in percent.
+    best: the rate with the highest mean, the lower one of two.
+    missing: the rate that has to be run before this is the choice; None if it
+      is.
+  """
+
+  method: str
+  means: dict[float, float]
+  best: float
+  missing: float | None
+
+
+def choose(method: str, means: Mapping[float, float]) -> Choice:
+  """The rule, on the mean score of each rate."""
+  rates = sorted(means)
+  best = max(rates, key=lambda rate: (means[rate], -rate))
+  place = rates.index(best)
+  missing = None
+  if place == len(rates) - 1:
+    missing = 2 * best
+  elif place == 0:
+    missing = best / 2
+  return Choice(method, {rate: means[rate] for rate in rates}, best, missing)
+
+
+def choices(sweep: Sweep) -> Iterator[Choice]:
+  """One for each method, and setting of it, in the order of the runs."""
+  runs = sweep.runs.assign(
+    rate=[run["config"]["optim"]["adapter_lr"] for run in sweep.runs["result"]],
+    rank=[str(rank) for rank in sweep.runs["rank"]],
+  )
+  if runs["rate"].isna().any():
+    raise UserError("Runs without config.optim.adapter_lr: no sweep of rates.")
+  for (method, rank), own in runs.groupby(["method", "rank"], sort=False):
+    means = own.groupby("rate")["score"].mean().to_dict()
+    yield choose(f"{method}, rank {rank}", means)
+
+
+def main(words: list[str]) -> None:
+  if len(words) != 1:
+    raise UserError("Name the sweep's folder.")
+  for choice in choices(load_sweep(Path(words[0]))):
+    means = ", ".join(f"{r:g}: {x:.1f}" for r, x in choice.means.items())
+    verdict = f"run {choice.missing:g} as well" if choice.missing else "chosen"
+    print(f"{choice.method}: {choice.best:g}, {verdict} ({means})")
+
+
+if __name__ == "__main__":
+  cli.run(main, usage=__doc__, operands=True)

@@ -1,0 +1,104 @@
+"""PVeRA: VeRA whose inner activations are drawn in training (arXiv 2512.07703).
+
+  mu, log_variance = the halves of d * (A x)
+  z = mu + noise * exp(log_variance / 2)     in training, for every token anew
+  z = mu                                     otherwise
+  h = W0 x + b * (B z)
+
+A (2r x in_max) and B (out_max x r) are one frozen random pair for the network.
+Without a key this is VeRA by the first r rows of A, which is what is merged.
+The authors' code adds a Kullback-Leibler term of weight 1e-6 down to 1e-16, a
+choice per data set, and multiplies the delta by 16; PEFT has neither, and
+neither have we.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import PRNGKeyArray
+
+from vera_jax.adapters.interface import (
+  Adapter,
+  Leaves,
+  LowRank,
+  Path,
+  Site,
+  Target,
+  as_they_are,
+)
+from vera_jax.adapters.products import Product, add_low_rank, scaled
+from vera_jax.adapters.projections import check_choices, make_projections
+from vera_jax.errors import UserError
+
+D, B_VECTOR = "pvera_d", "pvera_b"
+
+
+def pvera(
+  rank: int = 256,
+  *,
+  d_init: float = 0.1,
+  init: str = "kaiming_uniform",
+  projection_seed: int = 0,
+) -> Adapter:
+  """PVeRA as an `Adapter`: 2r + out trained numbers per site.
+
+  Args:
+    rank: r, the number of activations that are drawn.
+    d_init: the value that every entry of d starts from; b starts at 0.
+    init: how A and B are drawn, a name in `projections.INITIALISERS`.
+    projection_seed: the seed A and B come from.
+
+  Raises:
+    UserError: a value that is out of range or no name of a choice.
+  """
+  if rank < 1:
+    raise UserError(f"PVeRA's rank is {rank}; it must be at least 1.")
+  check_choices(seed=projection_seed, init=init)
+
+  def shared(sites: Mapping[Path, Target | Site]) -> dict[str, Any]:
+    return make_projections(
+      sites, rank=rank, rows=2 * rank, seed=projection_seed, init=init
+    )
+
+  def start(key: Array, site: Site) -> dict[str, Array]:
+    del key
+    return {
+      D: jnp.full(2 * rank, d_init, jnp.float32),
+      B_VECTOR: jnp.zeros(site.outputs, jnp.float32),
+    }
+
+  def low_rank(leaves: Leaves, site: Site) -> LowRank:
+    return LowRank(
+      down=site.shared["A"][:rank, : site.inputs].T,
+      inner=leaves[D][:rank],
+      up=site.shared["B"][: site.outputs].T,
+      outer=leaves[B_VECTOR],
+    )
+
+  def forward(
+    leaves: Leaves,
+    site: Site,
+    x: Array,
+    key: PRNGKeyArray | None,
+    inner: Product,
+  ) -> tuple[Array, None]:
+    A = site.shared["A"][:, : site.inputs].astype(x.dtype)
+    B = site.shared["B"][: site.outputs].astype(x.dtype)
+    z, log_variance = jnp.split(scaled(x @ A.T, leaves[D]), 2, axis=-1)
+    if key is not None:
+      noise = jax.random.normal(key, z.shape, z.dtype)
+      z += noise * jnp.exp(log_variance / 2)
+    return inner(x) + scaled(z @ B.T, leaves[B_VECTOR]), None
+
+  return Adapter(
+    name="pvera",
+    shared=shared,
+    init=start,
+    weights=add_low_rank(low_rank),
+    low_rank=low_rank,
+    forward=forward,
+    prepare=as_they_are,
+  )

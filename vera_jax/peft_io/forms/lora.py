@@ -1,0 +1,116 @@
+"""PEFT's LoRA, with DoRA (use_dora) and the rank-stabilised scale.
+
+Every method whose delta has a low rank is LoRA of that rank, exactly: VeRA by
+B' = diag(b) B and A' = diag(d) A at scale 1, of A the columns and of B the rows
+that a layer uses. So is DVoRA, for which PEFT has no method, LoRA with
+`use_dora`. The other way round there is no such identity.
+"""
+
+import numpy as np
+
+from vera_jax.adapters.lora import SCALES
+from vera_jax.errors import UserError
+from vera_jax.peft_io.forms.form import (
+  MERGE,
+  Exported,
+  Fields,
+  Form,
+  Ours,
+  Settings,
+  number,
+  whole,
+)
+from vera_jax.peft_io.fused import join_lora, joined
+from vera_jax.peft_io.tensors import Tensors
+
+# These initialisations leave the base's own weights as they are.
+INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def settings(fields: Fields) -> tuple[str, Settings]:
+  if fields.get("init_lora_weights", True) not in INITS:
+    raise UserError(
+      f"init_lora_weights={fields['init_lora_weights']!r}: it changed the"
+      " base's weights. Convert the adapter in PEFT (save_pretrained's"
+      " path_initial_model_for_weight_conversion) first."
+    )
+  for name, all_layers in (
+    ("rank_pattern", "r"),
+    ("alpha_pattern", "lora_alpha"),
+  ):
+    values = (fields.get(name) or {}).values()
+    if any(value != fields.get(all_layers, 8) for value in values):
+      raise UserError(
+        f"{name}={fields[name]!r}: all layers share one value here; {MERGE}."
+      )
+  return "dora" if fields.get("use_dora") else "lora", {
+    "rank": whole(fields, "r", 8),
+    "alpha": number(fields, "lora_alpha", 8),
+    "scaling": "root" if fields.get("use_rslora") else "rank",
+  }
+
+
+def write(ours: Ours) -> Exported:
+  own_matrices = ours.method in ("lora", "dora")
+  leaves: dict[str, Tensors] = {}
+  for module, found in ours.leaves.items():
+    if own_matrices:
+      leaves[module] = found
+      continue
+    factors = ours.low_rank(module)
+    A, B = np.asarray(factors.down).T, np.asarray(factors.up).T
+    if factors.inner is not None:
+      A = np.asarray(factors.inner)[:, None] * A
+    if factors.outer is not None:
+      B = np.asarray(factors.outer)[:, None] * B
+    leaves[module] = {"lora_A": A, "lora_B": B}
+    if "magnitude_m" in found:
+      leaves[module]["magnitude_m"] = found["magnitude_m"]
+  rank = max(len(found["lora_A"]) for found in leaves.values())
+  fields = {"r": rank, "bias": "none", "lora_alpha": rank}  # scale 1
+  if own_matrices:
+    fields["lora_alpha"] = ours.settings["alpha"]
+    fields["use_rslora"] = ours.settings.get("scaling") == "root"
+  if ours.adapter.links:
+    fields["use_dora"] = True
+  return Exported(leaves, fields)
+
+
+def join(ours: Ours, exported: Exported) -> Exported:
+  """One adapter for all parts of a layer, at the ranks' sum."""
+  together = joined(exported.leaves, ours.layers)
+  most = max(len(parts) for parts in together.values())
+  fields, rank = exported.fields, exported.fields["r"]
+  scaling = "root" if fields.pop("use_rslora", False) else "rank"
+  scale = fields["lora_alpha"] / SCALES[scaling](rank)
+  return Exported(
+    {
+      whose: join_lora(ours.layers[whose], parts, rank=rank * most)
+      for whose, parts in together.items()
+    },
+    {**fields, "r": rank * most, "lora_alpha": scale * rank * most},
+  )
+
+
+LORA = Form(
+  endings={
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_magnitude_vector": "magnitude_m",  # no ".weight"
+  },
+  fields=frozenset(
+    {
+      "alpha_pattern",
+      "init_lora_weights",
+      "lora_alpha",
+      "lora_dropout",
+      "qalora_group_size",
+      "rank_pattern",
+      "use_dora",
+      "use_rslora",
+    }
+  ),
+  settings=settings,
+  write=write,
+  join=join,
+)
