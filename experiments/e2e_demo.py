@@ -8,8 +8,6 @@ model writes before and after training, and the scores. Run again, it shows the
 finished runs.
 """
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -21,32 +19,32 @@ SHOWN = 4  # inputs
 
 
 def main() -> None:
+  from vera_jax.report.outputs import read_written
   from vera_jax.train.loop import train_and_evaluate
 
-  before = e2e.get_config("generated")
+  console = Console(highlight=False)
+  before, after = (e2e.get_config("generated") for _ in range(2))
   # The identity: VeRA's b starts at zero, and stays there at this rate.
   before.optim.adapter_lr, before.data.max_train_examples = 0.0, 8
+  runs = {
+    "Before: the model as it is writes texts": before,
+    "After: VeRA trains, then the model writes again": after,
+  }
   results, texts = [], []
-  for config in (before, e2e.get_config("generated")):
+  for title, config in runs.items():
+    console.print(f"\n{title}", style="bold")
     workdir = cli.default_workdir(config)
     results.append(train_and_evaluate(config, workdir))
-    texts.append(_texts(workdir))
+    texts.append(read_written(workdir))
 
-  console = Console(highlight=False)
   untuned, tuned = texts
-  rows = zip(
-    tuned["inputs"],
-    tuned["references"],
-    untuned["outputs"],
-    tuned["outputs"],
-    strict=True,
-  )
-  for one, references, old, new in list(rows)[:SHOWN]:
+  console.print("\nWhat was written for some of the inputs", style="bold")
+  for one, references in list(tuned.references.items())[:SHOWN]:
     table = Table(title=one, title_justify="left", show_header=False)
-    for said in references.splitlines():
+    for said in references:
       table.add_row("reference", said)
-    table.add_row("before", old or "(nothing)")
-    table.add_row("after", new or "(nothing)")
+    table.add_row("before", untuned.outputs[one] or "(nothing)")
+    table.add_row("after", tuned.outputs[one] or "(nothing)")
     console.print(table)
   table = Table(
     f"{results[0]['test']['inputs']} inputs",
@@ -59,19 +57,6 @@ def main() -> None:
   console.print(table)
   if missing := results[0]["test"]["missing"]:
     console.print(missing)
-
-
-def _texts(workdir: Path) -> dict[str, list[str]]:
-  """What a run wrote, with inputs and references, one entry per input."""
-
-  def read(name: str) -> str:
-    return (workdir / f"test/{name}.txt").read_text("utf-8")
-
-  return {
-    "inputs": read("inputs").splitlines(),
-    "outputs": read("outputs").splitlines(),
-    "references": read("references").split("\n\n"),
-  }
 
 
 if __name__ == "__main__":

@@ -100,11 +100,14 @@ def test_the_last_epochs_texts_are_scored_and_kept(trained, folder):
   assert set(test["scores"]) == {"BLEU", "NIST", "NIST_perl"}
 
 
-def test_the_saved_adapter_writes_the_same(trained, config, folder):
+def test_the_saved_adapter_writes_the_same(trained, config, folder, capsys):
   model = restore_adapter(load_adapter(folder / "run/adapter"))
   inputs = (folder / "run/test/inputs.txt").read_text().splitlines()
   found = generate(model, inputs, settings=config.generate.to_dict())
   assert found == written(folder / "run/test")[0]
+  first, last = capsys.readouterr().err.splitlines()  # two inputs at a time
+  assert first.startswith("test texts: 2 of 3, ") and first.endswith(" left")
+  assert last == "test texts: 3 of 3, 0 s left"
 
 
 def test_an_ensembles_runs_write_as_those_alone(trained, config, folder):

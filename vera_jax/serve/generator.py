@@ -12,7 +12,7 @@ The adapter is merged into the weights first, for then it costs nothing at each
 token; `keep_adapter=True` decodes with it beside them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -180,6 +180,7 @@ class Generator:
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     eos: Sequence[int] | None = None,
+    progress: Callable[[int], None] | None = None,
   ) -> list[Ids]:
     """The tokens that follow each prompt's, with the end among them if any.
 
@@ -192,6 +193,7 @@ class Generator:
       numbers: of the prompts; None: from 0. Give them where prompts of one list
         come in parts.
       eos: the ids that end a text; None for those that the folder names.
+      progress: called with the number of prompts answered so far.
 
     Raises:
       UserError: as for `check`, settings that there are not, or a model whose
@@ -230,6 +232,8 @@ class Generator:
         new, count_new = new[:, 0], count_new[:, 0]
       for i, row, length in zip(batch, new, count_new, strict=False):
         answers[i] = row[:length].tolist()
+      if progress is not None:
+        progress(start + len(batch))
     return answers
 
   def stream(

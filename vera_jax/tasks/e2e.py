@@ -25,6 +25,7 @@ from vera_jax.tasks.e2e_files import Rows, read_split, write_for_scoring
 from vera_jax.tasks.e2e_metrics import check_installed, score_texts
 from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.task import Size, Task
+from vera_jax.train.logging import ProgressBar
 
 NAMES = ("e2e",)
 TEXTS = "test"  # the folder beside result.json for what was written
@@ -159,7 +160,7 @@ def generate(
   model: Classifier, prompts: list[str], *, settings: dict[str, Any]
 ) -> list[str]:
   """A text for each prompt, cut and stripped as microsoft/LoRA does it."""
-  own = dict(settings)
+  own, started = dict(settings), time.monotonic()
   most, rows = own.pop("max_new_tokens"), own.pop("rows")
   generator = Generator(model, rows=rows)
   encoded = [generator.encode(one, max_new_tokens=most) for one in prompts]
@@ -167,9 +168,24 @@ def generate(
   ends = generator.eos
   if len(paragraph["input_ids"]) == 1:
     ends = (*ends, *paragraph["input_ids"])
-  found = generator.ids(encoded, how=Beam(**own), max_new_tokens=most, eos=ends)
+  with ProgressBar(steps=len(prompts), doing="test texts") as bar:
+    found = generator.ids(
+      encoded,
+      how=Beam(**own),
+      max_new_tokens=most,
+      eos=ends,
+      progress=lambda done: _show(bar, done, of=len(prompts), since=started),
+    )
   texts = [generator.decode(ids) for ids in found]
   return [text.partition(PARAGRAPH)[0].strip() for text in texts]
+
+
+def _show(bar: ProgressBar, done: int, *, of: int, since: float) -> None:
+  """Moves the bar; in a log file, where none is shown, a line says it."""
+  bar.advance(done)
+  if not bar.console.is_terminal:
+    left = (time.monotonic() - since) * (of - done) / done
+    bar.log(f"test texts: {done} of {of}, {left:.0f} s left")
 
 
 def _examples(rows: Rows, prompt: str) -> Examples:
