@@ -4,8 +4,8 @@
 
 VeRA on SmolLM2-135M, with rows that experiments/make_e2e.py generated: no
 benchmark. Prints what people (here: templates) wrote for some inputs, what the
-model writes before and after training, and the scores. Run again, it shows the
-finished runs.
+model writes before and after training, and the scores. Run again, it continues
+what was interrupted, and shows the finished runs.
 """
 
 from rich.console import Console
@@ -19,7 +19,7 @@ SHOWN = 4  # inputs
 
 
 def main() -> None:
-  from vera_jax.report.outputs import read_written
+  from vera_jax.report.outputs import FOLDER, read_written
   from vera_jax.train.loop import train_and_evaluate
 
   console = Console(highlight=False)
@@ -57,6 +57,7 @@ def main() -> None:
   console.print(table)
   if missing := results[0]["test"]["missing"]:
     console.print(missing)
+  console.print(f"All of its texts: {workdir / FOLDER}")
 
 
 if __name__ == "__main__":
