@@ -231,31 +231,27 @@ def _meteor(pairs: Sequence[tuple[list[str], list[str]]]) -> float:
   """METEOR 1.5 of all ([output], references) together."""
   jar = _place("meteor", "meteor-1.5.jar")
   options = ("-", "-", "-stdio", "-l", "en", "-norm")
-  with (
-    tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
-    subprocess.Popen(
-      [*JAVA, UTF8, "-Xmx2G", "-jar", jar, *options],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=errors,
-      encoding="utf-8",
-    ) as process,
-  ):
-    assert process.stdin and process.stdout
-
-    def ask(*parts: str) -> str:
-      assert process.stdin and process.stdout
-      print(*parts, sep=" ||| ", file=process.stdin, flush=True)
-      return process.stdout.readline().strip()
-
+  command = [*JAVA, UTF8, "-Xmx2G", "-jar", jar, *options]
+  pipe = subprocess.PIPE
+  with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
     try:
-      found = [ask("SCORE", *group, output) for [output], group in pairs]
-      ask("EVAL", *found)  # it answers with each one's score, then that of all
-      for _ in found[1:]:
-        process.stdout.readline()
-      return float(process.stdout.readline())
+      with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=errors, encoding="utf-8"
+      ) as process:
+        assert process.stdin and process.stdout
+        asked, answers = process.stdin, process.stdout
+
+        def ask(*parts: str) -> str:
+          print(*parts, sep=" ||| ", file=asked, flush=True)
+          return answers.readline().strip()
+
+        found = [ask("SCORE", *group, output) for [output], group in pairs]
+        # it answers with each one's score, then that of all
+        ask("EVAL", *found)
+        for _ in found[1:]:
+          answers.readline()
+        return float(answers.readline())
     except (OSError, ValueError) as error:
-      process.kill()
       errors.seek(0)
       reason = errors.read().strip()[-500:] or error
       raise UserError(f"METEOR's Java program failed: {reason}") from error
