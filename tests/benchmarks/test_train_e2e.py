@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks import train, train_e2e, train_ours
 from tests.tasks.decoder_files import LLAMA, WORDS, write_decoder
-from vera_jax.errors import UserError
 from vera_jax.tasks.task import task_for
 
 
@@ -47,13 +46,12 @@ def test_our_side_reads_the_same_rows(texts):
   assert [len(batch) for batch in order] == [4, 4, 2]
 
 
-def test_rows_that_are_none_are_refused(tmp_path):
+def test_without_a_source_the_rows_are_generated():
+  config = train_e2e.get_config()
   rng = np.random.default_rng(0)
-  with pytest.raises(UserError, match="neither train.txt nor train.txt.gz"):
-    train_e2e.pairs(tmp_path, "train", 3, rng)
-  (tmp_path / "train.txt").write_text("name : A||A is a pub .\nname : B\n")
-  with pytest.raises(UserError, match="line 2: it is not context"):
-    train_e2e.pairs(tmp_path, "train", 3, rng)
+  rows = train_e2e.pairs(config.data.source, "train", 1000, rng)
+  assert 400 < len(set(rows)) <= 1000
+  assert all("name : " in one and text[0] == " " for one, text in rows)
 
 
 @pytest.mark.parity
