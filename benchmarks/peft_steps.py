@@ -168,17 +168,19 @@ def _batches(
     length = -(-longest // PAD_TO) * PAD_TO
     layout = Layout((len(rows),), length, slots=1, reads=length)
     ((ours,),) = pack_runs(tokens, [rows], layout)
-    labels = ours["labels"].ravel()
-    if tokens.learned is not None:  # the words that are read, -100 elsewhere
+    theirs = {
+      "input_ids": ours["input_ids"],
+      "attention_mask": ours["segment_ids"],
+    }
+    if tokens.learned is None:
+      theirs["token_type_ids"] = ours["token_type_ids"]
+      theirs["labels"] = ours["labels"].ravel()
+    else:  # the words that are read, -100 elsewhere
       row, read = np.nonzero(ours["weights"])
       labels = np.full(ours["input_ids"].shape, -100)
       columns = ours["read_positions"][row, read] + 1
       labels[row, columns] = ours["labels"][row, read]
-    theirs = {
-      "input_ids": ours["input_ids"],
-      "attention_mask": ours["segment_ids"],
-      "labels": labels,
-    }
+      theirs["labels"] = labels
     yield Both(ours, theirs)
 
 
