@@ -231,7 +231,7 @@ def _meteor(pairs: Sequence[tuple[list[str], list[str]]]) -> float:
   """METEOR 1.5 of all ([output], references) together."""
   jar = _place("meteor", "meteor-1.5.jar")
   options = ("-", "-", "-stdio", "-l", "en", "-norm")
-  command = [*JAVA, UTF8, "-Xmx2G", "-jar", jar, *options]
+  command = [*JAVA, UTF8, "-Xmx2G", "-jar", str(jar), *options]
   pipe = subprocess.PIPE
   with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
     try:
