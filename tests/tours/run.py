@@ -4,11 +4,11 @@
 
 Trains VeRA briefly on all-MiniLM-L6-v2 and generated entailment pairs, then
 takes it through all formats: adapter folder, predict, merge, torch, PEFT as
-VeRA and as LoRA; and the other way, adapters that PEFT trained (VeRA, LoRA)
-into our format and back. After each arrow the logits of the same 32 pairs are
-compared; a difference past its bound ends the tour with exit code 1, and
-nothing is written. About a minute on one core. Needs torch and peft beside our
-own requirements: requirements-parity.txt.
+VeRA and as LoRA; and the other way, an adapter that PEFT trained, of every
+method that both have, into our format and back. After each arrow the logits of
+the same 32 pairs are compared; a difference past its bound ends the tour with
+exit code 1, and nothing is written. About two minutes on one core. Needs torch
+and peft beside our own requirements: requirements-parity.txt.
 """
 
 import time
@@ -37,6 +37,7 @@ from vera_jax.models.classifier import (
 from vera_jax.models.export_hf import write_merged
 from vera_jax.models.hf_weights import fingerprint, load_params
 from vera_jax.peft_io import export_adapter, import_adapter
+from vera_jax.peft_io.forms import HELD_BY
 from vera_jax.serve.predictor import Predictor
 from vera_jax.tasks.classification import split_logits
 from vera_jax.train.checkpoint import Checkpoints
@@ -46,7 +47,15 @@ from vera_jax.train.setup import build_setup
 ROUND = 1e-4  # a logit in float32, computed in another order
 MOVED = 1e-2  # a logit, by an adapter that was trained
 SAME = 0.0  # bit for bit
-NAMES = {"vera": "VeRA", "lora": "LoRA"}
+NAMES = {
+  "vera": "VeRA",
+  "lora": "LoRA",
+  "dora": "DoRA with rsLoRA's scale",
+  "pvera": "PVeRA",
+  "randlora": "RandLoRA",
+  "unilora": "Uni-LoRA",
+  "ia3": "IA3",
+}
 
 
 def main() -> None:
@@ -145,7 +154,8 @@ def round_trips(fixtures: Fixtures) -> Iterator[Step]:
     SAME,
   )
 
-  for method, name in NAMES.items():
+  for method in HELD_BY["vera"]:
+    name = NAMES[method]
     out = fixtures.folder / f"exported-{method}"
     export_adapter(adapter, out, method=method)
     model = reference.in_peft(out, fixtures)
@@ -163,7 +173,7 @@ def round_trips(fixtures: Fixtures) -> Iterator[Step]:
 
 
 def from_peft(fixtures: Fixtures, method: str) -> Iterator[Step]:
-  """An adapter that PEFT trained, here, and as LoRA in PEFT again."""
+  """An adapter that PEFT trained, here, and in PEFT again, VeRA as LoRA."""
   theirs, ours, again = (
     fixtures.folder / f"{part}-{method}" for part in ("theirs", "ours", "again")
   )
@@ -182,10 +192,11 @@ def from_peft(fixtures: Fixtures, method: str) -> Iterator[Step]:
     ROUND,
     written=files_size(ours),
   )
-  export_adapter(ours, again, method="lora")
+  form = HELD_BY[method][0] if method != "vera" else "lora"
+  export_adapter(ours, again, method=form)
   exported = reference.in_peft(again, fixtures)
   yield Step(
-    f"imported {name} → LoRA export → PEFT loads it",
+    f"imported {name} → {NAMES[form]} export → PEFT loads it",
     "logits: PEFT before, PEFT after",
     largest(logits, reference.logits(exported, fixtures)),
     ROUND,
