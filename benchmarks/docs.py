@@ -4,14 +4,15 @@
 
 What a page has between `<!-- from PATH -->` and `<!-- end -->` is replaced: by
 a table where PATH is a file in results/plans, by the report where it is a
-sweep's folder, by the tables of methods where it is benchmarks/methods.py. The
+sweep's folder, by the tables of methods where it is benchmarks/methods.py, by
+what is below its title where it is a page, such as the report's outputs.md. The
 figures that a page shows as figures/SWEEP-NAME.png are drawn.
 """
 
 import re
 from pathlib import Path
 
-from benchmarks import meshes, methods
+from benchmarks import decode, meshes, methods
 from benchmarks.plans import report as plans
 from experiments import cli
 from vera_jax.errors import UserError
@@ -48,10 +49,14 @@ def filled(page: str) -> str:
     if source.is_dir():
       sweep = load_sweep(source)
       made = tables.page(sweep, summary(sweep)).strip()
+    elif source.suffix == ".md":
+      made = source.read_text(encoding="utf-8").partition("\n\n")[2].strip()
     elif source.name == "methods.py":
       made = methods.markdown()
     elif source.name == "meshes.json":
       made = meshes.markdown(read_json(source))
+    elif source.name.startswith("decode-"):
+      made = decode.markdown(read_json(source)).strip()
     else:
       made = plans.markdown(read_json(source))
     return f"<!-- from {match[1]} -->\n\n{made}\n\n<!-- end -->"

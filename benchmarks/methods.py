@@ -101,7 +101,7 @@ def _scores(study: Path) -> str:
   first = sweep.runs.groupby(BY, sort=False)["result"].first()
   rows = []
   for i, row in enumerate(beside["vera"].to_dict("records")):
-    result = first[row["task"], row["method"], row["condition"]]
+    result = first[tuple(row[name] for name in BY)]
     differences: list[str] = []
     for table in beside.values():
       one = table.iloc[i]

@@ -1,10 +1,12 @@
 """Step by step the same as PEFT: one start, one data set, two trainers.
 
   python -m benchmarks.peft_steps --source=GLUE_FOLDER --out=results/peft_steps
+  python -m benchmarks.peft_steps --task=e2e --source=E2E_FOLDER --methods=vera
 
 Trains VeRA (with PEFT's own projections) and LoRA on all-MiniLM-L6-v2 and
 SST-2's sentences, dropout off, in float32, once here and once in PEFT, from the
-same head over the same batches. Writes curves.json: both loss curves and how
+same head over the same batches; with --task=e2e on SmolLM2 and E2E's rows.
+Writes curves.json, or curves-e2e.json: both loss curves and how
 far the trained leaves are apart. The start goes to PEFT, and PEFT's end comes
 back, through the same files that users exchange. Needs torch and peft beside
 our own requirements: requirements-parity.txt.
@@ -23,6 +25,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from benchmarks import train_e2e
 from benchmarks.plans.lowering import abstract_step
 from benchmarks.report import write
 from configs import minilm
@@ -30,10 +33,12 @@ from experiments import cli
 from vera_jax.adapters.files import load_adapter, save_adapter
 from vera_jax.adapters.projections import PRNG
 from vera_jax.data.loader import PackedData, batch_indices
+from vera_jax.data.packing import Layout, pack_runs
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import fingerprint
+from vera_jax.models.kinds import WORDS
 from vera_jax.models.pretrained import load_model
 from vera_jax.peft_io import export_adapter, import_adapter
 from vera_jax.tasks.task import Task, task_for
@@ -46,6 +51,13 @@ PAD_TO = 16  # lengths are rounded up to it
 Batch = dict[str, np.ndarray]
 
 
+class Both(NamedTuple):
+  """A batch as our step takes it, and as transformers' models do."""
+
+  ours: Batch
+  theirs: Batch
+
+
 class Trained(NamedTuple):
   """The loss of every step, and the folder of the end in our format."""
 
@@ -54,9 +66,11 @@ class Trained(NamedTuple):
 
 
 def define_flags() -> None:
+  flags.DEFINE_string("task", "sst2", "sst2, or e2e: a decoder.")
   flags.DEFINE_string(
-    "source", None, "SST-2: a folder of GLUE's files, or a hub id."
+    "source", None, "A folder of GLUE's files, or a hub id; or E2E's folder."
   )
+  flags.DEFINE_list("methods", ["vera", "lora"], "What is trained.")
   flags.DEFINE_string("out", "results/peft_steps", "Where results go.")
   flags.DEFINE_integer("steps", 100, "Training steps.", lower_bound=1)
 
@@ -72,8 +86,9 @@ def main() -> None:
       " pip install -r requirements-parity.txt"
     ) from error
   given, curves = flags.FLAGS, {}
-  for method in ("vera", "lora"):
-    config = minilm.get_config("sst2")
+  e2e = given.task == train_e2e.TASK
+  for method in given.methods:
+    config = train_e2e.get_config() if e2e else minilm.get_config(given.task)
     config.method = method
     config.vera.init = "peft"
     config.model.dtype = "float32"
@@ -90,7 +105,8 @@ def main() -> None:
       f" {curve['largest_relative_loss_difference']:.1e}, of the trained leaves"
       f" at the end: {apart}"
     )
-  path = write("curves", curves, folder=given.out).with_suffix(".png")
+  name = "curves-e2e" if e2e else "curves"
+  path = write(name, curves, folder=given.out).with_suffix(".png")
   draw(curves, path)
   print(path)
 
@@ -100,7 +116,7 @@ def draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(10, 3.6), layout="constrained")
-  axes = figure.subplots(1, len(curves), sharey=True)
+  axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
   for axis, (method, curve) in zip(axes, curves.items(), strict=True):
     axis.plot(curve["peft"], color="#9ecae1", linewidth=5, label="PEFT (torch)")
     axis.plot(curve["vera_jax"], color="black", linewidth=1.2, label="vera_jax")
@@ -116,8 +132,11 @@ def compare(config: ConfigDict, steps: int) -> dict[str, Any]:
   """Train both for some steps; losses of each, and their largest distances."""
   with tempfile.TemporaryDirectory() as folder:
     place = Path(folder)
-    base = without_dropout(resolve(config.model.name), place / "base")
-    config.model.name = str(base)
+    if config.task == "language":
+      base = train_e2e.Texts(config, place).base  # has no dropout
+    else:
+      base = without_dropout(resolve(config.model.name), place / "base")
+      config.model.name = str(base)
     task = task_for(config)
     data = task.load_data(config, base)
     batches = list(_batches(data, config, steps))
@@ -138,30 +157,38 @@ def without_dropout(base: Path, folder: Path) -> Path:
 
 def _batches(
   data: PackedData, config: ConfigDict, steps: int
-) -> Iterator[Batch]:
-  """One row per example, padded: what both sides read."""
+) -> Iterator[Both]:
+  """One row per example, padded, for both sides."""
   tokens, size = data.tokens["train"], config.optim.batch_size
   for step in range(steps):
     rows = batch_indices(
       len(tokens), batch_size=size, seed=config.seed, step=step
     )
     longest = int(tokens.lengths[rows].max())
-    shape = (len(rows), -(-longest // PAD_TO) * PAD_TO)
-    ids = np.full(shape, tokens.pad_id, np.int32)
-    mask = np.zeros(shape, np.int32)
-    for row, example in enumerate(rows):
-      first, last = tokens.offsets[example : example + 2]
-      ids[row, : last - first] = tokens.ids[first:last]
-      mask[row, : last - first] = 1
-    assert tokens.labels is not None  # a training split has them
-    yield {"ids": ids, "mask": mask, "labels": tokens.labels[rows]}
+    length = -(-longest // PAD_TO) * PAD_TO
+    layout = Layout((len(rows),), length, slots=1, reads=length)
+    ((ours,),) = pack_runs(tokens, [rows], layout)
+    theirs = {
+      "input_ids": ours["input_ids"],
+      "attention_mask": ours["segment_ids"],
+    }
+    if tokens.learned is None:
+      theirs["token_type_ids"] = ours["token_type_ids"]
+      theirs["labels"] = ours["labels"].ravel()
+    else:  # the words that are read, -100 elsewhere
+      row, read = np.nonzero(ours["weights"])
+      labels = np.full(ours["input_ids"].shape, -100)
+      columns = ours["read_positions"][row, read] + 1
+      labels[row, columns] = ours["labels"][row, read]
+      theirs["labels"] = labels
+    yield Both(ours, theirs)
 
 
 def train_here(
   config: ConfigDict,
   base: Path,
   task: Task,
-  batches: list[Batch],
+  batches: list[Both],
   place: Path,
 ) -> Trained:
   """Leaves the start in PEFT's format in place/start."""
@@ -176,6 +203,7 @@ def train_here(
     "base": str(base),
     "base_fingerprint": fingerprint(base),
     "labels": list(task.labels),
+    "kind": task.kind,
     "projection_prng": PRNG,
     "projection_digest": model.digest,
     "settings": config[config.method].to_dict(),
@@ -185,18 +213,8 @@ def train_here(
   frozen, losses = Frozen(model.frozen, model.projections), []
   rates = {n: jnp.float32(rate) for n, rate in rates_of(config).items()}
   for batch in batches:
-    rows, length = batch["ids"].shape
-    packed: Any = {
-      "input_ids": batch["ids"],
-      "token_type_ids": np.zeros_like(batch["ids"]),
-      "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-      "segment_ids": batch["mask"],
-      "cls_positions": np.zeros((rows, 1), np.int32),
-      "labels": batch["labels"][:, None],
-      "weights": np.ones((rows, 1), np.float32),
-    }
     key = jax.random.key(0)
-    state, metrics = here.step(state, frozen, [packed], key, rates)
+    state, metrics = here.step(state, frozen, [batch.ours], key, rates)
     losses.append(float(metrics["loss"]))
   save_adapter(place / "ours-end", state.params, about=about)
   return Trained(losses, place / "ours-end")
@@ -206,18 +224,25 @@ def train_in_peft(
   config: ConfigDict,
   base: Path,
   task: Task,
-  batches: list[Batch],
+  batches: list[Both],
   place: Path,
 ) -> Trained:
   """From place/start, by torch's AdamW at the same rates."""
   import peft
   import torch
-  from transformers import AutoModelForSequenceClassification
+  from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+  )
 
-  model = peft.PeftModel.from_pretrained(
-    AutoModelForSequenceClassification.from_pretrained(
+  if task.kind == WORDS:
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+  else:
+    plain = AutoModelForSequenceClassification.from_pretrained(
       base, num_labels=task.outputs
-    ),
+    )
+  model = peft.PeftModel.from_pretrained(
+    plain,
     place / "start",
     is_trainable=True,
   ).eval()
@@ -238,11 +263,8 @@ def train_in_peft(
   )
   losses = []
   for batch in batches:
-    loss = model(
-      input_ids=torch.from_numpy(batch["ids"]).long(),
-      attention_mask=torch.from_numpy(batch["mask"]),
-      labels=torch.from_numpy(batch["labels"]).long(),
-    ).loss
+    given = {n: torch.from_numpy(x).long() for n, x in batch.theirs.items()}
+    loss = model(**given).loss
     adamw.zero_grad()
     loss.backward()
     adamw.step()

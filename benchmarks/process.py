@@ -1,6 +1,6 @@
-"""One trainer of `benchmarks.train`, in a process whose memory is its own.
+"""One side of a benchmark, in a process whose memory is its own.
 
-Imports nothing but the standard library: torch's trainers pay for torch.
+Imports nothing but the standard library: torch's side pays for torch.
 """
 
 import json
@@ -27,6 +27,26 @@ def serve(train: Callable[[Settings], dict[str, Any]]) -> None:
   outcome["imports"] = outcome.pop("imported") - settings["started"]
   outcome["peak_bytes"] = peak_bytes()
   answer.write_text(json.dumps(outcome), encoding="utf-8")
+
+
+def converse(
+  start: Callable[[Settings], tuple[dict[str, Any], Callable[..., Any]]],
+) -> None:
+  """Answer each line of standard input with one of standard output, in JSON.
+
+  The first has the settings, by which `start` gives its answer and a function.
+  The others are that function's arguments; answered are its result, the seconds
+  that it took and the most memory so far.
+  """
+  requests = map(json.loads, sys.stdin)
+  started, answer = start(next(requests))
+  print(json.dumps(started), flush=True)
+  for request in requests:
+    begun = time.perf_counter()
+    answers = answer(**request)
+    seconds = time.perf_counter() - begun
+    made = {"answers": answers, "seconds": seconds, "peak_bytes": peak_bytes()}
+    print(json.dumps(made), flush=True)
 
 
 def peak_bytes() -> int:

@@ -2,11 +2,13 @@
 
   python -m benchmarks.train
   python -m benchmarks.train --task=sst2 --source=GLUE_FOLDER
+  python -m benchmarks.train --task=e2e --source=E2E_FOLDER --methods=vera
 
 Trains all-MiniLM-L6-v2 by configs/minilm.py: once here, as a user would, with
 nothing compiled or tokenised before, and once in PEFT, batches padded to their
 longest text. Same texts, weights, batch size, dtype, dropout, rates and epochs.
-Each trainer is a process of its own, one after another.
+Each trainer is a process of its own, one after another. --task=e2e trains
+SmolLM2 instead, to complete E2E's rows (`train_e2e.py`).
 
 Writes train-TASK.json, its table in Markdown and a plot. Where there is a GPU
 its rows come after the CPU's. PEFT's and torch's rows need torch and peft, the
@@ -28,6 +30,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from benchmarks import train_e2e
 from benchmarks.report import environment, load, write
 from benchmarks.train_report import draw, markdown
 from configs import minilm
@@ -44,7 +47,6 @@ METHODS = ("vera", "lora", "head", "full")
 ADAPTED = METHODS[:2]
 DEVICES = ("cpu", "gpu")
 OURS, PEFT, TORCH = "vera_jax", "PEFT", "torch"
-MODULES = {OURS: "train_ours", PEFT: "train_torch", TORCH: "train_torch"}
 Outcome = dict[str, Any]
 
 
@@ -61,35 +63,49 @@ class Trainer(NamedTuple):
 
 def define_flags() -> None:
   flags.DEFINE_string("task", "generated_entailment", "What is trained on.")
-  flags.DEFINE_string("source", "experiments", "A folder of GLUE's files.")
+  flags.DEFINE_string(
+    "source", None, "A folder of GLUE's files, or of E2E's; unset: generated."
+  )
   flags.DEFINE_integer("epochs", None, "Unset: the config's.", lower_bound=1)
   flags.DEFINE_integer(
     "examples", None, "Training examples; unset: the config's.", lower_bound=1
   )
-  flags.DEFINE_list("methods", list(METHODS), "What is trained here.")
   flags.DEFINE_list(
-    "peft", ["vera", "lora"], "What is trained in PEFT; head, full: in torch."
+    "methods", None, "What is trained here; unset: all that the task has."
+  )
+  flags.DEFINE_list(
+    "peft", list(ADAPTED), "What is trained in PEFT; head, full: in torch."
   )
   flags.DEFINE_list("devices", None, "cpu, gpu; unset: all that there are.")
   flags.DEFINE_integer(
     "repetitions", 1, "Runs of each, by turns; medians count.", lower_bound=1
   )
-  flags.DEFINE_string("base", minilm.ENCODER, "The encoder.")
+  flags.DEFINE_string("base", None, "The pretrained model; unset: MiniLM.")
   flags.DEFINE_string("out", "results/benchmarks", "Where the files go.")
 
 
 def main() -> None:
   given = flags.FLAGS
-  config = minilm.get_config(given.task)
-  config.model.name, config.data.source = given.base, given.source
+  e2e = given.task == train_e2e.TASK
+  config = train_e2e.get_config() if e2e else minilm.get_config(given.task)
+  if not e2e:
+    config.data.source = "experiments"
+  if given.source:
+    config.data.source = given.source
+  if given.base:
+    config.model.name = given.base
   if given.epochs:
     config.optim.epochs = given.epochs
   if given.examples:
     config.data.max_train_examples = given.examples
-  asked = choose(given.methods, given.peft, given.devices)
+  known = ADAPTED if e2e else METHODS  # those that a task has
+  methods = list(known) if given.methods is None else given.methods
+  asked = choose(methods, given.peft, given.devices, known=known)
   load_before = load()
   chosen = [trainer for trainer in asked if can_run(trainer)]
-  result = measure(config, chosen, repetitions=given.repetitions)
+  with tempfile.TemporaryDirectory() as name:
+    texts = train_e2e.Texts(config, Path(name)) if e2e else Texts(config)
+    result = measure(config, texts, chosen, repetitions=given.repetitions)
   result["left_out"] = [str(other) for other in asked if other not in chosen]
   # Only now, since it makes this process claim a GPU that the trainers need.
   result = environment("train") | {"load_before": load_before} | result
@@ -105,17 +121,21 @@ def main() -> None:
 
 
 def choose(
-  ours: list[str], theirs: list[str], devices: list[str] | None
+  ours: list[str],
+  theirs: list[str],
+  devices: list[str] | None,
+  *,
+  known: tuple[str, ...] = METHODS,
 ) -> list[Trainer]:
   """Each method's trainers side by side, on one device after another."""
   if not devices:
     backend = _printed("import jax; print(jax.default_backend())")
     devices = ["cpu", "gpu"] if backend == "gpu" else ["cpu"]
-  for names, known in (((*ours, *theirs), METHODS), (devices, DEVICES)):
+  for names, choices in (((*ours, *theirs), known), (devices, DEVICES)):
     for name in names:
-      if name not in known:
+      if name not in choices:
         raise UserError(
-          f"There is no {name!r}; choose from {', '.join(known)}."
+          f"There is no {name!r}; choose from {', '.join(choices)}."
         )
   sides = [(OURS, name) for name in ours]
   sides += [(PEFT if name in ADAPTED else TORCH, name) for name in theirs]
@@ -143,13 +163,12 @@ def _printed(code: str) -> str:
 
 
 def measure(
-  config: ConfigDict, trainers: list[Trainer], *, repetitions: int
+  config: ConfigDict, texts: Any, trainers: list[Trainer], *, repetitions: int
 ) -> dict[str, Any]:
-  """All trainers' rows, and what they trained on."""
-  texts = Texts(config)
+  """All trainers' rows, and what they trained on: the config's `Texts`."""
   for side in {trainer.side for trainer in trainers}:
     # Read its libraries from the disk once, so that no run is charged for it.
-    code = f"import benchmarks.{MODULES[side]}"
+    code = f"import benchmarks.{texts.modules[side]}"
     code += ", peft" if side == PEFT else ""
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
   outcomes: dict[Trainer, list[Outcome]] = {c: [] for c in trainers}
@@ -162,15 +181,15 @@ def measure(
   tokens = texts.tokens * config.optim.epochs
   rows = [row(one, some, tokens=tokens) for one, some in outcomes.items()]
   return {
-    "task": config.task,
-    "base": config.model.name,
-    "examples": len(texts.splits["train"]["first"]),
-    "dev_examples": len(texts.labels),
+    "task": texts.name,
+    "base": texts.title,
+    "examples": texts.examples,
+    "dev_examples": texts.dev_examples,
     "epochs": config.optim.epochs,
     "batch_size": config.optim.batch_size,
     "max_length": config.data.max_length,
     "real_tokens_an_epoch": texts.tokens,
-    "score_name": texts.task.metrics[0],
+    "score_name": texts.score_name,
     "load_after": load(),
     "rows": [compared(row, rows) for row in rows],
   }
@@ -179,8 +198,12 @@ def measure(
 class Texts:
   """A config's texts and labels, as our own run reads them."""
 
+  modules = {OURS: "train_ours", PEFT: "train_torch", TORCH: "train_torch"}
+
   def __init__(self, config: ConfigDict) -> None:
+    self.name, self.title = config.task, config.model.name
     self.task = glue_task(config.task)
+    self.score_name = self.task.metrics[0]
     self.base = resolve(config.model.name)
     self.splits: dict[str, dict[str, Any]] = {}
     for name in ("train", *self.task.dev_splits):
@@ -202,6 +225,16 @@ class Texts:
       max_length=config.data.max_length,
     )["input_ids"]
     self.tokens = sum(map(len, ids))
+    self.examples, self.dev_examples = len(ids), len(self.labels)
+
+  def for_torch(self, config: ConfigDict) -> dict[str, Any]:
+    """What our own run finds out by itself."""
+    return {
+      "base": str(self.base),
+      "splits": self.splits,
+      "dev_splits": self.task.dev_splits,
+      "outputs": self.task.num_labels,
+    }
 
   def scores(self, predictions: list[dict[str, list[float]]]) -> list[float]:
     """The task's score of each epoch's predictions."""
@@ -213,7 +246,7 @@ class Texts:
     ]
 
 
-def run(trainer: Trainer, config: ConfigDict, texts: Texts) -> Outcome:
+def run(trainer: Trainer, config: ConfigDict, texts: Any) -> Outcome:
   """One trainer's run, all its caches empty.
 
   Ours compiles while it trains. How long that takes is measured by a second
@@ -232,12 +265,12 @@ def run(trainer: Trainer, config: ConfigDict, texts: Texts) -> Outcome:
     settings["config"]["method"] = trainer.method
     settings["config"]["data"]["cache_dir"] = str(folder / "tokens")
     if trainer.side != OURS:
-      settings |= for_torch(trainer, texts)
+      settings |= texts.for_torch(config) | place_of(trainer)
 
     def start(workdir: str) -> Outcome:
       own = {"workdir": str(folder / workdir), "started": time.time()}
       request.write_text(json.dumps(settings | own))
-      module = f"benchmarks.{MODULES[trainer.side]}"
+      module = f"benchmarks.{texts.modules[trainer.side]}"
       done = subprocess.run(
         [sys.executable, "-m", module, request, answer],
         env={**os.environ, **variables},
@@ -259,17 +292,11 @@ def run(trainer: Trainer, config: ConfigDict, texts: Texts) -> Outcome:
   return outcome
 
 
-def for_torch(trainer: Trainer, texts: Texts) -> dict[str, Any]:
-  """What our own run finds out by itself."""
-  cpu = trainer.device == "cpu"
-  return {
-    "base": str(texts.base),
-    "splits": texts.splits,
-    "dev_splits": texts.task.dev_splits,
-    "outputs": texts.task.num_labels,
-    "device": "cpu" if cpu else "cuda",
-    "dtype": "float32" if cpu else "bfloat16",  # what "auto" is here, too
-  }
+def place_of(trainer: Trainer) -> dict[str, str]:
+  """Where torch computes, and in what: what "auto" is here, too."""
+  if trainer.device == "cpu":
+    return {"device": "cpu", "dtype": "float32"}
+  return {"device": "cuda", "dtype": "bfloat16"}
 
 
 def row(
@@ -294,6 +321,7 @@ def row(
     "device_peak_bytes": first["device_peak_bytes"],
     "tokens_a_second": tokens / medians["training"],
     "trained": first["trained"],
+    "train_loss": first.get("train_loss"),
     "scores": first["scores"],
     "runs": outcomes,
   }

@@ -89,6 +89,13 @@ def _conditions(result: dict[str, Any]) -> str:
     f"- load before {', '.join(map(str, result['load_before']))};"
     f" after {', '.join(map(str, result['load_after']))}",
   ]
+  losses = [
+    f"{row['side']} {METHODS[row['method']]} {row['train_loss']:.4f}"
+    for row in rows
+    if row.get("train_loss") is not None
+  ]
+  if losses:
+    lines.append(f"- training loss of the last epoch: {', '.join(losses)}")
   if result["left_out"]:
     need = "torch, peft, or torch for the GPU: requirements-parity.txt"
     lines.append(f"- left out, without {need}: {', '.join(result['left_out'])}")

@@ -97,24 +97,7 @@ def build(settings: Settings) -> Any:
     settings["base"], num_labels=settings["outputs"], dtype=torch.float32
   )
   if config["method"] in ("vera", "lora"):
-    import peft
-
-    own = config[config["method"]]  # our settings, without PEFT's dropout
-    shared = {
-      "task_type": "SEQ_CLS",  # trains the classifier, too
-      "r": own["rank"],
-      "target_modules": list(own["targets"]),
-    }
-    adapter: peft.PeftConfig
-    if config["method"] == "vera":
-      adapter = peft.VeraConfig(
-        **shared, d_initial=own["d_init"], vera_dropout=0.0
-      )
-    else:
-      adapter = peft.LoraConfig(
-        **shared, lora_alpha=own["alpha"], lora_dropout=0.0
-      )
-    model = peft.get_peft_model(model, adapter)
+    model = with_adapter(model, config, "SEQ_CLS")  # trains the classifier too
   elif config["method"] == "head":
     for name, leaf in model.named_parameters():
       leaf.requires_grad = "classifier" in name
@@ -122,6 +105,29 @@ def build(settings: Settings) -> Any:
     if not leaf.requires_grad:
       leaf.data = leaf.data.to(getattr(torch, settings["dtype"]))
   return model
+
+
+def with_adapter(model: Any, config: dict[str, Any], task: str) -> Any:
+  """PEFT's model, by our settings and without PEFT's dropout."""
+  import peft
+
+  own = config[config["method"]]
+  shared = {
+    "task_type": task,
+    "r": own["rank"],
+    # alternatives that we write as one pattern: "query|q_proj"
+    "target_modules": [n for names in own["targets"] for n in names.split("|")],
+  }
+  adapter: peft.PeftConfig
+  if config["method"] == "vera":
+    adapter = peft.VeraConfig(
+      **shared, d_initial=own["d_init"], vera_dropout=0.0
+    )
+  else:
+    adapter = peft.LoraConfig(
+      **shared, lora_alpha=own["alpha"], lora_dropout=0.0
+    )
+  return peft.get_peft_model(model, adapter)
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -138,7 +144,7 @@ def adamw(
   return torch.optim.AdamW(
     [
       {"params": others, "lr": own.get("lr", 0.0)},
-      {"params": head, "lr": own["head_lr"]},
+      {"params": head, "lr": own["head_lr"] or 0.0},
     ],
     weight_decay=config["optim"]["weight_decay"],
     fused=True,

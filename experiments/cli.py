@@ -255,12 +255,19 @@ def show_result(result: Mapping[str, Any], workdir: Path | str) -> None:
   table.add_row("epoch", str(best["epoch"]), str(last["epoch"]))
   for name, value in best["metrics"].items():
     table.add_row(name, f"{value:.4f}", f"{last['metrics'][name]:.4f}")
+  test = result.get("test")
+  if test is not None:
+    table.add_section()
+    for name, value in test["scores"].items():
+      table.add_row(f"test {name}", "", f"{value:.4f}")
   table.add_section()
   parameters = result["parameters"]
   table.add_row("adapter parameters", f"{parameters['adapter']:,}", "")
   table.add_row("head parameters", f"{parameters['head']:,}", "")
   table.add_row("seconds", f"{result['seconds']:.0f}", "")
   Console().print(table)
+  if test is not None and test["missing"]:
+    Console().print(test["missing"], highlight=False)
   Console().print(f"{workdir}", markup=False, highlight=False)
 
 

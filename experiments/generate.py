@@ -4,6 +4,7 @@
   python -m experiments.generate --model=FOLDER --input=prompts.jsonl
   … --temperature=0.7 --top_p=0.9 --seed=1
   … --beams=10 --length_penalty=0.8 --no_repeat_ngram=4 --rules=lora
+  … --chat --prompt="What is the capital of France?"
 
 The answer to one prompt appears as it is written (with --beams at its end). A
 file of prompts has an object with "prompt" in each line; its lines come out
@@ -14,7 +15,8 @@ Without further flags the likeliest word is taken each time. --temperature draws
 words, each prompt by a key of its own from --seed; --beams searches. --model
 takes a folder in Hugging Face's layout, such as a merged one, a .gguf file, a
 hub id or package:NAME/PATH. An adapter is merged into the weights first;
---keep_adapter decodes with it beside them.
+--keep_adapter decodes with it beside them. With --chat a prompt is a user's
+message to an instruct model, and is put into the model's own chat template.
 """
 
 import itertools
@@ -40,6 +42,9 @@ BASE = flags.DEFINE_string(
 PROMPT = flags.DEFINE_string("prompt", None, "One prompt.")
 INPUT = flags.DEFINE_string(
   "input", None, "Prompts: a .jsonl file, or - for standard input."
+)
+CHAT = flags.DEFINE_bool(
+  "chat", False, "Prompts are a user's messages, for the chat template."
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 64, "The most tokens of an answer.", 1
@@ -121,14 +126,18 @@ def main() -> None:
   how.check()
 
   def make_generator() -> Generator:
-    dtype = jnp.dtype(DTYPE.value)
+    # looped, as the generator has its layers: it then makes no second copy
+    options: Any = {"dtype": jnp.dtype(DTYPE.value), "scan": False}
     if MODEL.value:
-      decoder = load_classifier(MODEL.value, dtype=dtype)
+      decoder = load_classifier(MODEL.value, **options)
     else:
       saved = load_adapter(ADAPTER.value or "")
-      decoder = restore_adapter(saved, BASE.value, dtype=dtype)
+      decoder = restore_adapter(saved, BASE.value, **options)
     return Generator(
-      decoder, keep_adapter=KEEP_ADAPTER.value, rows=BATCH_SIZE.value
+      decoder,
+      keep_adapter=KEEP_ADAPTER.value,
+      rows=BATCH_SIZE.value,
+      chat=CHAT.value,
     )
 
   settings: dict[str, Any] = {

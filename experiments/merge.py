@@ -101,7 +101,7 @@ def write_as_gguf(out: Path) -> None:
 
 def show(about: Mapping[str, Any]) -> None:
   """The largest differences between merged and adapted model, as a table."""
-  table = Table(title=f"merged and adapted on {about['probes']} probe texts")
+  table = Table(title=f"merged and adapted on {about['probes']} probes")
   table.add_column("weights")
   table.add_column("largest logit difference", justify="right")
   table.add_column("bound", justify="right")

@@ -1,7 +1,8 @@
-"""Answer lines of text with a trained adapter, or with a merged folder.
+"""Answer texts or images with a trained adapter, or with a merged folder.
 
   python -m experiments.predict --adapter=RUN/adapter --input=texts.tsv
   python -m experiments.predict --model=MERGED --input=- --format=jsonl
+  python -m experiments.predict --adapter=RUN/adapter --input=PHOTOGRAPHS
 
 One line comes out for each line read: label, score and each label's
 probability, with tabs between (--format=jsonl: an object). For regression the
@@ -19,6 +20,10 @@ they are looked for in all formats. Where several labels may apply, the label is
 those above one half, joined by "|". Of one that tags words, a line has the tags
 and the probability of each, with spaces between; words are what stands between
 spaces, or a JSON list.
+
+Where the base reads images, the input is an image file, or a folder whose image
+files are answered, those in folders inside it too; each line begins with the
+file's path.
 """
 
 import json
@@ -30,6 +35,8 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
+from vera_jax.data.image_files import SUFFIXES as IMAGE_SUFFIXES
+from vera_jax.data.image_files import image_files
 from vera_jax.data.tables import FORMATS, SUFFIXES, parquet_rows, read_rows
 from vera_jax.errors import UserError
 
@@ -44,7 +51,10 @@ BASE = flags.DEFINE_string(
   "base", None, "The adapter's base. Unset: what adapter.json names."
 )
 INPUT = flags.DEFINE_string(
-  "input", None, "A .csv, .tsv, .jsonl or .parquet file, or -."
+  "input",
+  None,
+  "A .csv, .tsv, .jsonl or .parquet file, or -; an image file or a folder of"
+  " them.",
 )
 INPUT_FORMAT = flags.DEFINE_enum(
   "input_format", None, FORMATS, "Unset: by the ending; tsv for -."
@@ -61,6 +71,10 @@ LINES = flags.DEFINE_integer(
 def main() -> None:
   if not INPUT.value or bool(ADAPTER.value) == bool(MODEL.value):
     raise UserError("Give --input=FILE and either --adapter=DIR or --model=DIR")
+  place = Path(INPUT.value).expanduser()
+  if place.is_dir() or place.suffix.lower() in IMAGE_SUFFIXES:
+    predict_images(place)
+    return
   form = input_format(INPUT.value, INPUT_FORMAT.value)
   # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.adapters.files import load_adapter
@@ -113,6 +127,38 @@ def main() -> None:
     print(f"{cut} tokens.", file=sys.stderr)
   if bad:
     raise UserError(f"{bad} of {total} lines could not be used.")
+
+
+def predict_images(place: Path) -> None:
+  """Answer an image file, or a folder of them."""
+  from vera_jax.adapters.files import load_adapter  # after the flags' errors
+  from vera_jax.models.classifier import load_classifier, restore_adapter
+  from vera_jax.serve.image_predictor import ImagePredictor, answer_files
+
+  paths = image_files(place) if place.is_dir() else [place]
+  if not paths:
+    raise UserError(f"{place} holds no image files.")
+  if MODEL.value:
+    classifier = load_classifier(MODEL.value)
+  else:
+    classifier = restore_adapter(load_adapter(ADAPTER.value or ""), BASE.value)
+  predictor = ImagePredictor(classifier)
+  labels = predictor.labels
+  if FORMAT.value == "tsv":
+    print("\t".join(["file", "label", "score", *labels]), flush=True)
+  bad = 0
+  for path, answer in answer_files(predictor, paths, at_once=LINES.value):
+    if isinstance(answer, str):
+      bad += 1
+      print(f"{path}: {answer}", file=sys.stderr)
+    line = _text(None if isinstance(answer, str) else answer, labels)
+    if FORMAT.value == "jsonl":
+      line = json.dumps({"file": str(path), **json.loads(line)})
+      print(line, flush=True)
+    else:
+      print(f"{path}\t{line}", flush=True)
+  if bad:
+    raise UserError(f"{bad} of {len(paths)} images could not be read.")
 
 
 def input_format(name: str, given: str | None) -> str:

@@ -7,7 +7,9 @@
 Prints a table, as Markdown where the output is not a terminal, and writes into
 DIR/report: table.md, table.csv (one row per condition, unrounded), runs.csv
 (one row per run) and the figures as PNG and SVG. --out=FOLDER puts them
-elsewhere, --out= nowhere.
+elsewhere, --out= nowhere. Where runs wrote texts for test inputs, their scores
+have tables of their own, unrounded in texts.csv, and outputs.md shows the texts
+side by side.
 
 A row is a task, a method and what else distinguishes its runs from others.
 Scores are in percent: each seed's best epoch as the paper takes it (median,
@@ -29,7 +31,9 @@ from rich.console import Console
 from experiments import cli
 from vera_jax.report import plots, tables
 from vera_jax.report.frame import Sweep, load_sweep
+from vera_jax.report.outputs import side_by_side
 from vera_jax.report.summary import summary
+from vera_jax.report.text_scores import text_notes, text_scores, text_tables
 
 FORMATS = ("auto", "terminal", "markdown", "csv")
 FORMAT = flags.DEFINE_enum("format", "auto", FORMATS, "What is printed.")
@@ -64,6 +68,11 @@ def show(sweep: Sweep, kind: str) -> None:
     console.print(shown)
     for note in tables.notes(sweep, table):
       console.print(note, markup=False, highlight=False)
+    if texts := text_scores(sweep):
+      for title, some in text_tables(texts).items():
+        console.print(tables.for_terminal(some, title, width=console.width))
+      for note in text_notes(texts):
+        console.print(note, markup=False, highlight=False)
 
 
 def write(sweep: Sweep, folder: Path) -> None:
@@ -71,13 +80,17 @@ def write(sweep: Sweep, folder: Path) -> None:
   table = summary(sweep)
   runs = sweep.runs.drop(columns=["result", "folder", "data"])
   runs["signatures"] = runs["signatures"].map("; ".join)
-  texts = {
+  files = {
     "table.md": f"# {sweep.title}\n\n{tables.page(sweep, table)}",
     "table.csv": table.to_csv(index=False),
     "runs.csv": runs.to_csv(index=False),
   }
+  if texts := text_scores(sweep):
+    files["texts.csv"] = summary(texts).to_csv(index=False)
+  if outputs := side_by_side(sweep):
+    files["outputs.md"] = f"# {sweep.title}: outputs\n\n{outputs}"
   folder.mkdir(parents=True, exist_ok=True)
-  for name, text in texts.items():
+  for name, text in files.items():
     (folder / name).write_text(text, encoding="utf-8")
   for name, figure in plots.figures(sweep, table):
     plots.save(figure, folder, name)

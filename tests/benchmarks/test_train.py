@@ -131,7 +131,8 @@ def test_the_plot_is_drawn(tmp_path):
 def settings_for_torch(config, method, dtype="float32"):
   """What a baseline is given, on the CPU."""
   trainer = train.Trainer(train.TORCH, method, "cpu")
-  given = train.for_torch(trainer, train.Texts(config)) | {"dtype": dtype}
+  given = train.Texts(config).for_torch(config) | train.place_of(trainer)
+  given |= {"dtype": dtype}
   return given | {"config": {**config.to_dict(), "method": method}}
 
 

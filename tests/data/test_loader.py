@@ -147,7 +147,7 @@ def test_so_are_those_of_evaluation(tokens):
 def test_a_sample_has_the_shapes_of_training(tokens, layout, seeds, runs):
   [(_, (batch, *_))] = take(tokens, layout, 1, seeds=seeds)
   rows = batch["labels"].shape[-2]
-  sample = sample_batch(tokens, layout, rows=rows, runs=runs)
+  sample = sample_batch(tokens, layout._replace(rows=(rows,)), runs=runs)
   for name, array in batch.items():
     assert sample[name].shape == array.shape
     assert sample[name].dtype == array.dtype

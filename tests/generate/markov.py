@@ -48,6 +48,14 @@ def start(table, prompts, lengths):
   return table[before, last], last
 
 
+def beam_reader(table):
+  def tokens_to_logits(ids, origins, last):
+    last = jnp.take_along_axis(last, origins, axis=1)
+    return table[last, ids], ids
+
+  return tokens_to_logits
+
+
 def reader(table):
   def tokens_to_logits(ids, last):
     return table[last, ids[:, 0]], ids[:, 0]
@@ -59,10 +67,9 @@ def reader(table):
 def _search(table, prompts, lengths, *, beam, new, eos):
   logits, state = start(table, prompts, lengths)
   return beam_search(
-    reader(table),
-    lambda state, rows: state[rows],
+    beam_reader(table),
     logits,
-    state,
+    jnp.repeat(state[:, None], beam.beams, axis=1),
     prompts,
     lengths,
     beam=beam,
@@ -87,8 +94,13 @@ def _sample(table, prompts, lengths, keys, *, sampling, new, eos):
   )
 
 
-def search(table, prompts, *, new: int = 8, eos=EOS, **settings):
-  """Each prompt's texts, best first, and their scores."""
+def search(
+  table, prompts, *, new: int = 8, eos=EOS, finite=(True,), **settings
+):
+  """Each prompt's texts, best first, and their scores.
+
+  Its logits must be numbers, or not, as `finite` says of the prompts or of all.
+  """
   found = _search(
     jnp.asarray(table),
     *map(jnp.asarray, padded(prompts)),
@@ -96,7 +108,8 @@ def search(table, prompts, *, new: int = 8, eos=EOS, **settings):
     new=new,
     eos=tuple(eos),
   )
-  ids, lengths, scores = jax.tree.map(np.asarray, found)
+  ids, lengths, scores, numbers = jax.tree.map(np.asarray, found)
+  assert (numbers == finite).all()
   return [
     [
       (ids[row, text, : lengths[row, text]].tolist(), float(scores[row, text]))
@@ -106,8 +119,10 @@ def search(table, prompts, *, new: int = 8, eos=EOS, **settings):
   ]
 
 
-def sampled(table, prompts, keys, sampling, *, new: int = 8, eos=EOS):
-  """Each prompt's answer."""
+def sampled(
+  table, prompts, keys, sampling, *, new: int = 8, eos=EOS, finite=(True,)
+):
+  """Each prompt's answer; `finite` as for `search`."""
   answers = _sample(
     jnp.asarray(table),
     *map(jnp.asarray, padded(prompts)),
@@ -116,5 +131,6 @@ def sampled(table, prompts, keys, sampling, *, new: int = 8, eos=EOS):
     new=new,
     eos=tuple(eos),
   )
-  ids, lengths = map(np.asarray, answers)
+  ids, lengths, numbers = map(np.asarray, answers)
+  assert (numbers == finite).all()
   return [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]

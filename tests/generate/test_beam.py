@@ -234,3 +234,17 @@ def test_the_golden_cases_cover_what_ends_a_search():
   }
   assert max(lengths) == GOLDEN["new"] and min(lengths) == 1
   assert all(WORDS > word for case in cases for word in case["eos"])
+
+
+@pytest.mark.parametrize("rules", ["hf", "lora"])
+def test_logits_that_are_no_numbers_are_named_by_row(rules):
+  settings = {"rules": rules, "beams": 3}
+  table = random_table(0)
+  # the prompt's logits, or only those of the second step
+  for prompt in ([5], [5, 6]):
+    for bad in (np.nan, np.inf):
+      harmed = table.copy()
+      harmed[0, 5] = np.where(np.arange(WORDS) == 6, 30.0, harmed[0, 5])
+      harmed[5, 6, 3] = bad
+      found = search(harmed, [prompt, [9]], finite=(False, True), **settings)
+      assert found[1] == search(table, [[3], [9]], **settings)[1]

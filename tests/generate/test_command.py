@@ -112,6 +112,11 @@ def test_beam_search_of_standard_input(
   assert [line["answer"] for line in out] == texts
 
 
+def test_a_message_needs_a_chat_template(typed, tiny_decoder):
+  with pytest.raises(UserError, match="no chat template.* Leave --chat out"):
+    typed(f"--model={tiny_decoder}", "--prompt=w1 w2", "--chat")
+
+
 @pytest.mark.parametrize(
   "words, message",
   [

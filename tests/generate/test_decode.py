@@ -7,9 +7,9 @@ import pytest
 
 from tests.generate.markov import padded
 from vera_jax.generate.beam import Beam
-from vera_jax.generate.decode import compiled, take_rows
+from vera_jax.generate.decode import compiled
 from vera_jax.generate.sampling import Sampling
-from vera_jax.models.decoder import Cache, logits
+from vera_jax.models.decoder import logits
 from vera_jax.models.family import family_of
 
 # a sliding window, and two queries for each head of keys and values
@@ -102,8 +102,7 @@ def test_greedy_through_the_cache_takes_the_likeliest_words(decode, chances):
 def test_beams_through_the_cache_score_as_whole_texts(decode, chances):
   greedy = decode(Sampling())
   beam = Beam(beams=3, length_penalty=0.8)
-  # one token is in every prompt, and is not copied from beam to beam
-  found = decode(beam, shared=1)
+  found = decode(beam)
   changed = False
   for k in range(beam.beams):
     texts = texts_of(found.ids[:, k], found.lengths[:, k])
@@ -115,17 +114,3 @@ def test_beams_through_the_cache_score_as_whole_texts(decode, chances):
       assert found.scores[i, k] == pytest.approx(score, rel=1e-4)
     changed |= bool((found.ids[:, k] != greedy.ids).any())
   assert changed  # beams have changed places
-
-
-def test_taking_rows_of_a_cache():
-  keys = jnp.arange(2 * 3 * 4.0).reshape(2, 3, 4, 1, 1)
-  old = Cache(keys, -keys, jnp.array([1, 2, 3]))
-  rows = jnp.array([2, 0, 0])
-  new = take_rows(old, rows)
-  assert (new.keys == keys[:, [2, 0, 0]]).all()
-  assert (new.values == -new.keys).all()
-  assert new.positions.tolist() == [3, 1, 1]
-  new = take_rows(old, rows, shared=1)
-  assert (new.keys[:, :, 0] == keys[:, :, 0]).all()
-  assert (new.keys[:, :, 1:] == keys[:, [2, 0, 0], 1:]).all()
-  assert len(take_rows(old, jnp.array([0, 0, 1, 1, 2, 2])).positions) == 6

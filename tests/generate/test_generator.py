@@ -3,12 +3,16 @@
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.generate.beam import Beam
 from vera_jax.generate.sampling import Sampling
-from vera_jax.models.classifier import load_classifier
+from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.serve.generator import Generator
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11 w12 w13", "w4 w1"]
@@ -74,6 +78,52 @@ def test_a_prompt_ends_as_in_training(generator):
   assert other.encode("w1 w2", max_new_tokens=8) == [4, 5, 0]
 
 
+TEMPLATE = (
+  "{% for m in messages if m.role == 'user' %}w1 {{ m.content }} w2{% endfor %}"
+  "{% if add_generation_prompt %} w3{% endif %}"
+)
+
+
+def with_template(decoder, template, folder):
+  """The decoder in a folder whose tokenizer has a chat template."""
+  shutil.copytree(decoder, folder)
+  (folder / "chat_template.jinja").write_text(template)
+  return load_classifier(folder)
+
+
+def test_a_message_is_put_into_the_chat_template(
+  generator, tiny_decoder, tmp_path
+):
+  decoder = with_template(tiny_decoder, TEMPLATE, tmp_path / "chat")
+  chat = Generator(decoder, chat=True)
+  prompts = [f"w1 {prompt} w2 w3" for prompt in PROMPTS]
+  for message, prompt in zip(PROMPTS, prompts, strict=True):
+    ids = chat.encode(message, max_new_tokens=8)
+    assert ids == generator.encode(prompt, max_new_tokens=8)
+  texts = chat.texts(PROMPTS, max_new_tokens=8)
+  assert texts == generator.texts(prompts, max_new_tokens=8)
+  assert ["".join(chat.stream(PROMPTS[0], max_new_tokens=8))] == texts[:1]
+  about = {"separate": True}  # the template alone says how a message ends
+  chat = Generator(decoder._replace(about=about), chat=True)
+  assert chat.encode("w5", max_new_tokens=8) == [4, 8, 5, 6]
+
+
+def test_a_chat_that_can_not_begin(
+  generator, tiny_decoder, tmp_path, monkeypatch
+):
+  with pytest.raises(UserError, match="tiny_decoder0 has no chat template"):
+    Generator(generator.decoder, chat=True)
+  refusing = "{{ raise_exception('a system message is needed') }}"
+  decoder = with_template(tiny_decoder, refusing, tmp_path / "chat")
+  with pytest.raises(UserError, match="can't be used: a system message is"):
+    Generator(decoder, chat=True)
+  found = "transformers.utils.chat_template_utils.is_jinja_available"
+  monkeypatch.setattr(found, lambda: False)
+  (decoder.folder / "chat_template.jinja").write_text("w1")  # not compiled yet
+  with pytest.raises(UserError, match="pip install -U jinja2"):
+    Generator(decoder, chat=True)
+
+
 def test_prompts_that_can_not_be_continued(generator):
   for prompts, words in (
     ("w1", "list of prompts"),
@@ -106,3 +156,32 @@ def test_padding_changes_nothing(generator):
   prompts[2] = [5] * 33
   together = generator.ids(prompts, max_new_tokens=8)
   assert together[:2] == apart[:2] and together[3] == apart[3]
+
+
+def test_logits_that_are_no_numbers_are_an_error(generator):
+  """One word's weights are harmed; the prompt that has it is named."""
+  params = flatten_dict(generator.decoder.params)
+  path = ("embeddings", "wpe", "embedding")
+  params[path] = params[path].at[9].set(np.nan)  # the tenth place
+  other = generator.decoder._replace(params=unflatten_dict(params))
+  harmed = Generator(other)
+  prompts = ["w4", "w1 " * 9 + "w2", "w4 w1"]
+  for how in (Sampling(), Beam(beams=3, length_penalty=0.8)):
+    with pytest.raises(UserError, match="Prompt 2: .* loss of its training"):
+      harmed.texts(prompts, how=how, max_new_tokens=8)
+  with pytest.raises(UserError, match="in float32 overflows"):
+    list(harmed.stream(PROMPTS[0], max_new_tokens=8))
+
+
+def test_stacked_layers_are_looped(tiny_decoder, words_adapter):
+  """What was loaded either way gives the same, and only looped weights stay."""
+  for load in (
+    lambda scan: load_classifier(tiny_decoder, scan=scan),
+    lambda scan: restore_adapter(load_adapter(words_adapter), scan=scan),
+  ):
+    one, two = (
+      Generator(load(scan), keep_adapter=True) for scan in (False, True)
+    )
+    assert not getattr(two.module, "model", two.module).scan
+    jax.tree.map(np.testing.assert_array_equal, one.variables, two.variables)
+    assert two.decoder.params is two.variables["params"]

@@ -134,3 +134,14 @@ def test_an_end_comes_once_and_counts():
 def test_settings_that_choose_nothing(settings, words):
   with pytest.raises(UserError, match=words):
     Sampling(**settings).check()
+
+
+def test_logits_that_are_no_numbers_are_named_by_row():
+  table = random_table(0)
+  expected = sampled(table, PROMPTS, KEYS, Sampling())
+  for bad in (np.nan, np.inf):
+    harmed = table.copy()
+    harmed[0, 5, 3] = bad  # what follows the first prompt
+    finite = (False, True, True, True)
+    found = sampled(harmed, PROMPTS, KEYS, Sampling(), finite=finite)
+    assert found[1:] == expected[1:] and len(found[0]) == 1

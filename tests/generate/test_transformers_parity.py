@@ -86,7 +86,6 @@ def test_the_same_texts(pair, how):
     how=how,
     eos=EOS,
     max_new_tokens=NEW,
-    shared=1 if isinstance(how, Beam) else 0,
   )
   ids, lengths = np.asarray(found.ids), np.asarray(found.lengths)
   if isinstance(how, Beam):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -13,7 +14,7 @@ TEXTS = [
   "<end>the<note>river<end>",
   "",
 ]
-LLAMA = {
+LLAMA: dict[str, Any] = {
   "hidden_size": WIDTH,
   "num_hidden_layers": LAYERS,
   "num_attention_heads": HEADS,
@@ -25,7 +26,7 @@ LLAMA = {
   "rope_theta": 10000.0,
   "hidden_act": "silu",
 }
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
   "llama": LLAMA,
   "mistral": {**LLAMA, "sliding_window": 3},
   "qwen2": LLAMA,
@@ -42,11 +43,13 @@ KINDS = {
 }
 
 
-def tensors_of(kind: str, *, tied: bool = True) -> dict[str, np.ndarray]:
+def tensors_of(
+  kind: str, *, tied: bool = True, rows: int = ROWS
+) -> dict[str, np.ndarray]:
   """Random tensors that float16 holds exactly, norms and biases too."""
   shapes: dict[str, tuple[int, ...]] = {}
   if kind == "gpt2":
-    shapes = {"wte.weight": (ROWS, WIDTH), "wpe.weight": (32, WIDTH)}
+    shapes = {"wte.weight": (rows, WIDTH), "wpe.weight": (32, WIDTH)}
     norms = ["ln_f"]
     for i in range(LAYERS):
       norms += [f"h.{i}.ln_1", f"h.{i}.ln_2"]
@@ -63,7 +66,7 @@ def tensors_of(kind: str, *, tied: bool = True) -> dict[str, np.ndarray]:
     shapes = {f"transformer.{name}": shape for name, shape in shapes.items()}
   else:
     size = KINDS[kind]["head_dim"]
-    shapes = {"embed_tokens.weight": (ROWS, WIDTH), "norm.weight": (WIDTH,)}
+    shapes = {"embed_tokens.weight": (rows, WIDTH), "norm.weight": (WIDTH,)}
     for i in range(LAYERS):
       layer = f"layers.{i}."
       for name, outer, inner in (
@@ -85,7 +88,7 @@ def tensors_of(kind: str, *, tied: bool = True) -> dict[str, np.ndarray]:
           shapes[f"{layer}self_attn.{name}.weight"] = (size,)
     shapes = {f"model.{name}": shape for name, shape in shapes.items()}
     if not tied:
-      shapes["lm_head.weight"] = ROWS, WIDTH
+      shapes["lm_head.weight"] = rows, WIDTH
   rng = np.random.default_rng(0)
   return {
     name: (0.2 * rng.standard_normal(shape) + (len(shape) == 1))
@@ -120,14 +123,14 @@ def byte_level(folder: Path, rule: str) -> int:
 
 
 def random_folder(
-  folder: Path, kind: str, *, tied: bool = True, **more
+  folder: Path, kind: str, *, tied: bool = True, rows: int = ROWS, **more
 ) -> Path:
-  """A decoder of `KINDS` with a tokenizer; keywords are config.json's."""
+  """A decoder of `KINDS` with a tokenizer; more keywords are config.json's."""
   folder.mkdir(exist_ok=True)
   end = byte_level(folder, "words") - 1
   fields = {
     "model_type": kind,
-    "vocab_size": ROWS,
+    "vocab_size": rows,
     "tie_word_embeddings": tied,
     "eos_token_id": end,
     "pad_token_id": end,
@@ -136,5 +139,7 @@ def random_folder(
     **more,
   }
   (folder / "config.json").write_text(json.dumps(fields))
-  save_file(tensors_of(kind, tied=tied), folder / "model.safetensors")
+  save_file(
+    tensors_of(kind, tied=tied, rows=rows), folder / "model.safetensors"
+  )
   return folder

@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from tests.models.gguf_folders import KINDS, ROWS, random_folder
+from vera_jax.data.chat import message_ids
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.hub import resolve
 from vera_jax.models.decoder import logits
@@ -166,6 +167,8 @@ def test_smollm2_s_ids_are_transformers(
     for x in (ours, gguf_tokenizer)
   )
   assert first == second and "SmolLM" in first
+  ids = gguf_tokenizer(second, add_special_tokens=False)["input_ids"]
+  assert message_ids(ours, "hi") == ids
   # and back: all that the header says of the tokenizer
   header, again = (
     read_gguf(smollm2).metadata,

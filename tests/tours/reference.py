@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], float]] = {
 
 
 def need_torch() -> None:
-  for name in ("torch", "peft"):
+  for name in ("torch", "peft", "gguf"):
     if find_spec(name) is None:
       raise UserError(
         f"The tour needs {name}, which is not installed:"
@@ -90,10 +90,55 @@ def in_torch(folder: Path) -> Any:
 
 def in_peft(folder: Path, fixtures: Fixtures) -> Any:
   """PEFT's model of an adapter's folder."""
+  return with_adapter(in_torch(fixtures.base), folder)
+
+
+def decoder(folder: Path, *, gguf: Path | None = None) -> tuple[Any, Any]:
+  """transformers' decoder and tokenizer, of a folder or of a GGUF file.
+
+  The config is the folder's in either case, since transformers doesn't read all
+  sizes from the header of a GPT-2.
+  """
+  import torch
+  from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+  place = gguf.parent if gguf else folder
+  name = gguf.name if gguf else None
+  model = AutoModelForCausalLM.from_pretrained(
+    place,
+    gguf_file=name,
+    config=AutoConfig.from_pretrained(folder),
+    dtype=torch.float32,
+  )
+  return model.eval(), AutoTokenizer.from_pretrained(place, gguf_file=name)
+
+
+def with_adapter(model: Any, folder: Path) -> Any:
+  """PEFT's model of a base and an adapter's folder."""
   import peft
 
-  base = in_torch(fixtures.base)
-  return peft.PeftModel.from_pretrained(base, str(folder)).eval()
+  return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def next_words(model: Any, ids: np.ndarray) -> np.ndarray:
+  """A torch decoder's logits, [rows, tokens, vocabulary]."""
+  import torch
+
+  with torch.no_grad():
+    return model(input_ids=torch.from_numpy(ids).long()).logits.numpy()
+
+
+def texts(
+  model: Any, tokenizer: Any, prompts: Sequence[str], *, new: int
+) -> list[str]:
+  """What a torch decoder writes behind prompts, greedily."""
+  found = []
+  for prompt in prompts:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=new, do_sample=False)
+    answer = out[0, inputs["input_ids"].shape[1] :]
+    found.append(tokenizer.decode(answer, skip_special_tokens=True))
+  return found
 
 
 def logits(model: Any, fixtures: Fixtures) -> np.ndarray:

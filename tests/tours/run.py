@@ -6,13 +6,16 @@ Trains VeRA briefly on all-MiniLM-L6-v2 and generated entailment pairs, then
 takes it through all formats: adapter folder, predict, merge, torch, PEFT as
 VeRA and as LoRA; and the other way, an adapter that PEFT trained, of every
 method that both have, into our format and back. After each arrow the logits of
-the same 32 pairs are compared; a difference past its bound ends the tour with
-exit code 1, and nothing is written. About two minutes on one core. Needs torch
-and peft beside our own requirements: requirements-parity.txt.
+the same 32 pairs are compared. Two tiny decoders follow (`decoders.py`), which
+have GGUF files as well, and whose texts are compared too. A difference past its
+bound ends the tour with exit code 1, and nothing is written. About two minutes
+on one core. Needs torch, peft and gguf beside our own requirements:
+requirements-parity.txt.
 """
 
 import time
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,9 +26,19 @@ from absl import flags
 
 from experiments import cli
 from tests.tours import page, reference
+from tests.tours.decoders import DECODERS, decoder_trips
 from tests.tours.fixtures import Fixtures, make_fixtures
+from tests.tours.measures import (
+  MOVED,
+  NAMES,
+  ROUND,
+  SAME,
+  files_size,
+  largest,
+  trained_and_saved,
+)
 from tests.tours.page import Size, Step
-from vera_jax.adapters.files import load_adapter, tensors
+from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.labels import label_tree, split
 from vera_jax.errors import UserError
 from vera_jax.files import write_json
@@ -40,22 +53,7 @@ from vera_jax.peft_io import export_adapter, import_adapter
 from vera_jax.peft_io.forms import HELD_BY
 from vera_jax.serve.predictor import Predictor
 from vera_jax.tasks.classification import split_logits
-from vera_jax.train.checkpoint import Checkpoints
 from vera_jax.train.loop import train_and_evaluate
-from vera_jax.train.setup import build_setup
-
-ROUND = 1e-4  # a logit in float32, computed in another order
-MOVED = 1e-2  # a logit, by an adapter that was trained
-SAME = 0.0  # bit for bit
-NAMES = {
-  "vera": "VeRA",
-  "lora": "LoRA",
-  "dora": "DoRA with rsLoRA's scale",
-  "pvera": "PVeRA",
-  "randlora": "RandLoRA",
-  "unilora": "Uni-LoRA",
-  "ia3": "IA3",
-}
 
 
 def main() -> None:
@@ -65,17 +63,26 @@ def main() -> None:
     fixtures = make_fixtures(Path(folder))
     with reference.quiet():
       steps = list(round_trips(fixtures))
+      decoders = {}
+      for kind, name in DECODERS.items():
+        place = Path(folder) / kind
+        place.mkdir()
+        decoders[name] = list(decoder_trips(place, kind))
     sizes = list(file_sizes(fixtures))
   seconds = time.monotonic() - start
-  page.show(steps, sizes)
-  check(steps)
+  page.show(steps, decoders, sizes)
+  check([*steps, *chain.from_iterable(decoders.values())])
   out = Path(OUT.value)
   out.mkdir(parents=True, exist_ok=True)
-  page.write_page(out / "tour.md", steps, sizes, seconds=seconds)
+  page.write_page(out / "tour.md", steps, decoders, sizes, seconds=seconds)
   facts = {
     "seconds": seconds,
     **page.provenance(),
     "steps": [step._asdict() for step in steps],
+    "decoders": {
+      name: [step._asdict() for step in trips]
+      for name, trips in decoders.items()
+    },
     "sizes": [size._asdict() for size in sizes],
   }
   write_json(out / "tour.json", facts)
@@ -84,8 +91,9 @@ def main() -> None:
 def check(steps: Iterable[Step]) -> None:
   """Raises a UserError that names each step past its bound."""
   past = [
-    f"{s.arrow} ({s.compared}): {s.difference:.2e}, not"
+    f"{s.arrow} ({s.compared}): {s.difference:.2e}, to be"
     f" {'at least' if s.moved else 'at most'} {s.bound:g}"
+    + (f"; {s.texts.same} of {s.texts.all} texts are equal" if s.texts else "")
     for s in steps
     if not s.passed
   ]
@@ -98,26 +106,14 @@ def round_trips(fixtures: Fixtures) -> Iterator[Step]:
   run = fixtures.folder / "run"
   result = train_and_evaluate(fixtures.config, run)
   adapter = run / "adapter"
-  saved = load_adapter(adapter)
-  adapted = restore_adapter(saved)
+  adapted = restore_adapter(load_adapter(adapter))
   logits = predicted(adapted, fixtures)
 
   # The best epoch's checkpoint, evaluated as training does it.
-  setup = build_setup(fixtures.config)
-  with Checkpoints(run / "checkpoints") as saves:
-    state, _ = saves.restore(result["best"]["step"], setup.shape)
-  found, stored = tensors(state.params), saved.tensors
-  difference = float("inf")
-  if found.keys() == stored.keys():
-    difference = max(largest(found[name], stored[name]) for name in found)
-  yield Step(
-    "train → adapter folder",
-    "all trained numbers: checkpoint, folder",
-    difference,
-    SAME,
-    written=files_size(adapter),
-  )
-  measure_batch = setup.measure_with(state.params)
+  step = result["best"]["step"]
+  setup, trained, compared = trained_and_saved(fixtures.config, run, step=step)
+  yield compared
+  measure_batch = setup.measure_with(trained)
   evaluated = split_logits(measure_batch, setup.data, "validation")
   yield Step(
     "adapter folder → predict",
@@ -230,20 +226,9 @@ def file_sizes(fixtures: Fixtures) -> Iterator[Size]:
     yield Size(kind, numbers, files_size(folder), in_peft)
 
 
-def files_size(folder: Path) -> int:
-  """Bytes of JSON and tensors; PEFT writes a model card as well."""
-  files = [*folder.glob("adapter*.json"), *folder.glob("*.safetensors")]
-  return sum(file.stat().st_size for file in files)
-
-
 def predicted(classifier: Classifier, fixtures: Fixtures) -> np.ndarray:
   first, second = fixtures.probes.first, fixtures.probes.second
   return Predictor(classifier).logits(first, second)
-
-
-def largest(one: Any, two: Any) -> float:
-  """The largest difference of two arrays' numbers."""
-  return float(np.abs(np.asarray(one) - np.asarray(two)).max())
 
 
 if __name__ == "__main__":  # the flag too, since a test imports this module

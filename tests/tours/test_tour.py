@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.tours import run as tour
-from tests.tours.page import Step
+from tests.tours.decoders import decoder_trips
+from tests.tours.page import Step, Texts
 from vera_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,9 +21,7 @@ def rows(page):
   """Cells of each table row, without the measured numbers."""
   lines = [line for line in page.splitlines() if line.startswith("| ")]
   cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-  return [
-    (row[0], row[1], row[3]) if len(row) == 5 else row[0] for row in cells
-  ]
+  return [(row[0], row[1], row[3]) if len(row) > 4 else row[0] for row in cells]
 
 
 @pytest.mark.parity
@@ -29,6 +29,7 @@ def test_all_round_trips(minilm_folder, tmp_path):
   """Every arrow within its bound; the page in docs/ has the same rows."""
   pytest.importorskip("torch")
   pytest.importorskip("peft")
+  pytest.importorskip("gguf")
   done = subprocess.run(
     [sys.executable, "-m", "tests.tours.run", f"--out={tmp_path}"],
     cwd=ROOT,
@@ -40,13 +41,24 @@ def test_all_round_trips(minilm_folder, tmp_path):
   assert done.returncode == 0, done.stderr
   committed = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
   found = (tmp_path / "tour.md").read_text(encoding="utf-8")
-  assert len(rows(found)) > 15
+  assert len(rows(found)) > 40
   assert rows(found) == rows(committed)
   facts = json.loads((tmp_path / "tour.json").read_text())
-  assert len(facts["steps"]) + len(facts["sizes"]) + 4 == len(rows(found))
+  tables = [facts["steps"], *facts["decoders"].values(), facts["sizes"]]
+  assert sum(len(table) + 2 for table in tables) == len(rows(found))
   for size in facts["sizes"]:
     assert size["ours"] < size["theirs"]
     assert size["ours"] <= 4 * size["numbers"] + 16 * 1024
+
+
+@pytest.mark.skipif(
+  find_spec("torch") is not None,
+  reason="test_all_round_trips takes these steps and more",
+)
+def test_a_decoders_round_trips_without_torch(tmp_path):
+  steps = list(decoder_trips(tmp_path, "gpt2", with_torch=False))
+  assert len(steps) == 8
+  tour.check(steps)
 
 
 STEP = Step("a → b", "logits: a, b", 1e-6, 1e-4)
@@ -63,6 +75,10 @@ STEP = Step("a → b", "logits: a, b", 1e-6, 1e-4)
     ({"moved": True}, False),
     ({"moved": True, "difference": 0.1}, True),
     ({"moved": True, "difference": float("nan")}, False),
+    ({"texts": Texts(5, 6, 6)}, False),
+    ({"texts": Texts(6, 6, 6)}, True),
+    ({"texts": Texts(1, 6, 0)}, True),
+    ({"moved": True, "difference": 0.1, "texts": Texts(6, 6, 6)}, False),
   ],
 )
 def test_a_difference_past_its_bound_fails(changes, passed):
@@ -75,7 +91,7 @@ def test_a_difference_past_its_bound_fails(changes, passed):
       tour.check([STEP, step])
 
 
-@pytest.mark.parametrize("name", ["torch", "peft"])
+@pytest.mark.parametrize("name", ["torch", "peft", "gguf"])
 def test_what_to_install_is_named(name, monkeypatch):
   monkeypatch.setitem(sys.modules, name, None)
   with pytest.raises(UserError, match="pip install -r requirements-parity"):

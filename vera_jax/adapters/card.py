@@ -12,13 +12,18 @@ from vera_jax.hub import PACKAGE
 
 CARD = "README.md"
 WRITES = "language_modelling"  # the kind of a model that writes texts
+SEES = "image_size"  # a field that adapters of images have
 
 
 def model_card(about: Mapping[str, Any]) -> str:
   """The card; what adapter.json leaves out is left out here as well."""
   base, method = str(about.get("base")), str(about.get("method"))
   writes = about.get("kind") == WRITES
-  task = "text-generation" if writes else "text-classification"
+  task, use = "text-classification", USE
+  if writes:
+    task, use = "text-generation", USE_OF_WORDS
+  elif SEES in about:
+    task, use = "image-classification", USE_OF_IMAGES
   tags = ["vera_jax", method, task]
   lines = ["---", "library_name: vera_jax"]
   if not base.startswith((PACKAGE, "/", ".", "~")) and not Path(base).is_dir():
@@ -27,7 +32,7 @@ def model_card(about: Mapping[str, Any]) -> str:
   lines += [f"# {_cell(method)} adapter for {_cell(about.get('task'))}", ""]
   lines += ["| | |", "| --- | --- |"]
   lines += [f"| {name} | {_cell(text)} |" for name, text in _facts(about)]
-  return "\n".join([*lines, LOADING, USE_OF_WORDS if writes else USE])
+  return "\n".join([*lines, LOADING, use])
 
 
 def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -57,6 +62,8 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "seed", str(about["seed"])
   if labels := about.get("labels"):
     yield "labels", ", ".join(map(str, labels))
+  if about.get(SEES):
+    yield "images have", f"{about[SEES]} pixels along each side"
   if about.get("max_length"):
     yield "texts are cut at", f"{about['max_length']} tokens"
   if group("parameters"):
@@ -151,3 +158,11 @@ base = transformers.AutoModelForCausalLM.from_pretrained("BASE")
 model = peft.PeftModel.from_pretrained(base, "PEFT_ADAPTER")
 ```
 """
+# the same, but for the commands and classes of images
+USE_OF_IMAGES = (
+  USE.replace("--input=texts.tsv", "--input=FOLDER_OF_IMAGES")
+  .replace("Predictor", "ImagePredictor")
+  .replace('["A first text.", "A second one."]', '["a.jpg", "b.png"]')
+  .replace("AutoModelForSequence", "AutoModelForImage")
+  .replace(", 1 for a regression", "")
+)

@@ -134,14 +134,23 @@ def limit_rows(layout: Layout, rows: int, *, shards: int = 1) -> Layout:
   Raises:
     UserError: there are fewer rows than shards of the batch.
   """
-  most = rows // shards * shards
-  if most == 0:
+  most = rows_per_shard(rows, shards) * shards
+  kept = {min(count, most) for count in layout.rows}
+  return layout._replace(rows=tuple(sorted(kept)))
+
+
+def rows_per_shard(rows: int, shards: int) -> int:
+  """How many of a microbatch's rows each shard may have.
+
+  Raises:
+    UserError: none.
+  """
+  if rows < shards:
     raise UserError(
       f"config.optim.pass_rows is {rows}, but a microbatch has at least one"
       f" row for each of the mesh's {shards} batch shards."
     )
-  kept = {min(count, most) for count in layout.rows}
-  return layout._replace(rows=tuple(sorted(kept)))
+  return rows // shards
 
 
 def _row_lengths(lengths: np.ndarray) -> list[int]:

@@ -5,7 +5,7 @@ So a run resumes at any step from that number: no iterator state is saved.
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -21,9 +21,10 @@ from vera_jax.data.packing import (
   pack_rows,
   pack_runs,
   place_all,
-  place_examples,
 )
 from vera_jax.data.tokens import Tokens
+from vera_jax.errors import UserError
+from vera_jax.models.family import TEXTS
 
 
 class PackedData(NamedTuple):
@@ -67,10 +68,8 @@ class PackedData(NamedTuple):
 
   def train_samples(self, *, runs: int | None = None) -> Iterator[Batch]:
     """A microbatch of each shape that training has, to compile for."""
-    for rows in self.train_layout.rows:
-      yield sample_batch(
-        self.tokens["train"], self.train_layout, rows=rows, runs=runs
-      )
+    for shape in self.train_layout.shapes:
+      yield sample_batch(self.tokens["train"], shape, runs=runs)
 
   def eval_placement(self, split: str) -> Placement:
     return eval_placement(self.tokens[split], self.eval_layouts[split])
@@ -87,16 +86,17 @@ class PackedData(NamedTuple):
   def eval_sample(self) -> Batch:
     """A batch as the first scored split has them, to compile for."""
     split = list(self.tokens)[1]
-    layout = self.eval_layouts[split]
-    return sample_batch(self.tokens[split], layout, rows=layout.rows[0])
+    return sample_batch(self.tokens[split], self.eval_layouts[split])
 
   def introduction(self) -> list[str]:
     """What a run says of its data in its first lines."""
     layout, tokens = self.train_layout, self.tokens
+    lengths = sorted({shape.length for shape in layout.shapes})
     lines = [
       f"data: {len(tokens['train']):,} training examples in"
       f" {self.epoch_steps} steps per epoch, packed into"
-      f" {' or '.join(map(str, layout.rows))} rows of {layout.length} tokens"
+      f" {' or '.join(map(str, layout.rows))} rows of"
+      f" {' or '.join(map(str, lengths))} tokens"
     ]
     train = tokens["train"]
     if train.learned is not None:
@@ -124,23 +124,60 @@ class PackedData(NamedTuple):
     }
 
   @property
-  def reads_per_row(self) -> int:
-    """Most positions in a row of a training batch that the head reads: each
-    text's first token, or where the words are learned those before them."""
-    layout = self.train_layout
-    return layout.reads or layout.slots * self.tokens["train"].choices
+  def sizes(self) -> tuple[int, int, int]:
+    """Rows, tokens per row and most read positions per row of a usual training
+    microbatch. A text's first token is read, or where the words are learned
+    those before them."""
+    shapes = self.train_layout.shapes
+    usual = shapes[len(shapes) // 2]
+    reads = usual.reads or usual.slots * self.tokens["train"].choices
+    return usual.rows[0], usual.length, reads
 
   @property
-  def longest(self) -> int:
-    """Tokens of the longest text."""
-    return max(int(split.text_lengths.max()) for split in self.tokens.values())
+  def longest(self) -> int | None:
+    """Tokens of the longest text where rows are long ones; else None."""
+    if not self.train_layout.sizes:
+      return None
+    return self._longest_text
 
   @property
-  def highest_id(self) -> int:
-    return max(int(split.ids.max()) for split in self.tokens.values())
+  def _longest_text(self) -> int:
+    return max(int(x.text_lengths.max()) for x in self.tokens.values())
+
+  def labels(self, split: str) -> Any:
+    """Of a split's examples, in its order; None where there are none."""
+    return self.tokens[split].labels
+
+  def check(self, family: Any, config: Any) -> None:
+    """Refuse a model that these texts don't fit.
+
+    Args:
+      family, config: the model's.
+
+    Raises:
+      UserError: it reads no texts, or has too few positions or words.
+    """
+    if family.reads != TEXTS:
+      raise UserError(
+        f"config.model.name is a {config.model_type}, which reads"
+        f" {family.reads}, but config.task has texts."
+      )
+    longest = self._longest_text
+    highest = max(int(x.ids.max()) for x in self.tokens.values())
+    room = family.room(config)
+    if longest > room:
+      raise UserError(
+        f"The longest text has {longest} tokens, but the model has positions"
+        f" for {room}: set config.data.max_length={room} or lower."
+      )
+    if highest >= config.vocab_size:  # look-ups would never fail
+      raise UserError(
+        f"The tokenizer gave the id {highest}, but the model's vocabulary"
+        f" ends before {config.vocab_size}: the two don't belong together."
+      )
 
 
-_AHEAD = 4  # training batches packed while a step runs
+_AHEAD = 4  # training batches made while a step runs
 
 
 def epoch_order(
@@ -173,37 +210,59 @@ def train_batches(
   start_step: int = 0,
   shard: ProcessShard = WHOLE,
 ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
-  """Yields (step, its microbatches) for ever, from any step.
-
-  A step's batch is `batch_indices`, whatever the start. Batches are packed
-  ahead in a thread, which ends when the iterator is closed or collected.
+  """Packs the texts of each step; see `step_batches`.
 
   Args:
+    shard: only these rows of each microbatch are made.
+  """
+  return step_batches(
+    len(tokens),
+    lambda step, batches: pack_runs(tokens, batches, layout, shard=shard),
+    batch_size=batch_size,
+    seeds=seeds,
+    start_step=start_step,
+  )
+
+
+def step_batches(
+  n: int,
+  make: Callable[[int, list[np.ndarray]], Sequence[tuple[Batch, ...]]],
+  *,
+  batch_size: int,
+  seeds: int | Sequence[int],
+  start_step: int = 0,
+) -> Iterator[tuple[int, tuple[Batch, ...]]]:
+  """Yields (step, its microbatches) for ever, from any step.
+
+  A step's batch is `batch_indices`, whatever the start. Batches are made ahead
+  in a thread, which ends when the iterator is closed or collected.
+
+  Args:
+    n: examples.
+    make: (step, the examples of each run's batch) -> each run's microbatches,
+      in the same shapes for all runs.
     seeds: one run's seed; or several, and then the arrays have a leading axis
       with an entry per run, each as it has them alone (`packing.pack_runs`).
-    shard: only these rows of each microbatch are made.
   """
   own_seeds = [seeds] if isinstance(seeds, int) else list(seeds)
 
-  def packed() -> Iterator[tuple[int, tuple[Batch, ...]]]:
-    steps = steps_per_epoch(len(tokens), batch_size)
+  def made() -> Iterator[tuple[int, tuple[Batch, ...]]]:
+    steps = steps_per_epoch(n, batch_size)
     first_epoch, skip = divmod(start_step, steps)
     for epoch in itertools.count(first_epoch):
-      orders = [
-        epoch_order(len(tokens), seed=seed, epoch=epoch) for seed in own_seeds
-      ]
+      orders = [epoch_order(n, seed=seed, epoch=epoch) for seed in own_seeds]
       for place in range(skip, steps):
         here = slice(place * batch_size, (place + 1) * batch_size)
-        batches = [order[here] for order in orders]
-        runs = pack_runs(tokens, batches, layout, shard=shard)
+        step = epoch * steps + place
+        runs = make(step, [order[here] for order in orders])
         if isinstance(seeds, int):
           microbatches = runs[0]
         else:
-          microbatches = tuple(map(_stack, zip(*runs, strict=True)))
-        yield epoch * steps + place, microbatches
+          microbatches = tuple(map(stack_runs, zip(*runs, strict=True)))
+        yield step, microbatches
       skip = 0
 
-  batches = packed()
+  batches = made()
   # One thread, so that the generator runs in order and never in two places.
   worker = ThreadPoolExecutor(1, "pack batches")
   ahead = deque(worker.submit(next, batches) for _ in range(_AHEAD))
@@ -274,19 +333,26 @@ def placed_batches(
 
 
 def sample_batch(
-  tokens: Tokens, layout: Layout, *, rows: int, runs: int | None = None
+  tokens: Tokens, layout: Layout, *, runs: int | None = None
 ) -> Batch:
-  """A microbatch of that many rows with one example in it, to compile for.
+  """An empty microbatch of the layout's first row count, to compile for.
 
   With `runs` the arrays have a leading axis of that size, as `train_batches`
   gives them for several seeds.
   """
-  place = place_examples(tokens, layout, np.arange(1))
+  none, rows = np.arange(0), layout.rows[0]
   batch = pack_rows(
-    tokens, np.arange(1), place, layout, first=0, last=rows, rows=rows
+    tokens,
+    none,
+    Placement(none, none, none),
+    layout,
+    first=0,
+    last=rows,
+    rows=rows,
   )
-  return batch if runs is None else _stack([batch] * runs)
+  return batch if runs is None else stack_runs([batch] * runs)
 
 
-def _stack(batches: Sequence[Batch]) -> Batch:
+def stack_runs(batches: Sequence[Batch]) -> Batch:
+  """The batches of several runs, of equal shapes, on a leading axis."""
   return {name: np.stack([b[name] for b in batches]) for name in batches[0]}

@@ -16,11 +16,13 @@ in one row, one after another, each a segment of its own.
 
 Where the words themselves are learned, a row also has its reads: the columns
 whose next token is learned. So many of them as any row has are padded with
-weight 0, which is what the output layer is computed for.
+weight 0, which is what the output layer is computed for. Such texts may lie in
+one long row per shard of the batch, cut to one of a few lengths
+(`long_rows.py`).
 """
 
-from collections.abc import Sequence
-from itertools import zip_longest
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,12 +45,25 @@ class Layout(NamedTuple):
     length: tokens per row.
     slots: most examples in a row.
     reads: most learned tokens in a row, where words are learned.
+    sizes: of long rows: the (length, reads) that a microbatch may be cut to,
+      ascending up to `length` and `reads`. Then `rows` has one count.
   """
 
   rows: tuple[int, ...]
   length: int
   slots: int
   reads: int = 0
+  sizes: tuple[tuple[int, int], ...] = ()
+
+  @property
+  def shapes(self) -> list["Layout"]:
+    """A layout for each shape that a microbatch may have."""
+    sizes = self.sizes or ((self.length, self.reads),)
+    return [
+      Layout((rows,), length, self.slots, reads)
+      for rows in self.rows
+      for length, reads in sizes
+    ]
 
 
 class Placement(NamedTuple):
@@ -97,14 +112,9 @@ def first_fit(
 
   `reads` are learned tokens of each example, for which a row needs room too.
   """
-  if lengths.max(initial=0) > layout.length:
-    raise ValueError(f"{lengths.max()} tokens exceed {layout.length} a row")
   if reads is None:
     reads = np.zeros_like(lengths)
-  elif reads.max(initial=0) > layout.reads:
-    raise ValueError(
-      f"{reads.max()} learned tokens exceed {layout.reads} a row"
-    )
+  _check_room(lengths, layout, reads)
   row, start, slot = np.zeros((3, len(lengths)), np.int64)
   used: list[int] = []  # tokens in each row
   count: list[int] = []  # examples in each row
@@ -125,6 +135,45 @@ def first_fit(
     count[r] += 1
     read[r] += int(reads[i])
   return Placement(row, start, slot)
+
+
+def _check_room(lengths: np.ndarray, layout: Layout, reads: np.ndarray) -> None:
+  if lengths.max(initial=0) > layout.length:
+    raise ValueError(f"{lengths.max()} tokens exceed {layout.length} a row")
+  if reads.max(initial=0) > layout.reads:
+    raise ValueError(
+      f"{reads.max()} learned tokens exceed {layout.reads} a row"
+    )
+
+
+def spread(
+  lengths: Int64[np.ndarray, " examples"],
+  layout: Layout,
+  *,
+  reads: Int64[np.ndarray, " examples"],
+) -> Placement:
+  """Longest first, each into the emptiest row, in few microbatches.
+
+  So the rows of a microbatch are about equally long.
+  """
+  _check_room(lengths, layout, reads)
+  order = np.argsort(-lengths, kind="stable").tolist()
+  for rows in itertools.count(layout.rows[0], layout.rows[0]):
+    row, start, slot = np.zeros((3, len(lengths)), np.int64)
+    used, read, count = np.zeros((3, rows), np.int64)
+    for i in order:
+      room = used + lengths[i] <= layout.length
+      room &= (read + reads[i] <= layout.reads) & (count < layout.slots)
+      if not room.any():
+        break
+      r = np.where(room, used, layout.length).argmin()
+      row[i], start[i], slot[i] = r, used[r], count[r]
+      used[r] += lengths[i]
+      read[r] += reads[i]
+      count[r] += 1
+    else:
+      return Placement(row, start, slot)
+  raise AssertionError("unreachable")
 
 
 def place_all(
@@ -187,9 +236,56 @@ def microbatch_rows(needed: int, layout: Layout) -> tuple[int, ...]:
 def place_examples(
   tokens: Tokens, layout: Layout, indices: Int[np.ndarray, " examples"]
 ) -> Placement:
-  """`first_fit` of these examples."""
+  """`first_fit` of these examples, or in long rows `spread`."""
+  lengths = tokens.lengths[indices]
   reads = None if tokens.reads is None else tokens.reads[indices]
-  return first_fit(tokens.lengths[indices], layout, reads=reads)
+  if layout.sizes and reads is not None:
+    return spread(lengths, layout, reads=reads)
+  return first_fit(lengths, layout, reads=reads)
+
+
+def fullest_rows(
+  lengths: Int64[np.ndarray, " examples"],
+  reads: Int64[np.ndarray, " examples"],
+  place: Placement,
+  *,
+  rows: int,
+) -> list[tuple[int, int]]:
+  """(tokens, learned tokens) of the fullest row of each microbatch's `rows`."""
+  found = []
+  for first in range(0, place.rows, rows):
+    here = (place.row >= first) & (place.row < first + rows)
+    learned = np.bincount(place.row[here], weights=reads[here])
+    ends = place.start[here] + lengths[here]
+    found.append((int(ends.max()), int(learned.max())))
+  return found
+
+
+def cut_layouts(
+  tokens: Tokens,
+  batches: Sequence[Int[np.ndarray, " _"]],
+  places: Sequence[Placement],
+  layout: Layout,
+) -> Iterator[Layout]:
+  """For each microbatch the layout with the shortest rows that hold it, in
+  every run."""
+  needs = [
+    fullest_rows(
+      tokens.lengths[indices],
+      tokens.reads[indices],
+      place,
+      rows=layout.rows[0],
+    )
+    for indices, place in zip(batches, places, strict=True)
+    if tokens.reads is not None
+  ]
+  for of_runs in itertools.zip_longest(*needs, fillvalue=(0, 0)):
+    length, reads = map(max, zip(*of_runs, strict=True))
+    yield next(
+      shape
+      for shape in layout.shapes
+      if shape.length >= length and shape.reads >= reads
+    )
 
 
 def pack_runs(
@@ -221,17 +317,21 @@ def pack_runs(
   """
   places = [place_examples(tokens, layout, indices) for indices in batches]
   counts = [microbatch_rows(place.rows, layout) for place in places]
-  shapes = [max(rows) for rows in zip_longest(*counts, fillvalue=0)]
+  shapes = [max(rows) for rows in itertools.zip_longest(*counts, fillvalue=0)]
+  layouts = [layout] * len(shapes)
+  if layout.sizes:
+    layouts = list(cut_layouts(tokens, batches, places, layout))
   packed = []
   for indices, place, used in zip(batches, places, counts, strict=True):
     first, microbatches = 0, []
-    for rows, own in zip_longest(shapes, used, fillvalue=0):
+    own_rows = itertools.chain(used, itertools.repeat(0))
+    for rows, own, shape in zip(shapes, own_rows, layouts, strict=False):
       microbatches.append(
         pack_rows(
           tokens,
           indices,
           place,
-          layout,
+          shape,
           first=first,
           last=first + own,
           rows=rows,

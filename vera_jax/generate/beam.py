@@ -32,13 +32,17 @@ from jaxtyping import Bool, Float, Int
 
 from vera_jax.errors import UserError
 from vera_jax.generate.history import append, repeats
-from vera_jax.generate.sampling import TokensToLogits
+from vera_jax.generate.sampling import are_numbers
 
+# (last words [rows, beams], the beams of the step before that they continue,
+# state) -> (logits [rows, beams, vocab], state)
+BeamsToLogits = Callable[[Array, Array, Any], tuple[Array, Any]]
 RULES = ("hf", "lora")
 NEVER = "never"
 # What transformers has for minus infinity; -inf itself would not let a worse
 # text of two be seen as worse than the other.
 LOW = -1.0e9
+BLOCK = 128  # scores of which the highest is found first
 
 
 class Beam(NamedTuple):
@@ -99,11 +103,14 @@ class Found(NamedTuple):
     lengths: how many they are, with an end token among them; 0 where there is
       no text.
     scores: as the module says.
+    finite: whether the logits of all beams were numbers; a row's search ends
+      where they are not, and what it has found then means nothing.
   """
 
   ids: Int[Array, "rows texts new"]
   lengths: Int[Array, "rows texts"]
   scores: Float[Array, "rows texts"]
+  finite: Bool[Array, " rows"]
 
 
 class Search(NamedTuple):
@@ -127,8 +134,7 @@ class Search(NamedTuple):
 
 
 def beam_search(
-  tokens_to_logits: TokensToLogits,
-  take: Callable[[Any, Array], Any],
+  tokens_to_logits: BeamsToLogits,
   logits: Float[Array, "rows vocab"],
   state: Any,
   prompts: Int[Array, "rows length"],
@@ -144,11 +150,10 @@ def beam_search(
   The loop ends when no row's result can change any more.
 
   Args:
-    tokens_to_logits: reads one more token of each row (see the package); it is
-      called with rows x beams rows, those of a prompt side by side.
-    take: (state, numbers of rows) -> the state of these rows, in this order.
+    tokens_to_logits: reads the last word of each beam, which continues a beam
+      of the step before (see the package).
     logits: of the first new word of each prompt.
-    state: of the prompts' rows, after the prompts.
+    state: as `tokens_to_logits` takes it, every beam after its prompt.
     prompts: padded on the right.
     lengths: of the prompts, in tokens.
     beam: the settings.
@@ -175,7 +180,6 @@ def beam_search(
   penalties = jnp.asarray(steps**beam.length_penalty, jnp.float32)
   ends = jnp.asarray(tuple(eos), jnp.int32)
   before = jnp.repeat(prompts, beams, axis=0), jnp.repeat(lengths, beams)
-  first_row = beams * jnp.arange(rows)[:, None]
 
   def forbidden(search: Search, step: Array) -> Bool[Array, "rows beams vocab"]:
     tokens = search.ids.reshape(rows * beams, max_new_tokens)
@@ -187,7 +191,8 @@ def beam_search(
 
   def advance(search: Search, step: Array, logits: Array) -> Search:
     """One more word for each beam, from its logits."""
-    logits = logits.reshape(rows, beams, vocab).astype(jnp.float32)
+    logits = logits.astype(jnp.float32)
+    numbers = jnp.all(are_numbers(logits), axis=1)
     if beam.no_repeat_ngram and beam.rules == "lora":
       logits = jnp.where(forbidden(search, step), -jnp.inf, logits)
     chances = jax.nn.log_softmax(logits, axis=-1)
@@ -201,7 +206,7 @@ def beam_search(
     ids = jnp.take_along_axis(search.ids, origins[:, :, None], axis=1)
     ids = ids.at[:, :, step].set(tokens)
     update = _hf if beam.rules == "hf" else _lora
-    return update(
+    found = update(
       search,
       ids,
       values,
@@ -211,6 +216,10 @@ def beam_search(
       penalties,
       beam=beam,
     )
+    finite = found.found.finite & (numbers | ~search.open)
+    return found._replace(
+      found=found.found._replace(finite=finite), open=found.open & finite
+    )
 
   def unfinished(carry: tuple[Array, Search, Any]) -> Array:
     step, search, _ = carry
@@ -218,9 +227,8 @@ def beam_search(
 
   def go_on(carry: tuple[Array, Search, Any]) -> tuple[Array, Search, Any]:
     step, search, state = carry
-    state = take(state, (first_row + search.origins).reshape(-1))
-    last = jax.lax.dynamic_index_in_dim(search.ids, step - 1, 2)
-    logits, state = tokens_to_logits(last.reshape(rows * beams, 1), state)
+    last = jax.lax.dynamic_index_in_dim(search.ids, step - 1, 2, False)
+    logits, state = tokens_to_logits(last, search.origins, state)
     return step + 1, advance(search, step, logits), state
 
   # All beams start as the prompt: all but the first one are out of the running,
@@ -235,15 +243,13 @@ def beam_search(
       jnp.full((rows, texts, max_new_tokens), pad, jnp.int32),
       jnp.zeros((rows, texts), jnp.int32),
       jnp.full((rows, texts), low),
+      jnp.ones(rows, bool),
     ),
     ended=jnp.zeros((rows, texts), bool),
     open=jnp.ones(rows, bool),
   )
-  search = advance(start, jnp.int32(0), jnp.repeat(logits, beams, axis=0))
-  state = take(state, jnp.repeat(jnp.arange(rows), beams))
-  # the state has the prompt's rows now: each beam continues itself
-  own = jnp.broadcast_to(jnp.arange(beams), (rows, beams))
-  search = search._replace(origins=own)
+  first = jnp.broadcast_to(logits[:, None], (rows, beams, vocab))
+  search = advance(start, jnp.int32(0), first)
   carry = jax.lax.while_loop(unfinished, go_on, (jnp.int32(1), search, state))
   search = carry[1]
   if beam.rules == "lora":
@@ -259,14 +265,22 @@ def best_words(
 ]:
   """The highest scores of all beams and words, falling; their beams and words.
 
-  Of each beam first, so that the sorting is of few.
+  Of equal ones the first. Only `keep` blocks are searched, those with the
+  highest maxima: no other can have one of the highest scores.
   """
   rows, _, vocab = scores.shape
-  each = min(keep, vocab)
-  values, tokens = jax.lax.top_k(scores, each)
-  values, places = jax.lax.top_k(values.reshape(rows, -1), keep)
-  tokens = jnp.take_along_axis(tokens.reshape(rows, -1), places, axis=1)
-  return values, places // each, tokens
+  flat = scores.reshape(rows, -1)
+  short = -flat.shape[1] % BLOCK
+  flat = jnp.pad(flat, ((0, 0), (0, short)), constant_values=-jnp.inf)
+  blocks = flat.reshape(rows, -1, BLOCK)
+  count = min(keep, blocks.shape[1])
+  _, best = jax.lax.top_k(blocks.max(axis=2), count)
+  best = jnp.sort(best, axis=1)  # the first of equal scores stays the first
+  some = jnp.take_along_axis(blocks, best[:, :, None], axis=1)
+  values, places = jax.lax.top_k(some.reshape(rows, -1), keep)
+  block = jnp.take_along_axis(best, places // BLOCK, axis=1)
+  beams, tokens = jnp.divmod(block * BLOCK + places % BLOCK, vocab)
+  return values, beams, tokens
 
 
 def _hf(
@@ -328,6 +342,7 @@ def _hf(
       jnp.take_along_axis(all_ids, best[:, :, None], axis=1),
       jnp.take_along_axis(all_lengths, best, axis=1),
       best_scores,
+      found.finite,
     ),
     ended=now_ended,
     open=is_open,
@@ -378,4 +393,5 @@ def _better(
     jnp.where(better[:, :, None], text, found.ids),
     jnp.where(better, length, found.lengths).astype(jnp.int32),
     jnp.where(better, score, found.scores),
+    found.finite,
   )

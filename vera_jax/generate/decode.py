@@ -4,23 +4,23 @@ The prompts are read at once, padded on the right, each into its own row of the
 cache; then each row's next token goes to the slot behind its last one.
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key
 
 from vera_jax.generate.beam import Beam, Found, beam_search
 from vera_jax.generate.sampling import (
   Answers,
   Sampling,
-  TokensToLogits,
   sample,
 )
-from vera_jax.models.decoder import Cache, empty_cache
+from vera_jax.models.decoder import Cache, Reach, empty_cache, grow
 from vera_jax.models.decoder import logits as logits_of
 
 
@@ -64,30 +64,74 @@ def read_tokens(
   return logits_of(words)[:, -1], filled
 
 
-def reader(module: nn.Module, variables: Any) -> TokensToLogits:
-  """`tokens_to_logits` of a decoder, whose state is its cache."""
+class Beams(NamedTuple):
+  """The cache of beams: they share their prompt's slots, and nothing moves.
 
-  return lambda ids, cache: read_tokens(module, variables, cache, ids)
+  Behind its prompt a row has one slot per beam and step. A beam that continues
+  another one sees what that one saw.
 
-
-def take_rows(
-  cache: Cache, rows: Int[Array, " taken"], *, shared: int = 0
-) -> Cache:
-  """The cache with these rows, in this order, some of them several times.
-
-  Args:
-    cache: of any rows.
-    rows: their numbers; with `shared` as many as the cache has.
-    shared: how many of the first slots are the same in a row and in that which
-      takes its place, as a prompt's are in its beams: they are not copied.
+  Attributes:
+    cache: a row for each prompt; its positions are those of the next words.
+    seen: which slots each beam sees.
+    at: the position of each slot's token.
+    used: how many slots of each row were written to.
   """
 
-  def take(old: Array) -> Array:
-    new = jnp.take(old[:, :, shared:], rows, axis=1)
-    return old.at[:, :, shared:].set(new) if shared else new
+  cache: Cache
+  seen: Bool[Array, "rows beams slots"]
+  at: Int[Array, "rows slots"]
+  used: Int[Array, ""]
 
-  keys, values = take(cache.keys), take(cache.values)
-  return Cache(keys, values, cache.positions[rows])
+
+def start_beams(cache: Cache, *, beams: int, words: int) -> Beams:
+  """Beams behind their prompts, with slots for so many words of each."""
+  width, lengths = cache.slots, cache.positions[:, None]
+  cache = grow(cache, beams * words)
+  slots = jnp.arange(cache.slots)[None]
+  seen = jnp.broadcast_to(slots < lengths, (len(lengths), cache.slots))
+  seen = jnp.repeat(seen[:, None], beams, axis=1)
+  at = jnp.where(slots < width, slots, lengths + (slots - width) // beams)
+  return Beams(cache, seen, at, jnp.int32(width))
+
+
+def read_beams(
+  module: nn.Module,
+  variables: Any,
+  state: Beams,
+  ids: Int[Array, "rows beams"],
+  origins: Int[Array, "rows beams"],
+  *,
+  window: int | None,
+) -> tuple[Float[Array, "rows beams vocab"], Beams]:
+  """Reads one more word of each beam.
+
+  Args:
+    module: a decoder, with or without an adapter on it.
+    variables: its parameters, and projections if it has any.
+    state: of the beams before this word.
+    ids: the words.
+    origins: the beams that they continue.
+    window: how many tokens a token sees at most, itself included.
+  """
+  cache, beams = state.cache, ids.shape[1]
+  own = state.used + jnp.arange(beams)
+  seen = jnp.take_along_axis(state.seen, origins[:, :, None], axis=1)
+  seen |= own[None, :, None] == jnp.arange(cache.slots)[None, None]
+  near = None
+  if window is not None:
+    back = cache.positions[:, None] - state.at
+    near = seen & (back < window)[:, None]
+  reach = Reach(
+    positions=jnp.broadcast_to(cache.positions[:, None], ids.shape),
+    real=jnp.ones_like(ids, bool),
+    whole=seen,
+    window=near,
+    slots=jnp.broadcast_to(own, ids.shape),
+  )
+  outputs: Any = module.apply(variables, ids, cache=cache, reach=reach)
+  words, cache = outputs
+  state = Beams(cache, seen, state.at, state.used + beams)
+  return logits_of(words), state
 
 
 def decode(
@@ -102,7 +146,6 @@ def decode(
   eos: tuple[int, ...],
   max_new_tokens: int,
   pad: int = 0,
-  shared: int = 0,
   dtype: DTypeLike = jnp.float32,
 ) -> Answers | Found:
   """Answers to prompts of different lengths; the whole of it can be compiled.
@@ -118,20 +161,17 @@ def decode(
     eos: the ids that end a text.
     max_new_tokens: the most tokens of an answer.
     pad: what stands behind an answer's end.
-    shared: tokens that every prompt has at least; a search copies the cache
-      behind them only.
     dtype: that the module computes in.
   """
   rows, length = prompts.shape
-  # the last new token is read by nobody
-  cache = empty_cache(config, rows, length + max_new_tokens - 1, dtype)
+  cache = empty_cache(config, rows, length, dtype)
   logits, cache = prefill(module, variables, cache, prompts, lengths)
-  read = reader(module, variables)
+  words = max_new_tokens - 1  # the last one is read by nobody
   if isinstance(how, Sampling):
     return sample(
-      read,
+      lambda ids, cache: read_tokens(module, variables, cache, ids),
       logits,
-      cache,
+      grow(cache, words),
       prompts,
       lengths,
       keys,
@@ -140,16 +180,11 @@ def decode(
       max_new_tokens=max_new_tokens,
       pad=pad,
     )
-
-  def take(cache: Cache, chosen: Array) -> Cache:
-    grows = len(chosen) != len(cache.positions)
-    return take_rows(cache, chosen, shared=0 if grows else shared)
-
+  read = partial(read_beams, module, variables, window=config.sliding_window)
   return beam_search(
-    read,
-    take,
+    lambda ids, origins, state: read(state, ids, origins),
     logits,
-    cache,
+    start_beams(cache, beams=how.beams, words=words),
     prompts,
     lengths,
     beam=how,
@@ -171,7 +206,6 @@ compiled = jax.jit(
     "eos",
     "max_new_tokens",
     "pad",
-    "shared",
     "dtype",
   ),
 )

@@ -72,10 +72,22 @@ class Answers(NamedTuple):
   Attributes:
     ids: the new tokens, with `pad` behind each row's last one.
     lengths: how many they are, with an end-of-text token among them.
+    finite: whether the logits of all these were numbers; a row ends where they
+      are not, and what it says then means nothing.
   """
 
   ids: Int[Array, "rows new"]
   lengths: Int[Array, " rows"]
+  finite: Bool[Array, " rows"]
+
+
+def are_numbers(logits: Float[Array, "*rows vocab"]) -> Bool[Array, "*rows"]:
+  """Whether words can be chosen by each row's logits.
+
+  A word that can't come may have minus infinity; the highest logit is NaN if
+  any of them is, and infinite if one of them is or all are minus that.
+  """
+  return jnp.isfinite(logits.max(axis=-1))
 
 
 def filtered(
@@ -180,6 +192,7 @@ def sample(
     history: Array
     done: Array
     written: Array
+    finite: Array
     state: Any
 
   def write(carry: Carry, logits: Array) -> Carry:
@@ -188,12 +201,14 @@ def sample(
       logits, keys, carry.step, carry.history, so_far, sampling=sampling
     )
     token = jnp.where(carry.done, pad, token)
+    finite = carry.finite & (carry.done | are_numbers(logits))
     return Carry(
       carry.step + 1,
       carry.ids.at[:, carry.step].set(token),
       carry.history.at[jnp.arange(rows), so_far].set(token),
-      carry.done | jnp.isin(token, ends),
+      carry.done | jnp.isin(token, ends) | ~finite,
       carry.written + ~carry.done,
+      finite,
       carry.state,
     )
 
@@ -208,6 +223,6 @@ def sample(
   ids = jnp.full((rows, max_new_tokens), pad, jnp.int32)
   none = jnp.zeros(rows, jnp.int32)
   history = append(prompts, lengths, ids)
-  first = Carry(jnp.int32(0), ids, history, none > 0, none, state)
+  first = Carry(jnp.int32(0), ids, history, none > 0, none, none == 0, state)
   last = jax.lax.while_loop(unfinished, go_on, write(first, logits))
-  return Answers(last.ids, last.written)
+  return Answers(last.ids, last.written, last.finite)

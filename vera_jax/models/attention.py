@@ -85,7 +85,7 @@ def attend(
   query: Float[Array, "rows reads heads k"],
   key: Float[Array, "rows length heads k"],
   value: Float[Array, "rows length heads k"],
-  mask: Mask,
+  mask: Mask | None,
   *,
   dropout: Callable[[Array], Array],
 ) -> Float[Array, "rows reads hidden"]:

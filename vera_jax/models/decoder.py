@@ -17,28 +17,36 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
 from vera_jax.errors import UserError
-from vera_jax.models import part
+from vera_jax.models import bands, part
 from vera_jax.models.attention import REMAT_POLICIES, Ids, check_remat
 
 HEAD = "language_modelling"
 INPUTS = ("input_ids", "positions", "segment_ids", "read_positions")
+MULTIPLE = 32  # of slots in a grown cache: products of these are quicker
 Hidden = Float[Array, "rows length width"]
 Heads = Float[Array, "rows length heads k"]
 Reads = Int[Array, "rows reads"]
-Mask = Bool[Array, "rows length keys"]
+Mask = Bool[Array, "rows length keys"] | bands.Blocks
 
 
 class Cache(NamedTuple):
   """The keys and values of each row's tokens so far; slot p is position p.
 
+  Every layer has arrays of its own, with the axes in the order of the products:
+  so a loop over tokens writes to them in place and copies nothing.
+
   Attributes:
-    keys, values: of every layer; keys with their positions' rotations.
-    positions: how many slots of each row are filled.
+    keys, values: of each layer; keys with their positions' rotations.
+    positions: how many tokens each row has.
   """
 
-  keys: Float[Array, "layers rows length kv_heads k"]
-  values: Float[Array, "layers rows length kv_heads k"]
+  keys: tuple[Float[Array, "rows kv_heads k slots"], ...]
+  values: tuple[Float[Array, "rows kv_heads slots k"], ...]
   positions: Int[Array, " rows"]
+
+  @property
+  def slots(self) -> int:
+    return self.values[0].shape[2]
 
 
 class Words(NamedTuple):
@@ -63,15 +71,17 @@ class Reach(NamedTuple):
     positions: of each token in its text.
     real: whether a token is no padding.
     whole: which keys a token attends to: the cache's slots, if there is one,
-      and then the tokens of the call.
+      or else the tokens of the call.
     window: those of them that are nearer than the sliding window, if the
       network has one.
+    slots: of the cache, which the tokens are written to.
   """
 
   positions: Ids
   real: Bool[Array, "rows length"]
   whole: Mask
   window: Mask | None
+  slots: Ids | None = None
 
 
 Pair = tuple[Array, Array]  # keys and values
@@ -95,10 +105,21 @@ def empty_cache(
     length: the most tokens that a row will have, prompt and answer.
     dtype: that the module computes in.
   """
-  layers, heads = config.num_hidden_layers, config.num_key_value_heads
-  shape = (layers, rows, length, heads, config.head_dim)
-  return Cache(
-    jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(rows, jnp.int32)
+  heads, width = config.num_key_value_heads, config.head_dim
+  keys, values = (
+    (jnp.zeros((rows, heads, *shape), dtype),) * config.num_hidden_layers
+    for shape in ((width, length), (length, width))
+  )
+  return Cache(keys, values, jnp.zeros(rows, jnp.int32))
+
+
+def grow(cache: Cache, slots: int) -> Cache:
+  """The cache with as many more slots, and some up to a MULTIPLE."""
+  total = -(-(cache.slots + slots) // MULTIPLE) * MULTIPLE
+  same, wider = (0, 0), (0, total - cache.slots)
+  return cache._replace(
+    keys=tuple(jnp.pad(x, (same, same, same, wider)) for x in cache.keys),
+    values=tuple(jnp.pad(x, (same, same, wider, same)) for x in cache.values),
   )
 
 
@@ -116,6 +137,7 @@ def find_reach(
   cache: Cache | None,
   *,
   window: int | None = None,
+  longest: int | None = None,
 ) -> Reach:
   """Positions and masks of packed rows, or of tokens that follow a cache's.
 
@@ -126,33 +148,27 @@ def find_reach(
     segment_ids: None where no token is padding.
     cache: what the row had before; padding may then be anywhere in it.
     window: how many tokens a token sees at most, itself included.
+    longest: tokens of the longest text; None: it may fill a row.
   """
-  length = input_ids.shape[1]
-  columns = jnp.arange(length, dtype=jnp.int32)
-  causal = (columns[:, None] >= columns[None])[None]
   if segment_ids is None:
     segment_ids = jnp.ones_like(input_ids)
   real = segment_ids > 0
   if cache is None:
     if positions is None:
+      columns = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
       positions = jnp.broadcast_to(columns, input_ids.shape)
-    whole = (segment_ids[:, :, None] == segment_ids[:, None]) & causal
-    keys_at = positions
-  else:
-    before = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
-    positions = cache.positions[:, None] + before
-    slots = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)[None]
-    slots = jnp.broadcast_to(slots, (len(input_ids), slots.size))
-    filled = (slots < cache.positions[:, None])[:, None]
-    filled = jnp.broadcast_to(filled, (*input_ids.shape, slots.shape[1]))
-    # padding sees itself, so that no softmax is over nothing
-    itself = jnp.eye(length, dtype=bool)[None]
-    whole = jnp.concatenate([filled, real[:, None] & causal | itself], axis=-1)
-    keys_at = jnp.concatenate([slots, positions], axis=-1)
+    seen = bands.masks(segment_ids, positions, longest=longest, window=window)
+    return Reach(positions, real, *seen)
+  before = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
+  positions = cache.positions[:, None] + before
+  keys_at = jnp.arange(cache.slots, dtype=jnp.int32)[None]
+  whole = keys_at[:, None] <= positions[:, :, None]
   near = None
   if window is not None:
     near = whole & (positions[:, :, None] - keys_at[:, None] < window)
-  return Reach(positions, real, whole, near)
+  # what is padding, or has no slot left, is written nowhere
+  slots = jnp.where(real, positions, cache.slots)
+  return Reach(positions, real, whole, near, slots)
 
 
 def attend(
@@ -171,33 +187,48 @@ def attend(
 
   Args:
     query, key, value: of the call's tokens.
-    mask: over the cache's slots and the call's tokens.
-    past: the cache's keys and values, which nothing is copied from.
+    mask: over the call's tokens, or with a cache over its slots.
+    past: the cache's keys and values, which have those of the call's tokens by
+      now.
     scale: of the scores.
     dropout: on the weights.
   """
-  groups = key.shape[2]
-  query = query.reshape(*query.shape[:2], groups, -1, query.shape[-1])
-  keys, values = [key], [value]
-  if past is not None:
-    keys, values = [past[0], key], [past[1], value]
-  parts = [
-    jnp.einsum(
-      "rqgmk,rsgk->rgmqs", query, x, preferred_element_type=jnp.float32
-    )
-    for x in keys
-  ]
-  scores = scale * jnp.concatenate(parts, axis=-1)
+  if past is None:
+    return bands.attend(query, key, value, mask, scale=scale, dropout=dropout)
+  # Every axis but the last two is one of many small products, whose layout is
+  # the cache's; the queries are few, and are brought into this order.
+  keys, values = past
+  rows, groups, slots, width = values.shape
+  length = query.shape[1]
+  query = query.reshape(rows, length, groups, -1, width)
+  query = query.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, width)
+  scores = jnp.einsum(
+    "rgnk,rgks->rgns", query, keys, preferred_element_type=jnp.float32
+  ).reshape(rows, groups, -1, length, slots)
   lowest = jnp.finfo(scores.dtype).min
-  scores = jnp.where(mask[:, None, None], scores, lowest)
-  weights = dropout(jax.nn.softmax(scores).astype(value.dtype))
-  slots = weights.shape[-1] - value.shape[1]
-  seen = jnp.split(weights, [slots], axis=-1) if slots else [weights]
-  context = sum(
-    jnp.einsum("rgmqs,rsgk->rqgmk", w, x)
-    for w, x in zip(seen, values, strict=True)
+  scores = jnp.where(mask[:, None, None], scale * scores, lowest)
+  weights = dropout(jax.nn.softmax(scores).astype(values.dtype))
+  weights = weights.reshape(rows, groups, -1, slots)
+  context = jnp.einsum("rgns,rgsk->rgnk", weights, values)
+  context = context.reshape(rows, groups, -1, length, width)
+  return context.transpose(0, 3, 1, 2, 4).reshape(rows, length, -1)
+
+
+def write(
+  past: Pair,
+  key: Float[Array, "rows length kv_heads k"],
+  value: Float[Array, "rows length kv_heads k"],
+  reach: Reach,
+) -> Pair:
+  """A layer's part of the cache with the call's tokens in their slots."""
+  rows = jnp.arange(len(key))[:, None]
+  keys, values = past
+  return (
+    keys.at[rows, :, :, reach.slots].set(key.astype(keys.dtype), mode="drop"),
+    values.at[rows, :, reach.slots].set(
+      value.astype(values.dtype), mode="drop"
+    ),
   )
-  return jnp.asarray(context).reshape(*mask.shape[:2], -1)
 
 
 class Part(part.Part):
@@ -215,21 +246,6 @@ class Part(part.Part):
     )
 
 
-def fill(cache: Cache, new: Pair, reach: Reach) -> Cache:
-  """The cache with a call's keys and values in the slots of their positions.
-
-  What is padding, or has a position past the last slot, is written nowhere.
-  """
-  slots = jnp.where(reach.real, reach.positions, cache.keys.shape[2])
-  rows = jnp.arange(len(slots))[:, None]
-  keys, values = (
-    old.at[:, rows, slots].set(x.astype(old.dtype), mode="drop")
-    for old, x in zip((cache.keys, cache.values), new, strict=True)
-  )
-  added = jnp.sum(reach.real, axis=1, dtype=cache.positions.dtype)
-  return Cache(keys, values, cache.positions + added)
-
-
 class Pieces(NamedTuple):
   """What a family brings to a `Decoder`.
 
@@ -237,8 +253,8 @@ class Pieces(NamedTuple):
     embeddings: a `Part`: (input_ids, positions) -> the hidden states, and the
       table of words [vocab, width].
     layer: a `Part`: (hidden states, its number, its keys and values in the
-      cache or None, what all layers share) -> the hidden states, and with a
-      cache the keys and values of the call's tokens.
+      cache or None, what all layers share) -> the hidden states, and the keys
+      and values in the cache with those of the call's tokens.
     norm: (part, name) -> the module that normalises hidden states there.
     shared: (config, reach) -> what all layers share.
   """
@@ -250,7 +266,11 @@ class Pieces(NamedTuple):
 
 
 class Stack(Part):
-  """All layers, looped or scanned, and the last norm at the read positions."""
+  """All layers, looped or scanned, and the last norm at the read positions.
+
+  The hidden states that go in may have each of the `rows` in parts, one below
+  another.
+  """
 
   pieces: Pieces
   scan: bool
@@ -258,14 +278,20 @@ class Stack(Part):
 
   @nn.compact
   def __call__(
-    self, hidden: Hidden, reads: Reads | None, cache: Cache | None, shared: Any
-  ) -> tuple[Float[Array, "rows reads width"], Pair | None]:
+    self,
+    hidden: Float[Array, "parts part width"],
+    reads: Reads | None,
+    cache: Cache | None,
+    shared: Any,
+    *,
+    rows: int,
+  ) -> tuple[Hidden, Any]:
     count, layer = self.config.num_hidden_layers, self.pieces.layer
-    new: Any = None
+    new: Any = []
     if self.remat != "none":
       policy = REMAT_POLICIES[self.remat]
       layer = nn.remat(layer, policy=policy, prevent_cse=not self.scan)
-    past = None if cache is None else (cache.keys, cache.values)
+    past: Any = None if cache is None else cache[:2]
     if self.scan:
       stack = nn.scan(
         layer,
@@ -276,16 +302,18 @@ class Stack(Part):
       )
       numbers = jnp.arange(count, dtype=jnp.int32)
       one = stack(*self.settings, name="layer")
+      if past is not None:
+        past = tuple(map(jnp.stack, past))
       hidden, new = one(hidden, numbers, past, shared)
+      if past is not None:
+        new = list(zip(*map(jnp.unstack, new), strict=True))
     else:
-      pairs = []
       for index in range(count):
         one = layer(*self.settings, name=f"layer_{index}")
         own = None if past is None else (past[0][index], past[1][index])
         hidden, pair = one(hidden, index, own, shared)
-        pairs.append(pair)
-      if past is not None:
-        new = tuple(jnp.stack(x) for x in zip(*pairs, strict=True))
+        new.append(pair)
+    hidden = hidden.reshape(rows, -1, hidden.shape[-1])
     if reads is not None:
       hidden = jnp.take_along_axis(hidden, reads[..., None], axis=1)
     return self.pieces.norm(self, "norm")(hidden), new
@@ -300,6 +328,7 @@ class Decoder(nn.Module):
     dtype: of computing.
     param_dtype: of the parameters.
     scan, remat: as for `pretrained.blueprint`.
+    longest: tokens of the longest text in the rows; None: it may fill a row.
   """
 
   config: Any
@@ -308,6 +337,7 @@ class Decoder(nn.Module):
   param_dtype: DTypeLike = jnp.float32
   scan: bool = True
   remat: str = "none"
+  longest: int | None = None
 
   def __post_init__(self) -> None:
     check_remat(self.remat)
@@ -321,6 +351,7 @@ class Decoder(nn.Module):
     segment_ids: Ids | None = None,
     read_positions: Reads | None = None,
     cache: Cache | None = None,
+    reach: Reach | None = None,
     *,
     deterministic: bool = True,
   ) -> Words | tuple[Words, Cache]:
@@ -333,24 +364,40 @@ class Decoder(nn.Module):
       segment_ids: 0 for padding, which no text sees; None where there is none.
       read_positions: columns whose hidden states are wanted; None for all.
       cache: of the tokens before; it needs slots for these.
+      reach: where the tokens are and what they attend to, in place of all that;
+        None where each row goes on with one text.
       deterministic: whether dropout is off.
     """
     config, pieces = self.config, self.pieces
     settings = (config, self.dtype, self.param_dtype, deterministic)
-    reach = find_reach(
-      input_ids, positions, segment_ids, cache, window=config.sliding_window
+    reach = reach or find_reach(
+      input_ids,
+      positions,
+      segment_ids,
+      cache,
+      window=config.sliding_window,
+      longest=self.longest,
     )
+    if cache is None:
+      # Blocks as rows: XLA shares out rows among the cores.
+      block = reach.whole.shape[2]
+      input_ids = input_ids.reshape(-1, block)
+      reach = reach._replace(positions=reach.positions.reshape(-1, block))
     embeddings = pieces.embeddings(*settings, name="embeddings")
     hidden, table = embeddings(input_ids, reach.positions)
     stack = Stack(*settings, pieces, self.scan, self.remat, name="encoder")
     shared = pieces.shared(config, reach)
-    hidden, new = stack(hidden, read_positions, cache, shared)
+    rows = len(reach.whole)
+    hidden, new = stack(hidden, read_positions, cache, shared, rows=rows)
     if not config.tie_word_embeddings:
       table = Head(*settings, name="lm_head")()
     words = Words(hidden, table.T)
-    if cache is None or new is None:
+    if cache is None:
       return words
-    return words, fill(cache, new, reach)
+    keys, values = zip(*new, strict=True)
+    behind = jnp.where(reach.real, reach.positions + 1, 0)
+    longest = jnp.maximum(cache.positions, behind.max(axis=1))
+    return words, Cache(keys, values, longest)
 
 
 class Head(Part):

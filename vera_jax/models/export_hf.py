@@ -5,14 +5,15 @@ classes load the folder with no adapter library. The base stays untouched: its
 name and fingerprint go into merge.json, and to unmerge is to use it again.
 
 Before the folder gets its name, its weights are read back and their answers to
-probe texts compared with the adapted model's: a classifier's to sentences, a
-decoder's to tokens drawn from its vocabulary.
+probes compared with the adapted model's: a classifier's to sentences, a
+decoder's to tokens drawn from its vocabulary, and to drawn pixels where it
+reads images.
 """
 
 import random
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from vera_jax.files import read_json, write_json
 from vera_jax.hub import FILES
 from vera_jax.models.classifier import MERGED, Classifier, load_classifier
 from vera_jax.models.decoder import logits
+from vera_jax.models.family import IMAGES
 from vera_jax.models.hf_weights import to_hf
 from vera_jax.models.kinds import KINDS, WORDS
 from vera_jax.serve.predictor import Predictor, check_finite, text_columns
@@ -126,9 +128,12 @@ def _write(
       if file.name != "config.json" and "safetensors" not in file.name:
         shutil.copyfile(file, folder / file.name)
   write_json(folder / "config.json", _hf_config(classifier, dtype))
-  probes, answer = _word_probes, _next_words
-  if classifier.kind != WORDS:
-    probes, answer = _text_probes, _text_logits
+  probes: Callable[[Classifier], Probes] = _text_probes
+  answer: Callable[[Classifier, Probes], np.ndarray] = _text_logits
+  if classifier.kind == WORDS:
+    probes, answer = _word_probes, _next_words
+  elif classifier.family.reads == IMAGES:
+    probes, answer = _image_probes, _image_logits
   texts = probes(classifier)
   expected = check_finite(answer(classifier, texts))
   scale = max(1.0, float(np.abs(expected).max()))
@@ -212,3 +217,15 @@ def _next_words(classifier: Classifier, texts: Probes) -> np.ndarray:
   run = jax.jit(classifier.module.apply)
   words = run(classifier.variables, ids, read_positions=last)
   return np.asarray(logits(words))[:, 0]
+
+
+def _image_probes(classifier: Classifier) -> Probes:
+  """Drawn pixels, of the size of training or else the checkpoint's."""
+  side = classifier.about.get("image_size") or classifier.config.image_size
+  shape = (DRAWN, side, side, classifier.config.num_channels)
+  return (np.random.default_rng(0).standard_normal(shape, np.float32),)
+
+
+def _image_logits(classifier: Classifier, probes: Probes) -> np.ndarray:
+  run = jax.jit(classifier.module.apply)
+  return np.asarray(run(classifier.variables, jnp.asarray(probes[0])))[:, 0]

@@ -17,6 +17,8 @@ import flax.linen as nn
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 
+TEXTS, IMAGES = "texts", "images"
+
 
 class Names(NamedTuple):
   """How a family's files name what the parameter tree has.
@@ -37,6 +39,8 @@ class Names(NamedTuple):
       does; trees have (in, out).
     to_file, to_tree: a module's dotted name in a looped tree -> in a file,
       prefix aside, and back, where the two are not the same.
+    to_class: a module's name in a file -> in transformers' class, which PEFT
+      goes by, where the two are not the same.
   """
 
   prefixes: tuple[str, ...] = ("",)
@@ -47,6 +51,7 @@ class Names(NamedTuple):
   transposed: bool = True
   to_file: Callable[[str], str] = str
   to_tree: Callable[[str], str] = str
+  to_class: Callable[[str], str] = str
 
 
 class Family(NamedTuple):
@@ -54,16 +59,17 @@ class Family(NamedTuple):
 
   Attributes:
     config: config.json's fields -> a dataclass; what the module can't honour
-      is a UserError. It has at least `vocab_size`, `hidden_size`,
-      `num_hidden_layers`, `num_attention_heads` and `model_type`.
+      is a UserError. It has at least `hidden_size`, `num_hidden_layers`,
+      `num_attention_heads` and `model_type`; of texts also `vocab_size`.
     module: (config, head, outputs, *, dtype, param_dtype, scan, remat) -> a
       linen module from the arrays of `inputs` to the head's outputs.
     inputs: (rows, length, slots) -> the shapes of the module's keyword inputs,
-      which a packed batch has under the same names.
+      which a batch has under the same names. The length is in tokens; of images
+      it is the pixels of a side.
     names: of the tensors in its files.
     rules: (pattern over a leaf's path, mesh axes of its last axes), first match
       wins; other leaves lie on every device.
-    room: config -> the most tokens that a text may have.
+    room: config -> the most tokens that a text may have; images are resized.
     classes: transformers' class for each kind of head that the module has:
       "classification" gives outputs [rows, slots, outputs], one for each
       example; "token_classification" [rows, length, outputs], one for each
@@ -71,6 +77,8 @@ class Family(NamedTuple):
     head: pattern of the paths of the head, which every method trains.
     fused: config -> the parts of fused kernels, which targets may name: by a
       layer's pattern, each part's first and last column by name.
+    reads: what the inputs are, `TEXTS` or `IMAGES`.
+    example: the sizes, as `inputs` takes them, that shapes are traced with.
   """
 
   config: Callable[[Mapping[str, Any]], Any]
@@ -84,6 +92,8 @@ class Family(NamedTuple):
   fused: Callable[[Any], Mapping[str, Mapping[str, tuple[int, int]]]] = (
     lambda config: {}
   )
+  reads: str = TEXTS
+  example: tuple[int, int, int] = (1, 8, 1)
 
 
 # config.json's model_type -> the module of this package that has its FAMILY.
@@ -99,6 +109,8 @@ FAMILIES = {
   "mistral": "llama",
   "qwen2": "llama",
   "qwen3": "llama",
+  "vit": "vit",
+  "dinov2": "dinov2",
 }
 
 

@@ -27,6 +27,7 @@ from vera_jax.models.decoder import (
   attend,
   input_shapes,
   module,
+  write,
 )
 from vera_jax.models.family import Family, Names, one_of, take_fields
 
@@ -115,7 +116,7 @@ class Attention(Part):
   @nn.compact
   def __call__(
     self, hidden: Hidden, index: Any, past: Pair | None, reach: Reach
-  ) -> tuple[Hidden, Pair]:
+  ) -> tuple[Hidden, Pair | None]:
     config, width = self.config, self.config.hidden_size
     fused = self.dense(3 * width, "c_attn", bias=True)(hidden)
     query, key, value = (
@@ -125,6 +126,8 @@ class Attention(Part):
     scale: Any = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
     if config.scale_attn_by_inverse_layer_idx:
       scale = scale / (index + 1)
+    if past is not None:
+      past = write(past, key, value, reach)
     context = attend(
       query,
       key,
@@ -135,7 +138,7 @@ class Attention(Part):
       dropout=lambda x: self.dropout(x, config.attn_pdrop),
     )
     out = self.dense(width, "c_proj", bias=True)(context)
-    return self.dropout(out, config.resid_pdrop), (key, value)
+    return self.dropout(out, config.resid_pdrop), past
 
 
 class FeedForward(Part):
@@ -154,11 +157,11 @@ class Layer(Part):
     self, hidden: Hidden, index: Any, past: Pair | None, reach: Reach
   ) -> tuple[Hidden, Pair | None]:
     attention = Attention(*self.settings, name="attn")
-    context, new = attention(norm(self, "ln_1")(hidden), index, past, reach)
+    context, past = attention(norm(self, "ln_1")(hidden), index, past, reach)
     hidden = hidden + context
     feed_forward = FeedForward(*self.settings, name="mlp")
     hidden = hidden + feed_forward(norm(self, "ln_2")(hidden))
-    return hidden, None if past is None else new
+    return hidden, past
 
 
 PIECES = Pieces(Embeddings, Layer, norm, shared=lambda config, reach: reach)

@@ -28,6 +28,7 @@ LEAVES = {
   "scale": "weight",
   "embedding": "weight",
   "bias": "bias",
+  **{name: name for name in ("cls_token", "position_embeddings", "lambda1")},
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 CONVERT = (
@@ -77,7 +78,7 @@ def module_name(
       if layer is None:
         raise ValueError(f"{'/'.join(path)} is stacked: which layer?")
       words += ["layer", str(layer)]
-    elif word.startswith("layer_"):
+    elif re.fullmatch(r"layer_\d+", word):
       words += ["layer", word.removeprefix("layer_")]
     else:
       words.append(word)
@@ -173,7 +174,7 @@ def to_hf(params: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
     layers = value if "layer" in path else [value]
     for name, array in zip(names, layers, strict=True):
       if known.transposed and path[-1] == "kernel":
-        array = array.T
+        array = _in_file(array)
       tensors[name] = np.ascontiguousarray(array)
   return tensors
 
@@ -206,7 +207,8 @@ def _read_leaf(
   for slot, source in zip(
     leaf if "layer" in path else leaf[None], sources, strict=True
   ):
-    slot = slot.T if transposed and path[-1] == "kernel" else slot
+    if transposed and path[-1] == "kernel":
+      slot = _in_file(slot)
     header = source.file.get_slice(source.name)
     found = tuple(header.get_shape())
     if found != slot.shape:
@@ -221,6 +223,11 @@ def _read_leaf(
       )
     slot[...] = source.file.get_tensor(source.name)
   return leaf
+
+
+def _in_file(kernel: np.ndarray) -> np.ndarray:
+  """A kernel's view as torch has it: (out, in), or (out, in, height, width)."""
+  return kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T
 
 
 def _open_sources(

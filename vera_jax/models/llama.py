@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -31,6 +32,7 @@ from vera_jax.models.decoder import (
   attend,
   input_shapes,
   module,
+  write,
 )
 from vera_jax.models.family import Family, Names, one_of, take_fields
 
@@ -251,7 +253,9 @@ def shared(config: LlamaConfig, reach: Reach) -> Shared:
   frequencies = jnp.asarray(config.frequencies, jnp.float32)
   angles = reach.positions[..., None, None] * frequencies[None, None, None]
   scale = config.rotation_scale
-  return Shared(reach, scale * jnp.cos(angles), scale * jnp.sin(angles))
+  # XLA would compute them anew in each layer
+  cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+  return Shared(reach, scale * cos, scale * sin)
 
 
 def rotate(x: Heads, given: Shared) -> Heads:
@@ -277,7 +281,7 @@ class Attention(Part):
   @nn.compact
   def __call__(
     self, hidden: Hidden, index: Any, past: Pair | None, given: Shared
-  ) -> tuple[Hidden, Pair]:
+  ) -> tuple[Hidden, Pair | None]:
     config = self.config
     query, key, value = (
       self.dense(heads * config.head_dim, name, bias=config.qkv_bias)(
@@ -292,6 +296,8 @@ class Attention(Part):
     if config.head_norms:
       query, key = norm(self, "q_norm")(query), norm(self, "k_norm")(key)
     query, key = rotate(query, given), rotate(key, given)
+    if past is not None:
+      past = write(past, key, value, given.reach)
     context = attend(
       query,
       key,
@@ -302,7 +308,7 @@ class Attention(Part):
       dropout=lambda x: self.dropout(x, config.attention_dropout),
     )
     dense = self.dense(config.hidden_size, "o_proj", bias=config.out_bias)
-    return dense(context), (key, value)
+    return dense(context), past
 
 
 def _mask(config: LlamaConfig, index: Any, reach: Reach) -> Mask:
@@ -334,11 +340,11 @@ class Layer(Part):
   ) -> tuple[Hidden, Pair | None]:
     normed = norm(self, "input_layernorm")(hidden)
     attention = Attention(*self.settings, name="self_attn")
-    context, new = attention(normed, index, past, given)
+    context, past = attention(normed, index, past, given)
     hidden = hidden + context
     normed = norm(self, "post_attention_layernorm")(hidden)
     hidden = hidden + FeedForward(*self.settings, name="mlp")(normed)
-    return hidden, None if past is None else new
+    return hidden, past
 
 
 PIECES = Pieces(Embeddings, Layer, norm, shared)

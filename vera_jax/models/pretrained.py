@@ -165,7 +165,8 @@ def blueprint(
   scan: bool | str = True,
   remat: str = "none",
   plan: str = AUTO,
-  sizes: tuple[int, int, int] = (1, 8, 1),
+  sizes: tuple[int, int, int] | None = None,
+  longest: int | None = None,
 ) -> Blueprint:
   """A model by its config.json and its method.
 
@@ -180,7 +181,10 @@ def blueprint(
       serves any adapter.
     remat: "none", "full" or "dots".
     plan: how low-rank deltas multiply, "auto" or one of `products.PLANS`.
-    sizes: rows, length and slots of the batches that `Blueprint.plans` is of.
+    sizes: rows, length and slots of the batches that `Blueprint.plans` is of;
+      None for the family's example.
+    longest: tokens of the longest text, for a decoder that is given long rows
+      of many texts (`bands.py`).
 
   Raises:
     UserError: a family, setting or target that is not there.
@@ -193,6 +197,7 @@ def blueprint(
     )
   config = family.config(fields)
   scan = choose_scan(scan, layers=config.num_hidden_layers)
+  options: dict[str, Any] = {} if longest is None else {"longest": longest}
   base = family.module(
     config,
     head,
@@ -201,6 +206,7 @@ def blueprint(
     param_dtype=dtype,
     scan=scan,
     remat=remat,
+    **options,
   )
   given, targets = adapter or make_adapter(method, settings)
   module = adapt(
@@ -212,7 +218,10 @@ def blueprint(
     forwards=1 if remat == "none" else 2,
   )
   found, calls, variables = trace_sites(
-    base, targets, fused=module.fused, **family.inputs(*sizes)
+    base,
+    targets,
+    fused=module.fused,
+    **family.inputs(*(sizes or family.example)),
   )
   return Blueprint(
     family=family,
@@ -221,7 +230,7 @@ def blueprint(
     targets=found,
     dtype=dtype,
     shapes=flatten_dict(variables["params"]),
-    inputs=family.inputs(1, 8, 1),
+    inputs=family.inputs(*family.example),
     scan=scan,
     tokens={path: call.tokens for path, call in calls.items()},
   )
@@ -272,8 +281,12 @@ def load_model(
   }
   loaded = load_params(folder, unflatten_dict(template))
   refuse_gaps(folder, loaded.missing)
-  base = put(
-    loaded.params, param_shardings(loaded.params, mesh, plan.family.rules)
+  places = param_shardings(loaded.params, mesh, plan.family.rules)
+  read, there = flatten_dict(loaded.params), flatten_dict(places)
+  loaded = loaded._replace(params={})
+  # each leaf is let go once it is placed: never two copies of the whole base
+  base = unflatten_dict(
+    {path: put(read.pop(path), there[path]) for path in list(read)}
   )
   projections = put(plan.projections(base), NamedSharding(mesh, REPLICATED))
   new = [path for path in plan.shapes if path not in flatten_dict(base)]

@@ -14,7 +14,7 @@ from vera_jax.adapters.interface import Target
 from vera_jax.adapters.sites import parts_of
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
-from vera_jax.models.family import family_of, read_fields
+from vera_jax.models.family import IMAGES, family_of, read_fields
 from vera_jax.models.hf_weights import fingerprint, module_name, module_path
 from vera_jax.models.pretrained import Blueprint, blueprint
 
@@ -49,6 +49,8 @@ class Base(NamedTuple):
     classifier: the base with its head, a classifier's of two outputs, in a
       looped tree of shapes.
     layers: `linear_layers` of it.
+    older: whether modules have the names of the files, as transformers' classes
+      had them before those that `Names.to_class` gives.
   """
 
   folder: Path
@@ -57,11 +59,16 @@ class Base(NamedTuple):
   head: str
   classifier: Blueprint
   layers: dict[str, Layer]
+  older: bool = False
 
   @property
   def whole(self) -> tuple[str, ...]:
     """Modules that a task may bring and train whole (modules_to_save)."""
     return tuple(new.rstrip("/") for new in self.classifier.family.names.new)
+
+  @property
+  def reads_images(self) -> bool:
+    return self.classifier.family.reads == IMAGES
 
   def path(self, name: str) -> TreePath:
     """A module's path in a looped tree."""
@@ -69,7 +76,15 @@ class Base(NamedTuple):
 
   def name(self, path: TreePath) -> str:
     """A module's name in Hugging Face's classifier."""
-    return module_name(path, names=self.classifier.family.names)
+    return class_name(self.classifier, path, older=self.older)
+
+  def named_as(self, tensors: Collection[str]) -> "Base":
+    """With older names of modules, where these tensors have such."""
+    older = linear_layers(self.classifier, older=True)
+    gone = older.keys() - self.layers.keys()
+    if any(name in tensor for name in gone for tensor in tensors):
+      return self._replace(layers=older, older=True)
+    return self
 
 
 def open_base(
@@ -112,7 +127,16 @@ def open_base(
   return Base(folder, fields, found, head, classifier, layers)
 
 
-def linear_layers(classifier: Blueprint) -> dict[str, Layer]:
+def class_name(classifier: Blueprint, path: TreePath, *, older: bool) -> str:
+  """A module's name in transformers' class, or an older class."""
+  names = classifier.family.names
+  name = module_name(path, names=names)
+  return name if older else names.to_class(name)
+
+
+def linear_layers(
+  classifier: Blueprint, *, older: bool = False
+) -> dict[str, Layer]:
   """Every linear layer by its name in Hugging Face's classifier.
 
   They come in the order of their calls: the last one gives a classifier's
@@ -122,7 +146,7 @@ def linear_layers(classifier: Blueprint) -> dict[str, Layer]:
   layers = {}
   for path, target in find_targets(model, [".*"], **inputs).items():
     kind = tuple(re.sub(r"^layer_\d+$", "layer", word) for word in path)
-    name = module_name(path, names=classifier.family.names)
+    name = class_name(classifier, path, older=older)
     parts = parts_of(path, classifier.module.fused)
     layers[name] = Layer(path, kind, target, parts)
   return layers

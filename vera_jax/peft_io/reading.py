@@ -57,6 +57,7 @@ RUN = (
   "score_name",
   "score",
   "max_length",
+  "image_size",
   "versions",
 )
 HEAD_LEAVES = ("weight", "bias")
@@ -97,7 +98,7 @@ def import_adapter(
     raise UserError(
       f"{folder} names no base model, or a revision of one: say --base=FOLDER."
     )
-  network = open_base(named, exported, head=settings.head)
+  network = open_base(named, exported, head=settings.head).named_as(tensors)
   if settings.fan_in_fan_out and network.classifier.family.names.transposed:
     raise UserError(
       "fan_in_fan_out=True: the layers are Linear, where PEFT itself turns it"
@@ -418,6 +419,8 @@ def _about_run(
   Without either, the labels' names are those of the base's config.json.
   """
   about: dict[str, Any] = dict.fromkeys(RUN)
+  if not base.reads_images:
+    del about["image_size"]
   about["versions"] = results.provenance()["versions"]
   about |= {name: exported[name] for name in RUN if name in exported}
   if task is not None:

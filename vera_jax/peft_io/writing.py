@@ -154,7 +154,8 @@ def export_adapter(
   }
   config = {
     "peft_type": method.upper(),
-    "task_type": task_types[head],
+    # PEFT has no type of task for images, and needs none
+    "task_type": None if network.reads_images else task_types[head],
     # PEFT knows no bases inside packages, but takes their folders
     "base_model_name_or_path": (
       str(network.folder) if name.startswith(PACKAGE) else name

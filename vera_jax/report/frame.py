@@ -18,7 +18,9 @@ from vera_jax.files import read_json
 from vera_jax.report.signatures import COLLAPSED, signatures
 
 # The methods in the order of tables and figures, as figures write them.
+UNTUNED = "untuned"  # in a method's place where a run trained nothing
 METHODS = {
+  UNTUNED: "untuned",
   "vera": "VeRA",
   "lora": "LoRA",
   "ia3": "IA3",
@@ -31,12 +33,17 @@ METHODS = {
   "unilora": "Uni-LoRA",
   "bitfit": "BitFit",
   "head": "head alone",
+  "ridge": "ridge on features",
   "full": "full",
 }
+RUN = ["task", "metric", "method", "condition", "seed"]
+PARTS = ("adapter", "head")  # that are trained, each at a rate of its own
 # Settings that make no condition: the first three have columns of their own,
-# the others say where a run took place and what it logged.
+# the next one is a seed too, the others say where a run took place and what it
+# logged.
 ASIDE = (
   *("seed", "task", "method"),
+  "data.subset_seed",
   *("log", "predict_test", "mesh", "data.cache_dir", "data.source"),
   "model.scan",  # changes rounding alone
 )
@@ -164,18 +171,21 @@ def frame(
   places: Sequence[Path | None] = folders or [None] * len(found)
   for result, name, place in zip(found, _names(found), places, strict=True):
     config, flags = result["config"], signatures(result)
-    groups = [config.get(g, {}) for g in groups_of(result["method"]).values()]
+    method, sizes = _method_of(result), result["parameters"]
+    untuned = method == UNTUNED
+    used = () if untuned else groups_of(method).values()
+    groups = [config.get(group, {}) for group in used]
     rows.append(
       {
         "task": result["task"],
-        "method": result["method"],
+        "method": method,
         "condition": name,
         "seed": result["seed"],
         "score": 100 * result["best"]["score"],
         "last": 100 * result["last"]["score"],
         "metric": result["score_name"],
-        "adapter": result["parameters"]["adapter"],
-        "head": result["parameters"]["head"],
+        "adapter": 0 if untuned else sizes["adapter"],
+        "head": 0 if untuned else sizes["head"],
         "rank": next((g["rank"] for g in groups if "rank" in g), None),
         "rate": result.get("learning_rates", {}).get("adapter_lr"),
         "data": _data_of(config),
@@ -200,6 +210,13 @@ def frame(
     ),
     ignore_index=True,
   )
+
+
+def _method_of(result: Mapping[str, Any]) -> str:
+  """The method; `UNTUNED` where all that it would train has a rate of 0."""
+  sizes, rates = result["parameters"], result.get("learning_rates", {})
+  trained = [sizes[part] and rates.get(f"{part}_lr") != 0 for part in PARTS]
+  return result["method"] if any(trained) else UNTUNED
 
 
 def _own_settings(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,24 +256,34 @@ def _names(found: Sequence[Mapping[str, Any]]) -> list[str]:
   groups: dict[tuple[str, str], list[dict[str, str]]] = {}
   every = []
   for result in found:
-    method = result["method"]
     every.append(
       {key: _in_words(value) for key, value in _own_settings(result).items()}
     )
-    group = groups.setdefault((result["task"], method), [])
+    group = groups.setdefault((result["task"], _method_of(result)), [])
     if every[-1] not in group:
       group.append(every[-1])
   names = []
   for result, own in zip(found, every, strict=True):
-    group = groups[result["task"], result["method"]]
+    group = groups[result["task"], _method_of(result)]
     words = []
     for key in dict.fromkeys(key for other in group for key in other):
       value = own.get(key, "None")
       same = Counter(other.get(key, "None") for other in group)[value]
       if same <= len(group) / 2:
-        words.append(f"{key.rpartition('.')[-1]} {value}")
+        others = {other.get(key, "None") for other in group}
+        firsts = [_first_line(other) for other in others]
+        # all lines where the first one leaves values alike
+        alone = firsts.count(_first_line(value)) == 1
+        text = _first_line(value) if alone else " ".join(value.split())
+        words.append(f"{key.rpartition('.')[-1]} {text}")
     names.append(", ".join(words) or ("default" if len(group) > 1 else ""))
   return names
+
+
+def _first_line(value: str) -> str:
+  """Of a text of several lines, such as a prompt, the first one."""
+  first, _, rest = value.partition("\n")
+  return f"{first} …" if rest else first
 
 
 def _in_words(value: Any) -> str:
@@ -292,7 +319,7 @@ def history(runs: pd.DataFrame) -> pd.DataFrame:
   """One row per epoch of each run: score in percent, training loss."""
   rows = [
     {
-      **row[["task", "method", "condition", "seed"]].to_dict(),
+      **row[RUN].to_dict(),
       "epoch": epoch["epoch"],
       "step": epoch.get("step"),
       "score": 100 * epoch["score"],
@@ -304,11 +331,31 @@ def history(runs: pd.DataFrame) -> pd.DataFrame:
   return pd.DataFrame(rows)
 
 
+def steps(runs: pd.DataFrame) -> pd.DataFrame:
+  """One row per logged step: the training loss of its batch.
+
+  Empty where no run has its metrics.jsonl beside its result.
+  """
+  rows = []
+  for _, row in runs.iterrows():
+    file = row["folder"] and row["folder"] / "metrics.jsonl"
+    if not (file and file.exists()):
+      continue
+    for line in file.read_text("utf-8").splitlines():
+      try:
+        values = json.loads(line)
+      except ValueError:  # cut off when the run was killed
+        continue
+      if "epoch" not in values:  # an epoch's line has the loss on dev
+        rows.append({**row[RUN].to_dict(), **values})
+  return pd.DataFrame(rows)
+
+
 def norms(runs: pd.DataFrame) -> pd.DataFrame:
   """One row per trained leaf and run; empty where results have no norms."""
   rows = [
-    {**row[["task", "method", "condition", "seed"]].to_dict(), **vector}
-    for _, row in runs.iterrows()
+    {**row[RUN].to_dict(), **vector}
+    for _, row in runs[runs["method"] != UNTUNED].iterrows()
     for vector in row["result"].get("norms") or []
   ]
   return pd.DataFrame(rows)

@@ -13,7 +13,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from vera_jax.report.frame import Sweep, history, method_title, norms
+from vera_jax.report.frame import (
+  RUN,
+  Sweep,
+  history,
+  method_title,
+  norms,
+  steps,
+)
 from vera_jax.report.style import (
   BLACK,
   METHOD_COLORS,
@@ -27,7 +34,8 @@ from vera_jax.report.style import (
   save,
   task_title,
 )
-from vera_jax.report.summary import BY
+from vera_jax.report.summary import BY, summary
+from vera_jax.report.text_scores import text_scores
 from vera_jax.report.vector_plots import (
   norm_figure,
   spectrum_figure,
@@ -37,6 +45,7 @@ from vera_jax.report.vector_plots import (
 __all__ = [
   "curve_figure",
   "figures",
+  "loss_figure",
   "norm_figure",
   "rank_figure",
   "save",
@@ -52,6 +61,7 @@ PLACES = (
   *((-2, 0), (2, 0), (0, 2), (0, -2), (-2, 1), (-2, -1), (-3, 0), (3, 0)),
 )
 MOST = 7  # lines that one panel can tell apart
+POINTS = 50  # of a line
 
 
 def figures(sweep: Sweep, table: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
@@ -59,6 +69,13 @@ def figures(sweep: Sweep, table: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
   yield "scores", score_figure(table, sweep.runs, title=sweep.title)
   if history(sweep.runs)["epoch"].nunique() > 1:
     yield "curves", curve_figure(sweep.runs, table, title=sweep.title)
+  logged = steps(sweep.runs)
+  if not logged.empty and logged["step"].nunique() > 1:
+    yield "losses", loss_figure(logged, table, title=sweep.title)
+  if texts := text_scores(sweep):
+    of_texts = summary(texts)
+    title = f"{sweep.title}: test texts"
+    yield "texts", score_figure(of_texts, texts.runs, title=title, of="")
   if (table.groupby(["task", "method"])["rank"].nunique() > 1).any():
     yield "ranks", rank_figure(table, title=sweep.title)
   vectors = norms(sweep.runs)
@@ -67,18 +84,25 @@ def figures(sweep: Sweep, table: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
 
 
 def score_figure(
-  table: pd.DataFrame, runs: pd.DataFrame, *, title: str = ""
+  table: pd.DataFrame,
+  runs: pd.DataFrame,
+  *,
+  title: str = "",
+  of: str = " on dev, best epoch (%)",
 ) -> Figure:
   """Every seed, the median, the paper's number; collapsed runs are hollow.
+
+  A panel per task and metric.
 
   Args:
     table: a `summary`.
     runs: of the same sweep.
     title: of the figure.
+    of: what was scored, behind the metric's name.
   """
   pairs = table[["method", "condition"]].to_numpy()
   table = table.assign(name=[label(*pair) for pair in pairs])
-  tasks = list(table.groupby("task", sort=False))
+  tasks = list(table.groupby(["task", "metric"], sort=False))
   by_condition = runs.groupby(BY)
   with mpl.rc_context(STYLE):
     lines = [here["name"].str.count("\n").add(1).sum() for _, here in tasks]
@@ -92,7 +116,7 @@ def score_figure(
     )
     for ax in axes.flat[len(tasks) :]:
       ax.set_visible(False)
-    for ax, (task, here) in zip(axes.flat, tasks, strict=False):
+    for ax, ((task, metric), here) in zip(axes.flat, tasks, strict=False):
       for place, (_, row) in enumerate(here.iterrows()):
         color, marker = METHOD_COLORS.get(row["method"], OTHER)
         ax.plot([row["low"], row["high"]], [place] * 2, color=color, zorder=2)
@@ -115,8 +139,7 @@ def score_figure(
       ax.set_yticks(range(len(here)), here["name"])
       ax.set_ylim(len(here) - 0.4, -0.6)
       ax.grid(axis="y", visible=False)
-      metric = metric_title(here.iloc[0]["metric"])
-      ax.set(title=task_title(task), xlabel=f"{metric} on dev, best epoch (%)")
+      ax.set(title=task_title(task), xlabel=f"{metric_title(metric)}{of}")
 
     plain: Any = {"linestyle": "none", "color": BLACK}
     keys = [
@@ -161,6 +184,38 @@ def curve_figure(
       losses.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
     for ax in axes.flat:
       ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def loss_figure(
+  logged: pd.DataFrame, table: pd.DataFrame, *, title: str = ""
+) -> Figure:
+  """Training loss by step: median, with the seeds' range.
+
+  Of a long run the mean over neighbouring steps, in about `POINTS` points.
+  Where a task has more conditions than a panel can tell apart, the best ones.
+
+  Args:
+    logged: from `frame.steps`.
+    table: the `summary` of the same runs.
+    title: of the figure.
+  """
+  width = max(1, logged["step"].max() // POINTS)
+  ends = -(-logged["step"] // width) * width
+  by_run = logged.assign(step=ends).groupby([*RUN, "step"], as_index=False)
+  by_condition = by_run["loss"].mean().groupby(BY)
+  there = table[[tuple(key) in by_condition.groups for key in table[BY].values]]
+  tasks = list(there.groupby("task", sort=False))
+  with mpl.rc_context(STYLE):
+    figure, axes = grid(len(tasks), 1, width=6.0, height=3.2, title=title)
+    for ax, (task, here) in zip(axes.flat, tasks, strict=True):
+      best = here["score"].nlargest(MOST).index.sort_values()
+      for place, (_, row) in enumerate(here.loc[best].iterrows()):
+        seeds = by_condition.get_group(tuple(row[BY])).groupby("step")["loss"]
+        name = label(row["method"], row["condition"])
+        median_line(ax, seeds, place, label=name)
+      ax.set(title=task_title(str(task)), xlabel="step", ylabel="training loss")
+      ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
     return figure
 
 

@@ -49,6 +49,11 @@ METRIC = {
   "accuracy_f1": "mean of accuracy and F1",
   "matthews": "Matthews correlation",
   "pearson": "Pearson correlation",
+  "token_probability": "token probability",
+  "BLEU": "BLEU (%)",
+  "NIST_perl": "NIST by the Perl script's rule",
+  "METEOR": "METEOR (%)",
+  "ROUGE_L": "ROUGE-L (%)",
 }
 STYLE: Any = {
   "font.size": 9,

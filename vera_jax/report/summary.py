@@ -11,7 +11,7 @@ from scipy import stats
 from vera_jax.report.frame import Sweep
 from vera_jax.report.published import published
 
-BY = ["task", "method", "condition"]
+BY = ["task", "metric", "method", "condition"]
 
 
 def summary(sweep: Sweep, *, against: str = "lora") -> pd.DataFrame:
@@ -50,14 +50,14 @@ def summary(sweep: Sweep, *, against: str = "lora") -> pd.DataFrame:
     data.append(first["data"])
   table = pd.DataFrame(rows)
 
-  # Each condition against that one of its task, base and data of the method to
-  # compare with that has the best median.
+  # Each condition against that one of its task, metric, base and data of the
+  # method to compare with that has the best median.
   compared: list[dict[str, Any]] = []
   for i, row in enumerate(rows):
     same = np.array([data[i] == other for other in data])
-    others = table[
-      (table["task"] == row["task"]) & (table["method"] == against) & same
-    ]
+    for name in ("task", "metric"):
+      same &= table[name] == row[name]
+    others = table[(table["method"] == against) & same]
     if row["method"] == against or others.empty:
       compared.append({**paired({}, {}), "reference": ""})
     else:

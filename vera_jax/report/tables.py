@@ -7,6 +7,7 @@ from rich.table import Table
 
 from vera_jax.report.frame import Sweep, history
 from vera_jax.report.signatures import COLLAPSED
+from vera_jax.report.text_scores import text_notes, text_scores, text_tables
 
 SIGNS = "signs of failure"
 LEFT = ("task", "metric", "method", "condition", SIGNS)  # the rest are numbers
@@ -80,9 +81,16 @@ def markdown(cells: pd.DataFrame) -> str:
 
 def page(sweep: Sweep, table: pd.DataFrame) -> str:
   """The table and its notes in Markdown; `table` is the sweep's summary."""
-  below = [f"- {note}" for note in notes(sweep, table)]
-  text = markdown(columns(table, sweep.paper))
-  return "\n".join([text, *([""] if below else []), *below, ""])
+  parts = [markdown(columns(table, sweep.paper)), _list(notes(sweep, table))]
+  if texts := text_scores(sweep):
+    for title, cells in text_tables(texts).items():
+      parts += [f"**{title}**", markdown(cells)]
+    parts.append(_list(text_notes(texts)))
+  return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _list(sentences: list[str]) -> str:
+  return "\n".join(f"- {one}" for one in sentences)
 
 
 def for_terminal(cells: pd.DataFrame, title: str, *, width: int) -> Table:

@@ -4,6 +4,8 @@
   bank.add("grammar", "runs/b/adapter")
   bank.logits(["A fine film.", "Him go."], adapters=["films", "grammar"])
 
+Of a base that reads images, these are images (`image_predictor.Images`).
+
 A VeRA adapter is two vectors per layer beside a base and a pair A, B that all
 share, so a bank stacks thousands of them in little memory, and each batch
 gathers what its rows need (`multi_adapter.mixed_logits`). Other methods work by
@@ -37,6 +39,7 @@ from vera_jax.adapters.labels import join
 from vera_jax.adapters.methods import by_link, links_of, make_adapter
 from vera_jax.adapters.projections import digest
 from vera_jax.adapters.sites import prepared_leaves
+from vera_jax.data.packing import Batch
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import (
@@ -45,7 +48,13 @@ from vera_jax.models.classifier import (
   leaves_by_path,
   restore_adapter,
 )
+from vera_jax.models.family import IMAGES
 from vera_jax.models.kinds import KINDS, TAGS, WORDS, kind_of
+from vera_jax.serve.image_predictor import (
+  image_logits,
+  processor_of,
+  read_images,
+)
 from vera_jax.serve.predictor import (
   Answer,
   Logits,
@@ -138,7 +147,9 @@ class AdapterBank:
     }
     self.truncated = 0
     self._max_length = max_length
-    self._tokenizer = load_tokenizer(classifier.folder)
+    self._reads_images = classifier.family.reads == IMAGES
+    if not self._reads_images:
+      self._tokenizer = load_tokenizer(classifier.folder)
     self._run = jax.jit(partial(mixed_logits, **self.model))
     self._free = list(reversed(range(self.capacity)))
     self._slots: dict[str, int] = {}
@@ -199,7 +210,7 @@ class AdapterBank:
 
   def logits(
     self,
-    first: Sequence[str],
+    first: Sequence[Any],
     second: Sequence[str] | None = None,
     *,
     adapters: str | Sequence[str],
@@ -207,13 +218,15 @@ class AdapterBank:
     """The logits of every text, or pair of texts, in their order.
 
     Adapters share a batch if their training cut texts at the same length (or
-    the bank has a `max_length`); those of another length get one of their own.
+    the bank has a `max_length`), or resized images to the same size; the others
+    get one of their own.
 
     Args:
-      first, second: as for `Predictor.logits`.
+      first, second: as for `Predictor.logits`, or `ImagePredictor.logits`.
       adapters: a name for each text, or one for all.
     """
-    check_texts(first, second)
+    if not self._reads_images:
+      check_texts(first, second)
     names = [adapters] * len(first) if isinstance(adapters, str) else adapters
     slots = self.slots(names)
     if len(slots) != len(first):
@@ -222,9 +235,22 @@ class AdapterBank:
         f" {len(slots)} names."
       )
     limits = [self._limit(name) for name in names]
-    out = np.empty((len(first), self._plain.outputs), np.float32)
+    outputs = self._plain.outputs
+    out = np.empty((len(first), outputs), np.float32)
+
+    def run(batch: Batch) -> Array:
+      return self._run(self.params, self.frozen, batch)
+
     for limit in set(limits):
       mine = [i for i, own in enumerate(limits) if own == limit]
+      if self._reads_images:
+        processor = processor_of(self._plain, limit)
+        pixels = read_images([first[i] for i in mine], processor)
+        out[mine] = image_logits(
+          run, pixels, outputs=outputs, adapters=slots[mine]
+        )
+        continue
+      assert limit is not None  # of texts
       tokens = encode(
         self._plain,
         self._tokenizer,
@@ -234,16 +260,13 @@ class AdapterBank:
       )
       self.truncated += tokens.truncated
       out[mine] = packed_logits(
-        lambda batch: self._run(self.params, self.frozen, batch),
-        tokens,
-        outputs=self._plain.outputs,
-        adapters=slots[mine],
+        run, tokens, outputs=outputs, adapters=slots[mine]
       )
     return check_finite(out)
 
   def answers(
     self,
-    first: Sequence[str],
+    first: Sequence[Any],
     second: Sequence[str] | None = None,
     *,
     adapters: str | Sequence[str],
@@ -278,8 +301,11 @@ class AdapterBank:
       trained = {**trained, "projections": self.frozen.projections}
     save_adapter(folder, trained, about=about)
 
-  def _limit(self, name: str) -> int:
+  def _limit(self, name: str) -> int | None:
+    """The most tokens of a text, or the pixels of an image's side."""
     own = self._adapters[name]
+    if self._reads_images:
+      return own.about.get("image_size")
     length = own.max_length if self._max_length is None else self._max_length
     return min(length, own.room)
 

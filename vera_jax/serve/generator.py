@@ -6,21 +6,24 @@
   generator.texts(prompts, how=Sampling(temperature=0.7, top_p=0.9), seed=1)
   generator.texts(prompts, how=Beam(beams=4, no_repeat_ngram=3))
   for piece in generator.stream("Once upon a time"): print(piece, end="")
+  Generator(decoder, chat=True).texts(["What is the capital of France?"])
 
 The adapter is merged into the weights first, for then it costs nothing at each
 token; `keep_adapter=True` decodes with it beside them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.apply import Adapted
 from vera_jax.adapters.merge import merge
+from vera_jax.data.chat import message_ids
 from vera_jax.data.completions import Completions, prompt_ids
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
@@ -36,10 +39,11 @@ from vera_jax.generate.sampling import (
   GREEDY,
   Answers,
   Sampling,
+  are_numbers,
   compiled_next,
 )
 from vera_jax.models.classifier import Classifier
-from vera_jax.models.decoder import empty_cache
+from vera_jax.models.decoder import empty_cache, grow
 from vera_jax.models.kinds import WORDS
 
 STEP = 32  # prompts are padded to multiples of it: few shapes are compiled
@@ -51,7 +55,12 @@ class Generator:
   """A decoder with its tokenizer, compiled for a few shapes."""
 
   def __init__(
-    self, decoder: Classifier, *, keep_adapter: bool = False, rows: int = 16
+    self,
+    decoder: Classifier,
+    *,
+    keep_adapter: bool = False,
+    rows: int = 16,
+    chat: bool = False,
   ) -> None:
     """A generator of texts.
 
@@ -59,17 +68,21 @@ class Generator:
       decoder: from `restore_adapter`, or `load_classifier` of a whole folder.
       keep_adapter: decode with the adapter beside the weights, unmerged.
       rows: how many prompts are answered together.
+      chat: prompts are a user's messages, put into the chat template.
 
     Raises:
-      UserError: the model answers questions about texts, and writes none.
+      UserError: the model answers questions about texts, and writes none; or
+        as for `message_ids`.
     """
     if decoder.kind != WORDS:
       raise UserError(
         f"The model in {decoder.folder} is no decoder that writes texts; its"
         " answers to texts are given by python -m experiments.predict."
       )
-    self.decoder, self.rows = decoder, rows
+    self.rows, self.chat = rows, chat
     self.tokenizer = load_tokenizer(decoder.folder)
+    if chat:  # a template that fails is reported before any prompt is read
+      message_ids(self.tokenizer, "Hello.")
     self.module, self.variables = decoder.module, decoder.variables
     if isinstance(self.module, Adapted) and not keep_adapter:
       merged = merge(
@@ -79,6 +92,12 @@ class Generator:
         targets=decoder.targets,
       )
       self.module, self.variables = self.module.model, {"params": merged}
+    self.module, self.variables = _unrolled(self.module, self.variables)
+    # stacked weights are let go
+    empty: Any = {"projections": {}}
+    self.decoder = decoder._replace(
+      module=self.module, **(empty | self.variables)
+    )
     plain: Any = self.module
     plain = plain.model if isinstance(plain, Adapted) else plain
     self.dtype = plain.dtype
@@ -88,15 +107,19 @@ class Generator:
     """A prompt's tokens, as the decoder was trained on them.
 
     They begin with what the tokenizer puts before a text, and end with an
-    end-of-text token if that stood behind the prompts of training.
+    end-of-text token if that stood behind the prompts of training. A chat
+    template alone says what is around a message.
 
     Raises:
       UserError: there is none, they and the answer have no room, or the model
         lacks one of them.
     """
-    separate = self.decoder.about.get("separate") is True
-    how = Completions("left", separate)
-    [ids] = prompt_ids(self.tokenizer, [prompt], how=how)
+    if self.chat:
+      ids = message_ids(self.tokenizer, prompt)
+    else:
+      separate = self.decoder.about.get("separate") is True
+      how = Completions("left", separate)
+      [ids] = prompt_ids(self.tokenizer, [prompt], how=how)
     self.check(ids, max_new_tokens=max_new_tokens)
     return ids
 
@@ -157,6 +180,7 @@ class Generator:
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     eos: Sequence[int] | None = None,
+    progress: Callable[[int], None] | None = None,
   ) -> list[Ids]:
     """The tokens that follow each prompt's, with the end among them if any.
 
@@ -169,9 +193,11 @@ class Generator:
       numbers: of the prompts; None: from 0. Give them where prompts of one list
         come in parts.
       eos: the ids that end a text; None for those that the folder names.
+      progress: called with the number of prompts answered so far.
 
     Raises:
-      UserError: as for `check`, or settings that there are not.
+      UserError: as for `check`, settings that there are not, or a model whose
+        logits are no numbers.
     """
     how.check()
     for ids in prompts:
@@ -186,8 +212,6 @@ class Generator:
       count = min(self.rows, 1 << (len(batch) - 1).bit_length())
       filled = batch + batch[-1:] * (count - len(batch))
       tokens, lengths = self._padded([prompts[i] for i in filled])
-      # rounded down, for each value is compiled
-      shared = min(map(len, (prompts[i] for i in batch))) // 8 * 8
       found = compiled(
         self.module,
         self.decoder.config,
@@ -199,14 +223,17 @@ class Generator:
         eos=ends,
         max_new_tokens=max_new_tokens,
         pad=self.tokenizer.pad_token_id,
-        shared=shared if isinstance(how, Beam) else 0,
         dtype=self.dtype,
       )
+      for i, fine in zip(batch, np.asarray(found.finite), strict=False):
+        self._check_numbers(fine, f"Prompt {own[i] + 1}: ")
       new, count_new = np.asarray(found.ids), np.asarray(found.lengths)
       if not isinstance(found, Answers):  # the best of each prompt's texts
         new, count_new = new[:, 0], count_new[:, 0]
       for i, row, length in zip(batch, new, count_new, strict=False):
         answers[i] = row[:length].tolist()
+      if progress is not None:
+        progress(start + len(batch))
     return answers
 
   def stream(
@@ -222,7 +249,7 @@ class Generator:
     That of a beam search is known only at its end, and comes as one piece.
 
     Raises:
-      UserError: as for `encode`.
+      UserError: as for `encode` and `ids`.
     """
     how.check()
     if not isinstance(how, Sampling):
@@ -232,14 +259,15 @@ class Generator:
     ids, lengths = self._padded([tokens])
     keys = _keys(seed, [0])
     history = append(ids, lengths, jnp.zeros((1, max_new_tokens), jnp.int32))
-    length = ids.shape[1] + max_new_tokens
-    cache = empty_cache(self.decoder.config, 1, length, self.dtype)
+    cache = empty_cache(self.decoder.config, 1, ids.shape[1], self.dtype)
     logits, cache = compiled_prefill(
       self.module, self.variables, cache, ids, lengths
     )
+    cache = grow(cache, max_new_tokens)
     answer: Ids = []
     shown = ""
     while True:
+      self._check_numbers(are_numbers(logits)[0])
       token = compiled_next(
         logits,
         keys,
@@ -269,6 +297,16 @@ class Generator:
       kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
 
+  def _check_numbers(self, fine: Any, prompt: str = "") -> None:
+    if not fine:
+      raise UserError(
+        f"{prompt}The next word can't be chosen, for its logits are not finite"
+        " numbers. Either a weight of the model or its adapter is not: see"
+        " whether the loss of its training was finite to the end. Or computing"
+        f" in {jnp.dtype(self.dtype).name} overflows: load the model"
+        " in float32."
+      )
+
   def _padded(
     self, prompts: Sequence[Sequence[int]]
   ) -> tuple[jax.Array, jax.Array]:
@@ -278,6 +316,30 @@ class Generator:
     for row, ids in zip(padded, prompts, strict=True):
       row[: len(ids)] = ids
     return jnp.asarray(padded, jnp.int32), jnp.asarray(lengths)
+
+
+def _unrolled(module: Any, variables: Any) -> tuple[Any, dict[str, Any]]:
+  """The model with its layers looped, which makes each token quicker.
+
+  A loop over stacked layers copies a layer's weights and its part of the cache
+  at every token.
+  """
+  adapted = isinstance(module, Adapted)
+  plain = module.model if adapted else module
+  if not plain.scan:
+    return module, variables
+  plain = plain.clone(scan=False)
+  leaves = {}
+  for path, leaf in flatten_dict(variables).items():
+    if "layer" not in path:
+      leaves[path] = leaf
+      continue
+    place = path.index("layer")
+    for number, one in enumerate(jnp.unstack(leaf)):
+      name = f"layer_{number}"
+      leaves[*path[:place], name, *path[place + 1 :]] = one
+  module = module.clone(model=plain) if adapted else plain
+  return module, unflatten_dict(leaves)
 
 
 def _keys(seed: int, numbers: Sequence[int]) -> jax.Array:

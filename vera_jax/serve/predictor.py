@@ -23,6 +23,7 @@ from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import Tokens, tokenise
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
+from vera_jax.models.family import TEXTS
 from vera_jax.models.kinds import CLASSES, SEVERAL, TAGS, WORDS
 from vera_jax.tasks.task import Task, task_named
 
@@ -68,6 +69,11 @@ class Predictor:
       raise UserError(
         f"The model in {classifier.folder} writes texts; a Predictor answers"
         " questions about them. Use python -m experiments.generate."
+      )
+    if classifier.family.reads != TEXTS:
+      raise UserError(
+        f"The model in {classifier.folder} reads {classifier.family.reads}. Use"
+        " an ImagePredictor."
       )
     self.classifier = classifier
     self.tokenizer = load_tokenizer(classifier.folder)

@@ -73,7 +73,7 @@ def flops(config: ConfigDict) -> float:
     groups = by_link(config.method, settings).values()
     rank = sum(group.get("rank", 0) for group in groups)
     per_token += 4 * rank * 2 * width * adapted
-  tokens = min(size.tokens, config.data.max_length)
+  tokens = min(size.tokens, config.data.max_length or size.tokens)
   epoch = size.train * per_token + size.dev * 2 * weights
   return float(config.optim.epochs * tokens * epoch)
 

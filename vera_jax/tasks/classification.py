@@ -1,4 +1,4 @@
-"""Whole texts: classes, several labels or a number, and choice between texts.
+"""Whole texts, or images: classes, several labels or a number, and choices.
 
 Each example has one row of logits. A text that is classified has them from the
 head's outputs. An example that asks between choices is one text per choice,
@@ -19,6 +19,7 @@ from jaxtyping import Float, Float32, Num
 from ml_collections import ConfigDict
 
 from vera_jax.data.examples import Examples, subset
+from vera_jax.data.image_batches import ImageData
 from vera_jax.data.layout import choose_eval_layout, choose_layout, limit_rows
 from vera_jax.data.loader import PackedData
 from vera_jax.data.packing import ProcessShard
@@ -29,6 +30,7 @@ from vera_jax.tasks.task import Evaluation, Form, Size, Task
 
 Logits = Float32[np.ndarray, "examples labels"]
 MeasureBatch = Callable[[Mapping[str, Any]], Any]
+Data = PackedData | ImageData
 
 
 def classification(
@@ -37,7 +39,8 @@ def classification(
   labels: tuple[str, ...],
   choices: tuple[str, ...] = (),
   metrics: tuple[str, ...],
-  read_split: Callable[[str, str], Examples],
+  read_split: Callable[[str, str], Examples] | None = None,
+  load: Callable[..., Any] | None = None,
   dev_splits: tuple[str, ...],
   test_splits: tuple[str, ...] = (),
   write_answers: Callable[..., Any] | None = None,
@@ -47,7 +50,7 @@ def classification(
   size: Size | None = None,
   kind: str | None = None,
 ) -> Task:
-  """A task over labelled texts.
+  """A task over labelled texts, or whatever `load` loads.
 
   Args:
     name: the task's.
@@ -55,7 +58,9 @@ def classification(
     choices: the names of an example's choices, where it asks between texts
       (`Examples.choices` of them); there are no labels then.
     metrics: names that `metrics.score` knows; the first is the score.
-    read_split: (config.data.source, split) -> its examples.
+    read_split: (config.data.source, split) -> its examples, where these are
+      texts.
+    load: as `Task.load`, in place of tokenising these.
     dev_splits: scored, the first one for the score that counts.
     test_splits: answered where config.predict_test asks for it.
     write_answers: (folder, split, predictions, index) -> a file.
@@ -67,7 +72,7 @@ def classification(
   """
   kind = kind or (CLASSES if labels or choices else NUMBER)
 
-  def load(
+  def load_texts(
     config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
   ) -> PackedData:
     """Read, cut to size, tokenise; choose the shapes to pack into."""
@@ -78,6 +83,7 @@ def classification(
     cache = cache.expanduser()
     tokenizer = FolderTokenizer(folder, cache)
     tokens = {}
+    assert read_split is not None
     for split in splits:
       examples = read_split(config.data.source, split)
       if split == "train":
@@ -106,7 +112,7 @@ def classification(
       shard=shard,
     )
 
-  def evaluate(measure_batch: MeasureBatch, data: PackedData) -> Evaluation:
+  def evaluate(measure_batch: MeasureBatch, data: Data) -> Evaluation:
     """The metrics of every dev split. A second one (MNLI's mismatched) has its
     name behind the metric's."""
     scores: dict[str, float] = {}
@@ -116,7 +122,7 @@ def classification(
       if not np.isfinite(logits).all():
         return Evaluation({}, finite=False)
       answers[split] = predictions(logits, kind)
-      known = data.tokens[split].labels
+      known = data.labels(split)
       assert known is not None  # a dev split without labels is refused
       tail = "" if split == dev_splits[0] else f"/{split}"
       values = score(metrics, answers[split], known)
@@ -147,7 +153,7 @@ def classification(
     kind=kind,
     choices=choices,
     score_name=metrics[0],
-    load=load,
+    load=load or load_texts,
     loss=lambda outputs, batch: loss(example_logits(outputs, batch), batch),
     measure=example_logits,
     evaluate=evaluate,
@@ -192,9 +198,7 @@ def loss(
   return jnp.sum(jnp.where(weights > 0, losses, 0)), jnp.sum(weights)
 
 
-def split_logits(
-  measure_batch: MeasureBatch, data: PackedData, split: str
-) -> Logits:
+def split_logits(measure_batch: MeasureBatch, data: Data, split: str) -> Logits:
   """The logits of every example, in the split's order."""
   place = data.eval_placement(split)
   # read after the last batch is sent, so that the device never waits

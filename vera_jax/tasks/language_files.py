@@ -37,11 +37,6 @@ def task_for(config: ConfigDict) -> Task | None:
     raise UserError("config.predict_test is for benchmarks, not for texts.")
   data, optim = config.data, config.optim
   completions = Completions(data.cut, data.separate).checked()
-  if not 0 <= optim.label_smoothing < 1:
-    raise UserError(
-      f"config.optim.label_smoothing is {optim.label_smoothing}; it is a share"
-      " of the loss, from 0 to below 1."
-    )
   if not data.train:
     raise UserError(
       "Name the texts: config.data.train=FILE (and config.data.dev=FILE), each"

@@ -19,15 +19,12 @@ from ml_collections import ConfigDict
 
 from vera_jax.data.completions import Completions
 from vera_jax.data.examples import Examples, subset
-from vera_jax.data.layout import (
-  choose_eval_layout,
-  choose_layout,
-  limit_rows,
-  with_reads,
-)
+from vera_jax.data.layout import choose_eval_layout, with_reads
 from vera_jax.data.loader import PackedData
+from vera_jax.data.long_rows import choose_long_rows
 from vera_jax.data.packing import ProcessShard
 from vera_jax.data.tokens import FolderTokenizer, tokenise
+from vera_jax.errors import UserError
 from vera_jax.models.decoder import Words
 from vera_jax.models.kinds import KINDS, WORDS
 from vera_jax.tasks.cross_entropy import cross_entropy, score_words
@@ -62,7 +59,15 @@ def language_modelling(
     smoothing: of the labels in training, see `cross_entropy`.
     title: as a reader knows the task.
     size: of the data, if it is known.
+
+  Raises:
+    UserError: another smoothing than a share.
   """
+  if not 0 <= smoothing < 1:
+    raise UserError(
+      f"config.optim.label_smoothing is {smoothing}; it is a share of the loss,"
+      " from 0 to below 1."
+    )
 
   def load(
     config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
@@ -85,17 +90,10 @@ def language_modelling(
         completions=completions,
       )
     train, batch_size = tokens["train"], config.optim.batch_size
-    layout = choose_layout(
-      train.lengths,
-      batch_size=batch_size,
-      epochs=config.optim.epochs,
-      shards=shards,
-    )
-    if config.optim.pass_rows is not None:
-      layout = limit_rows(layout, config.optim.pass_rows, shards=shards)
+    assert train.reads is not None  # words are learned
     eval_layouts = {}
     for split, own in tokens.items():
-      assert own.reads is not None  # words are learned
+      assert own.reads is not None
       eval_layouts[split] = with_reads(
         choose_eval_layout(
           own.lengths, batch_size=config.eval_batch_size, shards=shards
@@ -103,11 +101,15 @@ def language_modelling(
         own.lengths,
         own.reads,
       )
-    assert train.reads is not None
     return PackedData(
       tokens=tokens,
-      train_layout=with_reads(
-        layout, train.lengths, train.reads, batch_size=batch_size
+      train_layout=choose_long_rows(
+        train.lengths,
+        train.reads,
+        batch_size=batch_size,
+        epochs=config.optim.epochs,
+        shards=shards,
+        pass_rows=config.optim.pass_rows,
       ),
       eval_layouts=eval_layouts,
       batch_size=batch_size,

@@ -56,8 +56,9 @@ class Task(NamedTuple):
       texts, each of which the model scores; () where an example is one text.
     score_name: of the score that counts.
     load: (config, base's folder, shards, process shard) -> the data, as
-      `data.loader.PackedData` has it: batches from any position, and what is
-      said of the data in a run's first lines and in its result.
+      `data.loader.PackedData` and `data.image_batches.ImageData` have it:
+      batches from any position, and what is said of the data in a run's first
+      lines and in its result.
     loss: (outputs, batch) -> (sum, count) over what the batch has to learn, so
       that microbatches and shards weigh every example, or token, alike.
     measure: (outputs, batch) -> the arrays that `evaluate` needs of a batch.
@@ -66,6 +67,10 @@ class Task(NamedTuple):
     write_answers: (measure_batch, data, folder) -> a function that writes the
       answers to the test splits into the folder. All processes compute them,
       the first one writes. None where the task has no such files.
+    write_texts: (trained decoder, the run's folder) -> JSON values for the
+      result's "test", once training has ended; the first process alone does
+      it. None where no texts are written.
+    selects: whether a run's result is its best epoch's, or else the last one's.
     columns: names that the text columns of input files may have.
     form: (an example's texts, by column) -> what the model reads for it, one
       text or pair per choice; a ValueError says what is wrong with the texts.
@@ -88,6 +93,8 @@ class Task(NamedTuple):
   evaluate: Callable[..., Evaluation]
   choices: tuple[str, ...] = ()
   write_answers: Callable[..., Callable[[], None]] | None = None
+  write_texts: Callable[[Any, Path], dict[str, Any]] | None = None
+  selects: bool = True
   columns: tuple[tuple[str, ...], ...] = ()
   form: Form | None = None
   title: str = ""
@@ -109,7 +116,7 @@ class Task(NamedTuple):
 
 # The modules that make tasks. Each has `NAMES` of them and `task_for(config)`,
 # which gives None where config.task is not one of them.
-TASKS = ("glue", "superglue", "text_files", "language_files")
+TASKS = ("glue", "superglue", "text_files", "language_files", "e2e", "images")
 
 
 def task_for(config: ConfigDict) -> Task:

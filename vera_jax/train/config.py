@@ -25,15 +25,21 @@ AT_LEAST_ONE = (
   "optim.pass_rows",
   "optim.patience",
   "eval_batch_size",
+  "eval_epochs",
   "log.every",
   "data.max_length",
   "data.max_train_examples",
+  "data.max_eval_examples",
+  "data.shots",
+  "data.dev_shots",
+  "data.image_size",
 )
 NOT_NEGATIVE = (
   "optim.adapter_lr",
   "optim.head_lr",
   "optim.weight_decay",
   "data.subset_seed",
+  "data.shift",
 )
 SEEDS = 2**32  # of jax.random.key; it would take a higher one for a lower
 
@@ -62,7 +68,7 @@ def check_settings(config: ConfigDict) -> None:
     wrong.append(f"config.{name} is {values[name]}; {allowed}.")
 
   for name in AT_LEAST_ONE:
-    if values[name] is not None and values[name] < 1:
+    if values.get(name) is not None and values[name] < 1:
       refuse(name, "at least 1 is needed")
   for name in (
     *NOT_NEGATIVE,
@@ -71,6 +77,9 @@ def check_settings(config: ConfigDict) -> None:
     value = values.get(name)
     if value is not None and not 0 <= value < math.inf:
       refuse(name, "it must be a finite number, 0 or above")
+  epochs, between = values["optim.epochs"], values.get("eval_epochs") or 1
+  if epochs is not None and epochs % between:
+    refuse("eval_epochs", f"a divisor of the {epochs} epochs is needed")
   clip = values["optim.grad_clip"]
   if clip is not None and not 0 < clip < math.inf:
     refuse("optim.grad_clip", "a norm above 0 is needed; unset clips nothing")

@@ -112,7 +112,12 @@ class ProgressBar:
   """
 
   def __init__(
-    self, *, steps: int, step: int = 0, primary: bool = True
+    self,
+    *,
+    steps: int,
+    step: int = 0,
+    primary: bool = True,
+    doing: str = "training",
   ) -> None:
     self.console = Console(stderr=True, quiet=not primary, highlight=False)
     self._progress = Progress(
@@ -125,7 +130,7 @@ class ProgressBar:
       disable=not self.console.is_terminal,
     )
     self._task = self._progress.add_task(
-      "training", total=steps, completed=step, note=""
+      doing, total=steps, completed=step, note=""
     )
     self._score = ""
 
@@ -140,9 +145,9 @@ class ProgressBar:
     """A line above the bar."""
     self.console.print(text, markup=False, soft_wrap=True)
 
-  def advance(self, step: int, *, loss: float) -> None:
+  def advance(self, step: int, *, loss: float | None = None) -> None:
     """Move the bar to a step."""
-    note = f"loss {loss:.4f} {self._score}"
+    note = "" if loss is None else f"loss {loss:.4f} {self._score}"
     self._progress.update(self._task, completed=step, note=note)
 
   def show_score(self, text: str) -> None:

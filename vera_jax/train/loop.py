@@ -76,7 +76,7 @@ def train(run: Any, setup: Setup, began: float) -> None:
 
   def compile_for(batch: Any) -> Any:
     """Compile for a microbatch's shape, in another thread, if need be."""
-    shape = batch["labels"].shape
+    shape = tuple(array.shape for array in batch.values())
     setup.background.compile(
       shape, lambda: step_program.lower(setup.frozen, batch, key)
     )
@@ -122,7 +122,7 @@ def train(run: Any, setup: Setup, began: float) -> None:
         seconds = time.monotonic() - began
         bar.log(f"first step done {seconds:.1f} s after the start")
 
-      ends_epoch = done % setup.data.epoch_steps == 0
+      ends_epoch = done % setup.steps_between_evaluations == 0
       if not (ends_epoch or stop.answer(asked) or run.has_ended):
         continue
       read()

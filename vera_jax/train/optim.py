@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from vera_jax.adapters.labels import ADAPTER, FROZEN, HEAD
 from vera_jax.adapters.methods import groups_of
 
+EPS = 1e-8  # optax's own
 Number = float | Float[Array, ""]  # traced: each run of an ensemble has its own
 
 
@@ -37,6 +38,7 @@ def optimiser(
   warmup_ratio: float = 0.06,
   weight_decay: Number = 0.0,
   grad_clip: float | None = None,
+  eps: float = EPS,
 ) -> optax.GradientTransformation:
   """One transformation by label; a frozen leaf has no slot and no update.
 
@@ -47,7 +49,7 @@ def optimiser(
 
   def adamw(peak: Number) -> optax.GradientTransformation:
     rate = schedule(peak, steps=steps, warmup_ratio=warmup_ratio)
-    return optax.adamw(rate, weight_decay=weight_decay)
+    return optax.adamw(rate, eps=eps, weight_decay=weight_decay)
 
   by_label = optax.partition(
     {

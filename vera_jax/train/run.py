@@ -117,11 +117,14 @@ class Run:
   def has_ended(self) -> bool:
     """Whether it has trained all its epochs, or those its patience allows."""
     history, optim = self.history, self.config.optim
-    if len(history) == optim.epochs:
-      return True
-    if not history or optim.patience is None:
+    if not history:
       return False
-    waited = len(history) - best_epoch(history)["epoch"]
+    last = history[-1]["epoch"]
+    if last == optim.epochs:
+      return True
+    if optim.patience is None:
+      return False
+    waited = last - best_epoch(history)["epoch"]
     return waited >= optim.patience
 
   @contextmanager
@@ -244,7 +247,9 @@ class Run:
     epoch = {
       "epoch": step // data.epoch_steps,
       "step": step,
-      "train_loss": self.progress["loss_sum"] / data.epoch_steps,
+      "train_loss": (
+        self.progress["loss_sum"] / self.setup.steps_between_evaluations
+      ),
       "score": evaluation.scores[task.score_name],
       "metrics": evaluation.scores,
       "collapsed": evaluation.collapsed,
@@ -280,7 +285,7 @@ class Run:
     )
     if epoch["collapsed"]:
       line += ", collapsed to one class"
-    if self.has_ended and len(self.history) < epochs:
+    if self.has_ended and epoch["epoch"] < epochs:
       line += ", stopped early"
     return [line]
 
@@ -305,12 +310,14 @@ class Run:
     return reason
 
   def finish(self, setup: Setup) -> dict[str, Any]:
-    """Answers, adapter and result of a run that has ended, from its best epoch.
+    """Answers, texts, adapter and result of a run that has ended.
+
+    They are of its best epoch, or of the last one where the task selects none.
 
     Returns:
       The contents of result.json.
     """
-    best = best_epoch(self.history)
+    best = best_epoch(self.history) if setup.task.selects else self.history[-1]
     params = self.saves.restore(best["step"], setup.shape)[0].params
     everywhere = NamedSharding(setup.mesh, REPLICATED)
     params = jax.jit(lambda p: p, out_shardings=everywhere)(params)
@@ -325,16 +332,21 @@ class Run:
 
       on_first(write_all)
     if self.result is None:
-      on_first(partial(self._write_result, setup, params, best))
+      # by all processes, since each may hold a part of the base
+      trained = setup.trained(params) if setup.task.write_texts else None
+      on_first(partial(self._write_result, setup, params, best, trained))
       self.result = results.read(self.folder)
     assert self.result is not None
     return self.result
 
   def _write_result(
-    self, setup: Setup, params: Any, best: dict[str, Any]
+    self, setup: Setup, params: Any, best: dict[str, Any], trained: Any
   ) -> None:
-    """The adapter and then, since it marks a run as done, the result."""
+    """Texts, adapter and then, since it marks a run as done, the result."""
     config, task = self.config, setup.task
+    test = {}
+    if task.write_texts is not None:
+      test = {"test": task.write_texts(trained, self.folder)}
     of_both = {
       "task": task.name,
       "method": config.method,
@@ -367,7 +379,8 @@ class Run:
       **of_both,
       "best": best,
       "last": self.history[-1],
-      "stopped_early": len(self.history) < config.optim.epochs,
+      **test,
+      "stopped_early": self.history[-1]["epoch"] < config.optim.epochs,
       "parameters": parameters,
       "learning_rates": learning_rates(config),
       "norms": as_json(adapter_norms(tensors(params))),

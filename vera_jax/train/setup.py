@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
@@ -15,13 +16,13 @@ from ml_collections import ConfigDict
 
 from vera_jax.adapters.labels import join
 from vera_jax.adapters.methods import make_adapter, settings_in
-from vera_jax.data.loader import PackedData
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
+from vera_jax.models.classifier import Classifier
 from vera_jax.models.family import read_fields
 from vera_jax.models.pretrained import Blueprint, Model, blueprint, load_model
 from vera_jax.tasks.task import Batch, Task, task_for
-from vera_jax.train.optim import optimiser, rates_of
+from vera_jax.train.optim import EPS, optimiser, rates_of
 from vera_jax.train.runtime import Background, compiler_options
 from vera_jax.train.sharding import (
   BATCH,
@@ -49,6 +50,7 @@ class Setup(NamedTuple):
 
   Attributes:
     base: the base's folder.
+    data: what `Task.load` gave: a `PackedData` of texts, or an `ImageData`.
     optimiser: makes the transformation from `optim.rates_of`.
     shape: of a run's `State`, with places.
     evaluate: the compiled model: (params, frozen, batch) -> what the task
@@ -59,7 +61,7 @@ class Setup(NamedTuple):
   base: Path
   mesh: Mesh
   task: Task
-  data: PackedData
+  data: Any
   model: Model
   frozen: Frozen
   optimiser: Callable[..., optax.GradientTransformation]
@@ -70,6 +72,11 @@ class Setup(NamedTuple):
   @property
   def steps(self) -> int:
     return self.data.epoch_steps * self.config.optim.epochs
+
+  @property
+  def steps_between_evaluations(self) -> int:
+    """Those of an epoch, or of as many as the config says."""
+    return self.data.epoch_steps * self.config.get("eval_epochs", 1)
 
   @property
   def rows(self) -> NamedSharding:
@@ -113,6 +120,32 @@ class Setup(NamedTuple):
       params, self.frozen, self.put_batch(batch)
     )
 
+  def trained(self, params: Any) -> Classifier:
+    """The model with trained leaves, on this process's first device.
+
+    Every process calls it: sharded leaves are gathered.
+    """
+    plan = self.model.blueprint
+    tree = join(params, self.frozen.params), self.frozen.projections
+    everywhere = NamedSharding(self.mesh, REPLICATED)
+    whole = jax.jit(lambda x: x, out_shardings=everywhere)(tree)
+    leaves, projections = jax.tree.map(
+      lambda x: jnp.asarray(np.asarray(x)), whole
+    )
+    return Classifier(
+      plan.module,
+      leaves,
+      projections,
+      plan.family,
+      plan.config,
+      self.base,
+      self.task.labels,
+      self.task.kind,
+      dict(self.task.stored),
+      plan.adapter,
+      plan.targets,
+    )
+
   def compile_evaluation(self) -> None:
     """In the background, while the first steps run."""
     batch = self.put_sample(self.data.eval_sample())
@@ -148,21 +181,12 @@ def build_setup(config: ConfigDict) -> Setup:
   data = task.load_data(
     config, base, shards=batch_shards(mesh), shard=process_shard(rows)
   )
-  layout = data.train_layout
-  middle = layout.rows[len(layout.rows) // 2]  # of its microbatches' row counts
-  sizes = middle // batch_shards(mesh), layout.length, data.reads_per_row
-  plan = build_blueprint(config, read_fields(base), task, sizes=sizes)
-  room = plan.family.room(plan.config)
-  if data.longest > room:
-    raise UserError(
-      f"The longest text has {data.longest} tokens, but the model has positions"
-      f" for {room}: set config.data.max_length={room} or lower."
-    )
-  if data.highest_id >= plan.config.vocab_size:  # look-ups would never fail
-    raise UserError(
-      f"The tokenizer gave the id {data.highest_id}, but the model's vocabulary"
-      f" ends before {plan.config.vocab_size}: the two don't belong together."
-    )
+  rows_together, *others = data.sizes
+  sizes = (rows_together // batch_shards(mesh), *others)
+  plan = build_blueprint(
+    config, read_fields(base), task, sizes=sizes, longest=data.longest
+  )
+  data.check(plan.family, plan.config)
   model = load_model(plan, base, mesh=mesh, seed=config.seed)
   if not model.counts.adapter + model.counts.head:
     raise UserError(
@@ -175,6 +199,7 @@ def build_setup(config: ConfigDict) -> Setup:
     steps=data.epoch_steps * config.optim.epochs,
     warmup_ratio=config.optim.warmup_ratio,
     grad_clip=config.optim.grad_clip,
+    eps=config.optim.get("eps", EPS),
   )
 
   def measured(params: Any, frozen: Frozen, batch: Batch) -> Any:
@@ -257,9 +282,9 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
     shown = ", ".join(
       f"{name} in {n}" for name, n in Counter(plans.values()).most_common()
     )
-    rows = setup.data.train_layout.rows
+    rows, length, _ = setup.data.sizes
     yield (
-      f"contraction at {rows[len(rows) // 2]} rows: {shown} of {len(plans)}"
+      f"contraction at {rows} × {length}: {shown} of {len(plans)}"
       " adapted products"
     )
   yield from setup.model.notes

@@ -1,0 +1,141 @@
+"""Images are prepared as the checkpoint says, and unreadable ones are named."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.pictures import PREPROCESSOR, picture
+from vera_jax.data import images
+from vera_jax.data.image_files import open_folder
+from vera_jax.data.images import Processor, prepare_images, read_processor
+from vera_jax.errors import UserError
+
+PLAIN = Processor(0, 8, 8, 2, 1 / 255, (0.5,) * 3, (0.5,) * 3)
+CROPPED = {  # as DINOv2's checkpoints have it
+  "crop_size": {"height": 8, "width": 8},
+  "do_center_crop": True,
+  "do_convert_rgb": True,
+  "image_mean": [0.485, 0.456, 0.406],
+  "image_std": [0.229, 0.224, 0.225],
+  "resample": 3,
+  "size": {"shortest_edge": 10},
+}
+
+
+def processor(folder, fields, **options):
+  (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+  return read_processor(folder, **options)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+  "name, fields",
+  [("vit.image_processing_pil_vit.ViT", PREPROCESSOR),
+   ("bit.image_processing_pil_bit.Bit", CROPPED)],
+)  # fmt: skip
+def test_pixels_are_those_of_transformers(name, fields, tmp_path):
+  """On tall, wide and large pictures; bytes to the last one, then floats."""
+  pytest.importorskip("torch")
+  import importlib
+
+  module, _, kind = f"transformers.models.{name}".rpartition(".")
+  peer = getattr(importlib.import_module(module), f"{kind}ImageProcessorPil")
+  ours = processor(tmp_path, fields)
+  rng = np.random.default_rng(0)
+  for shape in ((10, 12), (31, 17), (12, 40)):
+    given = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
+    want = peer(**fields)(given, return_tensors="np")["pixel_values"][0]
+    found = ours.normalise(ours.prepare(given))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, want.transpose(1, 2, 0), atol=1e-5)
+
+
+def test_a_size_of_ones_own_keeps_the_share_that_is_cut_off(tmp_path):
+  made = processor(tmp_path, CROPPED, size=16)
+  assert (made.edge, made.height, made.width) == (20, 16, 16)
+  made = processor(tmp_path, PREPROCESSOR, size=16)
+  assert (made.edge, made.height, made.width) == (0, 16, 16)
+  old = processor(tmp_path, {**PREPROCESSOR, "size": 24})  # before size was two
+  assert (old.height, old.width, old.scale) == (24, 24, 1 / 255)
+  assert old.mean == (0.5,) * 3
+
+
+def test_turned_grey_and_transparent_pictures():
+  given = picture((200, 50, 40), 0)
+  turned = Image.Exif()
+  turned[0x0112] = 6  # the camera was held sideways
+  import io
+
+  file = io.BytesIO()
+  given.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=turned)
+  want = PLAIN.prepare(given)
+  np.testing.assert_array_equal(PLAIN.prepare(file.getvalue()), want)
+  for mode in ("L", "P", "RGBA", "1"):
+    assert PLAIN.prepare(given.convert(mode)).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"do_resize": False}, "do_resize is false"),
+    ({"size": {"shortest_edge": 10}}, "sizes of their own"),
+    ({"size": {"longest_edge": 10}}, "'height'"),
+    ({"image_mean": None}, "image_mean|NoneType"),
+    ({"resample": 77}, "77 is not a valid Resampling"),
+    ({**CROPPED, "size": {"shortest_edge": 4}}, "4 pixels have no room"),
+  ],
+)
+def test_a_preparation_that_is_not_known_here(fields, message, tmp_path):
+  with pytest.raises(UserError, match=message):
+    processor(tmp_path, {**PREPROCESSOR, **fields})
+  (tmp_path / "preprocessor_config.json").unlink()
+  with pytest.raises(UserError, match="says how images are prepared"):
+    read_processor(tmp_path)
+
+
+def test_unreadable_files_are_named_and_left_out(tmp_path, monkeypatch):
+  """And what is cached is what was decoded, until a file changes."""
+  for i in range(6):
+    (tmp_path / "data/one").mkdir(parents=True, exist_ok=True)
+    picture((9 * i, 0, 0), i).save(tmp_path / f"data/one/{i}.png")
+  cut = tmp_path / "data/one/2.png"
+  cut.write_bytes(cut.read_bytes()[:60])
+  (tmp_path / "data/one/4.png").write_text("no picture")
+  files = open_folder(tmp_path / "data").splits["train"]
+  numbers = np.array([1, 2, 3, 4, 5])
+  cache = tmp_path / "cache"
+  made = prepare_images(files, numbers, PLAIN, cache)
+  assert len(made) == len(made.names) == len(made.pixels) == 3
+  assert [name[-5:] for name in made.names] == ["1.png", "3.png", "5.png"]
+  assert [x.split("one/")[1][:5] for x in made.unreadable] == ["2.png", "4.png"]
+  for pixels, name in zip(made.pixels, made.names, strict=True):
+    np.testing.assert_array_equal(pixels, PLAIN.prepare(Image.open(name)))
+  assert len(list(cache.iterdir())) == 2
+
+  def decoded_again(*args):
+    raise AssertionError
+
+  with monkeypatch.context() as patch:
+    patch.setattr(images, "_decode", decoded_again)
+    again = prepare_images(files, numbers, PLAIN, cache)
+    assert again.unreadable == made.unreadable
+    np.testing.assert_array_equal(again.pixels, made.pixels)
+  larger = prepare_images(files, numbers, PLAIN._replace(height=9), cache)
+  assert larger.pixels.shape == (3, 9, 8, 3)
+  picture((0, 0, 99), 7).save(cut)
+  mended = prepare_images(files, numbers, PLAIN, cache)
+  assert len(mended) == 4 and mended.fingerprint != made.fingerprint
+  (cache / f"{made.fingerprint}.npy").write_bytes(b"half a fi")
+  (tmp_path / "data/one/2.png").write_text("nor this")
+  with pytest.raises(UserError, match="None of the 2 images can be read"):
+    prepare_images(files, np.array([2, 4]), PLAIN, cache)
+
+
+def test_without_a_place_for_the_cache_all_is_in_memory(tiny_images, tmp_path):
+  files = open_folder(tiny_images).splits["train"]
+  (tmp_path / "file").write_text("")
+  made = prepare_images(files, np.arange(4), PLAIN, tmp_path / "file/cache")
+  kept = prepare_images(files, np.arange(4), PLAIN, tmp_path / "cache")
+  np.testing.assert_array_equal(made.pixels, kept.pixels)

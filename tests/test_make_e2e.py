@@ -1,0 +1,38 @@
+"""The generated rows are what their script says."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments.make_e2e import INPUTS, TEXTS, make_splits
+from vera_jax.tasks.e2e_files import read_split
+
+COMMITTED = Path(__file__).resolve().parents[1] / "experiments/e2e_rows"
+
+
+@pytest.fixture(scope="module")
+def splits():
+  return make_splits(seed=0)
+
+
+@pytest.mark.parametrize("split", INPUTS)
+def test_the_committed_rows_are_what_seed_0_gives(split, splits):
+  rows = read_split(COMMITTED, split)
+  assert list(zip(*rows, strict=True)) == splits[split]
+  groups = rows.grouped()
+  assert len(groups) == INPUTS[split]
+  assert {len(texts) for texts in groups.values()} == {TEXTS}
+
+
+def test_no_input_is_in_two_splits(splits):
+  inputs = [set(row[0] for row in rows) for rows in splits.values()]
+  assert len(set.union(*inputs)) == sum(map(len, inputs))
+
+
+def test_a_text_has_the_name_and_the_neighbour(splits):
+  for rows in splits.values():
+    for one, text in rows:
+      facts = dict(fact.split(" : ") for fact in one.split(" | "))
+      assert facts["name"] in text and facts["Type"] in text
+      assert "  " not in text and text.endswith(" .")
+      assert facts.get("area", "") in text

@@ -1,0 +1,328 @@
+"""Where labelled images lie: class folders, Parquet files, a hub's data set.
+
+Only names and labels are read at first; the files themselves when a run knows
+which of them it uses.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from vera_jax.data.tables import class_names
+from vera_jax.errors import UserError
+
+SUFFIXES = (
+  ".bmp",
+  ".gif",
+  ".jpeg",
+  ".jpg",
+  ".png",
+  ".ppm",
+  ".tif",
+  ".tiff",
+  ".webp",
+)
+# What splits are called: the first name that is there is taken.
+SPLITS = {
+  "train": ("train", "training"),
+  "test": ("test", "testing", "validation", "valid", "val", "dev"),
+}
+LABELS = ("label", "labels", "fine_label", "class")
+Encoded = bytes | Path
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+  """The images of one split, not read yet.
+
+  Attributes:
+    labels: the class of each.
+    names: of each, for messages.
+    read: (ascending numbers) -> what is to be decoded, in their order.
+  """
+
+  labels: Int32[np.ndarray, " images"]
+  names: list[str]
+  read: Callable[[np.ndarray], Iterator[Encoded]]
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+
+class Source(NamedTuple):
+  """A data set: the names of its classes, by id, and its splits.
+
+  `splits` has "train", and "test" where there is one.
+  """
+
+  classes: tuple[str, ...]
+  splits: dict[str, ImageFiles]
+
+
+def open_folder(folder: Path, *, label: str | None = None) -> Source:
+  """Class folders, or Parquet files as `datasets` writes them.
+
+  Class folders hold the images of one class each. They may lie in a folder for
+  each split (train/cat/1.jpg); without one, all images are for training.
+
+  Args:
+    folder: of either.
+    label: the column in Parquet files; None: found by its name.
+
+  Raises:
+    UserError: the folder holds neither.
+  """
+  tables = sorted(folder.rglob("*.parquet"))
+  if tables:
+    by_split: dict[str, list[Path]] = {}
+    for table in tables:
+      # train-00000-of-00002.parquet, or train/0000.parquet
+      word = re.split(r"[-.]", table.name)[0]
+      word = table.parent.name if word.isdigit() else word
+      by_split.setdefault(word, []).append(table)
+    return _source(
+      str(folder), by_split, lambda files: _from_parquet(files, label)
+    )
+  folders = {path.name: path for path in folder.iterdir() if path.is_dir()}
+  # a class may be called train: only the two together are splits
+  if all(set(names) & set(folders) for names in SPLITS.values()):
+    chosen = _splits(folders)
+  else:
+    chosen = {"train": folder}
+  classes = tuple(
+    sorted(
+      path.name
+      for path in chosen["train"].iterdir()
+      if path.is_dir() and not path.name.startswith(".")
+    )
+  )
+  if not classes:
+    raise UserError(
+      f"{folder} holds no images: config.data.source takes a folder with one"
+      " folder per class, or with .parquet files, or a hub id."
+    )
+  splits = {
+    name: _from_folders(place, classes) for name, place in chosen.items()
+  }
+  for name, split in splits.items():
+    if not len(split):
+      raise UserError(
+        f"{chosen[name]} holds no images in its class folders: files that end"
+        f" in {', '.join(SUFFIXES)} are."
+      )
+  return Source(classes, splits)
+
+
+def open_dataset(name: str, data: Any, *, label: str | None = None) -> Source:
+  """A data set as `datasets` gives it: by split, with rows and features."""
+  from datasets import Image
+
+  def split_of(rows: Any) -> tuple[ImageFiles, tuple[str, ...]]:
+    features = rows.features.to_dict()
+    image, target, classes = _columns(name, features, label)
+    plain = rows.cast_column(image, Image(decode=False))
+
+    def read(numbers: np.ndarray) -> Iterator[Encoded]:
+      for number in numbers.tolist():
+        yield _encoded(plain[number][image])
+
+    labels = np.array(rows[target], np.int32)
+    numbered = [f"{name}, row {i}" for i in range(len(rows))]
+    return ImageFiles(labels, numbered, read), classes
+
+  return _source(name, data, split_of)
+
+
+def _splits(found: Mapping[str, Any]) -> dict[str, Any]:
+  """By our names of splits, those that are there."""
+  return {
+    split: found[word]
+    for split, words in SPLITS.items()
+    for word in [w for w in words if w in found][:1]
+  }
+
+
+def _source(
+  name: str,
+  found: Mapping[str, Any],
+  split_of: Callable[[Any], tuple[ImageFiles, tuple[str, ...]]],
+) -> Source:
+  """A data set whose splits name their classes themselves."""
+  chosen = _splits(found)
+  if "train" not in chosen:
+    raise UserError(
+      f"{name} has no split named train; it has {', '.join(found)}."
+    )
+  made = {split: split_of(value) for split, value in chosen.items()}
+  classes = made["train"][1]
+  for split, (files, own) in made.items():
+    wrong = (files.labels < 0) | (files.labels >= len(classes))
+    if own != classes or wrong.any() or not len(files):
+      raise UserError(
+        f"{name}: the images of {split} are not labelled by the"
+        f" {len(classes)} classes of the training images, or there are none"
+        " (-1 marks an image without a label)."
+      )
+  return Source(classes, {split: files for split, (files, _) in made.items()})
+
+
+def _from_folders(folder: Path, classes: tuple[str, ...]) -> ImageFiles:
+  beyond = {
+    path.name
+    for path in folder.iterdir()
+    if path.is_dir() and not path.name.startswith(".")
+  } - set(classes)
+  if beyond:
+    raise UserError(
+      f"{folder} has a folder {min(beyond)!r}, but no class of the training"
+      " images is called so."
+    )
+  paths: list[Path] = []
+  labels: list[int] = []
+  for number, name in enumerate(classes):
+    own = image_files(folder / name) if (folder / name).is_dir() else []
+    paths += own
+    labels += [number] * len(own)
+
+  def read(numbers: np.ndarray) -> Iterator[Encoded]:
+    return (paths[number] for number in numbers.tolist())
+
+  return ImageFiles(np.array(labels, np.int32), [*map(str, paths)], read)
+
+
+def image_files(folder: Path) -> list[Path]:
+  """The image files of a folder and of those in it, by their names' endings."""
+  return sorted(
+    path
+    for path in folder.rglob("*")
+    if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+  )
+
+
+def _from_parquet(
+  files: list[Path], label: str | None
+) -> tuple[ImageFiles, tuple[str, ...]]:
+  import pyarrow
+  from pyarrow import parquet
+
+  labels: list[int] = []
+  names: list[str] = []
+  groups: list[tuple[Path, int, int]] = []  # file, row group, its rows
+  classes: tuple[str, ...] = ()
+  image = ""
+  try:
+    for path in files:
+      with parquet.ParquetFile(path) as file:
+        stored = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+        features = json.loads(stored).get("info", {}).get("features") or {}
+        for column in file.schema_arrow:
+          features.setdefault(column.name, {})
+        image, target, own = _columns(str(path), features, label)
+        if classes and own != classes:
+          raise UserError(f"{path} has other classes than {files[0]}.")
+        classes = own
+        own_labels = file.read(columns=[target]).column(0).to_pylist()
+        labels += [-1 if x is None else x for x in own_labels]
+        names += [f"{path}, row {i + 1}" for i in range(len(own_labels))]
+        groups += [
+          (path, i, file.metadata.row_group(i).num_rows)
+          for i in range(file.num_row_groups)
+        ]
+  except (pyarrow.ArrowException, OSError) as error:
+    raise UserError(f"{path} can't be read as Parquet: {error}") from error
+
+  def read(numbers: np.ndarray) -> Iterator[Encoded]:
+    first = 0
+    for path, group, rows in groups:
+      here = numbers[(numbers >= first) & (numbers < first + rows)] - first
+      first += rows
+      if len(here):
+        with parquet.ParquetFile(path) as file:
+          column = file.read_row_group(group, columns=[image]).column(image)
+          for value in column.take(here).to_pylist():
+            yield _encoded(value)
+
+  return ImageFiles(np.array(labels, np.int32), names, read), classes
+
+
+def _encoded(value: Any) -> Encoded:
+  """An image as `datasets` keeps it: its bytes, or the path of its file."""
+  if isinstance(value, Mapping):
+    value = value.get("bytes") or Path(value.get("path") or "")
+  return value if isinstance(value, bytes | Path) else b""
+
+
+def _columns(
+  name: str, features: Mapping[str, Any], label: str | None
+) -> tuple[str, str, tuple[str, ...]]:
+  """The columns of image and label, and the names of the classes.
+
+  Raises:
+    UserError: it isn't clear which columns these are, or classes have no names.
+  """
+  images = [
+    column
+    for column, feature in features.items()
+    if isinstance(feature, Mapping) and feature.get("_type") == "Image"
+  ]
+  images = images or [x for x in ("image", "img") if x in features]
+  labels = [label] if label else [x for x in LABELS if x in features]
+  there = f"its columns are {', '.join(features)}"
+  if len(images) != 1 or len(labels) != 1 or labels[0] not in features:
+    raise UserError(
+      f"{name}: one column of images and one of labels are needed"
+      f" (config.data.label names it); {there}."
+    )
+  classes = class_names(dict(features)).get(labels[0])
+  if not classes:
+    raise UserError(
+      f"{name}: the column {labels[0]!r} has no names of classes, which"
+      f" `datasets` keeps for a ClassLabel; {there}."
+    )
+  return images[0], labels[0], tuple(classes)
+
+
+def choose_shots(
+  labels: Int32[np.ndarray, " images"],
+  *,
+  shots: int | None,
+  dev_shots: int | None,
+  seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Ascending numbers of the images to train on, and of those to score.
+
+  For each class its images are shuffled by the seed, the same way whatever the
+  numbers: the first ones are trained on and the next ones are scored, so that
+  no image is both, and more shots keep the fewer ones.
+
+  Args:
+    labels: of the training images.
+    shots: images per class to train on; None: all that are not scored.
+    dev_shots: images per class to score; None: all that are not trained on.
+    seed: of the shuffle.
+
+  Raises:
+    UserError: a class has too few images.
+  """
+  rng = np.random.default_rng(seed)
+  order = rng.permutation(len(labels))
+  chosen: list[np.ndarray] = []
+  scored: list[np.ndarray] = []
+  for number in np.unique(labels):
+    own = order[labels[order] == number]
+    first = shots if shots is not None else len(own) - (dev_shots or 0)
+    last = first + dev_shots if dev_shots is not None else len(own)
+    if not 0 < first or last > len(own):
+      raise UserError(
+        f"A class has only {len(own)} training images, but"
+        f" config.data.shots={shots} and config.data.dev_shots={dev_shots}."
+      )
+    chosen.append(own[:first])
+    scored.append(own[first:last])
+  return np.sort(np.concatenate(chosen)), np.sort(np.concatenate(scored))

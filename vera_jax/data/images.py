@@ -1,0 +1,276 @@
+"""Images to arrays: decoded, resized and cached; and their batches.
+
+How an image is prepared is what the checkpoint's preprocessor_config.json
+says. Prepared images are kept as bytes in one file, whose name is a hash of
+everything that decides its content; batches normalise them.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL
+from jaxtyping import Float32, Int32, UInt8
+from PIL import Image, ImageOps
+
+from vera_jax.data.image_files import Encoded, ImageFiles
+from vera_jax.errors import UserError
+from vera_jax.files import read_json
+
+log = logging.getLogger(__name__)
+
+CONFIG = "preprocessor_config.json"
+VERSION = 1  # of the cached form
+CHUNK = 1024  # encoded images that are in memory at once
+SHOWN = 3  # unreadable images that a message names
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+Pixels = UInt8[np.ndarray, "height width 3"]
+
+
+class Processor(NamedTuple):
+  """How an image becomes an array.
+
+  Attributes:
+    edge: to how many pixels the shorter side is resized before the middle is
+      cut out; 0: the image is resized to height and width as they are.
+    height, width: of what comes out.
+    resample: Pillow's number of the filter.
+    scale, mean, std: a value x becomes (x * scale - mean) / std, by colour.
+  """
+
+  edge: int
+  height: int
+  width: int
+  resample: int
+  scale: float
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+  def prepare(self, encoded: Encoded | Image.Image) -> Pixels:
+    """Decode and resize.
+
+    Raises:
+      one of `UNREADABLE`.
+    """
+    if isinstance(encoded, bytes | Path):
+      # a path is read whole, so that no file stays open
+      file = io.BytesIO(_content(encoded))
+      with Image.open(file) as opened:
+        return self.prepare(opened)
+    image = ImageOps.exif_transpose(encoded).convert("RGB")
+    size, filter = (self.width, self.height), Image.Resampling(self.resample)
+    if not self.edge:
+      return np.asarray(image.resize(size, filter))
+    short = min(image.size)
+    wide, tall = (self.edge * side // short for side in image.size)
+    left, top = (wide - self.width) // 2, (tall - self.height) // 2
+    box = left, top, left + self.width, top + self.height
+    return np.asarray(image.resize((wide, tall), filter).crop(box))
+
+  def normalise(
+    self, pixels: UInt8[np.ndarray, "*rows height width 3"]
+  ) -> Float32[np.ndarray, "*rows height width 3"]:
+    std = np.array(self.std, np.float32)
+    factor = np.float32(self.scale) / std
+    return pixels * factor - np.array(self.mean, np.float32) / std
+
+
+def read_processor(folder: Path, *, size: int | None = None) -> Processor:
+  """By a checkpoint's preprocessor_config.json.
+
+  Args:
+    folder: the checkpoint's.
+    size: pixels of each side in place of the file's; what is resized before
+      the middle is cut out keeps its share.
+
+  Raises:
+    UserError: there is no such file, or it says what isn't known here.
+  """
+  file = folder / CONFIG
+  hint = f"{CONFIG} says how images are prepared; copy it from the checkpoint."
+  fields = read_json(file, hint=hint)
+
+  def given(name: str, default: Any) -> Any:
+    value = fields.get(name)
+    return default if value is None else value
+
+  def sides(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+      return value, value
+    return int(value["height"]), int(value["width"])
+
+  try:
+    if not given("do_resize", True):
+      raise ValueError("do_resize is false")
+    target = given("size", 224)
+    edge = 0
+    if isinstance(target, Mapping) and "shortest_edge" in target:
+      edge = int(target["shortest_edge"])
+      if not given("do_center_crop", False):
+        raise ValueError("images would keep sizes of their own")
+      target = fields["crop_size"]
+    elif given("do_center_crop", False):
+      if sides(fields["crop_size"]) != sides(target):
+        raise ValueError("size and crop_size differ")
+    height, width = sides(target)
+    if size is not None:
+      if height != width:
+        raise ValueError("its images are not square")
+      edge, height, width = round(edge * size / height), size, size
+    if edge and edge < max(height, width) or min(height, width) < 1:
+      raise ValueError(f"{edge} pixels have no room for {height} x {width}")
+    plain = not given("do_normalize", True)
+    return Processor(
+      edge=edge,
+      height=height,
+      width=width,
+      resample=int(Image.Resampling(given("resample", 2))),
+      scale=float(given("rescale_factor", 1 / 255))
+      if given("do_rescale", True)
+      else 1.0,
+      mean=(0.0,) * 3 if plain else tuple(map(float, fields["image_mean"])),
+      std=(1.0,) * 3 if plain else tuple(map(float, fields["image_std"])),
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(f"{file} can't be followed here: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Prepared:
+  """The prepared images of a split.
+
+  Attributes:
+    pixels: of all.
+    labels: the class of each.
+    names: of each.
+    unreadable: names of the files that are left out, with the reason.
+    fingerprint: sha256 over the files, their labels and the preparation.
+  """
+
+  pixels: UInt8[np.ndarray, "images height width 3"]
+  labels: Int32[np.ndarray, " images"]
+  names: list[str]
+  unreadable: list[str]
+  fingerprint: str
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+
+def prepare_images(
+  files: ImageFiles,
+  numbers: np.ndarray,
+  processor: Processor,
+  cache: Path,
+) -> Prepared:
+  """Decode and resize some of a split's images, or take them from the cache.
+
+  Args:
+    files: of the split.
+    numbers: which ones, ascending.
+    processor: how.
+    cache: the folder of prepared images. If it can't be written, all happens
+      in memory.
+
+  Raises:
+    UserError: not one of them can be read.
+  """
+  labels = files.labels[numbers]
+  sha = hashlib.sha256(f"vera_jax images {VERSION} {PIL.__version__}".encode())
+  sha.update(json.dumps(processor[:4]).encode() + labels.tobytes())
+  for encoded in files.read(numbers):
+    try:
+      sha.update(hashlib.sha256(_content(encoded)).digest())
+    except OSError as error:  # the file is named when it is decoded
+      sha.update(str(error).encode())
+  fingerprint = sha.hexdigest()
+  stored, lines = cache / f"{fingerprint}.npy", cache / f"{fingerprint}.json"
+  shape = (len(numbers), processor.height, processor.width, 3)
+  try:
+    pixels = np.load(stored, mmap_mode="r", allow_pickle=False)
+    reasons = {int(i): why for i, why in read_json(lines).items()}
+    if pixels.shape != shape or pixels.dtype != np.uint8:
+      raise ValueError
+  except (OSError, ValueError, UserError):
+    try:
+      cache.mkdir(parents=True, exist_ok=True)
+      # both files by renaming, so that no process reads a half one
+      with tempfile.TemporaryDirectory(dir=cache) as place:
+        new = Path(place) / "new.npy", Path(place) / "new.json"
+        pixels = np.lib.format.open_memmap(
+          new[0], mode="w+", dtype=np.uint8, shape=shape
+        )
+        reasons = _decode(files, numbers, processor, pixels)
+        pixels.flush()
+        new[1].write_text(json.dumps(reasons))
+        new[1].replace(lines)
+        new[0].replace(stored)
+    except OSError as error:
+      log.warning("%s isn't cached: %s.", stored, error.strerror)
+      pixels = np.empty(shape, np.uint8)
+      reasons = _decode(files, numbers, processor, pixels)
+  good = np.array([i not in reasons for i in range(len(numbers))], bool)
+  if not good.any():
+    raise UserError(
+      f"None of the {len(numbers)} images can be read, the first one is"
+      f" {files.names[numbers[0]]}: {reasons[0]}."
+    )
+  names = [files.names[number] for number in numbers.tolist()]
+  return Prepared(
+    pixels[: good.sum()],  # unreadable ones are not in between
+    labels[good],
+    [name for name, is_good in zip(names, good, strict=True) if is_good],
+    [f"{names[i]} ({why})" for i, why in reasons.items()],
+    fingerprint,
+  )
+
+
+def decode_all(
+  images: Iterable[Any], processor: Processor
+) -> Iterator[Pixels | Exception]:
+  """Each image prepared, or the reason why it can't be, on all cores."""
+
+  def one(encoded: Any) -> Pixels | Exception:
+    try:
+      return processor.prepare(encoded)
+    except UNREADABLE as error:
+      return error
+
+  # Pillow works without Python's lock, so threads are enough.
+  with ThreadPoolExecutor(os.cpu_count()) as workers:
+    chunk: list[Any] = []
+    for encoded in images:
+      chunk.append(encoded)
+      if len(chunk) == CHUNK:
+        yield from workers.map(one, chunk)
+        chunk = []
+    yield from workers.map(one, chunk)
+
+
+def _decode(
+  files: ImageFiles,
+  numbers: np.ndarray,
+  processor: Processor,
+  pixels: UInt8[np.ndarray, "images height width 3"],
+) -> dict[int, str]:
+  """Fills `pixels` from the front; returns why images are left out."""
+  reasons: dict[int, str] = {}
+  for number, made in enumerate(decode_all(files.read(numbers), processor)):
+    if isinstance(made, Exception):
+      reasons[number] = " ".join(str(made).split()) or type(made).__name__
+    else:
+      pixels[number - len(reasons)] = made
+  return reasons
+
+
+def _content(encoded: Encoded) -> bytes:
+  return encoded if isinstance(encoded, bytes) else encoded.read_bytes()

@@ -1,0 +1,111 @@
+"""Chooses the lengths of long rows, in which a batch's texts lie end to end.
+
+A decoder's attention costs what the texts need, however long the row
+(`models/bands.py`). So each shard of a batch is one row, with padding only at
+its end, and XLA compiles a program for each length that rows are cut to: the
+more there are, the less is padded and the longer the compiling.
+"""
+
+import numpy as np
+from jaxtyping import Int64
+
+from vera_jax.data.layout import rows_per_shard
+from vera_jax.data.packing import Layout, fullest_rows, spread
+
+_MULTIPLE = 32  # lengths are multiples of it: the blocks of `bands.py`
+_READS = 8  # and room for learned tokens is a multiple of that
+_SAMPLE = 256  # batches that are looked at
+_FEW = 0.1  # of a length's batches learn more than it has room for
+# Tokens that a decoder trains on while a shape compiles: SmolLM2-135M with
+# stacked layers on two cores, two seconds of 280 tokens.
+_COMPILE = 600
+
+
+def choose_long_rows(
+  lengths: Int64[np.ndarray, " examples"],
+  reads: Int64[np.ndarray, " examples"],
+  *,
+  batch_size: int,
+  epochs: int = 1,
+  shards: int = 1,
+  pass_rows: int | None = None,
+  seed: int = 0,
+) -> Layout:
+  """Chooses the lengths of a microbatch's rows for random batches.
+
+  Of all sets of lengths the one wins with which the whole run processes the
+  fewest tokens, compiling included (as many as are trained on meanwhile).
+
+  Args:
+    lengths: tokens of every example.
+    reads: learned ones of each.
+    batch_size: examples in a batch.
+    epochs: how often the run sees the examples.
+    shards: rows of a microbatch: devices along "data".
+    pass_rows: a microbatch has at most as many tokens as so many rows of the
+      longest example each; None: a microbatch may hold any batch.
+
+  Raises:
+    UserError: there are fewer `pass_rows` than shards of the batch.
+  """
+  batch_size = min(batch_size, len(lengths))
+  steps = max(1, epochs * len(lengths) // batch_size)
+  most = batch_size
+  if pass_rows is not None:
+    most = min(most, rows_per_shard(pass_rows, shards))
+  longest = _round_up(int(lengths.max()), _MULTIPLE)
+  whole = Layout((shards,), most * longest, batch_size, most * longest)
+  rng = np.random.default_rng(seed)
+  needs = []
+  for _ in range(_SAMPLE):
+    some = rng.permutation(len(lengths))[:batch_size]
+    own = lengths[some], reads[some]
+    place = spread(own[0], whole, reads=own[1])
+    needs += fullest_rows(*own, place, rows=shards)
+  needs.append((longest, 0))  # any example fits
+  tokens, learned = np.array(needs).T
+  tokens = _round_up(tokens, _MULTIPLE)
+  chosen = _choose_lengths(tokens, compiling=_COMPILE / steps)
+  sizes, room = [], int(reads.max())
+  for length in chosen:
+    own = learned[tokens <= length]
+    most = np.quantile(own, 1 - _FEW) if length < chosen[-1] else own.max()
+    room = max(room, _round_up(int(np.ceil(most)), _READS))
+    sizes.append((length, min(room, length)))
+  return Layout((shards,), *sizes[-1][:1], batch_size, room, tuple(sizes))
+
+
+def _round_up(count, multiple: int):
+  return -(-count // multiple) * multiple
+
+
+def _choose_lengths(needed: np.ndarray, *, compiling: float) -> list[int]:
+  """The lengths that cost least, in tokens of a microbatch, ascending.
+
+  Shortest paths: `best[i]` is the least cost of the microbatches that need at
+  most the i-th length, if that is one of those chosen.
+
+  Args:
+    needed: of each microbatch of a sample.
+    compiling: what a length costs.
+  """
+  values, times = np.unique(needed, return_counts=True)
+  share = np.cumsum(times / len(needed))
+  best: list[float] = []
+  before: list[int] = []
+  for i, length in enumerate(values.tolist()):
+    starts = [-1, *range(i)]
+    costs = [
+      (best[j] if j >= 0 else 0.0)
+      + length * (share[i] - (share[j] if j >= 0 else 0.0))
+      + compiling
+      for j in starts
+    ]
+    least = int(np.argmin(costs))
+    best.append(costs[least])
+    before.append(starts[least])
+  chosen, i = [], len(values) - 1
+  while i >= 0:
+    chosen.append(int(values[i]))
+    i = before[i]
+  return chosen[::-1]

@@ -1,0 +1,108 @@
+"""Scores of the texts that runs wrote for their test inputs, where they did.
+
+A result has them by name in `test.scores`. With a row per run and metric they
+are a sweep again, of which `summary` and the figures say what they say of any.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+from vera_jax.report.frame import Sweep
+from vera_jax.report.summary import summary
+
+PERCENT = ("BLEU", "METEOR", "ROUGE_L")  # shares, which papers print so
+CONDITION = ["task", "method", "condition"]
+
+
+def text_scores(sweep: Sweep) -> Sweep | None:
+  """The sweep with a row per run and test metric; None where none is there.
+
+  Its runs' `score` and `last` are the metric's value, in percent for those of
+  `PERCENT`; no such row shows a sign of failure.
+  """
+  rows = []
+  for _, run in sweep.runs.iterrows():
+    for name, value in run["result"].get("test", {}).get("scores", {}).items():
+      score = 100 * value if name in PERCENT else value
+      own = {"metric": name, "score": score, "last": score}
+      rows.append(run.to_dict() | own | {"collapsed": False, "signatures": []})
+  return sweep._replace(runs=pd.DataFrame(rows)) if rows else None
+
+
+def text_tables(texts: Sweep) -> dict[str, pd.DataFrame]:
+  """Scores, and differences from LoRA where there are some, by their titles.
+
+  Args:
+    texts: from `text_scores`.
+
+  Returns:
+    Cells of text with a row per condition and a column per metric.
+  """
+  table = summary(texts)
+
+  def score(row: Any) -> str:
+    text = _number(row.score, row.metric)
+    if row.seeds == 1:
+      return text
+    low, high = (_number(x, row.metric) for x in (row.low, row.high))
+    return f"{text} ({low} to {high})"
+
+  def difference(row: Any) -> str:
+    if pd.isna(row.difference):
+      return ""
+    text = _number(row.difference, row.metric, "+")
+    if pd.notna(row.ci_low):
+      ends = (row.ci_low, row.ci_high)
+      low, high = (_number(x, row.metric, "+") for x in ends)
+      text += f" ({low} to {high})"
+    if pd.notna(row.p_holm):
+      p = "< 0.001" if row.p_holm < 0.001 else f"= {row.p_holm:.3f}"
+      text += f", p {p}"
+    return text
+
+  scores = _by_metric(table, score)
+  sizes = table.drop_duplicates(CONDITION)
+  scores.insert(3, "adapter parameters", [f"{n:,}" for n in sizes["adapter"]])
+  scores["seeds"] = [str(n) for n in sizes["seeds"]]
+  differences = _by_metric(table, difference)
+  compared = (differences.drop(columns=CONDITION) != "").any(axis=1)
+  tables = {
+    "Test texts": scores,
+    "Test texts, difference from LoRA (95 % interval)": differences[compared],
+  }
+  return {title: some for title, some in tables.items() if len(some)}
+
+
+def text_notes(texts: Sweep) -> list[str]:
+  """What stands below these tables, one sentence each."""
+  found = [result["test"] for result in texts.runs["result"]]
+  inputs = " or ".join(str(n) for n in sorted({x["inputs"] for x in found}))
+  missing = {x["missing"] for x in found} - {""}
+  lines = [
+    f"Texts for {inputs} test inputs, by the model that the run ended with: the"
+    " median over the seeds, with the lowest and the highest. BLEU, METEOR and"
+    " ROUGE_L are in percent."
+  ]
+  if (texts.runs["method"] == "lora").any():
+    lines.append(
+      "Differences are made as those of the scores above; p is adjusted for the"
+      " number of comparisons of all metrics together."
+    )
+  return lines + sorted(missing)
+
+
+def _by_metric(table: pd.DataFrame, cell: Callable[[Any], str]) -> pd.DataFrame:
+  """A row per condition, and a column of cells for each metric."""
+  rows = [
+    dict(zip(CONDITION, key, strict=True))
+    | {row.metric: cell(row) for row in some.itertuples()}
+    for key, some in table.groupby(CONDITION, sort=False)
+  ]
+  cells = pd.DataFrame(rows).fillna("")
+  return cells.assign(condition=cells["condition"].str.replace("|", r"\|"))
+
+
+def _number(value: float, metric: str, sign: str = "") -> str:
+  return f"{value:{sign}.{1 if metric in PERCENT else 2}f}"

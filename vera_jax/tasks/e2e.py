@@ -1,0 +1,204 @@
+"""E2E: sentences about restaurants from their facts (the paper's Table 3).
+
+The protocol is that of microsoft/LoRA's examples/NLG, which the paper follows.
+An end-of-text token stands between input and text, and the text alone is
+learned. The model of the last epoch, whatever its loss, answers each input of
+the test split once, by beam search; these texts are scored against all that
+people wrote for the input.
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vera_jax.data.completions import Completions
+from vera_jax.data.examples import Examples
+from vera_jax.errors import UserError
+from vera_jax.generate.beam import Beam
+from vera_jax.models.classifier import Classifier
+from vera_jax.serve.generator import Generator
+from vera_jax.tasks.e2e_files import Rows, read_split, write_for_scoring
+from vera_jax.tasks.e2e_metrics import check_installed, score_texts
+from vera_jax.tasks.language_modelling import language_modelling
+from vera_jax.tasks.task import Size, Task
+from vera_jax.train.logging import ProgressBar
+
+NAMES = ("e2e",)
+TEXTS = "test"  # the folder beside result.json for what was written
+TOKENS = 53  # mean of a training row in GPT-2's tokens
+INPUT = "{}"  # where config.data.prompt has the input
+PARAGRAPH = "\n\n"  # ends a text too: one token of GPT-2's
+
+
+def task_for(config: ConfigDict) -> Task | None:
+  """E2E with its data; None where config.task has another name.
+
+  Raises:
+    UserError: the data can't be read; the message names file and line.
+  """
+  if config.task not in NAMES:
+    return None
+  if not config.get("data", {}).get("source"):
+    raise UserError(
+      "Name E2E's data: config.data.source=FOLDER, with train.txt, valid.txt"
+      " and test.txt in microsoft/LoRA's form."
+    )
+  data = config.data
+  most = data.max_eval_examples
+  if most is not None and most < 1:
+    raise UserError(f"config.data.max_eval_examples is {most}; 1 is the least.")
+  train = read_split(data.source, "train")
+  if data.held_out is None:
+    valid = read_split(data.source, "valid")
+    where = "valid.txt"
+  else:
+    train, valid = hold_out(train, data.held_out, seed=data.subset_seed)
+    where = (
+      f"the first texts of {data.held_out} inputs of train.txt, none of which"
+      " is trained on"
+    )
+  chosen = _drawn(len(valid.texts), most, seed=data.subset_seed)
+  splits = {"train": train, "valid": valid.take(chosen)}
+  if data.prompt.count(INPUT) != 1:
+    raise UserError(
+      f"config.data.prompt is {data.prompt!r}; it needs one {INPUT}, where the"
+      " input goes."
+    )
+  notes, write = [f"valid: {len(chosen)} rows of {where}"], None
+  if data.test:
+    check_installed()
+    groups = list(read_split(data.source, "test").grouped().items())
+    numbers = _drawn(len(groups), most, seed=data.subset_seed)
+    notes.append(f"test: {len(numbers)} of {len(groups)} inputs, at the end")
+    write = partial(
+      write_texts,
+      groups=dict(groups[i] for i in numbers),
+      prompt=data.prompt,
+      settings=config.generate.to_dict(),
+    )
+  task = language_modelling(
+    "e2e",
+    read_split=lambda source, split: _examples(splits[split], data.prompt),
+    dev_splits=("valid",),
+    completions=Completions("right", data.separate),
+    smoothing=config.optim.label_smoothing,
+    title="E2E",
+    size=Size(len(train.texts), len(chosen), TOKENS),
+  )
+  return task._replace(
+    selects=False,
+    write_texts=write,
+    notes=tuple(notes),
+    stored={**task.stored, "prompt": data.prompt, "separate": data.separate},
+  )
+
+
+def hold_out(rows: Rows, inputs: int, *, seed: int) -> tuple[Rows, Rows]:
+  """(the rest, the first text of each of some inputs).
+
+  Args:
+    rows: of the training split.
+    inputs: how many are kept apart, drawn by `seed`, with all their rows.
+    seed: as said.
+
+  Raises:
+    UserError: there are not so many, or nothing would be left to train on.
+  """
+  groups = rows.grouped()
+  if not 0 < inputs < len(groups):
+    raise UserError(
+      f"config.data.held_out is {inputs}; of the {len(groups)} inputs of"
+      " train.txt, 1 or more are to be kept apart and 1 or more to be trained"
+      " on."
+    )
+  names = list(groups)
+  kept = [names[i] for i in _drawn(len(names), inputs, seed=seed)]
+  apart = set(kept)
+  rest = [i for i, one in enumerate(rows.inputs) if one not in apart]
+  return rows.take(rest), Rows(kept, [groups[one][0] for one in kept])
+
+
+def write_texts(
+  model: Classifier,
+  folder: Path,
+  *,
+  groups: dict[str, list[str]],
+  prompt: str,
+  settings: dict[str, Any],
+) -> dict[str, Any]:
+  """Answer inputs, score the answers, and keep them in `folder`/test.
+
+  Args:
+    model: the trained decoder.
+    folder: the run's.
+    groups: what people wrote for each input.
+    prompt: config.data.prompt.
+    settings: config.generate.
+
+  Returns:
+    For result.json: the scores, how many inputs and how long it took.
+  """
+  started = time.monotonic()
+  prompts = [prompt.replace(INPUT, one) for one in groups]
+  texts = generate(model, prompts, settings=settings)
+  seconds = time.monotonic() - started
+  write_for_scoring(folder / TEXTS, texts, groups)
+  scores = score_texts(texts, list(groups.values()))
+  return {
+    "inputs": len(groups),
+    "scores": scores.values,
+    "missing": scores.missing,
+    "seconds": seconds,
+  }
+
+
+def generate(
+  model: Classifier, prompts: list[str], *, settings: dict[str, Any]
+) -> list[str]:
+  """A text for each prompt, cut and stripped as microsoft/LoRA does it."""
+  own, started = dict(settings), time.monotonic()
+  most, rows = own.pop("max_new_tokens"), own.pop("rows")
+  generator = Generator(model, rows=rows)
+  encoded = [generator.encode(one, max_new_tokens=most) for one in prompts]
+  paragraph = generator.tokenizer(PARAGRAPH, add_special_tokens=False)
+  ends = generator.eos
+  if len(paragraph["input_ids"]) == 1:
+    ends = (*ends, *paragraph["input_ids"])
+  with ProgressBar(steps=len(prompts), doing="test texts") as bar:
+    found = generator.ids(
+      encoded,
+      how=Beam(**own),
+      max_new_tokens=most,
+      eos=ends,
+      progress=lambda done: _show(bar, done, of=len(prompts), since=started),
+    )
+  texts = [generator.decode(ids) for ids in found]
+  return [text.partition(PARAGRAPH)[0].strip() for text in texts]
+
+
+def _show(bar: ProgressBar, done: int, *, of: int, since: float) -> None:
+  """Moves the bar; in a log file, where none is shown, a line says it."""
+  bar.advance(done)
+  if not bar.console.is_terminal:
+    left = (time.monotonic() - since) * (of - done) / done
+    bar.log(f"test texts: {done} of {of}, {left:.0f} s left")
+
+
+def _examples(rows: Rows, prompt: str) -> Examples:
+  """As microsoft/LoRA splits them into tokens: a text begins with a space."""
+  return Examples(
+    first=[prompt.replace(INPUT, one) for one in rows.inputs],
+    second=[f" {text}" for text in rows.texts],
+    labels=None,
+    index=np.arange(len(rows.texts)),
+  )
+
+
+def _drawn(count: int, most: int | None, *, seed: int) -> list[int]:
+  """At most so many of `count` numbers, in their order."""
+  order = np.random.default_rng(seed).permutation(count)
+  return sorted(order[:most].tolist())
