@@ -41,6 +41,7 @@ from vera_jax.models.export_gguf import write_gguf_of
 from vera_jax.models.export_hf import write_merged
 from vera_jax.models.gguf_folder import gguf_folder
 from vera_jax.peft_io import export_adapter, import_adapter
+from vera_jax.peft_io.forms import HELD_BY
 from vera_jax.serve.generator import Generator
 from vera_jax.train.loop import train_and_evaluate
 
@@ -126,7 +127,8 @@ def decoder_trips(
       ROUND,
     )
 
-  for method, name in NAMES.items():
+  for method in HELD_BY["vera"]:
+    name = NAMES[method]
     theirs, ours = folder / f"{method}-peft", folder / f"{method}-back"
     export_adapter(adapter, theirs, method=method)
     if with_torch:

@@ -14,7 +14,15 @@ from vera_jax.train.setup import Setup, build_setup
 ROUND = 1e-4  # a logit in float32, computed in another order
 MOVED = 1e-2  # a logit, by an adapter that was trained
 SAME = 0.0  # bit for bit
-NAMES = {"vera": "VeRA", "lora": "LoRA"}
+NAMES = {
+  "vera": "VeRA",
+  "lora": "LoRA",
+  "dora": "DoRA with rsLoRA's scale",
+  "pvera": "PVeRA",
+  "randlora": "RandLoRA",
+  "unilora": "Uni-LoRA",
+  "ia3": "IA3",
+}
 
 
 def largest(one: Any, two: Any) -> float:

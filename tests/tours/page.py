@@ -120,7 +120,8 @@ python -m tests.tours.run
 
 writes this page and `tour.json`. The model is all-MiniLM-L6-v2, the data are
 generated entailment pairs, both as in the quickstart; query and value are
-adapted, VeRA with r = 256, LoRA with r = 8. Training is as short as the tour
+adapted, VeRA and PVeRA with r = 256, LoRA and DoRA with r = 8, RandLoRA with
+r = 32, Uni-LoRA with 7,680 numbers. Training is as short as the tour
 needs to move the logits: no score here says anything.
 
 {steps}

@@ -15,7 +15,20 @@ from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 
 BATCH = 32
-RATES = {"vera": 2e-2, "lora": 5e-3}
+# PEFT's config of each method, its settings but for the targets, its rate.
+CONFIGS: dict[str, tuple[str, dict[str, Any], float]] = {
+  "vera": ("VeraConfig", {"r": 256}, 2e-2),
+  "lora": ("LoraConfig", {"r": 8, "lora_alpha": 8}, 5e-3),
+  "dora": (
+    "LoraConfig",
+    {"r": 8, "lora_alpha": 8, "use_dora": True, "use_rslora": True},
+    5e-3,
+  ),
+  "pvera": ("PveraConfig", {"r": 256}, 2e-2),
+  "randlora": ("RandLoraConfig", {"r": 32}, 2e-3),
+  "unilora": ("UniLoraConfig", {"r": 4, "theta_d_length": 7680}, 2e-2),
+  "ia3": ("IA3Config", {"feedforward_modules": []}, 5e-2),
+}
 
 
 def need_torch() -> None:
@@ -44,16 +57,12 @@ def train(fixtures: Fixtures, method: str) -> Any:
   import peft
   import torch
 
-  own = fixtures.config[method]
-  options: dict[str, Any] = {"r": own.rank, "target_modules": list(own.targets)}
-  options["task_type"] = "SEQ_CLS"
-  if method == "lora":
-    config: Any = peft.LoraConfig(lora_alpha=own.alpha, **options)
-  else:
-    config = peft.VeraConfig(**options)
+  name, options, rate = CONFIGS[method]
+  options = {"target_modules": ["query", "value"], **options}
+  config = getattr(peft, name)(task_type="SEQ_CLS", **options)
   model = peft.get_peft_model(in_torch(fixtures.base), config).train()
   trained = [p for p in model.parameters() if p.requires_grad]
-  optimiser = torch.optim.AdamW(trained, lr=RATES[method])
+  optimiser = torch.optim.AdamW(trained, lr=rate)
   labels = torch.from_numpy(np.asarray(fixtures.train.labels)).long()
   for start in range(0, len(labels), BATCH):
     rows = slice(start, start + BATCH)
