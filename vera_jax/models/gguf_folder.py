@@ -10,8 +10,6 @@ import hashlib
 import math
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vera_jax.errors import UserError
-from vera_jax.files import write_json
+from vera_jax.files import make_folder, sha256_of, write_json
 from vera_jax.models.gguf import Gguf, read_gguf
 from vera_jax.models.gguf_tokenizer import SPECIAL, tokenizer_files
 
@@ -201,14 +199,9 @@ def gguf_folder(file: Path) -> Path:
     UserError: the file can't be read, or holds what isn't known here.
   """
   file = file.expanduser().resolve()
-  try:
-    with file.open("rb") as opened:
-      content = hashlib.file_digest(opened, "sha256").hexdigest()
-  except OSError as error:
-    raise UserError(f"{file} can't be read: {error.strerror}.") from error
   # The place counts too: a copy elsewhere gets a link of its own, which no
   # other process turns elsewhere.
-  about = f"{LAYOUT} {content} ".encode() + os.fsencode(file)
+  about = f"{LAYOUT} {sha256_of(file)} ".encode() + os.fsencode(file)
   key = hashlib.sha256(about).hexdigest()
   cache = Path("~/.cache/vera_jax/gguf").expanduser()
   folder = cache / f"{file.stem[:40]}-{key[:32]}"
@@ -218,21 +211,13 @@ def gguf_folder(file: Path) -> Path:
   list(_names(gguf))  # tensors without a place are refused now
   files = {"config.json": config_fields(gguf)}
   files |= tokenizer_files(gguf.metadata, source=file)
-  new = cache / f".{uuid.uuid4().hex}.new"
-  try:
-    new.mkdir(parents=True)
+
+  def fill(new: Path) -> None:
     for name, value in files.items():
       write_json(new / name, value)
     (new / LINK).symlink_to(file)
-    try:
-      new.rename(folder)  # all files or none
-    except OSError:
-      if not (folder / LINK).is_file():  # else another process was faster
-        raise
-  except OSError as error:
-    raise UserError(f"{folder} can't be written: {error}.") from error
-  finally:
-    shutil.rmtree(new, ignore_errors=True)
+
+  make_folder(folder, fill)
   return folder
 
 

@@ -10,10 +10,7 @@ the nodes that multiply with them, which are those of the modules; so are the
 two parts of the position table.
 """
 
-import hashlib
 import re
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vera_jax.errors import UserError
-from vera_jax.files import write_json
+from vera_jax.files import make_folder, sha256_of, write_json
 
 SUFFIX = ".onnx"
 WEIGHTS = "model.safetensors"
@@ -57,31 +54,18 @@ def onnx_folder(file: Path) -> Path:
     UserError: the file can't be read, or holds no such network.
   """
   file = file.expanduser().resolve()
-  try:
-    with file.open("rb") as opened:
-      content = hashlib.file_digest(opened, "sha256").hexdigest()
-  except OSError as error:
-    raise UserError(f"{file} can't be read: {error.strerror}.") from error
   cache = Path("~/.cache/vera_jax/onnx").expanduser()
-  folder = cache / f"{file.stem[:40]}-{LAYOUT}-{content[:32]}"
+  folder = cache / f"{file.stem[:40]}-{LAYOUT}-{sha256_of(file)[:32]}"
   if (folder / WEIGHTS).is_file():
     return folder
   tensors = read_dinov2(file)
-  new = cache / f".{uuid.uuid4().hex}.new"
-  try:
-    new.mkdir(parents=True)
+
+  def fill(new: Path) -> None:
     write_json(new / "config.json", config_fields(tensors))
     write_json(new / "preprocessor_config.json", PREPROCESSOR)
     save_file(tensors, new / WEIGHTS)
-    try:
-      new.rename(folder)  # all files or none
-    except OSError:
-      if not (folder / WEIGHTS).is_file():  # else another process was faster
-        raise
-  except OSError as error:
-    raise UserError(f"{folder} can't be written: {error}.") from error
-  finally:
-    shutil.rmtree(new, ignore_errors=True)
+
+  make_folder(folder, fill)
   return folder
 
 
