@@ -12,7 +12,6 @@ from vera_jax.data.layout import (
   choose_eval_layout,
   choose_layout,
   limit_rows,
-  with_reads,
 )
 from vera_jax.data.loader import batch_indices, steps_per_epoch
 from vera_jax.data.packing import (
@@ -166,27 +165,3 @@ def test_a_microbatch_may_be_smaller_than_the_batch():
   assert sum(microbatch_rows(24, limit_rows(layout, 12))) >= 24
   with pytest.raises(UserError, match="pass_rows is 3.* 4 batch shards"):
     limit_rows(layout, 3, shards=4)
-
-
-def test_nearly_all_rows_have_room_for_what_they_learn():
-  """As E2E: a third to two thirds of some fifty tokens are learned."""
-  rng = np.random.default_rng(0)
-  lengths = rng.integers(30, 70, 600)
-  reads = (lengths * rng.uniform(0.3, 0.7, 600)).astype(np.int64)
-  plain = choose_layout(lengths, batch_size=8, epochs=3)
-  layout = with_reads(plain, lengths, reads, batch_size=8)
-  assert layout._replace(reads=0) == plain
-  assert reads.max() <= layout.reads < 0.8 * layout.length
-  rows = np.zeros(2, int)
-  for start in range(0, 592, 8):
-    own = slice(start, start + 8)
-    rows += [
-      first_fit(lengths[own], layout, reads=given).rows
-      for given in (reads[own], None)
-    ]
-  assert rows[1] <= rows[0] <= 1.02 * rows[1]
-  whole = choose_eval_layout(lengths, batch_size=32)
-  whole = with_reads(whole, lengths, reads)
-  place = place_all(lengths, whole, reads=reads)
-  alike = place_all(lengths, whole)
-  np.testing.assert_array_equal(place.row, alike.row)

@@ -5,8 +5,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from vera_jax.data.loader import batch_indices
-from vera_jax.data.long_rows import _choose_lengths, choose_long_rows
+from vera_jax.data.loader import batch_indices, eval_batches
+from vera_jax.data.long_rows import (
+  _choose_lengths,
+  choose_long_eval_rows,
+  choose_long_rows,
+)
 from vera_jax.data.packing import Layout, pack_runs, spread
 from vera_jax.data.tokens import Tokens
 from vera_jax.errors import UserError
@@ -73,6 +77,21 @@ def test_any_batch_fits_and_little_is_padded(tokens, settings):
   assert real / processed > (0.9 if settings == {"batch_size": 8} else 0.7)
   most = settings.get("pass_rows")
   assert most is None or layout.length <= most * 96
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_an_evaluation_sees_each_example_once_in_full_rows(tokens, shards):
+  layout = choose_long_eval_rows(
+    tokens.lengths, tokens.reads, batch_size=32, shards=shards
+  )
+  batches = list(eval_batches(tokens, layout))
+  assert len(batches) == 9  # of 300 / 32 examples each
+  seen = np.concatenate([batch["example"].ravel() for batch in batches])
+  assert sorted(seen[seen >= 0]) == list(range(300))
+  for name, multiple, full in (("segment_ids", 32, 0.9), ("weights", 8, 0.85)):
+    filled = [batch[name] > 0 for batch in batches]
+    assert filled[0].shape[0] == shards and filled[0].shape[1] % multiple == 0
+    assert np.mean(filled) > full
 
 
 def test_runs_of_an_ensemble_have_the_same_shapes(tokens):

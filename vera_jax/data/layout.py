@@ -10,7 +10,7 @@ fits.
 import numpy as np
 from jaxtyping import Int64
 
-from vera_jax.data.packing import Layout, first_fit, microbatch_cost, place_all
+from vera_jax.data.packing import Layout, microbatch_cost, place_all
 from vera_jax.errors import UserError
 
 _MULTIPLE = 8  # row lengths are multiples of it
@@ -19,8 +19,6 @@ _LENGTHS = 10  # how many row lengths are tried, at least
 _SAMPLE = 512  # batches that are looked at
 _SMALL = 4  # rows of a further microbatch: up to so many, or as a batch needs
 _ATTENTION = 1 / 2048  # a row of 2048 costs as much again for attention
-_READ_SAMPLE = 64  # batches that are packed to see how much a row learns
-_FEW = 0.01  # rows with more learned tokens than there is room for: packed anew
 _COMPILE = 6000  # tokens that one CPU core trains on while a shape compiles
 
 
@@ -90,42 +88,6 @@ def choose_eval_layout(
   needed = place_all(lengths, layout).rows
   batches = max(1, round(len(lengths) / batch_size))
   return layout._replace(rows=(_round_up(-(-needed // batches), shards),))
-
-
-def with_reads(
-  layout: Layout,
-  lengths: Int64[np.ndarray, " examples"],
-  reads: Int64[np.ndarray, " examples"],
-  *,
-  batch_size: int | None = None,
-  seed: int = 0,
-) -> Layout:
-  """The layout with room for the learned tokens of a row.
-
-  The output layer costs as much for padding as for a learned token, so there is
-  room for what nearly all rows of random batches have. In the few others an
-  example goes to another row (`packing.first_fit`).
-
-  Args:
-    layout: for these examples.
-    lengths: tokens of each.
-    reads: learned ones of each.
-    batch_size: examples in a batch; None: the whole split is packed at once,
-      as in evaluation, and there is room for every row of it.
-  """
-  if batch_size is None:
-    place = place_all(lengths, layout)
-    most = np.bincount(place.row, weights=reads).max()
-  else:
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(_READ_SAMPLE):
-      some = rng.permutation(len(lengths))[:batch_size]
-      place = first_fit(lengths[some], layout)
-      found.append(np.bincount(place.row, weights=reads[some]))
-    most = np.quantile(np.concatenate(found), 1 - _FEW)
-  needed = int(_round_up(int(np.ceil(max(most, reads.max()))), _MULTIPLE))
-  return layout._replace(reads=min(needed, layout.length))
 
 
 def limit_rows(layout: Layout, rows: int, *, shards: int = 1) -> Layout:

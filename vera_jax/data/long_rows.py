@@ -3,14 +3,16 @@
 A decoder's attention costs what the texts need, however long the row
 (`models/bands.py`). So each shard of a batch is one row, with padding only at
 its end, and XLA compiles a program for each length that rows are cut to: the
-more there are, the less is padded and the longer the compiling.
+more there are, the less is padded and the longer the compiling. An evaluation
+goes through all texts of a split, in batches that are equally full, so one
+length does for it.
 """
 
 import numpy as np
 from jaxtyping import Int64
 
 from vera_jax.data.layout import rows_per_shard
-from vera_jax.data.packing import Layout, fullest_rows, spread
+from vera_jax.data.packing import Layout, fullest_rows, place_all, spread
 
 _MULTIPLE = 32  # lengths are multiples of it: the blocks of `bands.py`
 _READS = 8  # and room for learned tokens is a multiple of that
@@ -73,6 +75,38 @@ def choose_long_rows(
     room = max(room, _round_up(int(np.ceil(most)), _READS))
     sizes.append((length, min(room, length)))
   return Layout((shards,), *sizes[-1][:1], batch_size, room, tuple(sizes))
+
+
+def choose_long_eval_rows(
+  lengths: Int64[np.ndarray, " examples"],
+  reads: Int64[np.ndarray, " examples"],
+  *,
+  batch_size: int,
+  shards: int = 1,
+) -> Layout:
+  """Chooses one length for a split: about `batch_size` examples per batch.
+
+  It is the shortest with which the split needs no further batch, give or take
+  what it is made longer by at once.
+
+  Args:
+    lengths: tokens of every example.
+    reads: learned ones of each.
+    batch_size: examples in a batch.
+    shards: rows of a batch: devices along "data".
+  """
+  rows = max(1, round(len(lengths) / batch_size)) * shards
+  length, room = (
+    int(_round_up(max(own.max(), -(-own.sum() // rows)), multiple))
+    for own, multiple in ((lengths, _MULTIPLE), (reads, _READS))
+  )
+  more = int(_round_up(-(-_MULTIPLE * room // length), _READS))
+  while True:
+    layout = Layout((shards,), length, len(lengths), min(room, length))
+    place = place_all(lengths, layout, reads=reads)
+    if place.rows <= rows:
+      return layout._replace(slots=int(np.bincount(place.row).max()))
+    length, room = length + _MULTIPLE, room + more
 
 
 def _round_up(count, multiple: int):

@@ -7,7 +7,7 @@ and values in fewer heads than queries, a gated feed-forward layer, RMSNorm.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,7 +36,8 @@ from vera_jax.models.decoder import (
 )
 from vera_jax.models.family import Family, Names, one_of, take_fields
 
-ACTIVATION = {**ACTIVATIONS, "silu": nn.silu}
+Activation = Callable[[Array], Array]
+ACTIVATION: dict[str, Activation] = {**ACTIVATIONS, "silu": nn.silu}
 # config.json's model_type -> transformers' class, and what stands in its files'
 # place where they leave it out.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -232,8 +233,9 @@ def _rotations(
   return tuple(map(float, found)), scale
 
 
-def norm(part: Part, name: str) -> nn.RMSNorm:
-  return nn.RMSNorm(
+def norm(part: Part, name: str) -> nn.Module:
+  """RMSNorm, of which the backward pass keeps the input alone."""
+  return nn.remat(nn.RMSNorm)(
     epsilon=part.config.rms_norm_eps,
     dtype=part.dtype,
     param_dtype=part.param_dtype,
@@ -320,6 +322,13 @@ def _mask(config: LlamaConfig, index: Any, reach: Reach) -> Mask:
   return jnp.where(jnp.array(config.slides)[index], reach.window, reach.whole)
 
 
+@partial(jax.checkpoint, static_argnums=2)
+def _gated(gate: Hidden, up: Hidden, activation: Activation) -> Hidden:
+  """Its inputs are kept for the backward pass, and nothing in between, which
+  would be three more arrays of the layer's largest size."""
+  return activation(gate) * up
+
+
 class FeedForward(Part):
   @nn.compact
   def __call__(self, hidden: Hidden) -> Hidden:
@@ -328,7 +337,7 @@ class FeedForward(Part):
       self.dense(config.intermediate_size, name, bias=config.mlp_bias)(hidden)
       for name in ("gate_proj", "up_proj")
     )
-    inner = ACTIVATION[config.hidden_act](gate) * up
+    inner = _gated(gate, up, ACTIVATION[config.hidden_act])
     dense = self.dense(config.hidden_size, "down_proj", bias=config.mlp_bias)
     return dense(inner)
 

@@ -19,9 +19,8 @@ from ml_collections import ConfigDict
 
 from vera_jax.data.completions import Completions
 from vera_jax.data.examples import Examples, subset
-from vera_jax.data.layout import choose_eval_layout, with_reads
 from vera_jax.data.loader import PackedData
-from vera_jax.data.long_rows import choose_long_rows
+from vera_jax.data.long_rows import choose_long_eval_rows, choose_long_rows
 from vera_jax.data.packing import ProcessShard
 from vera_jax.data.tokens import FolderTokenizer, tokenise
 from vera_jax.errors import UserError
@@ -94,12 +93,11 @@ def language_modelling(
     eval_layouts = {}
     for split, own in tokens.items():
       assert own.reads is not None
-      eval_layouts[split] = with_reads(
-        choose_eval_layout(
-          own.lengths, batch_size=config.eval_batch_size, shards=shards
-        ),
+      eval_layouts[split] = choose_long_eval_rows(
         own.lengths,
         own.reads,
+        batch_size=config.eval_batch_size,
+        shards=shards,
       )
     return PackedData(
       tokens=tokens,
