@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 # glibc's mallopt(3): numbers from malloc.h
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _NEVER, _PAD = 2**31 - 1, 2**26  # bytes
 _CORES = 4  # that the compiling of one program can use
 
@@ -60,8 +60,8 @@ def keep_freed_memory() -> None:
 
   On CPU XLA allocates a step's temporaries anew each time. As glibc comes, the
   kernel then maps, zeroes and unmaps all their pages: a fifth of the step's
-  time. Programs run in the main thread, for only its arena holds blocks as
-  large as that.
+  time. Programs run in the main thread, and all threads share its arena: only
+  that one holds blocks as large, and what compiling frees serves steps.
   """
   if platform.libc_ver()[0] != "glibc" or _is_tuned():
     return
@@ -71,8 +71,16 @@ def keep_freed_memory() -> None:
     (_MMAP_MAX, 0),
     (_TRIM_THRESHOLD, _NEVER),
     (_TOP_PAD, _PAD),
+    (_ARENA_MAX, 1),
   ):
     libc.mallopt(option, value)
+
+
+def return_freed_memory() -> None:
+  """Give the kernel, once, what glibc holds free: after compiling it is much,
+  in pieces too small for a step's temporaries."""
+  if platform.libc_ver()[0] == "glibc" and not _is_tuned():
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_tuned() -> bool:
@@ -114,8 +122,14 @@ class Background:
       name: what `wait` knows it by.
       lower: traces it and returns what a jitted function's `lower` does.
     """
+
+    def compiled() -> Any:
+      program = lower().compile()
+      return_freed_memory()
+      return program
+
     if name not in self._tasks:
-      self._tasks[name] = self._pool.submit(lambda: lower().compile())
+      self._tasks[name] = self._pool.submit(compiled)
 
   def wait(self, name: Hashable) -> None:
     """Until the program is compiled; its errors are raised here."""
