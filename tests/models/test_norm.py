@@ -45,4 +45,4 @@ def test_the_same_as_flax(dtype, tolerance):
 def test_its_derivative():
   with jax.enable_x64(True):
     x = jnp.asarray(X[0], jnp.float64)
-    check_grads(lambda x: standardise(x, 1e-6), (x,), order=2)
+    check_grads(lambda x: standardise(jnp.asarray(x), 1e-6), (x,), order=2)
