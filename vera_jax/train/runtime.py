@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 # glibc's mallopt(3): numbers from malloc.h
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 _NEVER, _PAD = 2**31 - 1, 2**26  # bytes
 _CORES = 4  # that the compiling of one program can use
 
@@ -60,8 +60,8 @@ def keep_freed_memory() -> None:
 
   On CPU XLA allocates a step's temporaries anew each time. As glibc comes, the
   kernel then maps, zeroes and unmaps all their pages: a fifth of the step's
-  time. Programs run in the main thread, and all threads share its arena: only
-  that one holds blocks as large, and what compiling frees serves steps.
+  time. Programs run in the main thread, for only its arena holds blocks as
+  large as that.
   """
   if platform.libc_ver()[0] != "glibc" or _is_tuned():
     return
@@ -71,7 +71,6 @@ def keep_freed_memory() -> None:
     (_MMAP_MAX, 0),
     (_TRIM_THRESHOLD, _NEVER),
     (_TOP_PAD, _PAD),
-    (_ARENA_MAX, 1),
   ):
     libc.mallopt(option, value)
 
