@@ -3,12 +3,14 @@
   python -m benchmarks.train
   python -m benchmarks.train --task=sst2 --source=GLUE_FOLDER
   python -m benchmarks.train --task=e2e --source=E2E_FOLDER --methods=vera
+  python -m benchmarks.train --task=cifar10 --source=FOLDER --seeds=0,1,2
 
 Trains all-MiniLM-L6-v2 by configs/minilm.py: once here, as a user would, with
 nothing compiled or tokenised before, and once in PEFT, batches padded to their
 longest text. Same texts, weights, batch size, dtype, dropout, rates and epochs.
 Each trainer is a process of its own, one after another. --task=e2e trains
-SmolLM2 instead, to complete E2E's rows (`train_e2e.py`).
+SmolLM2 instead, to complete E2E's rows (`train_e2e.py`), --task=cifar10 DINOv2
+on images (`train_images.py`).
 
 Writes train-TASK.json, its table in Markdown and a plot. Where there is a GPU
 its rows come after the CPU's. PEFT's and torch's rows need torch and peft, the
@@ -30,7 +32,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from benchmarks import train_e2e
+from benchmarks import train_e2e, train_images
 from benchmarks.report import environment, load, write
 from benchmarks.train_report import draw, markdown
 from configs import minilm
@@ -64,7 +66,7 @@ class Trainer(NamedTuple):
 def define_flags() -> None:
   flags.DEFINE_string("task", "generated_entailment", "What is trained on.")
   flags.DEFINE_string(
-    "source", None, "A folder of GLUE's files, or of E2E's; unset: generated."
+    "source", None, "Files of GLUE, E2E or images; unset: generated texts."
   )
   flags.DEFINE_integer("epochs", None, "Unset: the config's.", lower_bound=1)
   flags.DEFINE_integer(
@@ -80,15 +82,24 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "repetitions", 1, "Runs of each, by turns; medians count.", lower_bound=1
   )
+  flags.DEFINE_list(
+    "seeds", None, "A seed for each repetition; unset: the config's for all."
+  )
   flags.DEFINE_string("base", None, "The pretrained model; unset: MiniLM.")
   flags.DEFINE_string("out", "results/benchmarks", "Where the files go.")
 
 
 def main() -> None:
   given = flags.FLAGS
-  e2e = given.task == train_e2e.TASK
-  config = train_e2e.get_config() if e2e else minilm.get_config(given.task)
-  if not e2e:
+  known: tuple[str, ...] = METHODS  # those that a task has
+  files: Any = None  # what the sides read, where a folder is made for it
+  if given.task == train_e2e.TASK:
+    config, files, known = train_e2e.get_config(), train_e2e.Texts, ADAPTED
+  elif given.task == train_images.TASK:
+    config, files = train_images.get_config(), train_images.Images
+    known = train_images.METHODS
+  else:
+    config = minilm.get_config(given.task)
     config.data.source = "experiments"
   if given.source:
     config.data.source = given.source
@@ -98,14 +109,14 @@ def main() -> None:
     config.optim.epochs = given.epochs
   if given.examples:
     config.data.max_train_examples = given.examples
-  known = ADAPTED if e2e else METHODS  # those that a task has
   methods = list(known) if given.methods is None else given.methods
   asked = choose(methods, given.peft, given.devices, known=known)
   load_before = load()
   chosen = [trainer for trainer in asked if can_run(trainer)]
   with tempfile.TemporaryDirectory() as name:
-    texts = train_e2e.Texts(config, Path(name)) if e2e else Texts(config)
-    result = measure(config, texts, chosen, repetitions=given.repetitions)
+    texts = files(config, Path(name)) if files else Texts(config)
+    seeds = given.seeds or [config.seed] * given.repetitions
+    result = measure(config, texts, chosen, seeds=[*map(int, seeds)])
   result["left_out"] = [str(other) for other in asked if other not in chosen]
   # Only now, since it makes this process claim a GPU that the trainers need.
   result = environment("train") | {"load_before": load_before} | result
@@ -163,23 +174,37 @@ def _printed(code: str) -> str:
 
 
 def measure(
-  config: ConfigDict, texts: Any, trainers: list[Trainer], *, repetitions: int
+  config: ConfigDict, texts: Any, trainers: list[Trainer], *, seeds: list[int]
 ) -> dict[str, Any]:
-  """All trainers' rows, and what they trained on: the config's `Texts`."""
+  """All trainers' rows, and what they trained on: the config's `Texts`.
+
+  Every trainer has a run for each of the seeds, all by turns.
+  """
   for side in {trainer.side for trainer in trainers}:
     # Read its libraries from the disk once, so that no run is charged for it.
     code = f"import benchmarks.{texts.modules[side]}"
     code += ", peft" if side == PEFT else ""
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
   outcomes: dict[Trainer, list[Outcome]] = {c: [] for c in trainers}
-  turns = trainers * repetitions
-  for number, trainer in enumerate(turns, 1):
+  turns = [(seed, trainer) for seed in seeds for trainer in trainers]
+  for number, (seed, trainer) in enumerate(turns, 1):
+    config.seed = seed
     print(f"{number} of {len(turns)}: {trainer}", end="", flush=True)
     outcome = run(trainer, config, texts)
     print(f", {outcome['seconds']:.1f} s", flush=True)
     outcomes[trainer].append(outcome)
-  tokens = texts.tokens * config.optim.epochs
-  rows = [row(one, some, tokens=tokens) for one, some in outcomes.items()]
+  count = texts.count * config.optim.epochs
+  scored = texts.dev_examples if texts.unit == "images" else 0
+  rows = [
+    row(one, some, count=count, unit=texts.unit, scored=scored)
+    for one, some in outcomes.items()
+  ]
+  size: dict[str, Any] = {
+    "max_length": config.data.max_length,
+    "real_tokens_an_epoch": texts.count,
+  }
+  if texts.unit == "images":
+    size = {"image_size": texts.image_size, "seeds": seeds}
   return {
     "task": texts.name,
     "base": texts.title,
@@ -187,8 +212,7 @@ def measure(
     "dev_examples": texts.dev_examples,
     "epochs": config.optim.epochs,
     "batch_size": config.optim.batch_size,
-    "max_length": config.data.max_length,
-    "real_tokens_an_epoch": texts.tokens,
+    **size,
     "score_name": texts.score_name,
     "load_after": load(),
     "rows": [compared(row, rows) for row in rows],
@@ -199,6 +223,7 @@ class Texts:
   """A config's texts and labels, as our own run reads them."""
 
   modules = {OURS: "train_ours", PEFT: "train_torch", TORCH: "train_torch"}
+  unit = "tokens"  # what `count` counts, per epoch
 
   def __init__(self, config: ConfigDict) -> None:
     self.name, self.title = config.task, config.model.name
@@ -224,7 +249,7 @@ class Texts:
       truncation=True,
       max_length=config.data.max_length,
     )["input_ids"]
-    self.tokens = sum(map(len, ids))
+    self.count = sum(map(len, ids))
     self.examples, self.dev_examples = len(ids), len(self.labels)
 
   def for_torch(self, config: ConfigDict) -> dict[str, Any]:
@@ -300,26 +325,38 @@ def place_of(trainer: Trainer) -> dict[str, str]:
 
 
 def row(
-  trainer: Trainer, outcomes: list[Outcome], *, tokens: int
+  trainer: Trainer,
+  outcomes: list[Outcome],
+  *,
+  count: int,
+  unit: str,
+  scored: int = 0,
 ) -> dict[str, Any]:
   """Medians over the runs; scores and counts are those of the first.
 
   Training is what remains of the seconds without imports and compilation:
-  reading, steps, the evaluation of each epoch.
+  reading, steps, and for texts the evaluation of each epoch.
+
+  Args:
+    trainer, outcomes: whose runs these are.
+    count: the tokens or images, by `unit`, that a run trains on.
+    scored: images that a run is scored on, where evaluation is a part apart.
   """
+  parts = ["imports", "compilation", *(["evaluation"] if scored else [])]
   for outcome in outcomes:
-    apart = outcome["imports"] + outcome["compilation"]
+    apart = sum(outcome[part] for part in parts)
     outcome["training"] = outcome["seconds"] - apart
   medians = {
     name: statistics.median(outcome[name] for outcome in outcomes)
-    for name in ("seconds", "imports", "compilation", "training", "peak_bytes")
+    for name in ("seconds", *parts, "training", "peak_bytes")
   }
   first = outcomes[0]
   return {
     **trainer._asdict(),
     **medians,
     "device_peak_bytes": first["device_peak_bytes"],
-    "tokens_a_second": tokens / medians["training"],
+    f"{unit}_a_second": count / medians["training"],
+    **({"scored_a_second": scored / medians["evaluation"]} if scored else {}),
     "trained": first["trained"],
     "train_loss": first.get("train_loss"),
     "scores": first["scores"],
@@ -332,10 +369,16 @@ def compared(own: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
   for other in rows:
     alike = all(other[key] == own[key] for key in ("method", "device"))
     if alike and own["side"] == OURS != other["side"]:
-      return own | {
+      made = own | {
         "times_faster": other["seconds"] / own["seconds"],
         "times_faster_in_training": other["training"] / own["training"],
       }
+      if "evaluation" in own:
+        whole = [row["training"] + row["compilation"] for row in (other, own)]
+        made["times_faster_with_compiling"] = whole[0] / whole[1]
+        between = other["evaluation"] / own["evaluation"]
+        made["times_faster_in_evaluation"] = between
+      return made
   return own
 
 

@@ -47,7 +47,7 @@ class Texts:
   """
 
   modules = {"vera_jax": "train_ours", "PEFT": "train_e2e_torch"}
-  name = TASK
+  name, unit = TASK, "tokens"
   score_name = "token_probability"
 
   def __init__(self, config: ConfigDict, folder: Path) -> None:
@@ -79,25 +79,29 @@ class Texts:
       [text for row in self.splits["train"] for text in row],
       add_special_tokens=False,
     )["input_ids"]
-    self.tokens = sum(map(len, ids)) + 2 * self.examples
+    self.count = sum(map(len, ids)) + 2 * self.examples
 
   def for_torch(self, config: ConfigDict) -> dict[str, Any]:
     """What our own run finds out by itself; the order of the rows, too."""
-    size, seed = config.optim.batch_size, config.seed
-    steps = steps_per_epoch(self.examples, size) * config.optim.epochs
-    order = [
-      batch_indices(self.examples, batch_size=size, seed=seed, step=step)
-      for step in range(steps)
-    ]
     return {
       "base": str(self.base),
       "splits": self.splits,
-      "order": [batch.tolist() for batch in order],
+      "order": batch_order(self.examples, config),
     }
 
   def scores(self, losses: list[float]) -> list[float]:
     """Of each epoch's mean loss of a token: the token's probability."""
     return np.exp(-np.array(losses)).tolist()
+
+
+def batch_order(examples: int, config: ConfigDict) -> list[list[int]]:
+  """The examples of each step, as our own run takes them."""
+  size, seed = config.optim.batch_size, config.seed
+  steps = steps_per_epoch(examples, size) * config.optim.epochs
+  return [
+    batch_indices(examples, batch_size=size, seed=seed, step=step).tolist()
+    for step in range(steps)
+  ]
 
 
 def pairs(

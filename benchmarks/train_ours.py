@@ -20,6 +20,7 @@ def train(settings: Settings) -> dict[str, Any]:
   return {
     "imported": imported,
     "scores": [epoch["score"] for epoch in result["history"]],
+    "evaluation": result["evaluation_seconds"],
     "train_loss": result["history"][-1]["train_loss"],
     "trained": parameters["adapter"] + parameters["head"],
     "device_peak_bytes": memory.get("peak_bytes_in_use"),

@@ -1,23 +1,10 @@
 """The table and the plot of `benchmarks.train`, from its figures."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
 METHODS = {"vera": "VeRA", "lora": "LoRA", "head": "head", "full": "full"}
-COLUMNS = (
-  "method",
-  "by",
-  "device",
-  "seconds",
-  "imports",
-  "compiling",
-  "training",
-  "tokens per second",
-  "peak memory",
-  "dev {score} by epoch",
-  "faster, all",
-  "faster, training",
-)
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 PARTS = {"imports": "#999999", "compilation": "#E69F00", "training": "#0072B2"}
 MEMORY = "#56B4E9"
@@ -25,30 +12,61 @@ MEMORY = "#56B4E9"
 
 def markdown(result: dict[str, Any]) -> str:
   """What was run, one row per trainer, and what the columns mean."""
+  images = "image_size" in result
+  unit = "images" if images else "tokens"
+  texts = ["method", "by", "device"]
+  numbers = ["seconds", "imports", "compiling", "training"]
+  numbers += ["evaluation"] if images else []
+  numbers += [f"{unit} per second"]
+  numbers += ["with compiling", "in evaluation"] if images else []
+  score = result["score_name"]
+  numbers += ["peak memory", score if images else f"dev {score} by epoch"]
+  ratios = {"": "all", "_in_training": "training"}
+  if images:
+    ratios["_with_compiling"] = "training with compiling"
+    ratios["_in_evaluation"] = "evaluation"
+  numbers += [f"faster, {name}" for name in ratios.values()]
 
   def cells(row: dict[str, Any]) -> list[str]:
     memory = f"{row['peak_bytes'] / 1e6:,.0f} MB"
     if row["device_peak_bytes"]:
       memory += f", GPU {row['device_peak_bytes'] / 1e6:,.0f} MB"
-    faster = (row.get(f"times_faster{what}") for what in ("", "_in_training"))
+    parts = ["seconds", *PARTS, *(["evaluation"] if images else [])]
+    speeds = [row[f"{unit}_a_second"]]
+    if images:
+      share = row["training"] / (row["training"] + row["compilation"])
+      speeds += [speeds[0] * share, row["scored_a_second"]]
+    digits = 1 if images else 0
+    faster = [row.get(f"times_faster{what}") for what in ratios]
     return [
       METHODS[row["method"]],
       row["side"],
       row["device"],
-      *(f"{row[name]:.1f}" for name in ("seconds", *PARTS)),
-      f"{row['tokens_a_second']:,.0f}",
+      *(f"{row[name]:.1f}" for name in parts),
+      *(f"{speed:,.{digits}f}" for speed in speeds),
       memory,
-      ", ".join(f"{score:.3f}" for score in row["scores"]),
+      _scores(row, images),
       *("" if times is None else f"{times:.2f}×" for times in faster),
     ]
 
   lines = [
-    [name.format(score=result["score_name"]) for name in COLUMNS],
-    [*["---"] * 3, *["---:"] * (len(COLUMNS) - 3)],
+    [*texts, *numbers],
+    [*["---"] * len(texts), *["---:"] * len(numbers)],
     *map(cells, result["rows"]),
   ]
   table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
   return f"# {_title(result)}\n\n{table}\n\n{_conditions(result)}\n"
+
+
+def _scores(row: dict[str, Any], images: bool) -> str:
+  """Of each epoch of the first run; of images each run's, and their spread."""
+  if not images:
+    return ", ".join(f"{score:.3f}" for score in row["scores"])
+  last = [run["scores"][-1] for run in row["runs"]]
+  shown = ", ".join(f"{score:.3f}" for score in last)
+  if len(last) < 2:
+    return shown
+  return f"{statistics.mean(last):.3f} ± {statistics.stdev(last):.3f} ({shown})"
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -68,18 +86,10 @@ def _conditions(result: dict[str, Any]) -> str:
   }
   repetitions = max(len(row["runs"]) for row in rows)
   lines = [
-    "Seconds of wall-clock time from the start of a process to the last"
-    " development score, with empty caches. Compiling is what a second start of"
-    " the same run saves, which finds compiled programs and tokens in the"
-    " caches. Training is the rest without imports (reading, steps, one"
-    " evaluation per epoch). Tokens per second are real ones, without padding,"
-    " during training. Peak memory is the process's resident set. Faster: the"
-    " other side's seconds divided by ours, in all and for training alone.",
+    _meaning(result),
     "",
     f"- `{result['command']}`",
-    f"- {result['base']}, texts cut at {result['max_length']} tokens,"
-    f" {result['real_tokens_an_epoch']:,} real tokens per epoch,"
-    f" {result['dev_examples']:,} development examples; "
+    f"- {result['base']}, {_size(result)}; "
     + (
       "one run each" if repetitions == 1 else f"medians of {repetitions} runs"
     ),
@@ -100,6 +110,44 @@ def _conditions(result: dict[str, Any]) -> str:
     need = "torch, peft, or torch for the GPU: requirements-parity.txt"
     lines.append(f"- left out, without {need}: {', '.join(result['left_out'])}")
   return "\n".join(lines)
+
+
+def _meaning(result: dict[str, Any]) -> str:
+  """What the columns are."""
+  if "image_size" in result:
+    return (
+      "Seconds of wall-clock time from the start of a process to its end, with"
+      " empty caches. Compiling is what a second start of the same run saves,"
+      " which finds compiled programs and prepared images in the caches."
+      " Training is the rest without imports and the one evaluation at the end"
+      " (reading, steps, saving). Images per second: in training, in training"
+      " with compiling, in evaluation. Peak memory is the process's resident"
+      " set. Faster: the other side's seconds divided by ours."
+    )
+  return (
+    "Seconds of wall-clock time from the start of a process to the last"
+    " development score, with empty caches. Compiling is what a second start of"
+    " the same run saves, which finds compiled programs and tokens in the"
+    " caches. Training is the rest without imports (reading, steps, one"
+    " evaluation per epoch). Tokens per second are real ones, without padding,"
+    " during training. Peak memory is the process's resident set. Faster: the"
+    " other side's seconds divided by ours, in all and for training alone."
+  )
+
+
+def _size(result: dict[str, Any]) -> str:
+  """What an example is, and how many there are to score."""
+  if "image_size" in result:
+    side, seeds = result["image_size"], sorted(set(result["seeds"]))
+    return (
+      f"images of {side} × {side} pixels, {result['dev_examples']:,} test"
+      f" images, seeds {', '.join(map(str, seeds))}"
+    )
+  return (
+    f"texts cut at {result['max_length']} tokens,"
+    f" {result['real_tokens_an_epoch']:,} real tokens per epoch,"
+    f" {result['dev_examples']:,} development examples"
+  )
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

@@ -90,14 +90,22 @@ def encode(tokenizer: Any, split: dict[str, Any], max_length: int) -> list[Row]:
   ]
 
 
-def build(settings: Settings) -> Any:
-  """The pretrained model, the method's leaves trainable and in float32."""
+def build(
+  settings: Settings,
+  *,
+  kind: Any = AutoModelForSequenceClassification,
+  task: str | None = "SEQ_CLS",
+) -> Any:
+  """The pretrained model, the method's leaves trainable and in float32.
+
+  `task` is PEFT's name of what the class `kind` is for, None for images.
+  """
   config = settings["config"]
-  model: Any = AutoModelForSequenceClassification.from_pretrained(
+  model: Any = kind.from_pretrained(
     settings["base"], num_labels=settings["outputs"], dtype=torch.float32
   )
   if config["method"] in ("vera", "lora"):
-    model = with_adapter(model, config, "SEQ_CLS")  # trains the classifier too
+    model = with_adapter(model, config, task)  # trains the classifier too
   elif config["method"] == "head":
     for name, leaf in model.named_parameters():
       leaf.requires_grad = "classifier" in name
@@ -107,7 +115,7 @@ def build(settings: Settings) -> Any:
   return model
 
 
-def with_adapter(model: Any, config: dict[str, Any], task: str) -> Any:
+def with_adapter(model: Any, config: dict[str, Any], task: str | None) -> Any:
   """PEFT's model, by our settings and without PEFT's dropout."""
   import peft
 
@@ -118,6 +126,8 @@ def with_adapter(model: Any, config: dict[str, Any], task: str) -> Any:
     # alternatives that we write as one pattern: "query|q_proj"
     "target_modules": [n for names in own["targets"] for n in names.split("|")],
   }
+  if task is None:
+    shared["modules_to_save"] = ["classifier"]
   adapter: peft.PeftConfig
   if config["method"] == "vera":
     adapter = peft.VeraConfig(

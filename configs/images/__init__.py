@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
   data.flip = False  # mirror training images at random
   data.shift = 0  # move them at random by up to so many pixels
 
+  config.eval_batch_size = 32
   config.eval_epochs = 1  # epochs from one evaluation to the next
   config.optim.epochs = 10
   config.optim.batch_size = 20

@@ -99,7 +99,7 @@ def test_ratios_are_between_the_same_method_and_device():
   def made(side, device, seconds, compilation):
     own = {"seconds": seconds, "compilation": compilation}
     trainer = train.Trainer(side, "vera", device)
-    return train.row(trainer, [{**outcome, **own}], tokens=30)
+    return train.row(trainer, [{**outcome, **own}], count=30, unit="tokens")
 
   rows = [
     made(train.OURS, "cpu", 10.0, 4.0),

@@ -40,7 +40,7 @@ def test_our_side_reads_the_same_rows(texts):
   tokens = task_for(config).load_data(config, texts.base).tokens
   assert len(tokens["train"]) == texts.examples == 10
   assert len(tokens["dev"]) == texts.dev_examples == 12
-  assert len(tokens["train"].ids) == texts.tokens
+  assert len(tokens["train"].ids) == texts.count
   order = texts.for_torch(config)["order"]
   assert sorted(sum(order, [])) == list(range(10))
   assert [len(batch) for batch in order] == [4, 4, 2]

@@ -15,6 +15,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from vera_jax.errors import UserError
+from vera_jax.models.gelu import gelu
 
 Ids = Int[Array, "rows length"]
 Places = Int[Array, "rows slots"]
@@ -29,7 +30,7 @@ INPUTS = (
   "cls_positions",
 )
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-  "gelu": partial(nn.gelu, approximate=False),
+  "gelu": gelu,
   "gelu_new": partial(nn.gelu, approximate=True),
   "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
   "relu": nn.relu,

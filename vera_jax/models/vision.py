@@ -32,6 +32,7 @@ from vera_jax.models.family import (
   one_of,
   take_fields,
 )
+from vera_jax.models.norm import LayerNorm
 
 Pixels = Float[Array, "rows height width channels"]
 Hidden = Float[Array, "rows tokens hidden"]
@@ -106,15 +107,10 @@ def cubic_weights(new: int, old: int) -> Float[np.ndarray, "new old"]:
   return weights.astype(np.float32)
 
 
-def norm(part: Any, name: str) -> nn.LayerNorm:
+def norm(part: Any, name: str) -> LayerNorm:
   """A LayerNorm with the settings of a `Part`, or of the whole network."""
-  return nn.LayerNorm(
-    epsilon=part.config.layer_norm_eps,
-    dtype=part.dtype,
-    param_dtype=part.param_dtype,
-    use_fast_variance=False,
-    name=name,
-  )
+  epsilon = part.config.layer_norm_eps
+  return LayerNorm(epsilon, part.dtype, part.param_dtype, name=name)
 
 
 class Part(part.Part):

@@ -57,7 +57,8 @@ class Run:
 
   Attributes:
     progress: JSON values that a resumed run goes on from: the epochs' history,
-      the losses summed since the last epoch, the seconds trained.
+      the losses summed since the last epoch, the seconds trained and those of
+      them that were for evaluation.
     result, failure: what result.json or failed.json says, if it is there.
     saves: the checkpoints, while the run is open.
     setup, log: what it is made of and where lines for a person go, while it
@@ -87,6 +88,7 @@ class Run:
       "history": [],
       "loss_sum": 0.0,
       "seconds": 0.0,
+      "evaluation_seconds": 0.0,
     }
     self.result = results.read(self.folder)
     self.failure = results.read(self.folder, results.FAILED)
@@ -241,7 +243,9 @@ class Run:
       UserError: an output is not finite, since the last update broke it.
     """
     task, data = self.setup.task, self.setup.data
+    began = time.monotonic()
     evaluation = task.evaluate(self.setup.measure_with(state.params), data)
+    self.progress["evaluation_seconds"] += time.monotonic() - began
     if not evaluation.finite:
       raise UserError(self.fail("dev output is nan", step))
     epoch = {
@@ -386,6 +390,7 @@ class Run:
       "norms": as_json(adapter_norms(tensors(params))),
       "history": self.history,
       "seconds": self.progress["seconds"],
+      "evaluation_seconds": self.progress["evaluation_seconds"],
       "members": len(self.progress.get("ensemble", [0])),
       "data": setup.data.record(),
       "config": config.to_dict(),

@@ -75,6 +75,13 @@ def keep_freed_memory() -> None:
     libc.mallopt(option, value)
 
 
+def return_freed_memory() -> None:
+  """Give the kernel, once, what glibc holds free: after compiling it is much,
+  in pieces too small for a step's temporaries."""
+  if platform.libc_ver()[0] == "glibc" and not _is_tuned():
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def _is_tuned() -> bool:
   """Whether the user has set the allocator, or loads another."""
   names = ("GLIBC_TUNABLES", "LD_PRELOAD")
@@ -114,8 +121,14 @@ class Background:
       name: what `wait` knows it by.
       lower: traces it and returns what a jitted function's `lower` does.
     """
+
+    def compiled() -> Any:
+      program = lower().compile()
+      return_freed_memory()
+      return program
+
     if name not in self._tasks:
-      self._tasks[name] = self._pool.submit(lambda: lower().compile())
+      self._tasks[name] = self._pool.submit(compiled)
 
   def wait(self, name: Hashable) -> None:
     """Until the program is compiled; its errors are raised here."""
