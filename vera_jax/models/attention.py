@@ -29,10 +29,12 @@ INPUTS = (
   "segment_ids",
   "cls_positions",
 )
+# Of its input alone the backward pass computes what it needs.
+_tanh_gelu = jax.checkpoint(partial(nn.gelu, approximate=True))
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu": gelu,
-  "gelu_new": partial(nn.gelu, approximate=True),
-  "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
+  "gelu_new": _tanh_gelu,
+  "gelu_pytorch_tanh": _tanh_gelu,
   "relu": nn.relu,
 }
 REMAT_POLICIES = {

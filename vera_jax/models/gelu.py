@@ -16,7 +16,7 @@ from jaxtyping import Float
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
   """x Φ(x), computed in float32 or what is finer."""
   wide = _wide(x)
-  # by erf, as torch does; erfc, right in the far tail, takes twice the time
+  # by erf, as torch does; erfc is right further in the tail, and slower
   below = 0.5 * (1 + jax.lax.erf(wide * math.sqrt(0.5)))
   return (wide * below).astype(x.dtype)
 

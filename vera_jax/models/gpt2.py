@@ -30,6 +30,7 @@ from vera_jax.models.decoder import (
   write,
 )
 from vera_jax.models.family import Family, Names, one_of, take_fields
+from vera_jax.models.norm import LayerNorm
 
 # config.json's names of what every family's config has.
 OWN = {
@@ -89,14 +90,9 @@ class Gpt2Config:
     return take_fields(cls, known)
 
 
-def norm(part: Part, name: str) -> nn.LayerNorm:
-  return nn.LayerNorm(
-    epsilon=part.config.layer_norm_epsilon,
-    dtype=part.dtype,
-    param_dtype=part.param_dtype,
-    use_fast_variance=False,
-    name=name,
-  )
+def norm(part: Part, name: str) -> LayerNorm:
+  epsilon = part.config.layer_norm_epsilon
+  return LayerNorm(epsilon, part.dtype, part.param_dtype, name=name)
 
 
 class Embeddings(Part):
