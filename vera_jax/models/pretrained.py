@@ -32,6 +32,7 @@ from vera_jax.models.quantised import (
   KEEP,
   NF4,
   NONE,
+  abstract_kernel,
   check_quantise,
   codes_digest,
   is_quantised,
@@ -398,14 +399,23 @@ def abstract_model(plan: Blueprint, *, mesh: Mesh) -> Model:
   own, projections = plan.own_shapes()
   shapes = unflatten_dict(plan.shapes | flatten_dict(own))
   labels = flatten_dict(plan.label(shapes))
-  places = flatten_dict(param_shardings(shapes, mesh, plan.family.rules))
-  stored = {
+  stored: Flat = {
     path: jax.ShapeDtypeStruct(
-      leaf.shape,
-      plan.dtype if labels[path] == FROZEN else jnp.float32,
-      sharding=places[path],
+      leaf.shape, plan.dtype if labels[path] == FROZEN else jnp.float32
     )
     for path, leaf in flatten_dict(shapes).items()
+  }
+  if plan.quantise != NONE:
+    for path in plan.kernels:
+      stored[path] = abstract_kernel(stored[path], plan.quantise)
+  places = flatten_dict(
+    param_shardings(unflatten_dict(stored), mesh, plan.family.rules)
+  )
+  stored = {
+    path: jax.tree.map(
+      lambda part, place: part.update(sharding=place), leaf, places[path]
+    )
+    for path, leaf in stored.items()
   }
   named = unflatten_dict(labels)
   trainable, frozen = split(unflatten_dict(stored), named)

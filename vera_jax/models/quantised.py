@@ -18,7 +18,6 @@ temporary memory in products.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -62,11 +61,6 @@ LEVELS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-@partial(
-  jax.tree_util.register_dataclass,
-  data_fields=("codes", "scale", "minimum"),
-  meta_fields=("format", "axes", "dtype"),
-)
 @dataclasses.dataclass(frozen=True)
 class Quantised:
   """A kernel's codes; it has the shape and type of the kernel that they make.
@@ -106,6 +100,13 @@ class Quantised:
   def nbytes(self) -> int:
     """Bytes of codes, scales and minima, as they are allocated."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+jax.tree_util.register_dataclass(
+  Quantised,
+  data_fields=["codes", "scale", "minimum"],
+  meta_fields=["format", "axes", "dtype"],
+)
 
 
 def check_quantise(choice: str) -> None:
@@ -189,6 +190,35 @@ def quantise(
   )
 
 
+def abstract_kernel(
+  kernel: jax.ShapeDtypeStruct, kind: str
+) -> Quantised | jax.ShapeDtypeStruct:
+  """What `quantise` makes of a kernel (*stack, i, o), as shapes.
+
+  Raises:
+    UserError: the codes would be a file's own, which shapes don't tell.
+  """
+  if kind == KEEP:
+    raise UserError(
+      f"Which codes a file has is not known from shapes alone: choose {NF4} or"
+      f" {INT8} in place of {KEEP} (config.model.quantise)."
+    )
+  *stack, inputs, outputs = kernel.shape
+  if kind == NF4 and inputs % BLOCK:
+    return kernel
+  rows, blocks, code = inputs, 1, jnp.int8
+  if kind == NF4:
+    rows, blocks, code = inputs // 2, inputs // BLOCK, jnp.uint8
+  return Quantised(
+    jax.ShapeDtypeStruct((*stack, rows, outputs), code),
+    jax.ShapeDtypeStruct((*stack, blocks, outputs), jnp.float32),
+    None,
+    kind,
+    (inputs, outputs),
+    kernel.dtype,
+  )
+
+
 def keep(
   found: Blocks | None, *, dtype: DTypeLike = jnp.float32
 ) -> Quantised | None:
@@ -209,8 +239,11 @@ def keep(
     return np.ascontiguousarray(part.reshape(len(part), -1).T)
 
   outputs, blocks, _ = found.codes.shape
+  codes, scale, minimum = map(turned, found[:3])
   return Quantised(
-    *map(turned, found[:3]),
+    codes,
+    scale,
+    minimum,
     found.format,
     (blocks * GGUF_BLOCK, outputs),
     jnp.dtype(dtype),
@@ -258,7 +291,7 @@ def codes_digest(params: Mapping[str, Any]) -> str | None:
       sha = hashlib.sha256(leaf.format.encode())
       for part in jax.tree.leaves(leaf):
         value = np.asarray(part[i] if stacked else part)
-        sha.update(np.ascontiguousarray(value))
+        sha.update(value.tobytes())
       own = name.replace("/layer/", f"/layer_{i}/") if stacked else name
       found[own] = sha.digest()
   if not found:
