@@ -22,8 +22,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -33,6 +34,7 @@ from benchmarks.report import environment, load, write
 from configs.e2e import SMOLLM2
 from experiments import cli
 from vera_jax.errors import UserError
+from vera_jax.files import read_json
 
 BASES = ("float32", "bfloat16", "int8", "nf4", "keep")
 REMAT = ("none", "full")
@@ -46,9 +48,10 @@ NAMES = {"keep": "kept codes (Q4_1)"}
 def define_flags() -> None:
   flags.DEFINE_string("model", SMOLLM2, "The decoder, a GGUF file for keep.")
   flags.DEFINE_integer("rank", 256, "VeRA's rank.", lower_bound=1)
-  flags.DEFINE_list("bases", BASES, "How the base is stored.")
-  flags.DEFINE_list("remat", REMAT, "Values of config.model.remat.")
+  flags.DEFINE_list("bases", list(BASES), "How the base is stored.")
+  flags.DEFINE_list("remat", list(REMAT), "Values of config.model.remat.")
   flags.DEFINE_string("out", "results/benchmarks", "Where the files go.")
+  flags.DEFINE_bool("add", False, "Keep the rows of others that OUT has.")
   flags.DEFINE_string("row", None, "One base and remat, as keep:full; prints.")
 
 
@@ -68,12 +71,18 @@ def main() -> None:
     "model": given.model,
     "rank": given.rank,
     "tokens": TOKENS,
-    "rows": [],
   }
+  old = Path(given.out) / "quantised.json"
+  rows = read_json(old)["rows"] if given.add and old.exists() else []
   for base in given.bases:
     for remat in given.remat:
-      result["rows"].append(run_row(base, remat))
-      print(json.dumps(result["rows"][-1]), flush=True)
+      rows = [x for x in rows if (x["base"], x["remat"]) != (base, remat)]
+      rows.append(run_row(base, remat))
+      print(json.dumps(rows[-1]), flush=True)
+  order = [(base, remat) for base in BASES for remat in REMAT]
+  result["rows"] = sorted(
+    rows, key=lambda row: order.index((row["base"], row["remat"]))
+  )
   result["load_after"] = load()
   path = write("quantised", result, folder=given.out)
   page = markdown(result)
@@ -144,7 +153,7 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
   kernels = flatten_dict(loaded.frozen)
   linear = sum(kernels[path].nbytes for path in plan.kernels)
   rates = {"adapter_lr": 1e-2, "head_lr": 0.0, "weight_decay": 0.0}
-  make = partial(optimiser, loaded.labels, steps=100)
+  make: Callable[..., Any] = partial(optimiser, loaded.labels, steps=100)
   shape = state_shape(loaded, make(**rates), mesh)
   step = Step(
     shape,
@@ -213,8 +222,8 @@ def markdown(result: Mapping[str, Any]) -> str:
   known = {(row["base"], row["remat"]): row for row in rows}
   names = ["base", "remat", "linear layers, MB", "of float32"]
   names += ["temporaries, MB", "planned peak, MB", "of float32"]
-  names += ["resident peak, MB", "of float32", "loss"]
-  table = [names, ["---", "---", *["---:"] * 8]]
+  names += ["resident peak, MB", "of float32", "s", "loss"]
+  table = [names, ["---", "---", *["---:"] * 9]]
   for row in rows:
     plain = known.get(("float32", row["remat"]))
 
@@ -230,6 +239,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         of("temporary_bytes")[0],
         *of("planned_bytes"),
         *of("resident_bytes"),
+        f"{row['seconds']:.1f}",
         f"{row['losses'][0]:.4f}",
       ]
     )
@@ -240,7 +250,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     f" {result['cpu']}, {result['cores']} cores, jax"
     f" {result['versions']['jax']}. Remat: config.model.remat. Planned: what"
     " XLA sets aside for a microbatch's program. Resident: of the whole process"
-    " during a step. Loss: of the first step."
+    " during a step, of which one was timed. Loss: of the first step, on random"
+    " tokens."
   )
   return "\n".join(
     ["# Memory of training by the base's storage", "", about, "", *lines, ""]

@@ -99,7 +99,7 @@ class Adapted(nn.Module):
       if self._is_target((*path, name))
     }
     is_site = self._is_target(path)
-    stored = params.get("kernel")
+    stored: Any = params.get("kernel")
     quantised = is_quantised(stored)
     if not (is_site or columns or quantised):
       return next_fun(*args, **kwargs)
@@ -153,7 +153,9 @@ class Adapted(nn.Module):
     return any(matches(pattern, path) for pattern in self.targets)
 
   @nn.nowrap
-  def _leaves(self, adapter: Adapter, found: Leaves, path: Path) -> Leaves:
+  def _leaves(
+    self, adapter: Adapter, found: Mapping[str, Any], path: Path
+  ) -> Leaves:
     """The site's own leaves; without any, the base would run unadapted."""
     leaves = adapter.own(found)
     if adapter.init is not None and not leaves:

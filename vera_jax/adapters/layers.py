@@ -91,7 +91,7 @@ def flat_kernel(
 
 
 def flat_bias(
-  leaves: Mapping[str, Array], stack: tuple[int, ...]
+  leaves: Mapping[str, Any], stack: tuple[int, ...]
 ) -> Float[Array, "*stack o"] | None:
   """A layer's bias as (*stack, o); None where it has none."""
   return leaves["bias"].reshape(*stack, -1) if "bias" in leaves else None

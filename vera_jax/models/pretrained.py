@@ -155,25 +155,32 @@ class Blueprint(NamedTuple):
 
 
 def choose_scan(
-  choice: bool | str, *, layers: int, platform: str | None = None
+  choice: bool | str,
+  *,
+  layers: int,
+  platform: str | None = None,
+  quantise: str = NONE,
 ) -> bool:
   """Whether layers are stacked, so that one is compiled for all.
 
   Looped layers run faster and take longer to compile, the longer the more there
   are. "auto" loops up to `LOOPED` of them, but none on a TPU, for whose chips a
-  layer takes long to compile.
+  layer takes long to compile, and none of a quantised base: of looped layers
+  XLA on a CPU merges what is to be computed again in the backward pass with the
+  forward pass, and so keeps every dequantised kernel.
 
   Args:
     choice: true, false or "auto".
     layers: of the base.
     platform: of the devices; None for this process's.
+    quantise: as for `blueprint`.
 
   Raises:
     UserError: another choice.
   """
   if choice == AUTO:
     platform = platform or jax.default_backend()
-    return platform == "tpu" or layers > LOOPED
+    return platform == "tpu" or layers > LOOPED or quantise != NONE
   if choice not in (True, False):
     raise UserError(
       f"config.model.scan is {choice!r}; choose {AUTO}, true or false."
@@ -227,7 +234,7 @@ def blueprint(
       f" {', '.join(family.classes)}."
     )
   config = family.config(fields)
-  scan = choose_scan(scan, layers=config.num_hidden_layers)
+  scan = choose_scan(scan, layers=config.num_hidden_layers, quantise=quantise)
   options: dict[str, Any] = {} if longest is None else {"longest": longest}
   base = family.module(
     config,

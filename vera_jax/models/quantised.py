@@ -172,7 +172,7 @@ def quantise(
   scale[scale < np.sqrt(np.finfo(np.float32).tiny)] = 1
   weights = weights / scale[:, None]
   if kind == INT8:
-    codes = np.clip(np.rint(weights), -128, 127).astype(np.int8)
+    codes = np.clip(np.rint(weights), -127, 127).astype(np.int8)
   else:
     levels = np.array(NF4_LEVELS, np.float32)
     codes = np.zeros(weights.shape, np.uint8)
