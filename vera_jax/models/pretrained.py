@@ -376,7 +376,8 @@ def find_codes(plan: Blueprint, params: Any) -> tuple[str | None, list[str]]:
   if plan.quantise == NONE:
     return None, []
   flat = flatten_dict(params)
-  kernels = [flat[path] for path in plan.kernels]
+  # what the files lack starts anew, and is trained
+  kernels = [flat[path] for path in plan.kernels if path in flat]
   coded = [leaf for leaf in kernels if is_quantised(leaf)]
   if not coded:
     why = {
