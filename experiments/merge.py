@@ -43,8 +43,8 @@ OUT = flags.DEFINE_string(
 BASE = flags.DEFINE_string(
   "base", None, "The base's folder. Unset: what adapter.json names."
 )
-DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", ["float32", "bfloat16", "float16"], "Type of the weights."
+DTYPE = flags.DEFINE_string(
+  "dtype", "float32", "Type of the weights: float32, bfloat16 or float16."
 )
 FORMAT = flags.DEFINE_string(
   "format",
@@ -65,8 +65,9 @@ def main() -> None:
     raise UserError("--model is for --format=gguf-f16 or gguf-q8_0.")
   from vera_jax.adapters.files import load_adapter  # after the flags' errors
   from vera_jax.models.classifier import restore_adapter
-  from vera_jax.models.export_hf import refuse_used, write_merged
+  from vera_jax.models.export_hf import check_dtype, refuse_used, write_merged
 
+  check_dtype(DTYPE.value)
   refuse_used(OUT.value)  # before the base is loaded
   classifier = restore_adapter(load_adapter(ADAPTER.value), BASE.value)
   show(write_merged(classifier, OUT.value, dtype=DTYPE.value))

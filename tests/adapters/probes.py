@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.interface import (
@@ -19,9 +20,10 @@ from vera_jax.adapters.interface import (
   LowRank,
   as_they_are,
 )
-from vera_jax.adapters.layers import SCALE
+from vera_jax.adapters.magnitude import dvora
 from vera_jax.adapters.products import add_low_rank
 from vera_jax.adapters.vera import vera
+from vera_jax.models.quantised import quantise, stack_layers
 
 
 class Probe(NamedTuple):
@@ -102,23 +104,26 @@ def from_weights(rank: int = 2) -> Adapter:
   )
 
 
-def quantise(params: Any) -> Any:
-  """Every block's kernel as int8 codes and a scale per output."""
+def with_codes(params: Any) -> Any:
+  """Every block's kernel but `out` as int8 codes and a scale per output."""
   flat = flatten_dict(params)
-  for path in [p for p in flat if p[-1] == "kernel" and "heads" in p]:
-    kernel = flat[path]
-    axes = tuple(range(kernel.ndim))[-3:-2]  # heads: (i, 2, 4) per layer
-    scale = jnp.max(jnp.abs(kernel), axis=axes, keepdims=True) / 127
-    flat[path] = jnp.round(kernel / scale).astype(jnp.int8)
-    flat[*path[:-1], SCALE] = scale
-  return unflatten_dict(flat)
+  for path in [p for p in flat if p[-1] == "kernel" and p[-2] in CODED]:
+    kernel = np.asarray(flat[path])
+    layers = kernel if "layer" in path else kernel[None]
+    made = [
+      quantise(layer.reshape(len(layer), -1), "int8", axes=layer.shape)
+      for layer in layers
+    ]
+    flat[path] = stack_layers(made) if "layer" in path else made[0]
+  return jax.tree.map(jnp.asarray, unflatten_dict(flat))
 
 
+CODED = ("fused", "heads")
 QUERY = {"fused": {"query": (0, 8), "key": (8, 16), "value": (16, 24)}}
 
 PROBES = {
   "random numbers": Probe(noisy()),
   "matrices from W0": Probe(from_weights()),
   "columns": Probe(vera(3), ("query", "value"), QUERY),
-  "int8": Probe(vera(3), quantised=True),
+  "int8": Probe(dvora(3), quantised=True),
 }

@@ -14,7 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests.adapters.conftest import Net, stacked
-from tests.adapters.probes import PROBES, Probe, quantise
+from tests.adapters.probes import PROBES, Probe, with_codes
 from vera_jax.adapters.apply import KEYS, PENALTIES, adapt, adapter_size
 from vera_jax.adapters.base_leaves import bitfit, full, head
 from vera_jax.adapters.chain import chain
@@ -72,7 +72,7 @@ class Ready:
     self.adapter = probe.adapter
     self.model = Net(layout)
     params = base if layout == "looped" else stacked(base)
-    self.base = quantise(params) if probe.quantised else params
+    self.base = with_codes(params) if probe.quantised else params
     self.module = adapt(
       self.model,
       self.adapter,
@@ -198,10 +198,11 @@ def test_looped_and_scanned_are_the_same(name, base, x):
   looped = Ready(name, "looped", base, x, perturbed=True)
   scanned = Ready(name, "scanned", base, x, perturbed=True)
   if name != "matrices from W0":  # its singular vectors have no sign
-    for path, leaf in flatten_dict(stacked(looped.params)).items():
-      np.testing.assert_allclose(
-        leaf, flatten_dict(scanned.params)[path], atol=1e-6
-      )
+    jax.tree.map(
+      partial(np.testing.assert_allclose, atol=1e-6),
+      stacked(looped.params),
+      scanned.params,
+    )
     np.testing.assert_allclose(
       jax.jit(looped)(looped.params, x)[0],
       jax.jit(scanned)(scanned.params, x)[0],
@@ -271,7 +272,7 @@ def test_counts_come_from_shapes(name, base, x):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", ["vera", "pvera", "matrices from W0"])
+@pytest.mark.parametrize("name", ["vera", "pvera", "matrices from W0", "int8"])
 def test_every_plan_is_the_same_function(name, plan, base, x):
   ready = Ready(name, "scanned", base, x, perturbed=True, plan=plan)
   y, _ = jax.jit(ready)(ready.params, x)

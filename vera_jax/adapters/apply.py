@@ -7,7 +7,7 @@ layers are intercepted by path.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,6 @@ from vera_jax.adapters.interface import (
 from vera_jax.adapters.layers import (
   flat_bias,
   flat_kernel,
-  is_quantised,
   product_of,
 )
 from vera_jax.adapters.products import (
@@ -53,6 +52,7 @@ from vera_jax.adapters.sites import (
   trace_sites,
 )
 from vera_jax.errors import UserError
+from vera_jax.models.quantised import is_quantised
 
 UNADAPTED = Adapter("unadapted")
 PENALTIES = "penalties"  # the collection that methods sow their penalties into
@@ -99,16 +99,22 @@ class Adapted(nn.Module):
       if self._is_target((*path, name))
     }
     is_site = self._is_target(path)
-    if not (is_site or columns or is_quantised(params)):
+    stored: Any = params.get("kernel")
+    quantised = is_quantised(stored)
+    if not (is_site or columns or quantised):
       return next_fun(*args, **kwargs)
 
-    x, kernel, bias = layer.promote_dtype(
+    x, bias, _ = layer.promote_dtype(
       product.x,
-      flat_kernel(params, (), product.outputs),
       flat_bias(params, ()),
+      jnp.zeros((), stored.dtype),
       dtype=layer.dtype,
     )
-    whole = Site(path, x.shape[-1], product.outputs, lambda: kernel, bias)
+
+    def kernel() -> Array:
+      return flat_kernel(params, (), product.outputs).astype(x.dtype)
+
+    whole = Site(path, x.shape[-1], product.outputs, kernel, bias)
     projections = layer.variables.get("projections", {})
     pieces = []
     for name, (first, last) in _pieces(columns, product.outputs).items():
@@ -133,6 +139,7 @@ class Adapted(nn.Module):
         plain=product.plain,
         plan=self.plan,
         forwards=self.forwards,
+        remake=quantised and self.forwards == 1,
         key=layer.make_rng(KEYS) if draws and layer.has_rng(KEYS) else None,
       )
       if penalty is not None:
@@ -146,7 +153,9 @@ class Adapted(nn.Module):
     return any(matches(pattern, path) for pattern in self.targets)
 
   @nn.nowrap
-  def _leaves(self, adapter: Adapter, found: Leaves, path: Path) -> Leaves:
+  def _leaves(
+    self, adapter: Adapter, found: Mapping[str, Any], path: Path
+  ) -> Leaves:
     """The site's own leaves; without any, the base would run unadapted."""
     leaves = adapter.own(found)
     if adapter.init is not None and not leaves:
@@ -187,8 +196,8 @@ class Adapted(nn.Module):
     return output, variables
 
 
-def _columns(kernel: Array, first: int, last: int) -> Array:
-  return kernel[:, first:last]
+def _columns(kernel: Callable[[], Array], first: int, last: int) -> Array:
+  return kernel()[:, first:last]
 
 
 def _pieces(

@@ -47,6 +47,9 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   yield "base", str(about.get("base"))
   if found := about.get("base_fingerprint"):
     yield "fingerprint of the base's weights", str(found)
+  if (quantise := about.get("quantise", "none")) != "none":
+    own = "the file's own codes" if quantise == "keep" else f"{quantise} codes"
+    yield "base quantised", own
   if found := about.get("projection_digest"):
     yield "digest of A and B", str(found)
   sizes = {

@@ -1,8 +1,8 @@
 """Layer kinds: how a call of a linen layer is seen as `x @ kernel + bias`.
 
 A new kind is one function and one line in `KINDS`. A kernel may be stored in
-eight bits, as int8 codes with a `kernel_scale` (one number per output) beside
-them: then it is dequantised where it is used.
+four or eight bits (`models/quantised.py`): then it is dequantised where it is
+used.
 """
 
 import math
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-SCALE = "kernel_scale"
+from vera_jax.models.quantised import dequantise, is_quantised
 
 
 class Product(NamedTuple):
@@ -80,23 +80,18 @@ def product_of(
   return None
 
 
-def is_quantised(leaves: Mapping[str, Any]) -> bool:
-  return SCALE in leaves
-
-
 def flat_kernel(
-  leaves: Mapping[str, Array], stack: tuple[int, ...], outputs: int
+  leaves: Mapping[str, Any], stack: tuple[int, ...], outputs: int
 ) -> Float[Array, "*stack i o"]:
   """A layer's kernel as (*stack, i, o), dequantised where it is quantised."""
-  kernel = leaves["kernel"].reshape(*stack, -1, outputs)
-  if not is_quantised(leaves):
-    return kernel
-  scale = leaves[SCALE].reshape(*stack, 1, outputs)
-  return kernel.astype(scale.dtype) * scale
+  kernel = leaves["kernel"]
+  if is_quantised(kernel):
+    return dequantise(kernel)
+  return kernel.reshape(*stack, -1, outputs)
 
 
 def flat_bias(
-  leaves: Mapping[str, Array], stack: tuple[int, ...]
+  leaves: Mapping[str, Any], stack: tuple[int, ...]
 ) -> Float[Array, "*stack o"] | None:
   """A layer's bias as (*stack, o); None where it has none."""
   return leaves["bias"].reshape(*stack, -1) if "bias" in leaves else None

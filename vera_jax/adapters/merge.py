@@ -8,13 +8,13 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.interface import Adapter, Path, Target
-from vera_jax.adapters.layers import SCALE, flat_kernel
 from vera_jax.adapters.sites import (
   all_sites,
   layer_path,
   map_sites,
   own_leaves,
 )
+from vera_jax.models.quantised import plain
 
 
 def merge(
@@ -28,8 +28,8 @@ def merge(
 
   A new tree, without boxes of `nn.with_partitioning`: `params` stays as it is,
   bit for bit. To unmerge is to use it
-  again, for subtracting the delta would not give back the bits of W0. A
-  quantised kernel becomes one of its scale's type.
+  again, for subtracting the delta would not give back the bits of W0. Quantised
+  kernels are dequantised, those without an adapter too.
 
   Args:
     params: base and adapter leaves in one tree, as `adapt`'s module has them.
@@ -38,7 +38,7 @@ def merge(
     targets: the adapted sites, from `find_targets`.
   """
   merged = {
-    path: leaf
+    path: plain(leaf)
     for path, leaf in flatten_dict(meta.unbox(dict(params))).items()
     if not adapter.owns(path[-1])
   }
@@ -56,12 +56,8 @@ def merge(
     target, layer = targets[path], layer_path(path, targets[path])
     columns = (..., slice(*target.columns or (None,)))
     leaf = merged[(*layer, "kernel")]
-    parts = {"kernel": leaf}
-    if (*layer, SCALE) in merged:
-      parts[SCALE] = merged.pop((*layer, SCALE))
-    outputs = leaf.size // (target.layers * target.inputs)
-    whole = flat_kernel(parts, target.stack, outputs)
-    whole = jnp.asarray(whole).at[columns].set(kernel.astype(whole.dtype))
+    whole = jnp.asarray(leaf).reshape(*target.stack, target.inputs, -1)
+    whole = whole.at[columns].set(kernel.astype(whole.dtype))
     merged[(*layer, "kernel")] = whole.reshape(leaf.shape)
     if bias is not None:
       leaf = merged[(*layer, "bias")]

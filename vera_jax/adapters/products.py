@@ -186,6 +186,7 @@ def adapted_product(
   plain: bool = True,
   plan: str = AUTO,
   forwards: int = 1,
+  remake: bool = False,
   key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, "*t o"], Float[Array, ""] | None]:
   """(x times the adapted weights, the method's penalty or None).
@@ -197,13 +198,24 @@ def adapted_product(
     multiply: the layer's own (x, kernel) -> product. `plain` says that it is
       `x @ kernel`; only then a delta may be folded into the kernel.
     plan, forwards: as in `choose`.
+    remake: whether the backward pass makes the kernels that it needs again,
+      from what they were made of, in place of keeping them all from the forward
+      pass: for kernels that are stored in fewer bits.
     key: for methods that draw random numbers; None outside of training.
   """
   penalties: list[Array] = []
   drawn = False  # whether the product so far is more than its weights say
 
-  def of_weights(kernel: Array, bias: Array | None) -> Product:
-    return lambda x: _plus(multiply(x, kernel.astype(x.dtype)), bias)
+  again: Callable[[Product], Product] = jax.checkpoint if remake else _as_it_is
+
+  def of_weights(
+    weights: Callable[[], tuple[Array, Array | None]],
+  ) -> Product:
+    def product(x: Array) -> Array:
+      kernel, bias = weights()
+      return _plus(multiply(x, kernel.astype(x.dtype)), bias)
+
+    return again(product)
 
   def of_low_rank(
     inner: Product, site: Site, factors: LowRank
@@ -212,16 +224,23 @@ def adapted_product(
     how = choose(_rows(x), factors, plan=plan, forwards=forwards)
     if how == "factored" or drawn or not plain:
       return lambda x: inner(x) + _delta(x, factors), None
-    kernel = site.kernel().astype(x.dtype)
     down = factors.down.astype(x.dtype)
     up = whole_up(factors).astype(x.dtype)
-    whole = fold(kernel, down, up)
-    known = site._replace(kernel=lambda: whole)
+
+    def kernel() -> Array:
+      return site.kernel().astype(x.dtype)
+
+    def whole() -> Array:
+      return fold(kernel(), down, up)
+
+    known = site._replace(kernel=whole)
     if how == "folded":
-      return of_weights(whole, site.bias), known
-    return (
-      lambda x: _plus(folded_forward(x, kernel, down, up), site.bias)
-    ), known
+      return of_weights(lambda: (whole(), site.bias)), known
+
+    def product(x: Array) -> Array:
+      return _plus(folded_forward(x, kernel(), down, up), site.bias)
+
+    return again(product), known
 
   def of_forward(
     link: Adapter, own: Leaves, site: Site, key: Any, inner: Product
@@ -236,7 +255,7 @@ def adapted_product(
     return product
 
   def base(x: Array, site: Site = site) -> Array:
-    return of_weights(site.kernel(), site.bias)(x)
+    return of_weights(lambda: (site.kernel(), site.bias))(x)
 
   product: Product = base
   here = [x for x in enumerate(adapter.methods) if is_on(x[1], site.path)]
@@ -249,7 +268,7 @@ def adapted_product(
     elif link.low_rank is not None:
       product, known = of_low_rank(product, site, link.low_rank(own, site))
     elif link.weights is not None:
-      product = of_weights(*link.weights(own, site))
+      product = of_weights(partial(link.weights, own, site))
     if link is not here[-1][1]:
       site = known or adapted_site(link, own, site)
   y = product(x)
@@ -263,6 +282,10 @@ def adapted_site(link: Adapter, own: Leaves, site: Site) -> Site:
   weights = partial(link.weights, own, site)
   bias = site.bias if link.low_rank is not None else weights()[1]
   return site._replace(kernel=lambda: weights()[0], bias=bias)
+
+
+def _as_it_is(product: Product) -> Product:
+  return product
 
 
 def _rows(x: Array) -> int:

@@ -22,7 +22,6 @@ from jaxtyping import PRNGKeyArray
 from vera_jax.adapters.interface import (
   EMPTY,
   Adapter,
-  Leaves,
   Path,
   Site,
   Target,
@@ -212,7 +211,7 @@ def all_sites(
   return sites
 
 
-def _kernel(layer: Leaves, stack: Any, outputs: int, columns: Any) -> Array:
+def _kernel(layer: Tree, stack: Any, outputs: int, columns: Any) -> Array:
   return flat_kernel(layer, stack, outputs)[columns]
 
 

@@ -38,7 +38,8 @@ from vera_jax.models.family import (
 )
 from vera_jax.models.hf_weights import fingerprint, load_params, refuse_gaps
 from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, TAGS, WORDS, kind_of
-from vera_jax.models.pretrained import Flat, blueprint
+from vera_jax.models.pretrained import Flat, blueprint, find_codes
+from vera_jax.models.quantised import NONE, plain
 
 SHOWN = 3  # differences of one kind that a message lists
 MERGED = "merge.json"  # what `export_hf.write_merged` says of a merged folder
@@ -107,17 +108,23 @@ def restore_adapter(
   dtype: DTypeLike = jnp.float32,
   scan: bool = True,
   plan: str = AUTO,
+  codes: bool = False,
 ) -> Classifier:
   """Put a saved adapter back on its base.
+
+  A base that was quantised in training is quantised again, for the adapter
+  belongs to the weights that the codes make.
 
   Args:
     saved: from `load_adapter`.
     base: the base's folder or hub id; None for the one the adapter names.
     dtype, scan, plan: as for `blueprint`.
+    codes: whether a quantised base stays in codes, which takes less memory and
+      more time; else the weights that they make are loaded.
 
   Raises:
     UserError: naming what differs from what the adapter was trained with:
-      base, targets, rank, shapes, projections.
+      base, codes, targets, rank, shapes, projections.
   """
   about = saved.about
   folder = _find_base(saved, base)
@@ -134,6 +141,7 @@ def restore_adapter(
     dtype=dtype,
     scan=scan,
     plan=plan,
+    quantise=about.get("quantise", NONE),
   )
 
   # Frozen leaves from the base. What it lacks, and what the method trains of
@@ -146,9 +154,17 @@ def restore_adapter(
     for path, leaf in shapes.items()
     if kinds[path] == FROZEN and path in made.shapes
   }
-  loaded = load_params(folder, unflatten_dict(frozen))
+  loaded = load_params(
+    folder,
+    unflatten_dict(frozen),
+    quantise=made.quantise,
+    kernels=made.kernels,
+  )
   refuse_gaps(folder, loaded.missing)
+  _check_codes(saved, find_codes(made, loaded.params)[0])
   filled = flatten_dict(loaded.params)
+  if not codes:
+    filled = {path: plain(leaf) for path, leaf in filled.items()}
   trained = {path: leaf for path, leaf in shapes.items() if path not in filled}
   wrong = list(differences(saved.tensors, trained))
   if wrong:
@@ -157,7 +173,9 @@ def restore_adapter(
       + "\n  ".join(wrong)
     )
   filled |= leaves_by_path(saved.tensors, trained)
-  params = unflatten_dict({path: jnp.asarray(filled[path]) for path in shapes})
+  params = jax.tree.map(
+    jnp.asarray, unflatten_dict({path: filled[path] for path in shapes})
+  )
 
   projections = made.projections(params)
   if projections:
@@ -321,6 +339,18 @@ def _check_projections(saved: SavedAdapter, made: Mapping[str, Any]) -> None:
       f" those it was trained with: digest {found[:12]}, not"
       f" {str(expected)[:12]}. Either its seed, init or rank was changed, or"
       " this version of jax draws other numbers."
+    )
+
+
+def _check_codes(saved: SavedAdapter, found: str | None) -> None:
+  """Refuse a base whose codes are not those of training."""
+  expected = saved.about.get("codes_digest")
+  if found != expected:
+    raise UserError(
+      f"The {saved.about.get('quantise')} codes of the base come out different"
+      f" from those that the adapter {saved.folder} was trained on: digest"
+      f" {str(found)[:12]}, not {str(expected)[:12]}. Either its adapter.json"
+      " was changed, or this version of vera_jax rounds in another way."
     )
 
 

@@ -32,6 +32,7 @@ from vera_jax.models.decoder import logits
 from vera_jax.models.family import IMAGES
 from vera_jax.models.hf_weights import to_hf
 from vera_jax.models.kinds import KINDS, WORDS
+from vera_jax.models.quantised import CHOICES
 from vera_jax.serve.predictor import Predictor, check_finite, text_columns
 
 WEIGHTS = "model.safetensors"
@@ -75,10 +76,9 @@ def write_merged(
     UserError: the folder is in use, or a difference is past its bound; nothing
       is written then.
   """
+  check_dtype(dtype)
   refuse_used(folder)
   folder = Path(folder).expanduser().absolute()
-  if dtype not in BOUNDS:
-    raise UserError(f"dtype is {dtype!r}; choose from {', '.join(BOUNDS)}.")
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
@@ -89,6 +89,25 @@ def write_merged(
   except OSError as error:
     raise UserError(f"{folder} can't be written: {error}") from error
   return about
+
+
+def check_dtype(dtype: str) -> None:
+  """Refuses what merged weights are not written in.
+
+  Raises:
+    UserError: says why they are not quantised again.
+  """
+  if dtype in BOUNDS:
+    return
+  why = ""
+  if dtype in CHOICES[1:]:
+    why = (
+      " Merged weights are not quantised again, also where the base was: an"
+      " adapter changes weights by less than the steps between codes, so"
+      " rounding them would undo most of what was learned (docs/gguf.md). Or"
+      " keep the adapter beside its base, which costs nothing."
+    )
+  raise UserError(f"dtype is {dtype!r}; choose from {', '.join(BOUNDS)}.{why}")
 
 
 def merged_params(classifier: Classifier) -> dict[str, Any]:

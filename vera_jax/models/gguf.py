@@ -97,6 +97,23 @@ class Gguf(NamedTuple):
     return decode(self.stored(name), format=tensor.format, shape=tensor.shape)
 
 
+class Blocks(NamedTuple):
+  """A quantised tensor's codes; its values are scale · level (+ minimum).
+
+  Attributes:
+    codes: [..., 32] int8, which are the levels, or [..., 16] uint8: a byte has
+      weight i in its low half and weight i + 16 in its high one.
+    scale, minimum: [..., 1] float16; no minimum is 0.
+    format: the levels of codes in four bits: "uint4" 0 to 15, "int4" -8 to 7;
+      "int8" for the others.
+  """
+
+  codes: np.ndarray
+  scale: np.ndarray
+  minimum: np.ndarray | None
+  format: str
+
+
 class Written(NamedTuple):
   """A tensor to write; `values` is called when its turn has come."""
 
@@ -187,17 +204,27 @@ def decode(
   """
   if format in PLAIN:
     return stored.view(PLAIN[format]).reshape(shape)
+  codes, scale, minimum, levels = take_apart(stored, format=format)
+  if levels != "int8":
+    codes = np.concatenate([codes & 15, codes >> 4], axis=1)
+  values = codes.astype(np.float32)
+  if levels == "int4":
+    values -= 8
+  values *= scale.astype(np.float32)
+  if minimum is not None:
+    values += minimum.astype(np.float32)
+  return values.reshape(shape)
+
+
+def take_apart(stored: UInt8[np.ndarray, " bytes"], *, format: str) -> Blocks:
+  """The blocks of a quantised tensor: views into its bytes."""
   blocks = stored.reshape(-1, FORMATS[format].size)
-  scale = blocks[:, :2].view("<f2").astype(np.float32)
+  scale = blocks[:, :2].view("<f2")
   if format == "Q8_0":
-    return (blocks[:, 2:].view(np.int8) * scale).reshape(shape)
-  # a byte has weight i in its low half and weight i + 16 in its high one
-  halves = blocks[:, -16:]
-  codes = np.concatenate([halves & 15, halves >> 4], axis=1).astype(np.float32)
+    return Blocks(blocks[:, 2:].view(np.int8), scale, None, "int8")
   if format == "Q4_0":
-    return (scale * (codes - 8)).reshape(shape)
-  minimum = blocks[:, 2:4].view("<f2").astype(np.float32)
-  return (scale * codes + minimum).reshape(shape)
+    return Blocks(blocks[:, 2:], scale, None, "int4")
+  return Blocks(blocks[:, 4:], scale, blocks[:, 2:4].view("<f2"), "uint4")
 
 
 def encode(values: Float[np.ndarray, "..."], *, format: str) -> bytes:

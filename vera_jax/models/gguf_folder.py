@@ -15,11 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from vera_jax.errors import UserError
 from vera_jax.files import make_folder, sha256_of, write_json
-from vera_jax.models.gguf import Gguf, read_gguf
+from vera_jax.models.gguf import (
+  PLAIN,
+  Blocks,
+  Gguf,
+  read_gguf,
+  take_apart,
+)
 from vera_jax.models.gguf_tokenizer import SPECIAL, tokenizer_files
 
 LINK = "model.gguf"
@@ -170,6 +176,30 @@ class Tensors:
       return values.T
     heads = interleaved_heads(ours, self.architecture, self.fields)
     return values if heads is None else from_pairs(values, heads=heads)
+
+  def get_codes(self, name: str) -> Blocks | None:
+    """A matrix's codes [outputs, blocks, ...]; None where it has none.
+
+    The rows are in Hugging Face's order, and are the outputs also where
+    Hugging Face has the matrix the other way.
+    """
+    ours = self.names[name]
+    tensor = self.gguf.tensors[ours]
+    if tensor.format in PLAIN:
+      return None
+    found = take_apart(self.gguf.stored(ours), format=tensor.format)
+    heads = interleaved_heads(ours, self.architecture, self.fields)
+
+    def rows(part: np.ndarray) -> np.ndarray:
+      part = part.reshape(tensor.shape[0], -1, part.shape[-1])
+      return part if heads is None else from_pairs(part, heads=heads)
+
+    return Blocks(
+      rows(found.codes),
+      rows(found.scale),
+      None if found.minimum is None else rows(found.minimum),
+      found.format,
+    )
 
 
 class _Slice(NamedTuple):
@@ -339,8 +369,8 @@ def interleaved_heads(
 
 
 def from_pairs(
-  values: Float[np.ndarray, "..."], *, heads: int
-) -> Float[np.ndarray, "..."]:
+  values: Shaped[np.ndarray, "..."], *, heads: int
+) -> Shaped[np.ndarray, "..."]:
   """Rows in pairs (0, 1, 2, ...) as rows in halves (0, 2, ..., 1, 3, ...).
 
   llama.cpp rotates neighbouring rows of q and k together, Hugging Face's Llama

@@ -8,7 +8,7 @@ that a checkpoint numbers, but for the last.
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,16 @@ from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.models.family import Names, family_of, read_fields
 from vera_jax.models.gguf_folder import LINK, open_tensors
+from vera_jax.models.quantised import (
+  INT8,
+  KEEP,
+  NF4,
+  NONE,
+  Quantised,
+  keep,
+  stack_layers,
+)
+from vera_jax.models.quantised import quantise as quantise_kernel
 
 LEAVES = {
   "kernel": "weight",
@@ -100,15 +110,33 @@ def load_params(
   template: Mapping[str, Any],
   *,
   param_dtype: DTypeLike | None = None,
+  quantise: str = NONE,
+  kernels: Collection[tuple[str, ...]] = (),
 ) -> Loaded:
   """Fills a tree of shapes from a checkpoint, one tensor in memory at a time.
 
-  `template` holds one `jax.ShapeDtypeStruct` per leaf: the "params" of an
-  `eval_shape` of the model's init. Leaves come as numpy arrays of
-  `param_dtype`, or of the template's own types when that is None.
+  Args:
+    folder: the checkpoint.
+    template: one `jax.ShapeDtypeStruct` per leaf: the "params" of an
+      `eval_shape` of the model's init.
+    param_dtype: of the leaves, which come as numpy arrays; None for the
+      template's own types.
+    quantise: what the `kernels`, by their paths, become: a name in
+      `quantised.CHOICES`. Those that can't, since their blocks would not be
+      whole or the file has no codes of them, stay arrays.
+
+  Raises:
+    UserError: a file or tensor that can't be used; codes are to be kept, and
+      the checkpoint is no GGUF file.
   """
   known = family_of(read_fields(folder)).names
-  filled: dict[tuple[str, ...], np.ndarray] = {}
+  if quantise == KEEP and tensor_files(folder)[0].name != LINK:
+    raise UserError(
+      f"config.model.quantise is {KEEP}, but {folder} is no GGUF file, so it"
+      f" has no codes to keep: choose {INT8} or {NF4}, or name a quantised GGUF"
+      " file (config.model.name)."
+    )
+  filled: dict[tuple[str, ...], Any] = {}
   missing: list[str] = []
   used: set[str] = set()
   with ExitStack() as stack:
@@ -129,7 +157,12 @@ def load_params(
         raise UserError(f"{folder} lacks the tensor {absent!r}.")
       else:
         dtype = leaf.dtype if param_dtype is None else param_dtype
-        filled[path] = _read_leaf(
+        codes = None
+        if quantise != NONE and path in kernels:
+          codes = _read_codes(
+            path, leaf.shape, found, quantise, dtype, known.transposed
+          )
+        filled[path] = codes or _read_leaf(
           path, leaf.shape, found, dtype=dtype, transposed=known.transposed
         )
     rest = [s for s in sources.items() if s[1].name not in used]
@@ -209,20 +242,57 @@ def _read_leaf(
   ):
     if transposed and path[-1] == "kernel":
       slot = _in_file(slot)
-    header = source.file.get_slice(source.name)
-    found = tuple(header.get_shape())
-    if found != slot.shape:
-      raise UserError(
-        f"Tensor {source.name!r} has shape {found} in the checkpoint, but "
-        f"the model of its config.json and task needs {slot.shape}."
-      )
-    if header.get_dtype() not in FLOATS:
-      raise UserError(
-        f"Tensor {source.name!r} is stored as {header.get_dtype()}; only "
-        f"{', '.join(FLOATS)} can be read. Use an unquantised checkpoint."
-      )
+    _check_tensor(source, slot.shape)
     slot[...] = source.file.get_tensor(source.name)
   return leaf
+
+
+def _check_tensor(source: Source, shape: tuple[int, ...]) -> None:
+  """Refuse a tensor of another shape, or of numbers that are not read."""
+  header = source.file.get_slice(source.name)
+  found = tuple(header.get_shape())
+  if found != shape:
+    raise UserError(
+      f"Tensor {source.name!r} has shape {found} in the checkpoint, but "
+      f"the model of its config.json and task needs {shape}."
+    )
+  if header.get_dtype() not in FLOATS:
+    raise UserError(
+      f"Tensor {source.name!r} is stored as {header.get_dtype()}; only "
+      f"{', '.join(FLOATS)} can be read. Use an unquantised checkpoint."
+    )
+
+
+def _read_codes(
+  path: tuple[str, ...],
+  shape: tuple[int, ...],
+  sources: Sequence[Source],
+  kind: str,
+  dtype: DTypeLike,
+  transposed: bool,
+) -> Quantised | None:
+  """A leaf in codes; None where a layer of it can't be."""
+  stacked = "layer" in path
+  inputs, outputs = shape[-2:]
+  layers = []
+  for source in sources:
+    in_file = (outputs, inputs) if transposed else (inputs, outputs)
+    _check_tensor(source, in_file)
+    if kind == KEEP:
+      layer = keep(source.file.get_codes(source.name), dtype=dtype)
+    else:
+      kernel = source.file.get_tensor(source.name)
+      kernel = kernel.T if transposed else kernel
+      try:
+        layer = quantise_kernel(kernel, kind, dtype=dtype)
+      except UserError as error:
+        raise UserError(
+          f"Tensor {source.name!r} can't be quantised: {error}"
+        ) from error
+    if layer is None:
+      return None
+    layers.append(layer)
+  return stack_layers(layers) if stacked else layers[0]
 
 
 def _in_file(kernel: np.ndarray) -> np.ndarray:

@@ -27,6 +27,16 @@ from vera_jax.adapters.sites import first_leaves, make_shared, trace_sites
 from vera_jax.errors import UserError
 from vera_jax.models.family import Family, family_of
 from vera_jax.models.hf_weights import load_params, refuse_gaps
+from vera_jax.models.quantised import (
+  BLOCK,
+  KEEP,
+  NF4,
+  NONE,
+  abstract_kernel,
+  check_quantise,
+  codes_digest,
+  is_quantised,
+)
 from vera_jax.train.sharding import (
   REPLICATED,
   check_heads,
@@ -50,6 +60,7 @@ class Blueprint(NamedTuple):
     inputs: example shapes of the module's inputs.
     scan: whether the layers are stacked.
     tokens: rows of x at each adapted site, for inputs of the sizes asked for.
+    quantise: how frozen kernels are stored, a name in `quantised.CHOICES`.
   """
 
   family: Family
@@ -61,6 +72,7 @@ class Blueprint(NamedTuple):
   inputs: dict[str, Any]
   scan: bool
   tokens: dict[TreePath, int]
+  quantise: str = NONE
 
   @property
   def adapter(self) -> Adapter:
@@ -91,6 +103,22 @@ class Blueprint(NamedTuple):
   def projections(self, params: Any) -> dict[str, Any]:
     """The `projections` collection, on these weights (or their shapes)."""
     return make_shared(self.adapter, self.targets, params)
+
+  @property
+  def kernels(self) -> tuple[TreePath, ...]:
+    """What `quantise` is about: the frozen kernels of dense layers.
+
+    Embeddings are not among them, nor is a decoder's head, which is one: the
+    head multiplies by all of its table at once, and would dequantise it whole.
+    """
+    labels = flatten_dict(self.label(unflatten_dict(self.shapes)))
+    return tuple(
+      path
+      for path, leaf in self.shapes.items()
+      if path[-1] == "kernel"
+      and labels[path] == FROZEN
+      and len(leaf.shape) - ("layer" in path) == 2
+    )
 
   def label(self, params: Any, new: Any = ()) -> dict[str, Any]:
     """adapter, head or frozen for every leaf; `new` leaves had no weights."""
@@ -127,25 +155,32 @@ class Blueprint(NamedTuple):
 
 
 def choose_scan(
-  choice: bool | str, *, layers: int, platform: str | None = None
+  choice: bool | str,
+  *,
+  layers: int,
+  platform: str | None = None,
+  quantise: str = NONE,
 ) -> bool:
   """Whether layers are stacked, so that one is compiled for all.
 
   Looped layers run faster and take longer to compile, the longer the more there
   are. "auto" loops up to `LOOPED` of them, but none on a TPU, for whose chips a
-  layer takes long to compile.
+  layer takes long to compile, and none of a quantised base: of looped layers
+  XLA on a CPU merges what is to be computed again in the backward pass with the
+  forward pass, and so keeps every dequantised kernel.
 
   Args:
     choice: true, false or "auto".
     layers: of the base.
     platform: of the devices; None for this process's.
+    quantise: as for `blueprint`.
 
   Raises:
     UserError: another choice.
   """
   if choice == AUTO:
     platform = platform or jax.default_backend()
-    return platform == "tpu" or layers > LOOPED
+    return platform == "tpu" or layers > LOOPED or quantise != NONE
   if choice not in (True, False):
     raise UserError(
       f"config.model.scan is {choice!r}; choose {AUTO}, true or false."
@@ -167,6 +202,7 @@ def blueprint(
   plan: str = AUTO,
   sizes: tuple[int, int, int] | None = None,
   longest: int | None = None,
+  quantise: str = NONE,
 ) -> Blueprint:
   """A model by its config.json and its method.
 
@@ -185,10 +221,12 @@ def blueprint(
       None for the family's example.
     longest: tokens of the longest text, for a decoder that is given long rows
       of many texts (`bands.py`).
+    quantise: how the frozen kernels are stored, a name in `quantised.CHOICES`.
 
   Raises:
     UserError: a family, setting or target that is not there.
   """
+  check_quantise(quantise)
   family = family_of(fields)
   if head not in family.classes:
     raise UserError(
@@ -196,7 +234,7 @@ def blueprint(
       f" {', '.join(family.classes)}."
     )
   config = family.config(fields)
-  scan = choose_scan(scan, layers=config.num_hidden_layers)
+  scan = choose_scan(scan, layers=config.num_hidden_layers, quantise=quantise)
   options: dict[str, Any] = {} if longest is None else {"longest": longest}
   base = family.module(
     config,
@@ -233,6 +271,7 @@ def blueprint(
     inputs=family.inputs(*family.example),
     scan=scan,
     tokens={path: call.tokens for path, call in calls.items()},
+    quantise=quantise,
   )
 
 
@@ -246,6 +285,8 @@ class Model(NamedTuple):
     trainable, frozen: two trees that share no leaf.
     projections: A and B; {} where the method has none.
     digest: the projections'.
+    codes: the digest of the kernels' codes, where these were computed here: a
+      file's own are known by its fingerprint.
     notes: which weights found no partner in the checkpoint or in the model.
     fresh: paths of base or head that started from random values.
   """
@@ -257,6 +298,7 @@ class Model(NamedTuple):
   frozen: dict[str, Any]
   projections: dict[str, Any]
   digest: str | None = None
+  codes: str | None = None
   notes: tuple[str, ...] = ()
   fresh: tuple[TreePath, ...] = ()
 
@@ -279,8 +321,14 @@ def load_model(
     )
     for path, leaf in plan.shapes.items()
   }
-  loaded = load_params(folder, unflatten_dict(template))
+  loaded = load_params(
+    folder,
+    unflatten_dict(template),
+    quantise=plan.quantise,
+    kernels=plan.kernels,
+  )
   refuse_gaps(folder, loaded.missing)
+  codes, quantised = find_codes(plan, loaded.params)
   places = param_shardings(loaded.params, mesh, plan.family.rules)
   read, there = flatten_dict(loaded.params), flatten_dict(places)
   loaded = loaded._replace(params={})
@@ -313,9 +361,44 @@ def load_model(
     frozen=frozen,
     projections=projections,
     digest=digest(projections) if projections else None,
-    notes=tuple(notes),
+    codes=codes,
+    notes=(*quantised, *notes),
     fresh=tuple(new),
   )
+
+
+def find_codes(plan: Blueprint, params: Any) -> tuple[str | None, list[str]]:
+  """(the digest as in `Model.codes`, a line for a person or none).
+
+  Raises:
+    UserError: none of the kernels could be quantised.
+  """
+  if plan.quantise == NONE:
+    return None, []
+  flat = flatten_dict(params)
+  # what the files lack starts anew, and is trained
+  kernels = [flat[path] for path in plan.kernels if path in flat]
+  coded = [leaf for leaf in kernels if is_quantised(leaf)]
+  if not coded:
+    why = {
+      KEEP: "the file has none of them in codes (Q4_0, Q4_1 or Q8_0)",
+      NF4: f"their inputs are no multiples of {BLOCK}",
+    }.get(plan.quantise, "the method trains them all")
+    why = why if kernels else "the method trains them all"
+    raise UserError(
+      f"config.model.quantise is {plan.quantise}, but no kernel of the model"
+      f" can be stored so: {why}. Choose another, or {NONE}."
+    )
+  numbers = sum(leaf.size for leaf in coded)
+  stored = sum(leaf.nbytes for leaf in coded)
+  plainly = len(kernels) - len(coded)
+  line = (
+    f"quantised ({plan.quantise}): {numbers:,} numbers of the base in"
+    f" {stored / 1e6:,.1f} MB, {8 * stored / numbers:.2f} bits each"
+  )
+  if plainly:
+    line += f"; {plainly} of {len(kernels)} kernels can't be, and are left"
+  return None if plan.quantise == KEEP else codes_digest(params), [line]
 
 
 def abstract_model(plan: Blueprint, *, mesh: Mesh) -> Model:
@@ -324,14 +407,23 @@ def abstract_model(plan: Blueprint, *, mesh: Mesh) -> Model:
   own, projections = plan.own_shapes()
   shapes = unflatten_dict(plan.shapes | flatten_dict(own))
   labels = flatten_dict(plan.label(shapes))
-  places = flatten_dict(param_shardings(shapes, mesh, plan.family.rules))
-  stored = {
+  stored: Flat = {
     path: jax.ShapeDtypeStruct(
-      leaf.shape,
-      plan.dtype if labels[path] == FROZEN else jnp.float32,
-      sharding=places[path],
+      leaf.shape, plan.dtype if labels[path] == FROZEN else jnp.float32
     )
     for path, leaf in flatten_dict(shapes).items()
+  }
+  if plan.quantise != NONE:
+    for path in plan.kernels:
+      stored[path] = abstract_kernel(stored[path], plan.quantise)
+  places = flatten_dict(
+    param_shardings(unflatten_dict(stored), mesh, plan.family.rules)
+  )
+  stored = {
+    path: jax.tree.map(
+      lambda part, place: part.update(sharding=place), leaf, places[path]
+    )
+    for path, leaf in stored.items()
   }
   named = unflatten_dict(labels)
   trainable, frozen = split(unflatten_dict(stored), named)

@@ -52,6 +52,12 @@ def export_adapter(
   saved = load_adapter(folder)
   about = saved.about
   own, given = about["method"], about["settings"]
+  if about.get("codes_digest"):  # a GGUF file's own codes everyone reads alike
+    raise UserError(
+      f"{folder} was trained on a base in {about['quantise']} codes, but PEFT"
+      " would put it on the base's own weights, which are others. Merge it and"
+      " use the checkpoint."
+    )
   if own not in HELD_BY:
     raise UserError(
       f"{folder} holds method {own!r}; only {', '.join(HELD_BY)} are adapters"

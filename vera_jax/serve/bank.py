@@ -390,6 +390,7 @@ def _program(
   return {
     "method": method,
     "base (fingerprint)": about["base_fingerprint"][:12],
+    "base (quantised)": about.get("quantise", "none"),
     "number of labels": len(about["labels"]),
     "head": KINDS[kind_of(about, about["labels"])].head,
     **fixed,

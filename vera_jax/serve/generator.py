@@ -335,7 +335,8 @@ def _unrolled(module: Any, variables: Any) -> tuple[Any, dict[str, Any]]:
       leaves[path] = leaf
       continue
     place = path.index("layer")
-    for number, one in enumerate(jnp.unstack(leaf)):
+    for number in range(leaf.shape[0]):
+      one = jax.tree.map(lambda part, i=number: part[i], leaf)
       name = f"layer_{number}"
       leaves[*path[:place], name, *path[place + 1 :]] = one
   module = module.clone(model=plain) if adapted else plain

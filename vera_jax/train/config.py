@@ -18,6 +18,7 @@ from vera_jax.adapters.methods import (
 from vera_jax.adapters.products import AUTO, check_plan
 from vera_jax.errors import UserError
 from vera_jax.models.pretrained import choose_scan
+from vera_jax.models.quantised import NONE, check_quantise
 
 AT_LEAST_ONE = (
   "optim.epochs",
@@ -89,6 +90,10 @@ def check_settings(config: ConfigDict) -> None:
     refuse("seed", f"choose a whole number from 0 to {SEEDS - 1}")
   try:
     choose_scan(config.model.scan, layers=1, platform="cpu")
+  except UserError as error:
+    wrong.append(str(error))
+  try:
+    check_quantise(config.model.get("quantise", NONE))
   except UserError as error:
     wrong.append(str(error))
   try:

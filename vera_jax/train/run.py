@@ -373,6 +373,8 @@ class Run:
         "settings": settings_in(config, config.method),
         "projection_prng": PRNG,
         "base_fingerprint": fingerprint(setup.base),
+        "quantise": setup.model.blueprint.quantise,
+        "codes_digest": setup.model.codes,
         "max_length": config.data.max_length,
         "data": setup.data.record(),
         "parameters": parameters,

@@ -21,6 +21,7 @@ from vera_jax.hub import resolve
 from vera_jax.models.classifier import Classifier
 from vera_jax.models.family import read_fields
 from vera_jax.models.pretrained import Blueprint, Model, blueprint, load_model
+from vera_jax.models.quantised import NONE
 from vera_jax.tasks.task import Batch, Task, task_for
 from vera_jax.train.optim import EPS, optimiser, rates_of
 from vera_jax.train.runtime import Background, compiler_options
@@ -172,6 +173,7 @@ def build_blueprint(
     "scan": config.model.scan,
     "remat": config.model.remat,
     "plan": config.model.contraction,
+    "quantise": config.model.get("quantise", NONE),
   }
   return blueprint(
     fields, head=task.head, outputs=task.outputs, **{**settings, **options}

@@ -72,7 +72,9 @@ def _spec(
   name = "/".join(path)
   for pattern, axes in rules:
     if re.fullmatch(pattern, name):
-      spec = (None,) * (len(shape) - len(axes)) + axes
+      split = (None,) * (len(shape) - len(axes)) + axes
+      # one scale for all inputs is on every device
+      spec = [a if n > 1 else None for n, a in zip(shape, split, strict=True)]
       for size, axis in zip(shape, spec, strict=True):
         if axis and size % mesh.shape[axis]:
           raise UserError(
@@ -89,13 +91,20 @@ def param_shardings(
   """A NamedSharding for each leaf of a parameter tree (or of its shapes).
 
   `rules` are a family's: (pattern over a leaf's path, the axes of the mesh that
-  its last axes are split over); the first match wins.
+  its last axes are split over); the first match wins. The codes, scales and
+  minima of a quantised kernel are split as the kernel would be.
   """
+
+  def place(path: tuple[str, ...], leaf: Any) -> Any:
+    return jax.tree.map(
+      lambda part: NamedSharding(
+        mesh, _spec(path, tuple(part.shape), mesh, rules)
+      ),
+      leaf,
+    )
+
   return unflatten_dict(
-    {
-      path: NamedSharding(mesh, _spec(path, tuple(leaf.shape), mesh, rules))
-      for path, leaf in flatten_dict(dict(params)).items()
-    }
+    {p: place(p, leaf) for p, leaf in flatten_dict(dict(params)).items()}
   )
 
 

@@ -21,6 +21,7 @@ from vera_jax.adapters.products import AUTO
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json
 from vera_jax.locks import describe_owner, locked
+from vera_jax.models.quantised import NONE
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -29,8 +30,15 @@ FREE = ("log", "predict_test")
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The settings that make a run what it is."""
-  return {k: v for k, v in config.items() if k not in FREE}
+  """The settings that make a run what it is.
+
+  An unquantised base is what runs had before there was a choice.
+  """
+  own = {k: v for k, v in config.items() if k not in FREE}
+  model = own.get("model")
+  if isinstance(model, Mapping) and model.get("quantise") == NONE:
+    own["model"] = {k: v for k, v in model.items() if k != "quantise"}
+  return own
 
 
 def digest(config: Mapping[str, Any]) -> str:

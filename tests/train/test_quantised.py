@@ -1,0 +1,107 @@
+"""Runs on a base in codes: resumed, on a mesh in an ensemble, put to use."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.train.conftest import Finished
+from vera_jax.adapters.files import load_adapter
+from vera_jax.errors import UserError
+from vera_jax.models.classifier import restore_adapter
+from vera_jax.models.export_hf import write_merged
+from vera_jax.models.quantised import is_quantised
+from vera_jax.serve.bank import AdapterBank
+from vera_jax.serve.predictor import Predictor
+from vera_jax.train.ensemble import train_ensemble
+from vera_jax.train.loop import train_and_evaluate
+from vera_jax.train.preemption import Interrupted
+
+TEXTS = ["the film is a film"], ["the film"]
+
+
+@pytest.fixture(scope="module")
+def int8(tiny_config, quiet_model, tmp_path_factory) -> Finished:
+  """One epoch of ten steps, left alone."""
+  config = tiny_config(
+    method="dvora",
+    model__quantise="int8",
+    model__name=str(quiet_model),
+    optim__epochs=1,
+  )
+  folder = tmp_path_factory.mktemp("int8") / "run"
+  return Finished(config, folder, train_and_evaluate(config, folder))
+
+
+def test_an_interrupted_run_ends_in_the_same_bits(
+  int8, stop_at, tmp_path, monkeypatch, assert_same_run
+):
+  stop_at(6)
+  with pytest.raises(Interrupted):
+    train_and_evaluate(int8.config, tmp_path / "run")
+  monkeypatch.undo()
+  train_and_evaluate(int8.config, tmp_path / "run")
+  assert_same_run(tmp_path / "run", int8.folder, 10)
+
+
+def test_a_run_of_an_ensemble_on_a_mesh_is_the_run_alone(int8, tmp_path):
+  """Codes and scales are split as the kernels are."""
+  configs = []
+  for seed in (0, 1):
+    config = int8.config.copy_and_resolve_references()
+    config.seed = seed
+    config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
+    configs.append(config)
+  folders = [tmp_path / "0", tmp_path / "1"]
+  train_ensemble(configs, folders)
+  one, other, alone = (
+    load_file(folder / "adapter/adapter.safetensors")
+    for folder in (*folders, int8.folder)
+  )
+  for name, leaf in alone.items():
+    np.testing.assert_allclose(one[name], leaf, rtol=0, atol=1e-5)
+  assert any(np.abs(one[name] - other[name]).max() > 1e-3 for name in one)
+
+
+def test_an_adapter_belongs_to_the_codes_it_was_trained_on(int8, tmp_path):
+  """They are made again; predicting, merging and a bank use their weights."""
+  saved = load_adapter(int8.folder / "adapter")
+  assert saved.about["quantise"] == "int8"
+  assert len(saved.about["codes_digest"]) == 64
+  plainly, coded = (restore_adapter(saved, codes=x) for x in (False, True))
+  kernel = coded.params["encoder"]["layer"]["output"]["dense"]["kernel"]
+  assert is_quantised(kernel) and kernel.codes.dtype == np.int8
+  other = saved._replace(about={**saved.about, "quantise": "none"})
+  del other.about["codes_digest"]
+  unquantised = restore_adapter(other)
+  answers, again, far = (
+    Predictor(x).logits(*TEXTS) for x in (plainly, coded, unquantised)
+  )
+  np.testing.assert_allclose(answers, again, atol=1e-5)
+  assert np.abs(answers - far).max() > 1e-4
+  about = write_merged(coded, tmp_path / "merged")  # compares the logits
+  assert about["quantise"] == "int8"
+  bank = AdapterBank({"a": saved})
+  found = bank.logits(*TEXTS, adapters="a")
+  np.testing.assert_allclose(found, answers, atol=1e-5)
+  with pytest.raises(UserError, match="base .quantised.: none there, int8 in"):
+    bank.replace("a", other)
+  for change in ({"codes_digest": "0" * 64}, {"quantise": "none"}):
+    wrong = saved._replace(about={**saved.about, **change})
+    with pytest.raises(UserError, match="codes of the base come out different"):
+      restore_adapter(wrong)
+
+
+def test_a_run_from_before_there_was_the_choice_goes_on(int8, tmp_path):
+  """Its config.json says nothing of it, which means none."""
+  from vera_jax.train.workdir import check_workdir, digest
+
+  new = int8.config.to_dict()
+  new["model"]["quantise"] = "none"
+  old = json.loads(json.dumps(new))
+  del old["model"]["quantise"]
+  (tmp_path / "config.json").write_text(json.dumps(old))
+  assert check_workdir(tmp_path, new) == old and digest(new) == digest(old)
+  with pytest.raises(UserError, match="quantise: 'unset' there, 'int8' now"):
+    check_workdir(tmp_path, int8.config.to_dict())
