@@ -41,8 +41,9 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
   _, hard = resource.getrlimit(resource.RLIMIT_CPU)
   resource.setrlimit(resource.RLIMIT_CPU, (most, hard))
   signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+  found: Any
   try:
-    texts, spans = render_jinja_template(
+    found = render_jinja_template(
       [request["messages"]],
       chat_template=request["template"],
       add_generation_prompt=request["prompt"],
@@ -57,7 +58,8 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
     return {"error": str(error) or type(error).__name__}
   finally:
     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-  return {"text": texts[0], "spans": spans[0] if request["tags"] else []}
+  (text,), spans = found
+  return {"text": text, "spans": spans[0] if request["tags"] else []}
 
 
 def main() -> None:

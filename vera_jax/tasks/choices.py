@@ -268,6 +268,7 @@ def _sums(
   learned: Bool[Array, "rows length"],
 ) -> Float32[Array, " rows"]:
   real = jnp.arange(ids.shape[1])[None] < lengths[:, None]
-  words = module.apply(variables, ids, segment_ids=real.astype(jnp.int32))
-  losses, _ = score_words(*words, jnp.roll(ids, -1, axis=1))
+  words: Any = module.apply(variables, ids, segment_ids=real.astype(jnp.int32))
+  labels = jnp.roll(ids, -1, axis=1)
+  losses, _ = score_words(words.hidden, words.kernel, labels)
   return -jnp.sum(jnp.where(jnp.roll(learned, -1, axis=1), losses, 0), axis=1)
