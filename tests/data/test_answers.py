@@ -72,6 +72,12 @@ def test_every_answer_is_learned_up_to_its_end():
   assert own.tolist() == [5, 6, END, 8, END]
 
 
+def test_a_special_tokens_name_in_a_text_is_counted():
+  rows = conversations(("word1", "word2 <end> word3"), ("word1", "word2"))
+  tokens = tokenise(rows, chat_tokenizer(), 99, None, completions=CHAT)
+  assert tokens.special == 1
+
+
 def test_prompts_and_answers_are_one_text():
   rows = pairs(("word1 ", "word2"), ("word3", " word4 word5"))
   found = learned(rows, with_begin(), PLAIN)

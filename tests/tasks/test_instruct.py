@@ -107,6 +107,8 @@ def test_a_run_learns_and_keeps_its_answers(trained, folder):
   # the same by the saved adapter, asked as a user does
   saved = load_adapter(folder / "run/adapter")
   assert saved.about["template"] == "chat"
+  card = (folder / "run/adapter/README.md").read_text()
+  assert "experiments.generate --adapter=ADAPTER --chat --prompt=TEXT" in card
   generator = Generator(restore_adapter(saved), chat=True)
   asked = [line["messages"][-1]["content"] for line in found]
   again = generator.texts(asked, how=GREEDY, max_new_tokens=4)

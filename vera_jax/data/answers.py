@@ -52,7 +52,8 @@ def encode_answers(
 
   Returns:
     `ids`, `offsets`, `token_types`, `truncated` as `tokens.Tokens` has them,
-    and bool [tokens] `learned`.
+    and bool [tokens] `learned`; and `special`, in how many examples somebody
+    wrote a special token's name.
 
   Raises:
     UserError: nothing of an example is learned, cut or not, or all of it: no
@@ -68,12 +69,16 @@ def encode_answers(
       " needed to learn one from another."
     )
   special = set(tokenizer.all_special_ids)
+  names = tokenizer.all_special_tokens
   ids: list[list[int]] = []
   learned: list[list[bool]] = []
-  truncated = 0
+  truncated, named = 0, 0
   for start in range(0, len(examples.first), _CHUNK):
     numbers = range(start, min(start + _CHUNK, len(examples.first)))
     texts = [_text(examples, i, tokenizer, chat=chat) for i in numbers]
+    for i in numbers:
+      written = _written(examples, i, chat=chat)
+      named += any(name in text for name in names for text in written)
     found = tokenizer(
       [text.text for text in texts],
       add_special_tokens=False,
@@ -104,11 +109,20 @@ def encode_answers(
     "token_types": np.zeros_like(flat),
     "truncated": np.array(truncated),
     "learned": np.fromiter(chain.from_iterable(learned), bool),
+    "special": np.array(named),
   }
 
 
 def _place(examples: Examples, number: int) -> str:
   return f"Row {examples.index[number] + 1}"
+
+
+def _written(examples: Examples, number: int, *, chat: bool) -> list[str]:
+  """What people wrote of an example."""
+  if chat:
+    return [m["content"] for m in json.loads(examples.first[number])]
+  assert examples.second is not None
+  return [examples.first[number], examples.second[number]]
 
 
 def _text(
@@ -120,8 +134,7 @@ def _text(
       return render_conversation(tokenizer, messages)
     except UserError as error:
       raise UserError(f"{_place(examples, number)}: {error}") from error
-  assert examples.second is not None  # the answers
-  prompt, answer = examples.first[number], examples.second[number]
+  prompt, answer = _written(examples, number, chat=False)
   return Rendered(prompt + answer, [(len(prompt), len(prompt + answer))])
 
 

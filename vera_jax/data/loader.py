@@ -102,7 +102,8 @@ class PackedData(NamedTuple):
     if train.learned is not None:
       lines[0] += f"; {train.learned.sum():,} of {len(train.ids):,} are learned"
     cut = [
-      f"{split.truncated} of {len(split.text_lengths)} in {name}"
+      f"{split.truncated} of {len(split.text_lengths) + len(split.left_out)} in"
+      f" {name}"
       for name, split in tokens.items()
       if split.truncated
     ]
@@ -115,6 +116,11 @@ class PackedData(NamedTuple):
           f"left out of {name}, since nothing to learn is left of them within"
           f" {self.max_length} tokens: {len(split.left_out)}, the first of them"
           f" row {split.left_out[0] + 1}"
+        )
+      if split.special:
+        lines.append(
+          f"{split.special} rows of {name} have the text of a special token in"
+          " them, which the model reads as that token"
         )
     return lines
 

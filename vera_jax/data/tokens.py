@@ -66,6 +66,7 @@ class Tokens:
     truncated: how many texts were cut to `max_length`.
     left_out: the `index` of examples of which the cut left nothing to learn;
       they are not among the others.
+    special: how many texts are written with a special token's name in them.
     pad_id: the tokenizer's padding id.
     fingerprint: sha256 over texts, labels, tokenizer and `max_length`.
   """
@@ -82,6 +83,7 @@ class Tokens:
   words: Int32[np.ndarray, " tokens"] | None = None
   learned: Bool[np.ndarray, " tokens"] | None = None
   left_out: tuple[int, ...] = ()
+  special: int = 0
 
   def __len__(self) -> int:
     return len(self.text_lengths) // self.choices
@@ -215,6 +217,7 @@ def tokenise(
     choices=examples.choices,
     words=words,
     learned=arrays.get("learned"),
+    special=int(arrays.get("special", 0)),
   )
   return _without_empty(tokens) if isinstance(completions, Answers) else tokens
 

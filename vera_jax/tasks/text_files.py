@@ -182,7 +182,10 @@ def read_tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
         )
     name = hub_id.rpartition("/")[2]
   if "train" not in found:
-    raise UserError(f"{source} has no training data named train.")
+    raise UserError(
+      f"{source} has no training data named train. A file of another name is"
+      " given itself, not its folder."
+    )
   if files["dev"]:
     found["dev"] = read_table(files["dev"])
   return name, found["train"], found.get("dev")
