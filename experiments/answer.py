@@ -42,7 +42,9 @@ QUESTIONS = flags.DEFINE_string(
 )
 OUT = flags.DEFINE_string("out", None, "The file of answers, which is written.")
 MODEL_ID = flags.DEFINE_string(
-  "model_id", None, "The model's name in the answers. Unset: its folder's."
+  "model_id",
+  None,
+  "The model's name in the answers. Unset: its folder's, or run's.",
 )
 CHOICES = flags.DEFINE_list("choices", [], "Files or hub ids, by commas.")
 TEMPLATE = flags.DEFINE_enum(
@@ -113,7 +115,9 @@ def _write(decoder: Any, asked: list[Any], template: str) -> None:
   from vera_jax.train.logging import ProgressBar
 
   out = Path(OUT.value or "").expanduser()
-  name = MODEL_ID.value or Path(ADAPTER.value or MODEL.value or "").name
+  place = Path(ADAPTER.value or MODEL.value or "").absolute()
+  if place.name == "adapter":  # of a run, which has the name
+    place = place.parent
   generator = Generator(decoder, rows=BATCH_SIZE.value)
   turns = sum(len(question.turns) for question in asked)
   with ProgressBar(steps=turns, doing="answers") as bar:
@@ -127,7 +131,10 @@ def _write(decoder: Any, asked: list[Any], template: str) -> None:
       progress=bar.advance,
     )
   lines = [
-    json.dumps(as_line(*pair, model_id=name), ensure_ascii=False) + "\n"
+    json.dumps(
+      as_line(*pair, model_id=MODEL_ID.value or place.name), ensure_ascii=False
+    )
+    + "\n"
     for pair in zip(asked, answers, strict=True)
   ]
   try:

@@ -16,7 +16,7 @@ seed that the study has not; scored on 50 rows that the study neither trains on
 nor scores. No answers are written.
 
 Runs train one by one: a run's rows fill both cores. On two idle cores a step of
-8 rows, 1,370 tokens, took 11.5 s, which is 118 tokens/s; with scoring, answers
+8 rows, 1,400 tokens, took 12.4 s, which is 113 tokens/s; with scoring, answers
 and compiling a run of the study takes about 6.5 minutes and one of the rates 3.
 In core-hours that is 2.1 for the study and 1.2 for the rates.
 """

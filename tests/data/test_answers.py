@@ -72,6 +72,25 @@ def test_every_answer_is_learned_up_to_its_end():
   assert own.tolist() == [5, 6, END, 8, END]
 
 
+def test_tags_are_read_as_transformers_reads_them():
+  four = ("word1", "word2 word3", "word4", "word5")
+  template = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} word9 "
+    "{% else %}{% generation %}{{ m.content }} <end>{% endgeneration %} word8 "
+    "{% endif %}{% endfor %}"
+  )
+  rows, tokenizer = conversations(four), chat_tokenizer(template)
+  want = tokenizer.apply_chat_template(
+    json.loads(rows.first[0]),
+    return_dict=True,
+    return_assistant_tokens_mask=True,
+  )
+  found = encode_answers(rows, tokenizer, 99, CHAT)
+  assert found["ids"].tolist() == want["input_ids"]
+  assert found["learned"].tolist() == want["assistant_masks"]
+  assert sum(want["assistant_masks"]) == 5
+
+
 def test_a_special_tokens_name_in_a_text_is_counted():
   rows = conversations(("word1", "word2 <end> word3"), ("word1", "word2"))
   tokens = tokenise(rows, chat_tokenizer(), 99, None, completions=CHAT)

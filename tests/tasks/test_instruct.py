@@ -148,6 +148,8 @@ def test_every_learned_token_weighs_the_same_however_they_are_packed(config):
 def test_settings_that_can_not_be_are_refused(config, monkeypatch):
   with pytest.raises(UserError, match="'llama'; choose chat, alpaca, plain"):
     task_for(changed(config, data__template="llama"))
+  with pytest.raises(UserError, match="generate.rows is 0; 1 is the least"):
+    task_for(changed(config, generate__rows=0))
   with pytest.raises(UserError, match="There is no file none.jsonl"):
     task_for(changed(config, data__choices=("none.jsonl",)))
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -8,6 +8,7 @@ import atexit
 import importlib.util
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -177,11 +178,12 @@ class _Process:
         answer = ""
       if answer:
         return json.loads(answer)
+      code = child.wait()
       self._end()
-    return {
-      "error": f"it takes more than {2 * SECONDS:g} seconds of processor time,"
-      " or fills the memory"
-    }
+    if code == -signal.SIGXCPU:
+      seconds = 2 * SECONDS
+      return {"error": f"it takes more than {seconds:g} seconds"}
+    return {"error": f"the process that renders it ended with the code {code}"}
 
   def end(self) -> None:
     with self._lock:

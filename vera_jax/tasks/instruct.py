@@ -65,6 +65,14 @@ def task_for(config: ConfigDict) -> Task | None:
       f"config.data.template is {data.template!r}; choose"
       f" {', '.join(TEMPLATES)}."
     )
+  own = config.generate
+  for name, value, least in (
+    ("data.max_test_examples", data.max_test_examples, 0),
+    ("generate.max_new_tokens", own.max_new_tokens, 1),
+    ("generate.rows", own.rows, 1),
+  ):
+    if value < least:
+      raise UserError(f"config.{name} is {value}; {least} is the least.")
   if data.max_test_examples:
     check_installed()
   splits = read_splits(data)
@@ -80,7 +88,7 @@ def task_for(config: ConfigDict) -> Task | None:
     write_texts,
     rows=tests,
     template=data.template,
-    settings=config.generate.to_dict(),
+    settings=own.to_dict(),
     choices=dict(choices),
   )
   words = sum(

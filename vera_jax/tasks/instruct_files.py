@@ -31,9 +31,10 @@ FORMS = {
   "completion": ("prompt", "completion"),
 }
 ROLES = ("system", "user", ANSWERS)
-# What Alpaca's models are asked (github.com/tatsu-lab/stanford_alpaca): the
-# form in which the rows of Alpaca-cleaned are put to a model without a chat
-# template.
+# What Alpaca's models are asked (github.com/tatsu-lab/stanford_alpaca), with
+# the line's end behind it that alpaca-lora has: the form in which such rows are
+# put to a model without a chat template. It is a format, so its words are
+# theirs.
 INTRODUCTION = "Below is an instruction that describes a task"
 WITH_INPUT = (
   INTRODUCTION + ", paired with an input that provides further context. Write a"

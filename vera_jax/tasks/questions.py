@@ -24,7 +24,7 @@ from vera_jax.generate.sampling import GREEDY, Sampling
 from vera_jax.serve.generator import Generator
 from vera_jax.tasks.instruct import prompt_ids
 
-# By category, as FastChat's gen_model_answer.py has them; others have OTHERS.
+# By category, as FastChat's llm_judge/common.py has them; others have OTHERS.
 TEMPERATURES = {
   "writing": 0.7,
   "roleplay": 0.7,
