@@ -86,8 +86,9 @@ def test_tags_are_read_as_transformers_reads_them():
     return_assistant_tokens_mask=True,
   )
   found = encode_answers(rows, tokenizer, 99, CHAT)
-  assert found["ids"].tolist() == want["input_ids"]
-  assert found["learned"].tolist() == want["assistant_masks"]
+  # all but the last word, which is behind the last answer
+  assert found["ids"].tolist() == want["input_ids"][:-1]
+  assert found["learned"].tolist() == want["assistant_masks"][:-1]
   assert sum(want["assistant_masks"]) == 5
 
 

@@ -10,7 +10,8 @@ be asked for, and none is split in another way than when the model is used.
 
 [begin] and [end] are those of `completions.py`; a chat template has its own.
 What it writes behind the token that ends an answer, often a line's end, is not
-learned: when the model is used, nobody asks for it.
+learned: when the model is used, nobody asks for it. A text ends with its last
+learned token.
 """
 
 import json
@@ -51,9 +52,8 @@ def encode_answers(
   nothing is learned; whoever takes the tokens leaves it out.
 
   Returns:
-    `ids`, `offsets`, `token_types`, `truncated` as `tokens.Tokens` has them,
-    and bool [tokens] `learned`; and `special`, in how many examples somebody
-    wrote a special token's name.
+    `ids`, `offsets`, `token_types`, `truncated` and `special` as
+    `tokens.Tokens` has them, and bool [tokens] `learned`.
 
   Raises:
     UserError: nothing of an example is learned, cut or not, or all of it: no
@@ -90,8 +90,9 @@ def encode_answers(
     for number, text, words, places in rows:
       marks = learned_tokens(text, words, places, special=special)
       _check(marks, words, text, special, place=_place(examples, number))
-      words = [*begin, *words, *end]
-      marks = [*map(bool, begin), *marks, *(True for _ in end)]
+      last = len(marks) - marks[::-1].index(True)  # nothing behind it counts
+      words = [*begin, *words[:last], *end]
+      marks = [*map(bool, begin), *marks[:last], *(True for _ in end)]
       marks[: len(begin) or 1] = [False] * (len(begin) or 1)
       truncated += len(words) > max_length
       ids.append(words[:max_length])
