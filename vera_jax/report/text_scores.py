@@ -87,9 +87,11 @@ def text_notes(texts: Sweep) -> list[str]:
   missing = {x["missing"] for x in found} - {""}
   lines = [
     f"Texts for {inputs} test inputs, by the model that the run ended with: the"
-    " median over the seeds, with the lowest and the highest. BLEU, METEOR,"
-    " ROUGE_L and accuracies are in percent."
+    " median over the seeds, with the lowest and the highest. BLEU, METEOR and"
+    " ROUGE_L are in percent."
   ]
+  if any("accuracy" in name for name in texts.runs["metric"]):
+    lines[0] += " Accuracies are as well."
   if (texts.runs["method"] == "lora").any():
     lines.append(
       "Differences are made as those of the scores above; p is adjusted for the"
