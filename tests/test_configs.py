@@ -15,7 +15,7 @@ from vera_jax.train.optim import rates_of, schedule
 from vera_jax.train.setup import build_setup
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
-OWN = {"text", "language", "e2e"}  # with commands of their own
+OWN = {"text", "language", "e2e", "instruct"}  # with commands of their own
 NAMES = sorted(
   {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common", *OWN}
 )
@@ -219,6 +219,70 @@ def test_the_papers_settings_on_e2e(size, rate):
     check_settings(config)
   text = importlib.import_module("configs.e2e").__doc__
   assert f"python -m experiments.e2e --config=configs/e2e.py:{size}" in text
+
+
+# By the variants of configs/instruct.py: width, feed-forward, layers, query and
+# key heads; and the paper's counts (Table 4), those of VeRA exactly, for LoRA's
+# in millions.
+LLAMAS = {
+  "llama_7b": (4096, 11008, 32, 32, 32, 1_589_248, 159.9),
+  "llama2_7b": (4096, 11008, 32, 32, 32, 1_589_248, 159.9),
+  "llama_13b": (5120, 13824, 40, 40, 40, 2_416_640, 250.3),
+  "llama2_13b": (5120, 13824, 40, 40, 40, 2_416_640, 250.3),
+  "smollm2": (576, 1536, 30, 9, 3, 209_280, None),
+  "llama3_8b": (4096, 14336, 32, 32, 8, None, None),
+}
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_the_papers_settings_and_counts_on_instructions(name):
+  """Table 9, on all linear layers but the head."""
+  width, inner, layers, heads, key_heads, vera, lora = LLAMAS[name]
+  config = load("instruct", name)
+  optim = config.optim
+  assert (optim.epochs, optim.warmup_ratio, optim.schedule) == (
+    1,
+    0.1,
+    "cosine",
+  )
+  if name != "smollm2":
+    assert (optim.batch_size, optim.pass_rows) == (16, 4)
+    assert (config.vera.rank, config.vera.lr) == (1024, 4e-3)
+    assert (config.lora.rank, config.lora.lr) == (64, 4e-4)
+    assert config.data.source == "yahma/alpaca-cleaned"
+  fields = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+    "hidden_size": width,
+    "num_hidden_layers": layers,
+    "num_attention_heads": heads,
+    "num_key_value_heads": key_heads,
+    "intermediate_size": inner,
+  }
+
+  def count(method):
+    plan = blueprint(
+      fields,
+      head="language_modelling",
+      outputs=0,
+      method=method,
+      settings=settings_in(config, method),
+    )
+    own, _ = plan.own_shapes()
+    return sum(leaf.size for leaf in jax.tree.leaves(own))
+
+  if vera is not None:
+    assert count("vera") == vera
+  if lora is not None:
+    assert round(count("lora") / 1e6, 1) == lora
+  for config.method in METHODS:
+    check_settings(config)
+  text = importlib.import_module("configs.instruct").__doc__
+  assert (
+    f"python -m experiments.instruct --config=configs/instruct.py:{name}"
+    in text
+  )
 
 
 # Table 11, by size and data set: of the head alone; full, VeRA and LoRA with

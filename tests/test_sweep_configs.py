@@ -53,6 +53,9 @@ COUNTS = {
   # no tuning, asked in two ways; VeRA of two ranks and LoRA
   ("e2e", "smollm2"): 2 + 3 * 3,
   ("e2e", "rates"): 3 * 4,
+  # no tuning; VeRA, DVoRA and LoRA
+  ("instruct", "smollm2"): 1 + 3 * 3,
+  ("instruct", "rates"): 2 * 6,
 }
 
 

@@ -32,6 +32,24 @@ def test_json_lines_may_lack_a_column(tmp_path):
   assert table.place(1) == f"{path}:3"
 
 
+def test_a_json_file_is_a_list_or_has_lines(tmp_path):
+  path = tmp_path / "a.json"
+  path.write_text('\ufeff [\n{"text": "a"},\n{"text": "b", "n": 1}]\n')
+  table = read_table(path)
+  assert table.columns == {"text": ["a", "b"], "n": [None, 1]}
+  assert table.place(1) == f"{path}, row 2"
+  path.write_text('{"text": "a"}\n{"text": "b"}\n')
+  assert read_table(path).place(1) == f"{path}:2"
+  for content, error in (
+    ('[{"text": "a"}, 3]', "row 2: it is no JSON object"),
+    ('[{"text": "a"}', "row 1: it is no JSON \\("),
+    ("[]", "the file has no rows"),
+  ):
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"a.json.*{error}"):
+      read_table(path)
+
+
 def test_parquet_keeps_types_and_class_names(tmp_path):
   import datasets
 

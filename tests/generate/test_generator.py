@@ -1,5 +1,6 @@
 """Texts that continue prompts: batches, streams, adapters, mistakes."""
 
+import importlib.util
 import json
 import shutil
 
@@ -117,9 +118,11 @@ def test_a_chat_that_can_not_begin(
   decoder = with_template(tiny_decoder, refusing, tmp_path / "chat")
   with pytest.raises(UserError, match="can't be used: a system message is"):
     Generator(decoder, chat=True)
-  found = "transformers.utils.chat_template_utils.is_jinja_available"
-  monkeypatch.setattr(found, lambda: False)
-  (decoder.folder / "chat_template.jinja").write_text("w1")  # not compiled yet
+  found = importlib.util.find_spec
+  monkeypatch.setattr(
+    "importlib.util.find_spec",
+    lambda name, *more: None if name == "jinja2" else found(name, *more),
+  )
   with pytest.raises(UserError, match="pip install -U jinja2"):
     Generator(decoder, chat=True)
 

@@ -1,5 +1,7 @@
 """Schedule, rates by label, clipping, and no slot for a frozen leaf."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 from vera_jax.adapters.labels import ADAPTER, FROZEN, HEAD, label_tree, split
+from vera_jax.errors import UserError
 from vera_jax.train.optim import optimiser, schedule
 
 PARAMS = {
@@ -42,6 +45,17 @@ def test_the_schedule_is_transformers(steps, ratio, warmup):
   ]
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-8)
   assert got[-1] == 0 and (got[0] == 0) == (warmup > 0)
+
+
+def test_the_schedule_may_fall_like_a_cosine():
+  """transformers' get_cosine_schedule_with_warmup."""
+  rate = schedule(0.3, steps=50, warmup_ratio=0.1, decay="cosine")
+  want = [0.3 * step / 5 for step in range(5)]
+  want += [0.15 * (1 + math.cos(math.pi * step / 45)) for step in range(46)]
+  got = [float(rate(step)) for step in range(51)]
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-8)
+  with pytest.raises(UserError, match="optim.schedule is 'flat'; choose line"):
+    schedule(0.3, steps=50, warmup_ratio=0.1, decay="flat")
 
 
 def updates_of(tx, grads, count=1):

@@ -22,6 +22,8 @@ def model_card(about: Mapping[str, Any]) -> str:
   task, use = "text-classification", USE
   if writes:
     task, use = "text-generation", USE_OF_WORDS
+    if about.get("template") == "chat":  # it was trained to answer messages
+      use = use.replace("--prompt=TEXT", "--chat --prompt=TEXT")
   elif SEES in about:
     task, use = "image-classification", USE_OF_IMAGES
   tags = ["vera_jax", method, task]

@@ -65,7 +65,7 @@ def prompt_ids(
   tokenizer: Any, prompts: list[str], *, how: Completions
 ) -> list[list[int]]:
   """The tokens of prompts as training has them, up to the completion."""
-  begin = _begin(tokenizer)
+  begin = begin_of_text(tokenizer)
   between = [end_of_text(tokenizer)] if how.separate else []
   found = _plain_ids(tokenizer, prompts)
   return [[*begin, *ids, *between] for ids in found]
@@ -84,7 +84,7 @@ def encode_completions(
     UserError: nothing is left to learn of an example once it is cut.
   """
   how.checked()
-  begin, end = _begin(tokenizer), end_of_text(tokenizer)
+  begin, end = begin_of_text(tokenizer), end_of_text(tokenizer)
   if max_length < len(begin) + 2:
     raise UserError(
       f"config.data.max_length is {max_length}; at least {len(begin) + 2}"
@@ -133,7 +133,7 @@ def encode_completions(
   }
 
 
-def _begin(tokenizer: Any) -> list[int]:
+def begin_of_text(tokenizer: Any) -> list[int]:
   """What the tokenizer puts before each text: its bos_token, or nothing."""
   bos = tokenizer.bos_token_id
   if bos is not None and tokenizer("")["input_ids"][:1] == [bos]:

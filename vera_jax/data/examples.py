@@ -13,7 +13,8 @@ class Examples:
   """One split, in the order of its source.
 
   Attributes:
-    first: the texts, or the first text of each pair, or the words of each.
+    first: the texts, or the first text of each pair, or the words of each, or
+      conversations as JSON.
     second: the second texts; None for single sentences.
     labels: int32 class ids or float32 scores [examples], float32 0 or 1
       [examples, labels] where several may apply, or for words a list of int32

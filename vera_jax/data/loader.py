@@ -102,13 +102,26 @@ class PackedData(NamedTuple):
     if train.learned is not None:
       lines[0] += f"; {train.learned.sum():,} of {len(train.ids):,} are learned"
     cut = [
-      f"{split.truncated} of {len(split.text_lengths)} in {name}"
+      f"{split.truncated} of {len(split.text_lengths) + len(split.left_out)} in"
+      f" {name}"
       for name, split in tokens.items()
       if split.truncated
     ]
     if cut:
       side = f" on the {self.cut}" if self.cut else ""
       lines.append(f"cut at {self.max_length} tokens{side}: {', '.join(cut)}")
+    for name, split in tokens.items():
+      if split.left_out:
+        lines.append(
+          f"left out of {name}, since nothing to learn is left of them within"
+          f" {self.max_length} tokens: {len(split.left_out)}, the first of them"
+          f" row {split.left_out[0] + 1}"
+        )
+      if split.special:
+        lines.append(
+          f"{split.special} rows of {name} have the text of a special token in"
+          " them, which the model reads as that token"
+        )
     return lines
 
   def record(self) -> dict[str, Any]:
@@ -119,6 +132,7 @@ class PackedData(NamedTuple):
         "truncated": split.truncated,
         "fingerprint": split.fingerprint,
         **({} if split.reads is None else {"learned": int(split.reads.sum())}),
+        **({"left_out": list(split.left_out)} if split.left_out else {}),
       }
       for name, split in self.tokens.items()
     }

@@ -1,12 +1,14 @@
-"""Tables of texts, read row by row: CSV, TSV, JSON lines and Parquet.
+"""Tables of texts, read row by row: CSV, TSV, JSON, JSON lines and Parquet.
 
 A row that can't be read is an entry that says why, so that a reader of many
 texts can go on with the next; `read_table` reads a whole file and stops at the
 first. Everything is UTF-8. CSV has quotes ("a ""b"", c") and texts of several
 lines; in a TSV nothing is quoted, and a tab always ends a cell. A JSON line is
-an object with the columns' names as keys.
+an object with the columns' names as keys, and JSON one list of such objects. A
+name that ends in .json may mean either.
 """
 
+import codecs
 import csv
 import json
 from collections.abc import Iterable, Iterator
@@ -25,13 +27,15 @@ SUFFIXES = {
 }
 FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 BLANK = "it is empty"
+_PEEK = 4096  # bytes, of which few are blank
 
 
 class Row(NamedTuple):
   """One row, or what is wrong with it.
 
   Attributes:
-    number: of the line that it begins on; in Parquet the row's, from 1.
+    number: of the line that it begins on; in Parquet and in a list of JSON the
+      row's, from 1.
     values: by column; of a header its names, without values.
     error: why there are no values.
     header: whether it is the line that names the columns.
@@ -81,13 +85,27 @@ def format_of(name: str | Path) -> str:
   return found
 
 
+def _format_of_file(path: str | Path) -> str:
+  """As `format_of`; a .json file that begins with [ is a list."""
+  format, path = format_of(path), Path(path).expanduser()
+  if path.suffix.lower() == ".json" and path.is_file():
+    with path.open("rb") as file:
+      start = file.read(_PEEK).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"["):
+      return "json"
+  return format
+
+
 def read_rows(lines: Iterable[bytes], *, format: str) -> Iterator[Row]:
   """The rows of a text file; of CSV and TSV the header is the first.
 
   Args:
     lines: undecoded, as a binary file gives them.
-    format: "csv", "tsv" or "jsonl".
+    format: "csv", "tsv", "jsonl" or "json", which is read as a whole.
   """
+  if format == "json":
+    yield from _json_list(b"".join(lines))
+    return
   if format == "jsonl":
     for number, line in enumerate(lines, 1):
       yield _json_row(number, line)
@@ -164,6 +182,23 @@ def _json_row(number: int, line: bytes) -> Row:
   return Row(number, values)
 
 
+def _json_list(content: bytes) -> Iterator[Row]:
+  try:
+    entries = json.loads(content.decode("utf-8-sig"))
+    json.dumps(entries, ensure_ascii=False).encode()
+  except UnicodeError:
+    yield Row(1, error="it is not UTF-8")
+    return
+  except (ValueError, RecursionError) as wrong:
+    yield Row(1, error=f"it is no JSON ({wrong})")
+    return
+  for number, values in enumerate(entries, 1):
+    if isinstance(values, dict):
+      yield Row(number, values)
+    else:
+      yield Row(number, error="it is no JSON object")
+
+
 def parquet_rows(path: Path) -> Iterator[Row]:
   """The rows of a Parquet file.
 
@@ -191,7 +226,7 @@ def file_rows(path: str | Path, *, format: str | None = None) -> Iterator[Row]:
     UserError: the file can't be read.
   """
   path = Path(path).expanduser()
-  format = format or format_of(path)
+  format = format or _format_of_file(path)
   if format == "parquet":
     yield from parquet_rows(path)
     return
@@ -211,14 +246,15 @@ def read_table(path: str | Path) -> Table:
     UserError: it can't be read, has no rows, or one that is wrong; the message
       names the line.
   """
-  format = format_of(path)
+  format = _format_of_file(path)
   names: dict[str, None] = {}
   rows: list[Row] = []
   for row in file_rows(path, format=format):
     if row.error == BLANK:
       continue
     if row.error:
-      raise UserError(f"{path}:{row.number}: {row.error}.")
+      apart = ", row " if format == "json" else ":"
+      raise UserError(f"{path}{apart}{row.number}: {row.error}.")
     names |= dict.fromkeys(row.values)
     if not row.header:
       rows.append(row)
@@ -229,7 +265,7 @@ def read_table(path: str | Path) -> Table:
     columns={name: [row.values.get(name) for row in rows] for name in names},
     numbers=[row.number for row in rows],
     classes=_parquet_classes(Path(path)) if format == "parquet" else {},
-    lines=format != "parquet",
+    lines=format not in ("parquet", "json"),
   )
 
 

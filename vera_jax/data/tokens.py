@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
+from vera_jax.data.answers import Answers, encode_answers
 from vera_jax.data.completions import Completions, encode_completions
 from vera_jax.data.examples import Examples
 from vera_jax.data.tokenizer import load_tokenizer
@@ -31,7 +32,13 @@ log = logging.getLogger(__name__)
 _CHUNK = 4096  # texts tokenised at a time, which bounds the memory
 _VERSION = b"vera_jax tokens 2"  # of the stored form: part of the file's name
 # The files of a folder that decide how its tokenizer splits texts.
-_TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "config.json")
+_TOKENIZER_FILES = (
+  "*token*.json",
+  "vocab.*",
+  "merges.txt",
+  "config.json",
+  "chat_template.jinja",
+)
 _UNREADABLE = (
   OSError,
   ValueError,
@@ -57,6 +64,9 @@ class Tokens:
     learned: where the words themselves are learned, bool [tokens]: which tokens
       are, each from those of its text before it.
     truncated: how many texts were cut to `max_length`.
+    left_out: the `index` of examples of which the cut left nothing to learn;
+      they are not among the others.
+    special: how many texts are written with a special token's name in them.
     pad_id: the tokenizer's padding id.
     fingerprint: sha256 over texts, labels, tokenizer and `max_length`.
   """
@@ -72,6 +82,8 @@ class Tokens:
   choices: int = 1
   words: Int32[np.ndarray, " tokens"] | None = None
   learned: Bool[np.ndarray, " tokens"] | None = None
+  left_out: tuple[int, ...] = ()
+  special: int = 0
 
   def __len__(self) -> int:
     return len(self.text_lengths) // self.choices
@@ -102,12 +114,15 @@ class TokenizerInfo(NamedTuple):
     pad_id: its padding id.
     bos_id, eos_id: those of the tokens that begin and end a text, if it names
       some.
+    template: sha256 of its chat template and the words for that; "" if it has
+      none.
   """
 
   digest: str
   pad_id: int
   bos_id: int | None = None
   eos_id: int | None = None
+  template: str = ""
 
 
 class FolderTokenizer:
@@ -141,9 +156,10 @@ class FolderTokenizer:
       key.update(f"{file.name} {content}\n".encode())
     path = self._cache / f"tokenizer-{key.hexdigest()}.json"
     try:
-      digest, pad_id, *ends = json.loads(path.read_text(encoding="utf-8"))
-      bos, eos = (None if i is None else int(i) for i in ends)
-      return TokenizerInfo(str(digest), int(pad_id), bos, eos)
+      stored = json.loads(path.read_text(encoding="utf-8"))
+      digest, pad_id, bos, eos, template = stored
+      bos, eos = (None if i is None else int(i) for i in (bos, eos))
+      return TokenizerInfo(str(digest), int(pad_id), bos, eos, str(template))
     except (OSError, ValueError, TypeError):  # missing or damaged
       info = _info(self.loaded)
       _write_cache(path, lambda part: part.write_text(json.dumps(info)))
@@ -156,7 +172,7 @@ def tokenise(
   max_length: int,
   cache_dir: str | Path | None,
   *,
-  completions: Completions | None = None,
+  completions: Completions | Answers | None = None,
 ) -> Tokens:
   """Token ids of a split, from the cache where it has them.
 
@@ -178,17 +194,18 @@ def tokenise(
     if completions is None:
       arrays = new = _encode(examples, tokenizer, max_length)
     else:
+      encode: Any = encode_completions
+      if isinstance(completions, Answers):
+        encode = encode_answers
       tokenizer = getattr(tokenizer, "loaded", tokenizer)
-      arrays = new = encode_completions(
-        examples, tokenizer, max_length, completions
-      )
+      arrays = new = encode(examples, tokenizer, max_length, completions)
     if path:
       _write_cache(path, lambda to: np.savez(to, allow_pickle=False, **new))
   labels, words = examples.labels, arrays.get("words")
   if isinstance(labels, list):
     assert words is not None  # tags are of words
     labels = _token_labels(labels, words, np.diff(arrays["offsets"]))
-  return Tokens(
+  tokens = Tokens(
     ids=arrays["ids"],
     offsets=arrays["offsets"],
     token_types=arrays["token_types"],
@@ -200,6 +217,27 @@ def tokenise(
     choices=examples.choices,
     words=words,
     learned=arrays.get("learned"),
+    special=int(arrays.get("special", 0)),
+  )
+  return _without_empty(tokens) if isinstance(completions, Answers) else tokens
+
+
+def _without_empty(tokens: Tokens) -> Tokens:
+  """Without the examples of which nothing is learned."""
+  assert tokens.reads is not None and tokens.learned is not None
+  kept = tokens.reads > 0
+  if kept.all():
+    return tokens
+  of_token = np.repeat(kept, tokens.lengths)
+  bounds = np.cumsum(tokens.lengths[kept])
+  return replace(
+    tokens,
+    ids=tokens.ids[of_token],
+    offsets=np.concatenate([[0], bounds]).astype(np.int64),
+    token_types=tokens.token_types[of_token],
+    learned=tokens.learned[of_token],
+    index=tokens.index[kept],
+    left_out=tuple(tokens.index[~kept].tolist()),
   )
 
 
@@ -225,7 +263,13 @@ def _info(tokenizer: Any) -> TokenizerInfo:
   text = json.dumps([state, names], sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()
   ends = tokenizer.bos_token_id, tokenizer.eos_token_id
-  return TokenizerInfo(digest, int(tokenizer.pad_token_id), *ends)
+  template = ""
+  if tokenizer.chat_template is not None:
+    own = [tokenizer.chat_template, tokenizer.special_tokens_map]
+    text = json.dumps(own, sort_keys=True, default=str)
+    template = hashlib.sha256(text.encode()).hexdigest()
+  pad_id = int(tokenizer.pad_token_id)
+  return TokenizerInfo(digest, pad_id, *ends, template)
 
 
 def _encode(
@@ -300,7 +344,7 @@ def _fingerprint(
   examples: Examples,
   info: TokenizerInfo,
   max_length: int,
-  completions: Completions | None,
+  completions: Completions | Answers | None,
 ) -> str:
   labels = examples.labels
   if isinstance(labels, list):
@@ -309,6 +353,8 @@ def _fingerprint(
   if completions is not None:
     settings += ["completions", *completions, info.bos_id, info.eos_id]
     settings.append(examples.second is not None)
+  if isinstance(completions, Answers):
+    settings += ["answers", info.template]
   if examples.choices > 1:  # pairs hash as they did before there were choices
     settings.append(examples.choices)
   parts = [

@@ -19,16 +19,21 @@ CONDITION = ["task", "method", "condition"]
 def text_scores(sweep: Sweep) -> Sweep | None:
   """The sweep with a row per run and test metric; None where none is there.
 
-  Its runs' `score` and `last` are the metric's value, in percent for those of
-  `PERCENT`; no such row shows a sign of failure.
+  Its runs' `score` and `last` are the metric's value, in percent for a share;
+  no such row shows a sign of failure.
   """
   rows = []
   for _, run in sweep.runs.iterrows():
     for name, value in run["result"].get("test", {}).get("scores", {}).items():
-      score = 100 * value if name in PERCENT else value
+      score = 100 * value if is_share(name) else value
       own = {"metric": name, "score": score, "last": score}
       rows.append(run.to_dict() | own | {"collapsed": False, "signatures": []})
   return sweep._replace(runs=pd.DataFrame(rows)) if rows else None
+
+
+def is_share(metric: str) -> bool:
+  """Whether papers print a metric in percent."""
+  return metric in PERCENT or "accuracy" in metric
 
 
 def text_tables(texts: Sweep) -> dict[str, pd.DataFrame]:
@@ -85,6 +90,8 @@ def text_notes(texts: Sweep) -> list[str]:
     " median over the seeds, with the lowest and the highest. BLEU, METEOR and"
     " ROUGE_L are in percent."
   ]
+  if any("accuracy" in name for name in texts.runs["metric"]):
+    lines[0] += " Accuracies are as well."
   if (texts.runs["method"] == "lora").any():
     lines.append(
       "Differences are made as those of the scores above; p is adjusted for the"
@@ -105,4 +112,4 @@ def _by_metric(table: pd.DataFrame, cell: Callable[[Any], str]) -> pd.DataFrame:
 
 
 def _number(value: float, metric: str, sign: str = "") -> str:
-  return f"{value:{sign}.{1 if metric in PERCENT else 2}f}"
+  return f"{value:{sign}.{1 if is_share(metric) else 2}f}"

@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import Float32
 from ml_collections import ConfigDict
 
+from vera_jax.data.answers import Answers
 from vera_jax.data.completions import Completions
 from vera_jax.data.examples import Examples, subset
 from vera_jax.data.loader import PackedData
@@ -38,7 +39,7 @@ def language_modelling(
   *,
   read_split: Callable[[str, str], Examples],
   dev_splits: tuple[str, ...],
-  completions: Completions,
+  completions: Completions | Answers,
   smoothing: float = 0.0,
   title: str = "",
   size: Size | None = None,
@@ -52,7 +53,8 @@ def language_modelling(
   Args:
     name: the task's.
     read_split: (config.data.source, split) -> its examples: `first` are the
-      texts, or the prompts where `second` has completions; no labels.
+      texts, or the prompts where `second` has completions, or conversations;
+      no labels.
     dev_splits: scored, the first one for the score that counts.
     completions: how they become tokens, and which are learned.
     smoothing: of the labels in training, see `cross_entropy`.

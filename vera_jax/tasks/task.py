@@ -116,7 +116,15 @@ class Task(NamedTuple):
 
 # The modules that make tasks. Each has `NAMES` of them and `task_for(config)`,
 # which gives None where config.task is not one of them.
-TASKS = ("glue", "superglue", "text_files", "language_files", "e2e", "images")
+TASKS = (
+  "glue",
+  "superglue",
+  "text_files",
+  "language_files",
+  "e2e",
+  "instruct",
+  "images",
+)
 
 
 def task_for(config: ConfigDict) -> Task:

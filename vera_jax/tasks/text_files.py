@@ -76,7 +76,7 @@ def task_for(config: ConfigDict) -> Task | None:
       " python -m experiments.predict --adapter=RUN/adapter --input=FILE"
     )
   data = config.data
-  name, train, dev = _tables(data)
+  name, train, dev = read_tables(data)
   facts = _decide(train, data)
   examples = {"train": _examples(train, facts)}
   if dev is not None:
@@ -123,8 +123,15 @@ def task_for(config: ConfigDict) -> Task | None:
   )
 
 
-def _tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
-  """The data's name, and their tables; None for dev where there is none."""
+def read_tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
+  """The data's name, and their tables; None for dev where there is none.
+
+  Args:
+    data: "source", a hub id or a folder, and "train" and "dev", files.
+
+  Raises:
+    UserError: there are no training data, or some can't be read.
+  """
   files = {split: data[split] for split in SPLITS}
   source = data.source
   if files["train"] and not Path(files["train"]).expanduser().exists():
@@ -175,7 +182,10 @@ def _tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
         )
     name = hub_id.rpartition("/")[2]
   if "train" not in found:
-    raise UserError(f"{source} has no training data named train.")
+    raise UserError(
+      f"{source} has no training data named train. A file of another name is"
+      " given itself, not its folder."
+    )
   if files["dev"]:
     found["dev"] = read_table(files["dev"])
   return name, found["train"], found.get("dev")

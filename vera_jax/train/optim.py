@@ -10,23 +10,38 @@ from ml_collections import ConfigDict
 
 from vera_jax.adapters.labels import ADAPTER, FROZEN, HEAD
 from vera_jax.adapters.methods import groups_of
+from vera_jax.errors import UserError
 
+LINEAR, COSINE = SCHEDULES = ("linear", "cosine")
 EPS = 1e-8  # optax's own
 Number = float | Float[Array, ""]  # traced: each run of an ensemble has its own
 
 
 def schedule(
-  peak: Number, *, steps: int, warmup_ratio: float
+  peak: Number, *, steps: int, warmup_ratio: float, decay: str = LINEAR
 ) -> optax.Schedule:
-  """Linear from 0 to `peak`, then linear to 0 at the last step."""
+  """Linear from 0 to `peak`, then to 0 at the last step.
+
+  Args:
+    peak: the highest rate.
+    steps: of the whole training.
+    warmup_ratio: the share of them that the rate rises in.
+    decay: how it falls, "linear" or "cosine", half of a wave.
+
+  Raises:
+    UserError: another `decay`.
+  """
+  if decay not in SCHEDULES:
+    raise UserError(
+      f"config.optim.schedule is {decay!r}; choose {' or '.join(SCHEDULES)}."
+    )
   warmup = int(warmup_ratio * steps)
-  return optax.join_schedules(
-    [
-      optax.linear_schedule(0.0, peak, max(warmup, 1)),
-      optax.linear_schedule(peak, 0.0, max(steps - warmup, 1)),
-    ],
-    [warmup],
-  )
+  rest = max(steps - warmup, 1)
+  falling = optax.linear_schedule(peak, 0.0, rest)
+  if decay == COSINE:
+    falling = optax.cosine_decay_schedule(peak, rest)
+  rising = optax.linear_schedule(0.0, peak, max(warmup, 1))
+  return optax.join_schedules([rising, falling], [warmup])
 
 
 def optimiser(
@@ -39,6 +54,7 @@ def optimiser(
   weight_decay: Number = 0.0,
   grad_clip: float | None = None,
   eps: float = EPS,
+  decay: str = LINEAR,
 ) -> optax.GradientTransformation:
   """One transformation by label; a frozen leaf has no slot and no update.
 
@@ -48,7 +64,7 @@ def optimiser(
   """
 
   def adamw(peak: Number) -> optax.GradientTransformation:
-    rate = schedule(peak, steps=steps, warmup_ratio=warmup_ratio)
+    rate = schedule(peak, steps=steps, warmup_ratio=warmup_ratio, decay=decay)
     return optax.adamw(rate, eps=eps, weight_decay=weight_decay)
 
   by_label = optax.partition(

@@ -23,7 +23,7 @@ from vera_jax.models.family import read_fields
 from vera_jax.models.pretrained import Blueprint, Model, blueprint, load_model
 from vera_jax.models.quantised import NONE
 from vera_jax.tasks.task import Batch, Task, task_for
-from vera_jax.train.optim import EPS, optimiser, rates_of
+from vera_jax.train.optim import EPS, LINEAR, optimiser, rates_of
 from vera_jax.train.runtime import Background, compiler_options
 from vera_jax.train.sharding import (
   BATCH,
@@ -208,6 +208,7 @@ def build_setup(config: ConfigDict) -> Setup:
     warmup_ratio=config.optim.warmup_ratio,
     grad_clip=config.optim.grad_clip,
     eps=config.optim.get("eps", EPS),
+    decay=config.optim.get("schedule", LINEAR),
   )
 
   def measured(params: Any, frozen: Frozen, batch: Batch) -> Any:

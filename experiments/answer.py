@@ -1,0 +1,149 @@
+"""Ask a decoder questions: MT-Bench's, Vicuna's, or some with choices.
+
+  python -m experiments.answer --adapter=RUN/adapter --questions=question.jsonl
+    --out=answers.jsonl    (in one line)
+  python -m experiments.answer --model=FOLDER --choices=copa.jsonl
+
+--questions takes a file in FastChat's form, and writes the answers to all turns
+in the form that FastChat's judges read. Nothing is scored. Words are drawn at
+FastChat's temperature for a question's category; --greedy draws none.
+
+--choices takes multiple choice in COPA's or ARC's form, from a .jsonl file or
+the hub (aps/super_glue:copa, allenai/ai2_arc:ARC-Easy:test), several joined by
+commas. Each choice is scored by its log-likelihood behind the question, as a
+whole and per character.
+
+Questions are put into the model's chat template. --template=alpaca or plain is
+for a model that has none; an adapter is asked as it was trained.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.table import Column, Table
+
+from experiments import cli
+from vera_jax.errors import UserError
+
+ADAPTER = flags.DEFINE_string(
+  "adapter", None, "An adapter: a folder, or a hub id (owner/name[@revision])."
+)
+MODEL = flags.DEFINE_string(
+  "model", None, "A whole decoder: a folder, a .gguf file or a hub id."
+)
+BASE = flags.DEFINE_string(
+  "base", None, "The adapter's base. Unset: what adapter.json names."
+)
+QUESTIONS = flags.DEFINE_string(
+  "questions", None, "Questions in FastChat's form, a .jsonl file."
+)
+OUT = flags.DEFINE_string("out", None, "The file of answers, which is written.")
+MODEL_ID = flags.DEFINE_string(
+  "model_id",
+  None,
+  "The model's name in the answers. Unset: its folder's, or run's.",
+)
+CHOICES = flags.DEFINE_list("choices", [], "Files or hub ids, by commas.")
+TEMPLATE = flags.DEFINE_enum(
+  "template", None, ["chat", "alpaca", "plain"], "What questions are put into."
+)
+GREEDY = flags.DEFINE_bool("greedy", False, "Take the likeliest words.")
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+  "max_new_tokens", 1024, "The most tokens of an answer.", 1
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.", 0, 2**32 - 1)
+BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 16, "Questions that are answered together.", 1
+)
+
+
+def main() -> None:
+  if bool(ADAPTER.value) == bool(MODEL.value):
+    raise UserError("Give either --adapter=DIR or --model=DIR.")
+  if bool(QUESTIONS.value) == bool(CHOICES.value):
+    raise UserError(
+      "Give either --questions=FILE --out=FILE or --choices=FILE."
+    )
+  if bool(QUESTIONS.value) != bool(OUT.value):
+    raise UserError("--questions and --out belong together: name both files.")
+  # Imported only now: a mistake in the flags is reported without the wait.
+  from vera_jax.adapters.files import load_adapter
+  from vera_jax.models.classifier import load_classifier, restore_adapter
+  from vera_jax.tasks import choices, questions
+  from vera_jax.tasks.instruct_files import CHAT
+
+  # read first, for a model takes longer
+  asked = questions.read_questions(QUESTIONS.value) if QUESTIONS.value else []
+  posed = [choices.read_questions(source) for source in CHOICES.value]
+  if MODEL.value:
+    decoder = load_classifier(MODEL.value)
+  else:
+    decoder = restore_adapter(load_adapter(ADAPTER.value or ""), BASE.value)
+  if posed:
+    _choose(decoder, posed)
+    return
+  template = TEMPLATE.value or str(decoder.about.get("template", CHAT))
+  _write(decoder, asked, template)
+
+
+def _choose(decoder: Any, posed: list[Any]) -> None:
+  from vera_jax.tasks.choices import answer_questions
+  from vera_jax.train.logging import ProgressBar
+
+  table = Table(
+    "questions",
+    *(
+      Column(name, justify="right")
+      for name in ("number", "accuracy", "accuracy, normalised")
+    ),
+  )
+  for name, questions in posed:
+    total = sum(len(question.choices) for question in questions)
+    with ProgressBar(steps=total, doing=name) as bar:
+      found = answer_questions(decoder, questions, progress=bar.advance)
+    numbers = f"{found.plain:.4f}", f"{found.normalised:.4f}"
+    table.add_row(name, str(len(questions)), *numbers)
+  Console().print(table)
+
+
+def _write(decoder: Any, asked: list[Any], template: str) -> None:
+  from vera_jax.serve.generator import Generator
+  from vera_jax.tasks.questions import answer_turns, as_line
+  from vera_jax.train.logging import ProgressBar
+
+  out = Path(OUT.value or "").expanduser()
+  place = Path(ADAPTER.value or MODEL.value or "").absolute()
+  if place.name == "adapter":  # of a run, which has the name
+    place = place.parent
+  generator = Generator(decoder, rows=BATCH_SIZE.value)
+  turns = sum(len(question.turns) for question in asked)
+  with ProgressBar(steps=turns, doing="answers") as bar:
+    answers = answer_turns(
+      generator,
+      asked,
+      template=template,
+      greedy=GREEDY.value,
+      max_new_tokens=MAX_NEW_TOKENS.value,
+      seed=SEED.value,
+      progress=bar.advance,
+    )
+  lines = [
+    json.dumps(
+      as_line(*pair, model_id=MODEL_ID.value or place.name), ensure_ascii=False
+    )
+    + "\n"
+    for pair in zip(asked, answers, strict=True)
+  ]
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(lines), encoding="utf-8")
+  except OSError as error:
+    raise UserError(f"{out} can't be written: {error.strerror}.") from error
+  print(f"{len(asked)} questions, {turns} turns: {out}")
+
+
+if __name__ == "__main__":
+  cli.run(main, usage=__doc__)

@@ -1,0 +1,185 @@
+"""Answers as tokens: what is learned of them, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tests.data.test_completions import with_begin
+from tests.tasks.decoder_files import tokenizer_of_words
+from vera_jax.data.answers import Answers, encode_answers
+from vera_jax.data.examples import Examples
+from vera_jax.data.preview import preview, stretches
+from vera_jax.data.tokens import tokenise
+from vera_jax.errors import UserError
+
+CHAT, PLAIN = Answers("chat"), Answers("plain")
+TEMPLATE = (
+  "{% for m in messages %}{{ m.role }} {{ m.content }} <end>\n word9 "
+  "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
+WHOLE = "{% generation %}{% for m in messages %}{{ m.content }} {% endfor %}"
+END, UNKNOWN, W9 = 0, 2, 12
+
+
+def chat_tokenizer(template=TEMPLATE):
+  tokenizer = tokenizer_of_words(unk_token="<unknown>", pad_token="<end>")
+  tokenizer.chat_template = template
+  return tokenizer
+
+
+def conversations(*texts):
+  """Each with a question and its answer in turn."""
+  roles = ("user", "assistant")
+  rows = [
+    json.dumps(
+      [
+        {"role": roles[i % 2], "content": content}
+        for i, content in enumerate(text)
+      ]
+    )
+    for text in texts
+  ]
+  return Examples(rows, None, None, np.arange(len(rows)) + 40)
+
+
+def pairs(*rows):
+  first, second = (list(side) for side in zip(*rows, strict=True))
+  return Examples(first, second, None, np.arange(len(rows)))
+
+
+def learned(examples, tokenizer, how, max_length=99):
+  """Each example's ids, and those of them that are learned."""
+  found = encode_answers(examples, tokenizer, max_length, how)
+  bounds = zip(found["offsets"][:-1], found["offsets"][1:], strict=True)
+  return [
+    (found["ids"][a:b].tolist(), found["ids"][a:b][found["learned"][a:b]])
+    for a, b in bounds
+  ]
+
+
+def test_every_answer_is_learned_up_to_its_end():
+  four = ("word1", "word2 word3", "word4", "word5")
+  [(ids, own)] = learned(conversations(four), chat_tokenizer(), CHAT)
+  turns = ([4], [5, 6], [7], [8])
+  assert ids == [i for turn in turns for i in (UNKNOWN, *turn, END, W9)]
+  # the word behind an end is none of the answer; a blank one would be left out
+  assert own.tolist() == [5, 6, END, W9, 8, END, W9]
+  blank = chat_tokenizer(TEMPLATE.replace("word9 ", ""))
+  [(_, own)] = learned(conversations(four), blank, CHAT)
+  assert own.tolist() == [5, 6, END, 8, END]
+
+
+def test_tags_are_read_as_transformers_reads_them():
+  four = ("word1", "word2 word3", "word4", "word5")
+  template = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} word9 "
+    "{% else %}{% generation %}{{ m.content }} <end>{% endgeneration %} word8 "
+    "{% endif %}{% endfor %}"
+  )
+  rows, tokenizer = conversations(four), chat_tokenizer(template)
+  want = tokenizer.apply_chat_template(
+    json.loads(rows.first[0]),
+    return_dict=True,
+    return_assistant_tokens_mask=True,
+  )
+  found = encode_answers(rows, tokenizer, 99, CHAT)
+  # all but the last word, which is behind the last answer
+  assert found["ids"].tolist() == want["input_ids"][:-1]
+  assert found["learned"].tolist() == want["assistant_masks"][:-1]
+  assert sum(want["assistant_masks"]) == 5
+
+
+def test_a_special_tokens_name_in_a_text_is_counted():
+  rows = conversations(("word1", "word2 <end> word3"), ("word1", "word2"))
+  tokens = tokenise(rows, chat_tokenizer(), 99, None, completions=CHAT)
+  assert tokens.special == 1
+
+
+def test_prompts_and_answers_are_one_text():
+  rows = pairs(("word1 ", "word2"), ("word3", " word4 word5"))
+  found = learned(rows, with_begin(), PLAIN)
+  assert [(ids, own.tolist()) for ids, own in found] == [
+    ([1, 4, 5, END], [5, END]),
+    ([1, 6, 7, 8, END], [7, 8, END]),
+  ]
+
+
+def test_an_answer_behind_the_cut_leaves_its_row_out():
+  rows = conversations(("word1", "word2"), ("word1 " * 9, "word2"))
+  tokenizer = chat_tokenizer()
+  tokens = tokenise(rows, tokenizer, 10, None, completions=CHAT)
+  assert tokens.left_out == (41,) and tokens.index.tolist() == [40]
+  assert tokens.truncated == 1 and len(tokens) == 1
+  assert tokens.learned.shape == tokens.ids.shape == (8,)
+  # a part of an answer stays
+  rows = conversations(("word1", "word2 " * 9))
+  tokens = tokenise(rows, tokenizer, 7, None, completions=CHAT)
+  assert (tokens.truncated, tokens.reads.tolist()) == (1, [2])
+  with pytest.raises(
+    UserError, match="(?s)within 4 tokens.*mask is all 0.*word1"
+  ):
+    tokenise(rows, tokenizer, 4, None, completions=CHAT)
+  with pytest.raises(UserError, match="max_length is 1; at least 2"):
+    tokenise(rows, tokenizer, 1, None, completions=CHAT)
+
+
+@pytest.mark.parametrize(
+  "template, message",
+  [
+    ("{% generation %}{% endgeneration %}word7", "41: nothing.*all 0.*word7"),
+    (WHOLE + "{% endgeneration %}", "41: all of it.*all 1.*word1 word2"),
+  ],
+)
+def test_a_mask_of_one_kind_is_refused_and_shown(template, message):
+  rows = conversations(("word1", "word2"))
+  with pytest.raises(UserError, match=f"(?s)Row {message}"):
+    learned(rows, chat_tokenizer(template), CHAT)
+
+
+def test_an_answer_without_a_prompt_is_refused():
+  with pytest.raises(UserError, match="Row 1: all of it would be learned"):
+    learned(pairs(("", "word1 word2")), with_begin(), PLAIN)
+
+
+def test_another_template_makes_other_tokens(tmp_path):
+  rows = conversations(("word1", "word2"))
+  one, again, other = (
+    tokenise(rows, chat_tokenizer(t), 99, tmp_path, completions=CHAT)
+    for t in (TEMPLATE, TEMPLATE, f"word8 {TEMPLATE}")
+  )
+  assert one.fingerprint == again.fingerprint != other.fingerprint
+  np.testing.assert_array_equal(one.learned, again.learned)
+  assert len(other.ids) == len(one.ids) + 1
+
+
+def test_parts_of_characters_and_words_belong_to_their_answer():
+  folder = Path(__file__).resolve().parents[3] / "shared/data/tokenizers/gpt2"
+  if not folder.is_dir():
+    pytest.skip("GPT-2's tokenizer is not beside the checkout")
+  tokenizer = PreTrainedTokenizerFast(
+    tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>"
+  )
+  rows = [
+    ("Say it: ☃ ", "☃☃ schön 👩‍🔬!\n\n"),
+    ("Two words", " and a third"),
+    ("é", "日本語のテキスト"),
+  ]
+  for (_, own), (_, answer) in zip(
+    learned(pairs(*rows), tokenizer, PLAIN), rows, strict=True
+  ):
+    assert tokenizer.decode(own).strip(" ") == f"{answer}<|endoftext|>".strip()
+
+
+def test_a_preview_is_readable_without_colours(capsys):
+  tokenizer = chat_tokenizer()
+  rows = conversations(("word1", "word2"), ("word3", "word4"))
+  tokens = tokenise(rows, tokenizer, 99, None, completions=CHAT)
+  preview(tokens, tokenizer, number=1)
+  shown = capsys.readouterr().out
+  assert "example 1, row 41: 8 tokens, 3 learned" in shown
+  assert "<end> word9 <unknown>⟦ word2 <end> word9⟧" in shown
+  parts = stretches([4, 5, 6], [False, True, True], tokenizer)
+  assert parts == [("word1", False), (" word2 word3", True)]

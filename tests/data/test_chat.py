@@ -1,0 +1,75 @@
+"""Conversations as texts: which characters are answers, and bad templates."""
+
+import pytest
+
+from tests.tasks.decoder_files import tokenizer_of_words
+from vera_jax.data import chat
+from vera_jax.errors import UserError
+
+TEMPLATE = (
+  "{% for m in messages %}[{{ m.role }}]{{ m.content }}<end>\n{% endfor %}"
+  "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+TAGGED = (
+  "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}"
+  "{% generation %}{{ m.content }}<end>\n{% endgeneration %}{% else %}"
+  "{{ m.content }}<end>\n{% endif %}{% endfor %}"
+)
+MESSAGES = [
+  {"role": "system", "content": "é"},
+  {"role": "user", "content": "one\n"},
+  {"role": "assistant", "content": "zwei ☃"},
+  {"role": "user", "content": "three"},
+  {"role": "assistant", "content": "vier"},
+]
+
+
+def with_template(template):
+  tokenizer = tokenizer_of_words()
+  tokenizer.chat_template = template
+  return tokenizer
+
+
+def answers(template, messages=MESSAGES):
+  text, spans = chat.render_conversation(with_template(template), messages)
+  return text, [text[first:last] for first, last in spans]
+
+
+def test_answers_are_found_with_tags_and_without():
+  found = answers(TEMPLATE)
+  assert found[1] == ["zwei ☃<end>\n", "vier<end>\n"]
+  assert answers(TAGGED) == found
+  ids = chat.message_ids(with_template("{{ messages[0].content }}"), "word3")
+  assert ids == [6]
+
+
+def test_a_conversation_that_changes_as_it_goes_on_is_refused():
+  for template in ("{{ messages|length }}", "{{ messages[-1].content }}"):
+    with pytest.raises(UserError, match="place is not known.*They part at"):
+      answers(template)
+
+
+@pytest.mark.parametrize(
+  "template, message",
+  [
+    ("{% if %}", "can't be used: Expected an expression"),
+    ("{{ raise_exception('no system turn') }}", "no system turn"),
+    ("{{ ''.__class__.mro() }}", "'__class__' of 'str' object is unsafe"),
+    (None, "no chat template.*config.data.template=alpaca or plain"),
+  ],
+)
+def test_a_template_that_fails_says_why(template, message):
+  with pytest.raises(UserError, match=message):
+    answers(template)
+
+
+def test_a_template_without_end_is_stopped_and_others_go_on(monkeypatch):
+  monkeypatch.setattr(chat, "SECONDS", 0.1)
+  numbers = "{% for a in range(99999) %}"
+  loop = 3 * numbers + 3 * "{% endfor %}"
+  with pytest.raises(UserError, match="it takes more than 0.1 seconds"):
+    answers(loop)
+  # one operation, which only ends with the process
+  with pytest.raises(UserError, match="it takes more than 0.2 seconds"):
+    answers("{{ 10 ** (10 ** 9) }}")
+  assert answers(TEMPLATE)[1][1] == "vier<end>\n"

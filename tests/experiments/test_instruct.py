@@ -1,0 +1,97 @@
+"""The commands for instructions, as a user types them."""
+
+import importlib
+import json
+import sys
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import experiments
+from tests.tasks.decoder_files import GPT2, write_decoder
+from vera_jax.errors import UserError
+
+ROWS = [{"prompt": f"word{i} ", "completion": "word1"} for i in range(4)]
+
+
+@pytest.fixture
+def typed(monkeypatch):
+  """A script's `main` with the flags given, in this process."""
+  # other scripts, which tests have imported, have flags of the same names
+  for module, found in flags.FLAGS.flags_by_module_dict().items():
+    if module.startswith(("experiments.", "benchmarks.", "tests.")):
+      for flag in list(found):
+        delattr(flags.FLAGS, flag.name)
+  for name in ("answer", "instruct", "glue"):
+    sys.modules.pop(f"experiments.{name}", None)
+    monkeypatch.delattr(experiments, name, raising=False)
+
+  def run(script, *words):
+    module = importlib.import_module(f"experiments.{script}")
+    argv = [script, *map(str, words)]
+    monkeypatch.setattr(sys, "argv", argv)  # where a config's keys are found
+    with flagsaver.flagsaver():
+      flags.FLAGS(argv)
+      module.main()
+
+  return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("instruct")
+  (folder / "model").mkdir()
+  write_decoder(folder / "model", {**GPT2, "n_layer": 1})
+  lines = [json.dumps(row) + "\n" for row in ROWS]
+  (folder / "rows.jsonl").write_text("".join(lines))
+  arc = {"question": "a", "choices": {"text": ["b"], "label": ["A"]}}
+  line = json.dumps({**arc, "answerKey": "A"})
+  (folder / "arc.jsonl").write_text(line)
+  asked = {"question_id": 1, "turns": ["word1", "word2"]}
+  (folder / "question.jsonl").write_text(json.dumps(asked))
+  return folder
+
+
+# ml_collections loads config files by it
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_preview_shows_what_is_learned_and_trains_nothing(
+  folder, tmp_path, typed, capsys
+):
+  words = (
+    "--config=configs/instruct.py:llama2_7b",
+    f"--config.model.name={folder / 'model'}",
+    f"--config.data.source={folder / 'rows.jsonl'}",
+    f"--config.data.cache_dir={folder / 'cache'}",
+    "--config.data.dev_examples=1",
+    f"--workdir={tmp_path / 'run'}",
+  )
+  typed("instruct", *words, "--config.data.template=plain", "--preview=2")
+  shown = capsys.readouterr().out
+  assert "rows: completion, put into the template 'plain'" in shown
+  assert "dev: 1 of the 4 rows" in shown
+  assert shown.count("⟦ word1 <end>⟧") == 2
+  assert "example 2, row " in shown and "example 3" not in shown
+  typed("instruct", *words, "--config.data.template=plain", "--preview")
+  assert "example 3, row " in capsys.readouterr().out
+  assert not (tmp_path / "run").exists()
+  with pytest.raises(UserError, match="has no chat template.*template=alpaca"):
+    typed("instruct", *words, "--config.data.template=chat", "--preview")
+  with pytest.raises(UserError, match="--preview=0; give 1 or more"):
+    typed("instruct", *words, "--preview=0")
+
+
+def test_questions_are_answered(folder, tmp_path, typed, capsys):
+  model, out = f"--model={folder / 'model'}", tmp_path / "new/answers.jsonl"
+  asked = f"--questions={folder / 'question.jsonl'}"
+  some = ("--template=plain", "--max_new_tokens=3", "--greedy")
+  typed("answer", model, asked, f"--out={out}", *some)
+  assert f"1 questions, 2 turns: {out}" in capsys.readouterr().out
+  [line] = map(json.loads, out.read_text().splitlines())
+  assert line["model_id"] == "model" and len(line["choices"][0]["turns"]) == 2
+  typed("answer", model, f"--choices={folder / 'arc.jsonl'}")
+  assert "1.0000" in capsys.readouterr().out
+  with pytest.raises(UserError, match="either --questions"):
+    typed("answer", model)
+  with pytest.raises(UserError, match="name both files"):
+    typed("answer", model, asked)

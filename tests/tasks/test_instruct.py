@@ -1,0 +1,213 @@
+"""Instruction tuning from rows to answers, on a tiny Llama."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import instruct
+from tests.tasks.decoder_files import LLAMA, tokenizer_of_words, write_decoder
+from vera_jax.adapters.files import load_adapter
+from vera_jax.errors import UserError
+from vera_jax.generate.sampling import GREEDY
+from vera_jax.models.classifier import load_classifier, restore_adapter
+from vera_jax.report.outputs import read_written
+from vera_jax.serve.generator import Generator
+from vera_jax.tasks.instruct import prompt_ids, rouge_l, task_for
+from vera_jax.tasks.language_modelling import loss
+from vera_jax.tasks.questions import answer_turns, as_line, read_questions
+from vera_jax.train.loop import train_and_evaluate
+from vera_jax.train.setup import build_setup
+from vera_jax.train.step import outputs_of
+
+TEMPLATE = (
+  "{% for m in messages %}{{ m.role }} {{ m.content }} <end> {% endfor %}"
+  "{% if add_generation_prompt %}assistant {% endif %}"
+)
+BRIEF = {
+  "optim.epochs": 2,
+  "optim.batch_size": 8,
+  "optim.pass_rows": None,
+  "optim.adapter_lr": 0.1,
+  "vera.rank": 4,
+  "data.template": "chat",
+  "data.max_length": 12,
+  "data.dev_examples": 4,
+  "data.max_test_examples": 3,
+  "generate.max_new_tokens": 4,
+  "generate.rows": 2,
+  "log.every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """The decoder, the rows and questions of COPA's form."""
+  folder = tmp_path_factory.mktemp("instruct")
+  (folder / "model").mkdir()
+  write_decoder(folder / "model", {**LLAMA, "num_hidden_layers": 1})
+  tokenizer = tokenizer_of_words(pad_token="<end>")
+  tokenizer.chat_template = TEMPLATE
+  tokenizer.save_pretrained(folder / "model")
+  rows = [
+    {"instruction": f"word{i}", "output": f"word{i + 1} word1 " + "word2 " * k}
+    for k in range(2)
+    for i in range(12)
+  ]
+  (folder / "rows.json").write_text(json.dumps(rows))
+  copa = {"premise": "word1.", "choice1": "word2", "choice2": "word3 word4"}
+  line = json.dumps({**copa, "question": "cause", "label": 1})
+  (folder / "copa.jsonl").write_text(line)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+  config = instruct.get_config("llama_7b")
+  config.update_from_flattened_dict(BRIEF)
+  config.model.name = str(folder / "model")
+  config.data.source = str(folder / "rows.json")
+  config.data.choices = (str(folder / "copa.jsonl"),)
+  config.data.cache_dir = str(folder / "cache")
+  return config
+
+
+def changed(config, **changes):
+  config = config.copy_and_resolve_references()
+  flat = {name.replace("__", "."): x for name, x in changes.items()}
+  config.update_from_flattened_dict(flat)
+  return config
+
+
+@pytest.fixture(scope="module")
+def trained(config, folder):
+  return train_and_evaluate(config, folder / "run")
+
+
+def test_a_run_learns_and_keeps_its_answers(trained, folder):
+  first, last = (epoch["metrics"]["loss"] for epoch in trained["history"])
+  assert last < first and trained["task"] == "instruct:rows"
+  assert trained["score_name"] == "token_probability"
+  assert set(trained["best"]["metrics"]) >= {"perplexity", "token_accuracy"}
+  assert trained["data"]["dev"]["examples"] == 4
+  lines = (folder / "run/test/answers.jsonl").read_text().splitlines()
+  found = [json.loads(line) for line in lines]
+  assert len(found) == trained["test"]["inputs"] == 3
+  answers = [line["answer"] for line in found]
+  scores = trained["test"]["scores"]
+  assert scores["ROUGE_L"] == rouge_l(answers, [x["reference"] for x in found])
+  assert {scores["copa accuracy"], scores["copa accuracy, normalised"]} <= {
+    0,
+    1,
+  }
+  kept = read_written(folder / "run")
+  assert list(kept.outputs.values()) == [" ".join(a.split()) for a in answers]
+  # the same by the saved adapter, asked as a user does
+  saved = load_adapter(folder / "run/adapter")
+  assert saved.about["template"] == "chat"
+  card = (folder / "run/adapter/README.md").read_text()
+  assert "experiments.generate --adapter=ADAPTER --chat --prompt=TEXT" in card
+  generator = Generator(restore_adapter(saved), chat=True)
+  asked = [line["messages"][-1]["content"] for line in found]
+  again = generator.texts(asked, how=GREEDY, max_new_tokens=4)
+  assert [text.strip() for text in again] == answers
+
+
+def test_every_learned_token_weighs_the_same_however_they_are_packed(config):
+  setup = build_setup(changed(config, optim__batch_size=20))
+  module, names = setup.model.blueprint.module, setup.model.blueprint.inputs
+  params = setup.first_state(setup.config).params
+  _, batches = next(setup.data.train_batches(seeds=0, start_step=0))
+
+  @jax.jit
+  def summed(batch):
+    found = outputs_of(module, tuple(names), params, setup.frozen, batch)
+    return loss(found[0], batch)
+
+  sums = [summed(setup.put_batch(batch)) for batch in batches]
+  total, count = (float(sum(side)) for side in zip(*sums, strict=True))
+  tokens = setup.data.tokens["train"]
+  assert count == tokens.learned.sum() == tokens.reads.sum()
+  alone = 0.0
+  for a, b in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True):
+    reads = np.flatnonzero(tokens.learned[a:b]) - 1
+    row = {
+      "input_ids": jnp.asarray(tokens.ids[a:b])[None],
+      "positions": jnp.arange(b - a)[None],
+      "segment_ids": jnp.ones((1, b - a), jnp.int32),
+      "read_positions": jnp.asarray(reads)[None],
+      "labels": jnp.asarray(tokens.ids[a:b][reads + 1])[None],
+      "weights": jnp.ones((1, len(reads))),
+    }
+    alone += float(summed(row)[0])
+  assert total == pytest.approx(alone, rel=1e-5)
+
+
+def test_settings_that_can_not_be_are_refused(config, monkeypatch):
+  with pytest.raises(UserError, match="'llama'; choose chat, alpaca, plain"):
+    task_for(changed(config, data__template="llama"))
+  with pytest.raises(UserError, match="generate.rows is 0; 1 is the least"):
+    task_for(changed(config, generate__rows=0))
+  with pytest.raises(UserError, match="There is no file none.jsonl"):
+    task_for(changed(config, data__choices=("none.jsonl",)))
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(UserError, match="needs rouge-score: pip install -r"):
+    task_for(config)
+  assert task_for(changed(config, data__max_test_examples=0)) is not None
+
+
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
+  found = rouge_l(["the cat on mat", "no"], ["the cat sat on the mat", "yes"])
+  assert found == pytest.approx((2 * 1 * 4 / 6 / (1 + 4 / 6) + 0) / 2)
+
+
+def test_questions_are_answered_in_fastchats_form(folder, tmp_path):
+  lines = [
+    {"question_id": 81, "category": "math", "turns": ["word1", "word2"]},
+    {"question_id": 1, "category": "generic", "text": "word3"},
+  ]
+  path = tmp_path / "question.jsonl"
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  questions = read_questions(path)
+  generator = Generator(load_classifier(folder / "model"))
+  found = answer_turns(
+    generator, questions, template="chat", greedy=True, max_new_tokens=3
+  )
+  assert [len(turns) for turns in found] == [2, 1]
+  messages = [
+    {"role": "user", "content": "word1"},
+    {"role": "assistant", "content": found[0][0]},
+    {"role": "user", "content": "word2"},
+  ]
+  ids = prompt_ids(generator.tokenizer, messages, template="chat")
+  [second] = generator.ids([ids], max_new_tokens=3)
+  assert generator.decode(second).strip() == found[0][1]
+  line = as_line(questions[0], found[0], model_id="tiny")
+  assert line["question_id"] == 81 and line["model_id"] == "tiny"
+  assert line["choices"] == [{"index": 0, "turns": found[0]}]
+  assert line["answer_id"] and line["tstamp"] > 0
+  # drawn by the category's temperature, and the same for a seed
+  drawn = [
+    answer_turns(
+      generator, questions, template="chat", max_new_tokens=3, seed=seed
+    )
+    for seed in (1, 1, 2, 3)
+  ]
+  assert drawn[0] == drawn[1] and drawn[0][0] == found[0]
+  assert any(answers[1] != drawn[0][1] for answers in drawn)
+  with pytest.raises(UserError, match="Question 81, turn 1: The prompt has"):
+    answer_turns(generator, questions, template="chat", max_new_tokens=99)
+  path.write_text('{"question_id": 3, "turns": []}\n')
+  with pytest.raises(UserError, match="question.jsonl:1: a question has"):
+    read_questions(path)
+
+
+def test_a_second_question_without_a_chat_template_stands_below_the_first():
+  tokenizer = tokenizer_of_words()
+  messages = [
+    {"role": role, "content": f" word{i}"}
+    for i, role in enumerate(("user", "assistant", "user"), 1)
+  ]
+  assert prompt_ids(tokenizer, messages, template="plain") == [4, 5, 6]

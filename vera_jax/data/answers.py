@@ -1,0 +1,193 @@
+"""Answers to learn: conversations and instructions, each as one text.
+
+A text is split into tokens once, as a whole, and a token is learned where it
+has a character of an answer. So no token is learned that the model would never
+be asked for, and none is split in another way than when the model is used.
+
+  template    the text                                         learned
+  chat        what the tokenizer's chat template makes of it   see `chat.py`
+  otherwise   [begin] prompt answer [end]                      answer and [end]
+
+[begin] and [end] are those of `completions.py`; a chat template has its own.
+What it writes behind the token that ends an answer, often a line's end, is not
+learned: when the model is used, nobody asks for it. A text ends with its last
+learned token.
+"""
+
+import json
+from collections.abc import Collection
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vera_jax.data.chat import Rendered, render_conversation
+from vera_jax.data.completions import begin_of_text, end_of_text
+from vera_jax.data.examples import Examples
+from vera_jax.errors import UserError
+
+CHAT = "chat"
+_CHUNK = 1024  # texts tokenised at a time, which bounds the memory
+_SHOWN = 600  # characters of an example in a message
+
+
+class Answers(NamedTuple):
+  """How `Examples` become texts.
+
+  Attributes:
+    template: "chat": `first` has conversations, each a list of messages in
+      JSON. Any other name: `first` has prompts and `second` their answers.
+  """
+
+  template: str
+  cut: str = "right"  # a text that is too long loses its end
+
+
+def encode_answers(
+  examples: Examples, tokenizer: Any, max_length: int, how: Answers
+) -> dict[str, np.ndarray]:
+  """The tokens of all examples and which of them are learned.
+
+  Texts are cut on the right. Of an example whose answers lie behind the cut
+  nothing is learned; whoever takes the tokens leaves it out.
+
+  Returns:
+    `ids`, `offsets`, `token_types`, `truncated` and `special` as
+    `tokens.Tokens` has them, and bool [tokens] `learned`.
+
+  Raises:
+    UserError: nothing of an example is learned, cut or not, or all of it: no
+      answer was found, or no prompt. The message shows the example.
+  """
+  chat = how.template == CHAT
+  begin = [] if chat else begin_of_text(tokenizer)
+  end = [] if chat else [end_of_text(tokenizer)]
+  least = len(begin) + 2
+  if max_length < least:
+    raise UserError(
+      f"config.data.max_length is {max_length}; at least {least} tokens are"
+      " needed to learn one from another."
+    )
+  special = set(tokenizer.all_special_ids)
+  names = tokenizer.all_special_tokens
+  ids: list[list[int]] = []
+  learned: list[list[bool]] = []
+  truncated, named = 0, 0
+  for start in range(0, len(examples.first), _CHUNK):
+    numbers = range(start, min(start + _CHUNK, len(examples.first)))
+    texts = [_text(examples, i, tokenizer, chat=chat) for i in numbers]
+    for i in numbers:
+      written = _written(examples, i, chat=chat)
+      named += any(name in text for name in names for text in written)
+    found = tokenizer(
+      [text.text for text in texts],
+      add_special_tokens=False,
+      return_offsets_mapping=True,
+    )
+    rows = zip(
+      numbers, texts, found["input_ids"], found["offset_mapping"], strict=True
+    )
+    for number, text, words, places in rows:
+      marks = learned_tokens(text, words, places, special=special)
+      _check(marks, words, text, special, place=_place(examples, number))
+      last = len(marks) - marks[::-1].index(True)  # nothing behind it counts
+      words = [*begin, *words[:last], *end]
+      marks = [*map(bool, begin), *marks[:last], *(True for _ in end)]
+      marks[: len(begin) or 1] = [False] * (len(begin) or 1)
+      truncated += len(words) > max_length
+      ids.append(words[:max_length])
+      learned.append(marks[:max_length])
+  if len(examples) and not any(map(any, learned)):
+    raise UserError(
+      f"Of none of the {len(examples)} examples anything is left to learn"
+      f" within {max_length} tokens (the mask is all 0): set"
+      f" config.data.max_length higher. One of them:\n{_shown(texts[0])}"
+    )
+  flat = np.fromiter(chain.from_iterable(ids), np.int32)
+  return {
+    "ids": flat,
+    "offsets": np.cumsum([0, *map(len, ids)], dtype=np.int64),
+    "token_types": np.zeros_like(flat),
+    "truncated": np.array(truncated),
+    "learned": np.fromiter(chain.from_iterable(learned), bool),
+    "special": np.array(named),
+  }
+
+
+def _place(examples: Examples, number: int) -> str:
+  return f"Row {examples.index[number] + 1}"
+
+
+def _written(examples: Examples, number: int, *, chat: bool) -> list[str]:
+  """What people wrote of an example."""
+  if chat:
+    return [m["content"] for m in json.loads(examples.first[number])]
+  assert examples.second is not None
+  return [examples.first[number], examples.second[number]]
+
+
+def _text(
+  examples: Examples, number: int, tokenizer: Any, *, chat: bool
+) -> Rendered:
+  if chat:
+    try:
+      messages = json.loads(examples.first[number])
+      return render_conversation(tokenizer, messages)
+    except UserError as error:
+      raise UserError(f"{_place(examples, number)}: {error}") from error
+  prompt, answer = _written(examples, number, chat=False)
+  return Rendered(prompt + answer, [(len(prompt), len(prompt + answer))])
+
+
+def learned_tokens(
+  text: Rendered,
+  ids: list[int],
+  places: list[tuple[int, int]],
+  *,
+  special: Collection[int] = (),
+) -> list[bool]:
+  """Which tokens have a character of a span, up to the one that ends it.
+
+  Args:
+    text: as said.
+    ids: its tokens.
+    places: [start, end) of each of them in the text's characters.
+    special: ids of which one may end a span; spaces behind it don't count.
+  """
+  marks = [False] * len(ids)
+  for first, last in text.spans:
+    own = [i for i, (a, b) in enumerate(places) if a < last and b > first]
+    ends = [i for i in own if ids[i] in special]
+    if ends and not text.text[places[ends[-1]][1] : last].strip():
+      own = [i for i in own if i <= ends[-1]]
+    for i in own:
+      marks[i] = True
+  return marks
+
+
+def _check(
+  marks: list[bool],
+  ids: list[int],
+  text: Rendered,
+  special: set[int],
+  *,
+  place: str,
+) -> None:
+  if not any(marks):
+    raise UserError(
+      f"{place}: nothing of it is learned (its mask is all 0), for no answer of"
+      f" the assistant was found in its text:\n{_shown(text)}"
+    )
+  # a text begins with special tokens that nobody would take for a prompt
+  if all(mark or i in special for mark, i in zip(marks, ids, strict=True)):
+    raise UserError(
+      f"{place}: all of it would be learned (its mask is all 1), for there is"
+      f" nothing in its text that asks for an answer:\n{_shown(text)}"
+    )
+
+
+def _shown(text: Rendered) -> str:
+  whole = text.text
+  if len(whole) > _SHOWN:
+    whole = f"{whole[: _SHOWN // 2]} … {whole[-_SHOWN // 2 :]}"
+  return f"  {whole!r}"

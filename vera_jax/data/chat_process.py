@@ -1,0 +1,78 @@
+"""Renders chat templates, in a process of its own; `chat.py` starts it.
+
+A template is a program that somebody else wrote. jinja2's sandbox keeps it away
+from files and from Python's insides, but not from looping for ever or filling
+the memory. So it runs here, with limits of processor time and memory: a loop
+ends with an error, and what can't be interrupted ends this process alone.
+
+Each line of standard input is a request in JSON, and is answered by a line:
+
+  {"template", "messages", "variables", "prompt", "tags", "seconds"}
+  {"text", "spans"} or {"error"}
+
+`prompt` adds what stands before an answer; `tags` asks for the places
+[start, end) of what {% generation %} encloses, in characters.
+
+It imports nothing of this package: starting is the longest part as it is.
+"""
+
+import contextlib
+import json
+import resource
+import signal
+import sys
+from typing import Any
+
+MEMORY = 4 * 2**30  # bytes of address space
+
+
+class OutOfTime(Exception):
+  """A template has used its processor time."""
+
+
+def render(request: dict[str, Any]) -> dict[str, Any]:
+  """The answer to a request; a template can raise anything."""
+  from transformers.utils.chat_template_utils import render_jinja_template
+
+  seconds = request["seconds"]
+  used = resource.getrusage(resource.RUSAGE_SELF)
+  # for one long operation inside of Python, which no signal's handler ends
+  most = int(used.ru_utime + used.ru_stime + 2 * seconds) + 1
+  _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+  resource.setrlimit(resource.RLIMIT_CPU, (most, hard))
+  signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+  found: Any
+  try:
+    found = render_jinja_template(
+      [request["messages"]],
+      chat_template=request["template"],
+      add_generation_prompt=request["prompt"],
+      return_assistant_tokens_mask=request["tags"],
+      **request["variables"],
+    )
+  except OutOfTime:
+    return {"error": f"it takes more than {seconds:g} seconds"}
+  except MemoryError:
+    return {"error": "it fills the memory"}
+  except Exception as error:
+    return {"error": str(error) or type(error).__name__}
+  finally:
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+  (text,), spans = found
+  return {"text": text, "spans": spans[0] if request["tags"] else []}
+
+
+def main() -> None:
+  def stop(number: int, frame: Any) -> None:
+    raise OutOfTime
+
+  signal.signal(signal.SIGVTALRM, stop)
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+  with contextlib.suppress(ValueError, OSError):  # not on every system
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+  for line in sys.stdin:
+    print(json.dumps(render(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,66 @@
+"""Shows examples as they are trained on, with the learned tokens marked."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from vera_jax.data.tokens import Tokens
+
+OPEN, CLOSE = "⟦", "⟧"  # around what is learned where there are no colours
+
+
+def preview(
+  tokens: Tokens,
+  tokenizer: Any,
+  *,
+  number: int,
+  console: Console | None = None,
+) -> None:
+  """Prints the first examples; special tokens are shown as they are written.
+
+  Args:
+    tokens: of a split whose words are learned.
+    tokenizer: which they are from.
+    number: how many.
+    console: standard output, if None.
+  """
+  assert tokens.learned is not None
+  console = console or Console()
+  for i in range(min(number, len(tokens))):
+    own = slice(*tokens.offsets[i : i + 2])
+    ids, learned = tokens.ids[own].tolist(), tokens.learned[own].tolist()
+    console.print()
+    console.print(
+      f"example {i + 1}, row {tokens.index[i] + 1}: {len(ids)} tokens,"
+      f" {sum(learned)} learned",
+      style="bold",
+      markup=False,
+      highlight=False,
+      soft_wrap=True,
+    )
+    shown = Text()
+    for text, is_learned in stretches(ids, learned, tokenizer):
+      if not is_learned:
+        shown.append(text, style="dim")
+      elif console.is_terminal and console.color_system:
+        shown.append(text, style="bold green")
+      else:
+        shown.append(f"{OPEN}{text}{CLOSE}")
+    console.print(shown, soft_wrap=True)
+
+
+def stretches(
+  ids: list[int], learned: list[bool], tokenizer: Any
+) -> list[tuple[str, bool]]:
+  """The texts of neighbouring tokens that are learned, or aren't, in turn."""
+  found: list[tuple[str, bool]] = []
+  before = ""
+  for i, is_learned in enumerate(learned):
+    if i + 1 < len(learned) and learned[i + 1] == is_learned:
+      continue
+    # of all up to here, for a word's text depends on whether it is the first
+    text = tokenizer.decode(ids[: i + 1], clean_up_tokenization_spaces=False)
+    found.append((text[len(before) :], is_learned))
+    before = text
+  return found

@@ -1,0 +1,274 @@
+"""Multiple choice by log-likelihood: the choice that a decoder finds likeliest.
+
+Nothing is generated: each choice is put behind its question, and the log
+probabilities of its tokens are added. Two forms of questions are read:
+
+  COPA   premise, choice1, choice2, question (cause | effect), label
+  ARC    question {stem, choices [{text, label}]}, answerKey, as in its files,
+         or question, choices {text, label}, answerKey, as on the hub
+
+They become texts as in EleutherAI's lm-evaluation-harness: COPA's premise goes
+on with "because" or "therefore" and the choice, ARC's are "Question: …" and
+"Answer: …". A tuned model is asked in the same way, whatever it was tuned on,
+so that the numbers say whether something was forgotten.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float32, Float64, Int
+
+from vera_jax.adapters.apply import Adapted
+from vera_jax.data.answers import learned_tokens
+from vera_jax.data.chat import Rendered
+from vera_jax.data.completions import begin_of_text
+from vera_jax.data.tables import SUFFIXES, Table, read_table
+from vera_jax.data.tokenizer import load_tokenizer
+from vera_jax.errors import UserError
+from vera_jax.models.classifier import Classifier
+from vera_jax.models.kinds import WORDS
+from vera_jax.tasks.cross_entropy import score_words
+from vera_jax.tasks.glue_hub import download
+
+COPA = ("premise", "choice1", "choice2", "question", "label")
+ARC = ("question", "answerKey")
+CONNECTIVES = {"cause": "because", "effect": "therefore"}
+SPLIT = "validation"  # of a data set on the hub; its tests may lack answers
+TOKENS = 2048  # about as many in a batch
+STEP = 64  # lengths are padded to multiples of it: few shapes are compiled
+
+
+class Question(NamedTuple):
+  """A question as texts.
+
+  Attributes:
+    prompt: what stands before a choice.
+    choices: each as it follows the prompt, with a space in front.
+    right: the number of the right one.
+  """
+
+  prompt: str
+  choices: tuple[str, ...]
+  right: int
+
+
+class Accuracy(NamedTuple):
+  """Shares of questions that are answered right.
+
+  Attributes:
+    plain: by the log probability of the whole choice.
+    normalised: by that over the choice's characters, without the space in
+      front, so that a long choice has no disadvantage.
+  """
+
+  plain: float
+  normalised: float
+
+
+def read_questions(source: str) -> tuple[str, list[Question]]:
+  """(a name for tables, the questions) of a file or a data set on the hub.
+
+  Args:
+    source: a file; or HUB_ID, HUB_ID:PART or HUB_ID:PART:SPLIT, as in
+      aps/super_glue:copa and allenai/ai2_arc:ARC-Easy:test.
+
+  Raises:
+    UserError: it can't be read, or has other columns or labels; the message
+      names file and line.
+  """
+  path = Path(source).expanduser()
+  if path.is_file():
+    table, name = read_table(path), path.stem
+  elif path.suffix.lower() in SUFFIXES:
+    raise UserError(f"There is no file {path} (config.data.choices).")
+  else:
+    hub_id, _, rest = source.partition(":")
+    part, _, split = rest.partition(":")
+    split, splits = split or SPLIT, download(hub_id, part or None)
+    if split not in splits:
+      raise UserError(
+        f"{source} has no split {split!r}; it has {', '.join(splits)}."
+      )
+    rows, name = splits[split], part or hub_id.rpartition("/")[2]
+    table = Table(
+      name=f"{source} ({split})",
+      columns={column: list(rows[column]) for column in rows.column_names},
+      numbers=list(range(1, len(rows) + 1)),
+      lines=False,
+    )
+  forms = {COPA: _copa, ARC: _arc}
+  found = [read for own, read in forms.items() if {*own} <= {*table.columns}]
+  if not found:
+    raise UserError(
+      f"{table.name}: the columns {', '.join(table.columns)} are neither COPA's"
+      f" ({', '.join(COPA)}) nor ARC's ({', '.join(ARC)})."
+    )
+  questions = []
+  for number in range(len(table.numbers)):
+    row = {name: values[number] for name, values in table.columns.items()}
+    try:
+      questions.append(found[0](row))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise UserError(
+        f"{table.place(number)}: this is no question with its choices and the"
+        f" right one: {error}."
+      ) from error
+  return name, questions
+
+
+def _copa(row: dict[str, Any]) -> Question:
+  asked, label = row["question"], row["label"]
+  if asked not in CONNECTIVES:
+    raise ValueError(f"question is {asked!r}, neither cause nor effect")
+  if label not in (0, 1):
+    raise ValueError(f"label is {label!r}, neither 0 nor 1")
+  premise = row["premise"].strip().removesuffix(".")
+  choices = [row[name].strip() for name in ("choice1", "choice2")]
+  return Question(
+    f"{premise} {CONNECTIVES[asked]}",
+    tuple(f" {text[:1].lower()}{text[1:]}" for text in choices),
+    int(label),
+  )
+
+
+def _arc(row: dict[str, Any]) -> Question:
+  question, choices = row["question"], row.get("choices")
+  if isinstance(question, dict):
+    question, choices = question["stem"], question["choices"]
+  if isinstance(choices, dict):
+    texts, labels = choices["text"], choices["label"]
+  else:
+    if not isinstance(choices, list):
+      raise ValueError("it has no choices")
+    texts, labels = ([x[name] for x in choices] for name in ("text", "label"))
+  if row["answerKey"] not in labels:
+    raise ValueError(f"answerKey is {row['answerKey']!r}, no choice's label")
+  return Question(
+    f"Question: {question.strip()}\nAnswer:",
+    tuple(f" {text.strip()}" for text in texts),
+    list(labels).index(row["answerKey"]),
+  )
+
+
+def answer_questions(
+  model: Classifier,
+  questions: Sequence[Question],
+  *,
+  progress: Callable[[int], None] | None = None,
+) -> Accuracy:
+  """How many questions a decoder answers right.
+
+  Args:
+    model: with an adapter on it, or without.
+    questions: as said.
+    progress: called with the number of choices scored so far.
+
+  Raises:
+    UserError: there are no questions, the model writes no texts, or has no room
+      for one.
+  """
+  if not questions:
+    raise UserError("There are no questions to answer.")
+  texts = [
+    Rendered(q.prompt + choice, [(len(q.prompt), len(q.prompt + choice))])
+    for q in questions
+    for choice in q.choices
+  ]
+  values = log_likelihoods(model, texts, progress=progress)
+  plain, normalised, place = 0, 0, 0
+  for question in questions:
+    own = values[place : place + len(question.choices)]
+    place += len(question.choices)
+    lengths = np.array([len(text) - 1 for text in question.choices])
+    plain += int(own.argmax()) == question.right
+    normalised += int((own / np.maximum(lengths, 1)).argmax()) == question.right
+  return Accuracy(plain / len(questions), normalised / len(questions))
+
+
+def log_likelihoods(
+  model: Classifier,
+  texts: Sequence[Rendered],
+  *,
+  progress: Callable[[int], None] | None = None,
+) -> Float64[np.ndarray, " texts"]:
+  """The summed log probabilities, in nats, of the tokens of each text's spans.
+
+  Raises:
+    UserError: the model writes no texts, or has no room for one of them.
+  """
+  if model.kind != WORDS:
+    raise UserError(f"The model in {model.folder} writes no texts.")
+  tokenizer = load_tokenizer(model.folder)
+  begin = begin_of_text(tokenizer)
+  found = tokenizer(
+    [text.text for text in texts],
+    add_special_tokens=False,
+    return_offsets_mapping=True,
+  )
+  ids = [[*begin, *own] for own in found["input_ids"]]
+  marks = [
+    [*map(bool, begin), *learned_tokens(text, own, places)]
+    for text, own, places in zip(
+      texts, found["input_ids"], found["offset_mapping"], strict=True
+    )
+  ]
+  longest = max(map(len, ids))
+  if longest > model.room:
+    raise UserError(
+      f"A question with a choice has {longest} tokens, but the model has room"
+      f" for {model.room}."
+    )
+  values = np.zeros(len(texts))
+  order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
+  module = _whole_rows(model.module)
+  done = 0
+  while done < len(order):
+    width = _padded(len(ids[order[done]]), model.room)
+    most = max(1, TOKENS // width)
+    batch = [i for i in order[done : done + most] if len(ids[i]) <= width]
+    tokens = np.zeros((most, width), np.int32)
+    learned = np.zeros((most, width), bool)
+    for row, i in enumerate(batch):
+      tokens[row, : len(ids[i])] = ids[i]
+      learned[row, : len(ids[i])] = marks[i]
+      learned[row, 0] = False  # nothing comes before it
+    lengths = np.zeros(most, np.int32)
+    lengths[: len(batch)] = [len(ids[i]) for i in batch]
+    sums = _sums(module, model.variables, tokens, lengths, learned)
+    values[batch] = np.asarray(sums, np.float64)[: len(batch)]
+    done += len(batch)
+    if progress is not None:
+      progress(done)
+  return values
+
+
+def _padded(length: int, room: int) -> int:
+  return min(-(-length // STEP) * STEP, room)
+
+
+def _whole_rows(module: Any) -> Any:
+  """The model for rows of one text each, however long."""
+  if isinstance(module, Adapted):
+    return module.clone(model=module.model.clone(longest=None))
+  return module.clone(longest=None)
+
+
+@partial(jax.jit, static_argnames="module")
+def _sums(
+  module: Any,
+  variables: Any,
+  ids: Int[Array, "rows length"],
+  lengths: Int[Array, " rows"],
+  learned: Bool[Array, "rows length"],
+) -> Float32[Array, " rows"]:
+  real = jnp.arange(ids.shape[1])[None] < lengths[:, None]
+  words: Any = module.apply(variables, ids, segment_ids=real.astype(jnp.int32))
+  labels = jnp.roll(ids, -1, axis=1)
+  losses, _ = score_words(words.hidden, words.kernel, labels)
+  return -jnp.sum(jnp.where(jnp.roll(learned, -1, axis=1), losses, 0), axis=1)

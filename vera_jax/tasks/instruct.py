@@ -1,0 +1,288 @@
+"""Instruction tuning (the paper's Table 4), scored without a judge.
+
+Answers are learned, questions are not. The score is that of language modelling
+on rows that are held out: the geometric mean of the right tokens'
+probabilities, with loss, perplexity and next-token accuracy beside it. At a
+run's end some of these rows are answered greedily and compared with their
+answers by ROUGE-L, and questions with choices may be asked.
+
+ROUGE-L is rouge-score's, which is a Python port of the original made for
+publications, as instruction tuning's papers report it. E2E's is COCO's, whose
+words come from a Java program and which takes the best of several references.
+"""
+
+import importlib.util
+import json
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vera_jax.data.answers import Answers
+from vera_jax.data.chat import chat_ids
+from vera_jax.data.completions import begin_of_text
+from vera_jax.data.examples import Examples
+from vera_jax.errors import UserError
+from vera_jax.models.classifier import Classifier
+from vera_jax.serve.generator import Generator
+from vera_jax.tasks.choices import Question, answer_questions, read_questions
+from vera_jax.tasks.e2e_files import write_for_scoring
+from vera_jax.tasks.instruct_files import (
+  CHAT,
+  PLAIN,
+  TEMPLATES,
+  Row,
+  alpaca_prompt,
+  as_text,
+  read_splits,
+)
+from vera_jax.tasks.language_modelling import language_modelling
+from vera_jax.tasks.task import Size, Task
+from vera_jax.train.logging import ProgressBar
+
+NAMES = ("instruct",)
+TEXTS = "test"  # the folder beside result.json for what was written
+INSTALL = "pip install -r requirements-instruct.txt"
+
+
+def task_for(config: ConfigDict) -> Task | None:
+  """Instruction tuning with its data; None where config.task has another name.
+
+  Raises:
+    UserError: the data can't be read; the message names file and line.
+  """
+  if config.task not in NAMES:
+    return None
+  if "data" not in config:
+    raise UserError(f"The task {config.task!r} needs the data to be known.")
+  data = config.data
+  if data.template not in TEMPLATES:
+    raise UserError(
+      f"config.data.template is {data.template!r}; choose"
+      f" {', '.join(TEMPLATES)}."
+    )
+  own = config.generate
+  for name, value, least in (
+    ("data.max_test_examples", data.max_test_examples, 0),
+    ("generate.max_new_tokens", own.max_new_tokens, 1),
+    ("generate.rows", own.rows, 1),
+  ):
+    if value < least:
+      raise UserError(f"config.{name} is {value}; {least} is the least.")
+  if data.max_test_examples:
+    check_installed()
+  splits = read_splits(data)
+  examples = {
+    "train": as_examples(splits.train, data.template),
+    "dev": as_examples(splits.dev, data.template),
+  }
+  order = np.random.default_rng(data.subset_seed).permutation(len(splits.dev))
+  chosen = sorted(order[: data.max_test_examples].tolist())
+  tests = [splits.dev[i] for i in chosen]
+  choices = [read_questions(source) for source in data.choices]
+  write = partial(
+    write_texts,
+    rows=tests,
+    template=data.template,
+    settings=own.to_dict(),
+    choices=dict(choices),
+  )
+  words = sum(
+    len(message["content"].split())
+    for row in splits.train
+    for message in row.messages
+  )
+  task = language_modelling(
+    f"instruct:{splits.name}",
+    read_split=lambda source, split: examples[split],
+    dev_splits=("dev",),
+    completions=Answers(data.template),
+    smoothing=config.optim.label_smoothing,
+    title="Instructions",
+    # an estimate: parts of words
+    size=Size(
+      len(splits.train),
+      len(splits.dev),
+      round(1.3 * words / len(splits.train)) + 2,
+    ),
+  )
+  notes = [
+    f"rows: {splits.form}, put into the template {data.template!r}; learned:"
+    " the answers",
+    f"dev: {splits.where}",
+  ]
+  if tests:
+    notes.append(f"test: {len(tests)} of these rows answered at the end")
+  for name, questions in choices:
+    notes.append(f"choices: {len(questions)} questions of {name} at the end")
+  return task._replace(
+    write_texts=write if tests or choices else None,
+    notes=tuple(notes),
+    stored={**task.stored, "template": data.template},
+  )
+
+
+def check_installed() -> None:
+  """Raises a UserError where ROUGE-L can't be computed."""
+  if importlib.util.find_spec("rouge_score") is None:
+    raise UserError(
+      f"ROUGE-L of a run's answers needs rouge-score: {INSTALL}, or"
+      " --config.data.max_test_examples=0 to answer nothing."
+    )
+
+
+def as_examples(rows: Sequence[Row], template: str) -> Examples:
+  """What `Answers(template)` reads."""
+  index = np.array([row.number for row in rows])
+  if template == CHAT:
+    messages = [json.dumps(row.messages, ensure_ascii=False) for row in rows]
+    return Examples(messages, None, None, index)
+  pairs = [as_text(row, template) for row in rows]
+  prompts, answers = ([pair[side] for pair in pairs] for side in (0, 1))
+  return Examples(prompts, answers, None, index)
+
+
+def prompt_ids(
+  tokenizer: Any, messages: Sequence[dict[str, str]], *, template: str
+) -> list[int]:
+  """The tokens of a conversation up to where the model's next answer begins.
+
+  Further questions to a model without a chat template are put below its last
+  answer in the same form as the first; it was not trained on such.
+
+  Raises:
+    UserError: as for `chat_ids`.
+  """
+  if template == CHAT:
+    return chat_ids(tokenizer, messages)
+  text = ""
+  for message in messages:
+    content = message["content"]
+    if message["role"] == "user":
+      asked = content if template == PLAIN else alpaca_prompt(content)
+      text += f"\n\n{asked}" if text else asked
+    else:
+      text += content
+  return [
+    *begin_of_text(tokenizer),
+    *tokenizer(text, add_special_tokens=False)["input_ids"],
+  ]
+
+
+def write_texts(
+  model: Classifier,
+  folder: Path,
+  *,
+  rows: Sequence[Row],
+  template: str,
+  settings: dict[str, Any],
+  choices: dict[str, list[Question]],
+) -> dict[str, Any]:
+  """Answer rows and questions, score the answers, and keep them in a folder.
+
+  Args:
+    model: the trained decoder.
+    folder: the run's; the answers are in its folder "test".
+    rows: to be answered.
+    template: config.data.template.
+    settings: config.generate.
+    choices: questions by their name.
+
+  Returns:
+    For result.json: the scores, how many rows and how long it took.
+  """
+  started = time.monotonic()
+  scores: dict[str, float] = {}
+  missing = ""
+  if rows:
+    answers, missing = _answer(model, rows, template, settings)
+    rows = [row for row in rows if row.number in answers]
+    _keep(folder / TEXTS, rows, answers)
+    if rows:
+      scores["ROUGE_L"] = rouge_l(
+        [answers[row.number] for row in rows], [row.answer for row in rows]
+      )
+  for name, questions in choices.items():
+    total = sum(len(question.choices) for question in questions)
+    with ProgressBar(steps=total, doing=name) as bar:
+      found = answer_questions(model, questions, progress=bar.advance)
+    scores[f"{name} accuracy"] = found.plain
+    scores[f"{name} accuracy, normalised"] = found.normalised
+  return {
+    "inputs": len(rows),
+    "scores": scores,
+    "missing": missing,
+    "seconds": time.monotonic() - started,
+  }
+
+
+def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
+  """The mean over answers of ROUGE-L's F1, a share, words as they are."""
+  from rouge_score.rouge_scorer import RougeScorer
+
+  scorer = RougeScorer(["rougeL"], use_stemmer=False)
+  pairs = zip(references, answers, strict=True)
+  return float(
+    np.mean([scorer.score(*pair)["rougeL"].fmeasure for pair in pairs])
+  )
+
+
+def _answer(
+  model: Classifier,
+  rows: Sequence[Row],
+  template: str,
+  settings: dict[str, Any],
+) -> tuple[dict[int, str], str]:
+  """(each row's answer by its number, why others have none)."""
+  most = settings["max_new_tokens"]
+  generator = Generator(model, rows=settings["rows"])
+  prompts = {}
+  for row in rows:
+    if template == CHAT:
+      messages: Any = row.messages[:-1]
+      ids = prompt_ids(generator.tokenizer, messages, template=template)
+    else:
+      prompt, _ = as_text(row, template)
+      own = [{"role": "user", "content": prompt}]
+      ids = prompt_ids(generator.tokenizer, own, template=PLAIN)
+    if len(ids) + most <= model.room:
+      prompts[row.number] = ids
+  with ProgressBar(steps=len(prompts), doing="test answers") as bar:
+    found = generator.ids(
+      list(prompts.values()), max_new_tokens=most, progress=bar.advance
+    )
+  texts = [generator.decode(ids).strip() for ids in found]
+  left = len(rows) - len(prompts)
+  missing = ""
+  if left:
+    missing = (
+      f"{left} of {len(rows)} test rows were not answered: with {most} new"
+      f" tokens their questions are longer than the model's {model.room}."
+    )
+  return dict(zip(prompts, texts, strict=True)), missing
+
+
+def _keep(folder: Path, rows: Sequence[Row], answers: dict[int, str]) -> None:
+  """answers.jsonl as they are, and the files that reports read, in lines."""
+  groups: dict[str, list[str]] = {}
+  outputs: dict[str, str] = {}
+  lines = []
+  for row in rows:
+    answer = answers[row.number]
+    asked = " / ".join(m["content"] for m in row.messages[:-1])
+    asked = " ".join(asked.split())
+    groups.setdefault(asked, []).append(" ".join(row.answer.split()))
+    outputs[asked] = answer
+    line = {
+      "row": row.number + 1,
+      "messages": row.messages[:-1],
+      "answer": answer,
+      "reference": row.answer,
+    }
+    lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+  write_for_scoring(folder, list(outputs.values()), groups)
+  (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,287 @@
+"""Instructions and their answers, from files or the hub.
+
+A table's columns say which of three forms its rows have:
+
+  messages                      a conversation: a list of {"role", "content"}
+  instruction (input), output   Alpaca's
+  prompt, completion            two texts
+
+Whatever the form, `rows_of` gives a prompt and its answer, and the conversation
+that they are. Which of them a model reads is config.data.template's choice.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vera_jax.data.chat import ANSWERS
+from vera_jax.data.tables import SUFFIXES, Table
+from vera_jax.errors import UserError
+from vera_jax.tasks.text_files import read_tables
+
+CHAT, ALPACA, PLAIN = TEMPLATES = ("chat", "alpaca", "plain")
+# By the columns that a row of the form has; others are left alone.
+FORMS = {
+  "messages": ("messages",),
+  "alpaca": ("instruction", "output"),
+  "completion": ("prompt", "completion"),
+}
+ROLES = ("system", "user", ANSWERS)
+# What Alpaca's models are asked (github.com/tatsu-lab/stanford_alpaca), with
+# the line's end behind it that alpaca-lora has: the form in which such rows are
+# put to a model without a chat template. It is a format, so its words are
+# theirs.
+INTRODUCTION = "Below is an instruction that describes a task"
+WITH_INPUT = (
+  INTRODUCTION + ", paired with an input that provides further context. Write a"
+  " response that appropriately completes the request.\n\n"
+  "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+WITHOUT_INPUT = (
+  INTRODUCTION + ". Write a response that appropriately completes the request."
+  "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+class Row(NamedTuple):
+  """One example in every form that it can be read in.
+
+  Attributes:
+    number: in its table, from 0.
+    messages: the conversation, which ends with an answer.
+    instruction, input: of a single question; "" where there is no input, and
+      None where the conversation is no single question and answer.
+  """
+
+  number: int
+  messages: list[dict[str, Any]]
+  instruction: str | None = None
+  input: str = ""
+
+  @property
+  def answer(self) -> str:
+    """The last one."""
+    return self.messages[-1]["content"]
+
+  @property
+  def key(self) -> str:
+    """What comes before the last answer: equal for the same question."""
+    return json.dumps(self.messages[:-1], ensure_ascii=False)
+
+
+class Splits(NamedTuple):
+  """The rows of a run.
+
+  Attributes:
+    name: of the data.
+    form: a name in `FORMS`.
+    train, dev: rows that are trained on, and that are scored.
+    where: where the dev rows come from, in a sentence.
+  """
+
+  name: str
+  form: str
+  train: list[Row]
+  dev: list[Row]
+  where: str
+
+
+def read_splits(data: ConfigDict) -> Splits:
+  """The rows that config.data names, of which some are held out.
+
+  Raises:
+    UserError: they can't be read, have none of the forms, or are too few; the
+      message names file and line.
+  """
+  if not data.source:
+    raise UserError(
+      "Name the data: config.data.source=NAME, a hub id, a folder with train"
+      f" and dev files, or a file with a name in {', '.join(SUFFIXES)}."
+    )
+  path = Path(data.source).expanduser()
+  if path.suffix.lower() in SUFFIXES and not path.is_file():
+    raise UserError(f"There is no file {path} (config.data.source).")
+  given = {"source": data.source, "train": None, "dev": data.dev}
+  if path.is_file():
+    given |= {"source": None, "train": str(path)}
+  name, table, dev_table = read_tables(ConfigDict(given))
+  form = form_of(table)
+  train = rows_of(table, form)
+  seed, most = data.subset_seed, data.max_eval_examples
+  if dev_table is None:
+    train, dev, where = _hold_out(train, data)
+  else:
+    dev = rows_of(dev_table, form_of(dev_table))
+    where = f"{len(dev)} rows of {dev_table.name}"
+    known = {row.key for row in train}
+    same = sum(row.key in known for row in dev)
+    if same:
+      where += f"; {same} of them ask what is trained on as well"
+  if most is not None and most < len(dev):
+    order = np.random.default_rng(seed).permutation(len(dev))[:most]
+    dev = [dev[i] for i in sorted(order)]
+    where += f", {most} of them (config.data.max_eval_examples)"
+  return Splits(name, form, train, dev, where)
+
+
+def form_of(table: Table) -> str:
+  """The name in `FORMS` of the rows' form.
+
+  Raises:
+    UserError: the columns are those of none of them, or of several.
+  """
+  found = [name for name, own in FORMS.items() if set(own) <= {*table.columns}]
+  if len(found) == 1:
+    return found[0]
+  wanted = "; or ".join(" and ".join(names) for names in FORMS.values())
+  many = "those of more than one form" if found else "not those of instructions"
+  raise UserError(
+    f"{table.name}: the columns {', '.join(table.columns)} are {many}. There"
+    f" must be {wanted}."
+  )
+
+
+def rows_of(table: Table, form: str) -> list[Row]:
+  """A table's rows.
+
+  Raises:
+    UserError: for one that can't be used; the message says which.
+  """
+  columns, rows = table.columns, []
+
+  def text(name: str, number: int, *, may_be_empty: bool = False) -> str:
+    value = columns[name][number] if name in columns else ""
+    if value is None and may_be_empty:
+      value = ""
+    if not isinstance(value, str):
+      raise UserError(f"{table.place(number)}: {name} is no text: {value!r}.")
+    if not may_be_empty and not value.strip():
+      raise UserError(f"{table.place(number)}: {name} is empty.")
+    return value
+
+  for number in range(len(table.numbers)):
+    if form == "messages":
+      messages = _messages(columns["messages"][number], table.place(number))
+      asked = [m for m in messages if m["role"] != ANSWERS]
+      single = [m["role"] for m in messages] == ["user", ANSWERS]
+      instruction = asked[0]["content"] if single else None
+      rows.append(Row(number, messages, instruction))
+      continue
+    question, answer = FORMS[form]
+    instruction, more = text(question, number), ""
+    if form == "alpaca":
+      more = text("input", number, may_be_empty=True)
+    content = f"{instruction}\n\n{more}" if more.strip() else instruction
+    messages = [
+      {"role": "user", "content": content},
+      {"role": ANSWERS, "content": text(answer, number)},
+    ]
+    rows.append(Row(number, messages, instruction, more))
+  return rows
+
+
+def _messages(value: Any, place: str) -> list[dict[str, Any]]:
+  """A conversation up to its last answer; behind that nothing is learned."""
+  if isinstance(value, str):
+    try:
+      value = json.loads(value)
+    except ValueError:
+      value = None
+  if not isinstance(value, list) or not value:
+    raise UserError(
+      f'{place}: messages is no list of {{"role": …, "content": …}}.'
+    )
+  messages = []
+  for number, message in enumerate(value, 1):
+    here = f"{place}: message {number}"
+    if not isinstance(message, dict):
+      raise UserError(f'{here} is no {{"role": …, "content": …}}.')
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+      raise UserError(
+        f"{here}: the role is {role!r}; it is one of {', '.join(ROLES)}."
+      )
+    if not isinstance(content, str) or not content.strip():
+      what = "empty" if isinstance(content, str) else f"no text: {content!r}"
+      raise UserError(f"{here}: the content is {what}.")
+    messages.append({"role": role, "content": content})
+  while messages and messages[-1]["role"] != ANSWERS:
+    messages.pop()
+  if len(messages) < 2 or all(m["role"] == ANSWERS for m in messages):
+    raise UserError(
+      f"{place}: there is no answer of the {ANSWERS} to anything in messages."
+    )
+  return messages
+
+
+def as_text(row: Row, template: str) -> tuple[str, str]:
+  """(prompt, answer) by the template "alpaca" or "plain".
+
+  Raises:
+    UserError: the row is a conversation that is no single question.
+  """
+  if row.instruction is None:
+    raise UserError(
+      f"Row {row.number + 1} is a conversation of {len(row.messages)} messages."
+      f" config.data.template={template} can put one question and its answer"
+      " alone: choose chat, with a model whose tokenizer has a chat template."
+    )
+  if template == ALPACA:
+    return alpaca_prompt(row.instruction, row.input), row.answer
+  prompt = row.instruction
+  if row.input.strip():
+    prompt += f"\n\n{row.input}"
+  return prompt, row.answer
+
+
+def alpaca_prompt(instruction: str, more: str = "") -> str:
+  """An instruction, with an input or none, up to where the answer begins."""
+  form = WITH_INPUT if more.strip() else WITHOUT_INPUT
+  # not by str.format, for a text may have braces
+  return form.replace("{input}", more, 1).replace(
+    "{instruction}", instruction, 1
+  )
+
+
+def _hold_out(
+  rows: Sequence[Row], data: ConfigDict
+) -> tuple[list[Row], list[Row], str]:
+  """(rows to train on, rows to score, where these come from).
+
+  Questions are drawn by seed: `dev_examples` for scoring, and after them
+  `tuning_examples` for choosing settings by, which are scored in place of the
+  first ones where `tune` says so. No run trains on any row with a question of
+  either. Of a question that several rows have, the first one is scored.
+  """
+  groups: dict[str, list[Row]] = {}
+  for row in rows:
+    groups.setdefault(row.key, []).append(row)
+  dev, tuning = data.dev_examples, data.tuning_examples
+  if dev < 1 or tuning < 0 or dev + tuning >= len(groups):
+    raise UserError(
+      f"config.data.dev_examples is {dev} and tuning_examples {tuning}; of the"
+      f" {len(groups)} different questions 1 or more are to be scored, and 1 or"
+      " more to be trained on. Or name a file to score: config.data.dev=FILE."
+    )
+  if data.tune and not tuning:
+    raise UserError(
+      "config.data.tune scores config.data.tuning_examples, of which there are"
+      " none: say how many."
+    )
+  keys = list(groups)
+  order = np.random.default_rng(data.subset_seed).permutation(len(keys))
+  apart = {keys[i] for i in order[: dev + tuning]}
+  scored = order[dev : dev + tuning] if data.tune else order[:dev]
+  kept = sorted((groups[keys[i]][0] for i in scored), key=lambda r: r.number)
+  rest = [row for row in rows if row.key not in apart]
+  setting = "tuning_examples" if data.tune else "dev_examples"
+  where = (
+    f"{len(kept)} of the {len(rows)} rows (config.data.{setting}, drawn by"
+    f" config.data.subset_seed={data.subset_seed}), whose questions no row that"
+    " is trained on has"
+  )
+  return rest, kept, where
