@@ -43,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
   "llama3_8b": {"model.name": "meta-llama/Meta-Llama-3-8B"},
   "smollm2": {
     "model.name": SMOLLM2,
+    "model.quantise": "none",
     "model.remat": "none",
     "data.template": "chat",
     "data.dev_examples": 100,
@@ -64,6 +65,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def get_config(model: str = "llama_7b") -> ConfigDict:
   config = language.get_config()
   config.task = "instruct"
+  config.model.quantise = "nf4"  # QLoRA's; the paper says "quantized"
   config.model.remat = "full"  # as in QLoRA: a layer's values at a time
   data = config.data
   for name in ("train", "dev_fraction", "text", "cut", "separate"):
