@@ -27,6 +27,7 @@ TEMPLATE = (
   "{% if add_generation_prompt %}assistant {% endif %}"
 )
 BRIEF = {
+  "model.quantise": "int8",  # the tiny widths hold no block of nf4
   "optim.epochs": 2,
   "optim.batch_size": 8,
   "optim.pass_rows": None,
