@@ -41,6 +41,7 @@ from vera_jax.data.examples import subset
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
+from vera_jax.models.quantised import NONE
 from vera_jax.tasks.glue_data import load_split
 from vera_jax.tasks.glue_facts import glue_task
 from vera_jax.tasks.metrics import score
@@ -86,6 +87,9 @@ def define_flags() -> None:
     "seeds", None, "A seed for each repetition; unset: the config's for all."
   )
   flags.DEFINE_string("base", None, "The pretrained model; unset: MiniLM.")
+  flags.DEFINE_string(
+    "quantise", "none", "config.model.quantise here; PEFT's base stays whole."
+  )
   flags.DEFINE_string("out", "results/benchmarks", "Where the files go.")
 
 
@@ -105,6 +109,7 @@ def main() -> None:
     config.data.source = given.source
   if given.base:
     config.model.name = given.base
+  config.model.quantise = given.quantise
   if given.epochs:
     config.optim.epochs = given.epochs
   if given.examples:
@@ -120,7 +125,10 @@ def main() -> None:
   result["left_out"] = [str(other) for other in asked if other not in chosen]
   # Only now, since it makes this process claim a GPU that the trainers need.
   result = environment("train") | {"load_before": load_before} | result
-  path = write(f"train-{result['task']}", result, folder=given.out)
+  name = f"train-{result['task']}"
+  if given.quantise != NONE:
+    name += f"-{given.quantise}"
+  path = write(name, result, folder=given.out)
   table = markdown(result)
   path.with_suffix(".md").write_text(table, encoding="utf-8")
   print(f"\n{table}")
@@ -212,6 +220,7 @@ def measure(
     "dev_examples": texts.dev_examples,
     "epochs": config.optim.epochs,
     "batch_size": config.optim.batch_size,
+    "quantise": config.model.quantise,
     **size,
     "score_name": texts.score_name,
     "load_after": load(),

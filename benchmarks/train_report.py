@@ -143,10 +143,12 @@ def _size(result: dict[str, Any]) -> str:
       f"images of {side} × {side} pixels, {result['dev_examples']:,} test"
       f" images, seeds {', '.join(map(str, seeds))}"
     )
+  stored = result.get("quantise", "none")
+  here = "" if stored == "none" else f", frozen kernels in {stored} here"
   return (
     f"texts cut at {result['max_length']} tokens,"
     f" {result['real_tokens_an_epoch']:,} real tokens per epoch,"
-    f" {result['dev_examples']:,} development examples"
+    f" {result['dev_examples']:,} development examples{here}"
   )
 
 

@@ -21,6 +21,7 @@ from vera_jax.models.pretrained import blueprint, load_model
 from vera_jax.models.quantised import (
   codes_digest,
   dequantise,
+  half_product,
   is_quantised,
   keep,
   plain,
@@ -101,6 +102,21 @@ def kept(format, data, outputs):
     for part in blocks[:3]
   ]
   return keep(Blocks(*parts, blocks.format))
+
+
+def test_products_in_bfloat16_round_their_factors_and_nothing_else():
+  x, g, kernel = (RNG.standard_normal(n) for n in ((9, 96), (9, 40), (96, 40)))
+  leaf = quantise(np.float32(kernel), "bfloat16")
+  assert leaf.nbytes == 2 * 96 * 40 and leaf.shape == (96, 40)
+  codes = jnp.asarray(leaf.codes)
+  y, back = jax.vjp(lambda x: half_product(x, codes), jnp.float32(x))
+  x, g, kernel = (
+    np.asarray(jnp.bfloat16(value), np.float64) for value in (x, g, kernel)
+  )
+  np.testing.assert_allclose(dequantise(leaf), kernel)
+  np.testing.assert_allclose(y, x @ kernel, rtol=1e-5, atol=1e-5)
+  (to_x,) = back(jnp.float32(g))
+  np.testing.assert_allclose(to_x, g @ kernel.T, rtol=1e-5, atol=1e-5)
 
 
 def test_kept_codes_are_the_file_s_numbers_also_of_mixed_layers():

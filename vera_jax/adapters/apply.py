@@ -52,7 +52,7 @@ from vera_jax.adapters.sites import (
   trace_sites,
 )
 from vera_jax.errors import UserError
-from vera_jax.models.quantised import is_quantised
+from vera_jax.models.quantised import HALF, half_product, is_quantised
 
 UNADAPTED = Adapter("unadapted")
 PENALTIES = "penalties"  # the collection that methods sow their penalties into
@@ -110,6 +110,12 @@ class Adapted(nn.Module):
       jnp.zeros((), stored.dtype),
       dtype=layer.dtype,
     )
+
+    half = quantised and product.plain and stored.format == HALF
+    if half and not (is_site or columns):
+      y = half_product(x, stored.codes)
+      y = y if bias is None else y + bias.astype(y.dtype)
+      return y.reshape(*y.shape[:-1], *product.features)
 
     def kernel() -> Array:
       return flat_kernel(params, (), product.outputs).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Frozen kernels in four or eight bits: a leaf of the tree in a kernel's place.
+"""Frozen kernels in fewer bits: a leaf of the tree in a kernel's place.
 
 A weight is scale · level (+ minimum), with one scale for a block of weights
 along the input:
@@ -7,6 +7,8 @@ along the input:
   int8   one scale for each output, level = round(weight / scale)
   nf4    blocks of 64, 16 levels at a normal distribution's quantiles (QLoRA,
          arXiv 2305.14314, appendix E; its scales are not quantised again here)
+  bfloat16
+         the nearest numbers of 16 bits, without scales
 
 A kernel is dequantised where a layer multiplies with it (`adapters/layers.py`),
 in float32 and then in the model's type: so it has the very numbers of a base
@@ -31,7 +33,8 @@ from jaxtyping import Float
 from vera_jax.errors import UserError
 from vera_jax.models.gguf import FORMATS, Blocks
 
-NONE, KEEP, INT8, NF4 = CHOICES = ("none", "keep", "int8", "nf4")
+CHOICES = ("none", "keep", "int8", "nf4", "bfloat16")
+NONE, KEEP, INT8, NF4, HALF = CHOICES
 BLOCK = 64  # weights that share a scale in nf4
 GGUF_BLOCK = FORMATS["Q4_1"].weights  # and in the other formats read
 # By QLoRA's appendix E; bitsandbytes has the same numbers.
@@ -66,12 +69,12 @@ class Quantised:
   """A kernel's codes; it has the shape and type of the kernel that they make.
 
   Attributes:
-    codes: int8 (*stack, i, o), or uint8 (*stack, i / 2, o), where byte j of a
-      block has weight j in its low half and, in its high half, the weight half
-      a block further.
-    scale: (*stack, blocks, o); blocks are equal parts of i.
+    codes: int8 or bfloat16 (*stack, i, o), or uint8 (*stack, i / 2, o), where
+      byte j of a block has weight j in its low half and, in its high half, the
+      weight half a block further.
+    scale: (*stack, blocks, o); blocks are equal parts of i. None for 1.
     minimum: as the scale, added to the products; None for 0.
-    format: a name in `LEVELS`.
+    format: a name in `LEVELS`, or "bfloat16", whose codes are the weights.
     axes: the kernel's own shape, without the stack: (i, o), or more axes as
       `nn.DenseGeneral` has them.
     dtype: of the kernel, once dequantised.
@@ -123,6 +126,8 @@ def is_quantised(leaf: Any) -> bool:
 
 def dequantise(kernel: Quantised) -> Float[Array, "*stack i o"]:
   """The kernel's weights, its own axes as two: inputs and outputs."""
+  if kernel.format == HALF:
+    return jnp.asarray(kernel.codes).astype(kernel.dtype)
   *stack, blocks, outputs = kernel.scale.shape
   codes = jnp.asarray(kernel.codes).reshape(*stack, blocks, -1, outputs)
   if codes.dtype == jnp.uint8:
@@ -133,6 +138,28 @@ def dequantise(kernel: Quantised) -> Float[Array, "*stack i o"]:
   if kernel.minimum is not None:
     weights += jnp.asarray(kernel.minimum, jnp.float32).reshape(along)
   return weights.reshape(*stack, -1, outputs).astype(kernel.dtype)
+
+
+@jax.custom_vjp
+def half_product(
+  x: Float[Array, "*t i"], kernel: Float[Array, "i o"]
+) -> Float[Array, "*t o"]:
+  """x @ kernel of a frozen kernel in bfloat16, to which x is rounded too; sums
+  are in x's type, and so is x's gradient, but for what is rounded."""
+  return jnp.matmul(
+    x.astype(kernel.dtype), kernel, preferred_element_type=x.dtype
+  )
+
+
+def _half_forward(x, kernel):
+  return half_product(x, kernel), kernel
+
+
+def _half_backward(kernel, g):
+  return half_product(g, kernel.T), None
+
+
+half_product.defvjp(_half_forward, _half_backward)
 
 
 def plain(leaf: Any) -> Any:
@@ -153,13 +180,17 @@ def quantise(
 
   Args:
     kernel: one layer's.
-    kind: "int8" or "nf4".
+    kind: "int8", "nf4" or "bfloat16".
     axes, dtype: as in `Quantised`; None for the kernel's own two.
 
   Raises:
     UserError: it has values that are not finite numbers.
   """
   inputs, outputs = kernel.shape
+  own = tuple(axes or kernel.shape)
+  if kind == HALF:
+    codes = kernel.astype(jnp.bfloat16)
+    return Quantised(codes, None, None, kind, own, jnp.dtype(dtype))
   if kind == NF4 and inputs % BLOCK:
     return None
   length = BLOCK if kind == NF4 else inputs
@@ -185,7 +216,7 @@ def quantise(
     scale,
     None,
     kind,
-    tuple(axes or kernel.shape),
+    own,
     jnp.dtype(dtype),
   )
 
@@ -206,12 +237,17 @@ def abstract_kernel(
   *stack, inputs, outputs = kernel.shape
   if kind == NF4 and inputs % BLOCK:
     return kernel
-  rows, blocks, code = inputs, 1, jnp.int8
-  if kind == NF4:
-    rows, blocks, code = inputs // 2, inputs // BLOCK, jnp.uint8
+  rows, blocks, code = {
+    NF4: (inputs // 2, inputs // BLOCK, jnp.uint8),
+    INT8: (inputs, 1, jnp.int8),
+    HALF: (inputs, 0, jnp.bfloat16),
+  }[kind]
+  scale = None
+  if blocks:
+    scale = jax.ShapeDtypeStruct((*stack, blocks, outputs), jnp.float32)
   return Quantised(
     jax.ShapeDtypeStruct((*stack, rows, outputs), code),
-    jax.ShapeDtypeStruct((*stack, blocks, outputs), jnp.float32),
+    scale,
     None,
     kind,
     (inputs, outputs),
