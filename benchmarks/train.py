@@ -54,14 +54,16 @@ Outcome = dict[str, Any]
 
 
 class Trainer(NamedTuple):
-  """Who trains, by which method, on "cpu" or "gpu"."""
+  """Who trains, by which method, on "cpu" or "gpu"; how it keeps the base."""
 
   side: str
   method: str
   device: str
+  quantise: str = NONE
 
   def __str__(self) -> str:
-    return f"{self.side} {self.method} on {self.device}"
+    kept = "" if self.quantise == NONE else f" ({self.quantise} base)"
+    return f"{self.side} {self.method} on {self.device}{kept}"
 
 
 def define_flags() -> None:
@@ -87,8 +89,8 @@ def define_flags() -> None:
     "seeds", None, "A seed for each repetition; unset: the config's for all."
   )
   flags.DEFINE_string("base", None, "The pretrained model; unset: MiniLM.")
-  flags.DEFINE_string(
-    "quantise", "none", "config.model.quantise here; PEFT's base stays whole."
+  flags.DEFINE_list(
+    "quantise", [NONE], "Values of config.model.quantise; a run here for each."
   )
   flags.DEFINE_string("out", "results/benchmarks", "Where the files go.")
 
@@ -109,13 +111,17 @@ def main() -> None:
     config.data.source = given.source
   if given.base:
     config.model.name = given.base
-  config.model.quantise = given.quantise
   if given.epochs:
     config.optim.epochs = given.epochs
   if given.examples:
     config.data.max_train_examples = given.examples
   methods = list(known) if given.methods is None else given.methods
   asked = choose(methods, given.peft, given.devices, known=known)
+  asked = [
+    trainer._replace(quantise=kept)
+    for trainer in asked
+    for kept in (given.quantise if trainer.side == OURS else [NONE])
+  ]
   load_before = load()
   chosen = [trainer for trainer in asked if can_run(trainer)]
   with tempfile.TemporaryDirectory() as name:
@@ -125,10 +131,7 @@ def main() -> None:
   result["left_out"] = [str(other) for other in asked if other not in chosen]
   # Only now, since it makes this process claim a GPU that the trainers need.
   result = environment("train") | {"load_before": load_before} | result
-  name = f"train-{result['task']}"
-  if given.quantise != NONE:
-    name += f"-{given.quantise}"
-  path = write(name, result, folder=given.out)
+  path = write(f"train-{result['task']}", result, folder=given.out)
   table = markdown(result)
   path.with_suffix(".md").write_text(table, encoding="utf-8")
   print(f"\n{table}")
@@ -220,7 +223,6 @@ def measure(
     "dev_examples": texts.dev_examples,
     "epochs": config.optim.epochs,
     "batch_size": config.optim.batch_size,
-    "quantise": config.model.quantise,
     **size,
     "score_name": texts.score_name,
     "load_after": load(),
@@ -297,6 +299,7 @@ def run(trainer: Trainer, config: ConfigDict, texts: Any) -> Outcome:
       variables["JAX_PLATFORMS"] = "cpu"
     settings: dict[str, Any] = {"config": config.to_dict()}
     settings["config"]["method"] = trainer.method
+    settings["config"]["model"]["quantise"] = trainer.quantise
     settings["config"]["data"]["cache_dir"] = str(folder / "tokens")
     if trainer.side != OURS:
       settings |= texts.for_torch(config) | place_of(trainer)

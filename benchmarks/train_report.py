@@ -40,7 +40,7 @@ def markdown(result: dict[str, Any]) -> str:
     faster = [row.get(f"times_faster{what}") for what in ratios]
     return [
       METHODS[row["method"]],
-      row["side"],
+      _side(row),
       row["device"],
       *(f"{row[name]:.1f}" for name in parts),
       *(f"{speed:,.{digits}f}" for speed in speeds),
@@ -56,6 +56,12 @@ def markdown(result: dict[str, Any]) -> str:
   ]
   table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
   return f"# {_title(result)}\n\n{table}\n\n{_conditions(result)}\n"
+
+
+def _side(row: dict[str, Any]) -> str:
+  """Who trained, and on which base where that is stored in fewer bits."""
+  kept = row.get("quantise", "none")
+  return row["side"] if kept == "none" else f"{row['side']}, {kept} base"
 
 
 def _scores(row: dict[str, Any], images: bool) -> str:
@@ -100,7 +106,7 @@ def _conditions(result: dict[str, Any]) -> str:
     f" after {', '.join(map(str, result['load_after']))}",
   ]
   losses = [
-    f"{row['side']} {METHODS[row['method']]} {row['train_loss']:.4f}"
+    f"{_side(row)} {METHODS[row['method']]} {row['train_loss']:.4f}"
     for row in rows
     if row.get("train_loss") is not None
   ]
@@ -143,12 +149,10 @@ def _size(result: dict[str, Any]) -> str:
       f"images of {side} × {side} pixels, {result['dev_examples']:,} test"
       f" images, seeds {', '.join(map(str, seeds))}"
     )
-  stored = result.get("quantise", "none")
-  here = "" if stored == "none" else f", frozen kernels in {stored} here"
   return (
     f"texts cut at {result['max_length']} tokens,"
     f" {result['real_tokens_an_epoch']:,} real tokens per epoch,"
-    f" {result['dev_examples']:,} development examples{here}"
+    f" {result['dev_examples']:,} development examples"
   )
 
 
@@ -165,7 +169,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     place += 1.0 if same else 1.4
     places.append(place)
     tail = f", {row['device']}" if len(devices) > 1 else ""
-    names.append(f"{METHODS[row['method']]}, {row['side']}{tail}")
+    names.append(f"{METHODS[row['method']]}, {_side(row)}{tail}")
   figure = Figure(figsize=(10, 1.6 + 0.42 * len(rows)), layout="constrained")
   left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
   ends = [0.0] * len(rows)
