@@ -294,14 +294,7 @@ def differing(one: Path, two: Path) -> list[str]:
     if (one / name).read_bytes() != (two / name).read_bytes():
       found.append(name)
   results = [json.loads((f / "result.json").read_text()) for f in (one, two)]
-  if (
-    len(
-      {
-        json.dumps({**r, "seconds": 0, "evaluation_seconds": 0})
-        for r in results
-      }
-    )
-    > 1
-  ):
+  times = {"seconds": 0, "evaluation_seconds": 0}
+  if len({json.dumps(result | times) for result in results}) > 1:
     found.append("result.json")
   return found

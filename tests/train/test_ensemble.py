@@ -216,7 +216,7 @@ def curve(folder):
 
 def result_of(folder):
   result = json.loads((folder / "result.json").read_text())
-  del result["seconds"]
+  del result["seconds"], result["evaluation_seconds"]
   return result
 
 
