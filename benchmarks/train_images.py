@@ -57,14 +57,14 @@ class Images:
     "PEFT": "train_images_torch",
     "torch": "train_images_torch",
   }
-  unit, score_name = "images", "accuracy"
+  name, unit, score_name = TASK, "images", "accuracy"
 
   def __init__(self, config: ConfigDict, folder: Path) -> None:
     data = config.data
     self.title = config.model.name
     base = resolve(config.model.name)
     processor = read_processor(base, size=data.image_size)
-    self.name, self.classes, chosen, _ = choose_images(data)
+    _, self.classes, chosen, _ = choose_images(data)
     self.files: dict[str, list[tuple[str, int]]] = {}
     for name, (files, numbers) in chosen.items():
       images = prepare_images(files, numbers, processor, folder / "prepared")
