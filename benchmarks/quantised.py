@@ -16,7 +16,6 @@ Writes quantised.json and quantised.md:
 float32 and bfloat16 are types of base and computing; on codes it is float32.
 """
 
-import ctypes
 import gc
 import json
 import subprocess
@@ -123,7 +122,10 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
   from vera_jax.models.pretrained import blueprint, load_model
   from vera_jax.tasks.language_modelling import loss
   from vera_jax.train.optim import optimiser
-  from vera_jax.train.runtime import use_compilation_cache
+  from vera_jax.train.runtime import (
+    return_freed_memory,
+    use_compilation_cache,
+  )
   from vera_jax.train.sharding import make_mesh
   from vera_jax.train.step import (
     Frozen,
@@ -181,7 +183,7 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
     if number == 1:  # all is compiled
       whole = peak_bytes()
       gc.collect()
-      give_back()
+      return_freed_memory()
       forget_peak()
     start = time.perf_counter()
     state, metrics = step(state, frozen, [batch], key, given)
@@ -204,14 +206,6 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
     "seconds": seconds[-1],
     "losses": losses,
   }
-
-
-def give_back() -> None:
-  """Let glibc return what loading and compiling have freed."""
-  try:
-    ctypes.CDLL(None).malloc_trim(0)
-  except AttributeError:  # another C library
-    pass
 
 
 def markdown(result: Mapping[str, Any]) -> str:

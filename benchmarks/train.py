@@ -41,7 +41,7 @@ from vera_jax.data.examples import subset
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
-from vera_jax.models.quantised import NONE
+from vera_jax.models.quantised import NONE, check_quantise
 from vera_jax.tasks.glue_data import load_split
 from vera_jax.tasks.glue_facts import glue_task
 from vera_jax.tasks.metrics import score
@@ -115,6 +115,15 @@ def main() -> None:
     config.optim.epochs = given.epochs
   if given.examples:
     config.data.max_train_examples = given.examples
+  for kept in given.quantise:
+    check_quantise(kept)
+  seeds = given.seeds or [config.seed] * given.repetitions
+  try:
+    seeds = [int(seed) for seed in seeds]
+  except ValueError:
+    raise UserError(
+      f"--seeds={','.join(given.seeds)}; give whole numbers, as in 0,1,2."
+    ) from None
   methods = list(known) if given.methods is None else given.methods
   asked = choose(methods, given.peft, given.devices, known=known)
   asked = [
@@ -126,8 +135,7 @@ def main() -> None:
   chosen = [trainer for trainer in asked if can_run(trainer)]
   with tempfile.TemporaryDirectory() as name:
     texts = files(config, Path(name)) if files else Texts(config)
-    seeds = given.seeds or [config.seed] * given.repetitions
-    result = measure(config, texts, chosen, seeds=[*map(int, seeds)])
+    result = measure(config, texts, chosen, seeds=seeds)
   result["left_out"] = [str(other) for other in asked if other not in chosen]
   # Only now, since it makes this process claim a GPU that the trainers need.
   result = environment("train") | {"load_before": load_before} | result

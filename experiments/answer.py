@@ -18,6 +18,8 @@ for a model that has none; an adapter is asked as it was trained.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,9 @@ def _write(decoder: Any, asked: list[Any], template: str) -> None:
   from vera_jax.train.logging import ProgressBar
 
   out = Path(OUT.value or "").expanduser()
+  with _writable(out):  # tried before the answers are made, which takes long
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.open("a").close()
   place = Path(ADAPTER.value or MODEL.value or "").absolute()
   if place.name == "adapter":  # of a run, which has the name
     place = place.parent
@@ -137,12 +142,17 @@ def _write(decoder: Any, asked: list[Any], template: str) -> None:
     + "\n"
     for pair in zip(asked, answers, strict=True)
   ]
-  try:
-    out.parent.mkdir(parents=True, exist_ok=True)
+  with _writable(out):
     out.write_text("".join(lines), encoding="utf-8")
+  print(f"{len(asked)} questions, {turns} turns: {out}")
+
+
+@contextmanager
+def _writable(out: Path) -> Iterator[None]:
+  try:
+    yield
   except OSError as error:
     raise UserError(f"{out} can't be written: {error.strerror}.") from error
-  print(f"{len(asked)} questions, {turns} turns: {out}")
 
 
 if __name__ == "__main__":

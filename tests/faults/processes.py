@@ -114,5 +114,5 @@ def no_coordinator(launcher: Launcher) -> Outcome:
   lost = int(half.code != 1 or "--num_processes" not in half.output)
   lost += int(waits.code != 1 or "did not come together" not in waits.output)
   return Outcome(
-    "no coordinator; a flag short", 2, lost, None, "told, exit code 1"
+    "no coordinator; a flag short", 2, lost, None, "an error, exit code 1"
   )

@@ -111,11 +111,13 @@ class Adapted(nn.Module):
       dtype=layer.dtype,
     )
 
+    remake = quantised and self.forwards == 1
     half = quantised and product.plain and stored.format == HALF
     if half and not (is_site or columns):
-      y = half_product(x, stored.codes)
-      y = y if bias is None else y + bias.astype(y.dtype)
-      return y.reshape(*y.shape[:-1], *product.features)
+      remake = False  # it keeps the codes alone
+      product = product._replace(
+        multiply=lambda x, _: half_product(x, stored.codes)
+      )
 
     def kernel() -> Array:
       return flat_kernel(params, (), product.outputs).astype(x.dtype)
@@ -145,7 +147,7 @@ class Adapted(nn.Module):
         plain=product.plain,
         plan=self.plan,
         forwards=self.forwards,
-        remake=quantised and self.forwards == 1,
+        remake=remake,
         key=layer.make_rng(KEYS) if draws and layer.has_rng(KEYS) else None,
       )
       if penalty is not None:

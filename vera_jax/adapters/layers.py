@@ -1,8 +1,7 @@
 """Layer kinds: how a call of a linen layer is seen as `x @ kernel + bias`.
 
 A new kind is one function and one line in `KINDS`. A kernel may be stored in
-four or eight bits (`models/quantised.py`): then it is dequantised where it is
-used.
+fewer bits (`models/quantised.py`): then it is dequantised where it is used.
 """
 
 import math

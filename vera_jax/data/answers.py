@@ -149,7 +149,7 @@ def learned_tokens(
   """Which tokens have a character of a span, up to the one that ends it.
 
   Args:
-    text: as said.
+    text: the whole text, and which of its characters are learned.
     ids: its tokens.
     places: [start, end) of each of them in the text's characters.
     special: ids of which one may end a span; spaces behind it don't count.

@@ -166,7 +166,7 @@ def answer_questions(
 
   Args:
     model: with an adapter on it, or without.
-    questions: as said.
+    questions: those to answer.
     progress: called with the number of choices scored so far.
 
   Raises:

@@ -93,7 +93,8 @@ def language_modelling(
     train, batch_size = tokens["train"], config.optim.batch_size
     assert train.reads is not None  # words are learned
     eval_layouts = {}
-    for split, own in tokens.items():
+    for split in dev_splits:
+      own = tokens[split]
       assert own.reads is not None
       eval_layouts[split] = choose_long_eval_rows(
         own.lengths,

@@ -85,7 +85,7 @@ def answer_turns(
 
   Args:
     generator: of the model that is asked.
-    questions: as said.
+    questions: those to answer.
     template: as config.data.template.
     greedy: take the likeliest word each time, whatever the category.
     max_new_tokens: the most tokens of an answer.
