@@ -87,6 +87,15 @@ sys.exit(1)
   assert [run.state for run in plan.runs] == ["failed"] * 3 + ["new"] * 2
 
 
+@pytest.fixture
+def ctrl_c():
+  """SIGINT does what it does in a terminal: scripts start tests without it."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_signal_is_passed_on_and_waited_for(
   tiny_sweep, monkeypatch, tmp_path
 ):
