@@ -112,7 +112,7 @@ def test_a_message_is_put_into_the_chat_template(
 def test_a_chat_that_can_not_begin(
   generator, tiny_decoder, tmp_path, monkeypatch
 ):
-  with pytest.raises(UserError, match="tiny_decoder0 has no chat template"):
+  with pytest.raises(UserError, match=r"tiny_decoder\d+ has no chat template"):
     Generator(generator.decoder, chat=True)
   refusing = "{{ raise_exception('a system message is needed') }}"
   decoder = with_template(tiny_decoder, refusing, tmp_path / "chat")
