@@ -7,14 +7,15 @@ layers are intercepted by path.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
+from flax.core.scope import in_filter
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
@@ -25,14 +26,19 @@ from vera_jax.adapters.interface import (
   Path,
   Site,
   Target,
+  View,
 )
 from vera_jax.adapters.layers import (
+  Product,
   flat_bias,
   flat_kernel,
+  is_own_call,
+  own_call,
   product_of,
 )
 from vera_jax.adapters.products import (
   AUTO,
+  FACTORED,
   adapted_product,
   check_plan,
   choose,
@@ -59,6 +65,19 @@ PENALTIES = "penalties"  # the collection that methods sow their penalties into
 KEYS = "adapter"  # the stream of random keys of methods that draw numbers
 
 
+class _Call(NamedTuple):
+  """One call of an adapted module.
+
+  Attributes:
+    shared, common: as every `Site` has them.
+    ready: adapted kernels and biases of the recurrent cells that are running.
+  """
+
+  shared: Leaves
+  common: Leaves
+  ready: dict[Path, tuple[Array, Array | None]]
+
+
 class Adapted(nn.Module):
   """A model and the adapter on it; made by `adapt`."""
 
@@ -79,82 +98,236 @@ class Adapted(nn.Module):
         " adapter's leaves are made on a whole model's weights. Adapt the outer"
         " module instead: adapt(outer, adapter, targets=...)."
       )
-    shared = arrays_at(self.variables.get("projections", {}))
-    common = self.adapter.own(arrays_at(self.variables["params"]))
-    with nn.intercept_methods(partial(self._call_layer, shared, common)):
+    call = _Call(
+      shared=arrays_at(self.variables.get("projections", {})),
+      common=self.adapter.own(arrays_at(self.variables["params"])),
+      ready={},
+    )
+    with nn.intercept_methods(partial(self._call_layer, call)):
       return self.model(*args, **kwargs)
 
   @nn.nowrap
-  def _call_layer(self, shared, common, next_fun, args, kwargs, context):
+  def _call_layer(self, call, next_fun, args, kwargs, context):
     """Interceptor: the layer's output, with adapted weights at its sites."""
-    layer, path = context.module, context.module.path
-    product = product_of(context, args, kwargs)
-    if product is None:
+    layer, method = context.module, context.method_name
+    path = layer.path
+    if is_own_call() or method not in ("__call__", "attend"):
       return next_fun(*args, **kwargs)
-    own = layer.variables["params"]  # parts of a fused kernel lie below it
-    params = arrays_at(own)
-    columns = {
-      name: span
-      for name, span in parts_of(path, self.fused).items()
-      if self._is_target((*path, name))
-    }
-    is_site = self._is_target(path)
-    stored: Any = params.get("kernel")
-    quantised = is_quantised(stored)
-    if not (is_site or columns or quantised):
+    if isinstance(layer, nn.RNN | nn.RNNCellBase):
+      return self._call_cell(call, next_fun, args, kwargs, layer)
+    own = layer.variables.get("params", {})  # parts of a kernel lie below it
+    params = self._without_leaves(own)
+    quantised = is_quantised(params.get("kernel"))
+    if not (quantised or self._is_target(path) or self._columns(path)):
+      return next_fun(*args, **kwargs)
+    projections = layer.variables.get("projections", {})
+    if method == "attend":
+      return self._attend(call, layer, params, own, projections, args[0])
+    product = product_of(layer, params, args, kwargs)
+    if product is None or isinstance(product, str):
       return next_fun(*args, **kwargs)
 
-    x, bias, _ = layer.promote_dtype(
-      product.x,
-      flat_bias(params, ()),
-      jnp.zeros((), stored.dtype),
-      dtype=layer.dtype,
-    )
-
+    if path in call.ready:  # of a recurrent cell, from before its loop
+      return _with_weights(product, *call.ready[path])
+    key = None
+    if self.adapter.is_random and layer.has_rng(KEYS):
+      key = layer.make_rng(KEYS)
     remake = quantised and self.forwards == 1
+    stored: Any = params[product.view.kernel]
     half = quantised and product.plain and stored.format == HALF
-    if half and not (is_site or columns):
+    if half and not (self._is_target(path) or self._columns(path)):
       remake = False  # it keeps the codes alone
       product = product._replace(
         multiply=lambda x, _: half_product(x, stored.codes)
       )
 
     def kernel() -> Array:
-      return flat_kernel(params, (), product.outputs).astype(x.dtype)
+      whole = flat_kernel(params, (), product.outputs, product.view)
+      return whole.astype(product.dtype)
 
-    whole = Site(path, x.shape[-1], product.outputs, kernel, bias)
-    projections = layer.variables.get("projections", {})
-    pieces = []
-    for name, (first, last) in _pieces(columns, product.outputs).items():
-      adapted = is_site or name in columns
-      place = (name,) if name in columns else ()
-      site = whole._replace(
-        path=(*path, *place),
-        outputs=last - first,
-        kernel=partial(_columns, kernel, first, last),
-        bias=None if bias is None else bias[first:last],
-        shared={**shared, **arrays_at(projections, place)},
-        common=common,
-      )
-      adapter = self.adapter if adapted else UNADAPTED
-      draws = any(link.forward is not None for link in adapter.methods)
+    whole = Site(
+      path,
+      product.inputs,
+      product.outputs,
+      kernel,
+      product.bias,
+      view=product.view,
+      project=product.project,
+    )
+    pieces = list(self._pieces(call, whole, own, projections))
+    folded_only = product.view.plans == ("folded",)
+    if product.multiply is None or (folded_only and len(pieces) > 1):
+      if key is not None:
+        product.project(product.x, kernel())  # refuses random numbers
+      for adapter, leaves, site in pieces:
+        self._plan(adapter, leaves, site, product.rows)
+      return _with_weights(product, *_weights(pieces))
+    made = []
+    for number, (adapter, leaves, site) in enumerate(pieces):
       y, penalty = adapted_product(
         adapter,
-        self._leaves(adapter, arrays_at(own, place), site.path),
+        leaves,
         site,
-        x,
+        product.x,
         multiply=product.multiply,
-        plain=product.plain,
+        dtype=product.dtype,
+        rows=product.rows,
         plan=self.plan,
         forwards=self.forwards,
         remake=remake,
-        key=layer.make_rng(KEYS) if draws and layer.has_rng(KEYS) else None,
+        key=None if key is None else jax.random.fold_in(key, number),
       )
       if penalty is not None:
         layer.sow(PENALTIES, "sum", penalty)
-      pieces.append(y)
-    y = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
-    return y.reshape(*y.shape[:-1], *product.features)
+      made.append(y)
+    y = made[0] if len(made) == 1 else jnp.concatenate(made, axis=-1)
+    return product.finish(y)
+
+  @nn.nowrap
+  def _call_cell(self, call, next_fun, args, kwargs, layer):
+    """A recurrent cell, or `nn.RNN` with one: its kernels are adapted once,
+    outside the loop over time that is in here, and taken from `ready`."""
+    cell = layer.cell if isinstance(layer, nn.RNN) else layer
+    if any(path[: len(cell.path)] == cell.path for path in call.ready):
+      return next_fun(*args, **kwargs)
+    random = self.adapter.is_random and layer.has_rng(KEYS)
+    if self.plan != FACTORED and not random:
+      given = jax.tree.leaves((args, kwargs))
+      rows = max(x.size // x.shape[-1] for x in given if jnp.ndim(x))
+      call.ready.update(self._ready(call, cell, rows))
+    elif random and isinstance(layer, nn.RNN):
+      self._check_keys(layer, cell)
+    try:
+      return next_fun(*args, **kwargs)
+    finally:
+      for path in list(call.ready):
+        if path[: len(cell.path)] == cell.path:
+          del call.ready[path]
+
+  @nn.nowrap
+  def _ready(
+    self, call: "_Call", cell: nn.Module, rows: int
+  ) -> dict[Path, tuple[Array, Array | None]]:
+    """The adapted kernels of two axes in a cell, where folding them is cheaper
+    than two products per step."""
+    own_plans = ("folded",)  # of gates that are multiplied as one
+    if not isinstance(cell, nn.OptimizedLSTMCell):
+      own_plans = ("factored", "folded")
+    ready: dict[Path, tuple[Array, Array | None]] = {}
+    for place, stored in _layers_of(cell.variables.get("params", {})):
+      path, own = (*cell.path, *place), stored
+      if not (self._is_target(path) or self._columns(path)):
+        continue
+      params = self._without_leaves(own)
+      inputs, outputs = params["kernel"].shape
+      whole = Site(
+        path,
+        inputs,
+        outputs,
+        partial(flat_kernel, params, (), outputs),
+        flat_bias(params, ()),
+        view=View(plans=own_plans),
+      )
+      projections: Any = cell.variables.get("projections", {})
+      for name in place:
+        projections = projections.get(name, {})
+      pieces = list(self._pieces(call, whole, own, projections))
+      plans = [self._plan(*piece, rows) for piece in pieces]
+      if FACTORED not in plans:
+        kernel, bias = _weights(pieces)
+        ready[path] = kernel.astype(params["kernel"].dtype), bias
+    return ready
+
+  @nn.nowrap
+  def _check_keys(self, layer: nn.RNN, cell: nn.Module) -> None:
+    """Raises where `nn.RNN` would keep random keys from its cell."""
+    passed = any(in_filter(names, KEYS) for names in layer.split_rngs)
+    places = (p for p, _ in _layers_of(cell.variables.get("params", {})))
+    if not passed and any(self._is_target((*cell.path, *p)) for p in places):
+      raise UserError(
+        f"{self.adapter.name} draws random numbers in training, which nn.RNN"
+        f" keeps from its cell {'/'.join(cell.path)}: make it with split_rngs="
+        f"{{'params': False, {KEYS!r}: True}}."
+      )
+
+  @nn.nowrap
+  def _attend(self, call, layer, params, own, projections, query):
+    """`nn.Embed.attend`: the tied output layer has the adapted table too."""
+    table = params["embedding"]
+    view = View(type(layer).__name__, "embedding", plans=("folded",))
+    whole = Site(layer.path, *table.shape, lambda: table, view=view)
+    pieces = list(self._pieces(call, whole, own, projections))
+    for piece in pieces:
+      self._plan(*piece, query.size // query.shape[-1])
+    adapted = {"embedding": _weights(pieces)[0].astype(table.dtype)}
+    bare = layer.clone(parent=None, name=None)
+    return own_call(bare, adapted, query, method="attend")
+
+  @nn.nowrap
+  def _plan(
+    self, adapter: Adapter, leaves: Leaves, site: Site, rows: int
+  ) -> str:
+    """How the adapter's deltas are multiplied at a site, by `choose`."""
+    plans = {"folded"}
+    for link in adapter.methods:
+      if link.low_rank is not None and is_on(link, site.path):
+        factors = link.low_rank(link.own(leaves), site)
+        plans.add(
+          choose(
+            rows,
+            factors,
+            plan=self.plan,
+            forwards=self.forwards,
+            view=site.view,
+          )
+        )
+    return min(plans)  # factored, if one is
+
+  @nn.nowrap
+  def _pieces(
+    self, call: "_Call", whole: Site, own: Any, projections: Any
+  ) -> Iterator[tuple[Adapter, Leaves, Site]]:
+    """The sites of a layer and what lies between them, column by column.
+
+    Args:
+      call: of the adapted module.
+      whole: the layer as one site.
+      own: its parameters, those of its parts below it.
+      projections: the collection's, from the layer on.
+    """
+    columns = self._columns(whole.path)
+    for name, (first, last) in _cut(columns, whole.outputs).items():
+      place = (name,) if name in columns else ()
+      adapted = bool(place) or self._is_target(whole.path)
+      adapter = self.adapter if adapted else UNADAPTED
+      site = whole._replace(
+        path=(*whole.path, *place),
+        shared={**call.shared, **arrays_at(projections, place)},
+        common=call.common,
+      )
+      if (first, last) != (0, whole.outputs):
+        site = site._replace(
+          outputs=last - first,
+          kernel=partial(_columns_of, whole.kernel, first, last),
+          bias=None if whole.bias is None else whole.bias[first:last],
+        )
+      found = arrays_at(own, place)
+      yield adapter, self._leaves(adapter, found, site.path), site
+
+  @nn.nowrap
+  def _columns(self, path: Path) -> dict[str, tuple[int, int]]:
+    """The parts of a layer's kernel that are targets."""
+    return {
+      name: span
+      for name, span in parts_of(path, self.fused).items()
+      if self._is_target((*path, name))
+    }
+
+  @nn.nowrap
+  def _without_leaves(self, own: Any) -> dict[str, Any]:
+    """A layer's own parameters, without the adapter's beside them."""
+    found = arrays_at(own).items()
+    return {name: x for name, x in found if not self.adapter.owns(name)}
 
   @nn.nowrap
   def _is_target(self, path: Path) -> bool:
@@ -204,11 +377,48 @@ class Adapted(nn.Module):
     return output, variables
 
 
-def _columns(kernel: Callable[[], Array], first: int, last: int) -> Array:
+def _weights(
+  pieces: Sequence[tuple[Adapter, Leaves, Site]],
+) -> tuple[Array, Array | None]:
+  """A layer's adapted kernel (i, o) and bias, put together of its pieces."""
+  kernels, biases = [], []
+  for adapter, leaves, site in pieces:
+    kernel, bias = site.kernel(), site.bias
+    if adapter.weights is not None:
+      kernel, bias = adapter.weights(leaves, site)
+    kernels.append(kernel)
+    biases.append(bias)
+  if len(pieces) == 1:
+    return kernels[0], biases[0]
+  bias = None if biases[0] is None else jnp.concatenate(biases)
+  return jnp.concatenate(kernels, axis=-1), bias
+
+
+def _with_weights(product: Product, kernel: Array, bias: Array | None) -> Any:
+  """The layer's output with other weights; or these, where it hands them on."""
+  kernel = kernel.astype(product.dtype)
+  if product.multiply is None:
+    return kernel, bias
+  y = product.multiply(product.x, kernel)
+  if bias is not None:
+    y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+  return product.finish(y)
+
+
+def _layers_of(params: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
+  """The layers in a tree with a kernel of two axes: places and parameters."""
+  for name, below in params.items():
+    if name == "kernel" and below.ndim == 2:
+      yield (), params
+    elif isinstance(below, Mapping):
+      yield from (((name, *place), own) for place, own in _layers_of(below))
+
+
+def _columns_of(kernel: Callable[[], Array], first: int, last: int) -> Array:
   return kernel()[:, first:last]
 
 
-def _pieces(
+def _cut(
   columns: Mapping[str, tuple[int, int]], outputs: int
 ) -> dict[str, tuple[int, int]]:
   """The named columns and, without a name in `columns`, what lies between."""
@@ -313,12 +523,16 @@ def plans_at(
     UserError: the method can't be multiplied by this plan.
   """
   chosen: dict[Path, str] = {}
+  views = {path: target.view for path, target in targets.items()}
+  targets = _matrices(targets)
 
   def choose_at(site: Site, leaves: Leaves) -> None:
     for link in adapter.methods:
       if link.low_rank is None or not is_on(link, site.path):
         continue
-      if link.forward is not None:  # so it is in training, which draws numbers
+      if (
+        link.forward is not None and link.draws
+      ):  # so it is in training, which draws numbers
         chosen[site.path] = "factored"
       else:
         chosen[site.path] = choose(
@@ -326,6 +540,7 @@ def plans_at(
           link.low_rank(link.own(leaves), site),
           plan=plan,
           forwards=forwards,
+          view=views[site.path],
         )
 
   def note(params: Any) -> None:
@@ -343,6 +558,7 @@ def plans_at(
 
 def _leaf_shapes(adapter: Adapter, targets: Mapping[Path, Target]) -> Any:
   """The tree of all leaves, as shapes, on layers of the targets' widths."""
+  targets = _matrices(targets)
 
   def start(params: Any) -> Any:
     projections = make_shared(adapter, targets, params)
@@ -350,6 +566,14 @@ def _leaf_shapes(adapter: Adapter, targets: Mapping[Path, Target]) -> Any:
     return first_leaves(adapter, targets, params, projections, key)
 
   return jax.eval_shape(start, _layer_shapes(targets))
+
+
+def _matrices(targets: Mapping[Path, Target]) -> dict[Path, Target]:
+  """The sites as if all kernels were stored as matrices."""
+  return {
+    path: target._replace(view=target.view._replace(kernel="kernel", axes=()))
+    for path, target in targets.items()
+  }
 
 
 def _layer_shapes(targets: Mapping[Path, Target]) -> dict[str, Any]:
