@@ -6,6 +6,7 @@ its shapes are traced; nothing is computed.
 
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -323,6 +324,21 @@ def _arrays_of(
 def layer_path(path: Path, target: Target) -> Path:
   """The path of the layer that a site is, or is a part of."""
   return path[:-1] if target.columns else path
+
+
+def count_layers(targets: Mapping[Path, Target]) -> str:
+  """What an adapter is on, such as "24 layers: 23 Dense, 1 Conv"."""
+  layers = {
+    layer_path(path, target): target for path, target in targets.items()
+  }
+  kinds = Counter[str]()
+  for target in layers.values():
+    kinds[target.view.kind] += target.layers
+  shown = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+  parts = {path[-1] for path, target in targets.items() if target.columns}
+  named = f", in the parts {', '.join(sorted(parts))}" if parts else ""
+  total = kinds.total()
+  return f"{total} layer{'s' * (total != 1)}: {shown}{named}"
 
 
 def arrays_at(tree: Tree, path: Path = ()) -> Tree:
