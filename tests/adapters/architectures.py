@@ -4,11 +4,13 @@ The decoder holds its weights as google-deepmind/gemma, big_vision and openpi
 hold theirs: modules with one parameter `w`, called with an equation.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 WIDTH, HEADS, KV, HEAD = 6, 4, 2, 3
 
@@ -97,34 +99,42 @@ class Decoder(nn.Module):
 
 
 # Columns of the fused kernel by the result's axes 2, K, H.
-KEY_VALUE = {"kv_einsum": {"key": (0, KV * HEAD), "value": (KV * HEAD, None)}}
 KEY_VALUE = {
   "kv_einsum": {"key": (0, KV * HEAD), "value": (KV * HEAD, 2 * KV * HEAD)}
 }
 
 
 class Images(nn.Module):
-  """One of each way that a convolution can be set, 1-D and 2-D."""
+  """A convolution in one of the ways that it can be set, between two others."""
+
+  way: str
 
   @nn.compact
   def __call__(self, x):
-    x = nn.tanh(nn.Conv(4, (3, 3), name="same")(x))
-    x = nn.tanh(nn.Conv(6, (3, 2), 2, padding="VALID", name="strided")(x))
-    x = nn.tanh(nn.Conv(6, (3, 3), kernel_dilation=2, name="dilated")(x))
-    x = nn.tanh(
-      nn.Conv(4, (1, 1), use_bias=False, padding=[(1, 0), (0, 1)], name="one")(
-        x
-      )
-    )
-    x = x.reshape(x.shape[0], -1, 4)
-    return nn.Conv(3, (2,), padding="CAUSAL", name="causal")(x)
+    if self.way == "line":  # 1-D, and causal
+      x = x.reshape(x.shape[0], -1, x.shape[-1])
+    x = nn.tanh(WAYS[self.way](name="conv")(x))
+    return nn.Conv(3, (1,) * (x.ndim - 2), name="one")(x)
 
 
-class Grouped(nn.Module):
+WAYS = {
+  "same": partial(nn.Conv, 4, (3, 3)),
+  "strided": partial(nn.Conv, 4, (3, 2), 2, padding="VALID"),
+  "dilated": partial(
+    nn.Conv, 4, (3, 3), kernel_dilation=(1, 2), padding=[(1, 0), (2, 1)]
+  ),
+  "circular": partial(
+    nn.Conv, 4, (3, 3), (1, 2), padding="CIRCULAR", use_bias=False
+  ),
+  "line": partial(nn.Conv, 4, (3,), 2, kernel_dilation=2, padding="CAUSAL"),
+  "grouped": partial(nn.Conv, 6, (3, 3), feature_group_count=2),
+}
+
+
+class Depthwise(nn.Module):
   @nn.compact
   def __call__(self, x):
-    x = nn.Conv(4, (3, 3), feature_group_count=2, name="grouped")(x)
-    x = nn.Conv(4, (3, 3), feature_group_count=4, name="depthwise")(nn.tanh(x))
+    x = nn.Conv(8, (3, 3), feature_group_count=4, name="depthwise")(x)
     return nn.Conv(3, (1, 1), name="one")(nn.tanh(x))
 
 
@@ -139,8 +149,38 @@ CELLS = {
 
 class Recurrent(nn.Module):
   cell: str
+  options: Any = FrozenDict()  # of nn.RNN
+  param_dtype: Any = jnp.float32  # and of the first state
 
   @nn.compact
   def __call__(self, x):
-    x = nn.RNN(CELLS[self.cell](4, name="cell"))(x)
+    cell = CELLS[self.cell](4, param_dtype=self.param_dtype, name="cell")
+    x = nn.RNN(cell, **self.options)(x)
     return nn.Dense(3, name="classifier")(x)
+
+
+class Mixed(nn.Module):
+  """Ids, a table, a convolution, two recurrent layers and an equation."""
+
+  @nn.compact
+  def __call__(self, ids):
+    x = nn.Embed(7, 4, name="table")(ids)
+    x = nn.tanh(nn.Conv(4, (3,), 2, name="conv")(x))
+    x = nn.RNN(nn.OptimizedLSTMCell(4, name="gates"))(x)
+    x = nn.RNN(nn.MGUCell(4, name="cell"))(x)
+    return nn.Einsum((2, 4, 3), "BTD,KDH->KBTH", name="einsum")(x)
+
+
+MIXED = ("table", "conv", "gates/.*", "cell/.*", "einsum")
+
+
+class Bypassed(nn.Module):
+  """Calls its layer while it is initialised, and later reads its kernel."""
+
+  @nn.compact
+  def __call__(self, x):
+    out, first = nn.Dense(4, name="out"), nn.Dense(4, name="first")
+    x = first(x)
+    if self.is_initializing():
+      out(x)
+    return x @ out.variables["params"]["kernel"]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
+from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
@@ -70,12 +70,23 @@ class _Call(NamedTuple):
 
   Attributes:
     shared, common: as every `Site` has them.
-    ready: adapted kernels and biases of the recurrent cells that are running.
+    cells: the recurrent cells that are running, and their projections.
+    ready: adapted kernels and biases of these cells.
   """
 
   shared: Leaves
   common: Leaves
+  cells: dict[Path, Any]
   ready: dict[Path, tuple[Array, Array | None]]
+
+  def below(self, path: Path) -> Any:
+    """The projections at and below a layer of a running cell, as a tree."""
+    for cell, tree in self.cells.items():
+      if path[: len(cell)] == cell:
+        for name in path[len(cell) :]:
+          tree = tree.get(name, {})
+        return tree
+    return {}
 
 
 class Adapted(nn.Module):
@@ -101,6 +112,7 @@ class Adapted(nn.Module):
     call = _Call(
       shared=arrays_at(self.variables.get("projections", {})),
       common=self.adapter.own(arrays_at(self.variables["params"])),
+      cells={},
       ready={},
     )
     with nn.intercept_methods(partial(self._call_layer, call)):
@@ -120,18 +132,17 @@ class Adapted(nn.Module):
     quantised = is_quantised(params.get("kernel"))
     if not (quantised or self._is_target(path) or self._columns(path)):
       return next_fun(*args, **kwargs)
-    projections = layer.variables.get("projections", {})
+    projections = layer.variables.get("projections", call.below(path))
     if method == "attend":
-      return self._attend(call, layer, params, own, projections, args[0])
+      at_layer = params, own, projections
+      return self._attend(call, layer, at_layer, args, kwargs)
     product = product_of(layer, params, args, kwargs)
     if product is None or isinstance(product, str):
       return next_fun(*args, **kwargs)
 
     if path in call.ready:  # of a recurrent cell, from before its loop
       return _with_weights(product, *call.ready[path])
-    key = None
-    if self.adapter.is_random and layer.has_rng(KEYS):
-      key = layer.make_rng(KEYS)
+    random = self.adapter.is_random and layer.has_rng(KEYS)
     remake = quantised and self.forwards == 1
     stored: Any = params[product.view.kernel]
     half = quantised and product.plain and stored.format == HALF
@@ -157,13 +168,12 @@ class Adapted(nn.Module):
     pieces = list(self._pieces(call, whole, own, projections))
     folded_only = product.view.plans == ("folded",)
     if product.multiply is None or (folded_only and len(pieces) > 1):
-      if key is not None:
-        product.project(product.x, kernel())  # refuses random numbers
-      for adapter, leaves, site in pieces:
-        self._plan(adapter, leaves, site, product.rows)
+      if random:
+        product.project(product.x, kernel())  # which refuses it
+      self._is_factored(pieces, product.rows)  # or refuses to be folded
       return _with_weights(product, *_weights(pieces))
     made = []
-    for number, (adapter, leaves, site) in enumerate(pieces):
+    for adapter, leaves, site in pieces:
       y, penalty = adapted_product(
         adapter,
         leaves,
@@ -175,7 +185,7 @@ class Adapted(nn.Module):
         plan=self.plan,
         forwards=self.forwards,
         remake=remake,
-        key=None if key is None else jax.random.fold_in(key, number),
+        key=layer.make_rng(KEYS) if random and adapter.is_random else None,
       )
       if penalty is not None:
         layer.sow(PENALTIES, "sum", penalty)
@@ -188,21 +198,25 @@ class Adapted(nn.Module):
     """A recurrent cell, or `nn.RNN` with one: its kernels are adapted once,
     outside the loop over time that is in here, and taken from `ready`."""
     cell = layer.cell if isinstance(layer, nn.RNN) else layer
-    if any(path[: len(cell.path)] == cell.path for path in call.ready):
+    if cell.path in call.cells:
       return next_fun(*args, **kwargs)
+    # nn.RNN passes on nothing but parameters, nor random keys
+    call.cells[cell.path] = cell.variables.get("projections", {})
     random = self.adapter.is_random and layer.has_rng(KEYS)
+    if random and isinstance(layer, nn.RNN):
+      self._check_keys(layer, cell)
+    ready = {}
     if self.plan != FACTORED and not random:
       given = jax.tree.leaves((args, kwargs))
       rows = max(x.size // x.shape[-1] for x in given if jnp.ndim(x))
-      call.ready.update(self._ready(call, cell, rows))
-    elif random and isinstance(layer, nn.RNN):
-      self._check_keys(layer, cell)
+      ready = self._ready(call, cell, rows)
+    call.ready.update(ready)
     try:
       return next_fun(*args, **kwargs)
     finally:
-      for path in list(call.ready):
-        if path[: len(cell.path)] == cell.path:
-          del call.ready[path]
+      del call.cells[cell.path]
+      for path in ready:
+        del call.ready[path]
 
   @nn.nowrap
   def _ready(
@@ -210,12 +224,12 @@ class Adapted(nn.Module):
   ) -> dict[Path, tuple[Array, Array | None]]:
     """The adapted kernels of two axes in a cell, where folding them is cheaper
     than two products per step."""
-    own_plans = ("folded",)  # of gates that are multiplied as one
-    if not isinstance(cell, nn.OptimizedLSTMCell):
-      own_plans = ("factored", "folded")
+    plans: tuple[str, ...] = (FACTORED, "folded")
+    if isinstance(cell, nn.OptimizedLSTMCell):  # all gates are one product
+      plans = ("folded",)
     ready: dict[Path, tuple[Array, Array | None]] = {}
-    for place, stored in _layers_of(cell.variables.get("params", {})):
-      path, own = (*cell.path, *place), stored
+    for place, own in _layers_of(cell.variables.get("params", {})):
+      path = (*cell.path, *place)
       if not (self._is_target(path) or self._columns(path)):
         continue
       params = self._without_leaves(own)
@@ -226,14 +240,10 @@ class Adapted(nn.Module):
         outputs,
         partial(flat_kernel, params, (), outputs),
         flat_bias(params, ()),
-        view=View(plans=own_plans),
+        view=View(plans=plans),
       )
-      projections: Any = cell.variables.get("projections", {})
-      for name in place:
-        projections = projections.get(name, {})
-      pieces = list(self._pieces(call, whole, own, projections))
-      plans = [self._plan(*piece, rows) for piece in pieces]
-      if FACTORED not in plans:
+      pieces = list(self._pieces(call, whole, own, call.below(path)))
+      if not self._is_factored(pieces, rows):
         kernel, bias = _weights(pieces)
         ready[path] = kernel.astype(params["kernel"].dtype), bias
     return ready
@@ -251,37 +261,36 @@ class Adapted(nn.Module):
       )
 
   @nn.nowrap
-  def _attend(self, call, layer, params, own, projections, query):
+  def _attend(self, call, layer, at_layer, args, kwargs):
     """`nn.Embed.attend`: the tied output layer has the adapted table too."""
+    params, own, projections = at_layer
     table = params["embedding"]
     view = View(type(layer).__name__, "embedding", plans=("folded",))
-    whole = Site(layer.path, *table.shape, lambda: table, view=view)
+    rows, width = table.shape
+    whole = Site(layer.path, rows, width, lambda: table, view=view)
     pieces = list(self._pieces(call, whole, own, projections))
-    for piece in pieces:
-      self._plan(*piece, query.size // query.shape[-1])
+    self._is_factored(pieces, 1)  # or refuses to be folded
     adapted = {"embedding": _weights(pieces)[0].astype(table.dtype)}
     bare = layer.clone(parent=None, name=None)
-    return own_call(bare, adapted, query, method="attend")
+    return own_call(bare, adapted, *args, method="attend", **kwargs)
 
   @nn.nowrap
-  def _plan(
-    self, adapter: Adapter, leaves: Leaves, site: Site, rows: int
-  ) -> str:
-    """How the adapter's deltas are multiplied at a site, by `choose`."""
-    plans = {"folded"}
-    for link in adapter.methods:
-      if link.low_rank is not None and is_on(link, site.path):
-        factors = link.low_rank(link.own(leaves), site)
-        plans.add(
-          choose(
-            rows,
-            factors,
-            plan=self.plan,
-            forwards=self.forwards,
-            view=site.view,
-          )
-        )
-    return min(plans)  # factored, if one is
+  def _is_factored(
+    self, pieces: Sequence[tuple[Adapter, Leaves, Site]], rows: int
+  ) -> bool:
+    """Whether one of a layer's deltas is best not made, by `choose`."""
+    return FACTORED in [
+      choose(
+        rows,
+        link.low_rank(link.own(leaves), site),
+        plan=self.plan,
+        forwards=self.forwards,
+        view=site.view,
+      )
+      for adapter, leaves, site in pieces
+      for link in adapter.methods
+      if link.low_rank is not None and is_on(link, site.path)
+    ]
 
   @nn.nowrap
   def _pieces(
@@ -381,7 +390,8 @@ def _weights(
   pieces: Sequence[tuple[Adapter, Leaves, Site]],
 ) -> tuple[Array, Array | None]:
   """A layer's adapted kernel (i, o) and bias, put together of its pieces."""
-  kernels, biases = [], []
+  kernels: list[Array] = []
+  biases: list[Any] = []
   for adapter, leaves, site in pieces:
     kernel, bias = site.kernel(), site.bias
     if adapter.weights is not None:
@@ -408,7 +418,7 @@ def _with_weights(product: Product, kernel: Array, bias: Array | None) -> Any:
 def _layers_of(params: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
   """The layers in a tree with a kernel of two axes: places and parameters."""
   for name, below in params.items():
-    if name == "kernel" and below.ndim == 2:
+    if name == "kernel" and meta.unbox(below).ndim == 2:
       yield (), params
     elif isinstance(below, Mapping):
       yield from (((name, *place), own) for place, own in _layers_of(below))

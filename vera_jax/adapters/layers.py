@@ -394,8 +394,9 @@ def own_call(
   layer: nn.Module, params: Params, *args: Any, **kwargs: Any
 ) -> Array:
   """An unbound layer's own code on these parameters, adapted no more."""
+  apply: Callable[..., Any] = layer.apply  # its output alone, without `mutable`
   with _own():
-    return layer.apply({"params": params}, *args, **kwargs)
+    return apply({"params": params}, *args, **kwargs)
 
 
 def is_own_call() -> bool:

@@ -8,7 +8,7 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.interface import Adapter, Path, Target
-from vera_jax.adapters.layers import flat_bias, flat_kernel, own_kernel
+from vera_jax.adapters.layers import flat_kernel, own_kernel
 from vera_jax.adapters.sites import (
   all_sites,
   layer_path,
@@ -64,7 +64,7 @@ def merge(
     merged[place] = own_kernel(whole, leaf.shape, stack, view)
     if bias is not None:
       leaf = jnp.asarray(merged[(*layer, "bias")])
-      whole = flat_bias({"bias": leaf}, stack)
+      whole = leaf.reshape(*stack, -1)
       whole = whole.at[columns].set(bias.astype(leaf.dtype))
       merged[(*layer, "bias")] = whole.reshape(leaf.shape)
   return unflatten_dict(merged)

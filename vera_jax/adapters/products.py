@@ -179,7 +179,7 @@ def fold(
 def folded_forward(
   multiply: Callable[[Array, Array], Array],
   project: Callable[[Array, Array], Array],
-  x: Float[Array, "*t i"],
+  x: Array,
   kernel: Float[Array, "i o"],
   down: Float[Array, "i r"],
   up: Float[Array, "r o"],
@@ -213,7 +213,7 @@ def adapted_product(
   adapter: Adapter,
   leaves: Leaves,
   site: Site,
-  x: Float[Array, "*t i"],
+  x: Array,
   *,
   multiply: Callable[[Array, Array], Array] = jnp.matmul,
   dtype: DTypeLike | None = None,

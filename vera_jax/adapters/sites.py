@@ -95,7 +95,8 @@ class Traced(NamedTuple):
   Attributes:
     calls: of layers that can be adapted, by path.
     refused: why others can't be, by path.
-    variables: the shapes of the model's, kernels boxed in `_Noted`.
+    variables: the shapes of the model's, kernels boxed in `_Noted` unless the
+      model itself reads one.
     applied: paths of the layers that are called once the model is initialised;
       None where it can't be applied to the inputs that initialise it.
   """
@@ -113,7 +114,7 @@ def _trace(model: nn.Module, *args: Any, **kwargs: Any) -> Traced:
     jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x
     for x in leaves
   )
-  given = model, structure, inputs, jax.config.jax_enable_x64
+  given = model, structure, inputs, jnp.zeros(()).dtype == jnp.float64
   try:
     hash(given)
   except TypeError:  # a field of the model is a list, say
@@ -130,7 +131,7 @@ def _trace_once(
   refused: dict[Path, str] = {}
   applied: set[Path] = set()
 
-  def note(next_fun, args, kwargs, context):
+  def note(next_fun, args, kwargs, context, *, boxed):
     layer, result = context.module, next_fun(*args, **kwargs)
     if context.method_name != "__call__" or is_own_call():
       return result
@@ -139,20 +140,15 @@ def _trace_once(
     if isinstance(product, str):
       refused[layer.path] = product
     elif product is not None:
-      name = product.view.kernel
-      kernel = meta.unbox(layer.get_variable("params", name))
-      layer.put_variable("params", name, _Noted(kernel))
-      call = Call(
-        product.rows,
-        product.inputs,
-        product.outputs,
-        kernel.shape,
-        product.view,
-      )
-      other = calls.get(layer.path, call)
-      if (other.inputs, other.outputs, other.view) != call[1:3] + call[4:]:
+      view = product.view
+      kernel = meta.unbox(layer.get_variable("params", view.kernel))
+      if boxed:
+        layer.put_variable("params", view.kernel, _Noted(kernel))
+      widths = product.inputs, product.outputs
+      call = Call(product.rows, *widths, kernel.shape, view)
+      known = calls.setdefault(layer.path, call)
+      if known._replace(tokens=call.tokens) != call:
         refused[layer.path] = "its calls see its kernel in different ways"
-      calls[layer.path] = call
     return result
 
   def note_path(next_fun, args, kwargs, context):
@@ -160,8 +156,12 @@ def _trace_once(
       applied.add(context.module.path)
     return next_fun(*args, **kwargs)
 
-  with nn.intercept_methods(note):
-    variables = init_shapes(model, *args, **kwargs)
+  try:
+    with nn.intercept_methods(partial(note, boxed=True)):
+      variables = init_shapes(model, *args, **kwargs)
+  except Exception:  # a module that reads another's kernel found a box
+    with nn.intercept_methods(partial(note, boxed=False)):
+      variables = init_shapes(model, *args, **kwargs)
   for path in refused:
     calls.pop(path, None)
 
@@ -212,6 +212,9 @@ def trace_sites(
   astray: dict[Path, tuple[int, ...]] = {}  # by how their kernels are stacked
   for path, call in calls.items():
     noted = shapes[(*path, call.view.kernel)]
+    if not isinstance(noted, _Noted):
+      more = len(noted.shape) - len(call.kernel)
+      noted = _Noted(noted, (0,) * more)
     stack = noted.value.shape[: len(noted.axes)]
     if any(noted.axes) or noted.value.shape != (*stack, *call.kernel):
       astray[path] = noted.axes

@@ -97,7 +97,7 @@ def vera(
     if taps(site) == 1 or D not in leaves:
       down = jnp.tile(down, (taps(site), 1)) if taps(site) > 1 else down
       return LowRank(down=down, inner=d, up=up, outer=b)
-    by_tap = down * d.reshape(-1, 1, rank)
+    by_tap = down[None] * d.reshape(-1, 1, rank)
     down = by_tap.reshape(site.inputs, rank)
     return LowRank(down=down, up=up, outer=b, trains_down=True)
 
