@@ -30,7 +30,6 @@ from tests.adapters.architectures import (
 )
 from tests.adapters.test_every_method import METHODS, perturb
 from vera_jax.adapters.apply import (
-  KEYS,
   adapt,
   adapter_size,
   find_targets,
@@ -39,6 +38,7 @@ from vera_jax.adapters.apply import (
 )
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.ia3 import ia3
+from vera_jax.adapters.intercept import KEYS
 from vera_jax.adapters.interface import EMPTY, PLANS, Site, Target
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.merge import merge
