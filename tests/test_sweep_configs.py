@@ -46,8 +46,8 @@ COUNTS = {
   ("combinations", "minilm"): 5 * 5,
   ("combinations", "rates"): 5 * 3 * 2,
   ("images", "methods"): 5 * 5,
-  ("images", "shots"): 5 * 3 * 3,
-  ("images", "rates"): 5 * 4 * 2,
+  ("images", "shots"): 3 * 3 * 3,
+  ("images", "rates"): (3 * 4 + 2 * 5) * 2,
   ("example", "generated"): 4 * 3,
   ("example", "sst2"): 3 * 3,
   # no tuning, asked in two ways; VeRA of two ranks and LoRA
