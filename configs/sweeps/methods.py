@@ -45,12 +45,12 @@ RATES = {
   "dora": (1e-3, 2e-3, 4e-3, 8e-3),
   "dvora": (1e-2, 2e-2, 4e-2, 8e-2),
   "ia3": (1e-2, 2e-2, 4e-2, 8e-2),
-  "bitfit": (1e-3, 2e-3, 4e-3, 8e-3),
+  "bitfit": (1e-3, 2e-3, 4e-3, 8e-3, 16e-3),
   "lora_fa": (4e-3, 8e-3, 16e-3),
   "onelora": (1e-3, 2e-3, 4e-3, 8e-3),
-  "pvera": (2e-2, 4e-2, 8e-2),
-  "randlora": (1e-3, 2e-3, 4e-3),
-  "unilora": (5e-3, 1e-2, 2e-2),
+  "pvera": (1e-2, 2e-2, 4e-2, 8e-2),
+  "randlora": (5e-4, 1e-3, 2e-3, 4e-3),
+  "unilora": (5e-3, 1e-2, 2e-2, 4e-2),
 }
 # What the rule chose; a method that is not here has the middle one of RATES.
 BEST: dict[str, float] = {}
