@@ -41,7 +41,7 @@ COUNTS = {
   ("single", "minilm"): 2 * 3 * 3,
   ("rates", "minilm"): 2 * 5 * 2,
   ("methods", "minilm"): 11 * 5,
-  ("methods", "rates"): 11 * 3 * 2,
+  ("methods", "rates"): 44 * 2,
   ("methods", "cola"): 6 * 3,
   ("combinations", "minilm"): 5 * 5,
   ("combinations", "rates"): 5 * 3 * 2,
