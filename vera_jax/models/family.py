@@ -75,6 +75,9 @@ class Family(NamedTuple):
       example; "token_classification" [rows, length, outputs], one for each
       token; "language_modelling" `decoder.Words`, for each read position.
     head: pattern of the paths of the head, which every method trains.
+    fixed: pattern of the paths of leaves that no method trains, such as running
+      statistics; "" for none.
+    stacks: whether its layers are alike, so that they may be stacked.
     fused: config -> the parts of fused kernels, which targets may name: by a
       layer's pattern, each part's first and last column by name.
     reads: what the inputs are, `TEXTS` or `IMAGES`.
@@ -89,6 +92,8 @@ class Family(NamedTuple):
   room: Callable[[Any], int]
   classes: Mapping[str, str]
   head: str = "classifier/.*"
+  fixed: str = ""
+  stacks: bool = True
   fused: Callable[[Any], Mapping[str, Mapping[str, tuple[int, int]]]] = (
     lambda config: {}
   )
@@ -111,6 +116,8 @@ FAMILIES = {
   "qwen3": "llama",
   "vit": "vit",
   "dinov2": "dinov2",
+  "efficientnet_lite": "efficientnet",
+  "char_lstm": "char_lstm",
 }
 
 

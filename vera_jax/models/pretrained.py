@@ -122,7 +122,10 @@ class Blueprint(NamedTuple):
 
   def label(self, params: Any, new: Any = ()) -> dict[str, Any]:
     """adapter, head or frozen for every leaf; `new` leaves had no weights."""
-    return label_tree(params, self.adapter, head=self.family.head, new=new)
+    family = self.family
+    return label_tree(
+      params, self.adapter, head=family.head, fixed=family.fixed, new=new
+    )
 
   def fresh_leaves(
     self, params: Any, projections: Any, new: list[TreePath], seed: int
@@ -234,7 +237,8 @@ def blueprint(
       f" {', '.join(family.classes)}."
     )
   config = family.config(fields)
-  scan = choose_scan(scan, layers=config.num_hidden_layers, quantise=quantise)
+  layers = config.num_hidden_layers
+  scan = choose_scan(scan, layers=layers, quantise=quantise) and family.stacks
   options: dict[str, Any] = {} if longest is None else {"longest": longest}
   base = family.module(
     config,
