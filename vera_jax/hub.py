@@ -22,7 +22,12 @@ PAUSE = 1.0  # seconds before the second attempt, twice as many before the next
 PACKAGE = "package:"
 # Files that get a folder: their suffix -> the module that makes it, by a
 # function of the module's own name.
-MAKERS = {".gguf": "gguf_folder", ".onnx": "onnx_folder", ".pth": "torch_folder"}
+MAKERS = {
+  ".gguf": "gguf_folder",
+  ".onnx": "onnx_folder",
+  ".pth": "torch_folder",
+  ".hdf5": "hdf5_folder",
+}
 FILES = [
   "config.json",
   "preprocessor_config.json",
@@ -80,9 +85,9 @@ def resolve(name_or_folder: str | Path) -> Path:
 
   "package:NAME/path" is a folder, or a file inside an installed Python package,
   by `package_place`. A file of one of the kinds in `MAKERS` gets a folder. From
-  the hub come configs, tokenizer files and safetensors
-  only. When it can't be reached, an earlier download serves; without one this
-  ends in a UserError within `PATIENCE` seconds.
+  the hub come configs, tokenizer files and safetensors only. When it can't be
+  reached, an earlier download serves; without one this ends in a UserError
+  within `PATIENCE` seconds.
   """
   folder = Path(name_or_folder).expanduser()
   if _is_folder(folder):

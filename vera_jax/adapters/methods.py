@@ -9,7 +9,7 @@ its methods, each under the method's name.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vera_jax.adapters.base_leaves import bitfit, full, head
+from vera_jax.adapters.base_leaves import bitfit, full, head, norms
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Adapter
@@ -110,6 +110,7 @@ METHODS: dict[str, Method] = {
     per_run=lambda given: ("theta_init",),
   ),
   "bitfit": Method(bitfit, on_sites=False),
+  "norms": Method(norms, on_sites=False),
   "head": Method(head, on_sites=False),
   "full": Method(full, on_sites=False),
 }

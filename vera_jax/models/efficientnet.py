@@ -291,6 +291,7 @@ FAMILY = {
     classes={HEAD: "EfficientNetLiteForImageClassification"},
     fixed=r".*_norm/(mean|var)",
     stacks=False,
+    own=True,
     reads=IMAGES,
     example=EXAMPLE,
   )

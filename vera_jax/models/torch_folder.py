@@ -46,6 +46,13 @@ LITE0 = {
   "batch_norm_eps": 1e-3,
   "image_size": 224,
 }
+# The package doesn't say how images were prepared. Of the usual ways, bytes x as
+# (x - 127) / 128 answer best: on 13 photographs that Python packages ship,
+# resized to 256 pixels and cut to 224, they give the right one of ImageNet's
+# classes a mean probability of 0.64, and the highest one in 12. With ImageNet's
+# means and deviations it is 0.58, also in 12; between 0 and 1 it is 0.53, in
+# 10, and as they are 0.01, in none. Of 400 CIFAR-10 test images as large as
+# that, 24 % get a class of the right kind, and 19 % with either of the others.
 PREPROCESSOR = {
   "image_processor_type": "EfficientNetImageProcessor",
   "do_resize": True,
@@ -55,8 +62,8 @@ PREPROCESSOR = {
   "do_rescale": True,
   "rescale_factor": 1 / 255,
   "do_normalize": True,
-  "image_mean": [0.5, 0.5, 0.5],
-  "image_std": [0.5, 0.5, 0.5],
+  "image_mean": [127 / 255] * 3,
+  "image_std": [128 / 255] * 3,
 }
 # By sha256 of the file: config.json and preprocessor_config.json.
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
