@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
   config.task = placeholder(str)  # to be set: a name in tasks/
   # vera | lora | ia3 | dora | dvora | lora_fa | onelora | pvera | randlora |
   # unilora | bitfit | norms | head | full, or a chain such as vera+bitfit. DoRA
-  # takes LoRA's settings and rates, DVoRA VeRA's. In a chain each method has its
-  # own settings, and all have the first one's rates.
+  # takes LoRA's settings and rates, DVoRA VeRA's. In a chain each method has
+  # its own settings, and all have the first one's rates.
   config.method = "vera"
   config.seed = 0  # of dropout, batch order and new leaves
 

@@ -15,10 +15,11 @@ from jax import Array, lax
 from jaxtyping import Float
 
 Image = Float[Array, "n h w c"]
+Filtered = Float[Array, "n oh ow c"]
 Kernel = Float[Array, "kh kw 1 c"]
 
 
-def depthwise(x: Image, kernel: Kernel, *args: Any, **kwargs: Any) -> Image:
+def depthwise(x: Image, kernel: Kernel, *args: Any, **kwargs: Any) -> Filtered:
   """For `nn.Conv(conv_general_dilated=...)`, with its arguments of lax.
 
   Raises:
@@ -38,18 +39,19 @@ def depthwise(x: Image, kernel: Kernel, *args: Any, **kwargs: Any) -> Image:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _depthwise(x: Image, kernel: Kernel, stride: int) -> Image:
-  return sum(
-    (part * kernel[row, column] for row, column, part in _taps(x, kernel, stride)),
-    start=jnp.zeros((), x.dtype),
+def _depthwise(x: Image, kernel: Kernel, stride: int) -> Filtered:
+  parts = (
+    part * kernel[row, column][None, None]
+    for row, column, part in _taps(x, kernel, stride)
   )
+  return sum(parts, start=jnp.zeros((), x.dtype))
 
 
 def _forward(x: Image, kernel: Kernel, stride: int) -> Any:
   return _depthwise(x, kernel, stride), (x, kernel)
 
 
-def _backward(stride: int, kept: Any, given: Image) -> tuple[Image, Kernel]:
+def _backward(stride: int, kept: Any, given: Filtered) -> tuple[Image, Kernel]:
   """The image's gradient is a convolution of `given`, spread out by the stride,
   with the turned kernel; XLA drops the kernel's where nobody takes it."""
   x, kernel = kept
@@ -61,19 +63,19 @@ def _backward(stride: int, kept: Any, given: Image) -> tuple[Image, Kernel]:
     spread.append((first, size + taps - 1 - reach - first, stride - 1))
   wide = lax.pad(given, jnp.zeros((), given.dtype), [*spread, (0, 0, 0)])
   rows, columns = kernel.shape[:2]
-  to_x = sum(
-    (
-      wide[:, i : i + x.shape[1], j : j + x.shape[2]]
-      * kernel[rows - 1 - i, columns - 1 - j]
-      for i in range(rows)
-      for j in range(columns)
-    ),
-    start=jnp.zeros((), x.dtype),
+  parts = (
+    wide[:, i : i + x.shape[1], j : j + x.shape[2]]
+    * kernel[rows - 1 - i, columns - 1 - j][None, None]
+    for i in range(rows)
+    for j in range(columns)
   )
   to_kernel = [
-    jnp.sum(part * given, axis=(0, 1, 2)) for *_, part in _taps(x, kernel, stride)
+    jnp.sum(part * given, axis=(0, 1, 2))
+    for *_, part in _taps(x, kernel, stride)
   ]
-  return to_x, jnp.stack(to_kernel).reshape(kernel.shape)
+  return sum(parts, start=jnp.zeros((), x.dtype)), jnp.stack(to_kernel).reshape(
+    kernel.shape
+  )
 
 
 _depthwise.defvjp(_forward, _backward)

@@ -29,6 +29,7 @@ from vera_jax.models.family import IMAGES, Family, Names, one_of
 from vera_jax.models.vision import EXAMPLE, HEAD, Logits, Pixels, input_shapes
 
 Hidden = Float[Array, "rows height width channels"]
+Made = Float[Array, "rows tall wide made"]
 KIND = "efficientnet_lite"
 STEM_STRIDE = 2
 
@@ -106,7 +107,7 @@ class EfficientNetConfig:
 
   @property
   def patch_size(self) -> int:
-    """Pixels of a side of an image from one place of the last one to the next."""
+    """Pixels of a side that one place of the last convolution stands for."""
     return STEM_STRIDE * math.prod(stage.stride for stage in self.stages)
 
 
@@ -165,7 +166,7 @@ class Part(nn.Module):
     kernel: int = 1,
     stride: int = 1,
     each: bool = False,
-  ) -> Hidden:
+  ) -> Made:
     """A convolution and its BatchNorm; with `each`, every channel by itself."""
     convolution = nn.Conv(
       width,
@@ -200,7 +201,7 @@ class Layer(Part):
   first: bool
 
   @nn.compact
-  def __call__(self, x: Hidden) -> Hidden:
+  def __call__(self, x: Hidden) -> Made:
     stage, read = self.stage, x.shape[-1]
     stride, wide = stage.stride if self.first else 1, read * stage.expand
     y = x
@@ -219,7 +220,7 @@ class Encoder(Part):
   remat: str
 
   @nn.compact
-  def __call__(self, x: Hidden) -> Hidden:
+  def __call__(self, x: Hidden) -> Made:
     layer: Any = Layer
     if self.remat != "none":
       layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat])

@@ -36,9 +36,7 @@ LITE0 = {
   "stem_width": 32,
   "stages": [
     dict(
-      zip(
-        ("layers", "kernel", "stride", "expand", "width"), stage, strict=True
-      )
+      zip(("layers", "kernel", "stride", "expand", "width"), stage, strict=True)
     )
     for stage in STAGES
   ],
@@ -46,8 +44,8 @@ LITE0 = {
   "batch_norm_eps": 1e-3,
   "image_size": 224,
 }
-# The package doesn't say how images were prepared. Of the usual ways, bytes x as
-# (x - 127) / 128 answer best: on 13 photographs that Python packages ship,
+# The package doesn't say how images were prepared. Of the usual ways, bytes x
+# as (x - 127) / 128 answer best: on 13 photographs that Python packages ship,
 # resized to 256 pixels and cut to 224, they give the right one of ImageNet's
 # classes a mean probability of 0.64, and the highest one in 12. With ImageNet's
 # means and deviations it is 0.58, also in 12; between 0 and 1 it is 0.53, in

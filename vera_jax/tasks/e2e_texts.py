@@ -59,22 +59,28 @@ def task_for(config: ConfigDict) -> Task | None:
   )
   characters = sum(len(text) + 1 for text in valid.texts)
 
+  def load(*args: Any) -> Any:
+    """Tokenised; no scored text may be cut, for all its characters count."""
+    found = task.load(*args)
+    if cut := found.tokens["valid"].truncated:
+      raise UserError(
+        f"{cut} of the scored texts are cut at config.data.max_length="
+        f"{data.max_length}, so that bits per character can't be told: set it"
+        " higher."
+      )
+    return found
+
   def evaluate(measure_batch: Any, data: Any) -> Evaluation:
     """As the loss says, and in bits of each character."""
-    tokens, found = data.tokens["valid"], task.evaluate(measure_batch, data)
-    if tokens.truncated:
-      raise UserError(
-        f"{tokens.truncated} of the scored texts are cut at"
-        f" config.data.max_length={data.max_length}, so that bits per character"
-        " can't be told: set it higher."
-      )
+    found = task.evaluate(measure_batch, data)
     if not found.finite:
       return found
-    nats = found.scores["loss"] * int(tokens.reads.sum())
+    nats = found.scores["loss"] * int(data.tokens["valid"].reads.sum())
     bits = nats / math.log(2) / characters
     return found._replace(scores={**found.scores, BITS: bits})
 
   return task._replace(
+    load=load,
     evaluate=evaluate,
     selects=False,
     notes=(f"valid: {len(valid.texts)} texts of {where}",),
