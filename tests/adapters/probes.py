@@ -64,9 +64,10 @@ def noisy(rank: int = 3) -> Adapter:
     d = factors.inner
     if key is not None:
       d = d + spread * jax.random.normal(key, d.shape)
-    along = (1,) * (x.ndim - 1) + (-1,)
-    thin = (x @ factors.down) * d.reshape(along)
-    y = inner(x) + (thin @ factors.up) * factors.outer.reshape(along)
+    y = inner(x)
+    along = (1,) * (y.ndim - 1) + (-1,)
+    thin = site.project(x, factors.down) * d.reshape(along)
+    y = y + (thin @ factors.up) * factors.outer.reshape(along)
     return y, jnp.mean(spread**2)
 
   return Adapter(

@@ -7,8 +7,7 @@ layers are intercepted by path.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import Array
 
+from vera_jax.adapters.intercept import Interception
 from vera_jax.adapters.interface import (
   EMPTY,
   Adapter,
@@ -26,14 +25,8 @@ from vera_jax.adapters.interface import (
   Site,
   Target,
 )
-from vera_jax.adapters.layers import (
-  flat_bias,
-  flat_kernel,
-  product_of,
-)
 from vera_jax.adapters.products import (
   AUTO,
-  adapted_product,
   check_plan,
   choose,
 )
@@ -46,17 +39,10 @@ from vera_jax.adapters.sites import (
   layer_path,
   make_shared,
   map_sites,
-  matches,
   own_leaves,
-  parts_of,
   trace_sites,
 )
 from vera_jax.errors import UserError
-from vera_jax.models.quantised import HALF, half_product, is_quantised
-
-UNADAPTED = Adapter("unadapted")
-PENALTIES = "penalties"  # the collection that methods sow their penalties into
-KEYS = "adapter"  # the stream of random keys of methods that draw numbers
 
 
 class Adapted(nn.Module):
@@ -79,99 +65,17 @@ class Adapted(nn.Module):
         " adapter's leaves are made on a whole model's weights. Adapt the outer"
         " module instead: adapt(outer, adapter, targets=...)."
       )
-    shared = arrays_at(self.variables.get("projections", {}))
-    common = self.adapter.own(arrays_at(self.variables["params"]))
-    with nn.intercept_methods(partial(self._call_layer, shared, common)):
-      return self.model(*args, **kwargs)
-
-  @nn.nowrap
-  def _call_layer(self, shared, common, next_fun, args, kwargs, context):
-    """Interceptor: the layer's output, with adapted weights at its sites."""
-    layer, path = context.module, context.module.path
-    product = product_of(context, args, kwargs)
-    if product is None:
-      return next_fun(*args, **kwargs)
-    own = layer.variables["params"]  # parts of a fused kernel lie below it
-    params = arrays_at(own)
-    columns = {
-      name: span
-      for name, span in parts_of(path, self.fused).items()
-      if self._is_target((*path, name))
-    }
-    is_site = self._is_target(path)
-    stored: Any = params.get("kernel")
-    quantised = is_quantised(stored)
-    if not (is_site or columns or quantised):
-      return next_fun(*args, **kwargs)
-
-    x, bias, _ = layer.promote_dtype(
-      product.x,
-      flat_bias(params, ()),
-      jnp.zeros((), stored.dtype),
-      dtype=layer.dtype,
+    layer_calls = Interception(
+      self.adapter,
+      self.targets,
+      self.fused,
+      self.plan,
+      self.forwards,
+      shared=arrays_at(self.variables.get("projections", {})),
+      common=self.adapter.own(arrays_at(self.variables["params"])),
     )
-
-    remake = quantised and self.forwards == 1
-    half = quantised and product.plain and stored.format == HALF
-    if half and not (is_site or columns):
-      remake = False  # it keeps the codes alone
-      product = product._replace(
-        multiply=lambda x, _: half_product(x, stored.codes)
-      )
-
-    def kernel() -> Array:
-      return flat_kernel(params, (), product.outputs).astype(x.dtype)
-
-    whole = Site(path, x.shape[-1], product.outputs, kernel, bias)
-    projections = layer.variables.get("projections", {})
-    pieces = []
-    for name, (first, last) in _pieces(columns, product.outputs).items():
-      adapted = is_site or name in columns
-      place = (name,) if name in columns else ()
-      site = whole._replace(
-        path=(*path, *place),
-        outputs=last - first,
-        kernel=partial(_columns, kernel, first, last),
-        bias=None if bias is None else bias[first:last],
-        shared={**shared, **arrays_at(projections, place)},
-        common=common,
-      )
-      adapter = self.adapter if adapted else UNADAPTED
-      draws = any(link.forward is not None for link in adapter.methods)
-      y, penalty = adapted_product(
-        adapter,
-        self._leaves(adapter, arrays_at(own, place), site.path),
-        site,
-        x,
-        multiply=product.multiply,
-        plain=product.plain,
-        plan=self.plan,
-        forwards=self.forwards,
-        remake=remake,
-        key=layer.make_rng(KEYS) if draws and layer.has_rng(KEYS) else None,
-      )
-      if penalty is not None:
-        layer.sow(PENALTIES, "sum", penalty)
-      pieces.append(y)
-    y = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
-    return y.reshape(*y.shape[:-1], *product.features)
-
-  @nn.nowrap
-  def _is_target(self, path: Path) -> bool:
-    return any(matches(pattern, path) for pattern in self.targets)
-
-  @nn.nowrap
-  def _leaves(
-    self, adapter: Adapter, found: Mapping[str, Any], path: Path
-  ) -> Leaves:
-    """The site's own leaves; without any, the base would run unadapted."""
-    leaves = adapter.own(found)
-    if adapter.init is not None and not leaves:
-      raise UserError(
-        f"The parameters have no leaves of {adapter.name} at {'/'.join(path)}."
-        " Use those that the adapted module's init gives, or load an adapter."
-      )
-    return leaves
+    with nn.intercept_methods(layer_calls):
+      return self.model(*args, **kwargs)
 
   @nn.nowrap
   def find_targets(self, *args: Any, **kwargs: Any) -> dict[Path, Target]:
@@ -202,26 +106,6 @@ class Adapted(nn.Module):
     keys = dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}
     output, _ = self.apply(variables, *args, rngs=keys, mutable=True, **kwargs)
     return output, variables
-
-
-def _columns(kernel: Callable[[], Array], first: int, last: int) -> Array:
-  return kernel()[:, first:last]
-
-
-def _pieces(
-  columns: Mapping[str, tuple[int, int]], outputs: int
-) -> dict[str, tuple[int, int]]:
-  """The named columns and, without a name in `columns`, what lies between."""
-  pieces: dict[str, tuple[int, int]] = {}
-  done = 0
-  for name, (first, last) in sorted(columns.items(), key=lambda x: x[1]):
-    if done < first:
-      pieces[f"{done}:{first}"] = done, first
-    pieces[name] = first, last
-    done = last
-  if done < outputs:
-    pieces[f"{done}:{outputs}"] = done, outputs
-  return pieces
 
 
 def adapt(
@@ -313,12 +197,16 @@ def plans_at(
     UserError: the method can't be multiplied by this plan.
   """
   chosen: dict[Path, str] = {}
+  views = {path: target.view for path, target in targets.items()}
+  targets = _matrices(targets)
 
   def choose_at(site: Site, leaves: Leaves) -> None:
     for link in adapter.methods:
       if link.low_rank is None or not is_on(link, site.path):
         continue
-      if link.forward is not None:  # so it is in training, which draws numbers
+      if (
+        link.forward is not None and link.draws
+      ):  # so it is in training, which draws numbers
         chosen[site.path] = "factored"
       else:
         chosen[site.path] = choose(
@@ -326,6 +214,7 @@ def plans_at(
           link.low_rank(link.own(leaves), site),
           plan=plan,
           forwards=forwards,
+          view=views[site.path],
         )
 
   def note(params: Any) -> None:
@@ -343,6 +232,7 @@ def plans_at(
 
 def _leaf_shapes(adapter: Adapter, targets: Mapping[Path, Target]) -> Any:
   """The tree of all leaves, as shapes, on layers of the targets' widths."""
+  targets = _matrices(targets)
 
   def start(params: Any) -> Any:
     projections = make_shared(adapter, targets, params)
@@ -350,6 +240,14 @@ def _leaf_shapes(adapter: Adapter, targets: Mapping[Path, Target]) -> Any:
     return first_leaves(adapter, targets, params, projections, key)
 
   return jax.eval_shape(start, _layer_shapes(targets))
+
+
+def _matrices(targets: Mapping[Path, Target]) -> dict[Path, Target]:
+  """The sites as if all kernels were stored as matrices."""
+  return {
+    path: target._replace(view=target.view._replace(kernel="kernel", axes=()))
+    for path, target in targets.items()
+  }
 
 
 def _layer_shapes(targets: Mapping[Path, Target]) -> dict[str, Any]:

@@ -45,13 +45,16 @@ def ia3(*, feedforward: Sequence[str] = ()) -> Adapter:
 
   def forward(
     leaves: Leaves, site: Site, x: Array, key: Any, inner: Any
-  ) -> tuple[Array, None]:
-    del site, key
-    along = (1,) * (x.ndim - 1) + (-1,)
+  ) -> tuple[Array, None] | None:
+    del key
     if INPUT in leaves:
+      if not site.view.takes_vectors:
+        return None
+      along = (1,) * (x.ndim - 1) + (-1,)
       # multiplied in float32: bfloat16 would round a scale close to 1
       return inner((x * leaves[INPUT].reshape(along)).astype(x.dtype)), None
     y = inner(x)
+    along = (1,) * (y.ndim - 1) + (-1,)
     return (y * leaves[OUTPUT].reshape(along)).astype(y.dtype), None
 
   return Adapter(
@@ -59,5 +62,6 @@ def ia3(*, feedforward: Sequence[str] = ()) -> Adapter:
     init=start,
     weights=weights,
     forward=forward,
+    draws=False,
     prepare=as_they_are,
   )

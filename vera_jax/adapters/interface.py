@@ -9,6 +9,7 @@ on one site, and none of them knows which method it holds.
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,6 +22,41 @@ Leaves = Mapping[str, Array]
 Kernel = Float[Array, "*stack i o"]
 Bias = Float[Array, "... _"]  # no names: sites of all widths share a dict
 EMPTY: Mapping[str, Any] = MappingProxyType({})
+# The orders in which a low-rank delta is multiplied out (`products.py`).
+PLANS = ("factored", "folded", "folded_forward")
+
+
+class View(NamedTuple):
+  """How a layer's kernel is seen as a matrix (i, o), by its kind (`layers.py`).
+
+  Attributes:
+    kind: the layer's class.
+    kernel: the name of its parameter.
+    axes: the kernel's own axes, those that make i before those that make o; ()
+      where they lie so.
+    taps: how many equal blocks of inputs the rows of the matrix are: the
+      positions of a convolution's window, or 1.
+    groups: parts of the inputs of which each output sees one.
+    looked_up: whether x are row numbers, so that no product is made.
+    plans: the plans that the layer allows.
+  """
+
+  kind: str = "Dense"
+  kernel: str = "kernel"
+  axes: tuple[int, ...] = ()
+  taps: int = 1
+  groups: int = 1
+  looked_up: bool = False
+  plans: tuple[str, ...] = PLANS
+
+  @property
+  def takes_vectors(self) -> bool:
+    """Whether the layer's x is (*t, i): what a row of the matrix is scaled by
+    may then as well scale x."""
+    return self.taps == 1 and self.groups == 1 and not self.looked_up
+
+
+MATRIX = View()  # `nn.Dense`'s, and of what is stored as a matrix
 
 
 class Target(NamedTuple):
@@ -33,12 +69,14 @@ class Target(NamedTuple):
     columns: (first, last) where the site is a part of a fused kernel, such as
       the query's third of GPT-2's `c_attn`. Its path is then the layer's path
       with the part's name behind it.
+    view: of the layer's kernel.
   """
 
   inputs: int
   outputs: int
   stack: tuple[int, ...] = ()
   columns: tuple[int, int] | None = None
+  view: View = MATRIX
 
   @property
   def layers(self) -> int:
@@ -58,6 +96,10 @@ class Site(NamedTuple):
     common: the method's trained leaves at the tree's root.
     stack: () inside a method's functions, except in `shared`, whose sites have
       the stack's axes in front of kernel and bias.
+    view: of the layer's kernel.
+    project: (x, matrix (i, n)) -> (*t, n): x times any matrix, as the layer
+      multiplies; a convolution with n outputs, say. Of a layer that does not
+      allow the factored plan it may not be used.
   """
 
   path: Path
@@ -68,6 +110,8 @@ class Site(NamedTuple):
   shared: Leaves = EMPTY
   common: Leaves = EMPTY
   stack: tuple[int, ...] = ()
+  view: View = MATRIX
+  project: Callable[[Array, Array], Array] = operator.matmul
 
 
 def as_they_are(leaves: Leaves, site: Site) -> Leaves:
@@ -112,7 +156,10 @@ class Adapter(NamedTuple):
     forward: (leaves, site, x, key, inner) -> (y, penalty): for randomness in
       training. `inner(x)` is the product so far; with None for the key, y is
       x times `weights`, and `low_rank` computes it where that is there. The
-      penalty, a number or None, is added to the mean loss.
+      penalty, a number or None, is added to the mean loss. Where the layer's
+      x is no vector (`View.takes_vectors`), only `inner` and `site.project`
+      may be given it. None for the pair means: as `weights` say.
+    draws: whether `forward` draws random numbers.
     prepare: (leaves, site) -> leaves, once when a bank takes an adapter in,
       so that a row's product needs no kernel of its own. Without it a bank
       refuses the method.
@@ -128,7 +175,8 @@ class Adapter(NamedTuple):
   common: Callable[[Array, Mapping[Path, Site]], dict[str, Array]] | None = None
   trains: str | None = None
   low_rank: Callable[[Leaves, Site], LowRank] | None = None
-  forward: Callable[..., tuple[Array, Array | None]] | None = None
+  forward: Callable[..., tuple[Array, Array | None] | None] | None = None
+  draws: bool = True
   prepare: Callable[[Leaves, Site], Leaves] | None = None
   links: tuple["Adapter", ...] = ()
   on: tuple[str, ...] = ()
@@ -137,6 +185,11 @@ class Adapter(NamedTuple):
   def methods(self) -> tuple["Adapter", ...]:
     """The links of a chain, or the method itself."""
     return self.links or (self,)
+
+  @property
+  def is_random(self) -> bool:
+    """Whether products in training are more than the weights say."""
+    return any(one.forward is not None and one.draws for one in self.methods)
 
   def owns(self, name: str) -> bool:
     """Whether a leaf of this name is the method's."""

@@ -1,51 +1,77 @@
 """Layer kinds: how a call of a linen layer is seen as `x @ kernel + bias`.
 
-A new kind is one function and one line in `KINDS`. A kernel may be stored in
-fewer bits (`models/quantised.py`): then it is dequantised where it is used.
+A new kind is one function and one line in `KINDS`; docs/architectures.md has
+the table in words. A kernel may be stored in fewer bits
+(`models/quantised.py`): then it is dequantised where it is used.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.recurrent import DenseParams
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from vera_jax.adapters.interface import MATRIX, View
+from vera_jax.errors import UserError
 from vera_jax.models.quantised import dequantise, is_quantised
+
+Params = Mapping[str, Any]  # a layer's own parameters
 
 
 class Product(NamedTuple):
   """A layer's call, seen as one product.
 
   Attributes:
-    x: (..., i), the contracted axes moved behind and made one.
-    outputs: o.
-    features: the axes that the layer's output has in place of o.
-    multiply: (x, kernel (i, o)) -> (..., o), with the layer's own precision
-      and dot_general.
+    view: of the kernel.
+    inputs, outputs: i and o.
+    x: (*t, i), or what else `multiply` takes: of a convolution its images, of
+      an embedding the numbers of rows.
+    dtype: of the kernel when it is multiplied with.
+    bias: (o,), of that type; None where there is none.
+    rows: of all t.
+    multiply: (x, kernel (i, o)) -> (*t, o), as the layer itself does it, and
+      the same with a part of the columns where the layer allows to factor.
+      None for a layer that makes no product but hands its parameters on.
+    project: (x, matrix (i, n)) -> (*t, n), as `Site.project`.
+    finish: (*t, o) -> the layer's output.
     plain: whether `multiply` is `x @ kernel`.
   """
 
-  x: Float[Array, "*t i"]
+  view: View
+  inputs: int
   outputs: int
-  features: tuple[int, ...]
-  multiply: Callable[[Array, Array], Array]
-  plain: bool
+  x: Array
+  dtype: DTypeLike
+  bias: Float[Array, " _"] | None
+  rows: int
+  multiply: Callable[[Array, Array], Array] | None
+  project: Callable[[Array, Array], Array] = operator.matmul
+  finish: Callable[[Array], Array] = lambda y: y
+  plain: bool = False
 
 
-def _dense(layer: Any, x: Array) -> Product | None:
+def _dense(layer: Any, params: Params, inputs: Array) -> Product | str:
   """`nn.Dense` and `nn.DenseGeneral`, with any axes and features."""
   if getattr(layer, "batch_dims", ()):
-    return None  # one kernel per row: no single delta fits it
+    return "it has a kernel for each row (batch_dims), which no one delta fits"
   axis, features = getattr(layer, "axis", -1), layer.features
   axes = axis if isinstance(axis, Sequence) else (axis,)
-  axes = tuple(sorted(a % x.ndim for a in axes))
+  axes = tuple(sorted(a % inputs.ndim for a in axes))
   features = tuple(features) if isinstance(features, Sequence) else (features,)
-  x = jnp.moveaxis(x, axes, range(-len(axes), 0))
+  x = jnp.moveaxis(inputs, axes, range(-len(axes), 0))
   x = x.reshape(*x.shape[: -len(axes)], -1)
+  x, bias = _promoted(layer, x, params, "kernel")
+  own = layer.precision, layer.dot_general, layer.dot_general_cls
+  plain = own == (None, None, None)
 
   def multiply(x: Array, kernel: Array) -> Array:
     if plain:
@@ -56,41 +82,387 @@ def _dense(layer: Any, x: Array) -> Product | None:
     contract = (((x.ndim - 1,), (0,)), ((), ()))
     return dot(x, kernel, contract, precision=layer.precision)
 
-  own = layer.precision, layer.dot_general, layer.dot_general_cls
-  plain = own == (None, None, None)
-  return Product(x, math.prod(features), features, multiply, plain)
+  view = View(type(layer).__name__)
+  return Product(
+    # nothing is folded into another order behind a dot_general's back
+    view=view if plain else view._replace(plans=("factored",)),
+    inputs=x.shape[-1],
+    outputs=math.prod(features),
+    x=x,
+    dtype=x.dtype,
+    bias=bias,
+    rows=math.prod(x.shape[:-1]),
+    multiply=multiply,
+    finish=lambda y: y.reshape(*y.shape[:-1], *features),
+    plain=plain,
+  )
 
 
-KINDS: dict[type[nn.Module], Callable[[Any, Array], Product | None]] = {
+def _conv(layer: Any, params: Params, inputs: Array) -> Product:
+  """`nn.Conv`: a window's taps times its channels are the inputs.
+
+  A layer that sees its inputs in groups, masks its kernel, or is of a class
+  derived from `nn.Conv`, which may do what it likes, is only folded.
+  """
+  kernel = params["kernel"]
+  *window, channels, outputs = kernel.shape
+  x, bias = _promoted(layer, inputs, params, "kernel")
+  bare = layer.clone(parent=None, name=None, use_bias=False)
+
+  def project(x: Array, matrix: Array) -> Array:
+    wide = bare.clone(features=matrix.shape[-1])
+    own = {"kernel": matrix.reshape(*window, channels, -1)}
+    return own_call(wide, own, x)
+
+  groups = layer.feature_group_count
+  folded_only = (
+    groups > 1 or layer.mask is not None or type(layer) is not nn.Conv
+  )
+  y = jax.eval_shape(project, x, jax.ShapeDtypeStruct(kernel.shape, x.dtype))
+  view = View(type(layer).__name__, taps=math.prod(window), groups=groups)
+  return Product(
+    view=view._replace(plans=("folded",)) if folded_only else view,
+    inputs=math.prod(window) * channels,
+    outputs=outputs,
+    x=x,
+    dtype=x.dtype,
+    bias=bias,
+    rows=math.prod(y.shape[:-1]),
+    multiply=project,
+    project=_refusing(layer) if folded_only else project,
+  )
+
+
+def _embed(layer: Any, params: Params, inputs: Array) -> Product | str:
+  """`nn.Embed`: one-hot rows times the table, made by looking rows up.
+
+  `attend`, the tied output layer, has the adapted table too (`apply.py`).
+  """
+  if layer.num_embeddings == 1:
+    return "its one row is looked up by nothing"
+  table = params["embedding"]
+  (like,) = layer.promote_dtype(
+    jnp.zeros((), table.dtype), dtype=layer.dtype, inexact=False
+  )
+
+  def take(ids: Array, table: Array) -> Array:
+    return jnp.take(table, ids, axis=0)
+
+  kind = type(layer).__name__
+  return Product(
+    view=View(kind, "embedding", looked_up=True, plans=("factored", "folded")),
+    inputs=table.shape[0],
+    outputs=table.shape[1],
+    x=inputs,
+    dtype=like.dtype,
+    bias=None,
+    rows=inputs.size,
+    multiply=take,
+    project=take,
+  )
+
+
+def _params(layer: Any, params: Params, inputs: Array) -> Product:
+  """`DenseParams`, the gates of `nn.OptimizedLSTMCell`: (kernel, bias) is what
+  they return, so that a delta can only be folded into it."""
+  kernel = params["kernel"]
+  return Product(
+    view=View(type(layer).__name__, plans=("folded",)),
+    inputs=kernel.shape[0],
+    outputs=kernel.shape[1],
+    x=inputs,
+    dtype=kernel.dtype,
+    bias=params.get("bias"),
+    rows=math.prod(inputs.shape[:-1]),
+    multiply=None,
+    project=_refusing(layer),
+  )
+
+
+def _einsum(
+  layer: Any, params: Params, inputs: Array, einsum_str: str | None = None
+) -> Product | str:
+  """`nn.Einsum`: its equation says which of the kernel's axes are inputs."""
+  x, bias = _promoted(layer, inputs, params, "kernel")
+  equation = einsum_str or layer.einsum_str
+  bare = layer.clone(
+    parent=None, name=None, use_bias=False, einsum_str=equation
+  )
+
+  def call(x: Array, kernel: Array) -> Array:
+    return own_call(bare, {"kernel": kernel}, x)
+
+  shape = params["kernel"].shape
+  kind = type(layer).__name__
+  made = by_equation(kind, "kernel", equation, x, shape, x.dtype, call)
+  return made if isinstance(made, str) else made._replace(bias=bias)
+
+
+def _own_einsum(
+  layer: Any, params: Params, /, *args: Any, **kwargs: Any
+) -> Product | str | None:
+  """A module of anyone's that is called with an equation and x, and multiplies
+  x with its one parameter, as the decoders of Gemma are written."""
+  given = [*args, *kwargs.values()]
+  texts = [x for x in given if isinstance(x, str) and "->" in x]
+  arrays = [i for i, x in enumerate(given) if hasattr(x, "dtype")]
+  if len(texts) != 1 or len(arrays) != 1:
+    return None
+  if len(params) != 1:
+    return "it is called with an equation, but holds more than one parameter"
+  (name, weight), (place,) = next(iter(params.items())), arrays
+  x, bare = given[place], layer.clone(parent=None, name=None)
+
+  def call(x: Array, weight: Array) -> Array:
+    own = [*given[:place], x, *given[place + 1 :]]
+    named = dict(zip(kwargs, own[len(args) :], strict=True))
+    return own_call(bare, {name: weight}, *own[: len(args)], **named)
+
+  kind, dtype = type(layer).__name__, weight.dtype
+  made = by_equation(kind, name, texts[0], x, weight.shape, dtype, call)
+  if isinstance(made, str) or _only_multiplies(call, x, weight):
+    return made
+  # what else it does is done in its own call alone
+  view = made.view._replace(plans=("folded",))
+  return made._replace(view=view, project=_refusing(layer))
+
+
+def _only_multiplies(call: Callable[..., Array], *args: Any) -> bool:
+  """Whether a function's one operation is a product, but for axes and types."""
+
+  def operations(jaxpr: Any) -> Iterator[str]:
+    for equation in jaxpr.eqns:
+      inner = [x for x in equation.params.values() if hasattr(x, "jaxpr")]
+      for one in inner:
+        yield from operations(one.jaxpr)
+      if not inner:
+        yield equation.primitive.name
+
+  found = list(operations(jax.make_jaxpr(call)(*args).jaxpr))
+  return found.count("dot_general") == 1 and set(found) <= {
+    *("dot_general", "transpose", "reshape", "convert_element_type"),
+    *("squeeze", "expand_dims", "sharding_constraint", "copy"),
+  }
+
+
+def by_equation(
+  kind: str,
+  name: str,
+  equation: str,
+  x: Array,
+  shape: tuple[int, ...],
+  dtype: DTypeLike,
+  call: Callable[[Array, Array], Array],
+) -> Product | str:
+  """An einsum of x and a kernel as a product; a reason where it is none.
+
+  The kernel's axes that x has too and the result has not are the inputs, in the
+  kernel's order; those that only the result has are the outputs, in its order.
+
+  Args:
+    kind, name: the layer's class and its parameter's name.
+    equation: as of `jnp.einsum`, x first.
+    shape: the kernel's; `dtype`: as in `Product`.
+    call: (x, kernel) -> result, as the layer itself does it.
+  """
+  found = _letters(equation, x.ndim)
+  if isinstance(found, str):
+    return f"of its equation {equation!r}, {found}"
+  of_x, of_kernel, of_result = found
+  rows = [a for a in of_result if a in of_x and a not in of_kernel]
+  inputs = [a for a in of_kernel if a in of_x and a not in of_result]
+  outputs = [a for a in of_result if a in of_kernel and a not in of_x]
+  if shared := sorted(set(of_x) & set(of_kernel) & set(of_result)):
+    return (
+      f"in its equation {equation!r} x, kernel and result have"
+      f" {', '.join(shared)}: each entry has a kernel of its own"
+    )
+  if (
+    len(of_kernel) != len(shape)
+    or sorted(inputs + outputs) != sorted(of_kernel)
+    or sorted(rows + inputs) != sorted(of_x)
+    or not inputs
+  ):
+    return f"its equation {equation!r} is no product of x's rows and a matrix"
+  width = dict(zip(of_kernel, shape, strict=True))
+  length = dict(zip(of_x, x.shape, strict=True))
+  in_shape, out_shape = [width[a] for a in inputs], [width[a] for a in outputs]
+  row_shape = [length[a] for a in rows]
+  result = jax.eval_shape(call, x, jax.ShapeDtypeStruct(shape, dtype))
+  if result.shape != tuple((length | width)[a] for a in of_result):
+    return f"it does not return what its equation {equation!r} says"
+
+  def ordered(array: Array, now: list[str], wanted: list[str]) -> Array:
+    return array.transpose([now.index(a) for a in wanted])
+
+  def multiply(x: Array, kernel: Array) -> Array:
+    if kernel.shape[-1] < math.prod(out_shape):
+      return project(x, kernel)
+    x = ordered(x.reshape(*row_shape, *in_shape), rows + inputs, of_x)
+    kernel = kernel.reshape(*in_shape, *out_shape)
+    kernel = ordered(kernel, inputs + outputs, of_kernel)
+    y = ordered(call(x, kernel), of_result, rows + outputs)
+    return y.reshape(*row_shape, -1)
+
+  def project(x: Array, matrix: Array) -> Array:
+    return (x @ matrix).astype(result.dtype)
+
+  def finish(y: Array) -> Array:
+    y = y.reshape(*row_shape, *out_shape)
+    return ordered(y, rows + outputs, of_result)
+
+  axes = tuple(of_kernel.index(a) for a in inputs + outputs)
+  return Product(
+    view=View(kind, name, () if axes == tuple(sorted(axes)) else axes),
+    inputs=math.prod(in_shape),
+    outputs=math.prod(out_shape),
+    x=ordered(x, of_x, rows + inputs).reshape(*row_shape, -1),
+    dtype=dtype,
+    bias=None,
+    rows=math.prod(row_shape),
+    multiply=multiply,
+    project=project,
+    finish=finish,
+  )
+
+
+def _letters(
+  equation: str, ndim: int
+) -> tuple[list[str], list[str], list[str]] | str:
+  """The axes of x, kernel and result by name; x's dots are "0.", "1." ..."""
+  operands, arrow, result = equation.replace(" ", "").partition("->")
+  first, comma, second = operands.partition(",")
+  if not arrow or not comma or "," in second or "." in second:
+    return "two operands and a result are needed, the kernel without dots"
+  extra = range(ndim - len(first.replace("...", "")))
+  dots = [f"{i}." for i in extra]
+
+  def letters(text: str) -> list[str]:
+    before, there, after = text.partition("...")
+    return [*before, *(dots if there else []), *after]
+
+  found = letters(first), letters(second), letters(result)
+  if len(found[0]) != ndim or any(len(set(x)) < len(x) for x in found):
+    return "an axis is there twice, or x has another number of axes"
+  return found
+
+
+See = Callable[..., Product | str | None]
+# The first kind that a layer is an instance of: what a call of it is, or a
+# reason why it can't be adapted; None for a module that is no layer.
+KINDS: dict[type[nn.Module], See] = {
   nn.Dense: _dense,
   nn.DenseGeneral: _dense,
+  nn.Einsum: _einsum,
+  nn.Conv: _conv,
+  nn.Embed: _embed,
+  DenseParams: _params,
+  nn.Module: _own_einsum,
 }
+LINEAR = ("Dense", "DenseGeneral")
 
 
 def product_of(
-  context: nn.module.InterceptorContext, args: Any, kwargs: Any
-) -> Product | None:
-  """The product that an intercepted call makes; None if it makes none."""
-  if context.method_name != "__call__":
-    return None
-  for kind, see in KINDS.items():
-    if isinstance(context.module, kind):
-      return see(context.module, kwargs.get("inputs", *args))
-  return None
+  layer: nn.Module, params: Params, args: Any, kwargs: Any
+) -> Product | str | None:
+  """The product that a call of `layer.__call__` makes, by `KINDS`.
+
+  Args:
+    layer: bound.
+    params: its own parameters, without an adapter's.
+    args, kwargs: of the call.
+  """
+  see = next(KINDS[kind] for kind in KINDS if isinstance(layer, kind))
+  if see is not _own_einsum and not params:
+    return None  # it is bound to parameters of another module
+  return see(layer, params, *args, **kwargs)
+
+
+_OWN = ContextVar("own", default=False)
+
+
+@contextmanager
+def _own() -> Iterator[None]:
+  token = _OWN.set(True)
+  try:
+    yield
+  finally:
+    _OWN.reset(token)
+
+
+def own_call(
+  layer: nn.Module, params: Params, *args: Any, **kwargs: Any
+) -> Array:
+  """An unbound layer's own code on these parameters, adapted no more."""
+  apply: Callable[..., Any] = layer.apply  # its output alone, without `mutable`
+  with _own():
+    return apply({"params": params}, *args, **kwargs)
+
+
+def is_own_call() -> bool:
+  """Whether an intercepted call is inside `own_call`."""
+  return _OWN.get()
 
 
 def flat_kernel(
-  leaves: Mapping[str, Any], stack: tuple[int, ...], outputs: int
+  leaves: Params,
+  stack: tuple[int, ...],
+  outputs: int,
+  view: View = MATRIX,
 ) -> Float[Array, "*stack i o"]:
   """A layer's kernel as (*stack, i, o), dequantised where it is quantised."""
-  kernel = leaves["kernel"]
+  kernel = leaves[view.kernel]
   if is_quantised(kernel):
     return dequantise(kernel)
+  if view.axes:
+    kernel = jnp.transpose(kernel, _stacked(view, stack))
   return kernel.reshape(*stack, -1, outputs)
 
 
+def own_kernel(
+  flat: Float[Array, "*stack i o"],
+  shape: tuple[int, ...],
+  stack: tuple[int, ...],
+  view: View,
+) -> Array:
+  """The kernel in the layer's own shape: `flat_kernel`'s inverse."""
+  if not view.axes:
+    return flat.reshape(shape)
+  order = _stacked(view, stack)
+  turned = flat.reshape([shape[a] for a in order])
+  return turned.transpose([order.index(a) for a in range(len(order))])
+
+
 def flat_bias(
-  leaves: Mapping[str, Any], stack: tuple[int, ...]
+  leaves: Params, stack: tuple[int, ...]
 ) -> Float[Array, "*stack o"] | None:
   """A layer's bias as (*stack, o); None where it has none."""
   return leaves["bias"].reshape(*stack, -1) if "bias" in leaves else None
+
+
+def _stacked(view: View, stack: tuple[int, ...]) -> list[int]:
+  own = (len(stack) + axis for axis in view.axes)
+  return [*range(len(stack)), *own]
+
+
+def _promoted(
+  layer: Any, x: Array, params: Params, name: str
+) -> tuple[Array, Array | None]:
+  """x and the flat bias in the type that the layer computes in."""
+  like = jnp.zeros((), params[name].dtype)
+  bias = flat_bias(params, ())
+  x, bias, _ = layer.promote_dtype(x, bias, like, dtype=layer.dtype)
+  return x, bias
+
+
+def _refusing(layer: Any) -> Callable[[Array, Array], Array]:
+  name, kind = "/".join(layer.path), type(layer).__name__
+
+  def project(x: Array, matrix: Array) -> Array:
+    raise UserError(
+      f"{name} is a {kind} whose delta can only be folded into its kernel; a"
+      " method that draws numbers in training, such as PVeRA, has none there."
+      " Choose another method, or leave the layer out of the targets."
+    )
+
+  return project

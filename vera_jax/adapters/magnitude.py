@@ -61,7 +61,8 @@ def magnitude() -> Adapter:
     leaves: Leaves, site: Site, x: Array, key: Any, inner: Any
   ) -> tuple[Array, None]:
     del key
-    y, along = inner(x), (1,) * (x.ndim - 1) + (-1,)
+    y = inner(x)
+    along = (1,) * (y.ndim - 1) + (-1,)
     factor = scale(leaves, site).reshape(along)
     scaled = y * factor  # in float32
     if site.bias is not None:  # it is in y, and is not scaled
@@ -73,5 +74,6 @@ def magnitude() -> Adapter:
     init=lambda key, site: {M: norm(site)},
     weights=weights,
     forward=forward,
+    draws=False,
     prepare=lambda leaves, site: {SCALE: scale(leaves, site)},
   )

@@ -8,6 +8,7 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.interface import Adapter, Path, Target
+from vera_jax.adapters.layers import flat_kernel, own_kernel
 from vera_jax.adapters.sites import (
   all_sites,
   layer_path,
@@ -55,13 +56,15 @@ def merge(
   for path, (kernel, bias) in adapted.items():
     target, layer = targets[path], layer_path(path, targets[path])
     columns = (..., slice(*target.columns or (None,)))
-    leaf = merged[(*layer, "kernel")]
-    whole = jnp.asarray(leaf).reshape(*target.stack, target.inputs, -1)
+    place, stack, view = (*layer, target.view.kernel), target.stack, target.view
+    leaf = jnp.asarray(merged[place])
+    outputs = leaf.size // (target.layers * target.inputs)
+    whole = flat_kernel({view.kernel: leaf}, stack, outputs, view)
     whole = whole.at[columns].set(kernel.astype(whole.dtype))
-    merged[(*layer, "kernel")] = whole.reshape(leaf.shape)
+    merged[place] = own_kernel(whole, leaf.shape, stack, view)
     if bias is not None:
-      leaf = merged[(*layer, "bias")]
-      whole = jnp.asarray(leaf).reshape(*target.stack, -1)
+      leaf = jnp.asarray(merged[(*layer, "bias")])
+      whole = leaf.reshape(*stack, -1)
       whole = whole.at[columns].set(bias.astype(leaf.dtype))
       merged[(*layer, "bias")] = whole.reshape(leaf.shape)
   return unflatten_dict(merged)

@@ -65,6 +65,7 @@ VERA = Method(
     "projection_seed": int,
     "train": str,
     "sharing": str,
+    "conv": str,
   },
   # where b is trained alone, d stays at d_init, a constant of the program
   starts=lambda given: (
@@ -73,6 +74,7 @@ VERA = Method(
     else ("d_init", "init", "projection_seed")
   ),
   per_run=lambda given: ("d_init",) if given["train"] == "both" else (),
+  older={"conv": "whole"},
 )
 LORA = Method(
   lora,

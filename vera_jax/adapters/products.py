@@ -30,15 +30,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray
 
-from vera_jax.adapters.interface import Adapter, Leaves, LowRank, Site
+from vera_jax.adapters.interface import (
+  MATRIX,
+  PLANS,
+  Adapter,
+  Leaves,
+  LowRank,
+  Site,
+  View,
+)
 from vera_jax.adapters.sites import is_on
 from vera_jax.errors import UserError
 
 Product = Callable[[Array], Array]
-PLANS = ("factored", "folded", "folded_forward")
-AUTO = "auto"
+AUTO, FACTORED = "auto", "factored"
 OLD_NAMES = {"mixed": "folded_forward"}
 
 
@@ -60,6 +68,7 @@ def costs(
   *,
   forwards: int = 1,
   trains_down: bool = False,
+  looked_up: bool = False,
 ) -> dict[str, int]:
   """Multiply-adds that a delta costs per training step, by plan.
 
@@ -70,13 +79,15 @@ def costs(
     trains_down: whether `down` is trained (LoRA), not fixed (VeRA). `up` is
       taken to be a fixed matrix scaled by trained vectors in the latter case,
       which in factored form needs no product for their gradients.
+    looked_up: whether x is row numbers, by which `down`'s rows are taken.
   """
-  thin = tokens * rank * (inputs + outputs)
+  met = 0 if looked_up else inputs  # entries of `down` that a row of x meets
+  thin = tokens * rank * (met + outputs)
   build = rank * inputs * outputs
   trained = int(trains_down)
   plans = {
     "factored": (forwards + 1 + trained) * thin,
-    "folded": (forwards + 1 + trained) * build + tokens * inputs * outputs,
+    "folded": (forwards + 1 + trained) * build + tokens * met * outputs,
   }
   if not trains_down:
     plans["folded_forward"] = forwards * build + thin
@@ -89,14 +100,28 @@ def choose(
   *,
   plan: str = AUTO,
   forwards: int = 1,
+  view: View = MATRIX,
 ) -> str:
-  """The plan that is asked for, or for "auto" the cheapest for these shapes."""
+  """The plan that is asked for, or for "auto" the cheapest for these shapes.
+
+  Where the layer's kind does not allow the plan, the cheapest of those that it
+  allows; but what is not to be folded, as in a bank, never is.
+
+  Raises:
+    UserError: the method or the layer has no such plan.
+  """
+  if plan == FACTORED and plan not in view.plans:
+    raise UserError(
+      f"A {view.kind} whose delta can only be folded into its kernel has no"
+      " factored plan, which a bank of adapters takes too. Choose auto or"
+      " folded; answer by a Predictor for each adapter."
+    )
   if plan == "folded_forward" and factors.trains_down:
     raise UserError(
       "The folded_forward plan is for methods with fixed matrices, such as"
       " VeRA; choose auto, factored or folded."
     )
-  if plan != AUTO:
+  if plan in view.plans:
     return plan
   (inputs, rank), outputs = factors.down.shape, factors.up.shape[-1]
   priced = costs(
@@ -106,8 +131,9 @@ def choose(
     outputs,
     forwards=forwards,
     trains_down=factors.trains_down,
+    looked_up=view.looked_up,
   )
-  return min(priced, key=lambda plan: priced[plan])
+  return min((x for x in priced if x in view.plans), key=lambda x: priced[x])
 
 
 def scaled(x: Array, vector: Array | None) -> Array:
@@ -149,28 +175,35 @@ def fold(
   return (kernel + delta).astype(kernel.dtype)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def folded_forward(
-  x: Float[Array, "*t i"],
+  multiply: Callable[[Array, Array], Array],
+  project: Callable[[Array, Array], Array],
+  x: Array,
   kernel: Float[Array, "i o"],
   down: Float[Array, "i r"],
   up: Float[Array, "r o"],
 ) -> Float[Array, "*t o"]:
-  """x @ (kernel + down @ up); the gradient of `up` goes by way of x @ down."""
-  return x @ fold(kernel, down, up)
+  """x times kernel + down @ up; the gradient of `up` goes by way of x @ down.
+
+  `multiply` and `project` are the layer's products with its kernel and with
+  `down`.
+  """
+  return multiply(x, fold(kernel, down, up))
 
 
-def _folded_forward(x, kernel, down, up):
+def _folded_forward(multiply, project, x, kernel, down, up):
   whole = fold(kernel, down, up)
-  return x @ whole, (x, whole, down, up)
+  return multiply(x, whole), (x, whole, down, up)
 
 
-def _low_rank_backward(saved, g):
+def _low_rank_backward(multiply, project, saved, g):
   x, whole, down, up = saved
-  rows, back = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-  to_kernel = rows.T @ back  # for a frozen kernel this line is dead code
-  to_up = (rows @ down).T @ back
-  return g @ whole.T, to_kernel, to_kernel @ up.T, to_up
+  _, backward = jax.vjp(multiply, x, whole)
+  to_x, to_kernel = backward(g)  # for a frozen kernel that is dead code
+  thin = project(x, down)
+  to_up = thin.reshape(-1, thin.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+  return to_x, to_kernel, to_kernel @ up.T, to_up
 
 
 folded_forward.defvjp(_folded_forward, _low_rank_backward)
@@ -180,10 +213,11 @@ def adapted_product(
   adapter: Adapter,
   leaves: Leaves,
   site: Site,
-  x: Float[Array, "*t i"],
+  x: Array,
   *,
   multiply: Callable[[Array, Array], Array] = jnp.matmul,
-  plain: bool = True,
+  dtype: DTypeLike | None = None,
+  rows: int | None = None,
   plan: str = AUTO,
   forwards: int = 1,
   remake: bool = False,
@@ -195,16 +229,19 @@ def adapted_product(
     adapter: the method, or a chain of methods, taken one after another.
     leaves: the site's.
     site: kernel and bias of x's type.
-    multiply: the layer's own (x, kernel) -> product. `plain` says that it is
-      `x @ kernel`; only then a delta may be folded into the kernel.
+    x: (*t, i), or what else the layer's products take.
+    multiply: the layer's own (x, kernel) -> product.
+    dtype: of the kernel in it; x's, if None.
+    rows: of the product; those of x, if None.
     plan, forwards: as in `choose`.
     remake: whether the backward pass makes the kernels that it needs again,
       from what they were made of, in place of keeping them all from the forward
       pass: for kernels that are stored in fewer bits.
     key: for methods that draw random numbers; None outside of training.
   """
+  dtype = x.dtype if dtype is None else dtype
   penalties: list[Array] = []
-  drawn = False  # whether the product so far is more than its weights say
+  drawn = False  # whether the product so far may be more than its weights say
 
   again: Callable[[Product], Product] = jax.checkpoint if remake else _as_it_is
 
@@ -213,7 +250,7 @@ def adapted_product(
   ) -> Product:
     def product(x: Array) -> Array:
       kernel, bias = weights()
-      return _plus(multiply(x, kernel.astype(x.dtype)), bias)
+      return _plus(multiply(x, kernel.astype(dtype)), bias)
 
     return again(product)
 
@@ -221,14 +258,28 @@ def adapted_product(
     inner: Product, site: Site, factors: LowRank
   ) -> tuple[Product, Site | None]:
     """The product, and the site by its kernel, where that is made for it."""
-    how = choose(_rows(x), factors, plan=plan, forwards=forwards)
-    if how == "factored" or drawn or not plain:
-      return lambda x: inner(x) + _delta(x, factors), None
-    down = factors.down.astype(x.dtype)
-    up = whole_up(factors).astype(x.dtype)
+    tokens = math.prod(x.shape[:-1]) if rows is None else rows
+    how = choose(
+      tokens,
+      factors,
+      plan=FACTORED if drawn else plan,
+      forwards=forwards,
+      view=site.view,
+    )
+    if how == FACTORED:
+
+      def beside(x: Array) -> Array:
+        y = inner(x)
+        thin = site.project(x, factors.down.astype(dtype))
+        thin = scaled(thin, factors.inner) @ factors.up.astype(dtype)
+        return y + scaled(thin, factors.outer).astype(y.dtype)
+
+      return beside, None
+    down = factors.down.astype(dtype)
+    up = whole_up(factors).astype(dtype)
 
     def kernel() -> Array:
-      return site.kernel().astype(x.dtype)
+      return site.kernel().astype(dtype)
 
     def whole() -> Array:
       return fold(kernel(), down, up)
@@ -238,7 +289,8 @@ def adapted_product(
       return of_weights(lambda: (whole(), site.bias)), known
 
     def product(x: Array) -> Array:
-      return _plus(folded_forward(x, kernel(), down, up), site.bias)
+      y = folded_forward(multiply, site.project, x, kernel(), down, up)
+      return _plus(y, site.bias)
 
     return again(product), known
 
@@ -246,8 +298,11 @@ def adapted_product(
     link: Adapter, own: Leaves, site: Site, key: Any, inner: Product
   ) -> Product:
     def product(x: Array) -> Array:
-      assert link.forward is not None
-      y, penalty = link.forward(own, site, x, key, inner)
+      assert link.forward is not None and link.weights is not None
+      made = link.forward(own, site, x, key, inner)
+      if made is None:
+        return of_weights(partial(link.weights, own, site))(x)
+      y, penalty = made
       if penalty is not None:
         penalties.append(penalty)
       return y
@@ -264,7 +319,7 @@ def adapted_product(
     if link.forward is not None and (key is not None or not link.low_rank):
       own_key = None if key is None else jax.random.fold_in(key, number)
       product = of_forward(link, own, site, own_key, product)
-      drawn = True
+      drawn = drawn or link.draws
     elif link.low_rank is not None:
       product, known = of_low_rank(product, site, link.low_rank(own, site))
     elif link.weights is not None:
@@ -286,15 +341,6 @@ def adapted_site(link: Adapter, own: Leaves, site: Site) -> Site:
 
 def _as_it_is(product: Product) -> Product:
   return product
-
-
-def _rows(x: Array) -> int:
-  return math.prod(x.shape[:-1])
-
-
-def _delta(x: Float[Array, "*t i"], factors: LowRank) -> Float[Array, "*t o"]:
-  thin = scaled(x @ factors.down.astype(x.dtype), factors.inner)
-  return scaled(thin @ factors.up.astype(x.dtype), factors.outer)
 
 
 def _plus(y: Float[Array, "*t o"], bias: Array | None) -> Float[Array, "*t o"]:

@@ -85,13 +85,15 @@ def pvera(
     key: PRNGKeyArray | None,
     inner: Product,
   ) -> tuple[Array, None]:
-    A = site.shared["A"][:, : site.inputs].astype(x.dtype)
-    B = site.shared["B"][: site.outputs].astype(x.dtype)
-    z, log_variance = jnp.split(scaled(x @ A.T, leaves[D]), 2, axis=-1)
+    y = inner(x)
+    A = site.shared["A"][:, : site.inputs].astype(y.dtype)
+    B = site.shared["B"][: site.outputs].astype(y.dtype)
+    both = scaled(site.project(x, A.T), leaves[D])
+    z, log_variance = jnp.split(both, 2, axis=-1)
     if key is not None:
       noise = jax.random.normal(key, z.shape, z.dtype)
       z += noise * jnp.exp(log_variance / 2)
-    return inner(x) + scaled(z @ B.T, leaves[B_VECTOR]), None
+    return y + scaled(z @ B.T, leaves[B_VECTOR]), None
 
   return Adapter(
     name="pvera",

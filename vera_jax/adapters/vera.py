@@ -6,6 +6,10 @@ A (r x in_max) and B (out_max x r) are one frozen random pair for the whole
 network; a site takes the leading columns of A and rows of B that it needs.
 d (r) and b (out) are all that is trained. There is no alpha.
 
+A convolution's kernel is one matrix, (taps in) x out, where a tap is a position
+of its window: the whole of it has one d. By taps, each position has a d of its
+own and all have the same A, as narrow as that of a 1 x 1 layer.
+
 `products.py` has the orders in which this is multiplied out.
 """
 
@@ -39,6 +43,7 @@ def vera(
   projection_seed: int = 0,
   train: str = "both",
   sharing: str = "shared",
+  conv: str = "whole",
 ) -> Adapter:
   """VeRA as an `Adapter`: r + out trained numbers per site.
 
@@ -52,6 +57,8 @@ def vera(
       d counts as `d_init`.
     sharing: "shared", one pair for all sites, or "unique", one per site
       (Table 7).
+    conv: how a convolution's kernel is adapted: "whole", or by "taps", with
+      taps * r + out trained numbers.
 
   Raises:
     UserError: a value that is out of range or no name of a choice.
@@ -60,26 +67,39 @@ def vera(
     raise UserError(f"VeRA's rank is {rank}; it must be at least 1.")
   if train not in ("both", "d", "b"):
     raise UserError(f"train is {train!r}; choose both, d or b.")
+  if conv not in ("whole", "taps"):
+    raise UserError(f"conv is {conv!r}; choose whole or taps.")
   check_choices(seed=projection_seed, init=init, sharing=sharing)
 
+  def taps(site: Target | Site) -> int:
+    return site.view.taps if conv == "taps" else 1
+
   def shared(sites: Mapping[Path, Target | Site]) -> dict[str, Any]:
+    of_a_tap = {
+      path: site._replace(inputs=site.inputs // taps(site))
+      for path, site in sites.items()
+    }
     return make_projections(
-      sites, rank=rank, seed=projection_seed, init=init, sharing=sharing
+      of_a_tap, rank=rank, seed=projection_seed, init=init, sharing=sharing
     )
 
   def start(key: Array, site: Site) -> dict[str, Array]:
     del key
-    d = jnp.full(rank, 0.0 if train == "d" else d_init, jnp.float32)
+    first = 0.0 if train == "d" else d_init
+    d = jnp.full(taps(site) * rank, first, jnp.float32)
     b = jnp.zeros(site.outputs, jnp.float32)
     return {"both": {D: d, B_VECTOR: b}, "d": {D: d}, "b": {B_VECTOR: b}}[train]
 
   def low_rank(leaves: Leaves, site: Site) -> LowRank:
-    return LowRank(
-      down=site.shared["A"][:, : site.inputs].T,
-      inner=leaves.get(D, jnp.full(1, d_init)),
-      up=site.shared["B"][: site.outputs].T,
-      outer=leaves.get(B_VECTOR),
-    )
+    d = leaves.get(D, jnp.full(1, d_init))
+    down = site.shared["A"][:, : site.inputs // taps(site)].T
+    up, b = site.shared["B"][: site.outputs].T, leaves.get(B_VECTOR)
+    if taps(site) == 1 or D not in leaves:
+      down = jnp.tile(down, (taps(site), 1)) if taps(site) > 1 else down
+      return LowRank(down=down, inner=d, up=up, outer=b)
+    by_tap = down[None] * d.reshape(-1, 1, rank)
+    down = by_tap.reshape(site.inputs, rank)
+    return LowRank(down=down, up=up, outer=b, trains_down=True)
 
   return Adapter(
     name="vera",

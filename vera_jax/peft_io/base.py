@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from vera_jax.adapters.apply import find_targets
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.interface import Target
-from vera_jax.adapters.sites import parts_of
+from vera_jax.adapters.layers import LINEAR
+from vera_jax.adapters.sites import EVERY, parts_of
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.family import IMAGES, family_of, read_fields
@@ -150,7 +151,9 @@ def linear_layers(
   """
   model, inputs = classifier.module.model, classifier.inputs
   layers = {}
-  for path, target in find_targets(model, [".*"], **inputs).items():
+  for path, target in find_targets(model, [EVERY], **inputs).items():
+    if target.view.kind not in LINEAR:
+      continue  # embeddings and convolutions
     kind = tuple(re.sub(r"^layer_\d+$", "layer", word) for word in path)
     name = class_name(classifier, path, older=older)
     parts = parts_of(path, classifier.module.fused)

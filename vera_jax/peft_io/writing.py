@@ -111,7 +111,8 @@ def export_adapter(
       tensors[f"{PREFIX}{theirs}.{last}"] = value
     else:
       raise UserError(
-        f"{folder} holds {tensor!r}, for which PEFT has no place."
+        f"{folder} holds {tensor!r}, for which PEFT has no place: of layers,"
+        " linear ones are carried over. Merge it and use the checkpoint."
       )
   if not adapted:
     raise UserError(f"{folder} holds no adapted layer.")

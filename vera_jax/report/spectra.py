@@ -43,7 +43,7 @@ def deltas(classifier: Classifier) -> dict[tuple[int, str], Matrix]:
   params = flatten_dict(classifier.params)
   found: dict[tuple[int, str], Matrix] = {}
   for path, target in classifier.targets.items():
-    place = (*layer_path(path, target), "kernel")
+    place = (*layer_path(path, target), target.view.kernel)
     added = np.asarray(merged[place]) - np.asarray(params[place])
     added = added[..., slice(*target.columns or (None,))]
     whole = added.reshape(*target.stack, target.inputs, target.outputs)

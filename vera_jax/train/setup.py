@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from vera_jax.adapters.labels import join
 from vera_jax.adapters.methods import make_adapter, settings_in
+from vera_jax.adapters.sites import count_layers
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.classifier import Classifier
@@ -286,6 +287,8 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
   yield from setup.task.notes
   data, *cut = setup.data.introduction()
   yield data
+  if plan.targets:
+    yield f"adapter on {count_layers(plan.targets)}"
   plans = plan.plans
   if plans:
     shown = ", ".join(

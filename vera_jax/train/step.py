@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.tree_util import DictKey
 from jaxtyping import Float, Int, Key, PRNGKeyArray
 
-from vera_jax.adapters.apply import KEYS, PENALTIES
+from vera_jax.adapters.intercept import KEYS, PENALTIES
 from vera_jax.adapters.labels import join
 from vera_jax.models.pretrained import Model
 from vera_jax.train.runtime import compiler_options

@@ -1,0 +1,186 @@
+"""Small networks beyond dense layers, by others' conventions of writing them.
+
+The decoder holds its weights as google-deepmind/gemma, big_vision and openpi
+hold theirs: modules with one parameter `w`, called with an equation.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+
+WIDTH, HEADS, KV, HEAD = 6, 4, 2, 3
+
+
+class Einsum(nn.Module):
+  shape: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
+    w = self.param("w", nn.initializers.normal(0.3), self.shape)
+    return jnp.einsum(eqn, x, w)
+
+
+class CastEinsum(nn.Module):
+  """With the weight made in setup and cast to x's type, as openpi's."""
+
+  shape: tuple[int, ...]
+
+  def setup(self):
+    self.w = self.param("w", nn.initializers.normal(0.3), self.shape)
+
+  def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
+    return jnp.einsum(eqn, x, self.w.astype(x.dtype))
+
+
+class Attention(nn.Module):
+  kind: Any = Einsum
+
+  def setup(self):
+    self.q_einsum = self.kind((HEADS, WIDTH, HEAD))
+    self.kv_einsum = self.kind((2, KV, WIDTH, HEAD))
+    self.attn_vec_einsum = self.kind((HEADS, HEAD, WIDTH))
+
+  def __call__(self, x):
+    q = self.q_einsum("BTD,NDH->BTNH", x)
+    k, v = self.kv_einsum("BSD,2KDH->2BSKH", x)
+    q = q.reshape(*q.shape[:2], KV, HEADS // KV, HEAD)
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k)
+    seen = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+    probabilities = nn.softmax(jnp.where(seen, logits, -1e30))
+    mixed = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v)
+    mixed = mixed.reshape(*mixed.shape[:2], HEADS, HEAD)
+    return self.attn_vec_einsum("BTNH,NHD->BTD", mixed)
+
+
+class FeedForward(nn.Module):
+  """Reads its own parameters: no call that an adapter could be put on."""
+
+  @nn.compact
+  def __call__(self, x):
+    first = nn.initializers.normal(0.3)
+    gating = self.param("gating_einsum", first, (2, WIDTH, 8))
+    linear = self.param("linear", first, (8, WIDTH))
+    return nn.gelu(x @ gating[0]) * (x @ gating[1]) @ linear
+
+
+class Block(nn.Module):
+  kind: Any = Einsum
+
+  @nn.compact
+  def __call__(self, x, _=None):
+    x = x + Attention(self.kind, name="attn")(nn.RMSNorm()(x))
+    return x + FeedForward(name="mlp")(nn.RMSNorm()(x)), None
+
+
+class Decoder(nn.Module):
+  kind: Any = Einsum
+  scan: bool = False
+
+  @nn.compact
+  def __call__(self, tokens):
+    table = nn.Embed(11, WIDTH, name="embedder")
+    x = table(tokens)
+    if self.scan:
+      stack = nn.scan(
+        Block,
+        variable_axes={"params": 0, "projections": 0},
+        split_rngs={"params": True},
+        length=2,
+      )
+      x, _ = stack(self.kind, name="layer")(x, None)
+    else:
+      for i in range(2):
+        x, _ = Block(self.kind, name=f"layer_{i}")(x)
+    return table.attend(nn.RMSNorm()(x))
+
+
+# Columns of the fused kernel by the result's axes 2, K, H.
+KEY_VALUE = {
+  "kv_einsum": {"key": (0, KV * HEAD), "value": (KV * HEAD, 2 * KV * HEAD)}
+}
+
+
+class Images(nn.Module):
+  """A convolution in one of the ways that it can be set, between two others."""
+
+  way: str
+
+  @nn.compact
+  def __call__(self, x):
+    if self.way == "line":  # 1-D, and causal
+      x = x.reshape(x.shape[0], -1, x.shape[-1])
+    x = nn.tanh(WAYS[self.way](name="conv")(x))
+    return nn.Conv(3, (1,) * (x.ndim - 2), name="one")(x)
+
+
+WAYS = {
+  "same": partial(nn.Conv, 4, (3, 3)),
+  "strided": partial(nn.Conv, 4, (3, 2), 2, padding="VALID"),
+  "dilated": partial(
+    nn.Conv, 4, (3, 3), kernel_dilation=(1, 2), padding=[(1, 0), (2, 1)]
+  ),
+  "circular": partial(
+    nn.Conv, 4, (3, 3), (1, 2), padding="CIRCULAR", use_bias=False
+  ),
+  "line": partial(nn.Conv, 4, (3,), 2, kernel_dilation=2, padding="CAUSAL"),
+  "grouped": partial(nn.Conv, 6, (3, 3), feature_group_count=2),
+}
+
+
+class Depthwise(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Conv(8, (3, 3), feature_group_count=4, name="depthwise")(x)
+    return nn.Conv(3, (1, 1), name="one")(nn.tanh(x))
+
+
+CELLS = {
+  "lstm": nn.LSTMCell,
+  "optimised": nn.OptimizedLSTMCell,
+  "gru": nn.GRUCell,
+  "simple": nn.SimpleCell,
+  "mgu": nn.MGUCell,
+}
+
+
+class Recurrent(nn.Module):
+  cell: str
+  options: Any = FrozenDict()  # of nn.RNN
+  param_dtype: Any = jnp.float32  # and of the first state
+
+  @nn.compact
+  def __call__(self, x):
+    cell = CELLS[self.cell](4, param_dtype=self.param_dtype, name="cell")
+    x = nn.RNN(cell, **self.options)(x)
+    return nn.Dense(3, name="classifier")(x)
+
+
+class Mixed(nn.Module):
+  """Ids, a table, a convolution, two recurrent layers and an equation."""
+
+  @nn.compact
+  def __call__(self, ids):
+    x = nn.Embed(7, 4, name="table")(ids)
+    x = nn.tanh(nn.Conv(4, (3,), 2, name="conv")(x))
+    x = nn.RNN(nn.OptimizedLSTMCell(4, name="gates"))(x)
+    x = nn.RNN(nn.MGUCell(4, name="cell"))(x)
+    return nn.Einsum((2, 4, 3), "BTD,KDH->KBTH", name="einsum")(x)
+
+
+MIXED = ("table", "conv", "gates/.*", "cell/.*", "einsum")
+
+
+class Bypassed(nn.Module):
+  """Calls its layer while it is initialised, and later reads its kernel."""
+
+  @nn.compact
+  def __call__(self, x):
+    out, first = nn.Dense(4, name="out"), nn.Dense(4, name="first")
+    x = first(x)
+    if self.is_initializing():
+      out(x)
+    return x @ out.variables["params"]["kernel"]

@@ -1,0 +1,497 @@
+"""Layer kinds beyond dense ones: what their kernels are seen as, and adapted.
+
+Float32 products agree within 1e-5; gradients with finite differences in float64
+within 1e-4 of the largest.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import FrozenDict
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from tests.adapters.architectures import (
+  CELLS,
+  KEY_VALUE,
+  MIXED,
+  WAYS,
+  Bypassed,
+  CastEinsum,
+  Decoder,
+  Depthwise,
+  Einsum,
+  Images,
+  Mixed,
+  Recurrent,
+)
+from tests.adapters.test_every_method import METHODS, perturb
+from vera_jax.adapters.apply import (
+  adapt,
+  adapter_size,
+  find_targets,
+  leaf_shapes,
+  plans_at,
+)
+from vera_jax.adapters.chain import chain
+from vera_jax.adapters.ia3 import ia3
+from vera_jax.adapters.intercept import KEYS
+from vera_jax.adapters.interface import EMPTY, PLANS, Site, Target
+from vera_jax.adapters.lora import lora
+from vera_jax.adapters.merge import merge
+from vera_jax.adapters.products import choose
+from vera_jax.adapters.pvera import pvera
+from vera_jax.adapters.sites import (
+  count_layers,
+  first_leaves,
+  init_shapes,
+  make_shared,
+)
+from vera_jax.adapters.vera import vera
+from vera_jax.errors import UserError
+
+RANK = 5  # no layer's width
+RNG = np.random.default_rng(0)
+IDS = jnp.asarray(RNG.integers(0, 7, (2, 6)))
+IMAGES = jnp.asarray(RNG.normal(size=(2, 5, 6, 4)), jnp.float32)
+TARGET = Target(9 * 64, 64)
+SITE = Site(
+  ("conv",),
+  TARGET.inputs,
+  TARGET.outputs,
+  lambda: jnp.zeros((TARGET.inputs, TARGET.outputs)),
+  shared={"A": jnp.ones((32, TARGET.inputs)), "B": jnp.ones((64, 32))},
+)
+SEQUENCE = jnp.asarray(RNG.normal(size=(3, 6, 2)), jnp.float32)
+
+
+class Ready:
+  """A method on a network: module, variables, targets, leaves moved away."""
+
+  def __init__(self, model, adapter, targets, x, *, fused=EMPTY, **options):
+    self.model, self.adapter, self.x = model, adapter, x
+    self.module = adapt(model, adapter, targets=targets, fused=fused, **options)
+    shapes = init_shapes(model, x)["params"]
+    rng = np.random.default_rng(1)
+    base = jax.tree.map(
+      lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), jnp.float32),
+      shapes,
+    )
+    self.targets = self.module.find_targets(x)
+    self.projections = make_shared(adapter, self.targets, base)
+    key = jax.random.key(0)
+    made = first_leaves(adapter, self.targets, base, self.projections, key)
+    self.start = unflatten_dict(flatten_dict(base) | flatten_dict(made))
+    self.moved = perturb(self.start, adapter)
+
+  def own(self, params):
+    flat = flatten_dict(params)
+    return {p: x for p, x in flat.items() if self.adapter.owns(p[-1])}
+
+  def adapted(self, params, **options):
+    module = self.module.clone(**options)
+    variables = {"params": params}
+    if self.projections:
+      variables["projections"] = self.projections
+    return module.apply(variables, self.x)
+
+  def bare(self, params):
+    """The network itself on the base's part of these parameters."""
+    flat = flatten_dict(params)
+    base = {p: x for p, x in flat.items() if not self.adapter.owns(p[-1])}
+    return self.model.apply({"params": unflatten_dict(base)}, self.x)
+
+  def merged(self, params):
+    return merge(
+      params, self.projections, adapter=self.adapter, targets=self.targets
+    )
+
+  def check(self, *plans, identity=True):
+    """Equal to the base at the start and to the merged network later.
+
+    Returns:
+      By plan, the gradients of the leaves of the outputs' summed sines.
+    """
+
+    def loss(own, plan):
+      params = unflatten_dict(flatten_dict(self.moved) | own)
+      y = self.adapted(params, plan=plan)
+      return jnp.sum(jnp.sin(y)), y
+
+    @jax.jit
+    def run(start, moved):
+      own = self.own(moved)
+      found = {
+        plan: jax.grad(partial(loss, plan=plan), has_aux=True)(own)
+        for plan in plans
+      }
+      outputs = self.bare(start), self.adapted(start), self.adapted(moved)
+      return *outputs, self.bare(self.merged(moved)), found
+
+    base, start, moved, merged, found = run(self.start, self.moved)
+    if identity:
+      np.testing.assert_allclose(start, base, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(moved, merged, rtol=0, atol=1e-5)
+    for _, y in found.values():
+      np.testing.assert_allclose(y, merged, rtol=0, atol=1e-5)
+    assert np.abs(moved - base).max() > 1e-2
+    return {plan: gradients for plan, (gradients, _) in found.items()}
+
+  def check_gradients(self, found, delta):
+    """Against those of the network in float64 with W0 + delta in its place.
+
+    Args:
+      found: gradients by leaf.
+      delta: (A, B, d, b, kernel's shape) -> what VeRA adds to the kernel.
+    """
+    with jax.enable_x64(True):
+      moved = jax.tree.map(np.float64, flatten_dict(self.moved))
+      model = self.model
+      if isinstance(model, Recurrent):
+        model = model.clone(param_dtype=np.float64)
+      A, B = (np.float64(self.projections[name]) for name in "AB")
+
+      def loss(own):
+        flat = {**moved, **own}
+        for path in self.targets:
+          d, b = flat[*path, "vera_d"], flat[*path, "vera_b"]
+          kernel = flat[*path, "kernel"]
+          flat[*path, "kernel"] = kernel + delta(A, B, d, b, kernel.shape)
+        base = {p: x for p, x in flat.items() if not p[-1].startswith("vera")}
+        y = model.apply({"params": unflatten_dict(base)}, self.x)
+        return jnp.sum(jnp.sin(y))
+
+      expected = jax.jit(jax.grad(loss))({p: moved[p] for p in found})
+    for path, gradient in found.items():
+      want = expected[path]
+      assert want.dtype == np.float64 and np.abs(want).max() > 0
+      np.testing.assert_allclose(
+        gradient, want, rtol=0, atol=1e-4 * max(1, np.abs(want).max())
+      )
+
+
+def by_definition(A, B, d, b, shape):
+  """The kernel as a matrix: A's columns for all taps and channels at once."""
+  inputs = int(np.prod(shape[:-1]))
+  delta = jnp.einsum("ri,r,or,o->io", A[:, :inputs], d, B[: shape[-1]], b)
+  return delta.reshape(shape)
+
+
+def by_taps(A, B, d, b, shape):
+  """Each position of the window with a d of its own."""
+  *window, inputs, outputs = shape
+  d = d.reshape(*window, -1)
+  return jnp.einsum("ri,...r,or,o->...io", A[:, :inputs], d, B[:outputs], b)
+
+
+@pytest.mark.parametrize(
+  "kind, scan", [(Einsum, False), (CastEinsum, False), (Einsum, True)]
+)
+def test_a_decoder_by_others_is_adapted_unchanged(kind, scan):
+  """Its equations tell inputs from outputs; q and v are counted right."""
+  ready = Ready(
+    Decoder(kind, scan=scan),
+    vera(RANK),
+    ["q_einsum", "value", "attn_vec_einsum", "embedder"],
+    IDS,
+    fused=KEY_VALUE,
+  )
+  ready.check()
+  own = flatten_dict(ready.model.init(jax.random.key(0), IDS)["params"])
+  base = flatten_dict(ready.merged(ready.start))
+  assert base.keys() == own.keys()
+  q, v, out, table = RANK + 4 * 3, RANK + 2 * 3, RANK + 6, RANK + 6
+  assert adapter_size(ready.adapter, ready.targets) == table + 2 * (q + v + out)
+  shapes = {
+    path[-1]: leaf_shapes(ready.adapter, path, target)["vera_b"].shape
+    for path, target in ready.targets.items()
+  }
+  layers = (2,) if scan else ()
+  assert shapes["q_einsum"] == (*layers, 12)
+  assert shapes["value"] == (*layers, 6)
+  changed = {
+    p for p, x in flatten_dict(ready.merged(ready.moved)).items()
+    if np.abs(x - base[p]).max() > 0
+  }  # fmt: skip
+  assert {p[-2:] for p in changed} == {
+    ("q_einsum", "w"),
+    ("kv_einsum", "w"),
+    ("attn_vec_einsum", "w"),
+    ("embedder", "embedding"),
+  }
+  keys = (*next(p for p in changed if p[-2] == "kv_einsum"),)
+  moved = flatten_dict(ready.merged(ready.moved))[keys] - base[keys]
+  moved = moved[0] if scan else moved
+  assert np.abs(moved[0]).max() == 0 < np.abs(moved[1]).max()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_convolutions_by_every_plan(way):
+  plans = ("folded",) if way == "grouped" else PLANS
+  ready = Ready(Images(way), vera(RANK), ["conv", "one"], IMAGES)
+  gradients = ready.check(*(plans if way in ("strided", "grouped") else ()))
+  for found in gradients.values():
+    ready.check_gradients(found, by_definition)
+  taps = {p: t.view.taps for p, t in ready.targets.items()}
+  assert taps[("one",)] == 1
+  for path, target in ready.targets.items():
+    assert adapter_size(vera(RANK), {path: target}) == RANK + target.outputs
+
+
+@pytest.mark.parametrize("way", ["dilated", "grouped"])
+def test_convolutions_by_taps(way):
+  """The pair is as narrow as a 1 x 1 layer's; each tap has a d of its own."""
+  method = vera(RANK, conv="taps")
+  ready = Ready(Images(way), method, ["conv", "one"], IMAGES)
+  assert ready.projections["A"].shape == (RANK, 6 if way == "grouped" else 4)
+  assert ready.start["conv"]["vera_d"].shape == (9 * RANK,)
+  assert ready.start["one"]["vera_d"].shape == (RANK,)
+  plans = ("folded",) if way == "grouped" else ("factored", "folded")
+  for found in ready.check(*plans).values():
+    ready.check_gradients(found, by_taps)
+
+
+def test_a_convolutions_plan_follows_from_its_output_positions():
+  """Eight images of 5 x 5 positions, and a thousand of them."""
+  view = find_targets(Images("same"), ["conv"], IMAGES)["conv",].view
+  factors = vera(32).low_rank(
+    {"vera_d": jnp.ones(32), "vera_b": jnp.ones(64)},
+    SITE._replace(view=view),
+  )
+  chosen = [choose(n * 25, factors, view=view) for n in (1, 100, 10_000)]
+  assert chosen == ["factored", "folded_forward", "folded_forward"]
+  few, many = (
+    plans_at(lora(64), {("conv",): TARGET._replace(view=view)}, {("conv",): n})
+    for n in (25, 250_000)
+  )
+  assert [*few.values(), *many.values()] == ["factored", "folded"]
+
+
+def test_depthwise_convolutions_are_scaled_alone():
+  targets = ["depthwise", "one"]
+  both = chain(
+    vera(RANK)._replace(on=("one",)), ia3()._replace(on=("depthwise",))
+  )
+  Ready(Depthwise(), both, targets, IMAGES).check()
+  for method in (vera(RANK), lora(2)):
+    module = adapt(Depthwise(), method, targets=targets)
+    with pytest.raises(UserError, match=r"depthwise is a depthwise.*by ia3"):
+      module.init(jax.random.key(0), IMAGES)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_recurrent_cells(cell):
+  """Kernels on the input's side and on the state's alike."""
+  ready = Ready(Recurrent(cell), vera(RANK), ["cell/.*"], SEQUENCE)
+  gates = {"gru": 3, "simple": 1, "mgu": 2}.get(cell, 4)
+  size = adapter_size(ready.adapter, ready.targets)
+  assert size == 2 * gates * (RANK + 4)
+  (found,) = ready.check("folded").values()
+  ready.check_gradients(found, by_definition)
+
+
+def loops(jaxpr):
+  """The operands' shapes of all products inside loops of a program."""
+  for equation in jaxpr.eqns:
+    inner = [x for x in equation.params.values() if hasattr(x, "jaxpr")]
+    for one in inner:
+      inside = equation.primitive.name in ("scan", "while")
+      yield from products(one.jaxpr) if inside else loops(one.jaxpr)
+
+
+def products(jaxpr):
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      yield tuple(x.aval.shape for x in equation.invars)
+    for one in equation.params.values():
+      if hasattr(one, "jaxpr"):
+        yield from products(one.jaxpr)
+
+
+@pytest.mark.parametrize(
+  "method", [vera(RANK), lora(RANK)], ids=lambda x: x.name
+)
+@pytest.mark.parametrize("cell", ["lstm", "optimised", "gru"])
+def test_deltas_are_made_before_the_loop_over_time(cell, method):
+  """In a step of training no product in a loop is of the rank's width, and
+  there are as many as when the kernels themselves are trained."""
+  x = jnp.zeros((3, 40, 2))
+  ready = Ready(Recurrent(cell), method, ["cell/.*"], x)
+  flat = flatten_dict(ready.start)
+
+  def loss(trained, outputs):
+    return jnp.sum(outputs(unflatten_dict({**flat, **trained})))
+
+  def in_loops(names, outputs):
+    trained = {p: x for p, x in flat.items() if names(p)}
+    program = jax.make_jaxpr(jax.grad(partial(loss, outputs=outputs)))(trained)
+    return list(loops(program.jaxpr)), list(products(program.jaxpr))
+
+  inside, everywhere = in_loops(lambda p: method.owns(p[-1]), ready.adapted)
+  own, _ = in_loops(lambda p: p[-1] == "kernel" and "cell" in p, ready.bare)
+  assert sorted(inside) == sorted(own) and inside
+  assert not any(RANK in shape for pair in inside for shape in pair)
+  assert any(RANK in shape for pair in everywhere for shape in pair)
+
+
+def test_one_step_of_a_cell_is_factored_where_that_is_cheaper():
+  """As when a text is written sign by sign; a bank never folds."""
+  ready = Ready(Recurrent("gru"), vera(1), ["cell/.*"], SEQUENCE[:1, :1])
+  program = str(jax.make_jaxpr(ready.adapted)(ready.moved))
+  assert "f32[1,1]" in program  # x times A, of rank 1
+  for cell in ("lstm", "optimised"):
+    made = Ready(
+      Recurrent(cell), vera(RANK, sharing="unique"), ["cell/.*"], SEQUENCE
+    )
+    if cell == "lstm":
+      got = jax.jit(partial(made.adapted, plan="factored"))(made.moved)
+      np.testing.assert_allclose(got, made.adapted(made.moved), atol=1e-5)
+    else:
+      with pytest.raises(UserError, match="DenseParams.*no factored plan"):
+        made.adapted(made.moved, plan="factored")
+
+
+def test_random_numbers_in_a_cell():
+  """nn.RNN passes keys to its cell only if it is told to."""
+  options = FrozenDict(split_rngs=FrozenDict({"params": False, KEYS: True}))
+  for cell, given, message in (
+    ("gru", FrozenDict(), "pvera draws .* from its cell cell: .*'adapter'"),
+    ("optimised", options, "DenseParams .* can only be folded"),
+    ("gru", options, None),
+  ):
+    model = Recurrent(cell, given)
+    ready = Ready(model, pvera(RANK), ["cell/.*"], SEQUENCE)
+    variables = {"params": ready.moved, "projections": ready.projections}
+    run = partial(
+      ready.module.apply, variables, SEQUENCE, rngs={KEYS: jax.random.key(1)}
+    )
+    if message is None:
+      assert np.abs(jax.jit(run)() - ready.adapted(ready.moved)).max() > 1e-3
+    else:
+      with pytest.raises(UserError, match=message):
+        run()
+
+
+OTHERS = {
+  "vera, a pair per layer": METHODS["vera, a pair per layer"].adapter,
+  "lora_fa": METHODS["lora_fa"].adapter,
+  "randlora": METHODS["randlora"].adapter,
+  "unilora": METHODS["unilora"].adapter,
+  "ia3": ia3(feedforward=("conv", "table", "cell/.*")),
+  "dora": METHODS["dora"].adapter,
+  "pvera": pvera(RANK),
+  "from_weights": METHODS["matrices from W0"].adapter,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_methods_on_every_kind(name):
+  ready = Ready(Mixed(), OTHERS[name], MIXED, IDS)
+  ready.check(identity=name != "unilora")
+  assert count_layers(ready.targets) == (
+    "16 layers: 8 DenseParams, 4 Dense, 1 Embed, 1 Conv, 1 Einsum"
+  )
+
+
+def test_a_batch_of_adapters_makes_no_kernel_for_each():
+  """Factored, as in a bank: on convolutions, tables, equations and cells."""
+  targets = [x for x in MIXED if "gates" not in x]
+  ready = Ready(Mixed(), vera(RANK), targets, IDS, plan="factored")
+  amounts = jnp.asarray([0.5, -0.4, 0.3])
+  own = {
+    path: leaf[None] + jnp.multiply.outer(amounts, jnp.ones(leaf.shape))
+    for path, leaf in ready.own(ready.moved).items()
+  }
+
+  def run(own):
+    return ready.adapted(unflatten_dict(flatten_dict(ready.start) | own))
+
+  together = jax.jit(jax.vmap(run))(own)
+  alone = jax.jit(run)({path: leaf[1] for path, leaf in own.items()})
+  np.testing.assert_allclose(together[1], alone, atol=1e-5)
+  program = str(jax.make_jaxpr(jax.vmap(run))(own))
+  for kernel in ("7,4]", "3,4,4]", "4,4]", "2,4,3]", "4,6]"):
+    assert f"f32[3,{kernel}" not in program
+
+
+def test_a_tied_output_layer_has_the_adapted_table():
+  ready = Ready(Decoder(), vera(RANK), ["embedder"], IDS)
+  ready.check()
+  with pytest.raises(UserError, match="Embed.*no factored plan"):
+    ready.adapted(ready.moved, plan="factored")
+
+
+@pytest.mark.parametrize(
+  "model, target, message",
+  [
+    (
+      Decoder(),
+      "gating_einsum",
+      "mlp/gating_einsum: its gating_einsum is",
+    ),
+    (Decoder(), "mlp", "layer_1/mlp: its .* is read without a call"),
+    (Bypassed(), "out", "out: it is called only while the model is init"),
+  ],
+)
+def test_what_is_never_called_is_no_target(model, target, message):
+  """The message says why, and lists what else there is."""
+  x = IDS if isinstance(model, Decoder) else jnp.ones((2, 4))
+  with pytest.raises(UserError, match=rf"(?s){message}.*adapted are:\n  \w"):
+    adapt(model, vera(RANK), targets=[target]).init(jax.random.key(0), x)
+
+
+def test_every_layer_is_asked_for_without_those_never_called():
+  """One pattern names none in particular."""
+  found = find_targets(Bypassed(), [".*"], jnp.ones((2, 4)))
+  assert ("first",) in found
+
+
+class Equation(nn.Module):
+  equation: str
+  shape: tuple[int, ...]
+  scale: float = 1.0
+
+  @nn.compact
+  def __call__(self, x):
+    y = Scaled(self.shape, self.scale, name="layer")(self.equation, x)
+    return nn.Dense(2, name="other")(y.reshape(len(x), -1))
+
+
+class Scaled(nn.Module):
+  shape: tuple[int, ...]
+  scale: float
+
+  @nn.compact
+  def __call__(self, eqn, x):
+    w = self.param("w", nn.initializers.normal(1.0), self.shape)
+    y = jnp.einsum(eqn, x, w)
+    return y if self.scale == 1 else self.scale * y
+
+
+@pytest.mark.parametrize(
+  "equation, shape, reason",
+  [
+    ("BTD,TDF->BTF", (3, 4, 2), "have T: each entry has a kernel of its own"),
+    ("BTD,DF->BF", (4, 2), "is no product of x's rows and a matrix"),
+    ("BTD,DFG->BTF", (4, 2, 2), "is no product of x's rows and a matrix"),
+    ("BTT,TF->BTF", (4, 2), "an axis is there twice"),
+  ],
+)
+def test_equations_that_are_no_product_of_rows(equation, shape, reason):
+  x = jnp.ones((2, 4, 4) if "TT" in equation else (2, 3, 4))
+  with pytest.raises(UserError, match=reason):
+    find_targets(Equation(equation, shape), ["layer"], x)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_dots_in_an_equation_and_what_else_a_module_does(scale):
+  """Of a module that does more than multiply its own call is kept."""
+  model = Equation("...F,NHF->...NH", (2, 3, 4), scale)
+  x = jnp.asarray(RNG.normal(size=(2, 3, 4)), jnp.float32)
+  ready = Ready(model, vera(RANK), ["layer"], x)
+  ready.check()
+  view = ready.targets["layer",].view
+  assert view.plans == (PLANS if scale == 1 else ("folded",))

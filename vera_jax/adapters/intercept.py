@@ -1,0 +1,352 @@
+"""What happens at the call of a layer that an adapter is on.
+
+`apply.Adapted` runs its model under an `Interception`, which sees every call of
+every layer: those of the targets' are made with the adapted weights.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from flax.core.scope import in_filter
+from jax import Array
+
+from vera_jax.adapters.interface import Adapter, Leaves, Path, Site, View
+from vera_jax.adapters.layers import (
+  Product,
+  flat_bias,
+  flat_kernel,
+  is_own_call,
+  own_call,
+  product_of,
+)
+from vera_jax.adapters.products import FACTORED, adapted_product, choose
+from vera_jax.adapters.sites import (
+  Fused,
+  arrays_at,
+  is_on,
+  matches,
+  parts_of,
+)
+from vera_jax.errors import UserError
+from vera_jax.models.quantised import HALF, half_product, is_quantised
+
+UNADAPTED = Adapter("unadapted")
+PENALTIES = "penalties"  # the collection that methods sow their penalties into
+KEYS = "adapter"  # the stream of random keys of methods that draw numbers
+Weights = tuple[Array, Array | None]
+Piece = tuple[Adapter, Leaves, Site]
+
+
+@dataclasses.dataclass
+class Interception:
+  """One call of an adapted module, as `nn.intercept_methods` takes it.
+
+  Attributes:
+    adapter, targets, fused, plan, forwards: as `apply.adapt` has them.
+    shared, common: as every `Site` has them.
+    cells: the recurrent cells that are running, and their projections.
+    ready: adapted kernels and biases of these cells.
+  """
+
+  adapter: Adapter
+  targets: tuple[str, ...]
+  fused: Fused
+  plan: str
+  forwards: int
+  shared: Leaves
+  common: Leaves
+  cells: dict[Path, Any] = dataclasses.field(default_factory=dict)
+  ready: dict[Path, Weights] = dataclasses.field(default_factory=dict)
+
+  def __call__(self, next_fun, args, kwargs, context):
+    """Interceptor: the layer's output, with adapted weights at its sites."""
+    layer, method = context.module, context.method_name
+    path = layer.path
+    attends = method == "attend" and isinstance(layer, nn.Embed)
+    if is_own_call() or not (method == "__call__" or attends):
+      return next_fun(*args, **kwargs)
+    if isinstance(layer, nn.RNN | nn.RNNCellBase):
+      return self._call_cell(next_fun, args, kwargs, layer)
+    own = layer.variables.get("params", {})  # parts of a kernel lie below it
+    params = self._without_leaves(own)
+    quantised = is_quantised(params.get("kernel"))
+    if not (quantised or self._is_target(path) or self._columns(path)):
+      return next_fun(*args, **kwargs)
+    projections = layer.variables.get("projections", self.below(path))
+    if attends:
+      at_layer = params, own, projections
+      return self._attend(layer, at_layer, args, kwargs)
+    product = product_of(layer, params, args, kwargs)
+    if product is None or isinstance(product, str):
+      return next_fun(*args, **kwargs)
+
+    if path in self.ready:  # of a recurrent cell, from before its loop
+      return _with_weights(product, *self.ready[path])
+    random = self.adapter.is_random and layer.has_rng(KEYS)
+    remake = quantised and self.forwards == 1
+    stored: Any = params[product.view.kernel]
+    half = quantised and product.plain and stored.format == HALF
+    if half and not (self._is_target(path) or self._columns(path)):
+      remake = False  # it keeps the codes alone
+      product = product._replace(
+        multiply=lambda x, _: half_product(x, stored.codes)
+      )
+
+    def kernel() -> Array:
+      whole = flat_kernel(params, (), product.outputs, product.view)
+      return whole.astype(product.dtype)
+
+    whole = Site(
+      path,
+      product.inputs,
+      product.outputs,
+      kernel,
+      product.bias,
+      view=product.view,
+      project=product.project,
+    )
+    pieces = list(self._pieces(whole, own, projections))
+    folded_only = product.view.plans == ("folded",)
+    if product.multiply is None or (folded_only and len(pieces) > 1):
+      if random:
+        product.project(product.x, kernel())  # which refuses it
+      self._is_factored(pieces, product.rows)  # or refuses to be folded
+      return _with_weights(product, *_weights(pieces))
+    made = []
+    for adapter, leaves, site in pieces:
+      y, penalty = adapted_product(
+        adapter,
+        leaves,
+        site,
+        product.x,
+        multiply=product.multiply,
+        dtype=product.dtype,
+        rows=product.rows,
+        plan=self.plan,
+        forwards=self.forwards,
+        remake=remake,
+        key=layer.make_rng(KEYS) if random and adapter.is_random else None,
+      )
+      if penalty is not None:
+        layer.sow(PENALTIES, "sum", penalty)
+      made.append(y)
+    y = made[0] if len(made) == 1 else jnp.concatenate(made, axis=-1)
+    return product.finish(y)
+
+  def _call_cell(self, next_fun, args, kwargs, layer):
+    """A recurrent cell, or `nn.RNN` with one: its kernels are adapted once,
+    outside the loop over time that is in here, and taken from `ready`."""
+    cell = layer.cell if isinstance(layer, nn.RNN) else layer
+    if cell.path in self.cells:
+      return next_fun(*args, **kwargs)
+    # nn.RNN passes on nothing but parameters, nor random keys
+    self.cells[cell.path] = cell.variables.get("projections", {})
+    random = self.adapter.is_random and layer.has_rng(KEYS)
+    if random and isinstance(layer, nn.RNN):
+      self._check_keys(layer, cell)
+    ready = {}
+    if self.plan != FACTORED and not random:
+      given = jax.tree.leaves((args, kwargs))
+      rows = max(x.size // x.shape[-1] for x in given if jnp.ndim(x))
+      ready = self._ready(cell, rows)
+    self.ready.update(ready)
+    try:
+      return next_fun(*args, **kwargs)
+    finally:
+      del self.cells[cell.path]
+      for path in ready:
+        del self.ready[path]
+
+  def _ready(self, cell: nn.Module, rows: int) -> dict[Path, Weights]:
+    """The adapted kernels of two axes in a cell, where folding them is cheaper
+    than two products per step."""
+    plans: tuple[str, ...] = (FACTORED, "folded")
+    if isinstance(cell, nn.OptimizedLSTMCell):  # all gates are one product
+      plans = ("folded",)
+    ready: dict[Path, Weights] = {}
+    for place, own in _layers_of(cell.variables.get("params", {})):
+      path = (*cell.path, *place)
+      if not (self._is_target(path) or self._columns(path)):
+        continue
+      params = self._without_leaves(own)
+      inputs, outputs = params["kernel"].shape
+      whole = Site(
+        path,
+        inputs,
+        outputs,
+        partial(flat_kernel, params, (), outputs),
+        flat_bias(params, ()),
+        view=View(plans=plans),
+      )
+      pieces = list(self._pieces(whole, own, self.below(path)))
+      if not self._is_factored(pieces, rows):
+        kernel, bias = _weights(pieces)
+        ready[path] = kernel.astype(params["kernel"].dtype), bias
+    return ready
+
+  def _check_keys(self, layer: nn.RNN, cell: nn.Module) -> None:
+    """Raises where `nn.RNN` would keep random keys from its cell."""
+    passed = any(in_filter(names, KEYS) for names in layer.split_rngs)
+    places = (p for p, _ in _layers_of(cell.variables.get("params", {})))
+    if not passed and any(self._is_target((*cell.path, *p)) for p in places):
+      raise UserError(
+        f"{self.adapter.name} draws random numbers in training, which nn.RNN"
+        f" keeps from its cell {'/'.join(cell.path)}: make it with split_rngs="
+        f"{{'params': False, {KEYS!r}: True}}."
+      )
+
+  def _attend(self, layer, at_layer, args, kwargs):
+    """`nn.Embed.attend`: the tied output layer has the adapted table too."""
+    params, own, projections = at_layer
+    table = params["embedding"]
+    view = View(type(layer).__name__, "embedding", plans=("folded",))
+    rows, width = table.shape
+    whole = Site(layer.path, rows, width, lambda: table, view=view)
+    pieces = list(self._pieces(whole, own, projections))
+    self._is_factored(pieces, 1)  # or refuses to be folded
+    adapted = {"embedding": _weights(pieces)[0].astype(table.dtype)}
+    bare = layer.clone(parent=None, name=None)
+    return own_call(bare, adapted, *args, method="attend", **kwargs)
+
+  def _is_factored(self, pieces: Sequence[Piece], rows: int) -> bool:
+    """Whether one of a layer's deltas is best not made, by `choose`."""
+    return FACTORED in [
+      choose(
+        rows,
+        link.low_rank(link.own(leaves), site),
+        plan=self.plan,
+        forwards=self.forwards,
+        view=site.view,
+      )
+      for adapter, leaves, site in pieces
+      for link in adapter.methods
+      if link.low_rank is not None and is_on(link, site.path)
+    ]
+
+  def _pieces(self, whole: Site, own: Any, projections: Any) -> Iterator[Piece]:
+    """The sites of a layer and what lies between them, column by column.
+
+    Args:
+      whole: the layer as one site.
+      own: its parameters, those of its parts below it.
+      projections: the collection's, from the layer on.
+    """
+    columns = self._columns(whole.path)
+    for name, (first, last) in _cut(columns, whole.outputs).items():
+      place = (name,) if name in columns else ()
+      adapted = bool(place) or self._is_target(whole.path)
+      adapter = self.adapter if adapted else UNADAPTED
+      site = whole._replace(
+        path=(*whole.path, *place),
+        shared={**self.shared, **arrays_at(projections, place)},
+        common=self.common,
+      )
+      if (first, last) != (0, whole.outputs):
+        site = site._replace(
+          outputs=last - first,
+          kernel=partial(_columns_of, whole.kernel, first, last),
+          bias=None if whole.bias is None else whole.bias[first:last],
+        )
+      found = arrays_at(own, place)
+      yield adapter, self._leaves(adapter, found, site.path), site
+
+  def _columns(self, path: Path) -> dict[str, tuple[int, int]]:
+    """The parts of a layer's kernel that are targets."""
+    return {
+      name: span
+      for name, span in parts_of(path, self.fused).items()
+      if self._is_target((*path, name))
+    }
+
+  def _without_leaves(self, own: Any) -> dict[str, Any]:
+    """A layer's own parameters, without the adapter's beside them."""
+    found = arrays_at(own).items()
+    return {name: x for name, x in found if not self.adapter.owns(name)}
+
+  def _is_target(self, path: Path) -> bool:
+    return any(matches(pattern, path) for pattern in self.targets)
+
+  def _leaves(
+    self, adapter: Adapter, found: Mapping[str, Any], path: Path
+  ) -> Leaves:
+    """The site's own leaves; without any, the base would run unadapted."""
+    leaves = adapter.own(found)
+    if adapter.init is not None and not leaves:
+      raise UserError(
+        f"The parameters have no leaves of {adapter.name} at {'/'.join(path)}."
+        " Use those that the adapted module's init gives, or load an adapter."
+      )
+    return leaves
+
+  def below(self, path: Path) -> Any:
+    """The projections at and below a layer of a running cell, as a tree."""
+    for cell, tree in self.cells.items():
+      if path[: len(cell)] == cell:
+        for name in path[len(cell) :]:
+          tree = tree.get(name, {})
+        return tree
+    return {}
+
+
+def _weights(
+  pieces: Sequence[Piece],
+) -> Weights:
+  """A layer's adapted kernel (i, o) and bias, put together of its pieces."""
+  kernels: list[Array] = []
+  biases: list[Any] = []
+  for adapter, leaves, site in pieces:
+    kernel, bias = site.kernel(), site.bias
+    if adapter.weights is not None:
+      kernel, bias = adapter.weights(leaves, site)
+    kernels.append(kernel)
+    biases.append(bias)
+  if len(pieces) == 1:
+    return kernels[0], biases[0]
+  bias = None if biases[0] is None else jnp.concatenate(biases)
+  return jnp.concatenate(kernels, axis=-1), bias
+
+
+def _with_weights(product: Product, kernel: Array, bias: Array | None) -> Any:
+  """The layer's output with other weights; or these, where it hands them on."""
+  kernel = kernel.astype(product.dtype)
+  if product.multiply is None:
+    return kernel, bias
+  y = product.multiply(product.x, kernel)
+  if bias is not None:
+    y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+  return product.finish(y)
+
+
+def _layers_of(params: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
+  """The layers in a tree with a kernel of two axes: places and parameters."""
+  for name, below in params.items():
+    if name == "kernel" and meta.unbox(below).ndim == 2:
+      yield (), params
+    elif isinstance(below, Mapping):
+      yield from (((name, *place), own) for place, own in _layers_of(below))
+
+
+def _columns_of(kernel: Callable[[], Array], first: int, last: int) -> Array:
+  return kernel()[:, first:last]
+
+
+def _cut(
+  columns: Mapping[str, tuple[int, int]], outputs: int
+) -> dict[str, tuple[int, int]]:
+  """The named columns and, without a name in `columns`, what lies between."""
+  pieces: dict[str, tuple[int, int]] = {}
+  done = 0
+  for name, (first, last) in sorted(columns.items(), key=lambda x: x[1]):
+    if done < first:
+      pieces[f"{done}:{first}"] = done, first
+    pieces[name] = first, last
+    done = last
+  if done < outputs:
+    pieces[f"{done}:{outputs}"] = done, outputs
+  return pieces
