@@ -47,5 +47,6 @@ def get_config() -> ConfigDict:
   config.lora.rank = 2
   config.lora.alpha = 2.0
   config.lora.lr = 1e-3
+  config.ia3.targets, config.ia3.feedforward = GATES, ()
   config.head.head_lr = 1e-3
   return config

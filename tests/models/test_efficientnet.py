@@ -15,7 +15,7 @@ from configs.images import cifar10
 from tests.networks import LITE, paths_of, random_params, write_lite
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.labels import FROZEN
-from vera_jax.adapters.methods import METHODS, settings_in
+from vera_jax.adapters.methods import settings_in
 from vera_jax.data.images import read_processor
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
@@ -27,7 +27,7 @@ from vera_jax.models.family import family_of, read_fields
 from vera_jax.models.hf_weights import load_params
 from vera_jax.models.pretrained import blueprint
 from vera_jax.models.torch_file import read_state
-from vera_jax.models.torch_folder import named_as_here
+from vera_jax.models.torch_folder import LITE0, named_as_here
 from vera_jax.peft_io.base import open_base
 from vera_jax.serve.image_predictor import ImagePredictor
 from vera_jax.train.loop import train_and_evaluate
@@ -155,7 +155,7 @@ def make_config(tiny_lite, tiny_images, cache, **changes):
   return config
 
 
-@pytest.mark.parametrize("method", ["norms", "full"])
+@pytest.mark.parametrize("method", ["vera", "full"])
 def test_a_run_its_adapter_and_the_merged_folder(
   method, tiny_lite, tiny_images, tmp_path
 ):
@@ -170,8 +170,7 @@ def test_a_run_its_adapter_and_the_merged_folder(
   ).params
   for path, leaf in flatten_dict(base).items():
     same = np.array_equal(leaf, flatten_dict(classifier.params)[path])
-    kept = ("mean", "var", "kernel") if method == "norms" else ("mean", "var")
-    assert same == (path[-1] in kept), path
+    assert same == (method == "vera" or path[-1] in ("mean", "var")), path
   write_merged(classifier, tmp_path / "merged")
   merged = load_classifier(tmp_path / "merged")
   assert merged.labels == classifier.labels == ("blue", "green", "red")
@@ -192,13 +191,18 @@ def test_what_is_refused_by_name(tiny_lite, tiny_images, tmp_path):
     train_and_evaluate(config, tmp_path / "run")
 
 
-def test_the_config_names_layers_that_are_there():
+@pytest.mark.parametrize(
+  "method, count", [("vera", 14_064), ("lora", 91_136), ("ia3", 8_480)]
+)
+def test_adapters_on_the_real_shapes(method, count):
+  """VeRA and LoRA on the 32 pointwise convolutions, IA3 on the others."""
   config = cifar10.get_config("efficientnet_lite0")
-  assert not set(METHODS) - {name for name in config} - {"dora", "dvora"}
-  for method in ("norms", "head", "bitfit", "full"):
-    blueprint(
-      LITE, outputs=3, method=method, settings=settings_in(config, method)
-    )
+  settings = settings_in(config, method)
+  plan = blueprint(LITE0, outputs=10, method=method, settings=settings)
+  own, shared = plan.own_shapes()
+  assert sum(leaf.size for leaf in jax.tree.leaves(own)) == count
+  pair = 64 * (1152 + 1280) if method == "vera" else 0
+  assert sum(leaf.size for leaf in jax.tree.leaves(shared)) == pair
 
 
 def real_file() -> Path:
