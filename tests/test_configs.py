@@ -15,7 +15,13 @@ from vera_jax.train.optim import rates_of, schedule
 from vera_jax.train.setup import build_setup
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
-OWN = {"text", "language", "e2e", "e2e_texts", "instruct"}  # with commands of their own
+OWN = {
+  "text",
+  "language",
+  "e2e",
+  "e2e_texts",
+  "instruct",
+}  # with commands of their own
 NAMES = sorted(
   {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common", *OWN}
 )
@@ -344,7 +350,9 @@ def test_the_papers_counts_on_vit(size):
   assert sum(leaf.size for leaf in jax.tree.leaves(own)) == count
 
 
-@pytest.mark.parametrize("variant", ["dinov2", "efficientnet_lite0", "base", "large"])
+@pytest.mark.parametrize(
+  "variant", ["dinov2", "efficientnet_lite0", "base", "large"]
+)
 def test_the_config_of_images_that_runs_here(variant):
   config = load("images.cifar10", variant)
   for config.method in METHODS:
