@@ -127,7 +127,10 @@ class CharLstm(nn.Module):
       deterministic: has no meaning here.
     """
     config = self.config
-    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    types: dict[str, Any] = {
+      "dtype": self.dtype,
+      "param_dtype": self.param_dtype,
+    }
     columns = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
     whole = jnp.broadcast_to(columns, input_ids.shape)
     positions = whole if positions is None else positions
