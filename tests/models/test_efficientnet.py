@@ -192,7 +192,7 @@ def test_what_is_refused_by_name(tiny_lite, tiny_images, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "method, count", [("vera", 14_064), ("lora", 91_136), ("ia3", 8_480)]
+  "method, count", [("vera", 14_064), ("lora", 91_136), ("ia3", 8_960)]
 )
 def test_adapters_on_the_real_shapes(method, count):
   """VeRA and LoRA on the 32 pointwise convolutions, IA3 on the others."""
