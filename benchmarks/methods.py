@@ -62,6 +62,9 @@ ROWS = {
     "W0 + B A, all entries from one vector", "size, in all", "2506.00799"
   ),
   "bitfit": Row("W0; the base's biases are trained", "", "2106.10199"),
+  "norms": Row(
+    "W0; scales and biases of what normalises are trained", "", "2003.00152"
+  ),
   "head": Row("W0; the head alone is trained", "0", ""),
   "full": Row("all weights are trained", "", ""),
 }

@@ -17,9 +17,9 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.task = placeholder(str)  # to be set: a name in tasks/
   # vera | lora | ia3 | dora | dvora | lora_fa | onelora | pvera | randlora |
-  # unilora | bitfit | head | full, or a chain such as vera+bitfit. DoRA takes
-  # LoRA's settings and rates, DVoRA VeRA's. In a chain each method has its own
-  # settings, and all have the first one's rates.
+  # unilora | bitfit | norms | head | full, or a chain such as vera+bitfit. DoRA
+  # takes LoRA's settings and rates, DVoRA VeRA's. In a chain each method has
+  # its own settings, and all have the first one's rates.
   config.method = "vera"
   config.seed = 0  # of dropout, batch order and new leaves
 
@@ -123,6 +123,7 @@ def get_config() -> ConfigDict:
 
   config.bitfit = ConfigDict({"lr": 1e-3, "head_lr": 1e-3})
   config.bitfit.biases = ".*"  # a pattern of the layers: query|value
+  config.norms = ConfigDict({"lr": 1e-3, "head_lr": 1e-3})
   config.head = ConfigDict({"head_lr": placeholder(float)})
   config.full = ConfigDict({"lr": 2e-5, "head_lr": 2e-5})
 

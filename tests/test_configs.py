@@ -15,7 +15,13 @@ from vera_jax.train.optim import rates_of, schedule
 from vera_jax.train.setup import build_setup
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
-OWN = {"text", "language", "e2e", "instruct"}  # with commands of their own
+OWN = {
+  "text",
+  "language",
+  "e2e",
+  "e2e_texts",
+  "instruct",
+}  # with commands of their own
 NAMES = sorted(
   {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common", *OWN}
 )
@@ -344,10 +350,20 @@ def test_the_papers_counts_on_vit(size):
   assert sum(leaf.size for leaf in jax.tree.leaves(own)) == count
 
 
-@pytest.mark.parametrize("variant", ["dinov2", "base", "large"])
+@pytest.mark.parametrize(
+  "variant", ["dinov2", "efficientnet_lite0", "base", "large"]
+)
 def test_the_config_of_images_that_runs_here(variant):
   config = load("images.cifar10", variant)
   for config.method in METHODS:
     check_settings(config)
   text = importlib.import_module("configs.images.cifar10").__doc__
   assert "--config=configs/images/cifar10.py:dinov2" in text
+
+
+def test_e2es_texts_alone():
+  config = load("e2e_texts")
+  for config.method in ("head", "vera", "lora", "bitfit", "full"):
+    check_settings(config)
+  text = importlib.import_module("configs.e2e_texts").__doc__
+  assert "experiments.language --config=configs/e2e_texts.py" in text

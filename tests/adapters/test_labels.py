@@ -58,6 +58,18 @@ LEAVES = {
       )
     ),
   },
+  "norms": {
+    f"{name}/{leaf}"
+    for name in (
+      "embeddings/LayerNorm",
+      *(
+        f"encoder/{layer}/{part}output/LayerNorm"
+        for layer in LAYERS
+        for part in ("", "attention/")
+      ),
+    )
+    for leaf in ("scale", "bias")
+  },
   "head": set(),
 }
 HEADS = {

@@ -69,7 +69,7 @@ def test_a_config_and_its_json_make_the_same(tiny_config, method):
   same(adapter, again)
 
 
-@pytest.mark.parametrize("method", ["bitfit", "head", "full"])
+@pytest.mark.parametrize("method", ["bitfit", "norms", "head", "full"])
 def test_the_others_put_nothing_on(method):
   adapter, targets = make_adapter(method, {"lr": 1e-3})
   assert (adapter.name, adapter.init, targets) == (method, None, ())

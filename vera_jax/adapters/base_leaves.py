@@ -21,6 +21,13 @@ def bitfit(*, biases: str = ALL) -> Adapter:
   return Adapter(name="bitfit", trains=trains, prepare=as_they_are)
 
 
+def norms() -> Adapter:
+  """What normalises alone: the scales and biases of BatchNorms (arXiv
+  2003.00152), LayerNorms and RMSNorms."""
+  trains = r".*(norm|LayerNorm|ln_)[^/]*/(scale|bias)"
+  return Adapter(name="norms", trains=trains, prepare=as_they_are)
+
+
 def head() -> Adapter:
   """The task's head alone, on the frozen base."""
   return Adapter(name="head", prepare=as_they_are)

@@ -26,6 +26,7 @@ def label_tree(
   method: Adapter | str,
   *,
   head: str = "classifier/.*",
+  fixed: str = "",
   new: Collection[Path] = (),
 ) -> dict[str, Any]:
   """Label every leaf; the first rule that fits wins.
@@ -34,6 +35,7 @@ def label_tree(
     params: the whole parameter tree, or its shapes.
     method: the adapter, or a method's name.
     head: pattern of the head's leaves.
+    fixed: pattern of leaves that no method trains.
     new: paths of leaves that the checkpoint lacks: they start at random and are
       trained with the head, unless they are the adapter's own.
 
@@ -51,6 +53,8 @@ def label_tree(
 
   def label(path: Path) -> str:
     name = "/".join(path)
+    if re.fullmatch(fixed, name):
+      return FROZEN
     if re.fullmatch(head, name):
       return HEAD
     if adapter.owns(path[-1]):

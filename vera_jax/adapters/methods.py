@@ -9,7 +9,7 @@ its methods, each under the method's name.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vera_jax.adapters.base_leaves import ALL, bitfit, full, head
+from vera_jax.adapters.base_leaves import ALL, bitfit, full, head, norms
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Adapter
@@ -114,6 +114,7 @@ METHODS: dict[str, Method] = {
   "bitfit": Method(
     bitfit, {"biases": str}, older={"biases": ALL}, on_sites=False
   ),
+  "norms": Method(norms, on_sites=False),
   "head": Method(head, on_sites=False),
   "full": Method(full, on_sites=False),
 }

@@ -5,6 +5,7 @@ from typing import Any
 
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
+from vera_jax.models.family import FAMILIES, family_of
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -39,6 +40,8 @@ def load_tokenizer(folder: str | Path) -> Any:
   import transformers  # takes seconds, so not before it is needed
 
   name = "AutoTokenizer" if any(map(has, configs)) else by_vocabulary
+  if _is_own(folder):  # AutoTokenizer would warn of a config it can't place
+    name = "PreTrainedTokenizerFast"
   try:
     tokenizer = getattr(transformers, name).from_pretrained(
       str(folder), local_files_only=True, trust_remote_code=False
@@ -53,6 +56,13 @@ def load_tokenizer(folder: str | Path) -> Any:
       "padding token."
     )
   return tokenizer
+
+
+def _is_own(folder: Path) -> bool:
+  """Whether the folder's network is one that transformers doesn't have."""
+  path = folder / "config.json"
+  kind = read_json(path).get("model_type") if path.is_file() else None
+  return kind in FAMILIES and family_of({"model_type": kind}).own
 
 
 def _name_ends(tokenizer: Any, folder: Path) -> None:

@@ -75,6 +75,13 @@ class Family(NamedTuple):
       example; "token_classification" [rows, length, outputs], one for each
       token; "language_modelling" `decoder.Words`, for each read position.
     head: pattern of the paths of the head, which every method trains.
+    output: pattern of the paths of a pretrained output layer, which the method
+      "head" trains and others leave as it is; "" where tasks bring a head.
+    fixed: pattern of the paths of leaves that no method trains, such as running
+      statistics; "" for none.
+    stacks: whether its layers are alike, so that they may be stacked.
+    own: whether the architecture is this package's alone, so that transformers
+      and PEFT have no class for it.
     fused: config -> the parts of fused kernels, which targets may name: by a
       layer's pattern, each part's first and last column by name.
     reads: what the inputs are, `TEXTS` or `IMAGES`.
@@ -89,6 +96,10 @@ class Family(NamedTuple):
   room: Callable[[Any], int]
   classes: Mapping[str, str]
   head: str = "classifier/.*"
+  output: str = ""
+  fixed: str = ""
+  stacks: bool = True
+  own: bool = False
   fused: Callable[[Any], Mapping[str, Mapping[str, tuple[int, int]]]] = (
     lambda config: {}
   )
@@ -111,6 +122,8 @@ FAMILIES = {
   "qwen3": "llama",
   "vit": "vit",
   "dinov2": "dinov2",
+  "efficientnet_lite": "efficientnet",
+  "char_lstm": "char_lstm",
 }
 
 

@@ -38,6 +38,8 @@ LEAVES = {
   "scale": "weight",
   "embedding": "weight",
   "bias": "bias",
+  "mean": "running_mean",
+  "var": "running_var",
   **{name: name for name in ("cls_token", "position_embeddings", "lambda1")},
 }
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -6,6 +6,7 @@ it pretrained weights and fresh leaves for training; `classifier.py` those of a
 saved adapter or of a whole folder.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,14 @@ from jax.typing import DTypeLike
 from vera_jax.adapters.apply import Adapted, adapt, plans_at
 from vera_jax.adapters.interface import EMPTY, Adapter, Target
 from vera_jax.adapters.interface import Path as TreePath
-from vera_jax.adapters.labels import FROZEN, Counts, count, label_tree, split
+from vera_jax.adapters.labels import (
+  FROZEN,
+  HEAD,
+  Counts,
+  count,
+  label_tree,
+  split,
+)
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.products import AUTO
 from vera_jax.adapters.projections import digest
@@ -116,13 +124,19 @@ class Blueprint(NamedTuple):
       path
       for path, leaf in self.shapes.items()
       if path[-1] == "kernel"
+      and not re.fullmatch(self.family.output, "/".join(path))
       and labels[path] == FROZEN
       and len(leaf.shape) - ("layer" in path) == 2
     )
 
   def label(self, params: Any, new: Any = ()) -> dict[str, Any]:
     """adapter, head or frozen for every leaf; `new` leaves had no weights."""
-    return label_tree(params, self.adapter, head=self.family.head, new=new)
+    family, head = self.family, self.family.head
+    if self.adapter.name == HEAD:
+      head = family.output or head
+    return label_tree(
+      params, self.adapter, head=head, fixed=family.fixed, new=new
+    )
 
   def fresh_leaves(
     self, params: Any, projections: Any, new: list[TreePath], seed: int
@@ -234,7 +248,8 @@ def blueprint(
       f" {', '.join(family.classes)}."
     )
   config = family.config(fields)
-  scan = choose_scan(scan, layers=config.num_hidden_layers, quantise=quantise)
+  layers = config.num_hidden_layers
+  scan = choose_scan(scan, layers=layers, quantise=quantise) and family.stacks
   options: dict[str, Any] = {} if longest is None else {"longest": longest}
   base = family.module(
     config,
@@ -384,7 +399,7 @@ def find_codes(plan: Blueprint, params: Any) -> tuple[str | None, list[str]]:
       KEEP: "the file has none of them in codes (Q4_0, Q4_1 or Q8_0)",
       NF4: f"their inputs are no multiples of {BLOCK}",
     }.get(plan.quantise, "the method trains them all")
-    why = why if kernels else "the method trains them all"
+    why = why if kernels else "the method trains them all, or there are none"
     raise UserError(
       f"config.model.quantise is {plan.quantise}, but no kernel of the model"
       f" can be stored so: {why}. Choose another, or {NONE}."

@@ -115,7 +115,13 @@ def open_base(
       f"{folder} is quantised (quantization_config in its config.json); give"
       " the unquantised base by --base=FOLDER."
     )
-  kinds = family_of(fields).classes
+  family = family_of(fields)
+  if family.own:
+    raise UserError(
+      f"{folder} is a {fields['model_type']}, which transformers has no class"
+      " for, so PEFT has no adapters for it."
+    )
+  kinds = family.classes
   head = head or next(iter(kinds))
   if head not in kinds:
     types = {kind: name for name, kind in TASK_TYPES.items()}

@@ -32,6 +32,7 @@ METHODS = {
   "randlora": "RandLoRA",
   "unilora": "Uni-LoRA",
   "bitfit": "BitFit",
+  "norms": "norms alone",
   "head": "head alone",
   "ridge": "ridge on features",
   "full": "full",

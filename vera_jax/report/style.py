@@ -38,6 +38,7 @@ METHOD_COLORS = {
   "randlora": (VERMILION, "D"),
   "unilora": (VERMILION, "P"),
   "bitfit": (GREEN, "^"),
+  "norms": (GREEN, "D"),
   "head": (BLACK, "D"),
   "full": (PURPLE, "v"),
 }

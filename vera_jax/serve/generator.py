@@ -43,7 +43,7 @@ from vera_jax.generate.sampling import (
   compiled_next,
 )
 from vera_jax.models.classifier import Classifier
-from vera_jax.models.decoder import empty_cache, grow
+from vera_jax.models.decoder import Decoder, empty_cache, grow
 from vera_jax.models.kinds import WORDS
 
 STEP = 32  # prompts are padded to multiples of it: few shapes are compiled
@@ -79,6 +79,13 @@ class Generator:
         f"The model in {decoder.folder} is no decoder that writes texts; its"
         " answers to texts are given by python -m experiments.predict."
       )
+    plain: Any = decoder.module
+    plain = plain.model if isinstance(plain, Adapted) else plain
+    if not isinstance(plain, Decoder):
+      raise UserError(
+        f"{decoder.config.model_type} has no cache here, by which texts are"
+        " written: it can be trained, scored and merged."
+      )
     self.rows, self.chat = rows, chat
     self.tokenizer = load_tokenizer(decoder.folder)
     if chat:  # a template that fails is reported before any prompt is read
@@ -98,8 +105,6 @@ class Generator:
     self.decoder = decoder._replace(
       module=self.module, **(empty | self.variables)
     )
-    plain: Any = self.module
-    plain = plain.model if isinstance(plain, Adapted) else plain
     self.dtype = plain.dtype
     self.eos = _ends(decoder, self.tokenizer)
 

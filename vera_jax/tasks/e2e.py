@@ -61,7 +61,7 @@ def task_for(config: ConfigDict) -> Task | None:
       f"the first texts of {data.held_out} inputs of train.txt, none of which"
       " is trained on"
     )
-  chosen = _drawn(len(valid.texts), most, seed=data.subset_seed)
+  chosen = drawn(len(valid.texts), most, seed=data.subset_seed)
   splits = {"train": train, "valid": valid.take(chosen)}
   if data.prompt.count(INPUT) != 1:
     raise UserError(
@@ -72,7 +72,7 @@ def task_for(config: ConfigDict) -> Task | None:
   if data.test:
     check_installed()
     groups = list(read_split(data.source, "test").grouped().items())
-    numbers = _drawn(len(groups), most, seed=data.subset_seed)
+    numbers = drawn(len(groups), most, seed=data.subset_seed)
     notes.append(f"test: {len(numbers)} of {len(groups)} inputs, at the end")
     write = partial(
       write_texts,
@@ -116,7 +116,7 @@ def hold_out(rows: Rows, inputs: int, *, seed: int) -> tuple[Rows, Rows]:
       " on."
     )
   names = list(groups)
-  kept = [names[i] for i in _drawn(len(names), inputs, seed=seed)]
+  kept = [names[i] for i in drawn(len(names), inputs, seed=seed)]
   apart = set(kept)
   rest = [i for i, one in enumerate(rows.inputs) if one not in apart]
   return rows.take(rest), Rows(kept, [groups[one][0] for one in kept])
@@ -198,7 +198,7 @@ def _examples(rows: Rows, prompt: str) -> Examples:
   )
 
 
-def _drawn(count: int, most: int | None, *, seed: int) -> list[int]:
+def drawn(count: int, most: int | None, *, seed: int) -> list[int]:
   """At most so many of `count` numbers, in their order."""
   order = np.random.default_rng(seed).permutation(count)
   return sorted(order[:most].tolist())

@@ -122,6 +122,7 @@ TASKS = (
   "text_files",
   "language_files",
   "e2e",
+  "e2e_texts",
   "instruct",
   "images",
 )

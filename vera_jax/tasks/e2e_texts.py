@@ -1,0 +1,93 @@
+"""The texts of E2E alone, to be written character by character or otherwise.
+
+What people wrote about restaurants, without the facts: for networks that are
+given no prompt. The score that compares all of them, whatever they split texts
+into, is bits per character: what the learned tokens take on average, the end of
+a text being one more character.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vera_jax.data.completions import Completions
+from vera_jax.data.examples import Examples
+from vera_jax.errors import UserError
+from vera_jax.tasks.e2e import drawn, hold_out
+from vera_jax.tasks.e2e_files import Rows, read_split
+from vera_jax.tasks.language_modelling import language_modelling
+from vera_jax.tasks.task import Evaluation, Size, Task
+
+NAMES = ("e2e_texts",)
+BITS = "bits_per_character"
+CHARACTERS = 113  # mean of a training text, its end included
+
+
+def task_for(config: ConfigDict) -> Task | None:
+  """E2E's texts; None where config.task has another name.
+
+  Raises:
+    UserError: the data can't be read; the message names file and line.
+  """
+  if config.task not in NAMES:
+    return None
+  if not config.get("data", {}).get("source"):
+    raise UserError(
+      "Name E2E's data: config.data.source=FOLDER, with train.txt and valid.txt"
+      " in microsoft/LoRA's form."
+    )
+  data = config.data
+  train = read_split(data.source, "train")
+  if data.held_out is None:
+    valid, where = read_split(data.source, "valid"), "valid.txt"
+  else:
+    train, valid = hold_out(train, data.held_out, seed=data.subset_seed)
+    where = f"the first texts of {data.held_out} inputs kept from train.txt"
+  most = data.max_eval_examples
+  valid = valid.take(drawn(len(valid.texts), most, seed=data.subset_seed))
+  splits = {"train": train, "valid": valid}
+  task = language_modelling(
+    "e2e_texts",
+    read_split=lambda source, split: _examples(splits[split]),
+    dev_splits=("valid",),
+    completions=Completions("right"),
+    smoothing=config.optim.label_smoothing,
+    title="E2E's texts",
+    size=Size(len(train.texts), len(valid.texts), CHARACTERS),
+  )
+  characters = sum(len(text) + 1 for text in valid.texts)
+
+  def load(*args: Any) -> Any:
+    """Tokenised; no scored text may be cut, for all its characters count."""
+    found = task.load(*args)
+    if cut := found.tokens["valid"].truncated:
+      raise UserError(
+        f"{cut} of the scored texts are cut at config.data.max_length="
+        f"{data.max_length}, so that bits per character can't be told: set it"
+        " higher."
+      )
+    return found
+
+  def evaluate(measure_batch: Any, data: Any) -> Evaluation:
+    """As the loss says, and in bits of each character."""
+    found = task.evaluate(measure_batch, data)
+    if not found.finite:
+      return found
+    nats = found.scores["loss"] * int(data.tokens["valid"].reads.sum())
+    bits = nats / math.log(2) / characters
+    return found._replace(scores={**found.scores, BITS: bits})
+
+  return task._replace(
+    load=load,
+    evaluate=evaluate,
+    selects=False,
+    notes=(f"valid: {len(valid.texts)} texts of {where}",),
+  )
+
+
+def _examples(rows: Rows) -> Examples:
+  return Examples(
+    first=rows.texts, second=None, labels=None, index=np.arange(len(rows.texts))
+  )
