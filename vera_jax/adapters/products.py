@@ -12,7 +12,8 @@ beside x @ W0 and its input gradient, as many multiply-adds as `costs` says:
 
 All are the same function with the same gradients. Factored is for few rows or
 a low rank, folded for many rows, folded_forward for what lies between. Several
-layers on one input need x @ down once: XLA merges equal products.
+layers on one input need x @ down once: XLA merges equal products. A matrix may
+be structured: then its products cost what they cost.
 
 They are the same up to rounding, which in bfloat16 is no small thing: the sum
 of W0's part and the delta's has eight bits of mantissa, in every plan. Of a
@@ -32,8 +33,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
-from vera_jax.adapters.interface import Adapter, Leaves, LowRank, Site
+from vera_jax.adapters.interface import Adapter, Leaves, LowRank, Matrix, Site
 from vera_jax.adapters.sites import is_on
+from vera_jax.adapters.structured import Structured
 from vera_jax.errors import UserError
 
 Product = Callable[[Array], Array]
@@ -53,34 +55,38 @@ def check_plan(name: str) -> str:
 
 
 def costs(
-  tokens: int,
-  rank: int,
-  inputs: int,
-  outputs: int,
-  *,
-  forwards: int = 1,
-  trains_down: bool = False,
+  tokens: int, factors: LowRank, *, forwards: int = 1
 ) -> dict[str, int]:
   """Multiply-adds that a delta costs per training step, by plan.
 
   Args:
     tokens: rows of x.
-    rank: r; `inputs`, `outputs`: i and o.
+    factors: the delta's; their shapes alone are read. `up` is taken to be a
+      fixed matrix scaled by trained vectors unless `down` is trained, which in
+      factored form needs no product for their gradients.
     forwards: how often a step runs the forward pass: twice with remat.
-    trains_down: whether `down` is trained (LoRA), not fixed (VeRA). `up` is
-      taken to be a fixed matrix scaled by trained vectors in the latter case,
-      which in factored form needs no product for their gradients.
   """
-  thin = tokens * rank * (inputs + outputs)
-  build = rank * inputs * outputs
-  trained = int(trains_down)
+  down, up = factors.down, factors.up
+  (inputs, rank), outputs = down.shape, up.shape[-1]
+  thin = _cost(down, tokens) + _cost(up, tokens)
+  build = _cost(down, outputs)
+  formed = _cost(up, rank) if isinstance(up, Structured) else 0
+  times = forwards + 1 + int(factors.trains_down)
   plans = {
-    "factored": (forwards + 1 + trained) * thin,
-    "folded": (forwards + 1 + trained) * build + tokens * inputs * outputs,
+    "factored": times * thin,
+    "folded": times * build + forwards * formed + tokens * inputs * outputs,
   }
-  if not trains_down:
-    plans["folded_forward"] = forwards * build + thin
+  if not factors.trains_down:
+    backward = _cost(down, tokens) + tokens * rank * outputs
+    plans["folded_forward"] = forwards * (build + formed) + backward
   return plans
+
+
+def _cost(matrix: Matrix, vectors: int) -> int:
+  """Multiply-adds of its product with as many vectors."""
+  if isinstance(matrix, Structured):
+    return matrix.cost(vectors)
+  return vectors * math.prod(matrix.shape)
 
 
 def choose(
@@ -98,15 +104,7 @@ def choose(
     )
   if plan != AUTO:
     return plan
-  (inputs, rank), outputs = factors.down.shape, factors.up.shape[-1]
-  priced = costs(
-    tokens,
-    rank,
-    inputs,
-    outputs,
-    forwards=forwards,
-    trains_down=factors.trains_down,
-  )
+  priced = costs(tokens, factors, forwards=forwards)
   return min(priced, key=lambda plan: priced[plan])
 
 
@@ -120,6 +118,8 @@ def scaled(x: Array, vector: Array | None) -> Array:
 def whole_up(factors: LowRank) -> Float[Array, "r o"]:
   """diag(inner) @ up @ diag(outer): what turns x @ down into the delta."""
   up = factors.up
+  if isinstance(up, Structured):
+    up = up.matrix()
   if factors.outer is not None:
     up = up * factors.outer[None]
   return up if factors.inner is None else factors.inner[:, None] * up
@@ -132,7 +132,8 @@ def add_low_rank(
 
   def weights(leaves: Leaves, site: Site) -> tuple[Array, Array | None]:
     factors = low_rank(leaves, site)
-    delta = jnp.matmul(factors.down, whole_up(factors), precision="highest")
+    with jax.default_matmul_precision("highest"):
+      delta = factors.down @ whole_up(factors)
     return site.kernel().astype(jnp.float32) + delta, site.bias
 
   return weights
@@ -140,12 +141,15 @@ def add_low_rank(
 
 def fold(
   kernel: Float[Array, "i o"],
-  down: Float[Array, "i r"],
+  down: Matrix,
   up: Float[Array, "r o"],
 ) -> Float[Array, "i o"]:
   """kernel + down @ up, added in float32 or what is finer."""
   wide = jnp.promote_types(kernel.dtype, jnp.float32)
-  delta = jnp.matmul(down, up, preferred_element_type=wide)
+  if isinstance(down, Structured):
+    delta = (down @ up).astype(wide)
+  else:
+    delta = jnp.matmul(down, up, preferred_element_type=wide)
   return (kernel + delta).astype(kernel.dtype)
 
 
@@ -153,7 +157,7 @@ def fold(
 def folded_forward(
   x: Float[Array, "*t i"],
   kernel: Float[Array, "i o"],
-  down: Float[Array, "i r"],
+  down: Matrix,
   up: Float[Array, "r o"],
 ) -> Float[Array, "*t o"]:
   """x @ (kernel + down @ up); the gradient of `up` goes by way of x @ down."""
@@ -169,8 +173,9 @@ def _low_rank_backward(saved, g):
   x, whole, down, up = saved
   rows, back = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
   to_kernel = rows.T @ back  # for a frozen kernel this line is dead code
+  to_down = None if isinstance(down, Structured) else to_kernel @ up.T
   to_up = (rows @ down).T @ back
-  return g @ whole.T, to_kernel, to_kernel @ up.T, to_up
+  return g @ whole.T, to_kernel, to_down, to_up
 
 
 folded_forward.defvjp(_folded_forward, _low_rank_backward)

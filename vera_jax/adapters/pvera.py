@@ -30,7 +30,11 @@ from vera_jax.adapters.interface import (
   as_they_are,
 )
 from vera_jax.adapters.products import Product, add_low_rank, scaled
-from vera_jax.adapters.projections import check_choices, make_projections
+from vera_jax.adapters.projections import (
+  check_choices,
+  make_projections,
+  pair_of,
+)
 from vera_jax.errors import UserError
 
 D, B_VECTOR = "pvera_d", "pvera_b"
@@ -71,12 +75,8 @@ def pvera(
     }
 
   def low_rank(leaves: Leaves, site: Site) -> LowRank:
-    return LowRank(
-      down=site.shared["A"][:rank, : site.inputs].T,
-      inner=leaves[D][:rank],
-      up=site.shared["B"][: site.outputs].T,
-      outer=leaves[B_VECTOR],
-    )
+    down, up = pair_of(site, rows=rank)
+    return LowRank(down, up, inner=leaves[D][:rank], outer=leaves[B_VECTOR])
 
   def forward(
     leaves: Leaves,
@@ -85,13 +85,12 @@ def pvera(
     key: PRNGKeyArray | None,
     inner: Product,
   ) -> tuple[Array, None]:
-    A = site.shared["A"][:, : site.inputs].astype(x.dtype)
-    B = site.shared["B"][: site.outputs].astype(x.dtype)
-    z, log_variance = jnp.split(scaled(x @ A.T, leaves[D]), 2, axis=-1)
+    down, up = (matrix.astype(x.dtype) for matrix in pair_of(site))
+    z, log_variance = jnp.split(scaled(x @ down, leaves[D]), 2, axis=-1)
     if key is not None:
       noise = jax.random.normal(key, z.shape, z.dtype)
       z += noise * jnp.exp(log_variance / 2)
-    return inner(x) + scaled(z @ B.T, leaves[B_VECTOR]), None
+    return inner(x) + scaled(z @ up, leaves[B_VECTOR]), None
 
   return Adapter(
     name="pvera",

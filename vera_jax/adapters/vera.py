@@ -25,7 +25,11 @@ from vera_jax.adapters.interface import (
   as_they_are,
 )
 from vera_jax.adapters.products import add_low_rank
-from vera_jax.adapters.projections import check_choices, make_projections
+from vera_jax.adapters.projections import (
+  check_choices,
+  make_projections,
+  pair_of,
+)
 from vera_jax.errors import UserError
 
 D, B_VECTOR = "vera_d", "vera_b"
@@ -74,12 +78,9 @@ def vera(
     return {"both": {D: d, B_VECTOR: b}, "d": {D: d}, "b": {B_VECTOR: b}}[train]
 
   def low_rank(leaves: Leaves, site: Site) -> LowRank:
-    return LowRank(
-      down=site.shared["A"][:, : site.inputs].T,
-      inner=leaves.get(D, jnp.full(1, d_init)),
-      up=site.shared["B"][: site.outputs].T,
-      outer=leaves.get(B_VECTOR),
-    )
+    down, up = pair_of(site)
+    inner = leaves.get(D, jnp.full(1, d_init))
+    return LowRank(down, up, inner=inner, outer=leaves.get(B_VECTOR))
 
   return Adapter(
     name="vera",

@@ -1,0 +1,284 @@
+"""The pair that is never stored: what matrix it is, and what it costs."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vera_jax.adapters.apply import adapt
+from vera_jax.adapters.interface import Site, Target
+from vera_jax.adapters.products import (
+  PLANS,
+  adapted_product,
+  choose,
+  costs,
+)
+from vera_jax.adapters.projections import (
+  digest,
+  make_pair,
+  make_projections,
+  pair_of,
+)
+from vera_jax.adapters.pvera import pvera
+from vera_jax.adapters.structured import blocks, draw
+from vera_jax.adapters.vera import vera
+
+KEY = jax.random.key(5)
+each_plan = pytest.mark.parametrize("plan", PLANS)
+
+
+@pytest.mark.parametrize(
+  "width, sizes",
+  [
+    (1, (1,)),
+    (96, (96,)),
+    (768, (32, 24)),
+    (11008, (128, 86)),
+    (16384, (128, 128)),
+    (53248, (52, 32, 32)),
+    (131, (12, 11)),  # a prime, padded to 132
+    (50257, (103, 61, 8)),  # 29 * 1733, padded to 50264
+  ],
+)
+def test_few_blocks_of_128_rows_at_most(width, sizes):
+  assert blocks(width) == sizes
+
+
+# More rows than columns, fewer, a width of odd factors, a prime, and widths of
+# one block.
+@pytest.mark.parametrize(
+  "rows, columns", [(40, 64), (7, 30), (300, 144), (16, 131), (3, 1), (1, 5)]
+)
+def test_products_are_those_of_the_matrix(rows, columns):
+  """Both ways round, within float32's rounding; gradients go back by it."""
+  S = draw(KEY, rows, columns, variance=2 / columns)
+  entries = np.asarray(S)
+  assert entries.shape == S.shape == (rows, columns) == S.T.shape[::-1]
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 3, columns)), jnp.float32)
+  y = jnp.asarray(rng.normal(size=(rows, 4)), jnp.float32)
+  close = {"rtol": 1e-5, "atol": 2e-5}
+  np.testing.assert_allclose(x @ S.T, x @ entries.T, **close)
+  np.testing.assert_allclose(S.T @ y, entries.T @ y, **close)
+  np.testing.assert_allclose(y.T @ S, y.T @ entries, **close)
+  gradient = jax.grad(lambda x: jnp.sum(jnp.sin(x @ S.T)))(x)
+  want = np.cos(x @ entries.T) @ entries
+  np.testing.assert_allclose(gradient, want, rtol=1e-5, atol=5e-5)
+  first = S.leading(1).T
+  np.testing.assert_allclose(x @ first, x @ entries[:1].T, **close)
+
+
+@pytest.mark.parametrize("columns", [512, 384])
+def test_rows_are_orthogonal_and_columns_far_from_alike(columns):
+  """Unlike a transform's first rows, which give pairs of inputs one column."""
+  rows = columns // 2
+  S = np.asarray(draw(KEY, rows, columns, variance=2 / columns))
+  np.testing.assert_allclose(S @ S.T, 2 * np.eye(rows), atol=1e-4)
+  normal = np.random.default_rng(0).normal(size=S.shape)
+
+  def likeness(matrix):
+    unit = matrix / np.linalg.norm(matrix, axis=0)
+    return np.abs(unit.T @ unit - np.eye(columns)).max()
+
+  assert likeness(S) < 1.2 * likeness(normal) < 0.5
+
+
+@pytest.mark.parametrize("rank", [24, 144, 200])
+def test_second_moments_are_kaimings(rank):
+  """Of each entry over seeds; the whole matrix has its norm for any seed."""
+  inputs, outputs = 96, 144
+  squares = {"A": 0.0, "B": 0.0}
+  for seed in range(30):
+    pair = make_pair(rank, inputs, outputs, seed=seed, init="structured")
+    for name, size in (("A", 2 * rank), ("B", 2 * outputs)):
+      entries = np.asarray(pair[name])
+      squares[name] = squares[name] + entries**2 / 30
+      assert np.sum(entries**2) == pytest.approx(size, rel=1e-4)
+  for name, fan_in in (("A", inputs), ("B", rank)):
+    mean = squares[name] * fan_in / 2
+    assert np.abs(mean - 1).max() < 1.8  # 30 squares of a normal entry
+    np.testing.assert_allclose(mean.mean(0), 1, atol=0.35)
+    np.testing.assert_allclose(mean.mean(1), 1, atol=0.35)
+
+
+WIDTHS = {("up",): Target(12, 30), ("down",): Target(30, 12)}
+
+
+def test_each_width_has_a_transform_of_its_own():
+  """A wider layer leaves the others' alone."""
+  given = {"rank": 6, "seed": 0, "init": "structured"}
+  made = make_projections(WIDTHS, **given)
+  assert made.keys() == {"A_12", "B_30", "A_30", "B_12"}
+  wider = make_projections({**WIDTHS, ("wide",): Target(12, 700)}, **given)
+  for name, matrix in made.items():
+    np.testing.assert_array_equal(matrix.signs, wider[name].signs)
+  assert not np.array_equal(made["A_12"].signs, made["B_12"].signs)
+  bytes_kept = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+  assert bytes_kept == 2 * 2 * (12 + 30)
+
+
+def test_the_digest_is_of_what_defines_the_pair():
+  given = {"rank": 6, "seed": 0, "init": "structured"}
+  found = {
+    digest(make_projections(WIDTHS, **{**given, **other}))
+    for other in ({}, {"rank": 7}, {"seed": 1}, {"rows": 12})
+  }
+  assert len(found) == 4
+  looped = {(f"layer_{i}", "query"): Target(12, 30) for i in range(2)}
+  stacked = {("layer", "query"): Target(12, 30, (2,))}
+  one, other = (
+    make_projections(targets, **given, sharing="unique")
+    for targets in (looped, stacked)
+  )
+  assert digest(one) == digest(other)
+  first, second = other["layer"]["query"]["A"].signs
+  assert not np.array_equal(first, second)
+
+
+RANK, INPUTS, OUTPUTS, TOKENS = 64, 160, 192, 96
+
+
+def site_of(method, kernel=None):
+  target = Target(INPUTS, OUTPUTS)
+  shared = method.shared({("layer",): target})
+  return Site(("layer",), INPUTS, OUTPUTS, lambda: kernel, shared=shared)
+
+
+@each_plan
+def test_gradients_against_the_materialised_pair(plan):
+  """In float64, within float32's rounding."""
+  rng = np.random.default_rng(0)
+  method = vera(RANK, init="structured")
+  W0, x = rng.normal(size=(INPUTS, OUTPUTS)), rng.normal(size=(5, INPUTS))
+  d, b = rng.normal(size=RANK), rng.normal(size=OUTPUTS)
+  x *= 0.1
+  site = site_of(method, jnp.asarray(W0, jnp.float32))
+  A, B = (np.asarray(m.T, np.float64) for m in pair_of(site))
+  thin = x @ A.T
+  g = np.cos(x @ W0 + thin * d @ B.T * b)
+  want = {
+    "vera_d": np.einsum("tr,to,or,o->r", thin, g, B, b),
+    "vera_b": np.sum(thin * d @ B.T * g, axis=0),
+    "x": g @ (W0 + A.T * d @ B.T * b).T,
+  }
+
+  @jax.jit
+  @jax.grad
+  def gradients(trained):
+    leaves = {k: v for k, v in trained.items() if k != "x"}
+    y, _ = adapted_product(method, leaves, site, trained["x"], plan=plan)
+    return jnp.sum(jnp.sin(y))
+
+  given = {"vera_d": d, "vera_b": b, "x": x}
+  found = gradients(jax.tree.map(jnp.float32, given))
+  for name, gradient in want.items():
+    scale = np.abs(gradient).max()
+    np.testing.assert_allclose(found[name], gradient, atol=2e-5 * scale)
+
+
+@cache
+def step(plan):
+  """The jaxpr and the compiled FLOPs of a step on one layer."""
+  method = vera(RANK, init="structured")
+  site = site_of(method)
+  leaves = method.init(KEY, site)
+
+  def loss(trained, kernel, shared):
+    own, x = trained
+    here = site._replace(kernel=lambda: kernel, shared=shared)
+    return jnp.sum(adapted_product(method, own, here, x, plan=plan)[0] ** 2)
+
+  def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+  given = (leaves, shape(TOKENS, INPUTS)), shape(INPUTS, OUTPUTS), site.shared
+  compiled = jax.jit(jax.grad(loss)).lower(*given).compile()
+  jaxpr = jax.make_jaxpr(jax.grad(loss))(*given)
+  return str(jaxpr), compiled.cost_analysis()["flops"]
+
+
+@each_plan
+def test_counted_costs_are_the_compiled_ones(plan):
+  """Within 15 %: XLA also counts the signs and the sums."""
+  site = site_of(vera(RANK, init="structured"))
+  factors = vera(RANK).low_rank({}, site)
+  want = 2 * (costs(TOKENS, factors)[plan] + 2 * TOKENS * INPUTS * OUTPUTS)
+  assert step(plan)[1] == pytest.approx(want, rel=0.15)
+
+
+def test_nothing_of_a_matrixs_size_unless_folded():
+  matrices = [f"f32[{RANK},{INPUTS}]", f"f32[{INPUTS},{RANK}]"]
+  matrices += [f"f32[{RANK},{OUTPUTS}]", f"f32[{OUTPUTS},{RANK}]"]
+  assert not any(matrix in step("factored")[0] for matrix in matrices)
+  assert any(matrix in step("folded")[0] for matrix in matrices)
+
+
+def test_the_plan_is_chosen_by_its_own_costs():
+  """Dense matrices would be folded; few rows are multiplied as a matrix."""
+  target = {("layer",): Target(768, 768)}
+  chosen, prices = [], []
+  for init in ("kaiming_uniform", "structured"):
+    method = vera(1024, init=init)
+    shared = jax.eval_shape(lambda method=method: method.shared(target))
+    site = Site(("layer",), 768, 768, lambda: None, shared=shared)
+    factors = method.low_rank({}, site)
+    chosen.append(choose(8192, factors))
+    prices.append(costs(1, factors)["factored"])
+  assert chosen == ["folded", "factored"]
+  assert prices[0] > 12 * prices[1]
+  S = draw(KEY, 8, 768, variance=1.0)
+  assert S.cost(1) == 768 * (32 + 24)
+  assert 8 * 768 * 1000 < S.cost(1000) < 1.1 * 8 * 768 * 1000
+  x = jnp.ones((1000, 768))
+  jaxpr = str(jax.make_jaxpr(lambda x: x @ S.T)(x))
+  assert "f32[1000,1,32,24]" not in jaxpr and "f32[8,768]" in jaxpr
+
+
+def test_bfloat16_is_as_near_as_a_stored_pair():
+  """A product's error, of its length, within twice the dense one's."""
+  method = vera(RANK, init="structured")
+  site = site_of(method)
+  x = jax.random.normal(KEY, (50, INPUTS), jnp.bfloat16)
+  for matrix in pair_of(site):
+    x = x[:, : matrix.shape[0]]
+    entries = np.asarray(matrix)
+    want = np.float64(x) @ entries
+    errors = [
+      np.linalg.norm(np.float64(y) - want)
+      for y in (x @ matrix, x @ jnp.asarray(entries, jnp.bfloat16))
+    ]
+    assert errors[0] < 2.5 * errors[1] < 0.02 * np.linalg.norm(want)
+
+
+def test_pvera_takes_the_first_half_of_its_rows():
+  method = pvera(RANK, init="structured")
+  site = site_of(method, jnp.zeros((INPUTS, OUTPUTS)))
+  leaves = method.init(KEY, site)
+  leaves["pvera_b"] = leaves["pvera_b"] + 1
+  x = jax.random.normal(KEY, (4, INPUTS))
+  A, B = (np.asarray(m.T) for m in pair_of(site))
+  assert A.shape == (2 * RANK, INPUTS)
+  want = 0.1 * x @ A[:RANK].T @ B.T
+  for y in (
+    adapted_product(method, leaves, site, x)[0],
+    method.forward(leaves, site, x, None, lambda x: 0 * want)[0],
+    x @ method.weights(leaves, site)[0],
+  ):
+    np.testing.assert_allclose(y, want, atol=1e-5)
+
+
+def test_a_network_with_parts_of_other_widths(base, x):
+  """`adapt` finds each site's transform by its widths, fused parts too."""
+  from tests.adapters.conftest import Net
+
+  fused = {"fused": {"query": (0, 8), "value": (8, 24)}}
+  module = adapt(
+    Net("scanned"),
+    vera(3, init="structured"),
+    targets=("query", "value", "heads"),
+    fused=fused,
+  )
+  made = jax.eval_shape(module.init, KEY, x)["projections"]
+  assert made.keys() == {"A_8", "B_8", "B_16"}
