@@ -55,8 +55,10 @@ ROWS = {
   ),
   "peft": Row("PEFT's own, as torch draws them", "2 / f", DENSE),
 }
-HEADER = ("`config.vera.init`", "an entry", "its variance")
-HEADER += ("in memory", "same bits everywhere")
+HEADER = (
+  *("`config.vera.init`", "an entry", "its variance"),
+  *("in memory", "same bits everywhere"),
+)
 
 
 def markdown(study: Path = STUDY) -> str:

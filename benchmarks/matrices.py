@@ -206,7 +206,7 @@ def adapted_sites(
   network: Network, adapter: Adapter | None
 ) -> tuple[dict[Place, Target], dict[str, Any], dict[Place, Leaves]]:
   """One layer's sites, and the shapes of the pair and of the leaves."""
-  targets = {
+  targets: dict[Place, Target] = {
     (str(group), str(number)): Target(inputs, outputs)
     for group, (inputs, all_outputs) in enumerate(network.products)
     for number, outputs in enumerate(all_outputs)
@@ -321,8 +321,10 @@ def markdown(result: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
-HEADER = ("pair", "plan", "GFLOP added", "of dense, factored")
-HEADER += ("GB moved, added", "MB temporary", "MB of the pair")
+HEADER = (
+  *("pair", "plan", "GFLOP added", "of dense, factored"),
+  *("GB moved, added", "MB temporary", "MB of the pair"),
+)
 
 
 def _table(

@@ -91,7 +91,7 @@ class Structured(struct.PyTreeNode):
 
   def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
     with jax.default_matmul_precision("highest"):
-      return np.asarray(self.matrix(), dtype)
+      return np.asarray(jax.jit(Structured.matrix)(self), dtype)
 
   def __rmatmul__(self, x: Float[Array, "*t _"]) -> Float[Array, "*t _"]:
     vectors = math.prod(x.shape[:-1])
