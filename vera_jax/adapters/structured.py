@@ -1,22 +1,24 @@
 """A random matrix that is never stored: signs around an orthogonal transform.
 
-  S = scale * sum * (signs * H) * signs                       (rows x n)
+  S = scale * sums * (signs * H) * signs                     (rows x columns)
 
 The second signs are one per input. H is orthogonal and a Kronecker product of
 small blocks, so that it is a reshape and a small product per block: 128 x 128
-for n = 16384. The first signs are one per output of H, of which each row of S
-adds up every m-th, m being the number of rows. So the rows are orthogonal, have
-equal lengths, and no two columns are alike; all there is to keep are 2 n signs.
+for a width of 16384. The first signs are one per output of H, of which each row
+of S adds up every m-th, m being the number of rows. So the rows are orthogonal,
+have equal lengths, and no two columns are alike; all there is to keep are two
+signs per column.
 
 Taking m of H's outputs in place of sums would be as good with m drawn ones (the
 subsampled randomised Hadamard transform of Ailon and Chazelle), but that is a
 gather, and a scatter on the way back. The first m of them are no choice: where
 H is Hadamard's matrix they can't tell input j from input j + m.
 
-More rows than n are several such matrices on top of each other. A block is
+Where there are more rows than columns, x is padded with zeros up to the number
+of rows; then the columns are orthogonal and have equal lengths. A block is
 Hadamard's matrix for the powers of two in its size and the DCT-II for what is
-odd. A width with a prime factor above 128 has none: there x is padded with
-zeros up to the next width that has, and rows are orthogonal only on average.
+odd. A width with a prime factor above 128 has no blocks: x is padded up to the
+next one that has, and what is orthogonal is so on average.
 """
 
 import math
@@ -42,11 +44,10 @@ class Structured(struct.PyTreeNode):
   matrices, for vmap and scans.
 
   Attributes:
-    signs: (2 k, padded columns) in int8: those of the inputs of the k matrices
-      on top of each other, then those of their outputs.
+    signs: (2, width of the transform) in int8: of its inputs and its outputs.
     drawn: the rows that there are; `rows` are the leading ones in use.
     columns: n.
-    scale: the root of n times an entry's variance.
+    scale: the root of the transform's width times an entry's variance.
     turned: whether this is the transpose.
   """
 
@@ -69,7 +70,7 @@ class Structured(struct.PyTreeNode):
   @property
   def definition(self) -> tuple[Any, ...]:
     """What says with the signs which matrix it is."""
-    return self.drawn, self.columns, blocks(self.columns)
+    return self.drawn, self.columns, self._blocks
 
   def leading(self, rows: int) -> "Structured":
     """The matrix of the first rows alone."""
@@ -102,35 +103,36 @@ class Structured(struct.PyTreeNode):
   def __matmul__(self, y: Float[Array, "_ o"]) -> Float[Array, "_ o"]:
     return (y.T @ self.T).T
 
+  @property
+  def _blocks(self) -> tuple[int, ...]:
+    return blocks(max(self.drawn, self.columns))
+
   def _by_blocks(self, vectors: int) -> int:
-    return vectors * self.signs.shape[-2] // 2 * _cost(self.columns)
+    return vectors * math.prod(self._blocks) * sum(self._blocks)
 
   def _by_matrix(self, vectors: int) -> int:
     return self._by_blocks(self.rows) + vectors * self.rows * self.columns
 
   def _to_rows(self, x: Float[Array, "*t n"]) -> Float[Array, "*t r"]:
     """S x of every vector."""
-    lead, padded = x.shape[:-1], self.signs.shape[-1]
-    many = self.signs.shape[-2] // 2
+    lead, width = x.shape[:-1], math.prod(self._blocks)
     ones = (1,) * len(lead)
-    first, second = jnp.split(self.signs.astype(x.dtype), 2)
-    first = first * np.asarray(self.scale * padded**-0.5, x.dtype)
-    x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, padded - self.columns)])
-    y = x[..., None, :] * first.reshape(*ones, many, padded)
-    y = y.reshape(*lead, many, *blocks(self.columns))
-    for size in blocks(self.columns):
-      # the block's axis goes behind the others: after all, the order is as
+    first, second = self.signs.astype(x.dtype).reshape(2, *ones, width)
+    first = first * np.asarray(self.scale * width**-0.5, x.dtype)
+    y = _padded(x, width) * first
+    y = y.reshape(*lead, *self._blocks)
+    for size in self._blocks:
+      # the block's axis goes behind the others: after all, their order is as
       # before
       block = jnp.asarray(_block(size), x.dtype)
-      y = jnp.tensordot(y, block, axes=(len(lead) + 1, 0))
-    y = y.reshape(*lead, many, padded) * second.reshape(*ones, many, padded)
-    sums = -(-self.drawn // many)  # that one of the matrices gives
-    parts = -(-padded // sums)  # outputs of the transform in each
-    y = jnp.pad(y, [(0, 0)] * (len(lead) + 1) + [(0, parts * sums - padded)])
-    y = y.reshape(*lead, many, parts, sums).sum(-2)
-    there = (np.arange(parts)[:, None] * sums + np.arange(sums) < padded).sum(0)
-    y = y * np.asarray(there**-0.5, x.dtype).reshape(*ones, 1, sums)
-    return y.reshape(*lead, many * sums)[..., : self.rows]
+      y = jnp.tensordot(y, block, axes=(len(lead), 0))
+    y = y.reshape(*lead, width) * second
+    parts = -(-width // self.drawn)  # outputs of the transform in each sum
+    y = _padded(y, parts * self.drawn)
+    y = y.reshape(*lead, parts, self.drawn).sum(-2)
+    there = np.bincount(np.arange(width) % self.drawn)
+    lengths = jnp.asarray(there**-0.5, x.dtype).reshape(*ones, -1)
+    return (y * lengths)[..., : self.rows]
 
   def _to_columns(self, y: Float[Array, "*t r"]) -> Float[Array, "*t n"]:
     """y^T S of every vector."""
@@ -143,14 +145,13 @@ def draw(
   key: PRNGKeyArray, rows: int, columns: int, *, variance: float
 ) -> Structured:
   """A structured matrix whose entries have this variance, over all keys."""
-  padded = math.prod(blocks(columns))
-  many = -(-rows // padded)
+  width = math.prod(blocks(max(rows, columns)))
   return Structured(
-    signs=random_signs(key, (2 * many, padded)),
+    signs=random_signs(key, (2, width)),
     drawn=rows,
     rows=rows,
     columns=columns,
-    scale=math.sqrt(padded * variance),
+    scale=math.sqrt(width * variance),
   )
 
 
@@ -188,10 +189,9 @@ def _factors(width: int, number: int, largest: int) -> list[tuple[int, ...]]:
   ]
 
 
-def _cost(width: int) -> int:
-  """Multiply-adds of the transform of one vector."""
-  sizes = blocks(width)
-  return math.prod(sizes) * sum(sizes)
+def _padded(x: Array, width: int) -> Array:
+  """With zeros behind, along the last axis."""
+  return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
 
 
 @cache
