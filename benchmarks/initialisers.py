@@ -51,7 +51,7 @@ ROWS = {
   "structured": Row(
     "signed sums of a signed orthogonal transform; below",
     "2 / f",
-    "2 ⌈r / n⌉ signs per column, 1 byte each, for each width n",
+    "2 bytes per input and output, for each width; r of them if that is more",
   ),
   "peft": Row("PEFT's own, as torch draws them", "2 / f", DENSE),
 }

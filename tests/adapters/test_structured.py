@@ -73,7 +73,7 @@ def test_products_are_those_of_the_matrix(rows, columns):
 
 
 @pytest.mark.parametrize("columns", [512, 384])
-def test_rows_are_orthogonal_and_columns_far_from_alike(columns):
+def test_rows_are_orthogonal_or_columns_and_else_far_from_alike(columns):
   """Unlike a transform's first rows, which give pairs of inputs one column."""
   rows = columns // 2
   S = np.asarray(draw(KEY, rows, columns, variance=2 / columns))
@@ -85,9 +85,13 @@ def test_rows_are_orthogonal_and_columns_far_from_alike(columns):
     return np.abs(unit.T @ unit - np.eye(columns)).max()
 
   assert likeness(S) < 1.2 * likeness(normal) < 0.5
+  S = np.asarray(draw(KEY, 512, columns, variance=2 / columns))
+  np.testing.assert_allclose(
+    S.T @ S, 2 * 512 / columns * np.eye(columns), atol=1e-4
+  )
 
 
-@pytest.mark.parametrize("rank", [24, 200])
+@pytest.mark.parametrize("rank", [24, 144])
 def test_second_moments_are_kaimings(rank):
   """Of each row and column over seeds; of the whole matrix for any seed."""
   sizes = {"A": (rank, 96), "B": (144, rank)}
@@ -116,7 +120,7 @@ def test_each_width_has_a_transform_of_its_own():
     np.testing.assert_array_equal(matrix.signs, wider[name].signs)
   assert not np.array_equal(made["A_12"].signs, made["B_12"].signs)
   bytes_kept = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
-  assert bytes_kept == 2 * 2 * (12 + 30)
+  assert bytes_kept == 2 * 2 * (12 + 30)  # two matrices of each width
 
 
 def test_the_digest_is_of_what_defines_the_pair():
@@ -225,13 +229,13 @@ def test_the_plan_is_chosen_by_its_own_costs():
   shared = jax.eval_shape(lambda: structured.shared(target))
   site = Site(("layer",), 768, 768, lambda: None, shared=shared)
   price = costs(1, structured.low_rank({}, site))["factored"]
-  assert 2 * 2 * 1024 * 768 > 9 * price
+  assert price == 2 * 2 * 1024 * (32 + 32)
   S = draw(KEY, 8, 768, variance=1.0)
   assert S.cost(1) == 768 * (32 + 24)
   assert 8 * 768 * 1000 < S.cost(1000) < 1.1 * 8 * 768 * 1000
   x = jnp.ones((1000, 768))
   jaxpr = str(jax.make_jaxpr(lambda x: x @ S.T)(x))
-  assert "f32[1000,1,32,24]" not in jaxpr and "f32[8,768]" in jaxpr
+  assert "f32[1000,32,24]" not in jaxpr and "f32[8,768]" in jaxpr
 
 
 def test_bfloat16_is_as_near_as_a_stored_pair():
