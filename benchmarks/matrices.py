@@ -117,13 +117,17 @@ def main() -> None:
     same = ("versions", "device", "dtype", "rank")
     if all(there.get(key) == result[key] for key in same):
       known = {_key(row): row for row in there["rows"]}
-  for row in planned(given.networks, whole=given.whole):
+  rows = planned(given.networks, whole=given.whole)
+  # what takes a compiler longest comes last
+  for row in sorted(
+    rows, key=lambda row: (row["plan"] == "folded", row["work"])
+  ):
     if _key(row) not in known:
       known[_key(row)] = row | count(row, device, result["dtype"])
       print(known[_key(row)], flush=True)
       order = [_key(row) for row in planned(NETWORKS, whole=True)]
-      rows = sorted(known.values(), key=lambda row: order.index(_key(row)))
-      write(path.stem, result | {"rows": rows}, folder=given.out)
+      done = sorted(known.values(), key=lambda row: order.index(_key(row)))
+      write(path.stem, result | {"rows": done}, folder=given.out)
   print(f"\n{markdown(read_json(path))}\n{path}")
 
 
@@ -331,7 +335,9 @@ def _table(
   network: str, work: str, rows: Sequence[Mapping[str, Any]]
 ) -> list[str]:
   by_variant = {(row["pair"], row["plan"]): row for row in rows}
-  base = by_variant[NONE, ""]
+  base = by_variant.get((NONE, ""))
+  if base is None:
+    return []
   beside = by_variant.get((DENSE, "factored"))
   tokens = f"{base['tokens']:,} tokens" if base["tokens"] > 1 else "one token"
   title = f"**{network}, {work}, {tokens}**"

@@ -242,36 +242,46 @@ def test_bfloat16_is_as_near_as_a_stored_pair():
   """A product's error, of its length, within twice the dense one's."""
   method = vera(RANK, init="structured")
   site = site_of(method)
-  x = jax.random.normal(KEY, (50, INPUTS), jnp.bfloat16)
+  rng = np.random.default_rng(0)
   for matrix in pair_of(site):
-    x = x[:, : matrix.shape[0]]
+    x = jnp.asarray(rng.normal(size=(50, matrix.shape[0])), jnp.bfloat16)
     entries = np.asarray(matrix)
     want = np.float64(x) @ entries
     errors = [
       np.linalg.norm(np.float64(y) - want)
-      for y in (x @ matrix, x @ jnp.asarray(entries, jnp.bfloat16))
+      for y in (
+        jax.jit(lambda x, m: x @ m)(x, matrix),
+        x @ jnp.asarray(entries, jnp.bfloat16),
+      )
     ]
     assert errors[0] < 2.5 * errors[1] < 0.02 * np.linalg.norm(want)
 
 
 def test_pvera_takes_the_first_half_of_its_rows():
   method = pvera(RANK, init="structured")
-  site = site_of(method, jnp.zeros((INPUTS, OUTPUTS)))
-  leaves = method.init(KEY, site)
-  leaves["pvera_b"] = leaves["pvera_b"] + 1
-  x = jax.random.normal(KEY, (4, INPUTS))
+  site = site_of(method, np.zeros((INPUTS, OUTPUTS), np.float32))
+  leaves = {
+    "pvera_d": np.full(2 * RANK, 0.1, np.float32),
+    "pvera_b": np.ones(OUTPUTS, np.float32),
+  }
+  x = np.random.default_rng(0).normal(size=(4, INPUTS)).astype(np.float32)
   A, B = (np.asarray(m.T) for m in pair_of(site))
   assert A.shape == (2 * RANK, INPUTS)
   want = 0.1 * x @ A[:RANK].T @ B.T
-  for y in (
-    adapted_product(method, leaves, site, x)[0],
-    method.forward(leaves, site, x, None, lambda x: 0 * want)[0],
-    x @ method.weights(leaves, site)[0],
-  ):
+
+  @jax.jit
+  def products(leaves, x):
+    return (
+      adapted_product(method, leaves, site, x)[0],
+      method.forward(leaves, site, x, None, lambda x: jnp.zeros(()))[0],
+      x @ method.weights(leaves, site)[0],
+    )
+
+  for y in products(leaves, jnp.asarray(x)):
     np.testing.assert_allclose(y, want, atol=1e-5)
 
 
-def test_a_network_with_parts_of_other_widths(base, x):
+def test_a_network_with_parts_of_other_widths(x):
   """`adapt` finds each site's transform by its widths, fused parts too."""
   from tests.adapters.conftest import Net
 
