@@ -45,6 +45,8 @@ COUNTS = {
   ("methods", "cola"): 6 * 3,
   ("combinations", "minilm"): 6 * 5,
   ("combinations", "rates"): 6 * 3 * 2,
+  ("initialisers", "minilm"): 7 * 3 * 5,
+  ("initialisers", "rates"): 7 * 3 * 2,
   ("images", "methods"): 5 * 5,
   ("images", "shots"): 5 * 3 * 3,
   ("images", "rates"): 5 * 4 * 2,

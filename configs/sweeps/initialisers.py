@@ -15,9 +15,10 @@ changes of the best rate, it changes for all of them alike.
   python -m experiments.sweep --config=configs/sweeps/initialisers.py \\
     --workdir=DIR --config.base.data.source=PARTS/study
 
-RATES and then BEST below are written by the rule alone. On two cores at the
-0.11 TFLOP/s that `--dry_run` assumes, the rates take 0.8 core-hours (42 runs) and
-minilm 2.1 (105 runs).
+RATES and then BEST below are written by the rule alone.
+
+On two cores at the 0.11 TFLOP/s that `--dry_run` assumes, the rates take 0.8
+core-hours (42 runs) and minilm 2.1 (105 runs).
 """
 
 from ml_collections import ConfigDict
