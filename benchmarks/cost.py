@@ -1,10 +1,14 @@
 """What a training step costs by method, from the compiled program itself.
 
   python -m benchmarks.cost --config=configs/minilm.py:sst2
+  python -m benchmarks.cost --config=configs/minilm.py:sst2 --rows=4 \
+    --config.unilora.size=7680 --out=results/benchmarks
 
 Compiles the real step of a config for each method and prints XLA's own count
 of FLOPs and of bytes moved, the step's temporary memory, and the bytes of
 gradients and optimiser slots. Nothing is run or timed, so the figures repeat.
+--out writes them to cost-TASK.json there, from which docs/methods.md has the
+FLOPs per step.
 """
 
 from typing import Any
@@ -15,6 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from benchmarks.plans.lowering import abstract_step, architecture
+from benchmarks.report import environment, write
 from experiments import cli
 from vera_jax.adapters.methods import METHODS
 from vera_jax.hub import resolve
@@ -24,13 +29,21 @@ from vera_jax.train.sharding import batch_shards, make_mesh
 
 CONFIG = cli.define_config()
 ROWS = flags.DEFINE_integer("rows", 8, "Rows of the batch, as packed.")
-COLUMNS = ("GFLOP", "GB moved", "MB temporary", "kB gradients", "kB slots")
+OUT = flags.DEFINE_string("out", None, "A folder for cost-TASK.json.")
+# Of what is counted: its name, how much one unit of it is, and digits.
+COLUMNS = {
+  "flops": ("GFLOP", 1e9, 2),
+  "moved": ("GB moved", 1e9, 2),
+  "temporary": ("MB temporary", 1e6, 1),
+  "gradients": ("kB gradients", 1e3, 1),
+  "slots": ("kB slots", 1e3, 1),
+}
 
 
 def main() -> None:
   table = Table(
     "method",
-    *(Column(name, justify="right") for name in COLUMNS),
+    *(Column(name, justify="right") for name, *_ in COLUMNS.values()),
     title=f"One step, {ROWS.value} packed rows",
   )
   config = cli.chosen(CONFIG).copy_and_resolve_references()
@@ -40,19 +53,33 @@ def main() -> None:
     config, resolve(config.model.name), shards=batch_shards(mesh)
   )
   layout, fields = data.train_layout, architecture(config)
+  costs: dict[str, dict[str, float]] = {}
   for config.method in METHODS:
     step = abstract_step(config, fields, mesh)
     compiled = step.compile(ROWS.value, layout.length, layout.slots)
     count, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    cost = costs[config.method] = {
+      "flops": count["flops"],
+      "moved": count["bytes accessed"],
+      "temporary": memory.temp_size_in_bytes,
+      "gradients": _bytes(step.state.params),
+      "slots": _bytes(step.state.opt_state),
+    }
     table.add_row(
       config.method,
-      f"{count['flops'] / 1e9:.2f}",
-      f"{count['bytes accessed'] / 1e9:.2f}",
-      f"{memory.temp_size_in_bytes / 1e6:.1f}",
-      f"{_bytes(step.state.params) / 1e3:,.1f}",
-      f"{_bytes(step.state.opt_state) / 1e3:,.1f}",
+      *(
+        f"{cost[name] / unit:,.{digits}f}"
+        for name, (_, unit, digits) in COLUMNS.items()
+      ),
     )
   Console().print(table)
+  if OUT.value:
+    result = environment("cost") | {
+      "rows": ROWS.value,
+      "length": layout.length,
+      "methods": costs,
+    }
+    print(write(f"cost-{config.task}", result, folder=OUT.value))
 
 
 def _bytes(tree: Any) -> int:

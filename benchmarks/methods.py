@@ -8,15 +8,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
 from vera_jax.adapters.methods import METHODS, adapter_named
+from vera_jax.files import read_json
 from vera_jax.peft_io.forms import HELD_BY
 from vera_jax.report.frame import load_sweep, method_title
-from vera_jax.report.summary import BY, summary
-from vera_jax.sweep.estimate import flops
+from vera_jax.report.summary import summary
 
 STUDY, TASK = Path("results/sweeps/methods"), "sst2"
+COSTS = Path("results/benchmarks/cost-sst2.json")  # of benchmarks.cost
 HEADER = (
   *("method", "weights of an adapted layer", "trained numbers per layer"),
   *("in PEFT", "merges", "in a bank", "score"),
@@ -24,7 +23,7 @@ HEADER = (
 
 SCORES = (
   *("task", "method", "condition", "trained numbers", "their bytes"),
-  *("TFLOP per run, estimated", "median (range)"),
+  *("GFLOP per step", "median (range)"),
   *("difference from VeRA (95 %)", "p (Holm)"),
   *("difference from LoRA (95 %)", "p (Holm)"),
 )
@@ -98,10 +97,9 @@ def _scores(study: Path) -> str:
   """Every method beside VeRA and beside LoRA, by seeds."""
   sweep = load_sweep(study)
   beside = {name: summary(sweep, against=name) for name in ("vera", "lora")}
-  first = sweep.runs.groupby(BY, sort=False)["result"].first()
+  costs = read_json(COSTS)["methods"]
   rows = []
   for i, row in enumerate(beside["vera"].to_dict("records")):
-    result = first[tuple(row[name] for name in BY)]
     differences: list[str] = []
     for table in beside.values():
       one = table.iloc[i]
@@ -119,7 +117,7 @@ def _scores(study: Path) -> str:
         row["condition"],
         f"{row['adapter']:,}",
         f"{4 * (row['adapter'] + row['head']):,}",
-        f"{flops(ConfigDict(result['config'])) / 1e12:.1f}",
+        f"{costs[row['method']]['flops'] / 1e9:.1f}",
         f"{row['score']:.1f} ({row['low']:.1f} to {row['high']:.1f})",
         *differences,
       )

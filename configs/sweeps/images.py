@@ -7,12 +7,14 @@
 CIFAR-10 on DINOv2 ViT-S/14 (configs/images/cifar10.py:dinov2), ten epochs, one
 evaluation at the end; --config.base.data.source=FOLDER names local files.
 
-rates: each method with four rates, a factor of two to four apart, on two seeds
-that are none of the studies', scored on ten training images per class that are
-not trained on; never on the test split. methods: ten images per class, five
-seeds, of images and of training alike, scored on all 10,000 test images. shots:
-1, 10 and 100 images per class, three seeds, 2,000 test images. RandLoRA's
-authors found VeRA strong on few images and behind on many (arXiv 2502.00987).
+rates: each method with rates a factor of two to four apart, as many as it takes
+until the best one has worse ones on both sides, on two seeds that are none of
+the studies', scored on ten training images per class that are not trained on;
+never on the test split. methods: ten images per class, five seeds, of images
+and of training alike, scored on all 10,000 test images. shots: 1, 10 and 100
+images per class, three seeds, 2,000 test images, the head alone, VeRA and LoRA,
+each at its rate for ten. RandLoRA's authors found VeRA strong on few images and
+behind on many (arXiv 2502.00987).
 
 Ridge regression has no rates and no sweep: experiments.ridge, for each
 --config.data.subset_seed.
@@ -29,8 +31,8 @@ from configs.sweeps import FEWER, SEEDS, cross, product, sweep, zipped
 RATES = {
   "head": ("optim.head_lr", (1e-3, 4e-3, 16e-3, 64e-3)),
   "bitfit": ("optim.adapter_lr", (1e-3, 4e-3, 16e-3, 64e-3)),
-  "vera": ("optim.adapter_lr", (1e-2, 2e-2, 4e-2, 8e-2)),
-  "lora": ("optim.adapter_lr", (1e-3, 2e-3, 4e-3, 8e-3)),
+  "vera": ("optim.adapter_lr", (1e-2, 2e-2, 4e-2, 8e-2, 16e-2)),
+  "lora": ("optim.adapter_lr", (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)),
   "full": ("optim.adapter_lr", (1e-5, 2e-5, 4e-5, 8e-5)),
 }
 OTHERS = (10, 11)  # seeds
@@ -51,7 +53,8 @@ def get_config(part: str = "methods") -> ConfigDict:
   if part == "shots":
     base.data.max_eval_examples = STUDIED
     shots = product({"data.shots": (1, 10, 100)})
-    runs = cross(methods, shots, both_seeds(FEWER))
+    few = product({"method": ("head", "vera", "lora")})
+    runs = cross(few, shots, both_seeds(FEWER))
     return sweep("CIFAR-10, images per class", base, runs)
   return sweep(
     "CIFAR-10, ten images per class", base, cross(methods, both_seeds(SEEDS))

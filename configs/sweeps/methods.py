@@ -41,26 +41,33 @@ SIZES: dict[str, Any] = {"unilora.size": 7680}  # as many numbers as VeRA's
 # The first rates of each method; `benchmarks.rates` says which to add.
 RATES = {
   "vera": (2e-2, 4e-2, 8e-2),
-  "lora": (2e-3, 4e-3, 8e-3),
-  "dora": (2e-3, 4e-3, 8e-3),
-  "dvora": (1e-2, 2e-2, 4e-2),
-  "ia3": (1e-2, 2e-2, 4e-2),
-  "bitfit": (1e-3, 2e-3, 4e-3),
+  "lora": (1e-3, 2e-3, 4e-3, 8e-3),
+  "dora": (1e-3, 2e-3, 4e-3, 8e-3),
+  "dvora": (1e-2, 2e-2, 4e-2, 8e-2),
+  "ia3": (1e-2, 2e-2, 4e-2, 8e-2),
+  "bitfit": (1e-3, 2e-3, 4e-3, 8e-3, 16e-3),
   "lora_fa": (4e-3, 8e-3, 16e-3),
-  "onelora": (1e-3, 2e-3, 4e-3),
-  "pvera": (2e-2, 4e-2, 8e-2),
-  "randlora": (1e-3, 2e-3, 4e-3),
-  "unilora": (5e-3, 1e-2, 2e-2),
+  "onelora": (1e-3, 2e-3, 4e-3, 8e-3),
+  "pvera": (1e-2, 2e-2, 4e-2, 8e-2),
+  "randlora": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+  "unilora": (5e-3, 1e-2, 2e-2, 4e-2),
 }
-# What the rule chose; a method that is not here has the middle one of RATES.
-BEST: dict[str, float] = {}
+# What the rule chose.
+BEST = {
+  "vera": 4e-2,
+  "lora": 2e-3,
+  "dora": 2e-3,
+  "dvora": 4e-2,
+  "ia3": 4e-2,
+  "bitfit": 8e-3,
+  "lora_fa": 8e-3,
+  "onelora": 4e-3,
+  "pvera": 2e-2,
+  "randlora": 5e-4,
+  "unilora": 2e-2,
+}
 COLA = ("vera", "lora", "dora", "dvora", "pvera", "ia3")
 RATE_SEEDS = (10, 11)
-
-
-def best(method: str) -> float:
-  rates = RATES[method]
-  return BEST.get(method, rates[len(rates) // 2])
 
 
 def get_config(size: str = "minilm") -> ConfigDict:
@@ -87,5 +94,5 @@ def get_config(size: str = "minilm") -> ConfigDict:
 def at_best(methods: Any) -> Overrides:
   """Each method at its own rate."""
   return [
-    {"method": method, "optim.adapter_lr": best(method)} for method in methods
+    {"method": method, "optim.adapter_lr": BEST[method]} for method in methods
   ]

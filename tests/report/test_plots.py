@@ -66,13 +66,30 @@ def ablations(make_result) -> Sweep:
   return Sweep("Ablations", "", frame(found), [])
 
 
-@pytest.mark.parametrize("name", ["rank_sweep", "ablations"])
-def test_all_figures(name, request, tmp_path):
+@pytest.fixture(scope="module")
+def methods(make_result) -> Sweep:
+  """Five methods, two of them of one size and score, one without an adapter."""
+  sizes = {"vera": 7680, "dvora": 12288, "lora": 49152, "ia3": 12288, "head": 0}
+  found = [
+    make_result(method, seed, (0.6, 0.7 + seed / 50), adapter=size)
+    for method, size in sizes.items()
+    for seed in (0, 1)
+  ]
+  return Sweep("Methods", "", frame(found), [])
+
+
+@pytest.mark.parametrize(
+  "name, more",
+  [
+    ("rank_sweep", {"ranks", "norms"}),
+    ("ablations", set()),
+    ("methods", {"methods"}),
+  ],
+)
+def test_all_figures(name, more, request, tmp_path):
   sweep = request.getfixturevalue(name)
   made = dict(plots.figures(sweep, summary(sweep)))
-  expected = {"scores", "curves"}
-  if name == "rank_sweep":
-    expected |= {"ranks", "norms"}
+  expected = {"scores", "curves"} | more
   assert made.keys() == expected
   for figure in made.values():
     assert overlaps(figure) == ([], [])
@@ -98,6 +115,12 @@ def test_every_rank_is_named(rank_sweep):
   marks = [text.get_text() for text in ax.texts]
   assert marks == ["1", "16", "256", "1", "8"]
   assert ax.get_xscale() == "log"
+
+
+def test_every_method_with_an_adapter_is_named(methods):
+  (ax,) = plots.method_figure(summary(methods)).axes
+  names = {text.get_text() for text in ax.texts}
+  assert names == {"VeRA", "DVoRA", "LoRA", "IA3"}
 
 
 def test_ranks_that_lie_close_are_told_apart(make_result):

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from vera_jax.report.frame import (
@@ -46,6 +46,7 @@ __all__ = [
   "curve_figure",
   "figures",
   "loss_figure",
+  "method_figure",
   "norm_figure",
   "rank_figure",
   "save",
@@ -78,6 +79,8 @@ def figures(sweep: Sweep, table: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     yield "texts", score_figure(of_texts, texts.runs, title=title, of="")
   if (table.groupby(["task", "method"])["rank"].nunique() > 1).any():
     yield "ranks", rank_figure(table, title=sweep.title)
+  elif table.groupby("task")["method"].nunique().max() > 3:
+    yield "methods", method_figure(table, title=sweep.title)
   vectors = norms(sweep.runs)
   if not vectors.empty and vectors["leaf"].isin(["d", "b"]).any():
     yield "norms", norm_figure(vectors, title=sweep.title)
@@ -225,14 +228,32 @@ def rank_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
   Medians joined by a line for each method; a bar is the seeds' range.
   """
   ranked = table[table["rank"].notna()]
-  tasks = list(ranked.groupby("task", sort=False))
+  names = ranked["rank"].map(lambda rank: str(int(rank)))
+  legend = "{}, r at each point"
+  return _parameter_figure(ranked, names, title=title, legend=legend)
+
+
+def method_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
+  """Score against trained adapter parameters, each method named at its point.
+
+  The bar is the seeds' range. What trains no adapter has no place on the axis.
+  """
+  sized = table[table["adapter"] > 0]
+  names = sized["method"].map(method_title)
+  return _parameter_figure(sized, names, title=title, legend="")
+
+
+def _parameter_figure(
+  table: pd.DataFrame, names: pd.Series, *, title: str, legend: str
+) -> Figure:
+  """A panel for each task; `names` are of the points, by the table's index."""
+  tasks = list(table.groupby("task", sort=False))
   with mpl.rc_context(STYLE):
     figure, axes = grid(1, len(tasks), width=5.4, height=3.4, title=title)
     for ax, (task, here) in zip(axes.flat, tasks, strict=True):
       for method, rows in here.groupby("method", sort=False):
         rows = rows.sort_values("adapter")
         color, marker = METHOD_COLORS.get(str(method), OTHER)
-        name = method_title(str(method))
         ax.errorbar(
           rows["adapter"],
           rows["score"],
@@ -242,7 +263,7 @@ def rank_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
           ms=5,
           capsize=2,
           elinewidth=0.8,
-          label=f"{name}, r at each point",
+          label=legend.format(method_title(str(method))),
         )
       metric = metric_title(here.iloc[0]["metric"])
       ax.set(
@@ -251,22 +272,26 @@ def rank_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
         xlabel="trained adapter parameters",
         ylabel=f"{metric} on dev, best epoch (%)",
       )
-      ax.margins(y=0.14)
+      ax.margins(x=0.15, y=0.14)
+      ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
       ax.xaxis.set_major_formatter(EngFormatter(sep=""))
       ax.xaxis.set_minor_locator(NullLocator())
-    figure.legend(
-      *axes.flat[0].get_legend_handles_labels(),
-      loc="outside lower center",
-      ncols=2,
-    )
+    if legend:
+      figure.legend(
+        *axes.flat[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+      )
     figure.draw_without_rendering()  # now the axes' places are known
     for ax, (_, here) in zip(axes.flat, tasks, strict=True):
-      _name_ranks(ax, here, scale=figure.dpi / 72)
+      _name_points(ax, here, names, scale=figure.dpi / 72)
     return figure
 
 
-def _name_ranks(ax: Axes, table: pd.DataFrame, *, scale: float) -> None:
-  """The rank at each point, where no other label, bar or line lies.
+def _name_points(
+  ax: Axes, table: pd.DataFrame, names: pd.Series, *, scale: float
+) -> None:
+  """Each point's name beside it, where no other label, bar or line lies.
 
   Each label tries the `PLACES` around its point in turn. `scale` is in pixels
   per point.
@@ -284,8 +309,8 @@ def _name_ranks(ax: Axes, table: pd.DataFrame, *, scale: float) -> None:
     for start, end in itertools.pairwise(points):
       along = np.linspace(start, end, 25)
       taken += [Bbox([middle - 1, middle + 1]) for middle in along]
-  for _, row in table.iterrows():
-    text = str(int(row["rank"]))
+  for place, row in table.iterrows():
+    text = names[place]
     point = at((row["adapter"], row["score"]))
     width = 5.0 * len(text)
     half = np.array([width / 2, 4.0]) * scale
