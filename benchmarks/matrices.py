@@ -324,9 +324,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     f" of programs compiled for it by jax {versions['jax']}, of all layers."
     ' "Added" is what the program has beyond the same one without an adapter.'
     " Temporary memory is of one layer, of the whole step that of the step."
-    " The pair: what of it is among the program's arguments.",
-    "",
-    f"- `{result['command']}`",
+    " The pair: what of it is among the program's arguments. XLA may compile"
+    " the rest of two programs differently, so that little may come out as less"
+    " than nothing.",
   ]
   return "\n".join(lines)
 
