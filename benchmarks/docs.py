@@ -4,15 +4,16 @@
 
 What a page has between `<!-- from PATH -->` and `<!-- end -->` is replaced: by
 a table where PATH is a file in results/plans, by the report where it is a
-sweep's folder, by the tables of methods where it is benchmarks/methods.py, by
-what is below its title where it is a page, such as the report's outputs.md. The
-figures that a page shows as figures/SWEEP-NAME.png are drawn.
+sweep's folder, by the tables that it makes where it is benchmarks/methods.py or
+benchmarks/initialisers.py, by what is below its title where it is a page, such
+as the report's outputs.md. The figures that a page shows as
+figures/SWEEP-NAME.png are drawn.
 """
 
 import re
 from pathlib import Path
 
-from benchmarks import decode, meshes, methods
+from benchmarks import decode, initialisers, matrices, meshes, methods
 from benchmarks.plans import report as plans
 from experiments import cli
 from vera_jax.errors import UserError
@@ -32,8 +33,8 @@ def main() -> None:
   if not DOCS.is_dir():
     raise UserError("There is no docs/ here: run it at the top of a checkout.")
   for path in [Path("README.md"), *sorted(DOCS.glob("*.md"))]:
-    page = path.read_text(encoding="utf-8")
-    path.write_text(filled(page), encoding="utf-8")
+    page = filled(path.read_text(encoding="utf-8"))
+    path.write_text(page, encoding="utf-8")
     draw(page)
 
 
@@ -53,6 +54,10 @@ def filled(page: str) -> str:
       made = source.read_text(encoding="utf-8").partition("\n\n")[2].strip()
     elif source.name == "methods.py":
       made = methods.markdown()
+    elif source.name == "initialisers.py":
+      made = initialisers.markdown()
+    elif source.name.startswith("matrices-"):
+      made = matrices.markdown(read_json(source))
     elif source.name == "meshes.json":
       made = meshes.markdown(read_json(source))
     elif source.name.startswith("decode-"):

@@ -51,12 +51,18 @@ def choices(sweep: Sweep) -> Iterator[Choice]:
   runs = sweep.runs.assign(
     rate=[run["config"]["optim"]["adapter_lr"] for run in sweep.runs["result"]],
     rank=[str(rank) for rank in sweep.runs["rank"]],
+    init=[
+      run["config"].get("vera", {}).get("init", "")
+      for run in sweep.runs["result"]
+    ],
   )
   if runs["rate"].isna().any():
     raise UserError("Runs without config.optim.adapter_lr: no sweep of rates.")
-  for (method, rank), own in runs.groupby(["method", "rank"], sort=False):
+  parts = ["method", "rank", "init"]
+  for (method, rank, init), own in runs.groupby(parts, sort=False):
     means = own.groupby("rate")["score"].mean().to_dict()
-    yield choose(f"{method}, rank {rank}", means)
+    name = f"{method}, rank {rank}"
+    yield choose(name + f", {init}" * (runs["init"].nunique() > 1), means)
 
 
 def main(words: list[str]) -> None:

@@ -49,6 +49,8 @@ COUNTS = {
   ("networks", "rates"): 5 * 4,
   ("networks", "texts"): 1 + 5 * 3,
   ("networks", "text_rates"): 5 * 4,
+  ("initialisers", "minilm"): 7 * 3 * 5,
+  ("initialisers", "rates"): 7 * 3 * 2,
   ("images", "methods"): 5 * 5,
   ("images", "shots"): 3 * 3 * 3,
   ("images", "rates"): (3 * 4 + 2 * 5) * 2,
@@ -162,7 +164,7 @@ def test_one_layer_and_equally_many_parameters(size, paths, tmp_path):
 
 
 def test_the_small_studies_fit_an_evening(tmp_path):
-  """About 150 minutes on the two idle cores that the rate was measured on."""
+  """About 215 minutes on the two idle cores that the rate was measured on."""
   rate = estimate.rate([])
   total = 0.0
   for name, variant in COUNTS:
@@ -170,7 +172,7 @@ def test_the_small_studies_fit_an_evening(tmp_path):
       plan = make_plan(load(name, variant), tmp_path)
       found = make_units(plan.runs, most=8)
       total += sum(rate.seconds(r.config for r in unit) for unit in found)
-  assert total < 155 * 60
+  assert total < 220 * 60
 
 
 def test_combinations_have_equal_counts(minilm_folder, tmp_path):

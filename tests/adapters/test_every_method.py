@@ -38,6 +38,10 @@ from vera_jax.adapters.vera import onelora, vera
 METHODS = {
   "vera": Probe(vera(3)),
   "vera, a pair per layer": Probe(vera(3, sharing="unique")),
+  "vera, structured": Probe(vera(3, init="structured")),
+  "vera, structured, a pair per layer": Probe(
+    vera(3, init="structured", sharing="unique")
+  ),
   "onelora": Probe(onelora()),
   "vera, d alone": Probe(vera(3, train="d")),
   "pvera": Probe(pvera(3)),

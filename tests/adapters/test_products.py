@@ -163,7 +163,7 @@ def compiled_flops(plan, layers=1):
 @pytest.mark.parametrize("plan", PLANS)
 def test_counted_costs_are_the_compiled_ones(plan):
   """Within 5 %: XLA also counts what is no product."""
-  delta = costs(TOKENS, RANK, INPUTS, OUTPUTS)[plan]
+  delta = costs(TOKENS, factors(RANK, INPUTS, OUTPUTS))[plan]
   want = 2 * (delta + 2 * TOKENS * INPUTS * OUTPUTS)
   assert compiled_flops(plan) == pytest.approx(want, rel=0.05)
 
@@ -175,10 +175,9 @@ def test_layers_on_one_input_share_a_x(plan):
   assert saved == pytest.approx(2 * TOKENS * RANK * INPUTS, rel=0.05)
 
 
-def factors(rank, *, trains_down=False):
-  return LowRank(
-    jnp.zeros((768, rank)), jnp.zeros((rank, 768)), trains_down=trains_down
-  )
+def factors(rank, inputs=768, outputs=768, *, trains_down=False):
+  down, up = jnp.zeros((inputs, rank)), jnp.zeros((rank, outputs))
+  return LowRank(down, up, trains_down=trains_down)
 
 
 def test_the_cheapest_is_chosen():
@@ -189,7 +188,7 @@ def test_the_cheapest_is_chosen():
   # remat runs the forward pass twice, where factored pays most of its cost
   assert choose(256, vera_1024, forwards=2) != "folded_forward"
   for tokens in (64, 500, 3000):
-    priced = costs(tokens, 1024, 768, 768)
+    priced = costs(tokens, vera_1024)
     assert priced[choose(tokens, vera_1024)] == min(priced.values())
 
 

@@ -20,26 +20,27 @@ from vera_jax.errors import UserError
 GOLDEN = json.loads(
   (Path(__file__).parents[1] / "golden/projections.json").read_text("utf-8")
 )
-UNIFORM = pytest.mark.parametrize("init", ["kaiming_uniform", "uniform"])
+OF_BITS = pytest.mark.parametrize("init", GOLDEN["pairs"][0]["digests"])
 
 
 @pytest.mark.smoke
-@UNIFORM
+@OF_BITS
 @pytest.mark.parametrize("golden", GOLDEN["pairs"])
 def test_the_bits_are_the_committed_ones(golden, init):
   pair = make_pair(**golden["pair"], init=init)
   assert digest(pair) == golden["digests"][init]
 
 
-@UNIFORM
+@OF_BITS
 def test_jit_and_eight_devices_give_the_same_bits(init):
   golden = GOLDEN["pairs"][2]
   make = partial(make_pair, **golden["pair"], init=init)
   mesh = Mesh(np.array(jax.devices()).reshape(8), ("data",))
-  for spec in (PartitionSpec(), PartitionSpec("data")):
+  last = PartitionSpec() if init == "structured" else PartitionSpec("data")
+  for spec in (PartitionSpec(), last):
     sharding = NamedSharding(mesh, spec)
     pair = jax.jit(make, out_shardings=sharding)()
-    assert len(pair["A"].sharding.device_set) == 8
+    assert len(jax.tree.leaves(pair)[0].sharding.device_set) == 8
     assert digest(pair) == golden["digests"][init]
   assert digest(jax.jit(make)()) == golden["digests"][init]
 
@@ -65,6 +66,9 @@ def test_pefts_own_matrices(golden):
   assert digest(pair) == golden["digest"]
 
 
+SPARSE = 2 / 700 * 700**0.5
+
+
 # The bounds and the variance of (rank, inputs) = (300, 700) under fan-in.
 @pytest.mark.parametrize(
   "init, low, high, mean, variance",
@@ -74,12 +78,15 @@ def test_pefts_own_matrices(golden):
     ("kaiming_normal", -np.inf, np.inf, 0, 2 / 700),
     ("uniform", 0, 0.1, 0.05, 0.01 / 12),
     ("orthogonal", -np.inf, np.inf, 0, 2 / 700),
+    ("rademacher", -((2 / 700) ** 0.5), (2 / 700) ** 0.5, 0, 2 / 700),
+    ("sparse_third", -((6 / 700) ** 0.5), (6 / 700) ** 0.5, 0, 2 / 700),
+    ("sparse_root", -(SPARSE**0.5), SPARSE**0.5, 0, 2 / 700),
   ],
 )
 def test_distributions(init, low, high, mean, variance):
   A = np.asarray(make_pair(300, 700, 4, init=init)["A"])
   assert A.dtype == np.float32
-  assert low <= A.min() and A.max() <= high
+  assert low * (1 + 1e-7) <= A.min() and A.max() <= high * (1 + 1e-7)
   if np.isfinite(high):
     assert A.max() > low + 0.999 * (high - low)
     assert A.min() < low + 0.001 * (high - low)
@@ -94,11 +101,27 @@ def test_b_has_the_rank_as_its_fan_in():
   assert 0.99 * 0.5 < np.abs(pair["B"]).max() <= 0.5
 
 
-def test_orthogonal_rows_and_columns():
-  pair = make_pair(6, 20, 30, init="orthogonal")
+@pytest.mark.parametrize("init, one_in", [("third", 3), ("root", 700**0.5)])
+def test_sparse_entries(init, one_in):
+  """The share of them, all of one size and of either sign alike."""
+  A = np.asarray(make_pair(300, 700, 4, init=f"sparse_{init}")["A"])
+  there = A[A != 0]
+  spread = (A.size / one_in) ** 0.5
+  assert abs(len(there) - A.size / one_in) < 5 * spread
+  assert abs(np.sign(there).sum()) < 5 * spread
+  assert len(set(np.abs(there))) == 1
+
+
+@pytest.mark.parametrize("rank, rows", [(6, True), (40, False)])
+def test_orthogonal_rows_or_columns(rank, rows):
+  """Below and above the widths; the norm is Kaiming's expected one."""
+  pair = make_pair(rank, 20, 30, init="orthogonal")
   A, B = np.asarray(pair["A"]), np.asarray(pair["B"])
-  np.testing.assert_allclose(A @ A.T, 2 * np.eye(6), atol=1e-5)
-  np.testing.assert_allclose(B.T @ B, 2 * 30 / 6 * np.eye(6), atol=1e-5)
+  (A, B), least = ((A, B.T), rank) if rows else ((A.T, B), 20)
+  close = {"rtol": 0, "atol": 2e-5}
+  np.testing.assert_allclose(A @ A.T, 2 * rank / least * np.eye(least), **close)
+  least = rank if rows else 30
+  np.testing.assert_allclose(B @ B.T, 60 / least * np.eye(least), **close)
 
 
 @pytest.mark.parametrize("init", ["kaiming_uniform", "uniform"])

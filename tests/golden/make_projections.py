@@ -16,6 +16,10 @@ from vera_jax.adapters.interface import Target
 from vera_jax.adapters.projections import digest, make_pair, make_projections
 
 FILE = Path(__file__).with_name("projections.json")
+OF_BITS = (
+  *("kaiming_uniform", "uniform"),
+  *("rademacher", "sparse_third", "sparse_root", "structured"),
+)
 PAIRS = [
   {"rank": rank, "inputs": inputs, "outputs": outputs, "seed": seed}
   for rank, inputs, outputs, seed in (
@@ -38,10 +42,7 @@ PEFT = [
 
 def ours(pair):
   """The digests of the initialisers whose bits are the same everywhere."""
-  return {
-    init: digest(make_pair(**pair, init=init))
-    for init in ("kaiming_uniform", "uniform")
-  }
+  return {init: digest(make_pair(**pair, init=init)) for init in OF_BITS}
 
 
 def unique():

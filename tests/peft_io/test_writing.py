@@ -121,6 +121,24 @@ def test_vera_as_lora(export, tmp_path):
   assert back["labels"] == saved.about["labels"] and back["task"] == "rte"
 
 
+def test_a_structured_pair_goes_as_lora_alone(export, tmp_path):
+  """By applying it to an identity: the factors are VeRA's, exactly."""
+  with pytest.raises(UserError, match="pair is structured: .* --as=lora"):
+    export(init="structured")
+  saved, config, file, _ = export("lora", init="structured")
+  assert config["r"] == RANK
+  tensors = load_file(file)
+  for kind, (inputs, outputs) in WIDTHS.items():
+    made = make_pair(RANK, inputs, outputs, seed=3, init="structured")
+    d, b = (saved.tensors[f"encoder.layer.1.{kind}.vera_{k}"] for k in "db")
+    for leaf, want in (
+      ("lora_A", d[:, None] * np.asarray(made["A"])),
+      ("lora_B", b[:, None] * np.asarray(made["B"])),
+    ):
+      found = tensors[MODULE.format(1, kind, f"{leaf}.weight")]
+      np.testing.assert_array_equal(found, want)
+
+
 def test_exports_refused(random_adapter, tmp_path):
   ours = random_adapter(**SETTINGS)
   file = ours / "adapter.json"

@@ -74,6 +74,7 @@ def chosen(logits, named=NAMED):
   [
     ("vera", {}),
     ("vera", {"sharing": "unique", "train": "b"}),
+    ("vera", {"init": "structured"}),
     ("unilora", {}),
     ("bitfit", {}),
   ],

@@ -17,8 +17,11 @@ from typing import Any, NamedTuple
 from jax import Array
 from jaxtyping import Float
 
+from vera_jax.adapters.structured import Structured
+
 Path = tuple[str, ...]
-Leaves = Mapping[str, Array]
+Leaves = Mapping[str, Any]  # arrays, or `Structured` among what is shared
+Matrix = Float[Array, "_ _"] | Structured
 Kernel = Float[Array, "*stack i o"]
 Bias = Float[Array, "... _"]  # no names: sites of all widths share a dict
 EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -111,7 +114,7 @@ class Site(NamedTuple):
   common: Leaves = EMPTY
   stack: tuple[int, ...] = ()
   view: View = MATRIX
-  project: Callable[[Array, Array], Array] = operator.matmul
+  project: Callable[[Array, Matrix], Array] = operator.matmul
 
 
 def as_they_are(leaves: Leaves, site: Site) -> Leaves:
@@ -124,14 +127,14 @@ class LowRank(NamedTuple):
   """delta = down @ diag(inner) @ up @ diag(outer), added to a kernel.
 
   Attributes:
-    down: (i, r).
-    up: (r, o).
+    down: (i, r), an array or `Structured`.
+    up: (r, o), likewise.
     inner, outer: (r,) and (o,); None counts as 1.
     trains_down: whether `down` is trained, whose gradient costs a product.
   """
 
-  down: Float[Array, "i r"]
-  up: Float[Array, "r o"]
+  down: Matrix
+  up: Matrix
   inner: Float[Array, " _"] | None = None
   outer: Float[Array, " _"] | None = None
   trains_down: bool = False

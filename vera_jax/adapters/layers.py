@@ -20,7 +20,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from vera_jax.adapters.interface import MATRIX, View
+from vera_jax.adapters.interface import MATRIX, Matrix, View
+from vera_jax.adapters.structured import as_array
 from vera_jax.errors import UserError
 from vera_jax.models.quantised import dequantise, is_quantised
 
@@ -54,7 +55,7 @@ class Product(NamedTuple):
   bias: Float[Array, " _"] | None
   rows: int
   multiply: Callable[[Array, Array], Array] | None
-  project: Callable[[Array, Array], Array] = operator.matmul
+  project: Callable[[Array, Matrix], Array] = operator.matmul
   finish: Callable[[Array], Array] = lambda y: y
   plain: bool = False
 
@@ -109,8 +110,9 @@ def _conv(layer: Any, params: Params, inputs: Array) -> Product:
   x, bias = _promoted(layer, inputs, params, "kernel")
   bare = layer.clone(parent=None, name=None, use_bias=False)
 
-  def project(x: Array, matrix: Array) -> Array:
+  def project(x: Array, matrix: Matrix) -> Array:
     wide = bare.clone(features=matrix.shape[-1])
+    matrix = as_array(matrix, x.dtype)
     own = {"kernel": matrix.reshape(*window, channels, -1)}
     return own_call(wide, own, x)
 
@@ -145,8 +147,8 @@ def _embed(layer: Any, params: Params, inputs: Array) -> Product | str:
     jnp.zeros((), table.dtype), dtype=layer.dtype, inexact=False
   )
 
-  def take(ids: Array, table: Array) -> Array:
-    return jnp.take(table, ids, axis=0)
+  def take(ids: Array, table: Matrix) -> Array:
+    return jnp.take(as_array(table, like.dtype), ids, axis=0)
 
   kind = type(layer).__name__
   return Product(
@@ -304,7 +306,7 @@ def by_equation(
     y = ordered(call(x, kernel), of_result, rows + outputs)
     return y.reshape(*row_shape, -1)
 
-  def project(x: Array, matrix: Array) -> Array:
+  def project(x: Array, matrix: Matrix) -> Array:
     return (x @ matrix).astype(result.dtype)
 
   def finish(y: Array) -> Array:
@@ -455,10 +457,10 @@ def _promoted(
   return x, bias
 
 
-def _refusing(layer: Any) -> Callable[[Array, Array], Array]:
+def _refusing(layer: Any) -> Callable[[Array, Matrix], Array]:
   name, kind = "/".join(layer.path), type(layer).__name__
 
-  def project(x: Array, matrix: Array) -> Array:
+  def project(x: Array, matrix: Matrix) -> Array:
     raise UserError(
       f"{name} is a {kind} whose delta can only be folded into its kernel; a"
       " method that draws numbers in training, such as PVeRA, has none there."

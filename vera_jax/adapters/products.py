@@ -12,7 +12,8 @@ beside x @ W0 and its input gradient, as many multiply-adds as `costs` says:
 
 All are the same function with the same gradients. Factored is for few rows or
 a low rank, folded for many rows, folded_forward for what lies between. Several
-layers on one input need x @ down once: XLA merges equal products.
+layers on one input need x @ down once: XLA merges equal products. A matrix may
+be structured: then its products cost what they cost.
 
 They are the same up to rounding, which in bfloat16 is no small thing: the sum
 of W0's part and the delta's has eight bits of mantissa, in every plan. Of a
@@ -39,10 +40,12 @@ from vera_jax.adapters.interface import (
   Adapter,
   Leaves,
   LowRank,
+  Matrix,
   Site,
   View,
 )
 from vera_jax.adapters.sites import is_on
+from vera_jax.adapters.structured import Structured
 from vera_jax.errors import UserError
 
 Product = Callable[[Array], Array]
@@ -62,36 +65,43 @@ def check_plan(name: str) -> str:
 
 def costs(
   tokens: int,
-  rank: int,
-  inputs: int,
-  outputs: int,
+  factors: LowRank,
   *,
   forwards: int = 1,
-  trains_down: bool = False,
   looked_up: bool = False,
 ) -> dict[str, int]:
   """Multiply-adds that a delta costs per training step, by plan.
 
   Args:
     tokens: rows of x.
-    rank: r; `inputs`, `outputs`: i and o.
+    factors: the delta's; their shapes alone are read. `up` is taken to be a
+      fixed matrix scaled by trained vectors unless `down` is trained, which in
+      factored form needs no product for their gradients.
     forwards: how often a step runs the forward pass: twice with remat.
-    trains_down: whether `down` is trained (LoRA), not fixed (VeRA). `up` is
-      taken to be a fixed matrix scaled by trained vectors in the latter case,
-      which in factored form needs no product for their gradients.
     looked_up: whether x is row numbers, by which `down`'s rows are taken.
   """
-  met = 0 if looked_up else inputs  # entries of `down` that a row of x meets
-  thin = tokens * rank * (met + outputs)
-  build = rank * inputs * outputs
-  trained = int(trains_down)
+  down, up = factors.down, factors.up
+  (inputs, rank), outputs = down.shape, up.shape[-1]
+  to_thin = 0 if looked_up else _cost(down, tokens)
+  to_kernel = 0 if looked_up else tokens * inputs * outputs
+  build = _cost(down, outputs)
+  formed = _cost(up, rank) if isinstance(up, Structured) else 0
+  times = forwards + 1 + int(factors.trains_down)
   plans = {
-    "factored": (forwards + 1 + trained) * thin,
-    "folded": (forwards + 1 + trained) * build + tokens * met * outputs,
+    "factored": times * (to_thin + _cost(up, tokens)),
+    "folded": times * build + forwards * formed + to_kernel,
   }
-  if not trains_down:
-    plans["folded_forward"] = forwards * build + thin
+  if not factors.trains_down:
+    backward = to_thin + tokens * rank * outputs
+    plans["folded_forward"] = forwards * (build + formed) + backward
   return plans
+
+
+def _cost(matrix: Matrix, vectors: int) -> int:
+  """Multiply-adds of its product with as many vectors."""
+  if isinstance(matrix, Structured):
+    return matrix.cost(vectors)
+  return vectors * math.prod(matrix.shape)
 
 
 def choose(
@@ -123,16 +133,7 @@ def choose(
     )
   if plan in view.plans:
     return plan
-  (inputs, rank), outputs = factors.down.shape, factors.up.shape[-1]
-  priced = costs(
-    tokens,
-    rank,
-    inputs,
-    outputs,
-    forwards=forwards,
-    trains_down=factors.trains_down,
-    looked_up=view.looked_up,
-  )
+  priced = costs(tokens, factors, forwards=forwards, looked_up=view.looked_up)
   return min((x for x in priced if x in view.plans), key=lambda x: priced[x])
 
 
@@ -146,6 +147,8 @@ def scaled(x: Array, vector: Array | None) -> Array:
 def whole_up(factors: LowRank) -> Float[Array, "r o"]:
   """diag(inner) @ up @ diag(outer): what turns x @ down into the delta."""
   up = factors.up
+  if isinstance(up, Structured):
+    up = up.matrix()
   if factors.outer is not None:
     up = up * factors.outer[None]
   return up if factors.inner is None else factors.inner[:, None] * up
@@ -158,7 +161,8 @@ def add_low_rank(
 
   def weights(leaves: Leaves, site: Site) -> tuple[Array, Array | None]:
     factors = low_rank(leaves, site)
-    delta = jnp.matmul(factors.down, whole_up(factors), precision="highest")
+    with jax.default_matmul_precision("highest"):
+      delta = factors.down @ whole_up(factors)
     return site.kernel().astype(jnp.float32) + delta, site.bias
 
   return weights
@@ -166,22 +170,25 @@ def add_low_rank(
 
 def fold(
   kernel: Float[Array, "i o"],
-  down: Float[Array, "i r"],
+  down: Matrix,
   up: Float[Array, "r o"],
 ) -> Float[Array, "i o"]:
   """kernel + down @ up, added in float32 or what is finer."""
   wide = jnp.promote_types(kernel.dtype, jnp.float32)
-  delta = jnp.matmul(down, up, preferred_element_type=wide)
+  if isinstance(down, Structured):
+    delta = (down @ up).astype(wide)
+  else:
+    delta = jnp.matmul(down, up, preferred_element_type=wide)
   return (kernel + delta).astype(kernel.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def folded_forward(
   multiply: Callable[[Array, Array], Array],
-  project: Callable[[Array, Array], Array],
+  project: Callable[[Array, Matrix], Array],
   x: Array,
   kernel: Float[Array, "i o"],
-  down: Float[Array, "i r"],
+  down: Matrix,
   up: Float[Array, "r o"],
 ) -> Float[Array, "*t o"]:
   """x times kernel + down @ up; the gradient of `up` goes by way of x @ down.
@@ -201,9 +208,10 @@ def _low_rank_backward(multiply, project, saved, g):
   x, whole, down, up = saved
   _, backward = jax.vjp(multiply, x, whole)
   to_x, to_kernel = backward(g)  # for a frozen kernel that is dead code
+  to_down = None if isinstance(down, Structured) else to_kernel @ up.T
   thin = project(x, down)
   to_up = thin.reshape(-1, thin.shape[-1]).T @ g.reshape(-1, g.shape[-1])
-  return to_x, to_kernel, to_kernel @ up.T, to_up
+  return to_x, to_kernel, to_down, to_up
 
 
 folded_forward.defvjp(_folded_forward, _low_rank_backward)

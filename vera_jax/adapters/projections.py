@@ -1,8 +1,13 @@
 """The frozen random pair A, B: made from a seed, never trained, never stored.
 
 Both come from `jax.random.key(seed)`: A from its fold 0, B from its fold 1.
-With the uniform initialisers (the paper's among them) a seed gives the same
-bits on any device and any number of devices; `digest` tells when it did not.
+Of the initialisers that draw bits alone, all but the normal and the orthogonal
+one, a seed gives the same bits on any device and any number of devices;
+`digest` tells when it did not. docs/initialisation.md compares them.
+
+Those of a structured pair are no arrays, and each width of the network has its
+own: A_768 and B_768 in place of A and B, whose leading columns and rows a
+narrower site takes.
 """
 
 import hashlib
@@ -17,12 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
-from vera_jax.adapters.interface import Path, Site, Target
+from vera_jax.adapters.interface import Matrix, Path, Site, Target
+from vera_jax.adapters.structured import Structured, draw, random_signs
 from vera_jax.errors import UserError
 
-Pair = dict[str, Float[Array, "_ _"]]
+Pair = dict[str, Matrix]
+Draw = Callable[[PRNGKeyArray, tuple[int, int]], Array]
 
 
 def signed_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
@@ -60,23 +67,55 @@ def _orthogonal(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
   return jax.nn.initializers.orthogonal(scale)(key, shape, jnp.float32)
 
 
+def _rademacher(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
+  """Of two values, the roots of Kaiming's variance 2 / fan_in."""
+  return random_signs(key, shape) * np.float32(np.sqrt(2 / shape[1]))
+
+
+def _ternary(
+  key: PRNGKeyArray, shape: tuple[int, int], *, one_in: float
+) -> Array:
+  """0 but for one entry in so many, which is either root of a larger variance.
+
+  All together have Kaiming's, 2 / fan_in (Achlioptas 2003; Li et al. 2006).
+  """
+  bits = jax.random.bits(key, shape, jnp.uint32)
+  sign = 1 - 2 * (bits & 1).astype(jnp.int8)
+  there = (bits >> 1) < np.uint32(round(2**31 / one_in))
+  return sign * there * np.float32(np.sqrt(2 * one_in / shape[1]))
+
+
+def _sparse_third(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
+  """A third of the entries, drawn, are not 0."""
+  return _ternary(key, shape, one_in=3)
+
+
+def _sparse_root(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
+  """One entry in sqrt(fan_in) is not 0."""
+  return _ternary(key, shape, one_in=math.sqrt(shape[1]))
+
+
 def _ones(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
   """Nothing random: with rank 1, 1LoRA (arXiv 2503.08333)."""
   del key
   return jnp.ones(shape, jnp.float32)
 
 
-_KEYED: dict[str, Callable[[PRNGKeyArray, tuple[int, int]], Array]] = {
+_KEYED: dict[str, Draw] = {
   "kaiming_uniform": _kaiming_uniform,
   "kaiming_normal": _kaiming_normal,
   "uniform": _uniform_tenth,
   "orthogonal": _orthogonal,
+  "rademacher": _rademacher,
+  "sparse_third": _sparse_third,
+  "sparse_root": _sparse_root,
   "ones": _ones,
 }
 # The init of projections that no seed gives: A and B lie in the adapter's file.
 STORED = "stored"
 PRNG = "threefry2x32"  # gives the same bits on CPU, GPU and TPU
-INITIALISERS = (*_KEYED, "peft")
+STRUCTURED = "structured"  # a pair that is never stored: `structured.py`
+INITIALISERS = (*_KEYED, STRUCTURED, "peft")
 
 
 def _peft_pair(
@@ -171,7 +210,7 @@ def make_pair(
   folds: Sequence[int] = (),
   rows: int | None = None,
 ) -> Pair:
-  """A (rank, inputs) and B (outputs, rank) in float32.
+  """A (rank, inputs) and B (outputs, rank), in float32 or `Structured`.
 
   `folds` tell apart the layers that have a pair of their own; `rows` are those
   of A, where it has not `rank` of them.
@@ -192,8 +231,12 @@ def make_pair(
   for fold in folds:
     key = jax.random.fold_in(key, fold)
   a, b = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-  draw = _KEYED[init]
-  return {"A": draw(a, (rows, inputs)), "B": draw(b, (outputs, rank))}
+  if init == STRUCTURED:
+    a, b = jax.random.fold_in(a, inputs), jax.random.fold_in(b, outputs)
+    B = draw(b, rank, outputs, variance=2 / rank)
+    return {"A": draw(a, rows, inputs, variance=2 / inputs), "B": B.T}
+  entries = _KEYED[init]
+  return {"A": entries(a, (rows, inputs)), "B": entries(b, (outputs, rank))}
 
 
 def _unique_pair(
@@ -226,11 +269,18 @@ def make_projections(
 ) -> dict[str, Any]:
   """The `projections` collection for these layers.
 
-  "shared": {"A", "B"} at the root, as wide as the widest site, as PEFT does.
+  "shared": {"A", "B"} at the root, as wide as the widest site, as PEFT does. Of
+  a structured pair {"A_768", "B_768", ...}, for each width that a site has.
   "unique": a pair of its own at each site's path, stacked as the site is.
   `rows` as in `make_pair`, of a shared pair.
   """
   check_choices(seed=seed, init=init, sharing=sharing)
+  if sharing == "shared" and init == STRUCTURED:
+    found: dict[str, Matrix] = {}
+    for size in sorted({(t.inputs, t.outputs) for t in sites.values()}):
+      pair = make_pair(rank, *size, seed=seed, init=init, rows=rows)
+      found |= {f"{k}_{w}": pair[k] for k, w in zip("AB", size, strict=True)}
+    return found
   if sharing == "shared":
     inputs = max(t.inputs for t in sites.values())
     outputs = max(t.outputs for t in sites.values())
@@ -242,28 +292,48 @@ def make_projections(
       _unique_pair(path, i, site, rank=rank, seed=seed, init=init)
       for i in range(math.prod(site.stack))
     ]
-    for name in "AB":
-      stacked = jnp.stack([pair[name] for pair in pairs])
-      shape = (*site.stack, *stacked.shape[1:])
-      tree[(*path, name)] = stacked.reshape(shape)
+
+    def stacked(*own: Array, stack: tuple[int, ...] = site.stack) -> Array:
+      return jnp.stack(own).reshape(*stack, *own[0].shape)
+
+    for name, matrix in jax.tree.map(stacked, *pairs).items():
+      tree[(*path, name)] = matrix
   return unflatten_dict(tree)
+
+
+def pair_of(site: Site, *, rows: int | None = None) -> tuple[Matrix, Matrix]:
+  """(down, up): what a site takes of the projections, A^T and B^T.
+
+  `rows` are the leading ones of A to take; None for all.
+  """
+  own = site.shared
+  A = own[f"A_{site.inputs}"] if "A" not in own else own["A"]
+  B = own[f"B_{site.outputs}"] if "B" not in own else own["B"]
+  if isinstance(A, Structured):
+    return (A if rows is None else A.leading(rows)).T, B.T
+  return A[:rows, : site.inputs].T, B[: site.outputs].T
 
 
 def digest(projections: Mapping[str, Any]) -> str:
   """sha256 over the matrices' float32 bytes, the same scanned or looped.
 
   They go in order of the paths without layer numbers, then of the layers, and A
-  before B.
+  before B. Of a structured matrix it is over the signs and what else it is made
+  of.
   """
-  matrices: dict[tuple[str, tuple[int, ...], str], np.ndarray] = {}
+  matrices: dict[tuple[str, tuple[int, ...], str], bytes] = {}
   for path, leaf in flatten_dict(dict(projections)).items():
     name = "/".join(path[:-1])
     role = re.sub(r"_\d+(?=/|$)", "", name)
     numbers = tuple(int(n) for n in re.findall(r"_(\d+)(?=/|$)", name))
+    about = b""
+    if isinstance(leaf, Structured):
+      leaf, about = leaf.signs, repr(leaf.definition).encode()
     values = np.asarray(leaf, "<f4")
     for layer in np.ndindex(values.shape[:-2]):
-      matrices[role, numbers + layer, path[-1]] = values[layer]
+      own = values[layer].tobytes() + about
+      matrices[role, numbers + layer, path[-1]] = own
   sha = hashlib.sha256()
   for _, matrix in sorted(matrices.items(), key=lambda item: item[0]):
-    sha.update(matrix.tobytes())
+    sha.update(matrix)
   return sha.hexdigest()

@@ -30,7 +30,11 @@ from vera_jax.adapters.interface import (
   as_they_are,
 )
 from vera_jax.adapters.products import Product, add_low_rank, scaled
-from vera_jax.adapters.projections import check_choices, make_projections
+from vera_jax.adapters.projections import (
+  check_choices,
+  make_projections,
+  pair_of,
+)
 from vera_jax.errors import UserError
 
 D, B_VECTOR = "pvera_d", "pvera_b"
@@ -71,12 +75,8 @@ def pvera(
     }
 
   def low_rank(leaves: Leaves, site: Site) -> LowRank:
-    return LowRank(
-      down=site.shared["A"][:rank, : site.inputs].T,
-      inner=leaves[D][:rank],
-      up=site.shared["B"][: site.outputs].T,
-      outer=leaves[B_VECTOR],
-    )
+    down, up = pair_of(site, rows=rank)
+    return LowRank(down, up, inner=leaves[D][:rank], outer=leaves[B_VECTOR])
 
   def forward(
     leaves: Leaves,
@@ -86,14 +86,13 @@ def pvera(
     inner: Product,
   ) -> tuple[Array, None]:
     y = inner(x)
-    A = site.shared["A"][:, : site.inputs].astype(y.dtype)
-    B = site.shared["B"][: site.outputs].astype(y.dtype)
-    both = scaled(site.project(x, A.T), leaves[D])
+    down, up = (matrix.astype(y.dtype) for matrix in pair_of(site))
+    both = scaled(site.project(x, down), leaves[D])
     z, log_variance = jnp.split(both, 2, axis=-1)
     if key is not None:
       noise = jax.random.normal(key, z.shape, z.dtype)
       z += noise * jnp.exp(log_variance / 2)
-    return y + scaled(z @ B.T, leaves[B_VECTOR]), None
+    return y + scaled(z @ up, leaves[B_VECTOR]), None
 
   return Adapter(
     name="pvera",

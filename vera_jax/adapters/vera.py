@@ -29,7 +29,12 @@ from vera_jax.adapters.interface import (
   as_they_are,
 )
 from vera_jax.adapters.products import add_low_rank
-from vera_jax.adapters.projections import check_choices, make_projections
+from vera_jax.adapters.projections import (
+  check_choices,
+  make_projections,
+  pair_of,
+)
+from vera_jax.adapters.structured import as_array
 from vera_jax.errors import UserError
 
 D, B_VECTOR = "vera_d", "vera_b"
@@ -91,15 +96,16 @@ def vera(
     return {"both": {D: d, B_VECTOR: b}, "d": {D: d}, "b": {B_VECTOR: b}}[train]
 
   def low_rank(leaves: Leaves, site: Site) -> LowRank:
-    d = leaves.get(D, jnp.full(1, d_init))
-    down = site.shared["A"][:, : site.inputs // taps(site)].T
-    up, b = site.shared["B"][: site.outputs].T, leaves.get(B_VECTOR)
-    if taps(site) == 1 or D not in leaves:
-      down = jnp.tile(down, (taps(site), 1)) if taps(site) > 1 else down
-      return LowRank(down=down, inner=d, up=up, outer=b)
-    by_tap = down[None] * d.reshape(-1, 1, rank)
-    down = by_tap.reshape(site.inputs, rank)
-    return LowRank(down=down, up=up, outer=b, trains_down=True)
+    number = taps(site)
+    d, b = leaves.get(D, jnp.full(1, d_init)), leaves.get(B_VECTOR)
+    down, up = pair_of(site._replace(inputs=site.inputs // number))
+    if number == 1:
+      return LowRank(down, up, inner=d, outer=b)
+    down = jnp.tile(as_array(down, jnp.float32), (number, 1))
+    if D not in leaves:
+      return LowRank(down, up, inner=d, outer=b)
+    by_tap = jnp.repeat(d.reshape(number, rank), site.inputs // number, axis=0)
+    return LowRank(down * by_tap, up, outer=b, trains_down=True)
 
   return Adapter(
     name="vera",

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from vera_jax.adapters.projections import STRUCTURED
 from vera_jax.errors import UserError
 from vera_jax.peft_io.forms.form import (
   Exported,
@@ -28,7 +29,18 @@ def settings(fields: Fields) -> tuple[str, Settings]:
   }
 
 
+def check_stored(ours: Ours) -> None:
+  """PEFT has A and B as matrices; a structured pair is none."""
+  if ours.settings.get("init") == STRUCTURED:
+    raise UserError(
+      "This adapter's pair is structured: it is applied to vectors, and PEFT's"
+      f" {ours.method} has no place for it. As LoRA of the same rank it is"
+      " exact: --as=lora."
+    )
+
+
 def write_vera(ours: Ours) -> Exported:
+  check_stored(ours)
   if set(ours.projections) != {"A", "B"}:
     raise UserError(
       "Each layer of this adapter has projections of its own (sharing=unique),"
@@ -52,6 +64,7 @@ def write_vera(ours: Ours) -> Exported:
 
 
 def write_pvera(ours: Ours) -> Exported:
+  check_stored(ours)
   fields = {
     "r": ours.settings["rank"],
     "bias": "none",

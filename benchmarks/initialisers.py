@@ -1,0 +1,114 @@
+"""The tables of docs/initialisation.md, made from the code and the results.
+
+`benchmarks.docs` writes them: what the matrices are and, once the study of
+configs/sweeps/initialisers.py has been run, its scores.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from vera_jax.adapters.projections import INITIALISERS
+from vera_jax.report.frame import load_sweep
+from vera_jax.report.summary import paired
+
+STUDY = Path("results/sweeps/initialisers")
+FIRST = "kaiming_uniform"  # the paper's, which the others are compared with
+
+
+class Row(NamedTuple):
+  """What the code doesn't say of an initialiser.
+
+  Attributes:
+    entries: how an entry of a matrix of fan-in f is drawn.
+    variance: of an entry.
+    made_of: what defines it beside the seed, which is all that a file has.
+    same_bits: whether a seed gives the same bits on any device.
+  """
+
+  entries: str
+  variance: str
+  made_of: str
+  same_bits: str = "yes"
+
+
+DENSE = "A and B, 4 bytes per entry"
+ROWS = {
+  "kaiming_uniform": Row("uniform in ±√(6 / f); the paper's", "2 / f", DENSE),
+  "kaiming_normal": Row("normal", "2 / f", DENSE, "no"),
+  "uniform": Row("uniform in 0 to 0.1; of Table 6", "1 / 1200", DENSE),
+  "orthogonal": Row(
+    "orthogonal rows, or columns where there are more rows; scaled",
+    "2 / f",
+    DENSE,
+    "no",
+  ),
+  "rademacher": Row("±√(2 / f), by a bit", "2 / f", DENSE),
+  "sparse_third": Row("±√(6 / f) for one in 3, else 0", "2 / f", DENSE),
+  "sparse_root": Row("±√(2 √f / f) for one in √f, else 0", "2 / f", DENSE),
+  "ones": Row("1; with r = 1, 1LoRA", "0", DENSE),
+  "structured": Row(
+    "signed sums of a signed orthogonal transform; below",
+    "2 / f",
+    "2 bytes per input and output, for each width; r of them if that is more",
+  ),
+  "peft": Row("PEFT's own, as torch draws them", "2 / f", DENSE),
+}
+HEADER = (
+  *("`config.vera.init`", "an entry", "its variance"),
+  *("in memory", "same bits everywhere"),
+)
+
+
+def markdown(study: Path = STUDY) -> str:
+  """What each initialiser is and, if the study was run, its scores."""
+  rows = [(f"`{name}`", *ROWS[name]) for name in INITIALISERS]
+  parts = [_table(HEADER, rows)]
+  return "\n\n".join(parts + (scores(study) if study.is_dir() else []))
+
+
+def scores(study: Path) -> list[str]:
+  """The study's table, and its figure: `benchmarks.docs` draws it."""
+  sweep = load_sweep(study)
+  runs = sweep.runs.assign(
+    init=[run["config"]["vera"]["init"] for run in sweep.runs["result"]]
+  )
+  own = {
+    key: dict(zip(group["seed"], group["score"], strict=True))
+    for key, group in runs.groupby(["rank", "init"], sort=False)
+  }
+  rate = runs.groupby("init")["rate"].first()
+  ranks = sorted({rank for rank, _ in own})
+  rows = []
+  for init in sorted({init for _, init in own}, key=INITIALISERS.index):
+    cells = [f"`{init}`", f"{rate[init]:g}"]
+    for rank in ranks:
+      found = own.get((rank, init))
+      if found is None:
+        cells += ["", ""]
+        continue
+      values = sorted(found.values())
+      cells.append(
+        f"{median(values):.1f} ({values[0]:.1f} to {values[-1]:.1f})"
+      )
+      beside = paired(found, own.get((rank, FIRST), {}))
+      interval = f"{beside['ci_low']:+.1f} to {beside['ci_high']:+.1f}"
+      other = init != FIRST and beside["pairs"] > 0
+      cells.append(f"{beside['difference']:+.1f} ({interval})" if other else "")
+    rows.append(cells)
+  header = ["matrix", "rate"]
+  for rank in ranks:
+    header += [f"r = {int(rank)}: median (range)", "beside Kaiming uniform"]
+  figure = f"![Scores by matrix and rank](figures/{study.name}-scores.png)"
+  about = (
+    f"{sweep.title}: every score is of the best epoch in percent, over"
+    f" {len(set(runs['seed']))} seeds; the differences are means over the same"
+    " seeds, with 95 % intervals that are not corrected for their number."
+  )
+  return [about, _table(header, rows), figure]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  lines = [header, ["---"] * len(header), *rows]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
