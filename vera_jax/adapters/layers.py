@@ -120,11 +120,12 @@ def _conv(layer: Any, params: Params, inputs: Array) -> Product:
   folded_only = (
     groups > 1 or layer.mask is not None or type(layer) is not nn.Conv
   )
-  y = jax.eval_shape(project, x, jax.ShapeDtypeStruct(kernel.shape, x.dtype))
+  whole = math.prod(window) * channels, outputs
+  y = jax.eval_shape(project, x, jax.ShapeDtypeStruct(whole, x.dtype))
   view = View(type(layer).__name__, taps=math.prod(window), groups=groups)
   return Product(
     view=view._replace(plans=("folded",)) if folded_only else view,
-    inputs=math.prod(window) * channels,
+    inputs=whole[0],
     outputs=outputs,
     x=x,
     dtype=x.dtype,
