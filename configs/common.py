@@ -122,6 +122,7 @@ def get_config() -> ConfigDict:
   config.ia3.head_lr = 4e-3
 
   config.bitfit = ConfigDict({"lr": 1e-3, "head_lr": 1e-3})
+  config.bitfit.biases = ".*"  # a pattern of the layers: query|value
   config.norms = ConfigDict({"lr": 1e-3, "head_lr": 1e-3})
   config.head = ConfigDict({"head_lr": placeholder(float)})
   config.full = ConfigDict({"lr": 2e-5, "head_lr": 2e-5})

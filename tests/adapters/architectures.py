@@ -118,7 +118,6 @@ class Images(nn.Module):
 
 
 WAYS = {
-  "same": partial(nn.Conv, 4, (3, 3)),
   "strided": partial(nn.Conv, 4, (3, 2), 2, padding="VALID"),
   "dilated": partial(
     nn.Conv, 4, (3, 3), kernel_dilation=(1, 2), padding=[(1, 0), (2, 1)]

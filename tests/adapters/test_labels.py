@@ -8,6 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from vera_jax.adapters.apply import adapt
+from vera_jax.adapters.base_leaves import bitfit
 from vera_jax.adapters.labels import (
   ADAPTER,
   FROZEN,
@@ -159,6 +160,15 @@ def test_counts():
   assert count(shapes, label_tree(shapes, "vera")) == Counts(
     adapter=2 * 2 * (8 + 4), head=head, frozen=base - head
   )
+
+
+def test_bitfit_of_some_layers():
+  shapes = shapes_of("bert", "bitfit")
+  labels = label_tree(shapes, bitfit(biases="query|value"))
+  own = {f"{self}/{q}/bias" for self in SELF for q in ("query", "value")}
+  assert names(labels, ADAPTER) == own
+  with pytest.raises(UserError, match="the model has none"):
+    label_tree(shapes, bitfit(biases="qury"))
 
 
 def test_an_unknown_method_is_refused():

@@ -68,6 +68,12 @@ SITE = Site(
 SEQUENCE = jnp.asarray(RNG.normal(size=(3, 6, 2)), jnp.float32)
 
 
+@partial(jax.jit, static_argnums=0)
+def plain(model, params, x):
+  """The network without an adapter; compiled once for all methods."""
+  return model.apply({"params": params}, x)
+
+
 class Ready:
   """A method on a network: module, variables, targets, leaves moved away."""
 
@@ -98,11 +104,12 @@ class Ready:
       variables["projections"] = self.projections
     return module.apply(variables, self.x)
 
-  def bare(self, params):
-    """The network itself on the base's part of these parameters."""
+  def base(self, params):
+    """The base's part of these parameters."""
     flat = flatten_dict(params)
-    base = {p: x for p, x in flat.items() if not self.adapter.owns(p[-1])}
-    return self.model.apply({"params": unflatten_dict(base)}, self.x)
+    return unflatten_dict(
+      {p: x for p, x in flat.items() if not self.adapter.owns(p[-1])}
+    )
 
   def merged(self, params):
     return merge(
@@ -121,24 +128,20 @@ class Ready:
       y = self.adapted(params, plan=plan)
       return jnp.sum(jnp.sin(y)), y
 
-    @jax.jit
-    def run(start, moved):
-      own = self.own(moved)
-      found = {
-        plan: jax.grad(partial(loss, plan=plan), has_aux=True)(own)
-        for plan in plans
-      }
-      outputs = self.bare(start), self.adapted(start), self.adapted(moved)
-      return *outputs, self.bare(self.merged(moved)), found
-
-    base, start, moved, merged, found = run(self.start, self.moved)
+    adapted = jax.jit(self.adapted)
+    base = plain(self.model, self.base(self.start), self.x)
+    merged = plain(self.model, self.merged(self.moved), self.x)
     if identity:
+      start = adapted(self.start)
       np.testing.assert_allclose(start, base, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(moved, merged, rtol=0, atol=1e-5)
-    for _, y in found.values():
+    np.testing.assert_allclose(adapted(self.moved), merged, rtol=0, atol=1e-5)
+    assert np.abs(merged - base).max() > 1e-2
+    found = {}
+    for plan in plans:
+      gradient = jax.jit(jax.grad(partial(loss, plan=plan), has_aux=True))
+      found[plan], y = gradient(self.own(self.moved))
       np.testing.assert_allclose(y, merged, rtol=0, atol=1e-5)
-    assert np.abs(moved - base).max() > 1e-2
-    return {plan: gradients for plan, (gradients, _) in found.items()}
+    return found
 
   def check_gradients(self, found, delta):
     """Against those of the network in float64 with W0 + delta in its place.
@@ -187,9 +190,7 @@ def by_taps(A, B, d, b, shape):
   return jnp.einsum("ri,...r,or,o->...io", A[:, :inputs], d, B[:outputs], b)
 
 
-@pytest.mark.parametrize(
-  "kind, scan", [(Einsum, False), (CastEinsum, False), (Einsum, True)]
-)
+@pytest.mark.parametrize("kind, scan", [(Einsum, True), (CastEinsum, False)])
 def test_a_decoder_by_others_is_adapted_unchanged(kind, scan):
   """Its equations tell inputs from outputs; q and v are counted right."""
   ready = Ready(
@@ -200,9 +201,9 @@ def test_a_decoder_by_others_is_adapted_unchanged(kind, scan):
     fused=KEY_VALUE,
   )
   ready.check()
-  own = flatten_dict(ready.model.init(jax.random.key(0), IDS)["params"])
-  base = flatten_dict(ready.merged(ready.start))
-  assert base.keys() == own.keys()
+  base = flatten_dict(ready.base(ready.start))
+  moved = flatten_dict(ready.merged(ready.moved))
+  assert base.keys() == moved.keys()
   q, v, out, table = RANK + 4 * 3, RANK + 2 * 3, RANK + 6, RANK + 6
   assert adapter_size(ready.adapter, ready.targets) == table + 2 * (q + v + out)
   shapes = {
@@ -212,20 +213,16 @@ def test_a_decoder_by_others_is_adapted_unchanged(kind, scan):
   layers = (2,) if scan else ()
   assert shapes["q_einsum"] == (*layers, 12)
   assert shapes["value"] == (*layers, 6)
-  changed = {
-    p for p, x in flatten_dict(ready.merged(ready.moved)).items()
-    if np.abs(x - base[p]).max() > 0
-  }  # fmt: skip
+  changed = {p for p, x in moved.items() if np.abs(x - base[p]).max() > 0}
   assert {p[-2:] for p in changed} == {
     ("q_einsum", "w"),
     ("kv_einsum", "w"),
     ("attn_vec_einsum", "w"),
     ("embedder", "embedding"),
   }
-  keys = (*next(p for p in changed if p[-2] == "kv_einsum"),)
-  moved = flatten_dict(ready.merged(ready.moved))[keys] - base[keys]
-  moved = moved[0] if scan else moved
-  assert np.abs(moved[0]).max() == 0 < np.abs(moved[1]).max()
+  path = next(p for p in changed if p[-2] == "kv_einsum")
+  key, value = np.split(moved[path] - base[path], 2, axis=len(layers))
+  assert np.abs(key).max() == 0 < np.abs(value).max()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -256,7 +253,7 @@ def test_convolutions_by_taps(way):
 
 def test_a_convolutions_plan_follows_from_its_output_positions():
   """Eight images of 5 x 5 positions, and a thousand of them."""
-  view = find_targets(Images("same"), ["conv"], IMAGES)["conv",].view
+  view = find_targets(Images("dilated"), ["conv"], IMAGES)["conv",].view
   factors = vera(32).low_rank(
     {"vera_d": jnp.ones(32), "vera_b": jnp.ones(64)},
     SITE._replace(view=view),
@@ -277,9 +274,8 @@ def test_depthwise_convolutions_are_scaled_alone():
   )
   Ready(Depthwise(), both, targets, IMAGES).check()
   for method in (vera(RANK), lora(2)):
-    module = adapt(Depthwise(), method, targets=targets)
     with pytest.raises(UserError, match=r"depthwise is a depthwise.*by ia3"):
-      module.init(jax.random.key(0), IMAGES)
+      Ready(Depthwise(), method, targets, IMAGES)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -312,9 +308,10 @@ def products(jaxpr):
 
 
 @pytest.mark.parametrize(
-  "method", [vera(RANK), lora(RANK)], ids=lambda x: x.name
+  "cell, method",
+  [("lstm", vera(RANK)), ("optimised", vera(RANK)), ("gru", lora(RANK))],
+  ids=["lstm, vera", "optimised, vera", "gru, lora"],
 )
-@pytest.mark.parametrize("cell", ["lstm", "optimised", "gru"])
 def test_deltas_are_made_before_the_loop_over_time(cell, method):
   """In a step of training no product in a loop is of the rank's width, and
   there are as many as when the kernels themselves are trained."""
@@ -331,7 +328,10 @@ def test_deltas_are_made_before_the_loop_over_time(cell, method):
     return list(loops(program.jaxpr)), list(products(program.jaxpr))
 
   inside, everywhere = in_loops(lambda p: method.owns(p[-1]), ready.adapted)
-  own, _ = in_loops(lambda p: p[-1] == "kernel" and "cell" in p, ready.bare)
+  own, _ = in_loops(
+    lambda p: p[-1] == "kernel" and "cell" in p,
+    lambda params: plain(ready.model, ready.base(params), x),
+  )
   assert sorted(inside) == sorted(own) and inside
   assert not any(RANK in shape for pair in inside for shape in pair)
   assert any(RANK in shape for pair in everywhere for shape in pair)
@@ -348,10 +348,11 @@ def test_one_step_of_a_cell_is_factored_where_that_is_cheaper():
     )
     if cell == "lstm":
       got = jax.jit(partial(made.adapted, plan="factored"))(made.moved)
-      np.testing.assert_allclose(got, made.adapted(made.moved), atol=1e-5)
+      merged = plain(made.model, made.merged(made.moved), SEQUENCE)
+      np.testing.assert_allclose(got, merged, rtol=0, atol=1e-5)
     else:
       with pytest.raises(UserError, match="DenseParams.*no factored plan"):
-        made.adapted(made.moved, plan="factored")
+        jax.eval_shape(partial(made.adapted, plan="factored"), made.moved)
 
 
 def test_random_numbers_in_a_cell():
@@ -369,30 +370,29 @@ def test_random_numbers_in_a_cell():
       ready.module.apply, variables, SEQUENCE, rngs={KEYS: jax.random.key(1)}
     )
     if message is None:
-      assert np.abs(jax.jit(run)() - ready.adapted(ready.moved)).max() > 1e-3
+      still = plain(model, ready.merged(ready.moved), SEQUENCE)
+      assert np.abs(jax.jit(run)() - still).max() > 1e-3
     else:
       with pytest.raises(UserError, match=message):
-        run()
+        jax.eval_shape(run)
 
 
 OTHERS = {
   "vera, a pair per layer": METHODS["vera, a pair per layer"].adapter,
   "lora_fa": METHODS["lora_fa"].adapter,
-  "randlora": METHODS["randlora"].adapter,
   "unilora": METHODS["unilora"].adapter,
   "ia3": ia3(feedforward=("conv", "table", "cell/.*")),
   "dora": METHODS["dora"].adapter,
   "pvera": pvera(RANK),
-  "from_weights": METHODS["matrices from W0"].adapter,
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_methods_on_every_kind(name):
   ready = Ready(Mixed(), OTHERS[name], MIXED, IDS)
-  ready.check(identity=name != "unilora")
+  ready.check(identity=name != "unilora")  # which starts elsewhere
   assert count_layers(ready.targets) == (
-    "16 layers: 8 DenseParams, 4 Dense, 1 Embed, 1 Conv, 1 Einsum"
+    "15 layers: 8 DenseParams, 4 Dense, 1 Embed, 1 Conv, 1 Einsum"
   )
 
 
@@ -400,7 +400,7 @@ def test_a_batch_of_adapters_makes_no_kernel_for_each():
   """Factored, as in a bank: on convolutions, tables, equations and cells."""
   targets = [x for x in MIXED if "gates" not in x]
   ready = Ready(Mixed(), vera(RANK), targets, IDS, plan="factored")
-  amounts = jnp.asarray([0.5, -0.4, 0.3])
+  amounts = jnp.asarray([0.5, -0.4, 0.3, 0.1, 0.2])
   own = {
     path: leaf[None] + jnp.multiply.outer(amounts, jnp.ones(leaf.shape))
     for path, leaf in ready.own(ready.moved).items()
@@ -413,15 +413,15 @@ def test_a_batch_of_adapters_makes_no_kernel_for_each():
   alone = jax.jit(run)({path: leaf[1] for path, leaf in own.items()})
   np.testing.assert_allclose(together[1], alone, atol=1e-5)
   program = str(jax.make_jaxpr(jax.vmap(run))(own))
-  for kernel in ("7,4]", "3,4,4]", "4,4]", "2,4,3]", "4,6]"):
-    assert f"f32[3,{kernel}" not in program
+  for kernel in ("7,4]", "3,4,4]", "12,4]", "4,4]", "2,4,3]", "4,6]"):
+    assert f"f32[5,{kernel}" not in program
 
 
-def test_a_tied_output_layer_has_the_adapted_table():
-  ready = Ready(Decoder(), vera(RANK), ["embedder"], IDS)
-  ready.check()
+def test_a_tied_output_layer_is_only_folded():
+  """It has the adapted table: above, the decoder's logits."""
+  ready = Ready(Decoder(CastEinsum), vera(RANK), ["embedder"], IDS)
   with pytest.raises(UserError, match="Embed.*no factored plan"):
-    ready.adapted(ready.moved, plan="factored")
+    jax.eval_shape(partial(ready.adapted, plan="factored"), ready.moved)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_what_is_never_called_is_no_target(model, target, message):
   """The message says why, and lists what else there is."""
   x = IDS if isinstance(model, Decoder) else jnp.ones((2, 4))
   with pytest.raises(UserError, match=rf"(?s){message}.*adapted are:\n  \w"):
-    adapt(model, vera(RANK), targets=[target]).init(jax.random.key(0), x)
+    adapt(model, vera(RANK), targets=[target]).find_targets(x)
 
 
 def test_every_layer_is_asked_for_without_those_never_called():

@@ -86,6 +86,8 @@ def test_the_others_put_nothing_on(method):
     ("full+vera", {}, "full trains every weight"),
     ("ia3", {"feedforward": ["key"]}, "must be some of the targets"),
     ("ia3", {"feedforward": "query"}, "no usable feedforward='query'"),
+    ("bitfit", {"biases": 3}, "no usable biases=3"),
+    ("bitfit", {"biases": "("}, "no proper regular expression"),
     ("vera", {"rank": None}, "no usable rank=None"),
     ("vera", {"rank": True}, "no usable rank=True"),
     ("vera", {"d_init": "a"}, "no usable d_init='a'"),

@@ -1,6 +1,7 @@
 """Whole runs on images: what holds for texts holds for them."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -200,6 +201,8 @@ def test_unreadable_images_are_said_at_the_start(
   )
   assert of_dev.startswith("2 of 6 images in dev can't be read")
   assert "of training images that are not trained on" in " ".join(lines)
+  named = r"adapter on \d+ layers: \d+ Dense"
+  assert any(re.fullmatch(named, line) for line in lines)
   record = setup.data.record()
   assert [len(record[s]["unreadable"]) for s in ("train", "dev")] == [6, 2]
 

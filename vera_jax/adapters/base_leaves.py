@@ -1,13 +1,24 @@
 """Methods without leaves of their own: they train leaves of the base itself."""
 
 from vera_jax.adapters.interface import Adapter, as_they_are
+from vera_jax.patterns import find
 
 ALL = r".*"  # the pattern of every leaf
 
 
-def bitfit() -> Adapter:
-  """BitFit (arXiv 2106.10199): all biases, those of LayerNorms among them."""
-  return Adapter(name="bitfit", trains=r".*/bias", prepare=as_they_are)
+def bitfit(*, biases: str = ALL) -> Adapter:
+  """BitFit (arXiv 2106.10199): biases, by default all, LayerNorms' among them.
+
+  Args:
+    biases: a pattern of the layers whose biases are trained, as a target is:
+      "query|value" for these two alone. The paper tries some such choices too.
+
+  Raises:
+    UserError: it is no regular expression.
+  """
+  find(biases, "")
+  trains = rf"(?:.*/)?(?:{biases})/bias"
+  return Adapter(name="bitfit", trains=trains, prepare=as_they_are)
 
 
 def norms() -> Adapter:

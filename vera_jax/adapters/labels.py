@@ -15,6 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.interface import Adapter, Path
 from vera_jax.adapters.methods import adapter_named
+from vera_jax.errors import UserError
+from vera_jax.patterns import find
 
 ADAPTER, HEAD, FROZEN = "adapter", "head", "frozen"
 
@@ -36,8 +38,18 @@ def label_tree(
     fixed: pattern of leaves that no method trains.
     new: paths of leaves that the checkpoint lacks: they start at random and are
       trained with the head, unless they are the adapter's own.
+
+  Raises:
+    UserError: the method trains leaves of the base, of which this one has none.
   """
   adapter = adapter_named(method) if isinstance(method, str) else method
+  flat = flatten_dict(dict(params))
+  trains = adapter.trains
+  if trains is not None and not any(find(trains, "/".join(p)) for p in flat):
+    raise UserError(
+      f"{adapter.name} trains the leaves whose paths match {trains!r}, and the"
+      " model has none; choose another method or pattern."
+    )
 
   def label(path: Path) -> str:
     name = "/".join(path)
@@ -47,11 +59,11 @@ def label_tree(
       return HEAD
     if adapter.owns(path[-1]):
       return ADAPTER
-    if adapter.trains is not None and re.fullmatch(adapter.trains, name):
+    if trains is not None and find(trains, name):
       return ADAPTER
     return HEAD if path in new else FROZEN
 
-  return unflatten_dict({p: label(p) for p in flatten_dict(dict(params))})
+  return unflatten_dict({p: label(p) for p in flat})
 
 
 def split(

@@ -9,7 +9,7 @@ its methods, each under the method's name.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vera_jax.adapters.base_leaves import bitfit, full, head, norms
+from vera_jax.adapters.base_leaves import ALL, bitfit, full, head, norms
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Adapter
@@ -111,7 +111,9 @@ METHODS: dict[str, Method] = {
     starts=lambda given: ("theta_init", "projection_seed"),
     per_run=lambda given: ("theta_init",),
   ),
-  "bitfit": Method(bitfit, on_sites=False),
+  "bitfit": Method(
+    bitfit, {"biases": str}, older={"biases": ALL}, on_sites=False
+  ),
   "norms": Method(norms, on_sites=False),
   "head": Method(head, on_sites=False),
   "full": Method(full, on_sites=False),
@@ -215,12 +217,11 @@ def make_adapter(
       tuple(all_targets),
     )
   line = METHODS[method]
-  if not line.on_sites:  # it trains leaves of the base and needs no targets
-    return line.make(), ()
   types, settings = line.settings, groups[method]
   wrong = [name for name in types if not _fits(settings.get(name), types[name])]
-  targets = settings.get("targets")
-  if (
+  # what trains leaves of the base needs no targets
+  targets = settings.get("targets") if line.on_sites else ()
+  if line.on_sites and (
     not isinstance(targets, Sequence)
     or isinstance(targets, str)
     or not targets
