@@ -44,7 +44,7 @@ COUNTS = {
   ("methods", "rates"): 44 * 2,
   ("methods", "cola"): 6 * 3,
   ("combinations", "minilm"): 4 * 5,
-  ("combinations", "rates"): 4 * 3 * 2,
+  ("combinations", "rates"): 13 * 2,
   ("networks", "images"): 5 * 2 * 3,
   ("networks", "rates"): 5 * 4,
   ("networks", "texts"): 1 + 5 * 3,

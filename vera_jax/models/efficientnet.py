@@ -97,6 +97,12 @@ class EfficientNetConfig:
     return self.last_width
 
   @property
+  def mean_width(self) -> int:
+    """Of what the layers give, for estimates of time."""
+    total = sum(stage.layers * stage.width for stage in self.stages)
+    return total // self.num_hidden_layers
+
+  @property
   def num_hidden_layers(self) -> int:
     return sum(stage.layers for stage in self.stages)
 

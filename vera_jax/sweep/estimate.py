@@ -49,7 +49,9 @@ def shape_of(name: str) -> tuple[int, int]:
   if name.startswith(PACKAGE) or "/" in name:
     try:
       config = load_config(resolve(name))
-      return config.hidden_size, config.num_hidden_layers
+      # layers of a convolutional network are not as wide as its last one
+      width = getattr(config, "mean_width", config.hidden_size)
+      return width, config.num_hidden_layers
     except Exception:  # an estimate is no reason to stop
       pass
   return 768, 12
