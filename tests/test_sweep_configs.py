@@ -44,7 +44,7 @@ COUNTS = {
   ("methods", "rates"): 44 * 2,
   ("methods", "cola"): 6 * 3,
   ("combinations", "minilm"): 4 * 5,
-  ("combinations", "rates"): 4 * 3 * 2,
+  ("combinations", "rates"): 13 * 2,
   ("images", "methods"): 5 * 5,
   ("images", "shots"): 3 * 3 * 3,
   ("images", "rates"): (3 * 4 + 2 * 5) * 2,

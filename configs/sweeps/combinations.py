@@ -26,15 +26,16 @@ from configs.sweeps.methods import RATE_SEEDS
 NUMBERS = 12_288  # trained by each of them
 IA3 = {"ia3.targets": ("key", "value"), "ia3.feedforward": ()}
 BITFIT = {"bitfit.biases": "query|value"}
+FOUR = 5e-3, 1e-2, 2e-2, 4e-2
 # Rows: the method, its settings, its first rates.
 ROWS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
   "vera": ("vera", {"vera.rank": 640}, (2e-2, 4e-2, 8e-2)),
   "dvora": ("dvora", {"vera.rank": 256}, (2e-2, 4e-2, 8e-2)),
   "ia3": ("vera+ia3", {"vera.rank": 256, **IA3}, (2e-2, 4e-2, 8e-2)),
-  "bitfit": ("vera+bitfit", {"vera.rank": 256, **BITFIT}, (1e-2, 2e-2, 4e-2)),
+  "bitfit": ("vera+bitfit", {"vera.rank": 256, **BITFIT}, FOUR),
 }
-# What the rule chose; a row that is not here has the middle one of its rates.
-BEST: dict[str, float] = {}
+# What the rule chose.
+BEST = {"vera": 4e-2, "dvora": 4e-2, "ia3": 4e-2, "bitfit": 1e-2}
 
 
 def get_config(size: str = "minilm") -> ConfigDict:
@@ -44,8 +45,7 @@ def get_config(size: str = "minilm") -> ConfigDict:
   runs = []
   for name, (method, settings, rates) in ROWS.items():
     one = {"method": method, **settings}
-    chosen = (BEST.get(name, rates[len(rates) // 2]),)
-    for rate in rates if size == "rates" else chosen:
+    for rate in rates if size == "rates" else (BEST[name],):
       runs.append({**one, "optim.adapter_lr": rate})
   if size == "rates":
     title = "Learning rates of VeRA's combinations, MiniLM"
