@@ -12,7 +12,7 @@ minilm, five seeds: VeRA alone, DVoRA, VeRA with IA3 on keys and values, and
 VeRA with the biases of its own layers (PEFT's bias="vera_only") have 12,288
 trained numbers each. A chain trains both of its methods at one rate.
 
-On two cores at 0.11 TFLOP/s the rates take 0.8 core-hours and minilm 0.7.
+On two cores at 0.11 TFLOP/s the rates take 0.5 core-hours and minilm 0.4.
 """
 
 from typing import Any

@@ -17,9 +17,9 @@ are written by that rule alone.
 minilm: all methods, five seeds. cola: all of CoLA, five epochs in batches of
 32, three seeds, VeRA, LoRA and the best four of SST-2 by their rates there.
 
-On two cores at the 0.11 TFLOP/s that `--dry_run` assumes, the rates take 1.0
-core-hours and minilm 0.8; cola would take 2.5, which is more than three in all,
-so that it is left to whoever has the time.
+On two cores at the 0.11 TFLOP/s that `--dry_run` assumes, the 88 runs of rates
+take 1.4 core-hours and minilm 0.9; cola would take 2.5, so that it is left to
+whoever has the time.
 """
 
 from typing import Any
