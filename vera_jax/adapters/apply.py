@@ -204,9 +204,7 @@ def plans_at(
     for link in adapter.methods:
       if link.low_rank is None or not is_on(link, site.path):
         continue
-      if (
-        link.forward is not None and link.draws
-      ):  # so it is in training, which draws numbers
+      if link.is_random:  # so it is in training, which draws numbers
         chosen[site.path] = "factored"
       else:
         chosen[site.path] = choose(

@@ -8,7 +8,6 @@ the table in words. A kernel may be stored in fewer bits
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -139,7 +138,8 @@ def _conv(layer: Any, params: Params, inputs: Array) -> Product:
 def _embed(layer: Any, params: Params, inputs: Array) -> Product | str:
   """`nn.Embed`: one-hot rows times the table, made by looking rows up.
 
-  `attend`, the tied output layer, has the adapted table too (`apply.py`).
+  `attend`, the tied output layer, has the adapted table too
+  (`intercept.py`).
   """
   if layer.num_embeddings == 1:
     return "its one row is looked up by nothing"
@@ -384,22 +384,16 @@ def product_of(
 _OWN = ContextVar("own", default=False)
 
 
-@contextmanager
-def _own() -> Iterator[None]:
-  token = _OWN.set(True)
-  try:
-    yield
-  finally:
-    _OWN.reset(token)
-
-
 def own_call(
   layer: nn.Module, params: Params, *args: Any, **kwargs: Any
 ) -> Array:
   """An unbound layer's own code on these parameters, adapted no more."""
   apply: Callable[..., Any] = layer.apply  # its output alone, without `mutable`
-  with _own():
+  token = _OWN.set(True)
+  try:
     return apply({"params": params}, *args, **kwargs)
+  finally:
+    _OWN.reset(token)
 
 
 def is_own_call() -> bool:
