@@ -39,7 +39,7 @@ from jax import Array
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import step
-from benchmarks.plans.chips import describe_pod, use_no_accelerator
+from benchmarks.plans.chips import device_named, use_no_accelerator
 from benchmarks.report import environment, write
 from configs import rte
 from experiments import cli
@@ -102,10 +102,7 @@ def define_flags() -> None:
 def main() -> None:
   use_no_accelerator()
   given = flags.FLAGS
-  if given.device == "cpu":
-    device: Any = jax.devices("cpu")[0]
-  else:
-    device = describe_pod(given.device).devices[0]
+  device = device_named(given.device)
   path = Path(given.out) / f"matrices-{given.device.partition(':')[0]}.json"
   result = environment("matrices") | {
     "device": given.device,

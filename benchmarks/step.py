@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
@@ -31,7 +30,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import step_report
-from benchmarks.plans.chips import describe_pod, use_no_accelerator
+from benchmarks.plans.chips import device_named, use_no_accelerator
 from benchmarks.plans.depth import counts
 from benchmarks.plans.lowering import (
   AbstractStep,
@@ -79,10 +78,7 @@ def define_flags() -> None:
 def main() -> None:
   use_no_accelerator()
   given = flags.FLAGS
-  if given.device == "cpu":
-    device: Any = jax.devices("cpu")[0]
-  else:
-    device = describe_pod(given.device).devices[0]
+  device = device_named(given.device)
   path = Path(given.out) / f"step-{given.device.partition(':')[0]}.json"
   result = environment("step") | {
     "device": given.device,

@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
   config.vera.projection_seed = 0
   config.vera.train = "both"  # both | d | b
   config.vera.sharing = "shared"  # shared | unique: a pair for each layer
+  config.vera.conv = "whole"  # | taps: a d for each position of a window
   config.vera.targets = ("query", "value")  # patterns over the ends of paths
   config.vera.lr = placeholder(float)  # to be set
   config.vera.head_lr = placeholder(float)  # to be set

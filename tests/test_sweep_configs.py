@@ -163,6 +163,25 @@ def test_one_layer_and_equally_many_parameters(size, paths, tmp_path):
   assert found == [("encoder", "layer_5", "attention", "self", "value")]
 
 
+@pytest.mark.parametrize(
+  "name, variant, source, results",
+  [
+    ("methods", "minilm", "parts/study", "methods"),
+    ("methods", "rates", "parts/rates", "method_rates"),
+    ("combinations", "minilm", "parts/study", "combinations"),
+  ],
+)
+def test_the_documented_command_finds_the_committed_runs(
+  name, variant, source, results, tmp_path
+):
+  """Their names end in a digest of all settings, also of ones added since."""
+  config = load(name, variant)
+  config.base.data.source = source
+  runs = {run.name for run in make_plan(config, tmp_path).runs}
+  there = Path(__file__).parents[1] / "results/sweeps" / results / "runs"
+  assert runs == {path.name for path in there.iterdir()}
+
+
 def test_the_small_studies_fit_an_evening(tmp_path):
   """About 215 minutes on the two idle cores that the rate was measured on."""
   rate = estimate.rate([])

@@ -41,6 +41,17 @@ def use_no_accelerator() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
+def device_named(name: str) -> Any:
+  """This machine's CPU for "cpu", else the first chip of a topology.
+
+  Raises:
+    UserError: as `describe_pod`.
+  """
+  if name == "cpu":
+    return jax.devices("cpu")[0]
+  return describe_pod(name).devices[0]
+
+
 def describe_pod(name: str) -> Pod:
   """A topology by its name, such as v5e:16x16.
 

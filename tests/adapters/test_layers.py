@@ -44,12 +44,8 @@ from vera_jax.adapters.lora import lora
 from vera_jax.adapters.merge import merge
 from vera_jax.adapters.products import choose
 from vera_jax.adapters.pvera import pvera
-from vera_jax.adapters.sites import (
-  count_layers,
-  first_leaves,
-  init_shapes,
-  make_shared,
-)
+from vera_jax.adapters.sites import count_layers, first_leaves, make_shared
+from vera_jax.adapters.tracing import init_shapes
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 

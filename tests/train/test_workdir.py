@@ -60,6 +60,18 @@ def test_a_newer_methods_settings_are_no_difference(tmp_path):
     check_workdir(tmp_path, {**CONFIG, "vera": {**CONFIG["vera"], "new": 1}})
 
 
+def test_what_runs_had_before_there_was_a_choice_is_no_difference(tmp_path):
+  write_config(tmp_path, CONFIG)
+  vera = CONFIG["vera"]
+  now = {**CONFIG, "vera": {**vera, "conv": "whole"}, "norms": {"lr": 0.1}}
+  check_workdir(tmp_path, now)
+  assert digest(now) == digest(CONFIG)
+  other = {**CONFIG, "vera": {**vera, "conv": "taps"}}
+  assert digest(other) != digest(CONFIG)
+  with pytest.raises(UserError, match="vera.conv: 'unset' there, 'taps' now"):
+    check_workdir(tmp_path, other)
+
+
 def test_what_is_left_open_is_no_difference(tmp_path):
   """A folder says stacked or looped; "auto" takes either, the other not."""
   auto, stacked, looped = (

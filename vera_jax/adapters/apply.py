@@ -40,8 +40,8 @@ from vera_jax.adapters.sites import (
   make_shared,
   map_sites,
   own_leaves,
-  trace_sites,
 )
+from vera_jax.adapters.tracing import trace_sites
 from vera_jax.errors import UserError
 
 

@@ -31,7 +31,8 @@ from vera_jax.adapters.labels import (
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.products import AUTO
 from vera_jax.adapters.projections import digest
-from vera_jax.adapters.sites import first_leaves, make_shared, trace_sites
+from vera_jax.adapters.sites import first_leaves, make_shared
+from vera_jax.adapters.tracing import trace_sites
 from vera_jax.errors import UserError
 from vera_jax.models.family import Family, family_of
 from vera_jax.models.hf_weights import load_params, refuse_gaps

@@ -42,36 +42,18 @@ def task_for(config: ConfigDict) -> Task | None:
   """
   if config.task not in NAMES:
     return None
-  if not config.get("data", {}).get("source"):
-    raise UserError(
-      "Name E2E's data: config.data.source=FOLDER, with train.txt, valid.txt"
-      " and test.txt in microsoft/LoRA's form."
-    )
-  data = config.data
-  most = data.max_eval_examples
-  if most is not None and most < 1:
-    raise UserError(f"config.data.max_eval_examples is {most}; 1 is the least.")
-  train = read_split(data.source, "train")
-  if data.held_out is None:
-    valid = read_split(data.source, "valid")
-    where = "valid.txt"
-  else:
-    train, valid = hold_out(train, data.held_out, seed=data.subset_seed)
-    where = (
-      f"the first texts of {data.held_out} inputs of train.txt, none of which"
-      " is trained on"
-    )
-  chosen = drawn(len(valid.texts), most, seed=data.subset_seed)
-  splits = {"train": train, "valid": valid.take(chosen)}
+  train, valid, where = training_data(config)
+  data, splits = config.data, {"train": train, "valid": valid}
   if data.prompt.count(INPUT) != 1:
     raise UserError(
       f"config.data.prompt is {data.prompt!r}; it needs one {INPUT}, where the"
       " input goes."
     )
-  notes, write = [f"valid: {len(chosen)} rows of {where}"], None
+  notes, write = [f"valid: {len(valid.texts)} rows of {where}"], None
   if data.test:
     check_installed()
     groups = list(read_split(data.source, "test").grouped().items())
+    most = data.max_eval_examples
     numbers = drawn(len(groups), most, seed=data.subset_seed)
     notes.append(f"test: {len(numbers)} of {len(groups)} inputs, at the end")
     write = partial(
@@ -87,7 +69,7 @@ def task_for(config: ConfigDict) -> Task | None:
     completions=Completions("right", data.separate),
     smoothing=config.optim.label_smoothing,
     title="E2E",
-    size=Size(len(train.texts), len(chosen), TOKENS),
+    size=Size(len(train.texts), len(valid.texts), TOKENS),
   )
   return task._replace(
     selects=False,
@@ -95,6 +77,35 @@ def task_for(config: ConfigDict) -> Task | None:
     notes=tuple(notes),
     stored={**task.stored, "prompt": data.prompt, "separate": data.separate},
   )
+
+
+def training_data(config: ConfigDict) -> tuple[Rows, Rows, str]:
+  """What is trained on, what is scored, and where the latter comes from.
+
+  Raises:
+    UserError: config.data names no folder, too few rows, or files that can't be
+      read; the message names file and line.
+  """
+  if not config.get("data", {}).get("source"):
+    raise UserError(
+      "Name E2E's data: config.data.source=FOLDER, with train.txt, valid.txt"
+      " and test.txt in microsoft/LoRA's form."
+    )
+  data = config.data
+  most = data.max_eval_examples
+  if most is not None and most < 1:
+    raise UserError(f"config.data.max_eval_examples is {most}; 1 is the least.")
+  train = read_split(data.source, "train")
+  if data.held_out is None:
+    valid, where = read_split(data.source, "valid"), "valid.txt"
+  else:
+    train, valid = hold_out(train, data.held_out, seed=data.subset_seed)
+    where = (
+      f"the first texts of {data.held_out} inputs of train.txt, none of which"
+      " is trained on"
+    )
+  chosen = drawn(len(valid.texts), most, seed=data.subset_seed)
+  return train, valid.take(chosen), where
 
 
 def hold_out(rows: Rows, inputs: int, *, seed: int) -> tuple[Rows, Rows]:

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from vera_jax.data.completions import Completions
 from vera_jax.data.examples import Examples
 from vera_jax.errors import UserError
-from vera_jax.tasks.e2e import drawn, hold_out
-from vera_jax.tasks.e2e_files import Rows, read_split
+from vera_jax.tasks.e2e import training_data
+from vera_jax.tasks.e2e_files import Rows
 from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.task import Evaluation, Size, Task
 
@@ -33,21 +33,8 @@ def task_for(config: ConfigDict) -> Task | None:
   """
   if config.task not in NAMES:
     return None
-  if not config.get("data", {}).get("source"):
-    raise UserError(
-      "Name E2E's data: config.data.source=FOLDER, with train.txt and valid.txt"
-      " in microsoft/LoRA's form."
-    )
-  data = config.data
-  train = read_split(data.source, "train")
-  if data.held_out is None:
-    valid, where = read_split(data.source, "valid"), "valid.txt"
-  else:
-    train, valid = hold_out(train, data.held_out, seed=data.subset_seed)
-    where = f"the first texts of {data.held_out} inputs kept from train.txt"
-  most = data.max_eval_examples
-  valid = valid.take(drawn(len(valid.texts), most, seed=data.subset_seed))
-  splits = {"train": train, "valid": valid}
+  train, valid, where = training_data(config)
+  data, splits = config.data, {"train": train, "valid": valid}
   task = language_modelling(
     "e2e_texts",
     read_split=lambda source, split: _examples(splits[split]),
@@ -65,8 +52,8 @@ def task_for(config: ConfigDict) -> Task | None:
     if cut := found.tokens["valid"].truncated:
       raise UserError(
         f"{cut} of the scored texts are cut at config.data.max_length="
-        f"{data.max_length}, so that bits per character can't be told: set it"
-        " higher."
+        f"{data.max_length}, so that the bits per character would be of a part:"
+        " set it higher."
       )
     return found
 

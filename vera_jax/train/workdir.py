@@ -17,6 +17,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from vera_jax.adapters.base_leaves import ALL
 from vera_jax.adapters.products import AUTO
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json
@@ -27,17 +28,29 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # What may differ between a run and its resumption: it changes no result.
 FREE = ("log", "predict_test")
+# What runs had before there was a choice. A setting at this value is no part of
+# a run's identity, so that the same command finds the older run.
+BEFORE: Mapping[str, Mapping[str, Any]] = {
+  "model": {"quantise": NONE},
+  "vera": {"conv": "whole"},
+  "bitfit": {"biases": ALL},
+}
+# Methods whose settings older runs of other methods don't have.
+NEWER = ("norms",)
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The settings that make a run what it is.
-
-  An unquantised base is what runs had before there was a choice.
-  """
-  own = {k: v for k, v in config.items() if k not in FREE}
-  model = own.get("model")
-  if isinstance(model, Mapping) and model.get("quantise") == NONE:
-    own["model"] = {k: v for k, v in model.items() if k != "quantise"}
+  """The settings that make a run what it is."""
+  methods = str(config.get("method")).split("+")
+  unused = {name for name in NEWER if name not in methods}
+  own = {k: v for k, v in config.items() if k not in {*FREE, *unused}}
+  for group, before in BEFORE.items():
+    if isinstance(settings := own.get(group), Mapping):
+      own[group] = {
+        key: value
+        for key, value in settings.items()
+        if key not in before or value != before[key]
+      }
   return own
 
 

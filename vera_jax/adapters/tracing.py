@@ -1,0 +1,292 @@
+"""The sites of a model, found by tracing it.
+
+The model's own code is left alone. Its layers' calls are noted by path while
+its shapes are traced; nothing is computed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.core import DenyList, meta
+from flax.traverse_util import flatten_dict
+
+from vera_jax.adapters.interface import EMPTY, MATRIX, Path, Target, View
+from vera_jax.adapters.layers import is_own_call, product_of
+from vera_jax.adapters.sites import (
+  EVERY,
+  Fused,
+  arrays_at,
+  layer_path,
+  matches,
+  parts_of,
+)
+from vera_jax.errors import UserError
+
+
+class Call(NamedTuple):
+  """A layer's call while it was traced: rows of x, widths, its own kernel."""
+
+  tokens: int
+  inputs: int
+  outputs: int
+  kernel: tuple[int, ...]
+  view: View = MATRIX
+
+
+class _Noted(struct.PyTreeNode, meta.AxisMetadata):
+  """A kernel's shape that notes where `nn.scan` or `nn.vmap` stacks it."""
+
+  value: Any
+  axes: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+  def unbox(self) -> Any:
+    return self.value
+
+  def replace_boxed(self, value: Any) -> "_Noted":
+    return self.replace(value=value)
+
+  def add_axis(self, index: int, params: Any) -> "_Noted":
+    return self.replace(axes=(index, *self.axes))
+
+  def remove_axis(self, index: int, params: Any) -> "_Noted":
+    return self.replace(axes=self.axes[1:])
+
+
+class Traced(NamedTuple):
+  """What one trace of a model shows.
+
+  Attributes:
+    calls: of layers that can be adapted, by path.
+    refused: why others can't be, by path.
+    variables: the shapes of the model's, kernels boxed in `_Noted` unless the
+      model itself reads one.
+    applied: paths of the layers that are called once the model is initialised;
+      None where it can't be applied to the inputs that initialise it.
+  """
+
+  calls: dict[Path, Call]
+  refused: dict[Path, str]
+  variables: Any
+  applied: frozenset[Path] | None
+
+
+def _trace(model: nn.Module, *args: Any, **kwargs: Any) -> Traced:
+  """Traces the model, or remembers how it was traced on such inputs."""
+  leaves, structure = jax.tree.flatten((args, kwargs))
+  inputs = tuple(
+    jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x
+    for x in leaves
+  )
+  given = model, structure, inputs, jnp.zeros(()).dtype == jnp.float64
+  try:
+    hash(given)
+  except TypeError:  # a field of the model is a list, say
+    return _trace_once.__wrapped__(*given)
+  return _trace_once(*given)
+
+
+@lru_cache(maxsize=64)
+def _trace_once(
+  model: nn.Module, structure: Any, inputs: tuple[Any, ...], x64: bool
+) -> Traced:
+  args, kwargs = jax.tree.unflatten(structure, inputs)
+  calls: dict[Path, Call] = {}
+  refused: dict[Path, str] = {}
+  applied: set[Path] = set()
+
+  def note(next_fun, args, kwargs, context, *, boxed):
+    layer, result = context.module, next_fun(*args, **kwargs)
+    if context.method_name != "__call__" or is_own_call():
+      return result
+    own = layer.variables.get("params", {})
+    product = product_of(layer, arrays_at(own), args, kwargs)
+    if isinstance(product, str):
+      refused[layer.path] = product
+    elif product is not None:
+      view = product.view
+      kernel = meta.unbox(layer.get_variable("params", view.kernel))
+      if boxed:
+        layer.put_variable("params", view.kernel, _Noted(kernel))
+      widths = product.inputs, product.outputs
+      call = Call(product.rows, *widths, kernel.shape, view)
+      known = calls.setdefault(layer.path, call)
+      if known._replace(tokens=call.tokens) != call:
+        refused[layer.path] = "its calls see its kernel in different ways"
+    return result
+
+  def note_path(next_fun, args, kwargs, context):
+    if context.method_name == "__call__":
+      applied.add(context.module.path)
+    return next_fun(*args, **kwargs)
+
+  try:
+    with nn.intercept_methods(partial(note, boxed=True)):
+      variables = init_shapes(model, *args, **kwargs)
+  except Exception:  # a module that reads another's kernel found a box
+    with nn.intercept_methods(partial(note, boxed=False)):
+      variables = init_shapes(model, *args, **kwargs)
+  for path in refused:
+    calls.pop(path, None)
+
+  def apply(key, variables, arrays, build):
+    args, kwargs = build(arrays)
+    return model.apply(
+      variables,
+      *args,
+      rngs={"params": key},  # and of all other streams
+      mutable=DenyList("params"),
+      **kwargs,
+    )
+
+  arrays, build = _arrays_of((args, kwargs))
+  key = jax.random.key(0)
+  unboxed = meta.unbox(variables)
+  try:
+    with nn.intercept_methods(note_path):
+      jax.eval_shape(partial(apply, build=build), key, unboxed, arrays)
+  except Exception:  # such as a cache that takes one token at a time
+    return Traced(calls, refused, variables, None)
+  return Traced(calls, refused, variables, frozenset(applied))
+
+
+def trace_sites(
+  model: nn.Module,
+  patterns: Sequence[str],
+  *args: Any,
+  fused: Fused = EMPTY,
+  **kwargs: Any,
+) -> tuple[dict[Path, Target], dict[Path, Call], Any]:
+  """The sites of a model, by tracing it: nothing is computed.
+
+  Returns:
+    The sites that the patterns match and the calls of their layers, both by
+    path, and the shapes of the model's variables.
+
+  Raises:
+    UserError: a pattern matches no site; the message lists those there are and
+      says what is wrong with what it matches else. Or a layer that matches is
+      never called, or the layers of a matching one are not stacked in front.
+  """
+  traced = _trace(model, *args, **kwargs)
+  calls = traced.calls
+  shapes = flatten_dict(traced.variables["params"])
+  found: dict[Path, Target] = {}
+  layers: dict[Path, Call] = {}
+  astray: dict[Path, tuple[int, ...]] = {}  # by how their kernels are stacked
+  for path, call in calls.items():
+    noted = shapes[(*path, call.view.kernel)]
+    if not isinstance(noted, _Noted):
+      more = len(noted.shape) - len(call.kernel)
+      noted = _Noted(noted, (0,) * more)
+    stack = noted.value.shape[: len(noted.axes)]
+    if any(noted.axes) or noted.value.shape != (*stack, *call.kernel):
+      astray[path] = noted.axes
+    found[path] = Target(call.inputs, call.outputs, stack, None, call.view)
+    layers[path] = call
+    for name, (first, last) in parts_of(path, fused).items():
+      found[*path, name] = Target(
+        call.inputs, last - first, stack, (first, last), call.view
+      )
+      layers[*path, name] = call
+  held, other = _uncalled(traced, shapes)
+  for pattern in patterns:
+    named = any(matches(pattern, path) for path in found)
+    wrong = {} if pattern == EVERY else held if named else held | other
+    wrong = {p: why for p, why in wrong.items() if matches(pattern, p)}
+    if wrong:
+      listed = "\n  ".join(f"{'/'.join(p)}: {why}" for p, why in wrong.items())
+      raise UserError(
+        f"The target pattern {pattern!r} matches what no adapter would run"
+        f" on:\n  {listed}\n{_there(found)}"
+      )
+    if not named:
+      raise UserError(
+        f"No layer's path ends in the target pattern {pattern!r}."
+        f" {_there(found)}"
+      )
+  chosen = [p for p in found if any(matches(x, p) for x in patterns)]
+  for path in chosen:
+    layer = layer_path(path, found[path])
+    if layer in astray:
+      raise UserError(
+        f"The kernels of {'/'.join(layer)} are stacked on axes {astray[layer]},"
+        " or changed by a transformation. An adapter needs a stack's axis in"
+        " front: nn.scan(..., variable_axes={'params': 0, 'projections': 0})."
+      )
+  both = [p for p in chosen if found[p].columns and p[:-1] in chosen]
+  if both:
+    raise UserError(
+      f"The targets name both {'/'.join(both[0][:-1])} and its part"
+      f" {both[0][-1]!r}; name one of them."
+    )
+  return (
+    {p: found[p] for p in chosen},
+    {p: layers[p] for p in chosen},
+    meta.unbox(traced.variables),
+  )
+
+
+def _there(found: Mapping[Path, Target]) -> str:
+  there = "\n  ".join("/".join(path) for path in found)
+  return f"The layers that can be adapted are:\n  {there}"
+
+
+def _uncalled(
+  traced: Traced, shapes: Mapping[Path, Any]
+) -> tuple[dict[Path, str], dict[Path, str]]:
+  """What holds a matrix but can't be adapted, by path, and why.
+
+  Returns:
+    Layers that hold a kernel; and all other parameters of several axes, by
+    their modules' paths and by their own.
+  """
+  held, other = dict(traced.refused), dict[Path, str]()
+  called = {(*p, call.view.kernel) for p, call in traced.calls.items()}
+  for path, leaf in shapes.items():
+    if path in called or len(leaf.shape) < 2 or path[:-1] in held:
+      continue
+    why = (
+      f"its {path[-1]} is read without a call of a known layer, by the module"
+      " itself or by another one"
+    )
+    if path[-1] == "kernel":
+      held[path[:-1]] = why
+    else:
+      other[path[:-1]] = other[path] = why
+  if traced.applied is not None:
+    for path in traced.calls.keys() - traced.applied:
+      held[path] = (
+        "it is called only while the model is initialised; later its kernel is"
+        " read by another module, which passes by the call"
+      )
+  return held, other
+
+
+def init_shapes(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+  """The shapes of the model's variables; what is no array stays static."""
+  arrays, build = _arrays_of((args, kwargs))
+
+  def init(key, arrays):
+    args, kwargs = build(arrays)
+    return model.init(key, *args, **kwargs)
+
+  return jax.eval_shape(init, jax.random.key(0), arrays)
+
+
+def _arrays_of(
+  tree: Any,
+) -> tuple[dict[int, Any], Callable[[Mapping[int, Any]], Any]]:
+  """A tree's arrays, or shapes, and what puts arrays in their places."""
+  leaves, structure = jax.tree.flatten(tree)
+  arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape")}
+
+  def build(arrays: Mapping[int, Any]) -> Any:
+    every = [arrays.get(i, x) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(structure, every)
+
+  return arrays, build
