@@ -38,8 +38,8 @@ POINTWISE = ("expand", "project", "last")  # its convolutions of one pixel
 
 def get_config(model: str = "dinov2") -> ConfigDict:
   common.pick(model, **dict.fromkeys((*SMALL, "base", "large"), {}))
-  rates = dict(
-    head=4e-3, full=(4e-5, 4e-3), vera=(4e-2, 4e-3), lora=(4e-3, 4e-3)
+  rates = dict(  # as configs/sweeps/images.py:rates found them for DINOv2
+    head=4e-3, full=(2e-5, 4e-3), vera=(8e-2, 4e-3), lora=(8e-3, 4e-3)
   )
   size = "base" if model in SMALL else model
   config = images("uoft-cs/cifar10", size, base=rates, large=rates)
@@ -52,6 +52,9 @@ def get_config(model: str = "dinov2") -> ConfigDict:
       "data.image_size": 96,
       "vera.targets": POINTWISE,
       "vera.rank": 64,
+      "vera.lr": 4e-2,
+      "full.lr": 4e-5,
+      "lora.lr": 4e-3,
       "lora.targets": POINTWISE,
       "lora.rank": 4,
       "lora.alpha": 4.0,

@@ -9,7 +9,7 @@ evaluation at the end; --config.base.data.source=FOLDER names local files.
 
 rates: each method with rates a factor of two to four apart, as many as it takes
 until the best one has worse ones on both sides, on two seeds that are none of
-the studies', scored on ten training images per class that are not trained on;
+the studies', scored on fifty training images per class that are not trained on;
 never on the test split. methods: ten images per class, five seeds, of images
 and of training alike, scored on all 10,000 test images. shots: 1, 10 and 100
 images per class, three seeds, 2,000 test images, the head alone, VeRA and LoRA,
@@ -30,10 +30,10 @@ from configs.sweeps import FEWER, SEEDS, cross, product, sweep, zipped
 
 RATES = {
   "head": ("optim.head_lr", (1e-3, 4e-3, 16e-3, 64e-3)),
-  "bitfit": ("optim.adapter_lr", (1e-3, 4e-3, 16e-3, 64e-3)),
-  "vera": ("optim.adapter_lr", (1e-2, 2e-2, 4e-2, 8e-2, 16e-2)),
-  "lora": ("optim.adapter_lr", (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)),
-  "full": ("optim.adapter_lr", (1e-5, 2e-5, 4e-5, 8e-5)),
+  "bitfit": ("optim.adapter_lr", (1e-3, 4e-3, 16e-3)),
+  "vera": ("optim.adapter_lr", (2e-2, 4e-2, 8e-2, 16e-2)),
+  "lora": ("optim.adapter_lr", (2e-3, 4e-3, 8e-3, 16e-3)),
+  "full": ("optim.adapter_lr", (1e-5, 2e-5, 4e-5)),
 }
 OTHERS = (10, 11)  # seeds
 STUDIED = 2000  # test images
@@ -45,7 +45,9 @@ def get_config(part: str = "methods") -> ConfigDict:
   base.eval_epochs = base.optim.epochs
   methods = product({"method": RATES})
   if part == "rates":
-    base.data.dev_shots = 10
+    base.data.dev_shots = 50
+    # each run has a rate of its own; its name depends on these as well
+    base.vera.lr, base.lora.lr, base.full.lr = 4e-2, 4e-3, 4e-5
     runs: list[dict[str, Any]] = []
     for method, (key, rates) in RATES.items():
       runs += product({"method": (method,), key: rates})

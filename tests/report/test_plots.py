@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
@@ -121,6 +122,45 @@ def test_every_method_with_an_adapter_is_named(methods):
   (ax,) = plots.method_figure(summary(methods)).axes
   names = {text.get_text() for text in ax.texts}
   assert names == {"VeRA", "DVoRA", "LoRA", "IA3"}
+
+
+def test_scores_against_images_per_class(make_result):
+  found = []
+  for method, gain in {"vera": 0.05, "lora": 0.1, "head": 0.02}.items():
+    for shots, seed in itertools.product((1, 10, 100), (0, 1)):
+      result = make_result(method, seed, (0.3 + gain * np.log10(shots),))
+      result["config"]["data"]["shots"] = shots
+      found.append(result)
+  sweep = Sweep("Shots", "", frame(found), [])
+  made = dict(plots.figures(sweep, summary(sweep)))
+  assert made.keys() == {"scores", "shots"}
+  assert overlaps(made["shots"]) == ([], [])
+  (ax,) = made["shots"].axes
+  assert [text.get_text() for text in ax.get_xticklabels()] == [
+    *("1", "10", "100")
+  ]
+  lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
+  assert lines.keys() == {"VeRA", "LoRA", "head alone"}
+  np.testing.assert_allclose(lines["LoRA"].get_ydata(), (30, 40, 50))
+
+
+def test_probabilities_of_tokens_are_drawn_as_losses(make_result):
+  """A method with one rate alone, such as the untuned model, has no line."""
+  found = []
+  rates = [("vera", 1e-3), ("vera", 4e-3), ("lora", 1e-3), ("lora", 4e-3)]
+  for method, rate in [*rates, ("bitfit", 2e-3)]:
+    result = make_result(method, 0, (np.exp(-1 - rate),))
+    result["score_name"] = "token_probability"
+    result["learning_rates"] = {"adapter_lr": rate}
+    result["config"]["optim"]["adapter_lr"] = rate
+    found.append(result)
+  table = summary(Sweep("Rates", "", frame(found), []))
+  figure = plots.setting_figure(table, plots.SETTINGS["rates"])
+  (ax,) = figure.axes
+  lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
+  assert lines.keys() == {"VeRA", "LoRA"}
+  np.testing.assert_allclose(lines["VeRA"].get_ydata(), (1.001, 1.004))
+  assert ax.get_ylabel().startswith("loss (nats per token)")
 
 
 def test_ranks_that_lie_close_are_told_apart(make_result):

@@ -189,6 +189,7 @@ def frame(
         "head": 0 if untuned else sizes["head"],
         "rank": next((g["rank"] for g in groups if "rank" in g), None),
         "rate": result.get("learning_rates", {}).get("adapter_lr"),
+        "shots": config.get("data", {}).get("shots"),
         "data": _data_of(config),
         "epochs": config["optim"]["epochs"],
         "seconds": result["seconds"],

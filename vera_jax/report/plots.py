@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -65,6 +65,19 @@ MOST = 7  # lines that one panel can tell apart
 POINTS = 50  # of a line
 
 
+class Setting(NamedTuple):
+  """A column of a summary that scores are drawn against, and its axis."""
+
+  column: str
+  axis: str
+
+
+SETTINGS = {  # by the figure's name
+  "shots": Setting("shots", "training examples per class"),
+  "rates": Setting("rate", "learning rate of the adapter"),
+}
+
+
 def figures(sweep: Sweep, table: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
   """(name, figure) of all that the results give; `table` is the summary."""
   yield "scores", score_figure(table, sweep.runs, title=sweep.title)
@@ -77,6 +90,9 @@ def figures(sweep: Sweep, table: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     of_texts = summary(texts)
     title = f"{sweep.title}: test texts"
     yield "texts", score_figure(of_texts, texts.runs, title=title, of="")
+  for name, setting in SETTINGS.items():
+    if not _varied(table, setting.column).empty:
+      yield name, setting_figure(table, setting, title=sweep.title)
   if (table.groupby(["task", "method"])["rank"].nunique() > 1).any():
     yield "ranks", rank_figure(table, title=sweep.title)
   elif table.groupby("task")["method"].nunique().max() > 3:
@@ -241,6 +257,64 @@ def method_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
   sized = table[table["adapter"] > 0]
   names = sized["method"].map(method_title)
   return _parameter_figure(sized, names, title=title, legend="")
+
+
+def setting_figure(
+  table: pd.DataFrame, setting: Setting, *, title: str = ""
+) -> Figure:
+  """Score against a setting: medians, and bars over the seeds' range.
+
+  A panel per task and a line per method. A mean probability of tokens is drawn
+  as the loss that it stands for: minus its logarithm, in nats per token.
+  """
+  column = setting.column
+  tasks = list(_varied(table, column).groupby("task", sort=False))
+  with mpl.rc_context(STYLE):
+    figure, axes = grid(1, len(tasks), width=5.0, height=3.4, title=title)
+    for ax, (task, here) in zip(axes.flat, tasks, strict=True):
+      metric = str(here.iloc[0]["metric"])
+      of_tokens = metric == "token_probability"
+      methods = list(here.groupby("method", sort=False))
+      for place, (method, rows) in enumerate(methods):
+        rows = rows.sort_values(column)
+        low, middle, high = rows[["low", "score", "high"]].to_numpy().T
+        if of_tokens:
+          low, middle, high = (-np.log(p / 100) for p in (high, middle, low))
+        color, marker = METHOD_COLORS.get(str(method), OTHER)
+        # a little apart, so that no bar hides another
+        apart = 1.03 ** (place - (len(methods) - 1) / 2)
+        ax.errorbar(
+          rows[column] * apart,
+          middle,
+          yerr=[middle - low, high - middle],
+          color=color,
+          marker=marker,
+          ms=5,
+          capsize=2,
+          elinewidth=0.8,
+          label=method_title(str(method)),
+        )
+      loss, score = "loss (nats per token)", f"{metric_title(metric)} (%)"
+      ax.set(
+        title=task_title(str(task)),
+        xscale="log",
+        xlabel=setting.axis,
+        ylabel=f"{loss if of_tokens else score} on dev, best epoch",
+      )
+      ticks = sorted(here[column].unique())
+      ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=30)
+      ax.xaxis.set_minor_locator(NullLocator())
+      ax.legend(loc="best")
+    return figure
+
+
+def _varied(table: pd.DataFrame, column: str) -> pd.DataFrame:
+  """The rows of methods whose conditions differ in this column alone."""
+  groups = table.groupby(["task", "metric", "method"])[column]
+  several = groups.transform("nunique") > 1
+  return table[
+    several & (groups.transform("nunique") == groups.transform("size"))
+  ]
 
 
 def _parameter_figure(

@@ -17,11 +17,12 @@ BY = ["task", "metric", "method", "condition"]
 def summary(sweep: Sweep, *, against: str = "lora") -> pd.DataFrame:
   """All conditions of a sweep, in the order of its runs; scores in percent.
 
-  Columns: task, metric, method, condition, adapter, head, rank, score (median
-  of the seeds' best epochs), low, high, last, last_low, last_high, seeds,
-  epochs, seconds (median), paper, paper_spread, paper_source, what `paired`
-  finds against LoRA, or another method, p_holm over all comparisons of the
-  sweep, collapsed (runs), signatures (count by name).
+  Columns: task, metric, method, condition, adapter, head, rank, rate (of the
+  adapter), shots (examples per class), score (median of the seeds' best
+  epochs), low, high, last, last_low, last_high, seeds, epochs, seconds
+  (median), paper, paper_spread, paper_source, what `paired` finds against
+  LoRA, or another method, p_holm over all comparisons of the sweep, collapsed
+  (runs), signatures (count by name).
   """
   rows, by_seed, data = [], [], []
   for _, runs in sweep.runs.groupby(BY, sort=False):
@@ -30,7 +31,7 @@ def summary(sweep: Sweep, *, against: str = "lora") -> pd.DataFrame:
     rows.append(
       {
         **first[["task", "metric", "method", "condition"]],
-        **first[["adapter", "head", "rank", "epochs"]],
+        **first[["adapter", "head", "rank", "rate", "shots", "epochs"]],
         "score": score.median(),
         "low": score.min(),
         "high": score.max(),
