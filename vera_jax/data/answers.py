@@ -16,13 +16,12 @@ learned token.
 
 import json
 from collections.abc import Collection
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vera_jax.data.chat import Rendered, render_conversation
-from vera_jax.data.completions import begin_of_text, end_of_text
+from vera_jax.data.completions import as_arrays, begin_of_text, end_of_text
 from vera_jax.data.examples import Examples
 from vera_jax.errors import UserError
 
@@ -103,13 +102,8 @@ def encode_answers(
       f" within {max_length} tokens (the mask is all 0): set"
       f" config.data.max_length higher. One of them:\n{_shown(texts[0])}"
     )
-  flat = np.fromiter(chain.from_iterable(ids), np.int32)
   return {
-    "ids": flat,
-    "offsets": np.cumsum([0, *map(len, ids)], dtype=np.int64),
-    "token_types": np.zeros_like(flat),
-    "truncated": np.array(truncated),
-    "learned": np.fromiter(chain.from_iterable(learned), bool),
+    **as_arrays(ids, learned, truncated=truncated),
     "special": np.array(named),
   }
 

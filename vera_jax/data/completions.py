@@ -123,6 +123,13 @@ def encode_completions(
       " config.data.max_length higher, or config.data.cut=left to cut what"
       " comes first."
     )
+  return as_arrays(ids, learned, truncated=truncated)
+
+
+def as_arrays(
+  ids: list[list[int]], learned: list[list[bool]], *, truncated: int
+) -> dict[str, np.ndarray]:
+  """The sequences one behind the other, as `encode_completions` has them."""
   flat = np.fromiter(chain.from_iterable(ids), np.int32)
   return {
     "ids": flat,
