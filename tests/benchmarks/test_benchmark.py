@@ -2,37 +2,34 @@
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import bank, report, step, step_report
 from experiments.benchmark import SUBCOMMANDS
+from tests.experiments.command import run_each
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(*words):
-  return subprocess.run(
-    [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True
-  )
+OLD = "experiments.benchmark"
 
 
 def test_each_benchmark_helps_under_its_old_name_too():
-  for word in SUBCOMMANDS:
+  helps = run_each(
+    *([f"benchmarks.{word}", "--help"] for word in SUBCOMMANDS),
+    *([OLD, word, "--help"] for word in SUBCOMMANDS),
+  )
+  for word, done in zip(SUBCOMMANDS * 2, helps, strict=True):
     first_line = importlib.import_module(f"benchmarks.{word}").__doc__
     first_line = first_line.splitlines()[0]
-    for words in ([f"benchmarks.{word}"], ["experiments.benchmark", word]):
-      done = run(*words, "--help")
-      assert done.returncode == 0 and "--out" in done.stdout, done.stderr
-      assert first_line in done.stdout
+    assert done.returncode == 0 and "--out" in done.stdout, done.stderr
+    assert first_line in done.stdout
 
 
 def test_the_old_command_lists_the_benchmarks():
-  old = "experiments.benchmark"
-  asked, none, unknown = run(old, "--help"), run(old), run(old, "bnak")
+  asked, none, unknown = run_each([OLD, "--help"], [OLD], [OLD, "bnak"])
   assert asked.returncode == 0 and "\n  bank " in asked.stdout
   assert none.returncode == unknown.returncode == 2
   assert "\n  bank " in none.stderr and "\n  bank " in unknown.stderr

@@ -4,19 +4,21 @@ import json
 
 import pytest
 
-from tests.experiments.command import refused, run
+from tests.experiments.command import run, run_each
 
 
 def test_merge_then_predict_from_both(random_adapter, tmp_path):
   adapter, out = random_adapter(), tmp_path / "out"
-  done = run("merge", f"--adapter={adapter}", f"--out={out}")
-  assert done.returncode == 0, done.stderr
-  assert "float32" in done.stdout and str(out) in done.stdout.replace("\n", "")
   file = tmp_path / "texts.tsv"
   file.write_text(
     "sentence1\tsentence2\nword1 word2\tword3\nalone\nword4\tword5\n"
   )
-  ours = run("predict", f"--adapter={adapter}", f"--input={file}")
+  done, ours = run_each(
+    ["experiments.merge", f"--adapter={adapter}", f"--out={out}"],
+    ["experiments.predict", f"--adapter={adapter}", f"--input={file}"],
+  )
+  assert done.returncode == 0, done.stderr
+  assert "float32" in done.stdout and str(out) in done.stdout.replace("\n", "")
   assert ours.returncode == 1
   assert "line 3: it has 1 columns" in ours.stderr
   assert "1 of 4 lines could not be used." in ours.stderr
@@ -48,21 +50,18 @@ def test_merge_then_predict_from_both(random_adapter, tmp_path):
   )
 
 
-@pytest.mark.parametrize(
-  "script, flags, words",
-  [
-    ("merge", ["--adapter=nowhere"], "--adapter=DIR --out=DIR"),
-    ("merge", ["--adapter=nowhere", "--out=new"], "no adapter folder nowhere"),
-    ("merge", ["--adapter=nowhere", "--out=."], ". is in use"),
-    ("predict", ["--adapter=a", "--model=b", "--input=-"], "either --adapter"),
-    ("predict", ["--adapter=a", "--input=no.tsv"], "no.tsv can't be read"),
-    (
-      "predict",
-      ["--adapter=a", "--input=x.xlsx"],
-      ".xlsx files are not",
-    ),
-  ],
-)
-def test_a_mistake_is_explained_in_a_line(script, flags, words):
-  message = refused(script, 1, *flags)
-  assert words in message and len(message.splitlines()) == 1
+def test_a_mistake_is_explained_in_a_line():
+  mistakes = [
+    (["merge", "--adapter=nowhere"], "--adapter=DIR --out=DIR"),
+    (["merge", "--adapter=nowhere", "--out=new"], "no adapter folder nowhere"),
+    (["merge", "--adapter=nowhere", "--out=."], ". is in use"),
+    (["predict", "--adapter=a", "--model=b", "--input=-"], "either --adapter"),
+    (["predict", "--adapter=a", "--input=no.tsv"], "no.tsv can't be read"),
+    (["predict", "--adapter=a", "--input=x.xlsx"], ".xlsx files are not"),
+  ]
+  found = run_each(
+    *([f"experiments.{script}", *flags] for (script, *flags), _ in mistakes)
+  )
+  for (_, words), done in zip(mistakes, found, strict=True):
+    assert done.returncode == 1, done
+    assert words in done.stderr and len(done.stderr.splitlines()) == 1

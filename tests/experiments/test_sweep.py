@@ -1,8 +1,6 @@
 """The command itself: what a researcher types, and mistypes."""
 
-import pytest
-
-from tests.experiments.command import refused, run
+from tests.experiments.command import refused_each, run
 
 RANK = "--config=configs/sweeps/rank.py:minilm"
 
@@ -14,17 +12,15 @@ def test_help_has_what_a_cluster_needs():
     assert word in done.stdout
 
 
-@pytest.mark.parametrize(
-  "flags, words",
-  [
+def test_a_mistake_is_explained_in_a_line_or_two():
+  mistakes = [
     (["--config=configs/rte.py", "--workdir=x"], "experiments.glue"),
     ([RANK], "--workdir=DIR"),
     ([RANK, "--workdir=x", "--shard=4/4"], "from 0 to n - 1"),
-  ],
-)
-def test_a_mistake_is_explained_in_a_line_or_two(flags, words):
-  message = refused("sweep", 1, *flags)
-  assert words in message and len(message.splitlines()) <= 3
+  ]
+  said = refused_each("sweep", 1, *(flags for flags, _ in mistakes))
+  for (_, words), message in zip(mistakes, said, strict=True):
+    assert words in message and len(message.splitlines()) <= 3
 
 
 def test_a_dry_run_counts_and_leaves_nothing(tmp_path):

@@ -29,9 +29,7 @@ def restored(folder):
   return restore_adapter(load_adapter(folder))
 
 
-@pytest.mark.parametrize(
-  "method", ["vera", "lora", "bitfit", "head", "full", "dvora+ia3"]
-)
+@pytest.mark.parametrize("method", ["vera", "bitfit", "full", "dvora+ia3"])
 def test_the_folder_answers_as_the_adapter_does(
   method, random_adapter, tmp_path
 ):

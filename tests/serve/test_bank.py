@@ -72,9 +72,7 @@ def chosen(logits, named=NAMED):
 @pytest.mark.parametrize(
   "method, settings",
   [
-    ("vera", {}),
-    ("vera", {"sharing": "unique", "train": "b"}),
-    ("vera", {"init": "structured"}),
+    ("vera", {"init": "structured", "sharing": "unique", "train": "b"}),
     ("unilora", {}),
     ("bitfit", {}),
   ],

@@ -274,7 +274,9 @@ def test_runs_on_a_mesh_of_all_axes(tiny_config, quiet_model, tmp_path):
   both = [tiny_config(**settings, **mesh, seed=seed) for seed in (0, 1)]
   found = train(both, tmp_path)
   alone = tmp_path / "alone"
-  train_and_evaluate(tiny_config(**settings, seed=1), alone)
+  result = train_and_evaluate(tiny_config(**settings, seed=1), alone)
+  assert result["parameters"]["adapter"] == 5584  # all of the base
+  assert result["projection_digest"] is None
   np.testing.assert_allclose(
     curve(found.folders[1]), curve(alone), rtol=0, atol=1e-5
   )

@@ -177,7 +177,6 @@ def on_one_device(method):
   [
     ("vera", {"data": 8}),
     ("vera", {"data": 2, "fsdp": 2, "tensor": 2}),
-    ("full", {"data": 1, "fsdp": 8}),
     ("full", {"data": 2, "fsdp": 2, "tensor": 2}),
   ],
 )
