@@ -3,6 +3,7 @@
   python -m experiments.sweep --config=configs/sweeps/images.py:rates ...
   python -m experiments.sweep --config=configs/sweeps/images.py --workdir=DIR
   python -m experiments.sweep --config=configs/sweeps/images.py:shots ...
+  python -m experiments.sweep --config=configs/sweeps/images.py:shot_rates ...
 
 CIFAR-10 on DINOv2 ViT-S/14 (configs/images/cifar10.py:dinov2), ten epochs, one
 evaluation at the end; --config.base.data.source=FOLDER names local files.
@@ -12,9 +13,10 @@ until the best one has worse ones on both sides, on two seeds that are none of
 the studies', scored on fifty training images per class that are not trained on;
 never on the test split. methods: ten images per class, five seeds, of images
 and of training alike, scored on all 10,000 test images. shots: 1, 10 and 100
-images per class, three seeds, 2,000 test images, the head alone, VeRA and LoRA,
-each at its rate for ten. RandLoRA's authors found VeRA strong on few images and
-behind on many (arXiv 2502.00987).
+images per class, three seeds, 2,000 test images, the head alone, VeRA and LoRA.
+RandLoRA's authors found VeRA strong on few images and behind on many (arXiv
+2502.00987). For 100 images, with ten times the steps, the rates are those that
+shot_rates finds as rates does, on one seed; for 1 and 10 those of rates.
 
 Ridge regression has no rates and no sweep: experiments.ridge, for each
 --config.data.subset_seed.
@@ -35,23 +37,32 @@ RATES = {
   "lora": ("optim.adapter_lr", (2e-3, 4e-3, 8e-3, 16e-3)),
   "full": ("optim.adapter_lr", (1e-5, 2e-5, 4e-5)),
 }
+# For 100 images per class: those that are tried, and what was found.
+SHOT_RATES = {
+  "head": ("optim.head_lr", (1e-3, 4e-3, 16e-3)),
+  "vera": ("optim.adapter_lr", (1e-2, 2e-2, 4e-2)),
+  "lora": ("optim.adapter_lr", (1e-3, 2e-3, 4e-3)),
+}
 OTHERS = (10, 11)  # seeds
 STUDIED = 2000  # test images
 
 
 def get_config(part: str = "methods") -> ConfigDict:
-  common.pick(part, methods={}, shots={}, rates={})
+  common.pick(part, methods={}, shots={}, rates={}, shot_rates={})
   base = cifar10.get_config()
   base.eval_epochs = base.optim.epochs
   methods = product({"method": RATES})
-  if part == "rates":
+  if part in ("rates", "shot_rates"):
     base.data.dev_shots = 50
     # each run has a rate of its own; its name depends on these as well
     base.vera.lr, base.lora.lr, base.full.lr = 4e-2, 4e-3, 4e-5
+    tried, others = RATES, OTHERS
+    if part == "shot_rates":
+      base.data.shots, tried, others = 100, SHOT_RATES, OTHERS[:1]
     runs: list[dict[str, Any]] = []
-    for method, (key, rates) in RATES.items():
+    for method, (key, rates) in tried.items():
       runs += product({"method": (method,), key: rates})
-    return sweep("Rates for images", base, cross(runs, both_seeds(OTHERS)))
+    return sweep("Rates for images", base, cross(runs, both_seeds(others)))
   if part == "shots":
     base.data.max_eval_examples = STUDIED
     shots = product({"data.shots": (1, 10, 100)})

@@ -138,7 +138,7 @@ def test_outputs_stand_side_by_side(sweep):
     rows = [line for line in part.splitlines() if line.startswith("| ")]
     names = [row.split(" | ")[0].removeprefix("| ") for row in rows[2:]]
     assert names == [
-      *("a person", "untuned, prompt user: …", "untuned, prompt {}"),
+      *("the reference", "untuned, prompt user: …", "untuned, prompt {}"),
       *("VeRA", "LoRA"),
     ]
   assert "| VeRA | vera0 is in the centre |" in tables_of[-1]

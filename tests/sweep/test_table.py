@@ -124,6 +124,10 @@ def test_more_is_dearer(tiny_config):
     assert estimate.flops(tiny_config(**changes)) > small
   for method in ("head", "ia3"):
     assert estimate.flops(tiny_config(method=method)) < small
+  once = tiny_config()
+  with once.unlocked():
+    once.eval_epochs = once.optim.epochs
+  assert estimate.flops(once) < small  # one evaluation, not one per epoch
 
 
 def test_time_for_a_person():

@@ -96,7 +96,7 @@ def side_by_side(sweep: Sweep) -> str:
     for text in texts:
       lines += ["", f"**{title}** ({means[text]:.2f}): `{text}`", ""]
       lines += ["| by | text |", "| --- | --- |"]
-      said = {"a person": one.references[text][0]}
+      said = {"the reference": one.references[text][0]}
       said |= {name: own.outputs[text] for name, own in shown.items()}
       lines += [
         f"| {_cell(name)} | {_cell(output) or '(nothing)'} |"

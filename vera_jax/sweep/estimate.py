@@ -76,8 +76,10 @@ def flops(config: ConfigDict) -> float:
     rank = sum(group.get("rank", 0) for group in groups)
     per_token += 4 * rank * 2 * width * adapted
   tokens = min(size.tokens, config.data.max_length or size.tokens)
-  epoch = size.train * per_token + size.dev * 2 * weights
-  return float(config.optim.epochs * tokens * epoch)
+  epochs = config.optim.epochs
+  evaluations = epochs / config.get("eval_epochs", 1)
+  trained = epochs * size.train * per_token
+  return float(tokens * (trained + evaluations * size.dev * 2 * weights))
 
 
 class Rate(NamedTuple):
