@@ -37,12 +37,13 @@ RATES = {
   "lora": ("optim.adapter_lr", (2e-3, 4e-3, 8e-3, 16e-3)),
   "full": ("optim.adapter_lr", (1e-5, 2e-5, 4e-5)),
 }
-# For 100 images per class: those that are tried, and what was found.
+# For 100 images per class: those that were tried, and the best.
 SHOT_RATES = {
-  "head": ("optim.head_lr", (1e-3, 4e-3, 16e-3)),
+  "head": ("optim.head_lr", (1e-3, 4e-3, 16e-3, 64e-3)),
   "vera": ("optim.adapter_lr", (1e-2, 2e-2, 4e-2)),
-  "lora": ("optim.adapter_lr", (1e-3, 2e-3, 4e-3)),
+  "lora": ("optim.adapter_lr", (5e-4, 1e-3, 2e-3, 4e-3)),
 }
+SHOT_BEST = {"head": 16e-3, "vera": 2e-2, "lora": 1e-3}
 OTHERS = (10, 11)  # seeds
 STUDIED = 2000  # test images
 
@@ -56,7 +57,8 @@ def get_config(part: str = "methods") -> ConfigDict:
     base.data.dev_shots = 50
     # each run has a rate of its own; its name depends on these as well
     base.vera.lr, base.lora.lr, base.full.lr = 4e-2, 4e-3, 4e-5
-    tried, others = RATES, OTHERS
+    tried: dict[str, Any] = RATES
+    others: tuple[int, ...] = OTHERS
     if part == "shot_rates":
       base.data.shots, tried, others = 100, SHOT_RATES, OTHERS[:1]
     runs: list[dict[str, Any]] = []
@@ -65,9 +67,11 @@ def get_config(part: str = "methods") -> ConfigDict:
     return sweep("Rates for images", base, cross(runs, both_seeds(others)))
   if part == "shots":
     base.data.max_eval_examples = STUDIED
-    shots = product({"data.shots": (1, 10, 100)})
-    few = product({"method": ("head", "vera", "lora")})
-    runs = cross(few, shots, both_seeds(FEWER))
+    runs = product({"method": SHOT_BEST, "data.shots": (1, 10)})
+    for method, best in SHOT_BEST.items():
+      key, _ = SHOT_RATES[method]
+      runs.append({"method": method, "data.shots": 100, key: best})
+    runs = cross(runs, both_seeds(FEWER))
     return sweep("CIFAR-10, images per class", base, runs)
   return sweep(
     "CIFAR-10, ten images per class", base, cross(methods, both_seeds(SEEDS))
