@@ -12,9 +12,9 @@ float32 weights they make. Scored on 100 held-out rows, of which 16 are
 answered. Beside them the model as it is: a rate of 0 trains nothing, and VeRA
 starts as the identity, so eight rows at that rate are enough.
 
-rates: VeRA and LoRA over the same rates, a factor of four apart, 64 rows, one
-seed that the study has not; scored on 50 rows that the study neither trains on
-nor scores. No answers are written.
+rates: VeRA and LoRA over the same rates, a factor of four apart, and DVoRA over
+three of them, 64 rows, one seed that the study has not; scored on 50 rows that
+the study neither trains on nor scores. No answers are written.
 
 Runs train one by one: a run's rows fill both cores. On two idle cores a step of
 8 rows, 1,400 tokens, took 12.4 s, which is 113 tokens/s; with scoring, answers
@@ -44,6 +44,7 @@ def get_config(size: str = "smollm2") -> ConfigDict:
     base.data.max_test_examples = 0
     base.seed = OTHER
     runs = product({"method": ("vera", "lora"), "optim.adapter_lr": RATES})
+    runs += product({"method": ("dvora",), "optim.adapter_lr": RATES[2:5]})
   else:
     untuned = {"optim.adapter_lr": 0.0, "data.max_train_examples": 8}
     variants = product({"method": METHODS})
