@@ -63,6 +63,7 @@ PLACES = (
 )
 MOST = 7  # lines that one panel can tell apart
 POINTS = 50  # of a line
+FEW = 4  # values of a setting that each have a tick; of more, powers of ten
 
 
 class Setting(NamedTuple):
@@ -301,8 +302,10 @@ def setting_figure(
         xlabel=setting.axis,
         ylabel=f"{loss if of_tokens else score} on dev, best epoch",
       )
-      ticks = sorted(here[column].unique())
-      ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=30)
+      values = sorted(here[column].unique())
+      if len(values) <= FEW:
+        ax.set_xticks(values)
+      ax.xaxis.set_major_formatter("{x:g}")
       ax.xaxis.set_minor_locator(NullLocator())
       ax.legend(loc="best")
     return figure
