@@ -53,7 +53,8 @@ COUNTS = {
   ("initialisers", "rates"): 7 * 3 * 2,
   ("images", "methods"): 5 * 5,
   ("images", "shots"): 3 * 3 * 3,
-  ("images", "rates"): (3 * 4 + 2 * 5) * 2,
+  ("images", "rates"): (2 * 3 + 3 * 4) * 2,
+  ("images", "shot_rates"): 2 * 4 + 3,
   ("example", "generated"): 4 * 3,
   ("example", "sst2"): 3 * 3,
   # no tuning, asked in two ways; VeRA of two ranks and LoRA
@@ -61,7 +62,7 @@ COUNTS = {
   ("e2e", "rates"): 3 * 4,
   # no tuning; VeRA, DVoRA and LoRA
   ("instruct", "smollm2"): 1 + 4 * 3,
-  ("instruct", "rates"): 2 * 6,
+  ("instruct", "rates"): 2 * 6 + 3,
 }
 
 

@@ -281,20 +281,10 @@ def setting_figure(
         low, middle, high = rows[["low", "score", "high"]].to_numpy().T
         if of_tokens:
           low, middle, high = (-np.log(p / 100) for p in (high, middle, low))
-        color, marker = METHOD_COLORS.get(str(method), OTHER)
         # a little apart, so that no bar hides another
         apart = 1.03 ** (place - (len(methods) - 1) / 2)
-        ax.errorbar(
-          rows[column] * apart,
-          middle,
-          yerr=[middle - low, high - middle],
-          color=color,
-          marker=marker,
-          ms=5,
-          capsize=2,
-          elinewidth=0.8,
-          label=method_title(str(method)),
-        )
+        xs, name = rows[column] * apart, method_title(str(method))
+        _line_with_bars(ax, xs, (low, middle, high), str(method), label=name)
       loss, score = "loss (nats per token)", f"{metric_title(metric)} (%)"
       ax.set(
         title=task_title(str(task)),
@@ -330,18 +320,9 @@ def _parameter_figure(
     for ax, (task, here) in zip(axes.flat, tasks, strict=True):
       for method, rows in here.groupby("method", sort=False):
         rows = rows.sort_values("adapter")
-        color, marker = METHOD_COLORS.get(str(method), OTHER)
-        ax.errorbar(
-          rows["adapter"],
-          rows["score"],
-          yerr=[rows["score"] - rows["low"], rows["high"] - rows["score"]],
-          color=color,
-          marker=marker,
-          ms=5,
-          capsize=2,
-          elinewidth=0.8,
-          label=legend.format(method_title(str(method))),
-        )
+        scores = rows["low"], rows["score"], rows["high"]
+        name = legend.format(method_title(str(method)))
+        _line_with_bars(ax, rows["adapter"], scores, str(method), label=name)
       metric = metric_title(here.iloc[0]["metric"])
       ax.set(
         title=task_title(str(task)),
@@ -363,6 +344,25 @@ def _parameter_figure(
     for ax, (_, here) in zip(axes.flat, tasks, strict=True):
       _name_points(ax, here, names, scale=figure.dpi / 72)
     return figure
+
+
+def _line_with_bars(
+  ax: Axes, xs: Any, scores: tuple[Any, Any, Any], method: str, *, label: str
+) -> None:
+  """A method's line through its medians; `scores` are (low, median, high)."""
+  low, middle, high = scores
+  color, marker = METHOD_COLORS.get(method, OTHER)
+  ax.errorbar(
+    xs,
+    middle,
+    yerr=[middle - low, high - middle],
+    color=color,
+    marker=marker,
+    ms=5,
+    capsize=2,
+    elinewidth=0.8,
+    label=label,
+  )
 
 
 def _name_points(

@@ -77,7 +77,7 @@ def flops(config: ConfigDict) -> float:
     per_token += 4 * rank * 2 * width * adapted
   tokens = min(size.tokens, config.data.max_length or size.tokens)
   epochs = config.optim.epochs
-  evaluations = epochs / config.get("eval_epochs", 1)
+  evaluations = epochs / (config.get("eval_epochs") or 1)
   trained = epochs * size.train * per_token
   return float(tokens * (trained + evaluations * size.dev * 2 * weights))
 
