@@ -266,7 +266,9 @@ def setting_figure(
   """Score against a setting: medians, and bars over the seeds' range.
 
   A panel per task and a line per method. A mean probability of tokens is drawn
-  as the loss that it stands for: minus its logarithm, in nats per token.
+  as the loss that it stands for: minus its logarithm, in nats per token. Losses
+  well above that of the lowest setting, as of runs that diverged, are beyond
+  the panel's upper edge, or nothing else could be seen.
   """
   column = setting.column
   tasks = list(_varied(table, column).groupby("task", sort=False))
@@ -276,11 +278,13 @@ def setting_figure(
       metric = str(here.iloc[0]["metric"])
       of_tokens = metric == "token_probability"
       methods = list(here.groupby("method", sort=False))
+      bottom, top = np.inf, -np.inf  # the best, and the lowest setting's worst
       for place, (method, rows) in enumerate(methods):
         rows = rows.sort_values(column)
         low, middle, high = rows[["low", "score", "high"]].to_numpy().T
         if of_tokens:
           low, middle, high = (-np.log(p / 100) for p in (high, middle, low))
+          bottom, top = min(bottom, low.min()), max(top, high[0])
         # a little apart, so that no bar hides another
         apart = 1.03 ** (place - (len(methods) - 1) / 2)
         xs, name = rows[column] * apart, method_title(str(method))
@@ -292,6 +296,9 @@ def setting_figure(
         xlabel=setting.axis,
         ylabel=f"{loss if of_tokens else score} on dev, best epoch",
       )
+      if top > bottom:
+        margin = (top - bottom) / 4
+        ax.set_ylim(bottom - margin, top + margin)
       values = sorted(here[column].unique())
       if len(values) <= FEW:
         ax.set_xticks(values)
