@@ -145,9 +145,9 @@ def test_scores_against_images_per_class(make_result):
 
 
 def test_probabilities_of_tokens_are_drawn_as_losses(make_result):
-  """A method with one rate alone, such as the untuned model, has no line."""
+  """A method with one rate has no line, a diverged run is above the panel."""
   found = []
-  rates = [("vera", 1e-3), ("vera", 4e-3), ("lora", 1e-3), ("lora", 4e-3)]
+  rates = [("vera", 4e-3), ("vera", 1e-3), ("lora", 1e-3), ("lora", 9.0)]
   for method, rate in [*rates, ("bitfit", 2e-3)]:
     result = make_result(method, 0, (np.exp(-1 - rate),))
     result["score_name"] = "token_probability"
@@ -161,6 +161,7 @@ def test_probabilities_of_tokens_are_drawn_as_losses(make_result):
   assert lines.keys() == {"VeRA", "LoRA"}
   np.testing.assert_allclose(lines["VeRA"].get_ydata(), (1.001, 1.004))
   assert ax.get_ylabel().startswith("loss (nats per token)")
+  assert 0.9 < ax.get_ylim()[0] < 1.001 < ax.get_ylim()[1] < 1.1
 
 
 def test_ranks_that_lie_close_are_told_apart(make_result):

@@ -18,7 +18,7 @@ from vera_jax.serve.image_predictor import ImagePredictor
 from vera_jax.serve.predictor import Answer
 from vera_jax.tasks.images import choose_images
 
-RIGHT, WRONG = "#1b7837", "#b2182b"  # told apart by the colour-blind too
+RIGHT, WRONG = "#1b7837", "#b2182b"  # two that the colour-blind can distinguish
 WIDE = 6  # images in a row
 
 

@@ -108,7 +108,7 @@ def score_figure(
   runs: pd.DataFrame,
   *,
   title: str = "",
-  of: str = " on dev, best epoch (%)",
+  of: str = ", best epoch (%)",
 ) -> Figure:
   """Every seed, the median, the paper's number; collapsed runs are hollow.
 
@@ -199,7 +199,7 @@ def curve_figure(
       kept = f" (best {MOST} of {len(here)})" if left_out else ""
       metric = metric_title(here.iloc[0]["metric"])
       title = f"{task_title(str(task))}{kept}"
-      scores.set(title=title, xlabel="epoch", ylabel=f"{metric} on dev (%)")
+      scores.set(title=title, xlabel="epoch", ylabel=f"{metric} (%)")
       losses.set(xlabel="epoch", ylabel="training loss")
       losses.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
     for ax in axes.flat:
@@ -294,10 +294,10 @@ def setting_figure(
         title=task_title(str(task)),
         xscale="log",
         xlabel=setting.axis,
-        ylabel=f"{loss if of_tokens else score} on dev, best epoch",
+        ylabel=f"{loss if of_tokens else score}, best epoch",
       )
-      if top > bottom:
-        margin = (top - bottom) / 4
+      if of_tokens:
+        margin = max(top - bottom, top / 20) / 4
         ax.set_ylim(bottom - margin, top + margin)
       values = sorted(here[column].unique())
       if len(values) <= FEW:
@@ -335,7 +335,7 @@ def _parameter_figure(
         title=task_title(str(task)),
         xscale="log",
         xlabel="trained adapter parameters",
-        ylabel=f"{metric} on dev, best epoch (%)",
+        ylabel=f"{metric}, best epoch (%)",
       )
       ax.margins(x=0.15, y=0.14)
       ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
