@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
+
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.report.frame import Sweep, load_sweep
@@ -49,19 +51,20 @@ def choose(method: str, means: Mapping[float, float]) -> Choice:
 def choices(sweep: Sweep) -> Iterator[Choice]:
   """One for each method, and setting of it, in the order of the runs."""
   runs = sweep.runs.assign(
-    rate=[run["config"]["optim"]["adapter_lr"] for run in sweep.runs["result"]],
-    rank=[str(rank) for rank in sweep.runs["rank"]],
+    rank=[
+      "" if pd.isna(rank) else f", rank {rank:g}" for rank in sweep.runs["rank"]
+    ],
     init=[
       run["config"].get("vera", {}).get("init", "")
       for run in sweep.runs["result"]
     ],
   )
   if runs["rate"].isna().any():
-    raise UserError("Runs without config.optim.adapter_lr: no sweep of rates.")
+    raise UserError("Results without learning rates: no sweep of rates.")
   parts = ["method", "rank", "init"]
   for (method, rank, init), own in runs.groupby(parts, sort=False):
     means = own.groupby("rate")["score"].mean().to_dict()
-    name = f"{method}, rank {rank}"
+    name = method + rank
     yield choose(name + f", {init}" * (runs["init"].nunique() > 1), means)
 
 

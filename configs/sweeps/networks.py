@@ -2,6 +2,7 @@
 
   python -m experiments.sweep --config=configs/sweeps/networks.py:rates \\
     --workdir=DIR/rates --config.base.data.source=FOLDER_OF_CIFAR10
+  python -m benchmarks.rates DIR/rates
   python -m experiments.sweep --config=configs/sweeps/networks.py ...
   python -m experiments.sweep --config=configs/sweeps/networks.py:text_rates \\
     --workdir=DIR/text_rates --config.base.data.source=FOLDER_OF_E2E
@@ -19,107 +20,125 @@ output layer alone, biases, VeRA with r = 64 and LoRA with r = 2 on all gates,
 all weights; and the network as it is: a rate of 0 trains nothing, and VeRA
 starts as the identity, so eight texts are enough.
 
-rates, text_rates: each method's rate, a factor of four apart, on one seed that
-the studies have not; scored on training examples that are kept from training:
-ten images per class beside the ten that are trained on; the first texts of 100
-inputs of train.txt, 100 other texts being trained on. Never on what the studies
-score. Where the best rate is at an end, there are to be more.
-
-Runs train one by one. On two idle cores a step of 20 images took 0.1 s with
-VeRA and 0.2 s with all weights, scoring 2,000 images 6.5 s and compiling 18 s;
-a step of 8 texts 0.3 s, scoring 200 texts 4 s and compiling 6 to 8 s. By that
-the 30 runs of images take 0.6 core-hours and their 20 of rates 0.3, the 16 of
-texts 0.4 and their 20 of rates 0.2.
+rates, shot_rates, text_rates: each method's rate for 10 images per class, for
+100, and for texts, on two seeds that no study has. First four rates a factor of
+four apart, then what `benchmarks.rates` asks for beyond their ends, then the
+best one's neighbours a factor of two away. Scored on training examples that are
+kept from training: fifty other images of each class; the first texts of 100
+inputs of train.txt. Never on what the studies score. The head's rate comes
+first, and is the head's beside the other methods.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from configs import common, e2e_texts
 from configs.images import cifar10
-from configs.sweeps import (
-  FEWER,
-  Overrides,
-  cross,
-  product,
-  seeds,
-  sweep,
-  zipped,
-)
+from configs.sweeps import FEWER, Overrides, cross, product, seeds, sweep
 from configs.sweeps.images import both_seeds
 
-TITLES = {
-  "images": "CIFAR-10, EfficientNet-Lite0",
-  "rates": "Rates for EfficientNet-Lite0",
-  "texts": "E2E's texts, character LSTM",
-  "text_rates": "Rates for the character LSTM",
-}
 HEAD, OTHERS = "optim.head_lr", "optim.adapter_lr"
-OTHER = 10  # a seed
+OTHER_SEEDS = (10, 11)
 
 
-def _by_four(first: float) -> tuple[float, ...]:
+class Rates(NamedTuple):
+  """Of one method.
+
+  Attributes:
+    key: the setting that is the method's rate.
+    tried: all rates, in the order in which they were run.
+    best: the rule's choice.
+  """
+
+  key: str
+  tried: tuple[float, ...]
+  best: float
+
+
+def by_four(first: float) -> tuple[float, ...]:
   return tuple(first * 4**k for k in range(4))
 
 
-# By method: the setting that is its rate, and the rates.
-IMAGES: dict[str, tuple[str, tuple[float, ...]]] = {
-  "head": (HEAD, _by_four(1e-3)),
-  "norms": (OTHERS, _by_four(1e-3)),
-  "vera": (OTHERS, _by_four(1e-2)),
-  "lora": (OTHERS, _by_four(1e-3)),
-  "full": (OTHERS, _by_four(4e-5)),
+IMAGES = {  # 10 per class
+  "head": Rates(HEAD, by_four(1e-3), 4e-3),
+  "norms": Rates(OTHERS, by_four(1e-3), 4e-3),
+  "vera": Rates(OTHERS, by_four(1e-2), 4e-2),
+  "lora": Rates(OTHERS, by_four(1e-3), 4e-3),
+  "full": Rates(OTHERS, by_four(4e-5), 1.6e-4),
+}
+SHOTS = {  # 100 per class
+  "head": Rates(HEAD, by_four(1e-3), 4e-3),
+  "norms": Rates(OTHERS, by_four(1e-3), 4e-3),
+  "vera": Rates(OTHERS, by_four(1e-2), 4e-2),
+  "lora": Rates(OTHERS, by_four(1e-3), 4e-3),
+  "full": Rates(OTHERS, by_four(4e-5), 1.6e-4),
 }
 TEXTS = {
-  "head": (HEAD, _by_four(1e-3)),
-  "bitfit": (OTHERS, _by_four(1e-3)),
-  "vera": (OTHERS, _by_four(1e-2)),
-  "lora": (OTHERS, _by_four(1e-3)),
-  "full": (OTHERS, _by_four(1e-4)),
+  "head": Rates(HEAD, by_four(1e-3), 4e-3),
+  "bitfit": Rates(OTHERS, by_four(1e-3), 4e-3),
+  "vera": Rates(OTHERS, by_four(1e-2), 4e-2),
+  "lora": Rates(OTHERS, by_four(1e-3), 4e-3),
+  "full": Rates(OTHERS, by_four(1e-4), 4e-4),
 }
+IMAGE_PARTS = "images", "rates", "shot_rates"
+TEXT_PARTS = "texts", "text_rates"
+OF_IMAGES, OF_TEXTS = "CIFAR-10, EfficientNet-Lite0", "E2E's texts, LSTM"
 
 
 def get_config(part: str = "images") -> ConfigDict:
-  common.pick(part, **dict.fromkeys(TITLES, {}))
-  tuned = part in ("rates", "text_rates")
-  if part in ("images", "rates"):
-    methods, base = IMAGES, cifar10.get_config("efficientnet_lite0")
-    base.eval_epochs = base.optim.epochs
-    if tuned:
-      base.data.dev_shots = 10
-      base.data.subset_seed = OTHER
-    else:
-      base.data.max_eval_examples = 2000
-  else:
-    methods, base = TEXTS, e2e_texts.get_config()
-    if tuned:
-      base.data.held_out = base.data.max_train_examples = 100
-      base.optim.epochs = base.eval_epochs = 1
-  runs: Overrides
-  if tuned:
-    base.seed = OTHER
-    runs = _rates(methods)
-  elif part == "images":
-    lengths = zipped(
-      {
-        "data.shots": (10, 100),
-        "optim.epochs": (10, 3),
-        "eval_epochs": (10, 3),
-      }
-    )
-    runs = cross(product({"method": methods}), lengths, both_seeds(FEWER))
-  else:
-    untuned = {"method": "vera", OTHERS: 0.0, "data.max_train_examples": 8}
-    runs = [untuned, *cross(product({"method": methods}), seeds(FEWER))]
-  config = sweep(TITLES[part], base, runs)
+  common.pick(part, **dict.fromkeys([*IMAGE_PARTS, *TEXT_PARTS], {}))
+  make = images if part in IMAGE_PARTS else texts
+  config = make(part)
   config.members = 1
   return config
 
 
-def _rates(methods: dict[str, Any]) -> Overrides:
+def images(part: str) -> ConfigDict:
+  base = cifar10.get_config("efficientnet_lite0")
+  ten, hundred = (
+    {"data.shots": shots, "optim.epochs": epochs, "eval_epochs": epochs}
+    for shots, epochs in ((10, 10), (100, 3))
+  )
+  if part == "images":
+    base.data.max_eval_examples = 2000
+    runs = cross([ten], at_best(IMAGES)) + cross([hundred], at_best(SHOTS))
+    return sweep(OF_IMAGES, base, cross(runs, both_seeds(FEWER)))
+  methods, length = (IMAGES, ten) if part == "rates" else (SHOTS, hundred)
+  base.data.dev_shots = 50
+  # each run has a rate of its own; its name depends on these as well
+  base.vera.lr, base.lora.lr, base.full.lr = 4e-2, 4e-3, 4e-5
+  base.norms.lr = 1e-3
+  runs = cross([length], all_tried(methods), both_seeds(OTHER_SEEDS))
+  return sweep(f"Rates: {OF_IMAGES}", base, runs)
+
+
+def texts(part: str) -> ConfigDict:
+  base = e2e_texts.get_config()
+  if part == "texts":
+    untuned = {"method": "vera", OTHERS: 0.0, "data.max_train_examples": 8}
+    runs: Overrides = [untuned, *cross(at_best(TEXTS), seeds(FEWER))]
+    return sweep(OF_TEXTS, base, runs)
+  base.data.held_out = 100
+  base.vera.lr, base.lora.lr, base.full.lr = 1e-2, 1e-3, 2e-5
+  base.bitfit.lr = base.head.head_lr = 1e-3
+  runs = cross(all_tried(TEXTS), seeds(OTHER_SEEDS))
+  return sweep(f"Rates: {OF_TEXTS}", base, runs)
+
+
+def all_tried(methods: Mapping[str, Rates]) -> Overrides:
+  """Each method at each of its rates."""
   return [
-    {"method": method, key: rate}
-    for method, (key, rates) in methods.items()
-    for rate in rates
+    {"method": method, HEAD: methods["head"].best, rates.key: rate}
+    for method, rates in methods.items()
+    for rate in rates.tried
+  ]
+
+
+def at_best(methods: Mapping[str, Rates]) -> Overrides:
+  """Each method at its own rate."""
+  return [
+    {"method": method, HEAD: methods["head"].best, rates.key: rates.best}
+    for method, rates in methods.items()
   ]

@@ -188,7 +188,9 @@ def frame(
         "adapter": 0 if untuned else sizes["adapter"],
         "head": 0 if untuned else sizes["head"],
         "rank": next((g["rank"] for g in groups if "rank" in g), None),
-        "rate": result.get("learning_rates", {}).get("adapter_lr"),
+        "rate": result.get("learning_rates", {}).get(
+          "adapter_lr" if sizes["adapter"] else "head_lr"
+        ),
         "shots": config.get("data", {}).get("shots"),
         "data": _data_of(config),
         "epochs": config["optim"]["epochs"],

@@ -75,7 +75,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {  # by the figure's name
   "shots": Setting("shots", "training examples per class"),
-  "rates": Setting("rate", "learning rate of the adapter"),
+  "rates": Setting("rate", "learning rate"),
 }
 
 

@@ -18,8 +18,8 @@ def summary(sweep: Sweep, *, against: str = "lora") -> pd.DataFrame:
   """All conditions of a sweep, in the order of its runs; scores in percent.
 
   Columns: task, metric, method, condition, adapter, head, rank, rate (of the
-  adapter), shots (examples per class), score (median of the seeds' best
-  epochs), low, high, last, last_low, last_high, seeds, epochs, seconds
+  adapter, or of the head where it is all that is trained), shots (examples per
+  class), score (median of the seeds' best epochs), low, high, last, last_low, last_high, seeds, epochs, seconds
   (median), paper, paper_spread, paper_source, what `paired` finds against
   LoRA, or another method, p_holm over all comparisons of the sweep, collapsed
   (runs), signatures (count by name).
