@@ -30,17 +30,19 @@ first, and is the head's beside the other methods.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from configs import common, e2e_texts
 from configs.images import cifar10
-from configs.sweeps import FEWER, Overrides, cross, product, seeds, sweep
+from configs.sweeps import FEWER, Overrides, cross, seeds, sweep
 from configs.sweeps.images import both_seeds
 
 HEAD, OTHERS = "optim.head_lr", "optim.adapter_lr"
 OTHER_SEEDS = (10, 11)
+EMPTY: Mapping[str, float] = MappingProxyType({})
 
 
 class Rates(NamedTuple):
@@ -62,14 +64,14 @@ def by_four(first: float) -> tuple[float, ...]:
 
 
 IMAGES = {  # 10 per class
-  "head": Rates(HEAD, by_four(1e-3), 4e-3),
+  "head": Rates(HEAD, (*by_four(1e-3), 2e-3, 8e-3), 4e-3),
   "norms": Rates(OTHERS, by_four(1e-3), 4e-3),
   "vera": Rates(OTHERS, by_four(1e-2), 4e-2),
   "lora": Rates(OTHERS, by_four(1e-3), 4e-3),
   "full": Rates(OTHERS, by_four(4e-5), 1.6e-4),
 }
 SHOTS = {  # 100 per class
-  "head": Rates(HEAD, by_four(1e-3), 4e-3),
+  "head": Rates(HEAD, (*by_four(1e-3), 2e-3, 8e-3), 4e-3),
   "norms": Rates(OTHERS, by_four(1e-3), 4e-3),
   "vera": Rates(OTHERS, by_four(1e-2), 4e-2),
   "lora": Rates(OTHERS, by_four(1e-3), 4e-3),
@@ -98,19 +100,24 @@ def get_config(part: str = "images") -> ConfigDict:
 def images(part: str) -> ConfigDict:
   base = cifar10.get_config("efficientnet_lite0")
   ten, hundred = (
-    {"data.shots": shots, "optim.epochs": epochs, "eval_epochs": epochs}
-    for shots, epochs in ((10, 10), (100, 3))
+    {
+      "data.shots": shots,
+      "optim.epochs": epochs,
+      "eval_epochs": epochs,
+      HEAD: methods["head"].best,
+    }
+    for shots, epochs, methods in ((10, 10, IMAGES), (100, 3, SHOTS))
   )
   if part == "images":
     base.data.max_eval_examples = 2000
-    runs = cross([ten], at_best(IMAGES)) + cross([hundred], at_best(SHOTS))
+    runs = at_best(IMAGES, ten) + at_best(SHOTS, hundred)
     return sweep(OF_IMAGES, base, cross(runs, both_seeds(FEWER)))
   methods, length = (IMAGES, ten) if part == "rates" else (SHOTS, hundred)
   base.data.dev_shots = 50
   # each run has a rate of its own; its name depends on these as well
   base.vera.lr, base.lora.lr, base.full.lr = 4e-2, 4e-3, 4e-5
   base.norms.lr = 1e-3
-  runs = cross([length], all_tried(methods), both_seeds(OTHER_SEEDS))
+  runs = cross(all_tried(methods, length), both_seeds(OTHER_SEEDS))
   return sweep(f"Rates: {OF_IMAGES}", base, runs)
 
 
@@ -127,18 +134,22 @@ def texts(part: str) -> ConfigDict:
   return sweep(f"Rates: {OF_TEXTS}", base, runs)
 
 
-def all_tried(methods: Mapping[str, Rates]) -> Overrides:
-  """Each method at each of its rates."""
+def all_tried(
+  methods: Mapping[str, Rates], settings: Mapping[str, float] = EMPTY
+) -> Overrides:
+  """Each method at each of its rates, with other settings."""
   return [
-    {"method": method, HEAD: methods["head"].best, rates.key: rate}
+    {"method": method, **settings, rates.key: rate}
     for method, rates in methods.items()
     for rate in rates.tried
   ]
 
 
-def at_best(methods: Mapping[str, Rates]) -> Overrides:
-  """Each method at its own rate."""
+def at_best(
+  methods: Mapping[str, Rates], settings: Mapping[str, float] = EMPTY
+) -> Overrides:
+  """Each method at its own rate, with other settings."""
   return [
-    {"method": method, HEAD: methods["head"].best, rates.key: rates.best}
+    {"method": method, **settings, rates.key: rates.best}
     for method, rates in methods.items()
   ]
