@@ -1,7 +1,7 @@
 """The tables of docs/initialisation.md, made from the code and the results.
 
-`benchmarks.docs` writes them: what the matrices are and, once the study of
-configs/sweeps/initialisers.py has been run, its scores.
+`benchmarks.docs` writes them: what the matrices are, and what the study of
+configs/sweeps/initialisers.py found.
 """
 
 from collections.abc import Sequence
@@ -61,14 +61,12 @@ HEADER = (
 )
 
 
-def markdown(study: Path = STUDY) -> str:
-  """What each initialiser is and, if the study was run, its scores."""
-  rows = [(f"`{name}`", *ROWS[name]) for name in INITIALISERS]
-  parts = [_table(HEADER, rows)]
-  return "\n\n".join(parts + (scores(study) if study.is_dir() else []))
+def markdown() -> str:
+  """What each initialiser is."""
+  return _table(HEADER, [(f"`{name}`", *ROWS[name]) for name in INITIALISERS])
 
 
-def scores(study: Path) -> list[str]:
+def scores(study: Path = STUDY) -> str:
   """The study's table, and its figure: `benchmarks.docs` draws it."""
   sweep = load_sweep(study)
   runs = sweep.runs.assign(
@@ -106,7 +104,7 @@ def scores(study: Path) -> list[str]:
     f" {len(set(runs['seed']))} seeds; the differences are means over the same"
     " seeds, with 95 % intervals that are not corrected for their number."
   )
-  return [about, _table(header, rows), figure]
+  return "\n\n".join([about, _table(header, rows), figure])
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
