@@ -231,6 +231,9 @@ def test_a_head_is_not_cut_in_two():
   check_heads(12, make_mesh(2, 1, 4))
   with pytest.raises(UserError, match="12 attention heads .* tensor=8"):
     check_heads(12, make_mesh(1, 1, 8))
+  check_heads(1, make_mesh(8, 1, 1))
+  with pytest.raises(UserError, match="tensor=8 .* has none, or one: set it"):
+    check_heads(1, make_mesh(1, 1, 8))
 
 
 def test_a_mesh_over_other_devices():

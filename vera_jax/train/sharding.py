@@ -59,6 +59,11 @@ def batch_shards(mesh: Mesh) -> int:
 def check_heads(heads: int, mesh: Mesh) -> None:
   """Refuse a `tensor` that would cut through an attention head."""
   tensor = mesh.shape["tensor"]
+  if heads == 1 < tensor:
+    raise UserError(
+      f"config.mesh.tensor={tensor} splits attention heads, and this model has"
+      " none, or one: set it to 1."
+    )
   if heads % tensor:
     raise UserError(
       f"The model's {heads} attention heads do not divide over the mesh's"
