@@ -20,7 +20,7 @@ Runs train one by one: a run's rows fill both cores. On two idle cores a step of
 8 rows, 1,400 tokens, took 12.4 s, which is 113 tokens/s; with scoring, answers
 and compiling a run of the study takes about 6.5 minutes and one of the rates 3.
 In core-hours that is 2.8 for the study and 1.2 for the rates; on faster cores,
-with a worker on each of two, the rates took 0.6.
+with a worker on each of two, they took 1.1 and 0.6.
 """
 
 from ml_collections import ConfigDict

@@ -73,9 +73,9 @@ IMAGES = {  # 10 per class
 SHOTS = {  # 100 per class
   "head": Rates(HEAD, (*by_four(1e-3), 2e-3, 8e-3), 4e-3),
   "norms": Rates(OTHERS, by_four(1e-3), 4e-3),
-  "vera": Rates(OTHERS, by_four(1e-2), 4e-2),
-  "lora": Rates(OTHERS, by_four(1e-3), 4e-3),
-  "full": Rates(OTHERS, by_four(4e-5), 1.6e-4),
+  "vera": Rates(OTHERS, by_four(2.5e-3), 1e-2),
+  "lora": Rates(OTHERS, by_four(2.5e-4), 1e-3),
+  "full": Rates(OTHERS, by_four(1e-5), 4e-5),
 }
 TEXTS = {
   "head": Rates(HEAD, by_four(1e-3), 4e-3),
