@@ -172,13 +172,14 @@ def _ranks(table: pd.DataFrame) -> list[str]:
 def _convergence(runs: pd.DataFrame) -> list[str]:
   """How fast each method's best rate brings the training loss down.
 
-  One sentence per task and method of which several learning rates were run:
-  the condition whose last median loss is lowest, that loss, and the first epoch
-  in which it is at or below the last one of LoRA's best condition.
+  One sentence per task and method of which several learning rates were run on
+  the same examples: the condition whose last median loss is lowest, that loss,
+  and the first epoch in which it is at or below the last one of LoRA's best
+  condition.
   """
   curves, sizes = {}, {}
   for key, group in runs.groupby(["task", "method"], sort=False):
-    if group["rate"].nunique() > 1:
+    if group["rate"].nunique() > 1 and group["shots"].nunique() < 2:
       medians = history(group).groupby(["condition", "epoch"])["loss"].median()
       losses = medians.unstack("epoch")
       best = losses.iloc[:, -1].idxmin()
