@@ -31,10 +31,10 @@ RANKS = 64, 256, 1024
 # The first rates of each matrix; `benchmarks.rates` says which to add.
 RATES: dict[str, tuple[float, ...]] = {
   "kaiming_uniform": (2e-2, 4e-2, 8e-2),
-  "kaiming_normal": (2e-2, 4e-2, 8e-2),
+  "kaiming_normal": (1e-2, 2e-2, 4e-2, 8e-2),
   "rademacher": (2e-2, 4e-2, 8e-2),
   "sparse_third": (2e-2, 4e-2, 8e-2),
-  "sparse_root": (2e-2, 4e-2, 8e-2),
+  "sparse_root": (1e-2, 2e-2, 4e-2, 8e-2),
   "orthogonal": (2e-2, 4e-2, 8e-2),
   "structured": (2e-2, 4e-2, 8e-2),
 }

@@ -65,10 +65,10 @@ def by_four(first: float) -> tuple[float, ...]:
 
 IMAGES = {  # 10 per class
   "head": Rates(HEAD, (*by_four(1e-3), 2e-3, 8e-3), 4e-3),
-  "norms": Rates(OTHERS, by_four(1e-3), 4e-3),
-  "vera": Rates(OTHERS, by_four(1e-2), 4e-2),
-  "lora": Rates(OTHERS, by_four(1e-3), 4e-3),
-  "full": Rates(OTHERS, by_four(4e-5), 1.6e-4),
+  "norms": Rates(OTHERS, (*by_four(1e-3), 2e-3, 8e-3), 4e-3),
+  "vera": Rates(OTHERS, (*by_four(1e-2), 5e-3, 2e-2), 1e-2),
+  "lora": Rates(OTHERS, (*by_four(1e-3), 5e-4, 2e-3, 2.5e-4), 5e-4),
+  "full": Rates(OTHERS, (*by_four(4e-5), 8e-5, 3.2e-4), 1.6e-4),
 }
 SHOTS = {  # 100 per class
   "head": Rates(HEAD, (*by_four(1e-3), 2e-3, 8e-3), 4e-3),
