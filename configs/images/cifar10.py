@@ -47,19 +47,21 @@ def get_config(model: str = "dinov2") -> ConfigDict:
     config.model.name = NETWORK
     config.data.image_size = 98  # 49 patches of the 32 x 32 images
   if model == "efficientnet_lite0":
+    # rates as configs/sweeps/networks.py:rates found them
     changes: dict[str, Any] = {
       "model.name": LITE0,
       "data.image_size": 96,
       "vera.targets": POINTWISE,
       "vera.rank": 64,
-      "vera.lr": 4e-2,
-      "full.lr": 4e-5,
-      "lora.lr": 4e-3,
+      "vera.lr": 1e-2,
+      "full.lr": 8e-5,
+      "lora.lr": 1e-3,
       "lora.targets": POINTWISE,
       "lora.rank": 4,
       "lora.alpha": 4.0,
       "ia3.targets": ("depthwise",),  # which no matrix could be added to
       "ia3.feedforward": (),
+      "norms.lr": 4e-3,
       "norms.head_lr": 4e-3,
     }
     config.update_from_flattened_dict(changes)
