@@ -20,13 +20,13 @@ output layer alone, biases, VeRA with r = 64 and LoRA with r = 2 on all gates,
 all weights; and the network as it is: a rate of 0 trains nothing, and VeRA
 starts as the identity, so eight texts are enough.
 
-rates, shot_rates, text_rates: each method's rate, for 10 images per class on two
-seeds that no study has, for 100 and for texts on one. First four rates a factor
-of four apart, then what `benchmarks.rates` asks for beyond their ends, then, but
-for 100, the best one's neighbours a factor of two away. Scored on training
-examples that are kept from training: fifty other images of each class; the first
-texts of 100 inputs of train.txt. Never on what the studies score. The head's
-rate comes first, and is the head's beside the other methods.
+rates, shot_rates, text_rates: each method's rate, for 10 images per class on
+two seeds that no study has, for 100 and for texts on one. First four rates a
+factor of four apart, then what `benchmarks.rates` asks for beyond their ends,
+then, but for 100, the best one's neighbours a factor of two away. Scored on
+training examples that are kept from training: fifty other images of each class;
+the first texts of 100 inputs of train.txt. Never on what the studies score. The
+head's rate comes first, and is the head's beside the other methods.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ from configs.sweeps import FEWER, Overrides, cross, seeds, sweep
 from configs.sweeps.images import both_seeds
 
 HEAD, OTHERS = "optim.head_lr", "optim.adapter_lr"
-OTHER_SEEDS = (10, 11)
+OTHER_SEEDS: tuple[int, ...] = (10, 11)
 EMPTY: Mapping[str, float] = MappingProxyType({})
 
 
