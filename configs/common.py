@@ -30,7 +30,8 @@ def get_config() -> ConfigDict:
   # auto, by device and depth.
   config.model.scan = FieldReference("auto", field_type=object)
   config.model.remat = "none"  # none | full | dots: memory against time
-  # The frozen kernels: none | keep (a GGUF file's own codes) | int8 | nf4.
+  # The frozen kernels: none | keep (a GGUF file's own codes) | int8 | nf4 |
+  # bfloat16.
   config.model.quantise = "none"
   config.model.contraction = "auto"  # a plan in adapters/products.py
 

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from tests.data.test_completions import with_begin
 from tests.tasks.decoder_files import tokenizer_of_words
@@ -21,6 +24,7 @@ TEMPLATE = (
   "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 )
 WHOLE = "{% generation %}{% for m in messages %}{{ m.content }} {% endfor %}"
+UNTAGGED = "{% if false %}{% generation %}{% endgeneration %}{% endif %}word7"
 END, UNKNOWN, W9 = 0, 2, 12
 
 
@@ -98,6 +102,18 @@ def test_a_special_tokens_name_in_a_text_is_counted():
   assert tokens.special == 1
 
 
+def test_special_tokens_without_a_role_count_as_well():
+  tokenizer = chat_tokenizer(TEMPLATE.replace("<end>\n word9 ", "<|>\n"))
+  # a line's end is a token here, so that it could be learned
+  tokenizer.add_tokens([AddedToken("<|>", special=True), "\n"])
+  rows = conversations(("word1", "word2"), ("word1 <|>", "word2"))
+  end = tokenizer.convert_tokens_to_ids("<|>")
+  for ids, own in learned(rows, tokenizer, CHAT):
+    assert own.tolist() == [5, end] and ids[-1] == end
+  tokens = tokenise(rows, tokenizer, 99, None, completions=CHAT)
+  assert tokens.special == 1
+
+
 def test_prompts_and_answers_are_one_text():
   rows = pairs(("word1 ", "word2"), ("word3", " word4 word5"))
   found = learned(rows, with_begin(), PLAIN)
@@ -130,6 +146,7 @@ def test_an_answer_behind_the_cut_leaves_its_row_out():
   "template, message",
   [
     ("{% generation %}{% endgeneration %}word7", "41: nothing.*all 0.*word7"),
+    (UNTAGGED, "41: nothing.*all 0.*word7"),
     (WHOLE + "{% endgeneration %}", "41: all of it.*all 1.*word1 word2"),
   ],
 )
@@ -153,6 +170,24 @@ def test_another_template_makes_other_tokens(tmp_path):
   assert one.fingerprint == again.fingerprint != other.fingerprint
   np.testing.assert_array_equal(one.learned, again.learned)
   assert len(other.ids) == len(one.ids) + 1
+
+
+def test_answers_that_change_their_prompts_tokens_are_counted():
+  vocabulary = {x: i for i, x in enumerate(["<end>", "ask:", " ", "a", " a"])}
+  backend = Tokenizer(WordLevel(vocabulary, unk_token="<end>"))
+  # as GPT-2's: a space belongs to the word behind it
+  backend.pre_tokenizer = Split(Regex(" ?[^ ]+| "), "isolated")
+  names = {"eos_token": "<end>", "pad_token": "<end>"}
+  tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+  rows = pairs(("ask: ", "a"), ("ask:", " a"), ("ask:", " a a"))
+  tokens = tokenise(rows, tokenizer, 99, None, completions=PLAIN)
+  assert tokens.split_apart == 1
+  assert tokens.ids.tolist() == [1, 4, 0, 1, 4, 0, 1, 4, 4, 0]
+  chat = "{% for m in messages %}{{ m.content }}{% endfor %}"
+  tokenizer.chat_template = chat
+  rows = conversations(("ask:", " a"), ("ask:", " a", "ask: ", "a"))
+  tokens = tokenise(rows, tokenizer, 99, None, completions=CHAT)
+  assert tokens.split_apart == 1
 
 
 def test_parts_of_characters_and_words_belong_to_their_answer():

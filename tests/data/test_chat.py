@@ -55,7 +55,12 @@ def test_a_conversation_that_changes_as_it_goes_on_is_refused():
     ("{% if %}", "can't be used: Expected an expression"),
     ("{{ raise_exception('no system turn') }}", "no system turn"),
     ("{{ ''.__class__.mro() }}", "'__class__' of 'str' object is unsafe"),
-    (None, "no chat template.*config.data.template=alpaca or plain"),
+    ("{{ 'x' * 1002001 }}", "of 20 characters.* of 1,002,001; 1,002,000 are"),
+    ("{{ raise_exception('x' * 9999999) }}", "can't be used: x{1000}$"),
+    (
+      None,
+      "no chat template.*data.template=alpaca or plain.*--template=alpaca",
+    ),
   ],
 )
 def test_a_template_that_fails_says_why(template, message):
@@ -73,3 +78,35 @@ def test_a_template_without_end_is_stopped_and_others_go_on(monkeypatch):
   with pytest.raises(UserError, match="it takes more than 0.2 seconds"):
     answers("{{ 10 ** (10 ** 9) }}")
   assert answers(TEMPLATE)[1][1] == "vier<end>\n"
+
+
+def test_an_interrupted_request_leaves_no_answer_for_the_next(monkeypatch):
+  answers(TEMPLATE)
+  child = chat._PROCESS._child
+
+  def interrupted():
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(child.stdout, "readline", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      answers("another text")
+  assert child.poll() is not None
+  assert answers(TEMPLATE)[1][1] == "vier<end>\n"
+
+
+def test_half_an_answer_is_the_end_of_the_process(monkeypatch, tmp_path):
+  script = tmp_path / "dies.py"
+  script.write_text(
+    "import os\ninput()\nprint('{\"text\": \"a', end='', flush=True)\n"
+    "os.kill(os.getpid(), 9)\n"
+  )
+  monkeypatch.setattr(chat, "_SCRIPT", script)
+  assert "ended with the code -9" in chat._Process().ask({})["error"]
+
+
+def test_a_date_is_the_same_on_any_day():
+  tokenizer = with_template("{{ strftime_now('%d %b %Y') }}")
+  for prompt in (False, True):
+    text, _ = chat._render(tokenizer, MESSAGES, prompt=prompt)
+    assert text == "26 Jul 2024"

@@ -65,7 +65,9 @@ def test_three_forms_are_told_by_their_columns(tmp_path):
   )
   assert row.messages == chat[:3]  # nothing is learned of a last question
   assert as_text(single, "plain") == ("a", "b")
-  with pytest.raises(UserError, match="conversation of 3 messages"):
+  with pytest.raises(
+    UserError, match="a.json, row 1: this is a conv.* of 3 mess"
+  ):
     as_text(row, "alpaca")
 
 
@@ -108,14 +110,34 @@ def test_questions_that_are_scored_are_not_trained_on(tmp_path):
       read_splits(ConfigDict({**DATA, "source": source, **wrong}))
 
 
+def test_rates_are_not_chosen_by_the_rows_of_a_dev_file(tmp_path):
+  rows = [{"prompt": f"{i // 2}", "completion": f"{i}"} for i in range(20)]
+  source = str(table(tmp_path, *rows))
+  dev = str(table(tmp_path, *rows[:10], name="dev.jsonl"))
+  data = {**DATA, "source": source, "dev": dev}
+  found = read_splits(ConfigDict(data))
+  tuning = read_splits(ConfigDict({**data, "tune": True}))
+  assert found.train == tuning.train and len(found.train) == 14
+  assert len(found.dev) == 10 and len(tuning.dev) == 3
+  assert (
+    "3 questions are kept from training for config.data.tune" in found.where
+  )
+  apart = {row.key for row in tuning.dev}
+  assert not apart & {row.key for row in found.train + found.dev}
+  for wrong in ({"tuning_examples": 6}, {"tuning_examples": 0, "tune": True}):
+    with pytest.raises(UserError, match="config.data.(tuning_examples|tune) "):
+      read_splits(ConfigDict({**data, **wrong}))
+
+
 def test_a_dev_file_is_scored_as_it_is(tmp_path):
   row = {"prompt": "a", "completion": "b"}
   source = str(table(tmp_path, row, {**row, "prompt": "c"}))
   dev = str(table(tmp_path, row, name="dev.jsonl"))
-  found = read_splits(ConfigDict({**DATA, "source": source, "dev": dev}))
+  data = {**DATA, "source": source, "dev": dev, "tuning_examples": 0}
+  found = read_splits(ConfigDict(data))
   assert len(found.train) == 2 and len(found.dev) == 1
-  assert found.where == f"1 rows of {dev}; 1 of them ask what is trained on" + (
-    " as well"
+  assert found.where == f"1 rows of {dev}; 1 of their questions are trained" + (
+    " on as well"
   )
   with pytest.raises(UserError, match="There is no file .*none.json"):
     read_splits(ConfigDict({**DATA, "source": str(tmp_path / "none.json")}))

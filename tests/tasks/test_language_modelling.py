@@ -1,5 +1,6 @@
 """The next word's loss and scores: packed as padded, smoothed, cut, read."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -174,6 +175,9 @@ def test_the_first_lines_say_what_is_learned_and_cut(data):
   assert first.endswith("; 19 of 37 are learned")
   assert cut == ("cut at 7 tokens on the right: 1 of 6 in train, 1 of 6 in dev")
   assert packed.record()["dev_texts"]["learned"] == 14
+  dev = dataclasses.replace(packed.tokens["dev"], split_apart=2)
+  other = packed._replace(tokens={**packed.tokens, "dev": dev})
+  assert other.introduction()[-1].startswith("2 rows of dev have an answer")
   assert task.stored["completions"] == {"cut": "right", "separate": False}
 
 

@@ -1,8 +1,12 @@
 """Answers to learn: conversations and instructions, each as one text.
 
 A text is split into tokens once, as a whole, and a token is learned where it
-has a character of an answer. So no token is learned that the model would never
-be asked for, and none is split in another way than when the model is used.
+has a character of an answer. When the model is used, the text before an answer
+is split alone, and its last tokens can be others: of "Translate: " and "chat"
+GPT-2 learns the token " chat", but it is asked behind the token " ". Rows with
+such an answer are counted, and a run's first lines say so. Prompts that do not
+end with white space avoid it, and so do most chat templates, whose answers
+follow a special token or a line's end.
 
   template    the text                                         learned
   chat        what the tokenizer's chat template makes of it   see `chat.py`
@@ -15,7 +19,8 @@ learned token.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +56,7 @@ def encode_answers(
   nothing is learned; whoever takes the tokens leaves it out.
 
   Returns:
-    `ids`, `offsets`, `token_types`, `truncated` and `special` as
+    `ids`, `offsets`, `token_types`, `truncated`, `special` and `split_apart` as
     `tokens.Tokens` has them, and bool [tokens] `learned`.
 
   Raises:
@@ -67,11 +72,14 @@ def encode_answers(
       f"config.data.max_length is {max_length}; at least {least} tokens are"
       " needed to learn one from another."
     )
-  special = set(tokenizer.all_special_ids)
-  names = tokenizer.all_special_tokens
+  # transformers lists those with a role, such as eos_token, apart from others
+  added = tokenizer.added_tokens_decoder.items()
+  own = {i: token.content for i, token in added if token.special}
+  special = {*own, *tokenizer.all_special_ids}
+  names = {*own.values(), *tokenizer.all_special_tokens}
   ids: list[list[int]] = []
   learned: list[list[bool]] = []
-  truncated, named = 0, 0
+  truncated, named, apart = 0, 0, 0
   for start in range(0, len(examples.first), _CHUNK):
     numbers = range(start, min(start + _CHUNK, len(examples.first)))
     texts = [_text(examples, i, tokenizer, chat=chat) for i in numbers]
@@ -83,18 +91,24 @@ def encode_answers(
       add_special_tokens=False,
       return_offsets_mapping=True,
     )
+    prompts = [text.text[:first] for text in texts for first, _ in text.spans]
+    asked: Iterator[list[int]] = iter(())
+    if prompts:  # of none, transformers makes an IndexError
+      asked = iter(tokenizer(prompts, add_special_tokens=False)["input_ids"])
     rows = zip(
       numbers, texts, found["input_ids"], found["offset_mapping"], strict=True
     )
-    for number, text, words, places in rows:
-      marks = learned_tokens(text, words, places, special=special)
-      _check(marks, words, text, special, place=_place(examples, number))
+    for number, text, row, offsets in rows:
+      marks = learned_tokens(text, row, offsets, special=special)
+      _check(marks, row, text, special, place=_place(examples, number))
+      alone = list(islice(asked, len(text.spans)))
+      apart += any(row[: len(prompt)] != prompt for prompt in alone)
       last = len(marks) - marks[::-1].index(True)  # nothing behind it counts
-      words = [*begin, *words[:last], *end]
+      row = [*begin, *row[:last], *end]
       marks = [*map(bool, begin), *marks[:last], *(True for _ in end)]
       marks[: len(begin) or 1] = [False] * (len(begin) or 1)
-      truncated += len(words) > max_length
-      ids.append(words[:max_length])
+      truncated += len(row) > max_length
+      ids.append(row[:max_length])
       learned.append(marks[:max_length])
   if len(examples) and not any(map(any, learned)):
     raise UserError(
@@ -105,6 +119,7 @@ def encode_answers(
   return {
     **as_arrays(ids, learned, truncated=truncated),
     "special": np.array(named),
+    "split_apart": np.array(apart),
   }
 
 
@@ -136,7 +151,7 @@ def _text(
 def learned_tokens(
   text: Rendered,
   ids: list[int],
-  places: list[tuple[int, int]],
+  offsets: list[tuple[int, int]],
   *,
   special: Collection[int] = (),
 ) -> list[bool]:
@@ -145,14 +160,14 @@ def learned_tokens(
   Args:
     text: the whole text, and which of its characters are learned.
     ids: its tokens.
-    places: [start, end) of each of them in the text's characters.
+    offsets: [start, end) of each of them in the text's characters.
     special: ids of which one may end a span; spaces behind it don't count.
   """
   marks = [False] * len(ids)
   for first, last in text.spans:
-    own = [i for i, (a, b) in enumerate(places) if a < last and b > first]
+    own = [i for i, (a, b) in enumerate(offsets) if a < last and b > first]
     ends = [i for i in own if ids[i] in special]
-    if ends and not text.text[places[ends[-1]][1] : last].strip():
+    if ends and not text.text[offsets[ends[-1]][1] : last].strip():
       own = [i for i in own if i <= ends[-1]]
     for i in own:
       marks[i] = True

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from vera_jax.errors import UserError
 
-SECONDS = 5.0  # of processor time for a conversation; usual are 0.0001
+# Of processor time for each rendering; a usual template takes 0.1 ms.
+SECONDS = 5.0
 ANSWERS = "assistant"  # whose messages a model learns
 Message = dict[str, Any]  # "role" and "content"
 _TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -95,9 +96,10 @@ def template_of(tokenizer: Any) -> str:
   if tokenizer.chat_template is None:
     raise UserError(
       f"The tokenizer of {tokenizer.name_or_path} has no chat template: the"
-      " model continues texts and was not trained to answer messages. Leave"
-      " --chat out, set config.data.template=alpaca or plain, or take the"
-      " model's instruct version."
+      " model continues texts and was not trained to answer messages. Take"
+      " its instruct version; or train with config.data.template=alpaca or"
+      " plain, ask questions by experiments.answer with --template=alpaca or"
+      " plain, and leave --chat out of experiments.generate."
     )
   try:
     return tokenizer.get_chat_template()
@@ -176,7 +178,11 @@ class _Process:
         answer = child.stdout.readline()
       except BrokenPipeError:
         answer = ""
-      if answer:
+      except BaseException:  # Ctrl-C, say
+        # the answer, still unread, would be taken for the next request's
+        self._end()
+        raise
+      if answer.endswith("\n"):  # else it ended while it wrote
         return json.loads(answer)
       code = child.wait()
       self._end()

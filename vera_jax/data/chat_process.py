@@ -2,8 +2,13 @@
 
 A template is a program that somebody else wrote. jinja2's sandbox keeps it away
 from files and from Python's insides, but not from looping for ever or filling
-the memory. So it runs here, with limits of processor time and memory: a loop
-ends with an error, and what can't be interrupted ends this process alone.
+the memory. So it runs here, with limits of processor time, memory and the
+answer's size: a loop ends with an error, and what can't be interrupted ends
+this process alone.
+
+A template that prints today's date (strftime_now) is given `DATE` on any day,
+so that tokens and their cache don't depend on when they are made, and a model
+is asked as it was trained.
 
 Each line of standard input is a request in JSON, and is answered by a line:
 
@@ -21,9 +26,13 @@ import json
 import resource
 import signal
 import sys
+from datetime import datetime
 from typing import Any
 
 MEMORY = 4 * 2**30  # bytes of address space
+# The most characters of a text: so many, and more for a long conversation.
+SIZE, TIMES = 1_000_000, 100
+DATE = datetime(2024, 7, 26)  # what Llama 3's template has where it knows none
 
 
 class OutOfTime(Exception):
@@ -32,7 +41,10 @@ class OutOfTime(Exception):
 
 def render(request: dict[str, Any]) -> dict[str, Any]:
   """The answer to a request; a template can raise anything."""
-  from transformers.utils.chat_template_utils import render_jinja_template
+  from transformers.utils.chat_template_utils import (
+    _compile_jinja_template,
+    render_jinja_template,
+  )
 
   seconds = request["seconds"]
   used = resource.getrusage(resource.RUSAGE_SELF)
@@ -43,6 +55,9 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
   signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
   found: Any
   try:
+    # compiled once and kept, so that the rendering below has this as well
+    compiled = _compile_jinja_template(request["template"])
+    compiled.globals["strftime_now"] = DATE.strftime
     found = render_jinja_template(
       [request["messages"]],
       chat_template=request["template"],
@@ -55,11 +70,19 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
   except MemoryError:
     return {"error": "it fills the memory"}
   except Exception as error:
-    return {"error": str(error) or type(error).__name__}
+    return {"error": str(error)[:1000] or type(error).__name__}
   finally:
     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
   (text,), spans = found
-  return {"text": text, "spans": spans[0] if request["tags"] else []}
+  spans = spans[0] if request["tags"] else []
+  given = sum(len(message["content"]) for message in request["messages"])
+  most = SIZE + TIMES * given
+  if max(len(text), len(spans)) > most:
+    return {
+      "error": f"of {given:,} characters in the messages it makes a text of"
+      f" {len(text):,}; {most:,} are allowed"
+    }
+  return {"text": text, "spans": spans}
 
 
 def main() -> None:

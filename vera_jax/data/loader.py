@@ -122,6 +122,13 @@ class PackedData(NamedTuple):
           f"{split.special} rows of {name} have the text of a special token in"
           " them, which the model reads as that token"
         )
+      if split.split_apart:
+        lines.append(
+          f"{split.split_apart} rows of {name} have an answer that changes how"
+          " its prompt is split into tokens, so that the model is asked behind"
+          " other tokens than it learns from: end prompts without a space, and"
+          " begin completions with it"
+        )
     return lines
 
   def record(self) -> dict[str, Any]:

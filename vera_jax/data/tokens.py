@@ -67,6 +67,8 @@ class Tokens:
     left_out: the `index` of examples of which the cut left nothing to learn;
       they are not among the others.
     special: how many texts are written with a special token's name in them.
+    split_apart: how many texts have an answer before which the prompt alone is
+      split into other tokens than in the whole text.
     pad_id: the tokenizer's padding id.
     fingerprint: sha256 over texts, labels, tokenizer and `max_length`.
   """
@@ -84,6 +86,7 @@ class Tokens:
   learned: Bool[np.ndarray, " tokens"] | None = None
   left_out: tuple[int, ...] = ()
   special: int = 0
+  split_apart: int = 0
 
   def __len__(self) -> int:
     return len(self.text_lengths) // self.choices
@@ -218,6 +221,7 @@ def tokenise(
     words=words,
     learned=arrays.get("learned"),
     special=int(arrays.get("special", 0)),
+    split_apart=int(arrays.get("split_apart", 0)),
   )
   return _without_empty(tokens) if isinstance(completions, Answers) else tokens
 
@@ -354,7 +358,7 @@ def _fingerprint(
     settings += ["completions", *completions, info.bos_id, info.eos_id]
     settings.append(examples.second is not None)
   if isinstance(completions, Answers):
-    settings += ["answers", info.template]
+    settings += ["answers 2", info.template]  # the number of their form
   if examples.choices > 1:  # pairs hash as they did before there were choices
     settings.append(examples.choices)
   parts = [

@@ -93,8 +93,8 @@ def download(source: str, name: str | None) -> Any:
 
   not_there = UserError(
     f"The hub has no data set {source} (or not for you), and there is no "
-    "folder of that name. config.data.source takes a hub id, or a folder "
-    "with the task's files."
+    "file or folder of that name. Check the name; or download the data, and "
+    "name the file or the folder."
   )
   offline = datasets.config.HF_HUB_OFFLINE
   cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser()

@@ -55,12 +55,14 @@ class Row(NamedTuple):
     messages: the conversation, which ends with an answer.
     instruction, input: of a single question; "" where there is no input, and
       None where the conversation is no single question and answer.
+    place: file and line, or file and row, for messages.
   """
 
   number: int
   messages: list[dict[str, Any]]
   instruction: str | None = None
   input: str = ""
+  place: str = ""
 
   @property
   def answer(self) -> str:
@@ -112,15 +114,7 @@ def read_splits(data: ConfigDict) -> Splits:
   form = form_of(table)
   train = rows_of(table, form)
   seed, most = data.subset_seed, data.max_eval_examples
-  if dev_table is None:
-    train, dev, where = _hold_out(train, data)
-  else:
-    dev = rows_of(dev_table, form_of(dev_table))
-    where = f"{len(dev)} rows of {dev_table.name}"
-    known = {row.key for row in train}
-    same = sum(row.key in known for row in dev)
-    if same:
-      where += f"; {same} of them ask what is trained on as well"
+  train, dev, where = _hold_out(train, dev_table, data)
   if most is not None and most < len(dev):
     order = np.random.default_rng(seed).permutation(len(dev))[:most]
     dev = [dev[i] for i in sorted(order)]
@@ -164,12 +158,13 @@ def rows_of(table: Table, form: str) -> list[Row]:
     return value
 
   for number in range(len(table.numbers)):
+    place = table.place(number)
     if form == "messages":
-      messages = _messages(columns["messages"][number], table.place(number))
+      messages = _messages(columns["messages"][number], place)
       asked = [m for m in messages if m["role"] != ANSWERS]
       single = [m["role"] for m in messages] == ["user", ANSWERS]
       instruction = asked[0]["content"] if single else None
-      rows.append(Row(number, messages, instruction))
+      rows.append(Row(number, messages, instruction, place=place))
       continue
     question, answer = FORMS[form]
     instruction, more = text(question, number), ""
@@ -180,7 +175,7 @@ def rows_of(table: Table, form: str) -> list[Row]:
       {"role": "user", "content": content},
       {"role": ANSWERS, "content": text(answer, number)},
     ]
-    rows.append(Row(number, messages, instruction, more))
+    rows.append(Row(number, messages, instruction, more, place))
   return rows
 
 
@@ -226,7 +221,7 @@ def as_text(row: Row, template: str) -> tuple[str, str]:
   """
   if row.instruction is None:
     raise UserError(
-      f"Row {row.number + 1} is a conversation of {len(row.messages)} messages."
+      f"{row.place}: this is a conversation of {len(row.messages)} messages."
       f" config.data.template={template} can put one question and its answer"
       " alone: choose chat, with a model whose tokenizer has a chat template."
     )
@@ -248,36 +243,60 @@ def alpaca_prompt(instruction: str, more: str = "") -> str:
 
 
 def _hold_out(
-  rows: Sequence[Row], data: ConfigDict
+  rows: Sequence[Row], dev_table: Table | None, data: ConfigDict
 ) -> tuple[list[Row], list[Row], str]:
   """(rows to train on, rows to score, where these come from).
 
-  Questions are drawn by seed: `dev_examples` for scoring, and after them
-  `tuning_examples` for choosing settings by, which are scored in place of the
-  first ones where `tune` says so. No run trains on any row with a question of
-  either. Of a question that several rows have, the first one is scored.
+  Without a table of rows to score, `dev_examples` questions are drawn by seed.
+  After them `tuning_examples` are drawn for choosing settings by, which are
+  scored in place of the first ones, or of the table, where `tune` says so. No
+  run trains on a row with a question that is drawn, and no question of the
+  table is drawn. Of a question that several rows have, the first one is scored.
   """
   groups: dict[str, list[Row]] = {}
   for row in rows:
     groups.setdefault(row.key, []).append(row)
   dev, tuning = data.dev_examples, data.tuning_examples
-  if dev < 1 or tuning < 0 or dev + tuning >= len(groups):
+  others: list[Row] = []
+  if dev_table is not None:
+    dev, others = 0, rows_of(dev_table, form_of(dev_table))
+  asked = {row.key for row in others}
+  keys = [key for key in groups if key not in asked]
+  if dev_table is None and (
+    dev < 1 or tuning < 0 or dev + tuning >= len(groups)
+  ):
     raise UserError(
       f"config.data.dev_examples is {dev} and tuning_examples {tuning}; of the"
       f" {len(groups)} different questions 1 or more are to be scored, and 1 or"
       " more to be trained on. Or name a file to score: config.data.dev=FILE."
+    )
+  if not 0 <= tuning <= min(len(keys), len(groups) - 1):
+    raise UserError(
+      f"config.data.tuning_examples is {tuning}. They are drawn from the"
+      f" {len(groups)} different questions to train on, of which {len(keys)}"
+      " are none of the rows' to score, and 1 or more must be left for"
+      " training. Choose fewer, or 0 to draw none."
     )
   if data.tune and not tuning:
     raise UserError(
       "config.data.tune scores config.data.tuning_examples, of which there are"
       " none: say how many."
     )
-  keys = list(groups)
   order = np.random.default_rng(data.subset_seed).permutation(len(keys))
   apart = {keys[i] for i in order[: dev + tuning]}
+  rest = [row for row in rows if row.key not in apart]
+  if dev_table is not None and not data.tune:
+    where = f"{len(others)} rows of {dev_table.name}"
+    if same := len(asked & {row.key for row in rest}):
+      where += f"; {same} of their questions are trained on as well"
+    if tuning:
+      where += (
+        f"; {tuning} questions are kept from training for config.data.tune"
+        " (config.data.tuning_examples)"
+      )
+    return rest, others, where
   scored = order[dev : dev + tuning] if data.tune else order[:dev]
   kept = sorted((groups[keys[i]][0] for i in scored), key=lambda r: r.number)
-  rest = [row for row in rows if row.key not in apart]
   setting = "tuning_examples" if data.tune else "dev_examples"
   where = (
     f"{len(kept)} of the {len(rows)} rows (config.data.{setting}, drawn by"
