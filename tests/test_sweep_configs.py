@@ -21,6 +21,7 @@ from vera_jax.sweep import estimate
 from vera_jax.sweep.plan import make_plan, make_units
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs/sweeps"
+ROWS = "instruct_data/alpaca_en_demo.json"
 NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"__init__"})
 # Runs in the paper's size and in the small one.
 COUNTS = {
@@ -46,11 +47,12 @@ COUNTS = {
   ("combinations", "minilm"): 4 * 5,
   ("combinations", "rates"): 13 * 2,
   ("networks", "images"): 5 * 2 * 3,
-  ("networks", "rates"): 5 * 4,
+  ("networks", "rates"): 5 * 6 * 2,
+  ("networks", "shot_rates"): 6 + 4 * 4,
   ("networks", "texts"): 1 + 5 * 3,
-  ("networks", "text_rates"): 5 * 4,
+  ("networks", "text_rates"): 5 * 6,
   ("initialisers", "minilm"): 7 * 3 * 5,
-  ("initialisers", "rates"): 7 * 3 * 2,
+  ("initialisers", "rates"): (5 * 3 + 2 * 4) * 2,
   ("images", "methods"): 5 * 5,
   ("images", "shots"): 3 * 3 * 3,
   ("images", "rates"): (2 * 3 + 3 * 4) * 2,
@@ -170,6 +172,15 @@ def test_one_layer_and_equally_many_parameters(size, paths, tmp_path):
     ("methods", "minilm", "parts/study", "methods"),
     ("methods", "rates", "parts/rates", "method_rates"),
     ("combinations", "minilm", "parts/study", "combinations"),
+    ("initialisers", "minilm", "parts/study", "initialisers"),
+    ("initialisers", "rates", "parts/rates", "initialiser_rates"),
+    ("instruct", "smollm2", ROWS, "instruct"),
+    ("instruct", "rates", ROWS, "instruct_rates"),
+    ("networks", "images", "cifar10_data", "networks"),
+    ("networks", "rates", "cifar10_data", "network_rates"),
+    ("networks", "shot_rates", "cifar10_data", "network_shot_rates"),
+    ("networks", "texts", "e2e_data", "network_texts"),
+    ("networks", "text_rates", "e2e_data", "network_text_rates"),
   ],
 )
 def test_the_documented_command_finds_the_committed_runs(

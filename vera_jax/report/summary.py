@@ -19,10 +19,10 @@ def summary(sweep: Sweep, *, against: str = "lora") -> pd.DataFrame:
 
   Columns: task, metric, method, condition, adapter, head, rank, rate (of the
   adapter, or of the head where it is all that is trained), shots (examples per
-  class), score (median of the seeds' best epochs), low, high, last, last_low, last_high, seeds, epochs, seconds
-  (median), paper, paper_spread, paper_source, what `paired` finds against
-  LoRA, or another method, p_holm over all comparisons of the sweep, collapsed
-  (runs), signatures (count by name).
+  class), score (median of the seeds' best epochs), low, high, last, last_low,
+  last_high, seeds, epochs, seconds (median), paper, paper_spread, paper_source,
+  what `paired` finds against LoRA, or another method, p_holm over all
+  comparisons of the sweep, collapsed (runs), signatures (count by name).
   """
   rows, by_seed, data = [], [], []
   for _, runs in sweep.runs.groupby(BY, sort=False):
