@@ -70,7 +70,9 @@ def main() -> None:
     "tokens": TOKENS,
   }
   old = Path(given.out) / "quantised.json"
-  rows = read_json(old)["rows"] if given.add and old.exists() else []
+  rows = []
+  if given.add and old.exists():
+    rows = rows_of(read_json(old), measured_with=result)
   for base in given.bases:
     for remat in given.remat:
       rows = [x for x in rows if (x["base"], x["remat"]) != (base, remat)]
@@ -85,6 +87,27 @@ def main() -> None:
   page = markdown(result)
   path.with_suffix(".md").write_text(page, encoding="utf-8")
   print(f"\n{page}\n{path}")
+
+
+def rows_of(
+  old: Mapping[str, Any], *, measured_with: Mapping[str, Any]
+) -> list[Any]:
+  """The rows of a file, to which others are added.
+
+  Raises:
+    UserError: they were measured with something else; the message says what.
+  """
+  unequal = [
+    f"{name} is {old.get(name)} there and {measured_with[name]} now"
+    for name in ("model", "rank", "tokens", "cpu", "versions")
+    if old.get(name) != measured_with[name]
+  ]
+  if unequal:
+    raise UserError(
+      "The rows that are there can't stand under one heading with new ones:"
+      f" {'; '.join(unequal)}. Leave --add out, or name another --out."
+    )
+  return old["rows"]
 
 
 def run_row(base: str, remat: str) -> dict[str, Any]:

@@ -5,16 +5,19 @@
   python -m experiments.answer --model=FOLDER --choices=copa.jsonl
 
 --questions takes a file in FastChat's form, and writes the answers to all turns
-in the form that FastChat's judges read. Nothing is scored. Words are drawn at
-FastChat's temperature for a question's category; --greedy draws none.
+in the form that FastChat's judges read, a line as soon as a question has all of
+its answers. Nothing is scored. Words are drawn at FastChat's temperature for a
+question's category; --greedy draws none. A turn for which the model has too
+little room is answered more shortly, or with nothing; how many there were is
+said at the end.
 
 --choices takes multiple choice in COPA's or ARC's form, from a .jsonl file or
 the hub (aps/super_glue:copa, allenai/ai2_arc:ARC-Easy:test), several joined by
 commas. Each choice is scored by its log-likelihood behind the question, as a
 whole and per character.
 
-Questions are put into the model's chat template. --template=alpaca or plain is
-for a model that has none; an adapter is asked as it was trained.
+Questions for a judge are put into the model's chat template. --template=alpaca
+or plain is for a model that has none; an adapter is asked as it was trained.
 """
 
 import json
@@ -74,12 +77,14 @@ def main() -> None:
   # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.adapters.files import load_adapter
   from vera_jax.models.classifier import load_classifier, restore_adapter
-  from vera_jax.tasks import choices, questions
+  from vera_jax.serve import choices, questions
   from vera_jax.tasks.instruct_files import CHAT
 
   # read first, for a model takes longer
-  asked = questions.read_questions(QUESTIONS.value) if QUESTIONS.value else []
-  posed = [choices.read_questions(source) for source in CHOICES.value]
+  asked = []
+  if QUESTIONS.value:
+    asked = questions.read_judge_questions(QUESTIONS.value)
+  posed = choices.read_choices(CHOICES.value)
   if MODEL.value:
     decoder = load_classifier(MODEL.value)
   else:
@@ -91,8 +96,8 @@ def main() -> None:
   _write(decoder, asked, template)
 
 
-def _choose(decoder: Any, posed: list[Any]) -> None:
-  from vera_jax.tasks.choices import answer_questions
+def _choose(decoder: Any, posed: dict[str, Any]) -> None:
+  from vera_jax.serve.choices import answer_questions
   from vera_jax.train.logging import ProgressBar
 
   table = Table(
@@ -102,7 +107,7 @@ def _choose(decoder: Any, posed: list[Any]) -> None:
       for name in ("number", "accuracy", "accuracy, normalised")
     ),
   )
-  for name, questions in posed:
+  for name, questions in posed.items():
     total = sum(len(question.choices) for question in questions)
     with ProgressBar(steps=total, doing=name) as bar:
       found = answer_questions(decoder, questions, progress=bar.advance)
@@ -113,7 +118,7 @@ def _choose(decoder: Any, posed: list[Any]) -> None:
 
 def _write(decoder: Any, asked: list[Any], template: str) -> None:
   from vera_jax.serve.generator import Generator
-  from vera_jax.tasks.questions import answer_turns, as_line
+  from vera_jax.serve.questions import answer_turns, as_line
   from vera_jax.train.logging import ProgressBar
 
   out = Path(OUT.value or "").expanduser()
@@ -123,28 +128,36 @@ def _write(decoder: Any, asked: list[Any], template: str) -> None:
   place = Path(ADAPTER.value or MODEL.value or "").absolute()
   if place.name == "adapter":  # of a run, which has the name
     place = place.parent
-  generator = Generator(decoder, rows=BATCH_SIZE.value)
+  generator = Generator(decoder, rows=BATCH_SIZE.value, template=template)
+  answers = answer_turns(
+    generator,
+    asked,
+    greedy=GREEDY.value,
+    max_new_tokens=MAX_NEW_TOKENS.value,
+    seed=SEED.value,
+  )
   turns = sum(len(question.turns) for question in asked)
+  done = shortened = 0
   with ProgressBar(steps=turns, doing="answers") as bar:
-    answers = answer_turns(
-      generator,
-      asked,
-      template=template,
-      greedy=GREEDY.value,
-      max_new_tokens=MAX_NEW_TOKENS.value,
-      seed=SEED.value,
-      progress=bar.advance,
-    )
-  lines = [
-    json.dumps(
-      as_line(*pair, model_id=MODEL_ID.value or place.name), ensure_ascii=False
-    )
-    + "\n"
-    for pair in zip(asked, answers, strict=True)
-  ]
-  with _writable(out):
-    out.write_text("".join(lines), encoding="utf-8")
+    for question, found in zip(asked, answers, strict=True):
+      line = as_line(
+        question, found.turns, model_id=MODEL_ID.value or place.name
+      )
+      with (
+        _writable(out),
+        out.open("a" if done else "w", encoding="utf-8") as f,
+      ):
+        f.write(json.dumps(line, ensure_ascii=False) + "\n")
+      done += len(found.turns)
+      shortened += found.shortened
+      bar.advance(done)
   print(f"{len(asked)} questions, {turns} turns: {out}")
+  if shortened:
+    print(
+      f"{shortened} turns had room for fewer new tokens than"
+      f" --max_new_tokens={MAX_NEW_TOKENS.value}, or for none: their answers"
+      " may be cut or empty."
+    )
 
 
 @contextmanager

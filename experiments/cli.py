@@ -283,7 +283,7 @@ def show_result(result: Mapping[str, Any], workdir: Path | str) -> None:
   table.add_row("seconds", f"{result['seconds']:.0f}", "")
   Console().print(table)
   if test is not None and test["missing"]:
-    Console().print(test["missing"], highlight=False)
+    Console().print(test["missing"], markup=False, highlight=False)
   Console().print(f"{workdir}", markup=False, highlight=False)
 
 
@@ -320,5 +320,9 @@ def show_seeds(
     table.add_section()
     table.add_row("median", "", *shown)
   Console().print(table)
+  for result in results:
+    if missing := result.get("test", {}).get("missing"):
+      line = f"seed {result['seed']}: {missing}"
+      Console().print(line, markup=False, highlight=False)
   for workdir in workdirs:
     Console().print(f"{workdir}", markup=False, highlight=False)

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 
 from configs import e2e
 from experiments import cli
+from vera_jax.errors import UserError
 from vera_jax.tasks.e2e_metrics import METRICS
 
 SHOWN = 4  # inputs
@@ -35,6 +36,8 @@ def main() -> None:
     console.print(f"\n{title}", style="bold")
     workdir = cli.default_workdir(config)
     results.append(train_and_evaluate(config, workdir))
+    if not results[-1]["test"]["inputs"]:
+      raise UserError(results[-1]["test"]["missing"])
     texts.append(read_written(workdir))
 
   untuned, tuned = texts

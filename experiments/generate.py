@@ -4,7 +4,7 @@
   python -m experiments.generate --model=FOLDER --input=prompts.jsonl
   … --temperature=0.7 --top_p=0.9 --seed=1
   … --beams=10 --length_penalty=0.8 --no_repeat_ngram=4 --rules=lora
-  … --chat --prompt="What is the capital of France?"
+  … --template=chat --prompt="What is the capital of France?"
 
 The answer to one prompt appears as it is written (with --beams at its end). A
 file of prompts has an object with "prompt" in each line; its lines come out
@@ -15,8 +15,13 @@ Without further flags the likeliest word is taken each time. --temperature draws
 words, each prompt by a key of its own from --seed; --beams searches. --model
 takes a folder in Hugging Face's layout, such as a merged one, a .gguf file, a
 hub id or package:NAME/PATH. An adapter is merged into the weights first;
---keep_adapter decodes with it beside them. With --chat a prompt is a user's
-message to an instruct model, and is put into the model's own chat template.
+--keep_adapter decodes with it beside them.
+
+With --template=chat (or --chat) a prompt is a user's message to an instruct
+model, and is put into the model's own chat template; with --template=alpaca it
+is an instruction in Alpaca's prompt; with --template=plain nothing is put
+around it. Without the flag it is as an adapter was trained on instructions, and
+plain for all other adapters and models.
 """
 
 import itertools
@@ -43,8 +48,12 @@ PROMPT = flags.DEFINE_string("prompt", None, "One prompt.")
 INPUT = flags.DEFINE_string(
   "input", None, "Prompts: a .jsonl file, or - for standard input."
 )
-CHAT = flags.DEFINE_bool(
-  "chat", False, "Prompts are a user's messages, for the chat template."
+CHAT = flags.DEFINE_bool("chat", False, "The same as --template=chat.")
+TEMPLATE = flags.DEFINE_enum(
+  "template",
+  None,
+  ["chat", "alpaca", "plain"],
+  "What prompts are put into. Unset: as the adapter was trained, or plain.",
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 64, "The most tokens of an answer.", 1
@@ -102,6 +111,10 @@ def main() -> None:
   if given:
     why = "without --beams" if idle is OF_BEAMS else "with --beams"
     raise UserError(f"{', '.join(given)} has no effect {why}: leave it out.")
+  if CHAT.value and TEMPLATE.value not in (None, "chat"):
+    raise UserError(
+      f"--chat is --template=chat, not {TEMPLATE.value}: give one of the two."
+    )
   # Imported only now: a mistake in the flags is reported without the wait.
   import jax.numpy as jnp
 
@@ -137,7 +150,7 @@ def main() -> None:
       decoder,
       keep_adapter=KEEP_ADAPTER.value,
       rows=BATCH_SIZE.value,
-      chat=CHAT.value,
+      template="chat" if CHAT.value else TEMPLATE.value,
     )
 
   settings: dict[str, Any] = {

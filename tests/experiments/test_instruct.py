@@ -89,8 +89,17 @@ def test_questions_are_answered(folder, tmp_path, typed, capsys):
   assert f"1 questions, 2 turns: {out}" in capsys.readouterr().out
   [line] = map(json.loads, out.read_text().splitlines())
   assert line["model_id"] == "model" and len(line["choices"][0]["turns"]) == 2
+  # there is room for 24 tokens, and the second turn's prompt has two or more
+  some = ("--template=plain", "--max_new_tokens=23", "--greedy")
+  typed("answer", model, asked, f"--out={out}", *some)
+  assert "1 turns had room for fewer new tokens" in capsys.readouterr().out
+  [line] = map(json.loads, out.read_text().splitlines())
+  assert len(line["choices"][0]["turns"]) == 2
   typed("answer", model, f"--choices={folder / 'arc.jsonl'}")
   assert "1.0000" in capsys.readouterr().out
+  twice = f"--choices={folder / 'arc.jsonl'},{folder / 'arc.jsonl'}"
+  with pytest.raises(UserError, match="would both be called 'arc'"):
+    typed("answer", model, twice)
   with pytest.raises(UserError, match="either --questions"):
     typed("answer", model)
   with pytest.raises(UserError, match="name both files"):

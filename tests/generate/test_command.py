@@ -3,15 +3,18 @@
 import importlib
 import io
 import json
+import shutil
 import sys
 
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from vera_jax.adapters.card import model_card
 from vera_jax.errors import UserError
 from vera_jax.generate.beam import Beam
 from vera_jax.generate.sampling import Sampling
+from vera_jax.tasks import instruct_files
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,31 @@ def test_a_message_needs_a_chat_template(typed, tiny_decoder):
     typed(f"--model={tiny_decoder}", "--prompt=w1 w2", "--chat")
 
 
+def test_an_adapter_is_asked_as_it_was_trained(
+  typed, words_adapter, adapted_generator, tmp_path, monkeypatch, capsys
+):
+  prompt = "w1 {instruction} w2"
+  monkeypatch.setattr(instruct_files, "WITHOUT_INPUT", prompt)
+  shutil.copytree(words_adapter, tmp_path / "tuned")
+  path = tmp_path / "tuned/adapter.json"
+  about = json.loads(path.read_text()) | {"template": "alpaca"}
+  path.write_text(json.dumps(about))
+  texts = adapted_generator.texts(["w5", "w1 w5 w2"], max_new_tokens=8)
+  assert texts[0] != texts[1]
+  for adapter, flags_given, expected in (
+    (tmp_path / "tuned", [], texts[1]),
+    (tmp_path / "tuned", ["--template=plain"], texts[0]),
+    (words_adapter, ["--template=alpaca"], texts[1]),
+  ):
+    some = ("--prompt=w5", "--max_new_tokens=8", *flags_given)
+    typed(f"--adapter={adapter}", *some)
+    assert capsys.readouterr().out == expected + "\n"
+  # so the card's command is the same for all
+  card = model_card(about | {"kind": "language_modelling"})
+  assert "experiments.generate --adapter=ADAPTER --prompt=TEXT" in card
+  assert "| prompts are put into the template | alpaca |" in card
+
+
 @pytest.mark.parametrize(
   "words, message",
   [
@@ -130,6 +158,10 @@ def test_a_message_needs_a_chat_template(typed, tiny_decoder):
       "--top_k, --seed has no effect with --beams",
     ),
     (["--model=a", "--prompt=b", "--top_p=0.5"], "give a temperature"),
+    (
+      ["--model=a", "--prompt=b", "--chat", "--template=plain"],
+      "--chat is --template=chat, not plain",
+    ),
     (["--model=a", "--input=no.jsonl"], "no.jsonl can't be read"),
     (["--adapter=nowhere", "--prompt=b"], "no adapter folder nowhere"),
   ],

@@ -15,6 +15,7 @@ from vera_jax.generate.beam import Beam
 from vera_jax.generate.sampling import Sampling
 from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.serve.generator import Generator
+from vera_jax.tasks import instruct_files
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11 w12 w13", "w4 w1"]
 
@@ -96,7 +97,7 @@ def test_a_message_is_put_into_the_chat_template(
   generator, tiny_decoder, tmp_path
 ):
   decoder = with_template(tiny_decoder, TEMPLATE, tmp_path / "chat")
-  chat = Generator(decoder, chat=True)
+  chat = Generator(decoder, template="chat")
   prompts = [f"w1 {prompt} w2 w3" for prompt in PROMPTS]
   for message, prompt in zip(PROMPTS, prompts, strict=True):
     ids = chat.encode(message, max_new_tokens=8)
@@ -104,8 +105,13 @@ def test_a_message_is_put_into_the_chat_template(
   texts = chat.texts(PROMPTS, max_new_tokens=8)
   assert texts == generator.texts(prompts, max_new_tokens=8)
   assert ["".join(chat.stream(PROMPTS[0], max_new_tokens=8))] == texts[:1]
+  # asked so by itself where it was trained so
+  own = Generator(decoder._replace(about={"template": "chat"}))
+  assert own.encode(PROMPTS[0], max_new_tokens=8) == chat.encode(
+    PROMPTS[0], max_new_tokens=8
+  )
   about = {"separate": True}  # the template alone says how a message ends
-  chat = Generator(decoder._replace(about=about), chat=True)
+  chat = Generator(decoder._replace(about=about), template="chat")
   assert chat.encode("w5", max_new_tokens=8) == [4, 8, 5, 6]
 
 
@@ -113,18 +119,18 @@ def test_a_chat_that_can_not_begin(
   generator, tiny_decoder, tmp_path, monkeypatch
 ):
   with pytest.raises(UserError, match=r"tiny_decoder\d+ has no chat template"):
-    Generator(generator.decoder, chat=True)
+    Generator(generator.decoder, template="chat")
   refusing = "{{ raise_exception('a system message is needed') }}"
   decoder = with_template(tiny_decoder, refusing, tmp_path / "chat")
   with pytest.raises(UserError, match="can't be used: a system message is"):
-    Generator(decoder, chat=True)
+    Generator(decoder, template="chat")
   found = importlib.util.find_spec
   monkeypatch.setattr(
     "importlib.util.find_spec",
     lambda name, *more: None if name == "jinja2" else found(name, *more),
   )
   with pytest.raises(UserError, match="pip install -U jinja2"):
-    Generator(decoder, chat=True)
+    Generator(decoder, template="chat")
 
 
 def test_prompts_that_can_not_be_continued(generator):
@@ -188,3 +194,21 @@ def test_stacked_layers_are_looped(tiny_decoder, words_adapter):
     assert not getattr(two.module, "model", two.module).scan
     jax.tree.map(np.testing.assert_array_equal, one.variables, two.variables)
     assert two.decoder.params is two.variables["params"]
+
+
+def test_the_template_is_the_one_of_training_unless_another_is_named(
+  generator, monkeypatch
+):
+  prompt = "w1 {instruction} w2"
+  monkeypatch.setattr(instruct_files, "WITHOUT_INPUT", prompt)
+  tuned = generator.decoder._replace(about={"template": "alpaca"})
+  for decoder, template, expected in (
+    (generator.decoder, None, [8]),
+    (generator.decoder, "alpaca", [4, 8, 5]),
+    (tuned, None, [4, 8, 5]),
+    (tuned, "plain", [8]),
+  ):
+    asked = Generator(decoder, template=template)
+    assert asked.encode("w5", max_new_tokens=8) == expected
+  with pytest.raises(UserError, match="no template 'llama'.*chat, alpaca"):
+    Generator(generator.decoder, template="llama")

@@ -196,7 +196,7 @@ def test_a_run_its_adapter_and_the_merged_folder(config, tmp_path):
     Generator(classifier)
 
 
-def test_what_is_refused_by_name(config, tmp_path):
+def test_what_is_refused_by_name(config, tmp_path, monkeypatch):
   made = config(data__max_length=20)
   with pytest.raises(UserError, match="scored texts are cut"):
     train_and_evaluate(made, tmp_path / "a")
@@ -204,6 +204,13 @@ def test_what_is_refused_by_name(config, tmp_path):
     train_and_evaluate(config(model__remat="full"), tmp_path / "b")
   with pytest.raises(UserError, match="transformers has no class"):
     open_base(config().model.name, {})
+  # before it trains, where texts would be written once it has
+  writes = task_for(config())._replace(write_texts=print)
+  monkeypatch.setattr("vera_jax.train.setup.task_for", lambda config: writes)
+  with pytest.raises(
+    UserError, match="a run's end, but char_lstm has no cache"
+  ):
+    train_and_evaluate(config(), tmp_path / "c")
   made = config()
   made.data.source = None
   with pytest.raises(UserError, match="Name E2E's data"):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -142,6 +143,46 @@ def test_a_rate_of_zero_leaves_the_model_as_it_is(config, folder):
   base.about["separate"] = True  # as the tuned model is asked
   found = generate(base, inputs, settings=config.generate.to_dict())
   assert found == written(folder / "still/test")[0]
+
+
+def test_an_adapter_is_kept_when_its_texts_can_not_be_written(
+  config, folder, monkeypatch, capsys
+):
+  """Whatever happens then; what a user could mend is said in the result."""
+  own = changed(
+    config,
+    generate__max_new_tokens=99,
+    optim__epochs=1,
+    data__max_train_examples=8,
+  )
+  run, message = folder / "without", "INTERNAL: a bug"
+
+  def broken(*args, **settings):
+    raise jax.errors.JaxRuntimeError(message)
+
+  with monkeypatch.context() as patch:
+    patch.setattr("vera_jax.tasks.e2e.generate", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+      train_and_evaluate(own, run)
+    assert not (run / "result.json").exists()
+    saved = load_adapter(run / "adapter")
+  result = train_and_evaluate(own, run)  # trained already
+  assert result["test"]["scores"] == {} and result["test"]["inputs"] == 0
+  assert "with 99 new ones they are more than" in result["test"]["missing"]
+  again = load_adapter(run / "adapter")
+  for name, leaf in saved.tensors.items():
+    np.testing.assert_array_equal(again.tensors[name], leaf)
+  cli.show_result(result, run)
+  cli.show_seeds([result], [run])
+  shown = " ".join(capsys.readouterr().out.split())
+  assert shown.count("The run's texts were not written") == 2
+  # too little memory for texts is no reason to begin again either
+  message = "RESOURCE_EXHAUSTED: Out of memory"
+  with monkeypatch.context() as patch:
+    patch.setattr("vera_jax.tasks.e2e.generate", broken)
+    (run / "result.json").unlink()
+    result = train_and_evaluate(own, run)
+  assert message in result["test"]["missing"]
 
 
 def test_rows_become_tokens_as_in_lora(config):

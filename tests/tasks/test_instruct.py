@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import instruct
 from tests.tasks.decoder_files import LLAMA, tokenizer_of_words, write_decoder
@@ -13,11 +14,18 @@ from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.generate.sampling import GREEDY
 from vera_jax.models.classifier import load_classifier, restore_adapter
+from vera_jax.models.quantised import is_quantised
 from vera_jax.report.outputs import read_written
+from vera_jax.serve.conversation import conversation_ids
 from vera_jax.serve.generator import Generator
-from vera_jax.tasks.instruct import prompt_ids, rouge_l, task_for
+from vera_jax.serve.questions import (
+  JudgeQuestion,
+  answer_turns,
+  as_line,
+  read_judge_questions,
+)
+from vera_jax.tasks.instruct import rouge_l, task_for
 from vera_jax.tasks.language_modelling import loss
-from vera_jax.tasks.questions import answer_turns, as_line, read_questions
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.setup import build_setup
 from vera_jax.train.step import outputs_of
@@ -109,11 +117,16 @@ def test_a_run_learns_and_keeps_its_answers(trained, folder):
   saved = load_adapter(folder / "run/adapter")
   assert saved.about["template"] == "chat"
   card = (folder / "run/adapter/README.md").read_text()
-  assert "experiments.generate --adapter=ADAPTER --chat --prompt=TEXT" in card
-  generator = Generator(restore_adapter(saved), chat=True)
+  assert "| prompts are put into the template | chat |" in card
   asked = [line["messages"][-1]["content"] for line in found]
-  again = generator.texts(asked, how=GREEDY, max_new_tokens=4)
-  assert [text.strip() for text in again] == answers
+  for codes in (False, True):  # merged into dense kernels, or beside the codes
+    generator = Generator(restore_adapter(saved, codes=codes), rows=2)
+    kernels = flatten_dict(generator.decoder.params).values()
+    assert any(map(is_quantised, kernels)) == codes
+    # in a loop over layers one of them is dequantised at a time
+    assert getattr(generator.module, "model", generator.module).scan == codes
+    again = generator.texts(asked, how=GREEDY, max_new_tokens=4)
+    assert [text.strip() for text in again] == answers
 
 
 def test_every_learned_token_weighs_the_same_however_they_are_packed(config):
@@ -162,6 +175,38 @@ def test_settings_that_can_not_be_are_refused(config, monkeypatch):
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
   found = rouge_l(["the cat on mat", "no"], ["the cat sat on the mat", "yes"])
   assert found == pytest.approx((2 * 1 * 4 / 6 / (1 + 4 / 6) + 0) / 2)
+  # lower-cased, and no other letters than a to z
+  assert rouge_l(["Sch, N!"], ["schön"]) == 1
+  assert rouge_l(["Привет мир"], ["Привет мир"]) == 0
+
+
+def test_scores_that_can_not_be_made_are_named_beside_the_others(
+  config, folder, tmp_path
+):
+  """A choice without room, and references in which ROUGE-L sees no word."""
+  row = {"premise": "word1 " * 30, "choice1": "a", "choice2": "b", "label": 0}
+  long = tmp_path / "long.jsonl"
+  long.write_text(json.dumps({**row, "question": "cause"}))
+  rows = [{"prompt": f"word{i}", "completion": "слово"} for i in range(8)]
+  (tmp_path / "rows.json").write_text(json.dumps(rows))
+  both = (str(long), *config.data.choices)
+  own = changed(
+    config,
+    data__source=str(tmp_path / "rows.json"),
+    data__choices=both,
+    optim__epochs=1,
+  )
+  test = train_and_evaluate(own, tmp_path / "run")["test"]
+  assert set(test["scores"]) == {"copa accuracy", "copa accuracy, normalised"}
+  assert "There is no ROUGE_L" in test["missing"]
+  assert "long was not scored: A question with a choice has" in test["missing"]
+  assert test["inputs"] == 3 and (tmp_path / "run/adapter").is_dir()
+  (tmp_path / "other").mkdir()
+  other = tmp_path / "other/long.jsonl"
+  other.write_text(long.read_text())
+  own.data.choices = (str(long), str(other))
+  with pytest.raises(UserError, match=f"{long} and {other} would both be"):
+    task_for(own)
 
 
 def test_questions_are_answered_in_fastchats_form(folder, tmp_path):
@@ -171,38 +216,42 @@ def test_questions_are_answered_in_fastchats_form(folder, tmp_path):
   ]
   path = tmp_path / "question.jsonl"
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  questions = read_questions(path)
-  generator = Generator(load_classifier(folder / "model"))
-  found = answer_turns(
-    generator, questions, template="chat", greedy=True, max_new_tokens=3
-  )
-  assert [len(turns) for turns in found] == [2, 1]
+  questions = read_judge_questions(path)
+  generator = Generator(load_classifier(folder / "model"), template="chat")
+
+  def answers(**settings):
+    return [*answer_turns(generator, questions, **settings)]
+
+  one, other = answers(greedy=True, max_new_tokens=3)
+  assert (len(one.turns), len(other.turns)) == (2, 1)
+  assert one.shortened == other.shortened == 0
   messages = [
     {"role": "user", "content": "word1"},
-    {"role": "assistant", "content": found[0][0]},
+    {"role": "assistant", "content": one.turns[0]},
     {"role": "user", "content": "word2"},
   ]
-  ids = prompt_ids(generator.tokenizer, messages, template="chat")
+  ids = conversation_ids(generator.tokenizer, messages, template="chat")
   [second] = generator.ids([ids], max_new_tokens=3)
-  assert generator.decode(second).strip() == found[0][1]
-  line = as_line(questions[0], found[0], model_id="tiny")
+  assert generator.decode(second).strip() == one.turns[1]
+  line = as_line(questions[0], one.turns, model_id="tiny")
   assert line["question_id"] == 81 and line["model_id"] == "tiny"
-  assert line["choices"] == [{"index": 0, "turns": found[0]}]
+  assert line["choices"] == [{"index": 0, "turns": one.turns}]
   assert line["answer_id"] and line["tstamp"] > 0
   # drawn by the category's temperature, and the same for a seed
-  drawn = [
-    answer_turns(
-      generator, questions, template="chat", max_new_tokens=3, seed=seed
-    )
-    for seed in (1, 1, 2, 3)
-  ]
-  assert drawn[0] == drawn[1] and drawn[0][0] == found[0]
-  assert any(answers[1] != drawn[0][1] for answers in drawn)
-  with pytest.raises(UserError, match="Question 81, turn 1: The prompt has"):
-    answer_turns(generator, questions, template="chat", max_new_tokens=99)
+  drawn = [answers(max_new_tokens=3, seed=seed) for seed in (1, 1, 2, 3)]
+  assert drawn[0] == drawn[1] and drawn[0][0] == one
+  assert any(found[1] != drawn[0][1] for found in drawn)
+  # a turn has the room that is left behind its prompt, or none
+  long = JudgeQuestion(5, "", ("word1 " * 18, "word2"))
+  [found] = answer_turns(generator, [long], greedy=True, max_new_tokens=12)
+  message = {"role": "user", "content": long.turns[0]}
+  ids = conversation_ids(generator.tokenizer, [message], template="chat")
+  [first] = generator.ids([ids], max_new_tokens=generator.decoder.room - 21)
+  assert len(ids) == 21
+  assert found == ([generator.decode(first).strip(), ""], 2)
   path.write_text('{"question_id": 3, "turns": []}\n')
   with pytest.raises(UserError, match="question.jsonl:1: a question has"):
-    read_questions(path)
+    read_judge_questions(path)
 
 
 def test_a_second_question_without_a_chat_template_stands_below_the_first():
@@ -211,4 +260,4 @@ def test_a_second_question_without_a_chat_template_stands_below_the_first():
     {"role": role, "content": f" word{i}"}
     for i, role in enumerate(("user", "assistant", "user"), 1)
   ]
-  assert prompt_ids(tokenizer, messages, template="plain") == [4, 5, 6]
+  assert conversation_ids(tokenizer, messages, template="plain") == [4, 5, 6]

@@ -22,8 +22,6 @@ def model_card(about: Mapping[str, Any]) -> str:
   task, use = "text-classification", USE
   if writes:
     task, use = "text-generation", USE_OF_WORDS
-    if about.get("template") == "chat":  # it was trained to answer messages
-      use = use.replace("--prompt=TEXT", "--chat --prompt=TEXT")
   elif SEES in about:
     task, use = "image-classification", USE_OF_IMAGES
   tags = ["vera_jax", method, task]
@@ -67,6 +65,8 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "seed", str(about["seed"])
   if labels := about.get("labels"):
     yield "labels", ", ".join(map(str, labels))
+  if about.get("template"):
+    yield "prompts are put into the template", str(about["template"])
   if about.get(SEES):
     yield "images have", f"{about[SEES]} pixels along each side"
   if about.get("max_length"):

@@ -99,7 +99,7 @@ def template_of(tokenizer: Any) -> str:
       " model continues texts and was not trained to answer messages. Take"
       " its instruct version; or train with config.data.template=alpaca or"
       " plain, ask questions by experiments.answer with --template=alpaca or"
-      " plain, and leave --chat out of experiments.generate."
+      " plain, and texts by experiments.generate with --template=plain."
     )
   try:
     return tokenizer.get_chat_template()

@@ -144,8 +144,11 @@ def dequantise(kernel: Quantised) -> Float[Array, "*stack i o"]:
 def half_product(
   x: Float[Array, "*t i"], kernel: Float[Array, "i o"]
 ) -> Float[Array, "*t o"]:
-  """x @ kernel of a frozen kernel in bfloat16, to which x is rounded too; sums
-  are in x's type, and so is x's gradient, but for what is rounded."""
+  """x @ kernel of a frozen kernel in bfloat16, to which x is rounded too.
+
+  Products are accumulated in x's dtype; the incoming gradient is rounded to
+  bfloat16 as well.
+  """
   return jnp.matmul(
     x.astype(kernel.dtype), kernel, preferred_element_type=x.dtype
   )

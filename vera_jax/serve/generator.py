@@ -6,10 +6,12 @@
   generator.texts(prompts, how=Sampling(temperature=0.7, top_p=0.9), seed=1)
   generator.texts(prompts, how=Beam(beams=4, no_repeat_ngram=3))
   for piece in generator.stream("Once upon a time"): print(piece, end="")
-  Generator(decoder, chat=True).texts(["What is the capital of France?"])
+  Generator(decoder, template="chat").texts(["What is the capital of France?"])
 
 The adapter is merged into the weights first, for then it costs nothing at each
-token; `keep_adapter=True` decodes with it beside them.
+token; `keep_adapter=True` decodes with it beside them. So does a base that is
+in codes (`models/quantised.py`), of which one layer's kernels at a time are
+dequantised.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +47,9 @@ from vera_jax.generate.sampling import (
 from vera_jax.models.classifier import Classifier
 from vera_jax.models.decoder import Decoder, empty_cache, grow
 from vera_jax.models.kinds import WORDS
+from vera_jax.models.quantised import is_quantised
+from vera_jax.serve.conversation import conversation_ids
+from vera_jax.tasks.instruct_files import CHAT, PLAIN, TEMPLATES
 
 STEP = 32  # prompts are padded to multiples of it: few shapes are compiled
 BROKEN = "\ufffd"  # what a tokenizer gives for half of a character
@@ -60,7 +65,7 @@ class Generator:
     *,
     keep_adapter: bool = False,
     rows: int = 16,
-    chat: bool = False,
+    template: str | None = None,
   ) -> None:
     """A generator of texts.
 
@@ -68,38 +73,43 @@ class Generator:
       decoder: from `restore_adapter`, or `load_classifier` of a whole folder.
       keep_adapter: decode with the adapter beside the weights, unmerged.
       rows: how many prompts are answered together.
-      chat: prompts are a user's messages, put into the chat template.
+      template: what prompts are put into: "chat", the tokenizer's chat
+        template, "alpaca", Alpaca's prompt, or "plain", nothing. None: what the
+        decoder was trained with, by what it says about itself, else "plain".
 
     Raises:
-      UserError: the model answers questions about texts, and writes none; or
-        as for `message_ids`.
+      UserError: the model answers questions about texts, and writes none; there
+        is no such template; or as for `message_ids`.
     """
     if decoder.kind != WORDS:
       raise UserError(
         f"The model in {decoder.folder} is no decoder that writes texts; its"
         " answers to texts are given by python -m experiments.predict."
       )
-    plain: Any = decoder.module
-    plain = plain.model if isinstance(plain, Adapted) else plain
-    if not isinstance(plain, Decoder):
+    plain = decoder_in(decoder.module, decoder.config)
+    self.rows = rows
+    self.template = template or decoder.about.get("template", PLAIN)
+    if self.template not in TEMPLATES:
       raise UserError(
-        f"{decoder.config.model_type} has no cache here, by which texts are"
-        " written: it can be trained, scored and merged."
+        f"There is no template {self.template!r} for prompts; choose"
+        f" {', '.join(TEMPLATES)}."
       )
-    self.rows, self.chat = rows, chat
     self.tokenizer = load_tokenizer(decoder.folder)
-    if chat:  # a template that fails is reported before any prompt is read
+    if self.template == CHAT:  # what fails is reported before a prompt is read
       message_ids(self.tokenizer, "Hello.")
     self.module, self.variables = decoder.module, decoder.variables
-    if isinstance(self.module, Adapted) and not keep_adapter:
-      merged = merge(
-        decoder.params,
-        decoder.projections,
-        adapter=decoder.adapter,
-        targets=decoder.targets,
-      )
-      self.module, self.variables = self.module.model, {"params": merged}
-    self.module, self.variables = _unrolled(self.module, self.variables)
+    # Merged, a base in codes would be dequantised as a whole; and with looped
+    # layers XLA does that before the loop over tokens, where none changes.
+    if not any(map(is_quantised, flatten_dict(decoder.params).values())):
+      if isinstance(self.module, Adapted) and not keep_adapter:
+        merged = merge(
+          decoder.params,
+          decoder.projections,
+          adapter=decoder.adapter,
+          targets=decoder.targets,
+        )
+        self.module, self.variables = self.module.model, {"params": merged}
+      self.module, self.variables = _unrolled(self.module, self.variables)
     # stacked weights are let go
     empty: Any = {"projections": {}}
     self.decoder = decoder._replace(
@@ -112,15 +122,16 @@ class Generator:
     """A prompt's tokens, as the decoder was trained on them.
 
     They begin with what the tokenizer puts before a text, and end with an
-    end-of-text token if that stood behind the prompts of training. A chat
-    template alone says what is around a message.
+    end-of-text token if that stood behind the prompts of training. A template
+    alone says what is around a message.
 
     Raises:
       UserError: there is none, they and the answer have no room, or the model
         lacks one of them.
     """
-    if self.chat:
-      ids = message_ids(self.tokenizer, prompt)
+    if self.template != PLAIN:
+      asked = [{"role": "user", "content": prompt}]
+      ids = conversation_ids(self.tokenizer, asked, template=self.template)
     else:
       separate = self.decoder.about.get("separate") is True
       how = Completions("left", separate)
@@ -321,6 +332,21 @@ class Generator:
     for row, ids in zip(padded, prompts, strict=True):
       row[: len(ids)] = ids
     return jnp.asarray(padded, jnp.int32), jnp.asarray(lengths)
+
+
+def decoder_in(module: Any, config: Any) -> Decoder:
+  """The model under an adapter, or without one, if it can write texts.
+
+  Raises:
+    UserError: it has no cache.
+  """
+  plain = module.model if isinstance(module, Adapted) else module
+  if not isinstance(plain, Decoder):
+    raise UserError(
+      f"{config.model_type} has no cache here, by which texts are written: it"
+      " can be trained, scored and merged."
+    )
+  return plain
 
 
 def _unrolled(module: Any, variables: Any) -> tuple[Any, dict[str, Any]]:

@@ -7,12 +7,15 @@ run's end some of these rows are answered greedily and compared with their
 answers by ROUGE-L, and questions with choices may be asked.
 
 ROUGE-L is rouge-score's, which is a Python port of the original made for
-publications, as instruction tuning's papers report it. E2E's is COCO's, whose
-words come from a Java program and which takes the best of several references.
+publications, as instruction tuning's papers report it. Its words are runs of a
+to z and 0 to 9 in lower-cased texts: "schön" is two of them, and a text in
+another alphabet has none. E2E's is COCO's, whose words come from a Java program
+and which takes the best of several references.
 """
 
 import importlib.util
 import json
+import re
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -23,20 +26,22 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.answers import Answers
-from vera_jax.data.chat import chat_ids
-from vera_jax.data.completions import begin_of_text
 from vera_jax.data.examples import Examples
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
+from vera_jax.serve.choices import (
+  ChoiceQuestion,
+  answer_questions,
+  read_choices,
+)
+from vera_jax.serve.conversation import conversation_ids
 from vera_jax.serve.generator import Generator
-from vera_jax.tasks.choices import Question, answer_questions, read_questions
 from vera_jax.tasks.e2e_files import write_for_scoring
 from vera_jax.tasks.instruct_files import (
   CHAT,
   PLAIN,
   TEMPLATES,
   Row,
-  alpaca_prompt,
   as_text,
   read_splits,
 )
@@ -83,13 +88,13 @@ def task_for(config: ConfigDict) -> Task | None:
   order = np.random.default_rng(data.subset_seed).permutation(len(splits.dev))
   chosen = sorted(order[: data.max_test_examples].tolist())
   tests = [splits.dev[i] for i in chosen]
-  choices = [read_questions(source) for source in data.choices]
+  choices = read_choices(data.choices)
   write = partial(
     write_texts,
     rows=tests,
     template=data.template,
     settings=own.to_dict(),
-    choices=dict(choices),
+    choices=choices,
   )
   words = sum(
     len(message["content"].split())
@@ -117,7 +122,7 @@ def task_for(config: ConfigDict) -> Task | None:
   ]
   if tests:
     notes.append(f"test: {len(tests)} of these rows answered at the end")
-  for name, questions in choices:
+  for name, questions in choices.items():
     notes.append(f"choices: {len(questions)} questions of {name} at the end")
   return task._replace(
     write_texts=write if tests or choices else None,
@@ -146,33 +151,6 @@ def as_examples(rows: Sequence[Row], template: str) -> Examples:
   return Examples(prompts, answers, None, index)
 
 
-def prompt_ids(
-  tokenizer: Any, messages: Sequence[dict[str, str]], *, template: str
-) -> list[int]:
-  """The tokens of a conversation up to where the model's next answer begins.
-
-  Further questions to a model without a chat template are put below its last
-  answer in the same form as the first; it was not trained on such.
-
-  Raises:
-    UserError: as for `chat_ids`.
-  """
-  if template == CHAT:
-    return chat_ids(tokenizer, messages)
-  text = ""
-  for message in messages:
-    content = message["content"]
-    if message["role"] == "user":
-      asked = content if template == PLAIN else alpaca_prompt(content)
-      text += f"\n\n{asked}" if text else asked
-    else:
-      text += content
-  return [
-    *begin_of_text(tokenizer),
-    *tokenizer(text, add_special_tokens=False)["input_ids"],
-  ]
-
-
 def write_texts(
   model: Classifier,
   folder: Path,
@@ -180,7 +158,7 @@ def write_texts(
   rows: Sequence[Row],
   template: str,
   settings: dict[str, Any],
-  choices: dict[str, list[Question]],
+  choices: dict[str, list[ChoiceQuestion]],
 ) -> dict[str, Any]:
   """Answer rows and questions, score the answers, and keep them in a folder.
 
@@ -193,35 +171,54 @@ def write_texts(
     choices: questions by their name.
 
   Returns:
-    For result.json: the scores, how many rows and how long it took.
+    For result.json: the scores, how many rows and how long it took, and why
+    scores are missing, if some are.
+
+  Raises:
+    UserError: as for `Generator.ids`.
   """
   started = time.monotonic()
   scores: dict[str, float] = {}
-  missing = ""
+  missing = []
   if rows:
-    answers, missing = _answer(model, rows, template, settings)
+    answers, why = _answer(model, rows, template, settings)
+    missing += [why] if why else []
     rows = [row for row in rows if row.number in answers]
     _keep(folder / TEXTS, rows, answers)
-    if rows:
+    references = [row.answer for row in rows]
+    if any(re.search("[a-z0-9]", text.lower()) for text in references):
       scores["ROUGE_L"] = rouge_l(
-        [answers[row.number] for row in rows], [row.answer for row in rows]
+        [answers[row.number] for row in rows], references
+      )
+    elif rows:
+      missing.append(
+        "There is no ROUGE_L, which knows words of the letters a to z and"
+        " figures alone: the test rows' own answers have none."
       )
   for name, questions in choices.items():
     total = sum(len(question.choices) for question in questions)
-    with ProgressBar(steps=total, doing=name) as bar:
-      found = answer_questions(model, questions, progress=bar.advance)
+    try:
+      with ProgressBar(steps=total, doing=name) as bar:
+        found = answer_questions(model, questions, progress=bar.advance)
+    except UserError as error:  # what else was found out is kept
+      missing.append(f"{name} was not scored: {error}")
+      continue
     scores[f"{name} accuracy"] = found.plain
     scores[f"{name} accuracy, normalised"] = found.normalised
   return {
     "inputs": len(rows),
     "scores": scores,
-    "missing": missing,
+    "missing": " ".join(missing),
     "seconds": time.monotonic() - started,
   }
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
-  """The mean over answers of ROUGE-L's F1, a share, words as they are."""
+  """The mean over answers of ROUGE-L's F1, a share.
+
+  Words are lower-cased and not stemmed. Only a to z and 0 to 9 make words, and
+  all else parts them; a pair in which one side has none counts as 0.
+  """
   from rouge_score.rouge_scorer import RougeScorer
 
   scorer = RougeScorer(["rougeL"], use_stemmer=False)
@@ -244,11 +241,11 @@ def _answer(
   for row in rows:
     if template == CHAT:
       messages: Any = row.messages[:-1]
-      ids = prompt_ids(generator.tokenizer, messages, template=template)
+      ids = conversation_ids(generator.tokenizer, messages, template=template)
     else:
       prompt, _ = as_text(row, template)
       own = [{"role": "user", "content": prompt}]
-      ids = prompt_ids(generator.tokenizer, own, template=PLAIN)
+      ids = conversation_ids(generator.tokenizer, own, template=PLAIN)
     if len(ids) + most <= model.room:
       prompts[row.number] = ids
   with ProgressBar(steps=len(prompts), doing="test answers") as bar:

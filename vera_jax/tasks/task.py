@@ -68,8 +68,10 @@ class Task(NamedTuple):
       answers to the test splits into the folder. All processes compute them,
       the first one writes. None where the task has no such files.
     write_texts: (trained decoder, the run's folder) -> JSON values for the
-      result's "test", once training has ended; the first process alone does
-      it. None where no texts are written.
+      result's "test", once training has ended: `inputs`, `scores`, `missing`
+      and `seconds`. The first process alone does it. After a UserError the
+      result says in `missing` why there are no scores. None where no texts are
+      written.
     selects: whether a run's result is its best epoch's, or else the last one's.
     columns: names that the text columns of input files may have.
     form: (an example's texts, by column) -> what the model reads for it, one

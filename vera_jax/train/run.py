@@ -44,6 +44,7 @@ from vera_jax.train.workdir import (
 
 log = logging.getLogger(__name__)
 
+NO_MEMORY = "RESOURCE_EXHAUSTED"  # how XLA's message begins
 ANSWERS = "submission"  # the folder of the answers to the test splits
 
 
@@ -314,7 +315,7 @@ class Run:
     return reason
 
   def finish(self, setup: Setup) -> dict[str, Any]:
-    """Answers, texts, adapter and result of a run that has ended.
+    """Answers, adapter, texts and result of a run that has ended.
 
     They are of its best epoch, or of the last one where the task selects none.
 
@@ -336,6 +337,8 @@ class Run:
 
       on_first(write_all)
     if self.result is None:
+      # before the texts, whose failure must not cost what was trained
+      on_first(partial(self._save_adapter, setup, params, best))
       # by all processes, since each may hold a part of the base
       trained = setup.trained(params) if setup.task.write_texts else None
       on_first(partial(self._write_result, setup, params, best, trained))
@@ -343,15 +346,10 @@ class Run:
     assert self.result is not None
     return self.result
 
-  def _write_result(
-    self, setup: Setup, params: Any, best: dict[str, Any], trained: Any
-  ) -> None:
-    """Texts, adapter and then, since it marks a run as done, the result."""
+  def _about(self, setup: Setup) -> dict[str, Any]:
+    """What result.json and the adapter's file both say of the run."""
     config, task = self.config, setup.task
-    test = {}
-    if task.write_texts is not None:
-      test = {"test": task.write_texts(trained, self.folder)}
-    of_both = {
+    return {
       "task": task.name,
       "method": config.method,
       "seed": config.seed,
@@ -362,13 +360,16 @@ class Run:
       "score_name": task.score_name,
       "projection_digest": setup.model.digest,
     }
-    provenance = results.provenance()
-    parameters = setup.model.counts._asdict()
+
+  def _save_adapter(
+    self, setup: Setup, params: Any, best: dict[str, Any]
+  ) -> None:
+    config = self.config
     save_adapter(
       self.folder / "adapter",
       params,
       about={
-        **of_both,
+        **self._about(setup),
         "score": best["score"],
         "settings": settings_in(config, config.method),
         "projection_prng": PRNG,
@@ -377,17 +378,25 @@ class Run:
         "codes_digest": setup.model.codes,
         "max_length": config.data.max_length,
         "data": setup.data.record(),
-        "parameters": parameters,
-        "versions": provenance["versions"],
+        "parameters": setup.model.counts._asdict(),
+        "versions": results.provenance()["versions"],
       },
     )
+
+  def _write_result(
+    self, setup: Setup, params: Any, best: dict[str, Any], trained: Any
+  ) -> None:
+    """Texts and then, since it marks a run as done, the result."""
+    config, test = self.config, {}
+    if setup.task.write_texts is not None:
+      test = {"test": self._write_texts(setup.task.write_texts, trained)}
     result = {
-      **of_both,
+      **self._about(setup),
       "best": best,
       "last": self.history[-1],
       **test,
       "stopped_early": self.history[-1]["epoch"] < config.optim.epochs,
-      "parameters": parameters,
+      "parameters": setup.model.counts._asdict(),
       "learning_rates": learning_rates(config),
       "norms": as_json(adapter_norms(tensors(params))),
       "history": self.history,
@@ -396,6 +405,19 @@ class Run:
       "members": len(self.progress.get("ensemble", [0])),
       "data": setup.data.record(),
       "config": config.to_dict(),
-      **provenance,
+      **results.provenance(),
     }
     results.write(self.folder, result)
+
+  def _write_texts(self, write: Callable[..., Any], trained: Any) -> Any:
+    """The task's texts and scores; where there are none, the reason.
+
+    The same command would fail here again, so the result comes without them.
+    """
+    try:
+      return write(trained, self.folder)
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+      if not isinstance(error, UserError) and NO_MEMORY not in str(error):
+        raise
+      missing = f"The run's texts were not written or not scored: {error}"
+      return {"inputs": 0, "scores": {}, "missing": missing, "seconds": 0.0}

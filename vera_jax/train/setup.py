@@ -23,6 +23,7 @@ from vera_jax.models.classifier import Classifier
 from vera_jax.models.family import read_fields
 from vera_jax.models.pretrained import Blueprint, Model, blueprint, load_model
 from vera_jax.models.quantised import NONE
+from vera_jax.serve.generator import decoder_in
 from vera_jax.tasks.task import Batch, Task, task_for
 from vera_jax.train.optim import EPS, LINEAR, optimiser, rates_of
 from vera_jax.train.runtime import Background, compiler_options
@@ -196,6 +197,15 @@ def build_setup(config: ConfigDict) -> Setup:
     config, read_fields(base), task, sizes=sizes, longest=data.longest
   )
   data.check(plan.family, plan.config)
+  if task.write_texts is not None:  # at the end, when it is too late to say so
+    try:
+      decoder_in(plan.module, plan.config)
+    except UserError as error:
+      raise UserError(
+        f"{task.name} writes texts at a run's end, but {error} Choose another"
+        " model, or ask for no texts (config.data.test=false, or"
+        " config.data.max_test_examples=0 and no config.data.choices)."
+      ) from error
   model = load_model(plan, base, mesh=mesh, seed=config.seed)
   if not model.counts.adapter + model.counts.head:
     raise UserError(

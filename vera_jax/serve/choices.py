@@ -44,7 +44,7 @@ TOKENS = 2048  # about as many in a batch
 STEP = 64  # lengths are padded to multiples of it: few shapes are compiled
 
 
-class Question(NamedTuple):
+class ChoiceQuestion(NamedTuple):
   """A question as texts.
 
   Attributes:
@@ -71,17 +71,33 @@ class Accuracy(NamedTuple):
   normalised: float
 
 
-def read_questions(source: str) -> tuple[str, list[Question]]:
-  """(a name for tables, the questions) of a file or a data set on the hub.
+def read_choices(sources: Sequence[str]) -> dict[str, list[ChoiceQuestion]]:
+  """Questions from files and data sets on the hub, by a name for tables.
 
   Args:
-    source: a file; or HUB_ID, HUB_ID:PART or HUB_ID:PART:SPLIT, as in
+    sources: each a file; or HUB_ID, HUB_ID:PART or HUB_ID:PART:SPLIT, as in
       aps/super_glue:copa and allenai/ai2_arc:ARC-Easy:test.
 
   Raises:
-    UserError: it can't be read, or has other columns or labels; the message
-      names file and line.
+    UserError: one can't be read, has no questions, or other columns or labels
+      (the message names file and line); or two would have one name.
   """
+  found: dict[str, list[ChoiceQuestion]] = {}
+  origins: dict[str, str] = {}
+  for source in sources:
+    name, questions = _read(source)
+    if name in found:
+      raise UserError(
+        f"The choices of {origins[name]} and {source} would both be called"
+        f" {name!r} among the scores: give a file another name, or ask them one"
+        " after the other (experiments.answer --choices)."
+      )
+    found[name], origins[name] = questions, source
+  return found
+
+
+def _read(source: str) -> tuple[str, list[ChoiceQuestion]]:
+  """(the file's name, or the hub's of the part; its questions)."""
   path = Path(source).expanduser()
   if path.is_file():
     table, name = read_table(path), path.stem
@@ -109,6 +125,8 @@ def read_questions(source: str) -> tuple[str, list[Question]]:
       f"{table.name}: the columns {', '.join(table.columns)} are neither COPA's"
       f" ({', '.join(COPA)}) nor ARC's ({', '.join(ARC)})."
     )
+  if not table.numbers:
+    raise UserError(f"{table.name} has no questions.")
   questions = []
   for number in range(len(table.numbers)):
     row = {name: values[number] for name, values in table.columns.items()}
@@ -122,7 +140,7 @@ def read_questions(source: str) -> tuple[str, list[Question]]:
   return name, questions
 
 
-def _copa(row: dict[str, Any]) -> Question:
+def _copa(row: dict[str, Any]) -> ChoiceQuestion:
   asked, label = row["question"], row["label"]
   if asked not in CONNECTIVES:
     raise ValueError(f"question is {asked!r}, neither cause nor effect")
@@ -130,14 +148,14 @@ def _copa(row: dict[str, Any]) -> Question:
     raise ValueError(f"label is {label!r}, neither 0 nor 1")
   premise = row["premise"].strip().removesuffix(".")
   choices = [row[name].strip() for name in ("choice1", "choice2")]
-  return Question(
+  return ChoiceQuestion(
     f"{premise} {CONNECTIVES[asked]}",
     tuple(f" {text[:1].lower()}{text[1:]}" for text in choices),
     int(label),
   )
 
 
-def _arc(row: dict[str, Any]) -> Question:
+def _arc(row: dict[str, Any]) -> ChoiceQuestion:
   question, choices = row["question"], row.get("choices")
   if isinstance(question, dict):
     question, choices = question["stem"], question["choices"]
@@ -149,7 +167,7 @@ def _arc(row: dict[str, Any]) -> Question:
     texts, labels = ([x[name] for x in choices] for name in ("text", "label"))
   if row["answerKey"] not in labels:
     raise ValueError(f"answerKey is {row['answerKey']!r}, no choice's label")
-  return Question(
+  return ChoiceQuestion(
     f"Question: {question.strip()}\nAnswer:",
     tuple(f" {text.strip()}" for text in texts),
     list(labels).index(row["answerKey"]),
@@ -158,7 +176,7 @@ def _arc(row: dict[str, Any]) -> Question:
 
 def answer_questions(
   model: Classifier,
-  questions: Sequence[Question],
+  questions: Sequence[ChoiceQuestion],
   *,
   progress: Callable[[int], None] | None = None,
 ) -> Accuracy:
@@ -170,8 +188,8 @@ def answer_questions(
     progress: called with the number of choices scored so far.
 
   Raises:
-    UserError: there are no questions, the model writes no texts, or has no room
-      for one.
+    UserError: there are no questions, the model writes no texts, has no room
+      for one, or gives a choice no finite likelihood.
   """
   if not questions:
     raise UserError("There are no questions to answer.")
@@ -185,6 +203,13 @@ def answer_questions(
   for question in questions:
     own = values[place : place + len(question.choices)]
     place += len(question.choices)
+    if not np.isfinite(own).all():
+      raise UserError(
+        f"The log-likelihoods of the choices behind {question.prompt!r} are"
+        f" {own.tolist()}, not finite numbers, so that none is the likeliest."
+        " Was the loss of the model's training finite to the end? In bfloat16"
+        " its numbers may overflow: load it in float32."
+      )
     lengths = np.array([len(text) - 1 for text in question.choices])
     plain += int(own.argmax()) == question.right
     normalised += int((own / np.maximum(lengths, 1)).argmax()) == question.right

@@ -6,18 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from tests.tasks.decoder_files import GPT2, write_decoder
 from vera_jax.data.chat import Rendered
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import load_classifier
 from vera_jax.models.decoder import logits
-from vera_jax.tasks import choices
-from vera_jax.tasks.choices import (
-  Question,
+from vera_jax.serve import choices
+from vera_jax.serve.choices import (
+  ChoiceQuestion,
   answer_questions,
   log_likelihoods,
-  read_questions,
+  read_choices,
 )
 
 COPA = {
@@ -39,20 +40,18 @@ HUB = {
 def read(folder, row):
   path = folder / "some.jsonl"
   path.write_text(json.dumps(row))
-  name, questions = read_questions(str(path))
-  assert name == "some"
-  return questions
+  return read_choices([str(path)])["some"]
 
 
 def test_both_forms_become_a_prompt_and_its_choices(tmp_path):
   assert read(tmp_path, COPA) == [
-    Question(
+    ChoiceQuestion(
       "The man broke his toe because",
       (" he got a hole in his sock.", " i dropped a hammer."),
       1,
     )
   ]
-  arc = [Question("Question: Cold?\nAnswer:", (" Air", " Ice"), 1)]
+  arc = [ChoiceQuestion("Question: Cold?\nAnswer:", (" Air", " Ice"), 1)]
   assert read(tmp_path, ARC) == read(tmp_path, HUB) == arc
 
 
@@ -69,6 +68,13 @@ def test_both_forms_become_a_prompt_and_its_choices(tmp_path):
 def test_what_is_no_question_is_refused(row, message, tmp_path):
   with pytest.raises(UserError, match=message):
     read(tmp_path, row)
+
+
+def test_a_split_of_the_hub_without_questions_is_refused(monkeypatch):
+  empty = Dataset.from_dict({name: [] for name in COPA})
+  monkeypatch.setattr(choices, "download", lambda *names: {"test": empty})
+  with pytest.raises(UserError, match=r"copa:test \(test\) has no questions"):
+    read_choices(["aps/super_glue:copa:test"])
 
 
 def test_a_choices_likelihood_is_that_of_its_own_tokens(tmp_path, monkeypatch):
@@ -100,7 +106,7 @@ def test_a_choices_likelihood_is_that_of_its_own_tokens(tmp_path, monkeypatch):
   prompts = {text.text[: text.spans[0][0]] for text in texts}
   assert len(prompts) == 4
   questions = [
-    Question(text.text[: text.spans[0][0]], (choice, " word1"), 0)
+    ChoiceQuestion(text.text[: text.spans[0][0]], (choice, " word1"), 0)
     for text, choice in zip(texts, own, strict=True)
   ]
   both = log_likelihoods(
@@ -116,6 +122,11 @@ def test_a_choices_likelihood_is_that_of_its_own_tokens(tmp_path, monkeypatch):
   assert accuracy.plain == np.mean(both[:, 0] > both[:, 1])
   per_letter = both / np.array(lengths)
   assert accuracy.normalised == np.mean(per_letter[:, 0] > per_letter[:, 1])
+  broken = both.ravel()
+  broken[1] = np.nan
+  monkeypatch.setattr(choices, "log_likelihoods", lambda *a, **k: broken)
+  with pytest.raises(UserError, match="nan], not finite numbers"):
+    answer_questions(model, questions)
   long = Rendered("word1 " * 30, [(6, 12)])
   with pytest.raises(UserError, match="30 tokens, but the model has room"):
     log_likelihoods(model, [long])

@@ -1,0 +1,40 @@
+"""A conversation's tokens, in the form that a decoder was trained on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vera_jax.data.chat import chat_ids
+from vera_jax.data.completions import begin_of_text
+from vera_jax.tasks.instruct_files import CHAT, PLAIN, alpaca_prompt
+
+
+def conversation_ids(
+  tokenizer: Any, messages: Sequence[dict[str, Any]], *, template: str
+) -> list[int]:
+  """The tokens of a conversation up to where the model's next answer begins.
+
+  Further questions to a model without a chat template are put below its last
+  answer in the same form as the first; it was not trained on such.
+
+  Args:
+    tokenizer: the decoder's.
+    messages: of users and the assistant by turns, a user's last.
+    template: a name in `tasks.instruct_files.TEMPLATES`.
+
+  Raises:
+    UserError: as for `chat_ids`.
+  """
+  if template == CHAT:
+    return chat_ids(tokenizer, messages)
+  text = ""
+  for message in messages:
+    content = message["content"]
+    if message["role"] == "user":
+      asked = content if template == PLAIN else alpaca_prompt(content)
+      text += f"\n\n{asked}" if text else asked
+    else:
+      text += content
+  return [
+    *begin_of_text(tokenizer),
+    *tokenizer(text, add_special_tokens=False)["input_ids"],
+  ]
