@@ -23,6 +23,7 @@ from tests.adapters.architectures import (
   CastEinsum,
   Decoder,
   Depthwise,
+  Derived,
   Einsum,
   Images,
   Mixed,
@@ -386,6 +387,22 @@ def test_other_methods_on_every_kind(name):
   assert count_layers(ready.targets) == (
     "15 layers: 8 DenseParams, 4 Dense, 1 Embed, 1 Conv, 1 Einsum"
   )
+
+
+@pytest.mark.parametrize(
+  "method",
+  [vera(RANK), ia3(feedforward=("conv", "table", "dense"))],
+  ids=["vera", "ia3"],
+)
+def test_a_derived_layers_own_code_is_kept(method):
+  """With the bias and IA3's scales inside it. A transformation of flax's layer
+  is no code of its own."""
+  kept = ("table", "conv", "dense", "heads", "einsum")
+  ready = Ready(Derived(), method, [*kept, "remade"], IDS)
+  ready.check()
+  plans = {name: ready.targets[name,].view.plans for name in kept}
+  assert plans == dict.fromkeys(kept, ("folded",))
+  assert ready.targets["remade",].view.plans == PLANS
 
 
 def test_a_batch_of_adapters_makes_no_kernel_for_each():

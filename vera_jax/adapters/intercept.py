@@ -113,7 +113,7 @@ class Interception:
     )
     pieces = list(self._pieces(whole, own, projections))
     folded_only = product.view.plans == ("folded",)
-    if product.multiply is None or (folded_only and len(pieces) > 1):
+    if product.call is not None or (folded_only and len(pieces) > 1):
       if random:
         product.project(product.x, kernel())  # which refuses it
       self._is_factored(pieces, product.rows)  # or refuses to be folded
@@ -313,10 +313,10 @@ def _weights(
 
 
 def _with_weights(product: Product, kernel: Array, bias: Array | None) -> Any:
-  """The layer's output with other weights; or these, where it hands them on."""
+  """The layer's output with other weights."""
   kernel = kernel.astype(product.dtype)
-  if product.multiply is None:
-    return kernel, bias
+  if product.call is not None:
+    return product.call(kernel, bias)
   y = product.multiply(product.x, kernel)
   if bias is not None:
     y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

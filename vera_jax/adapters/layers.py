@@ -5,6 +5,7 @@ the table in words. A kernel may be stored in fewer bits
 (`models/quantised.py`): then it is dequantised where it is used.
 """
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.recurrent import DenseParams
 from jax import Array
 from jax.typing import DTypeLike
@@ -25,6 +27,9 @@ from vera_jax.errors import UserError
 from vera_jax.models.quantised import dequantise, is_quantised
 
 Params = Mapping[str, Any]  # a layer's own parameters
+BATCH_DIMS = (
+  "it has a kernel for each row (batch_dims), which no one delta fits"
+)
 
 
 class Product(NamedTuple):
@@ -40,10 +45,12 @@ class Product(NamedTuple):
     rows: of all t.
     multiply: (x, kernel (i, o)) -> (*t, o), as the layer itself does it, and
       the same with a part of the columns where the layer allows to factor.
-      None for a layer that makes no product but hands its parameters on.
     project: (x, matrix (i, n)) -> (*t, n), as `Site.project`.
     finish: (*t, o) -> the layer's output.
     plain: whether `multiply` is `x @ kernel`.
+    call: (kernel (i, o), bias (o,) or None) -> the layer's output, by code that
+      may do anything with them. Where it is there, only folding is right, and
+      the three functions before it are not used.
   """
 
   view: View
@@ -53,16 +60,17 @@ class Product(NamedTuple):
   dtype: DTypeLike
   bias: Float[Array, " _"] | None
   rows: int
-  multiply: Callable[[Array, Array], Array] | None
+  multiply: Callable[[Array, Array], Array] = operator.matmul
   project: Callable[[Array, Matrix], Array] = operator.matmul
   finish: Callable[[Array], Array] = lambda y: y
   plain: bool = False
+  call: Callable[[Array, Array | None], Any] | None = None
 
 
 def _dense(layer: Any, params: Params, inputs: Array) -> Product | str:
   """`nn.Dense` and `nn.DenseGeneral`, with any axes and features."""
   if getattr(layer, "batch_dims", ()):
-    return "it has a kernel for each row (batch_dims), which no one delta fits"
+    return BATCH_DIMS
   axis, features = getattr(layer, "axis", -1), layer.features
   axes = axis if isinstance(axis, Sequence) else (axis,)
   axes = tuple(sorted(a % inputs.ndim for a in axes))
@@ -101,8 +109,7 @@ def _dense(layer: Any, params: Params, inputs: Array) -> Product | str:
 def _conv(layer: Any, params: Params, inputs: Array) -> Product:
   """`nn.Conv`: a window's taps times its channels are the inputs.
 
-  A layer that sees its inputs in groups, masks its kernel, or is of a class
-  derived from `nn.Conv`, which may do what it likes, is only folded.
+  A layer that sees its inputs in groups or masks its kernel is only folded.
   """
   kernel = params["kernel"]
   *window, channels, outputs = kernel.shape
@@ -116,9 +123,7 @@ def _conv(layer: Any, params: Params, inputs: Array) -> Product:
     return own_call(wide, own, x)
 
   groups = layer.feature_group_count
-  folded_only = (
-    groups > 1 or layer.mask is not None or type(layer) is not nn.Conv
-  )
+  folded_only = groups > 1 or layer.mask is not None
   whole = math.prod(window) * channels, outputs
   y = jax.eval_shape(project, x, jax.ShapeDtypeStruct(whole, x.dtype))
   view = View(type(layer).__name__, taps=math.prod(window), groups=groups)
@@ -177,8 +182,8 @@ def _params(layer: Any, params: Params, inputs: Array) -> Product:
     dtype=kernel.dtype,
     bias=params.get("bias"),
     rows=math.prod(inputs.shape[:-1]),
-    multiply=None,
     project=_refusing(layer),
+    call=lambda kernel, bias: (kernel, bias),
   )
 
 
@@ -225,9 +230,73 @@ def _own_einsum(
   made = by_equation(kind, name, texts[0], x, weight.shape, dtype, call)
   if isinstance(made, str) or _only_multiplies(call, x, weight):
     return made
-  # what else it does is done in its own call alone
+  return _by_own_code(layer, params, made, args, kwargs)
+
+
+def _derived(
+  layer: Any, params: Params, args: Any, kwargs: Mapping[str, Any]
+) -> Product | str:
+  """A layer of a class that is derived from one of flax's and has a `__call__`
+  of its own: which product that makes is unknown, which kernel it has isn't."""
+  if getattr(layer, "batch_dims", ()):
+    return BATCH_DIMS
+  view = View(type(layer).__name__)
+  if isinstance(layer, nn.Embed):
+    view = view._replace(kernel="embedding", looked_up=True)
+  kernel = params[view.kernel]
+  given = [*args, *kwargs.values()]
+  if isinstance(layer, nn.Einsum):
+    texts = [x for x in given if isinstance(x, str)]
+    equation = str(texts[0] if texts else layer.einsum_str)
+    made = by_equation(
+      view.kind,
+      view.kernel,
+      equation,
+      given[0],
+      kernel.shape,
+      kernel.dtype,
+      lambda x, kernel: jnp.einsum(equation, x, kernel),
+    )
+    if isinstance(made, str):
+      return made
+    view, outputs = made.view, made.outputs
+  elif isinstance(layer, nn.DenseGeneral):
+    outputs = int(np.prod(layer.features))
+  else:
+    outputs = kernel.shape[-1]
+  if isinstance(layer, nn.Conv):
+    taps = math.prod(kernel.shape[:-2])
+    view = view._replace(taps=taps, groups=layer.feature_group_count)
+  made = Product(
+    view=view,
+    inputs=math.prod(kernel.shape) // outputs,
+    outputs=outputs,
+    x=given[0],
+    dtype=kernel.dtype,
+    bias=flat_bias(params, ()),
+    rows=given[0].size // given[0].shape[-1],
+  )
+  return _by_own_code(layer, params, made, args, kwargs)
+
+
+def _by_own_code(
+  layer: Any,
+  params: Params,
+  made: Product,
+  args: Any,
+  kwargs: Mapping[str, Any],
+) -> Product:
+  """The product, made by the layer's own call with other parameters."""
+  bare, name = layer.clone(parent=None, name=None), made.view.kernel
+
+  def call(kernel: Array, bias: Array | None) -> Any:
+    own = {name: own_kernel(kernel, params[name].shape, (), made.view)}
+    if bias is not None:
+      own["bias"] = bias.reshape(params["bias"].shape)
+    return own_call(bare, {**params, **own}, *args, **kwargs)
+
   view = made.view._replace(plans=("folded",))
-  return made._replace(view=view, project=_refusing(layer))
+  return made._replace(view=view, project=_refusing(layer), call=call)
 
 
 def _only_multiplies(call: Callable[..., Array], *args: Any) -> bool:
@@ -352,7 +421,8 @@ def _letters(
 
 See = Callable[..., Product | str | None]
 # The first kind that a layer is an instance of: what a call of it is, or a
-# reason why it can't be adapted; None for a module that is no layer.
+# reason why it can't be adapted; None for a module that is no layer. Of a class
+# derived from one of these, `_derived` says it unless the call is inherited.
 KINDS: dict[type[nn.Module], See] = {
   nn.Dense: _dense,
   nn.DenseGeneral: _dense,
@@ -375,10 +445,16 @@ def product_of(
     params: its own parameters, without an adapter's.
     args, kwargs: of the call.
   """
-  see = next(KINDS[kind] for kind in KINDS if isinstance(layer, kind))
-  if see is not _own_einsum and not params:
+  kind = next(kind for kind in KINDS if isinstance(layer, kind))
+  if kind is nn.Module:
+    return _own_einsum(layer, params, *args, **kwargs)
+  if not params:
     return None  # it is bound to parameters of another module
-  return see(layer, params, *args, **kwargs)
+  # nn.remat(nn.Dense) and the like are classes too, around flax's own code
+  own, flax = (inspect.unwrap(x.__call__) for x in (type(layer), kind))
+  if own is not flax:
+    return _derived(layer, params, args, kwargs)
+  return KINDS[kind](layer, params, *args, **kwargs)
 
 
 _OWN = ContextVar("own", default=False)
