@@ -43,7 +43,7 @@ from vera_jax.adapters.intercept import KEYS
 from vera_jax.adapters.interface import EMPTY, PLANS, Site, Target
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.merge import merge
-from vera_jax.adapters.products import choose
+from vera_jax.adapters.products import choose, costs
 from vera_jax.adapters.pvera import pvera
 from vera_jax.adapters.sites import count_layers, first_leaves, make_shared
 from vera_jax.adapters.tracing import init_shapes
@@ -261,6 +261,38 @@ def test_a_convolutions_plan_follows_from_its_output_positions():
     for n in (25, 250_000)
   )
   assert [*few.values(), *many.values()] == ["factored", "folded"]
+  wide = {("conv",): Target(9 * 512, 512, view=view)}
+  structured = vera(1024, init="structured")  # no transform is convolved with
+  assert plans_at(structured, wide, {("conv",): 2048}) == {("conv",): "folded"}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_convolution_is_priced_with_its_matrix_formed(plan):
+  """As compiled, within 10 %: lax convolves with no transform of signs."""
+  method, x = vera(64, init="structured"), jnp.zeros((1, 10, 10, 16))
+  model = adapt(
+    nn.Sequential([nn.Conv(96, (3, 3), padding="VALID", use_bias=False)]),
+    method,
+    targets=["layers_0"],
+    plan=plan,
+  )
+  variables = jax.eval_shape(model.init, jax.random.key(0), x)
+  (target,) = model.find_targets(x).values()
+  params = variables["params"]["layers_0"]
+  own = method.own(params)
+
+  def loss(own, x, kernel, projections):
+    params = {"layers_0": {"kernel": kernel, **own}}
+    y = model.apply({"params": params, "projections": projections}, x)
+    return jnp.sum(y**2)
+
+  step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+  given = own, x, params["kernel"], variables["projections"]
+  flops = step.lower(*given).compile().cost_analysis()["flops"]
+  site = Site(("",), *target[:2], lambda: None, shared=variables["projections"])
+  priced = costs(64, method.low_rank({}, site), view=target.view)[plan]
+  base = 2 * 64 * target.inputs * target.outputs
+  assert flops == pytest.approx(2 * (priced + base), rel=0.1)
 
 
 def test_depthwise_convolutions_are_scaled_alone():
@@ -461,23 +493,23 @@ def test_every_layer_is_asked_for_without_those_never_called():
 class Equation(nn.Module):
   equation: str
   shape: tuple[int, ...]
-  scale: float = 1.0
+  more: str = ""
 
   @nn.compact
   def __call__(self, x):
-    y = Scaled(self.shape, self.scale, name="layer")(self.equation, x)
+    y = Multiplied(self.shape, self.more, name="layer")(self.equation, x)
     return nn.Dense(2, name="other")(y.reshape(len(x), -1))
 
 
-class Scaled(nn.Module):
+class Multiplied(nn.Module):
   shape: tuple[int, ...]
-  scale: float
+  more: str
 
   @nn.compact
   def __call__(self, eqn, x):
     w = self.param("w", nn.initializers.normal(1.0), self.shape)
-    y = jnp.einsum(eqn, x, w)
-    return y if self.scale == 1 else self.scale * y
+    y = jnp.einsum(eqn, x, w.swapaxes(0, 1) if self.more == "turned" else w)
+    return 3 * y if self.more == "scaled" else y
 
 
 @pytest.mark.parametrize(
@@ -495,12 +527,13 @@ def test_equations_that_are_no_product_of_rows(equation, shape, reason):
     find_targets(Equation(equation, shape), ["layer"], x)
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_dots_in_an_equation_and_what_else_a_module_does(scale):
-  """Of a module that does more than multiply its own call is kept."""
-  model = Equation("...F,NHF->...NH", (2, 3, 4), scale)
+@pytest.mark.parametrize("more", ["", "scaled", "turned"])
+def test_dots_in_an_equation_and_what_else_a_module_does(more):
+  """Of a module that does more than multiply its own call is kept: also where
+  a square kernel is turned, which no shape tells."""
+  model = Equation("...F,NHF->...NH", (3, 3, 4), more)
   x = jnp.asarray(RNG.normal(size=(2, 3, 4)), jnp.float32)
   ready = Ready(model, vera(RANK), ["layer"], x)
   ready.check()
   view = ready.targets["layer",].view
-  assert view.plans == (PLANS if scale == 1 else ("folded",))
+  assert view.plans == (("folded",) if more else PLANS)

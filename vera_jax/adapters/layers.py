@@ -8,7 +8,7 @@ the table in words. A kernel may be stored in fewer bits
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -126,7 +126,8 @@ def _conv(layer: Any, params: Params, inputs: Array) -> Product:
   folded_only = groups > 1 or layer.mask is not None
   whole = math.prod(window) * channels, outputs
   y = jax.eval_shape(project, x, jax.ShapeDtypeStruct(whole, x.dtype))
-  view = View(type(layer).__name__, taps=math.prod(window), groups=groups)
+  kind = type(layer).__name__
+  view = View(kind, taps=math.prod(window), groups=groups, forms=True)
   return Product(
     view=view._replace(plans=("folded",)) if folded_only else view,
     inputs=whole[0],
@@ -156,9 +157,9 @@ def _embed(layer: Any, params: Params, inputs: Array) -> Product | str:
   def take(ids: Array, table: Matrix) -> Array:
     return jnp.take(as_array(table, like.dtype), ids, axis=0)
 
-  kind = type(layer).__name__
+  view = View(type(layer).__name__, "embedding", looked_up=True, forms=True)
   return Product(
-    view=View(kind, "embedding", looked_up=True, plans=("factored", "folded")),
+    view=view._replace(plans=("factored", "folded")),
     inputs=table.shape[0],
     outputs=table.shape[1],
     x=inputs,
@@ -228,7 +229,7 @@ def _own_einsum(
 
   kind, dtype = type(layer).__name__, weight.dtype
   made = by_equation(kind, name, texts[0], x, weight.shape, dtype, call)
-  if isinstance(made, str) or _only_multiplies(call, x, weight):
+  if isinstance(made, str) or _is_einsum(call, texts[0], x, weight):
     return made
   return _by_own_code(layer, params, made, args, kwargs)
 
@@ -299,22 +300,17 @@ def _by_own_code(
   return made._replace(view=view, project=_refusing(layer), call=call)
 
 
-def _only_multiplies(call: Callable[..., Array], *args: Any) -> bool:
-  """Whether a function's one operation is a product, but for axes and types."""
-
-  def operations(jaxpr: Any) -> Iterator[str]:
-    for equation in jaxpr.eqns:
-      inner = [x for x in equation.params.values() if hasattr(x, "jaxpr")]
-      for one in inner:
-        yield from operations(one.jaxpr)
-      if not inner:
-        yield equation.primitive.name
-
-  found = list(operations(jax.make_jaxpr(call)(*args).jaxpr))
-  return found.count("dot_general") == 1 and set(found) <= {
-    *("dot_general", "transpose", "reshape", "convert_element_type"),
-    *("squeeze", "expand_dims", "sharding_constraint", "copy"),
-  }
+def _is_einsum(
+  call: Callable[[Array, Array], Array], equation: str, x: Array, weight: Array
+) -> bool:
+  """Whether a call's program is jnp.einsum's, with the weight in its own type
+  or in x's, and nothing else: no turned weight, say."""
+  plain = (
+    lambda x, weight: jnp.einsum(equation, x, weight),
+    lambda x, weight: jnp.einsum(equation, x, weight.astype(x.dtype)),
+  )
+  own, *known = (str(jax.make_jaxpr(f)(x, weight)) for f in (call, *plain))
+  return own in known
 
 
 def by_equation(

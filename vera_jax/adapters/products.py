@@ -68,7 +68,7 @@ def costs(
   factors: LowRank,
   *,
   forwards: int = 1,
-  looked_up: bool = False,
+  view: View = MATRIX,
 ) -> dict[str, int]:
   """Multiply-adds that a delta costs per training step, by plan.
 
@@ -78,21 +78,27 @@ def costs(
       fixed matrix scaled by trained vectors unless `down` is trained, which in
       factored form needs no product for their gradients.
     forwards: how often a step runs the forward pass: twice with remat.
-    looked_up: whether x is row numbers, by which `down`'s rows are taken.
+    view: of the layer's kernel. Where x are row numbers, rows of `down` are
+      taken; where the layer forms matrices, x @ down is a dense product.
   """
   down, up = factors.down, factors.up
   (inputs, rank), outputs = down.shape, up.shape[-1]
-  to_thin = 0 if looked_up else _cost(down, tokens)
-  to_kernel = 0 if looked_up else tokens * inputs * outputs
+  to_thin = tokens * inputs * rank if view.forms else _cost(down, tokens)
+  to_kernel = tokens * inputs * outputs
+  if view.looked_up:
+    to_thin = to_kernel = 0
   build = _cost(down, outputs)
   formed = _cost(up, rank) if isinstance(up, Structured) else 0
+  formed_down = 0
+  if view.forms and isinstance(down, Structured):
+    formed_down = _cost(down, rank)
   times = forwards + 1 + int(factors.trains_down)
   plans = {
-    "factored": times * (to_thin + _cost(up, tokens)),
+    "factored": times * (to_thin + _cost(up, tokens)) + forwards * formed_down,
     "folded": times * build + forwards * formed + to_kernel,
   }
   if not factors.trains_down:
-    backward = to_thin + tokens * rank * outputs
+    backward = formed_down + to_thin + tokens * rank * outputs
     plans["folded_forward"] = forwards * (build + formed) + backward
   return plans
 
@@ -133,7 +139,7 @@ def choose(
     )
   if plan in view.plans:
     return plan
-  priced = costs(tokens, factors, forwards=forwards, looked_up=view.looked_up)
+  priced = costs(tokens, factors, forwards=forwards, view=view)
   return min((x for x in priced if x in view.plans), key=lambda x: priced[x])
 
 
