@@ -140,8 +140,9 @@ class Interception:
     return product.finish(y)
 
   def _call_cell(self, next_fun, args, kwargs, layer):
-    """A recurrent cell, or `nn.RNN` with one: its kernels are adapted once,
-    outside the loop over time that is in here, and taken from `ready`."""
+    """A recurrent cell, or `nn.RNN` with one: its kernels are adapted once per
+    call of this, and taken from `ready`. That is outside the loop over time of
+    `nn.RNN`, but inside `nn.scan(nn.LSTMCell)`, whose steps are the calls."""
     cell = layer.cell if isinstance(layer, nn.RNN) else layer
     if cell.path in self.cells:
       return next_fun(*args, **kwargs)

@@ -5,7 +5,6 @@ the table in words. A kernel may be stored in fewer bits
 (`models/quantised.py`): then it is dequantised where it is used.
 """
 
-import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -446,9 +445,7 @@ def product_of(
     return _own_einsum(layer, params, *args, **kwargs)
   if not params:
     return None  # it is bound to parameters of another module
-  # nn.remat(nn.Dense) and the like are classes too, around flax's own code
-  own, flax = (inspect.unwrap(x.__call__) for x in (type(layer), kind))
-  if own is not flax:
+  if type(layer).__call__ is not kind.__call__:
     return _derived(layer, params, args, kwargs)
   return KINDS[kind](layer, params, *args, **kwargs)
 
