@@ -46,7 +46,7 @@ from vera_jax.adapters.merge import merge
 from vera_jax.adapters.products import choose, costs
 from vera_jax.adapters.pvera import pvera
 from vera_jax.adapters.sites import count_layers, first_leaves, make_shared
-from vera_jax.adapters.tracing import init_shapes
+from vera_jax.adapters.tracing import init_shapes, trace_sites
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 
@@ -381,6 +381,20 @@ def test_one_step_of_a_cell_is_factored_where_that_is_cheaper():
     else:
       with pytest.raises(UserError, match="DenseParams.*no factored plan"):
         jax.eval_shape(partial(made.adapted, plan="factored"), made.moved)
+
+
+@pytest.mark.parametrize("rank, plan", [(RANK, "folded"), (1, "factored")])
+def test_a_cells_plan_is_the_one_that_a_run_prints(rank, plan):
+  """By the rows of all steps; no delta is made in a step."""
+  method, patterns = vera(rank), ["cell/h.*"]
+  ready = Ready(Recurrent("gru"), method, patterns, SEQUENCE)
+  targets, calls, _ = trace_sites(ready.model, patterns, SEQUENCE)
+  tokens = {path: call.tokens for path, call in calls.items()}
+  assert set(tokens.values()) == {3 * 6}
+  assert set(plans_at(method, targets, tokens).values()) == {plan}
+  inside = list(loops(jax.make_jaxpr(ready.adapted)(ready.moved).jaxpr))
+  assert (((3, 4), (4, rank)) in inside) == (plan == "factored")
+  assert ((4, rank), (rank, 4)) not in inside
 
 
 def test_random_numbers_in_a_cell():

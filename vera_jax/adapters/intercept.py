@@ -19,8 +19,10 @@ from jax import Array
 from vera_jax.adapters.interface import Adapter, Leaves, Path, Site, View
 from vera_jax.adapters.layers import (
   Product,
+  cell_rows,
   flat_bias,
   flat_kernel,
+  in_cell,
   is_own_call,
   own_call,
   product_of,
@@ -88,6 +90,9 @@ class Interception:
 
     if path in self.ready:  # of a recurrent cell, from before its loop
       return _with_weights(product, *self.ready[path])
+    inside = any(path[: len(cell)] == cell for cell in self.cells)
+    if inside and len(params[product.view.kernel].shape) == 2:
+      product = product._replace(view=in_cell(product.view))
     random = self.adapter.is_random and layer.has_rng(KEYS)
     remake = quantised and self.forwards == 1
     stored: Any = params[product.view.kernel]
@@ -153,9 +158,7 @@ class Interception:
       self._check_keys(layer, cell)
     ready = {}
     if self.plan != FACTORED and not random:
-      given = jax.tree.leaves((args, kwargs))
-      rows = max(x.size // x.shape[-1] for x in given if jnp.ndim(x))
-      ready = self._ready(cell, rows)
+      ready = self._ready(cell, cell_rows(args, kwargs))
     self.ready.update(ready)
     try:
       return next_fun(*args, **kwargs)
@@ -167,9 +170,9 @@ class Interception:
   def _ready(self, cell: nn.Module, rows: int) -> dict[Path, Weights]:
     """The adapted kernels of two axes in a cell, where folding them is cheaper
     than two products per step."""
-    plans: tuple[str, ...] = (FACTORED, "folded")
+    view = in_cell(View())
     if isinstance(cell, nn.OptimizedLSTMCell):  # all gates are one product
-      plans = ("folded",)
+      view = view._replace(plans=("folded",))
     ready: dict[Path, Weights] = {}
     for place, own in _layers_of(cell.variables.get("params", {})):
       path = (*cell.path, *place)
@@ -183,7 +186,7 @@ class Interception:
         outputs,
         partial(flat_kernel, params, (), outputs),
         flat_bias(params, ()),
-        view=View(plans=plans),
+        view=view,
       )
       pieces = list(self._pieces(whole, own, self.below(path)))
       if not self._is_factored(pieces, rows):

@@ -450,6 +450,20 @@ def product_of(
   return KINDS[kind](layer, params, *args, **kwargs)
 
 
+def cell_rows(args: Any, kwargs: Any) -> int:
+  """The rows that a recurrent cell's kernels see in a call of it, or of
+  `nn.RNN`: those of all time steps."""
+  given = jax.tree.leaves((args, kwargs))
+  return max(x.size // x.shape[-1] for x in given if jnp.ndim(x))
+
+
+def in_cell(view: View) -> View:
+  """A kernel of two axes in a recurrent cell: folded once for all time steps,
+  or factored in each."""
+  plans = tuple(x for x in view.plans if x in ("factored", "folded"))
+  return view._replace(plans=plans)
+
+
 _OWN = ContextVar("own", default=False)
 
 
