@@ -419,6 +419,20 @@ def test_random_numbers_in_a_cell():
         jax.eval_shape(run)
 
 
+def test_a_cell_without_random_numbers_in_it_needs_no_keys():
+  """PVeRA draws them in another layer of the network."""
+  method = chain(
+    pvera(RANK)._replace(on=("classifier",)), ia3()._replace(on=("cell/.*",))
+  )
+  ready = Ready(
+    Recurrent("optimised"), method, ["cell/.*", "classifier"], SEQUENCE
+  )
+  variables = {"params": ready.moved, "projections": ready.projections}
+  run = partial(ready.module.apply, variables, SEQUENCE)
+  key = jax.random.key(1)
+  assert jax.eval_shape(lambda: run(rngs={KEYS: key})).shape == (3, 6, 3)
+
+
 OTHERS = {
   "vera, a pair per layer": METHODS["vera, a pair per layer"].adapter,
   "ia3": ia3(feedforward=("conv", "table", "cell/.*")),
@@ -451,10 +465,11 @@ def test_a_derived_layers_own_code_is_kept(method):
   assert ready.targets["remade",].view.plans == PLANS
 
 
-def test_a_batch_of_adapters_makes_no_kernel_for_each():
+@pytest.mark.parametrize("method", [vera(RANK), ia3()], ids=["vera", "ia3"])
+def test_a_batch_of_adapters_makes_no_kernel_for_each(method):
   """Factored, as in a bank: on convolutions, tables, equations and cells."""
   targets = [x for x in MIXED if "gates" not in x]
-  ready = Ready(Mixed(), vera(RANK), targets, IDS, plan="factored")
+  ready = Ready(Mixed(), method, targets, IDS, plan="factored")
   amounts = jnp.asarray([0.5, -0.4, 0.3, 0.1, 0.2])
   own = {
     path: leaf[None] + jnp.multiply.outer(amounts, jnp.ones(leaf.shape))
@@ -464,12 +479,29 @@ def test_a_batch_of_adapters_makes_no_kernel_for_each():
   def run(own):
     return ready.adapted(unflatten_dict(flatten_dict(ready.start) | own))
 
-  together = jax.jit(jax.vmap(run))(own)
-  alone = jax.jit(run)({path: leaf[1] for path, leaf in own.items()})
-  np.testing.assert_allclose(together[1], alone, atol=1e-5)
+  if method.name == "vera":
+    together = jax.jit(jax.vmap(run))(own)
+    alone = jax.jit(run)({path: leaf[1] for path, leaf in own.items()})
+    np.testing.assert_allclose(together[1], alone, atol=1e-5)
   program = str(jax.make_jaxpr(jax.vmap(run))(own))
   for kernel in ("7,4]", "3,4,4]", "12,4]", "4,4]", "2,4,3]", "4,6]"):
     assert f"f32[5,{kernel}" not in program
+
+
+@pytest.mark.parametrize(
+  "method, target, message",
+  [
+    (ia3(feedforward=("conv",)), "conv", r"of conv \(Conv\)"),
+    (ia3(feedforward=("table",)), "table", r"of table \(Embed\)"),
+    (ia3(), "gates/.*", r"of gates/.* \(DenseParams\)"),
+  ],
+)
+def test_a_bank_refuses_scales_that_need_a_kernel_for_each(
+  method, target, message
+):
+  ready = Ready(Mixed(), method, [target], IDS, plan="factored")
+  with pytest.raises(UserError, match=f"{message}.*no factored plan"):
+    jax.eval_shape(ready.adapted, ready.moved)
 
 
 def test_a_tied_output_layer_is_only_folded():

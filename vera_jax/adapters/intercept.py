@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.core import meta
 from flax.core.scope import in_filter
@@ -27,7 +26,12 @@ from vera_jax.adapters.layers import (
   own_call,
   product_of,
 )
-from vera_jax.adapters.products import FACTORED, adapted_product, choose
+from vera_jax.adapters.products import (
+  FACTORED,
+  adapted_product,
+  choose,
+  no_factored,
+)
 from vera_jax.adapters.sites import (
   Fused,
   arrays_at,
@@ -93,7 +97,6 @@ class Interception:
     inside = any(path[: len(cell)] == cell for cell in self.cells)
     if inside and len(params[product.view.kernel].shape) == 2:
       product = product._replace(view=in_cell(product.view))
-    random = self.adapter.is_random and layer.has_rng(KEYS)
     remake = quantised and self.forwards == 1
     stored: Any = params[product.view.kernel]
     half = quantised and product.plain and stored.format == HALF
@@ -117,12 +120,17 @@ class Interception:
       project=product.project,
     )
     pieces = list(self._pieces(whole, own, projections))
+    keyed = self.adapter.is_random and layer.has_rng(KEYS)
     folded_only = product.view.plans == ("folded",)
+    if folded_only and keyed and _draw(pieces):
+      raise UserError(
+        f"{'/'.join(path)} is a {product.view.kind} whose delta can only be"
+        " folded into its kernel; a method that draws numbers in training, such"
+        " as PVeRA, has none there. Choose another method, or leave the layer"
+        " out of the targets."
+      )
     if product.call is not None or (folded_only and len(pieces) > 1):
-      if random:
-        product.project(product.x, kernel())  # which refuses it
-      self._is_factored(pieces, product.rows)  # or refuses to be folded
-      return _with_weights(product, *_weights(pieces))
+      return _with_weights(product, *self._whole(pieces))
     made = []
     for adapter, leaves, site in pieces:
       y, penalty = adapted_product(
@@ -136,7 +144,7 @@ class Interception:
         plan=self.plan,
         forwards=self.forwards,
         remake=remake,
-        key=layer.make_rng(KEYS) if random and adapter.is_random else None,
+        key=layer.make_rng(KEYS) if keyed and adapter.is_random else None,
       )
       if penalty is not None:
         layer.sow(PENALTIES, "sum", penalty)
@@ -153,12 +161,12 @@ class Interception:
       return next_fun(*args, **kwargs)
     # nn.RNN passes on nothing but parameters, nor random keys
     self.cells[cell.path] = cell.variables.get("projections", {})
-    random = self.adapter.is_random and layer.has_rng(KEYS)
-    if random and isinstance(layer, nn.RNN):
+    keyed = self.adapter.is_random and layer.has_rng(KEYS)
+    if keyed and isinstance(layer, nn.RNN):
       self._check_keys(layer, cell)
     ready = {}
-    if self.plan != FACTORED and not random:
-      ready = self._ready(cell, cell_rows(args, kwargs))
+    if self.plan != FACTORED:
+      ready = self._ready(cell, cell_rows(args, kwargs), keyed=keyed)
     self.ready.update(ready)
     try:
       return next_fun(*args, **kwargs)
@@ -167,9 +175,11 @@ class Interception:
       for path in ready:
         del self.ready[path]
 
-  def _ready(self, cell: nn.Module, rows: int) -> dict[Path, Weights]:
+  def _ready(
+    self, cell: nn.Module, rows: int, *, keyed: bool
+  ) -> dict[Path, Weights]:
     """The adapted kernels of two axes in a cell, where folding them is cheaper
-    than two products per step."""
+    than two products per step, and no random numbers are drawn (`keyed`)."""
     view = in_cell(View())
     if isinstance(cell, nn.OptimizedLSTMCell):  # all gates are one product
       view = view._replace(plans=("folded",))
@@ -189,16 +199,25 @@ class Interception:
         view=view,
       )
       pieces = list(self._pieces(whole, own, self.below(path)))
-      if not self._is_factored(pieces, rows):
-        kernel, bias = _weights(pieces)
+      drawn = keyed and _draw(pieces)
+      if not drawn and not self._is_factored(pieces, rows):
+        kernel, bias = self._whole(pieces)
         ready[path] = kernel.astype(params["kernel"].dtype), bias
     return ready
 
   def _check_keys(self, layer: nn.RNN, cell: nn.Module) -> None:
     """Raises where `nn.RNN` would keep random keys from its cell."""
     passed = any(in_filter(names, KEYS) for names in layer.split_rngs)
-    places = (p for p, _ in _layers_of(cell.variables.get("params", {})))
-    if not passed and any(self._is_target((*cell.path, *p)) for p in places):
+    places = (
+      (*cell.path, *place)
+      for place, _ in _layers_of(cell.variables.get("params", {}))
+    )
+    drawn = any(
+      self._is_target(path) and link.is_random and is_on(link, path)
+      for path in places
+      for link in self.adapter.methods
+    )
+    if drawn and not passed:
       raise UserError(
         f"{self.adapter.name} draws random numbers in training, which nn.RNN"
         f" keeps from its cell {'/'.join(cell.path)}: make it with split_rngs="
@@ -213,8 +232,7 @@ class Interception:
     rows, width = table.shape
     whole = Site(layer.path, rows, width, lambda: table, view=view)
     pieces = list(self._pieces(whole, own, projections))
-    self._is_factored(pieces, 1)  # or refuses to be folded
-    adapted = {"embedding": _weights(pieces)[0].astype(table.dtype)}
+    adapted = {"embedding": self._whole(pieces)[0].astype(table.dtype)}
     bare = layer.clone(parent=None, name=None)
     return own_call(bare, adapted, *args, method="attend", **kwargs)
 
@@ -227,11 +245,36 @@ class Interception:
         plan=self.plan,
         forwards=self.forwards,
         view=site.view,
+        path=site.path,
       )
       for adapter, leaves, site in pieces
       for link in adapter.methods
       if link.low_rank is not None and is_on(link, site.path)
     ]
+
+  def _whole(self, pieces: Sequence[Piece]) -> Weights:
+    """A layer's adapted kernel (i, o) and bias, put together of its pieces.
+
+    Raises:
+      UserError: no kernel is to be made, since each row may have another.
+    """
+    kernels: list[Array] = []
+    biases: list[Any] = []
+    for adapter, leaves, site in pieces:
+      kernel, bias = site.kernel(), site.bias
+      if adapter.weights is not None:
+        on = any(
+          link.weights and is_on(link, site.path) for link in adapter.methods
+        )
+        if on and self.plan == FACTORED:
+          raise no_factored(site.path, site.view)
+        kernel, bias = adapter.weights(leaves, site)
+      kernels.append(kernel)
+      biases.append(bias)
+    if len(pieces) == 1:
+      return kernels[0], biases[0]
+    bias = None if biases[0] is None else jnp.concatenate(biases)
+    return jnp.concatenate(kernels, axis=-1), bias
 
   def _pieces(self, whole: Site, own: Any, projections: Any) -> Iterator[Piece]:
     """The sites of a layer and what lies between them, column by column.
@@ -298,22 +341,13 @@ class Interception:
     return {}
 
 
-def _weights(
-  pieces: Sequence[Piece],
-) -> Weights:
-  """A layer's adapted kernel (i, o) and bias, put together of its pieces."""
-  kernels: list[Array] = []
-  biases: list[Any] = []
-  for adapter, leaves, site in pieces:
-    kernel, bias = site.kernel(), site.bias
-    if adapter.weights is not None:
-      kernel, bias = adapter.weights(leaves, site)
-    kernels.append(kernel)
-    biases.append(bias)
-  if len(pieces) == 1:
-    return kernels[0], biases[0]
-  bias = None if biases[0] is None else jnp.concatenate(biases)
-  return jnp.concatenate(kernels, axis=-1), bias
+def _draw(pieces: Sequence[Piece]) -> bool:
+  """Whether a method that is on one of the pieces draws random numbers."""
+  return any(
+    link.is_random and is_on(link, site.path)
+    for adapter, _, site in pieces
+    for link in adapter.methods
+  )
 
 
 def _with_weights(product: Product, kernel: Array, bias: Array | None) -> Any:

@@ -22,7 +22,6 @@ from jaxtyping import Float
 
 from vera_jax.adapters.interface import MATRIX, Matrix, View
 from vera_jax.adapters.structured import as_array
-from vera_jax.errors import UserError
 from vera_jax.models.quantised import dequantise, is_quantised
 
 Params = Mapping[str, Any]  # a layer's own parameters
@@ -136,7 +135,7 @@ def _conv(layer: Any, params: Params, inputs: Array) -> Product:
     bias=bias,
     rows=math.prod(y.shape[:-1]),
     multiply=project,
-    project=_refusing(layer) if folded_only else project,
+    project=project,
   )
 
 
@@ -182,7 +181,6 @@ def _params(layer: Any, params: Params, inputs: Array) -> Product:
     dtype=kernel.dtype,
     bias=params.get("bias"),
     rows=math.prod(inputs.shape[:-1]),
-    project=_refusing(layer),
     call=lambda kernel, bias: (kernel, bias),
   )
 
@@ -296,7 +294,7 @@ def _by_own_code(
     return own_call(bare, {**params, **own}, *args, **kwargs)
 
   view = made.view._replace(plans=("folded",))
-  return made._replace(view=view, project=_refusing(layer), call=call)
+  return made._replace(view=view, call=call)
 
 
 def _is_einsum(
@@ -533,16 +531,3 @@ def _promoted(
   bias = flat_bias(params, ())
   x, bias, _ = layer.promote_dtype(x, bias, like, dtype=layer.dtype)
   return x, bias
-
-
-def _refusing(layer: Any) -> Callable[[Array, Matrix], Array]:
-  name, kind = "/".join(layer.path), type(layer).__name__
-
-  def project(x: Array, matrix: Matrix) -> Array:
-    raise UserError(
-      f"{name} is a {kind} whose delta can only be folded into its kernel; a"
-      " method that draws numbers in training, such as PVeRA, has none there."
-      " Choose another method, or leave the layer out of the targets."
-    )
-
-  return project

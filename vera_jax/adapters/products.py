@@ -41,6 +41,7 @@ from vera_jax.adapters.interface import (
   Leaves,
   LowRank,
   Matrix,
+  Path,
   Site,
   View,
 )
@@ -117,21 +118,19 @@ def choose(
   plan: str = AUTO,
   forwards: int = 1,
   view: View = MATRIX,
+  path: Path = (),
 ) -> str:
   """The plan that is asked for, or for "auto" the cheapest for these shapes.
 
   Where the layer's kind does not allow the plan, the cheapest of those that it
-  allows; but what is not to be folded, as in a bank, never is.
+  allows; but what is not to be folded, as in a bank, never is. The path is for
+  messages.
 
   Raises:
     UserError: the method or the layer has no such plan.
   """
   if plan == FACTORED and plan not in view.plans:
-    raise UserError(
-      f"A {view.kind} whose delta can only be folded into its kernel has no"
-      " factored plan, which a bank of adapters takes too. Choose auto or"
-      " folded; answer by a Predictor for each adapter."
-    )
+    raise no_factored(path, view)
   if plan == "folded_forward" and factors.trains_down:
     raise UserError(
       "The folded_forward plan is for methods with fixed matrices, such as"
@@ -141,6 +140,15 @@ def choose(
     return plan
   priced = costs(tokens, factors, forwards=forwards, view=view)
   return min((x for x in priced if x in view.plans), key=lambda x: priced[x])
+
+
+def no_factored(path: Path, view: View) -> UserError:
+  """Of a layer whose adapted kernel would be made under the factored plan."""
+  return UserError(
+    f"The adapted kernel of {'/'.join(path)} ({view.kind}) can be made only"
+    " as a whole here: it has no factored plan, which a bank of adapters takes"
+    " too. Choose auto or folded; answer by a Predictor for each adapter."
+  )
 
 
 def scaled(x: Array, vector: Array | None) -> Array:
@@ -279,6 +287,7 @@ def adapted_product(
       plan=FACTORED if drawn else plan,
       forwards=forwards,
       view=site.view,
+      path=site.path,
     )
     if how == FACTORED:
 
@@ -315,6 +324,8 @@ def adapted_product(
       assert link.forward is not None and link.weights is not None
       made = link.forward(own, site, x, key, inner)
       if made is None:
+        if plan == FACTORED:
+          raise no_factored(site.path, site.view)
         return of_weights(partial(link.weights, own, site))(x)
       y, penalty = made
       if penalty is not None:
