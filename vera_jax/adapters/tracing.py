@@ -274,7 +274,8 @@ def _uncalled(
     if path[-1] == "kernel":
       held[path[:-1]] = why
     else:
-      other[path[:-1]] = other[path] = why
+      other[path] = why
+      other.setdefault(path[:-1], why)  # its first parameter's
   if traced.applied is not None:
     for path in traced.calls.keys() - traced.applied:
       held[path] = (
