@@ -31,6 +31,7 @@ from vera_jax.adapters.products import (
   adapted_product,
   choose,
   no_factored,
+  plus,
 )
 from vera_jax.adapters.sites import (
   Fused,
@@ -355,10 +356,7 @@ def _with_weights(product: Product, kernel: Array, bias: Array | None) -> Any:
   kernel = kernel.astype(product.dtype)
   if product.call is not None:
     return product.call(kernel, bias)
-  y = product.multiply(product.x, kernel)
-  if bias is not None:
-    y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-  return product.finish(y)
+  return product.finish(plus(product.multiply(product.x, kernel), bias))
 
 
 def _layers_of(params: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:

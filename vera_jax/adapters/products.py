@@ -49,7 +49,7 @@ from vera_jax.adapters.sites import is_on
 from vera_jax.adapters.structured import Structured
 from vera_jax.errors import UserError
 
-Product = Callable[[Array], Array]
+Forward = Callable[[Array], Array]  # x -> x times the weights so far
 AUTO, FACTORED = "auto", "factored"
 OLD_NAMES = {"mixed": "folded_forward"}
 
@@ -265,20 +265,20 @@ def adapted_product(
   penalties: list[Array] = []
   drawn = False  # whether the product so far may be more than its weights say
 
-  again: Callable[[Product], Product] = jax.checkpoint if remake else _as_it_is
+  again: Callable[[Forward], Forward] = jax.checkpoint if remake else _as_it_is
 
   def of_weights(
     weights: Callable[[], tuple[Array, Array | None]],
-  ) -> Product:
+  ) -> Forward:
     def product(x: Array) -> Array:
       kernel, bias = weights()
-      return _plus(multiply(x, kernel.astype(dtype)), bias)
+      return plus(multiply(x, kernel.astype(dtype)), bias)
 
     return again(product)
 
   def of_low_rank(
-    inner: Product, site: Site, factors: LowRank
-  ) -> tuple[Product, Site | None]:
+    inner: Forward, site: Site, factors: LowRank
+  ) -> tuple[Forward, Site | None]:
     """The product, and the site by its kernel, where that is made for it."""
     tokens = math.prod(x.shape[:-1]) if rows is None else rows
     how = choose(
@@ -313,13 +313,13 @@ def adapted_product(
 
     def product(x: Array) -> Array:
       y = folded_forward(multiply, site.project, x, kernel(), down, up)
-      return _plus(y, site.bias)
+      return plus(y, site.bias)
 
     return again(product), known
 
   def of_forward(
-    link: Adapter, own: Leaves, site: Site, key: Any, inner: Product
-  ) -> Product:
+    link: Adapter, own: Leaves, site: Site, key: Any, inner: Forward
+  ) -> Forward:
     def product(x: Array) -> Array:
       assert link.forward is not None and link.weights is not None
       made = link.forward(own, site, x, key, inner)
@@ -337,7 +337,7 @@ def adapted_product(
   def base(x: Array, site: Site = site) -> Array:
     return of_weights(lambda: (site.kernel(), site.bias))(x)
 
-  product: Product = base
+  product: Forward = base
   here = [x for x in enumerate(adapter.methods) if is_on(x[1], site.path)]
   for number, link in here:
     own, known = link.own(leaves), None
@@ -364,11 +364,12 @@ def adapted_site(link: Adapter, own: Leaves, site: Site) -> Site:
   return site._replace(kernel=lambda: weights()[0], bias=bias)
 
 
-def _as_it_is(product: Product) -> Product:
+def _as_it_is(product: Forward) -> Forward:
   return product
 
 
-def _plus(y: Float[Array, "*t o"], bias: Array | None) -> Float[Array, "*t o"]:
+def plus(y: Float[Array, "*t o"], bias: Array | None) -> Float[Array, "*t o"]:
+  """y and a bias (o,), in y's type."""
   if bias is None:
     return y
   return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

@@ -255,7 +255,10 @@ def _tree(
 
 
 def role_of(path: Path) -> tuple[str, list[int]]:
-  """("encoder", "layer_3", "query") -> ("encoder/layer/query", [3])."""
+  """("encoder", "layer_3", "query") -> ("encoder/layer/query", [3]).
+
+  A layer's name and number, the same in a looped and in a scanned stack.
+  """
   name = "/".join(path)
   numbers = [int(n) for n in re.findall(r"_(\d+)(?=/|$)", name)]
   return re.sub(r"_\d+(?=/|$)", "", name), numbers
