@@ -146,7 +146,10 @@ def _embed(layer: Any, params: Params, inputs: Array) -> Product | str:
   (`intercept.py`).
   """
   if layer.num_embeddings == 1:
-    return "its one row is looked up by nothing"
+    return (
+      "with a single row flax returns that row without a look-up, so there is"
+      " nothing to adapt"
+    )
   table = params["embedding"]
   (like,) = layer.promote_dtype(
     jnp.zeros((), table.dtype), dtype=layer.dtype, inexact=False

@@ -71,7 +71,8 @@ def count_layers(targets: Mapping[Path, Target]) -> str:
   parts = {path[-1] for path, target in targets.items() if target.columns}
   named = f", in the parts {', '.join(sorted(parts))}" if parts else ""
   total = kinds.total()
-  return f"{total} layer{'s' * (total != 1)}: {shown}{named}"
+  noun = "layer" if total == 1 else "layers"
+  return f"{total} {noun}: {shown}{named}"
 
 
 def arrays_at(tree: Tree, path: Path = ()) -> Tree:

@@ -115,11 +115,15 @@ def _read(file: BytesIO) -> dict[str, np.ndarray]:
   numbers = {}
   for key in _Plain(file).load():
     (size,) = np.frombuffer(file.read(8), "<i8")
-    storage = known[key]
+    storage = known.get(key)
+    if storage is None:
+      raise ValueError(f"no tensor names the storage {key}")
     if size != storage.size:
       raise ValueError(f"the storage {key} has {size} numbers")
     content = file.read(storage.size * storage.dtype.itemsize)
     numbers[key] = np.frombuffer(content, storage.dtype)
+  if missing := known.keys() - numbers.keys():
+    raise ValueError(f"it lacks the storages {', '.join(sorted(missing))}")
   return {name: _array(tensor, numbers) for name, tensor in entries}
 
 
@@ -128,7 +132,7 @@ def _array(tensor: Stored, numbers: dict[str, np.ndarray]) -> np.ndarray:
   storage, steps = numbers[tensor.storage.key], zip(*tensor[2:], strict=True)
   last = tensor.offset + sum((n - 1) * step for n, step in steps)
   if min((tensor.offset, *tensor.shape, *tensor.strides)) < 0:
-    raise ValueError(f"a tensor has the shape {tensor.shape}")
+    raise ValueError("a tensor has a negative offset, size or stride")
   if 0 not in tensor.shape and last >= len(storage):
     raise ValueError(f"a tensor ends at {last} of {len(storage)} numbers")
   return np.lib.stride_tricks.as_strided(
