@@ -465,6 +465,19 @@ def test_a_derived_layers_own_code_is_kept(method):
   assert ready.targets["remade",].view.plans == PLANS
 
 
+class Renamed(nn.Dense):
+  @nn.compact
+  def __call__(self, x):
+    shape = x.shape[-1], self.features
+    return x @ self.param("w", nn.initializers.ones, shape)
+
+
+def test_a_derived_class_without_the_layers_kernel_is_refused():
+  model = nn.Sequential([Renamed(3), nn.Dense(2)])
+  with pytest.raises(UserError, match="layers_0: .*no parameter 'kernel'"):
+    find_targets(model, ["layers_0"], jnp.ones((2, 4)))
+
+
 @pytest.mark.parametrize("method", [vera(RANK), ia3()], ids=["vera", "ia3"])
 def test_a_batch_of_adapters_makes_no_kernel_for_each(method):
   """Factored, as in a bank: on convolutions, tables, equations and cells."""

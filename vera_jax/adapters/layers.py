@@ -244,6 +244,8 @@ def _derived(
   view = View(type(layer).__name__)
   if isinstance(layer, nn.Embed):
     view = view._replace(kernel="embedding", looked_up=True)
+  if view.kernel not in params:
+    return f"its class has a call of its own, and no parameter {view.kernel!r}"
   kernel = params[view.kernel]
   given = [*args, *kwargs.values()]
   if isinstance(layer, nn.Einsum):
@@ -287,7 +289,7 @@ def _by_own_code(
   args: Any,
   kwargs: Mapping[str, Any],
 ) -> Product:
-  """The product, made by the layer's own call with other parameters."""
+  """The product, made by the layer's own call with another kernel and bias."""
   bare, name = layer.clone(parent=None, name=None), made.view.kernel
 
   def call(kernel: Array, bias: Array | None) -> Any:
