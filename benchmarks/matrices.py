@@ -45,7 +45,7 @@ from configs import rte
 from experiments import cli
 from vera_jax.adapters.interface import Adapter, Leaves, Site, Target
 from vera_jax.adapters.interface import Path as Place
-from vera_jax.adapters.products import adapted_product, choose
+from vera_jax.adapters.products import adapted_product
 from vera_jax.adapters.vera import vera
 from vera_jax.files import read_json
 
@@ -287,23 +287,6 @@ def compile_layer(
 
 def _same(kernel: Array) -> Array:
   return kernel
-
-
-def cheapest(network: Network, pair: str, tokens: int) -> str:
-  """The plans that "auto" takes, by counted FLOPs of a training step."""
-  adapter = vera(RANK, init=pair)
-  targets, shared, leaves = adapted_sites(network, adapter)
-  assert adapter.low_rank is not None
-  found = []
-  for path, target in targets.items():
-    site = Site(path, *target[:2], kernel=lambda: jnp.zeros(()), shared=shared)
-
-    def plan(own: Leaves, site: Site = site) -> None:
-      assert adapter.low_rank is not None
-      found.append(choose(tokens, adapter.low_rank(own, site)))
-
-    jax.eval_shape(plan, leaves[path])
-  return " and ".join(dict.fromkeys(found))
 
 
 def markdown(result: Mapping[str, Any]) -> str:

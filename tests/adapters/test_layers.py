@@ -23,6 +23,7 @@ from tests.adapters.architectures import (
   CastEinsum,
   Decoder,
   Depthwise,
+  Derived,
   Einsum,
   Images,
   Mixed,
@@ -42,10 +43,10 @@ from vera_jax.adapters.intercept import KEYS
 from vera_jax.adapters.interface import EMPTY, PLANS, Site, Target
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.merge import merge
-from vera_jax.adapters.products import choose
+from vera_jax.adapters.products import choose, costs
 from vera_jax.adapters.pvera import pvera
 from vera_jax.adapters.sites import count_layers, first_leaves, make_shared
-from vera_jax.adapters.tracing import init_shapes
+from vera_jax.adapters.tracing import init_shapes, trace_sites
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 
@@ -260,6 +261,38 @@ def test_a_convolutions_plan_follows_from_its_output_positions():
     for n in (25, 250_000)
   )
   assert [*few.values(), *many.values()] == ["factored", "folded"]
+  wide = {("conv",): Target(9 * 512, 512, view=view)}
+  structured = vera(1024, init="structured")  # no transform is convolved with
+  assert plans_at(structured, wide, {("conv",): 2048}) == {("conv",): "folded"}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_convolution_is_priced_with_its_matrix_formed(plan):
+  """As compiled, within 10 %: lax convolves with no transform of signs."""
+  method, x = vera(64, init="structured"), jnp.zeros((1, 10, 10, 16))
+  model = adapt(
+    nn.Sequential([nn.Conv(96, (3, 3), padding="VALID", use_bias=False)]),
+    method,
+    targets=["layers_0"],
+    plan=plan,
+  )
+  variables = jax.eval_shape(model.init, jax.random.key(0), x)
+  (target,) = model.find_targets(x).values()
+  params = variables["params"]["layers_0"]
+  own = method.own(params)
+
+  def loss(own, x, kernel, projections):
+    params = {"layers_0": {"kernel": kernel, **own}}
+    y = model.apply({"params": params, "projections": projections}, x)
+    return jnp.sum(y**2)
+
+  step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+  given = own, x, params["kernel"], variables["projections"]
+  flops = step.lower(*given).compile().cost_analysis()["flops"]
+  site = Site(("",), *target[:2], lambda: None, shared=variables["projections"])
+  priced = costs(64, method.low_rank({}, site), view=target.view)[plan]
+  base = 2 * 64 * target.inputs * target.outputs
+  assert flops == pytest.approx(2 * (priced + base), rel=0.1)
 
 
 def test_depthwise_convolutions_are_scaled_alone():
@@ -350,6 +383,20 @@ def test_one_step_of_a_cell_is_factored_where_that_is_cheaper():
         jax.eval_shape(partial(made.adapted, plan="factored"), made.moved)
 
 
+@pytest.mark.parametrize("rank, plan", [(RANK, "folded"), (1, "factored")])
+def test_a_cells_plan_is_the_one_that_a_run_prints(rank, plan):
+  """By the rows of all steps; no delta is made in a step."""
+  method, patterns = vera(rank), ["cell/h.*"]
+  ready = Ready(Recurrent("gru"), method, patterns, SEQUENCE)
+  targets, calls, _ = trace_sites(ready.model, patterns, SEQUENCE)
+  tokens = {path: call.tokens for path, call in calls.items()}
+  assert set(tokens.values()) == {3 * 6}
+  assert set(plans_at(method, targets, tokens).values()) == {plan}
+  inside = list(loops(jax.make_jaxpr(ready.adapted)(ready.moved).jaxpr))
+  assert (((3, 4), (4, rank)) in inside) == (plan == "factored")
+  assert ((4, rank), (rank, 4)) not in inside
+
+
 def test_random_numbers_in_a_cell():
   """nn.RNN passes keys to its cell only if it is told to."""
   options = FrozenDict(split_rngs=FrozenDict({"params": False, KEYS: True}))
@@ -372,6 +419,20 @@ def test_random_numbers_in_a_cell():
         jax.eval_shape(run)
 
 
+def test_a_cell_without_random_numbers_in_it_needs_no_keys():
+  """PVeRA draws them in another layer of the network."""
+  method = chain(
+    pvera(RANK)._replace(on=("classifier",)), ia3()._replace(on=("cell/.*",))
+  )
+  ready = Ready(
+    Recurrent("optimised"), method, ["cell/.*", "classifier"], SEQUENCE
+  )
+  variables = {"params": ready.moved, "projections": ready.projections}
+  run = partial(ready.module.apply, variables, SEQUENCE)
+  key = jax.random.key(1)
+  assert jax.eval_shape(lambda: run(rngs={KEYS: key})).shape == (3, 6, 3)
+
+
 OTHERS = {
   "vera, a pair per layer": METHODS["vera, a pair per layer"].adapter,
   "ia3": ia3(feedforward=("conv", "table", "cell/.*")),
@@ -388,10 +449,40 @@ def test_other_methods_on_every_kind(name):
   )
 
 
-def test_a_batch_of_adapters_makes_no_kernel_for_each():
+@pytest.mark.parametrize(
+  "method",
+  [vera(RANK), ia3(feedforward=("conv", "table", "dense"))],
+  ids=["vera", "ia3"],
+)
+def test_a_derived_layers_own_code_is_kept(method):
+  """With the bias and IA3's scales inside it. A transformation of flax's layer
+  is no code of its own."""
+  kept = ("table", "conv", "dense", "heads", "einsum")
+  ready = Ready(Derived(), method, [*kept, "remade"], IDS)
+  ready.check()
+  plans = {name: ready.targets[name,].view.plans for name in kept}
+  assert plans == dict.fromkeys(kept, ("folded",))
+  assert ready.targets["remade",].view.plans == PLANS
+
+
+class Renamed(nn.Dense):
+  @nn.compact
+  def __call__(self, x):
+    shape = x.shape[-1], self.features
+    return x @ self.param("w", nn.initializers.ones, shape)
+
+
+def test_a_derived_class_without_the_layers_kernel_is_refused():
+  model = nn.Sequential([Renamed(3), nn.Dense(2)])
+  with pytest.raises(UserError, match="layers_0: .*no parameter 'kernel'"):
+    find_targets(model, ["layers_0"], jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize("method", [vera(RANK), ia3()], ids=["vera", "ia3"])
+def test_a_batch_of_adapters_makes_no_kernel_for_each(method):
   """Factored, as in a bank: on convolutions, tables, equations and cells."""
   targets = [x for x in MIXED if "gates" not in x]
-  ready = Ready(Mixed(), vera(RANK), targets, IDS, plan="factored")
+  ready = Ready(Mixed(), method, targets, IDS, plan="factored")
   amounts = jnp.asarray([0.5, -0.4, 0.3, 0.1, 0.2])
   own = {
     path: leaf[None] + jnp.multiply.outer(amounts, jnp.ones(leaf.shape))
@@ -401,12 +492,29 @@ def test_a_batch_of_adapters_makes_no_kernel_for_each():
   def run(own):
     return ready.adapted(unflatten_dict(flatten_dict(ready.start) | own))
 
-  together = jax.jit(jax.vmap(run))(own)
-  alone = jax.jit(run)({path: leaf[1] for path, leaf in own.items()})
-  np.testing.assert_allclose(together[1], alone, atol=1e-5)
+  if method.name == "vera":
+    together = jax.jit(jax.vmap(run))(own)
+    alone = jax.jit(run)({path: leaf[1] for path, leaf in own.items()})
+    np.testing.assert_allclose(together[1], alone, atol=1e-5)
   program = str(jax.make_jaxpr(jax.vmap(run))(own))
   for kernel in ("7,4]", "3,4,4]", "12,4]", "4,4]", "2,4,3]", "4,6]"):
     assert f"f32[5,{kernel}" not in program
+
+
+@pytest.mark.parametrize(
+  "method, target, message",
+  [
+    (ia3(feedforward=("conv",)), "conv", r"of conv \(Conv\)"),
+    (ia3(feedforward=("table",)), "table", r"of table \(Embed\)"),
+    (ia3(), "gates/.*", r"of gates/.* \(DenseParams\)"),
+  ],
+)
+def test_a_bank_refuses_scales_that_need_a_kernel_for_each(
+  method, target, message
+):
+  ready = Ready(Mixed(), method, [target], IDS, plan="factored")
+  with pytest.raises(UserError, match=f"{message}.*no factored plan"):
+    jax.eval_shape(ready.adapted, ready.moved)
 
 
 def test_a_tied_output_layer_is_only_folded():
@@ -424,7 +532,7 @@ def test_a_tied_output_layer_is_only_folded():
       "gating_einsum",
       "mlp/gating_einsum: its gating_einsum is",
     ),
-    (Decoder(), "mlp", "layer_1/mlp: its .* is read without a call"),
+    (Decoder(), "mlp", "layer_1/mlp: its gating_einsum is read without"),
     (Bypassed(), "out", "out: it is called only while the model is init"),
   ],
 )
@@ -444,23 +552,23 @@ def test_every_layer_is_asked_for_without_those_never_called():
 class Equation(nn.Module):
   equation: str
   shape: tuple[int, ...]
-  scale: float = 1.0
+  more: str = ""
 
   @nn.compact
   def __call__(self, x):
-    y = Scaled(self.shape, self.scale, name="layer")(self.equation, x)
+    y = Multiplied(self.shape, self.more, name="layer")(self.equation, x)
     return nn.Dense(2, name="other")(y.reshape(len(x), -1))
 
 
-class Scaled(nn.Module):
+class Multiplied(nn.Module):
   shape: tuple[int, ...]
-  scale: float
+  more: str
 
   @nn.compact
   def __call__(self, eqn, x):
     w = self.param("w", nn.initializers.normal(1.0), self.shape)
-    y = jnp.einsum(eqn, x, w)
-    return y if self.scale == 1 else self.scale * y
+    y = jnp.einsum(eqn, x, w.swapaxes(0, 1) if self.more == "turned" else w)
+    return 3 * y if self.more == "scaled" else y
 
 
 @pytest.mark.parametrize(
@@ -478,12 +586,13 @@ def test_equations_that_are_no_product_of_rows(equation, shape, reason):
     find_targets(Equation(equation, shape), ["layer"], x)
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_dots_in_an_equation_and_what_else_a_module_does(scale):
-  """Of a module that does more than multiply its own call is kept."""
-  model = Equation("...F,NHF->...NH", (2, 3, 4), scale)
+@pytest.mark.parametrize("more", ["", "scaled", "turned"])
+def test_dots_in_an_equation_and_what_else_a_module_does(more):
+  """Of a module that does more than multiply its own call is kept: also where
+  a square kernel is turned, which no shape tells."""
+  model = Equation("...F,NHF->...NH", (3, 3, 4), more)
   x = jnp.asarray(RNG.normal(size=(2, 3, 4)), jnp.float32)
   ready = Ready(model, vera(RANK), ["layer"], x)
   ready.check()
   view = ready.targets["layer",].view
-  assert view.plans == (PLANS if scale == 1 else ("folded",))
+  assert view.plans == (("folded",) if more else PLANS)

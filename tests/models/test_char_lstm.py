@@ -163,7 +163,7 @@ def config(tmp_path_factory):
   return make
 
 
-def test_head_trains_the_output_layer_and_other_methods_leave_it():
+def test_what_each_method_trains_of_the_output_layer():
   trained = {}
   for method in ("head", "bitfit", "full"):
     plan, params = built(method=method)

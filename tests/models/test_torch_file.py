@@ -94,13 +94,17 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(place, tmp_path):
     ),
     (
       file_of(b"}Vx\n" + tensor(b"7", 6, (2,), (-1,), 1) + b"s", ONE),
-      "has the shape",
+      "a negative offset, size or stride",
     ),
+    (
+      file_of(b"}Vx\n" + tensor(b"7", 6, (2,), (1,)) + b"s", STORAGES),
+      "no tensor names the storage 9",
+    ),
+    (file_of(GOOD, ONE), "it lacks the storages 9"),
     (file_of(GOOD, STORAGES)[:-9], "no whole file"),
-    (b"PK\x03\x04 and more", "the format that torch has since 1.6"),
     (b"\x80\x02}.", "no whole file"),
   ],
-  ids=range(8),
+  ids=range(9),
 )
 def test_what_is_no_whole_state_dict(content, words, tmp_path):
   (tmp_path / "a.pth").write_bytes(content)

@@ -213,6 +213,7 @@ def plans_at(
           plan=plan,
           forwards=forwards,
           view=views[site.path],
+          path=site.path,
         )
 
   def note(params: Any) -> None:

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.core import meta
 from flax.core.scope import in_filter
@@ -19,13 +18,21 @@ from jax import Array
 from vera_jax.adapters.interface import Adapter, Leaves, Path, Site, View
 from vera_jax.adapters.layers import (
   Product,
+  cell_rows,
   flat_bias,
   flat_kernel,
+  in_cell,
   is_own_call,
   own_call,
   product_of,
 )
-from vera_jax.adapters.products import FACTORED, adapted_product, choose
+from vera_jax.adapters.products import (
+  FACTORED,
+  adapted_product,
+  choose,
+  no_factored,
+  plus,
+)
 from vera_jax.adapters.sites import (
   Fused,
   arrays_at,
@@ -88,7 +95,9 @@ class Interception:
 
     if path in self.ready:  # of a recurrent cell, from before its loop
       return _with_weights(product, *self.ready[path])
-    random = self.adapter.is_random and layer.has_rng(KEYS)
+    inside = any(path[: len(cell)] == cell for cell in self.cells)
+    if inside and len(params[product.view.kernel].shape) == 2:
+      product = product._replace(view=in_cell(product.view))
     remake = quantised and self.forwards == 1
     stored: Any = params[product.view.kernel]
     half = quantised and product.plain and stored.format == HALF
@@ -112,12 +121,17 @@ class Interception:
       project=product.project,
     )
     pieces = list(self._pieces(whole, own, projections))
+    keyed = self.adapter.is_random and layer.has_rng(KEYS)
     folded_only = product.view.plans == ("folded",)
-    if product.multiply is None or (folded_only and len(pieces) > 1):
-      if random:
-        product.project(product.x, kernel())  # which refuses it
-      self._is_factored(pieces, product.rows)  # or refuses to be folded
-      return _with_weights(product, *_weights(pieces))
+    if folded_only and keyed and _draw(pieces):
+      raise UserError(
+        f"{'/'.join(path)} is a {product.view.kind} whose delta can only be"
+        " folded into its kernel; a method that draws numbers in training, such"
+        " as PVeRA, has none there. Choose another method, or leave the layer"
+        " out of the targets."
+      )
+    if product.call is not None or (folded_only and len(pieces) > 1):
+      return _with_weights(product, *self._whole(pieces))
     made = []
     for adapter, leaves, site in pieces:
       y, penalty = adapted_product(
@@ -131,7 +145,7 @@ class Interception:
         plan=self.plan,
         forwards=self.forwards,
         remake=remake,
-        key=layer.make_rng(KEYS) if random and adapter.is_random else None,
+        key=layer.make_rng(KEYS) if keyed and adapter.is_random else None,
       )
       if penalty is not None:
         layer.sow(PENALTIES, "sum", penalty)
@@ -140,21 +154,20 @@ class Interception:
     return product.finish(y)
 
   def _call_cell(self, next_fun, args, kwargs, layer):
-    """A recurrent cell, or `nn.RNN` with one: its kernels are adapted once,
-    outside the loop over time that is in here, and taken from `ready`."""
+    """A recurrent cell, or `nn.RNN` with one: its kernels are adapted once per
+    call of this, and taken from `ready`. That is outside the loop over time of
+    `nn.RNN`, but inside `nn.scan(nn.LSTMCell)`, whose steps are the calls."""
     cell = layer.cell if isinstance(layer, nn.RNN) else layer
     if cell.path in self.cells:
       return next_fun(*args, **kwargs)
     # nn.RNN passes on nothing but parameters, nor random keys
     self.cells[cell.path] = cell.variables.get("projections", {})
-    random = self.adapter.is_random and layer.has_rng(KEYS)
-    if random and isinstance(layer, nn.RNN):
+    keyed = self.adapter.is_random and layer.has_rng(KEYS)
+    if keyed and isinstance(layer, nn.RNN):
       self._check_keys(layer, cell)
     ready = {}
-    if self.plan != FACTORED and not random:
-      given = jax.tree.leaves((args, kwargs))
-      rows = max(x.size // x.shape[-1] for x in given if jnp.ndim(x))
-      ready = self._ready(cell, rows)
+    if self.plan != FACTORED:
+      ready = self._ready(cell, cell_rows(args, kwargs), keyed=keyed)
     self.ready.update(ready)
     try:
       return next_fun(*args, **kwargs)
@@ -163,12 +176,14 @@ class Interception:
       for path in ready:
         del self.ready[path]
 
-  def _ready(self, cell: nn.Module, rows: int) -> dict[Path, Weights]:
+  def _ready(
+    self, cell: nn.Module, rows: int, *, keyed: bool
+  ) -> dict[Path, Weights]:
     """The adapted kernels of two axes in a cell, where folding them is cheaper
-    than two products per step."""
-    plans: tuple[str, ...] = (FACTORED, "folded")
+    than two products per step, and no random numbers are drawn (`keyed`)."""
+    view = in_cell(View())
     if isinstance(cell, nn.OptimizedLSTMCell):  # all gates are one product
-      plans = ("folded",)
+      view = view._replace(plans=("folded",))
     ready: dict[Path, Weights] = {}
     for place, own in _layers_of(cell.variables.get("params", {})):
       path = (*cell.path, *place)
@@ -182,19 +197,28 @@ class Interception:
         outputs,
         partial(flat_kernel, params, (), outputs),
         flat_bias(params, ()),
-        view=View(plans=plans),
+        view=view,
       )
       pieces = list(self._pieces(whole, own, self.below(path)))
-      if not self._is_factored(pieces, rows):
-        kernel, bias = _weights(pieces)
+      drawn = keyed and _draw(pieces)
+      if not drawn and not self._is_factored(pieces, rows):
+        kernel, bias = self._whole(pieces)
         ready[path] = kernel.astype(params["kernel"].dtype), bias
     return ready
 
   def _check_keys(self, layer: nn.RNN, cell: nn.Module) -> None:
     """Raises where `nn.RNN` would keep random keys from its cell."""
     passed = any(in_filter(names, KEYS) for names in layer.split_rngs)
-    places = (p for p, _ in _layers_of(cell.variables.get("params", {})))
-    if not passed and any(self._is_target((*cell.path, *p)) for p in places):
+    places = (
+      (*cell.path, *place)
+      for place, _ in _layers_of(cell.variables.get("params", {}))
+    )
+    drawn = any(
+      self._is_target(path) and link.is_random and is_on(link, path)
+      for path in places
+      for link in self.adapter.methods
+    )
+    if drawn and not passed:
       raise UserError(
         f"{self.adapter.name} draws random numbers in training, which nn.RNN"
         f" keeps from its cell {'/'.join(cell.path)}: make it with split_rngs="
@@ -209,8 +233,7 @@ class Interception:
     rows, width = table.shape
     whole = Site(layer.path, rows, width, lambda: table, view=view)
     pieces = list(self._pieces(whole, own, projections))
-    self._is_factored(pieces, 1)  # or refuses to be folded
-    adapted = {"embedding": _weights(pieces)[0].astype(table.dtype)}
+    adapted = {"embedding": self._whole(pieces)[0].astype(table.dtype)}
     bare = layer.clone(parent=None, name=None)
     return own_call(bare, adapted, *args, method="attend", **kwargs)
 
@@ -223,11 +246,36 @@ class Interception:
         plan=self.plan,
         forwards=self.forwards,
         view=site.view,
+        path=site.path,
       )
       for adapter, leaves, site in pieces
       for link in adapter.methods
       if link.low_rank is not None and is_on(link, site.path)
     ]
+
+  def _whole(self, pieces: Sequence[Piece]) -> Weights:
+    """A layer's adapted kernel (i, o) and bias, put together of its pieces.
+
+    Raises:
+      UserError: no kernel is to be made, since each row may have another.
+    """
+    kernels: list[Array] = []
+    biases: list[Any] = []
+    for adapter, leaves, site in pieces:
+      kernel, bias = site.kernel(), site.bias
+      if adapter.weights is not None:
+        on = any(
+          link.weights and is_on(link, site.path) for link in adapter.methods
+        )
+        if on and self.plan == FACTORED:
+          raise no_factored(site.path, site.view)
+        kernel, bias = adapter.weights(leaves, site)
+      kernels.append(kernel)
+      biases.append(bias)
+    if len(pieces) == 1:
+      return kernels[0], biases[0]
+    bias = None if biases[0] is None else jnp.concatenate(biases)
+    return jnp.concatenate(kernels, axis=-1), bias
 
   def _pieces(self, whole: Site, own: Any, projections: Any) -> Iterator[Piece]:
     """The sites of a layer and what lies between them, column by column.
@@ -294,33 +342,21 @@ class Interception:
     return {}
 
 
-def _weights(
-  pieces: Sequence[Piece],
-) -> Weights:
-  """A layer's adapted kernel (i, o) and bias, put together of its pieces."""
-  kernels: list[Array] = []
-  biases: list[Any] = []
-  for adapter, leaves, site in pieces:
-    kernel, bias = site.kernel(), site.bias
-    if adapter.weights is not None:
-      kernel, bias = adapter.weights(leaves, site)
-    kernels.append(kernel)
-    biases.append(bias)
-  if len(pieces) == 1:
-    return kernels[0], biases[0]
-  bias = None if biases[0] is None else jnp.concatenate(biases)
-  return jnp.concatenate(kernels, axis=-1), bias
+def _draw(pieces: Sequence[Piece]) -> bool:
+  """Whether a method that is on one of the pieces draws random numbers."""
+  return any(
+    link.is_random and is_on(link, site.path)
+    for adapter, _, site in pieces
+    for link in adapter.methods
+  )
 
 
 def _with_weights(product: Product, kernel: Array, bias: Array | None) -> Any:
-  """The layer's output with other weights; or these, where it hands them on."""
+  """The layer's output with other weights."""
   kernel = kernel.astype(product.dtype)
-  if product.multiply is None:
-    return kernel, bias
-  y = product.multiply(product.x, kernel)
-  if bias is not None:
-    y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-  return product.finish(y)
+  if product.call is not None:
+    return product.call(kernel, bias)
+  return product.finish(plus(product.multiply(product.x, kernel), bias))
 
 
 def _layers_of(params: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:

@@ -41,6 +41,8 @@ class View(NamedTuple):
       positions of a convolution's window, or 1.
     groups: parts of the inputs of which each output sees one.
     looked_up: whether x are row numbers, so that no product is made.
+    forms: whether the layer multiplies x with matrices in full alone, so that
+      one that is structured is formed first.
     plans: the plans that the layer allows.
   """
 
@@ -50,6 +52,7 @@ class View(NamedTuple):
   taps: int = 1
   groups: int = 1
   looked_up: bool = False
+  forms: bool = False
   plans: tuple[str, ...] = PLANS
 
   @property

@@ -7,13 +7,14 @@ the table in words. A kernel may be stored in fewer bits
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.recurrent import DenseParams
 from jax import Array
 from jax.typing import DTypeLike
@@ -21,10 +22,12 @@ from jaxtyping import Float
 
 from vera_jax.adapters.interface import MATRIX, Matrix, View
 from vera_jax.adapters.structured import as_array
-from vera_jax.errors import UserError
 from vera_jax.models.quantised import dequantise, is_quantised
 
 Params = Mapping[str, Any]  # a layer's own parameters
+BATCH_DIMS = (
+  "it has a kernel for each row (batch_dims), which no one delta fits"
+)
 
 
 class Product(NamedTuple):
@@ -40,10 +43,12 @@ class Product(NamedTuple):
     rows: of all t.
     multiply: (x, kernel (i, o)) -> (*t, o), as the layer itself does it, and
       the same with a part of the columns where the layer allows to factor.
-      None for a layer that makes no product but hands its parameters on.
     project: (x, matrix (i, n)) -> (*t, n), as `Site.project`.
     finish: (*t, o) -> the layer's output.
     plain: whether `multiply` is `x @ kernel`.
+    call: (kernel (i, o), bias (o,) or None) -> the layer's output, by code that
+      may do anything with them. Where it is there, only folding is right, and
+      the three functions before it are not used.
   """
 
   view: View
@@ -53,16 +58,17 @@ class Product(NamedTuple):
   dtype: DTypeLike
   bias: Float[Array, " _"] | None
   rows: int
-  multiply: Callable[[Array, Array], Array] | None
+  multiply: Callable[[Array, Array], Array] = operator.matmul
   project: Callable[[Array, Matrix], Array] = operator.matmul
   finish: Callable[[Array], Array] = lambda y: y
   plain: bool = False
+  call: Callable[[Array, Array | None], Any] | None = None
 
 
 def _dense(layer: Any, params: Params, inputs: Array) -> Product | str:
   """`nn.Dense` and `nn.DenseGeneral`, with any axes and features."""
   if getattr(layer, "batch_dims", ()):
-    return "it has a kernel for each row (batch_dims), which no one delta fits"
+    return BATCH_DIMS
   axis, features = getattr(layer, "axis", -1), layer.features
   axes = axis if isinstance(axis, Sequence) else (axis,)
   axes = tuple(sorted(a % inputs.ndim for a in axes))
@@ -101,8 +107,7 @@ def _dense(layer: Any, params: Params, inputs: Array) -> Product | str:
 def _conv(layer: Any, params: Params, inputs: Array) -> Product:
   """`nn.Conv`: a window's taps times its channels are the inputs.
 
-  A layer that sees its inputs in groups, masks its kernel, or is of a class
-  derived from `nn.Conv`, which may do what it likes, is only folded.
+  A layer that sees its inputs in groups or masks its kernel is only folded.
   """
   kernel = params["kernel"]
   *window, channels, outputs = kernel.shape
@@ -116,12 +121,11 @@ def _conv(layer: Any, params: Params, inputs: Array) -> Product:
     return own_call(wide, own, x)
 
   groups = layer.feature_group_count
-  folded_only = (
-    groups > 1 or layer.mask is not None or type(layer) is not nn.Conv
-  )
+  folded_only = groups > 1 or layer.mask is not None
   whole = math.prod(window) * channels, outputs
   y = jax.eval_shape(project, x, jax.ShapeDtypeStruct(whole, x.dtype))
-  view = View(type(layer).__name__, taps=math.prod(window), groups=groups)
+  kind = type(layer).__name__
+  view = View(kind, taps=math.prod(window), groups=groups, forms=True)
   return Product(
     view=view._replace(plans=("folded",)) if folded_only else view,
     inputs=whole[0],
@@ -131,7 +135,7 @@ def _conv(layer: Any, params: Params, inputs: Array) -> Product:
     bias=bias,
     rows=math.prod(y.shape[:-1]),
     multiply=project,
-    project=_refusing(layer) if folded_only else project,
+    project=project,
   )
 
 
@@ -142,7 +146,10 @@ def _embed(layer: Any, params: Params, inputs: Array) -> Product | str:
   (`intercept.py`).
   """
   if layer.num_embeddings == 1:
-    return "its one row is looked up by nothing"
+    return (
+      "with a single row flax returns that row without a look-up, so there is"
+      " nothing to adapt"
+    )
   table = params["embedding"]
   (like,) = layer.promote_dtype(
     jnp.zeros((), table.dtype), dtype=layer.dtype, inexact=False
@@ -151,9 +158,9 @@ def _embed(layer: Any, params: Params, inputs: Array) -> Product | str:
   def take(ids: Array, table: Matrix) -> Array:
     return jnp.take(as_array(table, like.dtype), ids, axis=0)
 
-  kind = type(layer).__name__
+  view = View(type(layer).__name__, "embedding", looked_up=True, forms=True)
   return Product(
-    view=View(kind, "embedding", looked_up=True, plans=("factored", "folded")),
+    view=view._replace(plans=("factored", "folded")),
     inputs=table.shape[0],
     outputs=table.shape[1],
     x=inputs,
@@ -177,8 +184,7 @@ def _params(layer: Any, params: Params, inputs: Array) -> Product:
     dtype=kernel.dtype,
     bias=params.get("bias"),
     rows=math.prod(inputs.shape[:-1]),
-    multiply=None,
-    project=_refusing(layer),
+    call=lambda kernel, bias: (kernel, bias),
   )
 
 
@@ -223,29 +229,90 @@ def _own_einsum(
 
   kind, dtype = type(layer).__name__, weight.dtype
   made = by_equation(kind, name, texts[0], x, weight.shape, dtype, call)
-  if isinstance(made, str) or _only_multiplies(call, x, weight):
+  if isinstance(made, str) or _is_einsum(call, texts[0], x, weight):
     return made
-  # what else it does is done in its own call alone
+  return _by_own_code(layer, params, made, args, kwargs)
+
+
+def _derived(
+  layer: Any, params: Params, args: Any, kwargs: Mapping[str, Any]
+) -> Product | str:
+  """A layer of a class that is derived from one of flax's and has a `__call__`
+  of its own: which product that makes is unknown, which kernel it has isn't."""
+  if getattr(layer, "batch_dims", ()):
+    return BATCH_DIMS
+  view = View(type(layer).__name__)
+  if isinstance(layer, nn.Embed):
+    view = view._replace(kernel="embedding", looked_up=True)
+  if view.kernel not in params:
+    return f"its class has a call of its own, and no parameter {view.kernel!r}"
+  kernel = params[view.kernel]
+  given = [*args, *kwargs.values()]
+  if isinstance(layer, nn.Einsum):
+    texts = [x for x in given if isinstance(x, str)]
+    equation = str(texts[0] if texts else layer.einsum_str)
+    made = by_equation(
+      view.kind,
+      view.kernel,
+      equation,
+      given[0],
+      kernel.shape,
+      kernel.dtype,
+      lambda x, kernel: jnp.einsum(equation, x, kernel),
+    )
+    if isinstance(made, str):
+      return made
+    view, outputs = made.view, made.outputs
+  elif isinstance(layer, nn.DenseGeneral):
+    outputs = int(np.prod(layer.features))
+  else:
+    outputs = kernel.shape[-1]
+  if isinstance(layer, nn.Conv):
+    taps = math.prod(kernel.shape[:-2])
+    view = view._replace(taps=taps, groups=layer.feature_group_count)
+  made = Product(
+    view=view,
+    inputs=math.prod(kernel.shape) // outputs,
+    outputs=outputs,
+    x=given[0],
+    dtype=kernel.dtype,
+    bias=flat_bias(params, ()),
+    rows=given[0].size // given[0].shape[-1],
+  )
+  return _by_own_code(layer, params, made, args, kwargs)
+
+
+def _by_own_code(
+  layer: Any,
+  params: Params,
+  made: Product,
+  args: Any,
+  kwargs: Mapping[str, Any],
+) -> Product:
+  """The product, made by the layer's own call with another kernel and bias."""
+  bare, name = layer.clone(parent=None, name=None), made.view.kernel
+
+  def call(kernel: Array, bias: Array | None) -> Any:
+    own = {name: own_kernel(kernel, params[name].shape, (), made.view)}
+    if bias is not None:
+      own["bias"] = bias.reshape(params["bias"].shape)
+    return own_call(bare, {**params, **own}, *args, **kwargs)
+
   view = made.view._replace(plans=("folded",))
-  return made._replace(view=view, project=_refusing(layer))
+  return made._replace(view=view, call=call)
 
 
-def _only_multiplies(call: Callable[..., Array], *args: Any) -> bool:
-  """Whether a function's one operation is a product, but for axes and types."""
-
-  def operations(jaxpr: Any) -> Iterator[str]:
-    for equation in jaxpr.eqns:
-      inner = [x for x in equation.params.values() if hasattr(x, "jaxpr")]
-      for one in inner:
-        yield from operations(one.jaxpr)
-      if not inner:
-        yield equation.primitive.name
-
-  found = list(operations(jax.make_jaxpr(call)(*args).jaxpr))
-  return found.count("dot_general") == 1 and set(found) <= {
-    *("dot_general", "transpose", "reshape", "convert_element_type"),
-    *("squeeze", "expand_dims", "sharding_constraint", "copy"),
-  }
+def _is_einsum(
+  call: Callable[[Array, Array], Array], equation: str, x: Array, weight: Array
+) -> bool:
+  """Whether a call's program is jnp.einsum's, with the weight in its own type
+  or in x's, and nothing else: no turned weight, say."""
+  plain = (
+    lambda x, weight: jnp.einsum(equation, x, weight),
+    lambda x, weight: jnp.einsum(equation, x, weight.astype(x.dtype)),
+  )
+  own, *known = (str(jax.make_jaxpr(f)(x, weight)) for f in (call, *plain))
+  return own in known
 
 
 def by_equation(
@@ -352,7 +419,8 @@ def _letters(
 
 See = Callable[..., Product | str | None]
 # The first kind that a layer is an instance of: what a call of it is, or a
-# reason why it can't be adapted; None for a module that is no layer.
+# reason why it can't be adapted; None for a module that is no layer. Of a class
+# derived from one of these, `_derived` says it unless the call is inherited.
 KINDS: dict[type[nn.Module], See] = {
   nn.Dense: _dense,
   nn.DenseGeneral: _dense,
@@ -375,10 +443,28 @@ def product_of(
     params: its own parameters, without an adapter's.
     args, kwargs: of the call.
   """
-  see = next(KINDS[kind] for kind in KINDS if isinstance(layer, kind))
-  if see is not _own_einsum and not params:
+  kind = next(kind for kind in KINDS if isinstance(layer, kind))
+  if kind is nn.Module:
+    return _own_einsum(layer, params, *args, **kwargs)
+  if not params:
     return None  # it is bound to parameters of another module
-  return see(layer, params, *args, **kwargs)
+  if type(layer).__call__ is not kind.__call__:
+    return _derived(layer, params, args, kwargs)
+  return KINDS[kind](layer, params, *args, **kwargs)
+
+
+def cell_rows(args: Any, kwargs: Any) -> int:
+  """The rows that a recurrent cell's kernels see in a call of it, or of
+  `nn.RNN`: those of all time steps."""
+  given = jax.tree.leaves((args, kwargs))
+  return max(x.size // x.shape[-1] for x in given if jnp.ndim(x))
+
+
+def in_cell(view: View) -> View:
+  """A kernel of two axes in a recurrent cell: folded once for all time steps,
+  or factored in each."""
+  plans = tuple(x for x in view.plans if x in ("factored", "folded"))
+  return view._replace(plans=plans)
 
 
 _OWN = ContextVar("own", default=False)
@@ -450,16 +536,3 @@ def _promoted(
   bias = flat_bias(params, ())
   x, bias, _ = layer.promote_dtype(x, bias, like, dtype=layer.dtype)
   return x, bias
-
-
-def _refusing(layer: Any) -> Callable[[Array, Matrix], Array]:
-  name, kind = "/".join(layer.path), type(layer).__name__
-
-  def project(x: Array, matrix: Matrix) -> Array:
-    raise UserError(
-      f"{name} is a {kind} whose delta can only be folded into its kernel; a"
-      " method that draws numbers in training, such as PVeRA, has none there."
-      " Choose another method, or leave the layer out of the targets."
-    )
-
-  return project

@@ -41,6 +41,7 @@ from vera_jax.adapters.interface import (
   Leaves,
   LowRank,
   Matrix,
+  Path,
   Site,
   View,
 )
@@ -48,7 +49,7 @@ from vera_jax.adapters.sites import is_on
 from vera_jax.adapters.structured import Structured
 from vera_jax.errors import UserError
 
-Product = Callable[[Array], Array]
+Forward = Callable[[Array], Array]  # x -> x times the weights so far
 AUTO, FACTORED = "auto", "factored"
 OLD_NAMES = {"mixed": "folded_forward"}
 
@@ -68,7 +69,7 @@ def costs(
   factors: LowRank,
   *,
   forwards: int = 1,
-  looked_up: bool = False,
+  view: View = MATRIX,
 ) -> dict[str, int]:
   """Multiply-adds that a delta costs per training step, by plan.
 
@@ -78,21 +79,27 @@ def costs(
       fixed matrix scaled by trained vectors unless `down` is trained, which in
       factored form needs no product for their gradients.
     forwards: how often a step runs the forward pass: twice with remat.
-    looked_up: whether x is row numbers, by which `down`'s rows are taken.
+    view: of the layer's kernel. Where x are row numbers, rows of `down` are
+      taken; where the layer forms matrices, x @ down is a dense product.
   """
   down, up = factors.down, factors.up
   (inputs, rank), outputs = down.shape, up.shape[-1]
-  to_thin = 0 if looked_up else _cost(down, tokens)
-  to_kernel = 0 if looked_up else tokens * inputs * outputs
+  to_thin = tokens * inputs * rank if view.forms else _cost(down, tokens)
+  to_kernel = tokens * inputs * outputs
+  if view.looked_up:
+    to_thin = to_kernel = 0
   build = _cost(down, outputs)
   formed = _cost(up, rank) if isinstance(up, Structured) else 0
+  formed_down = 0
+  if view.forms and isinstance(down, Structured):
+    formed_down = _cost(down, rank)
   times = forwards + 1 + int(factors.trains_down)
   plans = {
-    "factored": times * (to_thin + _cost(up, tokens)),
+    "factored": times * (to_thin + _cost(up, tokens)) + forwards * formed_down,
     "folded": times * build + forwards * formed + to_kernel,
   }
   if not factors.trains_down:
-    backward = to_thin + tokens * rank * outputs
+    backward = formed_down + to_thin + tokens * rank * outputs
     plans["folded_forward"] = forwards * (build + formed) + backward
   return plans
 
@@ -111,21 +118,19 @@ def choose(
   plan: str = AUTO,
   forwards: int = 1,
   view: View = MATRIX,
+  path: Path = (),
 ) -> str:
   """The plan that is asked for, or for "auto" the cheapest for these shapes.
 
   Where the layer's kind does not allow the plan, the cheapest of those that it
-  allows; but what is not to be folded, as in a bank, never is.
+  allows; but what is not to be folded, as in a bank, never is. The path is for
+  messages.
 
   Raises:
     UserError: the method or the layer has no such plan.
   """
   if plan == FACTORED and plan not in view.plans:
-    raise UserError(
-      f"A {view.kind} whose delta can only be folded into its kernel has no"
-      " factored plan, which a bank of adapters takes too. Choose auto or"
-      " folded; answer by a Predictor for each adapter."
-    )
+    raise no_factored(path, view)
   if plan == "folded_forward" and factors.trains_down:
     raise UserError(
       "The folded_forward plan is for methods with fixed matrices, such as"
@@ -133,8 +138,17 @@ def choose(
     )
   if plan in view.plans:
     return plan
-  priced = costs(tokens, factors, forwards=forwards, looked_up=view.looked_up)
+  priced = costs(tokens, factors, forwards=forwards, view=view)
   return min((x for x in priced if x in view.plans), key=lambda x: priced[x])
+
+
+def no_factored(path: Path, view: View) -> UserError:
+  """Of a layer whose adapted kernel would be made under the factored plan."""
+  return UserError(
+    f"The adapted kernel of {'/'.join(path)} ({view.kind}) can be made only"
+    " as a whole here: it has no factored plan, which a bank of adapters takes"
+    " too. Choose auto or folded; answer by a Predictor for each adapter."
+  )
 
 
 def scaled(x: Array, vector: Array | None) -> Array:
@@ -251,20 +265,20 @@ def adapted_product(
   penalties: list[Array] = []
   drawn = False  # whether the product so far may be more than its weights say
 
-  again: Callable[[Product], Product] = jax.checkpoint if remake else _as_it_is
+  again: Callable[[Forward], Forward] = jax.checkpoint if remake else _as_it_is
 
   def of_weights(
     weights: Callable[[], tuple[Array, Array | None]],
-  ) -> Product:
+  ) -> Forward:
     def product(x: Array) -> Array:
       kernel, bias = weights()
-      return _plus(multiply(x, kernel.astype(dtype)), bias)
+      return plus(multiply(x, kernel.astype(dtype)), bias)
 
     return again(product)
 
   def of_low_rank(
-    inner: Product, site: Site, factors: LowRank
-  ) -> tuple[Product, Site | None]:
+    inner: Forward, site: Site, factors: LowRank
+  ) -> tuple[Forward, Site | None]:
     """The product, and the site by its kernel, where that is made for it."""
     tokens = math.prod(x.shape[:-1]) if rows is None else rows
     how = choose(
@@ -273,6 +287,7 @@ def adapted_product(
       plan=FACTORED if drawn else plan,
       forwards=forwards,
       view=site.view,
+      path=site.path,
     )
     if how == FACTORED:
 
@@ -298,17 +313,19 @@ def adapted_product(
 
     def product(x: Array) -> Array:
       y = folded_forward(multiply, site.project, x, kernel(), down, up)
-      return _plus(y, site.bias)
+      return plus(y, site.bias)
 
     return again(product), known
 
   def of_forward(
-    link: Adapter, own: Leaves, site: Site, key: Any, inner: Product
-  ) -> Product:
+    link: Adapter, own: Leaves, site: Site, key: Any, inner: Forward
+  ) -> Forward:
     def product(x: Array) -> Array:
       assert link.forward is not None and link.weights is not None
       made = link.forward(own, site, x, key, inner)
       if made is None:
+        if plan == FACTORED:
+          raise no_factored(site.path, site.view)
         return of_weights(partial(link.weights, own, site))(x)
       y, penalty = made
       if penalty is not None:
@@ -320,7 +337,7 @@ def adapted_product(
   def base(x: Array, site: Site = site) -> Array:
     return of_weights(lambda: (site.kernel(), site.bias))(x)
 
-  product: Product = base
+  product: Forward = base
   here = [x for x in enumerate(adapter.methods) if is_on(x[1], site.path)]
   for number, link in here:
     own, known = link.own(leaves), None
@@ -347,11 +364,12 @@ def adapted_site(link: Adapter, own: Leaves, site: Site) -> Site:
   return site._replace(kernel=lambda: weights()[0], bias=bias)
 
 
-def _as_it_is(product: Product) -> Product:
+def _as_it_is(product: Forward) -> Forward:
   return product
 
 
-def _plus(y: Float[Array, "*t o"], bias: Array | None) -> Float[Array, "*t o"]:
+def plus(y: Float[Array, "*t o"], bias: Array | None) -> Float[Array, "*t o"]:
+  """y and a bias (o,), in y's type."""
   if bias is None:
     return y
   return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

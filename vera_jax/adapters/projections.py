@@ -12,7 +12,6 @@ narrower site takes.
 
 import hashlib
 import math
-import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from jax import Array
 from jaxtyping import PRNGKeyArray
 
 from vera_jax.adapters.interface import Matrix, Path, Site, Target
+from vera_jax.adapters.sites import role_of
 from vera_jax.adapters.structured import Structured, draw, random_signs
 from vera_jax.errors import UserError
 
@@ -249,11 +249,10 @@ def _unique_pair(
   init: str,
 ) -> Pair:
   """The pair of one layer: alike in a scanned and in a looped stack."""
-  name = "/".join(path)
-  numbers = [int(n) for n in re.findall(r"_(\d+)(?=/|$)", name)]
-  role = zlib.crc32(re.sub(r"_\d+(?=/|$)", "", name).encode())
+  role, numbers = role_of(path)
+  name = zlib.crc32(role.encode())
   # a stack may have a number of its own, as linen's default name ScanBlock_0
-  folds = (role, *numbers, *([index] if site.stack or not numbers else []))
+  folds = (name, *numbers, *([index] if site.stack or not numbers else []))
   size = site.inputs, site.outputs
   return make_pair(rank, *size, seed=seed, init=init, folds=folds)
 
@@ -323,16 +322,14 @@ def digest(projections: Mapping[str, Any]) -> str:
   """
   matrices: dict[tuple[str, tuple[int, ...], str], bytes] = {}
   for path, leaf in flatten_dict(dict(projections)).items():
-    name = "/".join(path[:-1])
-    role = re.sub(r"_\d+(?=/|$)", "", name)
-    numbers = tuple(int(n) for n in re.findall(r"_(\d+)(?=/|$)", name))
+    role, numbers = role_of(path[:-1])
     about = b""
     if isinstance(leaf, Structured):
       leaf, about = leaf.signs, repr(leaf.definition).encode()
     values = np.asarray(leaf, "<f4")
     for layer in np.ndindex(values.shape[:-2]):
       own = values[layer].tobytes() + about
-      matrices[role, numbers + layer, path[-1]] = own
+      matrices[role, (*numbers, *layer), path[-1]] = own
   sha = hashlib.sha256()
   for _, matrix in sorted(matrices.items(), key=lambda item: item[0]):
     sha.update(matrix)

@@ -29,7 +29,7 @@ from vera_jax.adapters.interface import (
   Target,
   as_they_are,
 )
-from vera_jax.adapters.products import Product, add_low_rank, scaled
+from vera_jax.adapters.products import Forward, add_low_rank, scaled
 from vera_jax.adapters.projections import (
   check_choices,
   make_projections,
@@ -83,7 +83,7 @@ def pvera(
     site: Site,
     x: Array,
     key: PRNGKeyArray | None,
-    inner: Product,
+    inner: Forward,
   ) -> tuple[Array, None]:
     y = inner(x)
     down, up = (matrix.astype(y.dtype) for matrix in pair_of(site))

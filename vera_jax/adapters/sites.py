@@ -71,7 +71,8 @@ def count_layers(targets: Mapping[Path, Target]) -> str:
   parts = {path[-1] for path, target in targets.items() if target.columns}
   named = f", in the parts {', '.join(sorted(parts))}" if parts else ""
   total = kinds.total()
-  return f"{total} layer{'s' * (total != 1)}: {shown}{named}"
+  noun = "layer" if total == 1 else "layers"
+  return f"{total} {noun}: {shown}{named}"
 
 
 def arrays_at(tree: Tree, path: Path = ()) -> Tree:
@@ -255,7 +256,10 @@ def _tree(
 
 
 def role_of(path: Path) -> tuple[str, list[int]]:
-  """("encoder", "layer_3", "query") -> ("encoder/layer/query", [3])."""
+  """("encoder", "layer_3", "query") -> ("encoder/layer/query", [3]).
+
+  A layer's name and number, the same in a looped and in a scanned stack.
+  """
   name = "/".join(path)
   numbers = [int(n) for n in re.findall(r"_(\d+)(?=/|$)", name)]
   return re.sub(r"_\d+(?=/|$)", "", name), numbers

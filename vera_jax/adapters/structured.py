@@ -1,13 +1,13 @@
 """A random matrix that is never stored: signs around an orthogonal transform.
 
-  S = scale * sums * (signs * H) * signs                     (rows x columns)
+  S = scale * sums / sqrt(n / m) * (signs * H) * signs              (m x n)
 
 The second signs are one per input. H is orthogonal and a Kronecker product of
 small blocks, so that it is a reshape and a small product per block: 128 x 128
-for a width of 16384. The first signs are one per output of H, of which each row
-of S adds up every m-th, m being the number of rows. So the rows are orthogonal,
-have equal lengths, and no two columns are alike; all there is to keep are two
-signs per column.
+for a width of 16384. The first signs are one per output of H. Each result
+of S x is the signed sum of every m-th output, n / m of them, over the root of
+n / m. So the rows are orthogonal, have equal lengths, and no two columns are
+alike; all there is to keep are two signs per column.
 
 Taking m of H's outputs in place of sums would be as good with m drawn ones (the
 subsampled randomised Hadamard transform of Ailon and Chazelle), but that is a

@@ -16,7 +16,12 @@ from flax.core import DenyList, meta
 from flax.traverse_util import flatten_dict
 
 from vera_jax.adapters.interface import EMPTY, MATRIX, Path, Target, View
-from vera_jax.adapters.layers import is_own_call, product_of
+from vera_jax.adapters.layers import (
+  cell_rows,
+  in_cell,
+  is_own_call,
+  product_of,
+)
 from vera_jax.adapters.sites import (
   EVERY,
   Fused,
@@ -29,7 +34,10 @@ from vera_jax.errors import UserError
 
 
 class Call(NamedTuple):
-  """A layer's call while it was traced: rows of x, widths, its own kernel."""
+  """A layer's call while it was traced: rows of x, widths, its own kernel.
+
+  The rows of a recurrent cell's kernel are those of all time steps.
+  """
 
   tokens: int
   inputs: int
@@ -98,11 +106,16 @@ def _trace_once(
   calls: dict[Path, Call] = {}
   refused: dict[Path, str] = {}
   applied: set[Path] = set()
+  cells: dict[Path, int] = {}  # recurrent ones, and the rows of their kernels
 
   def note(next_fun, args, kwargs, context, *, boxed):
     layer, result = context.module, next_fun(*args, **kwargs)
     if context.method_name != "__call__" or is_own_call():
       return result
+    if isinstance(layer, nn.RNN):  # after the cell's own calls
+      cells[layer.cell.path] = cell_rows(args, kwargs)
+    elif isinstance(layer, nn.RNNCellBase):
+      cells.setdefault(layer.path, cell_rows(args, kwargs))
     own = layer.variables.get("params", {})
     product = product_of(layer, arrays_at(own), args, kwargs)
     if isinstance(product, str):
@@ -132,6 +145,10 @@ def _trace_once(
       variables = init_shapes(model, *args, **kwargs)
   for path in refused:
     calls.pop(path, None)
+  for path, call in calls.items():
+    for cell, rows in cells.items():
+      if path[: len(cell)] == cell and len(call.kernel) == 2:
+        calls[path] = call._replace(tokens=rows, view=in_cell(call.view))
 
   def apply(key, variables, arrays, build):
     args, kwargs = build(arrays)
@@ -257,7 +274,8 @@ def _uncalled(
     if path[-1] == "kernel":
       held[path[:-1]] = why
     else:
-      other[path[:-1]] = other[path] = why
+      other[path] = why
+      other.setdefault(path[:-1], why)  # its first parameter's
   if traced.applied is not None:
     for path in traced.calls.keys() - traced.applied:
       held[path] = (

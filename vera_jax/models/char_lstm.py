@@ -75,9 +75,10 @@ def windows(
 
 
 class Output(nn.Module):
-  """The dense layer that gives the logits, of which only the kernel is formed.
+  """Returns the inputs and the kernel of the logits' product, which the loss
+  multiplies in blocks.
 
-  Its bias is the last row, for inputs that end in a 1.
+  The bias is the kernel's last row, for inputs that end in a 1.
   """
 
   config: CharLstmConfig

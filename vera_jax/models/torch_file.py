@@ -22,11 +22,6 @@ import numpy as np
 from vera_jax.errors import UserError
 
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
-ZIP = b"PK\x03\x04"  # how torch's files begin since 1.6
-CONVERT = (
-  'python -c "import sys, torch, safetensors.torch as s; s.save_file(torch.load'
-  '(sys.argv[1], weights_only=True), sys.argv[2])" FILE model.safetensors'
-)
 
 
 class Storage(NamedTuple):
@@ -88,18 +83,13 @@ def read_state(file: Path) -> dict[str, np.ndarray]:
   """A state dict's tensors by name, in the file's own types.
 
   Raises:
-    UserError: the file can't be read, is in torch's newer format, or holds
-      something else than tensors.
+    UserError: the file can't be read, is in another format, such as torch's
+      newer one, or holds something else than tensors.
   """
   try:
     data = file.read_bytes()
   except OSError as error:
     raise UserError(f"{file} can't be read: {error.strerror}.") from error
-  if data.startswith(ZIP):
-    raise UserError(
-      f"{file} is in the format that torch has since 1.6, which is not read"
-      f" here. Where torch is installed, this makes another of it: {CONVERT}"
-    )
   try:
     return _read(BytesIO(data))
   except Exception as error:  # damage shows as any of them
@@ -125,11 +115,15 @@ def _read(file: BytesIO) -> dict[str, np.ndarray]:
   numbers = {}
   for key in _Plain(file).load():
     (size,) = np.frombuffer(file.read(8), "<i8")
-    storage = known[key]
+    storage = known.get(key)
+    if storage is None:
+      raise ValueError(f"no tensor names the storage {key}")
     if size != storage.size:
       raise ValueError(f"the storage {key} has {size} numbers")
     content = file.read(storage.size * storage.dtype.itemsize)
     numbers[key] = np.frombuffer(content, storage.dtype)
+  if missing := known.keys() - numbers.keys():
+    raise ValueError(f"it lacks the storages {', '.join(sorted(missing))}")
   return {name: _array(tensor, numbers) for name, tensor in entries}
 
 
@@ -138,7 +132,7 @@ def _array(tensor: Stored, numbers: dict[str, np.ndarray]) -> np.ndarray:
   storage, steps = numbers[tensor.storage.key], zip(*tensor[2:], strict=True)
   last = tensor.offset + sum((n - 1) * step for n, step in steps)
   if min((tensor.offset, *tensor.shape, *tensor.strides)) < 0:
-    raise ValueError(f"a tensor has the shape {tensor.shape}")
+    raise ValueError("a tensor has a negative offset, size or stride")
   if 0 not in tensor.shape and last >= len(storage):
     raise ValueError(f"a tensor ends at {last} of {len(storage)} numbers")
   return np.lib.stride_tricks.as_strided(

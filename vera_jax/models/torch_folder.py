@@ -45,12 +45,7 @@ LITE0 = {
   "image_size": 224,
 }
 # The package doesn't say how images were prepared. Of the usual ways, bytes x
-# as (x - 127) / 128 answer best: on 13 photographs that Python packages ship,
-# resized to 256 pixels and cut to 224, they give the right one of ImageNet's
-# classes a mean probability of 0.64, and the highest one in 12. With ImageNet's
-# means and deviations it is 0.58, also in 12; between 0 and 1 it is 0.53, in
-# 10, and as they are 0.01, in none. Of 400 CIFAR-10 test images as large as
-# that, 24 % get a class of the right kind, and 19 % with either of the others.
+# as (x - 127) / 128 answer best: docs/architectures.md has the comparison.
 PREPROCESSOR = {
   "image_processor_type": "EfficientNetImageProcessor",
   "do_resize": True,
