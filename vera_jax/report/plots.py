@@ -94,6 +94,7 @@ def figures(sweep: Sweep, table: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
   for name, setting in SETTINGS.items():
     if not _varied(table, setting.column).empty:
       yield name, setting_figure(table, setting, title=sweep.title)
+      break  # more examples may have had rates of their own
   if (table.groupby(["task", "method"])["rank"].nunique() > 1).any():
     yield "ranks", rank_figure(table, title=sweep.title)
   elif table.groupby("task")["method"].nunique().max() > 3:
