@@ -43,10 +43,12 @@ def get_config() -> ConfigDict:
   config.eval_epochs = optim.epochs
   config.vera.rank = 64
   config.vera.targets = config.lora.targets = GATES
-  config.vera.lr, config.vera.head_lr = 1e-2, 0.0  # no head is trained
+  # rates as configs/sweeps/networks.py:text_rates found them
+  config.vera.lr, config.vera.head_lr = 0.16, 0.0  # no head is trained
   config.lora.rank = 2
   config.lora.alpha = 2.0
-  config.lora.lr = 1e-3
+  config.lora.lr = 6.4e-2
   config.ia3.targets, config.ia3.feedforward = GATES, ()
-  config.head.head_lr = 1e-3
+  config.head.head_lr = 6.4e-2
+  config.bitfit.lr = 0.256
   return config

@@ -82,8 +82,8 @@ TEXTS = {
   "head": Rates(HEAD, (*by_four(1e-3), 0.256), 6.4e-2),
   "bitfit": Rates(OTHERS, (*by_four(1e-3), 0.256, 1.024), 0.256),
   "vera": Rates(OTHERS, by_four(1e-2), 0.16),
-  "lora": Rates(OTHERS, by_four(1e-3), 4e-3),
-  "full": Rates(OTHERS, by_four(1e-4), 4e-4),
+  "lora": Rates(OTHERS, (*by_four(1e-3), 0.256), 6.4e-2),
+  "full": Rates(OTHERS, (*by_four(1e-4), 2.56e-2), 6.4e-3),
 }
 IMAGE_PARTS = "images", "rates", "shot_rates"
 TEXT_PARTS = "texts", "text_rates"
