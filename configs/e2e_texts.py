@@ -51,4 +51,5 @@ def get_config() -> ConfigDict:
   config.ia3.targets, config.ia3.feedforward = GATES, ()
   config.head.head_lr = 6.4e-2
   config.bitfit.lr = 0.256
+  config.full.lr = 2.56e-2
   return config

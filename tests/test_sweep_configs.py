@@ -50,7 +50,7 @@ COUNTS = {
   ("networks", "rates"): 5 * 6 * 2,
   ("networks", "shot_rates"): 6 + 4 * 4,
   ("networks", "texts"): 1 + 5 * 3,
-  ("networks", "text_rates"): 5 * 4,
+  ("networks", "text_rates"): 4 + 2 * 5 + 2 * 6,
   ("initialisers", "minilm"): 7 * 3 * 5,
   ("initialisers", "rates"): (5 * 3 + 2 * 4) * 2,
   ("images", "methods"): 5 * 5,

@@ -83,7 +83,7 @@ TEXTS = {
   "bitfit": Rates(OTHERS, (*by_four(1e-3), 0.256, 1.024), 0.256),
   "vera": Rates(OTHERS, by_four(1e-2), 0.16),
   "lora": Rates(OTHERS, (*by_four(1e-3), 0.256), 6.4e-2),
-  "full": Rates(OTHERS, (*by_four(1e-4), 2.56e-2), 6.4e-3),
+  "full": Rates(OTHERS, (*by_four(1e-4), 2.56e-2, 0.1024), 2.56e-2),
 }
 IMAGE_PARTS = "images", "rates", "shot_rates"
 TEXT_PARTS = "texts", "text_rates"
@@ -126,12 +126,14 @@ def images(part: str) -> ConfigDict:
 
 def texts(part: str) -> ConfigDict:
   base = e2e_texts.get_config()
+  # each run has a rate of its own; its name depends on these as well
+  base.full.lr = 2e-5
   if part == "texts":
     untuned = {"method": "vera", OTHERS: 0.0, "data.max_train_examples": 8}
     runs: Overrides = [untuned, *cross(at_best(TEXTS), seeds(FEWER))]
     return sweep(OF_TEXTS, base, runs)
   base.data.held_out = 100
-  base.vera.lr, base.lora.lr, base.full.lr = 1e-2, 1e-3, 2e-5
+  base.vera.lr, base.lora.lr = 1e-2, 1e-3
   base.bitfit.lr = base.head.head_lr = 1e-3
   runs = cross(all_tried(TEXTS), seeds(OTHER_SEEDS[:1]))
   return sweep(f"Rates: {OF_TEXTS}", base, runs)
