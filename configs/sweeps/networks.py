@@ -26,12 +26,11 @@ factor of four apart, then what `benchmarks.rates` asks for beyond their ends,
 then, for 10 images per class, the best one's neighbours a factor of two away.
 Scored on training examples that are kept from training: fifty other images of
 each class; the first texts of 100 inputs of train.txt. Never on what the
-studies score. The head's rate comes first, and is the head's beside the other
-methods.
+studies score. Of images the head's rate was chosen first: it is the head's
+beside the other methods.
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -43,7 +42,6 @@ from configs.sweeps.images import both_seeds
 
 HEAD, OTHERS = "optim.head_lr", "optim.adapter_lr"
 OTHER_SEEDS: tuple[int, ...] = (10, 11)
-EMPTY: Mapping[str, float] = MappingProxyType({})
 
 
 class Rates(NamedTuple):
@@ -51,7 +49,7 @@ class Rates(NamedTuple):
 
   Attributes:
     key: the setting that is the method's rate.
-    tried: all rates, in the order in which they were run.
+    tried: all rates that were run.
     best: the rule's choice.
   """
 
@@ -130,17 +128,17 @@ def texts(part: str) -> ConfigDict:
   base.full.lr = 2e-5
   if part == "texts":
     untuned = {"method": "vera", OTHERS: 0.0, "data.max_train_examples": 8}
-    runs: Overrides = [untuned, *cross(at_best(TEXTS), seeds(FEWER))]
+    runs: Overrides = [untuned, *cross(at_best(TEXTS, {}), seeds(FEWER))]
     return sweep(OF_TEXTS, base, runs)
   base.data.held_out = 100
   base.vera.lr, base.lora.lr = 1e-2, 1e-3
   base.bitfit.lr = base.head.head_lr = 1e-3
-  runs = cross(all_tried(TEXTS), seeds(OTHER_SEEDS[:1]))
+  runs = cross(all_tried(TEXTS, {}), seeds(OTHER_SEEDS[:1]))
   return sweep(f"Rates: {OF_TEXTS}", base, runs)
 
 
 def all_tried(
-  methods: Mapping[str, Rates], settings: Mapping[str, float] = EMPTY
+  methods: Mapping[str, Rates], settings: Mapping[str, float]
 ) -> Overrides:
   """Each method at each of its rates, with other settings."""
   return [
@@ -151,7 +149,7 @@ def all_tried(
 
 
 def at_best(
-  methods: Mapping[str, Rates], settings: Mapping[str, float] = EMPTY
+  methods: Mapping[str, Rates], settings: Mapping[str, float]
 ) -> Overrides:
   """Each method at its own rate, with other settings."""
   return [
