@@ -98,8 +98,7 @@ def template_of(tokenizer: Any) -> str:
       f"The tokenizer of {tokenizer.name_or_path} has no chat template: the"
       " model continues texts and was not trained to answer messages. Take"
       " its instruct version; or train with config.data.template=alpaca or"
-      " plain, ask questions by experiments.answer with --template=alpaca or"
-      " plain, and texts by experiments.generate with --template=plain."
+      " plain, and ask with --template=alpaca or plain."
     )
   try:
     return tokenizer.get_chat_template()
