@@ -116,7 +116,7 @@ def test_beam_search_of_standard_input(
 
 
 def test_a_message_needs_a_chat_template(typed, tiny_decoder):
-  with pytest.raises(UserError, match="no chat template.* ask with --template="):
+  with pytest.raises(UserError, match="no chat template.* with --template="):
     typed(f"--model={tiny_decoder}", "--prompt=w1 w2", "--chat")
 
 
