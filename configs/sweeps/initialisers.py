@@ -18,6 +18,10 @@ rate, it changes for all of them alike.
 
 RATES and then BEST below are written by the rule alone.
 
+All of these runs have one projection seed, so that each matrix is drawn once.
+draws: the matrices of DRAWN at r = 256, five draws, each with a training seed
+of its own.
+
 On two cores at the 0.11 TFLOP/s that `--dry_run` assumes, the rates take 0.8
 core-hours (46 runs) and minilm 2.1 (105 runs); on faster cores about half.
 """
@@ -25,10 +29,19 @@ core-hours (46 runs) and minilm 2.1 (105 runs); on faster cores about half.
 from ml_collections import ConfigDict
 
 from configs import common, minilm
-from configs.sweeps import SEEDS, Overrides, cross, product, seeds, sweep
+from configs.sweeps import (
+  SEEDS,
+  Overrides,
+  cross,
+  product,
+  seeds,
+  sweep,
+  zipped,
+)
 from configs.sweeps.methods import RATE_SEEDS
 
 RANKS = 64, 256, 1024
+DRAWN = "kaiming_uniform", "sparse_third", "sparse_root"
 # The first rates of each matrix; `benchmarks.rates` says which to add.
 RATES = {
   "kaiming_uniform": (2e-2, 4e-2, 8e-2),
@@ -52,7 +65,7 @@ BEST = {
 
 
 def get_config(size: str = "minilm") -> ConfigDict:
-  common.pick(size, minilm={}, rates={})
+  common.pick(size, minilm={}, rates={}, draws={})
   base = minilm.get_config("sst2")
   base.update_from_flattened_dict(minilm.BRIEF)
   if size == "rates":
@@ -66,6 +79,10 @@ def get_config(size: str = "minilm") -> ConfigDict:
   matrices: Overrides = [
     {"vera.init": init, "optim.adapter_lr": rate} for init, rate in BEST.items()
   ]
+  if size == "draws":
+    drawn = [one for one in matrices if one["vera.init"] in DRAWN]
+    each = zipped({"seed": [*SEEDS], "vera.projection_seed": [*SEEDS]})
+    return sweep("Draws of VeRA's matrices, MiniLM", base, cross(drawn, each))
   ranks = product({"vera.rank": RANKS})
   runs = cross(matrices, ranks, seeds(SEEDS))
   return sweep("VeRA's random matrices, MiniLM", base, runs)
