@@ -478,6 +478,20 @@ def test_a_derived_class_without_the_layers_kernel_is_refused():
     find_targets(model, ["layers_0"], jnp.ones((2, 4)))
 
 
+class Named(nn.Dense):
+  """Its own call takes a dictionary of arrays."""
+
+  def __call__(self, batch):
+    return super().__call__(batch["x"])
+
+
+def test_a_derived_layer_may_be_called_with_a_dictionary():
+  batch = {"x": jnp.ones((2, 4))}
+  targets = find_targets(nn.Sequential([Named(3)]), ["layers_0"], batch)
+  (target,) = targets.values()
+  assert (target.inputs, target.outputs) == (4, 3)
+
+
 @pytest.mark.parametrize("method", [vera(RANK), ia3()], ids=["vera", "ia3"])
 def test_a_batch_of_adapters_makes_no_kernel_for_each(method):
   """Factored, as in a bank: on convolutions, tables, equations and cells."""

@@ -248,6 +248,9 @@ def _derived(
     return f"its class has a call of its own, and no parameter {view.kernel!r}"
   kernel = params[view.kernel]
   given = [*args, *kwargs.values()]
+  arrays = [x for x in jax.tree.leaves(given) if hasattr(x, "ndim") and x.ndim]
+  if not arrays:
+    return "its class has a call of its own, which was given no array"
   if isinstance(layer, nn.Einsum):
     texts = [x for x in given if isinstance(x, str)]
     equation = str(texts[0] if texts else layer.einsum_str)
@@ -255,7 +258,7 @@ def _derived(
       view.kind,
       view.kernel,
       equation,
-      given[0],
+      arrays[0],
       kernel.shape,
       kernel.dtype,
       lambda x, kernel: jnp.einsum(equation, x, kernel),
@@ -274,10 +277,10 @@ def _derived(
     view=view,
     inputs=math.prod(kernel.shape) // outputs,
     outputs=outputs,
-    x=given[0],
+    x=arrays[0],
     dtype=kernel.dtype,
     bias=flat_bias(params, ()),
-    rows=given[0].size // given[0].shape[-1],
+    rows=arrays[0].size // arrays[0].shape[-1],
   )
   return _by_own_code(layer, params, made, args, kwargs)
 

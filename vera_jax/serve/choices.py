@@ -102,7 +102,7 @@ def _read(source: str) -> tuple[str, list[ChoiceQuestion]]:
   if path.is_file():
     table, name = read_table(path), path.stem
   elif path.suffix.lower() in SUFFIXES:
-    raise UserError(f"There is no file {path} (config.data.choices).")
+    raise UserError(f"There is no file of choices {path}.")
   else:
     hub_id, _, rest = source.partition(":")
     part, _, split = rest.partition(":")

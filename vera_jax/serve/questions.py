@@ -9,7 +9,7 @@ Questions and answers are files of JSON lines in the form of FastChat
             "turns": ["…", "…"]}], "tstamp"}
 
 A second turn is asked with the model's own first answer before it. No score is
-made up here.
+computed here.
 """
 
 import time
