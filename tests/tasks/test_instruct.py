@@ -164,7 +164,7 @@ def test_settings_that_can_not_be_are_refused(config, monkeypatch):
     task_for(changed(config, data__template="llama"))
   with pytest.raises(UserError, match="generate.rows is 0; 1 is the least"):
     task_for(changed(config, generate__rows=0))
-  with pytest.raises(UserError, match="There is no file none.jsonl"):
+  with pytest.raises(UserError, match="There is no file of choices none.jsonl"):
     task_for(changed(config, data__choices=("none.jsonl",)))
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   with pytest.raises(UserError, match="needs rouge-score: pip install -r"):
