@@ -4,7 +4,7 @@
 
 What a page has between `<!-- from PATH -->` and `<!-- end -->` is replaced: by
 a table where PATH is a file in results/plans, by the report where it is a
-sweep's folder (of the initialisers' study by a shorter one), by the tables that
+sweep's folder (of the initialisers' studies by a shorter one), by the tables that
 it makes where it is benchmarks/methods.py or benchmarks/initialisers.py, by
 what is below its title where it is a page, such as the report's outputs.md. The
 figures that a page shows as figures/SWEEP-NAME.png are drawn.
@@ -47,8 +47,8 @@ def filled(page: str) -> str:
 
   def between(match: re.Match[str]) -> str:
     source = Path(match[1])
-    if source == initialisers.STUDY:
-      made = initialisers.scores()
+    if source in (initialisers.STUDY, initialisers.DRAWS):
+      made = initialisers.scores(source)
     elif source.is_dir():
       sweep = load_sweep(source)
       made = tables.page(sweep, summary(sweep)).strip()

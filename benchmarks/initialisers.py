@@ -1,6 +1,6 @@
 """The tables of docs/initialisation.md, made from the code and the results.
 
-`benchmarks.docs` writes them: what the matrices are, and what the study of
+`benchmarks.docs` writes them: what the matrices are, and what the studies of
 configs/sweeps/initialisers.py found.
 """
 
@@ -14,6 +14,7 @@ from vera_jax.report.frame import load_sweep
 from vera_jax.report.summary import paired
 
 STUDY = Path("results/sweeps/initialisers")
+DRAWS = Path("results/sweeps/initialiser_draws")
 FIRST = "kaiming_uniform"  # the paper's, which the others are compared with
 
 
@@ -67,7 +68,7 @@ def markdown() -> str:
 
 
 def scores(study: Path = STUDY) -> str:
-  """The study's table, and its figure: `benchmarks.docs` draws it."""
+  """A study's table, and its figure: `benchmarks.docs` draws it."""
   sweep = load_sweep(study)
   runs = sweep.runs.assign(
     init=[run["config"]["vera"]["init"] for run in sweep.runs["result"]]
@@ -99,10 +100,15 @@ def scores(study: Path = STUDY) -> str:
   for rank in ranks:
     header += [f"r = {int(rank)}: median (range)", "beside Kaiming uniform"]
   figure = f"![Scores by matrix and rank](figures/{study.name}-scores.png)"
+  draws = {
+    run["config"]["vera"]["projection_seed"] for run in runs["result"]
+  }
+  drawn = "one draw of each matrix" if len(draws) == 1 else "each with its draw"
   about = (
     f"{sweep.title}: every score is of the best epoch in percent, over"
-    f" {len(set(runs['seed']))} seeds; the differences are means over the same"
-    " seeds, with 95 % intervals that are not corrected for their number."
+    f" {len(set(runs['seed']))} seeds, {drawn}; the differences are means over"
+    " the same seeds, with 95 % intervals that are not corrected for their"
+    " number."
   )
   return "\n\n".join([about, _table(header, rows), figure])
 

@@ -54,10 +54,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "generate.max_new_tokens": 128,
     "generate.rows": 8,
     "vera.rank": 256,
-    "vera.lr": 0.128,  # as the sweep over rates found
+    "vera.lr": 0.064,  # as the sweep over rates found
     "lora.rank": 8,
     "lora.alpha": 8.0,
-    "lora.lr": 8e-3,  # the same
+    "lora.lr": 4e-3,  # the same
   },
 }
 

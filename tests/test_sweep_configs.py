@@ -52,7 +52,7 @@ COUNTS = {
   ("networks", "texts"): 1 + 5 * 3,
   ("networks", "text_rates"): 4 + 2 * 5 + 2 * 6,
   ("initialisers", "minilm"): 7 * 3 * 5,
-  ("initialisers", "draws"): 3 * 5,
+  ("initialisers", "draws"): 4 * 3 * 5,
   ("initialisers", "rates"): (5 * 3 + 2 * 4) * 2,
   ("images", "methods"): 5 * 5,
   ("images", "shots"): 3 * 3 * 3,
@@ -65,7 +65,7 @@ COUNTS = {
   ("e2e", "rates"): 3 * 4,
   # no tuning; VeRA, DVoRA and LoRA
   ("instruct", "smollm2"): 1 + 4 * 3,
-  ("instruct", "rates"): 2 * 6 + 3,
+  ("instruct", "rates"): 2 * 11 + 5,
 }
 
 

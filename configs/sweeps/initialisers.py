@@ -19,8 +19,8 @@ rate, it changes for all of them alike.
 RATES and then BEST below are written by the rule alone.
 
 All of these runs have one projection seed, so that each matrix is drawn once.
-draws: the matrices of DRAWN at r = 256, five draws, each with a training seed
-of its own.
+draws: the matrices of DRAWN at the same ranks, five draws, each with a training
+seed of its own.
 
 On two cores at the 0.11 TFLOP/s that `--dry_run` assumes, the rates take 0.8
 core-hours (46 runs) and minilm 2.1 (105 runs); on faster cores about half.
@@ -41,7 +41,7 @@ from configs.sweeps import (
 from configs.sweeps.methods import RATE_SEEDS
 
 RANKS = 64, 256, 1024
-DRAWN = "kaiming_uniform", "sparse_third", "sparse_root"
+DRAWN = "kaiming_uniform", "sparse_third", "sparse_root", "structured"
 # The first rates of each matrix; `benchmarks.rates` says which to add.
 RATES = {
   "kaiming_uniform": (2e-2, 4e-2, 8e-2),
@@ -82,7 +82,9 @@ def get_config(size: str = "minilm") -> ConfigDict:
   if size == "draws":
     drawn = [one for one in matrices if one["vera.init"] in DRAWN]
     each = zipped({"seed": [*SEEDS], "vera.projection_seed": [*SEEDS]})
-    return sweep("Draws of VeRA's matrices, MiniLM", base, cross(drawn, each))
+    runs = cross(drawn, each)  # at the base's rank, 256
+    runs += cross(runs, product({"vera.rank": (64, 1024)}))
+    return sweep("Draws of VeRA's matrices, MiniLM", base, runs)
   ranks = product({"vera.rank": RANKS})
   runs = cross(matrices, ranks, seeds(SEEDS))
   return sweep("VeRA's random matrices, MiniLM", base, runs)

@@ -30,7 +30,7 @@ from configs.sweeps import FEWER, Overrides, cross, product, seeds, sweep
 
 TITLE = "Instructions (the paper's Table 4), SmolLM2"
 ROWS = {"rates": 64, "smollm2": 128}
-RATES = tuple(5e-4 * 4**k for k in range(6))  # up to 0.512
+RATES = tuple(5e-4 * 2**k for k in range(11))  # up to 0.512
 OTHER = 10  # a seed
 
 
@@ -46,16 +46,17 @@ def get_config(size: str = "smollm2") -> ConfigDict:
     # each run has a rate of its own; its name depends on these as well
     base.vera.lr, base.lora.lr = 2e-2, 1e-3
     runs = product({"method": ("vera", "lora"), "optim.adapter_lr": RATES})
-    runs += product({"method": ("dvora",), "optim.adapter_lr": RATES[2:5]})
+    runs += product({"method": ("dvora",), "optim.adapter_lr": RATES[4:9]})
   else:
+    # A rate of 0 trains nothing, and VeRA starts as the identity.
     untuned = {"optim.adapter_lr": 0.0, "data.max_train_examples": 8}
     variants: Overrides = [
       {"method": "vera"},
-      {"method": "dvora", "optim.adapter_lr": 0.032},  # best, as rates has it
+      {"method": "dvora", "optim.adapter_lr": 0.016},  # best, as rates has it
       {"method": "lora"},
-      {"method": "vera", "model.quantise": "keep"},
     ]
-    runs = [untuned, *cross(variants, seeds(FEWER))]
+    whole = [untuned, *cross(variants, seeds(FEWER))]
+    runs = whole + cross(whole, [{"model.quantise": "keep"}])
   config = sweep(f"{TITLE}: rates" if size == "rates" else TITLE, base, runs)
   config.members = 1
   return config
