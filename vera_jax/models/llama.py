@@ -204,6 +204,11 @@ def _rotations(
   elif kind == "llama3":
     factor = number("factor")
     low, high = (number(f"{name}_freq_factor") for name in ("low", "high"))
+    if high <= low:
+      raise UserError(
+        f"config.json: llama3 rotations with high_freq_factor {high:g}, which"
+        f" must be above low_freq_factor {low:g}."
+      )
     turns = original * plain / np.float32(2 * math.pi)
     share = np.clip((turns - low) / (high - low), 0, 1)
     found = (1 - share) * plain / np.float32(factor) + share * plain
