@@ -88,6 +88,18 @@ def make_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
     shutil.rmtree(new, ignore_errors=True)
 
 
+def check_free(folder: str | Path) -> Path:
+  """The folder to write into, with ~ as the home folder.
+
+  Raises:
+    UserError: it is a file, or is not empty.
+  """
+  folder = Path(folder).expanduser()
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise UserError(f"{folder} is there already; choose another --out.")
+  return folder
+
+
 def sha256_of(file: Path) -> str:
   """A file's checksum in hexadecimal digits.
 

@@ -54,7 +54,7 @@ def test_a_mistake_is_explained_in_a_line():
   mistakes = [
     (["merge", "--adapter=nowhere"], "--adapter=DIR --out=DIR"),
     (["merge", "--adapter=nowhere", "--out=new"], "no adapter folder nowhere"),
-    (["merge", "--adapter=nowhere", "--out=."], ". is in use"),
+    (["merge", "--adapter=nowhere", "--out=."], ". is there already"),
     (["predict", "--adapter=a", "--model=b", "--input=-"], "either --adapter"),
     (["predict", "--adapter=a", "--input=no.tsv"], "no.tsv can't be read"),
     (["predict", "--adapter=a", "--input=x.xlsx"], ".xlsx files are not"),

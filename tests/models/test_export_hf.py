@@ -116,7 +116,7 @@ def test_nothing_is_written_over(random_adapter, tmp_path):
   adapted = restored(random_adapter("head"))
   (tmp_path / "note").write_text("mine")
   for place in (tmp_path, tmp_path / "note"):
-    with pytest.raises(UserError, match="is in use"):
+    with pytest.raises(UserError, match="is there already"):
       write_merged(adapted, place)
   with pytest.raises(UserError, match="dtype is 'int8'.*not quantised aga"):
     write_merged(adapted, tmp_path / "out", dtype="int8")

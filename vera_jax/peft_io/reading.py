@@ -28,6 +28,7 @@ from vera_jax.adapters.projections import (
   digest,
 )
 from vera_jax.errors import UserError
+from vera_jax.files import check_free
 from vera_jax.hub import PACKAGE
 from vera_jax.models.family import label_names
 from vera_jax.models.hf_weights import load_params
@@ -42,7 +43,6 @@ from vera_jax.peft_io.tensors import (
   FILE,
   PREFIX,
   Tensors,
-  check_free,
   read_tensors,
 )
 from vera_jax.tasks.task import task_named
@@ -88,7 +88,7 @@ def import_adapter(
   Raises:
     UserError: naming what can't be carried, is missing or doesn't fit.
   """
-  check_free(out)
+  folder, out = folder.expanduser(), check_free(out)
   settings = read_settings(folder)
   tensors, exported = read_tensors(folder / FILE)
   named = base or settings.base
