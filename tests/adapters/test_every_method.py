@@ -28,8 +28,6 @@ from vera_jax.adapters.products import PLANS
 from vera_jax.adapters.pvera import pvera
 from vera_jax.adapters.randlora import randlora
 from vera_jax.adapters.sites import (
-  first_leaves,
-  make_shared,
   prepared_leaves,
 )
 from vera_jax.adapters.unilora import unilora
@@ -86,12 +84,10 @@ class Ready:
       **options,
     )
     self.targets = self.module.find_targets(x) if probe.targets else {}
-    self.projections = make_shared(self.adapter, self.targets, self.base)
     key = jax.random.key(7)
-    leaves = first_leaves(
-      self.adapter, self.targets, self.base, self.projections, key
-    )
-    self.params = join(self.base, leaves)
+    variables = self.module.init_on({"params": self.base}, key, x)
+    self.params = variables["params"]
+    self.projections = variables.get("projections", {})
     if perturbed:
       self.params = perturb(self.params, self.adapter)
 
@@ -112,10 +108,6 @@ class Ready:
     return merge(
       params, self.projections, adapter=self.adapter, targets=self.targets
     )
-
-
-def join(a, b):
-  return unflatten_dict(flatten_dict(a) | flatten_dict(b))
 
 
 def trained_paths(params, adapter):

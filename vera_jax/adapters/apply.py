@@ -88,16 +88,39 @@ class Adapted(nn.Module):
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
     """As `nn.Module.init`, with the adapter's leaves among the `params` and
     the collection `projections`, made on the model's own first weights."""
-    variables = dict(self.model.init(rngs, *args, **kwargs))
+    variables = self.model.init(rngs, *args, **kwargs)
     key = rngs["params"] if isinstance(rngs, Mapping) else rngs
+    return self.init_on(variables, key, *args, **kwargs)
+
+  @nn.nowrap
+  def init_on(
+    self, variables: Mapping[str, Any], key: Any, *args: Any, **kwargs: Any
+  ) -> Any:
+    """The model's variables with the adapter's leaves, made on these weights.
+
+    DoRA's magnitude, for one, is that of the kernels, so that it starts as the
+    model only on the weights that it was made on.
+
+    Args:
+      variables: the model's own, such as `{"params": pretrained}`.
+      key: of the leaves' random numbers.
+      *args: example inputs, as for `init`.
+      **kwargs: keyword arguments of the model's call.
+
+    Returns:
+      A dictionary of the same collections, with the leaves among its `params`,
+      and of `projections`, where the method has some.
+
+    Raises:
+      UserError: a target matches nothing, or its weights are not there.
+    """
     targets = self.find_targets(*args, **kwargs) if self.targets else {}
     params = variables["params"]
     projections = make_shared(self.adapter, targets, params)
     leaves = first_leaves(self.adapter, targets, params, projections, key)
-    variables["params"] = unflatten_dict(
-      flatten_dict(params) | flatten_dict(leaves)
-    )
-    return variables | ({"projections": projections} if projections else {})
+    whole = unflatten_dict(flatten_dict(params) | flatten_dict(leaves))
+    own = {"projections": projections} if projections else {}
+    return {**variables, "params": whole, **own}
 
   @nn.nowrap
   def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,9 +142,9 @@ def adapt(
 ) -> Adapted:
   """Wrap a linen model, unchanged, with an adapter at the matching layers.
 
-  The result is used as the model is; its `init` adds the adapter's leaves and
-  the `projections` collection, its output equals the model's until the adapter
-  is trained.
+  The result is used as the model is; its `init`, or `init_on` with pretrained
+  weights, adds the adapter's leaves and the `projections` collection. Its
+  output equals the model's until the adapter is trained.
 
   Args:
     model: any linen module, unbound.

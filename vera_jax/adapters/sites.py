@@ -95,12 +95,18 @@ def all_sites(
   """Every site on a whole parameter tree, stacked ones as a whole.
 
   Raises:
-    UserError: the method can't adapt a layer of this kind.
+    UserError: the method can't adapt a layer of this kind, or the tree has no
+      weights of a layer.
   """
   sites = {}
   for path, target in targets.items():
     _check_kind(adapter, path, target)
     layer, view = arrays_at(params, layer_path(path, target)), target.view
+    if view.kernel not in layer:
+      raise UserError(
+        f"The params have no {view.kernel} at {'/'.join(path)}, where the"
+        " adapter is to be; give the model's whole tree."
+      )
     outputs = layer[view.kernel].size // (target.layers * target.inputs)
     columns = (..., slice(*target.columns or (None,)))
     bias = flat_bias(layer, target.stack)
