@@ -128,6 +128,7 @@ def test_long_rows_by_blocks(kind):
   want_grads = flatten_dict(want_grads)
   for path, leaf in flatten_dict(grads).items():
     scale = np.abs(want_grads[path]).max()
+    assert scale > 0, path
     np.testing.assert_allclose(
       leaf / scale, want_grads[path] / scale, atol=1e-4, err_msg="/".join(path)
     )

@@ -6,6 +6,7 @@ import pytest
 
 from tests.conftest import SETTINGS
 from vera_jax.adapters.files import SavedAdapter, load_adapter
+from vera_jax.adapters.projections import digest
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import restore_adapter
 from vera_jax.serve.bank import AdapterBank, set_slot
@@ -226,7 +227,10 @@ def test_a_method_is_prepared_or_refused(random_adapter, tmp_path):
 
 def test_where_an_adapter_started_is_no_difference(bank, adapters):
   settings = {**adapters["one"].about["settings"], "d_init": 1e-7}
-  bank.add("four", another(adapters["one"], 3, settings=settings))
+  new = another(adapters["one"], 3, settings=settings)
+  bank.add("four", new)
+  logits = bank.logits(TEXTS[:5], adapters="four")
+  np.testing.assert_allclose(logits, alone(new, TEXTS[:5]), rtol=0, atol=2e-5)
 
 
 def stored(saved, pair):
@@ -260,4 +264,5 @@ def test_what_is_saved_comes_back(init, adapters, tmp_path):
   assert again.tensors.keys() == saved.tensors.keys()
   for name, value in saved.tensors.items():
     np.testing.assert_array_equal(again.tensors[name], value)
-  restore_adapter(again)
+  made = digest(restore_adapter(again).projections)
+  assert made == saved.about["projection_digest"]
