@@ -195,5 +195,5 @@ def test_a_damaged_base_is_named(random_adapter, tiny_model, tmp_path):
   stored.pop("bert.encoder.layer.1.output.dense.weight")
   save_file(stored, folder / "model.safetensors")
   saved.about["base_fingerprint"] = fingerprint(folder)
-  with pytest.raises(UserError, match="lacks 1 of the encoder.*layer_1/output"):
+  with pytest.raises(UserError, match="lacks 1 of the network.*layer_1/output"):
     restore_adapter(saved, folder)

@@ -247,9 +247,7 @@ def tokenizer_metadata(folder: Path, *, rows: int) -> dict[str, Any]:
     }
   else:
     rules = [
-      rule
-      for rule in RULES
-      if _same(json.loads(_cut(rule).__getstate__()), made["pre_tokenizer"])
+      rule for rule in RULES if _same(_as_json(rule), made["pre_tokenizer"])
     ]
     if not rules:
       raise refuse("GGUF has no name, known here, for how it cuts words")
@@ -322,6 +320,15 @@ def _cut(rule: str) -> Any:
       cuts.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
   )
+
+
+def _as_json(rule: str) -> Any:
+  """A rule's pre-tokenizer as a tokenizer.json has it."""
+  from tokenizers import Tokenizer, models
+
+  tokenizer = Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = _cut(rule)
+  return json.loads(tokenizer.to_str())["pre_tokenizer"]
 
 
 def _same(made: Any, found: Any) -> bool:

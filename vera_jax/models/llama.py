@@ -257,6 +257,7 @@ class Shared(NamedTuple):
 
 
 def shared(config: LlamaConfig, reach: Reach) -> Shared:
+  """The masks, with the rotations at the tokens' positions."""
   frequencies = jnp.asarray(config.frequencies, jnp.float32)
   angles = reach.positions[..., None, None] * frequencies[None, None, None]
   scale = config.rotation_scale

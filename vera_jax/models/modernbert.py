@@ -411,6 +411,7 @@ def module(config: ModernBertConfig, head: str, outputs: int, **options: Any):
 
 
 def fused(config: ModernBertConfig) -> dict[str, dict[str, tuple[int, int]]]:
+  """The first and last column of each part of the fused kernels."""
   width, inner = config.hidden_size, config.intermediate_size
   return {
     "Wqkv": {

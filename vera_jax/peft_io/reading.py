@@ -72,7 +72,7 @@ def import_adapter(
   task: str | None = None,
   max_length: int | None = None,
 ) -> dict[str, Any]:
-  """Write a PEFT adapter (VeRA, LoRA, DoRA or IA3) as ours.
+  """Write a PEFT adapter, of a method in `forms.FORMS`, as ours.
 
   Args:
     folder: holds adapter_config.json and adapter_model.safetensors.
