@@ -16,7 +16,6 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
-from vera_jax.errors import UserError
 from vera_jax.models import bands, part
 from vera_jax.models.attention import REMAT_POLICIES, Ids, check_remat
 
@@ -418,11 +417,5 @@ class Head(Part):
 def module(
   pieces: Pieces, config: Any, head: str, outputs: int, **options: Any
 ) -> Decoder:
-  """`Family.module`, with a family's pieces; `outputs` are the vocabulary's.
-
-  Raises:
-    UserError: another head than that for words.
-  """
-  if head != HEAD:
-    raise UserError(f"{config.model_type} has no head for {head} here.")
+  """`Family.module`, with a family's pieces; `outputs` are the vocabulary's."""
   return Decoder(config, pieces, **options)
