@@ -28,7 +28,7 @@ from configs import common
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
-from vera_jax.models.roberta import roberta
+from vera_jax.models.paper_sizes import roberta
 from vera_jax.results import provenance
 from vera_jax.train.sharding import AXES, make_mesh
 

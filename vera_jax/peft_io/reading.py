@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax import results
 from vera_jax.adapters.apply import leaf_shapes
-from vera_jax.adapters.files import STORED, check_length, save_adapter
+from vera_jax.adapters.files import check_length, save_adapter
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.interface import Target
 from vera_jax.adapters.labels import HEAD
@@ -25,6 +25,7 @@ from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.projections import (
   INITIALISERS,
   PRNG,
+  STORED,
   digest,
 )
 from vera_jax.errors import UserError
@@ -364,8 +365,8 @@ def find_projections(
     known: the settings that our own export wrote into the file, if it is one.
 
   Returns:
-    With `files.STORED` in place of an initialiser where no seed gives the saved
-    matrices.
+    With `projections.STORED` in place of an initialiser where no seed gives the
+    saved matrices.
 
   Raises:
     UserError: the saved matrices are incomplete or don't fit the layers.

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from vera_jax.adapters.apply import leaf_shapes
-from vera_jax.adapters.files import STORED, load_adapter
+from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.methods import make_adapter
-from vera_jax.adapters.projections import digest
+from vera_jax.adapters.projections import STORED, digest
 from vera_jax.adapters.sites import matches
 from vera_jax.errors import UserError
 from vera_jax.files import check_free, write_json

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from vera_jax import results
 from vera_jax.adapters.methods import groups_of
-from vera_jax.adapters.norms import SHORT, norms_beside
+from vera_jax.adapters.vector_norms import SHORT, norms_beside
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.report.signatures import COLLAPSED, signatures

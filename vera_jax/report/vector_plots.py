@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vera_jax.adapters.norms import NAME, SHORT
+from vera_jax.adapters.vector_norms import NAME, SHORT
 from vera_jax.report.style import (
   BLUE,
   STYLE,

@@ -16,7 +16,7 @@ from vera_jax.data.loader import steps_per_epoch
 from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE, resolve
 from vera_jax.models.family import load_config
-from vera_jax.models.roberta import SIZES
+from vera_jax.models.paper_sizes import SIZES
 from vera_jax.tasks.task import Size, task_for
 
 UNKNOWN = Size(10_000, 1000, 40)

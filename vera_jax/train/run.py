@@ -23,9 +23,9 @@ from ml_collections import ConfigDict
 from vera_jax import results
 from vera_jax.adapters.files import save_adapter, tensors
 from vera_jax.adapters.methods import settings_in
-from vera_jax.adapters.norms import adapter_norms, as_json
 from vera_jax.adapters.products import AUTO
 from vera_jax.adapters.projections import PRNG
+from vera_jax.adapters.vector_norms import adapter_norms, as_json
 from vera_jax.errors import UserError
 from vera_jax.models.hf_weights import fingerprint
 from vera_jax.train.checkpoint import Checkpoints, good_save
