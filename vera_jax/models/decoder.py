@@ -16,8 +16,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
-from vera_jax.models import bands, part
+from vera_jax.models import bands
 from vera_jax.models.attention import REMAT_POLICIES, Ids, check_remat
+from vera_jax.models.part import Part
 
 HEAD = "language_modelling"
 INPUTS = ("input_ids", "positions", "segment_ids", "read_positions")
@@ -228,21 +229,6 @@ def write(
       value.astype(values.dtype), mode="drop"
     ),
   )
-
-
-class Part(part.Part):
-  """A piece of a decoder."""
-
-  @nn.nowrap
-  def embed(self, words: int, name: str) -> nn.Embed:
-    return nn.Embed(
-      words,
-      self.config.hidden_size,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      embedding_init=nn.initializers.normal(self.config.initializer_range),
-      name=name,
-    )
 
 
 class Pieces(NamedTuple):

@@ -21,7 +21,6 @@ from vera_jax.models.decoder import (
   HEAD,
   Hidden,
   Pair,
-  Part,
   Pieces,
   Reach,
   attend,
@@ -31,6 +30,7 @@ from vera_jax.models.decoder import (
 )
 from vera_jax.models.family import Family, Names, one_of, take_fields
 from vera_jax.models.norm import LayerNorm
+from vera_jax.models.part import Part
 
 # config.json's names of what every family's config has.
 OWN = {

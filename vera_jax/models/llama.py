@@ -26,7 +26,6 @@ from vera_jax.models.decoder import (
   Hidden,
   Mask,
   Pair,
-  Part,
   Pieces,
   Reach,
   attend,
@@ -35,6 +34,7 @@ from vera_jax.models.decoder import (
   write,
 )
 from vera_jax.models.family import Family, Names, one_of, take_fields
+from vera_jax.models.part import Part
 
 Activation = Callable[[Array], Array]
 ACTIVATION: dict[str, Activation] = {**ACTIVATIONS, "silu": nn.silu}

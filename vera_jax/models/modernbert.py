@@ -163,14 +163,7 @@ class Embeddings(Part):
   @nn.compact
   def __call__(self, input_ids: Ids) -> Hidden:
     config = self.config
-    words = nn.Embed(
-      config.vocab_size,
-      config.hidden_size,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      embedding_init=nn.initializers.normal(config.initializer_range),
-      name="tok_embeddings",
-    )
+    words = self.embed(config.vocab_size, "tok_embeddings")
     hidden = self.norm(words(input_ids), "norm")
     return self.dropout(hidden, config.embedding_dropout)
 
