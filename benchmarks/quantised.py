@@ -55,7 +55,12 @@ def define_flags() -> None:
 def main() -> None:
   given = flags.FLAGS
   if given.row:
-    base, remat = given.row.split(":")
+    base, _, remat = given.row.partition(":")
+    if base not in BASES or remat not in REMAT:
+      raise UserError(
+        f"--row is {given.row}; give one of {', '.join(BASES)} and one of"
+        f" {', '.join(REMAT)}, as keep:full."
+      )
     print(json.dumps(measure(given.model, given.rank, base, remat)))
     return
   unknown = {*given.bases} - {*BASES} | {*given.remat} - {*REMAT}

@@ -180,6 +180,11 @@ class _ConfigParser(ConfigFileFlagParser):
       config = super().parse(path)
     except (TypeError, ValueError) as error:  # its text is a traceback
       raise UserError(f"--config={path}: {error.__context__}") from error
+    except (AttributeError, ImportError, NameError, SyntaxError) as error:
+      raise UserError(
+        f"--config={path} is no file with a get_config() that works, as"
+        f" configs/rte.py is: {error}."
+      ) from error
     check_keys(config, sys.argv[1:])
     return config
 

@@ -59,7 +59,7 @@ class Run:
   Attributes:
     progress: JSON values that a resumed run goes on from: the epochs' history,
       the losses summed since the last epoch, the seconds trained and those of
-      them that were for evaluation.
+      them that were for evaluation, and the fingerprints of the data.
     result, failure: what result.json or failed.json says, if it is there.
     saves: the checkpoints, while the run is open.
     setup, log: what it is made of and where lines for a person go, while it
@@ -123,7 +123,7 @@ class Run:
     if not history:
       return False
     last = history[-1]["epoch"]
-    if last == optim.epochs:
+    if last >= optim.epochs:
       return True
     if optim.patience is None:
       return False
@@ -144,7 +144,11 @@ class Run:
 
   @contextmanager
   def opened(self, setup: Setup) -> Iterator[None]:
-    """The folder is this config's, its checkpoints open, progress restored."""
+    """The folder is this config's, its checkpoints open, progress restored.
+
+    Raises:
+      UserError: the run began with other data; the message says which splits.
+    """
     self.choose_scan(setup.model.blueprint.scan)
     config = self.config.to_dict()
     on_first(lambda: write_config(self.folder, config))
@@ -162,6 +166,18 @@ class Run:
           *(self.folder, step, best_epoch(history)["step"]),
         )
         self.saves.forget_after(step - 1)
+      record = setup.data.record()
+      data = {split: own["fingerprint"] for split, own in record.items()}
+      before = self.progress.get("data", data)  # older saves don't say
+      changed = [name for name in data if before.get(name) != data[name]]
+      if changed and self.result is None:
+        raise UserError(
+          f"The data have changed since the run in {self.folder} began:"
+          f" {', '.join(changed)}, or what prepares them (the tokenizer, or"
+          " Pillow for images). Put the files back, or choose another"
+          " --workdir."
+        )
+      self.progress["data"] = data
       yield
 
   # What the loop asks of a run; an ensemble answers the same.
