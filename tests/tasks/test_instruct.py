@@ -1,6 +1,8 @@
 """Instruction tuning from rows to answers, on a tiny Llama."""
 
 import json
+from collections import defaultdict
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from configs import instruct
 from tests.tasks.decoder_files import LLAMA, tokenizer_of_words, write_decoder
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
+from vera_jax.files import read_json
 from vera_jax.generate.sampling import GREEDY
 from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.models.quantised import is_quantised
@@ -261,3 +264,20 @@ def test_a_second_question_without_a_chat_template_stands_below_the_first():
     for i, role in enumerate(("user", "assistant", "user"), 1)
   ]
   assert conversation_ids(tokenizer, messages, template="plain") == [4, 5, 6]
+
+
+def test_committed_runs_of_smollm2_learn_more_than_their_spread():
+  """Held-out losses of VeRA, on weights and on codes, beside no training."""
+  runs = Path(__file__).parents[2] / "results/sweeps/instruct/runs"
+  losses = defaultdict(list)
+  for path in runs.glob("*/result.json"):
+    run = read_json(path)
+    untrained = run["config"]["optim"]["adapter_lr"] == 0
+    base = run["config"]["model"]["quantise"]
+    kind = "untuned" if untrained else (run["method"], base)
+    losses[kind].append(run["last"]["metrics"]["loss"])
+  [untuned] = losses["untuned"]
+  for base in ("none", "keep"):
+    found = losses["vera", base]
+    assert len(found) == 3
+    assert untuned - max(found) > max(found) - min(found) > 0
