@@ -23,6 +23,14 @@ TEMPLATE = (
   "{% for m in messages %}{{ m.role }} {{ m.content }} <end>\n word9 "
   "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 )
+TAGGED = (
+  "{% for m in messages %}{% if m.role == 'user' %}{{m.content}} <end> "
+  "{% else %}{% generation %}{{m.content}} <end> {% endgeneration %}"
+  "{% endif %}{% endfor %}"
+)
+MOVED = "<end> {% endgeneration %}", "{% endgeneration %}<end> "
+HEADER = "{% for m in messages %}{{m.role}} {{m.content}} <end> {% endfor %}"
+NO_END = HEADER.replace("<end> ", "")
 WHOLE = "{% generation %}{% for m in messages %}{{ m.content }} {% endfor %}"
 UNTAGGED = "{% if false %}{% generation %}{% endgeneration %}{% endif %}word7"
 END, UNKNOWN, W9 = 0, 2, 12
@@ -112,6 +120,51 @@ def test_special_tokens_without_a_role_count_as_well():
     assert own.tolist() == [5, end] and ids[-1] == end
   tokens = tokenise(rows, tokenizer, 99, None, completions=CHAT)
   assert tokens.special == 1
+
+
+@pytest.mark.parametrize(
+  "template, without_end, with_header",
+  [
+    (TEMPLATE.replace("word9 ", ""), 0, 0),
+    # the end stands behind the tags
+    (TAGGED.replace(*MOVED), 2, 0),
+    (TAGGED, 0, 0),
+    # nothing ends an answer, and nothing is asked with
+    (NO_END, 2, 2),
+    (HEADER, 0, 2),
+    # an answer needs no header
+    (HEADER.replace("{{m.role}} ", ""), 0, 0),
+    # the model writes its own thoughts
+    (
+      "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}word8 "
+      "{% endif %}{{ m.content }} <end> {% endfor %}"
+      "{% if add_generation_prompt %}assistant {% endif %}",
+      0,
+      0,
+    ),
+  ],
+)
+def test_templates_that_end_no_answer_or_teach_a_header_are_counted(
+  template, without_end, with_header
+):
+  rows = conversations(
+    ("word1", "word2"), ("word1", "word2", "word3", "word4 word5")
+  )
+  tokens = tokenise(rows, chat_tokenizer(template), 99, None, completions=CHAT)
+  found = tokens.without_end, tokens.with_header
+  assert found == (without_end, with_header)
+
+
+def test_a_cached_file_without_the_counts_is_made_again(tmp_path):
+  rows = conversations(("word1", "word2"))
+  tokenizer = chat_tokenizer(NO_END)
+  one = tokenise(rows, tokenizer, 99, tmp_path, completions=CHAT)
+  [path] = tmp_path.glob("*.npz")
+  with np.load(path) as stored:
+    old = {name: stored[name] for name in stored if name != "without_end"}
+  np.savez(path, **old)
+  again = tokenise(rows, tokenizer, 99, tmp_path, completions=CHAT)
+  assert one.without_end == again.without_end == 1
 
 
 def test_prompts_and_answers_are_one_text():

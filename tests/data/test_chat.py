@@ -31,7 +31,7 @@ def with_template(template):
 
 
 def answers(template, messages=MESSAGES):
-  text, spans = chat.render_conversation(with_template(template), messages)
+  text, spans, _ = chat.render_conversation(with_template(template), messages)
   return text, [text[first:last] for first, last in spans]
 
 
@@ -128,8 +128,8 @@ def test_half_an_answer_is_the_end_of_the_process(monkeypatch, tmp_path):
 )
 def test_a_date_is_the_same_on_any_day(template, text):
   for prompt in (False, True):
-    found, _ = chat._render(with_template(template), MESSAGES, prompt=prompt)
-    assert found == text
+    found = chat._render(with_template(template), MESSAGES, prompt=prompt)
+    assert found.text == text
 
 
 def test_tags_are_where_they_were_behind_a_date():
