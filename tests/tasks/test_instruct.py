@@ -1,6 +1,7 @@
 """Instruction tuning from rows to answers, on a tiny Llama."""
 
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,12 +13,15 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from configs import instruct
-from tests.tasks.decoder_files import LLAMA, tokenizer_of_words, write_decoder
+from tests.models.gguf_folders import random_folder
+from tests.tasks.decoder_files import tokenizer_of_words
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.generate.sampling import GREEDY
 from vera_jax.models.classifier import load_classifier, restore_adapter
+from vera_jax.models.export_gguf import write_gguf_of
+from vera_jax.models.gguf_folder import gguf_folder
 from vera_jax.models.quantised import is_quantised
 from vera_jax.report.outputs import read_written
 from vera_jax.serve.conversation import conversation_ids
@@ -40,7 +44,7 @@ TEMPLATE = (
   "{% if add_generation_prompt %}assistant {% endif %}"
 )
 BRIEF = {
-  "model.quantise": "int8",  # the tiny widths hold no block of nf4
+  "model.quantise": "keep",
   "optim.epochs": 2,
   "optim.batch_size": 8,
   "optim.pass_rows": None,
@@ -58,10 +62,15 @@ BRIEF = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """The decoder, the rows and questions of COPA's form."""
+  """The decoder in eight-bit codes, the rows and questions of COPA's form."""
   folder = tmp_path_factory.mktemp("instruct")
-  (folder / "model").mkdir()
-  write_decoder(folder / "model", {**LLAMA, "num_hidden_layers": 1})
+  random_folder(folder / "dense", "llama", max_position_embeddings=24)
+  file = folder / "a.gguf"
+  write_gguf_of(folder / "dense", file, kind="gguf-q8_0")
+  # the folder of the file, with a tokenizer of whole words
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("HOME", str(folder / "home"))
+    shutil.copytree(gguf_folder(file), folder / "model", symlinks=True)
   tokenizer = tokenizer_of_words(pad_token="<end>")
   tokenizer.chat_template = TEMPLATE
   tokenizer.save_pretrained(folder / "model")
