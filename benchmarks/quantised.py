@@ -39,7 +39,7 @@ BASES = ("float32", "bfloat16", "int8", "nf4", "keep")
 REMAT = ("none", "full")
 TARGETS = tuple(f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down"))
 TOKENS, STEPS = 512, 2
-NAMES = {"keep": "kept codes (Q4_1)"}
+NAMES = {"keep": "kept codes (Q4_1)", "bfloat16": "model.dtype=bfloat16"}
 
 
 def define_flags() -> None:

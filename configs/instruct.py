@@ -10,10 +10,12 @@
 
 llama_7b, llama_13b, llama2_7b, llama2_13b: the paper's Table 9, on
 Alpaca-cleaned (51,760 rows) for one epoch in batches of 16, all linear layers
-but the head adapted. VeRA trains 1,589,248 numbers of a 7B model and 2,416,640
-of a 13B one, LoRA with r = 64 159.9 and 250.3 million. The paper's scores, by
-GPT-4 on MT-Bench, are VeRA 4.77, 5.22, 5.08 and 5.93, LoRA 5.03, 5.31, 5.19 and
-5.77. Not run by us, for want of the weights; a GPU or TPU is needed.
+but the head adapted. Here 2,000 questions are held out, which leaves about
+49,760 rows and 3,110 steps where the paper has 3,235. VeRA trains 1,589,248
+numbers of a 7B model and 2,416,640 of a 13B one, LoRA with r = 64 159.9 and
+250.3 million. The paper's scores, by GPT-4 on MT-Bench, are VeRA 4.77, 5.22,
+5.08 and 5.93, LoRA 5.03, 5.31, 5.19 and 5.77. Not run by us, for want of the
+weights; a GPU or TPU is needed.
 
 llama3_8b: the same settings on a newer model, which the paper has not.
 

@@ -23,6 +23,8 @@ class Examples:
     choices: texts (or pairs) per example: 1, or the number of the choices
       between which an example asks. Those of an example follow one another, so
       `first` and `second` then have so many entries for each label.
+    places: file and line of each, or file and row, for messages; None where
+      nothing is said of a single one.
   """
 
   first: list[Any]
@@ -30,6 +32,7 @@ class Examples:
   labels: Any
   index: np.ndarray
   choices: int = 1
+  places: list[str] | None = None
 
   def __len__(self) -> int:
     return len(self.first) // self.choices
@@ -71,4 +74,5 @@ def take(examples: Examples, chosen: np.ndarray) -> Examples:
     labels=labels,
     index=examples.index[chosen],
     choices=examples.choices,
+    places=examples.places and [examples.places[i] for i in chosen],
   )

@@ -129,6 +129,19 @@ class PackedData(NamedTuple):
           " other tokens than it learns from: end prompts without a space, and"
           " begin completions with it"
         )
+      if split.without_end:
+        lines.append(
+          f"{split.without_end} rows of {name} have an answer whose last"
+          " learned token is no special one, so that the model does not learn"
+          " to end it: the chat template writes none there, or writes it behind"
+          " {% endgeneration %}"
+        )
+      if split.with_header:
+        lines.append(
+          f"{split.with_header} rows of {name} have an answer that is learned"
+          " together with what the chat template writes before it, since the"
+          " template ignores add_generation_prompt"
+        )
     return lines
 
   def record(self) -> dict[str, Any]:
