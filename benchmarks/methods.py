@@ -4,10 +4,10 @@
 evaluated by a test and compared with what the code counts from shapes.
 """
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.tables import markdown_table
 from vera_jax.adapters.methods import METHODS, adapter_named
 from vera_jax.files import read_json
 from vera_jax.peft_io.forms import HELD_BY
@@ -92,7 +92,7 @@ def markdown(study: Path = STUDY) -> str:
         medians.get(method, ""),
       )
     )
-  parts = [_table(HEADER, rows)]
+  parts = [markdown_table(HEADER, rows, texts=len(HEADER))]
   return "\n\n".join(parts + ([_scores(study)] if medians else []))
 
 
@@ -125,9 +125,4 @@ def _scores(study: Path) -> str:
         *differences,
       )
     )
-  return _table(SCORES, rows)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-  lines = [header, ["---"] * len(header), *rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  return markdown_table(SCORES, rows, texts=len(SCORES))

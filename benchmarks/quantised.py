@@ -30,6 +30,7 @@ from absl import flags
 
 from benchmarks.process import forget_peak, peak_bytes
 from benchmarks.report import environment, load, write
+from benchmarks.tables import markdown_table
 from configs.e2e import SMOLLM2
 from experiments import cli
 from vera_jax.errors import UserError
@@ -243,7 +244,7 @@ def markdown(result: Mapping[str, Any]) -> str:
   names = ["base", "remat", "linear layers, MB", "of float32"]
   names += ["temporaries, MB", "planned peak, MB", "of float32"]
   names += ["resident peak, MB", "of float32", "s", "loss"]
-  table = [names, ["---", "---", *["---:"] * 9]]
+  lines = []
   for row in rows:
     plain = known.get(("float32", row["remat"]))
 
@@ -251,7 +252,7 @@ def markdown(result: Mapping[str, Any]) -> str:
       share = f"{row[name] / plain[name]:.3f}" if plain else ""
       return [f"{row[name] / 1e6:,.1f}", share]
 
-    table.append(
+    lines.append(
       [
         NAMES.get(row["base"], row["base"]),
         row["remat"],
@@ -263,7 +264,6 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{row['losses'][0]:.4f}",
       ]
     )
-  lines = [f"| {' | '.join(cells)} |" for cells in table]
   about = (
     f"{result['model']}, VeRA with r = {result['rank']} on all linear layers, a"
     f" row of {result['tokens']} tokens per step, layers scanned;"
@@ -274,7 +274,10 @@ def markdown(result: Mapping[str, Any]) -> str:
     " tokens."
   )
   return "\n".join(
-    ["# Memory of training by the base's storage", "", about, "", *lines, ""]
+    [
+      *("# Memory of training by the base's storage", "", about, ""),
+      *(markdown_table(names, lines, texts=2), ""),
+    ]
   )
 
 
