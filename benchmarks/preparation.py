@@ -107,13 +107,14 @@ def measure(source: Path, *, images: int) -> list[dict[str, Any]]:
   state = read_state(Path(str(file)))  # with ImageNet's head
   head = {"kernel": state["_fc.weight"].T, "bias": state["_fc.bias"]}
   params = {**params, "classifier": head}
-  run = jax.jit(lambda x: plan.module.apply({"params": params}, x)[:, 0])
+  run = jax.jit(plan.module.apply)
 
   rows = []
   for name, (mean, std) in WAYS.items():
     way = processor._replace(scale=1 / 255, mean=mean, std=std)
     blocks = (pixels[i : i + ROWS] for i in range(0, len(pixels), ROWS))
-    logits = np.concatenate([run(way.normalise(block)) for block in blocks])
+    answers = [run({"params": params}, way.normalise(x)) for x in blocks]
+    logits = np.concatenate([np.asarray(x)[:, 0] for x in answers])
     right = kinds[np.arange(len(kinds)), logits.argmax(-1)]
     probability = (np.asarray(jax.nn.softmax(logits)) * kinds).sum(-1)
     rows.append(
