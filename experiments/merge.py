@@ -6,7 +6,8 @@
   python -m experiments.merge --model=FOLDER --out=FILE.gguf --format=gguf-f16
 
 Writes config.json with the label names, the tokenizer's files and
-model.safetensors, which transformers loads as a sequence classifier. The merged
+model.safetensors, which transformers loads under the family's own class: a
+classifier of texts, words or images, or a decoder. The merged
 weights are compared with the adapted model on probe texts first, in float32 and
 in the type written; merge.json keeps the largest differences. Past their bound
 nothing is written. The folder can also be a run's --config.model.name.
