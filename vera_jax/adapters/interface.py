@@ -44,6 +44,9 @@ class View(NamedTuple):
     forms: whether the layer multiplies x with matrices in full alone, so that
       one that is structured is formed first.
     plans: the plans that the layer allows.
+    in_scope: whether the kernel lies in another module's scope, which several
+      may share (`nn.share_scope`). A site's path is then the scope's with the
+      layer's name behind it.
   """
 
   kind: str = "Dense"
@@ -54,6 +57,7 @@ class View(NamedTuple):
   looked_up: bool = False
   forms: bool = False
   plans: tuple[str, ...] = PLANS
+  in_scope: bool = False
 
   @property
   def takes_vectors(self) -> bool:
