@@ -137,7 +137,8 @@ class LowRank(NamedTuple):
     down: (i, r), an array or `Structured`.
     up: (r, o), likewise.
     inner, outer: (r,) and (o,); None counts as 1.
-    trains_down: whether `down` is trained, whose gradient costs a product.
+    trains_down, trains_up: whether these are trained, or only scaled by
+      trained vectors: the gradient of one that is costs a product.
   """
 
   down: Matrix
@@ -145,6 +146,7 @@ class LowRank(NamedTuple):
   inner: Float[Array, " _"] | None = None
   outer: Float[Array, " _"] | None = None
   trains_down: bool = False
+  trains_up: bool = False
 
 
 class Adapter(NamedTuple):
