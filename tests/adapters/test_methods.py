@@ -78,7 +78,7 @@ def test_a_method_known_by_its_weights_may_follow_one_that_draws_nothing(order):
   site = Site(("query",), 6, 5, lambda: jnp.arange(30.0).reshape(6, 5))
   leaves, x = {"ia3_out": jnp.arange(5.0), "own_s": 0.5}, jnp.ones((2, 6))
   y, _ = adapted_product(both, leaves, site, x)
-  want = 0.5 * jnp.arange(5.0) * (x @ site.kernel())
+  want = 0.5 * jnp.arange(5.0)[None] * (x @ site.kernel())
   np.testing.assert_allclose(y, want, rtol=1e-6)
   with pytest.raises(UserError, match="own can't follow pvera, which draws"):
     chain(pvera(2), own)
