@@ -62,6 +62,7 @@ class Adapted(nn.Module):
         " adapter's leaves are made on a whole model's weights. Adapt the outer"
         " module instead: adapt(outer, adapter, targets=...)."
       )
+    assert self.scope is not None
     # in this scope itself, so that the base keeps its parameters' names, of
     # which one may be that of the field
     self.scope.reservations.pop("model", None)

@@ -93,7 +93,8 @@ def is_in_tree(layer: nn.Module, params: Tree) -> bool:
   """Whether a bound layer's parameters are those at its path in the tree, and
   not given to it by a model that applies it unbound, outside of its own."""
   for name in layer.path:
-    params = params.get(name, {})
+    below = params.get(name)
+    params = below if isinstance(below, Mapping) else EMPTY
   return layer.variables.get("params", {}).keys() == params.keys()
 
 
