@@ -55,9 +55,6 @@ class Adapted(nn.Module):
   plan: str
   forwards: int
 
-  def setup(self) -> None:
-    nn.share_scope(self, self.model)  # the base keeps its parameters' names
-
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     if self.is_initializing():  # `init` below has no need of this call
       raise UserError(
@@ -65,17 +62,21 @@ class Adapted(nn.Module):
         " adapter's leaves are made on a whole model's weights. Adapt the outer"
         " module instead: adapt(outer, adapter, targets=...)."
       )
+    assert self.scope is not None
+    # in this scope itself, so that the base keeps its parameters' names, of
+    # which one may be that of the field
+    self.scope.reservations.pop("model", None)
+    model = self.model.clone(parent=self.scope, name=None, _deep_clone=True)
     layer_calls = Interception(
       self.adapter,
       self.targets,
       self.fused,
       self.plan,
       self.forwards,
-      shared=arrays_at(self.variables.get("projections", {})),
-      common=self.adapter.own(arrays_at(self.variables["params"])),
+      self.variables,
     )
     with nn.intercept_methods(layer_calls):
-      return self.model(*args, **kwargs)
+      return model(*args, **kwargs)
 
   @nn.nowrap
   def find_targets(self, *args: Any, **kwargs: Any) -> dict[Path, Target]:
@@ -267,7 +268,7 @@ def _leaf_shapes(adapter: Adapter, targets: Mapping[Path, Target]) -> Any:
 def _matrices(targets: Mapping[Path, Target]) -> dict[Path, Target]:
   """The sites as if all kernels were stored as matrices."""
   return {
-    path: target._replace(view=target.view._replace(kernel="kernel", axes=()))
+    path: target._replace(view=target.view._replace(axes=()))
     for path, target in targets.items()
   }
 
@@ -278,7 +279,7 @@ def _layer_shapes(targets: Mapping[Path, Target]) -> dict[str, Any]:
   for path, target in targets.items():
     outputs = target.columns[1] if target.columns else target.outputs
     for name, shape in (
-      ("kernel", (*target.stack, target.inputs, outputs)),
+      (target.view.kernel, (*target.stack, target.inputs, outputs)),
       ("bias", (*target.stack, outputs)),
     ):
       place = (*layer_path(path, target), name)

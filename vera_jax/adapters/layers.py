@@ -15,12 +15,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import DenyList, meta
 from flax.linen.recurrent import DenseParams
 from jax import Array
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from vera_jax.adapters.interface import MATRIX, Matrix, View
+from vera_jax.adapters.interface import EMPTY, MATRIX, Matrix, Path, View
 from vera_jax.adapters.structured import as_array
 from vera_jax.models.quantised import dequantise, is_quantised
 
@@ -211,25 +213,50 @@ def _own_einsum(
   layer: Any, params: Params, /, *args: Any, **kwargs: Any
 ) -> Product | str | None:
   """A module of anyone's that is called with an equation and x, and multiplies
-  x with its one parameter, as the decoders of Gemma are written."""
+  x with one parameter, as the decoders of Gemma are written.
+
+  Beside that one others may lie, which modules have that share its scope.
+  """
   given = [*args, *kwargs.values()]
   texts = [x for x in given if isinstance(x, str) and "->" in x]
   arrays = [i for i, x in enumerate(given) if hasattr(x, "dtype")]
-  if len(texts) != 1 or len(arrays) != 1:
+  if len(texts) != 1 or len(arrays) != 1 or not params:
     return None
-  if len(params) != 1:
-    return "it is called with an equation, but holds more than one parameter"
-  (name, weight), (place,) = next(iter(params.items())), arrays
-  x, bare = given[place], layer.clone(parent=None, name=None)
+  (place,), x = arrays, given[arrays[0]]
+  bare = layer.clone(parent=None, name=None)
+  variables = meta.unbox(layer.variables)
+  keys = dict.fromkeys(layer.scope.rngs, jax.random.key(0))
 
-  def call(x: Array, weight: Array) -> Array:
+  def whole(params: Params, x: Array) -> Any:
+    """The result and whatever else such a call changes."""
     own = [*given[:place], x, *given[place + 1 :]]
     named = dict(zip(kwargs, own[len(args) :], strict=True))
-    return own_call(bare, {name: weight}, *own[: len(args)], **named)
+    return own_call(
+      bare,
+      {**variables["params"], **params},
+      *own[: len(args)],
+      others=variables,
+      rngs=keys,
+      mutable=DenyList(("params", "projections")),
+      **named,
+    )
+
+  found = reads(whole, params, x)
+  read = [name for name in params if found[name]]
+  if len(read) != 1:
+    return "it is called with an equation, but reads more than one parameter"
+  if layer.name in params and place_of(layer):
+    return f"it shares a scope with a parameter of its name, {layer.name!r}"
+  (name,), weight = read, params[read[0]]
+
+  def call(x: Array, weight: Array) -> Array:
+    return whole({name: weight}, x)[0]
 
   kind, dtype = type(layer).__name__, weight.dtype
   made = by_equation(kind, name, texts[0], x, weight.shape, dtype, call)
-  if isinstance(made, str) or _is_einsum(call, texts[0], x, weight):
+  if isinstance(made, str):
+    return made
+  if _is_einsum(lambda x, w: whole({name: w}, x), texts[0], x, weight):
     return made
   return _by_own_code(layer, params, made, args, kwargs)
 
@@ -293,20 +320,20 @@ def _by_own_code(
   kwargs: Mapping[str, Any],
 ) -> Product:
   """The product, made by the layer's own call with another kernel and bias."""
-  bare, name = layer.clone(parent=None, name=None), made.view.kernel
+  name = made.view.kernel
 
   def call(kernel: Array, bias: Array | None) -> Any:
     own = {name: own_kernel(kernel, params[name].shape, (), made.view)}
     if bias is not None:
       own["bias"] = bias.reshape(params["bias"].shape)
-    return own_call(bare, {**params, **own}, *args, **kwargs)
+    return bound_call(layer, own, lambda layer: layer(*args, **kwargs))
 
   view = made.view._replace(plans=("folded",))
   return made._replace(view=view, call=call)
 
 
 def _is_einsum(
-  call: Callable[[Array, Array], Array], equation: str, x: Array, weight: Array
+  call: Callable[[Array, Array], Any], equation: str, x: Array, weight: Array
 ) -> bool:
   """Whether a call's program is jnp.einsum's, with the weight in its own type
   or in x's, and nothing else: no turned weight, say."""
@@ -456,6 +483,32 @@ def product_of(
   return KINDS[kind](layer, params, *args, **kwargs)
 
 
+def place_of(layer: nn.Module) -> Path:
+  """Where below its scope the leaves of a layer lie: its name, where it is no
+  layer of flax's and shares another module's scope, which has the kernels of
+  several; () else."""
+  known = any(
+    isinstance(layer, kind) for kind in KINDS if kind is not nn.Module
+  )
+  if known or layer.name is None or layer.path[-1:] == (layer.name,):
+    return ()
+  return (layer.name,)
+
+
+def reads(function: Callable[..., Any], tree: Any, *given: Any) -> Any:
+  """Of every array in a tree, whether function(tree, *given) depends on it.
+
+  In a program with a loop of unknown length that isn't known, and False.
+  """
+  arrays, structure = jax.tree.flatten(tree)
+  program = jax.make_jaxpr(function)(tree, *given)
+  _, used = dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
+  found = used[: len(arrays)]
+  if any(found) and "while[" in str(program):
+    found = [False] * len(found)
+  return jax.tree.unflatten(structure, found)
+
+
 def cell_rows(args: Any, kwargs: Any) -> int:
   """The rows that a recurrent cell's kernels see in a call of it, or of
   `nn.RNN`: those of all time steps."""
@@ -471,23 +524,55 @@ def in_cell(view: View) -> View:
 
 
 _OWN = ContextVar("own", default=False)
+_BOUND = ContextVar[tuple[Path, ...]]("bound", default=())
 
 
 def own_call(
-  layer: nn.Module, params: Params, *args: Any, **kwargs: Any
-) -> Array:
-  """An unbound layer's own code on these parameters, adapted no more."""
-  apply: Callable[..., Any] = layer.apply  # its output alone, without `mutable`
+  layer: nn.Module,
+  params: Params,
+  *args: Any,
+  others: Mapping[str, Any] = EMPTY,
+  **kwargs: Any,
+) -> Any:
+  """An unbound layer's own code on these parameters, adapted no more.
+
+  Args:
+    layer: unbound.
+    params: its parameters.
+    others: its other collections.
+    args, kwargs: of `apply`.
+  """
   token = _OWN.set(True)
   try:
-    return apply({"params": params}, *args, **kwargs)
+    return layer.apply({**others, "params": params}, *args, **kwargs)
   finally:
     _OWN.reset(token)
 
 
-def is_own_call() -> bool:
-  """Whether an intercepted call is inside `own_call`."""
-  return _OWN.get()
+def bound_call(
+  layer: nn.Module, own: Params, call: Callable[[Any], Any]
+) -> Any:
+  """call(layer), the layer's own code with these of its parameters replaced,
+  adapted no more. The layers in it are, and it has its random keys and all of
+  its variables, which it may change."""
+
+  def run(layer: nn.Module) -> Any:
+    token = _BOUND.set((*_BOUND.get(), layer.path))
+    try:
+      return call(layer)
+    finally:
+      _BOUND.reset(token)
+
+  def replaced(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {"params": {**variables["params"], **own}}
+
+  return nn.map_variables(run, "params", trans_in_fn=replaced)(layer)
+
+
+def is_own_call(layer: nn.Module) -> bool:
+  """Whether an intercepted call is inside `own_call`, or what `bound_call`
+  runs."""
+  return _OWN.get() or layer.path in _BOUND.get()
 
 
 def flat_kernel(
