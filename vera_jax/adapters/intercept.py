@@ -16,14 +16,12 @@ from flax.core.scope import in_filter
 from jax import Array
 
 from vera_jax.adapters.interface import Adapter, Leaves, Path, Site, View
+from vera_jax.adapters.layer_calls import Product, bound_call, is_own_call
 from vera_jax.adapters.layers import (
-  Product,
-  bound_call,
   cell_rows,
   flat_bias,
   flat_kernel,
   in_cell,
-  is_own_call,
   place_of,
   product_of,
 )

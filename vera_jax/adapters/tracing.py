@@ -16,13 +16,12 @@ from flax.core import DenyList, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.interface import EMPTY, MATRIX, Path, Target, View
+from vera_jax.adapters.layer_calls import is_own_call, reads
 from vera_jax.adapters.layers import (
   cell_rows,
   in_cell,
-  is_own_call,
   place_of,
   product_of,
-  reads,
 )
 from vera_jax.adapters.sites import (
   EVERY,
