@@ -1,11 +1,17 @@
 """Texts and labels of one split."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from vera_jax.errors import UserError
+
+
+def numbered_row(index: int) -> str:
+  """Where an example is, as far as its index says it."""
+  return f"row {index + 1}"
 
 
 @dataclass(frozen=True)
@@ -19,10 +25,12 @@ class Examples:
     labels: int32 class ids or float32 scores [examples], float32 0 or 1
       [examples, labels] where several may apply, or for words a list of int32
       class ids [words]; None for an unlabelled test.
-    index: int64, the number by which a submission file names each example.
+    index: int64, the number of each example in its source, from 0 in a user's
+      own files; or the one by which a submission file names it.
     choices: texts (or pairs) per example: 1, or the number of the choices
       between which an example asks. Those of an example follow one another, so
       `first` and `second` then have so many entries for each label.
+    place: an example's index -> where it is, for messages: file and line.
   """
 
   first: list[Any]
@@ -30,6 +38,7 @@ class Examples:
   labels: Any
   index: np.ndarray
   choices: int = 1
+  place: Callable[[int], str] = numbered_row
 
   def __len__(self) -> int:
     return len(self.first) // self.choices
@@ -65,10 +74,10 @@ def take(examples: Examples, chosen: np.ndarray) -> Examples:
     labels = labels[chosen]
   choices = np.arange(examples.choices)
   texts = (chosen[:, None] * examples.choices + choices).ravel()
-  return Examples(
+  return replace(
+    examples,
     first=[examples.first[i] for i in texts],
     second=examples.second and [examples.second[i] for i in texts],
     labels=labels,
     index=examples.index[chosen],
-    choices=examples.choices,
   )

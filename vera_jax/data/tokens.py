@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int32, Int64
 
 from vera_jax.data.answers import Answers, encode_answers
 from vera_jax.data.completions import Completions, encode_completions
-from vera_jax.data.examples import Examples
+from vera_jax.data.examples import Examples, numbered_row
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 
@@ -57,8 +57,9 @@ class Tokens:
   example is one text, or those of its `choices`, which follow one another.
 
   Attributes:
-    labels, index, choices: as in `Examples`; for texts given as words, labels
-      [tokens] with the class of the word that begins at a token, 0 elsewhere.
+    labels, index, choices, place: as in `Examples`; for texts given as words,
+      labels [tokens] with the class of the word that begins at a token, 0
+      elsewhere.
     words: for such texts, [tokens] the number in its text of the word that
       begins at a token; -1 for further parts of it and special tokens.
     learned: where the words themselves are learned, bool [tokens]: which tokens
@@ -87,6 +88,7 @@ class Tokens:
   left_out: tuple[int, ...] = ()
   special: int = 0
   split_apart: int = 0
+  place: Callable[[int], str] = numbered_row
 
   def __len__(self) -> int:
     return len(self.text_lengths) // self.choices
@@ -222,6 +224,7 @@ def tokenise(
     learned=arrays.get("learned"),
     special=int(arrays.get("special", 0)),
     split_apart=int(arrays.get("split_apart", 0)),
+    place=examples.place,
   )
   return _without_empty(tokens) if isinstance(completions, Answers) else tokens
 

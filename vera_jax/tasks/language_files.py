@@ -165,6 +165,7 @@ def _examples(table: Table, columns: tuple[str, ...]) -> Examples:
     second=more[0] if more else None,
     labels=None,
     index=np.arange(len(first)),
+    place=table.place,
   )
 
 
