@@ -7,6 +7,7 @@ They are stored with the adapter, so that prediction needs no training data.
 
 import json
 import math
+import numbers
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -41,6 +42,7 @@ METRICS = {
   SEVERAL: ("micro_f1", "macro_f1"),
 }
 SHOWN = 12  # label names that a line shows
+LARGEST = float(np.finfo(np.float32).max)  # of the values of a regression
 
 
 class Facts(NamedTuple):
@@ -234,7 +236,7 @@ def _decide(table: Table, data: ConfigDict) -> Facts:
     raise UserError(
       f"config.data.kind is {kind!r}; choose from {', '.join(LABELLED)}."
     )
-  values = _values(table, label, may_be_empty=kind == SEVERAL)
+  values = _values(table, label, kind)
   names = table.classes.get(label)
   if not kind:
     kind = _kind(values, table.columns[columns[0]], named=bool(names))
@@ -245,7 +247,11 @@ def _decide(table: Table, data: ConfigDict) -> Facts:
       "Tags are of the words of one text: config.data.text names two columns."
     )
   if data.labels:
-    labels = tuple(map(str, data.labels))
+    labels = tuple(map(_name, data.labels))
+    if len({*labels}) < len(labels):
+      raise UserError(
+        f"config.data.labels names a label twice: {', '.join(labels)}."
+      )
   elif names:
     labels = tuple(names)
   else:
@@ -330,7 +336,7 @@ def _examples(table: Table, facts: Facts) -> Examples:
       )
     return ids[name]
 
-  values = _values(table, facts.label, may_be_empty=facts.kind == SEVERAL)
+  values = _values(table, facts.label, facts.kind)
   for row, value in enumerate(values):
     place = table.place(row)
     for name, column in zip(facts.columns, columns, strict=True):
@@ -349,6 +355,11 @@ def _examples(table: Table, facts: Facts) -> Examples:
       number = _number(value)
       if number is None:
         raise UserError(f"{place}: {facts.label} {value!r} is not a number.")
+      if abs(number) > LARGEST:
+        raise UserError(
+          f"{place}: {facts.label} is {number:g}, but a value has room for"
+          f" {LARGEST:.1e} at most: scale the values."
+        )
       labels.append(number)
     elif facts.kind == CLASSES:
       labels.append(id_of(value, place))
@@ -425,13 +436,27 @@ def _notes(facts: Facts, train: Examples, *, said: str | None) -> list[str]:
   return lines
 
 
-def _values(table: Table, column: str, *, may_be_empty: bool) -> list[Any]:
-  """A label's column, in which nothing is missing."""
+def _values(table: Table, column: str, kind: str | None) -> list[Any]:
+  """A label's column, of which each cell has a label or may have several.
+
+  Raises:
+    UserError: one is missing, or neither a text nor a finite number.
+  """
   for row, value in enumerate(table.columns[column]):
-    missing = value is None or (isinstance(value, float) and math.isnan(value))
-    blank = isinstance(value, str) and not value.strip() and not may_be_empty
-    if missing or blank:
-      raise UserError(f"{table.place(row)}: {column} is missing.")
+    if kind == SEVERAL and isinstance(value, str) and not value.strip():
+      continue  # a cell of a CSV without labels
+    several = None if kind in (CLASSES, NUMBER) else _as_list(value)
+    for label in [value] if several is None else several:
+      blank = isinstance(label, str) and not label.strip()
+      is_float = isinstance(label, float)
+      if label is None or blank or (is_float and math.isnan(label)):
+        raise UserError(f"{table.place(row)}: {column} is missing.")
+      is_label = isinstance(label, str | numbers.Number)
+      if not is_label or (is_float and math.isinf(label)):
+        raise UserError(
+          f"{table.place(row)}: {column} is {label!r}. A label is a text, a"
+          " finite number, true or false."
+        )
   return table.columns[column]
 
 
