@@ -148,9 +148,9 @@ def _copa(row: dict[str, Any]) -> ChoiceQuestion:
     raise ValueError(f"label is {label!r}, neither 0 nor 1")
   premise = row["premise"].strip().removesuffix(".")
   choices = [row[name].strip() for name in ("choice1", "choice2")]
-  return ChoiceQuestion(
+  return _question(
     f"{premise} {CONNECTIVES[asked]}",
-    tuple(f" {text[:1].lower()}{text[1:]}" for text in choices),
+    [text[:1].lower() + text[1:] for text in choices],
     int(label),
   )
 
@@ -165,13 +165,25 @@ def _arc(row: dict[str, Any]) -> ChoiceQuestion:
     if not isinstance(choices, list):
       raise ValueError("it has no choices")
     texts, labels = ([x[name] for x in choices] for name in ("text", "label"))
+  if len(texts) != len(labels):
+    raise ValueError(f"it has {len(texts)} choices, but {len(labels)} labels")
+  if len({*labels}) < len(labels):
+    raise ValueError(f"two choices have one label: {labels}")
   if row["answerKey"] not in labels:
     raise ValueError(f"answerKey is {row['answerKey']!r}, no choice's label")
-  return ChoiceQuestion(
+  return _question(
     f"Question: {question.strip()}\nAnswer:",
-    tuple(f" {text.strip()}" for text in texts),
+    [text.strip() for text in texts],
     list(labels).index(row["answerKey"]),
   )
+
+
+def _question(
+  prompt: str, choices: Sequence[str], right: int
+) -> ChoiceQuestion:
+  if len(choices) < 2 or not all(choices):
+    raise ValueError("two choices are needed at least, and none may be empty")
+  return ChoiceQuestion(prompt, tuple(f" {text}" for text in choices), right)
 
 
 def answer_questions(
