@@ -74,6 +74,12 @@ def test_prompts_and_completions(read):
   assert other["dev"].first != found["dev"].first
 
 
+def test_the_estimate_is_of_the_rows_that_are_trained_on(read):
+  for share in (0.1, 0.5):
+    task, found = read(".txt", "a b c d e\n" * 20, dev_fraction=share)
+    assert task.size == (len(found["train"]), len(found["dev"]), 8)
+
+
 def test_an_example_keeps_its_line(read):
   """Behind a hold-out and in a subset, whatever lines are blank."""
   content = lines(*PAIRS[:3]) + "\n\n" + lines(*PAIRS[3:])

@@ -1,6 +1,6 @@
 """Texts and labels of one split."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +42,17 @@ class Examples:
 
   def __len__(self) -> int:
     return len(self.first) // self.choices
+
+
+def estimated_tokens(texts: Iterable[Any], examples: int) -> int:
+  """About how many tokens an example has, before there is a tokenizer.
+
+  Args:
+    texts: all texts of the examples, or the words of each.
+    examples: how many there are.
+  """
+  words = sum(len(t.split() if isinstance(t, str) else t) for t in texts)
+  return 2 + round(1.3 * words / examples)  # a word has 1.3 tokens; two ends
 
 
 def subset(examples: Examples, n: int | None, seed: int) -> Examples:

@@ -26,7 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.answers import Answers
-from vera_jax.data.examples import Examples
+from vera_jax.data.examples import Examples, estimated_tokens
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
 from vera_jax.serve.choices import (
@@ -96,11 +96,7 @@ def task_for(config: ConfigDict) -> Task | None:
     settings=own.to_dict(),
     choices=choices,
   )
-  words = sum(
-    len(message["content"].split())
-    for row in splits.train
-    for message in row.messages
-  )
+  contents = (m["content"] for row in splits.train for m in row.messages)
   task = language_modelling(
     f"instruct:{splits.name}",
     read_split=lambda source, split: examples[split],
@@ -108,11 +104,10 @@ def task_for(config: ConfigDict) -> Task | None:
     completions=Answers(data.template),
     smoothing=config.optim.label_smoothing,
     title="Instructions",
-    # an estimate: parts of words
     size=Size(
       len(splits.train),
       len(splits.dev),
-      round(1.3 * words / len(splits.train)) + 2,
+      estimated_tokens(contents, len(splits.train)),
     ),
   )
   notes = [

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.completions import Completions
-from vera_jax.data.examples import Examples, take
+from vera_jax.data.examples import Examples, estimated_tokens, take
 from vera_jax.data.tables import BLANK, SUFFIXES, Table, read_table
 from vera_jax.errors import UserError
 from vera_jax.tasks.language_modelling import language_modelling
@@ -66,7 +66,7 @@ def task_for(config: ConfigDict) -> Task | None:
     return examples[split]
 
   train = examples["train"]
-  words = sum(len(t.split()) for t in (*train.first, *(train.second or [])))
+  tokens = estimated_tokens([*train.first, *(train.second or [])], len(train))
   task = language_modelling(
     f"language:{path.absolute().parent.name}"
     if path.stem == "train"
@@ -75,8 +75,7 @@ def task_for(config: ConfigDict) -> Task | None:
     dev_splits=("dev",),
     completions=completions,
     smoothing=optim.label_smoothing,
-    # an estimate: parts of words
-    size=Size(len(train), len(examples["dev"]), round(1.3 * words / rows) + 2),
+    size=Size(len(train), len(examples["dev"]), tokens),
   )
   learned = "all of it" if len(columns) == 1 else f"{columns[-1]} alone"
   return task._replace(

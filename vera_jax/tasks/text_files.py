@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vera_jax.data.examples import Examples, take
+from vera_jax.data.examples import Examples, estimated_tokens, take
 from vera_jax.data.tables import SUFFIXES, Table, class_names, read_table
 from vera_jax.errors import UserError
 from vera_jax.models.kinds import CLASSES, LABELLED, NUMBER, SEVERAL, TAGS
@@ -78,12 +78,12 @@ def task_for(config: ConfigDict) -> Task | None:
       " python -m experiments.predict --adapter=RUN/adapter --input=FILE"
     )
   data = config.data
-  name, train, dev = read_tables(data)
-  facts = _decide(train, data)
-  examples = {"train": _examples(train, facts)}
-  if dev is not None:
-    examples["dev"] = _examples(dev, facts)
-    where = f"{dev.name}, {len(examples['dev'])} rows"
+  name, table, dev_table = read_tables(data)
+  facts = _decide(table, data)
+  examples = {"train": _examples(table, facts)}
+  if dev_table is not None:
+    examples["dev"] = _examples(dev_table, facts)
+    where = f"{dev_table.name}, {len(examples['dev'])} rows"
   else:
     chosen = _dev_rows(examples["train"], facts, data)
     rest = np.setdiff1d(np.arange(len(examples["train"])), chosen)
@@ -113,14 +113,12 @@ def task_for(config: ConfigDict) -> Task | None:
       dev_splits=("dev",),
       kind=facts.kind,
     )
-  texts = [*examples["train"].first, *(examples["train"].second or [])]
-  words = sum(len(t.split() if isinstance(t, str) else t) for t in texts)
-  rows = len(examples["train"])
-  tokens = 2 + round(1.3 * words / rows)  # an estimate: parts of words
+  train = examples["train"]
+  tokens = estimated_tokens([*train.first, *(train.second or [])], len(train))
   return task._replace(
     columns=(facts.columns,),
-    size=Size(rows, len(examples["dev"]), tokens),
-    notes=(*_notes(facts, examples["train"], said=data.kind), f"dev: {where}"),
+    size=Size(len(train), len(examples["dev"]), tokens),
+    notes=(*_notes(facts, train, said=data.kind), f"dev: {where}"),
     stored={"columns": list(facts.columns)},
   )
 
