@@ -34,6 +34,13 @@ def chat_tokenizer(template=TEMPLATE):
   return tokenizer
 
 
+def examples_of(first, second):
+  """Numbered from 40, on the lines from 1 of a file."""
+  places = [f"a.jsonl:{i + 1}" for i in range(len(first))]
+  index = np.arange(len(first)) + 40
+  return Examples(first, second, None, index, places=places)
+
+
 def conversations(*texts):
   """Each with a question and its answer in turn."""
   roles = ("user", "assistant")
@@ -46,12 +53,12 @@ def conversations(*texts):
     )
     for text in texts
   ]
-  return Examples(rows, None, None, np.arange(len(rows)) + 40)
+  return examples_of(rows, None)
 
 
 def pairs(*rows):
   first, second = (list(side) for side in zip(*rows, strict=True))
-  return Examples(first, second, None, np.arange(len(rows)))
+  return examples_of(first, second)
 
 
 def learned(examples, tokenizer, how, max_length=99):
@@ -145,19 +152,20 @@ def test_an_answer_behind_the_cut_leaves_its_row_out():
 @pytest.mark.parametrize(
   "template, message",
   [
-    ("{% generation %}{% endgeneration %}word7", "41: nothing.*all 0.*word7"),
-    (UNTAGGED, "41: nothing.*all 0.*word7"),
-    (WHOLE + "{% endgeneration %}", "41: all of it.*all 1.*word1 word2"),
+    ("{% generation %}{% endgeneration %}word7", "nothing.*all 0.*word7"),
+    (UNTAGGED, "nothing.*all 0.*word7"),
+    (WHOLE + "{% endgeneration %}", "all of it.*all 1.*word1 word2"),
+    ("{{ raise_exception('no') }}", "The chat template of .* used: no$"),
   ],
 )
-def test_a_mask_of_one_kind_is_refused_and_shown(template, message):
+def test_a_row_that_teaches_nothing_is_named_and_shown(template, message):
   rows = conversations(("word1", "word2"))
-  with pytest.raises(UserError, match=f"(?s)Row {message}"):
+  with pytest.raises(UserError, match=f"(?s)^a.jsonl:1: {message}"):
     learned(rows, chat_tokenizer(template), CHAT)
 
 
 def test_an_answer_without_a_prompt_is_refused():
-  with pytest.raises(UserError, match="Row 1: all of it would be learned"):
+  with pytest.raises(UserError, match="^a.jsonl:1: all of it would be learned"):
     learned(pairs(("", "word1 word2")), with_begin(), PLAIN)
 
 
@@ -214,7 +222,7 @@ def test_a_preview_is_readable_without_colours(capsys):
   tokens = tokenise(rows, tokenizer, 99, None, completions=CHAT)
   preview(tokens, tokenizer, number=1)
   shown = capsys.readouterr().out
-  assert "example 1, row 41: 8 tokens, 3 learned" in shown
+  assert "example 1, a.jsonl:1: 8 tokens, 3 learned" in shown
   assert "<end> word9 <unknown>⟦ word2 <end> word9⟧" in shown
   parts = stretches([4, 5, 6], [False, True, True], tokenizer)
   assert parts == [("word1", False), (" word2 word3", True)]

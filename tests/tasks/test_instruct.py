@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 from configs import instruct
 from tests.tasks.decoder_files import LLAMA, tokenizer_of_words, write_decoder
@@ -24,7 +25,8 @@ from vera_jax.serve.questions import (
   as_line,
   read_judge_questions,
 )
-from vera_jax.tasks.instruct import rouge_l, task_for
+from vera_jax.tasks.instruct import as_examples, rouge_l, task_for
+from vera_jax.tasks.instruct_files import read_splits
 from vera_jax.tasks.language_modelling import loss
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.setup import build_setup
@@ -157,6 +159,18 @@ def test_every_learned_token_weighs_the_same_however_they_are_packed(config):
     }
     alone += float(summed(row)[0])
   assert total == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_row_is_known_by_its_line(config, tmp_path):
+  rows = [{"prompt": f"word{i}", "completion": "word1"} for i in range(3)]
+  path = tmp_path / "d.jsonl"
+  path.write_text("\n\n" + "\n".join(map(json.dumps, rows)))
+  data = {**config.data.to_dict(), "source": str(path), "dev": str(path)}
+  splits = read_splits(ConfigDict(data))
+  for template in ("chat", "plain"):
+    assert as_examples(splits.dev, template).places == [
+      f"{path}:{line}" for line in (3, 4, 5)
+    ]
 
 
 def test_settings_that_can_not_be_are_refused(config, monkeypatch):

@@ -85,10 +85,10 @@ def test_an_example_keeps_its_line(read):
   content = lines(*PAIRS[:3]) + "\n\n" + lines(*PAIRS[3:])
   _, found = read(".jsonl", content, dev_fraction=0.2)
   for part in (*found.values(), subset(found["train"], 5, seed=1)):
-    for prompt, index in zip(part.first, part.index.tolist(), strict=True):
+    for prompt, place in zip(part.first, part.places, strict=True):
       number = int(prompt.removeprefix("p"))
       line = number + (1 if number < 3 else 3)
-      assert part.place(index).endswith(f"train.jsonl:{line}")
+      assert place.endswith(f"train.jsonl:{line}")
 
 
 def test_other_columns_and_a_csv(read):

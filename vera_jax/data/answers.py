@@ -61,7 +61,8 @@ def encode_answers(
 
   Raises:
     UserError: nothing of an example is learned, cut or not, or all of it: no
-      answer was found, or no prompt. The message shows the example.
+      answer was found, or no prompt; or the chat template fails. The message
+      begins with the example's place and shows its text.
   """
   chat = how.template == CHAT
   begin = [] if chat else begin_of_text(tokenizer)
@@ -124,7 +125,8 @@ def encode_answers(
 
 
 def _place(examples: Examples, number: int) -> str:
-  return f"Row {examples.index[number] + 1}"
+  assert examples.places is not None
+  return examples.places[number]
 
 
 def _written(examples: Examples, number: int, *, chat: bool) -> list[str]:

@@ -117,7 +117,9 @@ def encode_completions(
       ids.append(body)
       learned.append(is_learned)
   if empty:
-    place = examples.place(int(examples.index[empty].min()))
+    place = f"row {examples.index[empty[0]] + 1}"
+    if examples.places:
+      place = examples.places[empty[0]]
     raise UserError(
       f"Of {len(empty)} examples, the first of them {place}, nothing is left to"
       f" learn within {max_length} tokens: set config.data.max_length higher,"

@@ -1,17 +1,12 @@
 """Texts and labels of one split."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vera_jax.errors import UserError
-
-
-def numbered_row(index: int) -> str:
-  """Where an example is, as far as its index says it."""
-  return f"row {index + 1}"
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,8 @@ class Examples:
     choices: texts (or pairs) per example: 1, or the number of the choices
       between which an example asks. Those of an example follow one another, so
       `first` and `second` then have so many entries for each label.
-    place: an example's index -> where it is, for messages: file and line.
+    places: file and line of each, or file and row, for messages; None where
+      nothing is said of a single one.
   """
 
   first: list[Any]
@@ -38,7 +34,7 @@ class Examples:
   labels: Any
   index: np.ndarray
   choices: int = 1
-  place: Callable[[int], str] = numbered_row
+  places: list[str] | None = None
 
   def __len__(self) -> int:
     return len(self.first) // self.choices
@@ -85,10 +81,11 @@ def take(examples: Examples, chosen: np.ndarray) -> Examples:
     labels = labels[chosen]
   choices = np.arange(examples.choices)
   texts = (chosen[:, None] * examples.choices + choices).ravel()
-  return replace(
-    examples,
+  return Examples(
     first=[examples.first[i] for i in texts],
     second=examples.second and [examples.second[i] for i in texts],
     labels=labels,
     index=examples.index[chosen],
+    choices=examples.choices,
+    places=examples.places and [examples.places[i] for i in chosen],
   )

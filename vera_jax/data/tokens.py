@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int32, Int64
 
 from vera_jax.data.answers import Answers, encode_answers
 from vera_jax.data.completions import Completions, encode_completions
-from vera_jax.data.examples import Examples, numbered_row
+from vera_jax.data.examples import Examples
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 
@@ -57,9 +57,8 @@ class Tokens:
   example is one text, or those of its `choices`, which follow one another.
 
   Attributes:
-    labels, index, choices, place: as in `Examples`; for texts given as words,
-      labels [tokens] with the class of the word that begins at a token, 0
-      elsewhere.
+    labels, index, choices: as in `Examples`; for texts given as words, labels
+      [tokens] with the class of the word that begins at a token, 0 elsewhere.
     words: for such texts, [tokens] the number in its text of the word that
       begins at a token; -1 for further parts of it and special tokens.
     learned: where the words themselves are learned, bool [tokens]: which tokens
@@ -70,6 +69,7 @@ class Tokens:
     special: how many texts are written with a special token's name in them.
     split_apart: how many texts have an answer before which the prompt alone is
       split into other tokens than in the whole text.
+    places: by `index`, also of what is left out, as far as they are known.
     pad_id: the tokenizer's padding id.
     fingerprint: sha256 over texts, labels, tokenizer and `max_length`.
   """
@@ -88,10 +88,14 @@ class Tokens:
   left_out: tuple[int, ...] = ()
   special: int = 0
   split_apart: int = 0
-  place: Callable[[int], str] = numbered_row
+  places: dict[int, str] = field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.text_lengths) // self.choices
+
+  def place(self, index: int) -> str:
+    """Where the example of this index is, for messages."""
+    return self.places.get(index, f"row {index + 1}")
 
   @cached_property
   def text_lengths(self) -> Int64[np.ndarray, " texts"]:
@@ -224,7 +228,9 @@ def tokenise(
     learned=arrays.get("learned"),
     special=int(arrays.get("special", 0)),
     split_apart=int(arrays.get("split_apart", 0)),
-    place=examples.place,
+    places=dict(
+      zip(examples.index.tolist(), examples.places or [], strict=False)
+    ),
   )
   return _without_empty(tokens) if isinstance(completions, Answers) else tokens
 

@@ -138,12 +138,13 @@ def check_installed() -> None:
 def as_examples(rows: Sequence[Row], template: str) -> Examples:
   """What `Answers(template)` reads."""
   index = np.array([row.number for row in rows])
+  places = [row.place for row in rows]
   if template == CHAT:
     messages = [json.dumps(row.messages, ensure_ascii=False) for row in rows]
-    return Examples(messages, None, None, index)
+    return Examples(messages, None, None, index, places=places)
   pairs = [as_text(row, template) for row in rows]
   prompts, answers = ([pair[side] for pair in pairs] for side in (0, 1))
-  return Examples(prompts, answers, None, index)
+  return Examples(prompts, answers, None, index, places=places)
 
 
 def write_texts(

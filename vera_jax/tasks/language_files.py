@@ -164,7 +164,7 @@ def _examples(table: Table, columns: tuple[str, ...]) -> Examples:
     second=more[0] if more else None,
     labels=None,
     index=np.arange(len(first)),
-    place=table.place,
+    places=[table.place(row) for row in range(len(table.numbers))],
   )
 
 

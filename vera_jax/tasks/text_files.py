@@ -380,7 +380,7 @@ def _examples(table: Table, facts: Facts) -> Examples:
     second=columns[1] if len(columns) > 1 else None,
     labels=known,
     index=np.arange(len(labels)),
-    place=table.place,
+    places=[table.place(row) for row in range(len(table.numbers))],
   )
 
 
