@@ -11,7 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.completions import Completions
-from vera_jax.data.examples import Examples, estimated_tokens, take
+from vera_jax.data.examples import (
+  Examples,
+  check_dev_fraction,
+  estimated_tokens,
+  take,
+)
 from vera_jax.data.tables import BLANK, SUFFIXES, Table, read_table
 from vera_jax.errors import UserError
 from vera_jax.tasks.language_modelling import language_modelling
@@ -170,11 +175,7 @@ def _examples(table: Table, columns: tuple[str, ...]) -> Examples:
 
 def _dev_rows(rows: int, data: ConfigDict) -> np.ndarray:
   """The rows that are kept for scoring, drawn by seed."""
-  if not 0 < data.dev_fraction <= 0.5:
-    raise UserError(
-      f"config.data.dev_fraction is {data.dev_fraction}; choose a share of the"
-      " rows above 0 and up to 0.5."
-    )
+  check_dev_fraction(data.dev_fraction)
   if rows < 2:
     raise UserError(
       "One training row can't be learned and scored: name a file of others,"

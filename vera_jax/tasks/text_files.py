@@ -17,7 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vera_jax.data.examples import Examples, estimated_tokens, take
+from vera_jax.data.examples import (
+  Examples,
+  check_dev_fraction,
+  estimated_tokens,
+  take,
+)
 from vera_jax.data.tables import SUFFIXES, Table, class_names, read_table
 from vera_jax.errors import UserError
 from vera_jax.models.kinds import CLASSES, LABELLED, NUMBER, SEVERAL, TAGS
@@ -391,11 +396,7 @@ def _dev_rows(examples: Examples, facts: Facts, data: ConfigDict) -> np.ndarray:
   distances. A class's only row stays in training.
   """
   fraction, rows = data.dev_fraction, len(examples)
-  if not 0 < fraction <= 0.5:
-    raise UserError(
-      f"config.data.dev_fraction is {fraction}; choose a share of the rows"
-      " above 0 and up to 0.5."
-    )
+  check_dev_fraction(fraction)
   order = np.random.default_rng(data.subset_seed).permutation(rows)
   if facts.kind == CLASSES:
     ids = np.asarray(examples.labels)
