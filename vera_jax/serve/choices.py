@@ -28,13 +28,13 @@ from vera_jax.adapters.apply import Adapted
 from vera_jax.data.answers import learned_tokens
 from vera_jax.data.chat import Rendered
 from vera_jax.data.completions import begin_of_text
-from vera_jax.data.tables import SUFFIXES, Table, read_table
+from vera_jax.data.hub_data import download, hub_table
+from vera_jax.data.tables import SUFFIXES, read_table
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
 from vera_jax.models.kinds import WORDS
 from vera_jax.tasks.cross_entropy import score_words
-from vera_jax.tasks.glue_hub import download
 
 COPA = ("premise", "choice1", "choice2", "question", "label")
 ARC = ("question", "answerKey")
@@ -111,13 +111,8 @@ def _read(source: str) -> tuple[str, list[ChoiceQuestion]]:
       raise UserError(
         f"{source} has no split {split!r}; it has {', '.join(splits)}."
       )
-    rows, name = splits[split], part or hub_id.rpartition("/")[2]
-    table = Table(
-      name=f"{source} ({split})",
-      columns={column: list(rows[column]) for column in rows.column_names},
-      numbers=list(range(1, len(rows) + 1)),
-      lines=False,
-    )
+    table = hub_table(source, split, splits[split])
+    name = part or hub_id.rpartition("/")[2]
   forms = {COPA: _copa, ARC: _arc}
   found = [read for own, read in forms.items() if {*own} <= {*table.columns}]
   if not found:

@@ -23,11 +23,11 @@ from vera_jax.data.examples import (
   estimated_tokens,
   take,
 )
-from vera_jax.data.tables import SUFFIXES, Table, class_names, read_table
+from vera_jax.data.hub_data import download, hub_table
+from vera_jax.data.tables import SUFFIXES, Table, read_table
 from vera_jax.errors import UserError
 from vera_jax.models.kinds import CLASSES, LABELLED, NUMBER, SEVERAL, TAGS
 from vera_jax.tasks.classification import classification
-from vera_jax.tasks.glue_hub import download
 from vera_jax.tasks.tagging import are_bio, tagging
 from vera_jax.tasks.task import Size, Task
 
@@ -178,13 +178,7 @@ def read_tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
     splits = download(hub_id, part or None)
     for split, names in SPLITS.items():
       for rows in [splits[name] for name in names if name in splits][:1]:
-        found[split] = Table(
-          name=f"{source} ({split})",
-          columns={column: list(rows[column]) for column in rows.column_names},
-          numbers=list(range(1, len(rows) + 1)),
-          classes=class_names(rows.features.to_dict()),
-          lines=False,
-        )
+        found[split] = hub_table(source, split, rows)
     name = hub_id.rpartition("/")[2]
   if "train" not in found:
     raise UserError(
