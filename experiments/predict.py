@@ -120,12 +120,12 @@ def main() -> None:
         count=len(columns[0]) if columns else None,
         check=check,
       )
-    place = "row" if form in ("json", "parquet") else "line"
+    unit = "row" if form in ("json", "parquet") else "line"
     for line, answer in answer_lines(predictor, lines, at_once=LINES.value):
       total += 1
       if line.error:
         bad += 1
-        print(f"{place} {line.number}: {line.error}", file=sys.stderr)
+        print(f"{unit} {line.number}: {line.error}", file=sys.stderr)
       if not line.header:
         print(_text(answer, predictor.labels), flush=True)
       elif FORMAT.value == "tsv":
