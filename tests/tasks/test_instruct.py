@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 from configs import instruct
 from tests.tasks.decoder_files import LLAMA, tokenizer_of_words, write_decoder
 from vera_jax.adapters.files import load_adapter
+from vera_jax.data.written import read_written
 from vera_jax.errors import UserError
 from vera_jax.generate.sampling import GREEDY
 from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.models.quantised import is_quantised
-from vera_jax.report.outputs import read_written
 from vera_jax.serve.conversation import conversation_ids
 from vera_jax.serve.generator import Generator
 from vera_jax.serve.questions import (
