@@ -23,8 +23,8 @@ from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.task import Size, Task
 
 NAMES = ("language",)
-# Names by which columns are found.
-TEXTS: tuple[tuple[str, ...], ...] = (("prompt", "completion"), ("text",))
+# Names by which the columns of texts are found.
+COLUMNS: tuple[tuple[str, ...], ...] = (("prompt", "completion"), ("text",))
 PLAIN = ".txt"  # a text per line
 
 
@@ -128,7 +128,7 @@ def _columns(table: Table, data: ConfigDict) -> tuple[str, ...]:
   there = f"The columns of {table.name} are {', '.join(table.columns)}."
   columns = (data.text,) if isinstance(data.text, str) else tuple(data.text)
   if not columns:
-    found = [names for names in TEXTS if set(names) <= set(table.columns)]
+    found = [names for names in COLUMNS if set(names) <= set(table.columns)]
     if not found and len(table.columns) == 1:
       found = [tuple(table.columns)]
     if len(found) != 1:

@@ -32,8 +32,8 @@ from vera_jax.tasks.tagging import are_bio, tagging
 from vera_jax.tasks.task import Size, Task
 
 NAMES = ("text",)
-# Names by which columns are found.
-TEXTS = (
+# Names by which the columns of texts are found.
+COLUMNS = (
   *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("text1", "text2")),
   *(("text",), ("sentence",), ("review",), ("tokens",), ("words",)),
 )
@@ -208,7 +208,7 @@ def _decide(table: Table, data: ConfigDict) -> Facts:
     label = known[0]
   columns = (data.text,) if isinstance(data.text, str) else tuple(data.text)
   if not columns:
-    groups = [names for names in TEXTS if set(names) <= set(table.columns)]
+    groups = [names for names in COLUMNS if set(names) <= set(table.columns)]
     rest = [name for name in table.columns if name != label]
     if not groups and len(rest) == 1:
       groups = [(rest[0],)]
