@@ -196,38 +196,7 @@ def _decide(table: Table, data: ConfigDict) -> Facts:
   Raises:
     UserError: there is not exactly one possibility.
   """
-  there = f"The columns of {table.name} are {', '.join(table.columns)}."
-  label = data.label
-  if not label:
-    known = [name for name in LABELS if name in table.columns]
-    if len(known) != 1:
-      raise UserError(
-        f"It is not clear which column is the label ({len(known)} have a name"
-        f" that is known): say config.data.label=NAME. {there}"
-      )
-    label = known[0]
-  columns = (data.text,) if isinstance(data.text, str) else tuple(data.text)
-  if not columns:
-    groups = [names for names in COLUMNS if set(names) <= set(table.columns)]
-    rest = [name for name in table.columns if name != label]
-    if not groups and len(rest) == 1:
-      groups = [(rest[0],)]
-    if len(groups) != 1:
-      raise UserError(
-        "It is not clear which column holds the texts: say"
-        " config.data.text=NAME, or for pairs"
-        f" config.data.text=\"('FIRST','SECOND')\". {there}"
-      )
-    columns = groups[0]
-  for name in (label, *columns):
-    if name not in table.columns:
-      raise UserError(f"There is no column {name!r}. {there}")
-  if len(columns) > 2 or len({label, *columns}) != len(columns) + 1:
-    raise UserError(
-      f"config.data.text names {columns} and config.data.label {label!r}: one"
-      " or two columns of texts, and another one, are needed."
-    )
-
+  columns, label = _find_columns(table, data)
   kind = data.kind
   if kind and kind not in LABELLED:
     raise UserError(
@@ -278,6 +247,48 @@ def _decide(table: Table, data: ConfigDict) -> Facts:
   return Facts(columns, label, kind, labels)
 
 
+def _find_columns(
+  table: Table, data: ConfigDict
+) -> tuple[tuple[str, ...], str]:
+  """(one or two columns of texts, the label's).
+
+  Raises:
+    UserError: there is not exactly one possibility.
+  """
+  there = f"The columns of {table.name} are {', '.join(table.columns)}."
+  label = data.label
+  if not label:
+    known = [name for name in LABELS if name in table.columns]
+    if len(known) != 1:
+      raise UserError(
+        f"It is not clear which column is the label ({len(known)} have a name"
+        f" that is known): say config.data.label=NAME. {there}"
+      )
+    label = known[0]
+  columns = (data.text,) if isinstance(data.text, str) else tuple(data.text)
+  if not columns:
+    groups = [names for names in COLUMNS if set(names) <= set(table.columns)]
+    rest = [name for name in table.columns if name != label]
+    if not groups and len(rest) == 1:
+      groups = [(rest[0],)]
+    if len(groups) != 1:
+      raise UserError(
+        "It is not clear which column holds the texts: say"
+        " config.data.text=NAME, or for pairs"
+        f" config.data.text=\"('FIRST','SECOND')\". {there}"
+      )
+    columns = groups[0]
+  for name in (label, *columns):
+    if name not in table.columns:
+      raise UserError(f"There is no column {name!r}. {there}")
+  if len(columns) > 2 or len({label, *columns}) != len(columns) + 1:
+    raise UserError(
+      f"config.data.text names {columns} and config.data.label {label!r}: one"
+      " or two columns of texts, and another one, are needed."
+    )
+  return columns, label
+
+
 def _kind(values: Sequence[Any], texts: Sequence[Any], *, named: bool) -> str:
   """The kind of problem that labels show; `named` says that ids have names."""
   lists = [_as_list(value) for value in values]
@@ -313,25 +324,9 @@ def _examples(table: Table, facts: Facts) -> Examples:
         f" {', '.join(table.columns)}."
       )
   ids = {name: i for i, name in enumerate(facts.labels)}
-  names = table.classes.get(facts.label)
+  class_names = table.classes.get(facts.label)
   columns: list[list[Any]] = [[] for _ in facts.columns]
   labels: list[Any] = []
-
-  def id_of(value: Any, place: str) -> int:
-    name = _name(value)
-    if names and isinstance(value, int):
-      if not 0 <= value < len(names):
-        reason = " (-1 marks a row without a label)" if value == -1 else ""
-        raise UserError(
-          f"{place}: {facts.label} is {value}{reason}; class ids go from 0 to"
-          f" {len(names) - 1}."
-        )
-      name = names[value]
-    if name not in ids:
-      raise UserError(
-        f"{place}: unknown label {name!r}. The labels are {_some(ids)}."
-      )
-    return ids[name]
 
   values = _values(table, facts.label, facts.kind)
   for row, value in enumerate(values):
@@ -348,29 +343,12 @@ def _examples(table: Table, facts: Facts) -> Examples:
         what = "is empty" if is_text else f"is no text: {text!r}"
         raise UserError(f"{place}: {name} {what}.")
       column.append(text)
-    if facts.kind == NUMBER:
-      number = _number(value)
-      if number is None:
-        raise UserError(f"{place}: {facts.label} {value!r} is not a number.")
-      if abs(number) > LARGEST:
-        raise UserError(
-          f"{place}: {facts.label} is {number:g}, but a value has room for"
-          f" {LARGEST:.1e} at most: scale the values."
-        )
-      labels.append(number)
-    elif facts.kind == CLASSES:
-      labels.append(id_of(value, place))
-    elif facts.kind == SEVERAL:
-      marks = np.zeros(len(ids), np.float32)
-      marks[[id_of(part, place) for part in _names(value, SEVERAL)]] = 1
-      labels.append(marks)
-    else:
-      tags = _names(value, TAGS)
-      if len(tags) != len(columns[0][-1]):
-        raise UserError(
-          f"{place}: {len(tags)} tags for {len(columns[0][-1])} words."
-        )
-      labels.append(np.array([id_of(tag, place) for tag in tags], np.int32))
+    label = _label(value, facts, ids, class_names, place)
+    if facts.kind == TAGS and len(label) != len(columns[0][-1]):
+      raise UserError(
+        f"{place}: {len(label)} tags for {len(columns[0][-1])} words."
+      )
+    labels.append(label)
   known: Any = labels
   if facts.kind != TAGS:
     known = np.array(labels, np.int32 if facts.kind == CLASSES else np.float32)
@@ -381,6 +359,54 @@ def _examples(table: Table, facts: Facts) -> Examples:
     index=np.arange(len(labels)),
     places=[table.place(row) for row in range(len(table.numbers))],
   )
+
+
+def _label(
+  value: Any,
+  facts: Facts,
+  ids: dict[str, int],
+  class_names: Sequence[str] | None,
+  place: str,
+) -> Any:
+  """A row's label as `Examples` have it: an id, a number, marks or tags.
+
+  Raises:
+    UserError: it is none of the labels, or no number.
+  """
+
+  def id_of(part: Any) -> int:
+    name = _name(part)
+    if class_names and isinstance(part, int):
+      if not 0 <= part < len(class_names):
+        reason = " (-1 marks a row without a label)" if part == -1 else ""
+        raise UserError(
+          f"{place}: {facts.label} is {part}{reason}; class ids go from 0 to"
+          f" {len(class_names) - 1}."
+        )
+      name = class_names[part]
+    if name not in ids:
+      raise UserError(
+        f"{place}: unknown label {name!r}. The labels are {_some(ids)}."
+      )
+    return ids[name]
+
+  if facts.kind == CLASSES:
+    return id_of(value)
+  if facts.kind == TAGS:
+    return np.array([id_of(tag) for tag in _names(value, TAGS)], np.int32)
+  if facts.kind == SEVERAL:
+    marks = np.zeros(len(ids), np.float32)
+    marks[[id_of(part) for part in _names(value, SEVERAL)]] = 1
+    return marks
+  number = _number(value)
+  if number is None:
+    raise UserError(f"{place}: {facts.label} {value!r} is not a number.")
+  if abs(number) > LARGEST:
+    raise UserError(
+      f"{place}: {facts.label} is {number:g}, but a value has room for"
+      f" {LARGEST:.1e} at most: scale the values."
+    )
+  return number
 
 
 def _dev_rows(examples: Examples, facts: Facts, data: ConfigDict) -> np.ndarray:
