@@ -66,10 +66,10 @@ class Tokens:
     truncated: how many texts were cut to `max_length`.
     left_out: the `index` of examples of which the cut left nothing to learn;
       they are not among the others.
+    places: by `index`, also of what is left out, as far as they are known.
     special: how many texts are written with a special token's name in them.
     split_apart: how many texts have an answer before which the prompt alone is
       split into other tokens than in the whole text.
-    places: by `index`, also of what is left out, as far as they are known.
     pad_id: the tokenizer's padding id.
     fingerprint: sha256 over texts, labels, tokenizer and `max_length`.
   """
@@ -86,9 +86,9 @@ class Tokens:
   words: Int32[np.ndarray, " tokens"] | None = None
   learned: Bool[np.ndarray, " tokens"] | None = None
   left_out: tuple[int, ...] = ()
+  places: dict[int, str] = field(default_factory=dict)
   special: int = 0
   split_apart: int = 0
-  places: dict[int, str] = field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.text_lengths) // self.choices
@@ -220,6 +220,9 @@ def tokenise(
     token_types=arrays["token_types"],
     labels=labels,
     index=examples.index,
+    places=dict(
+      zip(examples.index.tolist(), examples.places or [], strict=False)
+    ),
     truncated=int(arrays["truncated"]),
     pad_id=info.pad_id,
     fingerprint=fingerprint,
@@ -228,9 +231,6 @@ def tokenise(
     learned=arrays.get("learned"),
     special=int(arrays.get("special", 0)),
     split_apart=int(arrays.get("split_apart", 0)),
-    places=dict(
-      zip(examples.index.tolist(), examples.places or [], strict=False)
-    ),
   )
   return _without_empty(tokens) if isinstance(completions, Answers) else tokens
 
