@@ -275,7 +275,7 @@ def test_a_preview_is_readable_without_colours(capsys):
   tokens = tokenise(rows, tokenizer, 99, None, completions=CHAT)
   preview(tokens, tokenizer, number=1)
   shown = capsys.readouterr().out
-  assert "example 1, row 41: 8 tokens, 3 learned" in shown
+  assert "example 1, a.jsonl:1: 8 tokens, 3 learned" in shown
   assert "<end> word9 <unknown>⟦ word2 <end> word9⟧" in shown
   parts = stretches([4, 5, 6], [False, True, True], tokenizer)
   assert parts == [("word1", False), (" word2 word3", True)]

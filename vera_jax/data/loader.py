@@ -115,7 +115,7 @@ class PackedData(NamedTuple):
         lines.append(
           f"left out of {name}, since nothing to learn is left of them within"
           f" {self.max_length} tokens: {len(split.left_out)}, the first of them"
-          f" row {split.left_out[0] + 1}"
+          f" {split.place(split.left_out[0])}"
         )
       if split.special:
         lines.append(

@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
@@ -66,6 +66,7 @@ class Tokens:
     truncated: how many texts were cut to `max_length`.
     left_out: the `index` of examples of which the cut left nothing to learn;
       they are not among the others.
+    places: by `index`, also of what is left out, as far as they are known.
     special: how many texts are written with a special token's name in them.
     split_apart: how many texts have an answer before which the prompt alone is
       split into other tokens than in the whole text.
@@ -89,6 +90,7 @@ class Tokens:
   words: Int32[np.ndarray, " tokens"] | None = None
   learned: Bool[np.ndarray, " tokens"] | None = None
   left_out: tuple[int, ...] = ()
+  places: dict[int, str] = field(default_factory=dict)
   special: int = 0
   split_apart: int = 0
   without_end: int = 0
@@ -96,6 +98,10 @@ class Tokens:
 
   def __len__(self) -> int:
     return len(self.text_lengths) // self.choices
+
+  def place(self, index: int) -> str:
+    """Where the example of this index is, for messages."""
+    return self.places.get(index, f"row {index + 1}")
 
   @cached_property
   def text_lengths(self) -> Int64[np.ndarray, " texts"]:
@@ -221,6 +227,9 @@ def tokenise(
     token_types=arrays["token_types"],
     labels=labels,
     index=examples.index,
+    places=dict(
+      zip(examples.index.tolist(), examples.places or [], strict=False)
+    ),
     truncated=int(arrays["truncated"]),
     pad_id=info.pad_id,
     fingerprint=fingerprint,

@@ -45,8 +45,9 @@ from vera_jax.generate.sampling import (
   compiled_next,
 )
 from vera_jax.models.classifier import Classifier
-from vera_jax.models.decoder import Decoder, empty_cache, grow
+from vera_jax.models.decoder import empty_cache, grow
 from vera_jax.models.kinds import WORDS
+from vera_jax.models.pretrained import decoder_in
 from vera_jax.models.quantised import is_quantised
 from vera_jax.serve.conversation import conversation_ids
 from vera_jax.tasks.instruct_files import CHAT, PLAIN, TEMPLATES
@@ -332,21 +333,6 @@ class Generator:
     for row, ids in zip(padded, prompts, strict=True):
       row[: len(ids)] = ids
     return jnp.asarray(padded, jnp.int32), jnp.asarray(lengths)
-
-
-def decoder_in(module: Any, config: Any) -> Decoder:
-  """The model under an adapter, or without one, if it can write texts.
-
-  Raises:
-    UserError: it has no cache.
-  """
-  plain = module.model if isinstance(module, Adapted) else module
-  if not isinstance(plain, Decoder):
-    raise UserError(
-      f"{config.model_type} has no cache here, by which texts are written: it"
-      " can be trained, scored and merged."
-    )
-  return plain
 
 
 def _unrolled(module: Any, variables: Any) -> tuple[Any, dict[str, Any]]:

@@ -17,18 +17,18 @@ from ml_collections import ConfigDict
 
 from vera_jax.data.completions import Completions
 from vera_jax.data.examples import Examples
+from vera_jax.data.written import write_written
 from vera_jax.errors import UserError
 from vera_jax.generate.beam import Beam
 from vera_jax.models.classifier import Classifier
 from vera_jax.serve.generator import Generator
-from vera_jax.tasks.e2e_files import Rows, read_split, write_for_scoring
+from vera_jax.tasks.e2e_files import Rows, read_split
 from vera_jax.tasks.e2e_metrics import check_installed, score_texts
 from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.task import Size, Task
 from vera_jax.train.logging import ProgressBar
 
 NAMES = ("e2e",)
-TEXTS = "test"  # the folder beside result.json for what was written
 TOKENS = 53  # mean of a training row in GPT-2's tokens
 INPUT = "{}"  # where config.data.prompt has the input
 PARAGRAPH = "\n\n"  # ends a text too: one token of GPT-2's
@@ -176,7 +176,7 @@ def write_texts(
   seconds = time.monotonic() - started
   inputs = list(groups)
   groups = {inputs[i]: groups[inputs[i]] for i in texts}
-  write_for_scoring(folder / TEXTS, list(texts.values()), groups)
+  write_written(folder, list(texts.values()), groups)
   scores = score_texts(list(texts.values()), list(groups.values()))
   return {
     "inputs": len(groups),

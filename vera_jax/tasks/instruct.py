@@ -26,7 +26,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.answers import Answers
-from vera_jax.data.examples import Examples
+from vera_jax.data.examples import Examples, estimated_tokens
+from vera_jax.data.written import FOLDER, write_written
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
 from vera_jax.serve.choices import (
@@ -36,7 +37,6 @@ from vera_jax.serve.choices import (
 )
 from vera_jax.serve.conversation import conversation_ids
 from vera_jax.serve.generator import Generator
-from vera_jax.tasks.e2e_files import write_for_scoring
 from vera_jax.tasks.instruct_files import (
   CHAT,
   PLAIN,
@@ -50,7 +50,6 @@ from vera_jax.tasks.task import Size, Task
 from vera_jax.train.logging import ProgressBar
 
 NAMES = ("instruct",)
-TEXTS = "test"  # the folder beside result.json for what was written
 INSTALL = "pip install -r requirements-instruct.txt"
 
 
@@ -96,11 +95,7 @@ def task_for(config: ConfigDict) -> Task | None:
     settings=own.to_dict(),
     choices=choices,
   )
-  words = sum(
-    len(message["content"].split())
-    for row in splits.train
-    for message in row.messages
-  )
+  contents = (m["content"] for row in splits.train for m in row.messages)
   task = language_modelling(
     f"instruct:{splits.name}",
     read_split=lambda source, split: examples[split],
@@ -108,11 +103,10 @@ def task_for(config: ConfigDict) -> Task | None:
     completions=Answers(data.template),
     smoothing=config.optim.label_smoothing,
     title="Instructions",
-    # an estimate: parts of words
     size=Size(
       len(splits.train),
       len(splits.dev),
-      round(1.3 * words / len(splits.train)) + 2,
+      estimated_tokens(contents, len(splits.train)),
     ),
   )
   notes = [
@@ -185,7 +179,7 @@ def write_texts(
     answers, why = _answer(model, rows, template, settings)
     missing += [why] if why else []
     rows = [row for row in rows if row.number in answers]
-    _keep(folder / TEXTS, rows, answers)
+    _keep(folder, rows, answers)
     references = [row.answer for row in rows]
     if any(re.search("[a-z0-9]", text.lower()) for text in references):
       scores["ROUGE_L"] = rouge_l(
@@ -282,5 +276,7 @@ def _keep(folder: Path, rows: Sequence[Row], answers: dict[int, str]) -> None:
       "reference": row.answer,
     }
     lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-  write_for_scoring(folder, list(outputs.values()), groups)
-  (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+  write_written(folder, list(outputs.values()), groups)
+  (folder / FOLDER / "answers.jsonl").write_text(
+    "".join(lines), encoding="utf-8"
+  )

@@ -45,7 +45,7 @@ from vera_jax.train.workdir import (
 log = logging.getLogger(__name__)
 
 NO_MEMORY = "RESOURCE_EXHAUSTED"  # how XLA's message begins
-ANSWERS = "submission"  # the folder of the answers to the test splits
+SUBMISSION = "submission"  # the folder of the answers to the test splits
 
 
 def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Run:
 
   @property
   def _wants_answers(self) -> bool:
-    return self.config.predict_test and not (self.folder / ANSWERS).exists()
+    return self.config.predict_test and not (self.folder / SUBMISSION).exists()
 
   @property
   def history(self) -> list[dict[str, Any]]:
@@ -344,12 +344,12 @@ class Run:
     params = jax.jit(lambda p: p, out_shardings=everywhere)(params)
     answers = setup.task.write_answers
     if self._wants_answers and answers is not None:
-      new = self.folder / f"{ANSWERS}.new"
+      new = self.folder / f"{SUBMISSION}.new"
       write_new = answers(setup.measure_with(params), setup.data, new)
 
       def write_all() -> None:
         write_new()
-        new.rename(self.folder / ANSWERS)  # all files or none
+        new.rename(self.folder / SUBMISSION)  # all files or none
 
       on_first(write_all)
     if self.result is None:

@@ -21,9 +21,14 @@ from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.classifier import Classifier
 from vera_jax.models.family import read_fields
-from vera_jax.models.pretrained import Blueprint, Model, blueprint, load_model
+from vera_jax.models.pretrained import (
+  Blueprint,
+  Model,
+  blueprint,
+  decoder_in,
+  load_model,
+)
 from vera_jax.models.quantised import NONE
-from vera_jax.serve.generator import decoder_in
 from vera_jax.tasks.task import Batch, Task, task_for
 from vera_jax.train.config import DTYPES
 from vera_jax.train.optim import EPS, LINEAR, optimiser, rates_of
