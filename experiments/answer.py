@@ -83,9 +83,9 @@ def main() -> None:
     )
   # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.adapters.files import load_adapter
+  from vera_jax.data.templates import CHAT
   from vera_jax.models.classifier import load_classifier, restore_adapter
   from vera_jax.serve import choices, questions
-  from vera_jax.tasks.instruct_files import CHAT
 
   # read first, for a model takes longer
   asked = []

@@ -6,9 +6,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from vera_jax.data.tables import read_table
+from vera_jax.data.templates import alpaca_prompt
 from vera_jax.errors import UserError
 from vera_jax.tasks.instruct_files import (
-  alpaca_prompt,
   as_text,
   form_of,
   read_splits,

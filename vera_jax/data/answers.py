@@ -28,9 +28,9 @@ import numpy as np
 from vera_jax.data.chat import Rendered, render_conversation
 from vera_jax.data.completions import as_arrays, begin_of_text, end_of_text
 from vera_jax.data.examples import Examples
+from vera_jax.data.templates import CHAT
 from vera_jax.errors import UserError
 
-CHAT = "chat"
 _CHUNK = 1024  # texts tokenised at a time, which bounds the memory
 _SHOWN = 600  # characters of an example in a message
 # What is counted of the texts, as `tokens.Tokens` describes it.

@@ -20,7 +20,7 @@ from vera_jax.errors import UserError
 
 # Of processor time for each rendering; a usual template takes 0.1 ms.
 SECONDS = 5.0
-ANSWERS = "assistant"  # whose messages a model learns
+ASSISTANT = "assistant"  # whose messages a model learns
 Message = dict[str, Any]  # "role" and "content"
 _TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SCRIPT = Path(__file__).with_name("chat_process.py")
@@ -80,7 +80,7 @@ def render_conversation(
     return whole
   text, spans, with_header = whole
   for number, message in enumerate(messages):
-    if message["role"] != ANSWERS:
+    if message["role"] != ASSISTANT:
       continue
     before = _render(tokenizer, messages[:number], prompt=True).text
     until = _render(tokenizer, messages[: number + 1]).text

@@ -27,6 +27,7 @@ from vera_jax.adapters.apply import Adapted
 from vera_jax.adapters.merge import merge
 from vera_jax.data.chat import message_ids
 from vera_jax.data.completions import Completions, prompt_ids
+from vera_jax.data.templates import CHAT, PLAIN, TEMPLATES
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
@@ -50,7 +51,6 @@ from vera_jax.models.kinds import WORDS
 from vera_jax.models.pretrained import decoder_in
 from vera_jax.models.quantised import is_quantised
 from vera_jax.serve.conversation import conversation_ids
-from vera_jax.tasks.instruct_files import CHAT, PLAIN, TEMPLATES
 
 STEP = 32  # prompts are padded to multiples of it: few shapes are compiled
 BROKEN = "\ufffd"  # what a tokenizer gives for half of a character

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from vera_jax.data.answers import Answers
 from vera_jax.data.examples import Examples, estimated_tokens
+from vera_jax.data.templates import CHAT, PLAIN, TEMPLATES
 from vera_jax.data.written import FOLDER, write_written
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
@@ -38,9 +39,6 @@ from vera_jax.serve.choices import (
 from vera_jax.serve.conversation import conversation_ids
 from vera_jax.serve.generator import Generator
 from vera_jax.tasks.instruct_files import (
-  CHAT,
-  PLAIN,
-  TEMPLATES,
   Row,
   as_text,
   read_splits,

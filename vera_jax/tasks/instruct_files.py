@@ -18,19 +18,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vera_jax.data.chat import ANSWERS
+from vera_jax.data.chat import ASSISTANT
 from vera_jax.data.tables import SUFFIXES, Table
+from vera_jax.data.templates import ALPACA, alpaca_prompt
 from vera_jax.errors import UserError
 from vera_jax.tasks.text_files import read_tables
 
-CHAT, ALPACA, PLAIN = TEMPLATES = ("chat", "alpaca", "plain")
 # By the columns that a row of the form has; others are left alone.
 FORMS = {
   "messages": ("messages",),
   "alpaca": ("instruction", "output"),
   "completion": ("prompt", "completion"),
 }
-ROLES = ("system", "user", ANSWERS)
+ROLES = ("system", "user", ASSISTANT)
 # What would change a question or what is learned, and is not read: columns of
 # a row, and fields of a message.
 UNREAD = ("system", "history", "tools")
@@ -39,20 +39,6 @@ UNREAD_IN_MESSAGES = (
   "reasoning_content",
   "reasoning",
   "thinking",
-)
-# What Alpaca's models are asked (github.com/tatsu-lab/stanford_alpaca), with
-# the line's end behind it that alpaca-lora has: the form in which such rows are
-# put to a model without a chat template. It is a format, so its words are
-# theirs.
-INTRODUCTION = "Below is an instruction that describes a task"
-WITH_INPUT = (
-  INTRODUCTION + ", paired with an input that provides further context. Write a"
-  " response that appropriately completes the request.\n\n"
-  "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-WITHOUT_INPUT = (
-  INTRODUCTION + ". Write a response that appropriately completes the request."
-  "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
 
@@ -86,7 +72,7 @@ class Row(NamedTuple):
     """
     roles = [message["role"] for message in self.messages]
     asked = roles.index("user") if "user" in roles else 0
-    first = roles.index(ANSWERS, asked)
+    first = roles.index(ASSISTANT, asked)
     return json.dumps(self.messages[:first], ensure_ascii=False)
 
 
@@ -183,8 +169,8 @@ def rows_of(table: Table, form: str) -> list[Row]:
         )
     if form == "messages":
       messages = _messages(columns["messages"][number], place)
-      asked = [m for m in messages if m["role"] != ANSWERS]
-      single = [m["role"] for m in messages] == ["user", ANSWERS]
+      asked = [m for m in messages if m["role"] != ASSISTANT]
+      single = [m["role"] for m in messages] == ["user", ASSISTANT]
       instruction = asked[0]["content"] if single else None
       rows.append(Row(number, messages, instruction, place=place))
       continue
@@ -195,7 +181,7 @@ def rows_of(table: Table, form: str) -> list[Row]:
     content = f"{instruction}\n\n{more}" if more.strip() else instruction
     messages = [
       {"role": "user", "content": content},
-      {"role": ANSWERS, "content": text(answer, number)},
+      {"role": ASSISTANT, "content": text(answer, number)},
     ]
     rows.append(Row(number, messages, instruction, more, place))
   return rows
@@ -232,17 +218,17 @@ def _messages(value: Any, place: str) -> list[dict[str, Any]]:
           " read. Leave it out, or the row."
         )
     weight = message.get("weight")
-    if role == ANSWERS and weight not in (None, 1):
+    if role == ASSISTANT and weight not in (None, 1):
       raise UserError(
         f"{here}: the weight is {weight!r}, but every answer is learned alike."
         " Leave it out, or the row."
       )
     messages.append({"role": role, "content": content})
-  while messages and messages[-1]["role"] != ANSWERS:
+  while messages and messages[-1]["role"] != ASSISTANT:
     messages.pop()
-  if len(messages) < 2 or all(m["role"] == ANSWERS for m in messages):
+  if len(messages) < 2 or all(m["role"] == ASSISTANT for m in messages):
     raise UserError(
-      f"{place}: there is no answer of the {ANSWERS} to anything in messages."
+      f"{place}: there is no answer of the {ASSISTANT} to anything in messages."
     )
   return messages
 
@@ -272,15 +258,6 @@ def as_text(row: Row, template: str) -> tuple[str, str]:
   if row.input.strip():
     prompt += f"\n\n{row.input}"
   return prompt, row.answer
-
-
-def alpaca_prompt(instruction: str, more: str = "") -> str:
-  """An instruction, with an input or none, up to where the answer begins."""
-  form = WITH_INPUT if more.strip() else WITHOUT_INPUT
-  # not by str.format, for a text may have braces
-  return form.replace("{input}", more, 1).replace(
-    "{instruction}", instruction, 1
-  )
 
 
 def _hold_out(
