@@ -44,8 +44,8 @@ from vera_jax.hub import resolve
 from vera_jax.models.classifier import restore_adapter
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import fingerprint
+from vera_jax.models.paper_sizes import SIZES, roberta
 from vera_jax.models.pretrained import blueprint
-from vera_jax.models.roberta import SIZES, roberta
 from vera_jax.peft_io import export_adapter
 from vera_jax.serve.bank import AdapterBank, set_slot
 from vera_jax.serve.predictor import Predictor

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from benchmarks.report import environment, load, write
+from benchmarks.report import environment, load, load_line, write
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
@@ -221,8 +221,16 @@ def row(
 
 def markdown(result: dict[str, Any]) -> str:
   """The table, what its columns mean, and what it was measured on."""
-  names = ["what", "by", "tokens per second, best", "median", "first call"]
-  names += ["peak memory", "times as fast, best", "median", "same texts"]
+  names = ["what", "by"]
+  names += [
+    f"{call}, tokens per second" for call in ("best", "median", "first call")
+  ]
+  names += [
+    "peak memory",
+    "faster than torch: best",
+    "faster than torch: median",
+  ]
+  names += ["same texts"]
   lines = [names, ["---", "---", *["---:"] * 7]]
   for own in result["rows"]:
     compared = ["", "", ""]
@@ -246,8 +254,8 @@ def markdown(result: dict[str, Any]) -> str:
     f"Tokens are those of the answers, {result['new_tokens']} for each prompt;"
     f" the two sides took turns ({calls} timed calls each). The first call,"
     " which is not among these, compiles in vera_jax. Peak memory is the"
-    " process's resident set, loading included, up to the end of the row. Times"
-    " as fast: the seconds of torch divided by ours.",
+    " process's resident set, loading included, up to the end of the row."
+    " Faster than torch: the seconds of torch divided by ours.",
     "",
     f"- `{result['command']}`",
     f"- {result['model']} in float32; {len(lengths)} prompts"
@@ -257,8 +265,7 @@ def markdown(result: dict[str, Any]) -> str:
       f", {count} threads in torch" for count in result["torch_threads"]
     ),
     "- " + ", ".join(f"{name} {versions[name]}" for name in libraries),
-    f"- load before {', '.join(map(str, result['load_before']))};"
-    f" after {', '.join(map(str, result['load_after']))}",
+    load_line(result),
   ]
   if not result["torch_threads"]:
     notes.append("- torch is left out: it needs requirements-parity.txt")

@@ -13,7 +13,14 @@ figures that a page shows as figures/SWEEP-NAME.png are drawn.
 import re
 from pathlib import Path
 
-from benchmarks import decode, initialisers, matrices, meshes, methods
+from benchmarks import (
+  decode,
+  initialisers,
+  matrices,
+  meshes,
+  methods,
+  preparation,
+)
 from benchmarks.plans import report as plans
 from experiments import cli
 from vera_jax.errors import UserError
@@ -62,6 +69,8 @@ def filled(page: str) -> str:
       made = matrices.markdown(read_json(source))
     elif source.name == "meshes.json":
       made = meshes.markdown(read_json(source))
+    elif source.name == "preparation.json":
+      made = preparation.markdown(read_json(source))
     elif source.name.startswith("decode-"):
       made = decode.markdown(read_json(source)).strip()
     else:

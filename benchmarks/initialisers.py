@@ -4,11 +4,11 @@
 configs/sweeps/initialisers.py found.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from benchmarks.tables import markdown_table
 from vera_jax.adapters.projections import INITIALISERS
 from vera_jax.report.frame import load_sweep
 from vera_jax.report.summary import paired
@@ -64,7 +64,8 @@ HEADER = (
 
 def markdown() -> str:
   """What each initialiser is."""
-  return _table(HEADER, [(f"`{name}`", *ROWS[name]) for name in INITIALISERS])
+  rows = [(f"`{name}`", *ROWS[name]) for name in INITIALISERS]
+  return markdown_table(HEADER, rows, texts=len(HEADER))
 
 
 def scores(study: Path = STUDY) -> str:
@@ -110,9 +111,5 @@ def scores(study: Path = STUDY) -> str:
     " the same seeds, with 95 % intervals that are not corrected for their"
     " number."
   )
-  return "\n\n".join([about, _table(header, rows), figure])
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  lines = [header, ["---"] * len(header), *rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  scored = markdown_table(header, rows, texts=len(header))
+  return "\n\n".join([about, scored, figure])

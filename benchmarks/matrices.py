@@ -41,6 +41,7 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks import step
 from benchmarks.plans.chips import device_named, use_no_accelerator
 from benchmarks.report import environment, write
+from benchmarks.tables import markdown_table
 from configs import rte
 from experiments import cli
 from vera_jax.adapters.interface import Adapter, Leaves, Site, Target
@@ -332,19 +333,19 @@ def _table(
       f": without an adapter {base['flops'] / 1e9:,.3f} GFLOP,"
       f" {base['moved'] / 1e9:,.2f} GB"
     )
-  table: list[Sequence[str]] = [HEADER, ("---", "---", *["---:"] * 5)]
+  lines = []
   for (pair, plan), row in by_variant.items():
     if pair == NONE:
       continue
     if not row["fits"] or not base["fits"]:
-      table.append((_NAMES[pair], plan, "does not fit", "", "", "", ""))
+      lines.append((_NAMES[pair], plan, "does not fit", "", "", "", ""))
       continue
     added = row["flops"] - base["flops"]
     share = ""
     if beside and beside["fits"]:
       share = f"{added / (beside['flops'] - base['flops']):.3f}"
     stored = row.get("pair_bytes")
-    table.append(
+    lines.append(
       (
         _NAMES[pair],
         plan,
@@ -355,7 +356,7 @@ def _table(
         "" if stored is None else f"{stored / 1e6:,.3f}",
       )
     )
-  return [title, "", *(f"| {' | '.join(line)} |" for line in table), ""]
+  return [title, "", markdown_table(HEADER, lines, texts=2), ""]
 
 
 _NAMES = {DENSE: "dense", STRUCTURED: "structured"}

@@ -24,11 +24,12 @@ from rich.table import Table
 
 from benchmarks.plans.lowering import abstract_step
 from benchmarks.report import write
+from benchmarks.tables import markdown_table
 from configs import common
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
-from vera_jax.models.roberta import roberta
+from vera_jax.models.paper_sizes import roberta
 from vera_jax.results import provenance
 from vera_jax.train.sharding import AXES, make_mesh
 
@@ -188,9 +189,7 @@ def rows(found: dict[str, Any]) -> Iterator[list[str]]:
 
 def markdown(result: dict[str, Any]) -> str:
   """The table as docs/meshes.md has it."""
-  lines = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1)]
-  lines += list(rows(result["meshes"]))
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  return markdown_table(HEADER, rows(result["meshes"]))
 
 
 if __name__ == "__main__":

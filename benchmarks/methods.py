@@ -4,15 +4,15 @@
 evaluated by a test and compared with what the code counts from shapes.
 """
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.tables import markdown_table
 from vera_jax.adapters.methods import METHODS, adapter_named
 from vera_jax.files import read_json
 from vera_jax.peft_io.forms import HELD_BY
 from vera_jax.report.frame import load_sweep, method_title
-from vera_jax.report.summary import summary
+from vera_jax.report.summary import shown_p, summary
 
 STUDY, TASK = Path("results/sweeps/methods"), "sst2"
 COSTS = Path("results/benchmarks/cost-sst2.json")  # of benchmarks.cost
@@ -87,12 +87,12 @@ def markdown(study: Path = STUDY) -> str:
         row.weights,
         row.formula,
         " or ".join(f"`{name}`" for name in HELD_BY.get(method, ())),
-        "" if adapter.weights is None else "yes",
+        "nothing to merge" if adapter.weights is None else "yes",
         "refused" if adapter.prepare is None else "yes",
         medians.get(method, ""),
       )
     )
-  parts = [_table(HEADER, rows)]
+  parts = [markdown_table(HEADER, rows, texts=len(HEADER))]
   return "\n\n".join(parts + ([_scores(study)] if medians else []))
 
 
@@ -110,7 +110,7 @@ def _scores(study: Path) -> str:
         interval = f"{one['ci_low']:+.1f} to {one['ci_high']:+.1f}"
         differences.append(f"{one['difference']:+.1f} ({interval})")
         p = one["p_holm"]  # NaN where all differences are the same
-        differences.append(f"{p:.3f}" if p == p else "")
+        differences.append(shown_p(p) if p == p else "")
       else:
         differences += ["", ""]
     rows.append(
@@ -125,9 +125,4 @@ def _scores(study: Path) -> str:
         *differences,
       )
     )
-  return _table(SCORES, rows)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-  lines = [header, ["---"] * len(header), *rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  return markdown_table(SCORES, rows, texts=len(SCORES))

@@ -30,6 +30,7 @@ from absl import flags
 
 from benchmarks.process import forget_peak, peak_bytes
 from benchmarks.report import environment, load, write
+from benchmarks.tables import markdown_table
 from configs.e2e import SMOLLM2
 from experiments import cli
 from vera_jax.errors import UserError
@@ -39,7 +40,7 @@ BASES = ("float32", "bfloat16", "int8", "nf4", "keep")
 REMAT = ("none", "full")
 TARGETS = tuple(f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down"))
 TOKENS, STEPS = 512, 2
-NAMES = {"keep": "kept codes (Q4_1)"}
+NAMES = {"keep": "kept codes (Q4_1)", "bfloat16": "model.dtype=bfloat16"}
 
 
 def define_flags() -> None:
@@ -55,7 +56,12 @@ def define_flags() -> None:
 def main() -> None:
   given = flags.FLAGS
   if given.row:
-    base, remat = given.row.split(":")
+    base, _, remat = given.row.partition(":")
+    if base not in BASES or remat not in REMAT:
+      raise UserError(
+        f"--row is {given.row}; give one of {', '.join(BASES)} and one of"
+        f" {', '.join(REMAT)}, as keep:full."
+      )
     print(json.dumps(measure(given.model, given.rank, base, remat)))
     return
   unknown = {*given.bases} - {*BASES} | {*given.remat} - {*REMAT}
@@ -238,7 +244,7 @@ def markdown(result: Mapping[str, Any]) -> str:
   names = ["base", "remat", "linear layers, MB", "of float32"]
   names += ["temporaries, MB", "planned peak, MB", "of float32"]
   names += ["resident peak, MB", "of float32", "s", "loss"]
-  table = [names, ["---", "---", *["---:"] * 9]]
+  lines = []
   for row in rows:
     plain = known.get(("float32", row["remat"]))
 
@@ -246,7 +252,7 @@ def markdown(result: Mapping[str, Any]) -> str:
       share = f"{row[name] / plain[name]:.3f}" if plain else ""
       return [f"{row[name] / 1e6:,.1f}", share]
 
-    table.append(
+    lines.append(
       [
         NAMES.get(row["base"], row["base"]),
         row["remat"],
@@ -258,7 +264,6 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{row['losses'][0]:.4f}",
       ]
     )
-  lines = [f"| {' | '.join(cells)} |" for cells in table]
   about = (
     f"{result['model']}, VeRA with r = {result['rank']} on all linear layers, a"
     f" row of {result['tokens']} tokens per step, layers scanned;"
@@ -269,7 +274,10 @@ def markdown(result: Mapping[str, Any]) -> str:
     " tokens."
   )
   return "\n".join(
-    ["# Memory of training by the base's storage", "", about, "", *lines, ""]
+    [
+      *("# Memory of training by the base's storage", "", about, ""),
+      *(markdown_table(names, lines, texts=2), ""),
+    ]
   )
 
 

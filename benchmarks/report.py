@@ -62,6 +62,17 @@ def load() -> list[float]:
   return [round(average, 2) for average in os.getloadavg()]
 
 
+def load_line(result: Mapping[str, Any]) -> str:
+  """What a page says of the machine's load around a measurement."""
+  before, after = (
+    ", ".join(map(str, result[f"load_{when}"])) for when in ("before", "after")
+  )
+  return (
+    "- load average of the machine (1, 5 and 15 minutes) before:"
+    f" {before}; after: {after}"
+  )
+
+
 def write(name: str, result: Mapping[str, Any], *, folder: str) -> Path:
   """NAME.json in the folder, which is made when missing."""
   path = Path(folder) / f"{name}.json"

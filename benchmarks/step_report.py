@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from benchmarks.tables import markdown_table
+
 COLUMNS = (
   "on the network",
   "TFLOP",
@@ -56,12 +58,9 @@ def for_terminal(result: dict[str, Any]) -> Iterator[Table]:
 
 def markdown(result: dict[str, Any]) -> str:
   """One table per size, and what the columns mean."""
-  rule = ["---", *["---:"] * (len(COLUMNS) - 1)]
   parts = ["# What a step costs, as XLA compiles it"]
   for title, rows in tables(result):
-    lines = [list(COLUMNS), rule, *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    parts.append(f"**{title}**\n\n{table}")
+    parts.append(f"**{title}**\n\n{markdown_table(COLUMNS, rows)}")
   versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
   parts.append(f"""\
 Query and value are adapted. "frozen network" trains one number per output of

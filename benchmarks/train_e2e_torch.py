@@ -10,14 +10,16 @@ import time
 from typing import Any
 
 import torch
-from transformers import (
-  AutoModelForCausalLM,
-  AutoTokenizer,
-  get_linear_schedule_with_warmup,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.process import Settings, serve
-from benchmarks.train_torch import adamw, trainable, with_adapter
+from benchmarks.train_torch import (
+  computing,
+  mean,
+  outcome,
+  stepper,
+  with_adapter,
+)
 
 IGNORED = -100  # a label that transformers' loss leaves out
 
@@ -40,37 +42,22 @@ def train(settings: Settings) -> dict[str, Any]:
   for leaf in model.parameters():
     if not leaf.requires_grad:
       leaf.data = leaf.data.to(getattr(torch, settings["dtype"]))
-  optimiser = adamw(model, config)
   order = settings["order"]
-  warmup = int(config["optim"]["warmup_ratio"] * len(order))
-  schedule = get_linear_schedule_with_warmup(optimiser, warmup, len(order))
-  half = settings["dtype"] == "bfloat16"
-  compute = torch.autocast(device, dtype=torch.bfloat16, enabled=half)
+  step = stepper(model, settings, steps=len(order))
   epochs, losses, dev = config["optim"]["epochs"], [], []
   model.train()
-  for step, rows in enumerate(order, 1):
-    batch = collate([splits["train"][row] for row in rows])
-    with compute:
-      loss = model(**{k: x.to(device) for k, x in batch.items()}).loss
-    loss.backward()
-    optimiser.step()
-    schedule.step()
-    optimiser.zero_grad()
-    losses.append(loss.item())
-    if step % (len(order) // epochs) == 0:
-      with compute:
+  for number, rows in enumerate(order, 1):
+    losses.append(step(collate([splits["train"][row] for row in rows])))
+    if number % (len(order) // epochs) == 0:
+      with computing(settings):
         dev.append(evaluate(model, splits["dev"], config["eval_batch_size"]))
-  cuda = device == "cuda"
-  return {
-    "imported": imported,
-    "compilation": 0.0,
-    "predictions": dev,
-    "train_loss": sum(losses) / len(losses),
-    "trained": sum(leaf.numel() for leaf in trainable(model).values()),
-    "threads": torch.get_num_threads(),
-    "attention": model.config._attn_implementation,
-    "device_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-  }
+  return outcome(
+    model,
+    settings,
+    imported=imported,
+    predictions=dev,
+    train_loss=mean(losses),
+  )
 
 
 def encode(

@@ -12,13 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import (
-  AutoModelForImageClassification,
-  get_linear_schedule_with_warmup,
-)
+from transformers import AutoModelForImageClassification
 
 from benchmarks.process import Settings, serve
-from benchmarks.train_torch import adamw, build, trainable
+from benchmarks.train_torch import build, computing, mean, outcome, stepper
 
 
 def train(settings: Settings) -> dict[str, Any]:
@@ -31,39 +28,25 @@ def train(settings: Settings) -> dict[str, Any]:
   splits = {name: read(files) for name, files in settings["images"].items()}
   kind = AutoModelForImageClassification
   model = build(settings, kind=kind, task=None).to(device)
-  optimiser = adamw(model, config)
   order = settings["order"]
-  warmup = int(config["optim"]["warmup_ratio"] * len(order))
-  schedule = get_linear_schedule_with_warmup(optimiser, warmup, len(order))
-  half = settings["dtype"] == "bfloat16"
-  compute = torch.autocast(device, dtype=torch.bfloat16, enabled=half)
+  step = stepper(model, settings, steps=len(order))
   pixels, labels = splits["train"]
   losses = []
   model.train()
   for rows in order:
-    batch = normalised(pixels[rows], settings).to(device)
-    with compute:
-      loss = model(pixel_values=batch, labels=labels[rows].to(device)).loss
-    loss.backward()
-    optimiser.step()
-    schedule.step()
-    optimiser.zero_grad()
-    losses.append(loss.item())
-  begun = time.time()
-  with compute:
+    batch = normalised(pixels[rows], settings)
+    losses.append(step({"pixel_values": batch, "labels": labels[rows]}))
+  train_loss, begun = mean(losses), time.time()  # all steps are done
+  with computing(settings):
     dev = predict(model, splits["dev"][0], settings)
-  cuda = device == "cuda"
-  return {
-    "imported": imported,
-    "compilation": 0.0,
-    "evaluation": time.time() - begun,
-    "predictions": [dev],
-    "train_loss": sum(losses) / len(losses),
-    "trained": sum(leaf.numel() for leaf in trainable(model).values()),
-    "threads": torch.get_num_threads(),
-    "attention": model.config._attn_implementation,
-    "device_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-  }
+  return outcome(
+    model,
+    settings,
+    imported=imported,
+    evaluation=time.time() - begun,
+    predictions=[dev],
+    train_loss=train_loss,
+  )
 
 
 def read(files: list[tuple[str, int]]) -> tuple[torch.Tensor, torch.Tensor]:

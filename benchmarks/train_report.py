@@ -4,6 +4,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import load_line
+
 METHODS = {"vera": "VeRA", "lora": "LoRA", "head": "head", "full": "full"}
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 PARTS = {"imports": "#999999", "compilation": "#E69F00", "training": "#0072B2"}
@@ -102,8 +104,7 @@ def _conditions(result: dict[str, Any]) -> str:
     f"- {result['cpu']}, {result['cores']} cores"
     + "".join(f", {count} threads in torch" for count in sorted(threads)),
     "- " + ", ".join(f"{name} {versions[name]}" for name in names),
-    f"- load before {', '.join(map(str, result['load_before']))};"
-    f" after {', '.join(map(str, result['load_after']))}",
+    load_line(result),
   ]
   losses = [
     f"{_side(row)} {METHODS[row['method']]} {row['train_loss']:.4f}"

@@ -6,7 +6,7 @@ AdamW. Imports nothing of vera_jax, whose libraries would count as its own.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -44,37 +44,63 @@ def train(settings: Settings) -> dict[str, Any]:
     shuffle=True,
     collate_fn=collate,
   )
-  optimiser = adamw(model, config)
-  steps = len(batches) * config["optim"]["epochs"]
-  warmup = int(config["optim"]["warmup_ratio"] * steps)
-  schedule = get_linear_schedule_with_warmup(optimiser, warmup, steps)
-  half = settings["dtype"] == "bfloat16"
-  compute = torch.autocast(device, dtype=torch.bfloat16, enabled=half)
+  epochs = config["optim"]["epochs"]
+  step = stepper(model, settings, steps=len(batches) * epochs)
   size, predictions = config["eval_batch_size"], []
-  for _ in range(config["optim"]["epochs"]):
+  for _ in range(epochs):
     model.train()
     for batch in batches:
-      with compute:
-        loss = model(**batch.to(device)).loss
-      loss.backward()
-      optimiser.step()
-      schedule.step()
-      optimiser.zero_grad()
-    with compute:
+      step(batch)
+    with computing(settings):
       dev = {
         name: predict(model, splits[name], collate=collate, size=size)
         for name in settings["dev_splits"]
       }
     predictions.append(dev)
-  cuda = device == "cuda"
+  return outcome(model, settings, imported=imported, predictions=predictions)
+
+
+def stepper(
+  model: Any, settings: Settings, *, steps: int
+) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
+  """Makes one update by a batch and gives its loss, which no one waits for."""
+  config, device = settings["config"], settings["device"]
+  optimiser = adamw(model, config)
+  warmup = int(config["optim"]["warmup_ratio"] * steps)
+  schedule = get_linear_schedule_with_warmup(optimiser, warmup, steps)
+
+  def step(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    with computing(settings):
+      loss = model(**{k: x.to(device) for k, x in batch.items()}).loss
+    loss.backward()
+    optimiser.step()
+    schedule.step()
+    optimiser.zero_grad()
+    return loss.detach()
+
+  return step
+
+
+def computing(settings: Settings) -> torch.autocast:
+  """The type that products are computed in."""
+  half = settings["dtype"] == "bfloat16"
+  return torch.autocast(settings["device"], torch.bfloat16, enabled=half)
+
+
+def mean(losses: list[torch.Tensor]) -> float:
+  return torch.stack(losses).double().mean().item()
+
+
+def outcome(model: Any, settings: Settings, **own: Any) -> dict[str, Any]:
+  """What every baseline says of its training, and `own`."""
+  cuda = settings["device"] == "cuda"
   return {
-    "imported": imported,
     "compilation": 0.0,
-    "predictions": predictions,
     "trained": sum(leaf.numel() for leaf in trainable(model).values()),
     "threads": torch.get_num_threads(),
     "attention": model.config._attn_implementation,
     "device_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+    **own,
   }
 
 

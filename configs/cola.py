@@ -5,8 +5,7 @@
 
 Expected, by the paper (Table 2, Matthews correlation, median of five seeds'
 best epochs): base 65.6 ± 0.8, large 68.0 ± 0.8. Not run by us, for want of
-RoBERTa's weights. Others' re-runs average 1.5 to 2.5 points less over the six
-tasks.
+RoBERTa's weights.
 """
 
 from ml_collections import ConfigDict

@@ -167,6 +167,13 @@ def glue(
   return config
 
 
+def put_on(config: ConfigDict, targets: tuple[str, ...]) -> None:
+  """Every method that is put on layers is put on these."""
+  for group in config.values():
+    if isinstance(group, ConfigDict) and "targets" in group:
+      group.targets = targets
+
+
 def pick(size: str, **columns: dict[str, Any]) -> dict[str, Any]:
   """A size's column of Table 8."""
   if size not in columns:

@@ -11,7 +11,7 @@ microsoft/LoRA's examples/NLG/data/e2e has them.
 
 medium and large: GPT-2 with the paper's Table 10, the rest by microsoft/LoRA's
 examples/NLG, LoRA by its own settings there (but for its dropout of 0.1, which
-there is none of here). 26,290 steps. Expected, by the paper: BLEU 70.1, NIST
+is not available here). 26,290 steps. Expected, by the paper: BLEU 70.1, NIST
 8.81, METEOR 46.6, ROUGE-L 71.5, CIDEr 2.50 for VeRA on medium. Not run by us,
 for want of GPT-2's weights.
 

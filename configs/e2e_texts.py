@@ -18,7 +18,7 @@ Any other decoder can learn them too, whatever it splits texts into:
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import language
+from configs import common, language
 
 NETWORK = "package:textgenrnn/textgenrnn_weights.hdf5"
 GATES = ("i[ifgo]", "h[ifgo]")  # of each LSTM
@@ -42,13 +42,13 @@ def get_config() -> ConfigDict:
   optim.head_lr = placeholder(float)  # the method's own
   config.eval_epochs = optim.epochs
   config.vera.rank = 64
-  config.vera.targets = config.lora.targets = GATES
   # rates as configs/sweeps/networks.py:text_rates found them
   config.vera.lr, config.vera.head_lr = 0.16, 0.0  # no head is trained
   config.lora.rank = 2
   config.lora.alpha = 2.0
   config.lora.lr = 6.4e-2
-  config.ia3.targets, config.ia3.feedforward = GATES, ()
+  common.put_on(config, GATES)
+  config.ia3.feedforward = ()
   config.head.head_lr = 6.4e-2
   config.bitfit.lr = 0.256
   config.full.lr = 2.56e-2

@@ -17,6 +17,7 @@ from configs import common
 
 # The query and value products, as each family of decoders names them.
 TARGETS = ("query|q_proj", "value|v_proj")
+INPUTS = ("mlp/c_proj|down_proj",)  # the feed-forward's last layer
 
 
 def get_config() -> ConfigDict:
@@ -40,6 +41,8 @@ def get_config() -> ConfigDict:
   config.eval_batch_size = 32
   config.vera.lr = 1e-2
   config.vera.rank = 256
-  config.vera.targets = config.lora.targets = TARGETS
   config.lora.lr = 1e-3
+  common.put_on(config, TARGETS)
+  config.ia3.targets = ("key|k_proj", "value|v_proj", *INPUTS)
+  config.ia3.feedforward = INPUTS
   return config

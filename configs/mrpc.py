@@ -5,7 +5,7 @@
 
 Expected, by the paper (Table 2, accuracy, median of five seeds' best epochs):
 base 89.5 ± 0.5, large 90.9 ± 0.7. Not run by us, for want of RoBERTa's
-weights. Others' re-runs average 1.5 to 2.5 points less over the six tasks.
+weights.
 """
 
 from ml_collections import ConfigDict

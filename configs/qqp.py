@@ -4,8 +4,8 @@
   python -m experiments.glue --config=configs/qqp.py:large    # RoBERTa-large
 
 The paper leaves QQP out for its cost; no expected score is known. VeRA's rates
-are those that Table 8 gives like tasks, untuned; LoRA's rate and the epochs
-are LoRA's own (its Table 9). Not run by us.
+are those that Table 8 gives to similar tasks, untuned; LoRA's rate and the
+epochs are LoRA's own (its Table 9). Not run by us.
 """
 
 from ml_collections import ConfigDict

@@ -5,8 +5,7 @@
 
 Expected, by the paper (Table 2, Pearson correlation, median of five seeds'
 best epochs): base 90.7 ± 0.2, large 91.7 ± 0.8. Not run by us, for want of
-RoBERTa's weights. Others' re-runs average 1.5 to 2.5 points less over the six
-tasks.
+RoBERTa's weights.
 """
 
 from ml_collections import ConfigDict

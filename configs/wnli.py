@@ -5,8 +5,8 @@
 
 The paper leaves WNLI out, as most do: its dev set contradicts its training
 set, and a sound model is left with the majority class, 56.3 % of dev. VeRA's
-rates are those that Table 8 gives like tasks, untuned; LoRA's rate and the
-epochs are LoRA's own (its Table 9). Not run by us.
+rates are those that Table 8 gives to similar tasks, untuned; LoRA's rate and
+the epochs are LoRA's own (its Table 9). Not run by us.
 """
 
 from ml_collections import ConfigDict

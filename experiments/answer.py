@@ -6,10 +6,10 @@
 
 --questions takes a file in FastChat's form, and writes the answers to all turns
 in the form that FastChat's judges read, a line as soon as a question has all of
-its answers. Nothing is scored. Words are drawn at FastChat's temperature for a
-question's category; --greedy draws none. A turn for which the model has too
-little room is answered more shortly, or with nothing; how many there were is
-said at the end.
+its answers. A file that has answers is not written to again. Nothing is scored.
+Words are drawn at FastChat's temperature for a question's category; --greedy
+draws none. A turn for which the model has too little room is answered more
+shortly, or with nothing; how many there were is said at the end.
 
 --choices takes multiple choice in COPA's or ARC's form, from a .jsonl file or
 the hub (aps/super_glue:copa, allenai/ai2_arc:ARC-Easy:test), several joined by
@@ -45,7 +45,7 @@ BASE = flags.DEFINE_string(
 QUESTIONS = flags.DEFINE_string(
   "questions", None, "Questions in FastChat's form, a .jsonl file."
 )
-OUT = flags.DEFINE_string("out", None, "The file of answers, which is written.")
+OUT = flags.DEFINE_string("out", None, "The new file of answers.")
 MODEL_ID = flags.DEFINE_string(
   "model_id",
   None,
@@ -74,11 +74,18 @@ def main() -> None:
     )
   if bool(QUESTIONS.value) != bool(OUT.value):
     raise UserError("--questions and --out belong together: name both files.")
+  out = Path(OUT.value or "").expanduser()
+  if out.is_file() and out.stat().st_size:
+    raise UserError(
+      f"{out} has answers, which are not replaced: name another file for --out,"
+      " or remove this one. Of an interrupted command it has the first"
+      " questions' answers; put the other questions into a file of their own."
+    )
   # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.adapters.files import load_adapter
+  from vera_jax.data.templates import CHAT
   from vera_jax.models.classifier import load_classifier, restore_adapter
   from vera_jax.serve import choices, questions
-  from vera_jax.tasks.instruct_files import CHAT
 
   # read first, for a model takes longer
   asked = []
@@ -93,7 +100,7 @@ def main() -> None:
     _choose(decoder, posed)
     return
   template = TEMPLATE.value or str(decoder.about.get("template", CHAT))
-  _write(decoder, asked, template)
+  _write(decoder, asked, template, out)
 
 
 def _choose(decoder: Any, posed: dict[str, Any]) -> None:
@@ -116,12 +123,11 @@ def _choose(decoder: Any, posed: dict[str, Any]) -> None:
   Console().print(table)
 
 
-def _write(decoder: Any, asked: list[Any], template: str) -> None:
+def _write(decoder: Any, asked: list[Any], template: str, out: Path) -> None:
   from vera_jax.serve.generator import Generator
   from vera_jax.serve.questions import answer_turns, as_line
   from vera_jax.train.logging import ProgressBar
 
-  out = Path(OUT.value or "").expanduser()
   with _writable(out):  # tried before the answers are made, which takes long
     out.parent.mkdir(parents=True, exist_ok=True)
     out.open("a").close()
@@ -143,10 +149,7 @@ def _write(decoder: Any, asked: list[Any], template: str) -> None:
       line = as_line(
         question, found.turns, model_id=MODEL_ID.value or place.name
       )
-      with (
-        _writable(out),
-        out.open("a" if done else "w", encoding="utf-8") as f,
-      ):
+      with _writable(out), out.open("a", encoding="utf-8") as f:
         f.write(json.dumps(line, ensure_ascii=False) + "\n")
       done += len(found.turns)
       shortened += found.shortened

@@ -95,8 +95,16 @@ def exit_code(main: Callable[[], None]) -> int:
   return code
 
 
-def define_config() -> flags.FlagHolder:
+CHANGES = (
+  "Settings: configs/TASK.py, or configs/TASK.py:large. Any of them can be"
+  " changed: --config.optim.epochs=3."
+)
+
+
+def define_config(text: str = CHANGES) -> flags.FlagHolder:
   """--config=FILE and --config.KEY=VALUE, with errors that say what there is.
+
+  `text` is what --help says of it, before the names of the methods.
 
   The config isn't locked, for that would ask for the required settings before
   those of the command line are in.
@@ -104,9 +112,8 @@ def define_config() -> flags.FlagHolder:
   holder = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Settings: configs/TASK.py, or configs/TASK.py:large. Any of them can be"
-    " changed: --config.optim.epochs=3. config.method is one of"
-    f" {', '.join(METHODS)}, or several joined by +, as vera+bitfit.",
+    f"{text} A method is one of {', '.join(METHODS)}, or several joined by +,"
+    " as vera+bitfit.",
     lock_config=False,
   )
   flags.FLAGS["config"].parser = _ConfigParser("config", lock_config=False)
@@ -180,6 +187,11 @@ class _ConfigParser(ConfigFileFlagParser):
       config = super().parse(path)
     except (TypeError, ValueError) as error:  # its text is a traceback
       raise UserError(f"--config={path}: {error.__context__}") from error
+    except (AttributeError, ImportError, NameError, SyntaxError) as error:
+      raise UserError(
+        f"--config={path} is no file with a get_config() that works, as"
+        f" configs/rte.py is: {error}."
+      ) from error
     check_keys(config, sys.argv[1:])
     return config
 

@@ -20,7 +20,7 @@ SHOWN = 4  # inputs
 
 
 def main() -> None:
-  from vera_jax.report.outputs import FOLDER, read_written
+  from vera_jax.data.written import FOLDER, read_written
   from vera_jax.train.loop import train_and_evaluate
 
   console = Console(highlight=False)

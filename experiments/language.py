@@ -15,10 +15,10 @@ column "text", or "prompt" and "completion", of which the completion is learned:
   --config.method=METHOD          vera, lora, ...
   --config.model.name=MODEL       a hub id, or a folder
 
-The score is the mean probability of the right next token, which is one over the
-perplexity; the table also has loss, perplexity and next-token accuracy. The
-same command again continues an unfinished run and shows the result of a
-finished one. docs/language.md tells it from the beginning.
+The score is the geometric mean of the right next tokens' probabilities, one
+over the perplexity; the table also has loss, perplexity and next-token
+accuracy. The same command again continues an unfinished run and shows the
+result of a finished one. docs/language.md tells it from the beginning.
 """
 
 from absl import flags

@@ -16,7 +16,10 @@ their combinations don't.
 import random
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from experiments import cli
+from vera_jax.errors import UserError
 
 OUT = flags.DEFINE_string(
   "out", "experiments/e2e_rows", "folder for the three files"
@@ -112,17 +115,20 @@ def make_splits(seed: int) -> dict[str, list[tuple[str, str]]]:
   return splits
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Writes train.txt, valid.txt and test.txt."""
-  if len(argv) > 1:
-    raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
   folder = Path(OUT.value)
-  folder.mkdir(parents=True, exist_ok=True)
-  for split, rows in make_splits(SEED.value).items():
-    text = "".join(f"{one}||{said} \n" for one, said in rows)
-    (folder / f"{split}.txt").write_bytes(text.encode())
-    print(f"{folder / split}.txt: {len(rows)} rows")
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in make_splits(SEED.value).items():
+      text = "".join(f"{one}||{said} \n" for one, said in rows)
+      (folder / f"{split}.txt").write_bytes(text.encode())
+      print(f"{folder / split}.txt: {len(rows)} rows")
+  except OSError as error:
+    raise UserError(
+      f"--out={folder} can't be written: {error.strerror}."
+    ) from error
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main, usage=__doc__)

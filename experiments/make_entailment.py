@@ -38,7 +38,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import flags
+
+from experiments import cli
+from vera_jax.errors import UserError
 
 OUT = flags.DEFINE_string(
   "out", "experiments/entailment", "folder for the three files"
@@ -234,17 +237,20 @@ def write_split(path: Path, pairs: list[Pair], *, labelled: bool) -> None:
   path.write_bytes("".join(lines).encode())
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Writes train.tsv, dev.tsv and test.tsv."""
-  if len(argv) > 1:
-    raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
   folder = Path(OUT.value)
-  folder.mkdir(parents=True, exist_ok=True)
-  for split, pairs in make_splits(SEED.value).items():
-    path = folder / f"{split}.tsv"
-    write_split(path, pairs, labelled=split != "test")
-    print(f"{path}: {len(pairs)} pairs")
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, pairs in make_splits(SEED.value).items():
+      path = folder / f"{split}.tsv"
+      write_split(path, pairs, labelled=split != "test")
+      print(f"{path}: {len(pairs)} pairs")
+  except OSError as error:
+    raise UserError(
+      f"--out={folder} can't be written: {error.strerror}."
+    ) from error
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main, usage=__doc__)

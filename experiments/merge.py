@@ -6,7 +6,8 @@
   python -m experiments.merge --model=FOLDER --out=FILE.gguf --format=gguf-f16
 
 Writes config.json with the label names, the tokenizer's files and
-model.safetensors, which transformers loads as a sequence classifier. The merged
+model.safetensors, which transformers loads under the family's own class: a
+classifier of texts, words or images, or a decoder. The merged
 weights are compared with the adapted model on probe texts first, in float32 and
 in the type written; merge.json keeps the largest differences. Past their bound
 nothing is written. The folder can also be a run's --config.model.name.
@@ -64,11 +65,12 @@ def main() -> None:
   if not ADAPTER.value:
     raise UserError("--model is for --format=gguf-f16 or gguf-q8_0.")
   from vera_jax.adapters.files import load_adapter  # after the flags' errors
+  from vera_jax.files import check_free
   from vera_jax.models.classifier import restore_adapter
-  from vera_jax.models.export_hf import check_dtype, refuse_used, write_merged
+  from vera_jax.models.export_hf import check_dtype, write_merged
 
   check_dtype(DTYPE.value)
-  refuse_used(OUT.value)  # before the base is loaded
+  check_free(OUT.value)  # before the base is loaded
   classifier = restore_adapter(load_adapter(ADAPTER.value), BASE.value)
   show(write_merged(classifier, OUT.value, dtype=DTYPE.value))
   Console().print(OUT.value, markup=False, highlight=False)

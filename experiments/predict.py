@@ -12,8 +12,9 @@ line ({} in JSONL); the rest goes on, and the exit code is 1 at the end.
 A .tsv holds one text per line, or two, or as many as the task has columns
 (COPA: premise, choice1, choice2, question). Its first line is a header if it
 names the text columns (sentence or text; sentence1 and sentence2; or the task's
-own), and then a header comes out as well. A .jsonl has those names as keys, a
-.csv (with quotes) and a .parquet always have them as columns.
+own), and then a header comes out as well. A .jsonl has those names as keys, as
+have the objects of a .json's list; a .csv (with quotes) and a .parquet always
+have them as columns.
 
 An adapter trained on your own texts (experiments.classify) knows its columns:
 they are looked for in all formats. Where several labels may apply, the label is
@@ -37,10 +38,16 @@ from absl import flags
 from experiments import cli
 from vera_jax.data.image_files import SUFFIXES as IMAGE_SUFFIXES
 from vera_jax.data.image_files import image_files
-from vera_jax.data.tables import FORMATS, SUFFIXES, parquet_rows, read_rows
+from vera_jax.data.tables import (
+  FORMATS,
+  SUFFIXES,
+  format_of,
+  parquet_rows,
+  read_rows,
+)
 from vera_jax.errors import UserError
 
-ENDINGS = {**SUFFIXES, "": "tsv", ".txt": "tsv"}
+PLAIN = ("", ".txt")  # endings of what is read as TSV; "" for - as well
 ADAPTER = flags.DEFINE_string(
   "adapter", None, "An adapter: a folder, or a hub id (owner/name[@revision])."
 )
@@ -53,8 +60,8 @@ BASE = flags.DEFINE_string(
 INPUT = flags.DEFINE_string(
   "input",
   None,
-  "A .csv, .tsv, .jsonl or .parquet file, or -; an image file or a folder of"
-  " them.",
+  "A .csv, .tsv, .jsonl, .json or .parquet file, or -; an image file or a"
+  " folder of them.",
 )
 INPUT_FORMAT = flags.DEFINE_enum(
   "input_format", None, FORMATS, "Unset: by the ending; tsv for -."
@@ -102,7 +109,7 @@ def main() -> None:
     if form == "parquet":
       path = Path(INPUT.value).expanduser()
       lines = read_texts(parquet_rows(path), columns=columns, check=check)
-    elif form == "csv" or "columns" in classifier.about:
+    elif form in ("csv", "json") or "columns" in classifier.about:
       rows = read_rows(file, format=form)
       lines = read_texts(rows, columns=columns, check=check)
     else:
@@ -113,11 +120,12 @@ def main() -> None:
         count=len(columns[0]) if columns else None,
         check=check,
       )
+    unit = "row" if form in ("json", "parquet") else "line"
     for line, answer in answer_lines(predictor, lines, at_once=LINES.value):
       total += 1
       if line.error:
         bad += 1
-        print(f"line {line.number}: {line.error}", file=sys.stderr)
+        print(f"{unit} {line.number}: {line.error}", file=sys.stderr)
       if not line.header:
         print(_text(answer, predictor.labels), flush=True)
       elif FORMAT.value == "tsv":
@@ -168,13 +176,13 @@ def input_format(name: str, given: str | None) -> str:
     UserError: another format, whose header or quotes would be taken for text.
   """
   ending = Path(name).suffix.lower()
-  if given is None and ending not in ENDINGS:
+  if given is None and ending not in (*PLAIN, *SUFFIXES):
     raise UserError(
       f"{name}: {ending} files are not read here, only {', '.join(SUFFIXES)}."
       " Convert it, or say by --input_format that it is one of these all the"
       " same."
     )
-  return given or ENDINGS[ending]
+  return given or ("tsv" if ending in PLAIN else format_of(name))
 
 
 def _text(answer: Any, labels: tuple[str, ...]) -> str:

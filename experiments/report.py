@@ -29,6 +29,7 @@ from absl import flags
 from rich.console import Console
 
 from experiments import cli
+from vera_jax.errors import UserError
 from vera_jax.report import plots, tables
 from vera_jax.report.frame import Sweep, load_sweep
 from vera_jax.report.outputs import side_by_side
@@ -48,7 +49,12 @@ def main(folders: list[str]) -> None:
   out = OUT.value if OUT.value is not None else f"{folders[0]}/report"
   show(sweep, FORMAT.value)
   if out:
-    write(sweep, Path(out))
+    try:
+      write(sweep, Path(out))
+    except OSError as error:
+      raise UserError(
+        f"--out={out} can't be written: {error.strerror}."
+      ) from error
     print(f"{out}", file=sys.stderr)
 
 

@@ -56,7 +56,10 @@ from vera_jax.sweep.table import (
   states,
 )
 
-CONFIG = cli.define_config()
+CONFIG = cli.define_config(
+  "Sweep: configs/sweeps/STUDY.py, or configs/sweeps/STUDY.py:VARIANT. Settings"
+  " of its base can be changed: --config.base.optim.epochs=3."
+)
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "The sweep's folder; on several machines a shared one."
 )

@@ -12,6 +12,7 @@ from vera_jax.models.pretrained import blueprint
 from vera_jax.train.config import check_settings
 from vera_jax.train.optim import rates_of, schedule
 from vera_jax.train.setup import build_setup
+from vera_jax.train.workdir import digest
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 OWN = {
@@ -365,9 +366,54 @@ def test_the_config_of_images_that_runs_here(variant):
   assert "--config=configs/images/cifar10.py:dinov2" in text
 
 
+LLAMA = {
+  "model_type": "llama",
+  "vocab_size": 11,
+  "hidden_size": 16,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "intermediate_size": 32,
+  "max_position_embeddings": 32,
+  "rms_norm_eps": 1e-6,
+}
+GPT2 = {
+  "model_type": "gpt2",
+  "vocab_size": 11,
+  "n_embd": 16,
+  "n_layer": 2,
+  "n_head": 2,
+  "n_positions": 32,
+}
+
+
+@pytest.mark.parametrize("fields", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_every_method_finds_a_decoders_layers(fields):
+  config = load("language")
+  for method, line in METHODS.items():
+    made = blueprint(
+      fields,
+      outputs=0,
+      head="language_modelling",
+      method=method,
+      settings=settings_in(config, method),
+    )
+    own, _ = made.own_shapes()
+    assert bool(jax.tree.leaves(own)) == line.on_sites, method
+
+
+def test_runs_keep_their_names_though_targets_have_others():
+  now, before = load("language"), load("language")
+  for name in ("lora_fa", "onelora", "pvera", "randlora", "unilora"):
+    before[name].targets = load("rte").pvera.targets
+  before.ia3 = load("rte").ia3
+  assert digest(before.to_dict()) == digest(now.to_dict())
+  before.vera.targets = ("query",)
+  assert digest(before.to_dict()) != digest(now.to_dict())
+
+
 def test_e2es_texts_alone():
   config = load("e2e_texts")
-  for config.method in ("head", "vera", "lora", "bitfit", "full"):
+  for config.method in METHODS:
     check_settings(config)
   text = importlib.import_module("configs.e2e_texts").__doc__
   assert "experiments.language --config=configs/e2e_texts.py" in text

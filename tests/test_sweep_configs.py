@@ -176,6 +176,7 @@ def test_one_layer_and_equally_many_parameters(size, paths, tmp_path):
     ("initialisers", "minilm", "parts/study", "initialisers"),
     ("initialisers", "rates", "parts/rates", "initialiser_rates"),
     ("initialisers", "draws", "parts/study", "initialiser_draws"),
+    ("e2e", "smollm2", "e2e_data", "e2e"),
     ("instruct", "smollm2", ROWS, "instruct"),
     ("instruct", "rates", ROWS, "instruct_rates"),
     ("networks", "images", "cifar10_data", "networks"),

@@ -88,6 +88,39 @@ def make_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
     shutil.rmtree(new, ignore_errors=True)
 
 
+def cached_folder(
+  kind: str, file: Path, key: str, fill: Callable[[Path], Any]
+) -> Path:
+  """The folder in Hugging Face's layout that stands for a file, made once.
+
+  Args:
+    kind: of the file, which has a folder of the cache.
+    file: gives the folder its name.
+    key: of what is in the folder: it becomes another one with another key.
+    fill: writes it, config.json among its files.
+
+  Raises:
+    UserError: it can't be written.
+  """
+  cache = Path("~/.cache/vera_jax").expanduser() / kind
+  folder = cache / f"{file.stem[:40]}-{key}"
+  if not (folder / "config.json").is_file():
+    make_folder(folder, fill)
+  return folder
+
+
+def check_free(folder: str | Path) -> Path:
+  """The folder to write into, with ~ as the home folder.
+
+  Raises:
+    UserError: it is a file, or is not empty.
+  """
+  folder = Path(folder).expanduser()
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise UserError(f"{folder} is there already; choose another --out.")
+  return folder
+
+
 def sha256_of(file: Path) -> str:
   """A file's checksum in hexadecimal digits.
 

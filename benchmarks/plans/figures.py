@@ -18,7 +18,7 @@ from benchmarks.plans.lowering import (
   architecture,
 )
 from benchmarks.plans.search import largest
-from vera_jax.models.family import family_of
+from vera_jax.models.family import config_of
 from vera_jax.models.pretrained import choose_scan
 from vera_jax.train.setup import compute_dtype
 from vera_jax.train.sharding import batch_shards, make_mesh
@@ -57,7 +57,7 @@ def plan(
   name = config.model.dtype  # "auto" as a run on these chips takes it
   dtype = compute_dtype("bfloat16" if name == "auto" else name)
   fields, shards = architecture(config), batch_shards(mesh)
-  depth = family_of(fields).config(fields).num_hidden_layers
+  depth = config_of(fields).num_hidden_layers
   with config.ignore_type():  # of "auto", which becomes true or false
     config.model.scan = choose_scan(
       config.model.scan, layers=depth, platform="tpu"

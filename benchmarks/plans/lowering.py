@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
+from vera_jax.models.paper_sizes import SIZES, roberta
 from vera_jax.models.pretrained import Model, abstract_model
-from vera_jax.models.roberta import SIZES, roberta
 from vera_jax.tasks.task import task_for
 from vera_jax.train.optim import optimiser, rates_of
 from vera_jax.train.setup import build_blueprint

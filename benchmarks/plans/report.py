@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from rich.table import Column, Table
 
 from benchmarks.plans.chips import Pod
+from benchmarks.tables import markdown_table
 from vera_jax.results import provenance
 
 KINDS = {
@@ -122,8 +123,5 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def markdown(result: Mapping[str, Any]) -> str:
   """The table as a docs page has it."""
-  methods = list(result["methods"])
-  lines = [["one chip", *methods], ["---", *["---:"] * len(methods)]]
-  lines += rows(result)
-  drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  drawn = markdown_table(["one chip", *result["methods"]], rows(result))
   return f"**{title(result)}**\n\n{drawn}"

@@ -51,12 +51,10 @@ def get_config(model: str = "dinov2") -> ConfigDict:
     changes: dict[str, Any] = {
       "model.name": LITE0,
       "data.image_size": 96,
-      "vera.targets": POINTWISE,
       "vera.rank": 64,
       "vera.lr": 1e-2,
       "full.lr": 8e-5,
       "lora.lr": 1e-3,
-      "lora.targets": POINTWISE,
       "lora.rank": 4,
       "lora.alpha": 4.0,
       "ia3.targets": ("depthwise",),  # which no matrix could be added to
@@ -64,5 +62,6 @@ def get_config(model: str = "dinov2") -> ConfigDict:
       "norms.lr": 4e-3,
       "norms.head_lr": 4e-3,
     }
+    common.put_on(config, POINTWISE)
     config.update_from_flattened_dict(changes)
   return config

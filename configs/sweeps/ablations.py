@@ -1,4 +1,4 @@
-"""Study 3: what VeRA is made of: the paper's Tables 6 and 7.
+"""What VeRA is made of: the paper's Tables 6 and 7.
 
   python -m experiments.sweep --config=configs/sweeps/ablations.py --workdir=DIR
   python -m experiments.sweep --config=configs/sweeps/ablations.py:minilm ...

@@ -1,4 +1,4 @@
-"""Study 7: VeRA with other methods, the paper's open question, at equal counts.
+"""VeRA with other methods, the paper's open question, at equal counts.
 
 MiniLM, SST-2, the sizes, the parts of the data and the rule for rates of
 configs/sweeps/methods.py, which has the commands; here they are

@@ -1,4 +1,4 @@
-"""Study 8: how the random pair is drawn, the paper's second open question.
+"""How the random pair is drawn, the paper's second open question.
 
 MiniLM, SST-2, 1,200 training sentences in batches of 16, three epochs: VeRA
 with every matrix of docs/initialisation.md that has the paper's second moments,

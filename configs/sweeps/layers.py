@@ -1,4 +1,4 @@
-"""Study 4: which layers are adapted; norms of d and b a layer (Figure 3).
+"""Which layers are adapted; norms of d and b a layer (Figure 3).
 
   python -m experiments.sweep --config=configs/sweeps/layers.py --workdir=DIR
   python -m experiments.sweep --config=configs/sweeps/layers.py:minilm ...

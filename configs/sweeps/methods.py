@@ -1,4 +1,4 @@
-"""Study 6: methods beside VeRA, each with the same effort of tuning.
+"""Methods beside VeRA, each with the same effort of tuning.
 
 MiniLM, SST-2, 1,200 training sentences in batches of 16, three epochs. First
 the rates: two seeds and training and evaluation sentences that the study never

@@ -28,6 +28,10 @@ Scored on training examples that are kept from training: fifty other images of
 each class; the first texts of 100 inputs of train.txt. Never on what the
 studies score. Of images the head's rate was chosen first: it is the head's
 beside the other methods.
+
+By the sum of their runs' seconds, each run with one core beside other work,
+they took in core-hours: images 0.5, rates 0.4, shot_rates 0.3, texts 0.6,
+text_rates 1.2.
 """
 
 from collections.abc import Mapping

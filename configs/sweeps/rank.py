@@ -1,4 +1,4 @@
-"""Study 2: score against trained parameters, by rank: the paper's Figure 2.
+"""Score against trained parameters, by rank: the paper's Figure 2.
 
   python -m experiments.sweep --config=configs/sweeps/rank.py --workdir=DIR
   python -m experiments.sweep --config=configs/sweeps/rank.py:minilm ...

@@ -1,4 +1,4 @@
-"""Study 5: one adapted layer, tiny data: convergence at equal parameters.
+"""One adapted layer, tiny data: convergence at equal parameters.
 
   python -m experiments.sweep --config=configs/sweeps/single.py --workdir=DIR
   python -m experiments.sweep --config=configs/sweeps/single.py:minilm ...

@@ -17,10 +17,11 @@ WIDTH, HEADS, KV, HEAD = 6, 4, 2, 3
 
 class Einsum(nn.Module):
   shape: tuple[int, ...]
+  weight: str = "w"
 
   @nn.compact
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
-    w = self.param("w", nn.initializers.normal(0.3), self.shape)
+    w = self.param(self.weight, nn.initializers.normal(0.3), self.shape)
     return jnp.einsum(eqn, x, w)
 
 
@@ -46,7 +47,7 @@ class Attention(nn.Module):
 
   def __call__(self, x):
     q = self.q_einsum("BTD,NDH->BTNH", x)
-    k, v = self.kv_einsum("BSD,2KDH->2BSKH", x)
+    k, v = self.kv_einsum("BSD,CKDH->CBSKH", x)
     q = q.reshape(*q.shape[:2], KV, HEADS // KV, HEAD)
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k)
     seen = jnp.tril(jnp.ones(logits.shape[-2:], bool))
@@ -67,13 +68,28 @@ class FeedForward(nn.Module):
     return nn.gelu(x @ gating[0]) * (x @ gating[1]) @ linear
 
 
+class SharedFeedForward(nn.Module):
+  """The same parameters, multiplied with by modules in its scope, as
+  google-deepmind/gemma has it."""
+
+  @nn.compact
+  def __call__(self, x):
+    gating = Einsum((2, 8, WIDTH), "gating_einsum")
+    nn.share_scope(self, gating)
+    gate = gating("...F,NHF->...NH", x)
+    linear = Einsum((8, WIDTH), "linear")
+    nn.share_scope(self, linear)
+    return linear("...H,HF->...F", nn.gelu(gate[..., 0, :]) * gate[..., 1, :])
+
+
 class Block(nn.Module):
   kind: Any = Einsum
 
   @nn.compact
   def __call__(self, x, _=None):
     x = x + Attention(self.kind, name="attn")(nn.RMSNorm()(x))
-    return x + FeedForward(name="mlp")(nn.RMSNorm()(x)), None
+    feed = SharedFeedForward if self.kind is Einsum else FeedForward
+    return x + feed(name="mlp")(nn.RMSNorm()(x)), None
 
 
 class Decoder(nn.Module):
@@ -170,6 +186,43 @@ class Mixed(nn.Module):
     return nn.Einsum((2, 4, 3), "BTD,KDH->KBTH", name="einsum")(x)
 
 
+class Tied(nn.Module):
+  """Looks rows of its table up and reads it, or has an unbound layer do so."""
+
+  unbound: bool = False
+
+  @nn.compact
+  def __call__(self, ids):
+    table = nn.Embed(7, 4, name="table")
+    x = nn.Dense(4, name="first")(table(ids))
+    if self.unbound:
+      last = nn.Dense(7, use_bias=False, parent=None)
+      return last.apply({"params": {"kernel": table.embedding.T}}, x)
+    return x @ table.embedding.T
+
+
+class Unbound(nn.Module):
+  """Applies a layer to values that are no parameters. By its path it is the
+  layer before it."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(4, name="layers_0")(x)
+    fixed = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    apart = nn.Sequential([nn.Dense(4, parent=None)], parent=None)
+    return apart.apply({"params": {"layers_0": fixed}}, nn.tanh(x))
+
+
+class Twice(nn.Module):
+  """Calls a layer with two equations, by which its kernel is two matrices."""
+
+  @nn.compact
+  def __call__(self, x):
+    turned = nn.Einsum((4, 4), None, use_bias=False, name="turned")
+    x = turned(turned(x, "BD,DE->BE"), "BE,DE->BD")
+    return nn.Dense(2, name="last")(x)
+
+
 MIXED = ("table", "conv", "gates/.*", "cell/.*", "einsum")
 
 
@@ -193,6 +246,36 @@ def bent(kind):
       return 1.5 * jnp.tanh(super().__call__(x))
 
   return Bent
+
+
+def busy(layer, y):
+  """What a layer may do beside its product: with random numbers, a layer in
+  it, a variable, and a value for later."""
+  y = nn.Dense(y.shape[-1], name="inside")(nn.tanh(y))
+  y = nn.Dropout(0.5, deterministic=False)(y)
+  calls = layer.variable("counts", "calls", lambda: jnp.zeros(()))
+  calls.value += 1
+  layer.sow("intermediates", "mean", y.mean())
+  return y
+
+
+class BusyDense(nn.Dense):
+  @nn.compact
+  def __call__(self, x):
+    return busy(self, super().__call__(x))
+
+
+class BusyEinsum(nn.Module):
+  @nn.compact
+  def __call__(self, eqn, x):
+    w = self.param("w", nn.initializers.normal(0.3), (4, 3))
+    return busy(self, jnp.einsum(eqn, x, w))
+
+
+class Busy(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return BusyEinsum(name="einsum")("BD,DE->BE", BusyDense(4, name="dense")(x))
 
 
 class Derived(nn.Module):

@@ -42,7 +42,7 @@ class Net(nn.Module):
         length=LAYERS,
       )
       x, _ = stack(block(name="layer"), x, None)
-    return nn.Dense(3, name="classifier")(x)
+    return nn.Dense(3, name="classifier")(nn.LayerNorm(name="norm")(x))
 
 
 def stacked(params: Any) -> Any:

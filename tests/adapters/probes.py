@@ -93,7 +93,7 @@ def from_weights(rank: int = 2) -> Adapter:
 
   def low_rank(leaves, site):
     up = leaves["from_weights_r"] @ site.shared["up"]
-    return LowRank(site.shared["down"], up)
+    return LowRank(site.shared["down"], up, trains_up=True)
 
   return Adapter(
     "from_weights",

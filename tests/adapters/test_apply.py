@@ -74,6 +74,17 @@ def test_the_models_own_tree_and_outputs_stay():
   np.testing.assert_array_equal(run(model, variables, X), run(Net(), own, X))
 
 
+def test_what_is_not_the_models_weights_is_refused():
+  """And collections beside them are passed on."""
+  model = adapt(Net(), vera(3), targets=["query"])
+  own = start(Net(), X)
+  there = model.init_on({**own, "seen": {"n": 1}}, jax.random.key(0), X)
+  assert there["seen"] == {"n": 1} and "projections" in there
+  del own["params"]["query"]
+  with pytest.raises(UserError, match="have no kernel at query"):
+    model.init_on(own, jax.random.key(0), X)
+
+
 def test_a_pattern_matches_whole_names_at_the_paths_end():
   def found(*patterns):
     return {"/".join(path) for path in find_targets(Net(), patterns, X)}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.core import FrozenDict
+from flax.core import DenyList, FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests.adapters.architectures import (
@@ -19,6 +19,7 @@ from tests.adapters.architectures import (
   KEY_VALUE,
   MIXED,
   WAYS,
+  Busy,
   Bypassed,
   CastEinsum,
   Decoder,
@@ -28,6 +29,9 @@ from tests.adapters.architectures import (
   Images,
   Mixed,
   Recurrent,
+  Tied,
+  Twice,
+  Unbound,
 )
 from tests.adapters.test_every_method import METHODS, perturb
 from vera_jax.adapters.apply import (
@@ -186,13 +190,17 @@ def by_taps(A, B, d, b, shape):
   return jnp.einsum("ri,...r,or,o->...io", A[:, :inputs], d, B[:outputs], b)
 
 
-@pytest.mark.parametrize("kind, scan", [(Einsum, True), (CastEinsum, False)])
-def test_a_decoder_by_others_is_adapted_unchanged(kind, scan):
-  """Its equations tell inputs from outputs; q and v are counted right."""
+@pytest.mark.parametrize(
+  "kind, scan, feed",
+  [(Einsum, True, ["Einsum_.*"]), (CastEinsum, False, [])],
+)
+def test_a_decoder_by_others_is_adapted_unchanged(kind, scan, feed):
+  """Its equations tell inputs from outputs; q and v are counted right. Modules
+  that share a scope are told apart."""
   ready = Ready(
     Decoder(kind, scan=scan),
     vera(RANK),
-    ["q_einsum", "value", "attn_vec_einsum", "embedder"],
+    ["q_einsum", "value", "attn_vec_einsum", "embedder", *feed],
     IDS,
     fused=KEY_VALUE,
   )
@@ -201,7 +209,12 @@ def test_a_decoder_by_others_is_adapted_unchanged(kind, scan):
   moved = flatten_dict(ready.merged(ready.moved))
   assert base.keys() == moved.keys()
   q, v, out, table = RANK + 4 * 3, RANK + 2 * 3, RANK + 6, RANK + 6
-  assert adapter_size(ready.adapter, ready.targets) == table + 2 * (q + v + out)
+  block = q + v + out + (RANK + 2 * 8 + RANK + 6 if feed else 0)
+  assert adapter_size(ready.adapter, ready.targets) == table + 2 * block
+  assert count_layers(ready.targets) == (
+    f"{11 if feed else 7} layers: {10 if feed else 6} {kind.__name__}, 1 Embed,"
+    " in the parts value"
+  )
   shapes = {
     path[-1]: leaf_shapes(ready.adapter, path, target)["vera_b"].shape
     for path, target in ready.targets.items()
@@ -215,6 +228,7 @@ def test_a_decoder_by_others_is_adapted_unchanged(kind, scan):
     ("kv_einsum", "w"),
     ("attn_vec_einsum", "w"),
     ("embedder", "embedding"),
+    *([("mlp", "gating_einsum"), ("mlp", "linear")] if feed else []),
   }
   path = next(p for p in changed if p[-2] == "kv_einsum")
   key, value = np.split(moved[path] - base[path], 2, axis=len(layers))
@@ -465,6 +479,25 @@ def test_a_derived_layers_own_code_is_kept(method):
   assert ready.targets["remade",].view.plans == PLANS
 
 
+def test_a_layers_own_code_may_do_anything():
+  """With the same random numbers, changed variables and values as merged; and
+  a layer inside is adapted, too."""
+  x = jnp.asarray(RNG.normal(size=(2, 4)), jnp.float32)
+  ready = Ready(Busy(), vera(RANK), ["dense", "einsum", "inside"], x)
+  assert len(ready.targets) == 4
+  made = {"rngs": {"dropout": jax.random.key(1)}, "mutable": DenyList("params")}
+  variables = {"params": ready.moved, "projections": ready.projections}
+  y, changed = jax.jit(partial(ready.module.apply, **made))(variables, x)
+  del changed["projections"]
+  bare = jax.jit(partial(Busy().apply, **made))
+  merged = bare({"params": ready.merged(ready.moved)}, x)
+  base, _ = bare({"params": ready.base(ready.moved)}, x)
+  jax.tree.map(
+    partial(np.testing.assert_allclose, rtol=0, atol=1e-5), (y, changed), merged
+  )
+  assert np.abs(y - base).max() > 1e-2
+
+
 class Renamed(nn.Dense):
   @nn.compact
   def __call__(self, x):
@@ -542,17 +575,20 @@ def test_a_tied_output_layer_is_only_folded():
   "model, target, message",
   [
     (
-      Decoder(),
+      Decoder(CastEinsum),
       "gating_einsum",
       "mlp/gating_einsum: its gating_einsum is",
     ),
-    (Decoder(), "mlp", "layer_1/mlp: its gating_einsum is read without"),
+    (Decoder(CastEinsum), "mlp", "_1/mlp: its gating_einsum is read without"),
     (Bypassed(), "out", "out: it is called only while the model is init"),
+    (Tied(), "table", "table: its embedding is also read without a call"),
+    (Tied(unbound=True), "table", "table: its embedding is also read without"),
+    (Twice(), "turned", "turned: its calls see its kernel in different ways"),
   ],
 )
-def test_what_is_never_called_is_no_target(model, target, message):
+def test_what_calls_do_not_show_is_no_target(model, target, message):
   """The message says why, and lists what else there is."""
-  x = IDS if isinstance(model, Decoder) else jnp.ones((2, 4))
+  x = IDS if isinstance(model, Decoder | Tied) else jnp.ones((2, 4))
   with pytest.raises(UserError, match=rf"(?s){message}.*adapted are:\n  \w"):
     adapt(model, vera(RANK), targets=[target]).find_targets(x)
 
@@ -561,6 +597,21 @@ def test_every_layer_is_asked_for_without_those_never_called():
   """One pattern names none in particular."""
   found = find_targets(Bypassed(), [".*"], jnp.ones((2, 4)))
   assert ("first",) in found
+
+
+@pytest.mark.parametrize(
+  "model, target, x",
+  [
+    (Tied(unbound=True), "first", IDS),
+    (Unbound(), "layers_0", jnp.ones((2, 4))),
+    (Twice(), "last", jnp.ones((2, 4))),
+  ],
+)
+def test_other_layers_beside_what_is_refused(model, target, x):
+  """And what a model applies unbound is left alone."""
+  ready = Ready(model, vera(RANK), [target], x)
+  assert [*ready.targets] == [(target,)]
+  ready.check()
 
 
 class Equation(nn.Module):

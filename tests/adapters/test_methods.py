@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vera_jax.adapters.interface import Site
+from vera_jax.adapters.chain import chain
+from vera_jax.adapters.ia3 import ia3
+from vera_jax.adapters.interface import Adapter, Site
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.methods import METHODS, make_adapter, settings_in
+from vera_jax.adapters.products import adapted_product
+from vera_jax.adapters.pvera import pvera
+from vera_jax.adapters.sites import arrays_at
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 
@@ -27,15 +32,22 @@ VERA = {
 
 
 def made(adapter):
-  """The projections and first values for one layer."""
-  site = Site(("query",), 6, 5, lambda: jnp.zeros((6, 5)))
+  """The projections and first values for one layer, and its kernel when these
+  have moved."""
+  site = Site(("query",), 6, 5, lambda: jnp.arange(30.0).reshape(6, 5))
   pair = adapter.shared({site.path: site}) if adapter.shared else {}
-  key, leaves = jax.random.key(0), {}
+  shared = {**arrays_at(pair), **arrays_at(pair, site.path)}
+  key, common = jax.random.key(0), {}
   if adapter.common:
-    leaves |= adapter.common(key, {site.path: site})
-  if adapter.init:
-    leaves |= adapter.init(key, site._replace(shared=pair))
-  return flatten_dict(pair, sep="/") | leaves
+    common = adapter.common(key, {site.path: site})
+  site = site._replace(shared=shared, common=jax.tree.map(moved, common))
+  own = adapter.init(key, site) if adapter.init else {}
+  kernel, _ = adapter.weights(jax.tree.map(moved, own), site)
+  return flatten_dict(pair, sep="/") | common | own | {"kernel": kernel}
+
+
+def moved(leaf):
+  return leaf + 0.1
 
 
 def test_a_file_from_before_a_setting_is_read():
@@ -48,6 +60,28 @@ def same(one, two):
   assert one.keys() == two.keys()
   for name, value in one.items():
     np.testing.assert_array_equal(value, two[name])
+
+
+def test_an_alpha_of_another_size_makes_another_kernel():
+  with pytest.raises(AssertionError):
+    same(lora(2, alpha=4.0), lora(2, alpha=3.0))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_method_known_by_its_weights_may_follow_one_that_draws_nothing(order):
+  own = Adapter(
+    "own",
+    init=lambda key, site: {"own_s": jnp.ones(())},
+    weights=lambda leaves, site: (leaves["own_s"] * site.kernel(), site.bias),
+  )
+  both = chain(*((ia3(), own)[i] for i in order))
+  site = Site(("query",), 6, 5, lambda: jnp.arange(30.0).reshape(6, 5))
+  leaves, x = {"ia3_out": jnp.arange(5.0), "own_s": 0.5}, jnp.ones((2, 6))
+  y, _ = adapted_product(both, leaves, site, x)
+  want = 0.5 * jnp.arange(5.0)[None] * (x @ site.kernel())
+  np.testing.assert_allclose(y, want, rtol=1e-6)
+  with pytest.raises(UserError, match="own can't follow pvera, which draws"):
+    chain(pvera(2), own)
 
 
 def test_settings_make_the_method():

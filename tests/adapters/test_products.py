@@ -10,7 +10,7 @@ import pytest
 
 from vera_jax.adapters.apply import adapt
 from vera_jax.adapters.interface import LowRank, Site
-from vera_jax.adapters.lora import lora
+from vera_jax.adapters.lora import lora, lora_fa
 from vera_jax.adapters.magnitude import dvora
 from vera_jax.adapters.products import (
   PLANS,
@@ -20,6 +20,8 @@ from vera_jax.adapters.products import (
   costs,
 )
 from vera_jax.adapters.projections import make_pair
+from vera_jax.adapters.randlora import randlora
+from vera_jax.adapters.sites import arrays_at
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 
@@ -133,15 +135,36 @@ def test_plans_agree_under_vmap_and_remat():
 TOKENS, RANK, INPUTS, OUTPUTS = 96, 64, 160, 192
 
 
+LAYER = Site(("layer",), INPUTS, OUTPUTS, lambda: jnp.zeros((INPUTS, OUTPUTS)))
+PRICED = {
+  "vera": vera(RANK),
+  "lora": lora(RANK),
+  "lora_fa": lora_fa(RANK),
+  "randlora": randlora(8, alpha=8.0),
+}
+
+
 @cache
-def compiled_flops(plan, layers=1):
+def shapes_of(name):
+  """A method's leaves and projections on the layer."""
+  method = PRICED[name]
+
+  def make():
+    made = method.shared({LAYER.path: LAYER}) if method.shared else {}
+    shared = {**arrays_at(made), **arrays_at(made, LAYER.path)}
+    return method.init(jax.random.key(0), LAYER), shared
+
+  return jax.eval_shape(make)
+
+
+@cache
+def compiled_flops(plan, name="vera", layers=1):
   """Of a step through adapted layers on one x: gradients of leaves and x."""
+  leaves, projections = shapes_of(name)
 
   def shape(*sizes):
     return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
-  leaves = {"vera_d": shape(RANK), "vera_b": shape(OUTPUTS)}
-  projections = {"A": shape(RANK, INPUTS), "B": shape(OUTPUTS, RANK)}
   trained = [leaves] * layers, shape(TOKENS, INPUTS)
   kernels = [shape(INPUTS, OUTPUTS)] * layers
 
@@ -149,10 +172,8 @@ def compiled_flops(plan, layers=1):
     all_leaves, x = trained
     total = 0.0
     for own, kernel in zip(all_leaves, kernels, strict=True):
-      site = Site(
-        ("layer",), INPUTS, OUTPUTS, lambda k=kernel: k, shared=projections
-      )
-      y, _ = adapted_product(vera(RANK), own, site, x, plan=plan)
+      site = LAYER._replace(kernel=lambda k=kernel: k, shared=projections)
+      y, _ = adapted_product(PRICED[name], own, site, x, plan=plan)
       total += jnp.sum(y**2)
     return total
 
@@ -160,12 +181,25 @@ def compiled_flops(plan, layers=1):
   return step.compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_counted_costs_are_the_compiled_ones(plan):
+@pytest.mark.parametrize(
+  "name, plan",
+  [
+    *((name, plan) for name in PRICED for plan in PLANS[:2]),
+    ("vera", "folded_forward"),
+    ("lora_fa", "folded_forward"),
+  ],
+)
+def test_counted_costs_are_the_compiled_ones(name, plan):
   """Within 5 %: XLA also counts what is no product."""
-  delta = costs(TOKENS, factors(RANK, INPUTS, OUTPUTS))[plan]
-  want = 2 * (delta + 2 * TOKENS * INPUTS * OUTPUTS)
-  assert compiled_flops(plan) == pytest.approx(want, rel=0.05)
+  priced = []
+
+  def price(leaves, shared):
+    found = PRICED[name].low_rank(leaves, LAYER._replace(shared=shared))
+    priced.append(costs(TOKENS, found)[plan])
+
+  jax.eval_shape(price, *shapes_of(name))
+  want = 2 * (priced[0] + 2 * TOKENS * INPUTS * OUTPUTS)
+  assert compiled_flops(plan, name) == pytest.approx(want, rel=0.05)
 
 
 @pytest.mark.parametrize("plan", ["factored", "folded_forward"])
@@ -177,7 +211,9 @@ def test_layers_on_one_input_share_a_x(plan):
 
 def factors(rank, inputs=768, outputs=768, *, trains_down=False):
   down, up = jnp.zeros((inputs, rank)), jnp.zeros((rank, outputs))
-  return LowRank(down, up, trains_down=trains_down)
+  if trains_down:
+    return LowRank(down, up, trains_down=True, trains_up=True)
+  return LowRank(down, up, inner=jnp.ones(rank))
 
 
 def test_the_cheapest_is_chosen():
@@ -205,8 +241,9 @@ def test_names_of_plans():
 
 
 def test_trained_matrices_have_no_folded_forward_plan():
-  with pytest.raises(UserError, match="for methods with fixed matrices"):
-    choose(8, factors(4, trains_down=True), plan="folded_forward")
+  with pytest.raises(UserError, match="plan for key: its delta's first"):
+    trained = factors(4, trains_down=True)
+    choose(8, trained, plan="folded_forward", path=("key",))
 
 
 @pytest.mark.parametrize(

@@ -131,3 +131,6 @@ def test_the_card_is_made_from_the_result(random_adapter):
   card = model_card({**about, "kind": "language_modelling"})
   assert "text-generation" in card and "AutoModelForCausalLM" in card
   assert "Predictor" not in card
+  card = model_card({**about, "kind": "token_classification"})
+  assert '"token-classification"' in card and "Predictor(" in card
+  assert "text-classification" not in card and "PEFT" not in card

@@ -23,6 +23,14 @@ TEMPLATE = (
   "{% for m in messages %}{{ m.role }} {{ m.content }} <end>\n word9 "
   "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 )
+TAGGED = (
+  "{% for m in messages %}{% if m.role == 'user' %}{{m.content}} <end> "
+  "{% else %}{% generation %}{{m.content}} <end> {% endgeneration %}"
+  "{% endif %}{% endfor %}"
+)
+MOVED = "<end> {% endgeneration %}", "{% endgeneration %}<end> "
+HEADER = "{% for m in messages %}{{m.role}} {{m.content}} <end> {% endfor %}"
+NO_END = HEADER.replace("<end> ", "")
 WHOLE = "{% generation %}{% for m in messages %}{{ m.content }} {% endfor %}"
 UNTAGGED = "{% if false %}{% generation %}{% endgeneration %}{% endif %}word7"
 END, UNKNOWN, W9 = 0, 2, 12
@@ -32,6 +40,13 @@ def chat_tokenizer(template=TEMPLATE):
   tokenizer = tokenizer_of_words(unk_token="<unknown>", pad_token="<end>")
   tokenizer.chat_template = template
   return tokenizer
+
+
+def examples_of(first, second):
+  """Numbered from 40, on the lines from 1 of a file."""
+  places = [f"a.jsonl:{i + 1}" for i in range(len(first))]
+  index = np.arange(len(first)) + 40
+  return Examples(first, second, None, index, places=places)
 
 
 def conversations(*texts):
@@ -46,12 +61,12 @@ def conversations(*texts):
     )
     for text in texts
   ]
-  return Examples(rows, None, None, np.arange(len(rows)) + 40)
+  return examples_of(rows, None)
 
 
 def pairs(*rows):
   first, second = (list(side) for side in zip(*rows, strict=True))
-  return Examples(first, second, None, np.arange(len(rows)))
+  return examples_of(first, second)
 
 
 def learned(examples, tokenizer, how, max_length=99):
@@ -114,6 +129,51 @@ def test_special_tokens_without_a_role_count_as_well():
   assert tokens.special == 1
 
 
+@pytest.mark.parametrize(
+  "template, without_end, with_header",
+  [
+    (TEMPLATE.replace("word9 ", ""), 0, 0),
+    # the end stands behind the tags
+    (TAGGED.replace(*MOVED), 2, 0),
+    (TAGGED, 0, 0),
+    # nothing ends an answer, and nothing is asked with
+    (NO_END, 2, 2),
+    (HEADER, 0, 2),
+    # an answer needs no header
+    (HEADER.replace("{{m.role}} ", ""), 0, 0),
+    # the model writes its own thoughts
+    (
+      "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}word8 "
+      "{% endif %}{{ m.content }} <end> {% endfor %}"
+      "{% if add_generation_prompt %}assistant {% endif %}",
+      0,
+      0,
+    ),
+  ],
+)
+def test_templates_that_end_no_answer_or_teach_a_header_are_counted(
+  template, without_end, with_header
+):
+  rows = conversations(
+    ("word1", "word2"), ("word1", "word2", "word3", "word4 word5")
+  )
+  tokens = tokenise(rows, chat_tokenizer(template), 99, None, completions=CHAT)
+  found = tokens.without_end, tokens.with_header
+  assert found == (without_end, with_header)
+
+
+def test_a_cached_file_without_the_counts_is_made_again(tmp_path):
+  rows = conversations(("word1", "word2"))
+  tokenizer = chat_tokenizer(NO_END)
+  one = tokenise(rows, tokenizer, 99, tmp_path, completions=CHAT)
+  [path] = tmp_path.glob("*.npz")
+  with np.load(path) as stored:
+    old = {name: stored[name] for name in stored if name != "without_end"}
+  np.savez(path, **old)
+  again = tokenise(rows, tokenizer, 99, tmp_path, completions=CHAT)
+  assert one.without_end == again.without_end == 1
+
+
 def test_prompts_and_answers_are_one_text():
   rows = pairs(("word1 ", "word2"), ("word3", " word4 word5"))
   found = learned(rows, with_begin(), PLAIN)
@@ -145,19 +205,20 @@ def test_an_answer_behind_the_cut_leaves_its_row_out():
 @pytest.mark.parametrize(
   "template, message",
   [
-    ("{% generation %}{% endgeneration %}word7", "41: nothing.*all 0.*word7"),
-    (UNTAGGED, "41: nothing.*all 0.*word7"),
-    (WHOLE + "{% endgeneration %}", "41: all of it.*all 1.*word1 word2"),
+    ("{% generation %}{% endgeneration %}word7", "nothing.*all 0.*word7"),
+    (UNTAGGED, "nothing.*all 0.*word7"),
+    (WHOLE + "{% endgeneration %}", "all of it.*all 1.*word1 word2"),
+    ("{{ raise_exception('no') }}", "The chat template of .* used: no$"),
   ],
 )
-def test_a_mask_of_one_kind_is_refused_and_shown(template, message):
+def test_a_row_that_teaches_nothing_is_named_and_shown(template, message):
   rows = conversations(("word1", "word2"))
-  with pytest.raises(UserError, match=f"(?s)Row {message}"):
+  with pytest.raises(UserError, match=f"(?s)^a.jsonl:1: {message}"):
     learned(rows, chat_tokenizer(template), CHAT)
 
 
 def test_an_answer_without_a_prompt_is_refused():
-  with pytest.raises(UserError, match="Row 1: all of it would be learned"):
+  with pytest.raises(UserError, match="^a.jsonl:1: all of it would be learned"):
     learned(pairs(("", "word1 word2")), with_begin(), PLAIN)
 
 
@@ -214,7 +275,7 @@ def test_a_preview_is_readable_without_colours(capsys):
   tokens = tokenise(rows, tokenizer, 99, None, completions=CHAT)
   preview(tokens, tokenizer, number=1)
   shown = capsys.readouterr().out
-  assert "example 1, row 41: 8 tokens, 3 learned" in shown
+  assert "example 1, a.jsonl:1: 8 tokens, 3 learned" in shown
   assert "<end> word9 <unknown>⟦ word2 <end> word9⟧" in shown
   parts = stretches([4, 5, 6], [False, True, True], tokenizer)
   assert parts == [("word1", False), (" word2 word3", True)]

@@ -31,7 +31,7 @@ def with_template(template):
 
 
 def answers(template, messages=MESSAGES):
-  text, spans = chat.render_conversation(with_template(template), messages)
+  text, spans, _ = chat.render_conversation(with_template(template), messages)
   return text, [text[first:last] for first, last in spans]
 
 
@@ -57,6 +57,7 @@ def test_a_conversation_that_changes_as_it_goes_on_is_refused():
     ("{{ ''.__class__.mro() }}", "'__class__' of 'str' object is unsafe"),
     ("{{ 'x' * 1002001 }}", "of 20 characters.* of 1,002,001; 1,002,000 are"),
     ("{{ raise_exception('x' * 9999999) }}", "can't be used: x{1000}$"),
+    ("{{ 'x' * 10**11 }}", "can't be used: it fills the memory"),
     (
       None,
       "no chat template.*data.template=alpaca or plain.*--template=alpaca",
@@ -105,8 +106,42 @@ def test_half_an_answer_is_the_end_of_the_process(monkeypatch, tmp_path):
   assert "ended with the code -9" in chat._Process().ask({})["error"]
 
 
-def test_a_date_is_the_same_on_any_day():
-  tokenizer = with_template("{{ strftime_now('%d %b %Y') }}")
+@pytest.mark.parametrize(
+  "template, text",
+  [
+    ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
+    (
+      "\n  {{ strftime_now('%A, %-d/%m, %H:%M, %j') }}",
+      "\n  Friday, 26/07, 00:00, 208",
+    ),
+    (
+      "  {% if strftime_now is defined %}\n{% set a = strftime_now('%B %y') %}"
+      "{{ a.upper() }} {{ a }}{% else %}never{% endif %}",
+      "JULY 24 July 24",
+    ),
+    (
+      "{% macro day() %}{{ strftime_now(format='%d') }}{% endmacro %}"
+      "{{ day() }}",
+      "26",
+    ),
+  ],
+)
+def test_a_date_is_the_same_on_any_day(template, text):
   for prompt in (False, True):
-    text, _ = chat._render(tokenizer, MESSAGES, prompt=prompt)
-    assert text == "26 Jul 2024"
+    found = chat._render(with_template(template), MESSAGES, prompt=prompt)
+    assert found.text == text
+
+
+def test_tags_are_where_they_were_behind_a_date():
+  dated = "{{ strftime_now('%Y') }}" + TAGGED
+  text, own = answers(TAGGED)
+  assert answers(dated) == ("2024" + text, own)
+
+
+def test_a_process_that_fails_says_why(monkeypatch, tmp_path):
+  (tmp_path / "transformers.py").write_text("raise OSError('no such disk')")
+  monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+  monkeypatch.setattr(chat, "_PROCESS", chat._Process())
+  with pytest.raises(UserError, match="be imported: OSError..no such disk"):
+    answers(TEMPLATE)
+  chat._PROCESS.end()

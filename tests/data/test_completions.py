@@ -13,7 +13,7 @@ from vera_jax.data.completions import (
   end_of_text,
   prompt_ids,
 )
-from vera_jax.data.examples import Examples
+from vera_jax.data.examples import Examples, take
 from vera_jax.data.tokens import tokenise
 from vera_jax.errors import UserError
 
@@ -92,8 +92,9 @@ def test_the_side_that_is_named_is_cut():
 
 def test_what_can_not_be_learned_is_refused():
   plain = tokenizer_of_words()
-  with pytest.raises(UserError, match="Of 1 examples, the first of them numb"):
-    sequences(PAIRS, plain, RIGHT, 3)
+  moved = take(PAIRS, np.array([1, 0]))  # the long one is the second of them
+  with pytest.raises(UserError, match="Of 1 examples, the first of them row 1"):
+    sequences(moved, plain, RIGHT, 3)
   with pytest.raises(UserError, match="cut is 'middle'; choose left or right"):
     sequences(PAIRS, plain, Completions("middle"))
   with pytest.raises(UserError, match="is 2; at least 3 tokens"):

@@ -11,6 +11,7 @@ def examples(n: int, *, pairs: bool = True) -> Examples:
     second=[f"b{i}" for i in range(n)] if pairs else None,
     labels=np.arange(n, dtype=np.int32),
     index=np.arange(n),
+    places=[f"a.csv:{i}" for i in range(n)],
   )
 
 
@@ -21,6 +22,7 @@ def test_subset_is_the_start_of_the_seeded_permutation():
   assert part.second == [f"b{i}" for i in chosen]
   np.testing.assert_array_equal(part.labels, chosen)
   np.testing.assert_array_equal(part.index, chosen)
+  assert part.places == [f"a.csv:{i}" for i in chosen]
 
 
 def test_subset_of_single_sentences_and_of_all():

@@ -16,6 +16,8 @@ def test_csv_has_quotes_and_texts_of_several_lines(tmp_path):
   table = read_table(path)
   assert table.columns == {"text": ['a "b",\nc', "d"], "label": ["x", "y"]}
   assert [table.place(i) for i in (0, 1)] == [f"{path}:2", f"{path}:4"]
+  path.write_text(f"text\n{'x' * 131_073}\n")  # Python's own limit, and one
+  assert len(read_table(path).columns["text"][0]) == 131_073
 
 
 def test_nothing_is_quoted_in_a_tsv(tmp_path):

@@ -138,6 +138,23 @@ def test_the_table_of_several_seeds(capsys):
   assert "median" not in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections calls it
+@pytest.mark.parametrize(
+  "text, words",
+  [
+    ("# Title", "no attribute 'get_config'"),
+    ("A title", "invalid syntax"),
+    ("import no_such_module", "No module named 'no_such_module'"),
+    ("def get_config(): return name", "name 'name' is not defined"),
+  ],
+)
+def test_a_file_that_is_no_config_is_the_users_mistake(text, words, tmp_path):
+  file = tmp_path / "config.py"
+  file.write_text(text)
+  with pytest.raises(UserError, match=f"is no file with .*{words}"):
+    cli._ConfigParser("config").parse(str(file))
+
+
 def test_no_config_is_the_users_mistake():
   with pytest.raises(UserError, match="--config=configs/rte.py"):
     cli.chosen(SimpleNamespace(value=None))

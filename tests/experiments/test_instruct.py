@@ -89,6 +89,13 @@ def test_questions_are_answered(folder, tmp_path, typed, capsys):
   assert f"1 questions, 2 turns: {out}" in capsys.readouterr().out
   [line] = map(json.loads, out.read_text().splitlines())
   assert line["model_id"] == "model" and len(line["choices"][0]["turns"]) == 2
+  # answers are kept, whatever else is asked for
+  written = out.read_bytes()
+  with pytest.raises(UserError, match=f"{out} has answers, which are not repl"):
+    typed("answer", model, asked, f"--out={out}", *some)
+  assert out.read_bytes() == written
+  out = tmp_path / "other.jsonl"
+  out.touch()
   # there is room for 24 tokens, and the second turn's prompt has two or more
   some = ("--template=plain", "--max_new_tokens=23", "--greedy")
   typed("answer", model, asked, f"--out={out}", *some)

@@ -82,7 +82,8 @@ def preemptions(
     late = max(late, saves(workdir)[-1] - before)
   done = launcher.run(workdir)
   same = done.code == 0 and not differing(workdir, alone)
-  seen = f"exit code 75; saved {late} steps or less after the last figures"
+  steps = "1 step" if late == 1 else f"{late} steps"
+  seen = f"exit code 75; saved at most {steps} after the last logged metrics"
   return Outcome("SIGTERM", tried, lost + (not same), same, seen)
 
 

@@ -11,10 +11,10 @@ from absl import flags
 from absl.testing import flagsaver
 
 from vera_jax.adapters.card import model_card
+from vera_jax.data import templates
 from vera_jax.errors import UserError
 from vera_jax.generate.beam import Beam
 from vera_jax.generate.sampling import Sampling
-from vera_jax.tasks import instruct_files
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_an_adapter_is_asked_as_it_was_trained(
   typed, words_adapter, adapted_generator, tmp_path, monkeypatch, capsys
 ):
   prompt = "w1 {instruction} w2"
-  monkeypatch.setattr(instruct_files, "WITHOUT_INPUT", prompt)
+  monkeypatch.setattr(templates, "WITHOUT_INPUT", prompt)
   shutil.copytree(words_adapter, tmp_path / "tuned")
   path = tmp_path / "tuned/adapter.json"
   about = json.loads(path.read_text()) | {"template": "alpaca"}

@@ -10,12 +10,12 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.files import load_adapter
+from vera_jax.data import templates
 from vera_jax.errors import UserError
 from vera_jax.generate.beam import Beam
 from vera_jax.generate.sampling import Sampling
 from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.serve.generator import Generator
-from vera_jax.tasks import instruct_files
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11 w12 w13", "w4 w1"]
 
@@ -200,7 +200,7 @@ def test_the_template_is_the_one_of_training_unless_another_is_named(
   generator, monkeypatch
 ):
   prompt = "w1 {instruction} w2"
-  monkeypatch.setattr(instruct_files, "WITHOUT_INPUT", prompt)
+  monkeypatch.setattr(templates, "WITHOUT_INPUT", prompt)
   tuned = generator.decoder._replace(about={"template": "alpaca"})
   for decoder, template, expected in (
     (generator.decoder, None, [8]),

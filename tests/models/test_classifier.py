@@ -18,6 +18,7 @@ from vera_jax.models.bert import BertClassifier
 from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params
+from vera_jax.models.kinds import kind_of
 from vera_jax.models.pretrained import blueprint
 
 CHAINS = ("dvora+ia3", "vera+bitfit")
@@ -114,6 +115,12 @@ def test_the_frozen_leaves_take_the_type(random_adapter):
 def test_a_regression_adapter_has_one_output(random_adapter):
   classifier = restore_adapter(load_adapter(random_adapter(task="stsb")))
   assert classifier.labels == () and logits(classifier).shape == (2, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["tags", ["tags"], "regression"])
+def test_a_kind_that_is_not_there_or_does_not_fit(kind):
+  with pytest.raises(UserError, match="A kind is one of"):
+    kind_of({"kind": kind}, ["a", "b"])
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from tests.models.test_families import VERA, random_params
 from vera_jax.adapters.labels import join, split
 from vera_jax.errors import UserError
 from vera_jax.models.decoder import empty_cache, logits
-from vera_jax.models.family import family_of, read_fields
+from vera_jax.models.family import config_of, family_of, read_fields
 from vera_jax.models.hf_weights import load_params, module_name, module_path
 from vera_jax.models.pretrained import blueprint, load_model
 from vera_jax.train.sharding import BATCH, make_mesh, param_shardings
@@ -128,6 +128,7 @@ def test_long_rows_by_blocks(kind):
   want_grads = flatten_dict(want_grads)
   for path, leaf in flatten_dict(grads).items():
     scale = np.abs(want_grads[path]).max()
+    assert scale > 0, path
     np.testing.assert_allclose(
       leaf / scale, want_grads[path] / scale, atol=1e-4, err_msg="/".join(path)
     )
@@ -313,6 +314,12 @@ def test_masks_in_old_files_are_dropped():
 
 
 ROPE = "rope_parameters"
+LLAMA3 = {
+  "rope_type": "llama3",
+  "factor": 2,
+  "low_freq_factor": 4,
+  "high_freq_factor": 1,
+}
 
 
 @pytest.mark.parametrize(
@@ -332,12 +339,18 @@ ROPE = "rope_parameters"
     ("llama", {ROPE: {"full_attention": {}}}, "differ by layer"),
     ("qwen3", {"layer_types": ["chunked"]}, "1 entries.*chunked"),
     ("qwen2", {"intermediate_size": None}, "no usable intermediate_size"),
+    ("gpt2", {"n_embd": "a"}, "unusable value.*'a'"),
+    ("llama", {"num_key_value_heads": 0}, "unusable value.*by zero"),
+    ("llama", {"rope_scaling": "linear"}, "unusable value.*'str'"),
+    ("llama", {ROPE: {"rope_theta": "a"}}, "unusable value.*'a'"),
+    ("llama", {ROPE: LLAMA3}, "high_freq_factor 1, .* low_freq_factor 4"),
+    ("llama", {"model_type": ["llama"]}, r"model_type is \['llama'\]"),
   ],
 )
 def test_what_is_not_supported_is_named(case, changes, words):
   fields = {**CASES[case], **changes}
   with pytest.raises(UserError, match=words):
-    family_of(fields).config(fields)
+    config_of(fields)
 
 
 def test_other_heads_are_refused():

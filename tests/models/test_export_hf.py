@@ -116,7 +116,7 @@ def test_nothing_is_written_over(random_adapter, tmp_path):
   adapted = restored(random_adapter("head"))
   (tmp_path / "note").write_text("mine")
   for place in (tmp_path, tmp_path / "note"):
-    with pytest.raises(UserError, match="is in use"):
+    with pytest.raises(UserError, match="is there already"):
       write_merged(adapted, place)
   with pytest.raises(UserError, match="dtype is 'int8'.*not quantised aga"):
     write_merged(adapted, tmp_path / "out", dtype="int8")
@@ -195,5 +195,5 @@ def test_a_damaged_base_is_named(random_adapter, tiny_model, tmp_path):
   stored.pop("bert.encoder.layer.1.output.dense.weight")
   save_file(stored, folder / "model.safetensors")
   saved.about["base_fingerprint"] = fingerprint(folder)
-  with pytest.raises(UserError, match="lacks 1 of the encoder.*layer_1/output"):
+  with pytest.raises(UserError, match="lacks 1 of the network.*layer_1/output"):
     restore_adapter(saved, folder)

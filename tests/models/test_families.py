@@ -14,7 +14,7 @@ from tests.models.test_bert import loop
 from vera_jax.adapters.interface import Site
 from vera_jax.adapters.labels import join, split
 from vera_jax.errors import UserError
-from vera_jax.models.family import FAMILIES, family_of
+from vera_jax.models.family import FAMILIES, config_of, family_of
 from vera_jax.models.hf_weights import module_name, module_path
 from vera_jax.models.pretrained import blueprint
 
@@ -293,6 +293,7 @@ def test_robertas_relatives():
   "kind, changes, words",
   [
     ("distilbert", {"activation": "silu"}, "activation is 'silu'"),
+    ("distilbert", {"n_heads": 0}, "unusable value.*by zero"),
     ("distilbert", {"dim": 15}, "hidden_size 15 does not divide"),
     ("distilbert", {"n_layers": None}, "no usable num_hidden_layers"),
     ("modernbert", {"hidden_activation": "silu"}, "hidden_activation is"),
@@ -315,7 +316,7 @@ def test_robertas_relatives():
 )
 def test_what_is_not_supported_is_named(kind, changes, words):
   with pytest.raises(UserError, match=words):
-    family_of({"model_type": kind}).config({**FIELDS[kind], **changes})
+    config_of({**FIELDS[kind], **changes})
 
 
 def test_rotations_of_old_and_new_files():

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from configs.e2e import SMOLLM2
 from tests.models.gguf_folders import ROWS, random_folder
 from vera_jax.adapters.labels import join
+from vera_jax.adapters.lora import lora
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
@@ -30,7 +31,7 @@ from vera_jax.models.quantised import (
 )
 from vera_jax.serve.generator import _unrolled
 from vera_jax.tasks.language_modelling import loss
-from vera_jax.train.sharding import make_mesh
+from vera_jax.train.sharding import make_mesh, param_shardings, put
 from vera_jax.train.step import Frozen, outputs_of
 
 RNG = np.random.default_rng(0)
@@ -169,8 +170,13 @@ def test_the_digest_is_that_of_each_layer_s_codes():
   assert codes_digest({"encoder": {"kernel": np.zeros(3)}}) is None
 
 
-def loaded(folder, how, *, method="vera", targets=LINEAR, **options):
-  settings = {"adapter": (vera(3), targets)} if method == "vera" else {}
+METHODS = {"vera": vera(3), "lora": lora(3)}
+
+
+def loaded(folder, how, *, method="vera", **options):
+  settings = {}
+  if method in METHODS:
+    settings = {"adapter": (METHODS[method], LINEAR)}
   plan = blueprint(
     read_fields(folder),
     outputs=0,
@@ -222,17 +228,18 @@ def loss_and_slopes(model, frozen, batch):
 
 
 @pytest.mark.parametrize(
-  "how, scan, remat, plan",
+  "method, how, scan, remat, plan",
   [
-    ("keep", True, "none", "factored"),
-    ("keep", True, "full", "folded"),
-    ("nf4", False, "none", "folded_forward"),
+    ("vera", "keep", True, "none", "factored"),
+    ("lora", "keep", True, "full", "folded"),
+    ("vera", "nf4", False, "none", "folded_forward"),
   ],
 )
 def test_loss_and_gradients_are_those_of_the_dequantised_weights(
-  how, scan, remat, plan, file, home, batch
+  method, how, scan, remat, plan, file, home, batch
 ):
-  model = loaded(resolve(file), how, scan=scan, remat=remat, plan=plan)
+  options = {"scan": scan, "remat": remat, "plan": plan}
+  model = loaded(resolve(file), how, method=method, **options)
   codes = [x for x in flatten_dict(model.frozen).values() if is_quantised(x)]
   layers = 1 if scan else 2
   # 96 inputs of `down` are no multiple of 64
@@ -247,7 +254,7 @@ def test_loss_and_gradients_are_those_of_the_dequantised_weights(
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
     assert np.abs(two).max() > 1e-3
   if how == "keep":
-    read = loaded(resolve(file), "none", scan=scan)
+    read = loaded(resolve(file), "none", method=method, scan=scan)
     jax.tree.map(
       partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7),
       bare,
@@ -297,6 +304,26 @@ def test_codes_serve_looped_layers_as_stacked_ones(file, home, batch):
   np.testing.assert_allclose(one, two, atol=1e-5)
   kernel = looped["params"]["encoder"]["layer_1"]["mlp"]["down_proj"]["kernel"]
   assert is_quantised(kernel) and kernel.shape == (96, 64)
+
+
+@pytest.mark.parametrize("how", ["keep", "int8", "nf4"])
+def test_a_mesh_splits_codes_and_keeps_their_numbers(how):
+  """An int8 kernel's scales, one for all inputs, by the outputs alone."""
+  if how == "keep":
+    leaf = kept("Q4_1", stored("Q4_1", 6, 4), 6)
+  else:
+    leaf = quantise(RNG.standard_normal((128, 6)).astype(np.float32), how)
+  places = param_shardings(
+    {"kernel": leaf}, make_mesh(2, 2, 2), (("kernel", ("fsdp", "tensor")),)
+  )
+  split = put(leaf, places["kernel"])
+  for part in jax.tree.leaves(split):
+    shares = 2 if how == "int8" and part.shape[0] == 1 else 4
+    sizes = [shard.data.size for shard in part.addressable_shards]
+    assert sizes == [part.size // shares] * 8
+  np.testing.assert_array_equal(
+    dequantise(jax.device_get(split)), dequantise(leaf)
+  )
 
 
 def test_what_can_not_be_quantised_says_why(file, home, tmp_path):

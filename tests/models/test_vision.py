@@ -15,7 +15,7 @@ from tests.models.test_bert import loop
 from tests.models.test_families import VERA, random_params
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
-from vera_jax.models.family import family_of, read_fields
+from vera_jax.models.family import config_of, family_of, read_fields
 from vera_jax.models.hf_weights import load_params, module_name, to_hf
 from vera_jax.models.pretrained import blueprint
 from vera_jax.models.vision import ImageClassifier, cubic_weights
@@ -205,6 +205,7 @@ def test_bfloat16_computes_low_and_answers_in_float32():
   "kind, changes, message",
   [
     ("dinov2", {"use_swiglu_ffn": True}, "use_swiglu_ffn is True"),
+    ("dinov2", {"mlp_ratio": "a"}, "unusable value"),
     ("dinov2", {"drop_path_rate": 0.1}, "drop_path_rate is 0.1"),
     ("vit", {"num_channels": 1}, "num_channels is 1"),
     ("vit", {"image_size": [12, 12]}, "no usable image_size"),
@@ -215,7 +216,7 @@ def test_bfloat16_computes_low_and_answers_in_float32():
 def test_what_the_models_cannot_honour(kind, changes, message):
   fields = {**FIELDS[kind], **changes}
   with pytest.raises(UserError) as error:
-    family_of(fields).config(fields)
+    config_of(fields)
   assert message in str(error.value)
 
 

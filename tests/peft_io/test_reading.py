@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,7 +174,7 @@ def test_tensors_refused(carry, case):
   assert words in str(error.value)
 
 
-def test_files_refused(tiny_model, minilm_folder, tmp_path):
+def test_files_refused(tiny_model, minilm_folder, tmp_path, monkeypatch):
   def fails(words, folder, out=tmp_path / "out", base=tiny_model, **options):
     with pytest.raises(UserError, match=words):
       import_adapter(folder, out, base=base and str(base), **options)
@@ -182,6 +183,9 @@ def test_files_refused(tiny_model, minilm_folder, tmp_path):
   theirs = write(tmp_path / "theirs", vectors() | pair(), VERA)
   fails("There is no .*adapter_config.json", tmp_path)
   fails("there already", theirs, out=tiny_model)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  fails("there already", Path("~/theirs"), out=Path("~/theirs"))
+  fails("names no base model", Path("~/theirs"), base=None)
   fails("names no base model", theirs, base=None)
   fails("layer.2.*, or the base is another", theirs, base=minilm_folder)
   fails("max_length is -5", theirs, max_length=-5)

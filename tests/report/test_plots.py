@@ -162,6 +162,7 @@ def test_probabilities_of_tokens_are_drawn_as_losses(make_result):
   np.testing.assert_allclose(lines["VeRA"].get_ydata(), (1.001, 1.004))
   assert ax.get_ylabel().startswith("loss (nats per token)")
   assert 0.9 < ax.get_ylim()[0] < 1.001 < ax.get_ylim()[1] < 1.1
+  assert [text.get_text() for text in ax.texts] == ["↑ 10.0"]
 
 
 def test_ranks_that_lie_close_are_told_apart(make_result):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vera_jax.adapters.norms import adapter_norms, as_json
+from vera_jax.adapters.vector_norms import adapter_norms, as_json
 from vera_jax.report.published import published
 from vera_jax.report.signatures import signatures
 

@@ -241,6 +241,8 @@ def test_a_damaged_file_is_named_and_the_others_are_reported(
   assert "c failed: no reason is known" in notes
   for file in (*(f"{x}/result.json" for x in "bcde"), "b/failed", "sweep"):
     assert sum("Left out" in line and file in line for line in notes) == 1
+  (tmp_path / "sweep.json").write_text('{"runs": 3}')
+  assert any("no runs by" in line for line in load_sweep(tmp_path).remarks)
   (tmp_path / "a/result.json").unlink()
   with pytest.raises(UserError, match=r"no result.json(.|\n)*c/result.json"):
     load_sweep(tmp_path)

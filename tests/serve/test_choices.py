@@ -62,6 +62,19 @@ def test_both_forms_become_a_prompt_and_its_choices(tmp_path):
     ({**COPA, "label": -1}, "label is -1, neither 0 nor 1"),
     ({**ARC, "answerKey": "C"}, "answerKey is 'C', no choice's label"),
     ({**HUB, "choices": None}, "it has no choices"),
+    (
+      {**HUB, "choices": {"text": ["a"], "label": ["A", "B"]}},
+      "it has 1 choices, but 2 labels",
+    ),
+    (
+      {**HUB, "choices": {"text": ["a", "b"], "label": ["B", "B"]}},
+      r"two choices have one label: \['B', 'B'\]",
+    ),
+    (
+      {**ARC, "question": {"stem": "Cold?", "choices": TEXTS[1:]}},
+      "some.jsonl:1.*two choices are needed at least",
+    ),
+    ({**COPA, "choice2": " "}, "none may be empty"),
     ({"text": "a"}, "columns text are neither COPA's"),
   ],
 )

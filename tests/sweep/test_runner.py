@@ -115,6 +115,21 @@ sys.exit(75)
   assert {run.state for run in plan.runs} == {"new"}  # nobody failed
 
 
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_worker_that_is_ended_before_it_saved_is_said_to(
+  tiny_sweep, monkeypatch, tmp_path
+):
+  pretend(
+    monkeypatch,
+    f"os.kill(os.getppid(), {int(signal.SIGINT)}); sys.stdin.read()\n"
+    "import time; time.sleep(60)",
+  )
+  monkeypatch.setattr(runner, "GRACE", 0.0)
+  units = make_units(tiny_sweep().runs, most=8)
+  with pytest.raises(Interrupted, match="SIGINT, but the worker ended before"):
+    run_units(units, logs=tmp_path / "logs")
+
+
 def test_what_another_process_trains_is_left_to_it(
   tiny_sweep, monkeypatch, tmp_path
 ):

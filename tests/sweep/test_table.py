@@ -97,6 +97,13 @@ def test_what_trains_is_on_the_smallest_screen(half_done, monkeypatch):
   assert len(rows) == 5 and half_done.runs[3].name in rows[0]
 
 
+def test_a_redraw_reads_no_data(half_done, monkeypatch):
+  table = LiveTable(half_done, make_units(half_done.runs, most=8))
+  first = drawn(table._draw())
+  monkeypatch.setattr(estimate, "task_for", None)
+  assert drawn(table._draw()) == first
+
+
 def test_no_lines_no_progress(tmp_path):
   assert read_progress(tmp_path).step == 0
 

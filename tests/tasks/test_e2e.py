@@ -104,8 +104,8 @@ def test_the_last_epochs_texts_are_scored_and_kept(trained, folder):
 def test_the_saved_adapter_writes_the_same(trained, config, folder, capsys):
   model = restore_adapter(load_adapter(folder / "run/adapter"))
   inputs = (folder / "run/test/inputs.txt").read_text().splitlines()
-  found = generate(model, inputs, settings=config.generate.to_dict())
-  assert found == written(folder / "run/test")[0]
+  found, _ = generate(model, inputs, settings=config.generate.to_dict())
+  assert list(found.values()) == written(folder / "run/test")[0]
   first, last = capsys.readouterr().err.splitlines()  # two inputs at a time
   assert first.startswith("test texts: 2 of 3, ") and first.endswith(" left")
   assert last == "test texts: 3 of 3, 0 s left"
@@ -141,8 +141,11 @@ def test_a_rate_of_zero_leaves_the_model_as_it_is(config, folder):
   inputs = (folder / "still/test/inputs.txt").read_text().splitlines()
   base = load_classifier(folder / "model")
   base.about["separate"] = True  # as the tuned model is asked
-  found = generate(base, inputs, settings=config.generate.to_dict())
-  assert found == written(folder / "still/test")[0]
+  asked = [inputs[0], "word1 " * 30, *inputs[1:]]  # one has no room
+  found, missing = generate(base, asked, settings=config.generate.to_dict())
+  assert list(found) == [0, 2, 3]
+  assert list(found.values()) == written(folder / "still/test")[0]
+  assert missing.startswith("1 of 4 inputs were not answered")
 
 
 def test_an_adapter_is_kept_when_its_texts_can_not_be_written(
@@ -236,6 +239,9 @@ def test_an_input_is_put_into_a_prompt(config):
     ({"data__max_eval_examples": 0}, "max_eval_examples is 0"),
     ({"data__prompt": "no place"}, "needs one {}"),
     ({"optim__label_smoothing": 1.0}, "label_smoothing is 1.0"),
+    ({"generate__beams": 0}, "config.generate: beams is 0"),
+    ({"generate__rows": 0}, "generate.rows is 0"),
+    ({"generate__max_new_tokens": 0}, "generate.max_new_tokens is 0"),
   ],
 )
 def test_settings_that_can_not_work(change, message, config):

@@ -4,12 +4,12 @@ import gzip
 
 import pytest
 
+from vera_jax.data.written import FOLDER, read_written, write_written
 from vera_jax.errors import UserError
 from vera_jax.tasks.e2e_files import (
   Rows,
   read_for_scoring,
   read_split,
-  write_for_scoring,
 )
 
 TABLE = "mr,ref\n{}\n"
@@ -63,12 +63,14 @@ def test_a_split_that_is_not_there(tmp_path):
 
 def test_what_is_written_is_read_again(tmp_path):
   groups = {"one": ["a b", "c"], "two": ["é"], "three": ["d"]}
-  write_for_scoring(tmp_path, ["x\ny", "", ""], groups)
-  found = read_for_scoring(
-    tmp_path / "outputs.txt", tmp_path / "references.txt"
-  )
+  write_written(tmp_path, ["x\ny", "", ""], groups)
+  folder = tmp_path / FOLDER
+  found = read_for_scoring(folder / "outputs.txt", folder / "references.txt")
   assert found == (["x y", "", ""], list(groups.values()))
-  assert (tmp_path / "inputs.txt").read_text() == "one\ntwo\nthree\n"
+  assert (folder / "inputs.txt").read_text() == "one\ntwo\nthree\n"
+  written = read_written(tmp_path)
+  assert list(written.outputs.values()) == found[0]
+  assert written.references == groups
 
 
 def test_lines_without_groups_are_one_reference_each(tmp_path):

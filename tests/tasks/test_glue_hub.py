@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from vera_jax.data import hub_data
 from vera_jax.errors import UserError
-from vera_jax.tasks import glue_hub
 from vera_jax.tasks.glue_data import load_split
 from vera_jax.tasks.glue_facts import TASKS
 
@@ -112,7 +112,7 @@ def test_a_hub_that_refuses_the_connection(online, monkeypatch):
 
 
 def test_a_hub_that_never_answers(online, monkeypatch):
-  monkeypatch.setattr(glue_hub, "ANSWER_SECONDS", 0.05)
+  monkeypatch.setattr(hub_data, "ANSWER_SECONDS", 0.05)
   monkeypatch.setattr(
     huggingface_hub.HfApi, "dataset_info", lambda *_, **__: time.sleep(1)
   )

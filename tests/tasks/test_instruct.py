@@ -1,21 +1,29 @@
 """Instruction tuning from rows to answers, on a tiny Llama."""
 
 import json
+import shutil
+from collections import defaultdict
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 from configs import instruct
-from tests.tasks.decoder_files import LLAMA, tokenizer_of_words, write_decoder
+from tests.models.gguf_folders import random_folder
+from tests.tasks.decoder_files import tokenizer_of_words
 from vera_jax.adapters.files import load_adapter
+from vera_jax.data.written import read_written
 from vera_jax.errors import UserError
+from vera_jax.files import read_json
 from vera_jax.generate.sampling import GREEDY
 from vera_jax.models.classifier import load_classifier, restore_adapter
+from vera_jax.models.export_gguf import write_gguf_of
+from vera_jax.models.gguf_folder import gguf_folder
 from vera_jax.models.quantised import is_quantised
-from vera_jax.report.outputs import read_written
 from vera_jax.serve.conversation import conversation_ids
 from vera_jax.serve.generator import Generator
 from vera_jax.serve.questions import (
@@ -24,7 +32,8 @@ from vera_jax.serve.questions import (
   as_line,
   read_judge_questions,
 )
-from vera_jax.tasks.instruct import rouge_l, task_for
+from vera_jax.tasks.instruct import as_examples, rouge_l, task_for
+from vera_jax.tasks.instruct_files import read_splits
 from vera_jax.tasks.language_modelling import loss
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.setup import build_setup
@@ -35,7 +44,7 @@ TEMPLATE = (
   "{% if add_generation_prompt %}assistant {% endif %}"
 )
 BRIEF = {
-  "model.quantise": "int8",  # the tiny widths hold no block of nf4
+  "model.quantise": "keep",
   "optim.epochs": 2,
   "optim.batch_size": 8,
   "optim.pass_rows": None,
@@ -53,10 +62,15 @@ BRIEF = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """The decoder, the rows and questions of COPA's form."""
+  """The decoder in eight-bit codes, the rows and questions of COPA's form."""
   folder = tmp_path_factory.mktemp("instruct")
-  (folder / "model").mkdir()
-  write_decoder(folder / "model", {**LLAMA, "num_hidden_layers": 1})
+  random_folder(folder / "dense", "llama", max_position_embeddings=24)
+  file = folder / "a.gguf"
+  write_gguf_of(folder / "dense", file, kind="gguf-q8_0")
+  # the folder of the file, with a tokenizer of whole words
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("HOME", str(folder / "home"))
+    shutil.copytree(gguf_folder(file), folder / "model", symlinks=True)
   tokenizer = tokenizer_of_words(pad_token="<end>")
   tokenizer.chat_template = TEMPLATE
   tokenizer.save_pretrained(folder / "model")
@@ -157,6 +171,18 @@ def test_every_learned_token_weighs_the_same_however_they_are_packed(config):
     }
     alone += float(summed(row)[0])
   assert total == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_row_is_known_by_its_line(config, tmp_path):
+  rows = [{"prompt": f"word{i}", "completion": "word1"} for i in range(3)]
+  path = tmp_path / "d.jsonl"
+  path.write_text("\n\n" + "\n".join(map(json.dumps, rows)))
+  data = {**config.data.to_dict(), "source": str(path), "dev": str(path)}
+  splits = read_splits(ConfigDict(data))
+  for template in ("chat", "plain"):
+    assert as_examples(splits.dev, template).places == [
+      f"{path}:{line}" for line in (3, 4, 5)
+    ]
 
 
 def test_settings_that_can_not_be_are_refused(config, monkeypatch):
@@ -261,3 +287,20 @@ def test_a_second_question_without_a_chat_template_stands_below_the_first():
     for i, role in enumerate(("user", "assistant", "user"), 1)
   ]
   assert conversation_ids(tokenizer, messages, template="plain") == [4, 5, 6]
+
+
+def test_committed_runs_of_smollm2_learn_more_than_their_spread():
+  """Held-out losses of VeRA, on weights and on codes, beside no training."""
+  runs = Path(__file__).parents[2] / "results/sweeps/instruct/runs"
+  losses = defaultdict(list)
+  for path in runs.glob("*/result.json"):
+    run = read_json(path)
+    untrained = run["config"]["optim"]["adapter_lr"] == 0
+    base = run["config"]["model"]["quantise"]
+    kind = "untuned" if untrained else (run["method"], base)
+    losses[kind].append(run["last"]["metrics"]["loss"])
+  [untuned] = losses["untuned"]
+  for base in ("none", "keep"):
+    found = losses["vera", base]
+    assert len(found) == 3
+    assert untuned - max(found) > max(found) - min(found) > 0

@@ -6,9 +6,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from vera_jax.data.tables import read_table
+from vera_jax.data.templates import alpaca_prompt
 from vera_jax.errors import UserError
 from vera_jax.tasks.instruct_files import (
-  alpaca_prompt,
   as_text,
   form_of,
   read_splits,
@@ -82,6 +82,27 @@ def test_three_forms_are_told_by_their_columns(tmp_path):
     ({"messages": [{**ASKED, "content": ""}]}, "message 1: the content is emp"),
     ({"messages": [ASKED]}, "no answer of the assistant"),
     ({"messages": [ANSWERED]}, "no answer of the assistant"),
+    (
+      {"instruction": "a", "output": "b", "system": "In French."},
+      "row 1: the column system would change what is asked",
+    ),
+    (
+      {"prompt": "a", "completion": "b", "history": [["c", "d"]]},
+      "row 1: the column history would",
+    ),
+    ({"messages": [ASKED, ANSWERED], "tools": "[{}]"}, "the column tools woul"),
+    (
+      {"messages": [ASKED, {**ANSWERED, "tool_calls": [{"name": "f"}]}]},
+      "row 1: message 2: the field tool_calls would change what is learned",
+    ),
+    (
+      {"messages": [ASKED, {**ANSWERED, "thinking": "c"}]},
+      "the field thinking would",
+    ),
+    (
+      {"messages": [ASKED, {**ANSWERED, "weight": 0}]},
+      "message 2: the weight is 0, but every answer is learned alike",
+    ),
     ({"text": "a"}, "columns text are not those of instructions"),
     ({"prompt": "a", "completion": "b", "messages": []}, "more than one form"),
   ],
@@ -91,16 +112,23 @@ def test_what_is_no_instruction_is_refused(row, message, tmp_path):
     read(table(tmp_path, row))
 
 
+def test_what_says_nothing_is_no_reason_to_refuse(tmp_path):
+  empty = {"system": "", "history": [], "tools": "[]"}
+  answer = {**ANSWERED, "weight": 1, "tool_calls": None, "thinking": ""}
+  [row] = read(table(tmp_path, {"messages": [ASKED, answer], **empty}))
+  assert row.messages == [ASKED, ANSWERED]
+
+
 def test_questions_that_are_scored_are_not_trained_on(tmp_path):
   rows = [{"prompt": f"{i // 2}", "completion": f"{i}"} for i in range(20)]
   source = str(table(tmp_path, *rows))
   found = read_splits(ConfigDict({**DATA, "source": source}))
   tuning = read_splits(ConfigDict({**DATA, "source": source, "tune": True}))
-  apart = [{row.key for row in split.dev} for split in (found, tuning)]
+  apart = [{row.opening for row in split.dev} for split in (found, tuning)]
   assert [len(split.dev) for split in (found, tuning)] == [2, 3]
   assert found.train == tuning.train and len(found.train) == 10
   assert not apart[0] & apart[1]
-  assert not {row.key for row in found.train} & (apart[0] | apart[1])
+  assert not {row.opening for row in found.train} & (apart[0] | apart[1])
   few = read_splits(
     ConfigDict({**DATA, "source": source, "max_eval_examples": 1})
   )
@@ -108,6 +136,40 @@ def test_questions_that_are_scored_are_not_trained_on(tmp_path):
   for wrong in ({"dev_examples": 7}, {"tuning_examples": 0, "tune": True}):
     with pytest.raises(UserError, match="config.data.(dev_examples|tune) "):
       read_splits(ConfigDict({**DATA, "source": source, **wrong}))
+
+
+def test_no_part_of_a_scored_conversation_is_trained_on(tmp_path):
+  """Rows of one first question stay together, however far they go on."""
+  rows = []
+  for i in range(6):
+    turns = [ASKED, ANSWERED, ASKED, ANSWERED]
+    turns = [{**turn, "content": f"{i} {k}"} for k, turn in enumerate(turns)]
+    greeting = {"role": "assistant", "content": "Hello."}
+    rows += [{"messages": turns[:2]}, {"messages": turns}]
+    rows += [{"messages": [greeting, *turns]}, {"messages": [greeting, *turns]}]
+  source = str(table(tmp_path, *rows))
+  data = {**DATA, "source": source}
+  found = read_splits(ConfigDict(data))
+  tuning = read_splits(ConfigDict({**data, "tune": True}))
+  assert [len(split.dev) for split in (found, tuning)] == [2, 3]
+  # of each question two rows, with a greeting before it or without
+  assert len(found.train) == 2 * (12 - 2 - 3)
+  openings = {row.opening for row in found.train}
+  assert len(openings) == 12 - 2 - 3
+  assert not openings & {row.opening for row in found.dev + tuning.dev}
+  dev = str(table(tmp_path, *rows[:4:3], name="dev.jsonl"))
+  long = read_splits(ConfigDict({**data, "dev": dev, "tuning_examples": 0}))
+  assert "2 of their first questions are trained on" in long.where
+
+
+def test_single_questions_are_drawn_as_ever(tmp_path):
+  """The committed results were scored on these rows."""
+  rows = [{"prompt": f"{i // 2}", "completion": f"{i}"} for i in range(20)]
+  data = {**DATA, "source": str(table(tmp_path, *rows))}
+  found = read_splits(ConfigDict(data))
+  assert [row.number for row in found.dev] == [8, 12]
+  tuning = read_splits(ConfigDict({**data, "tune": True}))
+  assert [row.number for row in tuning.dev] == [4, 6, 14]
 
 
 def test_rates_are_not_chosen_by_the_rows_of_a_dev_file(tmp_path):
@@ -122,8 +184,8 @@ def test_rates_are_not_chosen_by_the_rows_of_a_dev_file(tmp_path):
   assert (
     "3 questions are kept from training for config.data.tune" in found.where
   )
-  apart = {row.key for row in tuning.dev}
-  assert not apart & {row.key for row in found.train + found.dev}
+  apart = {row.opening for row in tuning.dev}
+  assert not apart & {row.opening for row in found.train + found.dev}
   for wrong in ({"tuning_examples": 6}, {"tuning_examples": 0, "tune": True}):
     with pytest.raises(UserError, match="config.data.(tuning_examples|tune) "):
       read_splits(ConfigDict({**data, **wrong}))
@@ -136,8 +198,8 @@ def test_a_dev_file_is_scored_as_it_is(tmp_path):
   data = {**DATA, "source": source, "dev": dev, "tuning_examples": 0}
   found = read_splits(ConfigDict(data))
   assert len(found.train) == 2 and len(found.dev) == 1
-  assert found.where == f"1 rows of {dev}; 1 of their questions are trained" + (
-    " on as well"
+  assert found.where == f"1 rows of {dev}; 1 of their first questions are" + (
+    " trained on as well"
   )
   with pytest.raises(UserError, match="There is no file .*none.json"):
     read_splits(ConfigDict({**DATA, "source": str(tmp_path / "none.json")}))

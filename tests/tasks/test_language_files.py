@@ -5,6 +5,7 @@ import json
 import pytest
 
 from configs import language
+from vera_jax.data.examples import subset
 from vera_jax.errors import UserError
 from vera_jax.tasks import language_files
 from vera_jax.tasks.task import task_for, task_named
@@ -71,6 +72,23 @@ def test_prompts_and_completions(read):
   assert again["dev"].first == found["dev"].first
   other = read(".jsonl", lines(*PAIRS), dev_fraction=0.2, subset_seed=1)[1]
   assert other["dev"].first != found["dev"].first
+
+
+def test_the_estimate_is_of_the_rows_that_are_trained_on(read):
+  for share in (0.1, 0.5):
+    task, found = read(".txt", "a b c d e\n" * 20, dev_fraction=share)
+    assert task.size == (len(found["train"]), len(found["dev"]), 8)
+
+
+def test_an_example_keeps_its_line(read):
+  """Behind a hold-out and in a subset, whatever lines are blank."""
+  content = lines(*PAIRS[:3]) + "\n\n" + lines(*PAIRS[3:])
+  _, found = read(".jsonl", content, dev_fraction=0.2)
+  for part in (*found.values(), subset(found["train"], 5, seed=1)):
+    for prompt, place in zip(part.first, part.places, strict=True):
+      number = int(prompt.removeprefix("p"))
+      line = number + (1 if number < 3 else 3)
+      assert place.endswith(f"train.jsonl:{line}")
 
 
 def test_other_columns_and_a_csv(read):

@@ -175,9 +175,13 @@ def test_the_first_lines_say_what_is_learned_and_cut(data):
   assert first.endswith("; 19 of 37 are learned")
   assert cut == ("cut at 7 tokens on the right: 1 of 6 in train, 1 of 6 in dev")
   assert packed.record()["dev_texts"]["learned"] == 14
-  dev = dataclasses.replace(packed.tokens["dev"], split_apart=2)
+  counts = {"split_apart": 2, "without_end": 3, "with_header": 4}
+  dev = dataclasses.replace(packed.tokens["dev"], **counts)
   other = packed._replace(tokens={**packed.tokens, "dev": dev})
-  assert other.introduction()[-1].startswith("2 rows of dev have an answer")
+  apart, endless, header = other.introduction()[-3:]
+  assert apart.startswith("2 rows of dev have an answer that changes how")
+  assert endless.startswith("3 rows of dev") and "no special one" in endless
+  assert header.startswith("4 rows of dev") and header.endswith("ion_prompt")
   assert task.stored["completions"] == {"cut": "right", "separate": False}
 
 

@@ -88,6 +88,11 @@ def test_all_that_is_wrong_is_in_one_message():
     ({"vera.rank": 0}, "VeRA's rank is 0"),
     ({"vera.init": "zeros"}, "init is 'zeros'; choose from"),
     ({"model.scan": "some"}, "model.scan is 'some'; choose auto, true or"),
+    ({"model.dtype": "float16"}, "dtype is float16; choose auto, float32, b"),
+    ({"model.remat": "some"}, "remat is some; choose none, full, dots"),
+    ({"optim.schedule": "sine"}, "schedule is sine; choose linear, cosine"),
+    ({"optim.eps": 0.0}, "optim.eps is 0.0; a finite number above 0"),
+    ({"mesh.fsdp": 0}, "config.mesh.fsdp is 0; 1 or more is needed"),
     ({"model.contraction": "best"}, "contraction is 'best'; choose auto"),
     (
       {"method": "lora", "model.contraction": "folded_forward"},
@@ -97,6 +102,7 @@ def test_all_that_is_wrong_is_in_one_message():
 )
 def test_what_would_fail_or_train_nonsense_is_refused(changes, words):
   config = rte.get_config()
+  config.optim.eps, config.optim.schedule = 1e-8, "linear"  # as some have them
   check_settings(config)
   config.update_from_flattened_dict(changes)
   with pytest.raises(UserError, match=words):

@@ -35,11 +35,15 @@ def test_flags_that_do_not_fit(given, words):
 
 
 def test_alone_nothing_is_started(monkeypatch):
-  monkeypatch.setattr(jax.distributed, "initialize", None)
+  calls = []
+  monkeypatch.setattr(
+    jax.distributed, "initialize", lambda *args, **_: calls.append(args)
+  )
   monkeypatch.setattr(distributed, "is_launched", lambda _: False)
   initialize()
   monkeypatch.setattr(distributed, "is_launched", lambda _: True)
   initialize(num_processes=1)
+  assert not calls
 
 
 def test_processes_that_do_not_come_are_given_up(monkeypatch):
@@ -48,9 +52,11 @@ def test_processes_that_do_not_come_are_given_up(monkeypatch):
 
   monkeypatch.setattr(jax.distributed, "initialize", refuse)
   before = jax.config.values["jax_enable_preemption_service"]
-  with pytest.raises(UserError, match="(?s)host:1: no such host.*--process_id"):
-    initialize("host:1", 2, 1, patience=1.0)
-  jax.config.update("jax_enable_preemption_service", before)
+  try:
+    with pytest.raises(UserError, match="(?s)host:1: no such .*--process_id"):
+      initialize("host:1", 2, 1, patience=1.0)
+  finally:
+    jax.config.update("jax_enable_preemption_service", before)
 
 
 @pytest.mark.parametrize(
@@ -74,10 +80,13 @@ def test_what_a_launcher_sets(environment, launched):
   assert is_launched(environment) == launched
 
 
-def test_one_process_is_the_first_and_waits_for_nobody():
+def test_one_process_is_the_first_and_waits_for_nobody(monkeypatch):
   acted = []
   on_first(lambda: acted.append(1))
   assert acted == [1] and distributed.is_first()
   with pytest.raises(ZeroDivisionError):
     on_first(lambda: 1 / 0)
+  ended = []
+  monkeypatch.setattr("os._exit", ended.append)
   distributed.leave(1, together=False)  # leaves nobody: goes on
+  assert not ended

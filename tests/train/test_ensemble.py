@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from tests.train.conftest import here, outputs, random_model, tiny_blueprint
 from vera_jax import group_key, train_ensemble
-from vera_jax.adapters.norms import norms_beside
+from vera_jax.adapters.vector_norms import norms_beside
 from vera_jax.errors import UserError
 from vera_jax.models.pretrained import abstract_model
 from vera_jax.tasks.classification import loss

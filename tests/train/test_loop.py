@@ -26,6 +26,7 @@ from vera_jax.tasks.glue_data import load_split
 from vera_jax.tasks.metrics import accuracy
 from vera_jax.train import loop, workdir
 from vera_jax.train import step as step_module
+from vera_jax.train.checkpoint import Checkpoints
 from vera_jax.train.logging import ProgressBar
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.preemption import Interrupted
@@ -257,6 +258,40 @@ def test_a_full_disk_is_reported_and_the_run_goes_on_later(
   monkeypatch.undo()
   train_and_evaluate(finished.config, folder)
   assert_same_run(folder, finished.folder, 30)
+
+
+def test_a_run_that_began_with_other_data_is_refused(
+  stopped, finished, tiny_tasks, tmp_path, monkeypatch
+):
+  folder, file = tmp_path / "run", tiny_tasks / "RTE/train.tsv"
+  shutil.copytree(stopped, folder)
+  progress = Checkpoints.progress
+
+  def of_older_saves(*args):
+    return {k: v for k, v in progress(*args).items() if k != "data"}
+
+  def go_on(*args):
+    raise Interrupted("it would train")
+
+  monkeypatch.setattr(loop, "train", go_on)
+  text = file.read_text()
+  try:
+    file.write_text("".join(text.splitlines(keepends=True)[:5]))
+    with pytest.raises(UserError, match="have changed .* began: train, or wh"):
+      train_and_evaluate(finished.config, folder)
+    monkeypatch.setattr(Checkpoints, "progress", of_older_saves)
+    with pytest.raises(Interrupted, match="it would train"):
+      train_and_evaluate(finished.config, folder)
+  finally:
+    file.write_text(text)
+
+
+def test_a_run_beyond_its_epochs_has_ended(tiny_config, tmp_path):
+  """As after a step in the midst of larger data than there are now."""
+  run = Run(tiny_config(), tmp_path / "run")
+  for epoch, has_ended in ((2, False), (3, True), (6, True)):
+    run.progress["history"] = [{"epoch": epoch}]
+    assert run.has_ended is has_ended
 
 
 def test_a_folder_at_work_is_refused_before_anything_is_loaded(

@@ -1,11 +1,14 @@
 """Runs on a base in codes: resumed, on a mesh in an ensemble, put to use."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+from tests.faults.fixtures import random_encoder
 from tests.train.conftest import Finished
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
@@ -22,34 +25,50 @@ TEXTS = ["the film is a film"], ["the film"]
 
 
 @pytest.fixture(scope="module")
-def int8(tiny_config, quiet_model, tmp_path_factory) -> Finished:
+def wide(quiet_model, tmp_path_factory) -> Path:
+  """The tiny model with kernels that hold blocks of nf4, as large by column."""
+  folder = tmp_path_factory.mktemp("wide") / "model"
+  shutil.copytree(quiet_model, folder)
+  sizes = {"hidden_size": 64, "intermediate_size": 64}
+  fields = json.loads((folder / "config.json").read_text()) | sizes
+  (folder / "config.json").write_text(json.dumps(fields))
+  tensors = {
+    name: tensor / 2 if tensor.ndim == 2 else tensor
+    for name, tensor in random_encoder(fields).items()
+  }
+  save_file(tensors, folder / "model.safetensors")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def nf4(tiny_config, wide, tmp_path_factory) -> Finished:
   """One epoch of ten steps, left alone."""
   config = tiny_config(
     method="dvora",
-    model__quantise="int8",
-    model__name=str(quiet_model),
+    model__quantise="nf4",
+    model__name=str(wide),
     optim__epochs=1,
   )
-  folder = tmp_path_factory.mktemp("int8") / "run"
+  folder = tmp_path_factory.mktemp("nf4") / "run"
   return Finished(config, folder, train_and_evaluate(config, folder))
 
 
 def test_an_interrupted_run_ends_in_the_same_bits(
-  int8, stop_at, tmp_path, monkeypatch, assert_same_run
+  nf4, stop_at, tmp_path, monkeypatch, assert_same_run
 ):
   stop_at(6)
   with pytest.raises(Interrupted):
-    train_and_evaluate(int8.config, tmp_path / "run")
+    train_and_evaluate(nf4.config, tmp_path / "run")
   monkeypatch.undo()
-  train_and_evaluate(int8.config, tmp_path / "run")
-  assert_same_run(tmp_path / "run", int8.folder, 10)
+  train_and_evaluate(nf4.config, tmp_path / "run")
+  assert_same_run(tmp_path / "run", nf4.folder, 10)
 
 
-def test_a_run_of_an_ensemble_on_a_mesh_is_the_run_alone(int8, tmp_path):
+def test_a_run_of_an_ensemble_on_a_mesh_is_the_run_alone(nf4, tmp_path):
   """Codes and scales are split as the kernels are."""
   configs = []
   for seed in (0, 1):
-    config = int8.config.copy_and_resolve_references()
+    config = nf4.config.copy_and_resolve_references()
     config.seed = seed
     config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
     configs.append(config)
@@ -57,21 +76,21 @@ def test_a_run_of_an_ensemble_on_a_mesh_is_the_run_alone(int8, tmp_path):
   train_ensemble(configs, folders)
   one, other, alone = (
     load_file(folder / "adapter/adapter.safetensors")
-    for folder in (*folders, int8.folder)
+    for folder in (*folders, nf4.folder)
   )
   for name, leaf in alone.items():
     np.testing.assert_allclose(one[name], leaf, rtol=0, atol=1e-5)
   assert any(np.abs(one[name] - other[name]).max() > 1e-3 for name in one)
 
 
-def test_an_adapter_belongs_to_the_codes_it_was_trained_on(int8, tmp_path):
+def test_an_adapter_belongs_to_the_codes_it_was_trained_on(nf4, tmp_path):
   """They are made again; predicting, merging and a bank use their weights."""
-  saved = load_adapter(int8.folder / "adapter")
-  assert saved.about["quantise"] == "int8"
+  saved = load_adapter(nf4.folder / "adapter")
+  assert saved.about["quantise"] == "nf4"
   assert len(saved.about["codes_digest"]) == 64
   plainly, coded = (restore_adapter(saved, codes=x) for x in (False, True))
   kernel = coded.params["encoder"]["layer"]["output"]["dense"]["kernel"]
-  assert is_quantised(kernel) and kernel.codes.dtype == np.int8
+  assert is_quantised(kernel) and kernel.codes.dtype == np.uint8
   other = saved._replace(about={**saved.about, "quantise": "none"})
   del other.about["codes_digest"]
   unquantised = restore_adapter(other)
@@ -81,11 +100,11 @@ def test_an_adapter_belongs_to_the_codes_it_was_trained_on(int8, tmp_path):
   np.testing.assert_allclose(answers, again, atol=1e-5)
   assert np.abs(answers - far).max() > 1e-4
   about = write_merged(coded, tmp_path / "merged")  # compares the logits
-  assert about["quantise"] == "int8"
+  assert about["quantise"] == "nf4"
   bank = AdapterBank({"a": saved})
   found = bank.logits(*TEXTS, adapters="a")
   np.testing.assert_allclose(found, answers, atol=1e-5)
-  with pytest.raises(UserError, match="base .quantised.: none there, int8 in"):
+  with pytest.raises(UserError, match="base .quantised.: none there, nf4 in"):
     bank.replace("a", other)
   for change in ({"codes_digest": "0" * 64}, {"quantise": "none"}):
     wrong = saved._replace(about={**saved.about, **change})
@@ -93,15 +112,15 @@ def test_an_adapter_belongs_to_the_codes_it_was_trained_on(int8, tmp_path):
       restore_adapter(wrong)
 
 
-def test_a_run_from_before_there_was_the_choice_goes_on(int8, tmp_path):
+def test_a_run_from_before_there_was_the_choice_goes_on(nf4, tmp_path):
   """Its config.json says nothing of it, which means none."""
   from vera_jax.train.workdir import check_workdir, digest
 
-  new = int8.config.to_dict()
+  new = nf4.config.to_dict()
   new["model"]["quantise"] = "none"
   old = json.loads(json.dumps(new))
   del old["model"]["quantise"]
   (tmp_path / "config.json").write_text(json.dumps(old))
   assert check_workdir(tmp_path, new) == old and digest(new) == digest(old)
-  with pytest.raises(UserError, match="quantise: 'unset' there, 'int8' now"):
-    check_workdir(tmp_path, int8.config.to_dict())
+  with pytest.raises(UserError, match="quantise: 'unset' there, 'nf4' now"):
+    check_workdir(tmp_path, nf4.config.to_dict())

@@ -55,9 +55,6 @@ class Adapted(nn.Module):
   plan: str
   forwards: int
 
-  def setup(self) -> None:
-    nn.share_scope(self, self.model)  # the base keeps its parameters' names
-
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     if self.is_initializing():  # `init` below has no need of this call
       raise UserError(
@@ -65,17 +62,21 @@ class Adapted(nn.Module):
         " adapter's leaves are made on a whole model's weights. Adapt the outer"
         " module instead: adapt(outer, adapter, targets=...)."
       )
+    assert self.scope is not None
+    # in this scope itself, so that the base keeps its parameters' names, of
+    # which one may be that of the field
+    self.scope.reservations.pop("model", None)
+    model = self.model.clone(parent=self.scope, name=None, _deep_clone=True)
     layer_calls = Interception(
       self.adapter,
       self.targets,
       self.fused,
       self.plan,
       self.forwards,
-      shared=arrays_at(self.variables.get("projections", {})),
-      common=self.adapter.own(arrays_at(self.variables["params"])),
+      self.variables,
     )
     with nn.intercept_methods(layer_calls):
-      return self.model(*args, **kwargs)
+      return model(*args, **kwargs)
 
   @nn.nowrap
   def find_targets(self, *args: Any, **kwargs: Any) -> dict[Path, Target]:
@@ -88,16 +89,39 @@ class Adapted(nn.Module):
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
     """As `nn.Module.init`, with the adapter's leaves among the `params` and
     the collection `projections`, made on the model's own first weights."""
-    variables = dict(self.model.init(rngs, *args, **kwargs))
+    variables = self.model.init(rngs, *args, **kwargs)
     key = rngs["params"] if isinstance(rngs, Mapping) else rngs
+    return self.init_on(variables, key, *args, **kwargs)
+
+  @nn.nowrap
+  def init_on(
+    self, variables: Mapping[str, Any], key: Any, *args: Any, **kwargs: Any
+  ) -> Any:
+    """The model's variables with the adapter's leaves, made on these weights.
+
+    DoRA's magnitude, for one, is that of the kernels, so that it starts as the
+    model only on the weights that it was made on.
+
+    Args:
+      variables: the model's own, such as `{"params": pretrained}`.
+      key: of the leaves' random numbers.
+      *args: example inputs, as for `init`.
+      **kwargs: keyword arguments of the model's call.
+
+    Returns:
+      A dictionary of the same collections, with the leaves among its `params`,
+      and of `projections`, where the method has some.
+
+    Raises:
+      UserError: a target matches nothing, or its weights are not there.
+    """
     targets = self.find_targets(*args, **kwargs) if self.targets else {}
     params = variables["params"]
     projections = make_shared(self.adapter, targets, params)
     leaves = first_leaves(self.adapter, targets, params, projections, key)
-    variables["params"] = unflatten_dict(
-      flatten_dict(params) | flatten_dict(leaves)
-    )
-    return variables | ({"projections": projections} if projections else {})
+    whole = unflatten_dict(flatten_dict(params) | flatten_dict(leaves))
+    own = {"projections": projections} if projections else {}
+    return {**variables, "params": whole, **own}
 
   @nn.nowrap
   def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,9 +143,9 @@ def adapt(
 ) -> Adapted:
   """Wrap a linen model, unchanged, with an adapter at the matching layers.
 
-  The result is used as the model is; its `init` adds the adapter's leaves and
-  the `projections` collection, its output equals the model's until the adapter
-  is trained.
+  The result is used as the model is; its `init`, or `init_on` with pretrained
+  weights, adds the adapter's leaves and the `projections` collection. Its
+  output equals the model's until the adapter is trained.
 
   Args:
     model: any linen module, unbound.
@@ -244,7 +268,7 @@ def _leaf_shapes(adapter: Adapter, targets: Mapping[Path, Target]) -> Any:
 def _matrices(targets: Mapping[Path, Target]) -> dict[Path, Target]:
   """The sites as if all kernels were stored as matrices."""
   return {
-    path: target._replace(view=target.view._replace(kernel="kernel", axes=()))
+    path: target._replace(view=target.view._replace(axes=()))
     for path, target in targets.items()
   }
 
@@ -255,7 +279,7 @@ def _layer_shapes(targets: Mapping[Path, Target]) -> dict[str, Any]:
   for path, target in targets.items():
     outputs = target.columns[1] if target.columns else target.outputs
     for name, shape in (
-      ("kernel", (*target.stack, target.inputs, outputs)),
+      (target.view.kernel, (*target.stack, target.inputs, outputs)),
       ("bias", (*target.stack, outputs)),
     ):
       place = (*layer_path(path, target), name)

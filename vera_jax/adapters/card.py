@@ -11,19 +11,21 @@ from typing import Any
 from vera_jax.hub import PACKAGE
 
 CARD = "README.md"
-WRITES = "language_modelling"  # the kind of a model that writes texts
+# The kinds of models that write texts and that tag words.
+WRITES, TAGS = "language_modelling", "token_classification"
 SEES = "image_size"  # a field that adapters of images have
 
 
 def model_card(about: Mapping[str, Any]) -> str:
   """The card; what adapter.json leaves out is left out here as well."""
   base, method = str(about.get("base")), str(about.get("method"))
-  writes = about.get("kind") == WRITES
-  task, use = "text-classification", USE
-  if writes:
-    task, use = "text-generation", USE_OF_WORDS
+  task, use = "text-classification", USE + PEFT
+  if about.get("kind") == WRITES:
+    task, use = "text-generation", USE_OF_WORDS + PEFT_OF_WORDS
+  elif about.get("kind") == TAGS:  # PEFT gets no such adapters from here
+    task, use = "token-classification", USE
   elif SEES in about:
-    task, use = "image-classification", USE_OF_IMAGES
+    task, use = "image-classification", USE_OF_IMAGES + PEFT_OF_IMAGES
   tags = ["vera_jax", method, task]
   lines = ["---", "library_name: vera_jax"]
   if not base.startswith((PACKAGE, "/", ".", "~")) and not Path(base).is_dir():
@@ -120,23 +122,6 @@ vera_jax.Predictor(classifier).answers(["A first text.", "A second one."])
 
 Where the base is not found under its name, `--base=FOLDER` (or the second
 argument of `restore_adapter`) says where it is.
-
-## In PEFT
-
-Methods that PEFT has too can be written in its format, without torch:
-
-```
-python -m experiments.peft export --adapter=ADAPTER --out=PEFT_ADAPTER
-```
-
-```python
-import peft, transformers
-
-base = transformers.AutoModelForSequenceClassification.from_pretrained(
-  "BASE", num_labels=2  # as many as there are labels, 1 for a regression
-)
-model = peft.PeftModel.from_pretrained(base, "PEFT_ADAPTER")
-```
 """
 USE_OF_WORDS = """\
 ## In vera_jax
@@ -147,10 +132,15 @@ python -m experiments.merge --adapter=ADAPTER --out=FOLDER
 ```
 
 Where the base is not found under its name, `--base=FOLDER` says where it is.
-
+"""
+CLASSIFIER = """AutoModelForSequenceClassification.from_pretrained(
+  "BASE", num_labels=2  # as many as there are labels, 1 for a regression
+)"""
+PEFT = f"""
 ## In PEFT
 
-Methods that PEFT has too can be written in its format, without torch:
+Where PEFT has the method, and transformers the base, the adapter can be written
+in PEFT's format, without torch:
 
 ```
 python -m experiments.peft export --adapter=ADAPTER --out=PEFT_ADAPTER
@@ -159,15 +149,19 @@ python -m experiments.peft export --adapter=ADAPTER --out=PEFT_ADAPTER
 ```python
 import peft, transformers
 
-base = transformers.AutoModelForCausalLM.from_pretrained("BASE")
+base = transformers.{CLASSIFIER}
 model = peft.PeftModel.from_pretrained(base, "PEFT_ADAPTER")
 ```
 """
+PEFT_OF_WORDS = PEFT.replace(
+  CLASSIFIER, 'AutoModelForCausalLM.from_pretrained("BASE")'
+)
 # the same, but for the commands and classes of images
 USE_OF_IMAGES = (
   USE.replace("--input=texts.tsv", "--input=FOLDER_OF_IMAGES")
   .replace("Predictor", "ImagePredictor")
   .replace('["A first text.", "A second one."]', '["a.jpg", "b.png"]')
-  .replace("AutoModelForSequence", "AutoModelForImage")
-  .replace(", 1 for a regression", "")
 )
+PEFT_OF_IMAGES = PEFT.replace(
+  "AutoModelForSequence", "AutoModelForImage"
+).replace(", 1 for a regression", "")

@@ -49,7 +49,7 @@ def chain(*given: Adapter) -> Adapter:
     raise UserError(
       f"Of {' + '.join(names)} more than one brings shared matrices."
     )
-  drawn = [link.forward is not None for link in links]
+  drawn = [link.is_random for link in links]
   for number, link in enumerate(links):
     known = link.forward or link.low_rank
     if any(drawn[:number]) and link.weights is not None and not known:

@@ -22,7 +22,6 @@ from safetensors.numpy import load, save
 
 from vera_jax.adapters.card import CARD, model_card
 from vera_jax.adapters.methods import LARGEST
-from vera_jax.adapters.projections import STORED as STORED
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json, write_text
 from vera_jax.hub import snapshot

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from vera_jax.adapters.interface import Adapter, Leaves, Site, as_they_are
+from vera_jax.adapters.products import along_last
 from vera_jax.adapters.sites import matches
 
 INPUT, OUTPUT = "ia3_in", "ia3_out"
@@ -50,12 +51,11 @@ def ia3(*, feedforward: Sequence[str] = ()) -> Adapter:
     if INPUT in leaves:
       if not site.view.takes_vectors:
         return None
-      along = (1,) * (x.ndim - 1) + (-1,)
       # multiplied in float32: bfloat16 would round a scale close to 1
-      return inner((x * leaves[INPUT].reshape(along)).astype(x.dtype)), None
+      scaled = x * along_last(leaves[INPUT], x)
+      return inner(scaled.astype(x.dtype)), None
     y = inner(x)
-    along = (1,) * (y.ndim - 1) + (-1,)
-    return (y * leaves[OUTPUT].reshape(along)).astype(y.dtype), None
+    return (y * along_last(leaves[OUTPUT], y)).astype(y.dtype), None
 
   return Adapter(
     name="ia3",

@@ -16,14 +16,13 @@ from flax.core.scope import in_filter
 from jax import Array
 
 from vera_jax.adapters.interface import Adapter, Leaves, Path, Site, View
+from vera_jax.adapters.layer_calls import Product, bound_call, is_own_call
 from vera_jax.adapters.layers import (
-  Product,
   cell_rows,
   flat_bias,
   flat_kernel,
   in_cell,
-  is_own_call,
-  own_call,
+  place_of,
   product_of,
 )
 from vera_jax.adapters.products import (
@@ -36,6 +35,7 @@ from vera_jax.adapters.products import (
 from vera_jax.adapters.sites import (
   Fused,
   arrays_at,
+  is_in_tree,
   is_on,
   matches,
   parts_of,
@@ -56,7 +56,7 @@ class Interception:
 
   Attributes:
     adapter, targets, fused, plan, forwards: as `apply.adapt` has them.
-    shared, common: as every `Site` has them.
+    variables: the model's own and the adapter's.
     cells: the recurrent cells that are running, and their projections.
     ready: adapted kernels and biases of these cells.
   """
@@ -66,26 +66,30 @@ class Interception:
   fused: Fused
   plan: str
   forwards: int
-  shared: Leaves
-  common: Leaves
+  variables: Mapping[str, Any]
   cells: dict[Path, Any] = dataclasses.field(default_factory=dict)
   ready: dict[Path, Weights] = dataclasses.field(default_factory=dict)
 
   def __call__(self, next_fun, args, kwargs, context):
     """Interceptor: the layer's output, with adapted weights at its sites."""
     layer, method = context.module, context.method_name
-    path = layer.path
     attends = method == "attend" and isinstance(layer, nn.Embed)
-    if is_own_call() or not (method == "__call__" or attends):
+    if is_own_call(layer) or not (method == "__call__" or attends):
+      return next_fun(*args, **kwargs)
+    if not is_in_tree(layer, self.variables["params"]):
       return next_fun(*args, **kwargs)
     if isinstance(layer, nn.RNN | nn.RNNCellBase):
       return self._call_cell(next_fun, args, kwargs, layer)
     own = layer.variables.get("params", {})  # parts of a kernel lie below it
     params = self._without_leaves(own)
+    place = place_of(layer)
+    path = (*layer.path, *place)
     quantised = is_quantised(params.get("kernel"))
     if not (quantised or self._is_target(path) or self._columns(path)):
       return next_fun(*args, **kwargs)
     projections = layer.variables.get("projections", self.below(path))
+    for name in place:
+      own, projections = own.get(name, {}), projections.get(name, {})
     if attends:
       at_layer = params, own, projections
       return self._attend(layer, at_layer, args, kwargs)
@@ -234,8 +238,7 @@ class Interception:
     whole = Site(layer.path, rows, width, lambda: table, view=view)
     pieces = list(self._pieces(whole, own, projections))
     adapted = {"embedding": self._whole(pieces)[0].astype(table.dtype)}
-    bare = layer.clone(parent=None, name=None)
-    return own_call(bare, adapted, *args, method="attend", **kwargs)
+    return bound_call(layer, adapted, lambda e: e.attend(*args, **kwargs))
 
   def _is_factored(self, pieces: Sequence[Piece], rows: int) -> bool:
     """Whether one of a layer's deltas is best not made, by `choose`."""
@@ -286,14 +289,16 @@ class Interception:
       projections: the collection's, from the layer on.
     """
     columns = self._columns(whole.path)
+    shared = arrays_at(self.variables.get("projections", {}))
+    common = self.adapter.own(arrays_at(self.variables["params"]))
     for name, (first, last) in _cut(columns, whole.outputs).items():
       place = (name,) if name in columns else ()
       adapted = bool(place) or self._is_target(whole.path)
       adapter = self.adapter if adapted else UNADAPTED
       site = whole._replace(
         path=(*whole.path, *place),
-        shared={**self.shared, **arrays_at(projections, place)},
-        common=self.common,
+        shared={**shared, **arrays_at(projections, place)},
+        common=common,
       )
       if (first, last) != (0, whole.outputs):
         site = site._replace(

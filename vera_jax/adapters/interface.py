@@ -44,6 +44,9 @@ class View(NamedTuple):
     forms: whether the layer multiplies x with matrices in full alone, so that
       one that is structured is formed first.
     plans: the plans that the layer allows.
+    in_scope: whether the kernel lies in another module's scope, which several
+      may share (`nn.share_scope`). A site's path is then the scope's with the
+      layer's name behind it.
   """
 
   kind: str = "Dense"
@@ -54,6 +57,7 @@ class View(NamedTuple):
   looked_up: bool = False
   forms: bool = False
   plans: tuple[str, ...] = PLANS
+  in_scope: bool = False
 
   @property
   def takes_vectors(self) -> bool:
@@ -133,7 +137,8 @@ class LowRank(NamedTuple):
     down: (i, r), an array or `Structured`.
     up: (r, o), likewise.
     inner, outer: (r,) and (o,); None counts as 1.
-    trains_down: whether `down` is trained, whose gradient costs a product.
+    trains_down, trains_up: whether these are trained, or only scaled by
+      trained vectors: the gradient of one that is costs a product.
   """
 
   down: Matrix
@@ -141,6 +146,7 @@ class LowRank(NamedTuple):
   inner: Float[Array, " _"] | None = None
   outer: Float[Array, " _"] | None = None
   trains_down: bool = False
+  trains_up: bool = False
 
 
 class Adapter(NamedTuple):

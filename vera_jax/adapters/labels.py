@@ -2,7 +2,8 @@
 
 The label tree is what the optimiser, the checkpoints, the counts and the
 adapter's files read. The training step differentiates with respect to the
-trainable leaves only, so `split` and `join` are its first and last words.
+trainable leaves only: `split` takes them out of a whole tree, and `join` puts
+them back.
 """
 
 import math

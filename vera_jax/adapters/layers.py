@@ -6,63 +6,33 @@ the table in words. A kernel may be stored in fewer bits
 """
 
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import DenyList, meta
 from flax.linen.recurrent import DenseParams
 from jax import Array
-from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from vera_jax.adapters.interface import MATRIX, Matrix, View
+from vera_jax.adapters.equations import by_equation, is_einsum
+from vera_jax.adapters.interface import MATRIX, Matrix, Path, View
+from vera_jax.adapters.layer_calls import (
+  Params,
+  Product,
+  bound_call,
+  own_call,
+  reads,
+)
 from vera_jax.adapters.structured import as_array
 from vera_jax.models.quantised import dequantise, is_quantised
 
-Params = Mapping[str, Any]  # a layer's own parameters
 BATCH_DIMS = (
   "it has a kernel for each row (batch_dims), which no one delta fits"
 )
-
-
-class Product(NamedTuple):
-  """A layer's call, seen as one product.
-
-  Attributes:
-    view: of the kernel.
-    inputs, outputs: i and o.
-    x: (*t, i), or what else `multiply` takes: of a convolution its images, of
-      an embedding the numbers of rows.
-    dtype: of the kernel when it is multiplied with.
-    bias: (o,), of that type; None where there is none.
-    rows: of all t.
-    multiply: (x, kernel (i, o)) -> (*t, o), as the layer itself does it, and
-      the same with a part of the columns where the layer allows to factor.
-    project: (x, matrix (i, n)) -> (*t, n), as `Site.project`.
-    finish: (*t, o) -> the layer's output.
-    plain: whether `multiply` is `x @ kernel`.
-    call: (kernel (i, o), bias (o,) or None) -> the layer's output, by code that
-      may do anything with them. Where it is there, only folding is right, and
-      the three functions before it are not used.
-  """
-
-  view: View
-  inputs: int
-  outputs: int
-  x: Array
-  dtype: DTypeLike
-  bias: Float[Array, " _"] | None
-  rows: int
-  multiply: Callable[[Array, Array], Array] = operator.matmul
-  project: Callable[[Array, Matrix], Array] = operator.matmul
-  finish: Callable[[Array], Array] = lambda y: y
-  plain: bool = False
-  call: Callable[[Array, Array | None], Any] | None = None
 
 
 def _dense(layer: Any, params: Params, inputs: Array) -> Product | str:
@@ -211,25 +181,50 @@ def _own_einsum(
   layer: Any, params: Params, /, *args: Any, **kwargs: Any
 ) -> Product | str | None:
   """A module of anyone's that is called with an equation and x, and multiplies
-  x with its one parameter, as the decoders of Gemma are written."""
+  x with one parameter, as the decoders of Gemma are written.
+
+  Beside that one others may lie, which modules have that share its scope.
+  """
   given = [*args, *kwargs.values()]
   texts = [x for x in given if isinstance(x, str) and "->" in x]
   arrays = [i for i, x in enumerate(given) if hasattr(x, "dtype")]
-  if len(texts) != 1 or len(arrays) != 1:
+  if len(texts) != 1 or len(arrays) != 1 or not params:
     return None
-  if len(params) != 1:
-    return "it is called with an equation, but holds more than one parameter"
-  (name, weight), (place,) = next(iter(params.items())), arrays
-  x, bare = given[place], layer.clone(parent=None, name=None)
+  (place,), x = arrays, given[arrays[0]]
+  bare = layer.clone(parent=None, name=None)
+  variables = meta.unbox(layer.variables)
+  keys = dict.fromkeys(layer.scope.rngs, jax.random.key(0))
 
-  def call(x: Array, weight: Array) -> Array:
+  def whole(params: Params, x: Array) -> Any:
+    """The result and whatever else such a call changes."""
     own = [*given[:place], x, *given[place + 1 :]]
     named = dict(zip(kwargs, own[len(args) :], strict=True))
-    return own_call(bare, {name: weight}, *own[: len(args)], **named)
+    return own_call(
+      bare,
+      {**variables["params"], **params},
+      *own[: len(args)],
+      others=variables,
+      rngs=keys,
+      mutable=DenyList(("params", "projections")),
+      **named,
+    )
+
+  found = reads(whole, params, x)
+  read = [name for name in params if found[name]]
+  if len(read) != 1:
+    return "it is called with an equation, but reads more than one parameter"
+  if layer.name in params and place_of(layer):
+    return f"it shares a scope with a parameter of its name, {layer.name!r}"
+  (name,), weight = read, params[read[0]]
+
+  def call(x: Array, weight: Array) -> Array:
+    return whole({name: weight}, x)[0]
 
   kind, dtype = type(layer).__name__, weight.dtype
   made = by_equation(kind, name, texts[0], x, weight.shape, dtype, call)
-  if isinstance(made, str) or _is_einsum(call, texts[0], x, weight):
+  if isinstance(made, str):
+    return made
+  if is_einsum(lambda x, w: whole({name: w}, x), texts[0], x, weight):
     return made
   return _by_own_code(layer, params, made, args, kwargs)
 
@@ -293,131 +288,16 @@ def _by_own_code(
   kwargs: Mapping[str, Any],
 ) -> Product:
   """The product, made by the layer's own call with another kernel and bias."""
-  bare, name = layer.clone(parent=None, name=None), made.view.kernel
+  name = made.view.kernel
 
   def call(kernel: Array, bias: Array | None) -> Any:
     own = {name: own_kernel(kernel, params[name].shape, (), made.view)}
     if bias is not None:
       own["bias"] = bias.reshape(params["bias"].shape)
-    return own_call(bare, {**params, **own}, *args, **kwargs)
+    return bound_call(layer, own, lambda layer: layer(*args, **kwargs))
 
   view = made.view._replace(plans=("folded",))
   return made._replace(view=view, call=call)
-
-
-def _is_einsum(
-  call: Callable[[Array, Array], Array], equation: str, x: Array, weight: Array
-) -> bool:
-  """Whether a call's program is jnp.einsum's, with the weight in its own type
-  or in x's, and nothing else: no turned weight, say."""
-  plain = (
-    lambda x, weight: jnp.einsum(equation, x, weight),
-    lambda x, weight: jnp.einsum(equation, x, weight.astype(x.dtype)),
-  )
-  own, *known = (str(jax.make_jaxpr(f)(x, weight)) for f in (call, *plain))
-  return own in known
-
-
-def by_equation(
-  kind: str,
-  name: str,
-  equation: str,
-  x: Array,
-  shape: tuple[int, ...],
-  dtype: DTypeLike,
-  call: Callable[[Array, Array], Array],
-) -> Product | str:
-  """An einsum of x and a kernel as a product; a reason where it is none.
-
-  The kernel's axes that x has too and the result has not are the inputs, in the
-  kernel's order; those that only the result has are the outputs, in its order.
-
-  Args:
-    kind, name: the layer's class and its parameter's name.
-    equation: as of `jnp.einsum`, x first.
-    shape: the kernel's; `dtype`: as in `Product`.
-    call: (x, kernel) -> result, as the layer itself does it.
-  """
-  found = _letters(equation, x.ndim)
-  if isinstance(found, str):
-    return f"of its equation {equation!r}, {found}"
-  of_x, of_kernel, of_result = found
-  rows = [a for a in of_result if a in of_x and a not in of_kernel]
-  inputs = [a for a in of_kernel if a in of_x and a not in of_result]
-  outputs = [a for a in of_result if a in of_kernel and a not in of_x]
-  if shared := sorted(set(of_x) & set(of_kernel) & set(of_result)):
-    return (
-      f"in its equation {equation!r} x, kernel and result have"
-      f" {', '.join(shared)}: each entry has a kernel of its own"
-    )
-  if (
-    len(of_kernel) != len(shape)
-    or sorted(inputs + outputs) != sorted(of_kernel)
-    or sorted(rows + inputs) != sorted(of_x)
-    or not inputs
-  ):
-    return f"its equation {equation!r} is no product of x's rows and a matrix"
-  width = dict(zip(of_kernel, shape, strict=True))
-  length = dict(zip(of_x, x.shape, strict=True))
-  in_shape, out_shape = [width[a] for a in inputs], [width[a] for a in outputs]
-  row_shape = [length[a] for a in rows]
-  result = jax.eval_shape(call, x, jax.ShapeDtypeStruct(shape, dtype))
-  if result.shape != tuple((length | width)[a] for a in of_result):
-    return f"it does not return what its equation {equation!r} says"
-
-  def ordered(array: Array, now: list[str], wanted: list[str]) -> Array:
-    return array.transpose([now.index(a) for a in wanted])
-
-  def multiply(x: Array, kernel: Array) -> Array:
-    if kernel.shape[-1] < math.prod(out_shape):
-      return project(x, kernel)
-    x = ordered(x.reshape(*row_shape, *in_shape), rows + inputs, of_x)
-    kernel = kernel.reshape(*in_shape, *out_shape)
-    kernel = ordered(kernel, inputs + outputs, of_kernel)
-    y = ordered(call(x, kernel), of_result, rows + outputs)
-    return y.reshape(*row_shape, -1)
-
-  def project(x: Array, matrix: Matrix) -> Array:
-    return (x @ matrix).astype(result.dtype)
-
-  def finish(y: Array) -> Array:
-    y = y.reshape(*row_shape, *out_shape)
-    return ordered(y, rows + outputs, of_result)
-
-  axes = tuple(of_kernel.index(a) for a in inputs + outputs)
-  return Product(
-    view=View(kind, name, () if axes == tuple(sorted(axes)) else axes),
-    inputs=math.prod(in_shape),
-    outputs=math.prod(out_shape),
-    x=ordered(x, of_x, rows + inputs).reshape(*row_shape, -1),
-    dtype=dtype,
-    bias=None,
-    rows=math.prod(row_shape),
-    multiply=multiply,
-    project=project,
-    finish=finish,
-  )
-
-
-def _letters(
-  equation: str, ndim: int
-) -> tuple[list[str], list[str], list[str]] | str:
-  """The axes of x, kernel and result by name; x's dots are "0.", "1." ..."""
-  operands, arrow, result = equation.replace(" ", "").partition("->")
-  first, comma, second = operands.partition(",")
-  if not arrow or not comma or "," in second or "." in second:
-    return "two operands and a result are needed, the kernel without dots"
-  extra = range(ndim - len(first.replace("...", "")))
-  dots = [f"{i}." for i in extra]
-
-  def letters(text: str) -> list[str]:
-    before, there, after = text.partition("...")
-    return [*before, *(dots if there else []), *after]
-
-  found = letters(first), letters(second), letters(result)
-  if len(found[0]) != ndim or any(len(set(x)) < len(x) for x in found):
-    return "an axis is there twice, or x has another number of axes"
-  return found
 
 
 See = Callable[..., Product | str | None]
@@ -456,6 +336,18 @@ def product_of(
   return KINDS[kind](layer, params, *args, **kwargs)
 
 
+def place_of(layer: nn.Module) -> Path:
+  """Where below its scope the leaves of a layer lie: its name, where it is no
+  layer of flax's and shares another module's scope, which has the kernels of
+  several; () else."""
+  known = any(
+    isinstance(layer, kind) for kind in KINDS if kind is not nn.Module
+  )
+  if known or layer.name is None or layer.path[-1:] == (layer.name,):
+    return ()
+  return (layer.name,)
+
+
 def cell_rows(args: Any, kwargs: Any) -> int:
   """The rows that a recurrent cell's kernels see in a call of it, or of
   `nn.RNN`: those of all time steps."""
@@ -468,26 +360,6 @@ def in_cell(view: View) -> View:
   or factored in each."""
   plans = tuple(x for x in view.plans if x in ("factored", "folded"))
   return view._replace(plans=plans)
-
-
-_OWN = ContextVar("own", default=False)
-
-
-def own_call(
-  layer: nn.Module, params: Params, *args: Any, **kwargs: Any
-) -> Array:
-  """An unbound layer's own code on these parameters, adapted no more."""
-  apply: Callable[..., Any] = layer.apply  # its output alone, without `mutable`
-  token = _OWN.set(True)
-  try:
-    return apply({"params": params}, *args, **kwargs)
-  finally:
-    _OWN.reset(token)
-
-
-def is_own_call() -> bool:
-  """Whether an intercepted call is inside `own_call`."""
-  return _OWN.get()
 
 
 def flat_kernel(

@@ -88,8 +88,8 @@ def lora(
   def low_rank(leaves: Leaves, site: Site) -> LowRank:
     up = (alpha / SCALES[scaling](rank)) * leaves[B].T
     if train == "both":
-      return LowRank(down=leaves[A].T, up=up, trains_down=True)
-    return LowRank(down=site.shared["A"].T, up=up)
+      return LowRank(down=leaves[A].T, up=up, trains_down=True, trains_up=True)
+    return LowRank(down=site.shared["A"].T, up=up, trains_up=True)
 
   return Adapter(
     name="lora",

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.interface import Adapter, Leaves, Site
 from vera_jax.adapters.lora import lora
+from vera_jax.adapters.products import along_last
 from vera_jax.adapters.vera import vera
 
 M = "magnitude_m"
@@ -62,11 +63,10 @@ def magnitude() -> Adapter:
   ) -> tuple[Array, None]:
     del key
     y = inner(x)
-    along = (1,) * (y.ndim - 1) + (-1,)
-    factor = scale(leaves, site).reshape(along)
+    factor = along_last(scale(leaves, site), y)
     scaled = y * factor  # in float32
     if site.bias is not None:  # it is in y, and is not scaled
-      scaled += (1 - factor) * site.bias.reshape(along)
+      scaled += (1 - factor) * along_last(site.bias, y)
     return scaled.astype(y.dtype), None
 
   return Adapter(

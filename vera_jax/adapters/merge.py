@@ -28,9 +28,9 @@ def merge(
   """The base's parameter tree with the adapted weights in place of its own.
 
   A new tree, without boxes of `nn.with_partitioning`: `params` stays as it is,
-  bit for bit. To unmerge is to use it
-  again, for subtracting the delta would not give back the bits of W0. Quantised
-  kernels are dequantised, those without an adapter too.
+  bit for bit. To unmerge is to use it again, for subtracting the delta would
+  not give back the bits of W0. Quantised kernels are dequantised, those without
+  an adapter too.
 
   Args:
     params: base and adapter leaves in one tree, as `adapt`'s module has them.

@@ -75,9 +75,8 @@ def costs(
 
   Args:
     tokens: rows of x.
-    factors: the delta's; their shapes alone are read. `up` is taken to be a
-      fixed matrix scaled by trained vectors unless `down` is trained, which in
-      factored form needs no product for their gradients.
+    factors: the delta's; their shapes alone are read. In factored form the
+      gradients of vectors that scale fixed matrices need no product.
     forwards: how often a step runs the forward pass: twice with remat.
     view: of the layer's kernel. Where x are row numbers, rows of `down` are
       taken; where the layer forms matrices, x @ down is a dense product.
@@ -93,10 +92,17 @@ def costs(
   formed_down = 0
   if view.forms and isinstance(down, Structured):
     formed_down = _cost(down, rank)
-  times = forwards + 1 + int(factors.trains_down)
+  to_down, to_up = int(factors.trains_down), int(factors.trains_up)
+  scales = factors.inner is not None or factors.outer is not None
   plans = {
-    "factored": times * (to_thin + _cost(up, tokens)) + forwards * formed_down,
-    "folded": times * build + forwards * formed + to_kernel,
+    "factored": (forwards + 1) * (to_thin + _cost(up, tokens))
+    + to_down * to_thin
+    + to_up * tokens * rank * outputs
+    + forwards * formed_down,
+    # to trained vectors, too, the gradient goes by way of that of `up`
+    "folded": (forwards + to_down + int(to_up or scales)) * build
+    + forwards * formed
+    + to_kernel,
   }
   if not factors.trains_down:
     backward = formed_down + to_thin + tokens * rank * outputs
@@ -133,8 +139,8 @@ def choose(
     raise no_factored(path, view)
   if plan == "folded_forward" and factors.trains_down:
     raise UserError(
-      "The folded_forward plan is for methods with fixed matrices, such as"
-      " VeRA; choose auto, factored or folded."
+      f"There is no folded_forward plan for {'/'.join(path)}: its delta's first"
+      " matrix depends on trained numbers. Choose auto, factored or folded."
     )
   if plan in view.plans:
     return plan
@@ -155,7 +161,12 @@ def scaled(x: Array, vector: Array | None) -> Array:
   """x with its last axis scaled, in x's type."""
   if vector is None:
     return x
-  return x * vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+  return x * along_last(vector.astype(x.dtype), x)
+
+
+def along_last(vector: Float[Array, " _"], x: Array) -> Array:
+  """The vector in a shape in which it meets x's last axis."""
+  return vector.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def whole_up(factors: LowRank) -> Float[Array, "r o"]:
@@ -372,4 +383,4 @@ def plus(y: Float[Array, "*t o"], bias: Array | None) -> Float[Array, "*t o"]:
   """y and a bias (o,), in y's type."""
   if bias is None:
     return y
-  return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+  return y + along_last(bias.astype(y.dtype), y)

@@ -101,7 +101,7 @@ def randlora(
     fixed = site.shared["B"][: max(site.inputs, site.outputs), : len(trained)]
     if site.inputs <= site.outputs:
       return LowRank(down=trained.T, up=fixed.T, trains_down=True)
-    return LowRank(down=fixed, up=trained)
+    return LowRank(down=fixed, up=trained, trains_up=True)
 
   return Adapter(
     name="randlora",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
@@ -55,14 +56,16 @@ def is_on(link: Adapter, path: Path) -> bool:
 
 
 def layer_path(path: Path, target: Target) -> Path:
-  """The path of the layer that a site is, or is a part of."""
-  return path[:-1] if target.columns else path
+  """The path of the parameters that a site is on, or on a part of."""
+  path = path[:-1] if target.columns else path
+  return path[:-1] if target.view.in_scope else path
 
 
 def count_layers(targets: Mapping[Path, Target]) -> str:
   """What an adapter is on, such as "24 layers: 23 Dense, 1 Conv"."""
   layers = {
-    layer_path(path, target): target for path, target in targets.items()
+    (layer_path(path, target), target.view.kernel): target
+    for path, target in targets.items()
   }
   kinds = Counter[str]()
   for target in layers.values():
@@ -86,6 +89,15 @@ def arrays_at(tree: Tree, path: Path = ()) -> Tree:
   }
 
 
+def is_in_tree(layer: nn.Module, params: Tree) -> bool:
+  """Whether a bound layer's parameters are those at its path in the tree, and
+  not given to it by a model that applies it unbound, outside of its own."""
+  for name in layer.path:
+    below = params.get(name)
+    params = below if isinstance(below, Mapping) else EMPTY
+  return layer.variables.get("params", {}).keys() == params.keys()
+
+
 def all_sites(
   adapter: Adapter,
   targets: Mapping[Path, Target],
@@ -95,15 +107,21 @@ def all_sites(
   """Every site on a whole parameter tree, stacked ones as a whole.
 
   Raises:
-    UserError: the method can't adapt a layer of this kind.
+    UserError: the method can't adapt a layer of this kind, or the tree has no
+      weights of a layer.
   """
   sites = {}
   for path, target in targets.items():
     _check_kind(adapter, path, target)
     layer, view = arrays_at(params, layer_path(path, target)), target.view
+    if view.kernel not in layer:
+      raise UserError(
+        f"The params have no {view.kernel} at {'/'.join(path)}, where the"
+        " adapter is to be; give the model's whole tree."
+      )
     outputs = layer[view.kernel].size // (target.layers * target.inputs)
     columns = (..., slice(*target.columns or (None,)))
-    bias = flat_bias(layer, target.stack)
+    bias = None if view.in_scope else flat_bias(layer, target.stack)
     sites[path] = Site(
       path=path,
       inputs=target.inputs,

@@ -13,19 +13,21 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.core import DenyList, meta
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.interface import EMPTY, MATRIX, Path, Target, View
+from vera_jax.adapters.layer_calls import is_own_call, reads
 from vera_jax.adapters.layers import (
   cell_rows,
   in_cell,
-  is_own_call,
+  place_of,
   product_of,
 )
 from vera_jax.adapters.sites import (
   EVERY,
   Fused,
   arrays_at,
+  is_in_tree,
   layer_path,
   matches,
   parts_of,
@@ -110,7 +112,9 @@ def _trace_once(
 
   def note(next_fun, args, kwargs, context, *, boxed):
     layer, result = context.module, next_fun(*args, **kwargs)
-    if context.method_name != "__call__" or is_own_call():
+    if context.method_name != "__call__" or is_own_call(layer):
+      return result
+    if not layer.is_initializing():  # applied unbound, on values of its own
       return result
     if isinstance(layer, nn.RNN):  # after the cell's own calls
       cells[layer.cell.path] = cell_rows(args, kwargs)
@@ -118,24 +122,20 @@ def _trace_once(
       cells.setdefault(layer.path, cell_rows(args, kwargs))
     own = layer.variables.get("params", {})
     product = product_of(layer, arrays_at(own), args, kwargs)
+    path = (*layer.path, *place_of(layer))
     if isinstance(product, str):
-      refused[layer.path] = product
+      refused[path] = product
     elif product is not None:
-      view = product.view
+      view = product.view._replace(in_scope=path != layer.path)
       kernel = meta.unbox(layer.get_variable("params", view.kernel))
       if boxed:
         layer.put_variable("params", view.kernel, _Noted(kernel))
       widths = product.inputs, product.outputs
       call = Call(product.rows, *widths, kernel.shape, view)
-      known = calls.setdefault(layer.path, call)
+      known = calls.setdefault(path, call)
       if known._replace(tokens=call.tokens) != call:
-        refused[layer.path] = "its calls see its kernel in different ways"
+        refused[path] = "its calls see its kernel in different ways"
     return result
-
-  def note_path(next_fun, args, kwargs, context):
-    if context.method_name == "__call__":
-      applied.add(context.module.path)
-    return next_fun(*args, **kwargs)
 
   try:
     with nn.intercept_methods(partial(note, boxed=True)):
@@ -150,25 +150,55 @@ def _trace_once(
       if path[: len(cell)] == cell and len(call.kernel) == 2:
         calls[path] = call._replace(tokens=rows, view=in_cell(call.view))
 
-  def apply(key, variables, arrays, build):
+  arrays, build = _arrays_of((args, kwargs))
+  unboxed = meta.unbox(variables)
+  flat = flatten_dict(unboxed["params"])
+  places = {path: _kernel_path(path, call.view) for path, call in calls.items()}
+
+  def cut(next_fun, args, kwargs, context):
+    """Zeros for what a layer that can be adapted returns, so that the model's
+    output depends on its kernel only where that is read by other ways."""
+    layer, result = context.module, next_fun(*args, **kwargs)
+    path = (*layer.path, *place_of(layer))
+    called = context.method_name == "__call__"
+    if called:
+      applied.add(path)
+    attends = context.method_name == "attend" and isinstance(layer, nn.Embed)
+    if path not in calls or not (called or attends):
+      return result
+    if not is_in_tree(layer, unboxed["params"]):
+      return result
+    return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), result)
+
+  def outputs(kernels, variables, key, arrays):
     args, kwargs = build(arrays)
+    params = unflatten_dict(flatten_dict(variables["params"]) | kernels)
     return model.apply(
-      variables,
+      {**variables, "params": params},
       *args,
       rngs={"params": key},  # and of all other streams
       mutable=DenyList("params"),
       **kwargs,
-    )
+    )[0]
 
-  arrays, build = _arrays_of((args, kwargs))
-  key = jax.random.key(0)
-  unboxed = meta.unbox(variables)
+  kernels = {place: flat[place] for place in places.values()}
   try:
-    with nn.intercept_methods(note_path):
-      jax.eval_shape(partial(apply, build=build), key, unboxed, arrays)
+    with nn.intercept_methods(cut):
+      read = reads(outputs, kernels, unboxed, jax.random.key(0), arrays)
   except Exception:  # such as a cache that takes one token at a time
     return Traced(calls, refused, variables, None)
+  for path, place in places.items():
+    if path in applied and read[place]:
+      del calls[path]
+      refused[path] = (
+        f"its {place[-1]} is also read without a call of it, by the module that"
+        " holds it or by another one, which an adapter would pass by"
+      )
   return Traced(calls, refused, variables, frozenset(applied))
+
+
+def _kernel_path(path: Path, view: View) -> Path:
+  return (*(path[:-1] if view.in_scope else path), view.kernel)
 
 
 def trace_sites(
@@ -196,13 +226,14 @@ def trace_sites(
   layers: dict[Path, Call] = {}
   astray: dict[Path, tuple[int, ...]] = {}  # by how their kernels are stacked
   for path, call in calls.items():
-    noted = shapes[(*path, call.view.kernel)]
+    place = _kernel_path(path, call.view)
+    noted = shapes[place]
     if not isinstance(noted, _Noted):
       more = len(noted.shape) - len(call.kernel)
       noted = _Noted(noted, (0,) * more)
     stack = noted.value.shape[: len(noted.axes)]
     if any(noted.axes) or noted.value.shape != (*stack, *call.kernel):
-      astray[path] = noted.axes
+      astray[place] = noted.axes
     found[path] = Target(call.inputs, call.outputs, stack, None, call.view)
     layers[path] = call
     for name, (first, last) in parts_of(path, fused).items():
@@ -210,7 +241,7 @@ def trace_sites(
         call.inputs, last - first, stack, (first, last), call.view
       )
       layers[*path, name] = call
-  held, other = _uncalled(traced, shapes)
+  held, other = _uncalled(traced)
   for pattern in patterns:
     named = any(matches(pattern, path) for path in found)
     wrong = {} if pattern == EVERY else held if named else held | other
@@ -228,10 +259,10 @@ def trace_sites(
       )
   chosen = [p for p in found if any(matches(x, p) for x in patterns)]
   for path in chosen:
-    layer = layer_path(path, found[path])
-    if layer in astray:
+    layer, view = layer_path(path, found[path]), found[path].view
+    if (place := (*layer, view.kernel)) in astray:
       raise UserError(
-        f"The kernels of {'/'.join(layer)} are stacked on axes {astray[layer]},"
+        f"The kernels of {'/'.join(layer)} are stacked on axes {astray[place]},"
         " or changed by a transformation. An adapter needs a stack's axis in"
         " front: nn.scan(..., variable_axes={'params': 0, 'projections': 0})."
       )
@@ -254,7 +285,7 @@ def _there(found: Mapping[Path, Target]) -> str:
 
 
 def _uncalled(
-  traced: Traced, shapes: Mapping[Path, Any]
+  traced: Traced,
 ) -> tuple[dict[Path, str], dict[Path, str]]:
   """What holds a matrix but can't be adapted, by path, and why.
 
@@ -263,7 +294,8 @@ def _uncalled(
     their modules' paths and by their own.
   """
   held, other = dict(traced.refused), dict[Path, str]()
-  called = {(*p, call.view.kernel) for p, call in traced.calls.items()}
+  called = {_kernel_path(p, call.view) for p, call in traced.calls.items()}
+  shapes = flatten_dict(meta.unbox(traced.variables["params"]))
   for path, leaf in shapes.items():
     if path in called or len(leaf.shape) < 2 or path[:-1] in held:
       continue

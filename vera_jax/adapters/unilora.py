@@ -105,7 +105,7 @@ def unilora(
     del leaves
     theta = site.common[THETA] * site.shared["scale"]
     A, B = theta[site.shared["A"]], theta[site.shared["B"]]
-    return LowRank(down=A.T, up=B.T, trains_down=True)
+    return LowRank(down=A.T, up=B.T, trains_down=True, trains_up=True)
 
   return Adapter(
     name="unilora",

@@ -97,7 +97,8 @@ def vera(
 
   def low_rank(leaves: Leaves, site: Site) -> LowRank:
     number = taps(site)
-    d, b = leaves.get(D, jnp.full(1, d_init)), leaves.get(B_VECTOR)
+    b = leaves.get(B_VECTOR)
+    d = leaves[D] if D in leaves else jnp.full(rank, d_init, jnp.float32)
     down, up = pair_of(site._replace(inputs=site.inputs // number))
     if number == 1:
       return LowRank(down, up, inner=d, outer=b)

@@ -28,11 +28,13 @@ import numpy as np
 from vera_jax.data.chat import Rendered, render_conversation
 from vera_jax.data.completions import as_arrays, begin_of_text, end_of_text
 from vera_jax.data.examples import Examples
+from vera_jax.data.templates import CHAT
 from vera_jax.errors import UserError
 
-CHAT = "chat"
 _CHUNK = 1024  # texts tokenised at a time, which bounds the memory
 _SHOWN = 600  # characters of an example in a message
+# What is counted of the texts, as `tokens.Tokens` describes it.
+COUNTS = ("special", "split_apart", "without_end", "with_header")
 
 
 class Answers(NamedTuple):
@@ -56,12 +58,13 @@ def encode_answers(
   nothing is learned; whoever takes the tokens leaves it out.
 
   Returns:
-    `ids`, `offsets`, `token_types`, `truncated`, `special` and `split_apart` as
+    `ids`, `offsets`, `token_types`, `truncated` and the `COUNTS` as
     `tokens.Tokens` has them, and bool [tokens] `learned`.
 
   Raises:
     UserError: nothing of an example is learned, cut or not, or all of it: no
-      answer was found, or no prompt. The message shows the example.
+      answer was found, or no prompt; or the chat template fails. The message
+      begins with the example's place and shows its text.
   """
   chat = how.template == CHAT
   begin = [] if chat else begin_of_text(tokenizer)
@@ -79,18 +82,21 @@ def encode_answers(
   names = {*own.values(), *tokenizer.all_special_tokens}
   ids: list[list[int]] = []
   learned: list[list[bool]] = []
-  truncated, named, apart = 0, 0, 0
+  truncated, counts = 0, dict.fromkeys(COUNTS, 0)
   for start in range(0, len(examples.first), _CHUNK):
     numbers = range(start, min(start + _CHUNK, len(examples.first)))
     texts = [_text(examples, i, tokenizer, chat=chat) for i in numbers]
     for i in numbers:
       written = _written(examples, i, chat=chat)
-      named += any(name in text for name in names for text in written)
+      counts["special"] += any(
+        name in text for name in names for text in written
+      )
     found = tokenizer(
       [text.text for text in texts],
       add_special_tokens=False,
       return_offsets_mapping=True,
     )
+    counts["with_header"] += sum(text.with_header for text in texts)
     prompts = [text.text[:first] for text in texts for first, _ in text.spans]
     asked: Iterator[list[int]] = iter(())
     if prompts:  # of none, transformers makes an IndexError
@@ -102,7 +108,14 @@ def encode_answers(
       marks = learned_tokens(text, row, offsets, special=special)
       _check(marks, row, text, special, place=_place(examples, number))
       alone = list(islice(asked, len(text.spans)))
-      apart += any(row[: len(prompt)] != prompt for prompt in alone)
+      counts["split_apart"] += any(
+        row[: len(prompt)] != prompt for prompt in alone
+      )
+      behind = [*marks[1:], False]
+      ends = zip(row, marks, behind, strict=True)
+      counts["without_end"] += chat and any(
+        own and not more and i not in special for i, own, more in ends
+      )
       last = len(marks) - marks[::-1].index(True)  # nothing behind it counts
       row = [*begin, *row[:last], *end]
       marks = [*map(bool, begin), *marks[:last], *(True for _ in end)]
@@ -118,13 +131,13 @@ def encode_answers(
     )
   return {
     **as_arrays(ids, learned, truncated=truncated),
-    "special": np.array(named),
-    "split_apart": np.array(apart),
+    **{name: np.array(count) for name, count in counts.items()},
   }
 
 
 def _place(examples: Examples, number: int) -> str:
-  return f"Row {examples.index[number] + 1}"
+  assert examples.places is not None
+  return examples.places[number]
 
 
 def _written(examples: Examples, number: int, *, chat: bool) -> list[str]:

@@ -20,7 +20,7 @@ from vera_jax.errors import UserError
 
 # Of processor time for each rendering; a usual template takes 0.1 ms.
 SECONDS = 5.0
-ANSWERS = "assistant"  # whose messages a model learns
+ASSISTANT = "assistant"  # whose messages a model learns
 Message = dict[str, Any]  # "role" and "content"
 _TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SCRIPT = Path(__file__).with_name("chat_process.py")
@@ -32,10 +32,13 @@ class Rendered(NamedTuple):
   Attributes:
     text: with every special token in it.
     spans: [start, end) of what is learned of it, in characters.
+    with_header: whether a span has what the template writes before an answer
+      too, since the template ignores add_generation_prompt.
   """
 
   text: str
   spans: list[tuple[int, int]]
+  with_header: bool = False
 
 
 def message_ids(tokenizer: Any, message: str) -> list[int]:
@@ -54,7 +57,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     UserError: the tokenizer has no chat template, jinja2 is not installed, or
       the template fails.
   """
-  text, _ = _render(tokenizer, messages, prompt=True)
+  text = _render(tokenizer, messages, prompt=True).text
   return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -72,19 +75,25 @@ def render_conversation(
       how the whole one begins, so that nobody can say which part is an answer.
   """
   tags = bool(_TAGS.search(template_of(tokenizer)))
-  text, spans = _render(tokenizer, messages, tags=tags)
+  whole = _render(tokenizer, messages, tags=tags)
   if tags:
-    return Rendered(text, spans)
+    return whole
+  text, spans, with_header = whole
   for number, message in enumerate(messages):
-    if message["role"] != ANSWERS:
+    if message["role"] != ASSISTANT:
       continue
-    before, _ = _render(tokenizer, messages[:number], prompt=True)
-    until, _ = _render(tokenizer, messages[: number + 1])
+    before = _render(tokenizer, messages[:number], prompt=True).text
+    until = _render(tokenizer, messages[: number + 1]).text
     for part in (before, until):
       if not text.startswith(part):
         raise UserError(_no_prefix(tokenizer, number, part, text))
     spans.append((len(before), len(until)))
-  return Rendered(text, spans)
+    answer = until[len(before) :].lstrip()
+    if not answer.startswith(message["content"].strip()):
+      # either thoughts, which the model writes too, or a header to ask with
+      without = _render(tokenizer, messages[:number]).text
+      with_header = with_header or before == without
+  return Rendered(text, spans, with_header)
 
 
 def template_of(tokenizer: Any) -> str:

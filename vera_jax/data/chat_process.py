@@ -25,6 +25,7 @@ import contextlib
 import json
 import resource
 import signal
+import string
 import sys
 from datetime import datetime
 from typing import Any
@@ -33,6 +34,21 @@ MEMORY = 4 * 2**30  # bytes of address space
 # The most characters of a text: so many, and more for a long conversation.
 SIZE, TIMES = 1_000_000, 100
 DATE = datetime(2024, 7, 26)  # what Llama 3's template has where it knows none
+# What each of a format's fields is on that date; "%-d" has no leading zero.
+FIELDS = {
+  field: DATE.strftime(field)
+  for flag in ("-", "")
+  for field in (f"%{flag}{letter}" for letter in string.ascii_letters)
+}
+# In front of a template it takes the place of transformers' own strftime_now.
+# The line's end behind it is trimmed.
+STRFTIME_NOW = (
+  "{% macro strftime_now(format) %}"
+  "{% set made = namespace(text=format) %}"
+  "{% for field, value in date_fields.items() %}"
+  "{% set made.text = made.text.replace(field, value) %}"
+  "{% endfor %}{{ made.text }}{% endmacro %}\n"
+)
 
 
 class OutOfTime(Exception):
@@ -41,11 +57,14 @@ class OutOfTime(Exception):
 
 def render(request: dict[str, Any]) -> dict[str, Any]:
   """The answer to a request; a template can raise anything."""
-  from transformers.utils.chat_template_utils import (
-    _compile_jinja_template,
-    render_jinja_template,
-  )
-
+  try:
+    from transformers.utils.chat_template_utils import render_jinja_template
+  except Exception as error:
+    return {"error": f"transformers can't be imported: {error!r}"[:1000]}
+  template, variables = request["template"], request["variables"]
+  if "strftime_now" in template:
+    template = STRFTIME_NOW + template
+    variables = {**variables, "date_fields": FIELDS}
   seconds = request["seconds"]
   used = resource.getrusage(resource.RUSAGE_SELF)
   # for one long operation inside of Python, which no signal's handler ends
@@ -55,15 +74,12 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
   signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
   found: Any
   try:
-    # compiled once and kept, so that the rendering below has this as well
-    compiled = _compile_jinja_template(request["template"])
-    compiled.globals["strftime_now"] = DATE.strftime
     found = render_jinja_template(
       [request["messages"]],
-      chat_template=request["template"],
+      chat_template=template,
       add_generation_prompt=request["prompt"],
       return_assistant_tokens_mask=request["tags"],
-      **request["variables"],
+      **variables,
     )
   except OutOfTime:
     return {"error": f"it takes more than {seconds:g} seconds"}

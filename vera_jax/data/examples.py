@@ -1,5 +1,6 @@
 """Texts and labels of one split."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,13 @@ class Examples:
     labels: int32 class ids or float32 scores [examples], float32 0 or 1
       [examples, labels] where several may apply, or for words a list of int32
       class ids [words]; None for an unlabelled test.
-    index: int64, the number by which a submission file names each example.
+    index: int64, the number of each example in its source, from 0 in a user's
+      own files; or the one by which a submission file names it.
     choices: texts (or pairs) per example: 1, or the number of the choices
       between which an example asks. Those of an example follow one another, so
       `first` and `second` then have so many entries for each label.
+    places: file and line of each, or file and row, for messages; None where
+      nothing is said of a single one.
   """
 
   first: list[Any]
@@ -30,9 +34,21 @@ class Examples:
   labels: Any
   index: np.ndarray
   choices: int = 1
+  places: list[str] | None = None
 
   def __len__(self) -> int:
     return len(self.first) // self.choices
+
+
+def estimated_tokens(texts: Iterable[Any], examples: int) -> int:
+  """About how many tokens an example has, before there is a tokenizer.
+
+  Args:
+    texts: all texts of the examples, or the words of each.
+    examples: how many there are.
+  """
+  words = sum(len(t.split() if isinstance(t, str) else t) for t in texts)
+  return 2 + round(1.3 * words / examples)  # a word has 1.3 tokens; two ends
 
 
 def subset(examples: Examples, n: int | None, seed: int) -> Examples:
@@ -56,6 +72,15 @@ def subset(examples: Examples, n: int | None, seed: int) -> Examples:
   return take(examples, chosen)
 
 
+def check_dev_fraction(fraction: float) -> None:
+  """Raises a UserError for no share of the rows to keep for scoring."""
+  if not 0 < fraction <= 0.5:
+    raise UserError(
+      f"config.data.dev_fraction is {fraction}; choose a share of the rows"
+      " above 0 and up to 0.5."
+    )
+
+
 def take(examples: Examples, chosen: np.ndarray) -> Examples:
   """The examples of these numbers, in their order."""
   labels = examples.labels
@@ -71,4 +96,5 @@ def take(examples: Examples, chosen: np.ndarray) -> Examples:
     labels=labels,
     index=examples.index[chosen],
     choices=examples.choices,
+    places=examples.places and [examples.places[i] for i in chosen],
   )

@@ -62,7 +62,7 @@ def choose_layout(
     needed, slots = _rows_needed(sample, length)
     token_cost = 1 + length * _ATTENTION
     cost, rows = _choose_row_counts(
-      _round_up(needed, shards),
+      round_up(needed, shards),
       length,
       shards=shards,
       compiling=_COMPILE / token_cost / steps,
@@ -87,7 +87,7 @@ def choose_eval_layout(
   layout = Layout((), length, slots)
   needed = place_all(lengths, layout).rows
   batches = max(1, round(len(lengths) / batch_size))
-  return layout._replace(rows=(_round_up(-(-needed // batches), shards),))
+  return layout._replace(rows=(round_up(-(-needed // batches), shards),))
 
 
 def limit_rows(layout: Layout, rows: int, *, shards: int = 1) -> Layout:
@@ -117,12 +117,13 @@ def rows_per_shard(rows: int, shards: int) -> int:
 
 def _row_lengths(lengths: np.ndarray) -> list[int]:
   """Row lengths to try: from the longest example to `_STRETCH` times it."""
-  shortest = int(_round_up(np.max(lengths), _MULTIPLE))
+  shortest = int(round_up(np.max(lengths), _MULTIPLE))
   apart = max(1, shortest * (_STRETCH - 1) // (_LENGTHS * _MULTIPLE))
   return list(range(shortest, shortest * _STRETCH + 1, apart * _MULTIPLE))
 
 
-def _round_up(count, multiple: int):
+def round_up(count, multiple: int):
+  """The next multiple, of a number or an array of them."""
   return -(-count // multiple) * multiple
 
 

@@ -115,7 +115,7 @@ class PackedData(NamedTuple):
         lines.append(
           f"left out of {name}, since nothing to learn is left of them within"
           f" {self.max_length} tokens: {len(split.left_out)}, the first of them"
-          f" row {split.left_out[0] + 1}"
+          f" {split.place(split.left_out[0])}"
         )
       if split.special:
         lines.append(
@@ -128,6 +128,19 @@ class PackedData(NamedTuple):
           " its prompt is split into tokens, so that the model is asked behind"
           " other tokens than it learns from: end prompts without a space, and"
           " begin completions with it"
+        )
+      if split.without_end:
+        lines.append(
+          f"{split.without_end} rows of {name} have an answer whose last"
+          " learned token is no special one, so that the model does not learn"
+          " to end it: the chat template writes none there, or writes it behind"
+          " {% endgeneration %}"
+        )
+      if split.with_header:
+        lines.append(
+          f"{split.with_header} rows of {name} have an answer that is learned"
+          " together with what the chat template writes before it, since the"
+          " template ignores add_generation_prompt"
         )
     return lines
 

@@ -11,7 +11,7 @@ length does for it.
 import numpy as np
 from jaxtyping import Int64
 
-from vera_jax.data.layout import rows_per_shard
+from vera_jax.data.layout import round_up, rows_per_shard
 from vera_jax.data.packing import Layout, fullest_rows, place_all, spread
 
 _MULTIPLE = 32  # lengths are multiples of it: the blocks of `bands.py`
@@ -55,7 +55,7 @@ def choose_long_rows(
   most = batch_size
   if pass_rows is not None:
     most = min(most, rows_per_shard(pass_rows, shards))
-  longest = _round_up(int(lengths.max()), _MULTIPLE)
+  longest = round_up(int(lengths.max()), _MULTIPLE)
   whole = Layout((shards,), most * longest, batch_size, most * longest)
   rng = np.random.default_rng(seed)
   needs = []
@@ -66,13 +66,13 @@ def choose_long_rows(
     needs += fullest_rows(*own, place, rows=shards)
   needs.append((longest, 0))  # any example fits
   tokens, learned = np.array(needs).T
-  tokens = _round_up(tokens, _MULTIPLE)
+  tokens = round_up(tokens, _MULTIPLE)
   chosen = _choose_lengths(tokens, compiling=_COMPILE / steps)
   sizes, room = [], int(reads.max())
   for length in chosen:
     own = learned[tokens <= length]
     most = np.quantile(own, 1 - _FEW) if length < chosen[-1] else own.max()
-    room = max(room, _round_up(int(np.ceil(most)), _READS))
+    room = max(room, round_up(int(np.ceil(most)), _READS))
     sizes.append((length, min(room, length)))
   return Layout((shards,), *sizes[-1][:1], batch_size, room, tuple(sizes))
 
@@ -97,20 +97,16 @@ def choose_long_eval_rows(
   """
   rows = max(1, round(len(lengths) / batch_size)) * shards
   length, room = (
-    int(_round_up(max(own.max(), -(-own.sum() // rows)), multiple))
+    int(round_up(max(own.max(), -(-own.sum() // rows)), multiple))
     for own, multiple in ((lengths, _MULTIPLE), (reads, _READS))
   )
-  more = int(_round_up(-(-_MULTIPLE * room // length), _READS))
+  more = int(round_up(-(-_MULTIPLE * room // length), _READS))
   while True:
     layout = Layout((shards,), length, len(lengths), min(room, length))
     place = place_all(lengths, layout, reads=reads)
     if place.rows <= rows:
       return layout._replace(slots=int(np.bincount(place.row).max()))
     length, room = length + _MULTIPLE, room + more
-
-
-def _round_up(count, multiple: int):
-  return -(-count // multiple) * multiple
 
 
 def _choose_lengths(needed: np.ndarray, *, compiling: float) -> list[int]:

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int64, Shaped
+from jaxtyping import Int, Int32, Int64, Shaped
 
 from vera_jax.data.tokens import Tokens
 
@@ -381,42 +381,28 @@ def pack_rows(
   source = np.repeat(offsets, lengths) + within
   target = np.repeat(text_row * layout.length + text_start, lengths) + within
 
-  def per_token(
+  def in_rows(
     values: np.ndarray, empty: int = 0, dtype: Any = np.int32
   ) -> np.ndarray:
     flat = np.full(rows * layout.length, empty, dtype)
     flat[target] = values
     return flat.reshape(rows, layout.length)
 
-  def per_slot(values: np.ndarray, empty: int = 0) -> np.ndarray:
+  def in_slots(values: np.ndarray, empty: int = 0) -> np.ndarray:
     shape = (rows, layout.slots, *values.shape[1:])
     grid = np.full(shape, empty, values.dtype)
     grid[row, slot] = values
     return grid
 
   packed = {
-    "input_ids": per_token(tokens.ids[source], tokens.pad_id),
-    "positions": per_token(within),
-    "segment_ids": per_token(np.repeat(text_slot + 1, lengths)),
-    "example": per_slot(indices.astype(np.int32), -1),
+    "input_ids": in_rows(tokens.ids[source], tokens.pad_id),
+    "positions": in_rows(within),
+    "segment_ids": in_rows(np.repeat(text_slot + 1, lengths)),
+    "example": in_slots(indices.astype(np.int32), -1),
   }
   if tokens.learned is not None:
-    # A learned token is read one column before its own.
-    places = np.sort(target[tokens.learned[source]])
-    its_row, column = np.divmod(places, layout.length)
-    read = np.arange(len(places)) - np.searchsorted(its_row, its_row)
-    shape = (rows, layout.reads)
-    read_positions, words = np.zeros((2, *shape), np.int32)
-    weights = np.zeros(shape, np.float32)
-    read_positions[its_row, read] = column - 1
-    words[its_row, read] = packed["input_ids"][its_row, column]
-    weights[its_row, read] = 1
-    return {
-      **packed,
-      "read_positions": read_positions,
-      "labels": words,
-      "weights": weights,
-    }
+    learned_places = target[tokens.learned[source]]
+    return packed | _reads(packed["input_ids"], learned_places, layout.reads)
   cls_positions = np.zeros((rows, layout.slots * choices), np.int32)
   cls_positions[text_row, text_slot] = text_start
   labels = tokens.labels
@@ -424,23 +410,46 @@ def pack_rows(
     if labels is None:
       labels = np.zeros(len(tokens), np.int32)
     learned = {
-      "labels": per_slot(labels[indices]),
-      "weights": per_slot(np.ones(len(indices), np.float32)),
+      "labels": in_slots(labels[indices]),
+      "weights": in_slots(np.ones(len(indices), np.float32)),
     }
   else:
     if labels is None:
       labels = np.zeros(len(tokens.ids), np.int32)
     begins = tokens.words[source] >= 0
     learned = {
-      "labels": per_token(labels[source]),
-      "weights": per_token(begins, dtype=np.float32),
+      "labels": in_rows(labels[source]),
+      "weights": in_rows(begins, dtype=np.float32),
     }
   return {
     **packed,
-    "token_type_ids": per_token(tokens.token_types[source]),
+    "token_type_ids": in_rows(tokens.token_types[source]),
     "cls_positions": cls_positions,
     **learned,
   }
+
+
+def _reads(
+  ids: Int32[np.ndarray, "rows length"],
+  learned: Int64[np.ndarray, " learned"],
+  reads: int,
+) -> Batch:
+  """Where learned tokens are read: one column before their own.
+
+  Args:
+    ids: of the packed rows.
+    learned: the places of learned tokens in the flattened rows.
+    reads: the most of a row.
+  """
+  row, column = np.divmod(np.sort(learned), ids.shape[1])
+  read = np.arange(len(row)) - np.searchsorted(row, row)
+  shape = (len(ids), reads)
+  positions, words = np.zeros((2, *shape), np.int32)
+  weights = np.zeros(shape, np.float32)
+  positions[row, read] = column - 1
+  words[row, read] = ids[row, column]
+  weights[row, read] = 1
+  return {"read_positions": positions, "labels": words, "weights": weights}
 
 
 def per_token(

@@ -31,9 +31,9 @@ def preview(
     own = slice(*tokens.offsets[i : i + 2])
     ids, learned = tokens.ids[own].tolist(), tokens.learned[own].tolist()
     console.print()
+    place = tokens.place(int(tokens.index[i]))
     console.print(
-      f"example {i + 1}, row {tokens.index[i] + 1}: {len(ids)} tokens,"
-      f" {sum(learned)} learned",
+      f"example {i + 1}, {place}: {len(ids)} tokens, {sum(learned)} learned",
       style="bold",
       markup=False,
       highlight=False,

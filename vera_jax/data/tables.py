@@ -25,9 +25,10 @@ SUFFIXES = {
   ".json": "jsonl",
   ".parquet": "parquet",
 }
-FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
+FORMATS = (*dict.fromkeys(SUFFIXES.values()), "json")
 BLANK = "it is empty"
 _PEEK = 4096  # bytes, of which few are blank
+csv.field_size_limit(2**31 - 1)  # characters of a cell; Python's is 131,072
 
 
 class Row(NamedTuple):
@@ -70,30 +71,25 @@ class Table(NamedTuple):
     return f"{self.name}{apart}{self.numbers[row]}"
 
 
-def format_of(name: str | Path) -> str:
-  """The format that a file's name ends in.
+def format_of(path: str | Path) -> str:
+  """The format by the name's ending, or of a .json by whether it is a list.
 
   Raises:
     UserError: in none that is known.
   """
-  found = SUFFIXES.get(Path(name).suffix.lower())
+  path = Path(path).expanduser()
+  found = SUFFIXES.get(path.suffix.lower())
   if found is None:
     raise UserError(
-      f"{name}: the name doesn't end in {', '.join(SUFFIXES)}, which say how a"
+      f"{path}: the name doesn't end in {', '.join(SUFFIXES)}, which say how a"
       " table is read."
     )
-  return found
-
-
-def _format_of_file(path: str | Path) -> str:
-  """As `format_of`; a .json file that begins with [ is a list."""
-  format, path = format_of(path), Path(path).expanduser()
   if path.suffix.lower() == ".json" and path.is_file():
     with path.open("rb") as file:
       start = file.read(_PEEK).removeprefix(codecs.BOM_UTF8).lstrip()
     if start.startswith(b"["):
       return "json"
-  return format
+  return found
 
 
 def read_rows(lines: Iterable[bytes], *, format: str) -> Iterator[Row]:
@@ -226,7 +222,7 @@ def file_rows(path: str | Path, *, format: str | None = None) -> Iterator[Row]:
     UserError: the file can't be read.
   """
   path = Path(path).expanduser()
-  format = format or _format_of_file(path)
+  format = format or format_of(path)
   if format == "parquet":
     yield from parquet_rows(path)
     return
@@ -246,7 +242,7 @@ def read_table(path: str | Path) -> Table:
     UserError: it can't be read, has no rows, or one that is wrong; the message
       names the line.
   """
-  format = _format_of_file(path)
+  format = format_of(path)
   names: dict[str, None] = {}
   rows: list[Row] = []
   for row in file_rows(path, format=format):

@@ -62,7 +62,8 @@ def _is_own(folder: Path) -> bool:
   """Whether the folder's network is one that transformers doesn't have."""
   path = folder / "config.json"
   kind = read_json(path).get("model_type") if path.is_file() else None
-  return kind in FAMILIES and family_of({"model_type": kind}).own
+  known = isinstance(kind, str) and kind in FAMILIES
+  return known and family_of({"model_type": kind}).own
 
 
 def _name_ends(tokenizer: Any, folder: Path) -> None:

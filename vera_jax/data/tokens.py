@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from vera_jax.data.answers import Answers, encode_answers
+from vera_jax.data.answers import COUNTS, Answers, encode_answers
 from vera_jax.data.completions import Completions, encode_completions
 from vera_jax.data.examples import Examples
 from vera_jax.data.tokenizer import load_tokenizer
@@ -66,9 +66,14 @@ class Tokens:
     truncated: how many texts were cut to `max_length`.
     left_out: the `index` of examples of which the cut left nothing to learn;
       they are not among the others.
+    places: by `index`, also of what is left out, as far as they are known.
     special: how many texts are written with a special token's name in them.
     split_apart: how many texts have an answer before which the prompt alone is
       split into other tokens than in the whole text.
+    without_end: how many conversations have an answer of which no special token
+      is learned last, which would end it.
+    with_header: how many conversations have an answer that is learned together
+      with what the chat template writes before it.
     pad_id: the tokenizer's padding id.
     fingerprint: sha256 over texts, labels, tokenizer and `max_length`.
   """
@@ -85,11 +90,18 @@ class Tokens:
   words: Int32[np.ndarray, " tokens"] | None = None
   learned: Bool[np.ndarray, " tokens"] | None = None
   left_out: tuple[int, ...] = ()
+  places: dict[int, str] = field(default_factory=dict)
   special: int = 0
   split_apart: int = 0
+  without_end: int = 0
+  with_header: int = 0
 
   def __len__(self) -> int:
     return len(self.text_lengths) // self.choices
+
+  def place(self, index: int) -> str:
+    """Where the example of this index is, for messages."""
+    return self.places.get(index, f"row {index + 1}")
 
   @cached_property
   def text_lengths(self) -> Int64[np.ndarray, " texts"]:
@@ -192,7 +204,8 @@ def tokenise(
     info = _info(tokenizer)
   fingerprint = _fingerprint(examples, info, max_length, completions)
   path = cache_dir and Path(cache_dir) / f"{fingerprint}.npz"
-  arrays = _load(path, len(examples.first)) if path else None
+  counts = COUNTS if isinstance(completions, Answers) else ()
+  arrays = _load(path, len(examples.first), counts) if path else None
   if arrays is None:
     if completions is None:
       arrays = new = _encode(examples, tokenizer, max_length)
@@ -214,6 +227,9 @@ def tokenise(
     token_types=arrays["token_types"],
     labels=labels,
     index=examples.index,
+    places=dict(
+      zip(examples.index.tolist(), examples.places or [], strict=False)
+    ),
     truncated=int(arrays["truncated"]),
     pad_id=info.pad_id,
     fingerprint=fingerprint,
@@ -222,6 +238,8 @@ def tokenise(
     learned=arrays.get("learned"),
     special=int(arrays.get("special", 0)),
     split_apart=int(arrays.get("split_apart", 0)),
+    without_end=int(arrays.get("without_end", 0)),
+    with_header=int(arrays.get("with_header", 0)),
   )
   return _without_empty(tokens) if isinstance(completions, Answers) else tokens
 
@@ -377,13 +395,20 @@ def _fingerprint(
   return digest.hexdigest()
 
 
-def _load(path: Path, texts: int) -> dict[str, np.ndarray] | None:
-  """The cached arrays; None for a missing file and for a damaged one."""
+def _load(
+  path: Path, texts: int, counts: tuple[str, ...]
+) -> dict[str, np.ndarray] | None:
+  """The cached arrays; None for a missing file and for a damaged one.
+
+  A file from before there were all of the `counts` is made again.
+  """
   if not path.is_file():
     return None
   try:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
       arrays = {name: stored[name] for name in stored.files}
+    if not {*counts} <= {*arrays}:
+      return None
     ids, types = arrays["ids"], arrays["token_types"]
     offsets, words = arrays["offsets"], arrays.get("words", arrays["ids"])
     learned = arrays.get("learned", np.zeros(len(ids), bool))

@@ -166,7 +166,7 @@ def decode(
   rows, length = prompts.shape
   cache = empty_cache(config, rows, length, dtype)
   logits, cache = prefill(module, variables, cache, prompts, lengths)
-  words = max_new_tokens - 1  # the last one is read by nobody
+  words = max_new_tokens - 1  # the last one is never fed back
   if isinstance(how, Sampling):
     return sample(
       lambda ids, cache: read_tokens(module, variables, cache, ids),

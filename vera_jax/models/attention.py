@@ -44,6 +44,7 @@ REMAT_POLICIES = {
 
 
 def check_remat(remat: str) -> None:
+  """Raises a UserError for a remat that is not there."""
   if remat not in ("none", *REMAT_POLICIES):
     known = ", ".join(("none", *REMAT_POLICIES))
     raise UserError(f"remat is {remat!r}; it is one of {known}.")
@@ -81,6 +82,7 @@ def fill_inputs(
 def same_segment(
   queries: Int[Array, "rows queries"], keys: Int[Array, "rows keys"]
 ) -> Bool[Array, "rows 1 queries keys"]:
+  """Where a query may see a key: within its segment, by their numbers."""
   return queries[:, None, :, None] == keys[:, None, None, :]
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vera_jax.models import part
 from vera_jax.models.attention import (
   ACTIVATIONS,
   REMAT_POLICIES,
@@ -32,7 +33,6 @@ from vera_jax.models.attention import (
   input_shapes,
   same_segment,
 )
-from vera_jax.models.dropout import dropout
 from vera_jax.models.family import Family, Names, one_of, take_fields
 
 # The shapes that the model's pieces pass on: `slots` are the examples of a row.
@@ -93,41 +93,10 @@ class BertConfig:
     return self.pad_token_id + 1 if base == "roberta" else 0
 
 
-class Part(nn.Module):
-  """A piece of the network: the settings that all share, and their layers.
-
-  `deterministic` is an attribute, hence static under scan and remat.
-  """
+class Part(part.Part):
+  """A piece of the network, with its norm and its usual rate of dropout."""
 
   config: BertConfig
-  dtype: DTypeLike
-  param_dtype: DTypeLike
-  deterministic: bool
-
-  @property
-  def settings(self) -> tuple[BertConfig, DTypeLike, DTypeLike, bool]:
-    return self.config, self.dtype, self.param_dtype, self.deterministic
-
-  @nn.nowrap
-  def dense(self, features: int, name: str) -> nn.Dense:
-    return nn.Dense(
-      features,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      kernel_init=nn.initializers.normal(self.config.initializer_range),
-      name=name,
-    )
-
-  @nn.nowrap
-  def embed(self, rows: int, name: str) -> nn.Embed:
-    return nn.Embed(
-      rows,
-      self.config.hidden_size,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      embedding_init=nn.initializers.normal(self.config.initializer_range),
-      name=name,
-    )
 
   @nn.nowrap
   def norm(self, hidden: Array, name: str = "LayerNorm") -> Array:
@@ -142,9 +111,7 @@ class Part(nn.Module):
   @nn.nowrap
   def dropout(self, hidden: Array, rate: float | None = None) -> Array:
     rate = self.config.hidden_dropout_prob if rate is None else rate
-    if self.deterministic or rate == 0:
-      return hidden
-    return dropout(self.make_rng("dropout"), hidden, rate)
+    return super().dropout(hidden, rate)
 
 
 class Embeddings(Part):

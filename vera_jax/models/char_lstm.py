@@ -168,10 +168,8 @@ def module(
   """`Family.module`: windows are as long as they are, whatever the rows.
 
   Raises:
-    UserError: another head than that for words; rematerialised layers.
+    UserError: rematerialised layers.
   """
-  if head != HEAD:
-    raise UserError(f"{KIND} has no head for {head} here.")
   if remat != "none":
     raise UserError(
       f"config.model.remat is {remat}; {KIND} has no rematerialised layers, for"

@@ -16,7 +16,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from vera_jax.adapters.files import (
-  STORED,
   SavedAdapter,
   check_length,
   named_slices,
@@ -26,7 +25,7 @@ from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import FROZEN
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.products import AUTO
-from vera_jax.adapters.projections import PRNG, digest
+from vera_jax.adapters.projections import PRNG, STORED, digest
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.hub import resolve

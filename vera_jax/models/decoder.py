@@ -16,9 +16,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
-from vera_jax.errors import UserError
-from vera_jax.models import bands, part
+from vera_jax.models import bands
 from vera_jax.models.attention import REMAT_POLICIES, Ids, check_remat
+from vera_jax.models.part import Part
 
 HEAD = "language_modelling"
 INPUTS = ("input_ids", "positions", "segment_ids", "read_positions")
@@ -231,21 +231,6 @@ def write(
   )
 
 
-class Part(part.Part):
-  """A piece of a decoder."""
-
-  @nn.nowrap
-  def embed(self, words: int, name: str) -> nn.Embed:
-    return nn.Embed(
-      words,
-      self.config.hidden_size,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      embedding_init=nn.initializers.normal(self.config.initializer_range),
-      name=name,
-    )
-
-
 class Pieces(NamedTuple):
   """What a family brings to a `Decoder`.
 
@@ -418,11 +403,5 @@ class Head(Part):
 def module(
   pieces: Pieces, config: Any, head: str, outputs: int, **options: Any
 ) -> Decoder:
-  """`Family.module`, with a family's pieces; `outputs` are the vocabulary's.
-
-  Raises:
-    UserError: another head than that for words.
-  """
-  if head != HEAD:
-    raise UserError(f"{config.model_type} has no head for {head} here.")
+  """`Family.module`, with a family's pieces; `outputs` are the vocabulary's."""
   return Decoder(config, pieces, **options)

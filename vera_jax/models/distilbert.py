@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from vera_jax.errors import UserError
 from vera_jax.models.attention import (
   ACTIVATIONS,
   Ids,
@@ -155,8 +154,6 @@ class DistilBertClassifier(nn.Module):
 
 
 def module(config: BertConfig, head: str, outputs: int, **options: Any):
-  if head != "classification":
-    raise UserError(f"distilbert has no head for {head} here.")
   return DistilBertClassifier(config, outputs, **options)
 
 

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from vera_jax.adapters.merge import merge
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.files import read_json, write_json
+from vera_jax.files import check_free, read_json, write_json
 from vera_jax.hub import FILES
 from vera_jax.models.classifier import MERGED, Classifier, load_classifier
 from vera_jax.models.decoder import logits
@@ -73,12 +73,11 @@ def write_merged(
     largest difference of a logit that was found and that is allowed.
 
   Raises:
-    UserError: the folder is in use, or a difference is past its bound; nothing
-      is written then.
+    UserError: the folder is there already, or a difference is past its bound;
+      nothing is written then.
   """
   check_dtype(dtype)
-  refuse_used(folder)
-  folder = Path(folder).expanduser().absolute()
+  folder = check_free(folder).absolute()
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
@@ -118,13 +117,6 @@ def merged_params(classifier: Classifier) -> dict[str, Any]:
     adapter=classifier.adapter,
     targets=classifier.targets,
   )
-
-
-def refuse_used(folder: str | Path) -> None:
-  """Raises a UserError unless the folder is new or empty."""
-  folder = Path(folder).expanduser()
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise UserError(f"{folder} is in use; choose another --out.")
 
 
 def _write(

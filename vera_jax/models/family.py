@@ -134,7 +134,7 @@ def family_of(fields: Mapping[str, Any]) -> Family:
     UserError: there is no such family here.
   """
   kind = fields.get("model_type")
-  if kind not in FAMILIES:
+  if not isinstance(kind, str) or kind not in FAMILIES:
     raise UserError(
       f"config.json: model_type is {kind!r}; this package has"
       f" {', '.join(map(repr, FAMILIES))}."
@@ -166,10 +166,22 @@ def label_names(fields: Mapping[str, Any]) -> list[str]:
   return [name for _, name in ordered]
 
 
+def config_of(fields: Mapping[str, Any]) -> Any:
+  """The fields of a config.json as its family's dataclass.
+
+  Raises:
+    UserError: there is no such family here, or it can't honour a field.
+  """
+  read = family_of(fields).config
+  try:
+    return read(fields)
+  except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+    raise UserError(f"config.json has an unusable value: {error}.") from error
+
+
 def load_config(folder: Path) -> Any:
   """A folder's config.json as its family's dataclass."""
-  fields = read_fields(folder)
-  return family_of(fields).config(fields)
+  return config_of(read_fields(folder))
 
 
 def one_of(fields: Mapping[str, Any], name: str, allowed: Iterable[Any]) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from vera_jax.errors import UserError
-from vera_jax.files import make_folder, sha256_of, write_json
+from vera_jax.files import cached_folder, sha256_of, write_json
 from vera_jax.models.gguf import (
   PLAIN,
   Blocks,
@@ -233,22 +233,16 @@ def gguf_folder(file: Path) -> Path:
   # other process turns elsewhere.
   about = f"{LAYOUT} {sha256_of(file)} ".encode() + os.fsencode(file)
   key = hashlib.sha256(about).hexdigest()
-  cache = Path("~/.cache/vera_jax/gguf").expanduser()
-  folder = cache / f"{file.stem[:40]}-{key[:32]}"
-  if (folder / LINK).is_file():
-    return folder
-  gguf = read_gguf(file)
-  list(_names(gguf))  # tensors without a place are refused now
-  files = {"config.json": config_fields(gguf)}
-  files |= tokenizer_files(gguf.metadata, source=file)
 
   def fill(new: Path) -> None:
-    for name, value in files.items():
+    gguf = read_gguf(file)
+    list(_names(gguf))  # tensors without a place are refused now
+    write_json(new / "config.json", config_fields(gguf))
+    for name, value in tokenizer_files(gguf.metadata, source=file).items():
       write_json(new / name, value)
     (new / LINK).symlink_to(file)
 
-  make_folder(folder, fill)
-  return folder
+  return cached_folder("gguf", file, key[:32], fill)
 
 
 def architecture_of(gguf: Gguf) -> Architecture:

@@ -95,7 +95,7 @@ def tokenizer_files(
   if not all(0 <= i < len(tokens) for i in ids.values()):
     raise refuse(f"its special ids {ids} are beyond its {len(tokens)} tokens")
   special = {name: tokens[i] for name, i in ids.items()}
-  rule, starts = None, kind == SENTENCE_PIECE
+  steps: list[Any] = []  # of the post-processor
   if kind == BYTE_LEVEL:
     rule = _rule(get("pre", str, RULES["words"][0]))
     if rule is None:
@@ -104,48 +104,41 @@ def tokenizer_files(
       )
     starts = ADDS_START in RULES[rule]
     merges = [tuple(merge.split(" ", 1)) for merge in get("merges", list, [])]
+    # Llama 3's file takes a word that is a token as it is, unmerged
+    options: dict[str, Any] = {"ignore_merges": starts}
+    parts: dict[str, Any] = {
+      "pre_tokenizer": _cut(rule),
+      "decoder": decoders.ByteLevel(),
+    }
+    steps.append(processors.ByteLevel(trim_offsets=False))
   else:
-    scores = get("scores", np.ndarray)
+    scores, starts = get("scores", np.ndarray), True
     if scores is None or len(scores) != len(tokens):
       raise refuse("its tokens have no scores")
     merges = merges_of(tokens, scores, types)
+    unknown = special.get("unk_token", tokens[0])
+    options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
+    spaces: list[Any] = [normalizers.Replace(" ", SPACE)]
+    texts: list[Any] = [
+      decoders.Replace(SPACE, " "),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+    ]
+    if get("add_space_prefix", bool, True):
+      spaces.insert(0, normalizers.Prepend(SPACE))
+      texts.append(decoders.Strip(" ", 1, 0))
+    parts = {
+      "normalizer": normalizers.Sequence(spaces),
+      "decoder": decoders.Sequence(texts),
+    }
   try:
-    if kind == BYTE_LEVEL:
-      # Llama 3's file takes a word that is a token as it is, unmerged
-      model = models.BPE(vocabulary, merges, ignore_merges=starts)
-    else:
-      model = models.BPE(
-        vocabulary,
-        merges,
-        unk_token=special.get("unk_token", tokens[0]),
-        fuse_unk=True,
-        byte_fallback=True,
-      )
-    made = Tokenizer(model)
+    made = Tokenizer(models.BPE(vocabulary, merges, **options))
   except Exception as error:  # `tokenizers` raises Exception itself
     raise refuse(f"its tokens and merges don't fit together ({error})") from (
       error
     )
-  steps: list[Any] = []
-  if rule is not None:
-    made.pre_tokenizer = _cut(rule)
-    made.decoder = decoders.ByteLevel()
-    steps.append(processors.ByteLevel(trim_offsets=False))
-  else:
-    spaces: list[Any] = [normalizers.Replace(" ", SPACE)]
-    ends: list[Any] = []
-    if get("add_space_prefix", bool, True):
-      spaces.insert(0, normalizers.Prepend(SPACE))
-      ends = [decoders.Strip(" ", 1, 0)]
-    made.normalizer = normalizers.Sequence(spaces)
-    made.decoder = decoders.Sequence(
-      [
-        decoders.Replace(SPACE, " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-        *ends,
-      ]
-    )
+  for name, part in parts.items():
+    setattr(made, name, part)
   whole = [(i, t) for i, t in enumerate(types) if t in (CONTROL, USER_DEFINED)]
   made.add_tokens(
     [
@@ -247,9 +240,7 @@ def tokenizer_metadata(folder: Path, *, rows: int) -> dict[str, Any]:
     }
   else:
     rules = [
-      rule
-      for rule in RULES
-      if _same(json.loads(_cut(rule).__getstate__()), made["pre_tokenizer"])
+      rule for rule in RULES if _same(_as_json(rule), made["pre_tokenizer"])
     ]
     if not rules:
       raise refuse("GGUF has no name, known here, for how it cuts words")
@@ -322,6 +313,15 @@ def _cut(rule: str) -> Any:
       cuts.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
   )
+
+
+def _as_json(rule: str) -> Any:
+  """A rule's pre-tokenizer as a tokenizer.json has it."""
+  from tokenizers import Tokenizer, models
+
+  tokenizer = Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = _cut(rule)
+  return json.loads(tokenizer.to_str())["pre_tokenizer"]
 
 
 def _same(made: Any, found: Any) -> bool:

@@ -21,7 +21,6 @@ from vera_jax.models.decoder import (
   HEAD,
   Hidden,
   Pair,
-  Part,
   Pieces,
   Reach,
   attend,
@@ -31,6 +30,7 @@ from vera_jax.models.decoder import (
 )
 from vera_jax.models.family import Family, Names, one_of, take_fields
 from vera_jax.models.norm import LayerNorm
+from vera_jax.models.part import Part
 
 # config.json's names of what every family's config has.
 OWN = {
@@ -91,6 +91,7 @@ class Gpt2Config:
 
 
 def norm(part: Part, name: str) -> LayerNorm:
+  """LayerNorm with the config's epsilon."""
   epsilon = part.config.layer_norm_epsilon
   return LayerNorm(epsilon, part.dtype, part.param_dtype, name=name)
 
@@ -164,6 +165,7 @@ PIECES = Pieces(Embeddings, Layer, norm, shared=lambda config, reach: reach)
 
 
 def fused(config: Gpt2Config) -> dict[str, dict[str, tuple[int, int]]]:
+  """The first and last column of each part of the fused kernels."""
   width = config.hidden_size
   return {
     "c_attn": {

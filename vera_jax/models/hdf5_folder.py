@@ -19,7 +19,7 @@ from jaxtyping import Float
 from safetensors.numpy import save_file
 
 from vera_jax.errors import UserError
-from vera_jax.files import make_folder, read_json, sha256_of, write_json
+from vera_jax.files import cached_folder, read_json, sha256_of, write_json
 
 SUFFIX = ".hdf5"
 WEIGHTS = "model.safetensors"
@@ -51,31 +51,26 @@ def hdf5_folder(file: Path) -> Path:
         f"{one} is not the file of textgenrnn 2.0.0, the only one that is known"
         f" here: its sha256 is {found}."
       )
-  cache = Path("~/.cache/vera_jax/hdf5").expanduser()
-  folder = cache / f"{file.stem[:40]}-{LAYOUT}-{SHA256[:32]}"
-  if (folder / WEIGHTS).is_file():
-    return folder
-  tensors, numbers = named_as_here(read_arrays(file)), read_json(vocabulary)
-  vocab, width = tensors["embeddings.weight"].shape
-  fields = {
-    "architectures": ["CharLstmForCausalLM"],
-    "model_type": "char_lstm",
-    "vocab_size": vocab,
-    "embedding_size": width,
-    "hidden_size": len(tensors["layer.0.hi.weight"]),
-    "num_hidden_layers": 2,
-    "window": WINDOW,
-    "bos_token_id": numbers[ENDS],
-    "eos_token_id": numbers[ENDS],
-  }
 
   def fill(new: Path) -> None:
+    tensors, numbers = named_as_here(read_arrays(file)), read_json(vocabulary)
+    vocab, width = tensors["embeddings.weight"].shape
+    fields = {
+      "architectures": ["CharLstmForCausalLM"],
+      "model_type": "char_lstm",
+      "vocab_size": vocab,
+      "embedding_size": width,
+      "hidden_size": len(tensors["layer.0.hi.weight"]),
+      "num_hidden_layers": 2,
+      "window": WINDOW,
+      "bos_token_id": numbers[ENDS],
+      "eos_token_id": numbers[ENDS],
+    }
     write_json(new / "config.json", fields)
     write_tokenizer(new, numbers)
     save_file(tensors, new / WEIGHTS)
 
-  make_folder(folder, fill)
-  return folder
+  return cached_folder("hdf5", file, f"{LAYOUT}-{SHA256[:32]}", fill)
 
 
 def read_arrays(file: Path) -> dict[str, np.ndarray]:

@@ -179,13 +179,13 @@ def load_params(
 
 
 def refuse_gaps(folder: Path, missing: Sequence[str]) -> None:
-  """Only a head may be new; raises a UserError where an encoder's leaf is."""
+  """Only a head may be new; raises a UserError where another leaf is."""
   may_be_new = family_of(read_fields(folder)).names.new
   gaps = [name for name in missing if not name.startswith(may_be_new)]
   if gaps:
     shown = ", ".join(gaps[:5]) + (", ..." if len(gaps) > 5 else "")
     raise UserError(
-      f"{folder} lacks {len(gaps)} of the encoder's weights: {shown}. Is it"
+      f"{folder} lacks {len(gaps)} of the network's weights: {shown}. Is it"
       " the checkpoint that its config.json describes?"
     )
 

@@ -45,7 +45,8 @@ def kind_of(about: Mapping[str, Any], labels: Sequence[str]) -> str:
   kind = about.get("kind") or (CLASSES if labels else NUMBER)
   needs = kind in (SEVERAL, TAGS)  # classes may be an example's choices
   none = kind in (NUMBER, WORDS)
-  if kind not in KINDS or (labels if none else needs and not labels):
+  known = isinstance(kind, str) and kind in KINDS
+  if not known or (labels if none else needs and not labels):
     raise UserError(
       f"The adapter's kind is {kind!r} with {len(labels)} labels. A kind is one"
       f" of {', '.join(KINDS)}; {NUMBER} and {WORDS} have no labels,"

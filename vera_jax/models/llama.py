@@ -26,7 +26,6 @@ from vera_jax.models.decoder import (
   Hidden,
   Mask,
   Pair,
-  Part,
   Pieces,
   Reach,
   attend,
@@ -35,6 +34,7 @@ from vera_jax.models.decoder import (
   write,
 )
 from vera_jax.models.family import Family, Names, one_of, take_fields
+from vera_jax.models.part import Part
 
 Activation = Callable[[Array], Array]
 ACTIVATION: dict[str, Activation] = {**ACTIVATIONS, "silu": nn.silu}
@@ -204,6 +204,11 @@ def _rotations(
   elif kind == "llama3":
     factor = number("factor")
     low, high = (number(f"{name}_freq_factor") for name in ("low", "high"))
+    if high <= low:
+      raise UserError(
+        f"config.json: llama3 rotations with high_freq_factor {high:g}, which"
+        f" must be above low_freq_factor {low:g}."
+      )
     turns = original * plain / np.float32(2 * math.pi)
     share = np.clip((turns - low) / (high - low), 0, 1)
     found = (1 - share) * plain / np.float32(factor) + share * plain
@@ -252,6 +257,7 @@ class Shared(NamedTuple):
 
 
 def shared(config: LlamaConfig, reach: Reach) -> Shared:
+  """The masks, with the rotations at the tokens' positions."""
   frequencies = jnp.asarray(config.frequencies, jnp.float32)
   angles = reach.positions[..., None, None] * frequencies[None, None, None]
   scale = config.rotation_scale

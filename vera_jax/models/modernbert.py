@@ -163,14 +163,7 @@ class Embeddings(Part):
   @nn.compact
   def __call__(self, input_ids: Ids) -> Hidden:
     config = self.config
-    words = nn.Embed(
-      config.vocab_size,
-      config.hidden_size,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      embedding_init=nn.initializers.normal(config.initializer_range),
-      name="tok_embeddings",
-    )
+    words = self.embed(config.vocab_size, "tok_embeddings")
     hidden = self.norm(words(input_ids), "norm")
     return self.dropout(hidden, config.embedding_dropout)
 
@@ -405,12 +398,11 @@ class ModernBertClassifier(nn.Module):
 
 
 def module(config: ModernBertConfig, head: str, outputs: int, **options: Any):
-  if head != "classification":
-    raise UserError(f"modernbert has no head for {head} here.")
   return ModernBertClassifier(config, outputs, **options)
 
 
 def fused(config: ModernBertConfig) -> dict[str, dict[str, tuple[int, int]]]:
+  """The first and last column of each part of the fused kernels."""
   width, inner = config.hidden_size, config.intermediate_size
   return {
     "Wqkv": {

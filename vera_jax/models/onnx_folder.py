@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vera_jax.errors import UserError
-from vera_jax.files import make_folder, sha256_of, write_json
+from vera_jax.files import cached_folder, sha256_of, write_json
 
 SUFFIX = ".onnx"
 WEIGHTS = "model.safetensors"
@@ -54,19 +54,14 @@ def onnx_folder(file: Path) -> Path:
     UserError: the file can't be read, or holds no such network.
   """
   file = file.expanduser().resolve()
-  cache = Path("~/.cache/vera_jax/onnx").expanduser()
-  folder = cache / f"{file.stem[:40]}-{LAYOUT}-{sha256_of(file)[:32]}"
-  if (folder / WEIGHTS).is_file():
-    return folder
-  tensors = read_dinov2(file)
 
   def fill(new: Path) -> None:
+    tensors = read_dinov2(file)
     write_json(new / "config.json", config_fields(tensors))
     write_json(new / "preprocessor_config.json", PREPROCESSOR)
     save_file(tensors, new / WEIGHTS)
 
-  make_folder(folder, fill)
-  return folder
+  return cached_folder("onnx", file, f"{LAYOUT}-{sha256_of(file)[:32]}", fill)
 
 
 def read_dinov2(file: Path) -> dict[str, np.ndarray]:

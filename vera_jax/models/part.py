@@ -25,13 +25,24 @@ class Part(nn.Module):
     return self.config, self.dtype, self.param_dtype, self.deterministic
 
   @nn.nowrap
-  def dense(self, features: int, name: str, *, bias: bool) -> nn.Dense:
+  def dense(self, features: int, name: str, *, bias: bool = True) -> nn.Dense:
     return nn.Dense(
       features,
       use_bias=bias,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
       kernel_init=nn.initializers.normal(self.config.initializer_range),
+      name=name,
+    )
+
+  @nn.nowrap
+  def embed(self, rows: int, name: str) -> nn.Embed:
+    return nn.Embed(
+      rows,
+      self.config.hidden_size,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      embedding_init=nn.initializers.normal(self.config.initializer_range),
       name=name,
     )
 

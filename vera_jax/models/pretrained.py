@@ -34,7 +34,8 @@ from vera_jax.adapters.projections import digest
 from vera_jax.adapters.sites import first_leaves, make_shared
 from vera_jax.adapters.tracing import trace_sites
 from vera_jax.errors import UserError
-from vera_jax.models.family import Family, family_of
+from vera_jax.models.decoder import Decoder
+from vera_jax.models.family import Family, config_of, family_of
 from vera_jax.models.hf_weights import load_params, refuse_gaps
 from vera_jax.models.quantised import (
   BLOCK,
@@ -248,7 +249,7 @@ def blueprint(
       f"{fields['model_type']} has no head for {head} here; it has"
       f" {', '.join(family.classes)}."
     )
-  config = family.config(fields)
+  config = config_of(fields)
   layers = config.num_hidden_layers
   scan = choose_scan(scan, layers=layers, quantise=quantise) and family.stacks
   options: dict[str, Any] = {} if longest is None else {"longest": longest}
@@ -289,6 +290,21 @@ def blueprint(
     tokens={path: call.tokens for path, call in calls.items()},
     quantise=quantise,
   )
+
+
+def decoder_in(module: Any, config: Any) -> Decoder:
+  """The model under an adapter, or without one, if it can write texts.
+
+  Raises:
+    UserError: it has no cache.
+  """
+  plain = module.model if isinstance(module, Adapted) else module
+  if not isinstance(plain, Decoder):
+    raise UserError(
+      f"{config.model_type} has no cache here, by which texts are written: it"
+      " can be trained, scored and merged."
+    )
+  return plain
 
 
 class Model(NamedTuple):

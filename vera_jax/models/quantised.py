@@ -121,6 +121,7 @@ def check_quantise(choice: str) -> None:
 
 
 def is_quantised(leaf: Any) -> bool:
+  """Whether a leaf is a kernel in codes."""
   return isinstance(leaf, Quantised)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vera_jax.errors import UserError
-from vera_jax.files import make_folder, sha256_of, write_json
+from vera_jax.files import cached_folder, sha256_of, write_json
 from vera_jax.models.torch_file import read_state
 
 SUFFIX = ".pth"
@@ -95,20 +95,14 @@ def torch_folder(file: Path) -> Path:
       " torch file doesn't say what its network is made of, and may run code of"
       " its own: name a folder with config.json and model.safetensors."
     )
-  cache = Path("~/.cache/vera_jax/torch").expanduser()
-  folder = cache / f"{file.stem[:40]}-{LAYOUT}-{found[:32]}"
-  if (folder / WEIGHTS).is_file():
-    return folder
-  fields, preprocessor = NETWORKS[found]
-  tensors = named_as_here(read_state(file))
 
   def fill(new: Path) -> None:
+    fields, preprocessor = NETWORKS[found]
+    save_file(named_as_here(read_state(file)), new / WEIGHTS)
     write_json(new / "config.json", fields)
     write_json(new / "preprocessor_config.json", preprocessor)
-    save_file(tensors, new / WEIGHTS)
 
-  make_folder(folder, fill)
-  return folder
+  return cached_folder("torch", file, f"{LAYOUT}-{found[:32]}", fill)
 
 
 def named_as_here(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax import results
 from vera_jax.adapters.apply import leaf_shapes
-from vera_jax.adapters.files import STORED, check_length, save_adapter
+from vera_jax.adapters.files import check_length, save_adapter
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.interface import Target
 from vera_jax.adapters.labels import HEAD
@@ -25,9 +25,11 @@ from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.projections import (
   INITIALISERS,
   PRNG,
+  STORED,
   digest,
 )
 from vera_jax.errors import UserError
+from vera_jax.files import check_free
 from vera_jax.hub import PACKAGE
 from vera_jax.models.family import label_names
 from vera_jax.models.hf_weights import load_params
@@ -42,7 +44,6 @@ from vera_jax.peft_io.tensors import (
   FILE,
   PREFIX,
   Tensors,
-  check_free,
   read_tensors,
 )
 from vera_jax.tasks.task import task_named
@@ -72,7 +73,7 @@ def import_adapter(
   task: str | None = None,
   max_length: int | None = None,
 ) -> dict[str, Any]:
-  """Write a PEFT adapter (VeRA, LoRA, DoRA or IA3) as ours.
+  """Write a PEFT adapter, of a method in `forms.FORMS`, as ours.
 
   Args:
     folder: holds adapter_config.json and adapter_model.safetensors.
@@ -88,7 +89,7 @@ def import_adapter(
   Raises:
     UserError: naming what can't be carried, is missing or doesn't fit.
   """
-  check_free(out)
+  folder, out = folder.expanduser(), check_free(out)
   settings = read_settings(folder)
   tensors, exported = read_tensors(folder / FILE)
   named = base or settings.base
@@ -364,8 +365,8 @@ def find_projections(
     known: the settings that our own export wrote into the file, if it is one.
 
   Returns:
-    With `files.STORED` in place of an initialiser where no seed gives the saved
-    matrices.
+    With `projections.STORED` in place of an initialiser where no seed gives the
+    saved matrices.
 
   Raises:
     UserError: the saved matrices are incomplete or don't fit the layers.

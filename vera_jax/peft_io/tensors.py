@@ -92,9 +92,3 @@ def checksum(tensors: Mapping[str, np.ndarray]) -> str:
     sha.update(name.encode())
     sha.update(np.ascontiguousarray(tensors[name], "<f4").tobytes())
   return sha.hexdigest()
-
-
-def check_free(folder: Path) -> None:
-  """Raises a UserError unless the folder is new or empty."""
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise UserError(f"{folder} is there already; choose another --out.")

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from vera_jax.adapters.apply import leaf_shapes
-from vera_jax.adapters.files import STORED, load_adapter
+from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.methods import make_adapter
-from vera_jax.adapters.projections import digest
+from vera_jax.adapters.projections import STORED, digest
 from vera_jax.adapters.sites import matches
 from vera_jax.errors import UserError
-from vera_jax.files import write_json
+from vera_jax.files import check_free, write_json
 from vera_jax.hub import PACKAGE
 from vera_jax.models.kinds import KINDS, kind_of
 from vera_jax.peft_io.base import TASK_TYPES, module_list, open_base
@@ -20,7 +20,7 @@ from vera_jax.peft_io.forms import FORMS, HELD_BY, Ours
 from vera_jax.peft_io.fused import with_parts
 from vera_jax.peft_io.settings import FILE
 from vera_jax.peft_io.tensors import FILE as TENSORS
-from vera_jax.peft_io.tensors import PREFIX, Tensors, check_free, write_tensors
+from vera_jax.peft_io.tensors import PREFIX, Tensors, write_tensors
 
 WARNING = (
   "PEFT up to 0.20.0 ignores saved projections: it loads this adapter without"
@@ -48,7 +48,7 @@ def export_adapter(
   Raises:
     UserError: naming what PEFT can't hold, is missing or doesn't fit.
   """
-  check_free(out)
+  out = check_free(out)
   saved = load_adapter(folder)
   about = saved.about
   own, given = about["method"], about["settings"]

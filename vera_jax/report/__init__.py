@@ -11,7 +11,7 @@ Tables are formatted in `tables`, figures drawn in `plots`. Only `spectra` and
 predictions need the base's weights.
 """
 
-from vera_jax.adapters.norms import adapter_norms
+from vera_jax.adapters.vector_norms import adapter_norms
 from vera_jax.report.frame import Sweep, load_sweep
 from vera_jax.report.signatures import signatures
 from vera_jax.report.spectra import spectra

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from vera_jax import results
 from vera_jax.adapters.methods import groups_of
-from vera_jax.adapters.norms import SHORT, norms_beside
+from vera_jax.adapters.vector_norms import SHORT, norms_beside
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.report.signatures import COLLAPSED, signatures
@@ -101,6 +101,9 @@ def load_sweep(*folders: str | Path) -> Sweep:
   for folder in map(Path, folders):
     file = folder / "sweep.json"
     own_plan = (read(file) if file.exists() else None) or {}
+    if not isinstance(own_plan.get("runs", {}), dict):
+      remarks.append(f"Left out: {file} has no runs by their names.")
+      own_plan = {}
     plan = plan or own_plan
     order = {name: i for i, name in enumerate(own_plan.get("runs", ()))}
     for place in sorted(

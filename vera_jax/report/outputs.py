@@ -1,46 +1,12 @@
-"""What several runs wrote for the same test inputs, side by side.
-
-A run that answered test inputs has them in its folder, in test/: inputs.txt and
-outputs.txt with a text per line, references.txt with an empty line between the
-texts of two inputs.
-"""
+"""What several runs wrote for the same test inputs, side by side."""
 
 import difflib
-from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
+from vera_jax.data.written import Written, read_written
 from vera_jax.report.frame import UNTUNED, Sweep, method_title
 
-FOLDER = "test"
 FIRST, EXTREME = 2, 2  # inputs from the beginning, and from either end
-
-
-class Written(NamedTuple):
-  """What one run wrote: its text for each input, and people's texts."""
-
-  outputs: dict[str, str]
-  references: dict[str, list[str]]
-
-
-def read_written(folder: Path) -> Written:
-  """The texts of the run in `folder`.
-
-  Raises:
-    FileNotFoundError: it has none, or their inputs and references were not
-      copied along.
-    ValueError: the files don't belong together.
-  """
-  inputs, outputs, references = (
-    (folder / FOLDER / f"{name}.txt").read_text("utf-8")
-    for name in ("inputs", "outputs", "references")
-  )
-  names = inputs.splitlines()
-  groups = [block.splitlines() for block in references.split("\n\n")]
-  return Written(
-    dict(zip(names, outputs.splitlines(), strict=True)),
-    dict(zip(names, groups, strict=True)),
-  )
 
 
 def side_by_side(sweep: Sweep) -> str:

@@ -26,7 +26,9 @@ from vera_jax.report.style import (
   METHOD_COLORS,
   ORANGE,
   OTHER,
+  SEEDS,
   STYLE,
+  VARIANTS,
   grid,
   label,
   median_line,
@@ -202,7 +204,7 @@ def curve_figure(
       title = f"{task_title(str(task))}{kept}"
       scores.set(title=title, xlabel="epoch", ylabel=f"{metric} (%)")
       losses.set(xlabel="epoch", ylabel="training loss")
-      losses.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
+      losses.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), title=SEEDS)
     for ax in axes.flat:
       ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -236,7 +238,7 @@ def loss_figure(
         name = label(row["method"], row["condition"])
         median_line(ax, seeds, place, label=name)
       ax.set(title=task_title(str(task)), xlabel="step", ylabel="training loss")
-      ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
+      ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), title=SEEDS)
     return figure
 
 
@@ -268,8 +270,8 @@ def setting_figure(
 
   A panel per task and a line per method. A mean probability of tokens is drawn
   as the loss that it stands for: minus its logarithm, in nats per token. Losses
-  well above that of the lowest setting, as of runs that diverged, are beyond
-  the panel's upper edge, or nothing else could be seen.
+  well above that of the lowest setting, as of runs that diverged, are written
+  at the panel's upper edge, or nothing else could be seen.
   """
   column = setting.column
   tasks = list(_varied(table, column).groupby("task", sort=False))
@@ -280,6 +282,7 @@ def setting_figure(
       of_tokens = metric == "token_probability"
       methods = list(here.groupby("method", sort=False))
       bottom, top = np.inf, -np.inf  # the best, and the lowest setting's worst
+      points: list[tuple[float, float, int]] = []
       for place, (method, rows) in enumerate(methods):
         rows = rows.sort_values(column)
         low, middle, high = rows[["low", "score", "high"]].to_numpy().T
@@ -290,6 +293,7 @@ def setting_figure(
         apart = 1.03 ** (place - (len(methods) - 1) / 2)
         xs, name = rows[column] * apart, method_title(str(method))
         _line_with_bars(ax, xs, (low, middle, high), str(method), label=name)
+        points += zip(xs, middle, itertools.repeat(place), strict=False)
       loss, score = "loss (nats per token)", f"{metric_title(metric)} (%)"
       ax.set(
         title=task_title(str(task)),
@@ -300,6 +304,20 @@ def setting_figure(
       if of_tokens:
         margin = max(top - bottom, top / 20) / 4
         ax.set_ylim(bottom - margin, top + margin)
+        for x, beyond, place in points:
+          if beyond > top + margin:  # each method on a line of its own
+            ax.annotate(
+              f"↑ {beyond:.1f}",
+              (x, 1),
+              xycoords=ax.get_xaxis_transform(),
+              xytext=(0, -10 * place),
+              textcoords="offset points",
+              ha="center",
+              va="top",
+              fontsize=7.5,
+              color=METHOD_COLORS.get(methods[place][0], OTHER)[0],
+              bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"},
+            )
       values = sorted(here[column].unique())
       if len(values) <= FEW:
         ax.set_xticks(values)
@@ -366,6 +384,7 @@ def _line_with_bars(
     yerr=[middle - low, high - middle],
     color=color,
     marker=marker,
+    linestyle="--" if method in VARIANTS else "-",
     ms=5,
     capsize=2,
     elinewidth=0.8,

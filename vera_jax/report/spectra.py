@@ -10,8 +10,8 @@ from jaxtyping import Float
 
 from vera_jax.adapters.files import named_slices
 from vera_jax.adapters.merge import merge
-from vera_jax.adapters.norms import SHORT
 from vera_jax.adapters.sites import layer_path
+from vera_jax.adapters.vector_norms import SHORT
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
 

@@ -43,6 +43,21 @@ METHOD_COLORS = {
   "full": (PURPLE, "v"),
 }
 OTHER = (SKY, "P")
+# These share the colour of the method that they vary, and have broken lines.
+VARIANTS = (
+  *("dora", "dvora", "pvera", "onelora"),
+  *("lora_fa", "randlora", "unilora", "norms"),
+)
+SEEDS = "median and range of the seeds"  # what a line and its band are
+# Of tasks that are known by their data: images:NAME is "images in NAME".
+KINDS = {
+  "e2e": "E2E",
+  "e2e_texts": "E2E's texts",
+  "images": "images",
+  "instruct": "instructions",
+  "language": "texts",
+  "text": "texts",
+}
 METRIC = {
   "accuracy": "accuracy",
   "micro_f1": "micro F1",
@@ -102,11 +117,13 @@ def grid(
 
 
 def task_title(name: str) -> str:
-  """As its benchmark writes it: SST-2; the name itself of another task."""
+  """As its benchmark writes it, SST-2, or what it is of: images in NAME."""
   try:
     return task_named(name).title or name
   except UserError:
-    return name
+    kind, _, data = name.partition(":")
+    title = KINDS.get(kind, kind)
+    return f"{title} in {data}" if data else title
 
 
 def metric_title(name: str) -> str:

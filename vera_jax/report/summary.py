@@ -14,6 +14,11 @@ from vera_jax.report.published import published
 BY = ["task", "metric", "method", "condition"]
 
 
+def shown_p(p: float) -> str:
+  """A p value as tables have it."""
+  return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def summary(sweep: Sweep, *, against: str = "lora") -> pd.DataFrame:
   """All conditions of a sweep, in the order of its runs; scores in percent.
 

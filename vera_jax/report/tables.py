@@ -7,6 +7,7 @@ from rich.table import Table
 
 from vera_jax.report.frame import Sweep, history
 from vera_jax.report.signatures import COLLAPSED
+from vera_jax.report.summary import shown_p
 from vera_jax.report.text_scores import text_notes, text_scores, text_tables
 
 SIGNS = "signs of failure"
@@ -45,7 +46,7 @@ def columns(table: pd.DataFrame, paper: str = "") -> pd.DataFrame:
     if pd.notna(row.ci_low):  # with several seeds
       difference += f" ({row.ci_low:+.1f} to {row.ci_high:+.1f})"
     if pd.notna(row.p_holm):
-      p = "< 0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
+      p = shown_p(row.p_holm)
     signs = [
       name if count == row.seeds else f"{name} {count} of {row.seeds}"
       for name, count in row.signatures.items()

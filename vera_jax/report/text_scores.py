@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from vera_jax.report.frame import Sweep
-from vera_jax.report.summary import summary
+from vera_jax.report.summary import shown_p, summary
 
 PERCENT = ("BLEU", "METEOR", "ROUGE_L")  # shares, which papers print so
 CONDITION = ["task", "method", "condition"]
@@ -63,8 +63,8 @@ def text_tables(texts: Sweep) -> dict[str, pd.DataFrame]:
       low, high = (_number(x, row.metric, "+") for x in ends)
       text += f" ({low} to {high})"
     if pd.notna(row.p_holm):
-      p = "< 0.001" if row.p_holm < 0.001 else f"= {row.p_holm:.3f}"
-      text += f", p {p}"
+      p = shown_p(row.p_holm)
+      text += f", p {p}" if p.startswith("<") else f", p = {p}"
     return text
 
   scores = _by_metric(table, score)

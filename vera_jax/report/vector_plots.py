@@ -9,9 +9,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vera_jax.adapters.norms import NAME, SHORT
+from vera_jax.adapters.vector_norms import NAME, SHORT
 from vera_jax.report.style import (
   BLUE,
+  SEEDS,
   STYLE,
   VERMILION,
   grid,
@@ -59,6 +60,7 @@ def norm_figure(
       keys,
       loc="outside lower center",
       ncols=min(4, len(keys)),
+      title=SEEDS,
     )
     return figure
 

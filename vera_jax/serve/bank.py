@@ -28,7 +28,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from vera_jax.adapters.files import (
-  STORED,
   SavedAdapter,
   load_adapter,
   named_slices,
@@ -37,7 +36,7 @@ from vera_jax.adapters.files import (
 from vera_jax.adapters.interface import as_they_are
 from vera_jax.adapters.labels import join
 from vera_jax.adapters.methods import by_link, links_of, make_adapter
-from vera_jax.adapters.projections import digest
+from vera_jax.adapters.projections import STORED, digest
 from vera_jax.adapters.sites import prepared_leaves
 from vera_jax.data.packing import Batch
 from vera_jax.data.tokenizer import load_tokenizer

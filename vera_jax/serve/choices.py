@@ -28,13 +28,13 @@ from vera_jax.adapters.apply import Adapted
 from vera_jax.data.answers import learned_tokens
 from vera_jax.data.chat import Rendered
 from vera_jax.data.completions import begin_of_text
-from vera_jax.data.tables import SUFFIXES, Table, read_table
+from vera_jax.data.hub_data import download, hub_table
+from vera_jax.data.tables import SUFFIXES, read_table
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
 from vera_jax.models.kinds import WORDS
 from vera_jax.tasks.cross_entropy import score_words
-from vera_jax.tasks.glue_hub import download
 
 COPA = ("premise", "choice1", "choice2", "question", "label")
 ARC = ("question", "answerKey")
@@ -111,13 +111,8 @@ def _read(source: str) -> tuple[str, list[ChoiceQuestion]]:
       raise UserError(
         f"{source} has no split {split!r}; it has {', '.join(splits)}."
       )
-    rows, name = splits[split], part or hub_id.rpartition("/")[2]
-    table = Table(
-      name=f"{source} ({split})",
-      columns={column: list(rows[column]) for column in rows.column_names},
-      numbers=list(range(1, len(rows) + 1)),
-      lines=False,
-    )
+    table = hub_table(source, split, splits[split])
+    name = part or hub_id.rpartition("/")[2]
   forms = {COPA: _copa, ARC: _arc}
   found = [read for own, read in forms.items() if {*own} <= {*table.columns}]
   if not found:
@@ -148,9 +143,9 @@ def _copa(row: dict[str, Any]) -> ChoiceQuestion:
     raise ValueError(f"label is {label!r}, neither 0 nor 1")
   premise = row["premise"].strip().removesuffix(".")
   choices = [row[name].strip() for name in ("choice1", "choice2")]
-  return ChoiceQuestion(
+  return _question(
     f"{premise} {CONNECTIVES[asked]}",
-    tuple(f" {text[:1].lower()}{text[1:]}" for text in choices),
+    [text[:1].lower() + text[1:] for text in choices],
     int(label),
   )
 
@@ -165,13 +160,25 @@ def _arc(row: dict[str, Any]) -> ChoiceQuestion:
     if not isinstance(choices, list):
       raise ValueError("it has no choices")
     texts, labels = ([x[name] for x in choices] for name in ("text", "label"))
+  if len(texts) != len(labels):
+    raise ValueError(f"it has {len(texts)} choices, but {len(labels)} labels")
+  if len({*labels}) < len(labels):
+    raise ValueError(f"two choices have one label: {labels}")
   if row["answerKey"] not in labels:
     raise ValueError(f"answerKey is {row['answerKey']!r}, no choice's label")
-  return ChoiceQuestion(
+  return _question(
     f"Question: {question.strip()}\nAnswer:",
-    tuple(f" {text.strip()}" for text in texts),
+    [text.strip() for text in texts],
     list(labels).index(row["answerKey"]),
   )
+
+
+def _question(
+  prompt: str, choices: Sequence[str], right: int
+) -> ChoiceQuestion:
+  if len(choices) < 2 or not all(choices):
+    raise ValueError("two choices are needed at least, and none may be empty")
+  return ChoiceQuestion(prompt, tuple(f" {text}" for text in choices), right)
 
 
 def answer_questions(

@@ -5,7 +5,7 @@ from typing import Any
 
 from vera_jax.data.chat import chat_ids
 from vera_jax.data.completions import begin_of_text
-from vera_jax.tasks.instruct_files import CHAT, PLAIN, alpaca_prompt
+from vera_jax.data.templates import CHAT, PLAIN, alpaca_prompt
 
 
 def conversation_ids(
@@ -19,7 +19,7 @@ def conversation_ids(
   Args:
     tokenizer: the decoder's.
     messages: of users and the assistant by turns, a user's last.
-    template: a name in `tasks.instruct_files.TEMPLATES`.
+    template: a name in `data.templates.TEMPLATES`.
 
   Raises:
     UserError: as for `chat_ids`.

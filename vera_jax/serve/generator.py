@@ -27,6 +27,7 @@ from vera_jax.adapters.apply import Adapted
 from vera_jax.adapters.merge import merge
 from vera_jax.data.chat import message_ids
 from vera_jax.data.completions import Completions, prompt_ids
+from vera_jax.data.templates import CHAT, PLAIN, TEMPLATES
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
@@ -45,11 +46,11 @@ from vera_jax.generate.sampling import (
   compiled_next,
 )
 from vera_jax.models.classifier import Classifier
-from vera_jax.models.decoder import Decoder, empty_cache, grow
+from vera_jax.models.decoder import empty_cache, grow
 from vera_jax.models.kinds import WORDS
+from vera_jax.models.pretrained import decoder_in
 from vera_jax.models.quantised import is_quantised
 from vera_jax.serve.conversation import conversation_ids
-from vera_jax.tasks.instruct_files import CHAT, PLAIN, TEMPLATES
 
 STEP = 32  # prompts are padded to multiples of it: few shapes are compiled
 BROKEN = "\ufffd"  # what a tokenizer gives for half of a character
@@ -332,21 +333,6 @@ class Generator:
     for row, ids in zip(padded, prompts, strict=True):
       row[: len(ids)] = ids
     return jnp.asarray(padded, jnp.int32), jnp.asarray(lengths)
-
-
-def decoder_in(module: Any, config: Any) -> Decoder:
-  """The model under an adapter, or without one, if it can write texts.
-
-  Raises:
-    UserError: it has no cache.
-  """
-  plain = module.model if isinstance(module, Adapted) else module
-  if not isinstance(plain, Decoder):
-    raise UserError(
-      f"{config.model_type} has no cache here, by which texts are written: it"
-      " can be trained, scored and merged."
-    )
-  return plain
 
 
 def _unrolled(module: Any, variables: Any) -> tuple[Any, dict[str, Any]]:

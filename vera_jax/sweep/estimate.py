@@ -4,8 +4,10 @@ Rough on purpose: tokens times weights. Finished runs of the same sweep say how
 fast this machine really is, and then only the ratios matter.
 """
 
+import json
 import statistics
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -16,7 +18,7 @@ from vera_jax.data.loader import steps_per_epoch
 from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE, resolve
 from vera_jax.models.family import load_config
-from vera_jax.models.roberta import SIZES
+from vera_jax.models.paper_sizes import SIZES
 from vera_jax.tasks.task import Size, task_for
 
 UNKNOWN = Size(10_000, 1000, 40)
@@ -24,14 +26,19 @@ UNKNOWN = Size(10_000, 1000, 40)
 # cores; the cores of results/benchmarks/train-sst2.md need 39 s.
 TWO_CORES = 0.11e12
 START = 25.0  # seconds of a worker before its first step, compiling included
+# By task and data, each read once: a live table asks every two seconds.
+_SIZES: dict[str, Size] = {}
 
 
 def size_of(config: ConfigDict) -> Size:
   """Of a run's task, with `config.data.max_train_examples` at most."""
-  try:
-    size = task_for(config).size or UNKNOWN
-  except UserError:
-    size = UNKNOWN
+  data = json.dumps([config.task, config.data.to_dict()], sort_keys=True)
+  if data not in _SIZES:
+    try:
+      _SIZES[data] = task_for(config).size or UNKNOWN
+    except UserError:
+      _SIZES[data] = UNKNOWN
+  size = _SIZES[data]
   most = config.data.max_train_examples or size.train
   return size._replace(train=min(size.train, most))
 
@@ -42,6 +49,7 @@ def steps(config: ConfigDict) -> int:
   return each * config.optim.epochs
 
 
+@cache
 def shape_of(name: str) -> tuple[int, int]:
   """(width, layers) of a model; those of a base model if nothing is known."""
   if name in SIZES:

@@ -55,9 +55,14 @@ def run_units(
       on_end(left)
       if flag.caught or code == EXIT_CODE:
         name = flag.caught.name if flag.caught else "a signal"
-        raise Interrupted(
-          f"Stopped by {name}, all runs saved. The same command goes on."
-        )
+        how = "all runs saved. The same command goes on."
+        if code not in (0, EXIT_CODE):
+          how = (
+            "but the worker ended before it had saved. The same command goes on"
+            " from the last saves, and with --retry_failed also with runs that"
+            " failed."
+          )
+        raise Interrupted(f"Stopped by {name}, {how}")
       failures = {run.failure() for run in left if run.state == FAILED}
       same = code == 1 and len(failures) == 1
       reasons.append(failures.pop() if same else "")

@@ -18,12 +18,12 @@ from jax import Array
 from jaxtyping import Float, Float32, Num
 from ml_collections import ConfigDict
 
-from vera_jax.data.examples import Examples, subset
+from vera_jax.data.examples import Examples
 from vera_jax.data.image_batches import ImageData
 from vera_jax.data.layout import choose_eval_layout, choose_layout, limit_rows
+from vera_jax.data.load import load_tokens
 from vera_jax.data.loader import PackedData
 from vera_jax.data.packing import ProcessShard
-from vera_jax.data.tokens import FolderTokenizer, tokenise
 from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, SEVERAL
 from vera_jax.tasks.metrics import collapsed, score
 from vera_jax.tasks.task import Evaluation, Form, Size, Task
@@ -79,19 +79,8 @@ def classification(
     splits = ["train", *dev_splits]
     if config.predict_test:
       splits += test_splits
-    cache = Path(config.data.cache_dir or "~/.cache/vera_jax/tokens")
-    cache = cache.expanduser()
-    tokenizer = FolderTokenizer(folder, cache)
-    tokens = {}
     assert read_split is not None
-    for split in splits:
-      examples = read_split(config.data.source, split)
-      if split == "train":
-        size, seed = config.data.max_train_examples, config.data.subset_seed
-        examples = subset(examples, size, seed)
-      tokens[split] = tokenise(
-        examples, tokenizer, config.data.max_length, cache
-      )
+    tokens = load_tokens(read_split, splits, data=config.data, folder=folder)
     layout = choose_layout(
       tokens["train"].lengths,
       batch_size=config.optim.batch_size,

@@ -17,18 +17,18 @@ from ml_collections import ConfigDict
 
 from vera_jax.data.completions import Completions
 from vera_jax.data.examples import Examples
+from vera_jax.data.written import write_written
 from vera_jax.errors import UserError
 from vera_jax.generate.beam import Beam
 from vera_jax.models.classifier import Classifier
 from vera_jax.serve.generator import Generator
-from vera_jax.tasks.e2e_files import Rows, read_split, write_for_scoring
+from vera_jax.tasks.e2e_files import Rows, read_split
 from vera_jax.tasks.e2e_metrics import check_installed, score_texts
 from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.task import Size, Task
 from vera_jax.train.logging import ProgressBar
 
 NAMES = ("e2e",)
-TEXTS = "test"  # the folder beside result.json for what was written
 TOKENS = 53  # mean of a training row in GPT-2's tokens
 INPUT = "{}"  # where config.data.prompt has the input
 PARAGRAPH = "\n\n"  # ends a text too: one token of GPT-2's
@@ -52,6 +52,7 @@ def task_for(config: ConfigDict) -> Task | None:
   notes, write = [f"valid: {len(valid.texts)} rows of {where}"], None
   if data.test:
     check_installed()
+    check_generate(config.generate.to_dict())
     groups = list(read_split(data.source, "test").grouped().items())
     most = data.max_eval_examples
     numbers = drawn(len(groups), most, seed=data.subset_seed)
@@ -77,6 +78,18 @@ def task_for(config: ConfigDict) -> Task | None:
     notes=tuple(notes),
     stored={**task.stored, "prompt": data.prompt, "separate": data.separate},
   )
+
+
+def check_generate(settings: dict[str, Any]) -> None:
+  """Raises a UserError for settings by which no text would be written."""
+  beam = dict(settings)
+  for name in ("max_new_tokens", "rows"):
+    if (value := beam.pop(name)) < 1:
+      raise UserError(f"config.generate.{name} is {value}; 1 is the least.")
+  try:
+    Beam(**beam).check()
+  except UserError as error:
+    raise UserError(f"config.generate: {error}") from error
 
 
 def training_data(config: ConfigDict) -> tuple[Rows, Rows, str]:
@@ -151,44 +164,70 @@ def write_texts(
     settings: config.generate.
 
   Returns:
-    For result.json: the scores, how many inputs and how long it took.
+    For result.json: the scores, how many inputs and how long it took, and what
+    is missing.
+
+  Raises:
+    UserError: none of the inputs can be answered.
   """
   started = time.monotonic()
   prompts = [prompt.replace(INPUT, one) for one in groups]
-  texts = generate(model, prompts, settings=settings)
+  texts, missing = generate(model, prompts, settings=settings)
   seconds = time.monotonic() - started
-  write_for_scoring(folder / TEXTS, texts, groups)
-  scores = score_texts(texts, list(groups.values()))
+  inputs = list(groups)
+  groups = {inputs[i]: groups[inputs[i]] for i in texts}
+  write_written(folder, list(texts.values()), groups)
+  scores = score_texts(list(texts.values()), list(groups.values()))
   return {
     "inputs": len(groups),
     "scores": scores.values,
-    "missing": scores.missing,
+    "missing": f"{missing} {scores.missing}".strip(),
     "seconds": seconds,
   }
 
 
 def generate(
   model: Classifier, prompts: list[str], *, settings: dict[str, Any]
-) -> list[str]:
-  """A text for each prompt, cut and stripped as microsoft/LoRA does it."""
+) -> tuple[dict[int, str], str]:
+  """(a text for each prompt, by its number, why others have none).
+
+  Texts are cut and stripped as microsoft/LoRA does it.
+
+  Raises:
+    UserError: none of the prompts has room in the model.
+  """
   own, started = dict(settings), time.monotonic()
   most, rows = own.pop("max_new_tokens"), own.pop("rows")
   generator = Generator(model, rows=rows)
-  encoded = [generator.encode(one, max_new_tokens=most) for one in prompts]
+  encoded, refused = {}, []
+  for number, prompt in enumerate(prompts):
+    try:
+      encoded[number] = generator.encode(prompt, max_new_tokens=most)
+    except UserError as error:
+      refused.append(error)
+  if refused and not encoded:
+    raise refused[0]
+  missing = ""
+  if refused:
+    missing = (
+      f"{len(refused)} of {len(prompts)} inputs were not answered, the first"
+      f" one for this reason: {refused[0]}"
+    )
   paragraph = generator.tokenizer(PARAGRAPH, add_special_tokens=False)
   ends = generator.eos
   if len(paragraph["input_ids"]) == 1:
     ends = (*ends, *paragraph["input_ids"])
-  with ProgressBar(steps=len(prompts), doing="test texts") as bar:
+  with ProgressBar(steps=len(encoded), doing="test texts") as bar:
     found = generator.ids(
-      encoded,
+      list(encoded.values()),
       how=Beam(**own),
       max_new_tokens=most,
       eos=ends,
-      progress=lambda done: _show(bar, done, of=len(prompts), since=started),
+      progress=lambda done: _show(bar, done, of=len(encoded), since=started),
     )
   texts = [generator.decode(ids) for ids in found]
-  return [text.partition(PARAGRAPH)[0].strip() for text in texts]
+  texts = [text.partition(PARAGRAPH)[0].strip() for text in texts]
+  return dict(zip(encoded, texts, strict=True)), missing
 
 
 def _show(bar: ProgressBar, done: int, *, of: int, since: float) -> None:

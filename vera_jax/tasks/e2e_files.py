@@ -14,7 +14,7 @@ in the order of the outputs' inputs.
 
 import csv
 import gzip
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,28 +100,6 @@ def read_for_scoring(
       " same order; an empty line stands between the references of two inputs."
     )
   return texts, groups
-
-
-def write_for_scoring(
-  folder: Path, outputs: Sequence[str], groups: Mapping[str, Sequence[str]]
-) -> None:
-  """inputs.txt, outputs.txt and references.txt, which `read_for_scoring` reads.
-
-  Args:
-    folder: made if missing.
-    outputs: one text for each of the groups.
-    groups: the references of each input.
-  """
-  folder.mkdir(parents=True, exist_ok=True)
-  files = {
-    "inputs": "".join(f"{one}\n" for one in groups),
-    "outputs": "".join(f"{' '.join(text.split())}\n" for text in outputs),
-    "references": "\n".join(
-      "".join(f"{text}\n" for text in texts) for texts in groups.values()
-    ),
-  }
-  for name, text in files.items():
-    (folder / f"{name}.txt").write_text(text, encoding="utf-8")
 
 
 def _lines(path: Path) -> list[str]:

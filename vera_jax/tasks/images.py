@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from vera_jax.data.hub_data import download
 from vera_jax.data.image_batches import ImageData
 from vera_jax.data.image_files import (
   ImageFiles,
@@ -24,7 +25,6 @@ from vera_jax.data.images import prepare_images, read_processor
 from vera_jax.data.packing import ProcessShard
 from vera_jax.errors import UserError
 from vera_jax.tasks.classification import classification
-from vera_jax.tasks.glue_hub import download
 from vera_jax.tasks.task import Size, Task
 
 NAMES = ("images",)

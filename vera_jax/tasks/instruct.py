@@ -26,7 +26,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.answers import Answers
-from vera_jax.data.examples import Examples
+from vera_jax.data.examples import Examples, estimated_tokens
+from vera_jax.data.templates import CHAT, PLAIN, TEMPLATES
+from vera_jax.data.written import FOLDER, write_written
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
 from vera_jax.serve.choices import (
@@ -36,11 +38,7 @@ from vera_jax.serve.choices import (
 )
 from vera_jax.serve.conversation import conversation_ids
 from vera_jax.serve.generator import Generator
-from vera_jax.tasks.e2e_files import write_for_scoring
 from vera_jax.tasks.instruct_files import (
-  CHAT,
-  PLAIN,
-  TEMPLATES,
   Row,
   as_text,
   read_splits,
@@ -50,7 +48,6 @@ from vera_jax.tasks.task import Size, Task
 from vera_jax.train.logging import ProgressBar
 
 NAMES = ("instruct",)
-TEXTS = "test"  # the folder beside result.json for what was written
 INSTALL = "pip install -r requirements-instruct.txt"
 
 
@@ -96,11 +93,7 @@ def task_for(config: ConfigDict) -> Task | None:
     settings=own.to_dict(),
     choices=choices,
   )
-  words = sum(
-    len(message["content"].split())
-    for row in splits.train
-    for message in row.messages
-  )
+  contents = (m["content"] for row in splits.train for m in row.messages)
   task = language_modelling(
     f"instruct:{splits.name}",
     read_split=lambda source, split: examples[split],
@@ -108,11 +101,10 @@ def task_for(config: ConfigDict) -> Task | None:
     completions=Answers(data.template),
     smoothing=config.optim.label_smoothing,
     title="Instructions",
-    # an estimate: parts of words
     size=Size(
       len(splits.train),
       len(splits.dev),
-      round(1.3 * words / len(splits.train)) + 2,
+      estimated_tokens(contents, len(splits.train)),
     ),
   )
   notes = [
@@ -143,12 +135,13 @@ def check_installed() -> None:
 def as_examples(rows: Sequence[Row], template: str) -> Examples:
   """What `Answers(template)` reads."""
   index = np.array([row.number for row in rows])
+  places = [row.place for row in rows]
   if template == CHAT:
     messages = [json.dumps(row.messages, ensure_ascii=False) for row in rows]
-    return Examples(messages, None, None, index)
+    return Examples(messages, None, None, index, places=places)
   pairs = [as_text(row, template) for row in rows]
   prompts, answers = ([pair[side] for pair in pairs] for side in (0, 1))
-  return Examples(prompts, answers, None, index)
+  return Examples(prompts, answers, None, index, places=places)
 
 
 def write_texts(
@@ -184,7 +177,7 @@ def write_texts(
     answers, why = _answer(model, rows, template, settings)
     missing += [why] if why else []
     rows = [row for row in rows if row.number in answers]
-    _keep(folder / TEXTS, rows, answers)
+    _keep(folder, rows, answers)
     references = [row.answer for row in rows]
     if any(re.search("[a-z0-9]", text.lower()) for text in references):
       scores["ROUGE_L"] = rouge_l(
@@ -281,5 +274,7 @@ def _keep(folder: Path, rows: Sequence[Row], answers: dict[int, str]) -> None:
       "reference": row.answer,
     }
     lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-  write_for_scoring(folder, list(outputs.values()), groups)
-  (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+  write_written(folder, list(outputs.values()), groups)
+  (folder / FOLDER / "answers.jsonl").write_text(
+    "".join(lines), encoding="utf-8"
+  )

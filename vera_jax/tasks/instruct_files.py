@@ -18,32 +18,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vera_jax.data.chat import ANSWERS
+from vera_jax.data.chat import ASSISTANT
 from vera_jax.data.tables import SUFFIXES, Table
+from vera_jax.data.templates import ALPACA, alpaca_prompt
 from vera_jax.errors import UserError
 from vera_jax.tasks.text_files import read_tables
 
-CHAT, ALPACA, PLAIN = TEMPLATES = ("chat", "alpaca", "plain")
 # By the columns that a row of the form has; others are left alone.
 FORMS = {
   "messages": ("messages",),
   "alpaca": ("instruction", "output"),
   "completion": ("prompt", "completion"),
 }
-ROLES = ("system", "user", ANSWERS)
-# What Alpaca's models are asked (github.com/tatsu-lab/stanford_alpaca), with
-# the line's end behind it that alpaca-lora has: the form in which such rows are
-# put to a model without a chat template. It is a format, so its words are
-# theirs.
-INTRODUCTION = "Below is an instruction that describes a task"
-WITH_INPUT = (
-  INTRODUCTION + ", paired with an input that provides further context. Write a"
-  " response that appropriately completes the request.\n\n"
-  "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-WITHOUT_INPUT = (
-  INTRODUCTION + ". Write a response that appropriately completes the request."
-  "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+ROLES = ("system", "user", ASSISTANT)
+# What would change a question or what is learned, and is not read: columns of
+# a row, and fields of a message.
+UNREAD = ("system", "history", "tools")
+UNREAD_IN_MESSAGES = (
+  "tool_calls",
+  "reasoning_content",
+  "reasoning",
+  "thinking",
 )
 
 
@@ -70,9 +65,15 @@ class Row(NamedTuple):
     return self.messages[-1]["content"]
 
   @property
-  def key(self) -> str:
-    """What comes before the last answer: equal for the same question."""
-    return json.dumps(self.messages[:-1], ensure_ascii=False)
+  def opening(self) -> str:
+    """What comes before the first answer: equal for the same first question.
+
+    An answer before any question, such as a greeting, is part of it.
+    """
+    roles = [message["role"] for message in self.messages]
+    asked = roles.index("user") if "user" in roles else 0
+    first = roles.index(ASSISTANT, asked)
+    return json.dumps(self.messages[:first], ensure_ascii=False)
 
 
 class Splits(NamedTuple):
@@ -159,10 +160,17 @@ def rows_of(table: Table, form: str) -> list[Row]:
 
   for number in range(len(table.numbers)):
     place = table.place(number)
+    for name in UNREAD:
+      if name in columns and not _is_empty(columns[name][number]):
+        raise UserError(
+          f"{place}: the column {name} would change what is asked, but is not"
+          " read. Write system texts and earlier turns into messages, or leave"
+          " the column out."
+        )
     if form == "messages":
       messages = _messages(columns["messages"][number], place)
-      asked = [m for m in messages if m["role"] != ANSWERS]
-      single = [m["role"] for m in messages] == ["user", ANSWERS]
+      asked = [m for m in messages if m["role"] != ASSISTANT]
+      single = [m["role"] for m in messages] == ["user", ASSISTANT]
       instruction = asked[0]["content"] if single else None
       rows.append(Row(number, messages, instruction, place=place))
       continue
@@ -173,7 +181,7 @@ def rows_of(table: Table, form: str) -> list[Row]:
     content = f"{instruction}\n\n{more}" if more.strip() else instruction
     messages = [
       {"role": "user", "content": content},
-      {"role": ANSWERS, "content": text(answer, number)},
+      {"role": ASSISTANT, "content": text(answer, number)},
     ]
     rows.append(Row(number, messages, instruction, more, place))
   return rows
@@ -203,14 +211,33 @@ def _messages(value: Any, place: str) -> list[dict[str, Any]]:
     if not isinstance(content, str) or not content.strip():
       what = "empty" if isinstance(content, str) else f"no text: {content!r}"
       raise UserError(f"{here}: the content is {what}.")
+    for name in UNREAD_IN_MESSAGES:
+      if not _is_empty(message.get(name)):
+        raise UserError(
+          f"{here}: the field {name} would change what is learned, but is not"
+          " read. Leave it out, or the row."
+        )
+    weight = message.get("weight")
+    if role == ASSISTANT and weight not in (None, 1):
+      raise UserError(
+        f"{here}: the weight is {weight!r}, but every answer is learned alike."
+        " Leave it out, or the row."
+      )
     messages.append({"role": role, "content": content})
-  while messages and messages[-1]["role"] != ANSWERS:
+  while messages and messages[-1]["role"] != ASSISTANT:
     messages.pop()
-  if len(messages) < 2 or all(m["role"] == ANSWERS for m in messages):
+  if len(messages) < 2 or all(m["role"] == ASSISTANT for m in messages):
     raise UserError(
-      f"{place}: there is no answer of the {ANSWERS} to anything in messages."
+      f"{place}: there is no answer of the {ASSISTANT} to anything in messages."
     )
   return messages
+
+
+def _is_empty(value: Any) -> bool:
+  """Whether a column or field says nothing, also as JSON in a text."""
+  if isinstance(value, str):
+    return value.strip() in ("", "[]", "{}", "null")
+  return not value
 
 
 def as_text(row: Row, template: str) -> tuple[str, str]:
@@ -233,15 +260,6 @@ def as_text(row: Row, template: str) -> tuple[str, str]:
   return prompt, row.answer
 
 
-def alpaca_prompt(instruction: str, more: str = "") -> str:
-  """An instruction, with an input or none, up to where the answer begins."""
-  form = WITH_INPUT if more.strip() else WITHOUT_INPUT
-  # not by str.format, for a text may have braces
-  return form.replace("{input}", more, 1).replace(
-    "{instruction}", instruction, 1
-  )
-
-
 def _hold_out(
   rows: Sequence[Row], dev_table: Table | None, data: ConfigDict
 ) -> tuple[list[Row], list[Row], str]:
@@ -252,15 +270,17 @@ def _hold_out(
   scored in place of the first ones, or of the table, where `tune` says so. No
   run trains on a row with a question that is drawn, and no question of the
   table is drawn. Of a question that several rows have, the first one is scored.
+  The question of a conversation is its first one: the answers behind it may be
+  those of another row.
   """
   groups: dict[str, list[Row]] = {}
   for row in rows:
-    groups.setdefault(row.key, []).append(row)
+    groups.setdefault(row.opening, []).append(row)
   dev, tuning = data.dev_examples, data.tuning_examples
   others: list[Row] = []
   if dev_table is not None:
     dev, others = 0, rows_of(dev_table, form_of(dev_table))
-  asked = {row.key for row in others}
+  asked = {row.opening for row in others}
   keys = [key for key in groups if key not in asked]
   if dev_table is None and (
     dev < 1 or tuning < 0 or dev + tuning >= len(groups)
@@ -284,11 +304,11 @@ def _hold_out(
     )
   order = np.random.default_rng(data.subset_seed).permutation(len(keys))
   apart = {keys[i] for i in order[: dev + tuning]}
-  rest = [row for row in rows if row.key not in apart]
+  rest = [row for row in rows if row.opening not in apart]
   if dev_table is not None and not data.tune:
     where = f"{len(others)} rows of {dev_table.name}"
-    if same := len(asked & {row.key for row in rest}):
-      where += f"; {same} of their questions are trained on as well"
+    if same := len(asked & {row.opening for row in rest}):
+      where += f"; {same} of their first questions are trained on as well"
     if tuning:
       where += (
         f"; {tuning} questions are kept from training for config.data.tune"
@@ -300,7 +320,7 @@ def _hold_out(
   setting = "tuning_examples" if data.tune else "dev_examples"
   where = (
     f"{len(kept)} of the {len(rows)} rows (config.data.{setting}, drawn by"
-    f" config.data.subset_seed={data.subset_seed}), whose questions no row that"
-    " is trained on has"
+    f" config.data.subset_seed={data.subset_seed}); no row that is trained on"
+    " begins with the same question"
   )
   return rest, kept, where

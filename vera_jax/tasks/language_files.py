@@ -11,15 +11,20 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.completions import Completions
-from vera_jax.data.examples import Examples, take
+from vera_jax.data.examples import (
+  Examples,
+  check_dev_fraction,
+  estimated_tokens,
+  take,
+)
 from vera_jax.data.tables import BLANK, SUFFIXES, Table, read_table
 from vera_jax.errors import UserError
 from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.task import Size, Task
 
 NAMES = ("language",)
-# Names by which columns are found.
-TEXTS: tuple[tuple[str, ...], ...] = (("prompt", "completion"), ("text",))
+# Names by which the columns of texts are found.
+COLUMNS: tuple[tuple[str, ...], ...] = (("prompt", "completion"), ("text",))
 PLAIN = ".txt"  # a text per line
 
 
@@ -66,7 +71,7 @@ def task_for(config: ConfigDict) -> Task | None:
     return examples[split]
 
   train = examples["train"]
-  words = sum(len(t.split()) for t in (*train.first, *(train.second or [])))
+  tokens = estimated_tokens([*train.first, *(train.second or [])], len(train))
   task = language_modelling(
     f"language:{path.absolute().parent.name}"
     if path.stem == "train"
@@ -75,8 +80,7 @@ def task_for(config: ConfigDict) -> Task | None:
     dev_splits=("dev",),
     completions=completions,
     smoothing=optim.label_smoothing,
-    # an estimate: parts of words
-    size=Size(len(train), len(examples["dev"]), round(1.3 * words / rows) + 2),
+    size=Size(len(train), len(examples["dev"]), tokens),
   )
   learned = "all of it" if len(columns) == 1 else f"{columns[-1]} alone"
   return task._replace(
@@ -124,7 +128,7 @@ def _columns(table: Table, data: ConfigDict) -> tuple[str, ...]:
   there = f"The columns of {table.name} are {', '.join(table.columns)}."
   columns = (data.text,) if isinstance(data.text, str) else tuple(data.text)
   if not columns:
-    found = [names for names in TEXTS if set(names) <= set(table.columns)]
+    found = [names for names in COLUMNS if set(names) <= set(table.columns)]
     if not found and len(table.columns) == 1:
       found = [tuple(table.columns)]
     if len(found) != 1:
@@ -165,16 +169,13 @@ def _examples(table: Table, columns: tuple[str, ...]) -> Examples:
     second=more[0] if more else None,
     labels=None,
     index=np.arange(len(first)),
+    places=[table.place(row) for row in range(len(table.numbers))],
   )
 
 
 def _dev_rows(rows: int, data: ConfigDict) -> np.ndarray:
   """The rows that are kept for scoring, drawn by seed."""
-  if not 0 < data.dev_fraction <= 0.5:
-    raise UserError(
-      f"config.data.dev_fraction is {data.dev_fraction}; choose a share of the"
-      " rows above 0 and up to 0.5."
-    )
+  check_dev_fraction(data.dev_fraction)
   if rows < 2:
     raise UserError(
       "One training row can't be learned and scored: name a file of others,"

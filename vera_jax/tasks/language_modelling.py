@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 
 from vera_jax.data.answers import Answers
 from vera_jax.data.completions import Completions
-from vera_jax.data.examples import Examples, subset
+from vera_jax.data.examples import Examples
+from vera_jax.data.load import load_tokens
 from vera_jax.data.loader import PackedData
 from vera_jax.data.long_rows import choose_long_eval_rows, choose_long_rows
 from vera_jax.data.packing import ProcessShard
-from vera_jax.data.tokens import FolderTokenizer, tokenise
 from vera_jax.errors import UserError
 from vera_jax.models.decoder import Words
 from vera_jax.models.kinds import KINDS, WORDS
@@ -74,22 +74,13 @@ def language_modelling(
     config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
   ) -> PackedData:
     """Read, cut to size, tokenise; choose the shapes to pack into."""
-    cache = Path(config.data.cache_dir or "~/.cache/vera_jax/tokens")
-    cache = cache.expanduser()
-    tokenizer = FolderTokenizer(folder, cache)
-    tokens = {}
-    for split in ("train", *dev_splits):
-      examples = read_split(config.data.source, split)
-      if split == "train":
-        number, seed = config.data.max_train_examples, config.data.subset_seed
-        examples = subset(examples, number, seed)
-      tokens[split] = tokenise(
-        examples,
-        tokenizer,
-        config.data.max_length,
-        cache,
-        completions=completions,
-      )
+    tokens = load_tokens(
+      read_split,
+      ("train", *dev_splits),
+      data=config.data,
+      folder=folder,
+      completions=completions,
+    )
     train, batch_size = tokens["train"], config.optim.batch_size
     assert train.reads is not None  # words are learned
     eval_layouts = {}

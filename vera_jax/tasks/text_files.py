@@ -7,6 +7,7 @@ They are stored with the adapter, so that prediction needs no training data.
 
 import json
 import math
+import numbers
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,18 +17,23 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from vera_jax.data.examples import Examples, take
-from vera_jax.data.tables import SUFFIXES, Table, class_names, read_table
+from vera_jax.data.examples import (
+  Examples,
+  check_dev_fraction,
+  estimated_tokens,
+  take,
+)
+from vera_jax.data.hub_data import download, hub_table
+from vera_jax.data.tables import SUFFIXES, Table, read_table
 from vera_jax.errors import UserError
 from vera_jax.models.kinds import CLASSES, LABELLED, NUMBER, SEVERAL, TAGS
 from vera_jax.tasks.classification import classification
-from vera_jax.tasks.glue_hub import download
 from vera_jax.tasks.tagging import are_bio, tagging
 from vera_jax.tasks.task import Size, Task
 
 NAMES = ("text",)
-# Names by which columns are found.
-TEXTS = (
+# Names by which the columns of texts are found.
+COLUMNS = (
   *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("text1", "text2")),
   *(("text",), ("sentence",), ("review",), ("tokens",), ("words",)),
 )
@@ -41,6 +47,7 @@ METRICS = {
   SEVERAL: ("micro_f1", "macro_f1"),
 }
 SHOWN = 12  # label names that a line shows
+LARGEST = float(np.finfo(np.float32).max)  # of the values of a regression
 
 
 class Facts(NamedTuple):
@@ -76,12 +83,12 @@ def task_for(config: ConfigDict) -> Task | None:
       " python -m experiments.predict --adapter=RUN/adapter --input=FILE"
     )
   data = config.data
-  name, train, dev = read_tables(data)
-  facts = _decide(train, data)
-  examples = {"train": _examples(train, facts)}
-  if dev is not None:
-    examples["dev"] = _examples(dev, facts)
-    where = f"{dev.name}, {len(examples['dev'])} rows"
+  name, table, dev_table = read_tables(data)
+  facts = _decide(table, data)
+  examples = {"train": _examples(table, facts)}
+  if dev_table is not None:
+    examples["dev"] = _examples(dev_table, facts)
+    where = f"{dev_table.name}, {len(examples['dev'])} rows"
   else:
     chosen = _dev_rows(examples["train"], facts, data)
     rest = np.setdiff1d(np.arange(len(examples["train"])), chosen)
@@ -111,14 +118,12 @@ def task_for(config: ConfigDict) -> Task | None:
       dev_splits=("dev",),
       kind=facts.kind,
     )
-  texts = [*examples["train"].first, *(examples["train"].second or [])]
-  words = sum(len(t.split() if isinstance(t, str) else t) for t in texts)
-  rows = len(examples["train"])
-  tokens = 2 + round(1.3 * words / rows)  # an estimate: parts of words
+  train = examples["train"]
+  tokens = estimated_tokens([*train.first, *(train.second or [])], len(train))
   return task._replace(
     columns=(facts.columns,),
-    size=Size(rows, len(examples["dev"]), tokens),
-    notes=(*_notes(facts, examples["train"], said=data.kind), f"dev: {where}"),
+    size=Size(len(train), len(examples["dev"]), tokens),
+    notes=(*_notes(facts, train, said=data.kind), f"dev: {where}"),
     stored={"columns": list(facts.columns)},
   )
 
@@ -173,13 +178,7 @@ def read_tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
     splits = download(hub_id, part or None)
     for split, names in SPLITS.items():
       for rows in [splits[name] for name in names if name in splits][:1]:
-        found[split] = Table(
-          name=f"{source} ({split})",
-          columns={column: list(rows[column]) for column in rows.column_names},
-          numbers=list(range(1, len(rows) + 1)),
-          classes=class_names(rows.features.to_dict()),
-          lines=False,
-        )
+        found[split] = hub_table(source, split, rows)
     name = hub_id.rpartition("/")[2]
   if "train" not in found:
     raise UserError(
@@ -197,44 +196,13 @@ def _decide(table: Table, data: ConfigDict) -> Facts:
   Raises:
     UserError: there is not exactly one possibility.
   """
-  there = f"The columns of {table.name} are {', '.join(table.columns)}."
-  label = data.label
-  if not label:
-    known = [name for name in LABELS if name in table.columns]
-    if len(known) != 1:
-      raise UserError(
-        f"It is not clear which column is the label ({len(known)} have a name"
-        f" that is known): say config.data.label=NAME. {there}"
-      )
-    label = known[0]
-  columns = (data.text,) if isinstance(data.text, str) else tuple(data.text)
-  if not columns:
-    groups = [names for names in TEXTS if set(names) <= set(table.columns)]
-    rest = [name for name in table.columns if name != label]
-    if not groups and len(rest) == 1:
-      groups = [(rest[0],)]
-    if len(groups) != 1:
-      raise UserError(
-        "It is not clear which column holds the texts: say"
-        " config.data.text=NAME, or for pairs"
-        f" config.data.text=\"('FIRST','SECOND')\". {there}"
-      )
-    columns = groups[0]
-  for name in (label, *columns):
-    if name not in table.columns:
-      raise UserError(f"There is no column {name!r}. {there}")
-  if len(columns) > 2 or len({label, *columns}) != len(columns) + 1:
-    raise UserError(
-      f"config.data.text names {columns} and config.data.label {label!r}: one"
-      " or two columns of texts, and another one, are needed."
-    )
-
+  columns, label = _find_columns(table, data)
   kind = data.kind
   if kind and kind not in LABELLED:
     raise UserError(
       f"config.data.kind is {kind!r}; choose from {', '.join(LABELLED)}."
     )
-  values = _values(table, label, may_be_empty=kind == SEVERAL)
+  values = _values(table, label, kind)
   names = table.classes.get(label)
   if not kind:
     kind = _kind(values, table.columns[columns[0]], named=bool(names))
@@ -245,7 +213,11 @@ def _decide(table: Table, data: ConfigDict) -> Facts:
       "Tags are of the words of one text: config.data.text names two columns."
     )
   if data.labels:
-    labels = tuple(map(str, data.labels))
+    labels = tuple(map(_name, data.labels))
+    if len({*labels}) < len(labels):
+      raise UserError(
+        f"config.data.labels names a label twice: {', '.join(labels)}."
+      )
   elif names:
     labels = tuple(names)
   else:
@@ -273,6 +245,48 @@ def _decide(table: Table, data: ConfigDict) -> Facts:
       " there is nothing to learn."
     )
   return Facts(columns, label, kind, labels)
+
+
+def _find_columns(
+  table: Table, data: ConfigDict
+) -> tuple[tuple[str, ...], str]:
+  """(one or two columns of texts, the label's).
+
+  Raises:
+    UserError: there is not exactly one possibility.
+  """
+  there = f"The columns of {table.name} are {', '.join(table.columns)}."
+  label = data.label
+  if not label:
+    known = [name for name in LABELS if name in table.columns]
+    if len(known) != 1:
+      raise UserError(
+        f"It is not clear which column is the label ({len(known)} have a name"
+        f" that is known): say config.data.label=NAME. {there}"
+      )
+    label = known[0]
+  columns = (data.text,) if isinstance(data.text, str) else tuple(data.text)
+  if not columns:
+    groups = [names for names in COLUMNS if set(names) <= set(table.columns)]
+    rest = [name for name in table.columns if name != label]
+    if not groups and len(rest) == 1:
+      groups = [(rest[0],)]
+    if len(groups) != 1:
+      raise UserError(
+        "It is not clear which column holds the texts: say"
+        " config.data.text=NAME, or for pairs"
+        f" config.data.text=\"('FIRST','SECOND')\". {there}"
+      )
+    columns = groups[0]
+  for name in (label, *columns):
+    if name not in table.columns:
+      raise UserError(f"There is no column {name!r}. {there}")
+  if len(columns) > 2 or len({label, *columns}) != len(columns) + 1:
+    raise UserError(
+      f"config.data.text names {columns} and config.data.label {label!r}: one"
+      " or two columns of texts, and another one, are needed."
+    )
+  return columns, label
 
 
 def _kind(values: Sequence[Any], texts: Sequence[Any], *, named: bool) -> str:
@@ -310,27 +324,11 @@ def _examples(table: Table, facts: Facts) -> Examples:
         f" {', '.join(table.columns)}."
       )
   ids = {name: i for i, name in enumerate(facts.labels)}
-  names = table.classes.get(facts.label)
+  class_names = table.classes.get(facts.label)
   columns: list[list[Any]] = [[] for _ in facts.columns]
   labels: list[Any] = []
 
-  def id_of(value: Any, place: str) -> int:
-    name = _name(value)
-    if names and isinstance(value, int):
-      if not 0 <= value < len(names):
-        reason = " (-1 marks a row without a label)" if value == -1 else ""
-        raise UserError(
-          f"{place}: {facts.label} is {value}{reason}; class ids go from 0 to"
-          f" {len(names) - 1}."
-        )
-      name = names[value]
-    if name not in ids:
-      raise UserError(
-        f"{place}: unknown label {name!r}. The labels are {_some(ids)}."
-      )
-    return ids[name]
-
-  values = _values(table, facts.label, may_be_empty=facts.kind == SEVERAL)
+  values = _values(table, facts.label, facts.kind)
   for row, value in enumerate(values):
     place = table.place(row)
     for name, column in zip(facts.columns, columns, strict=True):
@@ -345,24 +343,12 @@ def _examples(table: Table, facts: Facts) -> Examples:
         what = "is empty" if is_text else f"is no text: {text!r}"
         raise UserError(f"{place}: {name} {what}.")
       column.append(text)
-    if facts.kind == NUMBER:
-      number = _number(value)
-      if number is None:
-        raise UserError(f"{place}: {facts.label} {value!r} is not a number.")
-      labels.append(number)
-    elif facts.kind == CLASSES:
-      labels.append(id_of(value, place))
-    elif facts.kind == SEVERAL:
-      marks = np.zeros(len(ids), np.float32)
-      marks[[id_of(part, place) for part in _names(value, SEVERAL)]] = 1
-      labels.append(marks)
-    else:
-      tags = _names(value, TAGS)
-      if len(tags) != len(columns[0][-1]):
-        raise UserError(
-          f"{place}: {len(tags)} tags for {len(columns[0][-1])} words."
-        )
-      labels.append(np.array([id_of(tag, place) for tag in tags], np.int32))
+    label = _label(value, facts, ids, class_names, place)
+    if facts.kind == TAGS and len(label) != len(columns[0][-1]):
+      raise UserError(
+        f"{place}: {len(label)} tags for {len(columns[0][-1])} words."
+      )
+    labels.append(label)
   known: Any = labels
   if facts.kind != TAGS:
     known = np.array(labels, np.int32 if facts.kind == CLASSES else np.float32)
@@ -371,7 +357,56 @@ def _examples(table: Table, facts: Facts) -> Examples:
     second=columns[1] if len(columns) > 1 else None,
     labels=known,
     index=np.arange(len(labels)),
+    places=[table.place(row) for row in range(len(table.numbers))],
   )
+
+
+def _label(
+  value: Any,
+  facts: Facts,
+  ids: dict[str, int],
+  class_names: Sequence[str] | None,
+  place: str,
+) -> Any:
+  """A row's label as `Examples` have it: an id, a number, marks or tags.
+
+  Raises:
+    UserError: it is none of the labels, or no number.
+  """
+
+  def id_of(part: Any) -> int:
+    name = _name(part)
+    if class_names and isinstance(part, int):
+      if not 0 <= part < len(class_names):
+        reason = " (-1 marks a row without a label)" if part == -1 else ""
+        raise UserError(
+          f"{place}: {facts.label} is {part}{reason}; class ids go from 0 to"
+          f" {len(class_names) - 1}."
+        )
+      name = class_names[part]
+    if name not in ids:
+      raise UserError(
+        f"{place}: unknown label {name!r}. The labels are {_some(ids)}."
+      )
+    return ids[name]
+
+  if facts.kind == CLASSES:
+    return id_of(value)
+  if facts.kind == TAGS:
+    return np.array([id_of(tag) for tag in _names(value, TAGS)], np.int32)
+  if facts.kind == SEVERAL:
+    marks = np.zeros(len(ids), np.float32)
+    marks[[id_of(part) for part in _names(value, SEVERAL)]] = 1
+    return marks
+  number = _number(value)
+  if number is None:
+    raise UserError(f"{place}: {facts.label} {value!r} is not a number.")
+  if abs(number) > LARGEST:
+    raise UserError(
+      f"{place}: {facts.label} is {number:g}, but a value has room for"
+      f" {LARGEST:.1e} at most: scale the values."
+    )
+  return number
 
 
 def _dev_rows(examples: Examples, facts: Facts, data: ConfigDict) -> np.ndarray:
@@ -381,11 +416,7 @@ def _dev_rows(examples: Examples, facts: Facts, data: ConfigDict) -> np.ndarray:
   distances. A class's only row stays in training.
   """
   fraction, rows = data.dev_fraction, len(examples)
-  if not 0 < fraction <= 0.5:
-    raise UserError(
-      f"config.data.dev_fraction is {fraction}; choose a share of the rows"
-      " above 0 and up to 0.5."
-    )
+  check_dev_fraction(fraction)
   order = np.random.default_rng(data.subset_seed).permutation(rows)
   if facts.kind == CLASSES:
     ids = np.asarray(examples.labels)
@@ -424,13 +455,27 @@ def _notes(facts: Facts, train: Examples, *, said: str | None) -> list[str]:
   return lines
 
 
-def _values(table: Table, column: str, *, may_be_empty: bool) -> list[Any]:
-  """A label's column, in which nothing is missing."""
+def _values(table: Table, column: str, kind: str | None) -> list[Any]:
+  """A label's column, of which each cell has a label or may have several.
+
+  Raises:
+    UserError: one is missing, or neither a text nor a finite number.
+  """
   for row, value in enumerate(table.columns[column]):
-    missing = value is None or (isinstance(value, float) and math.isnan(value))
-    blank = isinstance(value, str) and not value.strip() and not may_be_empty
-    if missing or blank:
-      raise UserError(f"{table.place(row)}: {column} is missing.")
+    if kind == SEVERAL and isinstance(value, str) and not value.strip():
+      continue  # a cell of a CSV without labels
+    several = None if kind in (CLASSES, NUMBER) else _as_list(value)
+    for label in [value] if several is None else several:
+      blank = isinstance(label, str) and not label.strip()
+      is_float = isinstance(label, float)
+      if label is None or blank or (is_float and math.isnan(label)):
+        raise UserError(f"{table.place(row)}: {column} is missing.")
+      is_label = isinstance(label, str | numbers.Number)
+      if not is_label or (is_float and math.isinf(label)):
+        raise UserError(
+          f"{table.place(row)}: {column} is {label!r}. A label is a text, a"
+          " finite number, true or false."
+        )
   return table.columns[column]
 
 

@@ -17,8 +17,10 @@ from vera_jax.adapters.methods import (
 )
 from vera_jax.adapters.products import AUTO, check_plan
 from vera_jax.errors import UserError
+from vera_jax.models.attention import REMAT_POLICIES
 from vera_jax.models.pretrained import choose_scan
 from vera_jax.models.quantised import NONE, check_quantise
+from vera_jax.train.optim import EPS, SCHEDULES
 
 AT_LEAST_ONE = (
   "optim.epochs",
@@ -42,6 +44,12 @@ NOT_NEGATIVE = (
   "data.subset_seed",
   "data.shift",
 )
+DTYPES = ("auto", "float32", "bfloat16")
+CHOICES = {
+  "model.dtype": DTYPES,
+  "model.remat": ("none", *REMAT_POLICIES),
+  "optim.schedule": SCHEDULES,
+}
 SEEDS = 2**32  # of jax.random.key; it would take a higher one for a lower
 
 
@@ -78,12 +86,20 @@ def check_settings(config: ConfigDict) -> None:
     value = values.get(name)
     if value is not None and not 0 <= value < math.inf:
       refuse(name, "it must be a finite number, 0 or above")
+  for name, choices in CHOICES.items():
+    if name in values and values[name] not in choices:
+      refuse(name, f"choose {', '.join(choices)}")
+  for axis, size in config.mesh.items():
+    if size < 1 and size != -1:
+      refuse(f"mesh.{axis}", "1 or more is needed, or -1 for what is left over")
   epochs, between = values["optim.epochs"], values.get("eval_epochs") or 1
   if epochs is not None and epochs % between:
     refuse("eval_epochs", f"a divisor of the {epochs} epochs is needed")
   clip = values["optim.grad_clip"]
   if clip is not None and not 0 < clip < math.inf:
     refuse("optim.grad_clip", "a norm above 0 is needed; unset clips nothing")
+  if not 0 < values.get("optim.eps", EPS) < math.inf:
+    refuse("optim.eps", "a finite number above 0 is needed")
   if not 0 <= values["optim.warmup_ratio"] <= 1:
     refuse("optim.warmup_ratio", "it is a share of the steps, from 0 to 1")
   if not 0 <= config.seed < SEEDS:

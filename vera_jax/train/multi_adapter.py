@@ -4,6 +4,15 @@ The trained leaves of N adapters are stacked on a leading axis. A batch gathers
 those of its rows (for VeRA d, b and the head) and is the ordinary forward
 under `jax.vmap`. Base, A and B have no such axis: x W0 and A x stay single
 products over all rows, and no array has the size rows x in x out.
+
+A bank (`serve.bank.AdapterBank`) answers so, and its adapters train together,
+each on the examples that are its own:
+
+  state = mixed_state(bank.params, tx)
+  step = jax.jit(partial(mixed_step, tx=tx, **bank.model), donate_argnums=0)
+  batch = pack_by_adapter(tokens, indices, bank.slots(names), layout)
+  state, metrics = step(state, bank.frozen, batch, key)
+  bank.params = state.params
 """
 
 from collections.abc import Sequence

@@ -24,6 +24,7 @@ from vera_jax import results
 from vera_jax.adapters.labels import join
 from vera_jax.errors import UserError
 from vera_jax.tasks.metrics import accuracy
+from vera_jax.train.config import check_settings
 from vera_jax.train.runtime import prepare
 from vera_jax.train.setup import Setup, build_setup
 from vera_jax.train.workdir import check_workdir, lock_workdir, write_config
@@ -48,6 +49,7 @@ def ridge(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   """
   config = copy.deepcopy(config)
   config.method = "head"  # nothing is adapted
+  check_settings(config)
   folder = Path(workdir).expanduser().absolute()
   written = {**config.to_dict(), "method": METHOD}
   check_workdir(folder, written)

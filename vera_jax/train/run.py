@@ -23,9 +23,9 @@ from ml_collections import ConfigDict
 from vera_jax import results
 from vera_jax.adapters.files import save_adapter, tensors
 from vera_jax.adapters.methods import settings_in
-from vera_jax.adapters.norms import adapter_norms, as_json
 from vera_jax.adapters.products import AUTO
 from vera_jax.adapters.projections import PRNG
+from vera_jax.adapters.vector_norms import adapter_norms, as_json
 from vera_jax.errors import UserError
 from vera_jax.models.hf_weights import fingerprint
 from vera_jax.train.checkpoint import Checkpoints, good_save
@@ -45,7 +45,7 @@ from vera_jax.train.workdir import (
 log = logging.getLogger(__name__)
 
 NO_MEMORY = "RESOURCE_EXHAUSTED"  # how XLA's message begins
-ANSWERS = "submission"  # the folder of the answers to the test splits
+SUBMISSION = "submission"  # the folder of the answers to the test splits
 
 
 def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class Run:
   Attributes:
     progress: JSON values that a resumed run goes on from: the epochs' history,
       the losses summed since the last epoch, the seconds trained and those of
-      them that were for evaluation.
+      them that were for evaluation, and the fingerprints of the data.
     result, failure: what result.json or failed.json says, if it is there.
     saves: the checkpoints, while the run is open.
     setup, log: what it is made of and where lines for a person go, while it
@@ -110,7 +110,7 @@ class Run:
 
   @property
   def _wants_answers(self) -> bool:
-    return self.config.predict_test and not (self.folder / ANSWERS).exists()
+    return self.config.predict_test and not (self.folder / SUBMISSION).exists()
 
   @property
   def history(self) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ class Run:
     if not history:
       return False
     last = history[-1]["epoch"]
-    if last == optim.epochs:
+    if last >= optim.epochs:
       return True
     if optim.patience is None:
       return False
@@ -144,7 +144,11 @@ class Run:
 
   @contextmanager
   def opened(self, setup: Setup) -> Iterator[None]:
-    """The folder is this config's, its checkpoints open, progress restored."""
+    """The folder is this config's, its checkpoints open, progress restored.
+
+    Raises:
+      UserError: the run began with other data; the message says which splits.
+    """
     self.choose_scan(setup.model.blueprint.scan)
     config = self.config.to_dict()
     on_first(lambda: write_config(self.folder, config))
@@ -162,6 +166,18 @@ class Run:
           *(self.folder, step, best_epoch(history)["step"]),
         )
         self.saves.forget_after(step - 1)
+      record = setup.data.record()
+      data = {split: own["fingerprint"] for split, own in record.items()}
+      before = self.progress.get("data", data)  # older saves don't say
+      changed = [name for name in data if before.get(name) != data[name]]
+      if changed and self.result is None:
+        raise UserError(
+          f"The data have changed since the run in {self.folder} began:"
+          f" {', '.join(changed)}, or what prepares them (the tokenizer, or"
+          " Pillow for images). Put the files back, or choose another"
+          " --workdir."
+        )
+      self.progress["data"] = data
       yield
 
   # What the loop asks of a run; an ensemble answers the same.
@@ -328,12 +344,12 @@ class Run:
     params = jax.jit(lambda p: p, out_shardings=everywhere)(params)
     answers = setup.task.write_answers
     if self._wants_answers and answers is not None:
-      new = self.folder / f"{ANSWERS}.new"
+      new = self.folder / f"{SUBMISSION}.new"
       write_new = answers(setup.measure_with(params), setup.data, new)
 
       def write_all() -> None:
         write_new()
-        new.rename(self.folder / ANSWERS)  # all files or none
+        new.rename(self.folder / SUBMISSION)  # all files or none
 
       on_first(write_all)
     if self.result is None:

@@ -21,10 +21,16 @@ from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.classifier import Classifier
 from vera_jax.models.family import read_fields
-from vera_jax.models.pretrained import Blueprint, Model, blueprint, load_model
+from vera_jax.models.pretrained import (
+  Blueprint,
+  Model,
+  blueprint,
+  decoder_in,
+  load_model,
+)
 from vera_jax.models.quantised import NONE
-from vera_jax.serve.generator import decoder_in
 from vera_jax.tasks.task import Batch, Task, task_for
+from vera_jax.train.config import DTYPES
 from vera_jax.train.optim import EPS, LINEAR, optimiser, rates_of
 from vera_jax.train.runtime import Background, compiler_options
 from vera_jax.train.sharding import (
@@ -252,9 +258,9 @@ def compute_dtype(name: str) -> Any:
   """ "auto" is float32 on CPU and bfloat16 on accelerators."""
   if name == "auto":
     name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  if name not in ("float32", "bfloat16"):
+  if name not in DTYPES:
     raise UserError(
-      f"config.model.dtype is {name!r}; choose auto, float32 or bfloat16."
+      f"config.model.dtype is {name!r}; choose {', '.join(DTYPES)}."
     )
   return jnp.dtype(name)
 

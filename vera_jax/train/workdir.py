@@ -37,6 +37,28 @@ BEFORE: Mapping[str, Mapping[str, Any]] = {
 }
 # Methods whose settings older runs of other methods don't have.
 NEWER = ("norms",)
+# Targets of tasks whose layers have other names than an encoder's, and what the
+# methods' groups had there before: names of the same layers, or of none.
+PAIR = ("query", "value")
+INPUTS = r"layer(_\d+)?/output/dense|lin2|mlp/Wo"
+PAIRS: Mapping[tuple[str, ...], tuple[str, ...]] = {
+  ("query|q_proj", "value|v_proj"): PAIR,
+  ("expand", "project", "last"): PAIR,
+  ("i[ifgo]", "h[ifgo]"): PAIR,
+}
+OLDER_TARGETS = {
+  **dict.fromkeys(
+    ("lora_fa", "onelora", "pvera", "randlora", "unilora"), PAIRS
+  ),
+  "ia3": {
+    ("key|k_proj", "value|v_proj", "mlp/c_proj|down_proj"): (
+      "key",
+      "value",
+      INPUTS,
+    ),
+    ("mlp/c_proj|down_proj",): (INPUTS,),
+  },
+}
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,6 +72,14 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         key: value
         for key, value in settings.items()
         if key not in before or value != before[key]
+      }
+  for group, older in OLDER_TARGETS.items():
+    if isinstance(settings := own.get(group), Mapping):
+      own[group] = {
+        key: older.get(tuple(value), value)
+        if key in ("targets", "feedforward")
+        else value
+        for key, value in settings.items()
       }
   return own
 

@@ -34,6 +34,7 @@ def feedforward(
 
 
 def write(ours: Ours) -> Exported:
+  """Our adapter as PEFT's IA3."""
   scaled = [name for name in ours.leaves if "ia3_in" in ours.leaves[name]]
   leaves: dict[str, Tensors] = {}
   for module, found in ours.leaves.items():

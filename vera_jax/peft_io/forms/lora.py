@@ -28,6 +28,7 @@ INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def settings(fields: Fields) -> tuple[str, Settings]:
+  """Our method and its settings, by PEFT's adapter_config.json."""
   if fields.get("init_lora_weights", True) not in INITS:
     raise UserError(
       f"init_lora_weights={fields['init_lora_weights']!r}: it changed the"
@@ -51,6 +52,7 @@ def settings(fields: Fields) -> tuple[str, Settings]:
 
 
 def write(ours: Ours) -> Exported:
+  """Our adapter as PEFT's LoRA or DoRA."""
   own_matrices = ours.method in ("lora", "dora")
   leaves: dict[str, Tensors] = {}
   for module, found in ours.leaves.items():

@@ -18,6 +18,7 @@ from vera_jax.peft_io.forms.form import (
 
 
 def settings(fields: Fields) -> tuple[str, Settings]:
+  """Our method and its settings, by PEFT's adapter_config.json."""
   for name in ("sparse", "very_sparse"):
     if fields.get(name) and not fields.get("save_projection", True):
       raise UserError(
@@ -33,6 +34,7 @@ def settings(fields: Fields) -> tuple[str, Settings]:
 
 
 def write(ours: Ours) -> Exported:
+  """Our adapter as PEFT's RandLoRA."""
   rank = ours.settings["rank"]
   A, B = (ours.projections[name] for name in "AB")
   fields = {

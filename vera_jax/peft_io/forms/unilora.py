@@ -13,6 +13,7 @@ from vera_jax.peft_io.forms.form import (
 
 
 def settings(fields: Fields) -> tuple[str, Settings]:
+  """Our method and its settings, by PEFT's adapter_config.json."""
   if fields.get("save_indices"):
     raise UserError(
       "save_indices=True: indices are made from proj_seed here, as PEFT makes"
@@ -27,6 +28,7 @@ def settings(fields: Fields) -> tuple[str, Settings]:
 
 
 def write(ours: Ours) -> Exported:
+  """Our adapter as PEFT's Uni-LoRA."""
   fields = {
     "r": ours.settings["rank"],
     "bias": "none",

@@ -18,6 +18,7 @@ from vera_jax.peft_io.fused import join_pair, join_vera, joined
 
 
 def settings(fields: Fields) -> tuple[str, Settings]:
+  """Our method and its settings, by PEFT's adapter_config.json."""
   method = str(fields["peft_type"]).lower()
   own = {"sharing": "shared", "train": "both"} if method == "vera" else {}
   return method, {
@@ -40,6 +41,7 @@ def check_stored(ours: Ours) -> None:
 
 
 def write_vera(ours: Ours) -> Exported:
+  """Our adapter as PEFT's VeRA."""
   check_stored(ours)
   if set(ours.projections) != {"A", "B"}:
     raise UserError(
@@ -64,6 +66,7 @@ def write_vera(ours: Ours) -> Exported:
 
 
 def write_pvera(ours: Ours) -> Exported:
+  """Our adapter as PEFT's PVeRA."""
   check_stored(ours)
   fields = {
     "r": ours.settings["rank"],

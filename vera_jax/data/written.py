@@ -1,0 +1,62 @@
+"""What a run wrote for test inputs, in files beside its result.
+
+A run that answered test inputs has them in its folder, in test/: inputs.txt and
+outputs.txt with a text per line, references.txt with an empty line between the
+texts of two inputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = "test"
+
+
+def write_written(
+  folder: Path, outputs: Sequence[str], groups: Mapping[str, Sequence[str]]
+) -> None:
+  """The files that `read_written` reads, and `e2e_files.read_for_scoring`.
+
+  Args:
+    folder: the run's.
+    outputs: one text for each of the groups.
+    groups: the references of each input.
+  """
+  folder /= FOLDER
+  folder.mkdir(parents=True, exist_ok=True)
+  files = {
+    "inputs": "".join(f"{one}\n" for one in groups),
+    "outputs": "".join(f"{' '.join(text.split())}\n" for text in outputs),
+    "references": "\n".join(
+      "".join(f"{text}\n" for text in texts) for texts in groups.values()
+    ),
+  }
+  for name, text in files.items():
+    (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+class Written(NamedTuple):
+  """What one run wrote: its text for each input, and people's texts."""
+
+  outputs: dict[str, str]
+  references: dict[str, list[str]]
+
+
+def read_written(folder: Path) -> Written:
+  """The texts of the run in `folder`.
+
+  Raises:
+    FileNotFoundError: it has none, or their inputs and references were not
+      copied along.
+    ValueError: the files don't belong together.
+  """
+  inputs, outputs, references = (
+    (folder / FOLDER / f"{name}.txt").read_text("utf-8")
+    for name in ("inputs", "outputs", "references")
+  )
+  names = inputs.splitlines()
+  groups = [block.splitlines() for block in references.split("\n\n")]
+  return Written(
+    dict(zip(names, outputs.splitlines(), strict=True)),
+    dict(zip(names, groups, strict=True)),
+  )
