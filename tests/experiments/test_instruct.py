@@ -45,9 +45,10 @@ def folder(tmp_path_factory):
   write_decoder(folder / "model", {**GPT2, "n_layer": 1})
   lines = [json.dumps(row) + "\n" for row in ROWS]
   (folder / "rows.jsonl").write_text("".join(lines))
-  arc = {"question": "a", "choices": {"text": ["b"], "label": ["A"]}}
-  line = json.dumps({**arc, "answerKey": "A"})
-  (folder / "arc.jsonl").write_text(line)
+  # one question twice, each of its choices right once: half is right
+  arc = {"question": "a", "choices": {"text": ["b", "c"], "label": ["A", "B"]}}
+  keyed = [json.dumps({**arc, "answerKey": key}) + "\n" for key in "AB"]
+  (folder / "arc.jsonl").write_text("".join(keyed))
   asked = {"question_id": 1, "turns": ["word1", "word2"]}
   (folder / "question.jsonl").write_text(json.dumps(asked))
   return folder
@@ -71,9 +72,10 @@ def test_a_preview_shows_what_is_learned_and_trains_nothing(
   assert "rows: completion, put into the template 'plain'" in shown
   assert "dev: 1 of the 4 rows" in shown
   assert shown.count("⟦ word1 <end>⟧") == 2
-  assert "example 2, row " in shown and "example 3" not in shown
+  assert "example 2, " in shown and "example 3" not in shown
+  assert "rows.jsonl:2: 3 tokens, 2 learned" in shown
   typed("instruct", *words, "--config.data.template=plain", "--preview")
-  assert "example 3, row " in capsys.readouterr().out
+  assert "example 3, " in capsys.readouterr().out
   assert not (tmp_path / "run").exists()
   with pytest.raises(UserError, match="has no chat template.*template=alpaca"):
     typed("instruct", *words, "--config.data.template=chat", "--preview")
@@ -103,7 +105,7 @@ def test_questions_are_answered(folder, tmp_path, typed, capsys):
   [line] = map(json.loads, out.read_text().splitlines())
   assert len(line["choices"][0]["turns"]) == 2
   typed("answer", model, f"--choices={folder / 'arc.jsonl'}")
-  assert "1.0000" in capsys.readouterr().out
+  assert "0.5000" in capsys.readouterr().out
   twice = f"--choices={folder / 'arc.jsonl'},{folder / 'arc.jsonl'}"
   with pytest.raises(UserError, match="would both be called 'arc'"):
     typed("answer", model, twice)
