@@ -4,10 +4,10 @@
 
 What a page has between `<!-- from PATH -->` and `<!-- end -->` is replaced: by
 a table where PATH is a file in results/plans, by the report where it is a
-sweep's folder (of the initialisers' studies by a shorter one), by the tables that
-it makes where it is benchmarks/methods.py or benchmarks/initialisers.py, by
-what is below its title where it is a page, such as the report's outputs.md. The
-figures that a page shows as figures/SWEEP-NAME.png are drawn.
+sweep's folder (of the initialisers' studies by a shorter one), by the tables
+that it makes where it is benchmarks/methods.py or benchmarks/initialisers.py,
+by what is below its title where it is a page, such as the report's outputs.md.
+The figures that a page shows as figures/SWEEP-NAME.png are drawn.
 """
 
 import re

@@ -101,9 +101,7 @@ def scores(study: Path = STUDY) -> str:
   for rank in ranks:
     header += [f"r = {int(rank)}: median (range)", "beside Kaiming uniform"]
   figure = f"![Scores by matrix and rank](figures/{study.name}-scores.png)"
-  draws = {
-    run["config"]["vera"]["projection_seed"] for run in runs["result"]
-  }
+  draws = {run["config"]["vera"]["projection_seed"] for run in runs["result"]}
   drawn = "one draw of each matrix" if len(draws) == 1 else "each with its draw"
   about = (
     f"{sweep.title}: every score is of the best epoch in percent, over"

@@ -290,17 +290,20 @@ def test_a_second_question_without_a_chat_template_stands_below_the_first():
 
 
 def test_committed_runs_of_smollm2_learn_more_than_their_spread():
-  """Held-out losses of VeRA, on weights and on codes, beside no training."""
+  """Held-out losses of every method, on weights and on codes, beside those of
+  the model as it is."""
   runs = Path(__file__).parents[2] / "results/sweeps/instruct/runs"
   losses = defaultdict(list)
   for path in runs.glob("*/result.json"):
     run = read_json(path)
     untrained = run["config"]["optim"]["adapter_lr"] == 0
     base = run["config"]["model"]["quantise"]
-    kind = "untuned" if untrained else (run["method"], base)
-    losses[kind].append(run["last"]["metrics"]["loss"])
-  [untuned] = losses["untuned"]
+    method = "untuned" if untrained else run["method"]
+    losses[method, base].append(run["last"]["metrics"]["loss"])
   for base in ("none", "keep"):
-    found = losses["vera", base]
-    assert len(found) == 3
-    assert untuned - max(found) > max(found) - min(found) > 0
+    [untuned] = losses.pop(("untuned", base))
+    for method in ("vera", "dvora", "lora"):
+      found = losses.pop((method, base))
+      assert len(found) == 3
+      assert untuned - max(found) > max(found) - min(found) > 0
+  assert not losses
