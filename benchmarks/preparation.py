@@ -3,10 +3,12 @@
   python -m benchmarks.preparation --source=FOLDER_OF_CIFAR10
 
 Its package doesn't say what a byte x of an image has to become, so here are the
-usual ways: how often the likeliest of ImageNet's 1,000 classes is of CIFAR-10's
-kind, on the first images of the test split, resized to 224 pixels; and the mean
-probability of all classes of that kind. ImageNet has no deer, so antelopes
-count as such; of a horse it has the sorrel alone. Writes preparation.json.
+usual ways: the probability of the right one of ImageNet's 1,000 classes for the
+two photographs that scikit-learn ships, resized to 256 pixels and cut to 224;
+how often the likeliest class is of CIFAR-10's kind, on the first images of the
+test split, resized to 224 pixels; and the mean probability of all classes of
+that kind. ImageNet has no deer, so antelopes count as such; of a horse it has
+the sorrel alone. Writes preparation.json.
 """
 
 from collections.abc import Mapping
@@ -18,8 +20,11 @@ import jax
 import numpy as np
 from absl import flags
 from flax.traverse_util import unflatten_dict
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from benchmarks.report import environment, load, write
+from benchmarks.tables import markdown_table
 from configs.images.cifar10 import LITE0
 from experiments import cli
 from vera_jax.data.image_files import open_folder
@@ -43,6 +48,7 @@ WAYS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
   "x / 255": ((0.0,) * 3, (1.0,) * 3),
   "x": ((0.0,) * 3, (1 / 255,) * 3),
 }
+PHOTOGRAPHS = {"palace": 698, "daisy": 985}  # china.jpg and flower.jpg
 # ImageNet's classes of each of CIFAR-10's kinds.
 KINDS: Mapping[str, tuple[int, ...]] = {
   "airplane": (404, 895),
@@ -108,6 +114,10 @@ def measure(source: Path, *, images: int) -> list[dict[str, Any]]:
   head = {"kernel": state["_fc.weight"].T, "bias": state["_fc.bias"]}
   params = {**params, "classifier": head}
   run = jax.jit(plan.module.apply)
+  larger = processor._replace(edge=256)
+  photographs = np.stack(
+    [larger.prepare(Image.fromarray(x)) for x in load_sample_images().images]
+  )
 
   rows = []
   for name, (mean, std) in WAYS.items():
@@ -117,9 +127,15 @@ def measure(source: Path, *, images: int) -> list[dict[str, Any]]:
     logits = np.concatenate([np.asarray(x)[:, 0] for x in answers])
     right = kinds[np.arange(len(kinds)), logits.argmax(-1)]
     probability = (np.asarray(jax.nn.softmax(logits)) * kinds).sum(-1)
+    shown = run({"params": params}, way.normalise(photographs))[:, 0]
+    shown = np.asarray(jax.nn.softmax(shown))
     rows.append(
       {
         "way": name,
+        "photographs": {
+          photograph: float(shown[i, number])
+          for i, (photograph, number) in enumerate(PHOTOGRAPHS.items())
+        },
         "right": float(right.mean()),
         "probability": float(probability.mean()),
       }
@@ -129,22 +145,26 @@ def measure(source: Path, *, images: int) -> list[dict[str, Any]]:
 
 def markdown(result: Mapping[str, Any]) -> str:
   """The table, and what it was made on."""
-  lines = [
-    "| a byte x becomes | the likeliest class is of the right kind | mean"
-    " probability of that kind |",
-    "| --- | ---: | ---: |",
-  ]
-  lines += [
-    f"| {row['way']} | {row['right']:.3f} | {row['probability']:.3f} |"
-    for row in result["rows"]
-  ]
-  return "\n".join(
+  table = markdown_table(
+    (
+      "a byte x becomes",
+      *(f"photograph of a {x}: its probability" for x in PHOTOGRAPHS),
+      "CIFAR-10: the likeliest class is of the right kind",
+      "mean probability of that kind",
+    ),
     [
-      *lines,
-      "",
-      f"{result['images']} images; `{result['command']}`, jax"
-      f" {result['versions']['jax']}, {result['cpu']}.",
-    ]
+      (
+        row["way"],
+        *(f"{row['photographs'][x]:.3f}" for x in PHOTOGRAPHS),
+        f"{row['right']:.3f}",
+        f"{row['probability']:.3f}",
+      )
+      for row in result["rows"]
+    ],
+  )
+  return (
+    f"{table}\n\n{result['images']} images; `{result['command']}`, jax"
+    f" {result['versions']['jax']}, {result['cpu']}."
   )
 
 

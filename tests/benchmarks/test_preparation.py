@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.preparation import KINDS, WAYS
+from benchmarks.preparation import KINDS, PHOTOGRAPHS, WAYS
 from vera_jax.files import read_json
 from vera_jax.models.torch_folder import PREPROCESSOR
 
@@ -14,6 +14,9 @@ def test_images_are_prepared_as_is_answered_best():
   assert [row["way"] for row in rows] == list(WAYS)
   best = max(rows, key=lambda row: row["right"])
   assert best["probability"] == max(row["probability"] for row in rows)
+  for photograph in PHOTOGRAPHS:
+    found = [row["photographs"][photograph] for row in rows]
+    assert best["photographs"][photograph] == max(found)
   mean, std = WAYS[best["way"]]
   assert list(mean) == PREPROCESSOR["image_mean"]
   assert list(std) == PREPROCESSOR["image_std"]
