@@ -69,7 +69,8 @@ def markdown() -> str:
 
 
 def scores(study: Path = STUDY) -> str:
-  """A study's table, and its figure: `benchmarks.docs` draws it."""
+  """A study's table, and where each matrix has one draw its figure, which
+  `benchmarks.docs` draws."""
   sweep = load_sweep(study)
   runs = sweep.runs.assign(
     init=[run["config"]["vera"]["init"] for run in sweep.runs["result"]]
@@ -100,9 +101,12 @@ def scores(study: Path = STUDY) -> str:
   header = ["matrix", "rate"]
   for rank in ranks:
     header += [f"r = {int(rank)}: median (range)", "beside Kaiming uniform"]
-  figure = f"![Scores by matrix and rank](figures/{study.name}-scores.png)"
   draws = {run["config"]["vera"]["projection_seed"] for run in runs["result"]}
-  drawn = "one draw of each matrix" if len(draws) == 1 else "each with its draw"
+  drawn = "each with a draw of its own of every matrix"
+  figure = ""  # it would have a line for each draw
+  if len(draws) == 1:
+    drawn = "with one draw of each matrix"
+    figure = f"![Scores by matrix and rank](figures/{study.name}-scores.png)"
   about = (
     f"{sweep.title}: every score is of the best epoch in percent, over"
     f" {len(set(runs['seed']))} seeds, {drawn}; the differences are means over"
@@ -110,4 +114,4 @@ def scores(study: Path = STUDY) -> str:
     " number."
   )
   scored = markdown_table(header, rows, texts=len(header))
-  return "\n\n".join([about, scored, figure])
+  return "\n\n".join(filter(None, [about, scored, figure]))

@@ -5,7 +5,7 @@
 Its package doesn't say what a byte x of an image has to become, so here are the
 usual ways: the probability of the right one of ImageNet's 1,000 classes for the
 two photographs that scikit-learn ships, resized to 256 pixels and cut to 224;
-how often the likeliest class is of CIFAR-10's kind, on the first images of the
+how often the likeliest class is of CIFAR-10's kind, on images drawn from the
 test split, resized to 224 pixels; and the mean probability of all classes of
 that kind. ImageNet has no deer, so antelopes count as such; of a horse it has
 the sorrel alone. Writes preparation.json.
@@ -95,11 +95,12 @@ def measure(source: Path, *, images: int) -> list[dict[str, Any]]:
   if set(data.classes) != set(KINDS) or "test" not in data.splits:
     raise UserError(f"{source} is not CIFAR-10 with its test split.")
   test = data.splits["test"]
-  numbers = np.arange(min(images, len(test)))
+  drawn = np.random.default_rng(0).permutation(len(test))
+  numbers = np.sort(drawn[:images])
   processor = read_processor(folder)
   pixels = np.stack([processor.prepare(one) for one in test.read(numbers)])
   kinds = np.zeros((len(numbers), 1000), bool)
-  for row, label in zip(kinds, test.labels, strict=False):
+  for row, label in zip(kinds, np.asarray(test.labels)[numbers], strict=True):
     row[list(KINDS[data.classes[label]])] = True
 
   plan = blueprint(read_fields(folder), outputs=1000)

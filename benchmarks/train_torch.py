@@ -63,7 +63,8 @@ def train(settings: Settings) -> dict[str, Any]:
 def stepper(
   model: Any, settings: Settings, *, steps: int
 ) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
-  """Makes one update by a batch and gives its loss, which no one waits for."""
+  """A function that makes one update by a batch and returns the loss, without
+  waiting for the device."""
   config, device = settings["config"], settings["device"]
   optimiser = adamw(model, config)
   warmup = int(config["optim"]["warmup_ratio"] * steps)

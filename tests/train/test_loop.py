@@ -284,6 +284,11 @@ def test_a_run_that_began_with_other_data_is_refused(
       train_and_evaluate(finished.config, folder)
   finally:
     file.write_text(text)
+  monkeypatch.setattr(Checkpoints, "progress", progress)
+  also_tested = finished.config.copy_and_resolve_references()
+  also_tested.predict_test = True  # a split that was not read before
+  with pytest.raises(Interrupted, match="it would train"):
+    train_and_evaluate(also_tested, folder)
 
 
 def test_a_run_beyond_its_epochs_has_ended(tiny_config, tmp_path):

@@ -107,7 +107,8 @@ def is_own_call(layer: nn.Module) -> bool:
 def reads(function: Callable[..., Any], tree: Any, *given: Any) -> Any:
   """Of every array in a tree, whether function(tree, *given) depends on it.
 
-  In a program with a loop of unknown length that isn't known, and False.
+  The answer is False for every array of a program with a loop of unknown
+  length, which does not tell.
   """
   arrays, structure = jax.tree.flatten(tree)
   program = jax.make_jaxpr(function)(tree, *given)

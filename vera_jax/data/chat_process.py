@@ -27,18 +27,20 @@ import resource
 import signal
 import string
 import sys
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 MEMORY = 4 * 2**30  # bytes of address space
 # The most characters of a text: so many, and more for a long conversation.
 SIZE, TIMES = 1_000_000, 100
-DATE = datetime(2024, 7, 26)  # what Llama 3's template has where it knows none
+DATE = datetime(
+  2024, 7, 26, tzinfo=UTC
+)  # what Llama 3's template has where it knows none
 # What each of a format's fields is on that date; "%-d" has no leading zero.
 FIELDS = {
   field: DATE.strftime(field)
   for flag in ("-", "")
-  for field in (f"%{flag}{letter}" for letter in string.ascii_letters)
+  for field in (f"%{flag}{x}" for x in string.ascii_letters if x != "s")
 }
 # In front of a template it takes the place of transformers' own strftime_now.
 # The line's end behind it is trimmed.

@@ -15,7 +15,7 @@ FOLDER = "test"
 def write_written(
   folder: Path, outputs: Sequence[str], groups: Mapping[str, Sequence[str]]
 ) -> None:
-  """The files that `read_written` reads, and `e2e_files.read_for_scoring`.
+  """Writes the files that `read_written` and scorers of texts read.
 
   Args:
     folder: the run's.

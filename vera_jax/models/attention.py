@@ -41,13 +41,13 @@ REMAT_POLICIES = {
   "full": None,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+REMATS = ("none", *REMAT_POLICIES)
 
 
 def check_remat(remat: str) -> None:
   """Raises a UserError for a remat that is not there."""
-  if remat not in ("none", *REMAT_POLICIES):
-    known = ", ".join(("none", *REMAT_POLICIES))
-    raise UserError(f"remat is {remat!r}; it is one of {known}.")
+  if remat not in REMATS:
+    raise UserError(f"remat is {remat!r}; it is one of {', '.join(REMATS)}.")
 
 
 def input_shapes(

@@ -117,7 +117,7 @@ def grid(
 
 
 def task_title(name: str) -> str:
-  """As its benchmark writes it, SST-2, or what it is of: images in NAME."""
+  """A task as its benchmark writes it (SST-2), or its kind and its data."""
   try:
     return task_named(name).title or name
   except UserError:

@@ -37,8 +37,8 @@ def size_of(config: ConfigDict) -> Size:
     try:
       _SIZES[data] = task_for(config).size or UNKNOWN
     except UserError:
-      _SIZES[data] = UNKNOWN
-  size = _SIZES[data]
+      pass
+  size = _SIZES.get(data, UNKNOWN)
   most = config.data.max_train_examples or size.train
   return size._replace(train=min(size.train, most))
 

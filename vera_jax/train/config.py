@@ -17,7 +17,7 @@ from vera_jax.adapters.methods import (
 )
 from vera_jax.adapters.products import AUTO, check_plan
 from vera_jax.errors import UserError
-from vera_jax.models.attention import REMAT_POLICIES
+from vera_jax.models.attention import REMATS
 from vera_jax.models.pretrained import choose_scan
 from vera_jax.models.quantised import NONE, check_quantise
 from vera_jax.train.optim import EPS, SCHEDULES
@@ -47,7 +47,7 @@ NOT_NEGATIVE = (
 DTYPES = ("auto", "float32", "bfloat16")
 CHOICES = {
   "model.dtype": DTYPES,
-  "model.remat": ("none", *REMAT_POLICIES),
+  "model.remat": REMATS,
   "optim.schedule": SCHEDULES,
 }
 SEEDS = 2**32  # of jax.random.key; it would take a higher one for a lower

@@ -168,8 +168,8 @@ class Run:
         self.saves.forget_after(step - 1)
       record = setup.data.record()
       data = {split: own["fingerprint"] for split, own in record.items()}
-      before = self.progress.get("data", data)  # older saves don't say
-      changed = [name for name in data if before.get(name) != data[name]]
+      before = self.progress.get("data", {})  # older saves don't say
+      changed = [x for x in data if before.get(x, data[x]) != data[x]]
       if changed and self.result is None:
         raise UserError(
           f"The data have changed since the run in {self.folder} began:"
@@ -177,7 +177,7 @@ class Run:
           " Pillow for images). Put the files back, or choose another"
           " --workdir."
         )
-      self.progress["data"] = data
+      self.progress["data"] = before | data
       yield
 
   # What the loop asks of a run; an ensemble answers the same.
