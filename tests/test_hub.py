@@ -69,7 +69,7 @@ def cached(cache, name="some/model") -> Path:
   return snapshot
 
 
-def refused(answer):
+def assert_refused(answer):
   assert answer.startswith("UserError"), answer
   assert "config.model.name" in answer and "config.data.source" in answer
 
@@ -155,7 +155,7 @@ def test_offline_mode_is_refused():
   "endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid"]
 )
 def test_a_closed_port_or_unknown_host(endpoint, tmp_path):
-  refused(ask("some/model", tmp_path, HF_ENDPOINT=endpoint))
+  assert_refused(ask("some/model", tmp_path, HF_ENDPOINT=endpoint))
 
 
 def test_an_earlier_download_serves(tmp_path):
@@ -171,7 +171,7 @@ def test_a_hub_that_never_answers(tmp_path):
   with socket.create_server(("127.0.0.1", 0)) as server:
     port = server.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    refused(ask("some/model", tmp_path, HF_ENDPOINT=url))
+    assert_refused(ask("some/model", tmp_path, HF_ENDPOINT=url))
 
 
 def test_a_silent_name_server_is_not_waited_for():
@@ -186,7 +186,7 @@ def test_a_silent_name_server_is_not_waited_for():
 def test_half_a_download_does_not_serve(tmp_path):
   snapshot = cached(tmp_path)
   (snapshot / "model.safetensors").unlink()
-  refused(ask("some/model", tmp_path, HF_ENDPOINT="http://127.0.0.1:9"))
+  assert_refused(ask("some/model", tmp_path, HF_ENDPOINT="http://127.0.0.1:9"))
 
 
 def flaky(breaks, error):

@@ -52,10 +52,10 @@ def moved(leaf):
 
 def test_a_file_from_before_a_setting_is_read():
   old = {"rank": 2, "alpha": 4.0, "targets": ["query"]}
-  same(make_adapter("lora", old)[0], lora(2, alpha=4.0))
+  assert_same(make_adapter("lora", old)[0], lora(2, alpha=4.0))
 
 
-def same(one, two):
+def assert_same(one, two):
   one, two = made(one), made(two)
   assert one.keys() == two.keys()
   for name, value in one.items():
@@ -64,7 +64,7 @@ def same(one, two):
 
 def test_an_alpha_of_another_size_makes_another_kernel():
   with pytest.raises(AssertionError):
-    same(lora(2, alpha=4.0), lora(2, alpha=3.0))
+    assert_same(lora(2, alpha=4.0), lora(2, alpha=3.0))
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -87,7 +87,7 @@ def test_a_method_known_by_its_weights_may_follow_one_that_draws_nothing(order):
 def test_settings_make_the_method():
   adapter, targets = make_adapter("vera", VERA)
   assert targets == ("query",)
-  same(adapter, vera(4, d_init=1, init="uniform", projection_seed=3))
+  assert_same(adapter, vera(4, d_init=1, init="uniform", projection_seed=3))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_config_and_its_json_make_the_same(tiny_config, method):
   written = json.loads(json.dumps(settings))
   again, patterns = make_adapter(method, written)
   assert targets == patterns
-  same(adapter, again)
+  assert_same(adapter, again)
 
 
 @pytest.mark.parametrize("method", ["bitfit", "norms", "head", "full"])

@@ -25,6 +25,7 @@ from vera_jax.adapters.interface import (
   Site,
   Target,
 )
+from vera_jax.adapters.labels import join
 from vera_jax.adapters.products import (
   AUTO,
   check_plan,
@@ -119,9 +120,8 @@ class Adapted(nn.Module):
     params = variables["params"]
     projections = make_shared(self.adapter, targets, params)
     leaves = first_leaves(self.adapter, targets, params, projections, key)
-    whole = unflatten_dict(flatten_dict(params) | flatten_dict(leaves))
     own = {"projections": projections} if projections else {}
-    return {**variables, "params": whole, **own}
+    return {**variables, "params": join(params, leaves), **own}
 
   @nn.nowrap
   def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:

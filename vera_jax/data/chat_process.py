@@ -33,9 +33,8 @@ from typing import Any
 MEMORY = 4 * 2**30  # bytes of address space
 # The most characters of a text: so many, and more for a long conversation.
 SIZE, TIMES = 1_000_000, 100
-DATE = datetime(
-  2024, 7, 26, tzinfo=UTC
-)  # what Llama 3's template has where it knows none
+# What Llama 3's template has where it knows no date.
+DATE = datetime(2024, 7, 26, tzinfo=UTC)
 # What each of a format's fields is on that date; "%-d" has no leading zero.
 FIELDS = {
   field: DATE.strftime(field)

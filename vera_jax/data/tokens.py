@@ -10,7 +10,7 @@ import logging
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
+from ml_collections import ConfigDict
 
 from vera_jax.data.answers import COUNTS, Answers, encode_answers
 from vera_jax.data.completions import Completions, encode_completions
-from vera_jax.data.examples import Examples
+from vera_jax.data.examples import Examples, subset
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 
@@ -179,6 +180,39 @@ class FolderTokenizer:
       info = _info(self.loaded)
       _write_cache(path, lambda part: part.write_text(json.dumps(info)))
       return info
+
+
+def load_tokens(
+  read_split: Callable[[str, str], Examples],
+  splits: Sequence[str],
+  *,
+  data: ConfigDict,
+  folder: Path,
+  completions: Completions | Answers | None = None,
+) -> dict[str, Tokens]:
+  """Splits, read, cut to size and tokenised, or from the cache.
+
+  Args:
+    read_split: (data.source, split) -> its examples.
+    splits: of which "train" is cut to data.max_train_examples.
+    data: config.data.
+    folder: of the tokenizer.
+    completions: as for `tokenise`.
+
+  Raises:
+    UserError: as for `subset` and `tokenise`, and by `read_split`.
+  """
+  cache = Path(data.cache_dir or "~/.cache/vera_jax/tokens").expanduser()
+  tokenizer = FolderTokenizer(folder, cache)
+  found = {}
+  for split in splits:
+    examples = read_split(data.source, split)
+    if split == "train":
+      examples = subset(examples, data.max_train_examples, data.subset_seed)
+    found[split] = tokenise(
+      examples, tokenizer, data.max_length, cache, completions=completions
+    )
+  return found
 
 
 def tokenise(

@@ -21,9 +21,9 @@ from ml_collections import ConfigDict
 from vera_jax.data.examples import Examples
 from vera_jax.data.image_batches import ImageData
 from vera_jax.data.layout import choose_eval_layout, choose_layout, limit_rows
-from vera_jax.data.load import load_tokens
 from vera_jax.data.loader import PackedData
 from vera_jax.data.packing import ProcessShard
+from vera_jax.data.tokens import load_tokens
 from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, SEVERAL
 from vera_jax.tasks.metrics import collapsed, score
 from vera_jax.tasks.task import Evaluation, Form, Size, Task

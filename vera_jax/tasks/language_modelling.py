@@ -20,10 +20,10 @@ from ml_collections import ConfigDict
 from vera_jax.data.answers import Answers
 from vera_jax.data.completions import Completions
 from vera_jax.data.examples import Examples
-from vera_jax.data.load import load_tokens
 from vera_jax.data.loader import PackedData
 from vera_jax.data.long_rows import choose_long_eval_rows, choose_long_rows
 from vera_jax.data.packing import ProcessShard
+from vera_jax.data.tokens import load_tokens
 from vera_jax.errors import UserError
 from vera_jax.models.decoder import Words
 from vera_jax.models.kinds import KINDS, WORDS
