@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from benchmarks.report import environment, load, load_line, write
+from benchmarks.tables import markdown_table
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
@@ -221,17 +222,12 @@ def row(
 
 def markdown(result: dict[str, Any]) -> str:
   """The table, what its columns mean, and what it was measured on."""
-  names = ["what", "by"]
-  names += [
-    f"{call}, tokens per second" for call in ("best", "median", "first call")
+  names = [
+    *("what", "by", "best, tokens per second", "median, tokens per second"),
+    *("first call, tokens per second", "peak memory"),
+    *("faster than torch: best", "faster than torch: median", "same texts"),
   ]
-  names += [
-    "peak memory",
-    "faster than torch: best",
-    "faster than torch: median",
-  ]
-  names += ["same texts"]
-  lines = [names, ["---", "---", *["---:"] * 7]]
+  lines = []
   for own in result["rows"]:
     compared = ["", "", ""]
     if "same_texts" in own:
@@ -246,7 +242,7 @@ def markdown(result: dict[str, Any]) -> str:
         *compared,
       ]
     )
-  table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+  table = markdown_table(names, lines, texts=2)
   versions, lengths = result["versions"], result["prompt_tokens"]
   calls = len(result["rows"][0]["seconds"])
   libraries = ("python", "jax", "flax", "transformers", "torch")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import load_line
+from benchmarks.tables import markdown_table
 
 METHODS = {"vera": "VeRA", "lora": "LoRA", "head": "head", "full": "full"}
 # Okabe and Ito's colours, which colour-blind readers can tell apart
@@ -51,12 +52,8 @@ def markdown(result: dict[str, Any]) -> str:
       *("" if times is None else f"{times:.2f}×" for times in faster),
     ]
 
-  lines = [
-    [*texts, *numbers],
-    [*["---"] * len(texts), *["---:"] * len(numbers)],
-    *map(cells, result["rows"]),
-  ]
-  table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  rows = map(cells, result["rows"])
+  table = markdown_table([*texts, *numbers], rows, texts=len(texts))
   return f"# {_title(result)}\n\n{table}\n\n{_conditions(result)}\n"
 
 
