@@ -1,40 +1,277 @@
-"""Files and folders written whole or not at all; JSON objects read with clear
-errors."""
+"""Files from elsewhere opened with care, JSON read with clear errors, and files
+and folders written whole or not at all.
+
+A downloaded folder, an archive or a data set was made by somebody else. What
+looks like a file of it may be a link to a device, a pipe that never ends, or a
+private file of this machine. So whatever comes from elsewhere goes through
+`open_file`, or `check_file` before a library opens it by itself, and JSON
+through `parse_json`.
+"""
 
 import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from vera_jax.errors import UserError
 
+# The most bytes of a file by its kind. In memory JSON takes up to thirty times
+# as many.
+JSON = 64 * 2**20
+IMAGE = 256 * 2**20
+DATA = 64 * 2**30
+TENSORS = 2**40
+LINE = 64 * 2**20  # and of a line
+DEPTH = 100  # of JSON; Python's own walks over a value go as deep as it is
+BLANK = "it is empty"
+BOM = b"\xef\xbb\xbf"  # with which some editors begin a file
+# Of what is no regular file, by the test of its mode.
+KINDS: dict[Callable[[int], bool], str] = {
+  stat.S_ISDIR: "a folder",
+  stat.S_ISFIFO: "a pipe",
+  stat.S_ISSOCK: "a socket",
+  stat.S_ISCHR: "a device",
+  stat.S_ISBLK: "a device",
+}
 
-def read_json(file: Path, *, hint: str = "") -> dict[str, Any]:
+
+def open_file(file: str | Path, *, inside: Path | None, limit: int) -> BinaryIO:
+  """Open a file that comes from elsewhere, to read its bytes.
+
+  Args:
+    file: its path.
+    inside: the folder that it belongs to: behind all links it must lie below
+      that one, or in the hub's cache among the blobs that the folder's files
+      are links to. None for a file that a person has named, which may be a
+      link to anywhere.
+    limit: the most bytes that it may have, such as `JSON`.
+
+  Raises:
+    UserError: it is missing, unreadable, no regular file, elsewhere, or too
+      large.
+  """
+  try:
+    real = Path(os.path.realpath(file, strict=True))
+    if inside is not None and not any(
+      real.is_relative_to(place) for place in _places(inside)
+    ):
+      raise UserError(
+        f"{file} is not used: it leads to {real}, outside of {inside}. Put a"
+        " copy of the file itself there."
+      )
+    # looked at before, since opening a device may have an effect
+    _check_kind(file, os.stat(real).st_mode)
+    # and again once it is open, when nobody can put something else there
+    descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    opened = os.fdopen(descriptor, "rb")
+  except FileNotFoundError as error:
+    raise UserError(f"There is no {file}.") from error
+  except OSError as error:
+    raise UserError(f"{file} can't be read: {error.strerror}.") from error
+  except ValueError as error:  # a zero byte in the name
+    raise UserError(f"{str(file)!r} is no name of a file.") from error
+  status = os.fstat(descriptor)
+  try:
+    _check_kind(file, status.st_mode)
+    if status.st_size > limit:
+      raise UserError(
+        f"{file} is not used: it has {status.st_size:,} bytes, and at most"
+        f" {limit:,} are read of such a file."
+      )
+  except UserError:
+    opened.close()
+    raise
+  return opened
+
+
+def _places(folder: Path) -> list[Path]:
+  """Where a folder's files may really lie."""
+  real = folder.resolve()
+  # models--owner--name has snapshots/COMMIT/… and, beside them, blobs
+  blobs = [
+    above.parent / "blobs"
+    for above in real.parents
+    if above.name == "snapshots"
+  ]
+  return [real, *blobs]
+
+
+def _check_kind(file: str | Path, mode: int) -> None:
+  if not stat.S_ISREG(mode):
+    kind = next((k for test, k in KINDS.items() if test(mode)), "no file")
+    raise UserError(f"{file} can't be read: it is {kind}, not a regular file.")
+
+
+def check_file(file: str | Path, *, inside: Path | None, limit: int) -> None:
+  """Raises the errors of `open_file`; for what a library opens by itself."""
+  open_file(file, inside=inside, limit=limit).close()
+
+
+def read_bytes(file: str | Path, *, inside: Path | None, limit: int) -> bytes:
+  """The content of a file that comes from elsewhere; as `open_file`."""
+  with open_file(file, inside=inside, limit=limit) as opened:
+    try:
+      data = opened.read(limit + 1)
+    except OSError as error:
+      raise UserError(f"{file} can't be read: {error.strerror}.") from error
+  if len(data) > limit:  # it has grown, or the system doesn't know its size
+    raise UserError(f"{file} is not used: it has more than {limit:,} bytes.")
+  return data
+
+
+def read_lines(opened: BinaryIO, *, name: str | Path) -> Iterator[bytes]:
+  """A file's lines, none of which may be longer than `LINE`.
+
+  Raises:
+    UserError: one is longer; the message names the file by `name`.
+  """
+  number = 0
+  while line := opened.readline(LINE + 1):
+    number += 1
+    if len(line) > LINE:
+      raise UserError(
+        f"{name}:{number}: the line has more than {LINE:,} bytes."
+      )
+    yield line
+
+
+def parse_json(data: bytes | str, *, nan: bool = False) -> Any:
+  """The value of a text in JSON.
+
+  Args:
+    data: UTF-8, or decoded.
+    nan: whether the text may have the numbers NaN and Infinity, as our own
+      metrics do: in what others write they are mistakes.
+
+  Raises:
+    ValueError: it is no JSON, or such as no program writes: two values under
+      one key, nested deeper than `DEPTH`, half a character. A UnicodeError
+      where it is not UTF-8.
+  """
+  text = data if isinstance(data, str) else data.decode("utf-8")
+  finite: dict[str, Any] = {}
+  if not nan:
+    finite = {"parse_constant": _refuse_constant, "parse_float": _finite}
+  try:
+    value = json.loads(text, object_pairs_hook=_object, **finite)
+  except RecursionError:
+    raise ValueError(f"it is nested more than {DEPTH} deep") from None
+  level = [value]
+  for _ in range(DEPTH + 1):
+    if not (level := [x for part in level for x in _inside(part)]):
+      break
+  else:
+    raise ValueError(f"it is nested more than {DEPTH} deep")
+  if (
+    "\\u" in text
+  ):  # by which JSON can write half a character, which is no text
+    json.dumps(value, ensure_ascii=False).encode()
+  return value
+
+
+def _inside(value: Any) -> Iterable[Any]:
+  """The lists and objects that are a value's entries."""
+  if isinstance(value, dict):
+    value = value.values()
+  elif not isinstance(value, list):
+    return ()
+  return [x for x in value if isinstance(x, dict | list)]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  made = dict(pairs)
+  if len(made) < len(pairs):
+    (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+    raise ValueError(f"the key {twice!r} is there twice")
+  return made
+
+
+def _refuse_constant(word: str) -> None:
+  raise ValueError(f"{word} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+  number = float(digits)
+  if number in (float("inf"), -float("inf")):
+    raise ValueError(f"the number {digits} is too large")
+  return number
+
+
+def read_json(
+  file: Path,
+  *,
+  hint: str = "",
+  limit: int = JSON,
+  nan: bool = False,
+) -> dict[str, Any]:
   """The object in a file.
 
   Args:
-    file: UTF-8 text.
+    file: UTF-8 text, which belongs to the folder that it is in.
     hint: a sentence for the user that every error ends with.
+    limit: the most bytes.
+    nan: as for `parse_json`.
 
   Raises:
-    UserError: the file is missing, unreadable, or holds something else.
+    UserError: as `open_file` and `parse_json` say, or the file holds something
+      else.
   """
   end = f" {hint}" if hint else ""
   try:
-    value = json.loads(file.read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
-    raise UserError(f"There is no {file}.{end}") from error
-  except OSError as error:
-    raise UserError(f"{file} can't be read: {error.strerror}.{end}") from error
+    data = read_bytes(file, inside=file.parent, limit=limit)
+  except UserError as error:
+    raise UserError(f"{error}{end}") from error
+  try:
+    value = parse_json(data, nan=nan)
   except ValueError as error:
     raise UserError(f"{file} can't be read as JSON: {error}.{end}") from error
   if not isinstance(value, dict):
     raise UserError(f"{file} can't be read: it is not a JSON object.{end}")
   return value
+
+
+class JsonLine(NamedTuple):
+  """A line's object, or what is wrong with it; `number` counts from 1."""
+
+  number: int
+  values: dict[str, Any] = {}
+  error: str = ""
+
+
+def json_lines(
+  lines: Iterable[bytes], *, nan: bool = False
+) -> Iterator[JsonLine]:
+  """The objects of JSON lines, in order.
+
+  A line that can't be read is an entry that says why, so that its reader can go
+  on with the next.
+
+  Args:
+    lines: undecoded, as `read_lines` gives them.
+    nan: as for `parse_json`.
+  """
+  for number, line in enumerate(lines, 1):
+    line = line.removeprefix(BOM) if number == 1 else line
+    if not line.strip():
+      yield JsonLine(number, error=BLANK)
+      continue
+    try:
+      values = parse_json(line, nan=nan)
+    except UnicodeError:
+      yield JsonLine(number, error="it is not UTF-8")
+    except ValueError as error:
+      yield JsonLine(number, error=f"it is no JSON ({error})")
+    else:
+      if isinstance(values, dict):
+        yield JsonLine(number, values)
+      else:
+        yield JsonLine(number, error="it is no JSON object")
 
 
 def write_json(path: Path, value: Any) -> None:
