@@ -289,3 +289,68 @@ class Derived(nn.Module):
     x = bent(nn.DenseGeneral)((2, 3), name="heads")(x)
     x = bent(nn.Einsum)((2, 3, 4), "BTNH,NHD->BTD", name="einsum")(x)
     return nn.remat(nn.Dense)(3, name="remade")(x)
+
+
+class NestedCell(nn.RNNCellBase):
+  """A cell in a cell, and a layer behind it whose output is the next input, as
+  the decoder of flax's seq2seq example is written."""
+
+  @nn.compact
+  def __call__(self, carry, x):
+    state, last = carry
+    state, y = nn.LSTMCell(4, name="inner")(state, x + last)
+    y = nn.Dense(2, name="logits")(y)
+    return (state, y), y
+
+  @nn.nowrap
+  def initialize_carry(self, rng, input_shape):
+    inner = nn.LSTMCell(4, parent=None)
+    state = inner.initialize_carry(rng, input_shape)
+    return state, jnp.zeros(input_shape)
+
+  @property
+  def num_feature_axes(self):
+    return 1
+
+
+class Nested(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.RNN(NestedCell(name="cell"))(x)
+
+
+class Shared(nn.Module):
+  """A layer that a transformation runs twice, or a stack of two, in one of the
+  ways that pass on no collection but `params`."""
+
+  way: str
+
+  @nn.compact
+  def __call__(self, x):
+    def run(layer, x, _):
+      return nn.tanh(layer(x)), None
+
+    mapped = partial(
+      nn.vmap, variable_axes={"params": None}, split_rngs={"params": False}
+    )
+    match self.way:
+      case "broadcast":
+        scan = nn.scan(
+          run,
+          variable_broadcast="params",
+          split_rngs={"params": False},
+          length=2,
+        )
+        return scan(nn.Dense(4, name="layer"), x, None)[0]
+      case "stacked":
+        scan = nn.scan(
+          run,
+          variable_axes={"params": 0},
+          split_rngs={"params": True},
+          length=2,
+        )
+        return scan(nn.Dense(4, name="layer"), x, None)[0]
+      case "mapped":
+        return mapped(nn.Dense)(4, name="layer")(x)
+      case "mapped cell":
+        return mapped(nn.RNN)(nn.SimpleCell(4, name="layer"))(x[:, None])

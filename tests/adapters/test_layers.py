@@ -27,6 +27,7 @@ from tests.adapters.architectures import (
   Einsum,
   Images,
   Mixed,
+  Shared,
 )
 from tests.adapters.test_every_method import METHODS
 from vera_jax.adapters.apply import (
@@ -39,9 +40,10 @@ from vera_jax.adapters.apply import (
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import PLANS, Site, Target
-from vera_jax.adapters.lora import lora
+from vera_jax.adapters.lora import lora, lora_fa
 from vera_jax.adapters.products import choose, costs
 from vera_jax.adapters.sites import count_layers
+from vera_jax.adapters.unilora import unilora
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 
@@ -288,3 +290,24 @@ def test_a_tied_output_layer_is_only_folded():
   ready = Ready(Decoder(CastEinsum), vera(RANK), ["embedder"], IDS)
   with pytest.raises(UserError, match="Embed.*no factored plan"):
     jax.eval_shape(partial(ready.adapted, plan="factored"), ready.moved)
+
+
+PAIRS = {
+  "vera": vera(2, sharing="unique"),
+  "lora_fa": lora_fa(2),
+  "unilora": unilora(2, size=64, theta_init=1e-9),
+}
+
+
+@pytest.mark.parametrize("way", ["broadcast", "mapped", "mapped cell"])
+@pytest.mark.parametrize("method", PAIRS)
+def test_layers_that_steps_share_have_their_pairs(way, method):
+  """The transformation passes on no collection that it does not know."""
+  x = jnp.asarray(RNG.normal(size=(3, 2, 4)), jnp.float32)
+  Ready(Shared(way), PAIRS[method], [".*"], x).check()
+
+
+def test_stacked_layers_with_pairs_need_them_passed_on():
+  ready = Ready(Shared("stacked"), PAIRS["vera"], ["layer"], IMAGES)
+  with pytest.raises(UserError, match="layers at layer are stacked, and vera"):
+    jax.eval_shape(ready.adapted, ready.start)

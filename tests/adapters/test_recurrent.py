@@ -16,7 +16,7 @@ from tests.adapters.adapted_networks import (
   by_definition,
   plain,
 )
-from tests.adapters.architectures import CELLS, Recurrent
+from tests.adapters.architectures import CELLS, Nested, Recurrent
 from vera_jax.adapters.apply import adapter_size, plans_at
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.ia3 import ia3
@@ -119,6 +119,26 @@ def test_a_cells_plan_is_the_one_that_a_run_prints(rank, plan):
   inside = list(loops(jax.make_jaxpr(ready.adapted)(ready.moved).jaxpr))
   assert (((3, 4), (4, rank)) in inside) == (plan == "factored")
   assert ((4, rank), (rank, 4)) not in inside
+
+
+@pytest.mark.parametrize(
+  "method, x, plans",
+  [
+    (ia3(), SEQUENCE, set()),
+    (lora(1), SEQUENCE, {"folded"}),
+    (lora(1), SEQUENCE[:1, :1], {"factored"}),
+  ],
+  ids=["ia3", "lora, folded", "lora, factored"],
+)
+def test_a_cell_in_a_cell(method, x, plans):
+  """Its kernels are made with those of the outer one, once for all steps."""
+  ready = Ready(Nested(), method, [".*"], x)
+  ready.check()
+  targets, calls, _ = trace_sites(ready.model, [".*"], x)
+  tokens = {path: call.tokens for path, call in calls.items()}
+  assert {path[1] for path in targets} == {"inner", "logits"}
+  assert set(tokens.values()) == {x.shape[0] * x.shape[1]}
+  assert set(plans_at(method, targets, tokens).values()) >= plans
 
 
 def test_random_numbers_in_a_cell():

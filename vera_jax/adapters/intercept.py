@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.core import meta
 from flax.core.scope import in_filter
@@ -57,7 +58,7 @@ class Interception:
   Attributes:
     adapter, targets, fused, plan, forwards: as `apply.adapt` has them.
     variables: the model's own and the adapter's.
-    cells: the recurrent cells that are running, and their projections.
+    cells: the recurrent cells that are running, and their variables.
     ready: adapted kernels and biases of these cells.
   """
 
@@ -87,7 +88,7 @@ class Interception:
     quantised = is_quantised(params.get("kernel"))
     if not (quantised or self._is_target(path) or self._columns(path)):
       return next_fun(*args, **kwargs)
-    projections = layer.variables.get("projections", self.below(path))
+    projections = self._projections(layer)
     for name in place:
       own, projections = own.get(name, {}), projections.get(name, {})
     if attends:
@@ -99,7 +100,7 @@ class Interception:
 
     if path in self.ready:  # of a recurrent cell, from before its loop
       return _with_weights(product, *self.ready[path])
-    inside = any(path[: len(cell)] == cell for cell in self.cells)
+    inside = self._cell_of(path) is not None
     if inside and len(params[product.view.kernel].shape) == 2:
       product = product._replace(view=in_cell(product.view))
     remake = quantised and self.forwards == 1
@@ -162,10 +163,12 @@ class Interception:
     call of this, and taken from `ready`. That is outside the loop over time of
     `nn.RNN`, but inside `nn.scan(nn.LSTMCell)`, whose steps are the calls."""
     cell = layer.cell if isinstance(layer, nn.RNN) else layer
-    if cell.path in self.cells:
+    if self._cell_of(cell.path) is not None:  # or of one that it is a part of
       return next_fun(*args, **kwargs)
     # nn.RNN passes on nothing but parameters, nor random keys
-    self.cells[cell.path] = cell.variables.get("projections", {})
+    own = cell.variables.get("params", {})
+    projections = self._projections(cell)
+    self.cells[cell.path] = {"params": own, "projections": projections}
     keyed = self.adapter.is_random and layer.has_rng(KEYS)
     if keyed and isinstance(layer, nn.RNN):
       self._check_keys(layer, cell)
@@ -203,7 +206,8 @@ class Interception:
         flat_bias(params, ()),
         view=view,
       )
-      pieces = list(self._pieces(whole, own, self.below(path)))
+      projections = _subtree(self.cells[cell.path]["projections"], place)
+      pieces = list(self._pieces(whole, own, projections))
       drawn = keyed and _draw(pieces)
       if not drawn and not self._is_factored(pieces, rows):
         kernel, bias = self._whole(pieces)
@@ -337,14 +341,48 @@ class Interception:
       )
     return leaves
 
-  def below(self, path: Path) -> Any:
-    """The projections at and below a layer of a running cell, as a tree."""
-    for cell, tree in self.cells.items():
-      if path[: len(cell)] == cell:
-        for name in path[len(cell) :]:
-          tree = tree.get(name, {})
-        return tree
-    return {}
+  def _cell_of(self, path: Path) -> Path | None:
+    """The running recurrent cell that a path lies in."""
+    running = (cell for cell in self.cells if path[: len(cell)] == cell)
+    return next(running, None)
+
+  def _projections(self, layer: nn.Module) -> Any:
+    """The projections at and below a layer, as a tree.
+
+    A transformation passes on only the collections that it names. Where it
+    names none, a layer whose parameters are not stacked, but shared by all of
+    the transformation's steps, has its projections at its path in the tree of
+    the whole model, or of the running cell.
+
+    Raises:
+      UserError: the layer is one of a stack, and it isn't known which.
+    """
+    if passed := layer.variables.get("projections"):
+      return passed
+    variables, place = self.variables, layer.path
+    if (cell := self._cell_of(place)) is not None:
+      variables, place = self.cells[cell], place[len(cell) :]
+    whole = _subtree(variables.get("projections", {}), place)
+    own = layer.variables.get("params", {})
+    if whole and _axes(own) != _axes(_subtree(variables["params"], place)):
+      raise UserError(
+        f"The layers at {'/'.join(layer.path)} are stacked, and"
+        f" {self.adapter.name}"
+        " has matrices of its own for each: have the transformation pass them"
+        " on, such as nn.scan(..., variable_axes={'params': 0, 'projections':"
+        " 0})."
+      )
+    return whole
+
+
+def _subtree(tree: Any, path: Path) -> Any:
+  for name in path:
+    tree = tree.get(name, {})
+  return tree
+
+
+def _axes(params: Any) -> list[int]:
+  return list(map(jnp.ndim, jax.tree.leaves(params)))
 
 
 def _draw(pieces: Sequence[Piece]) -> bool:
