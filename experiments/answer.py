@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from rich.console import Console
 from rich.table import Column, Table
 
 from experiments import cli
 from vera_jax.errors import UserError
+from vera_jax.terminal import Console
 
 ADAPTER = flags.DEFINE_string(
   "adapter", None, "An adapter: a folder, or a hub id (owner/name[@revision])."

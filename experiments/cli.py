@@ -1,12 +1,15 @@
 """What the scripts share: flags, errors for a person, the table at the end."""
 
+import errno
+import logging as standard_logging
 import os
 import re
+import select
 import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,12 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from vera_jax.adapters.methods import METHODS
 from vera_jax.errors import UserError
+from vera_jax.terminal import LINES, Console, printable
 from vera_jax.train import distributed
 from vera_jax.train.config import check_key, check_settings, without_effect
 from vera_jax.train.preemption import EXIT_CODE, Interrupted
@@ -35,7 +39,8 @@ def run(
   """Parse the flags, call `main` and exit; users' mistakes have no traceback.
 
   Exit codes: 0 done, 1 a mistake in input or data, 2 in the flags, 75 stopped
-  by Ctrl-C or SIGTERM and saved.
+  by Ctrl-C or SIGTERM and saved. A reader of standard output that has enough,
+  such as `head`, ends a script quietly with 0.
 
   Args:
     main: the script.
@@ -43,6 +48,11 @@ def run(
     operands: whether `main` takes a list of the arguments that are no flags.
   """
   count_from_process_start()
+  if sys.stderr is None:  # closed by whoever started the process
+    sys.stderr = open(os.devnull, "w", encoding="utf-8")
+  if sys.stdout is None:
+    print("Standard output is closed; > /dev/null drops it.", file=sys.stderr)
+    sys.exit(1)
   sys.modules["__main__"].__doc__ = usage  # where absl looks for it
   # transformers' advice is about torch models, of which none is used
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -50,8 +60,9 @@ def run(
 
   def guarded(argv: list[str]) -> None:
     if len(argv) > 1 and not operands:
-      print(f"Not a flag: {' '.join(argv[1:])}", file=sys.stderr)
+      complain(f"Not a flag: {' '.join(argv[1:])}")
       sys.exit(2)
+    logging.get_absl_handler().setFormatter(_PrintableFormatter())
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # orbax logs each save
     code = exit_code(partial(main, argv[1:]) if operands else main)
@@ -62,16 +73,21 @@ def run(
     try:
       return flags.FLAGS(argv)
     except (flags.Error, UserError) as error:
-      print(f"{error}\n--help shows the flags.", file=sys.stderr)
+      complain(f"{error}\n--help shows the flags.")
       sys.exit(2)
-    except SystemExit:  # --help was shown, which is no failure
-      sys.exit(0)
+    except (SystemExit, OSError):  # --help was shown, which is no failure
+      sys.exit(exit_code(lambda: None))
 
   app.run(guarded, flags_parser=parse)
 
 
+# Why the system refuses to write; it doesn't say into which file.
+UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 def exit_code(main: Callable[[], None]) -> int:
   """Call `main`; print an error of the user's, and return the exit code."""
+  text, code, of_system = "", 0, None
   try:
     main()
   except UserError as error:
@@ -80,6 +96,12 @@ def exit_code(main: Callable[[], None]) -> int:
     text, code = str(error), EXIT_CODE
   except KeyboardInterrupt:
     text, code = "Stopped.", 130
+  except OSError as error:
+    text, code, of_system = f"{error}.", 1, error
+    if error.filename is not None:
+      text = f"{error.filename} can't be used: {error.strerror}."
+    elif error.errno in UNWRITTEN:
+      text = f"A file, or standard output, can't be written: {error.strerror}."
   except Exception:
     if not distributed.are_several():
       raise
@@ -89,10 +111,52 @@ def exit_code(main: Callable[[], None]) -> int:
       " The same command for all goes on."
     )
     code = 1
-  else:
-    return 0
-  print(text, file=sys.stderr)
+  refusal = _finish_output()
+  if isinstance(refusal, BrokenPipeError):
+    if isinstance(of_system, BrokenPipeError):  # its reader has enough
+      return 0
+  elif refusal is not None:
+    reason = f"Standard output can't be written: {refusal.strerror}."
+    text, code = reason if of_system else f"{text}\n{reason}".strip(), code or 1
+  if text:
+    complain(text)
   return code
+
+
+def _finish_output() -> OSError | None:
+  """Write what is still held back, or return why that can't be done.
+
+  Python itself would do it at its end, and print a traceback.
+  """
+  try:
+    sys.stdout.flush()
+    if _reader_is_gone():
+      raise BrokenPipeError
+  except OSError as error:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return error
+  return None
+
+
+def _reader_is_gone() -> bool:
+  """Whether standard output is a pipe that nobody reads any more."""
+  poll = select.poll()
+  with suppress(OSError, ValueError):  # in a notebook it is no file
+    poll.register(sys.stdout.fileno(), 0)
+  return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def complain(text: str) -> None:
+  """Lines on standard error; what files put into them commands no terminal."""
+  with suppress(OSError):  # then nobody is there to read them
+    print(printable(text, keep=LINES), file=sys.stderr)
+
+
+class _PrintableFormatter(logging.PythonFormatter):
+  """absl's, of lines that name files and quote what stands in them."""
+
+  def format(self, record: standard_logging.LogRecord) -> str:
+    return printable(super().format(record), keep=LINES)
 
 
 CHANGES = (
@@ -168,11 +232,31 @@ def define_processes() -> Callable[[], None]:
   )
 
 
-def chosen(holder: flags.FlagHolder) -> ConfigDict:
-  """The config that --config names; a UserError if there is none."""
-  if holder.value is None:
-    raise UserError("Say which settings: --config=configs/rte.py")
-  return holder.value
+def chosen(holder: flags.FlagHolder, *, sweep: bool = False) -> ConfigDict:
+  """The config that --config names.
+
+  Args:
+    holder: of the flag.
+    sweep: whether the script trains a sweep, and not a single run.
+
+  Raises:
+    UserError: there is none, or it is of the other kind.
+  """
+  config = holder.value
+  if config is None:
+    study = "sweeps/rank" if sweep else "rte"
+    raise UserError(f"Say which settings: --config=configs/{study}.py")
+  if sweep and "overrides" not in config:
+    raise UserError(
+      "--config names a single run's settings: `python -m experiments.glue`"
+      " trains it. Sweeps are configs/sweeps/NAME.py."
+    )
+  if not sweep and "overrides" in config:
+    raise UserError(
+      "--config names a sweep, which is many runs: `python -m"
+      " experiments.sweep` trains it. Single runs are configs/NAME.py."
+    )
+  return config
 
 
 class _ConfigParser(ConfigFileFlagParser):
@@ -183,15 +267,23 @@ class _ConfigParser(ConfigFileFlagParser):
       raise UserError(
         f"--config: there is no file {file}; there is {there or 'none here'}."
       )
+    works = "a get_config() that works, as configs/rte.py is"
     try:
       config = super().parse(path)
+    except UserError:
+      raise
     except (TypeError, ValueError) as error:  # its text is a traceback
       raise UserError(f"--config={path}: {error.__context__}") from error
-    except (AttributeError, ImportError, NameError, SyntaxError) as error:
+    except (Exception, SystemExit) as error:  # whatever the file does
+      reason = f"{type(error).__name__}: {error}"
       raise UserError(
-        f"--config={path} is no file with a get_config() that works, as"
-        f" configs/rte.py is: {error}."
+        f"--config={path} is no file with {works}: {reason}."
       ) from error
+    if not isinstance(config, ConfigDict):
+      reason = f"it returns {config!r}, and no ConfigDict"
+      # after an OSError the parser returns what raises it again later on
+      reason = getattr(config, "__dict__", {}).get("_error", reason)
+      raise UserError(f"--config={path} is no file with {works}: {reason}.")
     check_keys(config, sys.argv[1:])
     return config
 
@@ -217,9 +309,8 @@ def remark_idle(config: ConfigDict, arguments: Iterable[str]) -> None:
   idle = without_effect(config)
   for key in given_keys(arguments):
     if key in idle:
-      print(
-        f"--config.{key} has no effect with config.method={config.method}.",
-        file=sys.stderr,
+      complain(
+        f"--config.{key} has no effect with config.method={config.method}."
       )
 
 
@@ -230,6 +321,8 @@ def opened(name: str) -> Iterator[Iterable[bytes]]:
   There is a progress bar if standard output is not shown.
   """
   if name == "-":
+    if sys.stdin is None:
+      raise UserError("Standard input is closed: name a file.")
     yield sys.stdin.buffer
     return
   from rich.progress import Progress
@@ -240,19 +333,11 @@ def opened(name: str) -> Iterator[Iterable[bytes]]:
   )
   path = Path(name).expanduser()
   try:
-    file = bar.open(path, "rb", description=path.name)
+    file = bar.open(path, "rb", description=escape(printable(path.name)))
   except OSError as error:
     raise UserError(f"{name} can't be read: {error.strerror}.") from error
   with bar, file:
     yield file
-
-
-def until_closed(main: Callable[[], None]) -> None:
-  """`main`, which ends quietly when a reader such as `head` closes the pipe."""
-  try:
-    main()
-  except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def with_seeds(config: ConfigDict, seeds: Iterable[int]) -> list[ConfigDict]:
@@ -295,8 +380,8 @@ def show_result(result: Mapping[str, Any], workdir: Path | str) -> None:
   table.add_row("seconds", f"{result['seconds']:.0f}", "")
   Console().print(table)
   if test is not None and test["missing"]:
-    Console().print(test["missing"], markup=False, highlight=False)
-  Console().print(f"{workdir}", markup=False, highlight=False)
+    Console().print(test["missing"])
+  Console().print(f"{workdir}")
 
 
 def show_seeds(
@@ -335,6 +420,6 @@ def show_seeds(
   for result in results:
     if missing := result.get("test", {}).get("missing"):
       line = f"seed {result['seed']}: {missing}"
-      Console().print(line, markup=False, highlight=False)
+      Console().print(line)
   for workdir in workdirs:
-    Console().print(f"{workdir}", markup=False, highlight=False)
+    Console().print(f"{workdir}")

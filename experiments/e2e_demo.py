@@ -8,13 +8,13 @@ model writes before and after training, and the scores. Run again, it continues
 what was interrupted, and shows the finished runs.
 """
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from configs import e2e
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.tasks.e2e_metrics import METRICS
+from vera_jax.terminal import Console
 
 SHOWN = 4  # inputs
 
@@ -23,7 +23,7 @@ def main() -> None:
   from vera_jax.data.written import FOLDER, read_written
   from vera_jax.train.loop import train_and_evaluate
 
-  console = Console(highlight=False)
+  console = Console()
   before, after = (e2e.get_config("generated") for _ in range(2))
   # The identity: VeRA's b starts at zero, and stays there at this rate.
   before.optim.adapter_lr, before.data.max_train_examples = 0.0, 8

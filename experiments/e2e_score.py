@@ -14,16 +14,15 @@ first one. BLEU and NIST need sacrebleu, the other three pycocoevalcap and Java:
 """
 
 import json
-import sys
 
 from absl import flags
-from rich.console import Console
 from rich.table import Column, Table
 
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.tasks.e2e_files import read_for_scoring
 from vera_jax.tasks.e2e_metrics import METRICS, score_texts
+from vera_jax.terminal import Console
 
 REFERENCES = flags.DEFINE_string("references", None, "A file of references.")
 OUTPUTS = flags.DEFINE_string("outputs", None, "A file of outputs.")
@@ -41,7 +40,7 @@ def main() -> None:
     table.add_row(name, shown)
   Console().print(table)
   if scores.missing:
-    print(scores.missing, file=sys.stderr)
+    cli.complain(scores.missing)
   print(json.dumps({name: scores.values.get(name) for name in METRICS}))
 
 

@@ -25,15 +25,13 @@ plain for all other adapters and models.
 """
 
 import itertools
-import json
-import sys
-from functools import partial
 from typing import Any
 
 from absl import flags
 
 from experiments import cli
 from vera_jax.errors import UserError
+from vera_jax.terminal import LINES, json_line, printable
 
 ADAPTER = flags.DEFINE_string(
   "adapter", None, "An adapter: a folder, or a hub id (owner/name[@revision])."
@@ -160,7 +158,7 @@ def main() -> None:
   }
   if PROMPT.value is not None:
     for piece in make_generator().stream(PROMPT.value, **settings):
-      print(piece, end="", flush=True)
+      print(printable(piece, keep=LINES), end="", flush=True)
     print()
     return
   with cli.opened(INPUT.value or "-") as file:
@@ -202,13 +200,13 @@ def _answer_file(file: Any, generator: Any, settings: dict[str, Any]) -> None:
     texts = dict(zip(good, map(generator.decode, answers), strict=True))
     for i, row in enumerate(chunk):
       if row.number in wrong:
-        print(f"line {row.number}: {wrong[row.number]}", file=sys.stderr)
+        cli.complain(f"line {row.number}: {wrong[row.number]}")
       line = {**row.values, "answer": texts[i]} if i in texts else {}
-      print(json.dumps(line, ensure_ascii=False), flush=True)
+      print(json_line(line), flush=True)
     total, bad = total + len(chunk), bad + len(wrong)
   if bad:
     raise UserError(f"{bad} of {total} lines could not be used.")
 
 
 if __name__ == "__main__":
-  cli.run(partial(cli.until_closed, main), usage=__doc__)
+  cli.run(main, usage=__doc__)

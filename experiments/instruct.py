@@ -33,6 +33,7 @@ from absl import flags
 
 from experiments import cli, glue
 from vera_jax.errors import UserError
+from vera_jax.terminal import printable
 
 flags.adopt_module_key_flags(glue)  # --help shows them here as well
 PREVIEW = cli.define_optional_integer(
@@ -59,7 +60,7 @@ def main() -> None:
   folder = resolve(config.model.name)
   data = task.load_data(config, folder)
   for line in (*task.notes, *data.introduction()):
-    print(line)
+    print(printable(line))
   tokens = data.tokens["train"]
   preview(tokens, load_tokenizer(folder), number=PREVIEW.value)
 

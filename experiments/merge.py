@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
 from vera_jax.errors import UserError
+from vera_jax.terminal import Console
 
 ADAPTER = flags.DEFINE_string(
   "adapter",
@@ -73,7 +73,7 @@ def main() -> None:
   check_free(OUT.value)  # before the base is loaded
   classifier = restore_adapter(load_adapter(ADAPTER.value), BASE.value)
   show(write_merged(classifier, OUT.value, dtype=DTYPE.value))
-  Console().print(OUT.value, markup=False, highlight=False)
+  Console().print(OUT.value)
 
 
 def write_as_gguf(out: Path) -> None:
@@ -99,7 +99,7 @@ def write_as_gguf(out: Path) -> None:
       show(write_merged(model, merged))  # in float32, checked on probe texts
       formats = export_gguf.write_gguf_of(merged, out, kind=kind)
   stored = ", ".join(f"{count} in {name}" for name, count in formats.items())
-  Console().print(f"{out}: tensors {stored}", markup=False, highlight=False)
+  Console().print(f"{out}: tensors {stored}")
 
 
 def show(about: Mapping[str, Any]) -> None:

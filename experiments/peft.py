@@ -9,7 +9,6 @@ PVeRA's mean, Uni-LoRA and, with use_dora, DVoRA. --base names the base where
 the adapter's own name for it is not found.
 """
 
-import sys
 from pathlib import Path
 
 from absl import flags
@@ -51,7 +50,7 @@ def main(words: list[str]) -> None:
     for warning in export_adapter(
       folder, out, method=AS.value, base=BASE.value
     ):
-      print(f"Warning: {warning}", file=sys.stderr)
+      cli.complain(f"Warning: {warning}")
   else:
     about = import_adapter(
       folder,

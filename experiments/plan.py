@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from rich.console import Console
 
 from benchmarks.plans import report
 from benchmarks.plans.chips import describe_pod, use_no_accelerator
@@ -25,6 +24,7 @@ from benchmarks.plans.figures import plan
 from benchmarks.report import write
 from experiments import cli
 from vera_jax.files import read_json
+from vera_jax.terminal import Console
 from vera_jax.train.config import check_settings
 
 CONFIG = cli.define_config()
@@ -73,8 +73,6 @@ def main() -> None:
   console.print(
     "To train there, on every host at once, with a folder that all see:\n"
     f"  {result['run']} --workdir=FOLDER\n{path}",
-    markup=False,
-    highlight=False,
   )
 
 

@@ -28,8 +28,6 @@ file's path.
 """
 
 import json
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +44,7 @@ from vera_jax.data.tables import (
   read_rows,
 )
 from vera_jax.errors import UserError
+from vera_jax.terminal import json_line, printable
 
 PLAIN = ("", ".txt")  # endings of what is read as TSV; "" for - as well
 ADAPTER = flags.DEFINE_string(
@@ -125,14 +124,14 @@ def main() -> None:
       total += 1
       if line.error:
         bad += 1
-        print(f"{unit} {line.number}: {line.error}", file=sys.stderr)
+        cli.complain(f"{unit} {line.number}: {line.error}")
       if not line.header:
         print(_text(answer, predictor.labels), flush=True)
       elif FORMAT.value == "tsv":
-        print("\t".join(names), flush=True)
+        print(_cells(*names), flush=True)
   if predictor.truncated:
     cut = f"{predictor.truncated} texts were cut at {predictor.max_length}"
-    print(f"{cut} tokens.", file=sys.stderr)
+    cli.complain(f"{cut} tokens.")
   if bad:
     raise UserError(f"{bad} of {total} lines could not be used.")
 
@@ -153,18 +152,17 @@ def predict_images(place: Path) -> None:
   predictor = ImagePredictor(classifier)
   labels = predictor.labels
   if FORMAT.value == "tsv":
-    print("\t".join(["file", "label", "score", *labels]), flush=True)
+    print(_cells("file", "label", "score", *labels), flush=True)
   bad = 0
   for path, answer in answer_files(predictor, paths, at_once=LINES.value):
     if isinstance(answer, str):
       bad += 1
-      print(f"{path}: {answer}", file=sys.stderr)
+      cli.complain(f"{path}: {answer}")
     line = _text(None if isinstance(answer, str) else answer, labels)
     if FORMAT.value == "jsonl":
-      line = json.dumps({"file": str(path), **json.loads(line)})
-      print(line, flush=True)
+      print(json_line({"file": str(path), **json.loads(line)}), flush=True)
     else:
-      print(f"{path}\t{line}", flush=True)
+      print(f"{_cells(path)}\t{line}", flush=True)
   if bad:
     raise UserError(f"{bad} of {len(paths)} images could not be read.")
 
@@ -189,7 +187,7 @@ def _text(answer: Any, labels: tuple[str, ...]) -> str:
   """An answer as a line of the output; an empty one for None, a bad line."""
   tagged = hasattr(answer, "tags")
   if FORMAT.value == "jsonl" and tagged:
-    return json.dumps(answer._asdict(), ensure_ascii=False)
+    return json_line(answer._asdict())
   if FORMAT.value == "jsonl":
     fields = {} if answer is None else {"score": answer.score}
     if answer is not None and labels:
@@ -198,15 +196,20 @@ def _text(answer: Any, labels: tuple[str, ...]) -> str:
       if answer.labels or not answer.label:  # several may apply
         fields = {"labels": answer.labels, **fields}
         del fields["label"]
-    return json.dumps(fields, ensure_ascii=False)
+    return json_line(fields)
   if answer is None:
     return ""
   if tagged:
     scores = " ".join(f"{score:.6f}" for score in answer.scores)
-    return f"{' '.join(answer.tags)}\t{scores}"
+    return _cells(" ".join(answer.tags), scores)
   numbers = (answer.score, *answer.probabilities)
-  return "\t".join([answer.label, *(f"{number:.6f}" for number in numbers)])
+  return _cells(answer.label, *(f"{number:.6f}" for number in numbers))
+
+
+def _cells(*texts: Any) -> str:
+  """A line of a TSV, in which a text's own tabs and line ends are escapes."""
+  return "\t".join(map(printable, texts))
 
 
 if __name__ == "__main__":
-  cli.run(partial(cli.until_closed, main), usage=__doc__)
+  cli.run(main, usage=__doc__)

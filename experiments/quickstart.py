@@ -7,11 +7,11 @@ that training never shows, and ends with a table. A few minutes on two cores;
 run again, it shows the finished runs.
 """
 
-from rich.console import Console
 from rich.table import Table
 
 from configs import quickstart
 from experiments import cli
+from vera_jax.terminal import Console
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
       f"{result['seconds']:.0f}",
     )
   head, vera = (result["best"]["score"] for result in results)
-  console = Console(highlight=False)
+  console = Console()
   console.print(table)
   frozen = results[0]["parameters"]["frozen"]
   console.print(

@@ -26,7 +26,6 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
 
 from experiments import cli
 from vera_jax.errors import UserError
@@ -35,6 +34,7 @@ from vera_jax.report.frame import Sweep, load_sweep
 from vera_jax.report.outputs import side_by_side
 from vera_jax.report.summary import summary
 from vera_jax.report.text_scores import text_notes, text_scores, text_tables
+from vera_jax.terminal import LINES, Console, printable
 
 FORMATS = ("auto", "terminal", "markdown", "csv")
 FORMAT = flags.DEFINE_enum("format", "auto", FORMATS, "What is printed.")
@@ -64,21 +64,21 @@ def show(sweep: Sweep, kind: str) -> None:
   table = summary(sweep)
   if kind == "csv":
     for remark in sweep.remarks:
-      print(remark, file=sys.stderr)
-    sys.stdout.write(table.to_csv(index=False))
+      cli.complain(remark)
+    sys.stdout.write(printable(table.to_csv(index=False), keep=LINES))
   elif kind == "markdown" or (kind == "auto" and not console.is_terminal):
-    sys.stdout.write(tables.page(sweep, table))
+    sys.stdout.write(printable(tables.page(sweep, table), keep=LINES))
   else:
     cells = tables.columns(table, sweep.paper)
     shown = tables.for_terminal(cells, sweep.title, width=console.width)
     console.print(shown)
     for note in tables.notes(sweep, table):
-      console.print(note, markup=False, highlight=False)
+      console.print(note)
     if texts := text_scores(sweep):
       for title, some in text_tables(texts).items():
         console.print(tables.for_terminal(some, title, width=console.width))
       for note in text_notes(texts):
-        console.print(note, markup=False, highlight=False)
+        console.print(note)
 
 
 def write(sweep: Sweep, folder: Path) -> None:

@@ -32,7 +32,6 @@ import re
 import sys
 
 from absl import flags
-from rich.console import Console
 
 from experiments import cli
 from vera_jax import results
@@ -55,6 +54,7 @@ from vera_jax.sweep.table import (
   seconds_left,
   states,
 )
+from vera_jax.terminal import Console
 
 CONFIG = cli.define_config(
   "Sweep: configs/sweeps/STUDY.py, or configs/sweeps/STUDY.py:VARIANT. Settings"
@@ -90,12 +90,7 @@ TFLOPS = flags.DEFINE_float(
 
 
 def main() -> None:
-  sweep = cli.chosen(CONFIG)
-  if "overrides" not in sweep:
-    raise UserError(
-      "--config names a single run's settings: `python -m experiments.glue`"
-      " trains it. Sweeps are configs/sweeps/NAME.py."
-    )
+  sweep = cli.chosen(CONFIG, sweep=True)
   if not WORKDIR.value:
     raise UserError("Say where the sweep's runs go: --workdir=DIR")
   # what the command line sets in the base, no override of the sweep changes
@@ -109,21 +104,21 @@ def main() -> None:
   if DRY_RUN.value:
     finished = filter(None, (results.read(run.folder) for run in plan.runs))
     rate = estimate.rate(finished, TFLOPS.value)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(soft_wrap=True)
     console.print(plan_table(plan, units, rate), soft_wrap=False)
     part = f"shard {SHARD.value}: " if SHARD.value else ""
     left = estimate.span(seconds_left(units, rate))
     console.print(
       f"{part}{len(runs)} of {len(plan.runs)} runs in {len(units)} units:"
       f" {counts(states(runs))}\nleft: about {left}, {rate.source}",
-      markup=False,
     )
     return
   write_plan(plan)
   failed = failures(runs)
   if failed and not RETRY.value:
-    print(f"{len(failed)} failed before:", *failed, sep="\n", file=sys.stderr)
-    print("--retry_failed tries them again.", file=sys.stderr)
+    lines = "\n".join(failed)
+    cli.complain(f"{len(failed)} failed before:\n{lines}")
+    cli.complain("--retry_failed tries them again.")
   logs = plan.folder / "logs"
   with LiveTable(plan, units, tflops=TFLOPS.value) as table:
     run_units(

@@ -1,11 +1,13 @@
 """Keys, exit codes and the closing table, without starting a process."""
 
+import os
 import re
 from types import SimpleNamespace
 
 import pytest
 
 from configs import rte
+from configs.sweeps import rank
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.train.preemption import Interrupted
@@ -72,6 +74,9 @@ def test_a_setting_without_effect_is_remarked(method, idle, capsys):
     (UserError("mend it"), 1),
     (Interrupted("saved"), 75),
     (KeyboardInterrupt(), 130),
+    (PermissionError(13, "Permission denied", "a\x1b.tsv"), 1),
+    (TimeoutError("no answer"), 1),
+    (BrokenPipeError(32, "Broken pipe"), 1),  # not of standard output
   ],
 )
 def test_exit_codes(error, code, capsys):
@@ -80,7 +85,10 @@ def test_exit_codes(error, code, capsys):
       raise error
 
   assert cli.exit_code(main) == code
-  assert "Traceback" not in capsys.readouterr().err
+  said = capsys.readouterr().err
+  assert "Traceback" not in said and "\x1b" not in said
+  if isinstance(error, PermissionError):
+    assert said == "a\\x1b.tsv can't be used: Permission denied.\n"
 
 
 def test_a_bug_keeps_its_traceback():
@@ -146,6 +154,12 @@ def test_the_table_of_several_seeds(capsys):
     ("A title", "invalid syntax"),
     ("import no_such_module", "No module named 'no_such_module'"),
     ("def get_config(): return name", "name 'name' is not defined"),
+    ("def get_config(): return 3", "it returns 3, and no ConfigDict"),
+    ("def get_config(): pass", "it returns None"),
+    ("def get_config(): return {}['x']", "KeyError: 'x'"),
+    ("def get_config(): raise RuntimeError('no')", "RuntimeError: no"),
+    ("def get_config(): open('/none')", "No such file .* '/none'"),
+    ("raise SystemExit('bye')", "SystemExit: bye"),
   ],
 )
 def test_a_file_that_is_no_config_is_the_users_mistake(text, words, tmp_path):
@@ -155,6 +169,51 @@ def test_a_file_that_is_no_config_is_the_users_mistake(text, words, tmp_path):
     cli._ConfigParser("config").parse(str(file))
 
 
-def test_no_config_is_the_users_mistake():
-  with pytest.raises(UserError, match="--config=configs/rte.py"):
-    cli.chosen(SimpleNamespace(value=None))
+def test_no_config_or_one_of_the_other_kind():
+  def refuse(value, match, **kind):
+    with pytest.raises(UserError, match=match):
+      cli.chosen(SimpleNamespace(value=value), **kind)
+
+  refuse(None, "--config=configs/rte.py")
+  refuse(None, "--config=configs/sweeps/rank.py", sweep=True)
+  refuse(rank.get_config(), "experiments.sweep` trains it")
+  refuse(rte.get_config(), "experiments.glue` trains it", sweep=True)
+
+
+@pytest.mark.parametrize(
+  "size, error", [(9, None), (100_000, None), (9, UserError("mend it"))]
+)
+def test_standard_output_that_is_full(size, error, monkeypatch, capsys):
+  def main():
+    print("x" * size)
+    if error is not None:
+      raise error
+
+  with open("/dev/full", "w") as full:
+    monkeypatch.setattr("sys.stdout", full)
+    assert cli.exit_code(main) == 1
+    monkeypatch.undo()
+  *rest, line = capsys.readouterr().err.splitlines()
+  assert rest == ([] if error is None else ["mend it"])
+  assert "tandard output" in line and "No space left on device" in line
+
+
+@pytest.mark.parametrize("size", [9, 100_000])
+def test_standard_output_whose_reader_has_enough(size, monkeypatch, capsys):
+  read, write = os.pipe()
+  os.close(read)
+  with open(write, "w") as pipe:
+    monkeypatch.setattr("sys.stdout", pipe)
+    assert cli.exit_code(lambda: print("x" * size)) == 0
+    print("more, which nobody reads")
+    monkeypatch.undo()
+  assert capsys.readouterr().err == ""
+
+
+def test_standard_output_that_is_closed(monkeypatch, capsys):
+  monkeypatch.setattr("sys.stdout", None)
+  with pytest.raises(SystemExit) as caught:
+    cli.run(lambda: None, usage="")
+  monkeypatch.undo()
+  assert caught.value.code == 1
+  assert "Standard output is closed" in capsys.readouterr().err

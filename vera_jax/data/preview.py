@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from vera_jax.data.tokens import Tokens
+from vera_jax.terminal import LINES, Console, printable
 
 OPEN, CLOSE = "⟦", "⟧"  # around what is learned where there are no colours
 
@@ -35,12 +35,11 @@ def preview(
     console.print(
       f"example {i + 1}, {place}: {len(ids)} tokens, {sum(learned)} learned",
       style="bold",
-      markup=False,
-      highlight=False,
       soft_wrap=True,
     )
     shown = Text()
     for text, is_learned in stretches(ids, learned, tokenizer):
+      text = printable(text, keep=LINES)
       if not is_learned:
         shown.append(text, style="dim")
       elif console.is_terminal and console.color_system:

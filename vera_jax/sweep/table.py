@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
@@ -27,6 +27,7 @@ from vera_jax.sweep.plan import (
   SweepRun,
   Unit,
 )
+from vera_jax.terminal import Console
 
 STYLES = {DONE: "green", FAILED: "bold red", RUNNING: "cyan"}
 TAIL = 4096  # bytes of metrics.jsonl that are looked at
@@ -92,7 +93,7 @@ def plan_table(plan: Plan, units: Sequence[Unit], rate: Rate) -> Table:
     title_justify="left",
   )
   for number, unit in enumerate(units, 1):
-    names = Text("\n".join(run.name for run in unit))
+    names = "\n".join(run.name for run in unit)
     left = seconds_left([unit], rate)
     shown = f"~{span(left)}" if left else ""
     table.add_row(str(number), names, counts(states(unit)), shown)
@@ -113,7 +114,7 @@ class LiveTable:
       tflops: the machine's speed, for the time left; unset: measured on the
         runs that are done.
     """
-    self.console = Console(stderr=True, highlight=False)
+    self.console = Console(stderr=True)
     self._plan, self._units, self._tflops = plan, units, tflops
     self._results: dict[str, dict] = {}  # by name, so that each is read once
     self._started = time.monotonic()
@@ -160,7 +161,7 @@ class LiveTable:
 
   def _say(self, text: str) -> None:
     if not self.console.is_terminal:
-      self.console.print(text, markup=False, soft_wrap=True)
+      self.console.print(text, soft_wrap=True)
 
   def _result(self, run: SweepRun) -> dict | None:
     if run.name not in self._results:
@@ -212,7 +213,7 @@ class LiveTable:
       if state == RUNNING and run in self._unit:
         left = f"~{span(unit_left)}"
       shown = Text(state + mark, style=STYLES.get(state, "dim"))
-      table.add_row(Text(run.name), shown, epoch, loss, score, left)
+      table.add_row(run.name, shown, epoch, loss, score, left)
     all_left = unit_left + seconds_left(self._units, rate)
     elapsed = span(time.monotonic() - self._started)
     end = f"{elapsed} so far, about {span(all_left)} left here"

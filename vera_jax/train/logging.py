@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
   BarColumn,
   MofNCompleteColumn,
@@ -20,6 +19,7 @@ from rich.progress import (
 
 from vera_jax.errors import UserError
 from vera_jax.files import write_text
+from vera_jax.terminal import Console, printable
 
 
 class MetricWriter:
@@ -134,18 +134,18 @@ class ProgressBar:
     primary: bool = True,
     doing: str = "training",
   ) -> None:
-    self.console = Console(stderr=True, quiet=not primary, highlight=False)
+    self.console = Console(stderr=True, quiet=not primary)
     self._progress = Progress(
-      TextColumn("{task.description}"),
+      TextColumn("{task.description}", markup=False),
       BarColumn(),
       MofNCompleteColumn(),
-      TextColumn("{task.fields[note]}"),
+      TextColumn("{task.fields[note]}", markup=False),
       TimeRemainingColumn(),
       console=self.console,
       disable=not self.console.is_terminal,
     )
     self._task = self._progress.add_task(
-      doing, total=steps, completed=step, note=""
+      printable(doing), total=steps, completed=step, note=""
     )
     self._score = ""
 
@@ -158,7 +158,7 @@ class ProgressBar:
 
   def log(self, text: str) -> None:
     """A line above the bar."""
-    self.console.print(text, markup=False, soft_wrap=True)
+    self.console.print(text, soft_wrap=True)
 
   def advance(self, step: int, *, loss: float | None = None) -> None:
     """Move the bar to a step."""
