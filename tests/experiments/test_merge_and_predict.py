@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.experiments.command import run, run_each
+from vera_jax.data.tables import read_table
 
 
 def test_merge_then_predict_from_both(random_adapter, tmp_path):
@@ -45,6 +46,30 @@ def test_merge_then_predict_from_both(random_adapter, tmp_path):
   assert list(answer["probabilities"].values()) == pytest.approx(
     [float(chance) for chance in chances], abs=2e-6
   )
+
+
+def test_labels_that_would_command_a_terminal(random_adapter, tmp_path):
+  """A TSV keeps a line per text and a cell per label; JSON loses nothing."""
+  labels = ["\x1b]0;mine\x07a\tb", 'c\n"d"\x9b2J']
+  adapter = random_adapter()
+  about = json.loads((adapter / "adapter.json").read_text())
+  (adapter / "adapter.json").write_text(json.dumps(about | {"labels": labels}))
+  file = tmp_path / "texts.tsv"
+  file.write_text("sentence1\tsentence2\nword1 word2\tword3\nword4\tword5\n")
+  ask = ["experiments.predict", f"--adapter={adapter}", f"--input={file}"]
+  table, lines = run_each(ask, [*ask, "--format=jsonl"])
+  assert (table.returncode, lines.returncode) == (0, 0), table.stderr
+  (tmp_path / "out.tsv").write_text(table.stdout)
+  found = read_table(tmp_path / "out.tsv")
+  shown = [r"\x1b]0;mine\x07a\tb", r'c\n"d"\x9b2J']
+  assert list(found.columns) == ["label", "score", *shown]
+  answers = list(map(json.loads, lines.stdout.splitlines()))
+  assert [list(x["probabilities"]) for x in answers] == [labels] * 2
+  assert [shown[labels.index(x["label"])] for x in answers] == found.columns[
+    "label"
+  ]
+  for done in (table, lines):
+    assert not set("\x1b\x07\x9b") & set(done.stdout)
 
 
 def test_a_mistake_is_explained_in_a_line():
