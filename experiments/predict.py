@@ -35,7 +35,7 @@ from absl import flags
 
 from experiments import cli
 from vera_jax.data.image_files import SUFFIXES as IMAGE_SUFFIXES
-from vera_jax.data.image_files import image_files
+from vera_jax.data.image_files import ImageFile, image_files
 from vera_jax.data.tables import (
   FORMATS,
   SUFFIXES,
@@ -142,8 +142,10 @@ def predict_images(place: Path) -> None:
   from vera_jax.models.classifier import load_classifier, restore_adapter
   from vera_jax.serve.image_predictor import ImagePredictor, answer_files
 
-  paths = image_files(place) if place.is_dir() else [place]
-  if not paths:
+  inside = place if place.is_dir() else None
+  paths = image_files(place) if inside else [place]
+  files = [ImageFile(path, inside) for path in paths]
+  if not files:
     raise UserError(f"{place} holds no image files.")
   if MODEL.value:
     classifier = load_classifier(MODEL.value)
@@ -154,7 +156,7 @@ def predict_images(place: Path) -> None:
   if FORMAT.value == "tsv":
     print(_cells("file", "label", "score", *labels), flush=True)
   bad = 0
-  for path, answer in answer_files(predictor, paths, at_once=LINES.value):
+  for path, answer in answer_files(predictor, files, at_once=LINES.value):
     if isinstance(answer, str):
       bad += 1
       cli.complain(f"{path}: {answer}")
@@ -164,7 +166,7 @@ def predict_images(place: Path) -> None:
     else:
       print(f"{_cells(path)}\t{line}", flush=True)
   if bad:
-    raise UserError(f"{bad} of {len(paths)} images could not be read.")
+    raise UserError(f"{bad} of {len(files)} images could not be read.")
 
 
 def input_format(name: str, given: str | None) -> str:

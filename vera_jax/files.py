@@ -161,13 +161,15 @@ def parse_json(data: bytes | str, *, nan: bool = False) -> Any:
   try:
     value = json.loads(text, object_pairs_hook=_object, **finite)
   except RecursionError:
-    raise ValueError(f"it is nested more than {DEPTH} deep") from None
+    raise ValueError(
+      f"it is nested too deeply, more than {DEPTH} levels"
+    ) from None
   level = [value]
   for _ in range(DEPTH + 1):
     if not (level := [x for part in level for x in _inside(part)]):
       break
   else:
-    raise ValueError(f"it is nested more than {DEPTH} deep")
+    raise ValueError(f"it is nested too deeply, more than {DEPTH} levels")
   if (
     "\\u" in text
   ):  # by which JSON can write half a character, which is no text

@@ -1,6 +1,7 @@
 """Class folders, Parquet files and data sets give the same images."""
 
 import json
+import os
 import shutil
 
 import datasets
@@ -23,7 +24,7 @@ def contents(files, numbers=None):
   """What is read, as bytes."""
   numbers = np.arange(len(files)) if numbers is None else np.array(numbers)
   found = list(files.read(numbers))
-  return [x if isinstance(x, bytes) else x.read_bytes() for x in found]
+  return [x if isinstance(x, bytes) else x.read() for x in found]
 
 
 def as_dataset(tiny_images):
@@ -99,6 +100,69 @@ def test_what_datasets_keeps_is_the_same(where, tiny_images, tmp_path):
       open_dataset("owner/name", {"test": data["test"]})
     with pytest.raises(UserError, match="one of labels are needed"):
       open_dataset("owner/name", data.remove_columns("fine_label"))
+
+
+@pytest.mark.parametrize("where", ["parquet", "hub"])
+def test_a_path_in_a_data_set_leads_nowhere_else(where, tmp_path, monkeypatch):
+  """Its bytes are null, and the path was written by somebody else."""
+  folder, private = tmp_path / "data", tmp_path / "private.png"
+  folder.mkdir()
+  (folder / "own.png").write_bytes(b"own")
+  private.write_bytes(b"private")
+  paths = ["/dev/zero", str(private), "own.png", str(folder / "own.png"), None]
+  image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+  data = datasets.Dataset.from_dict(
+    {
+      "image": [{"bytes": None, "path": path} for path in paths],
+      "label": [0] * len(paths),
+    },
+    features=datasets.Features(
+      {"image": image, "label": datasets.ClassLabel(names=["any"])}
+    ),
+  )
+  if where == "hub":
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
+    data = data.cast_column("image", datasets.Image(decode=False))
+    source = open_dataset("owner/name", {"train": data})
+  else:
+    data.to_parquet(folder / "train.parquet")
+    source = open_folder(folder)
+  zero, elsewhere, *own, none = source.splits["train"].read(np.arange(5))
+  assert [one.read() for one in own] == [b"own", b"own"] and none == b""
+  for one in (zero, elsewhere):
+    with pytest.raises(UserError, match="outside of .*data"):
+      one.read()
+
+
+def test_class_folders_that_lead_elsewhere(tiny_images, tmp_path):
+  folder = tmp_path / "data"
+  (folder / "cat").mkdir(parents=True)
+  (folder / "dog").symlink_to(tiny_images / "test/red")
+  (folder / "cat/0.png").symlink_to("/dev/zero")
+  os.mkfifo(folder / "cat/1.png")
+  (folder / "cat/2.png").symlink_to(tiny_images / "test/red/0.png")
+  files = open_folder(folder).splits["train"]
+  reasons = []
+  for one in files.read(np.arange(4)):
+    with pytest.raises(UserError) as error:
+      one.read()
+    reasons.append(str(error.value))
+  assert "it is a pipe" in reasons.pop(1)
+  assert all("outside of" in reason for reason in reasons)
+
+
+def test_labels_that_are_no_ids(tmp_path):
+  import pyarrow as pa
+  from pyarrow import parquet
+
+  kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])}
+  info = json.dumps({"info": {"features": datasets.Features(kinds).to_dict()}})
+  for labels, words in (([2**40], "not labelled by"), (["x"], "no class ids")):
+    table = pa.table({"image": [{"bytes": b"x"}], "label": labels})
+    table = table.replace_schema_metadata({"huggingface": info})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=words):
+      open_folder(tmp_path)
 
 
 def wrong_labels(data):

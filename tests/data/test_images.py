@@ -1,6 +1,9 @@
 """Images are prepared as the checkpoint says, and unreadable ones are named."""
 
+import io
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -66,8 +69,6 @@ def test_turned_grey_and_transparent_pictures():
   given = picture((200, 50, 40), 0)
   turned = Image.Exif()
   turned[0x0112] = 6  # the camera was held sideways
-  import io
-
   file = io.BytesIO()
   given.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=turned)
   want = PLAIN.prepare(given)
@@ -85,6 +86,9 @@ def test_turned_grey_and_transparent_pictures():
     ({"image_mean": None}, "image_mean|NoneType"),
     ({"resample": 77}, "77 is not a valid Resampling"),
     ({**CROPPED, "size": {"shortest_edge": 4}}, "4 pixels have no room"),
+    ({"size": {"height": 10**9, "width": 8}}, "more than 4096 pixels a side"),
+    ({"image_std": [1.0, 0.0, 1.0]}, "not those of three colours"),
+    ({"image_mean": [1.0]}, "not those of three colours"),
   ],
 )
 def test_a_preparation_that_is_not_known_here(fields, message, tmp_path):
@@ -139,3 +143,74 @@ def test_without_a_place_for_the_cache_all_is_in_memory(tiny_images, tmp_path):
   made = prepare_images(files, np.arange(4), PLAIN, tmp_path / "file/cache")
   kept = prepare_images(files, np.arange(4), PLAIN, tmp_path / "cache")
   np.testing.assert_array_equal(made.pixels, kept.pixels)
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_each_format_of_the_list_is_decoded(kind):
+  file = io.BytesIO()
+  picture((200, 50, 40), 0).save(file, kind)
+  assert PLAIN.prepare(file.getvalue()).shape == (8, 8, 3)
+
+
+def test_no_program_is_started(tmp_path, monkeypatch):
+  """Pillow gives EPS, whatever the file's name, to the `gs` in PATH."""
+  program, started = tmp_path / "gs", tmp_path / "started"
+  program.write_text(f"#!/bin/sh\ntouch {started}\n")
+  program.chmod(0o755)
+  monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+  monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+  eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
+  (made,) = images.decode_all([eps], PLAIN)
+  assert "cannot identify image" in str(made) and not started.exists()
+
+
+def test_a_thread_of_an_image_is_cut_before_it_is_resized(monkeypatch):
+  cropped = PLAIN._replace(edge=10)
+  for size in ((1, 60_000), (60_000, 1), (3, 50_000)):
+    thread = Image.new("RGB", size, (9, 8, 7))
+    monkeypatch.setattr(images, "RESIZED", 10**5)
+    pixels = cropped.prepare(thread)
+    assert pixels.shape == (8, 8, 3) and (pixels == (9, 8, 7)).all()
+  # the same as from the whole, but for rounding
+  rng = np.random.default_rng(0)
+  for shape in ((31, 17, 3), (12, 40, 3), (9, 9, 3)):
+    given = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+    for filter in (0, 2, 3):
+      processor = cropped._replace(resample=filter)
+      monkeypatch.setattr(images, "RESIZED", 10**5)
+      whole = processor.prepare(given).astype(int)
+      monkeypatch.setattr(images, "RESIZED", 0)
+      assert abs(processor.prepare(given) - whole).max() <= 1
+
+
+def test_large_images_are_decoded_one_after_another(monkeypatch):
+  monkeypatch.setattr(images, "PIXELS", 200)
+  monkeypatch.setattr(images, "_ROOM", images._Room())
+  now, most = [], []
+
+  def slow(image, **_):  # 120 pixels each
+    now.append(image)
+    time.sleep(0.01)
+    most.append(len(now))
+    now.remove(image)
+
+  monkeypatch.setattr(images.ImageOps, "exif_transpose", slow)
+  file = io.BytesIO()
+  picture((200, 50, 40), 0).save(file, "PNG")
+  made = list(images.decode_all([file.getvalue()] * 6, PLAIN))
+  assert len(made) == 6 and most == [1] * 6
+  assert not any(isinstance(x, Exception) for x in made)
+
+
+def test_encoded_images_are_not_all_in_memory(monkeypatch):
+  monkeypatch.setattr(images, "ENCODED", 100)
+  taken = []
+
+  def source():
+    for i in range(20):
+      taken.append(i)
+      yield b"x" * 30
+
+  made = images.decode_all(source(), PLAIN)
+  assert isinstance(next(made), OSError) and len(taken) == 4
+  assert len(list(made)) == 19

@@ -4,9 +4,8 @@ Only names and labels are read at first; the files themselves when a run knows
 which of them it uses.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from vera_jax.data.tables import class_names
+from vera_jax.data.tables import (
+  class_names,
+  open_parquet,
+  some,
+  stored_features,
+)
 from vera_jax.errors import UserError
+from vera_jax.files import IMAGE, read_bytes
 
 SUFFIXES = (
   ".bmp",
@@ -33,8 +38,26 @@ SPLITS = {
   "train": ("train", "training"),
   "test": ("test", "testing", "validation", "valid", "val", "dev"),
 }
+AT_ONCE = 8  # images that are taken from a Parquet file together
+MOST = np.iinfo(np.int32).max  # of a class's id
 LABELS = ("label", "labels", "fine_label", "class")
-Encoded = bytes | Path
+
+
+class ImageFile(NamedTuple):
+  """An image's file, and the folder that it belongs to.
+
+  `inside` is as for `files.open_file`: None where a person has named the file.
+  """
+
+  path: Path
+  inside: Path | None
+
+  def read(self) -> bytes:
+    """Its bytes; raises a UserError where it can't be used."""
+    return read_bytes(self.path, inside=self.inside, limit=IMAGE)
+
+
+Encoded = bytes | ImageFile
 
 
 @dataclass(frozen=True)
@@ -87,7 +110,9 @@ def open_folder(folder: Path, *, label: str | None = None) -> Source:
       word = table.parent.name if word.isdigit() else word
       by_split.setdefault(word, []).append(table)
     return _source(
-      str(folder), by_split, lambda files: _from_parquet(files, label)
+      str(folder),
+      by_split,
+      lambda files: _from_parquet(files, label, inside=folder),
     )
   folders = {path.name: path for path in folder.iterdir() if path.is_dir()}
   # a class may be called train: only the two together are splits
@@ -108,7 +133,8 @@ def open_folder(folder: Path, *, label: str | None = None) -> Source:
       " folder per class, or with .parquet files, or a hub id."
     )
   splits = {
-    name: _from_folders(place, classes) for name, place in chosen.items()
+    name: _from_folders(place, classes, inside=folder)
+    for name, place in chosen.items()
   }
   for name, split in splits.items():
     if not len(split):
@@ -121,7 +147,11 @@ def open_folder(folder: Path, *, label: str | None = None) -> Source:
 
 def open_dataset(name: str, data: Any, *, label: str | None = None) -> Source:
   """A data set as `datasets` gives it: by split, with rows and features."""
-  from datasets import Image
+  from datasets import Image, config
+  from huggingface_hub.constants import HF_HUB_CACHE
+
+  # where the library keeps what it has downloaded
+  caches = Path(config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)
 
   def split_of(rows: Any) -> tuple[ImageFiles, tuple[str, ...]]:
     features = rows.features.to_dict()
@@ -130,7 +160,7 @@ def open_dataset(name: str, data: Any, *, label: str | None = None) -> Source:
 
     def read(numbers: np.ndarray) -> Iterator[Encoded]:
       for number in numbers.tolist():
-        yield _encoded(plain[number][image])
+        yield _encoded(plain[number][image], caches)
 
     labels = np.array(rows[target], np.int32)
     numbered = [f"{name}, row {i}" for i in range(len(rows))]
@@ -172,7 +202,9 @@ def _source(
   return Source(classes, {split: files for split, (files, _) in made.items()})
 
 
-def _from_folders(folder: Path, classes: tuple[str, ...]) -> ImageFiles:
+def _from_folders(
+  folder: Path, classes: tuple[str, ...], *, inside: Path
+) -> ImageFiles:
   beyond = {
     path.name
     for path in folder.iterdir()
@@ -191,7 +223,7 @@ def _from_folders(folder: Path, classes: tuple[str, ...]) -> ImageFiles:
     labels += [number] * len(own)
 
   def read(numbers: np.ndarray) -> Iterator[Encoded]:
-    return (paths[number] for number in numbers.tolist())
+    return (ImageFile(paths[number], inside) for number in numbers.tolist())
 
   return ImageFiles(np.array(labels, np.int32), [*map(str, paths)], read)
 
@@ -206,56 +238,70 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def _from_parquet(
-  files: list[Path], label: str | None
+  files: list[Path], label: str | None, *, inside: Path
 ) -> tuple[ImageFiles, tuple[str, ...]]:
-  import pyarrow
-  from pyarrow import parquet
+  from pyarrow.types import is_integer
 
   labels: list[int] = []
   names: list[str] = []
   groups: list[tuple[Path, int, int]] = []  # file, row group, its rows
   classes: tuple[str, ...] = ()
   image = ""
-  try:
-    for path in files:
-      with parquet.ParquetFile(path) as file:
-        stored = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
-        features = json.loads(stored).get("info", {}).get("features") or {}
-        for column in file.schema_arrow:
-          features.setdefault(column.name, {})
-        image, target, own = _columns(str(path), features, label)
-        if classes and own != classes:
-          raise UserError(f"{path} has other classes than {files[0]}.")
-        classes = own
-        own_labels = file.read(columns=[target]).column(0).to_pylist()
-        labels += [-1 if x is None else x for x in own_labels]
-        names += [f"{path}, row {i + 1}" for i in range(len(own_labels))]
-        groups += [
-          (path, i, file.metadata.row_group(i).num_rows)
-          for i in range(file.num_row_groups)
-        ]
-  except (pyarrow.ArrowException, OSError) as error:
-    raise UserError(f"{path} can't be read as Parquet: {error}") from error
+  for path in files:
+    with open_parquet(path, inside=inside) as file:
+      features = stored_features(file, path)
+      for column in file.schema_arrow:
+        features.setdefault(column.name, {})
+      image, target, own = _columns(str(path), features, label)
+      if classes and own != classes:
+        raise UserError(f"{path} has other classes than {files[0]}.")
+      classes = own
+      if not is_integer(file.schema_arrow.field(target).type):
+        raise UserError(f"{path}: the column {target!r} has no class ids.")
+      own_labels = file.read(columns=[target]).column(0).to_pylist()
+      # an id of no class is found with those of the whole data set
+      labels += [-1 if x is None else max(-1, min(x, MOST)) for x in own_labels]
+      names += [f"{path}, row {i + 1}" for i in range(len(own_labels))]
+      groups += [
+        (path, i, file.metadata.row_group(i).num_rows)
+        for i in range(file.num_row_groups)
+      ]
 
   def read(numbers: np.ndarray) -> Iterator[Encoded]:
     first = 0
     for path, group, rows in groups:
       here = numbers[(numbers >= first) & (numbers < first + rows)] - first
       first += rows
-      if len(here):
-        with parquet.ParquetFile(path) as file:
-          column = file.read_row_group(group, columns=[image]).column(image)
-          for value in column.take(here).to_pylist():
-            yield _encoded(value)
+      if not len(here):
+        continue
+      with open_parquet(path, inside=inside) as file:
+        # few at a time: a file can name one large image many times
+        for batch in file.iter_batches(
+          AT_ONCE, row_groups=[group], columns=[image]
+        ):
+          taken = here[(here >= 0) & (here < len(batch))]
+          for value in batch.column(0).take(taken).to_pylist():
+            yield _encoded(value, (inside,))
+          here = here - len(batch)
 
   return ImageFiles(np.array(labels, np.int32), names, read), classes
 
 
-def _encoded(value: Any) -> Encoded:
-  """An image as `datasets` keeps it: its bytes, or the path of its file."""
-  if isinstance(value, Mapping):
-    value = value.get("bytes") or Path(value.get("path") or "")
-  return value if isinstance(value, bytes | Path) else b""
+def _encoded(value: Any, folders: Sequence[Path]) -> Encoded:
+  """An image as `datasets` keeps it: its bytes, or the path of its file.
+
+  The path is somebody else's, who may have written any: it counts where it
+  leads into one of the data's own folders.
+  """
+  if not isinstance(value, Mapping):
+    return value if isinstance(value, bytes) else b""
+  if isinstance(value.get("bytes"), bytes) and value["bytes"]:
+    return value["bytes"]
+  if not isinstance(value.get("path"), str) or not value["path"]:
+    return b""
+  path = folders[0] / value["path"]
+  inside = [f for f in folders if path.is_relative_to(f)]
+  return ImageFile(path, (inside or folders)[0])
 
 
 def _columns(
@@ -273,7 +319,7 @@ def _columns(
   ]
   images = images or [x for x in ("image", "img") if x in features]
   labels = [label] if label else [x for x in LABELS if x in features]
-  there = f"its columns are {', '.join(features)}"
+  there = f"its columns are {some(features)}"
   if len(images) != 1 or len(labels) != 1 or labels[0] not in features:
     raise UserError(
       f"{name}: one column of images and one of labels are needed"

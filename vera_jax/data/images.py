@@ -11,8 +11,10 @@ import json
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ import PIL
 from jaxtyping import Float32, Int32, UInt8
 from PIL import Image, ImageOps
 
-from vera_jax.data.image_files import Encoded, ImageFiles
+from vera_jax.data.image_files import Encoded, ImageFile, ImageFiles
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 
@@ -32,7 +34,17 @@ CONFIG = "preprocessor_config.json"
 VERSION = 1  # of the cached form
 CHUNK = 1024  # encoded images that are in memory at once
 SHOWN = 3  # unreadable images that a message names
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# What the endings in `image_files.SUFFIXES` stand for. Pillow decides by a
+# file's content and knows many more, of which some start another program: EPS
+# is given to Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+LARGEST = 4096  # pixels of a prepared image's side
+# Pixels of all images that are decoded at one moment, each in eight bytes at
+# most; Pillow refuses an image of more.
+PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
+RESIZED = 2**25  # pixels of a whole image that is resized before it is cut
+ENCODED = 2**28  # bytes of encoded images that are in memory at once
+ORIENTATION = 0x0112  # of the camera, among EXIF's entries
 Pixels = UInt8[np.ndarray, "height width 3"]
 
 
@@ -59,14 +71,22 @@ class Processor(NamedTuple):
     """Decode and resize.
 
     Raises:
-      one of `UNREADABLE`.
+      Exception: of any kind where it can't be read, for decoders raise many.
     """
-    if isinstance(encoded, bytes | Path):
-      # a path is read whole, so that no file stays open
+    if isinstance(encoded, bytes | ImageFile):
+      # a file is read whole, so that none stays open
       file = io.BytesIO(_content(encoded))
-      with Image.open(file) as opened:
+      with (
+        Image.open(file, formats=FORMATS) as opened,
+        _ROOM.taken(opened.width * opened.height),
+      ):
+        ImageOps.exif_transpose(opened, in_place=True)
         return self.prepare(opened)
-    image = ImageOps.exif_transpose(encoded).convert("RGB")
+    # a copy of a large image is not made in vain
+    image = encoded
+    if image.getexif().get(ORIENTATION, 1) != 1:
+      image = ImageOps.exif_transpose(image)
+    image = image if image.mode == "RGB" else image.convert("RGB")
     size, filter = (self.width, self.height), Image.Resampling(self.resample)
     if not self.edge:
       return np.asarray(image.resize(size, filter))
@@ -74,7 +94,19 @@ class Processor(NamedTuple):
     wide, tall = (self.edge * side // short for side in image.size)
     left, top = (wide - self.width) // 2, (tall - self.height) // 2
     box = left, top, left + self.width, top + self.height
-    return np.asarray(image.resize((wide, tall), filter).crop(box))
+    if wide * tall <= RESIZED:
+      return np.asarray(image.resize((wide, tall), filter).crop(box))
+    # Of a thread of an image the middle alone is resized. It is the same up to
+    # the rounding of where it begins.
+    across, down = image.width / wide, image.height / tall
+    right, bottom = min(wide, box[2]) * across, min(tall, box[3]) * down
+    part = (
+      left * across,
+      top * down,
+      min(right, image.width),
+      min(bottom, image.height),
+    )
+    return np.asarray(image.resize(size, filter, box=part))
 
   def normalise(
     self, pixels: UInt8[np.ndarray, "*rows height width 3"]
@@ -82,6 +114,30 @@ class Processor(NamedTuple):
     std = np.array(self.std, np.float32)
     factor = np.float32(self.scale) / std
     return pixels * factor - np.array(self.mean, np.float32) / std
+
+
+class _Room:
+  """Pixels that may be decoded at one moment, by all threads together."""
+
+  def __init__(self) -> None:
+    self._left, self._given_back = PIXELS, threading.Condition()
+
+  @contextmanager
+  def taken(self, pixels: int) -> Iterator[None]:
+    """Waits until there is room for so many."""
+    pixels = min(pixels, PIXELS)
+    with self._given_back:
+      self._given_back.wait_for(lambda: self._left >= pixels)
+      self._left -= pixels
+    try:
+      yield
+    finally:
+      with self._given_back:
+        self._left += pixels
+        self._given_back.notify_all()
+
+
+_ROOM = _Room()
 
 
 def read_processor(folder: Path, *, size: int | None = None) -> Processor:
@@ -126,9 +182,17 @@ def read_processor(folder: Path, *, size: int | None = None) -> Processor:
       if height != width:
         raise ValueError("its images are not square")
       edge, height, width = round(edge * size / height), size, size
+    if max(edge, height, width) > LARGEST:
+      raise ValueError(f"images of more than {LARGEST} pixels a side")
     if edge and edge < max(height, width) or min(height, width) < 1:
       raise ValueError(f"{edge} pixels have no room for {height} x {width}")
     plain = not given("do_normalize", True)
+    mean = (0.0,) * 3 if plain else tuple(map(float, fields["image_mean"]))
+    std = (1.0,) * 3 if plain else tuple(map(float, fields["image_std"]))
+    if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
+      raise ValueError(
+        "image_mean and image_std are not those of three colours"
+      )
     return Processor(
       edge=edge,
       height=height,
@@ -137,10 +201,10 @@ def read_processor(folder: Path, *, size: int | None = None) -> Processor:
       scale=float(given("rescale_factor", 1 / 255))
       if given("do_rescale", True)
       else 1.0,
-      mean=(0.0,) * 3 if plain else tuple(map(float, fields["image_mean"])),
-      std=(1.0,) * 3 if plain else tuple(map(float, fields["image_std"])),
+      mean=mean,
+      std=std,
     )
-  except (KeyError, TypeError, ValueError) as error:
+  except (KeyError, TypeError, ValueError, OverflowError) as error:
     raise UserError(f"{file} can't be followed here: {error}.") from error
 
 
@@ -190,7 +254,7 @@ def prepare_images(
   for encoded in files.read(numbers):
     try:
       sha.update(hashlib.sha256(_content(encoded)).digest())
-    except OSError as error:  # the file is named when it is decoded
+    except UserError as error:  # the file is named when it is decoded
       sha.update(str(error).encode())
   fingerprint = sha.hexdigest()
   stored, lines = cache / f"{fingerprint}.npy", cache / f"{fingerprint}.json"
@@ -242,17 +306,19 @@ def decode_all(
   def one(encoded: Any) -> Pixels | Exception:
     try:
       return processor.prepare(encoded)
-    except UNREADABLE as error:
+    except Exception as error:  # whatever it is, the image is left out
       return error
 
   # Pillow works without Python's lock, so threads are enough.
   with ThreadPoolExecutor(os.cpu_count()) as workers:
     chunk: list[Any] = []
+    size = 0
     for encoded in images:
       chunk.append(encoded)
-      if len(chunk) == CHUNK:
+      size += len(encoded) if isinstance(encoded, bytes) else 0
+      if len(chunk) == CHUNK or size > ENCODED:
         yield from workers.map(one, chunk)
-        chunk = []
+        chunk, size = [], 0
     yield from workers.map(one, chunk)
 
 
@@ -273,4 +339,4 @@ def _decode(
 
 
 def _content(encoded: Encoded) -> bytes:
-  return encoded if isinstance(encoded, bytes) else encoded.read_bytes()
+  return encoded if isinstance(encoded, bytes) else encoded.read()

@@ -8,14 +8,24 @@ an object with the columns' names as keys, and JSON one list of such objects. A
 name that ends in .json may mean either.
 """
 
-import codecs
 import csv
-import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vera_jax.errors import UserError
+from vera_jax.files import (
+  BLANK,
+  BOM,
+  DATA,
+  json_lines,
+  open_file,
+  parse_json,
+  read_bytes,
+  read_lines,
+)
 
 SUFFIXES = {
   ".csv": "csv",
@@ -26,7 +36,14 @@ SUFFIXES = {
   ".parquet": "parquet",
 }
 FORMATS = (*dict.fromkeys(SUFFIXES.values()), "json")
-BLANK = "it is empty"
+SHOWN = 20  # names of columns that a message lists
+# Cells that a table may have whose rows hold others than its columns are, and
+# rows of a Parquet file with fewer bytes than rows.
+CELLS, ROWS = 10_000_000, 1_000_000
+# Bytes that a Parquet file may be unpacked to: so many, and a hundred times its
+# own; and rows that are unpacked together.
+UNPACKED, RATIO, AT_ONCE = 2**29, 100, 64
+LIST = 4 * 2**30  # bytes of a list of JSON, which is held as a whole
 _PEEK = 4096  # bytes, of which few are blank
 csv.field_size_limit(2**31 - 1)  # characters of a cell; Python's is 131,072
 
@@ -85,8 +102,8 @@ def format_of(path: str | Path) -> str:
       " table is read."
     )
   if path.suffix.lower() == ".json" and path.is_file():
-    with path.open("rb") as file:
-      start = file.read(_PEEK).removeprefix(codecs.BOM_UTF8).lstrip()
+    with open_file(path, inside=None, limit=DATA) as file:
+      start = file.read(_PEEK).removeprefix(BOM).lstrip()
     if start.startswith(b"["):
       return "json"
   return found
@@ -103,20 +120,22 @@ def read_rows(lines: Iterable[bytes], *, format: str) -> Iterator[Row]:
     yield from _json_list(b"".join(lines))
     return
   if format == "jsonl":
-    for number, line in enumerate(lines, 1):
-      yield _json_row(number, line)
+    # Python's own writer has NaN where a cell is missing
+    for line in json_lines(lines, nan=True):
+      yield Row(*line)
     return
   names: list[str] = []
   for number, cells, error in _cells(lines, quoted=format == "csv"):
-    repeated = {name for name in cells if cells.count(name) > 1}
     if not error and cells in ([], [""]):
       error = BLANK
-    elif not error and not names and repeated:
-      error = f"the column {min(repeated)!r} is there twice"
-    elif not error and names and len(cells) != len(names):
+    elif not error and not names:
+      repeated = [name for name, n in Counter(cells).items() if n > 1]
+      if repeated:
+        error = f"the column {min(repeated)!r} is there twice"
+    elif not error and len(cells) != len(names):
       error = (
         f"it has {len(cells)} columns, but the header has {len(names)}"
-        f" ({', '.join(names)})"
+        f" ({some(names)})"
       )
     if error:
       yield Row(number, error=error)
@@ -162,30 +181,13 @@ def _cells(
     yield number, cells, error
 
 
-def _json_row(number: int, line: bytes) -> Row:
-  try:
-    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-    if not text.strip():
-      return Row(number, error=BLANK)
-    values = json.loads(text)
-    json.dumps(values, ensure_ascii=False).encode()
-  except UnicodeError:  # also half a character, which JSON can write
-    return Row(number, error="it is not UTF-8")
-  except (ValueError, RecursionError) as wrong:
-    return Row(number, error=f"it is no JSON ({wrong})")
-  if not isinstance(values, dict):
-    return Row(number, error="it is no JSON object")
-  return Row(number, values)
-
-
 def _json_list(content: bytes) -> Iterator[Row]:
   try:
-    entries = json.loads(content.decode("utf-8-sig"))
-    json.dumps(entries, ensure_ascii=False).encode()
-  except UnicodeError:
+    entries = parse_json(content.removeprefix(BOM), nan=True)
+  except UnicodeError:  # also half a character, which JSON can write
     yield Row(1, error="it is not UTF-8")
     return
-  except (ValueError, RecursionError) as wrong:
+  except ValueError as wrong:
     yield Row(1, error=f"it is no JSON ({wrong})")
     return
   for number, values in enumerate(entries, 1):
@@ -195,24 +197,66 @@ def _json_list(content: bytes) -> Iterator[Row]:
       yield Row(number, error="it is no JSON object")
 
 
+@contextmanager
+def open_parquet(path: Path, *, inside: Path | None = None) -> Iterator[Any]:
+  """A Parquet file, as `pyarrow.parquet.ParquetFile`.
+
+  What it says that it holds is checked: a hundred kilobytes can be a million
+  times the same row.
+
+  Args:
+    path: of the file.
+    inside: as for `open_file`.
+
+  Raises:
+    UserError: the file can't be read, then or while it is in use.
+  """
+  import pyarrow
+  from pyarrow import parquet
+
+  try:
+    with (
+      open_file(path, inside=inside, limit=DATA) as opened,
+      parquet.ParquetFile(opened) as file,
+    ):
+      about, size = file.metadata, opened.seek(0, 2)
+      unpacked = sum(
+        about.row_group(i).total_byte_size for i in range(about.num_row_groups)
+      )
+      if about.num_rows > max(ROWS, size) or unpacked > _room(size):
+        raise UserError(
+          f"{path} is not used: its {size:,} bytes would become"
+          f" {about.num_rows:,} rows, {unpacked:,} bytes."
+        )
+      yield file
+  except (pyarrow.ArrowException, OSError, ValueError) as error:
+    raise UserError(f"{path} can't be read as Parquet: {error}") from error
+
+
 def parquet_rows(path: Path) -> Iterator[Row]:
   """The rows of a Parquet file.
 
   Raises:
     UserError: the file can't be read.
   """
-  import pyarrow
-  from pyarrow import parquet
+  number = unpacked = 0
+  with open_parquet(path) as file:
+    room = _room(path.stat().st_size)
+    for batch in file.iter_batches(AT_ONCE):
+      unpacked += batch.nbytes
+      if unpacked > room:
+        raise UserError(
+          f"{path} is not used: unpacked it has more than {room:,} bytes, for"
+          " it repeats long cells."
+        )
+      for values in batch.to_pylist():
+        number += 1
+        yield Row(number, values)
 
-  number = 0
-  try:
-    with parquet.ParquetFile(path) as file:
-      for batch in file.iter_batches():
-        for values in batch.to_pylist():
-          number += 1
-          yield Row(number, values)
-  except (pyarrow.ArrowException, OSError) as error:
-    raise UserError(f"{path} can't be read as Parquet: {error}") from error
+
+def _room(size: int) -> int:
+  """The most bytes that a Parquet file of that size may become."""
+  return max(UNPACKED, RATIO * size)
 
 
 def file_rows(path: str | Path, *, format: str | None = None) -> Iterator[Row]:
@@ -226,11 +270,11 @@ def file_rows(path: str | Path, *, format: str | None = None) -> Iterator[Row]:
   if format == "parquet":
     yield from parquet_rows(path)
     return
-  try:
-    with path.open("rb") as file:
-      yield from read_rows(file, format=format)
-  except OSError as error:
-    raise UserError(f"{path} can't be read: {error.strerror}.") from error
+  if format == "json":
+    yield from _json_list(read_bytes(path, inside=None, limit=LIST))
+    return
+  with open_file(path, inside=None, limit=DATA) as file:
+    yield from read_rows(read_lines(file, name=path), format=format)
 
 
 def read_table(path: str | Path) -> Table:
@@ -256,6 +300,12 @@ def read_table(path: str | Path) -> Table:
       rows.append(row)
   if not rows:
     raise UserError(f"{path}: the file has no rows.")
+  cells = sum(len(row.values) for row in rows)
+  if len(names) * len(rows) > max(CELLS, 20 * cells):
+    raise UserError(
+      f"{path}: its {len(rows):,} rows have {len(names):,} different columns"
+      f" ({some(names)}), of which each has a few: is it a table?"
+    )
   return Table(
     name=str(path),
     columns={name: [row.values.get(name) for row in rows] for name in names},
@@ -267,20 +317,41 @@ def read_table(path: str | Path) -> Table:
 
 def _parquet_classes(path: Path) -> dict[str, list[str]]:
   """Names of class ids, which `datasets` keeps in the file's metadata."""
-  from pyarrow import parquet
+  with open_parquet(path.expanduser()) as file:
+    return class_names(stored_features(file, path))
 
-  stored = parquet.read_schema(path.expanduser()).metadata or {}
-  if b"huggingface" not in stored:
+
+def stored_features(file: Any, path: Path) -> dict[str, Any]:
+  """What `datasets` keeps of the columns in a Parquet file's metadata.
+
+  Raises:
+    UserError: it can't be read.
+  """
+  stored = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+  try:
+    features = parse_json(stored)["info"]["features"]
+  except KeyError:
     return {}
-  features = json.loads(stored[b"huggingface"]).get("info", {}).get("features")
-  return class_names(features or {})
+  except (ValueError, TypeError) as error:
+    raise UserError(
+      f"{path}: what `datasets` has written of its columns can't be read:"
+      f" {error}"
+    ) from error
+  return features if isinstance(features, dict) else {}
+
+
+def some(names: Iterable[str]) -> str:
+  """The first names of columns, for a message."""
+  names = list(names)
+  more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+  return ", ".join(name[:80] for name in names[:SHOWN]) + more
 
 
 def class_names(features: dict[str, Any]) -> dict[str, list[str]]:
   """The class names of columns, from the features that `datasets` describes."""
   found = {}
   for name, feature in features.items():
-    while isinstance(feature, list):  # an older spelling of a list
+    while isinstance(feature, list) and feature:  # an older spelling of lists
       feature = feature[0]
     if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
       feature = feature["feature"]  # of a list's entries

@@ -9,12 +9,12 @@ caller adds (for QNLI: question and sentence). Nothing is quoted or escaped in a
 TSV.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from vera_jax.data.tables import Row
+from vera_jax.data.tables import Row, some
 from vera_jax.errors import UserError
+from vera_jax.files import parse_json
 
 # Each text is a string; for tagging it may also be the list of its words.
 Texts = tuple[Any, ...]
@@ -116,8 +116,7 @@ def read_texts(
     names = next((n for n in known if set(n) <= set(row.values)), None)
     if row.header and names is None:
       raise UserError(
-        f"The table has no column {wanted}; its columns are"
-        f" {', '.join(row.values)}."
+        f"The table has no column {wanted}; its columns are {some(row.values)}."
       )
     texts: Texts = tuple(row.values[name] for name in names or ())
     error = row.error
@@ -159,11 +158,11 @@ def _from_cells(
 
 def _from_json(text: str, known: Sequence[Texts]) -> Texts:
   try:
-    fields = json.loads(text)
+    fields = parse_json(text)
+  except UnicodeError:
+    raise
   except ValueError as error:
     raise ValueError(f"it is no JSON ({error})") from error
-  except RecursionError as error:  # a thousand brackets
-    raise ValueError("its JSON is nested too deeply") from error
   if not isinstance(fields, dict):
     raise ValueError("it is no JSON object")
   for names in known:

@@ -29,7 +29,7 @@ from vera_jax.data.answers import learned_tokens
 from vera_jax.data.chat import Rendered
 from vera_jax.data.completions import begin_of_text
 from vera_jax.data.hub_data import download, hub_table
-from vera_jax.data.tables import SUFFIXES, read_table
+from vera_jax.data.tables import SUFFIXES, read_table, some
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import Classifier
@@ -117,7 +117,7 @@ def _read(source: str) -> tuple[str, list[ChoiceQuestion]]:
   found = [read for own, read in forms.items() if {*own} <= {*table.columns}]
   if not found:
     raise UserError(
-      f"{table.name}: the columns {', '.join(table.columns)} are neither COPA's"
+      f"{table.name}: the columns {some(table.columns)} are neither COPA's"
       f" ({', '.join(COPA)}) nor ARC's ({', '.join(ARC)})."
     )
   if not table.numbers:

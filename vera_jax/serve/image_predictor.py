@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int
 
+from vera_jax.data.image_files import ImageFile
 from vera_jax.data.images import Processor, decode_all, read_processor
 from vera_jax.data.packing import Batch
 from vera_jax.errors import UserError
@@ -81,10 +82,13 @@ def read_images(
   """
   shape = (len(images), processor.height, processor.width, 3)
   pixels = np.empty(shape, np.float32)
-  given = [Path(x) if isinstance(x, str) else x for x in images]
+  given = [
+    ImageFile(Path(x), None) if isinstance(x, str | Path) else x for x in images
+  ]
   for number, made in enumerate(decode_all(given, processor)):
     if isinstance(made, Exception):
-      name = given[number] if isinstance(given[number], Path) else "given"
+      one = given[number]
+      name = one.path if isinstance(one, ImageFile) else "given"
       raise UserError(f"Image {number}, {name}, can't be read: {made}.")
     pixels[number] = processor.normalise(made)
   return pixels
@@ -125,14 +129,14 @@ def _padded(values: np.ndarray, rows: int) -> np.ndarray:
 
 
 def answer_files(
-  predictor: ImagePredictor, paths: Iterable[Path], *, at_once: int
+  predictor: ImagePredictor, files: Iterable[ImageFile], *, at_once: int
 ) -> Iterator[tuple[Path, Answer | str]]:
   """Each file with its answer, or the reason why it has none.
 
   `at_once` of them are answered together.
   """
-  paths = iter(paths)
-  while chunk := list(itertools.islice(paths, at_once)):
+  files = iter(files)
+  while chunk := list(itertools.islice(files, at_once)):
     made = list(decode_all(chunk, predictor.processor))
     good = [x for x in made if not isinstance(x, Exception)]
     found: Iterator[Answer] = iter(())
@@ -146,5 +150,5 @@ def answer_files(
         predictor.labels,
         kind=predictor.classifier.kind,
       )
-    for path, image in zip(chunk, made, strict=True):
+    for (path, _), image in zip(chunk, made, strict=True):
       yield path, str(image) if isinstance(image, Exception) else next(found)

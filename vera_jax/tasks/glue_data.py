@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vera_jax.data.examples import Examples
+from vera_jax.data.tables import some
 from vera_jax.errors import UserError
 from vera_jax.tasks.glue_facts import GlueTask
 from vera_jax.tasks.glue_hub import download_split
@@ -124,7 +125,7 @@ class _Table(NamedTuple):
     if name not in self.header:
       raise UserError(
         f"{self.path}:1: there is no column {name!r}; the columns are "
-        f"{', '.join(self.header)}."
+        f"{some(self.header)}."
       )
     place = self.header.index(name)
     return [row[place] for row in self.rows]

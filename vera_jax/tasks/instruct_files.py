@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.chat import ASSISTANT
-from vera_jax.data.tables import SUFFIXES, Table
+from vera_jax.data.tables import SUFFIXES, Table, some
 from vera_jax.data.templates import ALPACA, alpaca_prompt
 from vera_jax.errors import UserError
 from vera_jax.tasks.text_files import read_tables
@@ -135,7 +135,7 @@ def form_of(table: Table) -> str:
   wanted = "; or ".join(" and ".join(names) for names in FORMS.values())
   many = "those of more than one form" if found else "not those of instructions"
   raise UserError(
-    f"{table.name}: the columns {', '.join(table.columns)} are {many}. There"
+    f"{table.name}: the columns {some(table.columns)} are {many}. There"
     f" must be {wanted}."
   )
 

@@ -17,7 +17,7 @@ from vera_jax.data.examples import (
   estimated_tokens,
   take,
 )
-from vera_jax.data.tables import BLANK, SUFFIXES, Table, read_table
+from vera_jax.data.tables import BLANK, SUFFIXES, Table, read_table, some
 from vera_jax.errors import UserError
 from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.task import Size, Task
@@ -125,7 +125,7 @@ def _columns(table: Table, data: ConfigDict) -> tuple[str, ...]:
   Raises:
     UserError: there is not exactly one possibility, or no such column.
   """
-  there = f"The columns of {table.name} are {', '.join(table.columns)}."
+  there = f"The columns of {table.name} are {some(table.columns)}."
   columns = (data.text,) if isinstance(data.text, str) else tuple(data.text)
   if not columns:
     found = [names for names in COLUMNS if set(names) <= set(table.columns)]
@@ -155,8 +155,7 @@ def _examples(table: Table, columns: tuple[str, ...]) -> Examples:
   for name in columns:
     if name not in table.columns:
       raise UserError(
-        f"{table.name} has no column {name!r}; it has"
-        f" {', '.join(table.columns)}."
+        f"{table.name} has no column {name!r}; it has {some(table.columns)}."
       )
     for row, text in enumerate(table.columns[name]):
       if not isinstance(text, str):

@@ -24,7 +24,7 @@ from vera_jax.data.examples import (
   take,
 )
 from vera_jax.data.hub_data import download, hub_table
-from vera_jax.data.tables import SUFFIXES, Table, read_table
+from vera_jax.data.tables import SUFFIXES, Table, read_table, some
 from vera_jax.errors import UserError
 from vera_jax.models.kinds import CLASSES, LABELLED, NUMBER, SEVERAL, TAGS
 from vera_jax.tasks.classification import classification
@@ -39,6 +39,7 @@ COLUMNS = (
 )
 LABELS = ("label", "labels", "class", "category", "score", "tags", "ner_tags")
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "val")}
+MARKS = 2**28  # at most, where each row has one for every label
 MOST_CLASSES = 20  # more different whole numbers than that are values
 SEVERAL_APART = re.compile(r"[|;]")  # between the labels in a CSV's cell
 METRICS = {
@@ -239,6 +240,12 @@ def _decide(table: Table, data: ConfigDict) -> Facts:
           " config.data.kind=classification takes them as classes, and"
           " config.data.kind=regression takes numbers as values."
         )
+  if kind == SEVERAL and len(labels) * len(values) > MARKS:
+    raise UserError(
+      f"{table.name}: {label} has {len(labels)} different labels in"
+      f" {len(values)} rows, of which every row would have a mark for each. Is"
+      " it the label (config.data.label)?"
+    )
   if len(labels) < (1 if kind == SEVERAL else 2):
     raise UserError(
       f"{table.name}: {label} has only the label {', '.join(labels) or 'none'};"
@@ -255,7 +262,7 @@ def _find_columns(
   Raises:
     UserError: there is not exactly one possibility.
   """
-  there = f"The columns of {table.name} are {', '.join(table.columns)}."
+  there = f"The columns of {table.name} are {some(table.columns)}."
   label = data.label
   if not label:
     known = [name for name in LABELS if name in table.columns]
@@ -320,8 +327,7 @@ def _examples(table: Table, facts: Facts) -> Examples:
   for name in (*facts.columns, facts.label):
     if name not in table.columns:
       raise UserError(
-        f"{table.name} has no column {name!r}; it has"
-        f" {', '.join(table.columns)}."
+        f"{table.name} has no column {name!r}; it has {some(table.columns)}."
       )
   ids = {name: i for i, name in enumerate(facts.labels)}
   class_names = table.classes.get(facts.label)
