@@ -88,8 +88,12 @@ class Table(NamedTuple):
     return f"{self.name}{apart}{self.numbers[row]}"
 
 
-def format_of(path: str | Path) -> str:
+def format_of(path: str | Path, *, inside: Path | None = None) -> str:
   """The format by the name's ending, or of a .json by whether it is a list.
+
+  Args:
+    path: of the file.
+    inside: as for `open_file`.
 
   Raises:
     UserError: in none that is known.
@@ -102,7 +106,7 @@ def format_of(path: str | Path) -> str:
       " table is read."
     )
   if path.suffix.lower() == ".json" and path.is_file():
-    with open_file(path, inside=None, limit=DATA) as file:
+    with open_file(path, inside=inside, limit=DATA) as file:
       start = file.read(_PEEK).removeprefix(BOM).lstrip()
     if start.startswith(b"["):
       return "json"
@@ -233,14 +237,18 @@ def open_parquet(path: Path, *, inside: Path | None = None) -> Iterator[Any]:
     raise UserError(f"{path} can't be read as Parquet: {error}") from error
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
+def parquet_rows(path: Path, *, inside: Path | None = None) -> Iterator[Row]:
   """The rows of a Parquet file.
+
+  Args:
+    path: of the file.
+    inside: as for `open_file`.
 
   Raises:
     UserError: the file can't be read.
   """
   number = unpacked = 0
-  with open_parquet(path) as file:
+  with open_parquet(path, inside=inside) as file:
     room = _room(path.stat().st_size)
     for batch in file.iter_batches(AT_ONCE):
       unpacked += batch.nbytes
@@ -259,37 +267,48 @@ def _room(size: int) -> int:
   return max(UNPACKED, RATIO * size)
 
 
-def file_rows(path: str | Path, *, format: str | None = None) -> Iterator[Row]:
+def file_rows(
+  path: str | Path, *, format: str | None = None, inside: Path | None = None
+) -> Iterator[Row]:
   """The rows of a file, by its name's ending or as the format says.
+
+  Args:
+    path: of the file.
+    format: one of `FORMATS`; None for the ending's.
+    inside: as for `open_file`.
 
   Raises:
     UserError: the file can't be read.
   """
   path = Path(path).expanduser()
-  format = format or format_of(path)
+  format = format or format_of(path, inside=inside)
   if format == "parquet":
-    yield from parquet_rows(path)
+    yield from parquet_rows(path, inside=inside)
     return
   if format == "json":
-    yield from _json_list(read_bytes(path, inside=None, limit=LIST))
+    yield from _json_list(read_bytes(path, inside=inside, limit=LIST))
     return
-  with open_file(path, inside=None, limit=DATA) as file:
+  with open_file(path, inside=inside, limit=DATA) as file:
     yield from read_rows(read_lines(file, name=path), format=format)
 
 
-def read_table(path: str | Path) -> Table:
+def read_table(path: str | Path, *, inside: Path | None = None) -> Table:
   """A whole file; blank lines are left out.
 
   A JSON object or Parquet row that lacks a column has None there.
+
+  Args:
+    path: of the file.
+    inside: the folder that it belongs to; None for a file that a person names.
 
   Raises:
     UserError: it can't be read, has no rows, or one that is wrong; the message
       names the line.
   """
-  format = format_of(path)
+  format = format_of(path, inside=inside)
   names: dict[str, None] = {}
   rows: list[Row] = []
-  for row in file_rows(path, format=format):
+  for row in file_rows(path, format=format, inside=inside):
     if row.error == BLANK:
       continue
     if row.error:
@@ -310,14 +329,14 @@ def read_table(path: str | Path) -> Table:
     name=str(path),
     columns={name: [row.values.get(name) for row in rows] for name in names},
     numbers=[row.number for row in rows],
-    classes=_parquet_classes(Path(path)) if format == "parquet" else {},
+    classes=_parquet_classes(Path(path), inside) if format == "parquet" else {},
     lines=format not in ("parquet", "json"),
   )
 
 
-def _parquet_classes(path: Path) -> dict[str, list[str]]:
+def _parquet_classes(path: Path, inside: Path | None) -> dict[str, list[str]]:
   """Names of class ids, which `datasets` keeps in the file's metadata."""
-  with open_parquet(path.expanduser()) as file:
+  with open_parquet(path.expanduser(), inside=inside) as file:
     return class_names(stored_features(file, path))
 
 

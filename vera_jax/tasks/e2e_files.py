@@ -14,15 +14,19 @@ in the order of the outputs' inputs.
 
 import csv
 import gzip
+import io
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from vera_jax.errors import UserError
+from vera_jax.files import read_bytes
 
 SPLITS = ("train", "valid", "test")
 BETWEEN = "||"
 TABLES = (".csv", ".tsv")
+LARGEST = 2**28  # bytes of a file, also unpacked; E2E's have ten million
 MISREAD = {"Ł": "£", "Â£": "£", "Ã©": "é", "ã©": "é"}
 
 
@@ -53,7 +57,7 @@ def read_split(folder: str | Path, split: str) -> Rows:
   if not place.exists() and place.with_suffix(".txt.gz").exists():
     place = place.with_suffix(".txt.gz")
   inputs, texts = [], []
-  for number, line in enumerate(_lines(place), 1):
+  for number, line in enumerate(_lines(place, inside=place.parent), 1):
     # the sides are as they are; only the line's ends are cut
     one, between, text = line.strip().partition(BETWEEN)
     if not between or not one.strip() or not text.strip() or BETWEEN in text:
@@ -102,20 +106,28 @@ def read_for_scoring(
   return texts, groups
 
 
-def _lines(path: Path) -> list[str]:
-  """A file's lines, of which there is one at least."""
-  try:
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-      data = gzip.decompress(data)
-    text = data.decode("utf-8-sig")
-  except FileNotFoundError as error:
+def _lines(path: Path, *, inside: Path | None = None) -> list[str]:
+  """A file's lines, of which there is one at least; `inside` as `open_file`."""
+  if not path.exists():
     raise UserError(
       f"There is no file {path}. A folder for E2E has train.txt, valid.txt and"
       " test.txt (or train.txt.gz, …) in microsoft/LoRA's form."
-    ) from error
-  except (OSError, EOFError, ValueError) as error:  # ValueError: no UTF-8
+    )
+  data = read_bytes(path, inside=inside, limit=LARGEST)
+  try:
+    if path.suffix == ".gz":
+      # a thousand times as much may be packed into it
+      with gzip.GzipFile(fileobj=io.BytesIO(data)) as unpacked:
+        data = unpacked.read(LARGEST + 1)
+    text = data.decode("utf-8-sig")
+  except (OSError, EOFError, zlib.error) as error:
+    raise UserError(f"{path} can't be unpacked: {error}.") from error
+  except UnicodeError as error:
     raise UserError(f"{path} can't be read: {error}.") from error
+  if len(data) > LARGEST:
+    raise UserError(
+      f"{path} is not used: unpacked it has more than {LARGEST:,} bytes."
+    )
   lines = text.replace("\r\n", "\n").split("\n")
   if not lines[-1]:
     lines.pop()

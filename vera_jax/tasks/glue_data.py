@@ -16,11 +16,13 @@ import numpy as np
 from vera_jax.data.examples import Examples
 from vera_jax.data.tables import some
 from vera_jax.errors import UserError
+from vera_jax.files import read_bytes
 from vera_jax.tasks.glue_facts import GlueTask
 from vera_jax.tasks.glue_hub import download_split
 
 log = logging.getLogger(__name__)
 
+LARGEST = 2**30  # bytes of a file; GLUE's have a tenth of it at most
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -141,7 +143,8 @@ def _read_split(task: GlueTask, folder: Path, split: str) -> Examples:
       f"or its parent with these in {task.folder}/."
     )
   test = split in task.test_splits
-  table = _read_table(task, path, header=test or not task.headerless)
+  header = test or not task.headerless
+  table = _read_table(task, path, inside=folder, header=header)
   if not table.rows:
     raise UserError(f"{path}: the file has no examples.")
   texts = [table.column(name) for name in task.file_columns]
@@ -163,17 +166,19 @@ def _read_split(task: GlueTask, folder: Path, split: str) -> Examples:
   )
 
 
-def _read_table(task: GlueTask, path: Path, *, header: bool) -> _Table:
+def _read_table(
+  task: GlueTask, path: Path, *, inside: Path, header: bool
+) -> _Table:
+  data = read_bytes(path, inside=inside, limit=LARGEST)
   try:
-    text = path.read_text(encoding="utf-8-sig")
+    text = data.decode("utf-8-sig")
   except UnicodeDecodeError as error:
     line = error.object.count(b"\n", 0, error.start) + 1
     raise UserError(
       f"{path}:{line}: the file isn't UTF-8 (byte "
       f"0x{error.object[error.start]:02x}). Save it as UTF-8."
     ) from error
-  except OSError as error:
-    raise UserError(f"{path} can't be read: {error.strerror}.") from error
+  text = text.replace("\r\n", "\n").replace("\r", "\n")
   # Not splitlines(): it also breaks at separators that texts may hold.
   rows = [line.split("\t") for line in text.rstrip("\n").split("\n")]
   names = rows[0] if header else list(task.headerless)

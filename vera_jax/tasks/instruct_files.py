@@ -22,6 +22,7 @@ from vera_jax.data.chat import ASSISTANT
 from vera_jax.data.tables import SUFFIXES, Table, some
 from vera_jax.data.templates import ALPACA, alpaca_prompt
 from vera_jax.errors import UserError
+from vera_jax.files import parse_json
 from vera_jax.tasks.text_files import read_tables
 
 # By the columns that a row of the form has; others are left alone.
@@ -191,7 +192,7 @@ def _messages(value: Any, place: str) -> list[dict[str, Any]]:
   """A conversation up to its last answer; behind that nothing is learned."""
   if isinstance(value, str):
     try:
-      value = json.loads(value)
+      value = parse_json(value)
     except ValueError:
       value = None
   if not isinstance(value, list) or not value:

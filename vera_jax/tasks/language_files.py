@@ -19,6 +19,7 @@ from vera_jax.data.examples import (
 )
 from vera_jax.data.tables import BLANK, SUFFIXES, Table, read_table, some
 from vera_jax.errors import UserError
+from vera_jax.files import DATA, open_file, read_lines
 from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.task import Size, Task
 
@@ -104,16 +105,14 @@ def _read(path: Path) -> Table:
     return read_table(path)
   lines, numbers = [], []
   try:
-    with path.open("rb") as file:
-      for number, line in enumerate(file, 1):
+    with open_file(path, inside=None, limit=DATA) as file:
+      for number, line in enumerate(read_lines(file, name=path), 1):
         text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         if text:
           lines.append(text)
           numbers.append(number)
   except UnicodeError as error:
     raise UserError(f"{path}:{number}: it is not UTF-8.") from error
-  except OSError as error:
-    raise UserError(f"{path} can't be read: {error.strerror}.") from error
   if not lines:
     raise UserError(f"{path}: the file has no texts.")
   return Table(name=str(path), columns={"text": lines}, numbers=numbers)

@@ -30,8 +30,9 @@ from ml_collections import ConfigDict
 
 from vera_jax.data.examples import Examples
 from vera_jax.errors import UserError
+from vera_jax.files import BOM, parse_json, read_bytes
 from vera_jax.tasks.classification import classification
-from vera_jax.tasks.glue_data import local_folder
+from vera_jax.tasks.glue_data import LARGEST, local_folder
 from vera_jax.tasks.glue_facts import ENTAILMENT, GlueTask
 from vera_jax.tasks.glue_hub import download_rows
 from vera_jax.tasks.task import Form, Size, Task
@@ -266,16 +267,14 @@ def write_submission(
 def _read_split(facts: SuperGlueTask, folder: Path, split: str) -> Examples:
   inside = folder / facts.glue.folder
   path = (inside if inside.is_dir() else folder) / FILES[split]
-  try:
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-  except FileNotFoundError as error:
+  if not path.exists():
     raise UserError(
       f"{path} is missing. config.data.source takes a folder with"
       f" {', '.join(FILES.values())}, or its parent with these in"
       f" {facts.glue.folder}/."
-    ) from error
-  except OSError as error:
-    raise UserError(f"{path} can't be read: {error.strerror}.") from error
+    )
+  data = read_bytes(path, inside=folder, limit=LARGEST)
+  lines = data.removeprefix(BOM).split(b"\n")
   texts, labels, index = [], [], []
   for number, line in enumerate(lines, 1):
     if not line.strip() and number == len(lines):
@@ -310,11 +309,13 @@ def _examples(
 def _row(line: bytes) -> dict[str, Any]:
   """A line's JSON object; a ValueError where it is none."""
   try:
-    row = json.loads(line.decode("utf-8"))
-  except json.JSONDecodeError as error:
-    raise ValueError(f"the line is no JSON ({error.msg})") from error
+    row = parse_json(line)
   except UnicodeDecodeError as error:
     raise ValueError("the line is not UTF-8") from error
+  except UnicodeEncodeError as error:  # JSON can hold half a character
+    raise ValueError("a text holds half a character") from error
+  except ValueError as error:
+    raise ValueError(f"the line is no JSON ({error})") from error
   if not isinstance(row, dict):
     raise ValueError("the line is no JSON object")
   return row
@@ -326,10 +327,6 @@ def _text(row: dict[str, Any], key: str) -> str:
     raise ValueError(f"there is no {key!r}; the keys are {', '.join(row)}")
   if not isinstance(row[key], str):
     raise ValueError(f"{key!r} is no text but {row[key]!r}")
-  try:
-    row[key].encode()
-  except UnicodeEncodeError as error:  # JSON can hold half a character
-    raise ValueError(f"{key!r} holds half a character") from error
   return row[key]
 
 

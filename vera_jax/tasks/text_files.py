@@ -5,7 +5,6 @@ Columns, kind of problem and label names are taken from the data where
 They are stored with the adapter, so that prediction needs no training data.
 """
 
-import json
 import math
 import numbers
 import re
@@ -26,6 +25,7 @@ from vera_jax.data.examples import (
 from vera_jax.data.hub_data import download, hub_table
 from vera_jax.data.tables import SUFFIXES, Table, read_table, some
 from vera_jax.errors import UserError
+from vera_jax.files import parse_json
 from vera_jax.models.kinds import CLASSES, LABELLED, NUMBER, SEVERAL, TAGS
 from vera_jax.tasks.classification import classification
 from vera_jax.tasks.tagging import are_bio, tagging
@@ -172,7 +172,7 @@ def read_tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
           f" config.data.{split}=FILE."
         )
       for path in paths:
-        found[split] = read_table(path)
+        found[split] = read_table(path, inside=folder)
     name = folder.absolute().name
   else:
     hub_id, _, part = str(source).partition(":")
@@ -489,7 +489,7 @@ def _as_list(value: Any) -> list[Any] | None:
   """A list, also one that is written as JSON; None for anything else."""
   if isinstance(value, str) and value.strip().startswith("["):
     try:
-      value = json.loads(value)
+      value = parse_json(value)
     except ValueError:
       return None
   return list(value) if isinstance(value, list | tuple) else None
