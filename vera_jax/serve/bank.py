@@ -12,9 +12,16 @@ gathers what its rows need (`multi_adapter.mixed_logits`). Other methods work by
 the same code and take their own size each. A method whose product would need a
 kernel per row is prepared when an adapter is added (`Adapter.prepare`), or is
 refused where it can't be.
+
+A bank may be used by several threads at once. Whoever asks sees the bank as it
+was when the call began: all answers of a call come from the adapters that had
+those names then, whatever is added, replaced or removed in the meantime.
 """
 
+import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,8 +78,11 @@ class AdapterBank:
   """Adapters by name over one base and one pair, up to a capacity.
 
   Attributes:
-    params: the trained leaves, [capacity, ...]; replaced as a whole after
-      training (`multi_adapter.mixed_step`). Adding and replacing donate it.
+    params: the trained leaves, [capacity, ...]. Adding and replacing donate it
+      and write in place; while a thread asks they write a copy, which takes
+      the memory a second time. It is replaced as a whole after training
+      (`multi_adapter.mixed_step`), which donates it too: until then nothing
+      else may use the bank.
     frozen: the base and the projections.
     model: the adapted module and its inputs' names, for `mixed_step`.
     capacity: how many adapters have room.
@@ -150,6 +160,8 @@ class AdapterBank:
     if not self._reads_images:
       self._tokenizer = load_tokenizer(classifier.folder)
     self._run = jax.jit(partial(mixed_logits, **self.model))
+    self._lock = threading.RLock()  # of all that follows, and of `params`
+    self._asking = Counter[int]()  # calls that read a stack, by its id
     self._free = list(reversed(range(self.capacity)))
     self._slots: dict[str, int] = {}
     self._adapters: dict[str, Classifier] = {}  # without parameters
@@ -163,7 +175,8 @@ class AdapterBank:
     return len(self._slots)
 
   def __iter__(self) -> Iterator[str]:
-    return iter(self._slots)
+    with self._lock:
+      return iter(list(self._slots))
 
   @property
   def nbytes(self) -> int:
@@ -176,36 +189,43 @@ class AdapterBank:
     Raises:
       UserError: the name is taken, no slot is free, or it does not fit.
     """
-    if name in self:
-      raise UserError(f"The bank has {name!r} already: replace or remove it.")
-    if not self._free:
-      raise UserError(
-        f"The bank is full: its capacity is {self.capacity}. Remove an adapter"
-        f" first, or make a bank with a larger one to add {name!r}."
-      )
-    self._put(name, adapter, self._free[-1])
-    self._free.pop()
+    made = self._fitted(name, adapter)
+    with self._lock:
+      if name in self:
+        raise UserError(f"The bank has {name!r} already: replace or remove it.")
+      if not self._free:
+        raise UserError(
+          f"The bank is full: its capacity is {self.capacity}. Remove an"
+          " adapter first, or make a bank with a larger one to add"
+          f" {name!r}."
+        )
+      self._put(name, self._free[-1], *made)
+      self._free.pop()
 
   def replace(self, name: str, adapter: str | Path | SavedAdapter) -> None:
     """Put another adapter in the place of one; errors as for `add`."""
-    self._put(name, adapter, int(self.slots([name])[0]))
+    made = self._fitted(name, adapter)
+    with self._lock:
+      self._put(name, int(self.slots([name])[0]), *made)
 
   def remove(self, name: str) -> None:
     """Give a slot back."""
-    self._free.append(int(self.slots([name])[0]))
-    del self._slots[name], self._adapters[name]
+    with self._lock:
+      self._free.append(int(self.slots([name])[0]))
+      del self._slots[name], self._adapters[name]
 
   def slots(self, names: Iterable[str]) -> Int[np.ndarray, " names"]:
     """Where on the leading axis of `params` these adapters lie."""
     names = list(names)
-    unknown = [name for name in dict.fromkeys(names) if name not in self]
-    if unknown:
-      there = ", ".join(list(self)[:9]) + (", ..." if len(self) > 9 else "")
-      raise UserError(
-        f"The bank has no adapter {', '.join(map(repr, unknown))}. It has:"
-        f" {there or 'none'}."
-      )
-    return np.array([self._slots[name] for name in names], np.int64)
+    with self._lock:
+      unknown = [name for name in dict.fromkeys(names) if name not in self]
+      if unknown:
+        there = ", ".join(list(self)[:9]) + (", ..." if len(self) > 9 else "")
+        raise UserError(
+          f"The bank has no adapter {', '.join(map(repr, unknown))}. It has:"
+          f" {there or 'none'}."
+        )
+      return np.array([self._slots[name] for name in names], np.int64)
 
   def logits(
     self,
@@ -224,44 +244,7 @@ class AdapterBank:
       first, second: as for `Predictor.logits`, or `ImagePredictor.logits`.
       adapters: a name for each text, or one for all.
     """
-    if not self._reads_images:
-      check_texts(first, second)
-    names = [adapters] * len(first) if isinstance(adapters, str) else adapters
-    slots = self.slots(names)
-    if len(slots) != len(first):
-      raise UserError(
-        f"Each text names its adapter: there are {len(first)} texts and"
-        f" {len(slots)} names."
-      )
-    limits = [self._limit(name) for name in names]
-    outputs = self._plain.outputs
-    out = np.empty((len(first), outputs), np.float32)
-
-    def run(batch: Batch) -> Array:
-      return self._run(self.params, self.frozen, batch)
-
-    for limit in set(limits):
-      mine = [i for i, own in enumerate(limits) if own == limit]
-      if self._reads_images:
-        processor = processor_of(self._plain, limit)
-        pixels = read_images([first[i] for i in mine], processor)
-        out[mine] = image_logits(
-          run, pixels, outputs=outputs, adapters=slots[mine]
-        )
-        continue
-      assert limit is not None  # of texts
-      tokens = encode(
-        self._plain,
-        self._tokenizer,
-        [first[i] for i in mine],
-        None if second is None else [second[i] for i in mine],
-        limit=limit,
-      )
-      self.truncated += tokens.truncated
-      out[mine] = packed_logits(
-        run, tokens, outputs=outputs, adapters=slots[mine]
-      )
-    return check_finite(out)
+    return self._ask(first, second, adapters)[0]
 
   def answers(
     self,
@@ -271,13 +254,74 @@ class AdapterBank:
     adapters: str | Sequence[str],
   ) -> list[Answer]:
     """Label, score and probabilities of every text, in its adapter's labels."""
-    names = [adapters] * len(first) if isinstance(adapters, str) else adapters
-    logits = self.logits(first, second, adapters=names)
+    logits, owners = self._ask(first, second, adapters)
     return [
       next(answers(row[None], own.labels, kind=own.kind))
-      for row, own in zip(logits, map(self._adapters.get, names), strict=True)
-      if own is not None  # all are there: `logits` has looked them up
+      for row, own in zip(logits, owners, strict=True)
     ]
+
+  def _ask(
+    self,
+    first: Sequence[Any],
+    second: Sequence[str] | None,
+    adapters: str | Sequence[str],
+  ) -> tuple[Logits, list[Classifier]]:
+    """The logits of every text, and the adapter that each comes from."""
+    if not self._reads_images:
+      check_texts(first, second)
+    names = [adapters] * len(first) if isinstance(adapters, str) else adapters
+    if len(names) != len(first):
+      raise UserError(
+        f"Each text names its adapter: there are {len(first)} texts and"
+        f" {len(names)} names."
+      )
+    outputs = self._plain.outputs
+    out = np.empty((len(first), outputs), np.float32)
+    with self._as_it_is(names) as (params, slots, owners):
+
+      def run(batch: Batch) -> Array:
+        return self._run(params, self.frozen, batch)
+
+      limits = list(map(self._limit, owners))
+      for limit in set(limits):
+        mine = [i for i, own in enumerate(limits) if own == limit]
+        if self._reads_images:
+          processor = processor_of(self._plain, limit)
+          pixels = read_images([first[i] for i in mine], processor)
+          out[mine] = image_logits(
+            run, pixels, outputs=outputs, adapters=slots[mine]
+          )
+          continue
+        assert limit is not None  # of texts
+        tokens = encode(
+          self._plain,
+          self._tokenizer,
+          [first[i] for i in mine],
+          None if second is None else [second[i] for i in mine],
+          limit=limit,
+        )
+        with self._lock:
+          self.truncated += tokens.truncated
+        out[mine] = packed_logits(
+          run, tokens, outputs=outputs, adapters=slots[mine]
+        )
+    return check_finite(out), owners
+
+  @contextmanager
+  def _as_it_is(
+    self, names: Sequence[str]
+  ) -> Iterator[tuple[Any, Int[np.ndarray, " names"], list[Classifier]]]:
+    """The stack as it is now, the slots of these adapters in it, and what is
+    known of them. Until this ends, nobody writes into this stack."""
+    with self._lock:
+      slots, params = self.slots(names), self.params
+      owners = [self._adapters[name] for name in names]
+      self._asking[id(params)] += 1
+    try:
+      yield params, slots, owners
+    finally:
+      with self._lock:
+        self._asking -= Counter([id(params)])
 
   def save(self, name: str, folder: str | Path) -> None:
     """Write an adapter, as trained in the bank, as `save_adapter` does.
@@ -286,7 +330,7 @@ class AdapterBank:
       UserError: the bank has no such adapter, or keeps what was computed from
         its trained leaves and not these themselves.
     """
-    slot = self.slots([name])[0]
+    self.slots([name])  # it is there
     if self._is_prepared:
       method = self._plain.about["method"]
       raise UserError(
@@ -294,15 +338,15 @@ class AdapterBank:
         " what was computed from the trained numbers, not these themselves."
         " Copy the folder that the adapter was added from."
       )
-    trained = jax.tree.map(lambda leaf: leaf[slot], self.params)
-    about = self._adapters[name].about
+    with self._as_it_is([name]) as (params, slots, [owner]):
+      trained = jax.tree.map(lambda leaf: np.asarray(leaf[slots[0]]), params)
+    about = owner.about
     if about["settings"].get("init") == STORED:
       trained = {**trained, "projections": self.frozen.projections}
     save_adapter(folder, trained, about=about)
 
-  def _limit(self, name: str) -> int | None:
+  def _limit(self, own: Classifier) -> int | None:
     """The most tokens of a text, or the pixels of an image's side."""
-    own = self._adapters[name]
     if self._reads_images:
       return own.about.get("image_size")
     length = own.max_length if self._max_length is None else self._max_length
@@ -324,10 +368,11 @@ class AdapterBank:
     }
     return join(prepared, unflatten_dict(rest))
 
-  def _put(
-    self, name: str, adapter: str | Path | SavedAdapter, slot: int
-  ) -> None:
-    """Write an adapter into a slot, if it runs by the bank's program."""
+  def _fitted(
+    self, name: str, adapter: str | Path | SavedAdapter
+  ) -> tuple[Any, Classifier]:
+    """The leaves of an adapter that runs by the bank's program, and what is
+    known of it."""
     saved = _loaded(adapter)
     make_adapter(saved.about["method"], saved.about["settings"])  # all usable
     ours, theirs = _program(self._plain.about, {}), _program(*saved[:2])
@@ -348,13 +393,17 @@ class AdapterBank:
         + "\n  ".join(wrong)
       )
     leaves = unflatten_dict(leaves_by_path(tensors, self._shapes))
-    prepared = self._prepare(leaves)
-    self.params = set_slot(self.params, np.int32(slot), prepared)
     labels = tuple(map(str, saved.about["labels"]))
-    self._slots[name] = slot
-    self._adapters[name] = self._plain._replace(
+    owner = self._plain._replace(
       about=saved.about, labels=labels, kind=kind_of(saved.about, labels)
     )
+    return self._prepare(leaves), owner
+
+  def _put(self, name: str, slot: int, leaves: Any, owner: Classifier) -> None:
+    """Write an adapter into a slot, in place unless the stack is being read."""
+    write = set_slot if not self._asking[id(self.params)] else copy_with_slot
+    self.params = write(self.params, np.int32(slot), leaves)
+    self._slots[name], self._adapters[name] = slot, owner
 
 
 def _loaded(adapter: str | Path | SavedAdapter) -> SavedAdapter:
@@ -397,9 +446,12 @@ def _program(
   }
 
 
-@partial(jax.jit, donate_argnums=0)
-def set_slot(stacked: Any, slot: Array, leaves: Any) -> Any:
-  """The stack with one adapter's leaves in a slot; written in place."""
+def _with_slot(stacked: Any, slot: Array, leaves: Any) -> Any:
+  """The stack with one adapter's leaves in a slot."""
   return jax.tree.map(
     lambda whole, leaf: whole.at[slot].set(leaf), stacked, leaves
   )
+
+
+set_slot = jax.jit(_with_slot, donate_argnums=0)  # written in place
+copy_with_slot = jax.jit(_with_slot)

@@ -1,6 +1,7 @@
 """Answers of a trained classifier to texts, packed as in training."""
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ from vera_jax.tasks.task import Task, task_named
 
 ROWS = (1, 2, 4, 8, 16)  # of a batch: few shapes, for each is compiled
 SHORTEST = 32  # tokens per row; longer ones are powers of two
+# A tokenizer keeps where it cuts texts as a setting of its own, which a thread
+# must not change under another's texts.
+_TOKENIZING = threading.Lock()
 Logits = Float32[np.ndarray, "texts labels"]
 
 
@@ -59,7 +63,10 @@ class Tagged(NamedTuple):
 
 
 class Predictor:
-  """A classifier with its tokenizer, compiled for a few shapes."""
+  """A classifier with its tokenizer, compiled for a few shapes.
+
+  Several threads may ask it at once.
+  """
 
   def __init__(
     self, classifier: Classifier, *, max_length: int | None = None
@@ -112,7 +119,8 @@ class Predictor:
   ) -> Logits:
     """`logits` that may be infinite or no numbers."""
     tokens = self._encode(first, second)
-    self.truncated += tokens.truncated
+    with _TOKENIZING:
+      self.truncated += tokens.truncated
     return packed_logits(self._run, tokens, outputs=self.classifier.outputs)
 
   def answers(
@@ -294,7 +302,8 @@ def encode(
     UserError: the limit has no room for a word, or the tokenizer has words that
       the classifier lacks.
   """
-  special = tokenizer.num_special_tokens_to_add(pair=second is not None)
+  with _TOKENIZING:
+    special = tokenizer.num_special_tokens_to_add(pair=second is not None)
   if limit <= special:
     raise UserError(
       f"max_length is {limit}, but {special} tokens of each text are the"
@@ -309,7 +318,8 @@ def encode(
     None,
     np.arange(len(first)),
   )
-  tokens = tokenise(examples, tokenizer, limit, None)
+  with _TOKENIZING:
+    tokens = tokenise(examples, tokenizer, limit, None)
   highest, size = int(tokens.ids.max(initial=0)), classifier.config.vocab_size
   if highest >= size:
     raise UserError(
