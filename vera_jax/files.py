@@ -17,7 +17,9 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+from safetensors import SafetensorError
 
 from vera_jax.errors import UserError
 
@@ -299,30 +301,40 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
       file.flush()
       os.fsync(file.fileno())
     os.replace(new, path)
-  except BaseException:
+  except BaseException as error:
     new.unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.errno is not None:
+      error.filename = str(path)  # a full disk names none
     raise
 
 
-def make_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
+T = TypeVar("T")
+
+
+def make_folder(folder: Path, fill: Callable[[Path], T]) -> T:
   """Let `fill` write into a folder that appears whole or not at all.
 
   Where several processes make the same folder, the first one's is kept.
 
+  Returns:
+    What `fill` returns.
+
   Raises:
     UserError: it can't be written.
   """
-  new = folder.with_name(f".{uuid.uuid4().hex}.new")
+  new = folder.absolute().with_name(f".{uuid.uuid4().hex}.new")
   try:
     new.mkdir(parents=True)
-    fill(new)
+    made = fill(new)
     try:
       new.rename(folder)
     except OSError:
       if not folder.is_dir():  # else another process was faster
         raise
-  except OSError as error:
-    raise UserError(f"{folder} can't be written: {error}.") from error
+    return made
+  except (OSError, SafetensorError) as error:
+    reason = getattr(error, "strerror", None) or error
+    raise UserError(f"{folder} can't be written: {reason}.") from error
   finally:
     shutil.rmtree(new, ignore_errors=True)
 

@@ -5,7 +5,7 @@ A run whose loss is no longer finite has a `failed.json` in its place.
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,20 @@ from typing import Any
 import jax
 
 import vera_jax
-from vera_jax.files import read_json, write_json
+from vera_jax.files import (
+  BLANK,
+  DATA,
+  JsonLine,
+  json_lines,
+  open_file,
+  read_json,
+  read_lines,
+  write_json,
+)
 
 FILE = "result.json"
 FAILED = "failed.json"
+METRICS = "metrics.jsonl"
 PACKAGES = (
   "jax",
   "jaxlib",
@@ -53,6 +63,28 @@ def write(
   """Mark a run as finished; the result comes back as `read` will give it."""
   write_json(workdir / file, dict(result))
   return json.loads(json.dumps(result))  # its tuples are lists now
+
+
+def metric_lines(workdir: Path) -> Iterator[tuple[bytes, JsonLine]]:
+  """Each line of a run's metrics.jsonl, as it is and as it is read.
+
+  One that can't be read, or has no step, says so in its `error`. Blank lines
+  are left out, and so is a last one that was cut off when the run was killed.
+
+  Raises:
+    UserError: the file can't be read.
+  """
+  file = workdir / METRICS
+  if not file.exists():
+    return
+  with open_file(file, inside=None, limit=DATA) as opened:
+    lines = list(read_lines(opened, name=file))
+  for raw, line in zip(lines, json_lines(lines, nan=True), strict=True):
+    if line.error == BLANK or (line.error and not raw.endswith(b"\n")):
+      continue
+    if not line.error and type(line.values.get("step")) is not int:
+      line = line._replace(error="it has no step")
+    yield raw.rstrip(b"\r\n") + b"\n", line
 
 
 def read(workdir: Path, file: str = FILE) -> dict[str, Any] | None:

@@ -1,7 +1,9 @@
 """The adapter's two files: names, shapes, values, sizes, damage."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 
 import jax
@@ -272,3 +274,25 @@ def test_damage_is_an_error(harm, words, random_adapter):
   harm(folder)
   with pytest.raises(UserError, match=words):
     load_adapter(folder)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_leaves_no_part_of_an_adapter(there, tmp_path, monkeypatch):
+  """What is in the way of the next try; an older one stays as it was."""
+  folder, calls = tmp_path / "adapter", []
+  if there:
+    save_adapter(folder, make(True), about={"score": 1})
+  before = sorted(tmp_path.rglob("*"))
+
+  def full(handle):
+    calls.append(handle)
+    if len(calls) > 1:  # the first file is written
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with monkeypatch.context() as patch:
+    patch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="adapter can't be written: No space"):
+      save_adapter(folder, make(True), about={"score": 2})
+  assert sorted(tmp_path.rglob("*")) == before
+  save_adapter(folder, make(True), about={"score": 3})
+  assert json.loads((folder / "adapter.json").read_text())["score"] == 3

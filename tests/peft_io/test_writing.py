@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from tests.peft_io.folders import (
@@ -172,6 +172,21 @@ def test_lora_is_no_vera(carry, tmp_path):
   carry(matrices(), LORA)
   with pytest.raises(UserError, match="can't be written as PEFT's vera"):
     export_adapter(tmp_path / "ours", tmp_path / "vera", method="vera")
+
+
+def test_a_full_disk_leaves_no_part_of_an_export(carry, tmp_path, monkeypatch):
+  carry(vectors() | pair(), VERA)
+
+  def full(file, *args, **fields):
+    file.write_bytes(b"a part")
+    raise SafetensorError("I/O error: No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr("vera_jax.peft_io.writing.write_tensors", full)
+    with pytest.raises(UserError, match="out can't be written: .* No space"):
+      export_adapter(tmp_path / "ours", tmp_path / "out")
+  assert not list(tmp_path.glob(".*")) and not (tmp_path / "out").exists()
+  export_adapter(tmp_path / "ours", tmp_path / "out")
 
 
 def flip_last_bit(file):

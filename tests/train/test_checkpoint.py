@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 from contextlib import ExitStack
 
 import jax
@@ -172,3 +173,28 @@ def test_a_full_disk_leaves_the_last_save(error, tmp_path, monkeypatch):
       saves.save(2, state(2.0), {})
   with Checkpoints(tmp_path) as saves:
     assert saves.restore(1, state())[0]["d"][0] == 1.0
+
+
+def test_a_disk_that_fills_up_is_one_error(tmp_path, capfd):
+  """Orbax's threads print no tracebacks beside it, however much is left."""
+  mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip("mounting a small disk needs root")
+  try:
+    with Checkpoints(tmp_path / "checkpoints") as saves:
+      saves.save(1, state(1.0), {})
+      with (tmp_path / "filler").open("wb", buffering=0) as file:
+        with pytest.raises(OSError, match="No space left"):
+          while True:
+            file.write(bytes(4096))
+        for left in (0, 8, 24, 48):
+          file.truncate(file.seek(0, os.SEEK_END) - 1024 * left)
+          with pytest.raises(UserError, match="full: step 2 .* that of step 1"):
+            saves.save(2, state(2.0), {})
+        file.truncate(0)
+      saves.save(2, state(2.0), {})
+      assert steps(tmp_path / "checkpoints") == [1, 2]
+      assert saves.restore(1, state())[0]["d"][0] == 1.0
+  finally:
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+  assert "Traceback" not in capfd.readouterr().err

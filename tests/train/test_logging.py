@@ -52,6 +52,24 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
   assert steps(tmp_path) == [1, 2, 3]
 
 
+def test_lines_that_are_damaged_are_kept_aside_and_named(tmp_path, caplog):
+  """A run goes on without them; a blank or a cut-off line is nothing lost."""
+  write(tmp_path, [1])
+  damaged = [b'{"step": 2, "loss\xff": 1}', b'{"loss": 1.0}', b"[1]", b"x"]
+  damaged += [b'{"step": "2"}', b"[" * 20_000]
+  with (tmp_path / "metrics.jsonl").open("ab") as file:
+    file.write(b"\n".join([*damaged, b"", b'{"step": 3, "loss": NaN}', b'{"s']))
+  write(tmp_path, [4], step=3)
+  assert steps(tmp_path) == [1, 3, 4]
+  aside = tmp_path / "damaged" / "metrics.jsonl"
+  assert aside.read_bytes().splitlines() == damaged
+  *lines, last = caplog.messages
+  reasons = ("2 can't be read: it is not UTF-8", "3 can't be read: it has no")
+  for line, reason in zip(lines, reasons, strict=False):
+    assert f"metrics.jsonl:{reason}" in line
+  assert len(lines) == 6 and f"6 such lines were moved to {aside}" in last
+
+
 def test_tensorboard_forgets_what_is_trained_again(tmp_path):
   from tensorboardX import proto
 

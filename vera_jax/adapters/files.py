@@ -23,7 +23,13 @@ from safetensors.numpy import load, save
 from vera_jax.adapters.card import CARD, model_card
 from vera_jax.adapters.methods import LARGEST
 from vera_jax.errors import UserError
-from vera_jax.files import read_json, write_json, write_text
+from vera_jax.files import (
+  make_folder,
+  read_json,
+  write_file,
+  write_json,
+  write_text,
+)
 from vera_jax.hub import snapshot
 from vera_jax.models.hf_weights import module_name
 
@@ -139,6 +145,9 @@ def save_adapter(
 ) -> None:
   """Write both files, and the card.
 
+  A new folder appears whole or not at all; in one that is there the files are
+  replaced.
+
   Args:
     folder: made when missing.
     trained: the trainable leaves, from `labels.split`.
@@ -152,11 +161,17 @@ def save_adapter(
   folder = Path(folder).expanduser()
   data = save(stack_layers(tensors(trained)))
   checksum = hashlib.sha256(data).hexdigest()
+
+  def fill(place: Path) -> None:
+    write_file(place / TENSORS, lambda file: file.write(data))
+    write_json(place / ABOUT, {**about, "format": FORMAT, SHA256: checksum})
+    write_text(place / CARD, model_card(about))
+
+  if not folder.is_dir() or not any(folder.iterdir()):
+    make_folder(folder, fill)
+    return
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TENSORS).write_bytes(data)
-    write_json(folder / ABOUT, {**about, "format": FORMAT, SHA256: checksum})
-    write_text(folder / CARD, model_card(about))
+    fill(folder)
   except OSError as error:
     raise UserError(f"{folder} can't be written: {error.strerror}.") from error
 

@@ -12,7 +12,6 @@ reads images.
 
 import random
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from safetensors.numpy import save_file
 from vera_jax.adapters.merge import merge
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.files import check_free, read_json, write_json
+from vera_jax.files import check_free, make_folder, read_json, write_json
 from vera_jax.hub import FILES
 from vera_jax.models.classifier import MERGED, Classifier, load_classifier
 from vera_jax.models.decoder import logits
@@ -77,17 +76,10 @@ def write_merged(
       nothing is written then.
   """
   check_dtype(dtype)
-  folder = check_free(folder).absolute()
-  try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-      new = Path(place) / "merged"
-      new.mkdir()
-      about = _write(classifier, new, dtype=dtype, bounds=bounds)
-      new.replace(folder)  # all files or none
-  except OSError as error:
-    raise UserError(f"{folder} can't be written: {error}") from error
-  return about
+  return make_folder(
+    check_free(folder),
+    lambda new: _write(classifier, new, dtype=dtype, bounds=bounds),
+  )
 
 
 def check_dtype(dtype: str) -> None:

@@ -12,7 +12,7 @@ from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.projections import STORED, digest
 from vera_jax.adapters.sites import matches
 from vera_jax.errors import UserError
-from vera_jax.files import check_free, write_json
+from vera_jax.files import check_free, make_folder, write_json
 from vera_jax.hub import PACKAGE
 from vera_jax.models.kinds import KINDS, kind_of
 from vera_jax.peft_io.base import TASK_TYPES, module_list, open_base
@@ -173,8 +173,11 @@ def export_adapter(
     "fan_in_fan_out": not network.classifier.family.names.transposed,
     **exported.fields,
   }
-  out.mkdir(parents=True, exist_ok=True)
-  write_tensors(out / TENSORS, tensors, about=about)
-  write_json(out / FILE, config)
+
+  def fill(place: Path) -> None:
+    write_tensors(place / TENSORS, tensors, about=about)
+    write_json(place / FILE, config)
+
+  make_folder(out, fill)
   drawn = given.get("init") == "peft" and not ours.parts  # by every PEFT alike
   return [WARNING] if method == "vera" and not drawn else []

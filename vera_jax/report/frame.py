@@ -1,6 +1,7 @@
 """A folder of results as a DataFrame, one row per run."""
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from vera_jax.adapters.vector_norms import SHORT, norms_beside
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.report.signatures import COLLAPSED, signatures
+
+log = logging.getLogger(__name__)
 
 # The methods in the order of tables and figures, as figures write them.
 UNTUNED = "untuned"  # in a method's place where a run trained nothing
@@ -346,16 +349,13 @@ def steps(runs: pd.DataFrame) -> pd.DataFrame:
   """
   rows = []
   for _, row in runs.iterrows():
-    file = row["folder"] and row["folder"] / "metrics.jsonl"
-    if not (file and file.exists()):
-      continue
-    for line in file.read_text("utf-8").splitlines():
-      try:
-        values = json.loads(line)
-      except ValueError:  # cut off when the run was killed
-        continue
-      if "epoch" not in values:  # an epoch's line has the loss on dev
-        rows.append({**row[RUN].to_dict(), **values})
+    folder = row["folder"]
+    for _, line in results.metric_lines(folder) if folder else ():
+      if line.error:
+        file = folder / results.METRICS
+        log.warning("%s:%d is left out: %s.", file, line.number, line.error)
+      elif "epoch" not in line.values:  # an epoch's line has the loss on dev
+        rows.append({**row[RUN].to_dict(), **line.values})
   return pd.DataFrame(rows)
 
 

@@ -1,6 +1,5 @@
 """What a person sees of a sweep: the plan, and a live table of its runs."""
 
-import json
 import os
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from vera_jax import results
+from vera_jax.files import json_lines
 from vera_jax.sweep import estimate
 from vera_jax.sweep.estimate import Rate, span
 from vera_jax.sweep.plan import (
@@ -44,19 +44,18 @@ class Progress(NamedTuple):
 def read_progress(folder: Path) -> Progress:
   """The latest step, loss, and score of an epoch."""
   try:
-    with (folder / "metrics.jsonl").open("rb") as file:
+    with (folder / results.METRICS).open("rb") as file:
       size = file.seek(0, os.SEEK_END)
       file.seek(max(0, size - TAIL))
       lines = file.read().splitlines()
   except OSError:
     return Progress()
   now = Progress()
-  for line in lines:
-    try:
-      values = json.loads(line)
-    except ValueError:  # its beginning lies before the tail, or its end is new
-      continue
-    now = now._replace(step=values.pop("step", 0))
+  for line in json_lines(lines, nan=True):
+    values = line.values
+    if line.error or type(values.get("step")) is not int:
+      continue  # its beginning lies before the tail, or its end is new
+    now = now._replace(step=values.pop("step"))
     if "loss" in values:
       now = now._replace(loss=values["loss"])
     if values.pop("epoch", None) is not None:  # then the scores of its end

@@ -6,8 +6,11 @@ loaded from its own files, A and B are made from their seed.
 Several processes save and restore together, in one folder that all of them see.
 """
 
+import errno
 import logging
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,22 @@ from orbax.checkpoint.checkpoint_managers import (
 from vera_jax.errors import UserError
 from vera_jax.train.distributed import on_first
 from vera_jax.train.manifest import find_damage, read_manifest, write_manifest
-from vera_jax.train.workdir import differences, identity, is_disk_full
+from vera_jax.train.workdir import (
+  DAMAGED,
+  differences,
+  identity,
+  is_disk_full,
+)
 
 log = logging.getLogger(__name__)
 
-DAMAGED = "damaged"  # the folder beside the saves for those that are
+# Bytes for a leaf's description and files; a save has some files of its own.
+ROOM = 8192
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """Whether orbax tells what it will not raise as well, where `save` waits."""
+  return "_SignalingThread" not in str(record.msg)
 
 
 class Checkpoints:
@@ -48,6 +62,7 @@ class Checkpoints:
     """
     self._folder = folder.absolute()
     self._config = None if config is None else identity(config)
+    logging.getLogger("absl").addFilter(_is_news)
     on_first(self._check_saves)
 
     def rank(metrics: Mapping[str, float]) -> tuple[float, float]:
@@ -137,7 +152,17 @@ class Checkpoints:
       progress=ocp.args.JsonSave(dict(progress)),
     )
     fields = {"step": step, "config": self._config}
+    leaves = jax.tree.leaves(state)
+    need = sum(leaf.nbytes for leaf in leaves) + ROOM * (32 + len(leaves))
+
+    def check_room() -> None:
+      # Orbax writes many files in many threads: on a full disk each of them
+      # prints a traceback, some of them from C++.
+      if shutil.disk_usage(self._folder).free < need:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     try:
+      on_first(check_room)
       self._manager.save(step, args=items, metrics=dict(metrics or {}))
       on_first(lambda: write_manifest(self._folder / str(step), fields))
     except Exception as error:  # of whichever layer met the full disk

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import sys
 import uuid
 from collections.abc import Mapping
@@ -17,9 +18,13 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
+from vera_jax import results
 from vera_jax.errors import UserError
-from vera_jax.files import write_text
+from vera_jax.files import write_file, write_text
 from vera_jax.terminal import Console, printable
+from vera_jax.train.workdir import DAMAGED
+
+log = logging.getLogger(__name__)
 
 
 class MetricWriter:
@@ -39,6 +44,8 @@ class MetricWriter:
   ) -> None:
     """Open the files; what a resumed run will write again is dropped.
 
+    Lines that are damaged go into the folder `damaged`.
+
     Args:
       workdir: the run's folder.
       config: shown by Weights & Biases.
@@ -47,7 +54,8 @@ class MetricWriter:
       wandb: the project's name; empty: no Weights & Biases.
 
     Raises:
-      UserError: Weights & Biases is asked for but not installed.
+      UserError: Weights & Biases is asked for but not installed, or the lines
+        of before can't be read.
     """
     self._lines: Any = None
     self._board: Any = None
@@ -57,15 +65,20 @@ class MetricWriter:
     if wandb:
       self._wandb = _start_wandb(workdir, config, wandb, resumed=step > 0)
     self._board_folder, self._board_step = workdir / "tensorboard", step + 1
-    path = workdir / "metrics.jsonl"
-    kept = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-      try:
-        if json.loads(line)["step"] <= step:
-          kept.append(line)
-      except ValueError:  # cut off when the run was killed
-        continue
-    write_text(path, "".join(line + "\n" for line in kept))
+    path, kept, damaged = workdir / results.METRICS, [], []
+    for raw, line in results.metric_lines(workdir):
+      if line.error:  # no line is needed to go on, and none is thrown away
+        damaged.append(raw)
+        log.warning("%s:%d can't be read: %s.", path, line.number, line.error)
+      elif line.values["step"] <= step:
+        kept.append(raw)
+    if damaged:
+      aside = workdir / DAMAGED / results.METRICS
+      aside.parent.mkdir(exist_ok=True)
+      with aside.open("ab") as file:
+        file.writelines(damaged)
+      log.warning("%d such lines were moved to %s.", len(damaged), aside)
+    write_file(path, lambda file: file.writelines(kept))
     self._lines = path.open("a", encoding="utf-8", buffering=1)
 
   def __enter__(self):

@@ -2,7 +2,8 @@
 
 config.json  checkpoints/  metrics.jsonl  tensorboard/  adapter/  result.json
 and failed.json instead of the last two where a loss was not finite. `lock` is
-there while a process trains; `damaged/` has the saves that could not be used.
+there while a process trains; `damaged/` has the saves, and the lines of
+metrics.jsonl, that could not be used.
 """
 
 import errno
@@ -24,6 +25,7 @@ from vera_jax.files import read_json, write_json
 from vera_jax.locks import describe_owner, locked
 from vera_jax.models.quantised import NONE
 
+DAMAGED = "damaged"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # What may differ between a run and its resumption: it changes no result.
