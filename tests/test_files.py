@@ -115,6 +115,12 @@ def test_a_file_without_a_size_is_read_no_further_than_allowed():
     read_bytes("/proc/self/status", inside=None, limit=9)
 
 
+def test_a_large_limit_takes_no_memory(tmp_path):
+  (tmp_path / "a.json").write_bytes(b"[1]")
+  limit = 2**60  # more than any machine has
+  assert read_bytes(tmp_path / "a.json", inside=None, limit=limit) == b"[1]"
+
+
 def test_lines_have_a_limit(tmp_path, monkeypatch):
   monkeypatch.setattr("vera_jax.files.LINE", 4)
   file = tmp_path / "x"

@@ -30,6 +30,7 @@ IMAGE = 256 * 2**20
 DATA = 64 * 2**30
 TENSORS = 2**40
 LINE = 64 * 2**20  # and of a line
+PART = 2**20  # that are read at once
 DEPTH = 100  # of JSON; Python's own walks over a value go as deep as it is
 BLANK = "it is empty"
 BOM = b"\xef\xbb\xbf"  # with which some editors begin a file
@@ -117,11 +118,16 @@ def check_file(file: str | Path, *, inside: Path | None, limit: int) -> None:
 
 def read_bytes(file: str | Path, *, inside: Path | None, limit: int) -> bytes:
   """The content of a file that comes from elsewhere; as `open_file`."""
+  # in parts: Python takes as much memory as it is asked to read, at once
+  parts, rest = [], limit + 1
   with open_file(file, inside=inside, limit=limit) as opened:
     try:
-      data = opened.read(limit + 1)
+      while rest and (part := opened.read(min(rest, PART))):
+        parts.append(part)
+        rest -= len(part)
     except OSError as error:
       raise UserError(f"{file} can't be read: {error.strerror}.") from error
+  data = b"".join(parts)
   if len(data) > limit:  # it has grown, or the system doesn't know its size
     raise UserError(f"{file} is not used: it has more than {limit:,} bytes.")
   return data
