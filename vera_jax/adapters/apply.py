@@ -26,6 +26,7 @@ from vera_jax.adapters.interface import (
   Target,
 )
 from vera_jax.adapters.labels import join
+from vera_jax.adapters.layer_calls import IN_MODEL
 from vera_jax.adapters.products import (
   AUTO,
   check_plan,
@@ -67,6 +68,7 @@ class Adapted(nn.Module):
     # in this scope itself, so that the base keeps its parameters' names, of
     # which one may be that of the field
     self.scope.reservations.pop("model", None)
+    self.scope.flags = self.scope.flags.copy({IN_MODEL: True})
     model = self.model.clone(parent=self.scope, name=None, _deep_clone=True)
     layer_calls = Interception(
       self.adapter,

@@ -17,7 +17,12 @@ from flax.core.scope import in_filter
 from jax import Array
 
 from vera_jax.adapters.interface import Adapter, Leaves, Path, Site, View
-from vera_jax.adapters.layer_calls import Product, bound_call, is_own_call
+from vera_jax.adapters.layer_calls import (
+  Product,
+  bound_call,
+  is_apart,
+  is_own_call,
+)
 from vera_jax.adapters.layers import (
   cell_rows,
   flat_bias,
@@ -34,9 +39,9 @@ from vera_jax.adapters.products import (
   plus,
 )
 from vera_jax.adapters.sites import (
+  EVERY,
   Fused,
   arrays_at,
-  is_in_tree,
   is_on,
   matches,
   parts_of,
@@ -75,9 +80,9 @@ class Interception:
     """Interceptor: the layer's output, with adapted weights at its sites."""
     layer, method = context.module, context.method_name
     attends = method == "attend" and isinstance(layer, nn.Embed)
-    if is_own_call(layer) or not (method == "__call__" or attends):
+    if is_own_call(layer) or is_apart(layer):
       return next_fun(*args, **kwargs)
-    if not is_in_tree(layer, self.variables["params"]):
+    if not (method == "__call__" or attends):
       return next_fun(*args, **kwargs)
     if isinstance(layer, nn.RNN | nn.RNNCellBase):
       return self._call_cell(next_fun, args, kwargs, layer)
@@ -327,7 +332,19 @@ class Interception:
     return {name: x for name, x in found if not self.adapter.owns(name)}
 
   def _is_target(self, path: Path) -> bool:
-    return any(matches(pattern, path) for pattern in self.targets)
+    patterns = self.targets
+    if EVERY in patterns and not self._has_leaves(path):
+      patterns = tuple(x for x in patterns if x != EVERY)
+    return any(matches(pattern, path) for pattern in patterns)
+
+  def _has_leaves(self, path: Path) -> bool:
+    """Whether the adapter was made for a layer, or has nothing at any.
+
+    The pattern for every layer leaves out those that can't be adapted."""
+    if not (self.adapter.init or self.adapter.shared):
+      return True
+    own = self.adapter.own(arrays_at(self.variables["params"], path))
+    return bool(own or arrays_at(self.variables.get("projections", {}), path))
 
   def _leaves(
     self, adapter: Adapter, found: Mapping[str, Any], path: Path

@@ -1,13 +1,15 @@
 """A layer's call: seen as one product, and its own code on other weights."""
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.typing import DTypeLike
 from jaxtyping import Float
@@ -15,6 +17,20 @@ from jaxtyping import Float
 from vera_jax.adapters.interface import EMPTY, Matrix, Path, View
 
 Params = Mapping[str, Any]  # a layer's own parameters
+# A flag of the model's own scope, which all scopes below it have as well, those
+# of `nn.scan` and other transformations among them.
+IN_MODEL = "vera_jax"
+MARK = "vera_jax: "
+# Primitives whose results are their operands, in another type or elsewhere.
+HANDED_ON = (
+  "convert_element_type",
+  "copy",
+  "copy_p",
+  "name",
+  "optimization_barrier",
+  "reshard",
+  "sharding_constraint",
+)
 
 
 class Product(NamedTuple):
@@ -104,16 +120,90 @@ def is_own_call(layer: nn.Module) -> bool:
   return _OWN.get() or layer.path in _BOUND.get()
 
 
-def reads(function: Callable[..., Any], tree: Any, *given: Any) -> Any:
-  """Of every array in a tree, whether function(tree, *given) depends on it.
+def is_apart(layer: nn.Module) -> bool:
+  """Whether a bound layer is none of the model's, which has applied it unbound,
+  to values of its own choice. By its path it may be one."""
+  return layer.scope is None or not layer.scope.get_flag(IN_MODEL, False)
+
+
+def reads(program: ClosedJaxpr, tree: Any) -> Any:
+  """Of every array in a tree, whether the program's results depend on it.
 
   The answer is False for every array of a program with a loop of unknown
   length, which does not tell.
+
+  Args:
+    program: of a function of the tree and, behind it, of other arguments.
+    tree: of arrays or shapes.
   """
   arrays, structure = jax.tree.flatten(tree)
-  program = jax.make_jaxpr(function)(tree, *given)
   _, used = dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
   found = used[: len(arrays)]
   if any(found) and "while[" in str(program):
     found = [False] * len(found)
   return jax.tree.unflatten(structure, found)
+
+
+def mark(x: Array, name: str) -> None:
+  """Marks an array in the program that is being traced, for `changed`."""
+  checkpoint_name(x, MARK + name)
+
+
+def changed(program: ClosedJaxpr, names: Sequence[str]) -> set[str]:
+  """The names of marked arrays that are not the program's inputs of that name.
+
+  A layer's parameter may be another value than the model's: `nn.WeightNorm`,
+  `nn.SpectralNorm` and `nn.map_variables` change it on its way. So it is
+  followed from the program's input to the mark, through whatever hands it on:
+  slices of a stack that a loop takes, inner programs, other types, shardings.
+
+  Args:
+    program: with what `mark` left in it.
+    names: of its first inputs.
+  """
+  wrong: set[str] = set()
+
+  def follow(program: Jaxpr, names: Sequence[str | None]) -> list[str | None]:
+    """The names of what the program returns."""
+    known = dict(zip(program.invars, names, strict=False))
+
+    def names_of(variables: Sequence[Any]) -> list[str | None]:
+      return [
+        None if isinstance(v, Literal) else known.get(v) for v in variables
+      ]
+
+    for equation in program.eqns:
+      primitive, params = equation.primitive.name, equation.params
+      given = names_of(equation.invars)
+      if primitive in HANDED_ON:
+        known.update(zip(equation.outvars, given, strict=True))
+      text = params.get("name")
+      if primitive == "name" and text.startswith(MARK):
+        wrong.update({text.removeprefix(MARK)} - set(given))
+      # A loop's state is another one in each round. Before the arguments of an
+      # inner program lie others, such as the number of a branch.
+      if primitive == "scan":
+        first = params["num_consts"]
+        given[first : first + params["num_carry"]] = [None] * params[
+          "num_carry"
+        ]
+      elif primitive == "while":
+        last = len(given) - len(equation.outvars)
+        given[last:] = [None] * len(equation.outvars)
+      for inner in _inner_programs(params):
+        returned = follow(inner, given[-len(inner.invars) :])
+        if primitive not in ("scan", "while", "cond"):
+          known.update(zip(equation.outvars, returned, strict=False))
+    return names_of(program.outvars)
+
+  follow(program.jaxpr, names)
+  return wrong
+
+
+def _inner_programs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+  for value in params.values():
+    for inner in value if isinstance(value, tuple | list) else (value,):
+      if isinstance(inner, ClosedJaxpr):
+        yield inner.jaxpr
+      elif isinstance(inner, Jaxpr):
+        yield inner

@@ -5,8 +5,10 @@ the table in words. A kernel may be stored in fewer bits
 (`models/quantised.py`): then it is dequantised where it is used.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import flax.linen as nn
@@ -209,7 +211,7 @@ def _own_einsum(
       **named,
     )
 
-  found = reads(whole, params, x)
+  found = reads(jax.make_jaxpr(whole)(params, x), params)
   read = [name for name in params if found[name]]
   if len(read) != 1:
     return "it is called with an equation, but reads more than one parameter"
@@ -232,8 +234,8 @@ def _own_einsum(
 def _derived(
   layer: Any, params: Params, args: Any, kwargs: Mapping[str, Any]
 ) -> Product | str:
-  """A layer of a class that is derived from one of flax's and has a `__call__`
-  of its own: which product that makes is unknown, which kernel it has isn't."""
+  """A layer that is one of flax's by its class, and computes something else:
+  which product it makes is unknown, which kernel it has isn't."""
   if getattr(layer, "batch_dims", ()):
     return BATCH_DIMS
   view = View(type(layer).__name__)
@@ -302,8 +304,8 @@ def _by_own_code(
 
 See = Callable[..., Product | str | None]
 # The first kind that a layer is an instance of: what a call of it is, or a
-# reason why it can't be adapted; None for a module that is no layer. Of a class
-# derived from one of these, `_derived` says it unless the call is inherited.
+# reason why it can't be adapted; None for a module that is no layer. Of a layer
+# that computes something else, `_derived` says it.
 KINDS: dict[type[nn.Module], See] = {
   nn.Dense: _dense,
   nn.DenseGeneral: _dense,
@@ -314,6 +316,14 @@ KINDS: dict[type[nn.Module], See] = {
   nn.Module: _own_einsum,
 }
 LINEAR = ("Dense", "DenseGeneral")
+# Fields of these classes that hold a function which computes something.
+HOOKS = (
+  "promote_dtype",
+  "dot_general",
+  "dot_general_cls",
+  "conv_general_dilated",
+  "conv_general_dilated_cls",
+)
 
 
 def product_of(
@@ -331,9 +341,80 @@ def product_of(
     return _own_einsum(layer, params, *args, **kwargs)
   if not params:
     return None  # it is bound to parameters of another module
-  if type(layer).__call__ is not kind.__call__:
+  if not _is_flaxs(layer, kind, params, args, kwargs):
     return _derived(layer, params, args, kwargs)
   return KINDS[kind](layer, params, *args, **kwargs)
+
+
+def _is_flaxs(
+  layer: nn.Module,
+  kind: type[nn.Module],
+  params: Params,
+  args: Any,
+  kwargs: Mapping[str, Any],
+) -> bool:
+  """Whether a layer computes what flax's class does with its parameters.
+
+  A class derived from it may change a parameter on its way into an inherited
+  call, as a standardised convolution does by its `param`, and a field may be a
+  function that does anything. So it is the programs that are compared, once
+  per layer class, fields and shapes.
+  """
+  hooks = (name for name in HOOKS if hasattr(kind, name))
+  if type(layer) is kind and all(
+    getattr(layer, name) is getattr(kind, name) for name in hooks
+  ):
+    return True
+  if type(layer).__call__ is not kind.__call__:
+    return False
+  others = {
+    name: tree
+    for name, tree in meta.unbox(layer.variables).items()
+    if name not in ("params", "projections")
+  }
+  leaves, structure = jax.tree.flatten((params, others, args, kwargs))
+  inputs = tuple(
+    jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x
+    for x in leaves
+  )
+  bare = layer.clone(parent=None, name=None)
+  given = bare, kind, structure, inputs
+  try:
+    hash(given)
+  except TypeError:  # a field is an array, say
+    return _same_program.__wrapped__(*given)
+  return _same_program(*given)
+
+
+@lru_cache(maxsize=256)
+def _same_program(
+  layer: nn.Module,
+  kind: type[nn.Module],
+  structure: Any,
+  inputs: tuple[Any, ...],
+) -> bool:
+  fields = {
+    field.name: getattr(layer, field.name)
+    for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+    if field.name not in (*HOOKS, "parent", "name")
+  }
+
+  def program(layer: nn.Module) -> str:
+    def run(arrays: Mapping[int, Array]) -> Any:
+      every = [arrays.get(i, x) for i, x in enumerate(inputs)]
+      params, others, args, kwargs = jax.tree.unflatten(structure, every)
+      keys = {"params": jax.random.key(0)}  # and for all other streams
+      fixed = DenyList(("params", "projections"))
+      given = {"others": others, "rngs": keys, "mutable": fixed, **kwargs}
+      return own_call(layer, params, *args, **given)[0]
+
+    arrays = {i: x for i, x in enumerate(inputs) if hasattr(x, "shape")}
+    return str(jax.make_jaxpr(run)(arrays))
+
+  try:
+    return program(layer) == program(kind(**fields))
+  except Exception:  # it runs in its model alone: then its own code is used
+    return False
 
 
 def place_of(layer: nn.Module) -> Path:

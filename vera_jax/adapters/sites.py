@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
@@ -87,15 +86,6 @@ def arrays_at(tree: Tree, path: Path = ()) -> Tree:
     for name, leaf in tree.items()
     if not isinstance(leaf, Mapping)
   }
-
-
-def is_in_tree(layer: nn.Module, params: Tree) -> bool:
-  """Whether a bound layer's parameters are those at its path in the tree, and
-  not given to it by a model that applies it unbound, outside of its own."""
-  for name in layer.path:
-    below = params.get(name)
-    params = below if isinstance(below, Mapping) else EMPTY
-  return layer.variables.get("params", {}).keys() == params.keys()
 
 
 def all_sites(

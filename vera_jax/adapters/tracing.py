@@ -12,11 +12,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from flax.core import DenyList, meta
+from flax.core import DenyList, apply, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.interface import EMPTY, MATRIX, Path, Target, View
-from vera_jax.adapters.layer_calls import is_own_call, reads
+from vera_jax.adapters.layer_calls import (
+  IN_MODEL,
+  changed,
+  is_apart,
+  is_own_call,
+  mark,
+  reads,
+)
 from vera_jax.adapters.layers import (
   cell_rows,
   in_cell,
@@ -27,7 +34,6 @@ from vera_jax.adapters.sites import (
   EVERY,
   Fused,
   arrays_at,
-  is_in_tree,
   layer_path,
   matches,
   parts_of,
@@ -154,46 +160,77 @@ def _trace_once(
   unboxed = meta.unbox(variables)
   flat = flatten_dict(unboxed["params"])
   places = {path: _kernel_path(path, call.view) for path, call in calls.items()}
+  kernels = {place: flat[place] for place in places.values()}
+  biases = {
+    place: flat[place]
+    for place in ((*kernel[:-1], "bias") for kernel in kernels)
+    if place in flat
+  }
 
   def cut(next_fun, args, kwargs, context):
     """Zeros for what a layer that can be adapted returns, so that the model's
-    output depends on its kernel only where that is read by other ways."""
+    output depends on its kernel only where that is read by other ways. What the
+    layer has for its parameters is marked, to be compared with the model's."""
     layer, result = context.module, next_fun(*args, **kwargs)
     path = (*layer.path, *place_of(layer))
+    if is_own_call(layer) or is_apart(layer):
+      return result
     called = context.method_name == "__call__"
     if called:
       applied.add(path)
     attends = context.method_name == "attend" and isinstance(layer, nn.Embed)
     if path not in calls or not (called or attends):
       return result
-    if not is_in_tree(layer, unboxed["params"]):
-      return result
+    own = arrays_at(layer.variables["params"])
+    for name in own.keys() & {calls[path].view.kernel, "bias"}:
+      mark(own[name], "/".join((*places[path][:-1], name)))
     return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), result)
 
-  def outputs(kernels, variables, key, arrays):
+  def call(scope, arrays):
     args, kwargs = build(arrays)
-    params = unflatten_dict(flatten_dict(variables["params"]) | kernels)
-    return model.apply(
-      {**variables, "params": params},
-      *args,
-      rngs={"params": key},  # and of all other streams
-      mutable=DenyList("params"),
-      **kwargs,
-    )[0]
+    return model.clone(parent=scope, _deep_clone=True)(*args, **kwargs)
 
-  kernels = {place: flat[place] for place in places.values()}
-  try:
-    with nn.intercept_methods(cut):
-      read = reads(outputs, kernels, unboxed, jax.random.key(0), arrays)
-  except Exception:  # such as a cache that takes one token at a time
+  def outputs(weights, variables, key, arrays, *, mutable):
+    params = unflatten_dict(flatten_dict(variables["params"]) | weights)
+    variables = {**variables, "params": params}
+    keys = {"params": key}  # and of all other streams
+    run = apply(call, mutable, flags={IN_MODEL: True})
+    made = run(variables, arrays, rngs=keys)
+    return made[0] if mutable else made
+
+  weights, key = kernels | biases, jax.random.key(0)
+  for mutable in (DenyList("params"), False):
+    try:
+      with nn.intercept_methods(cut):
+        program = jax.make_jaxpr(partial(outputs, mutable=mutable))(
+          weights, unboxed, key, arrays
+        )
+      break
+    except Exception:  # such as a cache that takes one token at a time
+      continue
+  else:
     return Traced(calls, refused, variables, None)
+  read = reads(program, weights)
+  remade = changed(program, ["/".join(place) for place in sorted(weights)])
+  boxed = flatten_dict(variables["params"])
   for path, place in places.items():
-    if path in applied and read[place]:
-      del calls[path]
+    if path not in applied:
+      continue
+    bias = (*place[:-1], "bias")
+    changes = [x[-1] for x in (place, bias) if "/".join(x) in remade]
+    if read[place]:
       refused[path] = (
         f"its {place[-1]} is also read without a call of it, by the module that"
         " holds it or by another one, which an adapter would pass by"
       )
+    elif changes and not any(getattr(boxed[place], "axes", ())):
+      refused[path] = (
+        f"its {changes[0]} is changed on the way to it, as by nn.WeightNorm,"
+        " nn.SpectralNorm or nn.map_variables: what it multiplies with is not"
+        " what the parameters hold and merging would write"
+      )
+    if path in refused:
+      del calls[path]
   return Traced(calls, refused, variables, frozenset(applied))
 
 
