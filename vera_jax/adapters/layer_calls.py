@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
@@ -21,9 +22,8 @@ Params = Mapping[str, Any]  # a layer's own parameters
 # of `nn.scan` and other transformations among them.
 IN_MODEL = "vera_jax"
 MARK = "vera_jax: "
-# Primitives whose results are their operands, in another type or elsewhere.
+# Primitives whose results are their operands.
 HANDED_ON = (
-  "convert_element_type",
   "copy",
   "copy_p",
   "name",
@@ -175,7 +175,7 @@ def changed(program: ClosedJaxpr, names: Sequence[str]) -> set[str]:
     for equation in program.eqns:
       primitive, params = equation.primitive.name, equation.params
       given = names_of(equation.invars)
-      if primitive in HANDED_ON:
+      if primitive in HANDED_ON or _rounds_little(equation):
         known.update(zip(equation.outvars, given, strict=True))
       text = params.get("name")
       if primitive == "name" and text.startswith(MARK):
@@ -198,6 +198,14 @@ def changed(program: ClosedJaxpr, names: Sequence[str]) -> set[str]:
 
   follow(program.jaxpr, names)
   return wrong
+
+
+def _rounds_little(equation: Any) -> bool:
+  """Whether an equation makes numbers of another type, of two bytes or more."""
+  if equation.primitive.name != "convert_element_type":
+    return False
+  new = equation.params["new_dtype"]
+  return jnp.issubdtype(new, jnp.floating) and new.itemsize > 1
 
 
 def _inner_programs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:

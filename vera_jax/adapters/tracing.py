@@ -5,7 +5,7 @@ its shapes are traced; nothing is computed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -111,12 +111,36 @@ def _trace_once(
   model: nn.Module, structure: Any, inputs: tuple[Any, ...], x64: bool
 ) -> Traced:
   args, kwargs = jax.tree.unflatten(structure, inputs)
+  traced = None
+  # A box is what a module finds that reads another's kernel, or its name among
+  # those of the parameters; so the model is traced without boxes where it can't
+  # be with them. One that changes other variables may only run without that.
+  for boxed in (True, False):
+    try:
+      first = _initialised(model, args, kwargs, boxed=boxed)
+    except Exception:
+      if not boxed:
+        raise
+      continue
+    traced = traced or first
+    for mutable in (DenyList("params"), False):
+      try:
+        return _applied(first, model, args, kwargs, mutable=mutable)
+      except Exception:  # such as a cache that takes one token at a time
+        continue
+  assert traced is not None
+  return traced
+
+
+def _initialised(
+  model: nn.Module, args: Any, kwargs: Any, *, boxed: bool
+) -> Traced:
+  """What the calls of layers show while the model is initialised."""
   calls: dict[Path, Call] = {}
   refused: dict[Path, str] = {}
-  applied: set[Path] = set()
   cells: dict[Path, int] = {}  # recurrent ones, and the rows of their kernels
 
-  def note(next_fun, args, kwargs, context, *, boxed):
+  def note(next_fun, args, kwargs, context):
     layer, result = context.module, next_fun(*args, **kwargs)
     if context.method_name != "__call__" or is_own_call(layer):
       return result
@@ -143,28 +167,32 @@ def _trace_once(
         refused[path] = "its calls see its kernel in different ways"
     return result
 
-  try:
-    with nn.intercept_methods(partial(note, boxed=True)):
-      variables = init_shapes(model, *args, **kwargs)
-  except Exception:  # a module that reads another's kernel found a box
-    with nn.intercept_methods(partial(note, boxed=False)):
-      variables = init_shapes(model, *args, **kwargs)
+  with nn.intercept_methods(note):
+    variables = init_shapes(model, *args, **kwargs)
   for path in refused:
     calls.pop(path, None)
   for path, call in calls.items():
     for cell, rows in cells.items():
       if path[: len(cell)] == cell and len(call.kernel) == 2:
         calls[path] = call._replace(tokens=rows, view=in_cell(call.view))
+  return Traced(calls, refused, variables, None)
 
+
+def _applied(
+  first: Traced, model: nn.Module, args: Any, kwargs: Any, *, mutable: Any
+) -> Traced:
+  """The same without the layers that an application of the model shows not to
+  be what their calls say: its program tells how it uses each kernel."""
+  calls, refused, applied = dict(first.calls), dict(first.refused), set[Path]()
   arrays, build = _arrays_of((args, kwargs))
-  unboxed = meta.unbox(variables)
-  flat = flatten_dict(unboxed["params"])
+  boxed = flatten_dict(first.variables["params"])
+  unboxed = meta.unbox(first.variables)
   places = {path: _kernel_path(path, call.view) for path, call in calls.items()}
-  kernels = {place: flat[place] for place in places.values()}
-  biases = {
-    place: flat[place]
-    for place in ((*kernel[:-1], "bias") for kernel in kernels)
-    if place in flat
+  biases = [(*kernel[:-1], "bias") for kernel in places.values()]
+  weights = {
+    place: meta.unbox(boxed[place])
+    for place in (*places.values(), *biases)
+    if place in boxed
   }
 
   def cut(next_fun, args, kwargs, context):
@@ -190,40 +218,29 @@ def _trace_once(
     args, kwargs = build(arrays)
     return model.clone(parent=scope, _deep_clone=True)(*args, **kwargs)
 
-  def outputs(weights, variables, key, arrays, *, mutable):
+  def outputs(weights, variables, key, arrays):
     params = unflatten_dict(flatten_dict(variables["params"]) | weights)
     variables = {**variables, "params": params}
-    keys = {"params": key}  # and of all other streams
     run = apply(call, mutable, flags={IN_MODEL: True})
-    made = run(variables, arrays, rngs=keys)
+    # the key is that of all other streams, too
+    made = run(variables, arrays, rngs={"params": key})
     return made[0] if mutable else made
 
-  weights, key = kernels | biases, jax.random.key(0)
-  for mutable in (DenyList("params"), False):
-    try:
-      with nn.intercept_methods(cut):
-        program = jax.make_jaxpr(partial(outputs, mutable=mutable))(
-          weights, unboxed, key, arrays
-        )
-      break
-    except Exception:  # such as a cache that takes one token at a time
-      continue
-  else:
-    return Traced(calls, refused, variables, None)
+  with nn.intercept_methods(cut):
+    program = jax.make_jaxpr(outputs)(
+      weights, unboxed, jax.random.key(0), arrays
+    )
   read = reads(program, weights)
   remade = changed(program, ["/".join(place) for place in sorted(weights)])
-  boxed = flatten_dict(variables["params"])
-  for path, place in places.items():
-    if path not in applied:
-      continue
-    bias = (*place[:-1], "bias")
-    changes = [x[-1] for x in (place, bias) if "/".join(x) in remade]
-    if read[place]:
+  for path in places.keys() & applied:
+    kernel, bias = places[path], (*places[path][:-1], "bias")
+    changes = [x[-1] for x in (kernel, bias) if "/".join(x) in remade]
+    if read[kernel]:
       refused[path] = (
-        f"its {place[-1]} is also read without a call of it, by the module that"
-        " holds it or by another one, which an adapter would pass by"
+        f"its {kernel[-1]} is also read without a call of it, by the module"
+        " that holds it or by another one, which an adapter would pass by"
       )
-    elif changes and not any(getattr(boxed[place], "axes", ())):
+    elif changes and not any(getattr(boxed[kernel], "axes", ())):
       refused[path] = (
         f"its {changes[0]} is changed on the way to it, as by nn.WeightNorm,"
         " nn.SpectralNorm or nn.map_variables: what it multiplies with is not"
@@ -231,7 +248,7 @@ def _trace_once(
       )
     if path in refused:
       del calls[path]
-  return Traced(calls, refused, variables, frozenset(applied))
+  return Traced(calls, refused, first.variables, frozenset(applied))
 
 
 def _kernel_path(path: Path, view: View) -> Path:
