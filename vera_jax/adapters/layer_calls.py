@@ -177,9 +177,8 @@ def changed(program: ClosedJaxpr, names: Sequence[str]) -> set[str]:
       given = names_of(equation.invars)
       if primitive in HANDED_ON or _rounds_little(equation):
         known.update(zip(equation.outvars, given, strict=True))
-      text = params.get("name")
-      if primitive == "name" and text.startswith(MARK):
-        wrong.update({text.removeprefix(MARK)} - set(given))
+      if primitive == "name" and params["name"].startswith(MARK):
+        wrong.update({params["name"].removeprefix(MARK)} - set(given))
       # A loop's state is another one in each round. Before the arguments of an
       # inner program lie others, such as the number of a branch.
       if primitive == "scan":

@@ -378,7 +378,7 @@ def _is_flaxs(
     for x in leaves
   )
   bare = layer.clone(parent=None, name=None)
-  given = bare, kind, structure, inputs
+  given: Any = bare, kind, structure, inputs
   try:
     hash(given)
   except TypeError:  # a field is an array, say
@@ -395,7 +395,7 @@ def _same_program(
 ) -> bool:
   fields = {
     field.name: getattr(layer, field.name)
-    for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind)
     if field.name not in (*HOOKS, "parent", "name")
   }
 
