@@ -1,0 +1,497 @@
+"""Adapters on models by others: adapted, merged and by definition.
+
+  python -m benchmarks.others
+
+For each model of tests/adapters/others and each method, on every layer that
+isn't refused: the adapted model's first output is the base's; with its leaves
+moved at random it is the merged model's, and that of the model's own code on
+parameters that are adapted here, by each method's formula and not by the code
+of vera_jax; so are the gradients of its leaves, by every plan. What can't be
+adapted must be refused by its name. Writes others.json, and ends with an error
+where one of this doesn't hold.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax.core import meta
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from benchmarks.report import environment, write
+from benchmarks.tables import markdown_table
+from experiments import cli
+from tests.adapters.others.models import MODELS
+from tests.adapters.others.other import Other
+from vera_jax.adapters.apply import Adapted, adapt
+from vera_jax.adapters.ia3 import ia3
+from vera_jax.adapters.interface import PLANS, Adapter, Path, Target
+from vera_jax.adapters.lora import lora, lora_fa
+from vera_jax.adapters.magnitude import dora, dvora
+from vera_jax.adapters.merge import merge
+from vera_jax.adapters.pvera import pvera
+from vera_jax.adapters.randlora import randlora
+from vera_jax.adapters.sites import EVERY, count_layers, layer_path, matches
+from vera_jax.adapters.unilora import unilora
+from vera_jax.adapters.vera import vera
+from vera_jax.errors import UserError
+
+RANK = 3
+METHODS: dict[str, Adapter] = {
+  "vera": vera(RANK),
+  "lora": lora(RANK, alpha=2.0 * RANK),
+  "dora": dora(RANK, alpha=2.0 * RANK),
+  "ia3": ia3(),
+  "ia3, inputs": ia3(feedforward=(".*",)),
+  "vera, a pair per layer": vera(RANK, sharing="unique"),
+  "lora_fa": lora_fa(RANK),
+  "dvora": dvora(RANK),
+  "pvera": pvera(RANK),
+  "randlora": randlora(RANK),
+  "unilora": unilora(RANK, size=60),
+}
+SHOWN = ("vera", "lora", "dora", "ia3")  # with a column each in the table
+ALL = (*PLANS, "auto")
+BAR = 1e-5  # of the largest output
+GRADIENT_BAR = 1e-4  # of the method's largest gradient
+# Moved less than this the adapter does nothing, and nothing is examined.
+EFFECT = 1e-3
+
+
+def define_flags() -> None:
+  flags.DEFINE_string("models", "", "A pattern: only models that match it.")
+  flags.DEFINE_list("methods", list(METHODS), "Only these methods.")
+  flags.DEFINE_string("out", "results/benchmarks", "Where the file goes.")
+
+
+def main() -> None:
+  given = flags.FLAGS
+  unknown = set(given.methods) - METHODS.keys()
+  if unknown:
+    raise UserError(f"No method {', '.join(unknown)}; {', '.join(METHODS)}.")
+  made = environment("others")
+  made["models"], wrong = {}, []
+  for name, other in MODELS.items():
+    if not re.search(given.models, name):
+      continue
+    start = time.perf_counter()
+    found = examine(other, given.methods)
+    made["models"][name] = found
+    wrong += [f"{name}: {fault}" for fault in faults(found)]
+    print(f"{name}: {found['layers']}, {time.perf_counter() - start:.0f} s")
+  write("others", made, folder=given.out)
+  if wrong:
+    raise UserError("What should hold does not:\n  " + "\n  ".join(wrong))
+
+
+def examine(
+  other: Other, methods: Iterable[str] = METHODS, *, plans: Sequence[str] = ALL
+) -> dict[str, Any]:
+  """What holds for a model: its layers, what is refused, and by method how far
+  the adapted model is from what it should be.
+
+  Args:
+    other: the model.
+    methods: names in `METHODS`.
+    plans: by which gradients are taken; of a method without a low-rank delta,
+      or without a formula here, by "auto" alone, if it is among them.
+  """
+  ready = Ready(other)
+  targets, refused = ready.sites()
+  return {
+    "origin": other.origin,
+    "layers": count_layers(targets) if targets else "none",
+    "refused": {"/".join(path): why for path, why in refused.items()},
+    "methods": {
+      name: ready.adapted(METHODS[name], targets, plans) for name in methods
+    },
+  }
+
+
+def faults(found: Mapping[str, Any]) -> list[str]:
+  """What does not hold, a sentence each; [] where all does."""
+  wrong = [f"{path}: {why}" for path, why in silent(found["refused"])]
+  for method, row in found["methods"].items():
+    if "error" in row:
+      wrong.append(f"{method}: {row['error']}")
+      continue
+    for path, why in silent(row["refused"]):
+      wrong.append(f"{method}: {path}: {why}")
+    for name in ("start", "merged", "defined"):
+      if name in row and not row[name] <= BAR:
+        wrong.append(f"{method}: {name} {row[name]:.2g}")
+    if "effect" in row and not row["effect"] >= EFFECT:
+      wrong.append(f"{method}: an effect of {row['effect']:.2g}")
+    for plan, value in row.get("gradients", {}).items():
+      if isinstance(value, str):
+        if "no " + plan + " plan" not in value:
+          wrong.append(f"{method}, {plan}: {value}")
+      elif not value <= GRADIENT_BAR:
+        wrong.append(f"{method}, {plan}: gradients {value:.2g}")
+  return wrong
+
+
+def silent(refused: Mapping[str, str]) -> list[tuple[str, str]]:
+  """Refusals that don't name what is refused, or say nothing of it."""
+  return [
+    (path, why) for path, why in refused.items() if why.startswith(UNNAMED)
+  ]
+
+
+UNNAMED = "not refused by its name"
+
+
+class Ready:
+  """A model with its variables, all of them moved away from special values."""
+
+  def __init__(self, other: Other) -> None:
+    self.other, self.model = other, other.model
+    keys = {
+      stream: jax.random.key(i)
+      for i, stream in enumerate(("params", *other.streams))
+    }
+    self.rngs = {stream: keys[stream] for stream in other.streams}
+
+    def init(args: Any) -> Any:
+      return self.model.init(keys, *args, **other.kwargs)
+
+    variables = meta.unbox(self._with_arrays(init))
+    rng = np.random.default_rng(1)
+
+    def move(leaf: Any) -> Any:
+      return leaf + jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype)
+
+    self.base = jax.tree.map(move, variables.pop("params"))
+    self.others = variables
+    self.flat = flatten_dict(self.base)
+    self.plain = jax.jit(lambda params: self._with_arrays(self.run, params))
+
+  def _with_arrays(self, function: Callable[..., Any], *first: Any) -> Any:
+    """function(*first, args) on the model's inputs."""
+    return function(*first, self.other.args)
+
+  def run(self, params: Any, args: Any) -> Any:
+    """All numbers that the model returns, one after the other."""
+    variables = {**self.others, "params": params}
+    return numbers(
+      self.model.apply(variables, *args, rngs=self.rngs, **self.other.kwargs)
+    )
+
+  def module(self, adapter: Adapter, patterns: Any, **options: Any) -> Adapted:
+    return adapt(self.model, adapter, targets=patterns, **options)
+
+  def find(self, patterns: Any) -> dict[Path, Target]:
+    return self.module(METHODS["vera"], patterns).find_targets(
+      *self.other.args, **self.other.kwargs
+    )
+
+  def sites(self) -> tuple[dict[Path, Target], dict[Path, str]]:
+    """The layers that can be adapted, and why each other matrix can't be."""
+    try:
+      targets = self.find([EVERY])
+    except UserError:  # one for all
+      targets = {}
+      for path in dict.fromkeys(path[:-1] for path in self.flat):
+        with suppress(UserError):
+          targets |= self.find([re.escape("/".join(path))])
+    kernels = {
+      (*layer_path(path, target), target.view.kernel)
+      for path, target in targets.items()
+    }
+    refused = {}
+    for path, leaf in self.flat.items():
+      is_matrix = leaf.ndim > 1 and path[-1] not in ("bias", "scale")
+      if is_matrix and path not in kernels:
+        why = self.refusal(path)
+        refused[path] = (
+          self.refusal(path[:-1]) if why.startswith(UNNAMED) else why
+        )
+    return targets, refused
+
+  def refusal(self, path: Path) -> str:
+    """Why nothing at this path can be adapted."""
+    name = "/".join(path)
+    try:
+      self.find([re.escape(name)])
+    except UserError as error:
+      text, _, _ = str(error).partition("\nThe layers that can be adapted")
+      for line in text.splitlines():
+        if line.strip().startswith(f"{name}: "):
+          return line.strip().removeprefix(f"{name}: ")
+      return text if f" {name} " in text else f"{UNNAMED}: {text}"
+    return f"{UNNAMED}: it counts as adapted"
+
+  def adapted(
+    self, adapter: Adapter, targets: Mapping[Path, Target], plans: Any
+  ) -> dict[str, Any]:
+    """A method on all of these layers but those that it refuses."""
+    targets, refused = dict(targets), dict[str, str]()
+    while targets:
+      try:
+        row = self._adapted(adapter, targets, plans)
+      except UserError as error:
+        named = [p for p in targets if "/".join(p) in str(error)]
+        if not named:
+          return {"error": f"refused without a layer's name: {error}"}
+        path = max(named, key=len)
+        del targets[path]
+        refused["/".join(path)] = str(error)
+      except Exception as error:
+        first = str(error).splitlines() or [""]
+        return {"error": f"{type(error).__name__}: {first[0]}"}
+      else:
+        return {"layers": len(targets), "refused": refused, **row}
+    return {"layers": 0, "refused": refused}
+
+  def _adapted(
+    self, adapter: Adapter, targets: dict[Path, Target], plans: Any
+  ) -> dict[str, Any]:
+    args, kwargs = self.other.args, self.other.kwargs
+    patterns = [re.escape("/".join(path)) for path in targets]
+    module = self.module(adapter, patterns)
+    variables = module.init_on(
+      {**self.others, "params": self.base}, jax.random.key(2), *args, **kwargs
+    )
+    params = flatten_dict(variables.pop("params"))
+    start = {p: x for p, x in params.items() if adapter.owns(p[-1])}
+    rng = np.random.default_rng(5)
+    moved = {
+      p: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype)
+      for p, x in sorted(start.items())
+    }
+
+    def run(module: nn.Module, own: Any) -> Any:
+      whole = {**variables, "params": unflatten_dict({**self.flat, **own})}
+      return numbers(module.apply(whole, *args, rngs=self.rngs, **kwargs))
+
+    def merged(own: Any) -> Any:
+      return merge(
+        unflatten_dict({**self.flat, **own}),
+        variables.get("projections", {}),
+        adapter=adapter,
+        targets=targets,
+      )
+
+    def defined(own: Any) -> Any:
+      shared = variables.get("projections", {})
+      return self.by_definition(adapter, targets, own, shared)
+
+    def loss(outputs: Callable[[Any], Any], own: Any) -> tuple[Any, Any]:
+      y = outputs(own)
+      return jnp.sum(jnp.sin(y)), y
+
+    adapted = jax.jit(partial(run, module))
+    base, y = self.plain(self.base), adapted(moved)
+    expected = self.plain(merged(moved))
+    row = {
+      "merged": distance(y, expected),
+      "effect": distance(y, base),
+    }
+    if adapter.name != "unilora":  # whose theta starts away from 0
+      row["start"] = distance(adapted(start), base)
+    known = formula(adapter, start)
+    oracle: Callable[[Any], Any] = defined if known else merged
+    if known:
+      row["defined"] = distance(y, self.plain(defined(moved)))
+    if not (known and any(one.low_rank for one in adapter.methods)):
+      plans = [plan for plan in plans if plan == "auto"]
+    if not plans:
+      return row
+    gradient = partial(jax.grad, has_aux=True)
+    slopes, _ = jax.jit(
+      gradient(partial(loss, lambda o: self._with_arrays(self.run, oracle(o))))
+    )(moved)
+    largest = max(float(jnp.abs(x).max()) for x in slopes.values())
+    row["gradients"] = {}
+    for plan in plans:
+      planned = module.clone(plan=plan)
+      try:
+        found, again = jax.jit(gradient(partial(loss, partial(run, planned))))(
+          moved
+        )
+      except UserError as error:
+        row["gradients"][plan] = str(error)
+        continue
+      apart = max(float(jnp.abs(found[p] - slopes[p]).max()) for p in slopes)
+      row["gradients"][plan] = apart / largest
+      row["merged"] = max(row["merged"], distance(again, expected))
+    return row
+
+  def by_definition(
+    self,
+    adapter: Adapter,
+    targets: Mapping[Path, Target],
+    own: Mapping[Path, Any],
+    shared: Mapping[str, Any],
+  ) -> Any:
+    """The base's parameters, each layer's replaced by the method's formula."""
+    flat = dict(self.flat)
+    for path, target in targets.items():
+      layer = layer_path(path, target)
+      leaves = {p[-1]: x for p, x in own.items() if p[:-1] == path}
+      place, stacked = (*layer, target.view.kernel), len(target.stack)
+      kernel, bias = flat[place], None
+      if not target.view.in_scope:
+        bias = flat.get((*layer, "bias"))
+      axes = [n for x, n in self.other.axes.items() if matches(x, path)]
+      adapt_one = partial(
+        adapted_kernel,
+        formula(adapter, own),
+        shared,
+        axes[0] if axes else kernel.ndim - stacked - 1,
+      )
+      for _ in range(stacked):
+        adapt_one = jax.vmap(adapt_one)
+      flat[place], changed = adapt_one(leaves, kernel, bias)
+      if bias is not None:
+        flat[*layer, "bias"] = changed
+    return unflatten_dict(flat)
+
+
+def formula(adapter: Adapter, own: Mapping[Path, Any]) -> str | None:
+  """The method by its leaves; None where no formula is written here."""
+  names = {path[-1] for path in own}
+  for method, leaves in FORMULAS.items():
+    if names <= leaves and adapter is METHODS.get(method):
+      return method
+  return None
+
+
+FORMULAS = {
+  "vera": {"vera_d", "vera_b"},
+  "lora": {"lora_A", "lora_B"},
+  "dora": {"lora_A", "lora_B", "magnitude_m"},
+  "ia3": {"ia3_out"},
+  "ia3, inputs": {"ia3_in"},
+}
+
+
+def adapted_kernel(
+  method: str,
+  shared: Mapping[str, Any],
+  axes: int | tuple[int, ...],
+  leaves: Mapping[str, Any],
+  kernel: Any,
+  bias: Any,
+) -> tuple[Any, Any]:
+  """A layer's adapted parameters by the papers' formulas.
+
+  Args:
+    method: a name in `FORMULAS`.
+    shared: VeRA's A and B.
+    axes: of the kernel that are inputs, or how many of the first.
+    leaves: the layer's.
+    kernel, bias: of the base.
+  """
+  inputs = tuple(range(axes)) if isinstance(axes, int) else axes
+  outputs = tuple(i for i in range(kernel.ndim) if i not in inputs)
+  turned = kernel.transpose(*inputs, *outputs)
+  rows = int(np.prod([kernel.shape[i] for i in inputs]))
+  W = turned.reshape(rows, -1)
+  if method == "vera":
+    A, B = shared["A"][:, :rows], shared["B"][: W.shape[1]]
+    d, b = leaves["vera_d"], leaves["vera_b"]
+    W = W + jnp.einsum("ri,r,or,o->io", A, d, B, b)
+  elif method in ("lora", "dora"):  # alpha is twice the rank
+    W = W + 2 * jnp.einsum("ri,or->io", leaves["lora_A"], leaves["lora_B"])
+    if method == "dora":
+      length = jnp.sqrt(jnp.square(W).sum(0, keepdims=True))
+      W = leaves["magnitude_m"][None] * W / jax.lax.stop_gradient(length)
+  elif method == "ia3":
+    W = W * leaves["ia3_out"][None]
+    if bias is not None:
+      bias = bias * leaves["ia3_out"].reshape(bias.shape)
+  else:
+    W = W * leaves["ia3_in"][:, None]
+  back = np.argsort((*inputs, *outputs))
+  return W.reshape(turned.shape).transpose(*back), bias
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+  """The table, the reasons that it names by letters, and how it was made."""
+  reasons: dict[str, str] = {}  # letters by reason
+
+  def letters(refused: Mapping[str, str]) -> str:
+    """What is refused, by the names at the ends of paths, and why."""
+    named: dict[str, dict[str, None]] = {}
+    for path, why in refused.items():
+      names = path.split("/")
+      leaf = names.pop() if names[-1] == "kernel" else names[-1]
+      why = why.replace(path.removesuffix("/kernel"), "…")
+      why = re.sub(rf"^its {re.escape(leaf)} ", "its parameter ", why)
+      named.setdefault(why, {})[f"`{names[-1]}`"] = None
+    return "; ".join(
+      f"{', '.join(found)} ({reasons.setdefault(why, _letter(len(reasons)))})"
+      for why, found in named.items()
+    )
+
+  def cell(row: Mapping[str, Any]) -> str:
+    if not row["layers"]:
+      return "refused"
+    left = letters({p: w.partition(":")[0] for p, w in row["refused"].items()})
+    return f"{row['merged']:.0e}" + (f", without {left}" if left else "")
+
+  rows = []
+  for name, found in result["models"].items():
+    methods = found["methods"]
+    others = [x for method, x in methods.items() if method not in SHOWN]
+    slopes = [
+      value
+      for row in methods.values()
+      for value in row.get("gradients", {}).values()
+      if not isinstance(value, str)
+    ]
+    rows.append(
+      (
+        f"{name} ({found['origin']})",
+        found["layers"],
+        letters(found["refused"]),
+        *(cell(methods[method]) for method in SHOWN),
+        f"{max(x['merged'] for x in others if x['layers']):.0e}",
+        f"{max(slopes):.0e}",
+      )
+    )
+  table = markdown_table(
+    (
+      *("model", "layers found", "refused"),
+      *(*SHOWN, "seven other methods", "gradients"),
+    ),
+    rows,
+    texts=3,
+  )
+  listed = "\n".join(f"- ({x}) {why}" for why, x in reasons.items())
+  versions = result["versions"]
+  return (
+    f"{table}\n\n{listed}\n\nThe others: {', '.join(list(METHODS)[4:])}."
+    f" `{result['command']}`, jax {versions['jax']}, {result['cpu']}."
+  )
+
+
+def _letter(number: int) -> str:
+  return "abcdefghijklmnopqrstuvwxyz"[number]
+
+
+def numbers(tree: Any) -> Any:
+  """All floating-point numbers of a tree as one vector."""
+  leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
+  floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+  return jnp.concatenate([x.reshape(-1) for x in floats])
+
+
+def distance(found: Any, expected: Any) -> float:
+  """The largest difference, relative to the largest number; NaN stays NaN."""
+  scale = float(jnp.abs(expected).max())
+  return float(jnp.abs(found - expected).max()) / scale
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main, usage=__doc__)
