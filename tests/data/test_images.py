@@ -131,7 +131,11 @@ def test_unreadable_files_are_named_and_left_out(tmp_path, monkeypatch):
   picture((0, 0, 99), 7).save(cut)
   mended = prepare_images(files, numbers, PLAIN, cache)
   assert len(mended) == 4 and mended.fingerprint != made.fingerprint
-  (cache / f"{made.fingerprint}.npy").write_bytes(b"half a fi")
+  expected = np.array(mended.pixels)  # which are the file's own
+  for damaged in (b"half a fi", b""):
+    (cache / f"{mended.fingerprint}.npy").write_bytes(damaged)
+    again = prepare_images(files, numbers, PLAIN, cache)
+    np.testing.assert_array_equal(again.pixels, expected)
   (tmp_path / "data/one/2.png").write_text("nor this")
   with pytest.raises(UserError, match="None of the 2 images can be read"):
     prepare_images(files, np.array([2, 4]), PLAIN, cache)

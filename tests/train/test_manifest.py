@@ -48,6 +48,13 @@ def test_a_short_or_missing_file_is_named(folder):
   assert "deep/array is missing" in find_damage(folder)
 
 
+def test_a_file_elsewhere_is_not_read(folder, tmp_path_factory):
+  outside = tmp_path_factory.mktemp("outside") / "array"
+  (folder / "deep/array").rename(outside)
+  (folder / "deep/array").symlink_to(outside)
+  assert f"outside of {folder}" in find_damage(folder)
+
+
 def test_every_byte_of_the_manifest_counts(folder):
   size = (folder / FILE).stat().st_size
   for place in range(0, size - 1):  # the last is a line break

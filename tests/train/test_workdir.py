@@ -72,6 +72,14 @@ def test_what_runs_had_before_there_was_a_choice_is_no_difference(tmp_path):
     check_workdir(tmp_path, other)
 
 
+@pytest.mark.parametrize("targets", [[{}], 3, None, [["query"]]])
+def test_odd_targets_are_another_config(targets, tmp_path):
+  config = {**CONFIG, "unilora": {"targets": ("query|q_proj", "value|v_proj")}}
+  write_config(tmp_path, {**config, "unilora": {"targets": targets}})
+  with pytest.raises(UserError, match="unilora.targets: "):
+    check_workdir(tmp_path, config)
+
+
 def test_what_is_left_open_is_no_difference(tmp_path):
   """A folder says stacked or looped; "auto" takes either, the other not."""
   auto, stacked, looped = (

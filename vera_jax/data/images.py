@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 
 from vera_jax.data.image_files import Encoded, ImageFile, ImageFiles
 from vera_jax.errors import UserError
-from vera_jax.files import read_json
+from vera_jax.files import TENSORS, check_file, read_json
 
 log = logging.getLogger(__name__)
 
@@ -260,11 +260,12 @@ def prepare_images(
   stored, lines = cache / f"{fingerprint}.npy", cache / f"{fingerprint}.json"
   shape = (len(numbers), processor.height, processor.width, 3)
   try:
+    check_file(stored, inside=cache, limit=TENSORS)
     pixels = np.load(stored, mmap_mode="r", allow_pickle=False)
     reasons = {int(i): why for i, why in read_json(lines).items()}
     if pixels.shape != shape or pixels.dtype != np.uint8:
       raise ValueError
-  except (OSError, ValueError, UserError):
+  except (OSError, ValueError, EOFError, UserError):  # missing or damaged
     try:
       cache.mkdir(parents=True, exist_ok=True)
       # both files by renaming, so that no process reads a half one

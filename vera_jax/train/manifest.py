@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from vera_jax.errors import UserError
-from vera_jax.files import read_json, write_json
+from vera_jax.files import TENSORS, open_file, read_json, write_json
 
 FILE = "seal.json"
 FILES, OWN = "sha256", "own_sha256"  # of all files by name; of the manifest
 
 
-def _checksum(file: Path) -> str:
-  with file.open("rb") as data:
+def _checksum(file: Path, folder: Path) -> str:
+  with open_file(file, inside=folder, limit=TENSORS) as data:
     return hashlib.file_digest(data, "sha256").hexdigest()
 
 
@@ -33,7 +33,7 @@ def _own(fields: Mapping[str, Any]) -> str:
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
   """Write a folder's manifest, with JSON values that say what it belongs to."""
   checksums = {
-    str(path.relative_to(folder)): _checksum(path)
+    str(path.relative_to(folder)): _checksum(path, folder)
     for path in sorted(folder.rglob("*"))
     if path.is_file() and path != folder / FILE
   }
@@ -52,7 +52,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
   if not file.exists():
     raise UserError(f"{file} is missing: the save was cut off")
   fields = read_json(file)
-  if fields.pop(OWN, None) != _own(fields) or FILES not in fields:
+  whole = fields.pop(OWN, None) == _own(fields)
+  if not whole or not isinstance(fields.get(FILES), dict):
     raise UserError(f"{file} is damaged")
   return fields
 
@@ -63,7 +64,7 @@ def find_damage(folder: Path) -> str | None:
     for name, checksum in read_manifest(folder)[FILES].items():
       if not (folder / name).is_file():
         return f"{folder / name} is missing"
-      if _checksum(folder / name) != checksum:
+      if _checksum(folder / name, folder) != checksum:
         return f"{folder / name} is damaged: its checksum differs"
   except UserError as error:
     return str(error)

@@ -78,7 +78,9 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
   for group, older in OLDER_TARGETS.items():
     if isinstance(settings := own.get(group), Mapping):
       own[group] = {
-        key: older.get(tuple(value), value)
+        key: next(
+          (old for x, old in older.items() if value in (x, [*x])), value
+        )
         if key in ("targets", "feedforward")
         else value
         for key, value in settings.items()
