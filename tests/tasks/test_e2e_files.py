@@ -91,6 +91,15 @@ def test_tables_are_joined_by_their_inputs(tmp_path):
   )
 
 
+def test_cells_between_single_quotes(tmp_path):
+  """As tnt1 and tnt2 were handed in; one cell without them is a text's own."""
+  quoted = "MR\toutput\n'a, b'\t'It's \"one\".'\n'c'\t''\n"
+  paths = write(tmp_path, o_tsv=quoted, r_csv=TABLE.format('"a, b",1\nc,2'))
+  assert read_for_scoring(*paths) == (['It\'s "one".', ""], [["1"], ["2"]])
+  paths = write(tmp_path, o_tsv=f"{quoted}d\t'x'\n", r_txt="1\n2\n3\n")
+  assert read_for_scoring(*paths)[0][2] == "'x'"
+
+
 def test_a_table_of_references_for_lines_of_outputs(tmp_path):
   """Without inputs the rows that follow one another make the groups."""
   paths = write(

@@ -9,7 +9,8 @@
 
 Tables are read as the challenge's own scorer reads them: .csv and .tsv alike
 with quotes, some letters that were decoded wrongly put right, and references
-in the order of the outputs' inputs.
+in the order of the outputs' inputs. Where every cell stands between single
+quotes, as in two of the challenge's submissions (tnt1, tnt2), these are cut.
 """
 
 import csv
@@ -181,7 +182,10 @@ def _read_table(path: Path) -> Rows:
     raise UserError(
       f"{path}: a header and two columns are needed, inputs and texts; {where}."
     )
-  return Rows([row[0] for row in rows], [row[1] for row in rows])
+  cells = [cell for row in rows for cell in row]
+  if all(len(x) > 1 and x[0] == x[-1] == "'" for x in cells):
+    cells = [cell[1:-1] for cell in cells]
+  return Rows(cells[::2], cells[1::2])
 
 
 def _neighbours(rows: Rows) -> list[list[str]]:
