@@ -3,6 +3,7 @@
 import errno
 import importlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -78,6 +79,25 @@ def unreachable(name: str, error: Exception, advice: str = ADVICE) -> UserError:
     f"The hub can't be reached for {name} ({_first_line(error)}), and no"
     f" earlier download is on this machine. {advice}"
   )
+
+
+def is_here(name: str) -> bool:
+  """Whether a model's name is a folder's or a file's on this machine."""
+  if name.startswith(PACKAGE):
+    return False
+  by_form = name.startswith(("/", ".", "~")) or name.count("/") > 1
+  return by_form or Path(name).expanduser().exists()
+
+
+def public_name(name: str) -> str:
+  """A model's name as others may read it.
+
+  That of a folder or file is its last one: the rest says who works here, and
+  is of no use elsewhere.
+  """
+  if not is_here(name):
+    return name
+  return Path(os.path.abspath(Path(name).expanduser())).name
 
 
 def resolve(name_or_folder: str | Path) -> Path:

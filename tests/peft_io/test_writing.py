@@ -85,7 +85,9 @@ def test_what_peft_gets(export, tiny_model):
     "vera_dropout": 0.0,
   }
   with safe_open(file, "numpy") as opened:
-    assert opened.metadata()["format"] == "pt"
+    header = opened.metadata()
+  assert header["format"] == "pt"
+  assert json.loads(header["vera_jax"])["base"] == tiny_model.name
   want = pair(3) | {HEAD[0]: saved.tensors["classifier.kernel"].T}
   want[HEAD[1]] = saved.tensors["classifier.bias"]
   for layer in (0, 1):

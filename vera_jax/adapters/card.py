@@ -5,15 +5,16 @@ The hub shows it as the adapter's page, and reads the lines between the dashes.
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from vera_jax.hub import PACKAGE
+from vera_jax.hub import PACKAGE, is_here, public_name
+from vera_jax.terminal import printable
 
 CARD = "README.md"
 # The kinds of models that write texts and that tag words.
 WRITES, TAGS = "language_modelling", "token_classification"
 SEES = "image_size"  # a field that adapters of images have
+UNREADABLE = "unreadable"  # in what is said of a split of images
 
 
 def model_card(about: Mapping[str, Any]) -> str:
@@ -28,13 +29,32 @@ def model_card(about: Mapping[str, Any]) -> str:
     task, use = "image-classification", USE_OF_IMAGES + PEFT_OF_IMAGES
   tags = ["vera_jax", method, task]
   lines = ["---", "library_name: vera_jax"]
-  if not base.startswith((PACKAGE, "/", ".", "~")) and not Path(base).is_dir():
+  if not base.startswith(PACKAGE) and not is_here(base):
     lines.append(f"base_model: {json.dumps(base)}")  # a hub id, it links there
   lines += [f"tags: {json.dumps(tags)}", "---", ""]
   lines += [f"# {_cell(method)} adapter for {_cell(about.get('task'))}", ""]
   lines += ["| | |", "| --- | --- |"]
   lines += [f"| {name} | {_cell(text)} |" for name, text in _facts(about)]
   return "\n".join([*lines, LOADING, use])
+
+
+def published(about: Mapping[str, Any]) -> dict[str, Any]:
+  """adapter.json as others may read it: without paths of this machine.
+
+  The base is named as `public_name` does, and images that could not be read are
+  counted.
+  """
+  shown = dict(about)
+  if isinstance(base := about.get("base"), str):
+    shown["base"] = public_name(base)
+  if isinstance(data := about.get("data"), dict):
+    shown["data"] = {
+      split: {**facts, UNREADABLE: len(facts[UNREADABLE])}
+      if isinstance(facts, dict) and isinstance(facts.get(UNREADABLE), list)
+      else facts
+      for split, facts in data.items()
+    }
+  return shown
 
 
 def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -46,7 +66,7 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
   settings = {k: x for k, x in group("settings").items() if x is not None}
   yield "method", f"{about.get('method')}: " + _pairs(settings)
-  yield "base", str(about.get("base"))
+  yield "base", public_name(str(about.get("base")))
   if found := about.get("base_fingerprint"):
     yield "fingerprint of the base's weights", str(found)
   if (quantise := about.get("quantise", "none")) != "none":
@@ -94,8 +114,8 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def _cell(text: Any) -> str:
-  """Text that stays in its cell, and is not taken for HTML."""
-  plain = " ".join(str(text).split())
+  """Text that stays in its cell, and is taken for no HTML and no command."""
+  plain = printable(" ".join(str(text).split()))
   return plain.replace("|", "\\|").replace("<", "&lt;")
 
 

@@ -1,10 +1,14 @@
 """An adapter's folder to the Hugging Face hub; `load_adapter` takes its id."""
 
+import json
+import logging
 from pathlib import Path
 
-from vera_jax.adapters.card import CARD, model_card
+from vera_jax.adapters.card import CARD, model_card, published
 from vera_jax.adapters.files import ABOUT, HUB_ID, TENSORS, load_adapter
 from vera_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def push_adapter(
@@ -14,7 +18,8 @@ def push_adapter(
 
   The repository is made if there is none. The account is the one of
   `hf auth login`, or of the token in HF_TOKEN. The card is the folder's
-  README.md as it is; an older folder without one gets it made.
+  README.md as it is; an older folder without one gets it made. A base that is
+  a folder of this machine is named by its last name in all that is uploaded.
 
   Args:
     folder: the adapter's.
@@ -33,11 +38,21 @@ def push_adapter(
   saved = load_adapter(folder)  # nothing damaged goes out
   from huggingface_hub import CommitOperationAdd, HfApi
 
-  card: str | bytes = model_card(saved.about)
+  about, base = published(saved.about), saved.about["base"]
+  content = {f: (saved.folder / f).read_bytes() for f in (ABOUT, TENSORS)}
+  content[CARD] = model_card(saved.about).encode()
   if (saved.folder / CARD).is_file():
-    card = (saved.folder / CARD).read_bytes()
-  content = {CARD: card.encode() if isinstance(card, str) else card}
-  content |= {f: (saved.folder / f).read_bytes() for f in (ABOUT, TENSORS)}
+    content[CARD] = (saved.folder / CARD).read_bytes()
+  if about != saved.about:
+    content[ABOUT] = (json.dumps(about, indent=2) + "\n").encode()
+  if about["base"] != base:
+    content[CARD] = content[CARD].replace(base.encode(), about["base"].encode())
+    log.warning(
+      "The base is named %r in what is uploaded, without its folder on this"
+      " machine: who loads the adapter says --base=FOLDER. If the base has a"
+      ' hub id, write that one as "base" into %s first.',
+      *(about["base"], saved.folder / ABOUT),
+    )
   files = [CommitOperationAdd(file, data) for file, data in content.items()]
   try:
     api = HfApi()

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from vera_jax.adapters.apply import leaf_shapes
+from vera_jax.adapters.card import published
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.projections import STORED, digest
@@ -175,7 +176,7 @@ def export_adapter(
   }
 
   def fill(place: Path) -> None:
-    write_tensors(place / TENSORS, tensors, about=about)
+    write_tensors(place / TENSORS, tensors, about=published(about))
     write_json(place / FILE, config)
 
   make_folder(out, fill)
