@@ -99,7 +99,7 @@ def main() -> None:
   if posed:
     _choose(decoder, posed)
     return
-  template = TEMPLATE.value or str(decoder.about.get("template", CHAT))
+  template = TEMPLATE.value or str(decoder.about.get("template") or CHAT)
   _write(decoder, asked, template, out)
 
 

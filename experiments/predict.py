@@ -87,7 +87,12 @@ def main() -> None:
   from vera_jax.data.texts import read_lines, read_texts
   from vera_jax.models.classifier import load_classifier, restore_adapter
   from vera_jax.models.kinds import TAGS
-  from vera_jax.serve.predictor import Predictor, answer_lines, text_columns
+  from vera_jax.serve.predictor import (
+    Predictor,
+    answer_lines,
+    own_columns,
+    text_columns,
+  )
 
   if form == "parquet" and INPUT.value == "-":
     raise UserError("Parquet is read from a file, not from standard input.")
@@ -108,7 +113,7 @@ def main() -> None:
     if form == "parquet":
       path = Path(INPUT.value).expanduser()
       lines = read_texts(parquet_rows(path), columns=columns, check=check)
-    elif form in ("csv", "json") or "columns" in classifier.about:
+    elif form in ("csv", "json") or own_columns(classifier):
       rows = read_rows(file, format=form)
       lines = read_texts(rows, columns=columns, check=check)
     else:

@@ -1,41 +1,13 @@
 """The commands for instructions, as a user types them."""
 
-import importlib
 import json
-import sys
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-import experiments
 from tests.tasks.decoder_files import GPT2, write_decoder
 from vera_jax.errors import UserError
 
 ROWS = [{"prompt": f"word{i} ", "completion": "word1"} for i in range(4)]
-
-
-@pytest.fixture
-def typed(monkeypatch):
-  """A script's `main` with the flags given, in this process."""
-  # other scripts, which tests have imported, have flags of the same names
-  for module, found in flags.FLAGS.flags_by_module_dict().items():
-    if module.startswith(("experiments.", "benchmarks.", "tests.")):
-      for flag in list(found):
-        delattr(flags.FLAGS, flag.name)
-  for name in ("answer", "instruct", "glue"):
-    sys.modules.pop(f"experiments.{name}", None)
-    monkeypatch.delattr(experiments, name, raising=False)
-
-  def run(script, *words):
-    module = importlib.import_module(f"experiments.{script}")
-    argv = [script, *map(str, words)]
-    monkeypatch.setattr(sys, "argv", argv)  # where a config's keys are found
-    with flagsaver.flagsaver():
-      flags.FLAGS(argv)
-      module.main()
-
-  return run
 
 
 @pytest.fixture(scope="module")

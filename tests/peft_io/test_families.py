@@ -12,6 +12,7 @@ from tests.peft_io.test_parity import (
   loaded_by_peft,
   trained_by_peft,
 )
+from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.models.pretrained import blueprint
 from vera_jax.peft_io import export_adapter, import_adapter
@@ -34,6 +35,7 @@ MODERN = {
   "sep_token_id": 2,
 }
 DISTIL = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+BERT = {key: MODERN[key] for key in list(MODERN)[:4]}
 TARGETS = {"distilbert": ["q_lin", "v_lin"], "modernbert": ["Wqkv"]}
 
 
@@ -43,6 +45,9 @@ def bases(tmp_path_factory):
   made = {
     "distilbert": transformers.DistilBertModel(
       transformers.DistilBertConfig(**SIZES, **DISTIL, initializer_range=0.2)
+    ),
+    "bert": transformers.BertModel(
+      transformers.BertConfig(**SIZES, **BERT, initializer_range=0.2)
     ),
     "modernbert": transformers.ModernBertForMaskedLM(
       transformers.ModernBertConfig(**SIZES, **MODERN, initializer_range=0.2)
@@ -79,6 +84,29 @@ def test_there_and_back(bases, kind, tmp_path):
   np.testing.assert_allclose(got, want, atol=1e-5)
   named = again.peft_config["default"].target_modules
   assert set(named) == set(TARGETS[kind])
+
+
+@pytest.mark.parametrize(
+  "kind, module", [("bert", "pooler"), ("modernbert", "head")]
+)
+def test_a_module_of_the_base_that_was_trained_whole(
+  bases, kind, module, tmp_path
+):
+  """It is in the base's file, too, and the adapter's takes its place."""
+  config = peft.LoraConfig(
+    r=2,
+    target_modules=["query"] if kind == "bert" else ["Wqkv"],
+    modules_to_save=[module],
+    task_type="SEQ_CLS",
+  )
+  model = trained_by_peft(bases[kind], config, tmp_path / "theirs")
+  base = str(bases[kind])
+  import_adapter(tmp_path / "theirs", tmp_path / "ours", base=base)
+  assert_same(tmp_path / "ours", base, model)
+  saved = load_adapter(tmp_path / "ours")
+  assert any(name.startswith(f"{module}.") for name in saved.tensors)
+  export_adapter(tmp_path / "ours", tmp_path / "again")
+  assert_same(tmp_path / "ours", base, loaded_by_peft(base, tmp_path / "again"))
 
 
 @pytest.mark.parametrize("method", ["vera", "lora"])

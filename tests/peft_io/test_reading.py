@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.peft_io.folders import (
   COMMON,
@@ -31,6 +32,7 @@ from vera_jax.adapters.projections import digest, make_pair
 from vera_jax.errors import UserError
 from vera_jax.models.classifier import restore_adapter
 from vera_jax.peft_io import import_adapter
+from vera_jax.serve.predictor import Predictor
 
 
 def test_vera_with_its_projections(carry, tiny_model):
@@ -241,3 +243,31 @@ def test_files_of_other_methods_refused(carry, changes, words):
   with pytest.raises(UserError) as error:
     carry(head() | THETA, config)
   assert words in str(error.value)
+
+
+def test_a_module_of_the_base_that_was_trained_whole(tiny_model, tmp_path):
+  """It takes the place of the base's, which has one in its file."""
+  pooler = {"weight": noise(16, 16), "bias": noise(16)}
+  theirs = matrices() | {
+    f"base_model.model.bert.pooler.dense.{k}": x for k, x in pooler.items()
+  }
+  whole = [*COMMON["modules_to_save"], "pooler"]
+  base = shutil.copytree(tiny_model, tmp_path / "base")
+  weights = load_file(base / "model.safetensors")
+  weights |= {f"bert.pooler.dense.{k}": x for k, x in pooler.items()}
+  assert weights.keys() == load_file(tiny_model / "model.safetensors").keys()
+  save_file(weights, base / "model.safetensors")
+  logits = []
+  for name, tensors, modules, of in (
+    ("one", theirs, whole, tiny_model),
+    ("two", matrices(), COMMON["modules_to_save"], base),
+    ("plain", matrices(), COMMON["modules_to_save"], tiny_model),
+  ):
+    folder = tmp_path / name
+    folder.mkdir()
+    write(folder / "theirs", tensors, LORA, modules_to_save=modules)
+    import_adapter(folder / "theirs", folder / "ours", base=str(of))
+    restored = restore_adapter(load_adapter(folder / "ours"))
+    logits.append(Predictor(restored).logits(["word1 word2", "word3"]))
+  np.testing.assert_array_equal(logits[0], logits[1])
+  assert np.abs(logits[0] - logits[2]).max() > 0.1

@@ -69,7 +69,7 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   yield "base", public_name(str(about.get("base")))
   if found := about.get("base_fingerprint"):
     yield "fingerprint of the base's weights", str(found)
-  if (quantise := about.get("quantise", "none")) != "none":
+  if (quantise := about.get("quantise") or "none") != "none":
     own = "the file's own codes" if quantise == "keep" else f"{quantise} codes"
     yield "base quantised", own
   if found := about.get("projection_digest"):

@@ -48,6 +48,16 @@ NEEDED: dict[str, tuple[type, ...]] = {
   "projection_prng": (str,),
   "projection_digest": (str, type(None)),
 }
+# Those that answering texts and images may use; null counts as not there.
+USED: dict[str, type] = {
+  "task": str,
+  "kind": str,
+  "columns": list,
+  "template": str,
+  "separate": bool,
+  "image_size": int,
+  "quantise": str,
+}
 SHORTEST = 3  # tokens of a text: the least word, and one before and behind it
 Tensors = dict[str, np.ndarray]
 HUB_ID = re.compile(
@@ -189,6 +199,18 @@ def check_length(length: Any) -> None:
     )
 
 
+def check_used(about: Mapping[str, Any], file: Path) -> None:
+  """Raises a UserError for fields of adapter.json or merge.json that answering
+  would use, and that have values of another type or a wrong max_length."""
+  for name, kind in USED.items():
+    if not isinstance(about.get(name), kind | None):
+      raise UserError(f"{file} has no usable {name}: {about[name]!r}.")
+  try:
+    check_length(about.get("max_length"))
+  except UserError as error:
+    raise UserError(f"{file}: {error}") from error
+
+
 def load_adapter(name: str | Path) -> SavedAdapter:
   """Read an adapter; `classifier.restore_adapter` puts it on a base.
 
@@ -227,10 +249,7 @@ def load_adapter(name: str | Path) -> SavedAdapter:
   ]
   if lacking:
     raise UserError(f"{folder / ABOUT} has no usable {', '.join(lacking)}.")
-  try:
-    check_length(about.get("max_length"))
-  except UserError as error:
-    raise UserError(f"{folder / ABOUT}: {error}") from error
+  check_used(about, folder / ABOUT)
 
   file = folder / TENSORS
   try:

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from vera_jax.adapters.files import (
   SavedAdapter,
-  check_length,
+  check_used,
   named_slices,
 )
 from vera_jax.adapters.interface import Adapter, Target
@@ -36,7 +36,15 @@ from vera_jax.models.family import (
   read_fields,
 )
 from vera_jax.models.hf_weights import fingerprint, load_params, refuse_gaps
-from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, TAGS, WORDS, kind_of
+from vera_jax.models.kinds import (
+  CLASSES,
+  KINDS,
+  NUMBER,
+  TAGS,
+  WORDS,
+  kind_of,
+  kind_of_problem,
+)
 from vera_jax.models.pretrained import Flat, blueprint, find_codes
 from vera_jax.models.quantised import NONE, plain
 
@@ -140,18 +148,20 @@ def restore_adapter(
     dtype=dtype,
     scan=scan,
     plan=plan,
-    quantise=about.get("quantise", NONE),
+    quantise=about.get("quantise") or NONE,
   )
 
-  # Frozen leaves from the base. What it lacks, and what the method trains of
-  # it, was trained and is in the adapter's file.
+  # Frozen leaves from the base. What it lacks, what the method trains of it,
+  # and modules of it that PEFT trained whole, are in the adapter's file.
   own, _ = made.own_shapes()
   shapes = made.shapes | flatten_dict(own)
   kinds = flatten_dict(made.label(unflatten_dict(shapes)))
   frozen = {
     path: leaf
     for path, leaf in shapes.items()
-    if kinds[path] == FROZEN and path in made.shapes
+    if kinds[path] == FROZEN
+    and path in made.shapes
+    and not any(name in saved.tensors for name, _ in named_slices(path, leaf))
   }
   loaded = load_params(
     folder,
@@ -220,7 +230,7 @@ def load_classifier(
     )
   merged = folder / MERGED
   about = read_json(merged) if merged.exists() else {}
-  check_length(about.get("max_length"))
+  check_used(about, merged)
   return Classifier(
     made.module,
     jax.tree.map(jnp.asarray, loaded.params),
@@ -244,11 +254,8 @@ def _kind_of_folder(fields: Mapping[str, Any], outputs: int) -> str:
   tags = classes.get(KINDS[TAGS].head)
   if tags and tags in (fields.get("architectures") or ()):
     return TAGS
-  problem = fields.get("problem_type")
-  named = [name for name, kind in KINDS.items() if kind.problem_type == problem]
-  if problem and named:
-    return named[0]
-  return NUMBER if outputs == 1 else CLASSES
+  named = kind_of_problem(fields.get("problem_type"))
+  return named or (NUMBER if outputs == 1 else CLASSES)
 
 
 def _find_base(saved: SavedAdapter, base: str | Path | None) -> Path:

@@ -53,3 +53,9 @@ def kind_of(about: Mapping[str, Any], labels: Sequence[str]) -> str:
       f" {SEVERAL} and {TAGS} have some."
     )
   return kind
+
+
+def kind_of_problem(problem: Any) -> str | None:
+  """The kind that a config.json's `problem_type` means, if there is one."""
+  kinds = (name for name, kind in KINDS.items() if kind.problem_type == problem)
+  return next(kinds, None) if problem else None

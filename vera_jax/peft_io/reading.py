@@ -33,7 +33,7 @@ from vera_jax.files import check_free
 from vera_jax.hub import PACKAGE
 from vera_jax.models.family import label_names
 from vera_jax.models.hf_weights import load_params
-from vera_jax.models.kinds import KINDS, WORDS
+from vera_jax.models.kinds import KINDS, WORDS, kind_of, kind_of_problem
 from vera_jax.models.pretrained import Blueprint, blueprint
 from vera_jax.peft_io.base import Base, open_base, target_patterns
 from vera_jax.peft_io.forms import FORMS
@@ -48,19 +48,8 @@ from vera_jax.peft_io.tensors import (
 )
 from vera_jax.tasks.task import task_named
 
-# What adapter.json says of the run, and PEFT's own files don't.
-RUN = (
-  "task",
-  "seed",
-  "labels",
-  "kind",
-  "columns",
-  "score_name",
-  "score",
-  "max_length",
-  "image_size",
-  "versions",
-)
+# What our own export knows of a run, whatever its task was.
+RUN = ("seed", "max_length", "image_size", "versions")
 HEAD_LEAVES = ("weight", "bias")
 Leaves = dict[TreePath, np.ndarray]
 
@@ -419,18 +408,23 @@ def _about_run(
 
   Without either, the labels' names are those of the base's config.json.
   """
-  about: dict[str, Any] = dict.fromkeys(RUN)
-  if not base.reads_images:
-    del about["image_size"]
-  about["versions"] = results.provenance()["versions"]
-  about |= {name: exported[name] for name in RUN if name in exported}
+  known = {name: x for name, x in exported.items() if x is not None}
+  if task not in (None, known.get("task")):
+    known = {name: known[name] for name in RUN if name in known}
+  versions = results.provenance()["versions"]
+  about = {"max_length": None, "versions": versions, **known}
   if task is not None:
     named = task_named(task)
-    about |= {"task": task, "labels": list(named.labels)}
+    if KINDS[named.kind].head != base.head:
+      raise UserError(
+        f"The task {task} needs a head for {KINDS[named.kind].head}, but the"
+        f" adapter has one for {base.head}: name another task, or none."
+      )
+    about |= {"task": task, "labels": list(named.labels), "kind": named.kind}
     about["score_name"] = named.score_name
   if base.head == KINDS[WORDS].head:
     return about | {"labels": [], "kind": WORDS}
-  if not isinstance(about["labels"], list):
+  if not isinstance(about.get("labels"), list):
     names = label_names(base.fields)
     if len(names) != outputs:
       names = [f"LABEL_{i}" for i in range(outputs)]
@@ -440,4 +434,8 @@ def _about_run(
       f"The head has {outputs} outputs, but the labels are"
       f" {', '.join(map(str, about['labels']))}."
     )
+  problem = base.fields.get("problem_type")
+  if problem and "kind" not in about:
+    about["kind"] = kind_of_problem(problem) or problem
+  kind_of(about, about["labels"])  # is one, and goes with the labels
   return about

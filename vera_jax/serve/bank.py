@@ -160,7 +160,7 @@ class AdapterBank:
     if not self._reads_images:
       self._tokenizer = load_tokenizer(classifier.folder)
     self._run = jax.jit(partial(mixed_logits, **self.model))
-    self._lock = threading.RLock()  # of all that follows, and of `params`
+    self._lock = threading.Condition()  # of all that follows, and of `params`
     self._asking = Counter[int]()  # calls that read a stack, by its id
     self._free = list(reversed(range(self.capacity)))
     self._slots: dict[str, int] = {}
@@ -191,6 +191,7 @@ class AdapterBank:
     """
     made = self._fitted(name, adapter)
     with self._lock:
+      self._lock.wait_for(self._is_one_stack)
       if name in self:
         raise UserError(f"The bank has {name!r} already: replace or remove it.")
       if not self._free:
@@ -206,6 +207,7 @@ class AdapterBank:
     """Put another adapter in the place of one; errors as for `add`."""
     made = self._fitted(name, adapter)
     with self._lock:
+      self._lock.wait_for(self._is_one_stack)
       self._put(name, int(self.slots([name])[0]), *made)
 
   def remove(self, name: str) -> None:
@@ -322,6 +324,12 @@ class AdapterBank:
     finally:
       with self._lock:
         self._asking -= Counter([id(params)])
+        self._lock.notify_all()
+
+  def _is_one_stack(self) -> bool:
+    """Whether no call still reads an older stack, so that with one that is
+    written now there will be two at most."""
+    return self._asking.keys() <= {id(self.params)}
 
   def save(self, name: str, folder: str | Path) -> None:
     """Write an adapter, as trained in the bank, as `save_adapter` does.
@@ -438,7 +446,7 @@ def _program(
   return {
     "method": method,
     "base (fingerprint)": about["base_fingerprint"][:12],
-    "base (quantised)": about.get("quantise", "none"),
+    "base (quantised)": about.get("quantise") or "none",
     "number of labels": len(about["labels"]),
     "head": KINDS[kind_of(about, about["labels"])].head,
     **fixed,

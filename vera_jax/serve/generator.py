@@ -89,7 +89,7 @@ class Generator:
       )
     plain = decoder_in(decoder.module, decoder.config)
     self.rows = rows
-    self.template = template or decoder.about.get("template", PLAIN)
+    self.template = template or decoder.about.get("template") or PLAIN
     if self.template not in TEMPLATES:
       raise UserError(
         f"There is no template {self.template!r} for prompts; choose"

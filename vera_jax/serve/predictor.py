@@ -240,16 +240,16 @@ def task_of(classifier: Classifier) -> Task | None:
     return None
 
 
-def text_columns(classifier: Classifier) -> tuple[tuple[str, ...], ...]:
-  """The names that its text columns may have; () where they are not known.
+def own_columns(classifier: Classifier) -> tuple[str, ...]:
+  """The text columns that it was trained with; () where its file says none."""
+  return tuple(map(str, classifier.about.get("columns") or ()))
 
-  Those that it was trained with if its file says them, else its task's.
-  """
-  own = classifier.about.get("columns")
-  if isinstance(own, list) and own:
-    return (tuple(map(str, own)),)
-  task = task_of(classifier)
-  return task.columns if task else ()
+
+def text_columns(classifier: Classifier) -> tuple[tuple[str, ...], ...]:
+  """The names that its text columns may have: its own ones, or else its task's;
+  () where they are not known."""
+  own, task = own_columns(classifier), task_of(classifier)
+  return (own,) if own else task.columns if task else ()
 
 
 def check_texts(first: Any, second: Any = None, *, words: bool = False) -> None:
