@@ -11,6 +11,7 @@ through `parse_json`.
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -32,6 +33,7 @@ TENSORS = 2**40
 LINE = 64 * 2**20  # and of a line
 PART = 2**20  # that are read at once
 DEPTH = 100  # of JSON; Python's own walks over a value go as deep as it is
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a character, as JSON writes it
 BLANK = "it is empty"
 BOM = b"\xef\xbb\xbf"  # with which some editors begin a file
 # Of what is no regular file, by the test of its mode.
@@ -178,9 +180,7 @@ def parse_json(data: bytes | str, *, nan: bool = False) -> Any:
       break
   else:
     raise ValueError(f"it is nested too deeply, more than {DEPTH} levels")
-  if (
-    "\\u" in text
-  ):  # by which JSON can write half a character, which is no text
+  if HALF.search(text):  # perhaps without the other one, which is no text
     json.dumps(value, ensure_ascii=False).encode()
   return value
 

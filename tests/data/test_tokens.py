@@ -160,7 +160,7 @@ def test_with_cached_tokens_no_tokenizer_is_loaded(
   "name, message",
   [
     ("config.json", "holds no tokenizer: tokenizer.json"),
-    ("tokenizer.json", "tokenizer can't be read"),
+    ("tokenizer.json", "tokenizer.json can't be read"),
   ],
 )
 def test_a_missing_and_a_broken_tokenizer(tmp_path, name, message):

@@ -24,7 +24,9 @@ from vera_jax.adapters.card import CARD, model_card
 from vera_jax.adapters.methods import LARGEST
 from vera_jax.errors import UserError
 from vera_jax.files import (
+  DATA,
   make_folder,
+  read_bytes,
   read_json,
   write_file,
   write_json,
@@ -140,7 +142,8 @@ def unstack_layers(stacked: Mapping[str, np.ndarray]) -> Tensors:
       tensors[name] = value
       continue
     numbers = range(int(match[2]), int(match[3]) + 1)
-    if value.shape[:1] != (len(numbers),):
+    # one without an entry could name a thousand million layers
+    if value.shape[:1] != (len(numbers),) or not value.size:
       raise UserError(
         f"{name} has shape {value.shape}, but its name says {len(numbers)}"
         " layers."
@@ -253,11 +256,9 @@ def load_adapter(name: str | Path) -> SavedAdapter:
 
   file = folder / TENSORS
   try:
-    data = file.read_bytes()
-  except OSError as error:
-    raise UserError(
-      f"{file} can't be read: {error.strerror}. {BOTH}"
-    ) from error
+    data = read_bytes(file, inside=folder, limit=DATA)
+  except UserError as error:
+    raise UserError(f"{error} {BOTH}") from error
   checksum = hashlib.sha256(data).hexdigest()
   if about.get(SHA256, checksum) != checksum:
     raise UserError(
@@ -268,7 +269,7 @@ def load_adapter(name: str | Path) -> SavedAdapter:
     found = unstack_layers(load(data))
   except UserError as error:
     raise UserError(f"{file}: {error}") from error
-  except (SafetensorError, ValueError, KeyError) as error:
+  except (SafetensorError, ValueError, KeyError, OverflowError) as error:
     raise UserError(
       f"{file} is no whole safetensors file ({error}); copy it again."
     ) from error

@@ -114,6 +114,7 @@ _KEYED: dict[str, Draw] = {
 # The init of projections that no seed gives: A and B lie in the adapter's file.
 STORED = "stored"
 PRNG = "threefry2x32"  # gives the same bits on CPU, GPU and TPU
+ENTRIES = 2**26  # of random matrices, whatever the layers are
 STRUCTURED = "structured"  # a pair that is never stored: `structured.py`
 INITIALISERS = (*_KEYED, STRUCTURED, "peft")
 
@@ -257,6 +258,30 @@ def _unique_pair(
   return make_pair(rank, *size, seed=seed, init=init, folds=folds)
 
 
+def check_entries(entries: int, sites: Mapping[Path, Target | Site]) -> None:
+  """Refuse random matrices that are larger than what they are put on.
+
+  A rank may be anybody's, in a file of a few kilobytes, and nothing else in it
+  need be as large.
+
+  Args:
+    entries: how many numbers will be drawn.
+    sites: the layers.
+
+  Raises:
+    UserError: there are too many.
+  """
+  kernels = sum(
+    site.inputs * site.outputs * math.prod(site.stack)
+    for site in sites.values()
+  )
+  if entries > max(ENTRIES, kernels):
+    raise UserError(
+      f"The random matrices would have {entries:,} entries, and the layers that"
+      f" they are put on have {kernels:,}: is the rank, or size, too high?"
+    )
+
+
 def make_projections(
   sites: Mapping[Path, Target | Site],
   *,
@@ -274,6 +299,11 @@ def make_projections(
   `rows` as in `make_pair`, of a shared pair.
   """
   check_choices(seed=seed, init=init, sharing=sharing)
+  pairs = [s for s in sites.values() for _ in range(math.prod(s.stack))]
+  widths = [s.inputs + s.outputs for s in pairs]
+  if init != STRUCTURED:
+    own = sum(widths) if sharing == "unique" else max(widths, default=0)
+    check_entries(max(rank, rows or 0) * own, sites)
   if sharing == "shared" and init == STRUCTURED:
     found: dict[str, Matrix] = {}
     for size in sorted({(t.inputs, t.outputs) for t in sites.values()}):

@@ -7,6 +7,7 @@ from pathlib import Path
 from vera_jax.adapters.card import CARD, model_card, published
 from vera_jax.adapters.files import ABOUT, HUB_ID, TENSORS, load_adapter
 from vera_jax.errors import UserError
+from vera_jax.files import DATA, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,12 @@ def push_adapter(
   from huggingface_hub import CommitOperationAdd, HfApi
 
   about, base = published(saved.about), saved.about["base"]
-  content = {f: (saved.folder / f).read_bytes() for f in (ABOUT, TENSORS)}
-  content[CARD] = model_card(saved.about).encode()
-  if (saved.folder / CARD).is_file():
-    content[CARD] = (saved.folder / CARD).read_bytes()
+  # through the door: a link to a private file would be made public
+  card = [CARD] if (saved.folder / CARD).is_file() else []
+  content = {CARD: model_card(saved.about).encode()} | {
+    name: read_bytes(saved.folder / name, inside=saved.folder, limit=DATA)
+    for name in (*card, ABOUT, TENSORS)
+  }
   if about != saved.about:
     content[ABOUT] = (json.dumps(about, indent=2) + "\n").encode()
   if about["base"] != base:

@@ -37,6 +37,7 @@ from vera_jax.adapters.products import add_low_rank
 from vera_jax.adapters.projections import (
   PRNG,
   check_choices,
+  check_entries,
   peft_bases,
   signed_uniform,
 )
@@ -74,6 +75,7 @@ def randlora(
       max(site.outputs for site in sites.values()),
     )
     matrices, fewer = math.ceil(min(widest) / rank), min(widest)
+    check_entries(rank * (fewer + max(widest) * matrices), sites)
     if init == "peft":
       return peft_bases(projection_seed, rank, fewer, max(widest), matrices)
     key = jax.random.key(projection_seed, impl=PRNG)

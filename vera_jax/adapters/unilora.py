@@ -32,7 +32,7 @@ from vera_jax.adapters.interface import (
   as_they_are,
 )
 from vera_jax.adapters.products import add_low_rank
-from vera_jax.adapters.projections import check_choices
+from vera_jax.adapters.projections import check_choices, check_entries
 from vera_jax.errors import UserError
 
 THETA = "unilora_theta"
@@ -82,6 +82,7 @@ def unilora(
     }
     places = [(p, n, layer) for p, layer in order for n in "AB"]
     lengths = [int(np.prod(shapes[*p, n])) for p, n, _ in places]
+    check_entries(sum(lengths) + size, sites)
     drawn = _indices(sum(lengths), size, projection_seed)
     found = {
       key: np.empty((*sites[key[:-1]].stack, *shape), np.int32)

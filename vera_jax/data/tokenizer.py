@@ -1,8 +1,10 @@
 """Tokenizers from a folder in Hugging Face's layout; nothing is downloaded."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vera_jax.data.tokenizer_files import check_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.models.family import FAMILIES, family_of
@@ -24,6 +26,7 @@ def load_tokenizer(folder: str | Path) -> Any:
   def has(*names: str) -> bool:
     return all((folder / name).is_file() for name in names)
 
+  check_tokenizer(folder)
   # Checked here, since transformers makes an empty vocabulary without files.
   if has("vocab.json", "merges.txt"):
     by_vocabulary = "RobertaTokenizer"
@@ -46,7 +49,11 @@ def load_tokenizer(folder: str | Path) -> Any:
     tokenizer = getattr(transformers, name).from_pretrained(
       str(folder), local_files_only=True, trust_remote_code=False
     )
-  except Exception as error:  # `tokenizers` raises Exception itself
+    with suppress(Exception):  # words that it needn't know
+      tokenizer("A few words")  # where some damaged ones panic
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as error:  # `tokenizers` raises Exception, and panics
     reason = f"{folder}: the tokenizer can't be read: {error}"
     raise UserError(reason) from error
   _name_ends(tokenizer, folder)

@@ -27,6 +27,7 @@ from vera_jax.data.completions import Completions, encode_completions
 from vera_jax.data.examples import Examples, subset
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
+from vera_jax.files import JSON, parse_json, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -168,15 +169,16 @@ class FolderTokenizer:
     key = hashlib.sha256(json.dumps(versions).encode())
     found = {f for n in _TOKENIZER_FILES for f in self._folder.glob(n)}
     for file in sorted(found):
-      content = hashlib.sha256(file.read_bytes()).hexdigest()
+      data = read_bytes(file, inside=self._folder, limit=JSON)
+      content = hashlib.sha256(data).hexdigest()
       key.update(f"{file.name} {content}\n".encode())
     path = self._cache / f"tokenizer-{key.hexdigest()}.json"
     try:
-      stored = json.loads(path.read_text(encoding="utf-8"))
+      stored = parse_json(read_bytes(path, inside=None, limit=JSON))
       digest, pad_id, bos, eos, template = stored
       bos, eos = (None if i is None else int(i) for i in (bos, eos))
       return TokenizerInfo(str(digest), int(pad_id), bos, eos, str(template))
-    except (OSError, ValueError, TypeError):  # missing or damaged
+    except (UserError, ValueError, TypeError):  # missing or damaged
       info = _info(self.loaded)
       _write_cache(path, lambda part: part.write_text(json.dumps(info)))
       return info

@@ -33,9 +33,13 @@ from vera_jax.models.family import (
   Family,
   family_of,
   label_names,
-  read_fields,
 )
-from vera_jax.models.hf_weights import fingerprint, load_params, refuse_gaps
+from vera_jax.models.hf_weights import (
+  fingerprint,
+  load_params,
+  read_model,
+  refuse_gaps,
+)
 from vera_jax.models.kinds import (
   CLASSES,
   KINDS,
@@ -141,7 +145,7 @@ def restore_adapter(
   if about["settings"].get("init") == STORED:
     saved, given = _take_stored(saved, given)
   made = blueprint(
-    read_fields(folder),
+    read_model(folder),
     outputs=len(labels) or 1,
     head=KINDS[kind].head,
     adapter=(given, targets),
@@ -213,7 +217,7 @@ def load_classifier(
     UserError: also where the folder holds an encoder without a head.
   """
   folder = resolve(name)
-  fields = read_fields(folder)
+  fields = read_model(folder)
   names = label_names(fields)
   kind = _kind_of_folder(fields, len(names))
   if kind == WORDS:

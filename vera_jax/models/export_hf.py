@@ -24,7 +24,14 @@ from safetensors.numpy import save_file
 from vera_jax.adapters.merge import merge
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.files import check_free, make_folder, read_json, write_json
+from vera_jax.files import (
+  JSON,
+  check_free,
+  make_folder,
+  open_file,
+  read_json,
+  write_json,
+)
 from vera_jax.hub import FILES
 from vera_jax.models.classifier import MERGED, Classifier, load_classifier
 from vera_jax.models.decoder import logits
@@ -129,7 +136,11 @@ def _write(
   for pattern in (*FILES, "generation_config.json"):  # the tokenizer's first
     for file in sorted(classifier.folder.glob(pattern)):
       if file.name != "config.json" and "safetensors" not in file.name:
-        shutil.copyfile(file, folder / file.name)
+        with (
+          open_file(file, inside=classifier.folder, limit=JSON) as opened,
+          (folder / file.name).open("wb") as copy,
+        ):
+          shutil.copyfileobj(opened, copy)
   write_json(folder / "config.json", _hf_config(classifier, dtype))
   probes: Callable[[Classifier], Probes] = _text_probes
   answer: Callable[[Classifier, Probes], np.ndarray] = _text_logits

@@ -18,6 +18,7 @@ from vera_jax.errors import UserError
 from vera_jax.files import read_json
 
 TEXTS, IMAGES = "texts", "images"
+LABELS = 100_000  # at most, where config.json names none of them
 
 
 class Names(NamedTuple):
@@ -159,10 +160,12 @@ def label_names(fields: Mapping[str, Any]) -> list[str]:
   """
   try:
     count = int(fields.get("num_labels", 2))
+    if count > LABELS and not fields.get("id2label"):
+      raise ValueError
     names = fields.get("id2label") or {i: f"LABEL_{i}" for i in range(count)}
     ordered = sorted((int(key), str(value)) for key, value in names.items())
-  except (AttributeError, TypeError, ValueError) as error:
-    raise UserError("config.json: no usable id2label.") from error
+  except (AttributeError, TypeError, ValueError, OverflowError) as error:
+    raise UserError("config.json: no usable id2label or num_labels.") from error
   return [name for _, name in ordered]
 
 

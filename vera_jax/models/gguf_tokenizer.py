@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from vera_jax.data.tokenizer_files import check_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.files import read_json
+from vera_jax.files import JSON, read_bytes, read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BYTE_LEVEL, SENTENCE_PIECE = "gpt2", "llama"
@@ -194,9 +195,10 @@ def tokenizer_metadata(folder: Path, *, rows: int) -> dict[str, Any]:
   file = folder / "tokenizer.json"
   if not file.is_file():
     raise refuse("it has no tokenizer.json")
+  check_tokenizer(folder)
   try:
     loaded = Tokenizer.from_file(str(file))
-    made = json.loads(file.read_text(encoding="utf-8"))
+    made = read_json(file)
     model, added = made["model"], made["added_tokens"]
     vocabulary = dict(model["vocab"])
     merges = [
@@ -270,7 +272,7 @@ def tokenizer_metadata(folder: Path, *, rows: int) -> dict[str, Any]:
   about["tokenizer.ggml.add_eos_token"] = bool(around) and around[-1] == eos
   template = config.get("chat_template")
   if (file := folder / "chat_template.jinja").is_file():
-    template = file.read_text(encoding="utf-8")
+    template = read_bytes(file, inside=folder, limit=JSON).decode("utf-8")
   if isinstance(template, str):
     about[TEMPLATE] = template
   return about

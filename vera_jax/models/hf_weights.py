@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from vera_jax.errors import UserError
-from vera_jax.files import read_json
+from vera_jax.files import TENSORS, check_file, open_file, read_json
 from vera_jax.models.family import Names, family_of, read_fields
 from vera_jax.models.gguf_folder import LINK, open_tensors
 from vera_jax.models.quantised import (
@@ -32,6 +32,7 @@ from vera_jax.models.quantised import (
   stack_layers,
 )
 from vera_jax.models.quantised import quantise as quantise_kernel
+from vera_jax.models.sizes import check_sizes
 
 LEAVES = {
   "kernel": "weight",
@@ -190,11 +191,29 @@ def refuse_gaps(folder: Path, missing: Sequence[str]) -> None:
     )
 
 
+def read_model(folder: Path) -> dict[str, Any]:
+  """A folder's config.json, as `read_fields`, that is of the weights beside it.
+
+  Raises:
+    UserError: as `read_fields` and `check_sizes` say.
+  """
+  fields = read_fields(folder)
+  shapes: dict[str, tuple[int, ...]] = {}
+  for file in tensor_files(folder):
+    if file.name == LINK:  # whose config.json was made and checked here
+      return fields
+    with open_safetensors(file) as opened:
+      for name in opened.keys():
+        shapes[name] = tuple(opened.get_slice(name).get_shape())
+  check_sizes(fields, shapes)
+  return fields
+
+
 def fingerprint(folder: Path) -> str:
   """sha256 over the weight files, which tells one base from another."""
   sha = hashlib.sha256()
   for file in tensor_files(folder):
-    with file.open("rb") as opened:
+    with open_file(file, inside=None, limit=TENSORS) as opened:
       sha.update(hashlib.file_digest(opened, "sha256").digest())
   return sha.hexdigest()
 
@@ -238,13 +257,17 @@ def _read_leaf(
   dtype: DTypeLike,
   transposed: bool,
 ) -> np.ndarray:
+  # checked before there is room for it, for the shape is somebody's config.json
+  one = np.broadcast_to(0, shape[1:] if "layer" in path else shape)
+  turned = transposed and path[-1] == "kernel"
+  for source in sources:
+    _check_tensor(source, (_in_file(one) if turned else one).shape)
   leaf = np.empty(shape, dtype)
   for slot, source in zip(
     leaf if "layer" in path else leaf[None], sources, strict=True
   ):
     if transposed and path[-1] == "kernel":
       slot = _in_file(slot)
-    _check_tensor(source, slot.shape)
     slot[...] = source.file.get_tensor(source.name)
   return leaf
 
@@ -308,16 +331,10 @@ def _open_sources(
   """Every tensor under its name in a looped tree."""
   sources: dict[str, Source] = {}
   for file in tensor_files(folder):
-    try:
-      if file.name == LINK:
-        opened: Any = open_tensors(file)
-      else:
-        opened = stack.enter_context(safe_open(file, framework="numpy"))
-    except (SafetensorError, OSError) as error:
-      raise UserError(
-        f"{file} is missing or no whole safetensors file ({error}); fetch or "
-        f"copy it again."
-      ) from error
+    if file.name == LINK:
+      opened: Any = open_tensors(file)
+    else:
+      opened = stack.enter_context(open_safetensors(file))
     for name in opened.keys():
       known = _known_name(name, names)
       if known in sources:
@@ -338,18 +355,49 @@ def _known_name(name: str, names: Names) -> str:
   return names.to_tree(name)
 
 
+def open_safetensors(file: Path) -> Any:
+  """An open file; a UserError where it is damaged."""
+  try:
+    return safe_open(file, framework="numpy")
+  except (SafetensorError, OSError) as error:
+    raise UserError(
+      f"{file} is missing or no whole safetensors file ({error}); fetch or copy"
+      " it again."
+    ) from error
+
+
 def tensor_files(folder: Path) -> list[Path]:
-  """The files of a folder's weights; a UserError where there are none."""
+  """The files of a folder's weights.
+
+  Raises:
+    UserError: there are none, or one is missing, elsewhere or no regular file.
+  """
   if (folder / "model.safetensors").is_file():
-    return [folder / "model.safetensors"]
-  if (folder / LINK).is_file():
+    files = ["model.safetensors"]
+  elif (folder / LINK).is_file():  # our own link to where the file is
+    check_file(folder / LINK, inside=None, limit=TENSORS)
     return [folder / LINK]
+  else:
+    files = _shards(folder)
+  for file in files:
+    if not (folder / file).exists():
+      raise UserError(
+        f"{folder / file}, which the index names, is missing; fetch or copy it"
+        " again."
+      )
+    check_file(folder / file, inside=folder, limit=TENSORS)
+  return [folder / file for file in files]
+
+
+def _shards(folder: Path) -> list[str]:
+  """The files that a folder's index names; a UserError where it has none."""
   index = folder / "model.safetensors.index.json"
   if index.is_file():
     files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not files:
+    names = list(files.values()) if isinstance(files, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
       raise UserError(f"{index} has no weight_map; fetch or copy it again.")
-    return sorted({folder / file for file in files.values()})
+    return sorted(set(names))
   if any(folder.glob("pytorch_model*.bin")):
     raise UserError(
       f"{folder} has its weights in torch's pickle format, which is not read "

@@ -15,8 +15,13 @@ from vera_jax.adapters.layers import LINEAR
 from vera_jax.adapters.sites import EVERY, parts_of
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
-from vera_jax.models.family import IMAGES, family_of, read_fields
-from vera_jax.models.hf_weights import fingerprint, module_name, module_path
+from vera_jax.models.family import IMAGES, family_of
+from vera_jax.models.hf_weights import (
+  fingerprint,
+  module_name,
+  module_path,
+  read_model,
+)
 from vera_jax.models.pretrained import Blueprint, blueprint
 
 # PEFT's task_type -> the kind of head, as `Family.classes` has it.
@@ -109,7 +114,7 @@ def open_base(
       f"{folder} is not the base that the adapter was trained on: its weights"
       " have another fingerprint. Give the right one by --base=FOLDER."
     )
-  fields = read_fields(folder)
+  fields = read_model(folder)
   if fields.get("quantization_config"):
     raise UserError(
       f"{folder} is quantised (quantization_config in its config.json); give"

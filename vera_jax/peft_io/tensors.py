@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from vera_jax.adapters.methods import LARGEST
 from vera_jax.errors import UserError
+from vera_jax.files import DATA, check_file, parse_json
 from vera_jax.models.hf_weights import FLOATS
 
 FILE = "adapter_model.safetensors"
@@ -38,6 +39,7 @@ def read_tensors(file: Path) -> tuple[Tensors, dict[str, Any]]:
       " writes safetensors."
     )
   tensors: Tensors = {}
+  check_file(file, inside=file.parent, limit=DATA)
   try:
     with safe_open(file, framework="numpy") as opened:
       metadata = opened.metadata() or {}
@@ -51,8 +53,7 @@ def read_tensors(file: Path) -> tuple[Tensors, dict[str, Any]]:
         tensors[name] = np.asarray(opened.get_tensor(name), np.float32)
   except (SafetensorError, OSError) as error:
     raise UserError(
-      f"{file} is missing or no whole safetensors file ({error}); fetch or"
-      " copy it again."
+      f"{file} is no whole safetensors file ({error}); fetch or copy it again."
     ) from error
   # a NaN is not within the limit either
   wrong = [n for n, x in tensors.items() if not (abs(x) <= LARGEST).all()]
@@ -67,7 +68,7 @@ def read_tensors(file: Path) -> tuple[Tensors, dict[str, Any]]:
       " Copy or export it again."
     )
   try:
-    about = json.loads(metadata.get(METADATA, "{}"))
+    about = parse_json(metadata.get(METADATA, "{}"))
   except ValueError:
     about = {}
   return tensors, about if isinstance(about, dict) else {}

@@ -20,7 +20,7 @@ from vera_jax.adapters.sites import count_layers
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.classifier import Classifier
-from vera_jax.models.family import read_fields
+from vera_jax.models.hf_weights import read_model
 from vera_jax.models.pretrained import (
   Blueprint,
   Model,
@@ -200,7 +200,7 @@ def build_setup(config: ConfigDict) -> Setup:
   rows_together, *others = data.sizes
   sizes = (rows_together // batch_shards(mesh), *others)
   plan = build_blueprint(
-    config, read_fields(base), task, sizes=sizes, longest=data.longest
+    config, read_model(base), task, sizes=sizes, longest=data.longest
   )
   data.check(plan.family, plan.config)
   if task.write_texts is not None:  # at the end, when it is too late to say so
