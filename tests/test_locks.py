@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from vera_jax import locks
+from vera_jax.errors import UserError
 from vera_jax.locks import describe_owner, is_locked, locked
 
 acquire = locks._acquire  # without the context that gives it back
@@ -95,3 +96,22 @@ def test_a_lock_without_a_whole_record_counts_while_it_is_young(text, tmp_path):
   os.utime(path, (long_ago, long_ago))
   assert acquire(path) and is_locked(path)
   assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+  "change",
+  [{"pid": "1"}, {"pid": -1}, {"pid": 2**63}, {"host": " "}, {"id": "../x"}],
+)
+def test_a_record_that_no_owner_wrote_names_nobody(change, tmp_path):
+  path = tmp_path / "lock"
+  with locked([path]):
+    record = json.loads(path.read_text())
+  path.write_text(json.dumps(record | change))
+  assert is_locked(path)  # until it is old
+  assert describe_owner(path) == "a process that gave no name"
+
+
+def test_what_is_no_file_is_no_lock(tmp_path):
+  os.mkfifo(tmp_path / "lock")
+  with pytest.raises(UserError, match="a pipe"):
+    is_locked(tmp_path / "lock")

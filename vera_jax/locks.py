@@ -23,9 +23,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vera_jax.files import write_text
+from vera_jax.errors import UserError
+from vera_jax.files import JSON, parse_json, read_bytes, write_text
 
 BEAT = 10.0  # seconds between touches
+RECORD = {"host": str, "pid": int, "started": str, "id": str}
 STALE = 180.0  # seconds without a touch until another machine may take a lock
 
 
@@ -35,6 +37,7 @@ def locked(paths: Iterable[Path]) -> Iterator[list[Path]]:
 
   Raises:
     OSError: a lock's file can't be written.
+    UserError: what has its name is no file.
   """
   mine: dict[Path, str] = {}
   ended = threading.Event()
@@ -117,17 +120,28 @@ def _acquire(path: Path) -> str | None:
 
 def _read(path: Path) -> str | None:
   try:
-    return path.read_text(encoding="utf-8", errors="replace")
-  except FileNotFoundError:
-    return None
+    data = read_bytes(path, inside=path.parent, limit=JSON)
+  except UserError as error:
+    if isinstance(error.__cause__, FileNotFoundError):
+      return None
+    raise
+  return data.decode("utf-8", "replace")
 
 
 def _owner(path: Path) -> dict[str, Any]:
   """The owner's record; {} if it is not, or not yet, written in full."""
   try:
-    return json.loads(_read(path) or "{}")
+    owner = parse_json(_read(path) or "{}")
   except ValueError:
     return {}
+  whole = (
+    isinstance(owner, dict)
+    and all(type(owner.get(name)) is kind for name, kind in RECORD.items())
+    and 0 < owner["pid"] < 2**31
+    and owner["id"].isalnum()  # it becomes part of a file's name
+    and owner["host"].split()
+  )
+  return owner if whole else {}
 
 
 def _host() -> str:

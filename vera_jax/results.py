@@ -77,7 +77,7 @@ def metric_lines(workdir: Path) -> Iterator[tuple[bytes, JsonLine]]:
   file = workdir / METRICS
   if not file.exists():
     return
-  with open_file(file, inside=None, limit=DATA) as opened:
+  with open_file(file, inside=file.parent, limit=DATA) as opened:
     lines = list(read_lines(opened, name=file))
   for raw, line in zip(lines, json_lines(lines, nan=True), strict=True):
     if line.error == BLANK or (line.error and not raw.endswith(b"\n")):

@@ -126,11 +126,12 @@ def test_bad_files_are_named_with_their_line(tmp_path, name, text, message):
   assert str(tmp_path) in str(error.value)
 
 
-def test_a_bad_index_in_a_test_file(tiny_glue):
+@pytest.mark.parametrize("index", ["x", "9" * 30])
+def test_a_bad_index_in_a_test_file(index, tiny_glue):
   (tiny_glue / "RTE/test.tsv").write_text(
-    "index\tsentence1\tsentence2\nx\tA\tB\n"
+    f"index\tsentence1\tsentence2\n{index}\tA\tB\n"
   )
-  with pytest.raises(UserError, match=r"test.tsv:2: index 'x'"):
+  with pytest.raises(UserError, match=rf"test.tsv:2: index '{index}'"):
     load_split(TASKS["rte"], tiny_glue, "test")
 
 

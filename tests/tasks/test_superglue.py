@@ -140,6 +140,10 @@ def test_what_is_missing(tmp_path):
   (tmp_path / "test.jsonl").write_text('{"premise": "a", "hypothesis": "b"}\n')
   with pytest.raises(UserError, match=r"test.jsonl:1: idx None is not a whole"):
     load_split(cb, tmp_path, "test")
+  row = {"premise": "a", "hypothesis": "b", "idx": 2**63}
+  (tmp_path / "test.jsonl").write_text(json.dumps(row))
+  with pytest.raises(UserError, match=r"is not a whole number below 2\*\*63"):
+    load_split(cb, tmp_path, "test")
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from vera_jax.files import DATA, read_bytes
+
 FOLDER = "test"
 
 
@@ -46,12 +48,14 @@ def read_written(folder: Path) -> Written:
   """The texts of the run in `folder`.
 
   Raises:
-    FileNotFoundError: it has none, or their inputs and references were not
-      copied along.
-    ValueError: the files don't belong together.
+    UserError: it has none, their inputs and references were not copied along,
+      or one can't be read.
+    ValueError: the files don't belong together, or are no texts.
   """
   inputs, outputs, references = (
-    (folder / FOLDER / f"{name}.txt").read_text("utf-8")
+    read_bytes(
+      folder / FOLDER / f"{name}.txt", inside=folder, limit=DATA
+    ).decode("utf-8")
     for name in ("inputs", "outputs", "references")
   )
   names = inputs.splitlines()

@@ -4,6 +4,7 @@ import difflib
 from statistics import fmean
 
 from vera_jax.data.written import Written, read_written
+from vera_jax.errors import UserError
 from vera_jax.report.frame import UNTUNED, Sweep, method_title
 
 FIRST, EXTREME = 2, 2  # inputs from the beginning, and from either end
@@ -25,7 +26,7 @@ def side_by_side(sweep: Sweep) -> str:
       continue
     try:
       shown[name] = read_written(run["folder"])
-    except (FileNotFoundError, ValueError):
+    except (UserError, ValueError):
       continue
     if run["method"] != UNTUNED:
       tuned.append(shown[name])

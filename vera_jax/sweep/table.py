@@ -13,7 +13,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from vera_jax import results
-from vera_jax.files import json_lines
+from vera_jax.errors import UserError
+from vera_jax.files import DATA, json_lines, open_file
 from vera_jax.sweep import estimate
 from vera_jax.sweep.estimate import Rate, span
 from vera_jax.sweep.plan import (
@@ -44,11 +45,12 @@ class Progress(NamedTuple):
 def read_progress(folder: Path) -> Progress:
   """The latest step, loss, and score of an epoch."""
   try:
-    with (folder / results.METRICS).open("rb") as file:
-      size = file.seek(0, os.SEEK_END)
-      file.seek(max(0, size - TAIL))
-      lines = file.read().splitlines()
-  except OSError:
+    file = folder / results.METRICS
+    with open_file(file, inside=folder, limit=DATA) as opened:
+      size = opened.seek(0, os.SEEK_END)
+      opened.seek(max(0, size - TAIL))
+      lines = opened.read().splitlines()
+  except (OSError, UserError):
     return Progress()
   now = Progress()
   for line in json_lines(lines, nan=True):

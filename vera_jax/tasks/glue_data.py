@@ -153,7 +153,7 @@ def _read_split(task: GlueTask, folder: Path, split: str) -> Examples:
     name = "id" if "id" in table.header else "index"
     numbers = table.column(name)
     for line, number in zip(table.lines, numbers, strict=True):
-      if not number.isdecimal():
+      if not number.isdecimal() or len(number) > 18:  # digits of an int64
         raise UserError(
           f"{path}:{line}: {name} {number!r} is not a whole number."
         )

@@ -333,8 +333,9 @@ def _text(row: dict[str, Any], key: str) -> str:
 def _number(row: dict[str, Any]) -> int:
   """The number by which a submission names the example."""
   number = row.get("idx")
-  if type(number) is not int or number < 0:  # True is an int as well
-    raise ValueError(f"idx {number!r} is not a whole number")
+  # True is an int as well
+  if type(number) is not int or not 0 <= number < 2**63:
+    raise ValueError(f"idx {number!r} is not a whole number below 2**63")
   return number
 
 
