@@ -23,7 +23,7 @@ from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.models.depthwise import depthwise
 from vera_jax.models.efficientnet import BatchNorm
 from vera_jax.models.export_hf import write_merged
-from vera_jax.models.family import family_of, read_fields
+from vera_jax.models.family import config_of, read_fields
 from vera_jax.models.hf_weights import load_params
 from vera_jax.models.pretrained import blueprint
 from vera_jax.models.torch_file import read_state
@@ -129,7 +129,7 @@ def test_the_layers_are_looped_and_may_be_rematerialised():
 )
 def test_what_the_model_cannot_honour(changes, words):
   with pytest.raises(UserError, match=words):
-    family_of(LITE).config({**LITE, **changes})
+    config_of({**LITE, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,7 @@ def test_bfloat16_computes_low_and_answers_in_float32():
     ("vit", {"num_channels": 1}, "num_channels is 1"),
     ("vit", {"image_size": [12, 12]}, "no usable image_size"),
     ("vit", {"image_size": 3}, "patches of 4 pixels don't fit images of 3"),
-    ("vit", {"hidden_act": "swish"}, "hidden_act is 'swish'"),
+    ("vit", {"hidden_act": "mish"}, "hidden_act is 'mish'"),
   ],
 )
 def test_what_the_models_cannot_honour(kind, changes, message):

@@ -36,6 +36,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu_new": _tanh_gelu,
   "gelu_pytorch_tanh": _tanh_gelu,
   "relu": nn.relu,
+  "silu": nn.silu,
+  "swish": nn.silu,
 }
 REMAT_POLICIES = {
   "full": None,

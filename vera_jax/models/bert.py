@@ -33,7 +33,14 @@ from vera_jax.models.attention import (
   input_shapes,
   same_segment,
 )
-from vera_jax.models.family import Family, Names, one_of, take_fields
+from vera_jax.models.family import (
+  BOTH_WAYS,
+  Family,
+  Names,
+  field_table,
+  one_of,
+  take_fields,
+)
 
 # The shapes that the model's pieces pass on: `slots` are the examples of a row.
 Hidden = Float[Array, "rows length hidden"]
@@ -75,8 +82,6 @@ class BertConfig:
   def from_dict(cls, fields: Mapping[str, Any]) -> "BertConfig":
     """Picks the model's fields; what it can't honour is a UserError."""
     kind = one_of(fields, "model_type", KINDS)
-    one_of(fields, "position_embedding_type", ("absolute", None))
-    one_of(fields, "is_decoder", (False, None))
     pad = 0 if kind == "bert" else 1
     return cls.checked({"pad_token_id": pad, **fields})
 
@@ -91,6 +96,18 @@ class BertConfig:
     """The row of the position table that an example's first token uses."""
     _, base = KINDS.get(self.model_type, ("", ""))
     return self.pad_token_id + 1 if base == "roberta" else 0
+
+
+FIELDS = field_table(
+  "attention_probs_dropout_prob classifier_dropout hidden_act"
+  " hidden_dropout_prob hidden_size initializer_range intermediate_size"
+  " layer_norm_eps max_position_embeddings num_attention_heads"
+  " num_hidden_layers pad_token_id type_vocab_size vocab_size",
+  # of pretraining, and of the pooler in BERT's first code
+  unused="directionality pooler_fc_size pooler_num_attention_heads"
+  " pooler_num_fc_layers pooler_size_per_head pooler_type tie_word_embeddings",
+  fixed={**BOTH_WAYS, "position_embedding_type": ("absolute", None)},
+)
 
 
 class Part(part.Part):
@@ -346,6 +363,7 @@ def _family(kind: str) -> Family:
   name, base = KINDS[kind]
   return Family(
     config=BertConfig.from_dict,
+    fields=FIELDS,
     module=module,
     inputs=input_shapes,
     names=Names(

@@ -27,7 +27,13 @@ from vera_jax.errors import UserError
 from vera_jax.models import decoder
 from vera_jax.models.attention import Ids
 from vera_jax.models.decoder import HEAD, Reads, Words
-from vera_jax.models.family import Family, Names, one_of, take_fields
+from vera_jax.models.family import (
+  Family,
+  Names,
+  field_table,
+  one_of,
+  take_fields,
+)
 
 KIND = "char_lstm"
 INPUTS = ("input_ids", "positions", "read_positions")
@@ -58,7 +64,6 @@ class CharLstmConfig:
   def from_dict(cls, fields: Mapping[str, Any]) -> "CharLstmConfig":
     """Picks the model's fields; what it can't honour is a UserError."""
     one_of(fields, "model_type", (KIND,))
-    one_of(fields, "num_attention_heads", (1, None))
     return take_fields(cls, fields)
 
 
@@ -188,6 +193,10 @@ def input_shapes(rows: int, length: int, slots: int) -> dict[str, Any]:
 FAMILY = {
   KIND: Family(
     config=CharLstmConfig.from_dict,
+    fields=field_table(
+      "embedding_size hidden_size num_hidden_layers vocab_size window",
+      fixed={"num_attention_heads": (1, None)},
+    ),
     module=module,
     inputs=input_shapes,
     names=Names(transposed=False),

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from vera_jax.models.attention import ACTIVATIONS
-from vera_jax.models.family import one_of
+from vera_jax.models.family import field_table, one_of
 from vera_jax.models.vision import (
+  USED,
   Attention,
   Hidden,
   Part,
@@ -31,13 +32,22 @@ RENAMED = (
   ("attention.v_proj", "attention.attention.value"),
   ("attention.o_proj", "attention.output.dense"),
 )
+FIELDS = field_table(
+  f"{USED} layerscale_value mlp_ratio",
+  # of feature maps, and of pretraining
+  unused="_out_features _out_indices apply_layernorm out_features out_indices"
+  " reshape_hidden_states stage_names use_mask_token",
+  fixed={
+    "drop_path_rate": (0.0, None),
+    "num_channels": (3, None),
+    "use_swiglu_ffn": (False, None),
+  },
+)
 
 
 def read_config(fields: Mapping[str, Any]) -> VisionConfig:
   """config.json; what can't be honoured is a UserError."""
   one_of(fields, "model_type", ("dinov2",))
-  one_of(fields, "use_swiglu_ffn", (False, None))
-  one_of(fields, "drop_path_rate", (0.0, None))
   fields = {"image_size": 224, "patch_size": 14, **fields}
   if isinstance(fields.get("hidden_size"), int):
     inner = int(fields["hidden_size"] * fields.get("mlp_ratio", 4))
@@ -94,6 +104,7 @@ FAMILY = {
     reads=None,
     pool=class_and_patches,
     config=read_config,
+    fields=FIELDS,
     name="Dinov2",
     renamed=RENAMED,
     wide="fc1",

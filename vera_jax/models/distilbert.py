@@ -30,10 +30,17 @@ from vera_jax.models.bert import (
   Part,
   Read,
 )
-from vera_jax.models.family import Family, Names, one_of
+from vera_jax.models.family import (
+  BOTH_WAYS,
+  Family,
+  Names,
+  field_table,
+  one_of,
+  renamed,
+)
 
 # The file's words -> BERT's, of config.json and of modules.
-FIELDS = {
+WORDS = {
   "dim": "hidden_size",
   "n_layers": "num_hidden_layers",
   "n_heads": "num_attention_heads",
@@ -50,15 +57,23 @@ MODULES = {
   "v_lin": "value",
 }
 INPUTS = ("input_ids", "positions", "segment_ids", "cls_positions")
+FIELDS = field_table(
+  "activation attention_dropout dim dropout hidden_dim hidden_size"
+  " initializer_range max_position_embeddings n_heads n_layers"
+  " num_attention_heads num_hidden_layers pad_token_id seq_classif_dropout"
+  " vocab_size",
+  # the table of positions is in the files, sinusoidal or not
+  unused="qa_dropout sinusoidal_pos_embds tie_weights_ tie_word_embeddings",
+  fixed={**BOTH_WAYS, "position_embedding_type": ("absolute", None)},
+)
 
 
 def read_config(fields: Mapping[str, Any]) -> BertConfig:
   """config.json in BERT's words; what can't be honoured is a UserError."""
   one_of(fields, "model_type", ("distilbert",))
   one_of({"activation": "gelu", **fields}, "activation", ACTIVATIONS)
-  known = {FIELDS.get(name, name): value for name, value in fields.items()}
   defaults = {"pad_token_id": 0, "classifier_dropout": 0.2}
-  return BertConfig.checked({**defaults, **known, "layer_norm_eps": 1e-12})
+  return BertConfig.checked({**defaults, **renamed(fields, WORDS)})
 
 
 class Embeddings(Part):
@@ -164,6 +179,7 @@ def _renamed(words: Mapping[str, str]):
 FAMILY = {
   "distilbert": Family(
     config=read_config,
+    fields=FIELDS,
     module=module,
     inputs=lambda rows, length, slots: input_shapes(
       rows, length, slots, names=INPUTS

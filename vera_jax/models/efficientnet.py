@@ -25,7 +25,13 @@ from jaxtyping import Float
 from vera_jax.errors import UserError
 from vera_jax.models.attention import REMAT_POLICIES, check_remat
 from vera_jax.models.depthwise import depthwise
-from vera_jax.models.family import IMAGES, Family, Names, one_of
+from vera_jax.models.family import (
+  IMAGES,
+  Family,
+  Names,
+  field_table,
+  one_of,
+)
 from vera_jax.models.vision import EXAMPLE, HEAD, Logits, Pixels, input_shapes
 
 Hidden = Float[Array, "rows height width channels"]
@@ -73,7 +79,6 @@ class EfficientNetConfig:
   def from_dict(cls, fields: Mapping[str, Any]) -> "EfficientNetConfig":
     """Picks the model's fields; what it can't honour is a UserError."""
     one_of(fields, "model_type", (KIND,))
-    one_of(fields, "num_channels", (3, None))
     names = [field.name for field in dataclasses.fields(cls)]
     given = {name: fields[name] for name in names if name in fields}
     try:
@@ -290,6 +295,10 @@ def module(
 FAMILY = {
   KIND: Family(
     config=EfficientNetConfig.from_dict,
+    fields=field_table(
+      "batch_norm_eps image_size last_width stages stem_width",
+      fixed={"num_channels": (3, None)},
+    ),
     module=module,
     inputs=input_shapes,
     names=Names(new=("classifier/",)),

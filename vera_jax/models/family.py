@@ -7,7 +7,10 @@ one file with a `FAMILY`, and one line in `FAMILIES`.
 """
 
 import dataclasses
+import functools
 import importlib
+import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -17,8 +20,10 @@ import flax.linen as nn
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 
+log = logging.getLogger(__name__)
 TEXTS, IMAGES = "texts", "images"
 LABELS = 100_000  # at most, where config.json names none of them
+SLIDING = "sliding_attention"  # a kind of layers in config.json's layer_types
 
 
 class Names(NamedTuple):
@@ -55,13 +60,117 @@ class Names(NamedTuple):
   to_class: Callable[[str], str] = str
 
 
+class Fields(NamedTuple):
+  """What is done with each field of a config.json, in three groups.
+
+  A field that is in none of them might change the answers for all we know: it
+  is named in a warning.
+
+  Attributes:
+    used: what is read.
+    unused: what changes no answer: it is about training elsewhere, writing
+      texts, other heads, or how other programs compute the same.
+    fixed: the values at which a field changes no answer; another is refused.
+  """
+
+  used: frozenset[str]
+  unused: frozenset[str] = frozenset()
+  fixed: Mapping[str, tuple[Any, ...]] = {}
+
+  def take(
+    self, fields: Mapping[str, Any], *, inside: str = ""
+  ) -> dict[str, Any]:
+    """The used fields.
+
+    Args:
+      fields: of config.json, or of an object in it.
+      inside: that object's name.
+
+    Raises:
+      UserError: a fixed field has another value.
+    """
+    for name, values in self.fixed.items():
+      if name in fields:
+        one_of(fields, name, values, inside=inside)
+    known = self.used | self.unused | self.fixed.keys()
+    if unknown := sorted(f"{inside}{n}" for n in fields if n not in known):
+      _warn_of(", ".join(unknown))
+    return {name: fields[name] for name in fields if name in self.used}
+
+
+# Networks whose tokens all see each other, and those whose tokens see back.
+BOTH_WAYS: dict[str, tuple[Any, ...]] = {
+  "add_cross_attention": (False, None),
+  "is_causal": (False, None),
+  "is_decoder": (False, None),
+}
+CAUSAL: dict[str, tuple[Any, ...]] = {
+  "add_cross_attention": (False, None),
+  "is_causal": (True,),
+}
+
+
+def field_table(
+  used: str, *, unused: str = "", fixed: Mapping[str, tuple[Any, ...]]
+) -> Fields:
+  """A family's fields in words, with those that every config.json may have."""
+  own = frozenset(used.split())
+  common = (
+    "_attn_implementation _attn_implementation_autoset _name_or_path"
+    " _num_labels attn_implementation chunk_size_feed_forward"
+    " cross_attention_hidden_size dtype finetuning_task gradient_checkpointing"
+    " keys_to_ignore_at_inference label2id name_or_path output_attentions"
+    " output_hidden_states output_past return_dict tf_legacy_loss"
+    " tie_encoder_decoder tie_last_hidden_states tokenizer_class torch_dtype"
+    " torchscript transformers.js_config transformers_version unsloth_fixed"
+    " unsloth_version use_bfloat16 use_cache use_return_dict"
+  )
+  tokens = (
+    "bos_token_id cls_token_id decoder_start_token_id eos_token_id"
+    " mask_token_id pad_token_id sep_token_id unk_token_id"
+  )
+  writing = (
+    "bad_words_ids begin_suppress_tokens diversity_penalty do_sample"
+    " early_stopping encoder_no_repeat_ngram_size"
+    " exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id"
+    " length_penalty max_length max_new_tokens min_length no_repeat_ngram_size"
+    " num_beam_groups num_beams num_return_sequences output_scores prefix"
+    " remove_invalid_values repetition_penalty return_dict_in_generate"
+    " suppress_tokens task_specific_params temperature top_k top_p typical_p"
+  )
+  # read by `family_of`, `label_names` and `classifier.py`
+  read = "architectures id2label model_type num_labels problem_type"
+  others = f"{unused} {common} {tokens} {writing}"
+  return Fields(
+    used=own | frozenset(read.split()),
+    unused=frozenset(others.split()) - own,
+    fixed={
+      "is_encoder_decoder": (False, None),
+      "per_layer_config": (None, {}),
+      "pruned_heads": (None, {}),
+      "quantization_config": (None, {}),
+      **fixed,
+    },
+  )
+
+
+@functools.cache  # one warning, however often a config.json is read
+def _warn_of(unknown: str) -> None:
+  log.warning(
+    "config.json has fields that are not known here, and are not looked at: %s."
+    " If one of them changes what the network computes, its answers are wrong.",
+    unknown,
+  )
+
+
 class Family(NamedTuple):
   """A model family.
 
   Attributes:
-    config: config.json's fields -> a dataclass; what the module can't honour
-      is a UserError. It has at least `hidden_size`, `num_hidden_layers`,
+    config: the used fields of config.json -> a dataclass; what the module can't
+      honour is a UserError. It has at least `hidden_size`, `num_hidden_layers`,
       `num_attention_heads` and `model_type`; of texts also `vocab_size`.
+    fields: what is done with each field.
     module: (config, head, outputs, *, dtype, param_dtype, scan, remat) -> a
       linen module from the arrays of `inputs` to the head's outputs.
     inputs: (rows, length, slots) -> the shapes of the module's keyword inputs,
@@ -90,6 +199,7 @@ class Family(NamedTuple):
   """
 
   config: Callable[[Mapping[str, Any]], Any]
+  fields: Fields
   module: Callable[..., nn.Module]
   inputs: Callable[[int, int, int], dict[str, Any]]
   names: Names
@@ -119,6 +229,7 @@ FAMILIES = {
   "gpt2": "gpt2",
   "llama": "llama",
   "mistral": "llama",
+  "ministral": "llama",
   "qwen2": "llama",
   "qwen3": "llama",
   "vit": "vit",
@@ -175,9 +286,9 @@ def config_of(fields: Mapping[str, Any]) -> Any:
   Raises:
     UserError: there is no such family here, or it can't honour a field.
   """
-  read = family_of(fields).config
+  family = family_of(fields)
   try:
-    return read(fields)
+    return family.config(family.fields.take(fields))
   except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
     raise UserError(f"config.json has an unusable value: {error}.") from error
 
@@ -187,15 +298,82 @@ def load_config(folder: Path) -> Any:
   return config_of(read_fields(folder))
 
 
-def one_of(fields: Mapping[str, Any], name: str, allowed: Iterable[Any]) -> Any:
+def one_of(
+  fields: Mapping[str, Any],
+  name: str,
+  allowed: Iterable[Any],
+  *,
+  inside: str = "",
+) -> Any:
   """A field of config.json, if it is among the values that a module knows."""
   value, known = fields.get(name), tuple(allowed)
   if value not in known:
-    words = ", ".join(repr(word) for word in known if word is not None)
+    words = ", ".join(repr(word) for word in known if word not in (None, {}))
     raise UserError(
-      f"config.json: {name} is {value!r}; this model supports {words}."
+      f"config.json: {inside}{name} is {value!r}; this model supports"
+      f" {words or 'none'}."
     )
   return value
+
+
+def positive(
+  fields: Mapping[str, Any], name: str, *, inside: str = ""
+) -> float:
+  """A number above zero; raises a UserError where it is something else."""
+  value = fields.get(name)
+  if not isinstance(value, int | float) or not 0 < value < math.inf:
+    raise UserError(
+      f"config.json: {inside}{name} is {value!r}; it is a number above 0."
+    )
+  return float(value)
+
+
+def renamed(
+  fields: Mapping[str, Any], names: Mapping[str, str]
+) -> dict[str, Any]:
+  """The fields by the names that all families' configs have.
+
+  Args:
+    fields: of config.json.
+    names: a family's own names, and the common ones.
+
+  Raises:
+    UserError: a field has both names, and two values.
+  """
+  known = {k: value for k, value in fields.items() if k not in names}
+  for own, common in names.items():
+    if own not in fields:
+      continue
+    if fields.get(common, fields[own]) != fields[own]:
+      raise UserError(
+        f"config.json: {own} is {fields[own]!r} and {common} is"
+        f" {fields[common]!r}, which are two names for one thing; keep one."
+      )
+    known[common] = fields[own]
+  return known
+
+
+def sliding_layers(
+  fields: Mapping[str, Any], layers: int
+) -> tuple[bool, ...] | None:
+  """Whether a layer has a sliding window, of each, by `layer_types`.
+
+  Returns:
+    None where config.json has no such list.
+
+  Raises:
+    UserError: a kind of layer that isn't known, or another number of layers.
+  """
+  types, kinds = fields.get("layer_types"), ("full_attention", SLIDING)
+  if types is None:
+    return None
+  if not isinstance(types, list | tuple) or len(types) != layers:
+    raise UserError(
+      f"config.json: layer_types is {types!r}, and no list of {layers} layers."
+    )
+  for kind in types:
+    one_of({"layer_types": kind}, "layer_types", kinds, inside="one of ")
+  return tuple(kind == SLIDING for kind in types)
 
 
 def take_fields(cls: type, fields: Mapping[str, Any]) -> Any:
@@ -216,9 +394,22 @@ def take_fields(cls: type, fields: Mapping[str, Any]) -> Any:
   if wrong:
     raise UserError(f"config.json has no usable {', '.join(wrong)}.")
   config = cls(**taken)
-  if config.hidden_size % config.num_attention_heads:
+  small = [
+    f"{name} {getattr(config, name)}"
+    for name, hint in hints.items()
+    if hint is int and getattr(config, name) < (name != "pad_token_id")
+  ]
+  if small:
+    raise UserError(f"config.json has {', '.join(small)}, which is too small.")
+  width, rest = divmod(config.hidden_size, config.num_attention_heads)
+  if rest:
     raise UserError(
       f"config.json: hidden_size {config.hidden_size} does not divide into "
       f"num_attention_heads {config.num_attention_heads}."
+    )
+  if fields.get("head_dim") not in (None, getattr(config, "head_dim", width)):
+    raise UserError(
+      f"config.json: heads of width {fields['head_dim']} (head_dim); this"
+      f" model supports hidden_size / num_attention_heads, which is {width}."
     )
   return config

@@ -28,18 +28,38 @@ from vera_jax.models.decoder import (
   module,
   write,
 )
-from vera_jax.models.family import Family, Names, one_of, take_fields
+from vera_jax.models.family import (
+  CAUSAL,
+  Family,
+  Names,
+  field_table,
+  one_of,
+  renamed,
+  take_fields,
+)
 from vera_jax.models.norm import LayerNorm
 from vera_jax.models.part import Part
 
 # config.json's names of what every family's config has.
-OWN = {
-  "hidden_size": "n_embd",
-  "num_hidden_layers": "n_layer",
-  "num_attention_heads": "n_head",
-  "max_position_embeddings": "n_positions",
-  "intermediate_size": "n_inner",
+WORDS = {
+  "n_embd": "hidden_size",
+  "n_layer": "num_hidden_layers",
+  "n_head": "num_attention_heads",
+  "n_positions": "max_position_embeddings",
+  "n_inner": "intermediate_size",
 }
+FIELDS = field_table(
+  "activation_function attn_pdrop embd_pdrop hidden_size initializer_range"
+  " layer_norm_epsilon max_position_embeddings n_embd n_head n_inner n_layer"
+  " n_positions num_attention_heads num_hidden_layers resid_pdrop"
+  " scale_attn_by_inverse_layer_idx scale_attn_weights tie_word_embeddings"
+  " vocab_size",
+  # scores are in float32 always, as reorder_and_upcast_attn would have them;
+  # the summary is of a head for choices
+  unused="is_decoder n_ctx reorder_and_upcast_attn summary_activation"
+  " summary_first_dropout summary_proj_to_labels summary_type summary_use_proj",
+  fixed={**CAUSAL, "sliding_window": (None,)},
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +94,10 @@ class Gpt2Config:
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> "Gpt2Config":
-    """Picks the model's fields; what it can't honour is a UserError.
-
-    `reorder_and_upcast_attn` needs nothing: scores are in float32 always.
-    """
-    known = {"activation_function": "gelu_new", **fields}
-    for ours, theirs in OWN.items():
-      if known.get(theirs) is not None:
-        known[ours] = known[theirs]
+    """Picks the model's fields; what it can't honour is a UserError."""
+    known = {"activation_function": "gelu_new", **renamed(fields, WORDS)}
     one_of(known, "model_type", ("gpt2",))
     one_of(known, "activation_function", ACTIVATIONS)
-    one_of({"add_cross_attention": False, **known}, "add_cross_attention", (0,))
     if known.get("intermediate_size") is None:
       known["intermediate_size"] = 4 * int(known.get("hidden_size") or 0)
     return take_fields(cls, known)
@@ -191,6 +204,7 @@ def _to_tree(name: str) -> str:
 FAMILY = {
   "gpt2": Family(
     config=Gpt2Config.from_dict,
+    fields=FIELDS,
     module=partial(module, PIECES),
     inputs=input_shapes,
     names=Names(

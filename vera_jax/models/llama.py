@@ -1,4 +1,4 @@
-"""Llama, and with its switches Mistral, Qwen2 and Qwen3.
+"""Llama, and with its switches Mistral, Ministral, Qwen2 and Qwen3.
 
 (arXiv 2302.13971, 2310.06825, 2407.10671, 2505.09388.) Rotary positions, keys
 and values in fewer heads than queries, a gated feed-forward layer, RMSNorm.
@@ -33,23 +33,83 @@ from vera_jax.models.decoder import (
   module,
   write,
 )
-from vera_jax.models.family import Family, Names, one_of, take_fields
+from vera_jax.models.family import (
+  CAUSAL,
+  Family,
+  Fields,
+  Names,
+  field_table,
+  one_of,
+  positive,
+  sliding_layers,
+  take_fields,
+)
 from vera_jax.models.part import Part
 
 Activation = Callable[[Array], Array]
-ACTIVATION: dict[str, Activation] = {**ACTIVATIONS, "silu": nn.silu}
 # config.json's model_type -> transformers' class, and what stands in its files'
-# place where they leave it out.
+# place where they leave it out. transformers reads a Mistral with `layer_types`
+# as a Ministral.
+MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
+QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
   "llama": ("LlamaForCausalLM", {}),
-  "mistral": (
-    "MistralForCausalLM",
-    {"num_key_value_heads": 8, "sliding_window": 4096},
-  ),
-  "qwen2": ("Qwen2ForCausalLM", {"sliding_window": 4096}),
-  "qwen3": ("Qwen3ForCausalLM", {"sliding_window": 4096, "head_dim": 128}),
+  "mistral": ("MistralForCausalLM", MISTRAL),
+  "ministral": ("MinistralForCausalLM", MISTRAL),
+  "qwen2": ("Qwen2ForCausalLM", QWEN),
+  "qwen3": ("Qwen3ForCausalLM", {**QWEN, "head_dim": 128}),
 }
-ROTATIONS = ("default", "linear", "dynamic", "llama3", "yarn")
+USED = (
+  "attention_dropout head_dim hidden_act hidden_size initializer_range"
+  " intermediate_size layer_types max_position_embeddings num_attention_heads"
+  " num_hidden_layers num_key_value_heads original_max_position_embeddings"
+  " rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings"
+  " vocab_size"
+)
+WINDOWS = "max_window_layers sliding_window use_sliding_window"
+NO_BIAS = {"attention_bias": (False, None), "mlp_bias": (False, None)}
+# Of each kind: what is used beside `USED`, and what else is fixed.
+OWN: dict[str, tuple[str, dict[str, tuple[Any, ...]]]] = {
+  "llama": (
+    "attention_bias mlp_bias",
+    {"sliding_window": (None,), "use_sliding_window": (False, None)},
+  ),
+  "mistral": ("sliding_window", NO_BIAS),
+  "ministral": ("sliding_window", NO_BIAS),
+  "qwen2": (WINDOWS, {**NO_BIAS, "attention_bias": (True, None)}),
+  "qwen3": (f"{WINDOWS} attention_bias", {"mlp_bias": (False, None)}),
+}
+
+
+def field_table_of(kind: str) -> Fields:
+  """A kind's fields; the unused ones are of training, and of old files."""
+  used, fixed = OWN[kind]
+  return field_table(
+    f"{USED} {used}",
+    unused="is_decoder is_llama_config max_sequence_length pretraining_tp",
+    fixed={
+      **CAUSAL,
+      "attention_chunk_size": (None,),
+      "no_rope_layers": (None, []),
+      "partial_rotary_factor": (1, None),
+      "rope_interleaved": (False, None),
+      "use_mrope": (False, None),
+      **fixed,
+    },
+  )
+
+
+ORIGINAL = "original_max_position_embeddings"
+ROTATIONS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROTATION_FIELDS = Fields(
+  used=frozenset(
+    "attention_factor beta_fast beta_slow factor high_freq_factor long_factor"
+    " low_freq_factor mscale mscale_all_dim original_max_position_embeddings"
+    " rope_theta rope_type short_factor truncate type".split()
+  ),
+  unused=frozenset({"finetuned"}),
+  fixed={"partial_rotary_factor": (1, None)},
+)
 Turn = Float[Array, "rows length 1 _"]
 
 
@@ -78,11 +138,11 @@ class LlamaConfig:
   max_position_embeddings: int
   frequencies: tuple
   rotation_scale: float
-  sliding_window: int | None
   slides: tuple
   qkv_bias: bool
   out_bias: bool
   head_norms: bool
+  sliding_window: int | None = None
   mlp_bias: bool = False
   tie_word_embeddings: bool = False
   hidden_act: str = "silu"
@@ -95,7 +155,8 @@ class LlamaConfig:
     """Picks the model's fields; what it can't honour is a UserError."""
     kind = one_of(fields, "model_type", KINDS)
     known = {"hidden_act": "silu", **KINDS[kind][1], **fields}
-    one_of(known, "hidden_act", ACTIVATION)
+    one_of(known, "hidden_act", ACTIVATIONS)
+    one_of({"attention_bias": False, **known}, "attention_bias", (True, False))
     own: dict[str, Any] = {
       "frequencies": (),
       "rotation_scale": 1.0,
@@ -103,7 +164,6 @@ class LlamaConfig:
       "qkv_bias": kind == "qwen2",
       "out_bias": False,
       "head_norms": kind == "qwen3",
-      "mlp_bias": kind == "llama" and known.get("mlp_bias", False),
     }
     if kind in ("llama", "qwen3"):
       bias = known.get("attention_bias", False)
@@ -113,9 +173,7 @@ class LlamaConfig:
     if known.get("head_dim") is None:
       heads = known.get("num_attention_heads") or 1
       own["head_dim"] = int(known.get("hidden_size") or 0) // int(heads)
-    if kind == "llama" or (
-      kind != "mistral" and not known.get("use_sliding_window")
-    ):
+    if kind.startswith("qwen") and not known.get("use_sliding_window"):
       own["sliding_window"] = None
     config = take_fields(cls, {**known, **own})
     if config.num_attention_heads % config.num_key_value_heads:
@@ -123,6 +181,8 @@ class LlamaConfig:
         f"config.json: num_attention_heads {config.num_attention_heads} does"
         f" not divide into num_key_value_heads {config.num_key_value_heads}."
       )
+    if config.sliding_window is not None:
+      positive(known, "sliding_window")
     if config.head_dim % 2:
       raise UserError(
         f"config.json: heads of width {config.head_dim}; rotations need an even"
@@ -138,24 +198,50 @@ class LlamaConfig:
 
 
 def _slides(fields: Mapping[str, Any], config: LlamaConfig) -> tuple[bool, ...]:
-  """Which layers have the sliding window: Mistral's all, Qwen's as said."""
-  layers = config.num_hidden_layers
-  if config.sliding_window is None:
-    return (False,) * layers
-  if config.model_type == "mistral":
-    return (True,) * layers
-  types = fields.get("layer_types")
-  if types is None:
-    first = fields.get("max_window_layers", 28)
-    return tuple(i >= first for i in range(layers))
-  kinds = ("full_attention", "sliding_attention")
-  if len(types) != layers or not set(types) <= set(kinds):
+  """Which layers have the sliding window: as said, or those from the first."""
+  layers, window = config.num_hidden_layers, config.sliding_window
+  slides = sliding_layers(fields, layers)
+  if slides is None:
+    first = fields.get("max_window_layers", 0)
+    return tuple(window is not None and i >= first for i in range(layers))
+  if window is None and any(slides):
     raise UserError(
-      f"config.json: layer_types has {len(types)} entries for {layers} layers:"
-      f" {', '.join(sorted(map(str, set(types))))}; this model supports"
-      f" {' and '.join(kinds)}."
+      "config.json: one of layer_types is 'sliding_attention', but there is no"
+      " sliding_window, or use_sliding_window is not true."
     )
-  return tuple(entry == kinds[1] for entry in types)
+  return slides
+
+
+def rotation_fields(fields: Mapping[str, Any], *, room: int) -> dict[str, Any]:
+  """The rotations' numbers in one place, as transformers 5 writes them.
+
+  Older files have them in `rope_scaling`, and some of them beside it.
+
+  Args:
+    fields: of config.json.
+    room: its max_position_embeddings.
+
+  Raises:
+    UserError: a kind that isn't known, or another one for each kind of layer.
+  """
+  given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+  if any(isinstance(value, Mapping) for value in given.values()):
+    raise UserError(
+      "config.json: rope_parameters differ by layer; this model has one kind."
+    )
+  given = ROTATION_FIELDS.take(given, inside="rope_parameters.")
+  given = {name: value for name, value in given.items() if value is not None}
+  theta = fields.get("rope_theta")
+  rope = {
+    "rope_theta": 10_000.0 if theta is None else theta,
+    ORIGINAL: room,
+    "rope_type": given.pop("type", "default"),
+    **given,
+  }
+  one_of(rope, "rope_type", ROTATIONS)
+  if fields.get(ORIGINAL) is not None:  # goes first in transformers as well
+    rope[ORIGINAL] = fields[ORIGINAL]
+  return rope
 
 
 def _rotations(
@@ -164,41 +250,26 @@ def _rotations(
   """The frequencies, and the scale, by `rope_parameters` or `rope_scaling`.
 
   The base's powers (RoFormer, arXiv 2104.09864), stretched for longer texts:
-  all alike (linear), the slow ones (llama3), or by how often they turn over the
-  original length (yarn, arXiv 2309.00071). "dynamic" stretches only what is
-  longer than `max_position_embeddings`, for which there is no room here.
+  all alike (linear), the slow ones (llama3), by how often they turn over the
+  original length (yarn, arXiv 2309.00071), or each by a number of its own
+  (longrope, arXiv 2402.13753). "dynamic" stretches only what is longer than
+  `max_position_embeddings`, for which there is no room here.
 
   Raises:
     UserError: another kind, or one that lacks a number.
   """
-  given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-  if any(isinstance(value, Mapping) for value in given.values()):
-    raise UserError(
-      "config.json: rope_parameters differ by layer; this model has one kind."
-    )
-  kind = given.get("rope_type", given.get("type", "default"))
-  one_of({"rope_type": kind}, "rope_type", ROTATIONS)
-  part = given.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
-  one_of({"partial_rotary_factor": part}, "partial_rotary_factor", (None, 1))
-  theta = given.get("rope_theta") or fields.get("rope_theta") or 10_000.0
   room = config.max_position_embeddings
+  rope = rotation_fields(fields, room=room)
+  kind = rope["rope_type"]
 
   def number(name: str, default: float | None = None) -> float:
-    value = given.get(name)
-    value = default if value is None else value
-    if not isinstance(value, int | float) or value <= 0:
-      raise UserError(f"config.json: {kind} rotations with {name}={value!r}.")
-    return float(value)
+    return positive({name: default, **rope}, name, inside="rope_parameters.")
 
+  theta, original = number("rope_theta"), number(ORIGINAL)
   width = config.head_dim
   powers = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
   plain = 1 / np.float32(theta) ** powers
   found, scale = plain, 1.0
-  original = float(
-    fields.get("original_max_position_embeddings")
-    or given.get("original_max_position_embeddings")
-    or room
-  )
   if kind == "linear":
     found = plain / np.float32(number("factor"))
   elif kind == "llama3":
@@ -212,6 +283,24 @@ def _rotations(
     turns = original * plain / np.float32(2 * math.pi)
     share = np.clip((turns - low) / (high - low), 0, 1)
     found = (1 - share) * plain / np.float32(factor) + share * plain
+  elif kind == "longrope":
+    factors = rope.get("short_factor")
+    if room > original and factors != rope.get("long_factor"):
+      raise UserError(
+        "config.json: rope_parameters: longrope with other factors for texts"
+        f" beyond {original:g} tokens; this model has one list of them."
+      )
+    if not isinstance(factors, list | tuple) or len(factors) != width // 2:
+      raise UserError(
+        f"config.json: rope_parameters: longrope without {width // 2} factors."
+      )
+    for factor in factors:
+      positive({"short_factor": factor}, "short_factor", inside="one of ")
+    found = plain / np.array(factors, np.float32)
+    factor = number("factor", room / original)
+    if factor > 1:
+      scale = math.sqrt(1 + math.log(factor) / math.log(original))
+    scale = number("attention_factor", scale)
   elif kind == "yarn":
     factor = number("factor", room / original)
     fast, slow = number("beta_fast", 32), number("beta_slow", 1)
@@ -220,14 +309,14 @@ def _rotations(
       width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
       for turns in (fast, slow)
     )
-    if given.get("truncate", True):
+    if rope.get("truncate", True):
       first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
     last += 0.001 if first == last else 0
     pairs = np.arange(width // 2, dtype=np.float32)
     share = np.clip((pairs - first) / (last - first), 0, 1)
     found = plain / np.float32(factor) * share + plain * (1 - share)
-    both = given.get("mscale") and given.get("mscale_all_dim")
+    both = rope.get("mscale") and rope.get("mscale_all_dim")
     up, down = (
       1 + 0.1 * weight * math.log(max(factor, 1.0))
       for weight in (
@@ -343,7 +432,7 @@ class FeedForward(Part):
       self.dense(config.intermediate_size, name, bias=config.mlp_bias)(hidden)
       for name in ("gate_proj", "up_proj")
     )
-    inner = _gated(gate, up, ACTIVATION[config.hidden_act])
+    inner = _gated(gate, up, ACTIVATIONS[config.hidden_act])
     dense = self.dense(config.hidden_size, "down_proj", bias=config.mlp_bias)
     return dense(inner)
 
@@ -381,6 +470,7 @@ def _to_tree(name: str) -> str:
 FAMILY = {
   kind: Family(
     config=LlamaConfig.from_dict,
+    fields=field_table_of(kind),
     module=partial(module, PIECES),
     inputs=input_shapes,
     names=Names(

@@ -36,7 +36,17 @@ from vera_jax.models.attention import (
   input_shapes,
   same_segment,
 )
-from vera_jax.models.family import Family, Names, one_of, take_fields
+from vera_jax.models.family import (
+  BOTH_WAYS,
+  Family,
+  Fields,
+  Names,
+  field_table,
+  one_of,
+  positive,
+  sliding_layers,
+  take_fields,
+)
 
 Hidden = Float[Array, "rows length hidden"]
 Read = Float[Array, "rows reads hidden"]
@@ -46,6 +56,36 @@ Turn = Float[Array, "rows length 1 _"]
 INPUTS = ("input_ids", "positions", "segment_ids", "cls_positions")
 KINDS = {"full_attention": "global", "sliding_attention": "local"}
 THETA = {"global": 160_000.0, "local": 10_000.0}
+FIELDS = field_table(
+  "attention_bias attention_dropout classifier_activation classifier_bias"
+  " classifier_dropout classifier_pooling embedding_dropout"
+  " global_attn_every_n_layers global_rope_theta head_dim hidden_activation"
+  " hidden_size initializer_range intermediate_size layer_types"
+  " local_attention local_rope_theta max_position_embeddings mlp_bias"
+  " mlp_dropout norm_bias norm_eps num_attention_heads num_hidden_layers"
+  " pad_token_id rope_parameters vocab_size",
+  # the first files have BERT's layer_norm_eps and position_embedding_type too
+  unused="decoder_bias deterministic_flash_attn initializer_cutoff_factor"
+  " layer_norm_eps position_embedding_type reference_compile"
+  " repad_logits_with_grad sparse_pred_ignore_index sparse_prediction"
+  " tie_word_embeddings",
+  fixed={
+    **BOTH_WAYS,
+    "partial_rotary_factor": (1, None),
+    "rope_scaling": (None, {}),
+    "rope_theta": (None,),
+    "sliding_window": (None,),
+  },
+)
+# Of one kind of layers in rope_parameters.
+ROTATIONS = Fields(
+  used=frozenset({"rope_theta"}),
+  fixed={
+    "partial_rotary_factor": (1, None),
+    "rope_type": ("default", None),
+    "type": ("default", None),
+  },
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,31 +139,21 @@ class ModernBertConfig:
     thetas = {f"{kind}_theta": _theta(known, kind) for kind in THETA}
     config = take_fields(cls, {**known, **thetas, "is_global": ()})
     width = config.hidden_size // config.num_attention_heads
-    if width % 2 or known.get("head_dim") not in (None, width):
+    if width % 2:
       raise UserError(
-        f"config.json: heads of width {known.get('head_dim') or width}; this"
-        " model supports hidden_size / num_attention_heads, and even."
+        f"config.json: heads of width {width}; rotations need an even one."
       )
     layers = config.num_hidden_layers
-    types = known.get("layer_types")
-    if types is None:
+    slides = sliding_layers(known, layers)
+    if slides is None:
       every = known.get("global_attn_every_n_layers", 3)
       if not isinstance(every, int) or every < 1:
         raise UserError(
           f"config.json: global_attn_every_n_layers is {every!r}; it is a"
           " whole number, at least 1."
         )
-      is_global = tuple(i % every == 0 for i in range(layers))
-    else:
-      wrong = [kind for kind in types if kind not in KINDS]
-      if wrong or len(types) != layers:
-        raise UserError(
-          f"config.json: layer_types has {len(types)} entries for"
-          f" {layers} layers{', among them ' if wrong else ''}"
-          f"{', '.join(map(repr, wrong[:3]))}; this model supports"
-          f" {' and '.join(KINDS)}."
-        )
-      is_global = tuple(KINDS[kind] == "global" for kind in types)
+      slides = tuple(i % every > 0 for i in range(layers))
+    is_global = tuple(not slide for slide in slides)
     return dataclasses.replace(config, is_global=is_global)
 
 
@@ -133,15 +163,21 @@ def _theta(fields: Mapping[str, Any], kind: str) -> float:
   Older files have `global_rope_theta` and `local_rope_theta`, null in the
   latter for the same as global; newer ones `rope_parameters` by layer type.
   """
-  one_of(fields, "rope_scaling", (None,))
   name = {own: theirs for theirs, own in KINDS.items()}[kind]
-  given = (fields.get("rope_parameters") or {}).get(name) or {}
-  one_of({"rope_type": "default", **given}, "rope_type", ("default",))
-  one_of({"partial_rotary_factor": 1, **given}, "partial_rotary_factor", (1,))
-  theta = fields.get(f"{kind}_rope_theta", THETA[kind])
-  if theta is None:
-    theta = _theta(fields, "global") if kind == "local" else THETA[kind]
-  return given.get("rope_theta", theta)
+  given = fields.get("rope_parameters") or {}
+  if wrong := sorted(given.keys() - KINDS.keys()):
+    raise UserError(
+      f"config.json: rope_parameters has {', '.join(wrong)}; this model has"
+      f" them by kind of layer, for {' and '.join(KINDS)}."
+    )
+  inside = f"rope_parameters.{name}."
+  given = ROTATIONS.take(given.get(name) or {}, inside=inside)
+  if given.get("rope_theta") is not None:
+    return positive(given, "rope_theta", inside=inside)
+  older = f"{kind}_rope_theta"
+  if fields.get(older, THETA[kind]) is None and kind == "local":
+    return _theta(fields, "global")
+  return positive({older: THETA[kind], **fields}, older)
 
 
 class Part(part.Part):
@@ -436,6 +472,7 @@ def _to_tree(name: str) -> str:
 FAMILY = {
   "modernbert": Family(
     config=ModernBertConfig.from_dict,
+    fields=FIELDS,
     module=module,
     inputs=lambda rows, length, slots: input_shapes(
       rows, length, slots, names=INPUTS

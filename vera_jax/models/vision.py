@@ -28,6 +28,7 @@ from vera_jax.models.attention import (
 from vera_jax.models.family import (
   IMAGES,
   Family,
+  Fields,
   Names,
   one_of,
   take_fields,
@@ -39,6 +40,12 @@ Hidden = Float[Array, "rows tokens hidden"]
 Read = Float[Array, "rows reads hidden"]
 Logits = Float[Array, "rows 1 labels"]
 HEAD = "classification"
+# The fields of config.json that both families read.
+USED = (
+  "attention_probs_dropout_prob head_dim hidden_act hidden_dropout_prob"
+  " hidden_size image_size initializer_range layer_norm_eps"
+  " num_attention_heads num_hidden_layers patch_size qkv_bias"
+)
 EXAMPLE = (1, 32, 1)  # images, pixels of a side, answers for each
 CUBIC = -0.75  # the slope of the kernel that torch resizes bicubically with
 
@@ -67,7 +74,6 @@ class VisionConfig:
   def checked(cls, fields: Mapping[str, Any]) -> "VisionConfig":
     """Picks the models' fields; what they can't honour is a UserError."""
     one_of({"hidden_act": "gelu", **fields}, "hidden_act", ACTIVATIONS)
-    one_of(fields, "num_channels", (3, None))
     config = take_fields(cls, fields)
     if not 0 < config.patch_size <= config.image_size:
       raise UserError(
@@ -301,6 +307,7 @@ def family(
   reads: int | None,
   pool: Callable[[Array], Array],
   config: Callable[[Mapping[str, Any]], VisionConfig],
+  fields: Fields,
   name: str,
   renamed: tuple[tuple[str, str], ...],
   wide: str,
@@ -311,6 +318,7 @@ def family(
   Args:
     layer, reads, pool: as for `ImageClassifier`.
     config: config.json's fields -> the dataclass.
+    fields: what is done with each of them.
     name: in transformers' classes; in lower case it is the files' prefix.
     renamed: transformers' names of modules since 5.24, and those of the files.
     wide, narrow: patterns of the dense layers of a feed-forward, by what they
@@ -328,6 +336,7 @@ def family(
   inward = rf"encoder/.*(query|key|value|{wide})"
   return Family(
     config=config,
+    fields=fields,
     module=module,
     inputs=input_shapes,
     names=Names(

@@ -11,8 +11,9 @@ import flax.linen as nn
 from jax import Array
 
 from vera_jax.models.attention import ACTIVATIONS
-from vera_jax.models.family import one_of
+from vera_jax.models.family import field_table, one_of
 from vera_jax.models.vision import (
+  USED,
   Attention,
   Hidden,
   Part,
@@ -32,6 +33,12 @@ RENAMED = (
   ("attention.o_proj", "attention.output.dense"),
   ("mlp.fc1", "intermediate.dense"),
   ("mlp.fc2", "output.dense"),
+)
+FIELDS = field_table(
+  f"{USED} intermediate_size",
+  # of pretraining, and of a pooler that the classifier has not
+  unused="encoder_stride pooler_act pooler_output_size",
+  fixed={"num_channels": (3, None)},
 )
 
 
@@ -75,6 +82,7 @@ FAMILY = {
     reads=1,
     pool=class_token,
     config=read_config,
+    fields=FIELDS,
     name="ViT",
     renamed=RENAMED,
     wide="intermediate/dense",
