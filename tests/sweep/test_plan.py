@@ -3,12 +3,14 @@
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs.sweeps import cross, difference, product, seeds, zipped
 from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.locks import locked
 from vera_jax.sweep.plan import (
+  make_plan,
   make_units,
   parse_shard,
   shard_of,
@@ -164,3 +166,15 @@ def test_the_report_is_told_what_the_sweep_is(tiny_sweep, tmp_path):
   blocked.write_text("")
   with pytest.raises(UserError, match="can't be used"):
     write_plan(tiny_sweep(folder=blocked / "sweep"))
+
+
+def test_a_sweep_of_ones_own_has_what_all_have(tmp_path):
+  with pytest.raises(UserError, match="lacks title, paper, base, overrides"):
+    make_plan(ConfigDict(), tmp_path)
+  sweep = ConfigDict(dict.fromkeys(("title", "paper", "base", "members"), ""))
+  sweep.overrides = ()
+  for overrides in (3, [3], [["task"]]):
+    with sweep.ignore_type():
+      sweep.overrides = overrides
+    with pytest.raises(UserError, match="are no list of settings"):
+      make_plan(sweep, tmp_path)

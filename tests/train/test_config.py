@@ -1,6 +1,7 @@
 """Settings that can't work are refused, all in one message."""
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs import common, rte
 from vera_jax.errors import UserError
@@ -107,6 +108,34 @@ def test_what_would_fail_or_train_nonsense_is_refused(changes, words):
   config.update_from_flattened_dict(changes)
   with pytest.raises(UserError, match=words):
     check_settings(config)
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"optim": None}, "lacks config.optim.epochs, .*configs/rte.py"),
+    ({"seed": None}, "config.seed is None; a whole number is needed"),
+    ({"seed": 1.5}, "config.seed is 1.5; a whole number is needed"),
+    ({"seed": True}, "config.seed is True; a whole number"),
+    ({"optim.epochs": "3", "task": 3}, "(?s)task is 3; a text.*epochs is '3'"),
+    ({"optim.warmup_ratio": None}, "warmup_ratio is None; a number"),
+    ({"mesh.data": "all"}, "mesh.data is 'all'; a whole number"),
+    ({"predict_test": 1}, "predict_test is 1; True or False"),
+  ],
+)
+def test_a_config_of_ones_own_has_what_all_have(changes, words):
+  config = rte.get_config()
+  with config.ignore_type():
+    for key, value in changes.items():
+      *groups, last = key.split(".")
+      group = config
+      for name in groups:
+        group = group[name]
+      group[last] = value
+  with pytest.raises(UserError, match=words):
+    check_settings(config)
+  with pytest.raises(UserError, match="lacks config.task"):
+    check_settings(ConfigDict())
 
 
 def test_the_limits_themselves_are_allowed():

@@ -57,6 +57,9 @@ class SweepRun(NamedTuple):
     return str(failed.get("failed", "no reason is known"))
 
 
+NEEDED = ("title", "paper", "base", "overrides", "members")
+
+
 class Plan(NamedTuple):
   """A whole sweep; `axes` are the keys that differ between its runs."""
 
@@ -86,9 +89,20 @@ def make_plan(
       settings that can't work.
   """
   folder = Path(workdir).expanduser().absolute()
-  all_overrides = [
-    {key: x for key, x in one if key not in fixed} for one in sweep.overrides
-  ]
+  if lacking := [name for name in NEEDED if name not in sweep]:
+    raise UserError(
+      f"The sweep's config lacks {', '.join(lacking)}; it is made as those of"
+      " configs/sweeps/ are."
+    )
+  try:
+    all_overrides = [
+      {key: x for key, x in one if key not in fixed} for one in sweep.overrides
+    ]
+  except (TypeError, ValueError) as error:
+    raise UserError(
+      f"The sweep's overrides are no list of settings ({error}); see"
+      " configs/sweeps/rank.py."
+    ) from error
   keys = dict.fromkeys(key for one in all_overrides for key in one)
   axes = tuple(
     key for key in keys if len({repr(o.get(key)) for o in all_overrides}) > 1

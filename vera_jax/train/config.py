@@ -22,6 +22,26 @@ from vera_jax.models.pretrained import choose_scan
 from vera_jax.models.quantised import NONE, check_quantise
 from vera_jax.train.optim import EPS, SCHEDULES
 
+# What every config has, and the type of a value that is set.
+NEEDED: dict[str, type] = {
+  **dict.fromkeys(("task", "method", "model.name", "model.dtype"), str),
+  **dict.fromkeys(("model.contraction", "model.remat", "log.wandb"), str),
+  **dict.fromkeys(("data.source", "data.cache_dir"), str),
+  **dict.fromkeys(("seed", "eval_batch_size", "log.every"), int),
+  **dict.fromkeys(("data.max_length", "data.max_train_examples"), int),
+  **dict.fromkeys(("optim.epochs", "optim.batch_size"), int),
+  **dict.fromkeys(("optim.pass_rows", "optim.patience"), int),
+  **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor"), int),
+  **dict.fromkeys(("optim.adapter_lr", "optim.head_lr"), float),
+  **dict.fromkeys(("optim.grad_clip", "optim.weight_decay"), float),
+  "optim.warmup_ratio": float,
+  "model.scan": object,
+  "predict_test": bool,
+}
+SET = (  # and those that can't be left open
+  *("method", "seed", "model.contraction", "model.scan"),
+  *("mesh.data", "mesh.fsdp", "mesh.tensor", "optim.warmup_ratio"),
+)
 AT_LEAST_ONE = (
   "optim.epochs",
   "optim.batch_size",
@@ -50,6 +70,13 @@ CHOICES = {
   "model.remat": REMATS,
   "optim.schedule": SCHEDULES,
 }
+KINDS = {
+  str: "a text",
+  int: "a whole number",
+  float: "a number",
+  bool: "True or False",
+  object: "a value",
+}
 SEEDS = 2**32  # of jax.random.key; it would take a higher one for a lower
 
 
@@ -59,6 +86,7 @@ def check_settings(config: ConfigDict) -> None:
   Raises:
     UserError: names all of them, with what is allowed.
   """
+  _check_form(config)
   try:  # all else depends on it
     adapter_named(config.method)
     settings_in(config, config.method)
@@ -122,6 +150,28 @@ def check_settings(config: ConfigDict) -> None:
         plans_at(one, {("site",): Target(2, 2)}, {("site",): 1}, plan=plan)
   except UserError as error:
     wrong.append(str(error))
+  if wrong:
+    raise UserError("\n".join(wrong))
+
+
+def _check_form(config: ConfigDict) -> None:
+  """Refuse a config that lacks what all have, or has it of another type."""
+  values = flatten_dict(config.to_dict(), sep=".")
+  if lacking := [f"config.{name}" for name in NEEDED if name not in values]:
+    raise UserError(
+      f"The config lacks {', '.join(lacking)}: begin with one of those in"
+      " configs/, as configs/rte.py does, and change what is to differ."
+    )
+  wrong = []
+  for name, kind in NEEDED.items():
+    value, kinds = values[name], (int, float) if kind is float else kind
+    one = isinstance(value, kinds)
+    if isinstance(value, bool):
+      one = kind in (bool, object)
+    if value is None:
+      one = name not in SET
+    if not one:
+      wrong.append(f"config.{name} is {value!r}; {KINDS[kind]} is needed.")
   if wrong:
     raise UserError("\n".join(wrong))
 
