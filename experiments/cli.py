@@ -22,6 +22,7 @@ from rich.table import Column, Table
 
 from vera_jax.adapters.methods import METHODS
 from vera_jax.errors import UserError
+from vera_jax.files import DATA, open_file
 from vera_jax.terminal import LINES, Console, printable
 from vera_jax.train import distributed
 from vera_jax.train.config import check_key, check_settings, without_effect
@@ -318,12 +319,22 @@ def remark_idle(config: ConfigDict, arguments: Iterable[str]) -> None:
 def opened(name: str) -> Iterator[Iterable[bytes]]:
   """A file's lines, or for "-" those of standard input.
 
-  There is a progress bar if standard output is not shown.
+  What the shell has opened already, as in --input=<(sort texts.tsv), is read by
+  its number; anything else must be a regular file. There is a progress bar if
+  standard output is not shown.
   """
-  if name == "-":
+  if name in ("-", "/dev/stdin"):
     if sys.stdin is None:
       raise UserError("Standard input is closed: name a file.")
     yield sys.stdin.buffer
+    return
+  if is_open := re.fullmatch(r"/dev/fd/(\d{1,6})", name):
+    try:
+      stream = open(os.dup(int(is_open[1])), "rb")
+    except OSError as error:
+      raise UserError(f"{name} can't be read: {error.strerror}.") from error
+    with stream:
+      yield stream
     return
   from rich.progress import Progress
 
@@ -332,12 +343,10 @@ def opened(name: str) -> Iterator[Iterable[bytes]]:
     console=Console(stderr=True), disable=not shown, redirect_stdout=False
   )
   path = Path(name).expanduser()
-  try:
-    file = bar.open(path, "rb", description=escape(printable(path.name)))
-  except OSError as error:
-    raise UserError(f"{name} can't be read: {error.strerror}.") from error
-  with bar, file:
-    yield file
+  with open_file(path, inside=None, limit=DATA) as file, bar:
+    size = os.fstat(file.fileno()).st_size
+    title = escape(printable(path.name))
+    yield bar.wrap_file(file, total=size, description=title)
 
 
 def with_seeds(config: ConfigDict, seeds: Iterable[int]) -> list[ConfigDict]:

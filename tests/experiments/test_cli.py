@@ -217,3 +217,25 @@ def test_standard_output_that_is_closed(monkeypatch, capsys):
   monkeypatch.undo()
   assert caught.value.code == 1
   assert "Standard output is closed" in capsys.readouterr().err
+
+
+def test_an_input_is_a_file_or_what_the_shell_has_opened(tmp_path):
+  file, pipe = tmp_path / "a.tsv", tmp_path / "pipe"
+  file.write_bytes(b"one\ntwo\n")
+  with cli.opened(str(file)) as lines:
+    assert list(lines) == [b"one\n", b"two\n"]
+  ours, theirs = os.pipe()  # as for --input=<(command)
+  os.write(theirs, b"one\n")
+  os.close(theirs)
+  with cli.opened(f"/dev/fd/{ours}") as lines:
+    assert list(lines) == [b"one\n"]
+  os.close(ours)
+  os.mkfifo(pipe)
+  for name, words in (
+    (f"/dev/fd/{ours}", "can't be read: Bad file descriptor"),
+    (str(pipe), "it is a pipe"),
+    ("/dev/zero", "it is a device"),
+    (str(tmp_path / "none"), "There is no"),
+  ):
+    with pytest.raises(UserError, match=words), cli.opened(name):
+      pass

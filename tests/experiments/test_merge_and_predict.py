@@ -78,7 +78,7 @@ def test_a_mistake_is_explained_in_a_line():
     (["merge", "--adapter=nowhere", "--out=new"], "no adapter folder nowhere"),
     (["merge", "--adapter=nowhere", "--out=."], ". is there already"),
     (["predict", "--adapter=a", "--model=b", "--input=-"], "either --adapter"),
-    (["predict", "--adapter=a", "--input=no.tsv"], "no.tsv can't be read"),
+    (["predict", "--adapter=a", "--input=no.tsv"], "There is no no.tsv"),
     (["predict", "--adapter=a", "--input=x.xlsx"], ".xlsx files are not"),
   ]
   found = run_each(

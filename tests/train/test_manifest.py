@@ -1,5 +1,6 @@
 """Whatever happens to a file of a save is noticed, and the file is named."""
 
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -53,6 +54,14 @@ def test_a_file_elsewhere_is_not_read(folder, tmp_path_factory):
   (folder / "deep/array").rename(outside)
   (folder / "deep/array").symlink_to(outside)
   assert f"outside of {folder}" in find_damage(folder)
+
+
+def test_what_the_manifest_does_not_name_is_no_link_either(folder):
+  (folder / "_METADATA").symlink_to("/dev/zero")
+  assert "_METADATA is not used: it leads to /dev/zero" in find_damage(folder)
+  (folder / "_METADATA").unlink()
+  os.mkfifo(folder / "deep/more")
+  assert "it is a pipe" in find_damage(folder)
 
 
 def test_every_byte_of_the_manifest_counts(folder):

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from vera_jax.errors import UserError
-from vera_jax.files import TENSORS, open_file, read_json, write_json
+from vera_jax.files import (
+  TENSORS,
+  check_file,
+  open_file,
+  read_json,
+  write_json,
+)
 
 FILE = "seal.json"
 FILES, OWN = "sha256", "own_sha256"  # of all files by name; of the manifest
@@ -61,6 +67,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def find_damage(folder: Path) -> str | None:
   """Which file is not as the manifest has it, and how; None if all are."""
   try:
+    for path in folder.rglob("*"):  # orbax opens them by itself
+      if path.is_symlink() or not path.is_dir():
+        check_file(path, inside=folder, limit=TENSORS)
     for name, checksum in read_manifest(folder)[FILES].items():
       if not (folder / name).is_file():
         return f"{folder / name} is missing"
