@@ -10,6 +10,7 @@ from vera_jax.errors import UserError
 from vera_jax.models.gguf import (
   FORMATS,
   Written,
+  _Header,
   decode,
   encode,
   read_gguf,
@@ -216,6 +217,12 @@ CHANGES = {
     1,
     "has the shape",
   ),
+  "on another": (
+    lambda w: place(w, b"Q8_0.weight") + 24,
+    "Q",
+    0,
+    "is not behind the one before",
+  ),
 }
 
 
@@ -235,6 +242,27 @@ def test_a_part_of_several_files_and_an_odd_alignment_are_refused(tmp_path):
   write_gguf(tmp_path / "b.gguf", {"general.alignment": 24}, {})
   with pytest.raises(UserError, match="alignment is 24"):
     read_gguf(tmp_path / "b.gguf")
+
+
+def test_a_long_name_of_a_tensor_is_refused(tmp_path):
+  one = {"x" * 64: Written("F32", (1,), lambda: np.zeros(1, np.float32))}
+  write_gguf(tmp_path / "a.gguf", {}, one)
+  with pytest.raises(UserError, match="more than 63 bytes"):
+    read_gguf(tmp_path / "a.gguf")
+
+
+def test_counts_are_checked_before_anything_is_read(
+  written, tmp_path, monkeypatch
+):
+  calls, read = [], _Header.text
+  monkeypatch.setattr(
+    _Header, "text", lambda self: calls.append(self) or read(self)
+  )
+  for where in (8, 16, place(written, b"a.list") + 8):
+    file = changed(written, tmp_path, where, "Q", 2000)
+    with pytest.raises(UserError, match="ends within its header"):
+      read_gguf(file)
+  assert len(calls) == 6  # five keys up to a.list, and a text
 
 
 def test_a_file_cut_anywhere_is_refused(written, tmp_path):

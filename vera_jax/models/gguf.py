@@ -27,6 +27,7 @@ from vera_jax.files import write_file
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # 3 differs by allowing big-endian files, which are refused
 ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
+NAME = 63  # bytes of a tensor's name at most, as in llama.cpp
 TEXT, ARRAY = 8, 9
 # The struct letters of a value's other types, by their number in the file.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
@@ -146,8 +147,10 @@ def read_gguf(file: str | Path) -> Gguf:
       " Convert the model again with a present llama.cpp."
     )
   tensor_count, entries = header.number("Q"), header.number("Q")
+  # the fewest bytes of each: lengths, types, offsets
+  header.expect(tensor_count * 32 + entries * 13)
   metadata: dict[str, Any] = {}
-  for _ in range(entries):  # each takes bytes, so the file's end is the limit
+  for _ in range(entries):
     key = header.text()
     if key in metadata:
       header.refuse(f"it has {key!r} twice")
@@ -161,14 +164,19 @@ def read_gguf(file: str | Path) -> Gguf:
   for _ in range(tensor_count):
     name = header.text()
     axes = header.number("I")
-    if not 1 <= axes <= 4 or name in found:
-      header.refuse(f"its tensor {name!r} has {axes} axes, or is there twice")
+    if not 1 <= axes <= 4 or name in found or len(name.encode()) > NAME:
+      header.refuse(
+        f"its tensor {name[:NAME]!r} has {axes} axes, is there twice, or has a"
+        f" name of more than {NAME} bytes"
+      )
     shape = tuple(header.number("Q") for _ in range(axes))[::-1]
     found[name] = shape, header.number("I"), header.number("Q")
   step = metadata.get("general.alignment", ALIGNMENT)
   if not isinstance(step, int) or step < 1 or step & (step - 1):
     header.refuse(f"its alignment is {step!r}")
-  first = -(-header.position // step) * step
+  # The tensors lie one behind the other, as llama.cpp expects it: so all that
+  # is read together is no more than the file, whatever its header says.
+  first = end = -(-header.position // step) * step
   formats = {format.number: name for name, format in FORMATS.items()}
   tensors = {}
   for name, (shape, number, offset) in found.items():
@@ -186,7 +194,10 @@ def read_gguf(file: str | Path) -> Gguf:
       header.refuse(f"its tensor {name!r} has the shape {shape} at {offset}")
     if start + size > len(data):
       header.refuse(f"its tensor {name!r} lies beyond the file's end")
+    if start != end:
+      header.refuse(f"its tensor {name!r} is not behind the one before it")
     tensors[name] = Tensor(shape, formats[number], start, size)
+    end += -(-size // step) * step
   return Gguf(file, metadata, tensors, data)
 
 
@@ -306,10 +317,14 @@ class _Header:
       f"{self.file} is no whole GGUF file: {reason}. Fetch or copy it again."
     )
 
-  def bytes(self, size: int) -> memoryview:
-    start, self.position = self.position, self.position + size
-    if self.position > len(self.data):
+  def expect(self, size: int) -> None:
+    """Refuses the file if fewer bytes are left."""
+    if size > len(self.data) - self.position:
       self.refuse(f"it ends within its header, at byte {len(self.data)}")
+
+  def bytes(self, size: int) -> memoryview:
+    self.expect(size)
+    start, self.position = self.position, self.position + size
     return self.data[start : self.position]
 
   def number(self, letter: str) -> Any:
@@ -331,6 +346,7 @@ class _Header:
       self.refuse(f"before byte {self.position} a value has type {kind}")
     inner, count = self.number("I"), self.number("Q")
     if inner == TEXT:
+      self.expect(count * 8)  # the texts' lengths
       return [self.text() for _ in range(count)]
     if inner not in SCALARS:  # arrays of arrays are allowed, and unused
       self.refuse(f"before byte {self.position} an array has type {inner}")
