@@ -26,7 +26,7 @@ from vera_jax.hub import resolve
 from vera_jax.models.classifier import load_classifier
 from vera_jax.models.export_gguf import write_gguf_of
 from vera_jax.models.export_hf import merged_params
-from vera_jax.models.family import load_config, read_fields
+from vera_jax.models.family import config_of, load_config, read_fields
 from vera_jax.models.gguf import Written, read_gguf, write_gguf
 from vera_jax.models.gguf_folder import (
   config_fields,
@@ -141,9 +141,10 @@ def test_q8_0_is_within_half_a_step(kind, folder, file):
 
 @FAMILIES
 def test_a_family_reads_a_file_as_the_folder(kind, folder, file, home):
-  loaded = []
-  for name in (folder(kind), resolve(file(kind))):
-    assert load_config(name).model_type == kind
+  loaded, places = [], (folder(kind), resolve(file(kind)))
+  first, second = map(load_config, places)
+  assert second == first and first.model_type == kind
+  for name in places:
     made = blueprint(
       read_fields(name), outputs=1, head="language_modelling", method="head"
     )
@@ -223,14 +224,30 @@ def test_llama_3_s_factors_are_those_of_the_model(folder, tmp_path):
   assert len({round(float(x), 4) for x in factors}) > 5  # some are in between
 
 
-def test_other_factors_than_llama_3_s_are_refused(folder, tmp_path):
-  scaling = {**SCALINGS[2], "low_freq_factor": 2.0}
-  place = random_folder(
-    tmp_path / "model", "llama", rope_scaling=scaling, rope_theta=500000.0
-  )
+# config.json's fields, of which the file gives the same rotations back.
+ORIGINAL = "original_max_position_embeddings"
+ROTATIONS = [
+  {"rope_scaling": {**SCALINGS[2], "low_freq_factor": 2.0, ORIGINAL: 64}},
+  {"rope_scaling": {**SCALINGS[2], "high_freq_factor": 16.0}, ORIGINAL: 256},
+  {"rope_scaling": {**SCALINGS[2], ORIGINAL: None}, "rope_theta": None},
+  {"rope_scaling": {"type": "yarn", "factor": 2.0}, ORIGINAL: 8},
+  {"rope_parameters": {"rope_type": "yarn", ORIGINAL: 8}},
+  {"rope_scaling": {"type": "linear", "factor": 3}, "rope_theta": None},
+]
+
+
+@pytest.mark.parametrize("given", ROTATIONS)
+def test_what_is_written_has_the_same_rotations(given, tmp_path):
+  place = random_folder(tmp_path / "model", "llama", **given)
   write_gguf_of(place, tmp_path / "a.gguf", kind="gguf-f16")
-  with pytest.raises(UserError, match="are not Llama 3's"):
-    config_fields(read_gguf(tmp_path / "a.gguf"))
+  fields = config_fields(read_gguf(tmp_path / "a.gguf"))
+  found, expected = config_of(fields), load_config(place)
+  np.testing.assert_allclose(found.frequencies, expected.frequencies, rtol=1e-6)
+  assert found.rotation_scale == pytest.approx(expected.rotation_scale)
+  # and once more, from what was read
+  (place / "config.json").write_text(json.dumps(fields))
+  write_gguf_of(place, tmp_path / "b.gguf", kind="gguf-f16")
+  assert config_fields(read_gguf(tmp_path / "b.gguf")) == fields
 
 
 def rewritten(file, out, *, tensors=None, **metadata):
@@ -270,7 +287,7 @@ REFUSED = [
   ({"tokenizer__ggml__eos_token_id": 99}, "beyond its 48 tokens"),
   ({"tokenizer__ggml__merges": ["t q"]}, "don't fit together"),
   ({"tokenizer__ggml__merges": ["t"]}, "don't fit together"),
-  ({"tokenizer__ggml__tokens": ["a", "a"]}, "tokens are there twice"),
+  ({"tokenizer__ggml__tokens": ["a"] * 48}, "tokens are there twice"),
   ({"tokenizer__ggml__model": "llama"}, "its tokens have no scores"),
   (
     {"tensors": {"blk.0.ffn_gate_inp.weight": np.zeros((2, 2), np.float32)}},
@@ -455,7 +472,7 @@ def test_what_gguf_has_no_place_for_is_refused(folder, tiny_model, tmp_path):
       "'yarn' with beta_fast, factor",
     ),
     ({"tie_word_embeddings": False}, "lacks its head"),
-    ({"rms_norm_eps": None}, "lacks what .*epsilon"),
+    ({"rms_norm_eps": None}, "no usable rms_norm_eps"),
   ):
     fields = {**json.loads(whole), **changes}
     (place / "config.json").write_text(json.dumps(fields))
@@ -472,6 +489,91 @@ def test_what_gguf_has_no_place_for_is_refused(folder, tiny_model, tmp_path):
   with pytest.raises(UserError, match="its tensor 'model.layers.0.odd"):
     write_gguf_of(place, out, kind="gguf-f16")
   assert not out.exists()
+
+
+PROJECTIONS = tuple(f"self_attn.{x}_proj" for x in "qkvo")
+UNWRITTEN = [
+  # llama.cpp's qwen3 has no biases, nor its qwen2 a tensor of factors
+  (
+    "qwen3",
+    {"attention_bias": True},
+    "no place in a 'qwen3' .*attn.*_proj.bias",
+  ),
+  ("qwen2", {"rope_scaling": SCALINGS[2]}, "no place in a qwen2"),
+  ("qwen2", {"head_dim": 32}, "4 heads of 32 in a qwen2 of width 64"),
+  (
+    "mistral",
+    {"layer_types": ["full_attention", "sliding_attention"]},
+    r"its slides \(False, True\) would be read as \(True, True\)",
+  ),
+  (
+    "llama",
+    {
+      "rope_scaling": {
+        "rope_type": "longrope",
+        "short_factor": [2.0] * 8,
+        "long_factor": [2.0] * 8,
+        "attention_factor": 1.5,
+        ORIGINAL: 16,
+      }
+    },
+    "its rotation_scale 1.5 would be read as 1.0",
+  ),
+  ("llama", {"is_causal": False}, "is_causal is False"),
+]
+
+
+@pytest.mark.parametrize("kind, changes, words", UNWRITTEN)
+def test_what_would_be_another_model_is_not_written(
+  kind, changes, words, tmp_path
+):
+  place = random_folder(tmp_path / "model", kind, **changes)
+  tensors = load_file(place / "model.safetensors")
+  for name, values in list(tensors.items()):
+    module = name.removesuffix(".weight")
+    if "attention_bias" in changes and module.endswith(PROJECTIONS):
+      tensors[f"{module}.bias"] = np.zeros(len(values), np.float32)
+  save_file(tensors, place / "model.safetensors")
+  with pytest.raises(UserError, match=words):
+    write_gguf_of(place, tmp_path / "a.gguf", kind="gguf-f16")
+  assert not (tmp_path / "a.gguf").exists()
+
+
+def test_mistral_s_window_is_written_with_a_warning(tmp_path, caplog):
+  place = random_folder(tmp_path / "model", "mistral")
+  fields = read_fields(place)
+  for name, window, room, warned in (
+    ("a.gguf", 3, 32, True),
+    ("b.gguf", 32, 32, False),
+    ("c.gguf", None, 32, False),
+    ("d.gguf", 4096, 8192, True),  # Mistral's own, where the field isn't there
+  ):
+    changes = {"max_position_embeddings": room, "sliding_window": window}
+    if room > 32:
+      del changes["sliding_window"], fields["sliding_window"]
+    (place / "config.json").write_text(json.dumps({**fields, **changes}))
+    caplog.clear()
+    write_gguf_of(place, tmp_path / name, kind="gguf-f16")
+    gguf = read_gguf(tmp_path / name)
+    found = gguf.metadata.get("llama.attention.sliding_window")
+    assert found == window
+    assert warned == (f"not the last {window}" in caplog.text)
+    assert config_fields(gguf).get("sliding_window") == window
+
+
+def test_a_head_of_its_own_is_written_whatever_the_config_says(tmp_path):
+  """As transformers has it: a config ties only what is one."""
+  place = random_folder(tmp_path / "model", "llama")
+  tensors = load_file(place / "model.safetensors")
+  words = tensors["model.embed_tokens.weight"]
+  for name, head in (("same.gguf", words), ("other.gguf", words[::-1])):
+    head = np.ascontiguousarray(head)
+    save_file({**tensors, "lm_head.weight": head}, place / "model.safetensors")
+    write_gguf_of(place, tmp_path / name, kind="gguf-f16")
+    gguf = open_tensors(tmp_path / name)
+    assert gguf.fields["tie_word_embeddings"] == (head is words)
+    if head is not words:
+      assert np.array_equal(gguf.get_tensor("lm_head.weight"), head)
 
 
 def test_the_command_merges_an_adapter_on_a_gguf_base(

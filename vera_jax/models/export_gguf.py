@@ -5,6 +5,7 @@ change that an adapter makes is smaller than their steps, so that rounding the
 merged weights again takes most of it back (docs/gguf.md has the measurements).
 """
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -12,18 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
 from vera_jax.errors import UserError
-from vera_jax.models.family import read_fields
-from vera_jax.models.gguf import FORMATS, Written, write_gguf
+from vera_jax.models.family import config_of, read_fields
+from vera_jax.models.gguf import FORMATS, Gguf, Tensor, Written, write_gguf
 from vera_jax.models.gguf_folder import (
   ARCHITECTURES,
   FREQUENCIES,
   LAYER,
   LINK,
+  LLAMA,
   MISTRAL,
   Architecture,
+  config_fields,
   interleaved_heads,
   is_transposed,
   llama3_factors,
@@ -32,9 +36,12 @@ from vera_jax.models.gguf_folder import (
 )
 from vera_jax.models.gguf_tokenizer import tokenizer_metadata
 from vera_jax.models.hf_weights import tensor_files
+from vera_jax.models.llama import ORIGINAL, rotation_fields
 
+log = logging.getLogger(__name__)
 KINDS = {"gguf-f16": ("F16", 1), "gguf-q8_0": ("Q8_0", 7)}  # and file_type
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+TRAINING = ("dropout", "pdrop", "initializer_range")  # endings of their fields
 FOUR_BITS = ("q2", "q3", "q4", "q5", "iq")
 
 
@@ -92,12 +99,11 @@ def write_gguf_of(
   refuse_there(file)
   fields = read_fields(folder)
   prefix, architecture = _architecture(fields, folder)
-  if fields.get("num_key_value_heads") is None:
-    fields["num_key_value_heads"] = fields.get("num_attention_heads")
+  config = config_of(fields)  # what the model here computes with
   format, file_type = KINDS[kind]
   names = {theirs: ours for ours, theirs in architecture.modules.items()}
+  biased = {x for modules in architecture.biases.values() for x in modules}
   base = architecture.modules["token_embd"].split(".")[0]
-  tied = fields.get("tie_word_embeddings", prefix == "gpt2")
   tensors: dict[str, Written] = {}
   with ExitStack() as stack:
     for source in tensor_files(folder):
@@ -112,11 +118,12 @@ def write_gguf_of(
       for name in opened.keys():
         layer = LAYER.search(f".{name}")
         module, _, leaf = LAYER.sub("{}", f".{name}", 1)[1:].rpartition(".")
-        if name.endswith(BUFFERS) or (tied and module == "lm_head"):
+        if name.endswith(BUFFERS):
           continue
         # a file of the network without its head has no first word in its names
-        known = names.get(module, names.get(f"{base}.{module}"))
-        if known is None or leaf not in ("weight", "bias"):
+        known = names.get(module, names.get(f"{base}.{module}", ""))
+        leaves = ("weight", "bias")[: 1 + (known.split(".")[-1] in biased)]
+        if not known or leaf not in leaves:
           raise UserError(
             f"{folder} can't be written as GGUF: there is no place in a"
             f" {prefix!r} for its tensor {name!r}."
@@ -136,14 +143,21 @@ def write_gguf_of(
             opened,
             name,
             turned=turned,
-            heads=interleaved_heads(ours, architecture, fields),
+            heads=interleaved_heads(ours, architecture, vars(config)),
           ),
         )
-    if not tied and "output.weight" not in tensors:
+    if not config.tie_word_embeddings and "output.weight" not in tensors:
       raise UserError(f"{folder} lacks its head, the tensor 'lm_head.weight'.")
     if "token_embd.weight" not in tensors:
       raise UserError(f"{folder} has no embedding, so it is no whole decoder.")
-    rows = tensors["token_embd.weight"].shape[0]
+    words, head = tensors["token_embd.weight"], tensors.get("output.weight")
+    if (
+      config.tie_word_embeddings  # as transformers does it, if they are one
+      and head is not None
+      and np.array_equal(words.values(), head.values())
+    ):
+      del tensors["output.weight"]
+    rows = words.shape[0]
     metadata: dict[str, Any] = {
       "general.architecture": prefix,
       "general.type": "model",
@@ -151,11 +165,15 @@ def write_gguf_of(
       "general.file_type": file_type,
       "general.quantization_version": 2,
       f"{prefix}.vocab_size": rows,
-      **_sizes(prefix, architecture, fields, folder),
+      **_sizes(prefix, architecture, config),
     }
-    if factors := _scaling(prefix, fields, metadata, folder):
-      tensors[FREQUENCIES] = factors
+    if architecture is not ARCHITECTURES["gpt2"]:
+      rope = rotation_fields(fields, room=config.max_position_embeddings)
+      factors = _scaling(prefix, rope, metadata, folder)
+      if factors is not None:
+        tensors[FREQUENCIES] = Written("F32", factors.shape, lambda: factors)
     metadata |= tokenizer_metadata(folder, rows=rows)
+    _check_return(folder, config, metadata, tensors)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
       write_gguf(file, metadata, tensors)
@@ -201,75 +219,104 @@ def _values(
 
 
 def _sizes(
-  prefix: str,
-  architecture: Architecture,
-  fields: Mapping[str, Any],
-  folder: Path,
+  prefix: str, architecture: Architecture, config: Any
 ) -> dict[str, Any]:
   """The header's numbers of an architecture."""
-  heads = fields.get("num_attention_heads")
-  sizes: dict[str, Any] = {}
-  for field, key in architecture.fields.items():
-    sizes[f"{prefix}.{key}"] = fields.get(field)
+  sizes: dict[str, Any] = {
+    f"{prefix}.{key}": getattr(config, field)
+    for field, key in LLAMA.fields.items()  # by the names of all configs
+    if key in architecture.fields.values()
+  }
   field, key = architecture.epsilon
-  epsilon = fields.get(field)
-  sizes[f"{prefix}.{key}"] = None if epsilon is None else float(epsilon)
-  if prefix == "gpt2" and fields.get("n_inner") is None:
-    sizes["gpt2.feed_forward_length"] = 4 * fields.get("n_embd", 0)
-  if prefix != "gpt2":
-    if isinstance(heads, int) and isinstance(fields.get("hidden_size"), int):
-      size = fields.get("head_dim") or fields["hidden_size"] // heads
-      for key in ("attention.key_length", "attention.value_length"):
-        sizes[f"{prefix}.{key}"] = size
-      sizes[f"{prefix}.rope.dimension_count"] = size
-    if window := fields.get("sliding_window"):
-      if architecture is MISTRAL:
-        sizes[f"{prefix}.attention.sliding_window"] = window
-  lacking = [key for key, value in sizes.items() if value is None]
-  if lacking:
-    raise UserError(f"{folder}/config.json lacks what {lacking} is made of.")
+  sizes[f"{prefix}.{key}"] = float(getattr(config, field))
+  if prefix == "gpt2":
+    return sizes
+  for key in ("attention.key_length", "attention.value_length"):
+    sizes[f"{prefix}.{key}"] = config.head_dim
+  sizes[f"{prefix}.rope.dimension_count"] = config.head_dim
+  if architecture is MISTRAL and any(config.slides):
+    window, room = config.sliding_window, config.max_position_embeddings
+    sizes[f"{prefix}.attention.sliding_window"] = window
+    if window < room:
+      log.warning(
+        "llama.cpp has no architecture for Mistral's sliding window: there, a"
+        " token sees all %d before it, not the last %d as here. Its answers are"
+        " others where a text is longer than %d tokens.",
+        room,
+        window,
+        window,
+      )
   return sizes
 
 
 def _scaling(
-  prefix: str, fields: Mapping[str, Any], metadata: dict[str, Any], folder: Path
-) -> Written | None:
-  """Adds the rotations to the header; Llama 3's scaling is a tensor."""
-  if prefix == "gpt2":
-    return None
-  # transformers 5 keeps both in one field, which older ones kept apart
-  rope = fields.get("rope_parameters") or {}
-  theta = float(rope.get("rope_theta", fields.get("rope_theta", 10000.0)))
-  scaling = fields.get("rope_scaling") or rope
-  kind = scaling.get("rope_type", scaling.get("type", "default"))
-  numbers = {
-    name
-    for name, value in scaling.items()
-    if value is not None and name not in ("rope_type", "type", "rope_theta")
-  }
-  original = "original_max_position_embeddings"
+  prefix: str, rope: Mapping[str, Any], metadata: dict[str, Any], folder: Path
+) -> Float[np.ndarray, " pairs"] | None:
+  """Adds the rotations to the header, or returns the tensor that they are."""
+  kind = rope["rope_type"]
+  numbers = set(rope) - {"rope_type", "rope_theta", ORIGINAL}
   known = {
-    "default": {"partial_rotary_factor"},
+    "default": set(),
     "linear": {"factor"},
-    "yarn": {"factor", original},
-    "llama3": {"factor", original, "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor"},
   }
+  if prefix == "llama":  # which alone has the tensor
+    known |= {
+      "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+      "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
+    }
   if kind not in known or numbers - known[kind]:
     raise UserError(
       f"{folder} can't be written as GGUF: its rotations are scaled by {kind!r}"
-      f" with {', '.join(sorted(numbers)) or 'no numbers'}."
+      f" with {', '.join(sorted(numbers)) or 'no numbers'}, for which llama.cpp"
+      f" has no place in a {prefix}."
     )
+  theta = float(rope["rope_theta"])
   metadata[f"{prefix}.rope.freq_base"] = theta
   if kind == "llama3":
     width = metadata[f"{prefix}.rope.dimension_count"]
-    factors = llama3_factors(scaling, theta=theta, width=width)
-    return Written("F32", factors.shape, lambda: factors)
-  if kind in ("linear", "yarn"):
+    return llama3_factors(rope, theta=theta, width=width)
+  if kind == "longrope":
+    return np.array(rope["short_factor"], np.float32)
+  if kind != "default":
     metadata[f"{prefix}.rope.scaling.type"] = kind
-    metadata[f"{prefix}.rope.scaling.factor"] = float(scaling["factor"])
+    room = metadata[f"{prefix}.context_length"]
+    metadata[f"{prefix}.rope.scaling.factor"] = float(
+      rope.get("factor", room / rope[ORIGINAL])
+    )
     if kind == "yarn":
-      context = scaling.get(original)
-      metadata[f"{prefix}.rope.scaling.original_context_length"] = (
-        context or fields["max_position_embeddings"]
+      metadata[f"{prefix}.rope.scaling.original_context_length"] = int(
+        rope[ORIGINAL]
       )
   return None
+
+
+def _check_return(
+  folder: Path,
+  config: Any,
+  metadata: Mapping[str, Any],
+  tensors: Mapping[str, Written],
+) -> None:
+  """Refuses a model that would be read from its file as another one."""
+  factors = tensors.get(FREQUENCIES)
+  values = np.zeros(0) if factors is None else factors.values()
+  data = values.view(np.uint8)
+  places = {
+    name: Tensor(x.shape, x.format, 0, (x is factors) * data.size)
+    for name, x in tensors.items()
+  }
+  fields = config_fields(Gguf(folder, dict(metadata), places, data))
+  read = vars(config_of(fields))
+  for name, value in vars(config).items():
+    if name in ("model_type", "tie_word_embeddings") or name.endswith(TRAINING):
+      continue  # a Mistral without a window is a Llama; the head was compared
+    numbers = name == "frequencies" or isinstance(value, float)
+    if not (
+      np.allclose(read[name], value, rtol=1e-5, atol=0)
+      if numbers
+      else read[name] == value
+    ):
+      raise UserError(
+        f"{folder} can't be written as GGUF: its {name} {str(value)[:80]} would"
+        f" be read as {str(read[name])[:80]}."
+      )

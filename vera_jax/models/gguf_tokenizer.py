@@ -17,6 +17,7 @@ import numpy as np
 from vera_jax.data.tokenizer_files import check_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.files import JSON, read_bytes, read_json
+from vera_jax.models.gguf_keys import TOKENIZER, warn
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BYTE_LEVEL, SENTENCE_PIECE = "gpt2", "llama"
@@ -27,11 +28,21 @@ SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# What llama.cpp cuts out one after the other: signs; GPT-2's words; numbers;
+# threes of digits.
+SIGNS = (
+  r"[\p{P}$+<=>^~|]+",
+  r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+  r"\p{N}+",
+  r"[0-9][0-9][0-9]",
+)
 # Rules by name: "words" is GPT-2's expression, "digits" cuts digits out first,
-# others are expressions. The first of a rule's names is the one we write.
+# "signs" is llama.cpp's own rule, for files that name none; others are
+# expressions. The first of a rule's names is the one we write.
 RULES = {
   "words": ("gpt-2", "mpt", "olmo", "jais"),
   "digits": ("smollm", "starcoder", "refact", "command-r", "codeshell"),
+  "signs": ("default",),
   SPLIT % "{1,3}": ("llama-bpe", "llama3", "llama-v3"),
   SPLIT % "": ("qwen2", "deepseek-r1-qwen", "megrez"),
 }
@@ -42,8 +53,43 @@ SPECIAL = {
   "unk_token": "tokenizer.ggml.unknown_token_id",
   "pad_token": "tokenizer.ggml.padding_token_id",
 }
+# What llama.cpp takes where a header with scores doesn't say.
+STANDARD = {"unk_token": 0, "bos_token": 1, "eos_token": 2}
+LONGEST = 4096  # letters of a token: those of real files have at most hundreds
+# The ends of a turn and of a message, where others end these than texts.
+MORE_ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 PADDING = "[PAD{}]"  # llama.cpp's name of an id that has no token
 TEMPLATE = "tokenizer.chat_template"
+
+
+def special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+  """The ids of a header's special tokens, as far as it has them."""
+  scored = str(metadata.get("tokenizer.ggml.model")) == SENTENCE_PIECE
+  standard = STANDARD if scored else {}
+  ids = {
+    name: metadata.get(key, standard.get(name)) for name, key in SPECIAL.items()
+  }
+  return {name: i for name, i in ids.items() if i is not None}
+
+
+def check_keys(metadata: Mapping[str, Any], *, source: Any) -> None:
+  """Warns of what a header leaves open about the ids of a text.
+
+  Raises:
+    UserError: a key has a value at which it isn't known here.
+  """
+  TOKENIZER.check(metadata, prefix="tokenizer.ggml.", source=source)
+  rule = metadata.get("tokenizer.ggml.pre", "default")
+  if (
+    str(metadata.get("tokenizer.ggml.model")) == BYTE_LEVEL
+    and str(rule) == "default"
+  ):
+    warn(
+      f"{source} doesn't say by which rule its tokenizer cuts words"
+      " (tokenizer.ggml.pre), so they are cut as llama.cpp cuts them then. The"
+      " model has probably learned with another rule: convert it again with a"
+      " present llama.cpp, or take it as a folder in Hugging Face's layout."
+    )
 
 
 def tokenizer_files(
@@ -80,31 +126,38 @@ def tokenizer_files(
       raise refuse(f"its tokenizer.ggml.{name} is {str(value)[:80]}")
     return value
 
+  check_keys(metadata, source=source)
   kind, tokens = get("model", str), get("tokens", list)
   if kind not in (BYTE_LEVEL, SENTENCE_PIECE) or not tokens:
     raise refuse(f"its tokenizer is {kind!r}, which is not read here")
   types = get("token_type", np.ndarray, np.full(len(tokens), NORMAL))
   if len(set(tokens)) < len(tokens) or len(types) != len(tokens):
     raise refuse("tokens are there twice, or have no types")
+  if max(map(len, tokens)) > LONGEST:
+    raise refuse(f"one of its tokens has more than {LONGEST} letters")
   vocabulary = {
     token: i
     for i, (token, kind_of) in enumerate(zip(tokens, types, strict=True))
     if kind_of != UNUSED or token != PADDING.format(i)  # not a real token
   }
-  named = {name: get(key.split(".")[-1], int) for name, key in SPECIAL.items()}
-  ids = {name: i for name, i in named.items() if i is not None}
-  if not all(0 <= i < len(tokens) for i in ids.values()):
+  ids = special_ids(metadata)
+  known = (isinstance(i, int) and 0 <= i < len(tokens) for i in ids.values())
+  if not all(known):
     raise refuse(f"its special ids {ids} are beyond its {len(tokens)} tokens")
   special = {name: tokens[i] for name, i in ids.items()}
   steps: list[Any] = []  # of the post-processor
   if kind == BYTE_LEVEL:
-    rule = _rule(get("pre", str, RULES["words"][0]))
+    rule = _rule(get("pre", str, "default"))
     if rule is None:
       raise refuse(
         f"it cuts words by the rule {get('pre', str)!r}, not known here"
       )
+    if get("merges", list) is None:
+      raise refuse("its tokenizer has no merges")
+    if get("add_space_prefix", bool, False):
+      raise refuse("its texts begin with a space, which llama.cpp leaves out")
     starts = ADDS_START in RULES[rule]
-    merges = [tuple(merge.split(" ", 1)) for merge in get("merges", list, [])]
+    merges = [tuple(merge.split(" ", 1)) for merge in get("merges", list)]
     # Llama 3's file takes a word that is a token as it is, unmerged
     options: dict[str, Any] = {"ignore_merges": starts}
     parts: dict[str, Any] = {
@@ -140,20 +193,23 @@ def tokenizer_files(
     )
   for name, part in parts.items():
     setattr(made, name, part)
-  whole = [(i, t) for i, t in enumerate(types) if t in (CONTROL, USER_DEFINED)]
+  whole = (UNKNOWN, CONTROL, USER_DEFINED)
   made.add_tokens(
     [
-      AddedToken(tokens[i], special=bool(t == CONTROL), normalized=False)
-      for i, t in whole
+      AddedToken(tokens[i], special=bool(t != USER_DEFINED), normalized=False)
+      for i, t in enumerate(types)
+      if t in whole
     ]
   )
   bos, eos = (special.get(f"{name}_token") for name in ("bos", "eos"))
-  first = [bos] if get("add_bos_token", bool, starts) and bos else []
-  last = [eos] if get("add_eos_token", bool, False) and eos else []
+  first = [bos] if get("add_bos_token", bool, starts) else []
+  last = [eos] if get("add_eos_token", bool, False) else []
+  if None in (*first, *last):
+    raise refuse("its texts begin or end with a token that it doesn't name")
   if first or last:
     single = [*first, "$A", *last]
     pair = [*single, *(f"{part}:1" for part in (*first, "$B", *last))]
-    around = [(token, vocabulary[token]) for token in {*first, *last}]
+    around = [(token, tokens.index(token)) for token in {*first, *last}]
     steps.append(
       processors.TemplateProcessing(
         single=single, pair=pair, special_tokens=around
@@ -187,7 +243,7 @@ def tokenizer_metadata(folder: Path, *, rows: int) -> dict[str, Any]:
   Raises:
     UserError: the tokenizer is of a kind that GGUF has no name for.
   """
-  from tokenizers import Tokenizer
+  from tokenizers import Tokenizer, models
 
   def refuse(reason: str) -> UserError:
     return UserError(f"{folder} can't be written as GGUF: {reason}.")
@@ -201,7 +257,7 @@ def tokenizer_metadata(folder: Path, *, rows: int) -> dict[str, Any]:
     made = read_json(file)
     model, added = made["model"], made["added_tokens"]
     vocabulary = dict(model["vocab"])
-    merges = [
+    merges: list[Any] = [
       tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair)
       for pair in model["merges"]
     ]
@@ -217,6 +273,17 @@ def tokenizer_metadata(folder: Path, *, rows: int) -> dict[str, Any]:
   for token in added:
     types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
   about: dict[str, Any] = {}
+  steps = _steps(made["normalizer"])
+  for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+    if model.get(option):
+      raise refuse(f"its tokenizer has a {option}")
+  for token in added:
+    flags = [f for f in ("lstrip", "rstrip", "single_word") if token.get(f)]
+    # its text would be changed as well, and be found in changed texts only
+    if token.get("normalized") and steps and model.get("byte_fallback"):
+      flags.append("normalized")
+    if flags:
+      raise refuse(f"its token {token['content']!r} is {' and '.join(flags)}")
   if model.get("byte_fallback"):
     fallback = {f"<0x{byte:02X}>" for byte in range(256)}
     for i, token in enumerate(tokens):
@@ -231,14 +298,27 @@ def tokenizer_metadata(folder: Path, *, rows: int) -> dict[str, Any]:
         "GGUF gives each token of such a vocabulary one score, from which its"
         " merges don't follow in their order"
       )
-    normal = json.dumps(made["normalizer"]) + json.dumps(made["pre_tokenizer"])
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    cuts = _steps(made["pre_tokenizer"])
+    meta = cuts[0] if len(cuts) == 1 and not steps else {}
+    if meta.get("type") == "Metaspace" and not meta.get("split", True):
+      prefix = meta.get("prepend_scheme", "always") != "never"
+      if prefix:
+        warn(
+          f"{folder}: GGUF has no word for how its tokenizer puts a space in"
+          " front of a text. llama.cpp has other ids where a text begins with a"
+          " space, or goes on behind a special token."
+        )
+    elif cuts or steps not in ([spaces], [prepend, spaces]):
+      raise refuse("GGUF has no name for how its tokenizer changes texts")
+    else:
+      prefix = prepend in steps
     about |= {
       "tokenizer.ggml.model": SENTENCE_PIECE,
       "tokenizer.ggml.pre": "default",
       "tokenizer.ggml.scores": scores,
-      "tokenizer.ggml.add_space_prefix": (
-        '"Prepend"' in normal or '"prepend_scheme"' in normal
-      ),
+      "tokenizer.ggml.add_space_prefix": prefix,
     }
   else:
     rules = [
@@ -246,6 +326,22 @@ def tokenizer_metadata(folder: Path, *, rows: int) -> dict[str, Any]:
     ]
     if not rules:
       raise refuse("GGUF has no name, known here, for how it cuts words")
+    if any(step != {"type": "NFC"} for step in steps):
+      words = ", ".join(str(step.get("type")) for step in steps)
+      raise refuse(f"its tokenizer changes texts first ({words})")
+    if steps:
+      warn(
+        f"{folder}: its tokenizer composes letters and their marks (NFC), which"
+        " llama.cpp doesn't do: there, texts that are not in NFC get other ids."
+      )
+    # llama.cpp takes this from the rule's name
+    if bool(model.get("ignore_merges")) != (ADDS_START in RULES[rules[0]]):
+      bare = models.BPE(dict(model["vocab"]), merges)
+      if any(len(bare.tokenize(token)) > 1 for token in model["vocab"]):
+        raise refuse(
+          f"it has ignore_merges {model.get('ignore_merges')}, and the rule by"
+          f" which it cuts words, {RULES[rules[0]][0]}, means the contrary"
+        )
     about |= {
       "tokenizer.ggml.model": BYTE_LEVEL,
       "tokenizer.ggml.pre": RULES[rules[0]][0],
@@ -262,14 +358,26 @@ def tokenizer_metadata(folder: Path, *, rows: int) -> dict[str, Any]:
     token = config.get(name)
     token = token.get("content") if isinstance(token, dict) else token
     i = vocabulary.get(token, fields.get(f"{name}_id"))
-    if isinstance(i, list):  # several ends: the first is the model's own
+    if isinstance(i, list):
       i = i[0]
     if i is not None:
       about[key] = i
-  around = loaded.encode("a").ids
   bos, eos = (about.get(SPECIAL[f"{name}_token"]) for name in ("bos", "eos"))
-  about["tokenizer.ggml.add_bos_token"] = bool(around) and around[0] == bos
-  about["tokenizer.ggml.add_eos_token"] = bool(around) and around[-1] == eos
+  ends = fields.get("eos_token_id")
+  more = [i for i in ends if i != eos] if isinstance(ends, list) else []
+  if len(more) > len(MORE_ENDS):
+    raise refuse(f"GGUF has no place for its ends {ends}")
+  about |= dict(zip(MORE_ENDS, more, strict=False))
+  for text in ("a", *model["vocab"]):  # until one has ids
+    if plain := loaded.encode(text, add_special_tokens=False).ids:
+      break
+  around = loaded.encode(text).ids
+  starts = len(around) > len(plain) and around[0] == bos
+  stops = len(around) > len(plain) + starts and around[-1] == eos
+  if [bos] * starts + plain + [eos] * stops != around:
+    raise refuse("its texts begin or end with several tokens, or with others")
+  about["tokenizer.ggml.add_bos_token"] = starts
+  about["tokenizer.ggml.add_eos_token"] = stops
   template = config.get("chat_template")
   if (file := folder / "chat_template.jinja").is_file():
     template = read_bytes(file, inside=folder, limit=JSON).decode("utf-8")
@@ -286,13 +394,25 @@ def merges_of(tokens: list[str], scores: Any, types: Any) -> list[tuple]:
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
     if kind not in skip
   }
+  lengths = set(map(len, known))  # of few tokens all cuts are looked at
   found = [
     (-float(scores[i]), known[token[:cut]], known[token[cut:]])
     for token, i in known.items()
     for cut in range(1, len(token))
+    if cut in lengths and len(token) - cut in lengths
     if token[:cut] in known and token[cut:] in known
   ]
   return [(tokens[left], tokens[right]) for _, left, right in sorted(found)]
+
+
+def _steps(part: Any) -> list[Any]:
+  """The parts of a normalizer or pre-tokenizer in the order that they act."""
+  if not isinstance(part, dict):
+    return []
+  inner = part.get("normalizers", part.get("pretokenizers"))
+  if part.get("type") != "Sequence" or not isinstance(inner, list):
+    return [part]
+  return [step for each in inner for step in _steps(each)]
 
 
 def _rule(name: str) -> str | None:
@@ -309,6 +429,13 @@ def _cut(rule: str) -> Any:
     return cuts.ByteLevel(add_prefix_space=False)
   if rule == "digits":
     return cuts.Sequence([cuts.Digits(individual_digits=True), _cut("words")])
+  if rule == "signs":
+    return cuts.Sequence(
+      [
+        *(cuts.Split(Regex(each), behavior="isolated") for each in SIGNS),
+        cuts.ByteLevel(add_prefix_space=False, use_regex=False),
+      ]
+    )
   return cuts.Sequence(
     [
       cuts.Split(Regex(rule), behavior="isolated"),

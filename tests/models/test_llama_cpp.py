@@ -1,0 +1,210 @@
+"""GGUF files against llama.cpp itself, which cyllama brings as a library."""
+
+import json
+import random
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+from tokenizers import Tokenizer
+
+from tests.models.gguf_folders import KINDS, ROWS, TEXTS, random_folder
+from vera_jax.hub import resolve
+from vera_jax.models.decoder import logits
+from vera_jax.models.export_gguf import write_gguf_of
+from vera_jax.models.family import read_fields
+from vera_jax.models.gguf import Written, read_gguf, write_gguf
+from vera_jax.models.gguf_tokenizer import RULES, tokenizer_files
+from vera_jax.models.hf_weights import load_params
+from vera_jax.models.pretrained import blueprint
+
+pytestmark = pytest.mark.parity
+LENGTH = 24
+SIGNS = [
+  *"abcXYZ 019.,;:!?'()<=+^~|`$#_\n\t",
+  *("  ", "   ", "'s", "'LL", "é", "e\u0301", "你好", "😀", "½", "\u00a0"),
+  *("123", "4567", "<end>", "<unk>", "</s>", "the river", "don't", "—", "\r\n"),
+]
+
+
+@pytest.fixture(scope="module")
+def load():
+  """Opens a file in llama.cpp; its numbers are float32 throughout."""
+  library = pytest.importorskip("cyllama.llama.llama_cpp")
+  library.disable_logging()
+
+  class Model(library.LlamaModel):
+    n_vocab = property(lambda self: self.get_vocab().n_vocab)  # 0.2 asks here
+
+  def load(file: Path):
+    params = library.LlamaModelParams()
+    params.n_gpu_layers = 0
+    return Model(str(file), params), library
+
+  return load
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def rewritten(
+  file: Path, keys: dict, factors: np.ndarray | None = None
+) -> Path:
+  """A copy with other keys, with factors for the rotations, in float32.
+
+  With float16 llama.cpp would round what it multiplies with the weights.
+  """
+  gguf, out = read_gguf(file), file.with_name("odd.gguf")
+
+  def values(name: str) -> np.ndarray:
+    return gguf.values(name).astype(np.float32)
+
+  tensors = {
+    name: Written("F32", x.shape, partial(values, name))
+    for name, x in gguf.tensors.items()
+  }
+  if factors is not None:
+    tensors["rope_freqs.weight"] = Written("F32", (8,), lambda: factors)
+  metadata = {**gguf.metadata, **keys}
+  kept = {key: value for key, value in metadata.items() if value is not None}
+  write_gguf(out, kept, tensors)
+  return out
+
+
+def compare(file: Path, load, *, length: int = LENGTH) -> None:
+  """The logits of one text here and there."""
+  ids = np.random.default_rng(0).integers(0, ROWS, length)
+  model, library = load(file)
+  params = library.LlamaContextParams()
+  params.n_ctx = params.n_batch = 64
+  params.n_threads = params.n_threads_batch = 1
+  params.type_k = params.type_v = params.flash_attn_type = 0  # float32
+  context = library.LlamaContext(model, params)
+  batch = library.LlamaBatch(n_tokens=length, embd=0, n_seq_max=1)
+  for place, i in enumerate(ids):
+    batch.add(int(i), place, [0], True)
+  context.decode(batch)
+  theirs = np.array([context.get_logits_ith(i) for i in range(length)])
+  folder = resolve(file)
+  made = blueprint(
+    read_fields(folder), outputs=1, head="language_modelling", method="head"
+  )
+  params = load_params(folder, unflatten_dict(made.shapes)).params
+  run = jax.jit(partial(made.module.model.apply, {"params": params}))
+  ours = np.asarray(logits(run(jnp.asarray(ids[None]))))[0]
+  assert np.abs(theirs).max() > 1
+  # its GELU is a table of float16, by which GPT-2 comes to 0.0012
+  assert np.abs(ours - theirs).max() < 5e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_computes_what_we_write(kind, load, home, tmp_path):
+  folder = random_folder(tmp_path / "model", kind, tied=kind != "qwen3")
+  write_gguf_of(folder, tmp_path / "a.gguf", kind="gguf-f16")
+  # it has no window for a Mistral
+  length = 3 if kind == "mistral" else LENGTH
+  compare(rewritten(tmp_path / "a.gguf", {}), load, length=length)
+
+
+LLAMA3 = {
+  "rope_type": "llama3",
+  "factor": 8.0,
+  "low_freq_factor": 2.0,
+  "high_freq_factor": 3.0,
+}
+ORIGINAL = "original_max_position_embeddings"
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, ORIGINAL: 16},
+    {"rope_scaling": LLAMA3, ORIGINAL: 64, "rope_theta": 100.0},
+  ],
+)
+def test_llama_cpp_rotates_what_we_write(fields, load, home, tmp_path):
+  folder = random_folder(tmp_path / "model", "llama", **fields)
+  write_gguf_of(folder, tmp_path / "a.gguf", kind="gguf-f16")
+  compare(rewritten(tmp_path / "a.gguf", {}), load)
+
+
+SCALING = "llama.rope.scaling"
+FACTORS = np.array([1, 1, 2, 3, 5, 8, 8, 8.5], np.float32)
+
+
+@pytest.mark.parametrize(
+  "keys, factors",
+  [
+    ({f"{SCALING}.factor": 4.0}, None),
+    ({"llama.rope.scale_linear": 4.0}, None),
+    ({"llama.rope.scale_linear": 4.0, f"{SCALING}.factor": 0.0}, None),
+    ({f"{SCALING}.type": "none", f"{SCALING}.factor": 4.0}, FACTORS),
+    ({f"{SCALING}.type": "linear", f"{SCALING}.factor": 4.0}, FACTORS),
+    ({f"{SCALING}.type": "yarn", f"{SCALING}.factor": 4.0}, None),
+  ],
+)
+def test_rotations_of_others_are_llama_cpp_s(
+  keys, factors, load, home, tmp_path
+):
+  folder = random_folder(tmp_path / "model", "llama")
+  write_gguf_of(folder, tmp_path / "a.gguf", kind="gguf-f16")
+  compare(rewritten(tmp_path / "a.gguf", keys, factors), load)
+
+
+def texts() -> list[str]:
+  rng = random.Random(0)
+  odd = ("".join(rng.choices(SIGNS, k=rng.randint(1, 14))) for _ in range(300))
+  return [*TEXTS, *odd]
+
+
+def their_ids(file: Path, load) -> list[list[int]]:
+  model, _ = load(file)
+  vocabulary = model.get_vocab()
+  return [list(vocabulary.tokenize(x, True, True)) for x in texts()]
+
+
+def our_ids(file: Path) -> list[list[int]]:
+  files = tokenizer_files(read_gguf(file).metadata, source=file)
+  made = Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+  return [made.encode(x).ids for x in texts()]
+
+
+@pytest.fixture(scope="module")
+def words(glue_folder, tmp_path_factory) -> Path:
+  """A file with GPT-2's vocabulary."""
+  source = glue_folder.parent / "tokenizers/gpt2/tokenizer.json"
+  if not source.is_file():
+    pytest.skip("GPT-2's tokenizer is not beside the checkout")
+  place = tmp_path_factory.mktemp("words")
+  ends = {"bos_token_id": 50256, "eos_token_id": 50256}
+  folder = random_folder(place / "model", "llama", rows=50257, **ends)
+  (folder / "tokenizer.json").write_bytes(source.read_bytes())
+  (folder / "tokenizer_config.json").unlink()
+  write_gguf_of(folder, place / "a.gguf", kind="gguf-q8_0")
+  return place / "a.gguf"
+
+
+@pytest.mark.parametrize("rule", [names[0] for names in RULES.values()])
+def test_byte_level_ids_are_llama_cpp_s(rule, words, load):
+  file = rewritten(words, {"tokenizer.ggml.pre": rule})
+  assert our_ids(file) == their_ids(file, load)
+
+
+@pytest.mark.parametrize("key", ["", "add_space_prefix", "add_eos_token"])
+def test_scored_ids_are_llama_cpp_s(key, load, glue_folder, tmp_path):
+  source = glue_folder.parent / "checkpoints/stories260K"
+  if not source.is_dir():
+    pytest.skip("stories260K is not beside the checkout")
+  write_gguf_of(source, tmp_path / "a.gguf", kind="gguf-f16")
+  name = f"tokenizer.ggml.{key}"
+  value = read_gguf(tmp_path / "a.gguf").metadata.get(name)
+  keys = {} if value is None else {name: not value}
+  file = rewritten(tmp_path / "a.gguf", keys)
+  assert our_ids(file) == their_ids(file, load)
