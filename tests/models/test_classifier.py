@@ -1,6 +1,7 @@
 """Saved adapters back on their base; what differs is named."""
 
 import json
+import re
 import shutil
 
 import flax.linen as nn
@@ -8,8 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from tests.models.decoders import GPT2, LLAMA
+from tests.models.test_families import random_params
+from tests.models.test_hf_weights import BERT
 from vera_jax.adapters.files import load_adapter, tensors
 from vera_jax.adapters.labels import label_tree, split
 from vera_jax.adapters.projections import digest
@@ -17,12 +22,13 @@ from vera_jax.errors import UserError
 from vera_jax.models.bert import BertClassifier
 from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.models.family import read_fields
-from vera_jax.models.hf_weights import load_params
+from vera_jax.models.hf_weights import load_params, to_hf
 from vera_jax.models.kinds import kind_of
 from vera_jax.models.pretrained import blueprint
 
 CHAINS = ("dvora+ia3", "vera+bitfit")
 METHODS = ("vera", "lora", "unilora", "bitfit", "head", "full", *CHAINS)
+HEAD = "language_modelling"
 IDS = np.array([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]], np.int32)
 
 
@@ -197,3 +203,64 @@ def test_labels_are_those_of_the_config(tiny_model, tmp_path):
   (folder / "config.json").write_text(json.dumps(fields))
   with pytest.raises(UserError, match="no usable id2label"):
     load_classifier(folder)
+
+
+@pytest.mark.parametrize("said", [True, None])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+def test_an_output_layer_of_its_own_is_used_whatever_config_says(
+  kind, said, tmp_path, caplog
+):
+  """As in transformers; the same numbers a second time change nothing."""
+  base = {**(GPT2 if kind == "gpt2" else LLAMA), "model_type": kind}
+  plan = blueprint(
+    {**base, "tie_word_embeddings": False}, outputs=0, head=HEAD, scan=False
+  )
+  params = random_params(unflatten_dict(plan.shapes))
+  held = to_hf(params, plan.config)
+  fields = base if said is None else {**base, "tie_word_embeddings": said}
+  (tmp_path / "config.json").write_text(json.dumps(fields))
+  save_file(held, tmp_path / "model.safetensors")
+  loaded = load_classifier(tmp_path, scan=False)
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+  ties = said or kind == "gpt2"
+  assert ("which is used" in caplog.text) == ties
+
+  table = next(name for name in held if re.search(r"wte|embed_tokens", name))
+  held["lm_head.weight"] = held[table]
+  save_file(held, tmp_path / "model.safetensors")
+  caplog.clear()
+  loaded = load_classifier(tmp_path, scan=False)
+  assert ("lm_head" in loaded.params) != ties
+  assert not caplog.text
+
+  held["lm_head.bias"] = np.ones(50, np.float32)
+  save_file(held, tmp_path / "model.safetensors")
+  with pytest.raises(UserError, match="no place for its tensors lm_head.bias"):
+    load_classifier(tmp_path, scan=False)
+
+
+@pytest.mark.parametrize(
+  "changes, extra, words",
+  [
+    ({"architectures": ["BertForMultipleChoice"]}, "", "is a BertForMultiple"),
+    ({"problem_type": "ranking"}, "", "problem_type is 'ranking'"),
+    ({}, "crf.transitions", "no place for its tensors crf.transitions"),
+    ({}, "cls.predictions.bias", None),
+    ({"architectures": ["BertForMaskedLM", "BertForSequenceClassification"]},)
+    + ("", None),
+  ],
+)
+def test_another_network_than_config_says_is_refused(
+  changes, extra, words, tmp_path
+):
+  held = load_file(BERT / "model.safetensors")
+  fields = json.loads((BERT / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps({**fields, **changes}))
+  if extra:
+    held[extra] = np.zeros(3, np.float32)
+  save_file(held, tmp_path / "model.safetensors")
+  if words is None:
+    assert load_classifier(tmp_path, scan=False).kind == "classification"
+  else:
+    with pytest.raises(UserError, match=words):
+      load_classifier(tmp_path, scan=False)

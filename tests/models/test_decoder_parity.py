@@ -1,5 +1,6 @@
 """Decoders against transformers' torch models; skips without torch."""
 
+import json
 from functools import partial
 
 import jax
@@ -15,6 +16,7 @@ from tests.models.decoders import (
   texts,
   unpacked,
 )
+from vera_jax.models.classifier import load_classifier
 from vera_jax.models.decoder import empty_cache, logits
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params, to_hf
@@ -135,3 +137,19 @@ def test_shards_and_bfloat16(tmp_path):
   want = torch_logits(peer, text)
   difference = np.abs(logits(words)[0] - want).max() / np.abs(want).max()
   assert 1e-5 < difference < 0.05
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+def test_an_untied_head_under_a_config_that_ties(case, tmp_path):
+  fields = {**CASES[case], "tie_word_embeddings": False}
+  random_peer(fields, tmp_path)
+  file = tmp_path / "config.json"
+  written = {**json.loads(file.read_text()), "tie_word_embeddings": True}
+  file.write_text(json.dumps(written))
+  peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+  model = load_classifier(tmp_path, scan=False)
+  text = texts()[0]
+  found = logits(
+    jax.jit(model.module.apply)(model.variables, jnp.asarray([text]))
+  )
+  np.testing.assert_allclose(found[0], torch_logits(peer, text), atol=1e-4)

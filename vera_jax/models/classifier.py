@@ -4,6 +4,7 @@
 the base, and refuses whatever is not what the adapter was trained with.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from vera_jax.models.family import (
   Family,
   family_of,
   label_names,
+  one_of,
 )
 from vera_jax.models.hf_weights import (
   fingerprint,
@@ -232,6 +234,12 @@ def load_classifier(
       f"{folder} is no whole {'decoder' if kind == WORDS else 'classifier'}: it"
       f" lacks {_some(loaded.missing)}."
     )
+  if loaded.unexpected:
+    raise UserError(
+      f"{folder} is another network than its config.json says: there is no"
+      f" place for its tensors {_some(loaded.unexpected)}. If they are of no"
+      " use, take them out of the file."
+    )
   merged = folder / MERGED
   about = read_json(merged) if merged.exists() else {}
   check_used(about, merged)
@@ -252,14 +260,30 @@ def load_classifier(
 
 def _kind_of_folder(fields: Mapping[str, Any], outputs: int) -> str:
   """What the logits of a checkpoint mean, by its config.json."""
-  classes = family_of(fields).classes
-  if set(classes) == {KINDS[WORDS].head}:
+  heads = {
+    _ending(name): head for head, name in family_of(fields).classes.items()
+  }
+  written = fields.get("architectures")
+  written = list(map(str, written)) if isinstance(written, list) else []
+  named = [_ending(name) for name in written if _ending(name)]
+  if named and not heads.keys() & named:
+    raise UserError(
+      f"config.json: it is a {', '.join(written)}; of a"
+      f" {fields['model_type']} there is here what ends with"
+      f" {' or '.join(heads)}."
+    )
+  if set(heads.values()) == {KINDS[WORDS].head}:
     return WORDS
-  tags = classes.get(KINDS[TAGS].head)
-  if tags and tags in (fields.get("architectures") or ()):
+  if any(heads.get(ending) == KINDS[TAGS].head for ending in named):
     return TAGS
-  named = kind_of_problem(fields.get("problem_type"))
-  return named or (NUMBER if outputs == 1 else CLASSES)
+  one_of(fields, "problem_type", {kind.problem_type for kind in KINDS.values()})
+  problem = kind_of_problem(fields.get("problem_type"))
+  return problem or (NUMBER if outputs == 1 else CLASSES)
+
+
+def _ending(name: str) -> str:
+  """The part of a class's name that says its head; "" for a base alone."""
+  return (re.findall(r"For[A-Z]\w+$|LMHeadModel$", name) or [""])[0]
 
 
 def _find_base(saved: SavedAdapter, base: str | Path | None) -> Path:

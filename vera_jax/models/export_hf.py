@@ -29,14 +29,13 @@ from vera_jax.files import (
   check_free,
   make_folder,
   open_file,
-  read_json,
   write_json,
 )
 from vera_jax.hub import FILES
 from vera_jax.models.classifier import MERGED, Classifier, load_classifier
 from vera_jax.models.decoder import logits
 from vera_jax.models.family import IMAGES
-from vera_jax.models.hf_weights import to_hf
+from vera_jax.models.hf_weights import read_model, to_hf
 from vera_jax.models.kinds import KINDS, WORDS
 from vera_jax.models.quantised import CHOICES
 from vera_jax.serve.predictor import Predictor, check_finite, text_columns
@@ -182,7 +181,7 @@ def _write(
 
 def _hf_config(classifier: Classifier, dtype: str) -> dict[str, Any]:
   """The base's config.json, with the class and a classifier's labels."""
-  fields = read_json(classifier.folder / "config.json")
+  fields = read_model(classifier.folder)
   for stale in ("_name_or_path", "torch_dtype", "transformers_version"):
     fields.pop(stale, None)
   labels, kind = classifier.labels or ("LABEL_0",), KINDS[classifier.kind]

@@ -41,6 +41,8 @@ class Names(NamedTuple):
     unused: beginnings of names that no task has a place for, such as buffers
       and pretraining heads.
     new: beginnings of paths that a task may bring itself, such as its head.
+    tied: an output layer and the table of words that is one with it, unless
+      config.json or the files' own numbers say otherwise; () for none.
     transposed: whether files have kernels as (out, in), as torch's linear layer
       does; trees have (in, out).
     to_file, to_tree: a module's dotted name in a looped tree -> in a file,
@@ -54,6 +56,7 @@ class Names(NamedTuple):
   renamed: tuple[tuple[str, str], ...] = ()
   unused: tuple[str, ...] = ()
   new: tuple[str, ...] = ()
+  tied: tuple[str, ...] = ()
   transposed: bool = True
   to_file: Callable[[str], str] = str
   to_tree: Callable[[str], str] = str

@@ -7,6 +7,7 @@ that a checkpoint numbers, but for the last.
 """
 
 import hashlib
+import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,12 @@ from safetensors import SafetensorError, safe_open
 
 from vera_jax.errors import UserError
 from vera_jax.files import TENSORS, check_file, open_file, read_json
-from vera_jax.models.family import Names, family_of, read_fields
+from vera_jax.models.family import (
+  Names,
+  config_of,
+  family_of,
+  read_fields,
+)
 from vera_jax.models.gguf_folder import LINK, open_tensors
 from vera_jax.models.quantised import (
   INT8,
@@ -34,6 +40,7 @@ from vera_jax.models.quantised import (
 from vera_jax.models.quantised import quantise as quantise_kernel
 from vera_jax.models.sizes import check_sizes
 
+log = logging.getLogger(__name__)
 LEAVES = {
   "kernel": "weight",
   "scale": "weight",
@@ -168,14 +175,22 @@ def load_params(
         filled[path] = codes or _read_leaf(
           path, leaf.shape, found, dtype=dtype, transposed=known.transposed
         )
-    rest = [s for s in sources.items() if s[1].name not in used]
-  dropped = [s.name for name, s in rest if name.startswith(known.unused)]
-  unexpected = [s.name for name, s in rest if not name.startswith(known.unused)]
+    rest = {
+      name: source
+      for name, source in sources.items()
+      if source.name not in used
+    }
+    unused = {name for name in rest if name.startswith(known.unused)}
+    if known.tied and rest.keys() & known.tied:
+      output, table = known.tied
+      # of a part of the network nothing is said
+      if table in rest or not _differ(sources[output], sources[table]):
+        unused.add(output)
   return Loaded(
     unflatten_dict(filled),
     tuple(sorted(missing)),
-    tuple(sorted(unexpected)),
-    tuple(sorted(dropped)),
+    tuple(sorted(s.name for name, s in rest.items() if name not in unused)),
+    tuple(sorted(s.name for name, s in rest.items() if name in unused)),
   )
 
 
@@ -194,18 +209,38 @@ def refuse_gaps(folder: Path, missing: Sequence[str]) -> None:
 def read_model(folder: Path) -> dict[str, Any]:
   """A folder's config.json, as `read_fields`, that is of the weights beside it.
 
+  Where it ties the output layer to the table of words, and the files have an
+  output layer of other numbers, `tie_word_embeddings` is false: transformers
+  uses these as well.
+
   Raises:
-    UserError: as `read_fields` and `check_sizes` say.
+    UserError: as `read_fields`, `check_sizes` and `config_of` say.
   """
   fields = read_fields(folder)
-  shapes: dict[str, tuple[int, ...]] = {}
-  for file in tensor_files(folder):
-    if file.name == LINK:  # whose config.json was made and checked here
-      return fields
-    with open_safetensors(file) as opened:
-      for name in opened.keys():
-        shapes[name] = tuple(opened.get_slice(name).get_shape())
-  check_sizes(fields, shapes)
+  if tensor_files(folder)[0].name == LINK:
+    return fields  # made and checked here
+  names = family_of(fields).names
+  with ExitStack() as stack:
+    sources = _open_sources(folder, names, stack)
+    check_sizes(
+      fields,
+      {
+        source.name: tuple(source.file.get_slice(source.name).get_shape())
+        for source in sources.values()
+      },
+    )
+    if (
+      names.tied
+      and sources.keys() >= set(names.tied)
+      and config_of(fields).tie_word_embeddings
+      and _differ(*(sources[name] for name in names.tied))
+    ):
+      log.warning(
+        "%s ties the output layer to the embeddings by its config.json, but has"
+        " one with other numbers, which is used: tie_word_embeddings is false.",
+        folder,
+      )
+      fields["tie_word_embeddings"] = False
   return fields
 
 
@@ -344,6 +379,17 @@ def _open_sources(
         )
       sources[known] = Source(name, opened)
   return sources
+
+
+def _differ(one: Source, other: Source, *, rows: int = 4096) -> bool:
+  """Whether two tensors' numbers do, of which few are read at a time."""
+  first, second = (s.file.get_slice(s.name) for s in (one, other))
+  shape = first.get_shape()
+  if not shape or shape != second.get_shape():
+    return True
+  starts = range(0, shape[0], rows)
+  parts = [slice(i, min(i + rows, shape[0])) for i in starts]
+  return not all(np.array_equal(first[part], second[part]) for part in parts)
 
 
 def _known_name(name: str, names: Names) -> str:

@@ -476,7 +476,8 @@ FAMILY = {
     names=Names(
       prefixes=("model.",),
       outside=("lm_head",),
-      unused=("buffers.", "lm_head."),
+      unused=("buffers.",),
+      tied=("lm_head.weight", "embeddings.embed_tokens.weight"),
       to_file=_to_file,
       to_tree=_to_tree,
     ),
