@@ -133,7 +133,7 @@ def test_unreadable_files_are_named_and_left_out(tmp_path, monkeypatch):
   assert len(mended) == 4 and mended.fingerprint != made.fingerprint
   expected = np.array(mended.pixels)  # which are the file's own
   for damaged in (b"half a fi", b""):
-    (cache / f"{mended.fingerprint}.npy").write_bytes(damaged)
+    (cache / f"{mended.fingerprint}.rgb").write_bytes(damaged)
     again = prepare_images(files, numbers, PLAIN, cache)
     np.testing.assert_array_equal(again.pixels, expected)
   (tmp_path / "data/one/2.png").write_text("nor this")

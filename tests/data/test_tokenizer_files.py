@@ -151,3 +151,9 @@ def test_a_config_that_names_files_elsewhere(fields, tmp_path):
   # those of the machine that it was made on are nowhere
   private.unlink()
   check_tokenizer(folder)
+
+
+def test_a_vocabulary_without_a_token_for_unknown_words(tmp_path):
+  (tmp_path / "vocab.txt").write_text("[PAD]\n[CLS]\n[SEP]\na\n")
+  with pytest.raises(UserError, match=r"Missing \[UNK\] token"):
+    load_tokenizer(tmp_path)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -88,13 +89,19 @@ def test_the_cache_gives_the_same_tokens(
   same(first, tokenise(pairs, tiny_tokenizer, 8, cache))
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "other"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "other", "bytes"])
 def test_a_damaged_cache_is_made_again(pairs, tiny_tokenizer, tmp_path, damage):
   good = tokenise(pairs, tiny_tokenizer, 8, tmp_path)
   (path,) = tmp_path.iterdir()
   whole = path.read_bytes()
   if damage == "other":
     np.savez(path, ids=np.arange(3))
+  elif damage == "bytes":
+    with zipfile.ZipFile(path) as members:
+      content = {name: members.read(name) for name in members.namelist()}
+    with zipfile.ZipFile(path, "w") as members:
+      for name, data in content.items():
+        members.writestr(name, b"no array" if name == "ids.npy" else data)
   else:
     half = whole[: len(whole) // 2]
     path.write_bytes({"cut": half, "noise": b"x" * 999, "empty": b""}[damage])

@@ -66,7 +66,8 @@ def test_sizes_that_the_weights_have():
     ("/dev/zero", "outside of"),
     ("pipe", "it is a pipe"),
     ("gone", "gone, which the index names, is missing"),
-    ("a\0b", "is missing"),
+    ("a\0b", "no name of a file"),
+    ("ß" * 300, "name too long"),
     (3, "has no weight_map"),
   ],
 )

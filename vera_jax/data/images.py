@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -257,23 +258,23 @@ def prepare_images(
     except UserError as error:  # the file is named when it is decoded
       sha.update(str(error).encode())
   fingerprint = sha.hexdigest()
-  stored, lines = cache / f"{fingerprint}.npy", cache / f"{fingerprint}.json"
+  stored, lines = cache / f"{fingerprint}.rgb", cache / f"{fingerprint}.json"
   shape = (len(numbers), processor.height, processor.width, 3)
   try:
     check_file(stored, inside=cache, limit=TENSORS)
-    pixels = np.load(stored, mmap_mode="r", allow_pickle=False)
-    reasons = {int(i): why for i, why in read_json(lines).items()}
-    if pixels.shape != shape or pixels.dtype != np.uint8:
+    if stored.stat().st_size != math.prod(shape):
       raise ValueError
-  except (OSError, ValueError, EOFError, UserError):  # missing or damaged
+    pixels = np.memmap(stored, np.uint8, mode="r", shape=shape)
+    reasons = {int(i): str(why) for i, why in read_json(lines).items()}
+    if not reasons.keys() <= {*range(len(numbers))}:
+      raise ValueError
+  except (OSError, ValueError, UserError):  # missing or damaged
     try:
       cache.mkdir(parents=True, exist_ok=True)
       # both files by renaming, so that no process reads a half one
       with tempfile.TemporaryDirectory(dir=cache) as place:
-        new = Path(place) / "new.npy", Path(place) / "new.json"
-        pixels = np.lib.format.open_memmap(
-          new[0], mode="w+", dtype=np.uint8, shape=shape
-        )
+        new = Path(place) / "new.rgb", Path(place) / "new.json"
+        pixels = np.memmap(new[0], np.uint8, mode="w+", shape=shape)
         reasons = _decode(files, numbers, processor, pixels)
         pixels.flush()
         new[1].write_text(json.dumps(reasons))

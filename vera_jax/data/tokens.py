@@ -16,6 +16,7 @@ from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from vera_jax.data.completions import Completions, encode_completions
 from vera_jax.data.examples import Examples, subset
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.files import JSON, parse_json, read_bytes
+from vera_jax.files import DATA, JSON, open_file, parse_json, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,13 @@ _UNREADABLE = (
   ValueError,
   KeyError,
   EOFError,
+  MemoryError,
+  RuntimeError,  # a member that is encrypted, or packed in another way
+  SyntaxError,
+  TokenError,
   zipfile.BadZipFile,
   zlib.error,
+  UserError,
 )
 
 
@@ -441,13 +447,17 @@ def _load(
   if not path.is_file():
     return None
   try:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-      arrays = {name: stored[name] for name in stored.files}
+    with (
+      open_file(path, inside=path.parent, limit=DATA) as file,
+      np.load(file, allow_pickle=False) as stored,
+    ):
+      # a member that is no array comes as its bytes
+      arrays = {name: np.asarray(stored[name]) for name in stored.files}
     if not {*counts} <= {*arrays}:
       return None
     ids, types = arrays["ids"], arrays["token_types"]
     offsets, words = arrays["offsets"], arrays.get("words", arrays["ids"])
-    learned = arrays.get("learned", np.zeros(len(ids), bool))
+    learned = arrays.get("learned", np.zeros(ids.shape, bool))
     if (
       offsets.shape == (texts + 1,)
       and ids.shape == types.shape == words.shape == (offsets[-1],)

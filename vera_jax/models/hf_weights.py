@@ -426,12 +426,15 @@ def tensor_files(folder: Path) -> list[Path]:
   else:
     files = _shards(folder)
   for file in files:
-    if not (folder / file).exists():
-      raise UserError(
-        f"{folder / file}, which the index names, is missing; fetch or copy it"
-        " again."
-      )
-    check_file(folder / file, inside=folder, limit=TENSORS)
+    try:
+      check_file(folder / file, inside=folder, limit=TENSORS)
+    except UserError as error:
+      if isinstance(error.__cause__, FileNotFoundError):
+        raise UserError(
+          f"{folder / file}, which the index names, is missing; fetch or copy"
+          " it again."
+        ) from error
+      raise
   return [folder / file for file in files]
 
 

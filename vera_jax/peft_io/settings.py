@@ -118,11 +118,14 @@ def _settings(fields: Mapping[str, Any]) -> PeftSettings:
 
   def names(field: str) -> tuple[str, ...]:
     value = fields.get(field) or ()
-    return (value,) if isinstance(value, str) else tuple(value)
+    listed = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(name, str) for name in listed):
+      raise UserError(f"{field}={value!r}: names of modules are needed.")
+    return listed
 
   def pattern(field: str) -> str | tuple[str, ...] | None:
     value = fields.get(field)
-    return value if value is None or isinstance(value, str) else tuple(value)
+    return value if value is None or isinstance(value, str) else names(field)
 
   layers = fields.get("layers_to_transform")
   layers = [layers] if isinstance(layers, int) else layers
