@@ -1,6 +1,7 @@
 """GGUF files: every format by its definition, round trips, damaged files."""
 
 import math
+import os
 import struct
 
 import numpy as np
@@ -16,6 +17,7 @@ from vera_jax.models.gguf import (
   read_gguf,
   write_gguf,
 )
+from vera_jax.models.gguf_folder import gguf_folder
 
 RNG = np.random.default_rng(0)
 METADATA = {
@@ -300,6 +302,13 @@ def test_random_damage_never_ends_in_another_error(written, tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
   with pytest.raises(UserError, match="can't be read"):
     read_gguf(tmp_path / "none.gguf")
+
+
+def test_a_pipe_is_not_opened(tmp_path):
+  os.mkfifo(tmp_path / "a.gguf")
+  for read in (read_gguf, gguf_folder):
+    with pytest.raises(UserError, match="it is a pipe, not a regular file"):
+      read(tmp_path / "a.gguf")
 
 
 @pytest.mark.parity

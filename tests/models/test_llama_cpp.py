@@ -77,7 +77,9 @@ def rewritten(
   return out
 
 
-def compare(file: Path, load, *, length: int = LENGTH) -> None:
+def compare(
+  file: Path, load, *, length: int = LENGTH, bound: float = 1e-4
+) -> None:
   """The logits of one text here and there."""
   ids = np.random.default_rng(0).integers(0, ROWS, length)
   model, library = load(file)
@@ -99,8 +101,7 @@ def compare(file: Path, load, *, length: int = LENGTH) -> None:
   run = jax.jit(partial(made.module.model.apply, {"params": params}))
   ours = np.asarray(logits(run(jnp.asarray(ids[None]))))[0]
   assert np.abs(theirs).max() > 1
-  # its GELU is a table of float16, by which GPT-2 comes to 0.0012
-  assert np.abs(ours - theirs).max() < 5e-3
+  assert np.abs(ours - theirs).max() < bound
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,7 +110,9 @@ def test_llama_cpp_computes_what_we_write(kind, load, home, tmp_path):
   write_gguf_of(folder, tmp_path / "a.gguf", kind="gguf-f16")
   # it has no window for a Mistral
   length = 3 if kind == "mistral" else LENGTH
-  compare(rewritten(tmp_path / "a.gguf", {}), load, length=length)
+  bound = 2e-3 if kind == "gpt2" else 1e-4  # its GELU is a table of float16
+  file = rewritten(tmp_path / "a.gguf", {})
+  compare(file, load, length=length, bound=bound)
 
 
 LLAMA3 = {

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from vera_jax.errors import UserError
-from vera_jax.files import write_file
+from vera_jax.files import TENSORS, check_file, write_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # 3 differs by allowing big-endian files, which are refused
@@ -131,6 +131,8 @@ def read_gguf(file: str | Path) -> Gguf:
       (version 1, big-endian, one part of several, other quantisations).
   """
   file = Path(file)
+  if file.exists():
+    check_file(file, inside=None, limit=TENSORS)  # no pipe, no device
   try:
     data = np.memmap(file, np.uint8, mode="r")
   except (OSError, ValueError) as error:  # an empty file is a ValueError

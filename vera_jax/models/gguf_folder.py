@@ -18,7 +18,13 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from vera_jax.errors import UserError
-from vera_jax.files import cached_folder, sha256_of, write_json
+from vera_jax.files import (
+  TENSORS,
+  cached_folder,
+  check_file,
+  sha256_of,
+  write_json,
+)
 from vera_jax.models.gguf import (
   PLAIN,
   Blocks,
@@ -256,6 +262,7 @@ def gguf_folder(file: Path) -> Path:
     UserError: the file can't be read, or holds what isn't known here.
   """
   file = file.expanduser().resolve()
+  check_file(file, inside=None, limit=TENSORS)
   # The place counts too: a copy elsewhere gets a link of its own, which no
   # other process turns elsewhere.
   about = f"{LAYOUT} {sha256_of(file)} ".encode() + os.fsencode(file)
