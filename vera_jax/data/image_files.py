@@ -38,7 +38,7 @@ SPLITS = {
   "train": ("train", "training"),
   "test": ("test", "testing", "validation", "valid", "val", "dev"),
 }
-AT_ONCE = 8  # images that are taken from a Parquet file together
+UNPACKED = 2**28  # bytes that are taken from a Parquet file together
 MOST = np.iinfo(np.int32).max  # of a class's id
 LABELS = ("label", "labels", "fine_label", "class")
 
@@ -276,8 +276,10 @@ def _from_parquet(
         continue
       with open_parquet(path, inside=inside) as file:
         # few at a time: a file can name one large image many times
+        about = file.metadata.row_group(group)
+        at_once = max(1, min(8, UNPACKED // max(1, about.total_byte_size)))
         for batch in file.iter_batches(
-          AT_ONCE, row_groups=[group], columns=[image]
+          at_once, row_groups=[group], columns=[image]
         ):
           taken = here[(here >= 0) & (here < len(batch))]
           for value in batch.column(0).take(taken).to_pylist():

@@ -5,6 +5,7 @@ says. Prepared images are kept as bytes in one file, whose name is a hash of
 everything that decides its content; batches normalise them.
 """
 
+import ctypes
 import hashlib
 import io
 import json
@@ -43,6 +44,7 @@ LARGEST = 4096  # pixels of a prepared image's side
 # Pixels of all images that are decoded at one moment, each in eight bytes at
 # most; Pillow refuses an image of more.
 PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
+LARGE = 2**24  # pixels of an image whose memory is given back at once
 RESIZED = 2**25  # pixels of a whole image that is resized before it is cut
 ENCODED = 2**28  # bytes of encoded images that are in memory at once
 ORIENTATION = 0x0112  # of the camera, among EXIF's entries
@@ -82,7 +84,9 @@ class Processor(NamedTuple):
         _ROOM.taken(opened.width * opened.height),
       ):
         ImageOps.exif_transpose(opened, in_place=True)
-        return self.prepare(opened)
+        made = self.prepare(opened)
+        opened.close()  # before its room is another's
+        return made
     # a copy of a large image is not made in vain
     image = encoded
     if image.getexif().get(ORIENTATION, 1) != 1:
@@ -133,12 +137,14 @@ class _Room:
     try:
       yield
     finally:
+      if pixels > LARGE and hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)  # else glibc keeps as much for each thread
       with self._given_back:
         self._left += pixels
         self._given_back.notify_all()
 
 
-_ROOM = _Room()
+_ROOM, _LIBC = _Room(), ctypes.CDLL(None)
 
 
 def read_processor(folder: Path, *, size: int | None = None) -> Processor:

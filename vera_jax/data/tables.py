@@ -40,9 +40,9 @@ SHOWN = 20  # names of columns that a message lists
 # Cells that a table may have whose rows hold others than its columns are, and
 # rows of a Parquet file with fewer bytes than rows.
 CELLS, ROWS = 10_000_000, 1_000_000
-# Bytes that a Parquet file may be unpacked to: so many, and a hundred times its
-# own; and rows that are unpacked together.
-UNPACKED, RATIO, AT_ONCE = 2**29, 100, 64
+# Bytes that a Parquet file may be unpacked to: so many, or a hundred times its
+# own.
+UNPACKED, RATIO = 2**29, 100
 LIST = 4 * 2**30  # bytes of a list of JSON, which is held as a whole
 _PEEK = 4096  # bytes, of which few are blank
 csv.field_size_limit(2**31 - 1)  # characters of a cell; Python's is 131,072
@@ -202,7 +202,9 @@ def _json_list(content: bytes) -> Iterator[Row]:
 
 
 @contextmanager
-def open_parquet(path: Path, *, inside: Path | None = None) -> Iterator[Any]:
+def open_parquet(
+  path: Path, *, inside: Path | None = None, once: bool = False
+) -> Iterator[Any]:
   """A Parquet file, as `pyarrow.parquet.ParquetFile`.
 
   What it says that it holds is checked: a hundred kilobytes can be a million
@@ -211,6 +213,8 @@ def open_parquet(path: Path, *, inside: Path | None = None) -> Iterator[Any]:
   Args:
     path: of the file.
     inside: as for `open_file`.
+    once: whether a text or bytes that a column repeats are in memory once, as
+      Arrow's dictionaries.
 
   Raises:
     UserError: the file can't be read, then or while it is in use.
@@ -227,12 +231,26 @@ def open_parquet(path: Path, *, inside: Path | None = None) -> Iterator[Any]:
       unpacked = sum(
         about.row_group(i).total_byte_size for i in range(about.num_row_groups)
       )
-      if about.num_rows > max(ROWS, size) or unpacked > _room(size):
+      if (
+        about.num_rows > max(ROWS, size)
+        or about.num_rows * about.num_columns > max(CELLS, 8 * size)
+        or unpacked > _room(size)
+      ):
         raise UserError(
           f"{path} is not used: its {size:,} bytes would become"
-          f" {about.num_rows:,} rows, {unpacked:,} bytes."
+          f" {about.num_rows:,} rows of {about.num_columns:,} columns,"
+          f" {unpacked:,} bytes."
         )
-      yield file
+      if not once:
+        yield file
+        return
+      leaves = [file.schema.column(i) for i in range(about.num_columns)]
+      names = [x.path for x in leaves if x.physical_type == "BYTE_ARRAY"]
+      opened.seek(0)
+      with parquet.ParquetFile(
+        opened, metadata=about, read_dictionary=names
+      ) as file:
+        yield file
   except (pyarrow.ArrowException, OSError, ValueError) as error:
     raise UserError(f"{path} can't be read as Parquet: {error}") from error
 
@@ -248,10 +266,10 @@ def parquet_rows(path: Path, *, inside: Path | None = None) -> Iterator[Row]:
     UserError: the file can't be read.
   """
   number = unpacked = 0
-  with open_parquet(path, inside=inside) as file:
+  with open_parquet(path, inside=inside, once=True) as file:
     room = _room(path.stat().st_size)
-    for batch in file.iter_batches(AT_ONCE):
-      unpacked += batch.nbytes
+    for batch in file.iter_batches():
+      unpacked += sum(map(_unpacked, batch.columns))
       if unpacked > room:
         raise UserError(
           f"{path} is not used: unpacked it has more than {room:,} bytes, for"
@@ -260,6 +278,28 @@ def parquet_rows(path: Path, *, inside: Path | None = None) -> Iterator[Row]:
       for values in batch.to_pylist():
         number += 1
         yield Row(number, values)
+
+
+def _unpacked(array: Any) -> int:
+  """The bytes of an array of Arrow, each repeated text counted again."""
+  import pyarrow
+  from pyarrow import compute, types
+
+  kind = array.type
+  if types.is_dictionary(kind):
+    words = array.dictionary
+    if not isinstance(words, pyarrow.StringArray | pyarrow.BinaryArray):
+      return array.nbytes
+    return (
+      compute.sum(compute.binary_length(words).take(array.indices)).as_py() or 0
+    )
+  if types.is_map(kind):
+    return _unpacked(array.keys) + _unpacked(array.items)
+  if types.is_struct(kind):
+    return sum(map(_unpacked, array.flatten()))
+  if types.is_list(kind) or types.is_large_list(kind):
+    return _unpacked(array.flatten())
+  return array.nbytes
 
 
 def _room(size: int) -> int:
