@@ -19,6 +19,7 @@ from benchmarks import (
   matrices,
   meshes,
   methods,
+  others,
   preparation,
 )
 from benchmarks.plans import report as plans
@@ -69,6 +70,8 @@ def filled(page: str) -> str:
       made = matrices.markdown(read_json(source))
     elif source.name == "meshes.json":
       made = meshes.markdown(read_json(source))
+    elif source.name == "others.json":
+      made = others.markdown(read_json(source))
     elif source.name == "preparation.json":
       made = preparation.markdown(read_json(source))
     elif source.name.startswith("decode-"):

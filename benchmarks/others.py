@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -33,9 +34,10 @@ from tests.adapters.others.models import MODELS
 from tests.adapters.others.other import Other
 from vera_jax.adapters.apply import Adapted, adapt
 from vera_jax.adapters.ia3 import ia3
-from vera_jax.adapters.interface import PLANS, Adapter, Path, Target
-from vera_jax.adapters.lora import lora, lora_fa
-from vera_jax.adapters.magnitude import dora, dvora
+from vera_jax.adapters.interface import EMPTY, PLANS, Adapter, Target
+from vera_jax.adapters.interface import Path as Place
+from vera_jax.adapters.lora import lora
+from vera_jax.adapters.magnitude import dora
 from vera_jax.adapters.merge import merge
 from vera_jax.adapters.pvera import pvera
 from vera_jax.adapters.randlora import randlora
@@ -43,6 +45,7 @@ from vera_jax.adapters.sites import EVERY, count_layers, layer_path, matches
 from vera_jax.adapters.unilora import unilora
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
+from vera_jax.files import read_json
 
 RANK = 3
 METHODS: dict[str, Adapter] = {
@@ -50,16 +53,16 @@ METHODS: dict[str, Adapter] = {
   "lora": lora(RANK, alpha=2.0 * RANK),
   "dora": dora(RANK, alpha=2.0 * RANK),
   "ia3": ia3(),
-  "ia3, inputs": ia3(feedforward=(".*",)),
-  "vera, a pair per layer": vera(RANK, sharing="unique"),
-  "lora_fa": lora_fa(RANK),
-  "dvora": dvora(RANK),
+  "ia3 on inputs": ia3(feedforward=(".*",)),
+  "vera, a pair each": vera(RANK, sharing="unique"),
   "pvera": pvera(RANK),
   "randlora": randlora(RANK),
   "unilora": unilora(RANK, size=60),
 }
+FORMULAS = ("vera", "lora", "dora", "ia3", "ia3 on inputs")
 SHOWN = ("vera", "lora", "dora", "ia3")  # with a column each in the table
-ALL = (*PLANS, "auto")
+# By which plans gradients are taken.
+GRADIENTS = {"vera": (*PLANS, "auto"), "lora": ("auto",), "dora": ("auto",)}
 BAR = 1e-5  # of the largest output
 GRADIENT_BAR = 1e-4  # of the method's largest gradient
 # Moved less than this the adapter does nothing, and nothing is examined.
@@ -67,23 +70,26 @@ EFFECT = 1e-3
 
 
 def define_flags() -> None:
-  flags.DEFINE_string("models", "", "A pattern: only models that match it.")
-  flags.DEFINE_list("methods", list(METHODS), "Only these methods.")
+  flags.DEFINE_string(
+    "models",
+    "",
+    "A pattern: only these models' rows are made anew in the file.",
+  )
   flags.DEFINE_string("out", "results/benchmarks", "Where the file goes.")
 
 
 def main() -> None:
   given = flags.FLAGS
-  unknown = set(given.methods) - METHODS.keys()
-  if unknown:
-    raise UserError(f"No method {', '.join(unknown)}; {', '.join(METHODS)}.")
   made = environment("others")
-  made["models"], wrong = {}, []
+  made["models"] = {}
+  path, wrong = Path(given.out) / "others.json", []
+  if given.models and path.exists():
+    made["models"] = read_json(path)["models"]
   for name, other in MODELS.items():
     if not re.search(given.models, name):
       continue
     start = time.perf_counter()
-    found = examine(other, given.methods)
+    found = examine(other)
     made["models"][name] = found
     wrong += [f"{name}: {fault}" for fault in faults(found)]
     print(f"{name}: {found['layers']}, {time.perf_counter() - start:.0f} s")
@@ -93,7 +99,10 @@ def main() -> None:
 
 
 def examine(
-  other: Other, methods: Iterable[str] = METHODS, *, plans: Sequence[str] = ALL
+  other: Other,
+  methods: Iterable[str] = METHODS,
+  *,
+  plans: Mapping[str, Sequence[str]] = GRADIENTS,
 ) -> dict[str, Any]:
   """What holds for a model: its layers, what is refused, and by method how far
   the adapted model is from what it should be.
@@ -101,8 +110,7 @@ def examine(
   Args:
     other: the model.
     methods: names in `METHODS`.
-    plans: by which gradients are taken; of a method without a low-rank delta,
-      or without a formula here, by "auto" alone, if it is among them.
+    plans: by which gradients are taken, by method, of those in `FORMULAS`.
   """
   ready = Ready(other)
   targets, refused = ready.sites()
@@ -111,7 +119,8 @@ def examine(
     "layers": count_layers(targets) if targets else "none",
     "refused": {"/".join(path): why for path, why in refused.items()},
     "methods": {
-      name: ready.adapted(METHODS[name], targets, plans) for name in methods
+      name: ready.adapted(METHODS[name], targets, plans.get(name, ()))
+      for name in methods
     },
   }
 
@@ -154,51 +163,43 @@ class Ready:
 
   def __init__(self, other: Other) -> None:
     self.other, self.model = other, other.model
-    keys = {
-      stream: jax.random.key(i)
-      for i, stream in enumerate(("params", *other.streams))
-    }
-    self.rngs = {stream: keys[stream] for stream in other.streams}
-
-    def init(args: Any) -> Any:
-      return self.model.init(keys, *args, **other.kwargs)
-
-    variables = meta.unbox(self._with_arrays(init))
+    self.args = jax.tree.map(jnp.asarray, other.args)
+    streams = ("params", *other.streams)
+    keys = {name: jax.random.key(i) for i, name in enumerate(streams)}
+    self.rngs = {name: keys[name] for name in other.streams}
+    init = jax.jit(partial(self.model.init, **other.kwargs))
+    variables = meta.unbox(init(keys, *self.args))
     rng = np.random.default_rng(1)
 
     def move(leaf: Any) -> Any:
-      return leaf + jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype)
+      moved = np.asarray(leaf) + 0.1 * rng.normal(size=leaf.shape)
+      return jnp.asarray(moved, leaf.dtype)
 
     self.base = jax.tree.map(move, variables.pop("params"))
-    self.others = variables
     self.flat = flatten_dict(self.base)
-    self.plain = jax.jit(lambda params: self._with_arrays(self.run, params))
+    self.others = variables
+    self.every: dict[Place, Target] | None = None
+    self.plain = jax.jit(partial(self.run, self.model))
 
-  def _with_arrays(self, function: Callable[..., Any], *first: Any) -> Any:
-    """function(*first, args) on the model's inputs."""
-    return function(*first, self.other.args)
-
-  def run(self, params: Any, args: Any) -> Any:
-    """All numbers that the model returns, one after the other."""
-    variables = {**self.others, "params": params}
-    return numbers(
-      self.model.apply(variables, *args, rngs=self.rngs, **self.other.kwargs)
-    )
+  def run(self, module: nn.Module, params: Any, others: Any = EMPTY) -> Any:
+    """All numbers that a module returns, one after the other."""
+    variables = {**self.others, **others, "params": params}
+    y = module.apply(variables, *self.args, rngs=self.rngs, **self.other.kwargs)
+    return numbers(y)
 
   def module(self, adapter: Adapter, patterns: Any, **options: Any) -> Adapted:
     return adapt(self.model, adapter, targets=patterns, **options)
 
-  def find(self, patterns: Any) -> dict[Path, Target]:
-    return self.module(METHODS["vera"], patterns).find_targets(
-      *self.other.args, **self.other.kwargs
-    )
+  def find(self, patterns: Any) -> dict[Place, Target]:
+    module = self.module(METHODS["vera"], patterns)
+    return module.find_targets(*self.args, **self.other.kwargs)
 
-  def sites(self) -> tuple[dict[Path, Target], dict[Path, str]]:
+  def sites(self) -> tuple[dict[Place, Target], dict[Place, str]]:
     """The layers that can be adapted, and why each other matrix can't be."""
     try:
-      targets = self.find([EVERY])
+      targets = self.every = self.find([EVERY])
     except UserError:  # one for all
-      targets = {}
+      targets, self.every = {}, None
       for path in dict.fromkeys(path[:-1] for path in self.flat):
         with suppress(UserError):
           targets |= self.find([re.escape("/".join(path))])
@@ -216,7 +217,7 @@ class Ready:
         )
     return targets, refused
 
-  def refusal(self, path: Path) -> str:
+  def refusal(self, path: Place) -> str:
     """Why nothing at this path can be adapted."""
     name = "/".join(path)
     try:
@@ -230,7 +231,7 @@ class Ready:
     return f"{UNNAMED}: it counts as adapted"
 
   def adapted(
-    self, adapter: Adapter, targets: Mapping[Path, Target], plans: Any
+    self, adapter: Adapter, targets: Mapping[Place, Target], plans: Any
   ) -> dict[str, Any]:
     """A method on all of these layers but those that it refuses."""
     targets, refused = dict(targets), dict[str, str]()
@@ -252,13 +253,15 @@ class Ready:
     return {"layers": 0, "refused": refused}
 
   def _adapted(
-    self, adapter: Adapter, targets: dict[Path, Target], plans: Any
+    self, adapter: Adapter, targets: dict[Place, Target], plans: Any
   ) -> dict[str, Any]:
-    args, kwargs = self.other.args, self.other.kwargs
     patterns = [re.escape("/".join(path)) for path in targets]
+    if self.every == targets:
+      patterns = [EVERY]
     module = self.module(adapter, patterns)
-    variables = module.init_on(
-      {**self.others, "params": self.base}, jax.random.key(2), *args, **kwargs
+    init = jax.jit(partial(module.init_on, **self.other.kwargs))
+    variables = init(
+      {**self.others, "params": self.base}, jax.random.key(2), *self.args
     )
     params = flatten_dict(variables.pop("params"))
     start = {p: x for p, x in params.items() if adapter.owns(p[-1])}
@@ -267,73 +270,70 @@ class Ready:
       p: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype)
       for p, x in sorted(start.items())
     }
+    shared = variables.get("projections", {})
 
-    def run(module: nn.Module, own: Any) -> Any:
-      whole = {**variables, "params": unflatten_dict({**self.flat, **own})}
-      return numbers(module.apply(whole, *args, rngs=self.rngs, **kwargs))
+    def whole(own: Any, base: Any) -> Any:
+      return unflatten_dict({**base, **own})
 
-    def merged(own: Any) -> Any:
-      return merge(
-        unflatten_dict({**self.flat, **own}),
-        variables.get("projections", {}),
-        adapter=adapter,
-        targets=targets,
-      )
+    def adapted(module: nn.Module, own: Any, base: Any) -> Any:
+      return self.run(module, whole(own, base), variables)
 
-    def defined(own: Any) -> Any:
-      shared = variables.get("projections", {})
-      return self.by_definition(adapter, targets, own, shared)
+    def merged(own: Any, base: Any) -> Any:
+      params = whole(own, base)
+      return merge(params, shared, adapter=adapter, targets=targets)
 
-    def loss(outputs: Callable[[Any], Any], own: Any) -> tuple[Any, Any]:
-      y = outputs(own)
-      return jnp.sum(jnp.sin(y)), y
+    def defined(own: Any, base: Any) -> Any:
+      return self.by_definition(adapter, targets, own, base, shared)
 
-    adapted = jax.jit(partial(run, module))
-    base, y = self.plain(self.base), adapted(moved)
-    expected = self.plain(merged(moved))
-    row = {
-      "merged": distance(y, expected),
-      "effect": distance(y, base),
-    }
+    def slopes(outputs: Callable[..., Any]) -> Any:
+      """(gradients of the summed sines of the outputs, the outputs)."""
+
+      def loss(own: Any, base: Any) -> tuple[Any, Any]:
+        y = outputs(own, base)
+        return jnp.sum(jnp.sin(y)), y
+
+      return jax.jit(jax.grad(loss, has_aux=True))(moved, self.flat)
+
+    run = jax.jit(partial(adapted, module))
+    base, y = self.plain(self.base), run(moved, self.flat)
+    expected = self.plain(jax.jit(merged)(moved, self.flat))
+    row: dict[str, Any] = {"merged": distance(y, expected)}
+    row["effect"] = distance(y, base)
     if adapter.name != "unilora":  # whose theta starts away from 0
-      row["start"] = distance(adapted(start), base)
-    known = formula(adapter, start)
-    oracle: Callable[[Any], Any] = defined if known else merged
+      row["start"] = distance(run(start, self.flat), base)
+    known = formula(adapter)
     if known:
-      row["defined"] = distance(y, self.plain(defined(moved)))
-    if not (known and any(one.low_rank for one in adapter.methods)):
-      plans = [plan for plan in plans if plan == "auto"]
+      right = self.plain(jax.jit(defined)(moved, self.flat))
+      row["defined"] = distance(y, right)
     if not plans:
       return row
-    gradient = partial(jax.grad, has_aux=True)
-    slopes, _ = jax.jit(
-      gradient(partial(loss, lambda o: self._with_arrays(self.run, oracle(o))))
-    )(moved)
-    largest = max(float(jnp.abs(x).max()) for x in slopes.values())
+    wanted, _ = slopes(
+      lambda own, base: self.run(self.model, defined(own, base))
+    )
+    largest = max(float(jnp.abs(x).max()) for x in wanted.values())
     row["gradients"] = {}
     for plan in plans:
-      planned = module.clone(plan=plan)
       try:
-        found, again = jax.jit(gradient(partial(loss, partial(run, planned))))(
-          moved
-        )
+        found, y = slopes(partial(adapted, module.clone(plan=plan)))
       except UserError as error:
         row["gradients"][plan] = str(error)
         continue
-      apart = max(float(jnp.abs(found[p] - slopes[p]).max()) for p in slopes)
+      apart = max(float(jnp.abs(found[p] - wanted[p]).max()) for p in wanted)
       row["gradients"][plan] = apart / largest
-      row["merged"] = max(row["merged"], distance(again, expected))
+      row["merged"] = max(row["merged"], distance(y, expected))
     return row
 
   def by_definition(
     self,
     adapter: Adapter,
-    targets: Mapping[Path, Target],
-    own: Mapping[Path, Any],
+    targets: Mapping[Place, Target],
+    own: Mapping[Place, Any],
+    base: Mapping[Place, Any],
     shared: Mapping[str, Any],
   ) -> Any:
     """The base's parameters, each layer's replaced by the method's formula."""
-    flat = dict(self.flat)
+    flat, method = dict(base), formula(adapter)
+    assert method is not None
     for path, target in targets.items():
       layer = layer_path(path, target)
       leaves = {p[-1]: x for p, x in own.items() if p[:-1] == path}
@@ -344,7 +344,7 @@ class Ready:
       axes = [n for x, n in self.other.axes.items() if matches(x, path)]
       adapt_one = partial(
         adapted_kernel,
-        formula(adapter, own),
+        method,
         shared,
         axes[0] if axes else kernel.ndim - stacked - 1,
       )
@@ -356,22 +356,9 @@ class Ready:
     return unflatten_dict(flat)
 
 
-def formula(adapter: Adapter, own: Mapping[Path, Any]) -> str | None:
-  """The method by its leaves; None where no formula is written here."""
-  names = {path[-1] for path in own}
-  for method, leaves in FORMULAS.items():
-    if names <= leaves and adapter is METHODS.get(method):
-      return method
-  return None
-
-
-FORMULAS = {
-  "vera": {"vera_d", "vera_b"},
-  "lora": {"lora_A", "lora_B"},
-  "dora": {"lora_A", "lora_B", "magnitude_m"},
-  "ia3": {"ia3_out"},
-  "ia3, inputs": {"ia3_in"},
-}
+def formula(adapter: Adapter) -> str | None:
+  """The name of a method whose formula is in `adapted_kernel`."""
+  return next((x for x in FORMULAS if METHODS[x] is adapter), None)
 
 
 def adapted_kernel(
@@ -462,7 +449,7 @@ def markdown(result: Mapping[str, Any]) -> str:
   table = markdown_table(
     (
       *("model", "layers found", "refused"),
-      *(*SHOWN, "seven other methods", "gradients"),
+      *(*SHOWN, "other methods", "gradients"),
     ),
     rows,
     texts=3,

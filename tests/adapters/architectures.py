@@ -179,7 +179,7 @@ class Mixed(nn.Module):
 
   @nn.compact
   def __call__(self, ids):
-    x = nn.Embed(7, 4, name="table")(ids)
+    x: Any = nn.Embed(7, 4, name="table")(ids)
     x = nn.tanh(nn.Conv(4, (3,), 2, name="conv")(x))
     x = nn.RNN(nn.OptimizedLSTMCell(4, name="gates"))(x)
     x = nn.RNN(nn.MGUCell(4, name="cell"))(x)
@@ -238,7 +238,7 @@ class Bypassed(nn.Module):
     return x @ out.variables["params"]["kernel"]
 
 
-def bent(kind):
+def bent(kind: Any) -> Any:
   """A class derived from one of flax's layers that does more than it."""
 
   class Bent(kind):

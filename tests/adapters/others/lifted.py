@@ -382,7 +382,7 @@ MODELS = {
     "google/flax: nn.WeightNorm", WeightNormed(), (X,), axes=HEADS
   ),
   "flax's SpectralNorm": Other(
-    "google/flax: nn.SpectralNorm", SpectralNormed(), (X, False)
+    "google/flax: nn.SpectralNorm", SpectralNormed(), (X,), {"update": False}
   ),
   "flax's map_variables": Other(
     "google/flax: nn.map_variables", MappedLayers(), (X,)

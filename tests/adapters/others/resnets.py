@@ -2,6 +2,7 @@
 octo, big_vision and scenic define them: a class that overrides `param` and
 inherits `__call__`."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -165,9 +166,9 @@ class HybridViT(nn.Module):
 class FilmConditioning(nn.Module):
   @nn.compact
   def __call__(self, x, words):
-    zeros = {"kernel_init": nn.initializers.zeros}
-    add = nn.Dense(x.shape[-1], **zeros)(words)[:, None, None]
-    scale = nn.Dense(x.shape[-1], **zeros)(words)[:, None, None]
+    dense = partial(nn.Dense, x.shape[-1], kernel_init=nn.initializers.zeros)
+    add = dense()(words)[:, None, None]
+    scale = dense()(words)[:, None, None]
     return x * (1 + add) + scale
 
 

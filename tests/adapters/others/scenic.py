@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tests.adapters.others.other import HEADS, Other, normal
 
@@ -76,7 +77,7 @@ class MaskedConv(nn.Conv):
   sizes are returned, too."""
 
   @nn.compact
-  def __call__(self, x, sizes):
+  def __call__(self, x, sizes):  # type: ignore[override]
     y = super().__call__(x)
     sizes = (sizes - 1) // self.strides + 1
     rows = jnp.arange(y.shape[1])[None] < sizes[:, :1]
@@ -133,7 +134,7 @@ class Ponder(nn.Module):
     steps = nn.scan(
       step,
       variable_broadcast="shared_params",
-      variable_axes={"params": 0, "projections": 0},
+      variable_axes={"params": 0},
       split_rngs={"params": False},
       length=3,
     )
@@ -152,7 +153,7 @@ MODELS = {
   "scenic's masked convolutions": Other(
     ORIGIN + "masked_layers, SqueezeAndExcite",
     MaskedNet(),
-    (normal(2, 8, 8, 3), jnp.asarray([[8, 6], [4, 8]])),
+    (normal(2, 8, 8, 3), np.asarray([[8, 6], [4, 8]])),
   ),
   "scenic's PonderNet": Other(
     ORIGIN + "baselines/pondernet", Ponder(), (normal(2, 4),)
