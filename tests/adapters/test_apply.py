@@ -1,5 +1,6 @@
 """Adapters on any linen model: what is matched, and what is left alone."""
 
+import inspect
 from functools import partial
 
 import flax.linen as nn
@@ -8,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from vera_jax.adapters.apply import adapt, adapter_size, find_targets
+from vera_jax.adapters.base_leaves import bitfit
+from vera_jax.adapters.chain import chain
+from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Target
 from vera_jax.adapters.labels import count, label_tree
 from vera_jax.adapters.lora import lora
@@ -104,6 +109,54 @@ def test_a_pattern_without_a_match_lists_the_layers():
 def test_one_text_is_not_a_list_of_patterns():
   with pytest.raises(UserError, match="give a list"):
     adapt(Net(), vera(3), targets="query")
+
+
+BOUND = Net().bind({"params": {}})
+ON_QUERY = tuple(link._replace(on=("query",)) for link in (vera(2), ia3()))
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"model": nnx.Linear(2, 2, rngs=nnx.Rngs(0))}, "the nnx module Linear"),
+    ({"model": Net}, r"the class Net; give a module of it: Net\(\.\.\.\)"),
+    ({"model": np.tanh}, "The model is <ufunc 'tanh'>; give a module of"),
+    ({"model": None}, "The model is None"),
+    ({"model": BOUND}, "a Net, is bound"),
+    (
+      {"model": adapt(Net(), lora(2), targets=["query"])},
+      r"an adapter already, lora: .* chain\(first, second\)",
+    ),
+    ({"adapter": vera}, "The adapter is <function vera"),
+    ({"targets": None}, "targets is None"),
+    ({"targets": []}, r"targets is empty, but vera .*\['\.\*'\]"),
+    ({"adapter": bitfit()}, "bitfit .* no layers, but targets is"),
+    ({"fused": {"qury": {"q": (0, 1)}}}, "'qury' of `fused`.*\n  query"),
+    ({"fused": {"query": {"q": (0, 9)}}}, "'q' of query has the columns 0"),
+    ({"adapter": ia3(feedforward=["ot"])}, "ia3 names 'ot', which is none"),
+    (
+      {"adapter": chain(vera(2)._replace(on=("qury",)), bitfit())},
+      "vera names 'qury', which is none of the targets: query",
+    ),
+    (
+      {
+        "adapter": chain(*ON_QUERY),
+        "targets": ["query", "query_out"],
+      },
+      r"None of the methods of vera\+ia3 is on the targets query_out",
+    ),
+  ],
+  ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
+)
+def test_what_names_nothing_is_refused(changes, message):
+  given = {"model": Net(), "adapter": vera(2), "targets": ["query"]} | changes
+  # without the hook that checks types here, which users have not
+  as_users_call = inspect.unwrap(adapt), inspect.unwrap(find_targets)
+  with pytest.raises(UserError, match=message):
+    as_users_call[0](**given).find_targets(X)
+  if "model" in changes:
+    with pytest.raises(UserError, match=message):
+      as_users_call[1](given["model"], ["query"], X)
 
 
 def test_layers_with_a_kernel_per_row_are_no_targets():

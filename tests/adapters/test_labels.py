@@ -143,6 +143,21 @@ def test_another_heads_name():
   assert names(labels, HEAD) == {"pooler/dense/kernel", "pooler/dense/bias"}
 
 
+def test_a_heads_pattern_that_matches_nothing_is_refused():
+  """It is about whole paths. A decoder has no head of its own to name."""
+  shapes = shapes_of("bert", "vera")
+  for pattern in ("clasifier/.*", "classifier", "kernel"):
+    with pytest.raises(
+      UserError, match=rf"'{pattern}' .*(.|\n)*\n  classifier"
+    ):
+      label_tree(shapes, "vera", head=pattern)
+  with pytest.raises(UserError, match="no proper regular expression"):
+    label_tree(shapes, "vera", head="(classifier")
+  headless = {k: x for k, x in shapes.items() if k != "classifier"}
+  assert names(label_tree(headless, "vera"), ADAPTER) == LEAVES["vera"]
+  assert not names(label_tree(shapes, "vera", head=""), HEAD)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_join_undoes_split(method):
   shapes = shapes_of("bert", method)

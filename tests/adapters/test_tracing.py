@@ -68,6 +68,35 @@ def test_what_calls_do_not_show_is_no_target(model, target, message):
     adapt(model, vera(RANK), targets=[target]).find_targets(x)
 
 
+class Own(nn.Module):
+  """A layer of somebody's own, as T5X has them."""
+
+  @nn.compact
+  def __call__(self, x):
+    first = nn.initializers.normal()
+    return x @ self.param("kernel", first, (x.shape[-1], 3))
+
+
+class OwnLayers(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return Own(name="query")(Own(name="key")(x))
+
+
+@pytest.mark.parametrize("target", ["query", "q", ".*"])
+def test_a_model_without_known_layers_says_so_of_each(target):
+  with pytest.raises(UserError) as error:
+    find_targets(OwnLayers(), [target], jnp.ones((2, 4)))
+  told = str(error.value)
+  assert "No layer of this model can be adapted:\n  key: its kernel is" in told
+  assert "\n  query: its kernel is read without a call of a known layer" in told
+
+
+def test_a_model_without_matrices_says_so():
+  with pytest.raises(UserError, match="The model has no layer with a matrix"):
+    find_targets(nn.LayerNorm(), [".*"], jnp.ones((2, 4)))
+
+
 def test_every_layer_is_asked_for_without_those_never_called():
   """One pattern names none in particular."""
   found = find_targets(Bypassed(), [".*"], jnp.ones((2, 4)))

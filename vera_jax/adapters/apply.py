@@ -7,7 +7,7 @@ layers are intercepted by path.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -33,6 +33,7 @@ from vera_jax.adapters.products import (
   choose,
 )
 from vera_jax.adapters.sites import (
+  EVERY,
   Fused,
   all_sites,
   arrays_at,
@@ -41,6 +42,7 @@ from vera_jax.adapters.sites import (
   layer_path,
   make_shared,
   map_sites,
+  matches,
   own_leaves,
 )
 from vera_jax.adapters.tracing import trace_sites
@@ -83,10 +85,30 @@ class Adapted(nn.Module):
 
   @nn.nowrap
   def find_targets(self, *args: Any, **kwargs: Any) -> dict[Path, Target]:
-    """The sites that the adapter is on, by path."""
-    return find_targets(
+    """The sites that the adapter is on, by path.
+
+    Raises:
+      UserError: as for `find_targets`, or a pattern that one of the adapter's
+        methods has (`on`, IA3's `feedforward`) matches none of the targets, or
+        a target is one of none of a chain's methods.
+    """
+    targets = find_targets(
       self.model, self.targets, *args, fused=self.fused, **kwargs
     )
+    for link in self.adapter.methods:
+      for pattern in (*link.on, *link.apart):
+        if not any(matches(pattern, path) for path in targets):
+          raise UserError(
+            f"{link.name} names {pattern!r}, which is none of the targets:"
+            f" {_listed(targets)}."
+          )
+    idle = [p for p in targets if not _has_method(self.adapter, p)]
+    if idle:
+      raise UserError(
+        f"None of the methods of {self.adapter.name} is on the targets"
+        f" {_listed(idle)}: name them in a method's `on`, or leave them out."
+      )
+    return targets
 
   @nn.nowrap
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -158,12 +180,73 @@ def adapt(
     plan: how low-rank deltas are multiplied, a name in `products.PLANS`, or
       "auto": the cheapest for each shape.
     forwards: how often a training step runs the forward pass; 2 under remat.
+
+  Raises:
+    UserError: one of these is something else, or no targets are named.
   """
-  if isinstance(targets, str):
+  _check_model(model)
+  if not isinstance(adapter, Adapter):
+    raise UserError(
+      f"The adapter is {adapter!r}; give what a method's function returns, such"
+      " as vera(rank=256)."
+    )
+  listed = isinstance(targets, Sequence) and not isinstance(targets, str)
+  if not listed or not all(isinstance(pattern, str) for pattern in targets):
     raise UserError(f"targets is {targets!r}; give a list of patterns.")
+  on_layers = any(link.init or link.weights for link in adapter.methods)
+  if on_layers and not targets:
+    raise UserError(
+      f"targets is empty, but {adapter.name} is put on layers: name some, or"
+      f" all that can be adapted by [{EVERY!r}]."
+    )
+  if targets and not on_layers:
+    raise UserError(
+      f"{adapter.name} trains leaves of the base and is put on no layers, but"
+      f" targets is {targets!r}: give []."
+    )
   fixed: Any = FrozenDict({key: dict(parts) for key, parts in fused.items()})
   return Adapted(
     model, adapter, tuple(targets), fixed, check_plan(plan), forwards
+  )
+
+
+def _check_model(model: Any) -> None:
+  """Raises a UserError for what is no unbound linen module."""
+  given = f"The model is {model!r}"
+  if isinstance(model, type):
+    given = f"The model is the class {model.__name__}"
+    if issubclass(model, nn.Module):
+      raise UserError(f"{given}; give a module of it: {model.__name__}(...).")
+  elif any(x.__module__.startswith("flax.nnx") for x in type(model).__mro__):
+    raise UserError(
+      f"The model is the nnx module {type(model).__name__}; adapters are put on"
+      " modules of flax.linen."
+    )
+  if not isinstance(model, nn.Module):
+    raise UserError(f"{given}; give a module of flax.linen.")
+  if isinstance(model, Adapted):  # of two calls one would be passed by
+    raise UserError(
+      f"The model has an adapter already, {model.adapter.name}: put both on at"
+      " once, by chain(first, second)."
+    )
+  if model.scope is not None:
+    raise UserError(
+      f"The model, a {type(model).__name__}, is bound to variables, or lies in"
+      " another module. Give it unbound (model.unbind() has it), or adapt the"
+      " outermost module."
+    )
+
+
+def _listed(paths: Iterable[Path]) -> str:
+  return ", ".join("/".join(path) for path in paths)
+
+
+def _has_method(adapter: Adapter, path: Path) -> bool:
+  """Whether one of the adapter's methods is on the site."""
+  return any(
+    is_on(link, path)
+    for link in adapter.methods
+    if link.init or link.weights or adapter.links == ()
   )
 
 
@@ -188,6 +271,7 @@ def find_targets(
   Raises:
     UserError: a pattern matches no site; the message lists those there are.
   """
+  _check_model(model)
   return trace_sites(model, patterns, *args, fused=fused, **kwargs)[0]
 
 

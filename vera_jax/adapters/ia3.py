@@ -64,4 +64,5 @@ def ia3(*, feedforward: Sequence[str] = ()) -> Adapter:
     forward=forward,
     draws=False,
     prepare=as_they_are,
+    apart=tuple(feedforward),
   )

@@ -178,6 +178,8 @@ class Adapter(NamedTuple):
     links: the methods of a chain, in order; () for a single method.
     on: patterns of the sites that a link of a chain is on; () for all sites of
       the chain.
+    apart: patterns of the sites that the method treats in another way, each of
+      which has to match one.
   """
 
   name: str
@@ -192,6 +194,7 @@ class Adapter(NamedTuple):
   prepare: Callable[[Leaves, Site], Leaves] | None = None
   links: tuple["Adapter", ...] = ()
   on: tuple[str, ...] = ()
+  apart: tuple[str, ...] = ()
 
   @property
   def methods(self) -> tuple["Adapter", ...]:

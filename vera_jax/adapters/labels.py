@@ -26,7 +26,7 @@ def label_tree(
   params: Mapping[str, Any],
   method: Adapter | str,
   *,
-  head: str = "classifier/.*",
+  head: str | None = None,
   fixed: str = "",
   new: Collection[Path] = (),
 ) -> dict[str, Any]:
@@ -35,13 +35,15 @@ def label_tree(
   Args:
     params: the whole parameter tree, or its shapes.
     method: the adapter, or a method's name.
-    head: pattern of the head's leaves.
+    head: pattern of the head's leaves, over whole paths; None for
+      "classifier/.*", if there are such, and "" for no head.
     fixed: pattern of leaves that no method trains.
     new: paths of leaves that the checkpoint lacks: they start at random and are
       trained with the head, unless they are the adapter's own.
 
   Raises:
-    UserError: the method trains leaves of the base, of which this one has none.
+    UserError: the head's pattern matches no leaf; or the method trains leaves
+      of the base, of which this one has none.
   """
   adapter = adapter_named(method) if isinstance(method, str) else method
   flat = flatten_dict(dict(params))
@@ -52,11 +54,20 @@ def label_tree(
       " model has none; choose another method or pattern."
     )
 
+  if head and not any(find(head, "/".join(path)) for path in flat):
+    modules = dict.fromkeys("/".join(path[:-1]) or path[-1] for path in flat)
+    raise UserError(
+      f"The head's pattern {head!r} matches no leaf's whole path, so that no"
+      " head would be trained. The modules that hold leaves are:\n  "
+      + "\n  ".join(modules)
+    )
+  pattern = "classifier/.*" if head is None else head
+
   def label(path: Path) -> str:
     name = "/".join(path)
     if re.fullmatch(fixed, name):
       return FROZEN
-    if re.fullmatch(head, name):
+    if find(pattern, name):
       return HEAD
     if adapter.owns(path[-1]):
       return ADAPTER

@@ -4,7 +4,7 @@ The model's own code is left alone. Its layers' calls are noted by path while
 its shapes are traced; nothing is computed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -39,6 +39,8 @@ from vera_jax.adapters.sites import (
   parts_of,
 )
 from vera_jax.errors import UserError
+
+SHOWN = 20  # layers that can't be adapted, in a message
 
 
 class Call(NamedTuple):
@@ -296,6 +298,8 @@ def trace_sites(
       )
       layers[*path, name] = call
   held, other = _uncalled(traced)
+  unfit = held | other
+  _check_parts(fused, calls, unfit)
   for pattern in patterns:
     named = any(matches(pattern, path) for path in found)
     wrong = {} if pattern == EVERY else held if named else held | other
@@ -304,12 +308,12 @@ def trace_sites(
       listed = "\n  ".join(f"{'/'.join(p)}: {why}" for p, why in wrong.items())
       raise UserError(
         f"The target pattern {pattern!r} matches what no adapter would run"
-        f" on:\n  {listed}\n{_there(found)}"
+        f" on:\n  {listed}\n{_there(found, {} if found else unfit)}"
       )
     if not named:
       raise UserError(
         f"No layer's path ends in the target pattern {pattern!r}."
-        f" {_there(found)}"
+        f" {_there(found, unfit)}"
       )
   chosen = [p for p in found if any(matches(x, p) for x in patterns)]
   for path in chosen:
@@ -333,9 +337,41 @@ def trace_sites(
   )
 
 
-def _there(found: Mapping[Path, Target]) -> str:
-  there = "\n  ".join("/".join(path) for path in found)
-  return f"The layers that can be adapted are:\n  {there}"
+def _check_parts(
+  fused: Fused, calls: Mapping[Path, Call], unfit: Mapping[Path, str]
+) -> None:
+  """Raises a UserError for parts of layers that there are not, or of columns
+  that their kernels have not, or that two of them share."""
+  for pattern in fused:
+    if not any(matches(pattern, path) for path in (*calls, *unfit)):
+      raise UserError(
+        f"No layer's path ends in the pattern {pattern!r} of `fused`."
+        f" {_there(calls, unfit)}"
+      )
+  for path, call in calls.items():
+    done = 0
+    parts = parts_of(path, fused)
+    for name, (first, last) in sorted(parts.items(), key=lambda x: x[1]):
+      if not done <= first < last <= call.outputs:
+        raise UserError(
+          f"The part {name!r} of {'/'.join(path)} has the columns {first} to"
+          f" {last}; parts must not overlap, and the kernel has {call.outputs}"
+          " columns."
+        )
+      done = last
+
+
+def _there(found: Collection[Path], unfit: Mapping[Path, str]) -> str:
+  """The layers that can be adapted, or without one why those there can't."""
+  if found:
+    there = "\n  ".join("/".join(path) for path in found)
+    return f"The layers that can be adapted are:\n  {there}"
+  if not unfit:
+    return "The model has no layer with a matrix."
+  lines = [f"{'/'.join(path)}: {why}" for path, why in unfit.items()]
+  more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+  there = "\n  ".join((*lines[:SHOWN], *more))
+  return f"No layer of this model can be adapted:\n  {there}"
 
 
 def _uncalled(

@@ -187,7 +187,8 @@ class Family(NamedTuple):
       "classification" gives outputs [rows, slots, outputs], one for each
       example; "token_classification" [rows, length, outputs], one for each
       token; "language_modelling" `decoder.Words`, for each read position.
-    head: pattern of the paths of the head, which every method trains.
+    head: pattern of the paths of the head, which every method trains; None for
+      "classifier/.*", if there are such.
     output: pattern of the paths of a pretrained output layer, which the method
       "head" trains and others leave as it is; "" where tasks bring a head.
     fixed: pattern of the paths of leaves that no method trains, such as running
@@ -209,7 +210,7 @@ class Family(NamedTuple):
   rules: tuple[tuple[str, tuple[str | None, ...]], ...]
   room: Callable[[Any], int]
   classes: Mapping[str, str]
-  head: str = "classifier/.*"
+  head: str | None = None
   output: str = ""
   fixed: str = ""
   stacks: bool = True
