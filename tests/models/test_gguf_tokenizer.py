@@ -139,6 +139,22 @@ def test_other_parts_are_not_lost(changes, message, words):
     tokenizer_metadata(changed(words, **changes), rows=ROWS)
 
 
+def test_what_is_written_is_read_as_the_same_tokenizer(words):
+  """Whatever the reason: here an id's padding has the name of a token."""
+  made = json.loads((words / "tokenizer.json").read_text())
+  odd = {**made["added_tokens"][1], "content": "[PAD47]"}
+  changed(words, added_tokens=[made["added_tokens"][0], odd])
+  with pytest.raises(UserError, match="not be read again .*are there twice"):
+    tokenizer_metadata(words, rows=ROWS)
+  # a padding of texts is none of ids
+  padding = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_id": 0}
+  padding |= {"pad_to_multiple_of": None, "pad_type_id": 0, "pad_token": "a"}
+  changed(words, added_tokens=made["added_tokens"], padding=padding)
+  assert not tokenizer_metadata(words, rows=ROWS)[
+    "tokenizer.ggml.add_bos_token"
+  ]
+
+
 def test_a_token_that_is_looked_for_in_changed_texts(scored):
   changed(scored, added_tokens__1__normalized=True)
   with pytest.raises(UserError, match="its token '<s>' is normalized"):
@@ -253,6 +269,26 @@ def test_a_token_of_two_megabytes_is_refused_at_once(kind):
   with pytest.raises(UserError, match=f"more than {LONGEST} letters"):
     tokenizer_files(about, source="a.gguf")
   assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+  "kind, words",
+  [(1, "made of one another in"), (3, "special tokens have more")],
+)
+def test_tokens_that_come_to_much_together_are_refused(kind, words):
+  """Four megabytes of them would be two million merges, or take minutes."""
+  tokens = ["<unk>", "<s>", "</s>", *("a" * n for n in range(1, 4097, 2))]
+  tokens += ["a" * n for n in range(2, 200, 2)]
+  count = len(tokens) - 3
+  about = SCORED | {
+    "tokenizer.ggml.tokens": tokens,
+    "tokenizer.ggml.scores": -np.arange(len(tokens), dtype=np.float32),
+    "tokenizer.ggml.token_type": np.array([2, 3, 3] + [kind] * count, np.int32),
+  }
+  start = time.monotonic()
+  with pytest.raises(UserError, match=words):
+    tokenizer_files(about, source="a.gguf")
+  assert time.monotonic() - start < 10
 
 
 def test_merges_are_all_cuts_into_two_tokens():

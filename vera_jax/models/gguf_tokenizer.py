@@ -56,6 +56,12 @@ SPECIAL = {
 # What llama.cpp takes where a header with scores doesn't say.
 STANDARD = {"unk_token": 0, "bos_token": 1, "eos_token": 2}
 LONGEST = 4096  # letters of a token: those of real files have at most hundreds
+WHOLE = 2**20  # letters of all special tokens, which are looked for together
+MERGED = 2**25  # letters of all merges: those of real files have some millions
+PROBES = (  # texts whose ids are compared when a tokenizer is written
+  "Hello, world! It's 12,345.60 in May - don't you THINK so?",
+  "def f(x):\n    return [x**2, -1e-5]\t# café ½ 你好 😀\r\n",
+)
 # The ends of a turn and of a message, where others end these than texts.
 MORE_ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 PADDING = "[PAD{}]"  # llama.cpp's name of an id that has no token
@@ -169,7 +175,10 @@ def tokenizer_files(
     scores, starts = get("scores", np.ndarray), True
     if scores is None or len(scores) != len(tokens):
       raise refuse("its tokens have no scores")
-    merges = merges_of(tokens, scores, types)
+    try:
+      merges = merges_of(tokens, scores, types)
+    except UserError as error:
+      raise refuse(str(error).rstrip(".")) from error
     unknown = special.get("unk_token", tokens[0])
     options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
     spaces: list[Any] = [normalizers.Replace(" ", SPACE)]
@@ -193,12 +202,14 @@ def tokenizer_files(
     )
   for name, part in parts.items():
     setattr(made, name, part)
-  whole = (UNKNOWN, CONTROL, USER_DEFINED)
+  kinds = (UNKNOWN, CONTROL, USER_DEFINED)
+  whole = [(tokens[i], t) for i, t in enumerate(types) if t in kinds]
+  if sum(len(token) for token, _ in whole) > WHOLE:
+    raise refuse(f"its special tokens have more than {WHOLE:,} letters")
   made.add_tokens(
     [
-      AddedToken(tokens[i], special=bool(t != USER_DEFINED), normalized=False)
-      for i, t in enumerate(types)
-      if t in whole
+      AddedToken(token, special=bool(t != USER_DEFINED), normalized=False)
+      for token, t in whole
     ]
   )
   bos, eos = (special.get(f"{name}_token") for name in ("bos", "eos"))
@@ -254,6 +265,8 @@ def tokenizer_metadata(folder: Path, *, rows: int) -> dict[str, Any]:
   check_tokenizer(folder)
   try:
     loaded = Tokenizer.from_file(str(file))
+    loaded.no_padding()
+    loaded.no_truncation()
     made = read_json(file)
     model, added = made["model"], made["added_tokens"]
     vocabulary = dict(model["vocab"])
@@ -383,11 +396,24 @@ def tokenizer_metadata(folder: Path, *, rows: int) -> dict[str, Any]:
     template = read_bytes(file, inside=folder, limit=JSON).decode("utf-8")
   if isinstance(template, str):
     about[TEMPLATE] = template
+  # what is written is read as the same tokenizer
+  try:
+    files = tokenizer_files(about, source=folder)
+  except UserError as error:
+    raise refuse(f"its tokenizer would not be read again ({error})") from error
+  again = Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+  for text in PROBES:
+    if again.encode(text).ids != loaded.encode(text).ids:
+      raise refuse(f"its tokenizer would be read as another one, by {text!r}")
   return about
 
 
 def merges_of(tokens: list[str], scores: Any, types: Any) -> list[tuple]:
-  """The merges that scores mean: each token's cuts in two, best token first."""
+  """The merges that scores mean: each token's cuts in two, best token first.
+
+  Raises:
+    UserError: there are more of them than any real vocabulary has.
+  """
   skip = {UNKNOWN, CONTROL, BYTE, UNUSED}
   known = {
     token: i
@@ -395,13 +421,18 @@ def merges_of(tokens: list[str], scores: Any, types: Any) -> list[tuple]:
     if kind not in skip
   }
   lengths = set(map(len, known))  # of few tokens all cuts are looked at
-  found = [
-    (-float(scores[i]), known[token[:cut]], known[token[cut:]])
-    for token, i in known.items()
-    for cut in range(1, len(token))
-    if cut in lengths and len(token) - cut in lengths
-    if token[:cut] in known and token[cut:] in known
-  ]
+  found, letters = [], 0
+  for token, i in known.items():
+    for cut in range(1, len(token)):
+      if cut in lengths and len(token) - cut in lengths:
+        left, right = known.get(token[:cut]), known.get(token[cut:])
+        if left is not None and right is not None:
+          found.append((-float(scores[i]), left, right))
+          letters += len(token)
+    if letters > MERGED:  # a file of 8 MB could have 8 million long ones
+      raise UserError(
+        f"Its tokens are made of one another in {len(found):,} ways and more."
+      )
   return [(tokens[left], tokens[right]) for _, left, right in sorted(found)]
 
 
