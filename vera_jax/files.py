@@ -17,6 +17,7 @@ import stat
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -46,7 +47,9 @@ KINDS: dict[Callable[[int], bool], str] = {
 }
 
 
-def open_file(file: str | Path, *, inside: Path | None, limit: int) -> BinaryIO:
+def open_file(
+  file: str | Path, *, inside: Path | None, limit: int
+) -> BufferedReader:
   """Open a file that comes from elsewhere, to read its bytes.
 
   Args:

@@ -299,11 +299,9 @@ def make_projections(
   `rows` as in `make_pair`, of a shared pair.
   """
   check_choices(seed=seed, init=init, sharing=sharing)
-  pairs = [s for s in sites.values() for _ in range(math.prod(s.stack))]
-  widths = [s.inputs + s.outputs for s in pairs]
-  if init != STRUCTURED:
-    own = sum(widths) if sharing == "unique" else max(widths, default=0)
-    check_entries(max(rank, rows or 0) * own, sites)
+  if sharing == "unique" and init != STRUCTURED:
+    own = [(t.inputs + t.outputs) * math.prod(t.stack) for t in sites.values()]
+    check_entries(rank * sum(own), sites)
   if sharing == "shared" and init == STRUCTURED:
     found: dict[str, Matrix] = {}
     for size in sorted({(t.inputs, t.outputs) for t in sites.values()}):
@@ -314,6 +312,7 @@ def make_projections(
     inputs = max(t.inputs for t in sites.values())
     outputs = max(t.outputs for t in sites.values())
     size = inputs, outputs
+    check_entries((rows or rank) * inputs + rank * outputs, sites)
     return dict(make_pair(rank, *size, seed=seed, init=init, rows=rows))
   tree: dict[Path, Array] = {}
   for path, site in sites.items():

@@ -270,7 +270,7 @@ def prepare_images(
     check_file(stored, inside=cache, limit=TENSORS)
     if stored.stat().st_size != math.prod(shape):
       raise ValueError
-    pixels = np.memmap(stored, np.uint8, mode="r", shape=shape)
+    pixels: np.ndarray = np.memmap(stored, np.uint8, mode="r", shape=shape)
     reasons = {int(i): str(why) for i, why in read_json(lines).items()}
     if not reasons.keys() <= {*range(len(numbers))}:
       raise ValueError
