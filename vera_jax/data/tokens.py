@@ -180,7 +180,7 @@ class FolderTokenizer:
       key.update(f"{file.name} {content}\n".encode())
     path = self._cache / f"tokenizer-{key.hexdigest()}.json"
     try:
-      stored = parse_json(read_bytes(path, inside=None, limit=JSON))
+      stored = parse_json(read_bytes(path, inside=self._cache, limit=JSON))
       digest, pad_id, bos, eos, template = stored
       bos, eos = (None if i is None else int(i) for i in (bos, eos))
       return TokenizerInfo(str(digest), int(pad_id), bos, eos, str(template))
@@ -465,7 +465,10 @@ def _load(
       and learned.shape == ids.shape
       and learned.dtype == bool
       and offsets.dtype == np.int64
-      and arrays["truncated"].shape == ()
+      and all(
+        arrays[name].shape == () and arrays[name].dtype.kind == "i"
+        for name in ("truncated", *counts)
+      )
     ):
       return arrays
   except _UNREADABLE as error:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vera_jax.errors import UserError
 from vera_jax.models import part
 from vera_jax.models.attention import (
   ACTIVATIONS,
@@ -89,7 +90,13 @@ class BertConfig:
   def checked(cls, fields: Mapping[str, Any]) -> "BertConfig":
     """Of fields that all have BERT's names."""
     one_of({"hidden_act": "gelu", **fields}, "hidden_act", ACTIVATIONS)
-    return take_fields(cls, fields)
+    config = take_fields(cls, fields)
+    if config.first_position >= config.max_position_embeddings:
+      raise UserError(
+        f"config.json: with pad_token_id {config.pad_token_id} none of the"
+        f" {config.max_position_embeddings} positions is left for a text."
+      )
+    return config
 
   @property
   def first_position(self) -> int:

@@ -384,7 +384,8 @@ def take_fields(cls: type, fields: Mapping[str, Any]) -> Any:
   """A config dataclass from the fields of the same names.
 
   Raises:
-    UserError: one is missing or of a wrong type, or heads don't divide.
+    UserError: one is missing, of a wrong type, or too small or large; or heads
+      don't divide.
   """
   hints = get_type_hints(cls)
   taken = {name: fields[name] for name in hints if name in fields}
@@ -405,6 +406,13 @@ def take_fields(cls: type, fields: Mapping[str, Any]) -> Any:
   ]
   if small:
     raise UserError(f"config.json has {', '.join(small)}, which is too small.")
+  large = [
+    f"{name} {value}"
+    for name in hints
+    if isinstance(value := getattr(config, name), int) and value >= 2**31
+  ]
+  if large:  # they meet the ids and positions of a batch, which are int32
+    raise UserError(f"config.json has {', '.join(large)}, which is too large.")
   width, rest = divmod(config.hidden_size, config.num_attention_heads)
   if rest:
     raise UserError(
