@@ -225,6 +225,7 @@ def test_one_vector_for_all_layers(carry):
   "changes, words",
   [
     ({"theta_d_length": 31}, "its config needs (31,)"),
+    ({"r": 20_000_000}, "The random matrices would have"),
     ({"layers_to_transform": [0]}, "leaves out bert.encoder.layer.1"),
     ({"target_modules": None}, "names no target_modules"),
     ({"save_indices": True}, "Set save_indices=False"),

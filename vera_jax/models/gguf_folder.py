@@ -39,6 +39,7 @@ from vera_jax.models.gguf_tokenizer import (
   special_ids,
   tokenizer_files,
 )
+from vera_jax.models.sizes import check_sizes
 
 LINK = "model.gguf"
 LAYOUT = 2  # counted up when the folder of the same file becomes another
@@ -270,7 +271,9 @@ def gguf_folder(file: Path) -> Path:
 
   def fill(new: Path) -> None:
     gguf = read_gguf(file)
-    write_json(new / "config.json", config_fields(gguf))
+    fields = config_fields(gguf)
+    check_sizes(fields, {name: x.shape for name, x in gguf.tensors.items()})
+    write_json(new / "config.json", fields)
     for name, value in tokenizer_files(gguf.metadata, source=file).items():
       write_json(new / name, value)
     (new / LINK).symlink_to(file)

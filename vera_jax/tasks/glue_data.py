@@ -136,7 +136,7 @@ class _Table(NamedTuple):
 def _read_split(task: GlueTask, folder: Path, split: str) -> Examples:
   inside = folder / task.folder
   path = (inside if inside.is_dir() else folder) / file_name(split)
-  if not path.is_file():
+  if not path.exists():
     names = ", ".join(file_name(name) for name in task.splits)
     raise UserError(
       f"{path} is missing. config.data.source takes a folder with {names}, "
