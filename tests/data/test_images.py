@@ -65,6 +65,68 @@ def test_a_size_of_ones_own_keeps_the_share_that_is_cut_off(tmp_path):
   assert old.mean == (0.5,) * 3
 
 
+OFF = {name: None for name in ("do_resize", "do_rescale", "do_normalize")}
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["ViT", "Bit"])
+def test_each_field_is_followed_as_in_transformers_or_refused(kind, tmp_path):
+  pytest.importorskip("torch")
+  import importlib
+
+  name = f"{kind.lower()}.image_processing_pil_{kind.lower()}"
+  module = importlib.import_module(f"transformers.models.{name}")
+  peer = getattr(module, f"{kind}ImageProcessorPil")
+  base = {"ViT": PREPROCESSOR, "Bit": CROPPED}[kind]
+  base = {**base, "image_processor_type": f"{kind}ImageProcessor"}
+  edges = {"shortest_edge": 10, "longest_edge": 12}
+  pad = {"do_pad": True, "pad_size": {"height": 30, "width": 30}}
+  given = np.random.default_rng(0).integers(0, 256, (36, 31, 3), dtype=np.uint8)
+  refused = 0
+  for change in (
+    *({name: value} for name, value in OFF.items()),
+    *({name: False} for name in (*OFF, "do_center_crop", "do_convert_rgb")),
+    *({"resample": n} for n in (0, 1, 3)),
+    *({"size": size} for size in (8, [8, 8], edges, {"longest_edge": 9})),
+    {"default_to_square": False, "size": 9},
+    {"rescale_factor": 1 / 127.5},
+    {"do_center_crop": True, "crop_size": 8},
+    pad,
+    *(dict.fromkeys([name], ...) for name in base),  # left out
+  ):
+    fields = {k: v for k, v in {**base, **change}.items() if v is not ...}
+    try:
+      ours = processor(tmp_path, fields)
+    except UserError:
+      refused += 1
+      continue
+    fields.pop("image_processor_type", None)
+    if "image_processor_type" in change and kind == "Bit":
+      continue  # the network's config.json says it then
+    want = peer(**fields)(Image.fromarray(given), return_tensors="np")
+    found = ours.normalise(ours.prepare(Image.fromarray(given)))
+    np.testing.assert_allclose(
+      found,
+      want["pixel_values"][0].transpose(1, 2, 0),
+      atol=1e-3,
+      err_msg=f"{change}",
+    )
+  assert refused < 15
+
+
+def test_a_preparation_says_what_is_left_out_by_its_class(tmp_path, caplog):
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
+  colours = {name: PREPROCESSOR[name] for name in ("image_mean", "image_std")}
+  made = processor(tmp_path, colours)
+  assert (made.edge, made.height, made.resample) == (224, 224, 3)
+  made = processor(tmp_path, {**colours, "image_processor_type": "ViT", "x": 1})
+  assert (made.edge, made.height, made.resample) == (0, 224, 2)
+  assert "not looked at: ['x']" in caplog.text
+  with pytest.raises(UserError, match="'default_to_square'|'do_resize'"):
+    processor(tmp_path, {**colours, "image_processor_type": "ConvNext"})
+
+
 def test_turned_grey_and_transparent_pictures():
   given = picture((200, 50, 40), 0)
   turned = Image.Exif()
@@ -81,6 +143,8 @@ def test_turned_grey_and_transparent_pictures():
   "fields, message",
   [
     ({"do_resize": False}, "do_resize is false"),
+    ({"do_resize": None}, "do_resize is false"),
+    ({"do_pad": True}, "do_pad true"),
     ({"size": {"shortest_edge": 10}}, "sizes of their own"),
     ({"size": {"longest_edge": 10}}, "'height'"),
     ({"image_mean": None}, "image_mean|NoneType"),

@@ -40,6 +40,41 @@ SHOWN = 3  # unreadable images that a message names
 # file's content and knows many more, of which some start another program: EPS
 # is given to Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# What transformers' classes do where a file says nothing, by how the class's
+# name begins, or where the file names none, the network's.
+OLDER = "feature_extractor_type"
+_ALWAYS = {
+  **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True),
+  "rescale_factor": 1 / 255,
+}
+_VIT = {
+  **_ALWAYS,
+  "size": {"height": 224, "width": 224},
+  "default_to_square": True,
+  "do_center_crop": False,
+  "resample": 2,
+}
+_BIT = {
+  **_ALWAYS,
+  "size": {"shortest_edge": 224},
+  "default_to_square": False,
+  "do_center_crop": True,
+  "crop_size": 224,
+  "resample": 3,
+}
+CLASSES: dict[str, dict[str, Any]] = {
+  "ViT": _VIT,
+  "vit": _VIT,
+  "Bit": _BIT,
+  "dinov2": _BIT,
+}
+USED = frozenset({*_VIT, *_BIT, "do_pad", "image_mean", "image_std"})
+# Images are RGB here always; the others are of programs and of other tasks.
+UNUSED = frozenset(
+  f"{OLDER} _valid_processor_keys data_format device disable_grouping"
+  " do_convert_rgb do_reduce_labels image_processor_type input_data_format"
+  " pad_size processor_class return_tensors".split()
+)
 LARGEST = 4096  # pixels of a prepared image's side
 # Pixels of all images that are decoded at one moment, each in eight bytes at
 # most; Pillow refuses an image of more.
@@ -160,11 +195,19 @@ def read_processor(folder: Path, *, size: int | None = None) -> Processor:
   """
   file = folder / CONFIG
   hint = f"{CONFIG} says how images are prepared; copy it from the checkpoint."
-  fields = read_json(file, hint=hint)
-
-  def given(name: str, default: Any) -> Any:
-    value = fields.get(name)
-    return default if value is None else value
+  written = read_json(file, hint=hint)
+  unknown = sorted(written.keys() - USED - UNUSED)
+  if unknown:
+    log.warning("%s: not known here, and not looked at: %s.", file, unknown)
+  kind = written.get("image_processor_type", written.get(OLDER))
+  if kind is None and (folder / "config.json").is_file():
+    kind = read_json(folder / "config.json").get("model_type")
+  usual = (
+    fields
+    for start, fields in CLASSES.items()
+    if str(kind or "ViT").startswith(start)
+  )
+  fields = {"do_pad": False, **next(usual, {}), **written}
 
   def sides(value: Any) -> tuple[int, int]:
     if isinstance(value, int):
@@ -172,16 +215,17 @@ def read_processor(folder: Path, *, size: int | None = None) -> Processor:
     return int(value["height"]), int(value["width"])
 
   try:
-    if not given("do_resize", True):
-      raise ValueError("do_resize is false")
-    target = given("size", 224)
-    edge = 0
+    if not fields["do_resize"] or fields["do_pad"]:
+      raise ValueError("do_resize is false, or do_pad true")
+    target, edge = fields["size"], 0
+    if isinstance(target, int) and not fields["default_to_square"]:
+      target = {"shortest_edge": target}
     if isinstance(target, Mapping) and "shortest_edge" in target:
       edge = int(target["shortest_edge"])
-      if not given("do_center_crop", False):
+      if not fields["do_center_crop"] or target.get("longest_edge"):
         raise ValueError("images would keep sizes of their own")
       target = fields["crop_size"]
-    elif given("do_center_crop", False):
+    elif fields["do_center_crop"]:
       if sides(fields["crop_size"]) != sides(target):
         raise ValueError("size and crop_size differ")
     height, width = sides(target)
@@ -193,7 +237,7 @@ def read_processor(folder: Path, *, size: int | None = None) -> Processor:
       raise ValueError(f"images of more than {LARGEST} pixels a side")
     if edge and edge < max(height, width) or min(height, width) < 1:
       raise ValueError(f"{edge} pixels have no room for {height} x {width}")
-    plain = not given("do_normalize", True)
+    plain = not fields["do_normalize"]
     mean = (0.0,) * 3 if plain else tuple(map(float, fields["image_mean"]))
     std = (1.0,) * 3 if plain else tuple(map(float, fields["image_std"]))
     if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
@@ -204,10 +248,8 @@ def read_processor(folder: Path, *, size: int | None = None) -> Processor:
       edge=edge,
       height=height,
       width=width,
-      resample=int(Image.Resampling(given("resample", 2))),
-      scale=float(given("rescale_factor", 1 / 255))
-      if given("do_rescale", True)
-      else 1.0,
+      resample=int(Image.Resampling(fields["resample"])),
+      scale=float(fields["rescale_factor"]) if fields["do_rescale"] else 1.0,
       mean=mean,
       std=std,
     )
