@@ -222,6 +222,26 @@ def test_another_base_or_alpha_is_named(bank, adapters, random_adapter):
     AdapterBank({"a": saved, "b": louder})
 
 
+def test_targets_that_no_leaf_tells_are_compared(random_adapter):
+  """Uni-LoRA's one vector has no layer in its name."""
+  first, other = (
+    random_adapter("unilora", task="sst2", targets=[name])
+    for name in ("query", "key")
+  )
+  with pytest.raises(UserError, match="targets: key there, query in the bank"):
+    AdapterBank({"a": first, "b": other})
+
+
+def test_other_codes_or_parts_of_an_example(bank, adapters):
+  codes = another(adapters["one"], 1, codes_digest="0" * 64)
+  with pytest.raises(UserError, match=r"base \(codes\): 0{12} there"):
+    bank.add("four", codes)
+  word = another(adapters["one"], 1, task="superglue_wic")
+  bank.add("four", word)
+  with pytest.raises(UserError, match="asks about word, sentence1, sentence2"):
+    bank.answers(TEXTS[:1], TEXTS[:1], adapters="four")
+
+
 def test_a_method_is_prepared_or_refused(random_adapter, tmp_path):
   """DVoRA's rows need a scale computed from their kernels."""
   saved = three(random_adapter("dvora+ia3", task="sst2"))

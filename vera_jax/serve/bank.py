@@ -69,6 +69,7 @@ from vera_jax.serve.predictor import (
   check_texts,
   encode,
   packed_logits,
+  task_of,
 )
 from vera_jax.train.multi_adapter import empty_stack, mixed_logits
 from vera_jax.train.step import Frozen
@@ -255,8 +256,21 @@ class AdapterBank:
     *,
     adapters: str | Sequence[str],
   ) -> list[Answer]:
-    """Label, score and probabilities of every text, in its adapter's labels."""
+    """Label, score and probabilities of every text, in its adapter's labels.
+
+    Raises:
+      UserError: as for `logits`; or an adapter's task asks about parts of an
+        example of which it makes the texts that the model reads.
+    """
     logits, owners = self._ask(first, second, adapters)
+    for own in owners:
+      task = task_of(own)
+      if task and task.form:
+        raise UserError(
+          f"{task.name} asks about {', '.join(task.columns[0])}, of which a"
+          " Predictor makes the texts that the model reads; a bank has the"
+          " logits of such texts alone."
+        )
     return [
       next(answers(row[None], own.labels, kind=own.kind))
       for row, own in zip(logits, owners, strict=True)
@@ -443,10 +457,15 @@ def _program(
       for key in line.settings
       if key not in free
     }
+    made, targets = make_adapter(name, groups[name])
+    if made.init is None and made.common is not None:
+      # no leaf lies at a layer, where its name would tell which these are
+      fixed[f"{place}targets"] = ", ".join(sorted(set(targets)))
   return {
     "method": method,
     "base (fingerprint)": about["base_fingerprint"][:12],
     "base (quantised)": about.get("quantise") or "none",
+    "base (codes)": str(about.get("codes_digest"))[:12],
     "number of labels": len(about["labels"]),
     "head": KINDS[kind_of(about, about["labels"])].head,
     **fixed,

@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -234,8 +235,13 @@ def answer_lines(
 
 def task_of(classifier: Classifier) -> Task | None:
   """The task that it was trained on; None where that is not known."""
+  return _task_or_none(str(classifier.about.get("task")))
+
+
+@lru_cache
+def _task_or_none(name: str) -> Task | None:
   try:
-    return task_named(str(classifier.about.get("task")))
+    return task_named(name)
   except UserError:
     return None
 
