@@ -227,6 +227,7 @@ def test_llama_3_s_factors_are_those_of_the_model(folder, tmp_path):
 # config.json's fields, of which the file gives the same rotations back.
 ORIGINAL = "original_max_position_embeddings"
 ROTATIONS = [
+  {"hidden_act": "swish"},  # which is silu
   {"rope_scaling": {**SCALINGS[2], "low_freq_factor": 2.0, ORIGINAL: 64}},
   {"rope_scaling": {**SCALINGS[2], "high_freq_factor": 16.0}, ORIGINAL: 256},
   {"rope_scaling": {**SCALINGS[2], ORIGINAL: None}, "rope_theta": None},

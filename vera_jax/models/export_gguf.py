@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 
 from vera_jax.errors import UserError
+from vera_jax.models.attention import ACTIVATIONS
 from vera_jax.models.family import config_of, read_fields
 from vera_jax.models.gguf import FORMATS, Gguf, Tensor, Written, write_gguf
 from vera_jax.models.gguf_folder import (
@@ -35,7 +35,11 @@ from vera_jax.models.gguf_folder import (
   to_pairs,
 )
 from vera_jax.models.gguf_tokenizer import tokenizer_metadata
-from vera_jax.models.hf_weights import tensor_files
+from vera_jax.models.hf_weights import (
+  open_safetensors,
+  read_model,
+  tensor_files,
+)
 from vera_jax.models.llama import ORIGINAL, rotation_fields
 
 log = logging.getLogger(__name__)
@@ -97,7 +101,7 @@ def write_gguf_of(
   check_kind(kind)
   folder, file = Path(folder).expanduser(), Path(file).expanduser()
   refuse_there(file)
-  fields = read_fields(folder)
+  fields = read_model(folder)
   prefix, architecture = _architecture(fields, folder)
   config = config_of(fields)  # what the model here computes with
   format, file_type = KINDS[kind]
@@ -107,18 +111,17 @@ def write_gguf_of(
   tensors: dict[str, Written] = {}
   with ExitStack() as stack:
     for source in tensor_files(folder):
-      try:
-        opened: Any = (
-          open_tensors(source)
-          if source.name == LINK
-          else stack.enter_context(safe_open(source, framework="numpy"))
-        )
-      except (SafetensorError, OSError) as error:
-        raise UserError(f"{source} can't be read: {error}.") from error
+      opened: Any = (
+        open_tensors(source)
+        if source.name == LINK
+        else stack.enter_context(open_safetensors(source))
+      )
       for name in opened.keys():
         layer = LAYER.search(f".{name}")
         module, _, leaf = LAYER.sub("{}", f".{name}", 1)[1:].rpartition(".")
-        if name.endswith(BUFFERS):
+        # a config ties only what is one, by `read_model`
+        tied = config.tie_word_embeddings and module == "lm_head"
+        if name.endswith(BUFFERS) or tied:
           continue
         # a file of the network without its head has no first word in its names
         known = names.get(module, names.get(f"{base}.{module}", ""))
@@ -150,14 +153,7 @@ def write_gguf_of(
       raise UserError(f"{folder} lacks its head, the tensor 'lm_head.weight'.")
     if "token_embd.weight" not in tensors:
       raise UserError(f"{folder} has no embedding, so it is no whole decoder.")
-    words, head = tensors["token_embd.weight"], tensors.get("output.weight")
-    if (
-      config.tie_word_embeddings  # as transformers does it, if they are one
-      and head is not None
-      and np.array_equal(words.values(), head.values())
-    ):
-      del tensors["output.weight"]
-    rows = words.shape[0]
+    rows = tensors["token_embd.weight"].shape[0]
     metadata: dict[str, Any] = {
       "general.architecture": prefix,
       "general.type": "model",
@@ -201,12 +197,17 @@ def _architecture(
   plain = {**architecture.always, "partial_rotary_factor": 1}
   for name, value in plain.items():
     found = fields.get(name, rope.get(name))
-    if found is not None and found != value:
+    if found is not None and _activation(found) != _activation(value):
       raise UserError(
         f"{folder} can't be written as GGUF: its {name} is {found!r}, for which"
         f" the header of a {model_type} has no place."
       )
   return kinds[model_type]
+
+
+def _activation(value: Any) -> Any:
+  """What a name stands for, if it is an activation's: some have several."""
+  return ACTIVATIONS.get(value, value) if isinstance(value, str) else value
 
 
 def _values(
@@ -314,7 +315,7 @@ def _check_return(
     if not (
       np.allclose(read[name], value, rtol=1e-5, atol=0)
       if numbers
-      else read[name] == value
+      else _activation(read[name]) == _activation(value)
     ):
       raise UserError(
         f"{folder} can't be written as GGUF: its {name} {str(value)[:80]} would"
