@@ -110,7 +110,7 @@ def read_texts(
   Raises:
     UserError: the table has none of them.
   """
-  known = columns or NAMES
+  known = tuple(dict.fromkeys(columns or NAMES))
   wanted = ", or ".join(" and ".join(names) for names in known)
   for row in rows:
     names = next((n for n in known if set(n) <= set(row.values)), None)

@@ -91,7 +91,9 @@ def check_settings(config: ConfigDict) -> None:
     adapter_named(config.method)
     settings_in(config, config.method)
   except UserError as error:
-    raise UserError(f"config.{error}") from error
+    text = str(error)  # of a setting, or a sentence
+    prefix = "" if text.startswith("The config") else "config."
+    raise UserError(f"{prefix}{text}") from error
   group = next(iter(groups_of(config.method).values()))
   values = flatten_dict(config.to_dict(), sep=".")
   needed = ["task", "optim.epochs"]
