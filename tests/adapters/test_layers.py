@@ -39,9 +39,11 @@ from vera_jax.adapters.apply import (
 )
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.ia3 import ia3
+from vera_jax.adapters.intercept import KEYS
 from vera_jax.adapters.interface import PLANS, Site, Target
 from vera_jax.adapters.lora import lora, lora_fa
 from vera_jax.adapters.products import choose, costs
+from vera_jax.adapters.pvera import pvera
 from vera_jax.adapters.sites import count_layers
 from vera_jax.adapters.unilora import unilora
 from vera_jax.adapters.vera import vera
@@ -305,6 +307,18 @@ def test_layers_that_steps_share_have_their_pairs(way, method):
   """The transformation passes on no collection that it does not know."""
   x = jnp.asarray(RNG.normal(size=(3, 2, 4)), jnp.float32)
   Ready(Shared(way), PAIRS[method], [".*"], x).check()
+
+
+def test_layers_that_get_no_random_numbers_say_so():
+  """In training alone, where PVeRA would otherwise draw none without a word."""
+  ready = Ready(Shared("stacked"), pvera(2), ["layer"], IMAGES)
+  variables = {"params": ready.start, "projections": ready.projections}
+  run = partial(ready.module.apply, variables, IMAGES)
+  assert jax.eval_shape(run).shape == IMAGES.shape
+  with pytest.raises(
+    UserError, match="pvera draws .* from layer: .*split_rngs"
+  ):
+    jax.eval_shape(lambda: run(rngs={KEYS: jax.random.key(0)}))
 
 
 def test_stacked_layers_with_pairs_need_them_passed_on():

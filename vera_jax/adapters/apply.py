@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vera_jax.adapters.intercept import Interception
+from vera_jax.adapters.intercept import KEYS, Interception
 from vera_jax.adapters.interface import (
   EMPTY,
   Adapter,
@@ -79,6 +79,7 @@ class Adapted(nn.Module):
       self.plan,
       self.forwards,
       self.variables,
+      self.has_rng(KEYS),
     )
     with nn.intercept_methods(layer_calls):
       return model(*args, **kwargs)

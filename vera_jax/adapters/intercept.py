@@ -63,6 +63,7 @@ class Interception:
   Attributes:
     adapter, targets, fused, plan, forwards: as `apply.adapt` has them.
     variables: the model's own and the adapter's.
+    keyed: whether the call was given keys for methods that draw numbers.
     cells: the recurrent cells that are running, and their variables.
     ready: adapted kernels and biases of these cells.
   """
@@ -73,6 +74,7 @@ class Interception:
   plan: str
   forwards: int
   variables: Mapping[str, Any]
+  keyed: bool
   cells: dict[Path, Any] = dataclasses.field(default_factory=dict)
   ready: dict[Path, Weights] = dataclasses.field(default_factory=dict)
 
@@ -132,6 +134,12 @@ class Interception:
     )
     pieces = list(self._pieces(whole, own, projections))
     keyed = self.adapter.is_random and layer.has_rng(KEYS)
+    if self.keyed and not keyed and _draw(pieces):
+      raise UserError(
+        f"{self.adapter.name} draws random numbers in training, which a"
+        f" transformation keeps from {'/'.join(path)}: have it pass them on,"
+        f" such as nn.scan(..., split_rngs={{'params': True, {KEYS!r}: True}})."
+      )
     folded_only = product.view.plans == ("folded",)
     if folded_only and keyed and _draw(pieces):
       raise UserError(
