@@ -24,6 +24,7 @@ VIT = {
   "patch_size": 4,
 }
 PREPROCESSOR = {
+  "do_center_crop": False,
   "size": {"height": 8, "width": 8},
   "resample": 2,
   "image_mean": [0.5, 0.5, 0.5],

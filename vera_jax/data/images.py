@@ -62,12 +62,7 @@ _BIT = {
   "crop_size": 224,
   "resample": 3,
 }
-CLASSES: dict[str, dict[str, Any]] = {
-  "ViT": _VIT,
-  "vit": _VIT,
-  "Bit": _BIT,
-  "dinov2": _BIT,
-}
+CLASSES: dict[str, dict[str, Any]] = {"ViT": _VIT, "Bit": _BIT}
 USED = frozenset({*_VIT, *_BIT, "do_pad", "image_mean", "image_std"})
 # Images are RGB here always; the others are of programs and of other tasks.
 UNUSED = frozenset(
@@ -200,13 +195,11 @@ def read_processor(folder: Path, *, size: int | None = None) -> Processor:
   if unknown:
     log.warning("%s: not known here, and not looked at: %s.", file, unknown)
   kind = written.get("image_processor_type", written.get(OLDER))
-  if kind is None and (folder / "config.json").is_file():
-    kind = read_json(folder / "config.json").get("model_type")
-  usual = (
-    fields
-    for start, fields in CLASSES.items()
-    if str(kind or "ViT").startswith(start)
-  )
+  if kind is None:
+    path = folder / "config.json"
+    network = read_json(path).get("model_type") if path.is_file() else None
+    kind = "Bit" if network == "dinov2" else "ViT"
+  usual = (x for start, x in CLASSES.items() if str(kind).startswith(start))
   fields = {"do_pad": False, **next(usual, {}), **written}
 
   def sides(value: Any) -> tuple[int, int]:
