@@ -379,13 +379,13 @@ def check_free(folder: str | Path) -> Path:
 
 
 def sha256_of(file: Path) -> str:
-  """A file's checksum in hexadecimal digits.
+  """The checksum in hexadecimal digits of a file that a person has named.
 
   Raises:
-    UserError: it can't be read.
+    UserError: it can't be read, or is no regular file.
   """
   try:
-    with file.open("rb") as opened:
+    with open_file(file, inside=None, limit=TENSORS) as opened:
       return hashlib.file_digest(opened, "sha256").hexdigest()
   except OSError as error:
     raise UserError(f"{file} can't be read: {error.strerror}.") from error

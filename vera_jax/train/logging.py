@@ -20,7 +20,7 @@ from rich.progress import (
 
 from vera_jax import results
 from vera_jax.errors import UserError
-from vera_jax.files import write_file, write_text
+from vera_jax.files import read_bytes, write_file, write_text
 from vera_jax.terminal import Console, printable
 from vera_jax.train.workdir import DAMAGED
 
@@ -199,7 +199,7 @@ def _start_wandb(
     write_text(name, uuid.uuid4().hex)
   return wandb.init(
     project=project,
-    id=name.read_text(encoding="utf-8"),
+    id=read_bytes(name, inside=workdir, limit=100).decode("utf-8", "replace"),
     dir=str(workdir),
     config=dict(config),
     resume="allow",
