@@ -20,6 +20,7 @@ from absl import flags
 
 from experiments import cli
 from vera_jax.errors import UserError
+from vera_jax.files import write_text
 
 OUT = flags.DEFINE_string(
   "out", "experiments/e2e_rows", "folder for the three files"
@@ -122,7 +123,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in make_splits(SEED.value).items():
       text = "".join(f"{one}||{said} \n" for one, said in rows)
-      (folder / f"{split}.txt").write_bytes(text.encode())
+      write_text(folder / f"{split}.txt", text)
       print(f"{folder / split}.txt: {len(rows)} rows")
   except OSError as error:
     raise UserError(

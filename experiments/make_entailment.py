@@ -42,6 +42,7 @@ from absl import flags
 
 from experiments import cli
 from vera_jax.errors import UserError
+from vera_jax.files import write_text
 
 OUT = flags.DEFINE_string(
   "out", "experiments/entailment", "folder for the three files"
@@ -234,7 +235,7 @@ def write_split(path: Path, pairs: list[Pair], *, labelled: bool) -> None:
   columns = ["index", "sentence1", "sentence2", "label"]
   rows = [columns, *([str(i), *pair] for i, pair in enumerate(pairs))]
   lines = ["\t".join(row if labelled else row[:3]) + "\n" for row in rows]
-  path.write_bytes("".join(lines).encode())
+  write_text(path, "".join(lines))
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from absl import flags
 
 from experiments import cli
 from vera_jax.errors import UserError
+from vera_jax.files import write_text
 from vera_jax.report import plots, tables
 from vera_jax.report.frame import Sweep, load_sweep
 from vera_jax.report.outputs import side_by_side
@@ -97,7 +98,7 @@ def write(sweep: Sweep, folder: Path) -> None:
     files["outputs.md"] = f"# {sweep.title}: outputs\n\n{outputs}"
   folder.mkdir(parents=True, exist_ok=True)
   for name, text in files.items():
-    (folder / name).write_text(text, encoding="utf-8")
+    write_text(folder / name, text)
   for name, figure in plots.figures(sweep, table):
     plots.save(figure, folder, name)
 

@@ -3,12 +3,15 @@
 import io
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 from rich.table import Table
 
 from vera_jax.terminal import LINES, Console, json_line, printable
 
+ROOT = Path(__file__).parents[1]
 TITLE = "\x1b]0;mine\x07"  # sets the title of many terminals
 
 
@@ -65,3 +68,12 @@ def test_a_reader_that_goes_away(monkeypatch):
       monkeypatch.undo()
       os.dup2(os.open(os.devnull, os.O_WRONLY), write)
     os.close(write)
+
+
+def test_commands_print_through_it():
+  for folder in ("vera_jax", "experiments"):
+    for file in (ROOT / folder).rglob("*.py"):
+      text = file.read_text(encoding="utf-8")
+      assert not re.search(r"from rich.console import .*\bConsole\b", text), (
+        file
+      )
