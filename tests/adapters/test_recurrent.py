@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from tests.adapters.adapted_networks import (
   plain,
 )
 from tests.adapters.architectures import CELLS, Nested, Recurrent
-from vera_jax.adapters.apply import adapter_size, plans_at
+from vera_jax.adapters.apply import adapter_size, find_targets, plans_at
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.intercept import KEYS
@@ -139,6 +140,30 @@ def test_a_cell_in_a_cell(method, x, plans):
   assert {path[1] for path in targets} == {"inner", "logits"}
   assert set(tokens.values()) == {x.shape[0] * x.shape[1]}
   assert set(plans_at(method, targets, tokens).values()) >= plans
+
+
+class Turned(nn.RNNCellBase):
+  @nn.compact
+  def __call__(self, carry, x):
+    turned = nn.Einsum((2, 2), "BD,ED->BE", use_bias=False, name="turned")
+    carry = nn.tanh(nn.Dense(2, name="h")(carry) + turned(x))
+    return carry, carry
+
+  @nn.nowrap
+  def initialize_carry(self, rng, input_shape):
+    return jnp.ones(input_shape)
+
+  @property
+  def num_feature_axes(self):
+    return 1
+
+
+def test_an_equation_that_turns_its_kernel_in_a_cell_is_refused():
+  """A square kernel's delta would be added the wrong way round."""
+  model = nn.RNN(Turned(name="cell"))
+  with pytest.raises(UserError, match="turned: it lies in a recurrent cell"):
+    find_targets(model, ["turned"], SEQUENCE)
+  Ready(model, ia3(), [".*"], SEQUENCE).check()  # without that layer
 
 
 def test_random_numbers_in_a_cell():

@@ -171,12 +171,17 @@ def _initialised(
 
   with nn.intercept_methods(note):
     variables = init_shapes(model, *args, **kwargs)
-  for path in refused:
-    calls.pop(path, None)
   for path, call in calls.items():
     for cell, rows in cells.items():
       if path[: len(cell)] == cell and len(call.kernel) == 2:
         calls[path] = call._replace(tokens=rows, view=in_cell(call.view))
+        if call.view.axes:  # a delta is made before any call shows this
+          refused[path] = (
+            "it lies in a recurrent cell, and by its equation the kernel's"
+            " outputs come before its inputs"
+          )
+  for path in refused:
+    calls.pop(path, None)
   return Traced(calls, refused, variables, None)
 
 
