@@ -56,7 +56,7 @@ METHODS: dict[str, Adapter] = {
   "ia3 on inputs": ia3(feedforward=(".*",)),
   "vera, a pair each": vera(RANK, sharing="unique"),
   "pvera": pvera(RANK),
-  "randlora": randlora(RANK),
+  "randlora": randlora(RANK, alpha=1.0 * RANK),
   "unilora": unilora(RANK, size=60),
 }
 FORMULAS = ("vera", "lora", "dora", "ia3", "ia3 on inputs")
@@ -83,14 +83,14 @@ def main() -> None:
   made = environment("others")
   made["models"] = {}
   path, wrong = Path(given.out) / "others.json", []
-  if given.models and path.exists():
-    made["models"] = read_json(path)["models"]
+  older = read_json(path)["models"] if path.exists() else {}
   for name, other in MODELS.items():
     if not re.search(given.models, name):
+      if name in older:
+        made["models"][name] = older[name]
       continue
     start = time.perf_counter()
-    found = examine(other)
-    made["models"][name] = found
+    found = made["models"][name] = examine(other)
     wrong += [f"{name}: {fault}" for fault in faults(found)]
     print(f"{name}: {found['layers']}, {time.perf_counter() - start:.0f} s")
   write("others", made, folder=given.out)
@@ -267,7 +267,7 @@ class Ready:
     start = {p: x for p, x in params.items() if adapter.owns(p[-1])}
     rng = np.random.default_rng(5)
     moved = {
-      p: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype)
+      p: x + jnp.asarray(rng.uniform(-0.5, 0.5, x.shape), x.dtype)
       for p, x in sorted(start.items())
     }
     shared = variables.get("projections", {})
@@ -412,8 +412,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     for path, why in refused.items():
       names = path.split("/")
       leaf = names.pop() if names[-1] == "kernel" else names[-1]
-      why = why.replace(path.removesuffix("/kernel"), "…")
       why = re.sub(rf"^its {re.escape(leaf)} ", "its parameter ", why)
+      why = why.replace(path.removesuffix("/kernel"), "…")
       named.setdefault(why, {})[f"`{names[-1]}`"] = None
     return "; ".join(
       f"{', '.join(found)} ({reasons.setdefault(why, _letter(len(reasons)))})"
@@ -458,7 +458,7 @@ def markdown(result: Mapping[str, Any]) -> str:
   versions = result["versions"]
   return (
     f"{table}\n\n{listed}\n\nThe others: {', '.join(list(METHODS)[4:])}."
-    f" `{result['command']}`, jax {versions['jax']}, {result['cpu']}."
+    f" jax {versions['jax']}, {result['cpu']}."
   )
 
 
