@@ -87,6 +87,17 @@ sys.exit(1)
   assert [run.state for run in plan.runs] == ["failed"] * 3 + ["new"] * 2
 
 
+def test_a_failure_that_can_not_be_written_down_ends_the_sweep(
+  tiny_sweep, monkeypatch, tmp_path
+):
+  """On a full disk the units after it would end alike."""
+  pretend(monkeypatch, "sys.exit(1)")
+  plan = tiny_sweep()
+  with pytest.raises(UserError, match="is the disk full"):
+    run_units(make_units(plan.runs, most=8), logs=tmp_path / "logs")
+  assert {run.state for run in plan.runs} == {"new"}
+
+
 @pytest.fixture
 def ctrl_c():
   """SIGINT does what it does in a terminal: scripts start tests without it."""

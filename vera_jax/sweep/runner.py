@@ -41,7 +41,8 @@ def run_units(
 
   Raises:
     Interrupted: after Ctrl-C or SIGTERM, once the running unit is saved.
-    UserError: the first units failed without a step and for the same reason.
+    UserError: the first units failed without a step and for the same reason,
+      or the reason of one can't be written down.
   """
   wanted = (NEW, UNFINISHED, FAILED) if retry_failed else (NEW, UNFINISHED)
   reasons: list[str] = []
@@ -63,6 +64,12 @@ def run_units(
             " failed."
           )
         raise Interrupted(f"Stopped by {name}, {how}")
+      if code == 1 and any(run.state in (NEW, UNFINISHED) for run in left):
+        raise UserError(
+          f"{left[0].name} ended without a result, and why could not be written"
+          f" into its folder: is the disk full? What it printed is in {logs}."
+          " The same command goes on."
+        )
       failures = {run.failure() for run in left if run.state == FAILED}
       same = code == 1 and len(failures) == 1
       reasons.append(failures.pop() if same else "")

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -84,7 +85,8 @@ def train(runs: list[dict[str, Any]]) -> int:
     return EXIT_CODE
   except UserError as error:
     print(error, file=sys.stderr)
-    note_failure(runs, str(error))
+    with suppress(OSError):  # a full disk; the sweep sees that nothing is there
+      note_failure(runs, str(error))
     return 1
   except Exception as error:  # whatever it is, the sweep goes on to the next
     traceback.print_exc()
