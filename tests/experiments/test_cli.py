@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from configs import rte
 from configs.sweeps import rank
 from experiments import cli
+from tests.experiments.command import ROOT
 from vera_jax.errors import UserError
 from vera_jax.train.preemption import Interrupted
 
@@ -89,6 +92,16 @@ def test_exit_codes(error, code, capsys):
   assert "Traceback" not in said and "\x1b" not in said
   if isinstance(error, PermissionError):
     assert said == "a\\x1b.tsv can't be used: Permission denied.\n"
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line():
+  """A bug there has its traceback."""
+  for name, words in (("KeyboardInterrupt", "Stopped.\n"), ("KeyError", "Key")):
+    code = f"import experiments; raise {name}"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode and words in said.stderr
+    assert ("Traceback" in said.stderr) == (name == "KeyError")
 
 
 def test_a_bug_keeps_its_traceback():
