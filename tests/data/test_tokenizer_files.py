@@ -108,6 +108,8 @@ def test_what_files_have_is_read(tmp_path):
       "would put 2,000 tokens",
     ),
     ({"padding": {"strategy": {"Fixed": 10**9}}}, "1,000,000,000 tokens"),
+    ({"model": {"vocab": {"a": 2**31}}}, "'a' has the number 2,147,483,648"),
+    ({"added_tokens": [{"id": 10**9, "content": "b"}]}, "'b' has the number"),
     ({"normalizer": 3}, "is no tokenizer's"),
     ({"normalizer": {"type": "Replace"}}, "is no tokenizer's: KeyError"),
     ({"padding": {"strategy": {"Fixed": "x"}}}, "is no tokenizer's: TypeError"),
@@ -151,6 +153,13 @@ def test_a_config_that_names_files_elsewhere(fields, tmp_path):
   # those of the machine that it was made on are nowhere
   private.unlink()
   check_tokenizer(folder)
+
+
+def test_a_vocabulary_with_a_number_beyond_all_others(tmp_path):
+  (tmp_path / "vocab.json").write_text('{"<unk>": 0, "a": 1000000000}')
+  (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+  with pytest.raises(UserError, match="vocab.json is not used: its token 'a'"):
+    load_tokenizer(tmp_path)
 
 
 def test_a_vocabulary_without_a_token_for_unknown_words(tmp_path):

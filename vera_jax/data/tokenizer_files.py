@@ -6,6 +6,7 @@ of one letter. So what a text could become is counted first.
 """
 
 import base64
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ PATTERNS = (
 TEXT, GROWTH = 1000, 64
 ADDED = 1000  # tokens that a file may put around a text
 PADDED = 100_000  # tokens that it may fill each text up to
+IDS = 2**24  # tokens; libraries go through all numbers up to the largest one
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -45,12 +47,19 @@ def check_tokenizer(folder: Path) -> None:
   if (file := folder / "tokenizer_config.json").is_file():
     for path in _named_files(read_json(file)):
       for place in (Path(path), folder / path):
-        if place.exists():
+        if os.path.lexists(place):
           check_file(place, inside=folder, limit=JSON)
-  if (file := folder / "tokenizer.json").is_file():
+  checks = {
+    "tokenizer.json": _check_growth,
+    "vocab.json": _check_ids,
+    "added_tokens.json": _check_ids,
+  }
+  for name, check in checks.items():
+    if not (file := folder / name).is_file():
+      continue
     fields = read_json(file)
     try:
-      _check_growth(fields)
+      check(fields)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       reason = f"{type(error).__name__} {error}"
       raise UserError(f"{file} is no tokenizer's: {reason}.") from error
@@ -66,7 +75,19 @@ def _named_files(fields: Mapping[str, Any]) -> Iterator[str]:
       yield from (path for path in paths if isinstance(path, str))
 
 
+def _check_ids(vocabulary: Mapping[str, Any]) -> None:
+  for token, i in vocabulary.items():
+    if isinstance(i, int) and i >= IDS:
+      raise UserError(
+        f"its token {token!r} has the number {i:,}, and there are {IDS:,} at"
+        " most"
+      )
+
+
 def _check_growth(fields: Mapping[str, Any]) -> None:
+  if isinstance(vocabulary := fields.get("model", {}).get("vocab"), Mapping):
+    _check_ids(vocabulary)
+  _check_ids({x["content"]: x["id"] for x in fields.get("added_tokens") or ()})
   for name in ("normalizer", "pre_tokenizer", "decoder"):
     size = float(TEXT)
     for step in _steps(fields.get(name)):
