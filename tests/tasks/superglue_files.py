@@ -22,6 +22,7 @@ def write_superglue(folder: Path, *, seed: int = 0) -> Path:
 
   def row(task: str, label: int) -> dict:
     end = f"word{20 + label}"
+    names: tuple[str, ...]
     if task == "CB":
       names = ("entailment", "contradiction", "neutral")
       texts = {"premise": words(4), "hypothesis": f"{words(1)} {end}"}

@@ -1,0 +1,205 @@
+"""A mutation tried: what its reading opened, started, took and said.
+
+An attempt ends "fine" or "refused", by a `UserError`. All else is a finding:
+another exception, a program, a connection, a file outside of the sandbox or a
+device opened, or more time or memory than the limits. Python's audit events
+tell of opens and programs; what Rust and C open they don't see, so the kernel
+is asked as well (inotify), for the places that mutations lead to.
+"""
+
+import ctypes
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from tests.fuzz.mutations import DEVICE, harm
+from tests.fuzz.readers import READERS
+from vera_jax.errors import UserError
+
+FINE, REFUSED = "fine", "refused"
+SECONDS, MEMORY = 10.0, 2 * 2**30  # beyond the clean files
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = f"{ROOT}/vera_jax/"
+# Where Python, its libraries and the kernel's own figures lie.
+PLACES = (
+  *(sys.prefix, sys.base_prefix, str(ROOT), "/proc", "/sys", "/usr", "/lib"),
+  *("/dev/null", "/dev/urandom", "/etc/localtime", "/etc/ld.so"),
+)
+EVENTS = (
+  *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn"),
+  *("os.fork", "os.forkpty", "socket.connect"),
+)
+IN_OPEN = 0x20  # of inotify
+
+
+class Attempt(NamedTuple):
+  """One mutation's outcome.
+
+  Attributes:
+    number: of the mutation; -1 for the clean files.
+    done: which file, and what happened to it.
+    outcome: `FINE`, `REFUSED` or what was found.
+    seconds: of processor time.
+    memory: the peak, in bytes beyond what was there before.
+  """
+
+  number: int
+  done: str
+  outcome: str
+  seconds: float
+  memory: int
+
+  @property
+  def is_finding(self) -> bool:
+    return self.outcome not in (FINE, REFUSED)
+
+
+class Sandbox:
+  """A reader's folders: its clean files, and others made anew each time.
+
+  Attributes:
+    seconds, memory: what reading the clean files takes.
+  """
+
+  def __init__(self, folder: Path, reader: str) -> None:
+    self.name, self.reader = reader, READERS[reader]
+    names = ("clean", "harmed", "outside", "home")
+    self._folders = tuple(folder.resolve() / name for name in names)
+    self.clean, self.harmed, self.outside, self.home = self._folders
+    self.seconds, self.memory = 0.0, 0
+    for made in self._folders:
+      made.mkdir(parents=True)
+    self.reader.write(self.clean)
+
+  def read_clean(self) -> Attempt:
+    """Read the clean files, which says what is usual."""
+    found = self._attempt(-1, None)
+    self.seconds, self.memory = found.seconds, found.memory
+    return found
+
+  def attempt(self, number: int, *, seed: int = 0) -> Attempt:
+    """The files after the mutation of this number."""
+    return self._attempt(number, random.Random(f"{seed} {self.name} {number}"))
+
+  def _attempt(self, number: int, rng: random.Random | None) -> Attempt:
+    for folder in self._folders[1:]:
+      shutil.rmtree(folder, ignore_errors=True)
+    for folder in (self.outside, self.home):
+      folder.mkdir()
+    shutil.copytree(self.clean, self.harmed)
+    # caches and temporary files lie in the sandbox too
+    os.environ["HOME"] = os.environ["TMPDIR"] = str(self.home)
+    tempfile.tempdir = str(self.home)
+    done, places = "nothing", [self.harmed, self.home]
+    if rng is not None:
+      done = harm(self.harmed, self.reader.harmed, rng, self.outside)
+    watched = [Path(DEVICE)]
+    # who names a file may have it lie elsewhere
+    (places if self.reader.named else watched).append(self.outside)
+    opens = _Opens(watched)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, started = _memory("VmRSS"), time.process_time()
+    _watch.update(places=places, seen=[])
+    outcome = FINE
+    try:
+      self.reader.read(self.harmed)
+    except UserError:
+      outcome = REFUSED
+    except BaseException as error:
+      outcome = _where(error)
+    finally:
+      _watch["places"] = None
+    seconds = time.process_time() - started
+    memory = _memory("VmHWM") - before
+    if seen := [*_watch["seen"], *opens.names()]:
+      outcome = "; ".join(dict.fromkeys(seen))
+    elif seconds > self.seconds + SECONDS and rng is not None:
+      outcome = f"{seconds:.0f} seconds"
+    elif memory > self.memory + MEMORY and rng is not None:
+      outcome = f"{memory / 2**30:.1f} GiB"
+    return Attempt(number, done, outcome, seconds, memory)
+
+
+# Python's audit hooks stay for ever: there is one, and what it watches for.
+_watch: dict[str, Any] = {"places": None, "seen": []}
+callers: set[str] = set()  # files of the package that have opened others
+
+
+def _audit(event: str, args: tuple[Any, ...]) -> None:
+  if _watch["places"] is None:
+    return
+  if event in EVENTS:
+    _watch["seen"].append(f"{event} {args[0]!r}"[:200])
+  elif event == "open" and isinstance(args[0], str | bytes):
+    path = os.path.realpath(os.fsdecode(args[0]))
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:  # the first one that isn't the door itself
+      name = frame.f_code.co_filename
+      if name.startswith(PACKAGE) and not name.endswith("/files.py"):
+        callers.add(name.removeprefix(PACKAGE))
+        break
+      frame = frame.f_back
+    if not path.startswith((*PLACES, *map(str, _watch["places"]))):
+      _watch["seen"].append(f"open {path}")
+
+
+sys.addaudithook(_audit)
+
+
+class _Opens:
+  """Which files of a folder, or devices, anybody opens from now on."""
+
+  def __init__(self, places: Sequence[Path]) -> None:
+    self._libc = ctypes.CDLL(None)
+    self._fd = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    self._names = {
+      self._libc.inotify_add_watch(self._fd, os.fsencode(place), IN_OPEN): place
+      for place in places
+    }
+
+  def names(self) -> list[str]:
+    """Says each once, and stops watching."""
+    found = []
+    try:
+      events = os.read(self._fd, 2**16)
+      while events:
+        watch = int.from_bytes(events[:4], "little")
+        size = 16 + int.from_bytes(events[12:16], "little")
+        name = events[16:size].rstrip(b"\0").decode()
+        if name or not self._names[watch].is_dir():  # a folder may be listed
+          found.append(f"open {self._names[watch] / name}")
+        events = events[size:]
+    except BlockingIOError:  # there were none
+      pass
+    finally:
+      os.close(self._fd)
+    return found
+
+
+def _memory(field: str) -> int:
+  """Of this process, in bytes."""
+  for line in Path("/proc/self/status").read_text().splitlines():
+    if line.startswith(field):
+      return int(line.split()[1]) * 1024
+  raise LookupError(field)
+
+
+def _where(error: BaseException) -> str:
+  """An exception, and the last lines of the project that it came through."""
+  frames = traceback.extract_tb(error.__traceback__)
+  own = [
+    f"{Path(f.filename).relative_to(ROOT)}:{f.lineno}"
+    for f in frames
+    if f.filename.startswith(str(ROOT)) and "/.venv/" not in f.filename
+  ]
+  last = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+  text = " ".join(str(error).split())[:150]
+  return f"{type(error).__name__}: {text} ({' < '.join(own[:-4:-1])}; {last})"
