@@ -166,3 +166,11 @@ def test_a_vocabulary_without_a_token_for_unknown_words(tmp_path):
   (tmp_path / "vocab.txt").write_text("[PAD]\n[CLS]\n[SEP]\na\n")
   with pytest.raises(UserError, match=r"Missing \[UNK\] token"):
     load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("end, word", [(0, "[PAD]"), (2**63, None), (-1, None)])
+def test_a_config_may_name_the_end(end, word, tmp_path):
+  (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+  config = {"model_type": "bert", "eos_token_id": end}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  assert load_tokenizer(tmp_path).eos_token == word

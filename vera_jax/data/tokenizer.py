@@ -84,7 +84,8 @@ def _name_ends(tokenizer: Any, folder: Path) -> None:
   for name in ("bos", "eos"):
     ids = fields.get(f"{name}_token_id")
     first = ids[0] if isinstance(ids, list) and ids else ids
-    if getattr(tokenizer, f"{name}_token") is None and isinstance(first, int):
+    known = isinstance(first, int) and first in range(len(tokenizer))
+    if getattr(tokenizer, f"{name}_token") is None and known:
       word = tokenizer.convert_ids_to_tokens(first)
       setattr(tokenizer, f"{name}_token", word)
   if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
