@@ -157,6 +157,7 @@ class LlamaConfig:
     known = {"hidden_act": "silu", **KINDS[kind][1], **fields}
     one_of(known, "hidden_act", ACTIVATIONS)
     one_of({"attention_bias": False, **known}, "attention_bias", (True, False))
+    one_of(known, "use_sliding_window", (True, False, None))
     own: dict[str, Any] = {
       "frequencies": (),
       "rotation_scale": 1.0,
@@ -239,6 +240,7 @@ def rotation_fields(fields: Mapping[str, Any], *, room: int) -> dict[str, Any]:
     **given,
   }
   one_of(rope, "rope_type", ROTATIONS)
+  one_of(rope, "truncate", (True, False, None), inside="rope_parameters.")
   if fields.get(ORIGINAL) is not None:  # goes first in transformers as well
     rope[ORIGINAL] = fields[ORIGINAL]
   return rope
