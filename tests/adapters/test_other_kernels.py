@@ -163,6 +163,23 @@ class Normed(nn.Module):
     return NORMED[self.name_]()(nn.Dense(4, name="plain")(x))
 
 
+class Decoder(nn.Module):
+  """Takes one token at a time once it has its cache, and so can't be applied to
+  what initialises it."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.MultiHeadDotProductAttention(2, decode=True)(x, x)
+    return nn.WeightNorm(nn.Dense(4, name="normed"))(y)
+
+
+def test_a_changed_kernel_is_seen_beside_a_cache():
+  x = X[None]
+  with pytest.raises(UserError, match="normed: its kernel is changed on the"):
+    find_targets(Decoder(), ["normed"], x)
+  assert len(find_targets(Decoder(), [".*"], x)) == 4
+
+
 @pytest.mark.parametrize("name", NORMED)
 def test_a_kernel_that_is_changed_on_its_way_is_refused(name):
   with pytest.raises(UserError, match="normed: its kernel is changed on the"):

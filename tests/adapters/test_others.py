@@ -8,10 +8,13 @@ from tests.adapters.others.models import MODELS
 
 PAIRS = [
   ("layers with a function of the model's", "lora"),
+  ("layers with a say in their training", "vera"),
+  ("a model that intercepts its layers", "vera"),
   ("flax's WeightNorm", "lora"),
   ("flax's map_variables", "ia3 on inputs"),
   ("an autoencoder with tied weights", "dora"),
-  ("stacks on the second axis, and unrolled", "lora"),
+  ("a stack on the second axis", "lora"),
+  ("a stack, unrolled", "lora"),
 ]
 
 

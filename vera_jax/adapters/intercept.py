@@ -101,7 +101,9 @@ class Interception:
     if attends:
       at_layer = params, own, projections
       return self._attend(layer, at_layer, args, kwargs)
-    product = product_of(layer, params, args, kwargs)
+    # the model's own interceptors lie inside of this one
+    intercepted = next_fun is not context.orig_method
+    product = product_of(layer, params, args, kwargs, intercepted=intercepted)
     if product is None or isinstance(product, str):
       return next_fun(*args, **kwargs)
 

@@ -327,7 +327,12 @@ HOOKS = (
 
 
 def product_of(
-  layer: nn.Module, params: Params, args: Any, kwargs: Any
+  layer: nn.Module,
+  params: Params,
+  args: Any,
+  kwargs: Any,
+  *,
+  intercepted: bool = False,
 ) -> Product | str | None:
   """The product that a call of `layer.__call__` makes, by `KINDS`.
 
@@ -335,13 +340,18 @@ def product_of(
     layer: bound.
     params: its own parameters, without an adapter's.
     args, kwargs: of the call.
+    intercepted: whether the model has put code of its own around the call, by
+      `nn.intercept_methods`.
   """
   kind = next(kind for kind in KINDS if isinstance(layer, kind))
   if kind is nn.Module:
-    return _own_einsum(layer, params, *args, **kwargs)
+    made = _own_einsum(layer, params, *args, **kwargs)
+    if intercepted and isinstance(made, Product):
+      return _by_own_code(layer, params, made, args, kwargs)
+    return made
   if not params:
     return None  # it is bound to parameters of another module
-  if not _is_flaxs(layer, kind, params, args, kwargs):
+  if intercepted or not _is_flaxs(layer, kind, params, args, kwargs):
     return _derived(layer, params, args, kwargs)
   return KINDS[kind](layer, params, *args, **kwargs)
 
@@ -378,7 +388,9 @@ def _is_flaxs(
     for x in leaves
   )
   bare = layer.clone(parent=None, name=None)
-  given: Any = bare, kind, structure, inputs
+  assert layer.scope is not None
+  changed = tuple(x for x in others if layer.is_mutable_collection(x))
+  given: Any = bare, kind, structure, inputs, tuple(layer.scope.rngs), changed
   try:
     hash(given)
   except TypeError:  # a field is an array, say
@@ -392,6 +404,8 @@ def _same_program(
   kind: type[nn.Module],
   structure: Any,
   inputs: tuple[Any, ...],
+  streams: tuple[str, ...],
+  changed: tuple[str, ...],
 ) -> bool:
   fields = {
     field.name: getattr(layer, field.name)
@@ -403,9 +417,8 @@ def _same_program(
     def run(arrays: Mapping[int, Array]) -> Any:
       every = [arrays.get(i, x) for i, x in enumerate(inputs)]
       params, others, args, kwargs = jax.tree.unflatten(structure, every)
-      keys = {"params": jax.random.key(0)}  # and for all other streams
-      fixed = DenyList(("params", "projections"))
-      given = {"others": others, "rngs": keys, "mutable": fixed, **kwargs}
+      keys = dict.fromkeys(streams, jax.random.key(0))
+      given = {"others": others, "rngs": keys, "mutable": changed, **kwargs}
       return own_call(layer, params, *args, **given)[0]
 
     arrays = {i: x for i, x in enumerate(inputs) if hasattr(x, "shape")}

@@ -125,10 +125,15 @@ def _trace_once(
         raise
       continue
     traced = traced or first
-    for mutable in (DenyList("params"), False):
+    # A cache may take one token at a time; without it, it is made once more.
+    for kept, mutable in (
+      (True, DenyList("params")),
+      (True, False),
+      (False, DenyList("params")),
+    ):
       try:
-        return _applied(first, model, args, kwargs, mutable=mutable)
-      except Exception:  # such as a cache that takes one token at a time
+        return _applied(first, model, args, kwargs, mutable=mutable, kept=kept)
+      except Exception:
         continue
   assert traced is not None
   return traced
@@ -153,7 +158,10 @@ def _initialised(
     elif isinstance(layer, nn.RNNCellBase):
       cells.setdefault(layer.path, cell_rows(args, kwargs))
     own = layer.variables.get("params", {})
-    product = product_of(layer, arrays_at(own), args, kwargs)
+    intercepted = next_fun is not context.orig_method
+    product = product_of(
+      layer, arrays_at(own), args, kwargs, intercepted=intercepted
+    )
     path = (*layer.path, *place_of(layer))
     if isinstance(product, str):
       refused[path] = product
@@ -186,14 +194,29 @@ def _initialised(
 
 
 def _applied(
-  first: Traced, model: nn.Module, args: Any, kwargs: Any, *, mutable: Any
+  first: Traced,
+  model: nn.Module,
+  args: Any,
+  kwargs: Any,
+  *,
+  mutable: Any,
+  kept: bool,
 ) -> Traced:
   """The same without the layers that an application of the model shows not to
-  be what their calls say: its program tells how it uses each kernel."""
+  be what their calls say: its program tells how it uses each kernel.
+
+  Args:
+    first: what its initialisation shows.
+    model, args, kwargs: and the inputs that initialise it.
+    mutable: collections that may change.
+    kept: whether it has its other collections than the parameters.
+  """
   calls, refused, applied = dict(first.calls), dict(first.refused), set[Path]()
   arrays, build = _arrays_of((args, kwargs))
   boxed = flatten_dict(first.variables["params"])
   unboxed = meta.unbox(first.variables)
+  if not kept:
+    unboxed = {"params": unboxed["params"]}
   places = {path: _kernel_path(path, call.view) for path, call in calls.items()}
   biases = [(*kernel[:-1], "bias") for kernel in places.values()]
   weights = {
@@ -320,15 +343,21 @@ def trace_sites(
         f"No layer's path ends in the target pattern {pattern!r}."
         f" {_there(found, unfit)}"
       )
-  chosen = [p for p in found if any(matches(x, p) for x in patterns)]
-  for path in chosen:
+  chosen = []
+  for path in found:
+    by = [pattern for pattern in patterns if matches(pattern, path)]
     layer, view = layer_path(path, found[path]), found[path].view
-    if (place := (*layer, view.kernel)) in astray:
+    place = *layer, view.kernel
+    whole = path[:-1] if found[path].columns else path
+    if by == [EVERY] and (place in astray or whole in held):
+      continue  # it names none in particular
+    if by and place in astray:
       raise UserError(
         f"The kernels of {'/'.join(layer)} are stacked on axes {astray[place]},"
         " or changed by a transformation. An adapter needs a stack's axis in"
         " front: nn.scan(..., variable_axes={'params': 0, 'projections': 0})."
       )
+    chosen += [path] if by else []
   both = [p for p in chosen if found[p].columns and p[:-1] in chosen]
   if both:
     raise UserError(

@@ -338,10 +338,8 @@ class Block(nn.Module):
     return x + nn.Dense(4)(nn.tanh(nn.Dense(6)(x))), None
 
 
-class Stacked(nn.Module):
-  """Layers that lie in a tree as a stack: on their second axis, as t5x and
-  maxtext have them; and unrolled, each call with a slice, as axlearn has
-  them."""
+class SecondAxis(nn.Module):
+  """Stacks layers on their parameters' second axis, as t5x and maxtext do."""
 
   @nn.compact
   def __call__(self, x):
@@ -349,6 +347,15 @@ class Stacked(nn.Module):
       Block, variable_axes={"params": 1}, split_rngs={"params": True}, length=2
     )
     x, _ = second(name="second")(x, None)
+    return nn.Dense(3, name="head")(x)
+
+
+class Unrolled(nn.Module):
+  """Makes a stack by a scan, and calls each layer with a slice of it, as
+  axlearn does."""
+
+  @nn.compact
+  def __call__(self, x):
     stack = nn.scan(
       Block,
       variable_axes={"params": 0, "projections": 0},
@@ -402,10 +409,9 @@ MODELS = {
   "a model that intercepts its layers": Other(
     "google-deepmind/gemma: peft's interceptors", Intercepted(), (X,)
   ),
-  "stacks on the second axis, and unrolled": Other(
-    "google-research/t5x: param_scan_axis; apple/axlearn: Repeat",
-    Stacked(),
-    (X,),
+  "a stack on the second axis": Other(
+    "google-research/t5x: param_scan_axis", SecondAxis(), (X,)
   ),
+  "a stack, unrolled": Other("apple/axlearn: Repeat", Unrolled(), (X,)),
   "an ensemble": Other("google/flax: nn.vmap", Mapped(), (X,)),
 }
