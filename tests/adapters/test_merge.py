@@ -14,9 +14,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests.adapters.conftest import Net
 from vera_jax.adapters.apply import adapt
+from vera_jax.adapters.chain import chain
+from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.merge import merge
+from vera_jax.adapters.unilora import unilora
 from vera_jax.adapters.vera import vera
+from vera_jax.errors import UserError
 
 
 def start(model, x):
@@ -69,3 +73,31 @@ def test_only_adapted_kernels_change_and_keep_their_type(method, dtype, x):
   changed = {path for path in new if new[path] != old[path]}
   assert changed == {("layer", "heads", "kernel")}
   assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(merged))
+
+
+def test_targets_that_are_not_the_adapters_are_refused(x):
+  """Its leaves would be dropped without a word."""
+  model = adapt(Net("looped"), vera(2), targets=["heads"])
+  variables = start(model, x)
+  targets = model.find_targets(x)
+  fold = partial(merge, variables["params"], variables["projections"])
+  with pytest.raises(UserError, match="have leaves of vera at .*heads, .*none"):
+    fold(adapter=vera(2), targets={})
+  with pytest.raises(UserError, match="have no leaves of lora at .*heads"):
+    fold(adapter=lora(2), targets=targets)
+
+
+def test_a_chain_on_a_site_without_leaves_of_its_own(x):
+  """Uni-LoRA's one vector lies at the root."""
+  on = {"fused": unilora(2, size=8), "heads": ia3()}
+  method = chain(*(m._replace(on=(name,)) for name, m in on.items()))
+  model = adapt(Net("looped"), method, targets=list(on))
+  variables = start(model, x)
+  merged = merge(
+    variables["params"],
+    variables["projections"],
+    adapter=method,
+    targets=model.find_targets(x),
+  )
+  bare = model.model.apply({"params": merged}, x)
+  np.testing.assert_allclose(bare, model.apply(variables, x), atol=1e-5)

@@ -361,7 +361,7 @@ class Interception:
   ) -> Leaves:
     """The site's own leaves; without any, the base would run unadapted."""
     leaves = adapter.own(found)
-    if adapter.init is not None and not leaves:
+    if not leaves and any(x.init and is_on(x, path) for x in adapter.methods):
       raise UserError(
         f"The parameters have no leaves of {adapter.name} at {'/'.join(path)}."
         " Use those that the adapted module's init gives, or load an adapter."

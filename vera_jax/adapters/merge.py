@@ -11,10 +11,12 @@ from vera_jax.adapters.interface import Adapter, Path, Target
 from vera_jax.adapters.layers import flat_kernel, own_kernel
 from vera_jax.adapters.sites import (
   all_sites,
+  is_on,
   layer_path,
   map_sites,
   own_leaves,
 )
+from vera_jax.errors import UserError
 from vera_jax.models.quantised import plain
 
 
@@ -37,10 +39,29 @@ def merge(
     projections: the `projections` collection.
     adapter: the method.
     targets: the adapted sites, from `find_targets`.
+
+  Raises:
+    UserError: the adapter's leaves lie at other sites than the targets.
   """
+  flat = flatten_dict(meta.unbox(dict(params)))
+  # leaves at the root are for all sites, and not every method has others
+  own = {path[:-1] for path in flat if adapter.owns(path[-1])} - {()}
+  lost = own - targets.keys()
+  bare = {
+    path
+    for path in targets.keys() - own - {()}
+    if any(link.init and is_on(link, path) for link in adapter.methods)
+  }
+  for path in sorted(lost | bare):
+    raise UserError(
+      f"The parameters have {'no ' if path in bare else ''}leaves of"
+      f" {adapter.name} at {'/'.join(path)}, which is"
+      f" {'one' if path in bare else 'none'} of the targets: give those that"
+      " find_targets finds for the adapter."
+    )
   merged = {
     path: plain(leaf)
-    for path, leaf in flatten_dict(meta.unbox(dict(params))).items()
+    for path, leaf in flat.items()
     if not adapter.owns(path[-1])
   }
   weights = adapter.weights
