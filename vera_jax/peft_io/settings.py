@@ -87,7 +87,7 @@ def read_settings(folder: Path) -> PeftSettings:
     UserError: naming the field that can't be carried over or has a wrong value.
   """
   file = folder / FILE
-  fields = read_json(file, nan=True)  # below, the field is named
+  fields = read_json(file)
   try:
     return _settings(fields)
   except (TypeError, ValueError, AttributeError, OverflowError) as error:
