@@ -74,9 +74,6 @@ def train_ensemble(configs, workdirs):
   return ensemble.train_ensemble(configs, workdirs)
 
 
-train_members = train_ensemble  # its old name
-
-
 def group_key(config):
   """Equal for runs that can train together, by `train_ensemble`."""
   from vera_jax.train import ensemble
@@ -123,7 +120,6 @@ __all__ = [
   "split",
   "train_and_evaluate",
   "train_ensemble",
-  "train_members",
   "unilora",
   "vera",
   "write_merged",

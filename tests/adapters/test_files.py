@@ -74,15 +74,6 @@ def test_what_was_saved_is_read(random_adapter):
     )
   assert len(saved.tensors) == 2 * len(stored) - 2  # the head has no layers
 
-  # The first format had one tensor per layer, and no number.
-  save_file(saved.tensors, file)
-  checksum = hashlib.sha256(file.read_bytes()).hexdigest()
-  change(folder, format=None, **{SHA256: checksum})
-  old = load_adapter(folder)
-  assert old.tensors.keys() == saved.tensors.keys()
-  for name, value in saved.tensors.items():
-    np.testing.assert_array_equal(old.tensors[name], value)
-
 
 def numbered(layers, width=3, kind=np.float32, role="query.vera_d"):
   return {f"encoder.layer.{i}.{role}": np.full(width, i, kind) for i in layers}

@@ -235,7 +235,7 @@ def test_lora_folds_a_high_rank_only():
 
 
 def test_names_of_plans():
-  assert check_plan("mixed") == "folded_forward"  # its old name
+  assert check_plan("folded_forward") == "folded_forward"
   with pytest.raises(UserError, match="'fast'; choose auto, factored"):
     adapt(Attention(), vera(4), targets=["out"], plan="fast")
 

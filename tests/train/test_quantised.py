@@ -110,17 +110,3 @@ def test_an_adapter_belongs_to_the_codes_it_was_trained_on(nf4, tmp_path):
     wrong = saved._replace(about={**saved.about, **change})
     with pytest.raises(UserError, match="codes of the base come out different"):
       restore_adapter(wrong)
-
-
-def test_a_run_from_before_there_was_the_choice_goes_on(nf4, tmp_path):
-  """Its config.json says nothing of it, which means none."""
-  from vera_jax.train.workdir import check_workdir, digest
-
-  new = nf4.config.to_dict()
-  new["model"]["quantise"] = "none"
-  old = json.loads(json.dumps(new))
-  del old["model"]["quantise"]
-  (tmp_path / "config.json").write_text(json.dumps(old))
-  assert check_workdir(tmp_path, new) == old and digest(new) == digest(old)
-  with pytest.raises(UserError, match="quantise: 'unset' there, 'nf4' now"):
-    check_workdir(tmp_path, nf4.config.to_dict())

@@ -37,8 +37,7 @@ from vera_jax.models.hf_weights import module_name
 
 ABOUT, TENSORS = "adapter.json", "adapter.safetensors"
 BOTH = f"An adapter is the two files {ABOUT} and {TENSORS}."
-# Format 1 had one tensor per layer, and no number; it is read all the same.
-FORMAT = 2
+FORMAT = 2  # 1 was never published
 SHA256 = "tensors_sha256"
 # The fields that restoring an adapter needs, and their JSON types.
 NEEDED: dict[str, tuple[type, ...]] = {
@@ -239,11 +238,10 @@ def load_adapter(name: str | Path) -> SavedAdapter:
       revision=hub_id["revision"],
     )
   about = read_json(folder / ABOUT, hint=BOTH)
-  number = about.get("format", 1)
-  if number not in range(1, FORMAT + 1):
+  if about.get("format") != FORMAT:
     raise UserError(
-      f"{folder / ABOUT} has format {number!r}; this vera_jax reads formats up"
-      f" to {FORMAT}. It was written by a newer one, or changed by hand."
+      f"{folder / ABOUT} has format {about.get('format')!r}; this vera_jax reads"
+      f" format {FORMAT}. It was written by another one, or changed by hand."
     )
   lacking = [
     name

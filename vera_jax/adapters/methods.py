@@ -9,7 +9,7 @@ its methods, each under the method's name.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vera_jax.adapters.base_leaves import ALL, bitfit, full, head, norms
+from vera_jax.adapters.base_leaves import bitfit, full, head, norms
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Adapter
@@ -41,8 +41,6 @@ class Method(NamedTuple):
       from: the runs of an ensemble may each have their own.
     group: the config's group that holds its settings, where that has not its
       own name: a variant of a method takes the method's.
-    older: the values of those settings that files written before there was a
-      choice don't have.
     on_sites: whether it is put on target layers, rather than training leaves of
       the base.
   """
@@ -52,7 +50,6 @@ class Method(NamedTuple):
   starts: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda given: ()
   per_run: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda given: ()
   group: str | None = None
-  older: Mapping[str, Any] = {}
   on_sites: bool = True
 
 
@@ -74,12 +71,10 @@ VERA = Method(
     else ("d_init", "init", "projection_seed")
   ),
   per_run=lambda given: ("d_init",) if given["train"] == "both" else (),
-  older={"conv": "whole"},
 )
 LORA = Method(
   lora,
   {"rank": int, "alpha": float, "scaling": str},
-  older={"scaling": "rank"},
 )
 
 METHODS: dict[str, Method] = {
@@ -111,9 +106,7 @@ METHODS: dict[str, Method] = {
     starts=lambda given: ("theta_init", "projection_seed"),
     per_run=lambda given: ("theta_init",),
   ),
-  "bitfit": Method(
-    bitfit, {"biases": str}, older={"biases": ALL}, on_sites=False
-  ),
+  "bitfit": Method(bitfit, {"biases": str}, on_sites=False),
   "norms": Method(norms, on_sites=False),
   "head": Method(head, on_sites=False),
   "full": Method(full, on_sites=False),
@@ -183,9 +176,7 @@ def by_link(
   for name in links:
     if not isinstance(settings.get(name), Mapping):
       raise UserError(f"The settings of {method} have none for {name}.")
-  return {
-    name: {**line.older, **settings[name]} for name, line in links.items()
-  }
+  return {name: settings[name] for name in links}
 
 
 def adapter_named(name: str) -> Adapter:

@@ -51,12 +51,10 @@ from vera_jax.errors import UserError
 
 Forward = Callable[[Array], Array]  # x -> x times the weights so far
 AUTO, FACTORED = "auto", "factored"
-OLD_NAMES = {"mixed": "folded_forward"}
 
 
 def check_plan(name: str) -> str:
-  """The plan's name of today; a UserError for what is no plan, nor "auto"."""
-  name = OLD_NAMES.get(name, name)
+  """The name itself; a UserError where it is no plan's, nor "auto"."""
   if name not in (AUTO, *PLANS):
     raise UserError(
       f"contraction is {name!r}; choose {AUTO}, {', '.join(PLANS)}."

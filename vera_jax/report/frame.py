@@ -235,7 +235,6 @@ def _own_settings(result: Mapping[str, Any]) -> dict[str, Any]:
   used = groups_of(result["method"]).values()
   aside = (*ASIDE, *(name for name in METHODS if name not in used))
   flat = flatten_dict(dict(result["config"]), sep=".")
-  flat.setdefault("model.quantise", "none")  # as before there was a choice
   return {
     key: value
     for key, value in flat.items()

@@ -18,119 +18,48 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from vera_jax.adapters.base_leaves import ALL
+from vera_jax.adapters.methods import METHODS, groups_of
 from vera_jax.adapters.products import AUTO
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json
 from vera_jax.locks import describe_owner, locked
-from vera_jax.models.quantised import NONE
 
 DAMAGED = "damaged"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # What may differ between a run and its resumption: it changes no result.
 FREE = ("log", "predict_test")
-# What runs had before there was a choice. A setting at this value is no part of
-# a run's identity, so that the same command finds the older run.
-BEFORE: Mapping[str, Mapping[str, Any]] = {
-  "model": {"quantise": NONE},
-  "vera": {"conv": "whole"},
-  "bitfit": {"biases": ALL},
-}
-# Methods whose settings older runs of other methods don't have.
-NEWER = ("norms",)
-# Targets of tasks whose layers have other names than an encoder's, and what the
-# methods' groups had there before: names of the same layers, or of none.
-PAIR = ("query", "value")
-INPUTS = r"layer(_\d+)?/output/dense|lin2|mlp/Wo"
-PAIRS: Mapping[tuple[str, ...], tuple[str, ...]] = {
-  ("query|q_proj", "value|v_proj"): PAIR,
-  ("expand", "project", "last"): PAIR,
-  ("i[ifgo]", "h[ifgo]"): PAIR,
-}
-OLDER_TARGETS = {
-  **dict.fromkeys(
-    ("lora_fa", "onelora", "pvera", "randlora", "unilora"), PAIRS
-  ),
-  "ia3": {
-    ("key|k_proj", "value|v_proj", "mlp/c_proj|down_proj"): (
-      "key",
-      "value",
-      INPUTS,
-    ),
-    ("mlp/c_proj|down_proj",): (INPUTS,),
-  },
-}
+SCAN = "model.scan"
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The settings that make a run what it is."""
-  methods = str(config.get("method")).split("+")
-  unused = {name for name in NEWER if name not in methods}
-  own = {k: v for k, v in config.items() if k not in {*FREE, *unused}}
-  for group, before in BEFORE.items():
-    if isinstance(settings := own.get(group), Mapping):
-      own[group] = {
-        key: value
-        for key, value in settings.items()
-        if key not in before or value != before[key]
-      }
-  for group, older in OLDER_TARGETS.items():
-    if isinstance(settings := own.get(group), Mapping):
-      own[group] = {
-        key: next(
-          (old for x, old in older.items() if value in (x, [*x])), value
-        )
-        if key in ("targets", "feedforward")
-        else value
-        for key, value in settings.items()
-      }
-  return own
+  """The settings that make a run what it is: of methods, those that it uses."""
+  others = {line.group or name for name, line in METHODS.items()}
+  others -= {*groups_of(str(config.get("method"))).values()}
+  return {k: v for k, v in config.items() if k not in {*FREE, *others}}
 
 
 def digest(config: Mapping[str, Any]) -> str:
-  """Eight letters that name a run: equal for equal `identity`.
-
-  A `model.scan` of "auto" counts as true, which was the default before: the
-  same command finds the folders of then.
-  """
-  named = identity(config)
-  if _is_auto(named):
-    named |= {"model": {**named["model"], "scan": True}}
-  text = json.dumps(named, sort_keys=True)
+  """Eight letters that name a run: equal for equal `identity`."""
+  text = json.dumps(identity(config), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _is_auto(config: Mapping[str, Any]) -> bool:
-  """Whether stacked or looped layers are still to be chosen."""
-  return config.get("model", {}).get("scan") == AUTO
 
 
 def differences(
   theirs: Mapping[str, Any], ours: Mapping[str, Any]
 ) -> list[str]:
-  """A line for each setting of a run's identity that is not the same.
-
-  What one side leaves open is no difference, nor is a whole group that it
-  lacks: such are the settings of methods that are newer than the run.
-  """
+  """A line for each setting of a run's identity that is not the same."""
   there, now = (
     # as JSON reads them back: tuples are lists there
     flatten_dict(json.loads(json.dumps(identity(config))), sep=".")
     for config in (theirs, ours)
   )
-  lacking = {
-    group
-    for one, other in ((theirs, ours), (ours, theirs))
-    for group, settings in one.items()
-    if isinstance(settings, Mapping) and group not in other
-  }
+  # whether layers are stacked or looped may still be to be chosen
+  is_open = AUTO in (there.get(SCAN), now.get(SCAN))
   return [
     f"{key}: {there.get(key, 'unset')!r} there, {now.get(key, 'unset')!r} now"
     for key in sorted({*now, *there})
-    if now.get(key) != there.get(key)
-    and key.partition(".")[0] not in lacking
-    and not (key == "model.scan" and (_is_auto(theirs) or _is_auto(ours)))
+    if now.get(key) != there.get(key) and not (key == SCAN and is_open)
   ]
 
 

@@ -1,6 +1,0 @@
-"""The old name of `python -m tests.faults.run`, to which it forwards."""
-
-import runpy
-
-if __name__ == "__main__":
-  runpy.run_module("tests.faults.run", run_name="__main__", alter_sys=True)
