@@ -231,9 +231,15 @@ SETTINGS = {
     "projection_seed": 0,
     "train": "both",
     "sharing": "shared",
+    "conv": "whole",
     "targets": ["query", "value"],
   },
-  "lora": {"rank": 2, "alpha": 4.0, "targets": ["query", "value"]},
+  "lora": {
+    "rank": 2,
+    "alpha": 4.0,
+    "scaling": "rank",
+    "targets": ["query", "value"],
+  },
   "ia3": {"targets": ["key", "value"], "feedforward": []},
   "lora_fa": {
     "rank": 2,

@@ -36,6 +36,7 @@ SETTINGS = {
   "projection_seed": 0,
   "train": "both",
   "sharing": "shared",
+  "conv": "whole",
   "targets": ["query", "value"],
 }
 

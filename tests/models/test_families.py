@@ -61,6 +61,7 @@ VERA = {
   "projection_seed": 0,
   "train": "both",
   "sharing": "shared",
+  "conv": "whole",
   "targets": ["query", "value"],
 }
 

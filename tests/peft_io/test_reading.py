@@ -57,6 +57,7 @@ def test_vera_with_its_projections(carry, tiny_model):
     "init": "peft",
     "projection_seed": KEY,
     "sharing": "shared",
+    "conv": "whole",
     "train": "both",
   }
   made = make_pair(RANK, 16, 32, seed=KEY, init="peft")

@@ -162,7 +162,7 @@ def test_exports_refused(random_adapter, tmp_path):
   fails("no usable rank=None", {"settings": {"sharing": "shared"}})
   fails(r"vera_d': \(4,\).* need .*\(5,\)", {"settings": given | {"rank": 5}})
   fails("need {'vera_d'", {"settings": given | {"train": "d"}})
-  lora = {"rank": RANK, "alpha": 1.0, "targets": ["query"]}
+  lora = {"rank": RANK, "alpha": 1.0, "scaling": "rank", "targets": ["query"]}
   fails("need {'lora_A'", {"method": "lora", "settings": lora})
   fails("There is no folder", {"base": "/nowhere"})
   unique = random_adapter(**SETTINGS, sharing="unique")

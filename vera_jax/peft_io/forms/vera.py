@@ -20,7 +20,9 @@ from vera_jax.peft_io.fused import join_pair, join_vera, joined
 def settings(fields: Fields) -> tuple[str, Settings]:
   """Our method and its settings, by PEFT's adapter_config.json."""
   method = str(fields["peft_type"]).lower()
-  own = {"sharing": "shared", "train": "both"} if method == "vera" else {}
+  own = {}
+  if method == "vera":
+    own = {"sharing": "shared", "train": "both", "conv": "whole"}
   return method, {
     "rank": whole(fields, "r", 256),
     "d_init": number(fields, "d_initial", 0.1),
