@@ -270,10 +270,11 @@ SETTINGS = {
     "projection_seed": 3,
     "targets": ["query", "value"],
   },
+  "bitfit": {"biases": ".*"},
 }
 SETTINGS |= {"dora": SETTINGS["lora"], "dvora": SETTINGS["vera"]}
 SETTINGS["dvora+ia3"] = {name: SETTINGS[name] for name in ("dvora", "ia3")}
-SETTINGS["vera+bitfit"] = {"vera": SETTINGS["vera"], "bitfit": {}}
+SETTINGS["vera+bitfit"] = {name: SETTINGS[name] for name in ("vera", "bitfit")}
 
 
 @pytest.fixture(scope="session")

@@ -241,7 +241,8 @@ def load_adapter(name: str | Path) -> SavedAdapter:
   if about.get("format") != FORMAT:
     raise UserError(
       f"{folder / ABOUT} has format {about.get('format')!r}; this vera_jax"
-      f" reads format {FORMAT}. It was written by another one, or changed by hand."
+      f" reads format {FORMAT}. It was written by another one, or changed by"
+      " hand."
     )
   lacking = [
     name
