@@ -1,77 +1,20 @@
 """The readers of files that come from elsewhere, each with its clean files.
 
 A reader is what a user's command calls for files of a kind. A new one is a
-function that writes small clean files, one that reads them, and a line in
-`READERS`.
+function in `clean.py` that writes small clean files, one here that reads them,
+and a line in `READERS`.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tests.fuzz import clean
 from vera_jax.errors import UserError
-
-WIDTHS = {
-  "hidden_size": 8,
-  "num_hidden_layers": 2,
-  "num_attention_heads": 2,
-  "intermediate_size": 12,
-}
-TEXTS = {**WIDTHS, "vocab_size": 30, "max_position_embeddings": 24}
-DECODER = {**TEXTS, "num_key_value_heads": 1, "head_dim": 4}
-IMAGES = {**WIDTHS, "image_size": 8, "patch_size": 4}
-ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
-ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-# config.json's fields by model_type.
-MODELS: dict[str, dict[str, Any]] = {
-  "bert": TEXTS,
-  "roberta": {**TEXTS, "pad_token_id": 1},
-  "distilbert": {
-    "vocab_size": 30,
-    "max_position_embeddings": 24,
-    "dim": 8,
-    "n_layers": 2,
-    "n_heads": 2,
-    "hidden_dim": 12,
-  },
-  "modernbert": {**TEXTS, "num_hidden_layers": 3, "local_attention": 8},
-  "gpt2": {
-    "vocab_size": 30,
-    "n_embd": 8,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_positions": 24,
-  },
-  "llama": {**DECODER, "rope_theta": 100.0, "rope_scaling": ROPE},
-  "mistral": {**DECODER, "sliding_window": 4},
-  "qwen2": {**DECODER, "use_sliding_window": True, "max_window_layers": 1},
-  "qwen3": DECODER,
-  "vit": IMAGES,
-  "dinov2": {**IMAGES, "mlp_ratio": 2},
-}
-WORDS = [f"word{i}" for i in range(25)]
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-METHODS: dict[str, dict[str, Any]] = {
-  "vera": {
-    "rank": 4,
-    "d_init": 0.1,
-    "init": "kaiming_uniform",
-    "train": "both",
-    "sharing": "shared",
-  },
-  "lora": {"rank": 2, "alpha": 4.0},
-  "randlora": {"rank": 2, "alpha": 5.0, "init": "uniform"},
-  "unilora": {"rank": 2, "size": 50, "theta_init": 0.02},
-  "vera+bitfit": {},
-}
-ROWS = [
-  {"premise": f"a fine film {i}", "hypothesis": "it is fine", "label": word}
-  for i, word in enumerate(["no", "yes"] * 4)
-]
 
 
 class Reader(NamedTuple):
@@ -90,85 +33,10 @@ class Reader(NamedTuple):
   named: bool = False
 
 
-def _json(path: Path, value: Any) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(value))
-
-
-def _lines(path: Path, rows: list[Any]) -> None:
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_model(
-  folder: Path, kind: str, *, shards: int = 1, **more: Any
-) -> dict[str, Any]:
-  """A random classifier or decoder; returns its config.json."""
-  from flax.traverse_util import unflatten_dict
-  from safetensors.numpy import save_file
-
-  from vera_jax.models.family import family_of
-  from vera_jax.models.hf_weights import to_hf
-  from vera_jax.models.pretrained import blueprint
-
-  fields = {"model_type": kind, **MODELS[kind], **more}
-  head = next(iter(family_of(fields).classes))
-  plan = blueprint(fields, outputs=2, head=head, scan=False)
-  rng = np.random.default_rng(0)
-  leaves = {
-    path: rng.standard_normal(leaf.shape).astype(np.float32)
-    for path, leaf in sorted(plan.shapes.items())
-  }
-  tensors = to_hf(unflatten_dict(leaves), plan.config)
-  _json(folder / "config.json", fields)
-  if shards == 1:
-    save_file(tensors, folder / "model.safetensors")
-    return fields
-  places = {name: i % shards for i, name in enumerate(tensors)}
-  names = [
-    f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)
-  ]
-  for i, name in enumerate(names):
-    own = {key: x for key, x in tensors.items() if places[key] == i}
-    save_file(own, folder / name)
-  index = {key: names[i] for key, i in places.items()}
-  about = {"metadata": {"total_size": 9}, "weight_map": index}
-  _json(folder / "model.safetensors.index.json", about)
-  return fields
-
-
 def read_model(folder: Path) -> None:
   from vera_jax.models.classifier import load_classifier
 
   load_classifier(folder, scan=False)
-
-
-def write_merged(folder: Path) -> None:
-  write_model(folder, "bert")
-  about = {"task": "rte", "method": "vera", "max_length": 16}
-  _json(folder / "merge.json", about)
-
-
-def write_tokenizer(folder: Path) -> None:
-  """A byte-level BPE with a chat template, as decoders have it."""
-  from tests.models.gguf_folders import byte_level
-
-  byte_level(folder, "words")
-  _json(folder / "config.json", {"model_type": "llama", **DECODER})
-  _json(folder / "special_tokens_map.json", {"eos_token": "<end>"})
-
-
-def write_wordpiece(folder: Path) -> None:
-  (folder / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]) + "\n")
-  _json(folder / "config.json", {"model_type": "bert", **TEXTS})
-  about = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
-  _json(folder / "tokenizer_config.json", about)
-
-
-def write_merges(folder: Path) -> None:
-  letters = [*"abdefilmnorstw", "Ġ"]
-  names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters, "in", "fin"]
-  _json(folder / "vocab.json", {name: i for i, name in enumerate(names)})
-  (folder / "merges.txt").write_text("#version: 0.2\ni n\nf in\n")
 
 
 def read_tokenizer(folder: Path) -> None:
@@ -183,57 +51,8 @@ def read_tokenizer(folder: Path) -> None:
 
 
 def write_cached(folder: Path) -> None:
-  write_wordpiece(folder)
+  clean.write_wordpiece(folder)
   read_tokenizer(folder)
-
-
-def write_adapter(folder: Path, method: str) -> None:
-  """A random adapter beside its base, without a checksum of the tensors."""
-  import jax
-  import jax.numpy as jnp
-  from flax.traverse_util import flatten_dict, unflatten_dict
-
-  from vera_jax.adapters.files import ABOUT, SHA256, save_adapter
-  from vera_jax.adapters.labels import FROZEN
-  from vera_jax.adapters.projections import PRNG, digest
-  from vera_jax.models.hf_weights import fingerprint, load_params
-  from vera_jax.models.pretrained import blueprint
-
-  base, out = folder / "base", folder / "adapter"
-  fields = write_model(base, "bert")
-  settings = {**METHODS[method], "targets": ["query", "value"]}
-  if "rank" in settings:
-    settings["projection_seed"] = 0
-  if method == "vera+bitfit":
-    vera = {**METHODS["vera"], "targets": ["query"], "projection_seed": 0}
-    settings = {"vera": vera, "bitfit": {}}
-  plan = blueprint(fields, outputs=2, method=method, settings=settings)
-  loaded = load_params(base, unflatten_dict(plan.shapes)).params
-  projections = plan.projections(jax.tree.map(jnp.asarray, loaded))
-  own, _ = plan.own_shapes()
-  shapes = plan.shapes | flatten_dict(own)
-  kinds = flatten_dict(plan.label(unflatten_dict(shapes)))
-  rng = np.random.default_rng(7)
-  trained = {
-    path: rng.standard_normal(leaf.shape).astype(np.float32)
-    for path, leaf in sorted(shapes.items())
-    if kinds[path] != FROZEN
-  }
-  about = {
-    "task": "rte",
-    "method": method,
-    "settings": settings,
-    "base": str(base),
-    "base_fingerprint": fingerprint(base),
-    "labels": ["entailment", "not_entailment"],
-    "kind": "classification",
-    "projection_prng": PRNG,
-    "projection_digest": digest(projections) if projections else None,
-    "max_length": 16,
-  }
-  save_adapter(out, unflatten_dict(trained), about=about)
-  written = json.loads((out / ABOUT).read_text())
-  _json(out / ABOUT, {k: x for k, x in written.items() if k != SHA256})
 
 
 def read_adapter(folder: Path) -> None:
@@ -243,33 +62,11 @@ def read_adapter(folder: Path) -> None:
   restore_adapter(load_adapter(folder / "adapter"), folder / "base")
 
 
-def write_peft(folder: Path, method: str) -> None:
-  from tests.peft_io import folders
-
-  sizes = {"hidden_size": 16, "intermediate_size": 32}
-  write_model(folder / "base", "bert", **sizes)
-  tensors, config = folders.matrices(), folders.LORA
-  if method == "vera":
-    tensors, config = folders.vectors() | folders.pair(), folders.VERA
-  folders.write(folder / "adapter", tensors, config)
-
-
 def read_peft(folder: Path) -> None:
   from vera_jax.peft_io import import_adapter
 
   out = folder / "imported"
   import_adapter(folder / "adapter", out, base=str(folder / "base"))
-
-
-def write_gguf(folder: Path, kind: str, *, form: str) -> None:
-  import shutil
-
-  from tests.models.gguf_folders import random_folder
-  from vera_jax.models.export_gguf import write_gguf_of
-
-  model = random_folder(folder / "model", kind)
-  write_gguf_of(model, folder / "model.gguf", kind=form)
-  shutil.rmtree(model)
 
 
 def read_gguf(folder: Path) -> None:
@@ -282,13 +79,6 @@ def read_gguf(folder: Path) -> None:
   load_classifier(made, scan=False)
 
 
-def write_decoder(folder: Path) -> None:
-  from tests.models.gguf_folders import random_folder
-
-  random_folder(folder, "llama")
-  _json(folder / "generation_config.json", {"eos_token_id": [1, 2]})
-
-
 def read_decoder(folder: Path) -> None:
   """As what writes texts, and as what becomes a GGUF file."""
   from vera_jax.models.classifier import load_classifier
@@ -298,26 +88,6 @@ def read_decoder(folder: Path) -> None:
   generator = Generator(load_classifier(folder, scan=False))
   generator.encode("the river", max_new_tokens=4)
   write_gguf_of(folder, folder / "out.gguf", kind="gguf-f16")
-
-
-def write_table(folder: Path, name: str) -> None:
-  """`ROWS` in the format of a name's ending."""
-  path = folder / name
-  if path.suffix == ".parquet":
-    import pyarrow
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
-  elif path.suffix == ".json":
-    _json(path, ROWS)
-  elif path.suffix == ".jsonl":
-    _lines(path, ROWS)
-  else:
-    apart = {".csv": ",", ".tsv": "\t"}[path.suffix]
-    lines = [
-      apart.join(row) for row in [list(ROWS[0]), *map(dict.values, ROWS)]
-    ]
-    path.write_text("\n".join(lines) + "\n")
 
 
 def read_table(folder: Path, name: str) -> None:
@@ -335,29 +105,6 @@ def read_table(folder: Path, name: str) -> None:
   task_for(config)
 
 
-def write_glue(folder: Path) -> None:
-  from vera_jax.tasks.glue_data import file_name
-  from vera_jax.tasks.glue_facts import TASKS
-
-  for name in ("cola", "stsb", "mrpc"):
-    task = TASKS[name]
-    (folder / task.folder).mkdir()
-    for split in task.splits:
-      test = split in task.test_splits
-      names = ["index", *task.file_columns, task.file_label]
-      plain = task.headerless and not test
-      names = list(task.headerless) if plain else names
-      lines = [] if plain else ["\t".join(names)]
-      for i in range(8):
-        label = task.written[i % 2] if task.written else str(i / 2)
-        row = {**dict.fromkeys(names, f"text {i}"), "index": str(i)}
-        lines.append(
-          "\t".join((row | {task.file_label: label})[n] for n in names)
-        )
-      path = folder / task.folder / file_name(split)
-      path.write_text("\n".join([*lines, ""]))
-
-
 def read_glue(folder: Path) -> None:
   from vera_jax.tasks.glue_data import load_split
   from vera_jax.tasks.glue_facts import TASKS
@@ -367,27 +114,12 @@ def read_glue(folder: Path) -> None:
       load_split(TASKS[name], folder, split)
 
 
-def write_superglue(folder: Path) -> None:
-  from tests.tasks import superglue_files
-
-  superglue_files.write_superglue(folder)
-
-
 def read_superglue(folder: Path) -> None:
   from vera_jax.tasks.superglue import TASKS, load_split
 
   for facts in TASKS.values():
     for split in ("train", "validation", "test"):
       load_split(facts, folder, split)
-
-
-def write_e2e(folder: Path) -> None:
-  import gzip
-
-  lines = [f"name : x{i // 2} || {i}.0 is a place .\n" for i in range(8)]
-  text = "".join(lines).replace(" || ", "||").encode()
-  (folder / "train.txt.gz").write_bytes(gzip.compress(text))
-  (folder / "valid.txt").write_bytes(text)
 
 
 def read_e2e(folder: Path) -> None:
@@ -410,13 +142,6 @@ def _all(*reads: Callable[[], Any]) -> None:
     raise refused
 
 
-def write_scoring(folder: Path) -> None:
-  rows = "".join(f"name[x{i // 2}],it is a place\n" for i in range(8))
-  (folder / "references.csv").write_text("mr,ref\n" + rows)
-  (folder / "references.txt").write_text("it is\nthis\n\na place\n")
-  (folder / "outputs.txt").write_text("it is a place\na place\n")
-
-
 def read_scoring(folder: Path) -> None:
   from vera_jax.tasks.e2e_files import read_for_scoring
 
@@ -427,10 +152,6 @@ def read_scoring(folder: Path) -> None:
   )
 
 
-def write_language(folder: Path) -> None:
-  (folder / "train.txt").write_text("a fine film\n" * 9 + "the naïve river\n")
-
-
 def read_language(folder: Path) -> None:
   from configs import language
   from vera_jax.tasks.task import task_for
@@ -438,19 +159,6 @@ def read_language(folder: Path) -> None:
   config = language.get_config()
   config.data.train = str(folder / "train.txt")
   task_for(config)
-
-
-def write_instructions(folder: Path) -> None:
-  rows = [{"instruction": f"Add {i}.", "output": str(i)} for i in range(8)]
-  _json(folder / "alpaca.json", [{**row, "input": ""} for row in rows])
-  said = [
-    [
-      {"role": "user", "content": f"Add {i}."},
-      {"role": "assistant", "content": str(i)},
-    ]
-    for i in range(8)
-  ]
-  _lines(folder / "messages.jsonl", [{"messages": one} for one in said])
 
 
 def read_instructions(folder: Path) -> None:
@@ -465,69 +173,12 @@ def read_instructions(folder: Path) -> None:
       as_text(row, "plain")
 
 
-def write_questions(folder: Path) -> None:
-  turns = {"question_id": 1, "category": "math", "turns": ["Why?", "How?"]}
-  _lines(folder / "judge.jsonl", [turns, {"question_id": 2, "text": "Who?"}])
-  copa = {"premise": "It rains.", "question": "effect", "label": 0}
-  _lines(folder / "copa.jsonl", [{**copa, "choice1": "wet", "choice2": "dry"}])
-  choices = {"text": ["wet", "dry"], "label": ["A", "B"]}
-  arc = {"question": "What?", "choices": choices, "answerKey": "B"}
-  _json(folder / "arc.json", [arc])
-
-
 def read_questions(folder: Path) -> None:
   from vera_jax.serve.choices import read_choices
   from vera_jax.serve.questions import read_judge_questions
 
   read_judge_questions(folder / "judge.jsonl")
   read_choices([str(folder / "copa.jsonl"), str(folder / "arc.json")])
-
-
-def _write_preprocessor(folder: Path) -> None:
-  from tests.pictures import PREPROCESSOR
-
-  cut = {"size": {"shortest_edge": 9}, "crop_size": {"height": 8, "width": 8}}
-  about = {**PREPROCESSOR, **cut, "do_center_crop": True}
-  _json(folder / "base" / "preprocessor_config.json", about)
-
-
-def write_pictures(folder: Path) -> None:
-  """Class folders with a picture of each format."""
-  from tests.pictures import COLOURS, picture
-  from vera_jax.data.image_files import SUFFIXES
-
-  for number, (name, colour) in enumerate(COLOURS.items()):
-    (folder / "data" / name).mkdir(parents=True)
-    for i, suffix in enumerate((*SUFFIXES, ".png", ".png")):
-      made = picture(colour, 100 * number + i)
-      made.save(folder / "data" / name / f"{i}{suffix}")
-  _write_preprocessor(folder)
-
-
-def write_picture_table(folder: Path) -> None:
-  import io
-
-  import pyarrow
-  from pyarrow import parquet
-
-  from tests.pictures import COLOURS, picture
-
-  rows = []
-  for i in range(9):
-    encoded = io.BytesIO()
-    picture([*COLOURS.values()][i % 3], i).save(encoded, "PNG")
-    image = {"bytes": encoded.getvalue(), "path": f"{i}.png"}
-    rows.append({"image": image, "label": i % 3})
-  features = {
-    "image": {"_type": "Image"},
-    "label": {"_type": "ClassLabel", "names": list(COLOURS)},
-  }
-  about = json.dumps({"info": {"features": features}})
-  table = pyarrow.Table.from_pylist(rows)
-  table = table.replace_schema_metadata({"huggingface": about})
-  (folder / "data").mkdir()
-  parquet.write_table(table, folder / "data" / "train.parquet")
-  _write_preprocessor(folder)
 
 
 def read_pictures(folder: Path) -> None:
@@ -544,47 +195,8 @@ def read_pictures(folder: Path) -> None:
 
 
 def write_cached_pictures(folder: Path) -> None:
-  write_pictures(folder)
+  clean.write_pictures(folder)
   read_pictures(folder)
-
-
-def write_run(folder: Path) -> None:
-  """What a run leaves but for its checkpoints, and a sweep's folder."""
-  from configs import rte
-  from vera_jax.data.written import FOLDER
-  from vera_jax.locks import locked
-
-  config = json.loads(json.dumps(rte.get_config("large").to_dict()))
-  epoch = {"epoch": 1, "step": 10, "train_loss": 0.7, "score": 0.6}
-  epoch["collapsed"] = False
-  result = {
-    "task": "rte",
-    "method": "vera",
-    "seed": 0,
-    "score_name": "accuracy",
-    "best": epoch,
-    "last": epoch,
-    "history": [epoch],
-    "parameters": {"adapter": 9, "head": 770, "frozen": 10**6},
-    "seconds": 10.0,
-    "config": config,
-    "test": {"scores": {"BLEU": 0.6}, "inputs": 2, "missing": ""},
-  }
-  _json(folder / "sweep.json", {"title": "x", "runs": {"run": {}}})
-  run = folder / "run"
-  _json(run / "result.json", result)
-  _json(run / "config.json", config)
-  _json(folder / "other" / "failed.json", {"reason": "NaN", "step": 3})
-  _json(folder / "third" / "result.json", {**result, "seed": 1})
-  lines = [{"step": i, "loss": 0.5, "grad_norm": 1.0} for i in range(1, 5)]
-  _lines(run / "metrics.jsonl", [*lines, {"step": 4, "epoch": 1, "score": 0.5}])
-  written = {"inputs": "a\nb", "outputs": "x y\nz", "references": "x\n\nz"}
-  (run / FOLDER).mkdir()
-  for name, text in written.items():
-    (run / FOLDER / f"{name}.txt").write_text(text + "\n")
-  with locked([run / "lock"]):
-    owner = (run / "lock").read_text()
-  (run / "lock").write_text(owner)
 
 
 def read_run(folder: Path) -> None:
@@ -623,77 +235,73 @@ def read_run(folder: Path) -> None:
   )
 
 
-CONFIG: Mapping[str, Any] = {"task": "rte", "seed": 0}
-STATE = {"d": np.zeros(3, np.float32)}
-
-
-def write_saves(folder: Path) -> None:
-  from vera_jax.train.checkpoint import Checkpoints
-
-  with Checkpoints(folder / "checkpoints", CONFIG) as saves:
-    for step in (1, 2):
-      saves.save(step, STATE, {"epoch": step}, {"score": 0.5, "epoch": step})
-
-
 def read_saves(folder: Path) -> None:
   from vera_jax.train.checkpoint import Checkpoints
 
-  with Checkpoints(folder / "checkpoints", CONFIG) as saves:
+  with Checkpoints(folder / "checkpoints", clean.CONFIG) as saves:
     if saves.latest_step is not None:
-      saves.restore(saves.latest_step, STATE)
+      saves.restore(saves.latest_step, clean.STATE)
 
 
 READERS: dict[str, Reader] = {
   **{
-    f"model {kind}": Reader(partial(write_model, kind=kind), read_model)
-    for kind in MODELS
+    f"model {kind}": Reader(partial(clean.write_model, kind=kind), read_model)
+    for kind in clean.MODELS
   },
   "model shards": Reader(
-    partial(write_model, kind="bert", shards=2), read_model, "*.json"
+    partial(clean.write_model, kind="bert", shards=2), read_model, "*.json"
   ),
-  "model merged": Reader(write_merged, read_model, "*.json"),
-  "decoder": Reader(write_decoder, read_decoder, "*.json"),
-  "tokenizer": Reader(write_tokenizer, read_tokenizer),
-  "tokenizer vocab.txt": Reader(write_wordpiece, read_tokenizer),
-  "tokenizer merges.txt": Reader(write_merges, read_tokenizer),
+  "model merged": Reader(clean.write_merged, read_model, "*.json"),
+  "decoder": Reader(clean.write_decoder, read_decoder, "*.json"),
+  "tokenizer": Reader(clean.write_tokenizer, read_tokenizer),
+  "tokenizer vocab.txt": Reader(clean.write_wordpiece, read_tokenizer),
+  "tokenizer merges.txt": Reader(clean.write_merges, read_tokenizer),
   "tokens cached": Reader(write_cached, read_tokenizer, "cache/*"),
   **{
     f"adapter {method}": Reader(
-      partial(write_adapter, method=method), read_adapter, "adapter/*"
+      partial(clean.write_adapter, method=method), read_adapter, "adapter/*"
     )
-    for method in METHODS
+    for method in clean.METHODS
   },
   **{
     f"PEFT {method}": Reader(
-      partial(write_peft, method=method), read_peft, "adapter/*"
+      partial(clean.write_peft, method=method), read_peft, "adapter/*"
     )
     for method in ("vera", "lora")
   },
   "GGUF llama": Reader(
-    partial(write_gguf, kind="llama", form="gguf-q8_0"), read_gguf, named=True
+    partial(clean.write_gguf, kind="llama", form="gguf-q8_0"),
+    read_gguf,
+    named=True,
   ),
   "GGUF gpt2": Reader(
-    partial(write_gguf, kind="gpt2", form="gguf-f16"), read_gguf, named=True
+    partial(clean.write_gguf, kind="gpt2", form="gguf-f16"),
+    read_gguf,
+    named=True,
   ),
   **{
     f"table {suffix}": Reader(
-      partial(write_table, name=f"train.{suffix}"),
+      partial(clean.write_table, name=f"train.{suffix}"),
       partial(read_table, name=f"train.{suffix}"),
       named=True,
     )
     for suffix in ("csv", "tsv", "json", "jsonl", "parquet")
   },
-  "GLUE": Reader(write_glue, read_glue),
-  "SuperGLUE": Reader(write_superglue, read_superglue),
-  "E2E": Reader(write_e2e, read_e2e),
-  "E2E scoring": Reader(write_scoring, read_scoring, named=True),
-  "language": Reader(write_language, read_language, named=True),
-  "instructions": Reader(write_instructions, read_instructions, named=True),
-  "questions": Reader(write_questions, read_questions, named=True),
-  "pictures folders": Reader(write_pictures, read_pictures, "data/**/*"),
-  "pictures Parquet": Reader(write_picture_table, read_pictures, "data/*"),
-  "pictures preparation": Reader(write_pictures, read_pictures, "base/*"),
+  "GLUE": Reader(clean.write_glue, read_glue),
+  "SuperGLUE": Reader(clean.write_superglue, read_superglue),
+  "E2E": Reader(clean.write_e2e, read_e2e),
+  "E2E scoring": Reader(clean.write_scoring, read_scoring, named=True),
+  "language": Reader(clean.write_language, read_language, named=True),
+  "instructions": Reader(
+    clean.write_instructions, read_instructions, named=True
+  ),
+  "questions": Reader(clean.write_questions, read_questions, named=True),
+  "pictures folders": Reader(clean.write_pictures, read_pictures, "data/**/*"),
+  "pictures Parquet": Reader(
+    clean.write_picture_table, read_pictures, "data/*"
+  ),
+  "pictures preparation": Reader(clean.write_pictures, read_pictures, "base/*"),
   "pictures cached": Reader(write_cached_pictures, read_pictures, "cache/*"),
-  "run": Reader(write_run, read_run),
-  "checkpoints": Reader(write_saves, read_saves),
+  "run": Reader(clean.write_run, read_run),
+  "checkpoints": Reader(clean.write_saves, read_saves),
 }
