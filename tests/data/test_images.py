@@ -151,6 +151,8 @@ def test_turned_grey_and_transparent_pictures():
     ({"resample": 77}, "77 is not a valid Resampling"),
     ({**CROPPED, "size": {"shortest_edge": 4}}, "4 pixels have no room"),
     ({"size": {"height": 10**9, "width": 8}}, "more than 4096 pixels a side"),
+    ({"size": True}, "True is no number of pixels"),
+    ({"size": {"height": 8.5, "width": 8}}, "8.5 is no number of pixels"),
     ({"image_std": [1.0, 0.0, 1.0]}, "not those of three colours"),
     ({"image_mean": [1.0]}, "not those of three colours"),
   ],

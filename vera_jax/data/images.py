@@ -202,10 +202,15 @@ def read_processor(folder: Path, *, size: int | None = None) -> Processor:
   usual = (x for start, x in CLASSES.items() if str(kind).startswith(start))
   fields = {"do_pad": False, **next(usual, {}), **written}
 
+  def whole(value: Any) -> int:
+    if type(value) is not int:  # True is an int as well
+      raise ValueError(f"{value!r} is no number of pixels")
+    return value
+
   def sides(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-      return value, value
-    return int(value["height"]), int(value["width"])
+    if isinstance(value, Mapping):
+      return whole(value["height"]), whole(value["width"])
+    return whole(value), whole(value)
 
   try:
     if not fields["do_resize"] or fields["do_pad"]:
@@ -214,7 +219,7 @@ def read_processor(folder: Path, *, size: int | None = None) -> Processor:
     if isinstance(target, int) and not fields["default_to_square"]:
       target = {"shortest_edge": target}
     if isinstance(target, Mapping) and "shortest_edge" in target:
-      edge = int(target["shortest_edge"])
+      edge = whole(target["shortest_edge"])
       if not fields["do_center_crop"] or target.get("longest_edge"):
         raise ValueError("images would keep sizes of their own")
       target = fields["crop_size"]
