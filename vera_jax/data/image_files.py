@@ -249,9 +249,8 @@ def _from_parquet(
   image = ""
   for path in files:
     with open_parquet(path, inside=inside) as file:
-      features = stored_features(file, path)
-      for column in file.schema_arrow:
-        features.setdefault(column.name, {})
+      about = stored_features(file, path)  # perhaps of other columns too
+      features = {name: about.get(name, {}) for name in file.schema_arrow.names}
       image, target, own = _columns(str(path), features, label)
       if classes and own != classes:
         raise UserError(f"{path} has other classes than {files[0]}.")
