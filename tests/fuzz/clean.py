@@ -54,6 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "init": "kaiming_uniform",
     "train": "both",
     "sharing": "shared",
+    "conv": "whole",
   },
   "lora": {"rank": 2, "alpha": 4.0},
   "randlora": {"rank": 2, "alpha": 5.0, "init": "uniform"},
