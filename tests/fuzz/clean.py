@@ -56,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sharing": "shared",
     "conv": "whole",
   },
-  "lora": {"rank": 2, "alpha": 4.0},
+  "lora": {"rank": 2, "alpha": 4.0, "scaling": "rank"},
   "randlora": {"rank": 2, "alpha": 5.0, "init": "uniform"},
   "unilora": {"rank": 2, "size": 50, "theta_init": 0.02},
   "vera+bitfit": {},
@@ -161,7 +161,7 @@ def write_adapter(folder: Path, method: str) -> None:
     settings["projection_seed"] = 0
   if method == "vera+bitfit":
     vera = {**METHODS["vera"], "targets": ["query"], "projection_seed": 0}
-    settings = {"vera": vera, "bitfit": {}}
+    settings = {"vera": vera, "bitfit": {"biases": ".*"}}
   plan = blueprint(fields, outputs=2, method=method, settings=settings)
   loaded = load_params(base, unflatten_dict(plan.shapes)).params
   projections = plan.projections(jax.tree.map(jnp.asarray, loaded))

@@ -162,7 +162,7 @@ def test_an_adapter_is_asked_as_it_was_trained(
       ["--model=a", "--prompt=b", "--chat", "--template=plain"],
       "--chat is --template=chat, not plain",
     ),
-    (["--model=a", "--input=no.jsonl"], "no.jsonl can't be read"),
+    (["--model=a", "--input=no.jsonl"], "There is no no.jsonl"),
     (["--adapter=nowhere", "--prompt=b"], "no adapter folder nowhere"),
   ],
 )

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from vera_jax.models.bert import BertClassifier, BertConfig
+from vera_jax.models.bert import FIELDS, BertClassifier, BertConfig
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def tiny():
       "max_position_embeddings": 20,
       **changes,
     }
-    return BertConfig.from_dict(fields)
+    return BertConfig.from_dict(FIELDS.take(fields))
 
   return make
 

@@ -247,7 +247,7 @@ def test_positions_past_the_table_give_nan(tiny, init, apply):
     ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
     ({"model_type": None}, "model_type is None"),
     ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
-    ({"hidden_act": "silu"}, "hidden_act is 'silu'"),
+    ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
     ({"hidden_act": ["gelu"]}, "hidden_act"),
     ({"is_decoder": True}, "is_decoder is True"),
     ({"hidden_size": 15}, "hidden_size 15 does not divide"),

@@ -166,7 +166,7 @@ def config(tmp_path_factory):
 def test_what_each_method_trains_of_the_output_layer():
   trained = {}
   for method in ("head", "bitfit", "full"):
-    plan, params = built(method=method)
+    plan, params = built(method=method, settings={"biases": ".*"})
     labels = flatten_dict(plan.label(params))
     trained[method] = {
       label: {p[0] for p, own in labels.items() if own == label}

@@ -166,7 +166,7 @@ def test_a_base_that_moved_can_be_named(tiny_model, random_adapter, tmp_path):
       {},
       r"has shape \(.*2.*: are rank and labels",
     ),
-    ({"method": "lora"}, {"alpha": 1.0}, "no .*lora_A"),
+    ({"method": "lora"}, {"alpha": 1.0, "scaling": "rank"}, "no .*lora_A"),
     ({"method": "other"}, {}, "method is 'other'"),
     ({}, {"projection_seed": 1}, "come out different .* digest"),
     ({}, {"init": "uniform"}, "come out different"),

@@ -84,7 +84,8 @@ def test_batch_norm_has_its_statistics_stored():
 
 @pytest.mark.parametrize("method", ["norms", "bitfit", "head", "full"])
 def test_running_statistics_are_trained_by_no_method(method):
-  plan = blueprint(LITE, outputs=3, method=method)
+  settings = {"biases": ".*"}
+  plan = blueprint(LITE, outputs=3, method=method, settings=settings)
   labels = flatten_dict(plan.label(unflatten_dict(plan.shapes)))
   trained = {p for p, label in labels.items() if label != FROZEN}
   assert not {path[-1] for path in trained} & {"mean", "var"}

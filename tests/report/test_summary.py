@@ -183,12 +183,6 @@ def test_convergence_is_that_of_the_best_rate(make_result):
   )
 
 
-def test_the_old_name_is_the_same_module():
-  from vera_jax import analysis
-
-  assert analysis.summary is summary and analysis.load_sweep is load_sweep
-
-
 def test_one_row_per_epoch(rank_sweep):
   epochs = history(rank_sweep.runs)
   assert len(epochs) == 30 and set(epochs["epoch"]) == {1, 2}

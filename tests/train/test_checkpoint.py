@@ -144,7 +144,12 @@ def test_damage_after_opening_is_a_clear_error(tmp_path):
 
 
 def test_the_saves_of_another_config_are_refused(tmp_path):
-  config = {"seed": 0, "vera": {"rank": 4}, "log": {"every": 1}}
+  config = {
+    "seed": 0,
+    "method": "vera",
+    "vera": {"rank": 4},
+    "log": {"every": 1},
+  }
   with Checkpoints(tmp_path, config) as saves:
     saves.save(1, state(), {})
   with Checkpoints(tmp_path, {**config, "log": {"every": 2}}) as saves:
