@@ -242,6 +242,30 @@ def test_a_damaged_file_is_named_and_the_others_are_reported(
     load_sweep(tmp_path)
 
 
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"seconds": []},
+    {"score_name": 3},
+    {"config": {"model": {"name": {}}}},
+    {"config": {"vera": {"rank": "8"}}},
+    {"test": {"scores": {"BLEU": None}, "inputs": 2, "missing": ""}},
+    {"test": {"scores": 0.5, "inputs": 2, "missing": ""}},
+    {"test": {"scores": {"BLEU": 0.5}}},
+  ],
+)
+def test_a_result_of_other_types_is_left_out(changes, make_result, tmp_path):
+  odd = make_result(seed=1)
+  for name, value in changes.items():
+    if name == "config":
+      ((group, settings),) = value.items()
+      value = {**odd["config"], group: {**odd["config"][group], **settings}}
+    odd[name] = value
+  sweep = load_sweep(written(tmp_path, a=make_result(), b=odd))
+  assert list(sweep.runs["seed"]) == [0]
+  assert "b/result.json is no run's result" in sweep.remarks[0]
+
+
 def test_a_run_in_two_folders_counts_once(make_result, tmp_path):
   data = {"train": {"examples": 9, "fingerprint": "abc"}}
   found = [make_result(seed=s, size="base") | {"data": data} for s in (0, 1, 2)]

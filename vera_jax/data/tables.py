@@ -415,5 +415,6 @@ def class_names(features: dict[str, Any]) -> dict[str, list[str]]:
     if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
       feature = feature["feature"]  # of a list's entries
     if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-      found[name] = [str(word) for word in feature.get("names") or ()]
+      names = feature.get("names")
+      found[name] = [str(x) for x in names] if isinstance(names, list) else []
   return {name: words for name, words in found.items() if words}

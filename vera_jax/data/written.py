@@ -60,6 +60,8 @@ def read_written(folder: Path) -> Written:
   )
   names = inputs.splitlines()
   groups = [block.splitlines() for block in references.split("\n\n")]
+  if not all(groups):
+    raise ValueError("an input without references")
   return Written(
     dict(zip(names, outputs.splitlines(), strict=True)),
     dict(zip(names, groups, strict=True)),

@@ -53,6 +53,21 @@ ASIDE = (
 )
 
 
+NUMBER = (int, float)
+# What tables read of a result, and its types in JSON.
+READ: Mapping[str, Any] = {
+  **dict.fromkeys(("task", "method", "score_name"), str),
+  **dict.fromkeys(("seed", "seconds"), NUMBER),
+  **dict.fromkeys(("best", "last"), {"score": NUMBER}),
+  "parameters": {"adapter": int, "head": int},
+  "config": {
+    **{"task": str, "method": str, "model": {"name": str}},
+    "optim": {"epochs": NUMBER},
+  },
+}
+TEST = {"scores": dict, "inputs": int, "missing": str}
+
+
 def method_title(method: str) -> str:
   """A method's name, or a chain's, as tables and figures write it."""
   return " + ".join(METHODS.get(name, name) for name in method.split("+"))
@@ -127,6 +142,13 @@ def load_sweep(*folders: str | Path) -> Sweep:
         "norms" not in result
       ):  # older results; an adapter beside them has them
         result["norms"] = norms_beside(place)
+      _check(result, READ, "it")
+      if result.get("test"):
+        _check(result["test"], TEST, "test")
+        _check(result["test"]["scores"], NUMBER, "test.scores")
+      for group in groups_of(result["method"]).values():
+        _check(result["config"].get(group, {}).get("rank", 0), NUMBER, "rank")
+      _check(result.get("learning_rates", {}), NUMBER, "learning_rates")
       key = json.dumps([_identity(result), result.get("data")], sort_keys=True)
       history(frame([result]))
     except Exception as error:  # whatever is wrong with it, others are not
@@ -161,6 +183,25 @@ def load_sweep(*folders: str | Path) -> Sweep:
   kept, kept_places = zip(*found.values(), strict=True)
   runs = frame(kept, kept_places)
   return Sweep(title, plan.get("paper", ""), runs, failed, tuple(remarks))
+
+
+def _check(value: Any, kind: Any, name: str) -> None:
+  """Raises a TypeError where a part of a result has another type.
+
+  Args:
+    value: the part.
+    kind: its types; by name, those of what it holds. An object in place of a
+      number is one of numbers.
+    name: of the part.
+  """
+  if isinstance(kind, Mapping) and isinstance(value, Mapping):
+    for key, inner in kind.items():
+      _check(value.get(key), inner, key)
+  elif isinstance(value, Mapping) and kind is NUMBER:
+    for key, inner in value.items():
+      _check(inner, NUMBER, key)
+  elif isinstance(kind, Mapping) or not isinstance(value, kind):
+    raise TypeError(f"{name} is {value!r}"[:100])
 
 
 def frame(

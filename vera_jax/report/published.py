@@ -94,9 +94,10 @@ def published(
   name = model or config["model"]["name"]
   if task not in TABLE_2.get((name, method), {}):
     return None
-  own = config[method]
-  other_rank = not model and own["rank"] != RANKS[name, method]
-  if tuple(own["targets"]) != ("query", "value") or other_rank:
+  own = config.get(method, {})
+  other_rank = not model and own.get("rank") != RANKS[name, method]
+  pair = own.get("targets") in (["query", "value"], ("query", "value"))
+  if not pair or other_rank:
     return None
   changed = {
     key: own[key] for key, x in DEFAULTS.items() if own.get(key, x) != x
@@ -109,5 +110,5 @@ def published(
   if key == "sharing":
     found = UNIQUE.get(task)
     return Published(*found, "Table 7") if found else None
-  scores = TABLE_6.get((key, value), {})
+  scores = next((x for k, x in TABLE_6.items() if k == (key, value)), {})
   return Published(*scores[task], "Table 6") if task in scores else None
