@@ -1,29 +1,28 @@
-"""The two commands as a user types them."""
+"""The two commands as a user types them, in this process where they work."""
 
 import json
 
 import pytest
 
-from tests.experiments.command import run, run_each
+from tests.experiments.command import run_each
 from vera_jax.data.tables import read_table
+from vera_jax.errors import UserError
 
 
-def test_merge_then_predict_from_both(random_adapter, tmp_path):
+def test_merge_then_predict_from_both(random_adapter, tmp_path, typed, capsys):
   adapter, out = random_adapter(), tmp_path / "out"
   file = tmp_path / "texts.tsv"
   file.write_text(
     "sentence1\tsentence2\nword1 word2\tword3\nalone\nword4\tword5\n"
   )
-  done, ours = run_each(
-    ["experiments.merge", f"--adapter={adapter}", f"--out={out}"],
-    ["experiments.predict", f"--adapter={adapter}", f"--input={file}"],
-  )
-  assert done.returncode == 0, done.stderr
-  assert "float32" in done.stdout and str(out) in done.stdout.replace("\n", "")
-  assert ours.returncode == 1
-  assert "line 3: it has 1 columns" in ours.stderr
-  assert "1 of 4 lines could not be used." in ours.stderr
-  header, first, bad, last = ours.stdout.splitlines()
+  typed("merge", f"--adapter={adapter}", f"--out={out}")
+  done = capsys.readouterr().out
+  assert "float32" in done and str(out) in done.replace("\n", "")
+  with pytest.raises(UserError, match="1 of 4 lines could not be used."):
+    typed("predict", f"--adapter={adapter}", f"--input={file}")
+  table, remarks = capsys.readouterr()
+  assert "line 3: it has 1 columns" in remarks
+  header, first, bad, last = table.splitlines()
   assert header.split("\t") == [
     "label",
     "score",
@@ -34,12 +33,11 @@ def test_merge_then_predict_from_both(random_adapter, tmp_path):
   good = '{"sentence1": "word1 word2", "sentence2": "word3"}'
   listed = tmp_path / "texts.json"  # one list, as training reads it
   listed.write_text(f"[{good},\n3]")
-  theirs = run(
-    "predict", f"--model={out}", f"--input={listed}", "--format=jsonl"
-  )
-  assert theirs.returncode == 1
-  assert "row 2: it is no JSON object" in theirs.stderr
-  answer, bad = map(json.loads, theirs.stdout.splitlines())
+  with pytest.raises(UserError, match="1 of 2 "):
+    typed("predict", f"--model={out}", f"--input={listed}", "--format=jsonl")
+  lines, remarks = capsys.readouterr()
+  assert "row 2: it is no JSON object" in remarks
+  answer, bad = map(json.loads, lines.splitlines())
   label, score, *chances = first.split("\t")
   assert answer["label"] == label and bad == {}
   assert answer["score"] == pytest.approx(float(score), abs=2e-6)
@@ -48,7 +46,9 @@ def test_merge_then_predict_from_both(random_adapter, tmp_path):
   )
 
 
-def test_labels_that_would_command_a_terminal(random_adapter, tmp_path):
+def test_labels_that_would_command_a_terminal(
+  random_adapter, tmp_path, typed, capsys
+):
   """A TSV keeps a line per text and a cell per label; JSON loses nothing."""
   labels = ["\x1b]0;mine\x07a\tb", 'c\n"d"\x9b2J']
   adapter = random_adapter()
@@ -56,20 +56,21 @@ def test_labels_that_would_command_a_terminal(random_adapter, tmp_path):
   (adapter / "adapter.json").write_text(json.dumps(about | {"labels": labels}))
   file = tmp_path / "texts.tsv"
   file.write_text("sentence1\tsentence2\nword1 word2\tword3\nword4\tword5\n")
-  ask = ["experiments.predict", f"--adapter={adapter}", f"--input={file}"]
-  table, lines = run_each(ask, [*ask, "--format=jsonl"])
-  assert (table.returncode, lines.returncode) == (0, 0), table.stderr
-  (tmp_path / "out.tsv").write_text(table.stdout)
+  ask = "predict", f"--adapter={adapter}", f"--input={file}"
+  typed(*ask)
+  table = capsys.readouterr().out
+  typed(*ask, "--format=jsonl")
+  lines = capsys.readouterr().out
+  (tmp_path / "out.tsv").write_text(table)
   found = read_table(tmp_path / "out.tsv")
   shown = [r"\x1b]0;mine\x07a\tb", r'c\n"d"\x9b2J']
   assert list(found.columns) == ["label", "score", *shown]
-  answers = list(map(json.loads, lines.stdout.splitlines()))
+  answers = list(map(json.loads, lines.splitlines()))
   assert [list(x["probabilities"]) for x in answers] == [labels] * 2
   assert [shown[labels.index(x["label"])] for x in answers] == found.columns[
     "label"
   ]
-  for done in (table, lines):
-    assert not set("\x1b\x07\x9b") & set(done.stdout)
+  assert not set("\x1b\x07\x9b") & set(table + lines)
 
 
 def test_a_mistake_is_explained_in_a_line():
