@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from tests.experiments.command import refused, run
+from tests.experiments.command import run
 from vera_jax.adapters.files import load_adapter
+from vera_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +28,19 @@ def trained(tiny_images, tiny_vit, tmp_path_factory):
   return folder / "run"
 
 
-def test_a_folder_of_images_is_answered(trained, tiny_images, tmp_path):
+def test_a_folder_of_images_is_answered(
+  trained, tiny_images, tmp_path, typed, capsys
+):
   (tmp_path / "one").mkdir()
   good = tmp_path / "one/good.png"
   good.write_bytes((tiny_images / "test/red/0.png").read_bytes())
   (tmp_path / "bad.jpg").write_text("no picture")
   adapter = f"--adapter={trained / 'adapter'}"
-  done = run("predict", adapter, f"--input={tmp_path}")
-  assert done.returncode == 1
-  assert "bad.jpg: cannot identify image" in done.stderr
-  assert "1 of 2 images could not be read." in done.stderr
-  header, bad, line = done.stdout.splitlines()
+  with pytest.raises(UserError, match="1 of 2 images could not be read."):
+    typed("predict", adapter, f"--input={tmp_path}")
+  table, remarks = capsys.readouterr()
+  assert "bad.jpg: cannot identify image" in remarks
+  header, bad, line = table.splitlines()
   assert header.split("\t") == [
     "file",
     "label",
@@ -50,17 +53,16 @@ def test_a_folder_of_images_is_answered(trained, tiny_images, tmp_path):
   name, label, score, *chances = line.split("\t")
   assert name == str(good) and float(score) == max(map(float, chances))
   assert label in load_adapter(trained / "adapter").about["labels"]
-  done = run("predict", adapter, f"--input={good}", "--format=jsonl")
-  answer = json.loads(done.stdout)
+  typed("predict", adapter, f"--input={good}", "--format=jsonl")
+  answer = json.loads(capsys.readouterr().out)
   assert (answer["file"], answer["label"]) == (str(good), label)
 
 
-def test_a_grid_of_pictures(trained, tmp_path):
+def test_a_grid_of_pictures(trained, tmp_path, typed):
   out = tmp_path / "grid.png"
-  done = run("pictures", trained, f"--out={out}", "--count=5")
-  assert done.returncode == 0, done.stderr
+  typed("pictures", trained, f"--out={out}", "--count=5")
   assert out.read_bytes().startswith(b"\x89PNG")
-  assert "Name the runs' folders" in refused("pictures", 1)
-  assert "No result of a run" in refused(
-    "pictures", 1, tmp_path, f"--out={out}"
-  )
+  with pytest.raises(UserError, match="Name the runs' folders"):
+    typed("pictures")
+  with pytest.raises(UserError, match="No result of a run"):
+    typed("pictures", tmp_path, f"--out={out}")
