@@ -8,6 +8,7 @@ from rich.console import Console
 from vera_jax import results
 from vera_jax.locks import locked
 from vera_jax.sweep import estimate
+from vera_jax.sweep import table as table_file
 from vera_jax.sweep.plan import make_units
 from vera_jax.sweep.table import (
   LiveTable,
@@ -98,6 +99,7 @@ def test_what_trains_is_on_the_smallest_screen(half_done, monkeypatch):
 
 
 def test_a_redraw_reads_no_data(half_done, monkeypatch):
+  monkeypatch.setattr(table_file.time, "monotonic", lambda: 100.0)
   table = LiveTable(half_done, make_units(half_done.runs, most=8))
   first = drawn(table._draw())
   monkeypatch.setattr(estimate, "task_for", None)
