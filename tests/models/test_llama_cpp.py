@@ -77,7 +77,7 @@ def rewritten(
   return out
 
 
-def compare(
+def assert_same_logits(
   file: Path, load, *, length: int = LENGTH, bound: float = 1e-4
 ) -> None:
   """The logits of one text here and there."""
@@ -112,7 +112,7 @@ def test_llama_cpp_computes_what_we_write(kind, load, home, tmp_path):
   length = 3 if kind == "mistral" else LENGTH
   bound = 2e-3 if kind == "gpt2" else 1e-4  # its GELU is a table of float16
   file = rewritten(tmp_path / "a.gguf", {})
-  compare(file, load, length=length, bound=bound)
+  assert_same_logits(file, load, length=length, bound=bound)
 
 
 LLAMA3 = {
@@ -135,7 +135,7 @@ ORIGINAL = "original_max_position_embeddings"
 def test_llama_cpp_rotates_what_we_write(fields, load, home, tmp_path):
   folder = random_folder(tmp_path / "model", "llama", **fields)
   write_gguf_of(folder, tmp_path / "a.gguf", kind="gguf-f16")
-  compare(rewritten(tmp_path / "a.gguf", {}), load)
+  assert_same_logits(rewritten(tmp_path / "a.gguf", {}), load)
 
 
 SCALING = "llama.rope.scaling"
@@ -158,7 +158,7 @@ def test_rotations_of_others_are_llama_cpp_s(
 ):
   folder = random_folder(tmp_path / "model", "llama")
   write_gguf_of(folder, tmp_path / "a.gguf", kind="gguf-f16")
-  compare(rewritten(tmp_path / "a.gguf", keys, factors), load)
+  assert_same_logits(rewritten(tmp_path / "a.gguf", keys, factors), load)
 
 
 def texts() -> list[str]:

@@ -174,23 +174,21 @@ def changed(program: ClosedJaxpr, names: Sequence[str]) -> set[str]:
 
     for equation in program.eqns:
       primitive, params = equation.primitive.name, equation.params
-      given = names_of(equation.invars)
+      operands = names_of(equation.invars)
       if primitive in HANDED_ON or _rounds_little(equation):
-        known.update(zip(equation.outvars, given, strict=True))
+        known.update(zip(equation.outvars, operands, strict=True))
       if primitive == "name" and params["name"].startswith(MARK):
-        wrong.update({params["name"].removeprefix(MARK)} - set(given))
+        wrong.update({params["name"].removeprefix(MARK)} - set(operands))
       # A loop's state is another one in each round. Before the arguments of an
       # inner program lie others, such as the number of a branch.
       if primitive == "scan":
-        first = params["num_consts"]
-        given[first : first + params["num_carry"]] = [None] * params[
-          "num_carry"
-        ]
+        first, carried = params["num_consts"], params["num_carry"]
+        operands[first : first + carried] = [None] * carried
       elif primitive == "while":
-        last = len(given) - len(equation.outvars)
-        given[last:] = [None] * len(equation.outvars)
+        last = len(operands) - len(equation.outvars)
+        operands[last:] = [None] * len(equation.outvars)
       for inner in _inner_programs(params):
-        returned = follow(inner, given[-len(inner.invars) :])
+        returned = follow(inner, operands[-len(inner.invars) :])
         if primitive not in ("scan", "while", "cond"):
           known.update(zip(equation.outvars, returned, strict=False))
     return names_of(program.outvars)

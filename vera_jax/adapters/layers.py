@@ -390,12 +390,12 @@ def _is_flaxs(
   bare = layer.clone(parent=None, name=None)
   assert layer.scope is not None
   changed = tuple(x for x in others if layer.is_mutable_collection(x))
-  given: Any = bare, kind, structure, inputs, tuple(layer.scope.rngs), changed
+  key: Any = bare, kind, structure, inputs, tuple(layer.scope.rngs), changed
   try:
-    hash(given)
+    hash(key)
   except TypeError:  # a field is an array, say
-    return _same_program.__wrapped__(*given)
-  return _same_program(*given)
+    return _same_program.__wrapped__(*key)
+  return _same_program(*key)
 
 
 @lru_cache(maxsize=256)
@@ -418,8 +418,8 @@ def _same_program(
       every = [arrays.get(i, x) for i, x in enumerate(inputs)]
       params, others, args, kwargs = jax.tree.unflatten(structure, every)
       keys = dict.fromkeys(streams, jax.random.key(0))
-      given = {"others": others, "rngs": keys, "mutable": changed, **kwargs}
-      return own_call(layer, params, *args, **given)[0]
+      options = {"others": others, "rngs": keys, "mutable": changed, **kwargs}
+      return own_call(layer, params, *args, **options)[0]
 
     arrays = {i: x for i, x in enumerate(inputs) if hasattr(x, "shape")}
     return str(jax.make_jaxpr(run)(arrays))

@@ -139,8 +139,8 @@ def next_tokens(
     keys: one for each row, the same in every step.
     step: from 0.
     history: prompt and answer so far, of `lengths` tokens.
-    lengths: as said.
-    sampling: how.
+    lengths: how many tokens each row of `history` has.
+    sampling: the rule that the words are chosen by.
   """
   if sampling.no_repeat_ngram:
     forbidden = repeats(

@@ -199,7 +199,8 @@ class LlamaConfig:
 
 
 def _slides(fields: Mapping[str, Any], config: LlamaConfig) -> tuple[bool, ...]:
-  """Which layers have the sliding window: as said, or those from the first."""
+  """Which layers have the sliding window, by `layer_types`; without it, those
+  from `max_window_layers` on."""
   layers, window = config.num_hidden_layers, config.sliding_window
   slides = sliding_layers(fields, layers)
   if slides is None:
@@ -225,19 +226,21 @@ def rotation_fields(fields: Mapping[str, Any], *, room: int) -> dict[str, Any]:
   Raises:
     UserError: a kind that isn't known, or another one for each kind of layer.
   """
-  given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-  if any(isinstance(value, Mapping) for value in given.values()):
+  scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+  if any(isinstance(value, Mapping) for value in scaling.values()):
     raise UserError(
       "config.json: rope_parameters differ by layer; this model has one kind."
     )
-  given = ROTATION_FIELDS.take(given, inside="rope_parameters.")
-  given = {name: value for name, value in given.items() if value is not None}
+  scaling = ROTATION_FIELDS.take(scaling, inside="rope_parameters.")
+  scaling = {
+    name: value for name, value in scaling.items() if value is not None
+  }
   theta = fields.get("rope_theta")
   rope = {
     "rope_theta": 10_000.0 if theta is None else theta,
     ORIGINAL: room,
-    "rope_type": given.pop("type", "default"),
-    **given,
+    "rope_type": scaling.pop("type", "default"),
+    **scaling,
   }
   one_of(rope, "rope_type", ROTATIONS)
   one_of(rope, "truncate", (True, False, None), inside="rope_parameters.")

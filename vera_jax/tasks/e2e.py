@@ -126,8 +126,8 @@ def hold_out(rows: Rows, inputs: int, *, seed: int) -> tuple[Rows, Rows]:
 
   Args:
     rows: of the training split.
-    inputs: how many are kept apart, drawn by `seed`, with all their rows.
-    seed: as said.
+    inputs: how many are kept apart, with all their rows.
+    seed: which ones are drawn.
 
   Raises:
     UserError: there are not so many, or nothing would be left to train on.
