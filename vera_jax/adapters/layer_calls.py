@@ -126,6 +126,24 @@ def is_apart(layer: nn.Module) -> bool:
   return layer.scope is None or not layer.scope.get_flag(IN_MODEL, False)
 
 
+def remembered(function: Any, call: Any, *key: Any) -> Any:
+  """function(structure, leaves, *key) of what a call is given, by its shapes.
+
+  The function is one of `lru_cache`. With a key that can't be hashed, such as a
+  module that has a list for a field, it is computed each time.
+  """
+  leaves, structure = jax.tree.flatten(call)
+  inputs = tuple(
+    jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x
+    for x in leaves
+  )
+  try:
+    hash((inputs, key))
+  except TypeError:
+    function = function.__wrapped__
+  return function(structure, inputs, *key)
+
+
 def reads(program: ClosedJaxpr, tree: Any) -> Any:
   """Of every array in a tree, whether the program's results depend on it.
 

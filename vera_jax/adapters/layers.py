@@ -28,6 +28,7 @@ from vera_jax.adapters.layer_calls import (
   bound_call,
   own_call,
   reads,
+  remembered,
 )
 from vera_jax.adapters.structured import as_array
 from vera_jax.models.quantised import dequantise, is_quantised
@@ -382,28 +383,20 @@ def _is_flaxs(
     for name, tree in meta.unbox(layer.variables).items()
     if name not in ("params", "projections")
   }
-  leaves, structure = jax.tree.flatten((params, others, args, kwargs))
-  inputs = tuple(
-    jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x
-    for x in leaves
-  )
   bare = layer.clone(parent=None, name=None)
   assert layer.scope is not None
+  streams = tuple(layer.scope.rngs)
   changed = tuple(x for x in others if layer.is_mutable_collection(x))
-  key: Any = bare, kind, structure, inputs, tuple(layer.scope.rngs), changed
-  try:
-    hash(key)
-  except TypeError:  # a field is an array, say
-    return _same_program.__wrapped__(*key)
-  return _same_program(*key)
+  call = params, others, args, kwargs
+  return remembered(_same_program, call, bare, kind, streams, changed)
 
 
 @lru_cache(maxsize=256)
 def _same_program(
-  layer: nn.Module,
-  kind: type[nn.Module],
   structure: Any,
   inputs: tuple[Any, ...],
+  layer: nn.Module,
+  kind: type[nn.Module],
   streams: tuple[str, ...],
   changed: tuple[str, ...],
 ) -> bool:

@@ -23,6 +23,7 @@ from vera_jax.adapters.layer_calls import (
   is_own_call,
   mark,
   reads,
+  remembered,
 )
 from vera_jax.adapters.layers import (
   cell_rows,
@@ -95,22 +96,13 @@ class Traced(NamedTuple):
 
 def _trace(model: nn.Module, *args: Any, **kwargs: Any) -> Traced:
   """Traces the model, or remembers how it was traced on such inputs."""
-  leaves, structure = jax.tree.flatten((args, kwargs))
-  inputs = tuple(
-    jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x
-    for x in leaves
-  )
-  given = model, structure, inputs, jnp.zeros(()).dtype == jnp.float64
-  try:
-    hash(given)
-  except TypeError:  # a field of the model is a list, say
-    return _trace_once.__wrapped__(*given)
-  return _trace_once(*given)
+  x64 = jnp.zeros(()).dtype == jnp.float64
+  return remembered(_trace_once, (args, kwargs), model, x64)
 
 
 @lru_cache(maxsize=64)
 def _trace_once(
-  model: nn.Module, structure: Any, inputs: tuple[Any, ...], x64: bool
+  structure: Any, inputs: tuple[Any, ...], model: nn.Module, x64: bool
 ) -> Traced:
   args, kwargs = jax.tree.unflatten(structure, inputs)
   traced = None
