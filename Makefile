@@ -57,10 +57,11 @@ test: $(WITH_DEV) $(WITH_ENCODER) ## run all tests, one file a core
 	$(BIN)/python -m pytest -n auto --dist loadfile \
 	  --no-loadscope-reorder
 
-check: $(WITH_DEV) ## lint, format and type check
+check: $(WITH_DEV) ## lint, format, type and import check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 parity: $(WITH_PARITY) $(WITH_ENCODER) $(WITH_DECODER) $(WITH_NETWORK) $(WITH_NETWORKS) ## compare with torch and PEFT, live
 	$(BIN)/python -m pytest -m parity

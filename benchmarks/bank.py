@@ -41,12 +41,12 @@ from vera_jax.adapters.vera import vera
 from vera_jax.data.examples import subset
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.hub import resolve
-from vera_jax.models.classifier import restore_adapter
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import fingerprint
 from vera_jax.models.paper_sizes import SIZES, roberta
-from vera_jax.models.pretrained import blueprint
 from vera_jax.peft_io import export_adapter
+from vera_jax.pretrained.blueprint import blueprint
+from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.serve.bank import AdapterBank, set_slot
 from vera_jax.serve.predictor import Predictor
 from vera_jax.tasks.glue_data import load_split

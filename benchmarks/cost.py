@@ -18,14 +18,14 @@ from absl import flags
 from rich.console import Console
 from rich.table import Column, Table
 
-from benchmarks.plans.lowering import abstract_step, architecture
 from benchmarks.report import environment, write
 from experiments import cli
+from experiments.plans.lowering import abstract_step, architecture
 from vera_jax.adapters.methods import METHODS
 from vera_jax.hub import resolve
+from vera_jax.pretrained.sharding import batch_shards, make_mesh
 from vera_jax.tasks.task import task_for
 from vera_jax.train.config import check_settings
-from vera_jax.train.sharding import batch_shards, make_mesh
 
 CONFIG = cli.define_config()
 ROWS = flags.DEFINE_integer("rows", 8, "Rows of the batch, as packed.")

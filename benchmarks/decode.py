@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from benchmarks.report import environment, load, load_line, write
-from benchmarks.tables import markdown_table
 from experiments import cli
+from experiments.markdown import markdown_table
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 

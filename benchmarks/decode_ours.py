@@ -5,9 +5,9 @@ from typing import Any
 
 from benchmarks.process import Settings, converse
 from vera_jax.generate.beam import Beam
+from vera_jax.generate.generator import Generator
 from vera_jax.generate.sampling import GREEDY
-from vera_jax.models.classifier import load_classifier
-from vera_jax.serve.generator import Generator
+from vera_jax.pretrained.classifier import load_classifier
 from vera_jax.train.runtime import prepare
 
 

@@ -22,8 +22,8 @@ from benchmarks import (
   others,
   preparation,
 )
-from benchmarks.plans import report as plans
 from experiments import cli
+from experiments.plans import report as plans
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.report import plots, tables

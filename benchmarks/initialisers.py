@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from benchmarks.tables import markdown_table
+from experiments.markdown import markdown_table
 from vera_jax.adapters.projections import INITIALISERS
 from vera_jax.report.frame import load_sweep
 from vera_jax.report.summary import paired

@@ -39,11 +39,11 @@ from jax import Array
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks import step
-from benchmarks.plans.chips import device_named, use_no_accelerator
 from benchmarks.report import environment, write
-from benchmarks.tables import markdown_table
 from configs import rte
 from experiments import cli
+from experiments.markdown import markdown_table
+from experiments.plans.chips import device_named, use_no_accelerator
 from vera_jax.adapters.interface import Adapter, Leaves, Site, Target
 from vera_jax.adapters.interface import Path as Place
 from vera_jax.adapters.products import adapted_product

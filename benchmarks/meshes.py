@@ -22,16 +22,16 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.plans.lowering import abstract_step
 from benchmarks.report import write
-from benchmarks.tables import markdown_table
 from configs import common
 from experiments import cli
+from experiments.markdown import markdown_table
+from experiments.plans.lowering import abstract_step
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.models.paper_sizes import roberta
+from vera_jax.pretrained.sharding import AXES, make_mesh
 from vera_jax.results import provenance
-from vera_jax.train.sharding import AXES, make_mesh
 
 SPLITS = (
   (2, 1, 1),

@@ -7,7 +7,7 @@ evaluated by a test and compared with what the code counts from shapes.
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.tables import markdown_table
+from experiments.markdown import markdown_table
 from vera_jax.adapters.methods import METHODS, adapter_named
 from vera_jax.files import read_json
 from vera_jax.peft_io.forms import HELD_BY

@@ -28,8 +28,8 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks.report import environment, write
-from benchmarks.tables import markdown_table
 from experiments import cli
+from experiments.markdown import markdown_table
 from tests.adapters.others.models import MODELS
 from tests.adapters.others.other import Other
 from vera_jax.adapters.apply import Adapted, adapt

@@ -26,10 +26,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import train_e2e
-from benchmarks.plans.lowering import abstract_step
 from benchmarks.report import write
 from configs import minilm
 from experiments import cli
+from experiments.plans.lowering import abstract_step
 from vera_jax.adapters.files import load_adapter, save_adapter
 from vera_jax.adapters.projections import PRNG
 from vera_jax.data.loader import PackedData, batch_indices
@@ -39,11 +39,11 @@ from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import fingerprint
 from vera_jax.models.kinds import WORDS
-from vera_jax.models.pretrained import load_model
 from vera_jax.peft_io import export_adapter, import_adapter
+from vera_jax.pretrained.blueprint import load_model
+from vera_jax.pretrained.sharding import make_mesh
 from vera_jax.tasks.task import Task, task_for
 from vera_jax.train.optim import rates_of, schedule
-from vera_jax.train.sharding import make_mesh
 from vera_jax.train.step import Frozen
 
 PAD_TO = 16  # lengths are rounded up to it

@@ -24,17 +24,17 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from benchmarks.report import environment, load, write
-from benchmarks.tables import markdown_table
 from configs.images.cifar10 import LITE0
 from experiments import cli
+from experiments.markdown import markdown_table
 from vera_jax.data.image_files import open_folder
 from vera_jax.data.images import read_processor
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params
-from vera_jax.models.pretrained import blueprint
 from vera_jax.models.torch_file import read_state
+from vera_jax.pretrained.blueprint import blueprint
 
 PACKAGE, FILE = LITE0.removeprefix("package:").split("/", 1)
 ROWS = 20  # images at once

@@ -30,9 +30,9 @@ from absl import flags
 
 from benchmarks.process import forget_peak, peak_bytes
 from benchmarks.report import environment, load, write
-from benchmarks.tables import markdown_table
 from configs.e2e import SMOLLM2
 from experiments import cli
+from experiments.markdown import markdown_table
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 
@@ -148,14 +148,14 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
   from vera_jax.hub import resolve
   from vera_jax.models.decoder import HEAD
   from vera_jax.models.family import read_fields
-  from vera_jax.models.pretrained import blueprint, load_model
+  from vera_jax.pretrained.blueprint import blueprint, load_model
+  from vera_jax.pretrained.sharding import make_mesh
   from vera_jax.tasks.language_modelling import loss
   from vera_jax.train.optim import optimiser
   from vera_jax.train.runtime import (
     return_freed_memory,
     use_compilation_cache,
   )
-  from vera_jax.train.sharding import make_mesh
   from vera_jax.train.step import (
     Frozen,
     Step,

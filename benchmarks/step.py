@@ -14,7 +14,7 @@ biases).
 FLOPs, bytes moved and temporary memory are XLA's own counts, for one chip of a
 described TPU in bfloat16 (no TPU is needed, only `pip install libtpu`) or for
 this machine's CPU in float32. FLOPs and bytes are counted as
-benchmarks/plans/depth.py says; temporary memory is the scanned step's. Each
+experiments/plans/depth.py says; temporary memory is the scanned step's. Each
 step takes three programs, a minute or more on one core. What an earlier call of
 the same versions has counted stays in the file; --anew counts it again.
 """
@@ -30,20 +30,20 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import step_report
-from benchmarks.plans.chips import device_named, use_no_accelerator
-from benchmarks.plans.depth import counts
-from benchmarks.plans.lowering import (
+from benchmarks.report import environment, write
+from configs import rte
+from experiments import cli
+from experiments.plans.chips import device_named, use_no_accelerator
+from experiments.plans.depth import counts
+from experiments.plans.lowering import (
   AbstractStep,
   abstract_step,
   architecture,
 )
-from benchmarks.report import environment, write
-from configs import rte
-from experiments import cli
 from vera_jax.adapters.interface import Adapter, Leaves, Site
 from vera_jax.adapters.products import PLANS
 from vera_jax.files import read_json
-from vera_jax.train.sharding import make_mesh
+from vera_jax.pretrained.sharding import make_mesh
 
 FROZEN = "frozen network"
 WHOLE = "frozen network, whole"

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from benchmarks.tables import markdown_table
+from experiments.markdown import markdown_table
 
 COLUMNS = (
   "on the network",

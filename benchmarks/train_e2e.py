@@ -22,7 +22,7 @@ from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
 from vera_jax.models.gguf_folder import LINK
 from vera_jax.models.hf_weights import load_params, to_hf
-from vera_jax.models.pretrained import blueprint
+from vera_jax.pretrained.blueprint import blueprint
 from vera_jax.tasks.e2e_files import read_split
 
 TASK = "e2e"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import load_line
-from benchmarks.tables import markdown_table
+from experiments.markdown import markdown_table
 
 METHODS = {"vera": "VeRA", "lora": "LoRA", "head": "head", "full": "full"}
 # Okabe and Ito's colours, which colour-blind readers can tell apart

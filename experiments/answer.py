@@ -84,8 +84,9 @@ def main() -> None:
   # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.adapters.files import load_adapter
   from vera_jax.data.templates import CHAT
-  from vera_jax.models.classifier import load_classifier, restore_adapter
-  from vera_jax.serve import choices, questions
+  from vera_jax.generate import choices
+  from vera_jax.pretrained.classifier import load_classifier, restore_adapter
+  from vera_jax.serve import questions
 
   # read first, for a model takes longer
   asked = []
@@ -104,8 +105,8 @@ def main() -> None:
 
 
 def _choose(decoder: Any, posed: dict[str, Any]) -> None:
-  from vera_jax.serve.choices import answer_questions
-  from vera_jax.train.logging import ProgressBar
+  from vera_jax.generate.choices import answer_questions
+  from vera_jax.progress import ProgressBar
 
   table = Table(
     "questions",
@@ -124,9 +125,9 @@ def _choose(decoder: Any, posed: dict[str, Any]) -> None:
 
 
 def _write(decoder: Any, asked: list[Any], template: str, out: Path) -> None:
-  from vera_jax.serve.generator import Generator
+  from vera_jax.generate.generator import Generator
+  from vera_jax.progress import ProgressBar
   from vera_jax.serve.questions import answer_turns, as_line
-  from vera_jax.train.logging import ProgressBar
 
   with _writable(out):  # tried before the answers are made, which takes long
     out.parent.mkdir(parents=True, exist_ok=True)

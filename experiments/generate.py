@@ -118,9 +118,9 @@ def main() -> None:
 
   from vera_jax.adapters.files import load_adapter
   from vera_jax.generate.beam import Beam
+  from vera_jax.generate.generator import Generator
   from vera_jax.generate.sampling import Sampling
-  from vera_jax.models.classifier import load_classifier, restore_adapter
-  from vera_jax.serve.generator import Generator
+  from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 
   how: Any = Sampling(
     TEMPERATURE.value, TOP_K.value, TOP_P.value, NO_REPEAT_NGRAM.value

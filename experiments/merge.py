@@ -65,9 +65,9 @@ def main() -> None:
   if not ADAPTER.value:
     raise UserError("--model is for --format=gguf-f16 or gguf-q8_0.")
   from vera_jax.adapters.files import load_adapter  # after the flags' errors
+  from vera_jax.export.hf import check_dtype, write_merged
   from vera_jax.files import check_free
-  from vera_jax.models.classifier import restore_adapter
-  from vera_jax.models.export_hf import check_dtype, write_merged
+  from vera_jax.pretrained.classifier import restore_adapter
 
   check_dtype(DTYPE.value)
   check_free(OUT.value)  # before the base is loaded
@@ -78,8 +78,8 @@ def main() -> None:
 
 def write_as_gguf(out: Path) -> None:
   """Write --model, or the merged --adapter, as one file."""
-  from vera_jax.models import export_gguf  # after the flags' errors
-  from vera_jax.models.classifier import restore_adapter
+  from vera_jax.export import gguf as export_gguf  # after the flags' errors
+  from vera_jax.pretrained.classifier import restore_adapter
 
   kind = FORMAT.value
   export_gguf.check_kind(kind)
@@ -89,7 +89,7 @@ def write_as_gguf(out: Path) -> None:
   else:
     assert ADAPTER.value  # `main` has looked
     from vera_jax.adapters.files import load_adapter
-    from vera_jax.models.export_hf import write_merged
+    from vera_jax.export.hf import write_merged
 
     model = restore_adapter(load_adapter(ADAPTER.value), BASE.value)
     export_gguf.check_model(model.folder)

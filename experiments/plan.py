@@ -18,12 +18,11 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks.plans import report
-from benchmarks.plans.chips import describe_pod, use_no_accelerator
-from benchmarks.plans.figures import plan
-from benchmarks.report import write
 from experiments import cli
-from vera_jax.files import read_json
+from experiments.plans import report
+from experiments.plans.chips import describe_pod, use_no_accelerator
+from experiments.plans.figures import plan
+from vera_jax.files import read_json, write_json
 from vera_jax.terminal import Console
 from vera_jax.train.config import check_settings
 
@@ -53,6 +52,7 @@ def main() -> None:
   use_no_accelerator()
   pod = describe_pod(TOPOLOGY.value)
   name = f"{Path(config.model.name).name}-{pod.name.replace(':', '-')}"
+  path = Path(OUT.value) / f"{name}.json"
   methods: dict[str, Any] = {}
   for method in METHODS.value:
     chosen = config.copy_and_resolve_references()
@@ -67,7 +67,8 @@ def main() -> None:
     )
     # Written after each method, so that an interrupted plan keeps the others.
     about = report.metadata(config, pod, shlex.join(sys.argv[1:]))
-    path = write(name, {**about, "methods": methods}, folder=OUT.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**about, "methods": methods})
   result, console = read_json(path), Console()
   console.print(report.table(result))
   console.print(

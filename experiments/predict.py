@@ -85,8 +85,8 @@ def main() -> None:
   # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.adapters.files import load_adapter
   from vera_jax.data.texts import read_lines, read_texts
-  from vera_jax.models.classifier import load_classifier, restore_adapter
   from vera_jax.models.kinds import TAGS
+  from vera_jax.pretrained.classifier import load_classifier, restore_adapter
   from vera_jax.serve.predictor import (
     Predictor,
     answer_lines,
@@ -144,7 +144,7 @@ def main() -> None:
 def predict_images(place: Path) -> None:
   """Answer an image file, or a folder of them."""
   from vera_jax.adapters.files import load_adapter  # after the flags' errors
-  from vera_jax.models.classifier import load_classifier, restore_adapter
+  from vera_jax.pretrained.classifier import load_classifier, restore_adapter
   from vera_jax.serve.image_predictor import ImagePredictor, answer_files
 
   inside = place if place.is_dir() else None

@@ -287,7 +287,7 @@ def random_adapter(tiny_model, tmp_path_factory):
   from vera_jax.adapters.projections import PRNG, digest
   from vera_jax.models.family import read_fields
   from vera_jax.models.hf_weights import fingerprint, load_params
-  from vera_jax.models.pretrained import blueprint
+  from vera_jax.pretrained.blueprint import blueprint
 
   def make(
     method="vera",

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from tests.pictures import PREPROCESSOR
 from vera_jax.models.hdf5_folder import write_tokenizer
 from vera_jax.models.hf_weights import to_hf
-from vera_jax.models.pretrained import blueprint
+from vera_jax.pretrained.blueprint import blueprint
 
 STAGE = {"layers": 1, "kernel": 3, "stride": 1, "expand": 1, "width": 4}
 LITE = {

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from vera_jax.models.hf_weights import to_hf
-from vera_jax.models.pretrained import blueprint
+from vera_jax.pretrained.blueprint import blueprint
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 VIT = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from vera_jax.adapters.methods import METHODS, settings_in
-from vera_jax.models.pretrained import blueprint
+from vera_jax.pretrained.blueprint import blueprint
 from vera_jax.train.config import check_settings
 from vera_jax.train.optim import rates_of, schedule
 from vera_jax.train.setup import build_setup

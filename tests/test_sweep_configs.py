@@ -16,7 +16,7 @@ from vera_jax.adapters.methods import make_adapter, settings_in
 from vera_jax.adapters.sites import matches
 from vera_jax.models.bert import BertClassifier, BertConfig
 from vera_jax.models.family import read_fields
-from vera_jax.models.pretrained import blueprint
+from vera_jax.pretrained.blueprint import blueprint
 from vera_jax.sweep import estimate
 from vera_jax.sweep.plan import make_plan, make_units
 

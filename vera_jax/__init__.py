@@ -44,20 +44,19 @@ from vera_jax.adapters.randlora import randlora
 from vera_jax.adapters.unilora import unilora
 from vera_jax.adapters.vera import onelora, vera
 from vera_jax.errors import UserError
+from vera_jax.export.hf import write_merged
 from vera_jax.generate.beam import Beam
+from vera_jax.generate.generator import Generator
 from vera_jax.generate.sampling import Sampling
-from vera_jax.models.classifier import (
+from vera_jax.pretrained.classifier import (
   Classifier,
   load_classifier,
   restore_adapter,
 )
-from vera_jax.models.export_hf import write_merged
 from vera_jax.serve.bank import AdapterBank
-from vera_jax.serve.generator import Generator
 from vera_jax.serve.image_predictor import ImagePredictor
 from vera_jax.serve.predictor import Predictor
-
-__version__ = "0.1.0"
+from vera_jax.version import __version__
 
 
 def train_and_evaluate(config, workdir):
@@ -82,6 +81,7 @@ def group_key(config):
 
 
 __all__ = [
+  "__version__",
   "Adapter",
   "AdapterBank",
   "Beam",

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 
-import vera_jax
 from vera_jax.files import (
   BLANK,
   DATA,
@@ -23,6 +22,7 @@ from vera_jax.files import (
   read_lines,
   write_json,
 )
+from vera_jax.version import __version__
 
 FILE = "result.json"
 FAILED = "failed.json"
@@ -45,7 +45,7 @@ def provenance() -> dict[str, Any]:
   return {
     "versions": {
       "python": platform.python_version(),
-      "vera_jax": vera_jax.__version__,
+      "vera_jax": __version__,
       **{name: version(name) for name in PACKAGES},
     },
     "device": {

@@ -23,7 +23,7 @@ from vera_jax.adapters.interface import (
 from vera_jax.adapters.magnitude import dvora
 from vera_jax.adapters.products import add_low_rank
 from vera_jax.adapters.vera import vera
-from vera_jax.models.quantised import quantise, stack_layers
+from vera_jax.operations.quantised import quantise, stack_layers
 
 
 class Probe(NamedTuple):

@@ -25,7 +25,7 @@ from vera_jax.adapters.files import (
 from vera_jax.adapters.labels import split
 from vera_jax.errors import UserError
 from vera_jax.models.paper_sizes import SIZES, roberta
-from vera_jax.models.pretrained import blueprint
+from vera_jax.pretrained.blueprint import blueprint
 
 HEAD = {"kernel": np.ones((4, 2), np.float32), "bias": np.zeros(2)}
 

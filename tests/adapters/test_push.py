@@ -14,7 +14,7 @@ from vera_jax.adapters.card import CARD, model_card
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.push import push_adapter
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import load_classifier, restore_adapter
+from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 from vera_jax.serve.predictor import Predictor
 
 ROOT = Path(__file__).resolve().parents[2]

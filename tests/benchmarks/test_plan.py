@@ -11,13 +11,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import meshes
-from benchmarks.plans import chips, depth, figures, report
-from benchmarks.plans.collectives import collectives
-from benchmarks.plans.lowering import abstract_step
-from benchmarks.plans.search import largest
 from benchmarks.step import column_bias
+from experiments.plans import chips, depth, figures, report
+from experiments.plans.collectives import collectives
+from experiments.plans.lowering import abstract_step
+from experiments.plans.search import largest
 from vera_jax.errors import UserError
-from vera_jax.train.sharding import make_mesh
+from vera_jax.pretrained.sharding import make_mesh
 
 ROOT = Path(__file__).parents[2]
 PLANS = sorted((ROOT / "results/plans").glob("roberta*.json"))

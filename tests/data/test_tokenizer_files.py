@@ -7,8 +7,8 @@ import struct
 import pytest
 
 from vera_jax.data.tokenizer import load_tokenizer
-from vera_jax.data.tokenizer_files import check_tokenizer
 from vera_jax.errors import UserError
+from vera_jax.models.tokenizer_files import check_tokenizer
 
 DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 CHARSMAP = struct.pack("<I", 4) + b"trie" + b"x" * 100 + b"\0y\0"

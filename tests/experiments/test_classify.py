@@ -8,8 +8,8 @@ import pytest
 from tests.experiments.command import run
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import load_classifier, restore_adapter
-from vera_jax.models.export_hf import write_merged
+from vera_jax.export.hf import write_merged
+from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.predictor import Predictor, text_columns
 from vera_jax.train.loop import train_and_evaluate

@@ -14,7 +14,7 @@ from tests.experiments.command import run
 from tests.tasks.decoder_files import GPT2, write_decoder
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import restore_adapter
+from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.predictor import Predictor
 from vera_jax.train.ensemble import train_ensemble

@@ -43,7 +43,7 @@ def random_encoder(fields: Mapping[str, Any]) -> dict[str, np.ndarray]:
   from flax.traverse_util import unflatten_dict
 
   from vera_jax.models.hf_weights import to_hf
-  from vera_jax.models.pretrained import blueprint
+  from vera_jax.pretrained.blueprint import blueprint
 
   plan = blueprint(fields, outputs=2)
   rng = np.random.default_rng(0)

@@ -85,7 +85,7 @@ def write_model(
 
   from vera_jax.models.family import family_of
   from vera_jax.models.hf_weights import to_hf
-  from vera_jax.models.pretrained import blueprint
+  from vera_jax.pretrained.blueprint import blueprint
 
   fields = {"model_type": kind, **MODELS[kind], **more}
   head = next(iter(family_of(fields).classes))
@@ -152,7 +152,7 @@ def write_adapter(folder: Path, method: str) -> None:
   from vera_jax.adapters.labels import FROZEN
   from vera_jax.adapters.projections import PRNG, digest
   from vera_jax.models.hf_weights import fingerprint, load_params
-  from vera_jax.models.pretrained import blueprint
+  from vera_jax.pretrained.blueprint import blueprint
 
   base, out = folder / "base", folder / "adapter"
   fields = write_model(base, "bert")
@@ -206,7 +206,7 @@ def write_gguf(folder: Path, kind: str, *, form: str) -> None:
   import shutil
 
   from tests.models.gguf_folders import random_folder
-  from vera_jax.models.export_gguf import write_gguf_of
+  from vera_jax.export.gguf import write_gguf_of
 
   model = random_folder(folder / "model", kind)
   write_gguf_of(model, folder / "model.gguf", kind=form)

@@ -34,7 +34,7 @@ class Reader(NamedTuple):
 
 
 def read_model(folder: Path) -> None:
-  from vera_jax.models.classifier import load_classifier
+  from vera_jax.pretrained.classifier import load_classifier
 
   load_classifier(folder, scan=False)
 
@@ -57,7 +57,7 @@ def write_cached(folder: Path) -> None:
 
 def read_adapter(folder: Path) -> None:
   from vera_jax.adapters.files import load_adapter
-  from vera_jax.models.classifier import restore_adapter
+  from vera_jax.pretrained.classifier import restore_adapter
 
   restore_adapter(load_adapter(folder / "adapter"), folder / "base")
 
@@ -72,7 +72,7 @@ def read_peft(folder: Path) -> None:
 def read_gguf(folder: Path) -> None:
   from vera_jax.data.tokenizer import load_tokenizer
   from vera_jax.hub import resolve
-  from vera_jax.models.classifier import load_classifier
+  from vera_jax.pretrained.classifier import load_classifier
 
   made = resolve(folder / "model.gguf")
   load_tokenizer(made)
@@ -81,9 +81,9 @@ def read_gguf(folder: Path) -> None:
 
 def read_decoder(folder: Path) -> None:
   """As what writes texts, and as what becomes a GGUF file."""
-  from vera_jax.models.classifier import load_classifier
-  from vera_jax.models.export_gguf import write_gguf_of
-  from vera_jax.serve.generator import Generator
+  from vera_jax.export.gguf import write_gguf_of
+  from vera_jax.generate.generator import Generator
+  from vera_jax.pretrained.classifier import load_classifier
 
   generator = Generator(load_classifier(folder, scan=False))
   generator.encode("the river", max_new_tokens=4)
@@ -174,7 +174,7 @@ def read_instructions(folder: Path) -> None:
 
 
 def read_questions(folder: Path) -> None:
-  from vera_jax.serve.choices import read_choices
+  from vera_jax.generate.choices import read_choices
   from vera_jax.serve.questions import read_judge_questions
 
   read_judge_questions(folder / "judge.jsonl")

@@ -12,10 +12,10 @@ from safetensors.numpy import save_file
 
 from vera_jax.adapters.files import load_adapter, save_adapter
 from vera_jax.adapters.projections import PRNG, digest
-from vera_jax.models.classifier import load_classifier, restore_adapter
+from vera_jax.generate.generator import Generator
 from vera_jax.models.hf_weights import fingerprint, load_params, to_hf
-from vera_jax.models.pretrained import blueprint
-from vera_jax.serve.generator import Generator
+from vera_jax.pretrained.blueprint import blueprint
+from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 
 WORDS = [f"w{i}" for i in range(20)]
 SPECIAL = ["</s>", "<unk>", "<pad>"]

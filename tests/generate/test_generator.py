@@ -13,9 +13,9 @@ from vera_jax.adapters.files import load_adapter
 from vera_jax.data import templates
 from vera_jax.errors import UserError
 from vera_jax.generate.beam import Beam
+from vera_jax.generate.generator import Generator
 from vera_jax.generate.sampling import Sampling
-from vera_jax.models.classifier import load_classifier, restore_adapter
-from vera_jax.serve.generator import Generator
+from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11 w12 w13", "w4 w1"]
 

@@ -12,7 +12,7 @@ from vera_jax.generate.decode import compiled
 from vera_jax.generate.sampling import Sampling
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params
-from vera_jax.models.pretrained import blueprint
+from vera_jax.pretrained.blueprint import blueprint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

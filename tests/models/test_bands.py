@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vera_jax.models import bands
+from vera_jax.operations import bands
 
 LENGTHS = ((20, 7, 33, 2, 30), (33, 33, 28, 1))  # of texts, in rows of 96
 LENGTH, HEADS, GROUPS, WIDTH = 96, 4, 2, 8

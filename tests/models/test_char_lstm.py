@@ -16,16 +16,16 @@ from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.methods import settings_in
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
+from vera_jax.export.hf import write_merged
+from vera_jax.generate.generator import Generator
 from vera_jax.hub import resolve
-from vera_jax.models.classifier import restore_adapter
 from vera_jax.models.decoder import logits
-from vera_jax.models.export_hf import write_merged
 from vera_jax.models.family import read_fields
 from vera_jax.models.hdf5_folder import input_kernel, named_as_here
 from vera_jax.models.hf_weights import load_params
-from vera_jax.models.pretrained import blueprint
 from vera_jax.peft_io.base import open_base
-from vera_jax.serve.generator import Generator
+from vera_jax.pretrained.blueprint import blueprint
+from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.tasks.e2e_texts import BITS, task_for
 from vera_jax.train.loop import train_and_evaluate
 

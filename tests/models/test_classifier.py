@@ -20,11 +20,11 @@ from vera_jax.adapters.labels import label_tree, split
 from vera_jax.adapters.projections import digest
 from vera_jax.errors import UserError
 from vera_jax.models.bert import BertClassifier
-from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params, to_hf
 from vera_jax.models.kinds import kind_of
-from vera_jax.models.pretrained import blueprint
+from vera_jax.pretrained.blueprint import blueprint
+from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 
 CHAINS = ("dvora+ia3", "vera+bitfit")
 METHODS = ("vera", "lora", "unilora", "bitfit", "head", "full", *CHAINS)

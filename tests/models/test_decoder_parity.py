@@ -16,11 +16,11 @@ from tests.models.decoders import (
   texts,
   unpacked,
 )
-from vera_jax.models.classifier import load_classifier
 from vera_jax.models.decoder import empty_cache, logits
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params, to_hf
-from vera_jax.models.pretrained import blueprint
+from vera_jax.pretrained.blueprint import blueprint
+from vera_jax.pretrained.classifier import load_classifier
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -27,8 +27,8 @@ from vera_jax.errors import UserError
 from vera_jax.models.decoder import empty_cache, logits
 from vera_jax.models.family import config_of, family_of, read_fields
 from vera_jax.models.hf_weights import load_params, module_name, module_path
-from vera_jax.models.pretrained import blueprint, load_model
-from vera_jax.train.sharding import BATCH, make_mesh, param_shardings
+from vera_jax.pretrained.blueprint import blueprint, load_model
+from vera_jax.pretrained.sharding import BATCH, make_mesh, param_shardings
 
 HEAD = "language_modelling"
 TARGETS = {"gpt2": ["query", "value"], "llama": ["q_proj", "v_proj"]}

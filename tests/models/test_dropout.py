@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vera_jax.models.dropout import dropout
+from vera_jax.operations.dropout import dropout
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.93])

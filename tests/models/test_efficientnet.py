@@ -18,17 +18,17 @@ from vera_jax.adapters.labels import FROZEN
 from vera_jax.adapters.methods import settings_in
 from vera_jax.data.images import read_processor
 from vera_jax.errors import UserError
+from vera_jax.export.hf import write_merged
 from vera_jax.hub import resolve
-from vera_jax.models.classifier import load_classifier, restore_adapter
-from vera_jax.models.depthwise import depthwise
-from vera_jax.models.efficientnet import BatchNorm
-from vera_jax.models.export_hf import write_merged
 from vera_jax.models.family import config_of, read_fields
 from vera_jax.models.hf_weights import load_params
-from vera_jax.models.pretrained import blueprint
+from vera_jax.models.other_networks.depthwise import depthwise
+from vera_jax.models.other_networks.efficientnet import BatchNorm
 from vera_jax.models.torch_file import read_state
 from vera_jax.models.torch_folder import LITE0, named_as_here
 from vera_jax.peft_io.base import open_base
+from vera_jax.pretrained.blueprint import blueprint
+from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 from vera_jax.serve.image_predictor import ImagePredictor
 from vera_jax.train.loop import train_and_evaluate
 

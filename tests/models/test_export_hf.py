@@ -13,13 +13,13 @@ from safetensors.numpy import load_file, save_file
 from vera_jax.adapters.files import load_adapter
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import load_classifier, restore_adapter
-from vera_jax.models.export_hf import BOUNDS, merged_params, write_merged
+from vera_jax.export.hf import BOUNDS, merged_params, write_merged
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import fingerprint
-from vera_jax.models.pretrained import blueprint, load_model
+from vera_jax.pretrained.blueprint import blueprint, load_model
+from vera_jax.pretrained.classifier import load_classifier, restore_adapter
+from vera_jax.pretrained.sharding import make_mesh
 from vera_jax.serve.predictor import Predictor
-from vera_jax.train.sharding import make_mesh
 
 FIRST = ["word1 word2 word3", "word9", "word4 word4 word20 word7"]
 SECOND = ["word5", "word8 word1", "word0"]

@@ -16,7 +16,7 @@ from vera_jax.adapters.labels import join, split
 from vera_jax.errors import UserError
 from vera_jax.models.family import FAMILIES, config_of, family_of
 from vera_jax.models.hf_weights import module_name, module_path
-from vera_jax.models.pretrained import blueprint
+from vera_jax.pretrained.blueprint import blueprint
 
 SIZES = {
   "vocab_size": 50,

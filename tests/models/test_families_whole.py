@@ -14,11 +14,11 @@ from tests.faults.fixtures import random_encoder
 from tests.models.test_families import FIELDS
 from vera_jax import load_adapter, restore_adapter
 from vera_jax.data.tokenizer import load_tokenizer
-from vera_jax.models.classifier import load_classifier
-from vera_jax.models.export_hf import write_merged
+from vera_jax.export.hf import write_merged
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params, to_hf
-from vera_jax.models.pretrained import blueprint
+from vera_jax.pretrained.blueprint import blueprint
+from vera_jax.pretrained.classifier import load_classifier
 from vera_jax.report.spectra import deltas
 from vera_jax.serve.predictor import Predictor
 from vera_jax.train.loop import train_and_evaluate

@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 from scipy.stats import norm
 
-from vera_jax.models.gelu import gelu
+from vera_jax.operations.gelu import gelu
 
 X = np.linspace(-9, 9, 181)
 

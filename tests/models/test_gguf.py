@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vera_jax.errors import UserError
-from vera_jax.models.gguf import (
+from vera_jax.models.gguf_folder import gguf_folder
+from vera_jax.operations.gguf import (
   FORMATS,
   Written,
   _Header,
@@ -17,7 +18,6 @@ from vera_jax.models.gguf import (
   read_gguf,
   write_gguf,
 )
-from vera_jax.models.gguf_folder import gguf_folder
 
 RNG = np.random.default_rng(0)
 METADATA = {

@@ -22,12 +22,10 @@ from tests.models.gguf_folders import (
 from vera_jax import load_adapter, restore_adapter
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
+from vera_jax.export.gguf import write_gguf_of
+from vera_jax.export.hf import merged_params
 from vera_jax.hub import resolve
-from vera_jax.models.classifier import load_classifier
-from vera_jax.models.export_gguf import write_gguf_of
-from vera_jax.models.export_hf import merged_params
 from vera_jax.models.family import config_of, load_config, read_fields
-from vera_jax.models.gguf import Written, read_gguf, write_gguf
 from vera_jax.models.gguf_folder import (
   config_fields,
   from_pairs,
@@ -41,7 +39,9 @@ from vera_jax.models.gguf_tokenizer import (
   tokenizer_metadata,
 )
 from vera_jax.models.hf_weights import fingerprint, load_params
-from vera_jax.models.pretrained import blueprint
+from vera_jax.operations.gguf import Written, read_gguf, write_gguf
+from vera_jax.pretrained.blueprint import blueprint
+from vera_jax.pretrained.classifier import load_classifier
 
 FAMILIES = pytest.mark.parametrize("kind", KINDS)
 

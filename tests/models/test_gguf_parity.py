@@ -13,15 +13,15 @@ from flax.traverse_util import unflatten_dict
 from tests.models.gguf_folders import KINDS, ROWS, random_folder
 from vera_jax.data.chat import message_ids
 from vera_jax.data.tokenizer import load_tokenizer
+from vera_jax.export.gguf import write_gguf_of
 from vera_jax.hub import resolve
 from vera_jax.models.decoder import logits
-from vera_jax.models.export_gguf import write_gguf_of
 from vera_jax.models.family import read_fields
-from vera_jax.models.gguf import encode, read_gguf
 from vera_jax.models.gguf_folder import open_tensors
 from vera_jax.models.gguf_tokenizer import tokenizer_files, tokenizer_metadata
 from vera_jax.models.hf_weights import load_params
-from vera_jax.models.pretrained import blueprint
+from vera_jax.operations.gguf import encode, read_gguf
+from vera_jax.pretrained.blueprint import blueprint
 
 pytestmark = pytest.mark.parity
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from vera_jax.models.norm import LayerNorm, standardise
+from vera_jax.operations.norm import LayerNorm, standardise
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(3, 2, (2, 3, 8)).astype(np.float32)

@@ -14,12 +14,13 @@ from vera_jax.adapters.labels import join
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
+from vera_jax.export import gguf as export_gguf
+from vera_jax.generate.generator import _unrolled
 from vera_jax.hub import resolve
-from vera_jax.models import export_gguf, gguf
 from vera_jax.models.family import read_fields
-from vera_jax.models.gguf import Blocks, decode, take_apart
-from vera_jax.models.pretrained import blueprint, load_model
-from vera_jax.models.quantised import (
+from vera_jax.operations import gguf
+from vera_jax.operations.gguf import Blocks, decode, take_apart
+from vera_jax.operations.quantised import (
   codes_digest,
   dequantise,
   half_product,
@@ -29,9 +30,9 @@ from vera_jax.models.quantised import (
   quantise,
   stack_layers,
 )
-from vera_jax.serve.generator import _unrolled
+from vera_jax.pretrained.blueprint import blueprint, load_model
+from vera_jax.pretrained.sharding import make_mesh, param_shardings, put
 from vera_jax.tasks.language_modelling import loss
-from vera_jax.train.sharding import make_mesh, param_shardings, put
 from vera_jax.train.step import Frozen, outputs_of
 
 RNG = np.random.default_rng(0)

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import load_classifier, restore_adapter
 from vera_jax.models.hf_weights import fingerprint, read_model, tensor_files
 from vera_jax.models.sizes import check_sizes
+from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 
 HUGE = 10**9
 

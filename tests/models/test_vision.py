@@ -17,8 +17,8 @@ from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.family import config_of, family_of, read_fields
 from vera_jax.models.hf_weights import load_params, module_name, to_hf
-from vera_jax.models.pretrained import blueprint
 from vera_jax.models.vision import ImageClassifier, cubic_weights
+from vera_jax.pretrained.blueprint import blueprint
 
 SIZES = {
   "hidden_size": 16,

@@ -1,8 +1,8 @@
 """A base's linear layers by the shortest names that mean them alone."""
 
 from vera_jax.models.paper_sizes import roberta
-from vera_jax.models.pretrained import blueprint
 from vera_jax.peft_io.base import linear_layers, module_list, target_patterns
+from vera_jax.pretrained.blueprint import blueprint
 
 
 def test_the_shortest_names_for_layers():

@@ -8,10 +8,10 @@ import pytest
 from tests.models.decoders import CASES, GPT2, random_peer
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import load_classifier, restore_adapter
+from vera_jax.export.hf import write_merged
 from vera_jax.models.decoder import logits
-from vera_jax.models.export_hf import write_merged
 from vera_jax.peft_io import export_adapter, import_adapter
+from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

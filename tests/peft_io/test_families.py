@@ -14,9 +14,9 @@ from tests.peft_io.test_parity import (
 )
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
-from vera_jax.models.pretrained import blueprint
 from vera_jax.peft_io import export_adapter, import_adapter
 from vera_jax.peft_io.base import linear_layers
+from vera_jax.pretrained.blueprint import blueprint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

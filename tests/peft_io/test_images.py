@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from tests.pictures import PREPROCESSOR, VIT
 from vera_jax.adapters.files import load_adapter
-from vera_jax.models.classifier import restore_adapter
 from vera_jax.peft_io import export_adapter, import_adapter
+from vera_jax.pretrained.classifier import restore_adapter
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -30,8 +30,8 @@ from tests.peft_io.folders import (
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.projections import digest, make_pair
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import restore_adapter
 from vera_jax.peft_io import import_adapter
+from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.serve.predictor import Predictor
 
 

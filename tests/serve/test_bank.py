@@ -8,7 +8,7 @@ from tests.conftest import SETTINGS
 from vera_jax.adapters.files import SavedAdapter, load_adapter
 from vera_jax.adapters.projections import digest
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import restore_adapter
+from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.predictor import Predictor
 

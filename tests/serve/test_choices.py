@@ -11,15 +11,15 @@ from datasets import Dataset
 from tests.tasks.decoder_files import GPT2, write_decoder
 from vera_jax.data.chat import Rendered
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import load_classifier
-from vera_jax.models.decoder import logits
-from vera_jax.serve import choices
-from vera_jax.serve.choices import (
+from vera_jax.generate import choices
+from vera_jax.generate.choices import (
   ChoiceQuestion,
   answer_questions,
   log_likelihoods,
   read_choices,
 )
+from vera_jax.models.decoder import logits
+from vera_jax.pretrained.classifier import load_classifier
 
 COPA = {
   "premise": "The man broke his toe.",

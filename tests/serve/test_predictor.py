@@ -6,7 +6,7 @@ import pytest
 
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import restore_adapter
+from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.serve.predictor import ROWS, Predictor, check_texts
 
 RNG = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from tests.serve.test_bank import TEXTS, another
 from vera_jax.adapters.files import load_adapter
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import Classifier
+from vera_jax.pretrained.classifier import Classifier
 from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.predictor import encode
 

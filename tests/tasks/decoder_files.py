@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vera_jax.models.hf_weights import to_hf
-from vera_jax.models.pretrained import blueprint
+from vera_jax.pretrained.blueprint import blueprint
 
 WORDS = [f"word{i}" for i in range(20)]
 GPT2 = {

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vera_jax.tasks.cross_entropy import cross_entropy, score_words
+from vera_jax.operations.cross_entropy import cross_entropy, score_words
 
 ROWS, READS, WIDTH, VOCABULARY = 2, 7, 5, 11
 BLOCK = 3 * ROWS * VOCABULARY  # three columns, and the last block has one

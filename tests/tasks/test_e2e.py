@@ -12,7 +12,7 @@ from experiments import cli
 from tests.tasks.decoder_files import GPT2, write_decoder
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import load_classifier, restore_adapter
+from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 from vera_jax.tasks import e2e_metrics
 from vera_jax.tasks.e2e import generate, hold_out, task_for
 from vera_jax.tasks.e2e_files import Rows, read_for_scoring

@@ -18,14 +18,14 @@ from tests.tasks.decoder_files import tokenizer_of_words
 from vera_jax.adapters.files import load_adapter
 from vera_jax.data.written import read_written
 from vera_jax.errors import UserError
+from vera_jax.export.gguf import write_gguf_of
 from vera_jax.files import read_json
+from vera_jax.generate.conversation import conversation_ids
+from vera_jax.generate.generator import Generator
 from vera_jax.generate.sampling import GREEDY
-from vera_jax.models.classifier import load_classifier, restore_adapter
-from vera_jax.models.export_gguf import write_gguf_of
 from vera_jax.models.gguf_folder import gguf_folder
-from vera_jax.models.quantised import is_quantised
-from vera_jax.serve.conversation import conversation_ids
-from vera_jax.serve.generator import Generator
+from vera_jax.operations.quantised import is_quantised
+from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 from vera_jax.serve.questions import (
   JudgeQuestion,
   answer_turns,

@@ -19,7 +19,7 @@ from vera_jax.data.packing import Layout, pack_runs
 from vera_jax.models.decoder import Words, logits
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params
-from vera_jax.models.pretrained import blueprint
+from vera_jax.pretrained.blueprint import blueprint
 from vera_jax.tasks.language_modelling import (
   language_modelling,
   loss,

@@ -18,7 +18,7 @@ from vera_jax.adapters.files import load_adapter
 from vera_jax.data.examples import Examples, subset
 from vera_jax.data.texts import read_lines
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import restore_adapter
+from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.report.style import task_title
 from vera_jax.serve.predictor import Predictor, answer_lines, text_columns
 from vera_jax.sweep.plan import make_plan

@@ -31,18 +31,18 @@ from tests.tours.measures import (
 from tests.tours.page import Step, Texts
 from vera_jax.adapters.files import load_adapter, save_adapter
 from vera_jax.adapters.labels import label_tree, split
-from vera_jax.models.classifier import (
+from vera_jax.export.gguf import write_gguf_of
+from vera_jax.export.hf import write_merged
+from vera_jax.generate.generator import Generator
+from vera_jax.models.decoder import logits
+from vera_jax.models.gguf_folder import gguf_folder
+from vera_jax.peft_io import export_adapter, import_adapter
+from vera_jax.peft_io.forms import HELD_BY
+from vera_jax.pretrained.classifier import (
   Classifier,
   load_classifier,
   restore_adapter,
 )
-from vera_jax.models.decoder import logits
-from vera_jax.models.export_gguf import write_gguf_of
-from vera_jax.models.export_hf import write_merged
-from vera_jax.models.gguf_folder import gguf_folder
-from vera_jax.peft_io import export_adapter, import_adapter
-from vera_jax.peft_io.forms import HELD_BY
-from vera_jax.serve.generator import Generator
 from vera_jax.train.loop import train_and_evaluate
 
 ROWS = 39  # of the embedding: as many as the tokenizer has words, no more

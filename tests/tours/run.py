@@ -41,16 +41,16 @@ from tests.tours.page import Size, Step
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.labels import label_tree, split
 from vera_jax.errors import UserError
+from vera_jax.export.hf import write_merged
 from vera_jax.files import write_json
-from vera_jax.models.classifier import (
+from vera_jax.models.hf_weights import fingerprint, load_params
+from vera_jax.peft_io import export_adapter, import_adapter
+from vera_jax.peft_io.forms import HELD_BY
+from vera_jax.pretrained.classifier import (
   Classifier,
   load_classifier,
   restore_adapter,
 )
-from vera_jax.models.export_hf import write_merged
-from vera_jax.models.hf_weights import fingerprint, load_params
-from vera_jax.peft_io import export_adapter, import_adapter
-from vera_jax.peft_io.forms import HELD_BY
 from vera_jax.serve.predictor import Predictor
 from vera_jax.tasks.classification import split_logits
 from vera_jax.train.loop import train_and_evaluate

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from tests.conftest import SETTINGS, TINY
 from vera_jax.adapters.labels import count, split
-from vera_jax.models.pretrained import Blueprint, Model, blueprint
-from vera_jax.train.logging import ProgressBar
+from vera_jax.pretrained.blueprint import Blueprint, Model, blueprint
+from vera_jax.progress import ProgressBar
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.step import outputs_of
 

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vera_jax.errors import UserError
+from vera_jax.pretrained.sharding import make_mesh
 from vera_jax.train.checkpoint import Checkpoints
-from vera_jax.train.sharding import make_mesh
 
 
 def state(value=0.0, sharding=None):

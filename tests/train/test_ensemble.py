@@ -21,13 +21,13 @@ from tests.train.conftest import here, outputs, random_model, tiny_blueprint
 from vera_jax import group_key, train_ensemble
 from vera_jax.adapters.vector_norms import norms_beside
 from vera_jax.errors import UserError
-from vera_jax.models.pretrained import abstract_model
+from vera_jax.pretrained.blueprint import abstract_model
+from vera_jax.pretrained.sharding import behind_runs, make_mesh
 from vera_jax.tasks.classification import loss
 from vera_jax.train import ensemble, loop
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.optim import optimiser
 from vera_jax.train.preemption import Interrupted
-from vera_jax.train.sharding import behind_runs, make_mesh
 from vera_jax.train.step import (
   Frozen,
   State,

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from configs.images import get_config
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import load_classifier, restore_adapter
-from vera_jax.models.export_hf import write_merged
+from vera_jax.export.hf import write_merged
+from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 from vera_jax.report.frame import load_sweep
 from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.image_predictor import ImagePredictor

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from vera_jax.errors import UserError
-from vera_jax.train.logging import MetricWriter, ProgressBar
+from vera_jax.progress import ProgressBar
+from vera_jax.train.logging import MetricWriter
 
 
 def steps(folder):

@@ -18,7 +18,8 @@ from vera_jax.adapters.card import model_card
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.methods import settings_in
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import restore_adapter
+from vera_jax.pretrained.classifier import restore_adapter
+from vera_jax.progress import ProgressBar
 from vera_jax.serve.predictor import Predictor
 from vera_jax.tasks import classification
 from vera_jax.tasks.glue import glue_task
@@ -27,7 +28,6 @@ from vera_jax.tasks.metrics import accuracy
 from vera_jax.train import loop, workdir
 from vera_jax.train import step as step_module
 from vera_jax.train.checkpoint import Checkpoints
-from vera_jax.train.logging import ProgressBar
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.preemption import Interrupted
 from vera_jax.train.run import Run, best_epoch

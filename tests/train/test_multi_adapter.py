@@ -23,8 +23,8 @@ from vera_jax.data.packing import (
 )
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import tokenise
-from vera_jax.models.attention import INPUTS
 from vera_jax.models.bert import BertClassifier, BertConfig
+from vera_jax.operations.attention import INPUTS
 from vera_jax.serve.bank import AdapterBank
 from vera_jax.tasks.classification import loss
 from vera_jax.train.multi_adapter import (

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vera_jax.pretrained.sharding import make_mesh
 from vera_jax.train.preemption import (
   SIGNALS,
   Flag,
@@ -16,7 +17,6 @@ from vera_jax.train.preemption import (
   nothing_to_save,
   watch,
 )
-from vera_jax.train.sharding import make_mesh
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from tests.faults.fixtures import random_encoder
 from tests.train.conftest import Finished
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import restore_adapter
-from vera_jax.models.export_hf import write_merged
-from vera_jax.models.quantised import is_quantised
+from vera_jax.export.hf import write_merged
+from vera_jax.operations.quantised import is_quantised
+from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.predictor import Predictor
 from vera_jax.train.ensemble import train_ensemble

@@ -13,9 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests.train.conftest import here, outputs, random_model, tiny_blueprint
 from vera_jax.adapters.labels import ADAPTER, FROZEN, HEAD, join
 from vera_jax.errors import UserError
-from vera_jax.models.pretrained import abstract_model
-from vera_jax.tasks.classification import loss
-from vera_jax.train.sharding import (
+from vera_jax.pretrained.blueprint import abstract_model
+from vera_jax.pretrained.sharding import (
   BATCH,
   REPLICATED,
   batch_shards,
@@ -27,6 +26,7 @@ from vera_jax.train.sharding import (
   put,
   put_rows,
 )
+from vera_jax.tasks.classification import loss
 from vera_jax.train.step import (
   Frozen,
   State,

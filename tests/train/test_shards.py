@@ -6,11 +6,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from benchmarks.plans.collectives import collectives
-from benchmarks.plans.lowering import abstract_step
 from configs.common import get_config
+from experiments.plans.collectives import collectives
+from experiments.plans.lowering import abstract_step
 from vera_jax.errors import UserError
-from vera_jax.train.sharding import make_mesh
+from vera_jax.pretrained.sharding import make_mesh
 from vera_jax.train.shards import ONE, divide, shards_of
 
 FIELDS = {

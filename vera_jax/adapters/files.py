@@ -33,7 +33,7 @@ from vera_jax.files import (
   write_text,
 )
 from vera_jax.hub import snapshot
-from vera_jax.models.hf_weights import module_name
+from vera_jax.layer_names import layer_name
 
 ABOUT, TENSORS = "adapter.json", "adapter.safetensors"
 BOTH = f"An adapter is the two files {ABOUT} and {TENSORS}."
@@ -86,7 +86,7 @@ def named_slices(
   """
   stacked = "layer" in path
   for i in range(leaf.shape[0] if stacked else 1):
-    module = module_name(path[:-1], layer=i if stacked else None)
+    module = layer_name(path[:-1], layer=i if stacked else None)
     value = None
     if isinstance(leaf, np.ndarray):
       value = leaf[i] if stacked else leaf

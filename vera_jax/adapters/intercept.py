@@ -47,7 +47,7 @@ from vera_jax.adapters.sites import (
   parts_of,
 )
 from vera_jax.errors import UserError
-from vera_jax.models.quantised import HALF, half_product, is_quantised
+from vera_jax.operations.quantised import HALF, half_product, is_quantised
 
 UNADAPTED = Adapter("unadapted")
 PENALTIES = "penalties"  # the collection that methods sow their penalties into

@@ -2,7 +2,7 @@
 
 A new kind is one function and one line in `KINDS`; docs/architectures.md has
 the table in words. A kernel may be stored in fewer bits
-(`models/quantised.py`): then it is dequantised where it is used.
+(`operations/quantised.py`): then it is dequantised where it is used.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from vera_jax.adapters.layer_calls import (
   remembered,
 )
 from vera_jax.adapters.structured import as_array
-from vera_jax.models.quantised import dequantise, is_quantised
+from vera_jax.operations.quantised import dequantise, is_quantised
 
 BATCH_DIMS = (
   "it has a kernel for each row (batch_dims), which no one delta fits"

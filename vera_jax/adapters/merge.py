@@ -17,7 +17,7 @@ from vera_jax.adapters.sites import (
   own_leaves,
 )
 from vera_jax.errors import UserError
-from vera_jax.models.quantised import plain
+from vera_jax.operations.quantised import plain
 
 
 def merge(

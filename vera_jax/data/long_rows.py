@@ -1,8 +1,8 @@
 """Chooses the lengths of long rows, in which a batch's texts lie end to end.
 
 A decoder's attention costs what the texts need, however long the row
-(`models/bands.py`). So each shard of a batch is one row, with padding only at
-its end, and XLA compiles a program for each length that rows are cut to: the
+(`operations/bands.py`). So each shard of a batch is one row, with padding only
+at its end, and XLA compiles a program for each length that rows are cut to: the
 more there are, the less is padded and the longer the compiling. An evaluation
 goes through all texts of a split, in batches that are equally full, so one
 length does for it.

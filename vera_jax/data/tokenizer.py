@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from vera_jax.data.tokenizer_files import check_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.models.family import FAMILIES, family_of
+from vera_jax.models.tokenizer_files import check_tokenizer
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -22,7 +22,15 @@ from jaxtyping import Array, Float
 
 from vera_jax.errors import UserError
 from vera_jax.models import part
-from vera_jax.models.attention import (
+from vera_jax.models.family import (
+  BOTH_WAYS,
+  Family,
+  Names,
+  field_table,
+  one_of,
+  take_fields,
+)
+from vera_jax.operations.attention import (
   ACTIVATIONS,
   REMAT_POLICIES,
   Ids,
@@ -33,14 +41,6 @@ from vera_jax.models.attention import (
   fill_inputs,
   input_shapes,
   same_segment,
-)
-from vera_jax.models.family import (
-  BOTH_WAYS,
-  Family,
-  Names,
-  field_table,
-  one_of,
-  take_fields,
 )
 
 # The shapes that the model's pieces pass on: `slots` are the examples of a row.

@@ -16,9 +16,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
-from vera_jax.models import bands
-from vera_jax.models.attention import REMAT_POLICIES, Ids, check_remat
 from vera_jax.models.part import Part
+from vera_jax.operations import bands
+from vera_jax.operations.attention import REMAT_POLICIES, Ids, check_remat
 
 HEAD = "language_modelling"
 INPUTS = ("input_ids", "positions", "segment_ids", "read_positions")

@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from vera_jax.models.attention import ACTIVATIONS
 from vera_jax.models.family import field_table, one_of
 from vera_jax.models.vision import (
   USED,
@@ -24,6 +23,7 @@ from vera_jax.models.vision import (
   family,
   norm,
 )
+from vera_jax.operations.attention import ACTIVATIONS
 
 # transformers' names of modules since 5.24, and those of the files.
 RENAMED = (

@@ -12,16 +12,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from vera_jax.models.attention import (
-  ACTIVATIONS,
-  Ids,
-  Mask,
-  Places,
-  attend,
-  check_remat,
-  fill_inputs,
-  input_shapes,
-)
 from vera_jax.models.bert import (
   BertConfig,
   Encoder,
@@ -37,6 +27,16 @@ from vera_jax.models.family import (
   field_table,
   one_of,
   renamed,
+)
+from vera_jax.operations.attention import (
+  ACTIVATIONS,
+  Ids,
+  Mask,
+  Places,
+  attend,
+  check_remat,
+  fill_inputs,
+  input_shapes,
 )
 
 # The file's words -> BERT's, of config.json and of modules.

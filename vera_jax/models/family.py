@@ -238,8 +238,8 @@ FAMILIES = {
   "qwen3": "llama",
   "vit": "vit",
   "dinov2": "dinov2",
-  "efficientnet_lite": "efficientnet",
-  "char_lstm": "char_lstm",
+  "efficientnet_lite": "other_networks.efficientnet",
+  "char_lstm": "other_networks.char_lstm",
 }
 
 

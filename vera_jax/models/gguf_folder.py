@@ -25,13 +25,6 @@ from vera_jax.files import (
   sha256_of,
   write_json,
 )
-from vera_jax.models.gguf import (
-  PLAIN,
-  Blocks,
-  Gguf,
-  read_gguf,
-  take_apart,
-)
 from vera_jax.models.gguf_keys import GPT2, ROTATING, Keys
 from vera_jax.models.gguf_tokenizer import (
   MORE_ENDS,
@@ -40,6 +33,13 @@ from vera_jax.models.gguf_tokenizer import (
   tokenizer_files,
 )
 from vera_jax.models.sizes import check_sizes
+from vera_jax.operations.gguf import (
+  PLAIN,
+  Blocks,
+  Gguf,
+  read_gguf,
+  take_apart,
+)
 
 LINK = "model.gguf"
 LAYOUT = 2  # counted up when the folder of the same file becomes another

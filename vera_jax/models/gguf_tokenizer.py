@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from vera_jax.data.tokenizer_files import check_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.files import JSON, read_bytes, read_json
 from vera_jax.models.gguf_keys import TOKENIZER, warn
+from vera_jax.models.tokenizer_files import check_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BYTE_LEVEL, SENTENCE_PIECE = "gpt2", "llama"

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from vera_jax.models.attention import ACTIVATIONS, Ids
 from vera_jax.models.decoder import (
   HEAD,
   Hidden,
@@ -37,8 +36,9 @@ from vera_jax.models.family import (
   renamed,
   take_fields,
 )
-from vera_jax.models.norm import LayerNorm
 from vera_jax.models.part import Part
+from vera_jax.operations.attention import ACTIVATIONS, Ids
+from vera_jax.operations.norm import LayerNorm
 
 # config.json's names of what every family's config has.
 WORDS = {

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from vera_jax.errors import UserError
 from vera_jax.files import TENSORS, check_file, open_file, read_json
+from vera_jax.layer_names import layer_name
 from vera_jax.models.family import (
   Names,
   config_of,
@@ -28,7 +29,8 @@ from vera_jax.models.family import (
   read_fields,
 )
 from vera_jax.models.gguf_folder import LINK, open_tensors
-from vera_jax.models.quantised import (
+from vera_jax.models.sizes import check_sizes
+from vera_jax.operations.quantised import (
   INT8,
   KEEP,
   NF4,
@@ -37,8 +39,7 @@ from vera_jax.models.quantised import (
   keep,
   stack_layers,
 )
-from vera_jax.models.quantised import quantise as quantise_kernel
-from vera_jax.models.sizes import check_sizes
+from vera_jax.operations.quantised import quantise as quantise_kernel
 
 log = logging.getLogger(__name__)
 LEAVES = {
@@ -85,24 +86,12 @@ def module_name(
   layer: int | None = None,
   names: Names | None = None,
 ) -> str:
-  """The dotted name of the module at a path of the tree.
+  """The dotted name of the module at a path of the tree, by `layer_name`.
 
-  ("encoder", "layer", "attention", "self", "query") with layer=3, or
-  ("encoder", "layer_3", ...), is "encoder.layer.3.attention.self.query". With
-  `names` it is the name in the files of that family's sequence classifiers,
-  such as "bert.encoder.layer.3.attention.self.query".
+  With `names` it is the name in the files of that family's sequence
+  classifiers, such as "bert.encoder.layer.3.attention.self.query".
   """
-  words = []
-  for word in path:
-    if word == "layer":
-      if layer is None:
-        raise ValueError(f"{'/'.join(path)} is stacked: which layer?")
-      words += ["layer", str(layer)]
-    elif re.fullmatch(r"layer_\d+", word):
-      words += ["layer", word.removeprefix("layer_")]
-    else:
-      words.append(word)
-  name = ".".join(words)
+  name = layer_name(path, layer=layer)
   if names is None:
     return name
   prefix = "" if path[0] in names.outside else names.prefixes[0]

@@ -19,7 +19,6 @@ from jax import Array
 from jaxtyping import Float
 
 from vera_jax.errors import UserError
-from vera_jax.models.attention import ACTIVATIONS, Ids
 from vera_jax.models.decoder import (
   HEAD,
   Heads,
@@ -45,6 +44,7 @@ from vera_jax.models.family import (
   take_fields,
 )
 from vera_jax.models.part import Part
+from vera_jax.operations.attention import ACTIVATIONS, Ids
 
 Activation = Callable[[Array], Array]
 # config.json's model_type -> transformers' class, and what stands in its files'

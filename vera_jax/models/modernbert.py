@@ -24,18 +24,6 @@ from jaxtyping import Bool, Float
 
 from vera_jax.errors import UserError
 from vera_jax.models import part
-from vera_jax.models.attention import (
-  ACTIVATIONS,
-  REMAT_POLICIES,
-  Ids,
-  Mask,
-  Places,
-  attend,
-  check_remat,
-  fill_inputs,
-  input_shapes,
-  same_segment,
-)
 from vera_jax.models.family import (
   BOTH_WAYS,
   Family,
@@ -46,6 +34,18 @@ from vera_jax.models.family import (
   positive,
   sliding_layers,
   take_fields,
+)
+from vera_jax.operations.attention import (
+  ACTIVATIONS,
+  REMAT_POLICIES,
+  Ids,
+  Mask,
+  Places,
+  attend,
+  check_remat,
+  fill_inputs,
+  input_shapes,
+  same_segment,
 )
 
 Hidden = Float[Array, "rows length hidden"]

@@ -6,7 +6,7 @@ import flax.linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from vera_jax.models.dropout import dropout
+from vera_jax.operations.dropout import dropout
 
 
 class Part(nn.Module):

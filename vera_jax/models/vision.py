@@ -19,12 +19,6 @@ from jaxtyping import Float
 
 from vera_jax.errors import UserError
 from vera_jax.models import part
-from vera_jax.models.attention import (
-  ACTIVATIONS,
-  REMAT_POLICIES,
-  attend,
-  check_remat,
-)
 from vera_jax.models.family import (
   IMAGES,
   Family,
@@ -33,7 +27,13 @@ from vera_jax.models.family import (
   one_of,
   take_fields,
 )
-from vera_jax.models.norm import LayerNorm
+from vera_jax.operations.attention import (
+  ACTIVATIONS,
+  REMAT_POLICIES,
+  attend,
+  check_remat,
+)
+from vera_jax.operations.norm import LayerNorm
 
 Pixels = Float[Array, "rows height width channels"]
 Hidden = Float[Array, "rows tokens hidden"]

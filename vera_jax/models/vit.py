@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 from jax import Array
 
-from vera_jax.models.attention import ACTIVATIONS
 from vera_jax.models.family import field_table, one_of
 from vera_jax.models.vision import (
   USED,
@@ -23,6 +22,7 @@ from vera_jax.models.vision import (
   family,
   norm,
 )
+from vera_jax.operations.attention import ACTIVATIONS
 
 # transformers' names of modules since 5.24, and those of the files.
 RENAMED = (

@@ -22,7 +22,7 @@ from vera_jax.models.hf_weights import (
   module_path,
   read_model,
 )
-from vera_jax.models.pretrained import Blueprint, blueprint
+from vera_jax.pretrained.blueprint import Blueprint, blueprint
 
 # PEFT's task_type -> the kind of head, as `Family.classes` has it.
 TASK_TYPES = {"SEQ_CLS": "classification", "CAUSAL_LM": "language_modelling"}

@@ -34,7 +34,6 @@ from vera_jax.hub import PACKAGE
 from vera_jax.models.family import label_names
 from vera_jax.models.hf_weights import load_params
 from vera_jax.models.kinds import KINDS, WORDS, kind_of, kind_of_problem
-from vera_jax.models.pretrained import Blueprint, blueprint
 from vera_jax.peft_io.base import Base, open_base, target_patterns
 from vera_jax.peft_io.forms import FORMS
 from vera_jax.peft_io.forms.form import MERGE
@@ -46,6 +45,7 @@ from vera_jax.peft_io.tensors import (
   Tensors,
   read_tensors,
 )
+from vera_jax.pretrained.blueprint import Blueprint, blueprint
 from vera_jax.tasks.task import task_named
 
 # What our own export knows of a run, whatever its task was.

@@ -12,7 +12,7 @@ from vera_jax import results
 from vera_jax.adapters.files import load_adapter
 from vera_jax.data.images import decode_all
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import restore_adapter
+from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.report.frame import method_title
 from vera_jax.serve.image_predictor import ImagePredictor
 from vera_jax.serve.predictor import Answer

@@ -13,7 +13,7 @@ from vera_jax.adapters.merge import merge
 from vera_jax.adapters.sites import layer_path
 from vera_jax.adapters.vector_norms import SHORT
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import Classifier
+from vera_jax.pretrained.classifier import Classifier
 
 KERNEL = re.compile(r".*encoder\.layer\.(?P<layer>\d+)\.(?P<kind>.+)\.kernel")
 Matrix = Float[np.ndarray, "inputs outputs"]

@@ -48,14 +48,14 @@ from vera_jax.adapters.sites import prepared_leaves
 from vera_jax.data.packing import Batch
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import (
+from vera_jax.models.family import IMAGES
+from vera_jax.models.kinds import KINDS, TAGS, WORDS, kind_of
+from vera_jax.pretrained.classifier import (
   Classifier,
   differences,
   leaves_by_path,
   restore_adapter,
 )
-from vera_jax.models.family import IMAGES
-from vera_jax.models.kinds import KINDS, TAGS, WORDS, kind_of
 from vera_jax.serve.image_predictor import (
   image_logits,
   processor_of,

@@ -13,8 +13,8 @@ from vera_jax.data.image_files import ImageFile
 from vera_jax.data.images import Processor, decode_all, read_processor
 from vera_jax.data.packing import Batch
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import Classifier
 from vera_jax.models.family import IMAGES
+from vera_jax.pretrained.classifier import Classifier
 from vera_jax.serve.predictor import (
   ROWS,
   Answer,

@@ -24,9 +24,9 @@ from vera_jax.data.texts import Line
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import Tokens, tokenise
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import Classifier
 from vera_jax.models.family import TEXTS
 from vera_jax.models.kinds import CLASSES, SEVERAL, TAGS, WORDS
+from vera_jax.pretrained.classifier import Classifier
 from vera_jax.tasks.task import Task, task_named
 
 ROWS = (1, 2, 4, 8, 16)  # of a batch: few shapes, for each is compiled

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 from vera_jax.data.tables import read_table
 from vera_jax.errors import UserError
+from vera_jax.generate.conversation import conversation_ids
+from vera_jax.generate.generator import Generator
 from vera_jax.generate.sampling import GREEDY, Sampling
-from vera_jax.serve.conversation import conversation_ids
-from vera_jax.serve.generator import Generator
 
 # By category, as FastChat's llm_judge/common.py has them; others have OTHERS.
 TEMPERATURES = {

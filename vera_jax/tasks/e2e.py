@@ -20,13 +20,13 @@ from vera_jax.data.examples import Examples
 from vera_jax.data.written import write_written
 from vera_jax.errors import UserError
 from vera_jax.generate.beam import Beam
-from vera_jax.models.classifier import Classifier
-from vera_jax.serve.generator import Generator
+from vera_jax.generate.generator import Generator
+from vera_jax.pretrained.classifier import Classifier
+from vera_jax.progress import ProgressBar
 from vera_jax.tasks.e2e_files import Rows, read_split
 from vera_jax.tasks.e2e_metrics import check_installed, score_texts
 from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.task import Size, Task
-from vera_jax.train.logging import ProgressBar
 
 NAMES = ("e2e",)
 TOKENS = 53  # mean of a training row in GPT-2's tokens

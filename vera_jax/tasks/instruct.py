@@ -30,14 +30,15 @@ from vera_jax.data.examples import Examples, estimated_tokens
 from vera_jax.data.templates import CHAT, PLAIN, TEMPLATES
 from vera_jax.data.written import FOLDER, write_written
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import Classifier
-from vera_jax.serve.choices import (
+from vera_jax.generate.choices import (
   ChoiceQuestion,
   answer_questions,
   read_choices,
 )
-from vera_jax.serve.conversation import conversation_ids
-from vera_jax.serve.generator import Generator
+from vera_jax.generate.conversation import conversation_ids
+from vera_jax.generate.generator import Generator
+from vera_jax.pretrained.classifier import Classifier
+from vera_jax.progress import ProgressBar
 from vera_jax.tasks.instruct_files import (
   Row,
   as_text,
@@ -45,7 +46,6 @@ from vera_jax.tasks.instruct_files import (
 )
 from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.task import Size, Task
-from vera_jax.train.logging import ProgressBar
 
 NAMES = ("instruct",)
 INSTALL = "pip install -r requirements-instruct.txt"

@@ -27,7 +27,7 @@ from vera_jax.data.tokens import load_tokens
 from vera_jax.errors import UserError
 from vera_jax.models.decoder import Words
 from vera_jax.models.kinds import KINDS, WORDS
-from vera_jax.tasks.cross_entropy import cross_entropy, score_words
+from vera_jax.operations.cross_entropy import cross_entropy, score_words
 from vera_jax.tasks.task import Evaluation, Size, Task
 
 MeasureBatch = Callable[[Mapping[str, Any]], Any]

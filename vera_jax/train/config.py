@@ -17,9 +17,9 @@ from vera_jax.adapters.methods import (
 )
 from vera_jax.adapters.products import AUTO, check_plan
 from vera_jax.errors import UserError
-from vera_jax.models.attention import REMATS
-from vera_jax.models.pretrained import choose_scan
-from vera_jax.models.quantised import NONE, check_quantise
+from vera_jax.operations.attention import REMATS
+from vera_jax.operations.quantised import NONE, check_quantise
+from vera_jax.pretrained.blueprint import choose_scan
 from vera_jax.train.optim import EPS, SCHEDULES
 
 # What every config has, and the type of a value that is set.

@@ -26,13 +26,13 @@ from ml_collections import ConfigDict
 from vera_jax.adapters.methods import groups_of, links_of
 from vera_jax.adapters.products import AUTO
 from vera_jax.errors import UserError
+from vera_jax.pretrained.sharding import behind_runs
 from vera_jax.train.config import check_settings
 from vera_jax.train.loop import train
 from vera_jax.train.preemption import nothing_to_save
 from vera_jax.train.run import Run
 from vera_jax.train.runtime import prepare
 from vera_jax.train.setup import Setup, build_setup
-from vera_jax.train.sharding import behind_runs
 from vera_jax.train.start import begin
 from vera_jax.train.step import State
 

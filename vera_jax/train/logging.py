@@ -1,4 +1,4 @@
-"""What a run reports: metric files, and for a person a bar and log lines."""
+"""What a run reports in files: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import errno
 import json
@@ -10,18 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rich.progress import (
-  BarColumn,
-  MofNCompleteColumn,
-  Progress,
-  TextColumn,
-  TimeRemainingColumn,
-)
-
 from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.files import read_bytes, write_file, write_text
-from vera_jax.terminal import Console, printable
 from vera_jax.train.workdir import DAMAGED
 
 log = logging.getLogger(__name__)
@@ -131,56 +122,6 @@ def _tensorboard() -> Any:
     if hidden:
       del sys.modules["torch"]
   return SummaryWriter
-
-
-class ProgressBar:
-  """A bar with the time left, in a terminal, and log lines anywhere.
-
-  Use as a context. Only the first process shows anything.
-  """
-
-  def __init__(
-    self,
-    *,
-    steps: int,
-    step: int = 0,
-    primary: bool = True,
-    doing: str = "training",
-  ) -> None:
-    self.console = Console(stderr=True, quiet=not primary)
-    self._progress = Progress(
-      TextColumn("{task.description}", markup=False),
-      BarColumn(),
-      MofNCompleteColumn(),
-      TextColumn("{task.fields[note]}", markup=False),
-      TimeRemainingColumn(),
-      console=self.console,
-      disable=not self.console.is_terminal,
-    )
-    self._task = self._progress.add_task(
-      printable(doing), total=steps, completed=step, note=""
-    )
-    self._score = ""
-
-  def __enter__(self):
-    self._progress.start()
-    return self
-
-  def __exit__(self, *exc: object) -> None:
-    self._progress.stop()
-
-  def log(self, text: str) -> None:
-    """A line above the bar."""
-    self.console.print(text, soft_wrap=True)
-
-  def advance(self, step: int, *, loss: float | None = None) -> None:
-    """Move the bar to a step."""
-    note = "" if loss is None else f"loss {loss:.4f} {self._score}"
-    self._progress.update(self._task, completed=step, note=note)
-
-  def show_score(self, text: str) -> None:
-    """What stands behind the loss from the next step on."""
-    self._score = text
 
 
 def _start_wandb(

@@ -10,9 +10,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vera_jax.progress import ProgressBar
 from vera_jax.train.config import check_settings
 from vera_jax.train.distributed import is_first
-from vera_jax.train.logging import ProgressBar
 from vera_jax.train.preemption import (
   Interrupted,
   Stop,

@@ -28,12 +28,12 @@ from vera_jax.adapters.projections import PRNG
 from vera_jax.adapters.vector_norms import adapter_norms, as_json
 from vera_jax.errors import UserError
 from vera_jax.models.hf_weights import fingerprint
+from vera_jax.pretrained.sharding import REPLICATED
 from vera_jax.train.checkpoint import Checkpoints, good_save
 from vera_jax.train.distributed import is_first, on_first
 from vera_jax.train.logging import MetricWriter
 from vera_jax.train.optim import learning_rates, rates_of
 from vera_jax.train.setup import Setup
-from vera_jax.train.sharding import REPLICATED
 from vera_jax.train.step import State
 from vera_jax.train.workdir import (
   check_workdir,

@@ -19,21 +19,17 @@ from vera_jax.adapters.methods import make_adapter, settings_in
 from vera_jax.adapters.sites import count_layers
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
-from vera_jax.models.classifier import Classifier
 from vera_jax.models.hf_weights import read_model
-from vera_jax.models.pretrained import (
+from vera_jax.operations.quantised import NONE
+from vera_jax.pretrained.blueprint import (
   Blueprint,
   Model,
   blueprint,
   decoder_in,
   load_model,
 )
-from vera_jax.models.quantised import NONE
-from vera_jax.tasks.task import Batch, Task, task_for
-from vera_jax.train.config import DTYPES
-from vera_jax.train.optim import EPS, LINEAR, optimiser, rates_of
-from vera_jax.train.runtime import Background, compiler_options
-from vera_jax.train.sharding import (
+from vera_jax.pretrained.classifier import Classifier
+from vera_jax.pretrained.sharding import (
   BATCH,
   REPLICATED,
   batch_shards,
@@ -44,6 +40,10 @@ from vera_jax.train.sharding import (
   put,
   put_rows,
 )
+from vera_jax.tasks.task import Batch, Task, task_for
+from vera_jax.train.config import DTYPES
+from vera_jax.train.optim import EPS, LINEAR, optimiser, rates_of
+from vera_jax.train.runtime import Background, compiler_options
 from vera_jax.train.step import (
   Frozen,
   State,

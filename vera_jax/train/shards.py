@@ -30,7 +30,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from vera_jax.errors import UserError
-from vera_jax.train.sharding import BATCH
+from vera_jax.pretrained.sharding import BATCH
 
 Tree = Any
 _TOGETHER = 2**24  # bytes of a leaf that is worth copying into a joint buffer

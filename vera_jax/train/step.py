@@ -22,9 +22,9 @@ from jaxtyping import Float, Int, Key, PRNGKeyArray
 
 from vera_jax.adapters.intercept import KEYS, PENALTIES
 from vera_jax.adapters.labels import join
-from vera_jax.models.pretrained import Model
+from vera_jax.pretrained.blueprint import Model
+from vera_jax.pretrained.sharding import REPLICATED
 from vera_jax.train.runtime import compiler_options
-from vera_jax.train.sharding import REPLICATED
 from vera_jax.train.shards import (
   ONE,
   Shards,

@@ -32,12 +32,12 @@ from vera_jax.files import (
   write_json,
 )
 from vera_jax.hub import FILES
-from vera_jax.models.classifier import MERGED, Classifier, load_classifier
 from vera_jax.models.decoder import logits
 from vera_jax.models.family import IMAGES
 from vera_jax.models.hf_weights import read_model, to_hf
 from vera_jax.models.kinds import KINDS, WORDS
-from vera_jax.models.quantised import CHOICES
+from vera_jax.operations.quantised import CHOICES
+from vera_jax.pretrained.classifier import MERGED, Classifier, load_classifier
 from vera_jax.serve.predictor import Predictor, check_finite, text_columns
 
 WEIGHTS = "model.safetensors"

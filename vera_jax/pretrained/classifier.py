@@ -51,8 +51,8 @@ from vera_jax.models.kinds import (
   kind_of,
   kind_of_problem,
 )
-from vera_jax.models.pretrained import Flat, blueprint, find_codes
-from vera_jax.models.quantised import NONE, plain
+from vera_jax.operations.quantised import NONE, plain
+from vera_jax.pretrained.blueprint import Flat, blueprint, find_codes
 
 SHOWN = 3  # differences of one kind that a message lists
 MERGED = "merge.json"  # what `export_hf.write_merged` says of a merged folder

@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from benchmarks.plans.chips import Pod
-from benchmarks.plans.collectives import collectives
-from benchmarks.plans.depth import UNROLLED, counts
-from benchmarks.plans.lowering import (
+from experiments.plans.chips import Pod
+from experiments.plans.collectives import collectives
+from experiments.plans.depth import UNROLLED, counts
+from experiments.plans.lowering import (
   AbstractStep,
   abstract_step,
   architecture,
 )
-from benchmarks.plans.search import largest
+from experiments.plans.search import largest
 from vera_jax.models.family import config_of
-from vera_jax.models.pretrained import choose_scan
+from vera_jax.pretrained.blueprint import choose_scan
+from vera_jax.pretrained.sharding import batch_shards, make_mesh
 from vera_jax.train.setup import compute_dtype
-from vera_jax.train.sharding import batch_shards, make_mesh
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _NEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")

@@ -37,7 +37,7 @@ from vera_jax.errors import UserError
 from vera_jax.models.decoder import Decoder
 from vera_jax.models.family import Family, config_of, family_of
 from vera_jax.models.hf_weights import load_params, refuse_gaps
-from vera_jax.models.quantised import (
+from vera_jax.operations.quantised import (
   BLOCK,
   KEEP,
   NF4,
@@ -47,7 +47,7 @@ from vera_jax.models.quantised import (
   codes_digest,
   is_quantised,
 )
-from vera_jax.train.sharding import (
+from vera_jax.pretrained.sharding import (
   REPLICATED,
   check_heads,
   param_shardings,

@@ -25,7 +25,6 @@ from jaxtyping import Float, Int
 
 from vera_jax.errors import UserError
 from vera_jax.models import decoder
-from vera_jax.models.attention import Ids
 from vera_jax.models.decoder import HEAD, Reads, Words
 from vera_jax.models.family import (
   Family,
@@ -34,6 +33,7 @@ from vera_jax.models.family import (
   one_of,
   take_fields,
 )
+from vera_jax.operations.attention import Ids
 
 KIND = "char_lstm"
 INPUTS = ("input_ids", "positions", "read_positions")

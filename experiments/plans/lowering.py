@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
 from vera_jax.models.paper_sizes import SIZES, roberta
-from vera_jax.models.pretrained import Model, abstract_model
+from vera_jax.pretrained.blueprint import Model, abstract_model
+from vera_jax.pretrained.sharding import BATCH, REPLICATED
 from vera_jax.tasks.task import task_for
 from vera_jax.train.optim import optimiser, rates_of
 from vera_jax.train.setup import build_blueprint
-from vera_jax.train.sharding import BATCH, REPLICATED
 from vera_jax.train.step import Frozen, State, Step, outputs_of, state_shape
 
 EFFORTS = ("exec_time_optimization_effort", "memory_fitting_effort")

@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from vera_jax.errors import UserError
-from vera_jax.models.gelu import gelu
+from vera_jax.operations.gelu import gelu
 
 Ids = Int[Array, "rows length"]
 Places = Int[Array, "rows slots"]

@@ -8,8 +8,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.table import Column, Table
 
-from benchmarks.plans.chips import Pod
-from benchmarks.tables import markdown_table
+from experiments.markdown import markdown_table
+from experiments.plans.chips import Pod
 from vera_jax.results import provenance
 
 KINDS = {

@@ -23,8 +23,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from vera_jax.errors import UserError
-from vera_jax.models.attention import REMAT_POLICIES, check_remat
-from vera_jax.models.depthwise import depthwise
 from vera_jax.models.family import (
   IMAGES,
   Family,
@@ -32,7 +30,9 @@ from vera_jax.models.family import (
   field_table,
   one_of,
 )
+from vera_jax.models.other_networks.depthwise import depthwise
 from vera_jax.models.vision import EXAMPLE, HEAD, Logits, Pixels, input_shapes
+from vera_jax.operations.attention import REMAT_POLICIES, check_remat
 
 Hidden = Float[Array, "rows height width channels"]
 Made = Float[Array, "rows tall wide made"]

@@ -10,7 +10,7 @@
 
 The adapter is merged into the weights first, for then it costs nothing at each
 token; `keep_adapter=True` decodes with it beside them. So does a base that is
-in codes (`models/quantised.py`), of which one layer's kernels at a time are
+in codes (`operations/quantised.py`), of which one layer's kernels at a time are
 dequantised.
 """
 
@@ -32,6 +32,7 @@ from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.generate.beam import Beam
+from vera_jax.generate.conversation import conversation_ids
 from vera_jax.generate.decode import (
   compiled,
   compiled_prefill,
@@ -45,12 +46,11 @@ from vera_jax.generate.sampling import (
   are_numbers,
   compiled_next,
 )
-from vera_jax.models.classifier import Classifier
 from vera_jax.models.decoder import empty_cache, grow
 from vera_jax.models.kinds import WORDS
-from vera_jax.models.pretrained import decoder_in
-from vera_jax.models.quantised import is_quantised
-from vera_jax.serve.conversation import conversation_ids
+from vera_jax.operations.quantised import is_quantised
+from vera_jax.pretrained.blueprint import decoder_in
+from vera_jax.pretrained.classifier import Classifier
 
 STEP = 32  # prompts are padded to multiples of it: few shapes are compiled
 BROKEN = "\ufffd"  # what a tokenizer gives for half of a character

@@ -32,9 +32,9 @@ from vera_jax.data.hub_data import download, hub_table
 from vera_jax.data.tables import SUFFIXES, read_table, some
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.models.classifier import Classifier
 from vera_jax.models.kinds import WORDS
-from vera_jax.tasks.cross_entropy import score_words
+from vera_jax.operations.cross_entropy import score_words
+from vera_jax.pretrained.classifier import Classifier
 
 COPA = ("premise", "choice1", "choice2", "question", "label")
 ARC = ("question", "answerKey")

@@ -16,9 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vera_jax.errors import UserError
-from vera_jax.models.attention import ACTIVATIONS
 from vera_jax.models.family import config_of, read_fields
-from vera_jax.models.gguf import FORMATS, Gguf, Tensor, Written, write_gguf
 from vera_jax.models.gguf_folder import (
   ARCHITECTURES,
   FREQUENCIES,
@@ -41,6 +39,8 @@ from vera_jax.models.hf_weights import (
   tensor_files,
 )
 from vera_jax.models.llama import ORIGINAL, rotation_fields
+from vera_jax.operations.attention import ACTIVATIONS
+from vera_jax.operations.gguf import FORMATS, Gguf, Tensor, Written, write_gguf
 
 log = logging.getLogger(__name__)
 KINDS = {"gguf-f16": ("F16", 1), "gguf-q8_0": ("Q8_0", 7)}  # and file_type

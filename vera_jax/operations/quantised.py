@@ -31,7 +31,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from vera_jax.errors import UserError
-from vera_jax.models.gguf import FORMATS, Blocks
+from vera_jax.operations.gguf import FORMATS, Blocks
 
 CHOICES = ("none", "keep", "int8", "nf4", "bfloat16")
 NONE, KEEP, INT8, NF4, HALF = CHOICES

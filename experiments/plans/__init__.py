@@ -1,0 +1,1 @@
+"""What `experiments.plan` computes: chips, lowered steps, what they need."""

@@ -1,0 +1,1 @@
+"""Whole models written for others: Hugging Face folders and GGUF files."""

@@ -1,0 +1,1 @@
+"""Operations of networks, and how kernels are stored; no word of models."""

@@ -1,0 +1,1 @@
+"""What joins models and adapters: pretrained bases with adapters on them."""
