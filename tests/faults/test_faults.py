@@ -15,6 +15,8 @@ from tests.faults.run import as_row, page, table
 from vera_jax.results import provenance
 from vera_jax.train.loop import train_and_evaluate
 
+pytestmark = pytest.mark.slow
+
 CLOSE = 1e-5  # losses of about 0.7, where sums are added in another order
 
 
