@@ -4,7 +4,8 @@
 
 What a page has between `<!-- from PATH -->` and `<!-- end -->` is replaced: by
 a table where PATH is a file in results/plans, by the report where it is a
-sweep's folder (of the initialisers' studies by a shorter one), by the tables
+sweep's folder (of the initialisers' studies by a shorter one, and by a row per
+task where the mark says `from PATH in brief`), by the tables
 that it makes where it is benchmarks/methods.py or benchmarks/initialisers.py,
 by what is below its title where it is a page, such as the report's outputs.md.
 The figures that a page shows as figures/SWEEP-NAME.png are drawn.
@@ -12,6 +13,8 @@ The figures that a page shows as figures/SWEEP-NAME.png are drawn.
 
 import re
 from pathlib import Path
+
+import pandas as pd
 
 from benchmarks import (
   decode,
@@ -27,11 +30,13 @@ from experiments.plans import report as plans
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.report import plots, tables
-from vera_jax.report.frame import load_sweep
+from vera_jax.report.frame import load_sweep, method_title
 from vera_jax.report.summary import summary
 
 DOCS, SWEEPS = Path("docs"), Path("results/sweeps")
-MADE = re.compile(r"<!-- from (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+MADE = re.compile(
+  r"<!-- from (\S+)( in brief)? -->\n.*?<!-- end -->", re.DOTALL
+)
 FIGURE = re.compile(
   r"\]\((?:docs/)?figures/(?P<sweep>\w+)-(?P<name>\w+)\.png\)"
 )
@@ -57,6 +62,8 @@ def filled(page: str) -> str:
     source = Path(match[1])
     if source in (initialisers.STUDY, initialisers.DRAWS):
       made = initialisers.scores(source)
+    elif match[2]:
+      made = brief(tables.columns(summary(load_sweep(source))))
     elif source.is_dir():
       sweep = load_sweep(source)
       made = tables.page(sweep, summary(sweep)).strip()
@@ -78,9 +85,29 @@ def filled(page: str) -> str:
       made = decode.markdown(read_json(source)).strip()
     else:
       made = plans.markdown(read_json(source))
-    return f"<!-- from {match[1]} -->\n\n{made}\n\n<!-- end -->"
+    mark = f"<!-- from {match[1]}{match[2] or ''} -->"
+    return f"{mark}\n\n{made}\n\n<!-- end -->"
 
   return MADE.sub(between, page)
+
+
+def brief(cells: pd.DataFrame) -> str:
+  """A row per task: each method's scores, and VeRA's distance from LoRA."""
+  cells = cells.assign(
+    method=cells["method"].map(method_title)
+    + ", "
+    + cells["adapter parameters"]
+    + " parameters"
+  )
+  scores = cells.pivot(
+    index="task", columns="method", values="median at best epoch (range)"
+  )[cells["method"].unique()]
+  vera = cells[cells["method"].str.startswith("VeRA")].set_index("task")
+  scores["VeRA - LoRA (95 % interval)"] = vera[
+    "difference from LoRA (95 % interval)"
+  ]
+  scores["seeds"] = vera["seeds"]
+  return tables.markdown(scores.reset_index())
 
 
 def draw(page: str) -> None:
