@@ -15,7 +15,7 @@ from tests.faults.downloads import NAME
 from tests.faults.downloads import hub as broken_hub
 from vera_jax import hub
 from vera_jax.errors import UserError
-from vera_jax.hub import call_error, resolve, retry_download
+from vera_jax.hub import call_error, downloading, resolve
 
 ASK = """
 import sys, time
@@ -189,47 +189,22 @@ def test_half_a_download_does_not_serve(tmp_path):
   assert_refused(ask("some/model", tmp_path, HF_ENDPOINT="http://127.0.0.1:9"))
 
 
-def flaky(breaks, error):
-  """A download that breaks off so many times, and how often it was begun."""
-  begun = []
-
-  def fetch():
-    begun.append(1)
-    if len(begun) <= breaks:
-      raise error
-    return "whole"
-
-  return fetch, begun
-
-
-@pytest.fixture
-def no_pause(monkeypatch):
-  monkeypatch.setattr(hub, "PAUSE", 0.0)
-
-
-def test_a_download_is_begun_again(no_pause, caplog):
-  fetch, begun = flaky(2, ConnectionError("peer closed connection"))
-  assert retry_download(fetch, "some/model") == "whole"
-  assert len(begun) == 3
-  assert caplog.text.count("some/model broke off (peer closed") == 2
-
-
-def test_one_that_always_breaks_off_is_an_error(no_pause):
-  fetch, begun = flaky(9, ConnectionError("peer closed connection"))
-  with pytest.raises(UserError, match="broke off 3 times.*peer closed"):
-    retry_download(fetch, "some/model")
-  assert len(begun) == 3
-
-
-def test_what_would_come_again_is_not_tried_again(no_pause):
-  fetch, begun = flaky(9, OSError(errno.ENOSPC, "No space left on device"))
-  with pytest.raises(UserError, match="the disk is full"):
-    retry_download(fetch, "some/model")
-  assert len(begun) == 1
-  fetch, begun = flaky(9, KeyError("x"))
-  with pytest.raises(KeyError):
-    retry_download(fetch, "some/model", broken=(ConnectionError,))
-  assert len(begun) == 1
+def test_a_download_that_breaks_off_is_an_error():
+  with (
+    pytest.raises(UserError, match="broke off: peer closed.*goes on with it"),
+    downloading("some/model"),
+  ):
+    raise ConnectionError("peer closed connection")
+  with (
+    pytest.raises(UserError, match="the disk is full"),
+    downloading("some/model"),
+  ):
+    raise OSError(errno.ENOSPC, "No space left on device")
+  with (
+    pytest.raises(KeyError),
+    downloading("some/model", broken=(ConnectionError,)),
+  ):
+    raise KeyError("x")
 
 
 def test_a_hub_that_breaks_off_in_the_middle_of_a_file(tiny_model, tmp_path):

@@ -2,24 +2,18 @@
 
 import errno
 import importlib
-import logging
 import os
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from vera_jax.errors import UserError
 
-T = TypeVar("T")
-log = logging.getLogger(__name__)
-
 PATIENCE = 15.0  # seconds until a silent hub counts as unreachable
-ATTEMPTS = 3  # of a download; the client itself tries a file several times
-PAUSE = 1.0  # seconds before the second attempt, twice as many before the next
 PACKAGE = "package:"
 # Files that get a folder: their suffix -> the module that makes it, by a
 # function of the module's own name.
@@ -170,7 +164,8 @@ def snapshot(
   ask = partial(info, name, revision=revision, timeout=PATIENCE / 3)
   refusal = call_error(ask, seconds=PATIENCE)
   if refusal is None:
-    return Path(retry_download(fetch, name))
+    with downloading(name):
+      return Path(fetch())
   nowhere = RepositoryNotFoundError, RevisionNotFoundError, HFValidationError
   try:
     folder = Path(fetch(local_files_only=True))  # an earlier download
@@ -223,43 +218,36 @@ def package_place(name: str) -> Path:
   )
 
 
-def retry_download(
-  fetch: Callable[[], T],
-  name: str,
-  *,
-  broken: tuple[type[Exception], ...] = (Exception,),
-) -> T:
-  """Download; where that breaks off, begin again.
+@contextmanager
+def downloading(
+  name: str, *, broken: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+  """The context of a download, whose errors say what to do.
+
+  The client has tried by then: where a connection closes or falls silent it
+  asks for the rest of the file, up to five times.
 
   Args:
-    fetch: downloads; what has come before is not fetched again.
-    name: for the messages.
+    name: of what is downloaded, for the message.
     broken: the errors of a download that broke off; others are raised as they
       are.
 
   Raises:
-    UserError: it broke off `ATTEMPTS` times, or the disk is full.
+    UserError: the download broke off, or the disk is full.
   """
-  for attempt in range(1, ATTEMPTS + 1):
-    try:
-      return fetch()
-    except broken as error:
-      if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        raise UserError(
-          f"{name} can't be downloaded: the disk is full. HF_HOME names another"
-          " folder for downloads."
-        ) from error
-      reason = _first_line(error)
-      if attempt == ATTEMPTS:
-        raise UserError(
-          f"The download of {name} broke off {ATTEMPTS} times, the last time"
-          f" with: {reason}. The same command goes on with it; what has come is"
-          " kept. Or name a local folder as config.model.name or"
-          " config.data.source."
-        ) from error
-      log.warning("%s broke off (%s) and is begun again.", name, reason)
-      time.sleep(PAUSE * 2 ** (attempt - 1))
-  raise AssertionError("unreachable")
+  try:
+    yield
+  except broken as error:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+      raise UserError(
+        f"{name} can't be downloaded: the disk is full. HF_HOME names another"
+        " folder for downloads."
+      ) from error
+    raise UserError(
+      f"The download of {name} broke off: {_first_line(error)}. The same"
+      " command goes on with it; what has come is kept. Or name a local folder"
+      " as config.model.name or config.data.source."
+    ) from error
 
 
 def _is_folder(path: Path) -> bool:

@@ -144,7 +144,7 @@ def downloads(launcher: Launcher) -> list[Outcome]:
     if breaks == 2:
       good, end = ended.code == 0, "then it trains"
     else:
-      clear = "broke off 3 times" in ended.output
+      clear = f"The download of {NAME} broke off" in ended.output
       clear = clear and "Traceback" not in ended.output
       good, end = ended.code == 1 and clear, "then a clear error"
     times = requested.count("model.safetensors")

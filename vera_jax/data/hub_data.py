@@ -14,8 +14,8 @@ from vera_jax.data.tables import Table, class_names
 from vera_jax.errors import UserError
 
 ANSWER_SECONDS = 10.0
-# Downloads that fail like this are tried again. Other errors of the library
-# are about the data set itself and would come again.
+# The errors of a download that broke off; the library's other ones are about
+# the data set itself.
 _BROKE_OFF = (ConnectionError, TimeoutError, EOFError)
 
 
@@ -47,9 +47,8 @@ def download(source: str, name: str | None) -> Any:
   fetch = partial(datasets.load_dataset, source, name)
   shown = f"{source} ({name})" if name else source
   try:
-    if offline:
+    with hub.downloading(shown, broken=() if offline else _BROKE_OFF):
       return fetch()
-    return hub.retry_download(fetch, shown, broken=_BROKE_OFF)
   except datasets.exceptions.DatasetNotFoundError as error:
     raise not_there from error
   except ConnectionError as error:
