@@ -1,6 +1,5 @@
 """The figures of a sweep: scores, learning curves, ranks."""
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import Bbox
 
 from vera_jax.report.frame import (
   RUN,
@@ -57,14 +55,9 @@ __all__ = [
   "vector_figure",
 ]
 
-# Where a label may stand beside its point: the nearest that is free.
-PLACES = (
-  *((0, 1), (-1, 0), (1, 0), (0, -1)),
-  *((-1, 1), (1, 1), (-1, -1), (1, -1)),
-  *((-2, 0), (2, 0), (0, 2), (0, -2), (-2, 1), (-2, -1), (-3, 0), (3, 0)),
-)
 MOST = 7  # lines that one panel can tell apart
 POINTS = 50  # of a line
+RANGE = ["low", "score", "high"]  # columns of a summary: the seeds'
 FEW = 4  # values of a setting that each have a tick; of more, powers of ten
 
 
@@ -143,8 +136,8 @@ def score_figure(
       for place, (_, row) in enumerate(here.iterrows()):
         color, marker = METHOD_COLORS.get(row["method"], OTHER)
         ax.plot([row["low"], row["high"]], [place] * 2, color=color, zorder=2)
-        own = by_condition.get_group(tuple(row[BY]))
-        for hollow, some in own.groupby("collapsed"):
+        seeds = by_condition.get_group(tuple(row[BY]))
+        for hollow, some in seeds.groupby("collapsed"):
           ax.scatter(
             some["score"],
             [place] * len(some),
@@ -156,8 +149,7 @@ def score_figure(
             zorder=3,
           )
         ax.plot(row["score"], place, "|", color=BLACK, ms=13, mew=1.8, zorder=4)
-        if pd.notna(row["paper"]):
-          paper = row["paper"]
+        if pd.notna(paper := row["paper"]):
           ax.plot(paper, place, "*", color=ORANGE, mec=BLACK, ms=9, mew=0.6)
       ax.set_yticks(range(len(here)), here["name"])
       ax.set_ylim(len(here) - 0.4, -0.6)
@@ -245,22 +237,20 @@ def loss_figure(
 def rank_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
   """Score against trained adapter parameters: the paper's Figure 2.
 
-  Medians joined by a line for each method; a bar is the seeds' range.
+  Medians joined by a line for each method, whose ranks the legend names from
+  left to right; a bar is the seeds' range.
   """
-  ranked = table[table["rank"].notna()]
-  names = ranked["rank"].map(lambda rank: str(int(rank)))
-  legend = "{}, r at each point"
-  return _parameter_figure(ranked, names, title=title, legend=legend)
+  return _parameter_figure(table[table["rank"].notna()], title=title)
 
 
 def method_figure(table: pd.DataFrame, *, title: str = "") -> Figure:
-  """Score against trained adapter parameters, each method named at its point.
+  """Score against trained adapter parameters, a point for each condition.
 
-  The bar is the seeds' range. What trains no adapter has no place on the axis.
+  The bar is the seeds' range. What trains no adapter is left out: the axis has
+  no zero.
   """
   sized = table[table["adapter"] > 0]
-  names = sized["method"].map(method_title)
-  return _parameter_figure(sized, names, title=title, legend="")
+  return _parameter_figure(sized.assign(rank=None), title=title)
 
 
 def setting_figure(
@@ -270,55 +260,37 @@ def setting_figure(
 
   A panel per task and a line per method. A mean probability of tokens is drawn
   as the loss that it stands for: minus its logarithm, in nats per token. Losses
-  well above that of the lowest setting, as of runs that diverged, are written
-  at the panel's upper edge, or nothing else could be seen.
+  well above that of the lowest setting, as of runs that diverged, lie outside
+  of the panel, or nothing else could be seen.
   """
   column = setting.column
   tasks = list(_varied(table, column).groupby("task", sort=False))
   with mpl.rc_context(STYLE):
     figure, axes = grid(1, len(tasks), width=5.0, height=3.4, title=title)
-    for ax, (task, here) in zip(axes.flat, tasks, strict=True):
-      metric = str(here.iloc[0]["metric"])
+    for ax, (task, rows) in zip(axes.flat, tasks, strict=True):
+      metric = str(rows.iloc[0]["metric"])
       of_tokens = metric == "token_probability"
-      methods = list(here.groupby("method", sort=False))
-      bottom, top = np.inf, -np.inf  # the best, and the lowest setting's worst
-      points: list[tuple[float, float, int]] = []
-      for place, (method, rows) in enumerate(methods):
-        rows = rows.sort_values(column)
-        low, middle, high = rows[["low", "score", "high"]].to_numpy().T
-        if of_tokens:
-          low, middle, high = (-np.log(p / 100) for p in (high, middle, low))
-          bottom, top = min(bottom, low.min()), max(top, high[0])
+      if of_tokens:
+        losses = -np.log(rows[["high", "score", "low"]] / 100)
+        rows = rows.assign(**dict(zip(RANGE, losses.to_numpy().T, strict=True)))
+        lowest = rows.groupby("method")[column].idxmin()
+        bottom, top = rows["low"].min(), rows["high"][lowest].max()
+        margin = max(top - bottom, top / 20) / 4
+        ax.set_ylim(bottom - margin, top + margin)
+      methods = list(rows.groupby("method", sort=False))
+      for place, (method, line) in enumerate(methods):
+        line = line.sort_values(column)
         # a little apart, so that no bar hides another
         apart = 1.03 ** (place - (len(methods) - 1) / 2)
-        xs, name = rows[column] * apart, method_title(str(method))
-        _line_with_bars(ax, xs, (low, middle, high), str(method), label=name)
-        points += zip(xs, middle, itertools.repeat(place), strict=False)
-      loss, score = "loss (nats per token)", f"{metric_title(metric)} (%)"
+        _line_with_bars(ax, apart * line[column], line, str(method))
+      score = f"{metric_title(metric)} (%)"
       ax.set(
         title=task_title(str(task)),
         xscale="log",
         xlabel=setting.axis,
-        ylabel=f"{loss if of_tokens else score}, best epoch",
+        ylabel=f"{'loss (nats per token)' if of_tokens else score}, best epoch",
       )
-      if of_tokens:
-        margin = max(top - bottom, top / 20) / 4
-        ax.set_ylim(bottom - margin, top + margin)
-        for x, beyond, place in points:
-          if beyond > top + margin:  # each method on a line of its own
-            ax.annotate(
-              f"↑ {beyond:.1f}",
-              (x, 1),
-              xycoords=ax.get_xaxis_transform(),
-              xytext=(0, -10 * place),
-              textcoords="offset points",
-              ha="center",
-              va="top",
-              fontsize=7.5,
-              color=METHOD_COLORS.get(methods[place][0], OTHER)[0],
-              bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"},
-            )
-      values = sorted(here[column].unique())
+      values = sorted(rows[column].unique())
       if len(values) <= FEW:
         ax.set_xticks(values)
       ax.xaxis.set_major_formatter("{x:g}")
@@ -336,19 +308,17 @@ def _varied(table: pd.DataFrame, column: str) -> pd.DataFrame:
   ]
 
 
-def _parameter_figure(
-  table: pd.DataFrame, names: pd.Series, *, title: str, legend: str
-) -> Figure:
-  """A panel for each task; `names` are of the points, by the table's index."""
+def _parameter_figure(table: pd.DataFrame, *, title: str) -> Figure:
+  """A panel for each task; a method's legend has its ranks where it has any."""
   tasks = list(table.groupby("task", sort=False))
   with mpl.rc_context(STYLE):
-    figure, axes = grid(1, len(tasks), width=5.4, height=3.4, title=title)
+    figure, axes = grid(1, len(tasks), width=7.4, height=3.4, title=title)
     for ax, (task, here) in zip(axes.flat, tasks, strict=True):
       for method, rows in here.groupby("method", sort=False):
         rows = rows.sort_values("adapter")
-        scores = rows["low"], rows["score"], rows["high"]
-        name = legend.format(method_title(str(method)))
-        _line_with_bars(ax, rows["adapter"], scores, str(method), label=name)
+        ranks = [f"{rank:.0f}" for rank in rows["rank"].dropna()]
+        named = f", r = {', '.join(ranks)}" if ranks else ""
+        _line_with_bars(ax, rows["adapter"], rows, str(method), named)
       metric = metric_title(here.iloc[0]["metric"])
       ax.set(
         title=task_title(str(task)),
@@ -360,23 +330,18 @@ def _parameter_figure(
       ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
       ax.xaxis.set_major_formatter(EngFormatter(sep=""))
       ax.xaxis.set_minor_locator(NullLocator())
-    if legend:
-      figure.legend(
-        *axes.flat[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=2,
-      )
-    figure.draw_without_rendering()  # now the axes' places are known
-    for ax, (_, here) in zip(axes.flat, tasks, strict=True):
-      _name_points(ax, here, names, scale=figure.dpi / 72)
+      ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
     return figure
 
 
 def _line_with_bars(
-  ax: Axes, xs: Any, scores: tuple[Any, Any, Any], method: str, *, label: str
+  ax: Axes, xs: Any, rows: pd.DataFrame, method: str, named: str = ""
 ) -> None:
-  """A method's line through its medians; `scores` are (low, median, high)."""
-  low, middle, high = scores
+  """A method's line through its medians, with bars over the seeds' range.
+
+  `named` is what the legend has behind the method's name.
+  """
+  low, middle, high = rows[RANGE].to_numpy(float).T
   color, marker = METHOD_COLORS.get(method, OTHER)
   ax.errorbar(
     xs,
@@ -388,50 +353,5 @@ def _line_with_bars(
     ms=5,
     capsize=2,
     elinewidth=0.8,
-    label=label,
+    label=method_title(method) + named,
   )
-
-
-def _name_points(
-  ax: Axes, table: pd.DataFrame, names: pd.Series, *, scale: float
-) -> None:
-  """Each point's name beside it, where no other label, bar or line lies.
-
-  Each label tries the `PLACES` around its point in turn. `scale` is in pixels
-  per point.
-  """
-  at = ax.transData.transform
-  taken = [
-    Bbox([at((x, low)) - 4 * scale, at((x, high)) + 4 * scale])
-    for x, low, high in zip(
-      table["adapter"], table["low"], table["high"], strict=True
-    )
-  ]
-  # A line is taken as 25 small boxes between each two of its points.
-  for _, rows in table.sort_values("adapter").groupby("method"):
-    points = at(rows[["adapter", "score"]].to_numpy(float))
-    for start, end in itertools.pairwise(points):
-      along = np.linspace(start, end, 25)
-      taken += [Bbox([middle - 1, middle + 1]) for middle in along]
-  for place, row in table.iterrows():
-    text = names[place]
-    point = at((row["adapter"], row["score"]))
-    width = 5.0 * len(text)
-    half = np.array([width / 2, 4.0]) * scale
-    for way in PLACES:
-      offset = np.array(way) * (8 + np.array([width / 2, 3.5]))
-      middle = point + offset * scale
-      box = Bbox([middle - half, middle + half])
-      if not any(box.overlaps(other) for other in taken):
-        break
-    taken.append(box)
-    ax.annotate(
-      text,
-      (row["adapter"], row["score"]),
-      xytext=tuple(offset),
-      textcoords="offset points",
-      ha="center",
-      va="center",
-      fontsize=7.5,
-      color=METHOD_COLORS.get(row["method"], OTHER)[0],
-    )
