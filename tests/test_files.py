@@ -181,9 +181,9 @@ def test_lines_have_a_limit(tmp_path, monkeypatch):
     ("[" * 102 + "]" * 102, "nested too deeply"),
     ('{"a": ' * 102 + "1" + "}" * 102, "nested too deeply"),
     ('[{"b": 0, "a": 1, "a": 2}]', "the key 'a' is there twice"),
-    ("[NaN]", "NaN is no number of JSON"),
-    ("-Infinity", "-Infinity is no number of JSON"),
-    ("[-1e999]", "the number -1e999 is too large"),
+    ("[NaN]", "not JSON compliant"),
+    ("-Infinity", "not JSON compliant"),
+    ("[-1e999]", "not JSON compliant"),
     ("1" * 5000, "Exceeds the limit"),
     (r'{"a": "\ud800"}', "surrogates not allowed"),
     (b'"\xff"', "'utf-8' codec"),
@@ -212,7 +212,7 @@ def test_lines_of_json_are_objects_or_say_what_is_wrong():
     JsonLine(5, {"b": 2}),
   ]
   (line,) = json_lines([b'{"a": NaN}'])
-  assert line.error == "it is no JSON (NaN is no number of JSON)"
+  assert "not JSON compliant" in line.error
   (line,) = json_lines([b"[" * 20_000])
   assert "nested too deeply, more than 100 levels" in line.error
 

@@ -28,6 +28,9 @@ What a notebook needs:
   UserError           what is raised for input that the user can mend
 """
 
+from importlib import import_module
+from typing import Any
+
 from vera_jax.adapters.apply import adapt, adapter_size, find_targets
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.files import SavedAdapter, load_adapter, save_adapter
@@ -58,26 +61,18 @@ from vera_jax.serve.image_predictor import ImagePredictor
 from vera_jax.serve.predictor import Predictor
 from vera_jax.version import __version__
 
-
-def train_and_evaluate(config, workdir):
-  """A whole run; see `vera_jax.train.loop.train_and_evaluate`."""
-  from vera_jax.train import loop  # the training stack loads when it is used
-
-  return loop.train_and_evaluate(config, workdir)
-
-
-def train_ensemble(configs, workdirs):
-  """Several runs at once; see `vera_jax.train.ensemble.train_ensemble`."""
-  from vera_jax.train import ensemble
-
-  return ensemble.train_ensemble(configs, workdirs)
+# The training stack loads when it is used.
+LATE = {
+  "train_and_evaluate": "vera_jax.train.loop",
+  "train_ensemble": "vera_jax.train.ensemble",
+  "group_key": "vera_jax.train.ensemble",
+}
 
 
-def group_key(config):
-  """Equal for runs that can train together, by `train_ensemble`."""
-  from vera_jax.train import ensemble
-
-  return ensemble.group_key(config)
+def __getattr__(name: str) -> Any:
+  if name not in LATE:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  return getattr(import_module(LATE[name]), name)
 
 
 __all__ = [

@@ -104,12 +104,12 @@ def resolve(name_or_folder: str | Path) -> Path:
   within `PATIENCE` seconds.
   """
   folder = Path(name_or_folder).expanduser()
-  if _is_folder(folder):
+  if os.path.isdir(folder):  # a name may be too long for Path.is_dir
     return folder
   name = str(name_or_folder)
   if name.startswith(PACKAGE):
     folder = package_place(name)
-  if folder.suffix in MAKERS and _is_file(folder):
+  if folder.suffix in MAKERS and os.path.isfile(folder):
     maker = MAKERS[folder.suffix]  # imported late, for it imports jax
     module = importlib.import_module(f"vera_jax.models.{maker}")
     return getattr(module, maker)(folder)
@@ -248,20 +248,6 @@ def downloading(
       " command goes on with it; what has come is kept. Or name a local folder"
       " as config.model.name or config.data.source."
     ) from error
-
-
-def _is_folder(path: Path) -> bool:
-  try:
-    return path.is_dir()
-  except OSError:  # a name that is too long for a path
-    return False
-
-
-def _is_file(path: Path) -> bool:
-  try:
-    return path.is_file()
-  except OSError:
-    return False
 
 
 def _first_line(error: Exception) -> str:
