@@ -22,6 +22,7 @@ from benchmarks.report import environment, write
 from experiments import cli
 from experiments.plans.lowering import abstract_step, architecture
 from vera_jax.adapters.methods import METHODS
+from vera_jax.data.loader import PackedData
 from vera_jax.hub import resolve
 from vera_jax.pretrained.sharding import batch_shards, make_mesh
 from vera_jax.tasks.task import task_for
@@ -49,9 +50,10 @@ def main() -> None:
   config = cli.chosen(CONFIG).copy_and_resolve_references()
   check_settings(config)
   mesh = make_mesh(**config.mesh)
-  data = task_for(config).load_data(
+  data = task_for(config).load(
     config, resolve(config.model.name), shards=batch_shards(mesh)
   )
+  assert isinstance(data, PackedData)
   layout, fields = data.train_layout, architecture(config)
   costs: dict[str, dict[str, float]] = {}
   for config.method in METHODS:

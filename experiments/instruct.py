@@ -58,8 +58,8 @@ def main() -> None:
   check_settings(config)
   task: Any = task_for(config)
   folder = resolve(config.model.name)
-  data = task.load_data(config, folder)
-  for line in (*task.notes, *data.introduction()):
+  data = task.load(config, folder)
+  for line in (*task.presentation.notes, *data.introduction()):
     print(printable(line))
   tokens = data.tokens["train"]
   preview(tokens, load_tokenizer(folder), number=PREVIEW.value)

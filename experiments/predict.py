@@ -106,7 +106,7 @@ def main() -> None:
       classifier = restore_adapter(saved, BASE.value)
     predictor = Predictor(classifier, max_length=MAX_LENGTH.value)
     columns = text_columns(classifier)
-    check = predictor.task and predictor.task.form
+    check = predictor.task and predictor.task.to_texts
     names = ["label", "score", *predictor.labels]
     if classifier.kind == TAGS:
       names = ["tags", "scores"]

@@ -37,7 +37,7 @@ def texts(tmp_path):
 
 def test_our_side_reads_the_same_rows(texts):
   config, texts = texts
-  tokens = task_for(config).load_data(config, texts.base).tokens
+  tokens = task_for(config).load(config, texts.base).tokens
   assert len(tokens["train"]) == texts.examples == 10
   assert len(tokens["dev"]) == texts.dev_examples == 12
   assert len(tokens["train"].ids) == texts.count

@@ -32,7 +32,7 @@ def images(tmp_path):
 
 def test_our_side_reads_the_same_images(images):
   config, images = images
-  data = task_for(config).load_data(config, images.base)
+  data = task_for(config).load(config, images.base)
   assert images.examples == 12 and images.dev_examples == 7
   for name, files in images.files.items():
     split = data.splits[name]

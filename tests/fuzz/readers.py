@@ -191,7 +191,7 @@ def read_pictures(folder: Path) -> None:
   config.data.image_size, config.data.dev_shots = None, 1
   config.data.cache_dir = str(folder / "cache")
   config.data.max_train_examples = config.data.max_eval_examples = None
-  task_for(config).load_data(config, folder / "base")
+  task_for(config).load(config, folder / "base")
 
 
 def write_cached_pictures(folder: Path) -> None:

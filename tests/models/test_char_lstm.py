@@ -219,8 +219,8 @@ def test_what_is_refused_by_name(config, tmp_path, monkeypatch):
 
 def test_inputs_of_train_are_kept_apart(config):
   task = task_for(config(data__held_out=3))
-  assert task.size[:2] == (5, 3)
-  assert "3 inputs of train.txt" in task.notes[0]
+  assert task.presentation.size[:2] == (5, 3)
+  assert "3 inputs of train.txt" in task.presentation.notes[0]
 
 
 @pytest.mark.parity

@@ -221,7 +221,7 @@ def test_held_out_inputs_are_not_trained_on(config):
 def test_without_test_texts_nothing_is_written(config):
   task = task_for(changed(config, data__test=False))
   assert task.write_texts is None
-  assert task.notes == ("valid: 3 rows of valid.txt",)
+  assert task.presentation.notes == ("valid: 3 rows of valid.txt",)
 
 
 def test_an_input_is_put_into_a_prompt(config):

@@ -51,17 +51,18 @@ def test_lines_of_a_plain_file(read):
   )
   assert found["train"].first == ["one", "two words", "three"]
   assert found["train"].second is None and found["dev"].first == ["four"]
-  assert task.name == "language:trains" and task.size[:2] == (3, 1)
-  assert task.notes[0] == "texts: text; learned: all of it"
+  assert task.name == "language:trains" and task.presentation.size[:2] == (3, 1)
+  assert task.presentation.notes[0] == "texts: text; learned: all of it"
   assert (task.head, task.outputs, task.labels) == ("language_modelling", 0, ())
 
 
 def test_prompts_and_completions(read):
   task, found = read(".jsonl", lines(*PAIRS), dev_fraction=0.2, cut="left")
   assert (
-    task.notes[0] == "texts: prompt and completion; learned: completion alone"
+    task.presentation.notes[0]
+    == "texts: prompt and completion; learned: completion alone"
   )
-  assert "dev: 4 of the 20 training rows" in task.notes[1]
+  assert "dev: 4 of the 20 training rows" in task.presentation.notes[1]
   both = [*found["train"].first, *found["dev"].first]
   assert sorted(both) == sorted(row["prompt"] for row in PAIRS)
   for part in found.values():
@@ -77,7 +78,7 @@ def test_prompts_and_completions(read):
 def test_the_estimate_is_of_the_rows_that_are_trained_on(read):
   for share in (0.1, 0.5):
     task, found = read(".txt", "a b c d e\n" * 20, dev_fraction=share)
-    assert task.size == (len(found["train"]), len(found["dev"]), 8)
+    assert task.presentation.size == (len(found["train"]), len(found["dev"]), 8)
 
 
 def test_an_example_keeps_its_line(read):

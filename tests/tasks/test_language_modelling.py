@@ -83,7 +83,7 @@ def data(decoder, tmp_path_factory):
       "eval_batch_size": 3,
     }
   )
-  return task, task.load_data(config, decoder[0])
+  return task, task.load(config, decoder[0])
 
 
 def test_packed_is_padded(decoder, data):
@@ -212,7 +212,7 @@ def test_stories260k_knows_its_own_words(tmp_path):
       "eval_batch_size": 1,
     }
   )
-  data = task.load_data(config, folder)
+  data = task.load(config, folder)
   assert data.tokens["dev"].ids.tolist() == known["ids"]
   params, apply = loaded(folder)
   scores = task.evaluate(

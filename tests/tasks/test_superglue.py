@@ -42,8 +42,8 @@ def rows_of(folder, name, split="train"):
 def test_the_five_are_in_the_leaderboards_order_beside_glues():
   short = [name.removeprefix("superglue_") for name in NAMES]
   assert short == ["boolq", "cb", "copa", "rte", "wic"]
-  assert task_named("rte").title == "RTE"
-  assert task_named("superglue_rte").title == "SuperGLUE RTE"
+  assert task_named("rte").presentation.title == "RTE"
+  assert task_named("superglue_rte").presentation.title == "SuperGLUE RTE"
   assert task_title("superglue_cb") == "SuperGLUE CB"
   with pytest.raises(UserError, match="wnli, superglue_boolq, .*superglue_wic"):
     task_named("boolq")
@@ -298,7 +298,7 @@ def test_copa_line_by_line(folder, copa_predictor):
     format="jsonl",
     columns=columns,
     count=len(columns[0]),
-    check=copa_predictor.task.form,
+    check=copa_predictor.task.to_texts,
   )
   answered = list(answer_lines(copa_predictor, found, at_once=99))
   assert answered[1][0].error == "question is 'why'; it is cause or effect"
@@ -319,7 +319,7 @@ def test_packed_choices_are_what_each_is_alone(copa_run, copa_predictor):
   """Logits and loss, against one text per padded row and a loss by hand."""
   classifier = copa_predictor.classifier
   task = task_named("superglue_copa")
-  data = task.load_data(copa_run.config, classifier.folder, shards=8)
+  data = task.load(copa_run.config, classifier.folder, shards=8)
   tokens = data.tokens["train"]
   padded = np.full((2 * len(tokens), 20), tokens.pad_id, np.int32)
   types = np.zeros_like(padded)

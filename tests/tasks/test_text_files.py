@@ -83,7 +83,7 @@ def test_kind_and_labels_are_found(data, kind, labels, decide):
   assert task.outputs == (len(labels) or 1)
   both = [examples[split] for split in ("train", "dev")]
   count = len(data) if isinstance(data, list) else data.count("\n") - 1
-  assert sum(map(len, both)) == count == sum(task.size[:2])
+  assert sum(map(len, both)) == count == sum(task.presentation.size[:2])
 
 
 def test_labels_are_ids_marks_numbers_and_tags(decide):
@@ -108,13 +108,15 @@ def test_what_is_said_goes_before_what_is_found(decide):
   task, found = decide(
     data, kind=NUMBER, text=("other", "premise"), label="label"
   )
-  assert task.kind == NUMBER and task.columns == (("other", "premise"),)
+  assert task.kind == NUMBER and task.presentation.columns == (
+    ("other", "premise"),
+  )
   assert found["train"].second[0] == "p"
   task, _ = decide(data, text=("text",), labels=("2", "1"))
   assert task.labels == ("2", "1")
   task, _ = decide("text,label\n" + "x,b|a\ny,\n" * 5, kind=SEVERAL)
   assert task.labels == ("a", "b")
-  lines = " ".join(task.notes)
+  lines = " ".join(task.presentation.notes)
   assert "texts: text; label: label" in lines
   assert "multi label, 2 labels: a, b" in lines and "dev: 1 of the 10" in lines
 
@@ -153,7 +155,10 @@ def test_a_data_set_of_the_hub(monkeypatch):
   config.data.train = "owner/name:part"
   task = task_for(config)
   assert task.name == "text:name" and task.labels == ("no", "yes")
-  assert asked == [("owner/name", "part")] and task.size[:2] == (3, 1)
+  assert asked == [("owner/name", "part")] and task.presentation.size[:2] == (
+    3,
+    1,
+  )
   splits["train"] = split(0, 1, -1)
   message = r"owner/name:part \(train\), row 3: label is -1 \(-1 marks a row"
   with pytest.raises(UserError, match=message):

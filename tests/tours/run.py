@@ -52,7 +52,6 @@ from vera_jax.pretrained.classifier import (
   restore_adapter,
 )
 from vera_jax.serve.predictor import Predictor
-from vera_jax.tasks.classification import split_logits
 from vera_jax.train.loop import train_and_evaluate
 
 
@@ -114,7 +113,7 @@ def round_trips(fixtures: Fixtures) -> Iterator[Step]:
   setup, trained, compared = trained_and_saved(fixtures.config, run, step=step)
   yield compared
   measure_batch = setup.measure_with(trained)
-  evaluated = split_logits(measure_batch, setup.data, "validation")
+  evaluated = setup.data.measured("validation", measure_batch)
   yield Step(
     "adapter folder → predict",
     "logits: training's own evaluation, predict",

@@ -212,7 +212,7 @@ def test_what_is_scored(images_config, tiny_images):
   from vera_jax.tasks.task import task_for
 
   def sizes(**changes):
-    size = task_for(images_config(**changes)).size
+    size = task_for(images_config(**changes)).presentation.size
     return size.train, size.dev
 
   assert sizes() == (18, 12)

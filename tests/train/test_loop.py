@@ -17,11 +17,11 @@ from vera_jax import results
 from vera_jax.adapters.card import model_card
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.methods import settings_in
+from vera_jax.data.loader import PackedData
 from vera_jax.errors import UserError
 from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.progress import ProgressBar
 from vera_jax.serve.predictor import Predictor
-from vera_jax.tasks import classification
 from vera_jax.tasks.glue import glue_task
 from vera_jax.tasks.glue_data import load_split
 from vera_jax.tasks.metrics import accuracy
@@ -339,7 +339,7 @@ def test_an_epoch_that_ends_broken_is_not_saved(
   finished, tmp_path, monkeypatch, capsys
 ):
   nothing = np.full((20, 2), np.nan, np.float32)
-  monkeypatch.setattr(classification, "split_logits", lambda *_: nothing)
+  monkeypatch.setattr(PackedData, "measured", lambda *_: nothing)
   with pytest.raises(UserError, match="at step 10 .* No checkpoint"):
     train_and_evaluate(finished.config, tmp_path / "run")
   printed = capsys.readouterr().err  # up to there

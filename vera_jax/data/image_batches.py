@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from vera_jax.data.data import MeasureBatch, Sizes
 from vera_jax.data.images import SHOWN, Prepared, Processor
 from vera_jax.data.loader import stack_runs, step_batches, steps_per_epoch
-from vera_jax.data.packing import WHOLE, Batch, Placement, ProcessShard
+from vera_jax.data.packing import WHOLE, Batch, ProcessShard
 from vera_jax.errors import UserError
-from vera_jax.models.family import IMAGES
+from vera_jax.models.family import IMAGES, Family
 
 Images = UInt8[np.ndarray, "rows height width 3"]
 
@@ -105,14 +106,7 @@ class ImageData(NamedTuple):
     whole = self._replace(shard=WHOLE)
     return whole._batch(split, first, self.splits[split].pixels[:1], rows)
 
-  def eval_placement(self, split: str) -> Placement:
-    """Where each example goes in `eval_batches`: in a row of its own."""
-    row = np.arange(len(self.splits[split]))
-    return Placement(row, np.zeros_like(row), np.zeros_like(row))
-
-  def eval_batches(
-    self, split: str, place: Placement | None = None
-  ) -> Iterator[Batch]:
+  def eval_batches(self, split: str) -> Iterator[Batch]:
     """The whole split in its order; the last batch may have empty rows."""
     images, rows = self.splits[split], self.eval_rows
     for first in range(0, len(images), rows):
@@ -166,7 +160,7 @@ class ImageData(NamedTuple):
         )
     return lines
 
-  def record(self) -> dict[str, Any]:
+  def record(self) -> dict[str, dict[str, Any]]:
     """What result.json says of each split."""
     return {
       name: {
@@ -178,19 +172,20 @@ class ImageData(NamedTuple):
     }
 
   @property
-  def sizes(self) -> tuple[int, int, int]:
-    """Images of a training microbatch, pixels of a side, answers per image."""
-    return self.rows, self.processor.height, 1
+  def sizes(self) -> Sizes:
+    """The shape of a training microbatch; an image has one answer."""
+    return Sizes(self.rows, self.processor.height, reads=1)
 
-  @property
-  def longest(self) -> None:
-    """No row holds several images."""
-    return None
+  def measured(self, split: str, measure_batch: MeasureBatch) -> np.ndarray:
+    """What is measured of each image."""
+    # read after the last batch is sent, so that the device never waits
+    rows = [measure_batch(batch) for batch in self.eval_batches(split)]
+    return np.concatenate(rows)[: len(self.splits[split]), 0]
 
   def labels(self, split: str) -> np.ndarray:
     return self.splits[split].labels
 
-  def check(self, family: Any, config: Any) -> None:
+  def check(self, family: Family, config: Any) -> None:
     """Refuse a model that doesn't read images.
 
     Raises:

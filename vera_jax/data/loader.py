@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from vera_jax.data.data import MeasureBatch, Sizes
 from vera_jax.data.packing import (
   WHOLE,
   Batch,
@@ -20,11 +21,12 @@ from vera_jax.data.packing import (
   ProcessShard,
   pack_rows,
   pack_runs,
+  per_token,
   place_all,
 )
 from vera_jax.data.tokens import Tokens
 from vera_jax.errors import UserError
-from vera_jax.models.family import TEXTS
+from vera_jax.models.family import TEXTS, Family
 
 
 class PackedData(NamedTuple):
@@ -72,6 +74,7 @@ class PackedData(NamedTuple):
       yield sample_batch(self.tokens["train"], shape, runs=runs)
 
   def eval_placement(self, split: str) -> Placement:
+    """Where `eval_batches` puts each example."""
     return eval_placement(self.tokens[split], self.eval_layouts[split])
 
   def eval_batches(
@@ -144,7 +147,7 @@ class PackedData(NamedTuple):
         )
     return lines
 
-  def record(self) -> dict[str, Any]:
+  def record(self) -> dict[str, dict[str, Any]]:
     """What result.json says of each split."""
     return {
       name: {
@@ -158,31 +161,38 @@ class PackedData(NamedTuple):
     }
 
   @property
-  def sizes(self) -> tuple[int, int, int]:
-    """Rows, tokens per row and most read positions per row of a usual training
-    microbatch. A text's first token is read, or where the words are learned
-    those before them."""
-    shapes = self.train_layout.shapes
-    usual = shapes[len(shapes) // 2]
-    reads = usual.reads or usual.slots * self.tokens["train"].choices
-    return usual.rows[0], usual.length, reads
+  def sizes(self) -> Sizes:
+    """The shape of a usual training microbatch.
 
-  @property
-  def longest(self) -> int | None:
-    """Tokens of the longest text where rows are long ones; else None."""
-    if not self.train_layout.sizes:
-      return None
-    return self._longest_text
+    A text's first token is read, or where the words are learned the tokens
+    before learned ones.
+    """
+    layout = self.train_layout
+    usual = layout.shapes[len(layout.shapes) // 2]
+    reads = usual.reads or usual.slots * self.tokens["train"].choices
+    longest = self._longest_text if layout.sizes else None
+    return Sizes(usual.rows[0], usual.length, reads, longest)
 
   @property
   def _longest_text(self) -> int:
     return max(int(x.text_lengths.max()) for x in self.tokens.values())
 
-  def labels(self, split: str) -> Any:
-    """Of a split's examples, in its order; None where there are none."""
-    return self.tokens[split].labels
+  def measured(self, split: str, measure_batch: MeasureBatch) -> np.ndarray:
+    """What is measured of each example, or of each token of texts in words."""
+    tokens, place = self.tokens[split], self.eval_placement(split)
+    # read after the last batch is sent, so that the device never waits
+    rows = [measure_batch(batch) for batch in self.eval_batches(split, place)]
+    if tokens.words is not None:
+      return per_token(np.concatenate(rows), tokens, place)
+    return np.concatenate(rows)[place.row, place.slot]
 
-  def check(self, family: Any, config: Any) -> None:
+  def labels(self, split: str) -> np.ndarray:
+    """The labels of a labelled split's examples."""
+    labels = self.tokens[split].labels
+    assert labels is not None  # an unlabelled split is not scored
+    return labels
+
+  def check(self, family: Family, config: Any) -> None:
     """Refuse a model that these texts don't fit.
 
     Args:

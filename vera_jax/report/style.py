@@ -119,7 +119,7 @@ def grid(
 def task_title(name: str) -> str:
   """A task as its benchmark writes it (SST-2), or its kind and its data."""
   try:
-    return task_named(name).title or name
+    return task_named(name).presentation.title or name
   except UserError:
     kind, _, data = name.partition(":")
     title = KINDS.get(kind, kind)

@@ -265,9 +265,10 @@ class AdapterBank:
     logits, owners = self._ask(first, second, adapters)
     for own in owners:
       task = task_of(own)
-      if task and task.form:
+      if task and task.to_texts:
         raise UserError(
-          f"{task.name} asks about {', '.join(task.columns[0])}, of which a"
+          f"{task.name} asks about"
+          f" {', '.join(task.presentation.columns[0])}, of which a"
           " Predictor makes the texts that the model reads; a bank has the"
           " logits of such texts alone."
         )

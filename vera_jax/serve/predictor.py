@@ -91,7 +91,9 @@ class Predictor:
     self.truncated = 0  # texts that were cut, so far
     self._apply = jax.jit(classifier.module.apply)
     self.task = task_of(classifier)
-    self.labels = (self.task and self.task.choices) or classifier.labels
+    self.labels = (
+      self.task and self.task.presentation.choices
+    ) or classifier.labels
 
   def logits(
     self,
@@ -146,9 +148,9 @@ class Predictor:
       return self._tags(first)
     labels, kind = self.labels, self.classifier.kind
     columns: list[Any] = [x for x in (first, second, *more) if x is not None]
-    if self.task is None or self.task.form is None:
+    if self.task is None or self.task.to_texts is None:
       return list(answers(self.logits(*columns), labels, kind=kind))
-    names = self.task.columns[0]
+    names = self.task.presentation.columns[0]
     counts = {len(column) for column in columns}
     if len(columns) != len(names) or len(counts) > 1:
       raise UserError(
@@ -158,7 +160,7 @@ class Predictor:
     texts: list[tuple[str, ...]] = []
     for number, row in enumerate(zip(*columns, strict=True), 1):
       try:
-        texts += self.task.form(*row)
+        texts += self.task.to_texts(*row)
       except ValueError as error:
         raise UserError(f"Example {number}: {error}.") from error
     logits = self.logits(*map(list, zip(*texts, strict=True)))
@@ -255,7 +257,7 @@ def text_columns(classifier: Classifier) -> tuple[tuple[str, ...], ...]:
   """The names that its text columns may have: its own ones, or else its task's;
   () where they are not known."""
   own, task = own_columns(classifier), task_of(classifier)
-  return (own,) if own else task.columns if task else ()
+  return (own,) if own else task.presentation.columns if task else ()
 
 
 def check_texts(first: Any, second: Any = None, *, words: bool = False) -> None:

@@ -35,7 +35,7 @@ def size_of(config: ConfigDict) -> Size:
   data = json.dumps([config.task, config.data.to_dict()], sort_keys=True)
   if data not in _SIZES:
     try:
-      _SIZES[data] = task_for(config).size or UNKNOWN
+      _SIZES[data] = task_for(config).presentation.size or UNKNOWN
     except UserError:
       pass
   size = _SIZES.get(data, UNKNOWN)

@@ -18,63 +18,73 @@ from jax import Array
 from jaxtyping import Float, Float32, Num
 from ml_collections import ConfigDict
 
+from vera_jax.data.data import MeasureBatch, TaskData
 from vera_jax.data.examples import Examples
-from vera_jax.data.image_batches import ImageData
 from vera_jax.data.layout import choose_eval_layout, choose_layout, limit_rows
 from vera_jax.data.loader import PackedData
-from vera_jax.data.packing import ProcessShard
+from vera_jax.data.packing import WHOLE, ProcessShard
 from vera_jax.data.tokens import load_tokens
-from vera_jax.models.kinds import CLASSES, KINDS, NUMBER, SEVERAL
+from vera_jax.models.kinds import CLASSES, NUMBER, SEVERAL
 from vera_jax.tasks.metrics import collapsed, score
-from vera_jax.tasks.task import Evaluation, Form, Size, Task
+from vera_jax.tasks.task import (
+  UNTITLED,
+  Evaluation,
+  Load,
+  Presentation,
+  Task,
+  ToTexts,
+  evaluate_splits,
+)
 
 Logits = Float32[np.ndarray, "examples labels"]
-MeasureBatch = Callable[[Mapping[str, Any]], Any]
-Data = PackedData | ImageData
+# (folder, split, predictions, the examples' numbers in its source) -> its file
+WriteAnswers = Callable[[Path, str, np.ndarray, np.ndarray], Path]
 
 
 def classification(
   name: str,
   *,
   labels: tuple[str, ...],
-  choices: tuple[str, ...] = (),
   metrics: tuple[str, ...],
   read_split: Callable[[str, str], Examples] | None = None,
-  load: Callable[..., Any] | None = None,
+  load: Load | None = None,
   dev_splits: tuple[str, ...],
   test_splits: tuple[str, ...] = (),
-  write_answers: Callable[..., Any] | None = None,
-  columns: tuple[tuple[str, ...], ...] = (),
-  form: Form | None = None,
-  title: str = "",
-  size: Size | None = None,
+  write_answers: WriteAnswers | None = None,
+  to_texts: ToTexts | None = None,
+  presentation: Presentation = UNTITLED,
   kind: str | None = None,
 ) -> Task:
   """A task over labelled texts, or whatever `load` loads.
 
   Args:
     name: the task's.
-    labels: the class names in the order of their ids; () for regression.
-    choices: the names of an example's choices, where it asks between texts
-      (`Examples.choices` of them); there are no labels then.
+    labels: the class names in the order of their ids; () for regression, and
+      where an example asks between choices (`Presentation.choices`).
     metrics: names that `metrics.score` knows; the first is the score.
     read_split: (config.data.source, split) -> its examples, where these are
       texts.
     load: as `Task.load`, in place of tokenising these.
-    dev_splits: scored, the first one for the score that counts.
-    test_splits: answered where config.predict_test asks for it.
-    write_answers: (folder, split, predictions, index) -> a file.
-    columns: names that the text columns of input files may have.
-    form: what the model reads for the texts of these columns (`Task.form`).
-    title: as a reader knows the task.
-    size: of the data as they are published.
-    kind: in `models.kinds`; None for classes, or a number without labels.
+    dev_splits: the splits that are scored, the first one for the score that
+      counts.
+    test_splits: the splits that are answered where config.predict_test asks
+      for it.
+    write_answers: (folder, split, predictions, the examples' `index`) -> a
+      file.
+    to_texts: as `Task.to_texts`.
+    presentation: as `Task.presentation`.
+    kind: a name in `models.kinds`; None for classes, or for a number where
+      there are neither labels nor choices.
   """
-  kind = kind or (CLASSES if labels or choices else NUMBER)
+  kind = kind or (CLASSES if labels or presentation.choices else NUMBER)
 
   def load_texts(
-    config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
-  ) -> PackedData:
+    config: ConfigDict,
+    folder: Path,
+    *,
+    shards: int = 1,
+    shard: ProcessShard = WHOLE,
+  ) -> TaskData:
     """Read, cut to size, tokenise; choose the shapes to pack into."""
     splits = ["train", *dev_splits]
     if config.predict_test:
@@ -101,56 +111,51 @@ def classification(
       shard=shard,
     )
 
-  def evaluate(measure_batch: MeasureBatch, data: Data) -> Evaluation:
-    """The metrics of every dev split. A second one (MNLI's mismatched) has its
-    name behind the metric's."""
-    scores: dict[str, float] = {}
-    finite, answers = True, {}
-    for split in dev_splits:
-      logits = split_logits(measure_batch, data, split)
+  def evaluate(measure_batch: MeasureBatch, data: TaskData) -> Evaluation:
+    """The metrics of every dev split."""
+
+    def evaluate_split(split: str) -> Evaluation:
+      logits = data.measured(split, measure_batch)
       if not np.isfinite(logits).all():
         return Evaluation({}, finite=False)
-      answers[split] = predictions(logits, kind)
-      known = data.labels(split)
-      assert known is not None  # a dev split without labels is refused
-      tail = "" if split == dev_splits[0] else f"/{split}"
-      values = score(metrics, answers[split], known)
-      scores |= {name + tail: value for name, value in values.items()}
-    return Evaluation(scores, collapsed(answers[dev_splits[0]]), finite)
+      answers = predictions(logits, kind)
+      scores = score(metrics, answers, data.labels(split))
+      return Evaluation(scores, collapsed(answers))
+
+    return evaluate_splits(dev_splits, evaluate_split)
 
   def answer(
-    measure_batch: MeasureBatch, data: PackedData, folder: Path
+    measure_batch: MeasureBatch, data: TaskData, folder: Path
   ) -> Callable[[], None]:
     """Computed by all processes; what is returned writes, in the first one."""
-    found = {
-      split: predictions(split_logits(measure_batch, data, split), kind)
+    assert isinstance(data, PackedData)  # only texts are asked for answers
+    answers = {
+      split: (
+        predictions(data.measured(split, measure_batch), kind),
+        data.tokens[split].index,
+      )
       for split in test_splits
     }
 
     def write() -> None:
       assert write_answers is not None
-      for split, values in found.items():
-        write_answers(folder, split, values, data.tokens[split].index)
+      for split, (values, index) in answers.items():
+        write_answers(folder, split, values, index)
 
     return write
 
   return Task(
     name=name,
-    head=KINDS[kind].head,
-    outputs=len(labels) or 1,
-    labels=labels,
     kind=kind,
-    choices=choices,
+    labels=labels,
     score_name=metrics[0],
     load=load or load_texts,
     loss=lambda outputs, batch: loss(example_logits(outputs, batch), batch),
     measure=example_logits,
     evaluate=evaluate,
     write_answers=answer if write_answers else None,
-    columns=columns,
-    form=form,
-    title=title,
-    size=size,
+    to_texts=to_texts,
+    presentation=presentation,
   )
 
 
@@ -185,14 +190,6 @@ def loss(
   weights = batch["weights"]
   # where, so that a loss which is not finite in an empty slot is left out
   return jnp.sum(jnp.where(weights > 0, losses, 0)), jnp.sum(weights)
-
-
-def split_logits(measure_batch: MeasureBatch, data: Data, split: str) -> Logits:
-  """The logits of every example, in the split's order."""
-  place = data.eval_placement(split)
-  # read after the last batch is sent, so that the device never waits
-  rows = [measure_batch(batch) for batch in data.eval_batches(split, place)]
-  return np.concatenate(rows)[place.row, place.slot]
 
 
 def predictions(logits: Logits, kind: str) -> np.ndarray:

@@ -26,7 +26,7 @@ from vera_jax.progress import ProgressBar
 from vera_jax.tasks.e2e_files import Rows, read_split
 from vera_jax.tasks.e2e_metrics import check_installed, score_texts
 from vera_jax.tasks.language_modelling import language_modelling
-from vera_jax.tasks.task import Size, Task
+from vera_jax.tasks.task import Presentation, Size, Task
 
 NAMES = ("e2e",)
 TOKENS = 53  # mean of a training row in GPT-2's tokens
@@ -69,13 +69,15 @@ def task_for(config: ConfigDict) -> Task | None:
     dev_splits=("valid",),
     completions=Completions("right", data.separate),
     smoothing=config.optim.label_smoothing,
-    title="E2E",
-    size=Size(len(train.texts), len(valid.texts), TOKENS),
+    presentation=Presentation(
+      title="E2E",
+      size=Size(len(train.texts), len(valid.texts), TOKENS),
+      notes=tuple(notes),
+    ),
   )
   return task._replace(
     selects=False,
     write_texts=write,
-    notes=tuple(notes),
     stored={**task.stored, "prompt": data.prompt, "separate": data.separate},
   )
 

@@ -7,18 +7,20 @@ a text being one more character.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.completions import Completions
+from vera_jax.data.data import MeasureBatch, TaskData
 from vera_jax.data.examples import Examples
 from vera_jax.errors import UserError
 from vera_jax.tasks.e2e import training_data
 from vera_jax.tasks.e2e_files import Rows
 from vera_jax.tasks.language_modelling import language_modelling
-from vera_jax.tasks.task import Evaluation, Size, Task
+from vera_jax.tasks.task import Evaluation, Presentation, Size, Task
 
 NAMES = ("e2e_texts",)
 BITS = "bits_per_character"
@@ -41,36 +43,39 @@ def task_for(config: ConfigDict) -> Task | None:
     dev_splits=("valid",),
     completions=Completions("right"),
     smoothing=config.optim.label_smoothing,
-    title="E2E's texts",
-    size=Size(len(train.texts), len(valid.texts), CHARACTERS),
+    presentation=Presentation(
+      title="E2E's texts",
+      size=Size(len(train.texts), len(valid.texts), CHARACTERS),
+      notes=(f"valid: {len(valid.texts)} texts of {where}",),
+    ),
   )
   characters = sum(len(text) + 1 for text in valid.texts)
 
-  def load(*args: Any) -> Any:
+  def load(config: ConfigDict, folder: Path, **sharding: Any) -> TaskData:
     """Tokenised; no scored text may be cut, for all its characters count."""
-    found = task.load(*args)
-    if cut := found.tokens["valid"].truncated:
+    loaded = task.load(config, folder, **sharding)
+    if cut := loaded.record()["valid"]["truncated"]:
       raise UserError(
         f"{cut} of the scored texts are cut at config.data.max_length="
         f"{data.max_length}, so that the bits per character would be of a part:"
         " set it higher."
       )
-    return found
+    return loaded
 
-  def evaluate(measure_batch: Any, data: Any) -> Evaluation:
+  def evaluate(measure_batch: MeasureBatch, data: TaskData) -> Evaluation:
     """As the loss says, and in bits of each character."""
-    found = task.evaluate(measure_batch, data)
-    if not found.finite:
-      return found
-    nats = found.scores["loss"] * int(data.tokens["valid"].reads.sum())
+    evaluation = task.evaluate(measure_batch, data)
+    if not evaluation.finite:
+      return evaluation
+    scores = evaluation.scores
+    nats = scores["loss"] * data.record()["valid"]["learned"]
     bits = nats / math.log(2) / characters
-    return found._replace(scores={**found.scores, BITS: bits})
+    return evaluation._replace(scores={**scores, BITS: bits})
 
   return task._replace(
     load=load,
     evaluate=evaluate,
     selects=False,
-    notes=(f"valid: {len(valid.texts)} texts of {where}",),
   )
 
 

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from vera_jax.tasks.classification import classification
 from vera_jax.tasks.glue_data import load_split, write_submission
 from vera_jax.tasks.glue_facts import GENERATED, SIZES, TASKS, glue_task
-from vera_jax.tasks.task import Task
+from vera_jax.tasks.task import Presentation, Task
 
 NAMES = tuple(TASKS)
 
@@ -26,7 +26,9 @@ def task_for(config: ConfigDict) -> Task | None:
     write_answers=lambda folder, split, predictions, index: write_submission(
       folder, glue, split, predictions, index
     ),
-    columns=(glue.columns, glue.file_columns),
-    title=glue.folder,
-    size=SIZES[name],
+    presentation=Presentation(
+      title=glue.folder,
+      columns=(glue.columns, glue.file_columns),
+      size=SIZES[name],
+    ),
   )

@@ -6,12 +6,12 @@ class of the training split that are not trained on, where rates are chosen.
 """
 
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from vera_jax.data.data import TaskData
 from vera_jax.data.hub_data import download
 from vera_jax.data.image_batches import ImageData
 from vera_jax.data.image_files import (
@@ -22,10 +22,10 @@ from vera_jax.data.image_files import (
   open_folder,
 )
 from vera_jax.data.images import prepare_images, read_processor
-from vera_jax.data.packing import ProcessShard
+from vera_jax.data.packing import WHOLE, ProcessShard
 from vera_jax.errors import UserError
 from vera_jax.tasks.classification import classification
-from vera_jax.tasks.task import Size, Task
+from vera_jax.tasks.task import Presentation, Size, Task
 
 NAMES = ("images",)
 
@@ -65,8 +65,12 @@ def task_for(config: ConfigDict) -> Task | None:
   chosen, scored = (numbers for _, numbers in splits.values())
 
   def load(
-    config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
-  ) -> ImageData:
+    config: ConfigDict,
+    folder: Path,
+    *,
+    shards: int = 1,
+    shard: ProcessShard = WHOLE,
+  ) -> TaskData:
     """Decode, resize; choose how many images a batch has."""
     processor = read_processor(folder, size=config.data.image_size)
     cache = Path(config.data.cache_dir or "~/.cache/vera_jax/images")
@@ -95,15 +99,15 @@ def task_for(config: ConfigDict) -> Task | None:
     metrics=("accuracy",),
     load=load,
     dev_splits=("dev",),
-  )
-  return task._replace(
-    size=Size(len(chosen), len(scored), (side // 16) ** 2 + 1),
-    notes=(
-      f"classes: {len(classes)}; images: {len(chosen)} for training,"
-      f" {len(scored)} are scored, of {where}",
+    presentation=Presentation(
+      size=Size(len(chosen), len(scored), (side // 16) ** 2 + 1),
+      notes=(
+        f"classes: {len(classes)}; images: {len(chosen)} for training,"
+        f" {len(scored)} are scored, of {where}",
+      ),
     ),
-    stored=MappingProxyType({"image_size": config.data.image_size}),
   )
+  return task._replace(stored={"image_size": config.data.image_size})
 
 
 def choose_images(data: ConfigDict) -> Chosen:

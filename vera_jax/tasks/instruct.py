@@ -45,7 +45,7 @@ from vera_jax.tasks.instruct_files import (
   read_splits,
 )
 from vera_jax.tasks.language_modelling import language_modelling
-from vera_jax.tasks.task import Size, Task
+from vera_jax.tasks.task import Presentation, Size, Task
 
 NAMES = ("instruct",)
 INSTALL = "pip install -r requirements-instruct.txt"
@@ -93,20 +93,6 @@ def task_for(config: ConfigDict) -> Task | None:
     settings=own.to_dict(),
     choices=choices,
   )
-  contents = (m["content"] for row in splits.train for m in row.messages)
-  task = language_modelling(
-    f"instruct:{splits.name}",
-    read_split=lambda source, split: examples[split],
-    dev_splits=("dev",),
-    completions=Answers(data.template),
-    smoothing=config.optim.label_smoothing,
-    title="Instructions",
-    size=Size(
-      len(splits.train),
-      len(splits.dev),
-      estimated_tokens(contents, len(splits.train)),
-    ),
-  )
   notes = [
     f"rows: {splits.form}, put into the template {data.template!r}; learned:"
     " the answers",
@@ -116,9 +102,25 @@ def task_for(config: ConfigDict) -> Task | None:
     notes.append(f"test: {len(tests)} of these rows answered at the end")
   for name, questions in choices.items():
     notes.append(f"choices: {len(questions)} questions of {name} at the end")
+  contents = (m["content"] for row in splits.train for m in row.messages)
+  task = language_modelling(
+    f"instruct:{splits.name}",
+    read_split=lambda source, split: examples[split],
+    dev_splits=("dev",),
+    completions=Answers(data.template),
+    smoothing=config.optim.label_smoothing,
+    presentation=Presentation(
+      title="Instructions",
+      size=Size(
+        len(splits.train),
+        len(splits.dev),
+        estimated_tokens(contents, len(splits.train)),
+      ),
+      notes=tuple(notes),
+    ),
+  )
   return task._replace(
     write_texts=write if tests or choices else None,
-    notes=tuple(notes),
     stored={**task.stored, "template": data.template},
   )
 

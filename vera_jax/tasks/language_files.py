@@ -21,7 +21,7 @@ from vera_jax.data.tables import BLANK, SUFFIXES, Table, read_table, some
 from vera_jax.errors import UserError
 from vera_jax.files import DATA, open_file, read_lines
 from vera_jax.tasks.language_modelling import language_modelling
-from vera_jax.tasks.task import Size, Task
+from vera_jax.tasks.task import Presentation, Size, Task
 
 NAMES = ("language",)
 # Names by which the columns of texts are found.
@@ -73,6 +73,7 @@ def task_for(config: ConfigDict) -> Task | None:
 
   train = examples["train"]
   tokens = estimated_tokens([*train.first, *(train.second or [])], len(train))
+  learned = "all of it" if len(columns) == 1 else f"{columns[-1]} alone"
   task = language_modelling(
     f"language:{path.absolute().parent.name}"
     if path.stem == "train"
@@ -81,15 +82,16 @@ def task_for(config: ConfigDict) -> Task | None:
     dev_splits=("dev",),
     completions=completions,
     smoothing=optim.label_smoothing,
-    size=Size(len(train), len(examples["dev"]), tokens),
-  )
-  learned = "all of it" if len(columns) == 1 else f"{columns[-1]} alone"
-  return task._replace(
-    columns=(columns,),
-    notes=(
-      f"texts: {' and '.join(columns)}; learned: {learned}",
-      f"dev: {where}",
+    presentation=Presentation(
+      columns=(columns,),
+      size=Size(len(train), len(examples["dev"]), tokens),
+      notes=(
+        f"texts: {' and '.join(columns)}; learned: {learned}",
+        f"dev: {where}",
+      ),
     ),
+  )
+  return task._replace(
     stored={
       **task.stored,
       "columns": list(columns),

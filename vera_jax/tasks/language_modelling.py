@@ -19,18 +19,24 @@ from ml_collections import ConfigDict
 
 from vera_jax.data.answers import Answers
 from vera_jax.data.completions import Completions
+from vera_jax.data.data import MeasureBatch, TaskData
 from vera_jax.data.examples import Examples
 from vera_jax.data.loader import PackedData
 from vera_jax.data.long_rows import choose_long_eval_rows, choose_long_rows
-from vera_jax.data.packing import ProcessShard
+from vera_jax.data.packing import WHOLE, ProcessShard
 from vera_jax.data.tokens import load_tokens
 from vera_jax.errors import UserError
 from vera_jax.models.decoder import Words
-from vera_jax.models.kinds import KINDS, WORDS
+from vera_jax.models.kinds import WORDS
 from vera_jax.operations.cross_entropy import cross_entropy, score_words
-from vera_jax.tasks.task import Evaluation, Size, Task
+from vera_jax.tasks.task import (
+  UNTITLED,
+  Evaluation,
+  Presentation,
+  Task,
+  evaluate_splits,
+)
 
-MeasureBatch = Callable[[Mapping[str, Any]], Any]
 LARGEST = 700.0  # nats whose exponential is still a number
 
 
@@ -41,8 +47,7 @@ def language_modelling(
   dev_splits: tuple[str, ...],
   completions: Completions | Answers,
   smoothing: float = 0.0,
-  title: str = "",
-  size: Size | None = None,
+  presentation: Presentation = UNTITLED,
 ) -> Task:
   """A task over texts, or over prompts and their completions.
 
@@ -58,8 +63,7 @@ def language_modelling(
     dev_splits: scored, the first one for the score that counts.
     completions: how they become tokens, and which are learned.
     smoothing: of the labels in training, see `cross_entropy`.
-    title: as a reader knows the task.
-    size: of the data, if it is known.
+    presentation: as `Task.presentation`.
 
   Raises:
     UserError: another smoothing than a share.
@@ -71,8 +75,12 @@ def language_modelling(
     )
 
   def load(
-    config: ConfigDict, folder: Path, shards: int, shard: ProcessShard
-  ) -> PackedData:
+    config: ConfigDict,
+    folder: Path,
+    *,
+    shards: int = 1,
+    shard: ProcessShard = WHOLE,
+  ) -> TaskData:
     """Read, cut to size, tokenise; choose the shapes to pack into."""
     tokens = load_tokens(
       read_split,
@@ -81,67 +89,65 @@ def language_modelling(
       folder=folder,
       completions=completions,
     )
-    train, batch_size = tokens["train"], config.optim.batch_size
-    assert train.reads is not None  # words are learned
-    eval_layouts = {}
-    for split in dev_splits:
-      own = tokens[split]
-      assert own.reads is not None
-      eval_layouts[split] = choose_long_eval_rows(
-        own.lengths,
-        own.reads,
+    lengths = {split: own.lengths for split, own in tokens.items()}
+    # words are learned, so every split has reads
+    reads = {split: np.asarray(own.reads) for split, own in tokens.items()}
+    eval_layouts = {
+      split: choose_long_eval_rows(
+        lengths[split],
+        reads[split],
         batch_size=config.eval_batch_size,
         shards=shards,
       )
+      for split in dev_splits
+    }
     return PackedData(
       tokens=tokens,
       train_layout=choose_long_rows(
-        train.lengths,
-        train.reads,
-        batch_size=batch_size,
+        lengths["train"],
+        reads["train"],
+        batch_size=config.optim.batch_size,
         epochs=config.optim.epochs,
         shards=shards,
         pass_rows=config.optim.pass_rows,
       ),
       eval_layouts=eval_layouts,
-      batch_size=batch_size,
+      batch_size=config.optim.batch_size,
       max_length=config.data.max_length,
       shard=shard,
       cut=completions.cut,
     )
 
-  def evaluate(measure_batch: MeasureBatch, data: PackedData) -> Evaluation:
-    """The scores of every dev split. A second one has its name behind them."""
-    scores: dict[str, float] = {}
-    for split in dev_splits:
+  def evaluate(measure_batch: MeasureBatch, data: TaskData) -> Evaluation:
+    """The scores of every dev split."""
+
+    def evaluate_split(split: str) -> Evaluation:
       rows = [measure_batch(batch) for batch in data.eval_batches(split)]
       losses, hits, count = np.concatenate(rows).sum(0, dtype=np.float64)
       if not math.isfinite(losses):
         return Evaluation({}, finite=False)
       loss = float(losses / count)
-      values = {
-        "token_probability": math.exp(-loss),
-        "loss": loss,
-        "perplexity": math.exp(min(loss, LARGEST)),
-        "token_accuracy": float(hits / count),
-      }
-      tail = "" if split == dev_splits[0] else f"/{split}"
-      scores |= {name + tail: value for name, value in values.items()}
-    return Evaluation(scores)
+      return Evaluation(
+        {
+          "token_probability": math.exp(-loss),
+          "loss": loss,
+          "perplexity": math.exp(min(loss, LARGEST)),
+          "token_accuracy": float(hits / count),
+        }
+      )
+
+    return evaluate_splits(dev_splits, evaluate_split)
 
   return Task(
     name=name,
-    head=KINDS[WORDS].head,
-    outputs=0,
-    labels=(),
     kind=WORDS,
+    labels=(),
     score_name="token_probability",
     load=load,
     loss=partial(loss, smoothing=smoothing),
     measure=measure,
     evaluate=evaluate,
-    title=title,
-    size=size,
+    presentation=presentation,
     stored={"completions": completions._asdict()},
   )
 

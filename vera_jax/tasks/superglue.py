@@ -35,7 +35,7 @@ from vera_jax.tasks.classification import classification
 from vera_jax.tasks.glue_data import LARGEST, local_folder
 from vera_jax.tasks.glue_facts import ENTAILMENT, GlueTask
 from vera_jax.tasks.glue_hub import download_rows
-from vera_jax.tasks.task import Form, Size, Task
+from vera_jax.tasks.task import Presentation, Size, Task, ToTexts
 
 PREFIX = "superglue_"
 FILES = {
@@ -79,7 +79,7 @@ class SuperGlueTask:
       SuperGLUE's JSON lines.
     values: the labels as the files write them, in the order of their ids.
     written: the labels as submissions write them, same order.
-    form: (texts of `glue.columns`) -> what the model reads.
+    to_texts: (texts of `glue.columns`) -> what the model reads.
     choices: whether the labels are choices, each scored as a text of its own.
     size: of the data as they are published; tokens by the length of the texts.
   """
@@ -87,7 +87,7 @@ class SuperGlueTask:
   glue: GlueTask
   values: tuple[Any, ...]
   written: tuple[Any, ...]
-  form: Form
+  to_texts: ToTexts
   size: Size
   choices: bool = False
 
@@ -99,7 +99,7 @@ def _facts(
   labels: tuple[str, ...],
   *,
   size: Size,
-  form: Form = pair,
+  to_texts: ToTexts = pair,
   values: tuple[Any, ...] = (),
   written: tuple[Any, ...] = (),
   metrics: tuple[str, ...] = ("accuracy",),
@@ -118,7 +118,7 @@ def _facts(
     submissions=(f"{folder}.jsonl",),
   )
   values = values or labels
-  return SuperGlueTask(glue, values, written or values, form, size, choices)
+  return SuperGlueTask(glue, values, written or values, to_texts, size, choices)
 
 
 _TRUTH = ("false", "true")
@@ -148,7 +148,7 @@ TASKS: dict[str, SuperGlueTask] = {
       ("premise", "choice1", "choice2", "question"),
       ("choice1", "choice2"),
       values=(0, 1),
-      form=copa,
+      to_texts=copa,
       choices=True,
       size=Size(400, 100, 48),
     ),
@@ -166,7 +166,7 @@ TASKS: dict[str, SuperGlueTask] = {
       _TRUTH,
       values=(False, True),
       written=_TRUTH,
-      form=wic,
+      to_texts=wic,
       size=Size(5428, 638, 28),
     ),
   )
@@ -184,7 +184,6 @@ def task_for(config: ConfigDict) -> Task | None:
   return classification(
     name,
     labels=() if facts.choices else glue.labels,
-    choices=glue.labels if facts.choices else (),
     metrics=glue.metrics,
     read_split=partial(load_split, facts),
     dev_splits=glue.dev_splits,
@@ -192,10 +191,13 @@ def task_for(config: ConfigDict) -> Task | None:
     write_answers=lambda folder, split, predictions, index: write_submission(
       folder, facts, predictions, index
     ),
-    columns=(glue.columns,),
-    form=facts.form,
-    title=f"SuperGLUE {glue.folder}",
-    size=facts.size,
+    to_texts=facts.to_texts,
+    presentation=Presentation(
+      title=f"SuperGLUE {glue.folder}",
+      columns=(glue.columns,),
+      choices=glue.labels if facts.choices else (),
+      size=facts.size,
+    ),
   )
 
 
@@ -221,7 +223,7 @@ def load_split(
   texts = []
   for number, row in enumerate(zip(*columns, strict=True)):
     try:
-      texts.append(facts.form(*row))
+      texts.append(facts.to_texts(*row))
     except ValueError as error:
       place = f"{source} ({facts.glue.name}, {split})"
       raise UserError(f"{place}: row {number}: {error}.") from error
@@ -281,7 +283,9 @@ def _read_split(facts: SuperGlueTask, folder: Path, split: str) -> Examples:
       break  # what stands behind the last line's end
     try:
       row = _row(line)
-      texts.append(facts.form(*(_text(row, key) for key in facts.glue.columns)))
+      texts.append(
+        facts.to_texts(*(_text(row, key) for key in facts.glue.columns))
+      )
       if split == "test":
         index.append(_number(row))
       else:

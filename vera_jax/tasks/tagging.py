@@ -12,15 +12,20 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from vera_jax.data.data import MeasureBatch, TaskData
 from vera_jax.data.examples import Examples
 from vera_jax.data.loader import PackedData
-from vera_jax.data.packing import per_token
-from vera_jax.models.kinds import KINDS, TAGS
+from vera_jax.models.kinds import TAGS
 from vera_jax.tasks.classification import classification
 from vera_jax.tasks.metrics import collapsed, entity_scores, score
-from vera_jax.tasks.task import Evaluation, Task
+from vera_jax.tasks.task import (
+  UNTITLED,
+  Evaluation,
+  Presentation,
+  Task,
+  evaluate_splits,
+)
 
-MeasureBatch = Callable[[Mapping[str, Any]], Any]
 NOT_FINITE = -1  # in place of a tag
 
 
@@ -30,6 +35,7 @@ def tagging(
   labels: tuple[str, ...],
   read_split: Callable[[str, str], Examples],
   dev_splits: tuple[str, ...],
+  presentation: Presentation = UNTITLED,
 ) -> Task:
   """A task over texts that are given as words.
 
@@ -38,34 +44,31 @@ def tagging(
   the outputs have a row for each token.
   """
 
-  def evaluate(measure_batch: MeasureBatch, data: PackedData) -> Evaluation:
-    """Scores of every dev split; a second one's have its name behind them."""
-    scores: dict[str, float] = {}
-    one_answer = False
-    for split in dev_splits:
-      tokens, place = data.tokens[split], data.eval_placement(split)
-      rows = [measure_batch(batch) for batch in data.eval_batches(split, place)]
-      answers = per_token(np.concatenate(rows), tokens, place)
-      if (answers == NOT_FINITE).any():
+  def evaluate(measure_batch: MeasureBatch, data: TaskData) -> Evaluation:
+    """The scores of every dev split."""
+    assert isinstance(data, PackedData)  # tags are of texts
+
+    def evaluate_split(split: str) -> Evaluation:
+      tokens, tags = data.tokens[split], data.measured(split, measure_batch)
+      if (tags == NOT_FINITE).any():
         return Evaluation({}, finite=False)
       assert tokens.words is not None and tokens.labels is not None
       begins = tokens.words >= 0
-      # where the words of each text end, among all words
-      ends = np.cumsum(begins)[tokens.offsets[1:-1] - 1]
-      found, known = answers[begins], tokens.labels[begins]
+      predicted, labelled = tags[begins], tokens.labels[begins]
       if are_bio(labels):
-        ours, theirs = (
-          [[labels[tag] for tag in text] for text in np.split(ids, ends)]
-          for ids in (found, known)
+        # where the words of each text end, among all words
+        ends = np.cumsum(begins)[tokens.offsets[1:-1] - 1]
+        scores = entity_scores(
+          *(
+            [[labels[tag] for tag in text] for text in np.split(ids, ends)]
+            for ids in (predicted, labelled)
+          )
         )
-        values = entity_scores(ours, theirs)
       else:
-        values = score(("accuracy", "macro_f1"), found, known)
-      tail = "" if split == dev_splits[0] else f"/{split}"
-      scores |= {name + tail: value for name, value in values.items()}
-      if split == dev_splits[0]:
-        one_answer = collapsed(found)
-    return Evaluation(scores, one_answer)
+        scores = score(("accuracy", "macro_f1"), predicted, labelled)
+      return Evaluation(scores, collapsed(predicted))
+
+    return evaluate_splits(dev_splits, evaluate_split)
 
   whole_texts = classification(
     name,
@@ -73,10 +76,9 @@ def tagging(
     metrics=("entity_f1" if are_bio(labels) else "accuracy",),
     read_split=read_split,
     dev_splits=dev_splits,
+    presentation=presentation,
   )
-  return whole_texts._replace(
-    head=KINDS[TAGS].head, kind=TAGS, measure=best, evaluate=evaluate
-  )
+  return whole_texts._replace(kind=TAGS, measure=best, evaluate=evaluate)
 
 
 def are_bio(tags: Iterable[str]) -> bool:

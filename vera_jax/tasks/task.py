@@ -6,26 +6,30 @@ that makes a `Task` from a run's config, and one line in `TASKS`.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jax import Array
 from ml_collections import ConfigDict
 
+from vera_jax.data.data import MeasureBatch, TaskData
 from vera_jax.data.packing import WHOLE, ProcessShard
 from vera_jax.errors import UserError
+from vera_jax.models.kinds import KINDS, WORDS
+from vera_jax.pretrained.classifier import Classifier
 
 Batch = Mapping[str, Any]
-Form = Callable[..., list[tuple[str, ...]]]
+ToTexts = Callable[..., list[tuple[str, ...]]]
 
 
 class Evaluation(NamedTuple):
   """What a model reached on the dev splits.
 
   Attributes:
-    scores: by metric; the first is the one that counts, higher is better.
+    scores: the scores by metric; the first is the one that counts, and higher
+      is better.
     collapsed: whether one and the same answer is given to everything.
     finite: whether all outputs were finite numbers.
   """
@@ -36,29 +40,76 @@ class Evaluation(NamedTuple):
 
 
 class Size(NamedTuple):
-  """Training and dev examples, and mean tokens per example: for estimates."""
+  """How many examples a task has, by which runs are estimated.
+
+  Attributes:
+    train: the training examples.
+    dev: the examples that are scored.
+    tokens: the mean number of tokens per example.
+  """
 
   train: int
   dev: int
   tokens: int
 
 
+class Presentation(NamedTuple):
+  """How a task is shown to people and asked by them; nothing is computed by it.
+
+  Attributes:
+    title: the task as a reader knows it; "" for its name.
+    columns: the names that the text columns of input files may have, the
+      preferred ones first; () where any do.
+    choices: the names of an example's choices, where an example asks between
+      texts, each of which the model scores; () where an example is one text.
+    size: how large its data are, or None if that isn't known.
+    notes: what the task found out about its data, for a run's first lines.
+  """
+
+  title: str = ""
+  columns: tuple[tuple[str, ...], ...] = ()
+  choices: tuple[str, ...] = ()
+  size: Size | None = None
+  notes: tuple[str, ...] = ()
+
+
+UNTITLED = Presentation()
+
+
+@runtime_checkable
+class Load(Protocol):
+  """Reads a run's data; called once, by every process."""
+
+  def __call__(
+    self,
+    config: ConfigDict,
+    folder: Path,
+    *,
+    shards: int = 1,
+    shard: ProcessShard = WHOLE,
+  ) -> TaskData:
+    """Returns the examples of a run, cut to its size and ready to batch.
+
+    Args:
+      config: the run's.
+      folder: the base's, which says how examples become arrays.
+      shards: a batch's rows are a multiple of it: devices along "data".
+      shard: which of them this process supplies.
+
+    Raises:
+      UserError: the data can't be read or used.
+    """
+
+
 class Task(NamedTuple):
   """A task, as functions.
 
   Attributes:
-    name: as config.task has it.
-    head, outputs: the kind of head that the model needs, as families know it,
-      and how many outputs it has; 0 where it needs no new parameters.
-    labels: their names in the outputs' order; () where there are none.
-    kind: what the outputs mean, a name in `models.kinds.KINDS`.
-    choices: the names of an example's choices, where an example asks between
-      texts, each of which the model scores; () where an example is one text.
-    score_name: of the score that counts.
-    load: (config, base's folder, shards, process shard) -> the data, as
-      `data.loader.PackedData` and `data.image_batches.ImageData` have it:
-      batches from any position, and what is said of the data in a run's first
-      lines and in its result.
+    name: its name as config.task has it, or one made from the data's.
+    kind: what the model's outputs mean, a name in `models.kinds.KINDS`.
+    labels: the labels' names in the outputs' order; () where there are none.
+    score_name: the metric that counts.
+    load: reads the data of a run, see `Load`.
     loss: (outputs, batch) -> (sum, count) over what the batch has to learn, so
       that microbatches and shards weigh every example, or token, alike.
     measure: (outputs, batch) -> the arrays that `evaluate` needs of a batch.
@@ -72,48 +123,61 @@ class Task(NamedTuple):
       and `seconds`. The first process alone does it. After a UserError the
       result says in `missing` why there are no scores. None where no texts are
       written.
-    selects: whether a run's result is its best epoch's, or else the last one's.
-    columns: names that the text columns of input files may have.
-    form: (an example's texts, by column) -> what the model reads for it, one
+    to_texts: an example's texts, by column -> what the model reads for it, one
       text or pair per choice; a ValueError says what is wrong with the texts.
-      None: it reads the columns as they are.
-    title: as a reader knows the task; "" for its name.
-    size: of its data, if that is known.
-    notes: what it found out about its data, for a run's first lines.
+      None where the model reads the columns as they are.
+    selects: whether a run's result is its best epoch's, or else the last one's.
+    presentation: how the task is shown and asked.
     stored: further JSON values for the result and the adapter's file.
   """
 
   name: str
-  head: str
-  outputs: int
-  labels: tuple[str, ...]
   kind: str
+  labels: tuple[str, ...]
   score_name: str
-  load: Callable[..., Any]
+  load: Load
   loss: Callable[[Any, Batch], tuple[Array, Array]]
   measure: Callable[[Any, Batch], Any]
-  evaluate: Callable[..., Evaluation]
-  choices: tuple[str, ...] = ()
-  write_answers: Callable[..., Callable[[], None]] | None = None
-  write_texts: Callable[[Any, Path], dict[str, Any]] | None = None
+  evaluate: Callable[[MeasureBatch, TaskData], Evaluation]
+  write_answers: (
+    Callable[[MeasureBatch, TaskData, Path], Callable[[], None]] | None
+  ) = None
+  write_texts: Callable[[Classifier, Path], dict[str, Any]] | None = None
+  to_texts: ToTexts | None = None
   selects: bool = True
-  columns: tuple[tuple[str, ...], ...] = ()
-  form: Form | None = None
-  title: str = ""
-  size: Size | None = None
-  notes: tuple[str, ...] = ()
+  presentation: Presentation = UNTITLED
   stored: Mapping[str, Any] = MappingProxyType({})
 
-  def load_data(
-    self,
-    config: ConfigDict,
-    folder: Path,
-    *,
-    shards: int = 1,
-    shard: ProcessShard = WHOLE,
-  ) -> Any:
-    """The data of a run; see `load`."""
-    return self.load(config, folder, shards, shard)
+  @property
+  def head(self) -> str:
+    """The kind of head that the model needs, as families know it."""
+    return KINDS[self.kind].head
+
+  @property
+  def outputs(self) -> int:
+    """How many outputs the head has; 0 where it needs no new parameters."""
+    return 0 if self.kind == WORDS else len(self.labels) or 1
+
+
+def evaluate_splits(
+  splits: Sequence[str], evaluate: Callable[[str], Evaluation]
+) -> Evaluation:
+  """Evaluates every dev split; the first one's first score counts.
+
+  A further split (MNLI's mismatched one) has its name behind the metrics':
+  "accuracy/validation_mismatched".
+  """
+  scores: dict[str, float] = {}
+  collapsed = False
+  for split in splits:
+    evaluation = evaluate(split)
+    if not evaluation.finite:
+      return evaluation
+    ending = "" if split == splits[0] else f"/{split}"
+    scores |= {name + ending: x for name, x in evaluation.scores.items()}
+    if split == splits[0]:
+      collapsed = evaluation.collapsed
+  return Evaluation(scores, collapsed)
 
 
 # The modules that make tasks. Each has `NAMES` of them and `task_for(config)`,

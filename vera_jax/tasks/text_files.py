@@ -29,7 +29,7 @@ from vera_jax.files import parse_json
 from vera_jax.models.kinds import CLASSES, LABELLED, NUMBER, SEVERAL, TAGS
 from vera_jax.tasks.classification import classification
 from vera_jax.tasks.tagging import are_bio, tagging
-from vera_jax.tasks.task import Size, Task
+from vera_jax.tasks.task import Presentation, Size, Task
 
 NAMES = ("text",)
 # Names by which the columns of texts are found.
@@ -105,10 +105,21 @@ def task_for(config: ConfigDict) -> Task | None:
   def read_split(source: Any, split: str) -> Examples:
     return examples[split]
 
+  train = examples["train"]
+  tokens = estimated_tokens([*train.first, *(train.second or [])], len(train))
+  presentation = Presentation(
+    columns=(facts.columns,),
+    size=Size(len(train), len(examples["dev"]), tokens),
+    notes=(*_notes(facts, train, said=data.kind), f"dev: {where}"),
+  )
   name = f"text:{name}"  # no name of a benchmark's task
   if facts.kind == TAGS:
     task = tagging(
-      name, labels=facts.labels, read_split=read_split, dev_splits=("dev",)
+      name,
+      labels=facts.labels,
+      read_split=read_split,
+      dev_splits=("dev",),
+      presentation=presentation,
     )
   else:
     task = classification(
@@ -117,16 +128,10 @@ def task_for(config: ConfigDict) -> Task | None:
       metrics=METRICS[facts.kind],
       read_split=read_split,
       dev_splits=("dev",),
+      presentation=presentation,
       kind=facts.kind,
     )
-  train = examples["train"]
-  tokens = estimated_tokens([*train.first, *(train.second or [])], len(train))
-  return task._replace(
-    columns=(facts.columns,),
-    size=Size(len(train), len(examples["dev"]), tokens),
-    notes=(*_notes(facts, train, said=data.kind), f"dev: {where}"),
-    stored={"columns": list(facts.columns)},
-  )
+  return task._replace(stored={"columns": list(facts.columns)})
 
 
 def read_tables(data: ConfigDict) -> tuple[str, Table, Table | None]:

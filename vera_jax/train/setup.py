@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from vera_jax.adapters.labels import join
 from vera_jax.adapters.methods import make_adapter, settings_in
 from vera_jax.adapters.sites import count_layers
+from vera_jax.data.data import TaskData
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.hf_weights import read_model
@@ -59,7 +60,6 @@ class Setup(NamedTuple):
 
   Attributes:
     base: the base's folder.
-    data: what `Task.load` gave: a `PackedData` of texts, or an `ImageData`.
     optimiser: makes the transformation from `optim.rates_of`.
     shape: of a run's `State`, with places.
     evaluate: the compiled model: (params, frozen, batch) -> what the task
@@ -70,7 +70,7 @@ class Setup(NamedTuple):
   base: Path
   mesh: Mesh
   task: Task
-  data: Any
+  data: TaskData
   model: Model
   frozen: Frozen
   optimiser: Callable[..., optax.GradientTransformation]
@@ -194,13 +194,13 @@ def build_setup(config: ConfigDict) -> Setup:
   task = task_for(config)
   base = resolve(config.model.name)
   rows = NamedSharding(mesh, BATCH)
-  data = task.load_data(
+  data = task.load(
     config, base, shards=batch_shards(mesh), shard=process_shard(rows)
   )
-  rows_together, *others = data.sizes
-  sizes = (rows_together // batch_shards(mesh), *others)
+  rows_together, length, reads, longest = data.sizes
+  sizes = rows_together // batch_shards(mesh), length, reads
   plan = build_blueprint(
-    config, read_model(base), task, sizes=sizes, longest=data.longest
+    config, read_model(base), task, sizes=sizes, longest=longest
   )
   data.check(plan.family, plan.config)
   if task.write_texts is not None:  # at the end, when it is too late to say so
@@ -300,7 +300,7 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
   plan = setup.model.blueprint
   how = "stacked, one is compiled" if plan.scan else "looped"
   yield f"layers: {plan.config.num_hidden_layers}, {how}"
-  yield from setup.task.notes
+  yield from setup.task.presentation.notes
   data, *cut = setup.data.introduction()
   yield data
   if plan.targets:
@@ -310,7 +310,7 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
     shown = ", ".join(
       f"{name} in {n}" for name, n in Counter(plans.values()).most_common()
     )
-    rows, length, _ = setup.data.sizes
+    rows, length = setup.data.sizes[:2]
     yield (
       f"contraction at {rows} × {length}: {shown} of {len(plans)}"
       " adapted products"
