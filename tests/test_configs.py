@@ -114,14 +114,6 @@ def test_every_method_has_its_settings(name, size):
     check_settings(config)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_header_holds_the_command(name):
-  text = importlib.import_module(f"configs.{name}").__doc__
-  assert f"python -m experiments.glue --config=configs/{name}.py" in text
-  large = f"--config=configs/{name}.py:large"
-  assert (large in text) == (name in GLUE)
-
-
 def test_base_is_the_default():
   for name in GLUE:
     assert load(name).to_json() == load(name, "base").to_json()

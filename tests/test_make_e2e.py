@@ -27,12 +27,3 @@ def test_the_committed_rows_are_what_seed_0_gives(split, splits):
 def test_no_input_is_in_two_splits(splits):
   inputs = [set(row[0] for row in rows) for rows in splits.values()]
   assert len(set.union(*inputs)) == sum(map(len, inputs))
-
-
-def test_a_text_has_the_name_and_the_neighbour(splits):
-  for rows in splits.values():
-    for one, text in rows:
-      facts = dict(fact.split(" : ") for fact in one.split(" | "))
-      assert facts["name"] in text and facts["Type"] in text
-      assert "  " not in text and text.endswith(" .")
-      assert facts.get("area", "") in text

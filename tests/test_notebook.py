@@ -43,6 +43,7 @@ def run(name, folder, *, last="", **environment):
   return json.loads(out.read_text(encoding="utf-8"))["cells"][:-1]
 
 
+@pytest.mark.slow
 def test_the_results_of_a_sweep(minilm_folder, tmp_path):
   cells = run("analysis.ipynb", tmp_path)
   kinds = [

@@ -17,7 +17,6 @@ from vera_jax.adapters.sites import matches
 from vera_jax.models.bert import BertClassifier, BertConfig
 from vera_jax.models.family import read_fields
 from vera_jax.pretrained.blueprint import blueprint
-from vera_jax.sweep import estimate
 from vera_jax.sweep.plan import make_plan, make_units
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs/sweeps"
@@ -195,18 +194,6 @@ def test_the_documented_command_finds_the_committed_runs(
   runs = {run.name for run in make_plan(config, tmp_path).runs}
   there = Path(__file__).parents[1] / "results/sweeps" / results / "runs"
   assert runs == {path.name for path in there.iterdir()}
-
-
-def test_the_small_studies_fit_an_evening(tmp_path):
-  """About 215 minutes on the two idle cores that the rate was measured on."""
-  rate = estimate.rate([])
-  total = 0.0
-  for name, variant in COUNTS:
-    if variant == "minilm":
-      plan = make_plan(load(name, variant), tmp_path)
-      found = make_units(plan.runs, most=8)
-      total += sum(rate.seconds(r.config for r in unit) for unit in found)
-  assert total < 220 * 60
 
 
 def test_combinations_have_equal_counts(minilm_folder, tmp_path):

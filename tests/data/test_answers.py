@@ -14,7 +14,6 @@ from tests.data.test_completions import with_begin
 from tests.tasks.decoder_files import tokenizer_of_words
 from vera_jax.data.answers import Answers, encode_answers
 from vera_jax.data.examples import Examples
-from vera_jax.data.preview import preview, stretches
 from vera_jax.data.tokens import tokenise
 from vera_jax.errors import UserError
 
@@ -162,18 +161,6 @@ def test_templates_that_end_no_answer_or_teach_a_header_are_counted(
   assert found == (without_end, with_header)
 
 
-def test_a_cached_file_without_the_counts_is_made_again(tmp_path):
-  rows = conversations(("word1", "word2"))
-  tokenizer = chat_tokenizer(NO_END)
-  one = tokenise(rows, tokenizer, 99, tmp_path, completions=CHAT)
-  [path] = tmp_path.glob("*.npz")
-  with np.load(path) as stored:
-    old = {name: stored[name] for name in stored if name != "without_end"}
-  np.savez(path, **old)
-  again = tokenise(rows, tokenizer, 99, tmp_path, completions=CHAT)
-  assert one.without_end == again.without_end == 1
-
-
 def test_prompts_and_answers_are_one_text():
   rows = pairs(("word1 ", "word2"), ("word3", " word4 word5"))
   found = learned(rows, with_begin(), PLAIN)
@@ -267,15 +254,3 @@ def test_parts_of_characters_and_words_belong_to_their_answer():
     learned(pairs(*rows), tokenizer, PLAIN), rows, strict=True
   ):
     assert tokenizer.decode(own).strip(" ") == f"{answer}<|endoftext|>".strip()
-
-
-def test_a_preview_is_readable_without_colours(capsys):
-  tokenizer = chat_tokenizer()
-  rows = conversations(("word1", "word2"), ("word3", "word4"))
-  tokens = tokenise(rows, tokenizer, 99, None, completions=CHAT)
-  preview(tokens, tokenizer, number=1)
-  shown = capsys.readouterr().out
-  assert "example 1, a.jsonl:1: 8 tokens, 3 learned" in shown
-  assert "<end> word9 <unknown>⟦ word2 <end> word9⟧" in shown
-  parts = stretches([4, 5, 6], [False, True, True], tokenizer)
-  assert parts == [("word1", False), (" word2 word3", True)]

@@ -123,42 +123,6 @@ def test_one_folder_per_config():
   assert len({folder(), folder(seed=1), folder(**{"vera.rank": 2})}) == 3
 
 
-def test_the_closing_table(capsys):
-  epoch = {"epoch": 2, "metrics": {"accuracy": 0.75, "f1": 0.5}}
-  last = {"epoch": 3, "metrics": {"accuracy": 0.7, "f1": 0.25}}
-  result = {
-    "task": "mrpc",
-    "method": "vera",
-    "best": epoch,
-    "last": last,
-    "parameters": {"adapter": 43008, "head": 592130},
-    "seconds": 12.3,
-  }
-  cli.show_result(result, "runs/x")
-  shown = capsys.readouterr().out
-  for word in ("mrpc, vera", "0.7500", "0.2500", "43,008", "592,130", "runs/x"):
-    assert word in shown
-
-
-def test_the_table_of_several_seeds(capsys):
-  def result(seed, score):
-    best = {"epoch": 2, "score": score, "metrics": {}}
-    last = {"epoch": 3, "score": score - 0.1, "metrics": {}}
-    facts = {"task": "rte", "method": "vera", "score_name": "accuracy"}
-    return {**facts, "seed": seed, "best": best, "last": last}
-
-  failed = {"seed": 7, "failed": "The loss is nan at step 3.", "step": 3}
-  results = [result(4, 0.8), failed, result(5, 0.75), result(6, 0.6)]
-  cli.show_seeds(results, [f"runs/{i}" for i in range(4)])
-  shown = capsys.readouterr().out
-  assert "rte, vera, accuracy" in shown
-  for row in ("4 .*80.0.*70.0", "7 .*step 3", "median.*75.0 .60.0 to 80.0."):
-    assert re.search(row, shown), row
-  assert "runs/3" in shown
-  cli.show_seeds([failed], ["runs/0"])
-  assert "median" not in capsys.readouterr().out
-
-
 @pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections calls it
 @pytest.mark.parametrize(
   "text, words",

@@ -10,7 +10,6 @@ import pytest
 
 from configs import language
 from experiments import cli
-from tests.experiments.command import run
 from tests.tasks.decoder_files import GPT2, write_decoder
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
@@ -72,6 +71,7 @@ def test_a_run_learns_and_is_shown_again(trained, config, folder):
   assert trained["data"]["train"]["learned"] == 42
 
 
+@pytest.mark.slow
 def test_an_ensembles_runs_are_those_alone(trained, config, folder):
   configs = cli.with_seeds(config, (0, 1))
   folders = [folder / f"seed{seed}" for seed in (0, 1)]
@@ -81,13 +81,7 @@ def test_an_ensembles_runs_are_those_alone(trained, config, folder):
   assert other["best"]["metrics"] != one["best"]["metrics"]
 
 
-def test_the_command_says_how_it_is_used():
-  done = run("language", "--help")
-  assert done.returncode == 0, done.stderr
-  for word in ("--config=configs/language.py", "--seeds", "data.cut=left"):
-    assert word in done.stdout
-
-
+@pytest.mark.slow
 def test_a_run_that_lost_its_last_epoch_makes_the_same(trained, config, folder):
   again = folder / "again"
   shutil.copytree(folder / "run", again)

@@ -56,7 +56,17 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "classes",
+    "choices",
+    *(
+      pytest.param(kind, marks=pytest.mark.slow)
+      for kind in ("a number", "own columns", "several labels")
+    ),
+  ],
+)
 def test_an_adapter_answers_files_as_before(
   kind, random_adapter, printed, tmp_path
 ):

@@ -77,6 +77,7 @@ def test_a_report_is_tables_and_figures(tmp_path, capsys, monkeypatch):
   assert page.endswith(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_quickstart_compares_head_and_vera(
   tiny_config, tmp_path, monkeypatch, capsys
 ):

@@ -5,13 +5,6 @@ from tests.experiments.command import refused_each, run
 RANK = "--config=configs/sweeps/rank.py:minilm"
 
 
-def test_help_has_what_a_cluster_needs():
-  done = run("sweep", "--help")
-  assert done.returncode == 0 and done.stdout.startswith("Train a sweep")
-  for word in ("SLURM_ARRAY_TASK_ID", "--requeue", "--retry_failed", "exit"):
-    assert word in done.stdout
-
-
 def test_a_mistake_is_explained_in_a_line_or_two():
   mistakes = [
     (["--config=configs/rte.py", "--workdir=x"], "experiments.glue"),

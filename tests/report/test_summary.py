@@ -12,7 +12,7 @@ from configs.sweeps import layers
 from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.report import load_sweep, summary, tables
-from vera_jax.report.frame import Sweep, frame, history, method_title
+from vera_jax.report.frame import Sweep, frame, method_title
 from vera_jax.report.summary import holm, paired
 
 
@@ -181,11 +181,6 @@ def test_convergence_is_that_of_the_best_rate(make_result):
   assert (
     "rte, lora: the training loss ends lowest with adapter_lr 0.001" in notes
   )
-
-
-def test_one_row_per_epoch(rank_sweep):
-  epochs = history(rank_sweep.runs)
-  assert len(epochs) == 30 and set(epochs["epoch"]) == {1, 2}
 
 
 def test_a_folder_is_read_with_its_title_and_its_failures(

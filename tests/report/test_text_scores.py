@@ -3,7 +3,6 @@
 import pandas as pd
 import pytest
 
-from experiments import report
 from tests.report.test_plots import overlaps
 from vera_jax import results
 from vera_jax.report import plots, tables
@@ -148,12 +147,3 @@ def test_outputs_stand_side_by_side(sweep):
 def test_agreement_is_that_with_the_nearest_reference():
   assert agreement("a b c", ["x", "A B d"]) == pytest.approx(4 / 6)
   assert agreement("", ["x"]) == 0 and agreement("x y", ["y x", "x y"]) == 1
-
-
-def test_the_report_writes_them(sweep, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(plots, "figures", lambda *_: ())
-  report.write(sweep, tmp_path)
-  names = {path.name for path in tmp_path.iterdir()}
-  assert {"outputs.md", "texts.csv"} <= names
-  report.show(sweep, "terminal")
-  assert "Test texts" in capsys.readouterr().out

@@ -14,7 +14,6 @@ from vera_jax.sweep.table import (
   LiveTable,
   counts,
   plan_table,
-  read_progress,
   states,
 )
 from vera_jax.tasks.glue_facts import SIZES
@@ -106,10 +105,6 @@ def test_a_redraw_reads_no_data(half_done, monkeypatch):
   assert drawn(table._draw()) == first
 
 
-def test_no_lines_no_progress(tmp_path):
-  assert read_progress(tmp_path).step == 0
-
-
 def test_finished_runs_say_how_fast_the_machine_is(tiny_sweep):
   plan = tiny_sweep()
   run = plan.runs[0]
@@ -137,11 +132,6 @@ def test_more_is_dearer(tiny_config):
   with once.unlocked():
     once.eval_epochs = once.optim.epochs
   assert estimate.flops(once) < small  # one evaluation, not one per epoch
-
-
-def test_time_for_a_person():
-  shown = [estimate.span(s) for s in (40, 720, 12_000, 432_000)]
-  assert shown == ["40 s", "12 min", "3 h 20 min", "5 days"]
 
 
 @pytest.mark.parametrize(

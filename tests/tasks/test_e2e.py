@@ -1,6 +1,5 @@
 """E2E from its rows to scored texts, on a tiny decoder."""
 
-import json
 import shutil
 
 import jax
@@ -111,6 +110,7 @@ def test_the_saved_adapter_writes_the_same(trained, config, folder, capsys):
   assert last == "test texts: 3 of 3, 0 s left"
 
 
+@pytest.mark.slow
 def test_an_ensembles_runs_write_as_those_alone(trained, config, folder):
   configs = cli.with_seeds(config, (0, 1))
   folders = [folder / f"seed{seed}" for seed in (0, 1)]
@@ -121,6 +121,7 @@ def test_an_ensembles_runs_write_as_those_alone(trained, config, folder):
   assert written(folders[1] / "test")[1] == written(folder / "run/test")[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_lost_while_it_wrote_writes_the_same(
   trained, config, folder
 ):
@@ -133,6 +134,7 @@ def test_a_run_that_was_lost_while_it_wrote_writes_the_same(
   assert written(again / "test") == written(folder / "run/test")
 
 
+@pytest.mark.slow
 def test_a_rate_of_zero_leaves_the_model_as_it_is(config, folder):
   still = changed(
     config, optim__adapter_lr=0.0, optim__epochs=1, data__max_train_examples=8
@@ -148,6 +150,7 @@ def test_a_rate_of_zero_leaves_the_model_as_it_is(config, folder):
   assert missing.startswith("1 of 4 inputs were not answered")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_kept_when_its_texts_can_not_be_written(
   config, folder, monkeypatch, capsys
 ):
@@ -218,12 +221,6 @@ def test_held_out_inputs_are_not_trained_on(config):
   assert len(data.tokens["train"]) == 16 - 2 * 2
 
 
-def test_without_test_texts_nothing_is_written(config):
-  task = task_for(changed(config, data__test=False))
-  assert task.write_texts is None
-  assert task.presentation.notes == ("valid: 3 rows of valid.txt",)
-
-
 def test_an_input_is_put_into_a_prompt(config):
   asked = changed(config, data__prompt="word9 {} word8", data__separate=False)
   tokens = build_setup(asked).data.tokens["train"]
@@ -247,8 +244,3 @@ def test_an_input_is_put_into_a_prompt(config):
 def test_settings_that_can_not_work(change, message, config):
   with pytest.raises(UserError, match=message):
     task_for(changed(config, **change))
-
-
-def test_what_a_run_leaves_is_json(trained, folder):
-  assert json.loads((folder / "run/result.json").read_text()) == trained
-  assert np.isfinite(trained["test"]["seconds"])

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from collections import defaultdict
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +17,6 @@ from vera_jax.adapters.files import load_adapter
 from vera_jax.data.written import read_written
 from vera_jax.errors import UserError
 from vera_jax.export.gguf import write_gguf_of
-from vera_jax.files import read_json
 from vera_jax.generate.conversation import conversation_ids
 from vera_jax.generate.generator import Generator
 from vera_jax.generate.sampling import GREEDY
@@ -206,6 +203,7 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
   assert rouge_l(["Привет мир"], ["Привет мир"]) == 0
 
 
+@pytest.mark.slow
 def test_scores_that_can_not_be_made_are_named_beside_the_others(
   config, folder, tmp_path
 ):
@@ -287,23 +285,3 @@ def test_a_second_question_without_a_chat_template_stands_below_the_first():
     for i, role in enumerate(("user", "assistant", "user"), 1)
   ]
   assert conversation_ids(tokenizer, messages, template="plain") == [4, 5, 6]
-
-
-def test_committed_runs_of_smollm2_learn_more_than_their_spread():
-  """Held-out losses of every method, on weights and on codes, beside those of
-  the model as it is."""
-  runs = Path(__file__).parents[2] / "results/sweeps/instruct/runs"
-  losses = defaultdict(list)
-  for path in runs.glob("*/result.json"):
-    run = read_json(path)
-    untrained = run["config"]["optim"]["adapter_lr"] == 0
-    base = run["config"]["model"]["quantise"]
-    method = "untuned" if untrained else run["method"]
-    losses[method, base].append(run["last"]["metrics"]["loss"])
-  for base in ("none", "keep"):
-    [untuned] = losses.pop(("untuned", base))
-    for method in ("vera", "dvora", "lora"):
-      found = losses.pop((method, base))
-      assert len(found) == 3
-      assert untuned - max(found) > max(found) - min(found) > 0
-  assert not losses

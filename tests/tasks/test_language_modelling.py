@@ -1,6 +1,5 @@
 """The next word's loss and scores: packed as padded, smoothed, cut, read."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -167,22 +166,6 @@ def test_an_empty_read_counts_nothing_and_nan_ends_the_run(data):
     packed,
   )
   assert not outcome.finite
-
-
-def test_the_first_lines_say_what_is_learned_and_cut(data):
-  task, packed = data
-  first, cut = packed.introduction()
-  assert first.endswith("; 19 of 37 are learned")
-  assert cut == ("cut at 7 tokens on the right: 1 of 6 in train, 1 of 6 in dev")
-  assert packed.record()["dev_texts"]["learned"] == 14
-  counts = {"split_apart": 2, "without_end": 3, "with_header": 4}
-  dev = dataclasses.replace(packed.tokens["dev"], **counts)
-  other = packed._replace(tokens={**packed.tokens, "dev": dev})
-  apart, endless, header = other.introduction()[-3:]
-  assert apart.startswith("2 rows of dev have an answer that changes how")
-  assert endless.startswith("3 rows of dev") and "no special one" in endless
-  assert header.startswith("4 rows of dev") and header.endswith("ion_prompt")
-  assert task.stored["completions"] == {"cut": "right", "separate": False}
 
 
 def test_stories260k_knows_its_own_words(tmp_path):

@@ -41,14 +41,6 @@ def test_macro_f1_and_its_mean_with_accuracy_by_hand():
   assert result["accuracy_f1"] == pytest.approx(expected)
 
 
-def test_perfect_and_three_classes():
-  labels = np.array([0, 1, 2, 1])
-  assert score(["accuracy", "matthews"], labels, labels) == {
-    "accuracy": 1.0,
-    "matthews": 1.0,
-  }
-
-
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("constant", [0, 1])
 def test_a_collapsed_model_scores_without_nan_or_warning(name, constant):

@@ -260,6 +260,7 @@ def test_each_is_the_run_alone(together, finished, tmp_path):
   assert len(set(first)) == 3  # seeds and d_init differ from the first step
 
 
+@pytest.mark.slow
 def test_runs_on_a_mesh_of_all_axes(tiny_config, quiet_model, tmp_path):
   """Stacked leaves and slots keep the base's shards; here all are trained.
 
@@ -290,6 +291,7 @@ def test_finished_runs_are_only_reported(together, monkeypatch):
   assert train_and_evaluate(configs[2], folders[2]) == results[2]
 
 
+@pytest.mark.slow
 def test_killed_between_two_saves_they_go_on_to_the_same_bits(
   together, stop_at, tmp_path, monkeypatch
 ):
@@ -305,6 +307,7 @@ def test_killed_between_two_saves_they_go_on_to_the_same_bits(
     assert_same_bits(folder, whole)
 
 
+@pytest.mark.slow
 def test_one_goes_on_alone(together, finished, stop_at, tmp_path, monkeypatch):
   stop_at(24)
   with pytest.raises(Interrupted):
@@ -323,6 +326,7 @@ def broken(config):
   return config
 
 
+@pytest.mark.slow
 def test_a_runs_nan_is_its_own(
   together, stop_at, tmp_path, monkeypatch, capsys
 ):
@@ -353,6 +357,7 @@ def test_all_may_fail(tiny_config, tmp_path):
   assert all("failed" in r for r in train(configs, tmp_path).results)
 
 
+@pytest.mark.slow
 def test_each_stops_early_by_itself(
   tiny_config, stop_at, tmp_path, monkeypatch
 ):

@@ -92,6 +92,7 @@ def test_a_run_learns_colours_and_its_adapter_answers_files(run, tiny_images):
   assert '"image-classification"' in card and "ImagePredictor(" in card
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits(
   run, stop_at, assert_same_run, tmp_path
 ):
@@ -105,6 +106,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
   assert_same_run(folder, tmp_path / "run", 3 * EPOCHS)
 
 
+@pytest.mark.slow
 def test_a_run_of_an_ensemble_is_the_run_alone(run, images_config, tmp_path):
   _, folder, result = run
   configs = [images_config(), images_config(seed=1)]
@@ -120,6 +122,7 @@ def test_a_run_of_an_ensemble_is_the_run_alone(run, images_config, tmp_path):
     np.testing.assert_allclose(found[name], value, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_another_mesh_and_smaller_microbatches_train_the_same(
   run, images_config, tmp_path
 ):

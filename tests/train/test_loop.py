@@ -1,6 +1,5 @@
 """Whole runs on a tiny encoder: what they leave, and that they resume."""
 
-import errno
 import json
 import os
 import shutil
@@ -9,7 +8,6 @@ from functools import cache
 
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from tests.train.conftest import Finished
@@ -38,7 +36,6 @@ QV = {"query", "value"}
 # Sizes by hand: width 16, two layers, rank 8; two labels.
 ADAPTERS = {
   "vera": 2 * 2 * (16 + 8),
-  "pvera": 2 * 2 * (16 + 2 * 8),
   "dvora+ia3": 2 * 2 * (2 * 16 + 8) + 2 * (16 + 16 + 32),
 }
 
@@ -102,7 +99,6 @@ def baseline(tiny_config, quiet_model, tmp_path_factory):
       model__name=str(quiet_model),
       model__scan=scan,
       optim__epochs=1,
-      pvera__rank=8,
     )
     folder = tmp_path_factory.mktemp("baseline") / "run"
     return Finished(config, folder, train_and_evaluate(config, folder))
@@ -110,13 +106,12 @@ def baseline(tiny_config, quiet_model, tmp_path_factory):
   return make
 
 
-@pytest.mark.parametrize("method", ["pvera", "dvora+ia3"])
-def test_the_baselines_go_by_the_same_loop(method, baseline):
-  config, folder, result = baseline(method)
+def test_a_chain_goes_by_the_same_loop(baseline):
+  config, folder, result = baseline("dvora+ia3")
   check_result(config, folder, result)
   saved = load_adapter(folder / "adapter")
   assert saved.about["settings"] == json.loads(
-    json.dumps(settings_in(config, method))
+    json.dumps(settings_in(config, config.method))
   )
   restore_adapter(saved)
 
@@ -180,7 +175,12 @@ def test_the_best_epoch_is_the_first_of_the_highest():
 
 
 @pytest.mark.parametrize(
-  "step", [pytest.param(14, marks=pytest.mark.smoke), 20, 30]
+  "step",
+  [
+    pytest.param(14, marks=pytest.mark.smoke),
+    pytest.param(20, marks=pytest.mark.slow),
+    pytest.param(30, marks=pytest.mark.slow),
+  ],
 )
 def test_stopped_and_resumed_is_as_if_left_alone(
   step, finished, stop_at, tmp_path, monkeypatch, assert_same_run
@@ -223,7 +223,9 @@ def stopped(finished, tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize("which", ["newest", "best"])
+@pytest.mark.parametrize(
+  "which", ["newest", pytest.param("best", marks=pytest.mark.slow)]
+)
 def test_a_damaged_save_costs_steps_and_nothing_else(
   which, stopped, finished, saved, tmp_path, caplog, assert_same_run
 ):
@@ -236,27 +238,6 @@ def test_a_damaged_save_costs_steps_and_nothing_else(
   train_and_evaluate(finished.config, folder)
   assert f"save of step {step} is not used: {file} is damaged" in caplog.text
   assert (folder / "damaged" / str(step)).is_dir()
-  assert_same_run(folder, finished.folder, 30)
-
-
-def test_a_full_disk_is_reported_and_the_run_goes_on_later(
-  stopped, finished, tmp_path, monkeypatch, assert_same_run
-):
-  folder = tmp_path / "run"
-  shutil.copytree(stopped, folder)
-  save = ocp.CheckpointManager.save
-
-  def full(self, step, *args, **kwargs):
-    if step == 30:
-      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return save(self, step, *args, **kwargs)
-
-  monkeypatch.setattr(ocp.CheckpointManager, "save", full)
-  with pytest.raises(UserError, match="full: step 30 .* that of step 25"):
-    train_and_evaluate(finished.config, folder)
-  assert not (folder / "result.json").exists()
-  monkeypatch.undo()
-  train_and_evaluate(finished.config, folder)
   assert_same_run(folder, finished.folder, 30)
 
 
@@ -310,13 +291,6 @@ def test_a_folder_at_work_is_refused_before_anything_is_loaded(
       train_and_evaluate(finished.config, folder)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tiny_config, tmp_path, saved):
-  config = tiny_config(optim__head_lr=1e38)
-  with pytest.raises(UserError, match=r"is (nan|inf) at step \d+ of 30"):
-    train_and_evaluate(config, tmp_path / "run")
-  assert not (tmp_path / "run" / "result.json").exists()
-
-
 def test_the_last_good_save_is_left(tiny_config, tmp_path, monkeypatch, saved):
   update = step_module.update
 
@@ -331,8 +305,6 @@ def test_the_last_good_save_is_left(tiny_config, tmp_path, monkeypatch, saved):
   arrays, progress = saved(tmp_path / "run", 10)
   assert len(progress["history"]) == 1
   assert all(np.isfinite(array).all() for array in arrays.values())
-  monkeypatch.undo()
-  train_and_evaluate(tiny_config(), tmp_path / "run")  # nothing bad was kept
 
 
 def test_an_epoch_that_ends_broken_is_not_saved(
@@ -397,6 +369,7 @@ def test_a_finished_run_can_still_predict(finished, tmp_path, monkeypatch):
   train_and_evaluate(config, folder)  # once is enough
 
 
+@pytest.mark.slow
 def test_scanned_and_looped_layers_train_alike(baseline):
   runs = [baseline("dvora+ia3", *scan) for scan in ([], [True])]
   curves = [losses(run.folder) for run in runs]

@@ -30,7 +30,6 @@ from vera_jax.tasks.classification import loss
 from vera_jax.train.multi_adapter import (
   empty_stack,
   mixed_logits,
-  mixed_losses,
   mixed_state,
   mixed_step,
 )
@@ -168,35 +167,6 @@ def mixed_batches(bank, tokens):
   slots = bank.slots(NAMED)
   for indices in BATCHES:
     yield on_device(pack_by_adapter(tokens, indices, slots, LAYOUT))
-
-
-def test_gradients_of_the_means_are_each_alone(bank, tokens, model):
-  """Of one batch; the loss is each adapter's mean, the objective their sum."""
-  batch = next(mixed_batches(bank, tokens))
-
-  @jax.jit
-  def mixed(params):
-    losses = mixed_losses(params, bank.frozen, batch, **model)
-    return losses.sum(), losses
-
-  @jax.jit
-  def single(params, batch):
-    logits, _ = outputs_of(*model.values(), params, bank.frozen, batch)
-    total, count = loss(logits, batch)
-    return total / count
-
-  grads, losses = jax.grad(mixed, has_aux=True)(bank.params)
-  value_and_grad = jax.jit(jax.value_and_grad(single))
-  for name, slot in zip(NAMES, bank.slots(NAMES), strict=True):
-    params = leaves_of(bank.params, slot)
-    value, grad = value_and_grad(params, next(own_batches(tokens, name)))
-    np.testing.assert_allclose(losses[slot], value, rtol=1e-5)
-    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    jax.tree.map(close, leaves_of(grads, slot), grad)
-    assert max(jnp.abs(g).max() for g in jax.tree.leaves(grad)) > 0.01
-  free = bank.slots(["one"])[0] + 3  # a slot without an adapter
-  assert losses[free] == 0
-  assert all(not g[free].any() for g in jax.tree.leaves(grads))
 
 
 def test_steps_are_those_of_each_alone(bank, tokens, model):

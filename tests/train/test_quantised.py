@@ -21,6 +21,8 @@ from vera_jax.train.ensemble import train_ensemble
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.preemption import Interrupted
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["the film is a film"], ["the film"]
 
 

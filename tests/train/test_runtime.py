@@ -39,6 +39,7 @@ def _faults(**environment: str) -> int:
   return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_used_again_unless_the_user_tuned_the_allocator():
   assert _faults() < 100
@@ -118,6 +119,7 @@ print(jax.config.jax_persistent_cache_min_compile_time_secs)
 """
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_unless_the_user_says_where(tmp_path):
   def caches(**chosen):
     mine = {k: v for k, v in os.environ.items() if "CACHE" not in k}

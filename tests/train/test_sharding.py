@@ -175,9 +175,11 @@ def on_one_device(method):
 @pytest.mark.parametrize(
   "method, sizes",
   [
-    ("vera", {"data": 8}),
     ("vera", {"data": 2, "fsdp": 2, "tensor": 2}),
-    ("full", {"data": 2, "fsdp": 2, "tensor": 2}),
+    pytest.param("vera", {"data": 8}, marks=pytest.mark.slow),
+    pytest.param(
+      "full", {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow
+    ),
   ],
 )
 def test_a_step_is_the_same_on_every_mesh(method, sizes):
