@@ -151,18 +151,17 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
   from vera_jax.pretrained.blueprint import blueprint, load_model
   from vera_jax.pretrained.sharding import make_mesh
   from vera_jax.tasks.language_modelling import loss
+  from vera_jax.train.compiled_step import (
+    CompiledStep,
+    init_state,
+    state_shape,
+  )
   from vera_jax.train.optim import optimiser
   from vera_jax.train.runtime import (
     return_freed_memory,
     use_compilation_cache,
   )
-  from vera_jax.train.step import (
-    Frozen,
-    Step,
-    init_state,
-    outputs_of,
-    state_shape,
-  )
+  from vera_jax.train.step import Frozen, outputs_of
 
   use_compilation_cache()
   folder = resolve(model)
@@ -184,7 +183,7 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
   rates = {"adapter_lr": 1e-2, "head_lr": 0.0, "weight_decay": 0.0}
   make: Callable[..., Any] = partial(optimiser, loaded.labels, steps=100)
   shape = state_shape(loaded, make(**rates), mesh)
-  step = Step(
+  step = CompiledStep(
     shape,
     outputs=partial(outputs_of, plan.module, tuple(plan.inputs)),
     loss=loss,
@@ -205,7 +204,7 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
     "weights": np.ones(places.shape, np.float32),
   }
   batch = jax.tree.map(jnp.asarray, batch)
-  memory = step.lower(frozen, batch, key).compile().memory_analysis()
+  memory: Any = step.lower(frozen, batch, key).compile().memory_analysis()
   given = jax.tree.map(jnp.float32, rates)
   losses, seconds = [], []
   for number in range(STEPS):

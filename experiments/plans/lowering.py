@@ -20,9 +20,10 @@ from vera_jax.models.paper_sizes import SIZES, roberta
 from vera_jax.pretrained.blueprint import Model, abstract_model
 from vera_jax.pretrained.sharding import BATCH, REPLICATED
 from vera_jax.tasks.task import task_for
+from vera_jax.train.compiled_step import CompiledStep, state_shape
 from vera_jax.train.optim import optimiser, rates_of
 from vera_jax.train.setup import build_blueprint
-from vera_jax.train.step import Frozen, State, Step, outputs_of, state_shape
+from vera_jax.train.step import Frozen, State, outputs_of
 
 EFFORTS = ("exec_time_optimization_effort", "memory_fitting_effort")
 
@@ -32,7 +33,7 @@ class AbstractStep(NamedTuple):
 
   model: Model
   state: State
-  step: Step
+  step: CompiledStep
   mesh: Mesh
 
   @property
@@ -61,7 +62,8 @@ class AbstractStep(NamedTuple):
     key, rates = placed(small, self.mesh, REPLICATED)
     batch = placed(batch, self.mesh, BATCH)
     lowered = self.step.lower_whole(self.frozen, batch, key, rates)
-    return lowered.compile(dict.fromkeys(EFFORTS, effort) if effort else None)
+    options: dict[str, Any] = dict.fromkeys(EFFORTS, effort)
+    return lowered.compile(options if effort else None)
 
 
 def placed(tree: Any, mesh: Mesh, spec: Any) -> Any:
@@ -107,7 +109,7 @@ def abstract_step(
     grad_clip=config.optim.grad_clip,
   )
   state = state_shape(model, make_optimiser(**rates_of(config)), mesh)
-  step = Step(
+  step = CompiledStep(
     state,
     outputs=partial(outputs_of, plan.module, tuple(plan.inputs)),
     loss=task.loss,

@@ -25,17 +25,11 @@ from vera_jax.pretrained.blueprint import abstract_model
 from vera_jax.pretrained.sharding import behind_runs, make_mesh
 from vera_jax.tasks.classification import loss
 from vera_jax.train import ensemble, loop
+from vera_jax.train.compiled_step import CompiledStep, state_shape
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.optim import optimiser
 from vera_jax.train.preemption import Interrupted
-from vera_jax.train.step import (
-  Frozen,
-  State,
-  Step,
-  accumulate,
-  no_sums,
-  state_shape,
-)
+from vera_jax.train.step import Frozen, microbatch_gradient
 
 RATES = {"adapter_lr": 0.01, "head_lr": 0.02, "weight_decay": 0.1}
 
@@ -84,7 +78,7 @@ def test_eight_runs_need_the_base_once():
       ),
       alone,
     )
-    step = Step(
+    step = CompiledStep(
       state,
       outputs=outputs(model),
       loss=loss,
@@ -121,17 +115,15 @@ def test_no_frozen_leaf_gets_an_axis_of_runs():
   """A number of runs that is found nowhere else: no copy for each of seven."""
   runs, sizes = 7, {"vocab_size": 60, "intermediate_size": 48}
   model = random_model("vera", **sizes)
-  state = State(jnp.int32(0), model.trainable, ())
   frozen = Frozen(model.frozen, model.projections)
-  step = jax.vmap(
-    partial(accumulate, outputs=outputs(model), loss=loss),
-    in_axes=(0, 0, None, 0, 0),
+  gradients = jax.vmap(
+    partial(microbatch_gradient, outputs=outputs(model), loss=loss),
+    in_axes=(0, None, 0, 0),
   )
   seen = set(
     shapes_in(
-      jax.make_jaxpr(step)(
-        shapes(no_sums(model.trainable), runs),
-        shapes(state, runs),
+      jax.make_jaxpr(gradients)(
+        shapes(model.trainable, runs),
         frozen,
         batch_shapes(model.blueprint, 5, 20, 3, runs),
         shapes(jax.random.key(0), runs),
@@ -163,13 +155,13 @@ def test_empty_rows_change_nothing_under_dropout():
   batch["cls_positions"] = np.zeros((3, 1), np.int32)
   batch["weights"] = np.ones((3, 1), np.float32)
   padded = {name: np.pad(x, ((0, 5), (0, 0))) for name, x in batch.items()}
-  add = jax.jit(partial(accumulate, outputs=outputs(model), loss=loss))
-  state = State(jnp.int32(0), model.trainable, ())
+  gradient = jax.jit(
+    partial(microbatch_gradient, outputs=outputs(model), loss=loss)
+  )
   frozen = Frozen(model.frozen, model.projections)
 
   def summed(batch, key=1):
-    sums = no_sums(model.trainable)
-    return add(sums, state, frozen, here(batch), jax.random.key(key))
+    return gradient(model.trainable, frozen, here(batch), jax.random.key(key))
 
   want, got = summed(batch), summed(padded)
   assert got.examples == want.examples == 3

@@ -23,8 +23,7 @@ from vera_jax.serve.predictor import Predictor
 from vera_jax.tasks.glue import glue_task
 from vera_jax.tasks.glue_data import load_split
 from vera_jax.tasks.metrics import accuracy
-from vera_jax.train import loop, workdir
-from vera_jax.train import step as step_module
+from vera_jax.train import compiled_step, loop, workdir
 from vera_jax.train.checkpoint import Checkpoints
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.preemption import Interrupted
@@ -292,14 +291,14 @@ def test_a_folder_at_work_is_refused_before_anything_is_loaded(
 
 
 def test_the_last_good_save_is_left(tiny_config, tmp_path, monkeypatch, saved):
-  update = step_module.update
+  step = compiled_step.train_step
 
   def broken(state, *args, **kwargs):
-    state, metrics = update(state, *args, **kwargs)
+    state, metrics = step(state, *args, **kwargs)
     loss = jnp.where(state.step == 14, jnp.nan, metrics["loss"])
     return state, {**metrics, "loss": loss}
 
-  monkeypatch.setattr(step_module, "update", broken)
+  monkeypatch.setattr(compiled_step, "train_step", broken)
   with pytest.raises(UserError, match="loss is nan at step 14 .* of step 10"):
     train_and_evaluate(tiny_config(), tmp_path / "run")
   arrays, progress = saved(tmp_path / "run", 10)

@@ -36,10 +36,9 @@ from vera_jax.train.multi_adapter import (
 from vera_jax.train.step import (
   Frozen,
   State,
-  accumulate,
+  microbatch_gradient,
   outputs_of,
   train_step,
-  update,
 )
 
 NAMES = ("one", "two", "three")
@@ -184,8 +183,8 @@ def test_steps_are_those_of_each_alone(bank, tokens, model):
   run = jax.jit(
     partial(
       train_step,
-      accumulate=partial(accumulate, outputs=outputs, loss=loss),
-      update=partial(update, optimiser=lambda: TX),
+      gradient=partial(microbatch_gradient, outputs=outputs, loss=loss),
+      optimiser=lambda: TX,
     )
   )
   for name, slot in zip(NAMES, bank.slots(NAMES), strict=True):

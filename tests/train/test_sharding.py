@@ -27,13 +27,12 @@ from vera_jax.pretrained.sharding import (
   put_rows,
 )
 from vera_jax.tasks.classification import loss
-from vera_jax.train.step import (
-  Frozen,
-  State,
-  Step,
+from vera_jax.train.compiled_step import (
+  CompiledStep,
   init_state,
   state_shape,
 )
+from vera_jax.train.step import Frozen, State
 
 QUERY = "encoder/layer/attention/self/query"
 
@@ -150,7 +149,7 @@ def momentum(model):
 
 def stepped(model, state, batches):
   """(state, loss) after a step of two microbatches."""
-  step = Step(
+  step = CompiledStep(
     state,
     outputs=outputs(model),
     loss=loss,

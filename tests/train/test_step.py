@@ -14,7 +14,9 @@ from tests.train.conftest import here, outputs, random_model
 from vera_jax.data.packing import Layout, pack_runs
 from vera_jax.data.tokens import Tokens
 from vera_jax.tasks.classification import loss
-from vera_jax.train.step import Frozen, State, Step, accumulate, no_sums, update
+from vera_jax.train.compiled_step import CompiledStep
+from vera_jax.train.shards import no_sums
+from vera_jax.train.step import Frozen, State, microbatch_gradient, train_step
 
 # The learning rate is 1: a leaf moves by its gradient.
 TX = optax.sgd(1.0)
@@ -52,7 +54,9 @@ def ready(method, dropout=0.0):
   # Factored: the other plans do make products of a kernel's shape.
   model = random_model(method, dropout=dropout, plan="factored")
   state = here(State(jnp.int32(0), model.trainable, TX.init(model.trainable)))
-  step = Step(state, outputs=outputs(model), loss=loss, optimiser=lambda: TX)
+  step = CompiledStep(
+    state, outputs=outputs(model), loss=loss, optimiser=lambda: TX
+  )
   return step, state, Frozen(model.frozen, model.projections)
 
 
@@ -108,22 +112,25 @@ def test_what_is_packed_is_what_padding_would_give():
   run = outputs(random_model("vera", plan="factored"))
 
   @jax.jit
-  def add(sums, batch):
+  def logits_and_sums(batch):
     logits, _ = run(state.params, frozen, batch)
-    sums = accumulate(sums, state, frozen, batch, KEY, outputs=run, loss=loss)
+    sums = microbatch_gradient(
+      state.params, frozen, batch, KEY, outputs=run, loss=loss
+    )
     return logits, sums
 
   def outcome(tokens, indices, layout):
-    logits, sums = np.zeros((12, 3)), no_sums(state.params)
+    logits, each = np.zeros((12, 3)), []
     for batch in pack_runs(tokens, [indices], layout)[0]:
-      out, sums = add(sums, batch)
+      out, sums = logits_and_sums(batch)
+      each.append(sums)
       real = batch["example"] >= 0
       logits[batch["example"][real]] = out[real]
+    sums = jax.tree.map(lambda *leaves: sum(leaves), *each)
     means = jax.tree.map(
       lambda leaf: leaf / sums.examples, [sums.loss, sums.grads]
     )
-    found = [logits, sums.examples, *jax.tree.leaves(means)]
-    return found, sums.microbatches
+    return [logits, sums.examples, *jax.tree.leaves(means)], len(each)
 
   microbatches = []
   for seed in range(4):
@@ -132,7 +139,7 @@ def test_what_is_packed_is_what_padding_would_give():
     want, one = outcome(tokens, indices, Layout((12,), 12, 1))
     got, some = outcome(tokens, indices, Layout((2,), 12, 4))
     assert one == 1 and got[1] == 12 - seed
-    microbatches.append(int(some))
+    microbatches.append(some)
     for ours, padded in zip(got, want, strict=True):
       np.testing.assert_allclose(ours, padded, atol=1e-5)
   assert len(set(microbatches)) > 1
@@ -145,22 +152,26 @@ def test_a_penalty_counts_once_however_many_microbatches(parts):
   labels = np.arange(8.0, dtype=np.float32).reshape(4, 2)
   batch = {"labels": labels, "weights": np.ones((4, 2), np.float32)}
   rows = np.split(np.arange(4), parts)
-  state = State(jnp.int32(0), params, TX.init(params))
-  sums = no_sums(params)
-  for chosen in rows:
-    sums = accumulate(
-      sums,
-      state,
-      Frozen({}, {}),
-      {name: jnp.asarray(array[chosen]) for name, array in batch.items()},
-      KEY,
-      outputs=lambda params, frozen, batch, key: (
-        params["w"] * jnp.ones((*batch["labels"].shape, 1)),
-        10 * params["w"] ** 2,
-      ),
-      loss=loss,
-    )
-  after, metrics = update(state, sums, {}, optimiser=lambda: TX)
+  gradient = partial(
+    microbatch_gradient,
+    outputs=lambda params, frozen, batch, key: (
+      params["w"] * jnp.ones((*batch["labels"].shape, 1)),
+      10 * params["w"] ** 2,
+    ),
+    loss=loss,
+  )
+  after, metrics = train_step(
+    State(jnp.int32(0), params, TX.init(params)),
+    Frozen({}, {}),
+    [
+      {name: jnp.asarray(x[chosen]) for name, x in batch.items()}
+      for chosen in rows
+    ],
+    KEY,
+    {},
+    gradient=gradient,
+    optimiser=lambda: TX,
+  )
   mean = np.mean((3 - labels) ** 2) + 10 * 3**2
   np.testing.assert_allclose(metrics["loss"], mean, rtol=1e-6)
   gradient = np.mean(2 * (3 - labels)) + 20 * 3
@@ -208,9 +219,9 @@ def test_a_step_never_has_the_frozen_weights_gradients():
   def products(method):
     _, state, frozen = ready(method)
     run = outputs(random_model(method, plan="factored"))
-    traced = jax.make_jaxpr(partial(accumulate, outputs=run, loss=loss))(
-      no_sums(state.params), state, frozen, batch_of(), KEY
-    )
+    traced = jax.make_jaxpr(
+      partial(microbatch_gradient, outputs=run, loss=loss)
+    )(state.params, frozen, batch_of(), KEY)
     return set(shapes(traced.jaxpr))
 
   kernels = {(16, 32), (32, 16), (16, 16)}

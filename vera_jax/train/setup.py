@@ -42,17 +42,15 @@ from vera_jax.pretrained.sharding import (
   put_rows,
 )
 from vera_jax.tasks.task import Batch, Task, task_for
+from vera_jax.train.compiled_step import (
+  CompiledStep,
+  init_state,
+  state_shape,
+)
 from vera_jax.train.config import DTYPES
 from vera_jax.train.optim import EPS, LINEAR, optimiser, rates_of
 from vera_jax.train.runtime import Background, compiler_options
-from vera_jax.train.step import (
-  Frozen,
-  State,
-  Step,
-  init_state,
-  outputs_of,
-  state_shape,
-)
+from vera_jax.train.step import Frozen, State, outputs_of
 
 
 class Setup(NamedTuple):
@@ -92,10 +90,10 @@ class Setup(NamedTuple):
     """How the rows of a batch lie on the mesh."""
     return NamedSharding(self.mesh, BATCH)
 
-  def make_step(self, state: State, *, runs: int | None = None) -> Step:
+  def make_step(self, state: State, *, runs: int | None = None) -> CompiledStep:
     """The compiled step for states like this one."""
     plan = self.model.blueprint
-    return Step(
+    return CompiledStep(
       state,
       outputs=partial(outputs_of, plan.module, tuple(plan.inputs)),
       loss=self.task.loss,

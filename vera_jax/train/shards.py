@@ -17,7 +17,7 @@ no device could hold a whole one. Then the shards are those of `data` alone.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -27,12 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Float
+from jaxtyping import Float, PRNGKeyArray
 
 from vera_jax.errors import UserError
 from vera_jax.pretrained.sharding import BATCH
+from vera_jax.train.step import Batch, Frozen, Sums, Tree
 
-Tree = Any
 _TOGETHER = 2**24  # bytes of a leaf that is worth copying into a joint buffer
 _LAYERS = (nn.Dense, nn.Embed, nn.LayerNorm)
 
@@ -43,12 +43,12 @@ class Shards(NamedTuple):
   Attributes:
     mesh: the mesh, or None for a single device outside of any.
     axes: "data", or "data" and "fsdp".
-    places: the PartitionSpec of every trainable leaf, in order.
+    specs: the PartitionSpec of every trainable leaf, in order.
   """
 
   mesh: Any
   axes: tuple[str, ...] = ()
-  places: tuple[PartitionSpec, ...] = ()
+  specs: tuple[PartitionSpec, ...] = ()
 
   @property
   def number(self) -> int:
@@ -58,8 +58,8 @@ class Shards(NamedTuple):
     """A leaf's sharding once it has the shards' axis, after `front` others."""
     if self.number == 1:
       return sharding
-    own = (*sharding.spec, *(None,) * (front - len(sharding.spec)))
-    spec = PartitionSpec(*own[:front], self.axes, *own[front:])
+    axes = (*sharding.spec, *(None,) * (front - len(sharding.spec)))
+    spec = PartitionSpec(*axes[:front], self.axes, *axes[front:])
     return NamedSharding(sharding.mesh, spec)
 
   @property
@@ -72,19 +72,54 @@ class Shards(NamedTuple):
 ONE = Shards(None)
 
 
-def shards_of(places: Sequence[Any], *, front: int = 0) -> Shards:
+def shards_of(shardings: Sequence[Any], *, front: int = 0) -> Shards:
   """The shards of a step that trains leaves with these shardings.
 
   Args:
-    places: a sharding per leaf.
+    shardings: one per leaf.
     front: first axes of the leaves that are not the leaf's own: an ensemble's.
   """
-  if not all(isinstance(place, NamedSharding) for place in places):
+  if not all(isinstance(sharding, NamedSharding) for sharding in shardings):
     return ONE
-  mesh = places[0].mesh
-  specs = tuple(PartitionSpec(*place.spec[front:]) for place in places)
-  whole = all("fsdp" not in spec for spec in specs)
-  return Shards(mesh, ("data", "fsdp") if whole else ("data",), specs)
+  mesh = shardings[0].mesh
+  specs = tuple(PartitionSpec(*one.spec[front:]) for one in shardings)
+  splits_none = all("fsdp" not in spec for spec in specs)
+  return Shards(mesh, ("data", "fsdp") if splits_none else ("data",), specs)
+
+
+def no_sums(params: Tree, shards: Shards = ONE) -> Sums:
+  """What the gradients of a step's microbatches are added to."""
+  front = (shards.number,) if shards.number > 1 else ()
+  zeros = jax.tree.map(
+    lambda leaf: jnp.zeros(front + leaf.shape, leaf.dtype), params
+  )
+  return Sums(jnp.zeros(front), jnp.zeros(front), zeros)
+
+
+def per_shard(
+  gradient: Callable[[Tree, Frozen, Batch, PRNGKeyArray], Sums],
+  shards: Shards,
+) -> Callable[[Tree, Frozen, Batch, PRNGKeyArray], Sums]:
+  """`gradient` of each shard of a microbatch as if it were the only one.
+
+  Where there are several, its sums have a first axis, one entry per shard.
+  """
+
+  def of_shards(
+    params: Tree, frozen: Frozen, batch: Batch, key: PRNGKeyArray
+  ) -> Sums:
+    with rows_stay(shards):
+      if shards.number == 1:
+        return gradient(params, frozen, batch, key)
+      # spmd_axis_name puts the shards' axis over the mesh's wherever the model
+      # says how an array of its own is split
+      each = jax.vmap(
+        gradient, in_axes=(None, None, 0, 0), spmd_axis_name=shards.axes
+      )
+      keys = jax.random.split(key, shards.number)  # dropout masks of their own
+      return each(params, frozen, divide(batch, shards), keys)
+
+  return of_shards
 
 
 def divide(
@@ -133,43 +168,39 @@ def rows_stay(shards: Shards) -> Any:
   return nn.intercept_methods(interceptor)
 
 
-def total(
-  loss: Float[Array, "*shards"],
-  count: Float[Array, "*shards"],
-  grads: Tree,
-  shards: Shards,
-) -> tuple[Float[Array, ""], Float[Array, ""], Tree]:
+def total(sums: Sums, shards: Shards) -> Sums:
   """The whole batch's loss, count and gradients, from those of its shards.
 
   One all-reduce: small leaves travel in one buffer with the loss, whatever XLA
   would combine by itself. Large ones are not worth copying into it.
   """
   if shards.number == 1:
-    return loss, count, grads
-  leaves, tree = jax.tree.flatten(grads)
+    return sums
+  leaves, tree = jax.tree.flatten(sums.grads)
+  # a leaf that `tensor` splits would have to be gathered to join the others
   joint = [
     not any(spec) and leaf[0].nbytes <= _TOGETHER
-    for leaf, spec in zip(leaves, shards.places, strict=True)
+    for leaf, spec in zip(leaves, shards.specs, strict=True)
   ]
-  small = [loss, count, *itertools.compress(leaves, joint)]
+  small = [sums.loss, sums.examples, *itertools.compress(leaves, joint)]
   flat = jnp.concatenate(
     [leaf.reshape(shards.number, -1) for leaf in small], axis=1
   )
+  # the buffer stays split until the sum, which then is the one all-reduce
   apart = NamedSharding(shards.mesh, PartitionSpec(shards.axes))
   flat = jax.lax.with_sharding_constraint(flat, apart)
   flat = _sum(flat, PartitionSpec(), shards)
   ends = np.cumsum([leaf[0].size for leaf in small])[:-1]
-  pieces = jnp.split(flat, ends)
-  loss, count, *rest = (
+  loss, examples, *rest = (
     piece.reshape(leaf.shape[1:])
-    for piece, leaf in zip(pieces, small, strict=True)
+    for piece, leaf in zip(jnp.split(flat, ends), small, strict=True)
   )
-  summed = iter(rest)
+  added = iter(rest)
   leaves = [
-    next(summed) if joins else _sum(leaf, spec, shards)
-    for leaf, spec, joins in zip(leaves, shards.places, joint, strict=True)
+    next(added) if joins else _sum(leaf, spec, shards)
+    for leaf, spec, joins in zip(leaves, shards.specs, joint, strict=True)
   ]
-  return loss, count, jax.tree.unflatten(tree, leaves)
+  return Sums(loss, examples, jax.tree.unflatten(tree, leaves))
 
 
 def _sum(
