@@ -30,6 +30,7 @@ from tests.adapters.architectures import (
   Shared,
 )
 from tests.adapters.test_every_method import METHODS
+from tests.slow import rest_is_slow
 from vera_jax.adapters.apply import (
   adapt,
   adapter_size,
@@ -69,7 +70,7 @@ def by_taps(A, B, d, b, shape):
 
 @pytest.mark.parametrize(
   "kind, scan, feed",
-  [(Einsum, True, ["Einsum_.*"]), (CastEinsum, False, [])],
+  rest_is_slow([(Einsum, True, ["Einsum_.*"]), (CastEinsum, False, [])]),
 )
 def test_a_decoder_by_others_is_adapted_unchanged(kind, scan, feed):
   """Its equations tell inputs from outputs; q and v are counted right. Modules
@@ -112,7 +113,7 @@ def test_a_decoder_by_others_is_adapted_unchanged(kind, scan, feed):
   assert np.abs(key).max() == 0 < np.abs(value).max()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", rest_is_slow(WAYS))
 def test_convolutions(way):
   """One of them by every plan; the others share what tells the plans apart."""
   plans = PLANS if way == "strided" else ("folded",)
@@ -125,7 +126,7 @@ def test_convolutions(way):
     assert adapter_size(vera(RANK), {path: target}) == RANK + target.outputs
 
 
-@pytest.mark.parametrize("way", ["dilated", "grouped"])
+@pytest.mark.parametrize("way", rest_is_slow(["dilated", "grouped"]))
 def test_convolutions_by_taps(way):
   """The pair is as narrow as a 1 x 1 layer's; each tap has a d of its own."""
   method = vera(RANK, conv="taps")
@@ -204,6 +205,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_methods_on_every_kind(name):
   ready = Ready(Mixed(), OTHERS[name], MIXED, IDS)
@@ -302,7 +304,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("way", ["broadcast", "mapped", "mapped cell"])
-@pytest.mark.parametrize("method", PAIRS)
+@pytest.mark.parametrize("method", rest_is_slow(PAIRS))
 def test_layers_that_steps_share_have_their_pairs(way, method):
   """The transformation passes on no collection that it does not know."""
   x = jnp.asarray(RNG.normal(size=(3, 2, 4)), jnp.float32)

@@ -6,6 +6,7 @@ import pytest
 from benchmarks import others
 from tests.adapters.others.models import MODELS
 
+pytestmark = pytest.mark.slow
 PAIRS = [
   ("layers with a function of the model's", "lora"),
   ("layers with a say in their training", "vera"),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.slow import rest_is_slow
 from vera_jax.adapters.apply import adapt
 from vera_jax.adapters.interface import LowRank, Site
 from vera_jax.adapters.lora import lora, lora_fa
@@ -87,16 +88,19 @@ def assert_close(got, want, tolerance):
 
 @pytest.mark.parametrize(
   "name, dtype, plan",
-  [
-    ("vera", "float32", "folded"),
-    ("vera", "float32", "folded_forward"),
-    ("vera", "bfloat16", "folded"),
-    ("vera", "bfloat16", "folded_forward"),
-    ("vera d", "float32", "folded_forward"),
-    ("vera b", "float32", "folded_forward"),
-    ("lora", "float32", "folded"),
-    ("lora", "bfloat16", "folded"),
-  ],
+  rest_is_slow(
+    [
+      ("vera", "float32", "folded"),
+      ("vera", "float32", "folded_forward"),
+      ("lora", "float32", "folded"),
+      ("vera d", "float32", "folded_forward"),
+      ("vera b", "float32", "folded_forward"),
+      ("vera", "bfloat16", "folded"),
+      ("vera", "bfloat16", "folded_forward"),
+      ("lora", "bfloat16", "folded"),
+    ],
+    quick=3,
+  ),
 )
 def test_plans_agree_in_value_and_gradient(name, dtype, plan):
   got = value_and_gradients(name, dtype, plan)
@@ -183,11 +187,16 @@ def compiled_flops(plan, name="vera", layers=1):
 
 @pytest.mark.parametrize(
   "name, plan",
-  [
-    *((name, plan) for name in PRICED for plan in PLANS[:2]),
-    ("vera", "folded_forward"),
-    ("lora_fa", "folded_forward"),
-  ],
+  rest_is_slow(
+    [
+      *(("vera", plan) for plan in PLANS),
+      *(
+        (name, plan) for name in PRICED for plan in PLANS[:2] if name != "vera"
+      ),
+      ("lora_fa", "folded_forward"),
+    ],
+    quick=3,
+  ),
 )
 def test_counted_costs_are_the_compiled_ones(name, plan):
   """Within 5 %: XLA also counts what is no product."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tests.slow import rest_is_slow
 from vera_jax.adapters.interface import Target
 from vera_jax.adapters.projections import digest, make_pair, make_projections
 from vera_jax.errors import UserError
@@ -25,13 +26,14 @@ OF_BITS = pytest.mark.parametrize("init", GOLDEN["pairs"][0]["digests"])
 
 @pytest.mark.smoke
 @OF_BITS
-@pytest.mark.parametrize("golden", GOLDEN["pairs"])
+@pytest.mark.parametrize("golden", rest_is_slow(GOLDEN["pairs"]))
 def test_the_bits_are_the_committed_ones(golden, init):
   pair = make_pair(**golden["pair"], init=init)
   assert digest(pair) == golden["digests"][init]
 
 
 @OF_BITS
+@pytest.mark.slow
 def test_jit_and_eight_devices_give_the_same_bits(init):
   golden = GOLDEN["pairs"][2]
   make = partial(make_pair, **golden["pair"], init=init)

@@ -42,6 +42,7 @@ merge.main()
 """
 
 
+@pytest.mark.slow
 def test_to_the_hub_and_back(random_adapter, tiny_model, tmp_path):
   """All that the hub gets is as it is here, but for this machine's paths."""
   adapter, store = random_adapter("head", task="sst2"), tmp_path / "store"

@@ -18,6 +18,7 @@ from tests.adapters.adapted_networks import (
   plain,
 )
 from tests.adapters.architectures import CELLS, Nested, Recurrent
+from tests.slow import rest_is_slow
 from vera_jax.adapters.apply import adapter_size, find_targets, plans_at
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.ia3 import ia3
@@ -31,7 +32,7 @@ from vera_jax.errors import UserError
 SEQUENCE = jnp.asarray(RNG.normal(size=(3, 6, 2)), jnp.float32)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", rest_is_slow(CELLS, quick=2))
 def test_recurrent_cells(cell):
   """Kernels on the input's side and on the state's alike."""
   ready = Ready(Recurrent(cell), vera(RANK), ["cell/.*"], SEQUENCE)
@@ -125,12 +126,13 @@ def test_a_cells_plan_is_the_one_that_a_run_prints(rank, plan):
 @pytest.mark.parametrize(
   "method, x, plans",
   [
-    (ia3(), SEQUENCE, set()),
     (lora(1), SEQUENCE, {"folded"}),
     (lora(1), SEQUENCE[:1, :1], {"factored"}),
+    (ia3(), SEQUENCE, set()),
   ],
-  ids=["ia3", "lora, folded", "lora, factored"],
+  ids=["lora, folded", "lora, factored", "ia3"],
 )
+@pytest.mark.slow
 def test_a_cell_in_a_cell(method, x, plans):
   """Its kernels are made with those of the outer one, once for all steps."""
   ready = Ready(Nested(), method, [".*"], x)

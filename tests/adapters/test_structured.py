@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.slow import rest_is_slow
 from vera_jax.adapters.apply import adapt, plans_at
 from vera_jax.adapters.interface import Site, Target
 from vera_jax.adapters.products import (
@@ -48,7 +49,10 @@ def test_few_blocks_of_128_rows_at_most(width, sizes):
 # More rows than columns, fewer, a width of odd factors, a prime, and widths of
 # one block.
 @pytest.mark.parametrize(
-  "rows, columns", [(40, 64), (7, 30), (300, 144), (16, 131), (3, 1), (1, 5)]
+  "rows, columns",
+  rest_is_slow(
+    [(16, 131), (7, 30), (40, 64), (300, 144), (3, 1), (1, 5)], quick=2
+  ),
 )
 def test_products_are_those_of_the_matrix(rows, columns):
   """Both ways round, within float32's rounding; gradients go back by it."""
@@ -91,7 +95,7 @@ def test_rows_are_orthogonal_or_columns_and_else_far_from_alike(columns):
   )
 
 
-@pytest.mark.parametrize("rank", [24, 144])
+@pytest.mark.parametrize("rank", rest_is_slow([24, 144]))
 def test_second_moments_are_kaimings(rank):
   """Of each row and column over seeds; of the whole matrix for any seed."""
   sizes = {"A": (rank, 96), "B": (144, rank)}

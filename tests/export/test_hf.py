@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from tests.slow import rest_is_slow
 from vera_jax.adapters.files import load_adapter
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
@@ -29,7 +30,9 @@ def restored(folder):
   return restore_adapter(load_adapter(folder))
 
 
-@pytest.mark.parametrize("method", ["vera", "bitfit", "full", "dvora+ia3"])
+@pytest.mark.parametrize(
+  "method", rest_is_slow(["vera", "dvora+ia3", "bitfit", "full"])
+)
 def test_the_folder_answers_as_the_adapter_does(
   method, random_adapter, tmp_path
 ):
@@ -148,6 +151,7 @@ def test_a_broken_merge_json_is_named(random_adapter, tmp_path):
     load_classifier(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_real_encoder(random_adapter, minilm_folder, tmp_path):
   """MiniLM with random d and b: far from the base, merged to the same."""
   adapted = restored(random_adapter(base=minilm_folder, rank=64))

@@ -31,11 +31,13 @@ def alone(launcher):
   return launcher.run_alone()
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_in_a_save(launcher, alone):
   outcome = interruption.kills(launcher, alone, times=2, seed=1)
   assert outcome.tried == 2 and outcome.lost == 0 and outcome.same
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(launcher, alone):
   """Two of four devices = one of eight = one of one, stopped on the way.
 

@@ -9,6 +9,7 @@ from tests.fuzz import harness
 from tests.fuzz.harness import FINE, PACKAGE, ROOT, Sandbox
 from tests.fuzz.readers import READERS
 
+pytestmark = pytest.mark.slow
 EACH = 6  # mutations of each reader
 # These read by the code of others that are tried, and take long to set up.
 SIMILAR = {

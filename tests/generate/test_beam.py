@@ -10,6 +10,7 @@ import pytest
 from scipy.special import log_softmax
 
 from tests.generate.markov import EOS, WORDS, chain, random_table, search
+from tests.slow import rest_is_slow
 from vera_jax.errors import UserError
 from vera_jax.generate.beam import Beam, best_words
 
@@ -19,7 +20,9 @@ GOLDEN = json.loads(
 PROMPTS = [[5], [7, 3, 7, 3], [4, 4, 9]]
 
 
-@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: str(c["seed"]))
+@pytest.mark.parametrize(
+  "case", rest_is_slow(GOLDEN["cases"], quick=3), ids=lambda c: str(c["seed"])
+)
 def test_the_rules_hf_give_transformers_texts(case):
   check_against_transformers(case)
 
@@ -72,7 +75,9 @@ def lora_by_hand(table, prompt, *, beams, penalty, ngram, new, eos):
   return best, best_score
 
 
-@pytest.mark.parametrize("penalty, ngram, beams", [(0.8, 3, 3), (-0.5, 1, 4)])
+@pytest.mark.parametrize(
+  "penalty, ngram, beams", rest_is_slow([(0.8, 3, 3), (-0.5, 1, 4)])
+)
 def test_the_rules_lora_are_microsofts(penalty, ngram, beams):
   for seed in range(8):
     table = random_table(seed, spread=2.5)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from tests.slow import rest_is_slow
 from vera_jax.errors import UserError
 from vera_jax.models.bert import BertClassifier
 
@@ -122,7 +123,9 @@ def scanned(tiny, init, ids):
 
 @pytest.mark.parametrize(
   "scan, remat",
-  [(True, "full"), (True, "dots"), (False, "none"), (False, "full")],
+  rest_is_slow(
+    [(False, "none"), (True, "full"), (True, "dots"), (False, "full")], quick=2
+  ),
 )
 def test_stacking_and_remat_change_nothing(scan, remat, scanned, ids):
   config, params, value_wanted, grads_wanted = scanned
@@ -137,7 +140,7 @@ def test_stacking_and_remat_change_nothing(scan, remat, scanned, ids):
   )
 
 
-@KINDS
+@pytest.mark.parametrize("kind", rest_is_slow(["bert", "roberta"]))
 @pytest.mark.parametrize("scan, remat", [(True, "full"), (False, "none")])
 def test_dropout_follows_its_key(kind, scan, remat, tiny, init, apply, ids):
   model = BertClassifier(tiny(kind), 3, scan=scan, remat=remat)
@@ -159,7 +162,7 @@ RATES = (
 )
 
 
-@KINDS
+@pytest.mark.parametrize("kind", rest_is_slow(["roberta", "bert"]))
 @pytest.mark.parametrize("active", RATES)
 def test_each_dropout_rate_is_used(kind, active, tiny, init, apply, ids):
   rates = dict.fromkeys(RATES, 0.0)

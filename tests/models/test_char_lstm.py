@@ -180,6 +180,7 @@ def test_what_each_method_trains_of_the_output_layer():
   }
 
 
+@pytest.mark.slow
 def test_a_run_its_adapter_and_the_merged_folder(config, tmp_path):
   result = train_and_evaluate(config(), tmp_path / "run")
   counts = result["parameters"]
@@ -196,6 +197,7 @@ def test_a_run_its_adapter_and_the_merged_folder(config, tmp_path):
     Generator(classifier)
 
 
+@pytest.mark.slow
 def test_what_is_refused_by_name(config, tmp_path, monkeypatch):
   made = config(data__max_length=20)
   with pytest.raises(UserError, match="scored texts are cut"):

@@ -100,6 +100,7 @@ def test_running_statistics_are_trained_by_no_method(method):
   assert all("norm" in p[-2] for p in base if p[-1] != "kernel")
 
 
+@pytest.mark.slow
 def test_the_layers_are_looped_and_may_be_rematerialised():
   plans = [
     blueprint(LITE, outputs=3, scan=True, remat=remat)
@@ -156,6 +157,7 @@ def make_config(tiny_lite, tiny_images, cache, **changes):
   return config
 
 
+@pytest.mark.slow
 def test_a_run_its_adapter_and_the_merged_folder(
   tiny_lite, tiny_images, tmp_path
 ):

@@ -111,6 +111,7 @@ def base(request, tiny_model, tmp_path):
   return kind, folder
 
 
+@pytest.mark.slow
 def test_train_save_load_predict_merge(base, tiny_config, tmp_path):
   kind, folder = base
   config = tiny_config(

@@ -19,6 +19,7 @@ from tests.models.gguf_folders import (
   random_folder,
   tensors_of,
 )
+from tests.slow import rest_is_slow
 from vera_jax import load_adapter, restore_adapter
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
@@ -369,7 +370,7 @@ def test_a_file_in_a_package_is_found(file, tmp_path, home, monkeypatch):
       resolve(f"package:{name}/other.gguf")  # not in the list of files
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", rest_is_slow(RULES, quick=2))
 def test_ids_are_the_same_after_every_rule(rule, folder, tmp_path):
   place = tmp_path / "model"
   shutil.copytree(folder("llama"), place)
@@ -577,6 +578,7 @@ def test_a_head_of_its_own_is_written_whatever_the_config_says(tmp_path):
       assert np.array_equal(gguf.get_tensor("lm_head.weight"), head)
 
 
+@pytest.mark.slow
 def test_the_command_merges_an_adapter_on_a_gguf_base(
   file, random_adapter, home, tmp_path
 ):
@@ -619,6 +621,7 @@ ODD = (-1, 0, 2**40, float("nan"), "x", True, [], ["a"], np.array([1, 2]))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.slow
 def test_odd_values_in_a_header_never_end_in_another_error(kind, file):
   gguf, refused = read_gguf(file(kind)), 0
   further = ("general.architecture", "llama.attention.sliding_window")

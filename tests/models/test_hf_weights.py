@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.slow import rest_is_slow
 from vera_jax.errors import UserError
 from vera_jax.models.bert import FAMILY, BertClassifier
 from vera_jax.models.family import load_config
@@ -54,7 +55,7 @@ def load(shapes):
   return make
 
 
-@SCAN
+@pytest.mark.parametrize("scan", rest_is_slow([True, False]))
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_transformers(name, scan, load, apply):
   text = (GOLDEN / name / "expected.json").read_text(encoding="utf-8")
@@ -68,7 +69,7 @@ def test_logits_equal_transformers(name, scan, load, apply):
   assert np.ptp(want, axis=0).min() > 0.1  # the rows do differ
 
 
-@SCAN
+@pytest.mark.parametrize("scan", rest_is_slow([True, False]))
 @pytest.mark.parametrize("name", NAMES)
 def test_there_and_back_is_exact(name, scan, load):
   original = load_file(GOLDEN / name / "model.safetensors")

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from configs.e2e import SMOLLM2
 from tests.models.gguf_folders import ROWS, random_folder
+from tests.slow import rest_is_slow
 from vera_jax.adapters.labels import join
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.vera import vera
@@ -230,11 +231,13 @@ def loss_and_slopes(model, frozen, batch):
 
 @pytest.mark.parametrize(
   "method, how, scan, remat, plan",
-  [
-    ("vera", "keep", True, "none", "factored"),
-    ("lora", "keep", True, "full", "folded"),
-    ("vera", "nf4", False, "none", "folded_forward"),
-  ],
+  rest_is_slow(
+    [
+      ("vera", "keep", True, "none", "factored"),
+      ("lora", "keep", True, "full", "folded"),
+      ("vera", "nf4", False, "none", "folded_forward"),
+    ]
+  ),
 )
 def test_loss_and_gradients_are_those_of_the_dequantised_weights(
   method, how, scan, remat, plan, file, home, batch

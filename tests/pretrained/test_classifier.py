@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tests.models.decoders import GPT2, LLAMA
 from tests.models.test_families import random_params
 from tests.models.test_hf_weights import BERT
+from tests.slow import rest_is_slow
 from vera_jax.adapters.files import load_adapter, tensors
 from vera_jax.adapters.labels import label_tree, split
 from vera_jax.adapters.projections import digest
@@ -39,7 +40,7 @@ def logits(classifier):
 
 @pytest.mark.parametrize(
   "method, scan",
-  [*((method, True) for method in METHODS), ("vera", False)],
+  rest_is_slow([*((method, True) for method in METHODS), ("vera", False)]),
 )
 def test_what_was_saved_is_in_the_tree(method, scan, random_adapter):
   saved = load_adapter(random_adapter(method))

@@ -24,6 +24,7 @@ from vera_jax.pretrained.classifier import Classifier
 from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.predictor import encode
 
+pytestmark = pytest.mark.slow
 SECONDS = float(os.environ.get("BANK_SECONDS", 2))
 THREADS, LEAST = 16, 10  # actions of each thread, however long they take
 ROOM, NAMES = 2, ("a", "b", "c")  # one more than there is room for

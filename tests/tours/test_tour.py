@@ -55,6 +55,7 @@ def test_all_round_trips(minilm_folder, tmp_path):
   find_spec("torch") is not None,
   reason="test_all_round_trips takes these steps and more",
 )
+@pytest.mark.slow
 def test_a_decoders_round_trips_without_torch(tmp_path):
   steps = list(decoder_trips(tmp_path, "gpt2", with_torch=False))
   assert len(steps) == 8
