@@ -30,6 +30,17 @@ from vera_jax.pretrained.blueprint import blueprint
 HEAD = {"kernel": np.ones((4, 2), np.float32), "bias": np.zeros(2)}
 
 
+ABOUT = {
+  "method": "vera",
+  "settings": {},
+  "base": None,
+  "base_fingerprint": "",
+  "labels": [],
+  "projection_prng": "threefry2x32",
+  "projection_digest": None,
+}
+
+
 def make(scan: bool):
   """Two layers' vectors, 0 and 1, and a head."""
 
@@ -47,11 +58,12 @@ def make(scan: bool):
 @pytest.mark.parametrize("scan", [True, False])
 def test_both_files_are_there(tmp_path, scan):
   folder = tmp_path / "new" / "adapter"
-  save_adapter(folder, make(scan), about={"targets": ("query",)})
+  save_adapter(folder, make(scan), about={**ABOUT, "targets": ("query",)})
   about = json.loads((folder / "adapter.json").read_text())
   data = (folder / "adapter.safetensors").read_bytes()
   checksum = hashlib.sha256(data).hexdigest()
-  assert about == {"targets": ["query"], "format": FORMAT, SHA256: checksum}
+  added = {"targets": ["query"], "format": FORMAT, SHA256: checksum}
+  assert about == {**ABOUT, **added}
   stored = load_file(folder / "adapter.safetensors")
   assert {name: x.tolist() for name, x in stored.items()} == {
     "encoder.layer.0-1.attention.self.query.vera_d": [[0] * 3, [1] * 3],
@@ -158,6 +170,7 @@ def test_the_files_are_small(size, method, settings, adapter, tmp_path):
   shapes = trained_shapes(size, method, **settings)
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
   about = {  # as long as what a run writes, or longer
+    **ABOUT,
     "task": "generated_entailment",
     "base": "package:some_package_with_a_long_name/and_a_folder_in_it",
     "base_fingerprint": 64 * "0",
@@ -273,7 +286,7 @@ def test_a_full_disk_leaves_no_part_of_an_adapter(there, tmp_path, monkeypatch):
   """What is in the way of the next try; an older one stays as it was."""
   folder, calls = tmp_path / "adapter", []
   if there:
-    save_adapter(folder, make(True), about={"score": 1})
+    save_adapter(folder, make(True), about={**ABOUT, "score": 1})
   before = sorted(tmp_path.rglob("*"))
 
   def full(handle):
@@ -284,7 +297,7 @@ def test_a_full_disk_leaves_no_part_of_an_adapter(there, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr("os.fsync", full)
     with pytest.raises(UserError, match="adapter can't be written: No space"):
-      save_adapter(folder, make(True), about={"score": 2})
+      save_adapter(folder, make(True), about={**ABOUT, "score": 2})
   assert sorted(tmp_path.rglob("*")) == before
-  save_adapter(folder, make(True), about={"score": 3})
+  save_adapter(folder, make(True), about={**ABOUT, "score": 3})
   assert json.loads((folder / "adapter.json").read_text())["score"] == 3

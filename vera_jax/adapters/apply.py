@@ -27,6 +27,7 @@ from vera_jax.adapters.interface import (
 )
 from vera_jax.adapters.labels import join
 from vera_jax.adapters.layer_calls import IN_MODEL
+from vera_jax.adapters.merge import merge
 from vera_jax.adapters.products import (
   AUTO,
   check_plan,
@@ -147,6 +148,27 @@ class Adapted(nn.Module):
     leaves = first_leaves(self.adapter, targets, params, projections, key)
     own = {"projections": projections} if projections else {}
     return {**variables, "params": join(params, leaves), **own}
+
+  @nn.nowrap
+  def merge(
+    self, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+  ) -> dict[str, Any]:
+    """The plain model's variables, with the adapted weights in place of its
+    own; see `merge.merge`.
+
+    Args:
+      variables: with the adapter's leaves and projections.
+      *args: example inputs, as for `init_on`.
+      **kwargs: keyword arguments of the model's call.
+    """
+    merged = merge(
+      variables["params"],
+      variables.get("projections", EMPTY),
+      adapter=self.adapter,
+      targets=self.find_targets(*args, **kwargs) if self.targets else {},
+    )
+    rest = {k: x for k, x in variables.items() if k != "projections"}
+    return {**rest, "params": merged}
 
   @nn.nowrap
   def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:

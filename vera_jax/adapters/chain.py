@@ -113,4 +113,9 @@ def chain(*given: Adapter) -> Adapter:
     trains="|".join(trained) or None,
     prepare=prepare if all(link.prepare for link in links) else None,
     links=links,
+    parts=tuple(
+      part._replace(on=part.on or whole.on)
+      for whole in given
+      for part in (() if whole.method else whole.parts) or (whole,)
+    ),
   )

@@ -43,7 +43,7 @@ SHA256 = "tensors_sha256"
 NEEDED: dict[str, tuple[type, ...]] = {
   "method": (str,),
   "settings": (dict,),
-  "base": (str,),
+  "base": (str, type(None)),
   "base_fingerprint": (str,),
   "labels": (list,),
   "projection_prng": (str,),
@@ -76,6 +76,25 @@ class SavedAdapter(NamedTuple):
   tensors: Tensors
   folder: Path
 
+  @property
+  def base(self) -> str:
+    """The base's name.
+
+    Raises:
+      UserError: it has none, since the adapter is of a model of one's own.
+    """
+    if self.about["base"] is None:
+      raise UserError(
+        f"The adapter {self.folder} names no base: it was saved from a model of"
+        " one's own. In Python, `load` of that model, adapted, reads it."
+      )
+    return self.about["base"]
+
+
+def is_stacked(path: tuple[str, ...], leaf: Any) -> bool:
+  """Whether a leaf's first axis counts the layers of a stack."""
+  return "layer" in path and len(leaf.shape) > 0
+
 
 def named_slices(
   path: tuple[str, ...], leaf: Any
@@ -84,9 +103,9 @@ def named_slices(
 
   A leaf of shapes only (`jax.ShapeDtypeStruct`) gives the names and None.
   """
-  stacked = "layer" in path
+  stacked = is_stacked(path, leaf)
   for i in range(leaf.shape[0] if stacked else 1):
-    module = layer_name(path[:-1], layer=i if stacked else None)
+    module = layer_name(path[:-1], layer=i)
     value = None
     if isinstance(leaf, np.ndarray):
       value = leaf[i] if stacked else leaf
@@ -96,7 +115,7 @@ def named_slices(
 def tensors(trained: Mapping[str, Any]) -> Tensors:
   """The trained leaves by name, stacked layers taken apart."""
   return {
-    name: np.ascontiguousarray(value)
+    name: np.asarray(value, order="C")
     for path, leaf in flatten_dict(dict(trained)).items()
     for name, value in named_slices(path, np.asarray(leaf))
   }
@@ -168,9 +187,10 @@ def save_adapter(
       tensors are added.
 
   Raises:
-    UserError: the folder can't be written.
+    UserError: the folder can't be written, or `about` lacks a field.
   """
   folder = Path(folder).expanduser()
+  check_needed(about, folder / ABOUT)
   data = save(stack_layers(tensors(trained)))
   checksum = hashlib.sha256(data).hexdigest()
 
@@ -186,6 +206,17 @@ def save_adapter(
     fill(folder)
   except OSError as error:
     raise UserError(f"{folder} can't be written: {error.strerror}.") from error
+
+
+def check_needed(about: Mapping[str, Any], file: Path) -> None:
+  """Raises a UserError for fields that lack, or have values of another type."""
+  lacking = [
+    name
+    for name, kinds in NEEDED.items()
+    if name not in about or not isinstance(about[name], kinds)
+  ]
+  if lacking:
+    raise UserError(f"{file} has no usable {', '.join(lacking)}.")
 
 
 def check_length(length: Any) -> None:
@@ -244,13 +275,7 @@ def load_adapter(name: str | Path) -> SavedAdapter:
       f" reads format {FORMAT}. It was written by another one, or changed by"
       " hand."
     )
-  lacking = [
-    name
-    for name, kinds in NEEDED.items()
-    if name not in about or not isinstance(about[name], kinds)
-  ]
-  if lacking:
-    raise UserError(f"{folder / ABOUT} has no usable {', '.join(lacking)}.")
+  check_needed(about, folder / ABOUT)
   check_used(about, folder / ABOUT)
 
   file = folder / TENSORS

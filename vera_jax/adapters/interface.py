@@ -180,6 +180,10 @@ class Adapter(NamedTuple):
       the chain.
     apart: patterns of the sites that the method treats in another way, each of
       which has to match one.
+    method, settings: the name and the settings by which the table of methods
+      makes it again, which is what an adapter's file holds; "" and None of an
+      adapter that the table can't make.
+    parts: what a chain was made of, in order; a part may be a chain itself.
   """
 
   name: str
@@ -195,6 +199,9 @@ class Adapter(NamedTuple):
   links: tuple["Adapter", ...] = ()
   on: tuple[str, ...] = ()
   apart: tuple[str, ...] = ()
+  method: str = ""
+  settings: Any = None
+  parts: tuple["Adapter", ...] = ()
 
   @property
   def methods(self) -> tuple["Adapter", ...]:

@@ -79,7 +79,7 @@ def export_adapter(
       " texts, or give their next word, are carried to PEFT. Merge it and use"
       " the checkpoint."
     )
-  name = base or about["base"]
+  name = base or saved.base
   network = open_base(name, about, head=head)
   layers = with_parts(network.layers)
   adapter, targets = make_adapter(own, given)

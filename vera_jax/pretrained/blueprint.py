@@ -31,6 +31,7 @@ from vera_jax.adapters.labels import (
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.products import AUTO
 from vera_jax.adapters.projections import digest
+from vera_jax.adapters.saved import Flat, own_shapes
 from vera_jax.adapters.sites import first_leaves, make_shared
 from vera_jax.adapters.tracing import trace_sites
 from vera_jax.errors import UserError
@@ -54,7 +55,6 @@ from vera_jax.pretrained.sharding import (
   put,
 )
 
-Flat = dict[TreePath, Any]
 LOOPED = 12  # layers at most; their compiling takes seconds on a CPU
 
 
@@ -101,14 +101,8 @@ class Blueprint(NamedTuple):
 
   def own_shapes(self) -> tuple[Any, Any]:
     """The shapes of the adapter's leaves and of the projections."""
-
-    def build(base: Any) -> Any:
-      projections = self.projections(base)
-      key = jax.random.key(0)
-      own = first_leaves(self.adapter, self.targets, base, projections, key)
-      return own, projections
-
-    return jax.eval_shape(build, unflatten_dict(self.shapes))
+    base = unflatten_dict(self.shapes)
+    return own_shapes(self.adapter, self.targets, base)
 
   def projections(self, params: Any) -> dict[str, Any]:
     """The `projections` collection, on these weights (or their shapes)."""

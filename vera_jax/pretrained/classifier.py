@@ -5,28 +5,29 @@ the base, and refuses whatever is not what the adapter was trained with.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from vera_jax.adapters.files import (
-  SavedAdapter,
-  check_used,
-  named_slices,
-)
+from vera_jax.adapters.files import SavedAdapter, check_used
 from vera_jax.adapters.interface import Adapter, Target
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import FROZEN
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.products import AUTO
-from vera_jax.adapters.projections import PRNG, STORED, digest
+from vera_jax.adapters.saved import (
+  is_held,
+  read_leaves,
+  read_projections,
+  some,
+  take_stored,
+)
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.hub import resolve
@@ -52,9 +53,8 @@ from vera_jax.models.kinds import (
   kind_of_problem,
 )
 from vera_jax.operations.quantised import NONE, plain
-from vera_jax.pretrained.blueprint import Flat, blueprint, find_codes
+from vera_jax.pretrained.blueprint import blueprint, find_codes
 
-SHOWN = 3  # differences of one kind that a message lists
 MERGED = "merge.json"  # what `export_hf.write_merged` says of a merged folder
 
 
@@ -144,8 +144,7 @@ def restore_adapter(
   labels = tuple(map(str, about["labels"]))
   kind = kind_of(about, labels)
   given, targets = make_adapter(about["method"], about["settings"])
-  if about["settings"].get("init") == STORED:
-    saved, given = _take_stored(saved, given)
+  saved, given = take_stored(saved, given)
   made = blueprint(
     read_model(folder),
     outputs=len(labels) or 1,
@@ -159,15 +158,14 @@ def restore_adapter(
 
   # Frozen leaves from the base. What it lacks, what the method trains of it,
   # and modules of it that PEFT trained whole, are in the adapter's file.
-  own, _ = made.own_shapes()
-  shapes = made.shapes | flatten_dict(own)
+  shapes = made.shapes | flatten_dict(made.own_shapes()[0])
   kinds = flatten_dict(made.label(unflatten_dict(shapes)))
   frozen = {
     path: leaf
     for path, leaf in shapes.items()
     if kinds[path] == FROZEN
     and path in made.shapes
-    and not any(name in saved.tensors for name, _ in named_slices(path, leaf))
+    and not is_held(saved, path, leaf)
   }
   loaded = load_params(
     folder,
@@ -180,21 +178,13 @@ def restore_adapter(
   filled = flatten_dict(loaded.params)
   if not codes:
     filled = {path: plain(leaf) for path, leaf in filled.items()}
-  trained = {path: leaf for path, leaf in shapes.items() if path not in filled}
-  wrong = list(differences(saved.tensors, trained))
-  if wrong:
-    raise UserError(
-      f"The adapter {saved.folder} does not fit what its adapter.json says:\n  "
-      + "\n  ".join(wrong)
-    )
-  filled |= leaves_by_path(saved.tensors, trained)
+  filled |= read_leaves(
+    saved, {path: leaf for path, leaf in shapes.items() if path not in filled}
+  )
   params = jax.tree.map(
     jnp.asarray, unflatten_dict({path: filled[path] for path in shapes})
   )
-
-  projections = made.projections(params)
-  if projections:
-    _check_projections(saved, projections)
+  projections = read_projections(saved, given, made.targets, params)
   return Classifier(
     made.module,
     params,
@@ -232,12 +222,12 @@ def load_classifier(
   if loaded.missing:
     raise UserError(
       f"{folder} is no whole {'decoder' if kind == WORDS else 'classifier'}: it"
-      f" lacks {_some(loaded.missing)}."
+      f" lacks {some(loaded.missing)}."
     )
   if loaded.unexpected:
     raise UserError(
       f"{folder} is another network than its config.json says: there is no"
-      f" place for its tensors {_some(loaded.unexpected)}. If they are of no"
+      f" place for its tensors {some(loaded.unexpected)}. If they are of no"
       " use, take them out of the file."
     )
   merged = folder / MERGED
@@ -288,7 +278,7 @@ def _ending(name: str) -> str:
 
 def _find_base(saved: SavedAdapter, base: str | Path | None) -> Path:
   """The base's folder, whose weights are those that were trained on."""
-  named = saved.about["base"]
+  named = saved.base
   try:
     folder = resolve(named if base is None else base)
   except UserError as error:
@@ -306,76 +296,6 @@ def _find_base(saved: SavedAdapter, base: str | Path | None) -> Path:
   return folder
 
 
-def differences(
-  found: Mapping[str, np.ndarray], trained: Flat
-) -> Iterator[str]:
-  """What lacks, what is too much and what has another shape, in words."""
-  expected = {
-    name: leaf.shape[1:] if "layer" in path else leaf.shape
-    for path, leaf in trained.items()
-    for name, _ in named_slices(path, leaf)
-  }
-  lacking = [name for name in expected if name not in found]
-  beyond = [name for name in found if name not in expected]
-  if lacking:
-    yield f"no {_some(lacking)} in the file"
-  if beyond:
-    yield f"no place for {_some(beyond)}: are targets and method right?"
-  unequal = [
-    f"{name} has shape {found[name].shape}, not {shape}"
-    for name, shape in expected.items()
-    if name in found and found[name].shape != shape
-  ]
-  if unequal:
-    yield f"{_some(unequal)}: are rank and labels right?"
-
-
-def leaves_by_path(found: Mapping[str, np.ndarray], trained: Flat) -> Flat:
-  """The file's tensors as float32 leaves, stacked where the tree is."""
-  leaves = {}
-  for path, leaf in trained.items():
-    values = [found[name] for name, _ in named_slices(path, leaf)]
-    value = np.stack(values) if "layer" in path else values[0]
-    leaves[path] = value.astype(np.float32)
-  return leaves
-
-
-def _take_stored(
-  saved: SavedAdapter, adapter: Adapter
-) -> tuple[SavedAdapter, Adapter]:
-  """The pair that no seed gives moves from the tensors to the adapter."""
-  rest = dict(saved.tensors)
-  try:
-    pair = {k: jnp.asarray(rest.pop(f"projections.{k}")) for k in "AB"}
-  except KeyError as error:
-    raise UserError(
-      f"The adapter {saved.folder} has stored projections by its adapter.json,"
-      f" but its tensors lack {error}."
-    ) from error
-  stored = adapter._replace(shared=lambda sites: pair)
-  return saved._replace(tensors=rest), stored
-
-
-def _check_projections(saved: SavedAdapter, made: Mapping[str, Any]) -> None:
-  """Refuse projections that are not those of training."""
-  prng, expected = (
-    saved.about[f"projection_{name}"] for name in ("prng", "digest")
-  )
-  if prng != PRNG:
-    raise UserError(
-      f"The adapter {saved.folder} has its projections from the generator"
-      f" {prng!r}; there is only {PRNG!r} here."
-    )
-  found = digest(made)
-  if found != expected:
-    raise UserError(
-      f"The projections of the adapter {saved.folder} come out different from"
-      f" those it was trained with: digest {found[:12]}, not"
-      f" {str(expected)[:12]}. Either its seed, init or rank was changed, or"
-      " this version of jax draws other numbers."
-    )
-
-
 def _check_codes(saved: SavedAdapter, found: str | None) -> None:
   """Refuse a base whose codes are not those of training."""
   expected = saved.about.get("codes_digest")
@@ -386,8 +306,3 @@ def _check_codes(saved: SavedAdapter, found: str | None) -> None:
       f" {str(found)[:12]}, not {str(expected)[:12]}. Either its adapter.json"
       " was changed, or this version of vera_jax rounds in another way."
     )
-
-
-def _some(names: Any) -> str:
-  more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-  return ", ".join(list(names)[:SHOWN]) + more

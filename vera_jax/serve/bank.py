@@ -37,25 +37,20 @@ from jaxtyping import Int
 from vera_jax.adapters.files import (
   SavedAdapter,
   load_adapter,
-  named_slices,
   save_adapter,
 )
 from vera_jax.adapters.interface import as_they_are
 from vera_jax.adapters.labels import join
 from vera_jax.adapters.methods import by_link, links_of, make_adapter
 from vera_jax.adapters.projections import STORED, digest
+from vera_jax.adapters.saved import differences, is_held, leaves_by_path
 from vera_jax.adapters.sites import prepared_leaves
 from vera_jax.data.packing import Batch
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.models.family import IMAGES
 from vera_jax.models.kinds import KINDS, TAGS, WORDS, kind_of
-from vera_jax.pretrained.classifier import (
-  Classifier,
-  differences,
-  leaves_by_path,
-  restore_adapter,
-)
+from vera_jax.pretrained.classifier import Classifier, restore_adapter
 from vera_jax.serve.image_predictor import (
   image_logits,
   processor_of,
@@ -139,9 +134,7 @@ class AdapterBank:
     # What the adapter's file holds is stacked; the base's rest is shared.
     flat = flatten_dict(classifier.params)
     own = {
-      path: leaf
-      for path, leaf in flat.items()
-      if next(named_slices(path, leaf))[0] in first.tensors
+      path: leaf for path, leaf in flat.items() if is_held(first, path, leaf)
     }
     frozen = {path: leaf for path, leaf in flat.items() if path not in own}
     self.frozen = Frozen(unflatten_dict(frozen), classifier.projections)
