@@ -22,8 +22,3 @@ def test_the_committed_rows_are_what_seed_0_gives(split, splits):
   groups = rows.grouped()
   assert len(groups) == INPUTS[split]
   assert {len(texts) for texts in groups.values()} == {TEXTS}
-
-
-def test_no_input_is_in_two_splits(splits):
-  inputs = [set(row[0] for row in rows) for rows in splits.values()]
-  assert len(set.union(*inputs)) == sum(map(len, inputs))

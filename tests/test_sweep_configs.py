@@ -101,30 +101,6 @@ def test_the_papers_settings_are_the_tasks_own(tmp_path):
   assert set(seeds.values()) == {5}
 
 
-def test_the_ranks_of_figure_2(tmp_path):
-  plan = make_plan(load("rank", "large"), tmp_path)
-  ranks = {"vera": set(), "lora": set()}
-  for run in plan.runs:
-    ranks[run.config.method].add(run.config[run.config.method].rank)
-    assert run.config.task == "rte"
-  assert ranks["vera"] == {1, 4, 16, 64, 256, 1024}
-  assert ranks["lora"] == {1, 2, 4, 8, 16, 32, 64}
-
-
-def test_the_ranks_on_superglue(tmp_path):
-  plan = make_plan(load("rank", "superglue"), tmp_path)
-  for run in plan.runs:
-    config = run.config
-    name = config.task.removeprefix("superglue_")
-    module = importlib.import_module(f"configs.superglue.{name}")
-    own = module.get_config("large")
-    own.method, own.seed = config.method, config.seed
-    own[own.method].rank = config[own.method].rank
-    assert config.to_dict() == own.to_dict()
-  ranks = Counter((r.config.task, r.config.method) for r in plan.runs)
-  assert set(ranks.values()) == {6 * 5, 7 * 5} and len(ranks) == 2 * 5
-
-
 @pytest.fixture(scope="module")
 def paths():
   """Every dense layer of a looped encoder of six layers."""

@@ -1,32 +1,13 @@
 """The benchmarks measure what they say, on a model of seconds."""
 
-import importlib
 import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks import bank, report, step, step_report
-from tests.experiments.command import run_each
+from benchmarks import bank, report, step_report
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.mark.parametrize("name", ["bank", "step", "train"])
-def test_each_benchmark_helps(name):
-  (done,) = run_each([f"benchmarks.{name}", "--help"])
-  first_line = importlib.import_module(f"benchmarks.{name}").__doc__
-  first_line = first_line.splitlines()[0]
-  assert done.returncode == 0 and "--out" in done.stdout, done.stderr
-  assert first_line in done.stdout
-
-
-def test_variants_take_turns():
-  calls = []
-  variants = {name: lambda name=name: calls.append(name) for name in "ab"}
-  seconds = report.interleaved(variants, repetitions=2)
-  assert calls == list("abab")
-  assert [len(times) for times in seconds.values()] == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -81,11 +62,3 @@ def test_a_steps_table_is_that_of_the_figures(path, tmp_path):
     assert min(plan["flops"] for plan in plans) <= 1.02 * whole["flops"]
     assert folded["temporary"] <= factored["temporary"]
     assert lora["flops"] < 1.02 * frozen["flops"]
-
-
-def test_counted_steps_are_kept_for_the_same_conditions_only():
-  path = STEPS[0]
-  result = json.loads(path.read_text())
-  assert step.kept(path, result) == result["sizes"]
-  assert step.kept(path, result | {"length": 64}) == {}
-  assert step.kept(path.with_name("none.json"), result) == {}

@@ -6,7 +6,6 @@ import pytest
 
 from benchmarks import decode
 from tests.generate.conftest import tiny_decoder  # noqa: F401
-from vera_jax.errors import UserError
 from vera_jax.files import read_json
 
 WORKS = [work for works in decode.WORKS.values() for work in works]
@@ -47,16 +46,3 @@ def test_the_table_is_of_the_figures(how):
     and "| torch |" not in alone
   )
   assert "torch is left out" in alone and "torch is left out" not in page
-
-
-def test_prompts_of_a_folder(tmp_path):
-  lines = [f"name : place {i // 2}||A text. \n" for i in range(40)]
-  (tmp_path / "test.txt").write_text("".join(lines))
-  assert decode.read_prompts(tmp_path) == [
-    f"name : place {i}" for i in range(16)
-  ]
-  (tmp_path / "test.txt").write_text("".join(lines[:9]))
-  with pytest.raises(UserError, match="5 different inputs .* 16 are needed"):
-    decode.read_prompts(tmp_path)
-  with pytest.raises(UserError, match="no .*test.txt"):
-    decode.read_prompts(tmp_path / "nowhere")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from benchmarks import docs
-from vera_jax.errors import UserError
 from vera_jax.report.frame import load_sweep
 from vera_jax.report.summary import BY, paired
 
@@ -114,19 +113,3 @@ def test_what_stands_between_the_marks_is_made_anew(monkeypatch):
   assert "old" not in made and "| sst2 |" in made
   assert made.startswith("Before.\n<!-- from") and made.endswith("\nAfter.\n")
   assert docs.filled(made) == made
-
-
-def test_figures_that_a_page_shows_are_drawn(monkeypatch, tmp_path):
-  monkeypatch.setattr(docs, "DOCS", tmp_path)
-  monkeypatch.setattr(docs, "SWEEPS", ROOT / "results/sweeps")
-  docs.draw("![Curves](figures/example-curves.png)")
-  drawn = [path.name for path in (tmp_path / "figures").iterdir()]
-  assert drawn == ["example-curves.png"]
-  with pytest.raises(UserError, match=r"no figure pie; it gives .*curves"):
-    docs.draw("![Pie](figures/example-pie.png)")
-
-
-def test_elsewhere_than_in_a_checkout(monkeypatch, tmp_path):
-  monkeypatch.chdir(tmp_path)
-  with pytest.raises(UserError, match="checkout"):
-    docs.main()

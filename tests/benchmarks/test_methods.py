@@ -4,13 +4,12 @@ import math
 
 import pytest
 
-from benchmarks import held_out, methods, rates
+from benchmarks import held_out, methods
 from vera_jax.adapters.apply import adapter_size
 from vera_jax.adapters.interface import Target
 from vera_jax.adapters.methods import METHODS, adapter_named
 from vera_jax.errors import UserError
 from vera_jax.peft_io.forms import FORMS, HELD_BY
-from vera_jax.report.frame import load_sweep
 
 RANKS = {"vera": 256, "dvora": 256, "pvera": 256, "randlora": 32, "unilora": 4}
 
@@ -35,42 +34,6 @@ def test_every_method_is_in_the_table():
   table = methods.markdown().splitlines()[: 2 + len(METHODS)]
   refused = [line.split("`")[1] for line in table if "| refused |" in line]
   assert refused == ["randlora", "full"]
-
-
-def test_the_scores_beside_vera_and_lora():
-  """On committed results of these two."""
-  made = methods.markdown(methods.STUDY.parent / "glue").splitlines()
-  assert made[2].endswith("| yes | yes | 81.0 |")
-  rows = [line.split(" | ") for line in made[made.index("") + 3 :]]
-  vera = next(row for row in rows if row[0] == "| sst2" and row[1] == "VeRA")
-  lora = next(row for row in rows if row[0] == "| sst2" and row[1] == "LoRA")
-  assert vera[3] == "7,680" and vera[7] == "" != vera[9]
-  assert lora[9] == "" != lora[7]
-  # the same pairs of seeds, seen from both sides
-  assert float(vera[9].split()[0]) == -float(lora[7].split()[0])
-
-
-@pytest.mark.parametrize(
-  "means, best, missing",
-  [
-    ({1: 70.0, 2: 80.0, 4: 75.0}, 2, None),
-    ({1: 70.0, 2: 80.0, 4: 85.0}, 4, 8),
-    ({1: 90.0, 2: 80.0, 4: 85.0}, 1, 0.5),
-    ({1: 70.0, 2: 80.0, 4: 80.0}, 2, None),
-    ({1: 70.0}, 1, 2),
-  ],
-)
-def test_a_rate_is_chosen_once_both_sides_fall(means, best, missing):
-  choice = rates.choose("vera", means)
-  assert (choice.best, choice.missing) == (best, missing)
-
-
-def test_the_rates_of_a_sweep():
-  """The committed one, whose grid holds both methods' best."""
-  found = list(rates.choices(load_sweep(methods.STUDY.parent / "rates")))
-  chosen = {choice.method.split(",")[0]: choice.best for choice in found}
-  assert chosen == {"vera": 4e-2, "lora": 4e-3}
-  assert all(choice.missing is None for choice in found)
 
 
 def test_rates_and_study_share_no_example(tmp_path, monkeypatch):

@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-import pytest
-
-from benchmarks.quantised import BASES, REMAT, markdown, rows_of
-from vera_jax.errors import UserError
+from benchmarks.quantised import BASES, REMAT, markdown
 from vera_jax.files import read_json
 
 RESULTS = Path(__file__).parents[2] / "results/benchmarks"
@@ -30,11 +27,3 @@ def test_codes_take_as_little_memory_as_promised():
   ]
   assert max(same) < 1e-4
   assert (RESULTS / "quantised.md").read_text() == markdown(result)
-
-
-def test_rows_are_added_to_those_of_the_same_measurement_alone():
-  old = read_json(RESULTS / "quantised.json")
-  assert rows_of(old, measured_with=old) == old["rows"]
-  for name in ("model", "rank", "tokens", "cpu", "versions"):
-    with pytest.raises(UserError, match=f"{name} is .* there and other now"):
-      rows_of(old, measured_with={**old, name: "other"})

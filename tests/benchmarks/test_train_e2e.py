@@ -46,14 +46,6 @@ def test_our_side_reads_the_same_rows(texts):
   assert [len(batch) for batch in order] == [4, 4, 2]
 
 
-def test_without_a_source_the_rows_are_generated():
-  config = train_e2e.get_config()
-  rng = np.random.default_rng(0)
-  rows = train_e2e.pairs(config.data.source, "train", 1000, rng)
-  assert 400 < len(set(rows)) <= 1000
-  assert all("name : " in one and text[0] == " " for one, text in rows)
-
-
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")  # torch's and PEFT's own
 def test_both_sides_learn_the_same(texts, tmp_path):

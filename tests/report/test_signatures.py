@@ -77,8 +77,3 @@ def test_the_papers_number_is_that_of_the_same_settings(
 ):
   found = published(make_result(**settings)["config"])
   assert (found and found[:2]) == printed
-
-
-def test_another_models_number_can_stand_beside(make_result):
-  result = make_result(model__name="minilm", vera__rank=16)
-  assert published(result["config"], "roberta-base")[:2] == (78.7, 0.7)

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from configs.sweeps import layers
 from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.report import load_sweep, summary, tables
@@ -54,36 +53,6 @@ def test_a_variant_and_a_chain_have_the_settings_of_their_methods(make_result):
   names = dict(zip(runs["method"], runs["condition"], strict=True))
   assert names == {"ia3": "", "dvora": "rank 8", "ia3+lora": ""}
   assert method_title("ia3+lora") == "IA3 + LoRA"
-
-
-def test_targets_are_put_in_words(make_result):
-  linear = layers.targets(6)[1]
-  lower = layers.targets(6)[-2]
-  upper_linear = tuple(
-    "layer_(4|5)/.*/" + pattern.removeprefix(r"layer_\d+/")
-    for pattern in linear
-  )
-  runs = frame(
-    [
-      make_result(vera__targets=targets)
-      for targets in (
-        lower,
-        linear,
-        ("query", "value"),
-        (linear[-1],),
-        ("layer_5/.*/value",),
-        upper_linear,
-      )
-    ]
-  )
-  assert list(runs["condition"]) == [
-    "targets query + value of layers 0, 1, 2",
-    "targets all linear layers",
-    "targets query + value",
-    "targets output",
-    "targets value of layer 5",
-    "targets all linear layers of layers 4, 5",
-  ]
 
 
 def test_what_most_conditions_have_is_left_out(make_result):
@@ -157,30 +126,6 @@ def test_the_table_shows_paper_difference_and_collapse(make_result):
   lines = tables.markdown(cells).splitlines()
   assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
   assert "x failed: nan" in tables.notes(sweep, table)
-
-
-def test_convergence_is_that_of_the_best_rate(make_result):
-  losses = {
-    ("vera", 0.01): (0.7, 0.6, 0.5),
-    ("vera", 0.1): (0.6, 0.45, 0.3),
-    ("lora", 0.001): (0.7, 0.6, 0.45),
-    ("lora", 0.01): (0.7, 0.7, 0.7),
-  }
-  found = [
-    make_result(method, seed, (0.6,) * 3, losses=curve, optim__adapter_lr=rate)
-    | {"learning_rates": {"adapter_lr": rate}}
-    for (method, rate), curve in losses.items()
-    for seed in (0, 1)
-  ]
-  sweep = Sweep("", "", frame(found), [])
-  notes = "\n".join(tables.notes(sweep, summary(sweep)))
-  assert (
-    "rte, vera: the training loss ends lowest with adapter_lr 0.1, at 0.3000"
-    " (1,792 parameters); it reaches LoRA's last loss in epoch 2."
-  ) in notes
-  assert (
-    "rte, lora: the training loss ends lowest with adapter_lr 0.001" in notes
-  )
 
 
 def test_a_folder_is_read_with_its_title_and_its_failures(

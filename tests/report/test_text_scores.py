@@ -7,7 +7,7 @@ from tests.report.test_plots import overlaps
 from vera_jax import results
 from vera_jax.report import plots, tables
 from vera_jax.report.frame import UNTUNED, Sweep, frame, load_sweep, steps
-from vera_jax.report.outputs import agreement, side_by_side
+from vera_jax.report.outputs import side_by_side
 from vera_jax.report.summary import holm, paired, summary
 from vera_jax.report.text_scores import text_scores, text_tables
 
@@ -113,11 +113,6 @@ def test_the_tables_have_a_column_per_metric(sweep):
   assert "- no Java" in page and "8 test inputs" in page
 
 
-def test_other_sweeps_have_no_such_tables(rank_sweep):
-  assert text_scores(rank_sweep) is None and not side_by_side(rank_sweep)
-  assert "Test texts" not in tables.page(rank_sweep, summary(rank_sweep))
-
-
 def test_the_figures_of_test_texts_and_of_logged_steps(sweep):
   logged = steps(sweep.runs)
   assert len(logged) == 2 * len(sweep.runs) and logged["loss"].max() == 3.0
@@ -142,8 +137,3 @@ def test_outputs_stand_side_by_side(sweep):
     ]
   assert "| VeRA | vera0 is in the centre |" in tables_of[-1]
   assert "vera1" not in page  # the lowest seed's
-
-
-def test_agreement_is_that_with_the_nearest_reference():
-  assert agreement("a b c", ["x", "A B d"]) == pytest.approx(4 / 6)
-  assert agreement("", ["x"]) == 0 and agreement("x y", ["y x", "x y"]) == 1

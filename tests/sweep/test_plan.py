@@ -67,12 +67,6 @@ def test_the_same_run_twice_is_one(tiny_sweep):
   assert len(tiny_sweep(cross(same, seeds((0, 1)))).runs) == 2
 
 
-def test_another_setting_is_another_folder(tiny_sweep):
-  one, two = tiny_sweep(), tiny_sweep(optim__weight_decay=0.1)
-  assert not {r.name for r in one.runs} & {r.name for r in two.runs}
-  assert [r.name for r in one.runs] == [r.name for r in tiny_sweep().runs]
-
-
 def test_what_the_command_line_sets_no_override_changes(tiny_sweep):
   plan = tiny_sweep(fixed=["seed"], seed=7)
   assert [run.config.seed for run in plan.runs] == [7, 7, 7]
@@ -131,21 +125,6 @@ def test_shards_take_every_run_once(tiny_sweep, count):
   assert sorted(taken) == sorted(run.name for run in runs)
   sizes = [len(shard_of(shared, i, count)) for i in range(count)]
   assert min(sizes) > 0 or count > len(runs)
-
-
-def test_what_is_done_moves_nothing_between_shards(tiny_sweep):
-  def shares(runs):
-    shared = make_units(runs, most=8, shards=2)
-    return [
-      [run.name for unit in shard_of(shared, i, 2) for run in unit]
-      for i in (0, 1)
-    ]
-
-  runs = tiny_sweep().runs
-  before = shares(runs)
-  runs[0].folder.mkdir(parents=True)
-  results.write(runs[0].folder, {"score": 1.0})
-  assert shares(tiny_sweep().runs) == before
 
 
 def test_a_shard_is_counted_from_zero():

@@ -87,17 +87,6 @@ sys.exit(1)
   assert [run.state for run in plan.runs] == ["failed"] * 3 + ["new"] * 2
 
 
-def test_a_failure_that_can_not_be_written_down_ends_the_sweep(
-  tiny_sweep, monkeypatch, tmp_path
-):
-  """On a full disk the units after it would end alike."""
-  pretend(monkeypatch, "sys.exit(1)")
-  plan = tiny_sweep()
-  with pytest.raises(UserError, match="is the disk full"):
-    run_units(make_units(plan.runs, most=8), logs=tmp_path / "logs")
-  assert {run.state for run in plan.runs} == {"new"}
-
-
 @pytest.fixture
 def ctrl_c():
   """SIGINT does what it does in a terminal: scripts start tests without it."""
@@ -124,21 +113,6 @@ sys.exit(75)
     run_units(make_units(plan.runs, most=8), logs=tmp_path / "logs")
   assert (tmp_path / "saved").read_text() == "saved"
   assert {run.state for run in plan.runs} == {"new"}  # nobody failed
-
-
-@pytest.mark.usefixtures("ctrl_c")
-def test_a_worker_that_is_ended_before_it_saved_is_said_to(
-  tiny_sweep, monkeypatch, tmp_path
-):
-  pretend(
-    monkeypatch,
-    f"os.kill(os.getppid(), {int(signal.SIGINT)}); sys.stdin.read()\n"
-    "import time; time.sleep(60)",
-  )
-  monkeypatch.setattr(runner, "GRACE", 0.0)
-  units = make_units(tiny_sweep().runs, most=8)
-  with pytest.raises(Interrupted, match="SIGINT, but the worker ended before"):
-    run_units(units, logs=tmp_path / "logs")
 
 
 def test_what_another_process_trains_is_left_to_it(

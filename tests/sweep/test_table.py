@@ -87,16 +87,6 @@ def test_the_live_table_shows_every_state(half_done):
   assert "2 done, 1 failed, 1 running, 2 new" in text and "left here" in text
 
 
-def test_what_trains_is_on_the_smallest_screen(half_done, monkeypatch):
-  table = LiveTable(half_done, make_units(half_done.runs, most=8))
-  monkeypatch.setattr(type(table.console), "height", 10)
-  with locked([half_done.runs[3].lock]):
-    rows = [
-      line for line in drawn(table._draw()).splitlines() if "-seed" in line
-    ]
-  assert len(rows) == 5 and half_done.runs[3].name in rows[0]
-
-
 def test_a_redraw_reads_no_data(half_done, monkeypatch):
   monkeypatch.setattr(table_file.time, "monotonic", lambda: 100.0)
   table = LiveTable(half_done, make_units(half_done.runs, most=8))

@@ -276,12 +276,3 @@ def test_questions_are_answered_in_fastchats_form(folder, tmp_path):
   path.write_text('{"question_id": 3, "turns": []}\n')
   with pytest.raises(UserError, match="question.jsonl:1: a question has"):
     read_judge_questions(path)
-
-
-def test_a_second_question_without_a_chat_template_stands_below_the_first():
-  tokenizer = tokenizer_of_words()
-  messages = [
-    {"role": role, "content": f" word{i}"}
-    for i, role in enumerate(("user", "assistant", "user"), 1)
-  ]
-  assert conversation_ids(tokenizer, messages, template="plain") == [4, 5, 6]

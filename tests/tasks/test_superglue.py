@@ -16,10 +16,9 @@ from tests.conftest import TINY
 from tests.tasks.superglue_files import SPLITS, write_superglue
 from vera_jax.adapters.files import load_adapter
 from vera_jax.data.examples import Examples, subset
-from vera_jax.data.texts import read_lines
 from vera_jax.errors import UserError
 from vera_jax.pretrained.classifier import restore_adapter
-from vera_jax.serve.predictor import Predictor, answer_lines, text_columns
+from vera_jax.serve.predictor import Predictor
 from vera_jax.sweep.plan import make_plan
 from vera_jax.tasks.superglue import TASKS, load_split, write_submission
 from vera_jax.tasks.task import task_named
@@ -275,24 +274,6 @@ def test_copa_trains_and_predict_gives_the_runs_answers(
     expected = (1 - chance, chance)
     np.testing.assert_allclose(answer.probabilities, expected, atol=1e-5)
     assert answer.score == max(answer.probabilities)
-
-
-def test_copa_line_by_line(folder, copa_predictor):
-  files = [folder / f"COPA/{split}.jsonl" for split in ("val", "test")]
-  lines = [line for f in files for line in f.read_bytes().splitlines(True)]
-  lines[1] = GOOD["copa"].replace("cause", "why").encode()
-  columns = text_columns(copa_predictor.classifier)
-  found = read_lines(
-    lines,
-    format="jsonl",
-    columns=columns,
-    count=len(columns[0]),
-    check=copa_predictor.task.to_texts,
-  )
-  answered = list(answer_lines(copa_predictor, found, at_once=99))
-  assert answered[1][0].error == "question is 'why'; it is cause or effect"
-  unanswered = [line.number for line, answer in answered if answer is None]
-  assert unanswered == [2] and len(answered) == len(lines)
 
 
 def test_what_copa_can_not_be_asked(copa_predictor):

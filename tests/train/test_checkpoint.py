@@ -94,15 +94,6 @@ def test_a_run_can_go_back_by_one_save(tmp_path):
   assert steps(tmp_path) == [3, 5, 8]
 
 
-def test_half_a_save_does_not_count(tmp_path):
-  with Checkpoints(tmp_path) as saves:
-    saves.save(1, state(), {})
-  (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
-  with Checkpoints(tmp_path) as saves:
-    assert saves.latest_step == 1
-  assert steps(tmp_path) == [1]
-
-
 def array_file(save):
   """The file with the most of a save's arrays in it."""
   files = [path for path in (save / "state").rglob("*") if path.is_file()]

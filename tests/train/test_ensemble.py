@@ -60,6 +60,7 @@ MINILM = {
 }
 
 
+@pytest.mark.slow
 def test_eight_runs_need_the_base_once():
   """Peak memory: the base, and eight times a run's own and a tenth at most."""
   mesh = make_mesh(over=jax.devices()[:1])
@@ -421,14 +422,6 @@ def test_what_does_not_fit_is_refused_by_name(
   with pytest.raises(UserError, match=words):
     train([tiny_config(), tiny_config(**changes)], tmp_path)
   assert not list(tmp_path.iterdir())
-
-
-def test_a_runs_title_is_what_differs(tiny_config):
-  titles = ensemble._titles
-  assert titles([tiny_config(seed=3)]) == ["seed 3"]
-  assert titles([tiny_config(seed=s) for s in (0, 1)]) == ["seed 0", "seed 1"]
-  two = [tiny_config(), tiny_config(seed=1, optim__head_lr=None)]
-  assert titles(two) == ["seed 0, head_lr 0.05", "seed 1"]
 
 
 def test_a_folder_for_each(tiny_config, tmp_path):

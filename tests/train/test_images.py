@@ -14,7 +14,6 @@ from vera_jax.errors import UserError
 from vera_jax.export.hf import write_merged
 from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 from vera_jax.report.frame import load_sweep
-from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.image_predictor import ImagePredictor
 from vera_jax.serve.predictor import Predictor
 from vera_jax.train.ensemble import train_ensemble
@@ -156,22 +155,6 @@ def test_merged_it_answers_the_same(run, tiny_images, tmp_path):
   fields = json.loads((tmp_path / "merged/config.json").read_text())
   assert fields["architectures"] == ["ViTForImageClassification"]
   assert fields["id2label"] == {"0": "blue", "1": "green", "2": "red"}
-
-
-def test_a_bank_mixes_adapters_of_images(run, tiny_images):
-  _, folder, _ = run
-  first = load_adapter(folder / "adapter")
-  other = first._replace(tensors={k: -2 * x for k, x in first.tensors.items()})
-  files = sorted(tiny_images.rglob("*.png"))[:4]
-  bank = AdapterBank({"first": first, "other": other})
-  names = ["first", "other", "other", "first"]
-  mixed = bank.logits(files, adapters=names)
-  for adapter, mine in ((first, [0, 3]), (other, [1, 2])):
-    alone = ImagePredictor(restore_adapter(adapter)).logits(files)
-    np.testing.assert_allclose(mixed[mine], alone[mine], atol=1e-5)
-  assert (
-    bank.answers(files[:1], adapters="first")[0].label in first.about["labels"]
-  )
 
 
 def test_ridge_needs_no_rates_and_stands_in_reports(

@@ -21,36 +21,21 @@ def write(folder, numbers, **changes):
       metrics.write(step, {"loss": 1 / step})
 
 
-def test_a_line_for_each_write(tmp_path):
-  write(tmp_path, [1, 2])
-  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-  assert json.loads(lines[1]) == {"step": 2, "loss": 0.5}
-
-
-def test_lines_are_on_disk_before_the_run_ends(tmp_path):
+def test_each_write_is_a_line_on_disk_at_once(tmp_path):
   with MetricWriter(tmp_path, config={}) as metrics:
-    metrics.write(1, {"loss": 1.0})
-    assert steps(tmp_path) == [1]
+    metrics.write(2, {"loss": 0.5})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text) == {"step": 2, "loss": 0.5}
 
 
 def test_lines_beyond_the_save_are_written_anew(tmp_path):
   write(tmp_path, [1, 2, 3, 4])
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 2, "lo')  # cut off
   write(tmp_path, [3, 4, 5], step=2)
   assert steps(tmp_path) == [1, 2, 3, 4, 5]
-
-
-def test_a_run_that_saved_nothing_starts_over(tmp_path):
-  write(tmp_path, [1, 2])
-  write(tmp_path, [1])
+  write(tmp_path, [1])  # nothing was saved
   assert steps(tmp_path) == [1]
-
-
-def test_a_line_that_was_cut_off_is_dropped(tmp_path):
-  write(tmp_path, [1, 2])
-  with (tmp_path / "metrics.jsonl").open("a") as file:
-    file.write('{"step": 2, "lo')
-  write(tmp_path, [3], step=2)
-  assert steps(tmp_path) == [1, 2, 3]
 
 
 def test_lines_that_are_damaged_are_kept_aside_and_named(tmp_path, caplog):

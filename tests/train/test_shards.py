@@ -53,8 +53,13 @@ def sent(config, sizes, *, fields=QUIET, dtype="float32"):
   "method, settings, also",
   [
     ("vera", {"plan": "folded_forward"}, {"fields": FIELDS}),
-    ("vera", {"plan": "folded", "remat": "full"}, {"dtype": "bfloat16"}),
-    ("full", {}, {}),
+    pytest.param(
+      "vera",
+      {"plan": "folded", "remat": "full"},
+      {"dtype": "bfloat16"},
+      marks=pytest.mark.slow,
+    ),
+    pytest.param("full", {}, {}, marks=pytest.mark.slow),
   ],
 )
 def test_pure_data_parallelism_sends_the_gradients_once(method, settings, also):
