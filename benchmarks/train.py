@@ -277,7 +277,7 @@ class Texts:
       "base": str(self.base),
       "splits": self.splits,
       "dev_splits": self.task.dev_splits,
-      "outputs": self.task.num_labels,
+      "outputs": len(self.task.labels) or 1,
     }
 
   def scores(self, predictions: list[dict[str, list[float]]]) -> list[float]:

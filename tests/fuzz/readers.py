@@ -115,7 +115,8 @@ def read_glue(folder: Path) -> None:
 
 
 def read_superglue(folder: Path) -> None:
-  from vera_jax.tasks.superglue import TASKS, load_split
+  from vera_jax.tasks.glue_data import load_split
+  from vera_jax.tasks.superglue import TASKS
 
   for facts in TASKS.values():
     for split in ("train", "validation", "test"):

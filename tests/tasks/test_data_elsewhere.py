@@ -19,7 +19,7 @@ def texts(folder):
 
 READERS = {
   "train.tsv": lambda f: glue_data.load_split(glue_task("rte"), f, "train"),
-  "val.jsonl": lambda f: superglue.load_split(
+  "val.jsonl": lambda f: glue_data.load_split(
     superglue.TASKS["superglue_cb"], f, "validation"
   ),
   "valid.txt": lambda f: e2e_files.read_split(f, "valid"),

@@ -56,14 +56,14 @@ def test_pairs_and_their_labels(hub):
 @pytest.mark.parametrize(
   "name, columns, message",
   [
-    ("cola", {"sentence": ["a", "b"], "label": [1, -1]}, "row 1 .* without a"),
-    ("cola", {"sentence": ["a", "b"], "label": [2, 1]}, "row 0 has label 2;"),
+    ("cola", {"sentence": ["a", "b"], "label": [1, -1]}, "row 2: .* without a"),
+    ("cola", {"sentence": ["a", "b"], "label": [2, 1]}, "row 1: label 2 "),
     ("cola", {"sentence": ["a", "b"]}, "no column 'label'"),
     ("cola", {"text": ["a", "b"], "label": [1, 0]}, "no column 'sentence'"),
     (
       "stsb",
       {"sentence1": ["a"] * 2, "sentence2": ["b"] * 2, "label": [6.0, 1.0]},
-      "row 0 has label 6; labels go from 0 to 5",
+      "row 1: score 6.0 is not a number from 0 to 5",
     ),
   ],
 )

@@ -20,7 +20,8 @@ from vera_jax.errors import UserError
 from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.serve.predictor import Predictor
 from vera_jax.sweep.plan import make_plan
-from vera_jax.tasks.superglue import TASKS, load_split, write_submission
+from vera_jax.tasks.glue_data import load_split, write_submission
+from vera_jax.tasks.superglue import TASKS
 from vera_jax.tasks.task import task_named
 from vera_jax.train.loop import train_and_evaluate
 
@@ -67,9 +68,9 @@ FORMS = {  # what the model reads for a row, and the label's id
 @pytest.mark.parametrize("name", FORMS)
 def test_every_row_of_the_files(folder, name):
   facts = TASKS[f"superglue_{name}"]
-  rows = rows_of(folder, facts.glue.folder)
+  rows = rows_of(folder, facts.folder)
   texts, labels = zip(*map(FORMS[name], rows), strict=True)
-  for source in (folder, folder / facts.glue.folder):
+  for source in (folder, folder / facts.folder):
     found = load_split(facts, source, "train")
     pairs = list(zip(found.first, found.second, strict=True))
     assert pairs == [pair for row in texts for pair in row]
@@ -92,17 +93,17 @@ GOOD = {
 BAD = [
   ("cb", GOOD["cb"][:-1], "no JSON"),
   ("cb", "[]", "no JSON object"),
-  ("cb", "", "no JSON"),
+  ("cb", "", "it is empty"),
   ("cb", '{"premise": "a", "label": "neutral"}', "no 'hypothesis'; the keys"),
   ("cb", GOOD["cb"].replace('"b"', "3"), "'hypothesis' is no text but 3"),
-  ("cb", GOOD["cb"].replace("neutral", "-"), 'label is "-".*"contradiction"'),
-  ("cb", GOOD["cb"].replace('"b"', '"\\ud800"'), "half a character"),
-  ("cb", '{"premise": "a", "hypothesis": "b"}', "the label is missing"),
+  ("cb", GOOD["cb"].replace("neutral", "-"), "label '-' .*contradiction"),
+  ("cb", GOOD["cb"].replace('"b"', '"\\ud800"'), "not UTF-8"),
+  ("cb", '{"premise": "a", "hypothesis": "b"}', r"label null \(missing"),
   ("cb", GOOD["cb"].replace("a", "\udce9"), "not UTF-8"),
   ("copa", GOOD["copa"].replace("cause", "why"), "question is 'why'; it is"),
-  ("copa", GOOD["copa"].replace("1}", "2}"), "label is 2; the labels are 0, 1"),
-  ("copa", GOOD["copa"].replace("1}", "true}"), "label is true"),
-  ("boolq", GOOD["boolq"].replace("true", "1"), "label is 1; .*false, true"),
+  ("copa", GOOD["copa"].replace("1}", "2}"), r"label 2 .*The labels are 0, 1"),
+  ("copa", GOOD["copa"].replace("1}", "true}"), "label true"),
+  ("boolq", GOOD["boolq"].replace("true", "1"), "label 1 .*false, true"),
 ]
 
 
@@ -139,7 +140,7 @@ def test_the_hub_gives_what_the_files_give(folder, name, monkeypatch):
   facts = TASKS[f"superglue_{name}"]
   splits = {}
   for split, file in {"train": "train", "test": "test"}.items():
-    rows = rows_of(folder, facts.glue.folder, file)
+    rows = rows_of(folder, facts.folder, file)
     for row in rows:
       row["label"] = FORMS[name](row)[1] if split == "train" else -1
     splits[split] = datasets.Dataset.from_list(rows)
@@ -163,7 +164,7 @@ def test_a_bad_row_on_the_hub(monkeypatch):
   row = {**json.loads(GOOD["copa"]), "question": "why", "idx": 0}
   data = datasets.DatasetDict(train=datasets.Dataset.from_list([row]))
   monkeypatch.setattr(datasets, "load_dataset", lambda *_: data)
-  with pytest.raises(UserError, match=r"\(copa, train\): row 0: question is"):
+  with pytest.raises(UserError, match=r"\(copa, train\), row 1: question is"):
     load_split(TASKS["superglue_copa"], HUB, "train")
 
 
@@ -180,13 +181,13 @@ def test_a_bad_row_on_the_hub(monkeypatch):
 def test_submissions(tmp_path, name, labels):
   facts = TASKS[f"superglue_{name}"]
   ids = np.arange(len(labels))
-  path = write_submission(tmp_path / "new", facts, ids, 7 + ids)
-  assert path.name == f"{facts.glue.folder}.jsonl"
+  path = write_submission(tmp_path / "new", facts, "test", ids, 7 + ids)
+  assert path.name == f"{facts.folder}.jsonl"
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   expected = [{"idx": 7 + i, "label": x} for i, x in enumerate(labels)]
   assert lines == expected
   with pytest.raises(ValueError):
-    write_submission(tmp_path, facts, np.array([0]), np.array([0, 1]))
+    write_submission(tmp_path, facts, "test", np.array([0]), np.array([0, 1]))
 
 
 def test_a_subset_keeps_an_examples_choices():
@@ -245,7 +246,7 @@ def copa_predictor(copa_run):
 
 
 def columns_of(rows):
-  names = TASKS["superglue_copa"].glue.columns
+  names = TASKS["superglue_copa"].columns
   return [[row[name] for row in rows] for name in names]
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from vera_jax.data.tables import Row, some
 from vera_jax.errors import UserError
-from vera_jax.files import parse_json
+from vera_jax.files import BLANK, json_lines
 
 # Each text is a string; for tagging it may also be the list of its words.
 Texts = tuple[Any, ...]
@@ -24,7 +24,7 @@ NAMES = (("sentence1", "sentence2"), ("sentence",), ("text",))
 class Line(NamedTuple):
   """One input line: its texts, or what is wrong with it.
 
-  `header` marks the line that names a TSV's columns and has no texts.
+  `header` marks the line that names a table's columns and has no texts.
   """
 
   number: int
@@ -51,46 +51,16 @@ def read_lines(
     count: texts per line; None: as many as the first good line has, 1 or 2.
     check: called with a line's texts; its ValueError is the line's `error`.
   """
-  places: list[int] | None = None  # of the text columns, from the header
-  for number, line in enumerate(lines, 1):
-    known = [
-      names
-      for names in dict.fromkeys((*columns, *NAMES))
-      if count in (None, len(names))
-    ]
-    try:
-      # A byte order mark may stand before the first line.
-      text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-      text = text.rstrip("\r\n")
-      cells = text.split("\t")
-      if format == "tsv" and number == 1:
-        for names in known:
-          if all(cells.count(name) == 1 for name in names):
-            places = [cells.index(name) for name in names]
-            break
-      if places and number == 1:
-        count = len(places)
-        yield Line(number, header=True)
-        continue
-      if not text.strip():
-        raise ValueError("it is empty")
-      if format == "jsonl":
-        texts = _from_json(text, known)
-      else:
-        texts = _from_cells(cells, places, count)
-      for part in texts:
-        part.encode()  # JSON can hold half a character, which is no text
-        if not part.strip():
-          raise ValueError("a text is empty")
-      if check is not None:
-        check(*texts)
-    except UnicodeError:
-      yield Line(number, error="it is not UTF-8")
-    except ValueError as error:
-      yield Line(number, error=str(error))
-    else:
-      count = len(texts)
-      yield Line(number, texts)
+  known = [
+    names
+    for names in dict.fromkeys((*columns, *NAMES))
+    if count in (None, len(names))
+  ]
+  if format == "tsv":
+    rows = _tsv_rows(lines, known)
+  else:
+    rows = (Row(*line) for line in json_lines(lines))
+  return read_texts(rows, columns=known, check=check, alike=True)
 
 
 def read_texts(
@@ -98,6 +68,7 @@ def read_texts(
   *,
   columns: Sequence[Texts] = (),
   check: Callable[..., Any] | None = None,
+  alike: bool = False,
 ) -> Iterator[Line]:
   """Each row's texts, from the columns of a table; a bad row has its `error`.
 
@@ -106,67 +77,81 @@ def read_texts(
     columns: names that the text columns may have; the first that are there
       count. () for `NAMES`.
     check: as for `read_lines`.
+    alike: whether all rows must have as many texts as the first good one.
 
   Raises:
     UserError: the table has none of them.
   """
-  known = tuple(dict.fromkeys(columns or NAMES))
-  wanted = ", or ".join(" and ".join(names) for names in known)
+  known = list(dict.fromkeys(columns or NAMES))
   for row in rows:
+    wanted = ", or ".join(" and ".join(names) for names in known)
     names = next((n for n in known if set(n) <= set(row.values)), None)
-    if row.header and names is None:
-      raise UserError(
-        f"The table has no column {wanted}; its columns are {some(row.values)}."
-      )
+    if row.header:
+      if names is None:
+        raise UserError(
+          f"The table has no column {wanted}; its columns are"
+          f" {some(row.values)}."
+        )
+      yield Line(row.number, header=True)
+      continue
     texts: Texts = tuple(row.values[name] for name in names or ())
     error = row.error
     if not error and names is None:
       error = f"it has no text under {wanted}"
-    for text in () if row.header else texts:
+    for text in texts:
       parts = text if isinstance(text, list) and text else [text]
       if not all(isinstance(part, str) for part in parts):
         error = f"it has no text under {wanted}"
       elif not all(part.strip() for part in parts):
         error = "a text is empty"
-    if check is not None and not error and not row.header:
+    if check is not None and not error:
       try:
         check(*texts)
       except ValueError as wrong:
         error = str(wrong)
-    if error or row.header:
-      yield Line(row.number, error=error, header=row.header)
+    if error:
+      yield Line(row.number, error=error)
     else:
       yield Line(row.number, texts)
+      if alike:
+        known = [names for names in known if len(names) == len(texts)]
 
 
-def _from_cells(
-  cells: list[str], places: list[int] | None, count: int | None
-) -> Texts:
-  if places is not None:
-    if len(cells) <= max(places):
-      raise ValueError(
-        f"it has {len(cells)} columns, but the header puts a text into column"
-        f" {max(places) + 1}"
-      )
-    return tuple(cells[i] for i in places)
-  allowed = (1, 2) if count is None else (count,)
-  if len(cells) not in allowed:
-    wanted = " or ".join(map(str, allowed))
-    raise ValueError(f"it has {len(cells)} columns, {wanted} expected")
-  return tuple(cells)
+def _tsv_rows(lines: Iterable[bytes], known: Sequence[Texts]) -> Iterator[Row]:
+  """The rows of a TSV, whose header may be missing.
 
-
-def _from_json(text: str, known: Sequence[Texts]) -> Texts:
-  try:
-    fields = parse_json(text)
-  except UnicodeError:
-    raise
-  except ValueError as error:
-    raise ValueError(f"it is no JSON ({error})") from error
-  if not isinstance(fields, dict):
-    raise ValueError("it is no JSON object")
-  for names in known:
-    if all(isinstance(fields.get(name), str) for name in names):
-      return tuple(fields[name] for name in names)
-  wanted = ", or ".join(" and ".join(names) for names in known)
-  raise ValueError(f"it has no text under {wanted}")
+  Without one a line's cells have the known names of as many columns.
+  """
+  by_count = {len(names): names for names in reversed(known)}
+  places: dict[str, int] = {}  # the text columns' numbers, from the header
+  for number, line in enumerate(lines, 1):
+    try:
+      # a byte order mark may stand before the first line
+      text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeError:
+      yield Row(number, error="it is not UTF-8")
+      continue
+    cells = text.split("\t")
+    header = next((n for n in known if all(cells.count(x) == 1 for x in n)), ())
+    if number == 1 and header:
+      places = {name: cells.index(name) for name in header}
+      yield Row(number, dict.fromkeys(header), header=True)
+    elif not text.strip():
+      yield Row(number, error=BLANK)
+    elif places:
+      last = max(places.values())
+      if len(cells) <= last:
+        yield Row(
+          number,
+          error=f"it has {len(cells)} columns, but the header puts a text into"
+          f" column {last + 1}",
+        )
+      else:
+        yield Row(number, {name: cells[i] for name, i in places.items()})
+    elif len(cells) in by_count:
+      yield Row(number, dict(zip(by_count[len(cells)], cells, strict=True)))
+      if all(map(str.strip, cells)):  # a good line, and the others are alike
+        by_count = {len(cells): by_count[len(cells)]}
+    else:
+      wanted = " or ".join(map(str, sorted(by_count)))
+      yield Row(number, error=f"it has {len(cells)} columns, {wanted} expected")

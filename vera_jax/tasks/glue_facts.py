@@ -6,29 +6,39 @@ score: the one that the VeRA paper reports (section 4.1).
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from vera_jax.errors import UserError
-from vera_jax.tasks.task import Size
+from vera_jax.tasks.task import Size, ToTexts
 
 
 @dataclass(frozen=True)
 class GlueTask:
-  """One task: how its files, the hub and GLUE's server write it.
+  """One task of GLUE or SuperGLUE: how files, hub and server write it.
 
   Attributes:
     name: the hub's configuration name.
-    folder: the name of the task's folder as GLUE ships it.
-    columns: the hub's text columns, one or two.
-    file_columns: the same columns in the files' headers.
+    folder: the name of the task's folder as the benchmark ships it.
+    columns: the hub's text columns.
+    file_columns: the same columns in the files' headers, or keys of their JSON
+      lines.
     file_label: the label's column in the files.
     labels: label names in hub id order; () for regression.
-    written: the labels as files and submissions spell them, same order.
+    written: the labels as the files spell them, in the same order: texts in
+      TSV, JSON values in JSON lines.
+    submitted: the labels as submissions spell them.
     metrics: names that `metrics.score` knows; the first is the score.
     headerless: the columns of train and dev files that have no header line.
     dev_splits, test_splits: hub names of the splits.
-    submissions: the file that GLUE's server takes for each test split.
+    submissions: the file that the benchmark's server takes for each test split.
     broken_rows: whether GLUE's own files hold rows that are cut short. The
       hub leaves those out, and so do we.
+    json_lines: whether files and submissions are JSON lines, as SuperGLUE's, or
+      else GLUE's tab-separated values.
+    to_texts: (an example's texts by `columns`) -> what the model reads, a text
+      or pair per choice; None where it reads the columns as they are.
+    choices: whether the labels are choices, each scored as a text of its own.
+    size: the size of the data as they are published.
   """
 
   name: str
@@ -37,25 +47,27 @@ class GlueTask:
   file_columns: tuple[str, ...]
   file_label: str
   labels: tuple[str, ...]
-  written: tuple[str, ...]
+  written: tuple[Any, ...]
   metrics: tuple[str, ...] = ("accuracy",)
   headerless: tuple[str, ...] = ()
   dev_splits: tuple[str, ...] = ("validation",)
   test_splits: tuple[str, ...] = ("test",)
   submissions: tuple[str, ...] = ()
   broken_rows: bool = False
+  json_lines: bool = False
+  submitted: tuple[Any, ...] = ()
+  to_texts: ToTexts | None = None
+  choices: bool = False
+  size: Size | None = None
 
   @property
   def regression(self) -> bool:
+    """Whether the label is a number and no class."""
     return not self.labels
 
   @property
-  def num_labels(self) -> int:
-    """Outputs of the head: classes, or one for regression."""
-    return len(self.labels) or 1
-
-  @property
   def splits(self) -> tuple[str, ...]:
+    """The hub's names of all splits."""
     return ("train", *self.dev_splits, *self.test_splits)
 
 
@@ -63,6 +75,8 @@ ENTAILMENT = ("entailment", "not_entailment")
 MNLI = ("entailment", "neutral", "contradiction")
 IDS = ("0", "1")
 
+# The sizes are GLUE's own. Tokens are counted for sst2, cola and rte with
+# BERT's tokenizer, and are by the length of the texts for the others.
 _TASKS = (
   GlueTask(
     "cola",
@@ -75,6 +89,7 @@ _TASKS = (
     metrics=("matthews",),
     headerless=("source", "label", "mark", "sentence"),
     submissions=("CoLA.tsv",),
+    size=Size(8551, 1043, 11),
   ),
   GlueTask(
     "sst2",
@@ -85,6 +100,7 @@ _TASKS = (
     labels=("negative", "positive"),
     written=IDS,
     submissions=("SST-2.tsv",),
+    size=Size(67349, 872, 13),
   ),
   GlueTask(
     "mrpc",
@@ -96,6 +112,7 @@ _TASKS = (
     written=IDS,
     metrics=("accuracy", "f1"),
     submissions=("MRPC.tsv",),
+    size=Size(3668, 408, 53),
   ),
   GlueTask(
     "qqp",
@@ -107,6 +124,7 @@ _TASKS = (
     written=IDS,
     metrics=("accuracy", "f1"),
     submissions=("QQP.tsv",),
+    size=Size(363846, 40430, 31),
     broken_rows=True,
   ),
   GlueTask(
@@ -119,6 +137,7 @@ _TASKS = (
     written=(),
     metrics=("pearson", "spearman"),
     submissions=("STS-B.tsv",),
+    size=Size(5749, 1500, 31),
   ),
   GlueTask(
     "mnli",
@@ -131,6 +150,7 @@ _TASKS = (
     dev_splits=("validation_matched", "validation_mismatched"),
     test_splits=("test_matched", "test_mismatched"),
     submissions=("MNLI-m.tsv", "MNLI-mm.tsv"),
+    size=Size(392702, 19647, 40),
   ),
   GlueTask(
     "qnli",
@@ -141,6 +161,7 @@ _TASKS = (
     labels=ENTAILMENT,
     written=ENTAILMENT,
     submissions=("QNLI.tsv",),
+    size=Size(104743, 5463, 51),
   ),
   GlueTask(
     "rte",
@@ -151,6 +172,7 @@ _TASKS = (
     labels=ENTAILMENT,
     written=ENTAILMENT,
     submissions=("RTE.tsv",),
+    size=Size(2490, 277, 70),
   ),
   GlueTask(
     "wnli",
@@ -161,6 +183,7 @@ _TASKS = (
     labels=("not_entailment", "entailment"),
     written=IDS,
     submissions=("WNLI.tsv",),
+    size=Size(635, 71, 38),
   ),
 )
 
@@ -171,6 +194,7 @@ GENERATED = replace(
   name="generated_entailment",
   folder="entailment",
   submissions=("generated_entailment.tsv",),
+  size=Size(2000, 320, 28),
 )
 
 
@@ -183,19 +207,3 @@ def glue_task(name: str) -> GlueTask:
       f"There is no GLUE task {name!r}. The tasks are: {', '.join(TASKS)}."
     )
   return TASKS[name]
-
-
-# GLUE's own numbers of examples. Tokens: counted for sst2, cola and rte with
-# BERT's tokenizer, by the length of the texts for the others.
-SIZES = {
-  "cola": Size(8551, 1043, 11),
-  "sst2": Size(67349, 872, 13),
-  "mrpc": Size(3668, 408, 53),
-  "stsb": Size(5749, 1500, 31),
-  "qqp": Size(363846, 40430, 31),
-  "mnli": Size(392702, 19647, 40),
-  "qnli": Size(104743, 5463, 51),
-  "rte": Size(2490, 277, 70),
-  "wnli": Size(635, 71, 38),
-  "generated_entailment": Size(2000, 320, 28),
-}
