@@ -8,7 +8,7 @@ from scipy.special import softmax
 
 from tests.generate.markov import EOS, chain, random_table, sampled
 from vera_jax.errors import UserError
-from vera_jax.generate.sampling import Sampling, choose, filtered
+from vera_jax.generate.sampling import Sampling, draw, filtered
 
 PROMPTS = [[5], [7, 3, 7, 3], [4, 4, 9], [2, 2]]
 KEYS = jax.random.split(jax.random.key(0), len(PROMPTS))
@@ -66,7 +66,7 @@ def test_words_are_drawn_with_their_chances():
   settings = Sampling(temperature=0.7, top_k=4, top_p=0.9)
   many = jnp.broadcast_to(jnp.asarray(logits), (4000, 6))
   keys = jax.random.split(jax.random.key(1), 4000)
-  drawn = np.bincount(choose(many, keys, sampling=settings), minlength=6)
+  drawn = np.bincount(draw(many, keys, sampling=settings), minlength=6)
   kept = filtered(jnp.asarray(logits)[None], sampling=settings)[0]
   expected = softmax(np.asarray(kept))
   assert 1 < (expected > 0).sum() < 5

@@ -93,18 +93,18 @@ class Beam(NamedTuple):
       )
 
 
-class Found(NamedTuple):
+class Finished(NamedTuple):
   """The finished texts of each prompt, the best one first.
 
   With the rules "lora" there is one for each prompt.
 
   Attributes:
     ids: the new tokens, with `pad` behind each text's last one.
-    lengths: how many they are, with an end token among them; 0 where there is
-      no text.
+    lengths: how many they are, with an end token among them. It is 0 in a slot
+      that no text has taken yet.
     scores: as the module says.
-    finite: whether the logits of all beams were numbers; a row's search ends
-      where they are not, and what it has found then means nothing.
+    finite: whether the logits of all beams were numbers. A row's search ends
+      where they are not, and its texts then mean nothing.
   """
 
   ids: Int[Array, "rows texts new"]
@@ -120,17 +120,33 @@ class Search(NamedTuple):
     ids: the new tokens of the texts that are followed.
     scores: the sums of their log probabilities.
     origins: the beam of the step before that each of them continues.
-    found: the finished texts.
-    ended: which places of `found` are taken.
-    open: the rows whose `found` may still change.
+    finished: the texts that have ended.
+    taken: which slots of `finished` hold a text.
+    open: the rows whose `finished` may still change.
   """
 
   ids: Int[Array, "rows beams new"]
   scores: Float[Array, "rows beams"]
   origins: Int[Array, "rows beams"]
-  found: Found
-  ended: Bool[Array, "rows texts"]
+  finished: Finished
+  taken: Bool[Array, "rows texts"]
   open: Bool[Array, " rows"]
+
+
+class Candidates(NamedTuple):
+  """The texts that a step may go on with, the highest scores first.
+
+  Attributes:
+    ids: their new tokens, this step's among them.
+    scores: the sums of their log probabilities.
+    origins: the beam that each of them continues.
+    ended: whether this step's token ends the text.
+  """
+
+  ids: Int[Array, "rows keep new"]
+  scores: Float[Array, "rows keep"]
+  origins: Int[Array, "rows keep"]
+  ended: Bool[Array, "rows keep"]
 
 
 def beam_search(
@@ -144,7 +160,7 @@ def beam_search(
   eos: Sequence[int],
   max_new_tokens: int,
   pad: int = 0,
-) -> Found:
+) -> Finished:
   """The best answers to prompts of different lengths, all in one loop.
 
   The loop ends when no row's result can change any more.
@@ -155,27 +171,28 @@ def beam_search(
     logits: of the first new word of each prompt.
     state: as `tokens_to_logits` takes it, every beam after its prompt.
     prompts: padded on the right.
-    lengths: of the prompts, in tokens.
+    lengths: the number of tokens of each prompt.
     beam: the settings.
     eos: the ids that end a text.
     max_new_tokens: the most tokens of an answer.
-    pad: what stands behind an answer's end.
+    pad: the id that stands behind an answer's end.
 
   Raises:
     UserError: settings that there are not, or too few words for the beams.
   """
   beam.check()
   rows, vocab = logits.shape
-  beams = beam.beams
-  keep = beams
-  if beam.rules == "hf":
-    keep *= max(2, 1 + len(eos))
+  beams, lora = beam.beams, beam.rules == "lora"
+  # Under hf each beam may lose all of its best candidates but one to ends of
+  # text, and there must still be as many that go on as there are beams.
+  keep = beams if lora else beams * max(2, 1 + len(eos))
   if keep > beams * vocab:
     raise UserError(
       f"{keep // beams} candidates are needed for each beam, but there are"
       f" only {vocab} words: name fewer ids that end a text."
     )
-  # one table, for a power in the loop would round in another way
+  # The powers come from a table, for one computed inside the loop would round
+  # in another way than the reference implementations do.
   steps = np.arange(1, max_new_tokens + 1, dtype=np.float64)
   penalties = jnp.asarray(steps**beam.length_penalty, jnp.float32)
   ends = jnp.asarray(tuple(eos), jnp.int32)
@@ -184,7 +201,7 @@ def beam_search(
   def forbidden(search: Search, step: Array) -> Bool[Array, "rows beams vocab"]:
     tokens = search.ids.reshape(rows * beams, max_new_tokens)
     count = jnp.full(rows * beams, step)
-    if beam.rules == "hf":
+    if not lora:  # hf counts the prompt's n-grams as well
       tokens, count = append(*before, tokens), before[1] + step
     words = repeats(tokens, count, size=beam.no_repeat_ngram, vocab=vocab)
     return words.reshape(rows, beams, vocab)
@@ -193,32 +210,30 @@ def beam_search(
     """One more word for each beam, from its logits."""
     logits = logits.astype(jnp.float32)
     numbers = jnp.all(are_numbers(logits), axis=1)
-    if beam.no_repeat_ngram and beam.rules == "lora":
+    # The two rules strike a forbidden word on different sides of the softmax:
+    # before it the other words share its probability, after it they don't.
+    if beam.no_repeat_ngram and lora:
       logits = jnp.where(forbidden(search, step), -jnp.inf, logits)
     chances = jax.nn.log_softmax(logits, axis=-1)
     # where every word is forbidden there is no softmax
     chances = jnp.where(jnp.isnan(chances), -jnp.inf, chances)
-    if beam.no_repeat_ngram and beam.rules == "hf":
+    if beam.no_repeat_ngram and not lora:
       chances = jnp.where(forbidden(search, step), -jnp.inf, chances)
-    values, origins, tokens = best_words(
+    # All beams compete for the next step: a good one may be continued several
+    # times, a bad one not at all. So each candidate says which it continues.
+    scores, origins, tokens = best_words(
       search.scores[:, :, None] + chances, keep=keep
     )
     ids = jnp.take_along_axis(search.ids, origins[:, :, None], axis=1)
     ids = ids.at[:, :, step].set(tokens)
-    update = _hf if beam.rules == "hf" else _lora
-    found = update(
-      search,
-      ids,
-      values,
-      origins,
-      jnp.isin(tokens, ends),
-      step,
-      penalties,
-      beam=beam,
-    )
-    finite = found.found.finite & (numbers | ~search.open)
-    return found._replace(
-      found=found.found._replace(finite=finite), open=found.open & finite
+    candidates = Candidates(ids, scores, origins, jnp.isin(tokens, ends))
+    update = _lora if lora else _hf
+    after = update(search, candidates, step, penalties, beam=beam)
+    # A closed row's beams are still computed, though nothing is made of them:
+    # whether their logits are numbers no longer counts.
+    finite = search.finished.finite & (numbers | ~search.open)
+    return after._replace(
+      finished=after.finished._replace(finite=finite), open=after.open & finite
     )
 
   def unfinished(carry: tuple[Array, Search, Any]) -> Array:
@@ -231,31 +246,34 @@ def beam_search(
     logits, state = tokens_to_logits(last, search.origins, state)
     return step + 1, advance(search, step, logits), state
 
-  # All beams start as the prompt: all but the first one are out of the running,
+  # All beams start as the prompt. All but the first one are out of the running,
   # or the same text would be followed several times.
-  texts = beams if beam.rules == "hf" else 1
-  low = LOW if beam.rules == "hf" else -jnp.inf
+  texts = 1 if lora else beams
+  low = -jnp.inf if lora else LOW
   start = Search(
     ids=jnp.full((rows, beams, max_new_tokens), pad, jnp.int32),
     scores=jnp.full((rows, beams), low).at[:, 0].set(0.0),
     origins=jnp.zeros((rows, beams), jnp.int32),
-    found=Found(
+    finished=Finished(
       jnp.full((rows, texts, max_new_tokens), pad, jnp.int32),
       jnp.zeros((rows, texts), jnp.int32),
       jnp.full((rows, texts), low),
       jnp.ones(rows, bool),
     ),
-    ended=jnp.zeros((rows, texts), bool),
+    taken=jnp.zeros((rows, texts), bool),
     open=jnp.ones(rows, bool),
   )
+  # The first word comes from the prompts' own logits, so it is chosen before
+  # the loop, whose steps begin by reading a word.
   first = jnp.broadcast_to(logits[:, None], (rows, beams, vocab))
   search = advance(start, jnp.int32(0), first)
-  carry = jax.lax.while_loop(unfinished, go_on, (jnp.int32(1), search, state))
-  search = carry[1]
-  if beam.rules == "lora":
-    rest = search.scores / penalties[-1]
-    return _better(search.found, search.ids, rest, jnp.int32(max_new_tokens))
-  return search.found
+  _, search, _ = jax.lax.while_loop(
+    unfinished, go_on, (jnp.int32(1), search, state)
+  )
+  if lora:  # texts that never ended compete with the one that did
+    scores = search.scores / penalties[-1]
+    return _better(search.finished, search.ids, scores, max_new_tokens)
+  return search.finished
 
 
 def best_words(
@@ -265,11 +283,13 @@ def best_words(
 ]:
   """The highest scores of all beams and words, falling; their beams and words.
 
-  Of equal ones the first. Only `keep` blocks are searched, those with the
-  highest maxima: no other can have one of the highest scores.
+  Of equal ones the first.
   """
   rows, _, vocab = scores.shape
   flat = scores.reshape(rows, -1)
+  # A top_k over beams * vocab scores is slow. The scores are cut into blocks of
+  # which the maxima are cheap: a block whose maximum is not among the `keep`
+  # highest maxima can't have one of the `keep` highest scores.
   short = -flat.shape[1] % BLOCK
   flat = jnp.pad(flat, ((0, 0), (0, short)), constant_values=-jnp.inf)
   blocks = flat.reshape(rows, -1, BLOCK)
@@ -278,6 +298,7 @@ def best_words(
   best = jnp.sort(best, axis=1)  # the first of equal scores stays the first
   some = jnp.take_along_axis(blocks, best[:, :, None], axis=1)
   values, places = jax.lax.top_k(some.reshape(rows, -1), keep)
+  # back from a place among the searched blocks to a beam and a word
   block = jnp.take_along_axis(best, places // BLOCK, axis=1)
   beams, tokens = jnp.divmod(block * BLOCK + places % BLOCK, vocab)
   return values, beams, tokens
@@ -285,10 +306,7 @@ def best_words(
 
 def _hf(
   search: Search,
-  ids: Int[Array, "rows keep new"],
-  values: Float[Array, "rows keep"],
-  origins: Int[Array, "rows keep"],
-  ended: Bool[Array, "rows keep"],
+  candidates: Candidates,
   step: Int[Array, ""],
   penalties: Float[Array, " new"],
   *,
@@ -298,100 +316,103 @@ def _hf(
 
   Args:
     search: before the step.
-    ids, values, origins: of the candidates, falling by values.
-    ended: whose last token ends a text.
+    candidates: of the step.
     step: from 0.
-    penalties: of lengths from 1.
+    penalties: the divisors of texts of 1, 2, … tokens.
     beam: the settings.
   """
-  beams, new = beam.beams, ids.shape[2]
-  ended |= step + 1 == new  # at the maximal length all of them end
-  # the candidates that go on are the next beams
-  scores, which = jax.lax.top_k(values + LOW * ended, beams)
+  ids, values, origins, ended = candidates
+  ended |= step + 1 == ids.shape[2]  # at the maximal length all of them end
+  # The best candidates that go on are the next beams. An ended one is pushed
+  # down and not left out, so that there are always enough to fill the beams.
+  scores, which = jax.lax.top_k(values + LOW * ended, beam.beams)
 
-  # Those that ended, if among as many as beams, compete with earlier ones,
-  # in rows that are still open.
-  leading = ended & (jnp.arange(ended.shape[1])[None] < beams)
-  full = jnp.all(search.ended, axis=1) & (beam.early_stopping is True)
-  candidates = values / penalties[step]
+  # An ended candidate is a finished text only if it is among the best as many
+  # as beams: a worse one would not have been followed either. It competes with
+  # the texts that ended before, unless the row is closed or, under early
+  # stopping, has enough of them.
+  leading = ended & (jnp.arange(ended.shape[1])[None] < beam.beams)
+  full = jnp.all(search.taken, axis=1) & (beam.early_stopping is True)
+  competing = values / penalties[step]
   for out in (full[:, None], ~search.open[:, None], ~leading):
-    candidates += LOW * out
-  found = search.found
-  all_scores = jnp.concatenate([found.scores, candidates], axis=1)
-  all_ids = jnp.concatenate([found.ids, ids], axis=1)
+    competing += LOW * out
+  finished = search.finished
+  all_scores = jnp.concatenate([finished.scores, competing], axis=1)
+  all_ids = jnp.concatenate([finished.ids, ids], axis=1)
   length = jnp.broadcast_to(step + 1, ended.shape).astype(jnp.int32)
-  all_lengths = jnp.concatenate([found.lengths, length], axis=1)
-  all_ended = jnp.concatenate([search.ended, leading], axis=1)
-  best_scores, best = jax.lax.top_k(all_scores, beams)
-  now_ended = jnp.take_along_axis(all_ended, best, axis=1)
+  all_lengths = jnp.concatenate([finished.lengths, length], axis=1)
+  all_taken = jnp.concatenate([search.taken, leading], axis=1)
+  best_scores, best = jax.lax.top_k(all_scores, beam.beams)
+  taken = jnp.take_along_axis(all_taken, best, axis=1)
 
-  # A row stays open while its best beam may beat the worst finished text.
-  length = penalties[step]
+  # A row stays open while its best beam may beat the worst finished text. What
+  # it may come to score depends on the length that it is divided by: by now's,
+  # as transformers guesses, or with "never" by the one that favours it most.
+  divisor = penalties[step]
   if beam.early_stopping == NEVER and beam.length_penalty > 0:
-    length = penalties[-1]
-  worst = jnp.where(now_ended, best_scores.min(axis=1, keepdims=True), LOW)
-  better = jnp.any(scores[:, :1] / length > worst, axis=1)
-  is_open = search.open & better
+    divisor = penalties[-1]
+  worst = jnp.where(taken, best_scores.min(axis=1, keepdims=True), LOW)
+  is_open = search.open & jnp.any(scores[:, :1] / divisor > worst, axis=1)
   if beam.early_stopping is True:
-    is_open &= ~jnp.all(now_ended, axis=1)
+    is_open &= ~jnp.all(taken, axis=1)
   return Search(
     ids=jnp.take_along_axis(ids, which[:, :, None], axis=1),
     scores=scores,
     origins=jnp.take_along_axis(origins, which, axis=1),
-    found=Found(
+    finished=Finished(
       jnp.take_along_axis(all_ids, best[:, :, None], axis=1),
       jnp.take_along_axis(all_lengths, best, axis=1),
       best_scores,
-      found.finite,
+      finished.finite,
     ),
-    ended=now_ended,
+    taken=taken,
     open=is_open,
   )
 
 
 def _lora(
   search: Search,
-  ids: Int[Array, "rows beams new"],
-  values: Float[Array, "rows beams"],
-  origins: Int[Array, "rows beams"],
-  ended: Bool[Array, "rows beams"],
+  candidates: Candidates,
   step: Int[Array, ""],
   penalties: Float[Array, " new"],
   *,
   beam: Beam,
 ) -> Search:
   """microsoft/LoRA's rules; the arguments are those of `_hf`."""
-  candidates = jnp.where(ended, values / penalties[step], -jnp.inf)
-  found = _better(search.found, ids, candidates, step + 1)
+  ids, values, origins, ended = candidates
+  competing = jnp.where(ended, values / penalties[step], -jnp.inf)
+  finished = _better(search.finished, ids, competing, step + 1)
+  # The beam of a text that ended is empty for a step: nothing continues it, and
+  # the other beams' candidates take its room in the next one.
   scores = jnp.where(ended, -jnp.inf, values)
-  # All steps count, but some can change nothing: a sum of log probabilities
-  # only falls, so no text can come to score above this.
+  # By these rules all steps are run, but some can change nothing: a sum of log
+  # probabilities only falls, so no text can come to score above this hope.
   longest = penalties[-1] if beam.length_penalty > 0 else penalties[step]
   hope = scores.max(axis=1) / longest
   return Search(
     ids=ids,
     scores=scores,
     origins=origins,
-    found=found,
-    ended=search.ended | (found.lengths > 0),
-    open=found.scores[:, 0] < hope,
+    finished=finished,
+    taken=search.taken | (finished.lengths > 0),
+    open=finished.scores[:, 0] < hope,
   )
 
 
 def _better(
-  found: Found,
+  finished: Finished,
   ids: Int[Array, "rows beams new"],
   scores: Float[Array, "rows beams"],
-  length: Int[Array, ""],
-) -> Found:
-  """The best of the texts in place of the one that was found, if better."""
+  length: Int[Array, ""] | int,
+) -> Finished:
+  """The one finished text of each row, or the best of others that is better."""
   best = jnp.argmax(scores, axis=1)[:, None]
   score = jnp.take_along_axis(scores, best, axis=1)
-  text = jnp.take_along_axis(ids, best[:, :, None], axis=1)
-  better = score > found.scores
-  return Found(
-    jnp.where(better[:, :, None], text, found.ids),
-    jnp.where(better, length, found.lengths).astype(jnp.int32),
-    jnp.where(better, score, found.scores),
-    found.finite,
+  better = score > finished.scores
+  new = jnp.take_along_axis(ids, best[:, :, None], axis=1)
+  return Finished(
+    jnp.where(better[:, :, None], new, finished.ids),
+    jnp.where(better, length, finished.lengths).astype(jnp.int32),
+    jnp.where(better, score, finished.scores),
+    finished.finite,
   )

@@ -82,18 +82,18 @@ def read_choices(sources: Sequence[str]) -> dict[str, list[ChoiceQuestion]]:
     UserError: one can't be read, has no questions, or other columns or labels
       (the message names file and line); or two would have one name.
   """
-  found: dict[str, list[ChoiceQuestion]] = {}
-  origins: dict[str, str] = {}
+  by_name: dict[str, list[ChoiceQuestion]] = {}
   for source in sources:
     name, questions = _read(source)
-    if name in found:
+    if name in by_name:
+      earlier = sources[[*by_name].index(name)]
       raise UserError(
-        f"The choices of {origins[name]} and {source} would both be called"
-        f" {name!r} among the scores: give a file another name, or ask them one"
-        " after the other (experiments.answer --choices)."
+        f"The choices of {earlier} and {source} would both be called {name!r}"
+        " among the scores: give a file another name, or ask them one after the"
+        " other (experiments.answer --choices)."
       )
-    found[name], origins[name] = questions, source
-  return found
+    by_name[name] = questions
+  return by_name
 
 
 def _read(source: str) -> tuple[str, list[ChoiceQuestion]]:
@@ -113,9 +113,11 @@ def _read(source: str) -> tuple[str, list[ChoiceQuestion]]:
       )
     table = hub_table(source, split, splits[split])
     name = part or hub_id.rpartition("/")[2]
-  forms = {COPA: _copa, ARC: _arc}
-  found = [read for own, read in forms.items() if {*own} <= {*table.columns}]
-  if not found:
+  readers = {COPA: _copa, ARC: _arc}
+  fitting = [
+    read for columns, read in readers.items() if {*columns} <= {*table.columns}
+  ]
+  if not fitting:
     raise UserError(
       f"{table.name}: the columns {some(table.columns)} are neither COPA's"
       f" ({', '.join(COPA)}) nor ARC's ({', '.join(ARC)})."
@@ -126,7 +128,7 @@ def _read(source: str) -> tuple[str, list[ChoiceQuestion]]:
   for number in range(len(table.numbers)):
     row = {name: values[number] for name, values in table.columns.items()}
     try:
-      questions.append(found[0](row))
+      questions.append(fitting[0](row))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise UserError(
         f"{table.place(number)}: this is no question with its choices and the"
@@ -205,21 +207,23 @@ def answer_questions(
     for q in questions
     for choice in q.choices
   ]
+  ends = np.cumsum([len(question.choices) for question in questions])
   values = log_likelihoods(model, texts, progress=progress)
-  plain, normalised, place = 0, 0, 0
-  for question in questions:
-    own = values[place : place + len(question.choices)]
-    place += len(question.choices)
-    if not np.isfinite(own).all():
+  plain = normalised = 0
+  for question, scores in zip(
+    questions, np.split(values, ends[:-1]), strict=True
+  ):
+    if not np.isfinite(scores).all():
       raise UserError(
-        f"The log-likelihoods of the choices behind {question.prompt!r} are"
-        f" {own.tolist()}, not finite numbers, so that none is the likeliest."
-        " Was the loss of the model's training finite to the end? In bfloat16"
-        " its numbers may overflow: load it in float32."
+        f"The log-likelihoods of the choices behind {question.prompt!r}"
+        f" are {scores.tolist()}, not finite numbers, so that none is the"
+        " likeliest. Was the loss of the model's training finite to the end? In"
+        " bfloat16 its numbers may overflow: load it in float32."
       )
     lengths = np.array([len(text) - 1 for text in question.choices])
-    plain += int(own.argmax()) == question.right
-    normalised += int((own / np.maximum(lengths, 1)).argmax()) == question.right
+    plain += int(scores.argmax()) == question.right
+    by_length = scores / np.maximum(lengths, 1)
+    normalised += int(by_length.argmax()) == question.right
   return Accuracy(plain / len(questions), normalised / len(questions))
 
 
@@ -238,16 +242,16 @@ def log_likelihoods(
     raise UserError(f"The model in {model.folder} writes no texts.")
   tokenizer = load_tokenizer(model.folder)
   begin = begin_of_text(tokenizer)
-  found = tokenizer(
+  encoded = tokenizer(
     [text.text for text in texts],
     add_special_tokens=False,
     return_offsets_mapping=True,
   )
-  ids = [[*begin, *own] for own in found["input_ids"]]
+  ids = [[*begin, *tokens] for tokens in encoded["input_ids"]]
   marks = [
-    [*map(bool, begin), *learned_tokens(text, own, places)]
-    for text, own, places in zip(
-      texts, found["input_ids"], found["offset_mapping"], strict=True
+    [*map(bool, begin), *learned_tokens(text, tokens, spans)]
+    for text, tokens, spans in zip(
+      texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
     )
   ]
   longest = max(map(len, ids))
@@ -258,10 +262,15 @@ def log_likelihoods(
     )
   values = np.zeros(len(texts))
   order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
-  module = _whole_rows(model.module)
+  module, alone = model.module, {"longest": None}  # a text has a row alone
+  if isinstance(module, Adapted):
+    module = module.clone(model=module.model.clone(**alone))
+  else:
+    module = module.clone(**alone)
   done = 0
   while done < len(order):
-    width = _padded(len(ids[order[done]]), model.room)
+    length = len(ids[order[done]])
+    width = min(-(-length // STEP) * STEP, model.room)
     most = max(1, TOKENS // width)
     batch = [i for i in order[done : done + most] if len(ids[i]) <= width]
     tokens = np.zeros((most, width), np.int32)
@@ -278,17 +287,6 @@ def log_likelihoods(
     if progress is not None:
       progress(done)
   return values
-
-
-def _padded(length: int, room: int) -> int:
-  return min(-(-length // STEP) * STEP, room)
-
-
-def _whole_rows(module: Any) -> Any:
-  """The model for rows of one text each, however long."""
-  if isinstance(module, Adapted):
-    return module.clone(model=module.model.clone(longest=None))
-  return module.clone(longest=None)
 
 
 @partial(jax.jit, static_argnames="module")

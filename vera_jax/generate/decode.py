@@ -14,12 +14,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, Key
 
-from vera_jax.generate.beam import Beam, Found, beam_search
-from vera_jax.generate.sampling import (
-  Answers,
-  Sampling,
-  sample,
-)
+from vera_jax.generate.beam import Beam, Finished, beam_search
+from vera_jax.generate.sampling import Sampled, Sampling, sample
 from vera_jax.models.decoder import Cache, Reach, empty_cache, grow
 from vera_jax.models.decoder import logits as logits_of
 
@@ -38,7 +34,7 @@ def prefill(
     variables: its parameters, and projections if it has any.
     cache: an empty one.
     prompts: padded on the right.
-    lengths: of the prompts, in tokens, 1 or more.
+    lengths: the number of tokens of each prompt, 1 or more.
   """
   real = jnp.arange(prompts.shape[1])[None] < lengths[:, None]
   outputs: Any = module.apply(
@@ -114,9 +110,11 @@ def read_beams(
     window: how many tokens a token sees at most, itself included.
   """
   cache, beams = state.cache, ids.shape[1]
-  own = state.used + jnp.arange(beams)
+  # This word of each beam goes into a slot of its own; the beam sees what its
+  # origin saw, and the new slot. So beams change places without a copy.
+  slots = state.used + jnp.arange(beams)
   seen = jnp.take_along_axis(state.seen, origins[:, :, None], axis=1)
-  seen |= own[None, :, None] == jnp.arange(cache.slots)[None, None]
+  seen |= slots[None, :, None] == jnp.arange(cache.slots)[None, None]
   near = None
   if window is not None:
     back = cache.positions[:, None] - state.at
@@ -126,7 +124,7 @@ def read_beams(
     real=jnp.ones_like(ids, bool),
     whole=seen,
     window=near,
-    slots=jnp.broadcast_to(own, ids.shape),
+    slots=jnp.broadcast_to(slots, ids.shape),
   )
   outputs: Any = module.apply(variables, ids, cache=cache, reach=reach)
   words, cache = outputs
@@ -147,17 +145,18 @@ def decode(
   max_new_tokens: int,
   pad: int = 0,
   dtype: DTypeLike = jnp.float32,
-) -> Answers | Found:
-  """Answers to prompts of different lengths; the whole of it can be compiled.
+) -> Sampled | Finished:
+  """Answers to prompts of different lengths, in one program.
 
   Args:
     module: a decoder, with or without an adapter on it.
     config: of the decoder.
     variables: its parameters, and projections if it has any.
     prompts: padded on the right.
-    lengths: of the prompts, in tokens, 1 or more.
+    lengths: the number of tokens of each prompt, 1 or more.
     keys: one for each row; beam search draws nothing.
-    how: words are chosen; sampling gives `Answers`, a search `Found`.
+    how: the rule by which words are taken. Sampling gives `Sampled`, a search
+      gives `Finished`.
     eos: the ids that end a text.
     max_new_tokens: the most tokens of an answer.
     pad: what stands behind an answer's end.

@@ -41,7 +41,7 @@ from vera_jax.generate.decode import (
 from vera_jax.generate.history import append
 from vera_jax.generate.sampling import (
   GREEDY,
-  Answers,
+  Sampled,
   Sampling,
   are_numbers,
   compiled_next,
@@ -203,7 +203,8 @@ class Generator:
 
     Args:
       prompts: tokens; those of like lengths are answered together.
-      how: words are chosen: greedily, drawn, or by beam search.
+      how: the rule by which words are taken: greedily, drawn, or by beam
+        search.
       max_new_tokens: the most tokens of an answer.
       seed: of what is drawn. Each prompt has a key of its own, by its number,
         so that its answer does not depend on the others.
@@ -219,8 +220,7 @@ class Generator:
     how.check()
     for ids in prompts:
       self.check(ids, max_new_tokens=max_new_tokens)
-    ends = self.eos if eos is None else tuple(eos)
-    own = range(len(prompts)) if numbers is None else numbers
+    numbers = range(len(prompts)) if numbers is None else numbers
     answers: list[Ids] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), self.rows):
@@ -229,25 +229,25 @@ class Generator:
       count = min(self.rows, 1 << (len(batch) - 1).bit_length())
       filled = batch + batch[-1:] * (count - len(batch))
       tokens, lengths = self._padded([prompts[i] for i in filled])
-      found = compiled(
+      answered = compiled(
         self.module,
         self.decoder.config,
         self.variables,
         tokens,
         lengths,
-        _keys(seed, [own[i] for i in filled]),
+        _keys(seed, [numbers[i] for i in filled]),
         how=how,
-        eos=ends,
+        eos=self.eos if eos is None else tuple(eos),
         max_new_tokens=max_new_tokens,
         pad=self.tokenizer.pad_token_id,
         dtype=self.dtype,
       )
-      for i, fine in zip(batch, np.asarray(found.finite), strict=False):
-        self._check_numbers(fine, f"Prompt {own[i] + 1}: ")
-      new, count_new = np.asarray(found.ids), np.asarray(found.lengths)
-      if not isinstance(found, Answers):  # the best of each prompt's texts
-        new, count_new = new[:, 0], count_new[:, 0]
-      for i, row, length in zip(batch, new, count_new, strict=False):
+      new, counts = np.asarray(answered.ids), np.asarray(answered.lengths)
+      if not isinstance(answered, Sampled):  # the best of each prompt's texts
+        new, counts = new[:, 0], counts[:, 0]
+      finite = np.asarray(answered.finite)
+      for i, row, length, fine in zip(batch, new, counts, finite, strict=False):
+        self._check_numbers(fine, f"Prompt {numbers[i] + 1}: ")
         answers[i] = row[:length].tolist()
       if progress is not None:
         progress(start + len(batch))
@@ -351,11 +351,10 @@ def _unrolled(module: Any, variables: Any) -> tuple[Any, dict[str, Any]]:
     if "layer" not in path:
       leaves[path] = leaf
       continue
-    place = path.index("layer")
-    for number in range(leaf.shape[0]):
-      one = jax.tree.map(lambda part, i=number: part[i], leaf)
-      name = f"layer_{number}"
-      leaves[*path[:place], name, *path[place + 1 :]] = one
+    at = path.index("layer")
+    for i in range(leaf.shape[0]):
+      layer = jax.tree.map(lambda codes, i=i: codes[i], leaf)
+      leaves[*path[:at], f"layer_{i}", *path[at + 1 :]] = layer
   module = module.clone(model=plain) if adapted else plain
   return module, unflatten_dict(leaves)
 
@@ -373,8 +372,8 @@ def _ends(decoder: Classifier, tokenizer: Any) -> tuple[int, ...]:
   Raises:
     UserError: the file holds something else there.
   """
-  own = tokenizer.eos_token_id
-  ends = [] if own is None else [own]
+  end = tokenizer.eos_token_id
+  ends = [] if end is None else [end]
   for name in ("generation_config.json", "config.json"):
     path = decoder.folder / name
     named = read_json(path).get("eos_token_id") if path.is_file() else None

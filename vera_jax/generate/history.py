@@ -15,13 +15,13 @@ def append(
 
   Args:
     prompts: padded on the right.
-    lengths: of the prompts, in tokens.
+    lengths: the number of tokens of each prompt.
     answers: the tokens that follow.
   """
   rows, new = answers.shape
-  whole = jnp.pad(prompts, ((0, 0), (0, new)))
-  places = lengths[:, None] + jnp.arange(new)[None]
-  return whole.at[jnp.arange(rows)[:, None], places].set(answers)
+  tokens = jnp.pad(prompts, ((0, 0), (0, new)))
+  columns = lengths[:, None] + jnp.arange(new)[None]
+  return tokens.at[jnp.arange(rows)[:, None], columns].set(answers)
 
 
 def repeats(
@@ -35,9 +35,9 @@ def repeats(
 
   Args:
     tokens: each row's tokens so far; behind its length they count for nothing.
-    lengths: in tokens.
+    lengths: the number of tokens of each row.
     size: of the n-grams, 1 or more: 1 forbids every word that was there.
-    vocab: number of words.
+    vocab: the number of words.
   """
   rows, length = tokens.shape
   windows = length - size + 1
@@ -46,8 +46,8 @@ def repeats(
   # a window forbids its last word if the others are the row's last ones
   same = jnp.arange(size - 1, length)[None] < lengths[:, None]
   for k in range(size - 1):
-    place = jnp.maximum(lengths - (size - 1) + k, 0)[:, None]
-    last = jnp.take_along_axis(tokens, place, axis=1)
+    column = jnp.maximum(lengths - (size - 1) + k, 0)[:, None]
+    last = jnp.take_along_axis(tokens, column, axis=1)
     same &= tokens[:, k : k + windows] == last
   forbidden = jnp.where(same, tokens[:, size - 1 :], vocab)
   none = jnp.zeros((rows, vocab), bool)

@@ -66,8 +66,8 @@ class Sampling(NamedTuple):
 GREEDY = Sampling()
 
 
-class Answers(NamedTuple):
-  """What was generated.
+class Sampled(NamedTuple):
+  """The words that were sampled behind each prompt.
 
   Attributes:
     ids: the new tokens, with `pad` behind each row's last one.
@@ -82,7 +82,7 @@ class Answers(NamedTuple):
 
 
 def are_numbers(logits: Float[Array, "*rows vocab"]) -> Bool[Array, "*rows"]:
-  """Whether words can be chosen by each row's logits.
+  """Whether words can be drawn by each row's logits.
 
   A word that can't come may have minus infinity; the highest logit is NaN if
   any of them is, and infinite if one of them is or all are minus that.
@@ -110,7 +110,7 @@ def filtered(
   return logits
 
 
-def choose(
+def draw(
   logits: Float[Array, "rows vocab"],
   keys: Key[Array, " rows"],
   *,
@@ -147,8 +147,8 @@ def next_tokens(
       history, lengths, size=sampling.no_repeat_ngram, vocab=logits.shape[1]
     )
     logits = jnp.where(forbidden, -jnp.inf, logits)
-  own = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-  return choose(logits, own, sampling=sampling)
+  keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+  return draw(logits, keys, sampling=sampling)
 
 
 compiled_next = jax.jit(next_tokens, static_argnames="sampling")
@@ -166,7 +166,7 @@ def sample(
   eos: Sequence[int],
   max_new_tokens: int,
   pad: int = 0,
-) -> Answers:
+) -> Sampled:
   """Answers to prompts of different lengths, all in one loop.
 
   It ends when every row has ended, or after `max_new_tokens`.
@@ -176,10 +176,10 @@ def sample(
     logits: of the first new word of each row.
     state: as `tokens_to_logits` takes it, after the prompts.
     prompts: padded on the right.
-    lengths: of the prompts, in tokens.
+    lengths: the number of tokens of each prompt.
     keys: one for each row.
-    sampling: how words are chosen.
-    eos: the ids that end a text; none of them: only the maximum does.
+    sampling: the rule by which words are drawn.
+    eos: the ids that end a text. Without any only the maximum ends it.
     max_new_tokens: the most tokens of an answer.
     pad: what stands behind an answer's end.
   """
@@ -225,4 +225,4 @@ def sample(
   history = append(prompts, lengths, ids)
   first = Carry(jnp.int32(0), ids, history, none > 0, none, none == 0, state)
   last = jax.lax.while_loop(unfinished, go_on, write(first, logits))
-  return Answers(last.ids, last.written, last.finite)
+  return Sampled(last.ids, last.written, last.finite)
