@@ -76,7 +76,7 @@ def test_the_count_is_the_vectors_length():
 
 
 def test_what_is_refused():
-  with pytest.raises(UserError, match="size 0"):
+  with pytest.raises(UserError, match="size is 0"):
     unilora(size=0)
-  with pytest.raises(UserError, match="must fit 32 bits"):
+  with pytest.raises(UserError, match="projection_seed is -1"):
     unilora(projection_seed=-1)

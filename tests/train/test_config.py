@@ -86,7 +86,7 @@ def test_all_that_is_wrong_is_in_one_message():
     ({"vera.projection_seed": 2**32}, "projection_seed=4294967296"),
     ({"vera.projection_seed": -1}, "0 or above"),
     ({"vera.targets": ("que(",)}, "pattern 'que\\(' is no proper regular"),
-    ({"vera.rank": 0}, "VeRA's rank is 0"),
+    ({"vera.rank": 0}, "vera's rank is 0"),
     ({"vera.init": "zeros"}, "init is 'zeros'; choose from"),
     ({"model.scan": "some"}, "model.scan is 'some'; choose auto, true or"),
     ({"model.dtype": "float16"}, "dtype is float16; choose auto, float32, b"),

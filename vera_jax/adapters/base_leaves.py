@@ -1,38 +1,53 @@
 """Methods without leaves of their own: they train leaves of the base itself."""
 
+from dataclasses import KW_ONLY, dataclass
+
 from vera_jax.adapters.interface import Adapter, as_they_are
+from vera_jax.adapters.method import Method, NoSettings, setting
 from vera_jax.patterns import find
 
 ALL = r".*"  # the pattern of every leaf
 
 
-def bitfit(*, biases: str = ALL) -> Adapter:
-  """BitFit (arXiv 2106.10199): biases, by default all, LayerNorms' among them.
+@dataclass(frozen=True)
+class Biases:
+  _: KW_ONLY
+  biases: str = setting(
+    ALL,
+    "a pattern of the layers whose biases are trained, LayerNorms' among them:"
+    " query|value for these two alone, as the paper also tries",
+  )
 
-  Args:
-    biases: a pattern of the layers whose biases are trained, as a target is:
-      "query|value" for these two alone. The paper tries some such choices too.
 
-  Raises:
-    UserError: it is no regular expression.
-  """
-  find(biases, "")
-  trains = rf"(?:.*/)?(?:{biases})/bias"
+def make_bitfit(s: Biases) -> Adapter:
+  """BitFit (arXiv 2106.10199): the base's biases."""
+  find(s.biases, "")  # refuses what is no regular expression
+  trains = rf"(?:.*/)?(?:{s.biases})/bias"
   return Adapter(name="bitfit", trains=trains, prepare=as_they_are)
 
 
-def norms() -> Adapter:
+def make_norms(s: NoSettings) -> Adapter:
   """What normalises alone: the scales and biases of BatchNorms (arXiv
   2003.00152), LayerNorms and RMSNorms."""
   trains = r".*(norm|LayerNorm|ln_)[^/]*/(scale|bias)"
   return Adapter(name="norms", trains=trains, prepare=as_they_are)
 
 
-def head() -> Adapter:
+def make_head(s: NoSettings) -> Adapter:
   """The task's head alone, on the frozen base."""
   return Adapter(name="head", prepare=as_they_are)
 
 
-def full() -> Adapter:
+def make_full(s: NoSettings) -> Adapter:
   """Full fine-tuning: every leaf of the base."""
   return Adapter(name="full", trains=ALL)
+
+
+bitfit = Method(
+  "bitfit", make_bitfit, Biases, config=dict(lr=1e-3, head_lr=1e-3)
+)
+norms = Method(
+  "norms", make_norms, NoSettings, config=dict(lr=1e-3, head_lr=1e-3)
+)
+head = Method("head", make_head, NoSettings, config=dict(head_lr=None))
+full = Method("full", make_full, NoSettings, config=dict(lr=2e-5, head_lr=2e-5))

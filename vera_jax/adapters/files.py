@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from vera_jax.adapters.card import CARD, model_card
-from vera_jax.adapters.methods import LARGEST
+from vera_jax.adapters.method import LARGEST
 from vera_jax.errors import UserError
 from vera_jax.files import (
   DATA,

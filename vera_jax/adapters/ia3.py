@@ -10,30 +10,40 @@ feed-forward's second product: 2 x 768 + 3072 numbers in a layer of BERT-base,
 also scale the inputs of the attention's output layer; the paper doesn't.
 """
 
-from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from vera_jax.adapters.interface import Adapter, Leaves, Site, as_they_are
+from vera_jax.adapters.method import Method, setting
 from vera_jax.adapters.products import along_last
 from vera_jax.adapters.sites import matches
 
 INPUT, OUTPUT = "ia3_in", "ia3_out"
 
 
-def ia3(*, feedforward: Sequence[str] = ()) -> Adapter:
-  """IA3 as an `Adapter`: in or out trained numbers per site.
+# The feed-forward's output layer, as each family of encoders names it.
+OUTPUT_LAYERS = r"layer(_\d+)?/output/dense|lin2|mlp/Wo"
 
-  Args:
-    feedforward: patterns of those sites whose inputs are scaled; of all others
-      the outputs are.
-  """
+
+@dataclass(frozen=True)
+class Settings:
+  _: KW_ONLY
+  feedforward: tuple[str, ...] = setting(
+    (),
+    "patterns of those targets whose inputs are scaled; of all others the"
+    " outputs are",
+  )
+
+
+def make_ia3(s: Settings) -> Adapter:
+  """IA3 as an `Adapter`: in or out trained numbers per site."""
 
   def start(key: Array, site: Site) -> dict[str, Array]:
     del key
-    if any(matches(pattern, site.path) for pattern in feedforward):
+    if any(matches(pattern, site.path) for pattern in s.feedforward):
       return {INPUT: jnp.ones(site.inputs, jnp.float32)}
     return {OUTPUT: jnp.ones(site.outputs, jnp.float32)}
 
@@ -64,5 +74,18 @@ def ia3(*, feedforward: Sequence[str] = ()) -> Adapter:
     forward=forward,
     draws=False,
     prepare=as_they_are,
-    apart=tuple(feedforward),
+    apart=s.feedforward,
   )
+
+
+ia3 = Method(
+  "ia3",
+  make_ia3,
+  Settings,
+  config=dict(
+    targets=("key", "value", OUTPUT_LAYERS),
+    feedforward=(OUTPUT_LAYERS,),
+    lr=1e-2,
+    head_lr=4e-3,
+  ),
+)

@@ -9,6 +9,7 @@ that no file need hold it.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
@@ -26,48 +27,70 @@ from vera_jax.adapters.interface import (
   Target,
   as_they_are,
 )
+from vera_jax.adapters.method import QUERY_VALUE, Method, setting
 from vera_jax.adapters.products import add_low_rank
 from vera_jax.adapters.projections import make_projections
-from vera_jax.errors import UserError
 
 A, B = "lora_A", "lora_B"
 # What alpha is divided by, given the rank.
 SCALES: dict[str, Callable[[int], float]] = {"rank": float, "root": math.sqrt}
 
 
-def lora(
-  rank: int = 8,
-  *,
-  alpha: float = 8.0,
-  scaling: str = "rank",
-  train: str = "both",
-  projection_seed: int = 0,
-) -> Adapter:
-  """LoRA as an `Adapter`: r (in + out) trained numbers per site.
+@dataclass(frozen=True)
+class Settings:
+  rank: int = setting(8, "r", least=1)
+  _: KW_ONLY
+  alpha: float = setting(8.0, "the delta's scale, over what scaling says")
+  scaling: str = setting(
+    "rank",
+    "alpha over the rank, or over its root, as rsLoRA has it",
+    choices=tuple(SCALES),
+  )
 
-  Args:
-    rank: r.
-    alpha: over what `scaling` says, the delta's scale.
-    scaling: "rank", or "root" for the rank-stabilised sqrt(r).
-    train: "both" matrices, or "B" alone: r out numbers per site.
-    projection_seed: of A, where it is not trained.
 
-  Raises:
-    UserError: a rank below 1, or a value that is no name of a choice.
-  """
-  if rank < 1:
-    raise UserError(f"LoRA's rank is {rank}; it must be at least 1.")
-  if scaling not in SCALES:
-    raise UserError(f"scaling is {scaling!r}; choose {' or '.join(SCALES)}.")
-  if train not in ("both", "B"):
-    raise UserError(f"train is {train!r}; choose both or B.")
+@dataclass(frozen=True)
+class SeededSettings(Settings):
+  projection_seed: int = setting(0, "the seed of A", least=0)
+
+
+def scale(s: Settings) -> float:
+  """What multiplies the delta."""
+  return s.alpha / SCALES[s.scaling](s.rank)
+
+
+def make_lora(s: Settings) -> Adapter:
+  """LoRA as an `Adapter`: r (in + out) trained numbers per site."""
+
+  def start(key: Array, site: Site) -> dict[str, Array]:
+    bound = site.inputs**-0.5
+    shape = s.rank, site.inputs
+    first = jax.random.uniform(
+      key, shape, jnp.float32, minval=-bound, maxval=bound
+    )
+    return {A: first, B: jnp.zeros((site.outputs, s.rank), jnp.float32)}
+
+  def low_rank(leaves: Leaves, site: Site) -> LowRank:
+    up = scale(s) * leaves[B].T
+    return LowRank(down=leaves[A].T, up=up, trains_down=True, trains_up=True)
+
+  return Adapter(
+    name="lora",
+    init=start,
+    weights=add_low_rank(low_rank),
+    low_rank=low_rank,
+    prepare=as_they_are,
+  )
+
+
+def make_lora_fa(s: SeededSettings) -> Adapter:
+  """LoRA-FA as an `Adapter`: r out trained numbers per site."""
 
   def shared(sites: Mapping[Path, Target | Site]) -> dict[str, Any]:
     """A of every site, with the variance that LoRA's starts with."""
     pairs = make_projections(
       sites,
-      rank=rank,
-      seed=projection_seed,
+      rank=s.rank,
+      seed=s.projection_seed,
       init="kaiming_uniform",
       sharing="unique",
     )
@@ -77,23 +100,16 @@ def lora(
     )
 
   def start(key: Array, site: Site) -> dict[str, Array]:
-    bound = site.inputs**-0.5
-    shape = rank, site.inputs
-    first = jax.random.uniform(
-      key, shape, jnp.float32, minval=-bound, maxval=bound
-    )
-    zeros = jnp.zeros((site.outputs, rank), jnp.float32)
-    return {A: first, B: zeros} if train == "both" else {B: zeros}
+    del key
+    return {B: jnp.zeros((site.outputs, s.rank), jnp.float32)}
 
   def low_rank(leaves: Leaves, site: Site) -> LowRank:
-    up = (alpha / SCALES[scaling](rank)) * leaves[B].T
-    if train == "both":
-      return LowRank(down=leaves[A].T, up=up, trains_down=True, trains_up=True)
+    up = scale(s) * leaves[B].T
     return LowRank(down=site.shared["A"].T, up=up, trains_up=True)
 
   return Adapter(
     name="lora",
-    shared=shared if train == "B" else None,
+    shared=shared,
     init=start,
     weights=add_low_rank(low_rank),
     low_rank=low_rank,
@@ -101,21 +117,16 @@ def lora(
   )
 
 
-def lora_fa(
-  rank: int = 8,
-  *,
-  alpha: float = 8.0,
-  scaling: str = "rank",
-  projection_seed: int = 0,
-) -> Adapter:
-  """LoRA-FA: LoRA whose A stays as it is drawn, r out numbers per site.
-
-  The arguments are those of `lora`.
-  """
-  return lora(
-    rank,
-    alpha=alpha,
-    scaling=scaling,
-    train="B",
-    projection_seed=projection_seed,
-  )
+lora = Method(
+  "lora",
+  make_lora,
+  Settings,
+  config=dict(targets=QUERY_VALUE, lr=4e-4, head_lr=4e-4),
+)
+lora_fa = Method(
+  "lora_fa",
+  make_lora_fa,
+  SeededSettings,
+  config=dict(targets=QUERY_VALUE, lr=4e-3, head_lr=4e-3),
+  starts=lambda s: ("projection_seed",),
+)

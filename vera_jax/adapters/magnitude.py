@@ -9,6 +9,7 @@ have one per output, as here. |W| counts as a constant in the backward pass
 `magnitude` follows either in a chain.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,30 +17,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from vera_jax.adapters import lora, vera
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.interface import Adapter, Leaves, Site
-from vera_jax.adapters.lora import lora
 from vera_jax.adapters.products import along_last
-from vera_jax.adapters.vera import vera
 
 M = "magnitude_m"
 SCALE = "magnitude_scale"  # m / |W|, in place of m where a bank keeps it
-
-
-def dora(rank: int = 8, **settings: Any) -> Adapter:
-  """DoRA: LoRA with a magnitude, r (in + out) + out numbers per site.
-
-  The settings are those of `lora`.
-  """
-  return chain(lora(rank, **settings), magnitude())
-
-
-def dvora(rank: int = 256, **settings: Any) -> Adapter:
-  """DVoRA: VeRA with a magnitude, r + 2 out numbers per site.
-
-  The settings are those of `vera`.
-  """
-  return chain(vera(rank, **settings), magnitude())
 
 
 def magnitude() -> Adapter:
@@ -77,3 +61,17 @@ def magnitude() -> Adapter:
     draws=False,
     prepare=lambda leaves, site: {SCALE: scale(leaves, site)},
   )
+
+
+def make_dora(s: lora.Settings) -> Adapter:
+  """DoRA: LoRA with a magnitude, r (in + out) + out numbers per site."""
+  return chain(lora.make_lora(s), magnitude())
+
+
+def make_dvora(s: vera.Settings) -> Adapter:
+  """DVoRA: VeRA with a magnitude, r + 2 out numbers per site."""
+  return chain(vera.make_vera(s), magnitude())
+
+
+dora = replace(lora.lora, name="dora", make=make_dora)
+dvora = replace(vera.vera, name="dvora", make=make_dvora)

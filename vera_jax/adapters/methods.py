@@ -1,115 +1,41 @@
 """The table of methods, and a method's adapter from its settings.
 
-A new method is one file with a function that returns an `Adapter`, and one
-line in `METHODS`. Configs and adapter files hold its settings by name. Several
-methods joined by "+" are a chain, as "vera+bitfit"; its settings are those of
-its methods, each under the method's name.
+A new method is one file that ends with its `Method`, and one line in `FILES`.
+Configs and adapter files hold its settings by name. Several methods joined by
+"+" are a chain, as "vera+bitfit"; its settings are those of its methods, each
+under the method's name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
 
-from vera_jax.adapters.base_leaves import bitfit, full, head, norms
 from vera_jax.adapters.chain import chain
-from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Adapter
-from vera_jax.adapters.lora import lora, lora_fa
-from vera_jax.adapters.magnitude import dora, dvora
-from vera_jax.adapters.pvera import pvera
-from vera_jax.adapters.randlora import randlora
-from vera_jax.adapters.unilora import unilora
-from vera_jax.adapters.vera import onelora, vera
+from vera_jax.adapters.method import Method, are_texts
 from vera_jax.errors import UserError
 from vera_jax.patterns import find
 
-# Settings and trained numbers beyond it are a mistake or damage: float32 ends
-# near 3e38, and norms square what a product of d, b, A, B and x gives.
-LARGEST = 1e9
-
-
-class Method(NamedTuple):
-  """A line of the table.
-
-  Attributes:
-    make: settings -> the adapter.
-    settings: names and types of what makes an adapter what it is; learning
-      rates are no part. A tuple's entries are some of the targets.
-    starts: settings -> the names of those that only the first values of leaves
-      and matrices come from: trained adapters that differ in them run by one
-      program.
-    per_run: settings -> the names of those that only leaves' first values come
-      from: the runs of an ensemble may each have their own.
-    group: the config's group that holds its settings, where that has not its
-      own name: a variant of a method takes the method's.
-    on_sites: whether it is put on target layers, rather than training leaves of
-      the base.
-  """
-
-  make: Callable[..., Adapter]
-  settings: dict[str, type] = {}
-  starts: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda given: ()
-  per_run: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda given: ()
-  group: str | None = None
-  on_sites: bool = True
-
-
-VERA = Method(
-  vera,
-  {
-    "rank": int,
-    "d_init": float,
-    "init": str,
-    "projection_seed": int,
-    "train": str,
-    "sharing": str,
-    "conv": str,
-  },
-  # where b is trained alone, d stays at d_init, a constant of the program
-  starts=lambda given: (
-    ("init", "projection_seed")
-    if given["train"] == "b"
-    else ("d_init", "init", "projection_seed")
-  ),
-  per_run=lambda given: ("d_init",) if given["train"] == "both" else (),
-)
-LORA = Method(
-  lora,
-  {"rank": int, "alpha": float, "scaling": str},
-)
-
+# The file of each method, in the order of tables.
+FILES = {
+  "vera": "vera",
+  "lora": "lora",
+  "ia3": "ia3",
+  "dora": "magnitude",
+  "dvora": "magnitude",
+  "lora_fa": "lora",
+  "onelora": "vera",
+  "pvera": "pvera",
+  "randlora": "randlora",
+  "unilora": "unilora",
+  "bitfit": "base_leaves",
+  "norms": "base_leaves",
+  "head": "base_leaves",
+  "full": "base_leaves",
+}
 METHODS: dict[str, Method] = {
-  "vera": VERA,
-  "lora": LORA,
-  "ia3": Method(ia3, {"feedforward": tuple}),
-  "dora": LORA._replace(make=dora, group="lora"),
-  "dvora": VERA._replace(make=dvora, group="vera"),
-  "lora_fa": Method(
-    lora_fa,
-    {**LORA.settings, "projection_seed": int},
-    starts=lambda given: ("projection_seed",),
-  ),
-  "onelora": Method(onelora),
-  "pvera": Method(
-    pvera,
-    {"rank": int, "d_init": float, "init": str, "projection_seed": int},
-    starts=lambda given: ("d_init", "init", "projection_seed"),
-    per_run=lambda given: ("d_init",),
-  ),
-  "randlora": Method(
-    randlora,
-    {"rank": int, "alpha": float, "init": str, "projection_seed": int},
-    starts=lambda given: ("init", "projection_seed"),
-  ),
-  "unilora": Method(
-    unilora,
-    {"rank": int, "size": int, "theta_init": float, "projection_seed": int},
-    starts=lambda given: ("theta_init", "projection_seed"),
-    per_run=lambda given: ("theta_init",),
-  ),
-  "bitfit": Method(bitfit, {"biases": str}, on_sites=False),
-  "norms": Method(norms, on_sites=False),
-  "head": Method(head, on_sites=False),
-  "full": Method(full, on_sites=False),
+  name: getattr(import_module(f"vera_jax.adapters.{file}"), name)
+  for name, file in FILES.items()
 }
 
 
@@ -136,8 +62,10 @@ def groups_of(method: str) -> dict[str, str]:
 
   A method that is not in the table, as in older results, is its own group.
   """
-  lines = {name: METHODS.get(name) for name in method.split("+")}
-  return {name: (line and line.group) or name for name, line in lines.items()}
+  return {
+    name: METHODS[name].group if name in METHODS else name
+    for name in method.split("+")
+  }
 
 
 def settings_in(config: Any, method: str) -> dict[str, Any]:
@@ -181,7 +109,7 @@ def by_link(
 
 def adapter_named(name: str) -> Adapter:
   """The method with its default settings: enough to tell whose a leaf is."""
-  made = [line.make() for line in links_of(name).values()]
+  made = [line() for line in links_of(name).values()]
   return chain(*made) if len(made) > 1 else made[0]
 
 
@@ -208,39 +136,17 @@ def make_adapter(
       tuple(all_targets),
     )
   line = METHODS[method]
-  types, settings = line.settings, groups[method]
-  wrong = [name for name in types if not _fits(settings.get(name), types[name])]
-  # what trains leaves of the base needs no targets
-  targets = settings.get("targets") if line.on_sites else ()
-  if line.on_sites and (
-    not isinstance(targets, Sequence)
-    or isinstance(targets, str)
-    or not targets
-    or not all(isinstance(pattern, str) for pattern in targets)
-  ):
-    wrong.append("targets")
-  if wrong:
-    given = ", ".join(f"{name}={settings.get(name)!r}" for name in wrong)
-    raise UserError(f"The settings of {method} have no usable {given}.")
-  for pattern in targets or ():
+  adapter = line.make(line.read(groups[method]))
+  targets: Any = groups[method].get("targets") if line.on_sites else ()
+  if line.on_sites and (not targets or not are_texts(targets)):
+    raise UserError(
+      f"The settings of {method} have no usable targets={targets!r}."
+    )
+  for pattern in targets:
     find(pattern, "")  # refuses what is no regular expression
-  chosen = {name: settings[name] for name in types}
-  for name, patterns in chosen.items():
-    if types[name] is tuple and not set(patterns) <= set(targets or ()):
-      raise UserError(
-        f"The settings of {method} have {name}={patterns!r}; they must be some"
-        f" of the targets, {targets!r}."
-      )
-  return line.make(**chosen), tuple(targets or ())
-
-
-def _fits(value: Any, kind: type) -> bool:
-  if kind is tuple:
-    listed = isinstance(value, tuple | list)
-    return listed and all(isinstance(entry, str) for entry in value)
-  allowed = (int, float) if kind is float else kind
-  if not isinstance(value, allowed) or isinstance(value, bool):
-    return False
-  if isinstance(value, int | float):  # NaN is not within a limit either
-    return abs(value) <= (2**32 - 1 if kind is int else LARGEST)
-  return True
+  if not set(adapter.apart) <= set(targets):
+    raise UserError(
+      f"{method} treats the layers {adapter.apart!r} in another way; they must"
+      f" be some of the targets, {targets!r}."
+    )
+  return adapter, tuple(targets)

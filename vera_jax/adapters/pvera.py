@@ -13,6 +13,7 @@ neither have we.
 """
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
@@ -29,48 +30,46 @@ from vera_jax.adapters.interface import (
   Target,
   as_they_are,
 )
+from vera_jax.adapters.method import QUERY_VALUE, Method, setting
 from vera_jax.adapters.products import Forward, add_low_rank, scaled
 from vera_jax.adapters.projections import (
-  check_choices,
+  INITIALISERS,
+  STORED,
   make_projections,
   pair_of,
 )
-from vera_jax.errors import UserError
 
 D, B_VECTOR = "pvera_d", "pvera_b"
 
 
-def pvera(
-  rank: int = 256,
-  *,
-  d_init: float = 0.1,
-  init: str = "kaiming_uniform",
-  projection_seed: int = 0,
-) -> Adapter:
-  """PVeRA as an `Adapter`: 2r + out trained numbers per site.
+@dataclass(frozen=True)
+class Settings:
+  rank: int = setting(256, "r, the number of activations drawn", least=1)
+  _: KW_ONLY
+  d_init: float = setting(
+    0.1, "the value that every entry of d starts from; b starts at 0"
+  )
+  init: str = setting(
+    "kaiming_uniform",
+    "how A and B are drawn",
+    choices=(*INITIALISERS, STORED),
+  )
+  projection_seed: int = setting(0, "the seed of A and B", least=0)
 
-  Args:
-    rank: r, the number of activations that are drawn.
-    d_init: the value that every entry of d starts from; b starts at 0.
-    init: how A and B are drawn, a name in `projections.INITIALISERS`.
-    projection_seed: the seed A and B come from.
 
-  Raises:
-    UserError: a value that is out of range or no name of a choice.
-  """
-  if rank < 1:
-    raise UserError(f"PVeRA's rank is {rank}; it must be at least 1.")
-  check_choices(seed=projection_seed, init=init)
+def make_pvera(s: Settings) -> Adapter:
+  """PVeRA as an `Adapter`: 2r + out trained numbers per site."""
+  rank = s.rank
 
   def shared(sites: Mapping[Path, Target | Site]) -> dict[str, Any]:
     return make_projections(
-      sites, rank=rank, rows=2 * rank, seed=projection_seed, init=init
+      sites, rank=rank, rows=2 * rank, seed=s.projection_seed, init=s.init
     )
 
   def start(key: Array, site: Site) -> dict[str, Array]:
     del key
     return {
-      D: jnp.full(2 * rank, d_init, jnp.float32),
+      D: jnp.full(2 * rank, s.d_init, jnp.float32),
       B_VECTOR: jnp.zeros(site.outputs, jnp.float32),
     }
 
@@ -103,3 +102,13 @@ def pvera(
     forward=forward,
     prepare=as_they_are,
   )
+
+
+pvera = Method(
+  "pvera",
+  make_pvera,
+  Settings,
+  config=dict(targets=QUERY_VALUE, lr=1e-2, head_lr=4e-3),
+  starts=lambda s: ("d_init", "init", "projection_seed"),
+  per_run=lambda s: ("d_init",),
+)

@@ -18,6 +18,7 @@ Its delta has the size of W0 and no small form per row, so a bank refuses it.
 
 import math
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
@@ -33,40 +34,41 @@ from vera_jax.adapters.interface import (
   Site,
   Target,
 )
+from vera_jax.adapters.method import QUERY_VALUE, Method, setting
 from vera_jax.adapters.products import add_low_rank
 from vera_jax.adapters.projections import (
   PRNG,
-  check_choices,
+  STORED,
   check_entries,
   peft_bases,
   signed_uniform,
 )
-from vera_jax.errors import UserError
 
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
 
 
-def randlora(
-  rank: int = 32,
-  *,
-  alpha: float = 640.0,
-  init: str = "uniform",
-  projection_seed: int = 0,
-) -> Adapter:
-  """RandLoRA as an `Adapter`: n (r + min) trained numbers per site.
+@dataclass(frozen=True)
+class Settings:
+  rank: int = setting(
+    32,
+    "r; a lower one means more matrices and more trained numbers",
+    least=1,
+  )
+  _: KW_ONLY
+  alpha: float = setting(
+    640.0, "over the rank, the delta's scale; 20 times the rank in PEFT"
+  )
+  init: str = setting(
+    "uniform",
+    "how A and the B_j are drawn; peft draws PEFT's own",
+    choices=("uniform", "peft", STORED),
+  )
+  projection_seed: int = setting(0, "the seed of A and the B_j", least=0)
 
-  Args:
-    rank: r; a lower one means more matrices and more trained numbers.
-    alpha: over the rank, the delta's scale; 20 times the rank in PEFT.
-    init: how A and the B_j are drawn: "uniform", or "peft", PEFT's own.
-    projection_seed: the seed that they come from.
 
-  Raises:
-    UserError: a value that is out of range or no name of a choice.
-  """
-  if rank < 1:
-    raise UserError(f"RandLoRA's rank is {rank}; it must be at least 1.")
-  check_choices(seed=projection_seed, init=init, known=("uniform", "peft"))
+def make_randlora(s: Settings) -> Adapter:
+  """RandLoRA as an `Adapter`: n (r + min) trained numbers per site."""
+  rank = s.rank
 
   def shared(sites: Mapping[Path, Target | Site]) -> dict[str, Any]:
     """A (r, min) and the B_j side by side, (max, n r), of the widest sites."""
@@ -76,9 +78,9 @@ def randlora(
     )
     matrices, fewer = math.ceil(min(widest) / rank), min(widest)
     check_entries(rank * (fewer + max(widest) * matrices), sites)
-    if init == "peft":
-      return peft_bases(projection_seed, rank, fewer, max(widest), matrices)
-    key = jax.random.key(projection_seed, impl=PRNG)
+    if s.init == "peft":
+      return peft_bases(s.projection_seed, rank, fewer, max(widest), matrices)
+    key = jax.random.key(s.projection_seed, impl=PRNG)
     unit = np.float32(np.sqrt(3) * 2.0**-24)  # of variance 1
     shapes = {"A": (rank, fewer), "B": (max(widest), matrices * rank)}
     return {
@@ -99,7 +101,7 @@ def randlora(
     fewer = min(site.inputs, site.outputs)
     A = site.shared["A"][:, None, :fewer]
     trained = leaves[LAMBDA][:, :, None] * A * leaves[GAMMA][None]
-    trained = alpha / rank * trained.reshape(-1, fewer)
+    trained = s.alpha / rank * trained.reshape(-1, fewer)
     fixed = site.shared["B"][: max(site.inputs, site.outputs), : len(trained)]
     if site.inputs <= site.outputs:
       return LowRank(down=trained.T, up=fixed.T, trains_down=True)
@@ -112,3 +114,12 @@ def randlora(
     weights=add_low_rank(low_rank),
     low_rank=low_rank,
   )
+
+
+randlora = Method(
+  "randlora",
+  make_randlora,
+  Settings,
+  config=dict(targets=QUERY_VALUE, lr=1e-3, head_lr=4e-3),
+  starts=lambda s: ("init", "projection_seed"),
+)

@@ -14,6 +14,7 @@ and the first output is that of the base only nearly. There is no alpha.
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
@@ -31,36 +32,34 @@ from vera_jax.adapters.interface import (
   Target,
   as_they_are,
 )
+from vera_jax.adapters.method import QUERY_VALUE, Method, setting
 from vera_jax.adapters.products import add_low_rank
-from vera_jax.adapters.projections import check_choices, check_entries
-from vera_jax.errors import UserError
+from vera_jax.adapters.projections import check_entries
 
 THETA = "unilora_theta"
 
 
-def unilora(
-  rank: int = 4,
-  *,
-  size: int = 4096,
-  theta_init: float = 0.02,
-  projection_seed: int = 42,
-) -> Adapter:
-  """Uni-LoRA as an `Adapter`: `size` trained numbers in all.
+@dataclass(frozen=True)
+class Settings:
+  rank: int = setting(4, "r, of the A and B that are made", least=1)
+  _: KW_ONLY
+  size: int = setting(
+    4096,
+    "theta's length, all that is trained; PEFT's default, 256, is too short for"
+    " most uses",
+    least=1,
+  )
+  theta_init: float = setting(
+    0.02, "theta starts uniform in [-theta_init, theta_init)"
+  )
+  projection_seed: int = setting(
+    42, "the seed that the indices come from", least=0
+  )
 
-  Args:
-    rank: r, of the A and B that are made.
-    size: theta's length. PEFT's default, 256, is too short for most uses.
-    theta_init: theta starts uniform in [-theta_init, theta_init).
-    projection_seed: the seed that the indices come from.
 
-  Raises:
-    UserError: a rank or size below 1, or a seed beyond 32 bits.
-  """
-  if rank < 1 or size < 1:
-    raise UserError(
-      f"Uni-LoRA's rank is {rank} and its size {size}; each must be at least 1."
-    )
-  check_choices(seed=projection_seed, init="peft")
+def make_unilora(s: Settings) -> Adapter:
+  """Uni-LoRA as an `Adapter`: `size` trained numbers in all."""
+  rank, size = s.rank, s.size
 
   def shared(sites: Mapping[Path, Target | Site]) -> dict[str, Any]:
     """The indices of each site's A and B, and theta's scale."""
@@ -83,7 +82,7 @@ def unilora(
     places = [(p, n, layer) for p, layer in order for n in "AB"]
     lengths = [int(np.prod(shapes[*p, n])) for p, n, _ in places]
     check_entries(sum(lengths) + size, sites)
-    drawn = _indices(sum(lengths), size, projection_seed)
+    drawn = _indices(sum(lengths), size, s.projection_seed)
     found = {
       key: np.empty((*sites[key[:-1]].stack, *shape), np.int32)
       for key, shape in shapes.items()
@@ -98,7 +97,7 @@ def unilora(
   def common(key: Array, sites: Mapping[Path, Site]) -> dict[str, Array]:
     del sites
     theta = jax.random.uniform(
-      key, (size,), jnp.float32, minval=-theta_init, maxval=theta_init
+      key, (size,), jnp.float32, minval=-s.theta_init, maxval=s.theta_init
     )
     return {THETA: theta}
 
@@ -126,3 +125,13 @@ def _indices(entries: int, size: int, seed: int) -> np.ndarray:
   found = np.concatenate([found, more]) if entries % size else found
   stream.shuffle(found)
   return found.astype(np.int32)
+
+
+unilora = Method(
+  "unilora",
+  make_unilora,
+  Settings,
+  config=dict(targets=QUERY_VALUE, lr=4e-3, head_lr=4e-3),
+  starts=lambda s: ("theta_init", "projection_seed"),
+  per_run=lambda s: ("theta_init",),
+)

@@ -14,6 +14,7 @@ own and all have the same A, as narrow as that of a 1 x 1 layer.
 """
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,56 +29,56 @@ from vera_jax.adapters.interface import (
   Target,
   as_they_are,
 )
+from vera_jax.adapters.method import QUERY_VALUE, Method, NoSettings, setting
 from vera_jax.adapters.products import add_low_rank
 from vera_jax.adapters.projections import (
+  INITIALISERS,
+  STORED,
   check_choices,
   make_projections,
   pair_of,
 )
 from vera_jax.adapters.structured import as_array
-from vera_jax.errors import UserError
 
 D, B_VECTOR = "vera_d", "vera_b"
 
 
-def vera(
-  rank: int = 256,
-  *,
-  d_init: float = 0.1,
-  init: str = "kaiming_uniform",
-  projection_seed: int = 0,
-  train: str = "both",
-  sharing: str = "shared",
-  conv: str = "whole",
-) -> Adapter:
-  """VeRA as an `Adapter`: r + out trained numbers per site.
+@dataclass(frozen=True)
+class Settings:
+  rank: int = setting(256, "r; may exceed the layers' widths", least=1)
+  _: KW_ONLY
+  d_init: float = setting(
+    0.1, "the value that every entry of d starts from; b starts at 0"
+  )
+  init: str = setting(
+    "kaiming_uniform", "how A and B are drawn", choices=(*INITIALISERS, STORED)
+  )
+  projection_seed: int = setting(0, "the seed of A and B", least=0)
+  train: str = setting(
+    "both",
+    "the trained vectors (Table 6); where b isn't, it counts as 1 and d starts"
+    " at 0; where d isn't, it stays at d_init",
+    choices=("both", "d", "b"),
+  )
+  sharing: str = setting(
+    "shared",
+    "one pair A, B for all layers, or one per layer (Table 7)",
+    choices=("shared", "unique"),
+  )
+  conv: str = setting(
+    "whole",
+    "how a convolution's kernel is adapted: with r + out numbers, or with"
+    " taps * r + out",
+    choices=("whole", "taps"),
+  )
 
-  Args:
-    rank: r; may exceed the layers' widths (section 3.1).
-    d_init: the value that every entry of d starts from; b starts at 0.
-    init: how A and B are drawn, a name in `projections.INITIALISERS`.
-    projection_seed: the seed A and B come from.
-    train: "both" vectors, or only "d" or only "b" (Table 6). A vector that is
-      not trained is not there: b counts as 1 and d, trained alone, starts at 0;
-      d counts as `d_init`.
-    sharing: "shared", one pair for all sites, or "unique", one per site
-      (Table 7).
-    conv: how a convolution's kernel is adapted: "whole", or by "taps", with
-      taps * r + out trained numbers.
 
-  Raises:
-    UserError: a value that is out of range or no name of a choice.
-  """
-  if rank < 1:
-    raise UserError(f"VeRA's rank is {rank}; it must be at least 1.")
-  if train not in ("both", "d", "b"):
-    raise UserError(f"train is {train!r}; choose both, d or b.")
-  if conv not in ("whole", "taps"):
-    raise UserError(f"conv is {conv!r}; choose whole or taps.")
-  check_choices(seed=projection_seed, init=init, sharing=sharing)
+def make_vera(s: Settings) -> Adapter:
+  """VeRA as an `Adapter`: r + out trained numbers per site."""
+  check_choices(seed=s.projection_seed, init=s.init, sharing=s.sharing)
 
   def taps(site: Target | Site) -> int:
-    return site.view.taps if conv == "taps" else 1
+    return site.view.taps if s.conv == "taps" else 1
 
   def shared(sites: Mapping[Path, Target | Site]) -> dict[str, Any]:
     of_a_tap = {
@@ -85,27 +86,35 @@ def vera(
       for path, site in sites.items()
     }
     return make_projections(
-      of_a_tap, rank=rank, seed=projection_seed, init=init, sharing=sharing
+      of_a_tap,
+      rank=s.rank,
+      seed=s.projection_seed,
+      init=s.init,
+      sharing=s.sharing,
     )
 
   def start(key: Array, site: Site) -> dict[str, Array]:
     del key
-    first = 0.0 if train == "d" else d_init
-    d = jnp.full(taps(site) * rank, first, jnp.float32)
+    first = 0.0 if s.train == "d" else s.d_init
+    d = jnp.full(taps(site) * s.rank, first, jnp.float32)
     b = jnp.zeros(site.outputs, jnp.float32)
-    return {"both": {D: d, B_VECTOR: b}, "d": {D: d}, "b": {B_VECTOR: b}}[train]
+    return {"both": {D: d, B_VECTOR: b}, "d": {D: d}, "b": {B_VECTOR: b}}[
+      s.train
+    ]
 
   def low_rank(leaves: Leaves, site: Site) -> LowRank:
     number = taps(site)
     b = leaves.get(B_VECTOR)
-    d = leaves[D] if D in leaves else jnp.full(rank, d_init, jnp.float32)
+    d = leaves[D] if D in leaves else jnp.full(s.rank, s.d_init, jnp.float32)
     down, up = pair_of(site._replace(inputs=site.inputs // number))
     if number == 1:
       return LowRank(down, up, inner=d, outer=b)
     down = jnp.tile(as_array(down, jnp.float32), (number, 1))
     if D not in leaves:
       return LowRank(down, up, inner=d, outer=b)
-    by_tap = jnp.repeat(d.reshape(number, rank), site.inputs // number, axis=0)
+    by_tap = jnp.repeat(
+      d.reshape(number, s.rank), site.inputs // number, axis=0
+    )
     return LowRank(down * by_tap, up, outer=b, trains_down=True)
 
   return Adapter(
@@ -118,9 +127,33 @@ def vera(
   )
 
 
-def onelora() -> Adapter:
+vera = Method(
+  "vera",
+  make_vera,
+  Settings,
+  config=dict(targets=QUERY_VALUE, lr=None, head_lr=None),
+  # where b is trained alone, d stays at d_init, a constant of the program
+  starts=lambda s: (
+    ("init", "projection_seed")
+    if s.train == "b"
+    else ("d_init", "init", "projection_seed")
+  ),
+  per_run=lambda s: ("d_init",) if s.train == "both" else (),
+)
+
+
+def make_onelora(s: NoSettings) -> Adapter:
   """1LoRA (arXiv 2503.08333): h = W0 x + b * sum(x), out numbers per site.
 
   It is VeRA of rank 1 with matrices of ones, of which b is trained alone.
   """
+  del s
   return vera(1, d_init=1.0, init="ones", train="b")
+
+
+onelora = Method(
+  "onelora",
+  make_onelora,
+  NoSettings,
+  config=dict(targets=QUERY_VALUE, lr=4e-4, head_lr=4e-3),
+)

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vera_jax.adapters.methods import LARGEST
+from vera_jax.adapters.method import LARGEST
 from vera_jax.errors import UserError
 from vera_jax.files import DATA, check_file, parse_json
 from vera_jax.models.hf_weights import FLOATS

@@ -445,10 +445,11 @@ def _program(
   groups = by_link(method, settings)
   for name, line in links_of(method).items():
     place = f"{name}." if len(groups) > 1 else ""
-    free = line.starts(groups[name])
+    chosen = line.read(groups[name])
+    free = line.starts(chosen)
     fixed |= {
-      f"{place}{key}": groups[name].get(key)
-      for key in line.settings
+      f"{place}{key}": value
+      for key, value in vars(chosen).items()
       if key not in free
     }
     made, targets = make_adapter(name, groups[name])

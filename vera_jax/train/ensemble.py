@@ -230,7 +230,7 @@ def _own_keys(config: ConfigDict) -> set[str]:
   groups = groups_of(config.method)
   for name, line in links_of(config.method).items():
     group = groups[name]
-    per_run = line.per_run(config[group].to_dict())
+    per_run = line.per_run(line.read(config[group]))
     keys |= {f"{group}.{key}" for key in ("lr", "head_lr", *per_run)}
   return keys
 

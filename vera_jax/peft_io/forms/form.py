@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vera_jax.adapters.interface import Adapter, LowRank, Site
-from vera_jax.adapters.methods import LARGEST
+from vera_jax.adapters.method import LARGEST
 from vera_jax.adapters.sites import arrays_at
 from vera_jax.errors import UserError
 from vera_jax.peft_io.base import Layer
