@@ -40,8 +40,7 @@ from experiments.plans.lowering import (
   abstract_step,
   architecture,
 )
-from vera_jax.adapters.interface import Adapter, Leaves, Site
-from vera_jax.adapters.products import PLANS
+from vera_jax.adapters.interface import PLANS, Adapter, Leaves, Site
 from vera_jax.files import read_json
 from vera_jax.pretrained.sharding import make_mesh
 

@@ -22,11 +22,11 @@ from vera_jax.adapters.base_leaves import bitfit, full, head, norms
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.intercept import KEYS, PENALTIES
+from vera_jax.adapters.interface import PLANS
 from vera_jax.adapters.labels import ADAPTER, label_tree
 from vera_jax.adapters.lora import lora, lora_fa
 from vera_jax.adapters.magnitude import dora, dvora
 from vera_jax.adapters.merge import merge
-from vera_jax.adapters.products import PLANS
 from vera_jax.adapters.pvera import pvera
 from vera_jax.adapters.randlora import randlora
 from vera_jax.adapters.sites import (

@@ -43,7 +43,7 @@ from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.intercept import KEYS
 from vera_jax.adapters.interface import PLANS, Site, Target
 from vera_jax.adapters.lora import lora, lora_fa
-from vera_jax.adapters.products import choose, costs
+from vera_jax.adapters.plans import choose, costs
 from vera_jax.adapters.pvera import pvera
 from vera_jax.adapters.sites import count_layers
 from vera_jax.adapters.unilora import unilora

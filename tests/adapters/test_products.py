@@ -10,16 +10,11 @@ import pytest
 
 from tests.slow import rest_is_slow
 from vera_jax.adapters.apply import adapt
-from vera_jax.adapters.interface import LowRank, Site
+from vera_jax.adapters.interface import PLANS, LowRank, Site
 from vera_jax.adapters.lora import lora, lora_fa
 from vera_jax.adapters.magnitude import dvora
-from vera_jax.adapters.products import (
-  PLANS,
-  adapted_product,
-  check_plan,
-  choose,
-  costs,
-)
+from vera_jax.adapters.plans import check_plan, choose, costs
+from vera_jax.adapters.products import adapted_product
 from vera_jax.adapters.projections import make_pair
 from vera_jax.adapters.randlora import randlora
 from vera_jax.adapters.sites import arrays_at

@@ -9,12 +9,9 @@ import pytest
 
 from tests.slow import rest_is_slow
 from vera_jax.adapters.apply import adapt, plans_at
-from vera_jax.adapters.interface import Site, Target
-from vera_jax.adapters.products import (
-  PLANS,
-  adapted_product,
-  costs,
-)
+from vera_jax.adapters.interface import PLANS, Site, Target
+from vera_jax.adapters.plans import costs
+from vera_jax.adapters.products import adapted_product
 from vera_jax.adapters.projections import (
   digest,
   make_pair,

@@ -28,11 +28,7 @@ from vera_jax.adapters.interface import (
 from vera_jax.adapters.labels import join
 from vera_jax.adapters.layer_calls import IN_MODEL
 from vera_jax.adapters.merge import merge
-from vera_jax.adapters.products import (
-  AUTO,
-  check_plan,
-  choose,
-)
+from vera_jax.adapters.plans import AUTO, check_plan, choose
 from vera_jax.adapters.sites import (
   EVERY,
   Fused,

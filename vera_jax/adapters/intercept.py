@@ -31,13 +31,8 @@ from vera_jax.adapters.layers import (
   place_of,
   product_of,
 )
-from vera_jax.adapters.products import (
-  FACTORED,
-  adapted_product,
-  choose,
-  no_factored,
-  plus,
-)
+from vera_jax.adapters.plans import FACTORED, choose, no_factored
+from vera_jax.adapters.products import adapted_product, plus
 from vera_jax.adapters.sites import (
   EVERY,
   Fused,
@@ -133,6 +128,9 @@ class Interception:
       product.bias,
       view=product.view,
       project=product.project,
+      multiply=product.multiply,
+      dtype=product.dtype,
+      rows=product.rows,
     )
     pieces = list(self._pieces(whole, own, projections))
     keyed = self.adapter.is_random and layer.has_rng(KEYS)
@@ -159,9 +157,6 @@ class Interception:
         leaves,
         site,
         product.x,
-        multiply=product.multiply,
-        dtype=product.dtype,
-        rows=product.rows,
         plan=self.plan,
         forwards=self.forwards,
         remake=remake,

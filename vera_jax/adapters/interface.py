@@ -110,6 +110,10 @@ class Site(NamedTuple):
     project: (x, matrix (i, n)) -> (*t, n): x times any matrix, as the layer
       multiplies; a convolution with n outputs, say. Of a layer that does not
       allow the factored plan it may not be used.
+    multiply: (x, kernel (i, o)) -> (*t, o): the layer's own product, and the
+      same with a part of the columns where the layer allows to factor.
+    dtype: of the kernel when it is multiplied with; None for x's.
+    rows: of x, all t of them; None for those that x has.
   """
 
   path: Path
@@ -122,6 +126,9 @@ class Site(NamedTuple):
   stack: tuple[int, ...] = ()
   view: View = MATRIX
   project: Callable[[Array, Matrix], Array] = operator.matmul
+  multiply: Callable[[Array, Array], Array] = operator.matmul
+  dtype: Any = None
+  rows: int | None = None
 
 
 def as_they_are(leaves: Leaves, site: Site) -> Leaves:
@@ -164,7 +171,9 @@ class Adapter(NamedTuple):
     common: (key, sites by path) -> trained leaves at the root of the tree.
     trains: a pattern over the paths of base leaves that are trained themselves.
     low_rank: (leaves, site) -> `LowRank`, where weights = kernel + delta; then
-      `products` chooses the order of multiplication.
+      `products` has three orders of multiplication to choose from.
+    product: (leaves, site, x) -> x times the delta, by two thin products: the
+      factored plan. Without it `products.thin_products` of `low_rank` is taken.
     forward: (leaves, site, x, key, inner) -> (y, penalty): for randomness in
       training. `inner(x)` is the product so far; with None for the key, y is
       x times `weights`, and `low_rank` computes it where that is there. The
@@ -193,6 +202,7 @@ class Adapter(NamedTuple):
   common: Callable[[Array, Mapping[Path, Site]], dict[str, Array]] | None = None
   trains: str | None = None
   low_rank: Callable[[Leaves, Site], LowRank] | None = None
+  product: Callable[[Leaves, Site, Array], Array] | None = None
   forward: Callable[..., tuple[Array, Array | None] | None] | None = None
   draws: bool = True
   prepare: Callable[[Leaves, Site], Leaves] | None = None

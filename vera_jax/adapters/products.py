@@ -1,8 +1,7 @@
-"""How an adapted product is multiplied out, and what each order costs.
+"""How an adapted product is multiplied out: three plans, and chains of methods.
 
 A low-rank delta `down @ up` of a kernel W0, of shapes (i, r) and (r, o), can be
-multiplied with x in several orders. With t rows of x, one training step costs,
-beside x @ W0 and its input gradient, as many multiply-adds as `costs` says:
+multiplied with x in several orders:
 
   factored        x @ W0 + (x @ down) @ up: as papers write it
   folded          x @ (W0 + down @ up): one kernel per step, whose gradient
@@ -10,10 +9,8 @@ beside x @ W0 and its input gradient, as many multiply-adds as `costs` says:
   folded_forward  folded, but with a low-rank gradient: that of `up` is
                   (x @ down)^T g
 
-All are the same function with the same gradients. Factored is for few rows or
-a low rank, folded for many rows, folded_forward for what lies between. Several
-layers on one input need x @ down once: XLA merges equal products. A matrix may
-be structured: then its products cost what they cost.
+All are the same function with the same gradients; `plans.py` chooses the
+cheapest by counting.
 
 They are the same up to rounding, which in bfloat16 is no small thing: the sum
 of W0's part and the delta's has eight bits of mantissa, in every plan. Of a
@@ -31,164 +28,205 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray
 
 from vera_jax.adapters.interface import (
-  MATRIX,
-  PLANS,
   Adapter,
   Leaves,
   LowRank,
   Matrix,
-  Path,
   Site,
-  View,
 )
+from vera_jax.adapters.plans import AUTO, FACTORED, choose, no_factored
 from vera_jax.adapters.sites import is_on
 from vera_jax.adapters.structured import Structured
-from vera_jax.errors import UserError
 
 Forward = Callable[[Array], Array]  # x -> x times the weights so far
-AUTO, FACTORED = "auto", "factored"
+Weights = tuple[Array, Array | None]  # a kernel (i, o) and its bias (o,)
 
 
-def check_plan(name: str) -> str:
-  """The name itself; a UserError where it is no plan's, nor "auto"."""
-  if name not in (AUTO, *PLANS):
-    raise UserError(
-      f"contraction is {name!r}; choose {AUTO}, {', '.join(PLANS)}."
-    )
-  return name
-
-
-def costs(
-  tokens: int,
-  factors: LowRank,
-  *,
-  forwards: int = 1,
-  view: View = MATRIX,
-) -> dict[str, int]:
-  """Multiply-adds that a delta costs per training step, by plan.
+def factored(
+  x: Array, *, inner: Forward, delta: Forward
+) -> Float[Array, "*t o"]:
+  """x @ W0 + (x @ down) @ up; no kernel is made.
 
   Args:
-    tokens: rows of x.
-    factors: the delta's; their shapes alone are read. In factored form the
-      gradients of vectors that scale fixed matrices need no product.
-    forwards: how often a step runs the forward pass: twice with remat.
-    view: of the layer's kernel. Where x are row numbers, rows of `down` are
-      taken; where the layer forms matrices, x @ down is a dense product.
+    x: (*t, i), or what else the layer's products take.
+    inner: the product so far.
+    delta: x times the delta, by two thin products.
   """
-  down, up = factors.down, factors.up
-  (inputs, rank), outputs = down.shape, up.shape[-1]
-  to_thin = tokens * inputs * rank if view.forms else _cost(down, tokens)
-  to_kernel = tokens * inputs * outputs
-  if view.looked_up:
-    to_thin = to_kernel = 0
-  build = _cost(down, outputs)
-  formed = _cost(up, rank) if isinstance(up, Structured) else 0
-  formed_down = 0
-  if view.forms and isinstance(down, Structured):
-    formed_down = _cost(down, rank)
-  to_down, to_up = int(factors.trains_down), int(factors.trains_up)
-  scales = factors.inner is not None or factors.outer is not None
-  plans = {
-    "factored": (forwards + 1) * (to_thin + _cost(up, tokens))
-    + to_down * to_thin
-    + to_up * tokens * rank * outputs
-    + forwards * formed_down,
-    # to trained vectors, too, the gradient goes by way of that of `up`
-    "folded": (forwards + to_down + int(to_up or scales)) * build
-    + forwards * formed
-    + to_kernel,
-  }
-  if not factors.trains_down:
-    backward = formed_down + to_thin + tokens * rank * outputs
-    plans["folded_forward"] = forwards * (build + formed) + backward
-  return plans
+  y = inner(x)
+  return y + delta(x).astype(y.dtype)
 
 
-def _cost(matrix: Matrix, vectors: int) -> int:
-  """Multiply-adds of its product with as many vectors."""
-  if isinstance(matrix, Structured):
-    return matrix.cost(vectors)
-  return vectors * math.prod(matrix.shape)
+def folded(x: Array, *, site: Site, factors: LowRank) -> Float[Array, "*t o"]:
+  """x @ (W0 + down @ up); the gradient of `up` goes by way of the kernel's."""
+  return plus(site.multiply(x, folded_kernel(site, factors)), site.bias)
 
 
-def choose(
-  tokens: int,
-  factors: LowRank,
+def folded_forward(
+  x: Array, *, site: Site, factors: LowRank
+) -> Float[Array, "*t o"]:
+  """As `folded`; the gradient of `up` is (x @ down)^T g, which is cheaper where
+  the rows are fewer than the kernel's entries per rank."""
+
+  @jax.custom_vjp
+  def product(x: Array, kernel: Array, down: Matrix, up: Array) -> Array:
+    return site.multiply(x, fold(kernel, down, up))
+
+  def forward(x: Array, kernel: Array, down: Matrix, up: Array):
+    whole = fold(kernel, down, up)
+    return site.multiply(x, whole), (x, whole, down, up)
+
+  def backward(saved, g):
+    x, whole, down, up = saved
+    _, through = jax.vjp(site.multiply, x, whole)
+    to_x, to_kernel = through(g)  # for a frozen kernel that is dead code
+    to_down = None if isinstance(down, Structured) else to_kernel @ up.T
+    thin = site.project(x, down)
+    to_up = thin.reshape(-1, thin.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+    return to_x, to_kernel, to_down, to_up
+
+  product.defvjp(forward, backward)
+  kernel = site.kernel().astype(site.dtype)
+  down = factors.down.astype(site.dtype)
+  y = product(x, kernel, down, scaled_up(factors).astype(site.dtype))
+  return plus(y, site.bias)
+
+
+def adapted_product(
+  adapter: Adapter,
+  leaves: Leaves,
+  site: Site,
+  x: Array,
   *,
   plan: str = AUTO,
   forwards: int = 1,
-  view: View = MATRIX,
-  path: Path = (),
-) -> str:
-  """The plan that is asked for, or for "auto" the cheapest for these shapes.
+  remake: bool = False,
+  key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, "*t o"], Float[Array, ""] | None]:
+  """(x times the adapted weights, the methods' penalty or None).
 
-  Where the layer's kind does not allow the plan, the cheapest of those that it
-  allows; but what is not to be folded, as in a bank, never is. The path is for
-  messages.
-
-  Raises:
-    UserError: the method or the layer has no such plan.
+  Args:
+    adapter: the method, or a chain of methods, taken one after another.
+    leaves: the site's.
+    site: kernel and bias of x's type.
+    x: (*t, i), or what else the layer's products take.
+    plan, forwards: as in `choose`.
+    remake: whether the backward pass makes the kernels that it needs again,
+      from what they were made of, in place of keeping them all from the forward
+      pass: for kernels that are stored in fewer bits.
+    key: for methods that draw random numbers; None outside of training.
   """
-  if plan == FACTORED and plan not in view.plans:
-    raise no_factored(path, view)
-  if plan == "folded_forward" and factors.trains_down:
-    raise UserError(
-      f"There is no folded_forward plan for {'/'.join(path)}: its delta's first"
-      " matrix depends on trained numbers. Choose auto, factored or folded."
-    )
-  if plan in view.plans:
-    return plan
-  priced = costs(tokens, factors, forwards=forwards, view=view)
-  return min((x for x in priced if x in view.plans), key=lambda x: priced[x])
+  dtype = x.dtype if site.dtype is None else site.dtype
+  rows = math.prod(x.shape[:-1]) if site.rows is None else site.rows
+  site = site._replace(dtype=dtype, rows=rows)
+  kept: Callable[[Forward], Forward] = jax.checkpoint if remake else _as_it_is
+  penalties: list[Array] = []
+  # Each link of a chain makes a new product of the last one's, and leaves the
+  # site to the next link with the kernel as it is then.
+  product = kept(by_weights(partial(_weights_of, site), site))
+  links = [x for x in enumerate(adapter.methods) if is_on(x[1], site.path)]
+  for number, link in links:
+    own = link.own(leaves)
+    after = partial(adapted_site, link, own, site)
+    if link.forward is not None and (key is not None or link.low_rank is None):
+      link_key = None if key is None else jax.random.fold_in(key, number)
+      product = _by_forward(
+        link, own, site, product, plan, kept, link_key, penalties
+      )
+      if link.draws:  # more than weights say, so that no kernel stands for it
+        plan = FACTORED
+    elif link.low_rank is not None:
+      factors = link.low_rank(own, site)
+      how = choose(
+        rows,
+        factors,
+        plan=plan,
+        forwards=forwards,
+        view=site.view,
+        path=site.path,
+      )
+      if how == FACTORED:
+        delta = link.product or partial(thin_products, link.low_rank)
+        delta = partial(delta, own, site)
+        product = partial(factored, inner=product, delta=delta)
+      else:
+        by_plan = folded if how == "folded" else folded_forward
+        product = kept(partial(by_plan, site=site, factors=factors))
+        after = partial(_folded_site, site, factors)
+    elif link.weights is not None:
+      product = kept(by_weights(partial(link.weights, own, site), site))
+    if link is not links[-1][1]:
+      site = after()
+  y = product(x)
+  return y, jnp.sum(jnp.stack(penalties)) if penalties else None
 
 
-def no_factored(path: Path, view: View) -> UserError:
-  """Of a layer whose adapted kernel would be made under the factored plan."""
-  return UserError(
-    f"The adapted kernel of {'/'.join(path)} ({view.kind}) can be made only"
-    " as a whole here: it has no factored plan, which a bank of adapters takes"
-    " too. Choose auto or folded; answer by a Predictor for each adapter."
-  )
+def _by_forward(
+  link: Adapter,
+  leaves: Leaves,
+  site: Site,
+  inner: Forward,
+  plan: str,
+  kept: Callable[[Forward], Forward],
+  key: PRNGKeyArray | None,
+  penalties: list[Array],
+) -> Forward:
+  """The product that a method's own `forward` makes of the one so far."""
+
+  def product(x: Array) -> Array:
+    assert link.forward is not None and link.weights is not None
+    made = link.forward(leaves, site, x, key, inner)
+    if made is None:  # it leaves this site to its weights
+      if plan == FACTORED:
+        raise no_factored(site.path, site.view)
+      return kept(by_weights(partial(link.weights, leaves, site), site))(x)
+    y, penalty = made
+    if penalty is not None:
+      penalties.append(penalty)
+    return y
+
+  return product
 
 
-def scaled(x: Array, vector: Array | None) -> Array:
-  """x with its last axis scaled, in x's type."""
-  if vector is None:
-    return x
-  return x * along_last(vector.astype(x.dtype), x)
+def _as_it_is(product: Forward) -> Forward:
+  return product
 
 
-def along_last(vector: Float[Array, " _"], x: Array) -> Array:
-  """The vector in a shape in which it meets x's last axis."""
-  return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+def by_weights(weights: Callable[[], Weights], site: Site) -> Forward:
+  """The product with a kernel and a bias, made when it is called."""
+
+  def product(x: Array) -> Array:
+    kernel, bias = weights()
+    return plus(site.multiply(x, kernel.astype(site.dtype)), bias)
+
+  return product
 
 
-def whole_up(factors: LowRank) -> Float[Array, "r o"]:
-  """diag(inner) @ up @ diag(outer): what turns x @ down into the delta."""
-  up = factors.up
-  if isinstance(up, Structured):
-    up = up.matrix()
-  if factors.outer is not None:
-    up = up * factors.outer[None]
-  return up if factors.inner is None else factors.inner[:, None] * up
+def _weights_of(site: Site) -> tuple[Any, Any]:
+  return site.kernel(), site.bias
 
 
-def add_low_rank(
-  low_rank: Callable[[Leaves, Site], LowRank],
-) -> Callable[[Leaves, Site], tuple[Array, Array | None]]:
-  """The `weights` of a method whose adapted kernel is kernel + delta."""
+def adapted_site(link: Adapter, leaves: Leaves, site: Site) -> Site:
+  """The site as a method leaves it to the next one of a chain."""
+  if link.weights is None:
+    return site
+  weights = partial(link.weights, leaves, site)
+  bias = site.bias if link.low_rank is not None else weights()[1]
+  return site._replace(kernel=lambda: weights()[0], bias=bias)
 
-  def weights(leaves: Leaves, site: Site) -> tuple[Array, Array | None]:
-    factors = low_rank(leaves, site)
-    with jax.default_matmul_precision("highest"):
-      delta = factors.down @ whole_up(factors)
-    return site.kernel().astype(jnp.float32) + delta, site.bias
 
-  return weights
+def _folded_site(site: Site, factors: LowRank) -> Site:
+  """The same behind a folded delta, whose kernel is made already."""
+  return site._replace(kernel=partial(folded_kernel, site, factors))
+
+
+def folded_kernel(site: Site, factors: LowRank) -> Float[Array, "i o"]:
+  """The site's kernel with the delta in it, as it is multiplied with."""
+  kernel = site.kernel().astype(site.dtype)
+  down = factors.down.astype(site.dtype)
+  return fold(kernel, down, scaled_up(factors).astype(site.dtype))
 
 
 def fold(
@@ -205,176 +243,53 @@ def fold(
   return (kernel + delta).astype(kernel.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def folded_forward(
-  multiply: Callable[[Array, Array], Array],
-  project: Callable[[Array, Matrix], Array],
-  x: Array,
-  kernel: Float[Array, "i o"],
-  down: Matrix,
-  up: Float[Array, "r o"],
-) -> Float[Array, "*t o"]:
-  """x times kernel + down @ up; the gradient of `up` goes by way of x @ down.
-
-  `multiply` and `project` are the layer's products with its kernel and with
-  `down`.
-  """
-  return multiply(x, fold(kernel, down, up))
+def scaled_up(factors: LowRank) -> Float[Array, "r o"]:
+  """diag(inner) @ up @ diag(outer): what turns x @ down into the delta."""
+  up = factors.up
+  if isinstance(up, Structured):
+    up = up.matrix()
+  if factors.outer is not None:
+    up = up * factors.outer[None]
+  return up if factors.inner is None else factors.inner[:, None] * up
 
 
-def _folded_forward(multiply, project, x, kernel, down, up):
-  whole = fold(kernel, down, up)
-  return multiply(x, whole), (x, whole, down, up)
-
-
-def _low_rank_backward(multiply, project, saved, g):
-  x, whole, down, up = saved
-  _, backward = jax.vjp(multiply, x, whole)
-  to_x, to_kernel = backward(g)  # for a frozen kernel that is dead code
-  to_down = None if isinstance(down, Structured) else to_kernel @ up.T
-  thin = project(x, down)
-  to_up = thin.reshape(-1, thin.shape[-1]).T @ g.reshape(-1, g.shape[-1])
-  return to_x, to_kernel, to_down, to_up
-
-
-folded_forward.defvjp(_folded_forward, _low_rank_backward)
-
-
-def adapted_product(
-  adapter: Adapter,
+def thin_products(
+  low_rank: Callable[[Leaves, Site], LowRank],
   leaves: Leaves,
   site: Site,
   x: Array,
-  *,
-  multiply: Callable[[Array, Array], Array] = jnp.matmul,
-  dtype: DTypeLike | None = None,
-  rows: int | None = None,
-  plan: str = AUTO,
-  forwards: int = 1,
-  remake: bool = False,
-  key: PRNGKeyArray | None = None,
-) -> tuple[Float[Array, "*t o"], Float[Array, ""] | None]:
-  """(x times the adapted weights, the method's penalty or None).
-
-  Args:
-    adapter: the method, or a chain of methods, taken one after another.
-    leaves: the site's.
-    site: kernel and bias of x's type.
-    x: (*t, i), or what else the layer's products take.
-    multiply: the layer's own (x, kernel) -> product.
-    dtype: of the kernel in it; x's, if None.
-    rows: of the product; those of x, if None.
-    plan, forwards: as in `choose`.
-    remake: whether the backward pass makes the kernels that it needs again,
-      from what they were made of, in place of keeping them all from the forward
-      pass: for kernels that are stored in fewer bits.
-    key: for methods that draw random numbers; None outside of training.
-  """
-  dtype = x.dtype if dtype is None else dtype
-  penalties: list[Array] = []
-  drawn = False  # whether the product so far may be more than its weights say
-
-  again: Callable[[Forward], Forward] = jax.checkpoint if remake else _as_it_is
-
-  def of_weights(
-    weights: Callable[[], tuple[Array, Array | None]],
-  ) -> Forward:
-    def product(x: Array) -> Array:
-      kernel, bias = weights()
-      return plus(multiply(x, kernel.astype(dtype)), bias)
-
-    return again(product)
-
-  def of_low_rank(
-    inner: Forward, site: Site, factors: LowRank
-  ) -> tuple[Forward, Site | None]:
-    """The product, and the site by its kernel, where that is made for it."""
-    tokens = math.prod(x.shape[:-1]) if rows is None else rows
-    how = choose(
-      tokens,
-      factors,
-      plan=FACTORED if drawn else plan,
-      forwards=forwards,
-      view=site.view,
-      path=site.path,
-    )
-    if how == FACTORED:
-
-      def beside(x: Array) -> Array:
-        y = inner(x)
-        thin = site.project(x, factors.down.astype(dtype))
-        thin = scaled(thin, factors.inner) @ factors.up.astype(dtype)
-        return y + scaled(thin, factors.outer).astype(y.dtype)
-
-      return beside, None
-    down = factors.down.astype(dtype)
-    up = whole_up(factors).astype(dtype)
-
-    def kernel() -> Array:
-      return site.kernel().astype(dtype)
-
-    def whole() -> Array:
-      return fold(kernel(), down, up)
-
-    known = site._replace(kernel=whole)
-    if how == "folded":
-      return of_weights(lambda: (whole(), site.bias)), known
-
-    def product(x: Array) -> Array:
-      y = folded_forward(multiply, site.project, x, kernel(), down, up)
-      return plus(y, site.bias)
-
-    return again(product), known
-
-  def of_forward(
-    link: Adapter, own: Leaves, site: Site, key: Any, inner: Forward
-  ) -> Forward:
-    def product(x: Array) -> Array:
-      assert link.forward is not None and link.weights is not None
-      made = link.forward(own, site, x, key, inner)
-      if made is None:
-        if plan == FACTORED:
-          raise no_factored(site.path, site.view)
-        return of_weights(partial(link.weights, own, site))(x)
-      y, penalty = made
-      if penalty is not None:
-        penalties.append(penalty)
-      return y
-
-    return product
-
-  def base(x: Array, site: Site = site) -> Array:
-    return of_weights(lambda: (site.kernel(), site.bias))(x)
-
-  product: Forward = base
-  here = [x for x in enumerate(adapter.methods) if is_on(x[1], site.path)]
-  for number, link in here:
-    own, known = link.own(leaves), None
-    if link.forward is not None and (key is not None or not link.low_rank):
-      own_key = None if key is None else jax.random.fold_in(key, number)
-      product = of_forward(link, own, site, own_key, product)
-      drawn = drawn or link.draws
-    elif link.low_rank is not None:
-      product, known = of_low_rank(product, site, link.low_rank(own, site))
-    elif link.weights is not None:
-      product = of_weights(partial(link.weights, own, site))
-    if link is not here[-1][1]:
-      site = known or adapted_site(link, own, site)
-  y = product(x)
-  return y, jnp.sum(jnp.stack(penalties)) if penalties else None
+) -> Float[Array, "*t o"]:
+  """outer * ((inner * (x @ down)) @ up): x times a delta of two matrices."""
+  factors = low_rank(leaves, site)
+  thin = site.project(x, factors.down.astype(site.dtype))
+  thin = scaled(thin, factors.inner) @ factors.up.astype(site.dtype)
+  return scaled(thin, factors.outer)
 
 
-def adapted_site(link: Adapter, own: Leaves, site: Site) -> Site:
-  """The site as a method leaves it to the next one of a chain."""
-  if link.weights is None:
-    return site
-  weights = partial(link.weights, own, site)
-  bias = site.bias if link.low_rank is not None else weights()[1]
-  return site._replace(kernel=lambda: weights()[0], bias=bias)
+def add_low_rank(
+  low_rank: Callable[[Leaves, Site], LowRank],
+) -> Callable[[Leaves, Site], Weights]:
+  """The `weights` of a method whose adapted kernel is kernel + delta."""
+
+  def weights(leaves: Leaves, site: Site) -> Weights:
+    factors = low_rank(leaves, site)
+    with jax.default_matmul_precision("highest"):
+      delta = factors.down @ scaled_up(factors)
+    return site.kernel().astype(jnp.float32) + delta, site.bias
+
+  return weights
 
 
-def _as_it_is(product: Forward) -> Forward:
-  return product
+def scaled(x: Array, vector: Array | None) -> Array:
+  """x with its last axis scaled, in x's type."""
+  if vector is None:
+    return x
+  return x * along_last(vector.astype(x.dtype), x)
+
+
+def along_last(vector: Float[Array, " _"], x: Array) -> Array:
+  """The vector in a shape in which it meets x's last axis."""
+  return vector.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def plus(y: Float[Array, "*t o"], bias: Array | None) -> Float[Array, "*t o"]:

@@ -10,13 +10,16 @@ A convolution's kernel is one matrix, (taps in) x out, where a tap is a position
 of its window: the whole of it has one d. By taps, each position has a d of its
 own and all have the same A, as narrow as that of a 1 x 1 layer.
 
-`products.py` has the orders in which this is multiplied out.
+What a layer returns is y + b * ((d * (x @ A.T)) @ B.T), with y = x @ W0 + bias
+(`product` below), or x times the kernel that has the delta in it (`weights`),
+whichever is cheaper: `products.py` has the orders of multiplication.
 """
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -24,13 +27,14 @@ from vera_jax.adapters.interface import (
   Adapter,
   Leaves,
   LowRank,
+  Matrix,
   Path,
   Site,
   Target,
   as_they_are,
 )
 from vera_jax.adapters.method import QUERY_VALUE, Method, NoSettings, setting
-from vera_jax.adapters.products import add_low_rank
+from vera_jax.adapters.products import scaled
 from vera_jax.adapters.projections import (
   INITIALISERS,
   STORED,
@@ -96,32 +100,49 @@ def make_vera(s: Settings) -> Adapter:
   def start(key: Array, site: Site) -> dict[str, Array]:
     del key
     first = 0.0 if s.train == "d" else s.d_init
-    d = jnp.full(taps(site) * s.rank, first, jnp.float32)
-    b = jnp.zeros(site.outputs, jnp.float32)
-    return {"both": {D: d, B_VECTOR: b}, "d": {D: d}, "b": {B_VECTOR: b}}[
-      s.train
-    ]
+    d = {D: jnp.full(taps(site) * s.rank, first, jnp.float32)}
+    b = {B_VECTOR: jnp.zeros(site.outputs, jnp.float32)}
+    return {"both": d | b, "d": d, "b": b}[s.train]
+
+  def parts(leaves: Leaves, site: Site) -> tuple[Matrix, Matrix, Array, Array]:
+    """A (r, i), B (o, r), d (r) and b (o) of a site."""
+    number = taps(site)
+    A, B = (x.T for x in pair_of(site._replace(inputs=site.inputs // number)))
+    d = leaves[D] if D in leaves else jnp.full(s.rank, s.d_init, jnp.float32)
+    b = leaves[B_VECTOR] if B_VECTOR in leaves else jnp.ones(site.outputs)
+    if number > 1:  # the window's positions side by side, each A with its d
+      A = jnp.tile(as_array(A, jnp.float32), number)
+      if D in leaves:
+        A *= jnp.repeat(d.reshape(number, s.rank).T, len(A.T) // number, axis=1)
+        d = jnp.ones(s.rank)
+    return A, B, d, b
+
+  def weights(leaves: Leaves, site: Site) -> tuple[Array, Array | None]:
+    """The definition: the kernel (i, o) that x is multiplied with, and bias."""
+    A, B, d, b = parts(leaves, site)
+    B = as_array(B, jnp.float32)
+    with jax.default_matmul_precision("highest"):
+      delta = A.T @ (d[:, None] * (B.T * b[None]))
+    return site.kernel().astype(jnp.float32) + delta, site.bias
+
+  def product(leaves: Leaves, site: Site, x: Array) -> Array:
+    """The same for few rows, without a kernel: b * ((d * (x @ A.T)) @ B.T)."""
+    A, B, d, b = parts(leaves, site)
+    thin = site.project(x, A.T.astype(site.dtype))  # x @ A.T, (*t, r)
+    return scaled(scaled(thin, d) @ B.T.astype(site.dtype), b)
 
   def low_rank(leaves: Leaves, site: Site) -> LowRank:
-    number = taps(site)
-    b = leaves.get(B_VECTOR)
-    d = leaves[D] if D in leaves else jnp.full(s.rank, s.d_init, jnp.float32)
-    down, up = pair_of(site._replace(inputs=site.inputs // number))
-    if number == 1:
-      return LowRank(down, up, inner=d, outer=b)
-    down = jnp.tile(as_array(down, jnp.float32), (number, 1))
-    if D not in leaves:
-      return LowRank(down, up, inner=d, outer=b)
-    by_tap = jnp.repeat(
-      d.reshape(number, s.rank), site.inputs // number, axis=0
-    )
-    return LowRank(down * by_tap, up, outer=b, trains_down=True)
+    """Its factors, for the plans that fold them into the kernel."""
+    A, B, d, b = parts(leaves, site)
+    by_tap = taps(site) > 1 and D in leaves
+    return LowRank(A.T, B.T, inner=d, outer=b, trains_down=by_tap)
 
   return Adapter(
     name="vera",
     shared=shared,
     init=start,
-    weights=add_low_rank(low_rank),
+    weights=weights,
+    product=product,
     low_rank=low_rank,
     prepare=as_they_are,
   )

@@ -29,7 +29,7 @@ from vera_jax.adapters.labels import (
   split,
 )
 from vera_jax.adapters.methods import make_adapter
-from vera_jax.adapters.products import AUTO
+from vera_jax.adapters.plans import AUTO
 from vera_jax.adapters.projections import digest
 from vera_jax.adapters.saved import Flat, own_shapes
 from vera_jax.adapters.sites import first_leaves, make_shared

@@ -20,7 +20,7 @@ from vera_jax.adapters.interface import Adapter, Target
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import FROZEN
 from vera_jax.adapters.methods import make_adapter
-from vera_jax.adapters.products import AUTO
+from vera_jax.adapters.plans import AUTO
 from vera_jax.adapters.saved import (
   is_held,
   read_leaves,

@@ -15,7 +15,7 @@ from vera_jax.adapters.methods import (
   make_adapter,
   settings_in,
 )
-from vera_jax.adapters.products import AUTO, check_plan
+from vera_jax.adapters.plans import AUTO, check_plan
 from vera_jax.errors import UserError
 from vera_jax.operations.attention import REMATS
 from vera_jax.operations.quantised import NONE, check_quantise

@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from vera_jax.adapters.methods import groups_of, links_of
-from vera_jax.adapters.products import AUTO
+from vera_jax.adapters.plans import AUTO
 from vera_jax.errors import UserError
 from vera_jax.pretrained.sharding import behind_runs
 from vera_jax.train.config import check_settings

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from vera_jax import results
 from vera_jax.adapters.files import save_adapter, tensors
 from vera_jax.adapters.methods import settings_in
-from vera_jax.adapters.products import AUTO
+from vera_jax.adapters.plans import AUTO
 from vera_jax.adapters.projections import PRNG
 from vera_jax.adapters.vector_norms import adapter_norms, as_json
 from vera_jax.errors import UserError

@@ -19,7 +19,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from vera_jax.adapters.methods import METHODS, groups_of
-from vera_jax.adapters.products import AUTO
+from vera_jax.adapters.plans import AUTO
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json
 from vera_jax.locks import describe_owner, locked
