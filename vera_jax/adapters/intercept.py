@@ -7,32 +7,18 @@ every layer: those of the targets' are made with the adapted weights.
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import meta
-from flax.core.scope import in_filter
 from jax import Array
 
-from vera_jax.adapters.interface import Adapter, Leaves, Path, Site, View
-from vera_jax.adapters.layer_calls import (
-  Product,
-  bound_call,
-  is_apart,
-  is_own_call,
-)
-from vera_jax.adapters.layers import (
-  cell_rows,
-  flat_bias,
-  flat_kernel,
-  in_cell,
-  place_of,
-  product_of,
-)
-from vera_jax.adapters.plans import FACTORED, choose, no_factored
-from vera_jax.adapters.products import adapted_product, plus
+from vera_jax.adapters.interface import Adapter, Leaves, Path, Site
+from vera_jax.adapters.layer_calls import LayerCall, is_apart, is_own_call
+from vera_jax.adapters.layers import place_of, see_call
+from vera_jax.adapters.plans import FACTORED, no_factored
+from vera_jax.adapters.products import Weights, adapted_product, plus
 from vera_jax.adapters.sites import (
   EVERY,
   Fused,
@@ -47,8 +33,61 @@ from vera_jax.operations.quantised import HALF, half_product, is_quantised
 UNADAPTED = Adapter("unadapted")
 PENALTIES = "penalties"  # the collection that methods sow their penalties into
 KEYS = "adapter"  # the stream of random keys of methods that draw numbers
-Weights = tuple[Array, Array | None]
-Piece = tuple[Adapter, Leaves, Site]
+
+
+class Piece(NamedTuple):
+  """Some columns of a layer's kernel: a site, or what lies between sites."""
+
+  adapter: Adapter
+  leaves: Leaves
+  site: Site
+
+  def links(self) -> Iterator[Adapter]:
+    """The methods that are on it."""
+    return (x for x in self.adapter.methods if is_on(x, self.site.path))
+
+
+class Surrounding(NamedTuple):
+  """A module that is running and has prepared what the layers in it need.
+
+  Attributes:
+    params, projections: the module's, as trees.
+    ready: adapted weights of layers in it, by path.
+    seen: (site, axes of its kernel) -> the site of a layer in it.
+  """
+
+  params: Any
+  projections: Any
+  ready: dict[Path, Weights]
+  seen: Callable[[Site, int], Site]
+
+
+class Special(NamedTuple):
+  """A call that is no layer's product, but concerns those of layers.
+
+  Attributes:
+    kinds: classes of modules, and `method`: the name of theirs that is called.
+    act: (interception, next_fun, args, kwargs, module) -> the call's output.
+    inside: (module, args, kwargs) -> the path below which it says more of the
+      layers, and their `tracing.Call` -> the same as it is then seen, or why
+      that can't be adapted; None where it says nothing of layers in it.
+  """
+
+  kinds: type | tuple[type, ...]
+  method: str
+  act: Callable[..., Any]
+  inside: Callable[..., tuple[Path, Callable[..., Any]]] | None = None
+
+
+SPECIAL: list[Special] = []  # `kinds/` adds to it
+
+
+def special_call(module: nn.Module, method: str) -> Special | None:
+  """What is special about this call of a module's method, if anything is."""
+  for special in SPECIAL:
+    if method == special.method and isinstance(module, special.kinds):
+      return special
+  return None
 
 
 @dataclasses.dataclass
@@ -59,8 +98,7 @@ class Interception:
     adapter, targets, fused, plan, forwards: as `apply.adapt` has them.
     variables: the model's own and the adapter's.
     keyed: whether the call was given keys for methods that draw numbers.
-    cells: the recurrent cells that are running, and their variables.
-    ready: adapted kernels and biases of these cells.
+    surroundings: the modules that are running and have prepared their layers.
   """
 
   adapter: Adapter
@@ -70,93 +108,55 @@ class Interception:
   forwards: int
   variables: Mapping[str, Any]
   keyed: bool
-  cells: dict[Path, Any] = dataclasses.field(default_factory=dict)
-  ready: dict[Path, Weights] = dataclasses.field(default_factory=dict)
+  surroundings: dict[Path, Surrounding] = dataclasses.field(
+    default_factory=dict
+  )
 
   def __call__(self, next_fun, args, kwargs, context):
     """Interceptor: the layer's output, with adapted weights at its sites."""
     layer, method = context.module, context.method_name
-    attends = method == "attend" and isinstance(layer, nn.Embed)
     if is_own_call(layer) or is_apart(layer):
       return next_fun(*args, **kwargs)
-    if not (method == "__call__" or attends):
+    if special := special_call(layer, method):
+      return special.act(self, next_fun, args, kwargs, layer)
+    if method != "__call__":
       return next_fun(*args, **kwargs)
-    if isinstance(layer, nn.RNN | nn.RNNCellBase):
-      return self._call_cell(next_fun, args, kwargs, layer)
-    own = layer.variables.get("params", {})  # parts of a kernel lie below it
-    params = self._without_leaves(own)
-    place = place_of(layer)
-    path = (*layer.path, *place)
+    params = self.params_of(layer)
+    path = (*layer.path, *place_of(layer))
     quantised = is_quantised(params.get("kernel"))
-    if not (quantised or self._is_target(path) or self._columns(path)):
+    if not (quantised or self.is_adapted(path)):
       return next_fun(*args, **kwargs)
-    projections = self._projections(layer)
-    for name in place:
-      own, projections = own.get(name, {}), projections.get(name, {})
-    if attends:
-      at_layer = params, own, projections
-      return self._attend(layer, at_layer, args, kwargs)
     # the model's own interceptors lie inside of this one
     intercepted = next_fun is not context.orig_method
-    product = product_of(layer, params, args, kwargs, intercepted=intercepted)
-    if product is None or isinstance(product, str):
+    call = see_call(layer, params, args, kwargs, intercepted=intercepted)
+    if not isinstance(call, LayerCall):
       return next_fun(*args, **kwargs)
-
-    if path in self.ready:  # of a recurrent cell, from before its loop
-      return _with_weights(product, *self.ready[path])
-    inside = self._cell_of(path) is not None
-    if inside and len(params[product.view.kernel].shape) == 2:
-      product = product._replace(view=in_cell(product.view))
+    call = call._replace(site=call.site._replace(path=path))
+    surrounding = self.surrounding_of(path)
+    if surrounding is not None:
+      if path in surrounding.ready:
+        return with_weights(call, *surrounding.ready[path])
+      axes = len(params[call.site.view.kernel].shape)
+      call = call._replace(site=surrounding.seen(call.site, axes))
     remake = quantised and self.forwards == 1
-    stored: Any = params[product.view.kernel]
-    half = quantised and product.plain and stored.format == HALF
-    if half and not (self._is_target(path) or self._columns(path)):
-      remake = False  # it keeps the codes alone
-      product = product._replace(
-        multiply=lambda x, _: half_product(x, stored.codes)
-      )
-
-    def kernel() -> Array:
-      whole = flat_kernel(params, (), product.outputs, product.view)
-      return whole.astype(product.dtype)
-
-    whole = Site(
-      path,
-      product.inputs,
-      product.outputs,
-      kernel,
-      product.bias,
-      view=product.view,
-      project=product.project,
-      multiply=product.multiply,
-      dtype=product.dtype,
-      rows=product.rows,
-    )
-    pieces = list(self._pieces(whole, own, projections))
-    keyed = self.adapter.is_random and layer.has_rng(KEYS)
-    if self.keyed and not keyed and _draw(pieces):
-      raise UserError(
-        f"{self.adapter.name} draws random numbers in training, which a"
-        f" transformation keeps from {'/'.join(path)}: have it pass them on,"
-        f" such as nn.scan(..., split_rngs={{'params': True, {KEYS!r}: True}})."
-      )
-    folded_only = product.view.plans == ("folded",)
-    if folded_only and keyed and _draw(pieces):
-      raise UserError(
-        f"{'/'.join(path)} is a {product.view.kind} whose delta can only be"
-        " folded into its kernel; a method that draws numbers in training, such"
-        " as PVeRA, has none there. Choose another method, or leave the layer"
-        " out of the targets."
-      )
-    if product.call is not None or (folded_only and len(pieces) > 1):
-      return _with_weights(product, *self._whole(pieces))
-    made = []
+    stored: Any = params[call.site.view.kernel]
+    if quantised and not self.is_adapted(path) and call.plain:
+      if stored.format == HALF:
+        remake = False  # the product keeps the codes alone
+        multiply = lambda x, _: half_product(x, stored.codes)  # noqa: E731
+        call = call._replace(site=call.site._replace(multiply=multiply))
+    pieces = list(self.pieces_of(layer, call.site))
+    keyed = self._has_keys(layer, call.site, pieces)
+    folded_only = call.site.view.plans == ("folded",)
+    if call.own_code is not None or (folded_only and len(pieces) > 1):
+      return with_weights(call, *self.whole_weights(pieces))
+    outputs = []
     for adapter, leaves, site in pieces:
       y, penalty = adapted_product(
         adapter,
         leaves,
         site,
-        product.x,
+        call.x,
         plan=self.plan,
         forwards=self.forwards,
         remake=remake,
@@ -164,113 +164,38 @@ class Interception:
       )
       if penalty is not None:
         layer.sow(PENALTIES, "sum", penalty)
-      made.append(y)
-    y = made[0] if len(made) == 1 else jnp.concatenate(made, axis=-1)
-    return product.finish(y)
+      outputs.append(y)
+    y = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=-1)
+    return call.finish(y)
 
-  def _call_cell(self, next_fun, args, kwargs, layer):
-    """A recurrent cell, or `nn.RNN` with one: its kernels are adapted once per
-    call of this, and taken from `ready`. That is outside the loop over time of
-    `nn.RNN`, but inside `nn.scan(nn.LSTMCell)`, whose steps are the calls."""
-    cell = layer.cell if isinstance(layer, nn.RNN) else layer
-    if self._cell_of(cell.path) is not None:  # or of one that it is a part of
-      return next_fun(*args, **kwargs)
-    # nn.RNN passes on nothing but parameters, nor random keys
-    own = cell.variables.get("params", {})
-    projections = self._projections(cell)
-    self.cells[cell.path] = {"params": own, "projections": projections}
+  def _has_keys(
+    self, layer: nn.Module, site: Site, pieces: Sequence[Piece]
+  ) -> bool:
+    """Whether random numbers can be drawn at a layer.
+
+    Raises:
+      UserError: they are to be, and a transformation keeps the keys from the
+        layer, or its delta can only be folded into its kernel.
+    """
     keyed = self.adapter.is_random and layer.has_rng(KEYS)
-    if keyed and isinstance(layer, nn.RNN):
-      self._check_keys(layer, cell)
-    ready = {}
-    if self.plan != FACTORED:
-      ready = self._ready(cell, cell_rows(args, kwargs), keyed=keyed)
-    self.ready.update(ready)
-    try:
-      return next_fun(*args, **kwargs)
-    finally:
-      del self.cells[cell.path]
-      for path in ready:
-        del self.ready[path]
-
-  def _ready(
-    self, cell: nn.Module, rows: int, *, keyed: bool
-  ) -> dict[Path, Weights]:
-    """The adapted kernels of two axes in a cell, where folding them is cheaper
-    than two products per step, and no random numbers are drawn (`keyed`)."""
-    view = in_cell(View())
-    if isinstance(cell, nn.OptimizedLSTMCell):  # all gates are one product
-      view = view._replace(plans=("folded",))
-    ready: dict[Path, Weights] = {}
-    for place, own in _layers_of(cell.variables.get("params", {})):
-      path = (*cell.path, *place)
-      if not (self._is_target(path) or self._columns(path)):
-        continue
-      params = self._without_leaves(own)
-      inputs, outputs = params["kernel"].shape
-      whole = Site(
-        path,
-        inputs,
-        outputs,
-        partial(flat_kernel, params, (), outputs),
-        flat_bias(params, ()),
-        view=view,
-      )
-      projections = _subtree(self.cells[cell.path]["projections"], place)
-      pieces = list(self._pieces(whole, own, projections))
-      drawn = keyed and _draw(pieces)
-      if not drawn and not self._is_factored(pieces, rows):
-        kernel, bias = self._whole(pieces)
-        ready[path] = kernel.astype(params["kernel"].dtype), bias
-    return ready
-
-  def _check_keys(self, layer: nn.RNN, cell: nn.Module) -> None:
-    """Raises where `nn.RNN` would keep random keys from its cell."""
-    passed = any(in_filter(names, KEYS) for names in layer.split_rngs)
-    places = (
-      (*cell.path, *place)
-      for place, _ in _layers_of(cell.variables.get("params", {}))
-    )
-    drawn = any(
-      self._is_target(path) and link.is_random and is_on(link, path)
-      for path in places
-      for link in self.adapter.methods
-    )
-    if drawn and not passed:
+    draws = any(link.is_random for piece in pieces for link in piece.links())
+    name = "/".join(site.path)
+    if self.keyed and draws and not keyed:
       raise UserError(
-        f"{self.adapter.name} draws random numbers in training, which nn.RNN"
-        f" keeps from its cell {'/'.join(cell.path)}: make it with split_rngs="
-        f"{{'params': False, {KEYS!r}: True}}."
+        f"{self.adapter.name} draws random numbers in training, which a"
+        f" transformation keeps from {name}: have it pass them on,"
+        f" such as nn.scan(..., split_rngs={{'params': True, {KEYS!r}: True}})."
       )
-
-  def _attend(self, layer, at_layer, args, kwargs):
-    """`nn.Embed.attend`: the tied output layer has the adapted table too."""
-    params, own, projections = at_layer
-    table = params["embedding"]
-    view = View(type(layer).__name__, "embedding", plans=("folded",))
-    rows, width = table.shape
-    whole = Site(layer.path, rows, width, lambda: table, view=view)
-    pieces = list(self._pieces(whole, own, projections))
-    adapted = {"embedding": self._whole(pieces)[0].astype(table.dtype)}
-    return bound_call(layer, adapted, lambda e: e.attend(*args, **kwargs))
-
-  def _is_factored(self, pieces: Sequence[Piece], rows: int) -> bool:
-    """Whether one of a layer's deltas is best not made, by `choose`."""
-    return FACTORED in [
-      choose(
-        rows,
-        link.low_rank(link.own(leaves), site),
-        plan=self.plan,
-        forwards=self.forwards,
-        view=site.view,
-        path=site.path,
+    if keyed and draws and site.view.plans == ("folded",):
+      raise UserError(
+        f"{name} is a {site.view.kind} whose delta can only be"
+        " folded into its kernel; a method that draws numbers in training, such"
+        " as PVeRA, has none there. Choose another method, or leave the layer"
+        " out of the targets."
       )
-      for adapter, leaves, site in pieces
-      for link in adapter.methods
-      if link.low_rank is not None and is_on(link, site.path)
-    ]
+    return keyed
 
-  def _whole(self, pieces: Sequence[Piece]) -> Weights:
+  def whole_weights(self, pieces: Sequence[Piece]) -> Weights:
     """A layer's adapted kernel (i, o) and bias, put together of its pieces.
 
     Raises:
@@ -278,15 +203,14 @@ class Interception:
     """
     kernels: list[Array] = []
     biases: list[Any] = []
-    for adapter, leaves, site in pieces:
+    for piece in pieces:
+      site, weights = piece.site, piece.adapter.weights
       kernel, bias = site.kernel(), site.bias
-      if adapter.weights is not None:
-        on = any(
-          link.weights and is_on(link, site.path) for link in adapter.methods
-        )
+      if weights is not None:
+        on = any(link.weights for link in piece.links())
         if on and self.plan == FACTORED:
           raise no_factored(site.path, site.view)
-        kernel, bias = adapter.weights(leaves, site)
+        kernel, bias = weights(piece.leaves, site)
       kernels.append(kernel)
       biases.append(bias)
     if len(pieces) == 1:
@@ -294,34 +218,58 @@ class Interception:
     bias = None if biases[0] is None else jnp.concatenate(biases)
     return jnp.concatenate(kernels, axis=-1), bias
 
-  def _pieces(self, whole: Site, own: Any, projections: Any) -> Iterator[Piece]:
+  def pieces_of(self, layer: nn.Module, site: Site) -> Iterator[Piece]:
+    """The pieces of a bound layer, whose whole is the site."""
+    params = layer.variables.get("params", {})
+    projections = self.projections_of(layer)
+    for name in place_of(layer):  # its parts' leaves lie below it
+      params, projections = params.get(name, {}), projections.get(name, {})
+    return self.pieces(site, params, projections)
+
+  def pieces(
+    self, layer: Site, params: Any, projections: Any
+  ) -> Iterator[Piece]:
     """The sites of a layer and what lies between them, column by column.
 
     Args:
-      whole: the layer as one site.
-      own: its parameters, those of its parts below it.
+      layer: the layer as one site.
+      params: its parameters, those of its parts below it.
       projections: the collection's, from the layer on.
+
+    Raises:
+      UserError: the adapter has no leaves there; the base would run unadapted.
     """
-    columns = self._columns(whole.path)
+    columns = self._columns(layer.path)
     shared = arrays_at(self.variables.get("projections", {}))
     common = self.adapter.own(arrays_at(self.variables["params"]))
-    for name, (first, last) in _cut(columns, whole.outputs).items():
-      place = (name,) if name in columns else ()
-      adapted = bool(place) or self._is_target(whole.path)
+    for name, (first, last) in _cut(columns, layer.outputs).items():
+      part = (name,) if name in columns else ()
+      adapted = bool(part) or self._is_target(layer.path)
       adapter = self.adapter if adapted else UNADAPTED
-      site = whole._replace(
-        path=(*whole.path, *place),
-        shared={**shared, **arrays_at(projections, place)},
+      site = layer._replace(
+        path=(*layer.path, *part),
+        shared={**shared, **arrays_at(projections, part)},
         common=common,
       )
-      if (first, last) != (0, whole.outputs):
+      if (first, last) != (0, layer.outputs):
         site = site._replace(
           outputs=last - first,
-          kernel=partial(_columns_of, whole.kernel, first, last),
-          bias=None if whole.bias is None else whole.bias[first:last],
+          kernel=partial(_columns_of, layer.kernel, first, last),
+          bias=None if layer.bias is None else layer.bias[first:last],
         )
-      found = arrays_at(own, place)
-      yield adapter, self._leaves(adapter, found, site.path), site
+      leaves = adapter.own(arrays_at(params, part))
+      piece = Piece(adapter, leaves, site)
+      if not leaves and any(link.init for link in piece.links()):
+        raise UserError(
+          f"The parameters have no leaves of {adapter.name} at"
+          f" {'/'.join(site.path)}. Use those that the adapted module's init"
+          " gives, or load an adapter."
+        )
+      yield piece
+
+  def is_adapted(self, path: Path) -> bool:
+    """Whether a layer, or a part of its kernel, is a target."""
+    return self._is_target(path) or bool(self._columns(path))
 
   def _columns(self, path: Path) -> dict[str, tuple[int, int]]:
     """The parts of a layer's kernel that are targets."""
@@ -330,11 +278,6 @@ class Interception:
       for name, span in parts_of(path, self.fused).items()
       if self._is_target((*path, name))
     }
-
-  def _without_leaves(self, own: Any) -> dict[str, Any]:
-    """A layer's own parameters, without the adapter's beside them."""
-    found = arrays_at(own).items()
-    return {name: x for name, x in found if not self.adapter.owns(name)}
 
   def _is_target(self, path: Path) -> bool:
     patterns = self.targets
@@ -348,45 +291,51 @@ class Interception:
     The pattern for every layer leaves out those that can't be adapted."""
     if not (self.adapter.init or self.adapter.shared):
       return True
-    own = self.adapter.own(arrays_at(self.variables["params"], path))
-    return bool(own or arrays_at(self.variables.get("projections", {}), path))
+    leaves = self.adapter.own(arrays_at(self.variables["params"], path))
+    projections = self.variables.get("projections", {})
+    return bool(leaves or arrays_at(projections, path))
 
-  def _leaves(
-    self, adapter: Adapter, found: Mapping[str, Any], path: Path
-  ) -> Leaves:
-    """The site's own leaves; without any, the base would run unadapted."""
-    leaves = adapter.own(found)
-    if not leaves and any(x.init and is_on(x, path) for x in adapter.methods):
-      raise UserError(
-        f"The parameters have no leaves of {adapter.name} at {'/'.join(path)}."
-        " Use those that the adapted module's init gives, or load an adapter."
-      )
-    return leaves
+  def params_of(self, layer: nn.Module) -> dict[str, Any]:
+    """A layer's own parameters, without the adapter's beside them."""
+    params = arrays_at(layer.variables.get("params", {}))
+    return {k: x for k, x in params.items() if not self.adapter.owns(k)}
 
-  def _cell_of(self, path: Path) -> Path | None:
-    """The running recurrent cell that a path lies in."""
-    running = (cell for cell in self.cells if path[: len(cell)] == cell)
-    return next(running, None)
+  def surrounding_of(self, path: Path) -> Surrounding | None:
+    """The running module that a path lies in and that has prepared it."""
+    for outer, surrounding in self.surroundings.items():
+      if path[: len(outer)] == outer:
+        return surrounding
+    return None
 
-  def _projections(self, layer: nn.Module) -> Any:
+  def projections_of(self, layer: nn.Module) -> Any:
     """The projections at and below a layer, as a tree.
 
     A transformation passes on only the collections that it names. Where it
     names none, a layer whose parameters are not stacked, but shared by all of
     the transformation's steps, has its projections at its path in the tree of
-    the whole model, or of the running cell.
+    the whole model, or of the module around it.
 
     Raises:
       UserError: the layer is one of a stack, and it isn't known which.
     """
     if passed := layer.variables.get("projections"):
       return passed
-    variables, place = self.variables, layer.path
-    if (cell := self._cell_of(place)) is not None:
-      variables, place = self.cells[cell], place[len(cell) :]
-    whole = _subtree(variables.get("projections", {}), place)
-    own = layer.variables.get("params", {})
-    if whole and _axes(own) != _axes(_subtree(variables["params"], place)):
+    params, projections = (
+      self.variables["params"],
+      self.variables.get("projections", {}),
+    )
+    path = layer.path
+    for outer, surrounding in self.surroundings.items():
+      if path[: len(outer)] == outer:
+        params, projections = surrounding.params, surrounding.projections
+        path = path[len(outer) :]
+        break
+    projections = subtree(projections, path)
+    ranks = [
+      [jnp.ndim(x) for x in jax.tree.leaves(tree)]
+      for tree in (layer.variables.get("params", {}), subtree(params, path))
+    ]
+    if projections and ranks[0] != ranks[1]:
       raise UserError(
         f"The layers at {'/'.join(layer.path)} are stacked, and"
         f" {self.adapter.name}"
@@ -394,43 +343,22 @@ class Interception:
         " on, such as nn.scan(..., variable_axes={'params': 0, 'projections':"
         " 0})."
       )
-    return whole
+    return projections
 
 
-def _subtree(tree: Any, path: Path) -> Any:
+def with_weights(call: LayerCall, kernel: Array, bias: Array | None) -> Any:
+  """The layer's output with other weights."""
+  kernel = kernel.astype(call.site.dtype)
+  if call.own_code is not None:
+    return call.own_code(kernel, bias)
+  return call.finish(plus(call.site.multiply(call.x, kernel), bias))
+
+
+def subtree(tree: Any, path: Path) -> Any:
+  """What lies at a path of nested dictionaries; {} where nothing does."""
   for name in path:
     tree = tree.get(name, {})
   return tree
-
-
-def _axes(params: Any) -> list[int]:
-  return list(map(jnp.ndim, jax.tree.leaves(params)))
-
-
-def _draw(pieces: Sequence[Piece]) -> bool:
-  """Whether a method that is on one of the pieces draws random numbers."""
-  return any(
-    link.is_random and is_on(link, site.path)
-    for adapter, _, site in pieces
-    for link in adapter.methods
-  )
-
-
-def _with_weights(product: Product, kernel: Array, bias: Array | None) -> Any:
-  """The layer's output with other weights."""
-  kernel = kernel.astype(product.dtype)
-  if product.call is not None:
-    return product.call(kernel, bias)
-  return product.finish(plus(product.multiply(product.x, kernel), bias))
-
-
-def _layers_of(params: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
-  """The layers in a tree with a kernel of two axes: places and parameters."""
-  for name, below in params.items():
-    if name == "kernel" and meta.unbox(below).ndim == 2:
-      yield (), params
-    elif isinstance(below, Mapping):
-      yield from (((name, *place), own) for place, own in _layers_of(below))
 
 
 def _columns_of(kernel: Callable[[], Array], first: int, last: int) -> Array:

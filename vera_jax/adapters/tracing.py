@@ -15,22 +15,16 @@ from flax import struct
 from flax.core import DenyList, apply, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vera_jax.adapters.intercept import special_call
 from vera_jax.adapters.interface import EMPTY, MATRIX, Path, Target, View
 from vera_jax.adapters.layer_calls import (
   IN_MODEL,
-  changed,
+  LayerCall,
   is_apart,
   is_own_call,
-  mark,
-  reads,
-  remembered,
 )
-from vera_jax.adapters.layers import (
-  cell_rows,
-  in_cell,
-  place_of,
-  product_of,
-)
+from vera_jax.adapters.layers import place_of, see_call
+from vera_jax.adapters.programs import changed, mark, reads, remembered
 from vera_jax.adapters.sites import (
   EVERY,
   Fused,
@@ -137,7 +131,7 @@ def _initialised(
   """What the calls of layers show while the model is initialised."""
   calls: dict[Path, Call] = {}
   refused: dict[Path, str] = {}
-  cells: dict[Path, int] = {}  # recurrent ones, and the rows of their kernels
+  insides: list[tuple[Path, Any]] = []  # of modules that say more of layers
 
   def note(next_fun, args, kwargs, context):
     layer, result = context.module, next_fun(*args, **kwargs)
@@ -145,25 +139,23 @@ def _initialised(
       return result
     if not layer.is_initializing():  # applied unbound, on values of its own
       return result
-    if isinstance(layer, nn.RNN):  # after the cell's own calls
-      cells[layer.cell.path] = cell_rows(args, kwargs)
-    elif isinstance(layer, nn.RNNCellBase):
-      cells.setdefault(layer.path, cell_rows(args, kwargs))
-    own = layer.variables.get("params", {})
+    special = special_call(layer, "__call__")
+    if special is not None and special.inside is not None:
+      insides.append(special.inside(layer, args, kwargs))
+    params = arrays_at(layer.variables.get("params", {}))
     intercepted = next_fun is not context.orig_method
-    product = product_of(
-      layer, arrays_at(own), args, kwargs, intercepted=intercepted
-    )
+    seen = see_call(layer, params, args, kwargs, intercepted=intercepted)
     path = (*layer.path, *place_of(layer))
-    if isinstance(product, str):
-      refused[path] = product
-    elif product is not None:
-      view = product.view._replace(in_scope=path != layer.path)
+    if isinstance(seen, str):
+      refused[path] = seen
+    elif isinstance(seen, LayerCall):
+      site = seen.site
+      view = site.view._replace(in_scope=path != layer.path)
       kernel = meta.unbox(layer.get_variable("params", view.kernel))
       if boxed:
         layer.put_variable("params", view.kernel, _Noted(kernel))
-      widths = product.inputs, product.outputs
-      call = Call(product.rows, *widths, kernel.shape, view)
+      assert site.rows is not None
+      call = Call(site.rows, site.inputs, site.outputs, kernel.shape, view)
       known = calls.setdefault(path, call)
       if known._replace(tokens=call.tokens) != call:
         refused[path] = "its calls see its kernel in different ways"
@@ -171,15 +163,14 @@ def _initialised(
 
   with nn.intercept_methods(note):
     variables = init_shapes(model, *args, **kwargs)
-  for path, call in calls.items():
-    for cell, rows in cells.items():
-      if path[: len(cell)] == cell and len(call.kernel) == 2:
-        calls[path] = call._replace(tokens=rows, view=in_cell(call.view))
-        if call.view.axes:  # a delta is made before any call shows this
-          refused[path] = (
-            "it lies in a recurrent cell, and by its equation the kernel's"
-            " outputs come before its inputs"
-          )
+  for outer, seen_inside in insides:
+    for path, call in calls.items():
+      if path[: len(outer)] == outer and path not in refused:
+        seen = seen_inside(call)
+        if isinstance(seen, str):
+          refused[path] = seen
+        else:
+          calls[path] = seen
   for path in refused:
     calls.pop(path, None)
   return Traced(calls, refused, variables, None)
@@ -228,12 +219,12 @@ def _applied(
     called = context.method_name == "__call__"
     if called:
       applied.add(path)
-    attends = context.method_name == "attend" and isinstance(layer, nn.Embed)
-    if path not in calls or not (called or attends):
+    special = special_call(layer, context.method_name)
+    if path not in calls or not (called or special):
       return result
-    own = arrays_at(layer.variables["params"])
-    for name in own.keys() & {calls[path].view.kernel, "bias"}:
-      mark(own[name], "/".join((*places[path][:-1], name)))
+    params = arrays_at(layer.variables["params"])
+    for name in params.keys() & {calls[path].view.kernel, "bias"}:
+      mark(params[name], "/".join((*places[path][:-1], name)))
     return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), result)
 
   def call(scope, arrays):

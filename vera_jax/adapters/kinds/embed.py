@@ -1,0 +1,79 @@
+"""`nn.Embed`: one-hot rows times the table, made by looking rows up.
+
+`attend`, the tied output layer, has the adapted table too: a merged network
+could not keep them apart. Its table is made as a whole.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from vera_jax.adapters.intercept import SPECIAL, Interception, Special
+from vera_jax.adapters.interface import Matrix, View
+from vera_jax.adapters.layer_calls import LayerCall, Params, bound_call
+from vera_jax.adapters.layers import KINDS, Kind, site_of
+from vera_jax.adapters.structured import as_array
+
+
+def _see(
+  layer: Any, params: Params, *args: Any, **kwargs: Any
+) -> tuple[View, int]:
+  view = View(type(layer).__name__, "embedding", looked_up=True, forms=True)
+  return view._replace(plans=("factored", "folded")), layer.features
+
+
+def _call(layer: Any, params: Params, inputs: Array) -> LayerCall | str:
+  if layer.num_embeddings == 1:
+    return (
+      "with a single row flax returns that row without a look-up, so there is"
+      " nothing to adapt"
+    )
+  (like,) = layer.promote_dtype(
+    jnp.zeros((), params["embedding"].dtype), dtype=layer.dtype, inexact=False
+  )
+
+  def take(ids: Array, table: Matrix) -> Array:
+    return jnp.take(as_array(table, like.dtype), ids, axis=0)
+
+  site = site_of(
+    params,
+    *_see(layer, params),
+    dtype=like.dtype,
+    bias=None,
+    rows=inputs.size,
+    multiply=take,
+    project=take,
+  )
+  return LayerCall(site, inputs)
+
+
+def _attend(
+  interception: Interception, next_fun: Any, args: Any, kwargs: Any, layer: Any
+) -> Any:
+  """The tied output layer, by flax's own code on the adapted table."""
+  if not interception.is_adapted(layer.path):
+    return next_fun(*args, **kwargs)
+  table = interception.params_of(layer)["embedding"]
+  view = View(type(layer).__name__, "embedding", plans=("folded",))
+  site = site_of(
+    {"embedding": table},
+    view,
+    table.shape[1],
+    dtype=table.dtype,
+    bias=None,
+    rows=0,
+  )
+  site = site._replace(path=layer.path)
+  pieces = interception.pieces_of(layer, site)
+  adapted, _ = interception.whole_weights(list(pieces))
+  return bound_call(
+    layer,
+    {"embedding": adapted.astype(table.dtype)},
+    lambda embed: embed.attend(*args, **kwargs),
+  )
+
+
+KINDS[nn.Embed] = Kind(_see, _call)
+SPECIAL.append(Special(nn.Embed, "attend", _attend))
