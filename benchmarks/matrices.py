@@ -44,9 +44,9 @@ from configs import rte
 from experiments import cli
 from experiments.markdown import markdown_table
 from experiments.plans.chips import device_named, use_no_accelerator
+from vera_jax.adapters.adapted_product import adapted_product
 from vera_jax.adapters.interface import Adapter, Leaves, Site, Target
 from vera_jax.adapters.interface import Path as Place
-from vera_jax.adapters.products import adapted_product
 from vera_jax.adapters.vera import vera
 from vera_jax.files import read_json
 

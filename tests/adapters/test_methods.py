@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from vera_jax.adapters.adapted_product import adapted_product
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Adapter, Site
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.methods import METHODS, make_adapter, settings_in
-from vera_jax.adapters.products import adapted_product
 from vera_jax.adapters.pvera import pvera
 from vera_jax.adapters.sites import arrays_at
 from vera_jax.adapters.vera import vera

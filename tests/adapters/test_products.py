@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.slow import rest_is_slow
+from vera_jax.adapters.adapted_product import adapted_product
 from vera_jax.adapters.apply import adapt
 from vera_jax.adapters.interface import PLANS, LowRank, Site
 from vera_jax.adapters.lora import lora, lora_fa
 from vera_jax.adapters.magnitude import dvora
 from vera_jax.adapters.plans import check_plan, choose, costs
-from vera_jax.adapters.products import adapted_product
 from vera_jax.adapters.projections import make_pair
 from vera_jax.adapters.randlora import randlora
 from vera_jax.adapters.sites import arrays_at

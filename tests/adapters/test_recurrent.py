@@ -25,7 +25,7 @@ from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.intercept import KEYS
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.pvera import pvera
-from vera_jax.adapters.tracing import trace_sites
+from vera_jax.adapters.targets import trace_sites
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 

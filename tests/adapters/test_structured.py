@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests.slow import rest_is_slow
+from vera_jax.adapters.adapted_product import adapted_product
 from vera_jax.adapters.apply import adapt, plans_at
 from vera_jax.adapters.interface import PLANS, Site, Target
 from vera_jax.adapters.plans import costs
-from vera_jax.adapters.products import adapted_product
 from vera_jax.adapters.projections import (
   digest,
   make_pair,

@@ -8,10 +8,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.flatten_util import ravel_pytree
 
+from vera_jax.adapters.adapted_product import adapted_product
 from vera_jax.adapters.apply import adapt, adapter_size, find_targets
 from vera_jax.adapters.interface import Site, Target
 from vera_jax.adapters.lora import lora
-from vera_jax.adapters.products import adapted_product
 from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 from vera_jax.models.bert import BertClassifier, BertConfig

@@ -42,7 +42,7 @@ from vera_jax.adapters.sites import (
   matches,
   own_leaves,
 )
-from vera_jax.adapters.tracing import trace_sites
+from vera_jax.adapters.targets import trace_sites
 from vera_jax.errors import UserError
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 from jax import Array
 
+from vera_jax.adapters.adapted_product import adapted_site
 from vera_jax.adapters.base_leaves import ALL
 from vera_jax.adapters.interface import Adapter, Leaves, Path, Site, Target
-from vera_jax.adapters.products import adapted_site
 from vera_jax.adapters.sites import is_on
 from vera_jax.errors import UserError
 

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from vera_jax.adapters.adapted_product import adapted_product
 from vera_jax.adapters.interface import Adapter, Leaves, Path, Site
 from vera_jax.adapters.layer_calls import LayerCall, is_apart, is_own_call
 from vera_jax.adapters.layers import place_of, see_call
 from vera_jax.adapters.plans import FACTORED, no_factored
-from vera_jax.adapters.products import Weights, adapted_product, plus
+from vera_jax.adapters.products import Weights, plus
 from vera_jax.adapters.sites import (
   EVERY,
   Fused,

@@ -1,4 +1,4 @@
-"""How an adapted product is multiplied out: three plans, and chains of methods.
+"""How an adapted product is multiplied out: three plans.
 
 A low-rank delta `down @ up` of a kernel W0, of shapes (i, r) and (r, o), can be
 multiplied with x in several orders:
@@ -9,8 +9,9 @@ multiplied with x in several orders:
   folded_forward  folded, but with a low-rank gradient: that of `up` is
                   (x @ down)^T g
 
-All are the same function with the same gradients; `plans.py` chooses the
-cheapest by counting.
+All are the same function with the same gradients. `plans.py` chooses the
+cheapest by counting, and `adapted_product.py` takes the methods of a chain one
+after another.
 
 They are the same up to rounding, which in bfloat16 is no small thing: the sum
 of W0's part and the delta's has eight bits of mantissa, in every plan. Of a
@@ -20,25 +21,19 @@ trained leaves stay right within 2 % at any size, so that training goes on and
 the delta grows. float32 keeps all of it.
 """
 
-import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float
 
 from vera_jax.adapters.interface import (
-  Adapter,
   Leaves,
   LowRank,
   Matrix,
   Site,
 )
-from vera_jax.adapters.plans import AUTO, FACTORED, choose, no_factored
-from vera_jax.adapters.sites import is_on
 from vera_jax.adapters.structured import Structured
 
 Forward = Callable[[Array], Array]  # x -> x times the weights so far
@@ -67,8 +62,8 @@ def folded(x: Array, *, site: Site, factors: LowRank) -> Float[Array, "*t o"]:
 def folded_forward(
   x: Array, *, site: Site, factors: LowRank
 ) -> Float[Array, "*t o"]:
-  """As `folded`; the gradient of `up` is (x @ down)^T g, which is cheaper where
-  the rows are fewer than the kernel's entries per rank."""
+  """As `folded`, but the gradient of `up` is (x @ down)^T g, in which no matrix
+  of the kernel's size is made."""
 
   @jax.custom_vjp
   def product(x: Array, kernel: Array, down: Matrix, up: Array) -> Array:
@@ -92,134 +87,6 @@ def folded_forward(
   down = factors.down.astype(site.dtype)
   y = product(x, kernel, down, scaled_up(factors).astype(site.dtype))
   return plus(y, site.bias)
-
-
-def adapted_product(
-  adapter: Adapter,
-  leaves: Leaves,
-  site: Site,
-  x: Array,
-  *,
-  plan: str = AUTO,
-  forwards: int = 1,
-  remake: bool = False,
-  key: PRNGKeyArray | None = None,
-) -> tuple[Float[Array, "*t o"], Float[Array, ""] | None]:
-  """(x times the adapted weights, the methods' penalty or None).
-
-  Args:
-    adapter: the method, or a chain of methods, taken one after another.
-    leaves: the site's.
-    site: kernel and bias of x's type.
-    x: (*t, i), or what else the layer's products take.
-    plan, forwards: as in `choose`.
-    remake: whether the backward pass makes the kernels that it needs again,
-      from what they were made of, in place of keeping them all from the forward
-      pass: for kernels that are stored in fewer bits.
-    key: for methods that draw random numbers; None outside of training.
-  """
-  dtype = x.dtype if site.dtype is None else site.dtype
-  rows = math.prod(x.shape[:-1]) if site.rows is None else site.rows
-  site = site._replace(dtype=dtype, rows=rows)
-  kept: Callable[[Forward], Forward] = jax.checkpoint if remake else _as_it_is
-  penalties: list[Array] = []
-  # Each link of a chain makes a new product of the last one's, and leaves the
-  # site to the next link with the kernel as it is then.
-  product = kept(by_weights(partial(_weights_of, site), site))
-  links = [x for x in enumerate(adapter.methods) if is_on(x[1], site.path)]
-  for number, link in links:
-    own = link.own(leaves)
-    after = partial(adapted_site, link, own, site)
-    if link.forward is not None and (key is not None or link.low_rank is None):
-      link_key = None if key is None else jax.random.fold_in(key, number)
-      product = _by_forward(
-        link, own, site, product, plan, kept, link_key, penalties
-      )
-      if link.draws:  # more than weights say, so that no kernel stands for it
-        plan = FACTORED
-    elif link.low_rank is not None:
-      factors = link.low_rank(own, site)
-      how = choose(
-        rows,
-        factors,
-        plan=plan,
-        forwards=forwards,
-        view=site.view,
-        path=site.path,
-      )
-      if how == FACTORED:
-        delta = link.product or partial(thin_products, link.low_rank)
-        delta = partial(delta, own, site)
-        product = partial(factored, inner=product, delta=delta)
-      else:
-        by_plan = folded if how == "folded" else folded_forward
-        product = kept(partial(by_plan, site=site, factors=factors))
-        after = partial(_folded_site, site, factors)
-    elif link.weights is not None:
-      product = kept(by_weights(partial(link.weights, own, site), site))
-    if link is not links[-1][1]:
-      site = after()
-  y = product(x)
-  return y, jnp.sum(jnp.stack(penalties)) if penalties else None
-
-
-def _by_forward(
-  link: Adapter,
-  leaves: Leaves,
-  site: Site,
-  inner: Forward,
-  plan: str,
-  kept: Callable[[Forward], Forward],
-  key: PRNGKeyArray | None,
-  penalties: list[Array],
-) -> Forward:
-  """The product that a method's own `forward` makes of the one so far."""
-
-  def product(x: Array) -> Array:
-    assert link.forward is not None and link.weights is not None
-    made = link.forward(leaves, site, x, key, inner)
-    if made is None:  # it leaves this site to its weights
-      if plan == FACTORED:
-        raise no_factored(site.path, site.view)
-      return kept(by_weights(partial(link.weights, leaves, site), site))(x)
-    y, penalty = made
-    if penalty is not None:
-      penalties.append(penalty)
-    return y
-
-  return product
-
-
-def _as_it_is(product: Forward) -> Forward:
-  return product
-
-
-def by_weights(weights: Callable[[], Weights], site: Site) -> Forward:
-  """The product with a kernel and a bias, made when it is called."""
-
-  def product(x: Array) -> Array:
-    kernel, bias = weights()
-    return plus(site.multiply(x, kernel.astype(site.dtype)), bias)
-
-  return product
-
-
-def _weights_of(site: Site) -> tuple[Any, Any]:
-  return site.kernel(), site.bias
-
-
-def adapted_site(link: Adapter, leaves: Leaves, site: Site) -> Site:
-  """The site as a method leaves it to the next one of a chain."""
-  if link.weights is None:
-    return site
-  weights = partial(link.weights, leaves, site)
-  bias = site.bias if link.low_rank is not None else weights()[1]
-  return site._replace(kernel=lambda: weights()[0], bias=bias)
-
-
-def _folded_site(site: Site, factors: LowRank) -> Site:
-  """The same behind a folded delta, whose kernel is made already."""
-  return site._replace(kernel=partial(folded_kernel, site, factors))
 
 
 def folded_kernel(site: Site, factors: LowRank) -> Float[Array, "i o"]:

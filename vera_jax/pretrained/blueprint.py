@@ -33,7 +33,7 @@ from vera_jax.adapters.plans import AUTO
 from vera_jax.adapters.projections import digest
 from vera_jax.adapters.saved import Flat, own_shapes
 from vera_jax.adapters.sites import first_leaves, make_shared
-from vera_jax.adapters.tracing import trace_sites
+from vera_jax.adapters.targets import trace_sites
 from vera_jax.errors import UserError
 from vera_jax.models.decoder import Decoder
 from vera_jax.models.family import Family, config_of, family_of
