@@ -177,16 +177,13 @@ def test_lines_have_a_limit(tmp_path, monkeypatch):
   "text, words",
   [
     ("[" * 20_000, "nested too deeply, more than 100"),
-    ("[" * 102 + "]" * 102, "nested too deeply"),
     ('{"a": ' * 102 + "1" + "}" * 102, "nested too deeply"),
     ('[{"b": 0, "a": 1, "a": 2}]', "the key 'a' is there twice"),
-    ("[NaN]", "not JSON compliant"),
-    ("-Infinity", "not JSON compliant"),
     ("[-1e999]", "not JSON compliant"),
+    ("[NaN]", "not JSON compliant"),
     ("1" * 5000, "Exceeds the limit"),
     (r'{"a": "\ud800"}', "surrogates not allowed"),
     (b'"\xff"', "'utf-8' codec"),
-    ("[1, 2", "Expecting"),
   ],
 )
 def test_what_no_program_writes_is_no_json(text, words):
@@ -216,21 +213,13 @@ def test_lines_of_json_are_objects_or_say_what_is_wrong():
   assert "nested too deeply, more than 100 levels" in line.error
 
 
-def test_an_object_is_read(tmp_path):
-  file = tmp_path / "x.json"
-  file.write_text('{"a": [1, "é"]}', encoding="utf-8")
-  assert read_json(file) == {"a": [1, "é"]}
-
-
 @pytest.mark.parametrize(
   "data, words",
   [
     (None, "There is no .*x.json"),
-    (b"", "x.json can't be read as JSON: Expecting value"),
     (b'{"a": 1', "x.json can't be read as JSON: Expecting"),
     (b"\xff{}", "x.json can't be read as JSON: 'utf-8'"),
     (b"[1]", "x.json can't be read: it is not a JSON object"),
-    (b"null", "x.json can't be read: it is not a JSON object"),
   ],
 )
 def test_damage_is_named_with_the_hint(data, words, tmp_path):
@@ -239,11 +228,6 @@ def test_damage_is_named_with_the_hint(data, words, tmp_path):
     file.write_bytes(data)
   with pytest.raises(UserError, match=rf"^.*{words}.*\. Copy it again\.$"):
     read_json(file, hint="Copy it again.")
-
-
-def test_a_folder_is_no_file(tmp_path):
-  with pytest.raises(UserError, match="it is a folder, not a regular file.$"):
-    read_json(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(

@@ -128,9 +128,7 @@ def test_a_package_is_found_by_its_list_of_files(installed):
     ("local_package.sub/model", "'local_package.sub' .* is not installed"),
     ("local_package", "'local_package' .* is not installed"),
     ("", "'' .* is not installed"),
-    ("..", "'..' .* is not installed"),
     ("some_package/../../here", "has no folder"),
-    ("some_package/other", "has no folder some_package/other"),
     ("some_package/model/config.json", "has no folder"),
   ],
 )
@@ -142,11 +140,6 @@ def test_looking_for_a_package_imports_nothing(name, words, installed):
 def test_a_name_longer_than_any_path_is_refused():
   with pytest.raises(UserError, match="config.model.name"):
     resolve("x" * 10_000)
-
-
-def test_a_bad_name_is_refused():
-  with pytest.raises(UserError, match="config.model.name"):
-    resolve("bad name")
 
 
 def test_offline_mode_is_refused():

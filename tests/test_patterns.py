@@ -27,9 +27,7 @@ ENDLESS = [
     ("key|query", True),
     (r"layer(_\d+)?/attention/self/(query|key)", True),
     (r"(?!.*key).*/\w+", True),
-    (".*", True),
     ("uery", False),
-    ("quer", False),
     ("^query", False),
     ("layer_1/attention/self/query", False),
   ],
@@ -65,7 +63,6 @@ def test_no_pattern_takes_for_ever(pattern):
   [
     ("que(", "'que\\(' is no proper regular expression"),
     ("*query", "no proper regular expression"),
-    ("(?R)", "no proper regular expression"),
     ("a{99999999999}", "no proper regular expression"),
     ("(" * 900 + ")" * 900, "no proper regular expression"),
     ("query" * 1000, "has 5000 characters; at most"),

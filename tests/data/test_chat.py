@@ -53,10 +53,8 @@ def test_a_conversation_that_changes_as_it_goes_on_is_refused():
   "template, message",
   [
     ("{% if %}", "can't be used: Expected an expression"),
-    ("{{ raise_exception('no system turn') }}", "no system turn"),
     ("{{ ''.__class__.mro() }}", "'__class__' of 'str' object is unsafe"),
     ("{{ 'x' * 1002001 }}", "of 20 characters.* of 1,002,001; 1,002,000 are"),
-    ("{{ raise_exception('x' * 9999999) }}", "can't be used: x{1000}$"),
     ("{{ 'x' * 10**11 }}", "can't be used: it fills the memory"),
     (
       None,
@@ -111,18 +109,9 @@ def test_half_an_answer_is_the_end_of_the_process(monkeypatch, tmp_path):
   [
     ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
     (
-      "\n  {{ strftime_now('%A, %-d/%m, %H:%M, %j') }}",
-      "\n  Friday, 26/07, 00:00, 208",
-    ),
-    (
       "  {% if strftime_now is defined %}\n{% set a = strftime_now('%B %y') %}"
       "{{ a.upper() }} {{ a }}{% else %}never{% endif %}",
       "JULY 24 July 24",
-    ),
-    (
-      "{% macro day() %}{{ strftime_now(format='%d') }}{% endmacro %}"
-      "{{ day() }}",
-      "26",
     ),
   ],
 )

@@ -14,7 +14,6 @@ from vera_jax.data.completions import (
   prompt_ids,
 )
 from vera_jax.data.examples import Examples, take
-from vera_jax.data.tokens import tokenise
 from vera_jax.errors import UserError
 
 END, BEGIN, W0 = 0, 1, 3
@@ -102,32 +101,3 @@ def test_what_can_not_be_learned_is_refused():
   plain.eos_token = None
   with pytest.raises(UserError, match="no end-of-text token"):
     end_of_text(plain)
-
-
-def test_the_cache_gives_the_same_and_tells_settings_apart(tmp_path):
-  tokenizer = tokenizer_of_words(pad_token="<end>")
-  first, again = (
-    tokenise(PAIRS, tokenizer, 20, tmp_path, completions=LEFT) for _ in range(2)
-  )
-  assert len(list(tmp_path.glob("*.npz"))) == 1
-  np.testing.assert_array_equal(first.ids, again.ids)
-  np.testing.assert_array_equal(first.learned, again.learned)
-  assert again.reads.tolist() == [3, 2]
-  others = [
-    tokenise(examples, tokenizer, 20, tmp_path, completions=how)
-    for examples, how in (
-      (PAIRS, RIGHT),
-      (PAIRS, Completions("left", True)),
-      (
-        dataclasses.replace(
-          PAIRS,
-          first=PAIRS.first + PAIRS.second,
-          second=None,
-          index=np.arange(4),
-        ),
-        LEFT,
-      ),
-    )
-  ]
-  found = {tokens.fingerprint for tokens in (first, *others)}
-  assert len(found) == 4

@@ -165,19 +165,6 @@ def test_labels_that_are_no_ids(tmp_path):
       open_folder(tmp_path)
 
 
-def test_metadata_of_columns_that_are_not_there(tmp_path):
-  import pyarrow as pa
-  from pyarrow import parquet
-
-  kinds = {"gone": datasets.Image(), "label": datasets.ClassLabel(names=["a"])}
-  info = json.dumps({"info": {"features": datasets.Features(kinds).to_dict()}})
-  table = pa.table({"image": [{"bytes": b"x"}], "label": [0]})
-  table = table.replace_schema_metadata({"huggingface": info})
-  parquet.write_table(table, tmp_path / "train.parquet")
-  train = open_folder(tmp_path).splits["train"]
-  assert list(train.read(np.array([0]))) == [b"x"]
-
-
 def wrong_labels(data):
   rows = data["test"].remove_columns("coarse_label")
   rows = rows.add_column(

@@ -76,13 +76,10 @@ def test_parquet_keeps_types_and_class_names(tmp_path):
   "format, line, error",
   [
     ("csv", b"x,y,z", "it has 3 columns, but the header has 2 (a, b)"),
-    ("csv", b"x", "it has 1 columns, but the header has 2 (a, b)"),
     ("csv", b"\xff,y", "it is not UTF-8"),
     ("csv", b'"x"z,y', "it is no CSV"),
     ("tsv", b"x\ty\tz", "it has 3 columns, but the header has 2 (a, b)"),
-    ("tsv", b"\xe4\ty", "it is not UTF-8"),
     ("jsonl", b"{", "it is no JSON ("),
-    ("jsonl", b"[1]", "it is no JSON object"),
     ("jsonl", b'{"a": "\\ud800"}', "it is not UTF-8"),
     ("jsonl", b"[" * 10**5, "it is no JSON ("),
   ],
@@ -110,7 +107,6 @@ def test_the_rest_goes_on_behind_a_bad_row(format, line, error, tmp_path):
   [
     ("a.csv", "x,y,x\n1,2,3\n", ":1: the column 'x' is there twice"),
     ("a.csv", "x,y\n", "the file has no rows"),
-    ("a.csv", "", "the file has no rows"),
     ("a.csv", 'x,y\n1,2\n"3,4\n5,6\n', ":3: it is no CSV"),
     ("a.parquet", "no", "can't be read as Parquet"),
     ("a.txt", "a", "doesn't end in .csv, .tsv, .jsonl"),

@@ -56,14 +56,6 @@ def test_what_files_have_is_read(tmp_path):
   [
     ({"normalizer": in_sequence("normalizers", *[DOUBLE] * 40)}, "64 times"),
     (
-      {
-        "normalizer": in_sequence(
-          "normalizers", *[in_sequence("normalizers", DOUBLE)] * 40
-        )
-      },
-      "64 times",
-    ),
-    (
       {"pre_tokenizer": in_sequence("pretokenizers", *[DOUBLE] * 40)},
       "its pre_tokenizer",
     ),
@@ -80,7 +72,6 @@ def test_what_files_have_is_read(tmp_path):
       },
       "64 times",
     ),
-    ({"normalizer": {"type": "Prepend", "prepend": "a" * 10**5}}, "64 times"),
     (
       {"normalizer": in_sequence("normalizers", *[{"type": "ByteLevel"}] * 40)},
       "64 times",
@@ -112,7 +103,6 @@ def test_what_files_have_is_read(tmp_path):
     ({"added_tokens": [{"id": 10**9, "content": "b"}]}, "'b' has the number"),
     ({"normalizer": 3}, "is no tokenizer's"),
     ({"normalizer": {"type": "Replace"}}, "is no tokenizer's: KeyError"),
-    ({"padding": {"strategy": {"Fixed": "x"}}}, "is no tokenizer's: TypeError"),
   ],
 )
 def test_what_makes_too_much_of_a_text(fields, words, tmp_path):

@@ -1,22 +1,18 @@
 """A user's texts from training to the adapter, on a tiny decoder."""
 
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from configs import language
-from experiments import cli
 from tests.tasks.decoder_files import GPT2, write_decoder
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.predictor import Predictor
-from vera_jax.train.ensemble import train_ensemble
 from vera_jax.train.loop import train_and_evaluate
 
 ROWS = [
@@ -69,31 +65,6 @@ def test_a_run_learns_and_is_shown_again(trained, config, folder):
   assert best["token_probability"] * best["perplexity"] == pytest.approx(1)
   assert trained["parameters"]["head"] == 0
   assert trained["data"]["train"]["learned"] == 42
-
-
-@pytest.mark.slow
-def test_an_ensembles_runs_are_those_alone(trained, config, folder):
-  configs = cli.with_seeds(config, (0, 1))
-  folders = [folder / f"seed{seed}" for seed in (0, 1)]
-  one, other = train_ensemble(configs, folders)
-  for ours, alone in zip(one["history"], trained["history"], strict=True):
-    assert ours["metrics"] == pytest.approx(alone["metrics"], rel=1e-5)
-  assert other["best"]["metrics"] != one["best"]["metrics"]
-
-
-@pytest.mark.slow
-def test_a_run_that_lost_its_last_epoch_makes_the_same(trained, config, folder):
-  again = folder / "again"
-  shutil.copytree(folder / "run", again)
-  (again / "result.json").unlink()
-  shutil.rmtree(again / f"checkpoints/{trained['last']['step']}")
-  assert train_and_evaluate(config, again)["history"] == trained["history"]
-  one, two = (
-    load_adapter(folder / name / "adapter").tensors for name in ("run", "again")
-  )
-  assert one.keys() == two.keys()
-  for name in one:
-    np.testing.assert_array_equal(one[name], two[name])
 
 
 def test_the_adapter_goes_back_on_its_base(trained, folder):

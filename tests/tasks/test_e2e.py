@@ -11,7 +11,7 @@ from experiments import cli
 from tests.tasks.decoder_files import GPT2, write_decoder
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
-from vera_jax.pretrained.classifier import load_classifier, restore_adapter
+from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.tasks import e2e_metrics
 from vera_jax.tasks.e2e import generate, hold_out, task_for
 from vera_jax.tasks.e2e_files import Rows, read_for_scoring
@@ -132,22 +132,6 @@ def test_a_run_that_was_lost_while_it_wrote_writes_the_same(
   found = train_and_evaluate(config, again)
   assert found["test"]["scores"] == trained["test"]["scores"]
   assert written(again / "test") == written(folder / "run/test")
-
-
-@pytest.mark.slow
-def test_a_rate_of_zero_leaves_the_model_as_it_is(config, folder):
-  still = changed(
-    config, optim__adapter_lr=0.0, optim__epochs=1, data__max_train_examples=8
-  )
-  train_and_evaluate(still, folder / "still")
-  inputs = (folder / "still/test/inputs.txt").read_text().splitlines()
-  base = load_classifier(folder / "model")
-  base.about["separate"] = True  # as the tuned model is asked
-  asked = [inputs[0], "word1 " * 30, *inputs[1:]]  # one has no room
-  found, missing = generate(base, asked, settings=config.generate.to_dict())
-  assert list(found) == [0, 2, 3]
-  assert list(found.values()) == written(folder / "still/test")[0]
-  assert missing.startswith("1 of 4 inputs were not answered")
 
 
 @pytest.mark.slow

@@ -84,22 +84,14 @@ RTE = "index\tsentence1\tsentence2\tlabel\n0\tA\tB\tentailment\n"
 STSB = "sentence1\tsentence2\tscore\nA\tB\t5\n"
 BAD = [
   ("rte", RTE + "1\tA\tB\n", r"train.tsv:3: 3 columns .* be 4"),
-  ("rte", RTE + "1\tA\tB\tC\tentailment\n", r"train.tsv:3: 5 columns"),
-  ("rte", RTE + "\n" + RTE, r"train.tsv:3: 1 columns"),
   ("rte", RTE + "1\tA\tB\tmaybe\n", r"train.tsv:3: label 'maybe' \(unknown"),
-  ("rte", RTE + "1\tA\tB\t1\n", r":3: label '1' .*entailment, not_entail"),
   ("cola", "s\t1\t\tA\ns\t-1\t\tB\n", r"train.tsv:2: label '-1' .*without"),
-  ("cola", "s\t1\t\tA\ns\t1\tB\n", r"train.tsv:2: 3 columns .* be 4"),
   ("cola", "source\tlabel\tmark\tsentence\n", r"train.tsv:1: label 'label'"),
   ("cola", "", r"train.tsv has no examples"),
   ("stsb", STSB + "A\tB\tbig\n", r"train.tsv:3: score 'big' is not a number"),
   ("stsb", STSB + "A\tB\t5.1\n", r"train.tsv:3: score '5.1' .*from 0 to 5"),
-  ("stsb", STSB + "A\tB\t-1\n", r"train.tsv:3: score '-1'"),
   ("stsb", STSB + "A\tB\tnan\n", r"train.tsv:3: score 'nan'"),
   ("rte", "index\tsentence1\tlabel\n0\tA\t1\n", r":1: .*no column 'sentence2'"),
-  ("rte", "sentence1\tsentence2\nA\tB\n", r":1: there is no column 'label'"),
-  ("rte", "index\tsentence1\tsentence2\tlabel\n", r"has no examples"),
-  ("rte", "", r"has no examples"),
   ("rte", RTE + "1\tcaf\udce9\tB\tentailment\n", r":3: .*UTF-8 \(byte 0xe9"),
 ]
 

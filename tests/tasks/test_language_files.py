@@ -102,17 +102,12 @@ def test_other_columns_and_a_csv(read):
 @pytest.mark.parametrize(
   "name, content, settings, message",
   [
-    (".txt", "\n \n", {}, "the file has no texts"),
     (".txt", b"one\n\xff\n", {}, r"train.txt:2: it is not UTF-8"),
     (".txt", "one\n", {}, "One training row can't be learned and scored"),
-    (".md", "one\n", {}, "doesn't end in"),
     (".csv", "a,b\nx,y\n", {}, "not clear which column is to be learned"),
-    (".csv", "a,b\nx,y\n", {"text": ("a", "a")}, "a column of texts is needed"),
     (".csv", "a,b\nx,y\n", {"text": ("c",)}, "has no column 'c'; it has a, b"),
-    (".jsonl", lines({"text": 3}), {}, r"jsonl:1: text is no text: 3"),
     (".csv", "text,n\nx,1\n ,2\n", {}, r"csv:3: text: it is empty"),
     (".txt", "a\nb\n", {"dev_fraction": 0.9}, "above 0 and up to 0.5"),
-    (".txt", "a\nb\n", {"cut": "top"}, "choose left or right"),
     (
       ".txt",
       "a\nb\n",

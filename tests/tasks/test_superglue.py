@@ -92,16 +92,12 @@ GOOD = {
 }
 BAD = [
   ("cb", GOOD["cb"][:-1], "no JSON"),
-  ("cb", "[]", "no JSON object"),
-  ("cb", "", "it is empty"),
   ("cb", '{"premise": "a", "label": "neutral"}', "no 'hypothesis'; the keys"),
-  ("cb", GOOD["cb"].replace('"b"', "3"), "'hypothesis' is no text but 3"),
   ("cb", GOOD["cb"].replace("neutral", "-"), "label '-' .*contradiction"),
   ("cb", GOOD["cb"].replace('"b"', '"\\ud800"'), "not UTF-8"),
   ("cb", '{"premise": "a", "hypothesis": "b"}', r"label null \(missing"),
   ("cb", GOOD["cb"].replace("a", "\udce9"), "not UTF-8"),
   ("copa", GOOD["copa"].replace("cause", "why"), "question is 'why'; it is"),
-  ("copa", GOOD["copa"].replace("1}", "2}"), r"label 2 .*The labels are 0, 1"),
   ("copa", GOOD["copa"].replace("1}", "true}"), "label true"),
   ("boolq", GOOD["boolq"].replace("true", "1"), "label 1 .*false, true"),
 ]

@@ -22,11 +22,8 @@ SLURM = {
     (("host:1", None, 0), "Without a value: --num_processes"),
     ((None, 2, None), "Without a value: --coordinator, --process_id"),
     (("host", 2, 0), "give HOST:PORT"),
-    (("host:port", 2, 0), "give HOST:PORT"),
-    ((":12", 2, 0), "give HOST:PORT"),
     (("host:70000", 2, 0), "give HOST:PORT"),
     (("host:12", 2, 2), "numbered from 0 to 1"),
-    (("host:12", 2, -1), "numbered from 0 to 1"),
   ],
 )
 def test_flags_that_do_not_fit(given, words):
@@ -67,10 +64,8 @@ def test_processes_that_do_not_come_are_given_up(monkeypatch):
     (SLURM, True),
     ({**SLURM, "JAX_PLATFORMS": "cpu"}, True),
     ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, False),  # one step of a larger job
-    ({**SLURM, "SLURM_NTASKS": "1"}, False),
     ({"SLURM_JOB_ID": "7", "JAX_PLATFORMS": "cpu"}, False),  # no srun
     ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
-    ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, True),
     ({"TPU_WORKER_HOSTNAMES": "a", "TPU_SKIP_MDS_QUERY": "1"}, False),
     ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, True),
     ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, False),

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from configs.images import get_config
 from vera_jax.adapters.files import load_adapter
@@ -16,9 +15,7 @@ from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 from vera_jax.report.frame import load_sweep
 from vera_jax.serve.image_predictor import ImagePredictor
 from vera_jax.serve.predictor import Predictor
-from vera_jax.train.ensemble import train_ensemble
 from vera_jax.train.loop import train_and_evaluate
-from vera_jax.train.preemption import Interrupted
 from vera_jax.train.ridge import ridge
 from vera_jax.train.setup import build_setup, introduction
 
@@ -89,36 +86,6 @@ def test_a_run_learns_colours_and_its_adapter_answers_files(run, tiny_images):
     Predictor(predictor.classifier)
   card = (folder / "adapter/README.md").read_text()
   assert '"image-classification"' in card and "ImagePredictor(" in card
-
-
-@pytest.mark.slow
-def test_a_stopped_run_goes_on_to_the_same_bits(
-  run, stop_at, assert_same_run, tmp_path
-):
-  """Stopped within the second epoch, whose flips and shifts go on too."""
-  config, folder, _ = run
-  stop_at(4)
-  with pytest.raises(Interrupted, match="saved at step 5 of 9"):
-    train_and_evaluate(config, tmp_path / "run")
-  stop_at(None)
-  train_and_evaluate(config, tmp_path / "run")
-  assert_same_run(folder, tmp_path / "run", 3 * EPOCHS)
-
-
-@pytest.mark.slow
-def test_a_run_of_an_ensemble_is_the_run_alone(run, images_config, tmp_path):
-  _, folder, result = run
-  configs = [images_config(), images_config(seed=1)]
-  both = train_ensemble(configs, [tmp_path / "0", tmp_path / "1"])
-  losses = [[e["train_loss"] for e in r["history"]] for r in (result, *both)]
-  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
-  assert np.abs(np.subtract(losses[0], losses[2])).max() > 1e-3
-  want, found = (
-    load_file(f / "adapter/adapter.safetensors")
-    for f in (folder, tmp_path / "0")
-  )
-  for name, value in want.items():
-    np.testing.assert_allclose(found[name], value, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.slow
