@@ -107,7 +107,7 @@ def test_evaluation_is_in_order_and_samples_have_the_shapes(shard):
   batches = list(given.eval_batches("dev"))
   seen = np.concatenate([b["example"] for b in batches])[:, 0].tolist()
   assert seen == ([*range(7), -1] if shard.of == 1 else [2, 3, 6, -1])
-  numbers = given.measured("dev", lambda batch: batch["example"])
+  numbers = data().measured("dev", lambda batch: batch["example"])
   assert numbers.tolist() == list(range(7))
   whole = data()
   for sample, batch in (
