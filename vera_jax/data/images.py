@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 from vera_jax.data.image_files import Encoded, ImageFile, ImageFiles
 from vera_jax.errors import UserError
 from vera_jax.files import TENSORS, check_file, read_json
+from vera_jax.models.family import family_of
 
 log = logging.getLogger(__name__)
 
@@ -197,8 +198,7 @@ def read_processor(folder: Path, *, size: int | None = None) -> Processor:
   kind = written.get("image_processor_type", written.get(OLDER))
   if kind is None:
     path = folder / "config.json"
-    network = read_json(path).get("model_type") if path.is_file() else None
-    kind = "Bit" if network == "dinov2" else "ViT"
+    kind = family_of(read_json(path)).processor if path.is_file() else "ViT"
   usual = (x for start, x in CLASSES.items() if str(kind).startswith(start))
   fields = {"do_pad": False, **next(usual, {}), **written}
 

@@ -109,5 +109,5 @@ FAMILY = {
     renamed=RENAMED,
     wide="fc1",
     narrow="output/dense|fc2",
-  )
+  )._replace(processor="Bit")
 }

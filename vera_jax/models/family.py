@@ -199,6 +199,8 @@ class Family(NamedTuple):
     fused: config -> the parts of fused kernels, which targets may name: by a
       layer's pattern, each part's first and last column by name.
     reads: what the inputs are, `TEXTS` or `IMAGES`.
+    processor: how the name of its images' preparation begins in a
+      preprocessor_config.json, for a folder that names none.
     example: the sizes, as `inputs` takes them, that shapes are traced with.
   """
 
@@ -219,6 +221,7 @@ class Family(NamedTuple):
     lambda config: {}
   )
   reads: str = TEXTS
+  processor: str = "ViT"
   example: tuple[int, int, int] = (1, 8, 1)
 
 

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 # The methods in the order of tables and figures, as figures write them.
 UNTUNED = "untuned"  # in a method's place where a run trained nothing
+BASELINE = "lora"  # the method that others are compared with
 METHODS = {
   UNTUNED: "untuned",
   "vera": "VeRA",

@@ -16,7 +16,7 @@ from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.report.frame import method_title
 from vera_jax.serve.image_predictor import ImagePredictor
 from vera_jax.serve.predictor import Answer
-from vera_jax.tasks.images import choose_images
+from vera_jax.tasks.images import NAMES, choose_images
 
 RIGHT, WRONG = "#1b7837", "#b2182b"  # two that the colour-blind can distinguish
 WIDE = 6  # images in a row
@@ -36,15 +36,16 @@ def picture_grid(
   Raises:
     UserError: a folder holds no result, or the runs have not the same images.
   """
-  found = {folder: results.read(folder) for folder in folders}
-  missing = [str(folder) for folder, result in found.items() if not result]
-  if missing or not folders:
-    raise UserError(f"No result of a run is in {', '.join(missing) or 'none'}.")
-  scored = [result["data"].get("dev") for result in found.values() if result]
-  if any(one != scored[0] for one in scored):
+  runs: dict[Path, dict[str, Any]] = {}
+  for folder in folders:
+    if (result := results.read(folder)) is None:
+      raise UserError(f"No result of a run is in {folder}.")
+    runs[folder] = result
+  first, *others = runs.values()
+  if any(run["data"].get("dev") != first["data"].get("dev") for run in others):
     raise UserError("The runs were not scored on the same images.")
-  config = ConfigDict(next(r for r in found.values() if r)["config"])
-  if config.task != "images":
+  config = ConfigDict(first["config"])
+  if config.task not in NAMES:
     raise UserError(f"The runs are of the task {config.task}, not of images.")
   _, classes, splits, _ = choose_images(config.data)
   files, numbers = splits["dev"]
@@ -54,8 +55,7 @@ def picture_grid(
 
   answers: dict[str, list[Answer]] = {}
   good: list[int] = []
-  for folder, result in found.items():
-    assert result is not None
+  for folder, result in runs.items():
     predictor = ImagePredictor(
       restore_adapter(load_adapter(folder / "adapter"))
     )
@@ -82,8 +82,7 @@ def draw_grid(
     cell = cells.flat[number]
     cell.imshow(image)
     cell.set_title(name, fontsize=9)
-    for line, given in enumerate(answers.values()):
-      answer = given[number]
+    for line, answer in enumerate(run[number] for run in answers.values()):
       cell.text(
         0.5,
         -0.1 - 0.16 * line,
@@ -94,12 +93,12 @@ def draw_grid(
         va="center",
         transform=cell.transAxes,
       )
-  right = {
-    title: np.mean([a.label == t for a, t in zip(given, truth, strict=True)])
-    for title, given in answers.items()
+  shares = {
+    title: np.mean([a.label == t for a, t in zip(run, truth, strict=True)])
+    for title, run in answers.items()
   }
   lines = [
-    f"{title}: {share:.0%} of these right" for title, share in right.items()
+    f"{title}: {share:.0%} of these right" for title, share in shares.items()
   ]
   figure.suptitle(
     "Below each image, from above: " + "; ".join(lines), fontsize=9

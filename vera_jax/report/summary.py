@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from vera_jax.report.frame import Sweep
+from vera_jax.report.frame import BASELINE, Sweep
 from vera_jax.report.published import published
 
 BY = ["task", "metric", "method", "condition"]
@@ -19,7 +19,7 @@ def shown_p(p: float) -> str:
   return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def summary(sweep: Sweep, *, against: str = "lora") -> pd.DataFrame:
+def summary(sweep: Sweep, *, against: str = BASELINE) -> pd.DataFrame:
   """All conditions of a sweep, in the order of its runs; scores in percent.
 
   Columns: task, metric, method, condition, adapter, head, rank, rate (of the

@@ -5,7 +5,7 @@ import textwrap
 import pandas as pd
 from rich.table import Table
 
-from vera_jax.report.frame import Sweep, history
+from vera_jax.report.frame import BASELINE, Sweep, history
 from vera_jax.report.signatures import COLLAPSED
 from vera_jax.report.summary import shown_p
 from vera_jax.report.text_scores import text_notes, text_scores, text_tables
@@ -132,7 +132,7 @@ def notes(sweep: Sweep, table: pd.DataFrame) -> list[str]:
   """What stands below the table, one sentence each."""
   lines = []
   if (table["pairs"] > 0).any():
-    loras = table[table["method"] == "lora"].groupby("task").size()
+    loras = table[table["method"] == BASELINE].groupby("task").size()
     which = " that has the best median" if loras.max() > 1 else ""
     if sweep.runs.groupby("task")["data"].nunique().max() > 1:
       which = f" of the same base and data{which}"
@@ -192,8 +192,8 @@ def _convergence(runs: pd.DataFrame) -> list[str]:
       f"{task}, {method}: the training loss ends lowest with {curve.name},"
       f" at {curve.iloc[-1]:.4f} ({sizes[task, method]:,} parameters)"
     )
-    if method != "lora" and (task, "lora") in curves:
-      below = curve <= curves[task, "lora"].iloc[-1]
+    if method != BASELINE and (task, BASELINE) in curves:
+      below = curve <= curves[task, BASELINE].iloc[-1]
       text += (
         f"; it reaches LoRA's last loss in epoch {below.idxmax()}"
         if below.any()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from vera_jax.report.frame import Sweep
+from vera_jax.report.frame import BASELINE, Sweep
 from vera_jax.report.summary import shown_p, summary
 
 PERCENT = ("BLEU", "METEOR", "ROUGE_L")  # shares, which papers print so
@@ -92,7 +92,7 @@ def text_notes(texts: Sweep) -> list[str]:
   ]
   if any("accuracy" in name for name in texts.runs["metric"]):
     lines[0] += " Accuracies are as well."
-  if (texts.runs["method"] == "lora").any():
+  if (texts.runs["method"] == BASELINE).any():
     lines.append(
       "Differences are made as those of the scores above; p is adjusted for the"
       " number of comparisons of all metrics together."

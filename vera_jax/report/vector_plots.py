@@ -31,12 +31,12 @@ def norm_figure(
     title: of the figure.
     most: conditions that are shown, those with the most layers first.
   """
-  own = vectors[vectors["leaf"].isin(["d", "b"])]
+  vectors = vectors[vectors["leaf"].isin(["d", "b"])]
   shown = sorted(
-    own.groupby(["task", "condition"], sort=False),
+    vectors.groupby(["task", "condition"], sort=False),
     key=lambda group: -len(group[1][["layer", "kind"]].drop_duplicates()),
   )[:most]
-  kinds = list(own["kind"].unique())
+  kinds = list(vectors["kind"].unique())
   with mpl.rc_context(STYLE):
     figure, axes = grid(len(shown), 2, width=4.4, height=2.3, title=title)
     lines = {}
@@ -101,15 +101,15 @@ def vector_figure(
     tensors: a saved adapter's, as `load_adapter` gives them.
     title: of the figure.
   """
-  found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
+  by_kind: dict[str, dict[str, dict[int, np.ndarray]]] = {}
   for name, value in tensors.items():
     match = NAME.fullmatch(name)
-    if match and match["leaf"].startswith("vera"):
-      leaves = found.setdefault(match["kind"], {"d": {}, "b": {}})
+    if match and match["leaf"][-1] in "db":
+      leaves = by_kind.setdefault(match["kind"], {"d": {}, "b": {}})
       leaves[match["leaf"][-1]][int(match["layer"])] = value
   with mpl.rc_context(STYLE):
-    figure, axes = grid(len(found), 2, width=4.4, height=2.2, title=title)
-    for row, (kind, leaves) in zip(axes, found.items(), strict=True):
+    figure, axes = grid(len(by_kind), 2, width=4.4, height=2.2, title=title)
+    for row, (kind, leaves) in zip(axes, by_kind.items(), strict=True):
       for ax, (leaf, layers) in zip(row, leaves.items(), strict=True):
         if layers:
           ax.boxplot(
