@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from tests.generate.markov import EOS, WORDS, chain, random_table, search
+from tests.generate.markov import EOS, WORDS, random_table, search
 from tests.slow import rest_is_slow
 from vera_jax.errors import UserError
 from vera_jax.generate.beam import Beam, best_words
@@ -95,71 +95,6 @@ def test_the_rules_lora_are_microsofts(penalty, ngram, beams):
       )
       assert text == expected
       assert score == pytest.approx(best, rel=1e-5)
-
-
-# The six rules of microsoft/LoRA one by one, where transformers has others.
-# Word 0 ends a text.
-NO_BIGRAM_TWICE = {"beams": 2, "no_repeat_ngram": 2, "new": 4, "eos": [0]}
-FOR_LONG = {"beams": 2, "length_penalty": 2.0, "new": 5, "eos": [0]}
-
-
-def test_lora_forbids_n_grams_of_the_answer_only():
-  table = chain({2: {3: 0.9, 4: 0.1}, 3: {0: 1.0}, 4: {0: 1.0}}, words=5)
-  prompt = [[2, 3, 2]]  # 2 3 is in the prompt, and the likeliest answer
-  [[(text, _)]] = search(table, prompt, rules="lora", **NO_BIGRAM_TWICE)
-  assert text == [3, 0]
-  [[(text, _), _]] = search(table, prompt, rules="hf", **NO_BIGRAM_TWICE)
-  assert text == [4, 0]
-
-
-def test_lora_spreads_what_it_forbids_over_the_other_words():
-  # Of what may follow 3 3, a third 3 has one half, and may not come.
-  chances = {2: {3: 1.0}, 3: {3: 0.5, 0: 0.4, 4: 0.1}, 4: {0: 1.0}}
-  table, prompt = chain(chances, words=5), [[1, 1, 2]]
-  [[(text, score)]] = search(table, prompt, rules="lora", **NO_BIGRAM_TWICE)
-  assert text == [3, 3, 0]
-  assert score == pytest.approx(np.log(0.5 * 0.4 / 0.5) / 3)
-  [texts] = search(table, prompt, rules="hf", **NO_BIGRAM_TWICE)
-  [score] = [score for text, score in texts if text == [3, 3, 0]]
-  assert score == pytest.approx(np.log(0.5 * 0.4) / 3)
-
-
-def test_lora_does_not_refill_the_beam_of_a_text_that_ended():
-  # The first words by chance are the end, 3 and 4; what follows 4 is certain.
-  table = chain(
-    {
-      2: {0: 0.4, 3: 0.35, 4: 0.25},
-      3: {word: 0.2 for word in range(5)},
-      4: {1: 1.0},
-      1: {0: 1.0},
-    },
-    words=5,
-  )
-  [[(text, _)]] = search(table, [[2]], rules="lora", **FOR_LONG)
-  assert text[0] == 3
-  [texts] = search(table, [[2]], early_stopping="never", **FOR_LONG)
-  assert texts[0][0] == [4, 1, 0]
-
-
-def test_lora_does_not_stop_early_and_counts_what_has_not_ended():
-  # Long texts win by their penalty, after two short ones have ended.
-  table = chain({2: {0: 0.5, 3: 0.5}, 3: {0: 0.4, 3: 0.6}}, words=5)
-  [[(text, score)]] = search(table, [[2]], rules="lora", **FOR_LONG)
-  assert text == [3] * 5
-  assert score == pytest.approx(np.log(0.5 * 0.6**4) / 5**2)
-  [texts] = search(table, [[2]], early_stopping=True, **FOR_LONG)
-  assert max(len(text) for text, _ in texts) <= 3
-
-
-def test_lora_scores_by_the_length_of_the_answer_with_its_end():
-  table = chain({2: {3: 1.0}, 3: {0: 0.25, 4: 0.75}, 4: {4: 1.0}}, words=5)
-  # the prompts' lengths count for nothing
-  settings = {"length_penalty": 0.8, "beams": 2, "new": 2, "eos": [4]}
-  for [(text, score)] in search(
-    table, [[2], [4, 4, 4, 2]], rules="lora", **settings
-  ):
-    assert text == [3, 4]
-    assert score == pytest.approx(np.log(0.75) / 2**0.8)
 
 
 def every_text(table, prompt, *, new, eos, penalty):

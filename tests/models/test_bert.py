@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 
 from tests.slow import rest_is_slow
 from vera_jax.errors import UserError
@@ -22,57 +21,6 @@ def loop(params):
   for i in range(len(jax.tree.leaves(stacked)[0])):
     layers[f"layer_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
   return {**params, "encoder": layers}
-
-
-LAYER = {
-  "attention/self/query/kernel": (16, 16),
-  "attention/self/query/bias": (16,),
-  "attention/self/key/kernel": (16, 16),
-  "attention/self/key/bias": (16,),
-  "attention/self/value/kernel": (16, 16),
-  "attention/self/value/bias": (16,),
-  "attention/output/dense/kernel": (16, 16),
-  "attention/output/dense/bias": (16,),
-  "attention/output/LayerNorm/scale": (16,),
-  "attention/output/LayerNorm/bias": (16,),
-  "intermediate/dense/kernel": (16, 32),
-  "intermediate/dense/bias": (32,),
-  "output/dense/kernel": (32, 16),
-  "output/dense/bias": (16,),
-  "output/LayerNorm/scale": (16,),
-  "output/LayerNorm/bias": (16,),
-}
-
-
-def test_the_tree_of_tiny_bert(tiny, shapes):
-  tree = flatten_dict(shapes(BertClassifier(tiny(), 3)), sep="/")
-  assert {name: leaf.shape for name, leaf in tree.items()} == {
-    "embeddings/word_embeddings/embedding": (50, 16),
-    "embeddings/position_embeddings/embedding": (20, 16),
-    "embeddings/token_type_embeddings/embedding": (2, 16),
-    "embeddings/LayerNorm/scale": (16,),
-    "embeddings/LayerNorm/bias": (16,),
-    **{f"encoder/layer/{name}": (2, *shape) for name, shape in LAYER.items()},
-    **{f"encoder/layer_2/{name}": shape for name, shape in LAYER.items()},
-    "pooler/dense/kernel": (16, 16),
-    "pooler/dense/bias": (16,),
-    "classifier/kernel": (16, 3),
-    "classifier/bias": (3,),
-  }
-
-
-def test_a_looped_tree_and_robertas_head(tiny, shapes):
-  model = BertClassifier(tiny("roberta"), 3, scan=False)
-  tree = flatten_dict(shapes(model), sep="/")
-  heads = {k: v.shape for k, v in tree.items() if k.startswith("classifier")}
-  assert heads == {
-    "classifier/dense/kernel": (16, 16),
-    "classifier/dense/bias": (16,),
-    "classifier/out_proj/kernel": (16, 3),
-    "classifier/out_proj/bias": (3,),
-  }
-  assert not any(name.startswith("pooler") for name in tree)
-  assert tree["encoder/layer_1/output/dense/kernel"].shape == (32, 16)
 
 
 @KINDS
@@ -217,18 +165,6 @@ def test_layers_heads_and_rows_draw_their_own_dropout(tiny, init, ids):
   assert np.abs(context[..., :8] - context[..., 8:]).max() > 0.1
 
 
-def test_bfloat16_computes_low_and_answers_in_float32(tiny, init, apply, ids):
-  params = init(BertClassifier(tiny(), 3))
-  want = apply(BertClassifier(tiny(), 3), params, ids)
-  low = BertClassifier(tiny(), 3, dtype=jnp.bfloat16)
-  got, state = jax.jit(
-    partial(low.apply, capture_intermediates=True, mutable=["intermediates"])
-  )({"params": params}, ids)
-  inner = state["intermediates"]["encoder"]["__call__"][0]
-  assert inner.dtype == jnp.bfloat16 and got.dtype == jnp.float32
-  np.testing.assert_allclose(got, want, atol=0.1)
-
-
 def test_param_dtype_spares_the_head(tiny, shapes):
   tree = shapes(BertClassifier(tiny("roberta"), 3, param_dtype=jnp.bfloat16))
   head = tree.pop("classifier")
@@ -262,11 +198,6 @@ def test_positions_past_the_table_give_nan(tiny, init, apply):
 def test_what_is_not_supported_is_named(changes, words, tiny):
   with pytest.raises(UserError, match=words):
     tiny(**changes)
-
-
-def test_unknown_remat_is_refused(tiny):
-  with pytest.raises(UserError, match="'half'.*none, full, dots"):
-    BertClassifier(tiny(), 3, remat="half")
 
 
 def test_pad_token_defaults_to_the_familys(tiny):

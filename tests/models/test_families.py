@@ -1,6 +1,5 @@
 """The families beside BERT and RoBERTa: trees, packing, stacking, refusals."""
 
-import re
 from functools import partial
 
 import jax
@@ -15,7 +14,6 @@ from vera_jax.adapters.interface import Site
 from vera_jax.adapters.labels import join, split
 from vera_jax.errors import UserError
 from vera_jax.models.family import FAMILIES, config_of, family_of
-from vera_jax.models.hf_weights import module_name, module_path
 from vera_jax.pretrained.blueprint import blueprint
 
 SIZES = {
@@ -176,102 +174,6 @@ def test_a_local_window_is_cut_by_example():
   assert [c for c in seen if 1 in seen[c]] == [9, 10, 11]
 
 
-@pytest.mark.parametrize("case", ["distilbert", "modernbert"])
-def test_vera_has_the_papers_counts_on_query_and_value(case):
-  """r + out for each site, of a fused kernel's part as of a whole layer."""
-  plan, params, _ = build(case)
-  layers = plan.config.num_hidden_layers
-  leaves = {p: x for p, x in flatten_dict(params).items() if "vera_" in p[-1]}
-  assert sum(x.size for x in leaves.values()) == layers * 2 * (4 + 16)
-  assert {path[-2] for path in leaves} == {"query", "value"}
-  assert plan.plans.keys() == {p[:-1] for p in leaves}
-  key = (*next(p[:-2] for p in leaves), "key")
-  assert not any(path[: len(key)] == key and path in leaves for path in leaves)
-
-
-DRAWS = [  # how often masks are drawn in two layers of DistilBERT, or in three
-  ("distilbert", "dropout", 1 + 2),
-  ("distilbert", "attention_dropout", 2),
-  ("distilbert", "seq_classif_dropout", 1),
-  ("modernbert", "embedding_dropout", 1),
-  ("modernbert", "attention_dropout", 2 * 3),
-  ("modernbert", "mlp_dropout", 3),
-  ("modernbert", "classifier_dropout", 1),
-]
-
-
-@pytest.mark.parametrize("kind, rate, draws", DRAWS)
-def test_each_dropout_rate_is_used(kind, rate, draws):
-  off = {name: 0.0 for other, name, _ in DRAWS if other == kind}
-  plan = blueprint({**FIELDS[kind], **off, rate: 0.5}, outputs=3, scan=False)
-  ids = jnp.ones((1, 8), jnp.int32)
-  params = jax.eval_shape(plan.module.init, jax.random.key(0), ids)
-
-  def count(deterministic):
-    options = {"rngs": {"dropout": jax.random.key(0)}}
-    run = partial(plan.module.apply, deterministic=deterministic, **options)
-    text = str(jax.make_jaxpr(run)(params, ids))
-    return text.count("= random_bits[")
-
-  assert (count(deterministic=False), count(deterministic=True)) == (draws, 0)
-
-
-def test_bfloat16_computes_low_and_answers_in_float32():
-  plan, params, shared = build("modernbert")
-  low, *_ = build("modernbert", dtype=jnp.bfloat16)
-  batch = batches()[0]
-  want, got = (
-    jax.jit(p.module.apply)({"params": params, **shared}, **batch)
-    for p in (plan, low)
-  )
-  assert got.dtype == jnp.float32
-  np.testing.assert_allclose(got, want, atol=0.2)
-  assert np.abs(got - want).max() > 1e-5
-  stored = {p[0]: leaf.dtype for p, leaf in low.shapes.items()}
-  assert stored["encoder"] == jnp.bfloat16 and stored["classifier"] == "float32"
-
-
-NAMES = {
-  "distilbert": {
-    "encoder/layer_2/attention/query": "transformer.layer.2.attention.q_lin",
-    "encoder/layer_0/ffn/lin1": "transformer.layer.0.ffn.lin1",
-    "embeddings/LayerNorm": "embeddings.LayerNorm",
-  },
-  "modernbert": {
-    "encoder/layer_0/next_norm": "layers.1.attn_norm",
-    "encoder/layer_11/attn/Wqkv": "layers.11.attn.Wqkv",
-    "encoder/final_norm": "final_norm",
-  },
-}
-
-
-@pytest.mark.parametrize(
-  "kind, prefix", [("distilbert", "distilbert."), ("modernbert", "model.")]
-)
-def test_names_there_and_back(kind, prefix):
-  names = family_of({"model_type": kind}).names
-  for path, name in NAMES[kind].items():
-    assert module_name(tuple(path.split("/")), names=names) == prefix + name
-    assert "/".join(module_path(prefix + name, names)) == path
-    assert (
-      "/".join(
-        module_path(path.replace("/", ".").replace("layer_", "layer."), names)
-      )
-      == path
-    )
-  assert module_name(("classifier",), names=names) == "classifier"
-
-
-def test_the_rules_name_leaves_that_are_there():
-  for kind in ("distilbert", "modernbert"):
-    plan = blueprint(FIELDS[kind], outputs=3)
-    paths = ["/".join(path) for path in plan.shapes]
-    for pattern, axes in plan.family.rules:
-      found = [path for path in paths if re.fullmatch(pattern, path)]
-      assert found, pattern
-      assert all("layer" in p or "embed" in p for p in found) and axes
-
-
 def test_robertas_relatives():
   fields = {
     **SIZES,
@@ -333,14 +235,6 @@ def test_rotations_of_old_and_new_files():
   assert thetas(global_rope_theta=5.0, local_rope_theta=None) == (5.0, 5.0)
   new = {"full_attention": {"rope_type": "default", "rope_theta": 7.0}}
   assert thetas(rope_parameters=new) == (7.0, 10_000.0)
-
-
-def test_unknown_heads_and_remat_are_refused():
-  for kind in ("distilbert", "modernbert"):
-    with pytest.raises(UserError, match=f"{kind} has no head for poems"):
-      blueprint(FIELDS[kind], outputs=3, head="poems")
-    with pytest.raises(UserError, match="'half'.*none, full, dots"):
-      blueprint(FIELDS[kind], outputs=3, remat="half")
 
 
 @pytest.mark.parametrize("case", CASES)

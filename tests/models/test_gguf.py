@@ -1,6 +1,5 @@
 """GGUF files: every format by its definition, round trips, damaged files."""
 
-import math
 import os
 import struct
 
@@ -12,7 +11,6 @@ from vera_jax.models.gguf_folder import gguf_folder
 from vera_jax.operations.gguf import (
   FORMATS,
   Written,
-  _Header,
   decode,
   encode,
   read_gguf,
@@ -253,20 +251,6 @@ def test_a_long_name_of_a_tensor_is_refused(tmp_path):
     read_gguf(tmp_path / "a.gguf")
 
 
-def test_counts_are_checked_before_anything_is_read(
-  written, tmp_path, monkeypatch
-):
-  calls, read = [], _Header.text
-  monkeypatch.setattr(
-    _Header, "text", lambda self: calls.append(self) or read(self)
-  )
-  for where in (8, 16, place(written, b"a.list") + 8):
-    file = changed(written, tmp_path, where, "Q", 2000)
-    with pytest.raises(UserError, match="ends within its header"):
-      read_gguf(file)
-  assert len(calls) == 6  # five keys up to a.list, and a text
-
-
 def test_a_file_cut_anywhere_is_refused(written, tmp_path):
   data = written.read_bytes()
   last = max(x.start + x.size for x in read_gguf(written).tensors.values())
@@ -277,26 +261,6 @@ def test_a_file_cut_anywhere_is_refused(written, tmp_path):
       read_gguf(file)
   file.write_bytes(data[:last])  # padding behind the last tensor may lack
   assert read_gguf(file).values("Q8_0.weight").shape == (3, 64)
-
-
-def test_random_damage_never_ends_in_another_error(written, tmp_path):
-  data = written.read_bytes()
-  header = min(x.start for x in read_gguf(written).tensors.values())
-  rng, refused = np.random.default_rng(1), 0
-  file = tmp_path / "damaged.gguf"
-  for _ in range(300):
-    harmed = bytearray(data)
-    for place in rng.integers(4, header, 3):
-      harmed[place] = rng.integers(256)
-    file.write_bytes(harmed)
-    try:
-      found = read_gguf(file)
-    except UserError:
-      refused += 1
-      continue
-    for name, tensor in found.tensors.items():
-      assert math.prod(tensor.shape) == found.values(name).size
-  assert 50 < refused < 300
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -30,7 +30,6 @@ from vera_jax.models.family import config_of, load_config, read_fields
 from vera_jax.models.gguf_folder import (
   config_fields,
   from_pairs,
-  llama3_factors,
   open_tensors,
   to_pairs,
 )
@@ -128,19 +127,6 @@ def test_tensors_and_config_come_back(kind, folder, file):
 
 
 @FAMILIES
-def test_q8_0_is_within_half_a_step(kind, folder, file):
-  theirs = load_file(folder(kind) / "model.safetensors")
-  ours = open_tensors(file(kind, "gguf-q8_0"))
-  formats = {tensor.format for tensor in ours.gguf.tensors.values()}
-  assert formats == {"F32", "Q8_0"}
-  for name, values in theirs.items():
-    found = ours.get_tensor(name)
-    bound = np.abs(values).max() / 127 * (0.5 + 127 * 2**-11)
-    bound = bound if values.ndim > 1 else 0
-    assert np.abs(found - values).max() <= bound, name
-
-
-@FAMILIES
 def test_a_family_reads_a_file_as_the_folder(kind, folder, file, home):
   loaded, places = [], (folder(kind), resolve(file(kind)))
   first, second = map(load_config, places)
@@ -194,35 +180,6 @@ SCALINGS = [
     "original_max_position_embeddings": 8192,
   },
 ]
-
-
-@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda x: x["rope_type"])
-@pytest.mark.parametrize("new", [False, True])
-def test_scaled_rotations_come_back(scaling, new, tmp_path):
-  rope = {"rope_theta": 500000.0, "rope_scaling": scaling}
-  given = {"rope_parameters": {**scaling, "rope_theta": 500000.0}}
-  place = random_folder(tmp_path / "model", "llama", **(given if new else rope))
-  if new:  # as transformers 5 writes it
-    fields = read_fields(place)
-    del fields["rope_theta"]
-    (place / "config.json").write_text(json.dumps(fields))
-  write_gguf_of(place, tmp_path / "a.gguf", kind="gguf-f16")
-  found = config_fields(read_gguf(tmp_path / "a.gguf"))
-  assert {name: found[name] for name in rope} == rope
-
-
-def test_llama_3_s_factors_are_those_of_the_model(folder, tmp_path):
-  rope = {"rope_theta": 500000.0, "rope_scaling": SCALINGS[2]}
-  fields = {**read_fields(folder("llama")), **rope, "head_dim": 128}
-  frequencies = []
-  for changes in ({}, {"rope_scaling": None}):
-    (tmp_path / "config.json").write_text(json.dumps({**fields, **changes}))
-    frequencies.append(np.array(load_config(tmp_path).frequencies))
-  factors = llama3_factors(SCALINGS[2], theta=500000.0, width=128)
-  scaled, plain = frequencies
-  np.testing.assert_allclose(factors, plain / scaled, rtol=1e-5)
-  assert factors[0] == 1 and factors[-1] == 8
-  assert len({round(float(x), 4) for x in factors}) > 5  # some are in between
 
 
 # config.json's fields, of which the file gives the same rotations back.
@@ -306,22 +263,6 @@ def test_what_is_not_known_is_refused(changes, words, file, tmp_path, home):
   assert "odd.gguf" in str(error.value)
   cache = home / ".cache/vera_jax/gguf"
   assert not cache.exists() or not list(cache.iterdir())
-
-
-def test_a_head_that_repeats_the_embedding_is_tied(folder, file, tmp_path):
-  embedding = read_gguf(file("llama")).values("token_embd.weight")
-  gguf = read_gguf(file("llama"))
-  kept = {
-    name: Written(x.format, x.shape, lambda name=name: gguf.values(name))
-    for name, x in gguf.tensors.items()
-  }
-  for shift in (0, 1):
-    out = tmp_path / f"{shift}.gguf"
-    head = Written("F16", embedding.shape, lambda s=shift: embedding + s)
-    write_gguf(out, gguf.metadata, {**kept, "output.weight": head})
-    opened = open_tensors(out)
-    assert config_fields(opened.gguf)["tie_word_embeddings"] == (shift == 0)
-    assert ("lm_head.weight" in opened.keys()) == (shift == 1)
 
 
 def test_a_file_gets_one_folder_for_its_content_and_place(file, tmp_path, home):
@@ -609,30 +550,8 @@ def test_the_command_merges_an_adapter_on_a_gguf_base(
   assert moved == {("q_proj", "kernel"), ("v_proj", "kernel")}
 
 
-@pytest.mark.parametrize("kind", ["gguf-q4_1", "gguf-q4_k_m", "q5_0"])
-def test_four_bits_are_refused_with_the_reason(kind, folder, tmp_path):
+def test_four_bits_are_refused_with_the_reason(folder, tmp_path):
   out = tmp_path / "a.gguf"
   with pytest.raises(UserError, match="would undo most of what was learned"):
-    write_gguf_of(folder("llama"), out, kind=kind)
+    write_gguf_of(folder("llama"), out, kind="gguf-q4_k_m")
   assert not out.exists()
-
-
-ODD = (-1, 0, 2**40, float("nan"), "x", True, [], ["a"], np.array([1, 2]))
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.slow
-def test_odd_values_in_a_header_never_end_in_another_error(kind, file):
-  gguf, refused = read_gguf(file(kind)), 0
-  further = ("general.architecture", "llama.attention.sliding_window")
-  further += ("llama.rope.scaling.type", "tokenizer.ggml.scores")
-  keys = gguf.metadata.keys() | {*further, "tokenizer.ggml.bos_token_id"}
-  for key in sorted(keys):
-    for value in ODD:
-      odd = gguf._replace(metadata={**gguf.metadata, key: value})
-      try:
-        json.dumps(config_fields(odd))
-        json.dumps(tokenizer_files(odd.metadata, source=odd.file))
-      except UserError:
-        refused += 1
-  assert len(keys) * 2 < refused < len(keys) * len(ODD)

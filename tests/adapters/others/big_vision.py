@@ -1,5 +1,4 @@
-"""big_vision's vision transformer with its pooling head, its Gemma and its
-MLP-Mixer."""
+"""big_vision's vision transformer with its pooling head, and its Gemma."""
 
 import flax.linen as nn
 import jax
@@ -65,27 +64,6 @@ class ViT(nn.Module):
     x = nn.LayerNorm(name="encoder_norm")(x)
     head = nn.Dense(3, name="head")
     return head(MAPHead()(x)), head(x), out
-
-
-class MixerBlock(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    y = jnp.swapaxes(nn.LayerNorm()(x), 1, 2)
-    y = MlpBlock(7, name="token_mixing")(y)
-    x = x + jnp.swapaxes(y, 1, 2)
-    return x + MlpBlock(6, name="channel_mixing")(nn.LayerNorm()(x))
-
-
-class MlpMixer(nn.Module):
-  """The stem pads its patches as flax does by default."""
-
-  @nn.compact
-  def __call__(self, images):
-    x = nn.Conv(WIDTH, (3, 3), strides=(3, 3), name="stem")(images)
-    x = x.reshape(x.shape[0], -1, WIDTH)
-    for _ in range(2):
-      x = MixerBlock()(x)
-    return nn.Dense(3, name="head")(nn.LayerNorm()(x).mean(1))
 
 
 class Einsum(nn.Module):
@@ -163,9 +141,6 @@ ORIGIN = "google-research/big_vision: models/"
 MODELS = {
   "big_vision's ViT with its MAP head": Other(
     ORIGIN + "vit", ViT(), (normal(2, 8, 8, 3),), axes=HEADS
-  ),
-  "big_vision's MLP-Mixer": Other(
-    ORIGIN + "mlp_mixer", MlpMixer(), (normal(2, 8, 8, 3),)
   ),
   "big_vision's Gemma": Other(
     ORIGIN + "ppp/gemma",

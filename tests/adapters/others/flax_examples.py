@@ -1,5 +1,4 @@
-"""flax's examples: seq2seq, sst2, wmt, ogbg, vae, imagenet and, of 2021,
-PixelCNN++."""
+"""flax's examples: seq2seq, sst2, wmt and, of 2021, PixelCNN++."""
 
 from functools import partial
 from typing import Any
@@ -144,84 +143,6 @@ class Translation(nn.Module):
     return self.shared_embedding.attend(self.norm(y)) / 2.0
 
 
-class MLP(nn.Module):
-  features: tuple[int, ...]
-
-  @nn.compact
-  def __call__(self, x):
-    for size in self.features:
-      x = nn.relu(nn.Dense(size)(x))
-    return x
-
-
-class GraphNet(nn.Module):
-  """Two rounds of messages over the edges of one graph."""
-
-  @nn.compact
-  def __call__(self, nodes, edges, senders, receivers):
-    nodes, edges = nn.Dense(4)(nodes), nn.Dense(4)(edges)
-    whole = nn.Dense(4)(jnp.ones((1, 1)))
-
-    def update(old, *parts):
-      given = [jnp.broadcast_to(x, old.shape) for x in (old, *parts)]
-      return nn.LayerNorm()(old + MLP((5, 4))(jnp.concatenate(given, -1)))
-
-    for _ in range(2):
-      edges = update(edges, nodes[senders], nodes[receivers], whole)
-      got = jax.ops.segment_sum(edges, receivers, len(nodes))
-      nodes = update(nodes, got, whole)
-      every = nodes.sum(0, keepdims=True), edges.sum(0, keepdims=True)
-      whole = update(whole, *every)
-    return nn.Dense(3)(whole)
-
-
-class Coder(nn.Module):
-  """Encoder or decoder of the VAE: one hidden layer, and some outputs."""
-
-  outputs: tuple[tuple[str, int], ...]
-
-  @nn.compact
-  def __call__(self, x):
-    x = nn.relu(nn.Dense(5, name="fc1")(x))
-    return [nn.Dense(size, name=name)(x) for name, size in self.outputs]
-
-
-class VAE(nn.Module):
-  def setup(self):
-    self.encoder = Coder((("fc2_mean", 3), ("fc2_logvar", 3)))
-    self.decoder = Coder((("fc2", 6),))
-
-  def __call__(self, x, seed):
-    mean, logvar = self.encoder(x)
-    noise = jax.random.normal(jax.random.key(seed), mean.shape)
-    return self.decoder(mean + jnp.exp(0.5 * logvar) * noise), mean, logvar
-
-
-class ResNetBlock(nn.Module):
-  """With BatchNorm by its running statistics, and a projected shortcut."""
-
-  features: int
-
-  @nn.compact
-  def __call__(self, x):
-    conv = partial(nn.Conv, use_bias=False)
-    norm = partial(nn.BatchNorm, use_running_average=True)
-    y = nn.relu(norm()(conv(self.features, (3, 3), (2, 2))(x)))
-    y = norm(scale_init=nn.initializers.zeros)(conv(self.features, (3, 3))(y))
-    x = conv(self.features, (1, 1), (2, 2), name="conv_proj")(x)
-    return nn.relu(norm(name="norm_proj")(x) + y)
-
-
-class ResNet(nn.Module):
-  @nn.compact
-  def __call__(self, images):
-    x = nn.Conv(
-      4, (7, 7), (2, 2), padding=[(3, 3), (3, 3)], use_bias=False, name="init"
-    )(images)
-    x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
-    return nn.Dense(3)(ResNetBlock(6)(x).mean((1, 2)))
-
-
 class ConvWeightNorm(nn.Module):
   """A convolution with a kernel of length `scale`, all of which lie in one
   parameter that is a tree; made by what its first output is."""
@@ -274,7 +195,6 @@ class PixelCNN(nn.Module):
 
 
 ORIGIN = "google/flax: examples/"
-EDGES = np.asarray([0, 1, 2, 3, 1]), np.asarray([1, 2, 3, 0, 3])
 LENGTHS = np.asarray([4, 6])
 MODELS = {
   "flax's seq2seq": Other(
@@ -291,13 +211,6 @@ MODELS = {
     Translation(),
     (ids(2, 5, below=11), ids(2, 4, below=11)),
     axes=HEADS,
-  ),
-  "flax's graph net": Other(
-    ORIGIN + "ogbg_molpcba", GraphNet(), (normal(4, 3), normal(5, 2), *EDGES)
-  ),
-  "flax's VAE": Other(ORIGIN + "vae", VAE(), (normal(2, 6), np.uint32(1))),
-  "flax's ResNet, with BatchNorm": Other(
-    ORIGIN + "imagenet", ResNet(), (normal(2, 16, 16, 3),)
   ),
   "flax's PixelCNN++": Other(
     ORIGIN + "pixelcnn (2021)", PixelCNN(), (normal(2, 5, 5, 3),)

@@ -3,7 +3,6 @@ octo, big_vision and scenic define them: a class that overrides `param` and
 inherits `__call__`."""
 
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -21,34 +20,6 @@ class StdConv(nn.Conv):
       value = value - value.mean((0, 1, 2), keepdims=True)
       value = value / (value.std((0, 1, 2), keepdims=True) + 1e-5)
     return value
-
-
-class PaperStdConv(nn.Conv):
-  """Likewise, with another eps below the root, as for BiT's checkpoints."""
-
-  def param(self, name, *args, **kwargs):
-    value = super().param(name, *args, **kwargs)
-    if name == "kernel":
-      value = value - value.mean((0, 1, 2), keepdims=True)
-      square = jnp.square(value).mean((0, 1, 2), keepdims=True)
-      value = value / jnp.sqrt(square + 1e-10)
-    return value
-
-
-class OwnGroupNorm(nn.Module):
-  """Its scale and bias have four axes."""
-
-  groups: int
-
-  @nn.compact
-  def __call__(self, x):
-    grouped = x.reshape(*x.shape[:-1], self.groups, -1)
-    grouped = grouped - grouped.mean((1, 2, 4), keepdims=True)
-    square = jnp.square(grouped).mean((1, 2, 4), keepdims=True)
-    x = (grouped / jnp.sqrt(square + 1e-5)).reshape(x.shape)
-    shape = 1, 1, 1, x.shape[-1]
-    scale = self.param("scale", nn.initializers.ones, shape)
-    return x * scale + self.param("bias", nn.initializers.zeros, shape)
 
 
 class Bottleneck(nn.Module):
@@ -79,48 +50,17 @@ class Bottleneck(nn.Module):
     return nn.relu(old + x)
 
 
-class PreBottleneck(nn.Module):
-  """A unit with its norms in front: big_vision's, with BiT's checkpoints."""
-
-  features: int
-  strides: tuple[int, int] = (1, 1)
-
-  @nn.compact
-  def __call__(self, x):
-    wide, old = 4 * self.features, x
-    x = nn.relu(OwnGroupNorm(2, name="gn1")(x))
-    if x.shape[-1] != wide or self.strides != (1, 1):
-      old = PaperStdConv(
-        wide, (1, 1), self.strides, use_bias=False, name="conv_proj"
-      )(x)
-    x = PaperStdConv(self.features, (1, 1), use_bias=False, name="conv1")(x)
-    x = nn.relu(OwnGroupNorm(2, name="gn2")(x))
-    x = PaperStdConv(
-      self.features,
-      (3, 3),
-      self.strides,
-      padding=[(1, 1), (1, 1)],
-      use_bias=False,
-      name="conv2",
-    )(x)
-    x = nn.relu(OwnGroupNorm(2, name="gn3")(x))
-    return old + PaperStdConv(wide, (1, 1), use_bias=False, name="conv3")(x)
-
-
 class BiT(nn.Module):
   """The head is called twice: on the map and on its mean."""
 
-  unit: Any
-  conv: Any
-
   @nn.compact
   def __call__(self, images):
-    x = self.conv(
+    x = StdConv(
       4, (7, 7), (2, 2), padding=[(3, 3), (3, 3)], use_bias=False, name="root"
     )(images)
     x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
-    x = self.unit(2, name="unit1")(x)
-    x = self.unit(4, (2, 2), name="unit2")(x)
+    x = Bottleneck(2, name="unit1")(x)
+    x = Bottleneck(4, (2, 2), name="unit2")(x)
     head = nn.Dense(3, name="head")
     return head(x), head(x.mean((1, 2)))
 
@@ -200,15 +140,10 @@ MODELS = {
     (IMAGES,),
     axes=HEADS,
   ),
-  "big_vision's BiT, as in the paper": Other(
-    "google-research/big_vision: models/bit_paper",
-    BiT(PreBottleneck, PaperStdConv),
-    (IMAGES,),
-  ),
   "scenic's and big_vision's ResNet": Other(
     "google-research/scenic: bit_resnet; google-research/big_vision:"
     " models/bit",
-    BiT(Bottleneck, StdConv),
+    BiT(),
     (IMAGES,),
   ),
 }
