@@ -121,7 +121,7 @@ ON_QUERY = tuple(link._replace(on=("query",)) for link in (vera(2), ia3()))
       {"model": adapt(Net(), lora(2), targets=["query"])},
       r"an adapter already, lora: .* chain\(first, second\)",
     ),
-    ({"adapter": vera}, "The adapter is <function vera"),
+    ({"adapter": vera}, "The adapter is <the method vera>"),
     ({"targets": None}, "targets is None"),
     ({"targets": "query"}, "give a list"),
     ({"targets": []}, r"targets is empty, but vera .*\['\.\*'\]"),
