@@ -112,7 +112,7 @@ def test_tags_are_read_as_transformers_reads_them():
 def test_a_special_tokens_name_in_a_text_is_counted():
   rows = conversations(("word1", "word2 <end> word3"), ("word1", "word2"))
   tokens = tokenise(rows, chat_tokenizer(), 99, None, completions=CHAT)
-  assert tokens.special == 1
+  assert tokens.counts["special"] == 1
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_templates_that_end_no_answer_or_teach_a_header_are_counted(
     ("word1", "word2"), ("word1", "word2", "word3", "word4 word5")
   )
   tokens = tokenise(rows, chat_tokenizer(template), 99, None, completions=CHAT)
-  found = tokens.without_end, tokens.with_header
+  found = tokens.counts["without_end"], tokens.counts["with_header"]
   assert found == (without_end, with_header)
 
 
@@ -205,13 +205,13 @@ def test_answers_that_change_their_prompts_tokens_are_counted():
   tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
   rows = pairs(("ask: ", "a"), ("ask:", " a"), ("ask:", " a a"))
   tokens = tokenise(rows, tokenizer, 99, None, completions=PLAIN)
-  assert tokens.split_apart == 1
+  assert tokens.counts["split_apart"] == 1
   assert tokens.ids.tolist() == [1, 4, 0, 1, 4, 0, 1, 4, 4, 0]
   chat = "{% for m in messages %}{{ m.content }}{% endfor %}"
   tokenizer.chat_template = chat
   rows = conversations(("ask:", " a"), ("ask:", " a", "ask: ", "a"))
   tokens = tokenise(rows, tokenizer, 99, None, completions=CHAT)
-  assert tokens.split_apart == 1
+  assert tokens.counts["split_apart"] == 1
 
 
 def test_parts_of_characters_and_words_belong_to_their_answer():

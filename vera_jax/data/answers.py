@@ -33,8 +33,20 @@ from vera_jax.errors import UserError
 
 _CHUNK = 1024  # texts tokenised at a time, which bounds the memory
 _SHOWN = 600  # characters of an example in a message
-# What is counted of the texts, as `tokens.Tokens` describes it.
-COUNTS = ("special", "split_apart", "without_end", "with_header")
+# What is counted of the texts, and what a run's first lines say of those rows.
+COUNTS = {
+  "special": "have the text of a special token in them, which the model reads"
+  " as that token",
+  "split_apart": "have an answer that changes how its prompt is split into"
+  " tokens, so that the model is asked behind other tokens than it learns from:"
+  " end prompts without a space, and begin completions with it",
+  "without_end": "have an answer whose last learned token is no special one, so"
+  " that the model does not learn to end it: the chat template writes none"
+  " there, or writes it behind {% endgeneration %}",
+  "with_header": "have an answer that is learned together with what the chat"
+  " template writes before it, since the template ignores"
+  " add_generation_prompt",
+}
 
 
 class Answers(NamedTuple):
@@ -58,8 +70,8 @@ def encode_answers(
   nothing is learned; whoever takes the tokens leaves it out.
 
   Returns:
-    `ids`, `offsets`, `token_types`, `truncated` and the `COUNTS` as
-    `tokens.Tokens` has them, and bool [tokens] `learned`.
+    `ids`, `offsets`, `token_types` and `truncated` as `tokens.Tokens` has them,
+    bool [tokens] `learned`, and the number of texts for each of `COUNTS`.
 
   Raises:
     UserError: nothing of an example is learned, cut or not, or all of it: no
@@ -106,7 +118,7 @@ def encode_answers(
     )
     for number, text, row, offsets in rows:
       marks = learned_tokens(text, row, offsets, special=special)
-      _check(marks, row, text, special, place=_place(examples, number))
+      _check(marks, row, text, special, place=examples.place(number))
       alone = list(islice(asked, len(text.spans)))
       counts["split_apart"] += any(
         row[: len(prompt)] != prompt for prompt in alone
@@ -135,11 +147,6 @@ def encode_answers(
   }
 
 
-def _place(examples: Examples, number: int) -> str:
-  assert examples.places is not None
-  return examples.places[number]
-
-
 def _written(examples: Examples, number: int, *, chat: bool) -> list[str]:
   """What people wrote of an example."""
   if chat:
@@ -156,7 +163,7 @@ def _text(
       messages = json.loads(examples.first[number])
       return render_conversation(tokenizer, messages)
     except UserError as error:
-      raise UserError(f"{_place(examples, number)}: {error}") from error
+      raise UserError(f"{examples.place(number)}: {error}") from error
   prompt, answer = _written(examples, number, chat=False)
   return Rendered(prompt + answer, [(len(prompt), len(prompt + answer))])
 

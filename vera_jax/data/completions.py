@@ -117,13 +117,11 @@ def encode_completions(
       ids.append(body)
       learned.append(is_learned)
   if empty:
-    place = f"row {examples.index[empty[0]] + 1}"
-    if examples.places:
-      place = examples.places[empty[0]]
     raise UserError(
-      f"Of {len(empty)} examples, the first of them {place}, nothing is left to"
-      f" learn within {max_length} tokens: set config.data.max_length higher,"
-      " or config.data.cut=left to cut what comes first."
+      f"Of {len(empty)} examples, the first of them {examples.place(empty[0])},"
+      f" nothing is left to learn within {max_length} tokens: set"
+      " config.data.max_length higher, or config.data.cut=left to cut what"
+      " comes first."
     )
   return as_arrays(ids, learned, truncated=truncated)
 

@@ -39,6 +39,12 @@ class Examples:
   def __len__(self) -> int:
     return len(self.first) // self.choices
 
+  def place(self, number: int) -> str:
+    """Where an example of one text is, for messages."""
+    if self.places is None:
+      return f"row {self.index[number] + 1}"
+    return self.places[number]
+
 
 def estimated_tokens(texts: Iterable[Any], examples: int) -> int:
   """About how many tokens an example has, before there is a tokenizer.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from vera_jax.data.answers import COUNTS
 from vera_jax.data.data import MeasureBatch, Sizes
 from vera_jax.data.packing import (
   WHOLE,
@@ -120,31 +121,11 @@ class PackedData(NamedTuple):
           f" {self.max_length} tokens: {len(split.left_out)}, the first of them"
           f" {split.place(split.left_out[0])}"
         )
-      if split.special:
-        lines.append(
-          f"{split.special} rows of {name} have the text of a special token in"
-          " them, which the model reads as that token"
-        )
-      if split.split_apart:
-        lines.append(
-          f"{split.split_apart} rows of {name} have an answer that changes how"
-          " its prompt is split into tokens, so that the model is asked behind"
-          " other tokens than it learns from: end prompts without a space, and"
-          " begin completions with it"
-        )
-      if split.without_end:
-        lines.append(
-          f"{split.without_end} rows of {name} have an answer whose last"
-          " learned token is no special one, so that the model does not learn"
-          " to end it: the chat template writes none there, or writes it behind"
-          " {% endgeneration %}"
-        )
-      if split.with_header:
-        lines.append(
-          f"{split.with_header} rows of {name} have an answer that is learned"
-          " together with what the chat template writes before it, since the"
-          " template ignores add_generation_prompt"
-        )
+      lines += [
+        f"{count} rows of {name} {COUNTS[what]}"
+        for what, count in split.counts.items()
+        if count
+      ]
     return lines
 
   def record(self) -> dict[str, dict[str, Any]]:

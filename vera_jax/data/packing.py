@@ -114,36 +114,9 @@ def first_fit(
   """
   if reads is None:
     reads = np.zeros_like(lengths)
-  _check_room(lengths, layout, reads)
-  row, start, slot = np.zeros((3, len(lengths)), np.int64)
-  used: list[int] = []  # tokens in each row
-  count: list[int] = []  # examples in each row
-  read: list[int] = []  # learned tokens in each row
-  for i in np.argsort(-lengths, kind="stable").tolist():
-    room = layout.length - int(lengths[i])
-    room_to_read = layout.reads - int(reads[i])
-    for r, taken in enumerate(used):
-      if taken <= room and count[r] < layout.slots and read[r] <= room_to_read:
-        break
-    else:
-      r = len(used)
-      used.append(0)
-      count.append(0)
-      read.append(0)
-    row[i], start[i], slot[i] = r, used[r], count[r]
-    used[r] += int(lengths[i])
-    count[r] += 1
-    read[r] += int(reads[i])
-  return Placement(row, start, slot)
-
-
-def _check_room(lengths: np.ndarray, layout: Layout, reads: np.ndarray) -> None:
-  if lengths.max(initial=0) > layout.length:
-    raise ValueError(f"{lengths.max()} tokens exceed {layout.length} a row")
-  if reads.max(initial=0) > layout.reads:
-    raise ValueError(
-      f"{reads.max()} learned tokens exceed {layout.reads} a row"
-    )
+  placement = _fit(lengths, layout, reads, rows=None)
+  assert placement is not None  # there is always a further row
+  return placement
 
 
 def spread(
@@ -154,26 +127,66 @@ def spread(
 ) -> Placement:
   """Longest first, each into the emptiest row, in few microbatches.
 
-  So the rows of a microbatch are about equally long.
+  So the rows of a microbatch are about equally long, and little of them is
+  padding once they are cut to the length of the fullest one.
   """
-  _check_room(lengths, layout, reads)
-  order = np.argsort(-lengths, kind="stable").tolist()
+  # A microbatch more at a time, until all examples have room: as many rows as
+  # examples always are enough.
   for rows in itertools.count(layout.rows[0], layout.rows[0]):
-    row, start, slot = np.zeros((3, len(lengths)), np.int64)
-    used, read, count = np.zeros((3, rows), np.int64)
-    for i in order:
-      room = used + lengths[i] <= layout.length
-      room &= (read + reads[i] <= layout.reads) & (count < layout.slots)
-      if not room.any():
-        break
-      r = np.where(room, used, layout.length).argmin()
-      row[i], start[i], slot[i] = r, used[r], count[r]
-      used[r] += lengths[i]
-      read[r] += reads[i]
-      count[r] += 1
-    else:
-      return Placement(row, start, slot)
+    placement = _fit(lengths, layout, reads, rows=rows)
+    if placement is not None:
+      return placement
   raise AssertionError("unreachable")
+
+
+def _fit(
+  lengths: Int64[np.ndarray, " examples"],
+  layout: Layout,
+  reads: Int64[np.ndarray, " examples"],
+  *,
+  rows: int | None,
+) -> Placement | None:
+  """Places the longest example first, where it has room.
+
+  Args:
+    rows: the emptiest of so many rows is taken, and where an example has room
+      in none of them the result is None. With None the first row that has room
+      is taken, or a further one begun.
+
+  Raises:
+    ValueError: an example is too long for an empty row.
+  """
+  if lengths.max(initial=0) > layout.length:
+    raise ValueError(f"{lengths.max()} tokens exceed {layout.length} a row")
+  if reads.max(initial=0) > layout.reads:
+    raise ValueError(
+      f"{reads.max()} learned tokens exceed {layout.reads} a row"
+    )
+  row, start, slot = np.zeros((3, len(lengths)), np.int64)
+  # of each row: its tokens, learned tokens and examples so far
+  used, read, count = ([0] * (rows or 0) for _ in range(3))
+  # Long examples are the hard ones to place; short ones fill what they leave.
+  for i in np.argsort(-lengths, kind="stable").tolist():
+    length, learned = int(lengths[i]), int(reads[i])
+    emptiest = sorted(range(len(used)), key=used.__getitem__) if rows else ()
+    for r in emptiest or range(len(used)):
+      if (
+        used[r] + length <= layout.length
+        and count[r] < layout.slots
+        and read[r] + learned <= layout.reads
+      ):
+        break
+    else:
+      if rows is not None:
+        return None
+      r = len(used)
+      for of_rows in (used, read, count):
+        of_rows.append(0)
+    row[i], start[i], slot[i] = r, used[r], count[r]
+    used[r] += length
+    read[r] += learned
+    count[r] += 1
+  return Placement(row, start, slot)
 
 
 def place_all(
@@ -195,17 +208,24 @@ def place_all(
   """
   if adapters is None:
     adapters = np.zeros(len(lengths), np.int64)
+  # One group of examples for each adapter, in the order of their numbers; a
+  # split of one adapter is one group in its own order.
   order = np.argsort(adapters, kind="stable")
-  place = np.zeros((3, len(lengths)), np.int64)
+  groups = np.split(order, np.flatnonzero(np.diff(adapters[order])) + 1)
+  placement = np.zeros((3, len(lengths)), np.int64)
   rows = 0
-  for own in np.split(order, np.flatnonzero(np.diff(adapters[order])) + 1):
-    for start in range(0, len(own), _CHUNK):
-      chunk = own[start : start + _CHUNK]
-      own_reads = None if reads is None else reads[chunk]
-      part = first_fit(lengths[chunk], layout, reads=own_reads)
-      place[:, chunk] = part.row + rows, part.start, part.slot
+  for group in groups:
+    for start in range(0, len(group), _CHUNK):
+      chunk = group[start : start + _CHUNK]
+      part = first_fit(
+        lengths[chunk],
+        layout,
+        reads=None if reads is None else reads[chunk],
+      )
+      # a chunk begins a row of its own, behind those of the chunks before it
+      placement[:, chunk] = part.row + rows, part.start, part.slot
       rows += part.rows
-  return Placement(*place)
+  return Placement(*placement)
 
 
 def microbatch_cost(needed: Any, main: Any, smallest: int, length: int) -> Any:
@@ -252,13 +272,14 @@ def fullest_rows(
   rows: int,
 ) -> list[tuple[int, int]]:
   """(tokens, learned tokens) of the fullest row of each microbatch's `rows`."""
-  found = []
+  fullest = []
   for first in range(0, place.rows, rows):
     here = (place.row >= first) & (place.row < first + rows)
     learned = np.bincount(place.row[here], weights=reads[here])
+    # a row is as long as the end of its last text
     ends = place.start[here] + lengths[here]
-    found.append((int(ends.max()), int(learned.max())))
-  return found
+    fullest.append((int(ends.max()), int(learned.max())))
+  return fullest
 
 
 def cut_layouts(
@@ -279,6 +300,8 @@ def cut_layouts(
     for indices, place in zip(batches, places, strict=True)
     if tokens.reads is not None
   ]
+  # Runs of an ensemble share a program, so the shape must hold the fullest row
+  # of any of them; a run that has no such microbatch needs nothing.
   for of_runs in itertools.zip_longest(*needs, fillvalue=(0, 0)):
     length, reads = map(max, zip(*of_runs, strict=True))
     yield next(
@@ -315,17 +338,21 @@ def pack_runs(
     [rows, reads] `read_positions` (the columns whose next token is learned, in
     order), `labels` (that token) and `weights`.
   """
+  # Each run's examples are placed as if it were alone, so that an ensemble
+  # trains on the batches of its runs.
   places = [place_examples(tokens, layout, indices) for indices in batches]
   counts = [microbatch_rows(place.rows, layout) for place in places]
+  # Then all runs get the shapes of the largest, since one program steps them.
   shapes = [max(rows) for rows in itertools.zip_longest(*counts, fillvalue=0)]
   layouts = [layout] * len(shapes)
   if layout.sizes:
     layouts = list(cut_layouts(tokens, batches, places, layout))
   packed = []
-  for indices, place, used in zip(batches, places, counts, strict=True):
+  for indices, place, used_rows in zip(batches, places, counts, strict=True):
     first, microbatches = 0, []
-    own_rows = itertools.chain(used, itertools.repeat(0))
-    for rows, own, shape in zip(shapes, own_rows, layouts, strict=False):
+    # a run without a microbatch has none of its rows, but the same arrays
+    used_rows = (*used_rows, *[0] * (len(shapes) - len(used_rows)))
+    for rows, used, shape in zip(shapes, used_rows, layouts, strict=True):
       microbatches.append(
         pack_rows(
           tokens,
@@ -333,12 +360,12 @@ def pack_runs(
           place,
           shape,
           first=first,
-          last=first + own,
+          last=first + used,
           rows=rows,
           shard=shard,
         )
       )
-      first += own
+      first += used
     packed.append(tuple(microbatches))
   return packed
 
@@ -361,12 +388,15 @@ def pack_rows(
     rows: of the microbatch; those beyond the placement's stay empty.
     shard: only these of the microbatch's rows are made.
   """
+  # Only this process's rows are made, so they are numbered from its first one.
   low, high = shard.bounds(rows)
   rows = high - low
   here = (place.row >= first + low) & (place.row < min(first + high, last))
   row, start, slot = (column[here] for column in place)
   row = row - first - low
   indices, choices = indices[here], tokens.choices
+  # From here on all is index arithmetic over flat arrays, without a loop over
+  # texts or tokens: batches are packed while a step runs, in one thread.
   # One entry per text: its number, its row, first column and slot.
   texts = (indices[:, None] * choices + np.arange(choices)).ravel()
   lengths, offsets = tokens.text_lengths[texts], tokens.offsets[texts]

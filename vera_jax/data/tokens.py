@@ -8,27 +8,25 @@ import hashlib
 import json
 import logging
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 from ml_collections import ConfigDict
+from safetensors.numpy import load, save
 
 from vera_jax.data.answers import COUNTS, Answers, encode_answers
 from vera_jax.data.completions import Completions, encode_completions
 from vera_jax.data.examples import Examples, subset
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.files import DATA, JSON, open_file, parse_json, read_bytes
+from vera_jax.files import DATA, JSON, parse_json, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -41,19 +39,6 @@ _TOKENIZER_FILES = (
   "merges.txt",
   "config.json",
   "chat_template.jinja",
-)
-_UNREADABLE = (
-  OSError,
-  ValueError,
-  KeyError,
-  EOFError,
-  MemoryError,
-  RuntimeError,  # a member that is encrypted, or packed in another way
-  SyntaxError,
-  TokenError,
-  zipfile.BadZipFile,
-  zlib.error,
-  UserError,
 )
 
 
@@ -75,13 +60,7 @@ class Tokens:
     left_out: the `index` of examples of which the cut left nothing to learn;
       they are not among the others.
     places: by `index`, also of what is left out, as far as they are known.
-    special: how many texts are written with a special token's name in them.
-    split_apart: how many texts have an answer before which the prompt alone is
-      split into other tokens than in the whole text.
-    without_end: how many conversations have an answer of which no special token
-      is learned last, which would end it.
-    with_header: how many conversations have an answer that is learned together
-      with what the chat template writes before it.
+    counts: of `answers.COUNTS`, how many texts each of them is true of.
     pad_id: the tokenizer's padding id.
     fingerprint: sha256 over texts, labels, tokenizer and `max_length`.
   """
@@ -99,10 +78,7 @@ class Tokens:
   learned: Bool[np.ndarray, " tokens"] | None = None
   left_out: tuple[int, ...] = ()
   places: dict[int, str] = field(default_factory=dict)
-  special: int = 0
-  split_apart: int = 0
-  without_end: int = 0
-  with_header: int = 0
+  counts: dict[str, int] = field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.text_lengths) // self.choices
@@ -163,12 +139,6 @@ class FolderTokenizer:
   def loaded(self) -> Any:
     return load_tokenizer(self._folder)
 
-  def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    return self.loaded(*args, **kwargs)
-
-  def num_special_tokens_to_add(self, *, pair: bool) -> int:
-    return self.loaded.num_special_tokens_to_add(pair=pair)
-
   @cached_property
   def info(self) -> TokenizerInfo:
     versions = [version(name) for name in ("transformers", "tokenizers")]
@@ -186,7 +156,7 @@ class FolderTokenizer:
       return TokenizerInfo(str(digest), int(pad_id), bos, eos, str(template))
     except (UserError, ValueError, TypeError):  # missing or damaged
       info = _info(self.loaded)
-      _write_cache(path, lambda part: part.write_text(json.dumps(info)))
+      _write_cache(path, json.dumps(info).encode())
       return info
 
 
@@ -245,20 +215,19 @@ def tokenise(
   else:
     info = _info(tokenizer)
   fingerprint = _fingerprint(examples, info, max_length, completions)
-  path = cache_dir and Path(cache_dir) / f"{fingerprint}.npz"
-  counts = COUNTS if isinstance(completions, Answers) else ()
-  arrays = _load(path, len(examples.first), counts) if path else None
+  path = cache_dir and Path(cache_dir) / f"{fingerprint}.tokens"
+  arrays = _read_arrays(path) if path else None
   if arrays is None:
+    tokenizer = getattr(tokenizer, "loaded", tokenizer)
     if completions is None:
-      arrays = new = _encode(examples, tokenizer, max_length)
+      arrays = _encode(examples, tokenizer, max_length)
+    elif isinstance(completions, Answers):
+      arrays = encode_answers(examples, tokenizer, max_length, completions)
     else:
-      encode: Any = encode_completions
-      if isinstance(completions, Answers):
-        encode = encode_answers
-      tokenizer = getattr(tokenizer, "loaded", tokenizer)
-      arrays = new = encode(examples, tokenizer, max_length, completions)
+      arrays = encode_completions(examples, tokenizer, max_length, completions)
     if path:
-      _write_cache(path, lambda to: np.savez(to, allow_pickle=False, **new))
+      stored = save(arrays)
+      _write_cache(path, hashlib.sha256(stored).digest() + stored)
   labels, words = examples.labels, arrays.get("words")
   if isinstance(labels, list):
     assert words is not None  # tags are of words
@@ -278,10 +247,7 @@ def tokenise(
     choices=examples.choices,
     words=words,
     learned=arrays.get("learned"),
-    special=int(arrays.get("special", 0)),
-    split_apart=int(arrays.get("split_apart", 0)),
-    without_end=int(arrays.get("without_end", 0)),
-    with_header=int(arrays.get("with_header", 0)),
+    counts={name: int(arrays[name]) for name in COUNTS if name in arrays},
   )
   return _without_empty(tokens) if isinstance(completions, Answers) else tokens
 
@@ -437,56 +403,34 @@ def _fingerprint(
   return digest.hexdigest()
 
 
-def _load(
-  path: Path, texts: int, counts: tuple[str, ...]
-) -> dict[str, np.ndarray] | None:
+def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
   """The cached arrays; None for a missing file and for a damaged one.
 
-  A file from before there were all of the `counts` is made again.
+  The file is a sha256 and what it is of, in the format of safetensors.
   """
   if not path.is_file():
     return None
   try:
-    with (
-      open_file(path, inside=path.parent, limit=DATA) as file,
-      np.load(file, allow_pickle=False) as stored,
-    ):
-      # a member that is no array comes as its bytes
-      arrays = {name: np.asarray(stored[name]) for name in stored.files}
-    if not {*counts} <= {*arrays}:
-      return None
-    ids, types = arrays["ids"], arrays["token_types"]
-    offsets, words = arrays["offsets"], arrays.get("words", arrays["ids"])
-    learned = arrays.get("learned", np.zeros(ids.shape, bool))
-    if (
-      offsets.shape == (texts + 1,)
-      and ids.shape == types.shape == words.shape == (offsets[-1],)
-      and ids.dtype == types.dtype == words.dtype == np.int32
-      and learned.shape == ids.shape
-      and learned.dtype == bool
-      and offsets.dtype == np.int64
-      and all(
-        arrays[name].shape == () and arrays[name].dtype.kind == "i"
-        for name in ("truncated", *counts)
-      )
-    ):
-      return arrays
-  except _UNREADABLE as error:
+    content = memoryview(read_bytes(path, inside=path.parent, limit=DATA))
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+      raise UserError("its checksum is another")
+    return load(bytes(content[32:]))
+  except UserError as error:
     log.warning("%s is damaged (%s): made again.", path, error)
-  return None
+    return None
 
 
-def _write_cache(path: Path, write: Callable[[Path], Any]) -> None:
-  """Calls `write` with a path beside `path` and renames what it has written.
+def _write_cache(path: Path, content: bytes) -> None:
+  """Writes beside `path` and renames, so that nobody reads half a file.
 
-  So another process never reads half a file. A cache can be made again at any
-  moment: if it can't be written, a warning is all that happens.
+  A cache can be made again at any moment: if it can't be written, a warning is
+  all that happens.
   """
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
       part = Path(folder) / path.name
-      write(part)
+      part.write_bytes(content)
       part.replace(path)
   except OSError as error:
     log.warning("%s isn't cached: %s.", path, error.strerror)
