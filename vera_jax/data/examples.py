@@ -78,15 +78,6 @@ def subset(examples: Examples, n: int | None, seed: int) -> Examples:
   return take(examples, chosen)
 
 
-def check_dev_fraction(fraction: float) -> None:
-  """Raises a UserError for no share of the rows to keep for scoring."""
-  if not 0 < fraction <= 0.5:
-    raise UserError(
-      f"config.data.dev_fraction is {fraction}; choose a share of the rows"
-      " above 0 and up to 0.5."
-    )
-
-
 def take(examples: Examples, chosen: np.ndarray) -> Examples:
   """The examples of these numbers, in their order."""
   labels = examples.labels

@@ -25,6 +25,7 @@ from vera_jax.data.images import prepare_images, read_processor
 from vera_jax.data.packing import WHOLE, ProcessShard
 from vera_jax.errors import UserError
 from vera_jax.tasks.classification import classification
+from vera_jax.tasks.own_rows import check_own_data
 from vera_jax.tasks.task import Presentation, Size, Task
 
 NAMES = ("images",)
@@ -54,13 +55,11 @@ def task_for(config: ConfigDict) -> Task | None:
   """
   if config.task not in NAMES:
     return None
-  if "data" not in config:
-    raise UserError(f"The task {config.task!r} needs the data to be known.")
-  if config.get("predict_test"):
-    raise UserError(
-      "config.predict_test is for benchmarks. Answer image files by"
-      " python -m experiments.predict --adapter=RUN/adapter --input=FOLDER"
-    )
+  check_own_data(
+    config,
+    instead=". Answer image files by python -m experiments.predict"
+    " --adapter=RUN/adapter --input=FOLDER",
+  )
   name, classes, splits, where = choose_images(config.data)
   chosen, scored = (numbers for _, numbers in splits.values())
 

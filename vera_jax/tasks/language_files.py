@@ -11,17 +11,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.completions import Completions
-from vera_jax.data.examples import (
-  Examples,
-  check_dev_fraction,
-  estimated_tokens,
-  take,
-)
+from vera_jax.data.examples import Examples
 from vera_jax.data.tables import BLANK, SUFFIXES, Table, read_table, some
 from vera_jax.errors import UserError
 from vera_jax.files import DATA, open_file, read_lines
 from vera_jax.tasks.language_modelling import language_modelling
-from vera_jax.tasks.task import Presentation, Size, Task
+from vera_jax.tasks.own_rows import (
+  check_own_data,
+  columns_of,
+  dev_size,
+  keep_apart,
+  size_of,
+)
+from vera_jax.tasks.task import Presentation, Task
 
 NAMES = ("language",)
 # Names by which the columns of texts are found.
@@ -37,10 +39,7 @@ def task_for(config: ConfigDict) -> Task | None:
   """
   if config.task not in NAMES:
     return None
-  if "data" not in config:
-    raise UserError(f"The task {config.task!r} needs the data to be known.")
-  if config.get("predict_test"):
-    raise UserError("config.predict_test is for benchmarks, not for texts.")
+  check_own_data(config, instead=", not for texts.")
   data, optim = config.data, config.optim
   completions = Completions(data.cut, data.separate).checked()
   if not data.train:
@@ -52,27 +51,17 @@ def task_for(config: ConfigDict) -> Task | None:
   table = _read(path)
   columns = _columns(table, data)
   examples = {"train": _examples(table, columns)}
-  rows = len(examples["train"])
   if data.dev:
     table = _read(Path(data.dev).expanduser())
     examples["dev"] = _examples(table, columns)
     where = f"{table.name}, {len(examples['dev'])} rows"
   else:
-    chosen = _dev_rows(rows, data)
-    where = (
-      f"{len(chosen)} of the {rows} training rows (config.data.dev_fraction="
-      f"{data.dev_fraction}, taken by config.data.subset_seed="
-      f"{data.subset_seed})"
-    )
-    rest = np.setdiff1d(np.arange(rows), chosen)
-    examples["dev"] = take(examples["train"], chosen)
-    examples["train"] = take(examples["train"], rest)
+    rows = len(examples["train"])
+    examples, where = keep_apart(examples["train"], _dev_rows(rows, data), data)
 
   def read_split(source: Any, split: str) -> Examples:
     return examples[split]
 
-  train = examples["train"]
-  tokens = estimated_tokens([*train.first, *(train.second or [])], len(train))
   learned = "all of it" if len(columns) == 1 else f"{columns[-1]} alone"
   task = language_modelling(
     f"language:{path.absolute().parent.name}"
@@ -84,7 +73,7 @@ def task_for(config: ConfigDict) -> Task | None:
     smoothing=optim.label_smoothing,
     presentation=Presentation(
       columns=(columns,),
-      size=Size(len(train), len(examples["dev"]), tokens),
+      size=size_of(examples),
       notes=(
         f"texts: {' and '.join(columns)}; learned: {learned}",
         f"dev: {where}",
@@ -126,19 +115,13 @@ def _columns(table: Table, data: ConfigDict) -> tuple[str, ...]:
   Raises:
     UserError: there is not exactly one possibility, or no such column.
   """
-  there = f"The columns of {table.name} are {some(table.columns)}."
-  columns = (data.text,) if isinstance(data.text, str) else tuple(data.text)
-  if not columns:
-    found = [names for names in COLUMNS if set(names) <= set(table.columns)]
-    if not found and len(table.columns) == 1:
-      found = [tuple(table.columns)]
-    if len(found) != 1:
-      raise UserError(
-        "It is not clear which column is to be learned: say"
-        " config.data.text=NAME, or for prompts and their completions"
-        f" config.data.text=\"('PROMPT','COMPLETION')\". {there}"
-      )
-    columns = found[0]
+  columns = columns_of(
+    table,
+    data.text,
+    COLUMNS,
+    question="is to be learned: say config.data.text=NAME, or for prompts and"
+    " their completions config.data.text=\"('PROMPT','COMPLETION')\"",
+  )
   if len(columns) > 2 or len({*columns}) < len(columns):
     raise UserError(
       f"config.data.text names {columns}: a column of texts is needed, or one"
@@ -175,12 +158,11 @@ def _examples(table: Table, columns: tuple[str, ...]) -> Examples:
 
 def _dev_rows(rows: int, data: ConfigDict) -> np.ndarray:
   """The rows that are kept for scoring, drawn by seed."""
-  check_dev_fraction(data.dev_fraction)
+  size = dev_size(rows, data)
   if rows < 2:
     raise UserError(
       "One training row can't be learned and scored: name a file of others,"
       " config.data.dev=FILE."
     )
-  size = min(max(1, round(data.dev_fraction * rows)), rows // 2)
   order = np.random.default_rng(data.subset_seed).permutation(rows)
-  return np.sort(order[:size])
+  return np.sort(order[: min(size, rows // 2)])

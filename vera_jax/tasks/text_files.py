@@ -9,27 +9,29 @@ import math
 import numbers
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from vera_jax.data.examples import (
-  Examples,
-  check_dev_fraction,
-  estimated_tokens,
-  take,
-)
+from vera_jax.data.examples import Examples
 from vera_jax.data.hub_data import download, hub_table
 from vera_jax.data.tables import SUFFIXES, Table, read_table, some
 from vera_jax.errors import UserError
 from vera_jax.files import parse_json
 from vera_jax.models.kinds import CLASSES, LABELLED, NUMBER, SEVERAL, TAGS
 from vera_jax.tasks.classification import classification
+from vera_jax.tasks.own_rows import (
+  check_own_data,
+  columns_of,
+  dev_size,
+  keep_apart,
+  size_of,
+)
 from vera_jax.tasks.tagging import are_bio, tagging
-from vera_jax.tasks.task import Presentation, Size, Task
+from vera_jax.tasks.task import Presentation, Task
 
 NAMES = ("text",)
 # Names by which the columns of texts are found.
@@ -47,7 +49,6 @@ METRICS = {
   NUMBER: ("pearson", "spearman"),
   SEVERAL: ("micro_f1", "macro_f1"),
 }
-SHOWN = 12  # label names that a line shows
 LARGEST = float(np.finfo(np.float32).max)  # of the values of a regression
 
 
@@ -76,13 +77,11 @@ def task_for(config: ConfigDict) -> Task | None:
   """
   if config.task not in NAMES:
     return None
-  if "data" not in config:
-    raise UserError(f"The task {config.task!r} needs the data to be known.")
-  if config.get("predict_test"):
-    raise UserError(
-      "config.predict_test is for benchmarks. Answer your own texts by"
-      " python -m experiments.predict --adapter=RUN/adapter --input=FILE"
-    )
+  check_own_data(
+    config,
+    instead=". Answer your own texts by python -m experiments.predict"
+    " --adapter=RUN/adapter --input=FILE",
+  )
   data = config.data
   name, table, dev_table = read_tables(data)
   facts = _decide(table, data)
@@ -91,26 +90,21 @@ def task_for(config: ConfigDict) -> Task | None:
     examples["dev"] = _examples(dev_table, facts)
     where = f"{dev_table.name}, {len(examples['dev'])} rows"
   else:
-    chosen = _dev_rows(examples["train"], facts, data)
-    rest = np.setdiff1d(np.arange(len(examples["train"])), chosen)
-    where = (
-      f"{len(chosen)} of the {len(examples['train'])} training rows"
-      f" (config.data.dev_fraction={data.dev_fraction}, taken by"
-      f" config.data.subset_seed={data.subset_seed}"
-      f"{', stratified' if facts.kind == CLASSES else ''})"
+    examples, where = keep_apart(
+      examples["train"],
+      _dev_rows(examples["train"], facts, data),
+      data,
+      how=", stratified" if facts.kind == CLASSES else "",
     )
-    examples["dev"] = take(examples["train"], chosen)
-    examples["train"] = take(examples["train"], rest)
 
   def read_split(source: Any, split: str) -> Examples:
     return examples[split]
 
-  train = examples["train"]
-  tokens = estimated_tokens([*train.first, *(train.second or [])], len(train))
+  notes = _notes(facts, examples["train"], said=data.kind)
   presentation = Presentation(
     columns=(facts.columns,),
-    size=Size(len(train), len(examples["dev"]), tokens),
-    notes=(*_notes(facts, train, said=data.kind), f"dev: {where}"),
+    size=size_of(examples),
+    notes=(*notes, f"dev: {where}"),
   )
   name = f"text:{name}"  # no name of a benchmark's task
   if facts.kind == TAGS:
@@ -277,19 +271,14 @@ def _find_columns(
         f" that is known): say config.data.label=NAME. {there}"
       )
     label = known[0]
-  columns = (data.text,) if isinstance(data.text, str) else tuple(data.text)
-  if not columns:
-    groups = [names for names in COLUMNS if set(names) <= set(table.columns)]
-    rest = [name for name in table.columns if name != label]
-    if not groups and len(rest) == 1:
-      groups = [(rest[0],)]
-    if len(groups) != 1:
-      raise UserError(
-        "It is not clear which column holds the texts: say"
-        " config.data.text=NAME, or for pairs"
-        f" config.data.text=\"('FIRST','SECOND')\". {there}"
-      )
-    columns = groups[0]
+  columns = columns_of(
+    table,
+    data.text,
+    COLUMNS,
+    label=label,
+    question="holds the texts: say config.data.text=NAME, or for pairs"
+    " config.data.text=\"('FIRST','SECOND')\"",
+  )
   for name in (label, *columns):
     if name not in table.columns:
       raise UserError(f"There is no column {name!r}. {there}")
@@ -397,7 +386,7 @@ def _label(
       name = class_names[part]
     if name not in ids:
       raise UserError(
-        f"{place}: unknown label {name!r}. The labels are {_some(ids)}."
+        f"{place}: unknown label {name!r}. The labels are {some(ids)}."
       )
     return ids[name]
 
@@ -426,14 +415,14 @@ def _dev_rows(examples: Examples, facts: Facts, data: ConfigDict) -> np.ndarray:
   A shuffle by seed is sorted by class, and rows are taken from it at equal
   distances. A class's only row stays in training.
   """
-  fraction, rows = data.dev_fraction, len(examples)
-  check_dev_fraction(fraction)
+  rows = len(examples)
+  size = dev_size(rows, data)
   order = np.random.default_rng(data.subset_seed).permutation(rows)
   if facts.kind == CLASSES:
     ids = np.asarray(examples.labels)
     order = order[np.bincount(ids)[ids[order]] > 1]
     order = order[np.argsort(ids[order], kind="stable")]
-  size = min(max(1, round(fraction * rows)), len(order) // 2)
+  size = min(size, len(order) // 2)
   if size == 0:
     raise UserError(
       f"{rows} training rows are too few to keep some for scoring: name a file"
@@ -451,7 +440,7 @@ def _notes(facts: Facts, train: Examples, *, said: str | None) -> list[str]:
     what += f" of values from {values.min():g} to {values.max():g}"
   else:
     word = "tags" if facts.kind == TAGS else "labels"
-    what += f", {len(facts.labels)} {word}: {_some(facts.labels)}"
+    what += f", {len(facts.labels)} {word}: {some(facts.labels)}"
   if not said:
     what += " (by the labels; config.data.kind=... changes it)"
   lines = [
@@ -543,9 +532,3 @@ def _order(name: str) -> tuple[bool, float, str]:
   """Names sort as numbers where they are numbers."""
   number = _number(name)
   return number is None, number or 0.0, name
-
-
-def _some(names: Iterable[str]) -> str:
-  names = list(names)
-  more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-  return ", ".join(names[:SHOWN]) + more
