@@ -9,6 +9,7 @@ as NaN.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -18,26 +19,16 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
   return float(np.mean(predictions == labels))
 
 
-def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-  """F1 of class 1; 0 where class 1 is neither predicted nor there."""
+def f1(predictions: np.ndarray, labels: np.ndarray, *, average: str) -> float:
+  """F1 of class ids, or of a 0 or 1 for each label; 0 where nothing is there.
+
+  Args:
+    predictions, labels: [examples], or [examples, labels].
+    average: "binary", of class 1; "macro", the mean of the classes' F1; or
+      "micro", over all labels of all examples together.
+  """
   from sklearn.metrics import f1_score
 
-  return float(f1_score(labels, predictions, zero_division=0.0))
-
-
-def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-  """Mean F1 of the classes, of class ids or of a 0 or 1 for each label."""
-  from sklearn.metrics import f1_score
-
-  average = "macro"
-  return float(f1_score(labels, predictions, average=average, zero_division=0))
-
-
-def micro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-  """F1 over all labels of all examples together."""
-  from sklearn.metrics import f1_score
-
-  average = "micro"
   return float(f1_score(labels, predictions, average=average, zero_division=0))
 
 
@@ -47,30 +38,30 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
   As seqeval and conlleval count by default: an entity begins at B-, and also at
   an I- that doesn't go on with one of its type.
   """
-  found, start, kind = set(), 0, ""
-  for place, tag in enumerate([*tags, "O"]):
+  spans, start, kind = set(), 0, ""
+  for word, tag in enumerate([*tags, "O"]):
     mark, _, name = tag.partition("-")
     if kind and (mark != "I" or name != kind):
-      found.add((kind, start, place))
+      spans.add((kind, start, word))
       kind = ""
     if mark != "O" and not kind:
-      start, kind = place, name
-  return found
+      start, kind = word, name
+  return spans
 
 
 def entity_scores(
   predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-  """F1, precision and recall of whole entities over all texts (micro average).
+  """F1, precision and recall of entities over all texts (micro average).
 
   An entity counts as found if type, first and last word agree. 0 where there is
   nothing to divide by.
   """
   right = predicted = there = 0
-  for ours, theirs in zip(predictions, labels, strict=True):
-    found, known = entities(ours), entities(theirs)
-    right += len(found & known)
-    predicted, there = predicted + len(found), there + len(known)
+  for tags, correct_tags in zip(predictions, labels, strict=True):
+    spans, correct = entities(tags), entities(correct_tags)
+    right += len(spans & correct)
+    predicted, there = predicted + len(spans), there + len(correct)
   return {
     "entity_f1": 2 * right / max(1, predicted + there),
     "entity_precision": right / max(1, predicted),
@@ -81,7 +72,8 @@ def entity_scores(
 def accuracy_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
   """The mean of accuracy and macro F1, as SuperGLUE scores imbalanced classes
   (Wang et al., 2019, section 3.2)."""
-  return (accuracy(predictions, labels) + macro_f1(predictions, labels)) / 2
+  macro = f1(predictions, labels, average="macro")
+  return (accuracy(predictions, labels) + macro) / 2
 
 
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -93,39 +85,28 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
   return float(matthews_corrcoef(labels, predictions))
 
 
-def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
-  """Pearson correlation; 0, no correlation, when either side is constant."""
-  from scipy.stats import pearsonr
-
-  return _correlation(pearsonr, predictions, labels)
-
-
-def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
-  """Spearman's rank correlation; 0 when either side is constant."""
-  from scipy.stats import spearmanr
-
-  return _correlation(spearmanr, predictions, labels)
-
-
-def _correlation(
-  function: Callable, predictions: np.ndarray, labels: np.ndarray
+def correlation(
+  predictions: np.ndarray, labels: np.ndarray, *, name: str
 ) -> float:
-  """A correlation of SciPy's, which would be 0 / 0 for a constant side."""
+  """SciPy's "pearsonr" or "spearmanr"; 0, no correlation, when either side is
+  constant, where it would be 0 / 0."""
   if collapsed(predictions) or collapsed(labels):
     return 0.0
+  from scipy import stats
+
   sides = (np.asarray(side, np.float64) for side in (predictions, labels))
-  return float(function(*sides).statistic)
+  return float(getattr(stats, name)(*sides).statistic)
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
   "accuracy": accuracy,
-  "f1": f1,
-  "macro_f1": macro_f1,
-  "micro_f1": micro_f1,
+  "f1": partial(f1, average="binary"),
+  "macro_f1": partial(f1, average="macro"),
+  "micro_f1": partial(f1, average="micro"),
   "accuracy_f1": accuracy_f1,
   "matthews": matthews,
-  "pearson": pearson,
-  "spearman": spearman,
+  "pearson": partial(correlation, name="pearsonr"),
+  "spearman": partial(correlation, name="spearmanr"),
 }
 
 

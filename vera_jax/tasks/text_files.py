@@ -8,7 +8,6 @@ They are stored with the adapter, so that prediction needs no training data.
 import math
 import numbers
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,7 +155,7 @@ def read_tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
       f" with a name in {', '.join(SUFFIXES)}; or config.data.source=NAME, a"
       " hub id or a folder that holds train and dev files."
     )
-  found: dict[str, Table] = {}
+  tables: dict[str, Table] = {}
   folder = Path(source).expanduser()
   if folder.is_dir():
     for split, names in SPLITS.items():
@@ -171,23 +170,23 @@ def read_tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
           f" config.data.{split}=FILE."
         )
       for path in paths:
-        found[split] = read_table(path, inside=folder)
+        tables[split] = read_table(path, inside=folder)
     name = folder.absolute().name
   else:
     hub_id, _, part = str(source).partition(":")
     splits = download(hub_id, part or None)
     for split, names in SPLITS.items():
       for rows in [splits[name] for name in names if name in splits][:1]:
-        found[split] = hub_table(source, split, rows)
+        tables[split] = hub_table(source, split, rows)
     name = hub_id.rpartition("/")[2]
-  if "train" not in found:
+  if "train" not in tables:
     raise UserError(
       f"{source} has no training data named train. A file of another name is"
       " given itself, not its folder."
     )
   if files["dev"]:
-    found["dev"] = read_table(files["dev"])
-  return name, found["train"], found.get("dev")
+    tables["dev"] = read_table(files["dev"])
+  return name, tables["train"], tables.get("dev")
 
 
 def _decide(table: Table, data: ConfigDict) -> Facts:
@@ -222,12 +221,12 @@ def _decide(table: Table, data: ConfigDict) -> Facts:
     labels = tuple(names)
   else:
     several = kind in (SEVERAL, TAGS)
-    found = Counter(
+    all_names = {
       name
       for value in values
       for name in (_names(value, kind) if several else [_name(value)])
-    )
-    labels = tuple(sorted(found, key=_order))
+    }
+    labels = tuple(sorted(all_names, key=_order))
     if kind == TAGS and are_bio(labels):  # each type with both of its tags
       types = sorted({name[2:] for name in labels if name != "O"})
       labels = ("O", *(f"{mark}-{t}" for t in types for mark in "BI"))
@@ -308,8 +307,10 @@ def _kind(values: Sequence[Any], texts: Sequence[Any], *, named: bool) -> str:
   numbers = [_number(value) for value in values]
   if named or any(number is None for number in numbers):
     return CLASSES
-  whole = all(number is not None and number.is_integer() for number in numbers)
-  return CLASSES if whole and len({*numbers}) <= MOST_CLASSES else NUMBER
+  integers = all(
+    number is not None and number.is_integer() for number in numbers
+  )
+  return CLASSES if integers and len({*numbers}) <= MOST_CLASSES else NUMBER
 
 
 def _examples(table: Table, facts: Facts) -> Examples:
@@ -499,9 +500,9 @@ def _words(text: Any) -> list[Any]:
 
 def _names(value: Any, kind: str) -> list[Any]:
   """The labels or tags in one cell."""
-  found = _as_list(value)
-  if found is not None:
-    return found
+  parts = _as_list(value)
+  if parts is not None:
+    return parts
   text = _name(value)
   if kind == TAGS:
     return text.split()
