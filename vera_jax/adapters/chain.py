@@ -1,6 +1,6 @@
 """Several methods on the same network: `chain(lora(), magnitude())` is DoRA."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from vera_jax.adapters.sites import is_on
 from vera_jax.errors import UserError
 
 
-def chain(*given: Adapter) -> Adapter:
+def chain(*methods: Adapter) -> Adapter:
   """The methods one after another: each adapts what those before it left.
 
   A method that is `on` certain sites leaves the chain's others alone.
@@ -26,9 +26,76 @@ def chain(*given: Adapter) -> Adapter:
   """
   links = tuple(
     link._replace(on=link.on or whole.on)
-    for whole in given
+    for whole in methods
     for link in whole.methods
   )
+  _check(links)
+
+  def at(site: Site) -> Iterator[tuple[int, Adapter]]:
+    """The links that are on the site, each with its number."""
+    return (x for x in enumerate(links) if is_on(x[1], site.path))
+
+  def start(key: Array, site: Site) -> dict[str, Array]:
+    leaves: dict[str, Array] = {}
+    for number, link in at(site):
+      if link.init is not None:
+        first = link.init(jax.random.fold_in(key, number), site)
+        leaves |= first
+        site = adapted_site(link, first, site)
+    return leaves
+
+  def weights(leaves: Leaves, site: Site) -> tuple[Array, Array | None]:
+    for _, link in at(site):
+      site = adapted_site(link, link.own(leaves), site)
+    return site.kernel(), site.bias
+
+  def of_link(link: Adapter, sites: Mapping[Path, Any]) -> Mapping[Path, Any]:
+    return {path: site for path, site in sites.items() if is_on(link, path)}
+
+  def shared(sites: Mapping[Path, Target | Site]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for link in links:
+      if link.shared is not None:
+        made |= link.shared(of_link(link, sites))
+    return made
+
+  def common(key: Array, sites: Mapping[Path, Site]) -> dict[str, Array]:
+    made: dict[str, Any] = {}
+    for number, link in enumerate(links):
+      if link.common is not None:
+        link_key = jax.random.fold_in(key, number)
+        made |= link.common(link_key, of_link(link, sites))
+    return made
+
+  def prepare(leaves: Leaves, site: Site) -> Leaves:
+    prepared: dict[str, Array] = {}
+    for _, link in at(site):
+      assert link.prepare is not None
+      link_leaves = link.own(leaves)
+      prepared |= link.prepare(link_leaves, site)
+      site = adapted_site(link, link_leaves, site)
+    return prepared
+
+  trained = [link.trains for link in links if link.trains is not None]
+  return Adapter(
+    name="+".join(link.name for link in links),
+    init=start,
+    weights=weights,
+    shared=shared if any(link.shared for link in links) else None,
+    common=common,
+    trains="|".join(trained) or None,
+    prepare=prepare if all(link.prepare for link in links) else None,
+    links=links,
+    parts=tuple(
+      part._replace(on=part.on or whole.on)
+      for whole in methods
+      for part in (() if whole.method else whole.parts) or (whole,)
+    ),
+  )
+
+
+def _check(links: Sequence[Adapter]) -> None:
+  """Raises a UserError for methods that make no chain, as `chain` says."""
   names = [link.name for link in links]
   if len(set(names)) < len(names) or len(links) < 2:
     raise UserError(
@@ -57,65 +124,3 @@ def chain(*given: Adapter) -> Adapter:
         f"{link.name} can't follow {names[drawn.index(True)]}, which draws"
         " random numbers; name it first."
       )
-
-  def at(site: Site) -> Iterator[tuple[int, Adapter]]:
-    """The links that are on the site, each with its number."""
-    return (x for x in enumerate(links) if is_on(x[1], site.path))
-
-  def start(key: Array, site: Site) -> dict[str, Array]:
-    leaves: dict[str, Array] = {}
-    for number, link in at(site):
-      if link.init is not None:
-        own = link.init(jax.random.fold_in(key, number), site)
-        leaves |= own
-        site = adapted_site(link, own, site)
-    return leaves
-
-  def weights(leaves: Leaves, site: Site) -> tuple[Array, Array | None]:
-    for _, link in at(site):
-      site = adapted_site(link, link.own(leaves), site)
-    return site.kernel(), site.bias
-
-  def of_link(link: Adapter, sites: Mapping[Path, Any]) -> Mapping[Path, Any]:
-    return {path: site for path, site in sites.items() if is_on(link, path)}
-
-  def shared(sites: Mapping[Path, Target | Site]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for link in links:
-      if link.shared is not None:
-        found |= link.shared(of_link(link, sites))
-    return found
-
-  def common(key: Array, sites: Mapping[Path, Site]) -> dict[str, Array]:
-    found: dict[str, Any] = {}
-    for number, link in enumerate(links):
-      if link.common is not None:
-        own = jax.random.fold_in(key, number)
-        found |= link.common(own, of_link(link, sites))
-    return found
-
-  def prepare(leaves: Leaves, site: Site) -> Leaves:
-    prepared: dict[str, Array] = {}
-    for _, link in at(site):
-      assert link.prepare is not None
-      own = link.own(leaves)
-      prepared |= link.prepare(own, site)
-      site = adapted_site(link, own, site)
-    return prepared
-
-  trained = [link.trains for link in links if link.trains is not None]
-  return Adapter(
-    name="+".join(names),
-    init=start,
-    weights=weights,
-    shared=shared if any(link.shared for link in links) else None,
-    common=common,
-    trains="|".join(trained) or None,
-    prepare=prepare if all(link.prepare for link in links) else None,
-    links=links,
-    parts=tuple(
-      part._replace(on=part.on or whole.on)
-      for whole in given
-      for part in (() if whole.method else whole.parts) or (whole,)
-    ),
-  )

@@ -44,21 +44,7 @@ def merge(
     UserError: the adapter's leaves lie at other sites than the targets.
   """
   flat = flatten_dict(meta.unbox(dict(params)))
-  # leaves at the root are for all sites, and not every method has others
-  own = {path[:-1] for path in flat if adapter.owns(path[-1])} - {()}
-  lost = own - targets.keys()
-  bare = {
-    path
-    for path in targets.keys() - own - {()}
-    if any(link.init and is_on(link, path) for link in adapter.methods)
-  }
-  for path in sorted(lost | bare):
-    raise UserError(
-      f"The parameters have {'no ' if path in bare else ''}leaves of"
-      f" {adapter.name} at {'/'.join(path)}, which is"
-      f" {'one' if path in bare else 'none'} of the targets: give those that"
-      " find_targets finds for the adapter."
-    )
+  _check_leaves(flat, adapter, targets)
   merged = {
     path: plain(leaf)
     for path, leaf in flat.items()
@@ -76,16 +62,36 @@ def merge(
   )
   for path, (kernel, bias) in adapted.items():
     target, layer = targets[path], layer_path(path, targets[path])
+    stack, view = target.stack, target.view
     columns = (..., slice(*target.columns or (None,)))
-    place, stack, view = (*layer, target.view.kernel), target.stack, target.view
-    leaf = jnp.asarray(merged[place])
+    leaf = jnp.asarray(merged[*layer, view.kernel])
     outputs = leaf.size // (target.layers * target.inputs)
     whole = flat_kernel({view.kernel: leaf}, stack, outputs, view)
     whole = whole.at[columns].set(kernel.astype(whole.dtype))
-    merged[place] = own_kernel(whole, leaf.shape, stack, view)
+    merged[*layer, view.kernel] = own_kernel(whole, leaf.shape, stack, view)
     if bias is not None:
-      leaf = jnp.asarray(merged[(*layer, "bias")])
+      leaf = jnp.asarray(merged[*layer, "bias"])
       whole = leaf.reshape(*stack, -1)
       whole = whole.at[columns].set(bias.astype(leaf.dtype))
-      merged[(*layer, "bias")] = whole.reshape(leaf.shape)
+      merged[*layer, "bias"] = whole.reshape(leaf.shape)
   return unflatten_dict(merged)
+
+
+def _check_leaves(
+  flat: Mapping[Path, Any], adapter: Adapter, targets: Mapping[Path, Target]
+) -> None:
+  """Raises a UserError for leaves at no target, or a target without leaves."""
+  # leaves at the root are for all sites, and not every method has others
+  sites = {path[:-1] for path in flat if adapter.owns(path[-1])} - {()}
+  bare = {
+    path
+    for path in targets.keys() - sites - {()}
+    if any(link.init and is_on(link, path) for link in adapter.methods)
+  }
+  for path in sorted((sites - targets.keys()) | bare):
+    raise UserError(
+      f"The parameters have {'no ' if path in bare else ''}leaves of"
+      f" {adapter.name} at {'/'.join(path)}, which is"
+      f" {'one' if path in bare else 'none'} of the targets: give those that"
+      " find_targets finds for the adapter."
+    )

@@ -148,32 +148,32 @@ def map_sites(
   function: Callable[[Site, Any], Any],
   sites: Mapping[Path, Site],
   projections: Tree,
-  given: Mapping[Path, Any],
+  trees: Mapping[Path, Any],
 ) -> dict[Path, Any]:
-  """function(site, given[path]) for every site, mapped over stacked layers.
+  """function(site, trees[path]) for every site, mapped over stacked layers.
 
   Args:
     function: takes a site without stack.
     sites: from `all_sites`.
     projections: those at a site's path are stacked as the site is.
-    given: trees whose leaves are stacked as the site is.
+    trees: by path, with leaves that are stacked as the site is.
   """
 
-  def one_layer(site: Site, kernel: Any, bias: Any, own: Any, given: Any):
-    shared = {**site.shared, **own}
+  def one_layer(site: Site, kernel: Any, bias: Any, matrices: Any, tree: Any):
+    shared = {**site.shared, **matrices}
     layer = site._replace(
       kernel=lambda: kernel, bias=bias, shared=shared, stack=()
     )
-    return function(layer, given)
+    return function(layer, tree)
 
-  found = {}
+  results = {}
   for path, site in sites.items():
     mapped: Callable[..., Any] = partial(one_layer, site)
     for _ in site.stack:
       mapped = jax.vmap(mapped)
-    own = dict(arrays_at(projections, path))
-    found[path] = mapped(site.kernel(), site.bias, own, given[path])
-  return found
+    matrices = dict(arrays_at(projections, path))
+    results[path] = mapped(site.kernel(), site.bias, matrices, trees[path])
+  return results
 
 
 def own_leaves(
@@ -215,14 +215,14 @@ def first_leaves(
   keys: dict[Path, Any] = {}
   for path, site in sites.items():
     role, numbers = role_of(path)
-    own = jax.random.fold_in(key, zlib.crc32(role.encode()))
+    site_key = jax.random.fold_in(key, zlib.crc32(role.encode()))
     for number in numbers:
-      own = jax.random.fold_in(own, number)
+      site_key = jax.random.fold_in(site_key, number)
     if site.stack:
       layers = jnp.arange(targets[path].layers)
-      own = jax.vmap(jax.random.fold_in, (None, 0))(own, layers)
-      own = own.reshape(site.stack)
-    keys[path] = own
+      site_key = jax.vmap(jax.random.fold_in, (None, 0))(site_key, layers)
+      site_key = site_key.reshape(site.stack)
+    keys[path] = site_key
   made = map_sites(lambda site, key: start(key, site), sites, projections, keys)
   return _tree(root, made)
 

@@ -77,16 +77,34 @@ class Settings:
   )
 
 
+def taps(s: Settings, site: Target | Site) -> int:
+  """The blocks of inputs that have a d each: 1, but for a window by taps."""
+  return site.view.taps if s.conv == "taps" else 1
+
+
+def parts(
+  s: Settings, leaves: Leaves, site: Site
+) -> tuple[Matrix, Matrix, Array, Array]:
+  """A (r, i), B (o, r), d (r) and b (o) of a site."""
+  number = taps(s, site)
+  A, B = (x.T for x in pair_of(site._replace(inputs=site.inputs // number)))
+  d = leaves[D] if D in leaves else jnp.full(s.rank, s.d_init, jnp.float32)
+  b = leaves[B_VECTOR] if B_VECTOR in leaves else jnp.ones(site.outputs)
+  if number > 1:  # the window's positions side by side, each A with its d
+    A = jnp.tile(as_array(A, jnp.float32), number)
+    if D in leaves:
+      A *= jnp.repeat(d.reshape(number, s.rank).T, len(A.T) // number, axis=1)
+      d = jnp.ones(s.rank)
+  return A, B, d, b
+
+
 def make_vera(s: Settings) -> Adapter:
   """VeRA as an `Adapter`: r + out trained numbers per site."""
   check_choices(seed=s.projection_seed, init=s.init, sharing=s.sharing)
 
-  def taps(site: Target | Site) -> int:
-    return site.view.taps if s.conv == "taps" else 1
-
   def shared(sites: Mapping[Path, Target | Site]) -> dict[str, Any]:
     of_a_tap = {
-      path: site._replace(inputs=site.inputs // taps(site))
+      path: site._replace(inputs=site.inputs // taps(s, site))
       for path, site in sites.items()
     }
     return make_projections(
@@ -100,26 +118,13 @@ def make_vera(s: Settings) -> Adapter:
   def start(key: Array, site: Site) -> dict[str, Array]:
     del key
     first = 0.0 if s.train == "d" else s.d_init
-    d = {D: jnp.full(taps(site) * s.rank, first, jnp.float32)}
+    d = {D: jnp.full(taps(s, site) * s.rank, first, jnp.float32)}
     b = {B_VECTOR: jnp.zeros(site.outputs, jnp.float32)}
     return {"both": d | b, "d": d, "b": b}[s.train]
 
-  def parts(leaves: Leaves, site: Site) -> tuple[Matrix, Matrix, Array, Array]:
-    """A (r, i), B (o, r), d (r) and b (o) of a site."""
-    number = taps(site)
-    A, B = (x.T for x in pair_of(site._replace(inputs=site.inputs // number)))
-    d = leaves[D] if D in leaves else jnp.full(s.rank, s.d_init, jnp.float32)
-    b = leaves[B_VECTOR] if B_VECTOR in leaves else jnp.ones(site.outputs)
-    if number > 1:  # the window's positions side by side, each A with its d
-      A = jnp.tile(as_array(A, jnp.float32), number)
-      if D in leaves:
-        A *= jnp.repeat(d.reshape(number, s.rank).T, len(A.T) // number, axis=1)
-        d = jnp.ones(s.rank)
-    return A, B, d, b
-
   def weights(leaves: Leaves, site: Site) -> tuple[Array, Array | None]:
     """The definition: the kernel (i, o) that x is multiplied with, and bias."""
-    A, B, d, b = parts(leaves, site)
+    A, B, d, b = parts(s, leaves, site)
     B = as_array(B, jnp.float32)
     with jax.default_matmul_precision("highest"):
       delta = A.T @ (d[:, None] * (B.T * b[None]))
@@ -127,14 +132,14 @@ def make_vera(s: Settings) -> Adapter:
 
   def product(leaves: Leaves, site: Site, x: Array) -> Array:
     """The same for few rows, without a kernel: b * ((d * (x @ A.T)) @ B.T)."""
-    A, B, d, b = parts(leaves, site)
+    A, B, d, b = parts(s, leaves, site)
     thin = site.project(x, A.T.astype(site.dtype))  # x @ A.T, (*t, r)
     return scaled(scaled(thin, d) @ B.T.astype(site.dtype), b)
 
   def low_rank(leaves: Leaves, site: Site) -> LowRank:
     """Its factors, for the plans that fold them into the kernel."""
-    A, B, d, b = parts(leaves, site)
-    by_tap = taps(site) > 1 and D in leaves
+    A, B, d, b = parts(s, leaves, site)
+    by_tap = taps(s, site) > 1 and D in leaves
     return LowRank(A.T, B.T, inner=d, outer=b, trains_down=by_tap)
 
   return Adapter(
