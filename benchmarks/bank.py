@@ -33,7 +33,7 @@ from rich.table import Column, Table
 from benchmarks.report import environment, interleaved, write
 from configs import minilm
 from experiments import cli
-from vera_jax.adapters.apply import leaf_shapes
+from vera_jax.adapters.counting import leaf_shapes
 from vera_jax.adapters.files import load_adapter, save_adapter
 from vera_jax.adapters.labels import join, label_tree, split
 from vera_jax.adapters.projections import PRNG, digest, make_projections

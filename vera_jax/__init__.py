@@ -32,8 +32,9 @@ from importlib import import_module
 from typing import Any
 
 from vera_jax.adapters import kinds as kinds
-from vera_jax.adapters.apply import adapt, adapter_size, find_targets
+from vera_jax.adapters.apply import adapt, find_targets
 from vera_jax.adapters.chain import chain
+from vera_jax.adapters.counting import adapter_size
 from vera_jax.adapters.files import SavedAdapter, load_adapter, save_adapter
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Adapter, Target

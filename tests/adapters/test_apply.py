@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from vera_jax.adapters.apply import adapt, adapter_size, find_targets
+from vera_jax.adapters.apply import adapt, find_targets
 from vera_jax.adapters.base_leaves import bitfit
 from vera_jax.adapters.chain import chain
+from vera_jax.adapters.counting import adapter_size
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Target
 from vera_jax.adapters.labels import count, label_tree

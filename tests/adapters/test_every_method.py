@@ -17,9 +17,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tests.adapters.conftest import Net, stacked
 from tests.adapters.probes import PROBES, Probe, with_codes
 from vera_jax.adapters import methods
-from vera_jax.adapters.apply import adapt, adapter_size
+from vera_jax.adapters.apply import adapt
 from vera_jax.adapters.base_leaves import bitfit, full, head, norms
 from vera_jax.adapters.chain import chain
+from vera_jax.adapters.counting import adapter_size
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.intercept import KEYS, PENALTIES
 from vera_jax.adapters.interface import PLANS

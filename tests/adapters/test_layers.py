@@ -31,14 +31,9 @@ from tests.adapters.architectures import (
 )
 from tests.adapters.test_every_method import METHODS
 from tests.slow import rest_is_slow
-from vera_jax.adapters.apply import (
-  adapt,
-  adapter_size,
-  find_targets,
-  leaf_shapes,
-  plans_at,
-)
+from vera_jax.adapters.apply import adapt, find_targets
 from vera_jax.adapters.chain import chain
+from vera_jax.adapters.counting import adapter_size, leaf_shapes, plans_at
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.intercept import KEYS
 from vera_jax.adapters.interface import PLANS, Site, Target

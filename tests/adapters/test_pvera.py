@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vera_jax.adapters.adapted_product import adapted_product
-from vera_jax.adapters.apply import adapter_size, plans_at
+from vera_jax.adapters.counting import adapter_size, plans_at
 from vera_jax.adapters.interface import Site, Target
 from vera_jax.adapters.pvera import pvera
 from vera_jax.errors import UserError

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vera_jax.adapters.apply import adapter_size
+from vera_jax.adapters.counting import adapter_size
 from vera_jax.adapters.interface import Site, Target
 from vera_jax.adapters.randlora import randlora
 from vera_jax.errors import UserError

@@ -19,8 +19,9 @@ from tests.adapters.adapted_networks import (
 )
 from tests.adapters.architectures import CELLS, Nested, Recurrent
 from tests.slow import rest_is_slow
-from vera_jax.adapters.apply import adapter_size, find_targets, plans_at
+from vera_jax.adapters.apply import find_targets
 from vera_jax.adapters.chain import chain
+from vera_jax.adapters.counting import adapter_size, plans_at
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.intercept import KEYS
 from vera_jax.adapters.lora import lora

@@ -9,7 +9,8 @@ import pytest
 
 from tests.slow import rest_is_slow
 from vera_jax.adapters.adapted_product import adapted_product
-from vera_jax.adapters.apply import adapt, plans_at
+from vera_jax.adapters.apply import adapt
+from vera_jax.adapters.counting import plans_at
 from vera_jax.adapters.interface import PLANS, Site, Target
 from vera_jax.adapters.plans import costs
 from vera_jax.adapters.projections import (

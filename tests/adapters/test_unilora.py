@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vera_jax.adapters.apply import adapter_size
+from vera_jax.adapters.counting import adapter_size
 from vera_jax.adapters.interface import Site, Target
 from vera_jax.adapters.projections import digest
 from vera_jax.adapters.unilora import unilora

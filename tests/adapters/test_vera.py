@@ -9,7 +9,8 @@ from flax.traverse_util import flatten_dict
 from jax.flatten_util import ravel_pytree
 
 from vera_jax.adapters.adapted_product import adapted_product
-from vera_jax.adapters.apply import adapt, adapter_size
+from vera_jax.adapters.apply import adapt
+from vera_jax.adapters.counting import adapter_size
 from vera_jax.adapters.interface import Site, Target
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.vera import vera

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from benchmarks import held_out, methods
-from vera_jax.adapters.apply import adapter_size
+from vera_jax.adapters.counting import adapter_size
 from vera_jax.adapters.interface import Target
 from vera_jax.adapters.methods import METHODS, adapter_named
 from vera_jax.errors import UserError

@@ -6,41 +6,30 @@ parameter tree, plus the adapter's leaves beside each adapted kernel and the
 layers are intercepted by path.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from flax.core import FrozenDict
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.intercept import KEYS, Interception
 from vera_jax.adapters.interface import (
   EMPTY,
   Adapter,
-  Leaves,
   Path,
-  Site,
   Target,
 )
 from vera_jax.adapters.labels import join
 from vera_jax.adapters.layer_calls import IN_MODEL
 from vera_jax.adapters.merge import merge
-from vera_jax.adapters.plans import AUTO, check_plan, choose
+from vera_jax.adapters.plans import AUTO, check_plan
 from vera_jax.adapters.sites import (
   EVERY,
   Fused,
-  all_sites,
-  arrays_at,
   first_leaves,
   is_on,
-  layer_path,
   make_shared,
-  map_sites,
   matches,
-  own_leaves,
 )
 from vera_jax.adapters.targets import trace_sites
 from vera_jax.errors import UserError
@@ -292,102 +281,3 @@ def find_targets(
   """
   _check_model(model)
   return trace_sites(model, patterns, *args, fused=fused, **kwargs)[0]
-
-
-def leaf_shapes(adapter: Adapter, path: Path, target: Target) -> dict[str, Any]:
-  """The shapes of a site's leaves by name, with its stack's axes."""
-  shapes = _leaf_shapes(adapter, {path: target})
-  return dict(arrays_at(shapes, path))
-
-
-def adapter_size(adapter: Adapter, targets: Mapping[Path, Target]) -> int:
-  """Trained numbers of an adapter on these sites, counted from shapes."""
-  leaves = jax.tree.leaves(_leaf_shapes(adapter, targets))
-  return sum(math.prod(leaf.shape) for leaf in leaves)
-
-
-def plans_at(
-  adapter: Adapter,
-  targets: Mapping[Path, Target],
-  tokens: Mapping[Path, int],
-  *,
-  plan: str = AUTO,
-  forwards: int = 1,
-) -> dict[Path, str]:
-  """How each low-rank delta multiplies, from shapes alone.
-
-  Args:
-    adapter: the method; sites where it has no low-rank delta are left out.
-    targets: the sites.
-    tokens: rows of x at each.
-    plan, forwards: as for `adapt`.
-
-  Raises:
-    UserError: the method can't be multiplied by this plan.
-  """
-  chosen: dict[Path, str] = {}
-  views = {path: target.view for path, target in targets.items()}
-  targets = _matrices(targets)
-
-  def choose_at(site: Site, leaves: Leaves) -> None:
-    for link in adapter.methods:
-      if link.low_rank is None or not is_on(link, site.path):
-        continue
-      if link.is_random:  # so it is in training, which draws numbers
-        chosen[site.path] = "factored"
-      else:
-        chosen[site.path] = choose(
-          tokens[site.path],
-          link.low_rank(link.own(leaves), site),
-          plan=plan,
-          forwards=forwards,
-          view=views[site.path],
-          path=site.path,
-        )
-
-  def note(params: Any) -> None:
-    projections = make_shared(adapter, targets, params)
-    key = jax.random.key(0)
-    own = first_leaves(adapter, targets, params, projections, key)
-    whole = unflatten_dict(flatten_dict(params) | flatten_dict(own))
-    sites = all_sites(adapter, targets, whole, projections)
-    leaves = own_leaves(adapter, sites, whole)
-    map_sites(choose_at, sites, projections, leaves)
-
-  jax.eval_shape(note, _layer_shapes(targets))
-  return chosen
-
-
-def _leaf_shapes(adapter: Adapter, targets: Mapping[Path, Target]) -> Any:
-  """The tree of all leaves, as shapes, on layers of the targets' widths."""
-  targets = _matrices(targets)
-
-  def start(params: Any) -> Any:
-    projections = make_shared(adapter, targets, params)
-    key = jax.random.key(0)
-    return first_leaves(adapter, targets, params, projections, key)
-
-  return jax.eval_shape(start, _layer_shapes(targets))
-
-
-def _matrices(targets: Mapping[Path, Target]) -> dict[Path, Target]:
-  """The sites as if all kernels were stored as matrices."""
-  return {
-    path: target._replace(view=target.view._replace(axes=()))
-    for path, target in targets.items()
-  }
-
-
-def _layer_shapes(targets: Mapping[Path, Target]) -> dict[str, Any]:
-  """The shapes of kernels and biases that have these sites."""
-  shapes: dict[Path, Any] = {}
-  for path, target in targets.items():
-    outputs = target.columns[1] if target.columns else target.outputs
-    for name, shape in (
-      (target.view.kernel, (*target.stack, target.inputs, outputs)),
-      ("bias", (*target.stack, outputs)),
-    ):
-      place = (*layer_path(path, target), name)
-      if place not in shapes or shapes[place].shape[-1] < outputs:
-        shapes[place] = jax.ShapeDtypeStruct(shape, jnp.float32)
-  return unflatten_dict(shapes)

@@ -303,11 +303,11 @@ def make_projections(
     own = [(t.inputs + t.outputs) * math.prod(t.stack) for t in sites.values()]
     check_entries(rank * sum(own), sites)
   if sharing == "shared" and init == STRUCTURED:
-    found: dict[str, Matrix] = {}
+    by_width: dict[str, Matrix] = {}
     for size in sorted({(t.inputs, t.outputs) for t in sites.values()}):
       pair = make_pair(rank, *size, seed=seed, init=init, rows=rows)
-      found |= {f"{k}_{w}": pair[k] for k, w in zip("AB", size, strict=True)}
-    return found
+      by_width |= {f"{k}_{w}": pair[k] for k, w in zip("AB", size, strict=True)}
+    return by_width
   if sharing == "shared":
     inputs = max(t.inputs for t in sites.values())
     outputs = max(t.outputs for t in sites.values())

@@ -45,8 +45,10 @@ def matches(pattern: str, path: Path) -> bool:
 
 def parts_of(path: Path, fused: Fused) -> Mapping[str, tuple[int, int]]:
   """The parts that a layer's kernel is fused of; {} for an ordinary layer."""
-  found = (parts for pattern, parts in fused.items() if matches(pattern, path))
-  return next(found, {})
+  for pattern, parts in fused.items():
+    if matches(pattern, path):
+      return parts
+  return {}
 
 
 def is_on(link: Adapter, path: Path) -> bool:

@@ -176,9 +176,8 @@ def blocks(width: int) -> tuple[int, ...]:
   """
   while True:
     for number in range(1, max(width.bit_length(), 2)):
-      found = _factors(width, number, LARGEST)
-      if found:
-        return min(found, key=sum)
+      if ways := _factors(width, number, LARGEST):
+        return min(ways, key=sum)
     width += 1
 
 

@@ -83,15 +83,15 @@ def make_unilora(s: Settings) -> Adapter:
     lengths = [int(np.prod(shapes[*p, n])) for p, n, _ in places]
     check_entries(sum(lengths) + size, sites)
     drawn = _indices(sum(lengths), size, s.projection_seed)
-    found = {
+    indices = {
       key: np.empty((*sites[key[:-1]].stack, *shape), np.int32)
       for key, shape in shapes.items()
     }
     pieces = np.split(drawn, np.cumsum(lengths)[:-1])
     for (path, name, layer), piece in zip(places, pieces, strict=True):
-      found[*path, name][layer] = piece.reshape(shapes[*path, name])
+      indices[*path, name][layer] = piece.reshape(shapes[*path, name])
     counts = np.bincount(drawn, minlength=size).astype(np.float32)
-    tree = unflatten_dict({p: jnp.asarray(x) for p, x in found.items()})
+    tree = unflatten_dict({p: jnp.asarray(x) for p, x in indices.items()})
     return {**tree, "scale": jnp.asarray(1 / np.sqrt(np.maximum(counts, 1)))}
 
   def common(key: Array, sites: Mapping[Path, Site]) -> dict[str, Array]:
@@ -120,11 +120,11 @@ def make_unilora(s: Settings) -> Adapter:
 def _indices(entries: int, size: int, seed: int) -> np.ndarray:
   """For each entry of all A and B its place in theta: PEFT's assignment."""
   stream = np.random.default_rng(seed)
-  found = np.repeat(np.arange(size), entries // size)
+  places = np.repeat(np.arange(size), entries // size)
   more = stream.choice(size, size=entries % size, replace=False)
-  found = np.concatenate([found, more]) if entries % size else found
-  stream.shuffle(found)
-  return found.astype(np.int32)
+  places = np.concatenate([places, more]) if entries % size else places
+  stream.shuffle(places)
+  return places.astype(np.int32)
 
 
 unilora = Method(

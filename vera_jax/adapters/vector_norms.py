@@ -53,13 +53,13 @@ def adapter_norms(tensors: Mapping[str, np.ndarray]) -> list[Vector]:
   Args:
     tensors: by their names in the file, as `load_adapter` gives them.
   """
-  found = []
+  norms = []
   for name, value in tensors.items():
     match = NAME.fullmatch(name)
     if match is None:
       continue  # a leaf of the head
     norm = float(np.linalg.norm(value.astype(np.float64)))
-    found.append(
+    norms.append(
       Vector(
         layer=int(match["layer"]),
         kind=SHORT.get(match["kind"], match["kind"]),
@@ -69,7 +69,7 @@ def adapter_norms(tensors: Mapping[str, np.ndarray]) -> list[Vector]:
         rms=float(norm / np.sqrt(value.size)),
       )
     )
-  return sorted(found)
+  return sorted(norms)
 
 
 def as_json(vectors: list[Vector]) -> list[dict[str, Any]]:

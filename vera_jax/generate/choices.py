@@ -262,7 +262,8 @@ def log_likelihoods(
     )
   values = np.zeros(len(texts))
   order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
-  module, alone = model.module, {"longest": None}  # a text has a row alone
+  alone: Any = {"longest": None}  # a text has a row alone
+  module = model.module
   if isinstance(module, Adapted):
     module = module.clone(model=module.model.clone(**alone))
   else:

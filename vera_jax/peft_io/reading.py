@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax import results
-from vera_jax.adapters.apply import leaf_shapes
+from vera_jax.adapters.counting import leaf_shapes
 from vera_jax.adapters.files import check_length, save_adapter
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.interface import Target

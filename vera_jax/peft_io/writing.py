@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vera_jax.adapters.apply import leaf_shapes
 from vera_jax.adapters.card import published
+from vera_jax.adapters.counting import leaf_shapes
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.projections import STORED, digest

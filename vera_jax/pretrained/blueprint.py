@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from vera_jax.adapters.apply import Adapted, adapt, plans_at
+from vera_jax.adapters.apply import Adapted, adapt
+from vera_jax.adapters.counting import plans_at
 from vera_jax.adapters.interface import EMPTY, Adapter, Target
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import (

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from vera_jax.adapters.apply import adapter_size
+from vera_jax.adapters.counting import adapter_size
 from vera_jax.adapters.interface import Target
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.vera import vera

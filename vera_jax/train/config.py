@@ -6,7 +6,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from vera_jax.adapters.apply import plans_at
+from vera_jax.adapters.counting import plans_at
 from vera_jax.adapters.interface import Target
 from vera_jax.adapters.methods import (
   METHODS,
