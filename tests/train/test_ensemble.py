@@ -277,7 +277,6 @@ def test_runs_on_a_mesh_of_all_axes(tiny_config, quiet_model, tmp_path):
 
 
 def test_finished_runs_are_only_reported(together, monkeypatch):
-  monkeypatch.setattr(ensemble, "build_setup", None)
   monkeypatch.setattr(loop, "build_setup", None)
   configs, folders, results = together
   assert train_ensemble(configs, folders) == results
