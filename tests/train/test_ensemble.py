@@ -24,7 +24,7 @@ from vera_jax.errors import UserError
 from vera_jax.pretrained.blueprint import abstract_model
 from vera_jax.pretrained.sharding import behind_runs, make_mesh
 from vera_jax.tasks.classification import loss
-from vera_jax.train import ensemble, loop
+from vera_jax.train import loop
 from vera_jax.train.compiled_step import CompiledStep, state_shape
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.optim import optimiser
