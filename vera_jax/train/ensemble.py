@@ -217,7 +217,7 @@ def _own_keys(config: ConfigDict) -> set[str]:
   groups = groups_of(config.method)
   for name, line in links_of(config.method).items():
     group = groups[name]
-    per_run = line.per_run(line.read(config[group]))
+    per_run = line.per_run(line.read(config[group].to_dict()))
     keys |= {f"{group}.{key}" for key in ("lr", "head_lr", *per_run)}
   return keys
 
