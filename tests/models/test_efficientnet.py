@@ -21,7 +21,7 @@ from experiments.convert_efficientnet import (
   named_as_here,
   read_state,
 )
-from tests.networks import LITE, paths_of, random_params, write_lite
+from tests.networks import LITE, paths_of, write_lite
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.labels import FROZEN
 from vera_jax.adapters.methods import settings_in
@@ -102,8 +102,6 @@ def test_running_statistics_are_trained_by_no_method(method):
   base = {p for p in trained if p[0] != "classifier"}
   assert {path[-1] for path in base} == kinds
   assert all("norm" in p[-2] for p in base if p[-1] != "kernel")
-
-
 
 
 @pytest.mark.parametrize(
