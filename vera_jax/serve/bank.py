@@ -13,15 +13,12 @@ the same code and take their own size each. A method whose product would need a
 kernel per row is prepared when an adapter is added (`Adapter.prepare`), or is
 refused where it can't be.
 
-A bank may be used by several threads at once. Whoever asks sees the bank as it
-was when the call began: all answers of a call come from the adapters that had
-those names then, whatever is added, replaced or removed in the meantime.
+A bank may be used by several threads at once: they take turns. All answers of
+a call come from the adapters that had those names when its turn began.
 """
 
 import threading
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,8 +72,7 @@ class AdapterBank:
 
   Attributes:
     params: the trained leaves, [capacity, ...]. Adding and replacing donate it
-      and write in place; while a thread asks they write a copy, which takes
-      the memory a second time. It is replaced as a whole after training
+      and write in place. It is replaced as a whole after training
       (`multi_adapter.mixed_step`), which donates it too: until then nothing
       else may use the bank.
     frozen: the base and the projections.
@@ -133,16 +129,16 @@ class AdapterBank:
       )
     # What the adapter's file holds is stacked; the base's rest is shared.
     flat = flatten_dict(classifier.params)
-    own = {
+    stacked = {
       path: leaf for path, leaf in flat.items() if is_held(first, path, leaf)
     }
-    frozen = {path: leaf for path, leaf in flat.items() if path not in own}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in stacked}
     self.frozen = Frozen(unflatten_dict(frozen), classifier.projections)
-    self._shapes = jax.eval_shape(lambda: own)
+    self._shapes = jax.eval_shape(lambda: stacked)
     self._plain = classifier._replace(params={}, about=first.about)
     links = classifier.adapter.methods
     self._is_prepared = any(link.prepare is not as_they_are for link in links)
-    leaves = jax.eval_shape(self._prepare, unflatten_dict(own))
+    leaves = jax.eval_shape(self._prepare, unflatten_dict(stacked))
     self.params = empty_stack(leaves, capacity=self.capacity)
     self.model: dict[str, Any] = {
       "module": classifier.module,
@@ -154,8 +150,7 @@ class AdapterBank:
     if not self._reads_images:
       self._tokenizer = load_tokenizer(classifier.folder)
     self._run = jax.jit(partial(mixed_logits, **self.model))
-    self._lock = threading.Condition()  # of all that follows, and of `params`
-    self._asking = Counter[int]()  # calls that read a stack, by its id
+    self._lock = threading.RLock()  # of all that follows, and of `params`
     self._free = list(reversed(range(self.capacity)))
     self._slots: dict[str, int] = {}
     self._adapters: dict[str, Classifier] = {}  # without parameters
@@ -185,7 +180,6 @@ class AdapterBank:
     """
     made = self._fitted(name, adapter)
     with self._lock:
-      self._lock.wait_for(self._is_one_stack)
       if name in self:
         raise UserError(f"The bank has {name!r} already: replace or remove it.")
       if not self._free:
@@ -201,7 +195,6 @@ class AdapterBank:
     """Put another adapter in the place of one; errors as for `add`."""
     made = self._fitted(name, adapter)
     with self._lock:
-      self._lock.wait_for(self._is_one_stack)
       self._put(name, int(self.slots([name])[0]), *made)
 
   def remove(self, name: str) -> None:
@@ -256,8 +249,8 @@ class AdapterBank:
         example of which it makes the texts that the model reads.
     """
     logits, owners = self._ask(first, second, adapters)
-    for own in owners:
-      task = task_of(own)
+    for owner in owners:
+      task = task_of(owner)
       if task and task.to_texts:
         raise UserError(
           f"{task.name} asks about"
@@ -266,8 +259,8 @@ class AdapterBank:
           " logits of such texts alone."
         )
     return [
-      next(answers(row[None], own.labels, kind=own.kind))
-      for row, own in zip(logits, owners, strict=True)
+      next(answers(row[None], owner.labels, kind=owner.kind))
+      for row, owner in zip(logits, owners, strict=True)
     ]
 
   def _ask(
@@ -287,14 +280,16 @@ class AdapterBank:
       )
     outputs = self._plain.outputs
     out = np.empty((len(first), outputs), np.float32)
-    with self._as_it_is(names) as (params, slots, owners):
 
-      def run(batch: Batch) -> Array:
-        return self._run(params, self.frozen, batch)
+    def run(batch: Batch) -> Array:
+      return self._run(self.params, self.frozen, batch)
 
+    with self._lock:
+      slots = self.slots(names)
+      owners = [self._adapters[name] for name in names]
       limits = list(map(self._limit, owners))
       for limit in set(limits):
-        mine = [i for i, own in enumerate(limits) if own == limit]
+        mine = [i for i, other in enumerate(limits) if other == limit]
         if self._reads_images:
           processor = processor_of(self._plain, limit)
           pixels = read_images([first[i] for i in mine], processor)
@@ -310,34 +305,11 @@ class AdapterBank:
           None if second is None else [second[i] for i in mine],
           limit=limit,
         )
-        with self._lock:
-          self.truncated += tokens.truncated
+        self.truncated += tokens.truncated
         out[mine] = packed_logits(
           run, tokens, outputs=outputs, adapters=slots[mine]
         )
     return check_finite(out), owners
-
-  @contextmanager
-  def _as_it_is(
-    self, names: Sequence[str]
-  ) -> Iterator[tuple[Any, Int[np.ndarray, " names"], list[Classifier]]]:
-    """The stack as it is now, the slots of these adapters in it, and what is
-    known of them. Until this ends, nobody writes into this stack."""
-    with self._lock:
-      slots, params = self.slots(names), self.params
-      owners = [self._adapters[name] for name in names]
-      self._asking[id(params)] += 1
-    try:
-      yield params, slots, owners
-    finally:
-      with self._lock:
-        self._asking -= Counter([id(params)])
-        self._lock.notify_all()
-
-  def _is_one_stack(self) -> bool:
-    """Whether no call still reads an older stack, so that with one that is
-    written now there will be two at most."""
-    return self._asking.keys() <= {id(self.params)}
 
   def save(self, name: str, folder: str | Path) -> None:
     """Write an adapter, as trained in the bank, as `save_adapter` does.
@@ -346,7 +318,7 @@ class AdapterBank:
       UserError: the bank has no such adapter, or keeps what was computed from
         its trained leaves and not these themselves.
     """
-    self.slots([name])  # it is there
+    slot = self.slots([name])[0]
     if self._is_prepared:
       method = self._plain.about["method"]
       raise UserError(
@@ -354,19 +326,19 @@ class AdapterBank:
         " what was computed from the trained numbers, not these themselves."
         " Copy the folder that the adapter was added from."
       )
-    with self._as_it_is([name]) as (params, slots, [owner]):
-      trained = jax.tree.map(lambda leaf: np.asarray(leaf[slots[0]]), params)
-    about = owner.about
+    with self._lock:
+      trained = jax.tree.map(lambda leaf: np.asarray(leaf[slot]), self.params)
+      about = self._adapters[name].about
     if about["settings"].get("init") == STORED:
       trained = {**trained, "projections": self.frozen.projections}
     save_adapter(folder, trained, about=about)
 
-  def _limit(self, own: Classifier) -> int | None:
+  def _limit(self, owner: Classifier) -> int | None:
     """The most tokens of a text, or the pixels of an image's side."""
     if self._reads_images:
-      return own.about.get("image_size")
-    length = own.max_length if self._max_length is None else self._max_length
-    return min(length, own.room)
+      return owner.about.get("image_size")
+    length = owner.max_length if self._max_length is None else self._max_length
+    return min(length, owner.room)
 
   def _prepare(self, leaves: Any) -> Any:
     """What the bank keeps of an adapter's leaves."""
@@ -416,9 +388,8 @@ class AdapterBank:
     return self._prepare(leaves), owner
 
   def _put(self, name: str, slot: int, leaves: Any, owner: Classifier) -> None:
-    """Write an adapter into a slot, in place unless the stack is being read."""
-    write = set_slot if not self._asking[id(self.params)] else copy_with_slot
-    self.params = write(self.params, np.int32(slot), leaves)
+    """Write an adapter into a slot, in place."""
+    self.params = set_slot(self.params, np.int32(slot), leaves)
     self._slots[name], self._adapters[name] = slot, owner
 
 
@@ -437,25 +408,25 @@ def _program(
   """
   pair = {k: tensors.get(f"projections.{k}") for k in "AB"}
   stored = all(matrix is not None for matrix in pair.values())
-  found = digest(pair) if stored else about["projection_digest"]
+  checksum = digest(pair) if stored else about["projection_digest"]
   method, settings = about["method"], about["settings"]
   # Settings that only first values come from may differ; for the matrices the
   # digest is compared.
   fixed: dict[str, Any] = {}
   groups = by_link(method, settings)
   for name, line in links_of(method).items():
-    place = f"{name}." if len(groups) > 1 else ""
+    link = f"{name}." if len(groups) > 1 else ""
     chosen = line.read(groups[name])
     free = line.starts(chosen)
     fixed |= {
-      f"{place}{key}": value
+      f"{link}{key}": value
       for key, value in vars(chosen).items()
       if key not in free
     }
     made, targets = make_adapter(name, groups[name])
     if made.init is None and made.common is not None:
       # no leaf lies at a layer, where its name would tell which these are
-      fixed[f"{place}targets"] = ", ".join(sorted(set(targets)))
+      fixed[f"{link}targets"] = ", ".join(sorted(set(targets)))
   return {
     "method": method,
     "base (fingerprint)": about["base_fingerprint"][:12],
@@ -464,16 +435,13 @@ def _program(
     "number of labels": len(about["labels"]),
     "head": KINDS[kind_of(about, about["labels"])].head,
     **fixed,
-    "projections (digest)": found and found[:12],
+    "projections (digest)": checksum and checksum[:12],
   }
 
 
-def _with_slot(stacked: Any, slot: Array, leaves: Any) -> Any:
+@partial(jax.jit, donate_argnums=0)  # the stack is written in place
+def set_slot(stack: Any, slot: Array, leaves: Any) -> Any:
   """The stack with one adapter's leaves in a slot."""
   return jax.tree.map(
-    lambda whole, leaf: whole.at[slot].set(leaf), stacked, leaves
+    lambda stacked, leaf: stacked.at[slot].set(leaf), stack, leaves
   )
-
-
-set_slot = jax.jit(_with_slot, donate_argnums=0)  # written in place
-copy_with_slot = jax.jit(_with_slot)

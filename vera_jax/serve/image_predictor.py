@@ -23,6 +23,7 @@ from vera_jax.serve.predictor import (
   check_finite,
 )
 
+Pixels = Float32[np.ndarray, "images height width 3"]
 Images = Sequence[Any]  # paths, the bytes of files, or Pillow's images
 
 
@@ -51,14 +52,19 @@ class ImagePredictor:
     Raises:
       UserError: an image that can't be read; a logit is not a finite number.
     """
-    pixels = read_images(images, self.processor)
-    return check_finite(
-      image_logits(self._run, pixels, outputs=self.classifier.outputs)
-    )
+    return self.logits_of(read_images(images, self.processor))
+
+  def logits_of(self, pixels: Pixels) -> Logits:
+    """As `logits`, for images that are prepared and normalised."""
+    outputs = self.classifier.outputs
+    return check_finite(image_logits(self._run, pixels, outputs=outputs))
 
   def answers(self, images: Images) -> list[Answer]:
     """Label, score and probabilities of every image, in their order."""
-    logits = self.logits(images)
+    return self.named(self.logits(images))
+
+  def named(self, logits: Logits) -> list[Answer]:
+    """The answers that logits stand for."""
     return list(answers(logits, self.labels, kind=self.classifier.kind))
 
   def _run(self, batch: Batch) -> jax.Array:
@@ -72,9 +78,7 @@ def processor_of(classifier: Classifier, size: int | None = None) -> Processor:
   return read_processor(classifier.folder, size=size)
 
 
-def read_images(
-  images: Images, processor: Processor
-) -> Float32[np.ndarray, "images height width 3"]:
+def read_images(images: Images, processor: Processor) -> Pixels:
   """Images prepared and normalised.
 
   Raises:
@@ -82,13 +86,12 @@ def read_images(
   """
   shape = (len(images), processor.height, processor.width, 3)
   pixels = np.empty(shape, np.float32)
-  given = [
+  files = [
     ImageFile(Path(x), None) if isinstance(x, str | Path) else x for x in images
   ]
-  for number, made in enumerate(decode_all(given, processor)):
+  for number, made in enumerate(decode_all(files, processor)):
     if isinstance(made, Exception):
-      one = given[number]
-      name = one.path if isinstance(one, ImageFile) else "given"
+      name = getattr(files[number], "path", "given")
       raise UserError(f"Image {number}, {name}, can't be read: {made}.")
     pixels[number] = processor.normalise(made)
   return pixels
@@ -96,7 +99,7 @@ def read_images(
 
 def image_logits(
   run: Callable[[Batch], jax.Array],
-  pixels: Float32[np.ndarray, "images height width 3"],
+  pixels: Pixels,
   *,
   outputs: int,
   adapters: Int[np.ndarray, " images"] | None = None,
@@ -139,16 +142,9 @@ def answer_files(
   while chunk := list(itertools.islice(files, at_once)):
     made = list(decode_all(chunk, predictor.processor))
     good = [x for x in made if not isinstance(x, Exception)]
-    found: Iterator[Answer] = iter(())
+    answered: Iterator[Answer] = iter(())
     if good:
       pixels = predictor.processor.normalise(np.stack(good))
-      logits = image_logits(
-        predictor._run, pixels, outputs=predictor.classifier.outputs
-      )
-      found = answers(
-        check_finite(logits),
-        predictor.labels,
-        kind=predictor.classifier.kind,
-      )
+      answered = iter(predictor.named(predictor.logits_of(pixels)))
     for (path, _), image in zip(chunk, made, strict=True):
-      yield path, str(image) if isinstance(image, Exception) else next(found)
+      yield path, str(image) if isinstance(image, Exception) else next(answered)

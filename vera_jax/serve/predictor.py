@@ -182,14 +182,13 @@ class Predictor:
       tokens = self._encode([texts[i][done[i] :] for i in numbers], None)
       logits = packed_logits(self._run, tokens, outputs=len(labels))
       check_finite(logits)
-      found = answers(logits, labels)  # of each token
       assert tokens.words is not None
-      for i, places in zip(
+      for i, word, answer in zip(
         np.repeat(numbers, tokens.lengths).tolist(),
-        zip(tokens.words.tolist(), found, strict=True),
+        tokens.words.tolist(),
+        answers(logits, labels),  # of each token
         strict=True,
       ):
-        word, answer = places
         if word >= 0:
           tags[i][done[i] + word] = answer.label
           scores[i][done[i] + word] = answer.score
@@ -199,8 +198,8 @@ class Predictor:
         if done[i] >= len(texts[i]):
           del done[i]
     return [
-      Tagged(tuple(text), tuple(own), tuple(chances))
-      for text, own, chances in zip(texts, tags, scores, strict=True)
+      Tagged(tuple(text), tuple(of_text), tuple(chances))
+      for text, of_text, chances in zip(texts, tags, scores, strict=True)
     ]
 
   def _encode(self, first: Any, second: Any) -> Tokens:
@@ -230,22 +229,20 @@ def answer_lines(
   while chunk := list(itertools.islice(lines, at_once)):
     good = [line.texts for line in chunk if line.texts]
     columns = [list(column) for column in zip(*good, strict=True)]
-    found: Iterator[Any] = iter(predictor.answers(*columns) if good else [])
+    made: Iterator[Any] = iter(predictor.answers(*columns) if good else [])
     for line in chunk:
-      yield line, next(found) if line.texts else None
+      yield line, next(made) if line.texts else None
 
 
 def task_of(classifier: Classifier) -> Task | None:
   """The task that it was trained on; None where that is not known."""
-  return _task_or_none(str(classifier.about.get("task")))
-
-
-@lru_cache
-def _task_or_none(name: str) -> Task | None:
   try:
-    return task_named(name)
+    return _task_named(str(classifier.about.get("task")))
   except UserError:
     return None
+
+
+_task_named = lru_cache(task_named)  # a bank asks for each text
 
 
 def own_columns(classifier: Classifier) -> tuple[str, ...]:
@@ -256,8 +253,8 @@ def own_columns(classifier: Classifier) -> tuple[str, ...]:
 def text_columns(classifier: Classifier) -> tuple[tuple[str, ...], ...]:
   """The names that its text columns may have: its own ones, or else its task's;
   () where they are not known."""
-  own, task = own_columns(classifier), task_of(classifier)
-  return (own,) if own else task.presentation.columns if task else ()
+  columns, task = own_columns(classifier), task_of(classifier)
+  return (columns,) if columns else task.presentation.columns if task else ()
 
 
 def check_texts(first: Any, second: Any = None, *, words: bool = False) -> None:
@@ -320,12 +317,8 @@ def encode(
   texts: Any = first
   if classifier.kind == TAGS:
     texts = map(words_of, first)
-  examples = Examples(
-    list(texts),
-    None if second is None else list(second),
-    None,
-    np.arange(len(first)),
-  )
+  pairs = None if second is None else list(second)
+  examples = Examples(list(texts), pairs, None, np.arange(len(first)))
   with _TOKENIZING:
     tokens = tokenise(examples, tokenizer, limit, None)
   highest, size = int(tokens.ids.max(initial=0)), classifier.config.vocab_size
@@ -362,11 +355,11 @@ def packed_logits(
   longest = int(tokens.lengths.max())
   length = max(SHORTEST, 1 << (longest - 1).bit_length())
   layout = Layout(ROWS, length, length // 4)
-  place = place_all(tokens.lengths, layout, adapters=adapters)
-  batches = placed_batches(tokens, place, layout)
+  places = place_all(tokens.lengths, layout, adapters=adapters)
+  batches = placed_batches(tokens, places, layout)
   if tokens.words is not None:
     rows = [np.asarray(run(with_adapters(b, adapters))) for b in batches]
-    return per_token(np.concatenate(rows), tokens, place)
+    return per_token(np.concatenate(rows), tokens, places)
   out = np.empty((len(tokens), outputs), np.float32)
   for batch in batches:
     logits = np.asarray(run(with_adapters(batch, adapters)))

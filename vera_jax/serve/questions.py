@@ -116,9 +116,9 @@ def answer_turns(
 
   batches = []
   for value, same in groupby(range(len(questions)), key=temperature):
-    own = list(same)
-    for start in range(0, len(own), generator.rows):
-      batches.append((value, own[start : start + generator.rows]))
+    neighbours = list(same)
+    for start in range(0, len(neighbours), generator.rows):
+      batches.append((value, neighbours[start : start + generator.rows]))
   for value, batch in batches:
     answers = {i: AnsweredTurns([], 0) for i in batch}
     for turn in range(max(len(questions[i].turns) for i in batch)):
@@ -134,7 +134,7 @@ def answer_turns(
       for i in by_room.pop(0, {}):
         answers[i].turns.append("")
       for room, prompts in by_room.items():
-        found = generator.ids(
+        answered = generator.ids(
           list(prompts.values()),
           how=Sampling(value) if value else GREEDY,
           max_new_tokens=room,
@@ -142,7 +142,7 @@ def answer_turns(
           numbers=[turn * len(questions) + i for i in prompts],
           seed=seed,
         )
-        for i, ids in zip(prompts, found, strict=True):
+        for i, ids in zip(prompts, answered, strict=True):
           answers[i].turns.append(generator.decode(ids).strip())
     yield from answers.values()
 
