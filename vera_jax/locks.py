@@ -103,14 +103,14 @@ def _acquire(path: Path) -> str | None:
   # A dead owner's lock may be replaced, but never a new lock that another
   # process has just put in its place. So replacing takes a second lock, whose
   # name belongs to this one dead owner, and then looks once more.
-  found = _read(path)
-  if found is None or is_locked(path):
+  dead = _read(path)
+  if dead is None or is_locked(path):
     return None
   second = path.with_name(f".{path.name}-{_owner(path).get('id', 'nameless')}")
   if not _acquire(second):
     return None
   try:
-    if _read(path) != found or is_locked(path):
+    if _read(path) != dead or is_locked(path):
       return None
     write_text(path, record)
     return record
@@ -134,14 +134,14 @@ def _owner(path: Path) -> dict[str, Any]:
     owner = parse_json(_read(path) or "{}")
   except ValueError:
     return {}
-  whole = (
+  complete = (
     isinstance(owner, dict)
     and all(type(owner.get(name)) is kind for name, kind in RECORD.items())
     and 0 < owner["pid"] < 2**31
     and owner["id"].isalnum()  # it becomes part of a file's name
     and owner["host"].split()
   )
-  return owner if whole else {}
+  return owner if complete else {}
 
 
 def _host() -> str:

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bank, report, step_report
+from benchmarks import bank, report, step
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   "theirs", [False, pytest.param(True, marks=pytest.mark.parity)]
 )
@@ -51,11 +50,9 @@ STEPS = sorted((ROOT / "results/benchmarks").glob("step-*.json"))
 
 
 @pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
-def test_a_steps_table_is_that_of_the_figures(path, tmp_path):
+def test_a_steps_table_is_that_of_the_figures(path):
   result = json.loads(path.read_text())
-  assert step_report.markdown(result) == path.with_suffix(".md").read_text()
-  step_report.draw(result, tmp_path / "bars.png")
-  assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+  assert step.markdown(result) == path.with_suffix(".md").read_text()
   for costs in result["sizes"].values():
     frozen, whole, *plans, lora = (costs[name] for name in costs)
     folded = next(cost for name, cost in costs.items() if "folded" in name)

@@ -1,27 +1,36 @@
-"""A sweep as a researcher types it."""
+"""The command itself: what a researcher types, and mistypes."""
 
-import pytest
+from tests.experiments.command import refused_each, run
+
+RANK = "--config=configs/sweeps/rank.py:minilm"
 
 
-# ml_collections loads config files by it
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_a_dry_run_counts_and_leaves_nothing(
-  tmp_path, typed, capsys, monkeypatch
-):
-  monkeypatch.setenv("COLUMNS", "120")
+def test_a_mistake_is_explained_in_a_line_or_two():
+  mistakes = [
+    (["--config=configs/rte.py", "--workdir=x"], "experiments.glue"),
+    ([RANK], "--workdir=DIR"),
+    ([RANK, "--workdir=x", "--shard=4/4"], "from 0 to n - 1"),
+  ]
+  said = refused_each("sweep", 1, *(flags for flags, _ in mistakes))
+  for (_, words), message in zip(mistakes, said, strict=True):
+    assert words in message and len(message.splitlines()) <= 3
+
+
+def test_a_dry_run_counts_and_leaves_nothing(tmp_path):
   folder = tmp_path / "sweep"
-  typed(
+  done = run(
     "sweep",
-    "--config=configs/sweeps/rank.py:minilm",
+    RANK,
     f"--workdir={folder}",
     "--dry_run",
     "--shard=1/2",
     "--config.base.seed=3",
     "--tflops=2",
+    COLUMNS="120",
   )
-  shown = capsys.readouterr().out
+  assert done.returncode == 0, done.stderr
   # ten ranks in two shards; one seed is left of three
-  assert "of 10 runs in" in shown and "shard 1/2: " in shown
-  assert "vera-rank" in shown and "new" in shown
-  assert "at 2 TFLOP/s, as given" in shown
+  assert "of 10 runs in" in done.stdout and "shard 1/2: " in done.stdout
+  assert "vera-rank" in done.stdout and "new" in done.stdout
+  assert "at 2 TFLOP/s, as given" in done.stdout
   assert not folder.exists()

@@ -19,12 +19,13 @@ from safetensors.numpy import load_file
 
 from tests.train.conftest import here, outputs, random_model, tiny_blueprint
 from vera_jax import group_key, train_ensemble
-from vera_jax.adapters.vector_norms import norms_beside
+from vera_jax.adapters.files import load_adapter
+from vera_jax.adapters.vector_norms import adapter_norms, as_json
 from vera_jax.errors import UserError
 from vera_jax.pretrained.blueprint import abstract_model
 from vera_jax.pretrained.sharding import behind_runs, make_mesh
 from vera_jax.tasks.classification import loss
-from vera_jax.train import loop
+from vera_jax.train import ensemble, loop
 from vera_jax.train.compiled_step import CompiledStep, state_shape
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.optim import optimiser
@@ -277,6 +278,7 @@ def test_runs_on_a_mesh_of_all_axes(tiny_config, quiet_model, tmp_path):
 
 
 def test_finished_runs_are_only_reported(together, monkeypatch):
+  monkeypatch.setattr(ensemble, "build_setup", None)
   monkeypatch.setattr(loop, "build_setup", None)
   configs, folders, results = together
   assert train_ensemble(configs, folders) == results
@@ -431,6 +433,7 @@ def test_a_folder_for_each(tiny_config, tmp_path):
 
 def test_the_norms_in_a_result_are_those_of_its_adapter(together):
   for folder, result in zip(together.folders, together.results, strict=True):
-    assert result["norms"] == norms_beside(folder)
+    tensors = load_adapter(folder / "adapter").tensors
+    assert result["norms"] == as_json(adapter_norms(tensors))
     assert {v["leaf"] for v in result["norms"]} == {"d", "b"}
     assert len(result["norms"]) == 2 * 2 * 2  # layers, query and value

@@ -2,12 +2,9 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from vera_jax.adapters.files import load_adapter
 
 NAME = re.compile(
   r"(?:.*\.)?encoder\.layer\.(?P<layer>\d+)\.(?P<kind>.+)"
@@ -82,10 +79,3 @@ def as_json(vectors: list[Vector]) -> list[dict[str, Any]]:
     }
     for vector in vectors
   ]
-
-
-def norms_beside(folder: Path) -> list[dict[str, Any]]:
-  """Of the adapter in a run's folder; empty where that holds no adapter."""
-  if not (folder / "adapter").is_dir():
-    return []
-  return as_json(adapter_norms(load_adapter(folder / "adapter").tensors))

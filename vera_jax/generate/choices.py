@@ -262,12 +262,11 @@ def log_likelihoods(
     )
   values = np.zeros(len(texts))
   order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
-  alone: Any = {"longest": None}  # a text has a row alone
-  module = model.module
+  module: Any = model.module  # for rows of one text each, however long
   if isinstance(module, Adapted):
-    module = module.clone(model=module.model.clone(**alone))
+    module = module.clone(model=module.model.clone(longest=None))
   else:
-    module = module.clone(**alone)
+    module = module.clone(longest=None)
   done = 0
   while done < len(order):
     length = len(ids[order[done]])

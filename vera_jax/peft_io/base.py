@@ -68,7 +68,7 @@ class Base(NamedTuple):
   older: bool = False
 
   @property
-  def whole(self) -> tuple[str, ...]:
+  def saved_modules(self) -> tuple[str, ...]:
     """Modules that a task may bring and train whole (modules_to_save)."""
     return tuple(new.rstrip("/") for new in self.classifier.family.names.new)
 
@@ -108,8 +108,8 @@ def open_base(
     UserError: the base is not there, not this adapter's, or quantised.
   """
   folder = resolve(name)
-  found = fingerprint(folder)
-  if about.get("base_fingerprint") not in (None, found):
+  weights = fingerprint(folder)
+  if about.get("base_fingerprint") not in (None, weights):
     raise UserError(
       f"{folder} is not the base that the adapter was trained on: its weights"
       " have another fingerprint. Give the right one by --base=FOLDER."
@@ -136,7 +136,7 @@ def open_base(
     )
   classifier = blueprint(fields, outputs=2, head=head, scan=False)
   layers = linear_layers(classifier)
-  return Base(folder, fields, found, head, classifier, layers)
+  return Base(folder, fields, weights, head, classifier, layers)
 
 
 def class_name(classifier: Blueprint, path: TreePath, *, older: bool) -> str:

@@ -34,13 +34,13 @@ def joined(
   leaves: Mapping[str, Tensors], layers: Mapping[str, Layer]
 ) -> dict[str, dict[str, Tensors]]:
   """The leaves of each layer's parts in the columns' order, "" for a whole."""
-  found: dict[str, dict[str, Tensors]] = {}
+  by_layer: dict[str, dict[str, Tensors]] = {}
   for name in sorted(leaves, key=lambda n: layers[n].target.columns or ()):
     whose, part = name, ""
     if layers[name].target.columns:
       whose, part = name.rsplit(".", 1)
-    found.setdefault(whose, {})[part] = leaves[name]
-  return found
+    by_layer.setdefault(whose, {})[part] = leaves[name]
+  return by_layer
 
 
 def join_lora(

@@ -18,8 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vera_jax import results
 from vera_jax.adapters.counting import leaf_shapes
 from vera_jax.adapters.files import check_length, save_adapter
+from vera_jax.adapters.interface import Adapter, Target
 from vera_jax.adapters.interface import Path as TreePath
-from vera_jax.adapters.interface import Target
 from vera_jax.adapters.labels import HEAD
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.projections import (
@@ -35,7 +35,7 @@ from vera_jax.models.family import label_names
 from vera_jax.models.hf_weights import load_params
 from vera_jax.models.kinds import KINDS, WORDS, kind_of, kind_of_problem
 from vera_jax.peft_io.base import Base, open_base, target_patterns
-from vera_jax.peft_io.forms import FORMS
+from vera_jax.peft_io.forms import FORMS, Form
 from vera_jax.peft_io.forms.form import MERGE
 from vera_jax.peft_io.settings import FILE as SETTINGS
 from vera_jax.peft_io.settings import PeftSettings, is_target, read_settings
@@ -115,18 +115,21 @@ def import_adapter(
     elif ending and layer in network.layers:
       leaf, value = form.take(ending, value, form.endings)
       adapted.setdefault(layer, {})[leaf] = value
-    elif path[0] in network.whole and last in HEAD_LEAVES:
+    elif path[0] in network.saved_modules and last in HEAD_LEAVES:
       if last == "weight":
         last, value = (
           ("kernel", value.T) if value.ndim > 1 else ("scale", value)
         )
       head[(*path, last)] = value  # torch has (out, in)
     else:
-      whole = " and ".join(network.whole) or "heads of classifiers, no other,"
+      modules = (
+        " and ".join(network.saved_modules) or "heads of classifiers, no other,"
+      )
       raise UserError(
         f"The adapter's file holds {tensor!r}, which has no place here: only"
         f" {' and '.join({**form.root, **form.endings})} of the base's linear"
-        f" layers, and whole {whole} modules (modules_to_save), can be carried."
+        f" layers, and whole {modules or 'heads of classifiers, no other,'}"
+        " modules (modules_to_save), can be carried."
       )
   if not form.endings:  # then the config alone says which layers are adapted
     if settings.targets is None:
@@ -154,35 +157,36 @@ def import_adapter(
   if exported.get("method") != settings.method or not isinstance(known, dict):
     known = {}
   patterns = partial(target_patterns, layers=network.layers)
-  given: dict[str, Any] = {
+  values: dict[str, Any] = {
     "targets": patterns(kinds),
     "lr": known.get("lr"),
     "head_lr": known.get("head_lr"),
-    **settings.given,
+    **settings.values,
     **form.more(adapted, network.layers, patterns),
   }
-  leaves = _adapter_leaves(settings, given, adapted, network)
+  adapter = make_adapter(settings.method, values)[0]
+  leaves = _adapter_leaves(form, adapter, values, adapted, network)
   head, outputs, frozen = _complete_head(head, network)
   pair_digest = None
   if form.trained_root:
-    leaves |= _root_leaves(settings, given, root)
+    leaves |= _root_leaves(adapter, root)
     root = {}
   parameters = {
     "adapter": sum(x.size for x in leaves.values()),
     "head": sum(x.size for x in head.values()),
     "frozen": frozen,
   }
-  if make_adapter(settings.method, given)[0].shared is not None:
+  if adapter.shared is not None:
     targets = {
       layer.path: layer.target
       for name, layer in network.layers.items()
       if name in adapted
     }
-    given, pair = find_projections(
-      settings, given, root, targets=targets, known=known
+    values, pair = find_projections(
+      settings, values, root, targets=targets, known=known
     )
     pair_digest = digest(pair)
-    if given.get("init") == STORED:
+    if values.get("init") == STORED:
       leaves |= {("projections", name): matrix for name, matrix in pair.items()}
 
   run = _about_run(exported, task, outputs=outputs, base=network)
@@ -197,20 +201,20 @@ def import_adapter(
     "method": settings.method,
     "projection_digest": pair_digest,
     "projection_prng": PRNG,
-    "settings": given,
+    "settings": values,
   }
   save_adapter(out, unflatten_dict({**leaves, **head}), about=about)
   return about
 
 
 def _check_targets(
-  settings: PeftSettings, found: Collection[str], base: Base
+  settings: PeftSettings, adapted: Collection[str], base: Base
 ) -> None:
   """Raises a UserError where the file's layers are not those of the config."""
-  if not found:
+  if not adapted:
     raise UserError("The adapter's file holds no adapted layer.")
   head = _head_paths(base.classifier)
-  for name in found:
+  for name in adapted:
     path = base.layers[name].path
     if (*path, "kernel") in head:
       raise UserError(
@@ -219,7 +223,7 @@ def _check_targets(
       )
   for name in base.layers:
     expected = is_target(settings, name)
-    if expected is not None and expected != (name in found):
+    if expected is not None and expected != (name in adapted):
       raise UserError(
         f"target_modules {'names' if expected else 'leaves out'} {name}, but"
         f" the adapter's file has {'no' if expected else 'a'} tensor for it:"
@@ -229,27 +233,35 @@ def _check_targets(
 
 
 def _adapter_leaves(
-  settings: PeftSettings,
-  given: Mapping[str, Any],
+  form: Form,
+  adapter: Adapter,
+  values: Mapping[str, Any],
   adapted: Mapping[str, Tensors],
   base: Base,
 ) -> Leaves:
-  """The leaves of every layer of the adapted kinds, by path."""
+  """The leaves of every layer of the adapted kinds, by path.
+
+  Args:
+    form: PEFT's of the method.
+    adapter: of the method.
+    values: of its settings.
+    adapted: the leaves of the layers that PEFT has adapted, by name.
+    base: of the adapter.
+  """
   # Without A and B: the leaves' shapes don't depend on them.
-  adapter = make_adapter(settings.method, given)[0]._replace(shared=None)
+  adapter, unchanged = adapter._replace(shared=None), form.unchanged(values)
   kinds = {base.layers[name].kind for name in adapted}
-  unchanged = FORMS[settings.form].unchanged(given)
   leaves: Leaves = {}
   for name, layer in base.layers.items():
     if layer.kind not in kinds:
       continue
     for leaf, need in leaf_shapes(adapter, layer.path, layer.target).items():
       if name not in adapted and leaf == "magnitude_m":
-        place = (*layer.path, "kernel")
+        path = (*layer.path, "kernel")
         kernel = load_params(
-          base.folder, unflatten_dict({place: base.classifier.shapes[place]})
+          base.folder, unflatten_dict({path: base.classifier.shapes[path]})
         ).params
-        W0 = np.asarray(flatten_dict(kernel)[place], np.float32)
+        W0 = np.asarray(flatten_dict(kernel)[path], np.float32)
         value = np.linalg.norm(W0.reshape(layer.target.inputs, -1), axis=0)
       elif name not in adapted:
         value = np.full(need.shape, unchanged.get(leaf, 0), np.float32)
@@ -258,7 +270,7 @@ def _adapter_leaves(
       else:
         value = adapted[name][leaf]
       if value.shape != need.shape:
-        rank = f" and r = {given['rank']}" if "rank" in given else ""
+        rank = f" and r = {values['rank']}" if "rank" in values else ""
         raise UserError(
           f"{leaf} of {name} has shape {value.shape}; the base{rank} need"
           f"{'' if rank else 's'} {need.shape}. Is it the right base?"
@@ -267,21 +279,19 @@ def _adapter_leaves(
   return leaves
 
 
-def _root_leaves(
-  settings: PeftSettings, given: Mapping[str, Any], found: Tensors
-) -> Leaves:
+def _root_leaves(adapter: Adapter, root: Tensors) -> Leaves:
   """The trained leaves that all layers share, by path."""
-  common = make_adapter(settings.method, given)[0].common
+  common = adapter.common
   assert common is not None
   need = jax.eval_shape(lambda: common(jax.random.key(0), {}))
   for name, leaf in need.items():
-    have = found[name].shape if name in found else None
+    have = root[name].shape if name in root else None
     if have != leaf.shape:
       raise UserError(
         f"{name} has shape {have} in the adapter's file; its config needs"
         f" {leaf.shape}: the two files don't belong together."
       )
-  return {(name,): found[name] for name in need}
+  return {(name,): root[name] for name in need}
 
 
 def _head_paths(classifier: Blueprint) -> set[TreePath]:
@@ -303,8 +313,8 @@ def _complete_head(head: Leaves, base: Base) -> tuple[Leaves, int, int]:
   if not head:
     outputs = len(label_names(base.fields))
     made = blueprint(base.fields, outputs=outputs, scan=False)
-    own = {path: made.shapes[path] for path in _head_paths(made)}
-    loaded = load_params(base.folder, unflatten_dict(own))
+    of_head = {path: made.shapes[path] for path in _head_paths(made)}
+    loaded = load_params(base.folder, unflatten_dict(of_head))
     if loaded.missing:
       raise UserError(
         f"Neither the adapter (modules_to_save) nor {base.folder} has a"
@@ -338,7 +348,7 @@ def _complete_head(head: Leaves, base: Base) -> tuple[Leaves, int, int]:
 
 def find_projections(
   settings: PeftSettings,
-  given: dict[str, Any],
+  values: dict[str, Any],
   saved: Tensors,
   *,
   targets: Mapping[TreePath, Target],
@@ -348,7 +358,7 @@ def find_projections(
 
   Args:
     settings: of PEFT's file.
-    given: ours, by which PEFT's own key draws them.
+    values: of our settings, by which PEFT's own key draws them.
     saved: the matrices as saved; empty where they were not.
     targets: the adapted layers.
     known: the settings that our own export wrote into the file, if it is one.
@@ -360,12 +370,12 @@ def find_projections(
   Raises:
     UserError: the saved matrices are incomplete or don't fit the layers.
   """
-  candidates = [given]
+  candidates = [values]
   names = FORMS[settings.form].root
   if settings.saved or saved:
     init, seed = known.get("init"), known.get("projection_seed")
     if init in INITIALISERS and isinstance(seed, int):
-      candidates.insert(0, {**given, "init": init, "projection_seed": seed})
+      candidates.insert(0, {**values, "init": init, "projection_seed": seed})
     if set(saved) != set(names.values()):
       raise UserError(
         f"save_projection is true, but the file lacks {' or '.join(names)}: it"
@@ -394,7 +404,7 @@ def find_projections(
       )
     if all(np.array_equal(cut[name], drawn[name]) for name in cut):
       return candidate, drawn
-  return {**given, "init": STORED}, cut
+  return {**values, "init": STORED}, cut
 
 
 def _about_run(

@@ -54,7 +54,7 @@ class PeftSettings(NamedTuple):
 
   Attributes:
     method: ours.
-    given: its settings, but for the targets.
+    values: of its settings, but for the targets.
     form: PEFT's form of it, a name in `forms.FORMS`.
     base: the base's name; None where there is none, or a revision of one.
     targets, exclude: a regular expression over whole names, or endings of them.
@@ -67,7 +67,7 @@ class PeftSettings(NamedTuple):
   """
 
   method: str
-  given: Mapping[str, Any]
+  values: Mapping[str, Any]
   form: str
   base: str | None
   targets: str | tuple[str, ...] | None
@@ -114,7 +114,7 @@ def _settings(fields: Mapping[str, Any]) -> PeftSettings:
     raise UserError(
       f"task_type={task_type!r}: only {' and '.join(TASK_TYPES)} here."
     )
-  method, given = form.settings(dict(fields))
+  method, values = form.settings(dict(fields))
 
   def names(field: str) -> tuple[str, ...]:
     value = fields.get(field) or ()
@@ -132,7 +132,7 @@ def _settings(fields: Mapping[str, Any]) -> PeftSettings:
   base = fields.get("base_model_name_or_path")
   return PeftSettings(
     method=method,
-    given=given,
+    values=values,
     form=name,
     head=TASK_TYPES.get(str(task_type)),
     fan_in_fan_out=bool(fields.get("fan_in_fan_out")),
@@ -166,15 +166,15 @@ def is_target(settings: PeftSettings, name: str) -> bool | None:
     return any(name == e or name.endswith(f".{e}") for e in entries)
 
   try:
-    whole = "|".join(settings.modules_to_save)
-    if whole and find(whole, name, form=r"(?:.*\.)?(?:{})(?:\Z|\.)"):
+    saved = "|".join(settings.modules_to_save)
+    if saved and find(saved, name, form=r"(?:.*\.)?(?:{})(?:\Z|\.)"):
       return False
     if listed(settings.exclude) or not listed(targets or ()):
       return False
     if settings.layers is None or isinstance(targets, str) or name in targets:
       return True  # a whole name is taken whatever its layer's number
     stack = "|".join(settings.layers_pattern) or r"[^.]*"
-    found = find(stack, name, form=r"(?:.*?\.)?(?:{})\.(?P<layer>\d+)\.")
-    return found is not None and int(found["layer"]) in settings.layers
+    match = find(stack, name, form=r"(?:.*?\.)?(?:{})\.(?P<layer>\d+)\.")
+    return match is not None and int(match["layer"]) in settings.layers
   except UserError as error:
     raise UserError(f"{FILE}: {error}") from error

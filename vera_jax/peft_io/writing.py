@@ -52,23 +52,23 @@ def export_adapter(
   out = check_free(out)
   saved = load_adapter(folder)
   about = saved.about
-  own, given = about["method"], about["settings"]
+  own_method, settings = about["method"], about["settings"]
   if about.get("codes_digest"):  # a GGUF file's own codes everyone reads alike
     raise UserError(
       f"{folder} was trained on a base in {about['quantise']} codes, but PEFT"
       " would put it on the base's own weights, which are others. Merge it and"
       " use the checkpoint."
     )
-  if own not in HELD_BY:
+  if own_method not in HELD_BY:
     raise UserError(
-      f"{folder} holds method {own!r}; only {', '.join(HELD_BY)} are adapters"
-      " that PEFT can hold. Merge it and use the checkpoint."
+      f"{folder} holds method {own_method!r}; only {', '.join(HELD_BY)} are"
+      " adapters that PEFT can hold. Merge it and use the checkpoint."
     )
-  method = method or HELD_BY[own][0]
-  if method not in HELD_BY[own]:
+  method = method or HELD_BY[own_method][0]
+  if method not in HELD_BY[own_method]:
     raise UserError(
-      f"A {own} adapter can't be written as PEFT's {method}; as"
-      f" {' or '.join(HELD_BY[own])} it can."
+      f"A {own_method} adapter can't be written as PEFT's {method}; as"
+      f" {' or '.join(HELD_BY[own_method])} it can."
     )
   form = FORMS[method]
   head = KINDS[kind_of(about, about["labels"])].head
@@ -82,7 +82,7 @@ def export_adapter(
   name = base or saved.base
   network = open_base(name, about, head=head)
   layers = with_parts(network.layers)
-  adapter, targets = make_adapter(own, given)
+  adapter, targets = make_adapter(own_method, settings)
 
   # The tensors by Hugging Face's names of their modules.
   adapted: dict[str, Tensors] = {}
@@ -93,7 +93,7 @@ def export_adapter(
       if any(matches(pattern, layer.path) for pattern in targets)
     }
   tensors: Tensors = {}  # of the new file: first the head's
-  whole: set[str] = set()
+  saved_whole: set[str] = set()
   root: Tensors = {}
   stored: Tensors = {}
   for tensor, value in saved.tensors.items():
@@ -105,8 +105,8 @@ def export_adapter(
     theirs, of_base = network.name(path), leaf in ("kernel", "scale", "bias")
     if theirs in layers and not of_base:
       adapted.setdefault(theirs, {})[leaf] = value
-    elif path[0] in network.whole and of_base:
-      whole.add(path[0])
+    elif path[0] in network.saved_modules and of_base:
+      saved_whole.add(path[0])
       last = "bias" if leaf == "bias" else "weight"
       value = value.T  # torch has (out, in)
       tensors[f"{PREFIX}{theirs}.{last}"] = value
@@ -133,7 +133,7 @@ def export_adapter(
 
   projections: dict[str, Any] = dict(stored)
   if adapter.shared is not None:
-    if given.get("init") != STORED:
+    if settings.get("init") != STORED:
       sites = {layers[name].path: layers[name].target for name in adapted}
       projections = jax.tree.map(np.asarray, adapter.shared(sites))
     if about["projection_digest"] != digest(projections):
@@ -141,15 +141,15 @@ def export_adapter(
         "The adapter's projections don't have the digest that its adapter.json"
         " names: it is damaged, or was made by another version."
       )
-  ours = Ours(own, given, adapter, adapted, layers, projections, root)
+  ours = Ours(own_method, settings, adapter, adapted, layers, projections, root)
   exported = form.write(ours)
   if ours.parts:  # PEFT adapts fused layers as wholes
     if form.join is None or adapter.links:
       part = next(x for x in adapted if layers[x].target.columns)
       fused = layers[part].path[-2]
       raise UserError(
-        f"{part} is a part of the fused layer {fused}, and PEFT's {own} adapts"
-        " whole layers only. Merge the adapter, or train one with"
+        f"{part} is a part of the fused layer {fused}, and PEFT's {own_method}"
+        " adapts whole layers only. Merge the adapter, or train one with"
         f" targets=({fused!r},), the whole layer."
       )
     exported = form.join(ours, exported)
@@ -170,15 +170,17 @@ def export_adapter(
     ),
     "inference_mode": True,
     "target_modules": module_list(exported.leaves, network.layers),
-    "modules_to_save": sorted(whole),
+    "modules_to_save": sorted(saved_whole),
     "fan_in_fan_out": not network.classifier.family.names.transposed,
     **exported.fields,
   }
 
-  def fill(place: Path) -> None:
-    write_tensors(place / TENSORS, tensors, about=published(about))
-    write_json(place / FILE, config)
+  def fill(folder: Path) -> None:
+    write_tensors(folder / TENSORS, tensors, about=published(about))
+    write_json(folder / FILE, config)
 
   make_folder(out, fill)
-  drawn = given.get("init") == "peft" and not ours.parts  # by every PEFT alike
+  drawn = (
+    settings.get("init") == "peft" and not ours.parts
+  )  # by every PEFT alike
   return [WARNING] if method == "vera" and not drawn else []

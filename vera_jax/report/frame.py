@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from vera_jax import results
 from vera_jax.adapters.methods import groups_of
-from vera_jax.adapters.vector_norms import SHORT, norms_beside
+from vera_jax.adapters.vector_norms import SHORT
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.report.signatures import COLLAPSED, signatures
@@ -53,7 +53,6 @@ ASIDE = (
   "model.scan",  # changes rounding alone
 )
 
-
 NUMBER = (int, float)
 # What tables read of a result, and its types in JSON.
 READ: Mapping[str, Any] = {
@@ -66,7 +65,7 @@ READ: Mapping[str, Any] = {
     "optim": {"epochs": NUMBER},
   },
 }
-TEST = {"scores": dict, "inputs": int, "missing": str}
+TEST = {"inputs": int, "missing": str}
 
 
 def method_title(method: str) -> str:
@@ -105,10 +104,10 @@ def load_sweep(*folders: str | Path) -> Sweep:
   Raises:
     UserError: there is no result that can be read.
   """
-  places: dict[Path, Path] = {}  # the same file, by another folder, is one
+  folders_of_runs: dict[Path, Path] = {}  # by the path behind all links
   failures: dict[Path, Path] = {}
   remarks: list[str] = []
-  plan: dict[str, Any] = {}
+  sweep: dict[str, Any] = {}
 
   def read(file: Path) -> dict[str, Any] | None:
     try:
@@ -117,52 +116,49 @@ def load_sweep(*folders: str | Path) -> Sweep:
       remarks.append(f"Left out: {error}")
       return None
 
-  for folder in map(Path, folders):
-    file = folder / "sweep.json"
-    own_plan = (read(file) if file.exists() else None) or {}
-    if not isinstance(own_plan.get("runs", {}), dict):
+  for top in map(Path, folders):
+    file = top / "sweep.json"
+    about = (read(file) if file.exists() else None) or {}
+    if not isinstance(about.get("runs", {}), dict):
       remarks.append(f"Left out: {file} has no runs by their names.")
-      own_plan = {}
-    plan = plan or own_plan
-    order = {name: i for i, name in enumerate(own_plan.get("runs", ()))}
-    for place in sorted(
-      (path.parent for path in sorted(folder.rglob(results.FILE))),
-      key=lambda place: order.get(place.name, len(order)),
+      about = {}
+    sweep = sweep or about
+    order = {name: i for i, name in enumerate(about.get("runs", ()))}
+    for folder in sorted(
+      (path.parent for path in sorted(top.rglob(results.FILE))),
+      key=lambda folder: order.get(folder.name, len(order)),
     ):
-      places.setdefault(place.resolve(), place)
-    for path in sorted(folder.rglob(results.FAILED)):
+      folders_of_runs.setdefault(folder.resolve(), folder)
+    for path in sorted(top.rglob(results.FAILED)):
       failures.setdefault(path.resolve(), path)
-  found: dict[str, tuple[dict[str, Any], Path]] = {}
+  counted: dict[str, tuple[dict[str, Any], Path]] = {}
   repeats, unequal = 0, []
-  for place in places.values():
-    result = read(place / results.FILE)
-    if result is None:
+  for folder in folders_of_runs.values():
+    if (result := read(folder / results.FILE)) is None:
       continue
     try:
-      if (
-        "norms" not in result
-      ):  # older results; an adapter beside them has them
-        result["norms"] = norms_beside(place)
       _check(result, READ, "it")
-      if result.get("test"):
-        _check(result["test"], TEST, "test")
-        _check(result["test"]["scores"], NUMBER, "test.scores")
       for group in groups_of(result["method"]).values():
         _check(result["config"].get(group, {}).get("rank", 0), NUMBER, "rank")
+      if result.get("test"):
+        _check(result["test"], TEST, "test")
+        _check(dict(result["test"]["scores"]), NUMBER, "test.scores")
       _check(result.get("learning_rates", {}), NUMBER, "learning_rates")
-      key = json.dumps([_identity(result), result.get("data")], sort_keys=True)
+      names = ("task", "method", "seed", "data")
+      same = [_settings(result), *(result.get(name) for name in names)]
+      key = json.dumps(same, sort_keys=True)
       history(frame([result]))
     except Exception as error:  # whatever is wrong with it, others are not
       remarks.append(
-        f"Left out: {place / results.FILE} is no run's result"
+        f"Left out: {folder / results.FILE} is no run's result"
         f" ({type(error).__name__}: {error})."
       )
       continue
-    first, _ = found.setdefault(key, (result, place))
+    first, _ = counted.setdefault(key, (result, folder))
     if first is not result:
       repeats += 1
       if first["best"] != result["best"]:
-        unequal.append(str(place))
+        unequal.append(str(folder))
   failed = [
     {**failure, "run": path.parent.name}
     for path in failures.values()
@@ -174,16 +170,15 @@ def load_sweep(*folders: str | Path) -> Sweep:
       f"Not counted again: {repeats} results of runs that are in the table,"
       f" with the same settings, data and seed.{other if unequal else ''}"
     )
-  if not found:
+  if not counted:
     there = ", ".join(map(str, folders))
     more = f"; {len(failed)} runs failed" if failed else ""
     raise UserError(
       "\n".join([f"There is no result.json below {there}{more}.", *remarks])
     )
-  title = plan.get("title") or " and ".join(Path(f).name for f in folders)
-  kept, kept_places = zip(*found.values(), strict=True)
-  runs = frame(kept, kept_places)
-  return Sweep(title, plan.get("paper", ""), runs, failed, tuple(remarks))
+  title = sweep.get("title") or " and ".join(Path(f).name for f in folders)
+  runs = frame(*zip(*counted.values(), strict=True))
+  return Sweep(title, sweep.get("paper", ""), runs, failed, tuple(remarks))
 
 
 def _check(value: Any, kind: Any, name: str) -> None:
@@ -206,19 +201,19 @@ def _check(value: Any, kind: Any, name: str) -> None:
 
 
 def frame(
-  found: Sequence[Mapping[str, Any]], folders: Sequence[Path] | None = None
+  runs: Sequence[Mapping[str, Any]], folders: Sequence[Path] | None = None
 ) -> pd.DataFrame:
   """One row per run, in order of task, method, condition and seed.
 
-  Conditions come by rank where runs have one, else in the order of `found`.
+  Conditions come by rank where runs have one, else in the order of `runs`.
 
   Args:
-    found: the contents of result.json files.
-    folders: where each was found.
+    runs: the contents of result.json files.
+    folders: those that they lie in.
   """
   rows = []
-  places: Sequence[Path | None] = folders or [None] * len(found)
-  for result, name, place in zip(found, _names(found), places, strict=True):
+  lie_in: Sequence[Path | None] = folders or [None] * len(runs)
+  for result, name, folder in zip(runs, _names(runs), lie_in, strict=True):
     config, flags = result["config"], signatures(result)
     method, sizes = _method_of(result), result["parameters"]
     untuned = method == UNTUNED
@@ -245,7 +240,7 @@ def frame(
         "seconds": result["seconds"],
         "collapsed": COLLAPSED in flags,
         "signatures": flags,
-        "folder": place,
+        "folder": folder,
         "result": result,
       }
     )
@@ -271,7 +266,7 @@ def _method_of(result: Mapping[str, Any]) -> str:
   return result["method"] if any(trained) else UNTUNED
 
 
-def _own_settings(result: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(result: Mapping[str, Any]) -> dict[str, Any]:
   """The settings that make a run's condition, by flat key."""
   # Another method's settings don't bear on the run.
   used = groups_of(result["method"]).values()
@@ -284,21 +279,13 @@ def _own_settings(result: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _identity(result: Mapping[str, Any]) -> dict[str, Any]:
-  """What two results of one run have in common."""
-  names = ("task", "method", "seed")
-  return {**_own_settings(result), **{name: result[name] for name in names}}
-
-
 def _data_of(config: Mapping[str, Any]) -> str:
   """The base and the data that a run is on, but for where these were."""
-  data = dict(config.get("data", {}))
-  for place in ("source", "cache_dir"):
-    data.pop(place, None)
+  data = {**config.get("data", {}), "source": None, "cache_dir": None}
   return json.dumps([config["model"]["name"], data], sort_keys=True)
 
 
-def _names(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def _names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
   """What distinguishes a run's condition from others of its task and method.
 
   In words: "rank 64, d_init 0.1". A value that more than half of the conditions
@@ -307,23 +294,20 @@ def _names(found: Sequence[Mapping[str, Any]]) -> list[str]:
   """
   groups: dict[tuple[str, str], list[dict[str, str]]] = {}
   every = []
-  for result in found:
-    every.append(
-      {key: _in_words(value) for key, value in _own_settings(result).items()}
-    )
+  for result in runs:
+    settings = {k: _in_words(value) for k, value in _settings(result).items()}
     group = groups.setdefault((result["task"], _method_of(result)), [])
-    if every[-1] not in group:
-      group.append(every[-1])
+    if settings not in group:
+      group.append(settings)
+    every.append((settings, group))
   names = []
-  for result, own in zip(found, every, strict=True):
-    group = groups[result["task"], _method_of(result)]
+  for settings, group in every:
     words = []
     for key in dict.fromkeys(key for other in group for key in other):
-      value = own.get(key, "None")
-      same = Counter(other.get(key, "None") for other in group)[value]
-      if same <= len(group) / 2:
-        others = {other.get(key, "None") for other in group}
-        firsts = [_first_line(other) for other in others]
+      value = settings.get(key, "None")
+      counts = Counter(other.get(key, "None") for other in group)
+      if counts[value] <= len(group) / 2:
+        firsts = [_first_line(other) for other in counts]
         # all lines where the first one leaves values alike
         alone = firsts.count(_first_line(value)) == 1
         text = _first_line(value) if alone else " ".join(value.split())

@@ -40,8 +40,8 @@ def side_by_side(sweep: Sweep) -> str:
   ]
   means = {
     text: fmean(
-      agreement(own.outputs[text], own.references[text])
-      for own in tuned or shown.values()
+      agreement(run.outputs[text], run.references[text])
+      for run in tuned or shown.values()
     )
     for text in common
   }
@@ -64,7 +64,7 @@ def side_by_side(sweep: Sweep) -> str:
       lines += ["", f"**{title}** ({means[text]:.2f}): `{text}`", ""]
       lines += ["| by | text |", "| --- | --- |"]
       said = {"the reference": one.references[text][0]}
-      said |= {name: own.outputs[text] for name, own in shown.items()}
+      said |= {name: run.outputs[text] for name, run in shown.items()}
       lines += [
         f"| {_cell(name)} | {_cell(output) or '(nothing)'} |"
         for name, output in said.items()

@@ -133,14 +133,14 @@ def score_figure(
     for ax in axes.flat[len(tasks) :]:
       ax.set_visible(False)
     for ax, ((task, metric), here) in zip(axes.flat, tasks, strict=False):
-      for place, (_, row) in enumerate(here.iterrows()):
+      for line, (_, row) in enumerate(here.iterrows()):
         color, marker = METHOD_COLORS.get(row["method"], OTHER)
-        ax.plot([row["low"], row["high"]], [place] * 2, color=color, zorder=2)
+        ax.plot([row["low"], row["high"]], [line] * 2, color=color, zorder=2)
         seeds = by_condition.get_group(tuple(row[BY]))
         for hollow, some in seeds.groupby("collapsed"):
           ax.scatter(
             some["score"],
-            [place] * len(some),
+            [line] * len(some),
             s=22,
             marker=marker,
             facecolors="white" if hollow else color,
@@ -148,9 +148,9 @@ def score_figure(
             alpha=1 if hollow else 0.6,
             zorder=3,
           )
-        ax.plot(row["score"], place, "|", color=BLACK, ms=13, mew=1.8, zorder=4)
+        ax.plot(row["score"], line, "|", color=BLACK, ms=13, mew=1.8, zorder=4)
         if pd.notna(paper := row["paper"]):
-          ax.plot(paper, place, "*", color=ORANGE, mec=BLACK, ms=9, mew=0.6)
+          ax.plot(paper, line, "*", color=ORANGE, mec=BLACK, ms=9, mew=0.6)
       ax.set_yticks(range(len(here)), here["name"])
       ax.set_ylim(len(here) - 0.4, -0.6)
       ax.grid(axis="y", visible=False)
@@ -185,11 +185,11 @@ def curve_figure(
     figure, axes = grid(len(tasks), 2, width=4.4, height=2.9, title=title)
     for (scores, losses), (task, here) in zip(axes, tasks, strict=True):
       best = here["score"].nlargest(MOST).index.sort_values()
-      for place, (_, row) in enumerate(here.loc[best].iterrows()):
+      for line, (_, row) in enumerate(here.loc[best].iterrows()):
         epochs = by_condition.get_group(tuple(row[BY])).groupby("epoch")
         name = label(row["method"], row["condition"])
-        median_line(scores, epochs["score"], place, label=name)
-        median_line(losses, epochs["loss"], place, label=name)
+        median_line(scores, epochs["score"], line, label=name)
+        median_line(losses, epochs["loss"], line, label=name)
       left_out = len(here) > len(best)
       kept = f" (best {MOST} of {len(here)})" if left_out else ""
       metric = metric_title(here.iloc[0]["metric"])
@@ -225,10 +225,10 @@ def loss_figure(
     figure, axes = grid(len(tasks), 1, width=6.0, height=3.2, title=title)
     for ax, (task, here) in zip(axes.flat, tasks, strict=True):
       best = here["score"].nlargest(MOST).index.sort_values()
-      for place, (_, row) in enumerate(here.loc[best].iterrows()):
+      for line, (_, row) in enumerate(here.loc[best].iterrows()):
         seeds = by_condition.get_group(tuple(row[BY])).groupby("step")["loss"]
         name = label(row["method"], row["condition"])
-        median_line(ax, seeds, place, label=name)
+        median_line(ax, seeds, line, label=name)
       ax.set(title=task_title(str(task)), xlabel="step", ylabel="training loss")
       ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), title=SEEDS)
     return figure
@@ -278,11 +278,13 @@ def setting_figure(
         margin = max(top - bottom, top / 20) / 4
         ax.set_ylim(bottom - margin, top + margin)
       methods = list(rows.groupby("method", sort=False))
-      for place, (method, line) in enumerate(methods):
-        line = line.sort_values(column)
+      for number, (method, rows_of_method) in enumerate(methods):
+        rows_of_method = rows_of_method.sort_values(column)
         # a little apart, so that no bar hides another
-        apart = 1.03 ** (place - (len(methods) - 1) / 2)
-        _line_with_bars(ax, apart * line[column], line, str(method))
+        apart = 1.03 ** (number - (len(methods) - 1) / 2)
+        _line_with_bars(
+          ax, apart * rows_of_method[column], rows_of_method, str(method)
+        )
       score = f"{metric_title(metric)} (%)"
       ax.set(
         title=task_title(str(task)),

@@ -94,13 +94,15 @@ def published(
   name = model or config["model"]["name"]
   if task not in TABLE_2.get((name, method), {}):
     return None
-  own = config.get(method, {})
-  other_rank = not model and own.get("rank") != RANKS[name, method]
-  pair = own.get("targets") in (["query", "value"], ("query", "value"))
+  settings = config.get(method, {})
+  other_rank = not model and settings.get("rank") != RANKS[name, method]
+  pair = settings.get("targets") in (["query", "value"], ("query", "value"))
   if not pair or other_rank:
     return None
   changed = {
-    key: own[key] for key, x in DEFAULTS.items() if own.get(key, x) != x
+    key: settings[key]
+    for key, default in DEFAULTS.items()
+    if settings.get(key, default) != default
   }
   if not changed:
     return Published(*TABLE_2[name, method][task], "Table 2")
@@ -108,7 +110,8 @@ def published(
     return None
   ((key, value),) = changed.items()
   if key == "sharing":
-    found = UNIQUE.get(task)
-    return Published(*found, "Table 7") if found else None
-  scores = next((x for k, x in TABLE_6.items() if k == (key, value)), {})
-  return Published(*scores[task], "Table 6") if task in scores else None
+    scores, source = UNIQUE, "Table 7"
+  else:
+    scores = next((x for k, x in TABLE_6.items() if k == (key, value)), {})
+    source = "Table 6"
+  return Published(*scores[task], source) if task in scores else None

@@ -23,16 +23,16 @@ def signatures(result: Mapping[str, Any]) -> list[str]:
   Args:
     result: the contents of a result.json.
   """
-  found = []
+  signs = []
   if any(result[epoch].get("collapsed") for epoch in ("best", "last")):
-    found.append(COLLAPSED)
+    signs.append(COLLAPSED)
   norms = result.get("norms") or []
   sizes = [vector["rms"] for vector in norms if vector["leaf"] == "d"]
   if sizes and np.median(sizes) < ZERO:
-    found.append(NO_D)
+    signs.append(NO_D)
   losses = np.array([e.get("train_loss", 0.0) for e in result["history"]])
   lowest = np.minimum.accumulate(losses)
   # A comparison with NaN is false, so that a loss of NaN counts as unstable.
   if not (np.isfinite(losses).all() and (losses <= RISE * lowest).all()):
-    found.append(UNSTABLE)
-  return found
+    signs.append(UNSTABLE)
+  return signs

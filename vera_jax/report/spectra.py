@@ -41,18 +41,18 @@ def deltas(classifier: Classifier) -> dict[tuple[int, str], Matrix]:
     )
   )
   params = flatten_dict(classifier.params)
-  found: dict[tuple[int, str], Matrix] = {}
+  matrices: dict[tuple[int, str], Matrix] = {}
   for path, target in classifier.targets.items():
-    place = (*layer_path(path, target), target.view.kernel)
-    added = np.asarray(merged[place]) - np.asarray(params[place])
+    kernel = (*layer_path(path, target), target.view.kernel)
+    added = np.asarray(merged[kernel]) - np.asarray(params[kernel])
     added = added[..., slice(*target.columns or (None,))]
-    whole = added.reshape(*target.stack, target.inputs, target.outputs)
-    for name, matrix in named_slices((*path, "kernel"), whole):
+    stack = added.reshape(*target.stack, target.inputs, target.outputs)
+    for name, matrix in named_slices((*path, "kernel"), stack):
       match = KERNEL.fullmatch(name)
       assert match and matrix is not None
       kind = SHORT.get(match["kind"], match["kind"])
-      found[int(match["layer"]), kind] = matrix
-  return dict(sorted(found.items()))
+      matrices[int(match["layer"]), kind] = matrix
+  return dict(sorted(matrices.items()))
 
 
 def spectra(classifier: Classifier) -> pd.DataFrame:
@@ -66,13 +66,13 @@ def spectra(classifier: Classifier) -> pd.DataFrame:
   for (layer, kind), delta in deltas(classifier).items():
     values = np.linalg.svd(delta.astype(np.float64), compute_uv=False)
     norm = float(np.linalg.norm(values))
-    whole = {
+    of_layer = {
       "norm": norm,
       "stable_rank": (norm / values[0]) ** 2 if values[0] else 0.0,
       "counted": int((values > COUNTED * values[0]).sum()),
     }
     rows += [
-      {"layer": layer, "kind": kind, "place": i, "value": value, **whole}
+      {"layer": layer, "kind": kind, "place": i, "value": value, **of_layer}
       for i, value in enumerate(values.tolist(), 1)
     ]
   return pd.DataFrame(rows)

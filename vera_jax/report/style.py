@@ -138,19 +138,19 @@ def label(method: str, condition: str) -> str:
 
 
 def median_line(
-  ax: Axes, seeds: SeriesGroupBy, place: int, *, label: str | None = None
+  ax: Axes, seeds: SeriesGroupBy, number: int, *, label: str | None = None
 ) -> None:
   """The median over the seeds, and a band from the lowest to the highest.
 
   `place` is the line's among those of its axes: its colour, dashes, marker.
   """
-  middle, color = seeds.median(), PALETTE[place % len(PALETTE)]
+  middle, color = seeds.median(), PALETTE[number % len(PALETTE)]
   ax.plot(
     middle.index,
     middle,
-    DASHES[place % len(DASHES)],
+    DASHES[number % len(DASHES)],
     color=color,
-    marker=MARKERS[place % len(MARKERS)],
+    marker=MARKERS[number % len(MARKERS)],
     ms=3.5,
     label=label,
   )

@@ -26,8 +26,10 @@ def text_scores(sweep: Sweep) -> Sweep | None:
   for _, run in sweep.runs.iterrows():
     for name, value in run["result"].get("test", {}).get("scores", {}).items():
       score = 100 * value if is_share(name) else value
-      own = {"metric": name, "score": score, "last": score}
-      rows.append(run.to_dict() | own | {"collapsed": False, "signatures": []})
+      scored = {"metric": name, "score": score, "last": score}
+      rows.append(
+        run.to_dict() | scored | {"collapsed": False, "signatures": []}
+      )
   return sweep._replace(runs=pd.DataFrame(rows)) if rows else None
 
 
@@ -82,9 +84,9 @@ def text_tables(texts: Sweep) -> dict[str, pd.DataFrame]:
 
 def text_notes(texts: Sweep) -> list[str]:
   """What stands below these tables, one sentence each."""
-  found = [result["test"] for result in texts.runs["result"]]
-  inputs = " or ".join(str(n) for n in sorted({x["inputs"] for x in found}))
-  missing = {x["missing"] for x in found} - {""}
+  tests = [result["test"] for result in texts.runs["result"]]
+  inputs = " or ".join(str(n) for n in sorted({x["inputs"] for x in tests}))
+  missing = {x["missing"] for x in tests} - {""}
   lines = [
     f"Texts for {inputs} test inputs, by the model that the run ended with: the"
     " median over the seeds, with the lowest and the highest. BLEU, METEOR and"

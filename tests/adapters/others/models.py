@@ -6,6 +6,7 @@ from tests.adapters.others import (
   flax_examples,
   flaxdiff,
   lifted,
+  ott,
   resnets,
   scenic,
   t5x,
@@ -30,7 +31,7 @@ MODELS: dict[str, Other] = {
   name: model
   for origin in (
     *(resnets, big_vision, scenic, flax_examples),
-    *(t5x, flaxdiff, lifted),
+    *(t5x, flaxdiff, ott, lifted),
   )
   for name, model in origin.MODELS.items()
 } | GEMMA

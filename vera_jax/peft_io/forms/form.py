@@ -50,11 +50,11 @@ class Ours(NamedTuple):
   def low_rank(self, module: str) -> LowRank:
     """The factors of a module's delta, of a chain those of its first link."""
     path, target = self.layers[module].path, self.layers[module].target
-    own = arrays_at(self.projections, path)
+    at_layer = arrays_at(self.projections, path)
     shared, common, leaves = jax.tree.map(
       jnp.asarray,
       (
-        {**arrays_at(self.projections), **own},
+        {**arrays_at(self.projections), **at_layer},
         self.root,
         self.leaves[module],
       ),
@@ -140,7 +140,7 @@ class Form(NamedTuple):
   dropped: tuple[str, ...] = ()
   take: Callable[..., tuple[str, np.ndarray]] = by_ending
   more: Callable[..., Settings] = nothing_more
-  unchanged: Callable[[Mapping[str, Any]], dict[str, float]] = lambda given: {}
+  unchanged: Callable[[Mapping[str, Any]], dict[str, float]] = lambda _: {}
   join: Callable[[Ours, Exported], Exported] | None = None
 
 
@@ -152,7 +152,7 @@ def number(fields: Fields, name: str, default: float) -> float:
   return value
 
 
-def whole(fields: Fields, name: str, default: int) -> int:
+def count(fields: Fields, name: str, default: int) -> int:
   """A field's whole number, at least 1."""
   value = fields.get(name, default)
   if not isinstance(value, int) or not 1 <= value <= LARGEST:

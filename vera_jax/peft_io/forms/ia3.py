@@ -37,8 +37,8 @@ def write(ours: Ours) -> Exported:
   """Our adapter as PEFT's IA3."""
   scaled = [name for name in ours.leaves if "ia3_in" in ours.leaves[name]]
   leaves: dict[str, Tensors] = {}
-  for module, found in ours.leaves.items():
-    (value,) = found.values()
+  for module, tensors in ours.leaves.items():
+    (value,) = tensors.values()
     shape = (1, -1) if module in scaled else (-1, 1)
     leaves[module] = {"ia3_out": value.reshape(shape)}
   fields: Fields = {"feedforward_modules": module_list(scaled, ours.layers)}
@@ -52,5 +52,5 @@ IA3 = Form(
   write=write,
   take=take,
   more=feedforward,
-  unchanged=lambda given: {"ia3_in": 1, "ia3_out": 1},
+  unchanged=lambda settings: {"ia3_in": 1, "ia3_out": 1},
 )

@@ -17,8 +17,8 @@ from vera_jax.peft_io.forms.form import (
   Form,
   Ours,
   Settings,
+  count,
   number,
-  whole,
 )
 from vera_jax.peft_io.fused import join_lora, joined
 from vera_jax.peft_io.tensors import Tensors
@@ -45,7 +45,7 @@ def settings(fields: Fields) -> tuple[str, Settings]:
         f"{name}={fields[name]!r}: all layers share one value here; {MERGE}."
       )
   return "dora" if fields.get("use_dora") else "lora", {
-    "rank": whole(fields, "r", 8),
+    "rank": count(fields, "r", 8),
     "alpha": number(fields, "lora_alpha", 8),
     "scaling": "root" if fields.get("use_rslora") else "rank",
   }
@@ -55,9 +55,9 @@ def write(ours: Ours) -> Exported:
   """Our adapter as PEFT's LoRA or DoRA."""
   own_matrices = ours.method in ("lora", "dora")
   leaves: dict[str, Tensors] = {}
-  for module, found in ours.leaves.items():
+  for module, tensors in ours.leaves.items():
     if own_matrices:
-      leaves[module] = found
+      leaves[module] = tensors
       continue
     factors = ours.low_rank(module)
     A, B = np.asarray(factors.down).T, np.asarray(factors.up).T
@@ -66,9 +66,9 @@ def write(ours: Ours) -> Exported:
     if factors.outer is not None:
       B = np.asarray(factors.outer)[:, None] * B
     leaves[module] = {"lora_A": A, "lora_B": B}
-    if "magnitude_m" in found:
-      leaves[module]["magnitude_m"] = found["magnitude_m"]
-  rank = max(len(found["lora_A"]) for found in leaves.values())
+    if "magnitude_m" in tensors:
+      leaves[module]["magnitude_m"] = tensors["magnitude_m"]
+  rank = max(len(tensors["lora_A"]) for tensors in leaves.values())
   fields = {"r": rank, "bias": "none", "lora_alpha": rank}  # scale 1
   if own_matrices:
     fields["lora_alpha"] = ours.settings["alpha"]

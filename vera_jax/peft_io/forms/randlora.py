@@ -11,9 +11,9 @@ from vera_jax.peft_io.forms.form import (
   Form,
   Ours,
   Settings,
+  count,
   number,
   seed,
-  whole,
 )
 
 
@@ -26,7 +26,7 @@ def settings(fields: Fields) -> tuple[str, Settings]:
         " save_projection=True, which stores them."
       )
   return "randlora", {
-    "rank": whole(fields, "r", 32),
+    "rank": count(fields, "r", 32),
     "alpha": number(fields, "randlora_alpha", 640),
     "init": "peft",
     "projection_seed": seed(fields, "projection_prng_key"),

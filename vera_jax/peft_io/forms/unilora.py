@@ -7,8 +7,8 @@ from vera_jax.peft_io.forms.form import (
   Form,
   Ours,
   Settings,
+  count,
   number,
-  whole,
 )
 
 
@@ -20,8 +20,8 @@ def settings(fields: Fields) -> tuple[str, Settings]:
       " them. Set save_indices=False in PEFT's config and save it again."
     )
   return "unilora", {
-    "rank": whole(fields, "r", 4),
-    "size": whole(fields, "theta_d_length", 256),
+    "rank": count(fields, "r", 4),
+    "size": count(fields, "theta_d_length", 256),
     "theta_init": number(fields, "init_theta_d_bound", 0.02),
     "projection_seed": int(fields.get("proj_seed", 42)),
   }

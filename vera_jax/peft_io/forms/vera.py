@@ -10,9 +10,9 @@ from vera_jax.peft_io.forms.form import (
   Form,
   Ours,
   Settings,
+  count,
   number,
   seed,
-  whole,
 )
 from vera_jax.peft_io.fused import join_pair, join_vera, joined
 
@@ -20,13 +20,13 @@ from vera_jax.peft_io.fused import join_pair, join_vera, joined
 def settings(fields: Fields) -> tuple[str, Settings]:
   """Our method and its settings, by PEFT's adapter_config.json."""
   method = str(fields["peft_type"]).lower()
-  own = {}
+  of_vera = {}
   if method == "vera":
-    own = {"sharing": "shared", "train": "both", "conv": "whole"}
+    of_vera = {"sharing": "shared", "train": "both", "conv": "whole"}
   return method, {
-    "rank": whole(fields, "r", 256),
+    "rank": count(fields, "r", 256),
     "d_init": number(fields, "d_initial", 0.1),
-    **own,
+    **of_vera,
     "init": "peft",
     "projection_seed": seed(fields, "projection_prng_key"),
   }
@@ -113,7 +113,7 @@ VERA = Form(
   fields=frozenset({*KEYED, "vera_dropout"}),
   settings=settings,
   write=write_vera,
-  unchanged=lambda given: {"vera_d": given["d_init"]},
+  unchanged=lambda settings: {"vera_d": settings["d_init"]},
   join=join,
 )
 PVERA = Form(
@@ -122,5 +122,5 @@ PVERA = Form(
   fields=frozenset({*KEYED, "pvera_dropout", "generator_seed"}),
   settings=settings,
   write=write_pvera,
-  unchanged=lambda given: {"pvera_d": given["d_init"]},
+  unchanged=lambda settings: {"pvera_d": settings["d_init"]},
 )
