@@ -67,7 +67,7 @@ class Texts(NamedTuple):
 
   def of(self, name: str) -> tuple[list[int], list[str], list[str] | None]:
     """The places of an adapter's texts, and those texts."""
-    mine = [i for i, own in enumerate(self.adapters) if own == name]
+    mine = [i for i, owner in enumerate(self.adapters) if owner == name]
     pairs = self.second and [self.second[i] for i in mine]
     return mine, [self.first[i] for i in mine], pairs
 
@@ -90,22 +90,22 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  given = flags.FLAGS
+  options = flags.FLAGS
   result = environment("bank")
   result |= measure(
-    given.base,
-    task=given.task,
-    source=given.source,
-    adapters=given.adapters,
-    examples=given.examples,
-    rank=given.rank,
-    repetitions=given.repetitions,
-    batch=given.batch,
+    options.base,
+    task=options.task,
+    source=options.source,
+    adapters=options.adapters,
+    examples=options.examples,
+    rank=options.rank,
+    repetitions=options.repetitions,
+    batch=options.batch,
   )
-  if given.stack:
-    result["roberta_base"] = allocate(given.stack, rank=1024)
+  if options.stack:
+    result["roberta_base"] = allocate(options.stack, rank=1024)
   show(result)
-  print(write("bank", result, folder=given.out))
+  print(write("bank", result, folder=options.out))
 
 
 def measure(
@@ -130,15 +130,15 @@ def measure(
     repetitions: of each variant.
     batch: texts per batch in PEFT.
   """
-  with tempfile.TemporaryDirectory() as place:
+  with tempfile.TemporaryDirectory() as temporary:
     names = [f"adapter{i}" for i in range(adapters)]
-    folders = {name: Path(place) / name for name in names}
+    folders = {name: Path(temporary) / name for name in names}
     make_adapters(folders, base=base, task=task, rank=rank)
     glue = glue_task(task)
-    found = load_split(glue, source, glue.dev_splits[0])
-    found = subset(found, min(examples, len(found)), 0)
-    dealt = [names[i % adapters] for i in range(len(found))]
-    texts = Texts(found.first, found.second, dealt)
+    some = load_split(glue, source, glue.dev_splits[0])
+    some = subset(some, min(examples, len(some)), 0)
+    dealt = [names[i % adapters] for i in range(len(some))]
+    texts = Texts(some.first, some.second, dealt)
     bank = AdapterBank(folders)
     variants: dict[str, Variant] = {
       BANK: partial(bank.logits, *texts[:2], adapters=dealt)
@@ -149,8 +149,8 @@ def measure(
     logits = {name: run() for name, run in variants.items()}  # compiles, too
     seconds = interleaved(variants, repetitions=repetitions)
   apart = {
-    name: float(np.abs(found - logits[BANK]).max())
-    for name, found in logits.items()
+    name: float(np.abs(some - logits[BANK]).max())
+    for name, some in logits.items()
   }
   return {
     "base": base,
@@ -214,9 +214,9 @@ def make_adapters(
     start = settings["d_init"] if path[-1].key == "vera_d" else 0.0
     return rng.normal(start, 0.05, leaf.shape).astype(np.float32)
 
-  for place in folders.values():
+  for folder in folders.values():
     leaves = jax.tree_util.tree_map_with_path(draw, trained)
-    save_adapter(place, leaves, about=about)
+    save_adapter(folder, leaves, about=about)
 
 
 def predictor_variants(
@@ -224,16 +224,18 @@ def predictor_variants(
 ) -> dict[str, Variant]:
   """One compiled program that runs with one adapter after another."""
   restored = {
-    name: restore_adapter(load_adapter(place))
-    for name, place in folders.items()
+    name: restore_adapter(load_adapter(folder))
+    for name, folder in folders.items()
   }
   first = next(iter(restored.values()))
   labels = label_tree(first.params, "vera")
   _, base = split(first.params, labels)
   # All of them share one base in memory.
   classifiers = {
-    name: own._replace(params=join(split(own.params, labels)[0], base))
-    for name, own in restored.items()
+    name: classifier._replace(
+      params=join(split(classifier.params, labels)[0], base)
+    )
+    for name, classifier in restored.items()
   }
   predictor = Predictor(first)
 
@@ -266,9 +268,9 @@ def peft_variants(
   model: Any = AutoModelForSequenceClassification.from_pretrained(
     base, num_labels=outputs
   )
-  for name, place in folders.items():
-    theirs = place.with_name(f"{name}-peft")
-    export_adapter(place, theirs, base=str(base))
+  for name, folder in folders.items():
+    theirs = folder.with_name(f"{name}-peft")
+    export_adapter(folder, theirs, base=str(base))
     if name == first_name:
       model = PeftModel.from_pretrained(model, theirs, adapter_name=name)
     else:

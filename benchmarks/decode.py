@@ -88,21 +88,25 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  given = flags.FLAGS
+  options = flags.FLAGS
   settings = {
-    "folder": str(resolve(given.model)),
-    "prompts": PROMPTS if given.source is None else read_prompts(given.source),
-    "new_tokens": given.new_tokens,
+    "folder": str(resolve(options.model)),
+    "prompts": PROMPTS
+    if options.source is None
+    else read_prompts(options.source),
+    "new_tokens": options.new_tokens,
   }
   sides = [OURS, TORCH] if find_spec("torch") else [OURS]
   result = environment("decode") | {
-    "model": given.model,
-    "prompts": "E2E's test.txt" if given.source else "the benchmark's own",
-    "new_tokens": given.new_tokens,
+    "model": options.model,
+    "prompts": "E2E's test.txt" if options.source else "the benchmark's own",
+    "new_tokens": options.new_tokens,
   }
-  result |= measure(sides, settings, works=WORKS[given.how], calls=given.calls)
+  result |= measure(
+    sides, settings, works=WORKS[options.how], calls=options.calls
+  )
   result["load_after"] = load()
-  path = write(f"decode-{given.how}", result, folder=given.out)
+  path = write(f"decode-{options.how}", result, folder=options.out)
   page = markdown(result)
   path.with_suffix(".md").write_text(page, encoding="utf-8")
   print(f"\n{page}\n{path}")
@@ -121,13 +125,13 @@ def read_prompts(folder: str | Path) -> list[str]:
     )
   lines = path.read_text(encoding="utf-8").splitlines()
   inputs = [line.partition(BETWEEN)[0] for line in lines if BETWEEN in line]
-  found = list(dict.fromkeys(inputs))[: len(PROMPTS)]
-  if len(found) < len(PROMPTS):
+  prompts = list(dict.fromkeys(inputs))[: len(PROMPTS)]
+  if len(prompts) < len(PROMPTS):
     raise UserError(
-      f"{path} has {len(found)} different inputs before {BETWEEN};"
+      f"{path} has {len(prompts)} different inputs before {BETWEEN};"
       f" {len(PROMPTS)} are needed."
     )
-  return found
+  return prompts
 
 
 class Side:
@@ -228,17 +232,17 @@ def markdown(result: dict[str, Any]) -> str:
     *("faster than torch: best", "faster than torch: median", "same texts"),
   ]
   lines = []
-  for own in result["rows"]:
+  for row in result["rows"]:
     compared = ["", "", ""]
-    if "same_texts" in own:
-      ratios = (f"{own[f'{kind}_ratio']:.2f}×" for kind in ("best", "median"))
-      compared = [*ratios, f"{own['same_texts']} of {own['prompts']}"]
+    if "same_texts" in row:
+      ratios = (f"{row[f'{kind}_ratio']:.2f}×" for kind in ("best", "median"))
+      compared = [*ratios, f"{row['same_texts']} of {row['prompts']}"]
     lines.append(
       [
-        str(Work(own["prompts"], own["beams"])),
-        own["side"],
-        *(f"{own[kind]:,.1f}" for kind in ("best", "median", "first")),
-        f"{own['peak_bytes'] / 1e6:,.0f} MB",
+        str(Work(row["prompts"], row["beams"])),
+        row["side"],
+        *(f"{row[kind]:,.1f}" for kind in ("best", "median", "first")),
+        f"{row['peak_bytes'] / 1e6:,.0f} MB",
         *compared,
       ]
     )

@@ -30,7 +30,7 @@ def start(settings: Settings) -> tuple[dict[str, Any], Callable[..., Any]]:
   def answer(*, prompts: int, beams: int) -> list[list[int]]:
     tokens = settings["tokens"][:prompts]
     width = max(map(len, tokens))
-    found = model.generate(
+    tokens_out = model.generate(
       torch.tensor([[pad] * (width - len(ids)) + ids for ids in tokens]),
       attention_mask=torch.tensor(
         [[0] * (width - len(ids)) + [1] * len(ids) for ids in tokens]
@@ -40,7 +40,7 @@ def start(settings: Settings) -> tuple[dict[str, Any], Callable[..., Any]]:
       num_beams=beams,
       do_sample=False,
     )
-    return found[:, width:].tolist()
+    return tokens_out[:, width:].tolist()
 
   return {"threads": torch.get_num_threads()}, answer
 

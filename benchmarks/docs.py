@@ -23,7 +23,6 @@ from benchmarks import (
   meshes,
   methods,
   others,
-  preparation,
 )
 from experiments import cli
 from experiments.plans import report as plans
@@ -79,8 +78,6 @@ def filled(page: str) -> str:
       made = meshes.markdown(read_json(source))
     elif source.name == "others.json":
       made = others.markdown(read_json(source))
-    elif source.name == "preparation.json":
-      made = preparation.markdown(read_json(source))
     elif source.name.startswith("decode-"):
       made = decode.markdown(read_json(source)).strip()
     else:

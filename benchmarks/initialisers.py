@@ -75,25 +75,25 @@ def scores(study: Path = STUDY) -> str:
   runs = sweep.runs.assign(
     init=[run["config"]["vera"]["init"] for run in sweep.runs["result"]]
   )
-  own = {
+  by_matrix = {
     key: dict(zip(group["seed"], group["score"], strict=True))
     for key, group in runs.groupby(["rank", "init"], sort=False)
   }
   rate = runs.groupby("init")["rate"].first()
-  ranks = sorted({rank for rank, _ in own})
+  ranks = sorted({rank for rank, _ in by_matrix})
   rows = []
-  for init in sorted({init for _, init in own}, key=INITIALISERS.index):
+  for init in sorted({init for _, init in by_matrix}, key=INITIALISERS.index):
     cells = [f"`{init}`", f"{rate[init]:g}"]
     for rank in ranks:
-      found = own.get((rank, init))
-      if found is None:
+      by_seed = by_matrix.get((rank, init))
+      if by_seed is None:
         cells += ["", ""]
         continue
-      values = sorted(found.values())
+      values = sorted(by_seed.values())
       cells.append(
         f"{median(values):.1f} ({values[0]:.1f} to {values[-1]:.1f})"
       )
-      beside = paired(found, own.get((rank, FIRST), {}))
+      beside = paired(by_seed, by_matrix.get((rank, FIRST), {}))
       interval = f"{beside['ci_low']:+.1f} to {beside['ci_high']:+.1f}"
       other = init != FIRST and beside["pairs"] > 0
       cells.append(f"{beside['difference']:+.1f} ({interval})" if other else "")

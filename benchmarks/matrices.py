@@ -102,25 +102,25 @@ def define_flags() -> None:
 
 def main() -> None:
   use_no_accelerator()
-  given = flags.FLAGS
-  device = device_named(given.device)
-  path = Path(given.out) / f"matrices-{given.device.partition(':')[0]}.json"
+  options = flags.FLAGS
+  device = device_named(options.device)
+  path = Path(options.out) / f"matrices-{options.device.partition(':')[0]}.json"
   result = environment("matrices") | {
-    "device": given.device,
+    "device": options.device,
     "kind": device.device_kind,
     "dtype": "float32" if device.platform == "cpu" else "bfloat16",
     "rank": RANK,
   }
   known: dict[tuple[str, ...], dict[str, Any]] = {}
-  if path.exists() and not given.anew:
+  if path.exists() and not options.anew:
     there = read_json(path)
     same = ("versions", "device", "dtype", "rank")
     if all(there.get(key) == result[key] for key in same):
       known = {_key(row): row for row in there["rows"]}
   rows = [
     row
-    for row in planned(given.networks, whole=given.whole)
-    if row["plan"] in ("", *given.plans)
+    for row in planned(options.networks, whole=options.whole)
+    if row["plan"] in ("", *options.plans)
   ]
   # what takes a compiler longest comes last
   for row in sorted(
@@ -131,7 +131,7 @@ def main() -> None:
       print(known[_key(row)], flush=True)
       order = [_key(row) for row in planned(NETWORKS, whole=True)]
       done = sorted(known.values(), key=lambda row: order.index(_key(row)))
-      write(path.stem, result | {"rows": done}, folder=given.out)
+      write(path.stem, result | {"rows": done}, folder=options.out)
   print(f"\n{markdown(read_json(path))}\n{path}")
 
 
@@ -204,10 +204,10 @@ def count_whole(
   else:
     config.vera.init, config.model.contraction = row["pair"], row["plan"]
     variant = step.Variant(config)
-  found = step.cost(variant, length=length, device=device, dtype=dtype)
-  del found["sent"]
+  counted = step.cost(variant, length=length, device=device, dtype=dtype)
+  del counted["sent"]
   tokens = config.optim.batch_size * length
-  return {"tokens": tokens, "layers": 12, "fits": True, **found}
+  return {"tokens": tokens, "layers": 12, "fits": True, **counted}
 
 
 def adapted_sites(
@@ -260,29 +260,29 @@ def compile_layer(
     trained: tuple[Any, Sequence[Array]], kernels: Any, shared: Any
   ) -> dict[Place, Array]:
     leaves, xs = trained
-    found = {}
+    products = {}
     for path, target in targets.items():
       x, kernel = xs[int(path[0])], kernels[path]
       if adapter is None:
-        found[path] = x @ kernel
+        products[path] = x @ kernel
         continue
       site = Site(path, *target[:2], kernel=partial(_same, kernel))
       site = site._replace(shared=shared)
-      found[path], _ = adapted_product(
+      products[path], _ = adapted_product(
         adapter, leaves[path], site, x, plan=plan
       )
-    return found
+    return products
 
   def train(trained: Any, kernels: Any, shared: Any, gs: Any) -> Any:
-    ys, back = jax.vjp(lambda own: forward(own, kernels, shared), trained)
+    ys, back = jax.vjp(lambda inputs: forward(inputs, kernels, shared), trained)
     return ys, back(gs)
 
   arguments: tuple[Any, ...] = ((leaves, xs), kernels, shared)
   program: Any = forward
   if training:
     program, arguments = train, (*arguments, gs)
-  place = SingleDeviceSharding(device)
-  arguments = jax.tree.map(lambda x: x.update(sharding=place), arguments)
+  sharding = SingleDeviceSharding(device)
+  arguments = jax.tree.map(lambda x: x.update(sharding=sharding), arguments)
   return jax.jit(program).lower(*arguments).compile(), shared
 
 
@@ -296,9 +296,9 @@ def markdown(result: Mapping[str, Any]) -> str:
   lines: list[str] = []
   for network in (*NETWORKS, WHOLE):
     for work in (TRAINING, DECODING):
-      own = [x for x in rows if (x["network"], x["work"]) == (network, work)]
-      if own:
-        lines += _table(network, work, own)
+      chosen = [x for x in rows if (x["network"], x["work"]) == (network, work)]
+      if chosen:
+        lines += _table(network, work, chosen)
   versions = result["versions"]
   lines += [
     f"r = {result['rank']}, {result['dtype']}, {result['kind']}; XLA's counts"

@@ -79,17 +79,17 @@ def main() -> None:
       f"There are {jax.device_count()} devices; eight are needed:"
       " XLA_FLAGS=--xla_force_host_platform_device_count=8"
     )
-  given = flags.FLAGS
-  path = Path(given.out) / "meshes.json"
-  for method in given.methods:
-    for name, made in compare(method, given.steps):
+  options = flags.FLAGS
+  path = Path(options.out) / "meshes.json"
+  for method in options.methods:
+    for name, made in compare(method, options.steps):
       print(method, name, made, flush=True)
-      found = read_json(path)["meshes"] if path.exists() else {}
-      found.setdefault(name, {})[method] = made
-      result = {"steps": given.steps, "meshes": found, **provenance()}
-      write(path.stem, result, folder=given.out)
+      meshes = read_json(path)["meshes"] if path.exists() else {}
+      meshes.setdefault(name, {})[method] = made
+      result = {"steps": options.steps, "meshes": meshes, **provenance()}
+      write(path.stem, result, folder=options.out)
   table = Table(*HEADER, title="Largest differences from one device")
-  for row in rows(found):
+  for row in rows(meshes):
     table.add_row(*row)
   Console().print(table)
   print(path)
@@ -176,12 +176,12 @@ def name_of(sizes: tuple[int, ...]) -> str:
   return ", ".join(f"{axis}={size}" for axis, size in named if size > 1)
 
 
-def rows(found: dict[str, Any]) -> Iterator[list[str]]:
+def rows(meshes: dict[str, Any]) -> Iterator[list[str]]:
   """A mesh and its differences, as text; "-" was not measured."""
   for name in [*map(name_of, SPLITS), MOVED]:
     row = [name]
     for method in METHODS:
-      measured = found.get(name, {}).get(method)
+      measured = meshes.get(name, {}).get(method)
       for kind in ("loss", "leaves"):
         row.append(f"{measured[kind]:.1e}" if measured else "-")
     yield row

@@ -74,9 +74,9 @@ def markdown(study: Path = STUDY) -> str:
   """The table of methods and, if the study was run, that of its scores."""
   medians: dict[str, str] = {}
   if study.is_dir():
-    for found in summary(load_sweep(study)).to_dict("records"):
-      if found["task"] == TASK:
-        medians[found["method"]] = f"{found['score']:.1f}"
+    for scored in summary(load_sweep(study)).to_dict("records"):
+      if scored["task"] == TASK:
+        medians[scored["method"]] = f"{scored['score']:.1f}"
   rows = []
   for method in METHODS:
     row, adapter = ROWS[method], adapter_named(method)

@@ -79,21 +79,21 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  given = flags.FLAGS
+  options = flags.FLAGS
   made = environment("others")
   made["models"] = {}
-  path, wrong = Path(given.out) / "others.json", []
+  path, wrong = Path(options.out) / "others.json", []
   older = read_json(path)["models"] if path.exists() else {}
   for name, other in MODELS.items():
-    if not re.search(given.models, name):
+    if not re.search(options.models, name):
       if name in older:
         made["models"][name] = older[name]
       continue
     start = time.perf_counter()
-    found = made["models"][name] = examine(other)
-    wrong += [f"{name}: {fault}" for fault in faults(found)]
-    print(f"{name}: {found['layers']}, {time.perf_counter() - start:.0f} s")
-  write("others", made, folder=given.out)
+    row = made["models"][name] = examine(other)
+    wrong += [f"{name}: {fault}" for fault in faults(row)]
+    print(f"{name}: {row['layers']}, {time.perf_counter() - start:.0f} s")
+  write("others", made, folder=options.out)
   if wrong:
     raise UserError("What should hold does not:\n  " + "\n  ".join(wrong))
 
@@ -125,10 +125,10 @@ def examine(
   }
 
 
-def faults(found: Mapping[str, Any]) -> list[str]:
+def faults(examined: Mapping[str, Any]) -> list[str]:
   """What does not hold, a sentence each; [] where all does."""
-  wrong = [f"{path}: {why}" for path, why in silent(found["refused"])]
-  for method, row in found["methods"].items():
+  wrong = [f"{path}: {why}" for path, why in silent(examined["refused"])]
+  for method, row in examined["methods"].items():
     if "error" in row:
       wrong.append(f"{method}: {row['error']}")
       continue
@@ -272,24 +272,24 @@ class Ready:
     }
     shared = variables.get("projections", {})
 
-    def whole(own: Any, base: Any) -> Any:
-      return unflatten_dict({**base, **own})
+    def joined(leaves: Any, base: Any) -> Any:
+      return unflatten_dict({**base, **leaves})
 
-    def adapted(module: nn.Module, own: Any, base: Any) -> Any:
-      return self.run(module, whole(own, base), variables)
+    def adapted(module: nn.Module, leaves: Any, base: Any) -> Any:
+      return self.run(module, joined(leaves, base), variables)
 
-    def merged(own: Any, base: Any) -> Any:
-      params = whole(own, base)
+    def merged(leaves: Any, base: Any) -> Any:
+      params = joined(leaves, base)
       return merge(params, shared, adapter=adapter, targets=targets)
 
-    def defined(own: Any, base: Any) -> Any:
-      return self.by_definition(adapter, targets, own, base, shared)
+    def defined(leaves: Any, base: Any) -> Any:
+      return self.by_definition(adapter, targets, leaves, base, shared)
 
     def slopes(outputs: Callable[..., Any]) -> Any:
       """(gradients of the summed sines of the outputs, the outputs)."""
 
-      def loss(own: Any, base: Any) -> tuple[Any, Any]:
-        y = outputs(own, base)
+      def loss(leaves: Any, base: Any) -> tuple[Any, Any]:
+        y = outputs(leaves, base)
         return jnp.sum(jnp.sin(y)), y
 
       return jax.jit(jax.grad(loss, has_aux=True))(moved, self.flat)
@@ -308,17 +308,19 @@ class Ready:
     if not plans:
       return row
     wanted, _ = slopes(
-      lambda own, base: self.run(self.model, defined(own, base))
+      lambda leaves, base: self.run(self.model, defined(leaves, base))
     )
     largest = max(float(jnp.abs(x).max()) for x in wanted.values())
     row["gradients"] = {}
     for plan in plans:
       try:
-        found, y = slopes(partial(adapted, module.clone(plan=plan)))
+        gradients, y = slopes(partial(adapted, module.clone(plan=plan)))
       except UserError as error:
         row["gradients"][plan] = str(error)
         continue
-      apart = max(float(jnp.abs(found[p] - wanted[p]).max()) for p in wanted)
+      apart = max(
+        float(jnp.abs(gradients[p] - wanted[p]).max()) for p in wanted
+      )
       row["gradients"][plan] = apart / largest
       row["merged"] = max(row["merged"], distance(y, expected))
     return row
@@ -327,7 +329,7 @@ class Ready:
     self,
     adapter: Adapter,
     targets: Mapping[Place, Target],
-    own: Mapping[Place, Any],
+    trained: Mapping[Place, Any],
     base: Mapping[Place, Any],
     shared: Mapping[str, Any],
   ) -> Any:
@@ -336,9 +338,9 @@ class Ready:
     assert method is not None
     for path, target in targets.items():
       layer = layer_path(path, target)
-      leaves = {p[-1]: x for p, x in own.items() if p[:-1] == path}
-      place, stacked = (*layer, target.view.kernel), len(target.stack)
-      kernel, bias = flat[place], None
+      leaves = {p[-1]: x for p, x in trained.items() if p[:-1] == path}
+      kernel_path, stacked = (*layer, target.view.kernel), len(target.stack)
+      kernel, bias = flat[kernel_path], None
       if not target.view.in_scope:
         bias = flat.get((*layer, "bias"))
       axes = [n for x, n in self.other.axes.items() if matches(x, path)]
@@ -350,7 +352,7 @@ class Ready:
       )
       for _ in range(stacked):
         adapt_one = jax.vmap(adapt_one)
-      flat[place], changed = adapt_one(leaves, kernel, bias)
+      flat[kernel_path], changed = adapt_one(leaves, kernel, bias)
       if bias is not None:
         flat[*layer, "bias"] = changed
     return unflatten_dict(flat)
@@ -416,8 +418,8 @@ def markdown(result: Mapping[str, Any]) -> str:
       why = why.replace(path.removesuffix("/kernel"), "…")
       named.setdefault(why, {})[f"`{names[-1]}`"] = None
     return "; ".join(
-      f"{', '.join(found)} ({reasons.setdefault(why, _letter(len(reasons)))})"
-      for why, found in named.items()
+      f"{', '.join(paths)} ({reasons.setdefault(why, _letter(len(reasons)))})"
+      for why, paths in named.items()
     )
 
   def cell(row: Mapping[str, Any]) -> str:
@@ -427,8 +429,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     return f"{row['merged']:.0e}" + (f", without {left}" if left else "")
 
   rows = []
-  for name, found in result["models"].items():
-    methods = found["methods"]
+  for name, examined in result["models"].items():
+    methods = examined["methods"]
     others = [x for method, x in methods.items() if method not in SHOWN]
     slopes = [
       value
@@ -438,9 +440,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     rows.append(
       (
-        f"{name} ({found['origin']})",
-        found["layers"],
-        letters(found["refused"]),
+        f"{name} ({examined['origin']})",
+        examined["layers"],
+        letters(examined["refused"]),
         *(cell(methods[method]) for method in SHOWN),
         f"{max(x['merged'] for x in others if x['layers']):.0e}",
         f"{max(slopes):.0e}",
@@ -473,10 +475,10 @@ def numbers(tree: Any) -> Any:
   return jnp.concatenate([x.reshape(-1) for x in floats])
 
 
-def distance(found: Any, expected: Any) -> float:
+def distance(actual: Any, expected: Any) -> float:
   """The largest difference, relative to the largest number; NaN stays NaN."""
   scale = float(jnp.abs(expected).max())
-  return float(jnp.abs(found - expected).max()) / scale
+  return float(jnp.abs(actual - expected).max()) / scale
 
 
 if __name__ == "__main__":

@@ -85,28 +85,28 @@ def main() -> None:
       f"The comparison needs {error.name}, which is not installed:"
       " pip install -r requirements-parity.txt"
     ) from error
-  given, curves = flags.FLAGS, {}
-  e2e = given.task == train_e2e.TASK
-  for method in given.methods:
-    config = train_e2e.get_config() if e2e else minilm.get_config(given.task)
+  options, curves = flags.FLAGS, {}
+  e2e = options.task == train_e2e.TASK
+  for method in options.methods:
+    config = train_e2e.get_config() if e2e else minilm.get_config(options.task)
     config.method = method
     config.vera.init = "peft"
     config.model.dtype = "float32"
-    if given.source:
-      config.data.source = given.source
-    curve = curves[method] = compare(config, given.steps)
+    if options.source:
+      config.data.source = options.source
+    curve = curves[method] = compare(config, options.steps)
     apart = ", ".join(
       f"{kind} {value:.1e}"
       for kind, value in curve["relative_distance"].items()
     )
     print(
-      f"{method}: {given.steps} steps, loss {curve['peft'][0]:.4f} to"
+      f"{method}: {options.steps} steps, loss {curve['peft'][0]:.4f} to"
       f" {curve['peft'][-1]:.4f}; largest relative difference of the losses"
       f" {curve['largest_relative_loss_difference']:.1e}, of the trained leaves"
       f" at the end: {apart}"
     )
   name = "curves-e2e" if e2e else "curves"
-  path = write(name, curves, folder=given.out).with_suffix(".png")
+  path = write(name, curves, folder=options.out).with_suffix(".png")
   draw(curves, path)
   print(path)
 
@@ -131,18 +131,18 @@ def draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
 def compare(config: ConfigDict, steps: int) -> dict[str, Any]:
   """Train both for some steps; losses of each, and their largest distances."""
   with tempfile.TemporaryDirectory() as folder:
-    place = Path(folder)
+    temporary = Path(folder)
     if config.task == "language":
-      base = train_e2e.Texts(config, place).base  # has no dropout
+      base = train_e2e.Texts(config, temporary).base  # has no dropout
     else:
-      base = without_dropout(resolve(config.model.name), place / "base")
+      base = without_dropout(resolve(config.model.name), temporary / "base")
       config.model.name = str(base)
     task = task_for(config)
     data = task.load(config, base)
     assert isinstance(data, PackedData)
     batches = list(_batches(data, config, steps))
-    ours = train_here(config, base, task, batches, place)
-    theirs = train_in_peft(config, base, task, batches, place)
+    ours = train_here(config, base, task, batches, temporary)
+    theirs = train_in_peft(config, base, task, batches, temporary)
     return _distances(config.method, ours, theirs)
 
 
@@ -190,7 +190,7 @@ def train_here(
   base: Path,
   task: Task,
   batches: list[Both],
-  place: Path,
+  folder: Path,
 ) -> Trained:
   """Leaves the start in PEFT's format in place/start."""
   mesh = make_mesh(over=jax.devices()[:1])  # torch has one, too
@@ -209,16 +209,16 @@ def train_here(
     "projection_digest": model.digest,
     "settings": config[config.method].to_dict(),
   }
-  save_adapter(place / "ours-start", state.params, about=about)
-  export_adapter(place / "ours-start", place / "start")
+  save_adapter(folder / "ours-start", state.params, about=about)
+  export_adapter(folder / "ours-start", folder / "start")
   frozen, losses = Frozen(model.frozen, model.projections), []
   rates = {n: jnp.float32(rate) for n, rate in rates_of(config).items()}
   for batch in batches:
     key = jax.random.key(0)
     state, metrics = here.step(state, frozen, [batch.ours], key, rates)
     losses.append(float(metrics["loss"]))
-  save_adapter(place / "ours-end", state.params, about=about)
-  return Trained(losses, place / "ours-end")
+  save_adapter(folder / "ours-end", state.params, about=about)
+  return Trained(losses, folder / "ours-end")
 
 
 def train_in_peft(
@@ -226,7 +226,7 @@ def train_in_peft(
   base: Path,
   task: Task,
   batches: list[Both],
-  place: Path,
+  folder: Path,
 ) -> Trained:
   """From place/start, by torch's AdamW at the same rates."""
   import peft
@@ -244,7 +244,7 @@ def train_in_peft(
     )
   model = peft.PeftModel.from_pretrained(
     plain,
-    place / "start",
+    folder / "start",
     is_trainable=True,
   ).eval()
   rates = rates_of(config)
@@ -264,16 +264,16 @@ def train_in_peft(
   )
   losses = []
   for batch in batches:
-    given = {n: torch.from_numpy(x).long() for n, x in batch.theirs.items()}
-    loss = model(**given).loss
+    inputs = {n: torch.from_numpy(x).long() for n, x in batch.theirs.items()}
+    loss = model(**inputs).loss
     adamw.zero_grad()
     loss.backward()
     adamw.step()
     scheduler.step()
     losses.append(loss.item())
-  model.save_pretrained(str(place / "end"))
-  import_adapter(place / "end", place / "theirs-end", base=str(base))
-  return Trained(losses, place / "theirs-end")
+  model.save_pretrained(str(folder / "end"))
+  import_adapter(folder / "end", folder / "theirs-end", base=str(base))
+  return Trained(losses, folder / "theirs-end")
 
 
 def _distances(method: str, ours: Trained, theirs: Trained) -> dict[str, Any]:

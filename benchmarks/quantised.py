@@ -54,33 +54,33 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  given = flags.FLAGS
-  if given.row:
-    base, _, remat = given.row.partition(":")
+  options = flags.FLAGS
+  if options.row:
+    base, _, remat = options.row.partition(":")
     if base not in BASES or remat not in REMAT:
       raise UserError(
-        f"--row is {given.row}; give one of {', '.join(BASES)} and one of"
+        f"--row is {options.row}; give one of {', '.join(BASES)} and one of"
         f" {', '.join(REMAT)}, as keep:full."
       )
-    print(json.dumps(measure(given.model, given.rank, base, remat)))
+    print(json.dumps(measure(options.model, options.rank, base, remat)))
     return
-  unknown = {*given.bases} - {*BASES} | {*given.remat} - {*REMAT}
+  unknown = {*options.bases} - {*BASES} | {*options.remat} - {*REMAT}
   if unknown:
     raise UserError(
       f"There is no {', '.join(sorted(unknown))}; bases are {', '.join(BASES)},"
       f" values of remat {', '.join(REMAT)}."
     )
   result = environment("quantised") | {
-    "model": given.model,
-    "rank": given.rank,
+    "model": options.model,
+    "rank": options.rank,
     "tokens": TOKENS,
   }
-  old = Path(given.out) / "quantised.json"
+  old = Path(options.out) / "quantised.json"
   rows = []
-  if given.add and old.exists():
+  if options.add and old.exists():
     rows = rows_of(read_json(old), measured_with=result)
-  for base in given.bases:
-    for remat in given.remat:
+  for base in options.bases:
+    for remat in options.remat:
       rows = [x for x in rows if (x["base"], x["remat"]) != (base, remat)]
       rows.append(run_row(base, remat))
       print(json.dumps(rows[-1]), flush=True)
@@ -89,7 +89,7 @@ def main() -> None:
     rows, key=lambda row: order.index((row["base"], row["remat"]))
   )
   result["load_after"] = load()
-  path = write("quantised", result, folder=given.out)
+  path = write("quantised", result, folder=options.out)
   page = markdown(result)
   path.with_suffix(".md").write_text(page, encoding="utf-8")
   print(f"\n{page}\n{path}")
@@ -122,11 +122,11 @@ def run_row(base: str, remat: str) -> dict[str, Any]:
   Raises:
     UserError: with the end of what that process printed, if it fails.
   """
-  given = flags.FLAGS
+  options = flags.FLAGS
   done = subprocess.run(
     [
       *(sys.executable, "-W", "ignore", "-m", "benchmarks.quantised"),
-      *(f"--model={given.model}", f"--rank={given.rank}"),
+      *(f"--model={options.model}", f"--rank={options.rank}"),
       f"--row={base}:{remat}",
     ],
     capture_output=True,
@@ -205,16 +205,16 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
   }
   batch = jax.tree.map(jnp.asarray, batch)
   memory: Any = step.lower(frozen, batch, key).compile().memory_analysis()
-  given = jax.tree.map(jnp.float32, rates)
+  step_rates = jax.tree.map(jnp.float32, rates)
   losses, seconds = [], []
   for number in range(STEPS):
     if number == 1:  # all is compiled
-      whole = peak_bytes()
+      loading_peak = peak_bytes()
       gc.collect()
       return_freed_memory()
       forget_peak()
     start = time.perf_counter()
-    state, metrics = step(state, frozen, [batch], key, given)
+    state, metrics = step(state, frozen, [batch], key, step_rates)
     losses.append(float(metrics["loss"]))
     seconds.append(time.perf_counter() - start)
   return {
@@ -230,7 +230,7 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
       - memory.alias_size_in_bytes
     ),
     "resident_bytes": peak_bytes(),
-    "process_bytes": max(whole, peak_bytes()),
+    "process_bytes": max(loading_peak, peak_bytes()),
     "seconds": seconds[-1],
     "losses": losses,
   }

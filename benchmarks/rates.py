@@ -35,15 +35,15 @@ class Choice(NamedTuple):
   missing: float | None
 
 
-def choose(method: str, means: Mapping[float, float]) -> Choice:
+def choice_of(method: str, means: Mapping[float, float]) -> Choice:
   """The rule, on the mean score of each rate."""
   rates = sorted(means)
   best = max(rates, key=lambda rate: (means[rate], -rate))
-  place = rates.index(best)
+  position = rates.index(best)
   missing = None
-  if place == len(rates) - 1:
+  if position == len(rates) - 1:
     missing = 2 * best
-  elif place == 0:
+  elif position == 0:
     missing = best / 2
   return Choice(method, {rate: means[rate] for rate in rates}, best, missing)
 
@@ -62,10 +62,10 @@ def choices(sweep: Sweep) -> Iterator[Choice]:
   if runs["rate"].isna().any():
     raise UserError("Results without learning rates: no sweep of rates.")
   parts = ["method", "rank", "init"]
-  for (method, rank, init), own in runs.groupby(parts, sort=False):
-    means = own.groupby("rate")["score"].mean().to_dict()
+  for (method, rank, init), group in runs.groupby(parts, sort=False):
+    means = group.groupby("rate")["score"].mean().to_dict()
     name = method + rank
-    yield choose(name + f", {init}" * (runs["init"].nunique() > 1), means)
+    yield choice_of(name + f", {init}" * (runs["init"].nunique() > 1), means)
 
 
 def main(words: list[str]) -> None:

@@ -26,13 +26,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
-from rich.console import Console
 from rich.progress import track
 
-from benchmarks import step_report
 from benchmarks.report import environment, write
 from configs import rte
 from experiments import cli
+from experiments.markdown import markdown_table
 from experiments.plans.chips import device_named, use_no_accelerator
 from experiments.plans.depth import counts
 from experiments.plans.lowering import (
@@ -47,6 +46,15 @@ from vera_jax.pretrained.sharding import make_mesh
 FROZEN = "frozen network"
 WHOLE = "frozen network, whole"
 SIZES = "base", "large"
+COLUMNS = (
+  "on the network",
+  "TFLOP",
+  "against frozen",
+  "against it, whole",
+  "GB moved",
+  "MB temporary",
+  "MB all-reduced",
+)
 
 
 class Variant(NamedTuple):
@@ -76,36 +84,33 @@ def define_flags() -> None:
 
 def main() -> None:
   use_no_accelerator()
-  given = flags.FLAGS
-  device = device_named(given.device)
-  path = Path(given.out) / f"step-{given.device.partition(':')[0]}.json"
+  options = flags.FLAGS
+  device = device_named(options.device)
+  path = Path(options.out) / f"step-{options.device.partition(':')[0]}.json"
   result = environment("step") | {
-    "device": given.device,
+    "device": options.device,
     "kind": device.device_kind,
     "dtype": "float32" if device.platform == "cpu" else "bfloat16",
-    "length": given.length,
+    "length": options.length,
     "rows": {size: rte.get_config(size).optim.batch_size for size in SIZES},
   }
-  found = {} if given.anew else kept(path, result)
-  for size in given.sizes:
+  counted = {} if options.anew else kept(path, result)
+  for size in options.sizes:
     chosen = dict(variants(size))
-    costs = {k: x for k, x in found.get(size, {}).items() if k in chosen}
+    costs = {k: x for k, x in counted.get(size, {}).items() if k in chosen}
     for name, variant in track(chosen.items(), f"RoBERTa-{size}", len(chosen)):
       if name not in costs:
         costs[name] = cost(
-          variant, length=given.length, device=device, dtype=result["dtype"]
+          variant, length=options.length, device=device, dtype=result["dtype"]
         )
-        found[size] = costs
-        write(path.stem, result | {"sizes": found}, folder=given.out)
-    found[size] = {name: costs[name] for name in chosen}
-  result["sizes"] = found
-  write(path.stem, result, folder=given.out)
-  page = step_report.markdown(result)
+        counted[size] = costs
+        write(path.stem, result | {"sizes": counted}, folder=options.out)
+    counted[size] = {name: costs[name] for name in chosen}
+  result["sizes"] = counted
+  write(path.stem, result, folder=options.out)
+  page = markdown(result)
   path.with_suffix(".md").write_text(page, encoding="utf-8")
-  step_report.draw(result, path.with_suffix(".png"))
-  for table in step_report.for_terminal(result):
-    Console().print(table)
-  print(path)
+  print(f"{page}\n{path}")
 
 
 def kept(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,20 +176,61 @@ def cost(
 
   real = step(config, fields)
   memory = real.compile(rows, length, read).memory_analysis()
-  found = counts(
+  counted = counts(
     config, fields, lambda *args: step(*args).compile(rows, length, read)
   )
   # The head is trained, so that each of its products counts three times; those
   # at positions that are only read for the last layer's sake are left out.
   width, labels = fields["hidden_size"], 2
-  found["flops"] -= 3 * 2 * rows * (read - 1) * width * (width + labels)
+  counted["flops"] -= 3 * 2 * rows * (read - 1) * width * (width + labels)
   numbers = real.model.counts
   return {
-    **found,
+    **counted,
     "temporary": memory.temp_size_in_bytes,
     # with the loss and the number of examples
     "sent": 4 * (numbers.adapter + numbers.head + 2),
   }
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+  """One table per size, and what the columns mean."""
+  parts = ["# What a step costs, as XLA compiles it"]
+  for size, costs in result["sizes"].items():
+    frozen, whole_network = list(costs.values())[:2]
+    rows = [
+      [
+        name,
+        f"{cost['flops'] / 1e12:.3f}",
+        f"{cost['flops'] / frozen['flops']:.3f}",
+        f"{cost['flops'] / whole_network['flops']:.3f}",
+        f"{cost['moved'] / 1e9:.1f}",
+        f"{cost['temporary'] / 1e6:,.0f}",
+        f"{cost['sent'] / 1e6:.3f}",
+      ]
+      for name, cost in costs.items()
+    ]
+    title = (
+      f"RoBERTa-{size}, {result['rows'][size]} rows of {result['length']}"
+      f" tokens, {result['dtype']}, one step on {result['kind']}"
+    )
+    parts.append(f"**{title}**\n\n{markdown_table(COLUMNS, rows)}")
+  versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v)
+  parts.append(f"""\
+Query and value are adapted. "frozen network" trains one number per output of
+the same layers and the head: it takes the forward pass, and the gradient down
+to the lowest of these layers. Like all others it computes of the last layer
+what the head reads. "frozen network, whole" is forward and gradient from the
+whole last layer down to the embeddings. It trains the biases, which is 0.03 %
+of its FLOPs; its bytes and memory, but not its FLOPs, include the head at every
+position. FLOPs and bytes moved are those of two layers, unrolled, and for each
+further one what a third layer adds; temporary memory is the scanned step's at
+full depth. "MB all-reduced" is what a step sends between several chips, in
+float32 and once, as [tpu_pod.md](../../docs/tpu_pod.md) has it from programs
+compiled for them.
+
+- `{result["command"]}`
+- {versions}""")
+  return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ Each trainer is a process of its own, one after another. --task=e2e trains
 SmolLM2 instead, to complete E2E's rows (`train_e2e.py`), --task=cifar10 DINOv2
 on images (`train_images.py`).
 
-Writes train-TASK.json, its table in Markdown and a plot. Where there is a GPU
-its rows come after the CPU's. PEFT's and torch's rows need torch and peft, the
-plot matplotlib: requirements-parity.txt.
+Writes train-TASK.json and its table in Markdown. Where there is a GPU its rows
+come after the CPU's. PEFT's and torch's rows need torch and peft:
+requirements-parity.txt.
 """
 
 import json
@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import train_e2e, train_images
 from benchmarks.report import environment, load, write
-from benchmarks.train_report import draw, markdown
+from benchmarks.train_report import markdown
 from configs import minilm
 from experiments import cli
 from vera_jax.data.examples import subset
@@ -96,40 +96,40 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  given = flags.FLAGS
+  options = flags.FLAGS
   known: tuple[str, ...] = METHODS  # those that a task has
   files: Any = None  # what the sides read, where a folder is made for it
-  if given.task == train_e2e.TASK:
+  if options.task == train_e2e.TASK:
     config, files, known = train_e2e.get_config(), train_e2e.Texts, ADAPTED
-  elif given.task == train_images.TASK:
+  elif options.task == train_images.TASK:
     config, files = train_images.get_config(), train_images.Images
     known = train_images.METHODS
   else:
-    config = minilm.get_config(given.task)
+    config = minilm.get_config(options.task)
     config.data.source = "experiments"
-  if given.source:
-    config.data.source = given.source
-  if given.base:
-    config.model.name = given.base
-  if given.epochs:
-    config.optim.epochs = given.epochs
-  if given.examples:
-    config.data.max_train_examples = given.examples
-  for kept in given.quantise:
+  if options.source:
+    config.data.source = options.source
+  if options.base:
+    config.model.name = options.base
+  if options.epochs:
+    config.optim.epochs = options.epochs
+  if options.examples:
+    config.data.max_train_examples = options.examples
+  for kept in options.quantise:
     check_quantise(kept)
-  seeds = given.seeds or [config.seed] * given.repetitions
+  seeds = options.seeds or [config.seed] * options.repetitions
   try:
     seeds = [int(seed) for seed in seeds]
   except ValueError:
     raise UserError(
-      f"--seeds={','.join(given.seeds)}; give whole numbers, as in 0,1,2."
+      f"--seeds={','.join(options.seeds)}; give whole numbers, as in 0,1,2."
     ) from None
-  methods = list(known) if given.methods is None else given.methods
-  asked = choose(methods, given.peft, given.devices, known=known)
+  methods = list(known) if options.methods is None else options.methods
+  asked = trainers_for(methods, options.peft, options.devices, known=known)
   asked = [
     trainer._replace(quantise=kept)
     for trainer in asked
-    for kept in (given.quantise if trainer.side == OURS else [NONE])
+    for kept in (options.quantise if trainer.side == OURS else [NONE])
   ]
   load_before = load()
   chosen = [trainer for trainer in asked if can_run(trainer)]
@@ -139,18 +139,13 @@ def main() -> None:
   result["left_out"] = [str(other) for other in asked if other not in chosen]
   # Only now, since it makes this process claim a GPU that the trainers need.
   result = environment("train") | {"load_before": load_before} | result
-  path = write(f"train-{result['task']}", result, folder=given.out)
+  path = write(f"train-{result['task']}", result, folder=options.out)
   table = markdown(result)
   path.with_suffix(".md").write_text(table, encoding="utf-8")
-  print(f"\n{table}")
-  if find_spec("matplotlib"):
-    draw(result, path.with_suffix(".png"))
-  else:
-    print("Not drawn, since matplotlib is not installed.")
-  print(path)
+  print(f"\n{table}\n{path}")
 
 
-def choose(
+def trainers_for(
   ours: list[str],
   theirs: list[str],
   devices: list[str] | None,
@@ -313,8 +308,11 @@ def run(trainer: Trainer, config: ConfigDict, texts: Any) -> Outcome:
       settings |= texts.for_torch(config) | place_of(trainer)
 
     def start(workdir: str) -> Outcome:
-      own = {"workdir": str(folder / workdir), "started": time.time()}
-      request.write_text(json.dumps(settings | own))
+      place_and_time = {
+        "workdir": str(folder / workdir),
+        "started": time.time(),
+      }
+      request.write_text(json.dumps(settings | place_and_time))
       module = f"benchmarks.{texts.modules[trainer.side]}"
       done = subprocess.run(
         [sys.executable, "-m", module, request, answer],
@@ -384,22 +382,22 @@ def row(
   }
 
 
-def compared(own: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+def compared(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
   """A row of ours with how many times as long the other side takes."""
   for other in rows:
-    alike = all(other[key] == own[key] for key in ("method", "device"))
-    if alike and own["side"] == OURS != other["side"]:
-      made = own | {
-        "times_faster": other["seconds"] / own["seconds"],
-        "times_faster_in_training": other["training"] / own["training"],
+    alike = all(other[key] == row[key] for key in ("method", "device"))
+    if alike and row["side"] == OURS != other["side"]:
+      made = row | {
+        "times_faster": other["seconds"] / row["seconds"],
+        "times_faster_in_training": other["training"] / row["training"],
       }
-      if "evaluation" in own:
-        whole = [row["training"] + row["compilation"] for row in (other, own)]
-        made["times_faster_with_compiling"] = whole[0] / whole[1]
-        between = other["evaluation"] / own["evaluation"]
+      if "evaluation" in row:
+        theirs, ours = (x["training"] + x["compilation"] for x in (other, row))
+        made["times_faster_with_compiling"] = theirs / ours
+        between = other["evaluation"] / row["evaluation"]
         made["times_faster_in_evaluation"] = between
       return made
-  return own
+  return row
 
 
 if __name__ == "__main__":

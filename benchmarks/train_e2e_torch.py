@@ -64,14 +64,14 @@ def encode(
   tokenizer: Any, rows: list[list[str]]
 ) -> list[tuple[list[int], int]]:
   """Each row's token ids, and how many of them are its prompt's."""
-  found = []
+  encoded = []
   for row in rows:
     prompt, completion = (
       [*tokenizer(text, add_special_tokens=False).input_ids, end]
       for text, end in zip(row, [tokenizer.eos_token_id] * 2, strict=True)
     )
-    found.append((prompt + completion, len(prompt)))
-  return found
+    encoded.append((prompt + completion, len(prompt)))
+  return encoded
 
 
 def collate(rows: list[tuple[list[int], int]]) -> dict[str, torch.Tensor]:

@@ -68,8 +68,8 @@ class Images:
     self.files: dict[str, list[tuple[str, int]]] = {}
     for name, (files, numbers) in chosen.items():
       images = prepare_images(files, numbers, processor, folder / "prepared")
-      place = folder / "images" / PLACES[name]
-      self.files[name] = write_images(images, self.classes, place)
+      target = folder / "images" / PLACES[name]
+      self.files[name] = write_images(images, self.classes, target)
     self.base = folder / "base"
     write_base(base, self.base, classes=self.classes, seed=config.seed)
     # as they are in the files
@@ -110,7 +110,7 @@ def write_images(
 ) -> list[tuple[str, int]]:
   """Class folders of PNG files; (file, class) in the order of their readers."""
   numbers = {name: i for i, name in enumerate(sorted(classes))}
-  found = []
+  written = []
   for i, (pixels, label) in enumerate(
     zip(images.pixels, images.labels.tolist(), strict=True)
   ):
@@ -118,8 +118,8 @@ def write_images(
     file = folder / name / f"{i:06}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(file)
-    found.append((str(file), numbers[name]))
-  return sorted(found, key=lambda one: (one[1], one[0]))
+    written.append((str(file), numbers[name]))
+  return sorted(written, key=lambda one: (one[1], one[0]))
 
 
 def write_base(

@@ -72,11 +72,11 @@ def predict(model: Any, pixels: torch.Tensor, settings: Settings) -> list[int]:
   """Classes, in the order of the images."""
   model.eval()
   device, size = settings["device"], settings["config"]["eval_batch_size"]
-  found: list[int] = []
+  classes: list[int] = []
   for some in pixels.split(size):
     batch = normalised(some, settings).to(device)
-    found += model(pixel_values=batch).logits.argmax(-1).tolist()
-  return found
+    classes += model(pixel_values=batch).logits.argmax(-1).tolist()
+  return classes
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
-"""The table and the plot of `benchmarks.train`, from its figures."""
+"""The table of `benchmarks.train`, from its figures."""
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 from benchmarks.report import load_line
 from experiments.markdown import markdown_table
 
 METHODS = {"vera": "VeRA", "lora": "LoRA", "head": "head", "full": "full"}
-# Okabe and Ito's colours, which colour-blind readers can tell apart
-PARTS = {"imports": "#999999", "compilation": "#E69F00", "training": "#0072B2"}
-MEMORY = "#56B4E9"
+PARTS = ("imports", "compilation", "training")
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -152,46 +149,3 @@ def _size(result: dict[str, Any]) -> str:
     f" {result['real_tokens_an_epoch']:,} real tokens per epoch,"
     f" {result['dev_examples']:,} development examples"
   )
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-  """Seconds, stacked by part, and peak memory: one bar per trainer."""
-  from matplotlib.figure import Figure
-
-  rows = result["rows"]
-  devices = {row["device"] for row in rows}
-  places, names, place = [], [], -1.0
-  for before, row in zip([None, *rows], rows, strict=False):
-    # one below another, with a gap where another method begins
-    same = before is not None and before["method"] == row["method"]
-    place += 1.0 if same else 1.4
-    places.append(place)
-    tail = f", {row['device']}" if len(devices) > 1 else ""
-    names.append(f"{METHODS[row['method']]}, {_side(row)}{tail}")
-  figure = Figure(figsize=(10, 1.6 + 0.42 * len(rows)), layout="constrained")
-  left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-  ends = [0.0] * len(rows)
-  for part, colour in PARTS.items():
-    widths = [row[part] for row in rows]
-    label = "training and evaluation" if part == "training" else part
-    left.barh(places, widths, left=ends, color=colour, label=label)
-    ends = [end + width for end, width in zip(ends, widths, strict=True)]
-  memory = [row["peak_bytes"] / 1e6 for row in rows]
-  right.barh(places, memory, color=MEMORY)
-  for place, row, size in zip(places, rows, memory, strict=True):
-    times = row.get("times_faster")
-    faster = "" if times is None else f", {times:.1f}× as fast"
-    text = f" {row['seconds']:.0f} s{faster}"
-    left.text(row["seconds"], place, text, va="center")
-    right.text(size, place, f" {size:,.0f}", va="center")
-  left.set_yticks(places, names)
-  left.invert_yaxis()
-  left.set_xlabel("seconds, from the start of the process to the last score")
-  right.set_xlabel("peak memory, MB")
-  left.margins(x=0.3)
-  right.margins(x=0.25)
-  for axes in (left, right):
-    axes.spines[["top", "right"]].set_visible(False)
-  figure.legend(loc="outside upper right", ncols=len(PARTS))
-  figure.suptitle(_title(result), x=0.01, ha="left")
-  figure.savefig(path, dpi=120)

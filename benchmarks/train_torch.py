@@ -146,23 +146,25 @@ def with_adapter(model: Any, config: dict[str, Any], task: str | None) -> Any:
   """PEFT's model, by our settings and without PEFT's dropout."""
   import peft
 
-  own = config[config["method"]]
+  settings = config[config["method"]]
   shared = {
     "task_type": task,
-    "r": own["rank"],
+    "r": settings["rank"],
     # alternatives that we write as one pattern: "query|q_proj"
-    "target_modules": [n for names in own["targets"] for n in names.split("|")],
+    "target_modules": [
+      n for names in settings["targets"] for n in names.split("|")
+    ],
   }
   if task is None:
     shared["modules_to_save"] = ["classifier"]
   adapter: peft.PeftConfig
   if config["method"] == "vera":
     adapter = peft.VeraConfig(
-      **shared, d_initial=own["d_init"], vera_dropout=0.0
+      **shared, d_initial=settings["d_init"], vera_dropout=0.0
     )
   else:
     adapter = peft.LoraConfig(
-      **shared, lora_alpha=own["alpha"], lora_dropout=0.0
+      **shared, lora_alpha=settings["alpha"], lora_dropout=0.0
     )
   return peft.get_peft_model(model, adapter)
 
@@ -175,13 +177,13 @@ def adamw(
   model: torch.nn.Module, config: dict[str, Any]
 ) -> torch.optim.Optimizer:
   """A learning rate of its own for adapter (or base) and head."""
-  own, leaves = config[config["method"]], trainable(model)
+  settings, leaves = config[config["method"]], trainable(model)
   head = [leaf for name, leaf in leaves.items() if "classifier" in name]
   others = [leaf for name, leaf in leaves.items() if "classifier" not in name]
   return torch.optim.AdamW(
     [
-      {"params": others, "lr": own.get("lr", 0.0)},
-      {"params": head, "lr": own["head_lr"] or 0.0},
+      {"params": others, "lr": settings.get("lr", 0.0)},
+      {"params": head, "lr": settings["head_lr"] or 0.0},
     ],
     weight_decay=config["optim"]["weight_decay"],
     fused=True,
@@ -196,14 +198,14 @@ def predict(
   model.eval()
   device = next(model.parameters()).device
   order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-  found: dict[int, float] = {}
+  answers: dict[int, float] = {}
   for start in range(0, len(order), size):
     part = order[start : start + size]
     logits = model(**collate([rows[i] for i in part]).to(device)).logits
     one = logits.shape[-1] == 1
     values = logits[:, 0].float() if one else logits.argmax(-1)
-    found |= zip(part, values.tolist(), strict=True)
-  return [found[i] for i in range(len(rows))]
+    answers |= zip(part, values.tolist(), strict=True)
+  return [answers[i] for i in range(len(rows))]
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from types import TracebackType
 def _say_stopped(
   kind: type[BaseException],
   error: BaseException,
-  place: TracebackType | None,
+  trace: TracebackType | None,
 ) -> None:
   """Ctrl-C while modules are imported, which `cli.run` can't catch."""
   if issubclass(kind, KeyboardInterrupt):
     print("Stopped.", file=sys.stderr)
   else:
-    sys.__excepthook__(kind, error, place)
+    sys.__excepthook__(kind, error, trace)
 
 
 sys.excepthook = _say_stopped

@@ -118,8 +118,8 @@ def _choose(decoder: Any, posed: dict[str, Any]) -> None:
   for name, questions in posed.items():
     total = sum(len(question.choices) for question in questions)
     with ProgressBar(steps=total, doing=name) as bar:
-      found = answer_questions(decoder, questions, progress=bar.advance)
-    numbers = f"{found.plain:.4f}", f"{found.normalised:.4f}"
+      accuracy = answer_questions(decoder, questions, progress=bar.advance)
+    numbers = f"{accuracy.plain:.4f}", f"{accuracy.normalised:.4f}"
     table.add_row(name, str(len(questions)), *numbers)
   Console().print(table)
 
@@ -132,9 +132,9 @@ def _write(decoder: Any, asked: list[Any], template: str, out: Path) -> None:
   with _writable(out):  # tried before the answers are made, which takes long
     out.parent.mkdir(parents=True, exist_ok=True)
     out.open("a").close()
-  place = Path(ADAPTER.value or MODEL.value or "").absolute()
-  if place.name == "adapter":  # of a run, which has the name
-    place = place.parent
+  folder = Path(ADAPTER.value or MODEL.value or "").absolute()
+  if folder.name == "adapter":  # of a run, which has the name
+    folder = folder.parent
   generator = Generator(decoder, rows=BATCH_SIZE.value, template=template)
   answers = answer_turns(
     generator,
@@ -146,14 +146,14 @@ def _write(decoder: Any, asked: list[Any], template: str, out: Path) -> None:
   turns = sum(len(question.turns) for question in asked)
   done = shortened = 0
   with ProgressBar(steps=turns, doing="answers") as bar:
-    for question, found in zip(asked, answers, strict=True):
+    for question, answered in zip(asked, answers, strict=True):
       line = as_line(
-        question, found.turns, model_id=MODEL_ID.value or place.name
+        question, answered.turns, model_id=MODEL_ID.value or folder.name
       )
       with _writable(out), out.open("a", encoding="utf-8") as f:
         f.write(json.dumps(line, ensure_ascii=False) + "\n")
-      done += len(found.turns)
-      shortened += found.shortened
+      done += len(answered.turns)
+      shortened += answered.shortened
       bar.advance(done)
   print(f"{len(asked)} questions, {turns} turns: {out}")
   if shortened:

@@ -291,8 +291,8 @@ class _ConfigParser(ConfigFileFlagParser):
 
 def given_keys(arguments: Iterable[str]) -> list[str]:
   """The keys of --config.KEY among the arguments."""
-  found = (re.match(r"--?(?:no)?config\.([\w.]+)", a) for a in arguments)
-  return [match[1] for match in found if match]
+  matches = (re.match(r"--?(?:no)?config\.([\w.]+)", a) for a in arguments)
+  return [match[1] for match in matches if match]
 
 
 def check_keys(config: ConfigDict, arguments: Iterable[str]) -> None:

@@ -34,9 +34,9 @@ def package_file(package: str, path: str, *, sha256: str) -> Path:
     raise UserError(
       f"The package {package} is not installed: make images networks"
     ) from error
-  if (found := sha256_of(file)) != sha256:
+  if (actual := sha256_of(file)) != sha256:
     raise UserError(
-      f"{file} is not the file that is known here: its sha256 is {found}."
+      f"{file} is not the file that is known here: its sha256 is {actual}."
     )
   return file
 

@@ -159,8 +159,8 @@ class _Reader(pickle.Unpickler):
       raise pickle.UnpicklingError(f"it names {module}.{name}")
     return NAMES[module, name]
 
-  def persistent_load(self, given: Any) -> Storage:
-    kind, dtype, key, _, size, view = given
+  def persistent_load(self, reference: Any) -> Storage:
+    kind, dtype, key, _, size, view = reference
     if kind != "storage" or view is not None:
       raise pickle.UnpicklingError(f"it has a {kind} with a view {view}")
     return Storage(np.dtype(dtype), str(key), int(size))

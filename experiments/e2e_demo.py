@@ -56,7 +56,7 @@ def main() -> None:
   scores = [result["test"]["scores"] for result in results]
   for name in METRICS:
     if name in scores[0]:
-      table.add_row(name, *(f"{own[name]:.4f}" for own in scores))
+      table.add_row(name, *(f"{run[name]:.4f}" for run in scores))
   console.print(table)
   if missing := results[0]["test"]["missing"]:
     console.print(missing)

@@ -105,10 +105,10 @@ def main() -> None:
   if (PROMPT.value is None) == (INPUT.value is None):
     raise UserError("Give either --prompt=TEXT or --input=FILE.")
   idle = OF_SAMPLING if BEAMS.value else OF_BEAMS
-  given = [f"--{name}" for name in idle if flags.FLAGS[name].present]
-  if given:
+  useless = [f"--{name}" for name in idle if flags.FLAGS[name].present]
+  if useless:
     why = "without --beams" if idle is OF_BEAMS else "with --beams"
-    raise UserError(f"{', '.join(given)} has no effect {why}: leave it out.")
+    raise UserError(f"{', '.join(useless)} has no effect {why}: leave it out.")
   if CHAT.value and TEMPLATE.value not in (None, "chat"):
     raise UserError(
       f"--chat is --template=chat, not {TEMPLATE.value}: give one of the two."

@@ -94,8 +94,8 @@ def write_as_gguf(out: Path) -> None:
     model = restore_adapter(load_adapter(ADAPTER.value), BASE.value)
     export_gguf.check_model(model.folder)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent) as place:
-      merged = Path(place) / "merged"
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent) as temporary:
+      merged = Path(temporary) / "merged"
       show(write_merged(model, merged))  # in float32, checked on probe texts
       formats = export_gguf.write_gguf_of(merged, out, kind=kind)
   stored = ", ".join(f"{count} in {name}" for name, count in formats.items())

@@ -59,14 +59,16 @@ def main(words: list[str]) -> None:
       task=TASK.value,
       max_length=MAX_LENGTH.value,
     )
-    given, size = about["settings"], about["parameters"]["adapter"]
-    rank = f" rank {given['rank']}," if "rank" in given else ""
+    settings, size = about["settings"], about["parameters"]["adapter"]
+    rank = f" rank {settings['rank']}," if "rank" in settings else ""
     text = f"{about['method']},{rank} {size:,} numbers on "
-    text += ", ".join(given["targets"])
-    if given.get("init") == "stored":
+    text += ", ".join(settings["targets"])
+    if settings.get("init") == "stored":
       text += "; no key gives its projections, so they are kept in the file"
-    elif "init" in given:
-      text += f"; projections: {given['init']}, {given['projection_seed']}"
+    elif "init" in settings:
+      text += (
+        f"; projections: {settings['init']}, {settings['projection_seed']}"
+      )
     print(text)
   print(out)
 

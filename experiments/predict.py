@@ -77,9 +77,9 @@ LINES = flags.DEFINE_integer(
 def main() -> None:
   if not INPUT.value or bool(ADAPTER.value) == bool(MODEL.value):
     raise UserError("Give --input=FILE and either --adapter=DIR or --model=DIR")
-  place = Path(INPUT.value).expanduser()
-  if place.is_dir() or place.suffix.lower() in IMAGE_SUFFIXES:
-    predict_images(place)
+  source = Path(INPUT.value).expanduser()
+  if source.is_dir() or source.suffix.lower() in IMAGE_SUFFIXES:
+    predict_images(source)
     return
   form = input_format(INPUT.value, INPUT_FORMAT.value)
   # Imported only now: a mistake in the flags is reported without the wait.
@@ -141,17 +141,17 @@ def main() -> None:
     raise UserError(f"{bad} of {total} lines could not be used.")
 
 
-def predict_images(place: Path) -> None:
+def predict_images(source: Path) -> None:
   """Answer an image file, or a folder of them."""
   from vera_jax.adapters.files import load_adapter  # after the flags' errors
   from vera_jax.pretrained.classifier import load_classifier, restore_adapter
   from vera_jax.serve.image_predictor import ImagePredictor, answer_files
 
-  inside = place if place.is_dir() else None
-  paths = image_files(place) if inside else [place]
+  inside = source if source.is_dir() else None
+  paths = image_files(source) if inside else [source]
   files = [ImageFile(path, inside) for path in paths]
   if not files:
-    raise UserError(f"{place} holds no image files.")
+    raise UserError(f"{source} holds no image files.")
   if MODEL.value:
     classifier = load_classifier(MODEL.value)
   else:
@@ -174,20 +174,20 @@ def predict_images(place: Path) -> None:
     raise UserError(f"{bad} of {len(files)} images could not be read.")
 
 
-def input_format(name: str, given: str | None) -> str:
+def input_format(name: str, asked: str | None) -> str:
   """How a file is read: as the flag says, or else by its name's ending.
 
   Raises:
     UserError: another format, whose header or quotes would be taken for text.
   """
   ending = Path(name).suffix.lower()
-  if given is None and ending not in (*PLAIN, *SUFFIXES):
+  if asked is None and ending not in (*PLAIN, *SUFFIXES):
     raise UserError(
       f"{name}: {ending} files are not read here, only {', '.join(SUFFIXES)}."
       " Convert it, or say by --input_format that it is one of these all the"
       " same."
     )
-  return given or ("tsv" if ending in PLAIN else format_of(name))
+  return asked or ("tsv" if ending in PLAIN else format_of(name))
 
 
 def _text(answer: Any, labels: tuple[str, ...]) -> str:

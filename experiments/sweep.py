@@ -94,8 +94,8 @@ def main() -> None:
   if not WORKDIR.value:
     raise UserError("Say where the sweep's runs go: --workdir=DIR")
   # what the command line sets in the base, no override of the sweep changes
-  given = (re.match(r"--?(?:no)?config\.base\.([\w.]+)", a) for a in sys.argv)
-  fixed = {match[1] for match in given if match}
+  changes = (re.match(r"--?(?:no)?config\.base\.([\w.]+)", a) for a in sys.argv)
+  fixed = {match[1] for match in changes if match}
   plan = make_plan(sweep, WORKDIR.value, fixed=fixed)
   index, count = parse_shard(SHARD.value)
   most = MEMBERS.value or sweep.members

@@ -68,9 +68,9 @@ def plan(
   totals: dict[int, int | None] = {}  # bytes on a chip by rows; None: no room
 
   def compile(rows: int) -> Any:
-    found = compile_if_it_fits(step, rows, length, effort=effort)
-    totals[rows] = None if isinstance(found, TooLarge) else total(found)
-    return found
+    compiled = compile_if_it_fits(step, rows, length, effort=effort)
+    totals[rows] = None if isinstance(compiled, TooLarge) else total(compiled)
+    return compiled
 
   def compile_other(config: ConfigDict, fields: Mapping[str, Any]) -> Any:
     other = abstract_step(config, fields, mesh, dtype=dtype)
@@ -94,9 +94,9 @@ def plan(
     result |= {"total": compiled.needed, "room": compiled.room}
   else:
     memory = compiled.memory_analysis()
-    found = Counter[Any]()
+    sent = Counter[Any]()
     for one in collectives(compiled.as_text()):
-      found[one._replace(times=0)] += one.times
+      sent[one._replace(times=0)] += one.times
     if config.model.scan:
       flops = counts(config, fields, compile_other)["flops"]
       unrolled = len(UNROLLED)
@@ -109,7 +109,7 @@ def plan(
       "room": pod.memory,
       "fits": total(compiled) <= pod.memory,
       "collectives": [
-        one._replace(times=times)._asdict() for one, times in found.items()
+        one._replace(times=times)._asdict() for one, times in sent.items()
       ],
       "flops": {"a_chip": flops},
     }

@@ -26,7 +26,9 @@ def metadata(config: ConfigDict, pod: Pod, words: str) -> dict[str, Any]:
 
   The training command has the same settings, and is the same on every host.
   """
-  own = [w for w in shlex.split(words) if w.lstrip("-").startswith("config")]
+  settings = [
+    w for w in shlex.split(words) if w.lstrip("-").startswith("config")
+  ]
   return {
     "model": config.model.name,
     "task": config.task,
@@ -34,7 +36,7 @@ def metadata(config: ConfigDict, pod: Pod, words: str) -> dict[str, Any]:
     "chip": pod.kind,
     "devices": len(pod.devices),
     "command": f"python -m experiments.plan {words}",
-    "run": shlex.join(["python", "-m", "experiments.glue", *own]),
+    "run": shlex.join(["python", "-m", "experiments.glue", *settings]),
     "versions": provenance()["versions"],
   }
 
