@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
   config.optim = ConfigDict()
   config.optim.epochs = placeholder(int)  # to be set
   config.optim.batch_size = 64
-  config.optim.pass_rows = placeholder(int)  # per microbatch; unset: all
+  config.optim.microbatch_rows = placeholder(int)  # per microbatch; unset: all
   config.optim.adapter_lr = placeholder(float)  # unset: the method's own lr
   config.optim.head_lr = placeholder(float)  # unset: the method's own
   config.optim.warmup_ratio = 0.06

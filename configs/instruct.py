@@ -52,7 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "data.tuning_examples": 100,
     "data.max_test_examples": 16,
     "optim.batch_size": 8,
-    "optim.pass_rows": 2,
+    "optim.microbatch_rows": 2,
     "generate.max_new_tokens": 128,
     "generate.rows": 8,
     "vera.rank": 256,
@@ -86,7 +86,7 @@ def get_config(model: str = "llama_7b") -> ConfigDict:
   optim = config.optim
   optim.epochs = 1  # Table 9
   optim.batch_size = 16  # Table 9: 4, accumulated 4 times
-  optim.pass_rows = 4  # a microbatch: at most 4 x the longest example's tokens
+  optim.microbatch_rows = 4  # at most 4 x the longest example's tokens
   optim.schedule = "cosine"  # Table 9; linear | cosine
   optim.warmup_ratio = 0.1  # Table 9
   config.eval_batch_size = 16

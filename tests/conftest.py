@@ -20,6 +20,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import importlib
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -279,7 +280,10 @@ SETTINGS["vera+bitfit"] = {name: SETTINGS[name] for name in ("vera", "bitfit")}
 
 @pytest.fixture(scope="session")
 def random_adapter(tiny_model, tmp_path_factory):
-  """Makes an adapter's folder, its leaves random; keywords are settings."""
+  """Makes an adapter's folder, its leaves random; keywords are settings.
+
+  Adapters that were made before are copied.
+  """
   from flax.traverse_util import flatten_dict, unflatten_dict
 
   from vera_jax.adapters.files import save_adapter
@@ -289,14 +293,17 @@ def random_adapter(tiny_model, tmp_path_factory):
   from vera_jax.models.hf_weights import fingerprint, load_params
   from vera_jax.pretrained.blueprint import blueprint
 
-  def make(
-    method="vera",
-    *,
-    base=tiny_model,
-    task="rte",
-    kind=None,
-    scan=True,
-    **settings,
+  made: dict[str, Path] = {}
+
+  def make(method="vera", **keywords) -> Path:
+    name = repr((method, sorted(keywords.items())))
+    if name not in made:
+      made[name] = make_new(method, **keywords)
+    folder = tmp_path_factory.mktemp(f"{method}_adapter")
+    return shutil.copytree(made[name], folder, dirs_exist_ok=True)
+
+  def make_new(
+    method, *, base=tiny_model, task="rte", kind=None, scan=True, **settings
   ) -> Path:
     from vera_jax.models.kinds import KINDS, kind_of
     from vera_jax.tasks.glue_facts import glue_task

@@ -208,7 +208,7 @@ def test_the_papers_settings_and_counts_on_instructions(name):
     "cosine",
   )
   if name != "smollm2":
-    assert (optim.batch_size, optim.pass_rows) == (16, 4)
+    assert (optim.batch_size, optim.microbatch_rows) == (16, 4)
     assert (config.vera.rank, config.vera.lr) == (1024, 4e-3)
     assert (config.lora.rank, config.lora.lr) == (64, 4e-4)
     assert config.data.source == "yahma/alpaca-cleaned"

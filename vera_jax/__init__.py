@@ -5,7 +5,8 @@ What a notebook needs:
   vera, lora, ia3, dora, dvora, pvera, randlora, unilora, lora_fa, onelora
                       an adapter method
   chain               several methods on one network
-  adapt               put it on any linen model
+  adapt               put it on any linen model; what it returns has `init_on`,
+                      `summary`, `save`, `load` and `merge`
   find_targets        the layers that patterns match, with their widths
   adapter_size        trained numbers, counted from shapes
   merge               fold the trained adapter into the kernels
@@ -14,7 +15,7 @@ What a notebook needs:
   train_and_evaluate  a whole run from a config
   train_ensemble      several runs at once, on one base
   group_key           runs with equal keys can train so
-  save_adapter, load_adapter   a trained adapter's folder, two small files
+  load_adapter        a trained adapter's folder, two small files, read
   push_adapter        an adapter's folder to the Hugging Face hub
   restore_adapter     a loaded adapter on its base: a whole classifier
   load_classifier     a merged (or any other) classifier's folder
@@ -35,7 +36,7 @@ from vera_jax.adapters import kinds as kinds
 from vera_jax.adapters.apply import adapt, find_targets
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.counting import adapter_size
-from vera_jax.adapters.files import SavedAdapter, load_adapter, save_adapter
+from vera_jax.adapters.files import SavedAdapter, load_adapter
 from vera_jax.adapters.ia3 import ia3
 from vera_jax.adapters.interface import Adapter, Target
 from vera_jax.adapters.labels import count, join, label_tree, split
@@ -113,7 +114,6 @@ __all__ = [
   "pvera",
   "randlora",
   "restore_adapter",
-  "save_adapter",
   "split",
   "train_and_evaluate",
   "train_ensemble",

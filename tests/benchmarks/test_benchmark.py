@@ -10,6 +10,7 @@ from benchmarks import bank, report, step
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "theirs", [False, pytest.param(True, marks=pytest.mark.parity)]
 )

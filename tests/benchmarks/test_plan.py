@@ -81,6 +81,7 @@ def test_without_libtpu_it_says_how_to_install_it(monkeypatch):
     chips.describe_pod("v5e:2x2")
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_compiled_step(tiny_roberta):
   """On eight CPU devices: gradients, loss and count are sent in one sum."""
   config = meshes.config_of("vera")

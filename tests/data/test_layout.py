@@ -18,9 +18,9 @@ from vera_jax.data.packing import (
   Layout,
   first_fit,
   microbatch_cost,
-  microbatch_rows,
   pack_runs,
   place_all,
+  rows_of_microbatches,
 )
 from vera_jax.errors import UserError
 
@@ -122,7 +122,9 @@ def padding(lengths, layout: Layout, *, size: int, epochs: int) -> float:
   for step in range(steps):
     batch = batch_indices(len(lengths), batch_size=size, seed=3, step=step)
     real += lengths[batch].sum()
-    rows += sum(microbatch_rows(first_fit(lengths[batch], layout).rows, layout))
+    rows += sum(
+      rows_of_microbatches(first_fit(lengths[batch], layout).rows, layout)
+    )
   return 1 - real / (rows * layout.length)
 
 
@@ -162,6 +164,6 @@ def test_a_microbatch_may_be_smaller_than_the_batch():
   assert limit_rows(layout, 13, shards=4).rows == (4, 12)
   assert limit_rows(layout, 4, shards=4).rows == (4,)
   assert limit_rows(layout, 99) == layout
-  assert sum(microbatch_rows(24, limit_rows(layout, 12))) >= 24
-  with pytest.raises(UserError, match="pass_rows is 3.* 4 batch shards"):
+  assert sum(rows_of_microbatches(24, limit_rows(layout, 12))) >= 24
+  with pytest.raises(UserError, match="microbatch_rows is 3.* 4 batch shards"):
     limit_rows(layout, 3, shards=4)

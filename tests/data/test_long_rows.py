@@ -53,7 +53,7 @@ def packed(tokens, layout, *, size, seeds, steps=37):
   [
     {"batch_size": 8},
     {"batch_size": 8, "epochs": 100},
-    {"batch_size": 8, "pass_rows": 2},
+    {"batch_size": 8, "microbatch_rows": 2},
     {"batch_size": 24, "shards": 4},
     {"batch_size": 1},
   ],
@@ -75,7 +75,7 @@ def test_any_batch_fits_and_little_is_padded(tokens, settings):
       real += (b["segment_ids"] > 0).sum()
       processed += b["segment_ids"].size
   assert real / processed > (0.9 if settings == {"batch_size": 8} else 0.7)
-  most = settings.get("pass_rows")
+  most = settings.get("microbatch_rows")
   assert most is None or layout.length <= most * 96
 
 
@@ -126,9 +126,9 @@ def test_the_lengths_are_the_best_ones():
 
 
 def test_what_is_refused(tokens):
-  with pytest.raises(UserError, match="pass_rows is 3.* 4 batch shards"):
+  with pytest.raises(UserError, match="microbatch_rows is 3.* 4 batch shards"):
     choose_long_rows(
-      tokens.lengths, tokens.reads, batch_size=8, shards=4, pass_rows=3
+      tokens.lengths, tokens.reads, batch_size=8, shards=4, microbatch_rows=3
     )
   layout = Layout((1,), 32, 8, 32, sizes=((32, 32),))
   with pytest.raises(ValueError, match="40 tokens exceed 32"):

@@ -9,8 +9,8 @@ from vera_jax.data.packing import (
   Layout,
   first_fit,
   microbatch_cost,
-  microbatch_rows,
   pack_runs,
+  rows_of_microbatches,
 )
 
 
@@ -23,7 +23,7 @@ def test_every_example_once_and_whole_in_the_layouts_shapes(make_tokens, seed):
   length = int(tokens.lengths.max() + rng.integers(0, 40))
   layout = Layout((4, 11), length, int(rng.integers(1, 12)))
   needed = first_fit(tokens.lengths[indices], layout).rows
-  shapes = microbatch_rows(needed, layout)
+  shapes = rows_of_microbatches(needed, layout)
   found, filled = [], 0
   for batch, rows in zip(
     pack_runs(tokens, [indices], layout)[0], shapes, strict=True
@@ -62,7 +62,7 @@ def test_every_example_once_and_whole_in_the_layouts_shapes(make_tokens, seed):
 def test_microbatches_have_the_rows_needed(rows):
   layout = Layout(rows, 72, 9)
   for needed in range(1, 40):
-    shapes = microbatch_rows(needed, layout)
+    shapes = rows_of_microbatches(needed, layout)
     assert set(shapes) <= set(rows) and set(shapes[1:]) <= {rows[0]}
     assert sum(shapes) >= needed > sum(shapes[:-1])
     least = microbatch_cost(needed, np.array(rows), rows[0], 72).min()

@@ -22,13 +22,17 @@ def typed(monkeypatch):
     for name in [x for x in sys.modules if x.startswith("experiments.")]:
       if name != "experiments.cli":
         del sys.modules[name]
-        monkeypatch.delattr(experiments, name.split(".")[1], raising=False)
+    for name, value in list(vars(experiments).items()):
+      if inspect.ismodule(value) and name != "cli":
+        delattr(experiments, name)
     argv = [script, *map(str, words)]
     monkeypatch.setattr(sys, "argv", argv)  # where a config's keys are found
     module = importlib.import_module(f"experiments.{script}")
     with flagsaver.flagsaver():
       operands = flags.FLAGS(argv)[1:]
-      takes = inspect.signature(module.main).parameters
-      module.main(*([operands] if takes else []))
+      # a command that trains has the main function of them all
+      main = (module if hasattr(module, "main") else module.glue).main
+      takes = inspect.signature(main).parameters
+      main(*([operands] if takes else []))
 
   return run

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from tests.experiments.command import run
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
 from vera_jax.export.hf import write_merged
@@ -23,7 +22,9 @@ def settings(tiny_model, tmp_path_factory):
   return {**BRIEF, "model.name": str(tiny_model), "data.cache_dir": cache}
 
 
-def test_the_documented_command(settings, tmp_path):
+# ml_collections loads config files by it
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_the_documented_command(settings, tmp_path, typed, capsys):
   """Pairs in two CSV files; the folder's name and the labels' come out."""
   rows = [f'"word{i}, word1",word{i},{("no", "yes")[i % 2]}' for i in range(16)]
   for name, part in (("a.csv", rows), ("b.csv", rows[:6])):
@@ -37,12 +38,12 @@ def test_the_documented_command(settings, tmp_path):
     "--config.data.label=label",
     *(f"--config.{name}={value}" for name, value in settings.items()),
   ]
-  done = run("classify", *flags, f"--workdir={tmp_path / 'run'}")
-  assert done.returncode == 0, done.stderr
-  said = done.stdout + done.stderr
+  typed("classify", *flags, f"--workdir={tmp_path / 'run'}")
+  shown, remarks = capsys.readouterr()
+  said = shown + remarks
   assert "texts: premise and hypothesis; label: label" in said
   assert "kind: classification, 2 labels: no, yes" in said
-  assert "text:a, vera" in done.stdout and "macro_f1" in done.stdout
+  assert "text:a, vera" in shown and "macro_f1" in shown
   about = json.loads((tmp_path / "run/adapter/adapter.json").read_text())
   assert about["columns"] == ["premise", "hypothesis"]
   assert (about["kind"], about["labels"]) == ("classification", ["no", "yes"])
@@ -76,7 +77,7 @@ def trained(request, settings, tmp_path_factory):
   return request.param, folder / "run", result
 
 
-def test_prediction_knows_columns_and_kind(trained, tmp_path):
+def test_prediction_knows_columns_and_kind(trained, tmp_path, typed, capsys):
   kind, folder, result = trained
   column = "words" if kind == "token_classification" else "text"
   assert result["kind"] == kind and result["columns"] == [column]
@@ -91,11 +92,11 @@ def test_prediction_knows_columns_and_kind(trained, tmp_path):
     return
   file = tmp_path / "a.csv"
   file.write_text('other,words\n1,"word1 word3"\n2,\n3,word4\n')
-  done = run("predict", f"--adapter={folder / 'adapter'}", f"--input={file}")
-  assert done.returncode == 1
-  assert "line 3: a text is empty" in done.stderr
-  assert "1 of 4 lines could not be used" in done.stderr
-  header, one, empty, _ = done.stdout.splitlines()
+  with pytest.raises(UserError, match="1 of 4 lines could not be used"):
+    typed("predict", f"--adapter={folder / 'adapter'}", f"--input={file}")
+  table, remarks = capsys.readouterr()
+  assert "line 3: a text is empty" in remarks
+  header, one, empty, _ = table.splitlines()
   assert header == "tags\tscores" and empty == ""
   tags, scores = one.split("\t")
   assert set(tags.split()) <= set(result["labels"])

@@ -4,33 +4,29 @@ import json
 
 import pytest
 
-from tests.experiments.command import run
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_images, tiny_vit, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("command")
-  done = run(
+# ml_collections loads config files by it
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_training_answers_and_a_grid_of_pictures(
+  tiny_images, tiny_vit, tmp_path, tmp_path_factory, typed, capsys
+):
+  trained = tmp_path_factory.mktemp("trained") / "run"
+  typed(
     "images",
     "--config=configs/images/cifar10.py:base",
     f"--config.data.source={tiny_images}",
     f"--config.model.name={tiny_vit}",
-    f"--config.data.cache_dir={folder / 'cache'}",
+    f"--config.data.cache_dir={trained.parent / 'cache'}",
     "--config.data.shots=3",
     "--config.optim.epochs=1",
     "--config.vera.rank=8",
-    f"--workdir={folder / 'run'}",
+    f"--workdir={trained}",
   )
-  assert done.returncode == 0, done.stderr
-  assert "classes: 3; images: 9 for training, 12 are scored" in done.stderr
-  return folder / "run"
-
-
-def test_a_folder_of_images_is_answered(
-  trained, tiny_images, tmp_path, typed, capsys
-):
+  remarks = capsys.readouterr().err
+  assert "classes: 3; images: 9 for training, 12 are scored" in remarks
   (tmp_path / "one").mkdir()
   good = tmp_path / "one/good.png"
   good.write_bytes((tiny_images / "test/red/0.png").read_bytes())
@@ -56,9 +52,6 @@ def test_a_folder_of_images_is_answered(
   typed("predict", adapter, f"--input={good}", "--format=jsonl")
   answer = json.loads(capsys.readouterr().out)
   assert (answer["file"], answer["label"]) == (str(good), label)
-
-
-def test_a_grid_of_pictures(trained, tmp_path, typed):
   out = tmp_path / "grid.png"
   typed("pictures", trained, f"--out={out}", "--count=5")
   assert out.read_bytes().startswith(b"\x89PNG")

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from tests.experiments.command import run_each
 from vera_jax.data.tables import read_table
 from vera_jax.errors import UserError
 
@@ -71,20 +70,3 @@ def test_labels_that_would_command_a_terminal(
     "label"
   ]
   assert not set("\x1b\x07\x9b") & set(table + lines)
-
-
-def test_a_mistake_is_explained_in_a_line():
-  mistakes = [
-    (["merge", "--adapter=nowhere"], "--adapter=DIR --out=DIR"),
-    (["merge", "--adapter=nowhere", "--out=new"], "no adapter folder nowhere"),
-    (["merge", "--adapter=nowhere", "--out=."], ". is there already"),
-    (["predict", "--adapter=a", "--model=b", "--input=-"], "either --adapter"),
-    (["predict", "--adapter=a", "--input=no.tsv"], "There is no no.tsv"),
-    (["predict", "--adapter=a", "--input=x.xlsx"], ".xlsx files are not"),
-  ]
-  found = run_each(
-    *([f"experiments.{script}", *flags] for (script, *flags), _ in mistakes)
-  )
-  for (_, words), done in zip(mistakes, found, strict=True):
-    assert done.returncode == 1, done
-    assert words in done.stderr and len(done.stderr.splitlines()) == 1

@@ -11,8 +11,6 @@ from tests.slow import rest_is_slow
 from vera_jax.errors import UserError
 from vera_jax.models.bert import BertClassifier
 
-KINDS = pytest.mark.parametrize("kind", ["bert", "roberta"])
-
 
 def loop(params):
   """A scanned tree as the looped model names it."""
@@ -21,38 +19,6 @@ def loop(params):
   for i in range(len(jax.tree.leaves(stacked)[0])):
     layers[f"layer_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
   return {**params, "encoder": layers}
-
-
-@KINDS
-def test_packed_rows_equal_padded_rows(kind, tiny, init, apply):
-  model = BertClassifier(tiny(kind), 3)
-  params = init(model)
-  rng = np.random.default_rng(1)
-  texts = [rng.integers(5, 50, n) for n in (5, 3, 7)]
-  pad = model.config.pad_token_id
-  padded = np.full((3, 7), pad)
-  for row, text in zip(padded, texts, strict=True):
-    row[: len(text)] = text
-  types = (np.arange(7) > 2).astype(np.int32)
-  packed = {
-    "input_ids": [[*texts[0], *texts[1], pad], [*texts[2], pad, pad]],
-    "token_type_ids": [[*types[:5], *types[:3], 0], [*types, 0, 0]],
-    "positions": [[*range(5), *range(3), 0], [*range(7), 0, 0]],
-    "segment_ids": [[1] * 5 + [2] * 3 + [0], [1] * 7 + [0, 0]],
-    "cls_positions": [[0, 5], [0, 0]],
-  }
-  packed = {k: jnp.asarray(v, jnp.int32) for k, v in packed.items()}
-  got = apply(model, params, **packed)
-  want = apply(
-    model,
-    params,
-    jnp.asarray(padded, jnp.int32),
-    jnp.asarray(np.tile(types, (3, 1))),
-  )
-  assert got.shape == (2, 2, 3) and want.shape == (3, 1, 3)
-  found = np.stack([got[0, 0], got[0, 1], got[1, 0]])
-  np.testing.assert_allclose(found, want[:, 0], atol=1e-5)
-  assert np.abs(want[0, 0] - want[1, 0]).max() > 1e-2
 
 
 @partial(jax.jit, static_argnums=1)
@@ -198,8 +164,3 @@ def test_positions_past_the_table_give_nan(tiny, init, apply):
 def test_what_is_not_supported_is_named(changes, words, tiny):
   with pytest.raises(UserError, match=words):
     tiny(**changes)
-
-
-def test_pad_token_defaults_to_the_familys(tiny):
-  assert (tiny("bert").pad_token_id, tiny("roberta").pad_token_id) == (0, 1)
-  assert (tiny("bert").first_position, tiny("roberta").first_position) == (0, 2)

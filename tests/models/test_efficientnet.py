@@ -21,7 +21,7 @@ from experiments.convert_efficientnet import (
   named_as_here,
   read_state,
 )
-from tests.networks import LITE, paths_of, random_params, write_lite
+from tests.networks import LITE, paths_of, write_lite
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.labels import FROZEN
 from vera_jax.adapters.methods import settings_in
@@ -102,26 +102,6 @@ def test_running_statistics_are_trained_by_no_method(method):
   base = {p for p in trained if p[0] != "classifier"}
   assert {path[-1] for path in base} == kinds
   assert all("norm" in p[-2] for p in base if p[-1] != "kernel")
-
-
-@pytest.mark.slow
-def test_the_layers_are_looped_and_may_be_rematerialised():
-  plans = [
-    blueprint(LITE, outputs=3, scan=True, remat=remat)
-    for remat in ("none", "full")
-  ]
-  params = random_params(plans[0])
-  pixels = np.random.default_rng(0).standard_normal((2, 9, 12, 3))
-  found = []
-  for plan in plans:
-    assert not plan.scan and plan.shapes.keys() == plans[0].shapes.keys()
-    loss = lambda params, plan=plan: jnp.sum(  # noqa: E731
-      plan.module.apply({"params": params}, jnp.float32(pixels)) ** 2
-    )
-    found.append(jax.jit(jax.value_and_grad(loss))(params))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *found
-  )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The families beside BERT and RoBERTa: trees, packing, stacking, refusals."""
+"""Encoders: packing, stacking, windows, rotations, refusals."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from tests.models.test_bert import loop
 from vera_jax.adapters.interface import Site
 from vera_jax.adapters.labels import join, split
 from vera_jax.errors import UserError
-from vera_jax.models.family import FAMILIES, config_of, family_of
+from vera_jax.models.family import config_of, family_of
 from vera_jax.pretrained.blueprint import blueprint
 
 SIZES = {
@@ -41,7 +41,17 @@ FIELDS = {
     "layer_types": ["full_attention", *["sliding_attention"] * 2],
   },
 }
+BERT = {
+  **SIZES,
+  "model_type": "bert",
+  "hidden_size": 16,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "intermediate_size": 24,
+}
 CASES = {
+  "bert": BERT,
+  "roberta": {**BERT, "model_type": "roberta"},
   "distilbert": FIELDS["distilbert"],
   "modernbert": FIELDS["modernbert"],
   "mean": {
@@ -172,24 +182,6 @@ def test_a_local_window_is_cut_by_example():
     seen[column] = set(np.flatnonzero(changed).tolist())
   assert [c for c in seen if 0 in seen[c]] == [2, 3, 4, 5, 6]  # 4 // 2 away
   assert [c for c in seen if 1 in seen[c]] == [9, 10, 11]
-
-
-def test_robertas_relatives():
-  fields = {
-    **SIZES,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-  }
-  fields.pop("pad_token_id")
-  for kind in ("xlm-roberta", "camembert"):
-    family = family_of({"model_type": kind})
-    config = family.config({**fields, "model_type": kind})
-    assert (config.pad_token_id, config.first_position) == (1, 2)
-    assert family.room(config) == 18
-    assert family.names.prefixes[0] == "roberta."
-  assert {"xlm-roberta", "camembert"} <= set(FAMILIES)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_train_save_load_predict_merge(base, tiny_config, tmp_path):
     data__max_train_examples=8,
     optim__epochs=1,
     optim__batch_size=8,
-    optim__pass_rows=8,
+    optim__microbatch_rows=8,
     eval_batch_size=32,
   )
   result = train_and_evaluate(config, tmp_path / "run")

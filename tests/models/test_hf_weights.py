@@ -12,12 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from tests.slow import rest_is_slow
 from vera_jax.errors import UserError
-from vera_jax.models.bert import FAMILY, BertClassifier
+from vera_jax.models.bert import BertClassifier
 from vera_jax.models.family import load_config
 from vera_jax.models.hf_weights import (
   load_params,
-  module_name,
-  module_path,
   to_hf,
 )
 
@@ -226,29 +224,3 @@ def test_other_folders_are_refused(copy, load, tmp_path):
   (folder / "config.json").write_text("{")
   with pytest.raises(UserError, match="read as JSON"):
     load_config(folder)
-
-
-QUERY = "encoder.layer.3.attention.self.query"
-TAIL = ("attention", "self", "query")
-
-
-def test_names_of_modules():
-  stacked, looped = ("encoder", "layer", *TAIL), ("encoder", "layer_3", *TAIL)
-  assert module_name(stacked, layer=3) == QUERY
-  assert module_name(looped) == QUERY
-  names = FAMILY["roberta"].names
-  named = module_name(looped, names=names)
-  assert named == f"roberta.{QUERY}"
-  head = module_name(("classifier", "dense"), names=names)
-  assert head == "classifier.dense"
-  assert module_path(named, names) == module_path(QUERY, names) == looped
-  assert module_path(head, names) == ("classifier", "dense")
-  with pytest.raises(ValueError, match="which layer"):
-    module_name(stacked)
-
-
-def test_to_hf_refuses_what_is_no_parameter(load):
-  model, loaded = load(BERT)
-  loaded.params["classifier"]["d"] = np.zeros(3)
-  with pytest.raises(ValueError, match="classifier/d"):
-    to_hf(loaded.params, model.config)

@@ -20,8 +20,13 @@ def predictor(folder, **options):
   return Predictor(restore_adapter(load_adapter(folder)), **options)
 
 
-def test_packed_answers_are_those_of_each_alone(random_adapter):
-  model = predictor(random_adapter(task="sst2"))
+@pytest.fixture(scope="module")
+def model(random_adapter):
+  """It counts what it cuts, and its tokenizer can be changed: not here."""
+  return predictor(random_adapter(task="sst2"))
+
+
+def test_packed_answers_are_those_of_each_alone(model):
   together = model.logits(TEXTS)  # several batches of several rows
   assert sum(len(text.split()) + 2 for text in TEXTS) > 32 * ROWS[-1]
   for i in (0, 7, 60, 149):
@@ -30,8 +35,7 @@ def test_packed_answers_are_those_of_each_alone(random_adapter):
   assert np.ptp(together, axis=0).max() > 1e-2
 
 
-def test_label_score_and_probabilities(random_adapter):
-  model = predictor(random_adapter(task="sst2"))
+def test_label_score_and_probabilities(model):
   answers, logits = model.answers(TEXTS[:9]), model.logits(TEXTS[:9])
   for answer, row in zip(answers, logits, strict=True):
     assert answer.label == ("negative", "positive")[row.argmax()]
@@ -73,14 +77,12 @@ def test_a_length_without_room_for_a_word_is_refused(length, random_adapter):
     model.logits(["word1"], ["word2"])
 
 
-def test_no_texts_have_no_answers(random_adapter):
-  model = predictor(random_adapter(task="sst2"))
+def test_no_texts_have_no_answers(model):
   assert model.logits([]).shape == (0, 2) and model.answers([], []) == []
 
 
-def test_what_is_no_list_of_texts_is_refused(random_adapter):
+def test_what_is_no_list_of_texts_is_refused(model):
   """A text alone was answered letter by letter."""
-  model = predictor(random_adapter(task="sst2"))
   with pytest.raises(UserError, match="also for one text.* was a str"):
     model.answers("word1")
   with pytest.raises(UserError, match="was a str"):

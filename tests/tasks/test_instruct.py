@@ -44,7 +44,7 @@ BRIEF = {
   "model.quantise": "keep",
   "optim.epochs": 2,
   "optim.batch_size": 8,
-  "optim.pass_rows": None,
+  "optim.microbatch_rows": None,
   "optim.adapter_lr": 0.1,
   "vera.rank": 4,
   "data.template": "chat",

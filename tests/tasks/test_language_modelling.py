@@ -78,7 +78,7 @@ def data(decoder, tmp_path_factory):
         "max_train_examples": None,
         "subset_seed": 0,
       },
-      "optim": {"batch_size": 6, "epochs": 1, "pass_rows": None},
+      "optim": {"batch_size": 6, "epochs": 1, "microbatch_rows": None},
       "eval_batch_size": 3,
     }
   )
@@ -191,7 +191,7 @@ def test_stories260k_knows_its_own_words(tmp_path):
         "max_train_examples": None,
         "subset_seed": 0,
       },
-      "optim": {"batch_size": 1, "epochs": 1, "pass_rows": None},
+      "optim": {"batch_size": 1, "epochs": 1, "microbatch_rows": None},
       "eval_batch_size": 1,
     }
   )

@@ -25,7 +25,7 @@ from vera_jax.errors import UserError
 from vera_jax.pretrained.blueprint import abstract_model
 from vera_jax.pretrained.sharding import behind_runs, make_mesh
 from vera_jax.tasks.classification import loss
-from vera_jax.train import ensemble, loop
+from vera_jax.train import loop
 from vera_jax.train.compiled_step import CompiledStep, state_shape
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.optim import optimiser
@@ -278,7 +278,6 @@ def test_runs_on_a_mesh_of_all_axes(tiny_config, quiet_model, tmp_path):
 
 
 def test_finished_runs_are_only_reported(together, monkeypatch):
-  monkeypatch.setattr(ensemble, "build_setup", None)
   monkeypatch.setattr(loop, "build_setup", None)
   configs, folders, results = together
   assert train_ensemble(configs, folders) == results

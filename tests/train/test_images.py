@@ -96,7 +96,7 @@ def test_another_mesh_and_smaller_microbatches_train_the_same(
   *_, result = run
   config = images_config(
     mesh={"data": 2, "fsdp": 2, "tensor": 2},
-    optim__pass_rows=4,
+    optim__microbatch_rows=4,
     eval_epochs=EPOCHS,
   )
   other = train_and_evaluate(config, tmp_path / "run")

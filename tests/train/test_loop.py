@@ -222,9 +222,8 @@ def stopped(finished, tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize(
-  "which", ["newest", pytest.param("best", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["newest", "best"])
 def test_a_damaged_save_costs_steps_and_nothing_else(
   which, stopped, finished, saved, tmp_path, caplog, assert_same_run
 ):
@@ -347,6 +346,7 @@ def test_mnli_has_two_dev_and_two_test_splits(tiny_config, tmp_path):
   assert {word for _, word in rows[1:]} <= set(result["labels"])
 
 
+@pytest.mark.slow
 def test_stsb_is_regression(tiny_config, tmp_path):
   result = train_and_evaluate(tiny_config("stsb"), tmp_path)
   assert result["best"]["metrics"].keys() == {"pearson", "spearman"}

@@ -7,11 +7,13 @@ layers are intercepted by path.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path as FilePath
 from typing import Any
 
 import flax.linen as nn
 from flax.core import FrozenDict
 
+from vera_jax.adapters import saved
 from vera_jax.adapters.intercept import KEYS, Interception
 from vera_jax.adapters.interface import (
   EMPTY,
@@ -31,6 +33,7 @@ from vera_jax.adapters.sites import (
   make_shared,
   matches,
 )
+from vera_jax.adapters.summary import summary
 from vera_jax.adapters.targets import trace_sites
 from vera_jax.errors import UserError
 
@@ -133,6 +136,69 @@ class Adapted(nn.Module):
     leaves = first_leaves(self.adapter, targets, params, projections, key)
     own = {"projections": projections} if projections else {}
     return {**variables, "params": join(params, leaves), **own}
+
+  @nn.nowrap
+  def save(
+    self,
+    folder: str | FilePath,
+    trainable: Mapping[str, Any],
+    variables: Mapping[str, Any],
+    *,
+    about: Mapping[str, Any] = EMPTY,
+  ) -> None:
+    """Write the trained leaves, with all that loading them must check.
+
+    Args:
+      folder: of the adapter; files that are there are replaced.
+      trainable: the trained leaves: those of the adapter and of the head, the
+        first tree that `split` returns.
+      variables: from `init_on` or `init`, or with trained leaves in place of
+        the first ones. The file gets the fingerprint of those that are not
+        trained, and the digest of the projections.
+      about: further facts for adapter.json and the model card, such as
+        {"task": "rare birds", "score": 0.9, "score_name": "accuracy"}.
+
+    Raises:
+      UserError: these are no such trees, or the folder can't be written.
+    """
+    saved.save(self, folder, trainable, variables, about)
+
+  @nn.nowrap
+  def load(
+    self,
+    folder: str | FilePath,
+    variables: Mapping[str, Any],
+    *args: Any,
+    **kwargs: Any,
+  ) -> dict[str, Any]:
+    """The variables with a saved adapter on them.
+
+    Args:
+      folder: from `save`, or its id on the hub, as for `load_adapter`.
+      variables: the model's own, such as `{"params": pretrained}`. What the
+        file holds of the model, such as a head, may be missing.
+      *args: example inputs, as for `init_on`.
+      **kwargs: keyword arguments of the model's call.
+
+    Returns:
+      What `init_on` returns, with the trained leaves in place of first ones.
+
+    Raises:
+      UserError: a file is damaged; or the method, its settings, the layers, the
+        weights or the projections are not those that were saved.
+    """
+    return saved.load(self, folder, variables, args, kwargs)
+
+  @nn.nowrap
+  def summary(self, *args: Any, **kwargs: Any) -> str:
+    """A table of the adapted layers: their kinds, kernels, plans and trained
+    numbers, from shapes alone. Print it.
+
+    Args:
+      *args: example inputs, as for `init_on`.
+      **kwargs: keyword arguments of the model's call.
+    """
+    return summary(self, args, kwargs)
 
   @nn.nowrap
   def merge(

@@ -29,10 +29,12 @@ def model_card(about: Mapping[str, Any]) -> str:
     task, use = "image-classification", USE_OF_IMAGES + PEFT_OF_IMAGES
   tags = ["vera_jax", method, task]
   lines = ["---", "library_name: vera_jax"]
-  if not base.startswith(PACKAGE) and not is_here(base):
+  if about.get("base") is None:
+    tags, use = tags[:2], USE_OF_OWN
+  elif not base.startswith(PACKAGE) and not is_here(base):
     lines.append(f"base_model: {json.dumps(base)}")  # a hub id, it links there
   lines += [f"tags: {json.dumps(tags)}", "---", ""]
-  lines += [f"# {_cell(method)} adapter for {_cell(about.get('task'))}", ""]
+  lines += [f"# {_cell(method)} adapter for {_cell(_task(about))}", ""]
   lines += ["| | |", "| --- | --- |"]
   lines += [f"| {name} | {_cell(text)} |" for name, text in _facts(about)]
   return "\n".join([*lines, LOADING, use])
@@ -66,7 +68,8 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
   settings = {k: x for k, x in group("settings").items() if x is not None}
   yield "method", f"{about.get('method')}: " + _pairs(settings)
-  yield "base", public_name(str(about.get("base")))
+  if about.get("base") is not None:
+    yield "base", public_name(str(about["base"]))
   if found := about.get("base_fingerprint"):
     yield "fingerprint of the base's weights", str(found)
   if (quantise := about.get("quantise") or "none") != "none":
@@ -79,7 +82,7 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for split, facts in group("data").items()
     if isinstance(facts, dict) and "fingerprint" in facts
   }
-  yield "data", "; ".join([str(about.get("task")), *_each(sizes)])
+  yield "data", "; ".join([_task(about), *_each(sizes)])
   if isinstance(score := about.get("score"), int | float):
     reached = f"{about.get('score_name')} {score:.4f}"
     yield "score", f"{reached} on the dev data, one run's best epoch"
@@ -97,6 +100,10 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "parameters", _pairs(group("parameters"))
   if group("versions"):
     yield "versions", _pairs(group("versions"))
+
+
+def _task(about: Mapping[str, Any]) -> str:
+  return str(about.get("task") or "a model of one's own")
 
 
 def _each(values: Mapping[str, Any]) -> list[str]:
@@ -142,6 +149,16 @@ vera_jax.Predictor(classifier).answers(["A first text.", "A second one."])
 
 Where the base is not found under its name, `--base=FOLDER` (or the second
 argument of `restore_adapter`) says where it is.
+"""
+USE_OF_OWN = """\
+## In vera_jax
+
+The base is a linen model that whoever loads this has. Adapted with the method,
+settings and targets above, it takes the adapter by
+
+```python
+variables = adapted.load("ADAPTER", {"params": pretrained}, example_inputs)
+```
 """
 USE_OF_WORDS = """\
 ## In vera_jax

@@ -113,12 +113,21 @@ def named_slices(
 
 
 def tensors(trained: Mapping[str, Any]) -> Tensors:
-  """The trained leaves by name, stacked layers taken apart."""
-  return {
-    name: np.asarray(value, order="C")
-    for path, leaf in flatten_dict(dict(trained)).items()
-    for name, value in named_slices(path, np.asarray(leaf))
-  }
+  """The trained leaves by name, stacked layers taken apart.
+
+  Raises:
+    UserError: two leaves would have one name.
+  """
+  named: Tensors = {}
+  for path, leaf in flatten_dict(dict(trained)).items():
+    for name, value in named_slices(path, np.asarray(leaf)):
+      if name in named:
+        raise UserError(
+          f"Two leaves have the name {name} in a file: a module named `layer`"
+          " is taken for a stack of layers layer_0, layer_1, ... Rename one."
+        )
+      named[name] = np.asarray(value, order="C")
+  return named
 
 
 def stack_layers(tensors: Mapping[str, np.ndarray]) -> Tensors:

@@ -116,7 +116,13 @@ class Method(Generic[P]):
   def __call__(self, *args: P.args, **settings: P.kwargs) -> Adapter:
     bound = inspect.signature(self.settings).bind(*args, **settings)
     bound.apply_defaults()
-    return self.make(self.read(bound.arguments))
+    return self.adapter(bound.arguments)
+
+  def adapter(self, values: Mapping[str, Any]) -> Adapter:
+    """The adapter, which tells its method and settings, from such values as
+    `read` takes."""
+    settings = self.read(values)
+    return self.make(settings)._replace(method=self.name, settings=settings)
 
   def read(self, values: Mapping[str, Any]) -> Any:
     """The settings, from a config's group or an adapter's file.

@@ -136,7 +136,7 @@ def make_adapter(
       tuple(all_targets),
     )
   line = METHODS[method]
-  adapter = line.make(line.read(groups[method]))
+  adapter = line.adapter(groups[method])
   targets: Any = groups[method].get("targets") if line.on_sites else ()
   if line.on_sites and (not targets or not are_texts(targets)):
     raise UserError(

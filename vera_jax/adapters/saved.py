@@ -1,31 +1,204 @@
-"""A saved adapter's tensors back on a model.
+"""An adapter from a model to its folder, and from the folder onto a model.
 
-Whatever is not what the adapter was trained with is refused by name.
+`Adapted.save` and `Adapted.load` are these functions, for any linen model; a
+run's adapter is put back on its base by the same ones (`pretrained/`). Whatever
+is not what the adapter was trained with is refused by name.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vera_jax import results
 from vera_jax.adapters.files import (
   SavedAdapter,
   is_stacked,
+  load_adapter,
   named_slices,
+  save_adapter,
 )
 from vera_jax.adapters.interface import Adapter, Target
 from vera_jax.adapters.interface import Path as TreePath
+from vera_jax.adapters.labels import FROZEN, count, label_tree
 from vera_jax.adapters.projections import PRNG, STORED, digest
 from vera_jax.adapters.sites import first_leaves, make_shared
+from vera_jax.adapters.tracing import init_shapes
 from vera_jax.errors import UserError
+from vera_jax.operations.quantised import plain
 
 if TYPE_CHECKING:
-  pass
+  from vera_jax.adapters.apply import Adapted
 
 Flat = dict[TreePath, Any]
 SHOWN = 3  # differences of one kind that a message lists
+
+
+def save(
+  adapted: "Adapted",
+  folder: str | Path,
+  trainable: Mapping[str, Any],
+  variables: Mapping[str, Any],
+  about: Mapping[str, Any],
+) -> None:
+  """What `Adapted.save` does."""
+  adapter, projections = adapted.adapter, variables.get("projections", {})
+  params = meta.unbox(dict(variables["params"]))
+  trained = meta.unbox(dict(trainable))
+  flat, leaves = flatten_dict(params), flatten_dict(trained)
+  brings = any(link.init or link.common for link in adapter.methods)
+  without = not any(adapter.owns(path[-1]) for path in flat)
+  if (brings and without) or (adapter.shared and not projections):
+    raise UserError(
+      f"The variables have no leaves of {adapter.name}, or no projections: give"
+      " those that init or init_on returned."
+    )
+  for path, leaf in leaves.items():
+    name = "/".join(path)
+    if path not in flat or flat[path].shape != leaf.shape:
+      raise UserError(
+        f"The variables have no {name} of shape {leaf.shape}, as the trainable"
+        " leaves do: give those that init or init_on returned."
+      )
+    if leaf.dtype != np.float32:
+      raise UserError(
+        f"{name} is trained in {leaf.dtype}, but an adapter's file holds"
+        " float32: convert the trainable leaves."
+      )
+  labels = label_tree(params, adapter, head="", new=leaves)
+  lacking = [
+    "/".join(path)
+    for path, label in flatten_dict(labels).items()
+    if label != FROZEN and path not in leaves
+  ]
+  if lacking:
+    raise UserError(
+      f"The trainable leaves lack {some(lacking)}, which {adapter.name} trains:"
+      " give the first of the two trees that split returned."
+    )
+  frozen = {path: leaf for path, leaf in flat.items() if path not in leaves}
+  computed = {
+    **identity(adapted),
+    "base": None,
+    "base_fingerprint": fingerprint(frozen),
+    "labels": [],
+    "projection_prng": PRNG,
+    "projection_digest": digest(projections) if projections else None,
+    "parameters": count(params, labels)._asdict(),
+    "versions": results.provenance()["versions"],
+  }
+  if taken := sorted(computed.keys() & about.keys()):
+    raise UserError(f"{some(taken)} can't be told: it is computed.")
+  if is_stored(computed):
+    trained = {**trained, "projections": projections}
+  save_adapter(folder, trained, about={**about, **computed})
+
+
+def load(
+  adapted: "Adapted",
+  folder: str | Path,
+  variables: Mapping[str, Any],
+  args: tuple[Any, ...],
+  kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
+  """What `Adapted.load` does."""
+  saved, adapter = load_adapter(folder), adapted.adapter
+  if (named := saved.about["base"]) is not None:
+    raise UserError(
+      f"The adapter {saved.folder} belongs to the base {named!r}; use"
+      " restore_adapter, which builds it."
+    )
+  for name, ours in identity(adapted).items():
+    if (theirs := saved.about.get(name)) != ours:
+      raise UserError(
+        f"The adapter {saved.folder} was saved with the {name} {theirs!r}, and"
+        f" the model is adapted with {ours!r}: adapt it with the same."
+      )
+  saved, adapter = take_stored(saved, adapter)
+  targets = adapted.find_targets(*args, **kwargs) if adapted.targets else {}
+  model = init_shapes(adapted.model, *args, **kwargs)["params"]
+  boxed = flatten_dict(model) | flatten_dict(dict(variables["params"]))
+  boxed = {p: leaf for p, leaf in boxed.items() if not adapter.owns(p[-1])}
+  base = meta.unbox(boxed)
+  trained = read_leaves(
+    saved,
+    flatten_dict(own_shapes(adapter, targets, meta.unbox(model))[0])
+    | {p: leaf for p, leaf in base.items() if is_held(saved, p, leaf)},
+  )
+  frozen = {path: leaf for path, leaf in base.items() if path not in trained}
+  lacking = [
+    "/".join(path)
+    for path, leaf in frozen.items()
+    if isinstance(leaf, jax.ShapeDtypeStruct)
+  ]
+  if lacking:
+    raise UserError(
+      f"Neither the variables nor the adapter {saved.folder} have"
+      f" {some(lacking)}: give the model's pretrained parameters, all of them."
+    )
+  expected, computed = saved.about["base_fingerprint"], fingerprint(frozen)
+  if computed != expected:
+    raise UserError(
+      f"The adapter {saved.folder} was trained on other weights than these:"
+      f" what it leaves frozen has the fingerprint {computed[:12]}, not"
+      f" {expected[:12]}. Give the parameters that it was trained on, in the"
+      " same type."
+    )
+  filled = base | jax.tree.map(jnp.asarray, trained)
+  projections = read_projections(
+    saved, adapter, targets, unflatten_dict(filled)
+  )
+  params = {
+    path: meta.replace_boxed(boxed[path], leaf) if path in boxed else leaf
+    for path, leaf in filled.items()
+  }
+  ours = {"projections": projections} if projections else {}
+  return {**variables, "params": unflatten_dict(params), **ours}
+
+
+def identity(adapted: "Adapted") -> dict[str, Any]:
+  """What makes the adapter what it is, as adapter.json has it."""
+  adapter = adapted.adapter
+  # a chain of its own name, such as DoRA, is a method of the table
+  parts = adapter.parts if not adapter.method else ()
+  groups = {
+    part.method or part.name: {
+      **(vars(part.settings) if part.settings else {}),
+      "targets": part.on or adapted.targets,
+    }
+    for part in parts or (adapter,)
+  }
+  value = {
+    "method": "+".join(groups),
+    "settings": groups if parts else groups.popitem()[1],
+    "fused": {layer: dict(parts) for layer, parts in adapted.fused.items()},
+  }
+  # as it will be read: lists for tuples, numbers for numpy's
+  return json.loads(json.dumps(value, default=lambda x: x.item()))
+
+
+def fingerprint(frozen: Mapping[TreePath, Any]) -> str:
+  """sha256 over names, types, shapes and values of a base's leaves, by path.
+
+  It is the same for looped and stacked layers, where `named_slices` knows
+  these, and for a quantised kernel and the weights that its codes make.
+  """
+  named: dict[str, Any] = {}
+  for path, leaf in frozen.items():
+    named |= named_slices(path, np.asarray(plain(leaf)))
+  sha = hashlib.sha256()
+  for name in sorted(named):
+    value = named[name]
+    sha.update(f"{name} {value.dtype.name} {value.shape}\n".encode())
+    sha.update(value.tobytes())
+  return sha.hexdigest()
 
 
 def own_shapes(

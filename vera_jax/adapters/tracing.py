@@ -192,32 +192,13 @@ def _applied(
   unboxed = meta.unbox(first.variables)
   if not kept:
     unboxed = {"params": unboxed["params"]}
-  places = {path: kernel_path(path, call.view) for path, call in calls.items()}
-  biases = [(*kernel[:-1], "bias") for kernel in places.values()]
+  kernels = {path: kernel_path(path, call.view) for path, call in calls.items()}
+  biases = [(*kernel[:-1], "bias") for kernel in kernels.values()]
   weights = {
-    place: meta.unbox(boxed[place])
-    for place in (*places.values(), *biases)
-    if place in boxed
+    path: meta.unbox(boxed[path])
+    for path in (*kernels.values(), *biases)
+    if path in boxed
   }
-
-  def cut(next_fun, args, kwargs, context):
-    layer, result = context.module, next_fun(*args, **kwargs)
-    path = (*layer.path, *place_of(layer))
-    if is_own_call(layer) or is_apart(layer):
-      return result
-    called = context.method_name == "__call__"
-    if called:
-      applied.add(path)
-    special = special_call(layer, context.method_name)
-    if path not in calls or not (called or special):
-      return result
-    # What the layer has for its parameters is marked, to be compared with the
-    # model's. It returns zeros, so that the model's output depends on its
-    # kernel only where that is read by other ways.
-    params = arrays_at(layer.variables["params"])
-    for name in params.keys() & {calls[path].view.kernel, "bias"}:
-      mark(params[name], "/".join((*places[path][:-1], name)))
-    return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), result)
 
   def call(scope, arrays):
     args, kwargs = build(arrays)
@@ -231,36 +212,79 @@ def _applied(
     made = run(variables, arrays, rngs={"params": key})
     return made[0] if mutable else made
 
-  with nn.intercept_methods(cut):
+  with nn.intercept_methods(_marker(calls, kernels, applied)):
     program = jax.make_jaxpr(outputs)(
       weights, unboxed, jax.random.key(0), arrays
     )
   read = reads(program, weights)
-  remade = changed(program, ["/".join(place) for place in sorted(weights)])
-  for path in places.keys() & applied:
-    kernel = places[path]
+  remade = changed(program, ["/".join(path) for path in sorted(weights)])
+  for path in kernels.keys() & applied:
+    kernel = kernels[path]
+    # a stack in another place than in front is refused later, and it is moved
     stacked = any(getattr(boxed[kernel], "axes", ()))
-    changes = [] if stacked else _changes(kernel, remade)
-    if read[kernel]:
-      refused[path] = (
-        f"its {kernel[-1]} is also read without a call of it, by the module"
-        " that holds it or by another one, which an adapter would pass by"
-      )
-    elif changes:
-      refused[path] = (
-        f"its {changes[0]} is changed on the way to it, as by nn.WeightNorm,"
-        " nn.SpectralNorm or nn.map_variables: what it multiplies with is not"
-        " what the parameters hold and merging would write"
-      )
-    if path in refused:
+    if why := _misuse(kernel, read, set() if stacked else remade):
+      refused[path] = why
       del calls[path]
   return Traced(calls, refused, first.variables, frozenset(applied))
 
 
-def _changes(kernel: Path, remade: Collection[str]) -> list[str]:
-  """Which of a layer's parameters, kernel and bias, are not the model's own."""
-  both = kernel, (*kernel[:-1], "bias")
-  return [path[-1] for path in both if "/".join(path) in remade]
+def _marker(
+  calls: Mapping[Path, Call], kernels: Mapping[Path, Path], applied: set[Path]
+) -> Callable[..., Any]:
+  """An interceptor that notes which layers are called and marks their weights.
+
+  What a layer that can be adapted has for its parameters is marked, to be
+  compared with the model's. It returns zeros, so that the model's output
+  depends on its kernel only where that is read by other ways.
+
+  Args:
+    calls: of layers that can be adapted.
+    kernels: where their kernels lie.
+    applied: the paths of all layers that are called are added to it.
+  """
+
+  def note(next_fun, args, kwargs, context):
+    layer, result = context.module, next_fun(*args, **kwargs)
+    path = (*layer.path, *place_of(layer))
+    if is_own_call(layer) or is_apart(layer):
+      return result
+    called = context.method_name == "__call__"
+    if called:
+      applied.add(path)
+    special = special_call(layer, context.method_name)
+    if path not in calls or not (called or special):
+      return result
+    params = arrays_at(layer.variables["params"])
+    for name in params.keys() & {calls[path].view.kernel, "bias"}:
+      mark(params[name], "/".join((*kernels[path][:-1], name)))
+    return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), result)
+
+  return note
+
+
+def _misuse(
+  kernel: Path, read: Mapping[Path, bool], remade: Collection[str]
+) -> str | None:
+  """Why an adapter would not do what merging does at a layer, if so.
+
+  Args:
+    kernel: where it lies.
+    read: whether the model's output depends on it by other ways than the layer.
+    remade: what the layer has is another value than the model's parameter.
+  """
+  if read[kernel]:
+    return (
+      f"its {kernel[-1]} is also read without a call of it, by the module"
+      " that holds it or by another one, which an adapter would pass by"
+    )
+  for path in (kernel, (*kernel[:-1], "bias")):
+    if "/".join(path) in remade:
+      return (
+        f"its {path[-1]} is changed on the way to it, as by nn.WeightNorm,"
+        " nn.SpectralNorm or nn.map_variables: what it multiplies with is not"
+        " what the parameters hold and merging would write"
+      )
+  return None
 
 
 def kernel_path(path: Path, view: View) -> Path:

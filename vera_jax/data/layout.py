@@ -3,8 +3,8 @@
 XLA compiles each shape anew, and a padding token costs as much as a real one.
 The choice weighs the two over the length of the run: a short run gets one
 shape, a long one three, the smallest of which serves as the further microbatch
-that an unusually long batch needs (`packing.microbatch_rows`). So any batch
-fits.
+that an unusually long batch needs (`packing.rows_of_microbatches`). So any
+batch fits.
 """
 
 import numpy as np
@@ -109,8 +109,8 @@ def rows_per_shard(rows: int, shards: int) -> int:
   """
   if rows < shards:
     raise UserError(
-      f"config.optim.pass_rows is {rows}, but a microbatch has at least one"
-      f" row for each of the mesh's {shards} batch shards."
+      f"config.optim.microbatch_rows is {rows}, but a microbatch has at least"
+      f" one row for each of the mesh's {shards} batch shards."
     )
   return rows // shards
 

@@ -30,7 +30,7 @@ def choose_long_rows(
   batch_size: int,
   epochs: int = 1,
   shards: int = 1,
-  pass_rows: int | None = None,
+  microbatch_rows: int | None = None,
   seed: int = 0,
 ) -> Layout:
   """Chooses the lengths of a microbatch's rows for random batches.
@@ -44,17 +44,17 @@ def choose_long_rows(
     batch_size: examples in a batch.
     epochs: how often the run sees the examples.
     shards: rows of a microbatch: devices along "data".
-    pass_rows: a microbatch has at most as many tokens as so many rows of the
-      longest example each; None: a microbatch may hold any batch.
+    microbatch_rows: a microbatch has at most as many tokens as so many rows of
+      the longest example each; None: a microbatch may hold any batch.
 
   Raises:
-    UserError: there are fewer `pass_rows` than shards of the batch.
+    UserError: there are fewer `microbatch_rows` than shards of the batch.
   """
   batch_size = min(batch_size, len(lengths))
   steps = max(1, epochs * len(lengths) // batch_size)
   most = batch_size
-  if pass_rows is not None:
-    most = min(most, rows_per_shard(pass_rows, shards))
+  if microbatch_rows is not None:
+    most = min(most, rows_per_shard(microbatch_rows, shards))
   longest = round_up(int(lengths.max()), _MULTIPLE)
   whole = Layout((shards,), most * longest, batch_size, most * longest)
   rng = np.random.default_rng(seed)

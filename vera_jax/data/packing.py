@@ -238,7 +238,7 @@ def microbatch_cost(needed: Any, main: Any, smallest: int, length: int) -> Any:
   return (main + further * smallest) * length + further * _FURTHER
 
 
-def microbatch_rows(needed: int, layout: Layout) -> tuple[int, ...]:
+def rows_of_microbatches(needed: int, layout: Layout) -> tuple[int, ...]:
   """Row counts of a step's microbatches, which together have `needed` rows.
 
   One microbatch of any of the layout's counts, whichever is cheapest, and
@@ -341,7 +341,7 @@ def pack_runs(
   # Each run's examples are placed as if it were alone, so that an ensemble
   # trains on the batches of its runs.
   places = [place_examples(tokens, layout, indices) for indices in batches]
-  counts = [microbatch_rows(place.rows, layout) for place in places]
+  counts = [rows_of_microbatches(place.rows, layout) for place in places]
   # Then all runs get the shapes of the largest, since one program steps them.
   shapes = [max(rows) for rows in itertools.zip_longest(*counts, fillvalue=0)]
   layouts = [layout] * len(shapes)

@@ -26,6 +26,7 @@ from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.locks import locked
 from vera_jax.train.preemption import EXIT_CODE, Interrupted
+from vera_jax.train.workdir import write_failure
 
 
 def main(unit: dict[str, Any]) -> int:
@@ -102,15 +103,7 @@ def note_failure(runs: list[dict[str, Any]], reason: str) -> None:
     if any((folder / f).exists() for f in (results.FILE, results.FAILED)):
       continue
     folder.mkdir(parents=True, exist_ok=True)
-    failure = {
-      "task": config["task"],
-      "method": config["method"],
-      "seed": config["seed"],
-      "step": None,
-      "failed": reason[:2000],
-      "config": config,
-    }
-    results.write(folder, failure, results.FAILED)
+    write_failure(folder, config, reason[:2000])
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ def classification(
       epochs=config.optim.epochs,
       shards=shards,
     )
-    if config.optim.pass_rows is not None:
-      layout = limit_rows(layout, config.optim.pass_rows, shards=shards)
+    if config.optim.microbatch_rows is not None:
+      layout = limit_rows(layout, config.optim.microbatch_rows, shards=shards)
     eval_layout = partial(
       choose_eval_layout, batch_size=config.eval_batch_size, shards=shards
     )

@@ -83,7 +83,7 @@ def task_for(config: ConfigDict) -> Task | None:
     return ImageData(
       splits=prepared,
       processor=processor,
-      rows=_rows(min(batch_size, optim.pass_rows or batch_size), shards),
+      rows=_rows(min(batch_size, optim.microbatch_rows or batch_size), shards),
       eval_rows=_rows(-(-count // batches), shards),
       batch_size=batch_size,
       flip=config.data.flip,

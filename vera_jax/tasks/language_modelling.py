@@ -109,7 +109,7 @@ def language_modelling(
         batch_size=config.optim.batch_size,
         epochs=config.optim.epochs,
         shards=shards,
-        pass_rows=config.optim.pass_rows,
+        microbatch_rows=config.optim.microbatch_rows,
       ),
       eval_layouts=eval_layouts,
       batch_size=config.optim.batch_size,

@@ -30,7 +30,7 @@ NEEDED: dict[str, type] = {
   **dict.fromkeys(("seed", "eval_batch_size", "log.every"), int),
   **dict.fromkeys(("data.max_length", "data.max_train_examples"), int),
   **dict.fromkeys(("optim.epochs", "optim.batch_size"), int),
-  **dict.fromkeys(("optim.pass_rows", "optim.patience"), int),
+  **dict.fromkeys(("optim.microbatch_rows", "optim.patience"), int),
   **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor"), int),
   **dict.fromkeys(("optim.adapter_lr", "optim.head_lr"), float),
   **dict.fromkeys(("optim.grad_clip", "optim.weight_decay"), float),
@@ -45,7 +45,7 @@ SET = (  # and those that can't be left open
 AT_LEAST_ONE = (
   "optim.epochs",
   "optim.batch_size",
-  "optim.pass_rows",
+  "optim.microbatch_rows",
   "optim.patience",
   "eval_batch_size",
   "eval_epochs",

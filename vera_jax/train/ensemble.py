@@ -15,12 +15,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax import Array
 from ml_collections import ConfigDict
 
 from vera_jax.adapters.methods import groups_of, links_of
@@ -28,13 +29,12 @@ from vera_jax.adapters.plans import AUTO
 from vera_jax.errors import UserError
 from vera_jax.pretrained.sharding import behind_runs
 from vera_jax.train.config import check_settings
-from vera_jax.train.loop import train
-from vera_jax.train.preemption import nothing_to_save
+from vera_jax.train.loop import carry_out
 from vera_jax.train.run import Run
-from vera_jax.train.runtime import prepare
-from vera_jax.train.setup import Setup, build_setup
-from vera_jax.train.start import begin
 from vera_jax.train.step import State
+from vera_jax.train.trainable import Report
+
+Result = TypeVar("Result")
 
 
 def train_ensemble(
@@ -75,19 +75,7 @@ def train_ensemble(
   for run in left:
     run.choose_scan(*(begun or {AUTO}))
   if left:
-    began = begin()
-    prepare()
-    with nothing_to_save(), ExitStack() as stack:
-      for run in left:
-        stack.enter_context(run.locked())
-      setup = build_setup(left[0].config)
-      for run in left:
-        stack.enter_context(run.opened(setup))
-      for ensemble in _ensembles(left, runs):
-        train(ensemble, setup, began)
-      for run in left:
-        if run.failure is None:
-          run.finish(setup)
+    carry_out(left, lambda: _ensembles(left, runs))
   outcomes = [run.result or run.failure for run in runs]
   return [outcome for outcome in outcomes if outcome is not None]
 
@@ -101,35 +89,37 @@ def _ensembles(
   no further, which is how far apart runs are that were killed between two
   saves.
   """
-  open_runs = [run for run in left if run.result is None and not run.has_ended]
-  while open_runs:
-    step = min(run.saves.resumable[-1] for run in open_runs)
-    live = [run for run in open_runs if step in run.saves.resumable]
+  waiting = [run for run in left if not run.has_ended]
+  while waiting:
+    step = min(run.saves.resumable[-1] for run in waiting)
+    live = [run for run in waiting if step in run.saves.resumable]
     slots = live
     if step:  # the slots that were saved, for another program has other bits
-      own = {_name(run.config): run for run in runs}
+      by_name = {_name(run.config): run for run in runs}
       saved = [run.saves.progress(step).get("ensemble") for run in live]
       names = saved[0] or []
-      if all(s == names for s in saved) and names and set(names) <= set(own):
-        slots = [own[name] for name in names]
+      # a run that went on alone, or with others than these, has other slots
+      alike = all(each == names for each in saved)
+      if alike and names and by_name.keys() >= set(names):
+        slots = [by_name[name] for name in names]
     yield Ensemble(step, live, slots)
-    open_runs = [run for run in open_runs if run not in live]
+    waiting = [run for run in waiting if run not in live]
 
 
 class Ensemble:
-  """Several runs, for the loop that trains one (see `Run`).
+  """Several runs in one program: a `Trainable`.
 
   Attributes:
     live: the runs that train.
     slots: whose leaves are where on the leading axis. The slot of a run that
       has ended, or failed, is computed and ignored.
-    log: where lines for a person go.
   """
 
-  log: Callable[[str], None]
-
-  def __init__(self, step: int, live: list[Run], slots: list[Run]) -> None:
-    self.first_step, self.live, self.slots = step, list(live), slots
+  def __init__(
+    self, first_step: int, live: Sequence[Run], slots: Sequence[Run]
+  ) -> None:
+    self.first_step, self.live, self.slots = first_step, list(live), slots
+    self.setup = live[0].setup
     self.size = len(slots)
     self.seeds = [run.config.seed for run in slots]
     self.titles = [run.title for run in live]
@@ -137,13 +127,18 @@ class Ensemble:
     rates = [run.rates for run in slots]
     self.rates = jax.tree.map(lambda *each: jnp.stack(each), *rates)
 
-  def start(self, setup: Setup, step: int) -> State:
+  @property
+  def has_ended(self) -> bool:
+    """Whether no run trains any more."""
+    return all(run.has_ended for run in self.live)
+
+  def start(self) -> State:
     """The states of all slots, stacked; idle ones have a copy of another's."""
-    states = {run: run.start(setup, step) for run in self.live}
+    states = {run: run.start(self.first_step) for run in self.live}
     for run in self.live:
       run.progress["ensemble"] = [_name(slot.config) for slot in self.slots]
     filler = states[self.live[0]]
-    alone = jax.tree.map(lambda leaf: leaf.sharding, setup.shape)
+    alone = jax.tree.map(lambda leaf: leaf.sharding, self.setup.shape)
     self._take = jax.jit(
       lambda state, slot: jax.tree.map(lambda leaf: leaf[slot], state),
       out_shardings=alone,
@@ -154,70 +149,62 @@ class Ensemble:
     )
     return stack(*(states.get(run, filler) for run in self.slots))
 
-  def state_of(self, run: Run, state: State) -> State:
+  def _state_of(self, run: Run, state: State) -> State:
     """A run's own part, as a run alone has it."""
     return self._take(state, self.slots.index(run))
 
   @contextmanager
-  def training(self, setup: Setup, step: int) -> Iterator[None]:
-    self._together = len(self.live)
+  def recording(self, log: Callable[[str], None]) -> Iterator[None]:
+    self._log, self._together = log, len(self.live)
     with ExitStack() as stack:
       for run in self.live:
-        stack.enter_context(run.training(setup, step))
+        stack.enter_context(run.recording(log))
       yield
 
-  def _each(self, act: Callable[[Run], Any]) -> list[Any]:
+  def _each(self, act: Callable[[Run], Result]) -> list[Result]:
     """act(run) for every run that trains; one that fails by it is left out."""
-    found = []
+    results = []
     for run in list(self.live):
       try:
-        found.append(act(run))
+        results.append(act(run))
       except UserError as error:
-        if run.failure is None:
+        if run.failure is None:  # not a failure of this run alone
           raise
         self.live.remove(run)
-        self.log(f"{run.title} failed. {error}")
-    return found
+        self._log(f"{run.title} failed. {error}")
+    return results
 
-  def note_step(self, step: int, metrics: Mapping[str, Any]) -> float:
+  def record(self, step: int, metrics: Mapping[str, Array]) -> float:
     """Each run's own metrics; returns the mean loss."""
     self.live = [run for run in self.live if not run.has_ended]
     columns = {name: np.asarray(values) for name, values in metrics.items()}
 
-    def note(run: Run) -> float:
+    def record_own(run: Run) -> float:
       slot = self.slots.index(run)
-      own = {name: values[slot] for name, values in columns.items()}
-      return run.note_step(step, own)
+      return run.record(step, {name: x[slot] for name, x in columns.items()})
 
-    losses = self._each(note)
+    losses = self._each(record_own)
     return sum(losses) / len(losses) if losses else math.nan
 
-  def end_epoch(self, step: int, state: State) -> None:
+  def evaluate(self, step: int, state: State) -> None:
     """One run at a time, by the program that a run alone has."""
-    self._each(lambda run: run.end_epoch(step, self.state_of(run, state)))
+    self._each(lambda run: run.evaluate(step, self._state_of(run, state)))
 
   def save(self, step: int, state: State, *, ends_epoch: bool) -> None:
     for run in self.live:
-      run.save(step, self.state_of(run, state), ends_epoch=ends_epoch)
+      run.save(step, self._state_of(run, state), ends_epoch=ends_epoch)
 
-  @property
-  def score_line(self) -> str:
+  def report(self) -> Report:
     scores = [run.history[-1]["score"] for run in self.live] or [math.nan]
-    return (
+    shown = (
       f"{len(self.live)} of {self._together} train, {min(scores):.4f} to"
       f" {max(scores):.4f}"
     )
-
-  @property
-  def epoch_lines(self) -> list[str]:
-    return [
-      f"{run.title}: {line}" for run in self.live for line in run.epoch_lines
-    ]
-
-  @property
-  def has_ended(self) -> bool:
-    """Whether no run trains any more."""
-    return all(run.has_ended for run in self.live)
+    reports = {run.title: run.report() for run in self.live}
+    return Report(
+      shown,
+      [f"{title}: {x}" for title, each in reports.items() for x in each.lines],
+    )
 
 
 # Which runs fit together: they share the base, the projections, the data and
@@ -230,7 +217,7 @@ def _own_keys(config: ConfigDict) -> set[str]:
   groups = groups_of(config.method)
   for name, line in links_of(config.method).items():
     group = groups[name]
-    per_run = line.per_run(line.read(config[group]))
+    per_run = line.per_run(line.read(config[group].to_dict()))
     keys |= {f"{group}.{key}" for key in ("lr", "head_lr", *per_run)}
   return keys
 

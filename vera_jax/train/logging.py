@@ -8,14 +8,31 @@ import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.files import read_bytes, write_file, write_text
 from vera_jax.train.workdir import DAMAGED
 
+if TYPE_CHECKING:
+  from tensorboardX import SummaryWriter
+
 log = logging.getLogger(__name__)
+
+
+class Writer(Protocol):
+  """A place that metrics are written to, with steps in rising order."""
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Write the metrics of a step by name, which need not be the same ones.
+
+    Raises:
+      OSError: they can't be written.
+    """
+
+  def close(self) -> None:
+    """Finish what is being written; nothing is written afterwards."""
 
 
 class MetricWriter:
@@ -35,8 +52,6 @@ class MetricWriter:
   ) -> None:
     """Open the files; what a resumed run will write again is dropped.
 
-    Lines that are damaged go into the folder `damaged`.
-
     Args:
       workdir: the run's folder.
       config: shown by Weights & Biases.
@@ -48,20 +63,48 @@ class MetricWriter:
       UserError: Weights & Biases is asked for but not installed, or the lines
         of before can't be read.
     """
-    self._lines: Any = None
-    self._board: Any = None
-    self._wandb: Any = None
+    self._writers: list[Writer] = []
     if not primary:
       return
     if wandb:
-      self._wandb = _start_wandb(workdir, config, wandb, resumed=step > 0)
-    self._board_folder, self._board_step = workdir / "tensorboard", step + 1
+      resumed = step > 0
+      online = WeightsAndBiases(workdir, config, wandb, resumed=resumed)
+      self._writers.append(online)
+    board = TensorBoard(workdir / "tensorboard", first=step + 1)
+    self._writers = [JsonLines(workdir, last=step), board, *self._writers]
+
+  def __enter__(self) -> "MetricWriter":
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    with ExitStack() as stack:  # closes all, even where one of them raises
+      for writer in reversed(self._writers):
+        stack.callback(writer.close)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Write a step's metrics everywhere.
+
+    Raises:
+      OSError: the files can't be written.
+    """
+    for writer in self._writers:
+      writer.write(step, values)
+
+
+class JsonLines:
+  """metrics.jsonl: one JSON object per line, on disk as soon as written."""
+
+  def __init__(self, workdir: Path, *, last: int) -> None:
+    """Keep the lines up to a step.
+
+    Lines that are damaged go into the folder `damaged`.
+    """
     path, kept, damaged = workdir / results.METRICS, [], []
     for raw, line in results.metric_lines(workdir):
       if line.error:  # no line is needed to go on, and none is thrown away
         damaged.append(raw)
         log.warning("%s:%d can't be read: %s.", path, line.number, line.error)
-      elif line.values["step"] <= step:
+      elif line.values["step"] <= last:
         kept.append(raw)
     if damaged:
       aside = workdir / DAMAGED / results.METRICS
@@ -70,45 +113,50 @@ class MetricWriter:
         file.writelines(damaged)
       log.warning("%d such lines were moved to %s.", len(damaged), aside)
     write_file(path, lambda file: file.writelines(kept))
-    self._lines = path.open("a", encoding="utf-8", buffering=1)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exc: object) -> None:
-    with ExitStack() as stack:  # closes all, even where one of them raises
-      if self._wandb is not None:
-        stack.callback(self._wandb.finish)
-      if self._board is not None:
-        stack.callback(_close_tensorboard, self._board)
-      if self._lines is not None:
-        stack.callback(self._lines.close)
+    self._file = path.open("a", encoding="utf-8", buffering=1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """One line of metrics.jsonl; the same to TensorBoard and W&B.
+    self._file.write(json.dumps({"step": step, **values}) + "\n")
 
-    Raises:
-      OSError: the files can't be written.
-    """
-    if self._lines is None:
-      return
-    self._lines.write(json.dumps({"step": step, **values}) + "\n")
+  def close(self) -> None:
+    self._file.close()
+
+
+class TensorBoard:
+  """TensorBoard's files, begun at the first write."""
+
+  def __init__(self, folder: Path, *, first: int) -> None:
+    """TensorBoard forgets what it has of the step `first` and later ones."""
+    self._folder, self._first = folder, first
+    self._board: SummaryWriter | None = None
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
     if self._board is None:
-      self._board = _tensorboard()(
-        str(self._board_folder), purge_step=self._board_step
-      )
+      writer = _summary_writer()
+      self._board = writer(str(self._folder), purge_step=self._first)
     # its thread ends at a failed write; then its queue would fill up and block
     thread = getattr(_event_writer(self._board), "_worker", None)
     if thread is not None and not thread.is_alive():
       raise OSError(errno.EIO, "TensorBoard's files can't be written any more")
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
-    if self._wandb is not None:
-      self._wandb.log(dict(values), step=step)
+
+  def close(self) -> None:
+    """Where it fails, Python is kept from trying again at its end."""
+    if self._board is None:
+      return
+    writer = _event_writer(self._board)
+    try:
+      self._board.close()
+    except OSError:
+      if thread := getattr(writer, "_worker", None):
+        thread.stop()
+        writer._closed = True
+      raise
 
 
-def _tensorboard() -> Any:
-  """tensorboardX's writer, imported at the first write and without torch.
+def _summary_writer() -> "type[SummaryWriter]":
+  """tensorboardX's writer, imported without torch.
 
   Where torch is installed tensorboardX imports it, to know its arrays: 190 MB
   of memory, and seconds.
@@ -124,41 +172,42 @@ def _tensorboard() -> Any:
   return SummaryWriter
 
 
-def _start_wandb(
-  workdir: Path, config: Mapping[str, Any], project: str, *, resumed: bool
-) -> Any:
-  """A new run, or for a resumed one that which the file `wandb_id` names."""
-  try:
-    import wandb
-  except ImportError as error:
-    raise UserError(
-      f"config.log.wandb={project!r} asks for Weights & Biases, which is not"
-      " installed: pip install wandb, or leave the setting empty."
-    ) from error
-  name = workdir / "wandb_id"
-  if not (resumed and name.exists()):
-    write_text(name, uuid.uuid4().hex)
-  return wandb.init(
-    project=project,
-    id=read_bytes(name, inside=workdir, limit=100).decode("utf-8", "replace"),
-    dir=str(workdir),
-    config=dict(config),
-    resume="allow",
-    reinit="create_new",  # the runs of an ensemble are open at the same time
-  )
-
-
-def _event_writer(board: Any) -> Any:
+def _event_writer(board: "SummaryWriter") -> Any:
   return getattr(board.file_writer, "event_writer", None)
 
 
-def _close_tensorboard(board: Any) -> None:
-  """Close it; where that fails, keep Python from trying again at its end."""
-  writer = _event_writer(board)
-  try:
-    board.close()
-  except OSError:
-    if thread := getattr(writer, "_worker", None):
-      thread.stop()
-      writer._closed = True
-    raise
+class WeightsAndBiases:
+  """A run of Weights & Biases, which the file `wandb_id` names when resumed."""
+
+  def __init__(
+    self,
+    workdir: Path,
+    config: Mapping[str, Any],
+    project: str,
+    *,
+    resumed: bool,
+  ) -> None:
+    try:
+      import wandb
+    except ImportError as error:
+      raise UserError(
+        f"config.log.wandb={project!r} asks for Weights & Biases, which is not"
+        " installed: pip install wandb, or leave the setting empty."
+      ) from error
+    name = workdir / "wandb_id"
+    if not (resumed and name.exists()):
+      write_text(name, uuid.uuid4().hex)
+    self._run = wandb.init(
+      project=project,
+      id=read_bytes(name, inside=workdir, limit=100).decode("utf-8", "replace"),
+      dir=str(workdir),
+      config=dict(config),
+      resume="allow",
+      reinit="create_new",  # the runs of an ensemble are open at the same time
+    )
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    self._run.log(dict(values), step=step)
+
+  def close(self) -> None:
+    self._run.finish()

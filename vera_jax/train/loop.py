@@ -1,10 +1,12 @@
-"""`train_and_evaluate`: a run from its config to its result.
+"""`train_and_evaluate`: a run from its config to its result; and its loop.
 
-Each epoch: step through the data -> evaluate -> save -> log. The next step is
+Each epoch: step through the data, evaluate, save, log. The next step is
 dispatched before the last one's metrics are read.
 """
 
 import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ from vera_jax.train.preemption import (
   nothing_to_save,
   watch,
 )
+from vera_jax.train.prepared_step import PreparedStep
 from vera_jax.train.run import Run
 from vera_jax.train.runtime import prepare
 from vera_jax.train.setup import Setup, build_setup, introduction
 from vera_jax.train.start import begin
+from vera_jax.train.step import Metrics
+from vera_jax.train.trainable import Trainable
 
 
 def train_and_evaluate(
@@ -47,96 +52,99 @@ def train_and_evaluate(
   """
   check_settings(config)
   run = Run(config, workdir)
-  if run.is_done:
-    assert run.result is not None
-    return run.result
+  if not run.is_done:
+    carry_out([run], lambda: [] if run.has_ended else [run])
+  assert run.result is not None
+  return run.result
+
+
+def carry_out(
+  runs: Sequence[Run], to_train: Callable[[], Iterable[Trainable]]
+) -> None:
+  """Train runs on one base, from their folders' locks to their results.
+
+  Args:
+    runs: those that are not done, equal in all that a `Setup` is made of.
+    to_train: once the runs are open, what is trained, one after another.
+  """
   began = begin()
   prepare()
-  with nothing_to_save(), run.locked():
-    setup = build_setup(run.config)
-    with run.opened(setup):
-      if run.result is None and not run.has_ended:
-        train(run, setup, began)
-      return run.finish(setup)
+  with nothing_to_save(), ExitStack() as stack:
+    for run in runs:
+      stack.enter_context(run.locked())
+    setup = build_setup(runs[0].config)
+    for run in runs:
+      stack.enter_context(run.opened(setup))
+    for trainable in to_train():
+      train(trainable, setup, began)
+    for run in runs:
+      if run.failure is None:
+        run.finish()
 
 
-def train(run: Any, setup: Setup, began: float) -> None:
+def train(run: Trainable, setup: Setup, began: float) -> None:
   """The training loop: from the last save, or the start, to the last epoch.
 
   Args:
     run: a `Run`, or an `Ensemble` of several.
-    setup: what it is made of.
+    setup: the data, the model and the optimiser.
     began: when the user began to wait for the first step, on
       `time.monotonic`'s clock.
+
+  Raises:
+    UserError: a loss or an output is not a finite number.
+    Interrupted: after Ctrl-C or SIGTERM, once the run is saved.
   """
   first = run.first_step
-  state = run.start(setup, first)
-  step_program = setup.make_step(state, runs=run.size)
-  key, rates = run.key, run.rates
-
-  def compile_for(batch: Any) -> Any:
-    """Compile for a microbatch's shape, in another thread, if need be."""
-    shape = tuple(array.shape for array in batch.values())
-    setup.background.compile(
-      shape, lambda: step_program.lower(setup.frozen, batch, key)
-    )
-    return shape
-
+  state = run.start()
+  step = PreparedStep(setup, run, state)
   with (
-    run.training(setup, first),
     ProgressBar(steps=setup.steps, step=first, primary=is_first()) as bar,
+    run.recording(bar.log),
     watch() as flag,
   ):
-    run.log = bar.log
+    stop = Stop(flag, setup.mesh)
     for line in introduction(setup, run.titles):
       bar.log(line)
     if first:
       bar.log(f"resumed at step {first} of {setup.steps}")
-    stop = Stop(flag, setup.mesh)
-    unread: list[tuple[int, Any]] = []  # steps whose metrics are on their way
 
-    def read() -> None:
-      for number, metrics in unread:
-        bar.advance(number, loss=run.note_step(number, metrics))
+    unread: list[tuple[int, Metrics]] = []  # of steps that may still run
+
+    def read_metrics() -> None:
+      for at, metrics in unread:
+        bar.advance(at, loss=run.record(at, metrics))
       unread.clear()
 
     batches = setup.data.train_batches(seeds=run.seeds, start_step=first)
     for number, microbatches in batches:
       asked = stop.ask()
-      placed = [setup.put_batch(b, runs=run.size) for b in microbatches]
-      shapes = [compile_for(batch) for batch in placed]
-      if number == first:  # the other shapes are compiled behind this one
-        for sample in setup.data.train_samples(runs=run.size):
-          compile_for(setup.put_sample(sample, runs=run.size))
-      for shape in shapes:
-        setup.background.wait(shape)
-      state, metrics = step_program(state, setup.frozen, placed, key, rates)
-      if number == first:
-        setup.compile_evaluation()
-
-      read()  # the step before, while this one runs
+      state, metrics = step(state, microbatches)
+      read_metrics()  # the step before, while this one runs
       done = number + 1
       unread.append((done, metrics))
       if number == first:
-        read()
+        read_metrics()
         seconds = time.monotonic() - began
         bar.log(f"first step done {seconds:.1f} s after the start")
 
+      # Reading may have ended the last run of an ensemble. And all processes
+      # of a run learn of a signal at the same step, since all have to save.
       ends_epoch = done % setup.steps_between_evaluations == 0
       if not (ends_epoch or stop.answer(asked) or run.has_ended):
         continue
-      read()
+      read_metrics()
       if ends_epoch:
-        setup.background.wait("evaluate")
-        run.end_epoch(done, state)
+        run.evaluate(done, state)
       run.save(done, state, ends_epoch=ends_epoch)
       if ends_epoch:
-        bar.show_score(run.score_line)
-        for line in run.epoch_lines:
+        report = run.report()
+        bar.show_score(report.score)
+        for line in report.lines:
           bar.log(line)
-      if caught := stop.answer(asked):
+      if signal := stop.answer(asked):
         raise Interrupted(
-          f"Stopped by {caught.name}, saved at step {done} of {setup.steps}."
+          f"Stopped by {signal.name}, saved at step {done} of {setup.steps}."
           " The same command goes on from there."
         )
       if run.has_ended:

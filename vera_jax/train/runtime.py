@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.stages import Compiled, Lowered
 
 # glibc's mallopt(3): numbers from malloc.h
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
@@ -112,9 +113,9 @@ class Background:
   def __init__(self) -> None:
     count = max(1, (os.cpu_count() or 1) // _CORES)
     self._pool = ThreadPoolExecutor(count, "compile")
-    self._tasks: dict[Hashable, Future[Any]] = {}
+    self._tasks: dict[Hashable, Future[Compiled]] = {}
 
-  def compile(self, name: Hashable, lower: Callable[[], Any]) -> None:
+  def compile(self, name: Hashable, lower: Callable[[], Lowered]) -> None:
     """Begin with a program, unless it has been begun.
 
     Args:
@@ -122,7 +123,7 @@ class Background:
       lower: traces it and returns what a jitted function's `lower` does.
     """
 
-    def compiled() -> Any:
+    def compiled() -> Compiled:
       program = lower().compile()
       return_freed_memory()
       return program
@@ -131,5 +132,9 @@ class Background:
       self._tasks[name] = self._pool.submit(compiled)
 
   def wait(self, name: Hashable) -> None:
-    """Until the program is compiled; its errors are raised here."""
-    self._tasks[name].result()
+    """Until the program is compiled; its errors are raised here.
+
+    One that was not begun is compiled by its first call.
+    """
+    if name in self._tasks:
+      self._tasks[name].result()

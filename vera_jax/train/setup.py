@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from vera_jax.adapters.labels import join
 from vera_jax.adapters.methods import make_adapter, settings_in
 from vera_jax.adapters.sites import count_layers
-from vera_jax.data.data import TaskData
+from vera_jax.data.data import MeasureBatch, TaskData
+from vera_jax.data.packing import Batch as HostBatch
 from vera_jax.errors import UserError
 from vera_jax.hub import resolve
 from vera_jax.models.hf_weights import read_model
@@ -50,7 +52,7 @@ from vera_jax.train.compiled_step import (
 from vera_jax.train.config import DTYPES
 from vera_jax.train.optim import EPS, LINEAR, optimiser, rates_of
 from vera_jax.train.runtime import Background, compiler_options
-from vera_jax.train.step import Frozen, State, outputs_of
+from vera_jax.train.step import Frozen, State, Tree, outputs_of
 
 
 class Setup(NamedTuple):
@@ -73,7 +75,7 @@ class Setup(NamedTuple):
   frozen: Frozen
   optimiser: Callable[..., optax.GradientTransformation]
   shape: State
-  evaluate: Any
+  evaluate: jax.stages.Wrapped
   background: Background
 
   @property
@@ -109,7 +111,9 @@ class Setup(NamedTuple):
     tx = self.optimiser(**rates_of(config))
     return init_state(model.trainable, tx, self.shape)
 
-  def put_batch(self, batch: Any, *, runs: int | None = None) -> Any:
+  def put_batch(
+    self, batch: HostBatch, *, runs: int | None = None
+  ) -> dict[str, Array]:
     """A host batch on the devices, from the rows that each process supplies.
 
     With `runs` its arrays have a leading axis, which no device splits.
@@ -123,27 +127,33 @@ class Setup(NamedTuple):
     # (`runtime.keep_freed_memory`): a tenth slower, and twice the memory.
     return jax.block_until_ready(placed)
 
-  def put_sample(self, batch: Any, *, runs: int | None = None) -> Any:
+  def put_sample(
+    self, batch: HostBatch, *, runs: int | None = None
+  ) -> dict[str, Array]:
     """A batch that every process has whole, of the shapes of a real one."""
     return put(batch, self.rows if runs is None else behind_runs(self.rows))
 
-  def measure_with(self, params: Any) -> Callable[[Batch], Any]:
+  def measure_with(self, params: Tree) -> MeasureBatch:
     """What the task evaluates by: host batch -> measured arrays."""
+    self.background.wait("evaluate")
     return lambda batch: self.evaluate(
       params, self.frozen, self.put_batch(batch)
     )
 
-  def trained(self, params: Any) -> Classifier:
+  def replicated(self, tree: Tree) -> Tree:
+    """The same leaves, each whole on every device."""
+    everywhere = NamedSharding(self.mesh, REPLICATED)
+    return jax.jit(lambda leaves: leaves, out_shardings=everywhere)(tree)
+
+  def trained(self, params: Tree) -> Classifier:
     """The model with trained leaves, on this process's first device.
 
     Every process calls it: sharded leaves are gathered.
     """
     plan = self.model.blueprint
     tree = join(params, self.frozen.params), self.frozen.projections
-    everywhere = NamedSharding(self.mesh, REPLICATED)
-    whole = jax.jit(lambda x: x, out_shardings=everywhere)(tree)
     leaves, projections = jax.tree.map(
-      lambda x: jnp.asarray(np.asarray(x)), whole
+      lambda leaf: jnp.asarray(np.asarray(leaf)), self.replicated(tree)
     )
     return Classifier(
       plan.module,
@@ -226,7 +236,7 @@ def build_setup(config: ConfigDict) -> Setup:
     decay=config.optim.get("schedule", LINEAR),
   )
 
-  def measured(params: Any, frozen: Frozen, batch: Batch) -> Any:
+  def measured(params: Tree, frozen: Frozen, batch: Batch) -> Tree:
     names = tuple(plan.inputs)
     outputs, _ = outputs_of(plan.module, names, params, frozen, batch)
     return task.measure(outputs, batch)

@@ -18,6 +18,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from vera_jax import results
 from vera_jax.adapters.methods import METHODS, groups_of
 from vera_jax.adapters.plans import AUTO
 from vera_jax.errors import UserError
@@ -101,6 +102,36 @@ def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
     write_json(workdir / "config.json", dict(config))
   except OSError as error:
     raise UserError(f"{workdir} can't be used: {error.strerror}.") from error
+
+
+def write_failure(
+  workdir: Path,
+  config: Mapping[str, Any],
+  reason: str,
+  *,
+  step: int | None = None,
+  primary: bool = True,
+) -> dict[str, Any]:
+  """Mark a run as failed; returns the contents of failed.json.
+
+  Args:
+    workdir: the run's folder.
+    config: the run's.
+    reason: why it can't go on, for a person.
+    step: the step that failed, or None where the run came to none.
+    primary: whether this process writes.
+  """
+  failure = {
+    "task": config["task"],
+    "method": config["method"],
+    "seed": config["seed"],
+    "step": step,
+    "failed": reason,
+    "config": dict(config),
+  }
+  if primary:
+    results.write(workdir, failure, results.FAILED)
+  return failure
 
 
 @contextmanager

@@ -139,17 +139,6 @@ class WeightNormed(nn.Module):
     return nn.Dense(3, name="head")(x)
 
 
-class SpectralNormed(nn.Module):
-  @nn.compact
-  def __call__(self, x, update):
-    for features in (6, 5):
-      layer = nn.SpectralNorm(nn.Dense(features))
-      x = nn.leaky_relu(layer(x, update_stats=update))
-    x = x[:, :, None]
-    x = nn.SpectralNorm(nn.Conv(4, (3, 1)))(x, update_stats=update)
-    return nn.Dense(3, name="head")(x)
-
-
 def mapped(kind: Any, change: Any) -> Any:
   """A layer's class whose kernel is changed on its way to the product."""
 
@@ -387,9 +376,6 @@ MODELS = {
   ),
   "flax's WeightNorm": Other(
     "google/flax: nn.WeightNorm", WeightNormed(), (X,), axes=HEADS
-  ),
-  "flax's SpectralNorm": Other(
-    "google/flax: nn.SpectralNorm", SpectralNormed(), (X,), {"update": False}
   ),
   "flax's map_variables": Other(
     "google/flax: nn.map_variables", MappedLayers(), (X,)

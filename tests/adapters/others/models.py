@@ -6,7 +6,6 @@ from tests.adapters.others import (
   flax_examples,
   flaxdiff,
   lifted,
-  ott,
   resnets,
   scenic,
   t5x,
@@ -31,7 +30,7 @@ MODELS: dict[str, Other] = {
   name: model
   for origin in (
     *(resnets, big_vision, scenic, flax_examples),
-    *(t5x, flaxdiff, ott, lifted),
+    *(t5x, flaxdiff, lifted),
   )
   for name, model in origin.MODELS.items()
 } | GEMMA

@@ -179,7 +179,7 @@ def module(
     raise UserError(
       f"config.model.remat is {remat}; {KIND} has no rematerialised layers, for"
       " it is small: choose none, and with less memory a lower"
-      " config.optim.pass_rows."
+      " config.optim.microbatch_rows."
     )
   return CharLstm(config, dtype, param_dtype)
 

@@ -1,0 +1,132 @@
+"""What a run leaves behind when it has ended: answers, adapter, texts, result.
+
+Every process of a run calls these functions; the first one writes.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from vera_jax import results
+from vera_jax.adapters.files import save_adapter, tensors
+from vera_jax.adapters.methods import settings_in
+from vera_jax.adapters.projections import PRNG
+from vera_jax.adapters.vector_norms import adapter_norms, as_json
+from vera_jax.errors import UserError
+from vera_jax.models.hf_weights import fingerprint
+from vera_jax.pretrained.classifier import Classifier
+from vera_jax.train.distributed import on_first
+from vera_jax.train.optim import learning_rates
+from vera_jax.train.setup import Setup
+from vera_jax.train.step import Tree
+
+NO_MEMORY = "RESOURCE_EXHAUSTED"  # how XLA's message begins
+SUBMISSION = "submission"  # the folder of the answers to the test splits
+
+
+def write_answers(folder: Path, setup: Setup, params: Tree) -> None:
+  """Write the answers to the test splits, if the task has such files."""
+  if setup.task.write_answers is None:
+    return
+  new = folder / f"{SUBMISSION}.new"
+  measure_batch = setup.measure_with(params)
+  write_new = setup.task.write_answers(measure_batch, setup.data, new)
+
+  def write_all() -> None:
+    write_new()
+    new.rename(folder / SUBMISSION)  # all files or none
+
+  on_first(write_all)
+
+
+def write_outcome(
+  folder: Path,
+  setup: Setup,
+  config: ConfigDict,
+  params: Tree,
+  best: dict[str, Any],
+  progress: dict[str, Any],
+) -> dict[str, Any]:
+  """Write the adapter, the texts and, since it marks a run as done, the result.
+
+  Args:
+    folder: the run's.
+    setup: what it trained.
+    config: the run's own, which may be another than `setup`'s in an ensemble.
+    params: the trained leaves, whole on every device.
+    best: the epoch that they are of.
+    progress: as `Run.progress`.
+
+  Returns:
+    The contents of result.json.
+  """
+  task, history = setup.task, progress["history"]
+  about = {
+    "task": task.name,
+    "method": config.method,
+    "seed": config.seed,
+    "base": config.model.name,
+    "labels": list(task.labels),
+    "kind": task.kind,
+    **task.stored,
+    "score_name": task.score_name,
+    "projection_digest": setup.model.digest,
+    "parameters": setup.model.counts._asdict(),
+    "data": setup.data.record(),
+  }
+  adapter = {
+    **about,
+    "score": best["score"],
+    "settings": settings_in(config, config.method),
+    "projection_prng": PRNG,
+    "base_fingerprint": fingerprint(setup.base),
+    "quantise": setup.model.blueprint.quantise,
+    "codes_digest": setup.model.codes,
+    "max_length": config.data.max_length,
+    "versions": results.provenance()["versions"],
+  }
+  # before the texts, whose failure must not cost what was trained
+  on_first(partial(save_adapter, folder / "adapter", params, about=adapter))
+  # by all processes, since each may hold a part of the base
+  trained = setup.trained(params) if task.write_texts else None
+
+  def write_result() -> None:
+    result = {
+      **about,
+      "best": best,
+      "last": history[-1],
+      **({} if trained is None else {"test": _texts(setup, trained, folder)}),
+      "stopped_early": history[-1]["epoch"] < config.optim.epochs,
+      "learning_rates": learning_rates(config),
+      "norms": as_json(adapter_norms(tensors(params))),
+      "history": history,
+      "seconds": progress["seconds"],
+      "evaluation_seconds": progress["evaluation_seconds"],
+      "members": len(progress.get("ensemble", [0])),
+      "config": config.to_dict(),
+      **results.provenance(),
+    }
+    results.write(folder, result)
+
+  on_first(write_result)
+  result = results.read(folder)
+  assert result is not None
+  return result
+
+
+def _texts(setup: Setup, trained: Classifier, folder: Path) -> dict[str, Any]:
+  """The task's texts and scores; where there are none, the reason.
+
+  The same command would fail here again, so the result comes without them.
+  """
+  assert setup.task.write_texts is not None
+  try:
+    return setup.task.write_texts(trained, folder)
+  except (UserError, jax.errors.JaxRuntimeError) as error:
+    if not isinstance(error, UserError) and NO_MEMORY not in str(error):
+      raise
+    missing = f"The run's texts were not written or not scored: {error}"
+    return {"inputs": 0, "scores": {}, "missing": missing, "seconds": 0.0}

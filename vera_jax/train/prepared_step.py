@@ -1,0 +1,52 @@
+"""The step as the loop calls it: with batches as the data give them."""
+
+from collections.abc import Hashable, Sequence
+
+from jax import Array
+
+from vera_jax.data.packing import Batch
+from vera_jax.train.setup import Setup
+from vera_jax.train.step import Metrics, State
+from vera_jax.train.trainable import Trainable
+
+
+class PreparedStep:
+  """(state, microbatches of the host) -> (state, metrics); donates the state.
+
+  It compiles for each shape of a microbatch in other threads: the shapes of the
+  first step while nothing else can be done, the others while steps run.
+  """
+
+  def __init__(self, setup: Setup, run: Trainable, state: State) -> None:
+    """Prepare steps of `run` from states like this one."""
+    self._setup, self._size = setup, run.size
+    self._key, self._rates = run.key, run.rates
+    self._step = setup.make_step(state, runs=run.size)
+    self._is_first = True
+
+  def __call__(
+    self, state: State, microbatches: Sequence[Batch]
+  ) -> tuple[State, Metrics]:
+    setup, is_first = self._setup, self._is_first
+    placed = [setup.put_batch(each, runs=self._size) for each in microbatches]
+    shapes = [self._compile_for(batch) for batch in placed]
+    if is_first:  # programs are compiled in the order of asking: these later
+      for sample in setup.data.train_samples(runs=self._size):
+        self._compile_for(setup.put_sample(sample, runs=self._size))
+    for shape in shapes:
+      setup.background.wait(shape)
+    state, metrics = self._step(
+      state, setup.frozen, placed, self._key, self._rates
+    )
+    if is_first:
+      setup.compile_evaluation()
+      self._is_first = False
+    return state, metrics
+
+  def _compile_for(self, batch: dict[str, Array]) -> Hashable:
+    """Begin to compile for a microbatch's shape, which is returned."""
+    shape = tuple(array.shape for array in batch.values())
+    self._setup.background.compile(
+      shape, lambda: self._step.lower(self._setup.frozen, batch, self._key)
+    )
+    return shape

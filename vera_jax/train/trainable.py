@@ -1,0 +1,90 @@
+"""What the training loop asks of the run, or the runs, that it trains."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from jax import Array
+from jaxtyping import Key
+
+from vera_jax.train.step import State
+
+
+class Report(NamedTuple):
+  """An epoch, for a person.
+
+  Attributes:
+    score: what the progress bar shows from now on.
+    lines: what is written above it.
+  """
+
+  score: str
+  lines: list[str]
+
+
+@runtime_checkable
+class Trainable(Protocol):
+  """A `Run` of one model, or an `Ensemble` of several in one program.
+
+  Steps count from 1: `step` is how many updates there have been. In an ensemble
+  every array of a state, of the metrics, of `key` and of `rates` has a leading
+  axis, one entry per run.
+  """
+
+  @property
+  def size(self) -> int | None:
+    """How many runs are on the leading axis; None where there is no axis."""
+
+  @property
+  def titles(self) -> Sequence[str]:
+    """The name of each run, for the first lines."""
+
+  @property
+  def seeds(self) -> int | list[int]:
+    """The seeds of the batches' order, of each run on the axis."""
+
+  @property
+  def key(self) -> Key[Array, "*runs"]:
+    """What dropout's keys are made from, and those of methods that draw."""
+
+  @property
+  def rates(self) -> Mapping[str, Array]:
+    """The optimiser's numbers, float32 [*runs]."""
+
+  @property
+  def first_step(self) -> int:
+    """How many updates the last save holds; 0 before the first save."""
+
+  @property
+  def has_ended(self) -> bool:
+    """Whether all epochs are done, or as many as the patience allows."""
+
+  def start(self) -> State:
+    """Returns the state at `first_step`: that of the save, or a fresh one."""
+
+  def recording(self, log: Callable[[str], None]) -> AbstractContextManager:
+    """Opens the files of metrics, from `first_step` on.
+
+    Args:
+      log: shows a line to a person.
+    """
+
+  def record(self, step: int, metrics: Mapping[str, Array]) -> float:
+    """Waits for the metrics of a step, writes them and returns the loss.
+
+    Raises:
+      UserError: one is not a finite number, so that training can't go on.
+    """
+
+  def evaluate(self, step: int, state: State) -> None:
+    """Scores the model at the end of an epoch and writes the scores.
+
+    Raises:
+      UserError: an output is not a finite number.
+    """
+
+  def save(self, step: int, state: State, *, ends_epoch: bool) -> None:
+    """Saves all that training goes on from, on disk when it returns."""
+
+  def report(self) -> Report:
+    """Returns what a person is told of the epoch that has just been saved."""
