@@ -224,52 +224,23 @@ def tiny_roberta(tmp_path_factory) -> Path:
   return folder
 
 
+QUERY_VALUE = {"targets": ["query", "value"]}
+DRAWN = {"init": "kaiming_uniform", "projection_seed": 0, **QUERY_VALUE}
+LORA = {"rank": 2, "alpha": 4.0, **QUERY_VALUE}
 SETTINGS = {
   "vera": {
-    "rank": 8,
-    "d_init": 0.1,
-    "init": "kaiming_uniform",
-    "projection_seed": 0,
-    "train": "both",
-    "sharing": "shared",
-    "conv": "whole",
-    "targets": ["query", "value"],
+    **{"rank": 8, "d_init": 0.1, **DRAWN},
+    **{"train": "both", "sharing": "shared", "conv": "whole"},
   },
-  "lora": {
-    "rank": 2,
-    "alpha": 4.0,
-    "scaling": "rank",
-    "targets": ["query", "value"],
-  },
+  "lora": {**LORA, "scaling": "rank"},
   "ia3": {"targets": ["key", "value"], "feedforward": []},
-  "lora_fa": {
-    "rank": 2,
-    "alpha": 4.0,
-    "scaling": "root",
-    "projection_seed": 1,
-    "targets": ["query", "value"],
-  },
-  "onelora": {"targets": ["query", "value"]},
-  "pvera": {
-    "rank": 8,
-    "d_init": 0.1,
-    "init": "kaiming_uniform",
-    "projection_seed": 0,
-    "targets": ["query", "value"],
-  },
-  "randlora": {
-    "rank": 5,
-    "alpha": 5.0,
-    "init": "uniform",
-    "projection_seed": 0,
-    "targets": ["query", "value"],
-  },
+  "lora_fa": {**LORA, "scaling": "root", "projection_seed": 1},
+  "onelora": QUERY_VALUE,
+  "pvera": {"rank": 8, "d_init": 0.1, **DRAWN},
+  "randlora": {**DRAWN, "rank": 5, "alpha": 5.0, "init": "uniform"},
   "unilora": {
-    "rank": 2,
-    "size": 50,
-    "theta_init": 0.02,
-    "projection_seed": 3,
-    "targets": ["query", "value"],
+    **{"rank": 2, "size": 50, "theta_init": 0.02, "projection_seed": 3},
+    **QUERY_VALUE,
   },
   "bitfit": {"biases": ".*"},
 }

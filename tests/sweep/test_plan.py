@@ -78,6 +78,7 @@ def test_what_the_command_line_sets_no_override_changes(tiny_sweep):
     ({"vera.rnak": 3}, "vera.rnak=3"),
     ({"vera.rank": "many"}, "vera.rank='many'"),
     ({"optim.batch_size": 0}, "batch_size is 0"),
+    ({"data.max_train_examples": "20"}, "max_train_examples='20'"),
   ],
 )
 def test_a_wrong_override_is_named(tiny_sweep, override, words):

@@ -188,6 +188,8 @@ GOOD = "text,label\nx,a\ny,b\nz,a\n"
     (rows(*map(str, range(30)), "x"), GOOD, {}, None),
     (rows(float("nan"), 1.5), None, {}, "jsonl:1: label is missing"),
     (rows("x", ["x"]), None, {}, r"jsonl:2: label is \['x'\]. A label is"),
+    (rows(["x"], [["x"]]), None, {}, r"l:2: label is \['x'\]. A label is a t"),
+    (rows(0.5, float("inf")), None, {}, "jsonl:2: label is inf. A label is"),
     (rows(0.5, -1e39), None, {}, r"l:2: label is -1e\+39, but .* 3.4e\+38"),
     (GOOD, None, {"labels": ("a", "b", "a")}, "names a label twice: a, b, a"),
     (
