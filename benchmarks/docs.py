@@ -69,7 +69,11 @@ def filled(page: str) -> str:
     elif source.suffix == ".md":
       made = source.read_text(encoding="utf-8").partition("\n\n")[2].strip()
     elif source.name == "methods.py":
-      made = methods.markdown()
+      made = (
+        methods.markdown()
+        if "benchmarks" in source.parts
+        else methods.settings()
+      )
     elif source.name == "initialisers.py":
       made = initialisers.markdown()
     elif source.name.startswith("matrices-"):

@@ -9,6 +9,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
+from vera_jax.adapters.methods import add_groups
+
 SIZES = ("base", "large")
 
 
@@ -16,10 +18,8 @@ def get_config() -> ConfigDict:
   """Everything but the task and its settings."""
   config = ConfigDict()
   config.task = placeholder(str)  # to be set: a name in tasks/
-  # vera | lora | ia3 | dora | dvora | lora_fa | onelora | pvera | randlora |
-  # unilora | bitfit | norms | head | full, or a chain such as vera+bitfit. DoRA
-  # takes LoRA's settings and rates, DVoRA VeRA's. In a chain each method has
-  # its own settings, and all have the first one's rates.
+  # A name in adapters/methods.py, or a chain such as vera+bitfit, in which each
+  # method has its own settings, and all have the first one's rates.
   config.method = "vera"
   config.seed = 0  # of dropout, batch order and new leaves
 
@@ -53,81 +53,8 @@ def get_config() -> ConfigDict:
   config.optim.grad_clip = placeholder(float)  # global norm; unset: none
   config.optim.patience = placeholder(int)  # epochs without a better score
 
-  config.vera = ConfigDict()
+  add_groups(config)  # each method's settings, which --help lists
   config.vera.rank = 1024
-  config.vera.d_init = 0.1
-  config.vera.init = "kaiming_uniform"  # or a name in projections.INITIALISERS
-  config.vera.projection_seed = 0
-  config.vera.train = "both"  # both | d | b
-  config.vera.sharing = "shared"  # shared | unique: a pair for each layer
-  config.vera.conv = "whole"  # | taps: a d for each position of a window
-  config.vera.targets = ("query", "value")  # patterns over the ends of paths
-  config.vera.lr = placeholder(float)  # to be set
-  config.vera.head_lr = placeholder(float)  # to be set
-
-  config.lora = ConfigDict()
-  config.lora.rank = 8
-  config.lora.alpha = 8.0
-  config.lora.scaling = "rank"  # alpha / rank | root: alpha / sqrt(rank)
-  config.lora.targets = ("query", "value")
-  config.lora.lr = 4e-4
-  config.lora.head_lr = 4e-4
-
-  # LoRA whose A stays random, and VeRA of ones: each one matrix or vector per
-  # layer, and rates of ours, untuned, as are all of those below.
-  config.lora_fa = ConfigDict()
-  config.lora_fa.rank = 8
-  config.lora_fa.alpha = 8.0
-  config.lora_fa.scaling = "rank"
-  config.lora_fa.projection_seed = 0
-  config.lora_fa.targets = ("query", "value")
-  config.lora_fa.lr = 4e-3
-  config.lora_fa.head_lr = 4e-3
-  config.onelora = ConfigDict({"targets": ("query", "value")})
-  config.onelora.lr = 4e-4
-  config.onelora.head_lr = 4e-3
-
-  config.pvera = ConfigDict()
-  config.pvera.rank = 256
-  config.pvera.d_init = 0.1
-  config.pvera.init = "kaiming_uniform"
-  config.pvera.projection_seed = 0
-  config.pvera.targets = ("query", "value")
-  config.pvera.lr = 1e-2
-  config.pvera.head_lr = 4e-3
-
-  config.randlora = ConfigDict()
-  config.randlora.rank = 32
-  config.randlora.alpha = 640.0  # PEFT's: 20 times the rank
-  config.randlora.init = "uniform"  # | peft
-  config.randlora.projection_seed = 0
-  config.randlora.targets = ("query", "value")
-  config.randlora.lr = 1e-3
-  config.randlora.head_lr = 4e-3
-
-  config.unilora = ConfigDict()
-  config.unilora.rank = 4
-  config.unilora.size = 4096  # trained numbers in all
-  config.unilora.theta_init = 0.02
-  config.unilora.projection_seed = 42  # PEFT's
-  config.unilora.targets = ("query", "value")
-  config.unilora.lr = 4e-3
-  config.unilora.head_lr = 4e-3
-
-  # Keys, values and what enters the feed-forward's output layer, as each family
-  # names it.
-  config.ia3 = ConfigDict()
-  inputs = r"layer(_\d+)?/output/dense|lin2|mlp/Wo"  # scaled, not the outputs
-  config.ia3.targets = ("key", "value", inputs)
-  config.ia3.feedforward = (inputs,)
-  config.ia3.lr = 1e-2
-  config.ia3.head_lr = 4e-3
-
-  config.bitfit = ConfigDict({"lr": 1e-3, "head_lr": 1e-3})
-  config.bitfit.biases = ".*"  # a pattern of the layers: query|value
-  config.norms = ConfigDict({"lr": 1e-3, "head_lr": 1e-3})
-  config.head = ConfigDict({"head_lr": placeholder(float)})
-  config.full = ConfigDict({"lr": 2e-5, "head_lr": 2e-5})
 
   config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
   config.eval_batch_size = 128

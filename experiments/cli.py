@@ -7,6 +7,7 @@ import re
 import select
 import statistics
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.markup import escape
 from rich.table import Column, Table
 
+from vera_jax.adapters.method import IN_CONFIG
 from vera_jax.adapters.methods import METHODS
 from vera_jax.errors import UserError
 from vera_jax.files import DATA, open_file
@@ -77,7 +79,9 @@ def run(
       complain(f"{error}\n--help shows the flags.")
       sys.exit(2)
     except (SystemExit, OSError):  # --help was shown, which is no failure
-      sys.exit(exit_code(lambda: None))
+      sys.exit(
+        exit_code(show_methods if "config" in flags.FLAGS else lambda: None)
+      )
 
   app.run(guarded, flags_parser=parse)
 
@@ -177,12 +181,43 @@ def define_config(text: str = CHANGES) -> flags.FlagHolder:
   holder = config_flags.DEFINE_config_file(
     "config",
     None,
-    f"{text} A method is one of {', '.join(METHODS)}, or several joined by +,"
-    " as vera+bitfit.",
+    f"{text} config.method is one of the methods below, or several joined by"
+    " +, as vera+bitfit.",
     lock_config=False,
   )
   flags.FLAGS["config"].parser = _ConfigParser("config", lock_config=False)
   return holder
+
+
+def show_methods() -> None:
+  """Print the settings of every method, below the flags of --help."""
+
+  def show(text: str, indent: int) -> None:
+    before = " " * indent
+    print(
+      textwrap.fill(
+        text,
+        80,
+        initial_indent=before,
+        subsequent_indent=before + " " * 4,
+        break_on_hyphens=False,
+      )
+    )
+
+  print(
+    "\nconfig.method, and its settings with defaults that a file may change:"
+  )
+  for name, text in IN_CONFIG.items():
+    show(f"--config.METHOD.{name}  {text}", 2)
+  for line in METHODS.values():
+    show(f"{line.name}: {line.title}, {line.weights}", 2)
+    if line.group != line.name:
+      show(f"takes the settings of {line.group}", 4)
+      continue
+    for name, default, text in line.described():
+      value = "" if default is None else str(default).replace(" ", "")
+      meaning = "" if name in IN_CONFIG else f"  {text}"
+      show(f"--config.{line.name}.{name}={value}{meaning}", 4)
 
 
 def define_optional_integer(

@@ -128,6 +128,9 @@ def test_the_card_is_made_from_the_result(random_adapter):
   about |= {"seed": 3, "score_name": "accuracy", "score": 0.8125}
   card = model_card({**about, "data": data})
   for text in (
+    "| method | VeRA, arXiv 2310.11454 |",
+    "| rank | 8 (r; may exceed the layers' widths) |",
+    "| targets | query, value (patterns of the layers",
     about["base_fingerprint"],
     about["projection_digest"],
     "| data | sst2; train 40 examples, sha256 f00d |",

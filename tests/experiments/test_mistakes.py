@@ -46,7 +46,9 @@ def test_help_is_ours(answers):
   done = answers[0]
   assert done.returncode == 0 and not done.stderr
   assert done.stdout.startswith("Fine-tune on a GLUE task")
-  for word in ("--config", "--workdir", "--seeds", "config.model.name"):
+  settings = "--config.lora.rank=8  r\n", "takes the settings of vera\n"
+  flags = "--config", "--workdir", "--seeds", "config.model.name"
+  for word in (*flags, *settings):
     assert word in done.stdout
   for word in ("--verbosity", "--pdb", "--log_dir"):
     assert word not in done.stdout

@@ -51,8 +51,6 @@ def test_vera_with_its_projections(carry, tiny_model):
   assert about["settings"] == {
     "rank": RANK,
     "targets": TARGETS,
-    "lr": None,
-    "head_lr": None,
     "d_init": 0.1,
     "init": "peft",
     "projection_seed": KEY,

@@ -44,10 +44,37 @@ def make_full(s: NoSettings) -> Adapter:
 
 
 bitfit = Method(
-  "bitfit", make_bitfit, Biases, config=dict(lr=1e-3, head_lr=1e-3)
+  "bitfit",
+  make_bitfit,
+  Biases,
+  config=dict(lr=1e-3, head_lr=1e-3),
+  title="BitFit",
+  weights="W0; the base's biases are trained",
+  paper="2106.10199",
 )
 norms = Method(
-  "norms", make_norms, NoSettings, config=dict(lr=1e-3, head_lr=1e-3)
+  "norms",
+  make_norms,
+  NoSettings,
+  config=dict(lr=1e-3, head_lr=1e-3),
+  title="norms alone",
+  weights="W0; scales and biases of what normalises are trained",
+  paper="2003.00152",
 )
-head = Method("head", make_head, NoSettings, config=dict(head_lr=None))
-full = Method("full", make_full, NoSettings, config=dict(lr=2e-5, head_lr=2e-5))
+head = Method(
+  "head",
+  make_head,
+  NoSettings,
+  config=dict(head_lr=None),
+  title="head alone",
+  weights="W0; the head alone is trained",
+  trained="0",
+)
+full = Method(
+  "full",
+  make_full,
+  NoSettings,
+  config=dict(lr=2e-5, head_lr=2e-5),
+  title="full",
+  weights="all weights are trained",
+)

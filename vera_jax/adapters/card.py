@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vera_jax.adapters.methods import METHODS
 from vera_jax.hub import PACKAGE, is_here, public_name
 from vera_jax.terminal import printable
 
@@ -66,23 +67,29 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     value = about.get(name)
     return value if isinstance(value, dict) else {}
 
-  settings = {k: x for k, x in group("settings").items() if x is not None}
-  yield "method", f"{about.get('method')}: " + _pairs(settings)
+  settings = group("settings")
+  for name in str(about.get("method")).split("+"):
+    line = METHODS.get(name)
+    yield "method", f"{line.title}, arXiv {line.paper}" if line else name
+    chosen = settings.get(name, settings)
+    for key, _, text in line.described() if line else ():
+      if chosen.get(key) is not None:
+        yield key, f"{_listed(chosen[key])} ({text})"
   if about.get("base") is not None:
     yield "base", public_name(str(about["base"]))
-  if found := about.get("base_fingerprint"):
-    yield "fingerprint of the base's weights", str(found)
+  if fingerprint := about.get("base_fingerprint"):
+    yield "fingerprint of the base's weights", str(fingerprint)
   if (quantise := about.get("quantise") or "none") != "none":
-    own = "the file's own codes" if quantise == "keep" else f"{quantise} codes"
-    yield "base quantised", own
-  if found := about.get("projection_digest"):
-    yield "digest of A and B", str(found)
-  sizes = {
-    split: f"{facts.get('examples')} examples, sha256 {facts['fingerprint']}"
+    codes = "the file's own" if quantise == "keep" else quantise
+    yield "base quantised", f"{codes} codes"
+  if digest := about.get("projection_digest"):
+    yield "digest of A and B", str(digest)
+  sizes = [
+    f"{split} {facts.get('examples')} examples, sha256 {facts['fingerprint']}"
     for split, facts in group("data").items()
     if isinstance(facts, dict) and "fingerprint" in facts
-  }
-  yield "data", "; ".join([_task(about), *_each(sizes)])
+  ]
+  yield "data", "; ".join([_task(about), *sizes])
   if isinstance(score := about.get("score"), int | float):
     reached = f"{about.get('score_name')} {score:.4f}"
     yield "score", f"{reached} on the dev data, one run's best epoch"
@@ -106,18 +113,15 @@ def _task(about: Mapping[str, Any]) -> str:
   return str(about.get("task") or "a model of one's own")
 
 
-def _each(values: Mapping[str, Any]) -> list[str]:
-  """Each name with its value; a list's entries (targets) between brackets."""
-  return [
-    f"{name} ({', '.join(map(str, value))})"
-    if isinstance(value, list | tuple)
-    else f"{name} {value}"
-    for name, value in values.items()
-  ]
+def _listed(value: Any) -> str:
+  """A value, or a list's entries."""
+  entries = value if isinstance(value, list | tuple) else [value]
+  return ", ".join(map(str, entries))
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-  return ", ".join(_each(values))
+  """Each name with its value."""
+  return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _cell(text: Any) -> str:

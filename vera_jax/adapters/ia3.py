@@ -88,4 +88,8 @@ ia3 = Method(
     lr=1e-2,
     head_lr=4e-3,
   ),
+  title="IA3",
+  weights="diag(l) W0, or W0 diag(l)",
+  trained="o, or i",
+  paper="2205.05638",
 )

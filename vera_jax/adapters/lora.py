@@ -122,6 +122,10 @@ lora = Method(
   make_lora,
   Settings,
   config=dict(targets=QUERY_VALUE, lr=4e-4, head_lr=4e-4),
+  title="LoRA",
+  weights="W0 + (alpha / r) B A",
+  trained="r (i + o)",
+  paper="2106.09685",
 )
 lora_fa = Method(
   "lora_fa",
@@ -129,4 +133,8 @@ lora_fa = Method(
   SeededSettings,
   config=dict(targets=QUERY_VALUE, lr=4e-3, head_lr=4e-3),
   starts=lambda s: ("projection_seed",),
+  title="LoRA-FA",
+  weights="LoRA's, A random",
+  trained="r o",
+  paper="2308.03303",
 )

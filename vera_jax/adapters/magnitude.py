@@ -73,5 +73,21 @@ def make_dvora(s: vera.Settings) -> Adapter:
   return chain(vera.make_vera(s), magnitude())
 
 
-dora = replace(lora.lora, name="dora", make=make_dora)
-dvora = replace(vera.vera, name="dvora", make=make_dvora)
+dora = replace(
+  lora.lora,
+  name="dora",
+  make=make_dora,
+  title="DoRA",
+  weights="m W / ‖W‖ of LoRA's W",
+  trained="r (i + o) + o",
+  paper="2402.09353",
+)
+dvora = replace(
+  vera.vera,
+  name="dvora",
+  make=make_dvora,
+  title="DVoRA",
+  weights="m W / ‖W‖ of VeRA's W",
+  trained="r + 2 o",
+  paper="2402.09353",
+)

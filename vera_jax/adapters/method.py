@@ -24,6 +24,12 @@ P = ParamSpec("P")
 LARGEST = 1e9
 SEEDS = 2**32  # a seed is below it: a generator would cut off the rest
 QUERY_VALUE = ("query", "value")
+# What a config's group may have beside a method's settings.
+IN_CONFIG = {
+  "targets": "patterns of the layers that it is put on, over the ends of paths",
+  "lr": "the adapter's learning rate, unless optim.adapter_lr is set",
+  "head_lr": "the head's learning rate, unless optim.head_lr is set",
+}
 
 
 def setting(
@@ -60,11 +66,14 @@ class Method(Generic[P]):
     name: in configs and adapter files.
     make: settings -> the adapter.
     settings: their dataclass.
-    config: what its group in a config has beside the settings: the `targets`,
-      patterns of the layers that it is put on, unless it trains leaves of the
-      base; and the learning rates `lr` of the adapter and `head_lr` of the
-      head, None for one that each task has to set. A setting may have another
-      default there, too.
+    config: what its group in a config has beside the settings, of `IN_CONFIG`:
+      targets, unless it trains leaves of the base, and learning rates, None for
+      one that each task has to set. A setting may have another default there.
+    title: the name that tables and figures have for it.
+    weights: those of an adapted layer, as a formula of W0.
+    trained: how many numbers are trained per layer, or in all: a formula of the
+      settings, of i and o, the layer's widths, and of min, the smaller one.
+    paper: its number on arXiv.
     starts: settings -> the names of those that only the first values of leaves
       and matrices come from: trained adapters that differ in them run by one
       program.
@@ -78,6 +87,10 @@ class Method(Generic[P]):
   make: Callable[[Any], Adapter]
   settings: Callable[P, Any]
   config: Mapping[str, Any]
+  title: str
+  weights: str
+  trained: str = ""
+  paper: str = ""
   starts: Callable[[Any], tuple[str, ...]] = lambda settings: ()
   per_run: Callable[[Any], tuple[str, ...]] = lambda settings: ()
   group: str = ""
@@ -107,6 +120,12 @@ class Method(Generic[P]):
   @property
   def fields(self) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(self.settings)  # type: ignore[arg-type]
+
+  def described(self) -> list[tuple[str, Any, str]]:
+    """Name, default and meaning of everything in its group of a config."""
+    texts = {f.name: explained(f) for f in self.fields} | IN_CONFIG
+    defaults = {f.name: f.default for f in self.fields} | dict(self.config)
+    return [(name, x, texts[name]) for name, x in defaults.items()]
 
   @property
   def on_sites(self) -> bool:
@@ -159,7 +178,7 @@ class Method(Generic[P]):
 def explained(field: dataclasses.Field) -> str:
   """What a setting is, with the values that it may have."""
   text, choices = field.metadata["text"], field.metadata["choices"]
-  return f"{text} ({' | '.join(choices)})" if choices else text
+  return f"{text} ({', '.join(choices)})" if choices else text
 
 
 def _fits(value: Any, field: dataclasses.Field) -> bool:

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.interface import Adapter
 from vera_jax.adapters.method import Method, are_texts
@@ -23,9 +26,9 @@ FILES = {
   "ia3": "ia3",
   "dora": "magnitude",
   "dvora": "magnitude",
-  "lora_fa": "lora",
-  "onelora": "vera",
   "pvera": "pvera",
+  "onelora": "vera",
+  "lora_fa": "lora",
   "randlora": "randlora",
   "unilora": "unilora",
   "bitfit": "base_leaves",
@@ -68,8 +71,22 @@ def groups_of(method: str) -> dict[str, str]:
   }
 
 
+def add_groups(config: ConfigDict) -> None:
+  """Put every method's group into a config, with its defaults."""
+  for line in METHODS.values():
+    if line.group == line.name:
+      config[line.name] = ConfigDict(
+        {
+          name: placeholder(float) if default is None else default
+          for name, default, _ in line.described()
+        }
+      )
+
+
 def settings_in(config: Any, method: str) -> dict[str, Any]:
-  """A method's settings in a config, as `make_adapter` takes them.
+  """A method's settings and targets in a config, as `make_adapter` takes them.
+
+  They are what an adapter's file keeps, which the learning rates are not.
 
   Args:
     config: a run's `ConfigDict`, or the dict that result.json has of it.
@@ -79,15 +96,16 @@ def settings_in(config: Any, method: str) -> dict[str, Any]:
     UserError: an unknown method, or one that the config has no settings for.
   """
   links_of(method)
-  found = {}
+  settings = {}
   for name, group in groups_of(method).items():
+    kept = {"targets", *(field.name for field in METHODS[name].fields)}
     if group not in config:
       raise UserError(
         f"The config has no group {group!r}, from which {name} takes its"
         " settings."
       )
-    found[name] = dict(config[group])
-  return found if len(found) > 1 else found[method]
+    settings[name] = {k: x for k, x in config[group].items() if k in kept}
+  return settings if len(settings) > 1 else settings[method]
 
 
 def by_link(

@@ -111,4 +111,8 @@ pvera = Method(
   config=dict(targets=QUERY_VALUE, lr=1e-2, head_lr=4e-3),
   starts=lambda s: ("d_init", "init", "projection_seed"),
   per_run=lambda s: ("d_init",),
+  title="PVeRA",
+  weights="VeRA's; B's inputs drawn in training",
+  trained="2 r + o",
+  paper="2512.07703",
 )

@@ -122,4 +122,8 @@ randlora = Method(
   Settings,
   config=dict(targets=QUERY_VALUE, lr=1e-3, head_lr=4e-3),
   starts=lambda s: ("init", "projection_seed"),
+  title="RandLoRA",
+  weights="W0 + (alpha / r) Σⱼ Bⱼ diag(λⱼ) A diag(γⱼ), n = ⌈min / r⌉ terms",
+  trained="n (r + min)",
+  paper="2502.00987",
 )

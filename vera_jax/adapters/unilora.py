@@ -134,4 +134,8 @@ unilora = Method(
   config=dict(targets=QUERY_VALUE, lr=4e-3, head_lr=4e-3),
   starts=lambda s: ("theta_init", "projection_seed"),
   per_run=lambda s: ("theta_init",),
+  title="Uni-LoRA",
+  weights="W0 + B A, all entries from one vector",
+  trained="size, in all",
+  paper="2506.00799",
 )

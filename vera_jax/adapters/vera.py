@@ -165,6 +165,10 @@ vera = Method(
     else ("d_init", "init", "projection_seed")
   ),
   per_run=lambda s: ("d_init",) if s.train == "both" else (),
+  title="VeRA",
+  weights="W0 + diag(b) B diag(d) A",
+  trained="r + o",
+  paper="2310.11454",
 )
 
 
@@ -182,4 +186,8 @@ onelora = Method(
   make_onelora,
   NoSettings,
   config=dict(targets=QUERY_VALUE, lr=4e-4, head_lr=4e-3),
+  title="1LoRA",
+  weights="W0 + b 1ᵀ",
+  trained="o",
+  paper="2503.08333",
 )

@@ -159,8 +159,6 @@ def import_adapter(
   patterns = partial(target_patterns, layers=network.layers)
   values: dict[str, Any] = {
     "targets": patterns(kinds),
-    "lr": known.get("lr"),
-    "head_lr": known.get("head_lr"),
     **settings.values,
     **form.more(adapted, network.layers, patterns),
   }

@@ -12,7 +12,7 @@ import pandas as pd
 from flax.traverse_util import flatten_dict
 
 from vera_jax import results
-from vera_jax.adapters.methods import groups_of
+from vera_jax.adapters.methods import METHODS, groups_of
 from vera_jax.adapters.vector_norms import SHORT
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
@@ -20,26 +20,13 @@ from vera_jax.report.signatures import COLLAPSED, signatures
 
 log = logging.getLogger(__name__)
 
-# The methods in the order of tables and figures, as figures write them.
 UNTUNED = "untuned"  # in a method's place where a run trained nothing
 BASELINE = "lora"  # the method that others are compared with
-METHODS = {
+# The methods in the order of tables and figures, as figures write them.
+TITLES = {
   UNTUNED: "untuned",
-  "vera": "VeRA",
-  "lora": "LoRA",
-  "ia3": "IA3",
-  "dora": "DoRA",
-  "dvora": "DVoRA",
-  "pvera": "PVeRA",
-  "onelora": "1LoRA",
-  "lora_fa": "LoRA-FA",
-  "randlora": "RandLoRA",
-  "unilora": "Uni-LoRA",
-  "bitfit": "BitFit",
-  "norms": "norms alone",
-  "head": "head alone",
+  **{name: line.title for name, line in METHODS.items()},
   "ridge": "ridge on features",
-  "full": "full",
 }
 RUN = ["task", "metric", "method", "condition", "seed"]
 PARTS = ("adapter", "head")  # that are trained, each at a rate of its own
@@ -70,7 +57,7 @@ TEST = {"inputs": int, "missing": str}
 
 def method_title(method: str) -> str:
   """A method's name, or a chain's, as tables and figures write it."""
-  return " + ".join(METHODS.get(name, name) for name in method.split("+"))
+  return " + ".join(TITLES.get(name, name) for name in method.split("+"))
 
 
 class Sweep(NamedTuple):
@@ -247,7 +234,7 @@ def frame(
   table = pd.DataFrame(rows)
   by_rank = table.sort_values("rank", kind="stable", na_position="first")
   order = {
-    "method": list(dict.fromkeys([*METHODS, *table["method"]])),
+    "method": list(dict.fromkeys([*TITLES, *table["method"]])),
     "condition": list(by_rank["condition"].unique()),
   }
   return table.sort_values(

@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 
 from vera_jax.adapters.counting import plans_at
 from vera_jax.adapters.interface import Target
+from vera_jax.adapters.method import SEEDS
 from vera_jax.adapters.methods import (
   METHODS,
-  adapter_named,
   groups_of,
   make_adapter,
   settings_in,
@@ -77,7 +77,6 @@ KINDS = {
   bool: "True or False",
   object: "a value",
 }
-SEEDS = 2**32  # of jax.random.key; it would take a higher one for a lower
 
 
 def check_settings(config: ConfigDict) -> None:
@@ -88,8 +87,7 @@ def check_settings(config: ConfigDict) -> None:
   """
   _check_form(config)
   try:  # all else depends on it
-    adapter_named(config.method)
-    settings_in(config, config.method)
+    settings = settings_in(config, config.method)
   except UserError as error:
     text = str(error)  # of a setting, or a sentence
     prefix = "" if text.startswith("The config") else "config."
@@ -109,10 +107,7 @@ def check_settings(config: ConfigDict) -> None:
   for name in AT_LEAST_ONE:
     if values.get(name) is not None and values[name] < 1:
       refuse(name, "at least 1 is needed")
-  for name in (
-    *NOT_NEGATIVE,
-    *(f"{group}.{name}" for name in ("lr", "head_lr", "projection_seed")),
-  ):
+  for name in (*NOT_NEGATIVE, f"{group}.lr", f"{group}.head_lr"):
     value = values.get(name)
     if value is not None and not 0 <= value < math.inf:
       refuse(name, "it must be a finite number, 0 or above")
@@ -143,7 +138,6 @@ def check_settings(config: ConfigDict) -> None:
   except UserError as error:
     wrong.append(str(error))
   try:
-    settings = settings_in(config, config.method)
     adapter, targets = make_adapter(config.method, settings)
     plan = check_plan(config.model.contraction)
     if targets and plan != AUTO:  # any site shows whether it can be done so
