@@ -68,13 +68,6 @@ def test_any_batch_fits(make_tokens, batch_size, shards):
     assert shapes <= {(rows, layout.length) for rows in layout.rows}
 
 
-def test_a_batch_larger_than_the_data(make_tokens):
-  tokens = make_tokens(1, examples=3, longest=9)
-  layout = choose_layout(tokens.lengths, batch_size=64)
-  assert layout.rows[-1] <= 3 and layout.length <= 2 * 16
-  assert len(pack_runs(tokens, [np.arange(3)], layout)[0]) == 1
-
-
 def test_a_short_run_has_one_shape_and_a_long_one_three(make_tokens):
   lengths = make_tokens(1, examples=500, longest=60).lengths
   counts = [

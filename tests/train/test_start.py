@@ -2,6 +2,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from vera_jax.train.start import (
   begin,
   count_from_process_start,
@@ -15,6 +17,7 @@ print(since_start())
 """
 
 
+@pytest.mark.slow
 def test_the_time_before_the_import_counts():
   started = time.monotonic()
   done = subprocess.run(
