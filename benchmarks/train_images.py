@@ -28,7 +28,7 @@ from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import load_params, to_hf
 from vera_jax.pretrained.blueprint import blueprint
-from vera_jax.tasks.images import choose_images
+from vera_jax.tasks.images import select_images
 
 TASK = "cifar10"
 METHODS = ("vera", "lora", "head")
@@ -64,7 +64,7 @@ class Images:
     self.title = config.model.name
     base = resolve(config.model.name)
     processor = read_processor(base, size=data.image_size)
-    _, self.classes, chosen, _ = choose_images(data)
+    _, self.classes, chosen, _ = select_images(data)
     self.files: dict[str, list[tuple[str, int]]] = {}
     for name, (files, numbers) in chosen.items():
       images = prepare_images(files, numbers, processor, folder / "prepared")

@@ -10,7 +10,7 @@ import pytest
 
 from tests.pictures import COLOURS
 from vera_jax.data.image_files import (
-  choose_shots,
+  draw_shots,
   image_files,
   open_dataset,
   open_folder,
@@ -191,15 +191,15 @@ def test_what_is_no_data_set_of_images(tiny_images, tmp_path):
 
 def test_shots_are_of_each_class_and_never_scored():
   labels = np.repeat(np.arange(3, dtype=np.int32), (9, 7, 12))
-  few, rest = choose_shots(labels, shots=2, dev_shots=None, seed=1)
+  few, rest = draw_shots(labels, shots=2, dev_shots=None, seed=1)
   assert np.bincount(labels[few]).tolist() == [2, 2, 2]
   assert sorted([*few, *rest]) == list(range(28))
-  more, dev = choose_shots(labels, shots=4, dev_shots=3, seed=1)
+  more, dev = draw_shots(labels, shots=4, dev_shots=3, seed=1)
   assert set(few) < set(more) and not set(more) & set(dev)
   assert np.bincount(labels[dev]).tolist() == [3, 3, 3]
-  other, _ = choose_shots(labels, shots=2, dev_shots=None, seed=2)
+  other, _ = draw_shots(labels, shots=2, dev_shots=None, seed=2)
   assert set(other) != set(few)
-  every, held = choose_shots(labels, shots=None, dev_shots=3, seed=1)
+  every, held = draw_shots(labels, shots=None, dev_shots=3, seed=1)
   assert len(every) == 28 - 9 and not set(every) & set(held)
   with pytest.raises(UserError, match="only 7 training images"):
-    choose_shots(labels, shots=5, dev_shots=3, seed=0)
+    draw_shots(labels, shots=5, dev_shots=3, seed=0)

@@ -14,7 +14,7 @@ from vera_jax.errors import UserError
 from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.tasks import e2e_metrics
 from vera_jax.tasks.e2e import generate, hold_out, task_for
-from vera_jax.tasks.e2e_files import Rows, read_for_scoring
+from vera_jax.tasks.e2e_files import Pairs, read_for_scoring
 from vera_jax.tasks.e2e_metrics import score_texts
 from vera_jax.train.ensemble import train_ensemble
 from vera_jax.train.loop import train_and_evaluate
@@ -188,7 +188,7 @@ def test_rows_become_tokens_as_in_lora(config):
 
 
 def test_held_out_inputs_are_not_trained_on(config):
-  rows = Rows([f"i{n // 3}" for n in range(30)], [f"t{n}" for n in range(30)])
+  rows = Pairs([f"i{n // 3}" for n in range(30)], [f"t{n}" for n in range(30)])
   rest, apart = hold_out(rows, 4, seed=0)
   assert len(rest.inputs) == 30 - 4 * 3 and len(apart.inputs) == 4
   assert not set(rest.inputs) & set(apart.inputs)

@@ -7,7 +7,7 @@ import pytest
 from vera_jax.data.written import FOLDER, read_written, write_written
 from vera_jax.errors import UserError
 from vera_jax.tasks.e2e_files import (
-  Rows,
+  Pairs,
   read_for_scoring,
   read_split,
 )
@@ -28,12 +28,12 @@ def test_rows_and_their_groups(tmp_path):
   text = "name : A | x||One . \nname : A | x||Two .\nname : B||Three .\n"
   (tmp_path / "train.txt").write_text(text)
   rows = read_split(tmp_path, "train")
-  assert rows == Rows(
+  assert rows == Pairs(
     ["name : A | x", "name : A | x", "name : B"], ["One .", "Two .", "Three ."]
   )
   groups = {"name : A | x": ["One .", "Two ."], "name : B": ["Three ."]}
   assert rows.grouped() == groups
-  assert rows.take([2]) == Rows(["name : B"], ["Three ."])
+  assert rows.take([2]) == Pairs(["name : B"], ["Three ."])
   (tmp_path / "valid.txt.gz").write_bytes(gzip.compress(text.encode()))
   assert read_split(tmp_path, "valid") == rows
 

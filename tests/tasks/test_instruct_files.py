@@ -10,9 +10,9 @@ from vera_jax.data.templates import alpaca_prompt
 from vera_jax.errors import UserError
 from vera_jax.tasks.instruct_files import (
   as_text,
-  form_of,
   read_splits,
   rows_of,
+  schema_of,
 )
 
 ASKED = {"role": "user", "content": "a"}
@@ -37,7 +37,7 @@ def table(folder, *rows, name="a.json"):
 
 def read(path):
   found = read_table(path)
-  return rows_of(found, form_of(found))
+  return rows_of(found, schema_of(found))
 
 
 def test_three_forms_are_told_by_their_columns(tmp_path):

@@ -89,9 +89,9 @@ def encode_answers(
     )
   # transformers lists those with a role, such as eos_token, apart from others
   added = tokenizer.added_tokens_decoder.items()
-  own = {i: token.content for i, token in added if token.special}
-  special = {*own, *tokenizer.all_special_ids}
-  names = {*own.values(), *tokenizer.all_special_tokens}
+  unnamed = {i: token.content for i, token in added if token.special}
+  special = {*unnamed, *tokenizer.all_special_ids}
+  names = {*unnamed.values(), *tokenizer.all_special_tokens}
   ids: list[list[int]] = []
   learned: list[list[bool]] = []
   truncated, counts = 0, dict.fromkeys(COUNTS, 0)
@@ -103,7 +103,7 @@ def encode_answers(
       counts["special"] += any(
         name in text for name in names for text in written
       )
-    found = tokenizer(
+    encoded = tokenizer(
       [text.text for text in texts],
       add_special_tokens=False,
       return_offsets_mapping=True,
@@ -114,7 +114,11 @@ def encode_answers(
     if prompts:  # of none, transformers makes an IndexError
       asked = iter(tokenizer(prompts, add_special_tokens=False)["input_ids"])
     rows = zip(
-      numbers, texts, found["input_ids"], found["offset_mapping"], strict=True
+      numbers,
+      texts,
+      encoded["input_ids"],
+      encoded["offset_mapping"],
+      strict=True,
     )
     for number, text, row, offsets in rows:
       marks = learned_tokens(text, row, offsets, special=special)
@@ -126,7 +130,7 @@ def encode_answers(
       behind = [*marks[1:], False]
       ends = zip(row, marks, behind, strict=True)
       counts["without_end"] += chat and any(
-        own and not more and i not in special for i, own, more in ends
+        mark and not more and i not in special for i, mark, more in ends
       )
       last = len(marks) - marks[::-1].index(True)  # nothing behind it counts
       row = [*begin, *row[:last], *end]
@@ -185,11 +189,11 @@ def learned_tokens(
   """
   marks = [False] * len(ids)
   for first, last in text.spans:
-    own = [i for i, (a, b) in enumerate(offsets) if a < last and b > first]
-    ends = [i for i in own if ids[i] in special]
+    inside = [i for i, (a, b) in enumerate(offsets) if a < last and b > first]
+    ends = [i for i in inside if ids[i] in special]
     if ends and not text.text[offsets[ends[-1]][1] : last].strip():
-      own = [i for i in own if i <= ends[-1]]
-    for i in own:
+      inside = [i for i in inside if i <= ends[-1]]
+    for i in inside:
       marks[i] = True
   return marks
 
@@ -216,7 +220,7 @@ def _check(
 
 
 def _shown(text: Rendered) -> str:
-  whole = text.text
-  if len(whole) > _SHOWN:
-    whole = f"{whole[: _SHOWN // 2]} … {whole[-_SHOWN // 2 :]}"
-  return f"  {whole!r}"
+  shown = text.text
+  if len(shown) > _SHOWN:
+    shown = f"{shown[: _SHOWN // 2]} … {shown[-_SHOWN // 2 :]}"
+  return f"  {shown!r}"

@@ -75,10 +75,10 @@ def render_conversation(
       how the whole one begins, so that nobody can say which part is an answer.
   """
   tags = bool(_TAGS.search(template_of(tokenizer)))
-  whole = _render(tokenizer, messages, tags=tags)
+  rendered = _render(tokenizer, messages, tags=tags)
   if tags:
-    return whole
-  text, spans, with_header = whole
+    return rendered
+  text, spans, with_header = rendered
   for number, message in enumerate(messages):
     if message["role"] != ASSISTANT:
       continue
@@ -145,15 +145,15 @@ def _fails(tokenizer: Any, reason: Any) -> str:
   return f"The chat template of {name} can't be used: {reason}"
 
 
-def _no_prefix(tokenizer: Any, number: int, part: str, whole: str) -> str:
-  pairs = zip(part, whole, strict=False)
-  same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(whole))
+def _no_prefix(tokenizer: Any, number: int, part: str, text: str) -> str:
+  pairs = zip(part, text, strict=False)
+  same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(text))
   return _fails(
     tokenizer,
     f"rendered up to message {number + 1}, a conversation is not how the whole"
     " one begins, so that the answer's place is not known. They part at"
     f" character {same}: {part[same : same + 40]!r} and"
-    f" {whole[same : same + 40]!r}. A template with {{% generation %}} around"
+    f" {text[same : same + 40]!r}. A template with {{% generation %}} around"
     " its answers says it: put one into the model's chat_template.jinja.",
   )
 

@@ -73,9 +73,9 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
   _, hard = resource.getrlimit(resource.RLIMIT_CPU)
   resource.setrlimit(resource.RLIMIT_CPU, (most, hard))
   signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-  found: Any
+  rendered: Any
   try:
-    found = render_jinja_template(
+    rendered = render_jinja_template(
       [request["messages"]],
       chat_template=template,
       add_generation_prompt=request["prompt"],
@@ -90,13 +90,13 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
     return {"error": str(error)[:1000] or type(error).__name__}
   finally:
     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-  (text,), spans = found
+  (text,), spans = rendered
   spans = spans[0] if request["tags"] else []
-  given = sum(len(message["content"]) for message in request["messages"])
-  most = SIZE + TIMES * given
+  written = sum(len(message["content"]) for message in request["messages"])
+  most = SIZE + TIMES * written
   if max(len(text), len(spans)) > most:
     return {
-      "error": f"of {given:,} characters in the messages it makes a text of"
+      "error": f"of {written:,} characters in the messages it makes a text of"
       f" {len(text):,}; {most:,} are allowed"
     }
   return {"text": text, "spans": spans}

@@ -67,8 +67,8 @@ def prompt_ids(
   """The tokens of prompts as training has them, up to the completion."""
   begin = begin_of_text(tokenizer)
   between = [end_of_text(tokenizer)] if how.separate else []
-  found = _plain_ids(tokenizer, prompts)
-  return [[*begin, *ids, *between] for ids in found]
+  encoded = _plain_ids(tokenizer, prompts)
+  return [[*begin, *ids, *between] for ids in encoded]
 
 
 def encode_completions(

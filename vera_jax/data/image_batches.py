@@ -52,11 +52,11 @@ class ImageData(NamedTuple):
     self, *, seeds: int | Sequence[int], start_step: int
   ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
     """(step, its microbatches) from any step; see `loader.step_batches`."""
-    own_seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    all_seeds = [seeds] if isinstance(seeds, int) else list(seeds)
 
     def make(step: int, batches: list[np.ndarray]) -> list[tuple[Batch, ...]]:
       made = []
-      for seed, indices in zip(own_seeds, batches, strict=True):
+      for seed, indices in zip(all_seeds, batches, strict=True):
         rng = np.random.default_rng((seed, step))
         pixels = self.varied(self.splits["train"].pixels[indices], rng)
         made.append(
@@ -103,8 +103,8 @@ class ImageData(NamedTuple):
   def _sample(self, split: str, rows: int) -> Batch:
     """A whole batch with one example, whatever this process supplies."""
     first = np.arange(1)
-    whole = self._replace(shard=WHOLE)
-    return whole._batch(split, first, self.splits[split].pixels[:1], rows)
+    unsharded = self._replace(shard=WHOLE)
+    return unsharded._batch(split, first, self.splits[split].pixels[:1], rows)
 
   def eval_batches(self, split: str) -> Iterator[Batch]:
     """The whole split in its order; the last batch may have empty rows."""

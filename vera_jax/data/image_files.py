@@ -78,7 +78,7 @@ class ImageFiles:
     return len(self.labels)
 
 
-class Source(NamedTuple):
+class ImageSet(NamedTuple):
   """A data set: the names of its classes, by id, and its splits.
 
   `splits` has "train", and "test" where there is one.
@@ -88,7 +88,7 @@ class Source(NamedTuple):
   splits: dict[str, ImageFiles]
 
 
-def open_folder(folder: Path, *, label: str | None = None) -> Source:
+def open_folder(folder: Path, *, label: str | None = None) -> ImageSet:
   """Class folders, or Parquet files as `datasets` writes them.
 
   Class folders hold the images of one class each. They may lie in a folder for
@@ -109,7 +109,7 @@ def open_folder(folder: Path, *, label: str | None = None) -> Source:
       word = re.split(r"[-.]", table.name)[0]
       word = table.parent.name if word.isdigit() else word
       by_split.setdefault(word, []).append(table)
-    return _source(
+    return _image_set(
       str(folder),
       by_split,
       lambda files: _from_parquet(files, label, inside=folder),
@@ -133,8 +133,8 @@ def open_folder(folder: Path, *, label: str | None = None) -> Source:
       " folder per class, or with .parquet files, or a hub id."
     )
   splits = {
-    name: _from_folders(place, classes, inside=folder)
-    for name, place in chosen.items()
+    name: _from_folders(of_split, classes, inside=folder)
+    for name, of_split in chosen.items()
   }
   for name, split in splits.items():
     if not len(split):
@@ -142,10 +142,10 @@ def open_folder(folder: Path, *, label: str | None = None) -> Source:
         f"{chosen[name]} holds no images in its class folders: files that end"
         f" in {', '.join(SUFFIXES)} are."
       )
-  return Source(classes, splits)
+  return ImageSet(classes, splits)
 
 
-def open_dataset(name: str, data: Any, *, label: str | None = None) -> Source:
+def open_dataset(name: str, data: Any, *, label: str | None = None) -> ImageSet:
   """A data set as `datasets` gives it: by split, with rows and features."""
   from datasets import Image, config
   from huggingface_hub.constants import HF_HUB_CACHE
@@ -166,40 +166,40 @@ def open_dataset(name: str, data: Any, *, label: str | None = None) -> Source:
     numbered = [f"{name}, row {i}" for i in range(len(rows))]
     return ImageFiles(labels, numbered, read), classes
 
-  return _source(name, data, split_of)
+  return _image_set(name, data, split_of)
 
 
-def _splits(found: Mapping[str, Any]) -> dict[str, Any]:
-  """By our names of splits, those that are there."""
+def _splits(by_word: Mapping[str, Any]) -> dict[str, Any]:
+  """Those of the splits that are there, by our names of them."""
   return {
-    split: found[word]
+    split: by_word[word]
     for split, words in SPLITS.items()
-    for word in [w for w in words if w in found][:1]
+    for word in [w for w in words if w in by_word][:1]
   }
 
 
-def _source(
+def _image_set(
   name: str,
-  found: Mapping[str, Any],
+  by_word: Mapping[str, Any],
   split_of: Callable[[Any], tuple[ImageFiles, tuple[str, ...]]],
-) -> Source:
+) -> ImageSet:
   """A data set whose splits name their classes themselves."""
-  chosen = _splits(found)
+  chosen = _splits(by_word)
   if "train" not in chosen:
     raise UserError(
-      f"{name} has no split named train; it has {', '.join(found)}."
+      f"{name} has no split named train; it has {', '.join(by_word)}."
     )
   made = {split: split_of(value) for split, value in chosen.items()}
   classes = made["train"][1]
-  for split, (files, own) in made.items():
+  for split, (files, named) in made.items():
     wrong = (files.labels < 0) | (files.labels >= len(classes))
-    if own != classes or wrong.any() or not len(files):
+    if named != classes or wrong.any() or not len(files):
       raise UserError(
         f"{name}: the images of {split} are not labelled by the"
         f" {len(classes)} classes of the training images, or there are none"
         " (-1 marks an image without a label)."
       )
-  return Source(classes, {split: files for split, (files, _) in made.items()})
+  return ImageSet(classes, {split: files for split, (files, _) in made.items()})
 
 
 def _from_folders(
@@ -218,9 +218,9 @@ def _from_folders(
   paths: list[Path] = []
   labels: list[int] = []
   for number, name in enumerate(classes):
-    own = image_files(folder / name) if (folder / name).is_dir() else []
-    paths += own
-    labels += [number] * len(own)
+    of_class = image_files(folder / name) if (folder / name).is_dir() else []
+    paths += of_class
+    labels += [number] * len(of_class)
 
   def read(numbers: np.ndarray) -> Iterator[Encoded]:
     return (ImageFile(paths[number], inside) for number in numbers.tolist())
@@ -251,10 +251,10 @@ def _from_parquet(
     with open_parquet(path, inside=inside) as file:
       about = stored_features(file, path)  # perhaps of other columns too
       features = {name: about.get(name, {}) for name in file.schema_arrow.names}
-      image, target, own = _columns(str(path), features, label)
-      if classes and own != classes:
+      image, target, named = _columns(str(path), features, label)
+      if classes and named != classes:
         raise UserError(f"{path} has other classes than {files[0]}.")
-      classes = own
+      classes = named
       if not is_integer(file.schema_arrow.field(target).type):
         raise UserError(f"{path}: the column {target!r} has no class ids.")
       own_labels = file.read(columns=[target]).column(0).to_pylist()
@@ -335,7 +335,7 @@ def _columns(
   return images[0], labels[0], tuple(classes)
 
 
-def choose_shots(
+def draw_shots(
   labels: Int32[np.ndarray, " images"],
   *,
   shots: int | None,
@@ -362,14 +362,14 @@ def choose_shots(
   chosen: list[np.ndarray] = []
   scored: list[np.ndarray] = []
   for number in np.unique(labels):
-    own = order[labels[order] == number]
-    first = shots if shots is not None else len(own) - (dev_shots or 0)
-    last = first + dev_shots if dev_shots is not None else len(own)
-    if not 0 < first or last > len(own):
+    members = order[labels[order] == number]
+    first = shots if shots is not None else len(members) - (dev_shots or 0)
+    last = first + dev_shots if dev_shots is not None else len(members)
+    if not 0 < first or last > len(members):
       raise UserError(
-        f"A class has only {len(own)} training images, but"
+        f"A class has only {len(members)} training images, but"
         f" config.data.shots={shots} and config.data.dev_shots={dev_shots}."
       )
-    chosen.append(own[:first])
-    scored.append(own[first:last])
+    chosen.append(members[:first])
+    scored.append(members[first:last])
   return np.sort(np.concatenate(chosen)), np.sort(np.concatenate(scored))

@@ -202,15 +202,15 @@ def read_processor(folder: Path, *, size: int | None = None) -> Processor:
   usual = (x for start, x in CLASSES.items() if str(kind).startswith(start))
   fields = {"do_pad": False, **next(usual, {}), **written}
 
-  def whole(value: Any) -> int:
+  def pixels(value: Any) -> int:
     if type(value) is not int:  # True is an int as well
       raise ValueError(f"{value!r} is no number of pixels")
     return value
 
   def sides(value: Any) -> tuple[int, int]:
     if isinstance(value, Mapping):
-      return whole(value["height"]), whole(value["width"])
-    return whole(value), whole(value)
+      return pixels(value["height"]), pixels(value["width"])
+    return pixels(value), pixels(value)
 
   try:
     if not fields["do_resize"] or fields["do_pad"]:
@@ -219,7 +219,7 @@ def read_processor(folder: Path, *, size: int | None = None) -> Processor:
     if isinstance(target, int) and not fields["default_to_square"]:
       target = {"shortest_edge": target}
     if isinstance(target, Mapping) and "shortest_edge" in target:
-      edge = whole(target["shortest_edge"])
+      edge = pixels(target["shortest_edge"])
       if not fields["do_center_crop"] or target.get("longest_edge"):
         raise ValueError("images would keep sizes of their own")
       target = fields["crop_size"]
@@ -318,8 +318,8 @@ def prepare_images(
     try:
       cache.mkdir(parents=True, exist_ok=True)
       # both files by renaming, so that no process reads a half one
-      with tempfile.TemporaryDirectory(dir=cache) as place:
-        new = Path(place) / "new.rgb", Path(place) / "new.json"
+      with tempfile.TemporaryDirectory(dir=cache) as part:
+        new = Path(part) / "new.rgb", Path(part) / "new.json"
         pixels = np.memmap(new[0], np.uint8, mode="w+", shape=shape)
         reasons = _decode(files, numbers, processor, pixels)
         pixels.flush()

@@ -105,7 +105,7 @@ def rows_per_shard(rows: int, shards: int) -> int:
   """How many of a microbatch's rows each shard may have.
 
   Raises:
-    UserError: none.
+    UserError: there are fewer rows than shards.
   """
   if rows < shards:
     raise UserError(

@@ -79,12 +79,12 @@ class PackedData(NamedTuple):
     return eval_placement(self.tokens[split], self.eval_layouts[split])
 
   def eval_batches(
-    self, split: str, place: Placement | None = None
+    self, split: str, placement: Placement | None = None
   ) -> Iterator[Batch]:
     """The whole split; see `eval_batches`."""
     layout = self.eval_layouts[split]
     return eval_batches(
-      self.tokens[split], layout, place=place, shard=self.shard
+      self.tokens[split], layout, placement=placement, shard=self.shard
     )
 
   def eval_sample(self) -> Batch:
@@ -160,12 +160,14 @@ class PackedData(NamedTuple):
 
   def measured(self, split: str, measure_batch: MeasureBatch) -> np.ndarray:
     """What is measured of each example, or of each token of texts in words."""
-    tokens, place = self.tokens[split], self.eval_placement(split)
+    tokens, placement = self.tokens[split], self.eval_placement(split)
     # read after the last batch is sent, so that the device never waits
-    rows = [measure_batch(batch) for batch in self.eval_batches(split, place)]
+    rows = [
+      measure_batch(batch) for batch in self.eval_batches(split, placement)
+    ]
     if tokens.words is not None:
-      return per_token(np.concatenate(rows), tokens, place)
-    return np.concatenate(rows)[place.row, place.slot]
+      return per_token(np.concatenate(rows), tokens, placement)
+    return np.concatenate(rows)[placement.row, placement.slot]
 
   def labels(self, split: str) -> np.ndarray:
     """The labels of a labelled split's examples."""
@@ -221,9 +223,9 @@ def batch_indices(
   n: int, *, batch_size: int, seed: int, step: int
 ) -> Int64[np.ndarray, " batch"]:
   """The examples of a step; steps count from 0 over all epochs."""
-  epoch, place = divmod(step, steps_per_epoch(n, batch_size))
+  epoch, number = divmod(step, steps_per_epoch(n, batch_size))
   order = epoch_order(n, seed=seed, epoch=epoch)
-  return order[place * batch_size : (place + 1) * batch_size]
+  return order[number * batch_size : (number + 1) * batch_size]
 
 
 def train_batches(
@@ -269,16 +271,16 @@ def step_batches(
     seeds: one run's seed; or several, and then the arrays have a leading axis
       with an entry per run, each as it has them alone (`packing.pack_runs`).
   """
-  own_seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+  all_seeds = [seeds] if isinstance(seeds, int) else list(seeds)
 
   def made() -> Iterator[tuple[int, tuple[Batch, ...]]]:
     steps = steps_per_epoch(n, batch_size)
     first_epoch, skip = divmod(start_step, steps)
     for epoch in itertools.count(first_epoch):
-      orders = [epoch_order(n, seed=seed, epoch=epoch) for seed in own_seeds]
-      for place in range(skip, steps):
-        here = slice(place * batch_size, (place + 1) * batch_size)
-        step = epoch * steps + place
+      orders = [epoch_order(n, seed=seed, epoch=epoch) for seed in all_seeds]
+      for number in range(skip, steps):
+        here = slice(number * batch_size, (number + 1) * batch_size)
+        step = epoch * steps + number
         runs = make(step, [order[here] for order in orders])
         if isinstance(seeds, int):
           microbatches = runs[0]
@@ -312,7 +314,7 @@ def eval_batches(
   tokens: Tokens,
   layout: Layout,
   *,
-  place: Placement | None = None,
+  placement: Placement | None = None,
   shard: ProcessShard = WHOLE,
 ) -> Iterator[Batch]:
   """Packs a whole split, each example once, in one static shape.
@@ -322,17 +324,17 @@ def eval_batches(
   `choose_eval_layout` makes for a split; the last may have empty rows.
 
   Args:
-    place: what `eval_placement` gave, if it is known already.
+    placement: what `eval_placement` gave, if it is known already.
     shard: only these rows of each batch are made.
   """
-  place = place or eval_placement(tokens, layout)
+  placement = placement or eval_placement(tokens, layout)
   layout = layout._replace(rows=layout.rows[:1])
-  return placed_batches(tokens, place, layout, shard=shard)
+  return placed_batches(tokens, placement, layout, shard=shard)
 
 
 def placed_batches(
   tokens: Tokens,
-  place: Placement,
+  placement: Placement,
   layout: Layout,
   *,
   shard: ProcessShard = WHOLE,
@@ -342,13 +344,13 @@ def placed_batches(
   The last batch has the smallest allowed row count that is enough.
   """
   most = layout.rows[-1]
-  for first in range(0, place.rows, most):
-    left = place.rows - first
+  for first in range(0, placement.rows, most):
+    left = placement.rows - first
     rows = next((rows for rows in layout.rows if rows >= left), most)
     yield pack_rows(
       tokens,
       np.arange(len(tokens)),
-      place,
+      placement,
       layout,
       first=first,
       last=first + rows,

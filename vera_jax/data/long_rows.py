@@ -39,11 +39,11 @@ def choose_long_rows(
   fewest tokens, compiling included (as many as are trained on meanwhile).
 
   Args:
-    lengths: tokens of every example.
-    reads: learned ones of each.
-    batch_size: examples in a batch.
+    lengths: how many tokens every example has.
+    reads: how many of them are learned.
+    batch_size: how many examples a batch has.
     epochs: how often the run sees the examples.
-    shards: rows of a microbatch: devices along "data".
+    shards: how many rows a microbatch has: one for each device along "data".
     microbatch_rows: a microbatch has at most as many tokens as so many rows of
       the longest example each; None: a microbatch may hold any batch.
 
@@ -56,25 +56,31 @@ def choose_long_rows(
   if microbatch_rows is not None:
     most = min(most, rows_per_shard(microbatch_rows, shards))
   longest = round_up(int(lengths.max()), _MULTIPLE)
-  whole = Layout((shards,), most * longest, batch_size, most * longest)
+  # The lengths follow from what random batches need. So some are placed as
+  # training will place them, into rows with room for as much as is allowed.
+  roomy = Layout((shards,), most * longest, batch_size, most * longest)
   rng = np.random.default_rng(seed)
   needs = []
   for _ in range(_SAMPLE):
-    some = rng.permutation(len(lengths))[:batch_size]
-    own = lengths[some], reads[some]
-    place = spread(own[0], whole, reads=own[1])
-    needs += fullest_rows(*own, place, rows=shards)
-  needs.append((longest, 0))  # any example fits
+    batch = rng.permutation(len(lengths))[:batch_size]
+    placement = spread(lengths[batch], roomy, reads=reads[batch])
+    needs += fullest_rows(lengths[batch], reads[batch], placement, rows=shards)
+  # The sample may lack the longest example, which a row must hold all the same.
+  needs.append((longest, 0))
   tokens, learned = np.array(needs).T
   tokens = round_up(tokens, _MULTIPLE)
   chosen = _choose_lengths(tokens, compiling=_COMPILE / steps)
+  # The output layer is computed for as many tokens as a row has room to learn,
+  # so a length has room for what nearly all of its microbatches learn; the few
+  # others go to the next length. The last one must hold whatever comes.
   sizes, room = [], int(reads.max())
   for length in chosen:
-    own = learned[tokens <= length]
-    most = np.quantile(own, 1 - _FEW) if length < chosen[-1] else own.max()
-    room = max(room, round_up(int(np.ceil(most)), _READS))
+    fitting = learned[tokens <= length]
+    last = length == chosen[-1]
+    needed = fitting.max() if last else np.quantile(fitting, 1 - _FEW)
+    room = max(room, round_up(int(np.ceil(needed)), _READS))
     sizes.append((length, min(room, length)))
-  return Layout((shards,), *sizes[-1][:1], batch_size, room, tuple(sizes))
+  return Layout((shards,), chosen[-1], batch_size, room, tuple(sizes))
 
 
 def choose_long_eval_rows(
@@ -90,22 +96,26 @@ def choose_long_eval_rows(
   what it is made longer by at once.
 
   Args:
-    lengths: tokens of every example.
-    reads: learned ones of each.
-    batch_size: examples in a batch.
-    shards: rows of a batch: devices along "data".
+    lengths: how many tokens every example has.
+    reads: how many of them are learned.
+    batch_size: about how many examples a batch has.
+    shards: how many rows a batch has: one for each device along "data".
   """
   rows = max(1, round(len(lengths) / batch_size)) * shards
+  # No row can be shorter than the longest text, nor than an equal share of all;
+  # for learned tokens the same holds.
   length, room = (
-    int(round_up(max(own.max(), -(-own.sum() // rows)), multiple))
-    for own, multiple in ((lengths, _MULTIPLE), (reads, _READS))
+    int(round_up(max(counts.max(), -(-counts.sum() // rows)), multiple))
+    for counts, multiple in ((lengths, _MULTIPLE), (reads, _READS))
   )
+  # Texts rarely fill rows to the end, so rows get longer until all have room,
+  # with room for learned tokens in proportion.
   more = int(round_up(-(-_MULTIPLE * room // length), _READS))
   while True:
     layout = Layout((shards,), length, len(lengths), min(room, length))
-    place = place_all(lengths, layout, reads=reads)
-    if place.rows <= rows:
-      return layout._replace(slots=int(np.bincount(place.row).max()))
+    placement = place_all(lengths, layout, reads=reads)
+    if placement.rows <= rows:
+      return layout._replace(slots=int(np.bincount(placement.row).max()))
     length, room = length + _MULTIPLE, room + more
 
 
@@ -116,9 +126,13 @@ def _choose_lengths(needed: np.ndarray, *, compiling: float) -> list[int]:
   most the i-th length, if that is one of those chosen.
 
   Args:
-    needed: of each microbatch of a sample.
-    compiling: what a length costs.
+    needed: the tokens that each microbatch of a sample needs per row.
+    compiling: what each length costs, in tokens of a microbatch.
   """
+  # Each microbatch is processed at the shortest chosen length that holds it. So
+  # those that need more than length j and at most length i cost length i each,
+  # where j and i are chosen one after the other; and choosing i costs a
+  # compilation.
   values, times = np.unique(needed, return_counts=True)
   share = np.cumsum(times / len(needed))
   best: list[float] = []
@@ -134,6 +148,7 @@ def _choose_lengths(needed: np.ndarray, *, compiling: float) -> list[int]:
     least = int(np.argmin(costs))
     best.append(costs[least])
     before.append(starts[least])
+  # Back along the cheapest path, from the longest, which any choice includes.
   chosen, i = [], len(values) - 1
   while i >= 0:
     chosen.append(int(values[i]))

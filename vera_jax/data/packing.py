@@ -267,17 +267,17 @@ def place_examples(
 def fullest_rows(
   lengths: Int64[np.ndarray, " examples"],
   reads: Int64[np.ndarray, " examples"],
-  place: Placement,
+  placement: Placement,
   *,
   rows: int,
 ) -> list[tuple[int, int]]:
   """(tokens, learned tokens) of the fullest row of each microbatch's `rows`."""
   fullest = []
-  for first in range(0, place.rows, rows):
-    here = (place.row >= first) & (place.row < first + rows)
-    learned = np.bincount(place.row[here], weights=reads[here])
+  for first in range(0, placement.rows, rows):
+    here = (placement.row >= first) & (placement.row < first + rows)
+    learned = np.bincount(placement.row[here], weights=reads[here])
     # a row is as long as the end of its last text
-    ends = place.start[here] + lengths[here]
+    ends = placement.start[here] + lengths[here]
     fullest.append((int(ends.max()), int(learned.max())))
   return fullest
 
@@ -285,7 +285,7 @@ def fullest_rows(
 def cut_layouts(
   tokens: Tokens,
   batches: Sequence[Int[np.ndarray, " _"]],
-  places: Sequence[Placement],
+  placements: Sequence[Placement],
   layout: Layout,
 ) -> Iterator[Layout]:
   """For each microbatch the layout with the shortest rows that hold it, in
@@ -294,10 +294,10 @@ def cut_layouts(
     fullest_rows(
       tokens.lengths[indices],
       tokens.reads[indices],
-      place,
+      placement,
       rows=layout.rows[0],
     )
-    for indices, place in zip(batches, places, strict=True)
+    for indices, placement in zip(batches, placements, strict=True)
     if tokens.reads is not None
   ]
   # Runs of an ensemble share a program, so the shape must hold the fullest row
@@ -340,15 +340,19 @@ def pack_runs(
   """
   # Each run's examples are placed as if it were alone, so that an ensemble
   # trains on the batches of its runs.
-  places = [place_examples(tokens, layout, indices) for indices in batches]
-  counts = [rows_of_microbatches(place.rows, layout) for place in places]
+  placements = [place_examples(tokens, layout, indices) for indices in batches]
+  counts = [
+    rows_of_microbatches(placement.rows, layout) for placement in placements
+  ]
   # Then all runs get the shapes of the largest, since one program steps them.
   shapes = [max(rows) for rows in itertools.zip_longest(*counts, fillvalue=0)]
   layouts = [layout] * len(shapes)
   if layout.sizes:
-    layouts = list(cut_layouts(tokens, batches, places, layout))
+    layouts = list(cut_layouts(tokens, batches, placements, layout))
   packed = []
-  for indices, place, used_rows in zip(batches, places, counts, strict=True):
+  for indices, placement, used_rows in zip(
+    batches, placements, counts, strict=True
+  ):
     first, microbatches = 0, []
     # a run without a microbatch has none of its rows, but the same arrays
     used_rows = (*used_rows, *[0] * (len(shapes) - len(used_rows)))
@@ -357,7 +361,7 @@ def pack_runs(
         pack_rows(
           tokens,
           indices,
-          place,
+          placement,
           shape,
           first=first,
           last=first + used,
@@ -373,7 +377,7 @@ def pack_runs(
 def pack_rows(
   tokens: Tokens,
   indices: Int[np.ndarray, " examples"],
-  place: Placement,
+  placement: Placement,
   layout: Layout,
   *,
   first: int,
@@ -384,15 +388,17 @@ def pack_rows(
   """The arrays of the placement's rows from `first` to before `last`.
 
   Args:
-    indices: the examples of `tokens` that `place` places.
+    indices: the examples of `tokens` that `placement` places.
     rows: of the microbatch; those beyond the placement's stay empty.
     shard: only these of the microbatch's rows are made.
   """
   # Only this process's rows are made, so they are numbered from its first one.
   low, high = shard.bounds(rows)
   rows = high - low
-  here = (place.row >= first + low) & (place.row < min(first + high, last))
-  row, start, slot = (column[here] for column in place)
+  here = (placement.row >= first + low) & (
+    placement.row < min(first + high, last)
+  )
+  row, start, slot = (column[here] for column in placement)
   row = row - first - low
   indices, choices = indices[here], tokens.choices
   # From here on all is index arithmetic over flat arrays, without a loop over
@@ -404,8 +410,8 @@ def pack_rows(
   text_start = np.repeat(start - tokens.offsets[indices * choices], choices)
   text_start += offsets  # behind the example's choices before this one
   text_slot = (slot[:, None] * choices + np.arange(choices)).ravel()
-  # One entry per token: its number within the text, its place in the tokens'
-  # flat array, and its place in the flattened rows.
+  # One entry per token: its number within the text, its index in the tokens'
+  # flat array, and its index in the flattened rows.
   before = np.cumsum(lengths) - lengths
   within = np.arange(lengths.sum()) - np.repeat(before, lengths)
   source = np.repeat(offsets, lengths) + within
@@ -431,8 +437,8 @@ def pack_rows(
     "example": in_slots(indices.astype(np.int32), -1),
   }
   if tokens.learned is not None:
-    learned_places = target[tokens.learned[source]]
-    return packed | _reads(packed["input_ids"], learned_places, layout.reads)
+    learned_columns = target[tokens.learned[source]]
+    return packed | _reads(packed["input_ids"], learned_columns, layout.reads)
   cls_positions = np.zeros((rows, layout.slots * choices), np.int32)
   cls_positions[text_row, text_slot] = text_start
   labels = tokens.labels
@@ -485,13 +491,13 @@ def _reads(
 def per_token(
   rows: Shaped[np.ndarray, "rows length ..."],
   tokens: Tokens,
-  place: Placement,
+  placement: Placement,
 ) -> Shaped[np.ndarray, "ids ..."]:
   """What packed rows hold for each token, in the order of `tokens.ids`."""
   lengths = tokens.lengths
   within = np.arange(lengths.sum()) - np.repeat(tokens.offsets[:-1], lengths)
-  column = np.repeat(place.start, lengths) + within
-  return rows[np.repeat(place.row, lengths), column]
+  column = np.repeat(placement.start, lengths) + within
+  return rows[np.repeat(placement.row, lengths), column]
 
 
 def with_adapters(
@@ -525,11 +531,13 @@ def pack_by_adapter(
   Raises:
     ValueError: the layout has too few rows.
   """
-  place = place_all(tokens.lengths[indices], layout, adapters=adapters[indices])
-  rows = next((rows for rows in layout.rows if rows >= place.rows), None)
+  placement = place_all(
+    tokens.lengths[indices], layout, adapters=adapters[indices]
+  )
+  rows = next((rows for rows in layout.rows if rows >= placement.rows), None)
   if rows is None:
-    raise ValueError(f"{place.rows} rows are needed, {layout} has fewer")
+    raise ValueError(f"{placement.rows} rows are needed, {layout} has fewer")
   batch = pack_rows(
-    tokens, indices, place, layout, first=0, last=rows, rows=rows
+    tokens, indices, placement, layout, first=0, last=rows, rows=rows
   )
   return with_adapters(batch, adapters)

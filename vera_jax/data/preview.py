@@ -28,8 +28,8 @@ def preview(
   assert tokens.learned is not None
   console = console or Console()
   for i in range(min(number, len(tokens))):
-    own = slice(*tokens.offsets[i : i + 2])
-    ids, learned = tokens.ids[own].tolist(), tokens.learned[own].tolist()
+    span = slice(*tokens.offsets[i : i + 2])
+    ids, learned = tokens.ids[span].tolist(), tokens.learned[span].tolist()
     console.print()
     place = tokens.place(int(tokens.index[i]))
     console.print(
@@ -53,13 +53,13 @@ def stretches(
   ids: list[int], learned: list[bool], tokenizer: Any
 ) -> list[tuple[str, bool]]:
   """The texts of neighbouring tokens that are learned, or aren't, in turn."""
-  found: list[tuple[str, bool]] = []
+  parts: list[tuple[str, bool]] = []
   before = ""
   for i, is_learned in enumerate(learned):
     if i + 1 < len(learned) and learned[i + 1] == is_learned:
       continue
     # of all up to here, for a word's text depends on whether it is the first
     text = tokenizer.decode(ids[: i + 1], clean_up_tokenization_spaces=False)
-    found.append((text[len(before) :], is_learned))
+    parts.append((text[len(before) :], is_learned))
     before = text
-  return found
+  return parts

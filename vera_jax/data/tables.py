@@ -99,8 +99,8 @@ def format_of(path: str | Path, *, inside: Path | None = None) -> str:
     UserError: in none that is known.
   """
   path = Path(path).expanduser()
-  found = SUFFIXES.get(path.suffix.lower())
-  if found is None:
+  format = SUFFIXES.get(path.suffix.lower())
+  if format is None:
     raise UserError(
       f"{path}: the name doesn't end in {', '.join(SUFFIXES)}, which say how a"
       " table is read."
@@ -110,7 +110,7 @@ def format_of(path: str | Path, *, inside: Path | None = None) -> str:
       start = file.read(_PEEK).removeprefix(BOM).lstrip()
     if start.startswith(b"["):
       return "json"
-  return found
+  return format
 
 
 def read_rows(lines: Iterable[bytes], *, format: str) -> Iterator[Row]:
@@ -408,7 +408,7 @@ def some(names: Iterable[str]) -> str:
 
 def class_names(features: dict[str, Any]) -> dict[str, list[str]]:
   """The class names of columns, from the features that `datasets` describes."""
-  found = {}
+  by_column = {}
   for name, feature in features.items():
     while isinstance(feature, list) and feature:  # an older spelling of lists
       feature = feature[0]
@@ -416,5 +416,7 @@ def class_names(features: dict[str, Any]) -> dict[str, list[str]]:
       feature = feature["feature"]  # of a list's entries
     if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
       names = feature.get("names")
-      found[name] = [str(x) for x in names] if isinstance(names, list) else []
-  return {name: words for name, words in found.items() if words}
+      by_column[name] = (
+        [str(x) for x in names] if isinstance(names, list) else []
+      )
+  return {name: words for name, words in by_column.items() if words}

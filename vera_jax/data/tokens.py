@@ -109,7 +109,7 @@ class TokenizerInfo(NamedTuple):
   """All that must be known of a tokenizer to use tokens from the cache.
 
   Attributes:
-    digest: sha256 of everything that decides its token ids.
+    checksum: the sha256 of everything that decides its token ids.
     pad_id: its padding id.
     bos_id, eos_id: those of the tokens that begin and end a text, if it names
       some.
@@ -117,7 +117,7 @@ class TokenizerInfo(NamedTuple):
       none.
   """
 
-  digest: str
+  checksum: str
   pad_id: int
   bos_id: int | None = None
   eos_id: int | None = None
@@ -143,17 +143,17 @@ class FolderTokenizer:
   def info(self) -> TokenizerInfo:
     versions = [version(name) for name in ("transformers", "tokenizers")]
     key = hashlib.sha256(json.dumps(versions).encode())
-    found = {f for n in _TOKENIZER_FILES for f in self._folder.glob(n)}
-    for file in sorted(found):
+    files = {f for n in _TOKENIZER_FILES for f in self._folder.glob(n)}
+    for file in sorted(files):
       data = read_bytes(file, inside=self._folder, limit=JSON)
       content = hashlib.sha256(data).hexdigest()
       key.update(f"{file.name} {content}\n".encode())
     path = self._cache / f"tokenizer-{key.hexdigest()}.json"
     try:
       stored = parse_json(read_bytes(path, inside=self._cache, limit=JSON))
-      digest, pad_id, bos, eos, template = stored
+      checksum, pad_id, bos, eos, template = stored
       bos, eos = (None if i is None else int(i) for i in (bos, eos))
-      return TokenizerInfo(str(digest), int(pad_id), bos, eos, str(template))
+      return TokenizerInfo(str(checksum), int(pad_id), bos, eos, str(template))
     except (UserError, ValueError, TypeError):  # missing or damaged
       info = _info(self.loaded)
       _write_cache(path, json.dumps(info).encode())
@@ -182,15 +182,15 @@ def load_tokens(
   """
   cache = Path(data.cache_dir or "~/.cache/vera_jax/tokens").expanduser()
   tokenizer = FolderTokenizer(folder, cache)
-  found = {}
+  tokens = {}
   for split in splits:
     examples = read_split(data.source, split)
     if split == "train":
       examples = subset(examples, data.max_train_examples, data.subset_seed)
-    found[split] = tokenise(
+    tokens[split] = tokenise(
       examples, tokenizer, data.max_length, cache, completions=completions
     )
-  return found
+  return tokens
 
 
 def tokenise(
@@ -291,15 +291,15 @@ def _info(tokenizer: Any) -> TokenizerInfo:
   state.pop("padding", None)
   names = list(tokenizer.model_input_names)
   text = json.dumps([state, names], sort_keys=True)
-  digest = hashlib.sha256(text.encode()).hexdigest()
+  checksum = hashlib.sha256(text.encode()).hexdigest()
   ends = tokenizer.bos_token_id, tokenizer.eos_token_id
   template = ""
   if tokenizer.chat_template is not None:
-    own = [tokenizer.chat_template, tokenizer.special_tokens_map]
-    text = json.dumps(own, sort_keys=True, default=str)
+    parts = [tokenizer.chat_template, tokenizer.special_tokens_map]
+    text = json.dumps(parts, sort_keys=True, default=str)
     template = hashlib.sha256(text.encode()).hexdigest()
   pad_id = int(tokenizer.pad_token_id)
-  return TokenizerInfo(digest, pad_id, *ends, template)
+  return TokenizerInfo(checksum, pad_id, *ends, template)
 
 
 def _encode(
@@ -379,7 +379,7 @@ def _fingerprint(
   labels = examples.labels
   if isinstance(labels, list):
     labels = np.concatenate(labels)
-  settings: list[Any] = [max_length, info.digest, info.pad_id]
+  settings: list[Any] = [max_length, info.checksum, info.pad_id]
   if completions is not None:
     settings += ["completions", *completions, info.bos_id, info.eos_id]
     settings.append(examples.second is not None)
@@ -396,11 +396,11 @@ def _fingerprint(
   if _are_words(examples):
     parts.append(b"words")
     texts = map(json.dumps, examples.first)
-  digest = hashlib.sha256(_VERSION)
+  sha = hashlib.sha256(_VERSION)
   for part in chain(parts, (t.encode("utf-8", "surrogatepass") for t in texts)):
     # The length before each part keeps "ab", "c" apart from "a", "bc".
-    digest.update(len(part).to_bytes(8, "little") + part)
-  return digest.hexdigest()
+    sha.update(len(part).to_bytes(8, "little") + part)
+  return sha.hexdigest()
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:

@@ -16,7 +16,7 @@ from vera_jax.pretrained.classifier import restore_adapter
 from vera_jax.report.frame import method_title
 from vera_jax.serve.image_predictor import ImagePredictor
 from vera_jax.serve.predictor import Answer
-from vera_jax.tasks.images import NAMES, choose_images
+from vera_jax.tasks.images import NAMES, select_images
 
 RIGHT, WRONG = "#1b7837", "#b2182b"  # two that the colour-blind can distinguish
 WIDE = 6  # images in a row
@@ -47,7 +47,7 @@ def picture_grid(
   config = ConfigDict(first["config"])
   if config.task not in NAMES:
     raise UserError(f"The runs are of the task {config.task}, not of images.")
-  _, classes, splits, _ = choose_images(config.data)
+  _, classes, splits, _ = select_images(config.data)
   files, numbers = splits["dev"]
   drawn = np.random.default_rng(seed).permutation(numbers)
   chosen = np.sort(drawn[:count])

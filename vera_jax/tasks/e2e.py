@@ -23,7 +23,7 @@ from vera_jax.generate.beam import Beam
 from vera_jax.generate.generator import Generator
 from vera_jax.pretrained.classifier import Classifier
 from vera_jax.progress import ProgressBar
-from vera_jax.tasks.e2e_files import Rows, read_split
+from vera_jax.tasks.e2e_files import Pairs, read_split
 from vera_jax.tasks.e2e_metrics import check_installed, score_texts
 from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.task import Presentation, Size, Task
@@ -94,7 +94,7 @@ def check_generate(settings: dict[str, Any]) -> None:
     raise UserError(f"config.generate: {error}") from error
 
 
-def training_data(config: ConfigDict) -> tuple[Rows, Rows, str]:
+def training_data(config: ConfigDict) -> tuple[Pairs, Pairs, str]:
   """What is trained on, what is scored, and where the latter comes from.
 
   Raises:
@@ -123,7 +123,7 @@ def training_data(config: ConfigDict) -> tuple[Rows, Rows, str]:
   return train, valid.take(chosen), where
 
 
-def hold_out(rows: Rows, inputs: int, *, seed: int) -> tuple[Rows, Rows]:
+def hold_out(rows: Pairs, inputs: int, *, seed: int) -> tuple[Pairs, Pairs]:
   """(the rest, the first text of each of some inputs).
 
   Args:
@@ -145,7 +145,7 @@ def hold_out(rows: Rows, inputs: int, *, seed: int) -> tuple[Rows, Rows]:
   kept = [names[i] for i in drawn(len(names), inputs, seed=seed)]
   apart = set(kept)
   rest = [i for i, one in enumerate(rows.inputs) if one not in apart]
-  return rows.take(rest), Rows(kept, [groups[one][0] for one in kept])
+  return rows.take(rest), Pairs(kept, [groups[one][0] for one in kept])
 
 
 def write_texts(
@@ -198,8 +198,8 @@ def generate(
   Raises:
     UserError: none of the prompts has room in the model.
   """
-  own, started = dict(settings), time.monotonic()
-  most, rows = own.pop("max_new_tokens"), own.pop("rows")
+  beam, started = dict(settings), time.monotonic()
+  most, rows = beam.pop("max_new_tokens"), beam.pop("rows")
   generator = Generator(model, rows=rows)
   encoded, refused = {}, []
   for number, prompt in enumerate(prompts):
@@ -220,14 +220,14 @@ def generate(
   if len(paragraph["input_ids"]) == 1:
     ends = (*ends, *paragraph["input_ids"])
   with ProgressBar(steps=len(encoded), doing="test texts") as bar:
-    found = generator.ids(
+    answers = generator.ids(
       list(encoded.values()),
-      how=Beam(**own),
+      how=Beam(**beam),
       max_new_tokens=most,
       eos=ends,
       progress=lambda done: _show(bar, done, of=len(encoded), since=started),
     )
-  texts = [generator.decode(ids) for ids in found]
+  texts = [generator.decode(ids) for ids in answers]
   texts = [text.partition(PARAGRAPH)[0].strip() for text in texts]
   return dict(zip(encoded, texts, strict=True)), missing
 
@@ -240,7 +240,7 @@ def _show(bar: ProgressBar, done: int, *, of: int, since: float) -> None:
     bar.log(f"test texts: {done} of {of}, {left:.0f} s left")
 
 
-def _examples(rows: Rows, prompt: str) -> Examples:
+def _examples(rows: Pairs, prompt: str) -> Examples:
   """As microsoft/LoRA splits them into tokens: a text begins with a space."""
   return Examples(
     first=[prompt.replace(INPUT, one) for one in rows.inputs],

@@ -31,14 +31,14 @@ LARGEST = 2**28  # bytes of a file, also unpacked; E2E's have ten million
 MISREAD = {"Ł": "£", "Â£": "£", "Ã©": "é", "ã©": "é"}
 
 
-class Rows(NamedTuple):
+class Pairs(NamedTuple):
   """Inputs and texts, in the order of their file."""
 
   inputs: list[str]
   texts: list[str]
 
-  def take(self, numbers: Sequence[int]) -> "Rows":
-    return Rows(*([side[i] for i in numbers] for side in self))
+  def take(self, numbers: Sequence[int]) -> "Pairs":
+    return Pairs(*([side[i] for i in numbers] for side in self))
 
   def grouped(self) -> dict[str, list[str]]:
     """The texts of each input, in the order of the first ones."""
@@ -48,27 +48,27 @@ class Rows(NamedTuple):
     return groups
 
 
-def read_split(folder: str | Path, split: str) -> Rows:
+def read_split(folder: str | Path, split: str) -> Pairs:
   """The rows of a split, from SPLIT.txt or SPLIT.txt.gz.
 
   Raises:
     UserError: there is neither, or a line is no row; the message names it.
   """
-  place = Path(folder).expanduser() / f"{split}.txt"
-  if not place.exists() and place.with_suffix(".txt.gz").exists():
-    place = place.with_suffix(".txt.gz")
+  path = Path(folder).expanduser() / f"{split}.txt"
+  if not path.exists() and path.with_suffix(".txt.gz").exists():
+    path = path.with_suffix(".txt.gz")
   inputs, texts = [], []
-  for number, line in enumerate(_lines(place, inside=place.parent), 1):
+  for number, line in enumerate(_lines(path, inside=path.parent), 1):
     # the sides are as they are; only the line's ends are cut
     one, between, text = line.strip().partition(BETWEEN)
     if not between or not one.strip() or not text.strip() or BETWEEN in text:
       raise UserError(
-        f"{place}:{number}: a line has an input, {BETWEEN} and its text, as in"
+        f"{path}:{number}: a line has an input, {BETWEEN} and its text, as in"
         f" microsoft/LoRA's files."
       )
     inputs.append(one)
     texts.append(text)
-  return Rows(inputs, texts)
+  return Pairs(inputs, texts)
 
 
 def read_for_scoring(
@@ -163,7 +163,7 @@ def _read_blocks(path: Path) -> list[list[str]]:
   return groups
 
 
-def _read_table(path: Path) -> Rows:
+def _read_table(path: Path) -> Pairs:
   """A header and two columns: inputs, and outputs or references."""
   lines = []
   for line in _lines(path):
@@ -185,10 +185,10 @@ def _read_table(path: Path) -> Rows:
   cells = [cell for row in rows for cell in row]
   if all(len(x) > 1 and x[0] == x[-1] == "'" for x in cells):
     cells = [cell[1:-1] for cell in cells]
-  return Rows(cells[::2], cells[1::2])
+  return Pairs(cells[::2], cells[1::2])
 
 
-def _neighbours(rows: Rows) -> list[list[str]]:
+def _neighbours(rows: Pairs) -> list[list[str]]:
   """The texts of rows that follow one another and have the same input."""
   groups: list[list[str]] = []
   for number, (one, text) in enumerate(zip(*rows, strict=True)):

@@ -144,12 +144,12 @@ def nist(
     "NIST": sum(sum(map(len, group)) / len(group) for group in references),
     "NIST_perl": tokens * len(references) / texts,
   }
-  found = {}
+  scores = {}
   for name, other in expected.items():
     ratio = min(1.0, length / other)
     penalty = math.exp(-BETA * math.log(ratio) ** 2) if ratio else 0.0
-    found[name] = penalty * worth
-  return found
+    scores[name] = penalty * worth
+  return scores
 
 
 def _grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
@@ -200,7 +200,7 @@ def _caption_scores(
   }
 
 
-def _place(*parts: str) -> Path:
+def _file_of_captions(*parts: str) -> Path:
   spec = importlib.util.find_spec("pycocoevalcap")
   assert spec is not None and spec.submodule_search_locations
   return Path(spec.submodule_search_locations[0], *parts)
@@ -209,7 +209,7 @@ def _place(*parts: str) -> Path:
 def _ptb_lines(texts: Sequence[str]) -> list[str]:
   """Each text's words in lower case, by Stanford's tokenizer, without
   punctuation."""
-  jar = _place("tokenizer", "stanford-corenlp-3.4.1.jar")
+  jar = _file_of_captions("tokenizer", "stanford-corenlp-3.4.1.jar")
   tokenizer = "edu.stanford.nlp.process.PTBTokenizer"
   lines = [" ".join(text.split()) for text in texts]
   done = subprocess.run(
@@ -218,18 +218,18 @@ def _ptb_lines(texts: Sequence[str]) -> list[str]:
     capture_output=True,
     encoding="utf-8",
   )
-  found = done.stdout.split("\n")[:-1]
-  if done.returncode or len(found) != len(texts):
+  words = done.stdout.split("\n")[:-1]
+  if done.returncode or len(words) != len(texts):
     raise UserError(f"The PTB tokenizer failed: {done.stderr.strip()[-500:]}")
   return [
     " ".join(word for word in line.split() if word not in PUNCTUATION)
-    for line in found
+    for line in words
   ]
 
 
 def _meteor(pairs: Sequence[tuple[list[str], list[str]]]) -> float:
   """METEOR 1.5 of all ([output], references) together."""
-  jar = _place("meteor", "meteor-1.5.jar")
+  jar = _file_of_captions("meteor", "meteor-1.5.jar")
   options = ("-", "-", "-stdio", "-l", "en", "-norm")
   command = [*JAVA, UTF8, "-Xmx2G", "-jar", str(jar), *options]
   pipe = subprocess.PIPE
@@ -245,10 +245,10 @@ def _meteor(pairs: Sequence[tuple[list[str], list[str]]]) -> float:
           print(*parts, sep=" ||| ", file=asked, flush=True)
           return answers.readline().strip()
 
-        found = [ask("SCORE", *group, output) for [output], group in pairs]
+        statistics = [ask("SCORE", *group, output) for [output], group in pairs]
         # it answers with each one's score, then that of all
-        ask("EVAL", *found)
-        for _ in found[1:]:
+        ask("EVAL", *statistics)
+        for _ in statistics[1:]:
           answers.readline()
         return float(answers.readline())
     except (OSError, ValueError) as error:

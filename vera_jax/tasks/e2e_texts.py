@@ -18,7 +18,7 @@ from vera_jax.data.data import MeasureBatch, TaskData
 from vera_jax.data.examples import Examples
 from vera_jax.errors import UserError
 from vera_jax.tasks.e2e import training_data
-from vera_jax.tasks.e2e_files import Rows
+from vera_jax.tasks.e2e_files import Pairs
 from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.task import Evaluation, Presentation, Size, Task
 
@@ -79,7 +79,7 @@ def task_for(config: ConfigDict) -> Task | None:
   )
 
 
-def _examples(rows: Rows) -> Examples:
+def _examples(rows: Pairs) -> Examples:
   return Examples(
     first=rows.texts, second=None, labels=None, index=np.arange(len(rows.texts))
   )

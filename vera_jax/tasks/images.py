@@ -16,8 +16,8 @@ from vera_jax.data.hub_data import download
 from vera_jax.data.image_batches import ImageData
 from vera_jax.data.image_files import (
   ImageFiles,
-  Source,
-  choose_shots,
+  ImageSet,
+  draw_shots,
   open_dataset,
   open_folder,
 )
@@ -31,7 +31,7 @@ from vera_jax.tasks.task import Presentation, Size, Task
 NAMES = ("images",)
 
 
-class Chosen(NamedTuple):
+class Selection(NamedTuple):
   """What a run has of a data set.
 
   Attributes:
@@ -60,7 +60,7 @@ def task_for(config: ConfigDict) -> Task | None:
     instead=". Answer image files by python -m experiments.predict"
     " --adapter=RUN/adapter --input=FOLDER",
   )
-  name, classes, splits, where = choose_images(config.data)
+  name, classes, splits, where = select_images(config.data)
   chosen, scored = (numbers for _, numbers in splits.values())
 
   def load(
@@ -109,14 +109,14 @@ def task_for(config: ConfigDict) -> Task | None:
   return task._replace(stored={"image_size": config.data.image_size})
 
 
-def choose_images(data: ConfigDict) -> Chosen:
+def select_images(data: ConfigDict) -> Selection:
   """Which images of a data set a run trains on, and which it scores.
 
   Raises:
     UserError: the data can't be found, or have too few images per class.
   """
-  name, source = open_source(data)
-  train, test = source.splits["train"], source.splits.get("test")
+  name, images = open_source(data)
+  train, test = images.splits["train"], images.splits.get("test")
   if data.dev_shots is None and test is None and data.shots is None:
     raise UserError(
       f"{data.source} has no test split: say how many images per class are"
@@ -125,7 +125,7 @@ def choose_images(data: ConfigDict) -> Chosen:
   chosen = np.arange(len(train))
   scored = chosen
   if data.shots is not None or data.dev_shots is not None:
-    chosen, scored = choose_shots(
+    chosen, scored = draw_shots(
       train.labels,
       shots=data.shots,
       dev_shots=data.dev_shots,
@@ -142,7 +142,7 @@ def choose_images(data: ConfigDict) -> Chosen:
   # the same ones for every run
   scored = _some(scored, data.max_eval_examples, "max_eval_examples", 0)
   splits = {"train": (train, chosen), "dev": (dev, scored)}
-  return Chosen(name, source.classes, splits, where)
+  return Selection(name, images.classes, splits, where)
 
 
 def _some(
@@ -159,7 +159,7 @@ def _some(
   return np.sort(np.random.default_rng(seed).permutation(numbers)[:most])
 
 
-def open_source(data: ConfigDict) -> tuple[str, Source]:
+def open_source(data: ConfigDict) -> tuple[str, ImageSet]:
   """The data set's name, and where its images lie.
 
   Raises:
@@ -174,9 +174,9 @@ def open_source(data: ConfigDict) -> tuple[str, Source]:
   if folder.is_dir():
     return folder.absolute().name, open_folder(folder, label=data.label)
   hub_id, _, part = str(data.source).partition(":")
-  found = download(hub_id, part or None)
+  splits = download(hub_id, part or None)
   return hub_id.rpartition("/")[2], open_dataset(
-    hub_id, found, label=data.label
+    hub_id, splits, label=data.label
   )
 
 

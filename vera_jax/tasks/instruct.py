@@ -40,7 +40,7 @@ from vera_jax.generate.generator import Generator
 from vera_jax.pretrained.classifier import Classifier
 from vera_jax.progress import ProgressBar
 from vera_jax.tasks.instruct_files import (
-  Row,
+  Instruction,
   as_text,
   read_splits,
 )
@@ -67,11 +67,11 @@ def task_for(config: ConfigDict) -> Task | None:
       f"config.data.template is {data.template!r}; choose"
       f" {', '.join(TEMPLATES)}."
     )
-  own = config.generate
+  generate = config.generate
   for name, value, least in (
     ("data.max_test_examples", data.max_test_examples, 0),
-    ("generate.max_new_tokens", own.max_new_tokens, 1),
-    ("generate.rows", own.rows, 1),
+    ("generate.max_new_tokens", generate.max_new_tokens, 1),
+    ("generate.rows", generate.rows, 1),
   ):
     if value < least:
       raise UserError(f"config.{name} is {value}; {least} is the least.")
@@ -90,11 +90,11 @@ def task_for(config: ConfigDict) -> Task | None:
     write_texts,
     rows=tests,
     template=data.template,
-    settings=own.to_dict(),
+    settings=generate.to_dict(),
     choices=choices,
   )
   notes = [
-    f"rows: {splits.form}, put into the template {data.template!r}; learned:"
+    f"rows: {splits.schema}, put into the template {data.template!r}; learned:"
     " the answers",
     f"dev: {splits.where}",
   ]
@@ -134,7 +134,7 @@ def check_installed() -> None:
     )
 
 
-def as_examples(rows: Sequence[Row], template: str) -> Examples:
+def as_examples(rows: Sequence[Instruction], template: str) -> Examples:
   """What `Answers(template)` reads."""
   index = np.array([row.number for row in rows])
   places = [row.place for row in rows]
@@ -150,7 +150,7 @@ def write_texts(
   model: Classifier,
   folder: Path,
   *,
-  rows: Sequence[Row],
+  rows: Sequence[Instruction],
   template: str,
   settings: dict[str, Any],
   choices: dict[str, list[ChoiceQuestion]],
@@ -194,12 +194,12 @@ def write_texts(
     total = sum(len(question.choices) for question in questions)
     try:
       with ProgressBar(steps=total, doing=name) as bar:
-        found = answer_questions(model, questions, progress=bar.advance)
+        accuracy = answer_questions(model, questions, progress=bar.advance)
     except UserError as error:  # what else was found out is kept
       missing.append(f"{name} was not scored: {error}")
       continue
-    scores[f"{name} accuracy"] = found.plain
-    scores[f"{name} accuracy, normalised"] = found.normalised
+    scores[f"{name} accuracy"] = accuracy.plain
+    scores[f"{name} accuracy, normalised"] = accuracy.normalised
   return {
     "inputs": len(rows),
     "scores": scores,
@@ -225,7 +225,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
 
 def _answer(
   model: Classifier,
-  rows: Sequence[Row],
+  rows: Sequence[Instruction],
   template: str,
   settings: dict[str, Any],
 ) -> tuple[dict[int, str], str]:
@@ -239,15 +239,15 @@ def _answer(
       ids = conversation_ids(generator.tokenizer, messages, template=template)
     else:
       prompt, _ = as_text(row, template)
-      own = [{"role": "user", "content": prompt}]
-      ids = conversation_ids(generator.tokenizer, own, template=PLAIN)
+      messages = [{"role": "user", "content": prompt}]
+      ids = conversation_ids(generator.tokenizer, messages, template=PLAIN)
     if len(ids) + most <= model.room:
       prompts[row.number] = ids
   with ProgressBar(steps=len(prompts), doing="test answers") as bar:
-    found = generator.ids(
+    answers = generator.ids(
       list(prompts.values()), max_new_tokens=most, progress=bar.advance
     )
-  texts = [generator.decode(ids).strip() for ids in found]
+  texts = [generator.decode(ids).strip() for ids in answers]
   left = len(rows) - len(prompts)
   missing = ""
   if left:
@@ -258,7 +258,9 @@ def _answer(
   return dict(zip(prompts, texts, strict=True)), missing
 
 
-def _keep(folder: Path, rows: Sequence[Row], answers: dict[int, str]) -> None:
+def _keep(
+  folder: Path, rows: Sequence[Instruction], answers: dict[int, str]
+) -> None:
   """answers.jsonl as they are, and the files that reports read, in lines."""
   groups: dict[str, list[str]] = {}
   outputs: dict[str, str] = {}

@@ -1,13 +1,14 @@
 """Instructions and their answers, from files or the hub.
 
-A table's columns say which of three forms its rows have:
+A table's columns say which of three schemas its rows have:
 
   messages                      a conversation: a list of {"role", "content"}
   instruction (input), output   Alpaca's
   prompt, completion            two texts
 
-Whatever the form, `rows_of` gives a prompt and its answer, and the conversation
-that they are. Which of them a model reads is config.data.template's choice.
+Whatever the schema, `rows_of` gives a prompt and its answer, and the
+conversation that they are. Which of them a model reads is
+config.data.template's choice.
 """
 
 import json
@@ -25,8 +26,8 @@ from vera_jax.errors import UserError
 from vera_jax.files import parse_json
 from vera_jax.tasks.text_files import read_tables
 
-# By the columns that a row of the form has; others are left alone.
-FORMS = {
+# The columns that a table of each schema has; others are left alone.
+SCHEMAS = {
   "messages": ("messages",),
   "alpaca": ("instruction", "output"),
   "completion": ("prompt", "completion"),
@@ -43,8 +44,8 @@ UNREAD_IN_MESSAGES = (
 )
 
 
-class Row(NamedTuple):
-  """One example in every form that it can be read in.
+class Instruction(NamedTuple):
+  """One example in every way that it can be read.
 
   Attributes:
     number: in its table, from 0.
@@ -82,15 +83,15 @@ class Splits(NamedTuple):
 
   Attributes:
     name: of the data.
-    form: a name in `FORMS`.
+    schema: a name in `SCHEMAS`.
     train, dev: rows that are trained on, and that are scored.
     where: where the dev rows come from, in a sentence.
   """
 
   name: str
-  form: str
-  train: list[Row]
-  dev: list[Row]
+  schema: str
+  train: list[Instruction]
+  dev: list[Instruction]
   where: str
 
 
@@ -109,39 +110,43 @@ def read_splits(data: ConfigDict) -> Splits:
   path = Path(data.source).expanduser()
   if path.suffix.lower() in SUFFIXES and not path.is_file():
     raise UserError(f"There is no file {path} (config.data.source).")
-  given = {"source": data.source, "train": None, "dev": data.dev}
+  named = {"source": data.source, "train": None, "dev": data.dev}
   if path.is_file():
-    given |= {"source": None, "train": str(path)}
-  name, table, dev_table = read_tables(ConfigDict(given))
-  form = form_of(table)
-  train = rows_of(table, form)
+    named |= {"source": None, "train": str(path)}
+  name, table, dev_table = read_tables(ConfigDict(named))
+  schema = schema_of(table)
+  train = rows_of(table, schema)
   seed, most = data.subset_seed, data.max_eval_examples
   train, dev, where = _hold_out(train, dev_table, data)
   if most is not None and most < len(dev):
     order = np.random.default_rng(seed).permutation(len(dev))[:most]
     dev = [dev[i] for i in sorted(order)]
     where += f", {most} of them (config.data.max_eval_examples)"
-  return Splits(name, form, train, dev, where)
+  return Splits(name, schema, train, dev, where)
 
 
-def form_of(table: Table) -> str:
-  """The name in `FORMS` of the rows' form.
+def schema_of(table: Table) -> str:
+  """The name in `SCHEMAS` of what a table's columns are.
 
   Raises:
     UserError: the columns are those of none of them, or of several.
   """
-  found = [name for name, own in FORMS.items() if set(own) <= {*table.columns}]
-  if len(found) == 1:
-    return found[0]
-  wanted = "; or ".join(" and ".join(names) for names in FORMS.values())
-  many = "those of more than one form" if found else "not those of instructions"
+  fitting = [
+    name for name, columns in SCHEMAS.items() if {*columns} <= {*table.columns}
+  ]
+  if len(fitting) == 1:
+    return fitting[0]
+  wanted = "; or ".join(" and ".join(names) for names in SCHEMAS.values())
+  many = (
+    "those of more than one form" if fitting else "not those of instructions"
+  )
   raise UserError(
     f"{table.name}: the columns {some(table.columns)} are {many}. There"
     f" must be {wanted}."
   )
 
 
-def rows_of(table: Table, form: str) -> list[Row]:
+def rows_of(table: Table, schema: str) -> list[Instruction]:
   """A table's rows.
 
   Raises:
@@ -168,23 +173,23 @@ def rows_of(table: Table, form: str) -> list[Row]:
           " read. Write system texts and earlier turns into messages, or leave"
           " the column out."
         )
-    if form == "messages":
+    if schema == "messages":
       messages = _messages(columns["messages"][number], place)
       asked = [m for m in messages if m["role"] != ASSISTANT]
       single = [m["role"] for m in messages] == ["user", ASSISTANT]
       instruction = asked[0]["content"] if single else None
-      rows.append(Row(number, messages, instruction, place=place))
+      rows.append(Instruction(number, messages, instruction, place=place))
       continue
-    question, answer = FORMS[form]
+    question, answer = SCHEMAS[schema]
     instruction, more = text(question, number), ""
-    if form == "alpaca":
+    if schema == "alpaca":
       more = text("input", number, may_be_empty=True)
     content = f"{instruction}\n\n{more}" if more.strip() else instruction
     messages = [
       {"role": "user", "content": content},
       {"role": ASSISTANT, "content": text(answer, number)},
     ]
-    rows.append(Row(number, messages, instruction, more, place))
+    rows.append(Instruction(number, messages, instruction, more, place))
   return rows
 
 
@@ -241,7 +246,7 @@ def _is_empty(value: Any) -> bool:
   return not value
 
 
-def as_text(row: Row, template: str) -> tuple[str, str]:
+def as_text(row: Instruction, template: str) -> tuple[str, str]:
   """(prompt, answer) by the template "alpaca" or "plain".
 
   Raises:
@@ -262,8 +267,8 @@ def as_text(row: Row, template: str) -> tuple[str, str]:
 
 
 def _hold_out(
-  rows: Sequence[Row], dev_table: Table | None, data: ConfigDict
-) -> tuple[list[Row], list[Row], str]:
+  rows: Sequence[Instruction], dev_table: Table | None, data: ConfigDict
+) -> tuple[list[Instruction], list[Instruction], str]:
   """(rows to train on, rows to score, where these come from).
 
   Without a table of rows to score, `dev_examples` questions are drawn by seed.
@@ -274,13 +279,13 @@ def _hold_out(
   The question of a conversation is its first one: the answers behind it may be
   those of another row.
   """
-  groups: dict[str, list[Row]] = {}
+  groups: dict[str, list[Instruction]] = {}
   for row in rows:
     groups.setdefault(row.opening, []).append(row)
   dev, tuning = data.dev_examples, data.tuning_examples
-  others: list[Row] = []
+  others: list[Instruction] = []
   if dev_table is not None:
-    dev, others = 0, rows_of(dev_table, form_of(dev_table))
+    dev, others = 0, rows_of(dev_table, schema_of(dev_table))
   asked = {row.opening for row in others}
   keys = [key for key in groups if key not in asked]
   if dev_table is None and (

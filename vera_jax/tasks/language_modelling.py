@@ -89,9 +89,9 @@ def language_modelling(
       folder=folder,
       completions=completions,
     )
-    lengths = {split: own.lengths for split, own in tokens.items()}
+    lengths = {split: one.lengths for split, one in tokens.items()}
     # words are learned, so every split has reads
-    reads = {split: np.asarray(own.reads) for split, own in tokens.items()}
+    reads = {split: np.asarray(one.reads) for split, one in tokens.items()}
     eval_layouts = {
       split: choose_long_eval_rows(
         lengths[split],
@@ -169,6 +169,6 @@ def measure(
   the likeliest ones, and how many there are."""
   losses, hits = score_words(*words, batch["labels"])
   learned = batch["weights"] > 0
-  found = (jnp.where(learned, losses, 0), learned & hits, learned)
-  sums = [jnp.sum(array, axis=-1, dtype=jnp.float32) for array in found]
+  of_reads = (jnp.where(learned, losses, 0), learned & hits, learned)
+  sums = [jnp.sum(array, axis=-1, dtype=jnp.float32) for array in of_reads]
   return jnp.stack(sums, axis=-1)
