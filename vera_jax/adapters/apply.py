@@ -134,8 +134,8 @@ class Adapted(nn.Module):
     params = variables["params"]
     projections = make_shared(self.adapter, targets, params)
     leaves = first_leaves(self.adapter, targets, params, projections, key)
-    own = {"projections": projections} if projections else {}
-    return {**variables, "params": join(params, leaves), **own}
+    collection = {"projections": projections} if projections else {}
+    return {**variables, "params": join(params, leaves), **collection}
 
   @nn.nowrap
   def save(
@@ -286,18 +286,18 @@ def adapt(
 
 def _check_model(model: Any) -> None:
   """Raises a UserError for what is no unbound linen module."""
-  given = f"The model is {model!r}"
+  what = f"The model is {model!r}"
   if isinstance(model, type):
-    given = f"The model is the class {model.__name__}"
+    what = f"The model is the class {model.__name__}"
     if issubclass(model, nn.Module):
-      raise UserError(f"{given}; give a module of it: {model.__name__}(...).")
+      raise UserError(f"{what}; give a module of it: {model.__name__}(...).")
   elif any(x.__module__.startswith("flax.nnx") for x in type(model).__mro__):
     raise UserError(
       f"The model is the nnx module {type(model).__name__}; adapters are put on"
       " modules of flax.linen."
     )
   if not isinstance(model, nn.Module):
-    raise UserError(f"{given}; give a module of flax.linen.")
+    raise UserError(f"{what}; give a module of flax.linen.")
   if isinstance(model, Adapted):  # of two calls one would be passed by
     raise UserError(
       f"The model has an adapter already, {model.adapter.name}: put both on at"

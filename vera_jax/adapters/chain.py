@@ -25,9 +25,9 @@ def chain(*methods: Adapter) -> Adapter:
       random numbers, which it would undo.
   """
   links = tuple(
-    link._replace(on=link.on or whole.on)
-    for whole in methods
-    for link in whole.methods
+    link._replace(on=link.on or method.on)
+    for method in methods
+    for link in method.methods
   )
   _check(links)
 
@@ -87,9 +87,9 @@ def chain(*methods: Adapter) -> Adapter:
     prepare=prepare if all(link.prepare for link in links) else None,
     links=links,
     parts=tuple(
-      part._replace(on=part.on or whole.on)
-      for whole in methods
-      for part in (() if whole.method else whole.parts) or (whole,)
+      part._replace(on=part.on or method.on)
+      for method in methods
+      for part in (() if method.method else method.parts) or (method,)
     ),
   )
 

@@ -203,10 +203,10 @@ def save_adapter(
   data = save(stack_layers(tensors(trained)))
   checksum = hashlib.sha256(data).hexdigest()
 
-  def fill(place: Path) -> None:
-    write_file(place / TENSORS, lambda file: file.write(data))
-    write_json(place / ABOUT, {**about, "format": FORMAT, SHA256: checksum})
-    write_text(place / CARD, model_card(about))
+  def fill(folder: Path) -> None:
+    write_file(folder / TENSORS, lambda file: file.write(data))
+    write_json(folder / ABOUT, {**about, "format": FORMAT, SHA256: checksum})
+    write_text(folder / CARD, model_card(about))
 
   if not folder.is_dir() or not any(folder.iterdir()):
     make_folder(folder, fill)
@@ -233,8 +233,8 @@ def check_length(length: Any) -> None:
 
   None, in an adapter that PEFT wrote, is for as long as the model has room.
   """
-  whole = isinstance(length, int) and not isinstance(length, bool)
-  if length is not None and not (whole and length >= SHORTEST):
+  is_number = isinstance(length, int) and not isinstance(length, bool)
+  if length is not None and not (is_number and length >= SHORTEST):
     raise UserError(
       f"max_length is {length!r}; it must be a number of tokens, {SHORTEST} or"
       " more."

@@ -239,8 +239,8 @@ def flat_bias(
 
 
 def _stacked(view: View, stack: tuple[int, ...]) -> list[int]:
-  own = (len(stack) + axis for axis in view.axes)
-  return [*range(len(stack)), *own]
+  axes = (len(stack) + axis for axis in view.axes)
+  return [*range(len(stack)), *axes]
 
 
 def promoted(

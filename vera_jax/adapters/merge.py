@@ -66,14 +66,14 @@ def merge(
     columns = (..., slice(*target.columns or (None,)))
     leaf = jnp.asarray(merged[*layer, view.kernel])
     outputs = leaf.size // (target.layers * target.inputs)
-    whole = flat_kernel({view.kernel: leaf}, stack, outputs, view)
-    whole = whole.at[columns].set(kernel.astype(whole.dtype))
-    merged[*layer, view.kernel] = own_kernel(whole, leaf.shape, stack, view)
+    full = flat_kernel({view.kernel: leaf}, stack, outputs, view)
+    full = full.at[columns].set(kernel.astype(full.dtype))
+    merged[*layer, view.kernel] = own_kernel(full, leaf.shape, stack, view)
     if bias is not None:
       leaf = jnp.asarray(merged[*layer, "bias"])
-      whole = leaf.reshape(*stack, -1)
-      whole = whole.at[columns].set(bias.astype(leaf.dtype))
-      merged[*layer, "bias"] = whole.reshape(leaf.shape)
+      full = leaf.reshape(*stack, -1)
+      full = full.at[columns].set(bias.astype(leaf.dtype))
+      merged[*layer, "bias"] = full.reshape(leaf.shape)
   return unflatten_dict(merged)
 
 

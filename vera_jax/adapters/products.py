@@ -70,12 +70,12 @@ def folded_forward(
     return site.multiply(x, fold(kernel, down, up))
 
   def forward(x: Array, kernel: Array, down: Matrix, up: Array):
-    whole = fold(kernel, down, up)
-    return site.multiply(x, whole), (x, whole, down, up)
+    adapted = fold(kernel, down, up)
+    return site.multiply(x, adapted), (x, adapted, down, up)
 
   def backward(saved, g):
-    x, whole, down, up = saved
-    _, through = jax.vjp(site.multiply, x, whole)
+    x, adapted, down, up = saved
+    _, through = jax.vjp(site.multiply, x, adapted)
     to_x, to_kernel = through(g)  # for a frozen kernel that is dead code
     to_down = None if isinstance(down, Structured) else to_kernel @ up.T
     thin = site.project(x, down)

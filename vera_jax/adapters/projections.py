@@ -300,8 +300,10 @@ def make_projections(
   """
   check_choices(seed=seed, init=init, sharing=sharing)
   if sharing == "unique" and init != STRUCTURED:
-    own = [(t.inputs + t.outputs) * math.prod(t.stack) for t in sites.values()]
-    check_entries(rank * sum(own), sites)
+    numbers = [
+      (t.inputs + t.outputs) * math.prod(t.stack) for t in sites.values()
+    ]
+    check_entries(rank * sum(numbers), sites)
   if sharing == "shared" and init == STRUCTURED:
     by_width: dict[str, Matrix] = {}
     for size in sorted({(t.inputs, t.outputs) for t in sites.values()}):
@@ -321,8 +323,8 @@ def make_projections(
       for i in range(math.prod(site.stack))
     ]
 
-    def stacked(*own: Array, stack: tuple[int, ...] = site.stack) -> Array:
-      return jnp.stack(own).reshape(*stack, *own[0].shape)
+    def stacked(*layers: Array, stack: tuple[int, ...] = site.stack) -> Array:
+      return jnp.stack(layers).reshape(*stack, *layers[0].shape)
 
     for name, matrix in jax.tree.map(stacked, *pairs).items():
       tree[(*path, name)] = matrix
@@ -334,9 +336,9 @@ def pair_of(site: Site, *, rows: int | None = None) -> tuple[Matrix, Matrix]:
 
   `rows` are the leading ones of A to take; None for all.
   """
-  own = site.shared
-  A = own[f"A_{site.inputs}"] if "A" not in own else own["A"]
-  B = own[f"B_{site.outputs}"] if "B" not in own else own["B"]
+  matrices = site.shared
+  A = matrices[f"A_{site.inputs}"] if "A" not in matrices else matrices["A"]
+  B = matrices[f"B_{site.outputs}"] if "B" not in matrices else matrices["B"]
   if isinstance(A, Structured):
     return (A if rows is None else A.leading(rows)).T, B.T
   return A[:rows, : site.inputs].T, B[: site.outputs].T
@@ -357,8 +359,8 @@ def digest(projections: Mapping[str, Any]) -> str:
       leaf, about = leaf.signs, repr(leaf.definition).encode()
     values = np.asarray(leaf, "<f4")
     for layer in np.ndindex(values.shape[:-2]):
-      own = values[layer].tobytes() + about
-      matrices[role, (*numbers, *layer), path[-1]] = own
+      data = values[layer].tobytes() + about
+      matrices[role, (*numbers, *layer), path[-1]] = data
   sha = hashlib.sha256()
   for _, matrix in sorted(matrices.items(), key=lambda item: item[0]):
     sha.update(matrix)

@@ -97,10 +97,10 @@ def _all_sites(
     stack = noted.value.shape[: len(noted.axes)]
     if any(noted.axes) or noted.value.shape != (*stack, *call.kernel):
       astray[kernel] = noted.axes
-    whole = Target(call.inputs, call.outputs, stack, None, call.view)
-    sites[path] = whole
+    site = Target(call.inputs, call.outputs, stack, None, call.view)
+    sites[path] = site
     for name, (first, last) in parts_of(path, fused).items():
-      sites[*path, name] = whole._replace(
+      sites[*path, name] = site._replace(
         outputs=last - first, columns=(first, last)
       )
   return sites, traced.calls, astray

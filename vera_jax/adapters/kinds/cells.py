@@ -94,8 +94,8 @@ def _ready(
   view = View(plans=("factored", "folded"))
   if isinstance(cell, nn.OptimizedLSTMCell):  # all gates are one product
     view = view._replace(plans=("folded",))
-  for place, leaves in _layers_of(running.params):
-    path = (*cell.path, *place)
+  for below, leaves in _layers_of(running.params):
+    path = (*cell.path, *below)
     if not interception.is_adapted(path):
       continue
     kernel = meta.unbox(leaves["kernel"])
@@ -108,7 +108,7 @@ def _ready(
       bias=flat_bias(params, ()),
       rows=rows,
     )
-    projections = subtree(running.projections, place)
+    projections = subtree(running.projections, below)
     site = site._replace(path=path)
     pieces = list(interception.pieces(site, leaves, projections))
     links = [(piece, link) for piece in pieces for link in piece.links()]
@@ -141,8 +141,8 @@ def _check_keys(
   """Raises where `nn.RNN` would keep random keys from its cell."""
   passed = any(in_filter(names, KEYS) for names in layer.split_rngs)
   paths = (
-    (*cell.path, *place)
-    for place, _ in _layers_of(cell.variables.get("params", {}))
+    (*cell.path, *below)
+    for below, _ in _layers_of(cell.variables.get("params", {}))
   )
   drawn = any(
     interception.is_adapted(path) and link.is_random and is_on(link, path)
