@@ -18,7 +18,7 @@ DRAWS = Path("results/sweeps/initialiser_draws")
 FIRST = "kaiming_uniform"  # the paper's, which the others are compared with
 
 
-class Row(NamedTuple):
+class Described(NamedTuple):
   """What the code doesn't say of an initialiser.
 
   Attributes:
@@ -36,25 +36,29 @@ class Row(NamedTuple):
 
 DENSE = "A and B, 4 bytes per entry"
 ROWS = {
-  "kaiming_uniform": Row("uniform in ±√(6 / f); the paper's", "2 / f", DENSE),
-  "kaiming_normal": Row("normal", "2 / f", DENSE, "no"),
-  "uniform": Row("uniform in 0 to 0.1; of Table 6", "1 / 1200", DENSE),
-  "orthogonal": Row(
+  "kaiming_uniform": Described(
+    "uniform in ±√(6 / f); the paper's", "2 / f", DENSE
+  ),
+  "kaiming_normal": Described("normal", "2 / f", DENSE, "no"),
+  "uniform": Described("uniform in 0 to 0.1; of Table 6", "1 / 1200", DENSE),
+  "orthogonal": Described(
     "orthogonal rows, or columns where there are more rows; scaled",
     "2 / f",
     DENSE,
     "no",
   ),
-  "rademacher": Row("±√(2 / f), by a bit", "2 / f", DENSE),
-  "sparse_third": Row("±√(6 / f) for one in 3, else 0", "2 / f", DENSE),
-  "sparse_root": Row("±√(2 √f / f) for one in √f, else 0", "2 / f", DENSE),
-  "ones": Row("1; with r = 1, 1LoRA", "0", DENSE),
-  "structured": Row(
+  "rademacher": Described("±√(2 / f), by a bit", "2 / f", DENSE),
+  "sparse_third": Described("±√(6 / f) for one in 3, else 0", "2 / f", DENSE),
+  "sparse_root": Described(
+    "±√(2 √f / f) for one in √f, else 0", "2 / f", DENSE
+  ),
+  "ones": Described("1; with r = 1, 1LoRA", "0", DENSE),
+  "structured": Described(
     "signed sums of a signed orthogonal transform; below",
     "2 / f",
     "2 bytes per input and output, for each width; r of them if that is more",
   ),
-  "peft": Row("PEFT's own, as torch draws them", "2 / f", DENSE),
+  "peft": Described("PEFT's own, as torch draws them", "2 / f", DENSE),
 }
 HEADER = (
   *("`config.vera.init`", "an entry", "its variance"),

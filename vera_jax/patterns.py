@@ -19,8 +19,8 @@ LONGEST = 2000  # characters; 24 layers by their whole names are about 1,200
 
 
 @lru_cache(maxsize=256)
-def _compiled(pattern: str, form: str) -> Any:
-  """`form` with the pattern in its place, after a look at the pattern alone."""
+def _compiled(pattern: str, within: str) -> Any:
+  """The pattern within another one, after a look at the pattern alone."""
   if len(pattern) > LONGEST:
     raise UserError(
       f"The pattern {pattern[:40]!r}... has {len(pattern)} characters; at most"
@@ -28,27 +28,27 @@ def _compiled(pattern: str, form: str) -> Any:
     )
   try:
     re.compile(pattern)  # `regex` knows more, such as recursion
-    return regex.compile(form.format(pattern))
+    return regex.compile(within.format(pattern))
   except (re.error, regex.error, OverflowError, RecursionError) as error:
     raise UserError(
       f"The pattern {pattern!r} is no proper regular expression: {error}."
     ) from error
 
 
-def find(pattern: str, name: str, *, form: str = r"(?:{})\Z") -> Any:
+def find(pattern: str, name: str, *, within: str = r"(?:{})\Z") -> Any:
   """The match of a pattern in a name, or None.
 
   Args:
     pattern: a regular expression.
     name: of a layer.
-    form: the expression that is matched from the name's beginning, with {} for
-      the pattern.
+    within: the expression that is matched from the name's beginning, with {}
+      for the pattern.
 
   Raises:
     UserError: it is no regular expression, or takes too long.
   """
   try:
-    return _compiled(pattern, form).match(name, timeout=SECONDS)
+    return _compiled(pattern, within).match(name, timeout=SECONDS)
   except (TimeoutError, MemoryError) as error:
     raise UserError(
       f"Matching the pattern {pattern!r} with {name!r} takes too long. Write it"

@@ -40,7 +40,7 @@ EVERY = ".*"  # the pattern that names no layer: all that can be adapted
 
 def matches(pattern: str, path: Path) -> bool:
   """Whether the regular expression matches the path's last names in full."""
-  return bool(find(pattern, "/".join(path), form=r"(?:.*/)??(?:{})\Z"))
+  return bool(find(pattern, "/".join(path), within=r"(?:.*/)??(?:{})\Z"))
 
 
 def parts_of(path: Path, fused: Fused) -> Mapping[str, tuple[int, int]]:

@@ -167,14 +167,14 @@ def is_target(settings: PeftSettings, name: str) -> bool | None:
 
   try:
     saved = "|".join(settings.modules_to_save)
-    if saved and find(saved, name, form=r"(?:.*\.)?(?:{})(?:\Z|\.)"):
+    if saved and find(saved, name, within=r"(?:.*\.)?(?:{})(?:\Z|\.)"):
       return False
     if listed(settings.exclude) or not listed(targets or ()):
       return False
     if settings.layers is None or isinstance(targets, str) or name in targets:
       return True  # a whole name is taken whatever its layer's number
     stack = "|".join(settings.layers_pattern) or r"[^.]*"
-    match = find(stack, name, form=r"(?:.*?\.)?(?:{})\.(?P<layer>\d+)\.")
+    match = find(stack, name, within=r"(?:.*?\.)?(?:{})\.(?P<layer>\d+)\.")
     return match is not None and int(match["layer"]) in settings.layers
   except UserError as error:
     raise UserError(f"{FILE}: {error}") from error
