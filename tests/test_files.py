@@ -140,7 +140,7 @@ BESIDE = {
   "data/tokens.py": "json.loads(tokenizer.|np.load(file, allow_pickle=False",
   "files.py": "json.loads(text, object_pairs_hook",
   "locks.py": 'Path(f"/proc/',
-  "operations/gguf.py": "np.memmap(file",
+  "models/gguf_file.py": "np.memmap(file",
   "models/gguf_tokenizer.py": ".to_str())",
   "models/hf_weights.py": "return safe_open(file",
   "peft_io/tensors.py": "safe_open(file",

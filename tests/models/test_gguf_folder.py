@@ -27,6 +27,7 @@ from vera_jax.export.gguf import write_gguf_of
 from vera_jax.export.hf import merged_params
 from vera_jax.hub import resolve
 from vera_jax.models.family import config_of, load_config, read_fields
+from vera_jax.models.gguf_file import Written, read_gguf, write_gguf
 from vera_jax.models.gguf_folder import (
   config_fields,
   from_pairs,
@@ -39,7 +40,6 @@ from vera_jax.models.gguf_tokenizer import (
   tokenizer_metadata,
 )
 from vera_jax.models.hf_weights import fingerprint, load_params
-from vera_jax.operations.gguf import Written, read_gguf, write_gguf
 from vera_jax.pretrained.blueprint import blueprint
 from vera_jax.pretrained.classifier import load_classifier
 

@@ -7,10 +7,10 @@ from tests.models.gguf_folders import random_folder
 from vera_jax.errors import UserError
 from vera_jax.export.gguf import write_gguf_of
 from vera_jax.models.family import config_of
+from vera_jax.models.gguf_file import Gguf, Tensor, read_gguf
 from vera_jax.models.gguf_folder import Tensors, config_fields
 from vera_jax.models.gguf_keys import GPT2, ROTATING, TOKENIZER
 from vera_jax.models.gguf_tokenizer import tokenizer_files
-from vera_jax.operations.gguf import Gguf, Tensor, read_gguf
 
 TABLES = {
   "llama.": ROTATING,

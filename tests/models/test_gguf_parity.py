@@ -16,10 +16,10 @@ from vera_jax.export.gguf import write_gguf_of
 from vera_jax.hub import resolve
 from vera_jax.models.decoder import logits
 from vera_jax.models.family import read_fields
+from vera_jax.models.gguf_file import encode, read_gguf
 from vera_jax.models.gguf_folder import open_tensors
 from vera_jax.models.gguf_tokenizer import tokenizer_files, tokenizer_metadata
 from vera_jax.models.hf_weights import load_params
-from vera_jax.operations.gguf import encode, read_gguf
 from vera_jax.pretrained.blueprint import blueprint
 
 pytestmark = pytest.mark.parity

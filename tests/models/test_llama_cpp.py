@@ -17,9 +17,9 @@ from vera_jax.export.gguf import write_gguf_of
 from vera_jax.hub import resolve
 from vera_jax.models.decoder import logits
 from vera_jax.models.family import read_fields
+from vera_jax.models.gguf_file import Written, read_gguf, write_gguf
 from vera_jax.models.gguf_tokenizer import RULES, tokenizer_files
 from vera_jax.models.hf_weights import load_params
-from vera_jax.operations.gguf import Written, read_gguf, write_gguf
 from vera_jax.pretrained.blueprint import blueprint
 
 pytestmark = pytest.mark.parity
@@ -113,6 +113,40 @@ def test_llama_cpp_computes_what_we_write(kind, load, home, tmp_path):
   bound = 2e-3 if kind == "gpt2" else 1e-4  # its GELU is a table of float16
   file = rewritten(tmp_path / "a.gguf", {})
   assert_same_logits(file, load, length=length, bound=bound)
+
+
+FTYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10} | {
+  **{"Q3_K": 11, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30}
+}
+
+
+@pytest.mark.parametrize("format", FTYPES)
+def test_values_of_every_format_are_llama_cpp_s(format, load, tmp_path):
+  """What it has quantised, dequantised here and there, bit for bit."""
+  folder = random_folder(tmp_path / "model", "llama")
+  write_gguf_of(folder, tmp_path / "a.gguf", kind="gguf-f16")
+  written, rng = read_gguf(tmp_path / "a.gguf"), np.random.default_rng(0)
+  tensors = {}
+  for name, tensor in written.tensors.items():
+    shape = (8, 256) if len(tensor.shape) > 1 else (256,)
+    values = rng.standard_normal(shape).astype(np.float32)
+    tensors[name] = Written("F32", shape, lambda values=values: values)
+  write_gguf(tmp_path / "F32.gguf", written.metadata, tensors)
+  _, library = load(tmp_path / "a.gguf")
+
+  def stored_as(file: str, ftype: int, source: str):
+    params = library.LlamaModelQuantizeParams()
+    params.ftype, params.nthread = ftype, 1
+    params.pure = params.allow_requantize = True
+    library.model_quantize(str(tmp_path / source), str(tmp_path / file), params)
+    return read_gguf(tmp_path / file)
+
+  ours = stored_as("codes.gguf", FTYPES[format], "F32.gguf")
+  theirs = stored_as("values.gguf", 0, "codes.gguf")
+  assert {x.format for x in ours.tensors.values()} == {format, "F32"}
+  for name in tensors:
+    here, there = (x.values(name).view(np.uint32) for x in (ours, theirs))
+    assert np.array_equal(here, there), name
 
 
 LLAMA3 = {

@@ -18,10 +18,11 @@ from vera_jax.errors import UserError
 from vera_jax.export import gguf as export_gguf
 from vera_jax.generate.generator import _unrolled
 from vera_jax.hub import resolve
+from vera_jax.models import gguf_file
 from vera_jax.models.family import read_fields
-from vera_jax.operations import gguf
-from vera_jax.operations.gguf import Blocks, decode, take_apart
+from vera_jax.models.gguf_file import decode
 from vera_jax.operations.quantised import (
+  Blocks,
   codes_digest,
   dequantise,
   half_product,
@@ -30,6 +31,7 @@ from vera_jax.operations.quantised import (
   plain,
   quantise,
   stack_layers,
+  take_apart,
 )
 from vera_jax.pretrained.blueprint import blueprint, load_model
 from vera_jax.pretrained.sharding import make_mesh, param_shardings, put
@@ -65,17 +67,17 @@ def file(tmp_path_factory):
       else tensor
       for name, tensor in tensors.items()
     }
-    gguf.write_gguf(file, metadata, mixed)
+    gguf_file.write_gguf(file, metadata, mixed)
 
   def encode(values, *, format):
     return (to_four_bits if format == "Q4_1" else eight_bits)(
       values, format=format
     )
 
-  eight_bits = gguf.encode
+  eight_bits = gguf_file.encode
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(export_gguf, "write_gguf", write)
-    patch.setattr(gguf, "encode", encode)
+    patch.setattr(gguf_file, "encode", encode)
     folder = random_folder(place / "model", "llama")
     formats = export_gguf.write_gguf_of(
       folder, place / "a.gguf", kind="gguf-q8_0"
@@ -90,7 +92,7 @@ def home(tmp_path, monkeypatch):
 
 
 def stored(format, outputs, blocks):
-  size = gguf.FORMATS[format].size
+  size = gguf_file.block_of(format)[1]
   data = RNG.integers(0, 256, (outputs * blocks, size), np.uint8)
   numbers = 4 if format == "Q4_1" else 2
   scale = RNG.standard_normal((len(data), numbers // 2)).astype("<f2")

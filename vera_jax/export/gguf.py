@@ -17,6 +17,14 @@ from jaxtyping import Float
 
 from vera_jax.errors import UserError
 from vera_jax.models.family import config_of, read_fields
+from vera_jax.models.gguf_file import (
+  FORMATS,
+  Gguf,
+  Tensor,
+  Written,
+  block_of,
+  write_gguf,
+)
 from vera_jax.models.gguf_folder import (
   ARCHITECTURES,
   FREQUENCIES,
@@ -40,7 +48,6 @@ from vera_jax.models.hf_weights import (
 )
 from vera_jax.models.llama import ORIGINAL, rotation_fields
 from vera_jax.operations.attention import ACTIVATIONS
-from vera_jax.operations.gguf import FORMATS, Gguf, Tensor, Written, write_gguf
 
 log = logging.getLogger(__name__)
 KINDS = {"gguf-f16": ("F16", 1), "gguf-q8_0": ("Q8_0", 7)}  # and file_type
@@ -136,7 +143,7 @@ def write_gguf_of(
         shape = tuple(opened.get_slice(name).get_shape())
         shape = shape[::-1] if turned else shape
         stored = format if len(shape) > 1 else "F32"
-        if shape[-1] % FORMATS[stored].weights:
+        if shape[-1] % block_of(stored)[0]:
           stored = "F16"
         tensors[ours] = Written(
           stored,

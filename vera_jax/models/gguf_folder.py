@@ -25,6 +25,7 @@ from vera_jax.files import (
   sha256_of,
   write_json,
 )
+from vera_jax.models.gguf_file import Gguf, read_gguf
 from vera_jax.models.gguf_keys import GPT2, ROTATING, Keys
 from vera_jax.models.gguf_tokenizer import (
   MORE_ENDS,
@@ -33,13 +34,7 @@ from vera_jax.models.gguf_tokenizer import (
   tokenizer_files,
 )
 from vera_jax.models.sizes import check_sizes
-from vera_jax.operations.gguf import (
-  PLAIN,
-  Blocks,
-  Gguf,
-  read_gguf,
-  take_apart,
-)
+from vera_jax.operations.quantised import Blocks, take_apart
 
 LINK = "model.gguf"
 LAYOUT = 2  # counted up when the folder of the same file becomes another
@@ -219,9 +214,9 @@ class Tensors:
     """
     ours = self.names[name]
     tensor = self.gguf.tensors[ours]
-    if tensor.format in PLAIN:
+    blocks = take_apart(self.gguf.stored(ours), format=tensor.format)
+    if blocks is None:
       return None
-    found = take_apart(self.gguf.stored(ours), format=tensor.format)
     heads = interleaved_heads(ours, self.architecture, self.fields)
 
     def rows(part: np.ndarray) -> np.ndarray:
@@ -229,10 +224,10 @@ class Tensors:
       return part if heads is None else from_pairs(part, heads=heads)
 
     return Blocks(
-      rows(found.codes),
-      rows(found.scale),
-      None if found.minimum is None else rows(found.minimum),
-      found.format,
+      rows(blocks.codes),
+      rows(blocks.scale),
+      None if blocks.minimum is None else rows(blocks.minimum),
+      blocks.format,
     )
 
 

@@ -20,7 +20,7 @@ temporary memory in products.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from vera_jax.errors import UserError
-from vera_jax.operations.gguf import FORMATS, Blocks
 
 CHOICES = ("none", "keep", "int8", "nf4", "bfloat16")
 NONE, KEEP, INT8, NF4, HALF = CHOICES
 BLOCK = 64  # weights that share a scale in nf4
-GGUF_BLOCK = FORMATS["Q4_1"].weights  # and in the other formats read
+GGUF_BLOCK = 32  # weights that share a scale in a GGUF file's codes
+# Formats of a GGUF file whose codes can be kept: their levels, and the bytes
+# of a block before the codes: a scale and perhaps a minimum.
+KEPT = {"Q4_0": ("int4", 2), "Q4_1": ("uint4", 4), "Q8_0": ("int8", 2)}
 # By QLoRA's appendix E; bitsandbytes has the same numbers.
 NF4_LEVELS = (
   *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -62,6 +64,41 @@ LEVELS: dict[str, Callable[[Array], Array]] = {
   "int4": lambda codes: _whole(codes) - 8,
   "nf4": _nf4,
 }
+
+
+class Blocks(NamedTuple):
+  """A quantised tensor's codes; its values are scale · level (+ minimum).
+
+  Attributes:
+    codes: [..., 32] int8, which are the levels, or [..., 16] uint8: a byte has
+      weight i in its low half and weight i + 16 in its high one.
+    scale, minimum: [..., 1] float16; no minimum is 0.
+    format: the levels of codes in four bits: "uint4" 0 to 15, "int4" -8 to 7;
+      "int8" for the others.
+  """
+
+  codes: np.ndarray
+  scale: np.ndarray
+  minimum: np.ndarray | None
+  format: str
+
+
+def take_apart(
+  stored: UInt8[np.ndarray, " bytes"], *, format: str
+) -> Blocks | None:
+  """The blocks of a GGUF file's tensor: views into its bytes.
+
+  Returns:
+    None where codes of the format can't be kept.
+  """
+  if format not in KEPT:
+    return None
+  levels, header = KEPT[format]
+  wide = levels == "int8"
+  blocks = stored.reshape(-1, header + GGUF_BLOCK // (1 if wide else 2))
+  scale, codes = blocks[:, :2].view("<f2"), blocks[:, header:]
+  minimum = blocks[:, 2:4].view("<f2") if header == 4 else None
+  return Blocks(codes.view(np.int8) if wide else codes, scale, minimum, levels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,16 +297,16 @@ def abstract_kernel(
 
 
 def keep(
-  found: Blocks | None, *, dtype: DTypeLike = jnp.float32
+  blocks: Blocks | None, *, dtype: DTypeLike = jnp.float32
 ) -> Quantised | None:
   """The codes of a matrix of a GGUF file, which has outputs before inputs.
 
   Args:
-    found: of `gguf_folder.Tensors.get_codes`; None, and the result too, where
+    blocks: of `gguf_folder.Tensors.get_codes`; None, and the result too, where
       the file has the values themselves.
     dtype: as in `Quantised`.
   """
-  if found is None:
+  if blocks is None:
     return None
 
   def turned(part: np.ndarray | None) -> Any:
@@ -278,14 +315,14 @@ def keep(
       return None
     return np.ascontiguousarray(part.reshape(len(part), -1).T)
 
-  outputs, blocks, _ = found.codes.shape
-  codes, scale, minimum = map(turned, found[:3])
+  outputs, count, _ = blocks.codes.shape
+  codes, scale, minimum = map(turned, blocks[:3])
   return Quantised(
     codes,
     scale,
     minimum,
-    found.format,
-    (blocks * GGUF_BLOCK, outputs),
+    blocks.format,
+    (count * GGUF_BLOCK, outputs),
     jnp.dtype(dtype),
   )
 

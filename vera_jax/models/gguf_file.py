@@ -1,14 +1,15 @@
-"""GGUF, llama.cpp's file of a whole model, read and written with numpy alone.
+"""GGUF, llama.cpp's file of a whole model, read and written.
 
 A file has, little-endian and in this order: the magic word, the version, the
 numbers of tensors and of metadata entries; the entries, each a key, a type and
 a value; of each tensor its name, dimensions (the innermost first), type and
 offset; then, aligned, the tensors' bytes. Quantised tensors come in blocks of
-32 weights along a row, with a scale each:
+32 or 256 weights along a row:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 Files may come from strangers. So no number in one is believed before the bytes
-that it speaks of were found to be inside the file.
+that it speaks of were found to be inside the file; llama.cpp's own package
+`gguf`, whose reader believes them, turns blocks into values and back.
 """
 
 import math
@@ -19,6 +20,8 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from jaxtyping import Float, UInt8
 
 from vera_jax.errors import UserError
@@ -33,33 +36,23 @@ TEXT, ARRAY = 8, 9
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 
 
-class Format(NamedTuple):
-  """How a tensor is stored: the file's number for it, and its blocks."""
-
-  number: int
-  weights: int
-  size: int  # bytes of a block
-
-
-FORMATS = {
-  "F32": Format(0, 1, 4),
-  "F16": Format(1, 1, 2),
-  "BF16": Format(30, 1, 2),
-  "Q4_0": Format(2, 32, 18),
-  "Q4_1": Format(3, 32, 20),
-  "Q8_0": Format(8, 32, 34),
-}
 PLAIN = {
   "F32": np.dtype("<f4"),
   "F16": np.dtype("<f2"),
   "BF16": np.dtype(jnp.bfloat16),
 }
-# What else files often hold, so that an error can name it.
-UNREAD = {6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K"} | {
-  13: "Q5_K",
-  14: "Q6_K",
-  20: "IQ4_NL",
-  23: "IQ4_XS",
+QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K") + (
+  *("Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+)
+FORMATS = (*PLAIN, *QUANTISED)  # that are read
+NUMBERS = {kind.value: kind.name for kind in GGMLQuantizationType}
+# The largest number of each format that is written: of Q8_0 127 steps of the
+# largest scale, which is a float16.
+LARGEST = {
+  "F32": float(np.finfo(np.float32).max),
+  "F16": 65504.0,
+  "BF16": float(jnp.finfo(jnp.bfloat16).max),
+  "Q8_0": 127 * 65504.0,
 }
 
 
@@ -96,23 +89,6 @@ class Gguf(NamedTuple):
     """A tensor's values: float32, or float16 and bfloat16 as stored."""
     tensor = self.tensors[name]
     return decode(self.stored(name), format=tensor.format, shape=tensor.shape)
-
-
-class Blocks(NamedTuple):
-  """A quantised tensor's codes; its values are scale · level (+ minimum).
-
-  Attributes:
-    codes: [..., 32] int8, which are the levels, or [..., 16] uint8: a byte has
-      weight i in its low half and weight i + 16 in its high one.
-    scale, minimum: [..., 1] float16; no minimum is 0.
-    format: the levels of codes in four bits: "uint4" 0 to 15, "int4" -8 to 7;
-      "int8" for the others.
-  """
-
-  codes: np.ndarray
-  scale: np.ndarray
-  minimum: np.ndarray | None
-  format: str
 
 
 class Written(NamedTuple):
@@ -162,53 +138,55 @@ def read_gguf(file: str | Path) -> Gguf:
       f"{file} is one of {parts} parts; join them first: llama-gguf-split"
       " --merge FIRST_PART OUT.gguf"
     )
-  found: dict[str, tuple[tuple[int, ...], int, int]] = {}
+  described: dict[str, tuple[tuple[int, ...], int, int]] = {}
   for _ in range(tensor_count):
     name = header.text()
     axes = header.number("I")
-    if not 1 <= axes <= 4 or name in found or len(name.encode()) > NAME:
+    if not 1 <= axes <= 4 or name in described or len(name.encode()) > NAME:
       header.refuse(
         f"its tensor {name[:NAME]!r} has {axes} axes, is there twice, or has a"
         f" name of more than {NAME} bytes"
       )
     shape = tuple(header.number("Q") for _ in range(axes))[::-1]
-    found[name] = shape, header.number("I"), header.number("Q")
+    described[name] = shape, header.number("I"), header.number("Q")
   step = metadata.get("general.alignment", ALIGNMENT)
   if not isinstance(step, int) or step < 1 or step & (step - 1):
     header.refuse(f"its alignment is {step!r}")
   # The tensors lie one behind the other, as llama.cpp expects it: so all that
   # is read together is no more than the file, whatever its header says.
   first = end = -(-header.position // step) * step
-  formats = {format.number: name for name, format in FORMATS.items()}
   tensors = {}
-  for name, (shape, number, offset) in found.items():
-    if number not in formats:
+  for name, (shape, number, offset) in described.items():
+    format = NUMBERS.get(number, f"type {number}")
+    if format not in FORMATS:
       raise UserError(
-        f"{file}: the tensor {name!r} is stored as"
-        f" {UNREAD.get(number, f'type {number}')}; here"
+        f"{file}: the tensor {name!r} is stored as {format}; here"
         f" {', '.join(FORMATS)} are read. Take the model in one of these, such"
         " as its Q8_0 file."
       )
-    format = FORMATS[formats[number]]
+    weights, block_size = block_of(format)
     count, start = math.prod(shape), first + offset
-    size = count // format.weights * format.size
-    if not count or shape[-1] % format.weights or offset % step:
+    size = count // weights * block_size
+    if not count or shape[-1] % weights or offset % step:
       header.refuse(f"its tensor {name!r} has the shape {shape} at {offset}")
     if start + size > len(data):
       header.refuse(f"its tensor {name!r} lies beyond the file's end")
     if start != end:
       header.refuse(f"its tensor {name!r} is not behind the one before it")
-    tensors[name] = Tensor(shape, formats[number], start, size)
+    tensors[name] = Tensor(shape, format, start, size)
     end += -(-size // step) * step
   return Gguf(file, metadata, tensors, data)
+
+
+def block_of(format: str) -> tuple[int, int]:
+  """How many weights a block of a format holds, and in how many bytes."""
+  return GGML_QUANT_SIZES[GGMLQuantizationType[format]]
 
 
 def decode(
   stored: UInt8[np.ndarray, " bytes"], *, format: str, shape: Sequence[int]
 ) -> Float[np.ndarray, "..."]:
-  """A tensor's values from its bytes, exactly: scale · code (+ minimum).
-
-  A scale and a minimum are float16, the products float32.
+  """A tensor's values from its bytes, exactly as llama.cpp has them.
 
   Args:
     stored: whole blocks, row after row.
@@ -217,57 +195,24 @@ def decode(
   """
   if format in PLAIN:
     return stored.view(PLAIN[format]).reshape(shape)
-  codes, scale, minimum, levels = take_apart(stored, format=format)
-  if levels != "int8":
-    codes = np.concatenate([codes & 15, codes >> 4], axis=1)
-  values = codes.astype(np.float32)
-  if levels == "int4":
-    values -= 8
-  values *= scale.astype(np.float32)
-  if minimum is not None:
-    values += minimum.astype(np.float32)
-  return values.reshape(shape)
-
-
-def take_apart(stored: UInt8[np.ndarray, " bytes"], *, format: str) -> Blocks:
-  """The blocks of a quantised tensor: views into its bytes."""
-  blocks = stored.reshape(-1, FORMATS[format].size)
-  scale = blocks[:, :2].view("<f2")
-  if format == "Q8_0":
-    return Blocks(blocks[:, 2:].view(np.int8), scale, None, "int8")
-  if format == "Q4_0":
-    return Blocks(blocks[:, 2:], scale, None, "int4")
-  return Blocks(blocks[:, 4:], scale, blocks[:, 2:4].view("<f2"), "uint4")
+  rows = stored.reshape(math.prod(shape[:-1]), -1)
+  return dequantize(rows, GGMLQuantizationType[format]).reshape(shape)
 
 
 def encode(values: Float[np.ndarray, "..."], *, format: str) -> bytes:
-  """The bytes of a tensor: F32, F16, BF16, or Q8_0 as llama.cpp rounds it.
+  """The bytes of a tensor, in a format of `LARGEST`.
 
   Raises:
     UserError: a value that the format can't hold.
   """
-  if format in PLAIN:
-    with np.errstate(over="ignore"):
-      plain = values.astype(PLAIN[format])
-    if not np.isfinite(plain).all():
-      raise UserError(f"{format} can't hold all its values; choose another.")
-    return plain.tobytes()
-  if format != "Q8_0":
-    raise ValueError(f"{format} is not written here")
-  blocks = values.astype(np.float32).reshape(-1, FORMATS[format].weights)
-  scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-  with np.errstate(divide="ignore", over="ignore"):
-    # where 1/scale is infinite the scale itself is 0 as float16
-    inverse = np.where(scale > np.finfo(np.float32).tiny, 1 / scale, 0)
-    short = scale.astype("<f2")
-  if not np.isfinite(short).all():
+  size = np.abs(values.astype(np.float32))
+  if not (size <= LARGEST[format]).all():
     raise UserError(f"{format} can't hold all its values; choose another.")
-  exact = np.abs(blocks * inverse)
-  whole = np.floor(exact)
-  whole += exact - whole >= 0.5  # halves away from zero, as C's roundf
-  codes = np.copysign(whole, blocks).astype(np.int8)
-  both = np.concatenate([short.view(np.uint8), codes.view(np.uint8)], axis=1)
-  return both.tobytes()
+  if format in PLAIN:
+    return values.astype(PLAIN[format]).tobytes()
+  # numbers so small make 0 in any case, and gguf would divide by their scale
+  values = np.where(size < 1e-30, 0, values.astype(np.float32))
+  return quantize(values, GGMLQuantizationType[format]).tobytes()
 
 
 def write_gguf(
@@ -291,11 +236,11 @@ def write_gguf(
       out.write(_text(key) + _value(value))
     offset = 0
     for name, tensor in tensors.items():
-      format = FORMATS[tensor.format]
+      weights, block_size = block_of(tensor.format)
       out.write(_text(name) + struct.pack("<I", len(tensor.shape)))
       out.write(struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape[::-1]))
-      out.write(struct.pack("<IQ", format.number, offset))
-      size = math.prod(tensor.shape) // format.weights * format.size
+      out.write(struct.pack("<IQ", GGMLQuantizationType[tensor.format], offset))
+      size = math.prod(tensor.shape) // weights * block_size
       offset += -(-size // ALIGNMENT) * ALIGNMENT
     for name, tensor in tensors.items():
       out.write(bytes(-out.tell() % ALIGNMENT))
