@@ -203,11 +203,11 @@ def _architecture(
   rope = fields.get("rope_parameters") or {}
   plain = {**architecture.always, "partial_rotary_factor": 1}
   for name, value in plain.items():
-    found = fields.get(name, rope.get(name))
-    if found is not None and _activation(found) != _activation(value):
+    stated = fields.get(name, rope.get(name))
+    if stated is not None and _activation(stated) != _activation(value):
       raise UserError(
-        f"{folder} can't be written as GGUF: its {name} is {found!r}, for which"
-        f" the header of a {model_type} has no place."
+        f"{folder} can't be written as GGUF: its {name} is {stated!r}, for"
+        f" which the header of a {model_type} has no place."
       )
   return kinds[model_type]
 

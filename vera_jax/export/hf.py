@@ -150,7 +150,7 @@ def _write(
   texts = probes(classifier)
   expected = check_finite(answer(classifier, texts))
   scale = max(1.0, float(np.abs(expected).max()))
-  found, allowed = {}, {}
+  differences, allowed = {}, {}
   # float32 always, as the proof of the merge; the type to keep comes last
   for kind in dict.fromkeys(("float32", dtype)):
     with np.errstate(over="ignore"):  # infinite weights fail the probes
@@ -161,7 +161,7 @@ def _write(
     with np.errstate(invalid="ignore"):  # of two infinite logits: NaN
       gaps = np.abs(answer(written, texts) - expected)
     difference = float(gaps.max())
-    found[kind], allowed[kind] = difference, scale * bounds[kind]
+    differences[kind], allowed[kind] = difference, scale * bounds[kind]
     if not difference <= allowed[kind]:  # NaN is refused too
       raise UserError(
         f"The merged model in {kind} answers differently from the adapted one:"
@@ -172,7 +172,7 @@ def _write(
     **classifier.about,
     "dtype": dtype,
     "probes": len(texts[0]),
-    "differences": found,
+    "differences": differences,
     "bounds": allowed,
   }
   write_json(folder / MERGED, about)

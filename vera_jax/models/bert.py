@@ -30,14 +30,12 @@ from vera_jax.models.family import (
   one_of,
   take_fields,
 )
+from vera_jax.models.part import apply_layers, with_remat
 from vera_jax.operations.attention import (
   ACTIVATIONS,
-  REMAT_POLICIES,
   Ids,
   Mask,
   Places,
-  attend,
-  check_remat,
   fill_inputs,
   input_shapes,
   same_segment,
@@ -155,15 +153,7 @@ class Embeddings(Part):
 class SelfAttention(Part):
   @nn.compact
   def __call__(self, read: Read, hidden: Hidden, mask: Mask) -> Read:
-    heads = self.config.num_attention_heads
-    query, key, value = (
-      self.dense(hidden.shape[-1], name)(x).reshape(*x.shape[:-1], heads, -1)
-      for name, x in (("query", read), ("key", hidden), ("value", hidden))
-    )
-    rate = self.config.attention_probs_dropout_prob
-    return attend(
-      query, key, value, mask, dropout=lambda x: self.dropout(x, rate)
-    )
+    return self.attention(read, hidden, mask)
 
 
 class Output(Part):
@@ -199,10 +189,10 @@ class Layer(Part):
     return Output(*self.settings, name="output")(inner, read)
 
 
-def _all_positions(
-  layer: nn.Module, hidden: Hidden, mask: Mask
+def _everywhere(
+  layer: nn.Module, hidden: Hidden, own: None, mask: Mask
 ) -> tuple[Hidden, None]:
-  """A layer at every position, in the (carry, output) form of scan."""
+  """A layer at every position, as `apply_layers` calls it."""
   return layer(hidden, hidden, mask), None
 
 
@@ -223,23 +213,10 @@ class Encoder(Part):
   ) -> Read:
     inner = self.config.num_hidden_layers - 1
     mask = same_segment(segment_ids, segment_ids)
-    layer: Any = self.kind
-    if self.remat != "none":
-      policy = REMAT_POLICIES[self.remat]
-      layer = nn.remat(layer, policy=policy, prevent_cse=not self.scan)
-    if self.scan and inner:
-      stack = nn.scan(
-        _all_positions,
-        variable_axes={True: 0},  # every collection, the adapter's too
-        split_rngs={True: True},
-        in_axes=nn.broadcast,
-        length=inner,
-      )
-      hidden, _ = stack(layer(*self.settings, name="layer"), hidden, mask)
-    for index in range(0 if self.scan else inner):
-      hidden = layer(*self.settings, name=f"layer_{index}")(
-        hidden, hidden, mask
-      )
+    layer = with_remat(self.kind, self.remat, scan=self.scan)
+    hidden, _ = apply_layers(
+      self, layer, _everywhere, hidden, [None] * inner, mask
+    )
     read = hidden
     if cls_positions is not None:
       read = jnp.take_along_axis(hidden, cls_positions[..., None], axis=1)
@@ -284,10 +261,6 @@ class BertClassifier(nn.Module):
   scan: bool = True
   remat: str = "none"
   head: str = "classification"
-
-  def __post_init__(self) -> None:
-    check_remat(self.remat)
-    super().__post_init__()
 
   @nn.compact
   def __call__(

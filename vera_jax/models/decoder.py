@@ -16,9 +16,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int
 
-from vera_jax.models.part import Part
+from vera_jax.models.part import Part, apply_layers, with_remat
 from vera_jax.operations import bands
-from vera_jax.operations.attention import REMAT_POLICIES, Ids, check_remat
+from vera_jax.operations.attention import Ids
 
 HEAD = "language_modelling"
 INPUTS = ("input_ids", "positions", "segment_ids", "read_positions")
@@ -250,6 +250,13 @@ class Pieces(NamedTuple):
   shared: Callable[[Any, Reach], Any]
 
 
+def _layer(
+  layer: nn.Module, hidden: Hidden, own: tuple[Any, Pair | None], shared: Any
+) -> tuple[Hidden, Pair | None]:
+  """A layer with its number and its past, as `apply_layers` calls it."""
+  return layer(hidden, *own, shared)
+
+
 class Stack(Part):
   """All layers, looped or scanned, and the last norm at the read positions.
 
@@ -271,33 +278,11 @@ class Stack(Part):
     *,
     rows: int,
   ) -> tuple[Hidden, Any]:
-    count, layer = self.config.num_hidden_layers, self.pieces.layer
-    new: Any = []
-    if self.remat != "none":
-      policy = REMAT_POLICIES[self.remat]
-      layer = nn.remat(layer, policy=policy, prevent_cse=not self.scan)
-    past: Any = None if cache is None else cache[:2]
-    if self.scan:
-      stack = nn.scan(
-        layer,
-        variable_axes={True: 0},  # every collection, the adapter's too
-        split_rngs={True: True},
-        in_axes=(0, 0, nn.broadcast),
-        length=count,
-      )
-      numbers = jnp.arange(count, dtype=jnp.int32)
-      one = stack(*self.settings, name="layer")
-      if past is not None:
-        past = tuple(map(jnp.stack, past))
-      hidden, new = one(hidden, numbers, past, shared)
-      if past is not None:
-        new = list(zip(*map(jnp.unstack, new), strict=True))
-    else:
-      for index in range(count):
-        one = layer(*self.settings, name=f"layer_{index}")
-        own = None if past is None else (past[0][index], past[1][index])
-        hidden, pair = one(hidden, index, own, shared)
-        new.append(pair)
+    layer = with_remat(self.pieces.layer, self.remat, scan=self.scan)
+    count = self.config.num_hidden_layers
+    past = [None] * count if cache is None else zip(*cache[:2], strict=True)
+    each = list(enumerate(past))
+    hidden, new = apply_layers(self, layer, _layer, hidden, each, shared)
     hidden = hidden.reshape(rows, -1, hidden.shape[-1])
     if reads is not None:
       hidden = jnp.take_along_axis(hidden, reads[..., None], axis=1)
@@ -323,10 +308,6 @@ class Decoder(nn.Module):
   scan: bool = True
   remat: str = "none"
   longest: int | None = None
-
-  def __post_init__(self) -> None:
-    check_remat(self.remat)
-    super().__post_init__()
 
   @nn.compact
   def __call__(

@@ -33,8 +33,6 @@ from vera_jax.operations.attention import (
   Ids,
   Mask,
   Places,
-  attend,
-  check_remat,
   fill_inputs,
   input_shapes,
 )
@@ -89,16 +87,8 @@ class Embeddings(Part):
 class Attention(Part):
   @nn.compact
   def __call__(self, read: Read, hidden: Hidden, mask: Mask) -> Read:
-    heads, width = self.config.num_attention_heads, hidden.shape[-1]
-    query, key, value = (
-      self.dense(width, name)(x).reshape(*x.shape[:-1], heads, -1)
-      for name, x in (("query", read), ("key", hidden), ("value", hidden))
-    )
-    rate = self.config.attention_probs_dropout_prob
-    context = attend(
-      query, key, value, mask, dropout=lambda x: self.dropout(x, rate)
-    )
-    return self.dense(width, "out_lin")(context)
+    context = self.attention(read, hidden, mask)
+    return self.dense(hidden.shape[-1], "out_lin")(context)
 
 
 class FeedForward(Part):
@@ -130,10 +120,6 @@ class DistilBertClassifier(nn.Module):
   param_dtype: DTypeLike = jnp.float32
   scan: bool = True
   remat: str = "none"
-
-  def __post_init__(self) -> None:
-    check_remat(self.remat)
-    super().__post_init__()
 
   @nn.compact
   def __call__(

@@ -415,24 +415,24 @@ def _biases(
       for layer in (range(layers) if "{}" in module else [0])
     }
 
-  found, fields = set(gguf.tensors), {}
+  present, fields = set(gguf.tensors), {}
   expected = names(architecture.modules, "weight")
   for field, words in architecture.biases.items():
     group = names(
       [x for x in architecture.modules if x.split(".")[-1] in words], "bias"
     )
     if field:
-      fields[field] = bool(group & found)
+      fields[field] = bool(group & present)
     if not field or fields[field]:
       expected |= group
   if architecture.interleaved:  # alone in llama.cpp
-    found -= {FREQUENCIES}
-  if left := sorted(found - expected):
+    present -= {FREQUENCIES}
+  if left := sorted(present - expected):
     raise UserError(
       f"{gguf.file}: there is no place here for its tensor {left[0]!r}. Is it a"
       " variant of its architecture that is not known here?"
     )
-  if lacking := sorted(expected - found - {"output.weight"}):
+  if lacking := sorted(expected - present - {"output.weight"}):
     raise UserError(f"{gguf.file} lacks the tensor {lacking[0]!r}.")
   return fields
 
@@ -531,8 +531,8 @@ def _scaling(gguf: Gguf, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     raise UserError(
       f"{gguf.file}: {prefix}.scaling.type {kind!r} is not known here."
     )
-  given = factor is not None or kind not in ("linear", "yarn")
-  if not given or not isinstance(factor, float | None):
+  lacking = factor is None and kind in ("linear", "yarn")
+  if lacking or not isinstance(factor, float | None):
     raise UserError(f"{gguf.file}: its {prefix}.scaling lacks a value.")
   # 0 stands for 1
   factor = 1.0 if kind == "none" else _short(factor or 1.0)

@@ -421,19 +421,19 @@ def merges_of(tokens: list[str], scores: Any, types: Any) -> list[tuple]:
     if kind not in skip
   }
   lengths = set(map(len, known))  # of few tokens all cuts are looked at
-  found, letters = [], 0
+  merges, letters = [], 0
   for token, i in known.items():
     for cut in range(1, len(token)):
       if cut in lengths and len(token) - cut in lengths:
         left, right = known.get(token[:cut]), known.get(token[cut:])
         if left is not None and right is not None:
-          found.append((-float(scores[i]), left, right))
+          merges.append((-float(scores[i]), left, right))
           letters += len(token)
     if letters > MERGED:  # a file of 8 MB could have 8 million long ones
       raise UserError(
-        f"Its tokens are made of one another in {len(found):,} ways and more."
+        f"Its tokens are made of one another in {len(merges):,} ways and more."
       )
-  return [(tokens[left], tokens[right]) for _, left, right in sorted(found)]
+  return [(tokens[left], tokens[right]) for _, left, right in sorted(merges)]
 
 
 def _steps(part: Any) -> list[Any]:
@@ -447,8 +447,7 @@ def _steps(part: Any) -> list[Any]:
 
 
 def _rule(name: str) -> str | None:
-  found = [rule for rule, names in RULES.items() if name in names]
-  return found[0] if found else None
+  return next((rule for rule, names in RULES.items() if name in names), None)
 
 
 def _cut(rule: str) -> Any:
@@ -484,16 +483,16 @@ def _as_json(rule: str) -> Any:
   return json.loads(tokenizer.to_str())["pre_tokenizer"]
 
 
-def _same(made: Any, found: Any) -> bool:
+def _same(one: Any, other: Any) -> bool:
   """Whether two pre-tokenizers cut alike; how they count offsets aside."""
-  if isinstance(made, dict) and isinstance(found, dict):
-    names = (made.keys() | found.keys()) - {"trim_offsets"}
+  if isinstance(one, dict) and isinstance(other, dict):
+    names = (one.keys() | other.keys()) - {"trim_offsets"}
     standard = {"use_regex": True, "invert": False}
     return all(
-      _same(made.get(n, standard.get(n)), found.get(n, standard.get(n)))
+      _same(one.get(n, standard.get(n)), other.get(n, standard.get(n)))
       for n in names
     )
-  if isinstance(made, list) and isinstance(found, list):
-    same = (_same(*pair) for pair in zip(made, found, strict=False))
-    return len(made) == len(found) and all(same)
-  return bool(made == found)
+  if isinstance(one, list) and isinstance(other, list):
+    same = (_same(*pair) for pair in zip(one, other, strict=False))
+    return len(one) == len(other) and all(same)
+  return bool(one == other)

@@ -142,11 +142,11 @@ def load_params(
     sources = _open_sources(folder, known, stack)
     for path, leaf in flatten_dict(dict(template)).items():
       names = _tensor_names(path, leaf.shape)
-      found = [sources[name] for name in names if name in sources]
-      used.update(source.name for source in found)
-      if not found:
+      parts = [sources[name] for name in names if name in sources]
+      used.update(source.name for source in parts)
+      if not parts:
         missing.append("/".join(path))
-      elif len(found) < len(names):
+      elif len(parts) < len(names):
         written = _tensor_names(path, leaf.shape, names=known)
         absent = next(
           file
@@ -159,10 +159,10 @@ def load_params(
         codes = None
         if quantise != NONE and path in kernels:
           codes = _read_codes(
-            path, leaf.shape, found, quantise, dtype, known.transposed
+            path, leaf.shape, parts, quantise, dtype, known.transposed
           )
         filled[path] = codes or _read_leaf(
-          path, leaf.shape, found, dtype=dtype, transposed=known.transposed
+          path, leaf.shape, parts, dtype=dtype, transposed=known.transposed
         )
     rest = {
       name: source
@@ -299,10 +299,10 @@ def _read_leaf(
 def _check_tensor(source: Source, shape: tuple[int, ...]) -> None:
   """Refuse a tensor of another shape, or of numbers that are not read."""
   header = source.file.get_slice(source.name)
-  found = tuple(header.get_shape())
-  if found != shape:
+  stored = tuple(header.get_shape())
+  if stored != shape:
     raise UserError(
-      f"Tensor {source.name!r} has shape {found} in the checkpoint, but "
+      f"Tensor {source.name!r} has shape {stored} in the checkpoint, but "
       f"the model of its config.json and task needs {shape}."
     )
   if header.get_dtype() not in FLOATS:

@@ -21,7 +21,6 @@ from jaxtyping import Float
 from vera_jax.errors import UserError
 from vera_jax.models.decoder import (
   HEAD,
-  Heads,
   Hidden,
   Mask,
   Pair,
@@ -44,7 +43,7 @@ from vera_jax.models.family import (
   take_fields,
 )
 from vera_jax.models.part import Part
-from vera_jax.operations.attention import ACTIVATIONS, Ids
+from vera_jax.operations.attention import ACTIVATIONS, Ids, rotate
 
 Activation = Callable[[Array], Array]
 # config.json's model_type -> transformers' class, and what stands in its files'
@@ -274,9 +273,9 @@ def _rotations(
   width = config.head_dim
   powers = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
   plain = 1 / np.float32(theta) ** powers
-  found, scale = plain, 1.0
+  frequencies, scale = plain, 1.0
   if kind == "linear":
-    found = plain / np.float32(number("factor"))
+    frequencies = plain / np.float32(number("factor"))
   elif kind == "llama3":
     factor = number("factor")
     low, high = (number(f"{name}_freq_factor") for name in ("low", "high"))
@@ -287,7 +286,7 @@ def _rotations(
       )
     turns = original * plain / np.float32(2 * math.pi)
     share = np.clip((turns - low) / (high - low), 0, 1)
-    found = (1 - share) * plain / np.float32(factor) + share * plain
+    frequencies = (1 - share) * plain / np.float32(factor) + share * plain
   elif kind == "longrope":
     factors = rope.get("short_factor")
     if room > original and factors != rope.get("long_factor"):
@@ -301,7 +300,7 @@ def _rotations(
       )
     for factor in factors:
       positive({"short_factor": factor}, "short_factor", inside="one of ")
-    found = plain / np.array(factors, np.float32)
+    frequencies = plain / np.array(factors, np.float32)
     factor = number("factor", room / original)
     if factor > 1:
       scale = math.sqrt(1 + math.log(factor) / math.log(original))
@@ -320,7 +319,7 @@ def _rotations(
     last += 0.001 if first == last else 0
     pairs = np.arange(width // 2, dtype=np.float32)
     share = np.clip((pairs - first) / (last - first), 0, 1)
-    found = plain / np.float32(factor) * share + plain * (1 - share)
+    frequencies = plain / np.float32(factor) * share + plain * (1 - share)
     both = rope.get("mscale") and rope.get("mscale_all_dim")
     up, down = (
       1 + 0.1 * weight * math.log(max(factor, 1.0))
@@ -329,7 +328,7 @@ def _rotations(
       )
     )
     scale = number("attention_factor", up / down)
-  return tuple(map(float, found)), scale
+  return tuple(map(float, frequencies)), scale
 
 
 def norm(part: Part, name: str) -> nn.Module:
@@ -350,7 +349,7 @@ class Shared(NamedTuple):
   sin: Turn
 
 
-def shared(config: LlamaConfig, reach: Reach) -> Shared:
+def share(config: LlamaConfig, reach: Reach) -> Shared:
   """The masks, with the rotations at the tokens' positions."""
   frequencies = jnp.asarray(config.frequencies, jnp.float32)
   angles = reach.positions[..., None, None] * frequencies[None, None, None]
@@ -358,16 +357,6 @@ def shared(config: LlamaConfig, reach: Reach) -> Shared:
   # XLA would compute them anew in each layer
   cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
   return Shared(reach, scale * cos, scale * sin)
-
-
-def rotate(x: Heads, given: Shared) -> Heads:
-  """The pairs (j, j + half) of each head turned by the token's position."""
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = (
-    first * given.cos - second * given.sin,
-    second * given.cos + first * given.sin,
-  )
-  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 class Embeddings(Part):
@@ -382,7 +371,7 @@ class Embeddings(Part):
 class Attention(Part):
   @nn.compact
   def __call__(
-    self, hidden: Hidden, index: Any, past: Pair | None, given: Shared
+    self, hidden: Hidden, index: Any, past: Pair | None, shared: Shared
   ) -> tuple[Hidden, Pair | None]:
     config = self.config
     query, key, value = (
@@ -397,14 +386,14 @@ class Attention(Part):
     )
     if config.head_norms:
       query, key = norm(self, "q_norm")(query), norm(self, "k_norm")(key)
-    query, key = rotate(query, given), rotate(key, given)
+    query, key = (rotate(x, shared.cos, shared.sin) for x in (query, key))
     if past is not None:
-      past = write(past, key, value, given.reach)
+      past = write(past, key, value, shared.reach)
     context = attend(
       query,
       key,
       value,
-      _mask(config, index, given.reach),
+      _mask(config, index, shared.reach),
       past=past,
       scale=config.head_dim**-0.5,
       dropout=lambda x: self.dropout(x, config.attention_dropout),
@@ -445,18 +434,18 @@ class FeedForward(Part):
 class Layer(Part):
   @nn.compact
   def __call__(
-    self, hidden: Hidden, index: Any, past: Pair | None, given: Shared
+    self, hidden: Hidden, index: Any, past: Pair | None, shared: Shared
   ) -> tuple[Hidden, Pair | None]:
     normed = norm(self, "input_layernorm")(hidden)
     attention = Attention(*self.settings, name="self_attn")
-    context, past = attention(normed, index, past, given)
+    context, past = attention(normed, index, past, shared)
     hidden = hidden + context
     normed = norm(self, "post_attention_layernorm")(hidden)
     hidden = hidden + FeedForward(*self.settings, name="mlp")(normed)
     return hidden, past
 
 
-PIECES = Pieces(Embeddings, Layer, norm, shared)
+PIECES = Pieces(Embeddings, Layer, norm, share)
 
 
 def _to_file(name: str) -> str:

@@ -35,22 +35,21 @@ from vera_jax.models.family import (
   sliding_layers,
   take_fields,
 )
+from vera_jax.models.part import apply_layers, with_remat
 from vera_jax.operations.attention import (
   ACTIVATIONS,
-  REMAT_POLICIES,
   Ids,
   Mask,
   Places,
   attend,
-  check_remat,
   fill_inputs,
   input_shapes,
+  rotate,
   same_segment,
 )
 
 Hidden = Float[Array, "rows length hidden"]
 Read = Float[Array, "rows reads hidden"]
-Heads = Float[Array, "rows length heads k"]
 Logits = Float[Array, "rows slots labels"]
 Turn = Float[Array, "rows length 1 _"]
 INPUTS = ("input_ids", "positions", "segment_ids", "cls_positions")
@@ -164,16 +163,16 @@ def _theta(fields: Mapping[str, Any], kind: str) -> float:
   latter for the same as global; newer ones `rope_parameters` by layer type.
   """
   name = {own: theirs for theirs, own in KINDS.items()}[kind]
-  given = fields.get("rope_parameters") or {}
-  if wrong := sorted(given.keys() - KINDS.keys()):
+  rope = fields.get("rope_parameters") or {}
+  if wrong := sorted(rope.keys() - KINDS.keys()):
     raise UserError(
       f"config.json: rope_parameters has {', '.join(wrong)}; this model has"
       f" them by kind of layer, for {' and '.join(KINDS)}."
     )
   inside = f"rope_parameters.{name}."
-  given = ROTATIONS.take(given.get(name) or {}, inside=inside)
-  if given.get("rope_theta") is not None:
-    return positive(given, "rope_theta", inside=inside)
+  rope = ROTATIONS.take(rope.get(name) or {}, inside=inside)
+  if rope.get("rope_theta") is not None:
+    return positive(rope, "rope_theta", inside=inside)
   older = f"{kind}_rope_theta"
   if fields.get(older, THETA[kind]) is None and kind == "local":
     return _theta(fields, "global")
@@ -217,16 +216,6 @@ class Reach(NamedTuple):
   sin: Turn
 
 
-def rotate(x: Heads, reach: Reach) -> Heads:
-  """Rotary positions (arXiv 2104.09864): the pairs (j, j + half) turned."""
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = (
-    first * reach.cos - second * reach.sin,
-    second * reach.cos + first * reach.sin,
-  )
-  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
 class Attention(Part):
   @nn.compact
   def __call__(
@@ -239,7 +228,7 @@ class Attention(Part):
       x.reshape(*x.shape[:-1], config.num_attention_heads, -1)
       for x in jnp.split(fused, 3, axis=-1)
     )
-    query, key = rotate(query, reach), rotate(key, reach)
+    query, key = (rotate(x, reach.cos, reach.sin) for x in (query, key))
     if reads is not None:
       query = jnp.take_along_axis(query, reads[..., None, None], axis=1)
     rate = config.attention_dropout
@@ -291,7 +280,7 @@ def _next(
   far: Reach,
   near: Reach,
 ) -> tuple[tuple[Hidden, Hidden], None]:
-  """A layer at every position, in the (carry, output) form of scan."""
+  """A layer at every position, as `apply_layers` calls it."""
   pick = partial(jnp.where, is_global)
   return layer(*carry, jax.tree.map(pick, far, near), None), None
 
@@ -332,26 +321,11 @@ class Encoder(Part):
     far = Reach(whole, *turns[0])
     near = Reach(whole & window, *turns[1])
 
-    layer: Any = Layer
-    if self.remat != "none":
-      policy = REMAT_POLICIES[self.remat]
-      layer = nn.remat(layer, policy=policy, prevent_cse=not self.scan)
+    layer = with_remat(Layer, self.remat, scan=self.scan)
     carry = hidden, hidden  # the embeddings are normalised already
-    if self.scan and last:
-      stack = nn.scan(
-        _next,
-        variable_axes={True: 0},  # every collection, the adapter's too
-        split_rngs={True: True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
-        length=last,
-      )
-      flags = jnp.array(config.is_global[:last])
-      carry, _ = stack(
-        layer(*self.settings, name="layer"), carry, flags, far, near
-      )
-    for index in range(0 if self.scan else last):
-      one = layer(*self.settings, name=f"layer_{index}")
-      carry, _ = _next(one, carry, config.is_global[index], far, near)
+    carry, _ = apply_layers(
+      self, layer, _next, carry, config.is_global[:last], far, near
+    )
     if config.is_global[last]:
       reach = far._replace(mask=read_whole)
     else:
@@ -383,10 +357,6 @@ class ModernBertClassifier(nn.Module):
   param_dtype: DTypeLike = jnp.float32
   scan: bool = True
   remat: str = "none"
-
-  def __post_init__(self) -> None:
-    check_remat(self.remat)
-    super().__post_init__()
 
   @nn.compact
   def __call__(

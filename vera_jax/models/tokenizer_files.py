@@ -126,12 +126,12 @@ def _growth(step: Mapping[str, Any]) -> tuple[float, float]:
   """(characters that a step makes of one, how many it adds to a text)."""
   kind = step["type"]
   if kind == "Replace":
-    found, written = step["pattern"], len(step["content"])
-    if "String" not in found:  # a regular expression may match nothing
+    pattern, written = step["pattern"], len(step["content"])
+    if "String" not in pattern:  # a regular expression may match nothing
       return 1 + written if written > 1 else max(1, written), written
-    if not found["String"]:
+    if not pattern["String"]:
       raise UserError("it replaces what is empty")
-    return max(1, written / len(found["String"])), 0
+    return max(1, written / len(pattern["String"])), 0
   if kind == "Prepend":
     return 1, len(step["prepend"])
   if kind == "ByteLevel":  # a character per byte

@@ -27,12 +27,8 @@ from vera_jax.models.family import (
   one_of,
   take_fields,
 )
-from vera_jax.operations.attention import (
-  ACTIVATIONS,
-  REMAT_POLICIES,
-  attend,
-  check_remat,
-)
+from vera_jax.models.part import apply_layers, with_remat
+from vera_jax.operations.attention import ACTIVATIONS
 from vera_jax.operations.norm import LayerNorm
 
 Pixels = Float[Array, "rows height width channels"]
@@ -184,18 +180,7 @@ class Embeddings(Part):
 class SelfAttention(Part):
   @nn.compact
   def __call__(self, read: Read, hidden: Hidden) -> Read:
-    config = self.config
-    heads, width = config.num_attention_heads, config.hidden_size
-    query, key, value = (
-      self.dense(width, name, bias=config.qkv_bias)(x).reshape(
-        *x.shape[:-1], heads, -1
-      )
-      for name, x in (("query", read), ("key", hidden), ("value", hidden))
-    )
-    rate = config.attention_probs_dropout_prob
-    return attend(
-      query, key, value, None, dropout=lambda x: self.dropout(x, rate)
-    )
+    return self.attention(read, hidden, None, bias=self.config.qkv_bias)
 
 
 class Projection(Part):
@@ -216,8 +201,10 @@ class Attention(Part):
     return Projection(*self.settings, width, name="output")(context)
 
 
-def _all_tokens(layer: nn.Module, hidden: Hidden) -> tuple[Hidden, None]:
-  """A layer at every token, in the (carry, output) form of scan."""
+def _everywhere(
+  layer: nn.Module, hidden: Hidden, own: None
+) -> tuple[Hidden, None]:
+  """A layer at every token, as `apply_layers` calls it."""
   return layer(hidden), None
 
 
@@ -240,20 +227,9 @@ class Encoder(Part):
 
   @nn.compact
   def __call__(self, hidden: Hidden) -> Read:
-    inner, layer = self.config.num_hidden_layers - 1, self.kind
-    if self.remat != "none":
-      policy = REMAT_POLICIES[self.remat]
-      layer = nn.remat(layer, policy=policy, prevent_cse=not self.scan)
-    if self.scan and inner:
-      stack = nn.scan(
-        _all_tokens,
-        variable_axes={True: 0},  # every collection, the adapter's too
-        split_rngs={True: True},
-        length=inner,
-      )
-      hidden, _ = stack(layer(*self.settings, name="layer"), hidden)
-    for index in range(0 if self.scan else inner):
-      hidden = layer(*self.settings, name=f"layer_{index}")(hidden)
+    inner = self.config.num_hidden_layers - 1
+    layer = with_remat(self.kind, self.remat, scan=self.scan)
+    hidden, _ = apply_layers(self, layer, _everywhere, hidden, [None] * inner)
     return layer(*self.settings, self.reads, name=f"layer_{inner}")(hidden)
 
 
@@ -279,10 +255,6 @@ class ImageClassifier(nn.Module):
   param_dtype: DTypeLike = jnp.float32
   scan: bool = True
   remat: str = "none"
-
-  def __post_init__(self) -> None:
-    check_remat(self.remat)
-    super().__post_init__()
 
   @nn.compact
   def __call__(

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from vera_jax.errors import UserError
 from vera_jax.operations.gelu import gelu
 
 Ids = Int[Array, "rows length"]
@@ -39,17 +38,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "silu": nn.silu,
   "swish": nn.silu,
 }
-REMAT_POLICIES = {
-  "full": None,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-REMATS = ("none", *REMAT_POLICIES)
-
-
-def check_remat(remat: str) -> None:
-  """Raises a UserError for a remat that is not there."""
-  if remat not in REMATS:
-    raise UserError(f"remat is {remat!r}; it is one of {', '.join(REMATS)}.")
 
 
 def input_shapes(
@@ -79,6 +67,17 @@ def fill_inputs(
   if cls_positions is None:
     cls_positions = jnp.zeros_like(input_ids[:, :1])
   return positions, segment_ids, cls_positions
+
+
+def rotate(
+  x: Float[Array, "rows length heads k"],
+  cos: Float[Array, "rows length 1 _"],
+  sin: Float[Array, "rows length 1 _"],
+) -> Float[Array, "rows length heads k"]:
+  """Rotary positions (arXiv 2104.09864): the pairs (j, j + half) turned."""
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = first * cos - second * sin, second * cos + first * sin
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def same_segment(

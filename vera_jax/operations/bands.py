@@ -40,7 +40,9 @@ def cut(length: int, longest: int | None) -> tuple[int, int]:
     longest: tokens of the longest text in them; None: it may fill a row.
   """
   if longest is not None and length % BLOCK == 0:
+    # The first column of a block looks furthest: longest - 1 columns back.
     back = -(-(longest - 1) // BLOCK)
+    # Where that is nearly all of the row, blocks would copy keys for nothing.
     if (back + 1) * BLOCK < length:
       return BLOCK, back
   return length, 0
@@ -54,8 +56,12 @@ def windows(
   Slices rather than a gather, whose gradient would be a slow scatter.
   """
   *front, length, width = x.shape
+  # The first blocks of a row have none before them: they get zeros, which
+  # `masks` hides.
   none = ((0, 0),) * len(front)
   padded = jnp.pad(x, (*none, (back * block, 0), (0, 0)))
+  # Shifted by whole blocks, the row has each block's i-th predecessor in the
+  # block's own place; side by side they are what the block's queries see.
   shifted = [
     padded[..., i * block : i * block + length, :].reshape(
       *front, length // block, block, width
@@ -78,16 +84,20 @@ def masks(
   block, back = cut(length, longest)
   shape = (rows, length // block, block, 1)
 
+  # The ids of a block's keys are cut as the keys themselves are, so that a row
+  # of the mask lies against the products' row.
   def of_keys(x: Array) -> Array:
     return windows(x[..., None], block, back)[..., 0][:, :, None]
 
   keys, queries = np.arange((back + 1) * block), np.arange(block)
+  # A block's own columns are the last of its keys, behind `back` blocks.
   causal = keys <= queries[:, None] + back * block
   # + 1, for windows have zeros before a row's start, and padding's segment is 0
   whole = segment_ids.reshape(shape) + 1 == of_keys(segment_ids + 1)
   whole = whole & causal[None, None]
   if window is None:
     return whole, None
+  # Positions restart in each text, but within a text they tell distances.
   apart = positions.reshape(shape) - of_keys(positions)
   return whole, whole & (apart < window)
 
@@ -122,6 +132,8 @@ def attend(
   mask = jnp.broadcast_to(
     mask[:, None, :, None], (*query.shape[:-1], keys)
   ).reshape(*below, keys)
+  # The weights exist only inside `_attend`, so dropout is drawn on ones and
+  # multiplied in there; it must be the same in both passes.
   ones = jnp.ones(mask.shape, jnp.float32)
   kept: Any = dropout(ones)
   kept = None if kept is ones else kept  # dropout is off
@@ -134,6 +146,7 @@ def attend(
 
 
 def _product(letters: str, one: Array, two: Array) -> Array:
+  # sums of bfloat16 products in float32, of float64's (in tests) in float64
   wide = jnp.promote_types(one.dtype, jnp.float32)
   return jnp.einsum(letters, one, two, preferred_element_type=wide)
 
@@ -150,6 +163,8 @@ def _attend(query, key, value, mask, kept, block, back):
 
 def _forward(query, key, value, mask, kept, block, back):
   scores = _scores(query, windows(key, block, back), mask)
+  # One number a query is kept, from which the backward pass has the softmax
+  # again: weight = exp(score - total).
   total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
   weights = jnp.exp(scores - total)
   if kept is not None:
@@ -163,6 +178,8 @@ def _backward(block, back, saved, slope):
   # With keys in front of queries two of the three products below read what
   # they multiply as it lies in memory, the other way round one.
   query, key, value, mask, kept, context, total = saved
+  # A key lies in the windows of several blocks; the transpose of `windows` sums
+  # what they each send back to it.
   widen = partial(windows, block=block, back=back)
   (key, to_key), (value, to_value) = (jax.vjp(widen, x) for x in (key, value))
   turned = mask.swapaxes(-1, -2)
@@ -172,7 +189,9 @@ def _backward(block, back, saved, slope):
   if kept is not None:
     kept = kept.swapaxes(-1, -2)
     to_weights, dropped = to_weights * kept, weights * kept
-  # for each query the sum of weights * to_weights
+  # A softmax sends back weights * (to_weights - mean). The mean is the sum of
+  # weights * to_weights over a query's keys, which equals the product of the
+  # context and its slope: a smaller sum.
   mean = _product("...k,...k->...", slope, context)[..., None, :]
   to_scores = (weights * (to_weights - mean)).astype(key.dtype)
   to_query = _product("...sq,...sk->...qk", to_scores, key)

@@ -77,13 +77,13 @@ def _by_blocks(
   """function(hidden, labels) on one block of columns after another."""
   rows, reads = labels.shape
   blocks = _blocks(hidden, labels, positions=positions)
-  found = jax.lax.map(lambda own: function(*own), blocks)
+  parts = jax.lax.map(lambda block: function(*block), blocks)
 
   def joined(array: Any) -> Any:
     array = jnp.moveaxis(array, 0, 1)
     return array.reshape(rows, -1, *array.shape[3:])[:, :reads]
 
-  return jax.tree.map(joined, found)
+  return jax.tree.map(joined, parts)
 
 
 def _blocks(*arrays: Any, positions: int) -> tuple[Any, ...]:
@@ -168,15 +168,15 @@ def _forward(hidden, kernel, labels, smoothing, block):
   return losses, (to_hidden, for_kernel)
 
 
-def _backward(smoothing, block, kept, given):
+def _backward(smoothing, block, kept, slope):
   to_hidden, for_kernel = kept
-  if isinstance(given, SymbolicZero):
-    given = jnp.zeros(given.shape, given.dtype)
-  given = given[..., None]
-  to_hidden = (given * to_hidden.astype(jnp.float32)).astype(to_hidden.dtype)
+  if isinstance(slope, SymbolicZero):
+    slope = jnp.zeros(slope.shape, slope.dtype)
+  slope = slope[..., None]
+  to_hidden = (slope * to_hidden.astype(jnp.float32)).astype(to_hidden.dtype)
   if for_kernel is None:
     return to_hidden, None, None
-  # Of a trained kernel the gradient depends on `given`: the logits again.
+  # Of a trained kernel the gradient depends on `slope`: the logits again.
   hidden, kernel, labels = for_kernel
   embedding = kernel.T
 
@@ -191,7 +191,7 @@ def _backward(smoothing, block, kept, given):
     )
     return sums + part, None
 
-  blocks = _blocks(hidden, labels, given, positions=block // kernel.shape[1])
+  blocks = _blocks(hidden, labels, slope, positions=block // kernel.shape[1])
   zeros = jnp.zeros(embedding.shape, jnp.float32)
   to_embedding, _ = jax.lax.scan(add, zeros, blocks)
   return to_hidden, to_embedding.T.astype(kernel.dtype), None

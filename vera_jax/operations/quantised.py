@@ -358,7 +358,7 @@ def codes_digest(params: Mapping[str, Any]) -> str | None:
 
   Layers count one by one, so that stacked ones give what looped ones do.
   """
-  found: dict[str, bytes] = {}
+  digests: dict[str, bytes] = {}
   for path, leaf in flatten_dict(dict(params)).items():
     if not is_quantised(leaf):
       continue
@@ -369,11 +369,11 @@ def codes_digest(params: Mapping[str, Any]) -> str | None:
       for part in jax.tree.leaves(leaf):
         value = np.asarray(part[i] if stacked else part)
         sha.update(value.tobytes())
-      own = name.replace("/layer/", f"/layer_{i}/") if stacked else name
-      found[own] = sha.digest()
-  if not found:
+      layer = name.replace("/layer/", f"/layer_{i}/") if stacked else name
+      digests[layer] = sha.digest()
+  if not digests:
     return None
-  whole = hashlib.sha256()
-  for name in sorted(found):
-    whole.update(name.encode() + found[name])
-  return whole.hexdigest()
+  total = hashlib.sha256()
+  for name in sorted(digests):
+    total.update(name.encode() + digests[name])
+  return total.hexdigest()

@@ -17,7 +17,7 @@ from vera_jax.adapters.methods import (
 )
 from vera_jax.adapters.plans import AUTO, check_plan
 from vera_jax.errors import UserError
-from vera_jax.operations.attention import REMATS
+from vera_jax.models.part import REMATS
 from vera_jax.operations.quantised import NONE, check_quantise
 from vera_jax.pretrained.blueprint import choose_scan
 from vera_jax.train.optim import EPS, SCHEDULES

@@ -145,13 +145,13 @@ class CharLstm(nn.Module):
     embedding = nn.Embed(
       config.vocab_size, config.embedding_size, name="embeddings", **types
     )
-    found = [embedding(ids.reshape(-1, config.window))]
+    states = [embedding(ids.reshape(-1, config.window))]
     for number in range(config.num_hidden_layers):
       # flax has a cell's leaves under the cell's own name
       name = f"layer_{number}"
       cell = nn.LSTMCell(config.hidden_size, name=name, **types)
-      found.append(nn.RNN(cell, name=f"{name}_over_time")(found[-1]))
-    x = jnp.concatenate(found, axis=-1)
+      states.append(nn.RNN(cell, name=f"{name}_over_time")(states[-1]))
+    x = jnp.concatenate(states, axis=-1)
     score = nn.Dense(1, use_bias=False, name="attention", **types)(x)
     weights = jax.nn.softmax(score.astype(jnp.float32), axis=1)
     read = jnp.sum(x * weights.astype(self.dtype), axis=1)

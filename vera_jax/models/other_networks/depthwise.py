@@ -55,8 +55,8 @@ def _forward(x: Image, kernel: Kernel, stride: int) -> Any:
   return _depthwise(x, kernel, stride), (x, kernel)
 
 
-def _backward(stride: int, kept: Any, given: Filtered) -> tuple[Image, Kernel]:
-  """The image's gradient is a convolution of `given`, spread out by the stride,
+def _backward(stride: int, kept: Any, slope: Filtered) -> tuple[Image, Kernel]:
+  """The image's gradient is a convolution of `slope`, spread out by the stride,
   with the turned kernel; XLA drops the kernel's where nobody takes it."""
   x, kernel = kept
   spread = [(0, 0, 0)]
@@ -65,7 +65,7 @@ def _backward(stride: int, kept: Any, given: Filtered) -> tuple[Image, Kernel]:
     reach = (-(-size // stride) - 1) * stride + 1
     first = taps - 1 - before
     spread.append((first, size + taps - 1 - reach - first, stride - 1))
-  wide = lax.pad(given, jnp.zeros((), given.dtype), [*spread, (0, 0, 0)])
+  wide = lax.pad(slope, jnp.zeros((), slope.dtype), [*spread, (0, 0, 0)])
   rows, columns = kernel.shape[:2]
   parts = (
     wide[:, i : i + x.shape[1], j : j + x.shape[2]]
@@ -74,7 +74,7 @@ def _backward(stride: int, kept: Any, given: Filtered) -> tuple[Image, Kernel]:
     for j in range(columns)
   )
   to_kernel = [
-    jnp.sum(part * given, axis=(0, 1, 2))
+    jnp.sum(part * slope, axis=(0, 1, 2))
     for *_, part in _taps(x, kernel, stride)
   ]
   return sum(parts, start=jnp.zeros((), x.dtype)), jnp.stack(to_kernel).reshape(

@@ -31,8 +31,8 @@ from vera_jax.models.family import (
   one_of,
 )
 from vera_jax.models.other_networks.depthwise import depthwise
+from vera_jax.models.part import with_remat
 from vera_jax.models.vision import EXAMPLE, HEAD, Logits, Pixels, input_shapes
-from vera_jax.operations.attention import REMAT_POLICIES, check_remat
 
 Hidden = Float[Array, "rows height width channels"]
 Made = Float[Array, "rows tall wide made"]
@@ -80,10 +80,10 @@ class EfficientNetConfig:
     """Picks the model's fields; what it can't honour is a UserError."""
     one_of(fields, "model_type", (KIND,))
     names = [field.name for field in dataclasses.fields(cls)]
-    given = {name: fields[name] for name in names if name in fields}
+    values = {name: fields[name] for name in names if name in fields}
     try:
-      given["stages"] = tuple(Stage(**stage) for stage in fields["stages"])
-      config = cls(**given)
+      values["stages"] = tuple(Stage(**stage) for stage in fields["stages"])
+      config = cls(**values)
       sizes = [config.stem_width, config.last_width, config.image_size]
       for number in (*sizes, *(n for stage in config.stages for n in stage)):
         if not isinstance(number, int) or number < 1:
@@ -232,9 +232,7 @@ class Encoder(Part):
 
   @nn.compact
   def __call__(self, x: Hidden) -> Made:
-    layer: Any = Layer
-    if self.remat != "none":
-      layer = nn.remat(layer, policy=REMAT_POLICIES[self.remat])
+    layer = with_remat(Layer, self.remat)
     number = 0
     for stage in self.config.stages:
       for index in range(stage.layers):
@@ -254,10 +252,6 @@ class EfficientNet(Part):
 
   outputs: int
   remat: str = "none"
-
-  def __post_init__(self) -> None:
-    check_remat(self.remat)
-    super().__post_init__()
 
   @nn.compact
   def __call__(
