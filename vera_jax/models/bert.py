@@ -190,7 +190,7 @@ class Layer(Part):
 
 
 def _everywhere(
-  layer: nn.Module, hidden: Hidden, own: None, mask: Mask
+  layer: nn.Module, hidden: Hidden, extra: None, mask: Mask
 ) -> tuple[Hidden, None]:
   """A layer at every position, as `apply_layers` calls it."""
   return layer(hidden, hidden, mask), None
@@ -220,8 +220,8 @@ class Encoder(Part):
     read = hidden
     if cls_positions is not None:
       read = jnp.take_along_axis(hidden, cls_positions[..., None], axis=1)
-      own = jnp.take_along_axis(segment_ids, cls_positions, axis=1)
-      mask = same_segment(own, segment_ids)
+      segments = jnp.take_along_axis(segment_ids, cls_positions, axis=1)
+      mask = same_segment(segments, segment_ids)
     return layer(*self.settings, name=f"layer_{inner}")(read, hidden, mask)
 
 

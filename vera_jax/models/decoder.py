@@ -162,13 +162,13 @@ def find_reach(
   before = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
   positions = cache.positions[:, None] + before
   keys_at = jnp.arange(cache.slots, dtype=jnp.int32)[None]
-  whole = keys_at[:, None] <= positions[:, :, None]
+  seen = keys_at[:, None] <= positions[:, :, None]
   near = None
   if window is not None:
-    near = whole & (positions[:, :, None] - keys_at[:, None] < window)
+    near = seen & (positions[:, :, None] - keys_at[:, None] < window)
   # what is padding, or has no slot left, is written nowhere
   slots = jnp.where(real, positions, cache.slots)
-  return Reach(positions, real, whole, near, slots)
+  return Reach(positions, real, seen, near, slots)
 
 
 def attend(
@@ -251,10 +251,13 @@ class Pieces(NamedTuple):
 
 
 def _layer(
-  layer: nn.Module, hidden: Hidden, own: tuple[Any, Pair | None], shared: Any
+  layer: nn.Module,
+  hidden: Hidden,
+  number_and_past: tuple[Any, Pair | None],
+  shared: Any,
 ) -> tuple[Hidden, Pair | None]:
   """A layer with its number and its past, as `apply_layers` calls it."""
-  return layer(hidden, *own, shared)
+  return layer(hidden, *number_and_past, shared)
 
 
 class Stack(Part):

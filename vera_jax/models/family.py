@@ -117,7 +117,7 @@ def field_table(
   used: str, *, unused: str = "", fixed: Mapping[str, tuple[Any, ...]]
 ) -> Fields:
   """A family's fields in words, with those that every config.json may have."""
-  own = frozenset(used.split())
+  read_here = frozenset(used.split())
   common = (
     "_attn_implementation _attn_implementation_autoset _name_or_path"
     " _num_labels attn_implementation chunk_size_feed_forward"
@@ -145,8 +145,8 @@ def field_table(
   read = "architectures id2label model_type num_labels problem_type"
   others = f"{unused} {common} {tokens} {writing}"
   return Fields(
-    used=own | frozenset(read.split()),
-    unused=frozenset(others.split()) - own,
+    used=read_here | frozenset(read.split()),
+    unused=frozenset(others.split()) - read_here,
     fixed={
       "is_encoder_decoder": (False, None),
       "per_layer_config": (None, {}),
@@ -348,15 +348,15 @@ def renamed(
     UserError: a field has both names, and two values.
   """
   known = {k: value for k, value in fields.items() if k not in names}
-  for own, common in names.items():
-    if own not in fields:
+  for word, common in names.items():
+    if word not in fields:
       continue
-    if fields.get(common, fields[own]) != fields[own]:
+    if fields.get(common, fields[word]) != fields[word]:
       raise UserError(
-        f"config.json: {own} is {fields[own]!r} and {common} is"
+        f"config.json: {word} is {fields[word]!r} and {common} is"
         f" {fields[common]!r}, which are two names for one thing; keep one."
       )
-    known[common] = fields[own]
+    known[common] = fields[word]
   return known
 
 

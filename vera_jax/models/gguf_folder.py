@@ -302,8 +302,8 @@ def config_fields(gguf: Gguf) -> dict[str, Any]:
 
   def get(key: str, kinds: Any = int, default: Any = None) -> Any:
     value = gguf.metadata.get(f"{prefix}.{key}", default)
-    whole = isinstance(value, kinds) and not isinstance(value, bool)
-    if not whole or not 0 <= value < math.inf:  # NaN is refused too
+    usable = isinstance(value, kinds) and not isinstance(value, bool)
+    if not usable or not 0 <= value < math.inf:  # NaN is refused too
       raise UserError(
         f"{gguf.file}: its header has no usable {prefix}.{key}: {value!r}."
       )

@@ -203,13 +203,13 @@ def tokenizer_files(
   for name, part in parts.items():
     setattr(made, name, part)
   kinds = (UNKNOWN, CONTROL, USER_DEFINED)
-  whole = [(tokens[i], t) for i, t in enumerate(types) if t in kinds]
-  if sum(len(token) for token, _ in whole) > WHOLE:
+  special_tokens = [(tokens[i], t) for i, t in enumerate(types) if t in kinds]
+  if sum(len(token) for token, _ in special_tokens) > WHOLE:
     raise refuse(f"its special tokens have more than {WHOLE:,} letters")
   made.add_tokens(
     [
       AddedToken(token, special=bool(t != USER_DEFINED), normalized=False)
-      for token, t in whole
+      for token, t in special_tokens
     ]
   )
   bos, eos = (special.get(f"{name}_token") for name in ("bos", "eos"))

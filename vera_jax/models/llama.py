@@ -157,7 +157,7 @@ class LlamaConfig:
     one_of(known, "hidden_act", ACTIVATIONS)
     one_of({"attention_bias": False, **known}, "attention_bias", (True, False))
     one_of(known, "use_sliding_window", (True, False, None))
-    own: dict[str, Any] = {
+    derived: dict[str, Any] = {
       "frequencies": (),
       "rotation_scale": 1.0,
       "slides": (),
@@ -167,15 +167,15 @@ class LlamaConfig:
     }
     if kind in ("llama", "qwen3"):
       bias = known.get("attention_bias", False)
-      own |= {"qkv_bias": bias, "out_bias": bias}
+      derived |= {"qkv_bias": bias, "out_bias": bias}
     if known.get("num_key_value_heads") is None:
-      own["num_key_value_heads"] = known.get("num_attention_heads")
+      derived["num_key_value_heads"] = known.get("num_attention_heads")
     if known.get("head_dim") is None:
       heads = known.get("num_attention_heads") or 1
-      own["head_dim"] = int(known.get("hidden_size") or 0) // int(heads)
+      derived["head_dim"] = int(known.get("hidden_size") or 0) // int(heads)
     if kind.startswith("qwen") and not known.get("use_sliding_window"):
-      own["sliding_window"] = None
-    config = take_fields(cls, {**known, **own})
+      derived["sliding_window"] = None
+    config = take_fields(cls, {**known, **derived})
     if config.num_attention_heads % config.num_key_value_heads:
       raise UserError(
         f"config.json: num_attention_heads {config.num_attention_heads} does"

@@ -162,7 +162,7 @@ def _theta(fields: Mapping[str, Any], kind: str) -> float:
   Older files have `global_rope_theta` and `local_rope_theta`, null in the
   latter for the same as global; newer ones `rope_parameters` by layer type.
   """
-  name = {own: theirs for theirs, own in KINDS.items()}[kind]
+  name = {ours: theirs for theirs, ours in KINDS.items()}[kind]
   rope = fields.get("rope_parameters") or {}
   if wrong := sorted(rope.keys() - KINDS.keys()):
     raise UserError(
@@ -301,11 +301,11 @@ class Encoder(Part):
   ) -> Read:
     config, last = self.config, self.config.num_hidden_layers - 1
     # A query sees its own example; in local layers, also by distance.
-    own, places = (
+    read_segments, places = (
       jnp.take_along_axis(x, reads, axis=1) for x in (segment_ids, positions)
     )
-    whole, read_whole = (
-      same_segment(x, segment_ids) for x in (segment_ids, own)
+    same, read_same = (
+      same_segment(x, segment_ids) for x in (segment_ids, read_segments)
     )
     window, read_window = (
       abs(x[:, None, :, None] - positions[:, None, None])
@@ -318,8 +318,8 @@ class Encoder(Part):
       frequencies = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
       angles = positions[..., None, None] * frequencies[None, None, None]
       turns.append((jnp.cos(angles), jnp.sin(angles)))
-    far = Reach(whole, *turns[0])
-    near = Reach(whole & window, *turns[1])
+    far = Reach(same, *turns[0])
+    near = Reach(same & window, *turns[1])
 
     layer = with_remat(Layer, self.remat, scan=self.scan)
     carry = hidden, hidden  # the embeddings are normalised already
@@ -327,9 +327,9 @@ class Encoder(Part):
       self, layer, _next, carry, config.is_global[:last], far, near
     )
     if config.is_global[last]:
-      reach = far._replace(mask=read_whole)
+      reach = far._replace(mask=read_same)
     else:
-      reach = near._replace(mask=read_whole & read_window)
+      reach = near._replace(mask=read_same & read_window)
     one = layer(*self.settings, name=f"layer_{last}")
     read, _ = one(*carry, reach, reads)
     return self.norm(read, "final_norm")
@@ -390,8 +390,8 @@ class ModernBertClassifier(nn.Module):
     read = encoder(hidden, positions, segment_ids, reads)
     read = read.astype(jnp.float32)
     if is_mean:
-      own = jnp.take_along_axis(segment_ids, cls_positions, axis=1)
-      inside = same_segment(own, segment_ids)[:, 0].astype(jnp.float32)
+      segments = jnp.take_along_axis(segment_ids, cls_positions, axis=1)
+      inside = same_segment(segments, segment_ids)[:, 0].astype(jnp.float32)
       inside /= inside.sum(axis=-1, keepdims=True)
       read = jnp.einsum("...rs,...sh->...rh", inside, read)
     settings = (config, jnp.float32, self.param_dtype, deterministic)

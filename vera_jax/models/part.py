@@ -124,9 +124,10 @@ def apply_layers(
   Args:
     part: the piece of the network that has the layers.
     layer: their class.
-    call: (a layer, carry, its own, *shared) -> (carry, an output).
+    call: (a layer, carry, its extra, *shared) -> (carry, an output).
     carry: what the first layer is given; each gives the next one's.
-    each: what each layer has of its own, as many as there are layers.
+    each: what each layer alone is given, its extra, as many as there are
+      layers.
     shared: what all layers are given.
 
   Returns:
@@ -134,9 +135,9 @@ def apply_layers(
   """
   if not part.scan or not each:
     outputs = []
-    for index, own in enumerate(each):
+    for index, extra in enumerate(each):
       one = layer(*part.settings, name=f"layer_{index}")
-      carry, output = call(one, carry, own, *shared)
+      carry, output = call(one, carry, extra, *shared)
       outputs.append(output)
     return carry, outputs
   stack = nn.scan(
@@ -147,7 +148,7 @@ def apply_layers(
     length=len(each),
   )
   stacked = jax.tree.map(
-    lambda *own: jnp.stack(list(map(jnp.asarray, own))), *each
+    lambda *extras: jnp.stack(list(map(jnp.asarray, extras))), *each
   )
   one = layer(*part.settings, name="layer")
   carry, outputs = stack(one, carry, stacked, *shared)

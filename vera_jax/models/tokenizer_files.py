@@ -46,9 +46,9 @@ def check_tokenizer(folder: Path) -> None:
       check_file(file, inside=folder, limit=JSON)
   if (file := folder / "tokenizer_config.json").is_file():
     for path in _named_files(read_json(file)):
-      for place in (Path(path), folder / path):
-        if os.path.lexists(place):
-          check_file(place, inside=folder, limit=JSON)
+      for named in (Path(path), folder / path):
+        if os.path.lexists(named):
+          check_file(named, inside=folder, limit=JSON)
   checks = {
     "tokenizer.json": _check_growth,
     "vocab.json": _check_ids,

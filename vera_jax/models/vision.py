@@ -96,10 +96,10 @@ def cubic_weights(new: int, old: int) -> Float[np.ndarray, "new old"]:
   Its convolution has four taps, also where values get fewer, and repeats the
   value at each end (`interpolate(mode="bicubic", align_corners=False)`).
   """
-  place = (np.arange(new) + 0.5) * old / new - 0.5
-  first = np.floor(place)
+  centre = (np.arange(new) + 0.5) * old / new - 0.5
+  first = np.floor(centre)
   taps = np.arange(-1, 3)
-  away = np.abs((place - first)[:, None] - taps)
+  away = np.abs((centre - first)[:, None] - taps)
   near = ((CUBIC + 2) * away - (CUBIC + 3)) * away**2 + 1
   far = ((away - 5) * away + 8) * away * CUBIC - 4 * CUBIC
   columns = np.clip(first[:, None] + taps, 0, old - 1).astype(int)
@@ -202,7 +202,7 @@ class Attention(Part):
 
 
 def _everywhere(
-  layer: nn.Module, hidden: Hidden, own: None
+  layer: nn.Module, hidden: Hidden, extra: None
 ) -> tuple[Hidden, None]:
   """A layer at every token, as `apply_layers` calls it."""
   return layer(hidden), None

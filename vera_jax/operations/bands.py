@@ -93,13 +93,13 @@ def masks(
   # A block's own columns are the last of its keys, behind `back` blocks.
   causal = keys <= queries[:, None] + back * block
   # + 1, for windows have zeros before a row's start, and padding's segment is 0
-  whole = segment_ids.reshape(shape) + 1 == of_keys(segment_ids + 1)
-  whole = whole & causal[None, None]
+  seen = segment_ids.reshape(shape) + 1 == of_keys(segment_ids + 1)
+  seen = seen & causal[None, None]
   if window is None:
-    return whole, None
+    return seen, None
   # Positions restart in each text, but within a text they tell distances.
   apart = positions.reshape(shape) - of_keys(positions)
-  return whole, whole & (apart < window)
+  return seen, seen & (apart < window)
 
 
 def attend(

@@ -228,10 +228,10 @@ def quantise(
     UserError: it has values that are not finite numbers.
   """
   inputs, outputs = kernel.shape
-  own = tuple(axes or kernel.shape)
+  shape = tuple(axes or kernel.shape)
   if kind == HALF:
     codes = kernel.astype(jnp.bfloat16)
-    return Quantised(codes, None, None, kind, own, jnp.dtype(dtype))
+    return Quantised(codes, None, None, kind, shape, jnp.dtype(dtype))
   if kind == NF4 and inputs % BLOCK:
     return None
   length = BLOCK if kind == NF4 else inputs
@@ -257,7 +257,7 @@ def quantise(
     scale,
     None,
     kind,
-    own,
+    shape,
     jnp.dtype(dtype),
   )
 

@@ -74,9 +74,9 @@ def windows(
   back = jnp.arange(window - 1, -1, -1)[None, None]
   columns = jnp.maximum(reads[..., None] - back, 0)
   rows = jnp.arange(len(input_ids))[:, None, None]
-  place = jnp.take_along_axis(positions, reads, axis=1)
-  own = back <= place[..., None]  # not of the text before it in the row
-  return jnp.where(own, input_ids[rows, columns], PADDING)
+  position = jnp.take_along_axis(positions, reads, axis=1)
+  inside = back <= position[..., None]  # not of the text before it in the row
+  return jnp.where(inside, input_ids[rows, columns], PADDING)
 
 
 class Output(nn.Module):
@@ -138,9 +138,9 @@ class CharLstm(nn.Module):
       "param_dtype": self.param_dtype,
     }
     columns = jnp.arange(input_ids.shape[1], dtype=jnp.int32)
-    whole = jnp.broadcast_to(columns, input_ids.shape)
-    positions = whole if positions is None else positions
-    reads = whole if read_positions is None else read_positions
+    all_columns = jnp.broadcast_to(columns, input_ids.shape)
+    positions = all_columns if positions is None else positions
+    reads = all_columns if read_positions is None else read_positions
     ids = windows(input_ids, positions, reads, window=config.window)
     embedding = nn.Embed(
       config.vocab_size, config.embedding_size, name="embeddings", **types
