@@ -55,7 +55,7 @@ PROBES = (
 )
 DRAWN = 8  # further probes, of tokens drawn from the vocabulary
 LENGTH = 48  # tokens of a decoder's probes, which are all drawn
-Probes = tuple[Any, ...]
+Answer = Callable[[Classifier], np.ndarray]  # the logits of all probes
 
 
 def write_merged(
@@ -132,7 +132,7 @@ def _write(
       " numbers: the adapter's or the base's are too large. Nothing was"
       " written."
     )
-  for pattern in (*FILES, "generation_config.json"):  # the tokenizer's first
+  for pattern in FILES:
     for file in sorted(classifier.folder.glob(pattern)):
       if file.name != "config.json" and "safetensors" not in file.name:
         with (
@@ -141,14 +141,13 @@ def _write(
         ):
           shutil.copyfileobj(opened, copy)
   write_json(folder / "config.json", _hf_config(classifier, dtype))
-  probes: Callable[[Classifier], Probes] = _text_probes
-  answer: Callable[[Classifier, Probes], np.ndarray] = _text_logits
   if classifier.kind == WORDS:
-    probes, answer = _word_probes, _next_words
+    count, answer = _tokens(classifier)
   elif classifier.family.reads == IMAGES:
-    probes, answer = _image_probes, _image_logits
-  texts = probes(classifier)
-  expected = check_finite(answer(classifier, texts))
+    count, answer = _pixels(classifier)
+  else:
+    count, answer = _sentences(classifier)
+  expected = check_finite(answer(classifier))
   scale = max(1.0, float(np.abs(expected).max()))
   differences, allowed = {}, {}
   # float32 always, as the proof of the merge; the type to keep comes last
@@ -159,7 +158,7 @@ def _write(
     shutil.copymode(folder / "config.json", folder / WEIGHTS)
     written = load_classifier(folder, dtype=jnp.dtype(kind))
     with np.errstate(invalid="ignore"):  # of two infinite logits: NaN
-      gaps = np.abs(answer(written, texts) - expected)
+      gaps = np.abs(answer(written) - expected)
     difference = float(gaps.max())
     differences[kind], allowed[kind] = difference, scale * bounds[kind]
     if not difference <= allowed[kind]:  # NaN is refused too
@@ -171,7 +170,7 @@ def _write(
   about = {
     **classifier.about,
     "dtype": dtype,
-    "probes": len(texts[0]),
+    "probes": count,
     "differences": differences,
     "bounds": allowed,
   }
@@ -198,7 +197,7 @@ def _hf_config(classifier: Classifier, dtype: str) -> dict[str, Any]:
   }
 
 
-def _text_probes(classifier: Classifier) -> Probes:
+def _sentences(classifier: Classifier) -> tuple[int, Answer]:
   """Sentences, nonsense from the tokenizer's own vocabulary, the longest."""
   vocabulary = sorted(load_tokenizer(classifier.folder).get_vocab())
   rng = random.Random(0)
@@ -207,38 +206,36 @@ def _text_probes(classifier: Classifier) -> Probes:
   columns = text_columns(classifier)
   pairs = bool(columns) and len(columns[0]) > 1
   second = [*first[1:], first[0]] if pairs else None
-  return first, second, classifier.max_length
+  longest = classifier.max_length
+  return len(first), lambda model: Predictor(
+    model, max_length=longest
+  ).any_logits(first, second)
 
 
-def _text_logits(classifier: Classifier, texts: Probes) -> np.ndarray:
-  *columns, longest = texts
-  return Predictor(classifier, max_length=longest).any_logits(*columns)
-
-
-def _word_probes(classifier: Classifier) -> Probes:
-  """Rows of tokens, as long as the room allows."""
+def _tokens(classifier: Classifier) -> tuple[int, Answer]:
+  """Rows of tokens, as long as the room allows, and the word after each."""
   length = min(LENGTH, classifier.room)
   rng = np.random.default_rng(0)
-  ids = rng.integers(classifier.config.vocab_size, size=(DRAWN, length))
-  return (ids,)
+  drawn = rng.integers(classifier.config.vocab_size, size=(DRAWN, length))
+  ids, last = jnp.asarray(drawn, jnp.int32), jnp.full((DRAWN, 1), length - 1)
+
+  def answer(model: Classifier) -> np.ndarray:
+    run = jax.jit(model.module.apply)
+    words = run(model.variables, ids, read_positions=last)
+    return np.asarray(logits(words))[:, 0]
+
+  return DRAWN, answer
 
 
-def _next_words(classifier: Classifier, texts: Probes) -> np.ndarray:
-  """The logits of every word after each row."""
-  ids = jnp.asarray(texts[0], jnp.int32)
-  last = jnp.full((len(ids), 1), ids.shape[1] - 1)
-  run = jax.jit(classifier.module.apply)
-  words = run(classifier.variables, ids, read_positions=last)
-  return np.asarray(logits(words))[:, 0]
-
-
-def _image_probes(classifier: Classifier) -> Probes:
+def _pixels(classifier: Classifier) -> tuple[int, Answer]:
   """Drawn pixels, of the size of training or else the checkpoint's."""
   side = classifier.about.get("image_size") or classifier.config.image_size
   shape = (DRAWN, side, side, classifier.config.num_channels)
-  return (np.random.default_rng(0).standard_normal(shape, np.float32),)
+  pixels = np.random.default_rng(0).standard_normal(shape, np.float32)
 
+  def answer(model: Classifier) -> np.ndarray:
+    return np.asarray(jax.jit(model.module.apply)(model.variables, pixels))[
+      :, 0
+    ]
 
-def _image_logits(classifier: Classifier, probes: Probes) -> np.ndarray:
-  run = jax.jit(classifier.module.apply)
-  return np.asarray(run(classifier.variables, jnp.asarray(probes[0])))[:, 0]
+  return DRAWN, answer

@@ -162,13 +162,13 @@ def find_reach(
   before = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
   positions = cache.positions[:, None] + before
   keys_at = jnp.arange(cache.slots, dtype=jnp.int32)[None]
-  seen = keys_at[:, None] <= positions[:, :, None]
+  visible = keys_at[:, None] <= positions[:, :, None]
   near = None
   if window is not None:
-    near = seen & (positions[:, :, None] - keys_at[:, None] < window)
+    near = visible & (positions[:, :, None] - keys_at[:, None] < window)
   # what is padding, or has no slot left, is written nowhere
   slots = jnp.where(real, positions, cache.slots)
-  return Reach(positions, real, seen, near, slots)
+  return Reach(positions, real, visible, near, slots)
 
 
 def attend(
