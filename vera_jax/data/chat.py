@@ -30,7 +30,7 @@ class Rendered(NamedTuple):
   """A conversation as one text.
 
   Attributes:
-    text: with every special token in it.
+    text: the whole text, with every special token in it.
     spans: [start, end) of what is learned of it, in characters.
     with_header: whether a span has what the template writes before an answer
       too, since the template ignores add_generation_prompt.

@@ -78,6 +78,12 @@ def subset(examples: Examples, n: int | None, seed: int) -> Examples:
   return take(examples, chosen)
 
 
+def drawn(count: int, most: int | None, *, seed: int) -> list[int]:
+  """At most so many of `count` numbers, in their order."""
+  order = np.random.default_rng(seed).permutation(count)
+  return sorted(order[:most].tolist())
+
+
 def take(examples: Examples, chosen: np.ndarray) -> Examples:
   """The examples of these numbers, in their order."""
   labels = examples.labels

@@ -24,7 +24,7 @@ class ImageData(NamedTuple):
   """A run's prepared images, and the shapes of its batches.
 
   Attributes:
-    splits: by name; the training split is "train".
+    splits: the prepared images by split; the training split is "train".
     processor: normalises them.
     rows, eval_rows: images per microbatch in training, and in evaluation.
     batch_size: examples per step.

@@ -65,8 +65,8 @@ class ImageFiles:
   """The images of one split, not read yet.
 
   Attributes:
-    labels: the class of each.
-    names: of each, for messages.
+    labels: the class of each image.
+    names: what messages call each image.
     read: (ascending numbers) -> what is to be decoded, in their order.
   """
 
@@ -95,8 +95,8 @@ def open_folder(folder: Path, *, label: str | None = None) -> ImageSet:
   each split (train/cat/1.jpg); without one, all images are for training.
 
   Args:
-    folder: of either.
-    label: the column in Parquet files; None: found by its name.
+    folder: the folder of either.
+    label: the label's column in Parquet files; None where its name says it.
 
   Raises:
     UserError: the folder holds neither.
@@ -349,10 +349,12 @@ def draw_shots(
   no image is both, and more shots keep the fewer ones.
 
   Args:
-    labels: of the training images.
-    shots: images per class to train on; None: all that are not scored.
-    dev_shots: images per class to score; None: all that are not trained on.
-    seed: of the shuffle.
+    labels: the class of each training image.
+    shots: how many images per class are trained on; None for all that are not
+      scored.
+    dev_shots: how many images per class are scored; None for all that are not
+      trained on.
+    seed: what the shuffle is drawn from.
 
   Raises:
     UserError: a class has too few images.

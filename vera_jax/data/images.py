@@ -86,9 +86,9 @@ class Processor(NamedTuple):
   """How an image becomes an array.
 
   Attributes:
-    edge: to how many pixels the shorter side is resized before the middle is
-      cut out; 0: the image is resized to height and width as they are.
-    height, width: of what comes out.
+    edge: how many pixels the shorter side is resized to before the middle is
+      cut out; 0 where the image is resized to height and width at once.
+    height, width: the pixels of a prepared image.
     resample: Pillow's number of the filter.
     scale, mean, std: a value x becomes (x * scale - mean) / std, by colour.
   """
@@ -179,7 +179,7 @@ _ROOM, _LIBC = _Room(), ctypes.CDLL(None)
 
 
 def read_processor(folder: Path, *, size: int | None = None) -> Processor:
-  """By a checkpoint's preprocessor_config.json.
+  """How a checkpoint's preprocessor_config.json has images prepared.
 
   Args:
     folder: the checkpoint's.
@@ -260,10 +260,10 @@ class Prepared:
   """The prepared images of a split.
 
   Attributes:
-    pixels: of all.
-    labels: the class of each.
-    names: of each.
-    unreadable: names of the files that are left out, with the reason.
+    pixels: all images that can be read.
+    labels: the class of each image.
+    names: the name of each image.
+    unreadable: the names of the files that are left out, with the reason.
     fingerprint: sha256 over the files, their labels and the preparation.
   """
 
@@ -286,9 +286,9 @@ def prepare_images(
   """Decode and resize some of a split's images, or take them from the cache.
 
   Args:
-    files: of the split.
-    numbers: which ones, ascending.
-    processor: how.
+    files: the split's images.
+    numbers: which of them are wanted, ascending.
+    processor: how they are prepared.
     cache: the folder of prepared images. If it can't be written, all happens
       in memory.
 

@@ -34,12 +34,12 @@ class PackedData(NamedTuple):
   """A run's tokenised splits, and the shapes that they are packed into.
 
   Attributes:
-    tokens: by split; the training split is "train".
+    tokens: the tokens of each split; the training split is "train".
     train_layout: the shapes of training microbatches.
-    eval_layouts: one shape per split.
-    batch_size: examples per step.
-    max_length: where texts were cut.
-    cut: and on which side, where the task says so.
+    eval_layouts: the shape of each split's batches.
+    batch_size: how many examples a step has.
+    max_length: the number of tokens that texts were cut to.
+    cut: the side on which they were cut, or "" where the tokenizer decides.
     shard: the rows of every batch that this process must supply.
   """
 
@@ -76,7 +76,10 @@ class PackedData(NamedTuple):
 
   def eval_placement(self, split: str) -> Placement:
     """Where `eval_batches` puts each example."""
-    return eval_placement(self.tokens[split], self.eval_layouts[split])
+    tokens = self.tokens[split]
+    return place_all(
+      tokens.lengths, self.eval_layouts[split], reads=tokens.reads
+    )
 
   def eval_batches(
     self, split: str, placement: Placement | None = None
@@ -268,7 +271,7 @@ def step_batches(
     n: examples.
     make: (step, the examples of each run's batch) -> each run's microbatches,
       in the same shapes for all runs.
-    seeds: one run's seed; or several, and then the arrays have a leading axis
+    seeds: a run's seed; or those of several, and then arrays have a first axis
       with an entry per run, each as it has them alone (`packing.pack_runs`).
   """
   all_seeds = [seeds] if isinstance(seeds, int) else list(seeds)
@@ -302,14 +305,6 @@ def step_batches(
     worker.shutdown(cancel_futures=True)
 
 
-def eval_placement(tokens: Tokens, layout: Layout) -> Placement:
-  """Where each example of a split goes in `eval_batches`.
-
-  Rows are numbered through all batches.
-  """
-  return place_all(tokens.lengths, layout, reads=tokens.reads)
-
-
 def eval_batches(
   tokens: Tokens,
   layout: Layout,
@@ -324,10 +319,10 @@ def eval_batches(
   `choose_eval_layout` makes for a split; the last may have empty rows.
 
   Args:
-    placement: what `eval_placement` gave, if it is known already.
+    placement: where each example goes, if it is known already.
     shard: only these rows of each batch are made.
   """
-  placement = placement or eval_placement(tokens, layout)
+  placement = placement or place_all(tokens.lengths, layout, reads=tokens.reads)
   layout = layout._replace(rows=layout.rows[:1])
   return placed_batches(tokens, placement, layout, shard=shard)
 

@@ -45,8 +45,9 @@ class Layout(NamedTuple):
     length: tokens per row.
     slots: most examples in a row.
     reads: most learned tokens in a row, where words are learned.
-    sizes: of long rows: the (length, reads) that a microbatch may be cut to,
-      ascending up to `length` and `reads`. Then `rows` has one count.
+    sizes: where rows are long ones, the (length, reads) that a microbatch may
+      be cut to, ascending up to `length` and `reads`. Then `rows` has one
+      count.
   """
 
   rows: tuple[int, ...]
@@ -389,7 +390,7 @@ def pack_rows(
 
   Args:
     indices: the examples of `tokens` that `placement` places.
-    rows: of the microbatch; those beyond the placement's stay empty.
+    rows: how many the microbatch has; those beyond the placement's stay empty.
     shard: only these of the microbatch's rows are made.
   """
   # Only this process's rows are made, so they are numbered from its first one.
@@ -473,9 +474,9 @@ def _reads(
   """Where learned tokens are read: one column before their own.
 
   Args:
-    ids: of the packed rows.
-    learned: the places of learned tokens in the flattened rows.
-    reads: the most of a row.
+    ids: the packed rows' tokens.
+    learned: the indices of learned tokens in the flattened rows.
+    reads: how many a row has at most.
   """
   row, column = np.divmod(np.sort(learned), ids.shape[1])
   read = np.arange(len(row)) - np.searchsorted(row, row)

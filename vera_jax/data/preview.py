@@ -20,10 +20,10 @@ def preview(
   """Prints the first examples; special tokens are shown as they are written.
 
   Args:
-    tokens: of a split whose words are learned.
-    tokenizer: which they are from.
-    number: how many.
-    console: standard output, if None.
+    tokens: those of a split whose words are learned.
+    tokenizer: the tokenizer that made them.
+    number: how many examples are shown.
+    console: where they are printed; None for standard output.
   """
   assert tokens.learned is not None
   console = console or Console()

@@ -52,10 +52,10 @@ class Row(NamedTuple):
   """One row, or what is wrong with it.
 
   Attributes:
-    number: of the line that it begins on; in Parquet and in a list of JSON the
-      row's, from 1.
-    values: by column; of a header its names, without values.
-    error: why there are no values.
+    number: the line that the row begins on; in Parquet and in a list of JSON
+      the row's own number, from 1.
+    values: the values by column; a header has its names, without values.
+    error: why there are no values, or "".
     header: whether it is the line that names the columns.
   """
 
@@ -71,7 +71,7 @@ class Table(NamedTuple):
   Attributes:
     name: the file's, or the hub's.
     columns: the values of each, in the order of the rows.
-    numbers: of the rows; a file's lines, where `lines` is set.
+    numbers: the number of each row: its line, where `lines` is set.
     classes: names of a column's class ids, where the file has them.
     lines: whether `numbers` counts lines.
   """
@@ -92,8 +92,8 @@ def format_of(path: str | Path, *, inside: Path | None = None) -> str:
   """The format by the name's ending, or of a .json by whether it is a list.
 
   Args:
-    path: of the file.
-    inside: as for `open_file`.
+    path: the file.
+    inside: the folder that it belongs to, see `files.open_file`.
 
   Raises:
     UserError: in none that is known.
@@ -211,8 +211,8 @@ def open_parquet(
   times the same row.
 
   Args:
-    path: of the file.
-    inside: as for `open_file`.
+    path: the file.
+    inside: the folder that it belongs to, see `files.open_file`.
     once: whether a text or bytes that a column repeats are in memory once, as
       Arrow's dictionaries.
 
@@ -259,8 +259,8 @@ def parquet_rows(path: Path, *, inside: Path | None = None) -> Iterator[Row]:
   """The rows of a Parquet file.
 
   Args:
-    path: of the file.
-    inside: as for `open_file`.
+    path: the file.
+    inside: the folder that it belongs to, see `files.open_file`.
 
   Raises:
     UserError: the file can't be read.
@@ -313,9 +313,9 @@ def file_rows(
   """The rows of a file, by its name's ending or as the format says.
 
   Args:
-    path: of the file.
-    format: one of `FORMATS`; None for the ending's.
-    inside: as for `open_file`.
+    path: the file.
+    format: one of `FORMATS`; None for that of the name's ending.
+    inside: the folder that it belongs to, see `files.open_file`.
 
   Raises:
     UserError: the file can't be read.
@@ -338,7 +338,7 @@ def read_table(path: str | Path, *, inside: Path | None = None) -> Table:
   A JSON object or Parquet row that lacks a column has None there.
 
   Args:
-    path: of the file.
+    path: the file.
     inside: the folder that it belongs to; None for a file that a person names.
 
   Raises:

@@ -48,7 +48,8 @@ def read_lines(
     format: "tsv" or "jsonl".
     columns: further names that the text columns may have, tried before
       `NAMES`; each entry names the columns of one line.
-    count: texts per line; None: as many as the first good line has, 1 or 2.
+    count: how many texts a line has; None for as many as the first good line
+      has, 1 or 2.
     check: called with a line's texts; its ValueError is the line's `error`.
   """
   known = [
@@ -76,7 +77,7 @@ def read_texts(
     rows: as `tables.file_rows` gives them.
     columns: names that the text columns may have; the first that are there
       count. () for `NAMES`.
-    check: as for `read_lines`.
+    check: called with a row's texts; its ValueError is the row's `error`.
     alike: whether all rows must have as many texts as the first good one.
 
   Raises:

@@ -59,8 +59,9 @@ class Tokens:
     truncated: how many texts were cut to `max_length`.
     left_out: the `index` of examples of which the cut left nothing to learn;
       they are not among the others.
-    places: by `index`, also of what is left out, as far as they are known.
-    counts: of `answers.COUNTS`, how many texts each of them is true of.
+    places: the file and line of examples by their `index`, as far as they are
+      known; also of those that are left out.
+    counts: how many texts each of `answers.COUNTS` is true of.
     pad_id: the tokenizer's padding id.
     fingerprint: sha256 over texts, labels, tokenizer and `max_length`.
   """
@@ -172,10 +173,11 @@ def load_tokens(
 
   Args:
     read_split: (data.source, split) -> its examples.
-    splits: of which "train" is cut to data.max_train_examples.
+    splits: the splits to read, of which "train" is cut to
+      data.max_train_examples.
     data: config.data.
-    folder: of the tokenizer.
-    completions: as for `tokenise`.
+    folder: the tokenizer's folder.
+    completions: see `tokenise`.
 
   Raises:
     UserError: as for `subset` and `tokenise`, and by `read_split`.
@@ -208,7 +210,7 @@ def tokenise(
       is loaded only if the cache has no tokens.
     max_length: longer examples are cut; of a pair the longer text first.
     cache_dir: folder of the cache files, made when missing; None for none.
-    completions: how the words themselves are learned; None: they are not.
+    completions: how the words themselves are learned; None where they are not.
   """
   if isinstance(tokenizer, FolderTokenizer):
     info = tokenizer.info

@@ -21,7 +21,7 @@ def write_written(
 
   Args:
     folder: the run's.
-    outputs: one text for each of the groups.
+    outputs: a text for each of the groups.
     groups: the references of each input.
   """
   folder /= FOLDER

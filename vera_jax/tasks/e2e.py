@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.completions import Completions
-from vera_jax.data.examples import Examples
+from vera_jax.data.examples import Examples, drawn
 from vera_jax.data.written import write_written
 from vera_jax.errors import UserError
 from vera_jax.generate.beam import Beam
@@ -127,9 +127,9 @@ def hold_out(rows: Pairs, inputs: int, *, seed: int) -> tuple[Pairs, Pairs]:
   """(the rest, the first text of each of some inputs).
 
   Args:
-    rows: of the training split.
-    inputs: how many are kept apart, with all their rows.
-    seed: which ones are drawn.
+    rows: the training split's.
+    inputs: how many inputs are kept apart, with all their rows.
+    seed: what they are drawn from.
 
   Raises:
     UserError: there are not so many, or nothing would be left to train on.
@@ -248,9 +248,3 @@ def _examples(rows: Pairs, prompt: str) -> Examples:
     labels=None,
     index=np.arange(len(rows.texts)),
   )
-
-
-def drawn(count: int, most: int | None, *, seed: int) -> list[int]:
-  """At most so many of `count` numbers, in their order."""
-  order = np.random.default_rng(seed).permutation(count)
-  return sorted(order[:most].tolist())

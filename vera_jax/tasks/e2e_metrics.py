@@ -41,10 +41,10 @@ UTF8 = "-Dfile.encoding=UTF-8"
 
 
 class Scores(NamedTuple):
-  """Of all outputs together.
+  """The scores of all outputs together.
 
   Attributes:
-    values: by a name in `METRICS`; all are higher for better texts.
+    values: the scores by a name in `METRICS`; better texts have higher ones.
     missing: why others are not available, in a sentence; "" if none is missing.
   """
 
@@ -58,7 +58,7 @@ def score_texts(
   """All metrics that can be computed here.
 
   Args:
-    outputs: one text for each input.
+    outputs: a text for each input.
     references: the texts that people wrote for each of these inputs.
 
   Raises:

@@ -35,10 +35,10 @@ class Selection(NamedTuple):
   """What a run has of a data set.
 
   Attributes:
-    name, classes: of the data set.
+    name, classes: the data set's name and the names of its classes.
     splits: "train" and "dev": the files, and the numbers of those that are
       used.
-    where: what the scored ones are, in words.
+    where: what the scored images are, in words.
   """
 
   name: str

@@ -26,7 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.answers import Answers
-from vera_jax.data.examples import Examples, estimated_tokens
+from vera_jax.data.examples import Examples, drawn, estimated_tokens
 from vera_jax.data.templates import CHAT, PLAIN, TEMPLATES
 from vera_jax.data.written import FOLDER, write_written
 from vera_jax.errors import UserError
@@ -82,8 +82,7 @@ def task_for(config: ConfigDict) -> Task | None:
     "train": as_examples(splits.train, data.template),
     "dev": as_examples(splits.dev, data.template),
   }
-  order = np.random.default_rng(data.subset_seed).permutation(len(splits.dev))
-  chosen = sorted(order[: data.max_test_examples].tolist())
+  chosen = drawn(len(splits.dev), data.max_test_examples, seed=data.subset_seed)
   tests = [splits.dev[i] for i in chosen]
   choices = read_choices(data.choices)
   write = partial(
@@ -160,7 +159,7 @@ def write_texts(
   Args:
     model: the trained decoder.
     folder: the run's; the answers are in its folder "test".
-    rows: to be answered.
+    rows: the rows to be answered.
     template: config.data.template.
     settings: config.generate.
     choices: questions by their name.

@@ -20,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.chat import ASSISTANT
+from vera_jax.data.examples import drawn
 from vera_jax.data.tables import SUFFIXES, Table, some
 from vera_jax.data.templates import ALPACA, alpaca_prompt
 from vera_jax.errors import UserError
@@ -48,10 +49,10 @@ class Instruction(NamedTuple):
   """One example in every way that it can be read.
 
   Attributes:
-    number: in its table, from 0.
+    number: the row's number in its table, from 0.
     messages: the conversation, which ends with an answer.
-    instruction, input: of a single question; "" where there is no input, and
-      None where the conversation is no single question and answer.
+    instruction, input: those of a single question; "" where there is no input,
+      and None where the conversation is no single question and answer.
     place: file and line, or file and row, for messages.
   """
 
@@ -82,7 +83,7 @@ class Splits(NamedTuple):
   """The rows of a run.
 
   Attributes:
-    name: of the data.
+    name: the data's name.
     schema: a name in `SCHEMAS`.
     train, dev: rows that are trained on, and that are scored.
     where: where the dev rows come from, in a sentence.
@@ -116,11 +117,10 @@ def read_splits(data: ConfigDict) -> Splits:
   name, table, dev_table = read_tables(ConfigDict(named))
   schema = schema_of(table)
   train = rows_of(table, schema)
-  seed, most = data.subset_seed, data.max_eval_examples
+  most = data.max_eval_examples
   train, dev, where = _hold_out(train, dev_table, data)
   if most is not None and most < len(dev):
-    order = np.random.default_rng(seed).permutation(len(dev))[:most]
-    dev = [dev[i] for i in sorted(order)]
+    dev = [dev[i] for i in drawn(len(dev), most, seed=data.subset_seed)]
     where += f", {most} of them (config.data.max_eval_examples)"
   return Splits(name, schema, train, dev, where)
 

@@ -55,7 +55,7 @@ class Facts(NamedTuple):
   """What is decided about a data set.
 
   Attributes:
-    columns: one or two, of the texts.
+    columns: the column of the texts, or the two of pairs.
     label: the label's column.
     kind: a name in `models.kinds.LABELLED`.
     labels: the class names, in the order of their ids; () for regression.
