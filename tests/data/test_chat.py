@@ -56,10 +56,7 @@ def test_a_conversation_that_changes_as_it_goes_on_is_refused():
     ("{{ ''.__class__.mro() }}", "'__class__' of 'str' object is unsafe"),
     ("{{ 'x' * 1002001 }}", "of 20 characters.* of 1,002,001; 1,002,000 are"),
     ("{{ 'x' * 10**11 }}", "can't be used: it fills the memory"),
-    (
-      None,
-      "no chat template.*data.template=alpaca or plain.*--template=alpaca",
-    ),
+    (None, "no chat template.*data.template=alpaca.*--template=alpaca"),
   ],
 )
 def test_a_template_that_fails_says_why(template, message):

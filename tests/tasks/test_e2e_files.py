@@ -112,10 +112,7 @@ def test_a_table_of_references_for_lines_of_outputs(tmp_path):
     (dict(o_txt="a\n", r_txt="b\n\nc\n"), "1 outputs, but .* for 2 inputs"),
     (dict(o_txt="a\nb\n", r_txt="c\n\nd\n\n\ne\n"), r"r.txt:5: an empty line"),
     (dict(o_txt="a\n", r_txt="\n"), "r.txt is empty"),
-    (
-      dict(o_csv=TABLE.format("x,a"), r_csv=TABLE.format("y,b")),
-      "no reference",
-    ),
+    (dict(o_csv="mr,ref\nx,a\n", r_csv="mr,ref\ny,b\n"), "no reference"),
     (dict(o_csv=TABLE.format("x,a,b"), r_txt="b\n"), "row 2 has others"),
   ],
 )

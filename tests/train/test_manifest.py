@@ -36,13 +36,9 @@ def test_an_untouched_folder_is_whole(folder):
   assert read_manifest(folder)["step"] == 3
 
 
-@pytest.mark.parametrize("place", [0, 50, 99])
-def test_a_flipped_bit_is_noticed_and_its_file_named(folder, place):
-  flip(folder / "deep/array", place)
+def test_a_damaged_short_or_missing_file_is_named(folder):
+  flip(folder / "deep/array", 50)
   assert f"{folder / 'deep/array'} is damaged" in find_damage(folder)
-
-
-def test_a_short_or_missing_file_is_named(folder):
   (folder / "deep/array").write_bytes(bytes(range(50)))
   assert "deep/array is damaged" in find_damage(folder)
   (folder / "deep/array").unlink()

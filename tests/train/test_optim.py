@@ -94,27 +94,6 @@ def test_adapter_and_head_have_rates_of_their_own():
       np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_the_first_step_of_a_warm_up_moves_nothing():
-  labels = split(LABELS, LABELS)[0]
-  tx = optimiser(labels, **RATES, steps=100, warmup_ratio=0.06)
-  first, second = updates_of(tx, gradients(), count=2)
-  assert all(not leaf.any() for leaf in jax.tree.leaves(first))
-  for leaf, rate in ((second["encoder"], 0.01), (second["classifier"], 0.002)):
-    size = jnp.abs(jax.tree.leaves(leaf)[0])
-    np.testing.assert_allclose(size, rate / 6, rtol=1e-5)
-
-
-def test_epsilon_is_added_to_a_gradients_size():
-  """Adam's first step is g / (|g| + epsilon)."""
-  labels, grads = split(LABELS, LABELS)[0], gradients()
-  tx = optimiser(labels, **RATES, steps=10, warmup_ratio=0.0, eps=1.0)
-  (updates,) = updates_of(tx, grads)
-  found = updates["encoder"]["query"]["vera_b"]
-  grad = np.asarray(grads["encoder"]["query"]["vera_b"])
-  expected = -RATES["adapter_lr"] * grad / (np.abs(grad) + 1.0)
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
 def test_weight_decay_reaches_trainable_leaves():
   labels = split(LABELS, LABELS)[0]
   tx = optimiser(labels, **RATES, steps=10, warmup_ratio=0.0, weight_decay=0.5)
