@@ -46,13 +46,6 @@ def run(
   return done
 
 
-def refused(script: str, code: int, *flags: Any) -> str:
-  """What is printed on standard error by a command that ends with `code`."""
-  done = run(script, *flags)
-  assert done.returncode == code, done
-  return done.stderr
-
-
 def run_each(
   *commands: Sequence[Any],
 ) -> list[subprocess.CompletedProcess[str]]:
@@ -82,7 +75,7 @@ def run_each(
 
 
 def refused_each(script: str, code: int, *commands: Sequence[Any]) -> list[str]:
-  """As `refused`, of several flags for one script."""
+  """What each of a script's commands says that ends with `code`."""
   done = run_each(*([f"experiments.{script}", *flags] for flags in commands))
   assert [one.returncode for one in done] == [code] * len(done), done
   return [one.stderr for one in done]
