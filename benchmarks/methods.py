@@ -11,7 +11,7 @@ from vera_jax.adapters.methods import METHODS
 from vera_jax.files import read_json
 from vera_jax.peft_io.forms import HELD_BY
 from vera_jax.report.frame import load_sweep, method_title
-from vera_jax.report.summary import shown_p, summary
+from vera_jax.report.summary import shown, shown_p, summary
 
 STUDY, TASK = Path("results/sweeps/methods"), "sst2"
 COSTS = Path("results/benchmarks/cost-sst2.json")  # of benchmarks.cost
@@ -78,13 +78,9 @@ def _scores(study: Path) -> str:
     differences: list[str] = []
     for table in beside.values():
       one = table.iloc[i]
-      if one["pairs"] > 0:
-        interval = f"{one['ci_low']:+.1f} to {one['ci_high']:+.1f}"
-        differences.append(f"{one['difference']:+.1f} ({interval})")
-        p = one["p_holm"]  # NaN where all differences are the same
-        differences.append(shown_p(p) if p == p else "")
-      else:
-        differences += ["", ""]
+      interval = one["ci_low"], one["ci_high"]
+      differences.append(shown(one["difference"], *interval, "+.1f"))
+      differences.append(shown_p(one["p_holm"]))
     rows.append(
       (
         row["task"],
@@ -93,7 +89,7 @@ def _scores(study: Path) -> str:
         f"{row['adapter']:,}",
         f"{4 * (row['adapter'] + row['head']):,}",
         f"{costs[row['method']]['flops'] / 1e9:.1f}",
-        f"{row['score']:.1f} ({row['low']:.1f} to {row['high']:.1f})",
+        shown(row["score"], row["low"], row["high"]),
         *differences,
       )
     )

@@ -33,15 +33,7 @@ from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.terminal import Console
 
-ADAPTER = flags.DEFINE_string(
-  "adapter", None, "An adapter: a folder, or a hub id (owner/name[@revision])."
-)
-MODEL = flags.DEFINE_string(
-  "model", None, "A whole decoder: a folder, a .gguf file or a hub id."
-)
-BASE = flags.DEFINE_string(
-  "base", None, "The adapter's base. Unset: what adapter.json names."
-)
+MODEL = cli.define_model("A whole decoder: a folder, a .gguf file or a hub id.")
 QUESTIONS = flags.DEFINE_string(
   "questions", None, "Questions in FastChat's form, a .jsonl file."
 )
@@ -66,8 +58,7 @@ BATCH_SIZE = flags.DEFINE_integer(
 
 
 def main() -> None:
-  if bool(ADAPTER.value) == bool(MODEL.value):
-    raise UserError("Give either --adapter=DIR or --model=DIR.")
+  MODEL.named()  # one of them is
   if bool(QUESTIONS.value) == bool(CHOICES.value):
     raise UserError(
       "Give either --questions=FILE --out=FILE or --choices=FILE."
@@ -82,10 +73,8 @@ def main() -> None:
       " questions' answers; put the other questions into a file of their own."
     )
   # Imported only now: a mistake in the flags is reported without the wait.
-  from vera_jax.adapters.files import load_adapter
   from vera_jax.data.templates import CHAT
   from vera_jax.generate import choices
-  from vera_jax.pretrained.classifier import load_classifier, restore_adapter
   from vera_jax.serve import questions
 
   # read first, for a model takes longer
@@ -93,10 +82,7 @@ def main() -> None:
   if QUESTIONS.value:
     asked = questions.read_judge_questions(QUESTIONS.value)
   posed = choices.read_choices(CHOICES.value)
-  if MODEL.value:
-    decoder = load_classifier(MODEL.value)
-  else:
-    decoder = restore_adapter(load_adapter(ADAPTER.value or ""), BASE.value)
+  decoder = MODEL.load()
   if posed:
     _choose(decoder, posed)
     return
@@ -132,7 +118,7 @@ def _write(decoder: Any, asked: list[Any], template: str, out: Path) -> None:
   with _writable(out):  # tried before the answers are made, which takes long
     out.parent.mkdir(parents=True, exist_ok=True)
     out.open("a").close()
-  folder = Path(ADAPTER.value or MODEL.value or "").absolute()
+  folder = Path(MODEL.named()).absolute()
   if folder.name == "adapter":  # of a run, which has the name
     folder = folder.parent
   generator = Generator(decoder, rows=BATCH_SIZE.value, template=template)

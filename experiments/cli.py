@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -234,6 +234,50 @@ def define_optional_integer(
     Parser(), flags.ArgumentSerializer(), name, None, text, boolean=True
   )
   return flags.DEFINE_flag(flag)
+
+
+class ModelFlags(NamedTuple):
+  """--adapter, --model and --base: what a command answers with."""
+
+  adapter: flags.FlagHolder
+  model: flags.FlagHolder
+  base: flags.FlagHolder
+
+  def named(self) -> str:
+    """The adapter or the model, as it is named.
+
+    Raises:
+      UserError: neither is, or both are.
+    """
+    if bool(self.adapter.value) == bool(self.model.value):
+      raise UserError("Give either --adapter=DIR or --model=DIR.")
+    return self.adapter.value or self.model.value
+
+  def load(self, **options: Any) -> Any:
+    """The adapter on its base, or the whole model, as a `Classifier`."""
+    # Imported only now: a mistake in the flags is reported without the wait.
+    from vera_jax.adapters.files import load_adapter
+    from vera_jax.pretrained.classifier import load_classifier, restore_adapter
+
+    if self.model.value:
+      return load_classifier(self.model.value, **options)
+    saved = load_adapter(self.adapter.value)
+    return restore_adapter(saved, self.base.value, **options)
+
+
+def define_model(model: str) -> ModelFlags:
+  """The flags; `model` is what --help says of --model."""
+  return ModelFlags(
+    flags.DEFINE_string(
+      "adapter",
+      None,
+      "An adapter: a folder, or a hub id (owner/name[@revision]).",
+    ),
+    flags.DEFINE_string("model", None, model),
+    flags.DEFINE_string(
+      "base", None, "The adapter's base. Unset: what adapter.json names."
+    ),
+  )
 
 
 def define_processes() -> Callable[[], None]:

@@ -33,15 +33,7 @@ from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.terminal import LINES, json_line, printable
 
-ADAPTER = flags.DEFINE_string(
-  "adapter", None, "An adapter: a folder, or a hub id (owner/name[@revision])."
-)
-MODEL = flags.DEFINE_string(
-  "model", None, "A whole decoder, such as a merged one."
-)
-BASE = flags.DEFINE_string(
-  "base", None, "The adapter's base. Unset: what adapter.json names."
-)
+MODEL = cli.define_model("A whole decoder, such as a merged one.")
 PROMPT = flags.DEFINE_string("prompt", None, "One prompt.")
 INPUT = flags.DEFINE_string(
   "input", None, "Prompts: a .jsonl file, or - for standard input."
@@ -100,8 +92,7 @@ CHUNK = 8  # batches of a file that are sorted by length together
 
 
 def main() -> None:
-  if bool(ADAPTER.value) == bool(MODEL.value):
-    raise UserError("Give either --adapter=DIR or --model=DIR.")
+  MODEL.named()  # one of them is
   if (PROMPT.value is None) == (INPUT.value is None):
     raise UserError("Give either --prompt=TEXT or --input=FILE.")
   idle = OF_SAMPLING if BEAMS.value else OF_BEAMS
@@ -116,11 +107,9 @@ def main() -> None:
   # Imported only now: a mistake in the flags is reported without the wait.
   import jax.numpy as jnp
 
-  from vera_jax.adapters.files import load_adapter
   from vera_jax.generate.beam import Beam
   from vera_jax.generate.generator import Generator
   from vera_jax.generate.sampling import Sampling
-  from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 
   how: Any = Sampling(
     TEMPERATURE.value, TOP_K.value, TOP_P.value, NO_REPEAT_NGRAM.value
@@ -139,13 +128,8 @@ def main() -> None:
   def make_generator() -> Generator:
     # looped, as the generator has its layers: it then makes no second copy
     options: Any = {"dtype": jnp.dtype(DTYPE.value), "scan": False}
-    if MODEL.value:
-      decoder = load_classifier(MODEL.value, **options)
-    else:
-      saved = load_adapter(ADAPTER.value or "")
-      decoder = restore_adapter(saved, BASE.value, **options)
     return Generator(
-      decoder,
+      MODEL.load(**options),
       keep_adapter=KEEP_ADAPTER.value,
       rows=BATCH_SIZE.value,
       template="chat" if CHAT.value else TEMPLATE.value,

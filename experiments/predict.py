@@ -47,15 +47,7 @@ from vera_jax.errors import UserError
 from vera_jax.terminal import json_line, printable
 
 PLAIN = ("", ".txt")  # endings of what is read as TSV; "" for - as well
-ADAPTER = flags.DEFINE_string(
-  "adapter", None, "An adapter: a folder, or a hub id (owner/name[@revision])."
-)
-MODEL = flags.DEFINE_string(
-  "model", None, "A whole classifier's folder, such as a merged one."
-)
-BASE = flags.DEFINE_string(
-  "base", None, "The adapter's base. Unset: what adapter.json names."
-)
+MODEL = cli.define_model("A whole classifier's folder, such as a merged one.")
 INPUT = flags.DEFINE_string(
   "input",
   None,
@@ -75,18 +67,17 @@ LINES = flags.DEFINE_integer(
 
 
 def main() -> None:
-  if not INPUT.value or bool(ADAPTER.value) == bool(MODEL.value):
-    raise UserError("Give --input=FILE and either --adapter=DIR or --model=DIR")
+  MODEL.named()  # one of them is
+  if not INPUT.value:
+    raise UserError("Say what to answer: --input=FILE.")
   source = Path(INPUT.value).expanduser()
   if source.is_dir() or source.suffix.lower() in IMAGE_SUFFIXES:
     predict_images(source)
     return
-  form = input_format(INPUT.value, INPUT_FORMAT.value)
+  file_format = input_format(INPUT.value, INPUT_FORMAT.value)
   # Imported only now: a mistake in the flags is reported without the wait.
-  from vera_jax.adapters.files import load_adapter
   from vera_jax.data.texts import read_lines, read_texts
   from vera_jax.models.kinds import TAGS
-  from vera_jax.pretrained.classifier import load_classifier, restore_adapter
   from vera_jax.serve.predictor import (
     Predictor,
     answer_lines,
@@ -94,37 +85,33 @@ def main() -> None:
     text_columns,
   )
 
-  if form == "parquet" and INPUT.value == "-":
+  if file_format == "parquet" and INPUT.value == "-":
     raise UserError("Parquet is read from a file, not from standard input.")
 
   bad = total = 0
   with cli.opened(INPUT.value) as file:
-    if MODEL.value:
-      classifier = load_classifier(MODEL.value)
-    else:
-      saved = load_adapter(ADAPTER.value or "")
-      classifier = restore_adapter(saved, BASE.value)
+    classifier = MODEL.load()
     predictor = Predictor(classifier, max_length=MAX_LENGTH.value)
     columns = text_columns(classifier)
     check = predictor.task and predictor.task.to_texts
     names = ["label", "score", *predictor.labels]
     if classifier.kind == TAGS:
       names = ["tags", "scores"]
-    if form == "parquet":
+    if file_format == "parquet":
       path = Path(INPUT.value).expanduser()
       lines = read_texts(parquet_rows(path), columns=columns, check=check)
-    elif form in ("csv", "json") or own_columns(classifier):
-      rows = read_rows(file, format=form)
+    elif file_format in ("csv", "json") or own_columns(classifier):
+      rows = read_rows(file, format=file_format)
       lines = read_texts(rows, columns=columns, check=check)
     else:
       lines = read_lines(
         file,
-        format=form,
+        format=file_format,
         columns=columns,
         count=len(columns[0]) if columns else None,
         check=check,
       )
-    unit = "row" if form in ("json", "parquet") else "line"
+    unit = "row" if file_format in ("json", "parquet") else "line"
     for line, answer in answer_lines(predictor, lines, at_once=LINES.value):
       total += 1
       if line.error:
@@ -143,8 +130,7 @@ def main() -> None:
 
 def predict_images(source: Path) -> None:
   """Answer an image file, or a folder of them."""
-  from vera_jax.adapters.files import load_adapter  # after the flags' errors
-  from vera_jax.pretrained.classifier import load_classifier, restore_adapter
+  # after the flags' errors
   from vera_jax.serve.image_predictor import ImagePredictor, answer_files
 
   inside = source if source.is_dir() else None
@@ -152,11 +138,7 @@ def predict_images(source: Path) -> None:
   files = [ImageFile(path, inside) for path in paths]
   if not files:
     raise UserError(f"{source} holds no image files.")
-  if MODEL.value:
-    classifier = load_classifier(MODEL.value)
-  else:
-    classifier = restore_adapter(load_adapter(ADAPTER.value or ""), BASE.value)
-  predictor = ImagePredictor(classifier)
+  predictor = ImagePredictor(MODEL.load())
   labels = predictor.labels
   if FORMAT.value == "tsv":
     print(_cells("file", "label", "score", *labels), flush=True)

@@ -14,8 +14,28 @@ from vera_jax.report.published import published
 BY = ["task", "metric", "method", "condition"]
 
 
+def shown(
+  middle: float,
+  low: float,
+  high: float,
+  digits: str = ".1f",
+  *,
+  several: bool = True,
+) -> str:
+  """A number with its range, as tables have it.
+
+  Without a range where there are not several seeds; "" for NaN.
+  """
+  text = "" if pd.isna(middle) else f"{middle:{digits}}"
+  if several and pd.notna(low):
+    text += f" ({low:{digits}} to {high:{digits}})"
+  return text
+
+
 def shown_p(p: float) -> str:
-  """A p value as tables have it."""
+  """A p value as tables have it; "" for NaN."""
+  if pd.isna(p):
+    return ""
   return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from vera_jax.report.frame import BASELINE, Sweep, history
 from vera_jax.report.signatures import COLLAPSED
-from vera_jax.report.summary import shown_p
+from vera_jax.report.summary import shown, shown_p
 from vera_jax.report.text_scores import text_notes, text_scores, text_tables
 
 SIGNS = "signs of failure"
@@ -34,19 +34,12 @@ def columns(table: pd.DataFrame, paper: str = "") -> pd.DataFrame:
   """
   rows = []
   for row in table.itertuples():
-    best, last = f"{row.score:.1f}", f"{row.last:.1f}"
-    if row.seeds > 1:
-      best += f" ({row.low:.1f} to {row.high:.1f})"
-      last += f" ({row.last_low:.1f} to {row.last_high:.1f})"
-    printed = difference = p = ""
+    several = row.seeds > 1
+    best = shown(row.score, row.low, row.high, several=several)
+    last = shown(row.last, row.last_low, row.last_high, several=several)
+    printed = ""
     if pd.notna(row.paper):
       printed = f"{row.paper:.1f} ± {row.paper_spread:.1f}"
-    if pd.notna(row.difference):
-      difference = f"{row.difference:+.1f}"
-    if pd.notna(row.ci_low):  # with several seeds
-      difference += f" ({row.ci_low:+.1f} to {row.ci_high:+.1f})"
-    if pd.notna(row.p_holm):
-      p = shown_p(row.p_holm)
     signs = [
       name if count == row.seeds else f"{name} {count} of {row.seeds}"
       for name, count in row.signatures.items()
@@ -62,8 +55,10 @@ def columns(table: pd.DataFrame, paper: str = "") -> pd.DataFrame:
         "median at best epoch (range)": best,
         "median at last epoch (range)": last,
         f"paper ({paper})" if paper else "paper": printed,
-        "difference from LoRA (95 % interval)": difference,
-        "p (Holm-adjusted)": p,
+        "difference from LoRA (95 % interval)": shown(
+          row.difference, row.ci_low, row.ci_high, "+.1f"
+        ),
+        "p (Holm-adjusted)": shown_p(row.p_holm),
         SIGNS: ", ".join(signs),
         "seeds": str(row.seeds),
         "epochs": str(row.epochs),

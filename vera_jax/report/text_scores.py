@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from vera_jax.report.frame import BASELINE, Sweep
-from vera_jax.report.summary import shown_p, summary
+from vera_jax.report.summary import shown, shown_p, summary
 
 PERCENT = ("BLEU", "METEOR", "ROUGE_L")  # shares, which papers print so
 CONDITION = ["task", "method", "condition"]
@@ -50,22 +50,13 @@ def text_tables(texts: Sweep) -> dict[str, pd.DataFrame]:
   table = summary(texts)
 
   def score(row: Any) -> str:
-    text = _number(row.score, row.metric)
-    if row.seeds == 1:
-      return text
-    low, high = (_number(x, row.metric) for x in (row.low, row.high))
-    return f"{text} ({low} to {high})"
+    digits, several = _digits(row.metric), row.seeds > 1
+    return shown(row.score, row.low, row.high, digits, several=several)
 
   def difference(row: Any) -> str:
-    if pd.isna(row.difference):
-      return ""
-    text = _number(row.difference, row.metric, "+")
-    if pd.notna(row.ci_low):
-      ends = (row.ci_low, row.ci_high)
-      low, high = (_number(x, row.metric, "+") for x in ends)
-      text += f" ({low} to {high})"
-    if pd.notna(row.p_holm):
-      p = shown_p(row.p_holm)
+    digits, p = f"+{_digits(row.metric)}", shown_p(row.p_holm)
+    text = shown(row.difference, row.ci_low, row.ci_high, digits)
+    if p:
       text += f", p {p}" if p.startswith("<") else f", p = {p}"
     return text
 
@@ -113,5 +104,5 @@ def _by_metric(table: pd.DataFrame, cell: Callable[[Any], str]) -> pd.DataFrame:
   return cells.assign(condition=cells["condition"].str.replace("|", r"\|"))
 
 
-def _number(value: float, metric: str, sign: str = "") -> str:
-  return f"{value:{sign}.{1 if is_share(metric) else 2}f}"
+def _digits(metric: str) -> str:
+  return ".1f" if is_share(metric) else ".2f"

@@ -1,6 +1,6 @@
 """What PEFT's form of a method is: one file beside this one per method."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -91,23 +91,6 @@ class Exported(NamedTuple):
   root: Tensors = {}
 
 
-def by_ending(
-  ending: str, value: np.ndarray, names: Mapping[str, str]
-) -> tuple[str, np.ndarray]:
-  """Our name of a tensor and its value: `Form.take` of most methods."""
-  return names[ending], value
-
-
-def nothing_more(
-  adapted: Mapping[str, Tensors],
-  layers: Mapping[str, Layer],
-  patterns: Callable[[Collection[Any]], list[str]],
-) -> Settings:
-  """`Form.more` of the methods whose settings are all in PEFT's config."""
-  del adapted, layers, patterns
-  return {}
-
-
 class Form(NamedTuple):
   """A method of PEFT's.
 
@@ -138,8 +121,11 @@ class Form(NamedTuple):
   root: Mapping[str, str] = {}
   trained_root: bool = False
   dropped: tuple[str, ...] = ()
-  take: Callable[..., tuple[str, np.ndarray]] = by_ending
-  more: Callable[..., Settings] = nothing_more
+  take: Callable[..., tuple[str, np.ndarray]] = lambda ending, value, endings: (
+    endings[ending],
+    value,
+  )
+  more: Callable[..., Settings] = lambda adapted, layers, patterns: {}
   unchanged: Callable[[Mapping[str, Any]], dict[str, float]] = lambda _: {}
   join: Callable[[Ours, Exported], Exported] | None = None
 
