@@ -25,7 +25,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -224,98 +223,22 @@ def tiny_roberta(tmp_path_factory) -> Path:
   return folder
 
 
-QUERY_VALUE = {"targets": ["query", "value"]}
-DRAWN = {"init": "kaiming_uniform", "projection_seed": 0, **QUERY_VALUE}
-LORA = {"rank": 2, "alpha": 4.0, **QUERY_VALUE}
-SETTINGS = {
-  "vera": {
-    **{"rank": 8, "d_init": 0.1, **DRAWN},
-    **{"train": "both", "sharing": "shared", "conv": "whole"},
-  },
-  "lora": {**LORA, "scaling": "rank"},
-  "ia3": {"targets": ["key", "value"], "feedforward": []},
-  "lora_fa": {**LORA, "scaling": "root", "projection_seed": 1},
-  "onelora": QUERY_VALUE,
-  "pvera": {"rank": 8, "d_init": 0.1, **DRAWN},
-  "randlora": {**DRAWN, "rank": 5, "alpha": 5.0, "init": "uniform"},
-  "unilora": {
-    **{"rank": 2, "size": 50, "theta_init": 0.02, "projection_seed": 3},
-    **QUERY_VALUE,
-  },
-  "bitfit": {"biases": ".*"},
-}
-SETTINGS |= {"dora": SETTINGS["lora"], "dvora": SETTINGS["vera"]}
-SETTINGS["dvora+ia3"] = {name: SETTINGS[name] for name in ("dvora", "ia3")}
-SETTINGS["vera+bitfit"] = {name: SETTINGS[name] for name in ("vera", "bitfit")}
-
-
 @pytest.fixture(scope="session")
 def random_adapter(tiny_model, tmp_path_factory):
   """Makes an adapter's folder, its leaves random; keywords are settings.
 
   Adapters that were made before are copied.
   """
-  from flax.traverse_util import flatten_dict, unflatten_dict
-
-  from vera_jax.adapters.files import save_adapter
-  from vera_jax.adapters.labels import FROZEN
-  from vera_jax.adapters.projections import PRNG, digest
-  from vera_jax.models.family import read_fields
-  from vera_jax.models.hf_weights import fingerprint, load_params
-  from vera_jax.pretrained.blueprint import blueprint
+  from tests.random_adapter import write_adapter
 
   made: dict[str, Path] = {}
 
   def make(method="vera", **keywords) -> Path:
     name = repr((method, sorted(keywords.items())))
     if name not in made:
-      made[name] = make_new(method, **keywords)
+      made[name] = tmp_path_factory.mktemp("adapter")
+      write_adapter(made[name], method, **{"base": tiny_model, **keywords})
     folder = tmp_path_factory.mktemp(f"{method}_adapter")
     return shutil.copytree(made[name], folder, dirs_exist_ok=True)
-
-  def make_new(
-    method, *, base=tiny_model, task="rte", kind=None, scan=True, **settings
-  ) -> Path:
-    from vera_jax.models.kinds import KINDS, kind_of
-    from vera_jax.tasks.glue_facts import glue_task
-
-    labels = () if kind else glue_task(task).labels
-    kind = kind_of({"kind": kind}, labels)
-    settings = {**SETTINGS.get(method, {}), **settings}
-    plan = blueprint(
-      read_fields(base),
-      outputs=len(labels) or 1,
-      head=KINDS[kind].head,
-      method=method,
-      settings=settings,
-      scan=scan,
-    )
-    init, key = plan.module.init, jax.random.key(0)
-    shapes = jax.eval_shape(init, key, **plan.inputs)["params"]
-    kinds = flatten_dict(plan.label(shapes))
-    weights = load_params(base, unflatten_dict(plan.shapes)).params
-    projections = plan.projections(jax.tree.map(jnp.asarray, weights))
-    rng = np.random.default_rng(7)
-    trained = {
-      path: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
-      + np.float32(path[-1] == "scale")
-      for path, leaf in sorted(flatten_dict(shapes).items())
-      if kinds[path] != FROZEN
-    }
-    folder = tmp_path_factory.mktemp(f"{method}_adapter")
-    about = {
-      "task": task,
-      "method": method,
-      "settings": settings,
-      "base": str(base),
-      "base_fingerprint": fingerprint(base),
-      "labels": list(labels),
-      "kind": kind,
-      "projection_prng": PRNG,
-      "projection_digest": digest(projections) if projections else None,
-      "max_length": 16,
-    }
-    save_adapter(folder, unflatten_dict(trained), about=about)
-    return folder
 
   return make

@@ -47,20 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 WORDS = [f"word{i}" for i in range(25)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-METHODS: dict[str, dict[str, Any]] = {
-  "vera": {
-    "rank": 4,
-    "d_init": 0.1,
-    "init": "kaiming_uniform",
-    "train": "both",
-    "sharing": "shared",
-    "conv": "whole",
-  },
-  "lora": {"rank": 2, "alpha": 4.0, "scaling": "rank"},
-  "randlora": {"rank": 2, "alpha": 5.0, "init": "uniform"},
-  "unilora": {"rank": 2, "size": 50, "theta_init": 0.02},
-  "vera+bitfit": {},
-}
+METHODS = ("vera", "lora", "randlora", "unilora", "vera+bitfit")
 ROWS = [
   {"premise": f"a fine film {i}", "hypothesis": "it is fine", "label": word}
   for i, word in enumerate(["no", "yes"] * 4)
@@ -144,49 +131,12 @@ def write_merges(folder: Path) -> None:
 
 def write_adapter(folder: Path, method: str) -> None:
   """A random adapter beside its base, without a checksum of the tensors."""
-  import jax
-  import jax.numpy as jnp
-  from flax.traverse_util import flatten_dict, unflatten_dict
-
-  from vera_jax.adapters.files import ABOUT, SHA256, save_adapter
-  from vera_jax.adapters.labels import FROZEN
-  from vera_jax.adapters.projections import PRNG, digest
-  from vera_jax.models.hf_weights import fingerprint, load_params
-  from vera_jax.pretrained.blueprint import blueprint
+  from tests import random_adapter
+  from vera_jax.adapters.files import ABOUT, SHA256
 
   base, out = folder / "base", folder / "adapter"
-  fields = write_model(base, "bert")
-  settings = {**METHODS[method], "targets": ["query", "value"]}
-  if "rank" in settings:
-    settings["projection_seed"] = 0
-  if method == "vera+bitfit":
-    vera = {**METHODS["vera"], "targets": ["query"], "projection_seed": 0}
-    settings = {"vera": vera, "bitfit": {"biases": ".*"}}
-  plan = blueprint(fields, outputs=2, method=method, settings=settings)
-  loaded = load_params(base, unflatten_dict(plan.shapes)).params
-  projections = plan.projections(jax.tree.map(jnp.asarray, loaded))
-  own, _ = plan.own_shapes()
-  shapes = plan.shapes | flatten_dict(own)
-  kinds = flatten_dict(plan.label(unflatten_dict(shapes)))
-  rng = np.random.default_rng(7)
-  trained = {
-    path: rng.standard_normal(leaf.shape).astype(np.float32)
-    for path, leaf in sorted(shapes.items())
-    if kinds[path] != FROZEN
-  }
-  about = {
-    "task": "rte",
-    "method": method,
-    "settings": settings,
-    "base": str(base),
-    "base_fingerprint": fingerprint(base),
-    "labels": ["entailment", "not_entailment"],
-    "kind": "classification",
-    "projection_prng": PRNG,
-    "projection_digest": digest(projections) if projections else None,
-    "max_length": 16,
-  }
-  save_adapter(out, unflatten_dict(trained), about=about)
+  write_model(base, "bert")
+  random_adapter.write_adapter(out, method, base=base)
   written = json.loads((out / ABOUT).read_text())
   _json(out / ABOUT, {k: x for k, x in written.items() if k != SHA256})
 

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save_file
 
-from vera_jax.adapters.files import load_adapter, save_adapter
-from vera_jax.adapters.projections import PRNG, digest
+from vera_jax.adapters.files import load_adapter
 from vera_jax.generate.generator import Generator
-from vera_jax.models.hf_weights import fingerprint, load_params, to_hf
+from vera_jax.models.hf_weights import to_hf
 from vera_jax.pretrained.blueprint import blueprint
 from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 
@@ -28,16 +27,6 @@ FIELDS = {
   "n_head": 2,
   "n_positions": 48,
   "eos_token_id": 0,
-}
-SETTINGS = {
-  "rank": 8,
-  "d_init": 0.1,
-  "init": "kaiming_uniform",
-  "projection_seed": 0,
-  "train": "both",
-  "sharing": "shared",
-  "conv": "whole",
-  "targets": ["query", "value"],
 }
 
 
@@ -71,37 +60,14 @@ def tiny_decoder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def words_adapter(tiny_decoder, tmp_path_factory) -> Path:
-  """Its leaves are random: it changes the words that are chosen."""
-  plan = blueprint(
-    FIELDS,
-    outputs=0,
-    head="language_modelling",
-    method="vera",
-    settings=SETTINGS,
+def words_adapter(tiny_decoder, random_adapter) -> Path:
+  """Its leaves are so large that it changes the words that are chosen."""
+  return random_adapter(
+    base=tiny_decoder,
+    task="own_texts",
+    kind="language_modelling",
+    spread=1.0,
   )
-  weights = load_params(tiny_decoder, unflatten_dict(plan.shapes)).params
-  projections = plan.projections(jax.tree.map(jnp.asarray, weights))
-  rng = np.random.default_rng(7)
-  own = {
-    path: rng.standard_normal(leaf.shape).astype(np.float32)
-    for path, leaf in sorted(flatten_dict(plan.own_shapes()[0]).items())
-  }
-  folder = tmp_path_factory.mktemp("words_adapter")
-  about = {
-    "task": "own_texts",
-    "kind": "language_modelling",
-    "method": "vera",
-    "settings": SETTINGS,
-    "base": str(tiny_decoder),
-    "base_fingerprint": fingerprint(tiny_decoder),
-    "labels": [],
-    "projection_prng": PRNG,
-    "projection_digest": digest(projections),
-    "max_length": 16,
-  }
-  save_adapter(folder, unflatten_dict(own), about=about)
-  return folder
 
 
 @pytest.fixture(scope="session")

@@ -174,7 +174,7 @@ def test_a_base_that_moved_can_be_named(tiny_model, random_adapter, tmp_path):
     ({"projection_digest": "0" * 64}, {}, "not 000000000000"),
     ({"projection_prng": "rbg"}, {}, "generator 'rbg'"),
     ({}, {"projection_seed": 10**30}, "no usable projection_seed=1000000"),
-    ({}, {"projection_seed": -(2**31) - 1}, "must fit 32 bits"),
+    ({}, {"projection_seed": -(2**31) - 1}, "projection_seed is -2147483649"),
     ({}, {"rank": 10**30}, "no usable rank=1000000"),
     ({}, {"d_init": float("inf")}, "no usable d_init=inf"),
     ({"method": "lora"}, {"alpha": float("nan")}, "no usable alpha=nan"),

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.conftest import SETTINGS
+from tests.random_adapter import SETTINGS
+from tests.slow import rest_is_slow
 from vera_jax.adapters.files import SavedAdapter, load_adapter
 from vera_jax.adapters.projections import digest
 from vera_jax.errors import UserError
@@ -72,11 +73,13 @@ def chosen(logits, named=NAMED):
 
 @pytest.mark.parametrize(
   "method, settings",
-  [
-    ("vera", {"init": "structured", "sharing": "unique", "train": "b"}),
-    ("unilora", {}),
-    ("bitfit", {}),
-  ],
+  rest_is_slow(
+    [
+      ("vera", {"init": "structured", "sharing": "unique", "train": "b"}),
+      ("unilora", {}),
+      ("bitfit", {}),
+    ]
+  ),
 )
 def test_mixed_is_each_alone(method, settings, random_adapter):
   saved = three(random_adapter(method, task="sst2", **settings))
@@ -87,6 +90,7 @@ def test_mixed_is_each_alone(method, settings, random_adapter):
   assert np.abs(own["one"] - own["two"]).max() > 0.05  # the adapters differ
 
 
+@pytest.mark.slow
 def test_pairs_on_roberta_whose_head_is_deep(tiny_roberta, random_adapter):
   saved = three(random_adapter(task="rte", base=tiny_roberta))
   bank = AdapterBank(saved, capacity=7)
@@ -242,6 +246,7 @@ def test_other_codes_or_parts_of_an_example(bank, adapters):
     bank.answers(TEXTS[:1], TEXTS[:1], adapters="four")
 
 
+@pytest.mark.slow
 def test_a_method_is_prepared_or_refused(random_adapter, tmp_path):
   """DVoRA's rows need a scale computed from their kernels."""
   saved = three(random_adapter("dvora+ia3", task="sst2"))
