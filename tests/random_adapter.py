@@ -17,9 +17,13 @@ from vera_jax.models.kinds import KINDS, kind_of
 from vera_jax.pretrained.blueprint import blueprint
 from vera_jax.tasks.glue_facts import glue_task
 
-QUERY_VALUE = {"targets": ["query", "value"]}
-DRAWN = {"init": "kaiming_uniform", "projection_seed": 0, **QUERY_VALUE}
-LORA = {"rank": 2, "alpha": 4.0, **QUERY_VALUE}
+QUERY_VALUE: dict[str, Any] = {"targets": ["query", "value"]}
+DRAWN: dict[str, Any] = {
+  "init": "kaiming_uniform",
+  "projection_seed": 0,
+  **QUERY_VALUE,
+}
+LORA: dict[str, Any] = {"rank": 2, "alpha": 4.0, **QUERY_VALUE}
 SETTINGS: dict[str, dict[str, Any]] = {
   "vera": {
     **{"rank": 8, "d_init": 0.1, **DRAWN},

@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 
-from tests.conftest import SETTINGS, TINY
+from tests.conftest import TINY
+from tests.random_adapter import SETTINGS
 from vera_jax.adapters.labels import count, split
 from vera_jax.pretrained.blueprint import Blueprint, Model, blueprint
 from vera_jax.progress import ProgressBar
