@@ -54,6 +54,7 @@ def test_the_folder_answers_as_the_adapter_does(
   assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
+@pytest.mark.slow
 def test_roberta_and_regression(random_adapter, tiny_roberta, tmp_path):
   adapted = restored(random_adapter(base=tiny_roberta, task="stsb"))
   write_merged(adapted, tmp_path / "out")
@@ -93,6 +94,7 @@ def test_past_the_bound_nothing_is_written(random_adapter, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_weights_too_large_for_the_type_are_refused(random_adapter, tmp_path):
   adapted = restored(random_adapter())
   kernel = adapted.params["classifier"]["kernel"]

@@ -156,33 +156,36 @@ def test_a_base_that_moved_can_be_named(tiny_model, random_adapter, tmp_path):
 
 @pytest.mark.parametrize(
   "about, settings, words",
-  [
-    ({}, {"rank": 4}, r"vera_d has shape \(8,\), not \(4,\).*: are rank"),
-    ({}, {"targets": ["query", "value", "key"]}, "no encoder.*key.vera_d"),
-    ({}, {"targets": ["query"]}, "no place for .*value.vera_b"),
-    ({}, {"targets": ["kye"]}, "'kye'"),
-    ({}, {"train": "d"}, "no place for .*vera_b"),
-    (
-      {"labels": ["a", "b", "c"]},
-      {},
-      r"has shape \(.*2.*: are rank and labels",
-    ),
-    ({"method": "lora"}, {"alpha": 1.0, "scaling": "rank"}, "no .*lora_A"),
-    ({"method": "other"}, {}, "method is 'other'"),
-    ({}, {"projection_seed": 1}, "come out different .* digest"),
-    ({}, {"init": "uniform"}, "come out different"),
-    ({"projection_digest": "0" * 64}, {}, "not 000000000000"),
-    ({"projection_prng": "rbg"}, {}, "generator 'rbg'"),
-    ({}, {"projection_seed": 10**30}, "no usable projection_seed=1000000"),
-    ({}, {"projection_seed": -(2**31) - 1}, "projection_seed is -2147483649"),
-    ({}, {"rank": 10**30}, "no usable rank=1000000"),
-    ({}, {"d_init": float("inf")}, "no usable d_init=inf"),
-    ({"method": "lora"}, {"alpha": float("nan")}, "no usable alpha=nan"),
-    ({"method": "lora"}, {"alpha": 10**400}, "no usable alpha=1000000"),
-    ({}, {"targets": ["((.|[a-z/_])+)+[QX]"]}, "takes too long|no layer"),
-    ({}, {"targets": ["que("]}, "no proper regular expression"),
-    ({"base": "package:no_package.sub/model"}, {}, "is not installed"),
-  ],
+  rest_is_slow(
+    [
+      ({}, {"rank": 4}, r"vera_d has shape \(8,\), not \(4,\).*: are rank"),
+      ({}, {"targets": ["query", "value", "key"]}, "no encoder.*key.vera_d"),
+      ({}, {"targets": ["query"]}, "no place for .*value.vera_b"),
+      ({}, {"targets": ["kye"]}, "'kye'"),
+      ({}, {"train": "d"}, "no place for .*vera_b"),
+      (
+        {"labels": ["a", "b", "c"]},
+        {},
+        r"has shape \(.*2.*: are rank and labels",
+      ),
+      ({"method": "lora"}, {"alpha": 1.0, "scaling": "rank"}, "no .*lora_A"),
+      ({"method": "other"}, {}, "method is 'other'"),
+      ({}, {"projection_seed": 1}, "come out different .* digest"),
+      ({}, {"init": "uniform"}, "come out different"),
+      ({"projection_digest": "0" * 64}, {}, "not 000000000000"),
+      ({"projection_prng": "rbg"}, {}, "generator 'rbg'"),
+      ({}, {"projection_seed": 10**30}, "no usable projection_seed=1000000"),
+      ({}, {"projection_seed": -(2**31) - 1}, "projection_seed is -2147483649"),
+      ({}, {"rank": 10**30}, "no usable rank=1000000"),
+      ({}, {"d_init": float("inf")}, "no usable d_init=inf"),
+      ({"method": "lora"}, {"alpha": float("nan")}, "no usable alpha=nan"),
+      ({"method": "lora"}, {"alpha": 10**400}, "no usable alpha=1000000"),
+      ({}, {"targets": ["((.|[a-z/_])+)+[QX]"]}, "takes too long|no layer"),
+      ({}, {"targets": ["que("]}, "no proper regular expression"),
+      ({"base": "package:no_package.sub/model"}, {}, "is not installed"),
+    ],
+    quick=8,
+  ),
 )
 def test_what_differs_is_named(about, settings, words, random_adapter):
   saved = load_adapter(random_adapter())
@@ -207,7 +210,9 @@ def test_labels_are_those_of_the_config(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("said", [True, None])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+  "kind", rest_is_slow(["gpt2", "llama", "mistral", "qwen2", "qwen3"])
+)
 def test_an_output_layer_of_its_own_is_used_whatever_config_says(
   kind, said, tmp_path, caplog
 ):
