@@ -125,8 +125,8 @@ def make_plan(
     check_settings(config)
     code = digest(config.to_dict())
     name = "-".join([*_name_parts(overrides, axes), code])
-    place, lock = folder / "runs" / name, folder / "locks" / name
-    runs.setdefault(code, SweepRun(name, config, overrides, place, lock))
+    workdir, lock = folder / "runs" / name, folder / "locks" / name
+    runs.setdefault(code, SweepRun(name, config, overrides, workdir, lock))
   return Plan(sweep.title, sweep.paper, folder, axes, list(runs.values()))
 
 

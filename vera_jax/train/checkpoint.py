@@ -26,6 +26,7 @@ from orbax.checkpoint.checkpoint_managers import (
 from vera_jax.errors import UserError
 from vera_jax.train.distributed import on_first
 from vera_jax.train.manifest import find_damage, read_manifest, write_manifest
+from vera_jax.train.step import Tree
 from vera_jax.train.workdir import (
   DAMAGED,
   differences,
@@ -91,14 +92,15 @@ class Checkpoints:
 
   def _check_saves(self) -> None:
     """Set damaged saves aside; refuse those of another config."""
-    found = self._folder.iterdir() if self._folder.is_dir() else ()
-    for save in sorted(path for path in found if path.name.isdigit()):
-      reason = find_damage(save)
-      if reason is not None:
-        place = self._folder.with_name(DAMAGED)
-        place.mkdir(exist_ok=True)
+    # not the temporary names that orbax gives to saves which are cut off
+    for save in sorted(self._folder.glob("[0-9]*")):
+      if not save.name.isdigit():
+        continue
+      if reason := find_damage(save):
+        aside = self._folder.with_name(DAMAGED)
+        aside.mkdir(exist_ok=True)
         names = (save.name, *(f"{save.name}-{i}" for i in range(2, 10_000)))
-        kept = next(place / n for n in names if not (place / n).exists())
+        kept = next(aside / n for n in names if not (aside / n).exists())
         save.rename(kept)
         log.warning(
           "The save of step %s is not used: %s. It is kept as %s, and the"
@@ -106,10 +108,10 @@ class Checkpoints:
           *(save.name, reason, kept),
         )
         continue
-      theirs = read_manifest(save).get("config")
-      if self._config is None or theirs is None:
+      saved = read_manifest(save).get("config")
+      if self._config is None or saved is None:
         continue
-      if differ := differences(theirs, self._config):
+      if differ := differences(saved, self._config):
         raise UserError(
           f"{save} is the save of a run of another config. Choose another"
           " --workdir, or the same settings. Different are:\n  "
@@ -128,7 +130,7 @@ class Checkpoints:
   def save(
     self,
     step: int,
-    state: Any,
+    state: Tree,
     progress: Mapping[str, Any],
     metrics: Mapping[str, float] | None = None,
   ) -> None:

@@ -8,7 +8,6 @@ the update.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,8 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.stages import Lowered
-from jax.tree_util import DictKey
+from jax.tree_util import DictKey, KeyPath
+from jaxtyping import PRNGKeyArray
 
 from vera_jax.pretrained.blueprint import Model
 from vera_jax.pretrained.sharding import REPLICATED
@@ -39,20 +39,6 @@ from vera_jax.train.step import (
 Leaf = Array | np.ndarray | jax.ShapeDtypeStruct
 
 
-class Parts(NamedTuple):
-  """A step as three functions, which can be compiled apart.
-
-  Attributes:
-    start: (params) -> the `Sums` that a step begins with.
-    add: (sums, state, frozen, microbatch, key, its number) -> sums.
-    update: (state, sums, key, rates) -> (state, metrics).
-  """
-
-  start: Any
-  add: Any
-  update: Any
-
-
 class CompiledStep:
   """`train_step` with compiled parts: (state, frozen, microbatches, key, rates)
   -> (state, metrics). The state is donated.
@@ -65,8 +51,8 @@ class CompiledStep:
     self,
     state: State,
     *,
-    outputs: Callable[..., tuple[Any, Array]],
-    loss: Callable[[Any, Batch], tuple[Array, Array]],
+    outputs: Callable[..., tuple[Tree, Array]],
+    loss: Callable[[Tree, Batch], tuple[Array, Array]],
     optimiser: Callable[..., optax.GradientTransformation],
     runs: int | None = None,
   ) -> None:
@@ -88,33 +74,31 @@ class CompiledStep:
     step = partial(
       train_step, optimiser=optimiser, reduce=partial(total, shards=shards)
     )
-    parts = _parts(step, gradient, partial(no_sums, shards=shards))
+    # `train_step` cut in two where all gradients are added up
+    start: Callable[..., Sums] = partial(no_sums, shards=shards)
+    add: Callable[..., Sums] = partial(_add, gradient=gradient)
+    update: Callable[..., tuple[State, Metrics]] = partial(_update, step=step)
     if runs is not None:
-      parts = Parts(
-        jax.vmap(parts.start),
-        jax.vmap(parts.add, in_axes=(0, 0, None, 0, 0, None)),
-        jax.vmap(parts.update),
-      )
+      start, update = jax.vmap(start), jax.vmap(update)
+      # the frozen leaves and a microbatch's number are the same for all runs
+      add = jax.vmap(add, in_axes=(0, 0, None, 0, 0, None))
     # Left to itself, XLA moves small leaves to where a weight's shards are, and
     # the next step would be compiled anew. So all results have a sharding.
     behind = partial(shards.behind, front=front)
-    each = behind(shardings.step)
+    each: Tree = behind(shardings.step)
     sums = Sums(each, each, jax.tree.map(behind, shardings.params))
     moved = shardings, shardings.step
     (device, *_) = shardings.step.device_set
-    jit: Any = partial(
-      jax.jit, compiler_options=compiler_options(device.platform)
+    jit = partial(jax.jit, compiler_options=compiler_options(device.platform))
+    self._start = jax.jit(start, out_shardings=sums)
+    self._add = jit(add, donate_argnums=0, out_shardings=sums)
+    self._update = jit(update, donate_argnums=0, out_shardings=moved)
+    self._one_program = jit(
+      partial(step, gradient=gradient), donate_argnums=0, out_shardings=moved
     )
-    self._parts = Parts(
-      jax.jit(parts.start, out_shardings=sums),
-      jit(parts.add, donate_argnums=0, out_shardings=sums),
-      jit(parts.update, donate_argnums=0, out_shardings=moved),
-    )
-    whole = partial(step, gradient=gradient)
-    self._whole = jit(whole, donate_argnums=0, out_shardings=moved)
     self._sums = jax.tree.map(
       lambda leaf, sharding: leaf.update(sharding=sharding),
-      jax.eval_shape(self._parts.start, self._state.params),
+      jax.eval_shape(self._start, self._state.params),
       sums,
     )
 
@@ -126,18 +110,17 @@ class CompiledStep:
     key: Array,
     rates: Mapping[str, Array],
   ) -> tuple[State, Metrics]:
-    sums = self._parts.start(state.params)
+    sums = self._start(state.params)
     for number, batch in enumerate(microbatches):
-      sums = self._parts.add(sums, state, frozen, batch, key, np.int32(number))
-    return self._parts.update(state, sums, key, rates)
+      sums = self._add(sums, state, frozen, batch, key, np.int32(number))
+    return self._update(state, sums, key, rates)
 
   def lower(
     self, frozen: Frozen, batch: Mapping[str, Leaf], key: Leaf
   ) -> Lowered:
     """The program of a microbatch of this shape, to be compiled ahead."""
     first = np.int32(0)
-    add = self._parts.add
-    return add.lower(self._sums, self._state, frozen, batch, key, first)
+    return self._add.lower(self._sums, self._state, frozen, batch, key, first)
 
   def lower_whole(
     self,
@@ -147,47 +130,60 @@ class CompiledStep:
     rates: Mapping[str, Leaf],
   ) -> Lowered:
     """One run's step of one microbatch as a single program, to be counted."""
-    return self._whole.lower(self._state, frozen, [batch], key, rates)
+    return self._one_program.lower(self._state, frozen, [batch], key, rates)
 
 
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+def _shape(leaf: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _parts(
-  step: Callable[..., tuple[State, Metrics]],
+def _add(
+  sums: Sums,
+  state: State,
+  frozen: Frozen,
+  batch: Batch,
+  key: Array,
+  number: Array,
+  *,
   gradient: Callable[..., Sums],
-  start: Callable[[Tree], Sums],
-) -> Parts:
-  """`train_step` cut in two where all gradients are added up."""
+) -> Sums:
+  """Adds the gradient of a step's microbatch of this number."""
+  key = microbatch_key(key, state, number)
+  one = gradient(state.params, frozen, batch, key)
+  return jax.tree.map(jnp.add, sums, one)
 
-  def add(sums, state, frozen, batch, key, number):
-    key = microbatch_key(key, state, number)
-    one = gradient(state.params, frozen, batch, key)
-    return jax.tree.map(jnp.add, sums, one)
 
-  def update(state, sums, key, rates):
-    # a step whose only microbatch is known by its gradient
-    def known(params, frozen, sums, key):
-      return sums
+def _update(
+  state: State,
+  sums: Sums,
+  key: Array,
+  rates: Mapping[str, Array],
+  *,
+  step: Callable[..., tuple[State, Metrics]],
+) -> tuple[State, Metrics]:
+  """A step whose only microbatch is known by its gradient, `sums`."""
 
-    none = Frozen({}, {})
-    return step(state, none, [sums], key, rates, gradient=known)
+  def known(
+    params: Tree, frozen: Frozen, sums: Sums, key: PRNGKeyArray
+  ) -> Sums:
+    return sums
 
-  return Parts(start, add, update)
+  return step(state, Frozen({}, {}), [sums], key, rates, gradient=known)
 
 
 def state_shape(
   model: Model, tx: optax.GradientTransformation, mesh: Mesh
 ) -> State:
-  """A `State` of shapes and places; a slot lies where its leaf lies."""
+  """A `State` of shapes and shardings: a slot lies where its leaf lies."""
   everywhere = NamedSharding(mesh, REPLICATED)
   leaves = {
     tuple(key.key for key in path): leaf.sharding
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.trainable)
   }
 
-  def place(path: tuple[Any, ...], slot: Any) -> jax.ShapeDtypeStruct:
+  def with_sharding(
+    path: KeyPath, slot: jax.ShapeDtypeStruct
+  ) -> jax.ShapeDtypeStruct:
     names = tuple(key.key for key in path if isinstance(key, DictKey))
     # the first name is optax's: the label
     sharding = leaves.get(names[1:], everywhere)
@@ -196,7 +192,9 @@ def state_shape(
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
   params = jax.tree.map(_shape, model.trainable)
   slots = jax.eval_shape(tx.init, params)
-  return State(step, params, jax.tree_util.tree_map_with_path(place, slots))
+  return State(
+    step, params, jax.tree_util.tree_map_with_path(with_sharding, slots)
+  )
 
 
 def init_state(

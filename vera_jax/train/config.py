@@ -1,6 +1,7 @@
 """Settings that can't work are refused before anything is loaded."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -20,7 +21,7 @@ from vera_jax.errors import UserError
 from vera_jax.models.part import REMATS
 from vera_jax.operations.quantised import NONE, check_quantise
 from vera_jax.pretrained.blueprint import choose_scan
-from vera_jax.train.optim import EPS, SCHEDULES
+from vera_jax.train.optim import SCHEDULES
 
 # What every config has, and the type of a value that is set.
 NEEDED: dict[str, type] = {
@@ -42,21 +43,6 @@ SET = (  # and those that can't be left open
   *("method", "seed", "model.contraction", "model.scan"),
   *("mesh.data", "mesh.fsdp", "mesh.tensor", "optim.warmup_ratio"),
 )
-AT_LEAST_ONE = (
-  "optim.epochs",
-  "optim.batch_size",
-  "optim.microbatch_rows",
-  "optim.patience",
-  "eval_batch_size",
-  "eval_epochs",
-  "log.every",
-  "data.max_length",
-  "data.max_train_examples",
-  "data.max_eval_examples",
-  "data.shots",
-  "data.dev_shots",
-  "data.image_size",
-)
 NOT_NEGATIVE = (
   "optim.adapter_lr",
   "optim.head_lr",
@@ -70,6 +56,53 @@ CHOICES = {
   "model.remat": REMATS,
   "optim.schedule": SCHEDULES,
 }
+# Names of settings, which of their values are allowed, and how that is said.
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+  (
+    (
+      "optim.epochs",
+      "optim.batch_size",
+      "optim.microbatch_rows",
+      "optim.patience",
+      "eval_batch_size",
+      "eval_epochs",
+      "log.every",
+      "data.max_length",
+      "data.max_train_examples",
+      "data.max_eval_examples",
+      "data.shots",
+      "data.dev_shots",
+      "data.image_size",
+    ),
+    lambda value: value >= 1,
+    "at least 1 is needed",
+  ),
+  (
+    ("mesh.data", "mesh.fsdp", "mesh.tensor"),
+    lambda value: value >= 1 or value == -1,
+    "1 or more is needed, or -1 for what is left over",
+  ),
+  (
+    ("optim.grad_clip",),
+    lambda value: 0 < value < math.inf,
+    "a norm above 0 is needed; unset clips nothing",
+  ),
+  (
+    ("optim.eps",),
+    lambda value: 0 < value < math.inf,
+    "a finite number above 0 is needed",
+  ),
+  (
+    ("optim.warmup_ratio",),
+    lambda value: 0 <= value <= 1,
+    "it is a share of the steps, from 0 to 1",
+  ),
+  (
+    ("seed",),
+    lambda value: 0 <= value < SEEDS,
+    f"choose a whole number from 0 to {SEEDS - 1}",
+  ),
+)
 KINDS = {
   str: "a text",
   int: "a whole number",
@@ -95,18 +128,20 @@ def check_settings(config: ConfigDict) -> None:
   group = next(iter(groups_of(config.method).values()))
   values = flatten_dict(config.to_dict(), sep=".")
   needed = ["task", "optim.epochs"]
-  for rate, own in (("adapter_lr", "lr"), ("head_lr", "head_lr")):
-    if config.optim[rate] is None and own in config[group]:
-      needed.append(f"{group}.{own}")
+  for rate, of_method in (("adapter_lr", "lr"), ("head_lr", "head_lr")):
+    if config.optim[rate] is None and of_method in config[group]:
+      needed.append(f"{group}.{of_method}")
   unset = [f"config.{name}" for name in needed if values[name] is None]
   wrong = [f"Without a value are: {', '.join(unset)}."] if unset else []
 
   def refuse(name: str, allowed: str) -> None:
     wrong.append(f"config.{name} is {values[name]}; {allowed}.")
 
-  for name in AT_LEAST_ONE:
-    if values.get(name) is not None and values[name] < 1:
-      refuse(name, "at least 1 is needed")
+  for names, allowed, words in RANGES:
+    for name in names:
+      value = values.get(name)
+      if value is not None and not allowed(value):
+        refuse(name, words)
   for name in (*NOT_NEGATIVE, f"{group}.lr", f"{group}.head_lr"):
     value = values.get(name)
     if value is not None and not 0 <= value < math.inf:
@@ -114,38 +149,27 @@ def check_settings(config: ConfigDict) -> None:
   for name, choices in CHOICES.items():
     if name in values and values[name] not in choices:
       refuse(name, f"choose {', '.join(choices)}")
-  for axis, size in config.mesh.items():
-    if size < 1 and size != -1:
-      refuse(f"mesh.{axis}", "1 or more is needed, or -1 for what is left over")
   epochs, between = values["optim.epochs"], values.get("eval_epochs") or 1
   if epochs is not None and epochs % between:
     refuse("eval_epochs", f"a divisor of the {epochs} epochs is needed")
-  clip = values["optim.grad_clip"]
-  if clip is not None and not 0 < clip < math.inf:
-    refuse("optim.grad_clip", "a norm above 0 is needed; unset clips nothing")
-  if not 0 < values.get("optim.eps", EPS) < math.inf:
-    refuse("optim.eps", "a finite number above 0 is needed")
-  if not 0 <= values["optim.warmup_ratio"] <= 1:
-    refuse("optim.warmup_ratio", "it is a share of the steps, from 0 to 1")
-  if not 0 <= config.seed < SEEDS:
-    refuse("seed", f"choose a whole number from 0 to {SEEDS - 1}")
-  try:
-    choose_scan(config.model.scan, layers=1, platform="cpu")
-  except UserError as error:
-    wrong.append(str(error))
-  try:
-    check_quantise(config.model.get("quantise", NONE))
-  except UserError as error:
-    wrong.append(str(error))
-  try:
+
+  def check_method() -> None:
     adapter, targets = make_adapter(config.method, settings)
     plan = check_plan(config.model.contraction)
     if targets and plan != AUTO:  # any site shows whether it can be done so
       for link in adapter.methods:
         one = link._replace(on=())
         plans_at(one, {("site",): Target(2, 2)}, {("site",): 1}, plan=plan)
-  except UserError as error:
-    wrong.append(str(error))
+
+  for check in (
+    lambda: choose_scan(config.model.scan, layers=1, platform="cpu"),
+    lambda: check_quantise(config.model.get("quantise", NONE)),
+    check_method,
+  ):
+    try:
+      check()
+    except UserError as error:
+      wrong.append(str(error))
   if wrong:
     raise UserError("\n".join(wrong))
 
@@ -161,12 +185,12 @@ def _check_form(config: ConfigDict) -> None:
   wrong = []
   for name, kind in NEEDED.items():
     value, kinds = values[name], (int, float) if kind is float else kind
-    one = isinstance(value, kinds)
+    fits = isinstance(value, kinds)
     if isinstance(value, bool):
-      one = kind in (bool, object)
+      fits = kind in (bool, object)
     if value is None:
-      one = name not in SET
-    if not one:
+      fits = name not in SET
+    if not fits:
       wrong.append(f"config.{name} is {value!r}; {KINDS[kind]} is needed.")
   if wrong:
     raise UserError("\n".join(wrong))

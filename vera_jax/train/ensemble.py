@@ -103,6 +103,7 @@ def _ensembles(
       if alike and names and by_name.keys() >= set(names):
         slots = [by_name[name] for name in names]
     yield Ensemble(step, live, slots)
+    # those that stand elsewhere train after these, from their own saves
     waiting = [run for run in waiting if run not in live]
 
 
@@ -139,6 +140,8 @@ class Ensemble:
       run.progress["ensemble"] = [_name(slot.config) for slot in self.slots]
     filler = states[self.live[0]]
     alone = jax.tree.map(lambda leaf: leaf.sharding, self.setup.shape)
+    # Each run saves and evaluates in the shardings that a run alone has, so
+    # that it may go on alone, and its evaluation is the same program.
     self._take = jax.jit(
       lambda state, slot: jax.tree.map(lambda leaf: leaf[slot], state),
       out_shardings=alone,
@@ -222,33 +225,28 @@ def _own_keys(config: ConfigDict) -> set[str]:
   return keys
 
 
-def _settings(config: ConfigDict, *, own: bool) -> dict[str, Any]:
+def _settings(config: ConfigDict, *, per_run: bool) -> dict[str, Any]:
   keys = _own_keys(config)
   values = flatten_dict(config.to_dict(), sep=".")
   return {
     key: value
     for key, value in values.items()
-    if (key in keys) == own and not key.startswith("log.")
+    if (key in keys) == per_run and not key.startswith("log.")
   }
-
-
-def own_settings(config: ConfigDict) -> dict[str, Any]:
-  """What tells a run from the others of its ensemble, by flat key."""
-  return _settings(config, own=True)
 
 
 def group_key(config: ConfigDict) -> str:
   """Runs with equal keys can train together, by `train_ensemble`."""
-  return json.dumps(_settings(config, own=False), sort_keys=True)
+  return json.dumps(_settings(config, per_run=False), sort_keys=True)
 
 
 def _name(config: ConfigDict) -> str:
-  return json.dumps(own_settings(config), sort_keys=True)
+  return json.dumps(_settings(config, per_run=True), sort_keys=True)
 
 
 def _check_group(configs: Sequence[ConfigDict]) -> None:
   """Refuse configs that can't train together, and the same run twice."""
-  shared = [_settings(config, own=False) for config in configs]
+  shared = [_settings(config, per_run=False) for config in configs]
   differ = sorted(
     {
       key
@@ -270,7 +268,7 @@ def _check_group(configs: Sequence[ConfigDict]) -> None:
 
 def _titles(configs: Sequence[ConfigDict]) -> list[str]:
   """A short name for each run: its seed, and whatever else differs."""
-  runs = [own_settings(config) for config in configs]
+  runs = [_settings(config, per_run=True) for config in configs]
   differ = [k for k in runs[0] if any(run[k] != runs[0][k] for run in runs)]
   shown = sorted(differ or ["seed"], key=lambda key: key != "seed")
   return [

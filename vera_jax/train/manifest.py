@@ -22,7 +22,7 @@ from vera_jax.files import (
   write_json,
 )
 
-FILE = "seal.json"
+FILE = "manifest.json"
 FILES, OWN = "sha256", "own_sha256"  # of all files by name; of the manifest
 
 
@@ -44,8 +44,8 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
     if path.is_file() and path != folder / FILE
   }
   # as JSON will read it back: tuples are lists there
-  whole = json.loads(json.dumps({**fields, FILES: checksums}))
-  write_json(folder / FILE, {**whole, OWN: _own(whole)})
+  read_back = json.loads(json.dumps({**fields, FILES: checksums}))
+  write_json(folder / FILE, {**read_back, OWN: _own(read_back)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -58,8 +58,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
   if not file.exists():
     raise UserError(f"{file} is missing: the save was cut off")
   fields = read_json(file)
-  whole = fields.pop(OWN, None) == _own(fields)
-  if not whole or not isinstance(fields.get(FILES), dict):
+  is_whole = fields.pop(OWN, None) == _own(fields)
+  if not is_whole or not isinstance(fields.get(FILES), dict):
     raise UserError(f"{file} is damaged")
   return fields
 

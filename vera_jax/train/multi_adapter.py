@@ -18,6 +18,7 @@ each on the examples that are its own:
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -41,7 +42,7 @@ def mixed_logits(
   batch: dict[str, Array],
   key: PRNGKeyArray | None = None,
   *,
-  module: Any,
+  module: nn.Module,
   inputs: Sequence[str],
 ) -> Float[Array, "rows slots labels"]:
   """Logits of every slot of a batch of several adapters.
@@ -55,15 +56,15 @@ def mixed_logits(
       kernel per row.
     inputs: the names of the batch's arrays that the module takes.
   """
-  own = jax.tree.map(lambda leaf: leaf[batch["adapter"]], stacked)
+  per_row = jax.tree.map(lambda leaf: leaf[batch["adapter"]], stacked)
   rows = {name: batch[name] for name in inputs}
   keys = None if key is None else jax.random.split(key, len(batch["adapter"]))
 
-  def one_row(own, row, key):
+  def one_row(leaves, row, key):
     row = jax.tree.map(lambda x: x[None], row)
-    return outputs_of(module, inputs, own, frozen, row, key)[0][0]
+    return outputs_of(module, inputs, leaves, frozen, row, key)[0][0]
 
-  return jax.vmap(one_row)(own, rows, keys)
+  return jax.vmap(one_row)(per_row, rows, keys)
 
 
 def mixed_losses(
@@ -116,18 +117,18 @@ def mixed_step(
   """
   capacity = len(jax.tree.leaves(state.params)[0])
   rows = batch["adapter"]
-  slots, place = jnp.unique(
+  slots, slot_of_row = jnp.unique(
     jnp.where(rows < 0, capacity, rows),  # past the end: dropped below
     size=len(rows),
     fill_value=capacity,
     return_inverse=True,
   )
-  whole = state.params, state.opt_state
+  everyone = state.params, state.opt_state
   params, opt_state = jax.tree.map(
-    lambda leaf: leaf.at[slots].get(mode="clip"), whole
+    lambda leaf: leaf.at[slots].get(mode="clip"), everyone
   )
   key = jax.random.fold_in(dropout_key, state.step)
-  named = {**batch, "adapter": place}
+  named = {**batch, "adapter": slot_of_row}
 
   def loss_of(params):
     losses = mixed_losses(params, frozen, named, key, **model)
@@ -138,7 +139,7 @@ def mixed_step(
   params = optax.apply_updates(params, updates)
   new = jax.tree.map(
     lambda leaf, part: leaf.at[slots].set(part, mode="drop"),
-    whole,
+    everyone,
     (params, opt_state),
   )
   loss = jnp.full(capacity, jnp.nan).at[slots].set(losses, mode="drop")

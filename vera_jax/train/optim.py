@@ -85,11 +85,11 @@ def learning_rates(config: ConfigDict) -> dict[str, float]:
 
   A chain's are those of its first method.
   """
-  own = config[next(iter(groups_of(config.method).values()))]
+  group = config[next(iter(groups_of(config.method).values()))]
   adapter, head = config.optim.adapter_lr, config.optim.head_lr
   return {
-    "adapter_lr": own.get("lr", 0.0) if adapter is None else adapter,
-    "head_lr": own.head_lr if head is None else head,
+    "adapter_lr": group.get("lr", 0.0) if adapter is None else adapter,
+    "head_lr": group.head_lr if head is None else head,
   }
 
 

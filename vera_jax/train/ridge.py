@@ -60,11 +60,10 @@ def ridge(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   setup = build_setup(config)
   if "pixel_values" not in setup.model.blueprint.inputs:
     raise UserError(f"{setup.task.name} has no images; ridge is for these.")
-  found = {split: features(setup, split) for split in ("train", "dev")}
-  labels = {split: setup.data.labels(split) for split in found}
   model = make_pipeline(StandardScaler(), RidgeClassifierCV(PENALTIES))
-  model.fit(found["train"], labels["train"])
-  score = accuracy(model.predict(found["dev"]), labels["dev"])
+  model.fit(features(setup, "train"), setup.data.labels("train"))
+  predicted = model.predict(features(setup, "dev"))
+  score = accuracy(predicted, setup.data.labels("dev"))
   epoch = {
     "epoch": config.optim.epochs,
     "step": setup.steps,
@@ -112,9 +111,9 @@ def features(setup: Setup, split: str) -> Float32[np.ndarray, "images width"]:
   params = join(model.trainable, model.frozen) | {"classifier": head}
   run = jax.jit(module.apply)
 
-  found = []
+  parts = []
   for batch in setup.data.eval_batches(split):
     pixels = setup.put_batch(batch)["pixel_values"]
     read = np.asarray(run({"params": params}, pixel_values=pixels))
-    found.append(read[batch["weights"] > 0])  # not those of empty rows
-  return np.concatenate(found)
+    parts.append(read[batch["weights"] > 0])  # not those of empty rows
+  return np.concatenate(parts)

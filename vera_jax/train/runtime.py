@@ -69,9 +69,9 @@ def keep_freed_memory() -> None:
   jax.config.update("jax_cpu_enable_async_dispatch", False)
   libc = ctypes.CDLL(None)
   for option, value in (
-    (_MMAP_MAX, 0),
-    (_TRIM_THRESHOLD, _NEVER),
-    (_TOP_PAD, _PAD),
+    (_MMAP_MAX, 0),  # large blocks come from the heap, where they stay
+    (_TRIM_THRESHOLD, _NEVER),  # the heap's end is not given back
+    (_TOP_PAD, _PAD),  # and it grows in pieces that are worth a system call
   ):
     libc.mallopt(option, value)
 
@@ -111,6 +111,8 @@ class Background:
   """
 
   def __init__(self) -> None:
+    # at most so many at once, or they would only slow down each other and the
+    # one that is waited for
     count = max(1, (os.cpu_count() or 1) // _CORES)
     self._pool = ThreadPoolExecutor(count, "compile")
     self._tasks: dict[Hashable, Future[Compiled]] = {}
@@ -124,6 +126,8 @@ class Background:
     """
 
     def compiled() -> Compiled:
+      # What it returns is kept by nobody: jax finds the program by itself when
+      # the jitted function is called with such arguments.
       program = lower().compile()
       return_freed_memory()
       return program

@@ -1,7 +1,7 @@
 """What a run, or an ensemble, is made of, built from a config."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,7 +179,7 @@ class Setup(NamedTuple):
 
 
 def build_blueprint(
-  config: ConfigDict, fields: Any, task: Task, **options: Any
+  config: ConfigDict, fields: Mapping[str, Any], task: Task, **options: Any
 ) -> Blueprint:
   """The model of a run's config, without weights; `options` are overrides."""
   settings = {
@@ -226,7 +226,7 @@ def build_setup(config: ConfigDict) -> Setup:
       f"config.method={config.method} trains nothing here: the task has no head"
       " of its own. Choose a method with an adapter."
     )
-  make_optimiser: Callable[..., Any] = partial(
+  make_optimiser: Callable[..., optax.GradientTransformation] = partial(
     optimiser,
     model.labels,
     steps=data.epoch_steps * config.optim.epochs,
@@ -262,7 +262,7 @@ def build_setup(config: ConfigDict) -> Setup:
   )
 
 
-def compute_dtype(name: str) -> Any:
+def compute_dtype(name: str) -> np.dtype:
   """ "auto" is float32 on CPU and bfloat16 on accelerators."""
   if name == "auto":
     name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -286,9 +286,9 @@ def restart(model: Model, config: ConfigDict, mesh: Mesh) -> Model:
   fresh = plan.fresh_leaves(
     base, model.projections, list(model.fresh), config.seed
   )
-  own = unflatten_dict(fresh)
-  own = put(own, param_shardings(own, mesh, plan.family.rules))
-  return model._replace(trainable=join(model.trainable, own))
+  leaves = unflatten_dict(fresh)
+  leaves = put(leaves, param_shardings(leaves, mesh, plan.family.rules))
+  return model._replace(trainable=join(model.trainable, leaves))
 
 
 def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:

@@ -1,11 +1,14 @@
 """The shards of a batch: each has a gradient of its own until a step's end.
 
-The rows are split over the mesh's `data` and `fsdp`, and every shard's loss is
-differentiated with respect to the trainable leaves as if it were the only one:
-loss and gradients have a first axis, one entry per shard, which lies where the
-shard's rows lie. So nothing passes between shards within the backward pass, nor
-between the microbatches of a step. `total` then adds the shards up: one
-all-reduce of as many float32 numbers as are trained, and the loss.
+The rows are split over the mesh's `data` and `fsdp`. Written as one loss over
+all rows, its gradient would be summed over the devices wherever the compiler
+puts the sum: inside the backward pass, once per layer and once per microbatch.
+So every shard's loss is differentiated with respect to the trainable leaves as
+if it were the only one: loss and gradients have a first axis, one entry per
+shard, which lies where the shard's rows lie. Nothing passes between shards
+within the backward pass, nor between the microbatches of a step. `total` then
+adds the shards up: one all-reduce of as many float32 numbers as are trained,
+and the loss.
 
 `jax.shard_map` with one `psum` gives the same programs where fsdp is 1. Where
 it is not, it needs the kernels gathered by hand inside every layer (XLA aborts
@@ -18,15 +21,21 @@ no device could hold a whole one. Then the shards are those of `data` alone.
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  Sharding,
+)
 from jaxtyping import Float, PRNGKeyArray
 
 from vera_jax.errors import UserError
@@ -46,7 +55,7 @@ class Shards(NamedTuple):
     specs: the PartitionSpec of every trainable leaf, in order.
   """
 
-  mesh: Any
+  mesh: Mesh | AbstractMesh | None
   axes: tuple[str, ...] = ()
   specs: tuple[PartitionSpec, ...] = ()
 
@@ -54,10 +63,12 @@ class Shards(NamedTuple):
   def number(self) -> int:
     return math.prod(self.mesh.shape[a] for a in self.axes) if self.mesh else 1
 
-  def behind(self, sharding: Any, front: int) -> Any:
+  def behind(self, sharding: Sharding, front: int) -> Sharding:
     """A leaf's sharding once it has the shards' axis, after `front` others."""
-    if self.number == 1:
+    if self.number == 1 or not isinstance(sharding, NamedSharding):
       return sharding
+    # an ensemble's axis of runs stays in front; what XLA leaves off at a
+    # spec's end is not split
     axes = (*sharding.spec, *(None,) * (front - len(sharding.spec)))
     spec = PartitionSpec(*axes[:front], self.axes, *axes[front:])
     return NamedSharding(sharding.mesh, spec)
@@ -72,17 +83,20 @@ class Shards(NamedTuple):
 ONE = Shards(None)
 
 
-def shards_of(shardings: Sequence[Any], *, front: int = 0) -> Shards:
+def shards_of(shardings: Sequence[Sharding], *, front: int = 0) -> Shards:
   """The shards of a step that trains leaves with these shardings.
 
   Args:
     shardings: one per leaf.
     front: first axes of the leaves that are not the leaf's own: an ensemble's.
   """
-  if not all(isinstance(sharding, NamedSharding) for sharding in shardings):
-    return ONE
-  mesh = shardings[0].mesh
-  specs = tuple(PartitionSpec(*one.spec[front:]) for one in shardings)
+  named = [one for one in shardings if isinstance(one, NamedSharding)]
+  if len(named) < len(shardings):
+    return ONE  # a single device
+  mesh = named[0].mesh
+  specs = tuple(PartitionSpec(*one.spec[front:]) for one in named)
+  # A shard's own gradient is as large as all trained leaves. Where fsdp splits
+  # one, it is because no device can hold it, so fsdp's part is summed at once.
   splits_none = all("fsdp" not in spec for spec in specs)
   return Shards(mesh, ("data", "fsdp") if splits_none else ("data",), specs)
 
@@ -131,19 +145,21 @@ def divide(
     UserError: the rows don't divide.
   """
   count, mesh = shards.number, shards.mesh
+  assert mesh is not None  # for several shards
   (rows,) = {len(array) for array in batch.values()}
   if rows % count:
     raise UserError(f"{rows} rows do not divide over {count} batch shards.")
-  place = NamedSharding(mesh, PartitionSpec(shards.axes, shards.rows))
+  # the rows lie so already: consecutive ones on each device, nothing is sent
+  sharding = NamedSharding(mesh, PartitionSpec(shards.axes, shards.rows))
 
   def split(array: Array | np.ndarray) -> Array:
     array = array.reshape(count, rows // count, *array.shape[1:])
-    return jax.lax.with_sharding_constraint(array, place)
+    return jax.lax.with_sharding_constraint(array, sharding)
 
   return {name: split(array) for name, array in batch.items()}
 
 
-def rows_stay(shards: Shards) -> Any:
+def rows_stay(shards: Shards) -> AbstractContextManager[None]:
   """A context in which every layer's output is split by its rows.
 
   XLA may else split it as the layer's kernel is, over `fsdp`, and send
@@ -160,6 +176,7 @@ def rows_stay(shards: Shards) -> Any:
       or context.method_name != "__call__"
     ):
       return y
+    # only the rows: how features are split is tensor parallelism's business
     spec = PartitionSpec(
       shards.rows, *(PartitionSpec.UNCONSTRAINED,) * (y.ndim - 1)
     )
@@ -176,6 +193,7 @@ def total(sums: Sums, shards: Shards) -> Sums:
   """
   if shards.number == 1:
     return sums
+  assert shards.mesh is not None
   leaves, tree = jax.tree.flatten(sums.grads)
   # a leaf that `tensor` splits would have to be gathered to join the others
   joint = [
@@ -206,5 +224,6 @@ def total(sums: Sums, shards: Shards) -> Sums:
 def _sum(
   leaf: Float[Array, "shards ..."], spec: PartitionSpec, shards: Shards
 ) -> Float[Array, "..."]:
-  place = NamedSharding(shards.mesh, spec)
-  return jax.lax.with_sharding_constraint(leaf.sum(axis=0), place)
+  assert shards.mesh is not None
+  sharding = NamedSharding(shards.mesh, spec)
+  return jax.lax.with_sharding_constraint(leaf.sum(axis=0), sharding)

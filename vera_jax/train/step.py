@@ -8,6 +8,7 @@ this step, `shards.py` spreads it over a mesh.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,9 +26,12 @@ Metrics = dict[str, Array]
 
 
 class State(NamedTuple):
-  """What training changes: all that a checkpoint holds of the arrays."""
+  """What training changes: all that a checkpoint holds of the arrays.
 
-  step: Any  # int32 [*runs]; a shape in a `State` of shapes
+  There are also states of shapes, which say where arrays lie, and of shardings.
+  """
+
+  step: Any  # int32 [*runs]
   params: Tree
   opt_state: optax.OptState
 
@@ -65,7 +69,7 @@ def train_step(
     frozen: the base and the projections.
     microbatches: whose examples all weigh alike, however they are divided.
     key: the run's, of dropout and of methods that draw random numbers.
-    rates: the optimiser's numbers, which the runs of an ensemble differ in.
+    rates: the optimiser's numbers, by name.
     gradient: of a microbatch, as `microbatch_gradient` gives it.
     optimiser: makes optax's transformation of `rates`.
     reduce: adds up what the shards of a batch have kept apart until here.
@@ -100,8 +104,8 @@ def microbatch_gradient(
   batch: Batch,
   key: PRNGKeyArray,
   *,
-  outputs: Callable[..., tuple[Any, Array]],
-  loss: Callable[[Any, Batch], tuple[Array, Array]],
+  outputs: Callable[..., tuple[Tree, Array]],
+  loss: Callable[[Tree, Batch], tuple[Array, Array]],
 ) -> Sums:
   """The loss of a microbatch and its gradient, for the trained leaves alone.
 
@@ -125,13 +129,13 @@ def microbatch_gradient(
 
 
 def outputs_of(
-  module: Any,
+  module: nn.Module,
   inputs: Sequence[str],
   params: Tree,
   frozen: Frozen,
   batch: Batch,
   key: PRNGKeyArray | None = None,
-) -> tuple[Any, Float[Array, ""]]:
+) -> tuple[Tree, Float[Array, ""]]:
   """(the model's outputs on a packed batch, its methods' penalties).
 
   `inputs` names the batch's arrays that the module takes; `key` is that of
@@ -143,9 +147,10 @@ def outputs_of(
   rngs = None
   if key is not None:
     rngs = {"dropout": key, KEYS: jax.random.fold_in(key, 1)}
+  arrays: dict[str, Any] = {name: batch[name] for name in inputs}
   outputs, sown = module.apply(
     variables,
-    **{name: batch[name] for name in inputs},
+    **arrays,
     deterministic=key is None,
     rngs=rngs,
     mutable=[PENALTIES],
