@@ -101,6 +101,9 @@ def test_a_file_in_the_folders_place(tmp_path):
   (tmp_path / "run").write_text("")
   with pytest.raises(UserError, match="run can't be used"):
     write_config(tmp_path / "run", CONFIG)
+  with pytest.raises(UserError, match="run can't be used"):
+    with lock_workdir(tmp_path / "run"):
+      pass
 
 
 def test_checkpoints_of_an_unknown_run_are_refused(tmp_path):
@@ -118,15 +121,6 @@ def test_a_locked_folder_is_refused_by_the_owners_name(tmp_path):
   with lock_workdir(folder):  # free again
     pass
   assert not (folder / "lock").exists()
-
-
-def test_a_folder_that_cannot_be_locked(tmp_path):
-  (tmp_path / "run").write_text("")
-  with (
-    pytest.raises(UserError, match="run can't be used"),
-    lock_workdir(tmp_path / "run"),
-  ):
-    pass
 
 
 def test_a_full_disk_is_explained_wherever_it_is_met(tmp_path):
