@@ -30,19 +30,11 @@ from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.terminal import Console
 
-ADAPTER = flags.DEFINE_string(
-  "adapter",
-  None,
-  "The adapter: a run's adapter/, or a hub id (owner/name[@revision]).",
-)
-MODEL = flags.DEFINE_string(
-  "model", None, "In place of an adapter: a merged folder to write as GGUF."
+MODEL = cli.define_model(
+  "In place of an adapter: a merged folder to write as GGUF."
 )
 OUT = flags.DEFINE_string(
   "out", None, "The folder to write, new or empty; or the new GGUF file."
-)
-BASE = flags.DEFINE_string(
-  "base", None, "The base's folder. Unset: what adapter.json names."
 )
 DTYPE = flags.DEFINE_string(
   "dtype", "float32", "Type of the weights: float32, bfloat16 or float16."
@@ -55,43 +47,36 @@ FORMAT = flags.DEFINE_string(
 
 
 def main() -> None:
-  if not (ADAPTER.value or MODEL.value) or not OUT.value:
+  MODEL.named()  # one of them is
+  if not OUT.value:
     raise UserError("Say what to merge, and where to: --adapter=DIR --out=DIR")
-  if ADAPTER.value and MODEL.value:
-    raise UserError("Give either --adapter or --model.")
   if FORMAT.value != "safetensors":
     write_as_gguf(Path(OUT.value).expanduser())
     return
-  if not ADAPTER.value:
+  if MODEL.model.value:
     raise UserError("--model is for --format=gguf-f16 or gguf-q8_0.")
-  from vera_jax.adapters.files import load_adapter  # after the flags' errors
+  # after the flags' errors
   from vera_jax.export.hf import check_dtype, write_merged
   from vera_jax.files import check_free
-  from vera_jax.pretrained.classifier import restore_adapter
 
   check_dtype(DTYPE.value)
   check_free(OUT.value)  # before the base is loaded
-  classifier = restore_adapter(load_adapter(ADAPTER.value), BASE.value)
-  show(write_merged(classifier, OUT.value, dtype=DTYPE.value))
+  show(write_merged(MODEL.load(), OUT.value, dtype=DTYPE.value))
   Console().print(OUT.value)
 
 
 def write_as_gguf(out: Path) -> None:
   """Write --model, or the merged --adapter, as one file."""
   from vera_jax.export import gguf as export_gguf  # after the flags' errors
-  from vera_jax.pretrained.classifier import restore_adapter
+  from vera_jax.export.hf import write_merged
 
   kind = FORMAT.value
   export_gguf.check_kind(kind)
   export_gguf.refuse_there(out)
-  if MODEL.value:
-    formats = export_gguf.write_gguf_of(MODEL.value, out, kind=kind)
+  if merged_before := MODEL.model.value:
+    formats = export_gguf.write_gguf_of(merged_before, out, kind=kind)
   else:
-    assert ADAPTER.value  # `main` has looked
-    from vera_jax.adapters.files import load_adapter
-    from vera_jax.export.hf import write_merged
-
-    model = restore_adapter(load_adapter(ADAPTER.value), BASE.value)
+    model = MODEL.load()
     export_gguf.check_model(model.folder)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.absolute().parent) as temporary:

@@ -334,9 +334,9 @@ def cached_folder(
   """The folder in Hugging Face's layout that stands for a file, made once.
 
   Args:
-    kind: of the file, which has a folder of the cache.
+    kind: the kind of file, which has a folder of the cache.
     file: gives the folder its name.
-    key: of what is in the folder: it becomes another one with another key.
+    key: stands for what is in the folder. Another key makes another folder.
     fill: writes it, config.json among its files.
 
   Raises:

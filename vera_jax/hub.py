@@ -229,7 +229,7 @@ def downloading(
   asks for the rest of the file, up to five times.
 
   Args:
-    name: of what is downloaded, for the message.
+    name: what is downloaded, for the message.
     broken: the errors of a download that broke off; others are raised as they
       are.
 

@@ -168,7 +168,7 @@ def beam_search(
   Args:
     tokens_to_logits: reads the last word of each beam, which continues a beam
       of the step before (see the package).
-    logits: of the first new word of each prompt.
+    logits: those of the first new word of each prompt.
     state: as `tokens_to_logits` takes it, every beam after its prompt.
     prompts: padded on the right.
     lengths: the number of tokens of each prompt.
@@ -316,7 +316,7 @@ def _hf(
 
   Args:
     search: before the step.
-    candidates: of the step.
+    candidates: the texts that the step may go on with.
     step: from 0.
     penalties: the divisors of texts of 1, 2, … tokens.
     beam: the settings.

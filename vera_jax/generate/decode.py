@@ -104,7 +104,7 @@ def read_beams(
   Args:
     module: a decoder, with or without an adapter on it.
     variables: its parameters, and projections if it has any.
-    state: of the beams before this word.
+    state: the beams before this word.
     ids: the words.
     origins: the beams that they continue.
     window: how many tokens a token sees at most, itself included.
@@ -150,7 +150,7 @@ def decode(
 
   Args:
     module: a decoder, with or without an adapter on it.
-    config: of the decoder.
+    config: the decoder's.
     variables: its parameters, and projections if it has any.
     prompts: padded on the right.
     lengths: the number of tokens of each prompt, 1 or more.

@@ -206,10 +206,10 @@ class Generator:
       how: the rule by which words are taken: greedily, drawn, or by beam
         search.
       max_new_tokens: the most tokens of an answer.
-      seed: of what is drawn. Each prompt has a key of its own, by its number,
-        so that its answer does not depend on the others.
-      numbers: of the prompts; None: from 0. Give them where prompts of one list
-        come in parts.
+      seed: the seed of the words that are drawn. Each prompt has a key of its
+        own, by its number, so that its answer does not depend on the others.
+      numbers: the prompts' numbers, by default from 0. Give them where prompts
+        of one list come in parts.
       eos: the ids that end a text; None for those that the folder names.
       progress: called with the number of prompts answered so far.
 

@@ -36,7 +36,8 @@ def repeats(
   Args:
     tokens: each row's tokens so far; behind its length they count for nothing.
     lengths: the number of tokens of each row.
-    size: of the n-grams, 1 or more: 1 forbids every word that was there.
+    size: the length of the n-grams, 1 or more. 1 forbids every word that was
+      there.
     vocab: the number of words.
   """
   rows, length = tokens.shape

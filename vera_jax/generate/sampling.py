@@ -135,7 +135,7 @@ def next_tokens(
   """The word number `step` of each answer.
 
   Args:
-    logits: of the words that may come next.
+    logits: those of the words that may come next.
     keys: one for each row, the same in every step.
     step: from 0.
     history: prompt and answer so far, of `lengths` tokens.
@@ -173,7 +173,7 @@ def sample(
 
   Args:
     tokens_to_logits: reads one more token of each row (see the package).
-    logits: of the first new word of each row.
+    logits: those of the first new word of each row.
     state: as `tokens_to_logits` takes it, after the prompts.
     prompts: padded on the right.
     lengths: the number of tokens of each prompt.

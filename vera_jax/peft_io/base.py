@@ -48,9 +48,9 @@ class Base(NamedTuple):
   """What converting an adapter needs of its base.
 
   Attributes:
-    folder: of the base.
+    folder: the base's folder.
     fields: of config.json.
-    fingerprint: of the weights.
+    fingerprint: that of the weights.
     head: the kind of its head, as the family knows it.
     classifier: the base with its head, a classifier's of two outputs, in a
       looped tree of shapes.

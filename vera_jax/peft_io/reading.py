@@ -240,11 +240,11 @@ def _adapter_leaves(
   """The leaves of every layer of the adapted kinds, by path.
 
   Args:
-    form: PEFT's of the method.
-    adapter: of the method.
-    values: of its settings.
+    form: the form that PEFT has of the method.
+    adapter: the method's.
+    values: those of its settings.
     adapted: the leaves of the layers that PEFT has adapted, by name.
-    base: of the adapter.
+    base: the adapter's base.
   """
   # Without A and B: the leaves' shapes don't depend on them.
   adapter, unchanged = adapter._replace(shared=None), form.unchanged(values)
@@ -303,7 +303,7 @@ def _complete_head(head: Leaves, base: Base) -> tuple[Leaves, int, int]:
   Args:
     head: whole modules in the adapter's file (modules_to_save); without any
       the adapter was trained with the base's own head.
-    base: of the adapter.
+    base: the adapter's base.
   """
   shapes = base.classifier.shapes
   if not _head_paths(base.classifier):  # words have no head of their own

@@ -56,7 +56,7 @@ class PeftSettings(NamedTuple):
     method: ours.
     values: of its settings, but for the targets.
     form: PEFT's form of it, a name in `forms.FORMS`.
-    base: the base's name; None where there is none, or a revision of one.
+    base: the base's name. It is None if the file names none, or a revision.
     targets, exclude: a regular expression over whole names, or endings of them.
     layers, layers_pattern: the numbers that targets are limited to, and the
       names of lists of layers that these count.
@@ -147,10 +147,10 @@ def _settings(fields: Mapping[str, Any]) -> PeftSettings:
 
 
 def is_target(settings: PeftSettings, name: str) -> bool | None:
-  """Whether PEFT would adapt the module; None where the file doesn't say.
+  """Whether PEFT would adapt the module. If the file doesn't say, it is None.
 
   Args:
-    settings: of the adapter.
+    settings: the adapter's.
     name: of a linear module, in Hugging Face's classifier.
 
   Raises:

@@ -175,7 +175,7 @@ def _check(value: Any, kind: Any, name: str) -> None:
     value: the part.
     kind: its types; by name, those of what it holds. An object in place of a
       number is one of numbers.
-    name: of the part.
+    name: the part's name.
   """
   if isinstance(kind, Mapping) and isinstance(value, Mapping):
     for key, inner in kind.items():

@@ -30,8 +30,8 @@ def picture_grid(
   Args:
     folders: of finished runs on the same images, such as the head alone and
       VeRA.
-    count: of the images.
-    seed: which ones.
+    count: how many images are shown.
+    seed: decides which ones.
 
   Raises:
     UserError: a folder holds no result, or the runs have not the same images.

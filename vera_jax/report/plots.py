@@ -112,8 +112,8 @@ def score_figure(
 
   Args:
     table: a `summary`.
-    runs: of the same sweep.
-    title: of the figure.
+    runs: the runs of the same sweep.
+    title: the figure's title.
     of: what was scored, behind the metric's name.
   """
   pairs = table[["method", "condition"]].to_numpy()
@@ -213,7 +213,7 @@ def loss_figure(
   Args:
     logged: from `frame.steps`.
     table: the `summary` of the same runs.
-    title: of the figure.
+    title: the figure's title.
   """
   width = max(1, logged["step"].max() // POINTS)
   ends = -(-logged["step"] // width) * width

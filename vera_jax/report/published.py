@@ -83,7 +83,7 @@ RANKS = {
 def published(
   config: Mapping[str, Any], model: str | None = None
 ) -> Published | None:
-  """What the paper prints for a run's settings; None where it has no such row.
+  """What the paper prints for a run's settings. Without such a row it is None.
 
   Args:
     config: a run's, as in its result.json.

@@ -17,7 +17,7 @@ CONDITION = ["task", "method", "condition"]
 
 
 def text_scores(sweep: Sweep) -> Sweep | None:
-  """The sweep with a row per run and test metric; None where none is there.
+  """The sweep with a row per run and test metric. Without any it is None.
 
   Its runs' `score` and `last` are the metric's value, in percent for a share;
   no such row shows a sign of failure.

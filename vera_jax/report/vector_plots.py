@@ -28,7 +28,7 @@ def norm_figure(
 
   Args:
     vectors: from `frame.norms`; VeRA's are shown.
-    title: of the figure.
+    title: the figure's title.
     most: conditions that are shown, those with the most layers first.
   """
   vectors = vectors[vectors["leaf"].isin(["d", "b"])]
@@ -70,7 +70,7 @@ def spectrum_figure(values: pd.DataFrame, *, title: str = "") -> Figure:
 
   Args:
     values: from `spectra`.
-    title: of the figure.
+    title: the figure's title.
   """
   kinds = values["kind"].unique()
   layers = sorted(values["layer"].unique())
@@ -99,7 +99,7 @@ def vector_figure(
 
   Args:
     tensors: a saved adapter's, as `load_adapter` gives them.
-    title: of the figure.
+    title: the figure's title.
   """
   by_kind: dict[str, dict[str, dict[int, np.ndarray]]] = {}
   for name, value in tensors.items():

@@ -235,7 +235,7 @@ def answer_lines(
 
 
 def task_of(classifier: Classifier) -> Task | None:
-  """The task that it was trained on; None where that is not known."""
+  """The task that a classifier was trained on. Unknown ones give None."""
   try:
     return _task_named(str(classifier.about.get("task")))
   except UserError:
@@ -343,7 +343,7 @@ def packed_logits(
 
   Args:
     run: a packed batch -> its logits, slot by slot.
-    tokens: of the texts.
+    tokens: the tokens of all texts.
     outputs: the number of logits per text.
     adapters: the adapter of each text. Texts of two adapters share no row, and
       `adapter` in a batch has the adapter of each row. None: all have the same.

@@ -101,11 +101,11 @@ def answer_turns(
   room than that: its answer is shorter then.
 
   Args:
-    generator: of the model that is asked, with the template for questions.
+    generator: the model that is asked, with the template for questions.
     questions: those to answer.
     greedy: take the likeliest word each time, whatever the category.
     max_new_tokens: the most tokens of an answer.
-    seed: of what is drawn.
+    seed: the seed of the words that are drawn.
 
   Raises:
     UserError: as for `conversation_ids` and `Generator.ids`.

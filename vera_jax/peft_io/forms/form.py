@@ -111,7 +111,7 @@ class Form(NamedTuple):
     unchanged: our settings -> the values of leaves where a layer stays as it
       is, those that aren't 0.
     join: our adapter with parts of fused layers, and what `write` made of it ->
-      PEFT's of whole layers; None where there is no such thing.
+      PEFT's of whole layers. Without it such adapters are refused.
   """
 
   endings: dict[str, str]
