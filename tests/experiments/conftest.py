@@ -35,4 +35,6 @@ def typed(monkeypatch):
       takes = inspect.signature(main).parameters
       main(*([operands] if takes else []))
 
-  return run
+  yield run
+  # a config file is loaded into the module of the one before it
+  sys.modules.pop("config_config", None)
