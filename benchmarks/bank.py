@@ -40,8 +40,8 @@ from vera_jax.adapters.projections import PRNG, digest, make_projections
 from vera_jax.adapters.vera import vera
 from vera_jax.data.examples import subset
 from vera_jax.data.tokenizer import load_tokenizer
-from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
+from vera_jax.models.folder import resolve
 from vera_jax.models.hf_weights import fingerprint
 from vera_jax.models.paper_sizes import SIZES, roberta
 from vera_jax.peft_io import export_adapter

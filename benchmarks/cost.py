@@ -23,7 +23,7 @@ from experiments import cli
 from experiments.plans.lowering import abstract_step, architecture
 from vera_jax.adapters.methods import METHODS
 from vera_jax.data.loader import PackedData
-from vera_jax.hub import resolve
+from vera_jax.models.folder import resolve
 from vera_jax.pretrained.sharding import batch_shards, make_mesh
 from vera_jax.tasks.task import task_for
 from vera_jax.train.config import check_settings

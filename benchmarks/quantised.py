@@ -145,9 +145,9 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
   from flax.traverse_util import flatten_dict
 
   from vera_jax.adapters.vera import vera
-  from vera_jax.hub import resolve
   from vera_jax.models.decoder import HEAD
   from vera_jax.models.family import read_fields
+  from vera_jax.models.folder import resolve
   from vera_jax.pretrained.blueprint import blueprint, load_model
   from vera_jax.pretrained.sharding import make_mesh
   from vera_jax.tasks.language_modelling import loss

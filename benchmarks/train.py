@@ -40,7 +40,7 @@ from experiments import cli
 from vera_jax.data.examples import subset
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.hub import resolve
+from vera_jax.models.folder import resolve
 from vera_jax.operations.quantised import NONE, check_quantise
 from vera_jax.tasks.glue_data import load_split
 from vera_jax.tasks.glue_facts import glue_task

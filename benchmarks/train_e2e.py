@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 from configs import language
 from vera_jax.data.loader import batch_indices, steps_per_epoch
 from vera_jax.data.tokenizer import load_tokenizer
-from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
+from vera_jax.models.folder import resolve
 from vera_jax.models.gguf_folder import LINK
 from vera_jax.models.hf_weights import load_params, to_hf
 from vera_jax.pretrained.blueprint import blueprint

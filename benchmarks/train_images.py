@@ -24,8 +24,8 @@ from vera_jax.data.images import (
   read_processor,
 )
 from vera_jax.files import read_json, write_json
-from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
+from vera_jax.models.folder import resolve
 from vera_jax.models.hf_weights import load_params, to_hf
 from vera_jax.pretrained.blueprint import blueprint
 from vera_jax.tasks.images import select_images

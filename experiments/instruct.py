@@ -51,7 +51,7 @@ def main() -> None:
   # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.data.preview import preview
   from vera_jax.data.tokenizer import load_tokenizer
-  from vera_jax.hub import resolve
+  from vera_jax.models.folder import resolve
   from vera_jax.tasks.task import task_for
   from vera_jax.train.config import check_settings
 

@@ -15,12 +15,13 @@ from tests.faults.downloads import NAME
 from tests.faults.downloads import hub as broken_hub
 from vera_jax import hub
 from vera_jax.errors import UserError
-from vera_jax.hub import call_error, downloading, resolve
+from vera_jax.hub import call_error, downloading
+from vera_jax.models.folder import resolve
 
 ASK = """
 import sys, time
 from vera_jax.errors import UserError
-from vera_jax.hub import resolve
+from vera_jax.models.folder import resolve
 started = time.monotonic()
 try:
   answer = str(resolve(sys.argv[1]))

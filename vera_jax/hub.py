@@ -1,7 +1,6 @@
 """The Hugging Face hub, asked no longer than a person waits."""
 
 import errno
-import importlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,21 +14,7 @@ from vera_jax.errors import UserError
 
 PATIENCE = 15.0  # seconds until a silent hub counts as unreachable
 PACKAGE = "package:"
-GGUF, GGUF_READER = ".gguf", "vera_jax.models.gguf_folder"
-NETWORKS = "networks"  # folder of a checkout with what `make` has converted
-FILES = [
-  "config.json",
-  "preprocessor_config.json",
-  "generation_config.json",
-  "tokenizer*.json",
-  "vocab.*",
-  "merges.txt",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "chat_template.jinja",
-  "*.safetensors",
-  "*.safetensors.index.json",
-]
+GGUF = ".gguf"  # a file of that ending may stand for a folder
 
 
 def call_error(call: Callable[[], Any], *, seconds: float) -> Exception | None:
@@ -86,45 +71,6 @@ def public_name(name: str) -> str:
   if not is_here(name):
     return name
   return Path(os.path.abspath(Path(name).expanduser())).name
-
-
-def resolve(name_or_folder: str | Path) -> Path:
-  """A local folder for a folder's path or for a model's id on the hub.
-
-  "package:NAME/path" is a folder, or a file inside an installed Python package,
-  by `package_place`. A GGUF file gets a folder. From the hub come configs,
-  tokenizer files and safetensors only. When it can't be reached, an earlier
-  download serves; without one this ends in a UserError within `PATIENCE`
-  seconds.
-  """
-  folder = Path(name_or_folder).expanduser()
-  if os.path.isdir(folder):  # a name may be too long for Path.is_dir
-    return folder
-  name = str(name_or_folder)
-  if name.startswith(PACKAGE):
-    folder = package_place(name)
-  if folder.suffix == GGUF and os.path.isfile(folder):
-    # imported late, for it imports jax
-    return importlib.import_module(GGUF_READER).gguf_folder(folder)
-  if name.startswith(PACKAGE):
-    return folder
-  if name.endswith(GGUF):
-    raise UserError(f"There is no file {name} (config.model.name).")
-  if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-    hint = ""
-    if folder.parent.name == NETWORKS:
-      hint = (
-        " `make images` and `make networks` write such folders; start the"
-        " command in the folder of the Makefile."
-      )
-    raise UserError(f"There is no folder {name} (config.model.name).{hint}")
-  return snapshot(
-    name,
-    files=FILES,
-    absent=f"The hub has no model {name!r} (or not for you), and there is no"
-    " folder of that name. config.model.name takes a hub id, or a folder with"
-    " config.json, the tokenizer's files and model.safetensors.",
-  )
 
 
 def snapshot(

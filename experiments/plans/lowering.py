@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from vera_jax.hub import resolve
 from vera_jax.models.family import read_fields
+from vera_jax.models.folder import resolve
 from vera_jax.models.paper_sizes import SIZES, roberta
 from vera_jax.pretrained.blueprint import Model, abstract_model
 from vera_jax.pretrained.sharding import BATCH, REPLICATED

@@ -145,7 +145,7 @@ place. Written by `{found["command"]}`.
   device or a file outside of the folder opened; 10 s or 2 GB more than for the
   clean files; a crash; no end within {HANG} s.
 - **Seconds**, **MB**: the most processor time and memory of one reading.
-- Not tried: ONNX, HDF5 and pickled files. `tests/fuzz/readers.py` has the list.
+- `tests/fuzz/readers.py` has the list of what is tried.
 """
 
 

@@ -71,7 +71,7 @@ def read_peft(folder: Path) -> None:
 
 def read_gguf(folder: Path) -> None:
   from vera_jax.data.tokenizer import load_tokenizer
-  from vera_jax.hub import resolve
+  from vera_jax.models.folder import resolve
   from vera_jax.pretrained.classifier import load_classifier
 
   made = resolve(folder / "model.gguf")

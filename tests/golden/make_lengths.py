@@ -14,7 +14,7 @@ import numpy as np
 
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.tokens import tokenise
-from vera_jax.hub import resolve
+from vera_jax.models.folder import resolve
 from vera_jax.tasks.glue_data import load_split
 from vera_jax.tasks.glue_facts import TASKS
 

@@ -25,8 +25,8 @@ from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.export.gguf import write_gguf_of
 from vera_jax.export.hf import merged_params
-from vera_jax.hub import resolve
 from vera_jax.models.family import config_of, load_config, read_fields
+from vera_jax.models.folder import resolve
 from vera_jax.models.gguf_file import Written, read_gguf, write_gguf
 from vera_jax.models.gguf_folder import (
   config_fields,

@@ -13,9 +13,9 @@ from flax.traverse_util import unflatten_dict
 from vera_jax.data.chat import message_ids
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.export.gguf import write_gguf_of
-from vera_jax.hub import resolve
 from vera_jax.models.decoder import logits
 from vera_jax.models.family import read_fields
+from vera_jax.models.folder import resolve
 from vera_jax.models.gguf_file import encode, read_gguf
 from vera_jax.models.gguf_folder import open_tensors
 from vera_jax.models.gguf_tokenizer import tokenizer_files, tokenizer_metadata

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 
 from tests.models.gguf_folders import KINDS, ROWS, TEXTS, random_folder
 from vera_jax.export.gguf import write_gguf_of
-from vera_jax.hub import resolve
 from vera_jax.models.decoder import logits
 from vera_jax.models.family import read_fields
+from vera_jax.models.folder import resolve
 from vera_jax.models.gguf_file import Written, read_gguf, write_gguf
 from vera_jax.models.gguf_tokenizer import RULES, tokenizer_files
 from vera_jax.models.hf_weights import load_params

@@ -17,9 +17,9 @@ from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 from vera_jax.export import gguf as export_gguf
 from vera_jax.generate.generator import _unrolled
-from vera_jax.hub import resolve
 from vera_jax.models import gguf_file
 from vera_jax.models.family import read_fields
+from vera_jax.models.folder import resolve
 from vera_jax.models.gguf_file import decode
 from vera_jax.operations.quantised import (
   Blocks,

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from configs import quickstart
 from vera_jax.data.examples import Examples
-from vera_jax.hub import resolve
+from vera_jax.models.folder import resolve
 from vera_jax.tasks.glue_data import load_split
 from vera_jax.tasks.glue_facts import glue_task
 

@@ -31,9 +31,9 @@ from vera_jax.files import (
   open_file,
   write_json,
 )
-from vera_jax.hub import FILES
 from vera_jax.models.decoder import logits
 from vera_jax.models.family import IMAGES
+from vera_jax.models.folder import FILES
 from vera_jax.models.hf_weights import read_model, to_hf
 from vera_jax.models.kinds import KINDS, WORDS
 from vera_jax.operations.quantised import CHOICES

@@ -14,8 +14,8 @@ from vera_jax.adapters.interface import Target
 from vera_jax.adapters.layers import LINEAR
 from vera_jax.adapters.sites import EVERY, parts_of
 from vera_jax.errors import UserError
-from vera_jax.hub import resolve
 from vera_jax.models.family import IMAGES, family_of
+from vera_jax.models.folder import resolve
 from vera_jax.models.hf_weights import (
   fingerprint,
   module_name,

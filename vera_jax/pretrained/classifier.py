@@ -30,13 +30,13 @@ from vera_jax.adapters.saved import (
 )
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
-from vera_jax.hub import resolve
 from vera_jax.models.family import (
   Family,
   family_of,
   label_names,
   one_of,
 )
+from vera_jax.models.folder import resolve
 from vera_jax.models.hf_weights import (
   fingerprint,
   load_params,

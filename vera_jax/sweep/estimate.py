@@ -16,8 +16,9 @@ from vera_jax.adapters.base_leaves import ALL
 from vera_jax.adapters.methods import by_link, make_adapter, settings_in
 from vera_jax.data.loader import steps_per_epoch
 from vera_jax.errors import UserError
-from vera_jax.hub import PACKAGE, resolve
+from vera_jax.hub import PACKAGE
 from vera_jax.models.family import load_config
+from vera_jax.models.folder import resolve
 from vera_jax.models.paper_sizes import SIZES
 from vera_jax.tasks.task import Size, task_for
 

@@ -21,7 +21,7 @@ from vera_jax.adapters.sites import count_layers
 from vera_jax.data.data import MeasureBatch, TaskData
 from vera_jax.data.packing import Batch as HostBatch
 from vera_jax.errors import UserError
-from vera_jax.hub import resolve
+from vera_jax.models.folder import resolve
 from vera_jax.models.hf_weights import read_model
 from vera_jax.operations.quantised import NONE
 from vera_jax.pretrained.blueprint import (
