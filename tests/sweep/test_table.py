@@ -16,7 +16,6 @@ from vera_jax.sweep.table import (
   plan_table,
   states,
 )
-from vera_jax.tasks.glue_facts import glue_task
 
 
 def finish(run, *, seconds=12.0, members=1, collapsed=False):
@@ -122,13 +121,3 @@ def test_more_is_dearer(tiny_config):
   with once.unlocked():
     once.eval_epochs = once.optim.epochs
   assert estimate.flops(once) < small  # one evaluation, not one per epoch
-
-
-@pytest.mark.parametrize(
-  "name, folder", [("rte", "RTE"), ("cola", "CoLA"), ("sst2", "SST-2")]
-)
-def test_the_sizes_are_glues(name, folder, glue_folder):
-  size, header = glue_task(name).size, name != "cola"
-  for file, count in (("train", size.train), ("dev", size.dev)):
-    text = (glue_folder / folder / f"{file}.tsv").read_text(encoding="utf-8")
-    assert len(text.strip("\n").split("\n")) - header == count

@@ -137,6 +137,7 @@ def test_official_sizes(glue_folder, name):
   counts, labels = ROWS[name]
   splits = [load_split(task, glue_folder, split) for split in task.splits]
   assert tuple(map(len, splits)) == counts
+  assert (task.size.train, task.size.dev) == counts[:2]
   assert splits[0].labels is not None and splits[2].labels is None
   assert np.bincount(splits[0].labels).tolist() == labels
   if name == "sst2":  # the hub keeps the space at the end, too
