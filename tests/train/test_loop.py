@@ -1,5 +1,6 @@
 """Whole runs on a tiny encoder: what they leave, and that they resume."""
 
+import inspect
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from vera_jax.train import compiled_step, loop, workdir
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.preemption import Interrupted
 from vera_jax.train.run import Run, best_epoch
+from vera_jax.train.step import train_step
 from vera_jax.train.workdir import write_config
 
 HEAD = {"classifier.kernel", "classifier.bias"}
@@ -396,3 +398,8 @@ def test_no_frozen_leaf_is_in_a_runs_saves(finished, saved):
   numbers = sum(array.size for array in arrays.values())
   assert 3 * trained <= numbers <= 3 * trained + 10  # value and AdamW's two
   assert len(progress["history"]) == 3
+
+
+@pytest.mark.parametrize("function, most", [(train_step, 50), (loop.train, 90)])
+def test_the_step_and_the_loop_are_read_on_one_screen(function, most):
+  assert len(inspect.getsource(function).splitlines()) <= most
