@@ -270,6 +270,7 @@ def test_loss_and_gradients_are_those_of_the_dequantised_weights(
   assert model.notes[0].startswith(f"quantised ({how}): ")
 
 
+@pytest.mark.slow
 def test_a_step_keeps_no_dequantised_kernel_for_its_backward_pass(
   file, home, batch
 ):
@@ -294,6 +295,7 @@ def test_a_step_keeps_no_dequantised_kernel_for_its_backward_pass(
   assert kernels & shapes(bare)
 
 
+@pytest.mark.slow
 def test_codes_serve_looped_layers_as_stacked_ones(file, home, batch):
   """As a generator takes them apart."""
   model = loaded(resolve(file), "keep", scan=True)
