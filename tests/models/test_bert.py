@@ -55,7 +55,9 @@ def test_stacking_and_remat_change_nothing(scan, remat, scanned, ids):
 
 
 @pytest.mark.parametrize("kind", rest_is_slow(["bert", "roberta"]))
-@pytest.mark.parametrize("scan, remat", [(True, "full"), (False, "none")])
+@pytest.mark.parametrize(
+  "scan, remat", rest_is_slow([(True, "full"), (False, "none")])
+)
 def test_dropout_follows_its_key(kind, scan, remat, tiny, init, apply, ids):
   model = BertClassifier(tiny(kind), 3, scan=scan, remat=remat)
   params = init(model)

@@ -21,6 +21,7 @@ from tests.models.decoders import (
 )
 from tests.models.test_bert import loop
 from tests.models.test_families import VERA, random_params
+from tests.slow import rest_is_slow
 from vera_jax.adapters.labels import join, split
 from vera_jax.errors import UserError
 from vera_jax.models.decoder import empty_cache, logits
@@ -89,7 +90,7 @@ def test_looped_is_scanned_with_remat():
     )
 
 
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("kind", rest_is_slow(["llama", "gpt2"]))
 def test_long_rows_by_blocks(kind):
   """Four texts in a row of 96 by blocks of 32, and compared whole."""
   plan, params, shared = build(kind, longest=20, scan=kind == "llama")
@@ -133,7 +134,7 @@ def test_long_rows_by_blocks(kind):
     )
 
 
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("kind", rest_is_slow(["llama", "gpt2"]))
 def test_the_cache_row_by_row(kind):
   """Prompts of 4 and 2 tokens, then three steps, equal the whole texts."""
   plan, params, shared = build(kind, scan=kind == "gpt2")

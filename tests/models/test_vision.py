@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from experiments import convert_onnx
 from tests.models.test_bert import loop
 from tests.models.test_families import VERA, random_params
+from tests.slow import rest_is_slow
 from vera_jax.errors import UserError
 from vera_jax.models.family import config_of, read_fields
 from vera_jax.models.hf_weights import load_params, to_hf
@@ -150,7 +151,7 @@ def adapted(kind, **options):
   return plan, params, plan.projections(params)
 
 
-@pytest.mark.parametrize("kind", FIELDS)
+@pytest.mark.parametrize("kind", rest_is_slow(FIELDS))
 def test_looped_is_scanned_with_remat_and_vera_has_the_papers_count(kind):
   plan, params, shared = adapted(kind, remat="dots")
   looped, *_ = adapted(kind, scan=False)
