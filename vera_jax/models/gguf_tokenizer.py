@@ -459,19 +459,10 @@ def _cut(rule: str) -> Any:
     return cuts.ByteLevel(add_prefix_space=False)
   if rule == "digits":
     return cuts.Sequence([cuts.Digits(individual_digits=True), _cut("words")])
-  if rule == "signs":
-    return cuts.Sequence(
-      [
-        *(cuts.Split(Regex(each), behavior="isolated") for each in SIGNS),
-        cuts.ByteLevel(add_prefix_space=False, use_regex=False),
-      ]
-    )
-  return cuts.Sequence(
-    [
-      cuts.Split(Regex(rule), behavior="isolated"),
-      cuts.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-  )
+  expressions = SIGNS if rule == "signs" else (rule,)
+  splits = [cuts.Split(Regex(x), behavior="isolated") for x in expressions]
+  to_bytes = cuts.ByteLevel(add_prefix_space=False, use_regex=False)
+  return cuts.Sequence([*splits, to_bytes])
 
 
 def _as_json(rule: str) -> Any:
