@@ -5,13 +5,11 @@ import json
 import os
 import shutil
 import signal
-from functools import cache
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train.conftest import Finished
 from vera_jax import results
 from vera_jax.adapters.card import model_card
 from vera_jax.adapters.files import load_adapter
@@ -85,30 +83,13 @@ def test_a_run_leaves_what_was_promised(finished):
   }
 
 
-@pytest.fixture(scope="module")
-def baseline(tiny_config, quiet_model, tmp_path_factory):
-  """Makes a run of another method, one epoch; each is trained once.
-
-  Without dropout, whose programs take longer to compile.
-  """
-
-  @cache
-  def make(method, scan="auto") -> Finished:
-    config = tiny_config(
-      method=method,
-      model__name=str(quiet_model),
-      model__scan=scan,
-      optim__epochs=1,
-    )
-    folder = tmp_path_factory.mktemp("baseline") / "run"
-    return Finished(config, folder, train_and_evaluate(config, folder))
-
-  return make
-
-
-def test_a_chain_goes_by_the_same_loop(baseline):
-  config, folder, result = baseline("dvora+ia3")
-  check_result(config, folder, result)
+def test_a_chain_goes_by_the_same_loop(tiny_config, quiet_model, tmp_path):
+  """Without dropout, whose programs take longer to compile."""
+  config = tiny_config(
+    method="dvora+ia3", model__name=str(quiet_model), optim__epochs=1
+  )
+  folder = tmp_path / "run"
+  check_result(config, folder, train_and_evaluate(config, folder))
   saved = load_adapter(folder / "adapter")
   assert saved.about["settings"] == json.loads(
     json.dumps(settings_in(config, config.method))
@@ -360,13 +341,6 @@ def test_a_finished_run_can_still_predict(finished, tmp_path, monkeypatch):
   assert [int(index) for index, _ in rows[1:]] == list(range(24))
   monkeypatch.setattr(loop, "build_setup", None)
   train_and_evaluate(config, folder)  # once is enough
-
-
-@pytest.mark.slow
-def test_scanned_and_looped_layers_train_alike(baseline):
-  runs = [baseline("dvora+ia3", *scan) for scan in ([], [True])]
-  curves = [losses(run.folder) for run in runs]
-  np.testing.assert_allclose(*curves, atol=1e-4)
 
 
 def test_a_run_keeps_the_layers_that_it_began_with(

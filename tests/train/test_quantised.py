@@ -19,7 +19,6 @@ from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.predictor import Predictor
 from vera_jax.train.ensemble import train_ensemble
 from vera_jax.train.loop import train_and_evaluate
-from vera_jax.train.preemption import Interrupted
 
 pytestmark = pytest.mark.slow
 
@@ -53,17 +52,6 @@ def nf4(tiny_config, wide, tmp_path_factory) -> Finished:
   )
   folder = tmp_path_factory.mktemp("nf4") / "run"
   return Finished(config, folder, train_and_evaluate(config, folder))
-
-
-def test_an_interrupted_run_ends_in_the_same_bits(
-  nf4, stop_at, tmp_path, monkeypatch, assert_same_run
-):
-  stop_at(6)
-  with pytest.raises(Interrupted):
-    train_and_evaluate(nf4.config, tmp_path / "run")
-  monkeypatch.undo()
-  train_and_evaluate(nf4.config, tmp_path / "run")
-  assert_same_run(tmp_path / "run", nf4.folder, 10)
 
 
 def test_a_run_of_an_ensemble_on_a_mesh_is_the_run_alone(nf4, tmp_path):
