@@ -9,10 +9,8 @@ import pytest
 
 from configs import quickstart
 from tests.faults import interruption
-from tests.faults.fixtures import Launcher, Outcome, reach, saves
+from tests.faults.fixtures import Launcher, reach, saves
 from tests.faults.processes import largest_difference
-from tests.faults.run import as_row, page, table
-from vera_jax.results import provenance
 from vera_jax.train.loop import train_and_evaluate
 
 pytestmark = pytest.mark.slow
@@ -69,14 +67,3 @@ def test_two_processes_are_one(launcher, alone):
   assert result["device"] == {**result["device"], "count": 8, "processes": 1}
   assert largest_difference(two, eight) < CLOSE
   assert largest_difference(two, alone) < CLOSE
-
-
-def test_the_table_says_what_was_seen():
-  outcomes = Outcome("a fault", 3, 0, True, "x"), Outcome("b", 1, 1, None, "y")
-  rows = [as_row("harm", outcome) for outcome in outcomes]
-  assert "| a fault | 3 | 0 | yes | x |" in table(rows)
-  assert "| b | 1 | 1 | not compared | y |" in table(rows)
-  about = {"command": "c", "faults": 4, "cores": 2}
-  text = page({**about, "trials": rows, **provenance()})
-  assert "4 faults on 2 CPU cores" in text
-  assert max(map(len, text.partition("| fault")[0].splitlines())) <= 80

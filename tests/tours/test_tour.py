@@ -90,10 +90,3 @@ def test_a_difference_past_its_bound_fails(changes, passed):
   else:
     with pytest.raises(UserError, match=r"a → b \(logits: a, b\): .* at (m|l)"):
       tour.check([STEP, step])
-
-
-@pytest.mark.parametrize("name", ["torch", "peft", "gguf"])
-def test_what_to_install_is_named(name, monkeypatch):
-  monkeypatch.setitem(sys.modules, name, None)
-  with pytest.raises(UserError, match="pip install -r requirements-parity"):
-    tour.main()
