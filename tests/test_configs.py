@@ -121,6 +121,21 @@ def test_superglues_configs(name):
     module.get_config("huge")
 
 
+@pytest.mark.parametrize(
+  "chosen",
+  [
+    *(("text", size) for size in ("minilm", "base", "large")),
+    *(("images.cifar10", base) for base in ("dinov2", "efficientnet_lite0")),
+    *(("images.cifar10", size) for size in ("base", "large")),
+    *(("language",), ("e2e_texts",), ("quickstart",)),
+  ],
+)
+def test_every_other_config_builds(chosen):
+  config = load(*chosen)
+  for config.method in ("vera", "lora", "bitfit", "full"):
+    check_settings(config)
+
+
 @pytest.mark.parametrize("name", ["cola", "mnli", "stsb", "minilm"])
 def test_one_step_of_each_kind(name, tiny_config):
   """Two labels, three labels and pairs, a score, a config with variants.
