@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from tests.data.test_completions import with_begin
 from tests.tasks.decoder_files import tokenizer_of_words
@@ -230,3 +230,15 @@ def test_parts_of_characters_and_words_belong_to_their_answer():
     learned(pairs(*rows), tokenizer, PLAIN), rows, strict=True
   ):
     assert tokenizer.decode(own).strip(" ") == f"{answer}<|endoftext|>".strip()
+
+
+def test_special_tokens_without_a_role_count_as_well():
+  tokenizer = chat_tokenizer(TEMPLATE.replace("<end>\n word9 ", "<|>\n"))
+  # a line's end is a token here, so that it could be learned
+  tokenizer.add_tokens([AddedToken("<|>", special=True), "\n"])
+  rows = conversations(("word1", "word2"), ("word1 <|>", "word2"))
+  end = tokenizer.convert_tokens_to_ids("<|>")
+  for ids, own in learned(rows, tokenizer, CHAT):
+    assert own.tolist() == [5, end] and ids[-1] == end
+  tokens = tokenise(rows, tokenizer, 99, None, completions=CHAT)
+  assert tokens.counts["special"] == 1

@@ -14,6 +14,7 @@ from vera_jax.data.completions import (
   prompt_ids,
 )
 from vera_jax.data.examples import Examples, take
+from vera_jax.data.tokens import tokenise
 from vera_jax.errors import UserError
 
 END, BEGIN, W0 = 0, 1, 3
@@ -101,3 +102,14 @@ def test_what_can_not_be_learned_is_refused():
   plain.eos_token = None
   with pytest.raises(UserError, match="no end-of-text token"):
     end_of_text(plain)
+
+
+def test_other_settings_make_other_tokens(tmp_path):
+  tokenizer = tokenizer_of_words(pad_token="<end>")
+  settings = (LEFT, LEFT, RIGHT, Completions("left", separate=True))
+  made = [
+    tokenise(PAIRS, tokenizer, 20, tmp_path, completions=how)
+    for how in settings
+  ]
+  np.testing.assert_array_equal(made[0].learned, made[1].learned)
+  assert len({tokens.fingerprint for tokens in made}) == 3

@@ -203,3 +203,16 @@ def test_shots_are_of_each_class_and_never_scored():
   assert len(every) == 28 - 9 and not set(every) & set(held)
   with pytest.raises(UserError, match="only 7 training images"):
     draw_shots(labels, shots=5, dev_shots=3, seed=0)
+
+
+def test_metadata_of_columns_that_are_not_there(tmp_path):
+  import pyarrow as pa
+  from pyarrow import parquet
+
+  kinds = {"gone": datasets.Image(), "label": datasets.ClassLabel(names=["a"])}
+  info = json.dumps({"info": {"features": datasets.Features(kinds).to_dict()}})
+  table = pa.table({"image": [{"bytes": b"x"}], "label": [0]})
+  table = table.replace_schema_metadata({"huggingface": info})
+  parquet.write_table(table, tmp_path / "train.parquet")
+  train = open_folder(tmp_path).splits["train"]
+  assert list(train.read(np.array([0]))) == [b"x"]

@@ -271,3 +271,11 @@ def test_encoded_images_are_not_all_in_memory(monkeypatch):
   made = images.decode_all(source(), PLAIN)
   assert isinstance(next(made), OSError) and len(taken) == 4
   assert len(list(made)) == 19
+
+
+def test_without_a_place_for_the_cache_all_is_in_memory(tiny_images, tmp_path):
+  files = open_folder(tiny_images).splits["train"]
+  (tmp_path / "file").write_text("")
+  made = prepare_images(files, np.arange(4), PLAIN, tmp_path / "file/cache")
+  kept = prepare_images(files, np.arange(4), PLAIN, tmp_path / "cache")
+  np.testing.assert_array_equal(made.pixels, kept.pixels)

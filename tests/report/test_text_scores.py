@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from experiments import report
 from tests.report.test_plots import overlaps
 from vera_jax import results
 from vera_jax.report import plots, tables
@@ -137,3 +138,12 @@ def test_outputs_stand_side_by_side(sweep):
     ]
   assert "| VeRA | vera0 is in the centre |" in tables_of[-1]
   assert "vera1" not in page  # the lowest seed's
+
+
+def test_the_report_writes_them(sweep, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(plots, "figures", lambda *_: ())
+  report.write(sweep, tmp_path)
+  names = {path.name for path in tmp_path.iterdir()}
+  assert {"outputs.md", "texts.csv"} <= names
+  report.show(sweep, "terminal")
+  assert "Test texts" in capsys.readouterr().out

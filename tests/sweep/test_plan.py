@@ -156,3 +156,18 @@ def test_a_sweep_of_ones_own_has_what_all_have(tmp_path):
       sweep.overrides = overrides
     with pytest.raises(UserError, match="are no list of settings"):
       make_plan(sweep, tmp_path)
+
+
+def test_what_is_done_moves_nothing_between_shards(tiny_sweep):
+  def shares(runs):
+    shared = make_units(runs, most=8, shards=2)
+    return [
+      [run.name for unit in shard_of(shared, i, 2) for run in unit]
+      for i in (0, 1)
+    ]
+
+  runs = tiny_sweep().runs
+  before = shares(runs)
+  runs[0].folder.mkdir(parents=True)
+  results.write(runs[0].folder, {"score": 1.0})
+  assert shares(tiny_sweep().runs) == before

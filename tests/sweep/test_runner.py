@@ -217,3 +217,14 @@ def test_a_worker_notes_in_every_folder_why_it_could_not(
   for run in plan.runs:
     assert run.state == "failed" and "nowhere" in run.failure()
   assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_failure_that_can_not_be_written_down_ends_the_sweep(
+  tiny_sweep, monkeypatch, tmp_path
+):
+  """On a full disk the units after it would end alike."""
+  pretend(monkeypatch, "sys.exit(1)")
+  plan = tiny_sweep()
+  with pytest.raises(UserError, match="is the disk full"):
+    run_units(make_units(plan.runs, most=8), logs=tmp_path / "logs")
+  assert {run.state for run in plan.runs} == {"new"}

@@ -228,3 +228,9 @@ def test_an_input_is_put_into_a_prompt(config):
 def test_settings_that_can_not_work(change, message, config):
   with pytest.raises(UserError, match=message):
     task_for(changed(config, **change))
+
+
+def test_without_test_texts_nothing_is_written(config):
+  task = task_for(changed(config, data__test=False))
+  assert task.write_texts is None
+  assert task.presentation.notes == ("valid: 3 rows of valid.txt",)

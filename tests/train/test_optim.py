@@ -175,3 +175,14 @@ def test_each_run_of_an_ensemble_may_have_numbers_of_its_own():
     want = update({name: float(many[i]) for name, many in rates.items()})
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
       np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-8)
+
+
+def test_epsilon_is_added_to_a_gradients_size():
+  """Adam's first step is g / (|g| + epsilon)."""
+  labels, grads = split(LABELS, LABELS)[0], gradients()
+  tx = optimiser(labels, **RATES, steps=10, warmup_ratio=0.0, eps=1.0)
+  (updates,) = updates_of(tx, grads)
+  found = updates["encoder"]["query"]["vera_b"]
+  grad = np.asarray(grads["encoder"]["query"]["vera_b"])
+  expected = -RATES["adapter_lr"] * grad / (np.abs(grad) + 1.0)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
