@@ -7,11 +7,12 @@ import pytest
 
 
 def rest_is_slow(cases: Iterable[Any], *, quick: int = 1) -> list[Any]:
-  """All but the first `quick` cases are left to `make test-all`."""
+  """All but the first `quick` cases are left to `make test-all`.
+
+  A plain tuple has several arguments; a method, a named tuple, is one.
+  """
   cases = list(cases)
-  rest = [
-    case if isinstance(case, tuple) else (case,) for case in cases[quick:]
-  ]
+  rest = [case if type(case) is tuple else (case,) for case in cases[quick:]]
   return [
     *cases[:quick],
     *(pytest.param(*case, marks=pytest.mark.slow) for case in rest),

@@ -68,7 +68,15 @@ METHODS = {
 }
 STARTS_ELSEWHERE = ("unilora",)  # only with theta at 0 it adds nothing
 SLOW = pytest.mark.slow
-each_method = pytest.mark.parametrize("name", METHODS)
+VARIANTS = {  # of others that are quick
+  *("vera, a pair per layer", "vera, structured, a pair per layer", "onelora"),
+  *("vera, d alone", "lora_fa", "vera and bitfit"),
+  "dvora and ia3, each on its own",
+}
+each_method = pytest.mark.parametrize(
+  "name",
+  [pytest.param(x, marks=SLOW) if x in VARIANTS else x for x in METHODS],
+)
 each_layout = pytest.mark.parametrize(
   "layout",
   [

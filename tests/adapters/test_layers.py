@@ -245,7 +245,9 @@ def test_a_layers_own_code_may_do_anything():
   assert np.abs(y - base).max() > 1e-2
 
 
-@pytest.mark.parametrize("method", [vera(RANK), ia3()], ids=["vera", "ia3"])
+@pytest.mark.parametrize(
+  "method", rest_is_slow([ia3(), vera(RANK)]), ids=["ia3", "vera"]
+)
 def test_a_batch_of_adapters_makes_no_kernel_for_each(method):
   """Factored, as in a bank: on convolutions, tables, equations and cells."""
   targets = [x for x in MIXED if "gates" not in x]

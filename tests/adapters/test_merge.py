@@ -13,6 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests.adapters.conftest import Net
+from tests.slow import rest_is_slow
 from vera_jax.adapters.apply import adapt
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.ia3 import ia3
@@ -53,8 +54,11 @@ def test_axes_named_out_of_order(method):
   np.testing.assert_allclose(bare, model.apply(variables, x), atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", [vera(5), lora(2)], ids=["vera", "lora"])
+@pytest.mark.parametrize(
+  "method, dtype",
+  rest_is_slow([(vera(5), "bfloat16"), (lora(2), "float32")]),
+  ids=["vera", "lora"],
+)
 def test_only_adapted_kernels_change_and_keep_their_type(method, dtype, x):
   """The tree that is merged is kept bit for bit."""
   model = adapt(Net("scanned"), method, targets=["heads"])

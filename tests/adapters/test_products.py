@@ -103,6 +103,7 @@ def test_plans_agree_in_value_and_gradient(name, dtype, plan):
   assert_close(got, want, TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 def test_plans_agree_under_vmap_and_remat():
   """Each run's vectors on a leading axis, which the base has not."""
   rng = np.random.default_rng(1)
@@ -244,6 +245,7 @@ def test_trained_matrices_have_no_folded_forward_plan():
 
 
 @pytest.mark.parametrize("plan", ["folded", "folded_forward"])
+@pytest.mark.slow
 def test_a_magnitudes_norm_needs_no_delta_of_its_own(plan):
   """Its kernel is the one that the product is made with."""
   rank, width = 256, 48

@@ -33,7 +33,7 @@ from vera_jax.errors import UserError
 SEQUENCE = jnp.asarray(RNG.normal(size=(3, 6, 2)), jnp.float32)
 
 
-@pytest.mark.parametrize("cell", rest_is_slow(CELLS, quick=2))
+@pytest.mark.parametrize("cell", rest_is_slow(CELLS))
 def test_recurrent_cells(cell):
   """Kernels on the input's side and on the state's alike."""
   ready = Ready(Recurrent(cell), vera(RANK), ["cell/.*"], SEQUENCE)

@@ -24,7 +24,7 @@ from vera_jax.adapters.structured import draw
 from vera_jax.adapters.vera import vera
 
 KEY = jax.random.key(5)
-each_plan = pytest.mark.parametrize("plan", PLANS)
+each_plan = pytest.mark.parametrize("plan", rest_is_slow(PLANS))
 
 
 # More rows than columns, fewer, a width of odd factors, a prime, and widths of

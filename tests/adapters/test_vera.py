@@ -8,6 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.flatten_util import ravel_pytree
 
+from tests.slow import rest_is_slow
 from vera_jax.adapters.adapted_product import adapted_product
 from vera_jax.adapters.apply import adapt
 from vera_jax.adapters.counting import adapter_size
@@ -78,7 +79,9 @@ def numeric_gradient(f, flat, eps=1e-6):
 
 
 @pytest.mark.parametrize(
-  "method", [vera(3), lora(2, alpha=3.0)], ids=["vera", "lora"]
+  "method",
+  rest_is_slow([vera(3), lora(2, alpha=3.0)]),
+  ids=["vera", "lora"],
 )
 def test_gradients_against_finite_differences(method):
   rng = np.random.default_rng(1)
