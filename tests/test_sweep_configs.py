@@ -72,6 +72,7 @@ def load(name, variant):
   return importlib.import_module(f"configs.sweeps.{name}").get_config(variant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, variant", COUNTS)
 def test_every_run_of_a_study(name, variant, tmp_path):
   plan = make_plan(load(name, variant), tmp_path)

@@ -345,6 +345,7 @@ def test_a_runs_nan_is_its_own(
   assert json.loads((left / "failed.json").read_text()) == failure
 
 
+@pytest.mark.slow
 def test_all_may_fail(tiny_config, tmp_path):
   configs = [broken(tiny_config(seed=seed)) for seed in range(3)]
   assert all("failed" in r for r in train(configs, tmp_path).results)

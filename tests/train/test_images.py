@@ -110,6 +110,7 @@ def test_another_mesh_and_smaller_microbatches_train_the_same(
     train_and_evaluate(images_config(eval_epochs=2), tmp_path / "no")
 
 
+@pytest.mark.slow
 def test_merged_it_answers_the_same(run, tiny_images, tmp_path):
   _, folder, _ = run
   adapted = restore_adapter(load_adapter(folder / "adapter"))
