@@ -183,17 +183,19 @@ def make_adapters(
   # PEFT makes its own matrices from the seed, and these are equal to them.
   settings["init"] = "peft"
   labels, folder = glue_task(task).labels, resolve(base)
-  plan = blueprint(
+  network = blueprint(
     read_fields(folder),
     outputs=len(labels) or 1,
     method="vera",
     settings=settings,
   )
-  first = jax.eval_shape(plan.module.init, jax.random.key(0), **plan.inputs)
-  trained, _ = split(first["params"], plan.label(first["params"]))
+  first = jax.eval_shape(
+    network.module.init, jax.random.key(0), **network.inputs
+  )
+  trained, _ = split(first["params"], network.label(first["params"]))
   names = ("rank", "init", "sharing")
   projections = make_projections(
-    plan.targets,
+    network.targets,
     seed=settings["projection_seed"],
     **{name: settings[name] for name in names},
   )
@@ -316,10 +318,10 @@ def allocate(count: int, *, rank: int) -> dict[str, Any]:
   method.
   """
   fields, adapter = roberta(*SIZES["roberta-base"]), vera(rank)
-  plan = blueprint(fields, outputs=2, adapter=(adapter, ("query", "value")))
+  network = blueprint(fields, outputs=2, adapter=(adapter, ("query", "value")))
   shapes = {
     path: leaf_shapes(adapter, path, target)
-    for path, target in plan.targets.items()
+    for path, target in network.targets.items()
   }
   stacked = jax.block_until_ready(empty_stack(shapes, capacity=count))
   sizes = [leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(stacked)]

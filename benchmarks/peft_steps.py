@@ -195,8 +195,8 @@ def train_here(
   """Leaves the start in PEFT's format in place/start."""
   mesh = make_mesh(over=jax.devices()[:1])  # torch has one, too
   here = abstract_step(config, read_fields(base), mesh, steps=len(batches))
-  plan = here.model.blueprint
-  model = load_model(plan, base, mesh=mesh, seed=config.seed)
+  network = here.model.blueprint
+  model = load_model(network, base, mesh=mesh, seed=config.seed)
   state = jax.tree.map(jnp.zeros_like, here.state)
   state = state._replace(params=model.trainable)
   about = {

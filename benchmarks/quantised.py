@@ -165,7 +165,7 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
 
   use_compilation_cache()
   folder = resolve(model)
-  plan = blueprint(
+  network = blueprint(
     read_fields(folder),
     outputs=0,
     head=HEAD,
@@ -177,15 +177,15 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
     quantise="none" if base.endswith(("32", "16")) else base,
   )
   mesh = make_mesh(over=jax.devices()[:1])
-  loaded = load_model(plan, folder, mesh=mesh, seed=0)
+  loaded = load_model(network, folder, mesh=mesh, seed=0)
   kernels = flatten_dict(loaded.frozen)
-  linear = sum(kernels[path].nbytes for path in plan.kernels)
+  linear = sum(kernels[path].nbytes for path in network.kernels)
   rates = {"adapter_lr": 1e-2, "head_lr": 0.0, "weight_decay": 0.0}
   make: Callable[..., Any] = partial(optimiser, loaded.labels, steps=100)
   shape = state_shape(loaded, make(**rates), mesh)
   step = CompiledStep(
     shape,
-    outputs=partial(outputs_of, plan.module, tuple(plan.inputs)),
+    outputs=partial(outputs_of, network.module, tuple(network.inputs)),
     loss=loss,
     optimiser=make,
   )
@@ -193,7 +193,9 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
   frozen, key = Frozen(loaded.frozen, loaded.projections), jax.random.key(0)
   del loaded, kernels
   rng = np.random.default_rng(0)
-  ids = rng.integers(plan.config.vocab_size, size=(1, TOKENS + 1), dtype="i4")
+  ids = rng.integers(
+    network.config.vocab_size, size=(1, TOKENS + 1), dtype="i4"
+  )
   places = np.arange(TOKENS, dtype=np.int32)[None]
   batch = {
     "input_ids": ids[:, :-1],

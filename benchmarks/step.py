@@ -63,13 +63,13 @@ class Variant(NamedTuple):
   Attributes:
     config: a run's.
     adapter: in place of the config's method; and the targets that it is on.
-    whole: whether the head reads every position, so that the last layer is
-      computed whole.
+    reads_all: whether the head reads every position, so that the last layer is
+      computed for all of them.
   """
 
   config: ConfigDict
   adapter: tuple[Adapter, tuple[str, ...]] | None = None
-  whole: bool = False
+  reads_all: bool = False
 
 
 def define_flags() -> None:
@@ -135,7 +135,7 @@ def variants(size: str) -> Iterator[tuple[str, Variant]]:
   vera, lora = (config(method) for method in ("vera", "lora"))
   targets = tuple(vera.vera.targets)
   yield FROZEN, Variant(config("head"), (column_bias(), targets))
-  yield WHOLE, Variant(config("bitfit"), whole=True)
+  yield WHOLE, Variant(config("bitfit"), reads_all=True)
   for plan in PLANS:
     yield f"vera r={vera.vera.rank}, {plan}", Variant(config("vera", plan))
   yield f"lora r={lora.lora.rank}", Variant(lora)
@@ -166,7 +166,9 @@ def cost(
   bytes, and "temporary" and "moved" are bytes too."""
   config, mesh = variant.config, make_mesh(over=[device])
   fields, rows = architecture(config), config.optim.batch_size
-  read = length if variant.whole else 1  # positions per row that the head reads
+  read = (
+    length if variant.reads_all else 1
+  )  # positions per row that the head reads
 
   def step(config: ConfigDict, fields: Mapping[str, Any]) -> AbstractStep:
     options: dict[str, Any] = {"dtype": jnp.dtype(dtype)}

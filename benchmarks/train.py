@@ -246,15 +246,15 @@ class Texts:
     self.base = resolve(config.model.name)
     self.splits: dict[str, dict[str, Any]] = {}
     for name in ("train", *self.task.dev_splits):
-      found = load_split(self.task, config.data.source, name)
+      examples = load_split(self.task, config.data.source, name)
       if name == "train":
         size, seed = config.data.max_train_examples, config.data.subset_seed
-        found = subset(found, size, seed)
-      assert found.labels is not None  # only test splits lack them
+        examples = subset(examples, size, seed)
+      assert examples.labels is not None  # only test splits lack them
       self.splits[name] = {
-        "first": found.first,
-        "second": found.second,
-        "labels": found.labels.tolist(),
+        "first": examples.first,
+        "second": examples.second,
+        "labels": examples.labels.tolist(),
       }
     self.labels = self.splits[self.task.dev_splits[0]]["labels"]
     ids = load_tokenizer(self.base)(

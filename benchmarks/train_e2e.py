@@ -123,10 +123,10 @@ def pairs(
 def plain_folder(base: Path, folder: Path) -> Path:
   """The decoder with float32 weights in model.safetensors, which both read."""
   shutil.copytree(base, folder, ignore=shutil.ignore_patterns(LINK))
-  plan = blueprint(
+  network = blueprint(
     read_fields(base), outputs=0, head="language_modelling", scan=False
   )
-  params = load_params(base, unflatten_dict(plan.shapes)).params
-  tensors = to_hf(params, plan.config)
+  params = load_params(base, unflatten_dict(network.shapes)).params
+  tensors = to_hf(params, network.config)
   save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
   return folder

@@ -129,16 +129,16 @@ def write_base(
   names = dict(enumerate(sorted(classes)))
   fields = dict(read_fields(base)) | {"id2label": names}
   fields["label2id"] = {name: i for i, name in names.items()}
-  plan = blueprint(fields, outputs=len(classes), scan=False)
-  params = load_params(base, unflatten_dict(plan.shapes)).params
-  shape = plan.shapes["classifier", "kernel"].shape
+  network = blueprint(fields, outputs=len(classes), scan=False)
+  params = load_params(base, unflatten_dict(network.shapes)).params
+  shape = network.shapes["classifier", "kernel"].shape
   rng = np.random.default_rng(seed)
-  kernel = rng.normal(0, plan.config.initializer_range, shape)
+  kernel = rng.normal(0, network.config.initializer_range, shape)
   params["classifier"] = {
     "kernel": kernel.astype(np.float32),
     "bias": np.zeros(shape[1], np.float32),
   }
   folder.mkdir(parents=True)
   write_json(folder / "config.json", fields)
-  tensors = to_hf(params, plan.config)
+  tensors = to_hf(params, network.config)
   save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

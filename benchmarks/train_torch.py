@@ -92,8 +92,8 @@ def mean(losses: list[torch.Tensor]) -> float:
   return torch.stack(losses).double().mean().item()
 
 
-def outcome(model: Any, settings: Settings, **own: Any) -> dict[str, Any]:
-  """What every baseline says of its training, and `own`."""
+def outcome(model: Any, settings: Settings, **more: Any) -> dict[str, Any]:
+  """What every baseline says of its training, and `more`."""
   cuda = settings["device"] == "cuda"
   return {
     "compilation": 0.0,
@@ -101,7 +101,7 @@ def outcome(model: Any, settings: Settings, **own: Any) -> dict[str, Any]:
     "threads": torch.get_num_threads(),
     "attention": model.config._attn_implementation,
     "device_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-    **own,
+    **more,
   }
 
 

@@ -99,8 +99,8 @@ def abstract_step(
       own, such as `dtype` or `adapter`.
   """
   task = task_for(config)
-  plan = build_blueprint(config, fields, task, **options)
-  model = abstract_model(plan, mesh=mesh)
+  network = build_blueprint(config, fields, task, **options)
+  model = abstract_model(network, mesh=mesh)
   make_optimiser: Callable[..., Any] = partial(
     optimiser,
     model.labels,
@@ -111,7 +111,7 @@ def abstract_step(
   state = state_shape(model, make_optimiser(**rates_of(config)), mesh)
   step = CompiledStep(
     state,
-    outputs=partial(outputs_of, plan.module, tuple(plan.inputs)),
+    outputs=partial(outputs_of, network.module, tuple(network.inputs)),
     loss=task.loss,
     optimiser=make_optimiser,
   )
