@@ -11,13 +11,12 @@ from vera_jax.adapters.methods import METHODS, adapter_named
 from vera_jax.errors import UserError
 from vera_jax.peft_io.forms import FORMS, HELD_BY
 
-RANKS = {"vera": 256, "dvora": 256, "pvera": 256, "randlora": 32, "unilora": 4}
-
 
 @pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].on_sites])
 @pytest.mark.parametrize("i, o", [(40, 96), (96, 40)])
 def test_a_formula_counts_what_the_code_does(method, i, o):
-  r, least = RANKS.get(method, 8), min(i, o)
+  defaults = {field.name: field.default for field in METHODS[method].fields}
+  r, least = defaults.get("rank", 1), min(i, o)
   known = {"r": r, "i": i, "o": o, "min": least, "size": 4096}
   known["n"] = math.ceil(least / r)
   formula = METHODS[method].trained.split(",")[0]

@@ -82,6 +82,7 @@ def chain(*methods: Adapter) -> Adapter:
     init=start,
     weights=weights,
     shared=shared if any(link.shared for link in links) else None,
+    from_base=any(link.from_base for link in links),
     common=common,
     trains="|".join(trained) or None,
     prepare=prepare if all(link.prepare for link in links) else None,

@@ -168,6 +168,9 @@ class Adapter(NamedTuple):
       -> the non-trainable `projections` collection. Arrays at its root serve
       every site; those at a site's path serve that site and carry its stack's
       axes.
+    from_base: whether all that `shared` makes comes from the kernels. Then the
+      base's fingerprint stands for it, and a file keeps no digest of it: the
+      last bits of a decomposition differ from device to device.
     common: (key, sites by path) -> trained leaves at the root of the tree.
     trains: a pattern over the paths of base leaves that are trained themselves.
     low_rank: (leaves, site) -> `LowRank`, where weights = kernel + delta; then
@@ -199,6 +202,7 @@ class Adapter(NamedTuple):
   init: Callable[[Array, Site], dict[str, Array]] | None = None
   weights: Callable[[Leaves, Site], tuple[Array, Array | None]] | None = None
   shared: Callable[[Mapping[Path, Target | Site]], dict[str, Any]] | None = None
+  from_base: bool = False
   common: Callable[[Array, Mapping[Path, Site]], dict[str, Array]] | None = None
   trains: str | None = None
   low_rank: Callable[[Leaves, Site], LowRank] | None = None

@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import PRNGKeyArray
 
-from vera_jax.adapters.interface import Matrix, Path, Site, Target
+from vera_jax.adapters.interface import Adapter, Matrix, Path, Site, Target
 from vera_jax.adapters.sites import role_of
 from vera_jax.adapters.structured import Structured, draw, random_signs
 from vera_jax.errors import UserError
@@ -342,6 +342,12 @@ def pair_of(site: Site, *, rows: int | None = None) -> tuple[Matrix, Matrix]:
   if isinstance(A, Structured):
     return (A if rows is None else A.leading(rows)).T, B.T
   return A[:rows, : site.inputs].T, B[: site.outputs].T
+
+
+def kept_digest(adapter: Adapter, projections: Mapping[str, Any]) -> str | None:
+  """The digest that an adapter's file keeps; None where there is no need."""
+  known = adapter.from_base or not projections
+  return None if known else digest(projections)
 
 
 def digest(projections: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from vera_jax.adapters.files import (
 from vera_jax.adapters.interface import Adapter, Target
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import FROZEN, count, label_tree
-from vera_jax.adapters.projections import PRNG, STORED, digest
+from vera_jax.adapters.projections import PRNG, STORED, kept_digest
 from vera_jax.adapters.sites import first_leaves, make_shared
 from vera_jax.adapters.tracing import init_shapes
 from vera_jax.errors import UserError
@@ -90,7 +90,7 @@ def save(
     "base_fingerprint": fingerprint(frozen),
     "labels": [],
     "projection_prng": PRNG,
-    "projection_digest": digest(projections) if projections else None,
+    "projection_digest": kept_digest(adapter, projections),
     "parameters": count(params, labels)._asdict(),
     "versions": results.provenance()["versions"],
   }
@@ -315,11 +315,11 @@ def read_projections(
       f"The adapter {saved.folder} has its projections from the generator"
       f" {prng!r}; there is only {PRNG!r} here."
     )
-  computed = digest(projections)
+  computed = kept_digest(adapter, projections)
   if computed != expected:
     raise UserError(
       f"The projections of the adapter {saved.folder} come out different from"
-      f" those it was trained with: digest {computed[:12]}, not"
+      f" those it was trained with: digest {str(computed)[:12]}, not"
       f" {str(expected)[:12]}. Either its seed, init or rank was changed, or"
       " this version of jax draws other numbers."
     )

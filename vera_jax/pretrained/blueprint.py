@@ -31,7 +31,7 @@ from vera_jax.adapters.labels import (
 )
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.plans import AUTO
-from vera_jax.adapters.projections import digest
+from vera_jax.adapters.projections import kept_digest
 from vera_jax.adapters.saved import Flat, own_shapes
 from vera_jax.adapters.sites import first_leaves, make_shared
 from vera_jax.adapters.targets import trace_sites
@@ -387,7 +387,7 @@ def load_model(
     trainable=trainable,
     frozen=frozen,
     projections=projections,
-    digest=digest(projections) if projections else None,
+    digest=kept_digest(plan.adapter, projections),
     codes=codes,
     notes=(*quantised, *notes),
     fresh=tuple(new),
