@@ -26,6 +26,7 @@ from vera_jax.adapters.intercept import KEYS, PENALTIES
 from vera_jax.adapters.interface import PLANS
 from vera_jax.adapters.labels import ADAPTER, label_tree
 from vera_jax.adapters.lora import lora, lora_fa
+from vera_jax.adapters.lora_xs import lora_xs
 from vera_jax.adapters.magnitude import dora, dvora
 from vera_jax.adapters.merge import merge
 from vera_jax.adapters.pvera import pvera
@@ -51,6 +52,7 @@ METHODS = {
   "lora_fa": Probe(lora_fa(2, scaling="root")),
   "randlora": Probe(randlora(3, alpha=3.0)),
   "unilora": Probe(unilora(2, size=40)),
+  "lora_xs": Probe(lora_xs(2)),
   "ia3": Probe(ia3(feedforward=("out",))),
   "dora": Probe(dora(2)),
   "vera and bitfit": Probe(chain(vera(3), bitfit())),

@@ -31,6 +31,7 @@ FILES = {
   "lora_fa": "lora",
   "randlora": "randlora",
   "unilora": "unilora",
+  "lora_xs": "lora_xs",
   "bitfit": "base_leaves",
   "norms": "base_leaves",
   "head": "base_leaves",
