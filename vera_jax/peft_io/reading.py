@@ -159,6 +159,7 @@ def import_adapter(
   patterns = partial(target_patterns, layers=network.layers)
   values: dict[str, Any] = {
     "targets": patterns(kinds),
+    **{rate: known[rate] for rate in ("lr", "head_lr") if rate in known},
     **settings.values,
     **form.more(adapted, network.layers, patterns),
   }
