@@ -2,8 +2,8 @@
 
 What a notebook needs:
 
-  vera, lora, ia3, dora, dvora, pvera, randlora, unilora, lora_fa, onelora
-                      an adapter method
+  vera, lora, ia3, dora, dvora, pvera, randlora, unilora, lora_fa, onelora,
+  lora_xs             an adapter method, as all that docs/methods.md names
   chain               several methods on one network
   adapt               put it on any linen model; what it returns has `init_on`,
                       `summary`, `save`, `load` and `merge`
@@ -43,6 +43,7 @@ from vera_jax.adapters.labels import count, join, label_tree, split
 from vera_jax.adapters.lora import lora, lora_fa
 from vera_jax.adapters.magnitude import dora, dvora
 from vera_jax.adapters.merge import merge
+from vera_jax.adapters.methods import METHODS
 from vera_jax.adapters.projections import digest, make_pair
 from vera_jax.adapters.push import push_adapter
 from vera_jax.adapters.pvera import pvera
@@ -73,6 +74,8 @@ LATE = {
 
 
 def __getattr__(name: str) -> Any:
+  if name in METHODS:  # a method needs no line here
+    return METHODS[name]
   if name not in LATE:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
   return getattr(import_module(LATE[name]), name)
