@@ -199,6 +199,36 @@ def test_a_layer_that_is_used_twice_has_one_adapter():
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_training_leaves_the_projections_alone():
+  """Also where a step may write to every collection."""
+  model = adapt(Net(), vera(3), targets=["query"])
+  variables = start(model, X)
+  projections = variables["projections"]
+
+  @jax.jit
+  def trained(params):
+    def loss(params):
+      y, changed = model.apply(
+        {"params": params, "projections": projections}, X, mutable=True
+      )
+      return jnp.sum(jnp.square(y)), changed["projections"]
+
+    grads, after = jax.grad(loss, has_aux=True)(params)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), after
+
+  params, after = trained(variables["params"])
+  moved = jax.tree.map(jnp.subtract, params, variables["params"])
+  assert jnp.abs(moved["query"]["vera_b"]).max() > 0
+  jax.tree.map(np.testing.assert_array_equal, after, projections)
+
+
+def test_the_output_comes_with_the_variables():
+  model = adapt(Net(), vera(3), targets=["query"])
+  y, variables = jax.jit(model.init_with_output)(jax.random.key(0), X)
+  jax.tree.map(np.testing.assert_array_equal, variables, start(model, X))
+  np.testing.assert_allclose(y, run(model, variables, X), rtol=1e-6)
+
+
 def test_the_projections_follow_their_seed_alone():
   """Not the key of init, not the base: the seed, the rank and the widths."""
 

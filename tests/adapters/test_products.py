@@ -207,6 +207,13 @@ def test_counted_costs_are_the_compiled_ones(name, plan):
   assert compiled_flops(plan, name) == pytest.approx(want, rel=0.05)
 
 
+@pytest.mark.parametrize("plan", ["factored", "folded_forward"])
+def test_layers_on_one_input_share_a_x(plan):
+  """Two layers cost one product A x less than twice one layer."""
+  saved = 2 * compiled_flops(plan) - compiled_flops(plan, layers=2)
+  assert saved == pytest.approx(2 * TOKENS * RANK * INPUTS, rel=0.05)
+
+
 def factors(rank, inputs=768, outputs=768, *, trains_down=False):
   down, up = jnp.zeros((inputs, rank)), jnp.zeros((rank, outputs))
   if trains_down:
@@ -242,6 +249,60 @@ def test_trained_matrices_have_no_folded_forward_plan():
   with pytest.raises(UserError, match="plan for key: its delta's first"):
     trained = factors(4, trains_down=True)
     choose(8, trained, plan="folded_forward", path=("key",))
+
+
+@pytest.mark.parametrize(
+  "dtype, size, in_output, in_gradient",
+  [
+    ("float32", 1e-3, (0, 1e-3), 1e-4),
+    ("bfloat16", 1e-3, (0.5, np.inf), 0.02),
+    ("bfloat16", 1e-2, (0.13, 0.3), 0.02),
+    ("bfloat16", 0.1, (0.015, 0.033), 0.02),
+  ],
+)
+def test_what_is_left_of_a_small_delta(dtype, size, in_output, in_gradient):
+  """By every plan, at `size` times W0's norm, as docs/performance.md says.
+
+  In bfloat16 the sum of both has eight bits of mantissa. The gradients are
+  right nevertheless.
+  """
+  rng = np.random.default_rng(0)
+  w0, x, g = (
+    rng.normal(size=shape) for shape in ((32, 32), (64, 32), (64, 32))
+  )
+  a, b_matrix = rng.normal(size=(16, 32)), rng.normal(size=(32, 16))
+  d, b = np.full(16, 0.1), rng.normal(size=32)
+  b *= size * np.linalg.norm(w0) / np.linalg.norm(a.T * d @ b_matrix.T * b)
+  leaves = {"vera_d": jnp.float32(d), "vera_b": jnp.float32(b)}
+  shared = {"A": jnp.float32(a), "B": jnp.float32(b_matrix)}
+  kernel, rows = jnp.asarray(w0, dtype), jnp.asarray(x, dtype)
+  site = Site((), 32, 32, lambda: kernel, shared=shared)
+
+  def loss(leaves, plan):
+    y, _ = adapted_product(METHODS["vera"], leaves, site, rows, plan=plan)
+    return jnp.sum(y.astype(jnp.float32) * jnp.float32(g)), y
+
+  @jax.jit
+  def by_plan(leaves):
+    both = jax.value_and_grad(loss, has_aux=True)
+    return {plan: both(leaves, plan) for plan in PLANS}, rows @ kernel
+
+  def error(got, want):
+    return np.linalg.norm(np.float64(got) - want) / np.linalg.norm(want)
+
+  thin = np.float64(rows) @ a.T
+  want = {
+    "vera_d": np.einsum("tr,to,or,o->r", thin, g, b_matrix, b),
+    "vera_b": np.sum(thin * d @ b_matrix.T * g, axis=0),
+  }
+  results, unadapted = by_plan(leaves)
+  lowest, highest = in_output
+  for plan, ((_, y), gradients) in results.items():
+    added = np.float64(y) - np.float64(unadapted)
+    lost = error(added, thin * d @ b_matrix.T * b)
+    assert lowest <= lost <= highest, plan
+    for name, gradient in want.items():
+      assert error(gradients[name], gradient) <= in_gradient, (plan, name)
 
 
 @pytest.mark.parametrize("plan", ["folded", "folded_forward"])

@@ -20,11 +20,27 @@ from vera_jax.adapters.projections import (
   pair_of,
 )
 from vera_jax.adapters.pvera import pvera
-from vera_jax.adapters.structured import draw
+from vera_jax.adapters.structured import blocks, draw
 from vera_jax.adapters.vera import vera
 
 KEY = jax.random.key(5)
 each_plan = pytest.mark.parametrize("plan", rest_is_slow(PLANS))
+
+
+@pytest.mark.parametrize(
+  "width, sizes",
+  [
+    (1, (1,)),
+    (96, (96,)),
+    (768, (32, 24)),
+    (11008, (128, 86)),
+    (53248, (52, 32, 32)),
+    (131, (12, 11)),  # a prime, padded to 132
+    (50257, (103, 61, 8)),  # 29 * 1733, padded to 50264
+  ],
+)
+def test_few_blocks_of_128_rows_at_most(width, sizes):
+  assert blocks(width) == sizes
 
 
 # More rows than columns, fewer, a width of odd factors, a prime, and widths of

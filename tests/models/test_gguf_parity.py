@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
+from tests.models.gguf_folders import KINDS, ROWS, random_folder
 from vera_jax.data.chat import message_ids
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.export.gguf import write_gguf_of
@@ -153,6 +154,54 @@ def test_smollm2_s_logits_are_transformers(torch, smollm2, home):
     first, second = first[: len(tokens)], second[: len(tokens)]
     assert np.abs(first - second).max() < 1e-3
     assert np.array_equal(first.argmax(-1), second.argmax(-1))
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_and_we_read_our_file_as_the_folder(
+  kind, torch, home, tmp_path
+):
+  from transformers import AutoConfig, AutoModelForCausalLM
+
+  folder = random_folder(tmp_path / "model", kind, tied=kind != "qwen3")
+  file = tmp_path / "a.gguf"
+  write_gguf_of(folder, file, kind="gguf-f16")
+  ids = np.random.default_rng(0).integers(0, ROWS, (2, 9))
+  # a header of a Llama has no key that transformers reads for the window
+  ids = ids[:, :3] if kind == "mistral" else ids
+  load = AutoModelForCausalLM.from_pretrained
+  options = {"dtype": torch.float32}
+  if kind in ("qwen3", "gpt2"):  # of whose header it leaves out some sizes
+    options["config"] = AutoConfig.from_pretrained(folder)
+  with torch.no_grad():
+    want, theirs = (
+      load(path, gguf_file=name, **options).eval()(torch.tensor(ids)).logits
+      for path, name in ((folder, None), (tmp_path, file.name))
+    )
+  assert want.abs().max() > 1
+  ours = our_logits(resolve(file), ids.astype(np.int32))
+  for logits_of_file in (theirs.numpy(), ours):
+    assert np.abs(logits_of_file - want.numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+  "kind, least, most", [("Q4_1", 0, 0.1), ("Q8_0", 0.95, 1.05)]
+)
+def test_four_bits_take_back_what_eight_keep(torch, kind, least, most):
+  """Of a change of 1 %, on a matrix that was stored in four bits."""
+  import gguf
+
+  def rounded(values, kind):
+    kind = gguf.GGMLQuantizationType[kind]
+    stored = gguf.quants.quantize(values.astype(np.float32), kind)
+    return gguf.quants.dequantize(stored, kind)
+
+  rng = np.random.default_rng(0)
+  base = rounded(rng.standard_normal((256, 128)), "Q4_1")
+  change = rng.standard_normal((256, 4)) @ rng.standard_normal((4, 128))
+  change *= 0.01 * np.linalg.norm(base) / np.linalg.norm(change)
+  kept = rounded(base + change, kind) - base
+  assert least <= (kept * change).sum() / (change**2).sum() < most
 
 
 def test_gpt2_s_ids_come_back(torch, glue_folder, tmp_path):
