@@ -1,4 +1,4 @@
-"""Makes projections.json, which tests/test_projections.py compares with.
+"""Makes projections.json for tests/adapters/test_projections.py.
 
   python -m tests.golden.make_projections
 

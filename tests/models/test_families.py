@@ -119,6 +119,21 @@ def batches():
   ]
 
 
+@pytest.mark.parametrize(
+  "kind, pad, first",
+  [
+    ("bert", 0, 0),
+    *((k, 1, 2) for k in ("roberta", "xlm-roberta", "camembert")),
+  ],
+)
+def test_padding_and_first_position_default_to_the_familys(kind, pad, first):
+  fields = {**BERT, "model_type": kind}
+  del fields["pad_token_id"]
+  config, family = config_of(fields), family_of(fields)
+  assert (config.pad_token_id, config.first_position) == (pad, first)
+  assert family.room(config) == 20 - first
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_packed_rows_equal_padded_rows(case):
   plan, params, shared = build(case)

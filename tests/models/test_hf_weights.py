@@ -84,6 +84,13 @@ def test_there_and_back_is_exact(name, scan, load):
   assert all(value.flags.c_contiguous for value in tensors.values())
 
 
+def test_to_hf_refuses_what_is_no_parameter(load):
+  model, loaded = load(BERT)
+  loaded.params["classifier"]["d"] = np.zeros(3)
+  with pytest.raises(ValueError, match="classifier/d"):
+    to_hf(loaded.params, model.config)
+
+
 def test_types_are_the_templates_unless_given(load, shapes):
   _, loaded = load(GOLDEN / "bert_regression", labels=1)
   assert {x.dtype for x in jax.tree.leaves(loaded.params)} == {np.dtype("f4")}
