@@ -60,6 +60,21 @@ def test_the_results_of_a_sweep(minilm_folder, tmp_path):
   assert "positive" in texts and "negative" in texts
 
 
+SAVED = """
+for name, (mine, alone, both) in results.items():
+  assert alone + 0.1 < both > 0.85, name
+  assert (np.load(f"{name}.later.npy") == mine).all()
+  assert abs(np.load(f"{name}.merged.npy") - mine).max() < 1e-4
+assert len(refusals) == 3
+"""
+
+
+@pytest.mark.slow
+def test_own_models(tmp_path):
+  # one device; XLA's effort pays where hundreds of steps are taken
+  run("own_models.ipynb", tmp_path, last=SAVED, XLA_FLAGS="")
+
+
 WRITES = """
 assert trained == 30 * (3 * 64 + 576 + 192 + 576) and size < 200_000
 assert history.perplexity.iloc[-1] < 90  # 63 here

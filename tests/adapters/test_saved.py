@@ -183,15 +183,19 @@ HARM = {
   "another format": (lambda f: change(f, format=1), "has format 1"),
   "another method": (
     lambda f: change(f, method="lora"),
-    "the method 'lora', and the model is adapted with 'vera'",
+    "give adapt the same:\n  method: 'lora' in the file, 'vera' here",
   ),
   "another rank": (
     lambda f: change(f, settings={"rank": 4}),
-    r"the settings .*'rank': 4.* adapted with .*'rank': 3",
+    "same:\n  settings.rank: 4 in the file, 3 here$",
   ),
   "other targets": (
     lambda f: change(f, settings={"targets": ["out"]}),
-    r"'targets': \['out'\].* adapted with .*\['heads', 'out'\]",
+    r"settings.targets: \['out'\] in the file, \['heads', 'out'\] here",
+  ),
+  "parts of fused kernels": (
+    lambda f: change(f, fused={"fused": {"key": [0, 8]}}),
+    r"fused.fused.key: \[0, 8\] in the file, None here",
   ),
   "another digest": (
     lambda f: change(f, projection_digest="0" * 64),

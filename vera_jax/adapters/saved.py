@@ -115,12 +115,20 @@ def load(
       f"The adapter {saved.folder} belongs to the base {named!r}; use"
       " restore_adapter, which builds it."
     )
-  for name, ours in identity(adapted).items():
-    if (theirs := saved.about.get(name)) != ours:
-      raise UserError(
-        f"The adapter {saved.folder} was saved with the {name} {theirs!r}, and"
-        f" the model is adapted with {ours!r}: adapt it with the same."
-      )
+  ours = identity(adapted)
+  theirs = {name: saved.about.get(name, {}) for name in ours}
+  # by names such as settings.rank
+  ours, theirs = (flatten_dict(value, sep=".") for value in (ours, theirs))
+  differing = [
+    f"{name}: {theirs.get(name)!r} in the file, {ours.get(name)!r} here"
+    for name in ours | theirs
+    if ours.get(name) != theirs.get(name)
+  ]
+  if differing:
+    raise UserError(
+      f"The model is adapted otherwise than the adapter {saved.folder} was"
+      " saved; give adapt the same:\n  " + "\n  ".join(differing)
+    )
   saved, adapter = take_stored(saved, adapter)
   targets = adapted.find_targets(*args, **kwargs) if adapted.targets else {}
   model = init_shapes(adapted.model, *args, **kwargs)["params"]
