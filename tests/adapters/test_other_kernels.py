@@ -6,7 +6,8 @@ within 1e-5, gradients with those in float64 within 1e-4 of the largest.
 """
 
 import dataclasses
-from functools import partial
+from functools import partial, partialmethod
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ from tests.adapters.adapted_networks import IDS, RANK, RNG, Ready, by_definition
 from tests.adapters.architectures import Unbound
 from vera_jax.adapters.apply import find_targets
 from vera_jax.adapters.ia3 import ia3
+from vera_jax.adapters.interface import PLANS
 from vera_jax.adapters.layers import HOOKS, KINDS
 from vera_jax.adapters.lora import lora
 from vera_jax.adapters.magnitude import dora
@@ -116,6 +118,35 @@ def test_fields_that_hold_a_function():
   ready.check()
   plans = {path[0]: target.view.plans for path, target in ready.targets.items()}
   assert plans == dict.fromkeys(["same", *HOOKS], ("folded",))
+
+
+class InHalf(nn.Dense):
+  dtype: Any = jnp.bfloat16
+  note: str = ""
+
+
+class Named(nn.Dense):
+  def shown(self):
+    return self.name
+
+
+class Partial(nn.Dense):
+  param = partialmethod(nn.Dense.param)
+
+
+class Derived(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = Named(4, name="defines")(InHalf(4, name="sets")(x))
+    return Partial(4, name="binds")(x)
+
+
+def test_classes_that_only_set_fields():
+  """They are flax's; one that defines anything may compute something else."""
+  targets = find_targets(Derived(), ["sets", "defines", "binds"], X)
+  plans = {path[0]: target.view.plans for path, target in targets.items()}
+  folded = ("folded",)
+  assert plans == {"sets": PLANS, "defines": folded, "binds": folded}
 
 
 def test_all_fields_of_flaxs_layers_are_known():

@@ -6,6 +6,7 @@ docs/architectures.md has the table in words. A kernel may be stored in fewer
 bits (`operations/quantised.py`): then it is dequantised where it is used.
 """
 
+import dataclasses
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -94,7 +95,8 @@ KINDS: dict[type[nn.Module], Kind] = {
 }
 LINEAR = ("Dense", "DenseGeneral")
 OwnCode = Callable[..., LayerCall | str]
-# What a layer's call is by the layer's own code; `kinds/derived.py` adds it.
+# What a layer's call is by the layer's own code: one function, which
+# `kinds/derived.py` adds.
 OWN_CODE: list[OwnCode] = []
 
 
@@ -130,9 +132,15 @@ def see_call(
   seen = KINDS[kind].seen(layer, params, *args, **kwargs)
   if seen is None or isinstance(seen, str):
     return seen
-  for own_code in OWN_CODE:
-    return own_code(layer, params, *seen, args, kwargs)
-  return "its class, or the model, has code of its own for its call"
+  if not OWN_CODE:
+    return "its class, or the model, has code of its own for its call"
+  return OWN_CODE[0](layer, params, *seen, args, kwargs)
+
+
+class _SetsFields(nn.Module):
+  """It defines nothing: what it has, flax and dataclasses put there."""
+
+  field: int = 0
 
 
 def is_flaxs(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -145,21 +153,13 @@ def is_flaxs(layer: nn.Module, kind: type[nn.Module]) -> bool:
   if kind is nn.Module:  # whose call decides for itself
     return True
   derived = type(layer).__mro__[: type(layer).__mro__.index(kind)]
-  defined = (
-    name for x in derived for name, y in vars(x).items() if callable(y)
-  )
-  return not any(map(_computes, defined)) and all(
+  fields = {field.name for field in dataclasses.fields(layer)}
+  defined = {name for one in derived for name in vars(one)} - fields
+  return defined <= vars(_SetsFields).keys() and all(
     getattr(layer, name) is getattr(kind, name)
     for name in HOOKS
     if hasattr(kind, name)
   )
-
-
-def _computes(name: str) -> bool:
-  """Whether a method may change what a layer computes: any but those that
-  dataclasses have."""
-  special = name.startswith("__") and name.endswith("__")
-  return not special or name in ("__call__", "__post_init__", "__getattr__")
 
 
 def place_of(layer: nn.Module) -> Path:
