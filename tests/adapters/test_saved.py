@@ -300,7 +300,7 @@ def test_wrong_trees_are_refused(misuse, trained, base, tmp_path):
 
 
 def test_what_is_computed_can_not_be_told(trained, tmp_path):
-  with pytest.raises(UserError, match="base, method can't be told"):
+  with pytest.raises(UserError, match="base, method can't be given"):
     ADAPTED.save(tmp_path, *trained, about={"method": "lora", "base": "x"})
 
 

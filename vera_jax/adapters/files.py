@@ -299,7 +299,7 @@ def load_adapter(name: str | Path) -> SavedAdapter:
       " differs. It is damaged or another adapter's; copy both again."
     )
   try:
-    found = unstack_layers(load(data))
+    arrays = unstack_layers(load(data))
   except UserError as error:
     raise UserError(f"{file}: {error}") from error
   except (SafetensorError, ValueError, KeyError, OverflowError) as error:
@@ -308,7 +308,7 @@ def load_adapter(name: str | Path) -> SavedAdapter:
     ) from error
   wrong = [
     name
-    for name, value in found.items()
+    for name, value in arrays.items()
     if not np.issubdtype(value.dtype, np.floating)
     or not (abs(value) <= LARGEST).all()  # which NaN is not
   ]
@@ -317,4 +317,4 @@ def load_adapter(name: str | Path) -> SavedAdapter:
       f"{file}: {', '.join(wrong[:3])} holds values that are not finite"
       f" numbers, or are beyond {LARGEST:.0e}, where products overflow."
     )
-  return SavedAdapter(about, found, folder)
+  return SavedAdapter(about, arrays, folder)

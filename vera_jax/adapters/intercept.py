@@ -144,7 +144,7 @@ class Interception:
     if quantised and not self.is_adapted(path) and call.plain:
       if stored.format == HALF:
         remake = False  # the product keeps the codes alone
-        multiply = lambda x, _: half_product(x, stored.codes)  # noqa: E731
+        multiply = partial(_by_codes, codes=stored.codes)
         call = call._replace(site=call.site._replace(multiply=multiply))
     pieces = list(self.pieces_of(layer, call.site))
     keyed = self._has_keys(layer, call.site, pieces)
@@ -360,6 +360,12 @@ def subtree(tree: Any, path: Path) -> Any:
   for name in path:
     tree = tree.get(name, {})
   return tree
+
+
+def _by_codes(x: Array, kernel: Array, *, codes: Array) -> Array:
+  """x times a kernel in half precision, which is not made from its codes."""
+  del kernel
+  return half_product(x, codes)
 
 
 def _columns_of(kernel: Callable[[], Array], first: int, last: int) -> Array:

@@ -33,8 +33,8 @@ def push_adapter(
   Raises:
     UserError: the folder holds no whole adapter, or the hub refuses it.
   """
-  found = HUB_ID.fullmatch(name)
-  if not found or found["revision"]:
+  match = HUB_ID.fullmatch(name)
+  if not match or match["revision"]:
     raise UserError(f"{name!r} is no hub id for an adapter: give owner/name.")
   saved = load_adapter(folder)  # nothing damaged goes out
   from huggingface_hub import CommitOperationAdd, HfApi

@@ -95,7 +95,9 @@ def save(
     "versions": results.provenance()["versions"],
   }
   if taken := sorted(computed.keys() & about.keys()):
-    raise UserError(f"{some(taken)} can't be told: it is computed.")
+    raise UserError(
+      f"{some(taken)} can't be given in `about`: they are computed."
+    )
   if is_stored(computed):
     trained = {**trained, "projections": projections}
   save_adapter(folder, trained, about={**about, **computed})
@@ -243,7 +245,7 @@ def read_leaves(saved: SavedAdapter, trained: Flat) -> Flat:
 
 
 def differences(
-  found: Mapping[str, np.ndarray], trained: Flat
+  tensors: Mapping[str, np.ndarray], trained: Flat
 ) -> Iterator[str]:
   """What lacks, what is too much and what has another shape, in words."""
   expected = {
@@ -251,26 +253,26 @@ def differences(
     for path, leaf in trained.items()
     for name, _ in named_slices(path, leaf)
   }
-  lacking = [name for name in expected if name not in found]
-  beyond = [name for name in found if name not in expected]
+  lacking = [name for name in expected if name not in tensors]
+  beyond = [name for name in tensors if name not in expected]
   if lacking:
     yield f"no {some(lacking)} in the file"
   if beyond:
     yield f"no place for {some(beyond)}: are targets and method right?"
   unequal = [
-    f"{name} has shape {found[name].shape}, not {shape}"
+    f"{name} has shape {tensors[name].shape}, not {shape}"
     for name, shape in expected.items()
-    if name in found and found[name].shape != shape
+    if name in tensors and tensors[name].shape != shape
   ]
   if unequal:
     yield f"{some(unequal)}: are rank and labels right?"
 
 
-def leaves_by_path(found: Mapping[str, np.ndarray], trained: Flat) -> Flat:
+def leaves_by_path(tensors: Mapping[str, np.ndarray], trained: Flat) -> Flat:
   """The file's tensors as float32 leaves, stacked where the tree is."""
   leaves = {}
   for path, leaf in trained.items():
-    values = [found[name] for name, _ in named_slices(path, leaf)]
+    values = [tensors[name] for name, _ in named_slices(path, leaf)]
     value = np.stack(values) if is_stacked(path, leaf) else values[0]
     leaves[path] = value.astype(np.float32)
   return leaves

@@ -67,8 +67,10 @@ def read_progress(folder: Path) -> Progress:
 
 def counts(states: Sequence[str]) -> str:
   """ "3 done, 1 failed, 8 new"."""
-  found = Counter(states)
-  return ", ".join(f"{found[s]} {s}" for s in STATES if found[s]) or "no runs"
+  numbers = Counter(states)
+  return (
+    ", ".join(f"{numbers[s]} {s}" for s in STATES if numbers[s]) or "no runs"
+  )
 
 
 def states(runs: Sequence[SweepRun]) -> list[str]:

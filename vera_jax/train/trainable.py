@@ -87,4 +87,4 @@ class Trainable(Protocol):
     """Saves all that training goes on from, on disk when it returns."""
 
   def report(self) -> Report:
-    """Returns what a person is told of the epoch that has just been saved."""
+    """Returns what to show a person of the epoch that has just been saved."""
