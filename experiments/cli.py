@@ -31,7 +31,7 @@ from vera_jax.train.config import check_key, check_settings, without_effect
 from vera_jax.train.preemption import EXIT_CODE, Interrupted
 from vera_jax.train.runtime import leave_libtpu_alone
 from vera_jax.train.start import count_from_process_start
-from vera_jax.train.workdir import digest
+from vera_jax.train.workdir import identity_code
 
 flags.disclaim_key_flags()  # what is defined here belongs to the script
 
@@ -440,7 +440,7 @@ def with_seeds(config: ConfigDict, seeds: Iterable[int]) -> list[ConfigDict]:
 def default_workdir(config: ConfigDict) -> Path:
   """A folder per config: the same settings find the same run again."""
   check_settings(config)
-  name = f"{config.method}-seed{config.seed}-{digest(config.to_dict())}"
+  name = f"{config.method}-seed{config.seed}-{identity_code(config.to_dict())}"
   return Path("runs") / str(config.task) / name
 
 

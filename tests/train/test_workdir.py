@@ -9,8 +9,8 @@ import pytest
 from vera_jax.errors import UserError
 from vera_jax.train.workdir import (
   check_workdir,
-  digest,
   explain_full_disk,
+  identity_code,
   lock_workdir,
   write_config,
 )
@@ -59,12 +59,12 @@ def test_settings_of_other_methods_are_no_difference(tmp_path):
   write_config(tmp_path, CONFIG)
   others = {**CONFIG, "unilora": {"lr": 0.1}, "lora": {"rank": 64}}
   check_workdir(tmp_path, others)
-  assert digest(others) == digest(CONFIG)
-  assert digest({**others, "method": "vera+lora"}) != digest(
+  assert identity_code(others) == identity_code(CONFIG)
+  assert identity_code({**others, "method": "vera+lora"}) != identity_code(
     {**CONFIG, "method": "vera+lora"}
   )
   more = {**CONFIG, "vera": {**CONFIG["vera"], "conv": "taps"}}
-  assert digest(more) != digest(CONFIG)
+  assert identity_code(more) != identity_code(CONFIG)
   with pytest.raises(UserError, match="vera.conv: 'unset' there, 'taps' now"):
     check_workdir(tmp_path, more)
 

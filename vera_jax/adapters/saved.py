@@ -38,7 +38,7 @@ if TYPE_CHECKING:
   from vera_jax.adapters.apply import Adapted
 
 Flat = dict[TreePath, Any]
-SHOWN = 3  # differences of one kind that a message lists
+SHOWN = 3  # misfits of one kind that a message lists
 
 
 def save(
@@ -235,7 +235,7 @@ def read_leaves(saved: SavedAdapter, trained: Flat) -> Flat:
   Raises:
     UserError: naming what lacks, is too much, or has another shape.
   """
-  wrong = list(differences(saved.tensors, trained))
+  wrong = list(misfits(saved.tensors, trained))
   if wrong:
     raise UserError(
       f"The adapter {saved.folder} does not fit the model:\n  "
@@ -244,9 +244,7 @@ def read_leaves(saved: SavedAdapter, trained: Flat) -> Flat:
   return leaves_by_path(saved.tensors, trained)
 
 
-def differences(
-  tensors: Mapping[str, np.ndarray], trained: Flat
-) -> Iterator[str]:
+def misfits(tensors: Mapping[str, np.ndarray], trained: Flat) -> Iterator[str]:
   """What lacks, what is too much and what has another shape, in words."""
   expected = {
     name: leaf.shape[1:] if is_stacked(path, leaf) else leaf.shape

@@ -157,12 +157,11 @@ class Blueprint(NamedTuple):
       # XLA drops the work for the leaves that are not asked for
       first = flatten_dict(self.module.model.init(key, **inputs)["params"])
       fresh = {path: first[path] for path in new}
-      whole = unflatten_dict(flatten_dict(params) | fresh)
-      own = first_leaves(self.adapter, self.targets, whole, projections, key)
-      return fresh, flatten_dict(own)
+      base = unflatten_dict(flatten_dict(params) | fresh)
+      adapter = first_leaves(self.adapter, self.targets, base, projections, key)
+      return fresh | flatten_dict(adapter)
 
-    fresh, own = start(key, params, projections)
-    return fresh | own
+    return start(key, params, projections)
 
 
 def choose_scan(
@@ -258,16 +257,16 @@ def blueprint(
     remat=remat,
     **options,
   )
-  given, targets = adapter or make_adapter(method, settings)
+  method_adapter, targets = adapter or make_adapter(method, settings)
   module = adapt(
     base,
-    given,
+    method_adapter,
     targets=targets,
     fused=family.fused(config),
     plan=plan,
     forwards=1 if remat == "none" else 2,
   )
-  found, calls, variables = trace_sites(
+  sites, calls, variables = trace_sites(
     base,
     targets,
     fused=module.fused,
@@ -277,7 +276,7 @@ def blueprint(
     family=family,
     config=config,
     module=module,
-    targets=found,
+    targets=sites,
     dtype=dtype,
     shapes=flatten_dict(variables["params"]),
     inputs=family.inputs(*family.example),
@@ -366,9 +365,9 @@ def load_model(
   projections = put(plan.projections(base), NamedSharding(mesh, REPLICATED))
   new = [path for path in plan.shapes if path not in flatten_dict(base)]
   fresh = plan.fresh_leaves(base, projections, new, seed)
-  own = unflatten_dict(fresh)
-  own = put(own, param_shardings(own, mesh, plan.family.rules))
-  params = unflatten_dict(flatten_dict(base) | flatten_dict(own))
+  added = unflatten_dict(fresh)
+  added = put(added, param_shardings(added, mesh, plan.family.rules))
+  params = unflatten_dict(flatten_dict(base) | flatten_dict(added))
   named = plan.label(params, new)
   trainable, frozen = split(params, named)
   notes = [

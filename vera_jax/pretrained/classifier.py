@@ -143,13 +143,13 @@ def restore_adapter(
   folder = _find_base(saved, base)
   labels = tuple(map(str, about["labels"]))
   kind = kind_of(about, labels)
-  given, targets = make_adapter(about["method"], about["settings"])
-  saved, given = take_stored(saved, given)
+  adapter, targets = make_adapter(about["method"], about["settings"])
+  saved, adapter = take_stored(saved, adapter)
   made = blueprint(
     read_model(folder),
     outputs=len(labels) or 1,
     head=KINDS[kind].head,
-    adapter=(given, targets),
+    adapter=(adapter, targets),
     dtype=dtype,
     scan=scan,
     plan=plan,
@@ -184,7 +184,7 @@ def restore_adapter(
   params = jax.tree.map(
     jnp.asarray, unflatten_dict({path: filled[path] for path in shapes})
   )
-  projections = read_projections(saved, given, made.targets, params)
+  projections = read_projections(saved, adapter, made.targets, params)
   return Classifier(
     made.module,
     params,
@@ -195,7 +195,7 @@ def restore_adapter(
     labels,
     kind,
     about,
-    given,
+    adapter,
     made.targets,
   )
 

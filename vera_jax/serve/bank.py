@@ -40,7 +40,7 @@ from vera_jax.adapters.interface import as_they_are
 from vera_jax.adapters.labels import join
 from vera_jax.adapters.methods import by_link, links_of, make_adapter
 from vera_jax.adapters.projections import STORED, digest
-from vera_jax.adapters.saved import differences, is_held, leaves_by_path
+from vera_jax.adapters.saved import is_held, leaves_by_path, misfits
 from vera_jax.adapters.sites import prepared_leaves
 from vera_jax.data.packing import Batch
 from vera_jax.data.tokenizer import load_tokenizer
@@ -374,7 +374,7 @@ class AdapterBank:
       for key, value in saved.tensors.items()
       if not key.startswith("projections.")
     }
-    wrong += differences(tensors, self._shapes)
+    wrong += misfits(tensors, self._shapes)
     if wrong:
       raise UserError(
         f"The adapter {name!r} ({saved.folder}) does not fit this bank:\n  "

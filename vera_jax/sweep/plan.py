@@ -16,7 +16,7 @@ from vera_jax.locks import is_locked
 from vera_jax.sweep.estimate import flops
 from vera_jax.train.config import check_key, check_settings
 from vera_jax.train.ensemble import group_key
-from vera_jax.train.workdir import digest
+from vera_jax.train.workdir import identity_code
 
 STATES = ("done", "failed", "running", "unfinished", "new")
 DONE, FAILED, RUNNING, UNFINISHED, NEW = STATES
@@ -123,7 +123,7 @@ def make_plan(
         ) from error
     config = config.copy_and_resolve_references()
     check_settings(config)
-    code = digest(config.to_dict())
+    code = identity_code(config.to_dict())
     name = "-".join([*_name_parts(overrides, axes), code])
     workdir, lock = folder / "runs" / name, folder / "locks" / name
     runs.setdefault(code, SweepRun(name, config, overrides, workdir, lock))

@@ -29,7 +29,7 @@ from vera_jax.train.manifest import find_damage, read_manifest, write_manifest
 from vera_jax.train.step import Tree
 from vera_jax.train.workdir import (
   DAMAGED,
-  differences,
+  changed_settings,
   identity,
   is_disk_full,
 )
@@ -111,7 +111,7 @@ class Checkpoints:
       saved = read_manifest(save).get("config")
       if self._config is None or saved is None:
         continue
-      if differ := differences(saved, self._config):
+      if differ := changed_settings(saved, self._config):
         raise UserError(
           f"{save} is the save of a run of another config. Choose another"
           " --workdir, or the same settings. Different are:\n  "

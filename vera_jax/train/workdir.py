@@ -40,13 +40,13 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
   return {k: v for k, v in config.items() if k not in {*FREE, *others}}
 
 
-def digest(config: Mapping[str, Any]) -> str:
+def identity_code(config: Mapping[str, Any]) -> str:
   """Eight letters that name a run: equal for equal `identity`."""
   text = json.dumps(identity(config), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def differences(
+def changed_settings(
   theirs: Mapping[str, Any], ours: Mapping[str, Any]
 ) -> list[str]:
   """A line for each setting of a run's identity that is not the same."""
@@ -84,7 +84,7 @@ def check_workdir(
       )
     return None
   written = read_json(path, hint="Choose another --workdir.")
-  differ = differences(written, config)
+  differ = changed_settings(written, config)
   if differ:
     raise UserError(
       f"{workdir} holds a run of another config. Choose another --workdir, or"
