@@ -171,7 +171,7 @@ def find_reach(
   return Reach(positions, real, visible, near, slots)
 
 
-def attend(
+def attend_cached(
   query: Heads,
   key: Float[Array, "rows length kv_heads k"],
   value: Float[Array, "rows length kv_heads k"],

@@ -22,7 +22,7 @@ from vera_jax.models.decoder import (
   Pair,
   Pieces,
   Reach,
-  attend,
+  attend_cached,
   input_shapes,
   module,
   write,
@@ -138,7 +138,7 @@ class Attention(Part):
       scale = scale / (index + 1)
     if past is not None:
       past = write(past, key, value, reach)
-    context = attend(
+    context = attend_cached(
       query,
       key,
       value,

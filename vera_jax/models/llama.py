@@ -26,7 +26,7 @@ from vera_jax.models.decoder import (
   Pair,
   Pieces,
   Reach,
-  attend,
+  attend_cached,
   input_shapes,
   module,
   write,
@@ -389,7 +389,7 @@ class Attention(Part):
     query, key = (rotate(x, shared.cos, shared.sin) for x in (query, key))
     if past is not None:
       past = write(past, key, value, shared.reach)
-    context = attend(
+    context = attend_cached(
       query,
       key,
       value,
