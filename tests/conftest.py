@@ -33,6 +33,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 import tests.typecheck  # noqa: F401 - the hook below finds it by its name
+from tests.store import bucket, store  # noqa: F401 - fixtures
 
 jaxtyping.install_import_hook("vera_jax", "tests.typecheck.checked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
