@@ -1,6 +1,16 @@
 """The run-time check of annotations that tests switch on."""
 
-from beartype import BeartypeConf, beartype
+from pathlib import Path, PurePosixPath
 
-# An int serves where a float is asked for, as type checkers have it (PEP 484).
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+from beartype import BeartypeConf, FrozenDict, beartype
+
+checked = beartype(
+  conf=BeartypeConf(
+    # An int serves where a float is asked for, as type checkers have it (PEP
+    # 484).
+    is_pep484_tower=True,
+    # What `places.place` returns is annotated as Path; a store's is only used
+    # as one.
+    hint_overrides=FrozenDict({Path: Path | PurePosixPath}),
+  )
+)

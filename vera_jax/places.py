@@ -1,0 +1,206 @@
+"""Places by name: a path of this machine, or gs://BUCKET/NAME in a store.
+
+This module alone knows which stores there are. `place` makes a path of a name,
+and the rest of the package works with what it returns: for gs:// that is an
+`etils.epath.Path`, which has pathlib's methods. What is only read, such as data
+and bases, comes through `local_copy` and is a local file from there on. What
+writes local files alone asks `local_place`, which refuses a store.
+
+A store has objects and no folders: an object appears whole or not at all, can't
+be appended to, and a folder is there while an object has its name in front.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from vera_jax.errors import UserError
+
+STORE = "gs://"
+CACHE = "~/.cache/vera_jax/objects"
+# gs:/ as well: pathlib makes that of gs://, and a folder named gs: of that
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_PATTERN = re.compile(r"[*?\[\]#]|(^|/)\.\.?(/|$)")
+
+
+def place(name: str | Path) -> Path:
+  """The path of a file or folder that is read or written where it is.
+
+  Args:
+    name: a local path, which may begin with ~, or gs://BUCKET/NAME.
+
+  Returns:
+    An absolute path. One in a store is no `pathlib.Path`, but is used as one.
+
+  Raises:
+    UserError: a store of another kind, or one that can't be used from here.
+  """
+  if not isinstance(name, str | Path):  # it comes from here
+    return name
+  text = str(name)
+  if not _SCHEME.match(text):
+    return Path(text).expanduser().absolute()
+  bucket, _, key = text.removeprefix(STORE).partition("/")
+  if not text.startswith(STORE) or not bucket:
+    raise UserError(
+      f"{text} is no place that can be read or written. What works: a path of"
+      " this machine, or gs://BUCKET/NAME for Google Cloud Storage. Another"
+      " store can be mounted as a folder, for instance by rclone."
+    )
+  if _PATTERN.search(key):
+    raise UserError(
+      f"{text}: a name in a store has none of * ? [ ] # here, and no . or .."
+      " between slashes."
+    )
+  _check_bucket(bucket)
+  from etils import epath
+
+  return cast(Path, epath.Path(text))
+
+
+def local_place(name: str | Path, what: str) -> Path:
+  """A path of this machine, for what can't be in a store.
+
+  Args:
+    name: a local path, which may begin with ~.
+    what: names it in the error, such as "--out".
+
+  Raises:
+    UserError: it is a store's.
+  """
+  if _SCHEME.match(str(name)):
+    raise UserError(
+      f"{what} is a path of this machine, and {name} is none. Copy it: gcloud"
+      " storage cp -r FROM TO, where either may be gs://BUCKET/NAME."
+    )
+  return Path(name).expanduser()
+
+
+def is_remote(path: str | Path) -> bool:
+  """Whether a path, or its name, is one in a store."""
+  return not isinstance(path, Path) and str(path).startswith(STORE)
+
+
+@cache
+def store() -> Any:
+  """The client of the store, as fsspec has it; the one that epath uses.
+
+  Raises:
+    UserError: it isn't installed.
+  """
+  # TensorFlow would be imported if it is there, and be another client
+  os.environ.setdefault("EPATH_USE_TF", "false")
+  # buckets are asked for their kind otherwise, which needs another permission
+  os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+  try:
+    import fsspec
+    import gcsfs  # noqa: F401
+    from etils.epath import backend
+  except ImportError as error:
+    raise UserError(
+      f"{STORE} needs a client of the store: pip install -r"
+      f" requirements-gcs.txt ({error})."
+    ) from error
+  # an old listing would hide what other processes have written since
+  fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+  return backend.fsspec_backend.fs(STORE)
+
+
+@cache
+def _check_bucket(bucket: str) -> None:
+  """Asked before anything is computed, and where the reason is still known."""
+  try:
+    store().call("GET", "b/{}/o", bucket, maxResults=1)
+  except UserError:
+    raise
+  except Exception as error:  # of the client, of its login, of the network
+    reason = "there is no such bucket"
+    if not isinstance(error, FileNotFoundError):
+      reason = str(error).strip() or type(error).__name__
+    raise UserError(
+      f"{STORE}{bucket} can't be used: {reason}. `gcloud auth"
+      " application-default login` logs this machine in; its account, or a"
+      " TPU's service account, needs the role Storage Object User."
+    ) from error
+
+
+def local_copy(name: str | Path) -> Path:
+  """A file or folder that is only read, as a local one.
+
+  One in a store is copied into the cache, once for each state it is in: what is
+  there is asked for each time, by name, size and generation.
+
+  Returns:
+    A local path; of a local name only the ~ is replaced.
+
+  Raises:
+    UserError: it isn't in the store, or doesn't arrive there whole.
+  """
+  if not is_remote(name) and not _SCHEME.match(str(name)):
+    return Path(name).expanduser()
+  source = str(place(name))
+  state = _listing(source)
+  if not state:
+    raise UserError(f"There is no {source}, neither an object nor a folder.")
+  digest = hashlib.sha256(json.dumps([source, state]).encode()).hexdigest()
+  folder = Path(CACHE).expanduser() / digest[:20]
+  copy = folder / source.rpartition("/")[2]
+  if folder.is_dir():
+    return copy
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as new:
+      for key, size, _ in state:
+        file = Path(new, "copy", copy.name + key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        store().get_file(source + key, str(file))
+        if file.stat().st_size != size:
+          raise UserError(
+            f"{source}{key} was not copied whole: {file.stat().st_size:,} of"
+            f" {size:,} bytes came. Give the same command again."
+          )
+      if _listing(source) != state:
+        raise UserError(
+          f"{source} changed while it was copied. Give the same command again"
+          " once nothing writes there."
+        )
+      try:
+        Path(new, "copy").rename(folder)
+      except OSError:
+        if not folder.is_dir():  # else another process was faster
+          raise
+  except OSError as error:
+    reason = error.strerror or error
+    raise UserError(f"{source} can't be copied here: {reason}.") from error
+  return copy
+
+
+def _listing(source: str) -> list[tuple[str, int, str]]:
+  """(the rest of its name, bytes, generation) of each object, in order."""
+  objects = store().find(source, detail=True)
+  start = len(source.removeprefix(STORE))
+  # some programs leave an object for a folder, whose name ends so
+  names = sorted(name for name in objects if not name.endswith("/"))
+  if bad := next((name for name in names if ".." in name.split("/")), None):
+    raise UserError(f"{STORE}{bad} has a name that leads out of its folder.")
+  return [
+    (name[start:], objects[name]["size"], objects[name]["generation"])
+    for name in names
+  ]
+
+
+def upload(source: Path, target: Path) -> None:
+  """Copy a local file or folder to a store; JSON files, by which readers know
+  that a folder is complete, last."""
+  if source.is_file():
+    store().put_file(str(source), str(target))
+    return
+  files = [path for path in source.rglob("*") if path.is_file()]
+  for file in sorted(files, key=lambda path: (path.suffix == ".json", path)):
+    name = file.relative_to(source).as_posix()
+    store().put_file(str(file), f"{target}/{name}")
