@@ -18,6 +18,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -28,7 +29,7 @@ BUCKET = "bucket"
 # Else gcsfs asks another service what kind each bucket is, and none is here. It
 # looks at this when it is imported, which may be before a store starts.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
-CALM = {"errors": 0.0, "lost": 0.0, "slow": 0.0, "lag": 0.0}
+CALM = {"errors": 0.0, "lost": 0.0, "slow": 0.0, "lag": 0.0, "ahead": 0.0}
 
 
 class Store:
@@ -50,7 +51,7 @@ class Store:
       modes: errors, the share of requests that are answered 503 or by a closed
         connection and not carried out; lost, that of those that are carried out
         first; slow, the most seconds until an answer; lag, how many seconds old
-        a listing is.
+        a listing is; ahead, how far its clock is ahead of this machine's.
     """
     self._ask("modes", CALM | modes)
     try:
@@ -158,6 +159,8 @@ def serve() -> None:
       self.generation += 1
       if fields:
         fields["generation"] = str(self.generation)
+        now = datetime.now(UTC) + timedelta(seconds=modes["ahead"])
+        fields["updated"] = now.isoformat().replace("+00:00", "Z")
       changes.append(
         {
           "time": time.time(),
@@ -206,9 +209,14 @@ def serve() -> None:
 
   class Handler(server.RequestHandler):
     protocol_version = "HTTP/1.1"  # connections are used again
+    rfile: Any
+    wfile: Any
 
     def __init__(self, *args: Any) -> None:
       super().__init__(objects, *args)
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+      return super().date_time_string(time.time() + modes["ahead"])
 
     def handle_expect_100(self) -> bool:
       return True  # the body comes anyway

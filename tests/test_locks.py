@@ -1,25 +1,70 @@
-"""One process at a time has a lock."""
+"""One process at a time has a lock, on a disk and in a store."""
 
 import json
 import os
 import subprocess
 import sys
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
 from vera_jax import locks
 from vera_jax.errors import UserError
-from vera_jax.locks import describe_owner, is_locked, locked
+from vera_jax.locks import describe_owner, is_locked, is_mine, locked
+from vera_jax.places import is_remote, place
 
-acquire = locks._acquire  # without the context that gives it back
+
+def acquire(path):
+  """Take a lock without the context that renews it and gives it back."""
+  return locks._acquire(locks._lock(path))
+
+
+def read(path):
+  return locks._lock(path).read()
+
+
+def put(path, text):
+  """What another process writes."""
+  if not is_remote(path):
+    path.write_text(text)
+    return
+  lock = locks._lock(path)
+  lock.read()
+  assert lock.write(text)
 
 
 def leave(path, **owner):
   """A lock of a process that is gone, or of another machine."""
   record = json.loads(acquire(path))
-  path.write_text(json.dumps({**record, **owner}))
+  put(path, json.dumps({**record, **owner}))
+
+
+@pytest.fixture(params=["disk", "store"])
+def folder(request, tmp_path):
+  """Where the locks are."""
+  if request.param == "disk":
+    return tmp_path
+  bucket = request.getfixturevalue("bucket")
+  return place(f"{bucket}/{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def grow_old(request):
+  """Makes a lock one that was not renewed for long."""
+  with ExitStack() as stack:
+
+    def grow_old(path):
+      if is_remote(path):
+        store = request.getfixturevalue("store")
+        stack.enter_context(store.modes(ahead=2 * locks.STALE))
+      else:
+        long_ago = time.time() - 2 * locks.STALE
+        os.utime(path, (long_ago, long_ago))
+
+    yield grow_old
 
 
 @pytest.fixture
@@ -30,72 +75,88 @@ def dead():
   return process.pid
 
 
-def test_one_has_it_until_it_ends(tmp_path):
-  path = tmp_path / "locks" / "run"
+def test_one_has_it_until_it_ends(folder):
+  path = folder / "locks" / "run"
+  assert not is_mine(path)
   with locked([path]) as mine:
-    assert mine == [path] and is_locked(path)
-    with locked([path, tmp_path / "other"]) as others:
-      assert others == [tmp_path / "other"]
+    assert mine == [path] and is_locked(path) and is_mine(path)
+    with locked([path, folder / "other"]) as others:
+      assert others == [folder / "other"]
   assert not is_locked(path) and not path.exists()
-  assert list(path.parent.iterdir()) == []
+  assert is_remote(path) or list(path.parent.iterdir()) == []
 
 
-def test_many_at_once_and_one_gets_it(tmp_path, dead):
+def test_many_at_once_and_one_gets_it(folder, dead):
   for number in range(20):
-    path = tmp_path / str(number)
+    path = folder / str(number)
     if number % 2:
       leave(path, pid=dead)
     with ThreadPoolExecutor(8) as pool:
       got = list(pool.map(lambda _, p=path: acquire(p), range(8)))
-    assert len([record for record in got if record]) == 1
+    (record,) = [record for record in got if record]
+    assert read(path) == record
 
 
-def test_a_dead_process_has_nothing(tmp_path, dead):
-  path = tmp_path / "run"
+def test_a_dead_process_has_nothing(folder, dead):
+  path = folder / "run"
   leave(path, pid=dead)
   assert not is_locked(path) and acquire(path) and is_locked(path)
 
 
-def test_a_later_process_of_the_same_number_is_another(tmp_path):
-  leave(tmp_path / "run", started="1")
-  assert not is_locked(tmp_path / "run")
+def test_a_later_process_of_the_same_number_is_another(folder):
+  leave(folder / "run", started="1")
+  assert not is_locked(folder / "run")
+  assert not is_mine(folder / "run")
 
 
-def test_another_machine_is_believed_while_it_touches(tmp_path, monkeypatch):
-  path = tmp_path / "run"
+def test_another_machine_is_believed_while_it_renews(folder, grow_old):
+  path = folder / "run"
   leave(path, host="elsewhere", pid=1)
   assert is_locked(path) and not acquire(path)
   assert describe_owner(path) == "process 1 on elsewhere"
-  long_ago = time.time() - 2 * locks.STALE
-  os.utime(path, (long_ago, long_ago))
+  grow_old(path)
   assert not is_locked(path) and acquire(path)
+
+
+def test_it_is_renewed(folder, grow_old, monkeypatch):
   monkeypatch.setattr(locks, "BEAT", 0.1)
-  with locked([tmp_path / "mine"]) as mine:
-    os.utime(mine[0], (long_ago, long_ago))
+  monkeypatch.setattr(locks, "_host", lambda: "elsewhere")
+  with locked([folder / "run"]) as (path,):
+    grow_old(path)
+    monkeypatch.setattr(locks, "_host", lambda: "here")
     deadline = time.monotonic() + 20
-    while mine[0].stat().st_mtime < long_ago + 1:
+    while not is_locked(path):
       assert time.monotonic() < deadline
       time.sleep(0.1)
 
 
-def test_who_was_away_for_long_leaves_anothers_lock_alone(tmp_path):
-  path = tmp_path / "run"
+def test_who_was_away_for_long_leaves_anothers_lock_alone(
+  folder, grow_old, monkeypatch
+):
+  monkeypatch.setattr(locks, "BEAT", 0.01)
+  path = folder / "run"
   with locked([path]):
-    path.unlink()
-    other = acquire(path)
-  assert path.read_text() == other
+    leave(folder / "other", host="elsewhere")
+    other = read(folder / "other")
+    put(path, other)
+    grow_old(path)
+    time.sleep(0.2)
+    assert not is_mine(path)
+    assert not is_locked(path)  # it did not renew the other's
+  assert read(path) == other
 
 
 @pytest.mark.parametrize("text", ["", "process 1 on node3", '{"host": "no'])
-def test_a_lock_without_a_whole_record_counts_while_it_is_young(text, tmp_path):
-  path = tmp_path / "run"
-  path.write_text(text)
+def test_a_lock_without_a_whole_record_counts_while_it_is_young(
+  text, folder, grow_old
+):
+  path = folder / "run"
+  put(path, text)
   assert is_locked(path) and not acquire(path)
   assert "no name" in describe_owner(path)
-  long_ago = time.time() - 2 * locks.STALE
-  os.utime(path, (long_ago, long_ago))
+  grow_old(path)
   assert acquire(path) and is_locked(path)
-  assert [file.name for file in tmp_path.iterdir()] == ["run"]
+  assert [file.name for file in folder.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize(
@@ -115,3 +176,29 @@ def test_what_is_no_file_is_no_lock(tmp_path):
   os.mkfifo(tmp_path / "lock")
   with pytest.raises(UserError, match="a pipe"):
     is_locked(tmp_path / "lock")
+
+
+def test_an_answer_that_was_lost_is_no_lock_that_was_lost(bucket, store):
+  """The client asks again, and its own write is in the way."""
+  path = place(f"{bucket}/{uuid.uuid4().hex}")
+  with ThreadPoolExecutor() as pool:
+    with store.modes(lost=1):
+      record = pool.submit(acquire, path)
+      while not [x for x in store.changes() if x["name"] == path.name]:
+        time.sleep(0.01)
+    assert record.result() == read(path)
+    lock = locks._lock(path)
+    lock.read()
+    with store.modes(lost=1):
+      renewal = pool.submit(lock.renew, record.result())
+      while len([x for x in store.changes() if x["name"] == path.name]) < 2:
+        time.sleep(0.01)
+    assert renewal.result() and is_mine(path)
+
+
+def test_a_store_that_is_away_is_an_error(bucket, store, monkeypatch):
+  path = place(f"{bucket}/{uuid.uuid4().hex}")
+  monkeypatch.setattr(locks, "ANSWER", 1)
+  with locked([path]):
+    with store.modes(errors=1), pytest.raises(OSError, match="can't be asked"):
+      is_locked(path)
