@@ -27,6 +27,7 @@ from vera_jax.version import __version__
 FILE = "result.json"
 FAILED = "failed.json"
 METRICS = "metrics.jsonl"
+SPEED = "speed/"  # how the names of metrics begin that are of time
 PACKAGES = (
   "jax",
   "jaxlib",

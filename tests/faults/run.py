@@ -105,7 +105,7 @@ beside other work; jax {versions["jax"]}, orbax {versions["orbax-checkpoint"]}.
 - **Lost**: runs that did not go on or did not end as they should have, by the
   same command and without a hand on the folder.
 - **Bit-identical**: to a run left alone, in the last save's arrays, in
-  `metrics.jsonl`, in the adapter and in the result but for its seconds. Over
+  `metrics.jsonl`, in the adapter and in the result, but for their times. Over
   other numbers of devices sums are added in another order; there the losses
   are compared, and the text says how far they are apart.
 - Steps done again after kill -9 are those since the last save. Saves are made

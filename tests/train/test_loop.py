@@ -75,12 +75,38 @@ def test_a_run_leaves_what_was_promised(finished):
   check_result(*finished)
   assert {path.name for path in finished.folder.iterdir()} == {
     "config.json",
+    "began",
     "checkpoints",
     "metrics.jsonl",
     "tensorboard",
     "adapter",
     "result.json",
   }
+
+
+def test_the_speed_is_in_metrics_and_result(finished):
+  """From the third step on, since the first one compiles."""
+  names = {"step_seconds", "data_wait", "tokens_per_second"}
+  names |= {"flops_per_second", "goodput"}  # and no share of an unknown peak
+  steps = [line for line in read_lines(finished.folder) if "loss" in line]
+  for line in steps[2:]:
+    assert {x for x in line if "speed" in x} == {f"speed/{x}" for x in names}
+    assert all(line[f"speed/{name}"] >= 0 for name in names)
+  speed = finished.result["speed"]
+  assert speed.keys() == names | {"starts", "seconds"}
+  parts = speed["seconds"]
+  assert speed["goodput"] == parts["steps"] / sum(parts.values())
+  assert all(seconds >= 0 for seconds in parts.values())
+  for name in ("start", "compiling", "steps", "evaluation", "saving", "result"):
+    assert parts[name] > 0
+  assert parts["lost"] == parts["profiling"] == 0
+  # 40 texts, of which no two steps of an epoch have the same
+  tokens = finished.result["data"]["train"]["examples"]
+  seconds = 29 * speed["step_seconds"]
+  assert speed["tokens_per_second"] * seconds > 29 * tokens / 10
+  began = float((finished.folder / "began").read_text())
+  ended = (finished.folder / "result.json").stat().st_mtime
+  assert sum(parts.values()) == pytest.approx(ended - began, rel=0.2)
 
 
 def test_a_chain_goes_by_the_same_loop(tiny_config, quiet_model, tmp_path):
@@ -173,8 +199,9 @@ def test_stopped_and_resumed_is_as_if_left_alone(
     train_and_evaluate(finished.config, folder)
   assert not (folder / "result.json").exists()
   monkeypatch.undo()
-  train_and_evaluate(finished.config, folder)
+  result = train_and_evaluate(finished.config, folder)
   assert_same_run(folder, finished.folder, 30)
+  assert result["speed"]["starts"] == 2 - (step == 30)
 
 
 def flip_a_byte(save):

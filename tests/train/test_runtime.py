@@ -85,7 +85,7 @@ def test_a_program_compiled_in_the_background_is_not_compiled_again():
   programs = Background()
   for size in (2, 3, 2):
     x = jax.ShapeDtypeStruct((size,), jnp.float32)
-    programs.compile(size, lambda x=x: double.lower(x))
+    programs.compile(size, lambda x=x: double.trace(x))
   for size in (2, 3):
     programs.wait(size)
     assert double(jnp.ones(size)).tolist() == [2.0] * size
@@ -94,8 +94,8 @@ def test_a_program_compiled_in_the_background_is_not_compiled_again():
 
 def test_an_error_in_the_background_is_raised_where_it_is_waited_for():
   programs = Background()
-  programs.compile("bad", lambda: jax.jit(lambda x: x @ x).lower(jnp.ones(3)))
-  programs.compile("worse", lambda: jax.jit(jnp.dot).lower(1, "a"))
+  programs.compile("bad", lambda: jax.jit(lambda x: x @ x).trace(jnp.ones(3)))
+  programs.compile("worse", lambda: jax.jit(jnp.dot).trace(1, "a"))
   programs.wait("bad")
   with pytest.raises(TypeError):
     programs.wait("worse")

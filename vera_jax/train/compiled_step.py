@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
-from jax.stages import Lowered
+from jax.stages import Lowered, Traced
 from jax.tree_util import DictKey, KeyPath
 from jaxtyping import PRNGKeyArray
 
@@ -115,12 +115,12 @@ class CompiledStep:
       sums = self._add(sums, state, frozen, batch, key, np.int32(number))
     return self._update(state, sums, key, rates)
 
-  def lower(
+  def trace(
     self, frozen: Frozen, batch: Mapping[str, Leaf], key: Leaf
-  ) -> Lowered:
+  ) -> Traced:
     """The program of a microbatch of this shape, to be compiled ahead."""
     first = np.int32(0)
-    return self._add.lower(self._sums, self._state, frozen, batch, key, first)
+    return self._add.trace(self._sums, self._state, frozen, batch, key, first)
 
   def lower_whole(
     self,

@@ -28,6 +28,7 @@ from vera_jax.adapters.methods import groups_of, links_of
 from vera_jax.adapters.plans import AUTO
 from vera_jax.errors import UserError
 from vera_jax.pretrained.sharding import behind_runs
+from vera_jax.train.clock import Clock
 from vera_jax.train.config import check_settings
 from vera_jax.train.loop import carry_out
 from vera_jax.train.run import Run
@@ -157,11 +158,13 @@ class Ensemble:
     return self._take(state, self.slots.index(run))
 
   @contextmanager
-  def recording(self, log: Callable[[str], None]) -> Iterator[None]:
+  def recording(
+    self, log: Callable[[str], None], clock: Clock
+  ) -> Iterator[None]:
     self._log, self._together = log, len(self.live)
     with ExitStack() as stack:
       for run in self.live:
-        stack.enter_context(run.recording(log))
+        stack.enter_context(run.recording(log, clock))
       yield
 
   def _each(self, act: Callable[[Run], Result]) -> list[Result]:

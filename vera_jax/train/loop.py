@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vera_jax.progress import ProgressBar
+from vera_jax.train.clock import Clock
 from vera_jax.train.config import check_settings
 from vera_jax.train.distributed import is_first
 from vera_jax.train.preemption import (
@@ -97,10 +98,11 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
   """
   first = run.first_step
   state = run.start()
-  step = PreparedStep(setup, run, state)
+  clock = Clock(began)
+  step = PreparedStep(setup, run, state, clock)
   with (
     ProgressBar(steps=setup.steps, step=first, primary=is_first()) as bar,
-    run.recording(bar.log),
+    run.recording(bar.log, clock),
     watch() as flag,
   ):
     stop = Stop(flag, setup.mesh)
@@ -118,6 +120,9 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
 
     batches = setup.data.train_batches(seeds=run.seeds, start_step=first)
     for number, microbatches in batches:
+      # a batch that comes while a step still runs has cost no time
+      runs = any(not metrics["loss"].is_ready() for _, metrics in unread)
+      clock.took("start" if number == first else "steps" if runs else "data")
       asked = stop.ask()
       state, metrics = step(state, microbatches)
       read_metrics()  # the step before, while this one runs
@@ -127,6 +132,7 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
         read_metrics()
         seconds = time.monotonic() - began
         bar.log(f"first step done {seconds:.1f} s after the start")
+      clock.took("compiling" if number == first else "steps")
 
       # Reading may have ended the last run of an ensemble. And all processes
       # of a run learn of a signal at the same step, since all have to save.
@@ -134,8 +140,12 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
       if not (ends_epoch or stop.answer(asked) or run.has_ended):
         continue
       read_metrics()
+      clock.took("steps")
       if ends_epoch:
+        setup.background.wait("evaluate")
+        clock.took("compiling")
         run.evaluate(done, state)
+        clock.took("evaluation")
       run.save(done, state, ends_epoch=ends_epoch)
       if ends_epoch:
         report = run.report()

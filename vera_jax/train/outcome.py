@@ -3,6 +3,7 @@
 Every process of a run calls these functions; the first one writes.
 """
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vera_jax.adapters.vector_norms import adapter_norms, as_json
 from vera_jax.errors import UserError
 from vera_jax.models.hf_weights import fingerprint
 from vera_jax.pretrained.classifier import Classifier
+from vera_jax.train.clock import with_result
 from vera_jax.train.distributed import on_first
 from vera_jax.train.optim import learning_rates
 from vera_jax.train.setup import Setup
@@ -49,6 +51,7 @@ def write_outcome(
   params: Tree,
   best: dict[str, Any],
   progress: dict[str, Any],
+  began: float,
 ) -> dict[str, Any]:
   """Write the adapter, the texts and, since it marks a run as done, the result.
 
@@ -59,6 +62,7 @@ def write_outcome(
     params: the trained leaves, whole on every device.
     best: the epoch that they are of.
     progress: as `Run.progress`.
+    began: when all this began, on `time.monotonic`'s clock.
 
   Returns:
     The contents of result.json.
@@ -105,6 +109,7 @@ def write_outcome(
       "history": history,
       "seconds": progress["seconds"],
       "evaluation_seconds": progress["evaluation_seconds"],
+      "speed": with_result(progress["speed"], time.monotonic() - began),
       "members": len(progress.get("ensemble", [0])),
       "config": config.to_dict(),
       **results.provenance(),

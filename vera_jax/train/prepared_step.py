@@ -2,9 +2,11 @@
 
 from collections.abc import Hashable, Sequence
 
+import numpy as np
 from jax import Array
 
 from vera_jax.data.packing import Batch
+from vera_jax.train.clock import Clock
 from vera_jax.train.setup import Setup
 from vera_jax.train.step import Metrics, State
 from vera_jax.train.trainable import Trainable
@@ -13,13 +15,19 @@ from vera_jax.train.trainable import Trainable
 class PreparedStep:
   """(state, microbatches of the host) -> (state, metrics); donates the state.
 
+  The metrics have two more than the step gives, known on the host: `tokens`,
+  those of the texts and not of padding, 0 for images, and `flops`, of the
+  program, which an ensemble's runs share.
+
   It compiles for each shape of a microbatch in other threads: the shapes of the
   first step while nothing else can be done, the others while steps run.
   """
 
-  def __init__(self, setup: Setup, run: Trainable, state: State) -> None:
+  def __init__(
+    self, setup: Setup, run: Trainable, state: State, clock: Clock
+  ) -> None:
     """Prepare steps of `run` from states like this one."""
-    self._setup, self._size = setup, run.size
+    self._setup, self._size, self._clock = setup, run.size, clock
     self._key, self._rates = run.key, run.rates
     self._step = setup.make_step(state, runs=run.size)
     self._is_first = True
@@ -33,20 +41,38 @@ class PreparedStep:
     if is_first:  # programs are compiled in the order of asking: these later
       for sample in setup.data.train_samples(runs=self._size):
         self._compile_for(setup.put_sample(sample, runs=self._size))
+    if not is_first:  # all of the first step's time is for compiling
+      self._clock.took("steps")
     for shape in shapes:
       setup.background.wait(shape)
+    self._clock.took("compiling")
     state, metrics = self._step(
       state, setup.frozen, placed, self._key, self._rates
     )
     if is_first:
       setup.compile_evaluation()
       self._is_first = False
-    return state, metrics
+    flops = sum(setup.background.flops[shape] for shape in shapes)
+    each = np.zeros(() if self._size is None else self._size)
+    return state, metrics | {
+      "tokens": each + self._tokens(microbatches),
+      "flops": each + flops,
+    }
+
+  def _tokens(self, microbatches: Sequence[Batch]) -> np.ndarray:
+    """[*runs], in all processes as many as in this one's share of the rows."""
+    shard = self._setup.data.shard
+    here = [
+      (batch["segment_ids"] > 0).sum((-2, -1))
+      for batch in microbatches
+      if "segment_ids" in batch
+    ]
+    return np.asarray(sum(here) * shard.of / (shard.last - shard.first))
 
   def _compile_for(self, batch: dict[str, Array]) -> Hashable:
     """Begin to compile for a microbatch's shape, which is returned."""
     shape = tuple(array.shape for array in batch.values())
     self._setup.background.compile(
-      shape, lambda: self._step.lower(self._setup.frozen, batch, self._key)
+      shape, lambda: self._step.trace(self._setup.frozen, batch, self._key)
     )
     return shape

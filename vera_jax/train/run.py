@@ -24,7 +24,9 @@ from vera_jax import results
 from vera_jax.adapters.plans import AUTO
 from vera_jax.errors import UserError
 from vera_jax.train.checkpoint import Checkpoints, good_save
+from vera_jax.train.clock import Clock, Speed, sentence
 from vera_jax.train.distributed import is_first, on_first
+from vera_jax.train.flops import peak_of
 from vera_jax.train.logging import MetricWriter
 from vera_jax.train.optim import rates_of
 from vera_jax.train.outcome import SUBMISSION, write_answers, write_outcome
@@ -34,6 +36,7 @@ from vera_jax.train.trainable import Report
 from vera_jax.train.workdir import (
   check_workdir,
   explain_full_disk,
+  first_start,
   lock_workdir,
   write_config,
   write_failure,
@@ -53,7 +56,8 @@ class Run:
   Attributes:
     progress: JSON values that a resumed run goes on from: the epochs' history,
       the losses summed since the last epoch, the seconds trained and those of
-      them that were for evaluation, and the fingerprints of the data.
+      them that were for evaluation, the fingerprints of the data, and what
+      `Speed.report` says.
     result, failure: what result.json or failed.json says, if it is there.
     setup, saves: what it is made of and its checkpoints, while it is open.
     title: what tells it from the other runs of an ensemble.
@@ -82,6 +86,7 @@ class Run:
       "loss_sum": 0.0,
       "seconds": 0.0,
       "evaluation_seconds": 0.0,
+      "speed": {},
     }
     self.result = results.read(self.folder)
     self.failure = results.read(self.folder, results.FAILED)
@@ -217,11 +222,17 @@ class Run:
     return state
 
   @contextmanager
-  def recording(self, log: Callable[[str], None]) -> Iterator[None]:
+  def recording(
+    self, log: Callable[[str], None], clock: Clock
+  ) -> Iterator[None]:
     """metrics.jsonl and its companions are open."""
     del log  # there is nothing to say
+    since = clock.began
     if is_first():  # a run that is tried again has not failed
       (self.folder / results.FAILED).unlink(missing_ok=True)
+      since = first_start(self.folder, clock.began)
+    self._clock, peak = clock, peak_of(self.setup.mesh)
+    self._speed = Speed(clock, self.progress["speed"], since=since, peak=peak)
     before, began = self.progress["seconds"], time.monotonic()
     self._seconds = lambda: before + time.monotonic() - began
     with MetricWriter(
@@ -235,12 +246,13 @@ class Run:
 
   def record(self, step: int, metrics: Mapping[str, Any]) -> float:
     values = {name: float(value) for name, value in metrics.items()}
+    self._speed.record(tokens=values.pop("tokens"), flops=values.pop("flops"))
     for name, value in values.items():
       if not math.isfinite(value):
         raise UserError(self._fail(f"{name} is {value}", step))
     self.progress["loss_sum"] += values["loss"]
     if step % self.config.log.every == 0:
-      self._writer.write(step, values)
+      self._writer.write(step, values | self._speed.metrics())
     return values["loss"]
 
   def evaluate(self, step: int, state: State) -> None:
@@ -267,10 +279,13 @@ class Run:
 
   def save(self, step: int, state: State, *, ends_epoch: bool) -> None:
     self.progress["seconds"] = self._seconds()
+    self.progress["speed"] = self._speed.report()
     metrics = None
     if ends_epoch:
       metrics = {name: self.history[-1][name] for name in ("score", "epoch")}
     self.saves.save(step, state, self.progress, metrics)
+    self._clock.took("saving")
+    self.progress["speed"] = self._speed.report()
 
   def report(self) -> Report:
     epoch, epochs = self.history[-1], self.config.optim.epochs
@@ -280,6 +295,7 @@ class Run:
       f"epoch {epoch['epoch']} of {epochs}: {shown}, training loss"
       f" {epoch['train_loss']:.4f}, {self.progress['seconds']:.0f} s"
     )
+    line += f"; {sentence(self.progress['speed'])}"
     if epoch["collapsed"]:
       line += ", collapsed to one class"
     if self.has_ended and epoch["epoch"] < epochs:
@@ -305,7 +321,7 @@ class Run:
 
     They are of the best epoch, or of the last one where the task selects none.
     """
-    setup, best = self.setup, self.history[-1]
+    setup, best, began = self.setup, self.history[-1], time.monotonic()
     if setup.task.selects:
       best = best_epoch(self.history)
     params = setup.replicated(
@@ -315,5 +331,5 @@ class Run:
       write_answers(self.folder, setup, params)
     if self.result is None:
       self.result = write_outcome(
-        self.folder, setup, self.config, params, best, self.progress
+        self.folder, setup, self.config, params, best, self.progress, began
       )

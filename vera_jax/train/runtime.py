@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled, Traced
+
+from vera_jax.train.flops import flops_of
 
 # glibc's mallopt(3): numbers from malloc.h
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
@@ -108,6 +110,9 @@ class Background:
   Few at a time, in the order in which they are asked for: one keeps several
   cores busy. Calls of a jitted function wait for nothing: `wait` before them,
   or it is compiled twice.
+
+  Attributes:
+    flops: of each program that has been waited for.
   """
 
   def __init__(self) -> None:
@@ -116,19 +121,22 @@ class Background:
     count = max(1, (os.cpu_count() or 1) // _CORES)
     self._pool = ThreadPoolExecutor(count, "compile")
     self._tasks: dict[Hashable, Future[Compiled]] = {}
+    self.flops: dict[Hashable, float] = {}
 
-  def compile(self, name: Hashable, lower: Callable[[], Lowered]) -> None:
+  def compile(self, name: Hashable, trace: Callable[[], Traced]) -> None:
     """Begin with a program, unless it has been begun.
 
     Args:
       name: what `wait` knows it by.
-      lower: traces it and returns what a jitted function's `lower` does.
+      trace: returns what a jitted function's `trace` does.
     """
 
     def compiled() -> Compiled:
       # What it returns is kept by nobody: jax finds the program by itself when
       # the jitted function is called with such arguments.
-      program = lower().compile()
+      traced = trace()
+      self.flops[name] = flops_of(traced.jaxpr.jaxpr)
+      program = traced.lower().compile()
       return_freed_memory()
       return program
 

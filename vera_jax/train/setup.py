@@ -174,7 +174,7 @@ class Setup(NamedTuple):
     batch = self.put_sample(self.data.eval_sample())
     self.background.compile(
       "evaluate",
-      lambda: self.evaluate.lower(self.shape.params, self.frozen, batch),
+      lambda: self.evaluate.trace(self.shape.params, self.frozen, batch),
     )
 
 

@@ -22,7 +22,7 @@ from vera_jax.adapters.labels import join
 Tree = Any
 Batch = Mapping[str, Array | np.ndarray]
 Microbatch = TypeVar("Microbatch")  # what `gradient` takes: a `Batch`, mostly
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]  # arrays [*runs]
 
 
 class State(NamedTuple):

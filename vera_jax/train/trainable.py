@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from jax import Array
 from jaxtyping import Key
 
+from vera_jax.train.clock import Clock
 from vera_jax.train.step import State
 
 
@@ -62,11 +63,14 @@ class Trainable(Protocol):
   def start(self) -> State:
     """Returns the state at `first_step`: that of the save, or a fresh one."""
 
-  def recording(self, log: Callable[[str], None]) -> AbstractContextManager:
+  def recording(
+    self, log: Callable[[str], None], clock: Clock
+  ) -> AbstractContextManager:
     """Opens the files of metrics, from `first_step` on.
 
     Args:
       log: shows a line to a person.
+      clock: of the loop, which marks where time goes; saving is for `save`.
     """
 
   def record(self, step: int, metrics: Mapping[str, Array]) -> float:

@@ -1,9 +1,9 @@
 """A run's folder: one config, resumed by the same config, never by another.
 
 config.json  checkpoints/  metrics.jsonl  tensorboard/  adapter/  result.json
-and failed.json instead of the last two where a loss was not finite. `lock` is
-there while a process trains; `damaged/` has the saves, and the lines of
-metrics.jsonl, that could not be used.
+and failed.json instead of the last two where a loss was not finite. `began`
+says since when all time counts; `lock` is there while a process trains;
+`damaged/` has the saves, and lines of metrics.jsonl, that could not be used.
 """
 
 import errno
@@ -22,10 +22,11 @@ from vera_jax import results
 from vera_jax.adapters.methods import METHODS, groups_of
 from vera_jax.adapters.plans import AUTO
 from vera_jax.errors import UserError
-from vera_jax.files import read_json, write_json
+from vera_jax.files import read_bytes, read_json, write_json, write_text
 from vera_jax.locks import describe_owner, locked
 
 DAMAGED = "damaged"
+BEGAN = "began"  # the Unix time of the first start
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # What may differ between a run and its resumption: it changes no result.
@@ -102,6 +103,16 @@ def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
     write_json(workdir / "config.json", dict(config))
   except OSError as error:
     raise UserError(f"{workdir} can't be used: {error.strerror}.") from error
+
+
+def first_start(workdir: Path, now: float) -> float:
+  """When the run first began: now, or what its folder has kept, Unix times."""
+  path = workdir / BEGAN
+  try:
+    return float(read_bytes(path, inside=workdir, limit=100))
+  except (FileNotFoundError, UserError, ValueError):
+    write_text(path, f"{now}\n")
+  return now
 
 
 def write_failure(
