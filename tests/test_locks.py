@@ -13,7 +13,13 @@ import pytest
 
 from vera_jax import locks
 from vera_jax.errors import UserError
-from vera_jax.locks import describe_owner, is_locked, is_mine, locked
+from vera_jax.locks import (
+  await_owner,
+  describe_owner,
+  is_locked,
+  is_mine,
+  locked,
+)
 from vera_jax.places import is_remote, place
 
 
@@ -56,12 +62,12 @@ def grow_old(request):
   """Makes a lock one that was not renewed for long."""
   with ExitStack() as stack:
 
-    def grow_old(path):
+    def grow_old(path, seconds=2 * locks.STALE):
       if is_remote(path):
         store = request.getfixturevalue("store")
-        stack.enter_context(store.modes(ahead=2 * locks.STALE))
+        stack.enter_context(store.modes(ahead=seconds))
       else:
-        long_ago = time.time() - 2 * locks.STALE
+        long_ago = time.time() - seconds
         os.utime(path, (long_ago, long_ago))
 
     yield grow_old
@@ -116,6 +122,26 @@ def test_another_machine_is_believed_while_it_renews(folder, grow_old):
   assert describe_owner(path) == "process 1 on elsewhere"
   grow_old(path)
   assert not is_locked(path) and acquire(path)
+
+
+def test_a_lost_machines_lock_is_waited_for(folder, grow_old, monkeypatch):
+  """Until it is stale; a living owner's only until it is renewed."""
+  dead, living = folder / "dead", folder / "living"
+  for path in (dead, living):
+    leave(path, host="elsewhere")
+    grow_old(path, 60)
+  lock, waited = locks._lock(living), []
+
+  def renew(seconds):
+    waited.append(seconds)
+    lock.renew(lock.read())
+
+  monkeypatch.setattr(locks.time, "sleep", renew)
+  await_owner(living)
+  assert len(waited) == 1 and is_locked(living)
+  monkeypatch.setattr(locks.time, "sleep", lambda _: grow_old(dead))
+  await_owner(dead)
+  assert not is_locked(dead)
 
 
 def test_it_is_renewed(folder, grow_old, monkeypatch):

@@ -15,6 +15,7 @@ may take it, and the only way to learn whether a lease is held is to try.
 
 import errno
 import json
+import logging
 import math
 import os
 import socket
@@ -32,6 +33,8 @@ from typing import Any
 from vera_jax.errors import UserError
 from vera_jax.files import JSON, parse_json, read_bytes, write_text
 from vera_jax.places import STORE, is_remote, store
+
+log = logging.getLogger(__name__)
 
 BEAT = 10.0  # seconds between renewals
 RECORD = {"host": str, "pid": int, "started": str, "id": str}
@@ -97,6 +100,27 @@ def describe_owner(path: Path) -> str:
   if not owner:
     return "a process that gave no name"
   return f"process {owner['pid']} on {owner['host'].split()[0]}"
+
+
+def await_owner(path: Path) -> None:
+  """Wait until a lock is free, or its owner is seen to renew it.
+
+  The lock of a machine that was lost counts for `STALE` seconds, and another
+  may be given the same command before. An owner on this machine is no reason to
+  wait: whether it lives is known.
+  """
+  lock, age = _lock(path), -math.inf
+  while _is_alive(lock, record := lock.read()) and lock.age() >= age:
+    if _owner(record).get("host") == _host():
+      return
+    if age == -math.inf:
+      log.warning(
+        "%s may be that of a lost machine: %s. Waiting until it is renewed, or"
+        " has not been for %.0f s.",
+        *(path, describe_owner(path), STALE),
+      )
+    age = lock.age()
+    time.sleep(1.0)
 
 
 class _File:

@@ -291,6 +291,25 @@ def test_a_folder_at_work_is_refused_before_anything_is_loaded(
       train_and_evaluate(tiny_config(), folder)
 
 
+def test_who_lost_the_lock_writes_no_more(tiny_config, tmp_path, monkeypatch):
+  """As after a sleep in which another machine took the run over."""
+  folder, evaluate = tmp_path / "run", Run.evaluate
+  fields = {"host": "elsewhere", "pid": 1, "started": "", "id": "a"}
+
+  def lose(run, step, *args):
+    evaluate(run, step, *args)
+    if step == 20:
+      (folder / "lock").write_text(json.dumps(fields))
+
+  monkeypatch.setattr(Run, "evaluate", lose)
+  with pytest.raises(workdir.LockLost, match="by process 1 on elsewhere now"):
+    train_and_evaluate(tiny_config(), folder)
+  assert [path.name for path in (folder / "checkpoints").glob("[0-9]*")] == [
+    "10"
+  ]
+  assert json.loads((folder / "lock").read_text()) == fields
+
+
 def test_the_last_good_save_is_left(tiny_config, tmp_path, monkeypatch, saved):
   step = compiled_step.train_step
 

@@ -24,6 +24,7 @@ from vera_jax.train.distributed import on_first
 from vera_jax.train.optim import learning_rates
 from vera_jax.train.setup import Setup
 from vera_jax.train.step import Tree
+from vera_jax.train.workdir import require_lock
 
 NO_MEMORY = "RESOURCE_EXHAUSTED"  # how XLA's message begins
 SUBMISSION = "submission"  # the folder of the answers to the test splits
@@ -38,6 +39,7 @@ def write_answers(folder: Path, setup: Setup, params: Tree) -> None:
   write_new = setup.task.write_answers(measure_batch, setup.data, new)
 
   def write_all() -> None:
+    require_lock(folder)
     write_new()
     new.rename(folder / SUBMISSION)  # all files or none
 
@@ -92,6 +94,7 @@ def write_outcome(
     "max_length": config.data.max_length,
     "versions": results.provenance()["versions"],
   }
+  on_first(partial(require_lock, folder))
   # before the texts, whose failure must not cost what was trained
   on_first(partial(save_adapter, folder / "adapter", params, about=adapter))
   # by all processes, since each may hold a part of the base
@@ -114,6 +117,7 @@ def write_outcome(
       "config": config.to_dict(),
       **results.provenance(),
     }
+    require_lock(folder)
     results.write(folder, result)
 
   on_first(write_result)

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from vera_jax.train.workdir import (
   explain_full_disk,
   first_start,
   lock_workdir,
+  require_lock,
   write_config,
   write_failure,
 )
@@ -278,6 +280,7 @@ class Run:
     self._writer.write(step, {"epoch": epoch["epoch"], **evaluation.scores})
 
   def save(self, step: int, state: State, *, ends_epoch: bool) -> None:
+    on_first(partial(require_lock, self.folder))
     self.progress["seconds"] = self._seconds()
     self.progress["speed"] = self._speed.report()
     metrics = None
@@ -311,6 +314,7 @@ class Run:
       " learning rates, config.optim.grad_clip=1.0 or"
       " config.model.dtype=float32."
     )
+    on_first(partial(require_lock, self.folder))
     self.failure = write_failure(
       self.folder, self.config.to_dict(), reason, step=step, primary=is_first()
     )

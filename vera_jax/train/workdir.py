@@ -23,7 +23,7 @@ from vera_jax.adapters.methods import METHODS, groups_of
 from vera_jax.adapters.plans import AUTO
 from vera_jax.errors import UserError
 from vera_jax.files import read_bytes, read_json, write_json, write_text
-from vera_jax.locks import describe_owner, locked
+from vera_jax.locks import await_owner, describe_owner, is_mine, locked
 
 DAMAGED = "damaged"
 BEGAN = "began"  # the Unix time of the first start
@@ -145,6 +145,25 @@ def write_failure(
   return failure
 
 
+class LockLost(UserError):
+  """Another process has taken a run over, and this one must not write on."""
+
+
+def require_lock(workdir: Path) -> None:
+  """Called before anything is written that another process would go on from.
+
+  Raises:
+    LockLost: the folder's lock is no longer this process's.
+  """
+  path = workdir / "lock"
+  if not is_mine(path):
+    raise LockLost(
+      f"{workdir} is locked by {describe_owner(path)} now, for this process was"
+      " stopped, or out of reach, for minutes. It ends here and writes nothing"
+      " more; what it saved before is good."
+    )
+
+
 @contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
   """Keep other processes from training in a folder, made if missing.
@@ -164,6 +183,9 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     stack.callback(remove_if_empty)
     try:
       mine = stack.enter_context(locked([path]))
+      if not mine:
+        await_owner(path)
+        mine = stack.enter_context(locked([path]))
     except OSError as error:
       raise UserError(f"{workdir} can't be used: {error.strerror}.") from error
     if not mine:
