@@ -13,17 +13,25 @@ SIGTERM save first and end with exit code 75.
 --config.base.KEY=VALUE changes the base config, also where the sweep sets the
 same key: --config.base.seed=0 leaves one seed.
 
-Several machines with a shared folder: each does its part of the plan,
+On a cluster whose machines share DIR, an engine starts the units:
 
-  #SBATCH --array=0-7 --requeue --signal=TERM@120
-  srun python -m experiments.sweep --config=configs/sweeps/glue.py:large \\
-    --workdir=/shared/glue --shard=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
+  ... --launcher=slurm \\
+    --launcher_options=slurm_partition=gpu,gpus_per_node=1,timeout_min=480
+  ... --launcher=ray --launcher_options=address=auto,num_gpus=1
+
+SLURM's jobs are an array. At the end of their time they save and are put back
+into the queue; they go on after Ctrl-C, and --nowait submits them and ends. The
+options are those of submitit's AutoExecutor. Ray's tasks are started again
+elsewhere if their node is lost, and end with this command. With --hosts=2 each
+unit is one program on two machines. On anything else each machine does its part
+of the plan,
+
+  ... --shard=$NUMBER/$COUNT
 
 or, without --shard, all take what nobody has yet: a run is never trained twice
 at the same time, for its process has a lock in DIR/locks. A dead machine's lock
 is free after three minutes. On a machine with several GPUs, start one process
-per GPU: CUDA_VISIBLE_DEVICES=1 python -m experiments.sweep ... . On pod slices,
-one shard per slice, each slice a single host.
+per GPU: CUDA_VISIBLE_DEVICES=1 python -m experiments.sweep ... .
 
   python -m experiments.report DIR      # tables and figures, at any time
 """
@@ -37,9 +45,13 @@ from experiments import cli
 from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.sweep import estimate
+from vera_jax.sweep.launchers.launcher import NAMES, make_launcher
 from vera_jax.sweep.plan import (
   FAILED,
+  NEW,
+  UNFINISHED,
   SweepRun,
+  left_of,
   make_plan,
   make_units,
   parse_shard,
@@ -79,6 +91,28 @@ MEMBERS = flags.DEFINE_integer(
   None,
   "Most runs that train at once; unset: the sweep's own. 1 needs least memory.",
   lower_bound=1,
+)
+LAUNCHER = flags.DEFINE_enum(
+  "launcher",
+  "local",
+  NAMES,
+  "Who starts the units: this machine, or an engine.",
+)
+OPTIONS = flags.DEFINE_list(
+  "launcher_options",
+  [],
+  "KEY=VALUE,...: what the engine's jobs need. slurm: slurm_partition,"
+  " gpus_per_node, cpus_per_task, mem_gb, timeout_min and others of submitit's;"
+  " ray: address, num_cpus, num_gpus, TPU, memory (bytes).",
+)
+HOSTS = flags.DEFINE_integer(
+  "hosts",
+  1,
+  "Machines that train one unit together, a process on each.",
+  lower_bound=1,
+)
+WAIT = flags.DEFINE_bool(
+  "wait", True, "With --launcher=slurm: wait for the jobs, and show them."
 )
 TFLOPS = flags.DEFINE_float(
   "tflops",
@@ -120,12 +154,25 @@ def main() -> None:
     cli.complain(f"{len(failed)} failed before:\n{lines}")
     cli.complain("--retry_failed tries them again.")
   logs = plan.folder / "logs"
+  options = dict(option.partition("=")[::2] for option in OPTIONS.value)
+  if lacking := [key for key, value in options.items() if not value]:
+    raise UserError(f"--launcher_options={lacking[0]}: give KEY=VALUE,...")
+  launcher = make_launcher(
+    LAUNCHER.value, options, logs=logs, hosts=HOSTS.value
+  )
+  if not WAIT.value:
+    submit = getattr(launcher, "submit", None)
+    if submit is None:
+      raise UserError("--nowait is for --launcher=slurm, whose jobs go on.")
+    wanted = (NEW, UNFINISHED, FAILED) if RETRY.value else (NEW, UNFINISHED)
+    submit(left_of(units, wanted), retry_failed=RETRY.value, say=print)
+    return
   with LiveTable(plan, units, tflops=TFLOPS.value) as table:
     run_units(
       units,
-      logs=logs,
+      launcher,
       retry_failed=RETRY.value,
-      on_start=table.start,
+      say=table.say,
       on_end=table.end,
     )
   here, everywhere = counts(states(runs)), counts(states(plan.runs))

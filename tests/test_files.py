@@ -145,7 +145,7 @@ BESIDE = {
   "models/hf_weights.py": "return safe_open(file",
   "peft_io/tensors.py": "safe_open(file",
   "results.py": "json.loads(json.dumps(",
-  "sweep/runner.py": "json.loads(json.dumps(|log.read_text(",
+  "sweep/launchers/process.py": "json.loads(json.dumps(|_log.read_text(",
   "sweep/worker.py": "json.loads(sys.stdin",
   "train/manifest.py": "json.loads(json.dumps(",
   "train/start.py": 'Path("/proc/',

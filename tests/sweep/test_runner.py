@@ -12,7 +12,9 @@ from configs.sweeps import product, seeds
 from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.locks import locked
-from vera_jax.sweep import runner, worker
+from vera_jax.sweep import worker
+from vera_jax.sweep.launchers import process
+from vera_jax.sweep.launchers.local import Local
 from vera_jax.sweep.plan import make_units
 from vera_jax.sweep.runner import run_units
 from vera_jax.train.config import check_settings
@@ -23,8 +25,8 @@ from vera_jax.train.preemption import Interrupted
 def pretend(monkeypatch, code):
   """Workers run this instead; `unit` is what they are given."""
   start = "import json, os, sys; unit = json.loads(sys.stdin.readline())\n"
-  monkeypatch.setattr(runner, "WORKER", [sys.executable, "-c", start + code])
-  monkeypatch.setattr(runner, "POLL", 0.05)
+  monkeypatch.setattr(process, "WORKER", [sys.executable, "-c", start + code])
+  monkeypatch.setattr(process, "POLL", 0.05)
 
 
 FINISH = """
@@ -38,8 +40,8 @@ def test_every_run_is_trained_once(tiny_sweep, monkeypatch, tmp_path):
   pretend(monkeypatch, FINISH)
   plan = tiny_sweep()
   parts = make_units(plan.runs, most=8)
-  run_units(parts, logs=tmp_path / "logs")
-  run_units(parts, logs=tmp_path / "logs", retry_failed=True)
+  run_units(parts, Local(logs=tmp_path / "logs"))
+  run_units(parts, Local(logs=tmp_path / "logs"), retry_failed=True)
   assert {run.state for run in plan.runs} == {"done"}
   for run in plan.runs:  # a second time would have appended
     assert (run.folder / results.FILE).read_text() == "{}"
@@ -55,15 +57,15 @@ def test_a_killed_worker_fails_and_is_retried_on_demand(
     "if unit['runs'][0]['config']['method'] == 'lora':\n"
     "  print('last words', flush=True); os.kill(os.getpid(), 9)\n" + FINISH,
   )
-  run_units(parts, logs=tmp_path / "logs")
+  run_units(parts, Local(logs=tmp_path / "logs"))
   states = [run.state for run in plan.runs]
   assert states == ["done"] * 4 + ["failed"] * 2
   for words in ("SIGKILL", "--members=1", "last words"):
     assert words in plan.runs[-1].failure()
   pretend(monkeypatch, FINISH)
-  run_units(parts, logs=tmp_path / "logs")
+  run_units(parts, Local(logs=tmp_path / "logs"))
   assert plan.runs[-1].state == "failed"
-  run_units(parts, logs=tmp_path / "logs", retry_failed=True)
+  run_units(parts, Local(logs=tmp_path / "logs"), retry_failed=True)
   assert plan.runs[-1].state == "done"
 
 
@@ -82,7 +84,7 @@ sys.exit(1)
   )
   plan = tiny_sweep(product({"vera.rank": (1, 2, 3, 4, 5)}))
   with pytest.raises(UserError, match="no such folder: glue") as caught:
-    run_units(make_units(plan.runs, most=8), logs=tmp_path / "logs")
+    run_units(make_units(plan.runs, most=8), Local(logs=tmp_path / "logs"))
   assert "--retry_failed" in str(caught.value)
   assert [run.state for run in plan.runs] == ["failed"] * 3 + ["new"] * 2
 
@@ -110,7 +112,7 @@ sys.exit(75)
   )
   plan = tiny_sweep()
   with pytest.raises(Interrupted, match="SIGINT, all runs saved"):
-    run_units(make_units(plan.runs, most=8), logs=tmp_path / "logs")
+    run_units(make_units(plan.runs, most=8), Local(logs=tmp_path / "logs"))
   assert (tmp_path / "saved").read_text() == "saved"
   assert {run.state for run in plan.runs} == {"new"}  # nobody failed
 
@@ -121,21 +123,14 @@ def test_what_another_process_trains_is_left_to_it(
   pretend(monkeypatch, FINISH)
   plan = tiny_sweep()
   with locked([plan.runs[0].lock]):
-    run_units(make_units(plan.runs, most=8), logs=tmp_path / "logs")
+    run_units(make_units(plan.runs, most=8), Local(logs=tmp_path / "logs"))
     assert [run.state for run in plan.runs] == ["running"] + ["done"] * 5
 
 
 def work(runs, *, retry_failed=False):
   """Runs a worker here, as if started with these runs."""
-  given = [
-    {
-      "config": json.loads(json.dumps(run.config.to_dict())),
-      "folder": str(run.folder),
-      "lock": str(run.lock),
-    }
-    for run in runs
-  ]
-  return worker.main({"runs": given, "retry_failed": retry_failed})
+  task = process.task_of(runs, logs=runs[0].folder, retry_failed=retry_failed)
+  return worker.main(task)
 
 
 def test_a_worker_trains_its_unit(tiny_sweep, monkeypatch):
@@ -179,7 +174,9 @@ def test_a_worker_takes_what_is_left(tiny_sweep, monkeypatch):
     run.folder.mkdir(parents=True)
     results.write(run.folder, {}, file)
   taken = []
-  monkeypatch.setattr(worker, "train", lambda runs: taken.append(runs) or 0)
+  monkeypatch.setattr(
+    worker, "train", lambda runs, hosts: taken.append(runs) or 0
+  )
   work(plan.runs)
   work(plan.runs, retry_failed=True)
   names = [[run["lock"] for run in runs] for runs in taken]
@@ -226,5 +223,5 @@ def test_a_failure_that_can_not_be_written_down_ends_the_sweep(
   pretend(monkeypatch, "sys.exit(1)")
   plan = tiny_sweep()
   with pytest.raises(UserError, match="is the disk full"):
-    run_units(make_units(plan.runs, most=8), logs=tmp_path / "logs")
+    run_units(make_units(plan.runs, most=8), Local(logs=tmp_path / "logs"))
   assert {run.state for run in plan.runs} == {"new"}

@@ -70,7 +70,6 @@ def test_the_live_table_shows_every_state(half_done):
   parts = make_units(half_done.runs, most=8)
   table = LiveTable(half_done, parts)
   with locked([half_done.runs[3].lock]):
-    table.start([half_done.runs[3]])
     text = drawn(table._draw())
   lines = {
     line.split()[1]: line for line in text.splitlines() if "-seed" in line

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -172,21 +172,20 @@ def make_units(
   return units
 
 
-def shard_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
-  """The units of one of `count` shards, which have about equally much to do.
+def left_of(
+  units: Sequence[Unit], states: Collection[str] = (NEW, UNFINISHED)
+) -> Iterator[Unit]:
+  """What is to be trained of units: runs that are in these states by then."""
+  for unit in units:
+    if runs := [run for run in unit if run.state in states]:
+      yield runs
 
-  The most expensive unit is given away first, each to the shard with the least
-  so far.
-  """
+
+def shard_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
+  """The units of one of `count` shards: dealt out, the dearest ones first."""
   costs = [sum(flops(run.config) for run in unit) for unit in units]
-  loads = [0.0] * count
-  mine = []
-  for number in sorted(range(len(units)), key=lambda i: -costs[i]):
-    least = loads.index(min(loads))
-    loads[least] += costs[number]
-    if least == index:
-      mine.append(number)
-  return [units[number] for number in sorted(mine)]
+  order = sorted(range(len(units)), key=lambda number: -costs[number])
+  return [units[number] for number in sorted(order[index::count])]
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:

@@ -121,9 +121,8 @@ class LiveTable:
     self._plan, self._units, self._tflops = plan, units, tflops
     self._results: dict[str, dict] = {}  # by name, so that each is read once
     self._started = time.monotonic()
-    self._unit_started = self._started
-    self._unit: Unit = []
-    self._first_step = 0  # of the unit that trains
+    # of each run that trains: when that was first seen, and at which step
+    self._seen: dict[str, tuple[float, int]] = {}
     self._live = Live(
       console=self.console,
       get_renderable=self._draw,
@@ -139,15 +138,8 @@ class LiveTable:
   def __exit__(self, *exc: object) -> None:
     self._live.stop()
 
-  def start(self, unit: Unit) -> None:
-    """A worker starts for these runs."""
-    self._unit, self._unit_started = unit, time.monotonic()
-    self._first_step = read_progress(unit[0].folder).step
-    self._say(f"training {', '.join(run.name for run in unit)}")
-
   def end(self, unit: Unit) -> None:
     """The worker has ended; the runs' folders say how it went."""
-    self._unit = []
     for run in unit:
       state, text = run.state, ""
       if state == FAILED:
@@ -156,13 +148,14 @@ class LiveTable:
         best = result["best"]
         mark = ", collapsed" if best.get("collapsed") else ""
         text = f"{result['score_name']} {best['score']:.4f}{mark}"
-      self._say(f"{run.name}: {state} {text}".rstrip())
-    left = seconds_left(self._units, self._rate())
+      self.say(f"{run.name}: {state} {text}".rstrip())
+    left = self._seconds_left(self._rate())
     end = f", about {span(left)} left" if left else ""
     mine = [run for unit in self._units for run in unit]
-    self._say(f"{counts(states(mine))}{end}")
+    self.say(f"{counts(states(mine))}{end}")
 
-  def _say(self, text: str) -> None:
+  def say(self, text: str) -> None:
+    """A line where there is no terminal, in which the table says it all."""
     if not self.console.is_terminal:
       self.console.print(text, soft_wrap=True)
 
@@ -180,7 +173,6 @@ class LiveTable:
   def _draw(self) -> RenderableType:
     now = states(self._plan.runs)
     rate = self._rate()
-    unit_left = self._unit_left(rate)
     numbers = ("epoch", "loss", "score", "left")
     table = Table(
       Column("run", no_wrap=True),
@@ -213,24 +205,32 @@ class LiveTable:
         epoch = f"{part * epochs:.1f} of {epochs}"
         loss = "" if progress.loss is None else f"{progress.loss:.4f}"
         score = "" if progress.score is None else f"{progress.score:.4f}"
-      if state == RUNNING and run in self._unit:
-        left = f"~{span(unit_left)}"
+      if state == RUNNING:
+        left = f"~{span(self._run_left(run, rate))}"
       shown = Text(state + mark, style=STYLES.get(state, "dim"))
       table.add_row(run.name, shown, epoch, loss, score, left)
-    all_left = unit_left + seconds_left(self._units, rate)
+    all_left = self._seconds_left(rate)
     elapsed = span(time.monotonic() - self._started)
     end = f"{elapsed} so far, about {span(all_left)} left here"
     return Group(table, Text(f"all: {counts(now)}; {end}"))
 
-  def _unit_left(self, rate: Rate) -> float:
-    """Seconds of the unit that trains here, by its own speed if it has one."""
-    if not self._unit:
-      return 0.0
-    passed = time.monotonic() - self._unit_started
-    run = self._unit[0]
-    done = read_progress(run.folder).step - self._first_step
-    trained = passed - estimate.START
-    if done > 0 and trained > 0:
-      to_do = estimate.steps(run.config) - self._first_step - done
-      return max(0.0, to_do * trained / done)
-    return max(0.0, rate.seconds(r.config for r in self._unit) - passed)
+  def _seconds_left(self, rate: Rate) -> float:
+    """For the units of this process, as many at once as train now."""
+    training = []
+    for unit in self._units:
+      left = [self._run_left(r, rate) for r in unit if r.state == RUNNING]
+      if left:
+        training.append(max(left))
+    all_left = sum(training) + seconds_left(self._units, rate)
+    return all_left / max(1, len(training))
+
+  def _run_left(self, run: SweepRun, rate: Rate) -> float:
+    """Seconds of a run that trains, by its own speed if it has one."""
+    now, step = time.monotonic(), read_progress(run.folder).step
+    began, first = self._seen.setdefault(run.name, (now, step))
+    trained = now - began - estimate.START
+    if step > first and trained > 0:
+      to_do = estimate.steps(run.config) - step
+      return max(0.0, to_do * trained / (step - first))
+    together = next((unit for unit in self._units if run in unit), [run])
+    return max(0.0, rate.seconds(r.config for r in together) - (now - began))

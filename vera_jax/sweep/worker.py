@@ -3,9 +3,10 @@
 It is a process of its own, so that a crash, or memory that isn't given back,
 ends with it, and so that its progress bar doesn't disturb the sweep's table. It
 reads the unit as a line of JSON from standard input. When that is closed, the
-sweep wants to stop or is gone: the worker saves and stops. Exit codes: 0 done
-(some runs may have failed, as their folders say), 75 stopped and saved, 1 none
-of the runs could be trained.
+sweep wants to stop or is gone: the worker saves and stops. Several workers on
+as many hosts can train one unit. Exit codes: 0 done (some runs may have failed,
+as their folders say, or another process has them), 75 stopped and saved, 1 none
+of the runs could be trained, 76 one of several hosts was lost, or broke.
 """
 
 import json
@@ -14,44 +15,72 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
-from contextlib import suppress
-from pathlib import Path
+from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax import results
 from vera_jax.errors import UserError
-from vera_jax.locks import locked
+from vera_jax.locks import is_locked, locked
+from vera_jax.places import place
+from vera_jax.train import distributed
 from vera_jax.train.preemption import EXIT_CODE, Interrupted
 from vera_jax.train.workdir import write_failure
 
+LOST = 76  # an exit code: the unit did not come to its end, and is tried again
 
-def main(unit: dict[str, Any]) -> int:
+
+def main(task: dict[str, Any]) -> int:
   """Train what is left of a unit's runs; returns the exit code.
 
   Args:
-    unit: {"runs": [{"config", "folder", "lock"}], "retry_failed"}.
+    task: as `launchers.process.task_of` makes it, and, for several hosts, where
+      the first one is and which one this is.
   """
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   from absl import logging
 
   logging.set_verbosity(logging.WARNING)
-  runs = {Path(run["lock"]): run for run in unit["runs"]}
-  with locked(runs) as mine:
-    left = []
-    for lock in mine:
-      # looked at again, for only now can no other process finish it
-      folder = Path(runs[lock]["folder"])
-      if (folder / results.FILE).exists():
-        continue
-      if unit["retry_failed"]:
-        (folder / results.FAILED).unlink(missing_ok=True)
-      if not (folder / results.FAILED).exists():
-        left.append(runs[lock])
-    return train(left) if left else 0
+  hosts = task["hosts"]
+  if hosts > 1:
+    distributed.initialize(task["coordinator"], hosts, task["process_id"])
+  runs = {place(run["lock"]): run for run in task["runs"]}
+  left: list[dict[str, Any]] = []
+  with ExitStack() as stack:
+
+    def take() -> None:
+      # An engine may start a unit again before the locks of a lost machine
+      # are free, or while its worker saves.
+      until = time.monotonic() + task["patience"]
+      while time.monotonic() < until and any(
+        is_locked(file)
+        for lock, run in runs.items()
+        for file in (lock, place(run["folder"]) / "lock")
+      ):
+        time.sleep(1.0)
+      for lock in stack.enter_context(locked(runs)):
+        # looked at again, for only now can no other process finish it
+        folder = place(runs[lock]["folder"])
+        if (folder / results.FILE).exists():
+          continue
+        if task["retry_failed"]:
+          (folder / results.FAILED).unlink(missing_ok=True)
+        if not (folder / results.FAILED).exists():
+          left.append(runs[lock])
+
+    distributed.on_first(take)
+    if hosts > 1:  # the first process took the locks for all
+      from jax.experimental import multihost_utils
+
+      taken = np.array([run in left for run in task["runs"]])
+      taken = multihost_utils.broadcast_one_to_all(taken)
+      left = [run for run, i in zip(task["runs"], taken, strict=True) if i]
+    return train(left, hosts) if left else 0
 
 
 def leave(number: int, frame: FrameType | None) -> None:
@@ -73,12 +102,12 @@ def stop_when_closed(stdin: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(runs: list[dict[str, Any]]) -> int:
+def train(runs: list[dict[str, Any]], hosts: int = 1) -> int:
   """Train them together; an error that ends all is written to each folder."""
   from vera_jax.train.ensemble import train_ensemble  # the training stack, late
 
   configs = [ConfigDict(run["config"]) for run in runs]
-  folders = [Path(run["folder"]) for run in runs]
+  folders = [place(run["folder"]) for run in runs]
   try:
     train_ensemble(configs, folders)
   except Interrupted as error:
@@ -91,6 +120,8 @@ def train(runs: list[dict[str, Any]]) -> int:
     return 1
   except Exception as error:  # whatever it is, the sweep goes on to the next
     traceback.print_exc()
+    if hosts > 1:  # perhaps another host is lost: that is no run's failure
+      return LOST
     note_failure(runs, f"{type(error).__name__}: {error}")
     return 1
   return 0
@@ -99,17 +130,19 @@ def train(runs: list[dict[str, Any]]) -> int:
 def note_failure(runs: list[dict[str, Any]], reason: str) -> None:
   """A failed.json for each run that has neither result nor failure."""
   for run in runs:
-    folder, config = Path(run["folder"]), run["config"]
+    folder, config = place(run["folder"]), run["config"]
     if any((folder / f).exists() for f in (results.FILE, results.FAILED)):
       continue
     folder.mkdir(parents=True, exist_ok=True)
-    write_failure(folder, config, reason[:2000])
+    write_failure(folder, config, reason[:2000], primary=distributed.is_first())
 
 
 if __name__ == "__main__":
   signal.signal(signal.SIGTERM, leave)
-  given = json.loads(sys.stdin.readline())
+  task = json.loads(sys.stdin.readline())
   threading.Thread(
     target=stop_when_closed, args=[sys.stdin.fileno()], daemon=True
   ).start()
-  sys.exit(main(given))
+  code = main(task)
+  distributed.leave(code, together=code in (0, EXIT_CODE))
+  sys.exit(code)

@@ -1,0 +1,195 @@
+"""Train a sweep's units as jobs of a SLURM cluster, which submitit talks to."""
+
+import hashlib
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vera_jax.errors import UserError
+from vera_jax.sweep.launchers.launcher import Outcome
+from vera_jax.sweep.launchers.process import GRACE, Worker, task_of
+from vera_jax.sweep.plan import Unit
+from vera_jax.sweep.worker import LOST
+from vera_jax.train.preemption import EXIT_CODE, Flag, Interrupted
+
+try:
+  import submitit
+  from submitit.core.utils import UncompletedJobError
+except ImportError as error:
+  raise UserError(
+    "--launcher=slurm needs submitit: pip install -r requirements-slurm.txt"
+  ) from error
+
+POLL = 2.0  # seconds between looks at the jobs
+DEFAULTS = {"timeout_min": "240"}  # submitit's own are five minutes
+REQUEUES = 1000  # times that a job may come to the end of its time
+ENDING = 600.0  # seconds that SLURM may take to end a preempted job
+PORTS = range(20_000, 60_000)
+
+
+class Job:
+  """What submitit calls in a job's processes: a unit's worker is their child.
+
+  At the end of the job's time submitit sends USR2. The worker, whom SLURM sends
+  it as well, ignores that; it is told to save, and the job is put back into the
+  queue.
+  """
+
+  def __init__(self, task: dict[str, Any]) -> None:
+    self._task = task
+    self._worker: Worker | None = None
+
+  def __call__(self) -> int:
+    job = submitit.JobEnvironment()
+    coordinator = None
+    if self._task["hosts"] > 1:
+      # the same in all its processes, and another in another job
+      port = PORTS[int(job.raw_job_id) % len(PORTS)]
+      coordinator = f"{job.hostnames[0]}:{port}"
+    number = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
+    handler = signal.signal(number, signal.SIG_IGN)  # which a child inherits
+    self._worker = Worker(self._task, coordinator, job.global_rank)
+    signal.signal(number, handler)
+    code = self._worker.wait()
+    if code == EXIT_CODE and job.cluster == "slurm":
+      # SLURM sent SIGTERM, and ends the job soon. If that is for another job,
+      # it puts this one back into the queue, but not one that ended by itself.
+      time.sleep(ENDING)
+    return code
+
+  def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+    """Called in a handler of the signal; returns what the job is to do next."""
+    if self._worker is not None:
+      self._worker.stop()
+      until = time.monotonic() + GRACE
+      while not self._worker.has_ended() and time.monotonic() < until:
+        pass
+    return submitit.helpers.DelayedSubmission(Job(self._task))
+
+
+class Slurm:
+  """A launcher; see `launcher.Launcher`. Its jobs outlive it."""
+
+  patience = 240.0  # a lock of a node that is lost expires after three minutes
+
+  def __init__(
+    self, options: Mapping[str, str], *, logs: Path, hosts: int = 1
+  ) -> None:
+    """Options are those of submitit's AutoExecutor, such as `slurm_partition`.
+
+    With `cluster=local` the jobs are processes of this machine.
+    """
+    self._logs, self._hosts = logs, hosts
+    values = {
+      key: int(value) if value.isdecimal() else value
+      for key, value in (DEFAULTS | dict(options)).items()
+    }
+    cluster = values.pop("cluster", "slurm")
+    self._name = f"sweep-{hashlib.sha256(str(logs).encode()).hexdigest()[:8]}"
+    hosts_of = {"nodes": hosts, "tasks_per_node": 1}
+    if cluster == "local":  # which has but one node
+      hosts_of = {"nodes": 1, "tasks_per_node": hosts}
+    try:
+      self._executor = submitit.AutoExecutor(
+        logs / "slurm", cluster, slurm_max_num_timeout=REQUEUES
+      )
+      self._executor.update_parameters(
+        name=self._name,
+        **hosts_of,
+        **{"slurm_additional_parameters": {"requeue": True}, **values},
+      )
+    except RuntimeError as error:  # there is no srun
+      raise UserError(f"--launcher=slurm: {error}") from error
+    except (AssertionError, NameError, TypeError, ValueError) as error:
+      raise UserError(f"--launcher_options: {error}") from error
+
+  def run(
+    self,
+    units: Iterable[Unit],
+    *,
+    retry_failed: bool,
+    stop: Flag,
+    say: Callable[[str], None],
+  ) -> Iterator[Outcome]:
+    if ids := self._queued():
+      say(f"waiting for the jobs of an earlier command: {' '.join(ids)}")
+      while ids := self._queued():
+        self._leave_if(stop, ids)
+        time.sleep(POLL)
+    waiting = dict(self.submit(units, retry_failed=retry_failed, say=say))
+    try:
+      while waiting:
+        for job in [job for job in waiting if job.done()]:
+          unit = waiting.pop(job)
+          try:
+            yield Outcome(unit, max(job.results()))
+          except UncompletedJobError as error:
+            yield Outcome(unit, LOST, str(error))
+        self._leave_if(stop, [job.job_id for job in waiting])
+        time.sleep(POLL)
+    except GeneratorExit:  # the sweep has seen enough of them fail
+      for job in waiting:
+        job.cancel(check=False)
+      raise
+
+  def submit(
+    self,
+    units: Iterable[Unit],
+    *,
+    retry_failed: bool,
+    say: Callable[[str], None],
+  ) -> list[tuple[submitit.Job[int], Unit]]:
+    """An array with a job for each unit.
+
+    Raises:
+      UserError: SLURM refuses it, or has jobs of this sweep already.
+    """
+    if ids := self._queued():
+      raise UserError(
+        f"SLURM still has jobs of this sweep: {' '.join(ids)}. They go on;"
+        " without --nowait this command waits for them."
+      )
+    if not (units := list(units)):
+      return []
+    try:
+      with self._executor.batch():
+        jobs = [
+          self._executor.submit(
+            Job(
+              task_of(
+                unit,
+                logs=self._logs,
+                retry_failed=retry_failed,
+                patience=self.patience,
+                hosts=self._hosts,
+              )
+            )
+          )
+          for unit in units
+        ]
+    except RuntimeError as error:
+      raise UserError(f"sbatch refuses the jobs: {error}") from error
+    for job, unit in zip(jobs, units, strict=True):
+      say(f"job {job.job_id}: {', '.join(run.name for run in unit)}")
+    return list(zip(jobs, units, strict=True))
+
+  def _queued(self) -> list[str]:
+    """The jobs of this sweep that SLURM still has, by their numbers."""
+    if shutil.which("squeue") is None:
+      return []
+    command = ["squeue", "--me", f"--name={self._name}"]
+    command += ["--noheader", "--format=%i"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    return shown.stdout.split()
+
+  def _leave_if(self, stop: Flag, ids: Iterable[str]) -> None:
+    if stop.caught and ids:
+      arrays = " ".join(dict.fromkeys(name.split("_")[0] for name in ids))
+      raise Interrupted(
+        f"Stopped by {stop.caught.name}. The jobs go on; the same command waits"
+        f" for them again, and `scancel {arrays}` ends them."
+      )
