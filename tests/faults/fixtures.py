@@ -148,13 +148,20 @@ class Launcher:
     *flags: str,
     devices: int = 1,
     environment: Mapping[str, str] | None = None,
+    sweep: str | None = None,
     **settings: Any,
   ) -> Process:
-    """Start training in a workdir; `settings` change the config."""
+    """Start training in a workdir; `settings` change the config.
+
+    It is that of one run, or the base of a sweep.
+    """
     given = {**self.settings, **settings}
     command = [sys.executable, "-m", "experiments.glue"]
-    command += ["--config=configs/quickstart.py", f"--workdir={workdir}"]
-    command += [f"--config.{key}={value}" for key, value in given.items()]
+    key_of, config = "config", "configs/quickstart.py"
+    if sweep:
+      command[-1], key_of, config = "experiments.sweep", "config.base", sweep
+    command += [f"--config={config}", f"--workdir={workdir}"]
+    command += [f"--{key_of}.{key}={value}" for key, value in given.items()]
     return Process(
       [*command, *flags],
       output=self.folder / f"output-{time.monotonic_ns()}",
@@ -232,12 +239,14 @@ def _make_encoder(folder: Path, **fields: float) -> None:
   (folder / "vocab.txt").write_text("\n".join(words) + "\n")
 
 
-def wait_until(is_there: Callable[[], bool], process: Process) -> bool:
+def wait_until(
+  is_there: Callable[[], bool], process: Process, *, every: float = 0.001
+) -> bool:
   """Whether a condition became true before the process ended."""
   while process.poll() is None:
     if is_there():
       return True
-    time.sleep(0.001)
+    time.sleep(every)
   return False
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from tests.faults import downloads, interruption, processes
+from tests.faults import downloads, engines, interruption, processes
 from tests.faults.fixtures import Launcher, Outcome
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json, write_text
@@ -26,12 +26,13 @@ from vera_jax.results import provenance
 OUT = flags.DEFINE_string("out", "docs", "Where faults.md and faults.json go.")
 KILLS = flags.DEFINE_integer("kills", 20, "Times of kill -9 in one run.")
 TERMS = flags.DEFINE_integer("terms", 5, "Times of SIGTERM in one run.")
+SWEEPS = flags.DEFINE_integer("sweeps", 5, "Sweeps that each engine trains.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the random moments.")
 FOLDER = flags.DEFINE_string("folder", None, "Unset: a temporary one.")
 ONLY = flags.DEFINE_list(
   "only",
   [],
-  "Only these groups: kills, terms, harm, several. The others' rows stay.",
+  "Only these groups: kills, terms, harm, several, engine (which needs Ray). The others' rows stay.",
 )
 WORDS = {None: "not compared", True: "yes", False: "no"}
 
@@ -66,7 +67,20 @@ def several(folder: Path) -> Iterator[Outcome]:
   yield processes.no_coordinator(launcher)
 
 
-GROUPS = {f.__name__: f for f in (kills, terms, harm, several)}
+def engine(folder: Path) -> Iterator[Outcome]:
+  launcher, sweep = Launcher(folder, epochs=3), "tests/faults/sweep.py"
+  untouched = engines.run_alone(launcher, sweep)
+  for fault in (engines.by_submitit, engines.by_ray):
+    yield fault(
+      launcher,
+      untouched,
+      times=SWEEPS.value,
+      sweep=sweep,
+      seed=SEED.value,
+    )
+
+
+GROUPS = {f.__name__: f for f in (kills, terms, harm, several, engine)}
 
 
 def as_row(group: str, outcome: Outcome) -> dict[str, Any]:
@@ -118,7 +132,7 @@ beside other work; jax {versions["jax"]}, orbax {versions["orbax-checkpoint"]}.
 
 def write(out: Path, rows: list[dict[str, Any]]) -> None:
   """Both files, after each fault test: all of them take long."""
-  own = (KILLS, TERMS, SEED)
+  own = (KILLS, TERMS, SWEEPS, SEED)
   given = "".join(f" --{f.name}={f.value}" for f in own if f.present)
   found = {
     "command": f"python -m tests.faults.run{given}",

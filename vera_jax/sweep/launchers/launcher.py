@@ -1,6 +1,6 @@
 """What a sweep asks of whoever starts its workers, and the choice by name."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -42,7 +42,7 @@ class Launcher(Protocol):
     retry_failed: bool,
     stop: Flag,
     say: Callable[[str], None],
-  ) -> Iterator[Outcome]:
+  ) -> Generator[Outcome, None, None]:
     """Train units; each outcome as it comes.
 
     Args:

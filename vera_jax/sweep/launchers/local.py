@@ -1,6 +1,6 @@
 """Train a sweep's units on this machine, one after another."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 from vera_jax.errors import UserError
@@ -26,7 +26,7 @@ class Local:
     retry_failed: bool,
     stop: Flag,
     say: Callable[[str], None],
-  ) -> Iterator[Outcome]:
+  ) -> Generator[Outcome, None, None]:
     for unit in units:
       say(f"training {', '.join(run.name for run in unit)}")
       task = task_of(

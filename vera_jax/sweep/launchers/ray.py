@@ -1,7 +1,7 @@
 """Train a sweep's units as tasks of a Ray cluster."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ class Ray:
     retry_failed: bool,
     stop: Flag,
     say: Callable[[str], None],
-  ) -> Iterator[Outcome]:
+  ) -> Generator[Outcome, None, None]:
     pending: dict[ray.ObjectRef, Job] = {}
     for unit in units:
       task = task_of(

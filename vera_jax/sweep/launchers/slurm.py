@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,12 @@ class Slurm:
     With `cluster=local` the jobs are processes of this machine.
     """
     self._logs, self._hosts = logs, hosts
+    texts = DEFAULTS | dict(options)
+    cluster = texts.pop("cluster", "slurm")
     values = {
       key: int(value) if value.isdecimal() else value
-      for key, value in (DEFAULTS | dict(options)).items()
+      for key, value in texts.items()
     }
-    cluster = values.pop("cluster", "slurm")
     self._name = f"sweep-{hashlib.sha256(str(logs).encode()).hexdigest()[:8]}"
     hosts_of = {"nodes": hosts, "tasks_per_node": 1}
     if cluster == "local":  # which has but one node
@@ -114,7 +115,7 @@ class Slurm:
     retry_failed: bool,
     stop: Flag,
     say: Callable[[str], None],
-  ) -> Iterator[Outcome]:
+  ) -> Generator[Outcome, None, None]:
     if ids := self._queued():
       say(f"waiting for the jobs of an earlier command: {' '.join(ids)}")
       while ids := self._queued():
