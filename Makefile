@@ -145,7 +145,7 @@ $(WITH_INSTRUCT): requirements-instruct.txt $(INSTALLED)
 	touch $@
 
 $(WITH_DEV): requirements-dev.txt requirements-e2e.txt \
-  requirements-instruct.txt $(INSTALLED)
+  requirements-instruct.txt requirements-slurm.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	touch $@
 

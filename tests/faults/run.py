@@ -32,7 +32,8 @@ FOLDER = flags.DEFINE_string("folder", None, "Unset: a temporary one.")
 ONLY = flags.DEFINE_list(
   "only",
   [],
-  "Only these groups: kills, terms, harm, several, engine (which needs Ray). The others' rows stay.",
+  "Only these groups: kills, terms, harm, several, engine, which needs Ray. The"
+  " others' rows stay.",
 )
 WORDS = {None: "not compared", True: "yes", False: "no"}
 

@@ -1,6 +1,5 @@
 """Workers are started and waited for, and how they end is understood."""
 
-import json
 import os
 import signal
 import sys
@@ -127,9 +126,11 @@ def test_what_another_process_trains_is_left_to_it(
     assert [run.state for run in plan.runs] == ["running"] + ["done"] * 5
 
 
-def work(runs, *, retry_failed=False):
+def work(runs, *, retry_failed=False, patience=0.0):
   """Runs a worker here, as if started with these runs."""
-  task = process.task_of(runs, logs=runs[0].folder, retry_failed=retry_failed)
+  task = process.task_of(
+    runs, logs=runs[0].folder, retry_failed=retry_failed, patience=patience
+  )
   return worker.main(task)
 
 

@@ -6,7 +6,8 @@ reads the unit as a line of JSON from standard input. When that is closed, the
 sweep wants to stop or is gone: the worker saves and stops. Several workers on
 as many hosts can train one unit. Exit codes: 0 done (some runs may have failed,
 as their folders say, or another process has them), 75 stopped and saved, 1 none
-of the runs could be trained, 76 one of several hosts was lost, or broke.
+of the runs could be trained, 76 the unit is to be tried again: a lock was lost
+to another process, or one of several hosts.
 """
 
 import json
@@ -30,9 +31,9 @@ from vera_jax.locks import is_locked, locked
 from vera_jax.places import place
 from vera_jax.train import distributed
 from vera_jax.train.preemption import EXIT_CODE, Interrupted
-from vera_jax.train.workdir import write_failure
+from vera_jax.train.workdir import LockLost, write_failure
 
-LOST = 76  # an exit code: the unit did not come to its end, and is tried again
+LOST = 76  # an exit code: the unit is to be tried again
 
 
 def main(task: dict[str, Any]) -> int:
@@ -57,11 +58,7 @@ def main(task: dict[str, Any]) -> int:
       # An engine may start a unit again before the locks of a lost machine
       # are free, or while its worker saves.
       until = time.monotonic() + task["patience"]
-      while time.monotonic() < until and any(
-        is_locked(file)
-        for lock, run in runs.items()
-        for file in (lock, place(run["folder"]) / "lock")
-      ):
+      while time.monotonic() < until and any(map(is_locked, runs)):
         time.sleep(1.0)
       for lock in stack.enter_context(locked(runs)):
         # looked at again, for only now can no other process finish it
@@ -113,6 +110,9 @@ def train(runs: list[dict[str, Any]], hosts: int = 1) -> int:
   except Interrupted as error:
     print(error, file=sys.stderr)
     return EXIT_CODE
+  except LockLost as error:  # another process goes on with them
+    print(error, file=sys.stderr)
+    return LOST
   except UserError as error:
     print(error, file=sys.stderr)
     with suppress(OSError):  # a full disk; the sweep sees that nothing is there
