@@ -37,7 +37,11 @@ flags.disclaim_key_flags()  # what is defined here belongs to the script
 
 
 def run(
-  main: Callable[..., None], *, usage: str | None, operands: bool = False
+  main: Callable[..., None],
+  *,
+  usage: str | None,
+  operands: bool = False,
+  others: bool = False,
 ) -> None:
   """Parse the flags, call `main` and exit; users' mistakes have no traceback.
 
@@ -49,6 +53,7 @@ def run(
     main: the script.
     usage: what --help shows first.
     operands: whether `main` takes a list of the arguments that are no flags.
+    others: whether flags that are not defined are in that list too.
   """
   count_from_process_start()
   if sys.stderr is None:  # closed by whoever started the process
@@ -74,7 +79,7 @@ def run(
 
   def parse(argv: list[str]) -> list[str]:
     try:
-      return flags.FLAGS(argv)
+      return flags.FLAGS(argv, known_only=others)
     except (flags.Error, UserError) as error:
       complain(f"{error}\n--help shows the flags.")
       sys.exit(2)

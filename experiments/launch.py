@@ -1,0 +1,285 @@
+"""Write the script that starts a command on TPUs or a cluster and repeats it.
+
+  python -m experiments.launch --to=tpu-vm --command=glue \\
+    --topology=v5e:2x4 --bucket=gs://BUCKET --project=PROJECT --zone=ZONE \\
+    --config=configs/rte.py --seeds=0,1,2,3,4
+  python -m experiments.launch --to=xpk --cluster=CLUSTER ...     on GKE, by xpk
+  python -m experiments.launch --to=slurm --command=glue --topology=gpu:2x8 \\
+    --config=configs/rte.py --workdir=/shared/rte
+
+Prints the script; with --out=FOLDER it is a file there. Nothing is started and
+nobody is asked, so that it works without an account. The script's first lines
+say how to start, watch, stop and delete what it starts.
+
+Flags that are not listed here are the command's own. Whatever stops the command
+with a signal (a preempted machine, a time limit, maintenance), it saves, ends
+with exit code 75 and is started again; 0 or another code is the end.
+docs/tpu_pod.md tells it from the beginning.
+"""
+
+import dataclasses
+import math
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+
+from absl import flags
+
+from experiments import cli
+from vera_jax.errors import UserError
+from vera_jax.train.preemption import EXIT_CODE
+
+TEMPLATES = Path(__file__).with_name("launches")
+CHECKOUT = TEMPLATES.parents[1]
+COMMANDS = "classify", "e2e", "glue", "images", "instruct", "language", "sweep"
+# Google's name of the chips, the image of their machines, and how much a chip
+# counts in the name of a type: v5p-8 are four chips.
+CHIPS = {
+  "v4": ("v4", "tpu-ubuntu2204-base", 2),
+  "v5e": ("v5litepod", "v2-alpha-tpuv5-lite", 1),
+  "v5p": ("v5p", "v2-alpha-tpuv5", 2),
+  "v6e": ("v6e", "v2-alpha-tpuv6e", 1),
+}
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+# The flags that each kind of script needs, and those that it can do without.
+GOOGLES = ("bucket", "project", "zone")
+NEEDED = {
+  "tpu-vm": GOOGLES,
+  "xpk": (*GOOGLES, "cluster"),
+  "slurm": ("workdir",),
+}
+OPTIONAL = {"tpu-vm": ("spot",), "xpk": ("spot", "image"), "slurm": ()}
+
+flags.DEFINE_enum("to", None, list(NEEDED), "Where the command is to run.")
+flags.DEFINE_enum("command", None, COMMANDS, "It is experiments.COMMAND.")
+flags.DEFINE_string(
+  "topology",
+  None,
+  "TPUs and their arrangement, v5e:2x4 (8 chips), v5e:4x4 (16), ...; for SLURM"
+  " gpu:2x8, two nodes with eight GPUs each, or their name, h100:2x8.",
+)
+flags.DEFINE_string(
+  "bucket", None, "gs://BUCKET[/FOLDER], for runs, logs and the code."
+)
+flags.DEFINE_string(
+  "workdir", None, "The command's. Unset: BUCKET/runs/NAME; SLURM needs one."
+)
+flags.DEFINE_string("name", None, "Of slice or job. Unset: the config's.")
+flags.DEFINE_string("project", None, "Google Cloud's project.")
+flags.DEFINE_string("zone", None, "Where the TPUs are: us-west4-a, ...")
+flags.DEFINE_string("cluster", None, "The cluster on GKE, for xpk.")
+flags.DEFINE_string(
+  "image",
+  None,
+  "For xpk, a container with this checkout and what it needs. Unset:"
+  " python:3.12, to which xpk adds the checkout; the rest is installed at each"
+  " start.",
+)
+flags.DEFINE_string(
+  "env_file", None, "Lines NAME=VALUE for the command: HF_TOKEN, WANDB_API_KEY."
+)
+flags.DEFINE_bool(
+  "spot", True, "Cheaper TPUs, which may be taken away; --nospot: on demand."
+)
+flags.DEFINE_string("out", None, "A folder for the script. Unset: print it.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What is to run, and on what; the templates know the fields by their names.
+
+  Attributes:
+    words: python's arguments, from -m on.
+    topology: as --topology has it.
+    accelerator: what Google or SLURM calls it: v5litepod-8, or h100:8.
+    hosts: machines, and so processes.
+    runtime: the image of a TPU's machines.
+    env_file: a file of lines NAME=VALUE, or nothing.
+  """
+
+  name: str
+  words: tuple[str, ...]
+  topology: str
+  accelerator: str
+  hosts: int
+  runtime: str
+  env_file: str
+  spot: bool
+  bucket: str
+  project: str
+  zone: str
+  cluster: str
+  image: str
+
+
+def main(passed: list[str]) -> None:
+  if "--" in passed:
+    passed.remove("--")
+  to, out = flags.FLAGS.to, flags.FLAGS.out
+  job = described(passed)
+  file = f"{job.name}.{to}.sh"
+  if out is None:
+    print(script(job, to, file), end="")
+    return
+  path = Path(out).expanduser() / file
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(script(job, to, str(path)))
+  head = takewhile(lambda line: line[:1] == "#", path.read_text().splitlines())
+  print(path, *(line[2:] for line in head if line[:2] == "# "), sep="\n")
+
+
+def script(job: Job, to: str, file: str) -> str:
+  """The template for `to`, filled in; its first lines call it `file`."""
+  template = (TEMPLATES / f"{to}.sh").read_text()
+  values = {name.upper(): v for name, v in dataclasses.asdict(job).items()}
+  values |= {
+    "FILE": file,
+    "COMMAND": shlex.join(("python", *job.words)).replace("\n", "\n# "),
+    "AGAIN": EXIT_CODE,
+    "CHECKOUT": CHECKOUT,
+    "SPOT": "--spot" if job.spot else "",
+    "CAPACITY": "--spot" if job.spot else "--on-demand",
+  }
+  words = shlex.join(map(str, values.pop("WORDS")))
+  assigned = [
+    "# shellcheck disable=SC2016,SC2054 # words mean nothing to the shell"
+  ]
+  assigned.append(f"WORDS=({words})")
+  for name, value in values.items():
+    if re.search(rf"\${{?{name}\b", template):
+      assigned.append(f"{name}={shlex.quote(str(value))}")
+  values["VARIABLES"] = "\n".join(assigned)
+  # in comments and directives, and once: a value is no template
+  return re.sub(r"@([A-Z]+)@", lambda found: str(values[found[1]]), template)
+
+
+def described(passed: Sequence[str]) -> Job:
+  """The job that the flags describe; `passed` are the command's own.
+
+  Raises:
+    UserError: they describe none, or one that can't run there.
+  """
+  values, to = flags.FLAGS, flags.FLAGS.to
+  for flag in ("to", "command", "topology", *NEEDED.get(to, ())):
+    if not values[flag].value:
+      raise UserError(f"--{flag} is needed. --help says what it is.")
+  for flag in (*NEEDED["xpk"], *OPTIONAL["xpk"]):
+    if values[flag].present and flag not in NEEDED[to] + OPTIONAL[to]:
+      raise UserError(f"--{flag} means nothing to {to}: leave it out.")
+  accelerator, hosts, runtime = machines(values.topology, to)
+  name = values.name or default_name(passed)
+  if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
+    raise UserError(
+      f"--name={name}: Kubernetes and Google want a small letter first, then"
+      " small letters, digits and -, at most 40 in all, and no - at the end."
+    )
+  bucket = (values.bucket or "").rstrip("/")
+  workdir = values.workdir or f"{bucket}/runs/{name}"
+  if to == "slurm" and "://" not in workdir:
+    workdir = str(Path(workdir).expanduser().absolute())
+  elif to != "slurm":
+    if not re.fullmatch(r"gs://[a-z0-9][-_.a-z0-9]+(/[-_.\w/]+)?", bucket):
+      raise UserError(f"--bucket={bucket}: give gs://BUCKET or a folder in it.")
+    if not workdir.startswith(f"{bucket}/"):
+      raise UserError(
+        f"--workdir={workdir} is not in {bucket}: it would be lost with the"
+        " machine."
+      )
+    for word in passed:
+      file = word.partition("=")[2] if word.startswith("-") else word
+      if file.startswith(("/", "~", "../")):
+        raise UserError(
+          f"{word}: the machines of {to} don't have this file. Copy it to the"
+          f" bucket (gcloud storage cp -r {file} {bucket}/data) and name that."
+        )
+  words = "-m", f"experiments.{values.command}", *passed, f"--workdir={workdir}"
+  # the command itself says what is wrong with its flags: now, not on the pod
+  check = [sys.executable, *words, "--only_check_args"]
+  done = subprocess.run(check, cwd=CHECKOUT, capture_output=True, text=True)
+  if done.returncode:
+    raise UserError(f"experiments.{values.command}: {done.stderr.strip()}")
+  return Job(
+    name=name,
+    words=words,
+    topology=values.topology,
+    accelerator=accelerator,
+    hosts=hosts,
+    runtime=runtime,
+    env_file=checked_env_file(values.env_file, to),
+    spot=values.spot,
+    bucket=bucket,
+    project=values.project or "",
+    zone=values.zone or "",
+    cluster=values.cluster or "",
+    image=values.image or "",
+  )
+
+
+def machines(topology: str, to: str) -> tuple[str, int, str]:
+  """What Google or SLURM calls the accelerators, their hosts, these' image.
+
+  Raises:
+    UserError: the topology is not known, or not there.
+  """
+  kind, _, shape = topology.partition(":")
+  if to == "slurm":
+    parts = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
+    if kind in CHIPS or not parts or not re.fullmatch(r"\w+", kind):
+      raise UserError(
+        f"--topology={topology}: for SLURM give gpu:NODESxGPUS, such as gpu:2x8"
+        " for two nodes with eight GPUs each, or their name, h100:2x8."
+      )
+    gpus = parts[2] if kind == "gpu" else f"{kind}:{parts[2]}"
+    return gpus, int(parts[1]), ""
+  if kind not in CHIPS:
+    raise UserError(
+      f"--topology={topology}: there are TPUs {', '.join(CHIPS)}, as v5e:2x4."
+    )
+  flat = kind in ("v5e", "v6e")
+  shapes = FLAT if flat else SOLID
+  if to == "xpk" and kind == "v5e":
+    shapes = shapes[2:]  # xpk has none of one host
+  if shape not in shapes:
+    raise UserError(
+      f"--topology={topology}: for {to} {kind} comes as {', '.join(shapes)}."
+    )
+  name, runtime, count = CHIPS[kind]
+  chips = math.prod(map(int, shape.split("x")))
+  # a machine has four chips, but for one kind that has eight, beside xpk
+  alone = flat and to == "tpu-vm" and chips <= 8
+  return f"{name}-{chips * count}", 1 if alone else -(-chips // 4), runtime
+
+
+def default_name(passed: Sequence[str]) -> str:
+  """The config's: rte, or rank-minilm for configs/sweeps/rank.py:minilm."""
+  configs = re.findall(r"--?config[= ]([^\s:]+)(:\S+)?", " ".join(passed))
+  if not configs:
+    raise UserError("Say which settings: --config=configs/rte.py")
+  file, variant = configs[-1]
+  return (Path(file).stem + variant).replace(":", "-").replace("_", "-")
+
+
+def checked_env_file(name: str | None, to: str) -> str:
+  """The file's whole path, after a look at its lines; "" without one."""
+  if not name:
+    return ""
+  path = Path(name).expanduser().absolute()
+  if not path.is_file():
+    raise UserError(f"--env_file: there is no file {path}.")
+  for number, line in enumerate(path.read_text().splitlines(), 1):
+    if not re.match(r"[A-Za-z_]\w*=|\s*(#|$)", line):
+      raise UserError(f"{path}, line {number}: a line is NAME=VALUE.")
+    if to == "xpk" and re.search(r'["\\]', line):
+      raise UserError(
+        f"{path}, line {number}: xpk can't pass on the characters \" and \\."
+      )
+  return str(path)
+
+
+if __name__ == "__main__":
+  cli.run(main, usage=__doc__, operands=True, others=True)
