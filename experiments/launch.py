@@ -241,7 +241,7 @@ def machines(topology: str, to: str) -> tuple[str, int, str]:
       f"--topology={topology}: there are TPUs {', '.join(CHIPS)}, as v5e:2x4."
     )
   flat = kind in ("v5e", "v6e")
-  shapes = FLAT if flat else SOLID
+  shapes: tuple[str, ...] = FLAT if flat else SOLID
   if to == "xpk" and kind == "v5e":
     shapes = shapes[2:]  # xpk has none of one host
   if shape not in shapes:
