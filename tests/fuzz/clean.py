@@ -357,4 +357,4 @@ def write_saves(folder: Path) -> None:
 
   with Checkpoints(folder / "checkpoints", CONFIG) as saves:
     for step in (1, 2):
-      saves.save(step, STATE, {"epoch": step}, {"score": 0.5, "epoch": step})
+      saves.save(step, STATE, {"epoch": step})

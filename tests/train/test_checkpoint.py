@@ -40,30 +40,25 @@ def test_what_is_saved_comes_back(tmp_path):
 @pytest.mark.parametrize("again", [False, True])
 def test_the_last_two_and_the_best_are_kept(again, tmp_path):
   """`again`: in a new process for each save, as after interruptions."""
-  scores = [0.1, 0.7, 0.7, 0.5, None, 0.6]
   with ExitStack() as stack:
-    for i, score in enumerate(scores):
+    for i, best in enumerate([1, 2, 2, 2, 2, 2]):
       if again or i == 0:
         stack.close()
         saves = stack.enter_context(Checkpoints(tmp_path))
-      metrics = score and {"score": score, "epoch": i + 1}
-      saves.save(i + 1, state(i), {}, metrics)
-  assert steps(tmp_path) == [2, 5, 6]  # of the two best the earlier
+      saves.save(i + 1, state(i), {}, best=best)
+  assert steps(tmp_path) == [2, 5, 6]
 
 
-def test_a_save_without_a_score_is_never_the_best(tmp_path):
+def test_before_the_first_epoch_none_is_the_best(tmp_path):
   with Checkpoints(tmp_path) as saves:
     for step in (1, 2, 3):
       saves.save(step, state(), {})
-    saves.save(4, state(), {}, {"score": -1.0, "epoch": 1})
-    for step in (5, 6, 7):
-      saves.save(step, state(), {})
-  assert steps(tmp_path) == [4, 6, 7]
+  assert steps(tmp_path) == [2, 3]
 
 
 def test_the_same_step_twice_is_harmless(tmp_path):
   with Checkpoints(tmp_path) as saves:
-    saves.save(1, state(1.0), {"a": 1}, {"score": 0.5, "epoch": 1})
+    saves.save(1, state(1.0), {"a": 1}, best=1)
     saves.save(1, state(2.0), {"a": 2})
     restored, progress = saves.restore(1, state())
   assert progress == {"a": 1} and restored["d"][0] == 1.0
@@ -82,14 +77,14 @@ def test_a_save_goes_on_another_mesh(tmp_path):
 def test_a_run_can_go_back_by_one_save(tmp_path):
   with Checkpoints(tmp_path) as saves:
     assert saves.resumable == [0]
-    saves.save(3, state(), {"a": 1}, {"score": 0.9, "epoch": 1})
+    saves.save(3, state(), {"a": 1})
     assert saves.resumable == [0, 3]
     for step in (5, 8):
-      saves.save(step, state(step), {"a": step})
+      saves.save(step, state(step), {"a": step}, best=3)
     assert saves.resumable == [5, 8]  # 3 is only there as the best
     saves.forget_after(5)
     assert saves.latest_step == 5 and saves.progress(5) == {"a": 5}
-    saves.save(8, state(9.0), {"a": 9})
+    saves.save(8, state(9.0), {"a": 9}, best=3)
     assert saves.restore(8, state())[0]["d"][0] == 9.0
   assert steps(tmp_path) == [3, 5, 8]
 

@@ -200,8 +200,36 @@ def test_stopped_and_resumed_is_as_if_left_alone(
   assert not (folder / "result.json").exists()
   monkeypatch.undo()
   result = train_and_evaluate(finished.config, folder)
+  assert_same_run(folder, finished.folder, 30, scored=step < 30)
+  assert result["speed"]["starts"] == 2
+
+
+def test_an_evaluation_that_is_stopped_is_made_again(
+  finished, tmp_path, monkeypatch, assert_same_run
+):
+  """Saved is the state that was to be evaluated, and its scores come later.
+
+  They are the same ones, and once in metrics.jsonl, also where the resumed run
+  breaks off before its next save.
+  """
+  folder, measured, acts = tmp_path / "run", PackedData.measured, []
+
+  def hooked(self, split, measure_batch):
+    if acts:
+      acts.pop()()
+    return measured(self, split, measure_batch)
+
+  monkeypatch.setattr(PackedData, "measured", hooked)
+  acts.append(lambda: os.kill(os.getpid(), signal.SIGTERM))
+  with pytest.raises(Interrupted, match="SIGTERM, saved at step 10 of 30"):
+    train_and_evaluate(finished.config, folder)
+  assert [line["step"] for line in read_lines(folder)] == [*range(1, 11)]
+  acts += [lambda: 1 / 0, lambda: None]
+  with pytest.raises(ZeroDivisionError):
+    train_and_evaluate(finished.config, folder)
+  assert read_lines(folder)[10]["step"] == 10 and len(read_lines(folder)) == 21
+  train_and_evaluate(finished.config, folder)
   assert_same_run(folder, finished.folder, 30)
-  assert result["speed"]["starts"] == 2 - (step == 30)
 
 
 def flip_a_byte(save):

@@ -77,7 +77,7 @@ def test_without_a_manifest_the_save_was_cut_off(folder):
 
 def test_each_file_of_a_real_save_is_in_the_manifest(tmp_path):
   with Checkpoints(tmp_path) as saves:
-    saves.save(1, {"d": jnp.arange(8.0)}, {"a": 1}, {"score": 0.5, "epoch": 1})
+    saves.save(1, {"d": jnp.arange(8.0)}, {"a": 1})
   files = [path for path in (tmp_path / "1").rglob("*") if path.is_file()]
   assert len(files) > 4
   for file in files:

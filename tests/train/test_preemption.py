@@ -14,9 +14,11 @@ from vera_jax.train.preemption import (
   Flag,
   Interrupted,
   Stop,
+  Stopped,
   nothing_to_save,
   watch,
 )
+from vera_jax.train.runtime import Background
 
 
 @pytest.fixture(autouse=True)
@@ -119,10 +121,24 @@ def test_what_one_process_caught_all_know(number):
   """The question that several processes ask, here of eight devices."""
   flag, mesh = Flag(), make_mesh(2, 2, 2)
   stop = Stop(flag, mesh)
-  assert stop.ask() is None and stop.answer(None) is None
   stop._alone = False
-  assert stop.answer(stop.ask()) is None
-  asked = stop.ask()
+  stop.check()
+  stop.check(now=True)
   flag.caught = number
-  assert stop.answer(asked) is None  # it came after the question
-  assert stop.answer(stop.ask()) == number
+  stop.check()  # the answer to the question of before
+  with pytest.raises(Stopped) as stopped:
+    stop.check()
+  assert stopped.value.signal == number
+  with pytest.raises(Stopped):
+    stop.check(now=True)
+
+
+def test_a_signal_ends_waiting_for_a_program():
+  """As in compiling for minutes: what is saved is the state of before."""
+  ended, background = threading.Event(), Background()
+  background.compile("step", lambda: ended.wait(60) and None)
+  with watch() as flag:
+    threading.Timer(0.5, signal.raise_signal, [signal.SIGTERM]).start()
+    with pytest.raises(Stopped):
+      Stop(flag, make_mesh()).wait_for(background, "step")
+  ended.set()

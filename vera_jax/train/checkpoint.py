@@ -8,10 +8,9 @@ Several processes save and restore together, in one folder that all of them see.
 
 import errno
 import logging
-import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import (
   AnyPreservationPolicy,
-  BestN,
   LatestN,
 )
 
@@ -45,6 +43,15 @@ def _is_news(record: logging.LogRecord) -> bool:
   return "_SignalingThread" not in str(record.msg)
 
 
+class _BestStep:
+  """A preservation policy of orbax, which keeps one step."""
+
+  step: int | None = None
+
+  def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
+    return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
 class Checkpoints:
   """A run's `checkpoints/` folder: the last two saves and the best epoch.
 
@@ -65,18 +72,11 @@ class Checkpoints:
     self._config = None if config is None else identity(config)
     logging.getLogger("absl").addFilter(_is_news)
     on_first(self._check_saves)
-
-    def rank(metrics: Mapping[str, float]) -> tuple[float, float]:
-      # the higher score is better; of equal ones the earlier epoch
-      return metrics.get("score", -math.inf), -metrics.get("epoch", math.inf)
-
+    self._best = _BestStep()
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=AnyPreservationPolicy(
-          [LatestN(n=2), BestN(n=1, get_metric_fn=rank)]
-        ),
-        best_fn=rank,  # without it the metrics are not written down
+        preservation_policy=AnyPreservationPolicy([LatestN(n=2), self._best]),
         # saves that were cut off: until it is whole, orbax gives a save
         # another name; damage after that only the manifest notices
         cleanup_tmp_directories=True,
@@ -132,7 +132,8 @@ class Checkpoints:
     step: int,
     state: Tree,
     progress: Mapping[str, Any],
-    metrics: Mapping[str, float] | None = None,
+    *,
+    best: int | None = None,
   ) -> None:
     """Save at a step; a save that fails leaves the others as they are.
 
@@ -140,14 +141,13 @@ class Checkpoints:
       step: updates done.
       state: a tree of arrays.
       progress: JSON values that a resumed run goes on from.
-      metrics: {"score", "epoch"} at the end of an epoch; a save without can't
-        be the best one.
+      best: the step of the best epoch so far, whose save is kept.
 
     Raises:
       UserError: the disk is full.
     """
-    last = self.latest_step
-    if step == last:
+    last, self._best.step = self.latest_step, best
+    if step == (last or 0):  # nothing was trained since
       return
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
@@ -165,7 +165,7 @@ class Checkpoints:
 
     try:
       on_first(check_room)
-      self._manager.save(step, args=items, metrics=dict(metrics or {}))
+      self._manager.save(step, args=items)
       on_first(lambda: write_manifest(self._folder / str(step), fields))
     except Exception as error:  # of whichever layer met the full disk
       if not is_disk_full(error, self._folder):

@@ -31,6 +31,7 @@ from vera_jax.pretrained.sharding import behind_runs
 from vera_jax.train.clock import Clock
 from vera_jax.train.config import check_settings
 from vera_jax.train.loop import carry_out
+from vera_jax.train.preemption import Stop
 from vera_jax.train.run import Run
 from vera_jax.train.step import State
 from vera_jax.train.trainable import Report
@@ -134,6 +135,10 @@ class Ensemble:
     """Whether no run trains any more."""
     return all(run.has_ended for run in self.live)
 
+  @property
+  def lacks_scores(self) -> bool:
+    return any(run.lacks_scores for run in self.live)
+
   def start(self) -> State:
     """The states of all slots, stacked; idle ones have a copy of another's."""
     states = {run: run.start(self.first_step) for run in self.live}
@@ -192,13 +197,13 @@ class Ensemble:
     losses = self._each(record_own)
     return sum(losses) / len(losses) if losses else math.nan
 
-  def evaluate(self, step: int, state: State) -> None:
+  def evaluate(self, step: int, state: State, stop: Stop) -> None:
     """One run at a time, by the program that a run alone has."""
-    self._each(lambda run: run.evaluate(step, self._state_of(run, state)))
+    self._each(lambda run: run.evaluate(step, self._state_of(run, state), stop))
 
-  def save(self, step: int, state: State, *, ends_epoch: bool) -> None:
+  def save(self, step: int, state: State) -> None:
     for run in self.live:
-      run.save(step, self._state_of(run, state), ends_epoch=ends_epoch)
+      run.save(step, self._state_of(run, state))
 
   def report(self) -> Report:
     scores = [run.history[-1]["score"] for run in self.live] or [math.nan]

@@ -47,6 +47,7 @@ class MetricWriter:
     *,
     config: Mapping[str, Any],
     step: int = 0,
+    scored: bool = True,
     primary: bool = True,
     wandb: str = "",
   ) -> None:
@@ -56,6 +57,7 @@ class MetricWriter:
       workdir: the run's folder.
       config: shown by Weights & Biases.
       step: the step that the run goes on from; metrics up to it are kept.
+      scored: whether the scores of that step are, or it is evaluated again.
       primary: whether this process writes.
       wandb: the project's name; empty: no Weights & Biases.
 
@@ -71,7 +73,11 @@ class MetricWriter:
       online = WeightsAndBiases(workdir, config, wandb, resumed=resumed)
       self._writers.append(online)
     board = TensorBoard(workdir / "tensorboard", first=step + 1)
-    self._writers = [JsonLines(workdir, last=step), board, *self._writers]
+    self._writers = [
+      JsonLines(workdir, last=step, scored=scored),
+      board,
+      *self._writers,
+    ]
 
   def __enter__(self) -> "MetricWriter":
     return self
@@ -94,8 +100,8 @@ class MetricWriter:
 class JsonLines:
   """metrics.jsonl: one JSON object per line, on disk as soon as written."""
 
-  def __init__(self, workdir: Path, *, last: int) -> None:
-    """Keep the lines up to a step.
+  def __init__(self, workdir: Path, *, last: int, scored: bool = True) -> None:
+    """Keep the lines up to a step, with or without its scores.
 
     Lines that are damaged go into the folder `damaged`.
     """
@@ -104,7 +110,7 @@ class JsonLines:
       if line.error:  # no line is needed to go on, and none is thrown away
         damaged.append(raw)
         log.warning("%s:%d can't be read: %s.", path, line.number, line.error)
-      elif line.values["step"] <= last:
+      elif (line.values["step"], "epoch" in line.values) <= (last, scored):
         kept.append(raw)
     if damaged:
       aside = workdir / DAMAGED / results.METRICS

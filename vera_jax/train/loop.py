@@ -19,6 +19,7 @@ from vera_jax.train.distributed import is_first
 from vera_jax.train.preemption import (
   Interrupted,
   Stop,
+  Stopped,
   nothing_to_save,
   watch,
 )
@@ -96,16 +97,16 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
     UserError: a loss or an output is not a finite number.
     Interrupted: after Ctrl-C or SIGTERM, once the run is saved.
   """
-  first = run.first_step
+  first = done = run.first_step
   state = run.start()
   clock = Clock(began)
-  step = PreparedStep(setup, run, state, clock)
   with (
     ProgressBar(steps=setup.steps, step=first, primary=is_first()) as bar,
     run.recording(bar.log, clock),
     watch() as flag,
   ):
     stop = Stop(flag, setup.mesh)
+    step = PreparedStep(setup, run, state, clock, stop)
     for line in introduction(setup, run.titles):
       bar.log(line)
     if first:
@@ -118,44 +119,49 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
         bar.advance(at, loss=run.record(at, metrics))
       unread.clear()
 
-    batches = setup.data.train_batches(seeds=run.seeds, start_step=first)
-    for number, microbatches in batches:
-      # a batch that comes while a step still runs has cost no time
-      runs = any(not metrics["loss"].is_ready() for _, metrics in unread)
-      clock.took("start" if number == first else "steps" if runs else "data")
-      asked = stop.ask()
-      state, metrics = step(state, microbatches)
-      read_metrics()  # the step before, while this one runs
-      done = number + 1
-      unread.append((done, metrics))
-      if number == first:
-        read_metrics()
-        seconds = time.monotonic() - began
-        bar.log(f"first step done {seconds:.1f} s after the start")
-      clock.took("compiling" if number == first else "steps")
-
-      # Reading may have ended the last run of an ensemble. And all processes
-      # of a run learn of a signal at the same step, since all have to save.
-      ends_epoch = done % setup.steps_between_evaluations == 0
-      if not (ends_epoch or stop.answer(asked) or run.has_ended):
-        continue
+    def end_epoch() -> None:
       read_metrics()
       clock.took("steps")
-      if ends_epoch:
-        setup.background.wait("evaluate")
-        clock.took("compiling")
-        run.evaluate(done, state)
-        clock.took("evaluation")
-      run.save(done, state, ends_epoch=ends_epoch)
-      if ends_epoch:
-        report = run.report()
-        bar.show_score(report.score)
-        for line in report.lines:
-          bar.log(line)
-      if signal := stop.answer(asked):
-        raise Interrupted(
-          f"Stopped by {signal.name}, saved at step {done} of {setup.steps}."
-          " The same command goes on from there."
-        )
-      if run.has_ended:
-        return
+      stop.wait_for(setup.background, "evaluate")
+      clock.took("compiling")
+      run.evaluate(done, state, stop)
+      clock.took("evaluation")
+      run.save(done, state)
+      report = run.report()
+      bar.show_score(report.score)
+      for line in report.lines:
+        bar.log(line)
+
+    # All processes of a run learn of a signal at the same step, since all have
+    # to save; then this raises Stopped, and so may whatever takes long.
+    try:
+      if run.lacks_scores:
+        setup.compile_evaluation()
+        clock.took("start")
+        end_epoch()
+      batches = setup.data.train_batches(seeds=run.seeds, start_step=first)
+      while not run.has_ended:
+        number, microbatches = next(batches)
+        # a batch that comes while a step still runs has cost no time
+        runs = any(not metrics["loss"].is_ready() for _, metrics in unread)
+        clock.took("start" if number == first else "steps" if runs else "data")
+        stop.check()
+        state, metrics = step(state, microbatches)
+        read_metrics()  # the step before, while this one runs
+        done = number + 1
+        unread.append((done, metrics))
+        if number == first:
+          read_metrics()
+          seconds = time.monotonic() - began
+          bar.log(f"first step done {seconds:.1f} s after the start")
+        clock.took("compiling" if number == first else "steps")
+        if done % setup.steps_between_evaluations == 0:
+          end_epoch()
+      stop.check(now=True)  # what comes now may take long
+    except Stopped as stopped:
+      read_metrics()
+      run.save(done, state)
+      raise Interrupted(
+        f"Stopped by {stopped.signal.name}, saved at step {done} of"
+        f" {setup.steps}. The same command goes on from there."
+      ) from None

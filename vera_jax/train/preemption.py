@@ -1,8 +1,12 @@
-"""Ctrl-C and SIGTERM end a run after the current step, not within it."""
+"""Ctrl-C and SIGTERM end a run after the current step, not within it.
+
+What may take long is left at once: compiling, and an evaluation, which the
+resumed run makes anew. So a save is complete two steps after the signal.
+"""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -13,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vera_jax.train.distributed import are_several
+from vera_jax.train.runtime import Background
 
 EXIT_CODE = 75  # EX_TEMPFAIL: the same command, run again, goes on
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -20,6 +25,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class Interrupted(Exception):
   """The run was stopped and saved; the same command resumes it."""
+
+
+class Stopped(Exception):
+  """A signal came: what is trained is to be saved now."""
+
+  def __init__(self, number: int) -> None:
+    self.signal = signal.Signals(number)
 
 
 class Flag:
@@ -83,24 +95,41 @@ def nothing_to_save() -> Iterator[None]:
 class Stop:
   """Whether any process has caught a signal, known to all at the same step.
 
-  All processes must save at the same step. So each step `ask` starts a tiny
-  program of its own, with one number per device, ahead of the step's program;
-  `answer` reads its result when the step before is done, so that nothing waits
-  for it. A process that is alone only looks at its flag.
+  All processes must save at the same step. So each of them calls `check` ahead
+  of each step, which starts a tiny program of its own with one number per
+  device; its result is read at the next call, when the program has long ended,
+  so that nothing waits for it. A process that is alone only looks at its flag.
   """
 
   def __init__(self, flag: Flag, mesh: Mesh) -> None:
     self._flag = flag
     self._alone = not are_several()
+    self._asked: jax.Array | None = None
     self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     self._highest = jax.jit(
       jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec())
     )
 
-  def ask(self) -> jax.Array | None:
-    """Start the question; every process calls this at the same step."""
+  def check(self, *, now: bool = False) -> None:
+    """Every process calls this at the same points.
+
+    Args:
+      now: wait for the answer to this call's question.
+
+    Raises:
+      Stopped: by the call before this one, or now, a process had caught a
+        signal. It is raised in all of them.
+    """
     if self._alone:
-      return None
+      caught = self._flag.caught or 0
+    else:
+      before, self._asked = self._asked, self._ask()
+      answer = self._asked if now else before
+      caught = 0 if answer is None else int(answer)
+    if caught:
+      raise Stopped(caught)
+
+  def _ask(self) -> jax.Array:
     caught = np.int32(self._flag.caught or 0)
     count = self._split.mesh.size
     numbers = jax.make_array_from_callback(
@@ -108,9 +137,11 @@ class Stop:
     )
     return self._highest(numbers)
 
-  def answer(self, asked: jax.Array | None) -> signal.Signals | None:
-    """The signal that one of the processes had caught, or None."""
-    if asked is None:
-      return self._flag.caught
-    number = int(asked)
-    return signal.Signals(number) if number else None
+  def wait_for(self, background: Background, program: Hashable) -> None:
+    """Until a program is compiled, which may take minutes.
+
+    Raises:
+      Stopped: a signal came; the program is left to its thread.
+    """
+    background.wait(program, unless=lambda: self._flag.caught is not None)
+    self.check(now=True)

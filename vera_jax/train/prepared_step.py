@@ -7,6 +7,7 @@ from jax import Array
 
 from vera_jax.data.packing import Batch
 from vera_jax.train.clock import Clock
+from vera_jax.train.preemption import Stop
 from vera_jax.train.setup import Setup
 from vera_jax.train.step import Metrics, State
 from vera_jax.train.trainable import Trainable
@@ -24,10 +25,17 @@ class PreparedStep:
   """
 
   def __init__(
-    self, setup: Setup, run: Trainable, state: State, clock: Clock
+    self,
+    setup: Setup,
+    run: Trainable,
+    state: State,
+    clock: Clock,
+    stop: Stop,
   ) -> None:
     """Prepare steps of `run` from states like this one."""
-    self._setup, self._size, self._clock = setup, run.size, clock
+    self._setup, self._size = setup, run.size
+    self._clock, self._stop = clock, stop
+    self._compiled: set[Hashable] = set()
     self._key, self._rates = run.key, run.rates
     self._step = setup.make_step(state, runs=run.size)
     self._is_first = True
@@ -44,7 +52,9 @@ class PreparedStep:
     if not is_first:  # all of the first step's time is for compiling
       self._clock.took("steps")
     for shape in shapes:
-      setup.background.wait(shape)
+      if shape not in self._compiled:
+        self._stop.wait_for(setup.background, shape)
+        self._compiled.add(shape)
     self._clock.took("compiling")
     state, metrics = self._step(
       state, setup.frozen, placed, self._key, self._rates

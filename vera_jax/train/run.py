@@ -31,6 +31,7 @@ from vera_jax.train.flops import peak_of
 from vera_jax.train.logging import MetricWriter
 from vera_jax.train.optim import rates_of
 from vera_jax.train.outcome import SUBMISSION, write_answers, write_outcome
+from vera_jax.train.preemption import Stop
 from vera_jax.train.setup import Setup
 from vera_jax.train.step import State
 from vera_jax.train.trainable import Report
@@ -209,6 +210,12 @@ class Run:
   def first_step(self) -> int:
     return self.saves.latest_step or 0
 
+  @property
+  def lacks_scores(self) -> bool:
+    first = self.first_step
+    scored = self.history[-1]["step"] if self.history else 0
+    return scored < first and not first % self.setup.steps_between_evaluations
+
   def start(self, step: int | None = None) -> State:
     """The state at a step, the last one if none is named.
 
@@ -241,6 +248,7 @@ class Run:
       self.folder,
       config=self.config.to_dict(),
       step=self.first_step,
+      scored=not self.lacks_scores,
       primary=is_first(),
       wandb=self.config.log.wandb,
     ) as self._writer:
@@ -257,10 +265,13 @@ class Run:
       self._writer.write(step, values | self._speed.metrics())
     return values["loss"]
 
-  def evaluate(self, step: int, state: State) -> None:
+  def evaluate(self, step: int, state: State, stop: Stop) -> None:
+    if self.history and self.history[-1]["step"] == step:
+      return  # a signal stopped the evaluation of another run of an ensemble
     task, data = self.setup.task, self.setup.data
     began = time.monotonic()
-    evaluation = task.evaluate(self.setup.measure_with(state.params), data)
+    measure_batch = self.setup.measure_with(state.params, stop)
+    evaluation = task.evaluate(measure_batch, data)
     self.progress["evaluation_seconds"] += time.monotonic() - began
     if not evaluation.finite:
       raise UserError(self._fail("dev output is nan", step))
@@ -279,14 +290,12 @@ class Run:
     # a save without its line would leave a gap
     self._writer.write(step, {"epoch": epoch["epoch"], **evaluation.scores})
 
-  def save(self, step: int, state: State, *, ends_epoch: bool) -> None:
+  def save(self, step: int, state: State) -> None:
     on_first(partial(require_lock, self.folder))
     self.progress["seconds"] = self._seconds()
     self.progress["speed"] = self._speed.report()
-    metrics = None
-    if ends_epoch:
-      metrics = {name: self.history[-1][name] for name in ("score", "epoch")}
-    self.saves.save(step, state, self.progress, metrics)
+    best = best_epoch(self.history)["step"] if self.history else None
+    self.saves.save(step, state, self.progress, best=best)
     self._clock.took("saving")
     self.progress["speed"] = self._speed.report()
 

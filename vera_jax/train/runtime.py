@@ -9,7 +9,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -143,10 +143,16 @@ class Background:
     if name not in self._tasks:
       self._tasks[name] = self._pool.submit(compiled)
 
-  def wait(self, name: Hashable) -> None:
+  def wait(
+    self, name: Hashable, *, unless: Callable[[], bool] = lambda: False
+  ) -> None:
     """Until the program is compiled; its errors are raised here.
 
-    One that was not begun is compiled by its first call.
+    One that was not begun is compiled by its first call. `unless` is asked now
+    and then, and when it holds this returns before.
     """
-    if name in self._tasks:
-      self._tasks[name].result()
+    task = self._tasks.get(name)
+    while task and not task.done() and not unless():
+      wait([task], 0.5)
+    if task and task.done():
+      task.result()

@@ -51,6 +51,7 @@ from vera_jax.train.compiled_step import (
 )
 from vera_jax.train.config import DTYPES
 from vera_jax.train.optim import EPS, LINEAR, optimiser, rates_of
+from vera_jax.train.preemption import Stop
 from vera_jax.train.runtime import Background, compiler_options
 from vera_jax.train.step import Frozen, State, Tree, outputs_of
 
@@ -133,12 +134,21 @@ class Setup(NamedTuple):
     """A batch that every process has whole, of the shapes of a real one."""
     return put(batch, self.rows if runs is None else behind_runs(self.rows))
 
-  def measure_with(self, params: Tree) -> MeasureBatch:
-    """What the task evaluates by: host batch -> measured arrays."""
+  def measure_with(
+    self, params: Tree, stop: Stop | None = None
+  ) -> MeasureBatch:
+    """What the task evaluates by: host batch -> measured arrays.
+
+    With `stop` it raises Stopped after a signal.
+    """
     self.background.wait("evaluate")
-    return lambda batch: self.evaluate(
-      params, self.frozen, self.put_batch(batch)
-    )
+
+    def measure(batch: HostBatch) -> Tree:
+      if stop is not None:
+        stop.check()
+      return self.evaluate(params, self.frozen, self.put_batch(batch))
+
+    return measure
 
   def replicated(self, tree: Tree) -> Tree:
     """The same leaves, each whole on every device."""

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Key
 
 from vera_jax.train.clock import Clock
+from vera_jax.train.preemption import Stop
 from vera_jax.train.step import State
 
 
@@ -57,6 +58,10 @@ class Trainable(Protocol):
     """How many updates the last save holds; 0 before the first save."""
 
   @property
+  def lacks_scores(self) -> bool:
+    """Whether the evaluation at `first_step` was left because of a signal."""
+
+  @property
   def has_ended(self) -> bool:
     """Whether all epochs are done, or as many as the patience allows."""
 
@@ -80,14 +85,15 @@ class Trainable(Protocol):
       UserError: one is not a finite number, so that training can't go on.
     """
 
-  def evaluate(self, step: int, state: State) -> None:
+  def evaluate(self, step: int, state: State, stop: Stop) -> None:
     """Scores the model at the end of an epoch and writes the scores.
 
     Raises:
       UserError: an output is not a finite number.
+      Stopped: a signal came; nothing was written.
     """
 
-  def save(self, step: int, state: State, *, ends_epoch: bool) -> None:
+  def save(self, step: int, state: State) -> None:
     """Saves all that training goes on from, on disk when it returns."""
 
   def report(self) -> Report:
