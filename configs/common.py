@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
   config.log = ConfigDict()
   config.log.every = 10  # steps between lines of metrics.jsonl
   config.log.wandb = ""  # a Weights & Biases project
+  config.log.profile = ""  # FIRST:LAST, the steps of a trace: --profile
   return config
 
 

@@ -25,6 +25,7 @@ from vera_jax.adapters.method import IN_CONFIG
 from vera_jax.adapters.methods import METHODS
 from vera_jax.errors import UserError
 from vera_jax.files import DATA, open_file
+from vera_jax.places import place
 from vera_jax.terminal import LINES, Console, printable
 from vera_jax.train import distributed
 from vera_jax.train.config import check_key, check_settings, without_effect
@@ -472,9 +473,28 @@ def show_result(result: Mapping[str, Any], workdir: Path | str) -> None:
   table.add_row("head parameters", f"{parameters['head']:,}", "")
   table.add_row("seconds", f"{result['seconds']:.0f}", "")
   Console().print(table)
+  show_speed(result)
   if test is not None and test["missing"]:
     Console().print(test["missing"])
   Console().print(f"{workdir}")
+
+
+def show_speed(result: Mapping[str, Any], who: str = "") -> None:
+  """A line; none for results of before it was measured."""
+  if speed := result.get("speed"):
+    from vera_jax.train.clock import sentence
+
+    Console().print(who + sentence(speed), soft_wrap=True)
+
+
+def show_trace(config: ConfigDict, workdirs: Iterable[Path | str]) -> None:
+  """Where the trace is that --profile asked for, or that there is none."""
+  steps = config.log.get("profile")
+  folders = [place(workdir) / "profile" for workdir in workdirs]
+  if steps and (traced := [folder for folder in folders if folder.exists()]):
+    Console().print(f"trace: {traced[0]}")
+  elif steps:
+    complain(f"No trace: steps {steps} had been trained before.")
 
 
 def show_seeds(
@@ -510,6 +530,8 @@ def show_seeds(
     table.add_section()
     table.add_row("median", "", *shown)
   Console().print(table)
+  if done:
+    show_speed(done[0], "each run: ")
   for result in results:
     if missing := result.get("test", {}).get("missing"):
       line = f"seed {result['seed']}: {missing}"

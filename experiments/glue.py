@@ -37,12 +37,20 @@ WORKDIR = flags.DEFINE_string(
 SEEDS = flags.DEFINE_list(
   "seeds", [], "Seeds to train at once: 0,1,2,3. Unset: config.seed alone."
 )
+PROFILE = flags.DEFINE_string(
+  "profile",
+  None,
+  "FIRST:LAST, as 10:15: trace these steps, into the run's folder"
+  " (docs/profile.md). With --seeds the first seed's.",
+)
 JOIN = cli.define_processes()
 
 
 def main() -> None:
   config = cli.chosen(CONFIG)
   cli.remark_idle(config, sys.argv[1:])
+  if PROFILE.value is not None:
+    config.log.profile = PROFILE.value
   JOIN()
   try:
     seeds = [int(seed) for seed in SEEDS.value]
@@ -59,6 +67,7 @@ def main() -> None:
     result = train_and_evaluate(config, workdir)
     if distributed.is_first():
       cli.show_result(result, workdir)
+      cli.show_trace(config, [workdir])
     return
 
   configs = cli.with_seeds(config, seeds)
@@ -71,6 +80,7 @@ def main() -> None:
   results = train_ensemble(configs, workdirs)
   if distributed.is_first():
     cli.show_seeds(results, workdirs)
+    cli.show_trace(config, workdirs)
   failed = [
     f"seed {r['seed']}: {r['failed']}" for r in results if "failed" in r
   ]

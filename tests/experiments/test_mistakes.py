@@ -20,6 +20,7 @@ MISTAKES = [
   ("glue", 1, LACKING, "config.optim.epochs, config.vera.head_lr"),
   ("glue", 1, [RTE, "--config.optim.batch_size=0"], "batch_size is 0"),
   ("glue", 1, [RTE, "--seeds=0,one"], "--seeds=0,one: give whole numbers"),
+  ("glue", 1, [RTE, "--profile=9"], "the first and the last step to trace"),
   ("glue", 1, [RTE, "--seeds=3,4,3"], "Two runs of the ensemble are the same"),
   ("sweep", 1, [RTE, "--workdir=x"], "experiments.glue"),
   ("sweep", 1, [RANK], "--workdir=DIR"),

@@ -184,6 +184,7 @@ class Launcher:
     slurm: bool = False,
     count: int = 2,
     devices: int = 4,
+    **settings: Any,
   ) -> list[Process]:
     """Processes of one run, which find each other by flags or as in SLURM."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -204,7 +205,13 @@ class Launcher:
         flags = [f"--coordinator=localhost:{port}", f"--process_id={number}"]
         flags += [f"--num_processes={count}"]
       processes.append(
-        self.start(workdir, *flags, devices=devices, environment=environment)
+        self.start(
+          workdir,
+          *flags,
+          devices=devices,
+          environment=environment,
+          **settings,
+        )
       )
     return processes
 

@@ -13,6 +13,7 @@ from tests.faults.fixtures import (
   reach,
   saves,
 )
+from tests.untimed import untimed_metrics
 
 
 def largest_difference(one: Path, two: Path) -> float:
@@ -38,7 +39,8 @@ def equal_layouts(launcher: Launcher) -> list[Outcome]:
         f"devices: {one} and {two}",
         1,
         int(any(e.code for e in ended) or gap > 1e-5),
-        gap == 0 and lines(folders[one]) == lines(folders[two]),
+        gap == 0
+        and untimed_metrics(folders[one]) == untimed_metrics(folders[two]),
         f"same dev scores; losses differ by at most {gap:.1e}",
       )
     )

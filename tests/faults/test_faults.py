@@ -9,7 +9,7 @@ import pytest
 
 from configs import quickstart
 from tests.faults import interruption
-from tests.faults.fixtures import Launcher, reach, saves
+from tests.faults.fixtures import Launcher, lines, reach, saves
 from tests.faults.processes import largest_difference
 from vera_jax.train.loop import train_and_evaluate
 
@@ -43,7 +43,7 @@ def test_two_processes_are_one(launcher, alone):
   the two are started as SLURM does.
   """
   two, eight = launcher.folder / "two", launcher.folder / "eight"
-  processes = launcher.start_several(two)
+  processes = launcher.start_several(two, **{"log.profile": "2:4"})
   assert reach(two, 13, processes[0])
   processes[1].send_signal(signal.SIGTERM)
   stops = [process.end() for process in processes]
@@ -53,6 +53,12 @@ def test_two_processes_are_one(launcher, alone):
   for stop in stops:
     assert f"Stopped by SIGTERM, saved at step {step} of 30" in stop.output
   assert "epoch 1 of 3" in stops[0].output and "epoch" not in stops[1].output
+
+  # each traces itself, and the first alone writes metrics
+  traces = (two / "profile").rglob("*.xplane.pb")
+  assert {x.name[:8] for x in traces} == {"process0", "process1"}
+  assert len(list((two / "tensorboard").iterdir())) == 1
+  assert [x["step"] for x in lines(two) if "loss" in x] == [*range(1, step + 1)]
 
   first, second = launcher.run_several(two, slurm=True)
   assert (first.code, second.code) == (0, 0), first.output

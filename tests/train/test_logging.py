@@ -86,8 +86,9 @@ def test_no_terminal_no_bar_but_lines(capsys):
   ]
 
 
-def test_other_processes_are_silent(tmp_path, capsys):
-  write(tmp_path, [1], primary=False)
+def test_other_processes_are_silent(tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)  # is not asked for
+  write(tmp_path, [1], primary=False, wandb="project")
   with ProgressBar(steps=10, primary=False) as bar:
     bar.log("hello")
   assert capsys.readouterr().err == ""

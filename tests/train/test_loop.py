@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.train.test_profile import traced
 from vera_jax import results
 from vera_jax.adapters.card import model_card
 from vera_jax.adapters.files import load_adapter
@@ -112,10 +113,16 @@ def test_the_speed_is_in_metrics_and_result(finished):
 def test_a_chain_goes_by_the_same_loop(tiny_config, quiet_model, tmp_path):
   """Without dropout, whose programs take longer to compile."""
   config = tiny_config(
-    method="dvora+ia3", model__name=str(quiet_model), optim__epochs=1
+    method="dvora+ia3",
+    model__name=str(quiet_model),
+    optim__epochs=1,
+    log__profile="4:6",
   )
   folder = tmp_path / "run"
-  check_result(config, folder, train_and_evaluate(config, folder))
+  result = train_and_evaluate(config, folder)
+  check_result(config, folder, result)
+  assert traced(folder, "4-6") == [4, 5, 6]
+  assert result["speed"]["seconds"]["profiling"] > 0
   saved = load_adapter(folder / "adapter")
   assert saved.about["settings"] == json.loads(
     json.dumps(settings_in(config, config.method))

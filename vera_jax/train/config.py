@@ -22,6 +22,7 @@ from vera_jax.models.part import REMATS
 from vera_jax.operations.quantised import NONE, check_quantise
 from vera_jax.pretrained.blueprint import choose_scan
 from vera_jax.train.optim import SCHEDULES
+from vera_jax.train.profile import steps_in
 
 # What every config has, and the type of a value that is set.
 NEEDED: dict[str, type] = {
@@ -164,6 +165,7 @@ def check_settings(config: ConfigDict) -> None:
   for check in (
     lambda: choose_scan(config.model.scan, layers=1, platform="cpu"),
     lambda: check_quantise(config.model.get("quantise", NONE)),
+    lambda: steps_in(config.log.get("profile", "")),
     check_method,
   ):
     try:

@@ -122,7 +122,7 @@ class Ensemble:
     self, first_step: int, live: Sequence[Run], slots: Sequence[Run]
   ) -> None:
     self.first_step, self.live, self.slots = first_step, list(live), slots
-    self.setup = live[0].setup
+    self.setup, self.folder = live[0].setup, live[0].folder
     self.size = len(slots)
     self.seeds = [run.config.seed for run in slots]
     self.titles = [run.title for run in live]

@@ -24,6 +24,7 @@ from vera_jax.train.preemption import (
   watch,
 )
 from vera_jax.train.prepared_step import PreparedStep
+from vera_jax.train.profile import Profile
 from vera_jax.train.run import Run
 from vera_jax.train.runtime import prepare
 from vera_jax.train.setup import Setup, build_setup, introduction
@@ -98,12 +99,15 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
     Interrupted: after Ctrl-C or SIGTERM, once the run is saved.
   """
   first = done = run.first_step
+  traced = setup.config.log.get("profile") or ""
+  profile = Profile(traced, run.folder, setup.steps)
   state = run.start()
   clock = Clock(began)
   with (
     ProgressBar(steps=setup.steps, step=first, primary=is_first()) as bar,
     run.recording(bar.log, clock),
     watch() as flag,
+    profile,
   ):
     stop = Stop(flag, setup.mesh)
     step = PreparedStep(setup, run, state, clock, stop)
@@ -146,7 +150,8 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
         runs = any(not metrics["loss"].is_ready() for _, metrics in unread)
         clock.took("start" if number == first else "steps" if runs else "data")
         stop.check()
-        state, metrics = step(state, microbatches)
+        with profile.step(number + 1):
+          state, metrics = step(state, microbatches)
         read_metrics()  # the step before, while this one runs
         done = number + 1
         unread.append((done, metrics))
@@ -155,6 +160,10 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
           seconds = time.monotonic() - began
           bar.log(f"first step done {seconds:.1f} s after the start")
         clock.took("compiling" if number == first else "steps")
+        if profile.is_last(done):
+          read_metrics()
+          profile.stop()
+          clock.took("profiling")
         if done % setup.steps_between_evaluations == 0:
           end_epoch()
       stop.check(now=True)  # what comes now may take long

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jax import Array
@@ -32,6 +33,10 @@ class Trainable(Protocol):
   every array of a state, of the metrics, of `key` and of `rates` has a leading
   axis, one entry per run.
   """
+
+  @property
+  def folder(self) -> Path:
+    """Where a trace of the program is written: in the first run's folder."""
 
   @property
   def size(self) -> int | None:
