@@ -18,6 +18,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded by a test
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+import gc
 import importlib
 import json
 import shutil
@@ -32,11 +33,15 @@ from absl import flags
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-import tests.typecheck  # noqa: F401 - the hook below finds it by its name
 from tests.store import bucket, store  # noqa: F401 - fixtures
+from tests.typecheck import check_shapes
 
+jaxtyping.jaxtyped = check_shapes  # which the hook puts on all functions
 jaxtyping.install_import_hook("vera_jax", "tests.typecheck.checked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes millions of objects and few cycles, and to look for these as
+# often as Python does takes a tenth of all time.
+gc.set_threshold(50_000, 20, 20)
 # What one process compiles, all others use: pytest's workers, and those that
 # tests start. With a size limit JAX locks the folder: no half file is read.
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -52,6 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """Files with few long tests go first, so that all workers end together."""
   long = ("faults", "tours", "train", "experiments", "benchmarks")
   items.sort(key=lambda item: item.path.parent.name not in long)
+
+
+def pytest_collection_finish() -> None:
+  """What was imported stays, and isn't looked at for cycles again."""
+  gc.collect()
+  gc.freeze()
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
