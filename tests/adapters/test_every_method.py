@@ -75,9 +75,16 @@ VARIANTS = {  # of others that are quick
   *("vera, d alone", "lora_fa", "vera and bitfit"),
   "dvora and ia3, each on its own",
 }
-each_method = pytest.mark.parametrize(
-  "name",
-  [pytest.param(x, marks=SLOW) if x in VARIANTS else x for x in METHODS],
+# How layers are laid out and what a method computes are apart, but for methods
+# that treat layers in a way of their own.
+LOOPED = (
+  *("vera", "vera, a pair per layer", "randlora", "unilora", "lora_xs", "ia3"),
+  *("dora", "dvora and ia3, each on its own", "full", "random numbers"),
+  *("matrices from W0", "columns", "int8"),
+)
+REMAT = (
+  *("vera", "pvera", "unilora", "dora", "dvora and ia3, each on its own"),
+  *("random numbers", "int8"),
 )
 each_layout = pytest.mark.parametrize(
   "layout",
@@ -160,8 +167,17 @@ def plain(model, params, x):
   return module.apply({"params": params}, x)
 
 
-@each_layout
-@each_method
+@pytest.mark.parametrize(
+  "name, layout",
+  [
+    *(
+      pytest.param(name, "scanned", marks=[SLOW] if name in VARIANTS else [])
+      for name in METHODS
+    ),
+    *(pytest.param(name, "looped", marks=SLOW) for name in LOOPED),
+    *(pytest.param(name, "remat", marks=SLOW) for name in REMAT),
+  ],
+)
 def test_adapted_is_the_base_first_and_later_the_merged_network(
   name, layout, base, x
 ):
@@ -227,7 +243,7 @@ def test_adapted_is_the_base_first_and_later_the_merged_network(
 
 
 @pytest.mark.slow
-@each_method
+@pytest.mark.parametrize("name", METHODS)
 def test_a_batch_of_adapters_equals_each_alone(name, base, x):
   """vmap over the trained leaves, as an ensemble and a bank do it.
 
