@@ -57,36 +57,29 @@ OPTIONAL = {"tpu-vm": ("spot",), "xpk": ("spot", "image"), "slurm": ()}
 
 flags.DEFINE_enum("to", None, list(NEEDED), "Where the command is to run.")
 flags.DEFINE_enum("command", None, COMMANDS, "It is experiments.COMMAND.")
-flags.DEFINE_string(
-  "topology",
-  None,
-  "TPUs and their arrangement, v5e:2x4 (8 chips), v5e:4x4 (16), ...; for SLURM"
-  " gpu:2x8, two nodes with eight GPUs each, or their name, h100:2x8.",
-)
-flags.DEFINE_string(
-  "bucket", None, "gs://BUCKET[/FOLDER], for runs, logs and the code."
-)
-flags.DEFINE_string(
-  "workdir", None, "The command's. Unset: BUCKET/runs/NAME; SLURM needs one."
-)
-flags.DEFINE_string("name", None, "Of slice or job. Unset: the config's.")
-flags.DEFINE_string("project", None, "Google Cloud's project.")
-flags.DEFINE_string("zone", None, "Where the TPUs are: us-west4-a, ...")
-flags.DEFINE_string("cluster", None, "The cluster on GKE, for xpk.")
-flags.DEFINE_string(
-  "image",
-  None,
-  "For xpk, a container with this checkout and what it needs. Unset:"
-  " python:3.12, to which xpk adds the checkout; the rest is installed at each"
-  " start.",
-)
-flags.DEFINE_string(
-  "env_file", None, "Lines NAME=VALUE for the command: HF_TOKEN, WANDB_API_KEY."
-)
 flags.DEFINE_bool(
   "spot", True, "Cheaper TPUs, which may be taken away; --nospot: on demand."
 )
-flags.DEFINE_string("out", None, "A folder for the script. Unset: print it.")
+for _flag, _text in {
+  "topology": "TPUs and their arrangement, v5e:2x4 (8 chips), v5e:4x4 (16); for"
+  " SLURM gpu:2x8, two nodes with eight GPUs each, or their name, h100:2x8.",
+  "bucket": "gs://BUCKET[/FOLDER], for runs, logs and the code.",
+  "workdir": "The command's. Unset: BUCKET/runs/NAME; SLURM needs one.",
+  "name": "Of slice or job. Unset: the config's.",
+  "project": "Google Cloud's project.",
+  "zone": "Where the TPUs are: us-west4-a, ...",
+  "cluster": "The cluster on GKE, for xpk.",
+  "image": "For xpk, a container with this checkout and what it needs. Unset:"
+  " python:3.12, to which xpk adds the checkout; the rest is installed at each"
+  " start.",
+  "env_file": "Lines NAME=VALUE for the command: HF_TOKEN, WANDB_API_KEY.",
+  "out": "A folder for the script. Unset: print it.",
+}.items():
+  flags.DEFINE_string(_flag, None, _text)
+
+
+# Fields of a job as the flags give them.
+GIVEN = "topology", "spot", "project", "zone", "cluster", "image"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +165,13 @@ def described(passed: Sequence[str]) -> Job:
     if values[flag].present and flag not in NEEDED[to] + OPTIONAL[to]:
       raise UserError(f"--{flag} means nothing to {to}: leave it out.")
   accelerator, hosts, runtime = machines(values.topology, to)
+  if values.command == "sweep" and to != "slurm" and hosts > 1:
+    raise UserError(
+      f"--topology={values.topology}: a sweep trains on one machine, and these"
+      f" are {hosts}. Start it on several slices of one machine each, with a"
+      " --name of its own and the same --workdir; one ensemble (--command=glue"
+      " --seeds=0,1,2,...) trains on all chips of a slice."
+    )
   name = values.name or default_name(passed)
   if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
     raise UserError(
@@ -203,20 +203,16 @@ def described(passed: Sequence[str]) -> Job:
   done = subprocess.run(check, cwd=CHECKOUT, capture_output=True, text=True)
   if done.returncode:
     raise UserError(f"experiments.{values.command}: {done.stderr.strip()}")
+  given = {flag: values[flag].value or "" for flag in GIVEN}
   return Job(
     name=name,
     words=words,
-    topology=values.topology,
     accelerator=accelerator,
     hosts=hosts,
     runtime=runtime,
-    env_file=checked_env_file(values.env_file, to),
-    spot=values.spot,
     bucket=bucket,
-    project=values.project or "",
-    zone=values.zone or "",
-    cluster=values.cluster or "",
-    image=values.image or "",
+    env_file=checked_env_file(values.env_file, to),
+    **given,
   )
 
 
@@ -271,13 +267,12 @@ def checked_env_file(name: str | None, to: str) -> str:
   path = Path(name).expanduser().absolute()
   if not path.is_file():
     raise UserError(f"--env_file: there is no file {path}.")
+  value, besides = ".*", ""
+  if to == "xpk":  # it puts a value between quotes, and escapes nothing
+    value, besides = r'[^"\\]*', ', for xpk without " and \\'
   for number, line in enumerate(path.read_text().splitlines(), 1):
-    if not re.match(r"[A-Za-z_]\w*=|\s*(#|$)", line):
-      raise UserError(f"{path}, line {number}: a line is NAME=VALUE.")
-    if to == "xpk" and re.search(r'["\\]', line):
-      raise UserError(
-        f"{path}, line {number}: xpk can't pass on the characters \" and \\."
-      )
+    if not re.fullmatch(rf"[A-Za-z_]\w*={value}|\s*(#.*)?", line):
+      raise UserError(f"{path}, line {number}: give NAME=VALUE{besides}.")
   return str(path)
 
 

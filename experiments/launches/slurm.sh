@@ -23,9 +23,8 @@ set -uo pipefail
 cd "$CHECKOUT" || exit
 
 if [ -n "$ENV_FILE" ]; then
-  while IFS= read -r line || [ -n "$line" ]; do
-    [[ $line != [A-Za-z_]* ]] || export "${line?}"
-  done <"$ENV_FILE"
+  mapfile -t variables < <(grep '^[A-Za-z_]' "$ENV_FILE")
+  export "${variables[@]?}"
 fi
 # One process has all GPUs of its node; jax would give it one.
 JAX_LOCAL_DEVICE_IDS=$(seq --separator=, 0 $((${ACCELERATOR##*:} - 1)))

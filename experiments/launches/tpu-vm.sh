@@ -17,7 +17,7 @@ set -uo pipefail
 @VARIABLES@
 FILES=$BUCKET/launches/$NAME # the code that is sent, logs, exit codes
 POLL=${POLL:-30}             # seconds between two looks
-PATIENCE=${PATIENCE:-300}    # seconds from the first host's end to the last's
+GRACE=${GRACE:-60}           # seconds from the first host's end to the last's
 
 say() { echo "$(date -u +%H:%M:%S) $*" >&2; }
 tpus() { gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet; }
@@ -56,12 +56,9 @@ get_slice() { # waits until it is there
     ACTIVE) return 0 ;;
     "")
       say "asking for $ACCELERATOR"
-      if ! tpus queued-resources create "$NAME" --node-id="$NAME" --async \
+      tpus queued-resources create "$NAME" --node-id="$NAME" --async \
         --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" \
-        ${SPOT:+--spot}; then
-        sleep "$POLL"
-        [ -n "$(state)" ] || return 1
-      fi
+        ${SPOT:+--spot} || return 1
       ;;
     SUSPENDING | SUSPENDED) delete ;; # preempted, and never given back
     FAILED)
@@ -89,36 +86,21 @@ start() { # one attempt, on all hosts
 }
 
 wait_for_end() { # prints the exit code of all hosts together
-  local codes code first=
-  while true; do
+  local code codes
+  while [ "$(state)" = ACTIVE ]; do
     sleep "$POLL"
-    if [ "$(state)" != ACTIVE ]; then
-      say "the slice is gone"
-      echo "$AGAIN"
-      return
-    fi
-    codes=$(gcloud storage cat "$attempt/exit-*" 2>/dev/null) || continue
-    first=${first:-$SECONDS}
-    [ "$(wc -w <<<"$codes")" -lt "$HOSTS" ] || break
-    if ((SECONDS - first > PATIENCE)); then
-      say "a host has not ended: counted as lost"
-      codes+=" $AGAIN"
-      break
-    fi
+    gcloud storage ls "$attempt/exit-*" >/dev/null 2>&1 || continue
+    # a lost host's neighbours end with an error, and within a minute a slice
+    # that was taken away is no longer active
+    sleep "$GRACE"
+    [ "$(state)" = ACTIVE ] || break
+    codes=$(gcloud storage cat "$attempt/exit-*")
+    code=$(grep -vxE "0|$AGAIN" <<<"$codes" || sort -rn <<<"$codes")
+    echo "${code%%$'\n'*}" # an error before 75, 75 before 0
+    return
   done
-  code=0
-  for each in $codes; do
-    case $each in
-    0) ;;
-    "$AGAIN") [ "$code" != 0 ] || code=$AGAIN ;;
-    *) code=$each ;;
-    esac
-  done
-  if [ "$code" != 0 ] && [ "$code" != "$AGAIN" ]; then
-    sleep "$POLL" # was it an error, or that its neighbours are gone?
-    [ "$(state)" = ACTIVE ] || code=$AGAIN
-  fi
-  echo "$code"
+  say "the slice is gone"
+  echo "$AGAIN"
 }
 
 run() {
@@ -145,7 +127,6 @@ run() {
 }
 
 watch() {
-  local log
   echo "$NAME: $(state)"
   for log in $(gcloud storage ls "$FILES/*/log-*" | tail -n "$HOSTS"); do
     echo "== $log"

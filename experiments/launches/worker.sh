@@ -29,12 +29,11 @@ start() {
 }
 
 train() {
-  local log=$HOME/vera_jax.log code line uploads
+  local log=$HOME/vera_jax.log code uploads variables
   trap : TERM # the command gets it too, and this shell waits for its end
   if [ -e "$HOME/vera_jax.env" ]; then
-    while IFS= read -r line || [ -n "$line" ]; do
-      [[ $line != [A-Za-z_]* ]] || export "${line?}"
-    done <"$HOME/vera_jax.env"
+    mapfile -t variables < <(grep '^[A-Za-z_]' "$HOME/vera_jax.env")
+    export "${variables[@]?}"
   fi
   while sleep 60; do
     gcloud storage cp "$log" "$attempt/log-$(hostname)"

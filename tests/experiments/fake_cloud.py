@@ -3,7 +3,8 @@
 Programs of these names in $CLOUD/bin call this one. What there is lies there:
 `bucket/` for gs://, `slice` with the state of the queued resource, `homes/N`
 for the hosts, `calls` with a line per call. `plan` has the exit code of each
-attempt to come, or "preempt": then the slice is taken away while it runs.
+attempt to come, or "preempt": then the slice is taken away while it runs, or
+"1preempt": just after it has ended with 1.
 """
 
 import fcntl
@@ -22,6 +23,7 @@ SLICE, PLAN, HOMES = CLOUD / "slice", CLOUD / "plan", CLOUD / "homes"
 COMMAND = """#!/usr/bin/env bash
 echo "$@" >>"$CLOUD/commands"
 code=$(cat "$HOME/code")
+[ "$code" != 1preempt ] || exit 1
 echo "trains, SECRET=${SECRET:-}"
 if [ "$code" = preempt ]; then
   trap 'echo saved; exit 75' TERM
@@ -64,13 +66,14 @@ def queued_resources(verb: str, words: list[str]) -> int:
     for number in range(int(os.environ["HOSTS"])):
       (HOMES / str(number)).mkdir(parents=True)
   elif verb == "list":
-    print(state, end="")
-    started = list(HOMES.glob("*/code"))
-    if state == "PROVISIONING":
-      SLICE.write_text("ACTIVE")
-    elif started and all(f.read_text() == "preempt" for f in started):
+    codes = {file.read_text() for file in HOMES.glob("*/code")}
+    ended = list((CLOUD / "bucket").glob("**/exit-*"))
+    if codes == {"preempt"} or codes == {"1preempt"} and ended:
       stop_all()
-      SLICE.write_text("SUSPENDED")
+      state = "SUSPENDED"
+    print(state, end="")
+    if state:
+      SLICE.write_text("ACTIVE" if state == "PROVISIONING" else state)
   elif verb == "delete":
     stop_all()
     shutil.rmtree(HOMES)

@@ -112,6 +112,7 @@ def cloud(tmp_path):
         "CLOUD": str(root),
         "HOSTS": str(hosts),
         "POLL": "0.05",
+        "GRACE": "0.05",
         **environment,
       },
       capture_output=True,
@@ -166,13 +167,10 @@ def test_a_slice_that_is_taken_away_is_asked_for_again(cloud, scripts):
   assert not [c for c in calls if "gcloud storage" in c and "secrets" in c]
 
 
-def test_an_error_beside_a_preemption_is_a_preemption(cloud, scripts, tmp_path):
+def test_an_error_beside_a_preemption_is_a_preemption(cloud, scripts):
   """Hosts whose neighbour is gone end with an error before the slice does."""
-  text = scripts["tpu-vm", "v5e:2x4"].read_text()
-  waits = next(line for line in text.splitlines() if "was it an error" in line)
-  file = tmp_path / "script.sh"
-  file.write_text(text.replace(waits, 'echo -n SUSPENDED >"$CLOUD/slice"'))
-  done, calls = cloud(file, plan="1 0")
+  file = scripts["tpu-vm", "v5e:2x4"]
+  done, calls = cloud(file, plan="1preempt 0")
   assert done.returncode == 0, done.stderr
   assert count(calls, "queued-resources create") == 2
 
@@ -308,6 +306,7 @@ MISTAKES = [
   ([*TPU_VM, V5E_8, "--cluster=c1"], "--cluster means nothing to tpu-vm"),
   ([*SLURM, "--spot"], "--spot means nothing to slurm"),
   ([*SLURM, V5E_8], "for SLURM give gpu:NODESxGPUS"),
+  ([*TPU_VM, "--topology=v5e:4x4", "--command=sweep"], "on one machine"),
   ([*TPU_VM, V5E_8, "--name=My_Run"], "small letters, digits and -"),
   ([*TPU_VM, V5E_8, "--name=" + "a" * 41], "at most 40"),
   ([*TPU_VM, V5E_8, "--workdir=runs/rte"], "not in gs://b1/x"),
