@@ -31,6 +31,7 @@ from rich.table import Column, Table
 
 from experiments import cli
 from vera_jax.errors import UserError
+from vera_jax.places import local_place
 from vera_jax.terminal import Console
 
 MODEL = cli.define_model("A whole decoder: a folder, a .gguf file or a hub id.")
@@ -65,7 +66,7 @@ def main() -> None:
     )
   if bool(QUESTIONS.value) != bool(OUT.value):
     raise UserError("--questions and --out belong together: name both files.")
-  out = Path(OUT.value or "").expanduser()
+  out = local_place(OUT.value or "", "--out")
   if out.is_file() and out.stat().st_size:
     raise UserError(
       f"{out} has answers, which are not replaced: name another file for --out,"

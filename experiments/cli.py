@@ -25,7 +25,7 @@ from vera_jax.adapters.method import IN_CONFIG
 from vera_jax.adapters.methods import METHODS
 from vera_jax.errors import UserError
 from vera_jax.files import DATA, open_file
-from vera_jax.places import place
+from vera_jax.places import local_copy, place
 from vera_jax.terminal import LINES, Console, printable
 from vera_jax.train import distributed
 from vera_jax.train.config import check_key, check_settings, without_effect
@@ -427,7 +427,7 @@ def opened(name: str) -> Iterator[Iterable[bytes]]:
   bar = Progress(
     console=Console(stderr=True), disable=not shown, redirect_stdout=False
   )
-  path = Path(name).expanduser()
+  path = local_copy(name)
   with open_file(path, inside=None, limit=DATA) as file, bar:
     size = os.fstat(file.fileno()).st_size
     title = escape(printable(path.name))

@@ -19,12 +19,12 @@ SLURM's are found without flags. Without network, name local folders:
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from experiments import cli
 from vera_jax.errors import UserError
+from vera_jax.places import place
 from vera_jax.train import distributed
 
 CONFIG = cli.define_config()
@@ -72,7 +72,7 @@ def main() -> None:
 
   configs = cli.with_seeds(config, seeds)
   workdirs = [
-    Path(WORKDIR.value) / f"seed{config.seed}"
+    place(WORKDIR.value) / f"seed{config.seed}"
     if WORKDIR.value
     else cli.default_workdir(config)
     for config in configs

@@ -14,13 +14,13 @@ their combinations don't.
 """
 
 import random
-from pathlib import Path
 
 from absl import flags
 
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.files import write_text
+from vera_jax.places import local_place
 
 OUT = flags.DEFINE_string(
   "out", "experiments/e2e_rows", "folder for the three files"
@@ -118,7 +118,7 @@ def make_splits(seed: int) -> dict[str, list[tuple[str, str]]]:
 
 def main() -> None:
   """Writes train.txt, valid.txt and test.txt."""
-  folder = Path(OUT.value)
+  folder = local_place(OUT.value, "--out")
   try:
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in make_splits(SEED.value).items():

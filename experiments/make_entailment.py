@@ -43,6 +43,7 @@ from absl import flags
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.files import write_text
+from vera_jax.places import local_place
 
 OUT = flags.DEFINE_string(
   "out", "experiments/entailment", "folder for the three files"
@@ -240,7 +241,7 @@ def write_split(path: Path, pairs: list[Pair], *, labelled: bool) -> None:
 
 def main() -> None:
   """Writes train.tsv, dev.tsv and test.tsv."""
-  folder = Path(OUT.value)
+  folder = local_place(OUT.value, "--out")
   try:
     folder.mkdir(parents=True, exist_ok=True)
     for split, pairs in make_splits(SEED.value).items():

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from experiments import cli
 from vera_jax.errors import UserError
+from vera_jax.places import is_remote, place
 from vera_jax.terminal import Console
 
 MODEL = cli.define_model(
@@ -51,7 +52,7 @@ def main() -> None:
   if not OUT.value:
     raise UserError("Say what to merge, and where to: --adapter=DIR --out=DIR")
   if FORMAT.value != "safetensors":
-    write_as_gguf(Path(OUT.value).expanduser())
+    write_as_gguf(place(OUT.value))
     return
   if MODEL.model.value:
     raise UserError("--model is for --format=gguf-f16 or gguf-q8_0.")
@@ -78,8 +79,9 @@ def write_as_gguf(out: Path) -> None:
   else:
     model = MODEL.load()
     export_gguf.check_model(model.folder)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent) as temporary:
+    beside = None if is_remote(out) else out.parent
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside) as temporary:
       merged = Path(temporary) / "merged"
       show(write_merged(model, merged))  # in float32, checked on probe texts
       formats = export_gguf.write_gguf_of(merged, out, kind=kind)

@@ -9,12 +9,11 @@ PVeRA's mean, Uni-LoRA and, with use_dora, DVoRA. --base names the base where
 the adapter's own name for it is not found.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from experiments import cli
 from vera_jax.errors import UserError
+from vera_jax.places import local_copy, place
 
 ADAPTER = flags.DEFINE_string("adapter", None, "The folder to read.")
 OUT = flags.DEFINE_string("out", None, "The folder to write.")
@@ -45,7 +44,7 @@ def main(words: list[str]) -> None:
     raise UserError("Say import or export; --help shows how.")
   if not ADAPTER.value or not OUT.value:
     raise UserError("--adapter and --out are needed.")
-  folder, out = Path(ADAPTER.value), Path(OUT.value)
+  folder, out = local_copy(ADAPTER.value), place(OUT.value)
   if words == ["export"]:
     for warning in export_adapter(
       folder, out, method=AS.value, base=BASE.value
@@ -70,7 +69,7 @@ def main(words: list[str]) -> None:
         f"; projections: {settings['init']}, {settings['projection_seed']}"
       )
     print(text)
-  print(out)
+  print(OUT.value)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ Below each image stand the runs' answers, right ones green and wrong ones red.
 The runs are folders of experiments.images that were scored on the same images.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from experiments import cli
 from vera_jax.errors import UserError
+from vera_jax.places import place, staged
 
 OUT = flags.DEFINE_string("out", None, "The figure's file: .png, .svg or .pdf.")
 COUNT = flags.DEFINE_integer("count", 24, "Images.", 1)
@@ -23,10 +22,11 @@ def main(folders: list[str]) -> None:
     raise UserError("Name the runs' folders, and --out=FILE.")
   from vera_jax.report.pictures import picture_grid  # after the flags' errors
 
-  places = [Path(folder).expanduser() for folder in folders]
-  figure = picture_grid(places, count=COUNT.value, seed=SEED.value)
+  runs = [place(folder) for folder in folders]
+  figure = picture_grid(runs, count=COUNT.value, seed=SEED.value)
   try:
-    figure.savefig(OUT.value, bbox_inches="tight")
+    with staged(place(OUT.value)) as file:
+      figure.savefig(file, bbox_inches="tight")
   except (OSError, ValueError) as error:
     raise UserError(f"{OUT.value} can't be written: {error}.") from error
   print(OUT.value)

@@ -23,6 +23,7 @@ from experiments.plans import report
 from experiments.plans.chips import describe_pod, use_no_accelerator
 from experiments.plans.figures import plan
 from vera_jax.files import read_json, write_json
+from vera_jax.places import place
 from vera_jax.terminal import Console
 from vera_jax.train.config import check_settings
 
@@ -52,7 +53,7 @@ def main() -> None:
   use_no_accelerator()
   pod = describe_pod(TOPOLOGY.value)
   name = f"{Path(config.model.name).name}-{pod.name.replace(':', '-')}"
-  path = Path(OUT.value) / f"{name}.json"
+  path = place(OUT.value) / f"{name}.json"
   methods: dict[str, Any] = {}
   for method in METHODS.value:
     chosen = config.copy_and_resolve_references()

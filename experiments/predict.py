@@ -44,6 +44,7 @@ from vera_jax.data.tables import (
   read_rows,
 )
 from vera_jax.errors import UserError
+from vera_jax.places import local_copy
 from vera_jax.terminal import json_line, printable
 
 PLAIN = ("", ".txt")  # endings of what is read as TSV; "" for - as well
@@ -70,7 +71,7 @@ def main() -> None:
   MODEL.named()  # one of them is
   if not INPUT.value:
     raise UserError("Say what to answer: --input=FILE.")
-  source = Path(INPUT.value).expanduser()
+  source = local_copy(INPUT.value)
   if source.is_dir() or source.suffix.lower() in IMAGE_SUFFIXES:
     predict_images(source)
     return
@@ -98,8 +99,7 @@ def main() -> None:
     if classifier.kind == TAGS:
       names = ["tags", "scores"]
     if file_format == "parquet":
-      path = Path(INPUT.value).expanduser()
-      lines = read_texts(parquet_rows(path), columns=columns, check=check)
+      lines = read_texts(parquet_rows(source), columns=columns, check=check)
     elif file_format in ("csv", "json") or own_columns(classifier):
       rows = read_rows(file, format=file_format)
       lines = read_texts(rows, columns=columns, check=check)

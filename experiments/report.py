@@ -30,6 +30,7 @@ from absl import flags
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.files import write_text
+from vera_jax.places import place, staged
 from vera_jax.report import plots, tables
 from vera_jax.report.frame import Sweep, load_sweep
 from vera_jax.report.outputs import side_by_side
@@ -51,7 +52,8 @@ def main(folders: list[str]) -> None:
   show(sweep, FORMAT.value)
   if out:
     try:
-      write(sweep, Path(out))
+      with staged(place(out)) as folder:
+        write(sweep, folder)
     except OSError as error:
       raise UserError(
         f"--out={out} can't be written: {error.strerror}."

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 from safetensors import SafetensorError
 
 from vera_jax.errors import UserError
+from vera_jax.places import is_remote, place, staged, store
 
 # The most bytes of a file by its kind. In memory JSON takes up to thirty times
 # as many.
@@ -55,13 +57,15 @@ def open_file(
     inside: the folder that it belongs to: behind all links it must lie below
       that one, or in the hub's cache among the blobs that the folder's files
       are links to. None for a file that a person has named, which may be a
-      link to anywhere.
+      link to anywhere. An object of a store is not asked where it lies.
     limit: the most bytes that it may have, such as `JSON`.
 
   Raises:
     UserError: it is missing, unreadable, no regular file, elsewhere, or too
       large.
   """
+  if is_remote(file):
+    return _open_object(str(file), limit)
   try:
     real = Path(os.path.realpath(file, strict=True))
     if inside is not None and not any(
@@ -85,15 +89,36 @@ def open_file(
   status = os.fstat(descriptor)
   try:
     _check_kind(file, status.st_mode)
-    if status.st_size > limit:
-      raise UserError(
-        f"{file} is not used: it has {status.st_size:,} bytes, and at most"
-        f" {limit:,} are read of such a file."
-      )
+    _check_size(file, status.st_size, limit)
   except UserError:
     opened.close()
     raise
   return opened
+
+
+def _check_size(file: str | Path, size: int, limit: int) -> None:
+  if size > limit:
+    raise UserError(
+      f"{file} is not used: it has {size:,} bytes, and at most {limit:,} are"
+      " read of such a file."
+    )
+
+
+def _open_object(name: str, limit: int) -> BufferedReader:
+  """A store's object as it is now, whole, in a local file that has no name."""
+  try:
+    info = store().info(name)
+    if info["type"] != "file":
+      raise UserError(f"{name} can't be read: it is a folder.")
+    _check_size(name, info["size"], limit)
+    with tempfile.NamedTemporaryFile() as copy:
+      store().get_file(name, copy.name)
+      return open(copy.name, "rb")
+  except FileNotFoundError as error:
+    raise UserError(f"There is no {name}.") from error
+  except OSError as error:
+    reason = error.strerror or error
+    raise UserError(f"{name} can't be read: {reason}.") from error
 
 
 def _places(folder: Path) -> list[Path]:
@@ -283,6 +308,10 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
   Readers never see half of it, not even when the machine goes down. Where
   several processes write the same file, the last one's is kept.
   """
+  if is_remote(path):
+    with staged(path) as file:
+      write_file(file, write)
+    return
   new = path.with_name(f".{path.name}-{uuid.uuid4().hex}.new")
   try:
     with new.open("xb") as file:
@@ -303,7 +332,8 @@ T = TypeVar("T")
 def make_folder(folder: Path, fill: Callable[[Path], T]) -> T:
   """Let `fill` write into a folder that appears whole or not at all.
 
-  Where several processes make the same folder, the first one's is kept.
+  Where several processes make the same folder, the first one's is kept. In a
+  store it appears object by object, JSON last.
 
   Returns:
     What `fill` returns.
@@ -311,6 +341,9 @@ def make_folder(folder: Path, fill: Callable[[Path], T]) -> T:
   Raises:
     UserError: it can't be written.
   """
+  if is_remote(folder):
+    with staged(folder) as local:
+      return make_folder(local, fill)
   new = folder.absolute().with_name(f".{uuid.uuid4().hex}.new")
   try:
     new.mkdir(parents=True)
@@ -355,10 +388,10 @@ def check_free(folder: str | Path) -> Path:
   Raises:
     UserError: it is a file, or is not empty.
   """
-  folder = Path(folder).expanduser()
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+  path = place(folder)
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise UserError(f"{folder} is there already; choose another --out.")
-  return folder
+  return path
 
 
 def sha256_of(file: Path) -> str:

@@ -12,16 +12,24 @@ be appended to, and a folder is there while an object has its name in front.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
+import threading
+import time
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 from vera_jax.errors import UserError
 
+log = logging.getLogger(__name__)
+
 STORE = "gs://"
+OFTEN = 5.0  # seconds between copies of a file that grows
 CACHE = "~/.cache/vera_jax/objects"
 # gs:/ as well: pathlib makes that of gs://, and a folder named gs: of that
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -129,11 +137,17 @@ def _check_bucket(bucket: str) -> None:
     ) from error
 
 
-def local_copy(name: str | Path) -> Path:
+def local_copy(
+  name: str | Path, *, names: Container[str] | None = None
+) -> Path:
   """A file or folder that is only read, as a local one.
 
   One in a store is copied into the cache, once for each state it is in: what is
   there is asked for each time, by name, size and generation.
+
+  Args:
+    name: a local path, which may begin with ~, or gs://BUCKET/NAME.
+    names: of a folder in a store, the names of the files to copy; None for all.
 
   Returns:
     A local path; of a local name only the ~ is replaced.
@@ -144,19 +158,20 @@ def local_copy(name: str | Path) -> Path:
   if not is_remote(name) and not _SCHEME.match(str(name)):
     return Path(name).expanduser()
   source = str(place(name))
-  state = _listing(source)
+  state = _listing(source, names)
   if not state:
     raise UserError(f"There is no {source}, neither an object nor a folder.")
   digest = hashlib.sha256(json.dumps([source, state]).encode()).hexdigest()
   folder = Path(CACHE).expanduser() / digest[:20]
-  copy = folder / source.rpartition("/")[2]
+  # a data set may be called like its folder
+  copy = folder.joinpath(*source.removeprefix(STORE).split("/")[-2:])
   if folder.is_dir():
     return copy
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as new:
       for key, size, _ in state:
-        file = Path(new, "copy", copy.name + key)
+        file = Path(new, f"copy/{copy.relative_to(folder)}{key}")
         file.parent.mkdir(parents=True, exist_ok=True)
         store().get_file(source + key, str(file))
         if file.stat().st_size != size:
@@ -164,7 +179,7 @@ def local_copy(name: str | Path) -> Path:
             f"{source}{key} was not copied whole: {file.stat().st_size:,} of"
             f" {size:,} bytes came. Give the same command again."
           )
-      if _listing(source) != state:
+      if _listing(source, names) != state:
         raise UserError(
           f"{source} changed while it was copied. Give the same command again"
           " once nothing writes there."
@@ -180,7 +195,9 @@ def local_copy(name: str | Path) -> Path:
   return copy
 
 
-def _listing(source: str) -> list[tuple[str, int, str]]:
+def _listing(
+  source: str, wanted: Container[str] | None
+) -> list[tuple[str, int, str]]:
   """(the rest of its name, bytes, generation) of each object, in order."""
   objects = store().find(source, detail=True)
   start = len(source.removeprefix(STORE))
@@ -191,7 +208,43 @@ def _listing(source: str) -> list[tuple[str, int, str]]:
   return [
     (name[start:], objects[name]["size"], objects[name]["generation"])
     for name in names
+    if wanted is None or name.rpartition("/")[2] in wanted
   ]
+
+
+def list_files(folder: Path) -> list[str]:
+  """The names of all files below a folder, and of links, in order."""
+  if is_remote(folder):
+    return [name.removeprefix("/") for name, *_ in _listing(str(folder), None)]
+  return sorted(
+    path.relative_to(folder).as_posix()
+    for path in folder.rglob("*")
+    if path.is_symlink() or not path.is_dir()
+  )
+
+
+def move_folder(folder: Path, target: Path) -> None:
+  """Rename a folder; in a store all objects are copied, and then removed."""
+  if is_remote(folder):
+    for name in list_files(folder):
+      store().cp_file(str(folder / name), str(target / name))
+    store().rm(str(folder), recursive=True)
+    return
+  target.parent.mkdir(exist_ok=True)
+  folder.rename(target)
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+  """Where a new file or folder is written: there, or, if that is in a store, in
+  a temporary folder of this machine, from which it is copied at the end."""
+  if not is_remote(path):
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    local = Path(folder, path.name)
+    yield local
+    upload(local, path)
 
 
 def upload(source: Path, target: Path) -> None:
@@ -204,3 +257,51 @@ def upload(source: Path, target: Path) -> None:
   for file in sorted(files, key=lambda path: (path.suffix == ".json", path)):
     name = file.relative_to(source).as_posix()
     store().put_file(str(file), f"{target}/{name}")
+
+
+class Mirror:
+  """A local folder for files that grow, which a store's objects can't.
+
+  Every few seconds those that have grown are written to the store again, from a
+  thread, and by `copy` at once.
+  """
+
+  def __init__(self, target: Path) -> None:
+    """Begin with an empty folder, `local`, for the files of `target`."""
+    self._target, self._folder = target, tempfile.TemporaryDirectory()
+    self.local = Path(self._folder.name)
+    self._copied: dict[Path, int] = {}
+    self._one_at_a_time, self._ended = threading.Lock(), threading.Event()
+    thread = threading.Thread(target=self._repeat, daemon=True, name="mirror")
+    thread.start()
+
+  def copy(self) -> None:
+    """Copy what has grown; errors of the store are raised."""
+    with self._one_at_a_time:
+      for file in self.local.rglob("[!.]*"):  # not what is half written
+        if file.is_symlink() or not file.is_file():
+          continue
+        size = file.stat().st_size
+        if self._copied.get(file) != size:
+          name = file.relative_to(self.local).as_posix()
+          upload(file, self._target / name)
+          self._copied[file] = size
+
+  def close(self) -> None:
+    """Copy the rest; nothing is copied afterwards."""
+    self._ended.set()
+    try:
+      self.copy()
+    finally:
+      self._folder.cleanup()
+
+  def _repeat(self) -> None:
+    pause = OFTEN
+    while not self._ended.wait(pause):
+      began = time.monotonic()
+      try:
+        self.copy()
+      except Exception as error:  # the next time, or the next save, tells
+        log.warning("%s can't be written now: %s", self._target, error)
+      # long files, or a slow store, take a tenth of the time at most
+      pause = max(OFTEN, 10 * (time.monotonic() - began))

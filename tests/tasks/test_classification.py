@@ -119,9 +119,9 @@ def test_a_second_dev_split_has_its_name_behind_the_metric(data):
 def test_answers_are_computed_first_and_written_on_demand(data, tmp_path):
   written = []
   asked = task(write_answers=lambda *given: written.append(given))
-  write = asked.write_answers(right, data, tmp_path)
+  write = asked.write_answers(right, data)
   assert not written
-  write()
+  write(tmp_path)
   ((folder, split, answers, index),) = written
   assert (folder, split) == (tmp_path, "test")
   np.testing.assert_array_equal(answers, data.tokens["test"].labels)

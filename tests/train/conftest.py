@@ -22,6 +22,7 @@ from vera_jax.adapters.labels import count, split
 from vera_jax.pretrained.blueprint import Blueprint, Model, blueprint
 from vera_jax.progress import ProgressBar
 from vera_jax.train.loop import train_and_evaluate
+from vera_jax.train.preemption import Interrupted
 from vera_jax.train.step import outputs_of
 
 
@@ -117,6 +118,24 @@ def stop_at(monkeypatch):
 
   yield arm
   monkeypatch.undo()
+
+
+@pytest.fixture(scope="session")
+def stopped(finished, tmp_path_factory):
+  """A run that SIGTERM stopped in its third epoch. Copy, don't touch."""
+  folder = tmp_path_factory.mktemp("stopped") / "run"
+  advance = ProgressBar.advance
+
+  def hooked(self, at, *, loss):
+    advance(self, at, loss=loss)
+    if at == 24:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(ProgressBar, "advance", hooked)
+    with pytest.raises(Interrupted):
+      train_and_evaluate(finished.config, folder)
+  return folder
 
 
 def _saved(folder: Path, step: int):

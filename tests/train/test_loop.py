@@ -2,9 +2,7 @@
 
 import inspect
 import json
-import os
 import shutil
-import signal
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +16,6 @@ from vera_jax.adapters.methods import settings_in
 from vera_jax.data.loader import PackedData
 from vera_jax.errors import UserError
 from vera_jax.pretrained.classifier import restore_adapter
-from vera_jax.progress import ProgressBar
 from vera_jax.serve.predictor import Predictor
 from vera_jax.tasks.glue import glue_task
 from vera_jax.tasks.glue_data import load_split
@@ -246,24 +243,6 @@ def flip_a_byte(save):
   data[len(data) // 2] ^= 1
   file.write_bytes(data)
   return file
-
-
-@pytest.fixture(scope="session")
-def stopped(finished, tmp_path_factory):
-  """A run that SIGTERM stopped in its third epoch. Copy, don't touch."""
-  folder = tmp_path_factory.mktemp("stopped") / "run"
-  advance = ProgressBar.advance
-
-  def hooked(self, at, *, loss):
-    advance(self, at, loss=loss)
-    if at == 24:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(ProgressBar, "advance", hooked)
-    with pytest.raises(Interrupted):
-      train_and_evaluate(finished.config, folder)
-  return folder
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ from vera_jax.files import (
 )
 from vera_jax.hub import snapshot
 from vera_jax.layer_names import layer_name
+from vera_jax.places import local_copy, place
 
 ABOUT, TENSORS = "adapter.json", "adapter.safetensors"
 BOTH = f"An adapter is the two files {ABOUT} and {TENSORS}."
@@ -198,7 +199,7 @@ def save_adapter(
   Raises:
     UserError: the folder can't be written, or `about` lacks a field.
   """
-  folder = Path(folder).expanduser()
+  folder = place(folder)
   check_needed(about, folder / ABOUT)
   data = save(stack_layers(tensors(trained)))
   checksum = hashlib.sha256(data).hexdigest()
@@ -263,7 +264,7 @@ def load_adapter(name: str | Path) -> SavedAdapter:
   Raises:
     UserError: a file that is missing, damaged or not of this adapter.
   """
-  folder = Path(name).expanduser()
+  folder = local_copy(name)
   if not folder.is_dir():
     hub_id = HUB_ID.fullmatch(str(name))
     if not hub_id:

@@ -26,6 +26,7 @@ from vera_jax.files import (
   read_bytes,
   read_lines,
 )
+from vera_jax.places import local_copy
 
 SUFFIXES = {
   ".csv": "csv",
@@ -98,7 +99,7 @@ def format_of(path: str | Path, *, inside: Path | None = None) -> str:
   Raises:
     UserError: in none that is known.
   """
-  path = Path(path).expanduser()
+  path = local_copy(path)
   format = SUFFIXES.get(path.suffix.lower())
   if format is None:
     raise UserError(
@@ -320,7 +321,7 @@ def file_rows(
   Raises:
     UserError: the file can't be read.
   """
-  path = Path(path).expanduser()
+  path = local_copy(path)
   format = format or format_of(path, inside=inside)
   if format == "parquet":
     yield from parquet_rows(path, inside=inside)
@@ -369,14 +370,16 @@ def read_table(path: str | Path, *, inside: Path | None = None) -> Table:
     name=str(path),
     columns={name: [row.values.get(name) for row in rows] for name in names},
     numbers=[row.number for row in rows],
-    classes=_parquet_classes(Path(path), inside) if format == "parquet" else {},
+    classes=_parquet_classes(local_copy(path), inside)
+    if format == "parquet"
+    else {},
     lines=format not in ("parquet", "json"),
   )
 
 
 def _parquet_classes(path: Path, inside: Path | None) -> dict[str, list[str]]:
   """Names of class ids, which `datasets` keeps in the file's metadata."""
-  with open_parquet(path.expanduser(), inside=inside) as file:
+  with open_parquet(path, inside=inside) as file:
     return class_names(stored_features(file, path))
 
 

@@ -7,6 +7,7 @@ from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.models.family import FAMILIES, family_of
 from vera_jax.models.tokenizer_files import check_tokenizer
+from vera_jax.places import local_copy
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -20,7 +21,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     UserError: the folder has no tokenizer, a damaged one, or one that is not
       fast, has no padding token, or none for words that it doesn't know.
   """
-  folder = Path(folder).expanduser()
+  folder = local_copy(folder)
 
   def has(*names: str) -> bool:
     return all((folder / name).is_file() for name in names)

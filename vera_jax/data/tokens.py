@@ -7,7 +7,6 @@ everything that decides its content, so a cached file is never out of date.
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +25,8 @@ from vera_jax.data.completions import Completions, encode_completions
 from vera_jax.data.examples import Examples, subset
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.files import DATA, JSON, parse_json, read_bytes
+from vera_jax.files import DATA, JSON, parse_json, read_bytes, write_file
+from vera_jax.places import local_copy, place
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class FolderTokenizer:
   """
 
   def __init__(self, folder: str | Path, cache_dir: Path) -> None:
-    self._folder, self._cache = Path(folder).expanduser(), cache_dir
+    self._folder, self._cache = local_copy(folder), cache_dir
 
   @cached_property
   def loaded(self) -> Any:
@@ -182,7 +182,7 @@ def load_tokens(
   Raises:
     UserError: as for `subset` and `tokenise`, and by `read_split`.
   """
-  cache = Path(data.cache_dir or "~/.cache/vera_jax/tokens").expanduser()
+  cache = place(data.cache_dir or "~/.cache/vera_jax/tokens")
   tokenizer = FolderTokenizer(folder, cache)
   tokens = {}
   for split in splits:
@@ -217,7 +217,7 @@ def tokenise(
   else:
     info = _info(tokenizer)
   fingerprint = _fingerprint(examples, info, max_length, completions)
-  path = cache_dir and Path(cache_dir) / f"{fingerprint}.tokens"
+  path = cache_dir and place(cache_dir) / f"{fingerprint}.tokens"
   arrays = _read_arrays(path) if path else None
   if arrays is None:
     tokenizer = getattr(tokenizer, "loaded", tokenizer)
@@ -423,16 +423,13 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def _write_cache(path: Path, content: bytes) -> None:
-  """Writes beside `path` and renames, so that nobody reads half a file.
+  """Writes the file whole, so that nobody reads half of it.
 
   A cache can be made again at any moment: if it can't be written, a warning is
   all that happens.
   """
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-      part = Path(folder) / path.name
-      part.write_bytes(content)
-      part.replace(path)
+    write_file(path, lambda file: file.write(content))
   except OSError as error:
     log.warning("%s isn't cached: %s.", path, error.strerror)

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vera_jax.files import DATA, read_bytes
+from vera_jax.files import DATA, read_bytes, write_text
 
 FOLDER = "test"
+FILES = ("inputs.txt", "outputs.txt", "references.txt")
 
 
 def write_written(
@@ -26,15 +27,15 @@ def write_written(
   """
   folder /= FOLDER
   folder.mkdir(parents=True, exist_ok=True)
-  files = {
-    "inputs": "".join(f"{one}\n" for one in groups),
-    "outputs": "".join(f"{' '.join(text.split())}\n" for text in outputs),
-    "references": "\n".join(
+  texts_of = (
+    "".join(f"{one}\n" for one in groups),
+    "".join(f"{' '.join(text.split())}\n" for text in outputs),
+    "\n".join(
       "".join(f"{text}\n" for text in texts) for texts in groups.values()
     ),
-  }
-  for name, text in files.items():
-    (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+  )
+  for name, text in zip(FILES, texts_of, strict=True):
+    write_text(folder / name, text)
 
 
 class Written(NamedTuple):
@@ -53,10 +54,10 @@ def read_written(folder: Path) -> Written:
     ValueError: the files don't belong together, or are no texts.
   """
   inputs, outputs, references = (
-    read_bytes(
-      folder / FOLDER / f"{name}.txt", inside=folder, limit=DATA
-    ).decode("utf-8")
-    for name in ("inputs", "outputs", "references")
+    read_bytes(folder / FOLDER / name, inside=folder, limit=DATA).decode(
+      "utf-8"
+    )
+    for name in FILES
   )
   names = inputs.splitlines()
   groups = [block.splitlines() for block in references.split("\n\n")]

@@ -48,6 +48,7 @@ from vera_jax.models.hf_weights import (
 )
 from vera_jax.models.llama import ORIGINAL, rotation_fields
 from vera_jax.operations.attention import ACTIVATIONS
+from vera_jax.places import local_copy, place
 
 log = logging.getLogger(__name__)
 KINDS = {"gguf-f16": ("F16", 1), "gguf-q8_0": ("Q8_0", 7)}  # and file_type
@@ -106,7 +107,7 @@ def write_gguf_of(
       the file is there already.
   """
   check_kind(kind)
-  folder, file = Path(folder).expanduser(), Path(file).expanduser()
+  folder, file = local_copy(folder), place(file)
   refuse_there(file)
   fields = read_model(folder)
   prefix, architecture = _architecture(fields, folder)

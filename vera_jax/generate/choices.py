@@ -15,7 +15,6 @@ so that the numbers say whether something was forgotten.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +33,7 @@ from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.models.kinds import WORDS
 from vera_jax.operations.cross_entropy import score_words
+from vera_jax.places import local_copy
 from vera_jax.pretrained.classifier import Classifier
 
 COPA = ("premise", "choice1", "choice2", "question", "label")
@@ -98,7 +98,7 @@ def read_choices(sources: Sequence[str]) -> dict[str, list[ChoiceQuestion]]:
 
 def _read(source: str) -> tuple[str, list[ChoiceQuestion]]:
   """(the file's name, or the hub's of the part; its questions)."""
-  path = Path(source).expanduser()
+  path = local_copy(source)
   if path.is_file():
     table, name = read_table(path), path.stem
   elif path.suffix.lower() in SUFFIXES:

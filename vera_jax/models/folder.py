@@ -7,6 +7,7 @@ from vera_jax import hub
 from vera_jax.errors import UserError
 from vera_jax.hub import GGUF, PACKAGE
 from vera_jax.models.gguf_folder import gguf_folder
+from vera_jax.places import local_copy
 
 # Of a model, as patterns.
 FILES = [
@@ -38,7 +39,7 @@ def resolve(name_or_folder: str | Path) -> Path:
   download serves; without one this ends in a UserError within `hub.PATIENCE`
   seconds.
   """
-  folder = Path(name_or_folder).expanduser()
+  folder = local_copy(name_or_folder)
   if os.path.isdir(folder):  # a name may be too long for Path.is_dir
     return folder
   name = str(name_or_folder)

@@ -26,6 +26,7 @@ from jaxtyping import Float, UInt8
 
 from vera_jax.errors import UserError
 from vera_jax.files import TENSORS, check_file, write_file
+from vera_jax.places import place
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # 3 differs by allowing big-endian files, which are refused
@@ -250,7 +251,7 @@ def write_gguf(
         raise UserError(f"The tensor {name}: {error}") from error
     out.write(bytes(-out.tell() % ALIGNMENT))
 
-  write_file(Path(file), write)
+  write_file(place(file), write)
 
 
 class _Header:

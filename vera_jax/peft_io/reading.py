@@ -45,6 +45,7 @@ from vera_jax.peft_io.tensors import (
   Tensors,
   read_tensors,
 )
+from vera_jax.places import local_copy
 from vera_jax.pretrained.blueprint import Blueprint, blueprint
 from vera_jax.tasks.task import task_named
 
@@ -78,7 +79,7 @@ def import_adapter(
   Raises:
     UserError: naming what can't be carried, is missing or doesn't fit.
   """
-  folder, out = folder.expanduser(), check_free(out)
+  folder, out = local_copy(folder), check_free(out)
   settings = read_settings(folder)
   tensors, exported = read_tensors(folder / FILE)
   named = base or settings.base

@@ -14,12 +14,15 @@ from flax.traverse_util import flatten_dict
 from vera_jax import results
 from vera_jax.adapters.methods import METHODS, groups_of
 from vera_jax.adapters.vector_norms import SHORT
+from vera_jax.data.written import FILES as WRITTEN
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
+from vera_jax.places import local_copy
 from vera_jax.report.signatures import COLLAPSED, signatures
 
 log = logging.getLogger(__name__)
 
+SWEEP = "sweep.json"
 UNTUNED = "untuned"  # in a method's place where a run trained nothing
 BASELINE = "lora"  # the method that others are compared with
 # The methods in the order of tables and figures, as figures write them.
@@ -103,8 +106,10 @@ def load_sweep(*folders: str | Path) -> Sweep:
       remarks.append(f"Left out: {error}")
       return None
 
-  for top in map(Path, folders):
-    file = top / "sweep.json"
+  # of runs in a store, what reports read
+  wanted = (SWEEP, results.FILE, results.FAILED, *WRITTEN)
+  for top in [local_copy(folder, names=wanted) for folder in folders]:
+    file = top / SWEEP
     about = (read(file) if file.exists() else None) or {}
     if not isinstance(about.get("runs", {}), dict):
       remarks.append(f"Left out: {file} has no runs by their names.")

@@ -14,6 +14,7 @@ from vera_jax.data.images import Processor, decode_all, read_processor
 from vera_jax.data.packing import Batch
 from vera_jax.errors import UserError
 from vera_jax.models.family import IMAGES
+from vera_jax.places import local_copy
 from vera_jax.pretrained.classifier import Classifier
 from vera_jax.serve.predictor import (
   ROWS,
@@ -87,7 +88,8 @@ def read_images(images: Images, processor: Processor) -> Pixels:
   shape = (len(images), processor.height, processor.width, 3)
   pixels = np.empty(shape, np.float32)
   files = [
-    ImageFile(Path(x), None) if isinstance(x, str | Path) else x for x in images
+    ImageFile(local_copy(x), None) if isinstance(x, str | Path) else x
+    for x in images
   ]
   for number, made in enumerate(decode_all(files, processor)):
     if isinstance(made, Exception):

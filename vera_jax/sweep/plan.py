@@ -13,6 +13,7 @@ from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.files import write_json
 from vera_jax.locks import is_locked
+from vera_jax.places import place
 from vera_jax.sweep.estimate import flops
 from vera_jax.train.config import check_key, check_settings
 from vera_jax.train.ensemble import group_key
@@ -88,7 +89,7 @@ def make_plan(
     UserError: an override with an unknown key or a value of a wrong type, or
       settings that can't work.
   """
-  folder = Path(workdir).expanduser().absolute()
+  folder = place(workdir)
   if lacking := [name for name in NEEDED if name not in sweep]:
     raise UserError(
       f"The sweep's config lacks {', '.join(lacking)}; it is made as those of"

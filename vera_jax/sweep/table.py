@@ -15,6 +15,7 @@ from rich.text import Text
 from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.files import DATA, json_lines, open_file
+from vera_jax.places import is_remote
 from vera_jax.sweep import estimate
 from vera_jax.sweep.estimate import Rate, span
 from vera_jax.sweep.plan import (
@@ -126,7 +127,8 @@ class LiveTable:
     self._live = Live(
       console=self.console,
       get_renderable=self._draw,
-      refresh_per_second=0.5,  # each look reads all runs' folders
+      # each look reads all runs' folders, and a store is slow
+      refresh_per_second=0.05 if is_remote(plan.folder) else 0.5,
       transient=False,
     )
 
@@ -187,6 +189,8 @@ class LiveTable:
       run, state = item
       place = (RUNNING, FAILED, DONE, UNFINISHED, NEW).index(state)
       if state != DONE:
+        return place, 0.0
+      if is_remote(run.folder):
         return place, 0.0
       return place, -(run.folder / results.FILE).stat().st_mtime
 

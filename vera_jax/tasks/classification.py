@@ -125,8 +125,8 @@ def classification(
     return evaluate_splits(dev_splits, evaluate_split)
 
   def answer(
-    measure_batch: MeasureBatch, data: TaskData, folder: Path
-  ) -> Callable[[], None]:
+    measure_batch: MeasureBatch, data: TaskData
+  ) -> Callable[[Path], None]:
     """Computed by all processes; what is returned writes, in the first one."""
     assert isinstance(data, PackedData)  # only texts are asked for answers
     answers = {
@@ -137,7 +137,7 @@ def classification(
       for split in test_splits
     }
 
-    def write() -> None:
+    def write(folder: Path) -> None:
       assert write_answers is not None
       for split, (values, index) in answers.items():
         write_answers(folder, split, values, index)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from vera_jax.errors import UserError
 from vera_jax.files import read_bytes
+from vera_jax.places import local_copy
 
 SPLITS = ("train", "valid", "test")
 BETWEEN = "||"
@@ -54,7 +55,7 @@ def read_split(folder: str | Path, split: str) -> Pairs:
   Raises:
     UserError: there is neither, or a line is no row; the message names it.
   """
-  path = Path(folder).expanduser() / f"{split}.txt"
+  path = local_copy(folder) / f"{split}.txt"
   if not path.exists() and path.with_suffix(".txt.gz").exists():
     path = path.with_suffix(".txt.gz")
   inputs, texts = [], []
@@ -79,7 +80,7 @@ def read_for_scoring(
   Raises:
     UserError: for files that can't be read or don't belong together.
   """
-  outputs, references = Path(outputs), Path(references)
+  outputs, references = local_copy(outputs), local_copy(references)
   inputs, texts = _read_outputs(outputs)
   if references.suffix.lower() not in TABLES:
     groups = _read_blocks(references)

@@ -22,6 +22,7 @@ from vera_jax.data.hub_data import download, hub_table
 from vera_jax.data.tables import Table, some
 from vera_jax.errors import UserError
 from vera_jax.files import json_lines, open_file, read_bytes, read_lines
+from vera_jax.places import local_copy, place
 from vera_jax.tasks.glue_facts import GlueTask
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def local_folder(source: str | Path) -> Path | None:
   Raises:
     UserError: it is neither.
   """
-  folder = Path(source).expanduser()
+  folder = local_copy(source)
   if folder.is_dir():
     return folder
   if not _HUB_ID.fullmatch(str(source)):
@@ -144,7 +145,7 @@ def write_submission(
     rows = [f"{i}\t{answer}\n" for i, answer in numbered]
     rows.insert(0, "index\tprediction\n")
   name = task.submissions[task.test_splits.index(split)]
-  path = Path(folder).expanduser() / name
+  path = place(folder) / name
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(rows), encoding="utf-8")

@@ -24,6 +24,7 @@ from vera_jax.data.image_files import (
 from vera_jax.data.images import prepare_images, read_processor
 from vera_jax.data.packing import WHOLE, ProcessShard
 from vera_jax.errors import UserError
+from vera_jax.places import local_copy, local_place
 from vera_jax.tasks.classification import classification
 from vera_jax.tasks.own_rows import check_own_data
 from vera_jax.tasks.task import Presentation, Size, Task
@@ -72,9 +73,12 @@ def task_for(config: ConfigDict) -> Task | None:
   ) -> TaskData:
     """Decode, resize; choose how many images a batch has."""
     processor = read_processor(folder, size=config.data.image_size)
-    cache = Path(config.data.cache_dir or "~/.cache/vera_jax/images")
+    cache = local_place(  # it is mapped into memory
+      config.data.cache_dir or "~/.cache/vera_jax/images",
+      "config.data.cache_dir, of images,",
+    )
     prepared = {
-      split: prepare_images(files, numbers, processor, cache.expanduser())
+      split: prepare_images(files, numbers, processor, cache)
       for split, (files, numbers) in splits.items()
     }
     optim, count = config.optim, len(prepared["dev"])
@@ -170,7 +174,7 @@ def open_source(data: ConfigDict) -> tuple[str, ImageSet]:
       "Name the images: config.data.source=FOLDER, with one folder per class"
       " or with .parquet files, or a hub id."
     )
-  folder = Path(data.source).expanduser()
+  folder = local_copy(data.source)
   if folder.is_dir():
     return folder.absolute().name, open_folder(folder, label=data.label)
   hub_id, _, part = str(data.source).partition(":")

@@ -30,6 +30,7 @@ from vera_jax.data.examples import Examples, drawn, estimated_tokens
 from vera_jax.data.templates import CHAT, PLAIN, TEMPLATES
 from vera_jax.data.written import FOLDER, write_written
 from vera_jax.errors import UserError
+from vera_jax.files import write_text
 from vera_jax.generate.choices import (
   ChoiceQuestion,
   answer_questions,
@@ -278,6 +279,4 @@ def _keep(
     }
     lines.append(json.dumps(line, ensure_ascii=False) + "\n")
   write_written(folder, list(outputs.values()), groups)
-  (folder / FOLDER / "answers.jsonl").write_text(
-    "".join(lines), encoding="utf-8"
-  )
+  write_text(folder / FOLDER / "answers.jsonl", "".join(lines))

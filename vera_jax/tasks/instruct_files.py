@@ -13,7 +13,6 @@ config.data.template's choice.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from vera_jax.data.tables import SUFFIXES, Table, some
 from vera_jax.data.templates import ALPACA, alpaca_prompt
 from vera_jax.errors import UserError
 from vera_jax.files import parse_json
+from vera_jax.places import local_copy
 from vera_jax.tasks.text_files import read_tables
 
 # The columns that a table of each schema has; others are left alone.
@@ -108,7 +108,7 @@ def read_splits(data: ConfigDict) -> Splits:
       "Name the data: config.data.source=NAME, a hub id, a folder with train"
       f" and dev files, or a file with a name in {', '.join(SUFFIXES)}."
     )
-  path = Path(data.source).expanduser()
+  path = local_copy(data.source)
   if path.suffix.lower() in SUFFIXES and not path.is_file():
     raise UserError(f"There is no file {path} (config.data.source).")
   named = {"source": data.source, "train": None, "dev": data.dev}

@@ -15,6 +15,7 @@ from vera_jax.data.examples import Examples
 from vera_jax.data.tables import BLANK, SUFFIXES, Table, read_table, some
 from vera_jax.errors import UserError
 from vera_jax.files import DATA, open_file, read_lines
+from vera_jax.places import local_copy
 from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.own_rows import (
   check_own_data,
@@ -47,12 +48,12 @@ def task_for(config: ConfigDict) -> Task | None:
       "Name the texts: config.data.train=FILE (and config.data.dev=FILE), each"
       f" with a name in {', '.join((PLAIN, *SUFFIXES))}."
     )
-  path = Path(data.train).expanduser()
+  path = local_copy(data.train)
   table = _read(path)
   columns = _columns(table, data)
   examples = {"train": _examples(table, columns)}
   if data.dev:
-    table = _read(Path(data.dev).expanduser())
+    table = _read(local_copy(data.dev))
     examples["dev"] = _examples(table, columns)
     where = f"{table.name}, {len(examples['dev'])} rows"
   else:

@@ -115,8 +115,8 @@ class Task(NamedTuple):
     measure: (outputs, batch) -> the arrays that `evaluate` needs of a batch.
     evaluate: (measure_batch, data) -> `Evaluation`. `measure_batch` runs the
       model on a host batch and returns its `measure`d arrays.
-    write_answers: (measure_batch, data, folder) -> a function that writes the
-      answers to the test splits into the folder. All processes compute them,
+    write_answers: (measure_batch, data) -> a function that writes the answers
+      to the test splits into a folder. All processes compute them,
       the first one writes. None where the task has no such files.
     write_texts: (trained decoder, the run's folder) -> JSON values for the
       result's "test", once training has ended: `inputs`, `scores`, `missing`
@@ -140,7 +140,7 @@ class Task(NamedTuple):
   measure: Callable[[Any, Batch], Any]
   evaluate: Callable[[MeasureBatch, TaskData], Evaluation]
   write_answers: (
-    Callable[[MeasureBatch, TaskData, Path], Callable[[], None]] | None
+    Callable[[MeasureBatch, TaskData], Callable[[Path], None]] | None
   ) = None
   write_texts: Callable[[Classifier, Path], dict[str, Any]] | None = None
   to_texts: ToTexts | None = None

@@ -9,7 +9,6 @@ import math
 import numbers
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from vera_jax.data.tables import SUFFIXES, Table, read_table, some
 from vera_jax.errors import UserError
 from vera_jax.files import parse_json
 from vera_jax.models.kinds import CLASSES, LABELLED, NUMBER, SEVERAL, TAGS
+from vera_jax.places import local_copy
 from vera_jax.tasks.classification import classification
 from vera_jax.tasks.own_rows import (
   check_own_data,
@@ -138,11 +138,10 @@ def read_tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
   """
   files = {split: data[split] for split in SPLITS}
   source = data.source
-  if files["train"] and not Path(files["train"]).expanduser().exists():
-    if not Path(files["train"]).suffix and "/" in files["train"]:
-      source, files["train"] = files["train"], None  # a hub id
-  if files["train"]:
-    path = Path(files["train"]).expanduser()
+  path = files["train"] and local_copy(files["train"])
+  if path and not path.exists() and not path.suffix and "/" in files["train"]:
+    source, path = files["train"], None  # a hub id
+  if path:
     if path.is_dir():
       source = path
     else:
@@ -156,7 +155,7 @@ def read_tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
       " hub id or a folder that holds train and dev files."
     )
   tables: dict[str, Table] = {}
-  folder = Path(source).expanduser()
+  folder = local_copy(source)
   if folder.is_dir():
     for split, names in SPLITS.items():
       paths = [

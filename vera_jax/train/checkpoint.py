@@ -22,6 +22,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from vera_jax.errors import UserError
+from vera_jax.places import is_remote, move_folder, place
 from vera_jax.train.distributed import on_first
 from vera_jax.train.manifest import find_damage, read_manifest, write_manifest
 from vera_jax.train.step import Tree
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # Bytes for a leaf's description and files; a save has some files of its own.
 ROOM = 8192
+# In a store, which can't rename a folder, orbax marks whole saves by a file.
+COMMITTED = "commit_success.txt"
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -68,7 +71,7 @@ class Checkpoints:
       folder: made when missing.
       config: the run's. Its saves carry it, and those of another are refused.
     """
-    self._folder = folder.absolute()
+    self._folder = place(folder)
     self._config = None if config is None else identity(config)
     logging.getLogger("absl").addFilter(_is_news)
     on_first(self._check_saves)
@@ -96,12 +99,13 @@ class Checkpoints:
     for save in sorted(self._folder.glob("[0-9]*")):
       if not save.name.isdigit():
         continue
+      if is_remote(save) and not (save / COMMITTED).exists():
+        continue  # cut off; orbax clears it away
       if reason := find_damage(save):
         aside = self._folder.with_name(DAMAGED)
-        aside.mkdir(exist_ok=True)
         names = (save.name, *(f"{save.name}-{i}" for i in range(2, 10_000)))
         kept = next(aside / n for n in names if not (aside / n).exists())
-        save.rename(kept)
+        move_folder(save, kept)
         log.warning(
           "The save of step %s is not used: %s. It is kept as %s, and the"
           " newest whole save is used.",
@@ -159,8 +163,11 @@ class Checkpoints:
 
     def check_room() -> None:
       # Orbax writes many files in many threads: on a full disk each of them
-      # prints a traceback, some of them from C++.
-      if shutil.disk_usage(self._folder).free < need:
+      # prints a traceback, some of them from C++. A store has room.
+      if (
+        not is_remote(self._folder)
+        and shutil.disk_usage(self._folder).free < need
+      ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     try:

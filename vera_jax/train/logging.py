@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vera_jax import results
 from vera_jax.errors import UserError
-from vera_jax.files import read_bytes, write_file, write_text
+from vera_jax.files import DATA, read_bytes, write_file, write_text
+from vera_jax.places import Mirror, is_remote
 from vera_jax.train.workdir import DAMAGED
 
 if TYPE_CHECKING:
@@ -66,24 +67,27 @@ class MetricWriter:
         of before can't be read.
     """
     self._writers: list[Writer] = []
+    self._mirror = Mirror(workdir) if primary and is_remote(workdir) else None
     if not primary:
       return
+    files = self._mirror.local if self._mirror else workdir
     if wandb:
       resumed = step > 0
-      online = WeightsAndBiases(workdir, config, wandb, resumed=resumed)
+      online = WeightsAndBiases(
+        workdir, config, wandb, resumed=resumed, files=files
+      )
       self._writers.append(online)
-    board = TensorBoard(workdir / "tensorboard", first=step + 1)
-    self._writers = [
-      JsonLines(workdir, last=step, scored=scored),
-      board,
-      *self._writers,
-    ]
+    board = TensorBoard(files / "tensorboard", first=step + 1)
+    lines = JsonLines(workdir, last=step, scored=scored, files=files)
+    self._writers = [lines, board, *self._writers]
 
   def __enter__(self) -> "MetricWriter":
     return self
 
   def __exit__(self, *exc: object) -> None:
     with ExitStack() as stack:  # closes all, even where one of them raises
+      if self._mirror:
+        stack.callback(self._mirror.close)
       for writer in reversed(self._writers):
         stack.callback(writer.close)
 
@@ -96,14 +100,34 @@ class MetricWriter:
     for writer in self._writers:
       writer.write(step, values)
 
+  def flush(self) -> None:
+    """Return once the lines of all steps are where the run's folder is.
+
+    Local ones are as soon as they are written.
+    """
+    if self._mirror:
+      self._mirror.copy()
+
 
 class JsonLines:
   """metrics.jsonl: one JSON object per line, on disk as soon as written."""
 
-  def __init__(self, workdir: Path, *, last: int, scored: bool = True) -> None:
-    """Keep the lines up to a step, with or without its scores.
+  def __init__(
+    self,
+    workdir: Path,
+    *,
+    last: int,
+    scored: bool = True,
+    files: Path | None = None,
+  ) -> None:
+    """Keep the lines up to a step.
 
     Lines that are damaged go into the folder `damaged`.
+
+    Args:
+      workdir: the run's folder.
+      last: the step.
+      files: the folder that is written into; None for the run's.
     """
     path, kept, damaged = workdir / results.METRICS, [], []
     for raw, line in results.metric_lines(workdir):
@@ -115,9 +139,12 @@ class JsonLines:
     if damaged:
       aside = workdir / DAMAGED / results.METRICS
       aside.parent.mkdir(exist_ok=True)
-      with aside.open("ab") as file:
-        file.writelines(damaged)
+      before = b""
+      if aside.exists():
+        before = read_bytes(aside, inside=aside.parent, limit=DATA)
+      write_file(aside, lambda file: file.writelines([before, *damaged]))
       log.warning("%d such lines were moved to %s.", len(damaged), aside)
+    path = (files or workdir) / results.METRICS
     write_file(path, lambda file: file.writelines(kept))
     self._file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -192,6 +219,7 @@ class WeightsAndBiases:
     project: str,
     *,
     resumed: bool,
+    files: Path | None = None,
   ) -> None:
     try:
       import wandb
@@ -206,7 +234,7 @@ class WeightsAndBiases:
     self._run = wandb.init(
       project=project,
       id=read_bytes(name, inside=workdir, limit=100).decode("utf-8", "replace"),
-      dir=str(workdir),
+      dir=str(files or workdir),
       config=dict(config),
       resume="allow",
       reinit="create_new",  # the runs of an ensemble are open at the same time

@@ -21,6 +21,7 @@ from vera_jax.files import (
   read_json,
   write_json,
 )
+from vera_jax.places import is_remote, list_files
 
 FILE = "manifest.json"
 FILES, OWN = "sha256", "own_sha256"  # of all files by name; of the manifest
@@ -39,9 +40,9 @@ def _own(fields: Mapping[str, Any]) -> str:
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
   """Write a folder's manifest, with JSON values that say what it belongs to."""
   checksums = {
-    str(path.relative_to(folder)): _checksum(path, folder)
-    for path in sorted(folder.rglob("*"))
-    if path.is_file() and path != folder / FILE
+    name: _checksum(folder / name, folder)
+    for name in list_files(folder)
+    if name != FILE
   }
   # as JSON will read it back: tuples are lists there
   read_back = json.loads(json.dumps({**fields, FILES: checksums}))
@@ -67,9 +68,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def find_damage(folder: Path) -> str | None:
   """Which file is not as the manifest has it, and how; None if all are."""
   try:
-    for path in folder.rglob("*"):  # orbax opens them by itself
-      if path.is_symlink() or not path.is_dir():
-        check_file(path, inside=folder, limit=TENSORS)
+    # orbax opens them by itself; in a store there are no links
+    for name in [] if is_remote(folder) else list_files(folder):
+      check_file(folder / name, inside=folder, limit=TENSORS)
     for name, checksum in read_manifest(folder)[FILES].items():
       if not (folder / name).is_file():
         return f"{folder / name} is missing"

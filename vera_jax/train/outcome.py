@@ -17,6 +17,7 @@ from vera_jax.adapters.methods import settings_in
 from vera_jax.adapters.projections import PRNG
 from vera_jax.adapters.vector_norms import adapter_norms, as_json
 from vera_jax.errors import UserError
+from vera_jax.files import make_folder
 from vera_jax.models.hf_weights import fingerprint
 from vera_jax.pretrained.classifier import Classifier
 from vera_jax.train.clock import with_result
@@ -34,14 +35,12 @@ def write_answers(folder: Path, setup: Setup, params: Tree) -> None:
   """Write the answers to the test splits, if the task has such files."""
   if setup.task.write_answers is None:
     return
-  new = folder / f"{SUBMISSION}.new"
   measure_batch = setup.measure_with(params)
-  write_new = setup.task.write_answers(measure_batch, setup.data, new)
+  write = setup.task.write_answers(measure_batch, setup.data)
 
   def write_all() -> None:
     require_lock(folder)
-    write_new()
-    new.rename(folder / SUBMISSION)  # all files or none
+    make_folder(folder / SUBMISSION, write)  # all files or none
 
   on_first(write_all)
 

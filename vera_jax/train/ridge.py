@@ -23,6 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from vera_jax import results
 from vera_jax.adapters.labels import join
 from vera_jax.errors import UserError
+from vera_jax.places import place
 from vera_jax.tasks.metrics import accuracy
 from vera_jax.train.config import check_settings
 from vera_jax.train.runtime import prepare
@@ -50,7 +51,7 @@ def ridge(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   config = copy.deepcopy(config)
   config.method = "head"  # nothing is adapted
   check_settings(config)
-  folder = Path(workdir).expanduser().absolute()
+  folder = place(workdir)
   written = {**config.to_dict(), "method": METHOD}
   check_workdir(folder, written)
   if (result := results.read(folder)) is not None:

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from vera_jax import results
 from vera_jax.adapters.plans import AUTO
 from vera_jax.errors import UserError
+from vera_jax.places import place
 from vera_jax.train.checkpoint import Checkpoints, good_save
 from vera_jax.train.clock import Clock, Speed, sentence
 from vera_jax.train.distributed import is_first, on_first
@@ -79,7 +80,7 @@ class Run:
       UserError: it holds the run of another config.
     """
     self.config = copy.deepcopy(config)
-    self.folder = Path(workdir).expanduser().absolute()
+    self.folder = place(workdir)
     self.title = title or f"seed {config.seed}"
     written = check_workdir(self.folder, config.to_dict())
     if written is not None:
@@ -295,6 +296,7 @@ class Run:
     self.progress["seconds"] = self._seconds()
     self.progress["speed"] = self._speed.report()
     best = best_epoch(self.history)["step"] if self.history else None
+    self._writer.flush()  # so that no line up to a save is ever lost
     self.saves.save(step, state, self.progress, best=best)
     self._clock.took("saving")
     self.progress["speed"] = self._speed.report()

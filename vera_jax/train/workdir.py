@@ -24,6 +24,7 @@ from vera_jax.adapters.plans import AUTO
 from vera_jax.errors import UserError
 from vera_jax.files import read_bytes, read_json, write_json, write_text
 from vera_jax.locks import await_owner, describe_owner, is_mine, locked
+from vera_jax.places import is_remote
 
 DAMAGED = "damaged"
 BEGAN = "began"  # the Unix time of the first start
@@ -180,7 +181,8 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
       workdir.rmdir()  # fails for a folder with files
 
   with ExitStack() as stack:
-    stack.callback(remove_if_empty)
+    if not is_remote(workdir):  # a store has no empty folders
+      stack.callback(remove_if_empty)
     try:
       mine = stack.enter_context(locked([path]))
       if not mine:
@@ -200,7 +202,9 @@ def is_disk_full(error: BaseException | None, folder: Path) -> bool:
   """Whether an error, or one that led to it, comes from a full disk."""
   while error is not None:
     if isinstance(error, OSError):
-      if error.errno in _FULL or shutil.disk_usage(folder).free == 0:
+      if error.errno in _FULL:
+        return True
+      if not is_remote(folder) and shutil.disk_usage(folder).free == 0:
         return True
     # C++ libraries raise errors of their own, with the system's text in them
     if any(os.strerror(number) in str(error) for number in _FULL):
