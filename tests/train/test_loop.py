@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import os
 import shutil
+import signal
 
 import jax.numpy as jnp
 import numpy as np
