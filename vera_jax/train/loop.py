@@ -169,6 +169,7 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
       stop.check(now=True)  # what comes now may take long
     except Stopped as stopped:
       read_metrics()
+      clock.took("lost")  # an evaluation that was left is made again
       run.save(done, state)
       raise Interrupted(
         f"Stopped by {stopped.signal.name}, saved at step {done} of"
