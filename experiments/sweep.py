@@ -20,8 +20,8 @@ On a cluster whose machines share DIR, an engine starts the units:
   ... --launcher=ray --launcher_options=address=auto,num_gpus=1
 
 SLURM's jobs are an array. At the end of their time they save and are put back
-into the queue; they go on after Ctrl-C, and --nowait submits them and ends. The
-options are those of submitit's AutoExecutor. Ray's tasks are started again
+into the queue. They go on after Ctrl-C; the same command waits for them again.
+The options are those of submitit's AutoExecutor. Ray's tasks are started again
 elsewhere if their node is lost, and end with this command. With --hosts=2 each
 unit is one program on two machines. On anything else each machine does its part
 of the plan,
@@ -48,10 +48,7 @@ from vera_jax.sweep import estimate
 from vera_jax.sweep.launchers.launcher import NAMES, make_launcher
 from vera_jax.sweep.plan import (
   FAILED,
-  NEW,
-  UNFINISHED,
   SweepRun,
-  left_of,
   make_plan,
   make_units,
   parse_shard,
@@ -111,9 +108,6 @@ HOSTS = flags.DEFINE_integer(
   "Machines that train one unit together, a process on each.",
   lower_bound=1,
 )
-WAIT = flags.DEFINE_bool(
-  "wait", True, "With --launcher=slurm: wait for the jobs, and show them."
-)
 TFLOPS = flags.DEFINE_float(
   "tflops",
   None,
@@ -157,20 +151,13 @@ def main() -> None:
   options = dict(option.partition("=")[::2] for option in OPTIONS.value)
   if lacking := [key for key, value in options.items() if not value]:
     raise UserError(f"--launcher_options={lacking[0]}: give KEY=VALUE,...")
-  launcher = make_launcher(
-    LAUNCHER.value, options, logs=logs, hosts=HOSTS.value
-  )
-  if not WAIT.value:
-    submit = getattr(launcher, "submit", None)
-    if submit is None:
-      raise UserError("--nowait is for --launcher=slurm, whose jobs go on.")
-    wanted = (NEW, UNFINISHED, FAILED) if RETRY.value else (NEW, UNFINISHED)
-    submit(left_of(units, wanted), retry_failed=RETRY.value, say=print)
-    return
+  launcher = make_launcher(LAUNCHER.value, options, logs)
   with LiveTable(plan, units, tflops=TFLOPS.value) as table:
     run_units(
       units,
       launcher,
+      logs=logs,
+      hosts=HOSTS.value,
       retry_failed=RETRY.value,
       say=table.say,
       on_end=table.end,

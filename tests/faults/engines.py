@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -94,18 +95,27 @@ def run_alone(launcher: Launcher, sweep: str) -> Path:
   return workdir
 
 
+@contextmanager
+def cluster(*, nodes: int) -> Iterator[tuple[Any, list[Any]]]:
+  """Ray's, and its nodes of one CPU each, all of them on this machine."""
+  import ray.cluster_utils
+
+  simulated = ray.cluster_utils.Cluster()
+  try:
+    simulated.add_node(num_cpus=0)
+    yield simulated, [simulated.add_node(num_cpus=1) for _ in range(nodes)]
+  finally:
+    simulated.shutdown()
+
+
 def by_ray(
   launcher: Launcher, untouched: Path, *, times: int, sweep: str, seed: int = 0
 ) -> Outcome:
-  """Of three nodes, simulated on this machine, two are lost on the way."""
-  import ray.cluster_utils
+  """Of three nodes, two are lost on the way."""
 
   def lose_nodes(workdir: Path, rng: random.Random) -> Ended:
-    cluster = ray.cluster_utils.Cluster()
-    try:
-      cluster.add_node(num_cpus=0)
-      nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
-      options = f"--launcher_options=address={cluster.address}"
+    with cluster(nodes=3) as (simulated, nodes):
+      options = f"--launcher_options=address={simulated.address}"
       process = launcher.start(
         workdir, "--members=1", "--launcher=ray", options, sweep=sweep
       )
@@ -113,10 +123,8 @@ def by_ray(
         wait_for(workdir, done(workdir) + rng.randint(0, 3), process)
         time.sleep(rng.uniform(0, 5))
         kill_tree(node.all_processes["raylet"][0].process.pid)
-        cluster.remove_node(node, allow_graceful=False)
+        simulated.remove_node(node, allow_graceful=False)
       return process.end()
-    finally:
-      cluster.shutdown()
 
   return try_faults(
     "Ray: 2 of 3 nodes lost in a sweep",

@@ -10,7 +10,7 @@ metrics.jsonl, the adapter, the result.
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ FOLDER = flags.DEFINE_string("folder", None, "Unset: a temporary one.")
 ONLY = flags.DEFINE_list(
   "only",
   [],
-  "Only these groups: kills, terms, harm, several, engine, which needs Ray. The"
-  " others' rows stay.",
+  "Only these groups: kills, terms, harm, several, slurm, and ray, which needs"
+  " requirements-ray.txt. The others' rows stay.",
 )
 WORDS = {None: "not compared", True: "yes", False: "no"}
 
@@ -68,20 +68,23 @@ def several(folder: Path) -> Iterator[Outcome]:
   yield processes.no_coordinator(launcher)
 
 
-def engine(folder: Path) -> Iterator[Outcome]:
-  launcher, sweep = Launcher(folder, epochs=3), "tests/faults/sweep.py"
+def slurm(folder: Path) -> Iterator[Outcome]:
+  yield _sweeps(folder, engines.by_submitit)
+
+
+def ray(folder: Path) -> Iterator[Outcome]:
+  yield _sweeps(folder, engines.by_ray)
+
+
+def _sweeps(folder: Path, fault: Callable[..., Outcome]) -> Outcome:
+  launcher = Launcher(folder.parent / "engine", epochs=3)
+  sweep = "tests/faults/sweep.py"
   untouched = engines.run_alone(launcher, sweep)
-  for fault in (engines.by_submitit, engines.by_ray):
-    yield fault(
-      launcher,
-      untouched,
-      times=SWEEPS.value,
-      sweep=sweep,
-      seed=SEED.value,
-    )
+  options = {"times": SWEEPS.value, "seed": SEED.value, "sweep": sweep}
+  return fault(launcher, untouched, **options)
 
 
-GROUPS = {f.__name__: f for f in (kills, terms, harm, several, engine)}
+GROUPS = {f.__name__: f for f in (kills, terms, harm, several, slurm, ray)}
 
 
 def as_row(group: str, outcome: Outcome) -> dict[str, Any]:

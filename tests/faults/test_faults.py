@@ -3,12 +3,14 @@
 All tests share one config and one run left alone.
 """
 
+import json
 import signal
+from contextlib import ExitStack
 
 import pytest
 
 from configs import quickstart
-from tests.faults import interruption
+from tests.faults import engines, interruption
 from tests.faults.fixtures import Launcher, lines, reach, saves
 from tests.faults.processes import largest_difference
 from vera_jax.train.loop import train_and_evaluate
@@ -73,3 +75,38 @@ def test_two_processes_are_one(launcher, alone):
   assert result["device"] == {**result["device"], "count": 8, "processes": 1}
   assert largest_difference(two, eight) < CLOSE
   assert largest_difference(two, alone) < CLOSE
+
+
+def test_jobs_of_a_sweep_are_lost_and_preempted(launcher):
+  pytest.importorskip("submitit")
+  sweep = "tests/faults/sweep.py:1"
+  untouched = engines.run_alone(launcher, sweep)
+  outcome = engines.by_submitit(launcher, untouched, times=1, sweep=sweep)
+  assert outcome.lost == 0 and outcome.same
+
+
+def test_nodes_of_a_sweep_are_lost(launcher):
+  pytest.importorskip("ray")
+  sweep = "tests/faults/sweep.py:1"
+  untouched = engines.run_alone(launcher, sweep)
+  outcome = engines.by_ray(launcher, untouched, times=1, sweep=sweep)
+  assert outcome.lost == 0 and outcome.same
+
+
+@pytest.mark.parametrize("name", ["local", "submitit", "ray"])
+def test_each_launcher_starts_a_process_per_host(launcher, name):
+  workdir = launcher.folder / f"hosts-{name}"
+  flags = ["--hosts=2", "--config.base.method=vera"]
+  with ExitStack() as stack:
+    if name == "submitit":
+      pytest.importorskip("submitit")
+      flags += ["--launcher=slurm", "--launcher_options=cluster=local"]
+    if name == "ray":
+      pytest.importorskip("ray")
+      address = stack.enter_context(engines.cluster(nodes=2))[0].address
+      flags += ["--launcher=ray", f"--launcher_options=address={address}"]
+    ended = launcher.run(workdir, *flags, sweep="tests/faults/sweep.py:1")
+  assert ended.code == 0, ended.output
+  (file,) = workdir.glob("runs/*/result.json")
+  device = json.loads(file.read_text())["device"]
+  assert device == {**device, "count": 2, "processes": 2}

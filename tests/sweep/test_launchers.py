@@ -1,6 +1,7 @@
 """Engines start the same workers; what is lost is tried again."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from vera_jax.sweep.launchers.launcher import Outcome, make_launcher
 from vera_jax.sweep.plan import make_units
 from vera_jax.sweep.runner import IDLE, run_units
 from vera_jax.sweep.worker import LOST
-from vera_jax.train.preemption import Flag, Interrupted
+from vera_jax.train.preemption import Interrupted
 
 
 def test_no_engine_is_imported_unless_chosen():
@@ -24,7 +25,7 @@ def test_no_engine_is_imported_unless_chosen():
     "import sys, experiments.sweep\n"
     "from vera_jax.sweep.launchers.launcher import make_launcher\n"
     "from pathlib import Path\n"
-    "make_launcher('local', {}, logs=Path('logs'))\n"
+    "make_launcher('local', {}, Path('logs'))\n"
     "print({'ray', 'submitit', 'gcsfs'} & {*sys.modules})"
   )
   ended = subprocess.run(
@@ -44,7 +45,7 @@ def test_a_missing_engine_says_what_to_install(
     sys.modules, f"vera_jax.sweep.launchers.{name}", raising=False
   )
   with pytest.raises(UserError, match=f"requirements-{name}.txt"):
-    make_launcher(name, {}, logs=tmp_path)
+    make_launcher(name, {}, tmp_path)
 
 
 class Unreliable:
@@ -56,8 +57,8 @@ class Unreliable:
     self.given: list[list[str]] = []
     self._finishes = finishes
 
-  def run(self, units, *, retry_failed, stop, say):
-    units = list(units)
+  def run(self, tasks, stop, say):
+    units = [task.unit for task in tasks]
     self.given.append([unit[0].name for unit in units])
     for unit in units[:-1] if self._finishes else units:
       yield Outcome(unit, LOST, "node 7 is gone")
@@ -68,19 +69,19 @@ class Unreliable:
       yield Outcome(units[-1], 0)
 
 
-def test_what_is_lost_is_given_to_the_engine_again(tiny_sweep):
+def test_what_is_lost_is_given_to_the_engine_again(tiny_sweep, tmp_path):
   plan = tiny_sweep()
   launcher = Unreliable()
-  run_units(make_units(plan.runs, most=2), launcher)
+  run_units(make_units(plan.runs, most=2), launcher, logs=tmp_path)
   assert [len(names) for names in launcher.given] == [3, 2, 1]
   assert {run.state for run in plan.runs} == {"done"}
 
 
-def test_what_never_ends_is_said_with_the_last_reason(tiny_sweep):
+def test_what_never_ends_is_said_with_the_last_reason(tiny_sweep, tmp_path):
   plan = tiny_sweep()
   launcher = Unreliable(finishes=False)
   with pytest.raises(UserError, match="node 7 is gone") as caught:
-    run_units(make_units(plan.runs, most=8), launcher)
+    run_units(make_units(plan.runs, most=8), launcher, logs=tmp_path)
   assert len(launcher.given) == IDLE and plan.runs[0].name in str(caught.value)
 
 
@@ -119,12 +120,51 @@ def cluster(monkeypatch, tmp_path):
   return record
 
 
-def test_slurm_gets_an_array_that_is_requeued(cluster, tiny_sweep, tmp_path):
-  plan, lines = tiny_sweep(), []
-  options = {"slurm_partition": "gpu", "gpus_per_node": "1", "mem_gb": "16"}
-  launcher = make_launcher("slurm", options, logs=tmp_path / "logs", hosts=2)
+@pytest.fixture
+def launched(cluster, tiny_sweep, monkeypatch, tmp_path):
+  """Starts a sweep's three units by SLURM, where some jobs fail.
+
+  Returns the runs, what was said, and the error that ended it. It is told to
+  stop when it asks for the job `stop_at`.
+  """
+  monkeypatch.setattr("vera_jax.sweep.launchers.slurm.POLL", 0.01)
+  plan = tiny_sweep()
+
   units = make_units(plan.runs, most=2)
-  launcher.submit(units, retry_failed=False, say=lines.append)
+
+  def launch(*, failed=(), stop_at=None, hosts=1, **options):
+    lines = []
+
+    def has_ended(job):
+      if job.job_id == stop_at:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return job.job_id in failed
+
+    def fail(job):
+      for run in units[int(job.job_id[-1])]:
+        run.folder.mkdir(parents=True)
+        results.write(run.folder, {"failed": "no such folder"}, results.FAILED)
+      return [1]
+
+    monkeypatch.setattr("submitit.SlurmJob.done", has_ended)
+    monkeypatch.setattr("submitit.SlurmJob.results", fail)
+    launcher = make_launcher("slurm", options, tmp_path / "logs")
+    with pytest.raises((UserError, Interrupted)) as caught:
+      run_units(
+        units,
+        launcher,
+        logs=tmp_path / "logs",
+        hosts=hosts,
+        say=lines.append,
+      )
+    return plan.runs, lines, caught.value
+
+  return launch
+
+
+def test_slurm_gets_an_array_that_is_requeued(cluster, launched):
+  options = {"slurm_partition": "gpu", "gpus_per_node": "1", "mem_gb": "16"}
+  runs, lines, error = launched(stop_at="41_2", hosts=2, **options)
   script = (cluster / "script").read_text()
   for line in (
     "--array=0-2%3",
@@ -140,60 +180,77 @@ def test_slurm_gets_an_array_that_is_requeued(cluster, tiny_sweep, tmp_path):
   ):
     assert f"#SBATCH {line}\n" in script
   assert "srun" in script and "submitit.core._submit" in script
-  assert lines[1] == f"job 41_1: {', '.join(run.name for run in units[1])}"
+  assert lines[1] == f"job 41_1: {runs[2].name}, {runs[3].name}"
+  # Ctrl-C, or SIGTERM as here, leaves them to SLURM
+  assert isinstance(error, Interrupted)
+  assert "`scancel 41` ends them" in str(error)
+  assert not (cluster / "cancelled").exists()
 
 
-def test_a_job_trains_its_unit(cluster, tiny_sweep, monkeypatch, tmp_path):
+def test_a_job_trains_its_unit(launched, monkeypatch, tmp_path):
   """In this process, which is told that it is one of the array."""
   from submitit.core.utils import DelayedSubmission
 
+  runs, _, _ = launched(stop_at="41_2")
   pretend(monkeypatch, FINISH)
-  plan, logs = tiny_sweep(), tmp_path / "logs"
-  launcher = make_launcher("slurm", {}, logs=logs)
-  units = make_units(plan.runs, most=2)
-  launcher.submit(units, retry_failed=False, say=lambda line: None)
   monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
   monkeypatch.setenv("SLURM_JOB_ID", "42")
-  job = DelayedSubmission.load(logs / "slurm/41_1_submitted.pkl")
+  job = DelayedSubmission.load(tmp_path / "logs/slurm/41_1_submitted.pkl")
   assert job.result() == 0
-  assert [run.state for run in plan.runs] == ["new"] * 2 + ["done"] * 2 + [
-    "new"
-  ] * 2
-  again = job._checkpoint_function()  # what it is to do after a preemption
-  assert again.result() == 0
+  states = [run.state for run in runs]
+  assert states == ["new"] * 2 + ["done"] * 2 + ["new"] * 2
 
 
-def test_ctrl_c_leaves_the_jobs_and_an_error_ends_them(
-  cluster, tiny_sweep, monkeypatch, tmp_path
+def test_the_end_of_its_time_stops_a_worker_and_requeues(
+  launched, monkeypatch, tmp_path
 ):
-  monkeypatch.setattr("vera_jax.sweep.launchers.slurm.POLL", 0.01)
-  launcher = make_launcher("slurm", {}, logs=tmp_path / "logs")
-  units, lines, stop = make_units(tiny_sweep().runs, most=2), [], Flag()
+  """SLURM sends USR2 to all processes of a job; submitit has it handled."""
+  from submitit.core.utils import DelayedSubmission
 
-  def start():
-    return launcher.run(units, retry_failed=False, stop=stop, say=lines.append)
-
-  monkeypatch.setattr(
-    "submitit.SlurmJob.done", lambda job: job.job_id == "41_0"
+  launched(stop_at="41_2")
+  saved = tmp_path / "saved"
+  pretend(
+    monkeypatch,
+    f"""
+import signal
+os.kill(os.getpid(), signal.SIGUSR2)  # ends who doesn't ignore it
+os.kill(os.getppid(), signal.SIGUSR2)
+sys.stdin.read()
+open({str(saved)!r}, "w").write("saved")
+sys.exit(75)
+""",
   )
-  monkeypatch.setattr("submitit.SlurmJob.results", lambda job: [1])
-  outcomes = start()
-  assert next(outcomes) == (units[0], 1, "")
-  outcomes.close()  # as the sweep does when the first units fail alike
-  ids = (cluster / "cancelled").read_text().split()
-  assert ids == ["41_1", "41_2"]
+  monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+  monkeypatch.setenv("SLURM_JOB_ID", "42")
+  monkeypatch.setattr("vera_jax.sweep.launchers.slurm.ENDING", 0.0)
+  job = DelayedSubmission.load(tmp_path / "logs/slurm/41_0_submitted.pkl")
+  again = []
+  before = signal.signal(
+    signal.SIGUSR2, lambda *_: again.append(job._checkpoint_function())
+  )
+  try:
+    assert job.result() == 75
+  finally:
+    signal.signal(signal.SIGUSR2, before)
+  assert saved.read_text() == "saved"
+  pretend(monkeypatch, FINISH)
+  assert again[0].result() == 0
 
-  (cluster / "queue").write_text("39_0\n39_[1-2]\n")  # they still run
-  with pytest.raises(UserError, match="39_0 39_"):
-    launcher.submit(units, retry_failed=False, say=lines.append)
+
+def test_what_fails_alike_ends_the_other_jobs(cluster, launched, monkeypatch):
+  monkeypatch.setattr("vera_jax.sweep.runner.SAME", 1)
+  _, _, error = launched(failed=["41_0"])
+  assert "no such folder" in str(error)
+  assert (cluster / "cancelled").read_text().split() == ["41_1", "41_2"]
+
+
+def test_the_jobs_of_an_earlier_command_are_waited_for(cluster, launched):
   (cluster / "queue").write_text("39_0\n39_[1-2]\n")
-  outcomes = start()
-  assert next(outcomes).unit == units[0]  # once these were gone
-  assert "earlier command: 39_0" in lines[3]
-  stop.set(2, None)
-  with pytest.raises(Interrupted, match="`scancel 41` ends them"):
-    next(outcomes)
-  assert (cluster / "cancelled").read_text().split() == ids
+  _, lines, _ = launched(stop_at="41_2")
+  assert lines[0] == (
+    "waiting for the jobs of an earlier command: 39_0 39_[1-2]"
+  )
+  assert lines[1].startswith("job 41_0: ")
 
 
 @pytest.mark.parametrize(
@@ -212,11 +269,11 @@ def test_an_option_that_it_does_not_have_is_named(
   if name == "ray":
     pytest.importorskip("ray")
   with pytest.raises(UserError, match=words):
-    make_launcher(name, options, logs=tmp_path / "logs")
+    make_launcher(name, options, tmp_path / "logs")
 
 
 def test_without_slurm_it_says_so(monkeypatch, tmp_path):
   pytest.importorskip("submitit")
   monkeypatch.setenv("PATH", str(tmp_path))
   with pytest.raises(UserError, match="srun"):
-    make_launcher("slurm", {}, logs=tmp_path / "logs")
+    make_launcher("slurm", {}, tmp_path / "logs")

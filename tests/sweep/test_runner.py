@@ -1,5 +1,6 @@
 """Workers are started and waited for, and how they end is understood."""
 
+import json
 import os
 import signal
 import sys
@@ -39,8 +40,8 @@ def test_every_run_is_trained_once(tiny_sweep, monkeypatch, tmp_path):
   pretend(monkeypatch, FINISH)
   plan = tiny_sweep()
   parts = make_units(plan.runs, most=8)
-  run_units(parts, Local(logs=tmp_path / "logs"))
-  run_units(parts, Local(logs=tmp_path / "logs"), retry_failed=True)
+  run_units(parts, Local(), logs=tmp_path / "logs")
+  run_units(parts, Local(), logs=tmp_path / "logs", retry_failed=True)
   assert {run.state for run in plan.runs} == {"done"}
   for run in plan.runs:  # a second time would have appended
     assert (run.folder / results.FILE).read_text() == "{}"
@@ -56,15 +57,15 @@ def test_a_killed_worker_fails_and_is_retried_on_demand(
     "if unit['runs'][0]['config']['method'] == 'lora':\n"
     "  print('last words', flush=True); os.kill(os.getpid(), 9)\n" + FINISH,
   )
-  run_units(parts, Local(logs=tmp_path / "logs"))
+  run_units(parts, Local(), logs=tmp_path / "logs")
   states = [run.state for run in plan.runs]
   assert states == ["done"] * 4 + ["failed"] * 2
   for words in ("SIGKILL", "--members=1", "last words"):
     assert words in plan.runs[-1].failure()
   pretend(monkeypatch, FINISH)
-  run_units(parts, Local(logs=tmp_path / "logs"))
+  run_units(parts, Local(), logs=tmp_path / "logs")
   assert plan.runs[-1].state == "failed"
-  run_units(parts, Local(logs=tmp_path / "logs"), retry_failed=True)
+  run_units(parts, Local(), logs=tmp_path / "logs", retry_failed=True)
   assert plan.runs[-1].state == "done"
 
 
@@ -83,7 +84,7 @@ sys.exit(1)
   )
   plan = tiny_sweep(product({"vera.rank": (1, 2, 3, 4, 5)}))
   with pytest.raises(UserError, match="no such folder: glue") as caught:
-    run_units(make_units(plan.runs, most=8), Local(logs=tmp_path / "logs"))
+    run_units(make_units(plan.runs, most=8), Local(), logs=tmp_path / "logs")
   assert "--retry_failed" in str(caught.value)
   assert [run.state for run in plan.runs] == ["failed"] * 3 + ["new"] * 2
 
@@ -111,7 +112,7 @@ sys.exit(75)
   )
   plan = tiny_sweep()
   with pytest.raises(Interrupted, match="SIGINT, all runs saved"):
-    run_units(make_units(plan.runs, most=8), Local(logs=tmp_path / "logs"))
+    run_units(make_units(plan.runs, most=8), Local(), logs=tmp_path / "logs")
   assert (tmp_path / "saved").read_text() == "saved"
   assert {run.state for run in plan.runs} == {"new"}  # nobody failed
 
@@ -122,16 +123,27 @@ def test_what_another_process_trains_is_left_to_it(
   pretend(monkeypatch, FINISH)
   plan = tiny_sweep()
   with locked([plan.runs[0].lock]):
-    run_units(make_units(plan.runs, most=8), Local(logs=tmp_path / "logs"))
+    run_units(make_units(plan.runs, most=8), Local(), logs=tmp_path / "logs")
     assert [run.state for run in plan.runs] == ["running"] + ["done"] * 5
 
 
 def work(runs, *, retry_failed=False, patience=0.0):
   """Runs a worker here, as if started with these runs."""
-  task = process.task_of(
-    runs, logs=runs[0].folder, retry_failed=retry_failed, patience=patience
+  return worker.main(
+    {
+      "runs": [
+        {
+          "config": json.loads(json.dumps(run.config.to_dict())),
+          "folder": str(run.folder),
+          "lock": str(run.lock),
+        }
+        for run in runs
+      ],
+      "retry_failed": retry_failed,
+      "patience": patience,
+      "hosts": 1,
+    }
   )
-  return worker.main(task)
 
 
 def test_a_worker_trains_its_unit(tiny_sweep, monkeypatch):
@@ -224,5 +236,5 @@ def test_a_failure_that_can_not_be_written_down_ends_the_sweep(
   pretend(monkeypatch, "sys.exit(1)")
   plan = tiny_sweep()
   with pytest.raises(UserError, match="is the disk full"):
-    run_units(make_units(plan.runs, most=8), Local(logs=tmp_path / "logs"))
+    run_units(make_units(plan.runs, most=8), Local(), logs=tmp_path / "logs")
   assert {run.state for run in plan.runs} == {"new"}

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,15 +171,6 @@ def make_units(
     place = units.index(longest)
     units[place : place + 1] = split(longest, -(-len(longest) // 2))
   return units
-
-
-def left_of(
-  units: Sequence[Unit], states: Collection[str] = (NEW, UNFINISHED)
-) -> Iterator[Unit]:
-  """What is to be trained of units: runs that are in these states by then."""
-  for unit in units:
-    if runs := [run for run in unit if run.state in states]:
-      yield runs
 
 
 def shard_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:

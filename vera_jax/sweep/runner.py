@@ -1,11 +1,13 @@
 """Have a sweep's units trained by a launcher, until all runs are done."""
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 
 from vera_jax.errors import UserError
-from vera_jax.sweep.launchers.launcher import Launcher
+from vera_jax.sweep.launchers.launcher import Launcher, Task
 from vera_jax.sweep.plan import (
   DONE,
   FAILED,
@@ -13,7 +15,6 @@ from vera_jax.sweep.plan import (
   RUNNING,
   UNFINISHED,
   Unit,
-  left_of,
 )
 from vera_jax.train.preemption import Interrupted, watch
 
@@ -25,6 +26,8 @@ def run_units(
   units: Sequence[Unit],
   launcher: Launcher,
   *,
+  logs: Path,
+  hosts: int = 1,
   retry_failed: bool = False,
   say: Callable[[str], None] = lambda line: None,
   on_end: Callable[[Unit], None] = lambda unit: None,
@@ -38,6 +41,8 @@ def run_units(
   Args:
     units: as `make_units` makes them.
     launcher: starts the workers.
+    logs: a folder for what they print.
+    hosts: processes that train one unit, each on a machine of its own.
     retry_failed: whether failed runs are tried again.
     say: takes lines that say what was started.
     on_end: called with the runs of each worker that has ended.
@@ -54,21 +59,36 @@ def run_units(
   def ended() -> int:
     return sum(run.state in (DONE, FAILED) for unit in units for run in unit)
 
+  def left() -> Iterator[Task]:
+    for unit in units:
+      if runs := [run for run in unit if run.state in wanted]:
+        message = {
+          "runs": [
+            {
+              # as JSON reads it back, for `note_failure` writes it too
+              "config": json.loads(json.dumps(run.config.to_dict())),
+              "folder": str(run.folder),
+              "lock": str(run.lock),
+            }
+            for run in runs
+          ],
+          "log": str(logs / runs[0].name),
+          "retry_failed": retry_failed,
+          "patience": launcher.patience,
+          "hosts": hosts,
+        }
+        yield Task(runs, message)
+
   with watch() as flag:
-    while next(left_of(units, wanted), None):
+    while next(left(), None):
       if idle == IDLE:
-        names = ", ".join(
-          run.name for unit in left_of(units, wanted) for run in unit
-        )
+        names = ", ".join(map(str, left()))
         raise UserError(
           f"{IDLE} times nothing came of {names}. What the workers printed is"
           f" in the sweep's folder logs. The same command goes on.{lost}"
         )
       before = ended()
-      outcomes = launcher.run(
-        left_of(units, wanted), retry_failed=retry_failed, stop=flag, say=say
-      )
-      with closing(outcomes):
+      with closing(launcher.run(left(), flag, say)) as outcomes:
         for unit, code, reason in outcomes:
           on_end(unit)
           lost = f"\n{reason}" if reason else lost

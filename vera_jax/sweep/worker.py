@@ -40,8 +40,9 @@ def main(task: dict[str, Any]) -> int:
   """Train what is left of a unit's runs; returns the exit code.
 
   Args:
-    task: as `launchers.process.task_of` makes it, and, for several hosts, where
-      the first one is and which one this is.
+    task: {"runs": [{"config", "folder", "lock"}], "retry_failed", "patience":
+      seconds to wait for runs that another process has, "hosts": how many train
+      them together, and if several: "coordinator", "process_id"}.
   """
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   from absl import logging

@@ -2,13 +2,23 @@
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from vera_jax.errors import UserError
 from vera_jax.sweep.plan import Unit
 from vera_jax.train.preemption import Flag
 
 NAMES = ("local", "slurm", "ray")
+
+
+class Task(NamedTuple):
+  """A unit, and what its worker is told, in values that JSON has."""
+
+  unit: Unit
+  message: dict[str, Any]  # see `worker.main`
+
+  def __str__(self) -> str:
+    return ", ".join(run.name for run in self.unit)
 
 
 class Outcome(NamedTuple):
@@ -25,29 +35,26 @@ class Outcome(NamedTuple):
   reason: str = ""
 
 
+Outcomes = Generator[Outcome, None, None]
+
+
 @runtime_checkable
 class Launcher(Protocol):
   """Starts a worker for each unit, where and when it has room.
 
   Attributes:
-    patience: seconds that a worker waits for runs that another process has.
+    patience: seconds to wait for runs that another process has.
   """
 
   patience: float
 
   def run(
-    self,
-    units: Iterable[Unit],
-    *,
-    retry_failed: bool,
-    stop: Flag,
-    say: Callable[[str], None],
-  ) -> Generator[Outcome, None, None]:
+    self, tasks: Iterable[Task], stop: Flag, say: Callable[[str], None]
+  ) -> Outcomes:
     """Train units; each outcome as it comes.
 
     Args:
-      units: runs that are to be trained, looked up when they can be started.
-      retry_failed: whether failed runs among them are tried again.
+      tasks: what is to be trained, looked up when it can be started.
       stop: set when the user wants to stop.
       say: takes a line that says what was started.
 
@@ -59,15 +66,14 @@ class Launcher(Protocol):
 
 
 def make_launcher(
-  name: str, options: Mapping[str, str], *, logs: Path, hosts: int = 1
+  name: str, options: Mapping[str, str], logs: Path
 ) -> Launcher:
   """The launcher of a name; what it needs is imported only now.
 
   Args:
     name: one of `NAMES`.
     options: its own settings, as texts.
-    logs: a folder for what the workers print.
-    hosts: how many processes a unit is, each on a machine of its own.
+    logs: the sweep's folder for what the workers print.
 
   Raises:
     UserError: an option that it doesn't have, or its engine isn't there.
@@ -75,15 +81,15 @@ def make_launcher(
   if name == "slurm":
     from vera_jax.sweep.launchers.slurm import Slurm
 
-    return Slurm(options, logs=logs, hosts=hosts)
+    return Slurm(options, logs)
   if name == "ray":
     from vera_jax.sweep.launchers.ray import Ray
 
-    return Ray(options, logs=logs, hosts=hosts)
+    return Ray(options)
   if options:
     raise UserError(
       f"--launcher_options={','.join(options)}: the local launcher has none."
     )
   from vera_jax.sweep.launchers.local import Local
 
-  return Local(logs=logs, hosts=hosts)
+  return Local()

@@ -1,51 +1,39 @@
 """Train a sweep's units on this machine, one after another."""
 
-from collections.abc import Callable, Generator, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 from vera_jax.errors import UserError
-from vera_jax.sweep.launchers.launcher import Outcome
-from vera_jax.sweep.launchers.process import Worker, free_port, task_of
-from vera_jax.sweep.plan import NEW, UNFINISHED, Unit
+from vera_jax.sweep.launchers.launcher import Outcome, Outcomes, Task
+from vera_jax.sweep.launchers.process import Worker, free_port
+from vera_jax.sweep.plan import NEW, UNFINISHED
 from vera_jax.train.preemption import EXIT_CODE, Flag, Interrupted
 
 
 class Local:
-  """A launcher; see `launcher.Launcher`."""
+  """A launcher, as `launcher.py` says; several hosts are several processes."""
 
   patience = 0.0  # runs that another process is training are left to it
 
-  def __init__(self, *, logs: Path, hosts: int = 1) -> None:
-    """Several `hosts` are as many processes on this machine."""
-    self._logs, self._hosts = logs, hosts
-
   def run(
-    self,
-    units: Iterable[Unit],
-    *,
-    retry_failed: bool,
-    stop: Flag,
-    say: Callable[[str], None],
-  ) -> Generator[Outcome, None, None]:
-    for unit in units:
-      say(f"training {', '.join(run.name for run in unit)}")
-      task = task_of(
-        unit, logs=self._logs, retry_failed=retry_failed, hosts=self._hosts
-      )
-      coordinator = f"localhost:{free_port()}" if self._hosts > 1 else None
-      workers = [Worker(task, coordinator, n) for n in range(self._hosts)]
+    self, tasks: Iterable[Task], stop: Flag, say: Callable[[str], None]
+  ) -> Outcomes:
+    for task in tasks:
+      say(f"training {task}")
+      hosts = task.message["hosts"]
+      first = f"localhost:{free_port()}" if hosts > 1 else None
+      workers = [Worker(task.message, first, n) for n in range(hosts)]
       while not all([worker.has_ended() for worker in workers]):
         if stop.caught:
           for worker in workers:
             worker.stop()
       code = max(worker.wait() for worker in workers)
-      if code == 1 and any(run.state in (NEW, UNFINISHED) for run in unit):
+      if code == 1 and any(r.state in (NEW, UNFINISHED) for r in task.unit):
         raise UserError(
-          f"{unit[0].name} ended without a result, and why could not be written"
-          f" into its folder: is the disk full? What it printed is in"
-          f" {self._logs}. The same command goes on."
+          f"{task.unit[0].name} ended without a result, and why could not be"
+          " written into its folder: is the disk full? What it printed is in"
+          f" {task.message['log']}.log. The same command goes on."
         )
-      yield Outcome(unit, code)
+      yield Outcome(task.unit, code)
       if stop.caught or code == EXIT_CODE:
         name = stop.caught.name if stop.caught else "a signal"
         how = "all runs saved. The same command goes on."

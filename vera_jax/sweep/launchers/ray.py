@@ -1,24 +1,19 @@
 """Train a sweep's units as tasks of a Ray cluster."""
 
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vera_jax.errors import UserError
-from vera_jax.sweep.launchers.launcher import Outcome
-from vera_jax.sweep.launchers.process import GRACE, Worker, free_port, task_of
-from vera_jax.sweep.plan import Unit
+from vera_jax.sweep.launchers.launcher import Outcome, Outcomes, Task
+from vera_jax.sweep.launchers.process import GRACE, Worker, free_port
 from vera_jax.sweep.worker import LOST
 from vera_jax.train.preemption import EXIT_CODE, Flag, Interrupted
 
 try:
   import ray
-  from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    remove_placement_group,
-  )
+  from ray.util.placement_group import placement_group, remove_placement_group
   from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 except ImportError as error:
   raise UserError(
@@ -27,33 +22,21 @@ except ImportError as error:
 
 POLL = 1.0  # seconds between looks at the user's wish to stop
 RETRIES = 20  # nodes that may be lost under one unit
-OPTIONS = ("num_cpus", "num_gpus", "TPU", "memory")  # of each process
-NAMES = {"num_cpus": "CPU", "num_gpus": "GPU"}  # in a group of nodes
+# What each process needs, by the name that a cluster has for it.
+NEEDS = {"num_cpus": "CPU", "num_gpus": "GPU", "TPU": "TPU", "memory": "memory"}
 
 
-class Lost(Exception):
-  """A worker did not come to its end."""
-
-
-def train(
-  task: dict[str, Any], coordinator: str | None = None, number: int = 0
-) -> int:
-  """A unit's worker as Ray's task; the arguments are `Worker`'s.
-
-  Raises:
-    Lost: it was stopped, and not by the sweep, or another host's was.
-  """
-  # Ray starts its own processes elsewhere: their child imports what they do
+def train(message: dict[str, Any], first: str | None, number: int) -> int:
+  """A unit's worker in a task; the arguments are `Worker`'s."""
+  # Ray's own process was started elsewhere: its child imports what it does
   os.environ["PYTHONPATH"] = str(Path(__file__).parents[3])
-  worker = Worker(task, coordinator, number)
+  worker = Worker(message, first, number)
   try:
     code = worker.wait()
   except KeyboardInterrupt:  # by ray.cancel
     worker.stop()
-    return worker.wait()
-  if code in (EXIT_CODE, LOST):
-    raise Lost(f"exit code {code}")
-  return code
+    code = worker.wait()
+  return LOST if code == EXIT_CODE else code
 
 
 def address() -> str:
@@ -62,49 +45,41 @@ def address() -> str:
 
 
 class Job:
-  """A unit's task, or its tasks: one for each host, which need each other."""
+  """A unit's task; with several hosts its tasks, which end together."""
 
-  def __init__(
-    self, unit: Unit, task: dict[str, Any], needs: Mapping[str, float]
-  ) -> None:
-    self.unit, self._task, self._needs = unit, task, dict(needs)
-    self.starts = 0
-    self._group: PlacementGroup | None = None
+  def __init__(self, task: Task, needs: Mapping[str, float]) -> None:
+    self.unit, self._message, self._needs = task.unit, task.message, needs
+    self.starts, self._group = 0, None
 
   def start(self) -> list[ray.ObjectRef]:
     self.starts, self.code, self.reason = self.starts + 1, 0, ""
-    tpus = self._needs.get("TPU")
-    numbers = {key: x for key, x in self._needs.items() if key != "TPU"}
-    options = {**numbers, "resources": {"TPU": tpus} if tpus else {}}
-    hosts = self._task["hosts"]
-    if hosts == 1:
-      # Ray itself starts it again, on another node
-      remote = ray.remote(train).options(
-        max_retries=RETRIES, retry_exceptions=[Lost], **options
+    hosts, first, nodes = self._message["hosts"], None, ["DEFAULT"]
+    options = dict(self._needs)
+    if tpus := options.pop("TPU", 0):
+      options["resources"] = {"TPU": tpus}
+    if hosts > 1:
+      needs = {NEEDS[key]: value for key, value in self._needs.items()}
+      self._group = placement_group([needs] * hosts, strategy="STRICT_SPREAD")
+      nodes = [
+        PlacementGroupSchedulingStrategy(self._group, number)
+        for number in range(hosts)
+      ]
+      asked = ray.remote(address).options(
+        num_cpus=0, scheduling_strategy=nodes[0]
       )
-      return [remote.remote(self._task)]
-    needs = {NAMES.get(key, key): x for key, x in self._needs.items()}
-    self._group = placement_group([needs] * hosts, strategy="STRICT_SPREAD")
-    nodes = [
-      PlacementGroupSchedulingStrategy(self._group, number)
-      for number in range(hosts)
-    ]
-    first = ray.remote(address).options(
-      num_cpus=0, scheduling_strategy=nodes[0]
-    )
-    coordinator = first.remote()
+      first = asked.remote()
     return [
       ray.remote(train)
       .options(max_retries=0, scheduling_strategy=node, **options)
-      .remote(self._task, coordinator, number)
+      .remote(self._message, first, number)
       for number, node in enumerate(nodes)
     ]
 
   def note_end(self, ref: ray.ObjectRef) -> None:
-    """Take in how one of its tasks ended."""
+    """Of one of its tasks."""
     try:
       self.code = max(self.code, ray.get(ref))
-    except ray.exceptions.RayError as error:
+    except ray.exceptions.RayError as error:  # such as a lost node
       self.code, self.reason = LOST, str(error)
 
   def free(self) -> None:
@@ -115,29 +90,26 @@ class Job:
 
 
 class Ray:
-  """A launcher; see `launcher.Launcher`. Its tasks end with it."""
+  """A launcher, as `launcher.py` says. Its tasks end with it."""
 
   patience = 240.0  # a lock of a node that is lost expires after three minutes
 
-  def __init__(
-    self, options: Mapping[str, str], *, logs: Path, hosts: int = 1
-  ) -> None:
+  def __init__(self, options: Mapping[str, str]) -> None:
     """Options are the cluster's `address`, and what each process needs.
 
     Without an address Ray looks at RAY_ADDRESS, and else starts on this
     machine. A process has one CPU unless the options say otherwise, and one GPU
     where there are any.
     """
-    self._logs, self._hosts = logs, hosts
     needs = {key: x for key, x in options.items() if key != "address"}
     try:
       self._needs = {key: float(value) for key, value in needs.items()}
-      if unknown := self._needs.keys() - {*OPTIONS}:
+      if unknown := needs.keys() - NEEDS:
         raise ValueError(f"there is no {', '.join(sorted(unknown))}")
     except ValueError as error:
       raise UserError(
         f"--launcher_options: {error}. Ray's are address=HOST:PORT, and as"
-        f" numbers {', '.join(OPTIONS)}."
+        f" numbers {', '.join(NEEDS)}."
       ) from error
     try:
       if not ray.is_initialized():
@@ -149,23 +121,11 @@ class Ray:
       self._needs.setdefault("num_gpus", 1)
 
   def run(
-    self,
-    units: Iterable[Unit],
-    *,
-    retry_failed: bool,
-    stop: Flag,
-    say: Callable[[str], None],
-  ) -> Generator[Outcome, None, None]:
+    self, tasks: Iterable[Task], stop: Flag, say: Callable[[str], None]
+  ) -> Outcomes:
     pending: dict[ray.ObjectRef, Job] = {}
-    for unit in units:
-      task = task_of(
-        unit,
-        logs=self._logs,
-        retry_failed=retry_failed,
-        patience=self.patience,
-        hosts=self._hosts,
-      )
-      job = Job(unit, task, self._needs)
+    for task in tasks:
+      job = Job(task, self._needs)
       pending |= dict.fromkeys(job.start(), job)
     say(f"{len(pending)} tasks are given to Ray")
     try:
@@ -181,12 +141,12 @@ class Ray:
           job.note_end(ref)
           others = [ref for ref in pending if pending[ref] is job]
           if job.code == LOST:  # then they can't go on
-            for ref in others:
-              ray.cancel(ref)
+            for other in others:
+              ray.cancel(other)
           if others:
             continue
           job.free()
-          if job.code == LOST and job.starts <= RETRIES and self._hosts > 1:
+          if job.code == LOST and job.starts <= RETRIES:
             pending |= dict.fromkeys(job.start(), job)
           else:
             yield Outcome(job.unit, job.code, job.reason)

@@ -5,14 +5,13 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vera_jax.errors import UserError
-from vera_jax.sweep.launchers.launcher import Outcome
-from vera_jax.sweep.launchers.process import GRACE, Worker, task_of
-from vera_jax.sweep.plan import Unit
+from vera_jax.sweep.launchers.launcher import Outcome, Outcomes, Task
+from vera_jax.sweep.launchers.process import GRACE, Worker
 from vera_jax.sweep.worker import LOST
 from vera_jax.train.preemption import EXIT_CODE, Flag, Interrupted
 
@@ -39,20 +38,19 @@ class Job:
   queue.
   """
 
-  def __init__(self, task: dict[str, Any]) -> None:
-    self._task = task
+  def __init__(self, message: dict[str, Any]) -> None:
+    self._message = message
     self._worker: Worker | None = None
 
   def __call__(self) -> int:
     job = submitit.JobEnvironment()
-    coordinator = None
-    if self._task["hosts"] > 1:
-      # the same in all its processes, and another in another job
-      port = PORTS[int(job.raw_job_id) % len(PORTS)]
-      coordinator = f"{job.hostnames[0]}:{port}"
-    number = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
+    first = None
+    if self._message["hosts"] > 1:
+      # the same port in all its processes, and another in another job
+      first = f"{job.hostnames[0]}:{PORTS[int(job.raw_job_id) % len(PORTS)]}"
+    number = signal.Signals[f"SIG{job.USR_SIG}"]
     handler = signal.signal(number, signal.SIG_IGN)  # which a child inherits
-    self._worker = Worker(self._task, coordinator, job.global_rank)
+    self._worker = Worker(self._message, first, job.global_rank)
     signal.signal(number, handler)
     code = self._worker.wait()
     if code == EXIT_CODE and job.cluster == "slurm":
@@ -62,70 +60,56 @@ class Job:
     return code
 
   def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-    """Called in a handler of the signal; returns what the job is to do next."""
+    """Called in the signal's handler; returns what the job is to do next."""
     if self._worker is not None:
       self._worker.stop()
       until = time.monotonic() + GRACE
       while not self._worker.has_ended() and time.monotonic() < until:
         pass
-    return submitit.helpers.DelayedSubmission(Job(self._task))
+    return submitit.helpers.DelayedSubmission(Job(self._message))
 
 
 class Slurm:
-  """A launcher; see `launcher.Launcher`. Its jobs outlive it."""
+  """A launcher, as `launcher.py` says. Its jobs outlive it."""
 
   patience = 240.0  # a lock of a node that is lost expires after three minutes
 
-  def __init__(
-    self, options: Mapping[str, str], *, logs: Path, hosts: int = 1
-  ) -> None:
+  def __init__(self, options: Mapping[str, str], logs: Path) -> None:
     """Options are those of submitit's AutoExecutor, such as `slurm_partition`.
 
     With `cluster=local` the jobs are processes of this machine.
     """
-    self._logs, self._hosts = logs, hosts
     texts = DEFAULTS | dict(options)
-    cluster = texts.pop("cluster", "slurm")
-    values = {
-      key: int(value) if value.isdecimal() else value
-      for key, value in texts.items()
-    }
+    self._cluster = texts.pop("cluster", "slurm")
+    values = {k: int(x) if x.isdecimal() else x for k, x in texts.items()}
     self._name = f"sweep-{hashlib.sha256(str(logs).encode()).hexdigest()[:8]}"
-    hosts_of = {"nodes": hosts, "tasks_per_node": 1}
-    if cluster == "local":  # which has but one node
-      hosts_of = {"nodes": 1, "tasks_per_node": hosts}
+    values["name"] = self._name
+    values["slurm_additional_parameters"] = {"requeue": True}
     try:
       self._executor = submitit.AutoExecutor(
-        logs / "slurm", cluster, slurm_max_num_timeout=REQUEUES
+        logs / "slurm", self._cluster, slurm_max_num_timeout=REQUEUES
       )
-      self._executor.update_parameters(
-        name=self._name,
-        **hosts_of,
-        **{"slurm_additional_parameters": {"requeue": True}, **values},
-      )
+      self._executor.update_parameters(**values)
     except RuntimeError as error:  # there is no srun
       raise UserError(f"--launcher=slurm: {error}") from error
     except (AssertionError, NameError, TypeError, ValueError) as error:
       raise UserError(f"--launcher_options: {error}") from error
 
   def run(
-    self,
-    units: Iterable[Unit],
-    *,
-    retry_failed: bool,
-    stop: Flag,
-    say: Callable[[str], None],
-  ) -> Generator[Outcome, None, None]:
+    self, tasks: Iterable[Task], stop: Flag, say: Callable[[str], None]
+  ) -> Outcomes:
     if ids := self._queued():
       say(f"waiting for the jobs of an earlier command: {' '.join(ids)}")
       while ids := self._queued():
         self._leave_if(stop, ids)
         time.sleep(POLL)
-    waiting = dict(self.submit(units, retry_failed=retry_failed, say=say))
+    waiting = self._submit(list(tasks))
+    for job, task in waiting.items():
+      say(f"job {job.job_id}: {task}")
     try:
       while waiting:
         for job in [job for job in waiting if job.done()]:
-          unit = waiting.pop(job)
+          unit = waiting.pop(job).unit
           try:
             yield Outcome(unit, max(job.results()))
           except UncompletedJobError as error:
@@ -137,46 +121,20 @@ class Slurm:
         job.cancel(check=False)
       raise
 
-  def submit(
-    self,
-    units: Iterable[Unit],
-    *,
-    retry_failed: bool,
-    say: Callable[[str], None],
-  ) -> list[tuple[submitit.Job[int], Unit]]:
-    """An array with a job for each unit.
-
-    Raises:
-      UserError: SLURM refuses it, or has jobs of this sweep already.
-    """
-    if ids := self._queued():
-      raise UserError(
-        f"SLURM still has jobs of this sweep: {' '.join(ids)}. They go on;"
-        " without --nowait this command waits for them."
-      )
-    if not (units := list(units)):
-      return []
+  def _submit(self, tasks: list[Task]) -> dict[submitit.Job[int], Task]:
+    """An array with a job for each unit."""
+    if not tasks:
+      return {}
+    hosts = tasks[0].message["hosts"]
+    # the local executor has but one node
+    nodes, each = (1, hosts) if self._cluster == "local" else (hosts, 1)
+    self._executor.update_parameters(nodes=nodes, tasks_per_node=each)
     try:
       with self._executor.batch():
-        jobs = [
-          self._executor.submit(
-            Job(
-              task_of(
-                unit,
-                logs=self._logs,
-                retry_failed=retry_failed,
-                patience=self.patience,
-                hosts=self._hosts,
-              )
-            )
-          )
-          for unit in units
-        ]
+        jobs = [self._executor.submit(Job(task.message)) for task in tasks]
     except RuntimeError as error:
       raise UserError(f"sbatch refuses the jobs: {error}") from error
-    for job, unit in zip(jobs, units, strict=True):
-      say(f"job {job.job_id}: {', '.join(run.name for run in unit)}")
-    return list(zip(jobs, units, strict=True))
+    return dict(zip(jobs, tasks, strict=True))
 
   def _queued(self) -> list[str]:
     """The jobs of this sweep that SLURM still has, by their numbers."""
