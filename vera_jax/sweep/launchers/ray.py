@@ -13,7 +13,11 @@ from vera_jax.train.preemption import EXIT_CODE, Flag, Interrupted
 
 try:
   import ray
-  from ray.util.placement_group import placement_group, remove_placement_group
+  from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    remove_placement_group,
+  )
   from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 except ImportError as error:
   raise UserError(
@@ -49,21 +53,22 @@ class Job:
 
   def __init__(self, task: Task, needs: Mapping[str, float]) -> None:
     self.unit, self._message, self._needs = task.unit, task.message, needs
-    self.starts, self._group = 0, None
+    self.starts = 0
+    self._group: PlacementGroup | None = None
 
   def start(self) -> list[ray.ObjectRef]:
     self.starts, self.code, self.reason = self.starts + 1, 0, ""
-    hosts, first, nodes = self._message["hosts"], None, ["DEFAULT"]
-    options = dict(self._needs)
+    hosts = self._message["hosts"]
+    first: Any = None  # a text, once it is known
+    nodes: list[Any] = ["DEFAULT"]
+    options: dict[str, Any] = dict(self._needs)
     if tpus := options.pop("TPU", 0):
       options["resources"] = {"TPU": tpus}
     if hosts > 1:
       needs = {NEEDS[key]: value for key, value in self._needs.items()}
-      self._group = placement_group([needs] * hosts, strategy="STRICT_SPREAD")
-      nodes = [
-        PlacementGroupSchedulingStrategy(self._group, number)
-        for number in range(hosts)
-      ]
+      group = placement_group([needs] * hosts, strategy="STRICT_SPREAD")
+      nodes = [PlacementGroupSchedulingStrategy(group, n) for n in range(hosts)]
+      self._group = group
       asked = ray.remote(address).options(
         num_cpus=0, scheduling_strategy=nodes[0]
       )

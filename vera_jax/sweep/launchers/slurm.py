@@ -81,7 +81,10 @@ class Slurm:
     """
     texts = DEFAULTS | dict(options)
     self._cluster = texts.pop("cluster", "slurm")
-    values = {k: int(x) if x.isdecimal() else x for k, x in texts.items()}
+    values: dict[str, Any] = {
+      key: int(text) if text.isdecimal() else text
+      for key, text in texts.items()
+    }
     self._name = f"sweep-{hashlib.sha256(str(logs).encode()).hexdigest()[:8]}"
     values["name"] = self._name
     values["slurm_additional_parameters"] = {"requeue": True}
