@@ -238,3 +238,18 @@ def test_a_failure_that_can_not_be_written_down_ends_the_sweep(
   with pytest.raises(UserError, match="is the disk full"):
     run_units(make_units(plan.runs, most=8), Local(), logs=tmp_path / "logs")
   assert {run.state for run in plan.runs} == {"new"}
+
+
+def test_a_sweep_in_a_store_has_its_logs_there(tiny_sweep, monkeypatch, bucket):
+  plan = tiny_sweep(seeds((0,)), folder=f"{bucket}/test-runner")
+  pretend(
+    monkeypatch, "print('last words', flush=True); os.kill(os.getpid(), 9)"
+  )
+  units, logs = make_units(plan.runs, most=8), plan.folder / "logs"
+  for retry_failed in (False, True):
+    run_units(units, Local(), logs=logs, retry_failed=retry_failed)
+    (run,) = plan.runs
+    assert run.state == "failed" and "last words" in run.failure()
+    assert f"{logs}/{run.name}.log" in run.failure()
+  text = (logs / f"{run.name}.log").read_text()
+  assert text == "last words\n" * 2

@@ -50,7 +50,11 @@ def main(task: dict[str, Any]) -> int:
   logging.set_verbosity(logging.WARNING)
   hosts = task["hosts"]
   if hosts > 1:
-    distributed.initialize(task["coordinator"], hosts, task["process_id"])
+    try:
+      distributed.initialize(task["coordinator"], hosts, task["process_id"])
+    except UserError as error:  # another host did not come
+      print(error, file=sys.stderr)
+      return LOST
   runs = {place(run["lock"]): run for run in task["runs"]}
   left: list[dict[str, Any]] = []
   with ExitStack() as stack:

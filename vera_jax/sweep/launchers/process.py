@@ -7,9 +7,9 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
+from vera_jax.places import Mirror, is_remote, place
 from vera_jax.sweep.worker import LOST, note_failure
 from vera_jax.train.preemption import EXIT_CODE
 
@@ -39,7 +39,12 @@ class Worker:
     """
     self._message, self._killed_at = message, float("inf")
     part = f".{number}" if number else ""
-    self._log = Path(f"{message['log']}{part}.log")
+    self._log = log = place(f"{message['log']}{part}.log")
+    self._mirror = Mirror(log.parent) if is_remote(log) else None
+    if self._mirror:
+      self._log = self._mirror.local / log.name
+      if log.exists():
+        self._log.write_bytes(log.read_bytes())
     self._log.parent.mkdir(parents=True, exist_ok=True)
     with self._log.open("a", encoding="utf-8") as file:
       self._child = subprocess.Popen(
@@ -78,6 +83,10 @@ class Worker:
     was_stopped = self._killed_at < float("inf")
     self.stop()
     code = self._child.returncode
+    lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+    if self._mirror:
+      with suppress(Exception):  # of the store: what counts are the runs
+        self._mirror.close()
     if code in (0, 1, EXIT_CODE) or was_stopped:
       return code
     how = f"The worker ended with exit code {code}."
@@ -85,9 +94,8 @@ class Worker:
       name = signal.Signals(-code).name
       memory = " (out of memory? try --members=1)" if name == "SIGKILL" else ""
       how = f"The worker was ended by {name}{memory}."
-    lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
     last = "\n".join(lines[-5:])
-    text = f"{how} The last lines of {self._log}:\n{last}"
+    text = f"{how} The last lines of {self._message['log']}.log:\n{last}"
     if self._message["hosts"] > 1:  # it ends so as well if another host is lost
       print(text, file=sys.stderr)
       return LOST

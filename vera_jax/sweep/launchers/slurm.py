@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vera_jax.errors import UserError
+from vera_jax.places import is_remote
 from vera_jax.sweep.launchers.launcher import Outcome, Outcomes, Task
 from vera_jax.sweep.launchers.process import GRACE, Worker
 from vera_jax.sweep.worker import LOST
@@ -88,9 +89,11 @@ class Slurm:
     self._name = f"sweep-{hashlib.sha256(str(logs).encode()).hexdigest()[:8]}"
     values["name"] = self._name
     values["slurm_additional_parameters"] = {"requeue": True}
+    # submitit's own files: beside us, if the sweep is in a store
+    folder = Path(self._name) if is_remote(logs) else logs / "slurm"
     try:
       self._executor = submitit.AutoExecutor(
-        logs / "slurm", self._cluster, slurm_max_num_timeout=REQUEUES
+        folder, self._cluster, slurm_max_num_timeout=REQUEUES
       )
       self._executor.update_parameters(**values)
     except RuntimeError as error:  # there is no srun
