@@ -31,6 +31,7 @@ from absl import flags
 
 from experiments import cli
 from vera_jax.errors import UserError
+from vera_jax.places import local_place
 from vera_jax.train.preemption import EXIT_CODE
 
 TEMPLATES = Path(__file__).with_name("launches")
@@ -119,7 +120,7 @@ def main(passed: list[str]) -> None:
   if out is None:
     print(script(job, to, file), end="")
     return
-  path = Path(out).expanduser() / file
+  path = local_place(out, "--out") / file
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(script(job, to, str(path)))
   head = takewhile(lambda line: line[:1] == "#", path.read_text().splitlines())
@@ -180,8 +181,8 @@ def described(passed: Sequence[str]) -> Job:
     )
   bucket = (values.bucket or "").rstrip("/")
   workdir = values.workdir or f"{bucket}/runs/{name}"
-  if to == "slurm" and "://" not in workdir:
-    workdir = str(Path(workdir).expanduser().absolute())
+  if to == "slurm" and not workdir.startswith("gs://"):
+    workdir = str(local_place(workdir, "--workdir").absolute())
   elif to != "slurm":
     if not re.fullmatch(r"gs://[a-z0-9][-_.a-z0-9]+(/[-_.\w/]+)?", bucket):
       raise UserError(f"--bucket={bucket}: give gs://BUCKET or a folder in it.")
@@ -264,7 +265,7 @@ def checked_env_file(name: str | None, to: str) -> str:
   """The file's whole path, after a look at its lines; "" without one."""
   if not name:
     return ""
-  path = Path(name).expanduser().absolute()
+  path = local_place(name, "--env_file").absolute()
   if not path.is_file():
     raise UserError(f"--env_file: there is no file {path}.")
   value, besides = ".*", ""

@@ -22,10 +22,10 @@ def main(folders: list[str]) -> None:
     raise UserError("Name the runs' folders, and --out=FILE.")
   from vera_jax.report.pictures import picture_grid  # after the flags' errors
 
-  runs = [place(folder) for folder in folders]
+  runs, out = [place(folder) for folder in folders], place(OUT.value)
   figure = picture_grid(runs, count=COUNT.value, seed=SEED.value)
   try:
-    with staged(place(OUT.value)) as file:
+    with staged(out) as file:
       figure.savefig(file, bbox_inches="tight")
   except (OSError, ValueError) as error:
     raise UserError(f"{OUT.value} can't be written: {error}.") from error

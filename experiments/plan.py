@@ -50,10 +50,11 @@ OUT = flags.DEFINE_string("out", "results/plans", "Where the JSON goes.")
 
 def main() -> None:
   config = cli.chosen(CONFIG)
+  out = place(OUT.value)
   use_no_accelerator()
   pod = describe_pod(TOPOLOGY.value)
   name = f"{Path(config.model.name).name}-{pod.name.replace(':', '-')}"
-  path = place(OUT.value) / f"{name}.json"
+  path = out / f"{name}.json"
   methods: dict[str, Any] = {}
   for method in METHODS.value:
     chosen = config.copy_and_resolve_references()

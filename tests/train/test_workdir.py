@@ -3,10 +3,14 @@
 import errno
 import json
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
 from vera_jax.errors import UserError
+from vera_jax.places import list_files, place
 from vera_jax.train.workdir import (
   check_workdir,
   explain_full_disk,
@@ -133,3 +137,49 @@ def test_a_full_disk_is_explained_wherever_it_is_met(tmp_path):
   for other in (OSError(errno.EACCES, "denied"), ValueError("x")):
     with pytest.raises(type(other)), explain_full_disk(tmp_path):
       raise other
+
+
+TWO = """
+import sys
+from vera_jax.errors import UserError
+from vera_jax.places import list_files, place
+from vera_jax.places import place
+from vera_jax.train import distributed, workdir
+address, number, folder = sys.argv[1:]
+workdir.SHOWS = 1.0
+distributed.initialize(address, 2, int(number))
+folder = place(folder)
+distributed.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+try:
+  workdir.check_shared(folder)
+except UserError as error:
+  sys.exit(str(error))
+"""
+
+
+def of_two(*folders):
+  """What two processes say of their folders."""
+  with socket.create_server(("localhost", 0)) as server:
+    address = "localhost:{1}".format(*server.getsockname())
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", TWO, address, str(number), str(folder)],
+      stderr=subprocess.PIPE,
+      text=True,
+      env={**os.environ, "XLA_FLAGS": ""},
+    )
+    for number, folder in enumerate(folders)
+  ]
+  return [(p.communicate(timeout=300)[1], p.returncode) for p in processes]
+
+
+@pytest.mark.slow
+def test_a_folder_that_not_all_hosts_share_is_refused_by_all(tmp_path, bucket):
+  one, other = tmp_path / "one", tmp_path / "other"
+  for said, code in of_two(one, other):
+    assert code == 1
+    assert "is not one folder for all processes: what process 0 on" in said
+    assert f"not seen by process 1 on {socket.gethostname()[:64]}." in said
+  for said, code in [*of_two(one, one), *of_two(*[f"{bucket}/shared"] * 2)]:
+    assert code == 0, said
+  assert not list(one.iterdir()) and not list_files(place(f"{bucket}/shared"))

@@ -37,6 +37,7 @@ from vera_jax.train.setup import Setup
 from vera_jax.train.step import State
 from vera_jax.train.trainable import Report
 from vera_jax.train.workdir import (
+  check_shared,
   check_workdir,
   explain_full_disk,
   first_start,
@@ -142,6 +143,7 @@ class Run:
         stack.enter_context(explain_full_disk(self.folder))
 
       on_first(lock)
+      check_shared(self.folder)
       yield
 
   @contextmanager

@@ -10,13 +10,18 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 
 from vera_jax import results
 from vera_jax.adapters.methods import METHODS, groups_of
@@ -25,9 +30,11 @@ from vera_jax.errors import UserError
 from vera_jax.files import read_bytes, read_json, write_json, write_text
 from vera_jax.locks import await_owner, describe_owner, is_mine, locked
 from vera_jax.places import is_remote
+from vera_jax.train.distributed import are_several, on_first
 
 DAMAGED = "damaged"
 BEGAN = "began"  # the Unix time of the first start
+SHOWS = 10.0  # seconds until other hosts see a new file
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # What may differ between a run and its resumption: it changes no result.
@@ -196,6 +203,42 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
         " it, stop it, or choose another --workdir."
       )
     yield
+
+
+def check_shared(workdir: Path) -> None:
+  """Refuse a folder that is not the same one for all processes of a run.
+
+  Process 0 writes a file of a new name, which all others must see: on a pod
+  each host may have a folder of the workdir's name on its own disk.
+
+  Raises:
+    UserError: in all processes, naming those that don't see it.
+  """
+  if not are_several():
+    return
+  number = np.uint32(secrets.randbits(32))
+  number = int(multihost_utils.broadcast_one_to_all(number))
+  file, until = workdir / f".seen-by-all-{number:08x}", time.monotonic() + SHOWS
+  on_first(lambda: write_text(file, ""))
+  sees = False
+  while not sees and time.monotonic() < until:
+    with suppress(OSError):
+      sees = file.exists()
+    time.sleep(0.0 if sees else 0.5)
+  # an array of equal size from each
+  host = socket.gethostname().encode()[:64].ljust(64, b"\0")
+  answer = np.frombuffer(bytes([sees]) + host, np.uint8)
+  answers = multihost_utils.process_allgather(answer)
+  on_first(lambda: file.unlink(missing_ok=True))
+  hosts = [bytes(row[1:]).rstrip(b"\0").decode() for row in answers]
+  blind = [f"{i} on {hosts[i]}" for i, row in enumerate(answers) if not row[0]]
+  if blind:
+    raise UserError(
+      f"{workdir} is not one folder for all processes: what process 0 on"
+      f" {hosts[0]} writes there is not seen by process {', '.join(blind)}."
+      " Name a folder that all hosts share: gs://BUCKET/NAME, or a path on a"
+      " shared file system."
+    )
 
 
 def is_disk_full(error: BaseException | None, folder: Path) -> bool:

@@ -1,0 +1,181 @@
+"""Every flag and field that names a file or folder takes gs://, or says by name
+that it doesn't; other schemes are refused, and no folder `gs:` ever appears."""
+
+import ast
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from flax.traverse_util import flatten_dict
+
+from tests.experiments.command import ROOT
+from vera_jax.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
+
+EXPERIMENTS = Path(ROOT, "experiments")
+# Flags with texts that are no places, in all commands.
+TEXTS = {
+  *("prompt", "to", "task", "dtype", "format", "model_id", "template"),
+  *(
+    "shard",
+    "seeds",
+    "profile",
+    "topology",
+    "launcher_options",
+    "methods",
+    "coordinator",
+  ),
+}
+RTE = f"--config={ROOT}/configs/rte.py"
+SWEEP = f"--config={ROOT}/configs/sweeps/rank.py:minilm"
+RIDGE = f"--config={ROOT}/configs/images/cifar10.py:dinov2"
+# By command: its other flags, {} for an adapter that is there, and the flags
+# that are places; of those in LOCAL a store is refused.
+PLACES = {
+  "glue": ([RTE], ["workdir"]),
+  "sweep": ([SWEEP], ["workdir"]),
+  "ridge": ([RIDGE], ["workdir"]),
+  "predict": (["--input=-"], ["adapter", "model"]),
+  "predict ": (["--adapter={}"], ["input"]),
+  "predict  ": (["--adapter={}", "--input=-"], ["base"]),
+  "generate": (["--prompt=a"], ["adapter", "model"]),
+  "generate ": (["--adapter={}"], ["input"]),
+  "generate  ": (["--adapter={}", "--prompt=a"], ["base"]),
+  "answer": (["--adapter={}"], ["choices"]),
+  "answer ": (["--adapter={}", "--out=x"], ["questions"]),
+  "answer  ": (["--adapter={}", "--questions=x.jsonl"], ["out"]),
+  "merge": (["--out=x"], ["adapter"]),
+  "merge ": (["--adapter={}"], ["out"]),
+  "merge  ": (["--adapter={}", "--out=x"], ["base"]),
+  "merge   ": (["--format=gguf-f16", "--out=x"], ["model"]),
+  "peft": (["export", "--adapter={}"], ["out"]),
+  "peft ": (["export", "--out=x"], ["adapter"]),
+  "peft  ": (["export", "--adapter={}", "--out=x"], ["base"]),
+  "push": (["--to=owner/name"], ["adapter"]),
+  "report": ([f"{ROOT}/results/minilm/cola/vera-seed2"], ["out"]),
+  "pictures": (["x"], ["out"]),
+  "plan": ([RTE], ["out"]),
+  "e2e_score": (["--outputs=x"], ["references"]),
+  "e2e_score ": (["--references=x"], ["outputs"]),
+  "make_e2e": ([], ["out"]),
+  "make_entailment": ([], ["out"]),
+}
+LOCAL = {("answer", "out"), ("make_e2e", "out"), ("make_entailment", "out")}
+# The fields of configs that are places.
+FIELDS = {
+  *("data.source", "data.train", "data.dev", "data.cache_dir"),
+  *("data.choices", "model.name"),
+}
+NO_PLACES = {
+  *("cut", "dev_shots", "held_out", "image_size", "kind", "label", "labels"),
+  *("max_eval_examples", "max_length", "max_train_examples", "prompt"),
+  *("template", "text"),
+}
+
+
+def flags_of(script: Path) -> set[str]:
+  """The names of its flags that are texts or lists of them."""
+  calls = [x for x in ast.walk(ast.parse(script.read_text()))]
+  return {
+    call.args[0].value
+    for call in calls
+    if isinstance(call, ast.Call)
+    and call.args
+    and isinstance(call.args[0], ast.Constant)
+    and isinstance(call.func, ast.Attribute)
+    and call.func.attr
+    in ("DEFINE_string", "DEFINE_list", "DEFINE_multi_string")
+  }
+
+
+def test_each_flag_and_field_is_known_here():
+  named: dict[str, set[str]] = {}
+  for command, (words, flags) in PLACES.items():
+    used = [word[2:].partition("=")[0] for word in words if word[:2] == "--"]
+    named.setdefault(command.strip(), TEXTS | set()).update(flags, used)
+  by_all = {"adapter", "model", "base"}  # of cli.define_model
+  for script in EXPERIMENTS.glob("*.py"):
+    flags = flags_of(script)
+    flags -= {"coordinator"} | by_all if script.stem == "cli" else set()
+    assert flags <= named.get(script.stem, TEXTS), script.stem
+  config = import_module("configs.instruct").get_config()
+  config.update(import_module("configs.text").get_config())
+  words = flatten_dict({"data": config.data.to_dict()}, sep=".")
+  texts = {
+    k for k, v in words.items() if v is None or v == () or type(v) is str
+  }
+  assert texts - FIELDS == NO_PLACES
+
+
+@pytest.fixture
+def refused(typed, random_adapter, tmp_path, monkeypatch):
+  """What a command says; it must leave no file where it was started."""
+  adapter = random_adapter()
+  monkeypatch.chdir(tmp_path)
+
+  def run(command, *words):
+    words = [word.replace("{}", str(adapter)) for word in words]
+    with pytest.raises(UserError) as caught:
+      typed(command.strip(), *words)
+    assert not list(tmp_path.iterdir())
+    return str(caught.value)
+
+  return run
+
+
+@pytest.mark.parametrize("command", PLACES)
+def test_flags_refuse_other_schemes_by_name(command, refused):
+  words, flags = PLACES[command]
+  for flag in flags:
+    if (command.strip(), flag) in LOCAL:
+      said = refused(command, *words, f"--{flag}=gs://bucket/x")
+      assert f"--{flag} is a path of this machine" in said
+      continue
+    for scheme in ("s3://b/x", "gs:/b/x") if flag != "input" else ("s3://b/x",):
+      said = refused(command, *words, f"--{flag}={scheme}")
+      assert f"{scheme} is no place" in said and "gs://BUCKET/NAME" in said
+
+
+@pytest.mark.parametrize(
+  "config, field",
+  (
+    ("rte", "data.source"),
+    ("rte", "model.name"),
+    ("rte", "data.cache_dir"),
+    ("text", "data.source"),
+    ("text", "data.train"),
+    ("text", "data.dev"),
+    ("language", "data.train"),
+    ("language", "data.dev"),
+    ("e2e", "data.source"),
+    ("instruct", "data.source"),
+    ("instruct", "data.choices"),
+    ("images/cifar10", "data.source"),
+  ),
+)
+def test_fields_refuse_other_schemes_by_name(
+  config, field, refused, tiny_settings, tmp_path, tmp_path_factory
+):
+  data = tmp_path_factory.mktemp("data") / "train.csv"
+  data.write_text("text,label\na,0\nb,1\n" * 20)
+  settings = {"rte": tiny_settings, "text": {"data.train": data}}
+  settings["language"] = settings["text"]
+  rows = tmp_path_factory.mktemp("data") / "train.jsonl"
+  row = '{"instruction": "%d", "input": "", "output": "b"}\n'
+  rows.write_text("".join(row % number for number in range(20)))
+  settings["instruct"] = {"data.source": rows, "data.dev_examples": 2}
+  chosen = dict(settings.get(config, {}))
+  chosen.pop(field, None)
+  if field == "data.source":
+    chosen.pop("data.train", None)
+  workdir = tmp_path_factory.mktemp("runs") / "run"
+  value = "('s3://b/x',)" if field == "data.choices" else "s3://b/x"
+  said = refused(
+    "glue",
+    f"--config={ROOT}/configs/{config}.py",
+    f"--workdir={workdir}",
+    *(f"--config.{key}={value}" for key, value in chosen.items()),
+    f"--config.{field}={value}",
+  )
+  assert "s3://b/x is no place" in said and "gs://BUCKET/NAME" in said
