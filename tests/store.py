@@ -59,13 +59,13 @@ class Store:
     finally:
       self._ask("modes", CALM)
 
-  def changes(self) -> list[dict[str, Any]]:
-    """All writes and deletions so far, in order.
+  def changes(self, since: int = 0) -> list[dict[str, Any]]:
+    """All writes and deletions so far, in order, but for the first `since`.
 
     Each has a time, the object's name, its generation before (0: none) and
     after (0: deleted), and its text, where it is short.
     """
-    return self._ask("changes", None)
+    return self._ask("changes", since)
 
   def _ask(self, name: str, body: Any) -> Any:
     data = json.dumps(body).encode()
@@ -114,6 +114,7 @@ def serve() -> None:
   from gcp_storage_emulator.storage import Storage
 
   modes, changes = dict(CALM), list[dict[str, Any]]()
+  finished: dict[str, bytes] = {}  # the last answers to resumable uploads
   rng, one_at_a_time = random.Random(0), threading.Lock()
 
   class PreconditionFailed(Exception):
@@ -228,9 +229,12 @@ def serve() -> None:
         self.close_connection = True
         return
       if self.path.startswith("/-/"):
+        asked, answer = json.loads(body), None
         if self.path == "/-/modes":
-          modes.update(json.loads(body))
-        self.send(200, json.dumps(changes).encode())
+          modes.update(asked)
+        else:
+          answer = changes[asked:]
+        self.send(200, json.dumps(answer).encode())
         return
       wait = rng.uniform(0, modes["slow"])
       first = rng.choice((0, wait))
@@ -240,15 +244,21 @@ def serve() -> None:
         connection = self.rfile, self.wfile
         self.rfile, self.wfile = BytesIO(body), BytesIO()
         query = parse_qs(urlsplit(self.path).query)
+        upload = query.get("upload_id", [""])[0]
         with one_at_a_time:
           objects.condition = query.get("ifGenerationMatch", [None])[0]
           objects.read = None
           try:
-            server.Router(self).handle(method)
+            if upload in finished:  # the answer was lost
+              self.wfile.write(finished[upload])
+            else:
+              server.Router(self).handle(method)
           except PreconditionFailed:
             self.wfile = BytesIO()
             self.send(412)
           answer = self.wfile.getvalue()
+          if upload and answer.startswith(b"HTTP/1.1 200"):
+            finished[upload] = answer
           if objects.read:
             number = f"\r\nx-goog-generation: {objects.read}\r\n"
             answer = answer.replace(b"\r\n", number.encode(), 1)

@@ -18,7 +18,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -266,9 +266,17 @@ class Mirror:
   thread, and by `copy` at once.
   """
 
-  def __init__(self, target: Path) -> None:
-    """Begin with an empty folder, `local`, for the files of `target`."""
+  def __init__(
+    self, target: Path, check: Callable[[], object] = lambda: None
+  ) -> None:
+    """Begin with an empty folder, `local`, for the files of `target`.
+
+    Args:
+      target: a folder in a store.
+      check: called before anything is copied; it raises where nothing may be.
+    """
     self._target, self._folder = target, tempfile.TemporaryDirectory()
+    self._check = check
     self.local = Path(self._folder.name)
     self._copied: dict[Path, int] = {}
     self._one_at_a_time, self._ended = threading.Lock(), threading.Event()
@@ -283,6 +291,7 @@ class Mirror:
           continue
         size = file.stat().st_size
         if self._copied.get(file) != size:
+          self._check()
           name = file.relative_to(self.local).as_posix()
           upload(file, self._target / name)
           self._copied[file] = size

@@ -144,7 +144,7 @@ class Launcher:
 
   def start(
     self,
-    workdir: Path,
+    workdir: str | Path,
     *flags: str,
     devices: int = 1,
     environment: Mapping[str, str] | None = None,
@@ -173,7 +173,7 @@ class Launcher:
       },
     )
 
-  def run(self, workdir: Path, *flags: str, **options: Any) -> Ended:
+  def run(self, workdir: str | Path, *flags: str, **options: Any) -> Ended:
     """As `start`, until the process ends."""
     return self.start(workdir, *flags, **options).end()
 

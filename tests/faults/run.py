@@ -17,8 +17,9 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from tests.faults import downloads, engines, interruption, processes
+from tests.faults import downloads, engines, interruption, processes, stores
 from tests.faults.fixtures import Launcher, Outcome
+from tests.store import running_store
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json, write_text
 from vera_jax.results import provenance
@@ -32,8 +33,8 @@ FOLDER = flags.DEFINE_string("folder", None, "Unset: a temporary one.")
 ONLY = flags.DEFINE_list(
   "only",
   [],
-  "Only these groups: kills, terms, harm, several, slurm, and ray, which needs"
-  " requirements-ray.txt. The others' rows stay.",
+  "Only these groups: kills, terms, harm, several, slurm, ray, which needs"
+  " requirements-ray.txt, store, store_sweep. The others' rows stay.",
 )
 WORDS = {None: "not compared", True: "yes", False: "no"}
 
@@ -84,7 +85,27 @@ def _sweeps(folder: Path, fault: Callable[..., Outcome]) -> Outcome:
   return fault(launcher, untouched, **options)
 
 
-GROUPS = {f.__name__: f for f in (kills, terms, harm, several, slurm, ray)}
+def store(folder: Path) -> Iterator[Outcome]:
+  times, seed = KILLS.value, SEED.value
+  launcher = Launcher(folder / "kills", epochs=2 * times + 1)
+  with running_store() as running:
+    yield stores.claimants(running, locks=20 * times)
+    alone = launcher.run_alone()
+    yield stores.kills(launcher, alone, running, times=times, seed=seed)
+    launcher = Launcher(folder / "bad", epochs=3)
+    alone = launcher.run_alone()
+    for name in stores.BAD:
+      yield stores.bad_store(launcher, alone, running, name)
+
+
+def store_sweep(folder: Path) -> Iterator[Outcome]:
+  launcher, times = Launcher(folder, epochs=4), KILLS.value
+  with running_store() as running:
+    yield stores.sweep_kills(launcher, running, times=times, seed=SEED.value)
+
+
+KINDS = (kills, terms, harm, several, slurm, ray, store, store_sweep)
+GROUPS = {f.__name__: f for f in KINDS}
 
 
 def as_row(group: str, outcome: Outcome) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from configs import quickstart
-from tests.faults import engines, interruption
+from tests.faults import engines, interruption, stores
 from tests.faults.fixtures import Launcher, lines, reach, saves
 from tests.faults.processes import largest_difference
 from vera_jax.train.loop import train_and_evaluate
@@ -35,6 +35,29 @@ def alone(launcher):
 def test_killed_at_random_moments_and_in_a_save(launcher, alone):
   outcome = interruption.kills(launcher, alone, times=2, seed=1)
   assert outcome.tried == 2 and outcome.lost == 0 and outcome.same
+
+
+@pytest.mark.slow
+def test_killed_in_a_store(launcher, alone, store):
+  outcome = stores.kills(launcher, alone, store, times=2, seed=1)
+  assert outcome.tried == 2 and outcome.lost == 0 and outcome.same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", stores.BAD)
+def test_a_bad_store(name, launcher, alone, store):
+  assert stores.bad_store(launcher, alone, store, name).lost == 0
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_in_a_store(launcher, store):
+  outcome = stores.sweep_kills(launcher, store, times=1, seed=1)
+  assert outcome.tried == 1 and outcome.lost == 0 and outcome.same
+
+
+@pytest.mark.slow
+def test_eight_processes_want_the_same_locks(store):
+  assert stores.claimants(store, locks=10).lost == 0
 
 
 @pytest.mark.slow

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.train.test_loop import flip_a_byte
-from vera_jax import places
+from vera_jax import locks, places
 from vera_jax.places import list_files, local_copy, place, store
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.preemption import Interrupted
+from vera_jax.train.run import Run
+from vera_jax.train.workdir import LockLost
 
 KILLED = """
 import json, os, sys
@@ -89,3 +91,25 @@ def test_a_damaged_save_in_a_store_is_set_aside(
   assert list_files(folder / "damaged" / str(newest))
   assert not list_files(cut_off)
   assert_same_run(local_copy(folder), finished.folder, 30)
+
+
+def test_who_lost_the_lock_writes_no_more(finished, bucket, monkeypatch):
+  """As after a sleep in which another machine took the run over."""
+  folder, evaluate = place(f"{bucket}/runs/lost"), Run.evaluate
+  fields = {"host": "elsewhere", "pid": 1, "started": "", "id": "a"}
+  theirs = json.dumps(fields)
+
+  def lose(run, step, *args):
+    evaluate(run, step, *args)
+    if step == 20:
+      lock = locks._lock(folder / "lock")
+      lock.read()
+      assert lock.write(theirs)
+      (folder / "metrics.jsonl").write_text(theirs)
+
+  monkeypatch.setattr(Run, "evaluate", lose)
+  with pytest.raises(LockLost, match="by process 1 on elsewhere now"):
+    train_and_evaluate(finished.config, folder)
+  assert locks._lock(folder / "lock").read() == theirs
+  assert (folder / "metrics.jsonl").read_text() == theirs
+  assert not (folder / "checkpoints" / "20").exists()

@@ -7,6 +7,7 @@ import sys
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +15,7 @@ from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.files import DATA, read_bytes, write_file, write_text
 from vera_jax.places import Mirror, is_remote
-from vera_jax.train.workdir import DAMAGED
+from vera_jax.train.workdir import DAMAGED, require_lock
 
 if TYPE_CHECKING:
   from tensorboardX import SummaryWriter
@@ -67,9 +68,11 @@ class MetricWriter:
         of before can't be read.
     """
     self._writers: list[Writer] = []
-    self._mirror = Mirror(workdir) if primary and is_remote(workdir) else None
+    self._mirror: Mirror | None = None
     if not primary:
       return
+    if is_remote(workdir):  # a later owner's lines are not written over
+      self._mirror = Mirror(workdir, partial(require_lock, workdir))
     files = self._mirror.local if self._mirror else workdir
     if wandb:
       resumed = step > 0
