@@ -6,7 +6,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from flax.traverse_util import flatten_dict
 
 from tests.experiments.command import ROOT
 from vera_jax.errors import UserError
@@ -99,13 +98,12 @@ def test_each_flag_and_field_is_known_here():
     flags = flags_of(script)
     flags -= {"coordinator"} | by_all if script.stem == "cli" else set()
     assert flags <= named.get(script.stem, TEXTS), script.stem
-  config = import_module("configs.instruct").get_config()
-  config.update(import_module("configs.text").get_config())
-  words = flatten_dict({"data": config.data.to_dict()}, sep=".")
-  texts = {
-    k for k, v in words.items() if v is None or v == () or type(v) is str
-  }
-  assert texts - FIELDS == NO_PLACES
+  fields = set()
+  for name in ("instruct", "text", "language", "e2e", "rte", "images.cifar10"):
+    data = import_module(f"configs.{name}").get_config().data
+    texts = [k for k, v in data.items() if v in (None, ()) or type(v) is str]
+    fields |= {f"data.{key}" for key in texts}
+  assert fields <= FIELDS | {f"data.{name}" for name in NO_PLACES}
 
 
 @pytest.fixture

@@ -216,8 +216,8 @@ def check_shared(workdir: Path) -> None:
   """
   if not are_several():
     return
-  number = np.uint32(secrets.randbits(32))
-  number = int(multihost_utils.broadcast_one_to_all(number))
+  drawn = np.uint32(secrets.randbits(32))
+  number = int(multihost_utils.broadcast_one_to_all(drawn))
   file, until = workdir / f".seen-by-all-{number:08x}", time.monotonic() + SHOWS
   on_first(lambda: write_text(file, ""))
   sees = False
