@@ -86,10 +86,10 @@ def kill_tree(pid: int) -> None:
         one.kill()
 
 
-def run_alone(launcher: Launcher, sweep: str) -> Path:
-  """The sweep that nothing happens to."""
-  workdir = launcher.folder / "alone"
-  ended = launcher.run(workdir, "--members=1", sweep=sweep)
+def run_alone(launcher: Launcher, sweep: str, *, members: int) -> Path:
+  """The sweep that nothing happens to; so many of its runs train together."""
+  workdir = launcher.folder / f"untouched-{members}"
+  ended = launcher.run(workdir, f"--members={members}", sweep=sweep)
   if ended.code:
     raise UserError(f"The sweep left alone failed:\n{ended.output}")
   return workdir
@@ -109,7 +109,12 @@ def cluster(*, nodes: int) -> Iterator[tuple[Any, list[Any]]]:
 
 
 def by_ray(
-  launcher: Launcher, untouched: Path, *, times: int, sweep: str, seed: int = 0
+  launcher: Launcher,
+  *,
+  times: int,
+  sweep: str,
+  members: int = 3,
+  seed: int = 0,
 ) -> Outcome:
   """Of three nodes, two are lost on the way."""
 
@@ -117,7 +122,7 @@ def by_ray(
     with cluster(nodes=3) as (simulated, nodes):
       options = f"--launcher_options=address={simulated.address}"
       process = launcher.start(
-        workdir, "--members=1", "--launcher=ray", options, sweep=sweep
+        workdir, f"--members={members}", "--launcher=ray", options, sweep=sweep
       )
       for node in rng.sample(nodes, 2):
         wait_for(workdir, done(workdir) + rng.randint(0, 3), process)
@@ -131,21 +136,26 @@ def by_ray(
     2,
     lose_nodes,
     launcher,
-    untouched,
+    run_alone(launcher, sweep, members=members),
     times=times,
     seed=seed,
   )
 
 
 def by_submitit(
-  launcher: Launcher, untouched: Path, *, times: int, sweep: str, seed: int = 0
+  launcher: Launcher,
+  *,
+  times: int,
+  sweep: str,
+  members: int = 1,
+  seed: int = 0,
 ) -> Outcome:
   """Of jobs that submitit starts here, two are lost and one is preempted."""
 
   def lose_jobs(workdir: Path, rng: random.Random) -> Ended:
     process = launcher.start(
       workdir,
-      "--members=1",
+      f"--members={members}",
       "--launcher=slurm",
       "--launcher_options=cluster=local",
       sweep=sweep,
@@ -167,7 +177,7 @@ def by_submitit(
     3,
     lose_jobs,
     launcher,
-    untouched,
+    run_alone(launcher, sweep, members=members),
     times=times,
     seed=seed,
   )

@@ -36,6 +36,7 @@ ONLY = flags.DEFINE_list(
   "Only these groups: kills, terms, harm, several, slurm, ray, which needs"
   " requirements-ray.txt, store, store_sweep. The others' rows stay.",
 )
+SWEEP = "tests/faults/sweep.py"  # of twelve runs
 WORDS = {None: "not compared", True: "yes", False: "no"}
 
 
@@ -78,11 +79,8 @@ def ray(folder: Path) -> Iterator[Outcome]:
 
 
 def _sweeps(folder: Path, fault: Callable[..., Outcome]) -> Outcome:
-  launcher = Launcher(folder.parent / "engine", epochs=3)
-  sweep = "tests/faults/sweep.py"
-  untouched = engines.run_alone(launcher, sweep)
-  options = {"times": SWEEPS.value, "seed": SEED.value, "sweep": sweep}
-  return fault(launcher, untouched, **options)
+  options = {"times": SWEEPS.value, "seed": SEED.value}
+  return fault(Launcher(folder, epochs=3), sweep=SWEEP, **options)
 
 
 def store(folder: Path) -> Iterator[Outcome]:

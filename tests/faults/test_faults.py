@@ -103,16 +103,14 @@ def test_two_processes_are_one(launcher, alone):
 def test_jobs_of_a_sweep_are_lost_and_preempted(launcher):
   pytest.importorskip("submitit")
   sweep = "tests/faults/sweep.py:1"
-  untouched = engines.run_alone(launcher, sweep)
-  outcome = engines.by_submitit(launcher, untouched, times=1, sweep=sweep)
+  outcome = engines.by_submitit(launcher, times=1, sweep=sweep)
   assert outcome.lost == 0 and outcome.same
 
 
 def test_nodes_of_a_sweep_are_lost(launcher):
   pytest.importorskip("ray")
-  sweep = "tests/faults/sweep.py:1"
-  untouched = engines.run_alone(launcher, sweep)
-  outcome = engines.by_ray(launcher, untouched, times=1, sweep=sweep)
+  sweep = "tests/faults/sweep.py:2"
+  outcome = engines.by_ray(launcher, times=1, sweep=sweep, members=1)
   assert outcome.lost == 0 and outcome.same
 
 
