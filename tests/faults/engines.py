@@ -100,6 +100,8 @@ def cluster(*, nodes: int) -> Iterator[tuple[Any, list[Any]]]:
   """Ray's, and its nodes of one CPU each, all of them on this machine."""
   import ray.cluster_utils
 
+  # on a busy machine a node takes longer than Ray waits by itself
+  os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
   simulated = ray.cluster_utils.Cluster()
   try:
     simulated.add_node(num_cpus=0)

@@ -261,6 +261,7 @@ def test_the_jobs_of_an_earlier_command_are_waited_for(cluster, launched):
     ("slurm", {"timeout_min": "2h"}, "timeout_min"),
     ("ray", {"num_gpu": "1"}, "num_gpu.*num_gpus"),
     ("ray", {"TPU": "many"}, "many"),
+    ("ray", {"TPU": "3"}, "TPU"),
   ],
 )
 def test_an_option_that_it_does_not_have_is_named(

@@ -1,22 +1,14 @@
 """Have a sweep's units trained by a launcher, until all runs are done."""
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from vera_jax.errors import UserError
 from vera_jax.sweep.launchers.launcher import Launcher, Task
-from vera_jax.sweep.plan import (
-  DONE,
-  FAILED,
-  NEW,
-  RUNNING,
-  UNFINISHED,
-  Unit,
-)
-from vera_jax.train.preemption import Interrupted, watch
+from vera_jax.sweep.plan import DONE, FAILED, NEW, RUNNING, UNFINISHED, Unit
+from vera_jax.train.preemption import watch
 
 SAME = 3  # units that fail for one reason from the start: so would the rest
 IDLE = 3  # times that all that is left is tried, and no run ends
@@ -85,7 +77,7 @@ def run_units(
         names = ", ".join(map(str, left()))
         raise UserError(
           f"{IDLE} times nothing came of {names}. What the workers printed is"
-          f" in the sweep's folder logs. The same command goes on.{lost}"
+          f" in {logs}. The same command goes on.{lost}"
         )
       before = ended()
       with closing(launcher.run(left(), flag, say)) as outcomes:
@@ -102,12 +94,7 @@ def run_units(
             )
       idle = 0 if ended() > before else idle + 1
       retry_failed, wanted = False, {NEW, UNFINISHED}  # once is enough
-      # Nothing of ours runs any more: a lock that is still taken is another
-      # process's, or of a machine that is lost, and then it will expire.
-      until = time.monotonic() + launcher.patience
-      while time.monotonic() < until and any(
-        run.state == RUNNING for unit in units for run in unit
-      ):
-        if flag.caught:
-          raise Interrupted(f"Stopped by {flag.caught.name}; nothing trains.")
-        time.sleep(1.0)
+      if launcher.patience:
+        # Nothing of ours runs any more: a lock that is still taken is another
+        # process's, or of a machine that is lost, and then it will expire.
+        wanted.add(RUNNING)

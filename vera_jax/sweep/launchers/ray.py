@@ -18,7 +18,9 @@ try:
     placement_group,
     remove_placement_group,
   )
-  from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+  from ray.util.scheduling_strategies import (
+    PlacementGroupSchedulingStrategy as InGroup,
+  )
 except ImportError as error:
   raise UserError(
     "--launcher=ray needs Ray: pip install -r requirements-ray.txt"
@@ -30,6 +32,7 @@ RETRIES = 20  # nodes that may be lost under one unit
 NEEDS = {"num_cpus": "CPU", "num_gpus": "GPU", "TPU": "TPU", "memory": "memory"}
 
 
+@ray.remote(max_retries=0)  # several hosts start again together, or not at all
 def train(message: dict[str, Any], first: str | None, number: int) -> int:
   """A unit's worker in a task; the arguments are `Worker`'s."""
   # Ray's own process was started elsewhere: its child imports what it does
@@ -43,55 +46,54 @@ def train(message: dict[str, Any], first: str | None, number: int) -> int:
   return LOST if code == EXIT_CODE else code
 
 
-def address() -> str:
+@ray.remote
+def first_address() -> str:
   """Where the first of a unit's processes listens, asked on its node."""
   return f"{ray.util.get_node_ip_address()}:{free_port()}"
+
+
+def as_options(needs: Mapping[str, float]) -> dict[str, Any]:
+  """What a process needs, as Ray's tasks take it."""
+  others = {key: number for key, number in needs.items() if key != "TPU"}
+  return others | {"resources": {k: needs[k] for k in ("TPU",) if k in needs}}
 
 
 class Job:
   """A unit's task; with several hosts its tasks, which end together."""
 
   def __init__(self, task: Task, needs: Mapping[str, float]) -> None:
-    self.unit, self._message, self._needs = task.unit, task.message, needs
-    self.starts = 0
+    self.unit, self._message = task.unit, task.message
+    self.starts, self._needs = 0, needs
     self._group: PlacementGroup | None = None
 
-  def start(self) -> list[ray.ObjectRef]:
+  def start(self) -> dict[ray.ObjectRef, "Job"]:
     self.starts, self.code, self.reason = self.starts + 1, 0, ""
-    hosts = self._message["hosts"]
-    first: Any = None  # a text, once it is known
+    first: Any = None
     nodes: list[Any] = ["DEFAULT"]
-    options: dict[str, Any] = dict(self._needs)
-    if tpus := options.pop("TPU", 0):
-      options["resources"] = {"TPU": tpus}
-    if hosts > 1:
+    if (hosts := self._message["hosts"]) > 1:
       needs = {NEEDS[key]: value for key, value in self._needs.items()}
-      group = placement_group([needs] * hosts, strategy="STRICT_SPREAD")
-      nodes = [PlacementGroupSchedulingStrategy(group, n) for n in range(hosts)]
-      self._group = group
-      asked = ray.remote(address).options(
-        num_cpus=0, scheduling_strategy=nodes[0]
-      )
-      first = asked.remote()
-    return [
-      ray.remote(train)
-      .options(max_retries=0, scheduling_strategy=node, **options)
-      .remote(self._message, first, number)
+      self._group = placement_group([needs] * hosts, strategy="STRICT_SPREAD")
+      nodes = [InGroup(self._group, number) for number in range(hosts)]
+      asked = first_address.options(num_cpus=0, scheduling_strategy=nodes[0])
+      first = asked.remote()  # Ray hands its result to the others
+    return {
+      train.options(scheduling_strategy=node, **as_options(self._needs)).remote(
+        self._message, first, number
+      ): self
       for number, node in enumerate(nodes)
-    ]
+    }
 
-  def note_end(self, ref: ray.ObjectRef) -> None:
-    """Of one of its tasks."""
+  def end(self, ref: ray.ObjectRef, others: list[ray.ObjectRef]) -> None:
+    """Note how a task ended; then the others can't go on, if it was lost."""
     try:
       self.code = max(self.code, ray.get(ref))
     except ray.exceptions.RayError as error:  # such as a lost node
       self.code, self.reason = LOST, str(error)
-
-  def free(self) -> None:
-    """Give back the nodes of several hosts."""
-    if self._group is not None:
+    if others and self.code == LOST:
+      for other in others:
+        ray.cancel(other)
+    elif not others and self._group:
       remove_placement_group(self._group)
-      self._group = None
 
 
 class Ray:
@@ -106,23 +108,21 @@ class Ray:
     machine. A process has one CPU unless the options say otherwise, and one GPU
     where there are any.
     """
-    needs = {key: x for key, x in options.items() if key != "address"}
+    texts = dict(options)
     try:
-      self._needs = {key: float(value) for key, value in needs.items()}
-      if unknown := needs.keys() - NEEDS:
+      address = texts.pop("address", None)
+      self._needs = {key: float(text) for key, text in texts.items()}
+      if unknown := texts.keys() - NEEDS:
         raise ValueError(f"there is no {', '.join(sorted(unknown))}")
-    except ValueError as error:
-      raise UserError(
-        f"--launcher_options: {error}. Ray's are address=HOST:PORT, and as"
-        f" numbers {', '.join(NEEDS)}."
-      ) from error
-    try:
-      if not ray.is_initialized():
-        ray.init(options.get("address"), log_to_driver=False)
+      train.options(**as_options(self._needs))  # which checks the numbers
+      ray.init(address, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-      raise UserError(f"--launcher=ray: {error}") from error
+      raise UserError(
+        f"--launcher=ray: {error}. Its --launcher_options are address=HOST:PORT"
+        f" and, as numbers, {', '.join(NEEDS)}."
+      ) from error
     self._needs.setdefault("num_cpus", 1)
-    if "TPU" not in needs and ray.cluster_resources().get("GPU"):
+    if "TPU" not in texts and ray.cluster_resources().get("GPU"):
       self._needs.setdefault("num_gpus", 1)
 
   def run(
@@ -130,8 +130,7 @@ class Ray:
   ) -> Outcomes:
     pending: dict[ray.ObjectRef, Job] = {}
     for task in tasks:
-      job = Job(task, self._needs)
-      pending |= dict.fromkeys(job.start(), job)
+      pending |= Job(task, self._needs).start()
     say(f"{len(pending)} tasks are given to Ray")
     try:
       while pending:
@@ -143,22 +142,14 @@ class Ray:
           )
         for ref in ready:
           job = pending.pop(ref)
-          job.note_end(ref)
-          others = [ref for ref in pending if pending[ref] is job]
-          if job.code == LOST:  # then they can't go on
-            for other in others:
-              ray.cancel(other)
-          if others:
-            continue
-          job.free()
-          if job.code == LOST and job.starts <= RETRIES:
-            pending |= dict.fromkeys(job.start(), job)
-          else:
+          others = [other for other in pending if pending[other] is job]
+          job.end(ref, others)
+          if not others and job.code == LOST and job.starts <= RETRIES:
+            pending |= job.start()
+          elif not others:
             yield Outcome(job.unit, job.code, job.reason)
     finally:  # also when the sweep has seen enough of them fail
       for ref in pending:
         ray.cancel(ref)
       if pending:
         ray.wait(list(pending), num_returns=len(pending), timeout=GRACE)
-      for job in pending.values():
-        job.free()

@@ -96,10 +96,8 @@ class Slurm:
         folder, self._cluster, slurm_max_num_timeout=REQUEUES
       )
       self._executor.update_parameters(**values)
-    except RuntimeError as error:  # there is no srun
+    except (AssertionError, NameError, RuntimeError, ValueError) as error:
       raise UserError(f"--launcher=slurm: {error}") from error
-    except (AssertionError, NameError, TypeError, ValueError) as error:
-      raise UserError(f"--launcher_options: {error}") from error
 
   def run(
     self, tasks: Iterable[Task], stop: Flag, say: Callable[[str], None]
