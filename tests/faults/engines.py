@@ -100,12 +100,18 @@ def cluster(*, nodes: int) -> Iterator[tuple[Any, list[Any]]]:
   """Ray's, and its nodes of one CPU each, all of them on this machine."""
   import ray.cluster_utils
 
-  # on a busy machine a node takes longer than Ray waits by itself
-  os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
-  simulated = ray.cluster_utils.Cluster()
+  for tries_left in reversed(range(5)):
+    simulated = ray.cluster_utils.Cluster()
+    try:
+      simulated.add_node(num_cpus=0)
+      added = [simulated.add_node(num_cpus=1) for _ in range(nodes)]
+      break
+    except Exception:  # on a busy machine a node comes later than Ray waits
+      simulated.shutdown()
+      if not tries_left:
+        raise
   try:
-    simulated.add_node(num_cpus=0)
-    yield simulated, [simulated.add_node(num_cpus=1) for _ in range(nodes)]
+    yield simulated, added
   finally:
     simulated.shutdown()
 
