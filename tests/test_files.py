@@ -145,7 +145,7 @@ BESIDE = {
   "models/hf_weights.py": "return safe_open(file",
   "peft_io/tensors.py": "safe_open(file",
   "results.py": "json.loads(json.dumps(",
-  "sweep/launchers/process.py": "_log.read_text(",
+  "sweep/launchers/process.py": "_log.read_text(|_log.write_bytes(log.",
   "sweep/runner.py": "json.loads(json.dumps(",
   "sweep/worker.py": "json.loads(sys.stdin",
   "train/manifest.py": "json.loads(json.dumps(",
