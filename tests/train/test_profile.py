@@ -6,14 +6,17 @@ import pytest
 from jax.profiler import ProfileData
 
 from vera_jax.errors import UserError
+from vera_jax.places import place
 from vera_jax.train.profile import Profile, steps_in
+from vera_jax.train.workdir import first_start
 
 
 def traced(folder, steps):
   """The steps that a run's trace has, in order."""
-  place = folder / "profile" / "plugins" / "profile" / f"steps-{steps}"
-  assert (place / "process0.trace.json.gz").stat().st_size
-  data = ProfileData.from_file(str(place / "process0.xplane.pb"))
+  files = folder / "profile" / "plugins" / "profile" / f"steps-{steps}"
+  assert (files / "process0.trace.json.gz").read_bytes()
+  trace = (files / "process0.xplane.pb").read_bytes()
+  data = ProfileData.from_serialized_xspace(trace)
   events = [e for p in data.planes for line in p.lines for e in line.events]
   return sorted(dict(e.stats)["step_num"] for e in events if e.name == "train")
 
@@ -30,6 +33,13 @@ def train(folder, steps, numbers, end=9):
 def test_the_steps_asked_for_are_traced(tmp_path):
   train(tmp_path, "2:4", range(1, 10))
   assert traced(tmp_path, "2-4") == [2, 3, 4]
+
+
+def test_a_store_has_the_trace_and_the_first_start(bucket):
+  folder = place(f"{bucket}/profiled")
+  train(folder, "2:4", range(1, 10))
+  assert traced(folder, "2-4") == [2, 3, 4]
+  assert [first_start(folder, now) for now in (1.5, 2.5)] == [1.5, 1.5]
 
 
 @pytest.mark.parametrize("numbers", [range(3, 10), range(1, 4), range(3, 4)])
