@@ -1,14 +1,13 @@
 """Times by a clock that the tests turn: every second belongs to one part."""
 
 import random
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vera_jax.train.clock import Clock, Part, Speed, sentence, with_result
+from vera_jax.train.clock import PARTS, Clock, Speed, sentence, with_result
 from vera_jax.train.flops import PEAK, flops_of, peak_of
 
 STEP, WAIT = 2.0, 0.5  # seconds of a step, and of waiting for its batch
@@ -69,7 +68,7 @@ def whole(seconds):
 def test_the_parts_add_up_to_the_whole():
   program, draw = Program(1000.0), random.Random(0)
   for _ in range(100):
-    program.spend(draw.choice(get_args(Part)), draw.random())
+    program.spend(draw.choice(PARTS), draw.random())
   report = program.speed.report()
   assert whole(report["seconds"]) == pytest.approx(program.time - 1000.0)
   share = report["seconds"]["steps"] / whole(report["seconds"])

@@ -204,8 +204,13 @@ def together(tiny_config, tmp_path_factory) -> Together:
   return train(configs, tmp_path_factory.mktemp("together"))
 
 
+def read_lines(folder):
+  text = (folder / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
 def curve(folder):
-  lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+  lines = read_lines(folder)
   return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
@@ -238,6 +243,19 @@ def assert_same_bits(folder, other):
   assert (folder / name).read_bytes() == (other / name).read_bytes()
   assert untimed_metrics(folder) == untimed_metrics(other)
   assert result_of(folder) == result_of(other)
+
+
+def test_seconds_and_flops_are_the_programs_and_tokens_each_runs(together):
+  speeds = [result["speed"] for result in together.results]
+  for name in ("step_seconds", "flops_per_second", "data_wait"):
+    assert len({speed[name] for speed in speeds}) == 1
+  assert len({speed["seconds"]["steps"] for speed in speeds}) == 1
+  # all have the same texts, but not in the same first step, which is left out
+  tokens = [speed["tokens_per_second"] for speed in speeds]
+  assert min(tokens) == pytest.approx(max(tokens), rel=0.1)
+  lines = [read_lines(folder)[4] for folder in together.folders]
+  assert len({line["speed/step_seconds"] for line in lines}) == 1
+  assert len({line["speed/tokens_per_second"] for line in lines}) > 1
 
 
 def test_each_is_the_run_alone(together, finished, tmp_path):

@@ -6,7 +6,9 @@ waited for on its account.
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
+
+import numpy as np
 
 from vera_jax.results import SPEED
 
@@ -14,17 +16,16 @@ from vera_jax.results import SPEED
 # data: waiting for a batch. result: adapter, answers and texts, at the end.
 # lost: from the save that a process went on from until that process began, in
 # which steps were trained that are trained again, or nothing ran.
-Part = Literal[
-  "start",
-  "compiling",
-  "steps",
-  "data",
-  "evaluation",
-  "saving",
-  "profiling",
-  "lost",
-  "result",
-]
+PARTS = (
+  *("start", "compiling", "steps", "data", "evaluation", "saving"),
+  *("profiling", "lost", "result"),
+)
+SHOWN = {
+  "step_seconds": "{:.3g} s per step",
+  "tokens_per_second": "{:,.0f} tokens per second",
+  "mfu": "{:.0%} of the chips' peak",
+  "goodput": "goodput {:.0%}",
+}
 
 
 class Clock:
@@ -45,23 +46,13 @@ class Clock:
     """`began` is on the clock `now`; `wall` gives Unix times."""
     self._now, self._last = now, began
     self.began = wall() - (now() - began)
-    self.seconds: dict[str, float] = dict.fromkeys(get_args(Part), 0.0)
+    self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
-  def took(self, part: Part) -> None:
+  def took(self, part: str) -> None:
     """All the time since the last call went into this part."""
     now = self._now()
     self.seconds[part] += now - self._last
     self._last = now
-
-
-class Counts(NamedTuple):
-  """What a process has trained since its first step, and the seconds of it."""
-
-  steps: int = 0
-  tokens: float = 0.0
-  flops: float = 0.0
-  seconds: float = 0.0
-  waiting: float = 0.0
 
 
 class Speed:
@@ -84,38 +75,30 @@ class Speed:
       peak: FLOP/s of all devices together, if it is known.
     """
     self._clock, self._earlier, self._peak = clock, earlier, peak
-    before = sum(earlier.get("seconds", {}).values())
-    self._lost = max(0.0, clock.began - since - before)
-    self._recorded, self._counts = 0, Counts()
-    self._written: Counts | None = None
+    self._before = dict.fromkeys(PARTS, 0.0) | earlier.get("seconds", {})
+    known = sum(self._before.values())
+    self._before["lost"] += max(0.0, clock.began - since - known)
+    self._recorded = 0
+    self._trained = np.zeros(3)  # steps, tokens and FLOPs
+    self._written = self._counts()
 
   def record(self, *, tokens: float, flops: float) -> None:
     """A step has been trained whose metrics have come."""
     self._recorded += 1
     if self._recorded == 1:  # it was compiled as well
       return
-    steps, seconds = self._counts.steps + 1, self._clock.seconds
-    self._counts = Counts(
-      steps,
-      self._counts.tokens + tokens,
-      self._counts.flops + flops,
-      seconds["steps"] + seconds["data"],
-      seconds["data"],
-    )
+    self._trained += (1, tokens, flops)
     # An accelerator runs one step while the one before is recorded, so that the
     # seconds are those of a step less; from here on each adds one.
-    self._written = self._written or self._counts
+    if self._recorded == 2:
+      self._written = self._counts()
 
   def metrics(self) -> dict[str, float]:
     """The speed since the last call, and the goodput since the first start."""
-    before, now = self._written, self._counts
-    self._written = now
-    if before is None or before.steps == now.steps:
-      return {}
-    since = Counts._make(
-      new - old for new, old in zip(now, before, strict=True)
-    )
-    values = self._rates(since) | {"goodput": goodput(self._seconds())}
+    before, self._written = self._written, self._counts()
+    values = self._rates(self._written - before)
+    if values:
+      values["goodput"] = goodput(self._seconds())
     return {f"{SPEED}{name}": value for name, value in values.items()}
 
   def report(self) -> dict[str, Any]:
@@ -123,38 +106,35 @@ class Speed:
 
     The rates are those of the last process that has trained two steps.
     """
-    seconds = self._clock.seconds
-    waiting = seconds["data"]
-    counts = self._counts._replace(
-      seconds=seconds["steps"] + waiting, waiting=waiting
-    )
     return {
       **self._earlier,
-      **(self._rates(counts) if counts.steps else {}),
+      **self._rates(self._counts()),
       "starts": self._earlier.get("starts", 0) + 1,
       "goodput": goodput(self._seconds()),
       "seconds": self._seconds(),
     }
 
   def _seconds(self) -> dict[str, float]:
-    earlier = self._earlier.get("seconds", {})
-    seconds = self._clock.seconds
-    seconds = seconds | {"lost": seconds["lost"] + self._lost}
-    return {part: earlier.get(part, 0.0) + n for part, n in seconds.items()}
+    now = self._clock.seconds
+    return {part: self._before[part] + now[part] for part in PARTS}
 
-  def _rates(self, counts: Counts) -> dict[str, float]:
+  def _counts(self) -> np.ndarray:
+    seconds = self._clock.seconds
+    return np.array([*self._trained, seconds["steps"], seconds["data"]])
+
+  def _rates(self, counts: np.ndarray) -> dict[str, float]:
     """The metrics of these steps; what can't be known is left out."""
-    seconds = max(counts.seconds, 1e-9)
-    rates = {
-      "step_seconds": seconds / counts.steps,
-      "data_wait": counts.waiting / seconds,
-    }
-    if counts.tokens:
-      rates["tokens_per_second"] = counts.tokens / seconds
-    if counts.flops:
-      rates["flops_per_second"] = counts.flops / seconds
-      if self._peak:
-        rates["mfu"] = counts.flops / seconds / self._peak
+    steps, tokens, flops, training, waiting = map(float, counts)
+    if not steps:
+      return {}
+    seconds = max(training + waiting, 1e-9)
+    rates = {"step_seconds": seconds / steps, "data_wait": waiting / seconds}
+    if tokens:
+      rates["tokens_per_second"] = tokens / seconds
+    if flops:
+      rates["flops_per_second"] = flops / seconds
+    if flops and self._peak:
+      rates["mfu"] = flops / seconds / self._peak
     return rates
 
 
@@ -173,12 +153,5 @@ def with_result(speed: Mapping[str, Any], seconds: float) -> dict[str, Any]:
 
 def sentence(speed: Mapping[str, Any]) -> str:
   """The speed in a line, for a person."""
-  parts = []
-  if "step_seconds" in speed:
-    parts.append(f"{speed['step_seconds']:.3g} s per step")
-  if "tokens_per_second" in speed:
-    parts.append(f"{speed['tokens_per_second']:,.0f} tokens per second")
-  if "mfu" in speed:
-    parts.append(f"{speed['mfu']:.0%} of the chips' peak")
-  parts.append(f"goodput {speed['goodput']:.0%}")
-  return ", ".join(parts)
+  shown = [SHOWN[name].format(speed[name]) for name in SHOWN if name in speed]
+  return ", ".join(shown)
