@@ -147,6 +147,9 @@ beside other work; jax {versions["jax"]}, orbax {versions["orbax-checkpoint"]}.
   are compared, and the text says how far they are apart.
 - Steps done again after kill -9 are those since the last save. Saves are made
   at the end of each epoch, and when SIGTERM or Ctrl-C comes.
+- The store is an emulator (`tests/store.py`). What was killed there was killed
+  after a random number of its writes, and by the store's own record of all
+  writes no lock was taken from a living process.
 - The runs are tiny (a two-layer encoder, ten steps an epoch) and all on one
   machine. Not tried: a TPU pod, SLURM beyond its variables, and what a network
   file system does to the lock and the saves.

@@ -181,9 +181,9 @@ def claimants(store: Store, *, locks: int) -> Outcome:
   winners = Counter(name for names in got for name in names)
   lost = sum(winners[str(i)] != 1 for i in range(locks))
   lost += len(audit(store.changes(before), ended))
-  fault = "in a store: eight processes want one lock"
-  seen = "one owner each; half were a dead process's; 2 % of answers lost"
-  return Outcome(fault, locks, lost, None, seen)
+  fault = "in a store: eight processes want the same locks"
+  seen = f"{locks} locks, half of them a dead process's: one owner each"
+  return Outcome(fault, 1, lost, None, f"{seen}; 2 % of answers were lost")
 
 
 def sweep_kills(
