@@ -11,7 +11,14 @@ import pytest
 
 from configs import quickstart
 from tests.faults import engines, interruption, stores
-from tests.faults.fixtures import Launcher, lines, reach, saves
+from tests.faults.fixtures import (
+  Launcher,
+  last_step,
+  lines,
+  reach,
+  saves,
+  wait_until,
+)
 from tests.faults.processes import largest_difference
 from vera_jax.train.loop import train_and_evaluate
 
@@ -131,3 +138,19 @@ def test_each_launcher_starts_a_process_per_host(launcher, name):
   (file,) = workdir.glob("runs/*/result.json")
   device = json.loads(file.read_text())["device"]
   assert device == {**device, "count": 2, "processes": 2}
+
+
+def test_a_stopped_sweep_has_what_ray_trains_saved(launcher):
+  pytest.importorskip("ray")
+  workdir = launcher.folder / "stopped-ray"
+  flags = ["--launcher=ray", "--config.base.method=vera"]
+  sweep = launcher.start(workdir, *flags, sweep="tests/faults/sweep.py:1")
+  assert wait_until(
+    lambda: any(last_step(run) >= 13 for run in workdir.glob("runs/*")), sweep
+  )
+  sweep.send_signal(signal.SIGTERM)
+  ended = sweep.end()
+  assert ended.code == 75 and "told to save" in ended.output, ended.output
+  (run,) = workdir.glob("runs/*")
+  assert saves(run)[-1] >= 13  # epochs end at 10, 20 and 30
+  assert not any(workdir.glob("locks/*"))
