@@ -150,6 +150,9 @@ beside other work; jax {versions["jax"]}, orbax {versions["orbax-checkpoint"]}.
 - The store is an emulator (`tests/store.py`). What was killed there was killed
   after a random number of its writes, and by the store's own record of all
   writes no lock was taken from a living process.
+- Ray's nodes are simulated, and submitit's jobs are processes. One is lost when
+  all its processes are killed at once. That no run was trained twice at once is
+  by the files which processes had open, looked up five times a second.
 - The runs are tiny (a two-layer encoder, ten steps an epoch) and all on one
   machine. Not tried: a TPU pod, SLURM beyond its variables, and what a network
   file system does to the lock and the saves.
