@@ -120,6 +120,14 @@ def cluster(monkeypatch, tmp_path):
   return record
 
 
+@pytest.fixture(autouse=True)
+def same_signals():
+  """A job's process handles SIGTERM to its end."""
+  before = signal.getsignal(signal.SIGTERM)
+  yield
+  signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture
 def launched(cluster, tiny_sweep, monkeypatch, tmp_path):
   """Starts a sweep's three units by SLURM, where some jobs fail.
@@ -259,6 +267,7 @@ def test_the_jobs_of_an_earlier_command_are_waited_for(cluster, launched):
     ("local", {"num_cpus": "2"}, "num_cpus: the local launcher has none"),
     ("slurm", {"slurm_partion": "gpu"}, "partion"),
     ("slurm", {"timeout_min": "2h"}, "timeout_min"),
+    ("slurm", {"nodes": "3"}, "'nodes'"),
     ("ray", {"num_gpu": "1"}, "num_gpu.*num_gpus"),
     ("ray", {"TPU": "many"}, "many"),
     ("ray", {"TPU": "3"}, "TPU"),

@@ -1,8 +1,8 @@
 """Train a sweep's units as tasks of a Ray cluster."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from vera_jax.errors import UserError
@@ -35,8 +35,8 @@ NEEDS = {"num_cpus": "CPU", "num_gpus": "GPU", "TPU": "TPU", "memory": "memory"}
 @ray.remote(max_retries=0)  # several hosts start again together, or not at all
 def train(message: dict[str, Any], first: str | None, number: int) -> int:
   """A unit's worker in a task; the arguments are `Worker`'s."""
-  # Ray's own process was started elsewhere: its child imports what it does
-  os.environ["PYTHONPATH"] = str(Path(__file__).parents[3])
+  # Ray started its process in its own way: a child imports from there as well
+  os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
   worker = Worker(message, first, number)
   try:
     code = worker.wait()

@@ -28,6 +28,8 @@ POLL = 2.0  # seconds between looks at the jobs
 DEFAULTS = {"timeout_min": "240"}  # submitit's own are five minutes
 REQUEUES = 1000  # times that a job may come to the end of its time
 ENDING = 600.0  # seconds that SLURM may take to end a preempted job
+# submitit's, of options and where there is no srun
+REFUSALS = AssertionError, NameError, RuntimeError, TypeError, ValueError
 PORTS = range(20_000, 60_000)
 
 
@@ -51,9 +53,10 @@ class Job:
       first = f"{job.hostnames[0]}:{PORTS[int(job.raw_job_id) % len(PORTS)]}"
     number = signal.Signals[f"SIG{job.USR_SIG}"]
     handler = signal.signal(number, signal.SIG_IGN)  # which a child inherits
-    self._worker = Worker(self._message, first, job.global_rank)
+    self._worker = worker = Worker(self._message, first, job.global_rank)
     signal.signal(number, handler)
-    code = self._worker.wait()
+    signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+    code = worker.wait()
     if code == EXIT_CODE and job.cluster == "slurm":
       # SLURM sent SIGTERM, and ends the job soon. If that is for another job,
       # it puts this one back into the queue, but not one that ended by itself.
@@ -87,16 +90,20 @@ class Slurm:
       for key, text in texts.items()
     }
     self._name = f"sweep-{hashlib.sha256(str(logs).encode()).hexdigest()[:8]}"
-    values["name"] = self._name
-    values["slurm_additional_parameters"] = {"requeue": True}
     # submitit's own files: beside us, if the sweep is in a store
     folder = Path(self._name) if is_remote(logs) else logs / "slurm"
     try:
       self._executor = submitit.AutoExecutor(
         folder, self._cluster, slurm_max_num_timeout=REQUEUES
       )
-      self._executor.update_parameters(**values)
-    except (AssertionError, NameError, RuntimeError, ValueError) as error:
+      self._executor.update_parameters(
+        name=self._name,
+        slurm_additional_parameters={"requeue": True},
+        nodes=1,  # until the units are known
+        tasks_per_node=1,
+        **values,
+      )
+    except REFUSALS as error:
       raise UserError(f"--launcher=slurm: {error}") from error
 
   def run(
