@@ -15,6 +15,7 @@ import yaml
 
 from tests.experiments import command
 from vera_jax.errors import UserError
+from vera_jax.places import place
 from vera_jax.train.preemption import EXIT_CODE
 
 FAKE = Path(__file__).with_name("fake_cloud.py")
@@ -101,7 +102,7 @@ def cloud(tmp_path):
     )
     program.chmod(0o755)
 
-  def run(file, *words, plan="", hosts=1, **environment):
+  def run(file, *words, plan="", hosts=1, timeout=60, **environment):
     if plan:
       (root / "plan").write_text(plan)
     done = subprocess.run(
@@ -117,7 +118,7 @@ def cloud(tmp_path):
       },
       capture_output=True,
       text=True,
-      timeout=60,
+      timeout=timeout,
     )
     calls = (root / "calls").read_text().splitlines()
     return done, calls
@@ -173,6 +174,36 @@ def test_an_error_beside_a_preemption_is_a_preemption(cloud, scripts):
   done, calls = cloud(file, plan="1preempt 0")
   assert done.returncode == 0, done.stderr
   assert count(calls, "queued-resources create") == 2
+
+
+@pytest.mark.slow
+def test_a_real_run_goes_on_on_another_slice(cloud, bucket, tmp_path):
+  """The sent code, trained with its saves in a store, to the same bits."""
+  words = ["--config=configs/quickstart.py", "--config.optim.epochs=2"]
+  words += ["--config.data.max_train_examples=400", "--config.log.every=1"]
+  workdir = f"{bucket}/launched/runs/quickstart"
+  file = tmp_path / "quickstart.sh"
+  fields = {"name": "quickstart", "words": ["-m", "experiments.glue", *words]}
+  fields["words"].append(f"--workdir={workdir}")
+  subprocess.run(
+    [sys.executable, "-c", WRITE, str(command.ROOT)],
+    cwd=command.ROOT,
+    input=json.dumps([("tpu-vm", "v5e:2x4", fields, str(file))]),
+    text=True,
+    check=True,
+  )
+  done, calls = cloud(
+    file, plan="preempt 0", timeout=600, REAL=sys.executable, POLL="0.5"
+  )
+  logs = [log.read_text() for log in cloud.root.glob("bucket/**/log-host-0")]
+  assert done.returncode == 0, f"{done.stderr}\n{logs}"
+  assert count(calls, "queued-resources create") == 2
+  assert "Stopped by SIGTERM" in "".join(logs)
+  alone = tmp_path / "alone"
+  assert command.run("glue", *words, f"--workdir={alone}").returncode == 0
+  adapter = "adapter/adapter.safetensors"
+  bits = (place(workdir) / adapter).read_bytes()
+  assert bits == (alone / adapter).read_bytes()
 
 
 def test_a_slice_that_there_can_not_be_is_asked_for_once(cloud, scripts):
