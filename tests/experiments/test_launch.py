@@ -180,7 +180,7 @@ def test_an_error_beside_a_preemption_is_a_preemption(cloud, scripts):
 def test_a_real_run_goes_on_on_another_slice(cloud, bucket, tmp_path):
   """The sent code, trained with its saves in a store, to the same bits."""
   words = ["--config=configs/quickstart.py", "--config.optim.epochs=2"]
-  words += ["--config.data.max_train_examples=400", "--config.log.every=1"]
+  words += ["--config.data.max_train_examples=160", "--config.log.every=1"]
   workdir = f"{bucket}/launched/runs/quickstart"
   file = tmp_path / "quickstart.sh"
   fields = {"name": "quickstart", "words": ["-m", "experiments.glue", *words]}
@@ -193,7 +193,7 @@ def test_a_real_run_goes_on_on_another_slice(cloud, bucket, tmp_path):
     check=True,
   )
   done, calls = cloud(
-    file, plan="preempt 0", timeout=600, REAL=sys.executable, POLL="0.5"
+    file, plan="preempt 0", timeout=1800, REAL=sys.executable, POLL="0.5"
   )
   logs = [log.read_text() for log in cloud.root.glob("bucket/**/log-host-0")]
   assert done.returncode == 0, f"{done.stderr}\n{logs}"
