@@ -31,7 +31,7 @@ from absl import flags
 
 from experiments import cli
 from vera_jax.errors import UserError
-from vera_jax.places import local_place
+from vera_jax.places import local_place, place
 from vera_jax.train.preemption import EXIT_CODE
 
 TEMPLATES = Path(__file__).with_name("launches")
@@ -61,22 +61,30 @@ flags.DEFINE_enum("command", None, COMMANDS, "It is experiments.COMMAND.")
 flags.DEFINE_bool(
   "spot", True, "Cheaper TPUs, which may be taken away; --nospot: on demand."
 )
-for _flag, _text in {
-  "topology": "TPUs and their arrangement, v5e:2x4 (8 chips), v5e:4x4 (16); for"
-  " SLURM gpu:2x8, two nodes with eight GPUs each, or their name, h100:2x8.",
-  "bucket": "gs://BUCKET[/FOLDER], for runs, logs and the code.",
-  "workdir": "The command's. Unset: BUCKET/runs/NAME; SLURM needs one.",
-  "name": "Of slice or job. Unset: the config's.",
-  "project": "Google Cloud's project.",
-  "zone": "Where the TPUs are: us-west4-a, ...",
-  "cluster": "The cluster on GKE, for xpk.",
-  "image": "For xpk, a container with this checkout and what it needs. Unset:"
-  " python:3.12, to which xpk adds the checkout; the rest is installed at each"
-  " start.",
-  "env_file": "Lines NAME=VALUE for the command: HF_TOKEN, WANDB_API_KEY.",
-  "out": "A folder for the script. Unset: print it.",
-}.items():
-  flags.DEFINE_string(_flag, None, _text)
+flags.DEFINE_string(
+  "topology",
+  None,
+  "TPUs and their arrangement, v5e:2x4 (8 chips), v5e:4x4 (16); for SLURM"
+  " gpu:2x8, two nodes with eight GPUs each, or their name, h100:2x8.",
+)
+flags.DEFINE_string("bucket", None, "gs://BUCKET[/FOLDER], for runs and logs.")
+flags.DEFINE_string(
+  "workdir", None, "The command's. Unset: BUCKET/runs/NAME; SLURM needs one."
+)
+flags.DEFINE_string("name", None, "Of slice or job. Unset: the config's.")
+flags.DEFINE_string("project", None, "Google Cloud's project.")
+flags.DEFINE_string("zone", None, "Where the TPUs are: us-west4-a, ...")
+flags.DEFINE_string("cluster", None, "The cluster on GKE, for xpk.")
+flags.DEFINE_string(
+  "image",
+  None,
+  "For xpk, a container with this checkout and what it needs. Unset:"
+  " python:3.12, to which xpk adds the checkout; pods install the rest.",
+)
+flags.DEFINE_string(
+  "env_file", None, "Lines NAME=VALUE for the command: HF_TOKEN, WANDB_API_KEY."
+)
+flags.DEFINE_string("out", None, "A folder for the script. Unset: print it.")
 
 
 # Fields of a job as the flags give them.
@@ -115,13 +123,13 @@ def main(passed: list[str]) -> None:
   if "--" in passed:
     passed.remove("--")
   to, out = flags.FLAGS.to, flags.FLAGS.out
+  folder = local_place(out or "", "--out")
   job = described(passed)
-  file = f"{job.name}.{to}.sh"
-  if out is None:
-    print(script(job, to, file), end="")
+  path = folder / f"{job.name}.{to}.sh"
+  if not out:
+    print(script(job, to, path.name), end="")
     return
-  path = local_place(out, "--out") / file
-  path.parent.mkdir(parents=True, exist_ok=True)
+  folder.mkdir(parents=True, exist_ok=True)
   path.write_text(script(job, to, str(path)))
   head = takewhile(lambda line: line[:1] == "#", path.read_text().splitlines())
   print(path, *(line[2:] for line in head if line[:2] == "# "), sep="\n")
@@ -165,6 +173,10 @@ def described(passed: Sequence[str]) -> Job:
   for flag in (*NEEDED["xpk"], *OPTIONAL["xpk"]):
     if values[flag].present and flag not in NEEDED[to] + OPTIONAL[to]:
       raise UserError(f"--{flag} means nothing to {to}: leave it out.")
+  bucket, workdir = (values.bucket or "").rstrip("/"), values.workdir
+  if workdir and not workdir.startswith("gs://"):
+    workdir = str(place(workdir))
+  env_file = checked_env_file(values.env_file, to)
   accelerator, hosts, runtime = machines(values.topology, to)
   if values.command == "sweep" and to != "slurm" and hosts > 1:
     raise UserError(
@@ -173,17 +185,15 @@ def described(passed: Sequence[str]) -> Job:
       " --name of its own and the same --workdir; one ensemble (--command=glue"
       " --seeds=0,1,2,...) trains on all chips of a slice."
     )
-  name = values.name or default_name(passed)
+  name = default_name(passed)  # there has to be a config in any case
+  name = values.name or name
+  workdir = workdir or f"{bucket}/runs/{name}"
   if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
     raise UserError(
       f"--name={name}: Kubernetes and Google want a small letter first, then"
       " small letters, digits and -, at most 40 in all, and no - at the end."
     )
-  bucket = (values.bucket or "").rstrip("/")
-  workdir = values.workdir or f"{bucket}/runs/{name}"
-  if to == "slurm" and not workdir.startswith("gs://"):
-    workdir = str(local_place(workdir, "--workdir").absolute())
-  elif to != "slurm":
+  if to != "slurm":
     if not re.fullmatch(r"gs://[a-z0-9][-_.a-z0-9]+(/[-_.\w/]+)?", bucket):
       raise UserError(f"--bucket={bucket}: give gs://BUCKET or a folder in it.")
     if not workdir.startswith(f"{bucket}/"):
@@ -212,7 +222,7 @@ def described(passed: Sequence[str]) -> Job:
     hosts=hosts,
     runtime=runtime,
     bucket=bucket,
-    env_file=checked_env_file(values.env_file, to),
+    env_file=env_file,
     **given,
   )
 

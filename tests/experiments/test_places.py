@@ -28,6 +28,8 @@ TEXTS = {
 }
 RTE = f"--config={ROOT}/configs/rte.py"
 SWEEP = f"--config={ROOT}/configs/sweeps/rank.py:minilm"
+GOOGLES = ["--bucket=x", "--project=x", "--zone=x"]
+LAUNCH = ["--to=slurm", "--command=glue", "--topology=gpu:1x1"]
 RIDGE = f"--config={ROOT}/configs/images/cifar10.py:dinov2"
 # By command: its other flags, {} for an adapter that is there, and the flags
 # that are places; of those in LOCAL a store is refused.
@@ -57,10 +59,14 @@ PLACES = {
   "plan": ([RTE], ["out"]),
   "e2e_score": (["--outputs=x"], ["references"]),
   "e2e_score ": (["--references=x"], ["outputs"]),
+  "launch": ([*GOOGLES, "--name=x", "--cluster=x", "--image=x"], ["out"]),
+  "launch ": (LAUNCH, ["workdir"]),
+  "launch  ": ([*LAUNCH, "--workdir=x"], ["env_file"]),
   "make_e2e": ([], ["out"]),
   "make_entailment": ([], ["out"]),
 }
 LOCAL = {("answer", "out"), ("make_e2e", "out"), ("make_entailment", "out")}
+LOCAL |= {("launch", "env_file"), ("launch", "out")}
 # The fields of configs that are places.
 FIELDS = {
   *("data.source", "data.train", "data.dev", "data.cache_dir"),
