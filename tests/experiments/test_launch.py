@@ -102,7 +102,7 @@ def cloud(tmp_path):
     )
     program.chmod(0o755)
 
-  def run(file, *words, plan="", hosts=1, timeout=60, **environment):
+  def run(file, *words, plan="", hosts=1, timeout=600, **environment):
     if plan:
       (root / "plan").write_text(plan)
     done = subprocess.run(
