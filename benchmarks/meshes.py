@@ -172,7 +172,7 @@ def compare(method: str, steps: int) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def name_of(sizes: tuple[int, ...]) -> str:
-  named = zip(AXES, sizes, strict=True)
+  named = zip(AXES[1:], sizes, strict=True)
   return ", ".join(f"{axis}={size}" for axis, size in named if size > 1)
 
 

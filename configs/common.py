@@ -56,7 +56,9 @@ def get_config() -> ConfigDict:
   add_groups(config)  # each method's settings, which --help lists
   config.vera.rank = 1024
 
-  config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+  # Sizes of the mesh's axes. data, fsdp or tensor may be -1: what is left over.
+  # runs splits the runs of an ensemble, -1: as a step is fastest.
+  config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "runs": -1})
   config.eval_batch_size = 128
   config.predict_test = False  # write GLUE's submission files
   config.log = ConfigDict()

@@ -3,25 +3,33 @@
   python -m experiments.plan --config=configs/rte.py:large --topology=v5e:16x16
   python -m experiments.plan --config=configs/rte.py --topology=v6e:2x4 \\
     --methods=vera --config.mesh.fsdp=2
+  python -m experiments.plan --config=configs/rte.py --topology=v5e:2x4 \\
+    --methods=vera --seeds=0,1,2,3,4
 
 Compiles the real step for the described chips (pip install libtpu; no TPU) and
 prints what one chip stores, computes and sends, for vera, lora and full side by
 side, the largest batch that fits, and the command that would train there. The
 batch is config.optim.batch_size rows of one text each, config.data.max_length
 tokens long, as if nothing could be packed; at least one row per chip.
+
+With --seeds there is a column for each way to split the runs over the chips,
+each step being one of all runs, beside that of one run on one chip.
 """
 
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from experiments import cli
 from experiments.plans import report
 from experiments.plans.chips import describe_pod, use_no_accelerator
 from experiments.plans.figures import plan
+from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json
 from vera_jax.places import place
 from vera_jax.terminal import Console
@@ -36,6 +44,9 @@ METHODS = flags.DEFINE_list(
 )
 ROWS = flags.DEFINE_integer(
   "rows", None, "Rows of the batch. Unset: config.optim.batch_size.", 1
+)
+SEEDS = flags.DEFINE_list(
+  "seeds", [], "Seeds that train at once. Unset: one run."
 )
 SEARCH = flags.DEFINE_bool("search", True, "Find the largest batch.")
 EFFORT = flags.DEFINE_float(
@@ -54,29 +65,69 @@ def main() -> None:
   use_no_accelerator()
   pod = describe_pod(TOPOLOGY.value)
   name = f"{Path(config.model.name).name}-{pod.name.replace(':', '-')}"
+  if SEEDS.value:
+    name = f"{len(SEEDS.value)}-runs-{name}"
   path = out / f"{name}.json"
   methods: dict[str, Any] = {}
+  runs = len(SEEDS.value) or None
   for method in METHODS.value:
     chosen = config.copy_and_resolve_references()
     chosen.method = method
     check_settings(chosen)
-    methods[method] = plan(
-      chosen,
-      pod,
-      rows=ROWS.value,
-      search=SEARCH.value,
-      effort=EFFORT.value,
-    )
-    # Written after each method, so that an interrupted plan keeps the others.
-    about = report.metadata(config, pod, shlex.join(sys.argv[1:]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**about, "methods": methods})
+    columns = {method: (chosen, pod, None)}
+    if runs:
+      one = pod._replace(devices=pod.devices[:1])
+      columns = {f"{method}, one run on one chip": (alone(chosen), one, None)}
+      columns |= {
+        f"{method}, {split}": (each, pod, runs)
+        for split, each in splits(chosen, len(pod.devices))
+      }
+    for column, (settings, chips, together) in columns.items():
+      methods[column] = plan(
+        settings,
+        chips,
+        rows=ROWS.value,
+        runs=together,
+        search=SEARCH.value,
+        effort=EFFORT.value,
+      )
+      # Written after each, so that an interrupted plan keeps the others.
+      about = report.metadata(config, pod, shlex.join(sys.argv[1:]))
+      path.parent.mkdir(parents=True, exist_ok=True)
+      write_json(path, {**about, "runs": runs, "methods": methods})
   result, console = read_json(path), Console()
   console.print(report.table(result))
+  if runs:
+    together = {k: x for k, x in methods.items() if "one run" not in k}
+    console.print(f"fewest FLOPs a chip: {report.leanest(together)}")
   console.print(
     "To train there, on every host at once, with a folder that all see:\n"
     f"  {result['run']} --workdir=FOLDER\n{path}",
   )
+
+
+def alone(config: ConfigDict) -> ConfigDict:
+  """The config of a run on one device."""
+  one = config.copy_and_resolve_references()
+  one.mesh.update({"data": 1, "fsdp": 1, "tensor": 1, "runs": 1})
+  return one
+
+
+def splits(
+  config: ConfigDict, devices: int
+) -> Iterator[tuple[str, ConfigDict]]:
+  """(a phrase, the config) for each division between `runs` and `data`."""
+  if min(config.mesh.fsdp, config.mesh.tensor) < 1:
+    raise UserError(
+      "--seeds divides between runs and data what the other axes leave: give"
+      " config.mesh.fsdp and config.mesh.tensor sizes of 1 or more."
+    )
+  left = devices // (config.mesh.fsdp * config.mesh.tensor)
+  for parts in range(left, 0, -1):
+    if left % parts == 0:
+      each = config.copy_and_resolve_references()
+      each.mesh.update({"runs": parts, "data": left // parts})
+      yield f"runs={parts}, data={left // parts}", each
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 The same command again goes on: finished runs are kept, unfinished ones go on
 from their last save, failed ones are listed and tried again with
 --retry_failed. Runs that can train together do so, at most --members at once;
-each such unit has a process of its own, whose output is in DIR/logs. Ctrl-C and
+each such unit has a process of its own, whose output is in DIR/logs. On several
+devices a unit is split over all of them (config.base.mesh.runs). Ctrl-C and
 SIGTERM save first and end with exit code 75.
 
 --config.base.KEY=VALUE changes the base config, also where the sweep sets the
@@ -53,6 +54,7 @@ from vera_jax.sweep.plan import (
   make_units,
   parse_shard,
   shard_of,
+  splits,
   write_plan,
 )
 from vera_jax.sweep.runner import run_units
@@ -108,6 +110,12 @@ HOSTS = flags.DEFINE_integer(
   "Machines that train one unit together, a process on each.",
   lower_bound=1,
 )
+DEVICES = flags.DEFINE_integer(
+  "devices",
+  None,
+  "With --dry_run: show how the runs would be split over so many devices.",
+  lower_bound=1,
+)
 TFLOPS = flags.DEFINE_float(
   "tflops",
   None,
@@ -124,6 +132,11 @@ def main() -> None:
   # what the command line sets in the base, no override of the sweep changes
   changes = (re.match(r"--?(?:no)?config\.base\.([\w.]+)", a) for a in sys.argv)
   fixed = {match[1] for match in changes if match}
+  if DEVICES.value and not DRY_RUN.value:
+    raise UserError(
+      "--devices only shows, with --dry_run, how runs would be split. Training"
+      " takes the devices that there are; --config.base.mesh.runs splits runs."
+    )
   plan = make_plan(sweep, WORKDIR.value, fixed=fixed)
   index, count = parse_shard(SHARD.value)
   most = MEMBERS.value or sweep.members
@@ -140,6 +153,8 @@ def main() -> None:
       f"{part}{len(runs)} of {len(plan.runs)} runs in {len(units)} units:"
       f" {counts(states(runs))}\nleft: about {left}, {rate.source}",
     )
+    if DEVICES.value:
+      console.print("\n".join(splits(units, DEVICES.value)))
     return
   write_plan(plan)
   failed = failures(runs)

@@ -20,7 +20,7 @@ from experiments.plans.lowering import (
 from experiments.plans.search import largest
 from vera_jax.models.family import config_of
 from vera_jax.pretrained.blueprint import choose_scan
-from vera_jax.pretrained.sharding import batch_shards, make_mesh
+from vera_jax.pretrained.sharding import RUNS, batch_shards, make_mesh
 from vera_jax.train.setup import compute_dtype
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -39,6 +39,7 @@ def plan(
   pod: Pod,
   *,
   rows: int | None = None,
+  runs: int | None = None,
   search: bool = True,
   effort: float = 0.0,
 ) -> dict[str, Any]:
@@ -47,8 +48,9 @@ def plan(
   Args:
     config: a run's, checked.
     pod: the chips, which `config.mesh` splits.
-    rows: of the batch; None for `config.optim.batch_size`. Rounded up to a
+    rows: of a run's batch; None for `config.optim.batch_size`. Rounded up to a
       whole number per batch shard.
+    runs: of an ensemble, which `config.mesh.runs` splits; None for one alone.
     search: whether to find the largest batch that fits.
     effort: XLA's own setting, from -1 to 1.
   """
@@ -64,7 +66,9 @@ def plan(
     )
   rows = -(-(rows or config.optim.batch_size) // shards) * shards
   length = config.data.max_length
-  step = abstract_step(config, fields, mesh, dtype=dtype)
+  if runs is not None:  # parts that lack a run compute as much as the others
+    runs = -(-runs // mesh.shape[RUNS]) * mesh.shape[RUNS]
+  step = abstract_step(config, fields, mesh, runs=runs, dtype=dtype)
   totals: dict[int, int | None] = {}  # bytes on a chip by rows; None: no room
 
   def compile(rows: int) -> Any:
@@ -73,7 +77,7 @@ def plan(
     return compiled
 
   def compile_other(config: ConfigDict, fields: Mapping[str, Any]) -> Any:
-    other = abstract_step(config, fields, mesh, dtype=dtype)
+    other = abstract_step(config, fields, mesh, runs=runs, dtype=dtype)
     return other.compile(rows, length, effort=effort)
 
   result: dict[str, Any] = {

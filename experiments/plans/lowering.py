@@ -22,7 +22,7 @@ from vera_jax.pretrained.sharding import BATCH, REPLICATED
 from vera_jax.tasks.task import task_for
 from vera_jax.train.compiled_step import CompiledStep, state_shape
 from vera_jax.train.optim import optimiser, rates_of
-from vera_jax.train.setup import build_blueprint
+from vera_jax.train.setup import build_blueprint, stacked
 from vera_jax.train.step import Frozen, State, outputs_of
 
 EFFORTS = ("exec_time_optimization_effort", "memory_fitting_effort")
@@ -35,6 +35,7 @@ class AbstractStep(NamedTuple):
   state: State
   step: CompiledStep
   mesh: Mesh
+  runs: int | None = None
 
   @property
   def frozen(self) -> Frozen:
@@ -61,6 +62,8 @@ class AbstractStep(NamedTuple):
     small = jax.eval_shape(jax.random.key, 0), dict.fromkeys(names, rate)
     key, rates = placed(small, self.mesh, REPLICATED)
     batch = placed(batch, self.mesh, BATCH)
+    if self.runs is not None:
+      batch, key, rates = stacked((batch, key, rates), self.runs)
     lowered = self.step.lower_whole(self.frozen, batch, key, rates)
     options: dict[str, Any] = dict.fromkeys(EFFORTS, effort)
     return lowered.compile(options if effort else None)
@@ -86,6 +89,7 @@ def abstract_step(
   mesh: Mesh,
   *,
   steps: int = 1000,
+  runs: int | None = None,
   **options: Any,
 ) -> AbstractStep:
   """The step that a run of this config trains with.
@@ -95,6 +99,7 @@ def abstract_step(
     fields: of the base's config.json.
     mesh: of any devices, described ones among them.
     steps: of the learning rate's schedule; no count depends on it.
+    runs: of an ensemble, as many for each part of the mesh; None for one alone.
     **options: what `models.pretrained.blueprint` takes in place of the config's
       own, such as `dtype` or `adapter`.
   """
@@ -109,10 +114,13 @@ def abstract_step(
     grad_clip=config.optim.grad_clip,
   )
   state = state_shape(model, make_optimiser(**rates_of(config)), mesh)
+  if runs is not None:
+    state = stacked(state, runs)
   step = CompiledStep(
     state,
     outputs=partial(outputs_of, network.module, tuple(network.inputs)),
     loss=task.loss,
     optimiser=make_optimiser,
+    runs=runs,
   )
-  return AbstractStep(model, state, step, mesh)
+  return AbstractStep(model, state, step, mesh, runs)

@@ -27,7 +27,9 @@ def metadata(config: ConfigDict, pod: Pod, words: str) -> dict[str, Any]:
   The training command has the same settings, and is the same on every host.
   """
   settings = [
-    w for w in shlex.split(words) if w.lstrip("-").startswith("config")
+    word
+    for word in shlex.split(words)
+    if word.lstrip("-").startswith(("config", "seeds"))
   ]
   return {
     "model": config.model.name,
@@ -105,9 +107,22 @@ def _others(made: Mapping[str, Any]) -> str:
   return f"{sum(one['times'] for one in sent)} of {size / 1e6:,.1f} MB together"
 
 
+def leanest(methods: Mapping[str, Any]) -> str:
+  """The column of fewest FLOPs a chip, of those that fit; of equal ones, to a
+  thousandth, the one that splits the runs most."""
+  costs = {
+    name: (float(f"{made['flops']['a_chip']:.3g}"), -made["mesh"]["runs"])
+    for name, made in methods.items()
+    if made["fits"]
+  }
+  return min(costs, key=lambda name: costs[name], default="none: none fits")
+
+
 def title(result: Mapping[str, Any]) -> str:
   first = next(iter(result["methods"].values()))
   mesh = ", ".join(f"{k}={v}" for k, v in first["mesh"].items())
+  if runs := result.get("runs"):
+    mesh = f"{runs} runs"
   return (
     f"{result['model']}, {first['length']} tokens per row, {first['dtype']}, on"
     f" {result['topology']} ({result['devices']} × {result['chip']},"

@@ -180,7 +180,7 @@ class Launcher:
   def start_several(
     self,
     workdir: Path,
-    *,
+    *more: str,
     slurm: bool = False,
     count: int = 2,
     devices: int = 4,
@@ -207,6 +207,7 @@ class Launcher:
       processes.append(
         self.start(
           workdir,
+          *more,
           *flags,
           devices=devices,
           environment=environment,
@@ -215,9 +216,12 @@ class Launcher:
       )
     return processes
 
-  def run_several(self, workdir: Path, **options: Any) -> list[Ended]:
+  def run_several(
+    self, workdir: Path, *more: str, **options: Any
+  ) -> list[Ended]:
     """As `start_several`, until all processes end."""
-    return [process.end() for process in self.start_several(workdir, **options)]
+    processes = self.start_several(workdir, *more, **options)
+    return [process.end() for process in processes]
 
   def run_alone(self) -> Path:
     """The workdir of a run that nothing happens to; others are compared to it.

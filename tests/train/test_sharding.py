@@ -15,6 +15,7 @@ from vera_jax.adapters.labels import ADAPTER, FROZEN, HEAD, join
 from vera_jax.errors import UserError
 from vera_jax.pretrained.blueprint import abstract_model
 from vera_jax.pretrained.sharding import (
+  AXES,
   BATCH,
   REPLICATED,
   batch_shards,
@@ -50,8 +51,8 @@ QUERY = "encoder/layer/attention/self/query"
 )
 def test_mesh_sizes(sizes, shape):
   mesh = make_mesh(*sizes)
-  assert tuple(mesh.shape.values()) == shape
-  assert tuple(mesh.shape) == ("data", "fsdp", "tensor")
+  assert tuple(mesh.shape.values()) == (1, *shape)  # of runs
+  assert tuple(mesh.shape) == AXES
   assert batch_shards(mesh) == shape[0] * shape[1]
 
 
@@ -122,7 +123,7 @@ def test_put_keeps_values_and_splits_them():
       assert pieces == [2] * 8
   stacked = {"x": np.arange(24).reshape(3, 8)}
   placed = put_rows(stacked, behind_runs(rows), shard)["x"]
-  assert placed.sharding.spec == PartitionSpec(None, *BATCH)
+  assert placed.sharding.spec == PartitionSpec("runs", *BATCH)
   np.testing.assert_array_equal(placed, stacked["x"])
 
 
@@ -239,6 +240,6 @@ def test_a_head_is_not_cut_in_two():
 
 def test_a_mesh_over_other_devices():
   some = jax.devices()[:4]
-  assert make_mesh(-1, 2, 1, over=some).devices.shape == (2, 2, 1)
+  assert make_mesh(-1, 2, 1, over=some).devices.shape == (1, 2, 2, 1)
   with pytest.raises(UserError, match="does not fit the 4 devices"):
     make_mesh(8, over=some)

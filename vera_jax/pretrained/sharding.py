@@ -1,15 +1,16 @@
 """The device mesh, and where each array lies on it.
 
-Axes: `data` splits the batch, `fsdp` splits the batch and the base's weights,
-`tensor` splits heads and feed-forward width. d, b, the projections and the head
-lie on every device: they are small, and split they would have to be gathered
-for every product.
+Axes: `runs` splits the runs of an ensemble, each of which has the other three
+for itself. `data` splits the batch, `fsdp` splits the batch and the base's
+weights, `tensor` splits heads and feed-forward width. d, b, the projections and
+the head lie on every device: they are small, and split they would have to be
+gathered for every product.
 """
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,36 +20,98 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vera_jax.data.packing import ProcessShard
 from vera_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+RUNS = "runs"
+AXES = (RUNS, "data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+
+
+class Together(NamedTuple):
+  """Runs that train in one program, and the rows that a step of each has."""
+
+  runs: int
+  rows: int
+
+
+ALONE = Together(runs=1, rows=1)
 
 
 def make_mesh(
   data: int = -1,
   fsdp: int = 1,
   tensor: int = 1,
+  runs: int = -1,
   *,
   over: Sequence[Any] | None = None,
+  together: Together = ALONE,
 ) -> Mesh:
-  """A mesh over all devices; one size may be -1: what is left over.
+  """A mesh over all devices.
 
-  `over` are other devices than this machine's, such as a described pod's.
+  Args:
+    data, fsdp, tensor: of these one may be -1: what is left over.
+    runs: into how many parts the runs of an ensemble are split; -1 for
+      `split_runs`.
+    over: other devices than this machine's, such as a described pod's.
+    together: the ensemble, of which `split_runs` takes account.
+
+  Raises:
+    UserError: the devices can't be divided so.
   """
-  sizes = [data, fsdp, tensor]
   devices = jax.device_count() if over is None else len(over)
+  sizes = mesh_sizes(devices, data, fsdp, tensor, runs, together=together)
+  types = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(sizes, AXES, axis_types=types, devices=over)
+
+
+def mesh_sizes(
+  devices: int,
+  data: int,
+  fsdp: int,
+  tensor: int,
+  runs: int,
+  *,
+  together: Together,
+) -> tuple[int, ...]:
+  """The sizes of a mesh's axes, as `AXES` has them; see `make_mesh`."""
+  if runs == -1:
+    runs = split_runs(together, devices, data, fsdp, tensor)
+  sizes = [runs, data, fsdp, tensor]
   known = math.prod(size for size in sizes if size != -1)
   if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
     sizes[sizes.index(-1)] = devices // known
   if min(sizes) < 1 or math.prod(sizes) != devices:
+    split = f"runs={runs}, " if runs != 1 else ""
     raise UserError(
-      f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit the"
+      f"mesh {split}data={data}, fsdp={fsdp}, tensor={tensor} does not fit the"
       f" {devices} devices there are; their product must be {devices} (one of"
       " them may be -1 for what is left over)."
     )
-  types = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=over)
+  return tuple(sizes)
+
+
+def split_runs(
+  together: Together, devices: int, data: int, fsdp: int, tensor: int
+) -> int:
+  """Into how many parts the runs of an ensemble are best split.
+
+  The devices that `fsdp` and `tensor` leave are divided between `runs` and
+  `data` such that a device has the fewest rows in a step; those of a part that
+  lacks a run, and of a shard that lacks a row, count. Of equal divisions the
+  one with most parts is taken, for runs send each other nothing.
+  """
+  if together.runs == 1 or min(fsdp, tensor) < 1 or devices % (fsdp * tensor):
+    return 1
+  left = devices // (fsdp * tensor)
+  if data != -1:
+    return left // data if data > 0 and left % data == 0 else 1
+
+  def rows_a_device(parts: int) -> int:
+    shards = left // parts * fsdp
+    return -(-together.runs // parts) * -(-together.rows // shards)
+
+  divisors = [n for n in range(1, left + 1) if left % n == 0]
+  return min(divisors, key=lambda parts: (rows_a_device(parts), -parts))
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -136,9 +199,8 @@ def process_shard(sharding: NamedSharding) -> ProcessShard:
 
 
 def behind_runs(sharding: NamedSharding) -> NamedSharding:
-  """The same placing behind a leading axis, which no device splits: the runs of
-  an ensemble."""
-  return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+  """The same placing behind a leading axis: the runs of an ensemble."""
+  return NamedSharding(sharding.mesh, PartitionSpec(RUNS, *sharding.spec))
 
 
 def put_rows(tree: Any, sharding: NamedSharding, shard: ProcessShard) -> Any:

@@ -2,7 +2,8 @@
 
 import copy
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from vera_jax.errors import UserError
 from vera_jax.files import write_json
 from vera_jax.locks import is_locked
 from vera_jax.places import place
+from vera_jax.pretrained.sharding import AXES, Together, mesh_sizes
 from vera_jax.sweep.estimate import flops
 from vera_jax.train.config import check_key, check_settings
 from vera_jax.train.ensemble import group_key
@@ -171,6 +173,34 @@ def make_units(
     place = units.index(longest)
     units[place : place + 1] = split(longest, -(-len(longest) // 2))
   return units
+
+
+def splits(units: Sequence[Unit], devices: int) -> Iterator[str]:
+  """How units lie on so many devices, a line for each kind, for a person.
+
+  Rows are counted as if no two texts shared one.
+
+  Raises:
+    UserError: the config's mesh doesn't fit so many devices.
+  """
+  kinds: Counter[tuple[int, int, tuple[int, ...]]] = Counter()
+  for unit in units:
+    config = unit[0].config
+    together = Together(len(unit), config.optim.batch_size)
+    sizes = mesh_sizes(devices, **config.mesh, together=together)
+    kinds[len(unit), config.optim.batch_size, sizes] += 1
+  for (runs, rows, sizes), count in kinds.items():
+    parts, *rest = sizes
+    each = -(-runs // parts) * -(-rows // (rest[0] * rest[1]))
+    named = ", ".join(
+      f"{axis}={n}" for axis, n in zip(AXES, sizes, strict=True)
+    )
+    idle = -runs % parts
+    yield (
+      f"{count} x {runs} runs together on {devices} devices: {named}; a device"
+      f" has {each} of a step's {runs * rows} rows"
+      + (f", {idle} parts idle" if idle else "")
+    )
 
 
 def shard_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:

@@ -21,6 +21,7 @@ from jaxtyping import PRNGKeyArray
 
 from vera_jax.pretrained.blueprint import Model
 from vera_jax.pretrained.sharding import REPLICATED
+from vera_jax.train.each_run import each_run
 from vera_jax.train.runtime import compiler_options
 from vera_jax.train.shards import no_sums, per_shard, shards_of, total
 from vera_jax.train.step import (
@@ -78,10 +79,15 @@ class CompiledStep:
     start: Callable[..., Sums] = partial(no_sums, shards=shards)
     add: Callable[..., Sums] = partial(_add, gradient=gradient)
     update: Callable[..., tuple[State, Metrics]] = partial(_update, step=step)
+    whole: Callable[..., tuple[State, Metrics]] = partial(
+      step, gradient=gradient
+    )
     if runs is not None:
-      start, update = jax.vmap(start), jax.vmap(update)
+      start = each_run(start, shards.mesh, in_axes=(0,))
+      update = each_run(update, shards.mesh, in_axes=(0, 0, 0, 0))
       # the frozen leaves and a microbatch's number are the same for all runs
-      add = jax.vmap(add, in_axes=(0, 0, None, 0, 0, None))
+      add = each_run(add, shards.mesh, in_axes=(0, 0, None, 0, 0, None))
+      whole = each_run(whole, shards.mesh, in_axes=(0, None, 0, 0, 0))
     # Left to itself, XLA moves small leaves to where a weight's shards are, and
     # the next step would be compiled anew. So all results have a sharding.
     behind = partial(shards.behind, front=front)
@@ -93,9 +99,7 @@ class CompiledStep:
     self._start = jax.jit(start, out_shardings=sums)
     self._add = jit(add, donate_argnums=0, out_shardings=sums)
     self._update = jit(update, donate_argnums=0, out_shardings=moved)
-    self._one_program = jit(
-      partial(step, gradient=gradient), donate_argnums=0, out_shardings=moved
-    )
+    self._one_program = jit(whole, donate_argnums=0, out_shardings=moved)
     self._sums = jax.tree.map(
       lambda leaf, sharding: leaf.update(sharding=sharding),
       jax.eval_shape(self._start, self._state.params),
@@ -129,7 +133,7 @@ class CompiledStep:
     key: Leaf,
     rates: Mapping[str, Leaf],
   ) -> Lowered:
-    """One run's step of one microbatch as a single program, to be counted."""
+    """A step of one microbatch as a single program, to be counted."""
     return self._one_program.lower(self._state, frozen, [batch], key, rates)
 
 

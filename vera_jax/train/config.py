@@ -24,6 +24,7 @@ from vera_jax.pretrained.blueprint import choose_scan
 from vera_jax.train.optim import SCHEDULES
 from vera_jax.train.profile import steps_in
 
+MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.runs")
 # What every config has, and the type of a value that is set.
 NEEDED: dict[str, type] = {
   **dict.fromkeys(("task", "method", "model.name", "model.dtype"), str),
@@ -33,7 +34,7 @@ NEEDED: dict[str, type] = {
   **dict.fromkeys(("data.max_length", "data.max_train_examples"), int),
   **dict.fromkeys(("optim.epochs", "optim.batch_size"), int),
   **dict.fromkeys(("optim.microbatch_rows", "optim.patience"), int),
-  **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor"), int),
+  **dict.fromkeys(MESH, int),
   **dict.fromkeys(("optim.adapter_lr", "optim.head_lr"), float),
   **dict.fromkeys(("optim.grad_clip", "optim.weight_decay"), float),
   "optim.warmup_ratio": float,
@@ -42,7 +43,7 @@ NEEDED: dict[str, type] = {
 }
 SET = (  # and those that can't be left open
   *("method", "seed", "model.contraction", "model.scan"),
-  *("mesh.data", "mesh.fsdp", "mesh.tensor", "optim.warmup_ratio"),
+  *(*MESH, "optim.warmup_ratio"),
 )
 NOT_NEGATIVE = (
   "optim.adapter_lr",
@@ -79,7 +80,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     "at least 1 is needed",
   ),
   (
-    ("mesh.data", "mesh.fsdp", "mesh.tensor"),
+    MESH,
     lambda value: value >= 1 or value == -1,
     "1 or more is needed, or -1 for what is left over",
   ),

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +27,9 @@ from ml_collections import ConfigDict
 
 from vera_jax.adapters.methods import groups_of, links_of
 from vera_jax.adapters.plans import AUTO
+from vera_jax.data.data import MeasureBatch
 from vera_jax.errors import UserError
-from vera_jax.pretrained.sharding import behind_runs
+from vera_jax.pretrained.sharding import RUNS, behind_runs
 from vera_jax.train.clock import Clock
 from vera_jax.train.config import check_settings
 from vera_jax.train.loop import carry_out
@@ -77,7 +79,7 @@ def train_ensemble(
   for run in left:
     run.choose_scan(*(begun or {AUTO}))
   if left:
-    carry_out(left, lambda: _ensembles(left, runs))
+    carry_out(left, lambda: _ensembles(left, runs), together=len(runs))
   outcomes = [run.result or run.failure for run in runs]
   return [outcome for outcome in outcomes if outcome is not None]
 
@@ -123,11 +125,15 @@ class Ensemble:
   ) -> None:
     self.first_step, self.live, self.slots = first_step, list(live), slots
     self.setup, self.folder = live[0].setup, live[0].folder
-    self.size = len(slots)
-    self.seeds = [run.config.seed for run in slots]
+    # as many in each part of the mesh: the first run once more is what idles
+    self._parts = parts = self.setup.mesh.shape[RUNS]
+    idle = -len(slots) % parts
+    self._axis = axis = [*slots, *[slots[0]] * idle]
+    self.size = len(axis)
+    self.seeds = [run.config.seed for run in axis]
     self.titles = [run.title for run in live]
-    self.key = jnp.stack([run.key for run in slots])
-    rates = [run.rates for run in slots]
+    self.key = jnp.stack([run.key for run in axis])
+    rates = [run.rates for run in axis]
     self.rates = jax.tree.map(lambda *each: jnp.stack(each), *rates)
 
   @property
@@ -152,11 +158,21 @@ class Ensemble:
       lambda state, slot: jax.tree.map(lambda leaf: leaf[slot], state),
       out_shardings=alone,
     )
+    behind = jax.tree.map(behind_runs, alone)
     stack = jax.jit(
       lambda *states: jax.tree.map(lambda *each: jnp.stack(each), *states),
-      out_shardings=jax.tree.map(behind_runs, alone),
+      out_shardings=behind,
     )
-    return stack(*(states.get(run, filler) for run in self.slots))
+    # The run with a number in its part of the mesh, for all parts: nothing is
+    # sent.
+    parts = self._parts
+    self._take_across = jax.jit(
+      lambda params, number: jax.tree.map(
+        lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:])[:, number], params
+      ),
+      out_shardings=behind.params,
+    )
+    return stack(*(states.get(run, filler) for run in self._axis))
 
   def _state_of(self, run: Run, state: State) -> State:
     """A run's own part, as a run alone has it."""
@@ -198,8 +214,24 @@ class Ensemble:
     return sum(losses) / len(losses) if losses else math.nan
 
   def evaluate(self, step: int, state: State, stop: Stop) -> None:
-    """One run at a time, by the program that a run alone has."""
-    self._each(lambda run: run.evaluate(step, self._state_of(run, state), stop))
+    """One run at a time, by the program that a run alone has; where the mesh
+    splits them, one in each of its parts."""
+    if self._parts == 1:
+      self._each(
+        lambda run: run.evaluate(step, self._state_of(run, state), stop)
+      )
+      return
+
+    @cache
+    def measures(number: int) -> list[MeasureBatch]:
+      params = self._take_across(state.params, number)
+      return self.setup.measure_runs_with(params, stop)
+
+    def score(run: Run) -> None:
+      part, number = divmod(self.slots.index(run), self.size // self._parts)
+      run.score(step, measures(number)[part])
+
+    self._each(score)
 
   def save(self, step: int, state: State) -> None:
     for run in self.live:

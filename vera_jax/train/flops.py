@@ -55,6 +55,9 @@ def _of_equation(equation: JaxprEqn) -> float:
     inner = [flops_of(program) for program in jaxprs_in_params(params)]
     if name == "cond":
       return max(inner, default=0.0)
-    return sum(inner) * params.get("length", 1)  # a scan has one
+    times = params.get("length", 1)  # a scan has one
+    if name == "shard_map":  # each device does its part
+      times = params["mesh"].size
+    return sum(inner) * times
   (output,) = equation.outvars
   return 2.0 * each * math.prod(output.aval.shape)  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vera_jax.errors import UserError
 from vera_jax.progress import ProgressBar
 from vera_jax.train.clock import Clock
 from vera_jax.train.config import check_settings
@@ -54,6 +55,11 @@ def train_and_evaluate(
     Interrupted: after Ctrl-C or SIGTERM, once the run is saved.
   """
   check_settings(config)
+  if (parts := config.mesh.runs) > 1:
+    raise UserError(
+      f"config.mesh.runs={parts} splits the runs of an ensemble"
+      " (--seeds=0,1,...), and this is one run: leave it unset."
+    )
   run = Run(config, workdir)
   if not run.is_done:
     carry_out([run], lambda: [] if run.has_ended else [run])
@@ -62,20 +68,24 @@ def train_and_evaluate(
 
 
 def carry_out(
-  runs: Sequence[Run], to_train: Callable[[], Iterable[Trainable]]
+  runs: Sequence[Run],
+  to_train: Callable[[], Iterable[Trainable]],
+  *,
+  together: int = 1,
 ) -> None:
   """Train runs on one base, from their folders' locks to their results.
 
   Args:
     runs: those that are not done, equal in all that a `Setup` is made of.
     to_train: once the runs are open, what is trained, one after another.
+    together: how many runs an ensemble of them has.
   """
   began = begin()
   prepare()
   with nothing_to_save(), ExitStack() as stack:
     for run in runs:
       stack.enter_context(run.locked())
-    setup = build_setup(runs[0].config)
+    setup = build_setup(runs[0].config, runs=together)
     for run in runs:
       stack.enter_context(run.opened(setup))
     for trainable in to_train():

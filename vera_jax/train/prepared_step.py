@@ -6,7 +6,9 @@ import numpy as np
 from jax import Array
 
 from vera_jax.data.packing import Batch
+from vera_jax.pretrained.sharding import RUNS
 from vera_jax.train.clock import Clock
+from vera_jax.train.distributed import are_several
 from vera_jax.train.preemption import Stop
 from vera_jax.train.setup import Setup
 from vera_jax.train.step import Metrics, State
@@ -59,6 +61,10 @@ class PreparedStep:
     state, metrics = self._step(
       state, setup.frozen, placed, self._key, self._rates
     )
+    if are_several() and setup.mesh.shape[RUNS] > 1:
+      # each process has the numbers of its own runs, and is to know of all;
+      # asked at once, the answer is there before the next step's
+      metrics = setup.replicated(metrics)
     if is_first:
       setup.compile_evaluation()
       self._is_first = False

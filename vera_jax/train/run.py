@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from vera_jax import results
 from vera_jax.adapters.plans import AUTO
+from vera_jax.data.data import MeasureBatch
 from vera_jax.errors import UserError
 from vera_jax.places import place
 from vera_jax.train.checkpoint import Checkpoints, good_save
@@ -269,11 +270,14 @@ class Run:
     return values["loss"]
 
   def evaluate(self, step: int, state: State, stop: Stop) -> None:
+    self.score(step, self.setup.measure_with(state.params, stop))
+
+  def score(self, step: int, measure_batch: MeasureBatch) -> None:
+    """`evaluate`, by what measures batches with the state's leaves."""
     if self.history and self.history[-1]["step"] == step:
       return  # a signal stopped the evaluation of another run of an ensemble
     task, data = self.setup.task, self.setup.data
     began = time.monotonic()
-    measure_batch = self.setup.measure_with(state.params, stop)
     evaluation = task.evaluate(measure_batch, data)
     self.progress["evaluation_seconds"] += time.monotonic() - began
     if not evaluation.finite:

@@ -1,5 +1,6 @@
 """What a run, or an ensemble, is made of, built from a config."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -35,6 +36,8 @@ from vera_jax.pretrained.classifier import Classifier
 from vera_jax.pretrained.sharding import (
   BATCH,
   REPLICATED,
+  RUNS,
+  Together,
   batch_shards,
   behind_runs,
   make_mesh,
@@ -50,6 +53,7 @@ from vera_jax.train.compiled_step import (
   state_shape,
 )
 from vera_jax.train.config import DTYPES
+from vera_jax.train.each_run import each_run
 from vera_jax.train.optim import EPS, LINEAR, optimiser, rates_of
 from vera_jax.train.preemption import Stop
 from vera_jax.train.runtime import Background, compiler_options
@@ -65,6 +69,8 @@ class Setup(NamedTuple):
     shape: of a run's `State`, with places.
     evaluate: the compiled model: (params, frozen, batch) -> what the task
       measures, which every process has whole.
+    evaluate_runs: the same of a run in each part of the mesh's `runs`: its
+      params have a leading axis, and what it gives is a list.
   """
 
   config: ConfigDict
@@ -77,6 +83,7 @@ class Setup(NamedTuple):
   optimiser: Callable[..., optax.GradientTransformation]
   shape: State
   evaluate: jax.stages.Wrapped
+  evaluate_runs: jax.stages.Wrapped
   background: Background
 
   @property
@@ -117,7 +124,7 @@ class Setup(NamedTuple):
   ) -> dict[str, Array]:
     """A host batch on the devices, from the rows that each process supplies.
 
-    With `runs` its arrays have a leading axis, which no device splits.
+    With `runs` its arrays have a leading axis, the mesh's `runs`.
     """
     rows = self.rows if runs is None else behind_runs(self.rows)
     placed = put_rows(batch, rows, self.data.shard)
@@ -149,6 +156,30 @@ class Setup(NamedTuple):
       return self.evaluate(params, self.frozen, self.put_batch(batch))
 
     return measure
+
+  def measure_runs_with(self, params: Tree, stop: Stop) -> list[MeasureBatch]:
+    """`measure_with` of a run in each part of the mesh's `runs`.
+
+    A batch is measured for all of them when one first asks for it; the others
+    ask for the same batches in the same order.
+    """
+    self.background.wait("evaluate")
+    measured: list[list[Tree]] = []
+
+    def measure_with(part: int) -> MeasureBatch:
+      numbers = itertools.count()
+
+      def measure(batch: HostBatch) -> Tree:
+        number = next(numbers)
+        if number == len(measured):
+          stop.check()
+          placed = self.put_batch(batch)
+          measured.append(self.evaluate_runs(params, self.frozen, placed))
+        return measured[number][part]
+
+      return measure
+
+    return [measure_with(part) for part in range(self.mesh.shape[RUNS])]
 
   def replicated(self, tree: Tree) -> Tree:
     """The same leaves, each whole on every device."""
@@ -182,10 +213,22 @@ class Setup(NamedTuple):
   def compile_evaluation(self) -> None:
     """In the background, while the first steps run."""
     batch = self.put_sample(self.data.eval_sample())
+    params, evaluate = self.shape.params, self.evaluate
+    if (parts := self.mesh.shape[RUNS]) > 1:
+      params, evaluate = stacked(params, parts), self.evaluate_runs
     self.background.compile(
-      "evaluate",
-      lambda: self.evaluate.trace(self.shape.params, self.frozen, batch),
+      "evaluate", lambda: evaluate.trace(params, self.frozen, batch)
     )
+
+
+def stacked(shapes: Tree, runs: int) -> Tree:
+  """The shapes and places of an ensemble's arrays, from those of one run's."""
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      (runs, *leaf.shape), leaf.dtype, sharding=behind_runs(leaf.sharding)
+    ),
+    shapes,
+  )
 
 
 def build_blueprint(
@@ -206,9 +249,13 @@ def build_blueprint(
   )
 
 
-def build_setup(config: ConfigDict) -> Setup:
-  """Read the data, load the base, make adapter, head and optimiser."""
-  mesh = make_mesh(**config.mesh)
+def build_setup(config: ConfigDict, *, runs: int = 1) -> Setup:
+  """Read the data, load the base, make adapter, head and optimiser.
+
+  `runs` are to train together, for which the mesh is made.
+  """
+  together = Together(runs, config.optim.batch_size)
+  mesh = make_mesh(**config.mesh, together=together)
   task = task_for(config)
   base = resolve(config.model.name)
   rows = NamedSharding(mesh, BATCH)
@@ -251,8 +298,16 @@ def build_setup(config: ConfigDict) -> Setup:
     outputs, _ = outputs_of(plan.module, names, params, frozen, batch)
     return task.measure(outputs, batch)
 
-  evaluate = jax.jit(
-    measured,
+  measured_of_runs = each_run(measured, mesh, in_axes=(0, None, None))
+
+  def measured_in_parts(params: Tree, frozen: Frozen, batch: Batch) -> Tree:
+    outputs = measured_of_runs(params, frozen, batch)
+    leaves, tree = jax.tree.flatten(outputs)
+    parts = zip(*leaves, strict=True)  # the first axis is that of the parts
+    return [jax.tree.unflatten(tree, part) for part in parts]
+
+  jit = partial(
+    jax.jit,
     out_shardings=NamedSharding(mesh, REPLICATED),  # each process reads all
     compiler_options=compiler_options(jax.default_backend()),
   )
@@ -267,7 +322,8 @@ def build_setup(config: ConfigDict) -> Setup:
     frozen=Frozen(model.frozen, model.projections),
     optimiser=make_optimiser,
     shape=state_shape(model, tx, mesh),
-    evaluate=evaluate,
+    evaluate=jit(measured),
+    evaluate_runs=jit(measured_in_parts),
     background=Background(),
   )
 
@@ -336,4 +392,11 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
   yield from setup.model.notes
   if len(titles) > 1:
     yield f"runs: {'; '.join(titles)}"
+  if (parts := setup.mesh.shape[RUNS]) > 1:
+    rest = setup.mesh.size // parts
+    idle = -len(titles) % parts
+    yield (
+      f"split into {parts} parts, of {rest} device{'s' * (rest > 1)} each"
+      + (f"; the room of {idle} more runs is idle" if idle else "")
+    )
   yield from cut

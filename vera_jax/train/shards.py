@@ -166,7 +166,7 @@ def rows_stay(shards: Shards) -> AbstractContextManager[None]:
   activations about where it could gather the kernel.
   """
   mesh = shards.mesh
-  if mesh is None or mesh.size == mesh.shape["data"]:
+  if mesh is None or mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
     return nullcontext()
 
   def interceptor(next_fun, args, kwargs, context):

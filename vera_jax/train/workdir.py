@@ -30,6 +30,7 @@ from vera_jax.errors import UserError
 from vera_jax.files import read_bytes, read_json, write_json, write_text
 from vera_jax.locks import await_owner, describe_owner, is_mine, locked
 from vera_jax.places import is_remote
+from vera_jax.pretrained.sharding import RUNS
 from vera_jax.train.distributed import are_several, on_first
 
 DAMAGED = "damaged"
@@ -43,10 +44,13 @@ SCAN = "model.scan"
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The settings that make a run what it is: of methods, those that it uses."""
+  """The settings that make a run what it is: of methods, those that it uses;
+  of the mesh, not how the runs beside it are split."""
   others = {line.group or name for name, line in METHODS.items()}
   others -= {*groups_of(str(config.get("method"))).values()}
-  return {k: v for k, v in config.items() if k not in {*FREE, *others}}
+  settings = {k: v for k, v in config.items() if k not in {*FREE, *others}}
+  mesh = {k: v for k, v in settings.get("mesh", {}).items() if k != RUNS}
+  return {**settings, "mesh": mesh} if mesh else settings
 
 
 def identity_code(config: Mapping[str, Any]) -> str:
