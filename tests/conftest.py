@@ -190,6 +190,7 @@ def tiny_settings(tiny_model, tiny_tasks, tmp_path_factory) -> dict:
     "vera.rank": 8,
     "eval_batch_size": 8,
     "log.every": 1,
+    "mesh.runs": 1,  # dropout's masks then are those of a run alone
   }
 
 

@@ -22,8 +22,8 @@ from vera_jax.train import setup
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.preemption import Interrupted
 
-# one shape of microbatches, whoever else is in the ensemble
-SAME = {"optim__microbatch_rows": 1}
+# split by themselves; one shape of microbatches, whoever else is there
+SAME = {"mesh__runs": -1, "optim__microbatch_rows": 1, "optim__epochs": 2}
 
 
 def devices(monkeypatch, count):

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vera_jax.adapters.methods import groups_of, links_of
@@ -35,7 +36,7 @@ from vera_jax.train.config import check_settings
 from vera_jax.train.loop import carry_out
 from vera_jax.train.preemption import Stop
 from vera_jax.train.run import Run
-from vera_jax.train.step import State
+from vera_jax.train.step import State, Tree
 from vera_jax.train.trainable import Report
 
 Result = TypeVar("Result")
@@ -111,6 +112,11 @@ def _ensembles(
     waiting = [run for run in waiting if run not in live]
 
 
+def _stack(*trees: Tree) -> Tree:
+  """Each run's tree as one, whose arrays have an axis of runs."""
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
 class Ensemble:
   """Several runs in one program: a `Trainable`.
 
@@ -132,9 +138,10 @@ class Ensemble:
     self.size = len(axis)
     self.seeds = [run.config.seed for run in axis]
     self.titles = [run.title for run in live]
-    self.key = jnp.stack([run.key for run in axis])
-    rates = [run.rates for run in axis]
-    self.rates = jax.tree.map(lambda *each: jnp.stack(each), *rates)
+    stack = jax.jit(
+      _stack, out_shardings=NamedSharding(self.setup.mesh, PartitionSpec(RUNS))
+    )
+    self.key, self.rates = stack(*((run.key, run.rates) for run in axis))
 
   @property
   def has_ended(self) -> bool:
@@ -159,10 +166,7 @@ class Ensemble:
       out_shardings=alone,
     )
     behind = jax.tree.map(behind_runs, alone)
-    stack = jax.jit(
-      lambda *states: jax.tree.map(lambda *each: jnp.stack(each), *states),
-      out_shardings=behind,
-    )
+    stack = jax.jit(_stack, out_shardings=behind)
     # The run with a number in its part of the mesh, for all parts: nothing is
     # sent.
     parts = self._parts
