@@ -2,13 +2,18 @@
 that it doesn't; other schemes are refused, and no folder `gs:` ever appears."""
 
 import ast
+import io
+import shutil
 from importlib import import_module
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from tests.experiments import command
 from tests.experiments.command import ROOT
 from vera_jax.errors import UserError
+from vera_jax.places import list_files, local_copy, place, upload
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
 
@@ -96,9 +101,9 @@ def flags_of(script: Path) -> set[str]:
 
 def test_each_flag_and_field_is_known_here():
   named: dict[str, set[str]] = {}
-  for command, (words, flags) in PLACES.items():
+  for name, (words, flags) in PLACES.items():
     used = [word[2:].partition("=")[0] for word in words if word[:2] == "--"]
-    named.setdefault(command.strip(), TEXTS | set()).update(flags, used)
+    named.setdefault(name.strip(), TEXTS | set()).update(flags, used)
   by_all = {"adapter", "model", "base"}  # of cli.define_model
   for script in EXPERIMENTS.glob("*.py"):
     flags = flags_of(script)
@@ -118,26 +123,26 @@ def refused(typed, random_adapter, tmp_path, monkeypatch):
   adapter = random_adapter()
   monkeypatch.chdir(tmp_path)
 
-  def run(command, *words):
+  def run(name, *words):
     words = [word.replace("{}", str(adapter)) for word in words]
     with pytest.raises(UserError) as caught:
-      typed(command.strip(), *words)
+      typed(name.strip(), *words)
     assert not list(tmp_path.iterdir())
     return str(caught.value)
 
   return run
 
 
-@pytest.mark.parametrize("command", PLACES)
-def test_flags_refuse_other_schemes_by_name(command, refused):
-  words, flags = PLACES[command]
+@pytest.mark.parametrize("name", PLACES)
+def test_flags_refuse_other_schemes_by_name(name, refused):
+  words, flags = PLACES[name]
   for flag in flags:
-    if (command.strip(), flag) in LOCAL:
-      said = refused(command, *words, f"--{flag}=gs://bucket/x")
+    if (name.strip(), flag) in LOCAL:
+      said = refused(name, *words, f"--{flag}=gs://bucket/x")
       assert f"--{flag} is a path of this machine" in said
       continue
     for scheme in ("s3://b/x", "gs:/b/x") if flag != "input" else ("s3://b/x",):
-      said = refused(command, *words, f"--{flag}={scheme}")
+      said = refused(name, *words, f"--{flag}={scheme}")
       assert f"{scheme} is no place" in said and "gs://BUCKET/NAME" in said
 
 
@@ -183,3 +188,68 @@ def test_fields_refuse_other_schemes_by_name(
     f"--config.{field}={value}",
   )
   assert "s3://b/x is no place" in said and "gs://BUCKET/NAME" in said
+
+
+@pytest.mark.slow
+def test_commands_read_from_a_store_and_write_to_it(
+  random_adapter, bucket, tmp_path, typed, capsys, monkeypatch
+):
+  """The same is printed, and the same files are written, as on disk."""
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  local, remote = tmp_path / "local", f"{bucket}/commands"
+  (local / "files").mkdir(parents=True)
+  shutil.copytree(random_adapter(), local / "adapter")
+  text = "sentence1\tsentence2\nword1 word2\tword3\nword4\tword5\n"
+  (local / "files/texts.tsv").write_text(text)
+  upload(local, place(remote))
+  monkeypatch.chdir(tmp_path)
+  printed = []
+  for top in (local, remote):
+    adapter = f"--adapter={top}/adapter"
+    typed("predict", adapter, f"--input={top}/files/texts.tsv")
+    typed("merge", adapter, f"--out={top}/merged")
+    typed("predict", f"--model={top}/merged", f"--input={top}/files/texts.tsv")
+    typed("peft", "export", adapter, f"--out={top}/peft")
+    typed("peft", "import", f"--adapter={top}/peft", f"--out={top}/ours")
+    printed.append(capsys.readouterr().out.replace(str(top), "TOP"))
+  # rich breaks lines where a long path ends
+  assert "".join(printed[0].split()) == "".join(printed[1].split())
+  copy = local_copy(remote)
+  assert list_files(copy) == list_files(local)
+  for name in list_files(local):
+    one, two = ((top / name).read_bytes() for top in (local, copy))
+    if name.startswith("peft/adapter_model"):  # its metadata have no order
+      one, two = (sorted(data) for data in (one, two))
+    assert one == two, name
+  assert {x.name for x in tmp_path.iterdir()} == {"home", "local"}
+
+
+@pytest.mark.slow
+def test_a_sweep_in_a_store_with_its_report(
+  tiny_settings, bucket, tmp_path, monkeypatch
+):
+  """Data, base and cache are in the store as well; scores are as on disk."""
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  top, tables = f"{bucket}/sweep", []
+  named = {"model.name": "base", "data.source": "data"}
+  for key, name in named.items():
+    upload(Path(tiny_settings[key]), place(f"{top}/{name}"))
+  remote = {key: f"{top}/{name}" for key, name in named.items()}
+  remote["data.cache_dir"] = f"{top}/cache"
+  for settings, workdir in (({}, tmp_path / "runs"), (remote, f"{top}/runs")):
+    changed = {**tiny_settings, "optim.epochs": 1, "seed": 0, **settings}
+    words = [f"--config.base.{k}={v}" for k, v in changed.items()]
+    words += ["--config=tests/faults/sweep.py:1", f"--workdir={workdir}"]
+    words += ["--config.base.task=rte"]
+    done = command.run("sweep", *words)
+    assert done.returncode == 0, done.stderr
+    done = command.run("report", workdir, "--format=csv")
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(io.StringIO(done.stdout))
+    tables.append(table.drop(columns=[x for x in table if "sec" in x]))
+  pd.testing.assert_frame_equal(*tables)
+  files = list_files(place(f"{top}/runs"))
+  assert {"report/table.md", "sweep.json"} <= {*files}
+  assert any(x.startswith("logs/") for x in files)
+  assert list_files(place(f"{top}/cache"))
+  assert {x.name for x in tmp_path.iterdir()} == {"home", "runs"}
