@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 STORE = "gs://"
 OFTEN = 5.0  # seconds between copies of a file that grows
+CLIENT = ("gcsfs", "google", "aiohttp", "requests")  # whose errors are its
 CACHE = "~/.cache/vera_jax/objects"
 # gs:/ as well: pathlib makes that of gs://, and a folder named gs: of that
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -117,6 +118,15 @@ def store() -> Any:
   # an old listing would hide what other processes have written since
   fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
   return backend.fsspec_backend.fs(STORE)
+
+
+def store_error(error: BaseException | None) -> BaseException | None:
+  """The error of the store's client that led to an error, if one did."""
+  while error is not None:
+    if type(error).__module__.partition(".")[0] in CLIENT:
+      return error
+    error = error.__cause__ or error.__context__
+  return None
 
 
 @cache

@@ -4,13 +4,14 @@ that it doesn't; other schemes are refused, and no folder `gs:` ever appears."""
 import ast
 import io
 import shutil
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from tests.experiments import command
 from tests.experiments.command import ROOT
 from vera_jax.errors import UserError
 from vera_jax.places import list_files, local_copy, place, upload
@@ -239,12 +240,19 @@ def test_a_sweep_in_a_store_with_its_report(
   for settings, workdir in (({}, tmp_path / "runs"), (remote, f"{top}/runs")):
     changed = {**tiny_settings, "optim.epochs": 1, "seed": 0, **settings}
     words = [f"--config.base.{k}={v}" for k, v in changed.items()]
-    words += ["--config=tests/faults/sweep.py:1", f"--workdir={workdir}"]
-    words += ["--config.base.task=rte"]
-    done = command.run("sweep", *words)
-    assert done.returncode == 0, done.stderr
-    done = command.run("report", workdir, "--format=csv")
-    assert done.returncode == 0, done.stderr
+    words += [f"--workdir={workdir}", "--config.base.task=rte"]
+    config = "--config=tests/faults/sweep.py:1"
+    for script, *flags in (
+      ("sweep", config, *words),
+      ("report", str(workdir), "--format=csv"),
+    ):
+      done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{script}", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+      )
+      assert done.returncode == 0, done.stderr
     table = pd.read_csv(io.StringIO(done.stdout))
     tables.append(table.drop(columns=[x for x in table if "sec" in x]))
   pd.testing.assert_frame_equal(*tables)

@@ -8,10 +8,12 @@ import subprocess
 import sys
 
 import pytest
+from etils import epath
 
 from vera_jax.errors import UserError
 from vera_jax.places import list_files, place
 from vera_jax.train.workdir import (
+  StoreLost,
   check_workdir,
   explain_full_disk,
   identity_code,
@@ -137,6 +139,19 @@ def test_a_full_disk_is_explained_wherever_it_is_met(tmp_path):
   for other in (OSError(errno.EACCES, "denied"), ValueError("x")):
     with pytest.raises(type(other)), explain_full_disk(tmp_path):
       raise other
+
+
+def test_a_store_that_does_not_answer_is_named_with_what_to_do():
+  errors = pytest.importorskip("gcsfs.retry")
+  folder = epath.Path("gs://bucket/run")
+  with pytest.raises(StoreLost, match="503.*the same command goes on"):
+    with explain_full_disk(folder):
+      try:
+        raise errors.HttpError({"code": 503, "message": "Unavailable"})
+      except errors.HttpError as error:
+        raise RuntimeError("the save failed") from error
+  with pytest.raises(ZeroDivisionError), explain_full_disk(folder):
+    raise ZeroDivisionError
 
 
 TWO = """

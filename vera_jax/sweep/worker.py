@@ -31,7 +31,7 @@ from vera_jax.locks import is_locked, locked
 from vera_jax.places import place
 from vera_jax.train import distributed
 from vera_jax.train.preemption import EXIT_CODE, Interrupted
-from vera_jax.train.workdir import LockLost, write_failure
+from vera_jax.train.workdir import LockLost, StoreLost, write_failure
 
 LOST = 76  # an exit code: the unit is to be tried again
 
@@ -115,7 +115,7 @@ def train(runs: list[dict[str, Any]], hosts: int = 1) -> int:
   except Interrupted as error:
     print(error, file=sys.stderr)
     return EXIT_CODE
-  except LockLost as error:  # another process goes on with them
+  except (LockLost, StoreLost) as error:  # it can go on, here or elsewhere
     print(error, file=sys.stderr)
     return LOST
   except UserError as error:

@@ -29,7 +29,7 @@ from vera_jax.adapters.plans import AUTO
 from vera_jax.errors import UserError
 from vera_jax.files import read_bytes, read_json, write_json, write_text
 from vera_jax.locks import await_owner, describe_owner, is_mine, locked
-from vera_jax.places import is_remote
+from vera_jax.places import is_remote, store_error
 from vera_jax.pretrained.sharding import RUNS
 from vera_jax.train.distributed import are_several, on_first
 
@@ -161,6 +161,10 @@ class LockLost(UserError):
   """Another process has taken a run over, and this one must not write on."""
 
 
+class StoreLost(UserError):
+  """The store did not answer, after all attempts; it may later."""
+
+
 def require_lock(workdir: Path) -> None:
   """Called before anything is written that another process would go on from.
 
@@ -262,12 +266,21 @@ def is_disk_full(error: BaseException | None, folder: Path) -> bool:
 
 @contextmanager
 def explain_full_disk(workdir: Path) -> Iterator[None]:
-  """Turn any error of a full disk into one that says what to do."""
+  """Turn errors of a full disk, or of a store, into one that says what to do.
+
+  Raises:
+    StoreLost: a store could not be asked.
+  """
   try:
     yield
   except UserError:
     raise
   except Exception as error:
+    if is_remote(workdir) and (reason := store_error(error)):
+      raise StoreLost(
+        f"{workdir} can't be reached ({type(reason).__name__}: {reason}). What"
+        " was saved there is good; the same command goes on from the last save."
+      ) from error
     if not is_disk_full(error, workdir):
       raise
     raise UserError(
