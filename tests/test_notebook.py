@@ -62,7 +62,7 @@ def test_the_results_of_a_sweep(minilm_folder, tmp_path):
 
 SAVED = """
 for name, (mine, alone, both) in results.items():
-  assert alone + 0.1 < both > 0.85, name
+  assert alone < both, name
   assert (np.load(f"{name}.later.npy") == mine).all()
   assert abs(np.load(f"{name}.merged.npy") - mine).max() < 1e-4
 assert len(refusals) == 3
@@ -71,8 +71,9 @@ assert len(refusals) == 3
 
 @pytest.mark.slow
 def test_own_models(tmp_path):
-  # one device; XLA's effort pays where hundreds of steps are taken
-  run("own_models.ipynb", tmp_path, last=SAVED, XLA_FLAGS="")
+  """A third of its steps: with an adapter 0.70 and 0.92 are right, by the heads
+  alone 0.65 and 0.50."""
+  run("own_models.ipynb", tmp_path, last=SAVED, VERA_JAX_STEPS="30")
 
 
 WRITES = """

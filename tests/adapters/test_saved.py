@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from tests.adapters.conftest import Net, stacked
-from tests.adapters.test_every_method import METHODS, Ready
+from tests.adapters.test_every_method import OTHERWISE, Ready
 from tests.slow import rest_is_slow
 from vera_jax import (
   UserError,
@@ -51,7 +51,7 @@ def train(adapted, params, x):
   return trainable, {**variables, "params": join(trainable, frozen)}
 
 
-@pytest.mark.parametrize("name", rest_is_slow(METHODS))
+@pytest.mark.parametrize("name", rest_is_slow(OTHERWISE))
 def test_every_method_in_either_layout(name, base, x, tmp_path):
   """Saved from looped layers, loaded onto looped and onto stacked ones."""
   looped = Ready(name, "looped", base, x, perturbed=True)

@@ -82,7 +82,7 @@ def test_the_quickstart_compares_head_and_vera(
   tiny_config, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.chdir(tmp_path)
-  small = tiny_config("quickstart")
+  small = tiny_config("quickstart", optim__epochs=1)
   monkeypatch.setattr(
     quickstart.quickstart, "get_config", lambda: copy.deepcopy(small)
   )

@@ -26,7 +26,7 @@ TEMPORARY = "*.orbax-checkpoint-tmp*"
 def kills(
   launcher: Launcher, alone: Path, *, times: int, seed: int = 0
 ) -> Outcome:
-  """SIGKILL at random moments of one run, every other time during a save."""
+  """SIGKILL in a save of one run and, every other time, at a random moment."""
   rng, workdir = random.Random(seed), launcher.folder / "killed"
   shutil.rmtree(workdir, ignore_errors=True)
   folder = workdir / "checkpoints"
@@ -43,7 +43,7 @@ def kills(
   killed = in_saves = again = 0
   while killed < times:
     process = launcher.start(workdir)
-    in_save = killed % 2 == 1
+    in_save = killed % 2 == 0
     goal = last_step(workdir) + rng.randint(1, 2 * EPOCH)
     ready = reach(workdir, goal, process)
     if ready and in_save:

@@ -10,7 +10,7 @@ from tests.fuzz.harness import FINE, PACKAGE, ROOT, Sandbox
 from tests.fuzz.readers import READERS
 
 pytestmark = pytest.mark.slow
-EACH = 6  # mutations of each reader
+EACH = 4  # mutations of each reader
 # These read by the code of others that are tried, and take long to set up.
 SIMILAR = {
   *("model roberta", "model distilbert", "model modernbert", "model qwen2"),

@@ -27,8 +27,7 @@ from vera_jax.models.kinds import kind_of
 from vera_jax.pretrained.blueprint import blueprint
 from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 
-CHAINS = ("dvora+ia3", "vera+bitfit")
-METHODS = ("vera", "lora", "unilora", "bitfit", "head", "full", *CHAINS)
+METHODS = ("vera", "unilora", "head", "full", "vera+bitfit")
 HEAD = "language_modelling"
 IDS = np.array([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]], np.int32)
 

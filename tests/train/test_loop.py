@@ -383,15 +383,6 @@ def test_mnli_has_two_dev_and_two_test_splits(tiny_config, tmp_path):
   assert {word for _, word in rows[1:]} <= set(result["labels"])
 
 
-@pytest.mark.slow
-def test_stsb_is_regression(tiny_config, tmp_path):
-  result = train_and_evaluate(tiny_config("stsb"), tmp_path)
-  assert result["best"]["metrics"].keys() == {"pearson", "spearman"}
-  assert result["labels"] == [] and result["parameters"]["head"] == 17
-  losses = [epoch["train_loss"] for epoch in result["history"]]
-  assert losses[-1] < losses[0]
-
-
 def test_a_finished_run_can_still_predict(finished, tmp_path, monkeypatch):
   folder = tmp_path / "run"
   shutil.copytree(finished.folder, folder)
