@@ -29,6 +29,7 @@ from vera_jax.places import local_copy, place
 from vera_jax.terminal import LINES, Console, printable
 from vera_jax.train import distributed
 from vera_jax.train.config import check_key, check_settings, without_effect
+from vera_jax.train.peers import leave
 from vera_jax.train.preemption import EXIT_CODE, Interrupted
 from vera_jax.train.runtime import leave_libtpu_alone
 from vera_jax.train.start import count_from_process_start
@@ -75,7 +76,7 @@ def run(
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # orbax logs each save
     code = exit_code(partial(main, argv[1:]) if operands else main)
-    distributed.leave(code, together=code in (0, EXIT_CODE))
+    leave(code)
     sys.exit(code)
 
   def parse(argv: list[str]) -> list[str]:
@@ -117,10 +118,7 @@ def exit_code(main: Callable[[], None]) -> int:
     if not distributed.are_several():
       raise
     traceback.print_exc()
-    text = (
-      "This process failed, or another one did: see what all of them printed."
-      " The same command for all goes on."
-    )
+    text = "This process failed, or another one did: that is looked into now."
     code = 1
   refusal = _finish_output()
   if isinstance(refusal, BrokenPipeError):

@@ -187,8 +187,7 @@ class Launcher:
     **settings: Any,
   ) -> list[Process]:
     """Processes of one run, which find each other by flags or as in SLURM."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-      port = server.getsockname()[1]  # a free one
+    port = free_port()
     processes = []
     for number in range(count):
       flags, environment = [], {}
@@ -248,6 +247,11 @@ def _make_encoder(folder: Path, **fields: float) -> None:
   save_file(random_encoder(config), folder / "model.safetensors")
   (folder / "config.json").write_text(json.dumps(config))
   (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+
+
+def free_port() -> int:
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    return server.getsockname()[1]
 
 
 def wait_until(

@@ -6,6 +6,7 @@ import pytest
 from vera_jax.errors import UserError
 from vera_jax.train import distributed
 from vera_jax.train.distributed import initialize, is_launched, on_first
+from vera_jax.train.peers import leave
 
 SLURM = {
   "SLURM_JOB_ID": "7",
@@ -83,5 +84,7 @@ def test_one_process_is_the_first_and_waits_for_nobody(monkeypatch):
     on_first(lambda: 1 / 0)
   ended = []
   monkeypatch.setattr("os._exit", ended.append)
-  distributed.leave(1, together=False)  # leaves nobody: goes on
+  leave(1)  # leaves nobody: goes on
   assert not ended
+  leave(75)  # a program that is being compiled would be waited for
+  assert ended == [75]

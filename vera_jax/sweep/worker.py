@@ -29,7 +29,7 @@ from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.locks import is_locked, locked
 from vera_jax.places import place
-from vera_jax.train import distributed
+from vera_jax.train import distributed, peers
 from vera_jax.train.preemption import EXIT_CODE, Interrupted
 from vera_jax.train.workdir import LockLost, StoreLost, write_failure
 
@@ -149,5 +149,5 @@ if __name__ == "__main__":
     target=stop_when_closed, args=[sys.stdin.fileno()], daemon=True
   ).start()
   code = main(task)
-  distributed.leave(code, together=code in (0, EXIT_CODE))
+  peers.leave(code)
   sys.exit(code)

@@ -6,8 +6,6 @@ process nothing here does anything.
 """
 
 import os
-import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -15,10 +13,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
 from vera_jax.errors import UserError
 from vera_jax.hub import call_error
+from vera_jax.train.peers import watch_others
 
 PATIENCE = 300.0  # seconds until missing processes are given up
 _SLURM = (  # what srun sets in each task of a step
@@ -102,6 +102,9 @@ def initialize(
       " with its own --process_id; HOST is the machine of process 0, and the"
       " port has to be free and open there. --num_processes=1 starts one alone."
     ) from error
+  one = global_state  # jax has no public way to its client
+  if one.num_processes > 1:
+    watch_others(one.client, one.process_id, one.num_processes)
 
 
 def is_launched(environment: Mapping[str, str]) -> bool:
@@ -131,20 +134,6 @@ def are_several() -> bool:
 def is_first() -> bool:
   """Whether this is the process that writes."""
   return not are_several() or jax.process_index() == 0
-
-
-def leave(code: int, *, together: bool) -> None:
-  """End one of several processes, without waiting for those that still work.
-
-  Python's own end would wait for them, since jax does; so this returns only for
-  a process that is alone, or that ends together with all others.
-  """
-  if together or not jax.distributed.is_initialized():
-    return
-  sys.stdout.flush()
-  sys.stderr.flush()
-  time.sleep(2.0)  # the others may have the same error to report
-  os._exit(code)
 
 
 def on_first(act: Callable[[], None]) -> None:

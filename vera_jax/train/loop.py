@@ -17,6 +17,7 @@ from vera_jax.progress import ProgressBar
 from vera_jax.train.clock import Clock
 from vera_jax.train.config import check_settings
 from vera_jax.train.distributed import is_first
+from vera_jax.train.peers import errors_in, reading
 from vera_jax.train.preemption import (
   Interrupted,
   Stop,
@@ -85,6 +86,7 @@ def carry_out(
   with nothing_to_save(), ExitStack() as stack:
     for run in runs:
       stack.enter_context(run.locked())
+    stack.enter_context(errors_in(runs[0].folder))
     setup = build_setup(runs[0].config, runs=together)
     for run in runs:
       stack.enter_context(run.opened(setup))
@@ -153,7 +155,9 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
         setup.compile_evaluation()
         clock.took("start")
         end_epoch()
-      batches = setup.data.train_batches(seeds=run.seeds, start_step=first)
+      batches = reading(
+        setup.data.train_batches(seeds=run.seeds, start_step=first)
+      )
       while not run.has_ended:
         number, microbatches = next(batches)
         # a batch that comes while a step still runs has cost no time

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vera_jax.train.distributed import are_several
 from vera_jax.train.runtime import Background
 
 EXIT_CODE = 75  # EX_TEMPFAIL: the same command, run again, goes on
@@ -103,7 +102,7 @@ class Stop:
 
   def __init__(self, flag: Flag, mesh: Mesh) -> None:
     self._flag = flag
-    self._alone = not are_several()
+    self._alone = jax.process_count() == 1
     self._asked: jax.Array | None = None
     self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     self._highest = jax.jit(
