@@ -48,7 +48,8 @@ def run(
   """Parse the flags, call `main` and exit; users' mistakes have no traceback.
 
   Exit codes: 0 done, 1 a mistake in input or data, 2 in the flags, 75 stopped
-  by Ctrl-C or SIGTERM and saved. A reader of standard output that has enough,
+  by Ctrl-C or SIGTERM and saved, or ended since another process of the run was
+  lost. A reader of standard output that has enough,
   such as `head`, ends a script quietly with 0.
 
   Args:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,7 +181,7 @@ class Launcher:
 
   def start_several(
     self,
-    workdir: Path,
+    workdir: str | Path,
     *more: str,
     slurm: bool = False,
     count: int = 2,
@@ -250,8 +252,11 @@ def _make_encoder(folder: Path, **fields: float) -> None:
 
 
 def free_port() -> int:
-  with socket.create_server(("127.0.0.1", 0)) as server:
-    return server.getsockname()[1]
+  """One that the system gives to no connection while a process starts."""
+  while True:
+    port = random.randrange(10_000, 30_000)
+    with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+      return port
 
 
 def wait_until(

@@ -1,8 +1,10 @@
 """Several processes: equal to one, stopped by one, left by one."""
 
+import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.faults.fixtures import (
@@ -13,7 +15,12 @@ from tests.faults.fixtures import (
   reach,
   saves,
 )
+from tests.faults.stores import MOST, fetch, wait_for_changes
+from tests.store import BUCKET, Store
 from tests.untimed import untimed_metrics
+from vera_jax.errors import UserError
+
+CLOSE = 1e-5  # losses of about 0.7, where sums are added in another order
 
 
 def largest_difference(one: Path, two: Path) -> float:
@@ -104,6 +111,52 @@ def left_by_one(launcher: Launcher) -> list[Outcome]:
       )
     )
   return outcomes
+
+
+# With how many a run of four goes on after that one of them was killed.
+RESUMED = {0: (4, 2, 1), 1: (2,), 2: (1,), 3: (4,)}
+
+
+def killed_hosts(
+  launcher: Launcher, store: Store, *, seed: int
+) -> Iterator[Outcome]:
+  """kill -9 at random moments on each of four processes, in a store."""
+  rng, whole = random.Random(seed), launcher.folder / "whole"
+  ended = launcher.run_several(whole, count=4, devices=1)
+  assert not any(end.code for end in ended), ended[0].output
+  for victim, counts in RESUMED.items():
+    name = f"killed-{victim}"
+    four = launcher.start_several(f"gs://{BUCKET}/{name}", count=4, devices=1)
+    moment = rng.randint(1, MOST)
+    if not wait_for_changes(store, moment, four[0]):
+      raise UserError(f"The run of four ended:\n{four[0].end().output}")
+    four[victim].kill_now()
+    began = time.monotonic()
+    others = [p.end() for n, p in enumerate(four) if n != victim]
+    seconds = time.monotonic() - began
+    named = [f"Process {victim} (" in end.output for end in others]
+    lost = sum(end.code != 75 for end in others) + (not all(named))
+    lost += seconds > 60
+    copies = {
+      count: fetch(store, name, launcher.folder / f"by-{count}")
+      for count in counts
+    }
+    gaps, same = [], True
+    for count, copy in copies.items():
+      ends = launcher.run_several(copy, count=count, devices=1)
+      lost += any(end.code for end in ends)
+      if count == 4:
+        same &= not differing(copy, whole)
+      gaps.append(f"{largest_difference(copy, whole):.1e} by {count}")
+      lost += largest_difference(copy, whole) > CLOSE
+    yield Outcome(
+      f"four hosts in a store: kill -9 on {victim}",
+      1,
+      lost + (not same),
+      same if 4 in counts else None,
+      f"after {moment} writes; the others name it and end with 75 within"
+      f" {seconds:.0f} s; gone on with, losses differ by {', '.join(gaps)}",
+    )
 
 
 def no_coordinator(launcher: Launcher) -> Outcome:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from absl import flags
 
@@ -33,8 +34,8 @@ FOLDER = flags.DEFINE_string("folder", None, "Unset: a temporary one.")
 ONLY = flags.DEFINE_list(
   "only",
   [],
-  "Only these groups: kills, terms, harm, several, slurm, ray, which needs"
-  " requirements-ray.txt, store, store_sweep. The others' rows stay.",
+  "Only these groups: kills, terms, harm, several, hosts, slurm, ray, which"
+  " needs requirements-ray.txt, store, store_sweep. The others' rows stay.",
 )
 SWEEP = "tests/faults/sweep.py"  # of twelve runs
 WORDS = {None: "not compared", True: "yes", False: "no"}
@@ -83,6 +84,12 @@ def _sweeps(folder: Path, fault: Callable[..., Outcome]) -> Outcome:
   return fault(Launcher(folder, epochs=3), sweep=SWEEP, **options)
 
 
+def hosts(folder: Path) -> Iterator[Outcome]:
+  with running_store() as running, patch.dict(os.environ, running.environment):
+    launcher = Launcher(folder, epochs=2, dropout=False)
+    yield from processes.killed_hosts(launcher, running, seed=SEED.value)
+
+
 def store(folder: Path) -> Iterator[Outcome]:
   times, seed = KILLS.value, SEED.value
   launcher = Launcher(folder / "kills", epochs=2 * times + 1)
@@ -102,7 +109,7 @@ def store_sweep(folder: Path) -> Iterator[Outcome]:
     yield stores.sweep_kills(launcher, running, times=times, seed=SEED.value)
 
 
-KINDS = (kills, terms, harm, several, slurm, ray, store, store_sweep)
+KINDS = (kills, terms, harm, several, hosts, slurm, ray, store, store_sweep)
 GROUPS = {f.__name__: f for f in KINDS}
 
 

@@ -68,7 +68,7 @@ class Peers:
       "beat": 0,
       "code": 0,  # with which it ends, or would by itself
       "text": "see what it printed",
-      "sure": True,  # that this is no consequence of another's end
+      "sure": False,  # that it is no consequence of another process's end
       "because": "",  # of other processes
       "gone": False,
     }
