@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.train.distributed import initialize
-from vera_jax.train.peers import errors_in, leave, reading
+from vera_jax.train.peers import errors_in, leave, read_next
 
 STEPS = 5  # before the mishap
 
@@ -39,7 +39,9 @@ def main() -> None:
       step += 1
 
   with errors_in(Path(folder)):
-    for step in reading(batches()):
+    steps = batches()
+    while True:
+      step = read_next(steps)
       multihost_utils.process_allgather(np.int32(step))
       print("step", step, flush=True)
       time.sleep(0.1)

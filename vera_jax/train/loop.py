@@ -17,7 +17,7 @@ from vera_jax.progress import ProgressBar
 from vera_jax.train.clock import Clock
 from vera_jax.train.config import check_settings
 from vera_jax.train.distributed import is_first
-from vera_jax.train.peers import errors_in, reading
+from vera_jax.train.peers import errors_in, read_next
 from vera_jax.train.preemption import (
   Interrupted,
   Stop,
@@ -155,11 +155,9 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
         setup.compile_evaluation()
         clock.took("start")
         end_epoch()
-      batches = reading(
-        setup.data.train_batches(seeds=run.seeds, start_step=first)
-      )
+      batches = setup.data.train_batches(seeds=run.seeds, start_step=first)
       while not run.has_ended:
-        number, microbatches = next(batches)
+        number, microbatches = read_next(batches)
         # a batch that comes while a step still runs has cost no time
         runs = any(not metrics["loss"].is_ready() for _, metrics in unread)
         clock.took("start" if number == first else "steps" if runs else "data")

@@ -21,7 +21,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -286,13 +285,11 @@ def errors_in(folder: Path) -> Iterator[None]:
     raise
 
 
-def reading(batches: Iterator[Item]) -> Iterator[Item]:
-  """The same batches; the other processes see if one does not come."""
+def read_next(batches: Iterator[Item]) -> Item:
+  """The next batch; the other processes see if it does not come."""
   if _peers is None:
-    yield from batches
-    return
-  for number in count():
-    _peers.batch, _peers.asked = number, time.monotonic()
-    batch = next(batches)
-    _peers.batch, _peers.asked = number + 1, float("inf")
-    yield batch
+    return next(batches)
+  _peers.asked = time.monotonic()
+  batch = next(batches)
+  _peers.batch, _peers.asked = _peers.batch + 1, float("inf")
+  return batch
