@@ -169,10 +169,10 @@ class Peers:
     self._end([f"{self._name(n)} {x}" for n, x in lost.items()], EXIT_CODE)
 
   def _end(self, reasons: list[str], code: int) -> NoReturn:
-    self._mine["because"] = " ".join(dict.fromkeys(reasons))[:_TEXT]
+    reasons = list(dict.fromkeys(reasons))
+    self._mine["because"] = " ".join(reasons)[:_TEXT]
     self._mine["sure"] = True
-    if reasons:
-      _print([self._mine["because"]])
+    _print(reasons)
     self.leave(code)
 
   def note(self, error: BaseException) -> None:
@@ -234,17 +234,20 @@ class Peers:
         end = "did not end by itself"
       elif record["because"]:
         end = "ended, too"
+      elif record["text"] == self._mine["text"]:
+        continue  # as this one, which has said why
       else:
         end = f"stopped: {record['text']}"
       ends.setdefault(end, []).append(self._name(number))
     lines = [f"{', '.join(names)} {end}" for end, names in ends.items()]
-    if self.folder is not None:
+    if lines and self.folder is not None:
       lines.append(f"What each had to say is in {self.folder / ERRORS}.")
     _print(lines)
 
 
 def _print(lines: list[str]) -> None:
-  print(printable("\n".join(lines), keep=LINES), file=sys.stderr, flush=True)
+  if lines:
+    print(printable("\n".join(lines), keep=LINES), file=sys.stderr, flush=True)
 
 
 def watch_others(client: Any, number: int, processes: int) -> None:
