@@ -27,7 +27,7 @@ except ImportError as error:
 POLL = 2.0  # seconds between looks at the jobs
 DEFAULTS = {"timeout_min": "240"}  # submitit's own are five minutes
 REQUEUES = 1000  # times that a job may come to the end of its time
-ENDING = 600.0  # seconds that SLURM may take to end a preempted job
+ENDING = 180.0  # seconds that SLURM may take to end a preempted job
 # submitit's, of options and where there is no srun
 REFUSALS = AssertionError, NameError, RuntimeError, TypeError, ValueError
 PORTS = range(20_000, 60_000)
