@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 
@@ -96,15 +97,18 @@ def run_alone(launcher: Launcher, sweep: str, *, members: int) -> Path:
 
 
 @contextmanager
-def cluster(*, nodes: int) -> Iterator[tuple[Any, list[Any]]]:
+def cluster(
+  launcher: Launcher, *, nodes: int
+) -> Iterator[tuple[Any, list[Any]]]:
   """Ray's, and its nodes of one CPU each, all of them on this machine."""
   import ray.cluster_utils
 
   for tries_left in reversed(range(5)):
     simulated = ray.cluster_utils.Cluster()
     try:
-      simulated.add_node(num_cpus=0)
-      added = [simulated.add_node(num_cpus=1) for _ in range(nodes)]
+      with patch.dict(os.environ, launcher.environment()):
+        simulated.add_node(num_cpus=0)
+        added = [simulated.add_node(num_cpus=1) for _ in range(nodes)]
       break
     except Exception:  # on a busy machine a node comes later than Ray waits
       simulated.shutdown()
@@ -127,7 +131,7 @@ def by_ray(
   """Of three nodes, two are lost on the way."""
 
   def lose_nodes(workdir: Path, rng: random.Random) -> Ended:
-    with cluster(nodes=3) as (simulated, nodes):
+    with cluster(launcher, nodes=3) as (simulated, nodes):
       options = f"--launcher_options=address={simulated.address}"
       process = launcher.start(
         workdir, f"--members={members}", "--launcher=ray", options, sweep=sweep

@@ -167,13 +167,14 @@ class Launcher:
     return Process(
       [*command, *flags],
       output=self.folder / f"output-{time.monotonic_ns()}",
-      env={
-        **self._environment,
-        # the flags that are set, but for the number of devices
-        "XLA_FLAGS": " ".join([*flags_but(DEVICES), f"{DEVICES}={devices}"]),
-        **(environment or {}),
-      },
+      env={**self.environment(devices), **(environment or {})},
     )
+
+  def environment(self, devices: int = 1) -> dict[str, str]:
+    """Of a process that has so many devices."""
+    # the flags that are set, but for the number of devices
+    flags = " ".join([*flags_but(DEVICES), f"{DEVICES}={devices}"])
+    return {**self._environment, "XLA_FLAGS": flags}
 
   def run(self, workdir: str | Path, *flags: str, **options: Any) -> Ended:
     """As `start`, until the process ends."""

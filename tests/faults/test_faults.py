@@ -24,6 +24,11 @@ from vera_jax.train.loop import train_and_evaluate
 
 pytestmark = pytest.mark.slow
 
+# Ray starts a cluster's nodes in this process, by fork, and jax warns of that.
+forks = pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning",
+  "ignore:os.fork:RuntimeWarning",
+)
 CLOSE = 1e-5  # losses of about 0.7, where sums are added in another order
 
 
@@ -114,6 +119,7 @@ def test_jobs_of_a_sweep_are_lost_and_preempted(launcher):
   assert outcome.lost == 0 and outcome.same
 
 
+@forks
 def test_nodes_of_a_sweep_are_lost(launcher):
   pytest.importorskip("ray")
   sweep = "tests/faults/sweep.py:2"
@@ -121,6 +127,7 @@ def test_nodes_of_a_sweep_are_lost(launcher):
   assert outcome.lost == 0 and outcome.same
 
 
+@forks
 @pytest.mark.parametrize("name", ["local", "submitit", "ray"])
 def test_each_launcher_starts_a_process_per_host(launcher, name):
   workdir = launcher.folder / f"hosts-{name}"
@@ -131,7 +138,9 @@ def test_each_launcher_starts_a_process_per_host(launcher, name):
       flags += ["--launcher=slurm", "--launcher_options=cluster=local"]
     if name == "ray":
       pytest.importorskip("ray")
-      address = stack.enter_context(engines.cluster(nodes=2))[0].address
+      address = stack.enter_context(engines.cluster(launcher, nodes=2))[
+        0
+      ].address
       flags += ["--launcher=ray", f"--launcher_options=address={address}"]
     ended = launcher.run(workdir, *flags, sweep="tests/faults/sweep.py:1")
   assert ended.code == 0, ended.output
