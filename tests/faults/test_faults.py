@@ -138,10 +138,8 @@ def test_each_launcher_starts_a_process_per_host(launcher, name):
       flags += ["--launcher=slurm", "--launcher_options=cluster=local"]
     if name == "ray":
       pytest.importorskip("ray")
-      address = stack.enter_context(engines.cluster(launcher, nodes=2))[
-        0
-      ].address
-      flags += ["--launcher=ray", f"--launcher_options=address={address}"]
+      ray, _ = stack.enter_context(engines.cluster(launcher, nodes=2))
+      flags += ["--launcher=ray", f"--launcher_options=address={ray.address}"]
     ended = launcher.run(workdir, *flags, sweep="tests/faults/sweep.py:1")
   assert ended.code == 0, ended.output
   (file,) = workdir.glob("runs/*/result.json")
