@@ -26,6 +26,7 @@ import sys
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -214,7 +215,7 @@ def described(passed: Sequence[str]) -> Job:
   done = subprocess.run(check, cwd=CHECKOUT, capture_output=True, text=True)
   if done.returncode:
     raise UserError(f"experiments.{values.command}: {done.stderr.strip()}")
-  given = {flag: values[flag].value or "" for flag in GIVEN}
+  given: dict[str, Any] = {flag: values[flag].value or "" for flag in GIVEN}
   return Job(
     name=name,
     words=words,

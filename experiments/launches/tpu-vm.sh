@@ -90,8 +90,8 @@ wait_for_end() { # prints the exit code of all hosts together
   while [ "$(state)" = ACTIVE ]; do
     sleep "$POLL"
     gcloud storage ls "$attempt/exit-*" >/dev/null 2>&1 || continue
-    # a lost host's neighbours end with an error, and within a minute a slice
-    # that was taken away is no longer active
+    # within a minute a lost host's neighbours have ended too, and a slice that
+    # was taken away is no longer active
     sleep "$GRACE"
     [ "$(state)" = ACTIVE ] || break
     codes=$(gcloud storage cat "$attempt/exit-*")
