@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vera_jax.files import write_json
+from vera_jax.places import local_place
 from vera_jax.results import provenance
 
 
@@ -75,7 +76,7 @@ def load_line(result: Mapping[str, Any]) -> str:
 
 def write(name: str, result: Mapping[str, Any], *, folder: str) -> Path:
   """NAME.json in the folder, which is made when missing."""
-  path = Path(folder) / f"{name}.json"
+  path = local_place(folder, "--out") / f"{name}.json"
   path.parent.mkdir(parents=True, exist_ok=True)
   write_json(path, dict(result))
   return path

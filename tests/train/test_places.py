@@ -113,3 +113,24 @@ def test_who_lost_the_lock_writes_no_more(finished, bucket, monkeypatch):
   assert locks._lock(folder / "lock").read() == theirs
   assert (folder / "metrics.jsonl").read_text() == theirs
   assert not (folder / "checkpoints" / "20").exists()
+
+
+@pytest.mark.slow
+def test_a_run_on_disk_imports_no_client_of_a_store(finished, tmp_path):
+  names = ("gcsfs", "google.cloud.storage", "boto3", "ray", "submitit")
+  code = (
+    "import json, sys; from ml_collections import ConfigDict;"
+    " from vera_jax.train.loop import train_and_evaluate;"
+    " config, folder = json.loads(sys.argv[1]);"
+    " train_and_evaluate(ConfigDict(config), folder);"
+    f" print([name for name in {names} if name in sys.modules])"
+  )
+  config = {**finished.config.to_dict(), "predict_test": True}
+  task = json.dumps([config, str(tmp_path / "run")])
+  done = subprocess.run(
+    [sys.executable, "-c", code, task],
+    cwd=Path(__file__).parents[2],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert done.stdout.splitlines()[-1:] == ["[]"]

@@ -192,19 +192,19 @@ class TensorBoard:
 
 
 def _summary_writer() -> "type[SummaryWriter]":
-  """tensorboardX's writer, imported without torch.
+  """tensorboardX's writer, imported without torch and clients of stores.
 
-  Where torch is installed tensorboardX imports it, to know its arrays: 190 MB
-  of memory, and seconds.
+  Where they are installed tensorboardX imports them, torch to know its arrays:
+  190 MB of memory, and seconds. Its files are local here.
   """
-  hidden = "torch" not in sys.modules
-  if hidden:
-    sys.modules["torch"] = None  # type: ignore[assignment]  # not found then
+  hidden = {"torch", "boto3", "google.cloud.storage"} - sys.modules.keys()
+  for name in hidden:
+    sys.modules[name] = None  # type: ignore[assignment]  # not found then
   try:
     from tensorboardX import SummaryWriter
   finally:
-    if hidden:
-      del sys.modules["torch"]
+    for name in hidden:
+      del sys.modules[name]
   return SummaryWriter
 
 
