@@ -81,6 +81,18 @@ def test_without_libtpu_it_says_how_to_install_it(monkeypatch):
     chips.describe_pod("v5e:2x2")
 
 
+@pytest.mark.smoke
+def test_the_division_of_fewest_flops():
+  """Of those that fit; of equal ones, to rounding, that of most parts."""
+
+  def made(runs, flops, fits=True):
+    return {"mesh": {"runs": runs}, "flops": {"a_chip": flops}, "fits": fits}
+
+  methods = {"a": made(1, 2.001e12), "b": made(4, 2.0e12), "c": made(2, 3e12)}
+  assert report.leanest(methods) == "b"
+  assert report.leanest(methods | {"b": made(4, 0, False)}) == "a"
+
+
 @pytest.mark.slow
 def test_the_plan_of_a_compiled_step(tiny_roberta):
   """On eight CPU devices: gradients, loss and count are sent in one sum."""
