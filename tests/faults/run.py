@@ -160,6 +160,9 @@ beside other work; jax {versions["jax"]}, orbax {versions["orbax-checkpoint"]}.
 - Ray's nodes are simulated, and submitit's jobs are processes. One is lost when
   all its processes are killed at once. That no run was trained twice at once is
   by the files which processes had open, looked up five times a second.
+- A store whose listings lag three seconds behind was tried, and no run came to
+  its end there: orbax does not find a save that it has just written. The
+  listings of Cloud Storage do not lag.
 - The runs are tiny (a two-layer encoder, ten steps an epoch) and all on one
   machine. Not tried: a TPU pod, SLURM beyond its variables, and what a network
   file system does to the lock and the saves.
