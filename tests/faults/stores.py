@@ -207,6 +207,7 @@ def sweep_kills(
     if not wait_for_changes(store, rng.randint(1, MOST), process):
       break  # the sweep has ended
     kill_tree(process.pid)
+    process.wait()
     killed += 1
     now = time.time()
     ended |= dict.fromkeys(owners(store.changes(before)), now)
