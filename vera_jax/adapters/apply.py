@@ -259,6 +259,15 @@ def adapt(
     UserError: one of these is something else, or no targets are named.
   """
   _check_model(model)
+  check_choices(adapter, targets)
+  fixed: Any = FrozenDict({key: dict(parts) for key, parts in fused.items()})
+  return Adapted(
+    model, adapter, tuple(targets), fixed, check_plan(plan), forwards
+  )
+
+
+def check_choices(adapter: Adapter, targets: Sequence[str]) -> None:
+  """Raises a UserError for what is no adapter, or no targets for it."""
   if not isinstance(adapter, Adapter):
     raise UserError(
       f"The adapter is {adapter!r}; give what a method's function returns, such"
@@ -278,10 +287,6 @@ def adapt(
       f"{adapter.name} trains leaves of the base and is put on no layers, but"
       f" targets is {targets!r}: give []."
     )
-  fixed: Any = FrozenDict({key: dict(parts) for key, parts in fused.items()})
-  return Adapted(
-    model, adapter, tuple(targets), fixed, check_plan(plan), forwards
-  )
 
 
 def _check_model(model: Any) -> None:

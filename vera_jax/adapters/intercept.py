@@ -148,10 +148,36 @@ class Interception:
         call = call._replace(site=call.site._replace(multiply=multiply))
     pieces = list(self.pieces_of(layer, call.site))
     keyed = self._has_keys(layer, call.site, pieces)
+    y, penalties = self.product(
+      call,
+      pieces,
+      remake=remake,
+      draw=(lambda: layer.make_rng(KEYS)) if keyed else None,
+    )
+    for penalty in penalties:
+      layer.sow(PENALTIES, "sum", penalty)
+    return y
+
+  def product(
+    self,
+    call: LayerCall,
+    pieces: Sequence[Piece],
+    *,
+    remake: bool = False,
+    draw: Callable[[], Array] | None = None,
+  ) -> tuple[Any, list[Array]]:
+    """(the layer's output, the methods' penalties).
+
+    Args:
+      call: of the layer.
+      pieces: of its kernel.
+      remake: as in `adapted_product`.
+      draw: makes a key for methods that draw random numbers.
+    """
     folded_only = call.site.view.plans == ("folded",)
     if call.own_code is not None or (folded_only and len(pieces) > 1):
-      return with_weights(call, *self.whole_weights(pieces))
-    outputs = []
+      return with_weights(call, *self.whole_weights(pieces)), []
+    outputs, penalties = [], []
     for adapter, leaves, site in pieces:
       y, penalty = adapted_product(
         adapter,
@@ -161,13 +187,13 @@ class Interception:
         plan=self.plan,
         forwards=self.forwards,
         remake=remake,
-        key=layer.make_rng(KEYS) if keyed and adapter.is_random else None,
+        key=draw() if draw and adapter.is_random else None,
       )
       if penalty is not None:
-        layer.sow(PENALTIES, "sum", penalty)
+        penalties.append(penalty)
       outputs.append(y)
     y = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=-1)
-    return call.finish(y)
+    return call.finish(y), penalties
 
   def _has_keys(
     self, layer: nn.Module, site: Site, pieces: Sequence[Piece]
@@ -245,7 +271,7 @@ class Interception:
     common = self.adapter.own(arrays_at(self.variables["params"]))
     for name, (first, last) in _cut(columns, layer.outputs).items():
       part = (name,) if name in columns else ()
-      adapted = bool(part) or self._is_target(layer.path)
+      adapted = bool(part) or self.is_target(layer.path)
       adapter = self.adapter if adapted else UNADAPTED
       site = layer._replace(
         path=(*layer.path, *part),
@@ -270,17 +296,17 @@ class Interception:
 
   def is_adapted(self, path: Path) -> bool:
     """Whether a layer, or a part of its kernel, is a target."""
-    return self._is_target(path) or bool(self._columns(path))
+    return self.is_target(path) or bool(self._columns(path))
 
   def _columns(self, path: Path) -> dict[str, tuple[int, int]]:
     """The parts of a layer's kernel that are targets."""
     return {
       name: span
       for name, span in parts_of(path, self.fused).items()
-      if self._is_target((*path, name))
+      if self.is_target((*path, name))
     }
 
-  def _is_target(self, path: Path) -> bool:
+  def is_target(self, path: Path) -> bool:
     patterns = self.targets
     if EVERY in patterns and not self._has_leaves(path):
       patterns = tuple(x for x in patterns if x != EVERY)

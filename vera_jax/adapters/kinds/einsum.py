@@ -49,12 +49,12 @@ class Equation(NamedTuple):
     return View(kind, name, () if axes == tuple(sorted(axes)) else axes)
 
 
-def parse(equation: str, x: Array, shape: tuple[int, ...]) -> Equation | str:
+def parse(equation: str, rank: int, shape: tuple[int, ...]) -> Equation | str:
   """Reads an equation, x first; or says why it is no product of matrices.
 
   Args:
     equation: as of `jnp.einsum`.
-    x: whose rank says how many axes its dots are.
+    rank: of x, which says how many axes its dots are.
     shape: of the kernel.
   """
   operands, arrow, result = equation.replace(" ", "").partition("->")
@@ -64,7 +64,7 @@ def parse(equation: str, x: Array, shape: tuple[int, ...]) -> Equation | str:
       f"of its equation {equation!r}, two operands and a result are needed, the"
       " kernel without dots"
     )
-  dots = [f"{i}." for i in range(x.ndim - len(first.replace("...", "")))]
+  dots = [f"{i}." for i in range(rank - len(first.replace("...", "")))]
 
   def letters(text: str) -> list[str]:
     before, ellipsis, after = text.partition("...")
@@ -72,7 +72,7 @@ def parse(equation: str, x: Array, shape: tuple[int, ...]) -> Equation | str:
 
   of_x, of_kernel, of_result = map(letters, (first, second, result))
   twice = any(len(set(a)) < len(a) for a in (of_x, of_kernel, of_result))
-  if len(of_x) != x.ndim or twice:
+  if len(of_x) != rank or twice:
     return (
       f"of its equation {equation!r}, an axis is there twice, or x has another"
       " number of axes"
@@ -114,7 +114,7 @@ def by_equation(
     multiply_whole: (x, kernel) -> result, as the layer itself does it.
   """
   kernel = params[name]
-  axes = parse(equation, x, kernel.shape)
+  axes = parse(equation, x.ndim, kernel.shape)
   if isinstance(axes, str):
     return axes
   length = dict(zip(axes.x, x.shape, strict=True))
@@ -173,7 +173,7 @@ def _see(
     return "its class has a call of its own, without an array or a kernel"
   equations = [x for x in inputs if isinstance(x, str)] or [layer.einsum_str]
   shape = params["kernel"].shape
-  axes = parse(str(equations[0]), arrays[0], shape)
+  axes = parse(str(equations[0]), arrays[0].ndim, shape)
   if isinstance(axes, str):
     return axes
   outputs = [shape[axes.kernel.index(a)] for a in axes.outputs]
@@ -249,20 +249,27 @@ def _call_others(
   )
   if isinstance(call, str):
     return call
-  # the product alone, with the weight in its own type or in x's
+  if is_bare(lambda x, w: run({name: w}, x), equation, x, weight):
+    return call
+  site = call.site
+  return by_own_code(layer, params, site.view, site.outputs, args, kwargs)
+
+
+def is_bare(
+  run: Callable[[Array, Array], Any], equation: str, x: Array, weight: Array
+) -> bool:
+  """Whether a layer's own code is the equation's product and no more, with the
+  weight in its own type or in x's."""
   programs = (
-    jax.make_jaxpr(f)(x, weight)
-    for f in (
-      lambda x, w: run({name: w}, x),
+    jax.make_jaxpr(product)(x, weight).jaxpr
+    for product in (
+      run,
       lambda x, w: jnp.einsum(equation, x, w),
       lambda x, w: jnp.einsum(equation, x, w.astype(x.dtype)),
     )
   )
-  ours, *plain = (program.jaxpr for program in programs)
-  if any(is_same(ours, program) for program in plain):
-    return call
-  site = call.site
-  return by_own_code(layer, params, site.view, site.outputs, args, kwargs)
+  own, *bare = programs
+  return any(is_same(own, program) for program in bare)
 
 
 def _see_others(

@@ -1,0 +1,26 @@
+"""Adapters on models of flax.nnx, with the methods and files of the package.
+
+adapt         put an adapter on a model, in place
+find_targets  the layers that patterns match
+training      random numbers and penalties of methods that have them
+merge         the plain model with the adapted weights
+remove        take the adapter off again
+"""
+
+from vera_jax.nnx.adapt import (
+  Projection,
+  adapt,
+  find_targets,
+  merge,
+  remove,
+  training,
+)
+
+__all__ = [
+  "Projection",
+  "adapt",
+  "find_targets",
+  "merge",
+  "remove",
+  "training",
+]
