@@ -35,6 +35,7 @@ from vera_jax.adapters.sites import (
 )
 from vera_jax.adapters.summary import summary
 from vera_jax.adapters.targets import trace_sites
+from vera_jax.adapters.tracing import init_shapes
 from vera_jax.errors import UserError
 
 
@@ -187,7 +188,12 @@ class Adapted(nn.Module):
       UserError: a file is damaged; or the method, its settings, the layers, the
         weights or the projections are not those that were saved.
     """
-    return saved.load(self, folder, variables, args, kwargs)
+
+    def model() -> tuple[dict[Path, Target], Any]:
+      targets = self.find_targets(*args, **kwargs) if self.targets else {}
+      return targets, init_shapes(self.model, *args, **kwargs)["params"]
+
+    return saved.load(self, folder, variables, model)
 
   @nn.nowrap
   def summary(self, *args: Any, **kwargs: Any) -> str:

@@ -34,7 +34,7 @@ from vera_jax.adapters.interface import (
   Matrix,
   Site,
 )
-from vera_jax.adapters.structured import Structured
+from vera_jax.adapters.structured import Structured, as_array
 
 Forward = Callable[[Array], Array]  # x -> x times the weights so far
 Weights = tuple[Array, Array | None]  # a kernel (i, o) and its bias (o,)
@@ -118,6 +118,25 @@ def scaled_up(factors: LowRank) -> Float[Array, "r o"]:
   if factors.outer is not None:
     up = up * factors.outer[None]
   return up if factors.inner is None else factors.inner[:, None] * up
+
+
+def exact_factors(
+  factors: LowRank,
+) -> tuple[Float[Array, "i n"], Float[Array, "n o"]]:
+  """The same delta as a product of two plain matrices: LoRA's A and B.
+
+  n is r, or the smaller of i and o where r is larger: there the wide rows are
+  written in an orthonormal basis of their span (QR), which loses nothing.
+  """
+  down, up = as_array(factors.down, jnp.float32), scaled_up(factors)
+  inputs, outputs = down.shape[0], up.shape[1]
+  if down.shape[1] <= min(inputs, outputs):
+    return down, up
+  if inputs <= outputs:
+    basis, triangle = jnp.linalg.qr(down.T)
+    return triangle.T, basis.T @ up
+  basis, triangle = jnp.linalg.qr(up)
+  return down @ basis, triangle
 
 
 def thin_products(

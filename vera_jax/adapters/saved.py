@@ -7,9 +7,9 @@ is not what the adapter was trained with is refused by name.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,20 +29,26 @@ from vera_jax.adapters.interface import Adapter, Target
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import FROZEN, count, label_tree
 from vera_jax.adapters.projections import PRNG, STORED, kept_digest
-from vera_jax.adapters.sites import first_leaves, make_shared
-from vera_jax.adapters.tracing import init_shapes
+from vera_jax.adapters.sites import Fused, first_leaves, make_shared
 from vera_jax.errors import UserError
 from vera_jax.operations.quantised import plain
 
-if TYPE_CHECKING:
-  from vera_jax.adapters.apply import Adapted
-
 Flat = dict[TreePath, Any]
+
+
+class Identified(Protocol):
+  """What a model with an adapter on it says of the adapter."""
+
+  adapter: Adapter
+  targets: tuple[str, ...]
+  fused: Fused
+
+
 SHOWN = 3  # misfits of one kind that a message lists
 
 
 def save(
-  adapted: "Adapted",
+  adapted: Identified,
   folder: str | Path,
   trainable: Mapping[str, Any],
   variables: Mapping[str, Any],
@@ -104,13 +110,17 @@ def save(
 
 
 def load(
-  adapted: "Adapted",
+  adapted: Identified,
   folder: str | Path,
   variables: Mapping[str, Any],
-  args: tuple[Any, ...],
-  kwargs: Mapping[str, Any],
+  model: Callable[[], tuple[Mapping[TreePath, Target], Mapping[str, Any]]],
 ) -> dict[str, Any]:
-  """What `Adapted.load` does."""
+  """What `Adapted.load` does.
+
+  Args:
+    adapted, folder, variables: as it has them.
+    model: makes the adapter's sites and the shapes of the model's parameters.
+  """
   saved, adapter = load_adapter(folder), adapted.adapter
   if (named := saved.about["base"]) is not None:
     raise UserError(
@@ -132,14 +142,13 @@ def load(
       " saved; give adapt the same:\n  " + "\n  ".join(differing)
     )
   saved, adapter = take_stored(saved, adapter)
-  targets = adapted.find_targets(*args, **kwargs) if adapted.targets else {}
-  model = init_shapes(adapted.model, *args, **kwargs)["params"]
-  boxed = flatten_dict(model) | flatten_dict(dict(variables["params"]))
+  targets, shapes = model()
+  boxed = flatten_dict(dict(shapes)) | flatten_dict(dict(variables["params"]))
   boxed = {p: leaf for p, leaf in boxed.items() if not adapter.owns(p[-1])}
   base = meta.unbox(boxed)
   trained = read_leaves(
     saved,
-    flatten_dict(own_shapes(adapter, targets, meta.unbox(model))[0])
+    flatten_dict(own_shapes(adapter, targets, meta.unbox(shapes))[0])
     | {p: leaf for p, leaf in base.items() if is_held(saved, p, leaf)},
   )
   frozen = {path: leaf for path, leaf in base.items() if path not in trained}
@@ -173,7 +182,7 @@ def load(
   return {**variables, "params": unflatten_dict(params), **ours}
 
 
-def identity(adapted: "Adapted") -> dict[str, Any]:
+def identity(adapted: Identified) -> dict[str, Any]:
   """What makes the adapter what it is, as adapter.json has it."""
   adapter = adapted.adapter
   # a chain of its own name, such as DoRA, is a method of the table

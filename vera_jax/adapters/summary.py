@@ -9,14 +9,14 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict
 
 from vera_jax.adapters.counting import plans_at
+from vera_jax.adapters.interface import Path, Target
 from vera_jax.adapters.labels import ADAPTER, join, label_tree
-from vera_jax.adapters.saved import identity, own_shapes
+from vera_jax.adapters.saved import Identified, identity, own_shapes
 from vera_jax.adapters.sites import count_layers
 from vera_jax.adapters.targets import trace_sites
 
 if TYPE_CHECKING:
   from vera_jax.adapters.apply import Adapted
-  from vera_jax.adapters.interface import Path
 
 TITLES = ("layer", "kind", "kernel", "plan", "trained numbers")
 
@@ -37,7 +37,24 @@ def summary(
     plan=adapted.plan,
     forwards=adapted.forwards,
   )
-  base = meta.unbox(variables["params"])
+  return table(adapted, targets, meta.unbox(variables["params"]), plans)
+
+
+def table(
+  adapted: Identified,
+  targets: Mapping[Path, Target],
+  base: Mapping[str, Any],
+  plans: Mapping[Path, str],
+) -> str:
+  """The table of an adapter on a model.
+
+  Args:
+    adapted: what the adapter is.
+    targets: its sites.
+    base: the model's parameters or their shapes, without the adapter's.
+    plans: the plan at each site, where it is known.
+  """
+  adapter = adapted.adapter
   params = join(base, own_shapes(adapter, targets, base)[0])
   sizes = {p: math.prod(x.shape) for p, x in flatten_dict(params).items()}
   labels = flatten_dict(label_tree(params, adapter, head=""))

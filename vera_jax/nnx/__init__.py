@@ -15,12 +15,18 @@ from vera_jax.nnx.adapt import (
   remove,
   training,
 )
+from vera_jax.nnx.files import load, save, to_lora
+from vera_jax.nnx.files import table as summary
 
 __all__ = [
   "Projection",
   "adapt",
   "find_targets",
+  "load",
   "merge",
   "remove",
+  "save",
+  "summary",
+  "to_lora",
   "training",
 ]

@@ -304,12 +304,14 @@ def named(path: Sequence[Any]) -> Path:
   return tuple(names)
 
 
-def tree_of(model: nnx.Module) -> dict[str, Any]:
+def tree_of(
+  model: nnx.Module, *, without: type[nnx.Variable] | tuple[()] = ()
+) -> dict[str, Any]:
   """The model's parameters as the tree of a linen model, with the adapter's."""
   flat: dict[Path, Any] = {}
   for path, module in modules_of(model).items():
     for name, variable in vars(module).items():
-      if isinstance(variable, nnx.Param):
+      if isinstance(variable, nnx.Param) and not isinstance(variable, without):
         flat[*path, name] = variable.get_value()
   return unflatten_dict(flat)
 
@@ -468,7 +470,8 @@ def merge(model: nnx.Module) -> nnx.Module:
     UserError: the model has no adapter.
   """
   adaptation = adaptation_of(model)
-  params, projections = tree_of(model), projections_of(model)
+  params = tree_of(model, without=Projection)
+  projections = projections_of(model)
   merged = flatten_dict(
     merge_tree(
       params,

@@ -229,6 +229,26 @@ def bare(layer: nnx.Module, base: type, changed: Mapping[str, Any]) -> Any:
   return other
 
 
+def lora_shapes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The axes of inputs and of outputs in qwix's LoRA matrices: an equation's
+  stay apart, in the kernel's order."""
+  seen = see(
+    layer, next(x for x in type(layer).__mro__ if "unadapted" not in vars(x))
+  )
+  assert isinstance(seen, tuple)
+  view, shape, outputs = seen
+  equation = _equation(layer, ())
+  if equation is None:
+    return (math.prod(shape) // outputs,), (outputs,)
+  axes = parse(equation, _example(equation).ndim, shape)
+  assert not isinstance(axes, str)
+  length = dict(zip(axes.kernel, shape, strict=True))
+  del view
+  return tuple(length[a] for a in axes.inputs), tuple(
+    length[a] for a in axes.outputs
+  )
+
+
 def _own_shape(layer: Any, kind: type) -> tuple[int, ...]:
   """Of the kernel of one layer, whether it is stacked or not."""
   if kind is nnx.Embed:
