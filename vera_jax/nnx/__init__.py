@@ -8,7 +8,6 @@ remove        take the adapter off again
 """
 
 from vera_jax.nnx.adapt import (
-  Projection,
   adapt,
   find_targets,
   merge,
@@ -17,6 +16,7 @@ from vera_jax.nnx.adapt import (
 )
 from vera_jax.nnx.files import load, save, to_lora
 from vera_jax.nnx.files import table as summary
+from vera_jax.nnx.layers import Projection
 
 __all__ = [
   "Projection",

@@ -47,15 +47,19 @@ from vera_jax.adapters.sites import (
   parts_of,
 )
 from vera_jax.errors import UserError
-from vera_jax.nnx.layers import bare, see, see_call, values_of
+from vera_jax.nnx.layers import (
+  OWNS,
+  UNADAPTED,
+  Projection,
+  bare,
+  see,
+  see_call,
+  values_of,
+)
+from vera_jax.patterns import find
 
 ROOT = "adapted_by"  # the root's field with its `Adaptation`
-UNADAPTED = "unadapted"  # and with its class before that
 PLACE = "adapted_at"  # an adapted layer's field with its path, a text
-
-
-class Projection(nnx.Param):
-  """A matrix of one layer that is not trained, such as `sharing="unique"`'s."""
 
 
 class Part(nnx.Module):
@@ -199,6 +203,12 @@ def adapt(
         modules[path[:-1]] = Part()
         setattr(owner, path[-2], modules[path[:-1]])
       setattr(modules[path[:-1]], path[-1], kind(leaf))
+  for path, module in modules.items():  # what a method trains of the base
+    for name in values_of(module):
+      if adapter.trains and find(adapter.trains, "/".join((*path, name))):
+        variable = vars(module)[name]
+        trained = nnx.LoRAParam(variable.get_value(), **variable.get_metadata())
+        setattr(module, name, trained)
   derived = cache(partial(_layer_class, adaptation))
   for path, target in sites.items():
     owner = modules[layer_path(path, target)]
@@ -384,6 +394,7 @@ def _derived(
   about = {
     ROOT: adaptation,
     UNADAPTED: base,
+    OWNS: adaptation.adapter.owns,
     "__module__": base.__module__,
     "__qualname__": base.__qualname__,
     "__doc__": base.__doc__,
@@ -491,11 +502,17 @@ def merge(model: nnx.Module) -> nnx.Module:
 def remove(model: nnx.Module) -> nnx.Module:
   """Take the adapter off the model, which is changed and returned.
 
+  What a method trains of the base itself, as BitFit does, stays as trained.
+
   Raises:
     UserError: the model has no adapter.
   """
   adapter = adaptation_of(model).adapter
   for module in modules_of(model).values():
+    for name, value in list(vars(module).items()):
+      if isinstance(value, nnx.LoRAParam) and not adapter.owns(name):
+        plain = nnx.Param(value.get_value(), **value.get_metadata())
+        setattr(module, name, plain)
     if (base := vars(type(module)).get(UNADAPTED)) is None:
       continue
     module.__class__ = base

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vera_jax.adapters import saved, summary
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.interface import EMPTY
+from vera_jax.adapters.labels import label_tree, split
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.products import exact_factors
 from vera_jax.adapters.sites import (
@@ -24,7 +25,6 @@ from vera_jax.adapters.sites import (
 )
 from vera_jax.errors import UserError
 from vera_jax.nnx.adapt import (
-  Projection,
   adapt,
   adaptation_of,
   modules_of,
@@ -32,7 +32,7 @@ from vera_jax.nnx.adapt import (
   projections_of,
   tree_of,
 )
-from vera_jax.nnx.layers import lora_shapes
+from vera_jax.nnx.layers import Projection, lora_shapes
 
 
 def save(
@@ -49,13 +49,9 @@ def save(
     UserError: the model has no adapter, or the folder can't be written.
   """
   adaptation, params = adaptation_of(model), _params(model)
-  trained = {
-    path: leaf
-    for path, leaf in flatten_dict(params).items()
-    if adaptation.adapter.owns(path[-1])
-  }
+  labels = label_tree(params, adaptation.adapter, head="")
   variables = {"params": params, "projections": projections_of(model)}
-  saved.save(adaptation, folder, unflatten_dict(trained), variables, about)
+  saved.save(adaptation, folder, split(params, labels)[0], variables, about)
 
 
 def load(folder: str | Path, model: nnx.Module) -> nnx.Module:

@@ -27,7 +27,14 @@ from vera_jax.adapters.layers import (
   site_of,
 )
 
+# An adapted layer's class says which of its parameters are the adapter's, and
+# which class it was before.
+OWNS, UNADAPTED = "owned_by_adapter", "unadapted"
 Seen = tuple[View, tuple[int, ...], int]  # view, kernel's own shape, outputs
+
+
+class Projection(nnx.Param):
+  """A matrix of one layer that is not trained, such as `sharing="unique"`'s."""
 
 
 def _linear(layer: Any) -> nn.Module:
@@ -93,12 +100,14 @@ HOOKS = {
 
 
 def values_of(layer: nnx.Module) -> dict[str, Any]:
-  """A module's own parameters, without those of modules in it."""
+  """A module's own parameters, without an adapter's and those of modules in
+  it."""
+  owns = getattr(type(layer), OWNS, lambda name: False)
   return {
     name: variable.get_value()
     for name, variable in vars(layer).items()
     if isinstance(variable, nnx.Param)
-    and not isinstance(variable, nnx.LoRAParam)
+    and not (isinstance(variable, Projection) or owns(name))
   }
 
 
@@ -243,7 +252,6 @@ def lora_shapes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
   axes = parse(equation, _example(equation).ndim, shape)
   assert not isinstance(axes, str)
   length = dict(zip(axes.kernel, shape, strict=True))
-  del view
   return tuple(length[a] for a in axes.inputs), tuple(
     length[a] for a in axes.outputs
   )
