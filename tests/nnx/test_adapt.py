@@ -84,21 +84,41 @@ def moved(tree):
     {
       path: leaf
       + 0.1
-      * jnp.sin(jnp.arange(leaf.size, dtype=leaf.dtype) + i).reshape(leaf.shape)
+      * jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype) + i).reshape(leaf.shape)
       for i, (path, leaf) in enumerate(sorted(flat.items()))
     }
   )
 
 
-def set_leaves(model, tree):
-  flat = flatten_dict(tree)
-  for path, module in modules_of(model).items():
-    for name, variable in vars(module).items():
-      if isinstance(variable, nnx.LoRAParam):
-        variable.set_value(flat[*path, name])
+def trained(model):
+  """The trained variables by linen's paths."""
+  return {
+    (*path, name): variable
+    for path, module in modules_of(model).items()
+    for name, variable in vars(module).items()
+    if isinstance(variable, nnx.LoRAParam)
+  }
 
 
-@pytest.mark.parametrize("name", METHODS)
+def set_leaves(model, flat):
+  for path, variable in trained(model).items():
+    variable.set_value(flat[path])
+
+
+def move(model):
+  leaves = {path: x.get_value() for path, x in trained(model).items()}
+  set_leaves(model, flatten_dict(moved(unflatten_dict(leaves))))
+  return model
+
+
+QUICK = "vera", "unilora"
+EVERY = [
+  name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+  for name in METHODS
+]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_every_method_is_linens(name):
   adapter = METHODS[name]
   model = Model(nnx.Rngs(0))
@@ -117,7 +137,7 @@ def test_every_method_is_linens(name):
 
   own = {p: leaf for p, leaf in first.items() if adapter.owns(p[-1])}
   own = moved(unflatten_dict(own))
-  set_leaves(model, own)
+  set_leaves(model, flatten_dict(own))
 
   @nnx.jit
   def ours(model):
@@ -152,3 +172,192 @@ def test_every_method_is_linens(name):
   }
   for path, leaf in flatten_dict(linen_gradient).items():
     close(gradient[path], leaf, atol=2e-6 * abs(leaf).max())
+
+
+class Block(nnx.Module):
+  def __init__(self, rngs):
+    self.up = nnx.Linear(8, 12, rngs=rngs)
+    self.down = nnx.LinearGeneral(12, 8, rngs=rngs)
+
+  def __call__(self, x):
+    return x + self.down(nnx.gelu(self.up(x)))
+
+
+class Stack(nnx.Module):
+  """Three blocks whose parameters are stacked, or in a list."""
+
+  def __init__(self, rngs, *, scanned):
+    blocks = [Block(nnx.Rngs(i)) for i in range(3)]
+    self.layer = nnx.List(blocks)
+    if scanned:
+      state = [nnx.state(block) for block in blocks]
+      stacked = jax.tree.map(lambda *x: jnp.stack(x), *state)
+      self.layer = nnx.merge(nnx.graphdef(blocks[0]), stacked)
+
+  def __call__(self, x):
+    if not isinstance(self.layer, Block):
+      for block in self.layer:
+        x = block(x)
+      return x
+
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def run(x, block):
+      return block(x)
+
+    return run(x, self.layer)
+
+
+@nnx.jit
+def loss_and_gradient(model, x):
+  def loss(model):
+    return jnp.sum(jnp.sin(model(x)))
+
+  run = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))
+  value, gradient = run(model)
+  return value, nnx.to_pure_dict(gradient)
+
+
+@pytest.mark.parametrize("name", ["vera", "unique"])
+def test_a_scanned_stack_is_its_layers_one_after_another(name):
+  """One pair for all layers, and one for each."""
+  x, adapter = jax.random.normal(jax.random.key(2), (2, 8)), METHODS[name]
+  looped, scanned = (
+    vera_jax.nnx.adapt(
+      Stack(nnx.Rngs(0), scanned=scanned), adapter, targets=["up", "down"]
+    )
+    for scanned in (False, True)
+  )
+  leaves = {path: x.get_value() for path, x in trained(move(looped)).items()}
+  for (layer, *path), variable in trained(scanned).items():
+    assert layer == "layer"
+    layers = [leaves[f"layer_{number}", *path] for number in range(3)]
+    variable.set_value(jnp.stack(layers))
+  loss, gradient = loss_and_gradient(looped, x)
+  scanned_loss, scanned_gradient = loss_and_gradient(scanned, x)
+  np.testing.assert_allclose(scanned_loss, loss, rtol=1e-6)
+  expected = jax.tree.map(lambda *x: jnp.stack(x), *gradient["layer"].values())
+  jax.tree.map(
+    partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-7),
+    scanned_gradient["layer"],
+    expected,
+  )
+  merged = vera_jax.nnx.merge(scanned)
+  np.testing.assert_allclose(merged(x), scanned(x), rtol=2e-6, atol=1e-6)
+
+
+class Net(nnx.Module):
+  def __init__(self, rngs):
+    self.query = nnx.Linear(8, 8, rngs=rngs)
+    self.value = nnx.Linear(8, 4, use_bias=False, rngs=rngs)
+    self.table = nnx.Linear(4, 4, rngs=rngs)
+    self.again = nnx.Embed(4, 8, rngs=rngs)
+    self.tied = self.again
+
+  def __call__(self, x):
+    y = nnx.tanh(self.value(nnx.tanh(self.query(x))))
+    return self.table(y) @ self.table.kernel[...]
+
+
+X = jnp.linspace(-1, 1, 16).reshape(2, 8)
+
+
+def test_a_model_is_as_before_but_for_the_class_of_its_layers():
+  model = Net(nnx.Rngs(0))
+  before, graph = model(X), nnx.state(model)
+  same = vera_jax.nnx.adapt(model, METHODS["vera"], targets=["query", "value"])
+  assert same is model and isinstance(model.query, nnx.Linear)
+  np.testing.assert_array_equal(model(X), before)
+  assert trained(model).keys() == {
+    (layer, leaf)
+    for layer in ("query", "value")
+    for leaf in ("vera_b", "vera_d")
+  }
+  copy = nnx.clone(model)
+  move(model)
+  np.testing.assert_array_equal(copy(X), before)
+  assert not np.array_equal(model(X), before)
+  vera_jax.nnx.remove(model)
+  assert type(model) is Net and type(model.query) is nnx.Linear
+  np.testing.assert_array_equal(model(X), before)
+  assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(graph)
+
+
+def test_a_part_of_a_kernel_is_a_layer_of_its_own():
+  fused = {"query": {"key": (2, 5)}}
+  model = Net(nnx.Rngs(0))
+  base = model.query(X)
+  vera_jax.nnx.adapt(model, METHODS["vera"], targets=["key"], fused=fused)
+  assert trained(model)["query", "key", "vera_b"].shape == (3,)
+  move(model)
+  moves = (model.query(X) != base).any(0)
+  np.testing.assert_array_equal(moves, [0, 0, 1, 1, 1, 0, 0, 0])
+
+
+def test_what_cannot_be_adapted_is_an_error_by_name():
+  adapt, vera = vera_jax.nnx.adapt, METHODS["vera"]
+  with pytest.raises(UserError, match="(?s)'quary' matches no layer.*query"):
+    adapt(Net(nnx.Rngs(0)), vera, targets=["quary"])
+  with pytest.raises(UserError, match="the class Net"):
+    adapt(Net, vera, targets=["query"])
+  model = adapt(Net(nnx.Rngs(0)), vera, targets=["query", "table"])
+  with pytest.raises(UserError, match="reads the kernel of table itself"):
+    model(X)
+  with pytest.raises(UserError, match="has an adapter already"):
+    adapt(model, vera, targets=["value"])
+  with pytest.raises(UserError, match="has no adapter"):
+    vera_jax.nnx.merge(Net(nnx.Rngs(0)))
+  shared = adapt(Net(nnx.Rngs(0)), METHODS["unilora"], targets=["query"])
+  with pytest.raises(UserError, match="call the whole model"):
+    shared.query(X)
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+  targets = ["query", "value"]
+  model = vera_jax.nnx.adapt(Net(nnx.Rngs(0)), METHODS["vera"], targets=targets)
+  move(model)
+  vera_jax.nnx.save(tmp_path, model)
+  loaded = vera_jax.nnx.load(tmp_path, Net(nnx.Rngs(0)))
+  np.testing.assert_array_equal(loaded(X), model(X))
+  with pytest.raises(UserError, match="trained on other weights"):
+    vera_jax.nnx.load(tmp_path, Net(nnx.Rngs(1)))
+  assert "vera trains 44 numbers" in vera_jax.nnx.summary(model)
+
+
+@pytest.mark.parametrize("rank", [3, 16])  # narrower, and wider than layers
+def test_as_lora_it_is_exact(rank):
+  model = vera_jax.nnx.adapt(
+    Model(nnx.Rngs(0)),
+    vera_jax.vera(rank=rank),
+    targets=["layers_.", "query", "out", "ein"],
+  )
+  base = tree_of(Model(nnx.Rngs(0)))
+  move(model)
+  merged = tree_of(vera_jax.nnx.merge(model))
+  pairs = nnx.to_pure_dict(vera_jax.nnx.to_lora(model))
+  pairs |= {f"layers_{i}": pair for i, pair in pairs.pop("layers").items()}
+  for name, pair in pairs.items():
+    a, b = pair["kernel_lora_a"], pair["kernel_lora_b"]
+    inputs, outputs = (6, 8) if name == "out" else (8, 8 if "_" in name else 6)
+    assert a.shape[-1] == len(b) == min(rank, inputs, outputs)
+    delta = a.reshape(inputs, -1) @ b.reshape(-1, outputs)
+    moved_by = merged[name]["kernel"] - base[name]["kernel"]
+    np.testing.assert_allclose(
+      delta, moved_by.reshape(inputs, outputs), atol=2e-6
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix's own
+def test_qwix_computes_the_same_lora():
+  qwix = pytest.importorskip("qwix")
+  model = vera_jax.nnx.adapt(
+    Model(nnx.Rngs(0)), METHODS["factored"], targets=["layers_.", "ein"]
+  )
+  move(model)
+  provider = qwix.LoraProvider(module_path="layers/.*|ein", rank=3, alpha=3.0)
+  theirs = qwix.apply_lora_to_model(
+    Model(nnx.Rngs(0)), provider, TOKENS, rngs=nnx.Rngs(0)
+  )
+  nnx.update(theirs, vera_jax.nnx.to_lora(model))
+  np.testing.assert_allclose(
+    theirs(TOKENS), model(TOKENS), rtol=2e-6, atol=2e-6
+  )

@@ -304,8 +304,8 @@ def _check_model(model: Any) -> None:
       raise UserError(f"{what}; give a module of it: {model.__name__}(...).")
   elif any(x.__module__.startswith("flax.nnx") for x in type(model).__mro__):
     raise UserError(
-      f"The model is the nnx module {type(model).__name__}; adapters are put on"
-      " modules of flax.linen."
+      f"The model is the nnx module {type(model).__name__}: vera_jax.nnx.adapt"
+      " puts adapters on those."
     )
   if not isinstance(model, nn.Module):
     raise UserError(f"{what}; give a module of flax.linen.")

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +36,18 @@ from vera_jax.operations.quantised import plain
 Flat = dict[TreePath, Any]
 
 
+@runtime_checkable
 class Identified(Protocol):
   """What a model with an adapter on it says of the adapter."""
 
-  adapter: Adapter
-  targets: tuple[str, ...]
-  fused: Fused
+  @property
+  def adapter(self) -> Adapter: ...
+
+  @property
+  def targets(self) -> tuple[str, ...]: ...
+
+  @property
+  def fused(self) -> Fused: ...
 
 
 SHOWN = 3  # misfits of one kind that a message lists

@@ -151,7 +151,7 @@ def training(key: Array) -> Iterator[Training]:
 
 
 def adapt(
-  model: nnx.Module,
+  model: Any,
   adapter: Adapter,
   *,
   targets: Sequence[str],
@@ -178,7 +178,8 @@ def adapt(
       an adapter already.
   """
   if not isinstance(model, nnx.Module):
-    raise UserError(f"The model is {model!r}; give a module of flax.nnx.")
+    what = f"the class {model.__name__}" if isinstance(model, type) else model
+    raise UserError(f"The model is {what!s}; give a module of flax.nnx.")
   check_choices(adapter, targets)
   modules = modules_of(model)
   if any(hasattr(type(module), UNADAPTED) for module in modules.values()):
@@ -475,7 +476,7 @@ def _values(module: nnx.Module, kind: type[nnx.Variable]) -> dict[str, Any]:
 def merge(model: nnx.Module) -> nnx.Module:
   """The plain model with the adapted weights; the adapted one stays as it is.
 
-  It shares all other arrays with the adapted model, and is of its first class.
+  It shares the other arrays with the adapted model, and is of its first class.
 
   Raises:
     UserError: the model has no adapter.
@@ -491,7 +492,7 @@ def merge(model: nnx.Module) -> nnx.Module:
       targets=adaptation.sites,
     )
   )
-  plain = remove(nnx.merge(*nnx.split(model)))
+  plain = remove(nnx.clone(model))
   for path, module in modules_of(plain).items():
     for name, variable in vars(module).items():
       if (value := merged.get((*path, name))) is not None:

@@ -103,7 +103,7 @@ def table(model: nnx.Module) -> str:
   return summary.table(adaptation, adaptation.sites, unflatten_dict(base), {})
 
 
-def to_lora(model: nnx.Module) -> nnx.State:
+def to_lora(model: nnx.Module) -> Any:  # an `nnx.State`
   """The adapter as LoRA with alpha = r, exactly, under qwix's names.
 
   `kernel_lora_a` and `kernel_lora_b` are what samplers take that know LoRA
@@ -124,11 +124,12 @@ def to_lora(model: nnx.Module) -> nnx.State:
     raise UserError(f"{'/'.join(parts[0])} is a part of a kernel: merge it.")
   projections = projections_of(model)
   with jax.default_matmul_precision("highest"):
+    on_weights = all_sites(adapter, sites, params, projections)
     factors = map_sites(
       lambda site, leaves: exact_factors(low_rank(leaves, site)),
-      all_sites(adapter, sites, params, projections),
+      on_weights,
       projections,
-      own_leaves(adapter, sites, params),
+      own_leaves(adapter, on_weights, params),
     )
   lora = {}
   paths = {named(path): path for path, _ in nnx.iter_modules(model)}
@@ -142,7 +143,7 @@ def to_lora(model: nnx.Module) -> nnx.State:
     ):
       value = nnx.LoRAParam(matrix.reshape(shape))
       lora[*paths[path], f"{kernel}_lora_{letter}"] = value
-  return nnx.State.from_flat_path(lora)
+  return nnx.from_flat_state(list(lora.items()))
 
 
 def _params(model: nnx.Module) -> dict[str, Any]:
