@@ -111,9 +111,8 @@ def move(model):
   return model
 
 
-QUICK = "vera", "unilora"
 EVERY = [
-  name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+  name if name == "vera" else pytest.param(name, marks=pytest.mark.slow)
   for name in METHODS
 ]
 
@@ -217,6 +216,7 @@ def loss_and_gradient(model, x):
   return value, nnx.to_pure_dict(gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vera", "unique"])
 def test_a_scanned_stack_is_its_layers_one_after_another(name):
   """One pair for all layers, and one for each."""

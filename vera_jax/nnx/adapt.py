@@ -292,7 +292,8 @@ def modules_of(model: nnx.Module) -> dict[Path, nnx.Module]:
   by_parts = dict(nnx.iter_modules(model))
 
   def order(parts: Sequence[Any]) -> list[int]:
-    numbers, node = [], model
+    numbers: list[int] = []
+    node: Any = model
     for part in parts:
       is_entry = isinstance(part, int)
       numbers.append(part if is_entry else list(vars(node)).index(part))
@@ -362,7 +363,7 @@ def _root_class(adaptation: Adaptation, base: type) -> type:
   return _derived(base, adaptation, {"__call__": call})
 
 
-def _layer_class(adaptation: Adaptation, base: type, kernel: str) -> type:
+def _layer_class(adaptation: Adaptation, base: Any, kernel: str) -> type:
   """A layer's class, whose call makes the adapted product."""
 
   @wraps(base.__call__)

@@ -128,7 +128,7 @@ def twin_of(layer: nnx.Module, base: type) -> nn.Module | None:
   return TWINS[kind](layer)
 
 
-def see(layer: nnx.Module, base: type) -> Seen | str | None:
+def see(layer: Any, base: type) -> Seen | str | None:
   """How the kernel is seen before there is a call; or why the layer can't be
   adapted, or None for a module without a matrix of its own."""
   params = values_of(layer)
@@ -232,7 +232,7 @@ def see_call(
 
 def bare(layer: nnx.Module, base: type, changed: Mapping[str, Any]) -> Any:
   """The layer as its own class has it, with other values of some parameters."""
-  other = object.__new__(base)
+  other: Any = object.__new__(base)
   variables = {n: vars(layer)[n].replace(x) for n, x in changed.items()}
   vars(other).update(vars(layer) | variables)
   return other
