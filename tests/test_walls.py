@@ -30,6 +30,7 @@ EXCEPTIONS = {
   "__init__.py": "what a notebook imports",
   "export/gguf.py": "GGUF's names of architectures",
   "generate/beam.py": "the rules of microsoft/LoRA's script",
+  "nnx/files.py": "qwix's names of LoRA's matrices",
   "report/frame.py": "the methods' titles and their order in tables",
   "report/published.py": "the paper's numbers",
   "report/style.py": "a colour for each method, a title for each task",
