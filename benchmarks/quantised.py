@@ -206,7 +206,8 @@ def measure(model: str, rank: int, base: str, remat: str) -> dict[str, Any]:
     "weights": np.ones(places.shape, np.float32),
   }
   batch = jax.tree.map(jnp.asarray, batch)
-  memory: Any = step.lower(frozen, batch, key).compile().memory_analysis()
+  traced = step.trace(frozen, batch, key)
+  memory: Any = traced.lower().compile().memory_analysis()
   step_rates = jax.tree.map(jnp.float32, rates)
   losses, seconds = [], []
   for number in range(STEPS):

@@ -74,7 +74,7 @@ def main() -> None:
     chosen = config.copy_and_resolve_references()
     chosen.method = method
     check_settings(chosen)
-    columns = {method: (chosen, pod, None)}
+    columns: dict[str, tuple[Any, ...]] = {method: (chosen, pod, None)}
     if runs:
       one = pod._replace(devices=pod.devices[:1])
       columns = {f"{method}, one run on one chip": (alone(chosen), one, None)}

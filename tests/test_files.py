@@ -149,7 +149,7 @@ BESIDE = {
   "sweep/runner.py": "json.loads(json.dumps(",
   "sweep/worker.py": "json.loads(sys.stdin",
   "train/manifest.py": "json.loads(json.dumps(",
-  "train/peers.py": "json.loads(value)",
+  "train/peers.py": "json.loads(value)|before = path.read_text()",
   "train/profile.py": "copy.write_bytes(file.read_bytes())",
   "train/start.py": 'Path("/proc/',
   "train/workdir.py": "json.loads(json.dumps(",
