@@ -120,7 +120,10 @@ RESUMED = {0: (4, 2, 1), 1: (2,), 2: (1,), 3: (4,)}
 def killed_hosts(
   launcher: Launcher, store: Store, *, seed: int
 ) -> Iterator[Outcome]:
-  """kill -9 at random moments on each of four processes, in a store."""
+  """kill -9 at random moments on each of four processes, in a store.
+
+  They go on from copies of the folder on this disk.
+  """
   rng, whole = random.Random(seed), launcher.folder / "whole"
   ended = launcher.run_several(whole, count=4, devices=1)
   assert not any(end.code for end in ended), ended[0].output
