@@ -48,7 +48,13 @@ PARTS = {
   "whole models as files": ("export/*",),
   "many adapters in one batch": ("serve/bank.py", "train/multi_adapter.py"),
   "answers to texts": ("serve/*",),
+  "models of flax.nnx": ("nnx/*",),
   "sweeps": ("sweep/*",),
+  "several hosts": ("train/distributed.py", "train/peers.py"),
+  "object stores": ("places.py",),
+  "speed and traces": tuple(
+    f"train/{name}.py" for name in ("clock", "flops", "profile")
+  ),
   "reports": ("report/*",),
   "uploads": ("adapters/push.py",),
 }
