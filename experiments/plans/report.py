@@ -1,5 +1,6 @@
 """What a plan's file says of itself, its table, and the docs made from it."""
 
+import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -45,7 +46,6 @@ def metadata(config: ConfigDict, pod: Pod, words: str) -> dict[str, Any]:
 
 def rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
   """The table's rows: a name, and a text for each method."""
-  chips = result["devices"]
 
   def stored(kind: str, made: Mapping[str, Any]) -> str:
     return _megabytes(made["bytes"][kind])
@@ -54,6 +54,9 @@ def rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
     if "flops" not in made:
       return "-"
     return f"{made['flops']['a_chip'] * chips / 1e12:.3f}"
+
+  def all_chips(made: Mapping[str, Any]) -> str:
+    return teraflop(made, math.prod(made["mesh"].values()))
 
   def largest(made: Mapping[str, Any]) -> str:
     if "largest" not in made:
@@ -68,7 +71,7 @@ def rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
     "MB in all, as laid out": lambda m: _megabytes(m["total"]),
     "fits": lambda m: "yes" if m["fits"] else "NO",
     "TFLOP per step and chip": lambda m: teraflop(m, 1),
-    "TFLOP per step, all chips": lambda m: teraflop(m, chips),
+    "TFLOP per step, all chips": all_chips,
     "all-reduces per step": _all_reduces,
     "other collectives": _others,
     "largest batch, rows (per chip)": largest,

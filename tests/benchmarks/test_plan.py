@@ -140,6 +140,22 @@ def test_the_docs_tables_are_the_files(path):
   assert report.markdown(json.loads(path.read_text())) in page
 
 
+def test_runs_on_chips_of_their_own():
+  """Compiled for v5e:2x4: one run's FLOPs and memory, and nothing is sent."""
+  (path,) = (ROOT / "results/plans").glob("8-runs-*.json")
+  result = json.loads(path.read_text())
+  assert report.markdown(result) in (ROOT / "docs/meshes.md").read_text()
+  one, eight = (
+    result["methods"][f"vera, {name}"]
+    for name in ("one run on one chip", "runs=8, data=1")
+  )
+  assert eight["flops"]["a_chip"] == pytest.approx(
+    one["flops"]["a_chip"], rel=0.01
+  )
+  assert eight["total"] <= 1.01 * one["total"]
+  assert eight["collectives"] == []
+
+
 @pytest.mark.slow
 def test_a_deep_stack_is_counted_from_shallow_ones():
   """Within 1 % of the same depth unrolled, and less for what is frozen."""
