@@ -38,8 +38,11 @@ def put(path, text):
     path.write_text(text)
     return
   lock = locks._lock(path)
-  lock.read()
-  assert lock.write(text)
+  for _ in range(20):  # its owner may renew it between these two
+    lock.read()
+    if lock.write(text):
+      return
+  raise AssertionError(f"{path} can't be written")
 
 
 def leave(path, **owner):

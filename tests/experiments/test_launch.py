@@ -136,7 +136,12 @@ def count(calls, words):
 
 
 @pytest.mark.parametrize(
-  "plan, code, trained", [("0", 0, 1), (f"{EXIT_CODE} 0", 0, 2), ("1", 1, 1)]
+  "plan, code, trained",
+  [
+    pytest.param("0", 0, 1, marks=pytest.mark.slow),
+    (f"{EXIT_CODE} 0", 0, 2),
+    pytest.param("1", 1, 1, marks=pytest.mark.slow),
+  ],
 )
 def test_only_what_was_stopped_and_saved_is_repeated(
   plan, code, trained, cloud, scripts
@@ -153,6 +158,7 @@ def test_only_what_was_stopped_and_saved_is_repeated(
   assert [log.read_text() for log in logs] == ["trains, SECRET=\n"] * trained
 
 
+@pytest.mark.slow
 def test_a_slice_that_is_taken_away_is_asked_for_again(cloud, scripts):
   file = scripts["tpu-vm", "v4:2x2x2"]
   done, calls = cloud(file, plan="preempt 0", hosts=2)
@@ -168,6 +174,7 @@ def test_a_slice_that_is_taken_away_is_asked_for_again(cloud, scripts):
   assert not [c for c in calls if "gcloud storage" in c and "secrets" in c]
 
 
+@pytest.mark.slow
 def test_an_error_beside_a_preemption_is_a_preemption(cloud, scripts):
   """Hosts whose neighbour is gone end with an error before the slice does."""
   file = scripts["tpu-vm", "v5e:2x4"]

@@ -109,6 +109,7 @@ def device_groups(text):
     yield from ids.transpose(order or None).reshape(shape).tolist()
 
 
+@pytest.mark.slow
 def test_a_runs_bits_are_its_own(tiny_config, tmp_path, monkeypatch):
   """One run on a device: eight on eight, two on two, one beside seven idle
   parts; and to rounding the run alone, for which XLA fuses otherwise."""
