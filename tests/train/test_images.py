@@ -95,7 +95,7 @@ def test_another_mesh_and_smaller_microbatches_train_the_same(
   """One evaluation at the end scores what that of each epoch does."""
   *_, result = run
   config = images_config(
-    mesh={"data": 2, "fsdp": 2, "tensor": 2},
+    mesh={"runs": 1, "data": 2, "fsdp": 2, "tensor": 2},
     optim__microbatch_rows=4,
     eval_epochs=EPOCHS,
   )
