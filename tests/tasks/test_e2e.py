@@ -112,7 +112,8 @@ def test_the_saved_adapter_writes_the_same(trained, config, folder, capsys):
 
 @pytest.mark.slow
 def test_an_ensembles_runs_write_as_those_alone(trained, config, folder):
-  configs = cli.with_seeds(config, (0, 1))
+  # on parts of the devices the last bits, and so words, may be other ones
+  configs = cli.with_seeds(changed(config, mesh__runs=1), (0, 1))
   folders = [folder / f"seed{seed}" for seed in (0, 1)]
   one, other = train_ensemble(configs, folders)
   assert one["test"]["scores"] == trained["test"]["scores"]
