@@ -306,6 +306,15 @@ def test_what_cannot_be_adapted_is_an_error_by_name():
     adapt(model, vera, targets=["value"])
   with pytest.raises(UserError, match="has no adapter"):
     vera_jax.nnx.merge(Net(nnx.Rngs(0)))
+  for fused, said in (
+    ({"quary": {"key": (0, 4)}}, "'quary' of `fused`"),
+    ({"query": {"key": (4, 12)}}, "columns 4 to 12"),
+  ):
+    with pytest.raises(UserError, match=said):
+      adapt(Net(nnx.Rngs(0)), vera, targets=["value"], fused=fused)
+  chained = vera_jax.chain(vera._replace(on=("quary",)), vera_jax.ia3())
+  with pytest.raises(UserError, match="'quary', which is none of the targets"):
+    adapt(Net(nnx.Rngs(0)), chained, targets=["query"])
   shared = adapt(Net(nnx.Rngs(0)), METHODS["unilora"], targets=["query"])
   with pytest.raises(UserError, match="call the whole model"):
     shared.query(X)
@@ -318,8 +327,10 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
   vera_jax.nnx.save(tmp_path, model)
   loaded = vera_jax.nnx.load(tmp_path, Net(nnx.Rngs(0)))
   np.testing.assert_array_equal(loaded(X), model(X))
-  with pytest.raises(UserError, match="trained on other weights"):
-    vera_jax.nnx.load(tmp_path, Net(nnx.Rngs(1)))
+  other = Net(nnx.Rngs(1))
+  for _ in range(2):  # it is given back as it came
+    with pytest.raises(UserError, match="trained on other weights"):
+      vera_jax.nnx.load(tmp_path, other)
   assert "vera trains 44 numbers" in vera_jax.nnx.summary(model)
 
 

@@ -86,19 +86,7 @@ class Adapted(nn.Module):
     targets = find_targets(
       self.model, self.targets, *args, fused=self.fused, **kwargs
     )
-    for link in self.adapter.methods:
-      for pattern in (*link.on, *link.apart):
-        if not any(matches(pattern, path) for path in targets):
-          raise UserError(
-            f"{link.name} names {pattern!r}, which is none of the targets:"
-            f" {_listed(targets)}."
-          )
-    idle = [p for p in targets if not _has_method(self.adapter, p)]
-    if idle:
-      raise UserError(
-        f"None of the methods of {self.adapter.name} is on the targets"
-        f" {_listed(idle)}: name them in a method's `on`, or leave them out."
-      )
+    check_links(self.adapter, targets)
     return targets
 
   @nn.nowrap
@@ -319,6 +307,24 @@ def _check_model(model: Any) -> None:
       f"The model, a {type(model).__name__}, is bound to variables, or lies in"
       " another module. Give it unbound (model.unbind() has it), or adapt the"
       " outermost module."
+    )
+
+
+def check_links(adapter: Adapter, targets: Mapping[Path, Target]) -> None:
+  """Raises a UserError for a pattern of a method that is none of the targets,
+  or a target that none of a chain's methods is on."""
+  for link in adapter.methods:
+    for pattern in (*link.on, *link.apart):
+      if not any(matches(pattern, path) for path in targets):
+        raise UserError(
+          f"{link.name} names {pattern!r}, which is none of the targets:"
+          f" {_listed(targets)}."
+        )
+  idle = [p for p in targets if not _has_method(adapter, p)]
+  if idle:
+    raise UserError(
+      f"None of the methods of {adapter.name} is on the targets"
+      f" {_listed(idle)}: name them in a method's `on`, or leave them out."
     )
 
 

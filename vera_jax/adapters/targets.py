@@ -43,7 +43,7 @@ def trace_sites(
   traced = trace(model, *args, **kwargs)
   sites, calls, astray = _all_sites(traced, fused)
   layers, others = _unfit(traced)
-  _check_parts(fused, traced.calls, layers | others)
+  check_parts(fused, traced.calls, layers | others)
   for pattern in patterns:
     _check_pattern(pattern, sites, layers, others)
   chosen: list[Path] = []
@@ -159,25 +159,25 @@ def _check_pattern(
     )
 
 
-def _check_parts(
-  fused: Fused, calls: Mapping[Path, Call], unfit: Reasons
+def check_parts(
+  fused: Fused, layers: Mapping[Path, Call | Target], unfit: Reasons
 ) -> None:
   """Raises a UserError for parts of layers that there are not, or of columns
   that their kernels have not, or that two of them share."""
   for pattern in fused:
-    if not any(matches(pattern, path) for path in (*calls, *unfit)):
+    if not any(matches(pattern, path) for path in (*layers, *unfit)):
       raise UserError(
         f"No layer's path ends in the pattern {pattern!r} of `fused`."
-        f" {_there(calls, unfit)}"
+        f" {_there(layers, unfit)}"
       )
-  for path, call in calls.items():
+  for path, layer in layers.items():
     done = 0
     parts = parts_of(path, fused)
     for name, (first, last) in sorted(parts.items(), key=lambda x: x[1]):
-      if not done <= first < last <= call.outputs:
+      if not done <= first < last <= layer.outputs:
         raise UserError(
           f"The part {name!r} of {'/'.join(path)} has the columns {first} to"
-          f" {last}; parts must not overlap, and the kernel has {call.outputs}"
+          f" {last}; parts must not overlap, and the kernel has {layer.outputs}"
           " columns."
         )
       done = last

@@ -23,7 +23,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from vera_jax.adapters.apply import check_choices
+from vera_jax.adapters.apply import check_choices, check_links
 from vera_jax.adapters.intercept import Interception, Piece
 from vera_jax.adapters.interface import (
   EMPTY,
@@ -31,9 +31,8 @@ from vera_jax.adapters.interface import (
   Path,
   Site,
   Target,
-  View,
 )
-from vera_jax.adapters.layers import site_of
+from vera_jax.adapters.kinds.embed import table_site
 from vera_jax.adapters.merge import merge as merge_tree
 from vera_jax.adapters.plans import AUTO, check_plan
 from vera_jax.adapters.sites import (
@@ -46,6 +45,7 @@ from vera_jax.adapters.sites import (
   matches,
   parts_of,
 )
+from vera_jax.adapters.targets import check_parts
 from vera_jax.errors import UserError
 from vera_jax.nnx.layers import (
   OWNS,
@@ -188,6 +188,7 @@ def adapt(
       " chain(first, second)."
     )
   sites = find_targets(model, targets, fused=fused)
+  check_links(adapter, sites)
   adaptation = Adaptation(
     adapter, tuple(targets), fused, check_plan(plan), forwards, sites
   )
@@ -229,7 +230,8 @@ def find_targets(
     UserError: a pattern matches nothing that can be adapted; the message lists
       what can be.
   """
-  every: dict[Path, Target] = {}
+  layers: dict[Path, Target] = {}
+  every: dict[Path, Target] = {}  # with parts of layers
   unfit: dict[Path, str] = {}
   owners: dict[int, Path] = {}
   for path, module in modules_of(model).items():
@@ -253,13 +255,14 @@ def find_targets(
       )
       continue
     site = Target(math.prod(shape) // outputs, outputs, stack, None, view)
+    layers[path] = site
+  layers = {path: site for path, site in layers.items() if path not in unfit}
+  check_parts(fused, layers, unfit)
+  for path, site in layers.items():
     every[path] = site
     for name, columns in parts_of(path, fused).items():
       width = columns[1] - columns[0]
       every[*path, name] = site._replace(outputs=width, columns=columns)
-  every = {
-    p: site for p, site in every.items() if layer_path(p, site) not in unfit
-  }
   chosen: set[Path] = set()
   for pattern in targets:
     named = {path for path in every if matches(pattern, path)}
@@ -295,9 +298,11 @@ def modules_of(model: nnx.Module) -> dict[Path, nnx.Module]:
     numbers: list[int] = []
     node: Any = model
     for part in parts:
-      is_entry = isinstance(part, int)
-      numbers.append(part if is_entry else list(vars(node)).index(part))
-      node = node[part] if is_entry else vars(node)[part]
+      children = node if isinstance(node, Mapping) else None
+      if children is None and not isinstance(part, int):
+        children = vars(node)
+      numbers.append(part if children is None else list(children).index(part))
+      node = node[part] if children is None else children[part]
     return numbers
 
   return {
@@ -439,15 +444,7 @@ def _attend(
   """The tied output layer, by flax's own code on the adapted table."""
   calls = _CALLS.get() or adaptation.interception(None)
   table = values_of(layer)["embedding"]
-  view = View(base.__name__, "embedding", plans=("folded",))
-  site = site_of(
-    {"embedding": table},
-    view,
-    table.shape[1],
-    dtype=table.dtype,
-    bias=None,
-    rows=0,
-  )
+  site = table_site(base.__name__, table)
   site = site._replace(path=tuple(vars(layer)[PLACE].split("/")))
   adapted, _ = calls.whole_weights(_pieces(calls, layer, site))
   changed = {"embedding": adapted.astype(table.dtype)}

@@ -30,6 +30,7 @@ from vera_jax.nnx.adapt import (
   modules_of,
   named,
   projections_of,
+  remove,
   tree_of,
 )
 from vera_jax.nnx.layers import Projection, lora_shapes
@@ -69,7 +70,18 @@ def load(folder: str | Path, model: nnx.Module) -> nnx.Module:
   about = load_adapter(folder).about
   adapter, targets = make_adapter(about["method"], about["settings"])
   adapt(model, adapter, targets=targets, fused=about.get("fused", EMPTY))
+  try:
+    _set_leaves(model, folder)
+  except Exception:
+    remove(model)  # the model is given back as it came
+    raise
+  return model
+
+
+def _set_leaves(model: nnx.Module, folder: str | Path) -> None:
+  """The file's leaves in place of the first ones, with every check."""
   adaptation = adaptation_of(model)
+  adapter = adaptation.adapter
   base = {
     path: leaf
     for path, leaf in flatten_dict(_params(model)).items()
@@ -85,7 +97,6 @@ def load(folder: str | Path, model: nnx.Module) -> nnx.Module:
     for name, variable in vars(module).items():
       if isinstance(variable, nnx.LoRAParam):
         variable.set_value(leaves[*path, name])
-  return model
 
 
 def table(model: nnx.Module) -> str:

@@ -241,11 +241,9 @@ def bare(layer: nnx.Module, base: type, changed: Mapping[str, Any]) -> Any:
 def lora_shapes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The axes of inputs and of outputs in qwix's LoRA matrices: an equation's
   stay apart, in the kernel's order."""
-  seen = see(
-    layer, next(x for x in type(layer).__mro__ if "unadapted" not in vars(x))
-  )
+  seen = see(layer, getattr(type(layer), UNADAPTED))
   assert isinstance(seen, tuple)
-  view, shape, outputs = seen
+  _, shape, outputs = seen
   equation = _equation(layer, ())
   if equation is None:
     return (math.prod(shape) // outputs,), (outputs,)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from vera_jax.adapters.intercept import SPECIAL, Interception, Special
-from vera_jax.adapters.interface import Matrix, View
+from vera_jax.adapters.interface import Matrix, Site, View
 from vera_jax.adapters.layer_calls import LayerCall, Params, bound_call
 from vera_jax.adapters.layers import KINDS, Kind, site_of
 from vera_jax.adapters.structured import as_array
@@ -49,6 +49,13 @@ def _call(layer: Any, params: Params, inputs: Array) -> LayerCall | str:
   return LayerCall(site, inputs)
 
 
+def table_site(kind: str, table: Array) -> Site:
+  """A table that a tied output layer reads as a whole."""
+  view = View(kind, "embedding", plans=("folded",))
+  params, outputs = {"embedding": table}, table.shape[1]
+  return site_of(params, view, outputs, dtype=table.dtype, bias=None, rows=0)
+
+
 def _attend(
   interception: Interception, next_fun: Any, args: Any, kwargs: Any, layer: Any
 ) -> Any:
@@ -56,16 +63,7 @@ def _attend(
   if not interception.is_adapted(layer.path):
     return next_fun(*args, **kwargs)
   table = interception.params_of(layer)["embedding"]
-  view = View(type(layer).__name__, "embedding", plans=("folded",))
-  site = site_of(
-    {"embedding": table},
-    view,
-    table.shape[1],
-    dtype=table.dtype,
-    bias=None,
-    rows=0,
-  )
-  site = site._replace(path=layer.path)
+  site = table_site(type(layer).__name__, table)._replace(path=layer.path)
   pieces = interception.pieces_of(layer, site)
   adapted, _ = interception.whole_weights(list(pieces))
   return bound_call(

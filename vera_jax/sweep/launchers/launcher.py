@@ -12,7 +12,7 @@ NAMES = ("local", "slurm", "ray")
 
 
 class Task(NamedTuple):
-  """A unit, and what its worker is told, in values that JSON has."""
+  """A unit, and the message for its worker, in values that JSON has."""
 
   unit: Unit
   message: dict[str, Any]  # see `worker.main`

@@ -33,7 +33,7 @@ class Worker:
     """Start it.
 
     Args:
-      message: what it is told; see `worker.main`.
+      message: what it is to do; see `worker.main`.
       first: HOST:PORT of the first process, if there are several.
       number: of this process.
     """

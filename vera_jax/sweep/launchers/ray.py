@@ -137,7 +137,7 @@ class Ray:
         ready, _ = ray.wait(list(pending), timeout=POLL)
         if stop.caught:
           raise Interrupted(
-            f"Stopped by {stop.caught.name}; all workers were told to save. The"
+            f"Stopped by {stop.caught.name}; all workers had to save. The"
             " same command goes on."
           )
         for ref in ready:
