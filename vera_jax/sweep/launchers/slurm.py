@@ -37,8 +37,8 @@ class Job:
   """What submitit calls in a job's processes: a unit's worker is their child.
 
   At the end of the job's time submitit sends USR2. The worker, whom SLURM sends
-  it as well, ignores that; it is stopped as usual, so that it saves, and the job
-  is put back into the queue.
+  it as well, ignores that; it is stopped as usual, so that it saves, and the
+  job is put back into the queue.
   """
 
   def __init__(self, message: dict[str, Any]) -> None:
