@@ -1,5 +1,6 @@
 """An adapter on an nnx model is the same adapter on the linen model."""
 
+import json
 from functools import partial
 
 import flax.linen as nn
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file, save_file
 
 import vera_jax
 import vera_jax.nnx
+from vera_jax.adapters.files import SHA256
 from vera_jax.errors import UserError
-from vera_jax.nnx.adapt import modules_of, named, tree_of
+from vera_jax.nnx import Projection
+from vera_jax.nnx.adapt import modules_of, named, projections_of, tree_of
 
 TOKENS = jnp.arange(10).reshape(2, 5)
 TARGETS = ["embed", "layers_.", "query", "out", "ein", "conv"]
@@ -312,6 +316,13 @@ def test_what_cannot_be_adapted_is_an_error_by_name():
   ):
     with pytest.raises(UserError, match=said):
       adapt(Net(nnx.Rngs(0)), vera, targets=["value"], fused=fused)
+  with pytest.raises(UserError, match="projections is 'hold'"):
+    adapt(Net(nnx.Rngs(0)), vera, targets=["query"], projections="hold")
+  taken = Net(nnx.Rngs(0))
+  taken.A = nnx.Param(jnp.zeros(3))
+  with pytest.raises(UserError, match="The model has a field 'A' already"):
+    adapt(taken, vera, targets=["query"], projections="held")
+  adapt(taken, vera, targets=["query"])  # it was left as it came
   chained = vera_jax.chain(vera._replace(on=("quary",)), vera_jax.ia3())
   with pytest.raises(UserError, match="'quary', which is none of the targets"):
     adapt(Net(nnx.Rngs(0)), chained, targets=["query"])
@@ -332,6 +343,78 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     with pytest.raises(UserError, match="trained on other weights"):
       vera_jax.nnx.load(tmp_path, other)
   assert "vera trains 44 numbers" in vera_jax.nnx.summary(model)
+
+
+HELD = {
+  "vera": METHODS["vera"],
+  "structured": vera_jax.vera(rank=4, init="structured"),
+  "unilora": METHODS["unilora"],
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_all_layers_share_is_made_in_the_step_or_held_once(tmp_path, name):
+  made, held = (
+    move(
+      vera_jax.nnx.adapt(
+        Net(nnx.Rngs(0)), HELD[name], targets=["value"], projections=projections
+      )
+    )
+    for projections in ("made", "held")
+  )
+  run = nnx.jit(lambda model: model(X))
+  np.testing.assert_array_equal(run(held), run(made))
+  assert trained(held).keys() == trained(made).keys()
+  fields = {n for n, x in vars(held).items() if isinstance(x, Projection)}
+  shared = projections_of(made)
+  assert fields == {n for n, x in shared.items() if not isinstance(x, dict)}
+  assert not any(isinstance(x, Projection) for x in vars(made).values())
+
+  merged = vera_jax.nnx.merge(held)
+  np.testing.assert_array_equal(merged(X), vera_jax.nnx.merge(made)(X))
+  before = jax.tree.structure(nnx.state(Net(nnx.Rngs(0))))
+  assert jax.tree.structure(nnx.state(merged)) == before
+  vera_jax.nnx.save(tmp_path, held)
+  for projections in ("made", "held"):
+    loaded = vera_jax.nnx.load(
+      tmp_path, Net(nnx.Rngs(0)), projections=projections
+    )
+    assert fields & vars(loaded).keys() == (
+      fields if projections == "held" else set()
+    )
+    np.testing.assert_array_equal(loaded(X), held(X))
+  assert vera_jax.nnx.summary(held) == vera_jax.nnx.summary(made)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    nnx.to_pure_dict(vera_jax.nnx.to_lora(held)),
+    nnx.to_pure_dict(vera_jax.nnx.to_lora(made)),
+  )
+  vera_jax.nnx.remove(held)
+  assert jax.tree.structure(nnx.state(held)) == before
+
+
+def test_matrices_of_a_file_are_held(tmp_path):
+  """Those that no seed gives, as an adapter of PEFT's may have."""
+  model = vera_jax.nnx.adapt(
+    Net(nnx.Rngs(0)), METHODS["vera"], targets=["value"]
+  )
+  vera_jax.nnx.save(tmp_path, move(model))
+  pair = {
+    f"projections.{name}": np.asarray(matrix)
+    for name, matrix in projections_of(model).items()
+  }
+  about = json.loads((tmp_path / "adapter.json").read_text())
+  about["settings"]["init"] = "stored"
+  del about[SHA256]  # of the tensors as they were
+  (tmp_path / "adapter.json").write_text(json.dumps(about))
+  file = tmp_path / "adapter.safetensors"
+  save_file(load_file(file) | pair, file)
+  loaded = vera_jax.nnx.load(tmp_path, Net(nnx.Rngs(0)))
+  assert isinstance(loaded.A, Projection)
+  np.testing.assert_array_equal(loaded(X), model(X))
+  vera_jax.nnx.save(tmp_path / "again", loaded)
+  again = vera_jax.nnx.load(tmp_path / "again", Net(nnx.Rngs(0)))
+  np.testing.assert_array_equal(again(X), model(X))
 
 
 @pytest.mark.parametrize("rank", [3, 16])  # narrower, and wider than layers

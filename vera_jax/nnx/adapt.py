@@ -4,8 +4,8 @@ The class of each adapted layer is replaced by one derived from it, whose call
 makes the adapted product, so that the model's code, paths and `isinstance` stay
 as they are. The trained leaves lie beside the layer's own parameters, as
 `nnx.LoRAParam`: whatever trains, counts or saves those takes them. What all
-layers share is made anew from its seed at each call of the model, and lies in
-no state.
+layers share is made anew from its seed at each call of the model and lies in no
+state, or it is held once, in fields of the model itself.
 """
 
 import math
@@ -60,6 +60,7 @@ from vera_jax.patterns import find
 
 ROOT = "adapted_by"  # the root's field with its `Adaptation`
 PLACE = "adapted_at"  # an adapted layer's field with its path, a text
+PROJECTIONS = ("made", "held")
 
 
 class Part(nnx.Module):
@@ -95,16 +96,18 @@ class Adaptation:
       self.fused,
       self.plan,
       self.forwards,
-      {"params": common, "projections": arrays_at(self.made())},
+      {"params": common, "projections": self.shared_at(root)},
       _TRAINING.get() is not None,
       sites=self.sites,
     )
 
-  def made(self) -> dict[str, Any]:
-    """The projections that the layers' widths alone say."""
-    if self.adapter.shared is None or self.adapter.from_base:
-      return {}
-    return dict(self.adapter.shared(self.sites))
+  def shared_at(self, root: nnx.Module | None) -> Mapping[str, Any]:
+    """The projections of all layers: those that the model holds, or made anew
+    from their seed."""
+    held = {} if root is None else _values(root, Projection)
+    if held or self.adapter.shared is None or self.adapter.from_base:
+      return held
+    return arrays_at(self.adapter.shared(self.sites))
 
 
 @dataclass
@@ -159,6 +162,7 @@ def adapt(
   fused: Fused = EMPTY,
   plan: str = AUTO,
   forwards: int = 1,
+  projections: str = "made",
 ) -> nnx.Module:
   """Put an adapter on an nnx model, which is changed and returned.
 
@@ -172,11 +176,18 @@ def adapt(
       of a list is part of its name, such as "layers_3/q_proj".
     rngs: for the leaves that start at random; `nnx.Rngs(0)` if there is none.
     fused, plan, forwards: as for `vera_jax.adapt`.
+    projections: "made" makes what all layers share, such as VeRA's A and B,
+      from its seed at each call of the model; "held" makes it once and holds
+      it in fields of the model, as `Projection`, which nothing trains.
 
   Raises:
     UserError: a target matches nothing that can be adapted, or the model has
       an adapter already.
   """
+  if projections not in PROJECTIONS:
+    raise UserError(
+      f"projections is {projections!r}; choose from {', '.join(PROJECTIONS)}."
+    )
   if not isinstance(model, nnx.Module):
     what = f"the class {model.__name__}" if isinstance(model, type) else model
     raise UserError(f"The model is {what!s}; give a module of flax.nnx.")
@@ -193,18 +204,27 @@ def adapt(
     adapter, tuple(targets), fused, check_plan(plan), forwards, sites
   )
   params = tree_of(model)
-  projections = make_shared(adapter, sites, params)
+  matrices = make_shared(adapter, sites, params)
   key = (rngs or nnx.Rngs(0)).params()
-  leaves = first_leaves(adapter, sites, params, projections, key)
-  for kind, tree in ((nnx.LoRAParam, leaves), (Projection, projections)):
-    for path, leaf in flatten_dict(tree).items():
-      if kind is Projection and len(path) == 1:
-        continue  # all layers' own, made at each call
-      if path[:-1] not in modules:
-        owner = modules[path[:-2]]
-        modules[path[:-1]] = Part()
-        setattr(owner, path[-2], modules[path[:-1]])
-      setattr(modules[path[:-1]], path[-1], kind(leaf))
+  leaves = first_leaves(adapter, sites, params, matrices, key)
+  added: dict[Path, nnx.Variable] = {}
+  for path, leaf in flatten_dict(leaves).items():
+    added[path] = nnx.LoRAParam(leaf)
+  for path, leaf in flatten_dict(matrices).items():
+    if len(path) > 1 or projections == "held":
+      added[path] = Projection(leaf)
+  for *path, name in added:
+    if hasattr(modules.get(tuple(path)), name):
+      raise UserError(
+        f"{'/'.join(path) or 'The model'} has a field {name!r} already, which"
+        f" {adapter.name} would need for a matrix of its own."
+      )
+  for path, variable in added.items():
+    if path[:-1] not in modules:
+      owner = modules[path[:-2]]
+      modules[path[:-1]] = Part()
+      setattr(owner, path[-2], modules[path[:-1]])
+    setattr(modules[path[:-1]], path[-1], variable)
   for path, module in modules.items():  # what a method trains of the base
     for name in values_of(module):
       if adapter.trains and find(adapter.trains, "/".join((*path, name))):
@@ -528,9 +548,8 @@ def projections_of(model: nnx.Module) -> dict[str, Any]:
   Raises:
     UserError: the model has no adapter.
   """
-  adaptation = adaptation_of(model)
-  flat = dict(arrays_at(adaptation.made()))
-  tree: dict[Path, Any] = {(name,): value for name, value in flat.items()}
+  shared = adaptation_of(model).shared_at(model)
+  tree: dict[Path, Any] = {(name,): value for name, value in shared.items()}
   for path, module in modules_of(model).items():
     for name, value in _values(module, Projection).items():
       tree[*path, name] = value

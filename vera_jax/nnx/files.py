@@ -55,21 +55,31 @@ def save(
   saved.save(adaptation, folder, split(params, labels)[0], variables, about)
 
 
-def load(folder: str | Path, model: nnx.Module) -> nnx.Module:
+def load(
+  folder: str | Path, model: nnx.Module, *, projections: str = "made"
+) -> nnx.Module:
   """Put a saved adapter on a model, which is changed and returned.
 
   Args:
     folder: from `save`, or of a linen model whose parameters have the same
       names.
     model: without an adapter, with the weights that it was trained on.
+    projections: as for `adapt`; those that lie in the file are always held.
 
   Raises:
     UserError: a file is damaged; or the layers, the weights or the projections
       are not those that were saved.
   """
-  about = load_adapter(folder).about
+  file = load_adapter(folder)
+  about = file.about
   adapter, targets = make_adapter(about["method"], about["settings"])
-  adapt(model, adapter, targets=targets, fused=about.get("fused", EMPTY))
+  adapt(
+    model,
+    saved.take_stored(file, adapter)[1],
+    targets=targets,
+    fused=about.get("fused", EMPTY),
+    projections="held" if saved.is_stored(about) else projections,
+  )
   try:
     _set_leaves(model, folder)
   except Exception:
