@@ -200,6 +200,7 @@ def loaded_by_peft(base, folder):
     ("bert", "lora", "lora", {"alpha": 6.5}),
     ("bert", "vera", "lora", {"init": "orthogonal"}),
     ("roberta", "vera", "lora", {"train": "d"}),
+    ("bert", "vera", "lora", {"rank": 50}),  # beyond the widths
     ("roberta", "vera", "lora", {"sharing": "unique"}),
     ("bert", "dora", "lora", {"alpha": 6.5}),
     ("roberta", "dvora", "lora", {"projection_seed": 5}),

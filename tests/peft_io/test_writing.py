@@ -41,7 +41,7 @@ def export(random_adapter, tmp_path):
   """A trained VeRA adapter, exported: it, the config, the file, warnings."""
 
   def export(method=None, **settings):
-    ours = random_adapter(**SETTINGS, **settings)
+    ours = random_adapter(**{**SETTINGS, **settings})
     file = ours / "adapter.json"
     about = json.loads(file.read_text()) | {"seed": 1, "score": 0.5}
     file.write_text(json.dumps(about))
@@ -121,6 +121,22 @@ def test_vera_as_lora(export, tmp_path):
   back = import_adapter(tmp_path / "theirs", tmp_path / "back")
   assert back["method"] == "lora" and back["settings"]["alpha"] == RANK
   assert back["labels"] == saved.about["labels"] and back["task"] == "rte"
+
+
+@pytest.mark.parametrize("rank, written", [(20, 16), (16, 16), (10, 10)])
+def test_lora_needs_no_rank_beyond_the_widths(export, rank, written):
+  saved, config, file, _ = export("lora", rank=rank)
+  assert (config["r"], config["lora_alpha"]) == (written, written)
+  tensors, made = load_file(file), make_pair(rank, 16, 32, seed=3)
+  for kind, (inputs, outputs) in WIDTHS.items():
+    d, b = (saved.tensors[f"encoder.layer.1.{kind}.vera_{k}"] for k in "db")
+    A, B = (tensors[MODULE.format(1, kind, f"lora_{k}.weight")] for k in "AB")
+    assert (A.shape, B.shape) == ((written, inputs), (outputs, written))
+    delta = (b[:, None] * made["B"][:outputs]) @ (
+      d[:, None] * made["A"][:, :inputs]
+    )
+    scale = np.abs(delta).max()
+    np.testing.assert_allclose(B @ A, delta, rtol=0, atol=2e-6 * scale)
 
 
 def test_a_structured_pair_goes_as_lora_alone(export, tmp_path):

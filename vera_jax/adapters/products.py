@@ -128,7 +128,8 @@ def exact_factors(
   n is r, or the smaller of i and o where r is larger: there the wide rows are
   written in an orthonormal basis of their span (QR), which loses nothing.
   """
-  down, up = as_array(factors.down, jnp.float32), scaled_up(factors)
+  down, up = (as_array(x, jnp.float32) for x in (factors.down, factors.up))
+  down, up = scaled(down, factors.inner), scaled(up, factors.outer)
   inputs, outputs = down.shape[0], up.shape[1]
   if down.shape[1] <= min(inputs, outputs):
     return down, up

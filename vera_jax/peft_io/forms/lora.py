@@ -2,13 +2,15 @@
 
 Every method whose delta has a low rank is LoRA of that rank, exactly: VeRA by
 B' = diag(b) B and A' = diag(d) A at scale 1, of A the columns and of B the rows
-that a layer uses. So is DVoRA, for which PEFT has no method, LoRA with
+that a layer uses. Of a rank beyond a layer's widths the smaller one remains
+(`products.exact_factors`). So is DVoRA, for which PEFT has no method, LoRA with
 `use_dora`. The other way round there is no such identity.
 """
 
 import numpy as np
 
 from vera_jax.adapters.lora import SCALES
+from vera_jax.adapters.products import exact_factors
 from vera_jax.errors import UserError
 from vera_jax.peft_io.forms.form import (
   MERGE,
@@ -59,16 +61,16 @@ def write(ours: Ours) -> Exported:
     if own_matrices:
       leaves[module] = tensors
       continue
-    factors = ours.low_rank(module)
-    A, B = np.asarray(factors.down).T, np.asarray(factors.up).T
-    if factors.inner is not None:
-      A = np.asarray(factors.inner)[:, None] * A
-    if factors.outer is not None:
-      B = np.asarray(factors.outer)[:, None] * B
-    leaves[module] = {"lora_A": A, "lora_B": B}
+    down, up = map(np.asarray, exact_factors(ours.low_rank(module)))
+    leaves[module] = {"lora_A": down.T, "lora_B": up.T}
     if "magnitude_m" in tensors:
       leaves[module]["magnitude_m"] = tensors["magnitude_m"]
   rank = max(len(tensors["lora_A"]) for tensors in leaves.values())
+  for tensors in leaves.values():  # zeros up to the one r that PEFT has
+    for leaf, axis in (("lora_A", 0), ("lora_B", 1)):
+      widths = [(0, 0), (0, 0)]
+      widths[axis] = (0, rank - tensors[leaf].shape[axis])
+      tensors[leaf] = np.pad(tensors[leaf], widths)
   fields = {"r": rank, "bias": "none", "lora_alpha": rank}  # scale 1
   if own_matrices:
     fields["lora_alpha"] = ours.settings["alpha"]
