@@ -65,7 +65,8 @@ def test_any_start_any_run_and_any_process_has_the_same():
     assert step == other
     for one, two in zip(parts, later, strict=True):
       equal(one, two)
-  together = steps(given, 2, seeds=[8, 3], start_step=0)
+  starts = [given.epoch_steps, 0]
+  together = steps(given, 2, seeds=[8, 3], start_step=starts)
   for (_, parts), (_, stacked) in zip(found, together, strict=False):
     for one, both in zip(parts, stacked, strict=True):
       equal(one, {name: x[1] for name, x in both.items()})

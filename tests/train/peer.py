@@ -38,7 +38,7 @@ def main() -> None:
       yield step
       step += 1
 
-  with errors_in(Path(folder)):
+  with errors_in(Path(folder), Path(folder, "another run")):
     steps = batches()
     while True:
       step = read_next(steps)

@@ -46,7 +46,7 @@ def ended(tmp_path_factory):
   """The exit code and the output of each process, by case."""
   folder, started = tmp_path_factory.mktemp("peers"), {}
   for name, case in CASES.items():
-    (folder / name).mkdir()
+    (folder / name / "another run").mkdir(parents=True)
     port = free_port()
     for number in range(3):
       command = [sys.executable, "-m", "tests.train.peer"]
@@ -86,5 +86,6 @@ def test_the_others_end_and_name_it(name, ended):
     assert any(named in line and case.says in line for line in lines), lines
   if (name, case.victim) in outcomes:
     assert outcomes[name, case.victim].code == case.code
-  file = folder / name / peers.ERRORS / f"host{case.victim}.txt"
-  assert case.file in file.read_text()
+  for run in (folder / name, folder / name / "another run"):
+    file = run / peers.ERRORS / f"host{case.victim}.txt"
+    assert case.file in file.read_text()

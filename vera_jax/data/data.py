@@ -53,16 +53,18 @@ class TaskData(Protocol):
     """The shape of training microbatches, by which products are planned."""
 
   def train_batches(
-    self, *, seeds: int | Sequence[int], start_step: int
+    self, *, seeds: int | Sequence[int], start_step: int | Sequence[int]
   ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
     """Yields (step, its microbatches) for ever, from any step.
 
     They are a function of seed and step alone, wherever the iterator begins.
+    The step is that of the first run.
 
     Args:
       seeds: that of a run; or those of several runs, and then every array has
         a leading axis with an entry per run.
       start_step: the first step to yield; steps count from 0 over all epochs.
+        Of several runs each may have its own, as far from its epoch's end.
     """
 
   def train_samples(self, *, runs: int | None = None) -> Iterator[Batch]:

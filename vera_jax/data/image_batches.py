@@ -49,14 +49,16 @@ class ImageData(NamedTuple):
     return steps_per_epoch(len(self.splits["train"]), self.batch_size)
 
   def train_batches(
-    self, *, seeds: int | Sequence[int], start_step: int
+    self, *, seeds: int | Sequence[int], start_step: int | Sequence[int]
   ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
     """(step, its microbatches) from any step; see `loader.step_batches`."""
     all_seeds = [seeds] if isinstance(seeds, int) else list(seeds)
 
-    def make(step: int, batches: list[np.ndarray]) -> list[tuple[Batch, ...]]:
+    def make(
+      steps: list[int], batches: list[np.ndarray]
+    ) -> list[tuple[Batch, ...]]:
       made = []
-      for seed, indices in zip(all_seeds, batches, strict=True):
+      for seed, step, indices in zip(all_seeds, steps, batches, strict=True):
         rng = np.random.default_rng((seed, step))
         pixels = self.varied(self.splits["train"].pixels[indices], rng)
         made.append(

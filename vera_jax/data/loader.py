@@ -57,7 +57,7 @@ class PackedData(NamedTuple):
     return steps_per_epoch(len(self.tokens["train"]), self.batch_size)
 
   def train_batches(
-    self, *, seeds: int | Sequence[int], start_step: int
+    self, *, seeds: int | Sequence[int], start_step: int | Sequence[int]
   ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
     """(step, its microbatches) from any step; see `train_batches`."""
     return train_batches(
@@ -237,7 +237,7 @@ def train_batches(
   *,
   batch_size: int,
   seeds: int | Sequence[int],
-  start_step: int = 0,
+  start_step: int | Sequence[int] = 0,
   shard: ProcessShard = WHOLE,
 ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
   """Packs the texts of each step; see `step_batches`.
@@ -247,7 +247,7 @@ def train_batches(
   """
   return step_batches(
     len(tokens),
-    lambda step, batches: pack_runs(tokens, batches, layout, shard=shard),
+    lambda steps, batches: pack_runs(tokens, batches, layout, shard=shard),
     batch_size=batch_size,
     seeds=seeds,
     start_step=start_step,
@@ -256,40 +256,47 @@ def train_batches(
 
 def step_batches(
   n: int,
-  make: Callable[[int, list[np.ndarray]], Sequence[tuple[Batch, ...]]],
+  make: Callable[[list[int], list[np.ndarray]], Sequence[tuple[Batch, ...]]],
   *,
   batch_size: int,
   seeds: int | Sequence[int],
-  start_step: int = 0,
+  start_step: int | Sequence[int] = 0,
 ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
   """Yields (step, its microbatches) for ever, from any step.
 
-  A step's batch is `batch_indices`, whatever the start. Batches are made ahead
-  in a thread, which ends when the iterator is closed or collected.
+  The step is the first run's. A step's batch is `batch_indices`, whatever the
+  start. Batches are made ahead in a thread, which ends when the iterator is
+  closed or collected.
 
   Args:
     n: examples.
-    make: (step, the examples of each run's batch) -> each run's microbatches,
-      in the same shapes for all runs.
+    make: (each run's step, the examples of its batch) -> each run's
+      microbatches, in the same shapes for all runs.
     seeds: a run's seed; or those of several, and then arrays have a first axis
       with an entry per run, each as it has them alone (`packing.pack_runs`).
+    start_step: of all runs, or of each; as far from the ends of their epochs.
   """
   all_seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+  starts = np.broadcast_to(start_step, len(all_seeds)).tolist()
 
   def made() -> Iterator[tuple[int, tuple[Batch, ...]]]:
-    steps = steps_per_epoch(n, batch_size)
-    first_epoch, skip = divmod(start_step, steps)
-    for epoch in itertools.count(first_epoch):
-      orders = [epoch_order(n, seed=seed, epoch=epoch) for seed in all_seeds]
-      for number in range(skip, steps):
+    length = steps_per_epoch(n, batch_size)
+    (skip,) = {start % length for start in starts}
+    for passed in itertools.count():
+      epochs = [start // length + passed for start in starts]
+      orders = [
+        epoch_order(n, seed=seed, epoch=epoch)
+        for seed, epoch in zip(all_seeds, epochs, strict=True)
+      ]
+      for number in range(skip, length):
         here = slice(number * batch_size, (number + 1) * batch_size)
-        step = epoch * steps + number
-        runs = make(step, [order[here] for order in orders])
+        steps = [epoch * length + number for epoch in epochs]
+        runs = make(steps, [order[here] for order in orders])
         if isinstance(seeds, int):
           microbatches = runs[0]
         else:
           microbatches = tuple(map(stack_runs, zip(*runs, strict=True)))
-        yield step, microbatches
+        yield steps[0], microbatches
       skip = 0
 
   batches = made()

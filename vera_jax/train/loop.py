@@ -86,7 +86,7 @@ def carry_out(
   with nothing_to_save(), ExitStack() as stack:
     for run in runs:
       stack.enter_context(run.locked())
-    stack.enter_context(errors_in(runs[0].folder))
+    stack.enter_context(errors_in(*(run.folder for run in runs)))
     setup = build_setup(runs[0].config, runs=together)
     for run in runs:
       stack.enter_context(run.opened(setup))

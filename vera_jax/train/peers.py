@@ -6,8 +6,9 @@ it into the store of jax's coordinator (which process 0 serves) every few
 seconds, reads the others', and ends the process when one of them is lost: the
 main thread could not. It exits with 75 then, since the same command goes on.
 
-Errors are written into the run's folder: errors/host3.txt is process 3's. They
-are kept when the run goes on, each with its time.
+Errors are written into the run's folder, or those of all runs that train
+together: errors/host3.txt is process 3's. They are kept when the run goes on,
+each with its time.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -46,7 +47,7 @@ class Peers:
   """This process among those of its run.
 
   Attributes:
-    folder: the run's, once it is known.
+    folders: those of the runs, once they are known.
     batch: how many batches this process has had.
     asked: since when it waits for the next, on `time.monotonic`'s clock.
   """
@@ -59,7 +60,7 @@ class Peers:
       number: of this process.
       processes: how many there are.
     """
-    self.folder: Path | None = None
+    self.folders: Sequence[Path] = ()
     self.batch, self.asked = 0, float("inf")
     self._client, self._number = client, number
     self._mine: dict[str, Any] = {
@@ -186,11 +187,13 @@ class Peers:
       self.write(self._number, "".join(lines))
 
   def write(self, number: int, text: str) -> None:
-    """Add to a process's file of errors, whatever state its disk is in."""
+    """Add to a process's files of errors, whatever state its disk is in."""
 
     def add() -> None:
-      if self.folder is not None and self.folder.exists():
-        path = self.folder / ERRORS / f"host{number}.txt"
+      for folder in self.folders:
+        if not folder.exists():
+          continue
+        path = folder / ERRORS / f"host{number}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         before = path.read_text()[-_FILE:] if path.exists() else ""
         now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
@@ -240,8 +243,8 @@ class Peers:
         end = f"stopped: {record['text']}"
       ends.setdefault(end, []).append(self._name(number))
     lines = [f"{', '.join(names)} {end}" for end, names in ends.items()]
-    if lines and self.folder is not None:
-      lines.append(f"What each had to say is in {self.folder / ERRORS}.")
+    if lines and self.folders:
+      lines.append(f"What each had to say is in {self.folders[0] / ERRORS}.")
     _print(lines)
 
 
@@ -272,15 +275,15 @@ def leave(code: int) -> None:
 
 
 @contextmanager
-def errors_in(folder: Path) -> Iterator[None]:
-  """Where this context ends with an error, it is written into a run's folder.
+def errors_in(*folders: Path) -> Iterator[None]:
+  """Where this context ends with an error, all runs' folders are told.
 
   A process that is alone has its terminal for that.
   """
   if _peers is None:
     yield
     return
-  _peers.folder = folder
+  _peers.folders = folders
   try:
     yield
   except BaseException as error:
