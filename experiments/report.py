@@ -3,6 +3,7 @@
   python -m experiments.report DIR                  # a sweep's, or any runs'
   python -m experiments.report DIR --format=csv
   python -m experiments.report results/minilm
+  python -m experiments.report DIR --against=paper  # a verdict for each number
 
 Prints a table, as Markdown where the output is not a terminal, and writes into
 DIR/report: table.md, table.csv (one row per condition, unrounded), runs.csv
@@ -18,6 +19,13 @@ the paper's number, where it has one, the difference from LoRA over the seeds
 that both have, with its p, and signs of failure: collapsed to one class, d gone
 to zero, unstable loss. No weights are needed.
 
+With --against=paper the table has each number of the paper's tables and
+figures that the folder has runs for: ours, how far it may be off, and a verdict
+(within, above, below, missing, contradicts its own formula), then the settings
+that differ from those of docs/reproduce.md. It is written to against_paper.md
+and against_paper.csv as well. For scores of a judge, --judgments names the file
+that FastChat's gen_judgment writes about the answers of experiments.answer.
+
 A run that several folders hold is counted once, and a file that can't be read
 is left out; notes below the table say so.
 """
@@ -25,13 +33,15 @@ is left out; notes below the table say so.
 import sys
 from pathlib import Path
 
+import pandas as pd
 from absl import flags
 
+from configs import open_choices, paper
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.files import write_text
-from vera_jax.places import place, staged
-from vera_jax.report import plots, tables
+from vera_jax.places import local_copy, place, staged
+from vera_jax.report import plots, tables, verdict
 from vera_jax.report.frame import Sweep, load_sweep
 from vera_jax.report.outputs import side_by_side
 from vera_jax.report.summary import summary
@@ -43,22 +53,74 @@ FORMAT = flags.DEFINE_enum("format", "auto", FORMATS, "What is printed.")
 OUT = flags.DEFINE_string(
   "out", None, "Where files go. Unset: DIR/report; empty: nowhere."
 )
+AGAINST = flags.DEFINE_enum(
+  "against", None, ["paper"], "What the runs are compared with, cell by cell."
+)
+JUDGMENTS = flags.DEFINE_multi_string(
+  "judgments", [], "With --against=paper: FastChat's judgments, a .jsonl file."
+)
 
 
 def main(folders: list[str]) -> None:
   folders = folders or ["results"]
+  if JUDGMENTS.value and not AGAINST.value:
+    raise UserError("--judgments belongs to --against=paper.")
   sweep = load_sweep(*folders)
   out = OUT.value if OUT.value is not None else f"{folders[0]}/report"
-  show(sweep, FORMAT.value)
+  judged = against_paper(sweep) if AGAINST.value else None
+  if judged is None:
+    show(sweep, FORMAT.value)
+  else:
+    show_verdicts(judged, FORMAT.value)
   if out:
     try:
       with staged(place(out)) as folder:
         write(sweep, folder)
+        if judged is not None:
+          page = tables.paper_page(judged)
+          text = f"# {sweep.title}, against the paper\n\n{page}\n"
+          write_text(folder / "against_paper.md", text)
+          csv = judged.to_csv(index=False)
+          write_text(folder / "against_paper.csv", csv)
     except OSError as error:
       raise UserError(
         f"--out={out} can't be written: {error.strerror}."
       ) from error
     print(f"{out}", file=sys.stderr)
+
+
+def against_paper(sweep: Sweep) -> pd.DataFrame:
+  """The verdicts on a sweep's runs."""
+  judgments: dict[tuple[str, str], list[float]] = {}
+  for file in JUDGMENTS.value:
+    judgments |= verdict.read_judgments(local_copy(file))
+  table = verdict.verdicts(
+    sweep,
+    paper.planned,
+    epochs=open_choices.EPOCH.value,
+    judgments=judgments,
+  )
+  if table.empty:
+    raise UserError(
+      "No table or figure of the paper has a run with the settings of these;"
+      " docs/reproduce.md has the command for each."
+    )
+  return table
+
+
+def show_verdicts(table: pd.DataFrame, kind: str) -> None:
+  """Prints verdicts in one of the `FORMATS`."""
+  console = Console()
+  if kind == "csv":
+    sys.stdout.write(printable(table.to_csv(index=False), keep=LINES))
+  elif kind == "markdown" or (kind == "auto" and not console.is_terminal):
+    sys.stdout.write(printable(tables.paper_page(table) + "\n", keep=LINES))
+  else:
+    cells = tables.against_paper(table)
+    title = "Against the paper"
+    console.print(tables.for_terminal(cells, title, width=console.width))
+    for note in tables.paper_notes(table):
+      console.print(note)
 
 
 def show(sweep: Sweep, kind: str) -> None:

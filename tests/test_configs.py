@@ -14,6 +14,7 @@ from vera_jax.train.optim import rates_of, schedule
 from vera_jax.train.setup import build_setup
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
+NONE = {"__init__", "common", "open_choices", "paper"}  # that train nothing
 OWN = {
   "text",
   "language",
@@ -21,9 +22,7 @@ OWN = {
   "e2e_texts",
   "instruct",
 }  # with commands of their own
-NAMES = sorted(
-  {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "common", *OWN}
-)
+NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - {*NONE, *OWN})
 GLUE = sorted(set(NAMES) - {"minilm", "quickstart"})
 
 # Table 8: epochs, head's rate, VeRA's rate.

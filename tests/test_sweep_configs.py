@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from configs.sweeps import SEEDS, combinations, layers, single
+from configs.sweeps import (
+  SEEDS,
+  combinations,
+  images,
+  instruct,
+  layers,
+  single,
+)
 from vera_jax import Target, adapter_size, find_targets
 from vera_jax.adapters.labels import count
 from vera_jax.adapters.methods import make_adapter, settings_in
@@ -26,6 +33,7 @@ NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"__init__"})
 COUNTS = {
   ("glue", "base"): 6 * 2 * 5,
   ("glue", "large"): 6 * 2 * 5,
+  ("glue", "gain"): 3 * 5,
   ("glue", "minilm"): 2 * 3 * 5,
   ("glue", "cola"): 2 * 3,
   ("rank", "large"): 13 * 5,
@@ -62,6 +70,11 @@ COUNTS = {
   # no tuning, asked in two ways; VeRA of two ranks and LoRA
   ("e2e", "smollm2"): 2 + 3 * 3,
   ("e2e", "rates"): 3 * 4,
+  ("e2e", "medium"): 2 * 3,
+  ("e2e", "large"): 2 * 3,
+  **{("images", part): 4 * 3 for part in images.PAPER},
+  **{("instruct", part): 2 for part in instruct.PAPER},
+  ("instruct", "memory"): 2 * 3,
   # no tuning; VeRA, DVoRA and LoRA
   ("instruct", "smollm2"): 2 * (1 + 3 * 3),
   ("instruct", "rates"): 2 * 11 + 5,

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import common
+from configs import common, open_choices
 
 MODELS = {
   "base": "google/vit-base-patch16-224-in21k",
@@ -41,9 +41,10 @@ def get_config() -> ConfigDict:
   config.eval_batch_size = 32
   config.eval_epochs = 1  # epochs from one evaluation to the next
   config.optim.epochs = 10
-  config.optim.batch_size = 20
+  config.optim.batch_size = open_choices.IMAGE_BATCH.value
   config.optim.weight_decay = 0.01
   config.vera.rank = 256
+  config.vera.d_init = open_choices.D_INIT.value
   inputs = r"layer(_\d+)?/output/dense|mlp/fc2"
   config.ia3.targets = ("key", "value", inputs)
   config.ia3.feedforward = (inputs,)

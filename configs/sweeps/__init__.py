@@ -15,8 +15,10 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from configs import open_choices
+
 Overrides = list[dict[str, Any]]
-SEEDS = range(5)  # the paper's five (section 4.1)
+SEEDS = open_choices.SEEDS.value  # the paper's five (section 4.1)
 FEWER = range(3)  # of the small variants
 
 

@@ -2,6 +2,7 @@
 
   python -m experiments.sweep --config=configs/sweeps/glue.py:base --workdir=DIR
   python -m experiments.sweep --config=configs/sweeps/glue.py:large ...
+  python -m experiments.sweep --config=configs/sweeps/glue.py:gain ...
   python -m experiments.sweep --config=configs/sweeps/glue.py:minilm ...
   python -m experiments.sweep --config=configs/sweeps/glue.py:cola ...
 
@@ -14,6 +15,9 @@ protocols, report 1.5 to 2.5 points less; VB-LoRA's (Table 1), with the paper's
 protocol and all linear layers adapted, 0.3 more. base and large were not run by
 us, for want of RoBERTa's weights.
 
+gain: RTE on RoBERTa-large with VeRA, LoRA and the head alone, for Figures 3
+and 4.
+
 minilm: SST-2 (2,000 training sentences, three epochs) and CoLA (3,000, four) in
 batches of 16, five seeds, the head alone as well. cola: all of CoLA, five
 epochs in batches of 32, three seeds, at twice the rates of configs/minilm.py.
@@ -23,7 +27,7 @@ import importlib
 
 from ml_collections import ConfigDict
 
-from configs import common, minilm
+from configs import common, minilm, rte
 from configs.sweeps import (
   FEWER,
   SEEDS,
@@ -44,7 +48,12 @@ def get_config(size: str = "base") -> ConfigDict:
     return _minilm()
   if size == "cola":
     return _cola()
-  common.pick(size, base={}, large={}, minilm={}, cola={})
+  common.pick(size, base={}, large={}, gain={}, minilm={}, cola={})
+  if size == "gain":
+    methods = product({"method": ("vera", "lora", "head")})
+    title = "Gain on RTE (the paper's Figures 3 and 4)"
+    runs = cross(methods, seeds(SEEDS))
+    return sweep(title, rte.get_config("large"), runs)
   configs = [
     importlib.import_module(f"configs.{task}").get_config(size)
     for task in TASKS

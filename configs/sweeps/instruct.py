@@ -1,4 +1,14 @@
-"""Instruction tuning on SmolLM2: what can be shown of the paper's Table 4.
+"""Instruction tuning: the paper's Table 4, and on SmolLM2 what can be shown.
+
+  python -m experiments.sweep --config=configs/sweeps/instruct.py:llama_7b \\
+    --workdir=DIR
+
+llama_7b, llama_13b, llama2_7b, llama2_13b: VeRA and LoRA by
+configs/instruct.py, one run each, whose answers to MT-Bench
+`experiments.answer` writes for a judge. memory: Llama 7B with r = 64 for both
+(Table 12), 100 steps each, three seeds one by one: seconds of a step, and the
+peak of the device's memory. vicuna: Llama 7B with VeRA r = 256 on
+10,000 rows (Table 13). Not run by us, for want of the weights.
 
   python -m experiments.sweep --config=configs/sweeps/instruct.py:rates \\
     --workdir=DIR/rates --config.base.data.source=FILE.json
@@ -24,19 +34,44 @@ with a worker on each of two, a run of the study takes 5 minutes of a core and
 one of the rates 2: 1.6 and 0.9.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
-from configs import common, instruct
+from configs import common, instruct, open_choices
 from configs.sweeps import FEWER, Overrides, cross, product, seeds, sweep
 
 TITLE = "Instructions (the paper's Table 4), SmolLM2"
 ROWS = {"rates": 64, "smollm2": 128}
 RATES = tuple(5e-4 * 2**k for k in range(11))  # up to 0.512
 OTHER = 10  # a seed
+# What of the paper's is trained: the model, and changes of its settings.
+PAPER: dict[str, tuple[str, dict[str, Any]]] = {
+  name: (name, {})
+  for name in ("llama_7b", "llama_13b", "llama2_7b", "llama2_13b")
+}
+PAPER["memory"] = (
+  "llama_7b",
+  {"vera.rank": 64, "lora.rank": 64, "data.max_train_examples": 1600},
+)
+PAPER["vicuna"] = (
+  "llama_7b",
+  {"vera.rank": 256, "data.max_train_examples": 10_000},
+)
 
 
 def get_config(size: str = "smollm2") -> ConfigDict:
-  common.pick(size, **dict.fromkeys(ROWS, {}))
+  common.pick(size, **dict.fromkeys((*ROWS, *PAPER), {}))
+  if size in PAPER:
+    model, changes = PAPER[size]
+    base = instruct.get_config(model)
+    base.update_from_flattened_dict(changes)
+    numbers = open_choices.REPEATS if size == "memory" else open_choices.ONE
+    pair = product({"method": ("vera", "lora")})
+    title = f"Instructions (the paper's), {size}"
+    config = sweep(title, base, cross(pair, seeds(numbers.value)))
+    config.members = 1
+    return config
   base = instruct.get_config("smollm2")
   base.data.max_train_examples = ROWS[size]
   if size == "rates":

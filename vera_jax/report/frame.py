@@ -137,7 +137,7 @@ def load_sweep(*folders: str | Path) -> Sweep:
         _check(dict(result["test"]["scores"]), NUMBER, "test.scores")
       _check(result.get("learning_rates", {}), NUMBER, "learning_rates")
       names = ("task", "method", "seed", "data")
-      same = [_settings(result), *(result.get(name) for name in names)]
+      same = [settings_of(result), *(result.get(name) for name in names)]
       key = json.dumps(same, sort_keys=True)
       history(frame([result]))
     except Exception as error:  # whatever is wrong with it, others are not
@@ -258,7 +258,7 @@ def _method_of(result: Mapping[str, Any]) -> str:
   return result["method"] if any(trained) else UNTUNED
 
 
-def _settings(result: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
   """The settings that make a run's condition, by flat key."""
   # Another method's settings don't bear on the run.
   used = groups_of(result["method"]).values()
@@ -287,7 +287,7 @@ def _names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
   groups: dict[tuple[str, str], list[dict[str, str]]] = {}
   every = []
   for result in runs:
-    settings = {k: _in_words(value) for k, value in _settings(result).items()}
+    settings = {k: _in_words(value) for k, value in settings_of(result).items()}
     group = groups.setdefault((result["task"], _method_of(result)), [])
     if settings not in group:
       group.append(settings)

@@ -11,9 +11,13 @@ from vera_jax.report.summary import shown, shown_p
 from vera_jax.report.text_scores import text_notes, text_scores, text_tables
 
 SIGNS = "signs of failure"
-LEFT = ("task", "metric", "method", "condition", SIGNS)  # the rest are numbers
+LEFT = (  # the rest are numbers
+  *("task", "metric", "method", "condition", SIGNS),
+  *("table", "row", "column", "verdict", "note"),
+)
 # Columns that a narrow terminal leaves out, the first one first.
 SPARED = (
+  "note",
   "seconds per run",
   "epochs",
   "metric",
@@ -83,6 +87,57 @@ def page(sweep: Sweep, table: pd.DataFrame) -> str:
       parts += [f"**{title}**", markdown(cells)]
     parts.append(_list(text_notes(texts)))
   return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def against_paper(table: pd.DataFrame) -> pd.DataFrame:
+  """Verdicts as text under headings; `table` is from `verdict.verdicts`."""
+  rows = []
+  for row in table.itertuples():
+    digits = f".{len(row.paper.rstrip('KM').partition('.')[2])}f"
+    paper, ours = row.paper, ""
+    if pd.notna(row.paper_spread):
+      paper += f" ± {row.paper_spread}"
+    if pd.notna(row.ours):
+      ours = f"{row.ours:,.0f}" if row.ours > 1000 else f"{row.ours:{digits}}"
+    tolerance = f"± {row.tolerance:.2f}" if pd.notna(row.tolerance) else ""
+    rows.append(
+      {
+        "table": row.table,
+        "row": row.row,
+        "column": row.column,
+        "paper": paper,
+        "ours": ours,
+        "may differ by": tolerance,
+        "runs": str(row.runs),
+        "verdict": row.verdict,
+        "note": row.note,
+      }
+    )
+  return pd.DataFrame(rows)
+
+
+def paper_page(table: pd.DataFrame) -> str:
+  """Verdicts, how many of each, and the settings that differ, in Markdown."""
+  return "\n\n".join(
+    [markdown(against_paper(table)), _list(paper_notes(table))]
+  )
+
+
+def paper_notes(table: pd.DataFrame) -> list[str]:
+  """What stands below the verdicts, one sentence each."""
+  counts = table["verdict"].value_counts()
+  kinds = ", ".join(f"{n} {name}" for name, n in counts.items())
+  lines = [f"{len(table)} cells: {kinds}."]
+  differ = table[table["differences"] != ""]
+  for settings, some in differ.groupby("differences", sort=False):
+    where = [
+      f"{table}, {row} ({', '.join(cells['column'])})"
+      for (table, row), cells in some.groupby(["table", "row"], sort=False)
+    ]
+    lines.append(f"Settings that differ, {'; '.join(where)}: {settings}.")
+  if differ.empty:
+    lines.append("No settings differ from those of the paper's runs here.")
+  return lines
 
 
 def _list(sentences: list[str]) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from vera_jax.results import SPEED
@@ -112,6 +113,7 @@ class Speed:
       "starts": self._earlier.get("starts", 0) + 1,
       "goodput": goodput(self._seconds()),
       "seconds": self._seconds(),
+      **_peak_bytes(),
     }
 
   def _seconds(self) -> dict[str, float]:
@@ -136,6 +138,13 @@ class Speed:
     if flops and self._peak:
       rates["mfu"] = flops / seconds / self._peak
     return rates
+
+
+def _peak_bytes() -> dict[str, int]:
+  """The most memory that this process had of its first device, if it says."""
+  memory = jax.local_devices()[0].memory_stats() or {}
+  peak = memory.get("peak_bytes_in_use")
+  return {} if peak is None else {"peak_bytes": int(peak)}
 
 
 def goodput(seconds: Mapping[str, float]) -> float:
