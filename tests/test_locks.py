@@ -210,16 +210,17 @@ def test_what_is_no_file_is_no_lock(tmp_path):
 def test_an_answer_that_was_lost_is_no_lock_that_was_lost(bucket, store):
   """The client asks again, and its own write is in the way."""
   path = place(f"{bucket}/{uuid.uuid4().hex}")
+  lock, record = locks._lock(path), json.dumps({**locks._me(), "id": "a"})
+  lock.read()
   with ThreadPoolExecutor() as pool:
     with store.modes(lost=1):
-      record = pool.submit(acquire, path)
+      taken = pool.submit(lock.write, record)
       while not [x for x in store.changes() if x["name"] == path.name]:
         time.sleep(0.01)
-    assert record.result() == read(path)
-    lock = locks._lock(path)
+    assert taken.result() and record == read(path)
     lock.read()
     with store.modes(lost=1):
-      renewal = pool.submit(lock.renew, record.result())
+      renewal = pool.submit(lock.renew, record)
       while len([x for x in store.changes() if x["name"] == path.name]) < 2:
         time.sleep(0.01)
     assert renewal.result() and is_mine(path)

@@ -130,9 +130,10 @@ class _File:
     record: what its owner wrote, as last read; None if there is no lock.
   """
 
+  record: str | None
+
   def __init__(self, path: Path) -> None:
     self.path = path
-    self.record: str | None = None
 
   def read(self) -> str | None:
     self.record = None
@@ -206,10 +207,9 @@ class _Object:
 
   def __init__(self, path: Path) -> None:
     self.bucket, _, self.name = str(path).removeprefix(STORE).partition("/")
-    self.generation, self.seconds = "0", math.inf  # there is none
 
   def read(self) -> str | None:
-    self.generation, self.seconds = "0", math.inf
+    self.generation, self.seconds = "0", math.inf  # there is none
     try:
       headers, data = self._ask("GET", "b/{}/o/{}", self.bucket, self.name)
     except FileNotFoundError:
@@ -225,8 +225,8 @@ class _Object:
     return self.seconds
 
   def write(self, record: str) -> bool:
-    fields = {"name": self.name, "metadata": {"owner": record}}
-    parts = ("application/json", json.dumps(fields)), ("text/plain", record)
+    fields = json.dumps({"name": self.name, "metadata": {"owner": record}})
+    parts = ("application/json", fields), ("text/plain", record)
     text = "".join(f"--lock\nContent-Type: {x}\n\n{y}\n" for x, y in parts)
     try:
       self._ask(
@@ -234,9 +234,9 @@ class _Object:
         store().base.replace("/storage/", "/upload/storage/") + "b/{}/o",
         self.bucket,
         uploadType="multipart",
-        ifGenerationMatch=self.generation,
         headers={"Content-Type": "multipart/related; boundary=lock"},
         data=f"{text}--lock--".encode(),
+        ifGenerationMatch=self.generation,
       )
     except FileExistsError:
       # Another was faster. Or the answer was lost, and the client asked again.
@@ -246,11 +246,8 @@ class _Object:
   renew = write
 
   def remove(self) -> None:
-    with suppress(FileExistsError, FileNotFoundError):
-      self._ask(
-        *("DELETE", "b/{}/o/{}", self.bucket, self.name),
-        ifGenerationMatch=self.generation,
-      )
+    names = self.bucket, self.name
+    self._ask("DELETE", "b/{}/o/{}", *names, ifGenerationMatch=self.generation)
 
   def _ask(self, *request: str, **options: Any) -> Any:
     """(headers, content) of the answer.
@@ -275,10 +272,7 @@ def _lock(path: Path) -> _File | _Object:
 def _acquire(lock: _File | _Object) -> str | None:
   """Make a new lock ours; returns its record, or None if it is taken."""
   record = json.dumps({**_me(), "id": uuid.uuid4().hex})  # no other's is equal
-  if lock.write(record):
-    return record
-  taken = lock.read()
-  free = taken is not None and not _is_alive(lock, taken)
+  free = not _is_alive(lock, lock.read())
   return record if free and lock.write(record) else None
 
 

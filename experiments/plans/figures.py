@@ -24,7 +24,12 @@ from vera_jax.pretrained.sharding import RUNS, batch_shards, make_mesh
 from vera_jax.train.setup import compute_dtype
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_NEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_SIZE = r"([\d.]+)([KMGT])"
+# XLA's two ways to say it: in all, or that the temporaries alone are too much
+_NEEDED = re.compile(
+  rf"Used {_SIZE} of {_SIZE} hbm"
+  rf"|temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)"
+)
 
 
 class TooLarge(NamedTuple):
@@ -95,7 +100,8 @@ def plan(
   compiled = compile(rows)
   if isinstance(compiled, TooLarge):
     result["fits"] = False
-    result |= {"total": compiled.needed, "room": compiled.room}
+    result["total"] = compiled.needed or None
+    result["room"] = compiled.room or pod.memory
   else:
     memory = compiled.memory_analysis()
     sent = Counter[Any]()
@@ -138,7 +144,7 @@ def compile_if_it_fits(
     return step.compile(rows, length, effort=effort)
   except jax.errors.JaxRuntimeError as error:
     if match := _NEEDED.search(str(error)):
-      needed, unit, room, room_unit = match.groups()
+      needed, unit, room, room_unit = filter(None, match.groups())
       return TooLarge(
         int(float(needed) * _UNITS[unit]), int(float(room) * _UNITS[room_unit])
       )

@@ -13,6 +13,7 @@ from experiments.markdown import markdown_table
 from experiments.plans.chips import Pod
 from vera_jax.results import provenance
 
+NONE = "none: none fits; --rows=N plans microbatches of fewer rows"
 KINDS = {
   "base": "base",
   "projections": "A, B",
@@ -118,7 +119,7 @@ def leanest(methods: Mapping[str, Any]) -> str:
     for name, made in methods.items()
     if made["fits"]
   }
-  return min(costs, key=lambda name: costs[name], default="none: none fits")
+  return min(costs, key=lambda name: costs[name], default=NONE)
 
 
 def title(result: Mapping[str, Any]) -> str:

@@ -126,9 +126,14 @@ def test_what_xla_finds_no_room_for():
     raise jax.errors.JaxRuntimeError(message)
 
   step = SimpleNamespace(compile=fail)
-  message = "RESOURCE_EXHAUSTED: Used 2.50G of 1.00G hbm."
-  found = figures.compile_if_it_fits(step, 1, 8, effort=0.0)
-  assert found == figures.TooLarge(int(2.5 * 2**30), 2**30)
+  for text in (
+    "Used 2.50G of 1.00G hbm.",
+    "Ran out of memory on HBM, the total memory required for HLO temporaries"
+    " (2.50G) exceeds available HBM (1.00G).",
+  ):
+    message = f"RESOURCE_EXHAUSTED: {text}"
+    made = figures.compile_if_it_fits(step, 1, 8, effort=0.0)
+    assert made == figures.TooLarge(int(2.5 * 2**30), 2**30)
   message = "INTERNAL: something else"
   with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
     figures.compile_if_it_fits(step, 1, 8, effort=0.0)

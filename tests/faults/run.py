@@ -104,7 +104,8 @@ def store(folder: Path) -> Iterator[Outcome]:
 
 
 def store_sweep(folder: Path) -> Iterator[Outcome]:
-  launcher, times = Launcher(folder, epochs=4), KILLS.value
+  times = KILLS.value
+  launcher = Launcher(folder, epochs=4 + times // 2)
   with running_store() as running:
     yield stores.sweep_kills(launcher, running, times=times, seed=SEED.value)
 
@@ -161,8 +162,8 @@ beside other work; jax {versions["jax"]}, orbax {versions["orbax-checkpoint"]}.
   all its processes are killed at once. That no run was trained twice at once is
   by the files which processes had open, looked up five times a second.
 - A store whose listings lag three seconds behind was tried, and no run came to
-  its end there: orbax does not find a save that it has just written. The
-  listings of Cloud Storage do not lag.
+  its end there: in the middle of a save orbax lists what its processes have
+  just written, and does not find it. The listings of Cloud Storage do not lag.
 - The runs are tiny (a two-layer encoder, ten steps an epoch) and all on one
   machine. Not tried: a TPU pod, SLURM beyond its variables, and what a network
   file system does to the lock and the saves.

@@ -23,6 +23,7 @@ from tests.faults.fixtures import (
   differing,
 )
 from tests.store import BUCKET, Store
+from vera_jax import results
 
 COMMANDS = 3  # times that a run is tried in a bad store
 MOST = 60  # changes of the store until a kill: those of about two epochs
@@ -199,23 +200,28 @@ def sweep_kills(
   alone, start = launcher.folder / "untouched", len(store.changes())
   launcher.run(alone, "--members=4", **options)
   options["environment"] = store.environment
-  rng, ended, killed = random.Random(seed), dict[int, float](), 0
+  rng, ended, killed, hit = random.Random(seed), dict[int, float](), 0, 0
   workdir = f"gs://{BUCKET}/sweep"
   while killed < times:
     before = len(store.changes())
     process = launcher.start(workdir, "--members=4", **options)
-    if not wait_for_changes(store, rng.randint(1, MOST), process):
+    # four runs write at once, and some before they train
+    if not wait_for_changes(store, rng.randint(1, 4 * MOST), process):
       break  # the sweep has ended
     kill_tree(process.pid)
     process.wait()
     killed += 1
-    now = time.time()
-    ended |= dict.fromkeys(owners(store.changes(before)), now)
+    now, changes = time.time(), store.changes(before)
+    ended |= dict.fromkeys(owners(changes), now)
+    hit += any(change["name"].endswith(results.METRICS) for change in changes)
   done = launcher.run(workdir, "--members=4", **options)
   stolen = audit(store.changes(start), ended)
   copy = fetch(store, "sweep", launcher.folder / "copies")
   bad = unequal(copy, alone)
-  seen = f"{len(ended)} workers killed, too; {len(stolen)} locks held by two"
+  seen = (
+    f"{hit} of them while runs trained; {len(ended)} workers killed, too;"
+    f" {len(stolen)} locks held by two"
+  )
   lost = len(bad) + len(stolen) + done.code
   fault = "in a store: kill -9 to a sweep of eight"
   return Outcome(fault, killed, lost, not bad, seen)

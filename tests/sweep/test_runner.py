@@ -13,7 +13,7 @@ from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.locks import locked
 from vera_jax.sweep import worker
-from vera_jax.sweep.launchers import process
+from vera_jax.sweep.launchers import local, process
 from vera_jax.sweep.launchers.local import Local
 from vera_jax.sweep.plan import make_units
 from vera_jax.sweep.runner import run_units
@@ -115,6 +115,33 @@ sys.exit(75)
     run_units(make_units(plan.runs, most=8), Local(), logs=tmp_path / "logs")
   assert (tmp_path / "saved").read_text() == "saved"
   assert {run.state for run in plan.runs} == {"new"}  # nobody failed
+
+
+def test_a_host_that_hangs_is_killed_and_all_are_started_again(
+  tiny_sweep, monkeypatch, tmp_path
+):
+  """Once another has ended because of it: a stopped process can't end."""
+  pretend(
+    monkeypatch,
+    f"""
+import signal
+first = {str(tmp_path / "first")!r}
+if unit["process_id"] and not os.path.exists(first):
+  open(first, "w").close()
+  os.kill(os.getpid(), signal.SIGSTOP)
+while not os.path.exists(first):
+  pass
+if unit["process_id"] == 0 and os.path.getsize(first) == 0:
+  open(first, "w").write("again")
+  sys.exit(75)
+{FINISH}
+""",
+  )
+  monkeypatch.setattr(local, "OUTLAST", 0.1)
+  plan = tiny_sweep(seeds((0,)))
+  units = make_units(plan.runs, most=1)
+  run_units(units, Local(), logs=tmp_path / "logs", hosts=2)
+  assert [run.state for run in plan.runs] == ["done"]
 
 
 def test_what_another_process_trains_is_left_to_it(

@@ -1,6 +1,7 @@
 """What a sweep asks of whoever starts its workers, and the choice by name."""
 
 from collections.abc import Callable, Generator, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -71,25 +72,19 @@ def make_launcher(
   """The launcher of a name; what it needs is imported only now.
 
   Args:
-    name: one of `NAMES`.
+    name: one of `NAMES`, which is its module's and, capitalised, its class's.
     options: its own settings, as texts.
     logs: the sweep's folder for what the workers print.
 
   Raises:
     UserError: an option that it doesn't have, or its engine isn't there.
   """
-  if name == "slurm":
-    from vera_jax.sweep.launchers.slurm import Slurm
-
-    return Slurm(options, logs)
-  if name == "ray":
-    from vera_jax.sweep.launchers.ray import Ray
-
-    return Ray(options)
-  if options:
+  try:
+    module = import_module(f"vera_jax.sweep.launchers.{name}")
+  except ImportError as error:
     raise UserError(
-      f"--launcher_options={','.join(options)}: the local launcher has none."
-    )
-  from vera_jax.sweep.launchers.local import Local
-
-  return Local()
+      f"--launcher={name} needs {error.name}: pip install -r"
+      f" requirements-{name}.txt"
+    ) from error
+  launcher: Launcher = getattr(module, name.capitalize())(options, logs)
+  return launcher

@@ -1,10 +1,11 @@
 """Train a sweep's units on this machine, one after another."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from vera_jax.errors import UserError
 from vera_jax.sweep.launchers.launcher import Outcome, Outcomes, Task
-from vera_jax.sweep.launchers.process import Worker, free_port
+from vera_jax.sweep.launchers.process import OUTLAST, Worker, free_port
 from vera_jax.sweep.plan import NEW, UNFINISHED
 from vera_jax.train.preemption import EXIT_CODE, Flag, Interrupted
 
@@ -14,18 +15,29 @@ class Local:
 
   patience = 0.0  # runs that another process is training are left to it
 
+  def __init__(
+    self, options: Mapping[str, str] = {}, logs: Path | None = None
+  ) -> None:
+    del logs
+    if options:
+      raise UserError(
+        f"--launcher_options={','.join(options)}: the local launcher has none."
+      )
+
   def run(
     self, tasks: Iterable[Task], stop: Flag, say: Callable[[str], None]
   ) -> Outcomes:
     for task in tasks:
       say(f"training {task}")
-      hosts = task.message["hosts"]
-      first = f"localhost:{free_port()}" if hosts > 1 else None
+      first, hosts = f"localhost:{free_port()}", task.message["hosts"]
       workers = [Worker(task.message, first, n) for n in range(hosts)]
       while not all([worker.has_ended() for worker in workers]):
-        if stop.caught:
-          for worker in workers:
+        failed = any(worker.has_failed() for worker in workers)
+        for worker in workers:
+          if stop.caught:
             worker.stop()
+          elif failed:  # the others end by themselves, unless one hangs
+            worker.kill_in(OUTLAST)
       code = max(worker.wait() for worker in workers)
       if code == 1 and any(r.state in (NEW, UNFINISHED) for r in task.unit):
         raise UserError(

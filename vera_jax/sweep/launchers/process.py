@@ -16,6 +16,7 @@ from vera_jax.train.preemption import EXIT_CODE
 WORKER = [sys.executable, "-m", "vera_jax.sweep.worker"]
 POLL = 0.5  # seconds between looks at a worker
 GRACE = 60.0  # seconds that a worker has for its last save
+OUTLAST = 120.0  # and that it has once another host of its unit has failed
 
 
 def free_port() -> int:
@@ -54,19 +55,22 @@ class Worker:
         stderr=file,
         start_new_session=True,  # Ctrl-C reaches us alone; we pass it on
       )
-    others = {"coordinator": first, "process_id": number}
     assert self._child.stdin is not None
+    self._stdin = self._child.stdin
+    others = {"coordinator": first, "process_id": number}
     with suppress(BrokenPipeError):  # it ended at once; its exit code says how
-      self._child.stdin.write(json.dumps(message | others).encode() + b"\n")
-      self._child.stdin.flush()
+      self._stdin.write(json.dumps(message | others).encode() + b"\n")
+      self._stdin.flush()
 
   def stop(self) -> None:
     """Let it save and end, within `GRACE` seconds."""
-    stdin = self._child.stdin
-    if stdin is not None and not stdin.closed:
-      with suppress(BrokenPipeError):
-        stdin.close()
-      self._killed_at = time.monotonic() + GRACE
+    with suppress(BrokenPipeError):
+      self._stdin.close()
+    self.kill_in(GRACE)
+
+  def kill_in(self, seconds: float) -> None:
+    """Kill it then, unless it has ended or was to be killed before."""
+    self._killed_at = min(self._killed_at, time.monotonic() + seconds)
 
   def has_ended(self) -> bool:
     """Looks for `POLL` seconds at most."""
@@ -76,11 +80,15 @@ class Worker:
       self._child.kill()
     return self._child.returncode is not None
 
+  def has_failed(self) -> bool:
+    """Whether it has ended, and not well."""
+    return bool(self._child.returncode)
+
   def wait(self) -> int:
     """Its exit code; if it died, why is noted in the folders of its runs."""
     while not self.has_ended():
       pass
-    was_stopped = self._killed_at < float("inf")
+    was_stopped = self._stdin.closed
     self.stop()
     code = self._child.returncode
     lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -3,28 +3,20 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+import ray
+from ray.util import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+  PlacementGroupSchedulingStrategy as InGroup,
+)
 
 from vera_jax.errors import UserError
 from vera_jax.sweep.launchers.launcher import Outcome, Outcomes, Task
 from vera_jax.sweep.launchers.process import GRACE, Worker, free_port
 from vera_jax.sweep.worker import LOST
 from vera_jax.train.preemption import EXIT_CODE, Flag, Interrupted
-
-try:
-  import ray
-  from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    remove_placement_group,
-  )
-  from ray.util.scheduling_strategies import (
-    PlacementGroupSchedulingStrategy as InGroup,
-  )
-except ImportError as error:
-  raise UserError(
-    "--launcher=ray needs Ray: pip install -r requirements-ray.txt"
-  ) from error
 
 POLL = 1.0  # seconds between looks at the user's wish to stop
 RETRIES = 20  # nodes that may be lost under one unit
@@ -64,7 +56,7 @@ class Job:
   def __init__(self, task: Task, needs: Mapping[str, float]) -> None:
     self.unit, self._message = task.unit, task.message
     self.starts, self._needs = 0, needs
-    self._group: PlacementGroup | None = None
+    self._group: Any = None
 
   def start(self) -> dict[ray.ObjectRef, "Job"]:
     self.starts, self.code, self.reason = self.starts + 1, 0, ""
@@ -101,13 +93,14 @@ class Ray:
 
   patience = 240.0  # a lock of a node that is lost expires after three minutes
 
-  def __init__(self, options: Mapping[str, str]) -> None:
+  def __init__(self, options: Mapping[str, str], logs: Path) -> None:
     """Options are the cluster's `address`, and what each process needs.
 
     Without an address Ray looks at RAY_ADDRESS, and else starts on this
     machine. A process has one CPU unless the options say otherwise, and one GPU
     where there are any.
     """
+    del logs  # they are written where the workers are
     texts = dict(options)
     try:
       address = texts.pop("address", None)

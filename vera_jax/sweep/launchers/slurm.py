@@ -9,20 +9,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import submitit
+from submitit.core.utils import UncompletedJobError
+
 from vera_jax.errors import UserError
 from vera_jax.places import is_remote
 from vera_jax.sweep.launchers.launcher import Outcome, Outcomes, Task
 from vera_jax.sweep.launchers.process import GRACE, Worker
 from vera_jax.sweep.worker import LOST
 from vera_jax.train.preemption import EXIT_CODE, Flag, Interrupted
-
-try:
-  import submitit
-  from submitit.core.utils import UncompletedJobError
-except ImportError as error:
-  raise UserError(
-    "--launcher=slurm needs submitit: pip install -r requirements-slurm.txt"
-  ) from error
 
 POLL = 2.0  # seconds between looks at the jobs
 DEFAULTS = {"timeout_min": "240"}  # submitit's own are five minutes
