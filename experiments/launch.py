@@ -17,13 +17,12 @@ with exit code 75 and is started again; 0 or another code is the end.
 docs/tpu_pod.md tells it from the beginning.
 """
 
-import dataclasses
 import math
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -88,36 +87,11 @@ flags.DEFINE_string(
 flags.DEFINE_string("out", None, "A folder for the script. Unset: print it.")
 
 
-# Fields of a job as the flags give them.
-GIVEN = "topology", "spot", "project", "zone", "cluster", "image"
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """What is to run, and on what; the templates know the fields by their names.
-
-  Attributes:
-    words: python's arguments, from -m on.
-    topology: as --topology has it.
-    accelerator: what Google or SLURM calls it: v5litepod-8, or h100:8.
-    hosts: machines, and so processes.
-    runtime: the image of a TPU's machines.
-    env_file: a file of lines NAME=VALUE, or nothing.
-  """
-
-  name: str
-  words: tuple[str, ...]
-  topology: str
-  accelerator: str
-  hosts: int
-  runtime: str
-  env_file: str
-  spot: bool
-  bucket: str
-  project: str
-  zone: str
-  cluster: str
-  image: str
+# A job is a mapping of these, which the templates know in capitals, to what
+# flags or tables say: name, words (python's arguments, from -m on), topology,
+# accelerator (what Google or SLURM calls it: v5litepod-8, or h100:8), hosts,
+# runtime (the image of a TPU's machines), env_file, bucket, and as flags say:
+SAID = "topology", "spot", "project", "zone", "cluster", "image"
 
 
 def main(passed: list[str]) -> None:
@@ -126,7 +100,7 @@ def main(passed: list[str]) -> None:
   to, out = flags.FLAGS.to, flags.FLAGS.out
   folder = local_place(out or "", "--out")
   job = described(passed)
-  path = folder / f"{job.name}.{to}.sh"
+  path = folder / f"{job['name']}.{to}.sh"
   if not out:
     print(script(job, to, path.name), end="")
     return
@@ -136,32 +110,29 @@ def main(passed: list[str]) -> None:
   print(path, *(line[2:] for line in head if line[:2] == "# "), sep="\n")
 
 
-def script(job: Job, to: str, file: str) -> str:
+def script(job: Mapping[str, Any], to: str, file: str) -> str:
   """The template for `to`, filled in; its first lines call it `file`."""
   template = (TEMPLATES / f"{to}.sh").read_text()
-  values = {name.upper(): v for name, v in dataclasses.asdict(job).items()}
-  values |= {
-    "FILE": file,
-    "COMMAND": shlex.join(("python", *job.words)).replace("\n", "\n# "),
-    "AGAIN": EXIT_CODE,
-    "CHECKOUT": CHECKOUT,
-    "SPOT": "--spot" if job.spot else "",
-    "CAPACITY": "--spot" if job.spot else "--on-demand",
-  }
-  words = shlex.join(map(str, values.pop("WORDS")))
+  values = {name.upper(): value for name, value in job.items()}
+  words = shlex.join(values.pop("WORDS"))
+  values |= {"AGAIN": EXIT_CODE, "CHECKOUT": CHECKOUT}
+  values["SPOT"] = "--spot" if job["spot"] else ""
+  values["CAPACITY"] = values["SPOT"] or "--on-demand"
   assigned = [
-    "# shellcheck disable=SC2016,SC2054 # words mean nothing to the shell"
+    f"{name}={shlex.quote(str(value))}"
+    for name, value in values.items()
+    if re.search(rf"\${{?{name}\b", template)
   ]
-  assigned.append(f"WORDS=({words})")
-  for name, value in values.items():
-    if re.search(rf"\${{?{name}\b", template):
-      assigned.append(f"{name}={shlex.quote(str(value))}")
-  values["VARIABLES"] = "\n".join(assigned)
+  # words mean nothing to the shell
+  head = f"# shellcheck disable=SC2016,SC2054\nWORDS=({words})"
+  values["VARIABLES"] = "\n".join([head, *assigned])
+  values["COMMAND"] = f"python {words}".replace("\n", "\n# ")
+  values["FILE"] = file
   # in comments and directives, and once: a value is no template
-  return re.sub(r"@([A-Z]+)@", lambda found: str(values[found[1]]), template)
+  return re.sub(r"@([A-Z]+)@", lambda name: str(values[name[1]]), template)
 
 
-def described(passed: Sequence[str]) -> Job:
+def described(passed: Sequence[str]) -> dict[str, Any]:
   """The job that the flags describe; `passed` are the command's own.
 
   Raises:
@@ -178,13 +149,13 @@ def described(passed: Sequence[str]) -> Job:
   if workdir and not workdir.startswith("gs://"):
     workdir = str(place(workdir))
   env_file = checked_env_file(values.env_file, to)
-  accelerator, hosts, runtime = machines(values.topology, to)
-  if values.command == "sweep" and to != "slurm" and hosts > 1:
+  pod = machines(values.topology, to)
+  if values.command == "sweep" and to != "slurm" and pod["hosts"] > 1:
     raise UserError(
       f"--topology={values.topology}: a sweep trains on one machine, and these"
-      f" are {hosts}. Start it on several slices of one machine each, with a"
-      " --name of its own and the same --workdir; one ensemble (--command=glue"
-      " --seeds=0,1,2,...) trains on all chips of a slice."
+      f" are {pod['hosts']}. Start it on several slices of one machine each,"
+      " with a --name of its own and the same --workdir; one ensemble"
+      " (--command=glue --seeds=0,1,2,...) trains on all chips of a slice."
     )
   name = default_name(passed)  # there has to be a config in any case
   name = values.name or name
@@ -215,21 +186,13 @@ def described(passed: Sequence[str]) -> Job:
   done = subprocess.run(check, cwd=CHECKOUT, capture_output=True, text=True)
   if done.returncode:
     raise UserError(f"experiments.{values.command}: {done.stderr.strip()}")
-  given: dict[str, Any] = {flag: values[flag].value or "" for flag in GIVEN}
-  return Job(
-    name=name,
-    words=words,
-    accelerator=accelerator,
-    hosts=hosts,
-    runtime=runtime,
-    bucket=bucket,
-    env_file=env_file,
-    **given,
-  )
+  said = {flag: values[flag].value or "" for flag in SAID}
+  job = {"name": name, "words": words, "bucket": bucket, "env_file": env_file}
+  return said | pod | job
 
 
-def machines(topology: str, to: str) -> tuple[str, int, str]:
-  """What Google or SLURM calls the accelerators, their hosts, these' image.
+def machines(topology: str, to: str) -> dict[str, Any]:
+  """The accelerator, hosts and runtime of a job.
 
   Raises:
     UserError: the topology is not known, or not there.
@@ -243,7 +206,7 @@ def machines(topology: str, to: str) -> tuple[str, int, str]:
         " for two nodes with eight GPUs each, or their name, h100:2x8."
       )
     gpus = parts[2] if kind == "gpu" else f"{kind}:{parts[2]}"
-    return gpus, int(parts[1]), ""
+    return {"accelerator": gpus, "hosts": int(parts[1]), "runtime": ""}
   if kind not in CHIPS:
     raise UserError(
       f"--topology={topology}: there are TPUs {', '.join(CHIPS)}, as v5e:2x4."
@@ -260,7 +223,9 @@ def machines(topology: str, to: str) -> tuple[str, int, str]:
   chips = math.prod(map(int, shape.split("x")))
   # a machine has four chips, but for one kind that has eight, beside xpk
   alone = flat and to == "tpu-vm" and chips <= 8
-  return f"{name}-{chips * count}", 1 if alone else -(-chips // 4), runtime
+  hosts = 1 if alone else -(-chips // 4)
+  accelerator = f"{name}-{chips * count}"
+  return {"accelerator": accelerator, "hosts": hosts, "runtime": runtime}
 
 
 def default_name(passed: Sequence[str]) -> str:

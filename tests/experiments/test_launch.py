@@ -45,12 +45,11 @@ from pathlib import Path
 from experiments import launch
 launch.CHECKOUT = Path(sys.argv.pop(1))
 for to, topology, fields, file in json.load(sys.stdin):
-  accelerator, hosts, runtime = launch.machines(topology, to)
-  job = launch.Job(
-    accelerator=accelerator, hosts=hosts, runtime=runtime, topology=topology,
-    **{"name": "rte", "env_file": "", "spot": True, "bucket": "gs://b1/x",
-       "project": "p1", "zone": "us-west4-a", "cluster": "c1", "image": "",
-       "words": ["-m", "experiments.glue", *sys.argv[1:]]} | fields)
+  job = launch.machines(topology, to) | {
+    "name": "rte", "env_file": "", "spot": True, "bucket": "gs://b1/x",
+    "project": "p1", "zone": "us-west4-a", "cluster": "c1", "image": "",
+    "topology": topology, "words": ["-m", "experiments.glue", *sys.argv[1:]],
+  } | fields
   with open(file, "w") as out:
     out.write(launch.script(job, to, file))
 """
