@@ -74,11 +74,11 @@ def get_config(model: str = "llama_7b") -> ConfigDict:
     del data[name]  # of texts without a form
   data.source = "yahma/alpaca-cleaned"  # the paper's; or a file, or a folder
   data.dev = placeholder(str)  # a file; unset: of the folder or hub, or drawn
-  data.dev_examples = (
-    open_choices.HELD_OUT.value
-  )  # drawn from the rows where there are no others
+  # drawn from the rows where there are no others
+  data.dev_examples = open_choices.HELD_OUT.value
   data.tuning_examples = 0  # kept from training, to choose settings by
   data.tune = False  # score those in place of the dev rows
+  data.skip_bad_rows = False  # go on without rows that can't be used
   # what rows are put into: chat | alpaca | plain
   data.template = open_choices.TEMPLATE.value
   data.max_length = open_choices.LENGTH.value  # longer texts are cut

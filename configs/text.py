@@ -35,5 +35,6 @@ def get_config(size: str = "minilm") -> ConfigDict:
   data.label = placeholder(str)  # a column; unset: found by its name
   # classification | regression | multi_label | token_classification
   data.kind = placeholder(str)  # unset: by the labels
+  data.skip_bad_rows = False  # go on without rows that can't be used
   data.labels = ()  # names in the order of the ids; unset: those in the data
   return config

@@ -5,7 +5,7 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
-from vera_jax.data.tables import read_table
+from vera_jax.data.tables import read_table, refuse_bad_rows
 from vera_jax.data.templates import alpaca_prompt
 from vera_jax.errors import UserError
 from vera_jax.tasks.instruct_files import (
@@ -24,6 +24,7 @@ DATA = {
   "tune": False,
   "subset_seed": 0,
   "max_eval_examples": None,
+  "skip_bad_rows": False,
 }
 
 
@@ -36,8 +37,10 @@ def table(folder, *rows, name="a.json"):
 
 
 def read(path):
-  found = read_table(path)
-  return rows_of(found, schema_of(found))
+  read_rows = read_table(path)
+  checked, rows = rows_of(read_rows, schema_of(read_rows))
+  refuse_bad_rows([checked])
+  return rows
 
 
 def test_three_forms_are_told_by_their_columns(tmp_path):
@@ -71,15 +74,90 @@ def test_three_forms_are_told_by_their_columns(tmp_path):
     as_text(row, "alpaca")
 
 
+def test_what_comes_before_a_question_is_part_of_the_conversation(tmp_path):
+  """ShareGPT's rows, a column of system texts, and one of earlier turns are
+  the conversations that they say."""
+  system = {"role": "system", "content": "In French."}
+  turns = [("human", "a"), ("gpt", "b"), ("human", "a"), ("assistant", "b")]
+  shared = [{"from": name, "value": text} for name, text in turns]
+  row, told, single = read(
+    table(
+      tmp_path,
+      {"conversations": shared, "system": ""},
+      {"conversations": json.dumps(shared[:2]), "system": "In French."},
+      {"conversations": shared[:2]},
+    )
+  )
+  assert row.messages == [ASKED, ANSWERED] * 2 and row.instruction is None
+  assert told.messages == [system, ASKED, ANSWERED]
+  assert as_text(single, "plain") == ("a", "b")
+
+  alpaca = {"instruction": "a", "output": "b"}
+  before = [["a", "b"], ["a", "b"]]
+  row, plain = read(
+    table(
+      tmp_path,
+      {**alpaca, "system": "In French.", "history": before},
+      {**alpaca, "system": None, "history": []},
+    )
+  )
+  assert row.messages == [system, *[ASKED, ANSWERED] * 3]
+  assert as_text(plain, "plain") == ("a", "b")
+  with pytest.raises(UserError, match="a conversation of 7 messages"):
+    as_text(row, "alpaca")
+
+
+def test_bad_rows_are_said_together_or_left_out(tmp_path):
+  good = [{"prompt": f"q{i}", "completion": "a"} for i in range(20)]
+  bad = [{"prompt": " ", "completion": "a"}, {"prompt": 3, "completion": "a"}]
+  path = table(tmp_path, *good[:7], bad[0], *good[7:], bad[1], name="a.jsonl")
+  path.write_text(path.read_text() + "{\n")
+  data = ConfigDict({**DATA, "source": str(path)})
+  with pytest.raises(UserError, match="3 of 23 rows can't be used") as error:
+    read_splits(data)
+  for words in (
+    ":8: prompt is empty",
+    ":22: prompt is no text",
+    ":23: it is no",
+  ):
+    assert words in str(error.value)
+  clean = read_splits(
+    ConfigDict({**DATA, "source": str(table(tmp_path, *good, name="b.jsonl"))})
+  )
+  data.skip_bad_rows = True
+  rest = read_splits(data)
+  assert rest.stored == {"skipped_rows": {"train": 3}}
+  assert "3 rows of" in rest.notes[0] and not clean.notes
+  for split in ("train", "dev"):  # as if these rows had not been there
+    messages = [row.messages for row in getattr(rest, split)]
+    assert messages == [row.messages for row in getattr(clean, split)]
+
+
 @pytest.mark.parametrize(
   "row, message",
   [
     ({"instruction": "a", "output": " "}, "row 1: output is empty"),
     ({"messages": [{**ASKED, "role": "human"}]}, "'human'; it is one of sys"),
+    (
+      {"conversations": [{"from": "function_call", "value": "f"}]},
+      "its from is 'function_call'; it is one of human, gpt, system",
+    ),
+    (
+      {"messages": [{**ASKED, "role": "system"}, ANSWERED], "system": "s"},
+      "a system text in the column system, and another in messages",
+    ),
+    (
+      {"messages": [ASKED, ANSWERED], "history": [["a", "b"]]},
+      "the column history would change what is asked",
+    ),
+    (
+      {"instruction": "a", "output": "b", "history": [["a", "b", "c"]]},
+      "history is no list of .question, answer.",
+    ),
     ({"messages": [ASKED]}, "no answer of the assistant"),
     (
-      {"instruction": "a", "output": "b", "system": "In French."},
-      "row 1: the column system would change what is asked",
+      {"instruction": "a", "output": "b", "tools": ["f"]},
+      "row 1: the column tools would change what is asked",
     ),
     (
       {"messages": [ASKED, {**ANSWERED, "tool_calls": [{"name": "f"}]}]},
@@ -119,9 +197,26 @@ def test_questions_that_are_scored_are_not_trained_on(tmp_path):
     ConfigDict({**DATA, "source": source, "max_eval_examples": 1})
   )
   assert len(few.dev) == 1 and few.dev[0] in found.dev
-  for wrong in ({"dev_examples": 7}, {"tuning_examples": 0, "tune": True}):
+  for wrong in ({"dev_examples": 0}, {"tuning_examples": 0, "tune": True}):
     with pytest.raises(UserError, match="config.data.(dev_examples|tune) "):
       read_splits(ConfigDict({**DATA, "source": source, **wrong}))
+
+
+def test_of_a_small_file_half_is_held_out(tmp_path):
+  rows = [{"prompt": f"{i}", "completion": "a"} for i in range(10)]
+  source = str(table(tmp_path, *rows))
+  data = {**DATA, "source": source, "dev_examples": 30, "tuning_examples": 20}
+  small = read_splits(ConfigDict(data))
+  tuned = read_splits(ConfigDict({**data, "tune": True}))
+  assert [len(x) for x in (small.dev, tuned.dev, small.train)] == [3, 2, 5]
+  said = "dev_examples 3 in place of 30, tuning_examples 2 in place of 20"
+  assert said in small.where and "only 10 different questions" in small.where
+  two = str(table(tmp_path, *rows[:2], name="b.jsonl"))
+  splits = read_splits(ConfigDict({**data, "source": two}))
+  assert [len(x) for x in (splits.dev, splits.train)] == [1, 1]
+  one = str(table(tmp_path, rows[0], name="c.jsonl"))
+  with pytest.raises(UserError, match="of the 1 different questions"):
+    read_splits(ConfigDict({**data, "source": one}))
 
 
 def test_no_part_of_a_scored_conversation_is_trained_on(tmp_path):
@@ -172,9 +267,10 @@ def test_rates_are_not_chosen_by_the_rows_of_a_dev_file(tmp_path):
   )
   apart = {row.opening for row in tuning.dev}
   assert not apart & {row.opening for row in found.train + found.dev}
-  for wrong in ({"tuning_examples": 6}, {"tuning_examples": 0, "tune": True}):
-    with pytest.raises(UserError, match="config.data.(tuning_examples|tune) "):
-      read_splits(ConfigDict({**data, **wrong}))
+  many = read_splits(ConfigDict({**data, "tuning_examples": 6}))
+  assert "tuning_examples 5 in place of 6" in many.where
+  with pytest.raises(UserError, match="config.data.tune "):
+    read_splits(ConfigDict({**data, "tuning_examples": 0, "tune": True}))
 
 
 def test_a_dev_file_is_scored_as_it_is(tmp_path):

@@ -116,6 +116,18 @@ def test_what_is_refused(name, content, settings, message, read):
     read(name, content, **settings)
 
 
+def test_bad_lines_are_said_together_or_left_out(read):
+  content = b"one\n\xff\ntwo\nthree\n\xfe\n"
+  with pytest.raises(UserError, match="2 of 5 rows can't be used") as error:
+    read(".txt", content)
+  assert all(
+    f"train.txt:{n}: it is not UTF-8" in str(error.value) for n in (2, 5)
+  )
+  task, left = read(".txt", content, dev="four\n", skip_bad_rows=True)
+  assert left["train"].first == ["one", "two", "three"]
+  assert task.stored["skipped_rows"] == {"train": 2}
+
+
 def test_without_a_file_it_asks_for_one(read, tmp_path):
   config = language.get_config()
   with pytest.raises(UserError, match="Name the texts: config.data.train=FILE"):

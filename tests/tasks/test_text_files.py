@@ -199,6 +199,37 @@ def test_bad_data_are_named(data, dev, settings, message, decide):
     decide(data, dev, **settings)
 
 
+def test_bad_rows_are_said_together_or_left_out(decide):
+  """Of both files, whatever is wrong with the rows, in one message."""
+  many = "".join(f"x{i},a,b,c\n" for i in range(12))
+  train = GOOD + "v,\nw,a,b\n ,b\n" + GOOD.partition("\n")[2] + many
+  dev = GOOD + "x,c\n"
+  with pytest.raises(UserError) as error:
+    decide(train, dev)
+  said = str(error.value)
+  for words in (
+    "train.csv: 15 of 21 rows can't be used.\n",
+    "train.csv:5: label is missing.\n",
+    "train.csv:6: it has 3 columns, but the header has 2 (text, label).\n",
+    "train.csv:7: text is empty.\n",
+    "and 5 more\n",
+    "dev.csv: 1 of 4 rows can't be used.\n",
+    "dev.csv:5: unknown label 'c'. The labels are a, b.\n",
+    "config.data.skip_bad_rows=True",
+  ):
+    assert words in said
+  task, left = decide(train, dev, skip_bad_rows=True)
+  assert left["train"].first == [*"xyz", *"xyz"]
+  assert left["train"].places[3].endswith("train.csv:8")
+  assert left["dev"].first == [*"xyz"] and task.labels == ("a", "b")
+  assert task.stored["skipped_rows"] == {"train": 15, "dev": 1}
+  assert any("15 rows of" in note for note in task.presentation.notes)
+  with pytest.raises(UserError, match="dev.csv: 1 of 1 rows can't be used"):
+    decide(GOOD, "text,label\nx,c\n", skip_bad_rows=True)
+  task, _ = decide(GOOD, skip_bad_rows=True)
+  assert "skipped_rows" not in task.stored
+
+
 def test_the_dev_part_is_by_seed_and_by_class(decide):
   data = rows(*["a"] * 8, "b", "b") + [{"text": "only", "label": "c"}]
   _, found = decide(data)

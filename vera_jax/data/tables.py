@@ -1,19 +1,19 @@
 """Tables of texts, read row by row: CSV, TSV, JSON, JSON lines and Parquet.
 
 A row that can't be read is an entry that says why, so that a reader of many
-texts can go on with the next; `read_table` reads a whole file and stops at the
-first. Everything is UTF-8. CSV has quotes ("a ""b"", c") and texts of several
-lines; in a TSV nothing is quoted, and a tab always ends a cell. A JSON line is
-an object with the columns' names as keys, and JSON one list of such objects. A
-name that ends in .json may mean either.
+texts can go on with the next; `read_table` reads a whole file, and all of its
+bad rows are reported together. Everything is UTF-8. CSV has quotes ("a ""b"",
+c") and texts of several lines; in a TSV nothing is quoted, and a tab always
+ends a cell. A JSON line is an object with the columns' names as keys, and JSON
+one list of such objects. A name that ends in .json may mean either.
 """
 
 import csv
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from vera_jax.errors import UserError
 from vera_jax.files import (
@@ -38,6 +38,7 @@ SUFFIXES = {
 }
 FORMATS = (*dict.fromkeys(SUFFIXES.values()), "json")
 SHOWN = 20  # names of columns that a message lists
+SHOWN_ROWS = 10  # bad rows that it lists
 # Cells that a table may have whose rows hold others than its columns are, and
 # rows of a Parquet file with fewer bytes than rows.
 CELLS, ROWS = 10_000_000, 1_000_000
@@ -47,6 +48,8 @@ UNPACKED, RATIO = 2**29, 100
 LIST = 4 * 2**30  # bytes of a list of JSON, which is held as a whole
 _PEEK = 4096  # bytes, of which few are blank
 csv.field_size_limit(2**31 - 1)  # characters of a cell; Python's is 131,072
+
+Read = TypeVar("Read")
 
 
 class Row(NamedTuple):
@@ -75,6 +78,8 @@ class Table(NamedTuple):
     numbers: the number of each row: its line, where `lines` is set.
     classes: names of a column's class ids, where the file has them.
     lines: whether `numbers` counts lines.
+    bad: the number of each row that can't be used, and a sentence that says
+      where it is and why; such rows are in none of the columns.
   """
 
   name: str
@@ -82,11 +87,47 @@ class Table(NamedTuple):
   numbers: list[int]
   classes: dict[str, list[str]] = {}
   lines: bool = True
+  bad: tuple[tuple[int, str], ...] = ()
 
   def place(self, row: int) -> str:
     """Where a row is, for messages."""
+    return self._place(self.numbers[row])
+
+  def _place(self, number: int) -> str:
     apart = ":" if self.lines else ", row "
-    return f"{self.name}{apart}{self.numbers[row]}"
+    return f"{self.name}{apart}{number}"
+
+  def read_each(
+    self, read: Callable[[int], Read]
+  ) -> tuple["Table", list[Read]]:
+    """read(row) for every row.
+
+    Args:
+      read: raises a UserError for a row that can't be used.
+
+    Returns:
+      The table of the rows that can be used, the others being among its `bad`
+      ones; and what was read of each.
+    """
+    values: list[Read] = []
+    kept: list[int] = []
+    bad = list(self.bad)
+    for row, number in enumerate(self.numbers):
+      try:
+        values.append(read(row))
+        kept.append(row)
+      except UserError as error:
+        bad.append((number, str(error)))
+    if len(kept) == len(self.numbers):
+      return self, values
+    columns = {
+      name: [column[row] for row in kept]
+      for name, column in self.columns.items()
+    }
+    numbers = [self.numbers[row] for row in kept]
+    return self._replace(
+      columns=columns, numbers=numbers, bad=tuple(sorted(bad))
+    ), values
 
 
 def format_of(path: str | Path, *, inside: Path | None = None) -> str:
@@ -333,7 +374,9 @@ def file_rows(
     yield from read_rows(read_lines(file, name=path), format=format)
 
 
-def read_table(path: str | Path, *, inside: Path | None = None) -> Table:
+def read_table(
+  path: str | Path, *, inside: Path | None = None, strict: bool = True
+) -> Table:
   """A whole file; blank lines are left out.
 
   A JSON object or Parquet row that lacks a column has None there.
@@ -341,40 +384,73 @@ def read_table(path: str | Path, *, inside: Path | None = None) -> Table:
   Args:
     path: the file.
     inside: the folder that it belongs to; None for a file that a person names.
+    strict: whether bad rows are an error, or else among the table's `bad` ones.
 
   Raises:
-    UserError: it can't be read, has no rows, or one that is wrong; the message
-      names the line.
+    UserError: it can't be read, has no rows, or some that are wrong; the
+      message names their lines.
   """
   format = format_of(path, inside=inside)
+  lines = format not in ("parquet", "json")
   names: dict[str, None] = {}
   rows: list[Row] = []
+  bad: list[Row] = []
   for row in file_rows(path, format=format, inside=inside):
-    if row.error == BLANK:
-      continue
     if row.error:
-      apart = ", row " if format == "json" else ":"
-      raise UserError(f"{path}{apart}{row.number}: {row.error}.")
+      if row.error != BLANK:
+        bad.append(row)
+      continue
     names |= dict.fromkeys(row.values)
     if not row.header:
       rows.append(row)
-  if not rows:
-    raise UserError(f"{path}: the file has no rows.")
   cells = sum(len(row.values) for row in rows)
   if len(names) * len(rows) > max(CELLS, 20 * cells):
     raise UserError(
       f"{path}: its {len(rows):,} rows have {len(names):,} different columns"
       f" ({some(names)}), of which each has a few: is it a table?"
     )
-  return Table(
+  classes = {}
+  if format == "parquet":
+    classes = _parquet_classes(local_copy(path), inside)
+  table = Table(
     name=str(path),
     columns={name: [row.values.get(name) for row in rows] for name in names},
     numbers=[row.number for row in rows],
-    classes=_parquet_classes(local_copy(path), inside)
-    if format == "parquet"
-    else {},
-    lines=format not in ("parquet", "json"),
+    classes=classes,
+    lines=lines,
   )
+  table = table._replace(
+    bad=tuple((x.number, f"{table._place(x.number)}: {x.error}.") for x in bad)
+  )
+  if strict or not rows:
+    refuse_bad_rows([table])
+  if not rows:
+    raise UserError(f"{path}: the file has no rows.")
+  return table
+
+
+def refuse_bad_rows(tables: Sequence[Table], *, advice: str = "") -> None:
+  """All bad rows of some tables in one message.
+
+  Args:
+    tables: with the rows that can't be used.
+    advice: how to go on without these.
+
+  Raises:
+    UserError: there are any; the message shows the first ones of each table.
+  """
+  messages = []
+  for table in tables:
+    if not (bad := table.bad):
+      continue
+    rows = len(table.numbers) + len(bad)
+    shown = [reason for _, reason in bad[:SHOWN_ROWS]]
+    if len(bad) > len(shown):
+      shown.append(f"and {len(bad) - len(shown):,} more")
+    head = f"{table.name}: {len(bad):,} of {rows:,} rows can't be used."
+    messages.append("\n  ".join([head, *shown]))
+  if messages:
+    raise UserError("\n".join([*messages, *([advice] if advice else [])]))
 
 
 def _parquet_classes(path: Path, inside: Path | None) -> dict[str, list[str]]:

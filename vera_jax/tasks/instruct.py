@@ -97,6 +97,7 @@ def task_for(config: ConfigDict) -> Task | None:
     f"rows: {splits.schema}, put into the template {data.template!r}; learned:"
     " the answers",
     f"dev: {splits.where}",
+    *splits.notes,
   ]
   if tests:
     notes.append(f"test: {len(tests)} of these rows answered at the end")
@@ -121,7 +122,7 @@ def task_for(config: ConfigDict) -> Task | None:
   )
   return task._replace(
     write_texts=write if tests or choices else None,
-    stored={**task.stored, "template": data.template},
+    stored={**task.stored, **splits.stored, "template": data.template},
   )
 
 

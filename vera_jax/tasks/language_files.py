@@ -23,6 +23,7 @@ from vera_jax.tasks.own_rows import (
   dev_size,
   keep_apart,
   size_of,
+  skip_bad_rows,
 )
 from vera_jax.tasks.task import Presentation, Task
 
@@ -51,11 +52,14 @@ def task_for(config: ConfigDict) -> Task | None:
   path = local_copy(data.train)
   table = _read(path)
   columns = _columns(table, data)
-  examples = {"train": _examples(table, columns)}
+  table, train = _examples(table, columns)
+  examples, dev_table = {"train": train}, None
   if data.dev:
-    table = _read(local_copy(data.dev))
-    examples["dev"] = _examples(table, columns)
-    where = f"{table.name}, {len(examples['dev'])} rows"
+    dev_table = _read(local_copy(data.dev))
+    dev_table, examples["dev"] = _examples(dev_table, columns)
+  stored, skipped = skip_bad_rows({"train": table, "dev": dev_table}, data)
+  if dev_table is not None:
+    where = f"{dev_table.name}, {len(examples['dev'])} rows"
   else:
     rows = len(examples["train"])
     examples, where = keep_apart(examples["train"], _dev_rows(rows, data), data)
@@ -78,12 +82,14 @@ def task_for(config: ConfigDict) -> Task | None:
       notes=(
         f"texts: {' and '.join(columns)}; learned: {learned}",
         f"dev: {where}",
+        *skipped,
       ),
     ),
   )
   return task._replace(
     stored={
       **task.stored,
+      **stored,
       "columns": list(columns),
       # how prompts end, for whoever asks the model later
       "separate": bool(data.separate and len(columns) > 1),
@@ -94,20 +100,23 @@ def task_for(config: ConfigDict) -> Task | None:
 def _read(path: Path) -> Table:
   """A table's columns, or the lines of a plain file as the column "text"."""
   if path.suffix.lower() != PLAIN:
-    return read_table(path)
-  lines, numbers = [], []
-  try:
-    with open_file(path, inside=None, limit=DATA) as file:
-      for number, line in enumerate(read_lines(file, name=path), 1):
+    return read_table(path, strict=False)
+  lines: list[str] = []
+  numbers: list[int] = []
+  bad: list[tuple[int, str]] = []
+  with open_file(path, inside=None, limit=DATA) as file:
+    for number, line in enumerate(read_lines(file, name=path), 1):
+      try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        if text:
-          lines.append(text)
-          numbers.append(number)
-  except UnicodeError as error:
-    raise UserError(f"{path}:{number}: it is not UTF-8.") from error
-  if not lines:
+      except UnicodeError:
+        bad.append((number, f"{path}:{number}: it is not UTF-8."))
+        continue
+      if text:
+        lines.append(text)
+        numbers.append(number)
+  if not lines and not bad:
     raise UserError(f"{path}: the file has no texts.")
-  return Table(name=str(path), columns={"text": lines}, numbers=numbers)
+  return Table(str(path), {"text": lines}, numbers, bad=tuple(bad))
 
 
 def _columns(table: Table, data: ConfigDict) -> tuple[str, ...]:
@@ -131,29 +140,34 @@ def _columns(table: Table, data: ConfigDict) -> tuple[str, ...]:
   return columns
 
 
-def _examples(table: Table, columns: tuple[str, ...]) -> Examples:
-  """A table's texts.
+def _examples(table: Table, columns: tuple[str, ...]) -> tuple[Table, Examples]:
+  """A table's texts, and the table of the rows that have them.
 
   Raises:
-    UserError: for a row that can't be used; the message says which.
+    UserError: it has not all of the columns.
   """
   for name in columns:
     if name not in table.columns:
       raise UserError(
         f"{table.name} has no column {name!r}; it has {some(table.columns)}."
       )
-    for row, text in enumerate(table.columns[name]):
+
+  def read(row: int) -> list[str]:
+    texts = [table.columns[name][row] for name in columns]
+    for name, text in zip(columns, texts, strict=True):
       if not isinstance(text, str):
         raise UserError(f"{table.place(row)}: {name} is no text: {text!r}.")
       if not text.strip():
         raise UserError(f"{table.place(row)}: {name}: {BLANK}.")
-  first, *more = (table.columns[name] for name in columns)
-  return Examples(
-    first=first,
-    second=more[0] if more else None,
+    return texts
+
+  table, rows = table.read_each(read)
+  return table, Examples(
+    first=[texts[0] for texts in rows],
+    second=[texts[1] for texts in rows] if len(columns) > 1 else None,
     labels=None,
-    index=np.arange(len(first)),
-    places=[table.place(row) for row in range(len(table.numbers))],
+    index=np.arange(len(rows)),
+    places=[table.place(row) for row in range(len(rows))],
   )
 
 

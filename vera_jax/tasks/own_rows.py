@@ -1,12 +1,13 @@
 """What the tasks over a user's own rows share, whatever is learned of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.examples import Examples, estimated_tokens, take
-from vera_jax.data.tables import Table, some
+from vera_jax.data.tables import Table, refuse_bad_rows, some
 from vera_jax.errors import UserError
 from vera_jax.tasks.task import Size
 
@@ -27,6 +28,40 @@ def check_own_data(config: ConfigDict, *, instead: str) -> None:
     raise UserError(f"The task {config.task!r} needs the data to be known.")
   if config.get("predict_test"):
     raise UserError(f"config.predict_test is for benchmarks{instead}")
+
+
+def skip_bad_rows(
+  tables: Mapping[str, Table | None], data: ConfigDict
+) -> tuple[dict[str, Any], list[str]]:
+  """What the rows that can't be used mean for a run.
+
+  Args:
+    tables: those of each split, all of whose rows have been looked at.
+    data: `skip_bad_rows` says whether the run goes on without such rows.
+
+  Returns:
+    For `Task.stored` how many are left out of each split, if any are; and
+    sentences for a run's first lines.
+
+  Raises:
+    UserError: there are any and they are not to be left out; or no row is left.
+  """
+  named = {split: table for split, table in tables.items() if table is not None}
+  if not data.skip_bad_rows or not all(t.numbers for t in named.values()):
+    refuse_bad_rows(
+      [*named.values()],
+      advice="Mend them, or go on without them:"
+      " --config.data.skip_bad_rows=True.",
+    )
+  bad = {split: table for split, table in named.items() if table.bad}
+  if not bad:
+    return {}, []
+  notes = [
+    f"left out: {len(table.bad):,} rows of {table.name} that can't be used, the"
+    f" first one {table.bad[0][1]}"
+    for table in bad.values()
+  ]
+  return {"skipped_rows": {s: len(t.bad) for s, t in bad.items()}}, notes
 
 
 def columns_of(

@@ -28,6 +28,7 @@ from vera_jax.tasks.own_rows import (
   dev_size,
   keep_apart,
   size_of,
+  skip_bad_rows,
 )
 from vera_jax.tasks.tagging import are_bio, tagging
 from vera_jax.tasks.task import Presentation, Task
@@ -84,9 +85,12 @@ def task_for(config: ConfigDict) -> Task | None:
   data = config.data
   name, table, dev_table = read_tables(data)
   facts = _decide(table, data)
-  examples = {"train": _examples(table, facts)}
+  table, train = _examples(table, facts)
+  examples = {"train": train}
   if dev_table is not None:
-    examples["dev"] = _examples(dev_table, facts)
+    dev_table, examples["dev"] = _examples(dev_table, facts)
+  stored, skipped = skip_bad_rows({"train": table, "dev": dev_table}, data)
+  if dev_table is not None:
     where = f"{dev_table.name}, {len(examples['dev'])} rows"
   else:
     examples, where = keep_apart(
@@ -99,7 +103,7 @@ def task_for(config: ConfigDict) -> Task | None:
   def read_split(source: Any, split: str) -> Examples:
     return examples[split]
 
-  notes = _notes(facts, examples["train"], said=data.kind)
+  notes = [*_notes(facts, examples["train"], said=data.kind), *skipped]
   presentation = Presentation(
     columns=(facts.columns,),
     size=size_of(examples),
@@ -124,11 +128,13 @@ def task_for(config: ConfigDict) -> Task | None:
       presentation=presentation,
       kind=facts.kind,
     )
-  return task._replace(stored={"columns": list(facts.columns)})
+  return task._replace(stored={"columns": list(facts.columns), **stored})
 
 
 def read_tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
   """The data's name, and their tables; None for dev where there is none.
+
+  Rows that can't be read are among the tables' `bad` ones.
 
   Args:
     data: "source", a hub id or a folder, and "train" and "dev", files.
@@ -146,8 +152,8 @@ def read_tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
       source = path
     else:
       name = path.absolute().parent.name if path.stem == "train" else path.stem
-      dev = read_table(files["dev"]) if files["dev"] else None
-      return name, read_table(path), dev
+      dev = files["dev"] and read_table(files["dev"], strict=False)
+      return name, read_table(path, strict=False), dev or None
   if not source:
     raise UserError(
       "Name the data: config.data.train=FILE (and config.data.dev=FILE), each"
@@ -169,7 +175,7 @@ def read_tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
           f" config.data.{split}=FILE."
         )
       for path in paths:
-        tables[split] = read_table(path, inside=folder)
+        tables[split] = read_table(path, inside=folder, strict=False)
     name = folder.absolute().name
   else:
     hub_id, _, part = str(source).partition(":")
@@ -184,7 +190,7 @@ def read_tables(data: ConfigDict) -> tuple[str, Table, Table | None]:
       " given itself, not its folder."
     )
   if files["dev"]:
-    tables["dev"] = read_table(files["dev"])
+    tables["dev"] = read_table(files["dev"], strict=False)
   return name, tables["train"], tables.get("dev")
 
 
@@ -200,7 +206,8 @@ def _decide(table: Table, data: ConfigDict) -> Facts:
     raise UserError(
       f"config.data.kind is {kind!r}; choose from {', '.join(LABELLED)}."
     )
-  values = _values(table, label, kind)
+  # what a row without a label has to do with it is said by `_examples`
+  table, values = table.read_each(lambda row: _value(table, row, label, kind))
   names = table.classes.get(label)
   if not kind:
     kind = _kind(values, table.columns[columns[0]], named=bool(names))
@@ -312,11 +319,11 @@ def _kind(values: Sequence[Any], texts: Sequence[Any], *, named: bool) -> str:
   return CLASSES if integers and len({*numbers}) <= MOST_CLASSES else NUMBER
 
 
-def _examples(table: Table, facts: Facts) -> Examples:
-  """A table's texts and labels.
+def _examples(table: Table, facts: Facts) -> tuple[Table, Examples]:
+  """A table's texts and labels, and the table of the rows that have them.
 
   Raises:
-    UserError: for a row that can't be used; the message says which.
+    UserError: it has not all of the columns.
   """
   for name in (*facts.columns, facts.label):
     if name not in table.columns:
@@ -325,13 +332,11 @@ def _examples(table: Table, facts: Facts) -> Examples:
       )
   ids = {name: i for i, name in enumerate(facts.labels)}
   class_names = table.classes.get(facts.label)
-  columns: list[list[Any]] = [[] for _ in facts.columns]
-  labels: list[Any] = []
 
-  values = _values(table, facts.label, facts.kind)
-  for row, value in enumerate(values):
+  def read(row: int) -> tuple[list[Any], Any]:
     place = table.place(row)
-    for name, column in zip(facts.columns, columns, strict=True):
+    texts: list[Any] = []
+    for name in facts.columns:
       text = table.columns[name][row]
       if facts.kind == TAGS:
         text = _words(text)
@@ -342,22 +347,23 @@ def _examples(table: Table, facts: Facts) -> Examples:
         is_text = all(isinstance(part, str) for part in parts)
         what = "is empty" if is_text else f"is no text: {text!r}"
         raise UserError(f"{place}: {name} {what}.")
-      column.append(text)
+      texts.append(text)
+    value = _value(table, row, facts.label, facts.kind)
     label = _label(value, facts, ids, class_names, place)
-    if facts.kind == TAGS and len(label) != len(columns[0][-1]):
-      raise UserError(
-        f"{place}: {len(label)} tags for {len(columns[0][-1])} words."
-      )
-    labels.append(label)
-  known: Any = labels
+    if facts.kind == TAGS and len(label) != len(texts[0]):
+      raise UserError(f"{place}: {len(label)} tags for {len(texts[0])} words.")
+    return texts, label
+
+  table, rows = table.read_each(read)
+  labels: Any = [label for _, label in rows]
   if facts.kind != TAGS:
-    known = np.array(labels, np.int32 if facts.kind == CLASSES else np.float32)
-  return Examples(
-    first=columns[0],
-    second=columns[1] if len(columns) > 1 else None,
-    labels=known,
-    index=np.arange(len(labels)),
-    places=[table.place(row) for row in range(len(table.numbers))],
+    labels = np.array(labels, np.int32 if facts.kind == CLASSES else np.float32)
+  return table, Examples(
+    first=[texts[0] for texts, _ in rows],
+    second=[texts[1] for texts, _ in rows] if len(facts.columns) > 1 else None,
+    labels=labels,
+    index=np.arange(len(rows)),
+    places=[table.place(row) for row in range(len(rows))],
   )
 
 
@@ -455,28 +461,28 @@ def _notes(facts: Facts, train: Examples, *, said: str | None) -> list[str]:
   return lines
 
 
-def _values(table: Table, column: str, kind: str | None) -> list[Any]:
-  """A label's column, of which each cell has a label or may have several.
+def _value(table: Table, row: int, column: str, kind: str | None) -> Any:
+  """A row's cell of labels, which has one or may have several.
 
   Raises:
     UserError: one is missing, or neither a text nor a finite number.
   """
-  for row, value in enumerate(table.columns[column]):
-    if kind == SEVERAL and isinstance(value, str) and not value.strip():
-      continue  # a cell of a CSV without labels
-    several = None if kind in (CLASSES, NUMBER) else _as_list(value)
-    for label in [value] if several is None else several:
-      blank = isinstance(label, str) and not label.strip()
-      is_float = isinstance(label, float)
-      if label is None or blank or (is_float and math.isnan(label)):
-        raise UserError(f"{table.place(row)}: {column} is missing.")
-      is_label = isinstance(label, str | numbers.Number)
-      if not is_label or (is_float and math.isinf(label)):
-        raise UserError(
-          f"{table.place(row)}: {column} is {label!r}. A label is a text, a"
-          " finite number, true or false."
-        )
-  return table.columns[column]
+  value = table.columns[column][row]
+  if kind == SEVERAL and isinstance(value, str) and not value.strip():
+    return value  # a cell of a CSV without labels
+  several = None if kind in (CLASSES, NUMBER) else _as_list(value)
+  for label in [value] if several is None else several:
+    blank = isinstance(label, str) and not label.strip()
+    is_float = isinstance(label, float)
+    if label is None or blank or (is_float and math.isnan(label)):
+      raise UserError(f"{table.place(row)}: {column} is missing.")
+    is_label = isinstance(label, str | numbers.Number)
+    if not is_label or (is_float and math.isinf(label)):
+      raise UserError(
+        f"{table.place(row)}: {column} is {label!r}. A label is a text, a"
+        " finite number, true or false."
+      )
+  return value
 
 
 def _as_list(value: Any) -> list[Any] | None:

@@ -40,17 +40,23 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # What may differ between a run and its resumption: it changes no result.
 FREE = ("log", "predict_test")
+# And in groups: how the runs beside it are split; and whether bad rows are left
+# out, which the data's fingerprint shows.
+FREE_IN = {"mesh": (RUNS,), "data": ("skip_bad_rows",)}
 SCAN = "model.scan"
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The settings that make a run what it is: of methods, those that it uses;
-  of the mesh, not how the runs beside it are split."""
+  """The settings that make a run what it is; of methods, those that it uses."""
   others = {line.group or name for name, line in METHODS.items()}
   others -= {*groups_of(str(config.get("method"))).values()}
   settings = {k: v for k, v in config.items() if k not in {*FREE, *others}}
-  mesh = {k: v for k, v in settings.get("mesh", {}).items() if k != RUNS}
-  return {**settings, "mesh": mesh} if mesh else settings
+  for group, names in FREE_IN.items():
+    if left := {
+      k: v for k, v in settings.get(group, {}).items() if k not in names
+    }:
+      settings[group] = left
+  return settings
 
 
 def identity_code(config: Mapping[str, Any]) -> str:
