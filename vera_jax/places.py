@@ -236,9 +236,7 @@ def list_files(folder: Path) -> list[str]:
 def move_folder(folder: Path, target: Path) -> None:
   """Rename a folder; in a store all objects are copied, and then removed."""
   if is_remote(folder):
-    for name in list_files(folder):
-      store().cp_file(str(folder / name), str(target / name))
-    store().rm(str(folder), recursive=True)
+    store().mv(str(folder), str(target), recursive=True)
     return
   target.parent.mkdir(exist_ok=True)
   folder.rename(target)
