@@ -157,7 +157,7 @@ def test_a_stopped_sweep_has_what_ray_trains_saved(launcher):
   )
   sweep.send_signal(signal.SIGTERM)
   ended = sweep.end()
-  assert ended.code == 75 and "told to save" in ended.output, ended.output
+  assert ended.code == 75 and "had to save" in ended.output, ended.output
   (run,) = workdir.glob("runs/*")
   assert saves(run)[-1] >= 13  # epochs end at 10, 20 and 30
   assert not any(workdir.glob("locks/*"))

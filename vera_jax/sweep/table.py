@@ -188,9 +188,7 @@ class LiveTable:
     def order(item: tuple[SweepRun, str]) -> tuple[int, float]:
       run, state = item
       place = (RUNNING, FAILED, DONE, UNFINISHED, NEW).index(state)
-      if state != DONE:
-        return place, 0.0
-      if is_remote(run.folder):
+      if state != DONE or is_remote(run.folder):
         return place, 0.0
       return place, -(run.folder / results.FILE).stat().st_mtime
 

@@ -37,6 +37,7 @@ class Outcome(NamedTuple):
 
 
 Outcomes = Generator[Outcome, None, None]
+Say = Callable[[str], None]  # shows a line
 
 
 @runtime_checkable
@@ -49,9 +50,7 @@ class Launcher(Protocol):
 
   patience: float
 
-  def run(
-    self, tasks: Iterable[Task], stop: Flag, say: Callable[[str], None]
-  ) -> Outcomes:
+  def run(self, tasks: Iterable[Task], stop: Flag, say: Say) -> Outcomes:
     """Train units; each outcome as it comes.
 
     Args:

@@ -1,10 +1,10 @@
 """Train a sweep's units on this machine, one after another."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from vera_jax.errors import UserError
-from vera_jax.sweep.launchers.launcher import Outcome, Outcomes, Task
+from vera_jax.sweep.launchers.launcher import Outcome, Outcomes, Say, Task
 from vera_jax.sweep.launchers.process import OUTLAST, Worker, free_port
 from vera_jax.sweep.plan import NEW, UNFINISHED
 from vera_jax.train.preemption import EXIT_CODE, Flag, Interrupted
@@ -24,9 +24,7 @@ class Local:
         f"--launcher_options={','.join(options)}: the local launcher has none."
       )
 
-  def run(
-    self, tasks: Iterable[Task], stop: Flag, say: Callable[[str], None]
-  ) -> Outcomes:
+  def run(self, tasks: Iterable[Task], stop: Flag, say: Say) -> Outcomes:
     for task in tasks:
       say(f"training {task}")
       first, hosts = f"localhost:{free_port()}", task.message["hosts"]

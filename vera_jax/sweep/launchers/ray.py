@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from vera_jax.errors import UserError
-from vera_jax.sweep.launchers.launcher import Outcome, Outcomes, Task
+from vera_jax.sweep.launchers.launcher import Outcome, Outcomes, Say, Task
 from vera_jax.sweep.launchers.process import GRACE, Worker, free_port
 from vera_jax.sweep.worker import LOST
 from vera_jax.train.preemption import EXIT_CODE, Flag, Interrupted
@@ -118,9 +118,7 @@ class Ray:
     if "TPU" not in texts and ray.cluster_resources().get("GPU"):
       self._needs.setdefault("num_gpus", 1)
 
-  def run(
-    self, tasks: Iterable[Task], stop: Flag, say: Callable[[str], None]
-  ) -> Outcomes:
+  def run(self, tasks: Iterable[Task], stop: Flag, say: Say) -> Outcomes:
     pending: dict[ray.ObjectRef, Job] = {}
     for task in tasks:
       pending |= Job(task, self._needs).start()

@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from submitit.core.utils import UncompletedJobError
 
 from vera_jax.errors import UserError
 from vera_jax.places import is_remote
-from vera_jax.sweep.launchers.launcher import Outcome, Outcomes, Task
+from vera_jax.sweep.launchers.launcher import Outcome, Outcomes, Say, Task
 from vera_jax.sweep.launchers.process import GRACE, Worker
 from vera_jax.sweep.worker import LOST
 from vera_jax.train.preemption import EXIT_CODE, Flag, Interrupted
@@ -101,9 +101,7 @@ class Slurm:
     except REFUSALS as error:
       raise UserError(f"--launcher=slurm: {error}") from error
 
-  def run(
-    self, tasks: Iterable[Task], stop: Flag, say: Callable[[str], None]
-  ) -> Outcomes:
+  def run(self, tasks: Iterable[Task], stop: Flag, say: Say) -> Outcomes:
     if ids := self._queued():
       say(f"waiting for the jobs of an earlier command: {' '.join(ids)}")
       while ids := self._queued():
