@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.files import save_adapter
 from vera_jax.adapters.labels import FROZEN
-from vera_jax.adapters.projections import PRNG, digest
+from vera_jax.adapters.projections import PRNG, kept_digest
 from vera_jax.models.family import read_fields
 from vera_jax.models.hf_weights import fingerprint, load_params
 from vera_jax.models.kinds import KINDS, kind_of
@@ -90,7 +90,7 @@ def write_adapter(
     "labels": list(labels),
     "kind": kind,
     "projection_prng": PRNG,
-    "projection_digest": digest(projections) if projections else None,
+    "projection_digest": kept_digest(plan.adapter, projections),
     "max_length": 16,
   }
   save_adapter(folder, unflatten_dict(trained), about=about)

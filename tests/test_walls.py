@@ -31,6 +31,7 @@ EXCEPTIONS = {
   "export/gguf.py": "GGUF's names of architectures",
   "generate/beam.py": "the rules of microsoft/LoRA's script",
   "nnx/files.py": "qwix's names of LoRA's matrices",
+  "nnx/twins.py": "tunix's models, by the names of their modules",
   "report/frame.py": "the methods' titles and their order in tables",
   "report/published.py": "the paper's numbers",
   "report/style.py": "a colour for each method, a title for each task",

@@ -59,8 +59,16 @@ def save(
   trainable: Mapping[str, Any],
   variables: Mapping[str, Any],
   about: Mapping[str, Any],
+  *,
+  base: tuple[str, str] | None = None,
 ) -> None:
-  """What `Adapted.save` does."""
+  """What `Adapted.save` does.
+
+  Args:
+    adapted, folder, trainable, variables, about: as it has them.
+    base: name and fingerprint of a folder, of which the caller knows that it
+      holds these weights: then the file is one that commands read.
+  """
   adapter, projections = adapted.adapter, variables.get("projections", {})
   params = meta.unbox(dict(variables["params"]))
   trained = meta.unbox(dict(trainable))
@@ -98,8 +106,8 @@ def save(
   frozen = {path: leaf for path, leaf in flat.items() if path not in leaves}
   computed = {
     **identity(adapted),
-    "base": None,
-    "base_fingerprint": fingerprint(frozen),
+    "base": base and base[0],
+    "base_fingerprint": base[1] if base else fingerprint(frozen),
     "labels": [],
     "projection_prng": PRNG,
     "projection_digest": kept_digest(adapter, projections),
@@ -120,20 +128,26 @@ def load(
   folder: str | Path,
   variables: Mapping[str, Any],
   model: Callable[[], tuple[Mapping[TreePath, Target], Mapping[str, Any]]],
+  *,
+  base_fingerprint: str | None = None,
 ) -> dict[str, Any]:
   """What `Adapted.load` does.
 
   Args:
     adapted, folder, variables: as it has them.
     model: makes the adapter's sites and the shapes of the model's parameters.
+    base_fingerprint: where the file names a base, that of the folder of which
+      the caller knows that it holds the variables' weights.
   """
   saved, adapter = load_adapter(folder), adapted.adapter
-  if (named := saved.about["base"]) is not None:
+  named = saved.about["base"]
+  if named is not None and base_fingerprint is None:
     raise UserError(
       f"The adapter {saved.folder} belongs to the base {named!r}; use"
       " restore_adapter, which builds it."
     )
-  ours = identity(adapted)
+  # an adapter whose file names a base was made by that file
+  ours = identity(adapted) if named is None else {}
   theirs = {name: saved.about.get(name, {}) for name in ours}
   # by names such as settings.rank
   ours, theirs = (flatten_dict(value, sep=".") for value in (ours, theirs))
@@ -168,7 +182,8 @@ def load(
       f"Neither the variables nor the adapter {saved.folder} have"
       f" {some(lacking)}: give the model's pretrained parameters, all of them."
     )
-  expected, computed = saved.about["base_fingerprint"], fingerprint(frozen)
+  expected = saved.about["base_fingerprint"]
+  computed = base_fingerprint or fingerprint(frozen)
   if computed != expected:
     raise UserError(
       f"The adapter {saved.folder} was trained on other weights than these:"

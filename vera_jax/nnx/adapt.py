@@ -56,6 +56,7 @@ from vera_jax.nnx.layers import (
   see_call,
   values_of,
 )
+from vera_jax.nnx.twins import check_biases, twin_of
 from vera_jax.patterns import find
 
 ROOT = "adapted_by"  # the root's field with its `Adaptation`
@@ -207,6 +208,8 @@ def adapt(
   matrices = make_shared(adapter, sites, params)
   key = (rngs or nnx.Rngs(0)).params()
   leaves = first_leaves(adapter, sites, params, matrices, key)
+  twin = twin_of(model)
+  check_biases(twin, adapter, sites, params, leaves, matrices)
   added: dict[Path, nnx.Variable] = {}
   for path, leaf in flatten_dict(leaves).items():
     added[path] = nnx.LoRAParam(leaf)
@@ -227,7 +230,8 @@ def adapt(
     setattr(modules[path[:-1]], path[-1], variable)
   for path, module in modules.items():  # what a method trains of the base
     for name in values_of(module):
-      if adapter.trains and find(adapter.trains, "/".join((*path, name))):
+      leaf = twin.leaf((*path, name))[0]
+      if adapter.trains and find(adapter.trains, "/".join(leaf)):
         variable = vars(module)[name]
         trained = nnx.LoRAParam(variable.get_value(), **variable.get_metadata())
         setattr(module, name, trained)
@@ -310,7 +314,8 @@ def find_targets(
 def modules_of(model: nnx.Module) -> dict[Path, nnx.Module]:
   """Every module by its path, in the order in which they were defined.
 
-  An entry of a list is part of a name: ("layers_3", "q_proj").
+  An entry of a list is part of a name: ("layers_3", "q_proj"). A model that
+  has a linen twin here has the twin's paths.
   """
   by_parts = dict(nnx.iter_modules(model))
 
@@ -325,9 +330,11 @@ def modules_of(model: nnx.Module) -> dict[Path, nnx.Module]:
       node = node[part] if children is None else children[part]
     return numbers
 
-  return {
-    named(parts): by_parts[parts] for parts in sorted(by_parts, key=order)
+  twin = twin_of(model)
+  modules = {
+    twin.module(named(p)): by_parts[p] for p in sorted(by_parts, key=order)
   }
+  return {path: modules[path] for path in sorted(modules, key=twin.order)}
 
 
 def named(path: Sequence[Any]) -> Path:

@@ -1,20 +1,23 @@
 """An nnx model's adapter as a folder, and as LoRA for what knows LoRA alone.
 
 The folder is the package's own: `adapter.json` and `adapter.safetensors`, with
-every check that `Adapted.save` and `load` make.
+every check that `Adapted.save` and `load` make. That of a model whose linen
+twin is here is the twin's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters import saved, summary
-from vera_jax.adapters.files import load_adapter
+from vera_jax.adapters.files import SavedAdapter, load_adapter
 from vera_jax.adapters.interface import EMPTY
+from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import label_tree, split
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.products import exact_factors
@@ -24,7 +27,11 @@ from vera_jax.adapters.sites import (
   own_leaves,
 )
 from vera_jax.errors import UserError
+from vera_jax.models.folder import resolve
+from vera_jax.models.hf_weights import fingerprint, load_params, read_model
+from vera_jax.models.kinds import KINDS, WORDS
 from vera_jax.nnx.adapt import (
+  Adaptation,
   adapt,
   adaptation_of,
   modules_of,
@@ -34,36 +41,61 @@ from vera_jax.nnx.adapt import (
   tree_of,
 )
 from vera_jax.nnx.layers import Projection, lora_shapes
+from vera_jax.nnx.twins import twin_of
+from vera_jax.pretrained.blueprint import blueprint
+from vera_jax.pretrained.classifier import find_base
 
 
 def save(
-  folder: str | Path, model: nnx.Module, *, about: Mapping[str, Any] = EMPTY
+  folder: str | Path,
+  model: nnx.Module,
+  *,
+  base: str | Path | None = None,
+  about: Mapping[str, Any] = EMPTY,
 ) -> None:
   """Write the adapter of a model, with all that loading it must check.
 
   Args:
     folder: of the adapter; files that are there are replaced.
     model: with an adapter on it.
-    about: further facts for adapter.json and the model card.
+    base: of a model whose linen twin is here, such as tunix's Llama, the folder
+      in Hugging Face's layout, hub id or GGUF file that its weights are from.
+      With it the file is one for all commands, such as `generate`.
+    about: further facts for adapter.json and the model card; of a chat model
+      trained here, "template" and "max_length".
 
   Raises:
-    UserError: the model has no adapter, or the folder can't be written.
+    UserError: the model has no adapter, its weights or layers are not those of
+      the base, or the folder can't be written.
   """
   adaptation, params = adaptation_of(model), _params(model)
   labels = label_tree(params, adaptation.adapter, head="")
+  trained, frozen = split(params, labels)
+  named = None
+  if base is not None:
+    twin = resolve(base)
+    weights = _check_weights(twin, model, flatten_dict(frozen).keys())
+    _check_sites(twin, adaptation)
+    named, about = (str(base), weights), {"kind": WORDS, **about}
   variables = {"params": params, "projections": projections_of(model)}
-  saved.save(adaptation, folder, split(params, labels)[0], variables, about)
+  saved.save(adaptation, folder, trained, variables, about, base=named)
 
 
 def load(
-  folder: str | Path, model: nnx.Module, *, projections: str = "made"
+  folder: str | Path,
+  model: nnx.Module,
+  *,
+  base: str | Path | None = None,
+  projections: str = "made",
 ) -> nnx.Module:
   """Put a saved adapter on a model, which is changed and returned.
 
   Args:
     folder: from `save`, or of a linen model whose parameters have the same
-      names.
+      names, or of the model's linen twin.
     model: without an adapter, with the weights that it was trained on.
+    base: where the file names the twin's base: its folder, hub id or GGUF file,
+      if that is elsewhere now.
     projections: as for `adapt`; those that lie in the file are always held.
 
   Raises:
@@ -81,32 +113,92 @@ def load(
     projections="held" if saved.is_stored(about) else projections,
   )
   try:
-    _set_leaves(model, folder)
+    _set_leaves(model, file, base)
   except Exception:
     remove(model)  # the model is given back as it came
     raise
   return model
 
 
-def _set_leaves(model: nnx.Module, folder: str | Path) -> None:
+def _set_leaves(
+  model: nnx.Module, file: SavedAdapter, base: str | Path | None
+) -> None:
   """The file's leaves in place of the first ones, with every check."""
-  adaptation = adaptation_of(model)
-  adapter = adaptation.adapter
-  base = {
-    path: leaf
-    for path, leaf in flatten_dict(_params(model)).items()
-    if not adapter.owns(path[-1])
-  }
-  variables = {"params": unflatten_dict(base)}
+  adaptation, twin = adaptation_of(model), twin_of(model)
+  leaves = _base(model)
+  weights = None
+  if file.about["base"] is not None:
+    held = {p for p, leaf in leaves.items() if saved.is_held(file, p, leaf)}
+    weights = _check_weights(find_base(file, base), model, leaves.keys() - held)
+  variables = {"params": unflatten_dict(leaves)}
   shapes = jax.eval_shape(lambda: variables)["params"]
+  sites = twin.sites(adaptation.sites)
   loaded = saved.load(
-    adaptation, folder, variables, lambda: (adaptation.sites, shapes)
+    adaptation,
+    file.folder,
+    variables,
+    lambda: (sites, shapes),
+    base_fingerprint=weights,
   )
   leaves = flatten_dict(loaded["params"])
   for path, module in modules_of(model).items():
     for name, variable in vars(module).items():
       if isinstance(variable, nnx.LoRAParam):
-        variable.set_value(leaves[*path, name])
+        shape = variable.get_value().shape
+        variable.set_value(twin.value((*path, name), leaves, shape))
+
+
+def _check_weights(
+  folder: Path, model: nnx.Module, frozen: Collection[TreePath]
+) -> str:
+  """The fingerprint of a folder whose weights the model has.
+
+  Raises:
+    UserError: it has others, or no linen twin that the folder could be of.
+  """
+  kind = type(model).__name__
+  if not twin_of(model).modules:
+    raise UserError(
+      f"{folder} is the base of a linen model, which {kind} has no table of"
+      " names for (vera_jax/nnx/twins.py)."
+    )
+  leaves = _base(model)
+  loaded = load_params(folder, jax.eval_shape(lambda: unflatten_dict(leaves)))
+  values = flatten_dict(loaded.params)
+  other = [*loaded.missing, *loaded.unexpected]
+  for path in frozen & values.keys():
+    if not np.array_equal(values[path], np.asarray(leaves[path])):
+      other.append("/".join(path))
+  if other:
+    raise UserError(
+      f"This {kind} has not the weights of {folder}: {saved.some(other)} differ"
+      " or lack. Name the base that they are from."
+    )
+  return fingerprint(folder)
+
+
+def _check_sites(folder: Path, adaptation: Adaptation) -> None:
+  """Raises a UserError where the targets name other layers of the twin."""
+  adapter, targets = adaptation.adapter, adaptation.targets
+  head = KINDS[WORDS].head
+  fields = read_model(folder)
+  made = blueprint(
+    fields, outputs=1, head=head, adapter=(adapter, targets), scan=False
+  )
+  if other := made.targets.keys() ^ adaptation.sites.keys():
+    names = ["/".join(path) for path in sorted(other)]
+    raise UserError(
+      f"The targets {', '.join(targets)} match other layers of the model than"
+      f" of {folder}: {saved.some(names)} in one of them alone. Save without"
+      " `base`, or train with targets that name layers of both."
+    )
+
+
+def _base(model: nnx.Module) -> dict[TreePath, Any]:
+  """The base's leaves by path, as the file has them."""
+  owns = adaptation_of(model).adapter.owns
+  leaves = flatten_dict(_params(model))
+  return {path: leaf for path, leaf in leaves.items() if not owns(path[-1])}
 
 
 def table(model: nnx.Module) -> str:
@@ -116,12 +208,8 @@ def table(model: nnx.Module) -> str:
     UserError: the model has no adapter.
   """
   adaptation = adaptation_of(model)
-  adapter = adaptation.adapter
-  flat = flatten_dict(_params(model))
-  base = {
-    path: leaf for path, leaf in flat.items() if not adapter.owns(path[-1])
-  }
-  return summary.table(adaptation, adaptation.sites, unflatten_dict(base), {})
+  sites = twin_of(model).sites(adaptation.sites)
+  return summary.table(adaptation, sites, unflatten_dict(_base(model)), {})
 
 
 def to_lora(model: nnx.Module) -> Any:  # an `nnx.State`
@@ -145,7 +233,8 @@ def to_lora(model: nnx.Module) -> Any:  # an `nnx.State`
     raise UserError(f"{'/'.join(parts[0])} is a part of a kernel: merge it.")
   projections = projections_of(model)
   with jax.default_matmul_precision("highest"):
-    on_weights = all_sites(adapter, sites, params, projections)
+    twin = twin_of(model)
+    on_weights = all_sites(adapter, twin.sites(sites), params, projections)
     factors = map_sites(
       lambda site, leaves: exact_factors(low_rank(leaves, site)),
       on_weights,
@@ -153,7 +242,9 @@ def to_lora(model: nnx.Module) -> Any:  # an `nnx.State`
       own_leaves(adapter, on_weights, params),
     )
   lora = {}
-  paths = {named(path): path for path, _ in nnx.iter_modules(model)}
+  paths = {
+    twin.module(named(path)): path for path, _ in nnx.iter_modules(model)
+  }
   modules = modules_of(model)
   for path, pair in factors.items():
     kernel, stack = sites[path].view.kernel, sites[path].stack
@@ -168,5 +259,7 @@ def to_lora(model: nnx.Module) -> Any:  # an `nnx.State`
 
 
 def _params(model: nnx.Module) -> dict[str, Any]:
-  """The model's parameters and the adapter's leaves, without projections."""
-  return tree_of(model, without=Projection)
+  """Parameters and the adapter's leaves, without projections, as a file has
+  them: of a model whose linen twin is here, the twin's."""
+  flat = flatten_dict(tree_of(model, without=Projection))
+  return unflatten_dict(twin_of(model).tree(flat))

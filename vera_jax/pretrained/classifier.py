@@ -140,7 +140,7 @@ def restore_adapter(
       base, codes, targets, rank, shapes, projections.
   """
   about = saved.about
-  folder = _find_base(saved, base)
+  folder = find_base(saved, base)
   labels = tuple(map(str, about["labels"]))
   kind = kind_of(about, labels)
   adapter, targets = make_adapter(about["method"], about["settings"])
@@ -276,7 +276,7 @@ def _ending(name: str) -> str:
   return (re.findall(r"For[A-Z]\w+$|LMHeadModel$", name) or [""])[0]
 
 
-def _find_base(saved: SavedAdapter, base: str | Path | None) -> Path:
+def find_base(saved: SavedAdapter, base: str | Path | None) -> Path:
   """The base's folder, whose weights are those that were trained on."""
   named = saved.base
   try:

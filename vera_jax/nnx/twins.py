@@ -1,0 +1,160 @@
+"""nnx models whose linen twin is here, by one table of names per pair.
+
+Their layers have the twin's paths, which also say the random numbers of each
+layer, and their files the twin's leaves. So whatever reads an adapter here
+takes one that was trained on the nnx model, and the other way round. A model is
+known by the name of its class, and its library is not imported.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vera_jax.adapters.interface import Adapter, Path, Target, View
+from vera_jax.adapters.labels import join
+from vera_jax.adapters.merge import merge
+from vera_jax.adapters.sites import role_of
+from vera_jax.errors import UserError
+
+ROWS, COLUMNS, TURNED = "rows", "columns", "turned"
+
+
+class Twin(NamedTuple):
+  """The table of a pair.
+
+  Attributes:
+    modules: beginnings of the nnx model's paths, and what they are in the twin.
+    leaves: whole paths of leaves, when the modules have the twin's; what they
+      are in the twin; and where heads are apart, whether the first axis makes
+      the kernel's ROWS or the last one its COLUMNS, or that it is TURNED.
+    calls: the layers' names in the order of their calls, which a model that was
+      split and merged no longer has.
+  """
+
+  modules: tuple[tuple[str, str], ...] = ()
+  leaves: tuple[tuple[str, str, str], ...] = ()
+  calls: tuple[str, ...] = ()
+
+  def module(self, path: Path) -> Path:
+    """The twin's path of a module."""
+    name = "/".join(path)
+    for own, twin in self.modules:
+      name = re.sub(rf"^{own}(?=/|$)", twin, name)
+    return tuple(name.split("/")) if path else path
+
+  def order(self, path: Path) -> tuple[list[int], int]:
+    """What the twin's paths are sorted by; without a twin, nothing."""
+    if path[-1:] and path[-1] in self.calls:
+      return role_of(path)[1], self.calls.index(path[-1])
+    return [], -1
+
+  def leaf(self, path: Path) -> tuple[Path, str]:
+    """The twin's path of a leaf, whose module has the twin's path already, and
+    its layout; an adapter's own leaves have the same in both."""
+    for own, twin, layout in self.leaves:
+      if match := re.fullmatch(own, "/".join(path)):
+        return tuple(match.expand(twin).split("/")), layout
+    return path, ""
+
+  def tree(self, flat: Mapping[Path, Any]) -> dict[Path, Any]:
+    """The twin's leaves, by path, of a model's."""
+    leaves = {}
+    for own, value in flat.items():
+      path, layout = self.leaf(own)
+      if layout == TURNED:
+        value = value.T
+      elif layout:
+        keep = value.shape[:1] if layout == ROWS else value.shape[-1:]
+        shape = (*keep, -1) if layout == ROWS else (-1, *keep)
+        value = value.reshape(shape)
+      leaves[path] = value
+    return leaves
+
+  def value(self, own: Path, leaves: Mapping[Path, Any], shape: Any) -> Any:
+    """A model's leaf of a shape, out of its twin's leaves."""
+    path, layout = self.leaf(own)
+    return leaves[path].T if layout == TURNED else leaves[path].reshape(shape)
+
+  def sites(self, sites: Mapping[Path, Target]) -> Mapping[Path, Target]:
+    """The sites on the twin's leaves, which are matrices."""
+    seen = {}
+    for path, site in sites.items():
+      leaf, layout = self.leaf((*path, site.view.kernel))
+      axes = (1, 0) if layout == TURNED else ()
+      seen[path] = site._replace(view=View(kernel=leaf[-1], axes=axes))
+    return seen if self.modules else sites
+
+
+DECODER = Twin(
+  modules=(
+    ("embedder", "embeddings/embed_tokens"),
+    (r"layers_(\d+)", r"encoder/layer_\1"),
+    (r"encoder/layer_(\d+)/attn", r"encoder/layer_\1/self_attn"),
+    ("final_norm", "encoder/norm"),
+  ),
+  leaves=(
+    ("(.*)/input_embedding", r"\1/embedding", ""),
+    ("lm_head/w", "lm_head/embedding", TURNED),
+    ("(.*norm)/w", r"\1/scale", ""),
+    ("(.*/o_proj)/w", r"\1/kernel", COLUMNS),
+    ("(.*/[qkv]_proj)/w", r"\1/kernel", ROWS),
+    ("(.*)/([qkv])_bias", r"\1/\2_proj/bias", ""),
+  ),
+  calls=tuple(
+    f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
+  ),
+)
+TWINS = {
+  "tunix.models.llama3.model.Llama3": DECODER,
+  "tunix.models.qwen2.model.Qwen2": DECODER,
+  "tunix.models.qwen3.model.Qwen3": DECODER,
+}
+
+
+def twin_of(model: nnx.Module) -> Twin:
+  """The table of a model, empty where it has no twin, as a mixture of experts;
+  such a model is its own."""
+  experts = getattr(getattr(model, "config", None), "num_experts", None)
+  name = f"{type(model).__module__}.{type(model).__qualname__}"
+  return Twin() if experts else TWINS.get(name, Twin())
+
+
+def check_biases(
+  twin: Twin,
+  adapter: Adapter,
+  sites: Mapping[Path, Target],
+  params: Mapping[str, Any],
+  leaves: Mapping[str, Any],
+  projections: Mapping[str, Any],
+) -> None:
+  """Refuse a method that would change biases which the nnx model adds itself,
+  outside of the layers: it would be another function than the twin's.
+
+  Args:
+    twin, adapter, sites: as `adapt` has them.
+    params, leaves, projections: the model's, and the adapter's.
+  """
+  base = twin.tree(flatten_dict(params))
+  biases = {(*path, "bias") for path in sites} & base.keys()
+
+  @jax.jit
+  def adapted(base: Any, leaves: Any, projections: Any) -> dict[Path, Any]:
+    changed = join(unflatten_dict(base), jax.tree.map(lambda x: x + 1, leaves))
+    linen = twin.sites(sites)
+    merged = merge(changed, projections, adapter=adapter, targets=linen)
+    return {path: flatten_dict(merged)[path] for path in biases}
+
+  if not biases:
+    return
+  for path, bias in adapted(base, leaves, projections).items():
+    if not jnp.array_equal(bias, base[path]):
+      raise UserError(
+        f"{adapter.name} scales the bias of {'/'.join(path[:-1])}, which this"
+        " model adds outside of the layer, where it is not adapted. Leave the"
+        " layer out of the targets."
+      )
