@@ -35,7 +35,8 @@ WITH_INSTRUCT := $(VENV)/.instruct
 WITH_NETWORKS := $(VENV)/.networks
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart e2e instruct images networks test test-all check parity smoke faults clean
+.PHONY: help quickstart e2e instruct images networks test test-all check \
+  parity tunix maxtext library-tests smoke faults clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-11s%s\n", $$1, $$2}' \
@@ -70,6 +71,18 @@ check: $(WITH_DEV) ## lint, format, type and import check
 parity: $(WITH_PARITY) $(WITH_ENCODER) $(WITH_DECODER) $(WITH_NETWORK) $(WITH_NETWORKS) images networks ## compare with torch and PEFT, live
 	$(BIN)/python -m pytest -m parity
 
+tunix: ## test nnx models with tunix and qwix, in .venv-tunix
+	$(MAKE) library-tests VENV=.venv-tunix LIBRARY=tunix \
+	  TESTS="$(wildcard tests/nnx/test_tunix*.py tests/nnx/test_qwix*.py)"
+
+maxtext: ## test nnx models with MaxText, in .venv-maxtext; Python 3.12
+	$(MAKE) library-tests VENV=.venv-maxtext LIBRARY=maxtext \
+	  TESTS=tests/nnx/test_maxtext.py
+
+# Libraries with versions of their own, of which the others know nothing.
+library-tests: $(VENV)/.library
+	$(PYTEST) $(TESTS)
+
 smoke: $(WITH_DEV) $(WITH_ENCODER) ## a few quick tests, for another Python
 	$(BIN)/python -c "import jax, sys, vera_jax; \
 	  print('Python', sys.version.split()[0], 'with jax', jax.__version__)"
@@ -79,7 +92,7 @@ faults: $(WITH_DEV) ## kill, stop, harm and starve runs; writes docs/faults.md
 	$(BIN)/python -m tests.faults.run
 
 clean: ## remove .venv and networks/
-	rm -rf $(VENV) networks
+	rm -rf $(VENV) .venv-tunix .venv-maxtext networks
 
 $(MADE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -147,6 +160,11 @@ $(WITH_INSTRUCT): requirements-instruct.txt $(INSTALLED)
 $(WITH_DEV): requirements-dev.txt requirements-e2e.txt \
   requirements-instruct.txt requirements-slurm.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.library: requirements-$(LIBRARY).txt requirements.txt $(MADE)
+	$(BIN)/python -m pip install -r requirements-$(LIBRARY).txt \
+	  $$(grep -oE '^(pytest|beartype)[^ ]*' requirements-dev.txt)
 	touch $@
 
 $(WITH_PARITY): requirements-parity.txt $(WITH_DEV)

@@ -8,6 +8,7 @@ matrix by an equation, as tunix's and Gemma's do, is taken by this equation.
 
 import math
 from collections.abc import Callable, Mapping
+from string import ascii_lowercase
 from typing import Any
 
 import flax.linen as nn
@@ -154,15 +155,17 @@ def see(layer: Any, base: type) -> Seen | str | None:
     if twin_of(layer, base) is None:
       view = view._replace(plans=("folded",))
     return view._replace(kind=kind.__name__), shape, outputs
-  equation = _equation(layer, ())
+  equation = _equation(layer, ()) or _dense_equation(layer)
   if equation is None:
     return f"its class {base.__name__} has no equation that says what it does"
   if len(matrices) > 1:
     return f"it holds several matrices: {', '.join(matrices)}"
   (name,) = matrices
-  operands = equation.partition("->")[0].partition(",")[2].replace(" ", "")
-  rank = len(operands)
-  shape = params[name].shape[params[name].ndim - rank :]
+  if _equation(layer, ()):
+    operands = equation.partition("->")[0].partition(",")[2].replace(" ", "")
+    shape = params[name].shape[params[name].ndim - len(operands) :]
+  else:
+    shape = (*layer.in_features_shape, *layer.out_features_shape)
   axes = parse(equation, _example(equation).ndim, shape)
   if isinstance(axes, str):
     return axes
@@ -207,7 +210,7 @@ def see_call(
       changed["bias"] = bias.reshape(params["bias"].shape)
     return run(x, changed)
 
-  equation = _equation(layer, args)
+  equation = _equation(layer, args) or _dense_equation(layer)
   if twin is None and equation and not any(c in TWINS for c in base.__mro__):
     weight = params[name]
     call = by_equation(
@@ -272,6 +275,17 @@ def _equation(layer: nnx.Module, args: Any) -> str | None:
   texts = [x for x in (*args, *vars(layer).values()) if isinstance(x, str)]
   equations = [text for text in texts if "->" in text]
   return equations[0] if equations else None
+
+
+def _dense_equation(layer: Any) -> str | None:
+  """What MaxText's `DenseGeneral` computes, which holds no equation: the last
+  axes of x times the kernel."""
+  ins = getattr(layer, "in_features_shape", ())
+  if not ins or tuple(layer.axis) != tuple(range(-len(ins), 0)):
+    return None
+  letters = ascii_lowercase[: len(ins) + len(layer.out_features_shape)]
+  first, second = letters[: len(ins)], letters[len(ins) :]
+  return f"...{first},{letters}->...{second}"
 
 
 def _example(equation: str) -> Any:
