@@ -37,4 +37,8 @@ def get_config(size: str = "minilm") -> ConfigDict:
   data.kind = placeholder(str)  # unset: by the labels
   data.skip_bad_rows = False  # go on without rows that can't be used
   data.labels = ()  # names in the order of the ids; unset: those in the data
+  data.class_weights = placeholder(str)  # balanced: all classes count alike
+  # the score of the best epoch: accuracy | macro_f1 | balanced_accuracy |
+  # matthews | micro_f1 | pearson | spearman | loss, as far as the kind has it
+  config.select = placeholder(str)  # unset: the kind's first score
   return config

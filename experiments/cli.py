@@ -96,6 +96,7 @@ def run(
 
 # Why the system refuses to write; it doesn't say into which file.
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+MOST = 8  # classes whose answers have room in a table
 
 
 def exit_code(main: Callable[[], None]) -> int:
@@ -472,10 +473,40 @@ def show_result(result: Mapping[str, Any], workdir: Path | str) -> None:
   table.add_row("head parameters", f"{parameters['head']:,}", "")
   table.add_row("seconds", f"{result['seconds']:.0f}", "")
   Console().print(table)
+  if counts := best.get("confusion"):
+    show_classes(result["labels"], counts)
   show_speed(result)
   if test is not None and test["missing"]:
     Console().print(test["missing"])
   Console().print(f"{workdir}")
+
+
+def show_classes(
+  labels: Sequence[str], counts: Sequence[Sequence[int]]
+) -> None:
+  """Each class's scores in the best epoch, and the answers that it got."""
+  from vera_jax.tasks.metrics import class_scores
+
+  names = [escape(printable(label)) for label in labels]
+  taken_for = names if len(names) <= MOST else []  # that have room beside it
+  table = Table(
+    "class",
+    *(
+      Column(x, justify="right") for x in ("rows", "precision", "recall", "F1")
+    ),
+    *(Column(f"as {name}", justify="right") for name in taken_for),
+    title="classes in the best epoch"
+    + (", and what they were taken for" if taken_for else ""),
+  )
+  for name, scores, row in zip(
+    names, class_scores(counts), counts, strict=True
+  ):
+    rows, *shares = scores
+    shown = (f"{share:.4f}" for share in shares)
+    table.add_row(
+      name, f"{rows:,}", *shown, *(f"{n:,}" for n in row[: len(taken_for)])
+    )
+  Console().print(table)
 
 
 def show_speed(result: Mapping[str, Any], who: str = "") -> None:

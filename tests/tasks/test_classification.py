@@ -40,6 +40,20 @@ def test_an_empty_slot_counts_nothing_whatever_is_in_it():
   assert count == 1
 
 
+def test_weights_of_classes_are_torchs():
+  torch = pytest.importorskip("torch")
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(4, 1, 3)).astype(np.float32)
+  labels = rng.integers(0, 3, (4, 1)).astype(np.int32)
+  batch = {"labels": jnp.asarray(labels), "weights": jnp.ones((4, 1))}
+  weights = np.array([0.5, 1, 3], np.float32)
+  total, count = loss(jnp.asarray(logits), batch, weights)
+  expected = torch.nn.CrossEntropyLoss(torch.tensor(weights))(
+    torch.tensor(logits[:, 0]), torch.tensor(labels[:, 0]).long()
+  )
+  np.testing.assert_allclose(total / count, expected, rtol=1e-6)
+
+
 def test_regression_is_squared_error():
   batch = {"labels": jnp.array([[2.5]]), "weights": jnp.ones((1, 1))}
   total, _ = loss(jnp.asarray([[[2.0]]]), batch)
@@ -104,6 +118,26 @@ def test_evaluation_puts_every_example_in_its_place(data):
   assert found.scores == {"accuracy": 1.0, "f1": 1.0}
   assert list(found.scores)[0] == task().score_name
   assert found.finite and not found.collapsed
+
+
+def test_the_loss_may_be_a_score_and_answers_are_counted(data):
+  by_loss = task(metrics=("label_probability", "accuracy"))
+  right = data.labels("dev")
+  logits = np.log(np.where(np.eye(2)[right], 0.8, 0.2)).astype(np.float32)
+
+  def evaluate(logits):
+    def measure(batch):
+      return logits[np.maximum(batch["example"], 0)]
+
+    return by_loss.evaluate(measure, data)
+
+  evaluation = evaluate(logits)
+  assert list(evaluation.scores) == ["label_probability", "accuracy"]
+  assert evaluation.scores["label_probability"] == pytest.approx(0.8)
+  assert evaluation.confusion == np.diag(np.bincount(right)).tolist()
+  worse = evaluate(0.5 * logits)
+  assert worse.scores["accuracy"] == 1.0
+  assert worse.scores["label_probability"] < 0.8
 
 
 def test_one_answer_to_everything_and_no_numbers_are_seen(data):

@@ -5,7 +5,14 @@ import pytest
 
 from vera_jax.tasks import superglue
 from vera_jax.tasks.glue_facts import TASKS
-from vera_jax.tasks.metrics import METRICS, collapsed, entity_scores, score
+from vera_jax.tasks.metrics import (
+  METRICS,
+  class_scores,
+  collapsed,
+  confusion,
+  entity_scores,
+  score,
+)
 
 LABELS = np.array([1, 1, 1, 0, 0, 1, 0, 0])
 GUESSES = np.array([1, 1, 0, 0, 0, 1, 1, 1])
@@ -39,6 +46,32 @@ def test_macro_f1_and_its_mean_with_accuracy_by_hand():
   assert result["macro_f1"] == pytest.approx((4 / 7 + 2 / 4 + 0) / 3)
   expected = (3 / 6 + (4 / 7 + 2 / 4) / 3) / 2
   assert result["accuracy_f1"] == pytest.approx(expected)
+
+
+def test_classes_apart_are_scikit_learns():
+  from sklearn import metrics
+
+  rng = np.random.default_rng(0)
+  labels, guesses = rng.integers(0, 4, 60), rng.integers(0, 3, 60)
+  counts = confusion(
+    guesses, labels, classes=5
+  )  # one never guessed, one absent
+  expected = metrics.confusion_matrix(labels, guesses, labels=range(5))
+  np.testing.assert_array_equal(counts, expected)
+  shares = metrics.precision_recall_fscore_support(
+    labels, guesses, labels=range(5), zero_division=0
+  )
+  for number, (rows, *scores) in enumerate(class_scores(counts)):
+    assert rows == shares[3][number]
+    np.testing.assert_allclose(scores, [x[number] for x in shares[:3]])
+  result = score(["balanced_accuracy"], guesses, labels)["balanced_accuracy"]
+  assert result == pytest.approx(
+    metrics.balanced_accuracy_score(labels, guesses)
+  )
+  values = rng.normal(size=(2, 9))
+  assert score(["r2"], *values)["r2"] == pytest.approx(
+    1 - ((values[0] - values[1]) ** 2).mean() / values[1].var()
+  )
 
 
 @pytest.mark.parametrize("name", METRICS)

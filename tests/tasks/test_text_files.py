@@ -16,8 +16,9 @@ from vera_jax.tasks.task import task_for, task_named
 def decide(tmp_path):
   """What is found in rows of JSON, or in the text of a CSV."""
 
-  def found(rows, dev=None, **settings):
+  def found(rows, dev=None, select=None, **settings):
     config = text.get_config()
+    config.select = select
     for split, content in (("train", rows), ("dev", dev)):
       if content is not None:
         is_csv = isinstance(content, str)
@@ -228,6 +229,30 @@ def test_bad_rows_are_said_together_or_left_out(decide):
     decide(GOOD, "text,label\nx,c\n", skip_bad_rows=True)
   task, _ = decide(GOOD, skip_bad_rows=True)
   assert "skipped_rows" not in task.stored
+
+
+def test_classes_that_are_unlike_in_size(decide):
+  many = rows(*["a"] * 9, "b")
+  task, _ = decide(many)
+  [advice] = [x for x in task.presentation.notes if "unlike in size" in x]
+  assert "81 training rows are a and 9 b" in advice  # a tenth is scored
+  assert task.score_name == "accuracy"
+  task, _ = decide(many, select="macro_f1")
+  assert task.score_name == "macro_f1"
+  assert not any("unlike" in note for note in task.presentation.notes)
+  for name, metric in (("loss", "label_probability"), ("matthews",) * 2):
+    assert decide(many, select=name)[0].score_name == metric
+  numbers = rows(0.5, 1.5, 2.5)
+  assert decide(numbers, select="loss")[0].score_name == "r2"
+  for data, select in ((many, "pearson"), (numbers, "macro_f1"), (WORDS, "f1")):
+    with pytest.raises(UserError, match=f"config.select is '{select}', but"):
+      decide(data, select=select)
+  decide(many, class_weights="balanced")
+  for data, weights in ((many, "equal"), (numbers, "balanced")):
+    with pytest.raises(UserError, match=f"class_weights is '{weights}', and"):
+      decide(data, class_weights=weights)
+  with pytest.raises(UserError, match="No training row has the label c"):
+    decide(many, class_weights="balanced", labels=("a", "b", "c"))
 
 
 def test_the_dev_part_is_by_seed_and_by_class(decide):

@@ -6,6 +6,7 @@ which the head scores with a single output; the scores of an example's texts are
 its logits, so that loss, metrics and answers are those of classification.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from vera_jax.data.loader import PackedData
 from vera_jax.data.packing import WHOLE, ProcessShard
 from vera_jax.data.tokens import load_tokens
 from vera_jax.models.kinds import CLASSES, NUMBER, SEVERAL
-from vera_jax.tasks.metrics import collapsed, score
+from vera_jax.tasks.metrics import collapsed, confusion, score
 from vera_jax.tasks.task import (
   UNTITLED,
   Evaluation,
@@ -37,6 +38,10 @@ from vera_jax.tasks.task import (
 )
 
 Logits = Float32[np.ndarray, "examples labels"]
+MOST = 20  # classes that a confusion table has
+# The mean probability of the right answer, the geometric mean: of the loss L
+# it is exp(-L), so that the highest one is the lowest loss.
+PROBABILITY = "label_probability"
 # (folder, split, predictions, the examples' numbers in its source) -> its file
 WriteAnswers = Callable[[Path, str, np.ndarray, np.ndarray], Path]
 
@@ -54,6 +59,7 @@ def classification(
   to_texts: ToTexts | None = None,
   presentation: Presentation = UNTITLED,
   kind: str | None = None,
+  class_weights: Float32[np.ndarray, " labels"] | None = None,
 ) -> Task:
   """A task over labelled texts, or whatever `load` loads.
 
@@ -61,7 +67,8 @@ def classification(
     name: the task's.
     labels: the class names in the order of their ids; () for regression, and
       where an example asks between choices (`Presentation.choices`).
-    metrics: names that `metrics.score` knows; the first is the score.
+    metrics: names that `metrics.score` knows, or `PROBABILITY`; the first is
+      the score.
     read_split: (config.data.source, split) -> its examples, where these are
       texts.
     load: as `Task.load`, in place of tokenising these.
@@ -75,6 +82,8 @@ def classification(
     presentation: as `Task.presentation`.
     kind: a name in `models.kinds`; None for classes, or for a number where
       there are neither labels nor choices.
+    class_weights: what an example of each class counts in the training loss;
+      None where all count the same. Scores are without them.
   """
   kind = kind or (CLASSES if labels or presentation.choices else NUMBER)
 
@@ -118,9 +127,19 @@ def classification(
       logits = data.measured(split, measure_batch)
       if not np.isfinite(logits).all():
         return Evaluation({}, finite=False)
-      answers = predictions(logits, kind)
-      scores = score(metrics, answers, data.labels(split))
-      return Evaluation(scores, collapsed(answers))
+      answers, right = predictions(logits, kind), data.labels(split)
+      known = [name for name in metrics if name != PROBABILITY]
+      scores = score(known, answers, right)
+      if PROBABILITY in metrics:
+        # as batches of one slot
+        one_slot = (jnp.asarray(x)[:, None] for x in (logits, right))
+        losses = slot_losses(*one_slot)
+        scores[PROBABILITY] = math.exp(-float(losses.mean()))
+      scores = {name: scores[name] for name in metrics}
+      table = None
+      if kind == CLASSES and 0 < len(labels) <= MOST:
+        table = confusion(answers, right, classes=len(labels))
+      return Evaluation(scores, collapsed(answers), confusion=table)
 
     return evaluate_splits(dev_splits, evaluate_split)
 
@@ -150,7 +169,9 @@ def classification(
     labels=labels,
     score_name=metrics[0],
     load=load or load_texts,
-    loss=lambda outputs, batch: loss(example_logits(outputs, batch), batch),
+    loss=lambda outputs, batch: loss(
+      example_logits(outputs, batch), batch, class_weights
+    ),
     measure=example_logits,
     evaluate=evaluate,
     write_answers=answer if write_answers else None,
@@ -183,11 +204,19 @@ def slot_losses(
 
 
 def loss(
-  logits: Float[Array, "rows slots labels"], batch: Mapping[str, Any]
+  logits: Float[Array, "rows slots labels"],
+  batch: Mapping[str, Any],
+  class_weights: Float32[np.ndarray, " labels"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """The examples' summed loss and their number; empty slots count nothing."""
+  """The examples' summed loss and their number; empty slots count nothing.
+
+  With weights of the classes both are sums of what the examples count.
+  """
   losses = slot_losses(logits, batch["labels"])
   weights = batch["weights"]
+  if class_weights is not None:
+    weights = weights * jnp.asarray(class_weights)[batch["labels"]]
+    losses = losses * weights
   # where, so that a loss which is not finite in an empty slot is left out
   return jnp.sum(jnp.where(weights > 0, losses, 0)), jnp.sum(weights)
 

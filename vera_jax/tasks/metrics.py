@@ -98,13 +98,33 @@ def correlation(
   return float(getattr(stats, name)(*sides).statistic)
 
 
+def balanced_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """The mean over the labels' classes of the share that is answered right."""
+  classes = np.unique(labels)
+  return float(
+    np.mean([(predictions[labels == c] == c).mean() for c in classes])
+  )
+
+
+def r2(predictions: np.ndarray, labels: np.ndarray) -> float:
+  """1 less the squared error over the labels' variance; it orders models as the
+  squared error does. 0 where the labels are constant."""
+  if collapsed(labels):
+    return 0.0
+  from sklearn.metrics import r2_score
+
+  return float(r2_score(labels, predictions))
+
+
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
   "accuracy": accuracy,
   "f1": partial(f1, average="binary"),
   "macro_f1": partial(f1, average="macro"),
   "micro_f1": partial(f1, average="micro"),
   "accuracy_f1": accuracy_f1,
+  "balanced_accuracy": balanced_accuracy,
   "matthews": matthews,
+  "r2": r2,
   "pearson": partial(correlation, name="pearsonr"),
   "spearman": partial(correlation, name="spearmanr"),
 }
@@ -138,6 +158,33 @@ def score(
   if not (np.isfinite(predictions).all() and np.isfinite(labels).all()):
     raise ValueError("predictions or labels are not finite")
   return {name: METRICS[name](predictions, labels) for name in names}
+
+
+def confusion(
+  predictions: np.ndarray, labels: np.ndarray, *, classes: int
+) -> list[list[int]]:
+  """How many examples of each class (a row) got each answer (a column)."""
+  counts = np.zeros((classes, classes), int)
+  np.add.at(counts, (labels, predictions), 1)
+  return counts.tolist()
+
+
+def class_scores(
+  counts: Sequence[Sequence[int]],
+) -> list[tuple[int, float, float, float]]:
+  """(examples, precision, recall, F1) of each class, from `confusion`'s counts;
+  0 where there is nothing to divide by."""
+  table = np.asarray(counts)
+  right, there, answered = np.diag(table), table.sum(1), table.sum(0)
+  return [
+    (
+      int(n),
+      float(k / max(1, a)),
+      float(k / max(1, n)),
+      float(2 * k / max(1, a + n)),
+    )
+    for k, n, a in zip(right, there, answered, strict=True)
+  ]
 
 
 def collapsed(predictions: np.ndarray) -> bool:

@@ -32,11 +32,14 @@ class Evaluation(NamedTuple):
       is better.
     collapsed: whether one and the same answer is given to everything.
     finite: whether all outputs were finite numbers.
+    confusion: how many examples of each class got each answer, on the first
+      split; None where there are no classes, or very many.
   """
 
   scores: dict[str, float]
   collapsed: bool = False
   finite: bool = True
+  confusion: list[list[int]] | None = None
 
 
 class Size(NamedTuple):
@@ -168,7 +171,7 @@ def evaluate_splits(
   "accuracy/validation_mismatched".
   """
   scores: dict[str, float] = {}
-  collapsed = False
+  first = Evaluation({})
   for split in splits:
     evaluation = evaluate(split)
     if not evaluation.finite:
@@ -176,8 +179,8 @@ def evaluate_splits(
     ending = "" if split == splits[0] else f"/{split}"
     scores |= {name + ending: x for name, x in evaluation.scores.items()}
     if split == splits[0]:
-      collapsed = evaluation.collapsed
-  return Evaluation(scores, collapsed)
+      first = evaluation
+  return first._replace(scores=scores)
 
 
 # The modules that make tasks. Each has `NAMES` of them and `task_for(config)`,

@@ -21,7 +21,7 @@ from vera_jax.errors import UserError
 from vera_jax.files import parse_json
 from vera_jax.models.kinds import CLASSES, LABELLED, NUMBER, SEVERAL, TAGS
 from vera_jax.places import local_copy
-from vera_jax.tasks.classification import classification
+from vera_jax.tasks.classification import PROBABILITY, classification
 from vera_jax.tasks.own_rows import (
   check_own_data,
   columns_of,
@@ -49,6 +49,22 @@ METRICS = {
   NUMBER: ("pearson", "spearman"),
   SEVERAL: ("micro_f1", "macro_f1"),
 }
+# What config.select may name, and the score that it is: of a loss, the score
+# that is highest where the loss is lowest.
+SELECT = {
+  CLASSES: {
+    **{x: x for x in ("accuracy", "macro_f1", "balanced_accuracy", "matthews")},
+    "loss": PROBABILITY,
+  },
+  NUMBER: {"pearson": "pearson", "spearman": "spearman", "loss": "r2"},
+  SEVERAL: {
+    "micro_f1": "micro_f1",
+    "macro_f1": "macro_f1",
+    "loss": PROBABILITY,
+  },
+}
+CLASS_WEIGHTS = (None, "balanced")
+UNLIKE = 5  # times as many rows of one class as of another
 LARGEST = float(np.finfo(np.float32).max)  # of the values of a regression
 
 
@@ -103,7 +119,8 @@ def task_for(config: ConfigDict) -> Task | None:
   def read_split(source: Any, split: str) -> Examples:
     return examples[split]
 
-  notes = [*_notes(facts, examples["train"], said=data.kind), *skipped]
+  metrics, weights, advice = _scores(config, facts, examples["train"])
+  notes = [*_notes(facts, examples["train"], said=data.kind), *advice, *skipped]
   presentation = Presentation(
     columns=(facts.columns,),
     size=size_of(examples),
@@ -122,11 +139,12 @@ def task_for(config: ConfigDict) -> Task | None:
     task = classification(
       name,
       labels=facts.labels,
-      metrics=METRICS[facts.kind],
+      metrics=metrics,
       read_split=read_split,
       dev_splits=("dev",),
       presentation=presentation,
       kind=facts.kind,
+      class_weights=weights,
     )
   return task._replace(stored={"columns": list(facts.columns), **stored})
 
@@ -436,6 +454,57 @@ def _dev_rows(examples: Examples, facts: Facts, data: ConfigDict) -> np.ndarray:
     )
   places = (np.arange(size) + 0.5) * len(order) / size
   return np.sort(order[places.astype(int)])
+
+
+def _scores(
+  config: ConfigDict, facts: Facts, train: Examples
+) -> tuple[tuple[str, ...], np.ndarray | None, list[str]]:
+  """(metrics, the first one selects; classes' weights; advice for a person).
+
+  Raises:
+    UserError: config.select or config.data.class_weights doesn't fit the data.
+  """
+  metrics = METRICS.get(facts.kind, ())
+  select, weigh = config.select, config.data.class_weights
+  choices = SELECT.get(facts.kind, {})
+  if select and select not in choices:
+    allowed = (
+      f"choose from {', '.join(choices)}" if choices else "leave it unset"
+    )
+    raise UserError(
+      f"config.select is {select!r}, but the data are {facts.kind}: {allowed}."
+    )
+  if weigh not in CLASS_WEIGHTS or (weigh and facts.kind != CLASSES):
+    raise UserError(
+      f"config.data.class_weights is {weigh!r}, and the data are {facts.kind}:"
+      " leave it unset, or for classification choose balanced."
+    )
+  if select:
+    first = choices[select]
+    metrics = (first, *(name for name in metrics if name != first))
+  if facts.kind != CLASSES:
+    return metrics, None, []
+  counts = np.bincount(train.labels, minlength=len(facts.labels))
+  weights = None
+  if weigh:
+    if not counts.all():
+      raise UserError(
+        f"No training row has the label {facts.labels[counts.argmin()]}, so"
+        " that config.data.class_weights can't give it a weight."
+      )
+    # so that all classes count alike, and an example 1 on the average
+    weights = (counts.sum() / (len(counts) * counts)).astype(np.float32)
+  advice = []
+  least, most = counts.argmin(), counts.argmax()
+  if counts[most] >= UNLIKE * counts[least] and metrics[0] == "accuracy":
+    advice.append(
+      f"The classes are unlike in size: {counts[most]:,} training rows are"
+      f" {facts.labels[most]} and {counts[least]:,} {facts.labels[least]}, and"
+      " accuracy, by which the best epoch is chosen, is mostly of the large"
+      " ones. config.select=macro_f1 chooses by all alike, and"
+      " config.data.class_weights=balanced trains on all alike."
+    )
+  return metrics, weights, advice
 
 
 def _notes(facts: Facts, train: Examples, *, said: str | None) -> list[str]:

@@ -291,6 +291,8 @@ class Run:
       "metrics": evaluation.scores,
       "collapsed": evaluation.collapsed,
     }
+    if evaluation.confusion is not None:
+      epoch["confusion"] = evaluation.confusion
     self.history.append(epoch)
     self.progress["loss_sum"] = 0.0
     # before the save: a line beyond the last save is dropped on resuming, while
