@@ -299,7 +299,7 @@ def test_a_part_of_a_kernel_is_a_layer_of_its_own():
 
 def test_what_cannot_be_adapted_is_an_error_by_name():
   adapt, vera = vera_jax.nnx.adapt, METHODS["vera"]
-  with pytest.raises(UserError, match="(?s)'quary' matches no layer.*query"):
+  with pytest.raises(UserError, match="(?s)target pattern 'quary'.*query"):
     adapt(Net(nnx.Rngs(0)), vera, targets=["quary"])
   with pytest.raises(UserError, match="the class Net"):
     adapt(Net, vera, targets=["query"])

@@ -80,6 +80,8 @@ class Target(NamedTuple):
       the query's third of GPT-2's `c_attn`. Its path is then the layer's path
       with the part's name behind it.
     view: of the layer's kernel.
+    axis: of the parameters, on which an nnx model stacks its layers; linen's
+      and all that a method is given have the stack in front.
   """
 
   inputs: int
@@ -87,6 +89,7 @@ class Target(NamedTuple):
   stack: tuple[int, ...] = ()
   columns: tuple[int, int] | None = None
   view: View = MATRIX
+  axis: int = 0
 
   @property
   def layers(self) -> int:

@@ -44,9 +44,35 @@ def trace_sites(
   sites, calls, astray = _all_sites(traced, fused)
   layers, others = _unfit(traced)
   check_parts(fused, traced.calls, layers | others)
+  chosen = choose(patterns, sites, layers, others, astray)
+  return (
+    chosen,
+    {path: calls[_layer_of(path, site)] for path, site in chosen.items()},
+    meta.unbox(traced.variables),
+  )
+
+
+def choose(
+  patterns: Sequence[str],
+  sites: Mapping[Path, Target],
+  layers: Reasons,
+  others: Reasons,
+  astray: Mapping[Path, tuple[int, ...]],
+) -> dict[Path, Target]:
+  """The sites that the patterns match, in their order.
+
+  Args:
+    patterns: of targets.
+    sites: every layer that can be adapted, and every part of one.
+    layers, others: why other layers, and other parameters, can't be.
+    astray: by a kernel's path the axes of a stack that don't lie in front.
+
+  Raises:
+    UserError: as for `trace_sites`.
+  """
   for pattern in patterns:
     _check_pattern(pattern, sites, layers, others)
-  chosen: list[Path] = []
+  chosen: dict[Path, Target] = {}
   for path, site in sites.items():
     by = [pattern for pattern in patterns if matches(pattern, path)]
     layer = layer_path(path, site)
@@ -60,18 +86,28 @@ def trace_sites(
         " or changed by a transformation. An adapter needs a stack's axis in"
         " front: nn.scan(..., variable_axes={'params': 0, 'projections': 0})."
       )
-    chosen.append(path)
+    chosen[path] = site
   for path in chosen:
-    if sites[path].columns and path[:-1] in chosen:
+    if chosen[path].columns and path[:-1] in chosen:
       raise UserError(
         f"The targets name both {'/'.join(path[:-1])} and its part"
         f" {path[-1]!r}; name one of them."
       )
-  return (
-    {path: sites[path] for path in chosen},
-    {path: calls[_layer_of(path, sites[path])] for path in chosen},
-    meta.unbox(traced.variables),
-  )
+  return chosen
+
+
+def with_parts(
+  layers: Mapping[Path, Target], fused: Fused
+) -> dict[Path, Target]:
+  """The layers, each with the parts of its kernel behind it."""
+  sites: dict[Path, Target] = {}
+  for path, site in layers.items():
+    sites[path] = site
+    for name, (first, last) in parts_of(path, fused).items():
+      sites[*path, name] = site._replace(
+        outputs=last - first, columns=(first, last)
+      )
+  return sites
 
 
 def _layer_of(path: Path, site: Target) -> Path:
@@ -86,7 +122,7 @@ def _all_sites(
   of the layers; and, by the kernel's path, the axes of stacks that don't lie in
   front."""
   shapes = flatten_dict(traced.variables["params"])
-  sites: dict[Path, Target] = {}
+  layers: dict[Path, Target] = {}
   astray: dict[Path, tuple[int, ...]] = {}
   for path, call in traced.calls.items():
     kernel = kernel_path(path, call.view)
@@ -97,13 +133,8 @@ def _all_sites(
     stack = noted.value.shape[: len(noted.axes)]
     if any(noted.axes) or noted.value.shape != (*stack, *call.kernel):
       astray[kernel] = noted.axes
-    site = Target(call.inputs, call.outputs, stack, None, call.view)
-    sites[path] = site
-    for name, (first, last) in parts_of(path, fused).items():
-      sites[*path, name] = site._replace(
-        outputs=last - first, columns=(first, last)
-      )
-  return sites, traced.calls, astray
+    layers[path] = Target(call.inputs, call.outputs, stack, None, call.view)
+  return with_parts(layers, fused), traced.calls, astray
 
 
 def _unfit(traced: Traced) -> tuple[Reasons, Reasons]:

@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import cache, partial, wraps
+from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from vera_jax.adapters import saved
 from vera_jax.adapters.apply import check_choices, check_links
 from vera_jax.adapters.intercept import Interception, Piece
 from vera_jax.adapters.interface import (
@@ -34,18 +35,16 @@ from vera_jax.adapters.interface import (
 )
 from vera_jax.adapters.kinds.embed import table_site
 from vera_jax.adapters.merge import merge as merge_tree
+from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.plans import AUTO, check_plan
 from vera_jax.adapters.sites import (
-  EVERY,
   Fused,
   arrays_at,
   first_leaves,
   layer_path,
   make_shared,
-  matches,
-  parts_of,
 )
-from vera_jax.adapters.targets import check_parts
+from vera_jax.adapters.targets import Reasons, check_parts, choose, with_parts
 from vera_jax.errors import UserError
 from vera_jax.nnx.layers import (
   OWNS,
@@ -59,48 +58,49 @@ from vera_jax.nnx.layers import (
 from vera_jax.nnx.twins import check_biases, twin_of
 from vera_jax.patterns import find
 
-ROOT = "adapted_by"  # the root's field with its `Adaptation`
+ROOT = "adapted_by"  # a field of the model's class, with its `Adaptation`
 PLACE = "adapted_at"  # an adapted layer's field with its path, a text
+NUMBER = "number_in_stack"  # and with its number, where a method draws numbers
 PROJECTIONS = ("made", "held")
+STACK_AXES = (0, 1)  # a vector has no others
 
 
 class Part(nnx.Module):
   """The leaves of one part of a fused kernel."""
 
 
-@dataclass(frozen=True, eq=False)
-class Adaptation:
-  """An adapter on a model: `adapters.apply.Adapted`'s fields, and the sites."""
+@dataclass
+class Adaptation(Interception):
+  """An adapter on a model, and what the model's layers need during a call.
 
-  adapter: Adapter
-  targets: tuple[str, ...]
-  fused: Fused
-  plan: str
-  forwards: int
-  sites: Mapping[Path, Target]
+  Attributes:
+    sites: by path.
+    classes: those derived for it, by the class and the kernel of a layer.
+  """
 
-  def interception(self, root: nnx.Module | None) -> "_Calls":
-    """What the model's layers need during a call of it.
+  sites: Mapping[Path, Target] = field(default_factory=dict)
+  classes: dict[tuple[type, str], type] = field(default_factory=dict)
 
-    Args:
-      root: the model; None where a layer is called alone.
+  def is_target(self, path: Path) -> bool:
+    return path in self.sites
+
+  def called(self, root: nnx.Module | None) -> "Adaptation":
+    """The same during a call of the model; None where a layer is called alone.
+
+    Raises:
+      UserError: the layer needs what lies at the model's root.
     """
     if root is None and any(link.common for link in self.adapter.methods):
       raise UserError(
         f"{self.adapter.name} has leaves that all layers share, at the model's"
         " root: call the whole model, and not a layer of it."
       )
-    common = {} if root is None else leaves_at(root, self.adapter)
-    return _Calls(
-      self.adapter,
-      self.targets,
-      self.fused,
-      self.plan,
-      self.forwards,
-      {"params": common, "projections": self.shared_at(root)},
-      _TRAINING.get() is not None,
-      sites=self.sites,
-    )
+    leaves = {} if root is None else _values(root, nnx.LoRAParam)
+    variables = {
+      "params": self.adapter.own(leaves),
+      "projections": self.shared_at(root),
+    }
+    return replace(self, variables=variables)
 
   def shared_at(self, root: nnx.Module | None) -> Mapping[str, Any]:
     """The projections of all layers: those that the model holds, or made anew
@@ -110,15 +110,32 @@ class Adaptation:
       return held
     return arrays_at(self.adapter.shared(self.sites))
 
+  def __reduce__(self) -> Any:
+    """For pickle, by the method's name and settings.
 
-@dataclass
-class _Calls(Interception):
-  """An interception that knows its sites by path."""
+    Raises:
+      UserError: the table of methods has no such method.
+    """
+    about = saved.identity(self)
+    named = about["method"], about["settings"]
+    make_adapter(*named)
+    rest = self.targets, about["fused"], self.plan, self.forwards, self.sites
+    return _adaptation, (*named, *rest)
 
-  sites: Mapping[Path, Target] = field(default_factory=dict)
 
-  def is_target(self, path: Path) -> bool:
-    return path in self.sites
+def _adaptation(
+  method: str,
+  settings: Mapping[str, Any],
+  targets: tuple[str, ...],
+  fused: Fused,
+  plan: str,
+  forwards: int,
+  sites: Mapping[Path, Target],
+) -> Adaptation:
+  adapter, _ = make_adapter(method, settings)
+  return Adaptation(
+    adapter, targets, fused, plan, forwards, EMPTY, False, sites=sites
+  )
 
 
 class Training(NamedTuple):
@@ -130,12 +147,10 @@ class Training(NamedTuple):
   @property
   def penalty(self) -> Array:
     """The sum of what the methods add to the mean loss."""
-    return (
-      jnp.sum(jnp.stack(self.penalties)) if self.penalties else jnp.zeros(())
-    )
+    return sum(self.penalties, start=jnp.zeros(()))
 
 
-_CALLS = ContextVar[_Calls | None]("calls", default=None)
+_CALLS = ContextVar[Adaptation | None]("calls", default=None)
 _TRAINING = ContextVar[Training | None]("training", default=None)
 
 
@@ -164,6 +179,7 @@ def adapt(
   plan: str = AUTO,
   forwards: int = 1,
   projections: str = "made",
+  stack_axis: int | None = None,
 ) -> nnx.Module:
   """Put an adapter on an nnx model, which is changed and returned.
 
@@ -180,6 +196,7 @@ def adapt(
     projections: "made" makes what all layers share, such as VeRA's A and B,
       from its seed at each call of the model; "held" makes it once and holds
       it in fields of the model, as `Projection`, which nothing trains.
+    stack_axis: as for `find_targets`.
 
   Raises:
     UserError: a target matches nothing that can be adapted, or the model has
@@ -199,12 +216,19 @@ def adapt(
       "The model has an adapter already: put both on at once, by"
       " chain(first, second)."
     )
-  sites = find_targets(model, targets, fused=fused)
+  sites = find_targets(model, targets, fused=fused, stack_axis=stack_axis)
   check_links(adapter, sites)
   adaptation = Adaptation(
-    adapter, tuple(targets), fused, check_plan(plan), forwards, sites
+    adapter,
+    tuple(targets),
+    fused,
+    check_plan(plan),
+    forwards,
+    EMPTY,
+    False,
+    sites=sites,
   )
-  params = tree_of(model)
+  params = tree_of(model, sites=sites)
   matrices = make_shared(adapter, sites, params)
   key = (rngs or nnx.Rngs(0)).params()
   leaves = first_leaves(adapter, sites, params, matrices, key)
@@ -212,10 +236,15 @@ def adapt(
   check_biases(twin, adapter, sites, params, leaves, matrices)
   added: dict[Path, nnx.Variable] = {}
   for path, leaf in flatten_dict(leaves).items():
-    added[path] = nnx.LoRAParam(leaf)
+    added[path] = nnx.LoRAParam(stacked(leaf, sites.get(path[:-1])))
   for path, leaf in flatten_dict(matrices).items():
     if len(path) > 1 or projections == "held":
-      added[path] = Projection(leaf)
+      added[path] = Projection(stacked(leaf, sites.get(path[:-1])))
+  for path, site in sites.items() if adapter.is_random else ():
+    if site.stack:
+      numbers = jnp.arange(site.layers).reshape(*site.stack, 1)
+      layer = layer_path(path, site)
+      added[*layer, NUMBER] = Projection(stacked(numbers, site))
   for *path, name in added:
     if hasattr(modules.get(tuple(path)), name):
       raise UserError(
@@ -235,87 +264,119 @@ def adapt(
         variable = vars(module)[name]
         trained = nnx.LoRAParam(variable.get_value(), **variable.get_metadata())
         setattr(module, name, trained)
-  derived = cache(partial(_layer_class, adaptation))
   for path, target in sites.items():
     owner = modules[layer_path(path, target)]
     if PLACE not in vars(owner):  # of several parts the first one
       setattr(owner, PLACE, "/".join(layer_path(path, target)))
-      owner.__class__ = derived(type(owner), target.view.kernel)
-  model.__class__ = _root_class(adaptation, type(model))
+      kernel = target.view.kernel
+      owner.__class__ = _derived(adaptation, type(owner), kernel)
+  model.__class__ = _derived(adaptation, type(model))
   return model
 
 
 def find_targets(
-  model: nnx.Module, targets: Sequence[str], *, fused: Fused = EMPTY
+  model: nnx.Module,
+  targets: Sequence[str],
+  *,
+  fused: Fused = EMPTY,
+  stack_axis: int | None = None,
 ) -> dict[Path, Target]:
   """The sites whose path ends in one of the patterns, as they were defined.
 
+  Args:
+    model: any nnx module.
+    targets: patterns, as for `adapt`.
+    fused: as for `vera_jax.adapt`.
+    stack_axis: on which layers that `nnx.scan` runs are stacked, 0 or 1; it
+      need not be given where the shapes of kernels and biases say it.
+
   Raises:
     UserError: a pattern matches nothing that can be adapted; the message lists
-      what can be.
+      what can be. Or the axis of a stack is to be given.
   """
-  layers: dict[Path, Target] = {}
-  every: dict[Path, Target] = {}  # with parts of layers
-  unfit: dict[Path, str] = {}
+  axes = STACK_AXES if stack_axis is None else (stack_axis,)
+  readings: dict[Path, list[Target]] = {}
+  unfit: Reasons = {}
   owners: dict[int, Path] = {}
   for path, module in modules_of(model).items():
-    seen = see(module, type(module))
-    if seen is None:
-      continue
-    if isinstance(seen, str):
-      unfit[path] = seen
-      continue
-    view, shape, outputs = seen
-    kernel = vars(module)[view.kernel]
-    if (other := owners.setdefault(id(kernel), path)) != path:
-      unfit[path] = f"it shares its {view.kernel} with {'/'.join(other)}"
-      unfit[other] = f"it shares its {view.kernel} with {'/'.join(path)}"
-      continue
-    stack = kernel.shape[: len(kernel.shape) - len(shape)]
-    if kernel.shape != (*stack, *shape):
-      unfit[path] = (
-        f"its {view.kernel} has the shape {kernel.shape}, and not"
-        f" {shape} behind the axes of a stack"
-      )
-      continue
-    site = Target(math.prod(shape) // outputs, outputs, stack, None, view)
-    layers[path] = site
-  layers = {path: site for path, site in layers.items() if path not in unfit}
+    read = _readings(module, axes)
+    if isinstance(read, str):
+      unfit[path] = read
+    elif read:
+      readings[path] = read
+      kernel = read[0].view.kernel
+      other = owners.setdefault(id(vars(module)[kernel]), path)
+      if other != path:
+        unfit[path] = f"it shares its {kernel} with {'/'.join(other)}"
+        unfit[other] = f"it shares its {kernel} with {'/'.join(path)}"
+  # the axis of one layer tells those of others whose shapes fit either axis
+  known = {x[0].axis for x in readings.values() if x[0].stack and len(x) == 1}
+  layers = {
+    path: next((site for site in read if known == {site.axis}), read[0])
+    for path, read in readings.items()
+    if path not in unfit
+  }
   check_parts(fused, layers, unfit)
-  for path, site in layers.items():
-    every[path] = site
-    for name, columns in parts_of(path, fused).items():
-      width = columns[1] - columns[0]
-      every[*path, name] = site._replace(outputs=width, columns=columns)
-  chosen: set[Path] = set()
-  for pattern in targets:
-    named = {path for path in every if matches(pattern, path)}
-    if pattern == EVERY:
-      named = {path for path in named if not every[path].columns}
-    wrong = {p: why for p, why in unfit.items() if matches(pattern, p)}
-    if not named or (wrong and pattern != EVERY):
-      reasons = "".join(f"\n  {'/'.join(p)}: {why}" for p, why in wrong.items())
-      what = "matches what can't be adapted" if wrong else "matches no layer"
-      listed = "\n  ".join("/".join(path) for path in every)
+  chosen = choose(targets, with_parts(layers, fused), unfit, {}, {})
+  for path, site in chosen.items():
+    layer = layer_path(path, site)
+    if len(readings[layer]) > 1 and len(known) != 1:
       raise UserError(
-        f"The target pattern {pattern!r} {what}:{reasons}\nThe layers that can"
-        f" be adapted are:\n  {listed}"
+        f"The layers at {'/'.join(layer)} may be stacked on axis 0 or on axis 1"
+        f" of their {site.view.kernel}: give stack_axis, which nnx.scan has as"
+        " in_axes."
       )
-    chosen |= named
-  for path in sorted(chosen):
-    if every[path].columns and path[:-1] in chosen:
-      raise UserError(
-        f"The targets name both {'/'.join(path[:-1])} and its part"
-        f" {path[-1]!r}; name one of them."
-      )
-  return {path: site for path, site in every.items() if path in chosen}
+  return chosen
+
+
+def _readings(
+  module: nnx.Module, axes: Sequence[int]
+) -> list[Target] | str | None:
+  """A layer, for each axis on which it may be stacked; or as `see` says."""
+  readings: list[Target] = []
+  for axis in axes:
+    seen = see(module, type(module), axis)
+    if seen is None or isinstance(seen, str):
+      return seen
+    view, own, outputs = seen
+    params = values_of(module)
+    shape = params[view.kernel].shape
+    more = len(shape) - len(own)
+    stack = shape[axis : axis + more]
+    bias = params["bias"].shape if "bias" in params else (*own[:axis], *stack)
+    start = min(axis, len(bias) - more)
+    # where MaxText notes it
+    noted = getattr(vars(module)[view.kernel], "param_scan_axis", axis)
+    if (
+      (*shape[:axis], *shape[axis + more :]) == own
+      and bias[start : start + more] == stack
+      and noted == axis
+    ):
+      inputs, at = math.prod(own) // outputs, axis if stack else 0
+      readings.append(Target(inputs, outputs, stack, None, view, at))
+  return list(dict.fromkeys(readings)) or (
+    f"its {view.kernel} has the shape {shape}, and not {own} with the axis of a"
+    f" stack at {' or '.join(map(str, axes))}"
+  )
+
+
+def stacked(value: Any, site: Target | None, *, front: bool = False) -> Any:
+  """A value of a site with its stack on the axis where the model has it, of
+  one that has it in front; or the other way round."""
+  if site is None or not site.axis:
+    return value
+  more = len(site.stack)
+  axis = min(site.axis, value.ndim - more)
+  ends = range(more), range(axis, axis + more)
+  return jnp.moveaxis(value, *(ends[::-1] if front else ends))
 
 
 def modules_of(model: nnx.Module) -> dict[Path, nnx.Module]:
   """Every module by its path, in the order in which they were defined.
 
   An entry of a list is part of a name: ("layers_3", "q_proj"). A model that
-  has a linen twin here has the twin's paths.
+  has a linen twin here has the twin's paths. flax keeps the order of a model's
+  fields when the model is taken apart and put together again.
   """
   by_parts = dict(nnx.iter_modules(model))
 
@@ -323,11 +384,14 @@ def modules_of(model: nnx.Module) -> dict[Path, nnx.Module]:
     numbers: list[int] = []
     node: Any = model
     for part in parts:
-      children = node if isinstance(node, Mapping) else None
-      if children is None and not isinstance(part, int):
-        children = vars(node)
-      numbers.append(part if children is None else list(children).index(part))
-      node = node[part] if children is None else children[part]
+      inside: Any = node
+      if not isinstance(part, int):
+        inside = vars(node) if isinstance(node, nnx.Pytree) else node
+        fields = getattr(node, "_pytree__nodes", inside)
+        numbers.append(list(fields).index(part))
+      else:
+        numbers.append(part)
+      node = inside[part]
     return numbers
 
   twin = twin_of(model)
@@ -349,23 +413,53 @@ def named(path: Sequence[Any]) -> Path:
 
 
 def tree_of(
-  model: nnx.Module, *, without: type[nnx.Variable] | tuple[()] = ()
+  model: nnx.Module,
+  *,
+  without: type[nnx.Variable] | tuple[()] = (),
+  sites: Mapping[Path, Target] | None = None,
 ) -> dict[str, Any]:
-  """The model's parameters as the tree of a linen model, with the adapter's."""
+  """The model's parameters as the tree of a linen model, with the adapter's.
+
+  Args:
+    model: with an adapter or without one.
+    without: a kind of variables that are left out.
+    sites: of the model, those of its adapter where none are given; their
+      stacks are put in front.
+  """
   flat: dict[Path, Any] = {}
+  by_module = _by_module(model, sites)
   for path, module in modules_of(model).items():
     for name, variable in vars(module).items():
       if isinstance(variable, nnx.Param) and not isinstance(variable, without):
-        flat[*path, name] = variable.get_value()
+        site, value = by_module.get(path), variable.get_value()
+        flat[*path, name] = stacked(value, site, front=True)
   return unflatten_dict(flat)
 
 
-def leaves_at(module: nnx.Module, adapter: Adapter) -> dict[str, Any]:
-  """The adapter's leaves beside a module's own parameters."""
-  return {
-    name: variable.get_value()
-    for name, variable in vars(module).items()
-    if isinstance(variable, nnx.LoRAParam) and adapter.owns(name)
+def set_values(
+  model: nnx.Module,
+  flat: Mapping[Path, Any],
+  *,
+  kind: type[nnx.Variable] = nnx.Param,
+) -> None:
+  """Give an adapted model's variables of a kind the values of a linen tree."""
+  by_module = _by_module(model)
+  for path, module in modules_of(model).items():
+    for name, variable in vars(module).items():
+      if isinstance(variable, kind) and (*path, name) in flat:
+        value = stacked(flat[*path, name], by_module.get(path))
+        variable.set_value(value)
+
+
+def _by_module(
+  model: nnx.Module, sites: Mapping[Path, Target] | None = None
+) -> dict[Path, Target]:
+  """The sites by the paths of the layers and parts that they are."""
+  if sites is None:
+    adaptation = getattr(type(model), ROOT, None)
+    sites = {} if adaptation is None else adaptation.sites
+  return {layer_path(path, site): site for path, site in sites.items()} | {
+    **sites
   }
 
 
@@ -381,26 +475,24 @@ def adaptation_of(model: nnx.Module) -> Adaptation:
   return adaptation
 
 
-def _root_class(adaptation: Adaptation, base: type) -> type:
-  """The model's class, whose call gives its layers what they share."""
+def _derived(adaptation: Adaptation, base: Any, kernel: str = "") -> type:
+  """The class of an adapted layer, whose call makes the adapted product, or,
+  without a kernel, of the model, whose call gives its layers what they share.
+
+  It has its base's name, as whoever prints or compares it expects.
+  """
+  if derived := adaptation.classes.get((base, kernel)):
+    return derived
 
   @wraps(base.__call__)
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    token = _CALLS.set(adaptation.interception(self))
+    if kernel:
+      return _call(self, base, adaptation, args, kwargs)
+    token = _CALLS.set(adaptation.called(self))
     try:
       return base.__call__(self, *args, **kwargs)
     finally:
       _CALLS.reset(token)
-
-  return _derived(base, adaptation, {"__call__": call})
-
-
-def _layer_class(adaptation: Adaptation, base: Any, kernel: str) -> type:
-  """A layer's class, whose call makes the adapted product."""
-
-  @wraps(base.__call__)
-  def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return _call(self, base, adaptation, args, kwargs)
 
   def read(self: Any, name: str) -> Any:
     if name == kernel and _CALLS.get() is not None:
@@ -410,56 +502,58 @@ def _layer_class(adaptation: Adaptation, base: Any, kernel: str) -> type:
       )
     return base.__getattribute__(self, name)
 
-  body: dict[str, Any] = {"__call__": call, "__getattribute__": read}
-  if issubclass(base, nnx.Embed):
+  def reduce(self: Any, protocol: Any) -> Any:
+    _, _, *state = base.__reduce_ex__(self, protocol)
+    return _new, (adaptation, base, kernel), *state
+
+  body: dict[str, Any] = {
+    ROOT: adaptation,
+    UNADAPTED: base,
+    OWNS: adaptation.adapter.owns,
+    "__call__": call,
+    "__reduce_ex__": reduce,
+    "__module__": base.__module__,
+    "__qualname__": base.__qualname__,
+    "__doc__": base.__doc__,
+  }
+  if kernel:
+    body["__getattribute__"] = read
+  if kernel and issubclass(base, nnx.Embed):
 
     @wraps(base.attend)
     def attend(self: Any, *args: Any, **kwargs: Any) -> Any:
       return _attend(self, base, adaptation, args, kwargs)
 
     body["attend"] = attend
-  return _derived(base, adaptation, body)
+  derived = type(base)(base.__name__, (base,), body)
+  adaptation.classes[base, kernel] = derived
+  return derived
 
 
-def _derived(
-  base: type, adaptation: Adaptation, body: Mapping[str, Any]
-) -> type:
-  """A class of the same name, as whoever prints or compares it expects."""
-  about = {
-    ROOT: adaptation,
-    UNADAPTED: base,
-    OWNS: adaptation.adapter.owns,
-    "__module__": base.__module__,
-    "__qualname__": base.__qualname__,
-    "__doc__": base.__doc__,
-  }
-  return type(base)(base.__name__, (base,), {**about, **body})
+def _new(adaptation: Adaptation, base: type, kernel: str) -> Any:
+  """A module of an adapted class, which pickle fills."""
+  return object.__new__(_derived(adaptation, base, kernel))
 
 
 def _call(
   layer: Any, base: type, adaptation: Adaptation, args: Any, kwargs: Any
 ) -> Any:
   """A call of an adapted layer, wherever in the model it lies."""
-  calls = _CALLS.get() or adaptation.interception(None)
+  calls = _CALLS.get() or adaptation.called(None)
   path = tuple(vars(layer)[PLACE].split("/"))
   call = see_call(layer, base, args, kwargs)
   if isinstance(call, str):
     raise UserError(f"{'/'.join(path)} can't be adapted in this call: {call}.")
   call = call._replace(site=call.site._replace(path=path))
-  pieces = _pieces(calls, layer, call.site)
-  training = _TRAINING.get()
-  draw = None
+  training, draw = _TRAINING.get(), None
   if training is not None and adaptation.adapter.is_random:
-    if any(adaptation.sites[piece.site.path].stack for piece in pieces):
-      raise UserError(
-        f"{adaptation.adapter.name} draws random numbers in training, which"
-        f" would be the same for all layers of the stack {'/'.join(path)}."
-      )
-    place_key = jax.random.fold_in(
-      training.key, zlib.crc32("/".join(path).encode())
-    )
-    draw = lambda: place_key  # noqa: E731
-  y, penalties = calls.product(call, pieces, draw=draw)
+    key = jax.random.fold_in(training.key, zlib.crc32("/".join(path).encode()))
+    if NUMBER in vars(layer):
+      key = jax.random.fold_in(key, vars(layer)[NUMBER].get_value()[0])
+    draw = lambda: key  # noqa: E731
+  y, penalties = calls.product(
+    call, _pieces(calls, layer, call.site), draw=draw
+  )
   if training is not None:
     training.penalties.extend(penalties)
   return y
@@ -469,7 +563,7 @@ def _attend(
   layer: Any, base: Any, adaptation: Adaptation, args: Any, kwargs: Any
 ) -> Any:
   """The tied output layer, by flax's own code on the adapted table."""
-  calls = _CALLS.get() or adaptation.interception(None)
+  calls = _CALLS.get() or adaptation.called(None)
   table = values_of(layer)["embedding"]
   site = table_site(base.__name__, table)
   site = site._replace(path=tuple(vars(layer)[PLACE].split("/")))
@@ -480,14 +574,13 @@ def _attend(
 
 def _pieces(calls: Interception, layer: nnx.Module, site: Site) -> list[Piece]:
   """The layer's sites, with their leaves and the matrices of their own."""
-  trees: list[dict[str, Any]] = []
-  for kind in (nnx.LoRAParam, Projection):
-    tree: dict[str, Any] = {}
-    for name, value in vars(layer).items():
-      if isinstance(value, Part):
-        tree[name] = _values(value, kind)
-    trees.append({**tree, **_values(layer, kind)})
-  return list(calls.pieces(site, *trees))
+  parts = {n: x for n, x in vars(layer).items() if isinstance(x, Part)}
+  leaves, matrices = (
+    {name: _values(part, kind) for name, part in parts.items()}
+    | _values(layer, kind)
+    for kind in (nnx.LoRAParam, Projection)
+  )
+  return list(calls.pieces(site, leaves, matrices))
 
 
 def _values(module: nnx.Module, kind: type[nnx.Variable]) -> dict[str, Any]:
@@ -517,12 +610,9 @@ def merge(model: nnx.Module) -> nnx.Module:
       targets=adaptation.sites,
     )
   )
-  plain = remove(nnx.clone(model))
-  for path, module in modules_of(plain).items():
-    for name, variable in vars(module).items():
-      if (value := merged.get((*path, name))) is not None:
-        variable.set_value(value)
-  return plain
+  plain = nnx.clone(model)
+  set_values(plain, merged)
+  return remove(plain)
 
 
 def remove(model: nnx.Module) -> nnx.Module:
@@ -555,9 +645,12 @@ def projections_of(model: nnx.Module) -> dict[str, Any]:
   Raises:
     UserError: the model has no adapter.
   """
-  shared = adaptation_of(model).shared_at(model)
+  adaptation = adaptation_of(model)
+  shared = adaptation.shared_at(model)
   tree: dict[Path, Any] = {(name,): value for name, value in shared.items()}
+  by_module = _by_module(model)
   for path, module in modules_of(model).items():
     for name, value in _values(module, Projection).items():
-      tree[*path, name] = value
+      if name != NUMBER:
+        tree[*path, name] = stacked(value, by_module.get(path), front=True)
   return unflatten_dict(tree)

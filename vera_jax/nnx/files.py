@@ -38,6 +38,8 @@ from vera_jax.nnx.adapt import (
   named,
   projections_of,
   remove,
+  set_values,
+  stacked,
   tree_of,
 )
 from vera_jax.nnx.layers import Projection, lora_shapes
@@ -87,6 +89,7 @@ def load(
   *,
   base: str | Path | None = None,
   projections: str = "made",
+  stack_axis: int | None = None,
 ) -> nnx.Module:
   """Put a saved adapter on a model, which is changed and returned.
 
@@ -96,7 +99,8 @@ def load(
     model: without an adapter, with the weights that it was trained on.
     base: where the file names the twin's base: its folder, hub id or GGUF file,
       if that is elsewhere now.
-    projections: as for `adapt`; those that lie in the file are always held.
+    projections, stack_axis: as for `adapt`; projections that lie in the file
+      are always held.
 
   Raises:
     UserError: a file is damaged; or the layers, the weights or the projections
@@ -111,6 +115,7 @@ def load(
     targets=targets,
     fused=about.get("fused", EMPTY),
     projections="held" if saved.is_stored(about) else projections,
+    stack_axis=stack_axis,
   )
   try:
     _set_leaves(model, file, base)
@@ -141,11 +146,9 @@ def _set_leaves(
     base_fingerprint=weights,
   )
   leaves = flatten_dict(loaded["params"])
-  for path, module in modules_of(model).items():
-    for name, variable in vars(module).items():
-      if isinstance(variable, nnx.LoRAParam):
-        shape = variable.get_value().shape
-        variable.set_value(twin.value((*path, name), leaves, shape))
+  params = flatten_dict(tree_of(model, without=Projection))
+  named_here = {p: twin.value(p, leaves, x.shape) for p, x in params.items()}
+  set_values(model, named_here, kind=nnx.LoRAParam)
 
 
 def _check_weights(
@@ -247,13 +250,14 @@ def to_lora(model: nnx.Module) -> Any:  # an `nnx.State`
   }
   modules = modules_of(model)
   for path, pair in factors.items():
-    kernel, stack = sites[path].view.kernel, sites[path].stack
-    ins, outs = lora_shapes(modules[path])
+    site = sites[path]
+    kernel, stack = site.view.kernel, site.stack
+    ins, outs = lora_shapes(modules[path], site.axis)
     for letter, matrix, shape in (
       ("a", pair[0], (*stack, *ins, -1)),
       ("b", pair[1], (*stack, pair[1].shape[-2], *outs)),
     ):
-      value = nnx.LoRAParam(matrix.reshape(shape))
+      value = nnx.LoRAParam(stacked(matrix.reshape(shape), site))
       lora[*paths[path], f"{kernel}_lora_{letter}"] = value
   return nnx.from_flat_state(list(lora.items()))
 

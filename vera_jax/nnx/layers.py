@@ -129,9 +129,15 @@ def twin_of(layer: nnx.Module, base: type) -> nn.Module | None:
   return TWINS[kind](layer)
 
 
-def see(layer: Any, base: type) -> Seen | str | None:
+def see(layer: Any, base: type, axis: int = 0) -> Seen | str | None:
   """How the kernel is seen before there is a call; or why the layer can't be
-  adapted, or None for a module without a matrix of its own."""
+  adapted, or None for a module without a matrix of its own.
+
+  Args:
+    layer: the layer.
+    base: its class before it was adapted.
+    axis: on which its kernel is stacked, if it is.
+  """
   params = values_of(layer)
   kind = next((x for x in base.__mro__ if x in TWINS), None)
   matrices = [name for name, value in params.items() if _rank(value) > 1]
@@ -163,7 +169,8 @@ def see(layer: Any, base: type) -> Seen | str | None:
   (name,) = matrices
   if _equation(layer, ()):
     operands = equation.partition("->")[0].partition(",")[2].replace(" ", "")
-    shape = params[name].shape[params[name].ndim - len(operands) :]
+    shape = params[name].shape
+    shape = shape[:axis] + shape[axis + len(shape) - len(operands) :]
   else:
     shape = (*layer.in_features_shape, *layer.out_features_shape)
   axes = parse(equation, _example(equation).ndim, shape)
@@ -241,10 +248,12 @@ def bare(layer: nnx.Module, base: type, changed: Mapping[str, Any]) -> Any:
   return other
 
 
-def lora_shapes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def lora_shapes(
+  layer: Any, axis: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The axes of inputs and of outputs in qwix's LoRA matrices: an equation's
   stay apart, in the kernel's order."""
-  seen = see(layer, getattr(type(layer), UNADAPTED))
+  seen = see(layer, getattr(type(layer), UNADAPTED), axis)
   assert isinstance(seen, tuple)
   _, shape, outputs = seen
   equation = _equation(layer, ())
