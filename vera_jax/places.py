@@ -288,8 +288,7 @@ class Mirror:
     self.local = Path(self._folder.name)
     self._copied: dict[Path, int] = {}
     self._one_at_a_time, self._ended = threading.Lock(), threading.Event()
-    thread = threading.Thread(target=self._repeat, daemon=True, name="mirror")
-    thread.start()
+    threading.Thread(target=self._repeat, daemon=True, name="mirror").start()
 
   def copy(self) -> None:
     """Copy what has grown; errors of the store are raised."""
