@@ -44,81 +44,67 @@ send_code() { # as it lies here, without what git ignores
     gcloud storage cp - "$FILES/code.tar.gz"
 }
 
-get_slice() { # waits until it is there
-  local now before=
-  while true; do
-    if gcloud storage ls "$FILES/stop" >/dev/null 2>&1; then
-      say "stopped by \`$0 stop\` or \`delete\`"
-      return "$AGAIN"
-    fi
-    now=$(state)
-    case $now in
-    ACTIVE) return 0 ;;
-    "")
-      say "asking for $ACCELERATOR"
-      tpus queued-resources create "$NAME" --node-id="$NAME" --async \
-        --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" \
-        ${SPOT:+--spot} || return 1
-      ;;
-    SUSPENDING | SUSPENDED) delete ;; # preempted, and never given back
-    FAILED)
-      tpus queued-resources describe "$NAME"
-      return 1
-      ;;
-    *) [ "$now" = "$before" ] || say "$now" ;;
-    esac
-    before=$now
-    sleep "$POLL"
-  done
-}
-
 start() { # one attempt, on all hosts
-  attempt=$FILES/$(date -u +%Y%m%d-%H%M%S)
   if [ -n "$ENV_FILE" ]; then # not by the bucket: it may hold secrets
     tpus tpu-vm scp "$ENV_FILE" "$NAME:vera_jax.env" --worker=all || return
   fi
-  say "starting on $HOSTS host(s); logs: $attempt"
+  say "starting on $HOSTS host(s); logs: $1"
   on_workers "sudo systemctl stop vera 2>/dev/null; mkdir -p vera_jax &&
     gcloud storage cat '$FILES/code.tar.gz' | tar xz --directory=vera_jax &&
-    bash vera_jax/experiments/launches/worker.sh start '$attempt' $(
+    bash vera_jax/experiments/launches/worker.sh start '$1' $(
     printf '%q ' "${WORDS[@]}"
   )"
 }
 
-wait_for_end() { # prints the exit code of all hosts together
-  local code codes
-  while [ "$(state)" = ACTIVE ]; do
-    sleep "$POLL"
-    gcloud storage ls "$attempt/exit-*" >/dev/null 2>&1 || continue
-    # within a minute a lost host's neighbours have ended too, and a slice that
-    # was taken away is no longer active
-    sleep "$GRACE"
-    [ "$(state)" = ACTIVE ] || break
-    codes=$(gcloud storage cat "$attempt/exit-*")
-    code=$(grep -vxE "0|$AGAIN" <<<"$codes" || sort -rn <<<"$codes")
-    echo "${code%%$'\n'*}" # an error before 75, 75 before 0
-    return
-  done
-  say "the slice is gone"
-  echo "$AGAIN"
-}
-
-run() {
-  local code=$AGAIN
+run() { # one look after another, until an attempt has come to its end
+  local now attempt="" before="" code codes
   trap 'say "$NAME may still be there, and cost: bash $0 delete"' EXIT
   gcloud storage rm "$FILES/stop" >/dev/null 2>&1
   send_code || exit 1
-  while [ "$code" = "$AGAIN" ]; do
-    get_slice || exit
-    start
-    code=$?
-    if [ "$code" = 0 ]; then
-      code=$(wait_for_end)
-    elif sleep "$POLL" && [ "$(state)" != ACTIVE ]; then
-      code=$AGAIN # preempted while it was installing
+  while true; do
+    if gcloud storage ls "$FILES/stop" >/dev/null 2>&1; then
+      say "stopped by \`$0 stop\` or \`delete\`"
+      exit "$AGAIN"
     fi
-    say "ended with $code"
+    now=$(state)
+    [ "$now" = "$before" ] || say "the slice: ${now:-none}"
+    [ "$now" = ACTIVE ] || attempt=
+    before=$now
+    case $now in
+    "")
+      say "asking for $ACCELERATOR"
+      tpus queued-resources create "$NAME" --node-id="$NAME" --async \
+        --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" \
+        ${SPOT:+--spot} || exit 1
+      ;;
+    SUSPENDING | SUSPENDED) delete ;; # preempted, and never given back
+    FAILED)
+      tpus queued-resources describe "$NAME"
+      exit 1
+      ;;
+    ACTIVE)
+      if [ -z "$attempt" ]; then
+        attempt=$FILES/$(date -u +%Y%m%d-%H%M%S)
+        start "$attempt"
+        code=$?
+        # it may have been preempted while it was installing
+        [ "$code" = 0 ] || { sleep "$POLL" && [ "$(state)" != ACTIVE ]; } ||
+          break
+      elif gcloud storage ls "$attempt/exit-*" >/dev/null 2>&1 &&
+        # within a minute a lost host's neighbours have ended too, and a slice
+        # that was taken away is no longer active
+        sleep "$GRACE" && [ "$(state)" = ACTIVE ]; then
+        codes=$(gcloud storage cat "$attempt/exit-*")
+        code=$(grep -vxE "0|$AGAIN" <<<"$codes" || sort -rn <<<"$codes")
+        code=${code%%$'\n'*} # an error before 75, 75 before 0
+        [ "$code" = "$AGAIN" ] || break
+        attempt=
+      fi
+      ;;
+    esac
+    sleep "$POLL"
   done
+  say "ended with $code"
   if [ -z "${KEEP:-}" ]; then
     delete
     trap - EXIT
