@@ -18,6 +18,7 @@ class Source(NamedTuple):
     sweeps: names of sweeps, as "glue:base".
     weights: hub ids.
     data: what has to be there, and where it comes from.
+    data_flag: how local data are named, where they don't come from the hub.
     after: a command between the sweep and its verdict, for each run.
   """
 
@@ -25,6 +26,7 @@ class Source(NamedTuple):
   sweeps: tuple[str, ...]
   weights: tuple[str, ...]
   data: str
+  data_flag: str = ""
   after: str = ""
 
 
@@ -35,7 +37,7 @@ LLAMA_7B = ("huggyllama/llama-7b",)
 IMAGES = ("cifar100", "food101", "flowers102", "resisc45")
 # Answers of each run; a judge's scores of them come from FastChat.
 ANSWERS = (
-  "python -m experiments.answer --adapter=RUN/adapter"
+  "experiments.answer --adapter=DIR/…/runs/NAME/adapter"
   " --questions=question.jsonl --out=NAME.jsonl"
 )
 
@@ -51,6 +53,7 @@ SOURCES = {
     ("e2e:medium", "e2e:large"),
     ("gpt2-medium", "gpt2-large"),
     "E2E in microsoft/LoRA's form: train.txt, valid.txt, test.txt; Java",
+    "--config.base.data.source=FOLDER",
   ),
   "Table 4": Source(
     "MT-Bench, VeRA and LoRA",
@@ -65,7 +68,7 @@ SOURCES = {
       "meta-llama/Llama-2-13b-hf",
     ),
     f"{ALPACA}; MT-Bench's question.jsonl; GPT-4 as the judge",
-    ANSWERS,
+    after=ANSWERS,
   ),
   "Table 5": Source(
     "images, the head alone, full, LoRA and VeRA",
@@ -94,7 +97,7 @@ SOURCES = {
     ("instruct:vicuna",),
     LLAMA_7B,
     f"{ALPACA}; Vicuna's question.jsonl; GPT-4 as the judge",
-    ANSWERS,
+    after=ANSWERS,
   ),
   "Figure 2": Source("score by rank", ("rank:large",), LARGE, GLUE),
   "Figure 3": Source("norms of d by layer", ("glue:gain",), LARGE, GLUE),

@@ -93,7 +93,9 @@ def against_paper(sweep: Sweep) -> pd.DataFrame:
   """The verdicts on a sweep's runs."""
   judgments: dict[tuple[str, str], list[float]] = {}
   for file in JUDGMENTS.value:
-    judgments |= verdict.read_judgments(local_copy(file))
+    judgments |= verdict.read_judgments(
+      local_copy(file), open_choices.TURN.value
+    )
   table = verdict.verdicts(
     sweep,
     paper.planned,

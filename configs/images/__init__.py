@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
   config.eval_batch_size = 32
   config.eval_epochs = 1  # epochs from one evaluation to the next
   config.optim.epochs = 10
+  config.optim.warmup_ratio = open_choices.IMAGE_WARMUP.value
   config.optim.batch_size = open_choices.IMAGE_BATCH.value
   config.optim.weight_decay = 0.01
   config.vera.rank = 256

@@ -30,6 +30,8 @@ TEXTS = {
     "launcher_options",
     "methods",
     "coordinator",
+    "only",
+    "sweeps",
   ),
 }
 RTE = f"--config={ROOT}/configs/rte.py"
@@ -61,6 +63,12 @@ PLACES = {
   "peft  ": (["export", "--adapter={}", "--out=x"], ["base"]),
   "push": (["--to=owner/name"], ["adapter"]),
   "report": ([f"{ROOT}/results/minilm/cola/vera-seed2"], ["out"]),
+  "report ": (
+    [f"{ROOT}/results/minilm/cola/vera-seed2", "--against=paper"],
+    ["judgments"],
+  ),
+  "rehearse": ([], ["out"]),
+  "rehearse ": (["--out=x"], ["tokenizers"]),
   "pictures": (["x"], ["out"]),
   "plan": ([RTE], ["out"]),
   "e2e_score": (["--outputs=x"], ["references"]),
@@ -72,6 +80,7 @@ PLACES = {
   "make_entailment": ([], ["out"]),
 }
 LOCAL = {("answer", "out"), ("make_e2e", "out"), ("make_entailment", "out")}
+LOCAL |= {("rehearse", "out"), ("rehearse", "tokenizers")}
 LOCAL |= {("launch", "env_file"), ("launch", "out")}
 # The fields of configs that are places.
 FIELDS = {

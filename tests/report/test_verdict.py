@@ -171,10 +171,10 @@ def test_a_judges_scores(tmp_path):
     for q, turn, score in [(81, 1, 6), (81, 2, 1), (82, 1, 4), (1, 1, 9)]
   ]
   file.write_text("\n".join(map(json.dumps, lines)))
-  assert read_judgments(file) == {
+  assert read_judgments(file, 1) == {
     ("run", "mt_bench"): [6.0, 4.0],
     ("run", "vicuna"): [9.0],
   }
   file.write_text('{"question_id": 81}')
   with pytest.raises(UserError, match="jsonl:1 is no judgment"):
-    read_judgments(file)
+    read_judgments(file, 1)

@@ -101,7 +101,7 @@ DEFAULTS = {
   "vera.sharing": "shared",
 }
 MNLI = "the paper's LoRA starts from an MNLI adapter, ours doesn't"
-COPIED = "the paper copies LoRA's row from LoRA's paper"
+COPIED = "the paper copies LoRA's row; ours has VeRA's epochs and batches"
 
 # model, method, rank, parameters, then the columns
 TABLE_2 = """

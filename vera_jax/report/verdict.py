@@ -40,11 +40,12 @@ Judgments = Mapping[tuple[str, str], Sequence[float]]
 Planned = Callable[[str], Iterable[Mapping[str, Any]]]
 
 
-def read_judgments(file: Path) -> dict[tuple[str, str], list[float]]:
-  """Scores of first turns, by (model's name, set of questions).
+def read_judgments(file: Path, turn: int) -> dict[tuple[str, str], list[float]]:
+  """Scores of one turn, by (model's name, set of questions).
 
   Args:
     file: as FastChat's gen_judgment writes it, a JSON object in each line.
+    turn: the one, from 1.
 
   Raises:
     UserError: a line is no judgment.
@@ -54,7 +55,7 @@ def read_judgments(file: Path) -> dict[tuple[str, str], list[float]]:
     for number, line in enumerate(lines, 1):
       try:
         one = json.loads(line)
-        question, turn = int(one["question_id"]), int(one["turn"])
+        question, judged = int(one["question_id"]), int(one["turn"])
         model, score = str(one["model"]), float(one["score"])
       except (ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -62,7 +63,7 @@ def read_judgments(file: Path) -> dict[tuple[str, str], list[float]]:
           " model, turn and score."
         ) from error
       # a score of -1 is a judgment without one
-      if turn == 1 and score >= 0:
+      if judged == turn and score >= 0:
         for name, questions in JUDGED.items():
           if question in questions:
             scores.setdefault((model, name), []).append(score)
@@ -216,19 +217,23 @@ def tolerance(cell: Cell, values: Sequence[float]) -> float | None:
     cell: the paper's.
     values: ours, at least one.
   """
-  several = len(values) > 1
-  ours = float(np.std(values, ddof=1)) if several else cell.spread
-  paper = ours if cell.spread is None else cell.spread
+  spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+  return tolerance_of(cell, spread, len(values))
+
+
+def tolerance_of(cell: Cell, spread: float | None, runs: int) -> float | None:
+  """The same by our spread, None where one run has none, and number of runs."""
+  ours = cell.spread if spread is None else spread
+  paper = spread if cell.spread is None else cell.spread
   if ours is None or paper is None:
     return None
+  judged = cell.measure in JUDGED
   # questions of a judge are as many in the paper
-  runs = len(values) if cell.measure in JUDGED else cell.runs
-  freedom = [len(values) - 1] if several else []
-  freedom += [] if cell.spread is None else [runs - 1]
-  factor = math.pi / 2 if cell.middle == "median" else 1.0
-  if cell.measure in JUDGED:
-    factor = 1.0  # a mean of questions
-  error = math.sqrt(factor * (paper**2 / runs + ours**2 / len(values)))
+  theirs = runs if judged else cell.runs
+  freedom = [] if spread is None else [runs - 1]
+  freedom += [] if cell.spread is None else [theirs - 1]
+  factor = math.pi / 2 if cell.middle == "median" and not judged else 1.0
+  error = math.sqrt(factor * (paper**2 / theirs + ours**2 / runs))
   quantile = float(stats.t.ppf(0.975, min(freedom)))
   return quantile * error + cell.last_digit / 2
 

@@ -19,7 +19,7 @@ from vera_jax.errors import UserError
 from vera_jax.hub import PACKAGE
 from vera_jax.models.family import load_config
 from vera_jax.models.folder import resolve
-from vera_jax.models.paper_sizes import SIZES
+from vera_jax.models.paper_sizes import OTHERS, SIZES
 from vera_jax.tasks.task import Size, task_for
 
 UNKNOWN = Size(10_000, 1000, 40)
@@ -53,8 +53,8 @@ def steps(config: ConfigDict) -> int:
 @cache
 def shape_of(name: str) -> tuple[int, int]:
   """(width, layers) of a model; those of a base model if nothing is known."""
-  if name in SIZES:
-    return SIZES[name]
+  if shape := (SIZES | OTHERS).get(name):
+    return shape
   if name.startswith(PACKAGE) or "/" in name:
     try:
       config = load_config(resolve(name))
@@ -66,9 +66,15 @@ def shape_of(name: str) -> tuple[int, int]:
   return 768, 12
 
 
-def flops(config: ConfigDict) -> float:
-  """FLOPs of a whole run, evaluations included."""
-  size, (width, layers) = size_of(config), shape_of(str(config.model.name))
+def flops(config: ConfigDict, size: Size | None = None) -> float:
+  """FLOPs of a whole run, evaluations included.
+
+  Args:
+    config: of the run.
+    size: of its data. Unset: `size_of`.
+  """
+  size = size or size_of(config)
+  width, layers = shape_of(str(config.model.name))
   weights = 12 * layers * width**2
   # Forward: 2 FLOPs per weight and token. The inputs' gradient takes as many,
   # where anything below the head is trained; so does that of whole kernels.
@@ -78,6 +84,8 @@ def flops(config: ConfigDict) -> float:
   if targets or adapter.trains:
     per_token += 2 * weights
   if adapter.trains == ALL:
+    per_token += 2 * weights
+  if config.model.remat == "full":  # each layer's forward pass again
     per_token += 2 * weights
   if targets:
     adapted = min(layers * len(targets), 6 * layers)
