@@ -216,6 +216,13 @@ def test_a_twin_of_one_s_own(bases, kind, tmp_path):
   ]
   assert digests[0] == digests[1]
 
+  merged = vera_jax.nnx.merge(model).layers[1].attn.v_proj.w.get_value()
+  before = tunix(kind, bases[kind]).layers[1].attn.v_proj.w.get_value()
+  lora = nnx.to_pure_dict(vera_jax.nnx.to_lora(model))
+  lora = lora["layers"][1]["attn"]["v_proj"]
+  delta = jnp.tensordot(lora["w_lora_a"], lora["w_lora_b"], 1)
+  np.testing.assert_allclose(merged - before, delta, atol=2e-6)
+
 
 def test_refused(bases, tmp_path):
   plain = tunix("llama", bases["llama"])
@@ -250,6 +257,13 @@ def test_refused(bases, tmp_path):
   expected = of_linen(tmp_path / "b", base=moved)
   model = vera_jax.nnx.load(tmp_path / "b", plain, base=moved)
   assert_close(of_tunix(model), expected)
+
+  about.write_text(
+    json.dumps(fields | {"codes_digest": "0", "quantise": "nf4"})
+  )
+  with pytest.raises(UserError, match="on a base in nf4 codes"):
+    vera_jax.nnx.load(tmp_path / "b", tunix("llama", moved), base=moved)
+  about.write_text(json.dumps(fields))
 
   with pytest.raises(UserError, match="no table of names for"):
     small = nnx.Dict(q_proj=nnx.Linear(4, 4, rngs=nnx.Rngs(0)))

@@ -132,6 +132,11 @@ def _set_leaves(
   adaptation, twin = adaptation_of(model), twin_of(model)
   leaves = _base(model)
   weights = None
+  if file.about.get("codes_digest"):
+    raise UserError(
+      f"{file.folder} was trained on a base in {file.about['quantise']} codes,"
+      " which are other weights than the model's."
+    )
   if file.about["base"] is not None:
     held = {p for p, leaf in leaves.items() if saved.is_held(file, p, leaf)}
     weights = _check_weights(find_base(file, base), model, leaves.keys() - held)
