@@ -71,13 +71,15 @@ check: $(WITH_DEV) ## lint, format, type and import check
 parity: $(WITH_PARITY) $(WITH_ENCODER) $(WITH_DECODER) $(WITH_NETWORK) $(WITH_NETWORKS) images networks ## compare with torch and PEFT, live
 	$(BIN)/python -m pytest -m parity
 
+TUNIX_TESTS := tunix qwix twins upstream
+
 tunix: ## test nnx models with tunix and qwix, in .venv-tunix
 	$(MAKE) library-tests VENV=.venv-tunix LIBRARY=tunix \
-	  TESTS="$(wildcard tests/nnx/test_tunix*.py tests/nnx/test_qwix*.py)"
+	  TESTS="$(wildcard $(TUNIX_TESTS:%=tests/nnx/test_%.py))"
 
 maxtext: ## test nnx models with MaxText, in .venv-maxtext; Python 3.12
 	$(MAKE) library-tests VENV=.venv-maxtext LIBRARY=maxtext \
-	  TESTS=tests/nnx/test_maxtext.py
+	  TESTS="tests/nnx/test_maxtext.py tests/nnx/test_upstream.py"
 
 # Libraries with versions of their own, of which the others know nothing.
 library-tests: $(VENV)/.library
