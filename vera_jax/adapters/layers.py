@@ -190,7 +190,7 @@ def site_of(
 
   return Site(
     path=(),
-    inputs=params[view.kernel].size // outputs,
+    inputs=math.prod(params[view.kernel].shape) // outputs,
     outputs=outputs,
     kernel=kernel,
     bias=bias,
@@ -211,7 +211,7 @@ def flat_kernel(
   """A layer's kernel as (*stack, i, o), dequantised where it is quantised."""
   kernel = leaves[view.kernel]
   if is_quantised(kernel):
-    return dequantise(kernel)
+    kernel = dequantise(kernel).reshape(kernel.shape)
   if view.axes:
     kernel = jnp.transpose(kernel, _stacked(view, stack))
   return kernel.reshape(*stack, -1, outputs)

@@ -3,6 +3,7 @@
 `tracing.py` finds them.
 """
 
+import math
 import re
 import zlib
 from collections import Counter
@@ -111,7 +112,8 @@ def all_sites(
         f"The params have no {view.kernel} at {'/'.join(path)}, where the"
         " adapter is to be; give the model's whole tree."
       )
-    outputs = layer[view.kernel].size // (target.layers * target.inputs)
+    size = math.prod(layer[view.kernel].shape)
+    outputs = size // (target.layers * target.inputs)
     columns = (..., slice(*target.columns or (None,)))
     bias = None if view.in_scope else flat_bias(layer, target.stack)
     sites[path] = Site(

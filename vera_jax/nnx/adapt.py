@@ -48,19 +48,23 @@ from vera_jax.adapters.targets import Reasons, check_parts, choose, with_parts
 from vera_jax.errors import UserError
 from vera_jax.nnx.layers import (
   OWNS,
+  PLACE,
   UNADAPTED,
   Projection,
   bare,
+  beside_qwix,
   see,
   see_call,
+  value_of,
   values_of,
 )
 from vera_jax.nnx.twins import check_biases, twin_of
+from vera_jax.operations.quantised import is_quantised
 from vera_jax.patterns import find
 
 ROOT = "adapted_by"  # a field of the model's class, with its `Adaptation`
-PLACE = "adapted_at"  # an adapted layer's field with its path, a text
 NUMBER = "number_in_stack"  # and with its number, where a method draws numbers
+QWIX = "_unquantized_type"  # of a class by qwix: which one it derives from
 PROJECTIONS = ("made", "held")
 STACK_AXES = (0, 1)  # a vector has no others
 
@@ -229,6 +233,10 @@ def adapt(
     sites=sites,
   )
   params = tree_of(model, sites=sites)
+  for path, leaf in flatten_dict(params).items():
+    name = "/".join(path)
+    if adapter.trains and find(adapter.trains, name) and is_quantised(leaf):
+      raise UserError(f"{name} is quantised by qwix: it can't be trained.")
   matrices = make_shared(adapter, sites, params)
   key = (rngs or nnx.Rngs(0)).params()
   leaves = first_leaves(adapter, sites, params, matrices, key)
@@ -368,7 +376,8 @@ def stacked(value: Any, site: Target | None, *, front: bool = False) -> Any:
   more = len(site.stack)
   axis = min(site.axis, value.ndim - more)
   ends = range(more), range(axis, axis + more)
-  return jnp.moveaxis(value, *(ends[::-1] if front else ends))
+  moved = ends[::-1] if front else ends
+  return jax.tree.map(lambda part: jnp.moveaxis(part, *moved), value)
 
 
 def modules_of(model: nnx.Module) -> dict[Path, nnx.Module]:
@@ -430,9 +439,8 @@ def tree_of(
   by_module = _by_module(model, sites)
   for path, module in modules_of(model).items():
     for name, variable in vars(module).items():
-      if isinstance(variable, nnx.Param) and not isinstance(variable, without):
-        site, value = by_module.get(path), variable.get_value()
-        flat[*path, name] = stacked(value, site, front=True)
+      if (value := value_of(variable, without=without)) is not None:
+        flat[*path, name] = stacked(value, by_module.get(path), front=True)
   return unflatten_dict(flat)
 
 
@@ -488,6 +496,11 @@ def _derived(adaptation: Adaptation, base: Any, kernel: str = "") -> type:
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
     if kernel:
       return _call(self, base, adaptation, args, kwargs)
+    if type(self) is not derived and QWIX in vars(type(self)):
+      raise UserError(
+        "The model was quantised by qwix after it was adapted, which would"
+        " quantise the adapter: call qwix.quantize_model first, then adapt."
+      )
     token = _CALLS.set(adaptation.called(self))
     try:
       return base.__call__(self, *args, **kwargs)
@@ -526,6 +539,8 @@ def _derived(adaptation: Adaptation, base: Any, kernel: str = "") -> type:
 
     body["attend"] = attend
   derived = type(base)(base.__name__, (base,), body)
+  if not kernel:
+    setattr(derived, QWIX, derived)  # so that qwix derives its class from this
   adaptation.classes[base, kernel] = derived
   return derived
 
@@ -535,6 +550,7 @@ def _new(adaptation: Adaptation, base: type, kernel: str) -> Any:
   return object.__new__(_derived(adaptation, base, kernel))
 
 
+@beside_qwix
 def _call(
   layer: Any, base: type, adaptation: Adaptation, args: Any, kwargs: Any
 ) -> Any:
@@ -551,14 +567,19 @@ def _call(
     if NUMBER in vars(layer):
       key = jax.random.fold_in(key, vars(layer)[NUMBER].get_value()[0])
     draw = lambda: key  # noqa: E731
+  quantised = is_quantised(values_of(layer)[call.site.view.kernel])
   y, penalties = calls.product(
-    call, _pieces(calls, layer, call.site), draw=draw
+    call,
+    _pieces(calls, layer, call.site),
+    remake=quantised and calls.forwards == 1,
+    draw=draw,
   )
   if training is not None:
     training.penalties.extend(penalties)
   return y
 
 
+@beside_qwix
 def _attend(
   layer: Any, base: Any, adaptation: Adaptation, args: Any, kwargs: Any
 ) -> Any:
@@ -597,10 +618,20 @@ def merge(model: nnx.Module) -> nnx.Module:
   It shares the other arrays with the adapted model, and is of its first class.
 
   Raises:
-    UserError: the model has no adapter.
+    UserError: the model has no adapter, or it is on layers that qwix quantised.
   """
   adaptation = adaptation_of(model)
-  params = tree_of(model, without=Projection)
+  flat = flatten_dict(tree_of(model, without=Projection))
+  coded = {path for path, leaf in flat.items() if is_quantised(leaf)}
+  for path, target in adaptation.sites.items():
+    layer = layer_path(path, target)
+    if (*layer, target.view.kernel) in coded and adaptation.adapter.weights:
+      raise UserError(
+        f"The kernel of {'/'.join(layer)} is quantised by qwix, and the adapted"
+        " weights have no such codes. Save the adapter, load it on the plain"
+        " model with the dequantised weights (qwix.dequantize), and merge that."
+      )
+  params = unflatten_dict({p: x for p, x in flat.items() if p not in coded})
   projections = projections_of(model)
   merged = flatten_dict(
     merge_tree(

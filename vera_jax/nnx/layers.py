@@ -7,7 +7,9 @@ matrix by an equation, as tunix's and Gemma's do, is taken by this equation.
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
+from functools import wraps
 from string import ascii_lowercase
 from typing import Any
 
@@ -27,10 +29,13 @@ from vera_jax.adapters.layers import (
   own_kernel,
   site_of,
 )
+from vera_jax.errors import UserError
+from vera_jax.operations.quantised import is_quantised, is_qwix
 
 # An adapted layer's class says which of its parameters are the adapter's, and
 # which class it was before.
 OWNS, UNADAPTED = "owned_by_adapter", "unadapted"
+PLACE = "adapted_at"  # an adapted layer's field with its path, a text
 Seen = tuple[View, tuple[int, ...], int]  # view, kernel's own shape, outputs
 
 
@@ -105,11 +110,28 @@ def values_of(layer: nnx.Module) -> dict[str, Any]:
   it."""
   owns = getattr(type(layer), OWNS, lambda name: False)
   return {
-    name: variable.get_value()
+    name: value
     for name, variable in vars(layer).items()
-    if isinstance(variable, nnx.Param)
-    and not (isinstance(variable, Projection) or owns(name))
+    if (value := value_of(variable, without=Projection)) is not None
+    and not owns(name)
   }
+
+
+def value_of(
+  variable: Any, *, without: type[nnx.Variable] | tuple[()] = ()
+) -> Any:
+  """A parameter's array, or qwix's codes of it; None for what is no parameter
+  or of the type that is left out."""
+  if isinstance(variable, nnx.Param) and not isinstance(variable, without):
+    return variable.get_value()
+  codes = getattr(variable, "array", None)  # as qwix's `WithAux` holds them
+  if not is_qwix(codes):
+    return None
+  return jax.tree.map(
+    lambda part: part.get_value(),
+    codes,
+    is_leaf=lambda part: isinstance(part, nnx.Variable),
+  )
 
 
 def twin_of(layer: nnx.Module, base: type) -> nn.Module | None:
@@ -141,6 +163,8 @@ def see(layer: Any, base: type, axis: int = 0) -> Seen | str | None:
   params = values_of(layer)
   kind = next((x for x in base.__mro__ if x in TWINS), None)
   matrices = [name for name, value in params.items() if _rank(value) > 1]
+  if lora := [name for name in params if name.endswith("_lora_a")]:
+    return f"it has qwix's LoRA, {lora[0]}: apply one or the other"
   if not matrices:
     return None
   if odd := [n for n in matrices if not hasattr(params[n], "ndim")]:
@@ -227,7 +251,8 @@ def see_call(
     )
     if isinstance(call, str):
       return call
-    if is_bare(lambda x, w: run(x, {name: w}), equation, x, weight):
+    shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+    if is_bare(lambda x, w: run(x, {name: w}), equation, x, shape):
       return call
   site = site_of(
     params,
@@ -240,11 +265,56 @@ def see_call(
   return LayerCall(site, x, own_code=own_code)
 
 
+def beside_qwix(act: Callable[..., Any]) -> Callable[..., Any]:
+  """A function of an adapted layer, in whose calls qwix quantises nothing: it
+  would take the adapter's matrices for weights.
+
+  Raises:
+    UserError: qwix is to do more with the layer than to hold its kernel, which
+      is dequantised here.
+  """
+
+  @wraps(act)
+  def call(layer: Any, *args: Any) -> Any:
+    if "qwix" not in sys.modules:
+      return act(layer, *args)
+    from qwix._src.interception import disable_interceptions
+    from qwix.pallas import get_current_rule
+
+    # qwix finds the layer among the functions that are running
+    rules = map(get_current_rule, ("dot_general", "einsum"))
+    if why := next(filter(None, (_unfit(layer, x) for x in rules if x)), None):
+      raise UserError(f"{vars(layer)[PLACE]} can't be adapted: {why}.")
+    return disable_interceptions(act)(layer, *args)
+
+  return call
+
+
+def _unfit(layer: Any, rule: Any) -> str | None:
+  """Why a layer can't be adapted with qwix's rule for it, if it can't."""
+  if rule.act_qtype is not None:
+    return (
+      "qwix's rule for it quantises x too (act_qtype), but an adapted layer"
+      " takes x as it is. Give a rule without act_qtype, or leave the layer out"
+      " of the targets"
+    )
+  quantised = any(map(is_quantised, values_of(layer).values()))
+  if rule.weight_qtype is not None and not quantised:
+    return (
+      "qwix's rule quantises its kernel in each call. Quantise the plain model"
+      " by qwix.quantize_model with a PtqProvider, and adapt it then"
+    )
+  return None
+
+
 def bare(layer: nnx.Module, base: type, changed: Mapping[str, Any]) -> Any:
   """The layer as its own class has it, with other values of some parameters."""
   other: Any = object.__new__(base)
-  variables = {n: vars(layer)[n].replace(x) for n, x in changed.items()}
-  vars(other).update(vars(layer) | variables)
+  vars(other).update(vars(layer))
+  for name, value in changed.items():
+    variable = vars(layer)[name]
+    coded = not isinstance(variable, nnx.Param)
+    vars(other)[name] = nnx.Param(value) if coded else variable.replace(value)
   return other
 
 

@@ -158,12 +158,22 @@ def check_quantise(choice: str) -> None:
 
 
 def is_quantised(leaf: Any) -> bool:
-  """Whether a leaf is a kernel in codes."""
-  return isinstance(leaf, Quantised)
+  """Whether a leaf is a kernel in codes, ours or those of qwix."""
+  return isinstance(leaf, Quantised) or is_qwix(leaf)
 
 
-def dequantise(kernel: Quantised) -> Float[Array, "*stack i o"]:
-  """The kernel's weights, its own axes as two: inputs and outputs."""
+def is_qwix(leaf: Any) -> bool:
+  """Whether a leaf is a `qwix.QArray`, which nnx models may have."""
+  return type(leaf).__name__ == "QArray"
+
+
+def dequantise(kernel: Any) -> Float[Array, "*stack i o"]:
+  """The kernel's weights, its own axes as two: inputs and outputs; qwix's in
+  the kernel's own shape."""
+  if is_qwix(kernel):
+    from qwix import dequantize
+
+    return dequantize(kernel)
   if kernel.format == HALF:
     return jnp.asarray(kernel.codes).astype(kernel.dtype)
   *stack, blocks, outputs = kernel.scale.shape

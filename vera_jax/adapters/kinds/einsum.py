@@ -256,10 +256,13 @@ def _call_others(
 
 
 def is_bare(
-  run: Callable[[Array, Array], Any], equation: str, x: Array, weight: Array
+  run: Callable[[Array, Array], Any],
+  equation: str,
+  x: Array,
+  weight: Array | jax.ShapeDtypeStruct,
 ) -> bool:
   """Whether a layer's own code is the equation's product and no more, with the
-  weight in its own type or in x's."""
+  weight, of which the shape is read, in its own type or in x's."""
   programs = (
     jax.make_jaxpr(product)(x, weight).jaxpr
     for product in (
