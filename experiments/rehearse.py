@@ -61,6 +61,7 @@ CUTS: dict[str, dict[str, Any]] = {
   "e2e": {"generate.beams": 2, "generate.max_new_tokens": 4},
   "instruct": {
     "data.dev_examples": 8,
+    "data.max_train_examples": 32,
     "data.max_test_examples": 2,
     "generate.max_new_tokens": 4,
     "generate.rows": 2,

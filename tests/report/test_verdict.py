@@ -164,6 +164,21 @@ def judged_nothing(results):
   return verdicts(sweep, paper.planned, epochs=EPOCHS).empty
 
 
+def test_the_average_of_a_row(make_result):
+  printed = {"sst2": 96.1, "mrpc": 90.9, "cola": 68.0}
+  printed |= {"qnli": 94.4, "rte": 85.9, "stsb": 91.7}
+  results = [
+    make_result("vera", s, (x / 100 + s / 1e3,), task=task)
+    for task, x in printed.items()
+    for s in (-1, 0, 1)
+  ]
+  key = "Table 2", "RoBERTa-large, VeRA", "average"
+  row = judged(results).loc[key]
+  assert row["ours"] == pytest.approx(sum(printed.values()) / 6)
+  assert row["verdict"] == WITHIN and row["tolerance"] < 0.7
+  assert judged(results[3:]).loc[key]["verdict"] == MISSING
+
+
 def test_a_judges_scores(tmp_path):
   file = tmp_path / "gpt-4_single.jsonl"
   lines = [

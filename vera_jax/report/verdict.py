@@ -7,7 +7,8 @@ A cell is *within* when our median or mean differs from the paper's by at most
 the 95 % interval of a difference between m runs with the paper's spread p and n
 with ours, s: t is Student's 97.5 % quantile for the smaller group's freedom,
 and c is pi / 2 for medians, 1 for means. Where one side has no spread, it is
-taken to have the other's; where neither has, there is no verdict. A printed
+taken to have the other's; where neither has, there is no verdict. Of an average
+of numbers the interval is that of a mean of independent ones. A printed
 number of parameters *contradicts its own formula* where the paper's formula
 gives one that is further off than one in its last digit; ours is within when it
 is the formula's.
@@ -105,14 +106,22 @@ def verdicts(
     for cell, runs, others in pairs
     if len(runs) and (cell.against is None or len(others))
   }
+  if judgments:  # then of tables that a judge fills those which it has seen
+    seen = {questions for _, questions in judgments}
+    tables -= {
+      cell.table for cell in cells() if cell.measure in {*JUDGED} - seen
+    }
   rows: list[dict[str, Any]] = []
   for cell, runs, others in pairs:
     if cell.table not in tables:
       continue
     if cell.measure == "best":
       cell = cell._replace(measure=epochs.get(cell.table, "best"))
-    values = _values(cell, runs, others, judgments or {})
-    ours, allowed, verdict, reason = _judge(cell, values)
+    if cell.measure == "average":
+      ours, allowed, verdict, reason = _judge_average(cell, rows)
+    else:
+      values = _values(cell, runs, others, judgments or {})
+      ours, allowed, verdict, reason = _judge(cell, values)
     rows.append(
       {
         "table": cell.table,
@@ -263,6 +272,23 @@ def _judge(
   return ours, allowed, _side(ours - cell.score, allowed), ""
 
 
+def _judge_average(
+  cell: Cell, rows: Iterable[Mapping[str, Any]]
+) -> tuple[float | None, float | None, str, str]:
+  """The same of the average of a row's scores, which stand before it.
+
+  Its interval is that of a mean of independent numbers.
+  """
+  row = [one for one in rows if one["row"] == cell.row]
+  scores = [one for one in row if one["column"] != "parameters"]
+  if any(one["verdict"] == MISSING for one in scores):
+    return None, None, MISSING, "not all of its row"
+  ours = float(np.mean([one["ours"] for one in scores]))
+  squares = sum(one["tolerance"] ** 2 for one in scores)
+  allowed = math.sqrt(squares) / len(scores) + cell.last_digit / 2
+  return ours, allowed, _side(ours - cell.score, allowed), ""
+
+
 def _side(difference: float, allowed: float) -> str:
   if abs(difference) <= allowed + 1e-9:
     return WITHIN
@@ -281,7 +307,7 @@ def _differences(
   cell: Cell, runs: pd.DataFrame, planned: Iterable[Mapping[str, Any]]
 ) -> str:
   """Settings of the runs that are not those of the paper's run here."""
-  if runs.empty or cell.measure == "parameters":
+  if runs.empty or cell.measure in ("parameters", "average"):
     return ""
   plan = next(
     one for one in planned if belongs(flatten_dict(one, sep="."), cell.run)
