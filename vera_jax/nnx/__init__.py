@@ -5,12 +5,14 @@ find_targets  the layers that patterns match
 training      random numbers and penalties of methods that have them
 merge         the plain model with the adapted weights
 remove        take the adapter off again
+reference     the model as it is now, which training leaves as it is
 """
 
 from vera_jax.nnx.adapt import (
   adapt,
   find_targets,
   merge,
+  reference,
   remove,
   training,
 )
@@ -24,6 +26,7 @@ __all__ = [
   "find_targets",
   "load",
   "merge",
+  "reference",
   "remove",
   "save",
   "summary",

@@ -670,6 +670,19 @@ def remove(model: nnx.Module) -> nnx.Module:
   return model
 
 
+def reference(model: nnx.Module) -> nnx.Module:
+  """The adapted model as it is now, which training leaves as it is.
+
+  It shares all arrays with the model but the trained ones.
+
+  Raises:
+    UserError: the model has no adapter.
+  """
+  adaptation_of(model)
+  graph, trained, rest = nnx.split(model, nnx.LoRAParam, ...)
+  return nnx.merge(graph, jax.tree.map(jnp.copy, trained), rest)
+
+
 def projections_of(model: nnx.Module) -> dict[str, Any]:
   """The `projections` collection, as a linen model has it.
 
