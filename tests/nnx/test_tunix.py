@@ -1,5 +1,7 @@
 """tunix trains an adapter of ours as it trains its own LoRA."""
 
+import shutil
+
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax.traverse_util import flatten_dict
 
 import vera_jax
 import vera_jax.nnx
@@ -16,77 +19,70 @@ pytestmark = [
   pytest.mark.slow,
   pytest.mark.filterwarnings("ignore"),  # of tunix's dependencies
 ]
-LENGTH, STEPS = 8, 6
-rng = np.random.default_rng(0)
-ROWS = [rng.integers(0, 8, (4, LENGTH)) for _ in range(STEPS)]
+STEPS, HALF = 4, 2
+TARGETS = {  # all linear layers
+  "llama3": [".*_proj", "lm_head"],
+  "qwen3": [".*_proj", "lm_head"],
+  "gemma3": [".*_proj", ".*_einsum"],
+}
+every_network = pytest.mark.parametrize("name", TARGETS)
 
 
 @pytest.fixture(autouse=True)
 def tunix_adds_arrays_of_different_ranks():
-  with jax.numpy_rank_promotion("allow"):
-    yield
+  before = jax.config.values["jax_numpy_rank_promotion"]
+  jax.config.update("jax_numpy_rank_promotion", "allow")  # in all threads
+  yield
+  jax.config.update("jax_numpy_rank_promotion", before)
 
 
-def llama():
-  from tunix.models.llama3 import model
+def network(name):
+  """A tiny one with random weights."""
+  from tunix.models.gemma3.model import Gemma3
+  from tunix.models.gemma3.model import ModelConfig as Gemma3Config
+  from tunix.models.llama3.model import Llama3
+  from tunix.models.llama3.model import ModelConfig as Llama3Config
+  from tunix.models.qwen3.model import ModelConfig as Qwen3Config
+  from tunix.models.qwen3.model import Qwen3
 
-  config = model.ModelConfig(
-    num_layers=2,
-    vocab_size=16,
-    embed_dim=16,
-    hidden_dim=24,
-    num_heads=4,
-    head_dim=4,
-    num_kv_heads=2,
-    norm_eps=1e-5,
-    rope_theta=10_000,
-  )
-  network = model.Llama3(config, rngs=nnx.Rngs(0))
-  keys = nnx.Rngs(1)
-  for layer in network.layers:  # tunix leaves these at zero, without gradients
-    for kernel in (
-      x.kernel for x in vars(layer.mlp).values() if isinstance(x, nnx.Linear)
-    ):
-      kernel.set_value(0.2 * jax.random.normal(keys.params(), kernel.shape))
-  return network
+  from examples.tunix.counting import ALPHABET
 
-
-def adapted():
-  return vera_jax.nnx.adapt(
-    llama(), vera_jax.vera(rank=32), targets=["q_proj", "v_proj", "up_proj"]
-  )
-
-
-def inputs(tokens):
-  rows = len(tokens)
-  causal = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
-  return {
-    "positions": jnp.tile(jnp.arange(LENGTH), (rows, 1)),
-    "attention_mask": jnp.tile(causal, (rows, 1, 1)),
+  shape = {
+    "num_layers": 2,
+    "embed_dim": 16,
+    "hidden_dim": 24,
+    "num_heads": 4,
+    "head_dim": 4,
+    "num_kv_heads": 2,
   }
+  of_texts = {"norm_eps": 1e-5, "rope_theta": 1_000_000}
+  size = len(ALPHABET)
+  if name == "llama3":
+    config = Llama3Config(**shape, **of_texts, vocab_size=size)
+    model = Llama3(config, rngs=nnx.Rngs(0))
+  elif name == "qwen3":
+    config = Qwen3Config(**shape, **of_texts, vocab_size=size)
+    model = Qwen3(config, rngs=nnx.Rngs(0))
+  else:
+    config = Gemma3Config(
+      **shape, num_embed=size, sliding_window_size=4, param_dtype=jnp.float32
+    )
+    model = Gemma3(config, rngs=nnx.Rngs(0))
+  keys = nnx.Rngs(1)
+  for _, module in nnx.iter_modules(model):
+    if isinstance(module, nnx.Linear):  # tunix's own are zero
+      kernel = 0.2 * jax.random.normal(keys.params(), module.kernel.shape)
+      module.kernel.set_value(kernel)
+  return model
 
 
-def train(model, folder, *, steps):
-  from tunix.sft import peft_trainer
+def adapted(name):
+  from examples.tunix.counting import one_device, put_on
 
-  every = ocp.CheckpointManagerOptions(save_interval_steps=STEPS // 2)
-  config = peft_trainer.TrainingConfig(
-    eval_every_n_steps=100,
-    max_steps=steps,
-    checkpoint_root_directory=str(folder),
-    checkpointing_options=every,
+  model = vera_jax.nnx.adapt(
+    network(name), vera_jax.vera(rank=32), targets=TARGETS[name]
   )
-  trainer = peft_trainer.PeftTrainer(model, optax.adamw(0.03), config)
-  trainer.with_gen_model_input_fn(
-    lambda row: {
-      "input_tokens": row.input_tokens,
-      "input_mask": row.input_mask,
-      **inputs(row.input_tokens),
-    }
-  )
-  trainer.train(
-    [peft_trainer.TrainingInput(row, np.ones_like(row, bool)) for row in ROWS]
-  )
+  put_on(one_device(), model)
   return model
 
 
@@ -100,32 +96,229 @@ def base(path, variable):
   return not isinstance(variable, nnx.LoRAParam)
 
 
-def test_only_d_and_b_are_trained_saved_and_resumed(tmp_path):
-  before = adapted()
-  trained = train(adapted(), tmp_path / "whole", steps=STEPS)
-  jax.tree.map(
-    np.testing.assert_array_equal, values(trained, base), values(before, base)
-  )
-  leaves = values(trained, nnx.LoRAParam)
-  assert len(jax.tree.leaves(leaves)) == 2 * 2 * 3
+def equal(left, right):
+  jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def check_trained(name, model):
+  """The base has its bits, and every d and b moved."""
+  before = adapted(name)
+  equal(values(model, base), values(before, base))
   moves = jax.tree.map(
     lambda now, then: (now != then).any(),
-    leaves,
+    values(model, nnx.LoRAParam),
     values(before, nnx.LoRAParam),
   )
+  layers = {"llama3": 15, "qwen3": 15, "gemma3": 12}[name]
+  assert len(jax.tree.leaves(moves)) == 2 * layers
   assert all(jax.tree.leaves(moves)), moves
 
-  train(adapted(), tmp_path / "parts", steps=STEPS // 2)
-  resumed = train(adapted(), tmp_path / "parts", steps=STEPS)
-  jax.tree.map(
-    np.testing.assert_array_equal, values(resumed, nnx.LoRAParam), leaves
+
+def checkpoints(folder):
+  """Where and when tunix's manager saves."""
+  return {
+    "checkpoint_root_directory": str(folder),
+    "checkpointing_options": ocp.CheckpointManagerOptions(
+      save_interval_steps=HALF
+    ),
+    "eval_every_n_steps": 100,
+  }
+
+
+def check_saved(folder, model):
+  """A step's folder holds d and b, and what the optimiser has of them."""
+  item = ocp.PyTreeCheckpointHandler()
+  saved = item.restore(folder / str(STEPS) / "model_params")
+  leaves = values(model, nnx.LoRAParam)
+  saved = {path[:-1]: leaf for path, leaf in flatten_dict(saved).items()}
+  equal(
+    saved,
+    {tuple(map(str, path)): x for path, x in flatten_dict(leaves).items()},
+  )
+  numbers = sum(x.size for x in jax.tree.leaves(leaves))
+  of_optimiser = item.restore(folder / str(STEPS) / "optimizer_state")
+  arrays = [x for x in jax.tree.leaves(of_optimiser) if np.ndim(x)]
+  assert sum(x.size for x in arrays) == 2 * numbers  # Adam's two moments
+
+
+def only_half(whole, folder):
+  """What a run has left that was stopped after half of the steps."""
+  shutil.copytree(whole / str(HALF), folder / str(HALF))
+  return folder
+
+
+@every_network
+def test_only_d_and_b_are_trained_saved_and_resumed(name, tmp_path):
+  from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
+
+  from examples.tunix.counting import model_inputs
+
+  rows = np.random.default_rng(0).integers(3, 13, (STEPS, 4, 6))
+  mask = np.ones((4, 6), bool)
+
+  def train(folder):
+    model = adapted(name)
+    config = TrainingConfig(max_steps=STEPS, **checkpoints(folder))
+    trainer = PeftTrainer(model, optax.adam(0.03), config)
+    trainer.with_gen_model_input_fn(
+      lambda x: vars(x) | model_inputs(x.input_tokens)
+    )
+    trainer.train([TrainingInput(row, mask) for row in rows])
+    return model
+
+  whole = train(tmp_path / "whole")
+  check_trained(name, whole)
+  check_saved(tmp_path / "whole", whole)
+  resumed = train(only_half(tmp_path / "whole", tmp_path / "half"))
+  equal(values(resumed, nnx.LoRAParam), values(whole, nnx.LoRAParam))
+
+  tokens = jnp.asarray(rows[0])
+  merged = vera_jax.nnx.merge(whole)
+  assert type(merged) is type(network(name))
+  given = model_inputs(tokens)
+  logits, expected = (
+    model(tokens, given["positions"], None, given["attention_mask"])[0]
+    for model in (merged, whole)
+  )
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-6 * scale)
+
+
+@every_network
+def test_preferences_train_d_and_b(name, tmp_path):
+  from tunix.sft.dpo.dpo_trainer import (
+    DPOTrainer,
+    DPOTrainingConfig,
+    TrainingInput,
   )
 
-  tokens = jnp.asarray(ROWS[0])
-  merged = vera_jax.nnx.merge(trained)
-  assert type(merged) is type(llama())
-  logits, expected = (
-    model(tokens, cache=None, **inputs(tokens))[0]
-    for model in (merged, trained)
+  rng = np.random.default_rng(0)
+  mask = np.ones((4, 3), bool)
+  rows = [
+    TrainingInput(*x)
+    for x in (
+      [part for y in rng.integers(3, 13, (3, 4, 3)) for part in (y, mask)]
+      for _ in range(STEPS)
+    )
+  ]
+
+  def train(folder):
+    model = adapted(name)
+    config = DPOTrainingConfig(
+      max_steps=STEPS,
+      max_prompt_length=3,
+      max_response_length=3,
+      **checkpoints(folder),
+    )
+    reference = vera_jax.nnx.reference(model)
+    first = values(reference, nnx.Param)
+    DPOTrainer(model, reference, optax.adam(0.03), config).train(rows)
+    equal(values(reference, nnx.Param), first)
+    return model
+
+  whole = train(tmp_path / "whole")
+  check_trained(name, whole)
+  check_saved(tmp_path / "whole", whole)
+  resumed = train(only_half(tmp_path / "whole", tmp_path / "half"))
+  equal(values(resumed, nnx.LoRAParam), values(whole, nnx.LoRAParam))
+
+
+@every_network
+def test_rollouts_answer_as_the_trained_model_at_every_step(name, tmp_path):
+  from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
+  from tunix.rl.rl_cluster import (
+    ClusterConfig,
+    RLCluster,
+    RLTrainingConfig,
+    Role,
   )
-  np.testing.assert_allclose(logits, expected, rtol=2e-6, atol=2e-6)
+  from tunix.rl.rollout.base_rollout import CacheConfig, RolloutConfig
+  from tunix.rl.rollout.vanilla_rollout import VanillaRollout
+
+  from examples.tunix.counting import (
+    DIGITS,
+    Characters,
+    model_inputs,
+    one_device,
+    share_counted,
+  )
+  from vera_jax.nnx.tunix import MergedRollout
+
+  lengths = {
+    "max_prompt_length": 2,
+    "max_tokens_to_generate": 4,
+    "kv_cache_size": 8,
+  }
+  greedy = RolloutConfig(
+    **lengths, temperature=0.0, top_p=None, eos_tokens=[-1]
+  )
+  roles = (Role.ACTOR, Role.REFERENCE, Role.ROLLOUT)
+  actor = adapted(name)
+  cluster = RLCluster(
+    actor=actor,
+    reference=vera_jax.nnx.reference(actor),
+    tokenizer=Characters(),
+    cluster_config=ClusterConfig(
+      role_to_mesh=dict.fromkeys(roles, one_device()),
+      rollout_engine=MergedRollout,
+      rollout_config=RolloutConfig(**lengths, temperature=1.0),
+      training_config=RLTrainingConfig(
+        actor_optimizer=optax.adam(0.1),
+        max_steps=STEPS,
+        **checkpoints(tmp_path),
+      ),
+    ),
+  )
+  unmerged = VanillaRollout(  # tunix's own, on the adapted model
+    vera_jax.nnx.reference(actor),
+    Characters(),
+    CacheConfig(cache_size=8, num_layers=2, num_kv_heads=2, head_dim=4),
+  )
+  first = values(cluster.inference_worker.get_model("reference"), nnx.Param)
+
+  @nnx.jit
+  def logits_of(model, tokens):
+    given = model_inputs(tokens)
+    positions, mask = given["positions"], given["attention_mask"]
+    return model(tokens, positions, None, mask)[0]
+
+  moves = []
+
+  def reward(prompts, completions, **others):
+    """Of GRPO; and while the actor rests, a comparison of the two models."""
+    del others
+    trained, rollout = cluster.actor_trainer.model, cluster.rollout
+    kind = (nnx.LoRAParam,)
+    unmerged.update_params(nnx.state(trained, kind), kind)
+    drawn, expected = (
+      np.stack(engine.generate(list(DIGITS), greedy).tokens)
+      for engine in (rollout, unmerged)
+    )
+    np.testing.assert_array_equal(drawn, expected)
+    logits, expected = (
+      logits_of(model, drawn)
+      for model in (rollout._sampler.transformer, trained)
+    )
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * scale)
+    moves.append(np.asarray(expected))
+    return list(map(share_counted, prompts, completions))
+
+  learner = GRPOLearner(
+    cluster, GRPOConfig(num_generations=8, beta=0.01), reward_fns=reward
+  )
+  rng = np.random.default_rng(0)
+  learner.train({"prompts": rng.choice(list(DIGITS), 16)} for _ in range(STEPS))
+  assert len(moves) == STEPS
+  assert all((a != b).any() for a, b in zip(moves, moves[1:], strict=False))
+  trained = cluster.actor_trainer.model
+  check_trained(name, trained)
+  check_saved(tmp_path / "actor", trained)
+  reference = cluster.inference_worker.get_model("reference")
+  equal(values(reference, nnx.Param), first)
+  for left, right in zip(  # the base lies in memory once
+    jax.tree.leaves(nnx.state(trained, base)),
+    jax.tree.leaves(nnx.state(reference, base)),
+    strict=True,
+  ):
+    assert left is right

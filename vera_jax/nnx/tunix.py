@@ -1,10 +1,9 @@
-"""A rollout engine for tunix's reinforcement learning, which samples quickly.
-
-An adapted layer costs some work at each token that is drawn. `MergedRollout`
-multiplies the adapter into the weights once after each update, and samples from
-these:
+"""A rollout engine for tunix's reinforcement learning: sampling merged weights.
 
   ClusterConfig(rollout_engine=vera_jax.nnx.tunix.MergedRollout, ...)
+
+An adapted layer makes its product anew for each token that is drawn; here the
+adapter is multiplied into the weights once after each update.
 """
 
 from typing import Any
@@ -28,11 +27,10 @@ except ImportError as error:
 
 
 class MergedRollout(VanillaRollout):
-  """tunix's own rollout, on weights into which the adapter is merged.
+  """tunix's own rollout on merged weights.
 
-  `model()` is an adapted copy that shares all arrays with the trained model but
-  the trained ones. So tunix sees that these have to be sent, and sends them
-  alone.
+  `model()` is an adapted copy that shares all arrays with the actor but the
+  trained ones: by these tunix sees that the two differ, and sends them.
   """
 
   def __init__(
@@ -42,76 +40,62 @@ class MergedRollout(VanillaRollout):
     mesh: Mesh | None,
     rollout_config: RolloutConfig,
   ):
-    """tunix's cluster calls this.
+    """The cluster calls this.
 
     Raises:
-      UserError: the actor has no adapter, or the rollout is to have another
-        mesh or data type than the actor.
+      UserError: the actor has no adapter, or the rollout asks for another mesh
+        or data type.
     """
     self._adapted = reference(rollout_actor)
-    graph, state = nnx.split(self._adapted)
-    actor_mesh = utils.get_pytree_mesh_info(state)
-    if mesh is not None and not mesh.empty and mesh != actor_mesh:
+    self._merge = nnx.jit(merge)
+    of_actor = utils.get_pytree_mesh_info(nnx.state(self._adapted))
+    elsewhere = mesh is not None and not mesh.empty and mesh != of_actor
+    if elsewhere or rollout_config.data_type is not None:
       raise UserError(
-        "MergedRollout samples where the actor is trained: give the roles ACTOR"
-        " and ROLLOUT the same mesh."
+        "MergedRollout samples where the actor is, in its data type: give both"
+        " roles the same mesh, and leave data_type out of the RolloutConfig."
       )
-    if rollout_config.data_type is not None:
-      raise UserError(
-        "MergedRollout samples in the actor's data type: leave data_type out of"
-        " the RolloutConfig."
-      )
-    self._merge = jax.jit(
-      lambda state: nnx.state(merge(nnx.merge(graph, state)))
-    )
     config: Any = vars(rollout_actor)["config"]
-    super().__init__(
-      merge(self._adapted),
-      tokenizer,
-      CacheConfig(
-        cache_size=rollout_config.kv_cache_size,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-      ),
+    cache = CacheConfig(
+      cache_size=rollout_config.kv_cache_size,
+      num_layers=config.num_layers,
+      num_kv_heads=config.num_kv_heads,
+      head_dim=config.head_dim,
     )
-    self._sampler.transformer_state = self._merge(state)
+    super().__init__(self._merge(self._adapted), tokenizer, cache)
 
   def model(self) -> nnx.Module:
-    """The adapted copy, whose leaves tunix compares with the trained ones."""
+    """The adapted copy, which tunix compares with the actor."""
     return self._adapted
 
   def update_params(
     self, params: Any, filter_types: tuple[Any, ...] | None = None
   ) -> None:
-    """Take the trained leaves, and merge.
+    """Take the actor's trained leaves, and merge.
 
     Raises:
-      UserError: leaves of the adapter are not among what was sent, or the
-        weights stay as they were although the leaves moved.
+      UserError: what was sent are not the adapter's leaves, or the weights are
+        the same although the leaves moved.
     """
-    del filter_types  # what was sent says by itself what it is
     before = nnx.state(self._adapted, nnx.LoRAParam)
-    sent = nnx.to_pure_dict(nnx.filter_state(params, nnx.LoRAParam))
-    if jax.tree.structure(sent) != jax.tree.structure(nnx.to_pure_dict(before)):
+    sent = nnx.filter_state(params, nnx.LoRAParam)
+    if jax.tree.structure(sent) != jax.tree.structure(before):
       raise UserError(
-        "What the trainer sent to the rollout are not the adapter's leaves, so"
-        " that the rollout would not answer as the trained model."
+        "The adapter's leaves are not what the trainer sent to the rollout,"
+        " which would answer as another model than the trained one."
       )
     nnx.update(self._adapted, params)
-    merged = self._merge(nnx.state(self._adapted))
-    moved = nnx.state(self._adapted, nnx.LoRAParam)
-    old = self._sampler.transformer_state
-    if _differ(before, moved) and not _differ(old, merged):
+    merged = nnx.state(self._merge(self._adapted))
+    moved = _differ(before, nnx.state(self._adapted, nnx.LoRAParam))
+    if moved and not _differ(self._sampler.transformer_state, merged):
       raise UserError(
-        "The adapter was trained, but the merged weights are those before it:"
-        " the rollout would not answer as the trained model. In bfloat16 a"
-        " step may be too small for the weights; hold them in float32."
+        "The adapter moved, but the merged weights are the same: the rollout"
+        " would answer as another model than the trained one. bfloat16 may be"
+        " too coarse for so small a step; hold the weights in float32."
       )
     self._sampler.transformer_state = merged
 
 
-def _differ(before: Any, after: Any) -> bool:
-  """Whether a value of one state is another one in the other."""
+def _differ(before: nnx.State, after: nnx.State) -> bool:
   pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-  return any(a is not b and not bool(jnp.array_equal(a, b)) for a, b in pairs)
+  return any(not bool(jnp.array_equal(*pair)) for pair in pairs)
