@@ -93,7 +93,10 @@ def against_paper(table: pd.DataFrame) -> pd.DataFrame:
   """Verdicts as text under headings; `table` is from `verdict.verdicts`."""
   rows = []
   for row in table.itertuples():
-    digits = f".{len(row.paper.rstrip('KM').partition('.')[2])}f"
+    # one digit more than the paper has
+    digits = f".{len(row.paper.rstrip('KM').partition('.')[2]) + 1}f"
+    if row.paper.startswith(">"):
+      digits = ".3f"
     paper, ours = row.paper, ""
     if pd.notna(row.paper_spread):
       paper += f" ± {row.paper_spread}"
