@@ -241,7 +241,8 @@ def adapt(
   key = (rngs or nnx.Rngs(0)).params()
   leaves = first_leaves(adapter, sites, params, matrices, key)
   twin = twin_of(model)
-  check_biases(twin, adapter, sites, params, leaves, matrices)
+  if twin.modules:
+    check_biases(twin, adapter, sites, params, leaves, matrices)
   added: dict[Path, nnx.Variable] = {}
   for path, leaf in flatten_dict(leaves).items():
     added[path] = nnx.LoRAParam(stacked(leaf, sites.get(path[:-1])))
