@@ -125,8 +125,8 @@ draws its scores included, up to the verdicts. `--tokenizers` takes folders
 byte-level ones of the same form stand in. It fails if a number of the paper has
 no verdict, but for those that need Java (METEOR, ROUGE-L, CIDEr) or a device
 that says its peak of memory, where there is none. `--one` trains one run of
-each sweep; the slow tests do so for a table of each task. In full it is 176
-programs for 434 runs, 96 of them of Table 5.
+each sweep; the slow tests do so for a table of each task. In full it is
+{programs} programs for {runs} runs.
 
 Of these we have rehearsed so far, with `--small`, on two CPU cores, with the
 tokenizers of RoBERTa and GPT-2 and a small Llama's: all runs of `glue.py:gain`
@@ -138,10 +138,12 @@ not been rehearsed; nor have the real widths.
 
 
 class Cost(NamedTuple):
-  """Chip-hours by `CHIPS`, runs, and how the first program lies on v5e-8."""
+  """Chip-hours by `CHIPS`, runs, the programs that train them, and how the
+  first one lies on v5e-8."""
 
   hours: dict[str, float]
   runs: int
+  programs: int
   plan: str
 
 
@@ -151,6 +153,8 @@ def main() -> None:
 
 def page() -> str:
   """The page in Markdown."""
+  sweeps = (name for one in paper.SOURCES.values() for name in one.sweeps)
+  together = cost_of(tuple(dict.fromkeys(sweeps)))
   return PAGE.format(
     commands=_commands(),
     needs=_needs(),
@@ -160,6 +164,8 @@ def page() -> str:
     expected=_expected(),
     contradictions=_contradictions(),
     choices=_choices(),
+    programs=together.programs,
+    runs=together.runs,
   )
 
 
@@ -247,7 +253,7 @@ def cost_of(sweeps: tuple[str, ...]) -> Cost:
     seconds = products / (SHARE * PEAK[device])
     seconds += len(units) * estimate.START * chips
     hours[chip] = seconds / 3600
-  return Cost(hours, sum(map(len, units)), _split(units[0]))
+  return Cost(hours, sum(map(len, units)), len(units), _split(units[0]))
 
 
 def _split(unit: list[SweepRun]) -> str:
