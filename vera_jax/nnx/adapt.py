@@ -82,6 +82,8 @@ class Adaptation(Interception):
     classes: those derived for it, by the class and the kernel of a layer.
   """
 
+  variables: Mapping[str, Any] = field(default_factory=dict)
+  keyed: bool = False
   sites: Mapping[Path, Target] = field(default_factory=dict)
   classes: dict[tuple[type, str], type] = field(default_factory=dict)
 
@@ -123,23 +125,14 @@ class Adaptation(Interception):
     about = saved.identity(self)
     named = about["method"], about["settings"]
     make_adapter(*named)
-    rest = self.targets, about["fused"], self.plan, self.forwards, self.sites
-    return _adaptation, (*named, *rest)
+    choices = self.targets, about["fused"], self.plan, self.forwards
+    return _adaptation, (*named, self.sites, choices)
 
 
 def _adaptation(
-  method: str,
-  settings: Mapping[str, Any],
-  targets: tuple[str, ...],
-  fused: Fused,
-  plan: str,
-  forwards: int,
-  sites: Mapping[Path, Target],
+  method: str, settings: Any, sites: Any, choices: tuple[Any, Any, Any, Any]
 ) -> Adaptation:
-  adapter, _ = make_adapter(method, settings)
-  return Adaptation(
-    adapter, targets, fused, plan, forwards, EMPTY, False, sites=sites
-  )
+  return Adaptation(make_adapter(method, settings)[0], *choices, sites=sites)
 
 
 class Training(NamedTuple):
@@ -222,16 +215,8 @@ def adapt(
     )
   sites = find_targets(model, targets, fused=fused, stack_axis=stack_axis)
   check_links(adapter, sites)
-  adaptation = Adaptation(
-    adapter,
-    tuple(targets),
-    fused,
-    check_plan(plan),
-    forwards,
-    EMPTY,
-    False,
-    sites=sites,
-  )
+  patterns, plan = tuple(targets), check_plan(plan)
+  adaptation = Adaptation(adapter, patterns, fused, plan, forwards, sites=sites)
   params = tree_of(model, sites=sites)
   for path, leaf in flatten_dict(params).items():
     name = "/".join(path)
@@ -394,14 +379,13 @@ def modules_of(model: nnx.Module) -> dict[Path, nnx.Module]:
     numbers: list[int] = []
     node: Any = model
     for part in parts:
-      inside: Any = node
-      if not isinstance(part, int):
-        inside = vars(node) if isinstance(node, nnx.Pytree) else node
-        fields = getattr(node, "_pytree__nodes", inside)
-        numbers.append(list(fields).index(part))
-      else:
+      if isinstance(part, int):
         numbers.append(part)
-      node = inside[part]
+        node = node[part]
+      else:
+        fields = getattr(node, "_pytree__nodes", node)
+        numbers.append(list(fields).index(part))
+        node = vars(node)[part] if isinstance(node, nnx.Pytree) else node[part]
     return numbers
 
   twin = twin_of(model)
@@ -465,11 +449,9 @@ def _by_module(
 ) -> dict[Path, Target]:
   """The sites by the paths of the layers and parts that they are."""
   if sites is None:
-    adaptation = getattr(type(model), ROOT, None)
-    sites = {} if adaptation is None else adaptation.sites
-  return {layer_path(path, site): site for path, site in sites.items()} | {
-    **sites
-  }
+    sites = getattr(getattr(type(model), ROOT, None), "sites", {})
+  layers = {layer_path(path, site): site for path, site in sites.items()}
+  return layers | dict(sites)
 
 
 def adaptation_of(model: nnx.Module) -> Adaptation:
@@ -680,8 +662,8 @@ def reference(model: nnx.Module) -> nnx.Module:
     UserError: the model has no adapter.
   """
   adaptation_of(model)
-  graph, trained, rest = nnx.split(model, nnx.LoRAParam, ...)
-  return nnx.merge(graph, jax.tree.map(jnp.copy, trained), rest)
+  graph, trained, *rest = nnx.split(model, nnx.LoRAParam, ...)
+  return nnx.merge(graph, jax.tree.map(jnp.copy, trained), *rest)
 
 
 def projections_of(model: nnx.Module) -> dict[str, Any]:
@@ -690,8 +672,7 @@ def projections_of(model: nnx.Module) -> dict[str, Any]:
   Raises:
     UserError: the model has no adapter.
   """
-  adaptation = adaptation_of(model)
-  shared = adaptation.shared_at(model)
+  shared = adaptation_of(model).shared_at(model)
   tree: dict[Path, Any] = {(name,): value for name, value in shared.items()}
   by_module = _by_module(model)
   for path, module in modules_of(model).items():
