@@ -464,7 +464,7 @@ def _scores(
   Raises:
     UserError: config.select or config.data.class_weights doesn't fit the data.
   """
-  metrics = METRICS.get(facts.kind, ())
+  metrics: tuple[str, ...] = METRICS.get(facts.kind, ())
   select, weigh = config.select, config.data.class_weights
   choices = SELECT.get(facts.kind, {})
   if select and select not in choices:
@@ -485,7 +485,7 @@ def _scores(
   if facts.kind != CLASSES:
     return metrics, None, []
   counts = np.bincount(train.labels, minlength=len(facts.labels))
-  weights = None
+  weights: np.ndarray | None = None
   if weigh:
     if not counts.all():
       raise UserError(
