@@ -191,12 +191,9 @@ def see(layer: Any, base: type, axis: int = 0) -> Seen | str | None:
   if len(matrices) > 1:
     return f"it holds several matrices: {', '.join(matrices)}"
   (name,) = matrices
-  if _equation(layer, ()):
-    operands = equation.partition("->")[0].partition(",")[2].replace(" ", "")
-    shape = params[name].shape
-    shape = shape[:axis] + shape[axis + len(shape) - len(operands) :]
-  else:
-    shape = (*layer.in_features_shape, *layer.out_features_shape)
+  operands = equation.partition("->")[0].partition(",")[2].replace(" ", "")
+  shape = params[name].shape
+  shape = shape[:axis] + shape[axis + len(shape) - len(operands) :]
   axes = parse(equation, _example(equation).ndim, shape)
   if isinstance(axes, str):
     return axes
@@ -357,10 +354,13 @@ def _equation(layer: nnx.Module, args: Any) -> str | None:
 
 
 def _dense_equation(layer: Any) -> str | None:
-  """What MaxText's `DenseGeneral` computes, which holds no equation: the last
-  axes of x times the kernel."""
-  ins = getattr(layer, "in_features_shape", ())
-  if not ins or tuple(layer.axis) != tuple(range(-len(ins), 0)):
+  """What layers compute that hold no equation: the last axes of x times the
+  kernel, as MaxText's `DenseGeneral` and bonsai's `ShardedLinear`."""
+  if not hasattr(layer, "in_features_shape"):
+    dense = values_of(layer).keys() | {"bias"} == {"kernel", "bias"}
+    return "...i,io->...o" if dense else None
+  ins = layer.in_features_shape
+  if tuple(layer.axis) != tuple(range(-len(ins), 0)):
     return None
   letters = ascii_lowercase[: len(ins) + len(layer.out_features_shape)]
   first, second = letters[: len(ins)], letters[len(ins) :]

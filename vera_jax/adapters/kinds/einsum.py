@@ -126,7 +126,8 @@ def by_equation(
   result = jax.eval_shape(
     multiply_whole, x, jax.ShapeDtypeStruct(kernel.shape, dtype)
   )
-  if result.shape != tuple(length[a] for a in axes.result):
+  expected = tuple(length[a] for a in axes.result)
+  if getattr(result, "shape", None) != expected:
     return f"it does not return what its equation {equation!r} says"
 
   def ordered(array: Array, now: list[str], wanted: list[str]) -> Array:
