@@ -26,7 +26,7 @@ from vera_jax.errors import UserError
 from vera_jax.pretrained.blueprint import abstract_model
 from vera_jax.pretrained.sharding import behind_runs, make_mesh
 from vera_jax.tasks.classification import loss
-from vera_jax.train import loop
+from vera_jax.train import compiled_step, loop
 from vera_jax.train.compiled_step import CompiledStep, state_shape
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.optim import optimiser
@@ -192,9 +192,9 @@ class Together(NamedTuple):
   results: list[dict]
 
 
-def train(configs, folder) -> Together:
+def train(configs, folder, **options) -> Together:
   folders = [folder / str(i) for i in range(len(configs))]
-  return Together(configs, folders, train_ensemble(configs, folders))
+  return Together(configs, folders, train_ensemble(configs, folders, **options))
 
 
 @pytest.fixture(scope="session")
@@ -390,6 +390,81 @@ def test_each_stops_early_by_itself(tiny_config, tmp_path):
   assert stopped["members"] == other["members"] == 2
   train_and_evaluate(configs[0], tmp_path / "alone")
   assert_alike(whole.folders[0], tmp_path / "alone")
+
+
+@pytest.fixture(scope="module")
+def six(tiny_config) -> list[ConfigDict]:
+  """For two slots, all of them with batches of one shape.
+
+  At program step 20 the third begins in the place of the first, which learns
+  nothing; at 30 the fourth, which fails, in that of the second; at 40 the fifth
+  in its place, and at 50 the sixth in the third's.
+  """
+  settings = {
+    "optim__patience": 1,
+    "optim__epochs": 3,
+    "optim__microbatch_rows": 8,
+  }
+  still = {"optim__adapter_lr": 0.0, "optim__head_lr": 0.0}
+  rates = {"optim__adapter_lr": 0.01}
+  configs = [
+    tiny_config("stsb", **settings, **still),
+    tiny_config("stsb", **settings, seed=4),
+    tiny_config("stsb", **settings, seed=4, **rates),
+    broken(tiny_config("stsb", **settings, seed=2)),
+    tiny_config("stsb", **settings, seed=5, **still),
+    tiny_config("stsb", **settings, seed=6),
+  ]
+  return configs
+
+
+@pytest.fixture(scope="module")
+def queue(six, tmp_path_factory) -> Together:
+  """All six, two at a time; the step is compiled once."""
+  traced = []
+
+  def gradient(*arguments, **options):
+    traced.append(arguments)
+    return microbatch_gradient(*arguments, **options)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(compiled_step, "microbatch_gradient", gradient)
+    trained = train(six, tmp_path_factory.mktemp("queue"), members=2)
+  assert len(traced) == 1
+  return trained
+
+
+@pytest.mark.slow
+def test_a_place_is_taken_by_the_next_run(six, queue, tmp_path):
+  """Which is to the last bit what it is with nobody before it, in the same
+  place of an ensemble of as many; in files, scores and steps of its own."""
+  *_, failed, early, last = queue.results
+  assert "failed" in failed and 1 <= failed["step"] <= 10
+  assert early["stopped_early"] and early["last"]["step"] == 20
+  assert [epoch["step"] for epoch in last["history"]][:2] == [10, 20]
+  for pair in ((0, 1), (2, 1), (4, 5)):
+    apart = train([six[i] for i in pair], tmp_path / str(pair))
+    for number, folder in zip(pair, apart.folders, strict=True):
+      assert_same_bits(queue.folders[number], folder)
+
+
+@pytest.mark.slow
+def test_stopped_at_steps_of_their_own_they_go_on_to_the_same_bits(
+  six, queue, stop_at, tmp_path, monkeypatch
+):
+  """Stopped while slots stand at steps 5 and 25; in the evaluation at 10 and
+  30; and at 25 and 5, where the latter's save is lost: both go back."""
+  for step, saved in ((24, 25), (30, 30), (44, 45)):
+    stop_at(step)
+    with pytest.raises(Interrupted, match=f"saved at step {saved} of"):
+      train(six, tmp_path, members=2)
+    monkeypatch.undo()
+  assert not (tmp_path / "5").exists()  # it has not begun
+  assert (tmp_path / "1" / "result.json").exists()  # and this one has ended
+  shutil.rmtree(tmp_path / "4" / "checkpoints" / "5")
+  again = train(six, tmp_path, members=2)
+  for number in (0, 1, 2, 4, 5):
+    assert_same_bits(again.folders[number], queue.folders[number])
 
 
 def test_runs_that_fit_together_have_one_key(tiny_config):

@@ -35,6 +35,7 @@ class Clock:
   Attributes:
     began: when the program began, as a Unix time.
     seconds: of each part, up to the last call of `took`.
+    last: when that was, as a Unix time.
   """
 
   def __init__(
@@ -48,6 +49,10 @@ class Clock:
     self._now, self._last = now, began
     self.began = wall() - (now() - began)
     self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+
+  @property
+  def last(self) -> float:
+    return self.began + sum(self.seconds.values())
 
   def took(self, part: str) -> None:
     """All the time since the last call went into this part."""
@@ -70,15 +75,17 @@ class Speed:
     """Go on from what a save holds.
 
     Args:
-      clock: of the program that trains now, maybe together with other runs.
+      clock: of the program that trains now, maybe together with other runs,
+        and maybe since long before this one.
       earlier: as `report` gave it at that save; empty at the first start.
       since: when the run first began, as a Unix time.
       peak: FLOP/s of all devices together, if it is known.
     """
     self._clock, self._earlier, self._peak = clock, earlier, peak
+    self._first = dict(clock.seconds)
     self._before = dict.fromkeys(PARTS, 0.0) | earlier.get("seconds", {})
     known = sum(self._before.values())
-    self._before["lost"] += max(0.0, clock.began - since - known)
+    self._before["lost"] += max(0.0, clock.last - since - known)
     self._recorded = 0
     self._trained = np.zeros(3)  # steps, tokens and FLOPs
     self._written = self._counts()
@@ -117,12 +124,13 @@ class Speed:
     }
 
   def _seconds(self) -> dict[str, float]:
-    now = self._clock.seconds
-    return {part: self._before[part] + now[part] for part in PARTS}
+    now, first = self._clock.seconds, self._first
+    return {p: self._before[p] + now[p] - first[p] for p in PARTS}
 
   def _counts(self) -> np.ndarray:
-    seconds = self._clock.seconds
-    return np.array([*self._trained, seconds["steps"], seconds["data"]])
+    seconds = self._seconds()
+    training = [seconds[p] - self._before[p] for p in ("steps", "data")]
+    return np.array([*self._trained, *training])
 
   def _rates(self, counts: np.ndarray) -> dict[str, float]:
     """The metrics of these steps; what can't be known is left out."""
@@ -156,7 +164,8 @@ def with_result(speed: Mapping[str, Any], seconds: float) -> dict[str, Any]:
   """What the last save reported, and the seconds of writing the result."""
   if not speed:  # the save is of a version that didn't measure it
     return {}
-  parts = {**speed["seconds"], "result": seconds}
+  parts = {**speed["seconds"]}
+  parts["result"] += seconds  # those of others of its ensemble came before
   return {**speed, "goodput": goodput(parts), "seconds": parts}
 
 

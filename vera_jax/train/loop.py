@@ -63,14 +63,14 @@ def train_and_evaluate(
     )
   run = Run(config, workdir)
   if not run.is_done:
-    carry_out([run], lambda: [] if run.has_ended else [run])
+    carry_out([run], lambda setup: [] if run.has_ended else [run])
   assert run.result is not None
   return run.result
 
 
 def carry_out(
   runs: Sequence[Run],
-  to_train: Callable[[], Iterable[Trainable]],
+  to_train: Callable[[Setup], Iterable[Trainable]],
   *,
   together: int = 1,
 ) -> None:
@@ -78,8 +78,9 @@ def carry_out(
 
   Args:
     runs: those that are not done, equal in all that a `Setup` is made of.
-    to_train: once the runs are open, what is trained, one after another.
-    together: how many runs an ensemble of them has.
+    to_train: what is trained, one after another. Runs that have not begun may
+      be opened by it, when they do.
+    together: how many train at once.
   """
   began = begin()
   prepare()
@@ -89,11 +90,13 @@ def carry_out(
     stack.enter_context(errors_in(*(run.folder for run in runs)))
     setup = build_setup(runs[0].config, runs=together)
     for run in runs:
-      stack.enter_context(run.opened(setup))
-    for trainable in to_train():
+      stack.callback(run.close)
+      if run.has_begun or len(runs) == 1:
+        run.open(setup)
+    for trainable in to_train(setup):
       train(trainable, setup, began)
     for run in runs:
-      if run.failure is None:
+      if run.failure is None and not run.is_done:
         run.finish()
 
 
@@ -112,11 +115,11 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
   """
   first = done = run.first_step
   traced = setup.config.log.get("profile") or ""
-  profile = Profile(traced, run.folder, setup.steps)
+  profile = Profile(traced, run.folder, run.steps)
   state = run.start()
   clock = Clock(began)
   with (
-    ProgressBar(steps=setup.steps, step=first, primary=is_first()) as bar,
+    ProgressBar(steps=run.steps, step=first, primary=is_first()) as bar,
     run.recording(bar.log, clock),
     watch() as flag,
     profile,
@@ -126,7 +129,7 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
     for line in introduction(setup, run.titles):
       bar.log(line)
     if first:
-      bar.log(f"resumed at step {first} of {setup.steps}")
+      bar.log(f"resumed at step {first} of {run.steps}")
 
     unread: list[tuple[int, Metrics]] = []  # of steps that may still run
 
@@ -135,7 +138,10 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
         bar.advance(at, loss=run.record(at, metrics))
       unread.clear()
 
+    batches = run.batches(first)
+
     def end_epoch() -> None:
+      nonlocal state, batches
       read_metrics()
       clock.took("steps")
       stop.wait_for(setup.background, "evaluate")
@@ -147,6 +153,10 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
       bar.show_score(report.score)
       for line in report.lines:
         bar.log(line)
+      if (refilled := run.refill(done, state)) is not None:
+        state, batches = refilled, run.batches(done)
+        bar.expect(run.steps)
+      clock.took("result")
 
     # All processes of a run learn of a signal at the same step, since all have
     # to save; then this raises Stopped, and so may whatever takes long.
@@ -155,23 +165,22 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
         setup.compile_evaluation()
         clock.took("start")
         end_epoch()
-      batches = setup.data.train_batches(seeds=run.seeds, start_step=first)
       while not run.has_ended:
-        number, microbatches = read_next(batches)
+        _, microbatches = read_next(batches)
         # a batch that comes while a step still runs has cost no time
         runs = any(not metrics["loss"].is_ready() for _, metrics in unread)
-        clock.took("start" if number == first else "steps" if runs else "data")
+        clock.took("start" if done == first else "steps" if runs else "data")
         stop.check()
-        with profile.step(number + 1):
+        with profile.step(done + 1):
           state, metrics = step(state, microbatches)
         read_metrics()  # the step before, while this one runs
-        done = number + 1
+        done += 1
         unread.append((done, metrics))
-        if number == first:
+        if done == first + 1:
           read_metrics()
           seconds = time.monotonic() - began
           bar.log(f"first step done {seconds:.1f} s after the start")
-        clock.took("compiling" if number == first else "steps")
+        clock.took("compiling" if done == first + 1 else "steps")
         if profile.is_last(done):
           read_metrics()
           profile.stop()
@@ -185,5 +194,5 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
       run.save(done, state)
       raise Interrupted(
         f"Stopped by {stopped.signal.name}, saved at step {done} of"
-        f" {setup.steps}. The same command goes on from there."
+        f" {run.steps}. The same command goes on from there."
       ) from None

@@ -112,7 +112,7 @@ def write_outcome(
       "seconds": progress["seconds"],
       "evaluation_seconds": progress["evaluation_seconds"],
       "speed": with_result(progress["speed"], time.monotonic() - began),
-      "members": len(progress.get("ensemble", [0])),
+      "members": len(progress.get("ensemble", {"slots": [0]})["slots"]),
       "config": config.to_dict(),
       **results.provenance(),
     }

@@ -35,10 +35,9 @@ class PreparedStep:
     stop: Stop,
   ) -> None:
     """Prepare steps of `run` from states like this one."""
-    self._setup, self._size = setup, run.size
+    self._setup, self._run, self._size = setup, run, run.size
     self._clock, self._stop = clock, stop
     self._compiled: set[Hashable] = set()
-    self._key, self._rates = run.key, run.rates
     self._step = setup.make_step(state, runs=run.size)
     self._is_first = True
 
@@ -59,7 +58,7 @@ class PreparedStep:
         self._compiled.add(shape)
     self._clock.took("compiling")
     state, metrics = self._step(
-      state, setup.frozen, placed, self._key, self._rates
+      state, setup.frozen, placed, self._run.key, self._run.rates
     )
     if are_several() and setup.mesh.shape[RUNS] > 1:
       # each process has the numbers of its own runs, and is to know of all;
@@ -89,6 +88,7 @@ class PreparedStep:
     """Begin to compile for a microbatch's shape, which is returned."""
     shape = tuple(array.shape for array in batch.values())
     self._setup.background.compile(
-      shape, lambda: self._step.trace(self._setup.frozen, batch, self._key)
+      shape,
+      lambda: self._step.trace(self._setup.frozen, batch, self._run.key),
     )
     return shape

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from vera_jax.train.outcome import SUBMISSION, write_answers, write_outcome
 from vera_jax.train.preemption import Stop
 from vera_jax.train.setup import Setup
 from vera_jax.train.step import State
-from vera_jax.train.trainable import Report
+from vera_jax.train.trainable import Microbatches, Report
 from vera_jax.train.workdir import (
   check_shared,
   check_workdir,
@@ -56,6 +56,16 @@ def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
   return max(history, key=lambda epoch: (epoch["score"], -epoch["epoch"]))
 
 
+def _no_progress() -> dict[str, Any]:
+  return {
+    "history": [],
+    "loss_sum": 0.0,
+    "seconds": 0.0,
+    "evaluation_seconds": 0.0,
+    "speed": {},
+  }
+
+
 class Run:
   """One training run: a `Trainable`.
 
@@ -65,11 +75,13 @@ class Run:
       them that were for evaluation, the fingerprints of the data, and what
       `Speed.report` says.
     result, failure: what result.json or failed.json says, if it is there.
-    setup, saves: what it is made of and its checkpoints, while it is open.
+    has_begun: whether its folder had its config before this process.
+    setup, saves: what it is made of and its checkpoints, while `is_open`.
     title: what tells it from the other runs of an ensemble.
   """
 
   size = None  # its state has no axis of runs
+  is_open = False
   setup: Setup
   saves: Checkpoints
 
@@ -87,15 +99,11 @@ class Run:
     written = check_workdir(self.folder, config.to_dict())
     if written is not None:
       self.choose_scan(written["model"]["scan"])
-    self.progress: dict[str, Any] = {
-      "history": [],
-      "loss_sum": 0.0,
-      "seconds": 0.0,
-      "evaluation_seconds": 0.0,
-      "speed": {},
-    }
+    self.has_begun = written is not None
+    self.progress = _no_progress()
     self.result = results.read(self.folder)
     self.failure = results.read(self.folder, results.FAILED)
+    self._open = ExitStack()
 
   def choose_scan(self, scan: bool | str) -> None:
     """Take over how the layers lie, where the config leaves that open.
@@ -147,9 +155,8 @@ class Run:
       check_shared(self.folder)
       yield
 
-  @contextmanager
-  def opened(self, setup: Setup) -> Iterator[None]:
-    """The folder is this config's, its checkpoints open, progress restored.
+  def open(self, setup: Setup) -> None:
+    """Make the folder this config's, open its checkpoints, restore progress.
 
     Raises:
       UserError: the run began with other data; the message says which splits.
@@ -158,22 +165,35 @@ class Run:
     self.choose_scan(setup.model.blueprint.scan)
     config = self.config.to_dict()
     on_first(lambda: write_config(self.folder, config))
-    with Checkpoints(self.folder / "checkpoints", config) as self.saves:
-      for step in reversed(self.saves.steps):
-        progress = self.saves.progress(step)
-        history = progress["history"]
-        if not history or best_epoch(history)["step"] in self.saves.steps:
-          self.progress |= progress
-          break
-        # The result needs the best epoch's leaves: that epoch is trained again.
-        log.warning(
-          "%s: step %d is not gone on from, since the save of the best epoch,"
-          " step %d, is not there.",
-          *(self.folder, step, best_epoch(history)["step"]),
-        )
-        self.saves.forget_after(step - 1)
-      self._check_data()
-      yield
+    checkpoints = Checkpoints(self.folder / "checkpoints", config)
+    self.saves = self._open.enter_context(checkpoints)
+    self.is_open = True
+    for step in reversed(self.saves.steps):
+      progress = self.saves.progress(step)
+      history = progress["history"]
+      if not history or best_epoch(history)["step"] in self.saves.steps:
+        self.progress |= progress
+        break
+      # The result needs the best epoch's leaves: that epoch is trained again.
+      log.warning(
+        "%s: step %d is not gone on from, since the save of the best epoch,"
+        " step %d, is not there.",
+        *(self.folder, step, best_epoch(history)["step"]),
+      )
+      self.saves.forget_after(step - 1)
+    self._check_data()
+
+  def close(self) -> None:
+    self._open.close()
+    self.is_open = False
+
+  def go_back(self, step: int) -> None:
+    """Forget what was trained after a save, or after the start."""
+    self.saves.forget_after(step)
+    data = {"data": self.progress["data"]}
+    self.progress = _no_progress() | data
+    if step:
+      self.progress |= self.saves.progress(step)
 
   def _check_data(self) -> None:
     """Refuse data that are not those that the run began with."""
@@ -198,21 +218,21 @@ class Run:
     return [self.title]
 
   @property
-  def seeds(self) -> int:
-    return self.config.seed
+  def steps(self) -> int:
+    return self.setup.steps
 
-  @property
+  @cached_property
   def key(self) -> PRNGKeyArray:
     return jax.random.key(self.config.seed)
 
-  @property
+  @cached_property
   def rates(self) -> dict[str, Array]:
     rates = rates_of(self.config)
     return {name: jnp.float32(value) for name, value in rates.items()}
 
   @property
   def first_step(self) -> int:
-    return self.saves.latest_step or 0
+    return (self.is_open and self.saves.latest_step) or 0
 
   @property
   def lacks_scores(self) -> bool:
@@ -220,19 +240,21 @@ class Run:
     scored = self.history[-1]["step"] if self.history else 0
     return scored < first and not first % self.setup.steps_between_evaluations
 
-  def start(self, step: int | None = None) -> State:
-    """The state at a step, the last one if none is named.
-
-    Later saves are dropped.
-    """
-    step = self.first_step if step is None else step
+  def start(self) -> State:
+    step = self.first_step
+    self.progress.pop("ensemble", None)  # an ensemble sets it anew
     if not step:
       return self.setup.first_state(self.config)
-    self.saves.forget_after(step)
-    state, progress = self.saves.restore(step, self.setup.shape)
-    self.progress |= progress
-    self.progress.pop("ensemble", None)  # an ensemble sets it anew
+    self.saves.forget_after(step)  # those that can't be gone on from
+    state, _ = self.saves.restore(step, self.setup.shape)
     return state
+
+  def batches(self, step: int) -> Iterator[tuple[int, Microbatches]]:
+    data = self.setup.data
+    return data.train_batches(seeds=self.config.seed, start_step=step)
+
+  def refill(self, step: int, state: State) -> None:
+    """A run alone has no slots."""
 
   @contextmanager
   def recording(
@@ -240,10 +262,10 @@ class Run:
   ) -> Iterator[None]:
     """metrics.jsonl and its companions are open."""
     del log  # there is nothing to say
-    since = clock.began
+    since = clock.last
     if is_first():  # a run that is tried again has not failed
       (self.folder / results.FAILED).unlink(missing_ok=True)
-      since = first_start(self.folder, clock.began)
+      since = first_start(self.folder, clock.last)
     self._clock, peak = clock, peak_of(self.setup.mesh)
     self._speed = Speed(clock, self.progress["speed"], since=since, peak=peak)
     before, began = self.progress["seconds"], time.monotonic()

@@ -1,6 +1,6 @@
 """What the training loop asks of the run, or the runs, that it trains."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -8,9 +8,12 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from jax import Array
 from jaxtyping import Key
 
+from vera_jax.data.packing import Batch
 from vera_jax.train.clock import Clock
 from vera_jax.train.preemption import Stop
 from vera_jax.train.step import State
+
+Microbatches = tuple[Batch, ...]  # of a step, on the host
 
 
 class Report(NamedTuple):
@@ -31,12 +34,17 @@ class Trainable(Protocol):
 
   Steps count from 1: `step` is how many updates there have been. In an ensemble
   every array of a state, of the metrics, of `key` and of `rates` has a leading
-  axis, one entry per run.
+  axis, one entry per run; and `step` is the program's, from which a run that
+  began later has its own.
   """
 
   @property
   def folder(self) -> Path:
     """Where a trace of the program is written: in the first run's folder."""
+
+  @property
+  def steps(self) -> int:
+    """The last step, unless patience or a failure ends it earlier."""
 
   @property
   def size(self) -> int | None:
@@ -45,10 +53,6 @@ class Trainable(Protocol):
   @property
   def titles(self) -> Sequence[str]:
     """The name of each run, for the first lines."""
-
-  @property
-  def seeds(self) -> int | list[int]:
-    """The seeds of the batches' order, of each run on the axis."""
 
   @property
   def key(self) -> Key[Array, "*runs"]:
@@ -73,6 +77,9 @@ class Trainable(Protocol):
   def start(self) -> State:
     """Returns the state at `first_step`: that of the save, or a fresh one."""
 
+  def batches(self, step: int) -> Iterator[tuple[int, Microbatches]]:
+    """Returns the microbatches of each step after this one, for ever."""
+
   def recording(
     self, log: Callable[[str], None], clock: Clock
   ) -> AbstractContextManager:
@@ -96,6 +103,16 @@ class Trainable(Protocol):
     Raises:
       UserError: an output is not a finite number.
       Stopped: a signal came; nothing was written.
+    """
+
+  def refill(self, step: int, state: State) -> State | None:
+    """Lets runs that wait take the places of those that have ended.
+
+    It is called at the end of an epoch, once that is saved.
+
+    Returns:
+      The state to go on with, for which `key`, `rates` and `batches` are to be
+      asked for anew; None where all runs are the same as before.
     """
 
   def save(self, step: int, state: State) -> None:
