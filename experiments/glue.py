@@ -10,8 +10,9 @@
 
 The same command again continues an unfinished run and shows the result of a
 finished one. Several seeds train at once, on one base, each in a folder of its
-own. Several processes share one workdir, which all must see; a TPU pod's and
-SLURM's are found without flags. Without network, name local folders:
+own; with --members=N so many, and the others wait until one has ended. Several
+processes share one workdir, which all must see; a TPU pod's and SLURM's are
+found without flags. Without network, name local folders:
 
   --config.model.name=FOLDER    config.json, tokenizer, model.safetensors
   --config.data.source=FOLDER   train.tsv, dev.tsv, test.tsv, or RTE/, CoLA/, …
@@ -37,6 +38,12 @@ WORKDIR = flags.DEFINE_string(
 SEEDS = flags.DEFINE_list(
   "seeds", [], "Seeds to train at once: 0,1,2,3. Unset: config.seed alone."
 )
+MEMBERS = flags.DEFINE_integer(
+  "members",
+  None,
+  "Most seeds that train at once; the others wait for one to end. Unset: all.",
+  lower_bound=1,
+)
 PROFILE = flags.DEFINE_string(
   "profile",
   None,
@@ -58,10 +65,16 @@ def main() -> None:
     raise UserError(
       f"--seeds={','.join(SEEDS.value)}: give whole numbers, as in 0,1,2."
     ) from error
+  if MEMBERS.value and not seeds:
+    raise UserError("--members says how many of --seeds=0,1,... train at once.")
   # Imported only now: a mistake in the flags is reported without the wait.
   from vera_jax.train.ensemble import train_ensemble
   from vera_jax.train.loop import train_and_evaluate
 
+  if MEMBERS.value and not seeds:
+    raise UserError(
+      "--members is for the seeds of --seeds, of which many wait."
+    )
   if not seeds:
     workdir = WORKDIR.value or cli.default_workdir(config)
     result = train_and_evaluate(config, workdir)
@@ -77,7 +90,7 @@ def main() -> None:
     else cli.default_workdir(config)
     for config in configs
   ]
-  results = train_ensemble(configs, workdirs)
+  results = train_ensemble(configs, workdirs, members=MEMBERS.value)
   if distributed.is_first():
     cli.show_seeds(results, workdirs)
     cli.show_trace(config, workdirs)

@@ -29,10 +29,12 @@ of the plan,
 
   ... --shard=$NUMBER/$COUNT
 
-or, without --shard, all take what nobody has yet: a run is never trained twice
-at the same time, for its process has a lock in DIR/locks. A dead machine's lock
-is free after three minutes. On a machine with several GPUs, start one process
-per GPU: CUDA_VISIBLE_DEVICES=1 python -m experiments.sweep ... .
+in which runs take the places of those that have ended (0/1 is the whole plan,
+for one machine); or, without --shard, all take what nobody has yet: a run is
+never trained twice at the same time, for its process has a lock in DIR/locks. A
+dead machine's lock is free after three minutes. On a machine with several GPUs,
+start one process per GPU: CUDA_VISIBLE_DEVICES=1 python -m experiments.sweep
+... .
 
   python -m experiments.report DIR      # tables and figures, at any time
 """
@@ -50,6 +52,7 @@ from vera_jax.sweep.launchers.launcher import NAMES, make_launcher
 from vera_jax.sweep.plan import (
   FAILED,
   SweepRun,
+  in_queues,
   make_plan,
   make_units,
   parse_shard,
@@ -80,7 +83,10 @@ DRY_RUN = flags.DEFINE_bool(
   "Show the plan, its counts and an estimate; train nothing.",
 )
 SHARD = flags.DEFINE_string(
-  "shard", None, "i/n: the i-th of n parts, i from 0. Unset: all."
+  "shard",
+  None,
+  "i/n: the i-th of n parts, i from 0, which nobody else trains; 0/1 is all."
+  " Unset: what nobody has yet.",
 )
 RETRY = flags.DEFINE_bool(
   "retry_failed", False, "Try failed runs again, from their last good save."
@@ -141,6 +147,8 @@ def main() -> None:
   index, count = parse_shard(SHARD.value)
   most = MEMBERS.value or sweep.members
   units = shard_of(make_units(plan.runs, most=most, shards=count), index, count)
+  if SHARD.value and LAUNCHER.value == "local":  # nobody else trains these
+    units = in_queues(units)
   runs = [run for unit in units for run in unit]
   if DRY_RUN.value:
     finished = filter(None, (results.read(run.folder) for run in plan.runs))
@@ -154,7 +162,7 @@ def main() -> None:
       f" {counts(states(runs))}\nleft: about {left}, {rate.source}",
     )
     if DEVICES.value:
-      console.print("\n".join(splits(units, DEVICES.value)))
+      console.print("\n".join(splits(units, DEVICES.value, most=most)))
     return
   write_plan(plan)
   failed = failures(runs)
@@ -172,6 +180,7 @@ def main() -> None:
       units,
       launcher,
       logs=logs,
+      members=most,
       hosts=HOSTS.value,
       retry_failed=RETRY.value,
       say=table.say,

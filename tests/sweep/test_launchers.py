@@ -91,7 +91,8 @@ def test_a_worker_waits_for_a_lock_and_trains_then(tiny_sweep, monkeypatch):
   (run,) = plan.runs
   trained = []
   monkeypatch.setattr(
-    "vera_jax.train.ensemble.train_ensemble", lambda *x: trained.append(x)
+    "vera_jax.train.ensemble.train_ensemble",
+    lambda *x, members: trained.append(x),
   )
   taken = locked([run.lock])
   taken.__enter__()

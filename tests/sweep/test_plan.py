@@ -10,6 +10,7 @@ from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.locks import locked
 from vera_jax.sweep.plan import (
+  in_queues,
   make_plan,
   make_units,
   parse_shard,
@@ -109,6 +110,9 @@ def test_units_train_together_and_are_no_larger_than_asked(tiny_sweep):
   assert [len(unit) for unit in make_units(runs, most=1)] == [1] * 6
   many = tiny_sweep(seeds(range(9))).runs
   assert [len(unit) for unit in make_units(many, most=4)] == [3, 3, 3]
+  (queue,) = in_queues(make_units(many, most=4))
+  assert queue == many
+  assert in_queues(found) == found
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 9])

@@ -168,6 +168,7 @@ def work(runs, *, retry_failed=False, patience=0.0):
       ],
       "retry_failed": retry_failed,
       "patience": patience,
+      "members": 8,
       "hosts": 1,
     }
   )
@@ -176,13 +177,15 @@ def work(runs, *, retry_failed=False, patience=0.0):
 def test_a_worker_trains_its_unit(tiny_sweep, monkeypatch):
   given = []
   monkeypatch.setattr(
-    "vera_jax.train.ensemble.train_ensemble", lambda *group: given.append(group)
+    "vera_jax.train.ensemble.train_ensemble",
+    lambda *group, members: given.append((*group, members)),
   )
   runs = tiny_sweep(seeds((0, 1, 2))).runs
   with locked([runs[2].lock]):
     assert work(runs) == 0
     assert runs[2].lock.exists()
-  ((configs, folders),) = given
+  ((configs, folders, members),) = given
+  assert members == 8
   assert folders == [run.folder for run in runs[:2]]
   assert not any(run.lock.exists() for run in runs)
   for config, run in zip(configs, runs[:2], strict=True):
@@ -195,7 +198,7 @@ def test_a_worker_trains_its_unit(tiny_sweep, monkeypatch):
 def test_whatever_ends_a_worker_is_noted_in_the_folders(
   tiny_sweep, monkeypatch, error
 ):
-  def fail(configs, folders):
+  def fail(configs, folders, members):
     folders[0].mkdir(parents=True)
     results.write(folders[0], {"score": 1.0})  # was done before the others
     raise error
@@ -215,7 +218,7 @@ def test_a_worker_takes_what_is_left(tiny_sweep, monkeypatch):
     results.write(run.folder, {}, file)
   taken = []
   monkeypatch.setattr(
-    worker, "train", lambda runs, hosts: taken.append(runs) or 0
+    worker, "train", lambda runs, members, hosts: taken.append(runs) or 0
   )
   work(plan.runs)
   work(plan.runs, retry_failed=True)

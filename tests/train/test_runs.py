@@ -13,7 +13,13 @@ from experiments.plans.collectives import collectives
 from experiments.plans.figures import total
 from experiments.plans.lowering import abstract_step
 from tests.faults.fixtures import Launcher, reach
-from tests.train.test_ensemble import assert_alike, curve, result_of, train
+from tests.train.test_ensemble import (
+  assert_alike,
+  broken,
+  curve,
+  result_of,
+  train,
+)
 from tests.train.test_shards import QUIET, config_of
 from tests.untimed import untimed_metrics
 from vera_jax.errors import UserError
@@ -125,6 +131,29 @@ def test_a_runs_bits_are_its_own(tiny_config, tmp_path, monkeypatch):
   devices(monkeypatch, 1)
   train_and_evaluate(configs[5], tmp_path / "one")
   assert_alike(eight, tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_an_idle_part_is_for_the_next_run(
+  tiny_config, tmp_path, stop_at, monkeypatch
+):
+  """Six runs, three at once, on four devices. The fourth has the part that is
+  left over, the fifth that of the second, which fails; stopped meanwhile."""
+  devices(monkeypatch, 4)
+  six = [tiny_config(**SAME, seed=seed) for seed in range(6)]
+  four = [*six[:1], *six[2:4], six[4]]
+  six[1] = broken(six[1])
+  stop_at(14)
+  with pytest.raises(Interrupted, match="saved at step 15 of 40"):
+    train(six, tmp_path / "queue", members=3)
+  monkeypatch.undo()
+  devices(monkeypatch, 4)
+  queue = train(six, tmp_path / "queue", members=3)
+  assert "failed" in queue.results[1]
+  apart = train(four, tmp_path / "apart")
+  for number, folder in zip((0, 2, 3, 4), apart.folders, strict=True):
+    assert_same_training(queue.folders[number], folder)
+  assert [e["step"] for e in queue.results[5]["history"]] == [10, 20]
 
 
 @pytest.mark.slow

@@ -175,8 +175,22 @@ def make_units(
   return units
 
 
-def splits(units: Sequence[Unit], devices: int) -> Iterator[str]:
+def in_queues(units: Sequence[Unit]) -> list[Unit]:
+  """Those whose runs can train together as one, for a single worker.
+
+  It trains as many at once as before; the others wait for one to end, and then
+  need no new process, base or program.
+  """
+  groups: dict[str, Unit] = {}
+  for unit in units:
+    groups.setdefault(group_key(unit[0].config), []).extend(unit)
+  return list(groups.values())
+
+
+def splits(units: Sequence[Unit], devices: int, *, most: int) -> Iterator[str]:
   """How units lie on so many devices, a line for each kind, for a person.
+
+  Of a unit `most` runs train at once.
 
   Rows are counted as if no two texts shared one.
 
@@ -186,9 +200,9 @@ def splits(units: Sequence[Unit], devices: int) -> Iterator[str]:
   kinds: Counter[tuple[int, int, tuple[int, ...]]] = Counter()
   for unit in units:
     config = unit[0].config
-    together = Together(len(unit), config.optim.batch_size)
+    together = Together(min(most, len(unit)), config.optim.batch_size)
     sizes = mesh_sizes(devices, **config.mesh, together=together)
-    kinds[len(unit), config.optim.batch_size, sizes] += 1
+    kinds[*together, sizes] += 1
   for (runs, rows, sizes), count in kinds.items():
     parts, *rest = sizes
     each = -(-runs // parts) * -(-rows // (rest[0] * rest[1]))

@@ -19,6 +19,7 @@ def run_units(
   launcher: Launcher,
   *,
   logs: Path,
+  members: int | None = None,
   hosts: int = 1,
   retry_failed: bool = False,
   say: Callable[[str], None] = lambda line: None,
@@ -34,6 +35,7 @@ def run_units(
     units: as `make_units` makes them.
     launcher: starts the workers.
     logs: a folder for what they print.
+    members: runs of a unit that train at once; None for all of them.
     hosts: processes that train one unit, each on a machine of its own.
     retry_failed: whether failed runs are tried again.
     say: takes lines that say what was started.
@@ -65,6 +67,8 @@ def run_units(
             for run in runs
           ],
           "log": str(logs / runs[0].name),
+          # of the whole unit: what is done leaves the others' program as it is
+          "members": min(members or len(unit), len(unit)),
           "retry_failed": retry_failed,
           "patience": launcher.patience,
           "hosts": hosts,

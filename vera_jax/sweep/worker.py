@@ -40,9 +40,10 @@ def main(task: dict[str, Any]) -> int:
   """Train what is left of a unit's runs; returns the exit code.
 
   Args:
-    task: {"runs": [{"config", "folder", "lock"}], "retry_failed", "patience":
-      seconds to wait for runs that another process has, "hosts": how many train
-      them together, and if several: "coordinator", "process_id"}.
+    task: {"runs": [{"config", "folder", "lock"}], "members": how many of them
+      train at once, "retry_failed", "patience": seconds to wait for runs that
+      another process has, "hosts": how many train them together, and if
+      several: "coordinator", "process_id"}.
   """
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   from absl import logging
@@ -82,7 +83,7 @@ def main(task: dict[str, Any]) -> int:
       taken = np.array([run in left for run in task["runs"]])
       taken = multihost_utils.broadcast_one_to_all(taken)
       left = [run for run, i in zip(task["runs"], taken, strict=True) if i]
-    return train(left, hosts) if left else 0
+    return train(left, task["members"], hosts) if left else 0
 
 
 def leave(number: int, frame: FrameType | None) -> None:
@@ -104,14 +105,15 @@ def stop_when_closed(stdin: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(runs: list[dict[str, Any]], hosts: int = 1) -> int:
-  """Train them together; an error that ends all is written to each folder."""
+def train(runs: list[dict[str, Any]], members: int, hosts: int) -> int:
+  """Train them, `members` at once; an error that ends all is written to each
+  folder."""
   from vera_jax.train.ensemble import train_ensemble  # the training stack, late
 
   configs = [ConfigDict(run["config"]) for run in runs]
   folders = [place(run["folder"]) for run in runs]
   try:
-    train_ensemble(configs, folders)
+    train_ensemble(configs, folders, members=members)
   except Interrupted as error:
     print(error, file=sys.stderr)
     return EXIT_CODE
