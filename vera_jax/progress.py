@@ -56,10 +56,7 @@ class ProgressBar:
     note = "" if loss is None else f"loss {loss:.4f} {self._score}"
     self._progress.update(self._task, completed=step, note=note)
 
-  def expect(self, steps: int) -> None:
-    """There are so many steps in all."""
-    self._progress.update(self._task, total=steps)
-
-  def show_score(self, text: str) -> None:
-    """What stands behind the loss from the next step on."""
+  def show_score(self, text: str, *, steps: int) -> None:
+    """What stands behind the loss from the next step on, of so many steps."""
     self._score = text
+    self._progress.update(self._task, total=steps)

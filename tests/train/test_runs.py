@@ -140,7 +140,8 @@ def test_an_idle_part_is_for_the_next_run(
   """Six runs, three at once, on four devices. The fourth has the part that is
   left over, the fifth that of the second, which fails; stopped meanwhile."""
   devices(monkeypatch, 4)
-  six = [tiny_config(**SAME, seed=seed) for seed in range(6)]
+  settings = {**SAME, "mesh__runs": 4}
+  six = [tiny_config(**settings, seed=seed) for seed in range(6)]
   four = [*six[:1], *six[2:4], six[4]]
   six[1] = broken(six[1])
   stop_at(14)

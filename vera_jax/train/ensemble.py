@@ -47,7 +47,7 @@ from vera_jax.train.preemption import Stop
 from vera_jax.train.run import Run
 from vera_jax.train.setup import Setup
 from vera_jax.train.step import State, Tree
-from vera_jax.train.trainable import Microbatches, Report
+from vera_jax.train.trainable import Batches, Refilled, Report
 
 Result = TypeVar("Result")
 
@@ -230,7 +230,7 @@ class Ensemble:
   def steps(self) -> int:
     each, free = self.setup.steps, self.size - len(self.live)
     ends = [slot.offset + each for slot in self.slots if slot.run]
-    ends = sorted([*ends, *[min(ends) - each] * free])
+    ends = sorted([self._filled_at] * free + ends)
     for run in self.waiting:
       heapq.heapreplace(ends, ends[0] + each - run.first_step)
     return max(ends)
@@ -251,6 +251,7 @@ class Ensemble:
     them, or none, are still to be evaluated there.
     """
     between, filled = self.setup.steps_between_evaluations, []
+    self._filled_at = step
     for number in range(self.size):
       if number < len(self.slots) and self.slots[number].run:
         continue
@@ -309,7 +310,7 @@ class Ensemble:
     runs = [slot.run for slot in self._axis]
     return stack(*(states[run] if run else filler for run in runs))
 
-  def batches(self, step: int) -> Iterator[tuple[int, Microbatches]]:
+  def batches(self, step: int) -> Batches:
     axis = self._axis
     return self.setup.data.train_batches(
       seeds=[slot.seed for slot in axis],
@@ -406,7 +407,7 @@ class Ensemble:
       [f"{title}: {x}" for title, each in reports.items() for x in each.lines],
     )
 
-  def refill(self, step: int, state: State) -> State | None:
+  def refill(self, step: int, state: State) -> Refilled | None:
     """What has ended is finished, but for texts: they may need the memory."""
     for slot in self.slots:
       if (run := slot.run) and run.has_ended:
@@ -414,6 +415,7 @@ class Ensemble:
         if self.setup.task.write_texts is None:
           run.finish()
           run.close()
+          self._clock.took("result")
     filled = self._fill(step)
     for number in filled:
       if run := self.slots[number].run:
@@ -423,7 +425,7 @@ class Ensemble:
     if not filled:
       return None
     self._gather_numbers()
-    return state
+    return state, self.batches(step)
 
 
 # Which runs fit together: they share the base, the projections, the data and

@@ -114,8 +114,7 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
     Interrupted: after Ctrl-C or SIGTERM, once the run is saved.
   """
   first = done = run.first_step
-  traced = setup.config.log.get("profile") or ""
-  profile = Profile(traced, run.folder, run.steps)
+  profile = Profile(setup.config.log.get("profile"), run.folder, run.steps)
   state = run.start()
   clock = Clock(began)
   with (
@@ -132,13 +131,12 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
       bar.log(f"resumed at step {first} of {run.steps}")
 
     unread: list[tuple[int, Metrics]] = []  # of steps that may still run
+    batches = run.batches(first)
 
     def read_metrics() -> None:
       for at, metrics in unread:
         bar.advance(at, loss=run.record(at, metrics))
       unread.clear()
-
-    batches = run.batches(first)
 
     def end_epoch() -> None:
       nonlocal state, batches
@@ -150,16 +148,12 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
       clock.took("evaluation")
       run.save(done, state)
       report = run.report()
-      bar.show_score(report.score)
       for line in report.lines:
         bar.log(line)
-      if (refilled := run.refill(done, state)) is not None:
-        state, batches = refilled, run.batches(done)
-        bar.expect(run.steps)
-      clock.took("result")
+      state, batches = run.refill(done, state) or (state, batches)
+      bar.show_score(report.score, steps=run.steps)
 
-    # All processes of a run learn of a signal at the same step, since all have
-    # to save; then this raises Stopped, and so may whatever takes long.
+    # Stopped comes to all processes at the same step, since all have to save.
     try:
       if run.lacks_scores:
         setup.compile_evaluation()

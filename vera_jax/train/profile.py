@@ -17,7 +17,7 @@ from vera_jax.errors import UserError
 FOLDER = "profile"  # of a run's folder
 
 
-def steps_in(text: str) -> range:
+def steps_in(text: str | None) -> range:
   """The steps that FIRST:LAST names, counted from 1, both included; or none.
 
   Raises:
@@ -37,8 +37,8 @@ def steps_in(text: str) -> range:
 class Profile:
   """The trace of a run's training. Use as a context."""
 
-  def __init__(self, steps: str, folder: Path, end: int) -> None:
-    """Trace the steps FIRST:LAST of `end`, into the run's folder.
+  def __init__(self, steps: str | None, folder: Path, end: int) -> None:
+    """Trace the steps FIRST:LAST of `end`, if any, into the run's folder.
 
     Raises:
       UserError: the run has no such steps.
@@ -48,7 +48,7 @@ class Profile:
       raise UserError(
         f"--profile={steps} names steps that are not the run's: it has {end}."
       )
-    name = f"steps-{steps.replace(':', '-')}"
+    name = f"steps-{str(steps).replace(':', '-')}"
     self._folder = folder / FOLDER / "plugins" / "profile" / name
     self._trace: tempfile.TemporaryDirectory[str] | None = None
 

@@ -36,7 +36,7 @@ from vera_jax.train.outcome import SUBMISSION, write_answers, write_outcome
 from vera_jax.train.preemption import Stop
 from vera_jax.train.setup import Setup
 from vera_jax.train.step import State
-from vera_jax.train.trainable import Microbatches, Report
+from vera_jax.train.trainable import Batches, Report
 from vera_jax.train.workdir import (
   check_shared,
   check_workdir,
@@ -249,7 +249,7 @@ class Run:
     state, _ = self.saves.restore(step, self.setup.shape)
     return state
 
-  def batches(self, step: int) -> Iterator[tuple[int, Microbatches]]:
+  def batches(self, step: int) -> Batches:
     data = self.setup.data
     return data.train_batches(seeds=self.config.seed, start_step=step)
 

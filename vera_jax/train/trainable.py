@@ -13,7 +13,9 @@ from vera_jax.train.clock import Clock
 from vera_jax.train.preemption import Stop
 from vera_jax.train.step import State
 
-Microbatches = tuple[Batch, ...]  # of a step, on the host
+# of each step, with its number: its microbatches, on the host
+Batches = Iterator[tuple[int, tuple[Batch, ...]]]
+Refilled = tuple[State, Batches]
 
 
 class Report(NamedTuple):
@@ -77,7 +79,7 @@ class Trainable(Protocol):
   def start(self) -> State:
     """Returns the state at `first_step`: that of the save, or a fresh one."""
 
-  def batches(self, step: int) -> Iterator[tuple[int, Microbatches]]:
+  def batches(self, step: int) -> Batches:
     """Returns the microbatches of each step after this one, for ever."""
 
   def recording(
@@ -105,14 +107,14 @@ class Trainable(Protocol):
       Stopped: a signal came; nothing was written.
     """
 
-  def refill(self, step: int, state: State) -> State | None:
+  def refill(self, step: int, state: State) -> Refilled | None:
     """Lets runs that wait take the places of those that have ended.
 
     It is called at the end of an epoch, once that is saved.
 
     Returns:
-      The state to go on with, for which `key`, `rates` and `batches` are to be
-      asked for anew; None where all runs are the same as before.
+      The state and the batches to go on with, by the `key` and the `rates` that
+      there are then; None where nothing has changed.
     """
 
   def save(self, step: int, state: State) -> None:
