@@ -207,23 +207,23 @@ def test_resumed_on_other_devices(tiny_config, tmp_path, stop_at, monkeypatch):
 
 @pytest.mark.slow
 def test_two_hosts_with_two_runs_each(tmp_path):
-  """To the bits of one process with four devices; stopped by one of them, and
-  resumed."""
+  """And one that waits. To the bits of one process with four devices; stopped
+  by one of them, and resumed."""
   launcher = Launcher(tmp_path, epochs=2)
-  seeds = "--seeds=0,1,2,3"
+  seeds = "--seeds=0,1,2,3,4", "--members=4"
   hosts, whole = tmp_path / "hosts", tmp_path / "whole"
-  processes = launcher.start_several(hosts, seeds, devices=2)
+  processes = launcher.start_several(hosts, *seeds, devices=2)
   assert reach(hosts / "seed0", 13, processes[0])
   processes[1].send_signal(signal.SIGTERM)
   stops = [process.end() for process in processes]
   assert [stop.code for stop in stops] == [75, 75], stops[0].output
   for ended in (
-    *launcher.run_several(hosts, seeds, devices=2),
-    launcher.run(whole, seeds, devices=4),
+    *launcher.run_several(hosts, *seeds, devices=2),
+    launcher.run(whole, *seeds, devices=4),
   ):
     assert ended.code == 0, ended.output
   assert "split into 4 parts, of 1 device each" in stops[0].output
-  for seed in range(4):
+  for seed in range(5):
     assert_same_training(hosts / f"seed{seed}", whole / f"seed{seed}")
 
 

@@ -167,10 +167,6 @@ class Slot:
   offset: int
   run: Run | None = None
 
-  @property
-  def seed(self) -> int:
-    return int(json.loads(self.name)["seed"])
-
 
 class Ensemble:
   """Several runs in one program: a `Trainable`.
@@ -185,16 +181,17 @@ class Ensemble:
   def __init__(
     self, waiting: Sequence[Run], setup: Setup, members: int
   ) -> None:
-    """Give slots to runs; the first one says how far in its epoch all begin.
+    """Give slots to runs; one of them says how far in its epoch all begin.
 
     Args:
-      waiting: the runs.
+      waiting: the runs; the first that was saved in an ensemble goes on there.
       setup: what all are made of.
       members: how many train at once, but as many in each part of the mesh.
     """
     self.setup = setup
     self._parts = parts = setup.mesh.shape[RUNS]
-    first, saved = waiting[0], waiting[0].progress.get("ensemble")
+    first = next((x for x in waiting if "ensemble" in x.progress), waiting[0])
+    saved = first.progress.get("ensemble")
     if saved and len(saved["slots"]) <= members + -members % parts:
       # the slots that were saved, for another program has other bits
       self.first_step, count = saved["step"], len(saved["slots"])
@@ -212,7 +209,8 @@ class Ensemble:
       self.slots = []
     self.size = count + -count % parts
     self.waiting = [run for run in waiting if run not in self.live]
-    self._fill(self.first_step, lack_scores=first.lacks_scores)
+    lack_scores = self.lacks_scores or first.lacks_scores
+    self._fill(self.first_step, lack_scores=lack_scores)
     self.folder = self.live[0].folder
     self.titles = [run.title for run in self.live]
     self._gather_numbers()
@@ -313,7 +311,7 @@ class Ensemble:
   def batches(self, step: int) -> Batches:
     axis = self._axis
     return self.setup.data.train_batches(
-      seeds=[slot.seed for slot in axis],
+      seeds=[json.loads(slot.name)["seed"] for slot in axis],
       start_step=[step - slot.offset for slot in axis],
     )
 
