@@ -22,9 +22,10 @@ pytestmark = [
   pytest.mark.slow,
   pytest.mark.filterwarnings("ignore"),  # of MaxText's dependencies
 ]
-LAYOUTS = {
-  "looped": ["scan_layers=False"],
-  "first axis": ["scan_layers=True", "param_scan_axis=0"],
+LAYOUTS = {  # and the shape of d
+  "looped": (["scan_layers=False"], (256,)),
+  "first axis": (["param_scan_axis=0"], (2, 256)),
+  "second axis": ([], (256, 2)),  # which is MaxText's default
 }
 TINY = {
   "model_name": "default",
@@ -65,7 +66,7 @@ def arguments(folder, layout, *, steps):
   return [
     f"{MAXTEXT_CONFIGS_DIR}/post_train/sft.yml",
     *(f"{name}={value}" for name, value in given.items()),
-    *LAYOUTS[layout],
+    *LAYOUTS[layout][0],
   ]
 
 
@@ -107,11 +108,9 @@ def test_its_trainer_trains_saves_and_resumes_d_and_b_alone(tmp_path, layout):
   for path, value in base.items():
     np.testing.assert_array_equal(after[path], value)
   leaves = {path: x for path, x in after.items() if path not in base}
-  stack = () if layout == "looped" else (2,)
   assert len(leaves) == 2 * 2 * (2 if layout == "looped" else 1)
-  assert {x.shape for p, x in leaves.items() if p[-1] == "vera_d"} == {
-    (*stack, 256)
-  }
+  shapes = {x.shape for p, x in leaves.items() if p[-1] == "vera_d"}
+  assert shapes == {LAYOUTS[layout][1]}
 
   merged = vera_jax.nnx.merge(trained)
   assert type(merged) is type(model)
