@@ -163,8 +163,8 @@ def see(layer: Any, base: type, axis: int = 0) -> Seen | str | None:
   params = values_of(layer)
   kind = next((x for x in base.__mro__ if x in TWINS), None)
   matrices = [name for name, value in params.items() if _rank(value) > 1]
-  if lora := [name for name in params if name.endswith("_lora_a")]:
-    return f"it has qwix's LoRA, {lora[0]}: apply one or the other"
+  if by_qwix := [name for name in params if name.endswith("_lora_a")]:
+    return f"it has qwix's LoRA, {by_qwix[0]}: apply one or the other"
   if not matrices:
     return None
   if odd := [n for n in matrices if not hasattr(params[n], "ndim")]:
