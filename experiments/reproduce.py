@@ -132,8 +132,8 @@ Of these we have rehearsed so far, with `--small`, on two CPU cores, with the
 tokenizers of RoBERTa and GPT-2 and a small Llama's: all runs of `glue.py:gain`
 (Figures 3 and 4), `e2e.py:medium`, `images.py:cifar100_base`,
 `instruct.py:memory` and `instruct.py:vicuna` (with answers and drawn scores),
-and one run of `glue.py:base`. The other sweeps take the same path with other configs, and have
-not been rehearsed; nor have the real widths.
+and one run of `glue.py:base`. The other sweeps take the same path with other
+configs, and have not been rehearsed; nor have the real widths.
 """
 
 
