@@ -131,3 +131,33 @@ def test_its_trainer_trains_saves_and_resumes_d_and_b_alone(tmp_path, layout):
     resumed = sft.main(arguments(tmp_path / "parts", layout, steps=4))
     for path, value in leaves.items():
       np.testing.assert_array_equal(values(resumed)[path], value)
+
+
+@pytest.mark.parametrize("name", ("unique", "held", "dora"))
+def test_every_layer_of_a_scanned_model_is_adapted(tmp_path, name):
+  """Matrices of each layer, one pair at the root, and whole weights."""
+  model, logits = plain(tmp_path, "second axis")
+  expected = logits(model)
+  adapter = {
+    "unique": vera_jax.vera(rank=8, sharing="unique"),
+    "held": vera_jax.vera(rank=8),
+    "dora": vera_jax.dora(rank=2),
+  }[name]
+  vera_jax.nnx.adapt(
+    model,
+    adapter,
+    targets=["query", "key", "value", "out", "wi_.", "wo", "logits_dense"],
+    projections="held" if name == "held" else "made",
+  )
+  np.testing.assert_array_equal(logits(model), expected)
+  keys = nnx.Rngs(1)
+  moved = jax.tree.map(
+    lambda x: x + 0.1 * jax.random.normal(keys.params(), x.shape),
+    nnx.state(model, nnx.LoRAParam),
+  )
+  nnx.update(model, moved)
+  adapted = logits(model)
+  assert abs(adapted - expected).max() > 1e-2
+  merged = logits(vera_jax.nnx.merge(model))
+  scale = abs(adapted).max()
+  np.testing.assert_allclose(merged, adapted, rtol=0, atol=3e-6 * scale)
