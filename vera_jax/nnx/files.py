@@ -21,11 +21,7 @@ from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import label_tree, split
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.products import exact_factors
-from vera_jax.adapters.sites import (
-  all_sites,
-  map_sites,
-  own_leaves,
-)
+from vera_jax.adapters.sites import all_sites, map_sites, own_leaves
 from vera_jax.errors import UserError
 from vera_jax.models.folder import resolve
 from vera_jax.models.hf_weights import fingerprint, load_params, read_model
@@ -187,17 +183,16 @@ def _check_weights(
 
 def _check_sites(folder: Path, adaptation: Adaptation) -> None:
   """Raises a UserError where the targets name other layers of the twin."""
-  adapter, targets = adaptation.adapter, adaptation.targets
+  on = adaptation.adapter, adaptation.targets
   head = KINDS[WORDS].head
-  fields = read_model(folder)
   made = blueprint(
-    fields, outputs=1, head=head, adapter=(adapter, targets), scan=False
+    read_model(folder), outputs=1, head=head, adapter=on, scan=False
   )
   if other := made.targets.keys() ^ adaptation.sites.keys():
     names = ["/".join(path) for path in sorted(other)]
     raise UserError(
-      f"The targets {', '.join(targets)} match other layers of the model than"
-      f" of {folder}: {saved.some(names)} in one of them alone. Save without"
+      f"The targets {', '.join(on[1])} match other layers of the model than of"
+      f" {folder}: {saved.some(names)} in one of them alone. Save without"
       " `base`, or train with targets that name layers of both."
     )
 
