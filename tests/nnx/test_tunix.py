@@ -1,6 +1,12 @@
 """tunix trains an adapter of ours as it trains its own LoRA."""
 
+import inspect
+import json
+import os
 import shutil
+import subprocess
+import sys
+from importlib.metadata import version
 
 import flax.nnx as nnx
 import jax
@@ -13,6 +19,7 @@ from flax.traverse_util import flatten_dict
 
 import vera_jax
 import vera_jax.nnx
+from vera_jax.errors import UserError
 
 pytest.importorskip("tunix", reason="requirements-tunix.txt is not installed")
 pytestmark = [
@@ -322,3 +329,196 @@ def test_rollouts_answer_as_the_trained_model_at_every_step(name, tmp_path):
     strict=True,
   ):
     assert left is right
+
+
+def engine(actor, **config):
+  from tunix.rl.rollout.base_rollout import RolloutConfig
+
+  from examples.tunix.counting import Characters
+  from vera_jax.nnx.tunix import MergedRollout
+
+  lengths = {"max_prompt_length": 2, "max_tokens_to_generate": 2}
+  return MergedRollout(
+    rollout_actor=actor,
+    tokenizer=Characters(),
+    mesh=config.pop("mesh", None),
+    rollout_config=RolloutConfig(kv_cache_size=4, **lengths, **config),
+  )
+
+
+def test_a_rollout_that_would_ignore_the_adapter_is_an_error():
+  actor = adapted("llama3")
+  with pytest.raises(UserError, match="has no adapter"):
+    engine(network("llama3"))
+  with pytest.raises(UserError, match="leave data_type out"):
+    engine(actor, data_type=jnp.bfloat16)
+  with pytest.raises(UserError, match="the same mesh"):
+    devices = np.array(jax.devices()[:1])
+    engine(actor, mesh=jax.sharding.Mesh(devices, ("another",)))
+
+  rollout, kind = engine(actor), (nnx.LoRAParam,)
+  weights = lambda: values(rollout._sampler.transformer, nnx.Param)  # noqa: E731
+  before = weights()
+  rollout.update_params(nnx.state(actor, kind), kind)
+  equal(weights(), before)  # nothing moved, and nothing is wrong
+  sent = nnx.state(actor, kind)
+  sent = jax.tree.map(lambda leaf: leaf + 0.1, sent)
+  with pytest.raises(UserError, match="not what the trainer sent"):
+    rollout.update_params(nnx.state(actor, base), None)
+  part = nnx.from_flat_state(list(nnx.to_flat_state(sent))[:-1])
+  with pytest.raises(UserError, match="not what the trainer sent"):
+    rollout.update_params(part, kind)
+  merging = rollout._merge
+  rollout._merge = lambda: rollout._sampler.transformer_state
+  with pytest.raises(UserError, match="the merged weights are the same"):
+    rollout.update_params(sent, kind)
+  equal(weights(), before)  # an error leaves the rollout as it was
+  rollout._merge = merging
+  sent = jax.tree.map(lambda leaf: leaf + 0.1, sent)
+  rollout.update_params(sent, kind)
+  nnx.update(actor, sent)
+  expected = values(vera_jax.nnx.merge(actor), nnx.Param)
+  jax.tree.map(
+    lambda now, then: np.testing.assert_allclose(now, then, atol=1e-6),
+    weights(),
+    expected,
+  )
+  # what is not adapted lies in memory once
+  for model in (rollout.model(), rollout._sampler.transformer):
+    table = model.embedder.input_embedding.get_value()
+    other = actor.embedder.input_embedding.get_value()
+    assert table.unsafe_buffer_pointer() == other.unsafe_buffer_pointer()
+
+
+def test_the_interfaces_of_the_installed_version():
+  from tunix.generate.sampler import Sampler
+  from tunix.rl import utils
+  from tunix.rl.rl_cluster import ClusterConfig
+  from tunix.rl.rollout.base_rollout import (
+    BaseRollout,
+    CacheConfig,
+    RolloutConfig,
+  )
+  from tunix.rl.rollout.vanilla_rollout import VanillaRollout
+  from tunix.sft import utils as sft_utils
+  from tunix.sft.checkpoint_manager import CheckpointManager
+  from tunix.sft.peft_trainer import PeftTrainer
+
+  def parameters(function):
+    return [*inspect.signature(function).parameters]
+
+  relied_on = {
+    "VanillaRollout.__init__": (
+      parameters(VanillaRollout.__init__),
+      ["self", "model", "tokenizer", "cache_config_or_size"],
+    ),
+    "update_params": (
+      parameters(BaseRollout.update_params),
+      ["self", "params", "filter_types"],
+    ),
+    "BaseRollout's abstract methods": (
+      sorted(BaseRollout.__abstractmethods__ - {"__init__"}),
+      [
+        "eos_id",
+        "generate",
+        "get_per_token_logps",
+        "model",
+        "pad_id",
+        "update_params",
+      ],
+    ),
+    "CacheConfig": (
+      parameters(CacheConfig),
+      ["cache_size", "num_layers", "num_kv_heads", "head_dim"],
+    ),
+    "get_pytree_mesh_info": (parameters(utils.get_pytree_mesh_info), ["tree"]),
+    "is_lora_enabled": (parameters(sft_utils.is_lora_enabled), ["model"]),
+    "PeftTrainer": (
+      parameters(PeftTrainer)[:3],
+      ["model", "optimizer", "training_config"],
+    ),
+    "CheckpointManager.save": (
+      parameters(CheckpointManager.save)[:5],
+      ["self", "step", "model", "optimizer", "save_only_lora_params"],
+    ),
+    "RolloutConfig": (
+      [
+        x for x in ("kv_cache_size", "data_type") if hasattr(RolloutConfig(), x)
+      ],
+      ["kv_cache_size", "data_type"],
+    ),
+    "ClusterConfig.rollout_engine": (
+      "rollout_engine" in parameters(ClusterConfig),
+      True,
+    ),
+    "Sampler.transformer_state": (
+      Sampler.transformer_state.fset is not None,
+      True,
+    ),
+  }
+  changed = {
+    name: now for name, (now, then) in relied_on.items() if now != then
+  }
+  assert not changed, (
+    f"tunix {version('google-tunix')} has other interfaces than 0.1.7, which"
+    f" vera_jax.nnx.tunix and the examples rely on: {changed}"
+  )
+
+
+def example(name, *words):
+  """What an example printed, and its exit code."""
+  run = subprocess.run(
+    [sys.executable, "-m", f"examples.tunix.{name}", *words],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    check=False,
+  )
+  return run.returncode, run.stdout, run.stderr
+
+
+@pytest.mark.parametrize(
+  ("name", "steps", "saved"), [("supervised", 20, 10), ("grpo", 20, 15)]
+)
+def test_an_example_learns_and_goes_on_to_the_same_bits(
+  name, steps, saved, tmp_path
+):
+  words = (f"--workdir={tmp_path}", f"--steps={steps}")
+  code, out, err = example(name, *words)
+  assert code == 0, err
+  if name == "grpo":
+    rewards = [float(x.split()[-1]) for x in out.splitlines() if "reward" in x]
+    assert len(rewards) == steps
+    assert np.mean(rewards[-3:]) > 3 * np.mean(rewards[:3]), rewards
+  else:
+    before, after = (
+      float(x.split()[-1]) for x in out.splitlines() if "share" in x
+    )
+    assert after > 0.9 > before
+
+  file = tmp_path / "adapter" / "adapter.safetensors"
+  whole = file.read_bytes()
+  (last,) = (tmp_path / "checkpoints").rglob(f"{steps}")
+  assert (last.parent / str(saved)).is_dir()
+  shutil.rmtree(last)  # as if it had been stopped before
+  file.unlink()
+  code, out, err = example(name, *words)
+  assert code == 0, err
+  if name == "grpo":
+    assert out.startswith(f"step {saved + 1}: reward")
+  assert file.read_bytes() == whole
+
+  code, out, err = example(name, *words, "--rank=3")
+  assert code == 1
+  assert "a run with other settings" in err
+  settings = json.loads((tmp_path / "settings.json").read_text())
+  assert settings["rank"] == 64
+
+
+def test_an_example_says_what_it_needs(tmp_path):
+  code, _, err = example("grpo")
+  assert code == 1
+  assert "--workdir=DIR" in err
+  code, _, err = example("supervised", f"--workdir={tmp_path}", "--width=9")
+  assert code == 2
+  assert "multiple of 8" in err

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vera_jax.errors import UserError
-from vera_jax.nnx.adapt import merge, reference
+from vera_jax.nnx.adapt import merge, reference, remove
 
 try:
   from tunix.rl import utils
@@ -47,8 +47,26 @@ class MergedRollout(VanillaRollout):
         or data type.
     """
     self._adapted = reference(rollout_actor)
-    self._merge = nnx.jit(merge)
-    of_actor = utils.get_pytree_mesh_info(nnx.state(self._adapted))
+    graph, state = nnx.split(self._adapted)
+
+    @jax.jit
+    def merged(state: Any) -> Any:
+      kept = {id(leaf) for leaf in jax.tree.leaves(state)}
+      weights = nnx.state(merge(nnx.merge(graph, state)))
+      return jax.tree.map(lambda x: None if id(x) in kept else x, weights)
+
+    def merged_weights() -> Any:
+      """The adapted weights, and all others as they are, uncopied."""
+      rest = nnx.state(remove(nnx.clone(self._adapted)))
+      return jax.tree.map(
+        lambda new, old: old if new is None else new,
+        merged(nnx.state(self._adapted)),
+        rest,
+        is_leaf=lambda x: x is None,
+      )
+
+    self._merge = merged_weights
+    of_actor = utils.get_pytree_mesh_info(state)
     elsewhere = mesh is not None and not mesh.empty and mesh != of_actor
     if elsewhere or rollout_config.data_type is not None:
       raise UserError(
@@ -62,7 +80,9 @@ class MergedRollout(VanillaRollout):
       num_kv_heads=config.num_kv_heads,
       head_dim=config.head_dim,
     )
-    super().__init__(self._merge(self._adapted), tokenizer, cache)
+    plain = remove(nnx.clone(self._adapted))
+    nnx.update(plain, self._merge())
+    super().__init__(plain, tokenizer, cache)
 
   def model(self) -> nnx.Module:
     """The adapted copy, which tunix compares with the actor."""
@@ -77,15 +97,18 @@ class MergedRollout(VanillaRollout):
       UserError: what was sent are not the adapter's leaves, or the weights are
         the same although the leaves moved.
     """
-    before = nnx.state(self._adapted, nnx.LoRAParam)
-    sent = nnx.filter_state(params, nnx.LoRAParam)
-    if jax.tree.structure(sent) != jax.tree.structure(before):
+    mine = nnx.state(self._adapted, nnx.LoRAParam)
+    before, sent = (
+      jax.tree.leaves(mine),
+      nnx.filter_state(params, nnx.LoRAParam),
+    )
+    if {*nnx.to_flat_state(sent).paths} != {*nnx.to_flat_state(mine).paths}:
       raise UserError(
         "The adapter's leaves are not what the trainer sent to the rollout,"
         " which would answer as another model than the trained one."
       )
     nnx.update(self._adapted, params)
-    merged = nnx.state(self._merge(self._adapted))
+    merged = self._merge()
     moved = _differ(before, nnx.state(self._adapted, nnx.LoRAParam))
     if moved and not _differ(self._sampler.transformer_state, merged):
       raise UserError(
@@ -96,6 +119,6 @@ class MergedRollout(VanillaRollout):
     self._sampler.transformer_state = merged
 
 
-def _differ(before: nnx.State, after: nnx.State) -> bool:
+def _differ(before: Any, after: Any) -> bool:
   pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
   return any(not bool(jnp.array_equal(*pair)) for pair in pairs)
