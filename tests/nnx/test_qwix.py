@@ -214,3 +214,37 @@ def test_of_qwix_only_the_codes_are_taken():
   refused(with_lora, "it has qwix's LoRA, kernel_lora_a", [".*1"])
   with pytest.raises(UserError, match="kernel is quantised by qwix: it can't"):
     put_on(quantised(), adapter_named("full"), [])
+
+
+@pytest.mark.filterwarnings("ignore")  # of tunix's dependencies
+def test_a_quantised_model_of_tunix_has_its_twins_names(tmp_path):
+  llama = pytest.importorskip("tunix.models.llama3.model")
+  with jax.numpy_rank_promotion("allow"):  # as tunix's own code needs it
+    _check_tunix(llama, tmp_path)
+
+
+def _check_tunix(llama, folder):
+  config = llama.ModelConfig(
+    num_layers=1,
+    vocab_size=16,
+    embed_dim=8,
+    hidden_dim=16,
+    num_heads=2,
+    head_dim=4,
+    num_kv_heads=1,
+    norm_eps=1e-5,
+    rope_theta=10000,
+  )
+  positions, mask = jnp.arange(5)[None], jnp.tril(jnp.ones((1, 5, 5), bool))
+  inputs = TOKENS[:1], positions, None, mask
+
+  def make():
+    rule = qwix.QuantizationRule(module_path=".*proj", weight_qtype="nf4")
+    model = llama.Llama3(config, rngs=nnx.Rngs(0))
+    return qwix.quantize_model(model, qwix.PtqProvider([rule]), *inputs)
+
+  model = move(put_on(make(), METHODS["factored"], ["q_proj", "o_proj"]))
+  assert ("encoder", "layer_0", "self_attn", "q_proj") in modules_of(model)
+  vera_jax.nnx.save(folder, model)
+  again = vera_jax.nnx.load(folder, make())
+  np.testing.assert_array_equal(again(*inputs)[0], model(*inputs)[0])

@@ -49,6 +49,7 @@ from vera_jax.errors import UserError
 from vera_jax.nnx.layers import (
   OWNS,
   PLACE,
+  QWIX,
   UNADAPTED,
   Projection,
   bare,
@@ -64,7 +65,6 @@ from vera_jax.patterns import find
 
 ROOT = "adapted_by"  # a field of the model's class, with its `Adaptation`
 NUMBER = "number_in_stack"  # and with its number, where a method draws numbers
-QWIX = "_unquantized_type"  # of a class by qwix: which one it derives from
 PROJECTIONS = ("made", "held")
 STACK_AXES = (0, 1)  # a vector has no others
 

@@ -40,6 +40,7 @@ from vera_jax.nnx.adapt import (
 )
 from vera_jax.nnx.layers import Projection, lora_shapes
 from vera_jax.nnx.twins import twin_of
+from vera_jax.operations.quantised import plain
 from vera_jax.pretrained.blueprint import blueprint
 from vera_jax.pretrained.classifier import find_base
 
@@ -166,7 +167,7 @@ def _check_weights(
       f"{folder} is the base of a linen model, which {kind} has no table of"
       " names for (vera_jax/nnx/twins.py)."
     )
-  leaves = _base(model)
+  leaves = {path: plain(leaf) for path, leaf in _base(model).items()}
   loaded = load_params(folder, jax.eval_shape(lambda: unflatten_dict(leaves)))
   values = flatten_dict(loaded.params)
   other = [*loaded.missing, *loaded.unexpected]

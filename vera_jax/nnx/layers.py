@@ -35,6 +35,7 @@ from vera_jax.operations.quantised import is_quantised, is_qwix
 # An adapted layer's class says which of its parameters are the adapter's, and
 # which class it was before.
 OWNS, UNADAPTED = "owned_by_adapter", "unadapted"
+QWIX = "_unquantized_type"  # of a class by qwix: which one it derives from
 PLACE = "adapted_at"  # an adapted layer's field with its path, a text
 Seen = tuple[View, tuple[int, ...], int]  # view, kernel's own shape, outputs
 

@@ -20,6 +20,8 @@ from vera_jax.adapters.labels import join
 from vera_jax.adapters.merge import merge
 from vera_jax.adapters.sites import role_of
 from vera_jax.errors import UserError
+from vera_jax.nnx.layers import QWIX, UNADAPTED
+from vera_jax.operations.quantised import plain
 
 ROWS, COLUMNS, TURNED = "rows", "columns", "turned"
 
@@ -66,6 +68,7 @@ class Twin(NamedTuple):
     leaves = {}
     for own, value in flat.items():
       path, layout = self.leaf(own)
+      value = plain(value) if layout else value
       if layout == TURNED:
         value = value.T
       elif layout:
@@ -120,7 +123,9 @@ def twin_of(model: nnx.Module) -> Twin:
   """The table of a model, empty where it has no twin, as a mixture of experts;
   such a model is its own."""
   experts = getattr(getattr(model, "config", None), "num_experts", None)
-  name = f"{type(model).__module__}.{type(model).__qualname__}"
+  derived = {UNADAPTED, QWIX}  # from the model's class, by us and by qwix
+  kind = next(x for x in type(model).__mro__ if not derived & vars(x).keys())
+  name = f"{kind.__module__}.{kind.__qualname__}"
   return Twin() if experts else TWINS.get(name, Twin())
 
 
@@ -139,8 +144,10 @@ def check_biases(
     twin, adapter, sites: as `adapt` has them.
     params, leaves, projections: the model's, and the adapter's.
   """
-  base = twin.tree(flatten_dict(params))
-  biases = {(*path, "bias") for path in sites} & base.keys()
+  flat = flatten_dict(params)
+  biases = {(*path, "bias") for path in sites}
+  biases &= {twin.leaf(path)[0] for path in flat}
+  base = twin.tree(flat) if biases else {}
   if any(isinstance(base[path], jax.core.Tracer) for path in biases):
     return  # only shapes are asked for
 
