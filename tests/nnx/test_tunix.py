@@ -347,6 +347,8 @@ def engine(actor, **config):
 
 
 def test_a_rollout_that_would_ignore_the_adapter_is_an_error():
+  from tunix.rl import utils
+
   actor = adapted("llama3")
   with pytest.raises(UserError, match="has no adapter"):
     engine(network("llama3"))
@@ -361,6 +363,7 @@ def test_a_rollout_that_would_ignore_the_adapter_is_an_error():
   before = weights()
   rollout.update_params(nnx.state(actor, kind), kind)
   equal(weights(), before)  # nothing moved, and nothing is wrong
+  assert not utils.is_sharing_weights(actor, rollout.model())  # sent again
   sent = nnx.state(actor, kind)
   sent = jax.tree.map(lambda leaf: leaf + 0.1, sent)
   with pytest.raises(UserError, match="not what the trainer sent"):

@@ -107,7 +107,8 @@ class MergedRollout(VanillaRollout):
         "The adapter's leaves are not what the trainer sent to the rollout,"
         " which would answer as another model than the trained one."
       )
-    nnx.update(self._adapted, params)
+    # Copies: tunix stops sending to a model that has the actor's own arrays.
+    nnx.update(self._adapted, jax.tree.map(jnp.copy, sent))
     merged = self._merge()
     moved = _differ(before, nnx.state(self._adapted, nnx.LoRAParam))
     if moved and not _differ(self._sampler.transformer_state, merged):
