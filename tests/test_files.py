@@ -144,6 +144,7 @@ BESIDE = {
   "models/gguf_tokenizer.py": ".to_str())",
   "models/hf_weights.py": "return safe_open(file",
   "peft_io/tensors.py": "safe_open(file",
+  "report/verdict.py": "json.loads(json.dumps(",
   "results.py": "json.loads(json.dumps(",
   "sweep/launchers/process.py": "_log.read_text(|_log.write_bytes(log.",
   "sweep/runner.py": "json.loads(json.dumps(",

@@ -141,7 +141,8 @@ class _File:
       data = read_bytes(self.path, inside=self.path.parent, limit=JSON)
       self.record = data.decode("utf-8", "replace")
     except UserError as error:
-      if not isinstance(error.__cause__, FileNotFoundError):
+      nothing = (FileNotFoundError, NotADirectoryError)
+      if not isinstance(error.__cause__, nothing):
         raise
     return self.record
 

@@ -88,7 +88,16 @@ FIELDS = {
   *("data.choices", "model.name"),
 }
 NO_PLACES = {
-  *("cut", "dev_shots", "held_out", "image_size", "kind", "label", "labels"),
+  *(
+    "class_weights",
+    "cut",
+    "dev_shots",
+    "held_out",
+    "image_size",
+    "kind",
+    "label",
+    "labels",
+  ),
   *("max_eval_examples", "max_length", "max_train_examples", "prompt"),
   *("template", "text"),
 }

@@ -26,7 +26,7 @@ from flax.traverse_util import flatten_dict
 from scipy import stats
 
 from vera_jax.errors import UserError
-from vera_jax.files import DATA, open_file
+from vera_jax.files import BLANK, DATA, json_lines, open_file, read_lines
 from vera_jax.report.frame import Sweep, settings_of
 from vera_jax.report.published import Cell, belongs, cells
 from vera_jax.report.text_scores import is_share
@@ -52,16 +52,18 @@ def read_judgments(file: Path, turn: int) -> dict[tuple[str, str], list[float]]:
     UserError: a line is no judgment.
   """
   scores: dict[tuple[str, str], list[float]] = {}
-  with open_file(file, inside=None, limit=DATA) as lines:
-    for number, line in enumerate(lines, 1):
+  with open_file(file, inside=None, limit=DATA) as opened:
+    for number, one, wrong in json_lines(read_lines(opened, name=file)):
+      if wrong == BLANK:
+        continue
       try:
-        one = json.loads(line)
         question, judged = int(one["question_id"]), int(one["turn"])
         model, score = str(one["model"]), float(one["score"])
       except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-          f"{file}:{number} is no judgment of FastChat's: it needs question_id,"
-          " model, turn and score."
+          f"{file}:{number} is no judgment of FastChat's"
+          f"{f' ({wrong})' if wrong else ''}: it needs question_id, model, turn"
+          " and score."
         ) from error
       # a score of -1 is a judgment without one
       if judged == turn and score >= 0:
