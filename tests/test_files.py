@@ -149,6 +149,7 @@ BESIDE = {
   "sweep/launchers/process.py": "_log.read_text(|_log.write_bytes(log.",
   "sweep/runner.py": "json.loads(json.dumps(",
   "sweep/worker.py": "json.loads(sys.stdin",
+  "train/ensemble.py": "json.loads(slot.name)",
   "train/manifest.py": "json.loads(json.dumps(",
   "train/peers.py": "json.loads(value)|before = path.read_text()",
   "train/profile.py": "copy.write_bytes(file.read_bytes())",
