@@ -255,6 +255,8 @@ def write_instructions(folder: Path) -> None:
 def write_questions(folder: Path) -> None:
   turns = {"question_id": 1, "category": "math", "turns": ["Why?", "How?"]}
   _lines(folder / "judge.jsonl", [turns, {"question_id": 2, "text": "Who?"}])
+  judged = {"question_id": 81, "model": "a", "turn": 1, "score": 7.5}
+  _lines(folder / "judged.jsonl", [judged, {**judged, "turn": 2, "score": -1}])
   copa = {"premise": "It rains.", "question": "effect", "label": 0}
   _lines(folder / "copa.jsonl", [{**copa, "choice1": "wet", "choice2": "dry"}])
   choices = {"text": ["wet", "dry"], "label": ["A", "B"]}

@@ -176,9 +176,11 @@ def read_instructions(folder: Path) -> None:
 
 def read_questions(folder: Path) -> None:
   from vera_jax.generate.choices import read_choices
+  from vera_jax.report.verdict import read_judgments
   from vera_jax.serve.questions import read_judge_questions
 
   read_judge_questions(folder / "judge.jsonl")
+  read_judgments(folder / "judged.jsonl", 1)
   read_choices([str(folder / "copa.jsonl"), str(folder / "arc.json")])
 
 

@@ -59,7 +59,7 @@ def read_judgments(file: Path, turn: int) -> dict[tuple[str, str], list[float]]:
       try:
         question, judged = int(one["question_id"]), int(one["turn"])
         model, score = str(one["model"]), float(one["score"])
-      except (ValueError, KeyError, TypeError) as error:
+      except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
           f"{file}:{number} is no judgment of FastChat's"
           f"{f' ({wrong})' if wrong else ''}: it needs question_id, model, turn"
