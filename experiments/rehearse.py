@@ -130,14 +130,14 @@ def rehearse(table: str, out: Path) -> pd.DataFrame:
   command = [part for part in folders if _is_there(part, out)]
   command += [f"--out={verdicts}", "--format=csv"]
   _run(command + [f"--judgments={file}" for file in judgments], out)
-  found = pd.read_csv(verdicts / "against_paper.csv", keep_default_na=False)
-  found = found[found["table"] == table]
+  judged = pd.read_csv(verdicts / "against_paper.csv", keep_default_na=False)
+  judged = judged[judged["table"] == table]
   wanted = [cell for cell in cells() if cell.table == table]
-  if len(found) != len(wanted):
-    raise UserError(f"{table}: {len(found)} verdicts on {len(wanted)} numbers.")
-  if (found["ours"] == "").all():
+  if len(judged) != len(wanted):
+    raise UserError(f"{table}: {len(judged)} verdicts on {len(wanted)} numbers.")
+  if (judged["ours"] == "").all():
     raise UserError(f"{table}: no number of ours.")
-  return found
+  return judged
 
 
 def _is_there(argument: str, out: Path) -> bool:
@@ -258,13 +258,13 @@ def make_weights(name: str, folder: Path) -> Path:
 
 def _write_tokenizer(name: str, folder: Path) -> None:
   """The model's own where there is one, else bytes in the same form."""
-  own = None
+  real = None
   if TOKENIZERS.value:
-    own = local_place(TOKENIZERS.value, "--tokenizers") / name
-  if own and own.is_dir():
+    real = local_place(TOKENIZERS.value, "--tokenizers") / name
+  if real and real.is_dir():
     for file in FORMS:
-      if (own / file).is_file():
-        shutil.copyfile(own / file, folder / file)
+      if (real / file).is_file():
+        shutil.copyfile(real / file, folder / file)
     return
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

@@ -60,8 +60,8 @@ STUDIED = 2000  # test images
 
 
 def get_config(part: str = "methods") -> ConfigDict:
-  own = ("methods", "shots", "rates", "shot_rates")
-  common.pick(part, **dict.fromkeys((*own, *PAPER), {}))
+  ours = ("methods", "shots", "rates", "shot_rates")
+  common.pick(part, **dict.fromkeys((*ours, *PAPER), {}))
   if part in PAPER:
     name, _, size = part.partition("_")
     module = importlib.import_module(f"configs.images.{name}")
