@@ -130,14 +130,14 @@ def rehearse(table: str, out: Path) -> pd.DataFrame:
   command = [part for part in folders if _is_there(part, out)]
   command += [f"--out={verdicts}", "--format=csv"]
   _run(command + [f"--judgments={file}" for file in judgments], out)
-  judged = pd.read_csv(verdicts / "against_paper.csv", keep_default_na=False)
-  judged = judged[judged["table"] == table]
+  shown = pd.read_csv(verdicts / "against_paper.csv", keep_default_na=False)
+  shown = shown[shown["table"] == table]
   wanted = [cell for cell in cells() if cell.table == table]
-  if len(judged) != len(wanted):
-    raise UserError(f"{table}: {len(judged)} verdicts on {len(wanted)} numbers.")
-  if (judged["ours"] == "").all():
+  if len(shown) != len(wanted):
+    raise UserError(f"{table}: {len(shown)} verdicts on {len(wanted)} numbers.")
+  if (shown["ours"] == "").all():
     raise UserError(f"{table}: no number of ours.")
-  return judged
+  return shown
 
 
 def _is_there(argument: str, out: Path) -> bool:

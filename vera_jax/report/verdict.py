@@ -163,8 +163,8 @@ def _values(
 
 
 def _by_seed(measure: str, runs: pd.DataFrame) -> dict[int, float]:
-  found = {run.seed: _measured(measure, run) for run in runs.itertuples()}
-  return {seed: x for seed, x in found.items() if x is not None}
+  by_seed = {run.seed: _measured(measure, run) for run in runs.itertuples()}
+  return {seed: x for seed, x in by_seed.items() if x is not None}
 
 
 def _measured(measure: str, run: Any) -> float | None:
@@ -317,12 +317,12 @@ def _differences(
   wanted = _flat(plan, str(plan["method"]))
   differ: dict[str, list[str]] = {}
   for result in runs["result"]:
-    found = _flat(result["config"], result["method"])
-    for key in sorted(wanted.keys() & found.keys()):
-      if found[key] != wanted[key]:
+    theirs = _flat(result["config"], result["method"])
+    for key in sorted(wanted.keys() & theirs.keys()):
+      if theirs[key] != wanted[key]:
         shown = differ.setdefault(key, [])
-        if str(found[key]) not in shown:
-          shown.append(str(found[key]))
+        if str(theirs[key]) not in shown:
+          shown.append(str(theirs[key]))
   return "; ".join(
     f"{key} {' or '.join(shown)}, not {wanted[key]}"
     for key, shown in differ.items()
