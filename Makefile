@@ -72,7 +72,7 @@ parity: $(WITH_PARITY) $(WITH_ENCODER) $(WITH_DECODER) $(WITH_NETWORK) $(WITH_NE
 	$(BIN)/python -m pytest -m parity
 
 tunix: ## test nnx models with tunix and qwix, in .venv-tunix
-	$(MAKE) library-tests VENV=.venv-tunix LIBRARY=tunix \
+	$(MAKE) .venv-tunix/.decoder library-tests VENV=.venv-tunix LIBRARY=tunix \
 	  TESTS="-k 'tunix or qwix or twins'"
 
 maxtext: ## test nnx models with MaxText, in .venv-maxtext; Python 3.12
