@@ -71,10 +71,6 @@ def main() -> None:
   from vera_jax.train.ensemble import train_ensemble
   from vera_jax.train.loop import train_and_evaluate
 
-  if MEMBERS.value and not seeds:
-    raise UserError(
-      "--members is for the seeds of --seeds, of which many wait."
-    )
   if not seeds:
     workdir = WORKDIR.value or cli.default_workdir(config)
     result = train_and_evaluate(config, workdir)

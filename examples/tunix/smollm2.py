@@ -83,16 +83,23 @@ def main() -> None:
   from vera_jax.tasks.instruct import as_examples
   from vera_jax.tasks.instruct_files import read_splits
 
-  # The base, as safetensors.
-  base = folder / "base"
-  folder.mkdir(parents=True)
-  write_merged(load_classifier(MODEL.value), base)
-
-  # The texts: tokens, and which of them are learned, padded behind.
   data = get_config("smollm2").data
   data.source = SOURCE.value
   splits = read_splits(data)
+  needed = STEPS.value * BATCH.value
+  if len(splits.train) < needed:
+    raise UserError(
+      f"{SOURCE.value} has {len(splits.train)} rows to train on, and"
+      f" --steps={STEPS.value} with --batch_size={BATCH.value} needs {needed}."
+    )
 
+  # The base, as safetensors. Before it nothing is written, so that a mistake in
+  # the flags or the rows leaves no folder behind.
+  classifier, base = load_classifier(MODEL.value), folder / "base"
+  folder.mkdir(parents=True)
+  write_merged(classifier, base)
+
+  # The texts: tokens, and which of them are learned, padded behind.
   def texts(rows: Any) -> TrainingInput:
     how = Answers(data.template)
     examples = as_examples(rows, data.template)
@@ -107,11 +114,16 @@ def main() -> None:
     return TrainingInput(tokens[some], learned[some])
 
   learned, held_out = texts(splits.train), texts(splits.dev)
+  if len(learned.input_tokens) < needed or not len(held_out.input_tokens):
+    raise UserError(
+      f"Within --length={LENGTH.value} tokens too few rows have an answer: set"
+      " it higher, in a new --workdir."
+    )
   held_out = jax.tree.map(lambda x: x[:HELD_OUT], held_out)
   order = np.random.default_rng(0).permutation(len(learned.input_tokens))
   batches = [
     jax.tree.map(lambda x, rows=rows: x[rows], learned)
-    for rows in order[: STEPS.value * BATCH.value].reshape(STEPS.value, -1)
+    for rows in order[:needed].reshape(STEPS.value, -1)
   ]
 
   # tunix's model, by tunix's loader.

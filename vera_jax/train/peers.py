@@ -276,7 +276,7 @@ def leave(code: int) -> None:
 
 @contextmanager
 def errors_in(*folders: Path) -> Iterator[None]:
-  """Where this context ends with an error, all runs' folders are told.
+  """An error that ends this context is written to all runs' folders.
 
   A process that is alone has its terminal for that.
   """
