@@ -176,8 +176,8 @@ def _check_weights(
       other.append("/".join(path))
   if other:
     raise UserError(
-      f"This {kind} has not the weights of {folder}: {saved.some(other)} differ"
-      " or lack. Name the base that they are from."
+      f"This {kind} does not have the weights of {folder}: other or missing are"
+      f" {saved.some(other)}. Name the base that they are from."
     )
   return fingerprint(folder)
 
