@@ -118,7 +118,8 @@ class Peers:
     if self._ending.locked():
       return
     ended = {n for n, record in self._records.items() if record["code"]}
-    live = self._changed.keys() - ended
+    # not this process: that it hangs is for the others to see and to write
+    live = self._changed.keys() - ended - {self._number}
     lost = {
       n: f"is lost: there was no sign of life for {LOST:.0f} s"
       for n in live
