@@ -1,5 +1,6 @@
 """What the scripts share: flags, errors for a person, the table at the end."""
 
+import difflib
 import errno
 import logging as standard_logging
 import os
@@ -21,6 +22,8 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.markup import escape
 from rich.table import Column, Table
 
+import configs
+from experiments.console import as_typed
 from vera_jax.adapters.method import IN_CONFIG
 from vera_jax.adapters.methods import METHODS
 from vera_jax.errors import UserError
@@ -64,7 +67,8 @@ def run(
   if sys.stdout is None:
     print("Standard output is closed; > /dev/null drops it.", file=sys.stderr)
     sys.exit(1)
-  sys.modules["__main__"].__doc__ = usage  # where absl looks for it
+  # where absl looks for it
+  sys.modules["__main__"].__doc__ = usage and as_typed(usage)
   # transformers' advice is about torch models, of which none is used
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   leave_libtpu_alone()
@@ -170,9 +174,10 @@ class _PrintableFormatter(logging.PythonFormatter):
     return printable(super().format(record), keep=LINES)
 
 
+CONFIGS = Path(configs.__file__).parent
 CHANGES = (
-  "Settings: configs/TASK.py, or configs/TASK.py:large. Any of them can be"
-  " changed: --config.optim.epochs=3."
+  "Settings: the name of a config, such as rte, rte:large or superglue/boolq,"
+  " or a file's path. Any of them can be changed: --config.optim.epochs=3."
 )
 
 
@@ -331,31 +336,26 @@ def chosen(holder: flags.FlagHolder, *, sweep: bool = False) -> ConfigDict:
   config = holder.value
   if config is None:
     study = "sweeps/rank" if sweep else "rte"
-    raise UserError(f"Say which settings: --config=configs/{study}.py")
+    raise UserError(f"Say which settings: --config={study}")
   if sweep and "overrides" not in config:
     raise UserError(
-      "--config names a single run's settings: `python -m experiments.glue`"
-      " trains it. Sweeps are configs/sweeps/NAME.py."
+      "--config names a single run's settings, which `vera-jax train` trains."
+      " Sweeps are sweeps/NAME."
     )
   if not sweep and "overrides" in config:
     raise UserError(
-      "--config names a sweep, which is many runs: `python -m"
-      " experiments.sweep` trains it. Single runs are configs/NAME.py."
+      "--config names a sweep, which is many runs: `vera-jax sweep` trains it."
+      " Single runs have other names, such as rte."
     )
   return config
 
 
 class _ConfigParser(ConfigFileFlagParser):
   def parse(self, path: str) -> ConfigDict:
-    file = Path(path.partition(":")[0])
-    if not file.is_file():
-      there = ", ".join(map(str, sorted(file.parent.glob("*.py"))))
-      raise UserError(
-        f"--config: there is no file {file}; there is {there or 'none here'}."
-      )
+    file = config_file(path)
     works = "a get_config() that works, as configs/rte.py is"
     try:
-      config = super().parse(path)
+      config = super().parse(file)
     except UserError:
       raise
     except (TypeError, ValueError) as error:  # its text is a traceback
@@ -372,6 +372,35 @@ class _ConfigParser(ConfigFileFlagParser):
       raise UserError(f"--config={path} is no file with {works}: {reason}.")
     check_keys(config, sys.argv[1:])
     return config
+
+
+def config_file(name: str) -> str:
+  """The path of a config that is named as --config does, its variant behind it.
+
+  Raises:
+    UserError: there is no such file, and no config of ours with that name.
+  """
+  name, colon, variant = name.partition(":")
+  short = name.removeprefix("configs/").removesuffix(".py")
+  for file in (Path(name), CONFIGS / f"{short}.py"):
+    if file.is_file():
+      return f"{file}{colon}{variant}"
+  near = difflib.get_close_matches(short, config_names(), n=5, cutoff=0.5)
+  near = near or [x for x in config_names() if "/" not in x]
+  what = "file" if name != short else "config"
+  raise UserError(
+    f"--config: there is no {what} {name}. Is it {', '.join(near)}? A name of"
+    " ours or a file's path is needed."
+  )
+
+
+def config_names() -> list[str]:
+  """The names of the package's configs, as rte, superglue/cb, sweeps/rank."""
+  return [
+    file.relative_to(CONFIGS).with_suffix("").as_posix()
+    for file in sorted(CONFIGS.glob("**/*.py"))
+    if "\ndef get_config(" in file.read_text(encoding="utf-8")
+  ]
 
 
 def given_keys(arguments: Iterable[str]) -> list[str]:

@@ -24,9 +24,9 @@ the beginning.
 
 from absl import flags
 
-from experiments import cli, glue
+from experiments import cli, train
 
-flags.adopt_module_key_flags(glue)  # --help shows them here as well
+flags.adopt_module_key_flags(train)  # --help shows them here as well
 
 if __name__ == "__main__":
-  cli.run(glue.main, usage=__doc__)
+  cli.run(train.main, usage=__doc__)

@@ -19,83 +19,11 @@ found without flags. Without network, name local folders:
                                 (SuperGLUE: train.jsonl, val.jsonl, test.jsonl)
 """
 
-import sys
-
 from absl import flags
 
-from experiments import cli
-from vera_jax.errors import UserError
-from vera_jax.places import place
-from vera_jax.train import distributed
+from experiments import cli, train
 
-CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string(
-  "workdir",
-  None,
-  "The run's folder. Unset: runs/TASK/METHOD-seedN-HASH, by the config. With"
-  " --seeds it holds a folder for each, seedN.",
-)
-SEEDS = flags.DEFINE_list(
-  "seeds", [], "Seeds to train at once: 0,1,2,3. Unset: config.seed alone."
-)
-MEMBERS = flags.DEFINE_integer(
-  "members",
-  None,
-  "Most seeds that train at once; the others wait for one to end. Unset: all.",
-  lower_bound=1,
-)
-PROFILE = flags.DEFINE_string(
-  "profile",
-  None,
-  "FIRST:LAST, as 10:15: trace these steps, into the run's folder"
-  " (docs/profile.md). With --seeds the first seed's.",
-)
-JOIN = cli.define_processes()
-
-
-def main() -> None:
-  config = cli.chosen(CONFIG)
-  cli.remark_idle(config, sys.argv[1:])
-  if PROFILE.value is not None:
-    config.log.profile = PROFILE.value
-  JOIN()
-  try:
-    seeds = [int(seed) for seed in SEEDS.value]
-  except ValueError as error:
-    raise UserError(
-      f"--seeds={','.join(SEEDS.value)}: give whole numbers, as in 0,1,2."
-    ) from error
-  if MEMBERS.value and not seeds:
-    raise UserError("--members says how many of --seeds=0,1,... train at once.")
-  # Imported only now: a mistake in the flags is reported without the wait.
-  from vera_jax.train.ensemble import train_ensemble
-  from vera_jax.train.loop import train_and_evaluate
-
-  if not seeds:
-    workdir = WORKDIR.value or cli.default_workdir(config)
-    result = train_and_evaluate(config, workdir)
-    if distributed.is_first():
-      cli.show_result(result, workdir)
-      cli.show_trace(config, [workdir])
-    return
-
-  configs = cli.with_seeds(config, seeds)
-  workdirs = [
-    place(WORKDIR.value) / f"seed{config.seed}"
-    if WORKDIR.value
-    else cli.default_workdir(config)
-    for config in configs
-  ]
-  results = train_ensemble(configs, workdirs, members=MEMBERS.value)
-  if distributed.is_first():
-    cli.show_seeds(results, workdirs)
-    cli.show_trace(config, workdirs)
-  failed = [
-    f"seed {r['seed']}: {r['failed']}" for r in results if "failed" in r
-  ]
-  if failed:
-    raise UserError("\n".join(failed))
-
+flags.adopt_module_key_flags(train)  # --help shows them here as well
 
 if __name__ == "__main__":
-  cli.run(main, usage=__doc__)
+  cli.run(train.main, usage=__doc__)

@@ -27,43 +27,11 @@ same command again continues an unfinished run and shows the result of a
 finished one. docs/instruct.md tells it from the beginning.
 """
 
-from typing import Any
-
 from absl import flags
 
-from experiments import cli, glue
-from vera_jax.errors import UserError
-from vera_jax.terminal import printable
+from experiments import cli, train
 
-flags.adopt_module_key_flags(glue)  # --help shows them here as well
-PREVIEW = cli.define_optional_integer(
-  "preview", 3, "Show so many training examples, and train nothing."
-)
-
-
-def main() -> None:
-  if PREVIEW.value is None:
-    glue.main()
-    return
-  if PREVIEW.value < 1:
-    raise UserError(f"--preview={PREVIEW.value}; give 1 or more.")
-  config = cli.chosen(glue.CONFIG)
-  # Imported only now: a mistake in the flags is reported without the wait.
-  from vera_jax.data.preview import preview
-  from vera_jax.data.tokenizer import load_tokenizer
-  from vera_jax.models.folder import resolve
-  from vera_jax.tasks.task import task_for
-  from vera_jax.train.config import check_settings
-
-  check_settings(config)
-  task: Any = task_for(config)
-  folder = resolve(config.model.name)
-  data = task.load(config, folder)
-  for line in (*task.presentation.notes, *data.introduction()):
-    print(printable(line))
-  tokens = data.tokens["train"]
-  preview(tokens, load_tokenizer(folder), number=PREVIEW.value)
-
+flags.adopt_module_key_flags(train)  # --help shows them here as well
 
 if __name__ == "__main__":
-  cli.run(main, usage=__doc__)
+  cli.run(train.main, usage=__doc__)

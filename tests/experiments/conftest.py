@@ -31,7 +31,7 @@ def typed(monkeypatch):
     with flagsaver.flagsaver():
       operands = flags.FLAGS(argv)[1:]
       # a command that trains has the main function of them all
-      main = (module if hasattr(module, "main") else module.glue).main
+      main = (module if hasattr(module, "main") else module.train).main
       takes = inspect.signature(main).parameters
       main(*([operands] if takes else []))
 

@@ -146,10 +146,10 @@ def test_no_config_or_one_of_the_other_kind():
     with pytest.raises(UserError, match=match):
       cli.chosen(SimpleNamespace(value=value), **kind)
 
-  refuse(None, "--config=configs/rte.py")
-  refuse(None, "--config=configs/sweeps/rank.py", sweep=True)
-  refuse(rank.get_config(), "experiments.sweep` trains it")
-  refuse(rte.get_config(), "experiments.glue` trains it", sweep=True)
+  refuse(None, "--config=rte")
+  refuse(None, "--config=sweeps/rank", sweep=True)
+  refuse(rank.get_config(), "`vera-jax sweep` trains it")
+  refuse(rte.get_config(), "`vera-jax train` trains", sweep=True)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ RANK = "--config=configs/sweeps/rank.py:minilm"
 LACKING = ["--config=configs/common.py", "--config.task=rte"]
 LACKING += ["--config.vera.lr=1"]
 MISTAKES = [
-  ("glue", 1, [], "--config=configs/rte.py"),
+  ("glue", 1, [], "--config=rte"),
   ("glue", 2, [RTE, "--config.vera.rnak=3"], "d_init, head_lr, init, lr"),
   ("glue", 2, [RTE, "--config.vera.rank=many"], "--config.vera.rank=many"),
   ("glue", 2, [RTE, "--work=here"], "Unknown command line flag 'work'"),
   ("glue", 2, [RTE, "leftover"], "leftover"),
   ("glue", 2, ["--config=configs/nope.py"], "no file configs/nope.py"),
+  ("glue", 2, ["--config=superglue/bolq"], "superglue/boolq"),
   ("glue", 2, ["--config=configs/rte.py:huge"], "only base, large"),
   ("glue", 1, ["--config=configs/common.py"], "config.task, config.optim.epo"),
   ("glue", 1, LACKING, "config.optim.epochs, config.vera.head_lr"),
@@ -22,7 +23,7 @@ MISTAKES = [
   ("glue", 1, [RTE, "--seeds=0,one"], "--seeds=0,one: give whole numbers"),
   ("glue", 1, [RTE, "--profile=9"], "the first and the last step to trace"),
   ("glue", 1, [RTE, "--seeds=3,4,3"], "Two runs of the ensemble are the same"),
-  ("sweep", 1, [RTE, "--workdir=x"], "experiments.glue"),
+  ("sweep", 1, [RTE, "--workdir=x"], "vera-jax train"),
   ("sweep", 1, [RANK], "--workdir=DIR"),
   ("sweep", 1, [RANK, "--workdir=x", "--shard=4/4"], "from 0 to n - 1"),
   ("merge", 1, ["--adapter=nowhere"], "--adapter=DIR --out=DIR"),
