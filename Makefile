@@ -35,7 +35,7 @@ WITH_INSTRUCT := $(VENV)/.instruct
 WITH_NETWORKS := $(VENV)/.networks
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart e2e instruct images networks test test-all check \
+.PHONY: help quickstart e2e instruct images networks test test-all check site \
   parity tunix maxtext library-tests smoke faults clean
 
 help: ## list the targets
@@ -62,11 +62,18 @@ test: $(WITH_DEV) $(WITH_ENCODER) ## run the quick tests, one file a core
 test-all: $(WITH_DEV) $(WITH_ENCODER) ## run the slow tests, which make test leaves out
 	$(PYTEST) -m "slow and not parity"
 
-check: $(WITH_DEV) ## lint, format, type and import check
+check: $(WITH_DEV) ## lint, format, type and import check, and the site
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(SITE)
+
+# Its theme tells of a successor at every start.
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+site: $(WITH_DEV) ## build the documentation in build/site
+	$(SITE)
 
 parity: $(WITH_PARITY) $(WITH_ENCODER) $(WITH_DECODER) $(WITH_NETWORK) $(WITH_NETWORKS) images networks ## compare with torch and PEFT, live
 	$(BIN)/python -m pytest -m parity
@@ -157,7 +164,7 @@ $(WITH_INSTRUCT): requirements-instruct.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-instruct.txt
 	touch $@
 
-$(WITH_DEV): requirements-dev.txt requirements-e2e.txt \
+$(WITH_DEV): requirements-dev.txt requirements-docs.txt requirements-e2e.txt \
   requirements-instruct.txt requirements-slurm.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	touch $@

@@ -96,8 +96,8 @@ def load(
     model: without an adapter, with the weights that it was trained on.
     base: where the file names the twin's base: its folder, hub id or GGUF file,
       if that is elsewhere now.
-    projections, stack_axis: as for `adapt`; projections that lie in the file
-      are always held.
+    projections: as for `adapt`; those that lie in the file are always held.
+    stack_axis: as for `adapt`.
 
   Raises:
     UserError: a file is damaged; or the layers, the weights or the projections

@@ -131,7 +131,9 @@ def restore_adapter(
   Args:
     saved: from `load_adapter`.
     base: the base's folder or hub id; None for the one the adapter names.
-    dtype, scan, plan: as for `blueprint`.
+    dtype: of the forward pass, as for `blueprint`.
+    scan: whether the layers are one stack, as for `blueprint`.
+    plan: how low-rank products are multiplied, as for `blueprint`.
     codes: whether a quantised base stays in codes, which takes less memory and
       more time; else the weights that they make are loaded.
 

@@ -95,7 +95,8 @@ class AdapterBank:
     Args:
       adapters: folders, or what `load_adapter` gave, by name; at least one.
       capacity: None for no more than these.
-      base, dtype: as in `restore_adapter`.
+      base: as in `restore_adapter`.
+      dtype: as in `restore_adapter`.
       max_length: the most tokens of a text; None: as each adapter's training.
 
     Raises:
@@ -230,7 +231,8 @@ class AdapterBank:
     get one of their own.
 
     Args:
-      first, second: as for `Predictor.logits`, or `ImagePredictor.logits`.
+      first: as for `Predictor.logits`, or `ImagePredictor.logits`.
+      second: as for `Predictor.logits`.
       adapters: a name for each text, or one for all.
     """
     return self._ask(first, second, adapters)[0]

@@ -138,8 +138,10 @@ class Predictor:
     lists of words then, or are split at spaces.
 
     Args:
-      first, second, more: the examples' texts, column by column, as the task's
-        own data have them: premises, first choices, second choices, questions.
+      first: the examples' texts, column by column, as the task's own data have
+        them: premises, first choices, second choices, questions.
+      second: the second column, of tasks that have one.
+      more: further columns.
 
     Raises:
       UserError: the task can't be asked about an example's texts.
