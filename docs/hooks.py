@@ -149,16 +149,17 @@ class Mathematics(Extension):
 
   def extendMarkdown(self, md: Markdown) -> None:
     # before fences (25) and code in backticks (190) are taken as such
-    md.preprocessors.register(DisplayedMath(md), "displayed_math", 40)
+    md.preprocessors.register(DisplayedMath(md), "displayed_math", 28)
     md.inlinePatterns.register(InlineMath(MATH, md), "inline_math", 200)
 
 
 class DisplayedMath(Preprocessor):
   def run(self, lines: list[str]) -> list[str]:
-    def drawn(match: re.Match[str]) -> str:
-      return self.md.htmlStash.store(convert(match[1], display="block"))
+    def as_html(match: re.Match[str]) -> str:
+      drawn = convert(match[1], display="block")
+      return self.md.htmlStash.store(f"<div>{drawn}</div>")
 
-    return MATH_FENCE.sub(drawn, "\n".join(lines)).split("\n")
+    return MATH_FENCE.sub(as_html, "\n".join(lines)).split("\n")
 
 
 class InlineMath(InlineProcessor):

@@ -60,6 +60,14 @@ def test_the_results_of_a_sweep(minilm_folder, tmp_path):
   assert "positive" in texts and "negative" in texts
 
 
+@pytest.mark.slow
+def test_first_steps(tmp_path):
+  better = (
+    "assert scores['head alone'] + 0.02 < min(scores['vera'], scores['lora'])"
+  )
+  run("first_steps.ipynb", tmp_path, last=f"{better}\nassert difference < 1e-4")
+
+
 SAVED = """
 for name, (mine, alone, both) in results.items():
   assert alone < both, name

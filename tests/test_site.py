@@ -93,9 +93,7 @@ def test_a_notebook_is_a_page(hooks):
   assert page.startswith("# First steps\n")
   colab = "https://colab.research.google.com/github/someone/vera_jax/blob/main"
   assert f"({colab}/{source})" in page and "```python\nimport sys" in page
-  assert "colab" not in hooks.notebook_page(notebook, source, "").lower().split(
-    "install"
-  )[0].replace("in colab,", "")
+  assert "colab." not in hooks.notebook_page(notebook, source, "")
 
 
 def test_mathematics_is_drawn_by_the_browser(hooks):
@@ -128,5 +126,5 @@ def test_the_reference_has_every_public_name():
   named = {
     name.rsplit(".")[-1] for name in re.findall("::: (.+)", "".join(pages))
   }
-  methods = {*vera_jax.METHODS} | {"__version__"}  # a table of methods.md's
+  methods = {*vera_jax.METHODS, "__version__"}  # in a table of methods.md
   assert {*vera_jax.__all__} - methods <= named
