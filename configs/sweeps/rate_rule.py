@@ -20,7 +20,7 @@ Each setting has 300 steps, one pass over the rows, two seeds, and five rates a
 factor of two apart around the one that the rule predicted. The predictions were
 written here, and committed, before any of these runs.
 
-PREDICTED has the settings of each network: method, rank, VeRA's d_init or LoRA's
+PREDICTED has each setting of a network: method, rank, VeRA's d_init or LoRA's
 alpha, layers (q and v, or all linear ones).
 """
 
