@@ -30,32 +30,21 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
+from experiments.decoding import define_decoding
 from vera_jax.errors import UserError
 from vera_jax.terminal import LINES, json_line, printable
 
-MODEL = cli.define_model("A whole decoder, such as a merged one.")
+DECODING = define_decoding(
+  template=(
+    "What prompts are put into. Unset: as the adapter was trained, or plain."
+  ),
+  max_new_tokens=64,
+)
 PROMPT = flags.DEFINE_string("prompt", None, "One prompt.")
 INPUT = flags.DEFINE_string(
   "input", None, "Prompts: a .jsonl file, or - for standard input."
 )
 CHAT = flags.DEFINE_bool("chat", False, "The same as --template=chat.")
-TEMPLATE = flags.DEFINE_enum(
-  "template",
-  None,
-  ["chat", "alpaca", "plain"],
-  "What prompts are put into. Unset: as the adapter was trained, or plain.",
-)
-MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 64, "The most tokens of an answer.", 1
-)
-TEMPERATURE = flags.DEFINE_float(
-  "temperature", 0.0, "0: the likeliest word each time. Above: words are drawn."
-)
-TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among as many words; 0 for all.")
-TOP_P = flags.DEFINE_float(
-  "top_p", 1.0, "Draw among the words that together have this probability."
-)
-SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn.", 0, 2**32 - 1)
 BEAMS = flags.DEFINE_integer(
   "beams", None, "Beam search with as many beams.", 1
 )
@@ -74,17 +63,8 @@ RULES = flags.DEFINE_enum(
   ["hf", "lora"],
   "Of beam search: transformers' or those of microsoft/LoRA's experiments.",
 )
-NO_REPEAT_NGRAM = flags.DEFINE_integer(
-  "no_repeat_ngram", 0, "No n-gram of this size comes twice; 0: no rule.", 0
-)
-KEEP_ADAPTER = flags.DEFINE_bool(
-  "keep_adapter", False, "Decode with the adapter unmerged."
-)
 BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 16, "Prompts of a file that are answered together.", 1
-)
-DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", ["float32", "bfloat16"], "Of weights and computing."
 )
 OF_SAMPLING = ("temperature", "top_k", "top_p", "seed")
 OF_BEAMS = ("length_penalty", "early_stopping", "rules")
@@ -92,7 +72,7 @@ CHUNK = 8  # batches of a file that are sorted by length together
 
 
 def main() -> None:
-  MODEL.named()  # one of them is
+  DECODING.model.named()  # one of them is
   if (PROMPT.value is None) == (INPUT.value is None):
     raise UserError("Give either --prompt=TEXT or --input=FILE.")
   idle = OF_SAMPLING if BEAMS.value else OF_BEAMS
@@ -100,45 +80,41 @@ def main() -> None:
   if useless:
     why = "without --beams" if idle is OF_BEAMS else "with --beams"
     raise UserError(f"{', '.join(useless)} has no effect {why}: leave it out.")
-  if CHAT.value and TEMPLATE.value not in (None, "chat"):
+  template = DECODING.template.value
+  if CHAT.value and template not in (None, "chat"):
     raise UserError(
-      f"--chat is --template=chat, not {TEMPLATE.value}: give one of the two."
+      f"--chat is --template=chat, not {template}: give one of the two."
     )
   # Imported only now: a mistake in the flags is reported without the wait.
-  import jax.numpy as jnp
-
   from vera_jax.generate.beam import Beam
   from vera_jax.generate.generator import Generator
-  from vera_jax.generate.sampling import Sampling
 
-  how: Any = Sampling(
-    TEMPERATURE.value, TOP_K.value, TOP_P.value, NO_REPEAT_NGRAM.value
-  )
+  how: Any
   if BEAMS.value:
     early = {"false": False, "true": True}
     how = Beam(
       BEAMS.value,
       LENGTH_PENALTY.value,
-      NO_REPEAT_NGRAM.value,
+      DECODING.no_repeat_ngram.value,
       early.get(EARLY_STOPPING.value, EARLY_STOPPING.value),
       RULES.value,
     )
-  how.check()
+    how.check()
+  else:
+    how = DECODING.sampling()
 
   def make_generator() -> Generator:
-    # looped, as the generator has its layers: it then makes no second copy
-    options: Any = {"dtype": jnp.dtype(DTYPE.value), "scan": False}
     return Generator(
-      MODEL.load(**options),
-      keep_adapter=KEEP_ADAPTER.value,
+      DECODING.load(),
+      keep_adapter=DECODING.keep_adapter.value,
       rows=BATCH_SIZE.value,
-      template="chat" if CHAT.value else TEMPLATE.value,
+      template="chat" if CHAT.value else template,
     )
 
   settings: dict[str, Any] = {
     "how": how,
-    "max_new_tokens": MAX_NEW_TOKENS.value,
-    "seed": SEED.value,
+    "max_new_tokens": DECODING.max_new_tokens.value,
+    "seed": DECODING.seed.value,
   }
   if PROMPT.value is not None:
     for piece in make_generator().stream(PROMPT.value, **settings):

@@ -51,6 +51,8 @@ PLACES = {
   "generate": (["--prompt=a"], ["adapter", "model"]),
   "generate ": (["--adapter={}"], ["input"]),
   "generate  ": (["--adapter={}", "--prompt=a"], ["base"]),
+  "chat": ([], ["adapter", "model"]),
+  "chat ": (["--adapter={}"], ["base"]),
   "answer": (["--adapter={}"], ["choices"]),
   "answer ": (["--adapter={}", "--out=x"], ["questions"]),
   "answer  ": (["--adapter={}", "--questions=x.jsonl"], ["out"]),

@@ -1,11 +1,34 @@
-"""A conversation's tokens, in the form that a decoder was trained on."""
+"""A conversation's tokens, in the form that a decoder was trained on, and what
+a decoder has read of them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from vera_jax.data.chat import chat_ids
 from vera_jax.data.completions import begin_of_text
 from vera_jax.data.templates import CHAT, PLAIN, alpaca_prompt
+from vera_jax.models.decoder import Cache
+
+
+@dataclass
+class Past:
+  """What a decoder has read and written of a text that goes on.
+
+  Attributes:
+    ids: the tokens; the cache has all but the last.
+    cache: one row; None before anything was read.
+  """
+
+  ids: list[int] = field(default_factory=list)
+  cache: Cache | None = None
+
+  def same_as(self, tokens: Sequence[int]) -> int:
+    """How many of a text's first tokens the cache has. Its last one is always
+    read anew, for the logits behind it."""
+    pairs = zip(self.ids[:-1], tokens[:-1], strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def conversation_ids(

@@ -32,7 +32,7 @@ from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.generate.beam import Beam
-from vera_jax.generate.conversation import conversation_ids
+from vera_jax.generate.conversation import Past, conversation_ids
 from vera_jax.generate.decode import (
   compiled,
   compiled_prefill,
@@ -273,14 +273,51 @@ class Generator:
       yield from self.texts([prompt], how=how, max_new_tokens=max_new_tokens)
       return
     tokens = self.encode(prompt, max_new_tokens=max_new_tokens)
+    yield from self.stream_ids(
+      tokens, how=how, max_new_tokens=max_new_tokens, seed=seed
+    )
+
+  def stream_ids(
+    self,
+    tokens: Ids,
+    *,
+    how: Sampling = GREEDY,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    past: Past | None = None,
+  ) -> Iterator[str]:
+    """As `stream`, for a prompt's tokens.
+
+    Args:
+      tokens: of the whole prompt.
+      how: the rule by which words are taken.
+      max_new_tokens: the most tokens of the answer.
+      seed: the seed of the words that are drawn.
+      past: what was read and written before: of the prompt only what follows
+        it is read. The answer is put into it token by token, so it has what
+        was written also if nobody waits for the end.
+
+    Raises:
+      UserError: as for `ids`.
+    """
+    how.check()
+    self.check(tokens, max_new_tokens=max_new_tokens)
+    past = past or Past()
     ids, lengths = self._padded([tokens])
     keys = _keys(seed, [0])
     history = append(ids, lengths, jnp.zeros((1, max_new_tokens), jnp.int32))
-    cache = empty_cache(self.decoder.config, 1, ids.shape[1], self.dtype)
+    cache = past.cache
+    if cache is None:
+      cache = empty_cache(self.decoder.config, 1, 0, self.dtype)
+    missing = history.shape[1] - cache.slots
+    if missing > 0:  # at least doubled, so that few shapes are compiled
+      cache = grow(cache, max(missing, cache.slots))
+    same = past.same_as(tokens)
+    # slots behind are seen by no token before one is written there
+    cache = cache._replace(positions=jnp.full(1, same, jnp.int32))
     logits, cache = compiled_prefill(
-      self.module, self.variables, cache, ids, lengths
+      self.module, self.variables, cache, *self._padded([tokens[same:]])
     )
-    cache = grow(cache, max_new_tokens)
     answer: Ids = []
     shown = ""
     while True:
@@ -295,6 +332,7 @@ class Generator:
       )
       history = history.at[0, len(tokens) + len(answer)].set(token[0])
       answer.append(int(token[0]))
+      past.cache, past.ids = cache, [*tokens, *answer]
       text = self.decode(answer)
       if not text.endswith(BROKEN) and len(text) > len(shown):
         yield text[len(shown) :]
