@@ -15,7 +15,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 # The commands that --help lists, in the order in which one comes to need them.
 COMMANDS = (
-  *("train", "predict", "generate", "merge", "peft", "push"),
+  *("train", "predict", "generate", "chat", "merge", "peft", "push"),
   *("sweep", "report", "plan", "launch"),
 )
 # These run too: what a command above, or a page, names for a purpose.
