@@ -8,9 +8,9 @@ multiply-adds of the three orders of multiplication.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
@@ -47,16 +47,18 @@ def lora_count(layers: Sequence[tuple[int, int]], rank: int) -> int:
   return sum(rank * (inputs + outputs) for inputs, outputs in layers)
 
 
+@cache
+def factors(rank: int, lora: bool) -> LowRank:
+  """Of one layer of width 768; only shapes are looked at."""
+  down, up = jnp.zeros((768, rank)), jnp.zeros((rank, 768))
+  if lora:
+    return LowRank(down, up, trains_down=True, trains_up=True)
+  return LowRank(down, up, inner=up[:, 0], outer=down[:, 0])
+
+
 def step_costs(tokens: int, rank: int, *, lora: bool = False) -> dict[str, int]:
-  """Multiply-adds of a training step on one layer of width 768, by plan."""
-  down, up = (
-    jax.ShapeDtypeStruct(shape, jnp.float32)
-    for shape in ((768, rank), (rank, 768))
-  )
-  vectors = jax.ShapeDtypeStruct((rank,), jnp.float32)
-  scale = None if lora else vectors
-  factors = LowRank(down, up, scale, scale, trains_down=lora, trains_up=lora)
-  return costs(tokens, factors)
+  """Multiply-adds of a training step on that layer, by plan."""
+  return costs(tokens, factors(rank, lora))
 
 
 def cheapest(rank: int, most: int = 2**14) -> list[tuple[int, str]]:
