@@ -41,7 +41,7 @@ def get_config(size: str = "medium") -> ConfigDict:
   config = language.get_config()
   config.task = "e2e"
   data = config.data
-  for name in ("train", "dev", "dev_fraction", "text", "cut"):
+  for name in ("train", "dev", "dev_fraction", "text", "cut", "general"):
     del data[name]  # of the user's own texts
   data.separate = True  # an end-of-text token between input and text
   data.prompt = "{}"  # what an input is put into

@@ -21,6 +21,7 @@ from ml_collections.config_dict import placeholder
 from configs import common, language
 
 NETWORK = "./networks/textgenrnn"
+FILES = ("train", "dev", "dev_fraction", "general")  # of other tasks
 GATES = ("i[ifgo]", "h[ifgo]")  # of each LSTM
 
 
@@ -29,7 +30,7 @@ def get_config() -> ConfigDict:
   config.task = "e2e_texts"
   config.model.name = NETWORK
   data = config.data
-  for name in ("train", "dev", "dev_fraction", "text", "cut", "separate"):
+  for name in (*FILES, "text", "cut", "separate"):
     del data[name]  # of the user's own texts
   data.max_length = 512  # characters; holds every text
   data.max_train_examples = 400

@@ -31,6 +31,8 @@ def get_config() -> ConfigDict:
   data.dev = placeholder(str)  # a file; unset: a part of the training rows
   data.dev_fraction = 0.1  # that part, taken by data.subset_seed
   data.text = ()  # a column, or those of prompts and completions; unset: found
+  # a file of other texts, whose loss before and after says what was forgotten
+  data.general = placeholder(str)
   data.skip_bad_rows = False  # go on without rows that can't be used
   data.cut = "right"  # where texts beyond max_length lose tokens: left | right
   data.separate = False  # an end-of-text token between prompt and completion

@@ -87,7 +87,7 @@ LOCAL |= {("launch", "env_file"), ("launch", "out")}
 # The fields of configs that are places.
 FIELDS = {
   *("data.source", "data.train", "data.dev", "data.cache_dir"),
-  *("data.choices", "model.name"),
+  *("data.choices", "data.general", "model.name"),
 }
 NO_PLACES = {
   *(
@@ -178,6 +178,7 @@ def test_flags_refuse_other_schemes_by_name(name, refused):
     ("text", "data.dev"),
     ("language", "data.train"),
     ("language", "data.dev"),
+    ("language", "data.general"),
     ("e2e", "data.source"),
     ("instruct", "data.source"),
     ("instruct", "data.choices"),

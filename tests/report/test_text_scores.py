@@ -10,7 +10,7 @@ from vera_jax.report import plots, tables
 from vera_jax.report.frame import UNTUNED, Sweep, frame, load_sweep, steps
 from vera_jax.report.outputs import side_by_side
 from vera_jax.report.summary import holm, paired, summary
-from vera_jax.report.text_scores import text_scores, text_tables
+from vera_jax.report.text_scores import text_notes, text_scores, text_tables
 
 BLEU = {
   "vera": (0.50, 0.52, 0.57),
@@ -112,6 +112,26 @@ def test_the_tables_have_a_column_per_metric(sweep):
   assert differences.iloc[0]["BLEU"].startswith("-3.3 (")
   page = tables.page(sweep, summary(sweep))
   assert "- no Java" in page and "8 test inputs" in page
+
+
+def test_what_runs_forgot_is_compared_with_the_least(make_result):
+  """Also of runs that wrote no texts; less is better."""
+  found = []
+  for method, rank, forgot in (
+    *(("lora", 1, 0.05), ("lora", 8, 0.2)),
+    *(("vera", 4, 0.0124), ("vera", 4, 0.0126)),
+  ):
+    found.append(make_result(method, len(found) % 2))
+    found[-1]["config"][method]["rank"] = rank
+    found[-1]["general"] = {"before": 1.0, "forgetting": forgot}
+  forgetting = text_scores(Sweep("", "", frame(found), [], ()))
+  scores, differences = text_tables(forgetting).values()
+  assert scores.iloc[0]["forgetting"] == "0.013 (0.012 to 0.013)"
+  table = summary(forgetting)
+  assert table.iloc[0]["reference"] == "lora rank 1"
+  assert differences.iloc[0]["forgetting"].startswith("-0.038")
+  (note, _) = text_notes(forgetting)
+  assert "nats per token" in note
 
 
 def test_the_figures_of_test_texts_and_of_logged_steps(sweep):

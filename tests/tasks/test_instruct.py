@@ -14,9 +14,13 @@ from configs import instruct
 from tests.models.gguf_folders import random_folder
 from tests.tasks.decoder_files import tokenizer_of_words
 from vera_jax.adapters.files import load_adapter
+from vera_jax.data.chat import Rendered
+from vera_jax.data.completions import begin_of_text
+from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.data.written import read_written
 from vera_jax.errors import UserError
 from vera_jax.export.gguf import write_gguf_of
+from vera_jax.generate.choices import log_likelihoods
 from vera_jax.generate.conversation import conversation_ids
 from vera_jax.generate.generator import Generator
 from vera_jax.generate.sampling import GREEDY
@@ -40,6 +44,8 @@ TEMPLATE = (
   "{% for m in messages %}{{ m.role }} {{ m.content }} <end> {% endfor %}"
   "{% if add_generation_prompt %}assistant {% endif %}"
 )
+# of one word, as long as a text may be and longer; of a hundred lines more
+GENERAL = ["word3", " ".join(["word1 word5"] * 6), "word2 word4 " * 9]
 BRIEF = {
   "model.quantise": "keep",
   "optim.epochs": 2,
@@ -80,6 +86,7 @@ def folder(tmp_path_factory):
   copa = {"premise": "word1.", "choice1": "word2", "choice2": "word3 word4"}
   line = json.dumps({**copa, "question": "cause", "label": 1})
   (folder / "copa.jsonl").write_text(line)
+  (folder / "general.txt").write_text("\n".join(GENERAL + ["word0"] * 99))
   return folder
 
 
@@ -90,6 +97,7 @@ def config(folder):
   config.model.name = str(folder / "model")
   config.data.source = str(folder / "rows.json")
   config.data.choices = (str(folder / "copa.jsonl"),)
+  config.data.general = str(folder / "general.txt")
   config.data.cache_dir = str(folder / "cache")
   return config
 
@@ -138,6 +146,26 @@ def test_a_run_learns_and_keeps_its_answers(trained, folder):
     assert getattr(generator.module, "model", generator.module).scan == codes
     again = generator.texts(asked, how=GREEDY, max_new_tokens=4)
     assert [text.strip() for text in again] == answers
+
+
+def test_what_is_forgotten_of_general_texts(trained, folder):
+  """The losses are those of the base and of the saved adapter."""
+  assert trained["data"]["general"]["examples"] == 100
+  begins = "<s>" if begin_of_text(load_tokenizer(folder / "model")) else ""
+  room = 12 - bool(begins)
+  texts = [" ".join(text.split()[:room]) for text in GENERAL]
+  texts += ["word0"] * 97
+  tokens = sum(len(text.split()) - (not begins) for text in texts)
+  spans = [Rendered(text, [(0, len(text))]) for text in texts]
+  adapter = restore_adapter(load_adapter(folder / "run/adapter"))
+  base = load_classifier(folder / "model")
+  before, after = (
+    -log_likelihoods(model, spans).sum() / tokens for model in (base, adapter)
+  )
+  general = trained["general"]
+  assert general["before"] == pytest.approx(before, rel=1e-5)
+  assert general["after"] == pytest.approx(after, rel=1e-5)
+  assert general["forgetting"] == general["after"] - general["before"] != 0
 
 
 def test_every_learned_token_weighs_the_same_however_they_are_packed(config):

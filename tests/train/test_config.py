@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 from configs import common, rte
 from vera_jax.errors import UserError
 from vera_jax.train.config import check_settings
+from vera_jax.train.setup import build_setup
 
 
 def test_what_must_be_set_is_named():
@@ -144,3 +145,11 @@ def test_the_limits_themselves_are_allowed():
     {"optim.warmup_ratio": 1.0, "optim.adapter_lr": 0.0, "seed": 2**32 - 1}
   )
   check_settings(config)
+
+
+def test_a_task_that_measures_no_general_texts_refuses_them():
+  config = rte.get_config()
+  with config.unlocked():
+    config.data.general = "a.txt"
+  with pytest.raises(UserError, match="rte measures no loss of general texts"):
+    build_setup(config)

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 SWEEP = "sweep.json"
 UNTUNED = "untuned"  # in a method's place where a run trained nothing
 BASELINE = "lora"  # the method that others are compared with
+FORGETTING = "forgetting"  # a metric of which less is better
 # The methods in the order of tables and figures, as figures write them.
 TITLES = {
   UNTUNED: "untuned",
@@ -273,7 +274,8 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _data_of(config: Mapping[str, Any]) -> str:
   """The base and the data that a run is on, but for where these were."""
-  data = {**config.get("data", {}), "source": None, "cache_dir": None}
+  unset = {"source": None, "cache_dir": None}
+  data = {"general": None, **config.get("data", {}), **unset}
   return json.dumps([config["model"]["name"], data], sort_keys=True)
 
 

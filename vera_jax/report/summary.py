@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from vera_jax.report.frame import BASELINE, Sweep
+from vera_jax.report.frame import BASELINE, FORGETTING, Sweep
 from vera_jax.report.published import published
 
 BY = ["task", "metric", "method", "condition"]
@@ -87,7 +87,9 @@ def summary(sweep: Sweep, *, against: str = BASELINE) -> pd.DataFrame:
     if row["method"] == against or others.empty:
       compared.append({**paired({}, {}), "reference": ""})
     else:
-      best = others["score"].idxmax()
+      scores = others["score"]
+      less = row["metric"] == FORGETTING
+      best = scores.idxmin() if less else scores.idxmax()
       name = f"{against} {others.loc[best, 'condition']}".strip()
       difference = paired(by_seed[i], by_seed[best])
       compared.append({**difference, "reference": name})

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from vera_jax.report.frame import BASELINE, Sweep
+from vera_jax.report.frame import BASELINE, FORGETTING, Sweep
 from vera_jax.report.summary import shown, shown_p, summary
 
 PERCENT = ("BLEU", "METEOR", "ROUGE_L")  # shares, which papers print so
@@ -19,12 +19,18 @@ CONDITION = ["task", "method", "condition"]
 def text_scores(sweep: Sweep) -> Sweep | None:
   """The sweep with a row per run and test metric. Without any it is None.
 
+  What a run has forgotten of general texts is one of them.
+
   Its runs' `score` and `last` are the metric's value, in percent for a share;
   no such row shows a sign of failure.
   """
   rows = []
   for _, run in sweep.runs.iterrows():
-    for name, value in run["result"].get("test", {}).get("scores", {}).items():
+    result = run["result"]
+    scores = dict(result.get("test", {}).get("scores", {}))
+    if FORGETTING in result.get("general", {}):
+      scores[FORGETTING] = result["general"][FORGETTING]
+    for name, value in scores.items():
       score = 100 * value if is_share(name) else value
       scored = {"metric": name, "score": score, "last": score}
       rows.append(
@@ -75,16 +81,23 @@ def text_tables(texts: Sweep) -> dict[str, pd.DataFrame]:
 
 def text_notes(texts: Sweep) -> list[str]:
   """What stands below these tables, one sentence each."""
-  tests = [result["test"] for result in texts.runs["result"]]
+  tests = [x["test"] for x in texts.runs["result"] if "test" in x]
   inputs = " or ".join(str(n) for n in sorted({x["inputs"] for x in tests}))
   missing = {x["missing"] for x in tests} - {""}
-  lines = [
-    f"Texts for {inputs} test inputs, by the model that the run ended with: the"
-    " median over the seeds, with the lowest and the highest. BLEU, METEOR and"
-    " ROUGE_L are in percent."
-  ]
+  lines = []
+  if tests:
+    lines.append(
+      f"Texts for {inputs} test inputs, by the model that the run ended with:"
+      " the median over the seeds, with the lowest and the highest. BLEU,"
+      " METEOR and ROUGE_L are in percent."
+    )
   if any("accuracy" in name for name in texts.runs["metric"]):
     lines[0] += " Accuracies are as well."
+  if (texts.runs["metric"] == FORGETTING).any():
+    lines.append(
+      f"{FORGETTING}: by how much the loss of general texts is higher after"
+      " training than before it, in nats per token; lower is better."
+    )
   if (texts.runs["method"] == BASELINE).any():
     lines.append(
       "Differences are made as those of the scores above; p is adjusted for the"
@@ -105,4 +118,6 @@ def _by_metric(table: pd.DataFrame, cell: Callable[[Any], str]) -> pd.DataFrame:
 
 
 def _digits(metric: str) -> str:
+  if metric == FORGETTING:
+    return ".3f"
   return ".1f" if is_share(metric) else ".2f"

@@ -45,6 +45,7 @@ from vera_jax.tasks.instruct_files import (
   as_text,
   read_splits,
 )
+from vera_jax.tasks.language_files import general_texts
 from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.task import Presentation, Size, Task
 
@@ -110,6 +111,7 @@ def task_for(config: ConfigDict) -> Task | None:
     dev_splits=("dev",),
     completions=Answers(data.template),
     smoothing=config.optim.label_smoothing,
+    general=general_texts(data),
     presentation=Presentation(
       title="Instructions",
       size=Size(

@@ -11,8 +11,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax.data.completions import Completions
-from vera_jax.data.examples import Examples
-from vera_jax.data.tables import BLANK, SUFFIXES, Table, read_table, some
+from vera_jax.data.examples import Examples, take
+from vera_jax.data.tables import (
+  BLANK,
+  SUFFIXES,
+  Table,
+  read_table,
+  refuse_bad_rows,
+  some,
+)
 from vera_jax.errors import UserError
 from vera_jax.files import DATA, open_file, read_lines
 from vera_jax.places import local_copy
@@ -31,6 +38,7 @@ NAMES = ("language",)
 # Names by which the columns of texts are found.
 COLUMNS: tuple[tuple[str, ...], ...] = (("prompt", "completion"), ("text",))
 PLAIN = ".txt"  # a text per line
+GENERAL_TEXTS = 100  # that are measured, the first ones of a file
 
 
 def task_for(config: ConfigDict) -> Task | None:
@@ -76,6 +84,7 @@ def task_for(config: ConfigDict) -> Task | None:
     dev_splits=("dev",),
     completions=completions,
     smoothing=optim.label_smoothing,
+    general=general_texts(data),
     presentation=Presentation(
       columns=(columns,),
       size=size_of(examples),
@@ -95,6 +104,19 @@ def task_for(config: ConfigDict) -> Task | None:
       "separate": bool(data.separate and len(columns) > 1),
     },
   )
+
+
+def general_texts(data: ConfigDict) -> Examples | None:
+  """The texts that config.data.general names, if it names any.
+
+  Raises:
+    UserError: they can't be read; the message names file and line.
+  """
+  if data.get("general") is None:
+    return None
+  table, examples = _examples(_read(local_copy(data.general)), ("text",))
+  refuse_bad_rows([table])
+  return take(examples, np.arange(min(len(examples), GENERAL_TEXTS)))
 
 
 def _read(path: Path) -> Table:

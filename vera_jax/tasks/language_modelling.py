@@ -3,10 +3,15 @@
 Each learned token counts the same, whatever the text it is in: the loss of a
 batch is their sum over their number. Label smoothing is part of what is
 trained on; scores are without it.
+
+What training makes a model forget is measured as in the MetaMathQA suite of
+PEFT's method comparison: by the loss of a token of general texts, each from
+those before it, in nats, before and after. No end-of-text token is counted.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +23,14 @@ from jaxtyping import Float32
 from ml_collections import ConfigDict
 
 from vera_jax.data.answers import Answers
-from vera_jax.data.completions import Completions
+from vera_jax.data.completions import Completions, end_of_text
 from vera_jax.data.data import MeasureBatch, TaskData
 from vera_jax.data.examples import Examples
 from vera_jax.data.loader import PackedData
 from vera_jax.data.long_rows import choose_long_eval_rows, choose_long_rows
 from vera_jax.data.packing import WHOLE, ProcessShard
-from vera_jax.data.tokens import load_tokens
+from vera_jax.data.tokenizer import load_tokenizer
+from vera_jax.data.tokens import Tokens, load_tokens
 from vera_jax.errors import UserError
 from vera_jax.models.decoder import Words
 from vera_jax.models.kinds import WORDS
@@ -38,6 +44,7 @@ from vera_jax.tasks.task import (
 )
 
 LARGEST = 700.0  # nats whose exponential is still a number
+GENERAL = "general"  # the split of general texts
 
 
 def language_modelling(
@@ -47,6 +54,7 @@ def language_modelling(
   dev_splits: tuple[str, ...],
   completions: Completions | Answers,
   smoothing: float = 0.0,
+  general: Examples | None = None,
   presentation: Presentation = UNTITLED,
 ) -> Task:
   """A task over texts, or over prompts and their completions.
@@ -63,6 +71,7 @@ def language_modelling(
     dev_splits: scored, the first one for the score that counts.
     completions: how they become tokens, and which are learned.
     smoothing: of the labels in training, see `cross_entropy`.
+    general: texts by whose loss is measured what was forgotten, if there are.
     presentation: as `Task.presentation`.
 
   Raises:
@@ -89,6 +98,8 @@ def language_modelling(
       folder=folder,
       completions=completions,
     )
+    if general is not None:
+      tokens[GENERAL] = general_tokens(general, config.data, folder)
     lengths = {split: one.lengths for split, one in tokens.items()}
     # words are learned, so every split has reads
     reads = {split: np.asarray(one.reads) for split, one in tokens.items()}
@@ -99,7 +110,8 @@ def language_modelling(
         batch_size=config.eval_batch_size,
         shards=shards,
       )
-      for split in dev_splits
+      for split in tokens
+      if split != "train"
     }
     return PackedData(
       tokens=tokens,
@@ -122,21 +134,23 @@ def language_modelling(
     """The scores of every dev split."""
 
     def evaluate_split(split: str) -> Evaluation:
-      rows = [measure_batch(batch) for batch in data.eval_batches(split)]
-      losses, hits, count = np.concatenate(rows).sum(0, dtype=np.float64)
-      if not math.isfinite(losses):
+      loss, accuracy = split_loss(measure_batch, data, split)
+      if not math.isfinite(loss):
         return Evaluation({}, finite=False)
-      loss = float(losses / count)
       return Evaluation(
         {
           "token_probability": math.exp(-loss),
           "loss": loss,
           "perplexity": math.exp(min(loss, LARGEST)),
-          "token_accuracy": float(hits / count),
+          "token_accuracy": accuracy,
         }
       )
 
     return evaluate_splits(dev_splits, evaluate_split)
+
+  def general_loss(measure_batch: MeasureBatch, data: TaskData) -> float:
+    loss, _ = split_loss(measure_batch, data, GENERAL)
+    return loss
 
   return Task(
     name=name,
@@ -147,9 +161,32 @@ def language_modelling(
     loss=partial(loss, smoothing=smoothing),
     measure=measure,
     evaluate=evaluate,
+    general_loss=None if general is None else general_loss,
     presentation=presentation,
     stored={"completions": completions._asdict()},
   )
+
+
+def general_tokens(texts: Examples, data: ConfigDict, folder: Path) -> Tokens:
+  """General texts as tokens, of which all but end-of-text are measured."""
+  tokens = load_tokens(
+    lambda source, split: texts,
+    (GENERAL,),
+    data=data,
+    folder=folder,
+    completions=Completions("right"),
+  )[GENERAL]
+  ends = tokens.ids == end_of_text(load_tokenizer(folder))
+  return replace(tokens, learned=tokens.learned & ~ends)
+
+
+def split_loss(
+  measure_batch: MeasureBatch, data: TaskData, split: str
+) -> tuple[float, float]:
+  """(mean loss in nats, share of tokens that are the likeliest) of a split."""
+  rows = [measure_batch(batch) for batch in data.eval_batches(split)]
+  losses, hits, count = np.concatenate(rows).sum(0, dtype=np.float64)
+  return float(losses / count), float(hits / count)
 
 
 def loss(

@@ -129,6 +129,9 @@ class Task(NamedTuple):
     to_texts: an example's texts, by column -> what the model reads for it, one
       text or pair per choice; a ValueError says what is wrong with the texts.
       None where the model reads the columns as they are.
+    general_loss: (measure_batch, data) -> the mean loss of general texts, in
+      nats per token, measured before and after training. None where there are
+      no such texts.
     selects: whether a run's result is its best epoch's, or else the last one's.
     presentation: how the task is shown and asked.
     stored: further JSON values for the result and the adapter's file.
@@ -147,6 +150,7 @@ class Task(NamedTuple):
   ) = None
   write_texts: Callable[[Classifier, Path], dict[str, Any]] | None = None
   to_texts: ToTexts | None = None
+  general_loss: Callable[[MeasureBatch, TaskData], float] | None = None
   selects: bool = True
   presentation: Presentation = UNTITLED
   stored: Mapping[str, Any] = MappingProxyType({})

@@ -3,6 +3,7 @@
 Every process of a run calls these functions; the first one writes.
 """
 
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -99,12 +100,21 @@ def write_outcome(
   # by all processes, since each may hold a part of the base
   trained = setup.trained(params) if task.write_texts else None
 
+  general: dict[str, Any] = {}
+  if task.general_loss is not None:
+    before = progress["general_loss"]
+    after = task.general_loss(setup.measure_with(params), setup.data)
+    general = {"before": before, "after": after, "forgetting": after - before}
+    if not math.isfinite(after - before):
+      general = {"missing": f"The loss was {before} and is {after}."}
+
   def write_result() -> None:
     result = {
       **about,
       "best": best,
       "last": history[-1],
       **({} if trained is None else {"test": _texts(setup, trained, folder)}),
+      **({"general": general} if general else {}),
       "stopped_early": history[-1]["epoch"] < config.optim.epochs,
       "learning_rates": learning_rates(config),
       "norms": as_json(adapter_norms(tensors(params))),

@@ -71,9 +71,9 @@ class Run:
 
   Attributes:
     progress: JSON values that a resumed run goes on from: the epochs' history,
-      the losses summed since the last epoch, the seconds trained and those of
-      them that were for evaluation, the fingerprints of the data, and what
-      `Speed.report` says.
+      the losses summed since the last epoch, the loss of general texts at the
+      start, the seconds trained and those of them that were for evaluation, the
+      fingerprints of the data, and what `Speed.report` says.
     result, failure: what result.json or failed.json says, if it is there.
     has_begun: whether its folder had its config before this process.
     setup, saves: what it is made of and its checkpoints, while `is_open`.
@@ -244,7 +244,12 @@ class Run:
     step = self.first_step
     self.progress.pop("ensemble", None)  # an ensemble sets it anew
     if not step:
-      return self.setup.first_state(self.config)
+      state = self.setup.first_state(self.config)
+      if (measure := self.setup.task.general_loss) is not None:
+        measure_batch = self.setup.measure_with(state.params)
+        before = measure(measure_batch, self.setup.data)
+        self.progress["general_loss"] = before
+      return state
     self.saves.forget_after(step)  # those that can't be gone on from
     state, _ = self.saves.restore(step, self.setup.shape)
     return state

@@ -257,6 +257,11 @@ def build_setup(config: ConfigDict, *, runs: int = 1) -> Setup:
   together = Together(runs, config.optim.batch_size)
   mesh = make_mesh(**config.mesh, together=together)
   task = task_for(config)
+  if config.data.get("general") and task.general_loss is None:
+    raise UserError(
+      f"config.data.general is {config.data.general}, but {task.name} measures"
+      " no loss of general texts: leave it unset."
+    )
   base = resolve(config.model.name)
   rows = NamedSharding(mesh, BATCH)
   data = task.load(

@@ -43,6 +43,8 @@ FREE = ("log", "predict_test")
 # And in groups: how the runs beside it are split; and whether bad rows are left
 # out, which the data's fingerprint shows.
 FREE_IN = {"mesh": (RUNS,), "data": ("skip_bad_rows",)}
+# In these groups, what is a part of the identity only where it is set.
+IF_SET = ("general",)
 SCAN = "model.scan"
 
 
@@ -53,7 +55,9 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
   settings = {k: v for k, v in config.items() if k not in {*FREE, *others}}
   for group, names in FREE_IN.items():
     if left := {
-      k: v for k, v in settings.get(group, {}).items() if k not in names
+      k: v
+      for k, v in settings.get(group, {}).items()
+      if k not in names and not (k in IF_SET and v is None)
     }:
       settings[group] = left
   return settings
