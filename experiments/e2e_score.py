@@ -10,7 +10,7 @@ The outputs are a text per line, the references lines with an empty line between
 inputs. Either may be a .csv or .tsv file of two columns, with inputs in the
 first one. BLEU and NIST need sacrebleu, the other three pycocoevalcap and Java:
 
-  pip install -r requirements-e2e.txt
+  pip install 'vera_jax[e2e]'
 """
 
 import json

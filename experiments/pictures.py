@@ -9,7 +9,7 @@ The runs are folders of experiments.images that were scored on the same images.
 from absl import flags
 
 from experiments import cli
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 from vera_jax.places import place, staged
 
 OUT = flags.DEFINE_string("out", None, "The figure's file: .png, .svg or .pdf.")
@@ -20,7 +20,11 @@ SEED = flags.DEFINE_integer("seed", 0, "Which ones.", 0)
 def main(folders: list[str]) -> None:
   if not folders or not OUT.value:
     raise UserError("Name the runs' folders, and --out=FILE.")
-  from vera_jax.report.pictures import picture_grid  # after the flags' errors
+  try:
+    from vera_jax.report.pictures import picture_grid  # after the flags' errors
+  except ImportError as error:
+    why = f"Pictures need {error.name}: {install('report')}"
+    raise UserError(why) from error
 
   runs, out = [place(folder) for folder in folders], place(OUT.value)
   figure = picture_grid(runs, count=COUNT.value, seed=SEED.value)

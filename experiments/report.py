@@ -38,10 +38,10 @@ from absl import flags
 
 from configs import open_choices, paper
 from experiments import cli
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 from vera_jax.files import write_text
 from vera_jax.places import local_copy, place, staged
-from vera_jax.report import plots, tables, verdict
+from vera_jax.report import tables, verdict
 from vera_jax.report.frame import Sweep, load_sweep
 from vera_jax.report.outputs import side_by_side
 from vera_jax.report.summary import summary
@@ -149,7 +149,11 @@ def show(sweep: Sweep, kind: str) -> None:
 
 
 def write(sweep: Sweep, folder: Path) -> None:
-  """Writes all files of a report."""
+  """Writes all files of a report, the figures last.
+
+  Raises:
+    UserError: what draws the figures isn't installed.
+  """
   table = summary(sweep)
   runs = sweep.runs.drop(columns=["result", "folder", "data"])
   runs["signatures"] = runs["signatures"].map("; ".join)
@@ -165,6 +169,13 @@ def write(sweep: Sweep, folder: Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   for name, text in files.items():
     write_text(folder / name, text)
+  try:
+    from vera_jax.report import plots
+  except ImportError as error:
+    raise UserError(
+      f"{folder} has the tables. The figures need {error.name}:"
+      f" {install('report')}"
+    ) from error
   for name, figure in plots.figures(sweep, table):
     plots.save(figure, folder, name)
 

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +112,7 @@ def store() -> Any:
     from etils.epath import backend
   except ImportError as error:
     raise UserError(
-      f"{STORE} needs a client of the store: pip install -r"
-      f" requirements-gcs.txt ({error})."
+      f"{STORE} needs a client of the store: {install('gcs')} ({error})."
     ) from error
   # an old listing would hide what other processes have written since
   fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False

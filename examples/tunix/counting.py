@@ -9,13 +9,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 
 try:
   from tunix.models.llama3.model import Llama3, ModelConfig
 except ImportError as error:
   raise UserError(
-    f"tunix can't be imported ({error}); requirements-tunix.txt installs it."
+    f"tunix can't be imported ({error}): {install('tunix')}"
   ) from error
 
 DIGITS, LENGTH = "0123456789", 4  # what follows the first digit

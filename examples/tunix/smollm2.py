@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, new.")
 SOURCE = flags.DEFINE_string("source", None, "Instructions, as a JSON file.")
@@ -66,7 +66,7 @@ def main() -> None:
     )
   except ImportError as error:
     raise UserError(
-      f"tunix can't be imported ({error}); requirements-tunix.txt installs it."
+      f"tunix can't be imported ({error}): {install('tunix')}"
     ) from error
 
   import vera_jax.nnx

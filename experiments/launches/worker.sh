@@ -17,7 +17,8 @@ start() {
     python3 -m pip install --user --quiet uv &&
       "$HOME/.local/bin/uv" venv --quiet --clear --python=3.12 .venv &&
       "$HOME/.local/bin/uv" pip install --quiet --python=.venv/bin/python \
-        -r requirements.txt -r requirements-gcs.txt 'jax[tpu]' &&
+        -r requirements.txt -r requirements-gcs.txt \
+        -r requirements-images.txt -r requirements-tpu.txt &&
       touch .venv/installed || exit
   fi
   sudo systemctl reset-failed vera 2>/dev/null

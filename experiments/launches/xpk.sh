@@ -37,7 +37,7 @@ if [ -n "$IMAGE" ]; then
 else
   container=(--base-docker-image=python:3.12 --script-dir="$CHECKOUT")
   command="pip install --quiet -r requirements.txt -r requirements-gcs.txt \
-    'jax[tpu]' && $command"
+    -r requirements-images.txt -r requirements-tpu.txt && $command"
 fi
 # without --max-restarts nothing is started again
 xpk workload create --workload="$NAME" "${on[@]}" --tpu-type="$ACCELERATOR" \

@@ -44,7 +44,7 @@ def test_a_missing_engine_says_what_to_install(
   monkeypatch.delitem(
     sys.modules, f"vera_jax.sweep.launchers.{name}", raising=False
   )
-  with pytest.raises(UserError, match=f"requirements-{name}.txt"):
+  with pytest.raises(UserError, match=f"needs {module}: pip install .*{name}"):
     make_launcher(name, {}, tmp_path)
 
 

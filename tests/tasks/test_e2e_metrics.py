@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 from vera_jax.tasks import e2e_metrics
 from vera_jax.tasks.e2e_files import read_for_scoring
 from vera_jax.tasks.e2e_metrics import (
@@ -125,8 +125,8 @@ def test_what_is_not_installed_is_named(monkeypatch):
   )
   monkeypatch.setattr(shutil, "which", lambda name: "/bin/java")
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  assert "pip install -r requirements-e2e.txt" in without_java()
-  with pytest.raises(UserError, match="need sacrebleu: pip install"):
+  assert install("e2e") in without_java()
+  with pytest.raises(UserError, match="need sacrebleu: pip install .*e2e"):
     score_texts(["a"], [["a"]])
 
 

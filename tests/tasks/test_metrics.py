@@ -48,6 +48,32 @@ def test_macro_f1_and_its_mean_with_accuracy_by_hand():
   assert result["accuracy_f1"] == pytest.approx(expected)
 
 
+def test_f1_matthews_and_r2_are_scikit_learns_to_the_bit():
+  from sklearn import metrics
+
+  rng = np.random.default_rng(0)
+  for n in range(2, 40):
+    labels, guesses = rng.integers(0, 1 + n // 2, (2, n))
+    several = rng.integers(0, 2, (2, n, 3))
+    several[:, :, 0] = 0  # a label that nothing has, nor is given
+    values = rng.normal(size=(2, n)).astype(np.float32)
+    pairs = [
+      (METRICS["r2"], metrics.r2_score, values, {}),
+      (METRICS["matthews"], metrics.matthews_corrcoef, (labels, guesses), {}),
+      (METRICS["f1"], metrics.f1_score, (labels % 2, guesses % 2), {}),
+    ]
+    for average in ("macro", "micro"):
+      ours, options = METRICS[f"{average}_f1"], {"average": average}
+      pairs += [
+        (ours, metrics.f1_score, sides, options)
+        for sides in ((labels, guesses), several)
+      ]
+    for ours, theirs, (correct, answers), options in pairs:
+      if theirs is metrics.f1_score:
+        options = {**options, "zero_division": 0}
+      assert ours(answers, correct) == theirs(correct, answers, **options)
+
+
 def test_classes_apart_are_scikit_learns():
   from sklearn import metrics
 

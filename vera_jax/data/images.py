@@ -18,18 +18,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import PIL
 from jaxtyping import Float32, Int32, UInt8
-from PIL import Image, ImageOps
 
 from vera_jax.data.image_files import Encoded, ImageFile, ImageFiles
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 from vera_jax.files import TENSORS, check_file, read_json
 from vera_jax.models.family import family_of
+
+if TYPE_CHECKING:
+  from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ UNUSED = frozenset(
 LARGEST = 4096  # pixels of a prepared image's side
 # Pixels of all images that are decoded at one moment, each in eight bytes at
 # most; Pillow refuses an image of more.
-PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
+PIXELS = 2 * (2**30 // 12)
 LARGE = 2**24  # pixels of an image whose memory is given back at once
 RESIZED = 2**25  # pixels of a whole image that is resized before it is cut
 ENCODED = 2**28  # bytes of encoded images that are in memory at once
@@ -101,12 +103,14 @@ class Processor(NamedTuple):
   mean: tuple[float, ...]
   std: tuple[float, ...]
 
-  def prepare(self, encoded: Encoded | Image.Image) -> Pixels:
+  def prepare(self, encoded: "Encoded | Image.Image") -> Pixels:
     """Decode and resize.
 
     Raises:
       Exception: of any kind where it can't be read, for decoders raise many.
     """
+    from PIL import Image, ImageOps
+
     if isinstance(encoded, bytes | ImageFile):
       # a file is read whole, so that none stays open
       file = io.BytesIO(_content(encoded))
@@ -187,8 +191,13 @@ def read_processor(folder: Path, *, size: int | None = None) -> Processor:
       the middle is cut out keeps its share.
 
   Raises:
-    UserError: there is no such file, or it says what isn't known here.
+    UserError: there is no such file, or it says what isn't known here; or
+      there is no Pillow, which nobody needs who has no images.
   """
+  try:
+    from PIL import Image
+  except ImportError as error:
+    raise UserError(f"Images need pillow: {install('images')}") from error
   file = folder / CONFIG
   hint = f"{CONFIG} says how images are prepared; copy it from the checkpoint."
   written = read_json(file, hint=hint)
@@ -296,7 +305,9 @@ def prepare_images(
     UserError: not one of them can be read.
   """
   labels = files.labels[numbers]
-  sha = hashlib.sha256(f"vera_jax images {VERSION} {PIL.__version__}".encode())
+  sha = hashlib.sha256(
+    f"vera_jax images {VERSION} {version('pillow')}".encode()
+  )
   sha.update(json.dumps(processor[:4]).encode() + labels.tobytes())
   for encoded in files.read(numbers):
     try:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 from vera_jax.nnx.adapt import merge, reference, remove
 
 try:
@@ -22,7 +22,7 @@ try:
   from tunix.rl.rollout.vanilla_rollout import VanillaRollout
 except ImportError as error:
   raise UserError(
-    f"tunix can't be imported ({error}); requirements-tunix.txt installs it."
+    f"tunix can't be imported ({error}): {install('tunix')}"
   ) from error
 
 

@@ -25,11 +25,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 
 METRICS = ("BLEU", "NIST", "NIST_perl", "METEOR", "ROUGE_L", "CIDEr")
 OF_JAVA = ("METEOR", "ROUGE_L", "CIDEr")
-INSTALL = "pip install -r requirements-e2e.txt"
 LONGEST = 5  # n-grams of NIST
 BETA = math.log(2) / math.log(1.5) ** 2  # two thirds of the length cost a half
 PUNCTUATION = frozenset(
@@ -164,7 +163,7 @@ def _grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
 def check_installed() -> None:
   """Raises a UserError where not even BLEU and NIST can be computed."""
   if importlib.util.find_spec("sacrebleu") is None:
-    raise UserError(f"BLEU and NIST need sacrebleu: {INSTALL}")
+    raise UserError(f"BLEU and NIST need sacrebleu: {install('e2e')}")
 
 
 def without_java() -> str:
@@ -176,7 +175,9 @@ def without_java() -> str:
       " Debian and Ubuntu: apt install default-jre-headless)."
     )
   if importlib.util.find_spec("pycocoevalcap") is None:
-    return f"{names} are not available: they need pycocoevalcap. {INSTALL}"
+    return (
+      f"{names} are not available: they need pycocoevalcap. {install('e2e')}"
+    )
   return ""
 
 

@@ -29,7 +29,7 @@ from vera_jax.data.answers import Answers
 from vera_jax.data.examples import Examples, drawn, estimated_tokens
 from vera_jax.data.templates import CHAT, PLAIN, TEMPLATES
 from vera_jax.data.written import FOLDER, write_written
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 from vera_jax.files import write_text
 from vera_jax.generate.choices import (
   ChoiceQuestion,
@@ -50,7 +50,6 @@ from vera_jax.tasks.language_modelling import language_modelling
 from vera_jax.tasks.task import Presentation, Size, Task
 
 NAMES = ("instruct",)
-INSTALL = "pip install -r requirements-instruct.txt"
 
 
 def task_for(config: ConfigDict) -> Task | None:
@@ -132,7 +131,7 @@ def check_installed() -> None:
   """Raises a UserError where ROUGE-L can't be computed."""
   if importlib.util.find_spec("rouge_score") is None:
     raise UserError(
-      f"ROUGE-L of a run's answers needs rouge-score: {INSTALL}, or"
+      f"ROUGE-L of a run's answers needs rouge-score: {install('instruct')}, or"
       " --config.data.max_test_examples=0 to answer nothing."
     )
 

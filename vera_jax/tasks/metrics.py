@@ -1,4 +1,4 @@
-"""Metrics as fractions (scikit-learn and SciPy compute most of them).
+"""Metrics as fractions, to the bit those of scikit-learn and SciPy.
 
 The benchmarks' official ones: accuracy, F1 of class 1, Matthews correlation,
 the mean of accuracy and macro F1; Pearson and Spearman correlation for
@@ -27,9 +27,15 @@ def f1(predictions: np.ndarray, labels: np.ndarray, *, average: str) -> float:
     average: "binary", of class 1; "macro", the mean of the classes' F1; or
       "micro", over all labels of all examples together.
   """
-  from sklearn.metrics import f1_score
-
-  return float(f1_score(labels, predictions, average=average, zero_division=0))
+  if labels.ndim == 1:
+    classes = np.union1d(labels, predictions) if average != "binary" else [1]
+    labels, predictions = (
+      side[:, None] == classes for side in (labels, predictions)
+    )
+  axis = None if average == "micro" else 0
+  right = np.sum((labels == 1) & (predictions == 1), axis)
+  both = np.sum(labels == 1, axis) + np.sum(predictions == 1, axis)
+  return float(np.mean(2.0 * right / np.maximum(1, both)))
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
@@ -80,9 +86,14 @@ def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
   """Matthews correlation; 0, chance, when either side is one class."""
   if collapsed(predictions) or collapsed(labels):
     return 0.0
-  from sklearn.metrics import matthews_corrcoef
-
-  return float(matthews_corrcoef(labels, predictions))
+  classes = np.union1d(labels, predictions)
+  there, answered = (
+    (side[:, None] == classes).sum(0, dtype=np.float64)
+    for side in (labels, predictions)
+  )
+  n, right = float(len(labels)), float(np.sum(labels == predictions))
+  spread = (n**2 - there @ there) * (n**2 - answered @ answered)
+  return float((right * n - there @ answered) / np.sqrt(spread))
 
 
 def correlation(
@@ -111,9 +122,10 @@ def r2(predictions: np.ndarray, labels: np.ndarray) -> float:
   squared error does. 0 where the labels are constant."""
   if collapsed(labels):
     return 0.0
-  from sklearn.metrics import r2_score
-
-  return float(r2_score(labels, predictions))
+  left, there = (
+    np.sum((labels - answer) ** 2) for answer in (predictions, labels.mean())
+  )
+  return float(1 - left / there)
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {

@@ -16,13 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 from ml_collections import ConfigDict
-from sklearn.linear_model import RidgeClassifierCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from vera_jax import results
 from vera_jax.adapters.labels import join
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 from vera_jax.places import place
 from vera_jax.tasks.metrics import accuracy
 from vera_jax.train.config import check_settings
@@ -48,6 +45,13 @@ def ridge(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     UserError: for whatever the user can mend, such as a task without classes
       of images.
   """
+  try:
+    from sklearn.linear_model import RidgeClassifierCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+  except ImportError as error:
+    why = f"Ridge regression needs scikit-learn: {install('images')}"
+    raise UserError(why) from error
   config = copy.deepcopy(config)
   config.method = "head"  # nothing is adapted
   check_settings(config)

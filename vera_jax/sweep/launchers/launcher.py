@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 from vera_jax.sweep.plan import Unit
 from vera_jax.train.preemption import Flag
 
@@ -82,8 +82,7 @@ def make_launcher(
     module = import_module(f"vera_jax.sweep.launchers.{name}")
   except ImportError as error:
     raise UserError(
-      f"--launcher={name} needs {error.name}: pip install -r"
-      f" requirements-{name}.txt"
+      f"--launcher={name} needs {error.name}: {install(name)}"
     ) from error
   launcher: Launcher = getattr(module, name.capitalize())(options, logs)
   return launcher
