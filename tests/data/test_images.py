@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tests.pictures import PREPROCESSOR, picture
 from vera_jax.data import images
@@ -251,7 +251,7 @@ def test_large_images_are_decoded_one_after_another(monkeypatch):
     most.append(len(now))
     now.remove(image)
 
-  monkeypatch.setattr(images.ImageOps, "exif_transpose", slow)
+  monkeypatch.setattr(ImageOps, "exif_transpose", slow)
   file = io.BytesIO()
   picture((200, 50, 40), 0).save(file, "PNG")
   made = list(images.decode_all([file.getvalue()] * 6, PLAIN))
