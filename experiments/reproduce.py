@@ -40,6 +40,8 @@ SIZES = {
 
 PAGE = """# Reproduce the paper
 
+For those with the paper's networks and the hardware for them.
+
 For each table and figure of VeRA's paper (arXiv 2310.11454 v2): the command,
 what it needs, the numbers to expect, and a verdict on each. **None was run by
 us at these sizes**, for want of the weights; a command rehearses them on random

@@ -19,6 +19,8 @@ CSV = flags.DEFINE_bool("csv", False, "All numbers, unrounded.")
 
 PAGE = """# The paper's Table 1, computed
 
+For those who check the paper's counts.
+
 Trained parameters and their bytes (float32) of an adapter on query and key,
 counted from the adapters' own shapes by `python -m experiments.table1`; no
 weights are needed. VeRA has L (d + r) parameters, LoRA 2 L d r, over L adapted

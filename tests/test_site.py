@@ -128,3 +128,13 @@ def test_the_reference_has_every_public_name():
   }
   methods = {*vera_jax.METHODS, "__version__"}  # in a table of methods.md
   assert {*vera_jax.__all__} - methods <= named
+
+
+def test_every_page_says_for_whom_it_is():
+  pages = sorted((ROOT / "docs").rglob("*.md"))
+  assert len(pages) > 30
+  for path in [ROOT / "CONTRIBUTING.md", *pages]:
+    page = path.read_text(encoding="utf-8")
+    if not page.startswith("<!-- written by"):  # tables of settings
+      first = page.split("\n\n")[1]
+      assert first.startswith(("For those ", "For everyone ")), path

@@ -139,6 +139,8 @@ def page(found: dict[str, Any]) -> str:
   versions = found["versions"]
   return f"""# Faults
 
+For those who rely on runs being continued.
+
 What was done to a run, how often, and what came of it. Written by
 `{found["command"]}`: {found["faults"]} faults on {found["cores"]} CPU cores,
 beside other work; jax {versions["jax"]}, orbax {versions["orbax-checkpoint"]}.

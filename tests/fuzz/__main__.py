@@ -132,6 +132,8 @@ def page(found: dict[str, Any]) -> str:
   table = "\n".join(rows)
   return f"""# Harmed files
 
+For those who read files of strangers.
+
 Files of every kind that the project reads, each with one change: bits, a cut,
 a number, a value of its JSON, or a link, a device, a pipe or a folder in its
 place. Written by `{found["command"]}`.

@@ -108,6 +108,8 @@ def show(
 
 PAGE = """# A tour of an adapter's files
 
+For those who rely on adapters keeping their function in other formats.
+
 An adapter that was trained here goes through every format that it can have,
 and adapters that PEFT trained come here and go back. After each arrow the
 logits of the same {pairs} pairs of sentences are compared with those before it.
