@@ -5,7 +5,7 @@
 What a page has between `<!-- from PATH -->` and `<!-- end -->` is replaced: by
 a table where PATH is a file in results/plans, by the report where it is a
 sweep's folder (of the initialisers' studies by a shorter one, and by a row per
-task where the mark says `from PATH in brief`), by the tables
+method where the mark says `from PATH in brief`), by the tables
 that it makes where it is benchmarks/methods.py or benchmarks/initialisers.py,
 by what is below its title where it is a page, such as the report's outputs.md.
 The figures that a page shows as figures/SWEEP-NAME.png are drawn.
@@ -93,22 +93,18 @@ def filled(page: str) -> str:
 
 
 def brief(cells: pd.DataFrame) -> str:
-  """A row per task: each method's scores, and VeRA's distance from LoRA."""
-  cells = cells.assign(
-    method=cells["method"].map(method_title)
-    + ", "
-    + cells["adapter parameters"]
-    + " parameters"
+  """A study of one task: a row per method, and its distance from LoRA."""
+  rows = pd.DataFrame(
+    {
+      "method": cells["method"].map(method_title),
+      "trained numbers": cells["adapter parameters"],
+      "median (range)": cells["median at best epoch (range)"],
+      "difference from LoRA (95 % interval)": cells[
+        "difference from LoRA (95 % interval)"
+      ],
+    }
   )
-  scores = cells.pivot(
-    index="task", columns="method", values="median at best epoch (range)"
-  )[cells["method"].unique()]
-  vera = cells[cells["method"].str.startswith("VeRA")].set_index("task")
-  scores["VeRA - LoRA (95 % interval)"] = vera[
-    "difference from LoRA (95 % interval)"
-  ]
-  scores["seeds"] = vera["seeds"]
-  return tables.markdown(scores.reset_index())
+  return tables.markdown(rows)
 
 
 def draw(page: str) -> None:
