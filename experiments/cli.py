@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,18 +26,15 @@ from rich.table import Column, Table
 import configs
 from experiments.console import as_typed
 from vera_jax.adapters.method import IN_CONFIG
-from vera_jax.adapters.methods import METHODS
-from vera_jax.errors import UserError
-from vera_jax.files import DATA, open_file
+from vera_jax.adapters.methods import METHODS, check_key, links_of
+from vera_jax.errors import EXIT_CODE, Interrupted, UserError
 from vera_jax.places import local_copy, place
 from vera_jax.terminal import LINES, Console, printable
-from vera_jax.train import distributed
-from vera_jax.train.config import check_key, check_settings, without_effect
-from vera_jax.train.peers import leave
-from vera_jax.train.preemption import EXIT_CODE, Interrupted
-from vera_jax.train.runtime import leave_libtpu_alone
 from vera_jax.train.start import count_from_process_start
-from vera_jax.train.workdir import identity_code
+
+# Nothing above imports JAX, Flax or transformers, which takes seconds: --help
+# and mistakes in flags are answered without them. What needs them imports them
+# where it does.
 
 flags.disclaim_key_flags()  # what is defined here belongs to the script
 
@@ -71,7 +69,6 @@ def run(
   sys.modules["__main__"].__doc__ = usage and as_typed(usage)
   # transformers' advice is about torch models, of which none is used
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-  leave_libtpu_alone()
 
   def guarded(argv: list[str]) -> None:
     if len(argv) > 1 and not operands:
@@ -80,8 +77,13 @@ def run(
     logging.get_absl_handler().setFormatter(_PrintableFormatter())
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # orbax logs each save
+    if find_spec("libtpu"):
+      from vera_jax.train.runtime import leave_libtpu_alone
+
+      leave_libtpu_alone()
     code = exit_code(partial(main, argv[1:]) if operands else main)
-    leave(code)
+    if "vera_jax.train.peers" in sys.modules:
+      sys.modules["vera_jax.train.peers"].leave(code)
     sys.exit(code)
 
   def parse(argv: list[str]) -> list[str]:
@@ -121,7 +123,8 @@ def exit_code(main: Callable[[], None]) -> int:
     elif error.errno in UNWRITTEN:
       text = f"A file, or standard output, can't be written: {error.strerror}."
   except Exception:
-    if not distributed.are_several():
+    distributed = sys.modules.get("vera_jax.train.distributed")
+    if distributed is None or not distributed.are_several():
       raise
     traceback.print_exc()
     text = "This process failed, or another one did: that is looked into now."
@@ -159,6 +162,20 @@ def _reader_is_gone() -> bool:
   with suppress(OSError, ValueError):  # in a notebook it is no file
     poll.register(sys.stdout.fileno(), 0)
   return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def say_importing() -> None:
+  """To whoever waits at a terminal: call it where the flags have been checked.
+
+  A file, a pipe or --quiet wants no such line.
+  """
+  if sys.stderr.isatty() and "jax" not in sys.modules and not is_quiet():
+    print("importing JAX, Flax and transformers ...", file=sys.stderr)
+
+
+def is_quiet() -> bool:
+  """Whether --quiet asks for results, warnings and errors alone."""
+  return "quiet" in flags.FLAGS and bool(flags.FLAGS.quiet)
 
 
 def complain(text: str) -> None:
@@ -315,12 +332,18 @@ def define_processes() -> Callable[[], None]:
   )
   patience = flags.DEFINE_float(
     "processes_timeout",
-    distributed.PATIENCE,
+    300.0,
     "Seconds to wait for the other processes.",
   )
-  return lambda: distributed.initialize(
-    coordinator.value, count.value, number.value, patience=patience.value
-  )
+
+  def join() -> None:
+    from vera_jax.train import distributed
+
+    distributed.initialize(
+      coordinator.value, count.value, number.value, patience=patience.value
+    )
+
+  return join
 
 
 def chosen(holder: flags.FlagHolder, *, sweep: bool = False) -> ConfigDict:
@@ -331,7 +354,7 @@ def chosen(holder: flags.FlagHolder, *, sweep: bool = False) -> ConfigDict:
     sweep: whether the script trains a sweep, and not a single run.
 
   Raises:
-    UserError: there is none, or it is of the other kind.
+    UserError: there is none, it is of the other kind, or names no method.
   """
   config = holder.value
   if config is None:
@@ -347,6 +370,8 @@ def chosen(holder: flags.FlagHolder, *, sweep: bool = False) -> ConfigDict:
       "--config names a sweep, which is many runs: `vera-jax sweep` trains it."
       " Single runs have other names, such as rte."
     )
+  if not sweep and isinstance(config.get("method"), str):
+    links_of(config.method)
   return config
 
 
@@ -420,6 +445,8 @@ def remark_idle(config: ConfigDict, arguments: Iterable[str]) -> None:
 
   No error, since one command line may serve several methods in turn.
   """
+  from vera_jax.train.config import check_settings, without_effect
+
   check_settings(config)
   idle = without_effect(config)
   for key in given_keys(arguments):
@@ -452,6 +479,8 @@ def opened(name: str) -> Iterator[Iterable[bytes]]:
     return
   from rich.progress import Progress
 
+  from vera_jax.files import DATA, open_file
+
   shown = sys.stderr.isatty() and not sys.stdout.isatty()
   bar = Progress(
     console=Console(stderr=True), disable=not shown, redirect_stdout=False
@@ -474,6 +503,9 @@ def with_seeds(config: ConfigDict, seeds: Iterable[int]) -> list[ConfigDict]:
 
 def default_workdir(config: ConfigDict) -> Path:
   """A folder per config: the same settings find the same run again."""
+  from vera_jax.train.config import check_settings
+  from vera_jax.train.workdir import identity_code
+
   check_settings(config)
   name = f"{config.method}-seed{config.seed}-{identity_code(config.to_dict())}"
   return Path("runs") / str(config.task) / name

@@ -30,9 +30,8 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from vera_jax.errors import UserError
+from vera_jax.errors import EXIT_CODE, UserError
 from vera_jax.places import local_place, place
-from vera_jax.train.preemption import EXIT_CODE
 
 TEMPLATES = Path(__file__).with_name("launches")
 CHECKOUT = TEMPLATES.parents[1]

@@ -29,7 +29,6 @@ from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.places import place
 from vera_jax.terminal import printable
-from vera_jax.train import distributed
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string(
@@ -64,10 +63,8 @@ def main() -> None:
   if PREVIEW.value is not None:
     show_examples(config, PREVIEW.value)
     return
-  cli.remark_idle(config, sys.argv[1:])
   if PROFILE.value is not None:
     config.log.profile = PROFILE.value
-  JOIN()
   try:
     seeds = [int(seed) for seed in SEEDS.value]
   except ValueError as error:
@@ -76,7 +73,11 @@ def main() -> None:
     ) from error
   if MEMBERS.value and not seeds:
     raise UserError("--members says how many of --seeds=0,1,... train at once.")
+  cli.say_importing()
+  cli.remark_idle(config, sys.argv[1:])
+  JOIN()
   # Imported only now: a mistake in the flags is reported without the wait.
+  from vera_jax.train import distributed
   from vera_jax.train.ensemble import train_ensemble
   from vera_jax.train.loop import train_and_evaluate
 

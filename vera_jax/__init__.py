@@ -32,53 +32,56 @@ What a notebook needs:
 from importlib import import_module
 from typing import Any
 
-from vera_jax.adapters import kinds as kinds
-from vera_jax.adapters.apply import adapt, find_targets
-from vera_jax.adapters.chain import chain
-from vera_jax.adapters.counting import adapter_size
-from vera_jax.adapters.files import SavedAdapter, load_adapter
-from vera_jax.adapters.ia3 import ia3
-from vera_jax.adapters.interface import Adapter, Target
-from vera_jax.adapters.labels import count, join, label_tree, split
-from vera_jax.adapters.lora import lora, lora_fa
-from vera_jax.adapters.magnitude import dora, dvora
-from vera_jax.adapters.merge import merge
-from vera_jax.adapters.methods import METHODS
-from vera_jax.adapters.projections import digest, make_pair
-from vera_jax.adapters.push import push_adapter
-from vera_jax.adapters.pvera import pvera
-from vera_jax.adapters.randlora import randlora
-from vera_jax.adapters.unilora import unilora
-from vera_jax.adapters.vera import onelora, vera
-from vera_jax.errors import UserError
-from vera_jax.export.hf import write_merged
-from vera_jax.generate.beam import Beam
-from vera_jax.generate.generator import Generator
-from vera_jax.generate.sampling import Sampling
-from vera_jax.pretrained.classifier import (
-  Classifier,
-  load_classifier,
-  restore_adapter,
-)
-from vera_jax.serve.bank import AdapterBank
-from vera_jax.serve.image_predictor import ImagePredictor
-from vera_jax.serve.predictor import Predictor
 from vera_jax.version import __version__
 
-# The training stack loads when it is used.
-LATE = {
-  "train_and_evaluate": "vera_jax.train.loop",
-  "train_ensemble": "vera_jax.train.ensemble",
-  "group_key": "vera_jax.train.ensemble",
+# Where each name comes from. It is imported when it is used: flags and configs
+# need nothing of JAX, and texts nothing of what trains.
+NAMES = {
+  "adapters.apply": ("adapt", "find_targets"),
+  "adapters.chain": ("chain",),
+  "adapters.counting": ("adapter_size",),
+  "adapters.files": ("SavedAdapter", "load_adapter"),
+  "adapters.interface": ("Adapter", "Target"),
+  "adapters.labels": ("count", "join", "label_tree", "split"),
+  "adapters.merge": ("merge",),
+  "adapters.methods": ("METHODS",),
+  "adapters.projections": ("digest", "make_pair"),
+  "adapters.push": ("push_adapter",),
+  "errors": ("UserError",),
+  "export.hf": ("write_merged",),
+  "generate.beam": ("Beam",),
+  "generate.generator": ("Generator",),
+  "generate.sampling": ("Sampling",),
+  "pretrained.classifier": (
+    *("Classifier", "load_classifier", "restore_adapter"),
+  ),
+  "serve.bank": ("AdapterBank",),
+  "serve.image_predictor": ("ImagePredictor",),
+  "serve.predictor": ("Predictor",),
+  "train.ensemble": ("group_key", "train_ensemble"),
+  "train.loop": ("train_and_evaluate",),
 }
+MODULES = {name: module for module, names in NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-  if name in METHODS:  # a method needs no line here
-    return METHODS[name]
-  if name not in LATE:
+  """What `MODULES` names, or a method, which needs no line here."""
+  if name in MODULES:
+    value = getattr(import_module(f"vera_jax.{MODULES[name]}"), name)
+  elif name.startswith("_") or name not in _methods():
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  return getattr(import_module(LATE[name]), name)
+  else:
+    value = _methods()[name]
+  globals()[name] = value
+  return value
+
+
+def _methods() -> Any:
+  return import_module("vera_jax.adapters.table").METHODS
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__, *_methods()})
 
 
 __all__ = [

@@ -1,10 +1,14 @@
-"""Errors that a person can mend: scripts print them without a traceback."""
+"""Errors that scripts print without a traceback, and how a run may end."""
 
-from importlib.metadata import PackageNotFoundError, distribution
+EXIT_CODE = 75  # EX_TEMPFAIL: the same command, run again, goes on
 
 
 class UserError(Exception):
   """Says what is wrong with the user's input and what to do about it."""
+
+
+class Interrupted(Exception):
+  """The run was stopped and saved; the same command resumes it."""
 
 
 def install(extra: str) -> str:
@@ -13,6 +17,8 @@ def install(extra: str) -> str:
 
   In a checkout that isn't installed pip knows no extras, but their files.
   """
+  from importlib.metadata import PackageNotFoundError, distribution
+
   try:
     distribution("vera_jax")
   except PackageNotFoundError:

@@ -50,6 +50,13 @@ class Console(rich.console.Console):
   def __init__(self, **options: Any) -> None:
     super().__init__(markup=False, emoji=False, highlight=False, **options)
 
+  def print(self, *objects: Any, **options: Any) -> None:
+    """rich's, but where no terminal is, lines stay as long as they are: what
+    reads a file or a pipe wants a path in one piece."""
+    if not self.is_terminal and all(isinstance(x, str) for x in objects):
+      options.setdefault("soft_wrap", True)
+    super().print(*objects, **options)
+
   def on_broken_pipe(self) -> None:
     """Called while a BrokenPipeError is handled; rich's own ends the process.
 

@@ -10,32 +10,18 @@ feed-forward's second product: 2 x 768 + 3072 numbers in a layer of BERT-base,
 also scale the inputs of the attention's output layer; the paper doesn't.
 """
 
-from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from vera_jax.adapters.interface import Adapter, Leaves, Site, as_they_are
-from vera_jax.adapters.method import Method, setting
 from vera_jax.adapters.products import along_last
 from vera_jax.adapters.sites import matches
+from vera_jax.adapters.table import Ia3Settings as Settings
+from vera_jax.adapters.table import ia3 as ia3
 
 INPUT, OUTPUT = "ia3_in", "ia3_out"
-
-
-# The feed-forward's output layer, as each family of encoders names it.
-OUTPUT_LAYERS = r"layer(_\d+)?/output/dense|lin2|mlp/Wo"
-
-
-@dataclass(frozen=True)
-class Settings:
-  _: KW_ONLY
-  feedforward: tuple[str, ...] = setting(
-    (),
-    "patterns of those targets whose inputs are scaled; of all others the"
-    " outputs are",
-  )
 
 
 def make_ia3(s: Settings) -> Adapter:
@@ -76,20 +62,3 @@ def make_ia3(s: Settings) -> Adapter:
     prepare=as_they_are,
     apart=s.feedforward,
   )
-
-
-ia3 = Method(
-  "ia3",
-  make_ia3,
-  Settings,
-  config=dict(
-    targets=("key", "value", OUTPUT_LAYERS),
-    feedforward=(OUTPUT_LAYERS,),
-    lr=1e-2,
-    head_lr=4e-3,
-  ),
-  title="IA3",
-  weights="diag(l) W0, or W0 diag(l)",
-  trained="o, or i",
-  paper="2205.05638",
-)

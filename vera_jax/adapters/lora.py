@@ -9,7 +9,6 @@ that no file need hold it.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
@@ -27,30 +26,16 @@ from vera_jax.adapters.interface import (
   Target,
   as_they_are,
 )
-from vera_jax.adapters.method import QUERY_VALUE, Method, setting
 from vera_jax.adapters.products import add_low_rank
 from vera_jax.adapters.projections import make_projections
+from vera_jax.adapters.table import LoraSettings as Settings
+from vera_jax.adapters.table import SeededLoraSettings as SeededSettings
+from vera_jax.adapters.table import lora as lora
+from vera_jax.adapters.table import lora_fa as lora_fa
 
 A, B = "lora_A", "lora_B"
 # What alpha is divided by, given the rank.
 SCALES: dict[str, Callable[[int], float]] = {"rank": float, "root": math.sqrt}
-
-
-@dataclass(frozen=True)
-class Settings:
-  rank: int = setting(8, "r", least=1)
-  _: KW_ONLY
-  alpha: float = setting(8.0, "the delta's scale, over what scaling says")
-  scaling: str = setting(
-    "rank",
-    "alpha over the rank, or over its root, as rsLoRA has it",
-    choices=tuple(SCALES),
-  )
-
-
-@dataclass(frozen=True)
-class SeededSettings(Settings):
-  projection_seed: int = setting(0, "the seed of A", least=0)
 
 
 def scale(s: Settings) -> float:
@@ -115,26 +100,3 @@ def make_lora_fa(s: SeededSettings) -> Adapter:
     low_rank=low_rank,
     prepare=as_they_are,
   )
-
-
-lora = Method(
-  "lora",
-  make_lora,
-  Settings,
-  config=dict(targets=QUERY_VALUE, lr=4e-4, head_lr=4e-4),
-  title="LoRA",
-  weights="W0 + (alpha / r) B A",
-  trained="r (i + o)",
-  paper="2106.09685",
-)
-lora_fa = Method(
-  "lora_fa",
-  make_lora_fa,
-  SeededSettings,
-  config=dict(targets=QUERY_VALUE, lr=4e-3, head_lr=4e-3),
-  starts=lambda s: ("projection_seed",),
-  title="LoRA-FA",
-  weights="LoRA's, A random",
-  trained="r o",
-  paper="2308.03303",
-)

@@ -19,7 +19,6 @@ isn't 0 there.
 """
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
@@ -36,24 +35,11 @@ from vera_jax.adapters.interface import (
   Target,
   as_they_are,
 )
-from vera_jax.adapters.method import QUERY_VALUE, Method, setting
 from vera_jax.adapters.products import add_low_rank
+from vera_jax.adapters.table import LoraXsSettings as Settings
+from vera_jax.adapters.table import lora_xs as lora_xs
 
 R = "lora_xs_R"
-
-
-@dataclass(frozen=True)
-class Settings:
-  rank: int = setting(
-    16, "r, at most the layer's smaller width, which it else is", least=1
-  )
-  _: KW_ONLY
-  alpha: float = setting(
-    16.0, "over the rank, the delta's scale; the authors' code has 16"
-  )
-  init_std: float = setting(
-    0.0, "R's deviation at the start, 1e-5 in the paper", least=0
-  )
 
 
 def make_lora_xs(s: Settings) -> Adapter:
@@ -90,17 +76,3 @@ def make_lora_xs(s: Settings) -> Adapter:
     low_rank=low_rank,
     prepare=as_they_are,
   )
-
-
-lora_xs = Method(
-  "lora_xs",
-  make_lora_xs,
-  Settings,
-  config=dict(targets=QUERY_VALUE, lr=1e-3, head_lr=4e-3),
-  starts=lambda s: ("init_std",),
-  per_run=lambda s: ("init_std",),
-  title="LoRA-XS",
-  weights="W0 + (alpha / r) of W0's Uᵣ Sᵣ and Vᵣ, R between them",
-  trained="r * r",
-  paper="2405.17604",
-)

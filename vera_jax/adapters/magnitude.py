@@ -9,7 +9,6 @@ have one per output, as here. |W| counts as a constant in the backward pass
 `magnitude` follows either in a chain.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,10 +16,14 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from vera_jax.adapters import lora, vera
 from vera_jax.adapters.chain import chain
 from vera_jax.adapters.interface import Adapter, Leaves, Site
+from vera_jax.adapters.lora import make_lora
 from vera_jax.adapters.products import along_last
+from vera_jax.adapters.table import LoraSettings, VeraSettings
+from vera_jax.adapters.table import dora as dora
+from vera_jax.adapters.table import dvora as dvora
+from vera_jax.adapters.vera import make_vera
 
 M = "magnitude_m"
 SCALE = "magnitude_scale"  # m / |W|, in place of m where a bank keeps it
@@ -63,31 +66,11 @@ def magnitude() -> Adapter:
   )
 
 
-def make_dora(s: lora.Settings) -> Adapter:
+def make_dora(s: LoraSettings) -> Adapter:
   """DoRA: LoRA with a magnitude, r (in + out) + out numbers per site."""
-  return chain(lora.make_lora(s), magnitude())
+  return chain(make_lora(s), magnitude())
 
 
-def make_dvora(s: vera.Settings) -> Adapter:
+def make_dvora(s: VeraSettings) -> Adapter:
   """DVoRA: VeRA with a magnitude, r + 2 out numbers per site."""
-  return chain(vera.make_vera(s), magnitude())
-
-
-dora = replace(
-  lora.lora,
-  name="dora",
-  make=make_dora,
-  title="DoRA",
-  weights="m W / ‖W‖ of LoRA's W",
-  trained="r (i + o) + o",
-  paper="2402.09353",
-)
-dvora = replace(
-  vera.vera,
-  name="dvora",
-  make=make_dvora,
-  title="DVoRA",
-  weights="m W / ‖W‖ of VeRA's W",
-  trained="r + 2 o",
-  paper="2402.09353",
-)
+  return chain(make_vera(s), magnitude())

@@ -1,22 +1,24 @@
 """What a method is beside its arithmetic: its settings and their defaults.
 
-A method's settings are a frozen dataclass in its own file. The config's group,
---help, all checks, the model card and the table in docs/methods.md are made
-from it. They say what the adapter is. A config has two things beside them,
-which layers it is put on and how fast it learns; the `Method` has the defaults
-of these.
+A method's settings are a frozen dataclass in `table.py`. The config's group,
+--help, all checks, the model card and the tables in docs/methods.md and
+docs/settings.md are made from it. They say what the adapter is. A config has
+two things beside them, which layers it is put on and how fast it learns; the
+`Method` has the defaults of these.
 """
 
 import dataclasses
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, ParamSpec
+from importlib import import_module
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
-import numpy as np
-
-from vera_jax.adapters.interface import Adapter
 from vera_jax.errors import UserError
+
+if TYPE_CHECKING:  # a method's settings are known without arrays
+  from vera_jax.adapters.interface import Adapter
 
 P = ParamSpec("P")
 # Settings and trained numbers beyond it are a mistake or damage: float32 ends
@@ -64,7 +66,7 @@ class Method(Generic[P]):
 
   Attributes:
     name: in configs and adapter files.
-    make: settings -> the adapter.
+    make: FILE:FUNCTION of this folder, settings -> the adapter.
     settings: their dataclass.
     config: what its group in a config has beside the settings, of `IN_CONFIG`:
       targets, unless it trains leaves of the base, and learning rates, None for
@@ -84,7 +86,7 @@ class Method(Generic[P]):
   """
 
   name: str
-  make: Callable[[Any], Adapter]
+  make: str
   settings: Callable[P, Any]
   config: Mapping[str, Any]
   title: str
@@ -96,7 +98,8 @@ class Method(Generic[P]):
   group: str = ""
 
   def __post_init__(self) -> None:
-    summary = inspect.getdoc(self.make) or self.name
+    paper = f" (arXiv {self.paper})" if self.paper else ""
+    summary = f"{self.title}{paper}: {self.weights}."
     arguments = [
       textwrap.fill(
         f"{field.name}: {explained(field)}",
@@ -110,7 +113,7 @@ class Method(Generic[P]):
     for name, value in {
       "group": self.group or self.name,
       "__doc__": "\n".join([summary, "", "Args:", *arguments]),
-      "__signature__": signature.replace(return_annotation=Adapter),
+      "__signature__": signature.replace(return_annotation="Adapter"),
     }.items():
       object.__setattr__(self, name, value)
 
@@ -132,16 +135,19 @@ class Method(Generic[P]):
     """Whether it is put on layers, rather than training the base's leaves."""
     return "targets" in self.config
 
-  def __call__(self, *args: P.args, **settings: P.kwargs) -> Adapter:
+  def __call__(self, *args: P.args, **settings: P.kwargs) -> "Adapter":
     bound = inspect.signature(self.settings).bind(*args, **settings)
     bound.apply_defaults()
     return self.adapter(bound.arguments)
 
-  def adapter(self, values: Mapping[str, Any]) -> Adapter:
+  def adapter(self, values: Mapping[str, Any]) -> "Adapter":
     """The adapter, which tells its method and settings, from such values as
     `read` takes."""
     settings = self.read(values)
-    return self.make(settings)._replace(method=self.name, settings=settings)
+    file, _, function = self.make.partition(":")
+    make = getattr(import_module(f"vera_jax.adapters.{file}"), function)
+    adapter: Adapter = make(settings)
+    return adapter._replace(method=self.name, settings=settings)
 
   def read(self, values: Mapping[str, Any]) -> Any:
     """The settings, from a config's group or an adapter's file.
@@ -190,8 +196,8 @@ def _fits(value: Any, field: dataclasses.Field) -> bool:
   if isinstance(value, bool):
     return False
   if field.type is int:
-    return isinstance(value, int | np.integer) and bool(-SEEDS < value < SEEDS)
-  numeric = isinstance(value, int | float | np.number)
+    return isinstance(value, Integral) and bool(-SEEDS < value < SEEDS)
+  numeric = isinstance(value, Real)
   return numeric and bool(-LARGEST <= value <= LARGEST)  # which NaN is not
 
 

@@ -1,46 +1,24 @@
-"""The table of methods, and a method's adapter from its settings.
+"""A method by its name, and its adapter from its settings.
 
-A new method is one file that ends with its `Method`, and one line in `FILES`.
-Configs and adapter files hold its settings by name. Several methods joined by
-"+" are a chain, as "vera+bitfit"; its settings are those of its methods, each
-under the method's name.
+`table.py` has the methods; a new one is a file and its entry there. Configs and
+adapter files hold its settings by name. Several methods joined by "+" are a
+chain, as "vera+bitfit"; its settings are those of its methods, each under the
+method's name.
 """
 
 from collections.abc import Mapping
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vera_jax.adapters.chain import chain
-from vera_jax.adapters.interface import Adapter
 from vera_jax.adapters.method import Method, are_texts
+from vera_jax.adapters.table import METHODS as METHODS
 from vera_jax.errors import UserError
 from vera_jax.patterns import find
 
-# The file of each method, in the order of tables.
-FILES = {
-  "vera": "vera",
-  "lora": "lora",
-  "ia3": "ia3",
-  "dora": "magnitude",
-  "dvora": "magnitude",
-  "pvera": "pvera",
-  "onelora": "vera",
-  "lora_fa": "lora",
-  "randlora": "randlora",
-  "unilora": "unilora",
-  "lora_xs": "lora_xs",
-  "bitfit": "base_leaves",
-  "norms": "base_leaves",
-  "head": "base_leaves",
-  "full": "base_leaves",
-}
-METHODS: dict[str, Method] = {
-  name: getattr(import_module(f"vera_jax.adapters.{file}"), name)
-  for name, file in FILES.items()
-}
+if TYPE_CHECKING:  # arrays are not needed to know what a method is called
+  from vera_jax.adapters.interface import Adapter
 
 
 def links_of(method: str) -> dict[str, Method]:
@@ -82,6 +60,26 @@ def add_groups(config: ConfigDict) -> None:
           for name, default, _ in line.described()
         }
       )
+
+
+def check_key(config: ConfigDict, key: str) -> None:
+  """Refuse a key, as "vera.rank", that the config doesn't have.
+
+  Raises:
+    UserError: naming the key's group and what that holds.
+  """
+  place = "config"
+  group: Any = config
+  for name in key.split("."):
+    if not isinstance(group, ConfigDict):
+      raise UserError(f"{place} is a setting, not a group of settings.")
+    if name not in group:
+      raise UserError(
+        f"{place} has no setting {name!r}. It has: {', '.join(group)}."
+      )
+    place = f"{place}.{name}"
+    # as references, since reading a required setting without a value raises
+    group = dict(group.items(preserve_field_references=True))[name]
 
 
 def settings_in(config: Any, method: str) -> dict[str, Any]:
@@ -126,15 +124,17 @@ def by_link(
   return {name: settings[name] for name in links}
 
 
-def adapter_named(name: str) -> Adapter:
+def adapter_named(name: str) -> "Adapter":
   """The method with its default settings: enough to tell whose a leaf is."""
+  from vera_jax.adapters.chain import chain
+
   made = [line() for line in links_of(name).values()]
   return chain(*made) if len(made) > 1 else made[0]
 
 
 def make_adapter(
   method: str, settings: Mapping[str, Any]
-) -> tuple[Adapter, tuple[str, ...]]:
+) -> tuple["Adapter", tuple[str, ...]]:
   """The method's adapter and the patterns of its targets.
 
   Args:
@@ -148,6 +148,8 @@ def make_adapter(
   """
   groups = by_link(method, settings)
   if len(groups) > 1:
+    from vera_jax.adapters.chain import chain
+
     made = [make_adapter(name, group) for name, group in groups.items()]
     all_targets = dict.fromkeys(x for _, patterns in made for x in patterns)
     return (

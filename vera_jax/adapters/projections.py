@@ -26,6 +26,9 @@ from jaxtyping import PRNGKeyArray
 from vera_jax.adapters.interface import Adapter, Matrix, Path, Site, Target
 from vera_jax.adapters.sites import role_of
 from vera_jax.adapters.structured import Structured, draw, random_signs
+from vera_jax.adapters.table import INITIALISERS as INITIALISERS
+from vera_jax.adapters.table import STORED as STORED
+from vera_jax.adapters.table import STRUCTURED
 from vera_jax.errors import UserError
 
 Pair = dict[str, Matrix]
@@ -111,12 +114,8 @@ _KEYED: dict[str, Draw] = {
   "sparse_root": _sparse_root,
   "ones": _ones,
 }
-# The init of projections that no seed gives: A and B lie in the adapter's file.
-STORED = "stored"
 PRNG = "threefry2x32"  # gives the same bits on CPU, GPU and TPU
 ENTRIES = 2**26  # of random matrices, whatever the layers are
-STRUCTURED = "structured"  # a pair that is never stored: `structured.py`
-INITIALISERS = (*_KEYED, STRUCTURED, "peft")
 
 
 def _peft_pair(

@@ -13,7 +13,6 @@ neither have we.
 """
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
@@ -30,31 +29,12 @@ from vera_jax.adapters.interface import (
   Target,
   as_they_are,
 )
-from vera_jax.adapters.method import QUERY_VALUE, Method, setting
 from vera_jax.adapters.products import Forward, add_low_rank, scaled
-from vera_jax.adapters.projections import (
-  INITIALISERS,
-  STORED,
-  make_projections,
-  pair_of,
-)
+from vera_jax.adapters.projections import make_projections, pair_of
+from vera_jax.adapters.table import PveraSettings as Settings
+from vera_jax.adapters.table import pvera as pvera
 
 D, B_VECTOR = "pvera_d", "pvera_b"
-
-
-@dataclass(frozen=True)
-class Settings:
-  rank: int = setting(256, "r, the number of activations drawn", least=1)
-  _: KW_ONLY
-  d_init: float = setting(
-    0.1, "the value that every entry of d starts from; b starts at 0"
-  )
-  init: str = setting(
-    "kaiming_uniform",
-    "how A and B are drawn",
-    choices=(*INITIALISERS, STORED),
-  )
-  projection_seed: int = setting(0, "the seed of A and B", least=0)
 
 
 def make_pvera(s: Settings) -> Adapter:
@@ -102,17 +82,3 @@ def make_pvera(s: Settings) -> Adapter:
     forward=forward,
     prepare=as_they_are,
   )
-
-
-pvera = Method(
-  "pvera",
-  make_pvera,
-  Settings,
-  config=dict(targets=QUERY_VALUE, lr=1e-2, head_lr=4e-3),
-  starts=lambda s: ("d_init", "init", "projection_seed"),
-  per_run=lambda s: ("d_init",),
-  title="PVeRA",
-  weights="VeRA's; B's inputs drawn in training",
-  trained="2 r + o",
-  paper="2512.07703",
-)

@@ -18,7 +18,6 @@ Its delta has the size of W0 and no small form per row, so a bank refuses it.
 
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
@@ -34,36 +33,17 @@ from vera_jax.adapters.interface import (
   Site,
   Target,
 )
-from vera_jax.adapters.method import QUERY_VALUE, Method, setting
 from vera_jax.adapters.products import add_low_rank
 from vera_jax.adapters.projections import (
   PRNG,
-  STORED,
   check_entries,
   peft_bases,
   signed_uniform,
 )
+from vera_jax.adapters.table import RandloraSettings as Settings
+from vera_jax.adapters.table import randlora as randlora
 
 LAMBDA, GAMMA = "randlora_lambda", "randlora_gamma"
-
-
-@dataclass(frozen=True)
-class Settings:
-  rank: int = setting(
-    32,
-    "r; a lower one means more matrices and more trained numbers",
-    least=1,
-  )
-  _: KW_ONLY
-  alpha: float = setting(
-    640.0, "over the rank, the delta's scale; 20 times the rank in PEFT"
-  )
-  init: str = setting(
-    "uniform",
-    "how A and the B_j are drawn; peft draws PEFT's own",
-    choices=("uniform", "peft", STORED),
-  )
-  projection_seed: int = setting(0, "the seed of A and the B_j", least=0)
 
 
 def make_randlora(s: Settings) -> Adapter:
@@ -114,16 +94,3 @@ def make_randlora(s: Settings) -> Adapter:
     weights=add_low_rank(low_rank),
     low_rank=low_rank,
   )
-
-
-randlora = Method(
-  "randlora",
-  make_randlora,
-  Settings,
-  config=dict(targets=QUERY_VALUE, lr=1e-3, head_lr=4e-3),
-  starts=lambda s: ("init", "projection_seed"),
-  title="RandLoRA",
-  weights="W0 + (alpha / r) Σⱼ Bⱼ diag(λⱼ) A diag(γⱼ), n = ⌈min / r⌉ terms",
-  trained="n (r + min)",
-  paper="2502.00987",
-)

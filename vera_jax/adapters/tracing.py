@@ -6,6 +6,7 @@ its shapes are traced; nothing is computed. `targets.py` finds sites in that.
 
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,6 +29,9 @@ from vera_jax.adapters.programs import changed, mark, reads, remembered
 from vera_jax.adapters.sites import (
   arrays_at,
 )
+
+# The kinds of layers beside flax's dense ones, which register themselves.
+import_module("vera_jax.adapters.kinds")
 
 
 class Call(NamedTuple):

@@ -14,7 +14,6 @@ and the first output is that of the base only nearly. There is no alpha.
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
@@ -32,29 +31,12 @@ from vera_jax.adapters.interface import (
   Target,
   as_they_are,
 )
-from vera_jax.adapters.method import QUERY_VALUE, Method, setting
 from vera_jax.adapters.products import add_low_rank
 from vera_jax.adapters.projections import check_entries
+from vera_jax.adapters.table import UniloraSettings as Settings
+from vera_jax.adapters.table import unilora as unilora
 
 THETA = "unilora_theta"
-
-
-@dataclass(frozen=True)
-class Settings:
-  rank: int = setting(4, "r, of the A and B that are made", least=1)
-  _: KW_ONLY
-  size: int = setting(
-    4096,
-    "theta's length, all that is trained; PEFT's default, 256, is too short for"
-    " most uses",
-    least=1,
-  )
-  theta_init: float = setting(
-    0.02, "theta starts uniform in [-theta_init, theta_init)"
-  )
-  projection_seed: int = setting(
-    42, "the seed that the indices come from", least=0
-  )
 
 
 def make_unilora(s: Settings) -> Adapter:
@@ -125,17 +107,3 @@ def _indices(entries: int, size: int, seed: int) -> np.ndarray:
   places = np.concatenate([places, more]) if entries % size else places
   stream.shuffle(places)
   return places.astype(np.int32)
-
-
-unilora = Method(
-  "unilora",
-  make_unilora,
-  Settings,
-  config=dict(targets=QUERY_VALUE, lr=4e-3, head_lr=4e-3),
-  starts=lambda s: ("theta_init", "projection_seed"),
-  per_run=lambda s: ("theta_init",),
-  title="Uni-LoRA",
-  weights="W0 + B A, all entries from one vector",
-  trained="size, in all",
-  paper="2506.00799",
-)

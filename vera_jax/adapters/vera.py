@@ -16,7 +16,6 @@ whichever is cheaper: `products.py` has the orders of multiplication.
 """
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
@@ -33,48 +32,19 @@ from vera_jax.adapters.interface import (
   Target,
   as_they_are,
 )
-from vera_jax.adapters.method import QUERY_VALUE, Method, NoSettings, setting
+from vera_jax.adapters.method import NoSettings
 from vera_jax.adapters.products import scaled
 from vera_jax.adapters.projections import (
-  INITIALISERS,
-  STORED,
   check_choices,
   make_projections,
   pair_of,
 )
 from vera_jax.adapters.structured import as_array
+from vera_jax.adapters.table import VeraSettings as Settings
+from vera_jax.adapters.table import onelora as onelora
+from vera_jax.adapters.table import vera
 
 D, B_VECTOR = "vera_d", "vera_b"
-
-
-@dataclass(frozen=True)
-class Settings:
-  rank: int = setting(256, "r; may exceed the layers' widths", least=1)
-  _: KW_ONLY
-  d_init: float = setting(
-    0.1, "the value that every entry of d starts from; b starts at 0"
-  )
-  init: str = setting(
-    "kaiming_uniform", "how A and B are drawn", choices=(*INITIALISERS, STORED)
-  )
-  projection_seed: int = setting(0, "the seed of A and B", least=0)
-  train: str = setting(
-    "both",
-    "the trained vectors (Table 6); where b isn't, it counts as 1 and d starts"
-    " at 0; where d isn't, it stays at d_init",
-    choices=("both", "d", "b"),
-  )
-  sharing: str = setting(
-    "shared",
-    "one pair A, B for all layers, or one per layer (Table 7)",
-    choices=("shared", "unique"),
-  )
-  conv: str = setting(
-    "whole",
-    "how a convolution's kernel is adapted: with r + out numbers, or with"
-    " taps * r + out",
-    choices=("whole", "taps"),
-  )
 
 
 def taps(s: Settings, site: Target | Site) -> int:
@@ -153,25 +123,6 @@ def make_vera(s: Settings) -> Adapter:
   )
 
 
-vera = Method(
-  "vera",
-  make_vera,
-  Settings,
-  config=dict(targets=QUERY_VALUE, lr=None, head_lr=None),
-  # where b is trained alone, d stays at d_init, a constant of the program
-  starts=lambda s: (
-    ("init", "projection_seed")
-    if s.train == "b"
-    else ("d_init", "init", "projection_seed")
-  ),
-  per_run=lambda s: ("d_init",) if s.train == "both" else (),
-  title="VeRA",
-  weights="W0 + diag(b) B diag(d) A",
-  trained="r + o",
-  paper="2310.11454",
-)
-
-
 def make_onelora(s: NoSettings) -> Adapter:
   """1LoRA (arXiv 2503.08333): h = W0 x + b * sum(x), out numbers per site.
 
@@ -179,15 +130,3 @@ def make_onelora(s: NoSettings) -> Adapter:
   """
   del s
   return vera(1, d_init=1.0, init="ones", train="b")
-
-
-onelora = Method(
-  "onelora",
-  make_onelora,
-  NoSettings,
-  config=dict(targets=QUERY_VALUE, lr=4e-4, head_lr=4e-3),
-  title="1LoRA",
-  weights="W0 + b 1ᵀ",
-  trained="o",
-  paper="2503.08333",
-)

@@ -11,13 +11,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vera_jax import results
+from vera_jax.adapters.methods import check_key
 from vera_jax.errors import UserError
 from vera_jax.files import write_json
 from vera_jax.locks import is_locked
 from vera_jax.places import place
 from vera_jax.pretrained.sharding import AXES, Together, mesh_sizes
 from vera_jax.sweep.estimate import flops
-from vera_jax.train.config import check_key, check_settings
+from vera_jax.train.config import check_settings
 from vera_jax.train.ensemble import group_key
 from vera_jax.train.workdir import identity_code
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
@@ -215,23 +214,3 @@ def without_effect(config: ConfigDict) -> set[str]:
   if not targets and adapter.trains is None:
     idle.add("optim.adapter_lr")
   return idle
-
-
-def check_key(config: ConfigDict, key: str) -> None:
-  """Refuse a key, as "vera.rank", that the config doesn't have.
-
-  Raises:
-    UserError: naming the key's group and what that holds.
-  """
-  place = "config"
-  group: Any = config
-  for name in key.split("."):
-    if not isinstance(group, ConfigDict):
-      raise UserError(f"{place} is a setting, not a group of settings.")
-    if name not in group:
-      raise UserError(
-        f"{place} has no setting {name!r}. It has: {', '.join(group)}."
-      )
-    place = f"{place}.{name}"
-    # as references, since reading a required setting without a value raises
-    group = dict(group.items(preserve_field_references=True))[name]

@@ -16,14 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vera_jax.errors import EXIT_CODE as EXIT_CODE
+from vera_jax.errors import Interrupted as Interrupted
 from vera_jax.train.runtime import Background
 
-EXIT_CODE = 75  # EX_TEMPFAIL: the same command, run again, goes on
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interrupted(Exception):
-  """The run was stopped and saved; the same command resumes it."""
 
 
 class Stopped(Exception):
