@@ -19,7 +19,11 @@ from experiments.markdown import markdown_table
 
 PACKAGE = Path("vera_jax")
 CORE = "core"
-TABLES = ("__init__.py", "adapters/methods.py")  # may name any part
+TABLES = (
+  "__init__.py",
+  "adapters/methods.py",
+  "adapters/table.py",
+)  # may name any part
 # A file belongs to the first part of which a pattern matches; others are core.
 PARTS = {
   "kinds of layers beside Dense": ("adapters/kinds/*",),

@@ -45,11 +45,12 @@ def get_config() -> ConfigDict:
 
   config.optim = ConfigDict()
   config.optim.epochs = placeholder(int)  # to be set
-  config.optim.batch_size = 64
+  config.optim.batch_size = 64  # examples of a step
   config.optim.microbatch_rows = placeholder(int)  # per microbatch; unset: all
   config.optim.adapter_lr = placeholder(float)  # unset: the method's own lr
   config.optim.head_lr = placeholder(float)  # unset: the method's own
-  config.optim.warmup_ratio = 0.06
+  config.optim.warmup_ratio = 0.06  # the share of steps in which rates rise
+  # AdamW's, of the trained leaves
   config.optim.weight_decay = open_choices.WEIGHT_DECAY.value
   config.optim.grad_clip = placeholder(float)  # global norm; unset: none
   config.optim.grad_clip = open_choices.GRAD_CLIP.value
@@ -61,7 +62,7 @@ def get_config() -> ConfigDict:
   # Sizes of the mesh's axes. data, fsdp or tensor may be -1: what is left over.
   # runs splits the runs of an ensemble, -1: as a step is fastest.
   config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "runs": -1})
-  config.eval_batch_size = 128
+  config.eval_batch_size = 128  # examples that are scored together
   config.predict_test = False  # write GLUE's submission files
   config.log = ConfigDict()
   config.log.every = 10  # steps between lines of metrics.jsonl

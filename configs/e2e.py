@@ -58,7 +58,7 @@ def get_config(size: str = "medium") -> ConfigDict:
   optim.epochs = 5
   optim.label_smoothing = 0.1
   optim.weight_decay = 0.01
-  optim.eps = 1e-6
+  optim.eps = 1e-6  # AdamW's
   optim.warmup_ratio = 500.5 / STEPS  # 500 steps: it is rounded down
   config.lora.rank, config.lora.alpha = 4, 32.0
   config.lora.lr = 2e-4
@@ -66,11 +66,12 @@ def get_config(size: str = "medium") -> ConfigDict:
   config.vera.d_init = open_choices.D_INIT.value
 
   config.generate = ConfigDict()
-  config.generate.beams = 10
+  config.generate.beams = 10  # texts that are searched together
+  # above 0: for longer texts
   config.generate.length_penalty = open_choices.LENGTH_PENALTY.value
-  config.generate.no_repeat_ngram = 4
-  config.generate.rules = "lora"
-  config.generate.max_new_tokens = 64
+  config.generate.no_repeat_ngram = 4  # no 4 words in a row come twice
+  config.generate.rules = "lora"  # of the search: lora | hf
+  config.generate.max_new_tokens = 64  # of a text
   config.generate.rows = 16  # inputs that are answered together
   if size in SMALL:
     return _small(config, size)

@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import json
 import logging as standard_logging
 import os
 import re
@@ -11,7 +12,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +24,9 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.markup import escape
 from rich.table import Column, Table
 
-import configs
+from configs import common
 from experiments.console import as_typed
+from experiments.settings import CONFIGS, settings
 from vera_jax.adapters.method import IN_CONFIG
 from vera_jax.adapters.methods import METHODS, check_key, links_of
 from vera_jax.errors import EXIT_CODE, Interrupted, UserError
@@ -38,6 +40,18 @@ from vera_jax.train.start import count_from_process_start
 
 flags.disclaim_key_flags()  # what is defined here belongs to the script
 
+EXIT_CODES = {
+  0: "done; or a reader of standard output, such as `head`, has enough",
+  1: "a mistake in the input or the data, which the last lines explain; or,"
+  " with a traceback, one of ours",
+  2: "a mistake in the flags or a config's name; nothing was begun",
+  EXIT_CODE: "stopped by Ctrl-C or SIGTERM and saved, or another process of the"
+  " run was lost: the same command goes on",
+  130: "stopped by Ctrl-C where nothing was to be saved",
+}
+QUIET = "Show results, warnings and errors alone."
+_result: dict[str, Any] = {}  # what --json prints at the end
+
 
 def run(
   main: Callable[..., None],
@@ -46,12 +60,9 @@ def run(
   operands: bool = False,
   others: bool = False,
 ) -> None:
-  """Parse the flags, call `main` and exit; users' mistakes have no traceback.
+  """Parse the flags, call `main` and exit by `EXIT_CODES`.
 
-  Exit codes: 0 done, 1 a mistake in input or data, 2 in the flags, 75 stopped
-  by Ctrl-C or SIGTERM and saved, or ended since another process of the run was
-  lost. A reader of standard output that has enough,
-  such as `head`, ends a script quietly with 0.
+  Users' mistakes have no traceback.
 
   Args:
     main: the script.
@@ -69,6 +80,8 @@ def run(
   sys.modules["__main__"].__doc__ = usage and as_typed(usage)
   # transformers' advice is about torch models, of which none is used
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+  if "quiet" not in flags.FLAGS:
+    flags.DEFINE_bool("quiet", False, QUIET)
 
   def guarded(argv: list[str]) -> None:
     if len(argv) > 1 and not operands:
@@ -81,7 +94,11 @@ def run(
       from vera_jax.train.runtime import leave_libtpu_alone
 
       leave_libtpu_alone()
-    code = exit_code(partial(main, argv[1:]) if operands else main)
+    Console.hushed = is_quiet()
+    work = partial(main, argv[1:]) if operands else main
+    if "json" in flags.FLAGS and flags.FLAGS.json:
+      work = partial(_as_json, work)
+    code = exit_code(work)
     if "vera_jax.train.peers" in sys.modules:
       sys.modules["vera_jax.train.peers"].leave(code)
     sys.exit(code)
@@ -94,10 +111,40 @@ def run(
       sys.exit(2)
     except (SystemExit, OSError):  # --help was shown, which is no failure
       sys.exit(
-        exit_code(show_methods if "config" in flags.FLAGS else lambda: None)
+        exit_code(show_settings if "config" in flags.FLAGS else lambda: None)
       )
 
   app.run(guarded, flags_parser=parse)
+
+
+def _as_json(work: Callable[[], None]) -> None:
+  """Call `work`, and print its result alone on standard output, as JSON."""
+  output = sys.stdout
+  try:
+    with redirect_stdout(sys.stderr):
+      work()
+  finally:
+    if _result:
+      print(json.dumps(_result), file=output)
+
+
+def define_json() -> None:
+  """--json, of a script whose `main` calls `give`."""
+  flags.DEFINE_bool(
+    "json",
+    False,
+    "The result as one JSON object on standard output, all else on standard"
+    " error.",
+  )
+
+
+def give(result: Mapping[str, Any]) -> None:
+  """The result that --json prints when the script has ended."""
+  _result.update(result)
+
+
+class Answered(Exception):
+  """What was asked for has been shown, and there is nothing more to do."""
 
 
 # Why the system refuses to write; it doesn't say into which file.
@@ -110,6 +157,8 @@ def exit_code(main: Callable[[], None]) -> int:
   text, code, of_system = "", 0, None
   try:
     main()
+  except Answered:
+    pass
   except UserError as error:
     text, code = str(error), 1
   except Interrupted as error:
@@ -191,7 +240,6 @@ class _PrintableFormatter(logging.PythonFormatter):
     return printable(super().format(record), keep=LINES)
 
 
-CONFIGS = Path(configs.__file__).parent
 CHANGES = (
   "Settings: the name of a config, such as rte, rte:large or superglue/boolq,"
   " or a file's path. Any of them can be changed: --config.optim.epochs=3."
@@ -214,11 +262,28 @@ def define_config(text: str = CHANGES) -> flags.FlagHolder:
     lock_config=False,
   )
   flags.FLAGS["config"].parser = _ConfigParser("config", lock_config=False)
+  flags.DEFINE_bool(
+    "print_config",
+    False,
+    "Show every setting with its value, its default if that is another, and"
+    " what it is; do nothing else.",
+  )
   return holder
 
 
-def show_methods() -> None:
-  """Print the settings of every method, below the flags of --help."""
+def show_settings() -> None:
+  """Print settings below the flags of --help: the config's, and the methods'.
+
+  Without a config before --help, those that all have.
+  """
+  parser = flags.FLAGS["config"].parser
+  config, file = parser.default, parser.file
+  if config is None:
+    config, file = common.get_config(), str(CONFIGS / "common.py")
+  print("\nsettings:")
+  for setting in settings(config, config, file):
+    if setting.key.split(".")[0] not in METHODS:
+      print(f"  {setting.line()}")
 
   def show(text: str, indent: int) -> None:
     before = " " * indent
@@ -284,8 +349,12 @@ class ModelFlags(NamedTuple):
   def load(self, **options: Any) -> Any:
     """The adapter on its base, or the whole model, as a `Classifier`."""
     # Imported only now: a mistake in the flags is reported without the wait.
+    say_importing()
     from vera_jax.adapters.files import load_adapter
     from vera_jax.pretrained.classifier import load_classifier, restore_adapter
+    from vera_jax.progress import show_stage
+
+    show_stage("loading the weights")
 
     if self.model.value:
       return load_classifier(self.model.value, **options)
@@ -357,6 +426,11 @@ def chosen(holder: flags.FlagHolder, *, sweep: bool = False) -> ConfigDict:
     UserError: there is none, it is of the other kind, or names no method.
   """
   config = holder.value
+  if config is not None and flags.FLAGS.print_config:
+    parser = flags.FLAGS["config"].parser
+    for setting in settings(config, parser.default, parser.file):
+      print(setting.line())
+    raise Answered
   if config is None:
     study = "sweeps/rank" if sweep else "rte"
     raise UserError(f"Say which settings: --config={study}")
@@ -376,6 +450,9 @@ def chosen(holder: flags.FlagHolder, *, sweep: bool = False) -> ConfigDict:
 
 
 class _ConfigParser(ConfigFileFlagParser):
+  file = ""  # of the config
+  default: ConfigDict | None = None  # the config as its file has it
+
   def parse(self, path: str) -> ConfigDict:
     file = config_file(path)
     works = "a get_config() that works, as configs/rte.py is"
@@ -396,6 +473,8 @@ class _ConfigParser(ConfigFileFlagParser):
       reason = getattr(config, "__dict__", {}).get("_error", reason)
       raise UserError(f"--config={path} is no file with {works}: {reason}.")
     check_keys(config, sys.argv[1:])
+    self.file = file.partition(":")[0]
+    self.default = config.copy_and_resolve_references()
     return config
 
 

@@ -64,9 +64,16 @@ def overview() -> str:
   return "\n".join(lines)
 
 
-def as_typed(text: str) -> str:
-  """A script's text with its commands as they are typed at this console."""
-  if not sys.argv[0].startswith("vera-jax"):
+def as_typed(text: str, *, at_console: bool | None = None) -> str:
+  """A script's text with its commands as they are typed at the console.
+
+  Args:
+    text: that names them as modules.
+    at_console: whether to do so. Unset: where the console runs the script.
+  """
+  if at_console is None:
+    at_console = sys.argv[0].startswith("vera-jax")
+  if not at_console:
     return text
 
   def command(match: re.Match[str]) -> str:

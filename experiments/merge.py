@@ -46,6 +46,8 @@ FORMAT = flags.DEFINE_string(
   "safetensors (a folder), or one file: gguf-f16 or gguf-q8_0.",
 )
 
+cli.define_json()
+
 
 def main() -> None:
   MODEL.named()  # one of them is
@@ -62,7 +64,9 @@ def main() -> None:
 
   check_dtype(DTYPE.value)
   check_free(OUT.value)  # before the base is loaded
-  show(write_merged(MODEL.load(), OUT.value, dtype=DTYPE.value))
+  about = write_merged(MODEL.load(), OUT.value, dtype=DTYPE.value)
+  cli.give({"out": OUT.value, **about})
+  show(about)
   Console().print(OUT.value)
 
 
@@ -85,6 +89,7 @@ def write_as_gguf(out: Path) -> None:
       merged = Path(temporary) / "merged"
       show(write_merged(model, merged))  # in float32, checked on probe texts
       formats = export_gguf.write_gguf_of(merged, out, kind=kind)
+  cli.give({"out": str(out), "tensors": formats})
   stored = ", ".join(f"{count} in {name}" for name, count in formats.items())
   Console().print(f"{out}: tensors {stored}")
 

@@ -36,6 +36,8 @@ MAX_LENGTH = flags.DEFINE_integer(
   " it, else the model's room, for PEFT's files do not say it.",
 )
 
+cli.define_json()
+
 
 def main(words: list[str]) -> None:
   from vera_jax.peft_io import export_adapter, import_adapter
@@ -46,9 +48,9 @@ def main(words: list[str]) -> None:
     raise UserError("--adapter and --out are needed.")
   folder, out = local_copy(ADAPTER.value), place(OUT.value)
   if words == ["export"]:
-    for warning in export_adapter(
-      folder, out, method=AS.value, base=BASE.value
-    ):
+    warnings = export_adapter(folder, out, method=AS.value, base=BASE.value)
+    cli.give({"out": OUT.value, "warnings": warnings})
+    for warning in warnings:
       cli.complain(f"Warning: {warning}")
   else:
     about = import_adapter(
@@ -58,6 +60,7 @@ def main(words: list[str]) -> None:
       task=TASK.value,
       max_length=MAX_LENGTH.value,
     )
+    cli.give({"out": OUT.value, **about})
     settings, size = about["settings"], about["parameters"]["adapter"]
     rank = f" rank {settings['rank']}," if "rank" in settings else ""
     text = f"{about['method']},{rank} {size:,} numbers on "

@@ -20,6 +20,8 @@ PRIVATE = flags.DEFINE_bool(
   "private", False, "A new repository is only for its owner."
 )
 
+cli.define_json()
+
 
 def main() -> None:
   if not ADAPTER.value or not TO.value:
@@ -28,7 +30,9 @@ def main() -> None:
     )
   from vera_jax.adapters.push import push_adapter  # after the flags' errors
 
-  print(push_adapter(ADAPTER.value, TO.value, private=PRIVATE.value))
+  address = push_adapter(ADAPTER.value, TO.value, private=PRIVATE.value)
+  cli.give({"url": address})
+  print(address)
 
 
 if __name__ == "__main__":

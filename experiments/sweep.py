@@ -130,6 +130,8 @@ TFLOPS = flags.DEFINE_float(
   lower_bound=1e-6,
 )
 
+cli.define_json()
+
 
 def main() -> None:
   sweep = cli.chosen(CONFIG, sweep=True)
@@ -188,7 +190,13 @@ def main() -> None:
     )
   here, everywhere = counts(states(runs)), counts(states(plan.runs))
   print(f"{here}; of the whole sweep: {everywhere}")
-  print(f"python -m experiments.report {WORKDIR.value}")
+  cli.give(
+    {
+      "workdir": WORKDIR.value,
+      "runs": {run.name: run.state for run in plan.runs},
+    }
+  )
+  print(f"vera-jax report {WORKDIR.value}")
   if failed := failures(runs):
     raise UserError(
       f"{len(failed)} failed:\n" + "\n".join(failed) + f"\nLogs are in {logs};"

@@ -56,6 +56,7 @@ PREVIEW = cli.define_optional_integer(
   "preview", 3, "Show so many training examples, and train nothing."
 )
 JOIN = cli.define_processes()
+cli.define_json()
 
 
 def main() -> None:
@@ -85,6 +86,7 @@ def main() -> None:
     workdir = WORKDIR.value or cli.default_workdir(config)
     result = train_and_evaluate(config, workdir)
     if distributed.is_first():
+      cli.give(result)
       cli.show_result(result, workdir)
       cli.show_trace(config, [workdir])
     return
@@ -98,6 +100,7 @@ def main() -> None:
   ]
   results = train_ensemble(configs, workdirs, members=MEMBERS.value)
   if distributed.is_first():
+    cli.give({"runs": results})
     cli.show_seeds(results, workdirs)
     cli.show_trace(config, workdirs)
   failed = [

@@ -29,59 +29,85 @@ What a notebook needs:
   UserError           what is raised for input that the user can mend
 """
 
+import ast
+from functools import cache
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vera_jax.version import __version__
 
-# Where each name comes from. It is imported when it is used: flags and configs
-# need nothing of JAX, and texts nothing of what trains.
-NAMES = {
-  "adapters.apply": ("adapt", "find_targets"),
-  "adapters.chain": ("chain",),
-  "adapters.counting": ("adapter_size",),
-  "adapters.files": ("SavedAdapter", "load_adapter"),
-  "adapters.interface": ("Adapter", "Target"),
-  "adapters.labels": ("count", "join", "label_tree", "split"),
-  "adapters.merge": ("merge",),
-  "adapters.methods": ("METHODS",),
-  "adapters.projections": ("digest", "make_pair"),
-  "adapters.push": ("push_adapter",),
-  "errors": ("UserError",),
-  "export.hf": ("write_merged",),
-  "generate.beam": ("Beam",),
-  "generate.generator": ("Generator",),
-  "generate.sampling": ("Sampling",),
-  "pretrained.classifier": (
-    *("Classifier", "load_classifier", "restore_adapter"),
-  ),
-  "serve.bank": ("AdapterBank",),
-  "serve.image_predictor": ("ImagePredictor",),
-  "serve.predictor": ("Predictor",),
-  "train.ensemble": ("group_key", "train_ensemble"),
-  "train.loop": ("train_and_evaluate",),
-}
-MODULES = {name: module for module, names in NAMES.items() for name in names}
+# None of it is imported before it is used: flags and configs need nothing of
+# JAX, and JAX's users nothing of what reads texts. `__getattr__` reads here
+# where a name comes from.
+if TYPE_CHECKING:
+  from vera_jax.adapters.apply import adapt, find_targets
+  from vera_jax.adapters.chain import chain
+  from vera_jax.adapters.counting import adapter_size
+  from vera_jax.adapters.files import SavedAdapter, load_adapter
+  from vera_jax.adapters.interface import Adapter, Target
+  from vera_jax.adapters.labels import count, join, label_tree, split
+  from vera_jax.adapters.merge import merge
+  from vera_jax.adapters.projections import digest, make_pair
+  from vera_jax.adapters.push import push_adapter
+  from vera_jax.adapters.table import (
+    dora,
+    dvora,
+    ia3,
+    lora,
+    lora_fa,
+    onelora,
+    pvera,
+    randlora,
+    unilora,
+    vera,
+  )
+  from vera_jax.errors import UserError
+  from vera_jax.export.hf import write_merged
+  from vera_jax.generate.beam import Beam
+  from vera_jax.generate.generator import Generator
+  from vera_jax.generate.sampling import Sampling
+  from vera_jax.pretrained.classifier import (
+    Classifier,
+    load_classifier,
+    restore_adapter,
+  )
+  from vera_jax.serve.bank import AdapterBank
+  from vera_jax.serve.image_predictor import ImagePredictor
+  from vera_jax.serve.predictor import Predictor
+  from vera_jax.train.ensemble import group_key, train_ensemble
+  from vera_jax.train.loop import train_and_evaluate
 
 
 def __getattr__(name: str) -> Any:
-  """What `MODULES` names, or a method, which needs no line here."""
-  if name in MODULES:
-    value = getattr(import_module(f"vera_jax.{MODULES[name]}"), name)
+  if name in (modules := _modules()):
+    value = getattr(import_module(modules[name]), name)
   elif name.startswith("_") or name not in _methods():
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  else:
+  else:  # a method needs no line here
     value = _methods()[name]
   globals()[name] = value
   return value
 
 
-def _methods() -> Any:
-  return import_module("vera_jax.adapters.table").METHODS
-
-
 def __dir__() -> list[str]:
   return sorted({*globals(), *__all__, *_methods()})
+
+
+@cache
+def _modules() -> dict[str, str]:
+  """The module of each name that this file imports for those who read it."""
+  tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+  return {
+    alias.name: str(node.module)
+    for node in ast.walk(tree)
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+  }
+
+
+def _methods() -> Any:
+  return import_module("vera_jax.adapters.table").METHODS
 
 
 __all__ = [

@@ -10,8 +10,6 @@ import re
 from functools import lru_cache
 from typing import Any
 
-import regex
-
 from vera_jax.errors import UserError
 
 SECONDS = 0.3  # per name; an ordinary pattern takes some microseconds
@@ -26,6 +24,8 @@ def _compiled(pattern: str, within: str) -> Any:
       f"The pattern {pattern[:40]!r}... has {len(pattern)} characters; at most"
       f" {LONGEST} are allowed. Write a shorter one, or several."
     )
+  import regex  # --help needs none
+
   try:
     re.compile(pattern)  # `regex` knows more, such as recursion
     return regex.compile(within.format(pattern))

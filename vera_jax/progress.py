@@ -11,6 +11,13 @@ from rich.progress import (
 from vera_jax.terminal import Console, printable
 
 
+def show_stage(text: str) -> None:
+  """What is done now, for whoever waits at a terminal; nothing elsewhere."""
+  console = Console(stderr=True)
+  if console.is_terminal:
+    console.print(f"{text} ...")
+
+
 class ProgressBar:
   """A bar with the time left, in a terminal, and log lines anywhere.
 
@@ -35,8 +42,10 @@ class ProgressBar:
       console=self.console,
       disable=not self.console.is_terminal,
     )
+    # before the first step of a training stands what takes so long
+    note = "compiling" if doing == "training" else ""
     self._task = self._progress.add_task(
-      printable(doing), total=steps, completed=step, note=""
+      printable(doing), total=steps, completed=step, note=note
     )
     self._score = ""
 

@@ -45,9 +45,17 @@ def json_line(value: Any) -> str:
 
 
 class Console(rich.console.Console):
-  """rich's, to which every text is plain: no markup, no :emoji:, no escapes."""
+  """rich's, to which every text is plain: no markup, no :emoji:, no escapes.
+
+  Attributes:
+    hushed: whether nothing is shown on standard error: by --quiet.
+  """
+
+  hushed = False
 
   def __init__(self, **options: Any) -> None:
+    if self.hushed and options.get("stderr"):
+      options["quiet"] = True
     super().__init__(markup=False, emoji=False, highlight=False, **options)
 
   def print(self, *objects: Any, **options: Any) -> None:

@@ -46,6 +46,7 @@ from vera_jax.pretrained.sharding import (
   put,
   put_rows,
 )
+from vera_jax.progress import show_stage
 from vera_jax.tasks.task import Batch, Task, task_for
 from vera_jax.train.compiled_step import (
   CompiledStep,
@@ -53,6 +54,7 @@ from vera_jax.train.compiled_step import (
   state_shape,
 )
 from vera_jax.train.config import DTYPES
+from vera_jax.train.distributed import is_first
 from vera_jax.train.each_run import each_run
 from vera_jax.train.optim import EPS, LINEAR, optimiser, rates_of
 from vera_jax.train.preemption import Stop
@@ -264,6 +266,8 @@ def build_setup(config: ConfigDict, *, runs: int = 1) -> Setup:
     )
   base = resolve(config.model.name)
   rows = NamedSharding(mesh, BATCH)
+  if is_first():
+    show_stage("reading the data")
   data = task.load(
     config, base, shards=batch_shards(mesh), shard=process_shard(rows)
   )
@@ -282,6 +286,8 @@ def build_setup(config: ConfigDict, *, runs: int = 1) -> Setup:
         " model, or ask for no texts (config.data.test=false, or"
         " config.data.max_test_examples=0 and no config.data.choices)."
       ) from error
+  if is_first():
+    show_stage("loading the base's weights")
   model = load_model(plan, base, mesh=mesh, seed=config.seed)
   if not model.counts.adapter + model.counts.head:
     raise UserError(
