@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
   """Everything but the task and its settings."""
   config = ConfigDict()
   config.task = placeholder(str)  # to be set: a name in tasks/
-  # A name in adapters/methods.py, or a chain such as vera+bitfit, in which each
+  # As docs/methods.md names it, or a chain such as vera+bitfit, in which each
   # method has its own settings, and all have the first one's rates.
   config.method = "vera"
   config.seed = 0  # of dropout, batch order and new leaves
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
   # The frozen kernels: none | keep (a GGUF file's own codes) | int8 | nf4 |
   # bfloat16.
   config.model.quantise = "none"
-  config.model.contraction = "auto"  # a plan in adapters/products.py
+  config.model.contraction = "auto"  # auto | factored | folded | folded_forward
 
   config.data = ConfigDict()
   config.data.source = "nyu-mll/glue"  # a hub id, or a folder of GLUE's files

@@ -40,8 +40,9 @@ def main() -> None:
     print(overview())
     sys.exit(0 if words else 2)
   name, *rest = words
-  if name not in COMMANDS + OTHERS:
-    near = difflib.get_close_matches(name, COMMANDS + OTHERS, n=3)
+  known = COMMANDS + OTHERS + TRAIN
+  if name not in known:
+    near = difflib.get_close_matches(name, known, n=3)
     hint = f" Is it {' or '.join(near)}?" if near else ""
     print(
       f"There is no command {name!r}.{hint} The commands are:"

@@ -1,10 +1,10 @@
 """Write the script that starts a command on TPUs or a cluster and repeats it.
 
-  python -m experiments.launch --to=tpu-vm --command=glue \\
+  python -m experiments.launch --to=tpu-vm --command=train \\
     --topology=v5e:2x4 --bucket=gs://BUCKET --project=PROJECT --zone=ZONE \\
     --config=configs/rte.py --seeds=0,1,2,3,4
   python -m experiments.launch --to=xpk --cluster=CLUSTER ...     on GKE, by xpk
-  python -m experiments.launch --to=slurm --command=glue --topology=gpu:2x8 \\
+  python -m experiments.launch --to=slurm --command=train --topology=gpu:2x8 \\
     --config=configs/rte.py --workdir=/shared/rte
 
 Prints the script; with --out=FOLDER it is a file there. Nothing is started and
@@ -30,12 +30,14 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
+from experiments.console import TRAIN
 from vera_jax.errors import EXIT_CODE, UserError
 from vera_jax.places import local_place, place
 
 TEMPLATES = Path(__file__).with_name("launches")
 CHECKOUT = TEMPLATES.parents[1]
-COMMANDS = "classify", "e2e", "glue", "images", "instruct", "language", "sweep"
+INSTALLED = CHECKOUT.name == "_commands"  # below the package: no checkout
+COMMANDS = "train", "sweep", *TRAIN
 # Google's name of the chips, the image of their machines, and how much a chip
 # counts in the name of a type: v5p-8 are four chips.
 CHIPS = {
@@ -56,7 +58,7 @@ NEEDED = {
 OPTIONAL = {"tpu-vm": ("spot",), "xpk": ("spot", "image"), "slurm": ()}
 
 flags.DEFINE_enum("to", None, list(NEEDED), "Where the command is to run.")
-flags.DEFINE_enum("command", None, COMMANDS, "It is experiments.COMMAND.")
+flags.DEFINE_enum("command", None, COMMANDS, "It is vera-jax COMMAND.")
 flags.DEFINE_bool(
   "spot", True, "Cheaper TPUs, which may be taken away; --nospot: on demand."
 )
@@ -115,6 +117,9 @@ def script(job: Mapping[str, Any], to: str, file: str) -> str:
   values = {name.upper(): value for name, value in job.items()}
   words = shlex.join(values.pop("WORDS"))
   values |= {"AGAIN": EXIT_CODE, "CHECKOUT": CHECKOUT}
+  values["PYTHON"] = ".venv/bin/python"  # as `make` has it in a checkout
+  if INSTALLED:
+    values |= {"CHECKOUT": Path.cwd(), "PYTHON": sys.executable}
   values["SPOT"] = "--spot" if job["spot"] else ""
   values["CAPACITY"] = values["SPOT"] or "--on-demand"
   assigned = [
@@ -144,6 +149,11 @@ def described(passed: Sequence[str]) -> dict[str, Any]:
   for flag in (*NEEDED["xpk"], *OPTIONAL["xpk"]):
     if values[flag].present and flag not in NEEDED[to] + OPTIONAL[to]:
       raise UserError(f"--{flag} means nothing to {to}: leave it out.")
+  if INSTALLED and to != "slurm":
+    raise UserError(
+      f"--to={to} sends a checkout to the machines, and this is an installed"
+      " package: use `python -m vera_jax launch` in a clone of the repository."
+    )
   bucket, workdir = (values.bucket or "").rstrip("/"), values.workdir
   if workdir and not workdir.startswith("gs://"):
     workdir = str(place(workdir))
@@ -154,7 +164,7 @@ def described(passed: Sequence[str]) -> dict[str, Any]:
       f"--topology={values.topology}: a sweep trains on one machine, and these"
       f" are {pod['hosts']}. Start it on several slices of one machine each,"
       " with a --name of its own and the same --workdir; one ensemble"
-      " (--command=glue --seeds=0,1,2,...) trains on all chips of a slice."
+      " (--command=train --seeds=0,1,2,...) trains on all chips of a slice."
     )
   name = default_name(passed)  # there has to be a config in any case
   name = values.name or name
@@ -179,12 +189,13 @@ def described(passed: Sequence[str]) -> dict[str, Any]:
           f"{word}: the machines of {to} don't have this file. Copy it to the"
           f" bucket (gcloud storage cp -r {file} {bucket}/data) and name that."
         )
-  words = "-m", f"experiments.{values.command}", *passed, f"--workdir={workdir}"
+  words = "-m", "vera_jax", values.command, *passed, f"--workdir={workdir}"
   # the command itself says what is wrong with its flags: now, not on the pod
   check = [sys.executable, *words, "--only_check_args"]
-  done = subprocess.run(check, cwd=CHECKOUT, capture_output=True, text=True)
+  folder = None if INSTALLED else CHECKOUT
+  done = subprocess.run(check, cwd=folder, capture_output=True, text=True)
   if done.returncode:
-    raise UserError(f"experiments.{values.command}: {done.stderr.strip()}")
+    raise UserError(f"{values.command}: {done.stderr.strip()}")
   said = {flag: values[flag].value or "" for flag in SAID}
   job = {"name": name, "words": words, "bucket": bucket, "env_file": env_file}
   return said | pod | job
@@ -231,7 +242,7 @@ def default_name(passed: Sequence[str]) -> str:
   """The config's: rte, or rank-minilm for configs/sweeps/rank.py:minilm."""
   configs = re.findall(r"--?config[= ]([^\s:]+)(:\S+)?", " ".join(passed))
   if not configs:
-    raise UserError("Say which settings: --config=configs/rte.py")
+    raise UserError("Say which settings: --config=rte")
   file, variant = configs[-1]
   return (Path(file).stem + variant).replace(":", "-").replace("_", "-")
 

@@ -32,7 +32,7 @@ export JAX_LOCAL_DEVICE_IDS
 
 # A process that has saved and ended waits for the others; it must not be the
 # reason to kill them.
-srun --kill-on-bad-exit=0 .venv/bin/python "${WORDS[@]}"
+srun --kill-on-bad-exit=0 "$PYTHON" "${WORDS[@]}"
 code=$?
 if [ "$code" = "$AGAIN" ]; then
   scontrol requeue "$SLURM_JOB_ID"

@@ -40,7 +40,7 @@ def metadata(config: ConfigDict, pod: Pod, words: str) -> dict[str, Any]:
     "chip": pod.kind,
     "devices": len(pod.devices),
     "command": f"python -m experiments.plan {words}",
-    "run": shlex.join(["python", "-m", "experiments.glue", *settings]),
+    "run": shlex.join(["vera-jax", "train", *settings]),
     "versions": provenance()["versions"],
   }
 

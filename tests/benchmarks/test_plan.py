@@ -116,7 +116,7 @@ def test_the_plan_of_a_compiled_step(tiny_roberta):
   assert held["optimiser"] >= 2 * held["trainables"]
   assert made["fits"] and sum(held.values()) < made["total"]
   about = report.metadata(config, pod, "--config=configs/rte.py --rows=9")
-  assert about["run"] == "python -m experiments.glue --config=configs/rte.py"
+  assert about["run"] == "vera-jax train --config=configs/rte.py"
   page = report.markdown({**about, "methods": {"vera": made}})
   assert f"| all-reduces per step | 1 × {4 * (trained + 2):,} B f32 |" in page
 

@@ -375,5 +375,5 @@ def test_the_command_writes_a_file_and_says_how_to_use_it(tmp_path):
   for words in ("", " watch", " stop", " delete"):
     assert f"bash {file}{words} " in done.stdout
   words = f"{RTE[1]} {RTE[2]} --noconfig.predict_test"
-  command_line = f"(-m experiments.glue {words} --workdir=gs://b1/x/runs/rte)"
+  command_line = f"(-m vera_jax glue {words} --workdir=gs://b1/x/runs/rte)"
   assert f"\nWORDS={command_line}\n" in file.read_text()

@@ -141,7 +141,7 @@ def test_an_adapter_is_asked_as_it_was_trained(
     assert capsys.readouterr().out == expected + "\n"
   # so the card's command is the same for all
   card = model_card(about | {"kind": "language_modelling"})
-  assert "experiments.generate --adapter=ADAPTER --prompt=TEXT" in card
+  assert "vera-jax generate --adapter=ADAPTER --prompt=TEXT" in card
   assert "| prompts are put into the template | alpaca |" in card
 
 

@@ -154,7 +154,7 @@ def test_prompts_that_can_not_be_continued(generator):
 
 def test_a_classifier_writes_no_texts(generator):
   other = generator.decoder._replace(kind="classification")
-  with pytest.raises(UserError, match="experiments.predict"):
+  with pytest.raises(UserError, match="vera-jax predict"):
     Generator(other)
 
 

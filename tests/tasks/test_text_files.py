@@ -274,5 +274,5 @@ def test_other_names_and_missing_data():
   with pytest.raises(UserError, match="Name the data: config.data.train=FILE"):
     task_for(config)
   config.predict_test = True
-  with pytest.raises(UserError, match="experiments.predict"):
+  with pytest.raises(UserError, match="vera-jax predict"):
     task_for(config)

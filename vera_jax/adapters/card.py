@@ -140,8 +140,8 @@ USE = """\
 ## In vera_jax
 
 ```
-python -m experiments.predict --adapter=ADAPTER --input=texts.tsv
-python -m experiments.merge --adapter=ADAPTER --out=FOLDER
+vera-jax predict --adapter=ADAPTER --input=texts.tsv
+vera-jax merge --adapter=ADAPTER --out=FOLDER
 ```
 
 ```python
@@ -168,8 +168,8 @@ USE_OF_WORDS = """\
 ## In vera_jax
 
 ```
-python -m experiments.generate --adapter=ADAPTER --prompt=TEXT
-python -m experiments.merge --adapter=ADAPTER --out=FOLDER
+vera-jax generate --adapter=ADAPTER --prompt=TEXT
+vera-jax merge --adapter=ADAPTER --out=FOLDER
 ```
 
 Where the base is not found under its name, `--base=FOLDER` says where it is.
@@ -184,7 +184,7 @@ Where PEFT has the method, and transformers the base, the adapter can be written
 in PEFT's format, without torch:
 
 ```
-python -m experiments.peft export --adapter=ADAPTER --out=PEFT_ADAPTER
+vera-jax peft export --adapter=ADAPTER --out=PEFT_ADAPTER
 ```
 
 ```python

@@ -90,7 +90,7 @@ def read_choices(sources: Sequence[str]) -> dict[str, list[ChoiceQuestion]]:
       raise UserError(
         f"The choices of {earlier} and {source} would both be called {name!r}"
         " among the scores: give a file another name, or ask them one after the"
-        " other (experiments.answer --choices)."
+        " other (vera-jax answer --choices)."
       )
     by_name[name] = questions
   return by_name

@@ -85,7 +85,7 @@ class Generator:
     if decoder.kind != WORDS:
       raise UserError(
         f"The model in {decoder.folder} is no decoder that writes texts; its"
-        " answers to texts are given by python -m experiments.predict."
+        " answers to texts are given by vera-jax predict."
       )
     plain = decoder_in(decoder.module, decoder.config)
     self.rows = rows

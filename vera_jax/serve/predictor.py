@@ -76,7 +76,7 @@ class Predictor:
     if classifier.kind == WORDS:
       raise UserError(
         f"The model in {classifier.folder} writes texts; a Predictor answers"
-        " questions about them. Use python -m experiments.generate."
+        " questions about them. Use vera-jax generate."
       )
     if classifier.family.reads != TEXTS:
       raise UserError(

@@ -58,7 +58,7 @@ def task_for(config: ConfigDict) -> Task | None:
     return None
   check_own_data(
     config,
-    instead=". Answer image files by python -m experiments.predict"
+    instead=". Answer image files by vera-jax predict"
     " --adapter=RUN/adapter --input=FOLDER",
   )
   name, classes, splits, where = select_images(config.data)

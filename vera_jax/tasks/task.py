@@ -213,10 +213,15 @@ def task_for(config: ConfigDict) -> Task:
     task = module.task_for(config)
     if task is not None:
       return task
-  names = [name for module in modules for name in module.NAMES]
   raise UserError(
-    f"There is no task {config.task!r}. The tasks are: {', '.join(names)}."
+    f"There is no task {config.task!r}. The tasks are: {', '.join(names())}."
   )
+
+
+def names() -> list[str]:
+  """Those of all tasks, as config.task has them."""
+  modules = [importlib.import_module(f"vera_jax.tasks.{m}") for m in TASKS]
+  return [name for module in modules for name in module.NAMES]
 
 
 def task_named(name: str) -> Task:

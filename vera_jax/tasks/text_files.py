@@ -95,7 +95,7 @@ def task_for(config: ConfigDict) -> Task | None:
     return None
   check_own_data(
     config,
-    instead=". Answer your own texts by python -m experiments.predict"
+    instead=". Answer your own texts by vera-jax predict"
     " --adapter=RUN/adapter --input=FILE",
   )
   data = config.data

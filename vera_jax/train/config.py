@@ -20,6 +20,7 @@ from vera_jax.errors import UserError
 from vera_jax.models.part import REMATS
 from vera_jax.operations.quantised import NONE, check_quantise
 from vera_jax.pretrained.blueprint import choose_scan
+from vera_jax.tasks import task
 from vera_jax.train.optim import SCHEDULES
 from vera_jax.train.profile import steps_in
 
@@ -134,6 +135,8 @@ def check_settings(config: ConfigDict) -> None:
       needed.append(f"{group}.{of_method}")
   unset = [f"config.{name}" for name in needed if values[name] is None]
   wrong = [f"Without a value are: {', '.join(unset)}."] if unset else []
+  if values["task"] is None:
+    wrong.append(f"The tasks are: {', '.join(task.names())}.")
 
   def refuse(name: str, allowed: str) -> None:
     wrong.append(f"config.{name} is {values[name]}; {allowed}.")
