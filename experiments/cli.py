@@ -9,6 +9,7 @@ import re
 import select
 import statistics
 import sys
+import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -350,7 +351,7 @@ class ModelFlags(NamedTuple):
     """The adapter on its base, or the whole model, as a `Classifier`."""
     # Imported only now: a mistake in the flags is reported without the wait.
     say_importing()
-    from vera_jax.adapters.files import load_adapter
+    from vera_jax.adapters.files import is_pefts, load_adapter
     from vera_jax.pretrained.classifier import load_classifier, restore_adapter
     from vera_jax.progress import show_stage
 
@@ -358,8 +359,29 @@ class ModelFlags(NamedTuple):
 
     if self.model.value:
       return load_classifier(self.model.value, **options)
-    saved = load_adapter(self.adapter.value)
+    folder = local_copy(self.adapter.value)
+    if is_pefts(folder):
+      saved = _imported(folder, self.base.value)
+    else:
+      saved = load_adapter(self.adapter.value)
     return restore_adapter(saved, self.base.value, **options)
+
+
+def _imported(folder: Path, base: str | None) -> Any:
+  """A PEFT adapter as one of ours, for this command alone."""
+  from vera_jax.adapters.files import load_adapter
+  from vera_jax.peft_io import import_adapter
+
+  with tempfile.TemporaryDirectory() as temporary:
+    ours = Path(temporary) / "adapter"
+    import_adapter(folder, ours, base=base)
+    saved = load_adapter(ours)
+  complain(
+    f"{folder} is PEFT's, and was imported for this command. `vera-jax peft"
+    f" import --adapter={folder} --out=FOLDER` keeps the import; with --task it"
+    " knows the labels' names."
+  )
+  return saved
 
 
 def define_model(model: str) -> ModelFlags:

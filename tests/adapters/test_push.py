@@ -87,7 +87,7 @@ def test_to_the_hub_and_back(random_adapter, tiny_model, tmp_path):
     newest, v1, v2, refused, *_ = asked.stdout.splitlines()
     for found in (newest, v1):
       assert sorted(file.name for file in Path(found).iterdir()) == files
-    assert v2.startswith(f"The hub has no {NAME}@v2 (or not for you).")
+    assert v2.startswith(f"There is no adapter folder {NAME}@v2 here, and")
     assert refused.startswith(f"{NAME} can't be uploaded") and TOKEN != "no"
 
     name = f"--adapter={NAME}@v1"

@@ -56,7 +56,13 @@ def export(random_adapter, tmp_path):
 @pytest.mark.parametrize("init", ["kaiming_uniform", "orthogonal", "peft"])
 def test_there_and_back(export, tmp_path, init):
   saved, _, _, warnings = export(init=init)
+  *warnings, of_base = warnings
   assert warnings == ([] if init == "peft" else [WARNING])
+  assert "names the base by a path of this machine" in of_base
+  modes = {x.name: x.stat().st_mode for x in (tmp_path / "theirs").iterdir()}
+  assert len(modes) == 3 and len({*modes.values()}) == 1, modes
+  card = (tmp_path / "theirs/README.md").read_text()
+  assert "library_name: peft" in card and "base_model:" not in card
   import_adapter(tmp_path / "theirs", tmp_path / "back")
   back = load_adapter(tmp_path / "back").about
   assert saved.about.items() <= back.items()  # max_length among them
@@ -104,7 +110,7 @@ def test_what_peft_gets(export, tiny_model):
 
 def test_vera_as_lora(export, tmp_path):
   saved, config, file, warnings = export("lora")
-  assert not warnings and config["peft_type"] == "LORA"
+  assert WARNING not in warnings and config["peft_type"] == "LORA"
   assert (config["r"], config["lora_alpha"]) == (RANK, RANK)  # scale 1
   tensors = load_file(file)
   made = make_pair(RANK, 16, 32, seed=3)

@@ -41,6 +41,23 @@ def model_card(about: Mapping[str, Any]) -> str:
   return "\n".join([*lines, LOADING, use])
 
 
+def peft_card(about: Mapping[str, Any], base: str) -> str:
+  """The card of an adapter that was written in PEFT's format.
+
+  Args:
+    about: what our adapter.json has.
+    base: as adapter_config.json names it.
+  """
+  lines = ["---", "library_name: peft"]
+  if not is_here(base):
+    lines.append(f"base_model: {json.dumps(base)}")
+  lines += [f"tags: {json.dumps([str(about.get('method')), 'vera_jax'])}"]
+  lines += ["---", "", f"# PEFT adapter for {_cell(_task(about))}", ""]
+  lines += ["| | |", "| --- | --- |"]
+  lines += [f"| {name} | {_cell(text)} |" for name, text in _facts(about)]
+  return "\n".join([*lines, OF_PEFT])
+
+
 def published(about: Mapping[str, Any]) -> dict[str, Any]:
   """adapter.json as others may read it: without paths of this machine.
 
@@ -197,6 +214,14 @@ model = peft.PeftModel.from_pretrained(base, "PEFT_ADAPTER")
 PEFT_OF_WORDS = PEFT.replace(
   CLASSIFIER, 'AutoModelForCausalLM.from_pretrained("BASE")'
 )
+OF_PEFT = """
+Trained with vera_jax, and written for PEFT: `peft.PeftModel.from_pretrained`
+puts it on its base. Back to vera_jax, which checks the weights of the base:
+
+```
+vera-jax peft import --adapter=ADAPTER --out=FOLDER
+```
+"""
 # the same, but for the commands and classes of images
 USE_OF_IMAGES = (
   USE.replace("--input=texts.tsv", "--input=FOLDER_OF_IMAGES")

@@ -62,6 +62,9 @@ USED: dict[str, type] = {
 }
 SHORTEST = 3  # tokens of a text: the least word, and one before and behind it
 Tensors = dict[str, np.ndarray]
+A_HUB_ID = "A hub id is owner/name or owner/name@revision."
+# What PEFT's folders have in place of adapter.json.
+PEFTS = "adapter_config.json"
 HUB_ID = re.compile(
   r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?"
 )
@@ -254,6 +257,11 @@ def check_used(about: Mapping[str, Any], file: Path) -> None:
     raise UserError(f"{file}: {error}") from error
 
 
+def is_pefts(folder: Path) -> bool:
+  """Whether a folder holds an adapter as PEFT writes it, and none of ours."""
+  return (folder / PEFTS).is_file() and not (folder / ABOUT).exists()
+
+
 def load_adapter(name: str | Path) -> SavedAdapter:
   """Read an adapter; `classifier.restore_adapter` puts it on a base.
 
@@ -269,14 +277,18 @@ def load_adapter(name: str | Path) -> SavedAdapter:
     hub_id = HUB_ID.fullmatch(str(name))
     if not hub_id:
       raise UserError(f"There is no adapter folder {folder}.")
-    nor = f"There is no adapter folder {name} either; a hub id is"
     folder = snapshot(
       hub_id["name"],
       files=(ABOUT, TENSORS, CARD),
-      absent=f"The hub has no {name} (or not for you). {nor} owner/name or"
-      " owner/name@revision.",
-      advice=f"{nor} owner/name or owner/name@revision.",
+      absent=f"There is no adapter folder {name} here, and the hub has no"
+      f" adapter of that name (or not for you). {A_HUB_ID}",
+      advice=A_HUB_ID,
       revision=hub_id["revision"],
+    )
+  if is_pefts(folder):
+    raise UserError(
+      f"{folder} is an adapter in PEFT's format. `vera-jax peft import"
+      f" --adapter={folder} --out=FOLDER` makes one of ours of it."
     )
   about = read_json(folder / ABOUT, hint=BOTH)
   if about.get("format") != FORMAT:

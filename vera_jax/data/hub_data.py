@@ -30,8 +30,8 @@ def download(source: str, name: str | None) -> Any:
   from huggingface_hub.errors import RepositoryNotFoundError
 
   not_there = UserError(
-    f"The hub has no data set {source} (or not for you), and there is no "
-    "file or folder of that name. Check the name; or download the data, and "
+    f"There is no file or folder {source} here, and the hub has no data set of "
+    "that name (or not for you). Check the name; or download the data, and "
     "name the file or the folder."
   )
   offline = datasets.config.HF_HUB_OFFLINE

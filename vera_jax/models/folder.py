@@ -57,7 +57,7 @@ def resolve(name_or_folder: str | Path) -> Path:
   return hub.snapshot(
     name,
     files=FILES,
-    absent=f"The hub has no model {name!r} (or not for you), and there is no"
-    " folder of that name. config.model.name takes a hub id, or a folder with"
+    absent=f"There is no folder {name!r} here, and the hub has no model of that"
+    " name (or not for you). config.model.name takes a hub id, or a folder with"
     " config.json, the tokenizer's files and model.safetensors.",
   )

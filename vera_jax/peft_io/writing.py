@@ -1,20 +1,21 @@
 """Our adapter folder -> PEFT's, in one of the forms of `forms/`."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vera_jax.adapters.card import published
+from vera_jax.adapters.card import CARD, peft_card, published
 from vera_jax.adapters.counting import leaf_shapes
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.projections import STORED, digest
 from vera_jax.adapters.sites import matches
 from vera_jax.errors import UserError
-from vera_jax.files import check_free, make_folder, write_json
-from vera_jax.hub import PACKAGE
+from vera_jax.files import check_free, make_folder, write_json, write_text
+from vera_jax.hub import PACKAGE, is_here
 from vera_jax.models.kinds import KINDS, kind_of
 from vera_jax.peft_io.base import TASK_TYPES, module_list, open_base
 from vera_jax.peft_io.forms import FORMS, HELD_BY, Ours
@@ -23,6 +24,7 @@ from vera_jax.peft_io.settings import FILE
 from vera_jax.peft_io.tensors import FILE as TENSORS
 from vera_jax.peft_io.tensors import PREFIX, Tensors, write_tensors
 
+BASE = "base_model_name_or_path"
 WARNING = (
   "PEFT up to 0.20.0 ignores saved projections: it loads this adapter without"
   " an error and computes something else. Load it with PEFT 0.21.0 or newer,"
@@ -165,9 +167,7 @@ def export_adapter(
     # PEFT has no type of task for images, and needs none
     "task_type": None if network.reads_images else task_types[head],
     # PEFT knows no bases inside packages, but takes their folders
-    "base_model_name_or_path": (
-      str(network.folder) if name.startswith(PACKAGE) else name
-    ),
+    BASE: (str(network.folder) if name.startswith(PACKAGE) else name),
     "inference_mode": True,
     "target_modules": module_list(exported.leaves, network.layers),
     "modules_to_save": sorted(saved_whole),
@@ -178,9 +178,18 @@ def export_adapter(
   def fill(folder: Path) -> None:
     write_tensors(folder / TENSORS, tensors, about=published(about))
     write_json(folder / FILE, config)
+    write_text(folder / CARD, peft_card(about, str(config[BASE])))
+    # safetensors gives its files to their owner alone
+    shutil.copymode(folder / FILE, folder / TENSORS)
 
   make_folder(out, fill)
   drawn = (
     settings.get("init") == "peft" and not ours.parts
   )  # by every PEFT alike
-  return [WARNING] if method == "vera" and not drawn else []
+  warnings = [WARNING] if method == "vera" and not drawn else []
+  if is_here(str(config[BASE])):
+    warnings.append(
+      f"{FILE} names the base by a path of this machine, {config[BASE]}. For"
+      f" other machines export it with --base=HUB_ID, or change {BASE}."
+    )
+  return warnings
