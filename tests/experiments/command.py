@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# One process imports what all scripts do, and each command is a fork of it.
+# One process imports what takes seconds, and each command is a fork of it.
 FORKS = """
 import json, os, runpy, sys
 import experiments.cli
+import vera_jax.export.hf, vera_jax.serve.predictor, vera_jax.sweep.plan
 commands, folder = json.loads(sys.argv[1]), sys.argv[2]
 for number, command in enumerate(commands):
   child = os.fork()
