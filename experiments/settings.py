@@ -63,13 +63,14 @@ def settings(
     for name, method in METHODS.items()
     for key, _, text in method.described()
   }
+
+  def text(key: str) -> str:
+    key = key.removeprefix("base.")  # a sweep's runs have these
+    group = key.partition(".")[0]
+    return of_methods.get(key) or said.get(key) or said.get(group, "")
+
   return [
-    Setting(
-      key,
-      defaults.get(key),
-      value,
-      of_methods.get(key) or said.get(key) or said.get(key.split(".")[0], ""),
-    )
+    Setting(key, defaults.get(key), value, text(key))
     for key, value in _flat(config)
   ]
 

@@ -41,34 +41,17 @@ start one process per GPU: CUDA_VISIBLE_DEVICES=1 python -m experiments.sweep
 
 import re
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from experiments import cli
-from vera_jax import results
 from vera_jax.errors import UserError
-from vera_jax.sweep import estimate
-from vera_jax.sweep.launchers.launcher import NAMES, make_launcher
-from vera_jax.sweep.plan import (
-  FAILED,
-  SweepRun,
-  in_queues,
-  make_plan,
-  make_units,
-  parse_shard,
-  shard_of,
-  splits,
-  write_plan,
-)
-from vera_jax.sweep.runner import run_units
-from vera_jax.sweep.table import (
-  LiveTable,
-  counts,
-  plan_table,
-  seconds_left,
-  states,
-)
+from vera_jax.sweep.launchers import NAMES
 from vera_jax.terminal import Console
+
+if TYPE_CHECKING:
+  from vera_jax.sweep.plan import SweepRun
 
 CONFIG = cli.define_config(
   "Sweep: configs/sweeps/STUDY.py, or configs/sweeps/STUDY.py:VARIANT. Settings"
@@ -145,6 +128,29 @@ def main() -> None:
       "--devices only shows, with --dry_run, how runs would be split. Training"
       " takes the devices that there are; --config.base.mesh.runs splits runs."
     )
+  # Imported only now: a mistake in the flags is reported without the wait.
+  cli.say_importing()
+  from vera_jax import results
+  from vera_jax.sweep import estimate
+  from vera_jax.sweep.launchers.launcher import make_launcher
+  from vera_jax.sweep.plan import (
+    in_queues,
+    make_plan,
+    make_units,
+    parse_shard,
+    shard_of,
+    splits,
+    write_plan,
+  )
+  from vera_jax.sweep.runner import run_units
+  from vera_jax.sweep.table import (
+    LiveTable,
+    counts,
+    plan_table,
+    seconds_left,
+    states,
+  )
+
   plan = make_plan(sweep, WORKDIR.value, fixed=fixed)
   index, count = parse_shard(SHARD.value)
   most = MEMBERS.value or sweep.members
@@ -204,8 +210,10 @@ def main() -> None:
     )
 
 
-def failures(runs: list[SweepRun]) -> list[str]:
+def failures(runs: "list[SweepRun]") -> list[str]:
   """A line for each failed run, with the reason."""
+  from vera_jax.sweep.plan import FAILED
+
   return [f"{r.name}: {r.failure()}" for r in runs if r.state == FAILED]
 
 

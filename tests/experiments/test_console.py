@@ -12,6 +12,7 @@ from experiments import cli, console, reference
 from experiments.settings import CONFIGS, settings
 from tests.experiments.command import ROOT
 from vera_jax.errors import UserError
+from vera_jax.terminal import Console
 
 HEAVY = {"jax", "flax", "transformers", "numpy", "pandas"}
 # Each line is a command; what it printed and what it imported comes back.
@@ -107,6 +108,15 @@ def test_the_pages_are_those_of_the_code():
   for name, page in reference.pages().items():
     assert "|  |\n" not in page.replace("|  |\n| --- |", "")
     assert (reference.DOCS / name).read_text() == page
+
+
+def test_quiet_hushes_standard_error_alone(capsys, monkeypatch):
+  monkeypatch.setattr(Console, "hushed", True)
+  for stderr in (True, False):
+    Console(stderr=stderr).print("a path " * 40)
+  captured = capsys.readouterr()
+  assert captured.out == "a path " * 40 + "\n"  # in one piece, in a pipe
+  assert captured.err == ""
 
 
 def test_a_result_as_json_has_standard_output_alone(capsys, monkeypatch):

@@ -6,3 +6,5 @@ local.py     on this machine, one unit after another
 slurm.py     as jobs of a SLURM cluster, by submitit
 ray.py       as tasks of a Ray cluster
 """
+
+NAMES = ("local", "slurm", "ray")

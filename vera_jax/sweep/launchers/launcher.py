@@ -9,8 +9,6 @@ from vera_jax.errors import UserError, install
 from vera_jax.sweep.plan import Unit
 from vera_jax.train.preemption import Flag
 
-NAMES = ("local", "slurm", "ray")
-
 
 class Task(NamedTuple):
   """A unit, and the message for its worker, in values that JSON has."""
