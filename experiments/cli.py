@@ -95,9 +95,9 @@ def run(
       from vera_jax.train.runtime import leave_libtpu_alone
 
       leave_libtpu_alone()
-    Console.hushed = is_quiet()
+    Console.hushed = is_set("quiet")
     work = partial(main, argv[1:]) if operands else main
-    if "json" in flags.FLAGS and flags.FLAGS.json:
+    if is_set("json"):
       work = partial(_as_json, work)
     code = exit_code(work)
     if "vera_jax.train.peers" in sys.modules:
@@ -219,13 +219,13 @@ def say_importing() -> None:
 
   A file, a pipe or --quiet wants no such line.
   """
-  if sys.stderr.isatty() and "jax" not in sys.modules and not is_quiet():
+  if sys.stderr.isatty() and "jax" not in sys.modules and not is_set("quiet"):
     print("importing JAX, Flax and transformers ...", file=sys.stderr)
 
 
-def is_quiet() -> bool:
-  """Whether --quiet asks for results, warnings and errors alone."""
-  return "quiet" in flags.FLAGS and bool(flags.FLAGS.quiet)
+def is_set(flag: str) -> bool:
+  """Whether a flag that not every script has is set."""
+  return flag in flags.FLAGS and bool(flags.FLAGS[flag].value)
 
 
 def complain(text: str) -> None:
@@ -448,7 +448,7 @@ def chosen(holder: flags.FlagHolder, *, sweep: bool = False) -> ConfigDict:
     UserError: there is none, it is of the other kind, or names no method.
   """
   config = holder.value
-  if config is not None and flags.FLAGS.print_config:
+  if config is not None and is_set("print_config"):
     parser = flags.FLAGS["config"].parser
     for setting in settings(config, parser.default, parser.file):
       print(setting.line())
