@@ -195,10 +195,11 @@ def _fits(value: Any, field: dataclasses.Field) -> bool:
     return are_texts(value)
   if isinstance(value, bool):
     return False
+  number: Any = value
   if field.type is int:
-    return isinstance(value, Integral) and bool(-SEEDS < value < SEEDS)
-  numeric = isinstance(value, Real)
-  return numeric and bool(-LARGEST <= value <= LARGEST)  # which NaN is not
+    return isinstance(value, Integral) and bool(-SEEDS < number < SEEDS)
+  is_number = isinstance(value, Real)  # numpy's are, too
+  return is_number and bool(-LARGEST <= number <= LARGEST)  # which NaN is not
 
 
 def are_texts(value: Any) -> bool:
