@@ -99,14 +99,14 @@ def texts(file: Path) -> dict[str, str]:
         imported = folder / f"{name}.py"
         if CONFIGS in imported.parents and imported.is_file():
           said = texts(imported) | said
-  for node in ast.walk(tree):
-    if not isinstance(node, ast.Assign):
+  for made in ast.walk(tree):
+    if not isinstance(made, ast.Assign):
       continue
-    first, *path = ast.unparse(node.targets[0]).split(".")
+    first, *path = ast.unparse(made.targets[0]).split(".")
     if first not in NAMES or not path:
       continue
     key = ".".join(path if first == "config" else [first, *path])
-    text = _comment(lines, node)
+    text = _comment(lines, made)
     if text and (key not in said or key.startswith("data.")):
       said[key] = text
   return said
