@@ -277,7 +277,7 @@ def show_settings() -> None:
 
   Without a config before --help, those that all have.
   """
-  parser = flags.FLAGS["config"].parser
+  parser: Any = flags.FLAGS["config"].parser
   config, file = parser.default, parser.file
   if config is None:
     config, file = common.get_config(), str(CONFIGS / "common.py")
@@ -449,7 +449,7 @@ def chosen(holder: flags.FlagHolder, *, sweep: bool = False) -> ConfigDict:
   """
   config = holder.value
   if config is not None and is_set("print_config"):
-    parser = flags.FLAGS["config"].parser
+    parser: Any = flags.FLAGS["config"].parser
     for setting in settings(config, parser.default, parser.file):
       print(setting.line())
     raise Answered
