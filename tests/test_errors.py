@@ -30,8 +30,9 @@ def test_the_command_names_an_extra_that_there_is(extra, monkeypatch):
   def missing(name):
     raise PackageNotFoundError(name)
 
-  monkeypatch.setattr(errors, "distribution", missing)
+  monkeypatch.setattr("importlib.metadata.distribution", missing)
   command = errors.install(extra)
   assert (ROOT / command.removeprefix("pip install -r ")).is_file()
-  monkeypatch.setattr(errors, "distribution", lambda name: distribution("jax"))
+  there = distribution("jax")
+  monkeypatch.setattr("importlib.metadata.distribution", lambda name: there)
   assert errors.install(extra) == f"pip install 'vera_jax[{extra}]'"
