@@ -105,6 +105,21 @@ SOURCES = {
 }
 
 
+# Of which sweeps how many runs `experiments.rehearse --small` has taken to
+# their verdicts.
+REHEARSED = {
+  "all runs": (
+    *("glue:gain", "e2e:medium", "images:cifar100_base"),
+    *("instruct:memory", "instruct:vicuna"),
+  ),
+  "one run": (
+    *("glue:base", "glue:large", "e2e:large", "instruct:llama_7b"),
+    *("instruct:llama_13b", "instruct:llama2_7b"),
+    *("images:food101_base", "ablations:large"),
+  ),
+}
+
+
 def load(name: str) -> ConfigDict:
   """A sweep's config by its name, as "glue:base"."""
   study, _, variant = name.partition(":")

@@ -8,8 +8,9 @@ sweeps and vera_jax/report/published.py. Nothing is trained.
 """
 
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -127,15 +128,11 @@ draws its scores included, up to the verdicts. `--tokenizers` takes folders
 byte-level ones of the same form stand in. It fails if a number of the paper has
 no verdict, but for those that need Java (METEOR, ROUGE-L, CIDEr) or a device
 that says its peak of memory, where there is none. `--one` trains one run of
-each sweep; the slow tests do so for a table of each task. In full it is
-{programs} programs for {runs} runs.
+each sweep, and two where the number is a difference (Figure 2); the slow tests
+do so for a table of each task. In full it is {programs} programs for
+{runs} runs.
 
-Of these we have rehearsed so far, with `--small`, on two CPU cores, with the
-tokenizers of RoBERTa and GPT-2 and a small Llama's: all runs of `glue.py:gain`
-(Figures 3 and 4), `e2e.py:medium`, `images.py:cifar100_base`,
-`instruct.py:memory` and `instruct.py:vicuna` (with answers and drawn scores),
-and one run of `glue.py:base`. The other sweeps take the same path with other
-configs, and have not been rehearsed; nor have the real widths.
+{rehearsed}
 """
 
 
@@ -168,7 +165,35 @@ def page() -> str:
     choices=_choices(),
     programs=together.programs,
     runs=together.runs,
+    rehearsed=rehearsed(),
   )
+
+
+def rehearsed() -> str:
+  """Which sweeps were rehearsed, and how far."""
+  every = {name for one in paper.SOURCES.values() for name in one.sweeps}
+  done = {name for names in paper.REHEARSED.values() for name in names}
+  fill = partial(textwrap.fill, width=80, break_on_hyphens=False)
+  first = fill(
+    f"Of the {len(every)} sweeps {len(done)} were taken to their verdicts, on"
+    " two CPU cores, with the tokenizers of RoBERTa and GPT-2 and a small"
+    " Llama's:"
+  )
+  lines = [
+    fill(
+      f"- {how} of {_sweeps(names)}"
+      f" (`--small{'' if how == 'all runs' else ' --one'}`)",
+      subsequent_indent="  ",
+    )
+    for how, names in paper.REHEARSED.items()
+  ]
+  lacking = [_sweeps(sorted(every - done))] if every - done else []
+  last = f"Not rehearsed: {', '.join([*lacking, 'the real widths'])}."
+  return "\n\n".join([first, "\n".join(lines), fill(last)])
+
+
+def _sweeps(names: Iterable[str]) -> str:
+  return ", ".join(f"`{name.replace(':', '.py:')}`" for name in names)
 
 
 def folder_of(name: str) -> str:

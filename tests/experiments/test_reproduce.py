@@ -37,6 +37,13 @@ def test_the_page_has_every_number_command_and_choice():
     assert cell.printed in text and cell.row in text
   for choice in open_choices.CHOICES:
     assert choice.why in text
+  assert reproduce.rehearsed() in text
+
+
+def test_a_sweep_was_rehearsed_in_one_way():
+  sweeps = {name for one in paper.SOURCES.values() for name in one.sweeps}
+  names = [name for some in paper.REHEARSED.values() for name in some]
+  assert len(names) == len({*names}) and {*names} <= sweeps
 
 
 def test_the_weights_are_those_that_the_sweeps_load():
