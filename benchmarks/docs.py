@@ -8,7 +8,8 @@ sweep's folder (of the initialisers' studies by a shorter one, and by a row per
 method where the mark says `from PATH in brief`), by the tables
 that it makes where it is benchmarks/methods.py or benchmarks/initialisers.py,
 by what is below its title where it is a page, such as the report's outputs.md.
-The figures that a page shows as figures/SWEEP-NAME.png are drawn.
+The figures that a page shows as figures/SWEEP-NAME.png are drawn, and those of
+results/peft_steps.
 """
 
 import re
@@ -23,6 +24,7 @@ from benchmarks import (
   meshes,
   methods,
   others,
+  peft_curves,
 )
 from experiments import cli
 from experiments.plans import report as plans
@@ -39,6 +41,7 @@ MADE = re.compile(
 FIGURE = re.compile(
   r"\]\((?:docs/)?figures/(?P<sweep>\w+)-(?P<name>\w+)\.png\)"
 )
+STEPS = re.compile(r"\]\(\.\./(results/peft_steps/[\w-]+)\.png\)")
 
 
 def main() -> None:
@@ -113,6 +116,10 @@ def draw(page: str) -> None:
   Raises:
     UserError: a sweep's results don't give such a figure.
   """
+  for match in STEPS.finditer(page):
+    peft_curves.draw(
+      read_json(Path(f"{match[1]}.json")), Path(f"{match[1]}.png")
+    )
   shown = {(match["sweep"], match["name"]) for match in FIGURE.finditer(page)}
   for name in sorted({sweep for sweep, _ in shown}):
     sweep = load_sweep(SWEEPS / name)

@@ -26,6 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import train_e2e
+from benchmarks.peft_curves import draw
 from benchmarks.report import write
 from configs import minilm
 from experiments import cli
@@ -109,23 +110,6 @@ def main() -> None:
   path = write(name, curves, folder=options.out).with_suffix(".png")
   draw(curves, path)
   print(path)
-
-
-def draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
-  """Both loss curves of each method, one on the other."""
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(10, 3.6), layout="constrained")
-  axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
-  for axis, (method, curve) in zip(axes, curves.items(), strict=True):
-    axis.plot(curve["peft"], color="#9ecae1", linewidth=5, label="PEFT (torch)")
-    axis.plot(curve["vera_jax"], color="black", linewidth=1.2, label="vera_jax")
-    apart = curve["largest_relative_loss_difference"]
-    axis.set_title(f"{method}: largest relative difference {apart:.1e}")
-    axis.set_xlabel("step")
-    axis.legend(loc="lower left")
-  axes[0].set_ylabel("training loss")
-  figure.savefig(path, dpi=120)
 
 
 def compare(config: ConfigDict, steps: int) -> dict[str, Any]:

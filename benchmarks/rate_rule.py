@@ -27,13 +27,12 @@ from vera_jax.errors import UserError
 from vera_jax.report import tables
 from vera_jax.report.frame import method_title
 from vera_jax.report.style import (
-  MARKERS,
-  PALETTE,
   STYLE,
   grid,
+  looks,
   save,
-  task_title,
 )
+from vera_jax.report.words import task_title
 from vera_jax.sweep.estimate import steps
 
 CHANGE = 0.6  # C of docs/rates.md, from six published rates
@@ -189,10 +188,16 @@ def markdown(folder: Path) -> str:
 def figure(folder: Path) -> Figure:
   """Best rates against predictions, with the band of a factor of two."""
   with mpl.rc_context(STYLE):
-    made, axes = grid(
-      1, 1, width=5.2, height=4.2, title="Best and predicted rates"
-    )
-    ax = axes[0, 0]
+    title = "Best and predicted rates"
+    made, (ax,) = grid([4.2], width=None, least=4.0, title=title)
+    # the networks differ in shade and filling
+    drawn = {
+      (network, method): line
+      for method in ("vera", "lora")
+      for network, line in zip(
+        NETWORKS, looks([method] * len(NETWORKS)), strict=True
+      )
+    }
     ends = np.array([3e-4, 0.15])
     ax.fill_between(
       ends,
@@ -206,23 +211,19 @@ def figure(folder: Path) -> Figure:
     ax.plot(ends, ends, color="#777777", lw=1)
     named: set[tuple[str, str]] = set()
     for (network, method, *_), predicted, best in outcomes(folder):
-      number = [*NETWORKS].index(network)
       kind = network, method
       reach = np.array([[best.rate - best.low], [best.high - best.rate]])
       ax.errorbar(
         predicted,
         best.rate,
         yerr=None if math.isnan(best.low) else reach,
-        color=PALETTE[number],
-        marker=MARKERS[number],
         ms=6,
         capsize=2,
         lw=1,
-        mfc=PALETTE[number] if method == "vera" else "white",
         label=None
         if kind in named
         else f"{method_title(method)}, {NETWORKS[network]}",
-        ls="none",
+        **{**drawn[kind], "linestyle": "none"},
       )
       named.add(kind)
     ax.set(xscale="log", yscale="log", xlim=ends, ylim=ends)

@@ -1,19 +1,26 @@
 """Scripts: flags and configs in, `vera_jax` does the work."""
 
+import os
+import signal
 import sys
-from types import TracebackType
+from types import FrameType
 
 
-def _say_stopped(
-  kind: type[BaseException],
-  error: BaseException,
-  trace: TracebackType | None,
-) -> None:
-  """Ctrl-C while modules are imported, which `cli.run` can't catch."""
-  if issubclass(kind, KeyboardInterrupt):
-    print("Stopped.", file=sys.stderr)
-  else:
-    sys.__excepthook__(kind, error, trace)
+def end_at_once(number: int, frame: FrameType | None) -> None:
+  """What Ctrl-C does until `cli.run` begins: one line, and no traceback.
+
+  What is imported meanwhile might keep a KeyboardInterrupt to itself.
+  """
+  del frame
+  os.write(2, b"Stopped.\n")
+  os._exit(128 + number)
 
 
-sys.excepthook = _say_stopped
+def let_ctrl_c_end_at_once() -> None:
+  """Unless Ctrl-C is ignored, or handled by another."""
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, end_at_once)
+
+
+if sys.argv[:1] == ["-m"]:  # this process is one of the scripts
+  let_ctrl_c_end_at_once()

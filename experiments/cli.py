@@ -1,5 +1,6 @@
 """What the scripts share: flags, errors for a person, the table at the end."""
 
+import _thread
 import difflib
 import errno
 import json
@@ -7,10 +8,12 @@ import logging as standard_logging
 import os
 import re
 import select
+import signal
 import statistics
 import sys
 import tempfile
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -26,6 +29,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from configs import common
+from experiments import end_at_once
 from experiments.console import as_typed
 from experiments.settings import CONFIGS, settings
 from vera_jax.adapters.method import IN_CONFIG
@@ -72,6 +76,7 @@ def run(
     others: whether flags that are not defined are in that list too.
   """
   count_from_process_start()
+  sys.unraisablehook = raise_again
   if sys.stderr is None:  # closed by whoever started the process
     sys.stderr = open(os.devnull, "w", encoding="utf-8")
   if sys.stdout is None:
@@ -157,6 +162,8 @@ def exit_code(main: Callable[[], None]) -> int:
   """Call `main`; print an error of the user's, and return the exit code."""
   text, code, of_system = "", 0, None
   try:
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+      signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
   except Answered:
     pass
@@ -189,6 +196,18 @@ def exit_code(main: Callable[[], None]) -> int:
   if text:
     complain(text)
   return code
+
+
+def raise_again(lost: Any) -> None:
+  """Python's hook for errors that nobody can catch.
+
+  A Ctrl-C may come while a callback runs, as the garbage collector's; there
+  Python drops it and goes on. It is raised again, outside of the callback.
+  """
+  if lost.exc_type is KeyboardInterrupt:
+    threading.Timer(0.05, _thread.interrupt_main).start()
+  else:
+    sys.__unraisablehook__(lost)
 
 
 def _finish_output() -> OSError | None:

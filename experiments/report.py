@@ -2,15 +2,17 @@
 
   python -m experiments.report DIR                  # a sweep's, or any runs'
   python -m experiments.report DIR --format=csv
+  python -m experiments.report DIR --format=latex --width=column   # for a paper
   python -m experiments.report results/minilm
   python -m experiments.report DIR --against=paper  # a verdict for each number
 
 Prints a table, as Markdown where the output is not a terminal, and writes into
-DIR/report: table.md, table.csv (one row per condition, unrounded), runs.csv
-(one row per run) and the figures as PNG and SVG. --out=FOLDER puts them
-elsewhere, --out= nowhere. Where runs wrote texts for test inputs, their scores
-have tables of their own, unrounded in texts.csv, and outputs.md shows the texts
-side by side.
+DIR/report: table.md, table.tex (LaTeX with booktabs), table.csv (one row per
+condition, unrounded), runs.csv (one row per run) and the figures as PNG, SVG
+and PDF. --out=FOLDER puts them elsewhere, --out= nowhere. With --width the
+figures have the width that they are printed in, and no title. Where runs wrote
+texts for test inputs, their scores have tables of their own, unrounded in
+texts.csv, and outputs.md shows the texts side by side.
 
 A row is a task, a method and what else distinguishes its runs from others.
 Scores are in percent: each seed's best epoch as the paper takes it (median,
@@ -32,6 +34,7 @@ is left out; notes below the table say so.
 
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 from absl import flags
@@ -48,10 +51,16 @@ from vera_jax.report.summary import summary
 from vera_jax.report.text_scores import text_notes, text_scores, text_tables
 from vera_jax.terminal import LINES, Console, printable
 
-FORMATS = ("auto", "terminal", "markdown", "csv")
+FORMATS = ("auto", "terminal", "markdown", "latex", "csv")
 FORMAT = flags.DEFINE_enum("format", "auto", FORMATS, "What is printed.")
 OUT = flags.DEFINE_string(
   "out", None, "Where files go. Unset: DIR/report; empty: nowhere."
+)
+WIDTH = flags.DEFINE_string(
+  "width",
+  None,
+  "Of the figures of a paper: column, text, or 3.25in, 8.5cm, 240pt. Unset: of"
+  " a page's text, with a title.",
 )
 AGAINST = flags.DEFINE_enum(
   "against", None, ["paper"], "What the runs are compared with, cell by cell."
@@ -65,6 +74,7 @@ def main(folders: list[str]) -> None:
   folders = folders or ["results"]
   if JUDGMENTS.value and not AGAINST.value:
     raise UserError("--judgments belongs to --against=paper.")
+  width = drawing()[1].width_of(WIDTH.value) if WIDTH.value else None
   sweep = load_sweep(*folders)
   out = OUT.value if OUT.value is not None else f"{folders[0]}/report"
   judged = against_paper(sweep) if AGAINST.value else None
@@ -75,7 +85,7 @@ def main(folders: list[str]) -> None:
   if out:
     try:
       with staged(place(out)) as folder:
-        write(sweep, folder)
+        write(sweep, folder, width=width)
         if judged is not None:
           page = tables.paper_page(judged)
           text = f"# {sweep.title}, against the paper\n\n{page}\n"
@@ -115,6 +125,9 @@ def show_verdicts(table: pd.DataFrame, kind: str) -> None:
   console = Console()
   if kind == "csv":
     sys.stdout.write(printable(table.to_csv(index=False), keep=LINES))
+  elif kind == "latex":
+    text = tables.latex(tables.against_paper(table), "Against the paper")
+    sys.stdout.write(printable(f"{text}\n", keep=LINES))
   elif kind == "markdown" or (kind == "auto" and not console.is_terminal):
     sys.stdout.write(printable(tables.paper_page(table) + "\n", keep=LINES))
   else:
@@ -133,6 +146,8 @@ def show(sweep: Sweep, kind: str) -> None:
     for remark in sweep.remarks:
       cli.complain(remark)
     sys.stdout.write(printable(table.to_csv(index=False), keep=LINES))
+  elif kind == "latex":
+    sys.stdout.write(printable(tables.latex_page(sweep, table), keep=LINES))
   elif kind == "markdown" or (kind == "auto" and not console.is_terminal):
     sys.stdout.write(printable(tables.page(sweep, table), keep=LINES))
   else:
@@ -148,8 +163,13 @@ def show(sweep: Sweep, kind: str) -> None:
         console.print(note)
 
 
-def write(sweep: Sweep, folder: Path) -> None:
+def write(sweep: Sweep, folder: Path, *, width: float | None = None) -> None:
   """Writes all files of a report, the figures last.
+
+  Args:
+    sweep: the results.
+    folder: where to.
+    width: of the figures in a paper, in inches.
 
   Raises:
     UserError: what draws the figures isn't installed.
@@ -159,6 +179,7 @@ def write(sweep: Sweep, folder: Path) -> None:
   runs["signatures"] = runs["signatures"].map("; ".join)
   files = {
     "table.md": f"# {sweep.title}\n\n{tables.page(sweep, table)}",
+    "table.tex": tables.latex_page(sweep, table),
     "table.csv": table.to_csv(index=False),
     "runs.csv": runs.to_csv(index=False),
   }
@@ -169,15 +190,24 @@ def write(sweep: Sweep, folder: Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   for name, text in files.items():
     write_text(folder / name, text)
+  plots, _ = drawing(f"{folder} has the tables. ")
+  for name, figure in plots.figures(sweep, table, width=width):
+    plots.save(figure, folder, name)
+
+
+def drawing(before: str = "") -> tuple[ModuleType, ModuleType]:
+  """`plots` and `style`, which the plain install doesn't have the needs of.
+
+  Raises:
+    UserError: something of that isn't installed; `before` stands before it.
+  """
   try:
-    from vera_jax.report import plots
+    from vera_jax.report import plots, style
   except ImportError as error:
     raise UserError(
-      f"{folder} has the tables. The figures need {error.name}:"
-      f" {install('report')}"
+      f"{before}The figures need {error.name}: {install('report')}"
     ) from error
-  for name, figure in plots.figures(sweep, table):
-    plots.save(figure, folder, name)
+  return plots, style
 
 
 if __name__ == "__main__":

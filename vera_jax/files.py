@@ -8,8 +8,10 @@ private file of this machine. So whatever comes from elsewhere goes through
 through `parse_json`.
 """
 
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import stat
@@ -26,6 +28,8 @@ from safetensors import SafetensorError
 from vera_jax.errors import UserError
 from vera_jax.places import is_remote, place, staged, store
 
+log = logging.getLogger(__name__)
+HOME = Path("~/.cache/vera_jax")  # of what can be made again
 # The most bytes of a file by its kind. In memory JSON takes up to thirty times
 # as many.
 JSON = 64 * 2**20
@@ -375,11 +379,26 @@ def cached_folder(
   Raises:
     UserError: it can't be written.
   """
-  cache = Path("~/.cache/vera_jax").expanduser() / kind
+  cache = HOME.expanduser() / kind
   folder = cache / f"{file.stem[:40]}-{key}"
   if not (folder / "config.json").is_file():
     make_folder(folder, fill)
   return folder
+
+
+def say_uncached(folder: Path, reason: str | None) -> None:
+  """Warns that a cache can't be written, once; of the home's, once for all."""
+  home = HOME.expanduser()
+  _say_uncached(home if home in folder.parents else folder, reason)
+
+
+@functools.cache
+def _say_uncached(folder: Path, reason: str | None) -> None:
+  log.warning(
+    "What belongs in %s isn't cached (%s), so each start makes it anew.",
+    folder,
+    reason,
+  )
 
 
 def check_free(folder: str | Path) -> Path:

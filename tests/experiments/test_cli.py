@@ -2,15 +2,17 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from configs import rte
 from configs.sweeps import rank
-from experiments import cli
+from experiments import cli, end_at_once
 from tests.experiments.command import ROOT
 from vera_jax.errors import UserError
 from vera_jax.train.preemption import Interrupted
@@ -93,14 +95,54 @@ def test_exit_codes(error, code, capsys):
     assert said == "a\\x1b.tsv can't be used: Permission denied.\n"
 
 
-def test_ctrl_c_while_modules_are_imported_is_one_line():
-  """A bug there has its traceback."""
-  for name, words in (("KeyboardInterrupt", "Stopped.\n"), ("KeyError", "Key")):
-    code = f"import experiments; raise {name}"
-    command = [sys.executable, "-c", code]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert said.returncode and words in said.stderr
-    assert ("Traceback" in said.stderr) == (name == "KeyError")
+def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path):
+  """Also where something that is imported takes KeyboardInterrupt for an error
+  of its own, as C extensions do."""
+  script = f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.insert(0, {str(tmp_path)!r})
+sys.argv = ["-m"]  # as Python has it, until it has found the module
+import experiments
+import slow
+"""
+  (tmp_path / "slow.py").write_text(
+    "import os, signal\n"
+    "try:\n  os.kill(os.getpid(), signal.SIGINT)\n  sum(range(1000))\n"
+    "except BaseException as error:\n  raise ImportError from error\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
+  )
+  assert (done.returncode, done.stderr) == (130, "Stopped.\n")
+
+
+def test_a_scripts_own_ctrl_c_comes_back():
+  before = signal.signal(signal.SIGINT, end_at_once)
+  handlers = []
+  try:
+    cli.exit_code(lambda: handlers.append(signal.getsignal(signal.SIGINT)))
+  finally:
+    signal.signal(signal.SIGINT, before)
+  assert handlers == [signal.default_int_handler]
+
+
+def test_ctrl_c_in_a_callback_is_not_lost(monkeypatch, capsys):
+  """Where Python drops what is raised."""
+  monkeypatch.setattr(sys, "unraisablehook", cli.raise_again)
+
+  class Dropped:
+    def __del__(self):
+      raise KeyboardInterrupt
+
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with pytest.raises(KeyboardInterrupt):
+      Dropped()  # is gone at once
+      time.sleep(10)
+  finally:
+    signal.signal(signal.SIGINT, before)
+  assert capsys.readouterr().err == ""
 
 
 def test_a_bug_keeps_its_traceback():

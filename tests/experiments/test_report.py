@@ -55,9 +55,13 @@ def test_a_report_is_tables_and_figures(tmp_path, capsys, monkeypatch):
   report.write(sweep, tmp_path)
   names = {path.name for path in tmp_path.iterdir()}
   figures = {
-    f"{n}.{kind}" for n in ("scores", "curves") for kind in ("png", "svg")
+    f"{n}.{kind}"
+    for n in ("scores", "curves")
+    for kind in ("png", "svg", "pdf")
   }
-  assert names == figures | {"table.md", "table.csv", "runs.csv"}
+  assert names == figures | {
+    *("table.md", "table.tex", "table.csv", "runs.csv")
+  }
   table = pd.read_csv(tmp_path / "table.csv")
   assert len(pd.read_csv(tmp_path / "runs.csv")) == len(sweep.runs)
   assert table["seeds"].sum() == len(sweep.runs)
@@ -65,13 +69,22 @@ def test_a_report_is_tables_and_figures(tmp_path, capsys, monkeypatch):
   assert head["collapsed"].item() == 3  # one answer to everything
   report.show(sweep, "csv")
   assert capsys.readouterr().out == (tmp_path / "table.csv").read_text()
-  for columns, there in (("80", False), ("200", True)):
+  for columns, spared in (("60", True), ("80", True), ("200", False)):
     monkeypatch.setenv("COLUMNS", columns)
     report.show(sweep, "terminal")
     shown = capsys.readouterr().out
-    assert ("7,680" in shown) == there != ("no room for" in shown)
-    rows = [line for line in shown.splitlines() if line.startswith("│")]
-    assert len(rows) == 9 and "collapsed" in rows[2]  # no cell is broken
+    table, _, below = shown.partition("└")
+    assert max(map(len, table.splitlines())) <= int(columns)
+    # what the paper is about stays
+    for text in ("vera", "7,680", "80.6", "(80.0 to", "cola", "parameters"):
+      assert text in table
+    assert ("no room for" in below) == spared != ("seconds" in table)
+  report.show(sweep, "latex")
+  latex = capsys.readouterr().out
+  assert latex == (tmp_path / "table.tex").read_text(encoding="utf-8")
+  assert r"\toprule" in latex and "CoLA" in latex and "seconds" not in latex
+  rows = [x for x in latex.splitlines() if x.endswith(r"\\")]
+  assert len(rows) == 10 and len({row.count(" & ") for row in rows}) == 1
   report.show(sweep, "auto")  # no terminal here
   page = (tmp_path / "table.md").read_text(encoding="utf-8")
   assert page.endswith(capsys.readouterr().out)

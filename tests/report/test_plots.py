@@ -7,8 +7,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from vera_jax.report import plots
-from vera_jax.report.frame import Sweep, frame, norms
+from vera_jax.errors import UserError
+from vera_jax.report import plots, style
+from vera_jax.report.frame import Sweep, frame, method_title, norms
 from vera_jax.report.summary import summary
 
 
@@ -54,7 +55,7 @@ def ablations(make_result) -> Sweep:
   settings = [
     {},
     {"vera__d_init": 1e-7},
-    {"vera__d_init": 1.0, "collapsed": True, "scores": (0.53, 0.53)},
+    {"vera__d_init": 1.0, "collapsed": True, "scores": (0.53, 0.79)},
     {"vera__init": "kaiming_normal"},
     {"vera__train": "d"},
     {"vera__targets": every},
@@ -96,7 +97,82 @@ def test_all_figures(name, more, request, tmp_path):
     assert overlaps(figure) == ([], [])
   for path in plots.save(made["scores"], tmp_path, "scores"):
     assert path.stat().st_size > 5000
-  assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg"}
+  assert {path.suffix for path in tmp_path.iterdir()} == {
+    *(".png", ".svg", ".pdf")
+  }
+
+
+def test_figures_for_a_paper(ablations, rank_sweep, methods):
+  """In any width; a method has one colour and marker in all of them."""
+  seen: dict[str, set] = {}
+  for sweep in (ablations, rank_sweep, methods):
+    for width in (style.COLUMN, style.TEXT):
+      for figure in dict(
+        plots.figures(sweep, summary(sweep), width=width)
+      ).values():
+        assert figure.get_figwidth() == width and not figure.get_suptitle()
+        assert overlaps(figure) == ([], [])
+        for ax in figure.axes:
+          lines = [(bars.lines[0], bars.get_label()) for bars in ax.containers]
+          lines += [(line, line.get_label()) for line in ax.lines]
+          for line, name in lines:
+            method = str(name).partition(",")[0]
+            seen.setdefault(method, set()).add(line.get_marker())
+  for method in ("vera", "dvora", "lora", "ia3"):
+    assert seen[method_title(method)] == {style.look(method)[1]}
+
+
+@pytest.mark.parametrize(
+  "text, inches",
+  [("column", 3.25), ("text", 6.75), ("8.5cm", 3.3465), ("240pt", 3.3209)],
+)
+def test_widths(text, inches):
+  assert style.width_of(text) == pytest.approx(inches, abs=1e-4)
+  for wrong in (f"{text}s", "-3in", "0.1in", "5"):
+    with pytest.raises(UserError, match="no figure's width: column"):
+      style.width_of(wrong)
+
+
+def test_outliers_stand_at_the_edge_with_their_values(make_result):
+  found = [
+    make_result("vera", seed, (0.8 + seed / 100,), vera__rank=rank)
+    for rank in (1, 4, 16)
+    for seed in (0, 1)
+  ]
+  found += [
+    make_result("lora", seed, (0.5 + seed / 1000,), collapsed=True)
+    for seed in (0, 1)
+  ]
+  sweep = Sweep("Outliers", "", frame(found), [])
+  table = summary(sweep).assign(paper=None)
+  (ax,) = plots.score_figure(table, sweep.runs).axes
+  assert ax.get_xlim()[0] > 79
+  assert [text.get_text() for text in ax.texts] == ["50.0 to 50.1"]
+  # where most are as low nothing is left out
+  values = np.array([50.0, 51.0, 52.0, 80.0])
+  assert style.inside(values, values) == (50.0, 52.0)
+  assert style.inside(values, values[3:]) == (50.0, 52.0)
+  values = np.array([50.0, 51.0, 80.0, 81.0])
+  assert style.inside(values, values) == (50.0, 81.0)
+
+
+def test_many_rows_are_in_panels_by_rank(make_result):
+  inits = ("kaiming_uniform", "orthogonal", "rademacher", "sparse_root")
+  found = [
+    make_result("vera", 0, (0.8,), vera__rank=rank, vera__init=init)
+    for rank in (1, 4, 16)
+    for init in inits
+  ]
+  sweep = Sweep("Inits", "roberta-base", frame(found), [])
+  figure = dict(plots.figures(sweep, summary(sweep)))["scores"]
+  assert [ax.get_title() for ax in figure.axes if ax.get_visible()] == [
+    *("RTE, rank 1", "RTE, rank 4", "RTE, rank 16")
+  ]
+  names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+  assert "VeRA, sparse root" in names and len(names) == 4
+  # the paper's numbers are another model's
+  keys = [text.get_text() for text in figure.legends[0].get_texts()]
+  assert "the paper's" not in keys
 
 
 def test_collapsed_runs_are_hollow_and_the_papers_number_is_there(ablations):
@@ -113,14 +189,14 @@ def test_collapsed_runs_are_hollow_and_the_papers_number_is_there(ablations):
 def test_every_rank_is_named(rank_sweep):
   figure = plots.rank_figure(summary(rank_sweep))
   (ax,) = figure.axes
-  names = [text.get_text() for text in ax.get_legend().get_texts()]
+  names = [text.get_text() for text in figure.legends[0].get_texts()]
   assert names == ["VeRA, r = 1, 16, 256", "LoRA, r = 1, 8"]
   assert ax.get_xscale() == "log"
 
 
 def test_every_method_with_an_adapter_is_named(methods):
-  (ax,) = plots.method_figure(summary(methods)).axes
-  names = {text.get_text() for text in ax.get_legend().get_texts()}
+  (legend,) = plots.method_figure(summary(methods)).legends
+  names = {text.get_text() for text in legend.get_texts()}
   assert names == {"VeRA", "DVoRA", "LoRA", "IA3"}
 
 

@@ -161,7 +161,7 @@ def test_outputs_stand_side_by_side(sweep):
 
 
 def test_the_report_writes_them(sweep, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(plots, "figures", lambda *_: ())
+  monkeypatch.setattr(plots, "figures", lambda *_, **__: ())
   report.write(sweep, tmp_path)
   names = {path.name for path in tmp_path.iterdir()}
   assert {"outputs.md", "texts.csv"} <= names

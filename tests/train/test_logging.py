@@ -16,7 +16,7 @@ def steps(folder):
 
 
 def write(folder, numbers, **changes):
-  with MetricWriter(folder, config={}, **changes) as metrics:
+  with MetricWriter(folder, **{"config": {}, **changes}) as metrics:
     for step in numbers:
       metrics.write(step, {"loss": 1 / step})
 
@@ -59,14 +59,15 @@ def test_lines_that_are_damaged_are_kept_aside_and_named(tmp_path, caplog):
 def test_tensorboard_forgets_what_is_trained_again(tmp_path):
   from tensorboardX import proto
 
-  write(tmp_path, [1, 2, 3])
+  config = {"optim": {"head_lr": 0.1}}
+  write(tmp_path, [1, 2, 3], config=config)
   (first,) = (tmp_path / "tensorboard").iterdir()
   first.rename(first.with_suffix(".first"))  # names go by the second
-  write(tmp_path, [3], step=2)
+  write(tmp_path, [3], step=2, config=config)
   starts = []
   for file in sorted((tmp_path / "tensorboard").iterdir()):
     data = file.read_bytes()
-    assert b"loss" in data
+    assert b"train/loss" in data and b"optim.head_lr" in data
     while data:
       size = int.from_bytes(data[:8], "little")
       event = proto.event_pb2.Event.FromString(data[12 : 12 + size])
@@ -102,6 +103,30 @@ def test_wandb_is_only_asked_for_where_it_is_installed(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+def test_boards_have_names_in_groups_and_rates(tmp_path):
+  written = []
+
+  class Board:
+    def write(self, step, values):
+      written.append((step, values))
+
+    def close(self):
+      pass
+
+  rates = {1: {"adapter_lr": 0.5}}
+  with MetricWriter(tmp_path, config={}, rates=rates.__getitem__) as metrics:
+    metrics._writers[1:] = [Board()]
+    metrics.write(1, {"loss": 2.0, "speed/mfu": 0.1})
+    metrics.write(1, {"epoch": 1, "accuracy": 0.75})
+  assert written == [
+    (1, {"train/loss": 2.0, "speed/mfu": 0.1, "train/adapter_lr": 0.5}),
+    (1, {"eval/epoch": 1, "eval/accuracy": 0.75}),
+  ]
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(lines[0]) == {"step": 1, "loss": 2.0, "speed/mfu": 0.1}
+  assert json.loads(lines[1]) == {"step": 1, "epoch": 1, "accuracy": 0.75}
+
+
 def test_wandb_gets_the_same_metrics(tmp_path, monkeypatch):
   calls = []
 
@@ -123,7 +148,7 @@ def test_wandb_gets_the_same_metrics(tmp_path, monkeypatch):
   write(tmp_path, [1], wandb="project")
   (project, name), *rest = calls
   assert project == "project"
-  assert rest == [(1, {"loss": 1.0}), "finished"]
+  assert rest == [(1, {"train/loss": 1.0}), "finished"]
   write(tmp_path, [2], step=1, wandb="project")  # resumed: the same run
   write(tmp_path, [1], wandb="project")  # begun anew
   ids = [one[1] for one in calls if one[0] == "project"]

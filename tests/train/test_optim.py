@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from configs import rte
 from vera_jax.adapters.labels import ADAPTER, FROZEN, HEAD, label_tree, split
 from vera_jax.errors import UserError
-from vera_jax.train.optim import optimiser, schedule
+from vera_jax.train.optim import optimiser, rates_at, schedule
 
 PARAMS = {
   "encoder": {
@@ -45,6 +46,19 @@ def test_the_schedule_is_transformers(steps, ratio, warmup):
   ]
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-8)
   assert got[-1] == 0 and (got[0] == 0) == (warmup > 0)
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+@pytest.mark.parametrize("ratio", [0.0, 0.1])
+def test_the_rates_that_are_logged_are_the_schedules(ratio, decay):
+  config = rte.get_config()
+  config.optim.warmup_ratio, config.optim.schedule = ratio, decay
+  config.optim.adapter_lr, config.optim.head_lr = 0.3, 0.1
+  rate = schedule(0.3, steps=30, warmup_ratio=ratio, decay=decay)
+  for step in (1, 2, 3, 4, 15, 30):  # optax counts from 0
+    rates = rates_at(step, config, steps=30)
+    assert rates["adapter_lr"] == pytest.approx(float(rate(step - 1)), abs=1e-7)
+    assert rates["head_lr"] == pytest.approx(rates["adapter_lr"] / 3)
 
 
 def test_the_schedule_may_fall_like_a_cosine():

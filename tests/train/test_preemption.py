@@ -11,6 +11,7 @@ import pytest
 from vera_jax.pretrained.sharding import make_mesh
 from vera_jax.train.preemption import (
   SIGNALS,
+  STOPPING,
   Flag,
   Interrupted,
   Stop,
@@ -75,6 +76,35 @@ def test_the_second_ends_at_once():
   )
   assert done.stdout.strip() == f"first {number.name}"
   assert done.returncode == -number
+
+
+BUSY = """
+import ctypes, os, signal, threading, time
+from vera_jax.train.preemption import watch
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def twice():
+  for _ in range(2):
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGINT)
+with watch():
+  threading.Thread(target=twice, daemon=True).start()
+  # as in a long step: this thread is in one call, and no signal ends it
+  signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  ctypes.CDLL(None).sleep(60)
+print("never reached")
+"""
+
+
+def test_a_process_that_is_busy_answers_all_the_same():
+  done = subprocess.run(
+    [sys.executable, "-c", BUSY],
+    cwd=Path(__file__).resolve().parents[2],
+    capture_output=True,
+    text=True,
+    timeout=50,
+  )
+  assert done.stdout == "" and done.returncode == 128 + signal.SIGINT
+  assert done.stderr == f"{STOPPING}\n"
 
 
 def test_another_thread_watches_nothing():

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from vera_jax.data.tokens import _write_cache
 from vera_jax.train import runtime
 from vera_jax.train.runtime import Background, compiler_options
 
@@ -107,6 +109,23 @@ def test_the_users_own_optimisation_level_stands(monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "")
   assert compiler_options("tpu") is None
   assert compiler_options("cpu") == {"xla_backend_optimization_level": 1}
+
+
+def test_a_home_that_takes_no_files_is_one_sentence(
+  tmp_path, monkeypatch, caplog
+):
+  home = tmp_path / "home"
+  home.write_text("")  # a file: not even root makes folders in it
+  monkeypatch.setenv("HOME", str(home))
+  unset = SimpleNamespace(
+    values={"jax_compilation_cache_dir": None}, update=pytest.fail
+  )
+  monkeypatch.setattr(runtime, "jax", SimpleNamespace(config=unset))
+  runtime.use_compilation_cache()
+  for name in ("one", "other"):
+    _write_cache(home / ".cache/vera_jax/tokens" / name, b"")
+  (said,) = [record.getMessage() for record in caplog.records]
+  assert said.startswith(f"What belongs in {home}/.cache/vera_jax isn't")
 
 
 CACHES = """

@@ -27,7 +27,7 @@ from jaxtyping import Float32, Int32, UInt8
 
 from vera_jax.data.image_files import Encoded, ImageFile, ImageFiles
 from vera_jax.errors import UserError, install
-from vera_jax.files import TENSORS, check_file, read_json
+from vera_jax.files import TENSORS, check_file, read_json, say_uncached
 from vera_jax.models.family import family_of
 
 if TYPE_CHECKING:
@@ -338,7 +338,7 @@ def prepare_images(
         new[1].replace(lines)
         new[0].replace(stored)
     except OSError as error:
-      log.warning("%s isn't cached: %s.", stored, error.strerror)
+      say_uncached(cache, error.strerror)
       pixels = np.empty(shape, np.uint8)
       reasons = _decode(files, numbers, processor, pixels)
   good = np.array([i not in reasons for i in range(len(numbers))], bool)

@@ -25,7 +25,14 @@ from vera_jax.data.completions import Completions, encode_completions
 from vera_jax.data.examples import Examples, subset
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
-from vera_jax.files import DATA, JSON, parse_json, read_bytes, write_file
+from vera_jax.files import (
+  DATA,
+  JSON,
+  parse_json,
+  read_bytes,
+  say_uncached,
+  write_file,
+)
 from vera_jax.places import local_copy, place
 
 log = logging.getLogger(__name__)
@@ -432,4 +439,4 @@ def _write_cache(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, lambda file: file.write(content))
   except OSError as error:
-    log.warning("%s isn't cached: %s.", path, error.strerror)
+    say_uncached(path.parent, error.strerror)

@@ -1,14 +1,17 @@
-"""The summary for a reader: Markdown, or a table in the terminal."""
+"""The summary for a reader: Markdown, LaTeX, or a table in the terminal."""
 
+import re
 import textwrap
+from collections.abc import Mapping
 
 import pandas as pd
 from rich.table import Table
 
-from vera_jax.report.frame import BASELINE, Sweep, history
+from vera_jax.report.frame import BASELINE, Sweep, history, method_title
 from vera_jax.report.signatures import COLLAPSED
 from vera_jax.report.summary import shown, shown_p
 from vera_jax.report.text_scores import text_notes, text_scores, text_tables
+from vera_jax.report.words import metric_title, task_title, words
 
 SIGNS = "signs of failure"
 LEFT = (  # the rest are numbers
@@ -25,7 +28,17 @@ SPARED = (
   "head parameters",
   "seeds",
   "p (Holm-adjusted)",
-  "adapter parameters",
+)
+NAMES = ("task", "metric", "method", "condition")
+NARROW = 14  # letters that a column of names needs
+UNPRINTED = (*SPARED[:3], "median at last epoch (range)", "head parameters")
+ESCAPED = str.maketrans(
+  {
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"},
+    **{"^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "±": r"$\pm$"},
+    **{"−": "$-$", "→": r"$\rightarrow$", "…": r"\dots{}", "×": r"$\times$"},
+  }
 )
 
 
@@ -77,6 +90,57 @@ def markdown(cells: pd.DataFrame) -> str:
   rule = ["---" if name in LEFT else "---:" for name in cells]
   lines = [list(cells), rule, *cells.to_numpy()]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def latex(cells: pd.DataFrame, title: str = "") -> str:
+  """A table for a paper, which needs \\usepackage{booktabs}.
+
+  What a paper's table doesn't have is left out: seconds, epochs, the last
+  epoch, the head's size. Names are as in figures.
+  """
+  kept = cells.drop(columns=[name for name in UNPRINTED if name in cells])
+  inner = {
+    "task": task_title,
+    "metric": metric_title,
+    "method": method_title,
+    "condition": lambda name: words(name.replace("\\|", "|")),
+  }
+  for name, in_words in inner.items():
+    if name in kept:
+      kept[name] = kept[name].map(in_words)
+
+  def escaped(text: str) -> str:
+    text = text.translate(ESCAPED)
+    # a minus, where a number begins
+    return re.sub(r"(?<![\w.)}])-(?=\d)", "$-$", text)
+
+  lines = [" & ".join(escaped(str(name)) for name in kept) + r" \\"]
+  for _, row in kept.iterrows():
+    lines.append(" & ".join(map(escaped, row)) + r" \\")
+  kinds = "".join("l" if name in LEFT else "r" for name in kept)
+  return "\n".join(
+    [
+      *([f"% {title}"] if title else []),
+      rf"\begin{{tabular}}{{@{{}}{kinds}@{{}}}}",
+      r"\toprule",
+      lines[0],
+      r"\midrule",
+      *lines[1:],
+      r"\bottomrule",
+      r"\end{tabular}",
+    ]
+  )
+
+
+def latex_page(sweep: Sweep, table: pd.DataFrame) -> str:
+  """The tables in LaTeX, with their notes as comments."""
+  parts = [latex(columns(table, sweep.paper), sweep.title)]
+  remarks = notes(sweep, table)
+  if texts := text_scores(sweep):
+    parts += [latex(some, title) for title, some in text_tables(texts).items()]
+    remarks += text_notes(texts)
+  comments = "\n".join(f"% {' '.join(line.split())}" for line in remarks)
+  return "\n\n".join([*parts, *([comments] if comments else [])]) + "\n"
 
 
 def page(sweep: Sweep, table: pd.DataFrame) -> str:
@@ -148,37 +212,96 @@ def _list(sentences: list[str]) -> str:
 
 
 def for_terminal(cells: pd.DataFrame, title: str, *, width: int) -> Table:
-  """As a rich table; columns that don't fit are left out and named."""
+  """As a rich table that fits.
+
+  Where a terminal is narrow, columns that matter least are left out and named;
+  then what all rows share goes into the title, ranges go below their numbers,
+  and names are folded. Method, trained parameters, score and difference stay.
+  """
   # A heading may take several lines, a cell may not.
-  widths = cells.map(len).max()
-  headings = {}
-  for name in cells:
-    lines = textwrap.wrap(
-      str(name),
-      max(10, widths[name]),
-      break_on_hyphens=False,
-      break_long_words=False,
-    )
-    headings[name] = "\n".join(lines)
-    widths[name] = max(widths[name], *map(len, lines))
+  headings = {
+    name: "\n".join(_heading(str(name), cells[name].map(len).max()))
+    for name in cells
+  }
+  widths = _widths(cells, headings)
   spared: list[str] = []
   for name in SPARED:
-    kept = widths.drop(spared)
-    # Each column has two spaces and a rule, and one rule closes the table.
-    if name in kept and 1 + (kept + 3).sum() > width:
+    if name in cells and _total(widths.drop(spared)) > width:
       spared.append(name)
   shown = cells.drop(columns=spared)
-  table = Table(title=title, title_justify="left", caption_justify="left")
+  if folded := _total(widths.drop(spared)) > width:
+    for name in [x for x in NAMES if x in shown and x != "method"]:
+      if len(shown) > 1 and shown[name].nunique() == 1:
+        title = f"{title}, {shown[name].iloc[0]}"
+        shown = shown.drop(columns=name)
+    for name in [x for x in shown if x not in LEFT]:
+      shown[name] = shown[name].str.replace(" (", "\n(")
+      longest = shown[name].str.split("\n").map(lambda x: max(map(len, x)))
+      headings[name] = "\n".join(_heading(str(name), longest.max()))
+    widths = _widths(shown, headings).drop(LEFT, errors="ignore")
+    for name in [x for x in widths.index if x.startswith("paper")]:
+      if _total(widths) + NARROW > width:
+        spared.append(name)
+        shown, widths = shown.drop(columns=name), widths.drop(name)
+    # the rest of the width is for names, and for the signs behind them
+    apart = ["task"] if _total(widths) + 2 * NARROW <= width else []
+    if joined := [x for x in NAMES if x in shown and x not in apart]:
+      signs = shown.get(SIGNS, pd.Series("", shown.index))
+      texts = [
+        ", ".join(filter(None, names)) + (f" ({sign})" if sign else "")
+        for names, sign in zip(shown[joined].to_numpy(), signs, strict=True)
+      ]
+      shown = shown.drop(columns=[*joined, SIGNS], errors="ignore")
+      shown.insert(int("task" in shown), "method", texts)
+  table = Table(
+    title=title,
+    title_justify="left",
+    caption_justify="left",
+    show_lines=folded,
+  )
   if spared:
     table.caption = f"no room for: {', '.join(spared)}"
   for name in shown:
+    text = name in LEFT
     table.add_column(
-      headings[name], justify="left" if name in LEFT else "right"
+      headings[name],
+      justify="left" if text else "right",
+      no_wrap=not text,
+      overflow="fold",
     )
-  for _, row in shown.iterrows():
-    collapsed = COLLAPSED in row.get(SIGNS, "")
-    table.add_row(*row, style="red" if collapsed else None)
+  for (_, row), signs in zip(
+    shown.iterrows(), cells.get(SIGNS, [""] * len(cells)), strict=True
+  ):
+    table.add_row(*row, style="red" if COLLAPSED in signs else None)
   return table
+
+
+def _heading(name: str, longest: int) -> list[str]:
+  return textwrap.wrap(
+    name,
+    max(10, longest),
+    break_on_hyphens=False,
+    break_long_words=False,
+  )
+
+
+def _widths(cells: pd.DataFrame, headings: Mapping[str, str]) -> pd.Series:
+  """Letters of each column's longest line."""
+  return pd.Series(
+    {
+      name: max(
+        len(line)
+        for text in (headings[name], *cells[name])
+        for line in text.split("\n")
+      )
+      for name in cells
+    }
+  )
+
+
+def _total(widths: pd.Series) -> int:
+  """Each column has two spaces and a rule, and one rule closes the table."""
+  return 1 + int((widths + 3).sum())
 
 
 def notes(sweep: Sweep, table: pd.DataFrame) -> list[str]:

@@ -11,24 +11,31 @@ from matplotlib.ticker import MaxNLocator
 
 from vera_jax.adapters.vector_norms import NAME, SHORT
 from vera_jax.report.style import (
+  BLACK,
   BLUE,
   SEEDS,
   STYLE,
-  VERMILION,
   grid,
+  legend,
   median_line,
-  task_title,
+  vector_looks,
 )
+from vera_jax.report.words import task_title, words
 
 
 def norm_figure(
-  vectors: pd.DataFrame, *, title: str = "", most: int = 6
+  vectors: pd.DataFrame,
+  *,
+  title: str = "",
+  width: float | None = None,
+  most: int = 6,
 ) -> Figure:
   """Norms of d and b by layer, a line per kind of layer: the paper's Figure 3.
 
   Args:
-    vectors: from `frame.norms`; VeRA's are shown.
+    vectors: from `frame.norms`; VeRA's are shown, in its colour.
     title: the figure's title.
+    width: of the figure, in inches.
     most: conditions that are shown, those with the most layers first.
   """
   vectors = vectors[vectors["leaf"].isin(["d", "b"])]
@@ -37,31 +44,26 @@ def norm_figure(
     key=lambda group: -len(group[1][["layer", "kind"]].drop_duplicates()),
   )[:most]
   kinds = list(vectors["kind"].unique())
+  lines = dict(zip(kinds, vector_looks(len(kinds)), strict=True))
   with mpl.rc_context(STYLE):
-    figure, axes = grid(len(shown), 2, width=4.4, height=2.3, title=title)
-    lines = {}
-    for row, ((task, condition), some) in zip(axes, shown, strict=True):
-      for ax, leaf in zip(row, "db", strict=True):
-        here = some[some["leaf"] == leaf]
+    figure, axes = grid(
+      [1.9] * 2 * len(shown), width=width, least=2.6, most=2, title=title
+    )
+    panels = iter(axes)
+    for (task, condition), some in shown:
+      name = task_title(task) + (f": {words(condition)}" if condition else "")
+      for leaf in "db":
+        ax, here = next(panels), some[some["leaf"] == leaf]
         if here.empty:
           ax.text(0.5, 0.5, "not trained", transform=ax.transAxes, ha="center")
         for kind, of_kind in here.groupby("kind", sort=False):
           seeds = of_kind.groupby("layer")["norm"]
-          median_line(ax, seeds, kinds.index(kind))
-          lines[kind] = ax.lines[-1]
+          median_line(ax, seeds, label=str(kind), **lines[kind])
         ax.set(xlabel="layer", ylabel=rf"$\Vert {leaf} \Vert_2$")
+        ax.set_title("\n".join(textwrap.wrap(name, 44)))
         ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-      name = task_title(task) + (f": {condition}" if condition else "")
-      row[0].set_title("\n".join(textwrap.wrap(name, 44)), loc="left")
-    keys = [kind for kind in kinds if kind in lines]
-    figure.legend(
-      [lines[kind] for kind in keys],
-      keys,
-      loc="outside lower center",
-      ncols=min(4, len(keys)),
-      title=SEEDS,
-    )
+    legend(figure, title=SEEDS)
     return figure
 
 
@@ -75,9 +77,9 @@ def spectrum_figure(values: pd.DataFrame, *, title: str = "") -> Figure:
   kinds = values["kind"].unique()
   layers = sorted(values["layer"].unique())
   with mpl.rc_context(STYLE):
-    figure, axes = grid(1, len(kinds), width=4.0, height=3.0, title=title)
+    figure, axes = grid([2.4] * len(kinds), width=None, least=2.6, title=title)
     shades = mpl.colormaps["cividis"](np.linspace(0, 0.9, len(layers)))
-    for ax, kind in zip(axes.flat, kinds, strict=True):
+    for ax, kind in zip(axes, kinds, strict=True):
       here = values[(values["kind"] == kind) & (values["value"] > 0)]
       for layer, some in here.groupby("layer"):
         color = shades[layers.index(layer)]
@@ -85,10 +87,8 @@ def spectrum_figure(values: pd.DataFrame, *, title: str = "") -> Figure:
       ax.set(title=kind, xlabel="place", yscale="log")
       # What lies lower is rounding: the delta's rank is smaller than its width.
       ax.set_ylim(bottom=1e-6 * values["value"].max())
-    axes.flat[0].set_ylabel("singular value of the delta")
-    axes.flat[-1].legend(
-      title="layer", loc="upper left", bbox_to_anchor=(1.02, 1.0)
-    )
+    axes[0].set_ylabel("singular value of the delta")
+    legend(figure, title="layer")
     return figure
 
 
@@ -108,16 +108,20 @@ def vector_figure(
       leaves = by_kind.setdefault(match["kind"], {"d": {}, "b": {}})
       leaves[match["leaf"][-1]][int(match["layer"])] = value
   with mpl.rc_context(STYLE):
-    figure, axes = grid(len(by_kind), 2, width=4.4, height=2.2, title=title)
-    for row, (kind, leaves) in zip(axes, by_kind.items(), strict=True):
-      for ax, (leaf, layers) in zip(row, leaves.items(), strict=True):
+    figure, axes = grid(
+      [1.8] * 2 * len(by_kind), width=None, least=2.6, most=2, title=title
+    )
+    panels = iter(axes)
+    for kind, leaves in by_kind.items():
+      for leaf, layers in leaves.items():
+        ax = next(panels)
         if layers:
           ax.boxplot(
             list(layers.values()),
             positions=list(layers),
             whis=(2.5, 97.5),
             showfliers=False,
-            medianprops={"color": VERMILION},
+            medianprops={"color": BLACK},
             boxprops={"color": BLUE},
           )
         ax.set(title=f"{leaf} of {SHORT.get(kind, kind)}", xlabel="layer")

@@ -10,6 +10,10 @@ from vera_jax.sweep.launchers.launcher import Launcher, Task
 from vera_jax.sweep.plan import DONE, FAILED, NEW, RUNNING, UNFINISHED, Unit
 from vera_jax.train.preemption import watch
 
+STOPPING = (
+  "Stopping: the workers save their runs and end; again to end now, losing what"
+  " came after the last saves."
+)
 SAME = 3  # units that fail for one reason from the start: so would the rest
 IDLE = 3  # times that all that is left is tried, and no run ends
 
@@ -75,7 +79,7 @@ def run_units(
         }
         yield Task(runs, message)
 
-  with watch() as flag:
+  with watch(STOPPING) as flag:
     while next(left(), None):
       if idle == IDLE:
         names = ", ".join(map(str, left()))

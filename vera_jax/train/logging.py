@@ -1,15 +1,22 @@
-"""What a run reports in files: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""What a run reports in files: metrics.jsonl, TensorBoard, Weights & Biases.
+
+metrics.jsonl has a step's numbers by their names; TensorBoard and Weights &
+Biases, which sort them into panels, as train/loss, eval/accuracy and
+speed/tokens_per_second, with the step's learning rates.
+"""
 
 import errno
 import json
 import logging
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from flax.traverse_util import flatten_dict
 
 from vera_jax import results
 from vera_jax.errors import UserError
@@ -21,6 +28,7 @@ if TYPE_CHECKING:
   from tensorboardX import SummaryWriter
 
 log = logging.getLogger(__name__)
+EPOCH = "epoch"  # which an evaluation's line has, and a step's has not
 
 
 class Writer(Protocol):
@@ -52,22 +60,26 @@ class MetricWriter:
     scored: bool = True,
     primary: bool = True,
     wandb: str = "",
+    rates: Callable[[int], Mapping[str, float]] = lambda step: {},
   ) -> None:
     """Open the files; what a resumed run will write again is dropped.
 
     Args:
       workdir: the run's folder.
-      config: shown by Weights & Biases.
+      config: shown by TensorBoard and Weights & Biases.
       step: the step that the run goes on from; metrics up to it are kept.
       scored: whether the scores of that step are, or it is evaluated again.
       primary: whether this process writes.
       wandb: the project's name; empty: no Weights & Biases.
+      rates: the learning rates of a step.
 
     Raises:
       UserError: Weights & Biases is asked for but not installed, or the lines
         of before can't be read.
     """
     self._writers: list[Writer] = []
+    self._lines: Writer | None = None
+    self._rates = rates
     self._mirror: Mirror | None = None
     if not primary:
       return
@@ -80,9 +92,9 @@ class MetricWriter:
         workdir, config, wandb, resumed=resumed, files=files
       )
       self._writers.append(online)
-    board = TensorBoard(files / "tensorboard", first=step + 1)
-    lines = JsonLines(workdir, last=step, scored=scored, files=files)
-    self._writers = [lines, board, *self._writers]
+    board = TensorBoard(files / "tensorboard", first=step + 1, config=config)
+    self._lines = JsonLines(workdir, last=step, scored=scored, files=files)
+    self._writers = [self._lines, board, *self._writers]
 
   def __enter__(self) -> "MetricWriter":
     return self
@@ -100,8 +112,17 @@ class MetricWriter:
     Raises:
       OSError: the files can't be written.
     """
+    if not self._writers:
+      return
+    scores = EPOCH in values
+    rates = {} if scores else self._rates(step)
+    group = "eval" if scores else "train"
+    shown = {
+      name if "/" in name else f"{group}/{name}": value
+      for name, value in {**values, **rates}.items()
+    }
     for writer in self._writers:
-      writer.write(step, values)
+      writer.write(step, values if writer is self._lines else shown)
 
   def flush(self) -> None:
     """Return once the lines of all steps are where the run's folder is.
@@ -137,7 +158,7 @@ class JsonLines:
       if line.error:  # no line is needed to go on, and none is thrown away
         damaged.append(raw)
         log.warning("%s:%d can't be read: %s.", path, line.number, line.error)
-      elif (line.values["step"], "epoch" in line.values) <= (last, scored):
+      elif (line.values["step"], EPOCH in line.values) <= (last, scored):
         kept.append(raw)
     if damaged:
       aside = workdir / DAMAGED / results.METRICS
@@ -161,21 +182,39 @@ class JsonLines:
 class TensorBoard:
   """TensorBoard's files, begun at the first write."""
 
-  def __init__(self, folder: Path, *, first: int) -> None:
-    """TensorBoard forgets what it has of the step `first` and later ones."""
-    self._folder, self._first = folder, first
+  def __init__(
+    self, folder: Path, *, first: int, config: Mapping[str, Any]
+  ) -> None:
+    """TensorBoard forgets what it has of the step `first` and later ones.
+
+    The config is in its tab of hyperparameters.
+    """
+    self._folder, self._first, self._config = folder, first, config
     self._board: SummaryWriter | None = None
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     if self._board is None:
       writer = _summary_writer()
       self._board = writer(str(self._folder), purge_step=self._first)
+      self._write_config(self._board)
     # its thread ends at a failed write; then its queue would fill up and block
     thread = getattr(_event_writer(self._board), "_worker", None)
     if thread is not None and not thread.is_alive():
       raise OSError(errno.EIO, "TensorBoard's files can't be written any more")
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
+
+  def _write_config(self, board: "SummaryWriter") -> None:
+    from tensorboardX.summary import hparams
+
+    flat = flatten_dict(dict(self._config), sep=".")
+    settings = {
+      name: value if isinstance(value, bool | int | float) else str(value)
+      for name, value in flat.items()
+    }
+    names, values, _ = hparams(settings, {"train/loss": 0.0})
+    for part in (names, values):
+      board.file_writer.add_summary(part)
 
   def close(self) -> None:
     """Where it fails, Python is kept from trying again at its end."""

@@ -120,7 +120,7 @@ def train(run: Trainable, setup: Setup, began: float) -> None:
   with (
     ProgressBar(steps=run.steps, step=first, primary=is_first()) as bar,
     run.recording(bar.log, clock),
-    watch() as flag,
+    watch(say=bar.log) as flag,
     profile,
   ):
     stop = Stop(flag, setup.mesh)

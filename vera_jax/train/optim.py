@@ -1,5 +1,6 @@
 """AdamW with a learning rate of its own for adapter and head (section 4.1)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,6 +92,22 @@ def learning_rates(config: ConfigDict) -> dict[str, float]:
     "adapter_lr": group.get("lr", 0.0) if adapter is None else adapter,
     "head_lr": group.head_lr if head is None else head,
   }
+
+
+def rates_at(step: int, config: ConfigDict, *, steps: int) -> dict[str, float]:
+  """The rates of a step, the first of which is 1, for whoever watches a run.
+
+  As `schedule` has them, without a program on a device.
+  """
+  optim, done = config.optim, step - 1
+  warmup = int(optim.warmup_ratio * steps)
+  if done < warmup:
+    share = done / warmup
+  else:
+    share = 1 - min(1.0, (done - warmup) / max(steps - warmup, 1))
+    if optim.get("schedule", LINEAR) == COSINE:
+      share = (1 - math.cos(math.pi * share)) / 2
+  return {name: share * x for name, x in learning_rates(config).items()}
 
 
 def rates_of(config: ConfigDict) -> dict[str, float]:

@@ -1,13 +1,16 @@
 """Ctrl-C and SIGTERM end a run after the current step, not within it.
 
 What may take long is left at once: compiling, and an evaluation, which the
-resumed run makes anew. So a save is complete two steps after the signal.
+resumed run makes anew. So a save is complete two steps after the signal. That
+it came is said at once, whatever the process is doing.
 """
 
+import os
 import signal
+import sys
 import threading
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -41,9 +44,71 @@ class Flag:
     signal.signal(number, signal.SIG_DFL)  # a second one ends at once
 
 
+def _print(text: str) -> None:
+  with suppress(OSError, ValueError):  # then nobody is there to read it
+    print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def watch() -> Iterator[Flag]:
+def answered(
+  text: str, *, say: Callable[[str], None] = _print, after: float = 0.0
+) -> Iterator[None]:
+  """Says a text as soon as the first signal comes, inside this context.
+
+  Python calls a signal's handler in the main thread, between two operations of
+  its own; a step, or a program that is compiled, may be one for minutes.
+  Another thread hears of the signal at once. It ends the process at the second
+  one, where the handler of the first could not yet arrange for that.
+
+  Args:
+    text: what is said.
+    say: how.
+    after: seconds in which the context may end first, with nothing said.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  over = threading.Event()
+
+  def answer() -> None:
+    first = True
+    while number := os.read(reader, 1):
+      if number[0] not in SIGNALS:
+        continue
+      if not first:
+        os._exit(128 + number[0])
+      first = False
+      if not over.wait(after):
+        say(text)
+
+  thread = threading.Thread(target=answer, name="signals", daemon=True)
+  thread.start()
+  before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(before)
+    over.set()
+    os.close(writer)  # which ends the thread
+    thread.join()
+    os.close(reader)
+
+
+STOPPING = (
+  "Stopping after this step, and saving; again to end now, losing what came"
+  " after the last save."
+)
+
+
+@contextmanager
+def watch(
+  text: str = STOPPING, say: Callable[[str], None] = _print
+) -> Iterator[Flag]:
   """A flag that the first SIGINT or SIGTERM sets, inside this context.
+
+  The text is said at once.
 
   Outside the main thread Python can't watch signals; there the flag stays
   unset. A signal that the process ignores (SIGINT, where a script started it as
@@ -56,7 +121,8 @@ def watch() -> Iterator[Flag]:
   watched = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
   before = {number: signal.signal(number, flag.set) for number in watched}
   try:
-    yield flag
+    with answered(text, say=say):
+      yield flag
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
@@ -66,8 +132,15 @@ def watch() -> Iterator[Flag]:
 def nothing_to_save() -> Iterator[None]:
   """SIGTERM raises Interrupted at once, inside this context.
 
-  For the time before the first step and after the last.
+  For the time before the first step and after the last. Where "at once" takes a
+  while, as in reading weights, that is said.
   """
+  with answered("Stopping; again to end at once.", after=0.3), _terminable():
+    yield
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
   main = threading.current_thread() is threading.main_thread()
   if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
     yield  # a handler that somebody else has set stays

@@ -31,7 +31,7 @@ from vera_jax.train.clock import Clock, Speed, sentence
 from vera_jax.train.distributed import is_first, on_first
 from vera_jax.train.flops import peak_of
 from vera_jax.train.logging import MetricWriter
-from vera_jax.train.optim import rates_of
+from vera_jax.train.optim import rates_at, rates_of
 from vera_jax.train.outcome import SUBMISSION, write_answers, write_outcome
 from vera_jax.train.preemption import Stop
 from vera_jax.train.setup import Setup
@@ -282,6 +282,7 @@ class Run:
       scored=not self.lacks_scores,
       primary=is_first(),
       wandb=self.config.log.wandb,
+      rates=partial(rates_at, config=self.config, steps=self.steps),
     ) as self._writer:
       yield
 

@@ -6,6 +6,7 @@ leaves alone what the user has set.
 """
 
 import ctypes
+import errno
 import os
 import platform
 from collections.abc import Callable, Hashable
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 from jax.stages import Compiled, Traced
 
+from vera_jax.files import HOME, say_uncached
 from vera_jax.train.flops import flops_of
 
 # glibc's mallopt(3): numbers from malloc.h
@@ -51,7 +53,14 @@ def leave_libtpu_alone(devices: Path = Path("/dev")) -> None:
 def use_compilation_cache() -> None:
   """Keep compiled programs, unless JAX_COMPILATION_CACHE_DIR says where."""
   if jax.config.values["jax_compilation_cache_dir"] is None:
-    cache = Path("~/.cache/vera_jax/xla").expanduser()
+    cache = (HOME / "xla").expanduser()
+    try:  # jax would warn of each program
+      cache.mkdir(parents=True, exist_ok=True)
+      if not os.access(cache, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+      say_uncached(cache, error.strerror)
+      return
     jax.config.update("jax_compilation_cache_dir", str(cache))
   # small programs too: together they take as long as the step
   if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
