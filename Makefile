@@ -80,7 +80,7 @@ site: $(WITH_DEV) ## build the documentation in build/site
 	$(SITE)
 
 parity: $(WITH_PARITY) $(WITH_ENCODER) $(WITH_DECODER) $(WITH_NETWORK) $(WITH_NETWORKS) images networks ## compare with torch and PEFT, live
-	$(BIN)/python -m pytest -m parity
+	$(PYTEST) -m parity
 
 tunix: ## test nnx models with tunix and qwix, in .venv-tunix
 	$(MAKE) .venv-tunix/.decoder library-tests VENV=.venv-tunix LIBRARY=tunix \

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.experiments import command
+from tests.faults.fixtures import Launcher
 from vera_jax.errors import UserError
 from vera_jax.places import place
 from vera_jax.train.preemption import EXIT_CODE
@@ -185,8 +186,9 @@ def test_an_error_beside_a_preemption_is_a_preemption(cloud, scripts):
 @pytest.mark.slow
 def test_a_real_run_goes_on_on_another_slice(cloud, bucket, tmp_path):
   """The sent code, trained with its saves in a store, to the same bits."""
-  words = ["--config=configs/quickstart.py", "--config.optim.epochs=2"]
-  words += ["--config.data.max_train_examples=160", "--config.log.every=1"]
+  launcher = Launcher(tmp_path, epochs=6)
+  words = ["--config=configs/quickstart.py"]
+  words += [f"--config.{k}={v}" for k, v in launcher.settings.items()]
   workdir = f"{bucket}/launched/runs/quickstart"
   file = tmp_path / "quickstart.sh"
   fields = {"name": "quickstart", "words": ["-m", "experiments.glue", *words]}

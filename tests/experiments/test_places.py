@@ -248,7 +248,7 @@ def test_commands_read_from_a_store_and_write_to_it(
 
 @pytest.mark.slow
 def test_a_sweep_in_a_store_with_its_report(
-  tiny_settings, bucket, tmp_path, monkeypatch
+  tiny_settings, bucket, typed, tmp_path, monkeypatch, capsys
 ):
   """Data, base and cache are in the store as well; scores are as on disk."""
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -263,18 +263,15 @@ def test_a_sweep_in_a_store_with_its_report(
     words = [f"--config.base.{k}={v}" for k, v in changed.items()]
     words += [f"--workdir={workdir}", "--config.base.task=rte"]
     config = "--config=tests/faults/sweep.py:1"
-    for script, *flags in (
-      ("sweep", config, *words),
-      ("report", str(workdir), "--format=csv"),
-    ):
-      done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{script}", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-      )
-      assert done.returncode == 0, done.stderr
-    table = pd.read_csv(io.StringIO(done.stdout))
+    done = subprocess.run(
+      [sys.executable, "-m", "experiments.sweep", config, *words],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    typed("report", workdir, "--format=csv")
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
     tables.append(table.drop(columns=[x for x in table if "sec" in x]))
   pd.testing.assert_frame_equal(*tables)
   files = list_files(place(f"{top}/runs"))

@@ -193,20 +193,26 @@ def claimants(store: Store, *, locks: int) -> Outcome:
 
 
 def sweep_kills(
-  launcher: Launcher, store: Store, *, times: int, seed: int = 0
+  launcher: Launcher,
+  store: Store,
+  *,
+  times: int,
+  seed: int = 0,
+  seeds: int = 4,
 ) -> Outcome:
-  """SIGKILL to a sweep of eight runs and its workers."""
-  options: dict[str, Any] = {"sweep": "tests/faults/sweep.py:4"}
+  """SIGKILL to a sweep of two methods' runs and to its workers."""
+  options: dict[str, Any] = {"sweep": f"tests/faults/sweep.py:{seeds}"}
+  members = f"--members={seeds}"
   alone, start = launcher.folder / "untouched", len(store.changes())
-  launcher.run(alone, "--members=4", **options)
+  launcher.run(alone, members, **options)
   options["environment"] = store.environment
   rng, ended, killed, hit = random.Random(seed), dict[int, float](), 0, 0
   workdir = f"gs://{BUCKET}/sweep"
   while killed < times:
     before = len(store.changes())
-    process = launcher.start(workdir, "--members=4", **options)
-    # four runs write at once, and some before they train
-    if not wait_for_changes(store, rng.randint(1, 4 * MOST), process):
+    process = launcher.start(workdir, members, **options)
+    # all members write at once, and some before they train
+    if not wait_for_changes(store, rng.randint(1, seeds * MOST), process):
       break  # the sweep has ended
     kill_tree(process.pid)
     process.wait()
@@ -214,7 +220,7 @@ def sweep_kills(
     now, changes = time.time(), store.changes(before)
     ended |= dict.fromkeys(owners(changes), now)
     hit += any(change["name"].endswith(results.METRICS) for change in changes)
-  done = launcher.run(workdir, "--members=4", **options)
+  done = launcher.run(workdir, members, **options)
   stolen = audit(store.changes(start), ended)
   copy = fetch(store, "sweep", launcher.folder / "copies")
   bad = unequal(copy, alone)
@@ -223,5 +229,5 @@ def sweep_kills(
     f" {len(stolen)} locks held by two"
   )
   lost = len(bad) + len(stolen) + done.code
-  fault = "in a store: kill -9 to a sweep of eight"
+  fault = "in a store: kill -9 to a sweep"
   return Outcome(fault, killed, lost, not bad, seen)

@@ -1,46 +1,22 @@
 """The short form of `python -m tests.faults.run`: real processes, few faults.
 
-All tests share one config and one run left alone.
+All tests of a process share one config and one run left alone; those in stores
+and by engines are in files of their own.
 """
 
-import json
 import signal
-from contextlib import ExitStack
 
 import pytest
 
 from configs import quickstart
-from tests.faults import engines, interruption, stores
-from tests.faults.fixtures import (
-  Launcher,
-  last_step,
-  lines,
-  reach,
-  saves,
-  wait_until,
-)
+from tests.faults import interruption
+from tests.faults.fixtures import lines, reach, saves
 from tests.faults.processes import largest_difference
 from vera_jax.train.loop import train_and_evaluate
 
 pytestmark = pytest.mark.slow
 
-# Ray starts a cluster's nodes in this process, by fork, and jax warns of that.
-forks = pytest.mark.filterwarnings(
-  "ignore::pytest.PytestUnraisableExceptionWarning",
-  "ignore:os.fork:RuntimeWarning",
-)
 CLOSE = 1e-5  # losses of about 0.7, where sums are added in another order
-
-
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory) -> Launcher:
-  folder = tmp_path_factory.mktemp("faults")
-  return Launcher(folder, epochs=3, dropout=False)
-
-
-@pytest.fixture(scope="module")
-def alone(launcher):
-  return launcher.run_alone()
 
 
 def test_killed_in_a_save(launcher, alone):
@@ -49,32 +25,6 @@ def test_killed_in_a_save(launcher, alone):
   assert outcome.tried == 1 and outcome.lost == 0 and outcome.same
 
 
-@pytest.mark.slow
-def test_killed_in_a_store(launcher, alone, store):
-  outcome = stores.kills(launcher, alone, store, times=2, seed=1)
-  assert outcome.tried == 2 and outcome.lost == 0 and outcome.same
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", stores.BAD)
-def test_a_bad_store(name, launcher, alone, store, monkeypatch):
-  # docs/faults.md has half a second for each answer
-  monkeypatch.setitem(stores.BAD, "slow answers", {"slow": 0.1})
-  assert stores.bad_store(launcher, alone, store, name).lost == 0
-
-
-@pytest.mark.slow
-def test_a_sweep_killed_in_a_store(launcher, store):
-  outcome = stores.sweep_kills(launcher, store, times=1, seed=1)
-  assert outcome.tried == 1 and outcome.lost == 0 and outcome.same
-
-
-@pytest.mark.slow
-def test_eight_processes_want_the_same_locks(store):
-  assert stores.claimants(store, locks=10).lost == 0
-
-
-@pytest.mark.slow
 def test_two_processes_are_one(launcher, alone):
   """Two of four devices = one of eight = one of one, stopped on the way.
 
@@ -112,54 +62,3 @@ def test_two_processes_are_one(launcher, alone):
   assert result["device"] == {**result["device"], "count": 8, "processes": 1}
   assert largest_difference(two, eight) < CLOSE
   assert largest_difference(two, alone) < CLOSE
-
-
-def test_jobs_of_a_sweep_are_lost_and_preempted(launcher):
-  pytest.importorskip("submitit")
-  sweep = "tests/faults/sweep.py:1"
-  outcome = engines.by_submitit(launcher, times=1, sweep=sweep)
-  assert outcome.lost == 0 and outcome.same
-
-
-@forks
-def test_nodes_of_a_sweep_are_lost(launcher):
-  pytest.importorskip("ray")
-  sweep = "tests/faults/sweep.py:2"
-  outcome = engines.by_ray(launcher, times=1, sweep=sweep, members=1)
-  assert outcome.lost == 0 and outcome.same
-
-
-@forks
-@pytest.mark.parametrize("name", ["local", "submitit", "ray"])
-def test_each_launcher_starts_a_process_per_host(launcher, name):
-  workdir = launcher.folder / f"hosts-{name}"
-  flags = ["--hosts=2", "--config.base.method=vera"]
-  with ExitStack() as stack:
-    if name == "submitit":
-      pytest.importorskip("submitit")
-      flags += ["--launcher=slurm", "--launcher_options=cluster=local"]
-    if name == "ray":
-      pytest.importorskip("ray")
-      ray, _ = stack.enter_context(engines.cluster(launcher, nodes=2))
-      flags += ["--launcher=ray", f"--launcher_options=address={ray.address}"]
-    ended = launcher.run(workdir, *flags, sweep="tests/faults/sweep.py:1")
-  assert ended.code == 0, ended.output
-  (file,) = workdir.glob("runs/*/result.json")
-  device = json.loads(file.read_text())["device"]
-  assert device == {**device, "count": 2, "processes": 2}
-
-
-def test_a_stopped_sweep_has_what_ray_trains_saved(launcher):
-  pytest.importorskip("ray")
-  workdir = launcher.folder / "stopped-ray"
-  flags = ["--launcher=ray", "--config.base.method=vera"]
-  sweep = launcher.start(workdir, *flags, sweep="tests/faults/sweep.py:1")
-  assert wait_until(
-    lambda: any(last_step(run) >= 13 for run in workdir.glob("runs/*")), sweep
-  )
-  sweep.send_signal(signal.SIGTERM)
-  ended = sweep.end()
-  assert ended.code == 75 and "had to save" in ended.output, ended.output
-  (run,) = workdir.glob("runs/*")
-  assert saves(run)[-1] >= 13  # epochs end at 10, 20 and 30
-  assert not any(workdir.glob("locks/*"))

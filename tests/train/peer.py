@@ -16,10 +16,12 @@ from jax.experimental import multihost_utils
 
 from experiments import cli
 from vera_jax.errors import UserError
+from vera_jax.train import peers
 from vera_jax.train.distributed import initialize
 from vera_jax.train.peers import errors_in, leave, read_next
 
 STEPS = 5  # before the mishap
+peers.LOST = peers.STUCK = 20.0  # seconds; half of a run's
 
 
 def main() -> None:
