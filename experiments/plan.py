@@ -26,14 +26,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import cli
-from experiments.plans import report
-from experiments.plans.chips import describe_pod, use_no_accelerator
-from experiments.plans.figures import plan
+from vera_jax.adapters.methods import links_of
 from vera_jax.errors import UserError
-from vera_jax.files import read_json, write_json
 from vera_jax.places import place
 from vera_jax.terminal import Console
-from vera_jax.train.config import check_settings
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string(
@@ -62,6 +58,16 @@ OUT = flags.DEFINE_string("out", "results/plans", "Where the JSON goes.")
 def main() -> None:
   config = cli.chosen(CONFIG)
   out = place(OUT.value)
+  for method in METHODS.value:
+    links_of(method)
+  # Imported only now: a mistake in the flags is reported without the wait.
+  cli.say_importing()
+  from experiments.plans import report
+  from experiments.plans.chips import describe_pod, use_no_accelerator
+  from experiments.plans.figures import plan
+  from vera_jax.files import read_json, write_json
+  from vera_jax.train.config import check_settings
+
   use_no_accelerator()
   pod = describe_pod(TOPOLOGY.value)
   name = f"{Path(config.model.name).name}-{pod.name.replace(':', '-')}"

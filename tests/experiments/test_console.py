@@ -12,6 +12,7 @@ from experiments import cli, console, reference
 from experiments.settings import CONFIGS, settings
 from tests.experiments.command import ROOT
 from vera_jax.errors import UserError
+from vera_jax.progress import show_stage
 from vera_jax.terminal import Console
 
 HEAVY = {"jax", "flax", "transformers", "numpy", "pandas"}
@@ -117,6 +118,14 @@ def test_quiet_hushes_standard_error_alone(capsys, monkeypatch):
   captured = capsys.readouterr()
   assert captured.out == "a path " * 40 + "\n"  # in one piece, in a pipe
   assert captured.err == ""
+
+
+def test_what_is_done_now_is_for_a_terminal(capsys, monkeypatch):
+  show_stage("reading")
+  assert capsys.readouterr().err == ""
+  monkeypatch.setattr(Console, "is_terminal", True)
+  show_stage("reading")
+  assert capsys.readouterr().err == "reading ...\n"
 
 
 def test_a_result_as_json_has_standard_output_alone(capsys, monkeypatch):

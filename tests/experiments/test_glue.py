@@ -1,5 +1,6 @@
 """The command itself, as users type it."""
 
+import json
 from functools import partial
 
 import pytest
@@ -32,14 +33,16 @@ def test_a_target_that_matches_nothing_lists_the_layers(tiny_config, tmp_path):
 
 
 @pytest.mark.smoke
-def test_targets_from_the_command_line(flags):
+def test_targets_from_the_command_line(flags, tmp_path):
   targets = "--config.vera.targets=('query', 'key', 'output/dense')"
-  done = glue(*flags, targets)
+  done = glue(*flags, targets, "--json")
   assert done.returncode == 0, done.stderr
   # two layers of width 16, of four matched layers each, rank 8
   assert f"adapter {2 * 4 * (16 + 8)}" in done.stderr
   assert "epoch 1 of 1: accuracy" in done.stderr
-  assert "best epoch" in done.stdout
+  assert "best epoch" in done.stderr  # standard output has the result alone
+  written = json.loads((tmp_path / "run/result.json").read_text())
+  assert json.loads(done.stdout) == written
 
 
 @pytest.mark.slow
