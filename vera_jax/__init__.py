@@ -50,6 +50,7 @@ if TYPE_CHECKING:
   from vera_jax.adapters.merge import merge
   from vera_jax.adapters.projections import digest, make_pair
   from vera_jax.adapters.push import push_adapter
+  from vera_jax.adapters.table import METHODS as METHODS
   from vera_jax.adapters.table import (
     dora,
     dvora,
