@@ -82,7 +82,7 @@ OUTSIDE = Line2D(
   linestyle="none",
   color=BLACK,
   mfc="white",
-  label="outside, with its value",
+  label="off the axis",
 )
 SETTINGS = {  # by the figure's name
   "shots": Setting("shots", "training examples per class"),
@@ -424,6 +424,7 @@ def method_figure(
   """
   sized = table[table["adapter"] > 0].assign(rank=None).sort_values("score")
   sized = sized.drop_duplicates(["task", "method", "adapter"], keep="last")
+  sized = sized.sort_index()  # the methods in their order
   return _parameter_figure(sized, title=title, width=width)
 
 

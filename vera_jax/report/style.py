@@ -27,20 +27,20 @@ from vera_jax.report.words import words
 VERMILION, BLUE, GREEN = "#D55E00", "#0072B2", "#009E73"
 PURPLE, ORANGE, SKY, BLACK = "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 DASHES: Any = ("-", "--", "-.", ":")
-# A method's colour and marker are the same in all figures; methods that are
-# missing here share one.
+# A method's colour and marker are the same in all figures, and in grey the
+# marker alone tells it; methods that are missing here share one.
 METHOD_COLORS = {
   "vera": (BLUE, "o"),
   "lora": (VERMILION, "s"),
   "ia3": (ORANGE, "p"),
-  "dora": (VERMILION, "X"),
+  "dora": (VERMILION, "<"),
   "dvora": (BLUE, "X"),
   "pvera": (BLUE, "v"),
   "onelora": (BLUE, "P"),
-  "lora_fa": (VERMILION, "v"),
-  "lora_xs": (VERMILION, "h"),
-  "randlora": (VERMILION, "D"),
-  "unilora": (VERMILION, "P"),
+  "lora_fa": (VERMILION, ">"),
+  "lora_xs": (VERMILION, "H"),
+  "randlora": (VERMILION, "d"),
+  "unilora": (VERMILION, "h"),
   "bitfit": (GREEN, "^"),
   "norms": (GREEN, "D"),
   "head": (BLACK, "D"),
@@ -138,7 +138,7 @@ def grid(
   count = len(heights)
   columns = beside(count, width, least=least, most=most)
   rows = [max(heights[i : i + columns]) for i in range(0, count, columns)]
-  height = sum(rows) + 0.5
+  height = sum(rows) + 0.3
   figure = Figure(figsize=(width or TEXT, height), layout="constrained")
   if title and width is None:
     figure.suptitle(title, fontsize=9.5)
@@ -170,11 +170,15 @@ def legend(
     return
   longest = max(len(line) for name in named for line in name.splitlines())
   room = figure.get_figwidth() / (0.9 * LETTER * longest + 0.45)
+  columns = max(1, min(len(named), int(room)))
+  rows = -(-len(named) // columns) + bool(title)
+  # the panels keep their height
+  figure.set_figheight(figure.get_figheight() + 0.16 * rows)
   figure.legend(
     named.values(),
     named.keys(),
     loc="outside lower center",
-    ncols=max(1, min(len(named), int(room))),
+    ncols=columns,
     title=title,
   )
 
