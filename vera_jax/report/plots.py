@@ -1,6 +1,6 @@
 """The figures of a sweep: scores, learning curves, ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -265,16 +265,16 @@ def _panels(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
   if len(rows) <= ROWS:
     yield "", rows.assign(rest=rows["condition"])
     return
-  groups: list[pd.DataFrame] = []
+  panels = -(-len(rows) // ROWS)
   if len(by_method) == 1:
-    groups = [some for _, some in rows.groupby("rank", sort=False)]
-  for some in by_method if not groups else ():
-    if groups and len(groups[-1]) + len(some) <= ROWS:
-      groups[-1] = pd.concat([groups[-1], some])
-    else:
-      groups.append(some)
+    groups = [
+      some for _, some in rows.groupby("rank", sort=False, dropna=False)
+    ]
+  else:  # alike in size, if that takes no more panels
+    alike = _together(by_method, -(-len(rows) // panels))
+    groups = min(alike, _together(by_method, ROWS), key=len)
   if len(groups) == len(rows) or max(map(len, groups)) > ROWS:
-    parts = np.array_split(np.arange(len(rows)), -(-len(rows) // ROWS))
+    parts = np.array_split(np.arange(len(rows)), panels)
     groups = [rows.iloc[part] for part in parts]
   for some in groups:
     settings = [name.split(", ") for name in some["condition"]]
@@ -288,6 +288,17 @@ def _panels(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     ]
     named = words(", ".join(shared)) if shared else ""
     yield named, some.assign(rest=rest)  # the runs have their whole condition
+
+
+def _together(parts: Sequence[pd.DataFrame], most: int) -> list[pd.DataFrame]:
+  """Neighbours in one table, as far as it has so many rows at most."""
+  tables = [parts[0]]
+  for part in parts[1:]:
+    if len(tables[-1]) + len(part) <= most:
+      tables[-1] = pd.concat([tables[-1], part])
+    else:
+      tables.append(part)
+  return tables
 
 
 def _mark_outside(
