@@ -34,8 +34,12 @@ def anchors(page: str) -> set[str]:
 
 
 def lacking(page: str) -> list[str]:
-  """Sentences without a link."""
-  return [text for text in sentences(page) if not LINK.search(text)]
+  """Sentences without a link, but for the one that says for whom it is."""
+  return [
+    text
+    for text in sentences(page)
+    if not LINK.search(text) and not text.startswith("For those ")
+  ]
 
 
 def dead(page: str) -> list[str]:
