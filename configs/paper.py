@@ -115,7 +115,8 @@ REHEARSED = {
   "one run": (
     *("glue:base", "glue:large", "e2e:large", "instruct:llama_7b"),
     *("instruct:llama_13b", "instruct:llama2_7b"),
-    *("images:food101_base", "ablations:large"),
+    *("images:food101_base", "images:flowers102_base", "images:resisc45_base"),
+    *("images:cifar100_large", "images:food101_large", "ablations:large"),
   ),
 }
 

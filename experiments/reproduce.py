@@ -128,7 +128,7 @@ draws its scores included, up to the verdicts. `--tokenizers` takes folders
 byte-level ones of the same form stand in. It fails if a number of the paper has
 no verdict, but for those that need Java (METEOR, ROUGE-L, CIDEr) or a device
 that says its peak of memory, where there is none. `--one` trains one run of
-each sweep, and two where the number is a difference (Figure 2); the slow tests
+each sweep, and four of Figure 2's, whose number is a difference; the slow tests
 do so for a table of each task. In full it is {programs} programs for
 {runs} runs.
 
