@@ -74,6 +74,7 @@ def main() -> None:
       " questions' answers; put the other questions into a file of their own."
     )
   # Imported only now: a mistake in the flags is reported without the wait.
+  cli.say_importing()
   from vera_jax.data.templates import CHAT
   from vera_jax.generate import choices
   from vera_jax.serve import questions

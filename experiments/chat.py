@@ -44,6 +44,7 @@ Ctrl-C  stops an answer"""
 
 def main() -> None:
   DECODING.model.named()  # one of them is
+  cli.say_importing()
   how = DECODING.sampling()
   from vera_jax.data.templates import CHAT, PLAIN
   from vera_jax.data.tokenizer import load_tokenizer

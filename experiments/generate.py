@@ -86,6 +86,7 @@ def main() -> None:
       f"--chat is --template=chat, not {template}: give one of the two."
     )
   # Imported only now: a mistake in the flags is reported without the wait.
+  cli.say_importing()
   from vera_jax.generate.beam import Beam
   from vera_jax.generate.generator import Generator
 

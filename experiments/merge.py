@@ -59,6 +59,7 @@ def main() -> None:
   if MODEL.model.value:
     raise UserError("--model is for --format=gguf-f16 or gguf-q8_0.")
   # after the flags' errors
+  cli.say_importing()
   from vera_jax.export.hf import check_dtype, write_merged
   from vera_jax.files import check_free
 
@@ -72,6 +73,7 @@ def main() -> None:
 
 def write_as_gguf(out: Path) -> None:
   """Write --model, or the merged --adapter, as one file."""
+  cli.say_importing()
   from vera_jax.export import gguf as export_gguf  # after the flags' errors
   from vera_jax.export.hf import write_merged
 

@@ -45,6 +45,7 @@ from vera_jax.data.tables import (
 )
 from vera_jax.errors import UserError
 from vera_jax.places import local_copy
+from vera_jax.progress import show_stage
 from vera_jax.terminal import json_line, printable
 
 PLAIN = ("", ".txt")  # endings of what is read as TSV; "" for - as well
@@ -77,6 +78,7 @@ def main() -> None:
     return
   file_format = input_format(INPUT.value, INPUT_FORMAT.value)
   # Imported only now: a mistake in the flags is reported without the wait.
+  cli.say_importing()
   from vera_jax.data.texts import read_lines, read_texts
   from vera_jax.models.kinds import TAGS
   from vera_jax.serve.predictor import (
@@ -92,6 +94,7 @@ def main() -> None:
   bad = total = 0
   with cli.opened(INPUT.value) as file:
     classifier = MODEL.load()
+    show_stage("compiling, then answering")
     predictor = Predictor(classifier, max_length=MAX_LENGTH.value)
     columns = text_columns(classifier)
     check = predictor.task and predictor.task.to_texts
@@ -131,6 +134,7 @@ def main() -> None:
 def predict_images(source: Path) -> None:
   """Answer an image file, or a folder of them."""
   # after the flags' errors
+  cli.say_importing()
   from vera_jax.serve.image_predictor import ImagePredictor, answer_files
 
   inside = source if source.is_dir() else None
@@ -139,6 +143,7 @@ def predict_images(source: Path) -> None:
   if not files:
     raise UserError(f"{source} holds no image files.")
   predictor = ImagePredictor(MODEL.load())
+  show_stage("compiling, then answering")
   labels = predictor.labels
   if FORMAT.value == "tsv":
     print(_cells("file", "label", "score", *labels), flush=True)

@@ -115,6 +115,7 @@ def show_examples(config: ConfigDict, number: int) -> None:
   if number < 1:
     raise UserError(f"--preview={number}; give 1 or more.")
   # Imported only now: a mistake in the flags is reported without the wait.
+  cli.say_importing()
   from vera_jax.data.preview import preview
   from vera_jax.data.tokenizer import load_tokenizer
   from vera_jax.models.folder import resolve
