@@ -13,6 +13,8 @@ from pymdownx.slugs import slugify
 
 import vera_jax
 import vera_jax.nnx
+import vera_jax.peft_io
+import vera_jax.report
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB = "https://github.com/someone/vera_jax"
@@ -123,11 +125,13 @@ def test_what_a_page_loads_is_the_sites(html, hosts, hooks):
 
 def test_the_reference_has_every_public_name():
   pages = [x.read_text() for x in sorted((ROOT / "docs/api").glob("*.md"))]
-  named = {
-    name.rsplit(".")[-1] for name in re.findall("::: (.+)", "".join(pages))
-  }
-  methods = {*vera_jax.METHODS, "__version__"}  # in a table of methods.md
-  assert {*vera_jax.__all__} - methods <= named
+  names = re.findall("^::: (.+)", "".join(pages), flags=re.MULTILINE)
+  named = {name.rpartition(".")[2] for name in names}
+  assert len(names) == len({*names})
+  for package in (vera_jax, vera_jax.nnx, vera_jax.peft_io, vera_jax.report):
+    # methods are in a table of methods.md
+    public = {*package.__all__} - {*vera_jax.METHODS, "__version__"}
+    assert public <= named, package
 
 
 def test_every_page_says_for_whom_it_is():
