@@ -42,6 +42,7 @@ def pages() -> dict[str, str]:
 def commands_page() -> str:
   parts = [
     f"{BY}\n# Commands\n",
+    "For those who type commands, and those who read their exit codes.\n",
     "`pip install` puts the command `vera-jax` on the path; `python -m"
     " vera_jax` is the same. In a checkout, `python -m experiments.NAME` is the"
     " same as `vera-jax NAME`. `vera-jax COMMAND --help` lists the flags as"
@@ -85,6 +86,7 @@ def settings_page() -> str:
   keys = {setting.key for setting in of_all}
   parts = [
     f"{BY}\n# Settings\n",
+    "For those who change what a run does.\n",
     "Any of them is changed on the command line: `--config.optim.epochs=3`."
     " `vera-jax train --config=NAME --print_config` shows those of a config,"
     " with its own defaults. An empty default is not set.\n",

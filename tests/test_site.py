@@ -139,6 +139,5 @@ def test_every_page_says_for_whom_it_is():
   assert len(pages) > 30
   for path in [ROOT / "CONTRIBUTING.md", *pages]:
     page = path.read_text(encoding="utf-8")
-    if not page.startswith("<!-- written by"):  # tables of settings
-      first = page.split("\n\n")[1]
-      assert first.startswith(("For those ", "For everyone ")), path
+    first = page.split("\n\n")[1]
+    assert first.startswith(("For those ", "For everyone ")), path
