@@ -90,6 +90,16 @@ def test_a_report_is_tables_and_figures(tmp_path, capsys, monkeypatch):
   assert page.endswith(capsys.readouterr().out)
 
 
+def test_verdicts_keep_the_papers_numbers_where_it_is_narrow():
+  row = {"table": "2", "row": "large VeRA 1024", "column": "CoLA"}
+  row |= {"paper": "68.0 ± 0.8", "ours": "67.51", "may differ by": "± 1.20"}
+  cells = pd.DataFrame([{**row, "runs": "5", "verdict": "within", "note": ""}])
+  for width in (40, 60):
+    table = tables.for_terminal(cells, "Against the paper", width=width)
+    names = [str(column.header) for column in table.columns]
+    assert {"paper", "ours", "verdict"} <= {*names}
+
+
 @pytest.mark.slow
 def test_the_quickstart_compares_head_and_vera(
   tiny_config, tmp_path, monkeypatch, capsys

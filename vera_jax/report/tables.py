@@ -238,8 +238,10 @@ def for_terminal(cells: pd.DataFrame, title: str, *, width: int) -> Table:
       shown[name] = shown[name].str.replace(" (", "\n(")
       longest = shown[name].str.split("\n").map(lambda x: max(map(len, x)))
       headings[name] = "\n".join(_heading(str(name), longest.max()))
-    widths = _widths(shown, headings).drop(LEFT, errors="ignore")
-    for name in [x for x in widths.index if x.startswith("paper")]:
+    widths = _widths(shown, headings).drop([*LEFT], errors="ignore")
+    # verdicts are about the paper's numbers, and keep them
+    paper = [x for x in widths.index if x.startswith("paper")]
+    for name in paper if "method" in shown else ():
       if _total(widths) + NARROW > width:
         spared.append(name)
         shown, widths = shown.drop(columns=name), widths.drop(name)
