@@ -251,7 +251,7 @@ def test_a_stack_is_its_layers_one_after_another(name, axis, mode):
       for p, x in flatten_dict(tree_of(model)).items()
       if METHODS[name].owns(p[-1])
     }
-    set_values(model, own, kind=nnx.LoRAParam)
+    set_values(model, own, only=nnx.LoRAParam)
   y, gradient, merged = in_graph_mode(looped, X)
   with nnx.set_graph_mode(MODES[mode]):
     run = in_graph_mode if MODES[mode] else in_tree_mode

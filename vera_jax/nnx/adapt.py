@@ -14,25 +14,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import update_wrapper, wraps
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.filterlib import Filter, Not, to_predicate
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from vera_jax.adapters import saved
 from vera_jax.adapters.apply import check_choices, check_links
 from vera_jax.adapters.intercept import Interception, Piece
-from vera_jax.adapters.interface import (
-  EMPTY,
-  Adapter,
-  Path,
-  Site,
-  Target,
-)
+from vera_jax.adapters.interface import EMPTY, Adapter, Path, Site, Target
 from vera_jax.adapters.kinds.embed import table_site
 from vera_jax.adapters.merge import merge as merge_tree
 from vera_jax.adapters.methods import make_adapter
@@ -47,11 +42,12 @@ from vera_jax.adapters.sites import (
 from vera_jax.adapters.targets import Reasons, check_parts, choose, with_parts
 from vera_jax.errors import UserError
 from vera_jax.nnx.layers import (
-  OWNS,
   PLACE,
   QWIX,
+  ROOT,
   UNADAPTED,
   Projection,
+  Seen,
   bare,
   beside_qwix,
   see,
@@ -63,10 +59,10 @@ from vera_jax.nnx.twins import check_biases, twin_of
 from vera_jax.operations.quantised import is_quantised
 from vera_jax.patterns import find
 
-ROOT = "adapted_by"  # a field of the model's class, with its `Adaptation`
-NUMBER = "number_in_stack"  # and with its number, where a method draws numbers
+NUMBER = "number_in_stack"  # a layer's, where a method draws numbers
 PROJECTIONS = ("made", "held")
 STACK_AXES = (0, 1)  # a vector has no others
+PARAMS = Not(Projection)  # of the base and the adapter
 
 
 class Part(nnx.Module):
@@ -101,17 +97,16 @@ class Adaptation(Interception):
         f"{self.adapter.name} has leaves that all layers share, at the model's"
         " root: call the whole model, and not a layer of it."
       )
-    leaves = {} if root is None else _values(root, nnx.LoRAParam)
-    variables = {
-      "params": self.adapter.own(leaves),
-      "projections": self.shared_at(root),
-    }
-    return replace(self, variables=variables)
+    leaves = self.adapter.own(_values(root, nnx.LoRAParam))
+    projections = self.shared_at(root)
+    return replace(
+      self, variables={"params": leaves, "projections": projections}
+    )
 
   def shared_at(self, root: nnx.Module | None) -> Mapping[str, Any]:
     """The projections of all layers: those that the model holds, or made anew
     from their seed."""
-    held = {} if root is None else _values(root, Projection)
+    held = _values(root, Projection)
     if held or self.adapter.shared is None or self.adapter.from_base:
       return held
     return arrays_at(self.adapter.shared(self.sites))
@@ -123,16 +118,14 @@ class Adaptation(Interception):
       UserError: the table of methods has no such method.
     """
     about = saved.identity(self)
-    named = about["method"], about["settings"]
-    make_adapter(*named)
+    method = about["method"], about["settings"]
+    make_adapter(*method)
     choices = self.targets, about["fused"], self.plan, self.forwards
-    return _adaptation, (*named, self.sites, choices)
+    return _adaptation, (method, choices, self.sites)
 
 
-def _adaptation(
-  method: str, settings: Any, sites: Any, choices: tuple[Any, Any, Any, Any]
-) -> Adaptation:
-  return Adaptation(make_adapter(method, settings)[0], *choices, sites=sites)
+def _adaptation(method: Any, choices: Any, sites: Any) -> Adaptation:
+  return Adaptation(make_adapter(*method)[0], *choices, sites=sites)
 
 
 class Training(NamedTuple):
@@ -207,7 +200,7 @@ def adapt(
     what = f"the class {model.__name__}" if isinstance(model, type) else model
     raise UserError(f"The model is {what!s}; give a module of flax.nnx.")
   check_choices(adapter, targets)
-  modules = modules_of(model)
+  twin, modules = twin_of(model), modules_of(model)
   if any(hasattr(type(module), UNADAPTED) for module in modules.values()):
     raise UserError(
       "The model has an adapter already: put both on at once, by"
@@ -218,16 +211,10 @@ def adapt(
   patterns, plan = tuple(targets), check_plan(plan)
   adaptation = Adaptation(adapter, patterns, fused, plan, forwards, sites=sites)
   params = tree_of(model, sites=sites)
-  for path, leaf in flatten_dict(params).items():
-    name = "/".join(path)
-    if adapter.trains and find(adapter.trains, name) and is_quantised(leaf):
-      raise UserError(f"{name} is quantised by qwix: it can't be trained.")
   matrices = make_shared(adapter, sites, params)
   key = (rngs or nnx.Rngs(0)).params()
   leaves = first_leaves(adapter, sites, params, matrices, key)
-  twin = twin_of(model)
-  if twin.modules:
-    check_biases(twin, adapter, sites, params, leaves, matrices)
+  check_biases(twin, adapter, sites, params, leaves, matrices)
   added: dict[Path, nnx.Variable] = {}
   for path, leaf in flatten_dict(leaves).items():
     added[path] = nnx.LoRAParam(stacked(leaf, sites.get(path[:-1])))
@@ -245,25 +232,23 @@ def adapt(
         f"{'/'.join(path) or 'The model'} has a field {name!r} already, which"
         f" {adapter.name} would need for a matrix of its own."
       )
+  for path, variable, _ in variables_of(model):
+    name = "/".join(twin.leaf(path)[0])
+    if adapter.trains and find(adapter.trains, name):  # leaves of the base
+      if is_quantised(value_of(variable)):
+        raise UserError(f"{name} is quantised by qwix: it can't be trained.")
+      added[path] = _as(nnx.LoRAParam, variable)
   for path, variable in added.items():
     if path[:-1] not in modules:
-      owner = modules[path[:-2]]
       modules[path[:-1]] = Part()
-      setattr(owner, path[-2], modules[path[:-1]])
+      setattr(modules[path[:-2]], path[-2], modules[path[:-1]])
     setattr(modules[path[:-1]], path[-1], variable)
-  for path, module in modules.items():  # what a method trains of the base
-    for name in values_of(module):
-      leaf = twin.leaf((*path, name))[0]
-      if adapter.trains and find(adapter.trains, "/".join(leaf)):
-        variable = vars(module)[name]
-        trained = nnx.LoRAParam(variable.get_value(), **variable.get_metadata())
-        setattr(module, name, trained)
-  for path, target in sites.items():
-    owner = modules[layer_path(path, target)]
-    if PLACE not in vars(owner):  # of several parts the first one
-      setattr(owner, PLACE, "/".join(layer_path(path, target)))
-      kernel = target.view.kernel
-      owner.__class__ = _derived(adaptation, type(owner), kernel)
+  for path, site in sites.items():
+    layer = layer_path(path, site)
+    if PLACE not in vars(modules[layer]):  # of several parts the first one
+      setattr(modules[layer], PLACE, "/".join(layer))
+      base, kernel = type(modules[layer]), site.view.kernel
+      modules[layer].__class__ = _derived(adaptation, base, kernel)
   model.__class__ = _derived(adaptation, type(model))
   return model
 
@@ -330,26 +315,24 @@ def _readings(
   readings: list[Target] = []
   for axis in axes:
     seen = see(module, type(module), axis)
-    if seen is None or isinstance(seen, str):
+    if not isinstance(seen, Seen):
       return seen
-    view, own, outputs = seen
-    params = values_of(module)
-    shape = params[view.kernel].shape
+    params, kernel = values_of(module), seen.view.kernel
+    shape, own = params[kernel].shape, seen.shape
     more = len(shape) - len(own)
     stack = shape[axis : axis + more]
-    bias = params["bias"].shape if "bias" in params else (*own[:axis], *stack)
-    start = min(axis, len(bias) - more)
+    fits = (*shape[:axis], *shape[axis + more :]) == own and all(
+      x.shape[min(axis, x.ndim - more) :][:more] == stack
+      for x in params.values()
+    )
     # where MaxText notes it
-    noted = getattr(vars(module)[view.kernel], "param_scan_axis", axis)
-    if (
-      (*shape[:axis], *shape[axis + more :]) == own
-      and bias[start : start + more] == stack
-      and noted == axis
-    ):
-      inputs, at = math.prod(own) // outputs, axis if stack else 0
-      readings.append(Target(inputs, outputs, stack, None, view, at))
+    noted = getattr(vars(module)[kernel], "param_scan_axis", axis)
+    if fits and noted == axis:
+      inputs, outputs = math.prod(seen.inputs), math.prod(seen.outputs)
+      at = axis if stack else 0
+      readings.append(Target(inputs, outputs, stack, None, seen.view, at))
   return list(dict.fromkeys(readings)) or (
-    f"its {view.kernel} has the shape {shape}, and not {own} with the axis of a"
+    f"its {kernel} has the shape {shape}, and not {own} with the axis of a"
     f" stack at {' or '.join(map(str, axes))}"
   )
 
@@ -373,26 +356,20 @@ def modules_of(model: nnx.Module) -> dict[Path, nnx.Module]:
   has a linen twin here has the twin's paths. flax keeps the order of a model's
   fields when the model is taken apart and put together again.
   """
-  by_parts = dict(nnx.iter_modules(model))
 
-  def order(parts: Sequence[Any]) -> list[int]:
+  def order(path: Sequence[Any]) -> list[int]:
     numbers: list[int] = []
     node: Any = model
-    for part in parts:
-      if isinstance(part, int):
-        numbers.append(part)
-        node = node[part]
-      else:
-        fields = getattr(node, "_pytree__nodes", node)
-        numbers.append(list(fields).index(part))
-        node = vars(node)[part] if isinstance(node, nnx.Pytree) else node[part]
+    for part in path:
+      names = list(getattr(node, "_pytree__nodes", node))
+      is_entry = isinstance(part, int)
+      numbers.append(part if is_entry else names.index(part))
+      is_item = is_entry or not isinstance(node, nnx.Pytree)
+      node = node[part] if is_item else vars(node)[part]
     return numbers
 
-  twin = twin_of(model)
-  modules = {
-    twin.module(named(p)): by_parts[p] for p in sorted(by_parts, key=order)
-  }
-  return {path: modules[path] for path in sorted(modules, key=twin.order)}
+  twin, modules = twin_of(model), dict(nnx.iter_modules(model))
+  return {twin.module(named(p)): modules[p] for p in sorted(modules, key=order)}
 
 
 def named(path: Sequence[Any]) -> Path:
@@ -406,52 +383,53 @@ def named(path: Sequence[Any]) -> Path:
   return tuple(names)
 
 
+def variables_of(
+  model: nnx.Module, sites: Mapping[Path, Target] = EMPTY
+) -> Iterator[tuple[Path, Any, Target | None]]:
+  """What holds parameters, an adapter's too: its path, the variable, and the
+  site that it belongs to, of the model's adapter or of those that are given."""
+  adaptation = getattr(type(model), ROOT, None)
+  sites = adaptation.sites if adaptation else sites
+  # by the paths of the layers and parts that they are
+  owners = {layer_path(path, site): site for path, site in sites.items()}
+  owners |= sites
+  for path, module in modules_of(model).items():
+    for name, variable in vars(module).items():
+      if value_of(variable) is not None:
+        yield (*path, name), variable, owners.get(path)
+
+
 def tree_of(
   model: nnx.Module,
+  only: Filter = ...,
   *,
-  without: type[nnx.Variable] | tuple[()] = (),
-  sites: Mapping[Path, Target] | None = None,
+  sites: Mapping[Path, Target] = EMPTY,
 ) -> dict[str, Any]:
   """The model's parameters as the tree of a linen model, with the adapter's.
 
   Args:
     model: with an adapter or without one.
-    without: a kind of variables that are left out.
-    sites: of the model, those of its adapter where none are given; their
-      stacks are put in front.
+    only: which variables are taken.
+    sites: of a model without an adapter; their stacks are put in front.
   """
-  flat: dict[Path, Any] = {}
-  by_module = _by_module(model, sites)
-  for path, module in modules_of(model).items():
-    for name, variable in vars(module).items():
-      if (value := value_of(variable, without=without)) is not None:
-        flat[*path, name] = stacked(value, by_module.get(path), front=True)
-  return unflatten_dict(flat)
+  is_taken = to_predicate(only)
+  return unflatten_dict(
+    {
+      path: stacked(value_of(variable), site, front=True)
+      for path, variable, site in variables_of(model, sites)
+      if is_taken(path, variable)
+    }
+  )
 
 
 def set_values(
-  model: nnx.Module,
-  flat: Mapping[Path, Any],
-  *,
-  kind: type[nnx.Variable] = nnx.Param,
+  model: nnx.Module, flat: Mapping[Path, Any], only: Filter = ...
 ) -> None:
-  """Give an adapted model's variables of a kind the values of a linen tree."""
-  by_module = _by_module(model)
-  for path, module in modules_of(model).items():
-    for name, variable in vars(module).items():
-      if isinstance(variable, kind) and (*path, name) in flat:
-        value = stacked(flat[*path, name], by_module.get(path))
-        variable.set_value(value)
-
-
-def _by_module(
-  model: nnx.Module, sites: Mapping[Path, Target] | None = None
-) -> dict[Path, Target]:
-  """The sites by the paths of the layers and parts that they are."""
-  if sites is None:
-    sites = getattr(getattr(type(model), ROOT, None), "sites", {})
-  layers = {layer_path(path, site): site for path, site in sites.items()}
-  return layers | dict(sites)
+  """Give an adapted model's variables the values of a linen tree."""
+  is_taken = to_predicate(only)
+  for path, variable, site in variables_of(model):
+    if path in flat and is_taken(path, variable):
+      variable.set_value(stacked(flat[path], site))
 
 
 def adaptation_of(model: nnx.Module) -> Adaptation:
@@ -466,7 +444,7 @@ def adaptation_of(model: nnx.Module) -> Adaptation:
   return adaptation
 
 
-def _derived(adaptation: Adaptation, base: Any, kernel: str = "") -> type:
+def _derived(adaptation: Adaptation, base: type, kernel: str = "") -> type:
   """The class of an adapted layer, whose call makes the adapted product, or,
   without a kernel, of the model, whose call gives its layers what they share.
 
@@ -502,16 +480,8 @@ def _derived(adaptation: Adaptation, base: Any, kernel: str = "") -> type:
     _, _, *state = base.__reduce_ex__(self, protocol)
     return _new, (adaptation, base, kernel), *state
 
-  body: dict[str, Any] = {
-    ROOT: adaptation,
-    UNADAPTED: base,
-    OWNS: adaptation.adapter.owns,
-    "__call__": call,
-    "__reduce_ex__": reduce,
-    "__module__": base.__module__,
-    "__qualname__": base.__qualname__,
-    "__doc__": base.__doc__,
-  }
+  body = {ROOT: adaptation, UNADAPTED: base}
+  body |= {"__call__": call, "__reduce_ex__": reduce}
   if kernel:
     body["__getattribute__"] = read
   if kernel and issubclass(base, nnx.Embed):
@@ -522,6 +492,7 @@ def _derived(adaptation: Adaptation, base: Any, kernel: str = "") -> type:
 
     body["attend"] = attend
   derived = type(base)(base.__name__, (base,), body)
+  update_wrapper(derived, base, updated=())
   if not kernel:
     setattr(derived, QWIX, derived)  # so that qwix derives its class from this
   adaptation.classes[base, kernel] = derived
@@ -587,12 +558,19 @@ def _pieces(calls: Interception, layer: nnx.Module, site: Site) -> list[Piece]:
   return list(calls.pieces(site, leaves, matrices))
 
 
-def _values(module: nnx.Module, kind: type[nnx.Variable]) -> dict[str, Any]:
+def _values(
+  module: nnx.Module | None, kind: type[nnx.Variable]
+) -> dict[str, Any]:
+  """The values of a kind that lie in a module itself."""
   return {
     name: variable.get_value()
-    for name, variable in vars(module).items()
+    for name, variable in (vars(module) if module else {}).items()
     if isinstance(variable, kind)
   }
+
+
+def _as(kind: type[nnx.Variable], variable: nnx.Variable) -> nnx.Variable:
+  return kind(variable.get_value(), **variable.get_metadata())
 
 
 def merge(model: nnx.Module) -> nnx.Module:
@@ -604,11 +582,12 @@ def merge(model: nnx.Module) -> nnx.Module:
     UserError: the model has no adapter, or it is on layers that qwix quantised.
   """
   adaptation = adaptation_of(model)
-  flat = flatten_dict(tree_of(model, without=Projection))
+  adapter, sites = adaptation.adapter, adaptation.sites
+  flat = flatten_dict(tree_of(model, PARAMS))
   coded = {path for path, leaf in flat.items() if is_quantised(leaf)}
-  for path, target in adaptation.sites.items():
+  for path, target in sites.items():
     layer = layer_path(path, target)
-    if (*layer, target.view.kernel) in coded and adaptation.adapter.weights:
+    if (*layer, target.view.kernel) in coded and adapter.weights:
       raise UserError(
         f"The kernel of {'/'.join(layer)} is quantised by qwix, and the adapted"
         " weights have no such codes. Save the adapter, load it on the plain"
@@ -616,16 +595,9 @@ def merge(model: nnx.Module) -> nnx.Module:
       )
   params = unflatten_dict({p: x for p, x in flat.items() if p not in coded})
   projections = projections_of(model)
-  merged = flatten_dict(
-    merge_tree(
-      params,
-      projections,
-      adapter=adaptation.adapter,
-      targets=adaptation.sites,
-    )
-  )
+  merged = merge_tree(params, projections, adapter=adapter, targets=sites)
   plain = nnx.clone(model)
-  set_values(plain, merged)
+  set_values(plain, flatten_dict(merged))
   return remove(plain)
 
 
@@ -637,18 +609,14 @@ def remove(model: nnx.Module) -> nnx.Module:
   Raises:
     UserError: the model has no adapter.
   """
-  adapter = adaptation_of(model).adapter
+  owns = adaptation_of(model).adapter.owns
   for module in modules_of(model).values():
+    module.__class__ = getattr(type(module), UNADAPTED, type(module))
     for name, value in list(vars(module).items()):
-      if isinstance(value, nnx.LoRAParam) and not adapter.owns(name):
-        plain = nnx.Param(value.get_value(), **value.get_metadata())
-        setattr(module, name, plain)
-    if (base := vars(type(module)).get(UNADAPTED)) is None:
-      continue
-    module.__class__ = base
-    for name, value in list(vars(module).items()):
-      is_leaf = isinstance(value, nnx.LoRAParam) and adapter.owns(name)
-      if is_leaf or isinstance(value, Part | Projection) or name == PLACE:
+      is_leaf = isinstance(value, nnx.LoRAParam)
+      if is_leaf and not owns(name):
+        setattr(module, name, _as(nnx.Param, value))
+      elif is_leaf or isinstance(value, Part | Projection) or name == PLACE:
         delattr(module, name)
   return model
 
@@ -673,10 +641,6 @@ def projections_of(model: nnx.Module) -> dict[str, Any]:
     UserError: the model has no adapter.
   """
   shared = adaptation_of(model).shared_at(model)
-  tree: dict[Path, Any] = {(name,): value for name, value in shared.items()}
-  by_module = _by_module(model)
-  for path, module in modules_of(model).items():
-    for name, value in _values(module, Projection).items():
-      if name != NUMBER:
-        tree[*path, name] = stacked(value, by_module.get(path), front=True)
-  return unflatten_dict(tree)
+  tree = flatten_dict(tree_of(model, Projection))
+  tree = {path: x for path, x in tree.items() if path[-1] != NUMBER}
+  return unflatten_dict({(name,): x for name, x in shared.items()} | tree)

@@ -27,18 +27,18 @@ from vera_jax.models.folder import resolve
 from vera_jax.models.hf_weights import fingerprint, load_params, read_model
 from vera_jax.models.kinds import KINDS, WORDS
 from vera_jax.nnx.adapt import (
+  PARAMS,
   Adaptation,
   adapt,
   adaptation_of,
   modules_of,
-  named,
   projections_of,
   remove,
   set_values,
   stacked,
   tree_of,
 )
-from vera_jax.nnx.layers import Projection, lora_shapes
+from vera_jax.nnx.layers import Seen, see
 from vera_jax.nnx.twins import twin_of
 from vera_jax.operations.quantised import plain
 from vera_jax.pretrained.blueprint import blueprint
@@ -148,9 +148,9 @@ def _set_leaves(
     base_fingerprint=weights,
   )
   leaves = flatten_dict(loaded["params"])
-  params = flatten_dict(tree_of(model, without=Projection))
+  params = flatten_dict(tree_of(model, PARAMS))
   named_here = {p: twin.value(p, leaves, x.shape) for p, x in params.items()}
-  set_values(model, named_here, kind=nnx.LoRAParam)
+  set_values(model, named_here, nnx.LoRAParam)
 
 
 def _check_weights(
@@ -216,7 +216,7 @@ def table(model: nnx.Module) -> str:
   return summary.table(adaptation, sites, unflatten_dict(_base(model)), {})
 
 
-def to_lora(model: nnx.Module) -> Any:  # an `nnx.State`
+def to_lora(model: nnx.Module) -> nnx.State[Any, Any]:
   """The adapter as LoRA with alpha = r, exactly, under qwix's names.
 
   `kernel_lora_a` and `kernel_lora_b` are what samplers take that know LoRA
@@ -237,34 +237,31 @@ def to_lora(model: nnx.Module) -> Any:  # an `nnx.State`
     raise UserError(f"{'/'.join(parts[0])} is a part of a kernel: merge it.")
   projections = projections_of(model)
   with jax.default_matmul_precision("highest"):
-    twin = twin_of(model)
-    on_weights = all_sites(adapter, twin.sites(sites), params, projections)
+    of_twin = twin_of(model).sites(sites)
+    on_weights = all_sites(adapter, of_twin, params, projections)
     factors = map_sites(
       lambda site, leaves: exact_factors(low_rank(leaves, site)),
       on_weights,
       projections,
       own_leaves(adapter, on_weights, params),
     )
-  lora = {}
-  paths = {
-    twin.module(named(path)): path for path, _ in nnx.iter_modules(model)
-  }
-  modules = modules_of(model)
-  for path, pair in factors.items():
-    site = sites[path]
-    kernel, stack = site.view.kernel, site.stack
-    ins, outs = lora_shapes(modules[path], site.axis)
+  plain = nnx.clone(model)
+  modules = modules_of(remove(plain))
+  for path, (down, up) in factors.items():
+    site, module = sites[path], modules[path]
+    seen = see(module, type(module), site.axis)
+    assert isinstance(seen, Seen)
     for letter, matrix, shape in (
-      ("a", pair[0], (*stack, *ins, -1)),
-      ("b", pair[1], (*stack, pair[1].shape[-2], *outs)),
+      ("a", down, (*site.stack, *seen.inputs, -1)),
+      ("b", up, (*site.stack, up.shape[-2], *seen.outputs)),
     ):
       value = nnx.LoRAParam(stacked(matrix.reshape(shape), site))
-      lora[*paths[path], f"{kernel}_lora_{letter}"] = value
-  return nnx.from_flat_state(list(lora.items()))
+      setattr(module, f"{site.view.kernel}_lora_{letter}", value)
+  return nnx.state(plain, nnx.LoRAParam)
 
 
 def _params(model: nnx.Module) -> dict[str, Any]:
   """Parameters and the adapter's leaves, without projections, as a file has
   them: of a model whose linen twin is here, the twin's."""
-  flat = flatten_dict(tree_of(model, without=Projection))
+  flat = flatten_dict(tree_of(model, PARAMS))
   return unflatten_dict(twin_of(model).tree(flat))

@@ -11,14 +11,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vera_jax.adapters.interface import Adapter, Path, Target, View
-from vera_jax.adapters.labels import join
-from vera_jax.adapters.merge import merge
-from vera_jax.adapters.sites import role_of
+from vera_jax.adapters.interface import Adapter, Path, Site, Target, View
+from vera_jax.adapters.sites import all_sites, map_sites, own_leaves, role_of
 from vera_jax.errors import UserError
 from vera_jax.nnx.layers import QWIX, UNADAPTED
 from vera_jax.operations.quantised import plain
@@ -144,26 +141,23 @@ def check_biases(
     twin, adapter, sites: as `adapt` has them.
     params, leaves, projections: the model's, and the adapter's.
   """
-  flat = flatten_dict(params)
-  biases = {(*path, "bias") for path in sites}
-  biases &= {twin.leaf(path)[0] for path in flat}
-  base = twin.tree(flat) if biases else {}
-  if any(isinstance(base[path], jax.core.Tracer) for path in biases):
-    return  # only shapes are asked for
-
-  @jax.jit
-  def adapted(base: Any, leaves: Any, projections: Any) -> dict[Path, Any]:
-    changed = join(unflatten_dict(base), jax.tree.map(lambda x: x + 1, leaves))
-    linen = twin.sites(sites)
-    merged = merge(changed, projections, adapter=adapter, targets=linen)
-    return {path: flatten_dict(merged)[path] for path in biases}
-
-  if not biases:
+  of_twin = twin.sites(sites) if twin.modules else {}
+  weights = adapter.weights
+  if weights is None or not of_twin:
     return
-  for path, bias in adapted(base, leaves, projections).items():
-    if not jnp.array_equal(bias, base[path]):
+
+  def check(site: Site, own: Any) -> None:
+    if weights(own, site)[1] is not site.bias:
       raise UserError(
-        f"{adapter.name} scales the bias of {'/'.join(path[:-1])}, which this"
+        f"{adapter.name} scales the bias of {'/'.join(site.path)}, which this"
         " model adds outside of the layer, where it is not adapted. Leave the"
         " layer out of the targets."
       )
+
+  def on_shapes(flat: Any, leaves: Any, projections: Any) -> None:
+    params = unflatten_dict(twin.tree(flat) | flatten_dict(leaves))
+    all_of_twin = all_sites(adapter, of_twin, params, projections)
+    own = own_leaves(adapter, all_of_twin, params)
+    map_sites(check, all_of_twin, projections, own)
+
+  jax.eval_shape(on_shapes, flatten_dict(params), leaves, projections)

@@ -4,6 +4,7 @@ Which product such a layer makes is unknown; which kernel it has is not. So its
 own code runs, on the adapted kernel.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -32,11 +33,38 @@ def by_own_code(
   if not arrays:
     return "its class has a call of its own, which was given no array"
 
+  return folded_call(
+    params,
+    view,
+    outputs,
+    arrays[0],
+    lambda changed: bound_call(
+      layer, changed, lambda layer: layer(*args, **kwargs)
+    ),
+  )
+
+
+def folded_call(
+  params: Params,
+  view: View,
+  outputs: int,
+  x: Array,
+  run: Callable[[Params], Any],
+) -> LayerCall:
+  """A call of which only the kernel is known: adapted by folding.
+
+  Args:
+    params, view, outputs: of the layer.
+    x: what it is called with.
+    run: the layer's own code, with other values of some parameters.
+  """
+  name = view.kernel
+
   def own_code(kernel: Array, bias: Array | None) -> Any:
     changed = {name: own_kernel(kernel, params[name].shape, (), view)}
     if bias is not None:
       changed["bias"] = bias.reshape(params["bias"].shape)
-    return bound_call(layer, changed, lambda layer: layer(*args, **kwargs))
+    return run(changed)
 
   site = site_of(
     params,
@@ -44,9 +72,9 @@ def by_own_code(
     outputs,
     dtype=params[name].dtype,
     bias=flat_bias(params, ()),
-    rows=arrays[0].size // arrays[0].shape[-1],
+    rows=x.size // x.shape[-1],
   )
-  return LayerCall(site, arrays[0], own_code=own_code)
+  return LayerCall(site, x, own_code=own_code)
 
 
 OWN_CODE.append(by_own_code)
