@@ -251,7 +251,7 @@ def test_a_stack_is_its_layers_one_after_another(name, axis, mode):
       for p, x in flatten_dict(tree_of(model)).items()
       if METHODS[name].owns(p[-1])
     }
-    set_values(model, own, only=nnx.LoRAParam)
+    set_values(model, own)
   y, gradient, merged = in_graph_mode(looped, X)
   with nnx.set_graph_mode(MODES[mode]):
     run = in_graph_mode if MODES[mode] else in_tree_mode
@@ -331,7 +331,7 @@ def test_on_a_mesh_it_is_the_same(kind):
       rows = PartitionSpec("data", None) if explicit else None
       return self.down(nnx.tanh(self.up(x)), out_sharding=rows)
 
-  mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+  mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
   with jax.set_mesh(mesh):
     x = jax.device_put(X, NamedSharding(mesh, PartitionSpec("data", None)))
     model = Sharded(nnx.Rngs(0))
@@ -342,6 +342,38 @@ def test_on_a_mesh_it_is_the_same(kind):
     y, gradient, merged = in_graph_mode(move(model), x)
     np.testing.assert_allclose(merged, y, rtol=2e-6, atol=2e-6)
     assert len(jax.tree.leaves(gradient)) == 4
+    vera_jax.nnx.remove(model)
+    lora_xs = METHODS["lora_xs"]  # of the base's kernels, which are split
+    y = nnx.jit(call)(vera_jax.nnx.adapt(model, lora_xs, targets=["up"]), x)
+    np.testing.assert_allclose(y, before, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_added_lies_where_the_base_does(tmp_path):
+  mesh = jax.make_mesh((2, 4), ("data", "model"))
+
+  def base():
+    model = Net(nnx.Rngs(0))
+    spread = NamedSharding(mesh, PartitionSpec(None, "data"))
+    for layer in (model.first, model.second):
+      layer.kernel.set_value(jax.device_put(layer.kernel.get_value(), spread))
+    return model
+
+  def adapt(name, projections):
+    return vera_jax.nnx.adapt(
+      base(), METHODS[name], targets=["first"], projections=projections
+    )
+
+  vera_jax.nnx.save(tmp_path, move(adapt("dora", "made")))
+  models = [
+    adapt("factored", "held"),
+    adapt("unique", "made"),
+    vera_jax.nnx.load(tmp_path, base()),
+  ]
+  for model in models:
+    added = nnx.state(model, (nnx.LoRAParam, vera_jax.nnx.Projection))
+    assert jax.tree.leaves(added)
+    for leaf in jax.tree.leaves(added):
+      assert leaf.sharding.device_set == set(mesh.devices.flat)
 
 
 class Called(nn.Module):

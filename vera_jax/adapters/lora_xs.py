@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vera_jax.adapters.interface import (
   Adapter,
@@ -51,6 +52,10 @@ def make_lora_xs(s: Settings) -> Adapter:
     for path, site in sites.items():
       assert isinstance(site, Site)  # widths alone have no singular vectors
       kernel = site.kernel().astype(jnp.float32)
+      if any((split := jax.typeof(kernel).sharding).spec):
+        # split over a mesh of explicit axes: a decomposition needs all of it
+        whole = NamedSharding(split.mesh, PartitionSpec())
+        kernel = jax.sharding.reshard(kernel, whole)
       U, S, V = jnp.linalg.svd(kernel, full_matrices=False)
       U, S, V = U[..., : s.rank], S[..., None, : s.rank], V[..., : s.rank, :]
       largest = jnp.argmax(abs(U), axis=-2, keepdims=True)

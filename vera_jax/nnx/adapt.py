@@ -23,6 +23,7 @@ from flax import nnx
 from flax.nnx.filterlib import Filter, Not, to_predicate
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from vera_jax.adapters import saved
 from vera_jax.adapters.apply import check_choices, check_links
@@ -50,6 +51,7 @@ from vera_jax.nnx.layers import (
   Seen,
   bare,
   beside_qwix,
+  check_activations,
   see,
   see_call,
   value_of,
@@ -110,6 +112,115 @@ class Adaptation(Interception):
     if held or self.adapter.shared is None or self.adapter.from_base:
       return held
     return arrays_at(self.adapter.shared(self.sites))
+
+  @beside_qwix
+  def call(self, layer: Any, base: type, args: Any, kwargs: Any) -> Any:
+    """A call of an adapted layer, wherever in the model it lies."""
+    calls = _CALLS.get() or self.called(None)
+    path = tuple(vars(layer)[PLACE].split("/"))
+    call = see_call(layer, base, args, kwargs)
+    if isinstance(call, str):
+      name = "/".join(path)
+      raise UserError(f"{name} can't be adapted in this call: {call}.")
+    call = call._replace(site=call.site._replace(path=path))
+    training, key = _TRAINING.get(), None
+    if training is not None and self.adapter.is_random:
+      of_layer = zlib.crc32("/".join(path).encode())
+      key = jax.random.fold_in(training.key, of_layer)
+      if NUMBER in vars(layer):
+        key = jax.random.fold_in(key, vars(layer)[NUMBER].get_value()[0])
+    quantised = is_quantised(values_of(layer)[call.site.view.kernel])
+    y, penalties = calls.product(
+      call,
+      calls.pieces_at(layer, call.site),
+      remake=quantised and self.forwards == 1,
+      draw=None if key is None else lambda: key,
+    )
+    if training is not None:
+      training.penalties.extend(penalties)
+    return y
+
+  @beside_qwix
+  def attend(self, layer: Any, base: Any, args: Any, kwargs: Any) -> Any:
+    """The tied output layer, by flax's own code on the adapted table."""
+    calls = _CALLS.get() or self.called(None)
+    table = values_of(layer)["embedding"]
+    path = tuple(vars(layer)[PLACE].split("/"))
+    site = table_site(base.__name__, table)._replace(path=path)
+    adapted, _ = calls.whole_weights(calls.pieces_at(layer, site))
+    changed = {"embedding": adapted.astype(table.dtype)}
+    return base.attend(bare(layer, base, changed), *args, **kwargs)
+
+  def pieces_at(self, layer: nnx.Module, site: Site) -> list[Piece]:
+    """The layer's sites, with their leaves and the matrices of their own."""
+    parts = {n: x for n, x in vars(layer).items() if isinstance(x, Part)}
+    leaves, matrices = (
+      {name: _values(part, kind) for name, part in parts.items()}
+      | _values(layer, kind)
+      for kind in (nnx.LoRAParam, Projection)
+    )
+    return list(self.pieces(site, leaves, matrices))
+
+  def derived(self, base: type, kernel: str = "") -> type:
+    """The class of an adapted layer, whose call makes the adapted product, or,
+    without a kernel, of the model, whose call gives its layers what they share.
+
+    It has its base's name, as whoever prints or compares it expects.
+    """
+    if known := self.classes.get((base, kernel)):
+      return known
+    adaptation = self
+
+    @wraps(base.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+      if kernel:
+        return adaptation.call(self, base, args, kwargs)
+      if type(self) is not derived and QWIX in vars(type(self)):
+        raise UserError(
+          "The model was quantised by qwix after it was adapted, which would"
+          " quantise the adapter: call qwix.quantize_model first, then adapt."
+        )
+      token = _CALLS.set(adaptation.called(self))
+      try:
+        return base.__call__(self, *args, **kwargs)
+      finally:
+        _CALLS.reset(token)
+
+    def read(self: Any, name: str) -> Any:
+      if name == kernel and _CALLS.get() is not None:
+        raise UserError(
+          f"The model reads the {kernel} of {vars(self)[PLACE]} itself, where"
+          " it is not adapted. Leave the layer out of the targets."
+        )
+      return base.__getattribute__(self, name)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+      _, _, *state = base.__reduce_ex__(self, protocol)
+      return adaptation.new, (base, kernel), *state
+
+    body: dict[str, Any] = {ROOT: self, UNADAPTED: base, "__call__": call}
+    body["__reduce_ex__"] = reduce
+    if kernel:
+      body["__getattribute__"] = read
+    if kernel and issubclass(base, nnx.Embed):
+
+      @wraps(base.attend)
+      def attend(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return adaptation.attend(self, base, args, kwargs)
+
+      body["attend"] = attend
+    derived = type(base)(base.__name__, (base,), body)
+    update_wrapper(derived, base, updated=())
+    if not kernel:
+      setattr(
+        derived, QWIX, derived
+      )  # so that qwix derives its class from this
+    self.classes[base, kernel] = derived
+    return derived
+
+  def new(self, base: type, kernel: str) -> Any:
+    """A module of an adapted class, which pickle fills."""
+    return object.__new__(self.derived(base, kernel))
 
   def __reduce__(self) -> Any:
     """For pickle, by the method's name and settings.
@@ -206,6 +317,7 @@ def adapt(
       "The model has an adapter already: put both on at once, by"
       " chain(first, second)."
     )
+  check_activations(model)
   sites = find_targets(model, targets, fused=fused, stack_axis=stack_axis)
   check_links(adapter, sites)
   patterns, plan = tuple(targets), check_plan(plan)
@@ -215,6 +327,7 @@ def adapt(
   key = (rngs or nnx.Rngs(0)).params()
   leaves = first_leaves(adapter, sites, params, matrices, key)
   check_biases(twin, adapter, sites, params, leaves, matrices)
+  leaves, matrices = on_mesh_of(params, leaves), on_mesh_of(params, matrices)
   added: dict[Path, nnx.Variable] = {}
   for path, leaf in flatten_dict(leaves).items():
     added[path] = nnx.LoRAParam(stacked(leaf, sites.get(path[:-1])))
@@ -248,9 +361,27 @@ def adapt(
     if PLACE not in vars(modules[layer]):  # of several parts the first one
       setattr(modules[layer], PLACE, "/".join(layer))
       base, kernel = type(modules[layer]), site.view.kernel
-      modules[layer].__class__ = _derived(adaptation, base, kernel)
-  model.__class__ = _derived(adaptation, type(model))
+      modules[layer].__class__ = adaptation.derived(base, kernel)
+  model.__class__ = adaptation.derived(type(model))
   return model
+
+
+def on_mesh_of(params: Any, tree: Any) -> Any:
+  """New leaves, replicated over the mesh on which a base lies, if on any; what
+  was computed of its weights lies there already."""
+  meshes = [
+    leaf.sharding.mesh
+    for leaf in jax.tree.leaves(params)
+    if isinstance(getattr(leaf, "sharding", None), NamedSharding)
+    and not isinstance(leaf, jax.core.Tracer)
+  ]
+
+  def placed(leaf: Any) -> Any:
+    if isinstance(getattr(leaf, "sharding", None), SingleDeviceSharding):
+      return jax.device_put(leaf, NamedSharding(meshes[0], PartitionSpec()))
+    return leaf
+
+  return jax.tree.map(placed, tree) if meshes else tree
 
 
 def find_targets(
@@ -422,13 +553,10 @@ def tree_of(
   )
 
 
-def set_values(
-  model: nnx.Module, flat: Mapping[Path, Any], only: Filter = ...
-) -> None:
-  """Give an adapted model's variables the values of a linen tree."""
-  is_taken = to_predicate(only)
+def set_values(model: nnx.Module, flat: Mapping[Path, Any]) -> None:
+  """Give an adapted model's variables the values of a linen tree's leaves."""
   for path, variable, site in variables_of(model):
-    if path in flat and is_taken(path, variable):
+    if path in flat:
       variable.set_value(stacked(flat[path], site))
 
 
@@ -442,120 +570,6 @@ def adaptation_of(model: nnx.Module) -> Adaptation:
   if adaptation is None:
     raise UserError("The model has no adapter: vera_jax.nnx.adapt puts one on.")
   return adaptation
-
-
-def _derived(adaptation: Adaptation, base: type, kernel: str = "") -> type:
-  """The class of an adapted layer, whose call makes the adapted product, or,
-  without a kernel, of the model, whose call gives its layers what they share.
-
-  It has its base's name, as whoever prints or compares it expects.
-  """
-  if derived := adaptation.classes.get((base, kernel)):
-    return derived
-
-  @wraps(base.__call__)
-  def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if kernel:
-      return _call(self, base, adaptation, args, kwargs)
-    if type(self) is not derived and QWIX in vars(type(self)):
-      raise UserError(
-        "The model was quantised by qwix after it was adapted, which would"
-        " quantise the adapter: call qwix.quantize_model first, then adapt."
-      )
-    token = _CALLS.set(adaptation.called(self))
-    try:
-      return base.__call__(self, *args, **kwargs)
-    finally:
-      _CALLS.reset(token)
-
-  def read(self: Any, name: str) -> Any:
-    if name == kernel and _CALLS.get() is not None:
-      raise UserError(
-        f"The model reads the {kernel} of {vars(self)[PLACE]} itself, where it"
-        " is not adapted. Leave the layer out of the targets."
-      )
-    return base.__getattribute__(self, name)
-
-  def reduce(self: Any, protocol: Any) -> Any:
-    _, _, *state = base.__reduce_ex__(self, protocol)
-    return _new, (adaptation, base, kernel), *state
-
-  body = {ROOT: adaptation, UNADAPTED: base}
-  body |= {"__call__": call, "__reduce_ex__": reduce}
-  if kernel:
-    body["__getattribute__"] = read
-  if kernel and issubclass(base, nnx.Embed):
-
-    @wraps(base.attend)
-    def attend(self: Any, *args: Any, **kwargs: Any) -> Any:
-      return _attend(self, base, adaptation, args, kwargs)
-
-    body["attend"] = attend
-  derived = type(base)(base.__name__, (base,), body)
-  update_wrapper(derived, base, updated=())
-  if not kernel:
-    setattr(derived, QWIX, derived)  # so that qwix derives its class from this
-  adaptation.classes[base, kernel] = derived
-  return derived
-
-
-def _new(adaptation: Adaptation, base: type, kernel: str) -> Any:
-  """A module of an adapted class, which pickle fills."""
-  return object.__new__(_derived(adaptation, base, kernel))
-
-
-@beside_qwix
-def _call(
-  layer: Any, base: type, adaptation: Adaptation, args: Any, kwargs: Any
-) -> Any:
-  """A call of an adapted layer, wherever in the model it lies."""
-  calls = _CALLS.get() or adaptation.called(None)
-  path = tuple(vars(layer)[PLACE].split("/"))
-  call = see_call(layer, base, args, kwargs)
-  if isinstance(call, str):
-    raise UserError(f"{'/'.join(path)} can't be adapted in this call: {call}.")
-  call = call._replace(site=call.site._replace(path=path))
-  training, draw = _TRAINING.get(), None
-  if training is not None and adaptation.adapter.is_random:
-    key = jax.random.fold_in(training.key, zlib.crc32("/".join(path).encode()))
-    if NUMBER in vars(layer):
-      key = jax.random.fold_in(key, vars(layer)[NUMBER].get_value()[0])
-    draw = lambda: key  # noqa: E731
-  quantised = is_quantised(values_of(layer)[call.site.view.kernel])
-  y, penalties = calls.product(
-    call,
-    _pieces(calls, layer, call.site),
-    remake=quantised and calls.forwards == 1,
-    draw=draw,
-  )
-  if training is not None:
-    training.penalties.extend(penalties)
-  return y
-
-
-@beside_qwix
-def _attend(
-  layer: Any, base: Any, adaptation: Adaptation, args: Any, kwargs: Any
-) -> Any:
-  """The tied output layer, by flax's own code on the adapted table."""
-  calls = _CALLS.get() or adaptation.called(None)
-  table = values_of(layer)["embedding"]
-  site = table_site(base.__name__, table)
-  site = site._replace(path=tuple(vars(layer)[PLACE].split("/")))
-  adapted, _ = calls.whole_weights(_pieces(calls, layer, site))
-  changed = {"embedding": adapted.astype(table.dtype)}
-  return base.attend(bare(layer, base, changed), *args, **kwargs)
-
-
-def _pieces(calls: Interception, layer: nnx.Module, site: Site) -> list[Piece]:
-  """The layer's sites, with their leaves and the matrices of their own."""
-  parts = {n: x for n, x in vars(layer).items() if isinstance(x, Part)}
-  leaves, matrices = (
-    {name: _values(part, kind) for name, part in parts.items()}
-    | _values(layer, kind)
-    for kind in (nnx.LoRAParam, Projection)
-  )
-  return list(calls.pieces(site, leaves, matrices))
 
 
 def _values(

@@ -28,7 +28,6 @@ from vera_jax.models.hf_weights import fingerprint, load_params, read_model
 from vera_jax.models.kinds import KINDS, WORDS
 from vera_jax.nnx.adapt import (
   PARAMS,
-  Adaptation,
   adapt,
   adaptation_of,
   modules_of,
@@ -68,13 +67,26 @@ def save(
       the base, or the folder can't be written.
   """
   adaptation, params = adaptation_of(model), _params(model)
-  labels = label_tree(params, adaptation.adapter, head="")
-  trained, frozen = split(params, labels)
+  adapter, targets = adaptation.adapter, adaptation.targets
+  trained, frozen = split(params, label_tree(params, adapter, head=""))
   named = None
   if base is not None:
-    twin = resolve(base)
-    weights = _check_weights(twin, model, flatten_dict(frozen).keys())
-    _check_sites(twin, adaptation)
+    named_folder = resolve(base)
+    weights = _check_weights(named_folder, model, flatten_dict(frozen).keys())
+    of_base = blueprint(
+      read_model(named_folder),
+      outputs=1,
+      head=KINDS[WORDS].head,
+      adapter=(adapter, targets),
+      scan=False,
+    )
+    if other := of_base.targets.keys() ^ adaptation.sites.keys():
+      names = ["/".join(path) for path in sorted(other)]
+      raise UserError(
+        f"The targets {', '.join(targets)} match other layers of the model than"
+        f" of {named_folder}: {saved.some(names)} in one of them alone. Save"
+        " without `base`, or train with targets that name layers of both."
+      )
     named, about = (str(base), weights), {"kind": WORDS, **about}
   variables = {"params": params, "projections": projections_of(model)}
   saved.save(adaptation, folder, trained, variables, about, base=named)
@@ -127,30 +139,30 @@ def _set_leaves(
 ) -> None:
   """The file's leaves in place of the first ones, with every check."""
   adaptation, twin = adaptation_of(model), twin_of(model)
-  leaves = _base(model)
-  weights = None
+  base_leaves, weights = _base(model), None
   if file.about.get("codes_digest"):
     raise UserError(
       f"{file.folder} was trained on a base in {file.about['quantise']} codes,"
       " which are other weights than the model's."
     )
   if file.about["base"] is not None:
-    held = {p for p, leaf in leaves.items() if saved.is_held(file, p, leaf)}
-    weights = _check_weights(find_base(file, base), model, leaves.keys() - held)
-  variables = {"params": unflatten_dict(leaves)}
-  shapes = jax.eval_shape(lambda: variables)["params"]
-  sites = twin.sites(adaptation.sites)
+    frozen = {
+      p for p, x in base_leaves.items() if not saved.is_held(file, p, x)
+    }
+    weights = _check_weights(find_base(file, base), model, frozen)
+  params = unflatten_dict(base_leaves)
   loaded = saved.load(
     adaptation,
     file.folder,
-    variables,
-    lambda: (sites, shapes),
+    {"params": params},
+    lambda: (twin.sites(adaptation.sites), params),
     base_fingerprint=weights,
   )
   leaves = flatten_dict(loaded["params"])
-  params = flatten_dict(tree_of(model, PARAMS))
-  named_here = {p: twin.value(p, leaves, x.shape) for p, x in params.items()}
-  set_values(model, named_here, nnx.LoRAParam)
+  first = flatten_dict(tree_of(model, nnx.LoRAParam))
+  set_values(
+    model, {p: twin.value(p, leaves, x.shape) for p, x in first.items()}
+  )
 
 
 def _check_weights(
@@ -180,22 +192,6 @@ def _check_weights(
       f" {saved.some(other)}. Name the base that they are from."
     )
   return fingerprint(folder)
-
-
-def _check_sites(folder: Path, adaptation: Adaptation) -> None:
-  """Raises a UserError where the targets name other layers of the twin."""
-  on = adaptation.adapter, adaptation.targets
-  head = KINDS[WORDS].head
-  made = blueprint(
-    read_model(folder), outputs=1, head=head, adapter=on, scan=False
-  )
-  if other := made.targets.keys() ^ adaptation.sites.keys():
-    names = ["/".join(path) for path in sorted(other)]
-    raise UserError(
-      f"The targets {', '.join(on[1])} match other layers of the model than of"
-      f" {folder}: {saved.some(names)} in one of them alone. Save without"
-      " `base`, or train with targets that name layers of both."
-    )
 
 
 def _base(model: nnx.Module) -> dict[TreePath, Any]:

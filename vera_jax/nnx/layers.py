@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from string import ascii_lowercase
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from flax import nnx
 
 from vera_jax.adapters.interface import View
 from vera_jax.adapters.kinds.derived import folded_call
-from vera_jax.adapters.kinds.einsum import by_equation, is_bare, parse
+from vera_jax.adapters.kinds.einsum import parse, product_of
 from vera_jax.adapters.layer_calls import LayerCall
 from vera_jax.adapters.layers import HOOKS, KINDS
 from vera_jax.errors import UserError
@@ -212,33 +212,23 @@ def see_call(
   if len(arrays) != 1:
     return "it is called without an array, or with several"
   (at,) = arrays
-  x, name = args[at], seen.view.kernel
+  x = args[at]
 
   def run(x: Any, changed: Mapping[str, Any]) -> Any:
     inputs = [*args[:at], x, *args[at + 1 :]]
     return base.__call__(bare(layer, base, changed), *inputs, **kwargs)
 
+  own_code = partial(run, x)
   equation = _equation(layer, kind, args)
   if kind is None and equation is not None:
-    weight = params[name]
-    call = by_equation(
-      base.__name__,
-      *(name, equation, x, params, weight.dtype, None),
-      lambda x, weight: run(x, {name: weight}),
-    )
-    if isinstance(call, str):
-      return call
-    shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
-    if is_bare(lambda x, w: run(x, {name: w}), equation, x, shape):
-      return call
+    named = base.__name__, seen.view.kernel
+    return product_of(*named, equation, x, params, run, own_code)
   outputs = math.prod(seen.outputs)
-  return folded_call(
-    params, seen.view, outputs, x, lambda changed: run(x, changed)
-  )
+  return folded_call(params, seen.view, outputs, x, own_code)
 
 
 def beside_qwix(act: Callable[..., Any]) -> Callable[..., Any]:
-  """A function of an adapted layer, in whose calls qwix quantises nothing: it
+  """What an `Adaptation` does for a layer, where qwix quantises nothing: it
   would take the adapter's matrices for weights.
 
   Raises:
@@ -247,9 +237,9 @@ def beside_qwix(act: Callable[..., Any]) -> Callable[..., Any]:
   """
 
   @wraps(act)
-  def call(layer: Any, *args: Any) -> Any:
+  def call(adaptation: Any, layer: Any, *args: Any) -> Any:
     if "qwix" not in sys.modules:
-      return act(layer, *args)
+      return act(adaptation, layer, *args)
     from qwix._src.interception import disable_interceptions
     from qwix.pallas import get_current_rule
 
@@ -259,15 +249,32 @@ def beside_qwix(act: Callable[..., Any]) -> Callable[..., Any]:
       anew = rule.weight_qtype is not None and not coded
       if anew or rule.act_qtype is not None:
         raise UserError(
-          f"{vars(layer)[PLACE]} can't be adapted: by qwix's rule for it x is"
-          " quantised too (act_qtype), or the kernel anew in each call. Have"
-          " qwix.quantize_model with a PtqProvider quantise the plain model's"
-          " weights alone, and adapt it then; or leave the layer out of the"
+          f"{vars(layer)[PLACE]} can't be adapted: qwix's rule for it quantises"
+          " x (act_qtype), or it quantises its kernel in each call. Quantise"
+          " the plain model's weights alone, by qwix.quantize_model with a"
+          " PtqProvider, and adapt it then; or leave the layer out of the"
           " targets."
         )
-    return disable_interceptions(act)(layer, *args)
+    return disable_interceptions(act)(adaptation, layer, *args)
 
   return call
+
+
+def check_activations(model: nnx.Module) -> None:
+  """Raises a UserError where qwix quantises the inputs of some layers of a
+  model, adapted or not: it passes no gradient through their rounding."""
+  if QWIX not in vars(type(model)):
+    return
+  names = inspect.getclosurevars(type(model).__call__).nonlocals
+  provider = names["input_transform"].args[0]
+  for rule in provider._rules:
+    if rule.act_qtype is not None:
+      raise UserError(
+        f"qwix's rule for {rule.module_path!r} quantises activations"
+        " (act_qtype), and passes no gradient through their rounding, so that"
+        " adapters on layers before would be trained on wrong ones. Quantise"
+        " the weights alone."
+      )
 
 
 def bare(layer: nnx.Module, base: type, changed: Mapping[str, Any]) -> Any:

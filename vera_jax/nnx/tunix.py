@@ -47,25 +47,22 @@ class MergedRollout(VanillaRollout):
         or data type.
     """
     self._adapted = reference(rollout_actor)
+    plain = remove(nnx.clone(self._adapted))
     graph, state = nnx.split(self._adapted)
+    weights = nnx.state(plain)
 
     @jax.jit
-    def merged(state: Any) -> Any:
+    def changed(state: Any) -> Any:
+      """The adapted weights alone: others would be copied."""
       kept = {id(leaf) for leaf in jax.tree.leaves(state)}
-      weights = nnx.state(merge(nnx.merge(graph, state)))
-      return jax.tree.map(lambda x: None if id(x) in kept else x, weights)
-
-    def merged_weights() -> Any:
-      """The adapted weights, and all others as they are, uncopied."""
-      rest = nnx.state(remove(nnx.clone(self._adapted)))
-      return jax.tree.map(
-        lambda new, old: old if new is None else new,
-        merged(nnx.state(self._adapted)),
-        rest,
-        is_leaf=lambda x: x is None,
+      merged = nnx.state(merge(nnx.merge(graph, state)))
+      return nnx.filter_state(
+        merged, lambda _, variable: id(variable.get_value()) not in kept
       )
 
-    self._merge = merged_weights
+    self._merge = lambda: nnx.merge_state(
+      weights, changed(nnx.state(self._adapted))
+    )
     of_actor = utils.get_pytree_mesh_info(state)
     elsewhere = mesh is not None and not mesh.empty and mesh != of_actor
     if elsewhere or rollout_config.data_type is not None:
@@ -80,9 +77,8 @@ class MergedRollout(VanillaRollout):
       num_kv_heads=config.num_kv_heads,
       head_dim=config.head_dim,
     )
-    plain = remove(nnx.clone(self._adapted))
-    nnx.update(plain, self._merge())
     super().__init__(plain, tokenizer, cache)
+    self._sampler.transformer_state = self._merge()
 
   def model(self) -> nnx.Module:
     """The adapted copy, which tunix compares with the actor."""
@@ -98,9 +94,9 @@ class MergedRollout(VanillaRollout):
         the same although the leaves moved.
     """
     mine = nnx.state(self._adapted, nnx.LoRAParam)
-    before, sent = (
-      jax.tree.leaves(mine),
+    sent, before = (
       nnx.filter_state(params, nnx.LoRAParam),
+      jax.tree.leaves(mine),
     )
     if {*nnx.to_flat_state(sent).paths} != {*nnx.to_flat_state(mine).paths}:
       raise UserError(

@@ -7,7 +7,7 @@ known by the name of its class, and its library is not imported.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +15,17 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.interface import Adapter, Path, Site, Target, View
-from vera_jax.adapters.sites import all_sites, map_sites, own_leaves, role_of
+from vera_jax.adapters.sites import all_sites, map_sites, own_leaves
 from vera_jax.errors import UserError
 from vera_jax.nnx.layers import QWIX, UNADAPTED
 from vera_jax.operations.quantised import plain
 
 ROWS, COLUMNS, TURNED = "rows", "columns", "turned"
+LAYOUTS: dict[str, Callable[[Any], Any]] = {
+  ROWS: lambda leaf: leaf.reshape(len(leaf), -1),
+  COLUMNS: lambda leaf: leaf.reshape(-1, leaf.shape[-1]),
+  TURNED: lambda leaf: leaf.T,
+}
 
 
 class Twin(NamedTuple):
@@ -31,13 +36,10 @@ class Twin(NamedTuple):
     leaves: whole paths of leaves, when the modules have the twin's; what they
       are in the twin; and where heads are apart, whether the first axis makes
       the kernel's ROWS or the last one its COLUMNS, or that it is TURNED.
-    calls: the layers' names in the order of their calls, which a model that was
-      split and merged no longer has.
   """
 
   modules: tuple[tuple[str, str], ...] = ()
   leaves: tuple[tuple[str, str, str], ...] = ()
-  calls: tuple[str, ...] = ()
 
   def module(self, path: Path) -> Path:
     """The twin's path of a module."""
@@ -45,12 +47,6 @@ class Twin(NamedTuple):
     for own, twin in self.modules:
       name = re.sub(rf"^{own}(?=/|$)", twin, name)
     return tuple(name.split("/")) if path else path
-
-  def order(self, path: Path) -> tuple[list[int], int]:
-    """What the twin's paths are sorted by; without a twin, nothing."""
-    if path[-1:] and path[-1] in self.calls:
-      return role_of(path)[1], self.calls.index(path[-1])
-    return [], -1
 
   def leaf(self, path: Path) -> tuple[Path, str]:
     """The twin's path of a leaf, whose module has the twin's path already, and
@@ -65,13 +61,7 @@ class Twin(NamedTuple):
     leaves = {}
     for own, value in flat.items():
       path, layout = self.leaf(own)
-      value = plain(value) if layout else value
-      if layout == TURNED:
-        value = value.T
-      elif layout:
-        keep = value.shape[:1] if layout == ROWS else value.shape[-1:]
-        shape = (*keep, -1) if layout == ROWS else (-1, *keep)
-        value = value.reshape(shape)
+      value = LAYOUTS[layout](plain(value)) if layout else value
       leaves[path] = value
     return leaves
 
@@ -104,9 +94,6 @@ DECODER = Twin(
     ("(.*/o_proj)/w", r"\1/kernel", COLUMNS),
     ("(.*/[qkv]_proj)/w", r"\1/kernel", ROWS),
     ("(.*)/([qkv])_bias", r"\1/\2_proj/bias", ""),
-  ),
-  calls=tuple(
-    f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
   ),
 )
 TWINS = {

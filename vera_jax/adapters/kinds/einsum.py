@@ -16,8 +16,13 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from vera_jax.adapters.interface import Matrix, View
-from vera_jax.adapters.kinds.derived import by_own_code
-from vera_jax.adapters.layer_calls import LayerCall, Params, own_call
+from vera_jax.adapters.kinds.derived import folded_call
+from vera_jax.adapters.layer_calls import (
+  LayerCall,
+  Params,
+  bound_call,
+  own_call,
+)
 from vera_jax.adapters.layers import (
   KINDS,
   Kind,
@@ -239,28 +244,55 @@ def _call_others(
     return "it is called with an equation, but reads more than one parameter"
   if layer.name in params and place_of(layer):
     return f"it shares a scope with a parameter of its name, {layer.name!r}"
-  (name,), weight = read, params[read[0]]
+
+  def own_code(changed: Params) -> Any:
+    return bound_call(layer, changed, lambda layer: layer(*args, **kwargs))
+
+  return product_of(
+    type(layer).__name__,
+    *(read[0], equation, x, params),
+    lambda x, changed: run(changed, x)[0],
+    own_code,
+  )
+
+
+def product_of(
+  kind: str,
+  name: str,
+  equation: str,
+  x: Array,
+  params: Params,
+  run: Callable[[Array, Params], Array],
+  own_code: Callable[[Params], Any],
+) -> LayerCall | str:
+  """A call of anyone's module by an equation: the product, or, where its code
+  does more, this code on the adapted kernel; a reason where it is none.
+
+  Args:
+    kind, name, equation, x, params: as in `by_equation`.
+    run: (x, some of the parameters) -> the output, and nothing else.
+    own_code: the call itself, with other values of some parameters.
+  """
+  weight = params[name]
 
   def multiply_whole(x: Array, weight: Array) -> Array:
-    return run({name: weight}, x)[0]
+    return run(x, {name: weight})
 
   call = by_equation(
-    type(layer).__name__,
-    *(name, equation, x, params, weight.dtype, None, multiply_whole),
+    kind, *(name, equation, x, params, weight.dtype, None, multiply_whole)
   )
-  if isinstance(call, str):
-    return call
-  if is_bare(lambda x, w: run({name: w}, x), equation, x, weight):
+  shape = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+  if isinstance(call, str) or is_bare(multiply_whole, equation, x, shape):
     return call
   site = call.site
-  return by_own_code(layer, params, site.view, site.outputs, args, kwargs)
+  return folded_call(params, site.view, site.outputs, x, own_code)
 
 
 def is_bare(
   run: Callable[[Array, Array], Any],
   equation: str,
   x: Array,
-  weight: Array | jax.ShapeDtypeStruct,
+  weight: jax.ShapeDtypeStruct,
 ) -> bool:
   """Whether a layer's own code is the equation's product and no more, with the
   weight, of which the shape is read, in its own type or in x's."""
