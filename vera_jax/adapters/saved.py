@@ -189,7 +189,7 @@ def load(
       f"The adapter {saved.folder} was trained on other weights than these:"
       f" what it leaves frozen has the fingerprint {computed[:12]}, not"
       f" {expected[:12]}. Give the parameters that it was trained on, in the"
-      " same type."
+      " same type, with the layers of a stack on the same axis."
     )
   filled = base | jax.tree.map(jnp.asarray, trained)
   projections = read_projections(

@@ -161,7 +161,13 @@ def _set_leaves(
   leaves = flatten_dict(loaded["params"])
   first = flatten_dict(tree_of(model, nnx.LoRAParam))
   set_values(
-    model, {p: twin.value(p, leaves, x.shape) for p, x in first.items()}
+    model,
+    {
+      path: jax.device_put(
+        twin.value(path, leaves, leaf.shape), getattr(leaf, "sharding", None)
+      )
+      for path, leaf in first.items()
+    },
   )
 
 
@@ -222,8 +228,8 @@ def to_lora(model: nnx.Module) -> nnx.State[Any, Any]:
     UserError: the adapted weights are not the kernel and a low-rank delta, or
       parts of a kernel are adapted.
   """
-  adaptation, params = adaptation_of(model), _params(model)
-  adapter, sites = adaptation.adapter, adaptation.sites
+  adapter, sites = adaptation_of(model).adapter, adaptation_of(model).sites
+  params, projections = tree_of(model, PARAMS), projections_of(model)
   low_rank = adapter.low_rank
   if low_rank is None:
     raise UserError(
@@ -231,10 +237,8 @@ def to_lora(model: nnx.Module) -> nnx.State[Any, Any]:
     )
   if parts := [path for path, site in sites.items() if site.columns]:
     raise UserError(f"{'/'.join(parts[0])} is a part of a kernel: merge it.")
-  projections = projections_of(model)
   with jax.default_matmul_precision("highest"):
-    of_twin = twin_of(model).sites(sites)
-    on_weights = all_sites(adapter, of_twin, params, projections)
+    on_weights = all_sites(adapter, sites, params, projections)
     factors = map_sites(
       lambda site, leaves: exact_factors(low_rank(leaves, site)),
       on_weights,
