@@ -295,6 +295,19 @@ def test_an_axis_that_shapes_do_not_tell_is_asked_for():
     vera_jax.nnx.adapt(Stack(1), VERA, targets=["up"], stack_axis=0)
 
 
+def test_a_file_knows_the_axis_of_leaves_that_are_not_adapted(tmp_path):
+  def adapt(targets):
+    return vera_jax.nnx.adapt(Stack(1), VERA, targets=targets)
+
+  model = move(adapt(["up", "down"]))
+  vera_jax.nnx.save(tmp_path, model)
+  loaded = vera_jax.nnx.load(tmp_path, Stack(0))
+  np.testing.assert_allclose(loaded(X), model(X), rtol=2e-6, atol=1e-6)
+  vera_jax.nnx.save(tmp_path, adapt(["up"]))
+  with pytest.raises(UserError, match="layers of a stack on the same axis"):
+    vera_jax.nnx.load(tmp_path, Stack(0))
+
+
 def test_each_layer_of_a_stack_draws_numbers_of_its_own():
   class Same(nnx.Module):
     def __init__(self):
