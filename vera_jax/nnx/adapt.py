@@ -161,7 +161,7 @@ class Adaptation(Interception):
     )
     return list(self.pieces(site, leaves, matrices))
 
-  def derived(self, base: type, kernel: str = "") -> type:
+  def derived(self, base: Any, kernel: str = "") -> type:
     """The class of an adapted layer, whose call makes the adapted product, or,
     without a kernel, of the model, whose call gives its layers what they share.
 
@@ -235,7 +235,9 @@ class Adaptation(Interception):
     return _adaptation, (method, choices, self.sites)
 
 
-def _adaptation(method: Any, choices: Any, sites: Any) -> Adaptation:
+def _adaptation(
+  method: Any, choices: tuple[Any, Any, Any, Any], sites: Any
+) -> Adaptation:
   return Adaptation(make_adapter(*method)[0], *choices, sites=sites)
 
 
@@ -515,12 +517,12 @@ def named(path: Sequence[Any]) -> Path:
 
 
 def variables_of(
-  model: nnx.Module, sites: Mapping[Path, Target] = EMPTY
+  model: nnx.Module, sites: Mapping[Path, Target] | None = None
 ) -> Iterator[tuple[Path, Any, Target | None]]:
   """What holds parameters, an adapter's too: its path, the variable, and the
   site that it belongs to, of the model's adapter or of those that are given."""
   adaptation = getattr(type(model), ROOT, None)
-  sites = adaptation.sites if adaptation else sites
+  sites = adaptation.sites if adaptation else sites or {}
   # by the paths of the layers and parts that they are
   owners = {layer_path(path, site): site for path, site in sites.items()}
   owners |= sites
@@ -534,7 +536,7 @@ def tree_of(
   model: nnx.Module,
   only: Filter = ...,
   *,
-  sites: Mapping[Path, Target] = EMPTY,
+  sites: Mapping[Path, Target] | None = None,
 ) -> dict[str, Any]:
   """The model's parameters as the tree of a linen model, with the adapter's.
 

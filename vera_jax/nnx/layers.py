@@ -113,7 +113,7 @@ def _linen(layer: Any, kind: type) -> nn.Module:
   return linen(**values)
 
 
-def twin_of(layer: nnx.Module, base: type) -> nn.Module | None:
+def twin_of(layer: nnx.Module, base: Any) -> nn.Module | None:
   """The linen layer that computes the same; None where nobody knows one, or a
   field has a function of the layer's own.
 
