@@ -263,11 +263,15 @@ def beside_qwix(act: Callable[..., Any]) -> Callable[..., Any]:
 def check_activations(model: nnx.Module) -> None:
   """Raises a UserError where qwix quantises the inputs of some layers of a
   model, adapted or not: it passes no gradient through their rounding."""
-  if QWIX not in vars(type(model)):
-    return
-  names = inspect.getclosurevars(type(model).__call__).nonlocals
-  provider = names["input_transform"].args[0]
-  for rule in provider._rules:
+  methods = vars(type(model)) if QWIX in vars(type(model)) else {}
+  rules = [
+    rule
+    for method in filter(inspect.isfunction, methods.values())
+    for name, value in inspect.getclosurevars(method).nonlocals.items()
+    if name == "input_transform"
+    for rule in value.args[0]._rules  # of the provider
+  ]
+  for rule in rules:
     if rule.act_qtype is not None:
       raise UserError(
         f"qwix's rule for {rule.module_path!r} quantises activations"
