@@ -8,6 +8,7 @@ from flax import nnx
 
 import vera_jax
 import vera_jax.nnx
+from vera_jax.errors import UserError
 from vera_jax.nnx.layers import see_call
 
 
@@ -69,3 +70,13 @@ def test_it_is_adapted_by_its_shapes(kind, plan):
   # what is more than the product is multiplied by the layer's own code
   call = see_call(model.query, kind, (x,), {})
   assert (call.own_code is None) == (kind is DenseGeneral)
+
+
+def test_a_method_that_draws_needs_more_than_folding():
+  model, x = Model(Doubled, nnx.Rngs(0)), jnp.ones((2, 4, 6))
+  vera_jax.nnx.adapt(model, vera_jax.pvera(rank=4), targets=["query"])
+  expected = model(x)
+  with vera_jax.nnx.training(jax.random.key(0)):
+    with pytest.raises(UserError, match="query is a Doubled .*only be folded"):
+      model(x)
+  np.testing.assert_array_equal(model(x), expected)

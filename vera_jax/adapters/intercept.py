@@ -173,8 +173,19 @@ class Interception:
       pieces: of its kernel.
       remake: as in `adapted_product`.
       draw: makes a key for methods that draw random numbers.
+
+    Raises:
+      UserError: numbers are to be drawn where the delta can only be folded.
     """
     folded_only = call.site.view.plans == ("folded",)
+    draws = any(link.is_random for piece in pieces for link in piece.links())
+    if draw and draws and folded_only:
+      raise UserError(
+        f"{'/'.join(call.site.path)} is a {call.site.view.kind} whose delta can"
+        " only be folded into its kernel; a method that draws numbers in"
+        " training, such as PVeRA, has none there. Choose another method, or"
+        " leave the layer out of the targets."
+      )
     if call.own_code is not None or (folded_only and len(pieces) > 1):
       return with_weights(call, *self.whole_weights(pieces)), []
     outputs, penalties = [], []
@@ -202,7 +213,7 @@ class Interception:
 
     Raises:
       UserError: they are to be, and a transformation keeps the keys from the
-        layer, or its delta can only be folded into its kernel.
+        layer.
     """
     keyed = self.adapter.is_random and layer.has_rng(KEYS)
     draws = any(link.is_random for piece in pieces for link in piece.links())
@@ -212,13 +223,6 @@ class Interception:
         f"{self.adapter.name} draws random numbers in training, which a"
         f" transformation keeps from {name}: have it pass them on,"
         f" such as nn.scan(..., split_rngs={{'params': True, {KEYS!r}: True}})."
-      )
-    if keyed and draws and site.view.plans == ("folded",):
-      raise UserError(
-        f"{name} is a {site.view.kind} whose delta can only be"
-        " folded into its kernel; a method that draws numbers in training, such"
-        " as PVeRA, has none there. Choose another method, or leave the layer"
-        " out of the targets."
       )
     return keyed
 
