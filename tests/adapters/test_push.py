@@ -116,7 +116,8 @@ def test_what_is_no_adapter_is_not_uploaded(random_adapter, tmp_path):
 
 @pytest.mark.parametrize("name", ["some/adapter", "some/adapter@v1"])
 def test_without_the_hub_there_is_still_a_clear_error(name):
-  with pytest.raises(UserError, match="(?s)be reached.*no adapter folder"):
+  words = "(?s)no file or folder .*be reached.*owner/name"
+  with pytest.raises(UserError, match=words):
     load_adapter(name)
 
 

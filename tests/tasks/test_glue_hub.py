@@ -106,7 +106,9 @@ def test_a_hub_without_that_data(online, monkeypatch):
   monkeypatch.setattr(
     huggingface_hub.HfApi, "dataset_info", Mock(side_effect=error)
   )
-  with pytest.raises(UserError, match="has no data set nobody/nothing"):
+  with pytest.raises(
+    UserError, match="folder nobody/nothing here, and the hub"
+  ):
     load_split(TASKS["rte"], "nobody/nothing", "train")
 
 
