@@ -6,21 +6,24 @@ import sys
 from types import FrameType
 
 
-def end_at_once(number: int, frame: FrameType | None) -> None:
-  """What Ctrl-C does until `cli.run` begins: one line, and no traceback.
+def interrupt(number: int, frame: FrameType | None) -> None:
+  """What Ctrl-C does: KeyboardInterrupt, or the end in the middle of an import.
 
-  What is imported meanwhile might keep a KeyboardInterrupt to itself.
+  A library that is being loaded might keep the exception to itself, or crash.
   """
-  del frame
-  os.write(2, b"Stopped.\n")
-  os._exit(128 + number)
+  while frame:
+    if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+      os.write(2, b"Stopped.\n")
+      os._exit(128 + number)
+    frame = frame.f_back
+  raise KeyboardInterrupt
 
 
-def let_ctrl_c_end_at_once() -> None:
-  """Unless Ctrl-C is ignored, or handled by another."""
+def handle_ctrl_c() -> None:
+  """By `interrupt`, unless Ctrl-C is ignored, or handled by another."""
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, end_at_once)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 if sys.argv[:1] == ["-m"]:  # this process is one of the scripts
-  let_ctrl_c_end_at_once()
+  handle_ctrl_c()

@@ -18,12 +18,13 @@ that is said, and /reset makes room.
 """
 
 import io
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from experiments import cli
+from experiments import cli, interrupt
 from experiments.decoding import define_decoding
 from vera_jax.errors import UserError
 from vera_jax.terminal import LINES, printable
@@ -63,6 +64,8 @@ def main() -> None:
     cli.complain("This model has no form for messages: it writes on.")
   person = bool(sys.stdin) and sys.stdin.isatty() and sys.stdout.isatty()
   if person:
+    if signal.getsignal(signal.SIGINT) is interrupt:  # may end the program
+      signal.signal(signal.SIGINT, signal.default_int_handler)
     print("/help shows the commands.")
   messages: list[dict[str, Any]] = []
   past, asked, unanswered = Past(), 0, 0

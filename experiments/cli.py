@@ -8,7 +8,6 @@ import logging as standard_logging
 import os
 import re
 import select
-import signal
 import statistics
 import sys
 import tempfile
@@ -29,7 +28,6 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from configs import common
-from experiments import end_at_once
 from experiments.console import as_typed
 from experiments.settings import CONFIGS, settings
 from vera_jax.adapters.method import IN_CONFIG
@@ -162,8 +160,6 @@ def exit_code(main: Callable[[], None]) -> int:
   """Call `main`; print an error of the user's, and return the exit code."""
   text, code, of_system = "", 0, None
   try:
-    if signal.getsignal(signal.SIGINT) is end_at_once:
-      signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
   except Answered:
     pass

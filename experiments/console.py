@@ -12,7 +12,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from experiments import let_ctrl_c_end_at_once
+from experiments import handle_ctrl_c
 
 FOLDER = Path(__file__).parent
 # The commands that --help lists, in the order in which one comes to need them.
@@ -32,7 +32,7 @@ HELP = ("-h", "--help", "-help", "--helpshort", "help")
 
 def main() -> None:
   """Run the script that the first word names, with the words behind it."""
-  let_ctrl_c_end_at_once()
+  handle_ctrl_c()
   words = sys.argv[1:]
   if words[:1] == ["--version"]:
     from vera_jax.version import __version__

@@ -77,7 +77,7 @@ def answered(
     while number := os.read(reader, 1):
       if number[0] not in SIGNALS:
         continue
-      if not first:
+      if not first and not over.is_set():
         os._exit(128 + number[0])
       first = False
       if not over.wait(after):
