@@ -135,7 +135,7 @@ def count_figure() -> Figure:
       ("LoRA", LORA, lora_count),
       ("VeRA", VERA, vera_count),
     ):
-      numbers = [count(layers, rank) for rank in RANKS]
+      numbers = [count(layers, int(rank)) for rank in RANKS]
       ax.loglog(RANKS, numbers, marker=marker, color=color, label=name, base=2)
     ax.set(title=title, xlabel="rank r", ylabel="trained numbers")
     ax.set_yscale("log", base=10)

@@ -45,7 +45,7 @@ MATH = r"\$`([^`]+)`\$"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-  config.markdown_extensions.append(Mathematics())  # type: ignore[arg-type]
+  config.markdown_extensions.append(Mathematics())
   return config
 
 
@@ -163,9 +163,7 @@ class DisplayedMath(Preprocessor):
 
 
 class InlineMath(InlineProcessor):
-  def handleMatch(  # type: ignore[override]
-    self, m: re.Match[str], data: str
-  ) -> tuple[str, int, int]:
+  def handleMatch(self, m: re.Match[str], data: str) -> tuple[str, int, int]:
     return self.md.htmlStash.store(convert(m[1])), m.start(), m.end()
 
 
