@@ -11,6 +11,7 @@ environment.
 """
 
 from importlib.metadata import Distribution, distributions
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -21,7 +22,8 @@ SHOWN = 1.0  # MB; smaller packages are in one row
 
 def size(distribution: Distribution) -> float:
   """MB of the files that a distribution has installed."""
-  paths = [distribution.locate_file(file) for file in distribution.files or ()]
+  files = distribution.files or ()
+  paths = [Path(str(distribution.locate_file(file))) for file in files]
   return sum(path.stat().st_size for path in paths if path.is_file()) / 1e6
 
 
@@ -36,7 +38,7 @@ def requirements(distribution: Distribution) -> list[str]:
 
 
 def main() -> None:
-  installed = {canonicalize_name(x.name): x for x in distributions()}
+  installed = {str(canonicalize_name(x.name)): x for x in distributions()}
 
   def reached(name: str) -> set[str]:
     """A package and all that it needs."""
