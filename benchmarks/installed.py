@@ -11,6 +11,7 @@ environment.
 """
 
 from importlib.metadata import Distribution, distributions
+from importlib.util import cache_from_source
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -23,7 +24,10 @@ SHOWN = 1.0  # MB; smaller packages are in one row
 def size(distribution: Distribution) -> float:
   """MB of the files that a distribution has installed."""
   files = distribution.files or ()
-  paths = [Path(str(distribution.locate_file(file))) for file in files]
+  paths = {Path(str(distribution.locate_file(file))) for file in files}
+  # not every installer lists what it has compiled
+  sources = [path for path in paths if path.suffix == ".py"]
+  paths |= {Path(cache_from_source(path)) for path in sources}
   return sum(path.stat().st_size for path in paths if path.is_file()) / 1e6
 
 
