@@ -110,7 +110,10 @@ def best_rate(losses: Mapping[float, Sequence[float]]) -> Best:
   reach = stats.t.ppf(0.975, free) * math.sqrt(variance) if free else math.nan
   ends = np.log2(np.array(rates)[[0, -1]] / rates[at])
   low, high = np.clip([vertex - reach, vertex + reach], *ends)
-  return Best(*(float(rates[at] * 2**z) for z in (vertex, low, high)), True)
+  best, lowest, highest = (
+    float(rates[at] * 2**power) for power in (vertex, low, high)
+  )
+  return Best(best, lowest, highest, True)
 
 
 def loss_of(result: Mapping[str, Any]) -> float:
