@@ -46,8 +46,9 @@ def flags_of(script):
     names.add("config")
   imported = r"^from experiments(?: import |\.)(\w+(?:, \w+)*)"
   for modules in re.findall(imported, source, re.MULTILINE):
-    for other in {*modules.split(", ")} - {"cli", "console", "plans"}:
-      names |= flags_of(other)
+    for other in {*modules.split(", ")} - {"cli", "console"}:
+      if (console.FOLDER / f"{other}.py").is_file():
+        names |= flags_of(other)
   return names | ABSL | {"quiet"}
 
 
