@@ -131,6 +131,7 @@ OPENS = re.compile(
 # What opens files, or reads JSON, beside the door: a file that was checked, or
 # JSON that this process, or its own child, has just written.
 BESIDE = {
+  "__init__.py": "Path(__file__).read_text(",
   "adapters/saved.py": "json.loads(json.dumps(",
   "data/answers.py": "json.loads(examples.first",
   "data/chat.py": "json.loads(answer)",

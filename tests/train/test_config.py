@@ -13,9 +13,11 @@ def test_what_must_be_set_is_named():
   config = common.get_config()
   with pytest.raises(UserError) as caught:
     check_settings(config)
-  assert str(caught.value).endswith(
+  fields, tasks = str(caught.value).splitlines()
+  assert fields.endswith(
     "config.task, config.optim.epochs, config.vera.lr, config.vera.head_lr."
   )
+  assert tasks.startswith("The tasks are: cola, ")
   config.task, config.optim.epochs = "rte", 1
   config.method = "lora"
   check_settings(config)  # VeRA's rates aren't asked for
