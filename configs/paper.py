@@ -113,11 +113,15 @@ REHEARSED = {
     *("instruct:memory", "instruct:vicuna"),
   ),
   "one run": (
-    *("glue:base", "glue:large", "e2e:large", "instruct:llama_7b"),
-    *("instruct:llama_13b", "instruct:llama2_7b"),
+    *("glue:base", "glue:large", "e2e:large"),
+    *("instruct:llama_7b", "instruct:llama_13b"),
+    *("instruct:llama2_7b", "instruct:llama2_13b"),
     *("images:food101_base", "images:flowers102_base", "images:resisc45_base"),
-    *("images:cifar100_large", "images:food101_large", "ablations:large"),
+    *("images:cifar100_large", "images:food101_large"),
+    *("images:flowers102_large", "images:resisc45_large"),
+    "ablations:large",
   ),
+  "four runs": ("rank:large",),
 }
 
 
