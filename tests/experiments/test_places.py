@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
 EXPERIMENTS = Path(ROOT, "experiments")
 # Flags with texts that are no places, in all commands.
 TEXTS = {
-  *("prompt", "to", "task", "dtype", "format", "model_id", "template"),
+  *("prompt", "to", "task", "dtype", "format", "model_id", "template", "width"),
   *(
     "shard",
     "seeds",
@@ -42,7 +42,7 @@ RIDGE = f"--config={ROOT}/configs/images/cifar10.py:dinov2"
 # By command: its other flags, {} for an adapter that is there, and the flags
 # that are places; of those in LOCAL a store is refused.
 PLACES = {
-  "glue": ([RTE], ["workdir"]),
+  "train": ([RTE], ["workdir"]),
   "sweep": ([SWEEP], ["workdir"]),
   "ridge": ([RIDGE], ["workdir"]),
   "predict": (["--input=-"], ["adapter", "model"]),

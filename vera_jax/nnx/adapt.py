@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.filterlib import Filter, Not, to_predicate
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -64,7 +63,7 @@ from vera_jax.patterns import find
 NUMBER = "number_in_stack"  # a layer's, where a method draws numbers
 PROJECTIONS = ("made", "held")
 STACK_AXES = (0, 1)  # a vector has no others
-PARAMS = Not(Projection)  # of the base and the adapter
+PARAMS = nnx.Not(Projection)  # of the base and the adapter
 
 
 class Part(nnx.Module):
@@ -534,7 +533,7 @@ def variables_of(
 
 def tree_of(
   model: nnx.Module,
-  only: Filter = ...,
+  only: nnx.filterlib.Filter = ...,
   *,
   sites: Mapping[Path, Target] | None = None,
 ) -> dict[str, Any]:
@@ -545,7 +544,7 @@ def tree_of(
     only: which variables are taken.
     sites: of a model without an adapter; their stacks are put in front.
   """
-  is_taken = to_predicate(only)
+  is_taken = nnx.filterlib.to_predicate(only)
   return unflatten_dict(
     {
       path: stacked(value_of(variable), site, front=True)
