@@ -9,6 +9,11 @@ from absl.testing import flagsaver
 import experiments
 
 
+# They stay imported: absl knows those whose flags belong to the script by id(),
+# which another module would get after them.
+SHARED = "cli", "decoding"
+
+
 @pytest.fixture
 def typed(monkeypatch):
   """Calls a script's `main` with the words given, in this process."""
@@ -20,10 +25,10 @@ def typed(monkeypatch):
         for flag in list(found):
           delattr(flags.FLAGS, flag.name)
     for name in [x for x in sys.modules if x.startswith("experiments.")]:
-      if name != "experiments.cli":
+      if name.removeprefix("experiments.") not in SHARED:
         del sys.modules[name]
     for name, value in list(vars(experiments).items()):
-      if inspect.ismodule(value) and name != "cli":
+      if inspect.ismodule(value) and name not in SHARED:
         delattr(experiments, name)
     argv = [script, *map(str, words)]
     monkeypatch.setattr(sys, "argv", argv)  # where a config's keys are found
