@@ -8,7 +8,6 @@ from absl.testing import flagsaver
 
 import experiments
 
-
 # They stay imported: absl knows those whose flags belong to the script by id(),
 # which another module would get after them.
 SHARED = "cli", "decoding"
