@@ -63,10 +63,8 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 test: $(WITH_DEV) $(WITH_ENCODER) ## run the quick tests, one file a core
 	$(PYTEST) -m "not slow and not parity"
 
-# Half of their time these wait for stores, for processes that are lost, and for
-# others to say so.
 test-all: $(WITH_DEV) $(WITH_ENCODER) ## run the slow tests, which make test leaves out
-	$(PYTEST) -n $$((2 * $$(getconf _NPROCESSORS_ONLN))) -m "slow and not parity" $(TESTS)
+	$(PYTEST) -m "slow and not parity" $(TESTS)
 
 check: $(WITH_DEV) ## lint, format, type and import check, and the site
 	$(BIN)/ruff check
