@@ -7,6 +7,7 @@ vera-jax predict --adapter=RUN/adapter --input=more.csv
 
 import ast
 import difflib
+import os
 import re
 import runpy
 import sys
@@ -40,7 +41,10 @@ def main() -> None:
     print(f"vera_jax {__version__}")
     return
   if not words or words[0] in HELP:
-    print(overview())
+    try:
+      print(overview(), flush=True)
+    except BrokenPipeError:  # a reader such as `head` has enough
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0 if words else 2)
   name, *rest = words
   known = COMMANDS + OTHERS + TRAIN
