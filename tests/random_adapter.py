@@ -27,7 +27,7 @@ LORA: dict[str, Any] = {"rank": 2, "alpha": 4.0, **QUERY_VALUE}
 SETTINGS: dict[str, dict[str, Any]] = {
   "vera": {
     **{"rank": 8, "d_init": 0.1, **DRAWN},
-    **{"train": "both", "sharing": "shared", "conv": "whole"},
+    **{"train": "both", "sharing": "shared", "conv": "whole", "pair": ""},
   },
   "lora": {**LORA, "scaling": "rank"},
   "ia3": {"targets": ["key", "value"], "feedforward": []},
@@ -39,6 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{"rank": 2, "size": 50, "theta_init": 0.02, "projection_seed": 3},
     **QUERY_VALUE,
   },
+  "tied_lora": {"rank": 6, "d_init": 0.1, **QUERY_VALUE},
   "bitfit": {"biases": ".*"},
 }
 SETTINGS |= {"dora": SETTINGS["lora"], "dvora": SETTINGS["vera"]}

@@ -34,6 +34,7 @@ from vera_jax.adapters.randlora import randlora
 from vera_jax.adapters.sites import (
   prepared_leaves,
 )
+from vera_jax.adapters.tied_lora import tied_lora
 from vera_jax.adapters.unilora import unilora
 from vera_jax.adapters.vera import onelora, vera
 from vera_jax.errors import UserError
@@ -53,6 +54,7 @@ METHODS = {
   "randlora": Probe(randlora(3, alpha=3.0)),
   "unilora": Probe(unilora(2, size=40)),
   "lora_xs": Probe(lora_xs(2)),
+  "tied_lora": Probe(tied_lora(3)),
   "ia3": Probe(ia3(feedforward=("out",))),
   "dora": Probe(dora(2)),
   "vera and bitfit": Probe(chain(vera(3), bitfit())),

@@ -28,6 +28,7 @@ VERA = {
   "train": "both",
   "sharing": "shared",
   "conv": "whole",
+  "pair": "",
   "targets": ["query"],
 }
 

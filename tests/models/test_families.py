@@ -70,6 +70,7 @@ VERA = {
   "train": "both",
   "sharing": "shared",
   "conv": "whole",
+  "pair": "",
   "targets": ["query", "value"],
 }
 

@@ -70,6 +70,7 @@ METHODS = {
   "lora": vera_jax.lora(rank=2),
   "lora_fa": vera_jax.lora_fa(rank=2),
   "lora_xs": vera_jax.lora_xs(rank=2),
+  "tied_lora": vera_jax.tied_lora(rank=3),
   "ia3": vera_jax.ia3(),
   "dora": vera_jax.dora(rank=2),
   "dvora": vera_jax.dvora(rank=4),

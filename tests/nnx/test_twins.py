@@ -61,6 +61,7 @@ METHODS = {
   "pvera": {"targets": EVERY},
   "randlora": {"targets": EVERY},
   "unilora": {"targets": EVERY},
+  "tied_lora": {"targets": EVERY},
 }
 BIASES = {
   "bitfit": {"biases": ".*"},

@@ -45,7 +45,7 @@ def signed_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
   return (2 * bits + 1 - 2**24).astype(jnp.float32)
 
 
-def _kaiming_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
+def kaiming_uniform(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
   """U(-beta, beta), beta = sqrt(6 / fan_in): torch's default, section 4.1."""
   beta = np.sqrt(6 / shape[1])
   return signed_uniform(key, shape) * np.float32(beta * 2.0**-24)
@@ -105,7 +105,7 @@ def _ones(key: PRNGKeyArray, shape: tuple[int, int]) -> Array:
 
 
 _KEYED: dict[str, Draw] = {
-  "kaiming_uniform": _kaiming_uniform,
+  "kaiming_uniform": kaiming_uniform,
   "kaiming_normal": _kaiming_normal,
   "uniform": _uniform_tenth,
   "orthogonal": _orthogonal,

@@ -28,8 +28,9 @@ from vera_jax.adapters.files import (
 from vera_jax.adapters.interface import Adapter, Target
 from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.labels import FROZEN, count, label_tree
-from vera_jax.adapters.projections import PRNG, STORED, kept_digest
+from vera_jax.adapters.projections import PRNG, kept_digest
 from vera_jax.adapters.sites import Fused, first_leaves, make_shared
+from vera_jax.adapters.stored_pair import in_file, is_stored, take_stored
 from vera_jax.errors import UserError
 from vera_jax.operations.quantised import plain
 
@@ -217,7 +218,7 @@ def identity(adapted: Identified) -> dict[str, Any]:
   }
   value = {
     "method": "+".join(groups),
-    "settings": groups if parts else groups.popitem()[1],
+    "settings": in_file(groups if parts else groups.popitem()[1]),
     "fused": {layer: dict(parts) for layer, parts in adapted.fused.items()},
   }
   # as it will be read: lists for tuples, numbers for numpy's
@@ -304,31 +305,6 @@ def leaves_by_path(tensors: Mapping[str, np.ndarray], trained: Flat) -> Flat:
     value = np.stack(values) if is_stacked(path, leaf) else values[0]
     leaves[path] = value.astype(np.float32)
   return leaves
-
-
-def is_stored(about: Mapping[str, Any]) -> bool:
-  """Whether no seed gives the pair A, B, so that it lies in the file."""
-  settings = about["settings"]
-  groups = [x for x in settings.values() if isinstance(x, Mapping)]
-  return any(group.get("init") == STORED for group in (settings, *groups))
-
-
-def take_stored(
-  saved: SavedAdapter, adapter: Adapter
-) -> tuple[SavedAdapter, Adapter]:
-  """A pair that lies in the file moves from the tensors to the adapter."""
-  if not is_stored(saved.about):
-    return saved, adapter
-  rest = dict(saved.tensors)
-  try:
-    pair = {k: jnp.asarray(rest.pop(f"projections.{k}")) for k in "AB"}
-  except KeyError as error:
-    raise UserError(
-      f"The adapter {saved.folder} has stored projections by its adapter.json,"
-      f" but its tensors lack {error}."
-    ) from error
-  stored = adapter._replace(shared=lambda sites: pair)
-  return saved._replace(tensors=rest), stored
 
 
 def read_projections(

@@ -50,6 +50,18 @@ class VeraSettings:
     " taps * r + out",
     choices=("whole", "taps"),
   )
+  pair: str = setting(
+    "", "with init=stored, the folder of an adapter whose A and B are taken"
+  )
+
+
+@dataclass(frozen=True)
+class TiedLoraSettings:
+  rank: int = setting(16, "r; may exceed the layers' widths", least=1)
+  _: KW_ONLY
+  d_init: float = setting(
+    0.1, "the value that every entry of d starts from; b starts at 0"
+  )
 
 
 @dataclass(frozen=True)
@@ -162,9 +174,9 @@ vera = Method(
   config=dict(targets=QUERY_VALUE, lr=None, head_lr=None),
   # where b is trained alone, d stays at d_init, a constant of the program
   starts=lambda s: (
-    ("init", "projection_seed")
+    ("init", "pair", "projection_seed")
     if s.train == "b"
-    else ("d_init", "init", "projection_seed")
+    else ("d_init", "init", "pair", "projection_seed")
   ),
   per_run=lambda s: ("d_init",) if s.train == "both" else (),
   title="VeRA",
@@ -283,6 +295,18 @@ lora_xs = Method(
   trained="r * r",
   paper="2405.17604",
 )
+tied_lora = Method(
+  "tied_lora",
+  "tied_lora:make_tied_lora",
+  TiedLoraSettings,
+  config=dict(targets=QUERY_VALUE, lr=1e-3, head_lr=4e-3),
+  starts=lambda s: ("d_init",),
+  per_run=lambda s: ("d_init",),
+  title="Tied-LoRA",
+  weights="VeRA's; A and B are trained as well",
+  trained="r + o + r (i + o), the pair once in all",
+  paper="2311.09578",
+)
 bitfit = Method(
   "bitfit",
   "base_leaves:make_bitfit",
@@ -324,6 +348,6 @@ METHODS: dict[str, Method] = {
   method.name: method
   for method in (
     *(vera, lora, ia3, dora, dvora, pvera, onelora, lora_fa, randlora),
-    *(unilora, lora_xs, bitfit, norms, head, full),
+    *(unilora, lora_xs, tied_lora, bitfit, norms, head, full),
   )
 }

@@ -35,14 +35,17 @@ from vera_jax.adapters.interface import (
 from vera_jax.adapters.method import NoSettings
 from vera_jax.adapters.products import scaled
 from vera_jax.adapters.projections import (
+  STORED,
   check_choices,
   make_projections,
   pair_of,
 )
+from vera_jax.adapters.stored_pair import read_pair
 from vera_jax.adapters.structured import as_array
 from vera_jax.adapters.table import VeraSettings as Settings
 from vera_jax.adapters.table import onelora as onelora
 from vera_jax.adapters.table import vera
+from vera_jax.errors import UserError
 
 D, B_VECTOR = "vera_d", "vera_b"
 
@@ -71,8 +74,17 @@ def parts(
 def make_vera(s: Settings) -> Adapter:
   """VeRA as an `Adapter`: r + out trained numbers per site."""
   check_choices(seed=s.projection_seed, init=s.init, sharing=s.sharing)
+  if s.init == STORED and s.sharing == "unique":
+    raise UserError("A stored pair is one for all layers: set sharing=shared.")
+  if s.pair and s.init != STORED:
+    raise UserError(
+      f"The pair is to be that of {s.pair}, but init is {s.init!r}: set"
+      " init=stored."
+    )
 
   def shared(sites: Mapping[Path, Target | Site]) -> dict[str, Any]:
+    if s.init == STORED:
+      return dict(read_pair(s.pair, sites, rank=s.rank))
     of_a_tap = {
       path: site._replace(inputs=site.inputs // taps(s, site))
       for path, site in sites.items()

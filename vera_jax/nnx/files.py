@@ -22,6 +22,7 @@ from vera_jax.adapters.labels import label_tree, split
 from vera_jax.adapters.methods import make_adapter
 from vera_jax.adapters.products import exact_factors
 from vera_jax.adapters.sites import all_sites, map_sites, own_leaves
+from vera_jax.adapters.stored_pair import is_stored, take_stored
 from vera_jax.errors import UserError
 from vera_jax.models.folder import resolve
 from vera_jax.models.hf_weights import fingerprint, load_params, read_model
@@ -120,10 +121,10 @@ def load(
   adapter, targets = make_adapter(about["method"], about["settings"])
   adapt(
     model,
-    saved.take_stored(file, adapter)[1],
+    take_stored(file, adapter)[1],
     targets=targets,
     fused=about.get("fused", EMPTY),
-    projections="held" if saved.is_stored(about) else projections,
+    projections="held" if is_stored(about) else projections,
     stack_axis=stack_axis,
   )
   try:

@@ -26,8 +26,8 @@ from vera_jax.adapters.saved import (
   read_leaves,
   read_projections,
   some,
-  take_stored,
 )
+from vera_jax.adapters.stored_pair import take_stored
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
 from vera_jax.models.family import (

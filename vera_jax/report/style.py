@@ -41,6 +41,7 @@ METHOD_COLORS = {
   "lora_xs": (VERMILION, "H"),
   "randlora": (VERMILION, "d"),
   "unilora": (VERMILION, "h"),
+  "tied_lora": (BLUE, "*"),
   "bitfit": (GREEN, "^"),
   "norms": (GREEN, "D"),
   "head": (BLACK, "D"),
@@ -50,7 +51,7 @@ METHOD_COLORS = {
 OTHER = (SKY, "P")
 # These share the colour of the method that they vary, and have broken lines.
 VARIANTS = (
-  *("dora", "dvora", "pvera", "onelora"),
+  *("dora", "dvora", "pvera", "onelora", "tied_lora"),
   *("lora_fa", "lora_xs", "randlora", "unilora", "norms"),
 )
 SEEDS = "median and range of the seeds"  # what a line and its band are

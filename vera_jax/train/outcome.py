@@ -16,6 +16,7 @@ from vera_jax import results
 from vera_jax.adapters.files import save_adapter, tensors
 from vera_jax.adapters.methods import settings_in
 from vera_jax.adapters.projections import PRNG
+from vera_jax.adapters.stored_pair import in_file, is_stored
 from vera_jax.adapters.vector_norms import adapter_norms, as_json
 from vera_jax.errors import UserError
 from vera_jax.files import make_folder
@@ -86,7 +87,7 @@ def write_outcome(
   adapter = {
     **about,
     "score": best["score"],
-    "settings": settings_in(config, config.method),
+    "settings": in_file(settings_in(config, config.method)),
     "projection_prng": PRNG,
     "base_fingerprint": fingerprint(setup.base),
     "quantise": setup.model.blueprint.quantise,
@@ -96,7 +97,10 @@ def write_outcome(
   }
   on_first(partial(require_lock, folder))
   # before the texts, whose failure must not cost what was trained
-  on_first(partial(save_adapter, folder / "adapter", params, about=adapter))
+  saved = params
+  if is_stored(adapter):
+    saved = {**params, "projections": setup.frozen.projections}
+  on_first(partial(save_adapter, folder / "adapter", saved, about=adapter))
   # by all processes, since each may hold a part of the base
   trained = setup.trained(params) if task.write_texts else None
 

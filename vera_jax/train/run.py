@@ -201,6 +201,8 @@ class Run:
       split: values["fingerprint"]
       for split, values in self.setup.data.record().items()
     }
+    if digest := self.setup.model.digest:
+      now["the pair A, B"] = digest
     before = self.progress.get("data", {})
     changed = [x for x in now if before.get(x, now[x]) != now[x]]
     if changed and self.result is None:

@@ -31,6 +31,7 @@ HELD_BY = {
   "pvera": ("pvera", "lora"),
   "randlora": ("randlora",),
   "unilora": ("unilora", "lora"),
+  "tied_lora": ("lora",),
   "ia3": ("ia3",),
 }
 

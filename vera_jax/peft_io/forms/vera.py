@@ -22,7 +22,8 @@ def settings(fields: Fields) -> tuple[str, Settings]:
   method = str(fields["peft_type"]).lower()
   of_vera = {}
   if method == "vera":
-    of_vera = {"sharing": "shared", "train": "both", "conv": "whole"}
+    of_vera = {"sharing": "shared", "train": "both"}
+    of_vera |= {"conv": "whole", "pair": ""}
   return method, {
     "rank": count(fields, "r", 256),
     "d_init": number(fields, "d_initial", 0.1),
