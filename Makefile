@@ -114,7 +114,8 @@ $(MADE):
 	$(BIN)/python -m pip install --upgrade pip
 	touch $@
 
-$(INSTALLED): requirements.txt $(MADE)
+$(INSTALLED): requirements.txt requirements-text.txt \
+  requirements-datasets.txt $(MADE)
 	$(BIN)/python -m pip install -r requirements.txt
 	touch $@
 

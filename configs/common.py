@@ -4,6 +4,7 @@ Any key can be set on the command line: --config.optim.epochs=3,
 --config.vera.targets="('query', 'key', 'value')".
 """
 
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -98,6 +99,15 @@ def glue(
     config.vera.rank = 256
     config.lora.alpha = 16.0
   return config
+
+
+def of_ours(folder: str) -> str:
+  """A folder of data that comes with the project, by its name in a checkout.
+
+  Where the package is installed, and at work in another folder, by its path.
+  """
+  path = Path(folder)
+  return folder if path.is_dir() else str(Path(__file__).parents[1] / path)
 
 
 def put_on(config: ConfigDict, targets: tuple[str, ...]) -> None:

@@ -98,7 +98,7 @@ def _small(config: ConfigDict, size: str) -> ConfigDict:
   }
   if size == "generated":
     changes |= {
-      "data.source": "experiments/e2e_rows",
+      "data.source": common.of_ours("experiments/e2e_rows"),
       "data.max_train_examples": 320,
       "data.max_eval_examples": 12,
       "data.held_out": 30,

@@ -10,11 +10,12 @@ head alone, and compares.
 from ml_collections import ConfigDict
 
 from configs import minilm
+from configs.common import of_ours
 
 
 def get_config() -> ConfigDict:
   config = minilm.get_config("generated_entailment")
-  config.data.source = "experiments/entailment"
+  config.data.source = of_ours("experiments/entailment")
   config.data.max_length = 64
   config.optim.epochs = 5
   config.vera.lr = 2e-2

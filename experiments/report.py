@@ -33,23 +33,12 @@ is left out; notes below the table say so.
 """
 
 import sys
-from pathlib import Path
-from types import ModuleType
 
-import pandas as pd
 from absl import flags
 
-from configs import open_choices, paper
 from experiments import cli
 from vera_jax.errors import UserError, install
-from vera_jax.files import write_text
-from vera_jax.places import local_copy, place, staged
-from vera_jax.report import tables, verdict
-from vera_jax.report.frame import Sweep, load_sweep
-from vera_jax.report.outputs import side_by_side
-from vera_jax.report.summary import summary
-from vera_jax.report.text_scores import text_notes, text_scores, text_tables
-from vera_jax.terminal import LINES, Console, printable
+from vera_jax.places import place, staged
 
 FORMATS = ("auto", "terminal", "markdown", "latex", "csv")
 FORMAT = flags.DEFINE_enum("format", "auto", FORMATS, "What is printed.")
@@ -74,140 +63,34 @@ def main(folders: list[str]) -> None:
   folders = folders or ["results"]
   if JUDGMENTS.value and not AGAINST.value:
     raise UserError("--judgments belongs to --against=paper.")
-  width = drawing()[1].width_of(WIDTH.value) if WIDTH.value else None
+  # Imported only now: --help and a mistake in the flags need nothing of it.
+  try:
+    from experiments import report_output
+    from vera_jax.report.frame import load_sweep
+  except ImportError as error:
+    raise UserError(
+      f"Reports need {error.name}: {install('report')}"
+    ) from error
+  width = None
+  if WIDTH.value:
+    width = report_output.drawing()[1].width_of(WIDTH.value)
   sweep = load_sweep(*folders)
   out = OUT.value if OUT.value is not None else f"{folders[0]}/report"
-  judged = against_paper(sweep) if AGAINST.value else None
-  if judged is None:
-    show(sweep, FORMAT.value)
+  judged = None
+  if AGAINST.value:
+    judged = report_output.against_paper(sweep, JUDGMENTS.value)
+    report_output.show_verdicts(judged, FORMAT.value)
   else:
-    show_verdicts(judged, FORMAT.value)
+    report_output.show(sweep, FORMAT.value)
   if out:
     try:
       with staged(place(out)) as folder:
-        write(sweep, folder, width=width)
-        if judged is not None:
-          page = tables.paper_page(judged)
-          text = f"# {sweep.title}, against the paper\n\n{page}\n"
-          write_text(folder / "against_paper.md", text)
-          csv = judged.to_csv(index=False)
-          write_text(folder / "against_paper.csv", csv)
+        report_output.write(sweep, folder, judged=judged, width=width)
     except OSError as error:
       raise UserError(
         f"--out={out} can't be written: {error.strerror}."
       ) from error
     print(f"{out}", file=sys.stderr)
-
-
-def against_paper(sweep: Sweep) -> pd.DataFrame:
-  """The verdicts on a sweep's runs."""
-  judgments: dict[tuple[str, str], list[float]] = {}
-  for file in JUDGMENTS.value:
-    judgments |= verdict.read_judgments(
-      local_copy(file), open_choices.TURN.value
-    )
-  table = verdict.verdicts(
-    sweep,
-    paper.planned,
-    epochs=open_choices.EPOCH.value,
-    judgments=judgments,
-  )
-  if table.empty:
-    raise UserError(
-      "No table or figure of the paper has a run with the settings of these;"
-      " docs/reproduce.md has the command for each."
-    )
-  return table
-
-
-def show_verdicts(table: pd.DataFrame, kind: str) -> None:
-  """Prints verdicts in one of the `FORMATS`."""
-  console = Console()
-  if kind == "csv":
-    sys.stdout.write(printable(table.to_csv(index=False), keep=LINES))
-  elif kind == "latex":
-    text = tables.latex(tables.against_paper(table), "Against the paper")
-    sys.stdout.write(printable(f"{text}\n", keep=LINES))
-  elif kind == "markdown" or (kind == "auto" and not console.is_terminal):
-    sys.stdout.write(printable(tables.paper_page(table) + "\n", keep=LINES))
-  else:
-    cells = tables.against_paper(table)
-    title = "Against the paper"
-    console.print(tables.for_terminal(cells, title, width=console.width))
-    for note in tables.paper_notes(table):
-      console.print(note)
-
-
-def show(sweep: Sweep, kind: str) -> None:
-  """Prints the table in one of the `FORMATS`."""
-  console = Console()
-  table = summary(sweep)
-  if kind == "csv":
-    for remark in sweep.remarks:
-      cli.complain(remark)
-    sys.stdout.write(printable(table.to_csv(index=False), keep=LINES))
-  elif kind == "latex":
-    sys.stdout.write(printable(tables.latex_page(sweep, table), keep=LINES))
-  elif kind == "markdown" or (kind == "auto" and not console.is_terminal):
-    sys.stdout.write(printable(tables.page(sweep, table), keep=LINES))
-  else:
-    cells = tables.columns(table, sweep.paper)
-    shown = tables.for_terminal(cells, sweep.title, width=console.width)
-    console.print(shown)
-    for note in tables.notes(sweep, table):
-      console.print(note)
-    if texts := text_scores(sweep):
-      for title, some in text_tables(texts).items():
-        console.print(tables.for_terminal(some, title, width=console.width))
-      for note in text_notes(texts):
-        console.print(note)
-
-
-def write(sweep: Sweep, folder: Path, *, width: float | None = None) -> None:
-  """Writes all files of a report, the figures last.
-
-  Args:
-    sweep: the results.
-    folder: where to.
-    width: of the figures in a paper, in inches.
-
-  Raises:
-    UserError: what draws the figures isn't installed.
-  """
-  table = summary(sweep)
-  runs = sweep.runs.drop(columns=["result", "folder", "data"])
-  runs["signatures"] = runs["signatures"].map("; ".join)
-  files = {
-    "table.md": f"# {sweep.title}\n\n{tables.page(sweep, table)}",
-    "table.tex": tables.latex_page(sweep, table),
-    "table.csv": table.to_csv(index=False),
-    "runs.csv": runs.to_csv(index=False),
-  }
-  if texts := text_scores(sweep):
-    files["texts.csv"] = summary(texts).to_csv(index=False)
-  if outputs := side_by_side(sweep):
-    files["outputs.md"] = f"# {sweep.title}: outputs\n\n{outputs}"
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, text in files.items():
-    write_text(folder / name, text)
-  plots, _ = drawing(f"{folder} has the tables. ")
-  for name, figure in plots.figures(sweep, table, width=width):
-    plots.save(figure, folder, name)
-
-
-def drawing(before: str = "") -> tuple[ModuleType, ModuleType]:
-  """`plots` and `style`, which the plain install doesn't have the needs of.
-
-  Raises:
-    UserError: something of that isn't installed; `before` stands before it.
-  """
-  try:
-    from vera_jax.report import plots, style
-  except ImportError as error:
-    raise UserError(
-      f"{before}The figures need {error.name}: {install('report')}"
-    ) from error
-  return plots, style
 
 
 if __name__ == "__main__":

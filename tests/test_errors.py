@@ -1,13 +1,16 @@
 """What a missing extra's error tells people to type."""
 
 import re
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 
-from vera_jax import errors
+from vera_jax import errors, results
+from vera_jax.data.hub_data import download
+from vera_jax.data.tables import read_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,3 +39,26 @@ def test_the_command_names_an_extra_that_there_is(extra, monkeypatch):
   there = distribution("jax")
   monkeypatch.setattr("importlib.metadata.distribution", lambda name: there)
   assert errors.install(extra) == f"pip install 'vera_jax[{extra}]'"
+
+
+def test_what_a_plain_install_lacks_is_named_where_it_is_needed(
+  tmp_path, monkeypatch
+):
+  for name in ("datasets", "pyarrow", "pyarrow.parquet"):
+    monkeypatch.setitem(sys.modules, name, None)
+  (tmp_path / "a.parquet").write_bytes(b"PAR1")
+  for reads in (
+    lambda: read_table(tmp_path / "a.parquet"),
+    lambda: download("owner/name", None),
+  ):
+    with pytest.raises(errors.UserError, match=r"pip install.*datasets"):
+      reads()
+
+  def missing(name):
+    if name == "datasets":
+      raise PackageNotFoundError(name)
+    return "1"
+
+  monkeypatch.setattr(results, "version", missing)
+  versions = results.provenance()["versions"]
+  assert "jax" in versions and "datasets" not in versions

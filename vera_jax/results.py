@@ -6,7 +6,8 @@ A run whose loss is no longer finite has a `failed.json` in its place.
 import json
 import platform
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,15 @@ PACKAGES = (
 def provenance() -> dict[str, Any]:
   """Versions and hardware that a result was made with."""
   device = jax.devices()[0]
+  versions = {}
+  for name in PACKAGES:
+    with suppress(PackageNotFoundError):  # datasets is an extra
+      versions[name] = version(name)
   return {
     "versions": {
       "python": platform.python_version(),
       "vera_jax": __version__,
-      **{name: version(name) for name in PACKAGES},
+      **versions,
     },
     "device": {
       "platform": device.platform,

@@ -38,6 +38,7 @@ ASKED = [
   (["--version"], 0, "vera_jax 0."),
   (["trian"], 2, "Is it train?"),
   (["train", "--help"], 0, "vera-jax train --config=text"),
+  (["report", "--help"], 0, "vera-jax report DIR"),
   (["train", "--config=text", "--config.vera.rnak=3"], 2, "no setting 'rnak'"),
   (["train", "--config=txt"], 2, "Is it text"),
   (["train", "--config=rte", "--config.method=lorra"], 1, "choose from vera,"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import quickstart, report
+from experiments import quickstart, report_output
 from vera_jax.report import load_sweep, summary, tables
 from vera_jax.report.frame import Sweep, frame
 
@@ -52,7 +52,7 @@ def test_one_row_per_task_and_method_over_its_seeds():
 @pytest.mark.skipif(not (ROOT / "results").exists(), reason="not in a checkout")
 def test_a_report_is_tables_and_figures(tmp_path, capsys, monkeypatch):
   sweep = load_sweep(ROOT / "results/minilm")
-  report.write(sweep, tmp_path)
+  report_output.write(sweep, tmp_path)
   names = {path.name for path in tmp_path.iterdir()}
   figures = {
     f"{n}.{kind}"
@@ -67,11 +67,11 @@ def test_a_report_is_tables_and_figures(tmp_path, capsys, monkeypatch):
   assert table["seeds"].sum() == len(sweep.runs)
   head = table[(table["task"] == "cola") & (table["method"] == "head")]
   assert head["collapsed"].item() == 3  # one answer to everything
-  report.show(sweep, "csv")
+  report_output.show(sweep, "csv")
   assert capsys.readouterr().out == (tmp_path / "table.csv").read_text()
   for columns, spared in (("60", True), ("80", True), ("200", False)):
     monkeypatch.setenv("COLUMNS", columns)
-    report.show(sweep, "terminal")
+    report_output.show(sweep, "terminal")
     shown = capsys.readouterr().out
     table, _, below = shown.partition("└")
     assert max(map(len, table.splitlines())) <= int(columns)
@@ -79,13 +79,13 @@ def test_a_report_is_tables_and_figures(tmp_path, capsys, monkeypatch):
     for text in ("vera", "7,680", "80.6", "(80.0 to", "cola", "parameters"):
       assert text in table
     assert ("no room for" in below) == spared != ("seconds" in table)
-  report.show(sweep, "latex")
+  report_output.show(sweep, "latex")
   latex = capsys.readouterr().out
   assert latex == (tmp_path / "table.tex").read_text(encoding="utf-8")
   assert r"\toprule" in latex and "CoLA" in latex and "seconds" not in latex
   rows = [x for x in latex.splitlines() if x.endswith(r"\\")]
   assert len(rows) == 10 and len({row.count(" & ") for row in rows}) == 1
-  report.show(sweep, "auto")  # no terminal here
+  report_output.show(sweep, "auto")  # no terminal here
   page = (tmp_path / "table.md").read_text(encoding="utf-8")
   assert page.endswith(capsys.readouterr().out)
 

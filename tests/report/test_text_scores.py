@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from experiments import report
+from experiments import report_output
 from tests.report.test_plots import overlaps
 from vera_jax import results
 from vera_jax.report import plots, tables
@@ -162,8 +162,8 @@ def test_outputs_stand_side_by_side(sweep):
 
 def test_the_report_writes_them(sweep, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(plots, "figures", lambda *_, **__: ())
-  report.write(sweep, tmp_path)
+  report_output.write(sweep, tmp_path)
   names = {path.name for path in tmp_path.iterdir()}
   assert {"outputs.md", "texts.csv"} <= names
-  report.show(sweep, "terminal")
+  report_output.show(sweep, "terminal")
   assert "Test texts" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from typing import Any
 
 from vera_jax import hub
 from vera_jax.data.tables import Table, class_names
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 
 ANSWER_SECONDS = 10.0
 # The errors of a download that broke off; the library's other ones are about
@@ -23,9 +23,17 @@ def download(source: str, name: str | None) -> Any:
   """The hub's DatasetDict of a data set, or of one of several by its name.
 
   Raises:
-    UserError: it isn't there, or the hub can't be reached.
+    UserError: it isn't there, the hub can't be reached, or `datasets` isn't
+      installed.
   """
-  import datasets
+  try:
+    import datasets
+  except ImportError as error:
+    raise UserError(
+      f"There is no file or folder {source} here. If it is a data set of the"
+      f" hub's, that needs datasets: {install('datasets')}. Or name a file or"
+      " folder of it."
+    ) from error
   from huggingface_hub import HfApi
   from huggingface_hub.errors import RepositoryNotFoundError
 

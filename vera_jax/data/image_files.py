@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from vera_jax.data.tables import (
+  arrow,
   class_names,
   open_parquet,
   some,
@@ -240,8 +241,7 @@ def image_files(folder: Path) -> list[Path]:
 def _from_parquet(
   files: list[Path], label: str | None, *, inside: Path
 ) -> tuple[ImageFiles, tuple[str, ...]]:
-  from pyarrow.types import is_integer
-
+  is_integer = arrow().types.is_integer
   labels: list[int] = []
   names: list[str] = []
   groups: list[tuple[Path, int, int]] = []  # file, row group, its rows

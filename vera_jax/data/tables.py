@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from vera_jax.errors import UserError
+from vera_jax.errors import UserError, install
 from vera_jax.files import (
   BLANK,
   BOM,
@@ -243,6 +243,22 @@ def _json_list(content: bytes) -> Iterator[Row]:
       yield Row(number, error="it is no JSON object")
 
 
+def arrow() -> Any:
+  """The module pyarrow, which a plain install doesn't have.
+
+  Raises:
+    UserError: it isn't there.
+  """
+  try:
+    import pyarrow.parquet
+    import pyarrow.types
+  except ImportError as error:
+    raise UserError(
+      f"Parquet files need pyarrow: {install('datasets')}"
+    ) from error
+  return pyarrow
+
+
 @contextmanager
 def open_parquet(
   path: Path, *, inside: Path | None = None, once: bool = False
@@ -261,13 +277,12 @@ def open_parquet(
   Raises:
     UserError: the file can't be read, then or while it is in use.
   """
-  import pyarrow
-  from pyarrow import parquet
-
+  pyarrow = arrow()
+  ParquetFile = pyarrow.parquet.ParquetFile
   try:
     with (
       open_file(path, inside=inside, limit=DATA) as opened,
-      parquet.ParquetFile(opened) as file,
+      ParquetFile(opened) as file,
     ):
       about, size = file.metadata, opened.seek(0, 2)
       unpacked = sum(
@@ -289,9 +304,7 @@ def open_parquet(
       leaves = [file.schema.column(i) for i in range(about.num_columns)]
       names = [x.path for x in leaves if x.physical_type == "BYTE_ARRAY"]
       opened.seek(0)
-      with parquet.ParquetFile(
-        opened, metadata=about, read_dictionary=names
-      ) as file:
+      with ParquetFile(opened, metadata=about, read_dictionary=names) as file:
         yield file
   except (pyarrow.ArrowException, OSError, ValueError) as error:
     raise UserError(f"{path} can't be read as Parquet: {error}") from error
