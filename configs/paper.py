@@ -37,7 +37,7 @@ LLAMA_7B = ("huggyllama/llama-7b",)
 IMAGES = ("cifar100", "food101", "flowers102", "resisc45")
 # Answers of each run; a judge's scores of them come from FastChat.
 ANSWERS = (
-  "experiments.answer --adapter=DIR/…/runs/NAME/adapter"
+  "answer --adapter=DIR/…/runs/NAME/adapter"
   " --questions=question.jsonl --out=NAME.jsonl"
 )
 

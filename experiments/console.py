@@ -23,8 +23,8 @@ COMMANDS = (
 )
 # These run too: what a command above, or a page, names for a purpose.
 OTHERS = (
-  *("answer", "e2e_score", "quickstart", "rehearse", "reproduce", "ridge"),
-  *("table1",),
+  *("answer", "e2e_score", "pictures", "quickstart", "rehearse", "reproduce"),
+  *("ridge", "table1"),
 )
 # `train` is what these do; each says more of its own data and settings.
 TRAIN = "classify", "e2e", "glue", "images", "instruct", "language"

@@ -44,9 +44,9 @@ def commands_page() -> str:
     f"{BY}\n# Commands\n",
     "For those who type commands, and those who read their exit codes.\n",
     "`pip install` puts the command `vera-jax` on the path; `python -m"
-    " vera_jax` is the same. In a checkout, `python -m experiments.NAME` is the"
-    " same as `vera-jax NAME`. `vera-jax COMMAND --help` lists the flags as"
-    " well.\n",
+    " vera_jax` is the same. `make` installs it into a checkout's `.venv` too,"
+    " where `python -m experiments.NAME` is the same as `vera-jax NAME`."
+    " `vera-jax COMMAND --help` lists the flags as well.\n",
     markdown_table(("flags of all commands", ""), list(FLAGS.items()), texts=2),
     "\n## Exit codes\n",
     markdown_table(

@@ -160,7 +160,7 @@ def _run(command: list[str], out: Path) -> None:
   """
   print(" ".join(command), file=sys.stderr, flush=True)
   done = subprocess.run(
-    [sys.executable, *command[1:]],
+    [sys.executable, "-m", "vera_jax", *command[1:]],
     env={**os.environ, "HF_HUB_OFFLINE": "1"},
     capture_output=True,
     text=True,
@@ -183,7 +183,7 @@ def judge(name: str, out: Path) -> list[Path]:
     answers = out / "answers" / f"{run.name}.jsonl"
     answers.parent.mkdir(exist_ok=True)
     if not answers.exists():
-      command = ["python", "-m", "experiments.answer"]
+      command = ["vera-jax", "answer"]
       command += [f"--adapter={run}/adapter", f"--questions={asked}"]
       _run([*command, f"--out={answers}", "--max_new_tokens=4"], out)
     lines = []

@@ -47,7 +47,7 @@ For each table and figure of VeRA's paper (arXiv 2310.11454 v2): the command,
 what it needs, the numbers to expect, and a verdict on each. **None was run by
 us at these sizes**, for want of the weights; a command rehearses them on random
 weights, up to the verdict ([below](#the-rehearsal)). This page is made by
-`python -m experiments.reproduce`; a test holds it to the sweeps and to the
+`vera-jax reproduce`; a test holds it to the sweeps and to the
 paper's numbers in `vera_jax/report/published.py`.
 
 ## Commands
@@ -78,7 +78,7 @@ which is an assumption, and {start:.0f} s for each start. On v5e-8 the hours of
 all eight chips count. Steps of few rows, and E2E's float32, stay further below
 the peak. Texts that are written, and what a judge costs, are not counted. "On
 v5e-8" is how the first program's runs are split over eight chips. Once a sweep
-has a finished run, `experiments.sweep --dry_run` goes by that one.
+has a finished run, `vera-jax sweep --dry_run` goes by that one.
 
 ## The rule
 
@@ -115,8 +115,8 @@ both are trained.
 ## The rehearsal
 
 ```
-python -m experiments.rehearse --out=FOLDER --tokenizers=FOLDER
-python -m experiments.rehearse --out=FOLDER --small --only="Table 2"
+vera-jax rehearse --out=FOLDER --tokenizers=FOLDER
+vera-jax rehearse --out=FOLDER --small --only="Table 2"
 ```
 
 makes random weights in the hub's layout by transformers and torch (`make
@@ -204,15 +204,15 @@ def folder_of(name: str) -> str:
 def sweep_command(name: str) -> list[str]:
   """The command that trains a sweep, without its data."""
   study, _, variant = name.partition(":")
-  config = f"--config=configs/sweeps/{study}.py:{variant}"
+  config = f"--config=sweeps/{study}:{variant}"
   workdir = f"--workdir={folder_of(name)}"
-  return ["python", "-m", "experiments.sweep", config, workdir]
+  return ["vera-jax", "sweep", config, workdir]
 
 
 def report_command(table: str) -> list[str]:
   """The command that gives the verdicts of a table."""
   folders = [folder_of(name) for name in paper.SOURCES[table].sweeps]
-  return ["python", "-m", "experiments.report", *folders, "--against=paper"]
+  return ["vera-jax", "report", *folders, "--against=paper"]
 
 
 def _commands() -> str:
@@ -223,12 +223,12 @@ def _commands() -> str:
   ):
     tables = [*same]
     source = paper.SOURCES[tables[0]]
-    lines = [" ".join(sweep_command(name)[2:]) for name in source.sweeps]
+    lines = [" ".join(sweep_command(name)[1:]) for name in source.sweeps]
     if source.data_flag:
       lines = [f"{line} {source.data_flag}" for line in lines]
     if source.after:
       lines.append(source.after)
-    report = " ".join(report_command(tables[0])[2:])
+    report = " ".join(report_command(tables[0])[1:])
     if source.after:
       report += " --judgments=FILE"
     shown = "; ".join(f"**{t}**: {paper.SOURCES[t].shows}" for t in tables)
@@ -237,11 +237,7 @@ def _commands() -> str:
 
 
 def _block(lines: Iterable[str]) -> str:
-  commands = [
-    line if line.startswith("experiments") else f"experiments.{line}"
-    for line in lines
-  ]
-  return "\n".join(["```", *(f"python -m {c}" for c in commands), "```"])
+  return "\n".join(["```", *(f"vera-jax {line}" for line in lines), "```"])
 
 
 def _needs() -> str:

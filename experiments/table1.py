@@ -22,7 +22,7 @@ PAGE = """# The paper's Table 1, computed
 For those who check the paper's counts.
 
 Trained parameters and their bytes (float32) of an adapter on query and key,
-counted from the adapters' own shapes by `python -m experiments.table1`; no
+counted from the adapters' own shapes by `vera-jax table1`; no
 weights are needed. VeRA has L (d + r) parameters, LoRA 2 L d r, over L adapted
 layers of width d (section 3.2). K and M are powers of 1000 for parameters; for
 bytes the paper means powers of 1024, as here. The paper's numbers are those of
