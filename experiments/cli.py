@@ -366,7 +366,11 @@ class ModelFlags(NamedTuple):
     """The adapter on its base, or the whole model, as a `Classifier`."""
     # Imported only now: a mistake in the flags is reported without the wait.
     say_importing()
-    from vera_jax.adapters.files import is_pefts, load_adapter
+    from vera_jax.adapters.files import (
+      adapter_folder,
+      is_pefts,
+      load_adapter,
+    )
     from vera_jax.pretrained.classifier import load_classifier, restore_adapter
     from vera_jax.progress import show_stage
 
@@ -374,16 +378,16 @@ class ModelFlags(NamedTuple):
 
     if self.model.value:
       return load_classifier(self.model.value, **options)
-    folder = local_copy(self.adapter.value)
+    folder = adapter_folder(self.adapter.value)
     if is_pefts(folder):
-      saved = _imported(folder, self.base.value)
+      saved = _imported(folder, self.adapter.value, self.base.value)
     else:
-      saved = load_adapter(self.adapter.value)
+      saved = load_adapter(folder)
     return restore_adapter(saved, self.base.value, **options)
 
 
-def _imported(folder: Path, base: str | None) -> Any:
-  """A PEFT adapter as one of ours, for this command alone."""
+def _imported(folder: Path, name: str, base: str | None) -> Any:
+  """A PEFT adapter, by its name, as one of ours, for this command alone."""
   from vera_jax.adapters.files import load_adapter
   from vera_jax.peft_io import import_adapter
 
@@ -392,8 +396,8 @@ def _imported(folder: Path, base: str | None) -> Any:
     import_adapter(folder, ours, base=base)
     saved = load_adapter(ours)
   complain(
-    f"{folder} is PEFT's, and was imported for this command. `vera-jax peft"
-    f" import --adapter={folder} --out=FOLDER` keeps the import; with --task it"
+    f"{name} is PEFT's, and was imported for this command. `vera-jax peft"
+    f" import --adapter={name} --out=FOLDER` keeps the import; with --task it"
     " knows the labels' names."
   )
   return saved

@@ -13,9 +13,11 @@ from absl import flags
 
 from experiments import cli
 from vera_jax.errors import UserError
-from vera_jax.places import local_copy, place
+from vera_jax.places import place
 
-ADAPTER = flags.DEFINE_string("adapter", None, "The folder to read.")
+ADAPTER = flags.DEFINE_string(
+  "adapter", None, "The folder to read, or a hub id."
+)
 OUT = flags.DEFINE_string("out", None, "The folder to write.")
 BASE = flags.DEFINE_string(
   "base", None, "The base, a folder or a hub id; unset: the adapter says it."
@@ -40,13 +42,16 @@ cli.define_json()
 
 
 def main(words: list[str]) -> None:
-  from vera_jax.peft_io import export_adapter, import_adapter
-
   if words not in (["import"], ["export"]):
     raise UserError("Say import or export; --help shows how.")
   if not ADAPTER.value or not OUT.value:
     raise UserError("--adapter and --out are needed.")
-  folder, out = local_copy(ADAPTER.value), place(OUT.value)
+  # Imported only now: a mistake in the flags is reported without the wait.
+  cli.say_importing()
+  from vera_jax.adapters.files import adapter_folder
+  from vera_jax.peft_io import export_adapter, import_adapter
+
+  folder, out = adapter_folder(ADAPTER.value), place(OUT.value)
   if words == ["export"]:
     warnings = export_adapter(folder, out, method=AS.value, base=BASE.value)
     cli.give({"out": OUT.value, "warnings": warnings})

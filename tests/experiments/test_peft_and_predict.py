@@ -1,6 +1,7 @@
 """An adapter goes to PEFT's form and back, and answers files as before."""
 
 import json
+import shutil
 
 import pytest
 
@@ -59,7 +60,7 @@ FILES = {
   ],
 )
 def test_an_adapter_answers_files_as_before(
-  kind, random_adapter, printed, tmp_path
+  kind, random_adapter, printed, monkeypatch, tmp_path
 ):
   fields, name, text = FILES[kind]
   of = "stsb" if kind == "choices" else "mrpc"
@@ -70,8 +71,19 @@ def test_an_adapter_answers_files_as_before(
   given = f"--input={tmp_path / name}"
   ours = there_and_back(printed, adapter, tmp_path)
   before = printed("predict", f"--adapter={adapter}", given)
-  for folder in (ours, tmp_path / "theirs"):  # PEFT's is imported for it
-    assert printed("predict", f"--adapter={folder}", given) == before
+
+  def fetched(name, *, files, **_):
+    there = [file.name for file in (tmp_path / "theirs").iterdir()]
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    for file in {*there} & {*files}:
+      shutil.copy(tmp_path / "theirs" / file, folder)
+    return folder
+
+  monkeypatch.setattr("vera_jax.adapters.files.snapshot", fetched)
+  # PEFT's is imported for it, here by its id on the hub
+  for name in (ours, "owner/theirs"):
+    assert printed("predict", f"--adapter={name}", given) == before
   assert len(before.splitlines()) == len(text.splitlines())
 
 

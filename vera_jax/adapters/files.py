@@ -64,7 +64,7 @@ SHORTEST = 3  # tokens of a text: the least word, and one before and behind it
 Tensors = dict[str, np.ndarray]
 A_HUB_ID = "A hub id is owner/name or owner/name@revision."
 # What PEFT's folders have in place of adapter.json.
-PEFTS = "adapter_config.json"
+PEFTS, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 HUB_ID = re.compile(
   r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?"
 )
@@ -262,29 +262,42 @@ def is_pefts(folder: Path) -> bool:
   return (folder / PEFTS).is_file() and not (folder / ABOUT).exists()
 
 
+def adapter_folder(name: str | Path) -> Path:
+  """An adapter's folder here, ours or PEFT's; from the hub where it is there.
+
+  Args:
+    name: the folder, or its id on the hub: owner/name, or owner/name@revision
+      for a branch, tag or commit.
+
+  Raises:
+    UserError: there is none.
+  """
+  folder = local_copy(name)
+  if folder.is_dir():
+    return folder
+  hub_id = HUB_ID.fullmatch(str(name))
+  if not hub_id:
+    raise UserError(f"There is no adapter folder {folder}.")
+  return snapshot(
+    hub_id["name"],
+    files=(ABOUT, TENSORS, CARD, PEFTS, PEFT_TENSORS),
+    absent=f"There is no adapter folder {name} here, and the hub has no"
+    f" adapter of that name (or not for you). {A_HUB_ID}",
+    advice=A_HUB_ID,
+    revision=hub_id["revision"],
+  )
+
+
 def load_adapter(name: str | Path) -> SavedAdapter:
   """Read an adapter; `classifier.restore_adapter` puts it on a base.
 
   Args:
-    name: its folder, or its id on the hub: owner/name, or owner/name@revision
-      for a branch, tag or commit.
+    name: its folder, or its id on the hub, as `adapter_folder` takes it.
 
   Raises:
     UserError: a file that is missing, damaged or not of this adapter.
   """
-  folder = local_copy(name)
-  if not folder.is_dir():
-    hub_id = HUB_ID.fullmatch(str(name))
-    if not hub_id:
-      raise UserError(f"There is no adapter folder {folder}.")
-    folder = snapshot(
-      hub_id["name"],
-      files=(ABOUT, TENSORS, CARD),
-      absent=f"There is no adapter folder {name} here, and the hub has no"
-      f" adapter of that name (or not for you). {A_HUB_ID}",
-      advice=A_HUB_ID,
-      revision=hub_id["revision"],
-    )
+  folder = adapter_folder(name)
   if is_pefts(folder):
     raise UserError(
       f"{folder} is an adapter in PEFT's format. `vera-jax peft import"
