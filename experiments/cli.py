@@ -31,7 +31,7 @@ from configs import common
 from experiments.console import as_typed
 from experiments.settings import CONFIGS, settings
 from vera_jax.adapters.method import IN_CONFIG
-from vera_jax.adapters.methods import METHODS, check_key, links_of
+from vera_jax.adapters.methods import METHODS, check_key, links_of, near_keys
 from vera_jax.errors import EXIT_CODE, Interrupted, UserError
 from vera_jax.places import local_copy, place
 from vera_jax.terminal import LINES, Console, printable
@@ -52,6 +52,7 @@ EXIT_CODES = {
   " run was lost: the same command goes on",
   130: "stopped by Ctrl-C where nothing was to be saved",
 }
+NO_NUMBER = re.compile(r"invalid literal for int\(\) with base 10: .*")
 QUIET = "Show results, warnings and errors alone."
 _result: dict[str, Any] = {}  # what --json prints at the end
 
@@ -81,7 +82,8 @@ def run(
     print("Standard output is closed; > /dev/null drops it.", file=sys.stderr)
     sys.exit(1)
   # where absl looks for it
-  sys.modules["__main__"].__doc__ = usage and as_typed(usage)
+  sys.modules["__main__"].__doc__ = usage = usage and as_typed(usage)
+  sys.argv[1:] = ["--help" if x == "-h" else x for x in sys.argv[1:]]
   # transformers' advice is about torch models, of which none is used
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   if "quiet" not in flags.FLAGS:
@@ -89,7 +91,9 @@ def run(
 
   def guarded(argv: list[str]) -> None:
     if len(argv) > 1 and not operands:
-      complain(f"Not a flag: {' '.join(argv[1:])}")
+      example = re.search(r"^ +(.+?)(?: {2,}.*)?$", usage or "", re.MULTILINE)
+      as_in = f". As in: {example[1]}" if example else ""
+      complain(f"Not a flag: {' '.join(argv[1:])}{as_in}")
       sys.exit(2)
     logging.get_absl_handler().setFormatter(_PrintableFormatter())
     if not flags.FLAGS["verbosity"].present:
@@ -111,7 +115,8 @@ def run(
     try:
       return flags.FLAGS(argv, known_only=others)
     except (flags.Error, UserError) as error:
-      complain(f"{error}\n--help shows the flags.")
+      text = NO_NUMBER.sub("a whole number is needed", f"{error}")
+      complain(f"{text}{_flag_meant(error)}\n--help shows the flags.")
       sys.exit(2)
     except (SystemExit, OSError):  # --help was shown, which is no failure
       sys.exit(
@@ -119,6 +124,23 @@ def run(
       )
 
   app.run(guarded, flags_parser=parse)
+
+
+def _flag_meant(error: Exception) -> str:
+  """Behind an unknown flag: the setting that has its name, where one has."""
+  if not isinstance(error, flags.UnrecognizedFlagError):
+    return ""
+  if error.flagname == "json" and "format" in flags.FLAGS:
+    kinds = getattr(flags.FLAGS["format"].parser, "enum_values", ())
+    return "".join(f". Is it --format={x}?" for x in kinds if "json" in x)
+  if "config" not in flags.FLAGS:
+    return ""
+  parser: Any = flags.FLAGS["config"].parser
+  config = parser.default or common.get_config()
+  near = near_keys(config, error.flagname)
+  return (
+    f". Is it {' or '.join(f'--config.{x}' for x in near)}?" if near else ""
+  )
 
 
 def _as_json(work: Callable[[], None]) -> None:

@@ -35,11 +35,13 @@ def main() -> None:
   """Run the script that the first word names, with the words behind it."""
   handle_ctrl_c()
   words = sys.argv[1:]
-  if words[:1] == ["--version"]:
+  if words[:1] in (["--version"], ["version"]):
     from vera_jax.version import __version__
 
     print(f"vera_jax {__version__}")
     return
+  if words[:1] == ["help"] and words[1:]:
+    words = [words[1], "--help"]
   if not words or words[0] in HELP:
     try:
       print(overview(), flush=True)

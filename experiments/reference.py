@@ -67,7 +67,8 @@ FLAGS = {
   "`--help`": "what the command does, its flags, and for `train` all settings",
   "`--quiet`": "results, warnings and errors alone",
   "`--json`": "the result as one JSON object on standard output, all else on"
-  " standard error (`train`, `sweep`, `merge`, `peft`, `push`)",
+  " standard error (`train`, `sweep`, `merge`, `peft`, `push`);"
+  " `predict --format=jsonl` and `report --format=json` are theirs",
   "`--print_config`": "every setting with its value, its default if that is"
   " another, and what it is; nothing is trained (`train`, `sweep`, `plan`)",
   "`vera-jax --version`": "the version",

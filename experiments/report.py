@@ -1,7 +1,7 @@
 """Tables and figures from the result.json files below a folder.
 
   python -m experiments.report DIR                  # a sweep's, or any runs'
-  python -m experiments.report DIR --format=csv
+  python -m experiments.report DIR --format=csv       # or json
   python -m experiments.report DIR --format=latex --width=column   # for a paper
   python -m experiments.report results/minilm
   python -m experiments.report DIR --against=paper  # a verdict for each number
@@ -33,6 +33,7 @@ is left out; notes below the table say so.
 """
 
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -40,7 +41,8 @@ from experiments import cli
 from vera_jax.errors import UserError, install
 from vera_jax.places import place, staged
 
-FORMATS = ("auto", "terminal", "markdown", "latex", "csv")
+FORMATS = ("auto", "terminal", "markdown", "latex", "csv", "json")
+HERE = "results", "runs"  # the folders that are meant where none is named
 FORMAT = flags.DEFINE_enum("format", "auto", FORMATS, "What is printed.")
 OUT = flags.DEFINE_string(
   "out", None, "Where files go. Unset: DIR/report; empty: nowhere."
@@ -60,7 +62,8 @@ JUDGMENTS = flags.DEFINE_multi_string(
 
 
 def main(folders: list[str]) -> None:
-  folders = folders or ["results"]
+  # a checkout has results of ours, and runs are below `runs` by default
+  folders = folders or [next((x for x in HERE if Path(x).is_dir()), HERE[0])]
   if JUDGMENTS.value and not AGAINST.value:
     raise UserError("--judgments belongs to --against=paper.")
   # Imported only now: --help and a mistake in the flags need nothing of it.

@@ -48,8 +48,8 @@ def against_paper(sweep: Sweep, files: Sequence[str]) -> pd.DataFrame:
 def show_verdicts(table: pd.DataFrame, kind: str) -> None:
   """Prints verdicts in a format that `--format` names."""
   console = Console()
-  if kind == "csv":
-    sys.stdout.write(printable(table.to_csv(index=False), keep=LINES))
+  if kind in ("csv", "json"):
+    sys.stdout.write(unrounded(table, kind))
   elif kind == "latex":
     text = tables.latex(tables.against_paper(table), "Against the paper")
     sys.stdout.write(printable(f"{text}\n", keep=LINES))
@@ -63,14 +63,22 @@ def show_verdicts(table: pd.DataFrame, kind: str) -> None:
       console.print(note)
 
 
+def unrounded(table: pd.DataFrame, kind: str) -> str:
+  """A table's rows as CSV, or as a list of JSON objects."""
+  text = table.to_csv(index=False)
+  if kind == "json":
+    text = table.to_json(orient="records", force_ascii=False) + "\n"
+  return printable(text, keep=LINES)
+
+
 def show(sweep: Sweep, kind: str) -> None:
   """Prints the table in a format that `--format` names."""
   console = Console()
   table = summary(sweep)
-  if kind == "csv":
+  if kind in ("csv", "json"):
     for remark in sweep.remarks:
       cli.complain(remark)
-    sys.stdout.write(printable(table.to_csv(index=False), keep=LINES))
+    sys.stdout.write(unrounded(table, kind))
   elif kind == "latex":
     sys.stdout.write(printable(tables.latex_page(sweep, table), keep=LINES))
   elif kind == "markdown" or (kind == "auto" and not console.is_terminal):

@@ -6,6 +6,7 @@ chain, as "vera+bitfit"; its settings are those of its methods, each under the
 method's name.
 """
 
+import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -74,12 +75,40 @@ def check_key(config: ConfigDict, key: str) -> None:
     if not isinstance(group, ConfigDict):
       raise UserError(f"{place} is a setting, not a group of settings.")
     if name not in group:
+      near = [f"config.{x}" for x in near_keys(config, key)]
+      hint = f"Is it {' or '.join(near)}?"
       raise UserError(
-        f"{place} has no setting {name!r}. It has: {', '.join(group)}."
+        f"{place} has no setting {name!r}. "
+        + (hint if near else f"It has: {', '.join(group)}.")
       )
     place = f"{place}.{name}"
     # as references, since reading a required setting without a value raises
     group = dict(group.items(preserve_field_references=True))[name]
+
+
+def near_keys(config: ConfigDict, key: str) -> list[str]:
+  """The settings that a mistaken key may mean: those that end with it, or whose
+  last word is its last word or like it. Of methods, those of the config's."""
+  method = config.get("method") or config.get("base", {}).get("method")
+  others = {line.group for line in METHODS.values()}
+  others -= {*groups_of(str(method)).values()}
+  keys: dict[str, list[str]] = {}  # by their last words
+
+  def walk(group: ConfigDict, above: str) -> None:
+    for name, value in group.items(preserve_field_references=True):
+      if isinstance(value, ConfigDict):
+        if name not in others:
+          walk(value, f"{above}{name}.")
+      else:
+        keys.setdefault(name, []).append(above + name)
+
+  walk(config, "")
+  last = key.rpartition(".")[2].replace("learning_rate", "lr")
+  same = keys.get(last, [])
+  if ends := [x for x in same if f".{x}".endswith(f".{key}")]:
+    return ends
+  near = [last] if same else difflib.get_close_matches(last, keys, n=2)
+  return [x for name in near for x in keys[name]][:3]
 
 
 def settings_in(config: Any, method: str) -> dict[str, Any]:

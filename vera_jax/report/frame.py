@@ -17,7 +17,7 @@ from vera_jax.adapters.vector_norms import SHORT
 from vera_jax.data.written import FILES as WRITTEN
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
-from vera_jax.places import local_copy
+from vera_jax.places import local_copy, place
 from vera_jax.report.signatures import COLLAPSED, signatures
 
 log = logging.getLogger(__name__)
@@ -164,11 +164,13 @@ def load_sweep(*folders: str | Path) -> Sweep:
       f" with the same settings, data and seed.{other if unequal else ''}"
     )
   if not counted:
-    there = ", ".join(map(str, folders))
-    more = f"; {len(failed)} runs failed" if failed else ""
-    raise UserError(
-      "\n".join([f"There is no result.json below {there}{more}.", *remarks])
-    )
+    missing = [str(folder) for folder in folders if not place(folder).exists()]
+    why = f"There is no folder {', '.join(missing)}."
+    if not missing:
+      ended = f"{len(failed)} runs failed" if failed else "no run has ended"
+      below = ", ".join(map(str, folders))
+      why = f"There is no result.json below {below}: {ended}."
+    raise UserError("\n".join([why, *remarks]))
   title = sweep.get("title") or " and ".join(Path(f).name for f in folders)
   runs = frame(*zip(*counted.values(), strict=True))
   return Sweep(title, sweep.get("paper", ""), runs, failed, tuple(remarks))
