@@ -93,6 +93,8 @@ def run(
     if len(argv) > 1 and not operands:
       example = re.search(r"^ +(.+?)(?: {2,}.*)?$", usage or "", re.MULTILINE)
       as_in = f". As in: {example[1]}" if example else ""
+      if argv[1].startswith("config."):
+        as_in = f". Is it --{argv[1]}?"
       complain(f"Not a flag: {' '.join(argv[1:])}{as_in}")
       sys.exit(2)
     logging.get_absl_handler().setFormatter(_PrintableFormatter())

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from experiments import cli
 from vera_jax.errors import UserError
 from vera_jax.places import place
-from vera_jax.terminal import printable
+from vera_jax.terminal import Console, printable
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string(
@@ -78,6 +78,7 @@ def main() -> None:
   cli.remark_idle(config, sys.argv[1:])
   JOIN()
   # Imported only now: a mistake in the flags is reported without the wait.
+  from vera_jax.models.kinds import WORDS
   from vera_jax.train import distributed
   from vera_jax.train.ensemble import train_ensemble
   from vera_jax.train.loop import train_and_evaluate
@@ -88,6 +89,9 @@ def main() -> None:
     if distributed.is_first():
       cli.give(result)
       cli.show_result(result, workdir)
+      writes = result["kind"] == WORDS
+      asked = "generate --prompt=TEXT" if writes else "predict --input=FILE"
+      Console().print(f"vera-jax {asked} --adapter={workdir}/adapter")
       cli.show_trace(config, [workdir])
     return
 

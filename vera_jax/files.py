@@ -8,6 +8,7 @@ private file of this machine. So whatever comes from elsewhere goes through
 through `parse_json`.
 """
 
+import difflib
 import functools
 import hashlib
 import json
@@ -19,6 +20,7 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -85,7 +87,8 @@ def open_file(
     descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     opened = os.fdopen(descriptor, "rb")
   except FileNotFoundError as error:
-    raise UserError(f"There is no {file}.") from error
+    near = _near(Path(file)) if inside is None else ""
+    raise UserError(f"There is no {file}.{near}") from error
   except OSError as error:
     raise UserError(f"{file} can't be read: {error.strerror}.") from error
   except ValueError as error:  # a zero byte in the name
@@ -98,6 +101,15 @@ def open_file(
     opened.close()
     raise
   return opened
+
+
+def _near(missing: Path) -> str:
+  """Which file beside a missing one may be meant, as a question."""
+  with suppress(OSError):
+    names = [path.name for path in missing.parent.iterdir()]
+    if near := difflib.get_close_matches(missing.name, names, n=1, cutoff=0.8):
+      return f" Is it {missing.with_name(near[0])}?"
+  return ""
 
 
 def _check_size(file: str | Path, size: int, limit: int) -> None:

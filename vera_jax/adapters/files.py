@@ -266,15 +266,17 @@ def adapter_folder(name: str | Path) -> Path:
   """An adapter's folder here, ours or PEFT's; from the hub where it is there.
 
   Args:
-    name: the folder, or its id on the hub: owner/name, or owner/name@revision
-      for a branch, tag or commit.
+    name: the folder, or that of its run, or its id on the hub: owner/name, or
+      owner/name@revision for a branch, tag or commit.
 
   Raises:
     UserError: there is none.
   """
   folder = local_copy(name)
   if folder.is_dir():
-    return folder
+    of_run = folder / "adapter"  # where a run's folder is named
+    is_run = (of_run / ABOUT).is_file() and not (folder / ABOUT).exists()
+    return of_run if is_run else folder
   hub_id = HUB_ID.fullmatch(str(name))
   if not hub_id:
     raise UserError(f"There is no adapter folder {folder}.")

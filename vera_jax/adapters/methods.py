@@ -76,10 +76,10 @@ def check_key(config: ConfigDict, key: str) -> None:
       raise UserError(f"{place} is a setting, not a group of settings.")
     if name not in group:
       near = [f"config.{x}" for x in near_keys(config, key)]
-      hint = f"Is it {' or '.join(near)}?"
+      hint = f" Is it {' or '.join(near)}?" if near else ""
       raise UserError(
-        f"{place} has no setting {name!r}. "
-        + (hint if near else f"It has: {', '.join(group)}.")
+        f"{place} has no setting {name!r}.{hint} {place} has: "
+        f"{', '.join(group)}."
       )
     place = f"{place}.{name}"
     # as references, since reading a required setting without a value raises
