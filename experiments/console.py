@@ -10,7 +10,9 @@ import difflib
 import os
 import re
 import runpy
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 from experiments import handle_ctrl_c
@@ -70,7 +72,12 @@ def overview() -> str:
     # read, not imported: that would take seconds
     source = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
     summary = str(ast.get_docstring(ast.parse(source))).partition("\n")[0]
-    lines.append(f"  {name:<10}{summary}")
+    lines += textwrap.wrap(
+      summary,
+      min(80, shutil.get_terminal_size().columns),
+      initial_indent=f"  {name:<10}",
+      subsequent_indent=" " * 12,
+    )
   return "\n".join(lines)
 
 

@@ -255,14 +255,17 @@ def for_terminal(cells: pd.DataFrame, title: str, *, width: int) -> Table:
       ]
       shown = shown.drop(columns=[*joined, SIGNS], errors="ignore")
       shown.insert(int("task" in shown), "method", texts)
+  caption = f"no room for: {', '.join(spared)}" if spared else None
+  no_names = folded and "method" in shown and _total(widths) + NARROW > width
+  if no_names:  # which a row can't do without
+    return _below_each_other(shown, title, caption)
   table = Table(
     title=title,
     title_justify="left",
     caption_justify="left",
     show_lines=folded,
   )
-  if spared:
-    table.caption = f"no room for: {', '.join(spared)}"
+  table.caption = caption
   for name in shown:
     text = name in LEFT
     table.add_column(
@@ -275,6 +278,28 @@ def for_terminal(cells: pd.DataFrame, title: str, *, width: int) -> Table:
     shown.iterrows(), cells.get(SIGNS, [""] * len(cells)), strict=True
   ):
     table.add_row(*row, style="red" if COLLAPSED in signs else None)
+  return table
+
+
+def _below_each_other(
+  cells: pd.DataFrame, title: str, caption: str | None
+) -> Table:
+  """A table's rows, one column below the other: for the narrowest terminals."""
+  table = Table(
+    title=title,
+    title_justify="left",
+    caption=caption,
+    caption_justify="left",
+    show_header=False,
+    box=None,
+  )
+  table.add_column(overflow="fold")
+  table.add_column(justify="right", no_wrap=True)
+  for _, row in cells.iterrows():
+    table.add_row(", ".join(row[x] for x in NAMES if x in row), style="bold")
+    for name, text in row.items():
+      if text and name not in NAMES:
+        table.add_row(f"  {name}", text)
   return table
 
 
