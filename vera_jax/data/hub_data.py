@@ -28,12 +28,12 @@ def download(source: str, name: str | None) -> Any:
   """
   try:
     import datasets
-  except ImportError as error:
+  except ImportError as lacking:
     raise UserError(
       f"There is no file or folder {source} here. If it is a data set of the"
       f" hub's, that needs datasets: {install('datasets')}. Or name a file or"
       " folder of it."
-    ) from error
+    ) from lacking
   from huggingface_hub import HfApi
   from huggingface_hub.errors import RepositoryNotFoundError
 
