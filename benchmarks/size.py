@@ -35,7 +35,7 @@ PARTS = {
     )
   ),
   "examples of other networks": ("models/other_networks/*",),
-  "GGUF": ("models/gguf_*.py", "export/gguf.py"),
+  "GGUF": ("models/gguf_*.py", "operations/gguf_codes.py", "export/gguf.py"),
   "images": (
     *("models/vision.py", "models/vit.py", "models/dinov2.py"),
     *("data/image*.py", "tasks/images.py", "serve/image_predictor.py"),

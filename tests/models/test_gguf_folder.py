@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -140,6 +141,34 @@ def test_a_family_reads_a_file_as_the_folder(kind, folder, file, home):
     loaded.append(found.params)
   equal = jax.tree.map(np.array_equal, *loaded)
   assert all(jax.tree.leaves(equal)) and jax.tree.leaves(equal)
+
+
+def test_a_model_in_parts_is_the_model(file, home, tmp_path):
+  model = read_gguf(file("llama"))
+  names, firsts = list(model.tensors), [0, 7, 15, None]
+  for i in range(3):
+    keys = {"split.no": i, "split.count": 3, "split.tensors.count": len(names)}
+    tensors = {
+      name: Written(x.format, x.shape, partial(model.values, name))
+      for name, x in model.tensors.items()
+      if name in names[slice(*firsts[i : i + 2])]
+    }
+    keys |= model.metadata if i == 0 else {}
+    write_gguf(tmp_path / f"a-0000{i + 1}-of-00003.gguf", keys, tensors)
+  first = tmp_path / "a-00001-of-00003.gguf"
+  one, parts = resolve(file("llama")), resolve(first)
+  assert read_fields(one) == read_fields(parts)
+  one, two = (open_tensors(x / "model.gguf") for x in (one, parts))
+  assert one.keys() == two.keys()
+  for name in one.keys():
+    assert np.array_equal(one.get_tensor(name), two.get_tensor(name))
+  # a change of any part is a change of the base, and of its folder
+  before, last = fingerprint(parts), tmp_path / "a-00003-of-00003.gguf"
+  changed = bytearray(last.read_bytes())
+  changed[-1] ^= 1
+  last.write_bytes(changed)
+  assert fingerprint(parts) != before
+  assert resolve(first) != parts
 
 
 def test_rows_that_are_no_whole_blocks_are_f16(tmp_path):

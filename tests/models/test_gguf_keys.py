@@ -42,8 +42,8 @@ def with_keys(gguf: Gguf, keys: dict) -> Gguf:
 
 def with_factors(gguf: Gguf, factors: np.ndarray) -> Gguf:
   """The file with a tensor of factors for its rotations."""
-  data = np.concatenate([gguf.data, factors.view(np.uint8)])
-  place = Tensor(factors.shape, "F32", len(gguf.data), factors.nbytes)
+  data = (*gguf.data, factors.view(np.uint8))
+  place = Tensor(factors.shape, "F32", 0, factors.nbytes, part=1)
   tensors = {**gguf.tensors, "rope_freqs.weight": place}
   return gguf._replace(tensors=tensors, data=data)
 

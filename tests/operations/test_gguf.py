@@ -11,6 +11,7 @@ from vera_jax.models.gguf_file import (
   Written,
   decode,
   encode,
+  files_of,
   read_gguf,
   write_gguf,
 )
@@ -240,13 +241,55 @@ def test_a_damaged_file_is_refused(name, written, tmp_path):
   assert str(file) in str(error.value)
 
 
-def test_a_part_of_several_files_and_an_odd_alignment_are_refused(tmp_path):
-  write_gguf(tmp_path / "a.gguf", {"split.count": 3}, {})
-  with pytest.raises(UserError, match="one of 3 parts"):
-    read_gguf(tmp_path / "a.gguf")
+def test_an_odd_alignment_is_refused(tmp_path):
   write_gguf(tmp_path / "b.gguf", {"general.alignment": 24}, {})
   with pytest.raises(UserError, match="alignment is 24"):
     read_gguf(tmp_path / "b.gguf")
+
+
+def parts(folder, *, count=3, **changed):
+  """A model in parts with a tensor each; the first has the header."""
+  names = [f"m-0000{i + 1}-of-0000{count}.gguf" for i in range(count)]
+  for i, name in enumerate(names):
+    keys = {"split.no": i, "split.count": count, "split.tensors.count": count}
+    keys |= {"general.architecture": "llama"} if i == 0 else {}
+    keys |= {key.replace("_", "."): x for key, x in changed.items()}
+    value = np.full(4, i, np.float32)
+    tensor = Written("F32", (4,), lambda value=value: value)
+    write_gguf(folder / name, keys, {f"t{i}": tensor})
+  return [folder / name for name in names]
+
+
+def test_parts_are_read_as_one_model(tmp_path):
+  first, *others = parts(tmp_path)
+  model = read_gguf(first)
+  assert model.metadata["general.architecture"] == "llama"
+  assert [model.values(f"t{i}")[0] for i in range(3)] == [0, 1, 2]
+  (tmp_path / "link.gguf").symlink_to(first.name)
+  assert files_of(tmp_path / "link.gguf") == [first, *others]
+  (tmp_path / "circle.gguf").symlink_to("circle.gguf")
+  assert files_of(tmp_path / "circle.gguf") == [tmp_path / "circle.gguf"]
+
+
+def test_parts_that_do_not_fit_are_refused(tmp_path):
+  first, second, third = parts(tmp_path)
+  with pytest.raises(UserError, match="not the first part .*name m-00001-of-0"):
+    read_gguf(second)
+  second.rename(tmp_path / "alone.gguf")
+  with pytest.raises(UserError, match="lack m-00002-of-00003.gguf. Fetch"):
+    read_gguf(first)
+  with pytest.raises(UserError, match="alone.gguf says that it is part 1 "):
+    read_gguf(tmp_path / "alone.gguf")
+  third.rename(second)
+  (tmp_path / "alone.gguf").rename(third)
+  with pytest.raises(UserError, match="00002-of-00003.gguf says .* part 2 "):
+    read_gguf(first)
+  first, *_ = parts(tmp_path, split_tensors_count=4)
+  with pytest.raises(UserError, match="have 3 tensors, not the 4 of the"):
+    read_gguf(first)
+  first, *_ = parts(tmp_path, split_count="many")
+  with pytest.raises(UserError, match="part 0 .* of -1"):
+    read_gguf(first)
 
 
 def test_a_long_name_of_a_tensor_is_refused(tmp_path):

@@ -21,17 +21,15 @@ from vera_jax.models import gguf_file
 from vera_jax.models.family import read_fields
 from vera_jax.models.folder import resolve
 from vera_jax.models.gguf_file import decode
+from vera_jax.operations.gguf_codes import BLOCKS, keep, take_apart
 from vera_jax.operations.quantised import (
-  Blocks,
   codes_digest,
   dequantise,
   half_product,
   is_quantised,
-  keep,
   plain,
   quantise,
   stack_layers,
-  take_apart,
 )
 from vera_jax.pretrained.blueprint import blueprint, load_model
 from vera_jax.pretrained.sharding import make_mesh, param_shardings, put
@@ -92,21 +90,19 @@ def home(tmp_path, monkeypatch):
 
 
 def stored(format, outputs, blocks):
+  """Random codes, with scales that are numbers."""
   size = gguf_file.block_of(format)[1]
-  data = RNG.integers(0, 256, (outputs * blocks, size), np.uint8)
-  numbers = 4 if format == "Q4_1" else 2
-  scale = RNG.standard_normal((len(data), numbers // 2)).astype("<f2")
-  data[:, :numbers] = scale.view(np.uint8)
-  return data.reshape(-1)
+  data = RNG.integers(0, 256, (outputs * blocks, size), np.uint8).reshape(-1)
+  parts = data.view(BLOCKS[format])
+  for name in parts.dtype.names:
+    if parts[name].dtype == np.float16:
+      parts[name] = RNG.standard_normal(parts[name].shape)
+  return data
 
 
 def kept(format, data, outputs):
   blocks = take_apart(data, format=format)
-  parts = [
-    None if part is None else part.reshape(outputs, -1, part.shape[-1])
-    for part in blocks[:3]
-  ]
-  return keep(Blocks(*parts, blocks.format))
+  return keep(blocks.with_parts(lambda x: x.reshape(outputs, -1, x.shape[-1])))
 
 
 def test_products_in_bfloat16_round_their_factors_and_nothing_else():
@@ -124,22 +120,46 @@ def test_products_in_bfloat16_round_their_factors_and_nothing_else():
   np.testing.assert_allclose(to_x, g @ kernel.T, rtol=1e-5, atol=1e-5)
 
 
-def test_kept_codes_are_the_file_s_numbers_also_of_mixed_layers():
-  layers, expected = [], []
-  for format in ("Q4_1", "Q4_0", "Q8_0"):
-    data = stored(format, 5, 3)
-    values = decode(data, format=format, shape=(5, 96)).T
-    layer = kept(format, data, 5)
-    assert layer.shape == values.shape
-    np.testing.assert_allclose(dequantise(layer), values, rtol=1e-6)
-    layers.append(layer)
-    expected.append(values)
-  for chosen in ([0, 0], [0, 1, 2], [1, 2]):
-    stack = stack_layers([layers[i] for i in chosen])
-    assert stack.format == ("uint4" if chosen == [0, 0] else "int8")
-    np.testing.assert_allclose(
-      dequantise(stack), np.stack([expected[i] for i in chosen]), rtol=1e-6
-    )
+def layer_of(format):
+  """A kernel in a file's codes, and the values of llama.cpp's own package."""
+  weights = gguf_file.block_of(format)[0]
+  data = stored(format, 5, 512 // weights)
+  return kept(format, data, 5), decode(data, format=format, shape=(5, 512)).T
+
+
+def assert_same_values(kernel, values):
+  # XLA rounds a product and a sum at once
+  most = np.abs(values).max()
+  np.testing.assert_allclose(dequantise(kernel), values, atol=1e-6 * most)
+
+
+@pytest.mark.parametrize("format", BLOCKS)
+def test_kept_codes_have_the_file_s_values_and_size(format):
+  layer, values = layer_of(format)
+  assert layer.shape == values.shape
+  assert_same_values(layer, values)
+  # scales of four or six bits get a byte each
+  weights, size = gguf_file.block_of(format)
+  packed = {"Q2_K": 16, "Q3_K": 4, "Q4_K": 4, "Q5_K": 4}.get(format, 0)
+  assert layer.nbytes == 5 * 512 // weights * (size + packed)
+
+
+@pytest.mark.parametrize(
+  "formats, held",
+  [
+    (["Q4_1", "Q4_1"], "Q4_1"),
+    (["Q4_1", "Q4_0", "Q8_0"], "int8"),
+    (["Q5_0", "Q8_0"], "int8"),
+    (["Q4_K", "Q6_K"], "Q6_K"),
+    (["Q3_K", "Q2_K", "Q5_K"], "Q6_K"),
+    (["Q6_K", "Q5_1"], "int8"),
+  ],
+)
+def test_mixed_layers_keep_their_values(formats, held):
+  layers, values = zip(*map(layer_of, formats), strict=True)
+  stack = stack_layers(layers)
+  assert stack.format == held
+  assert_same_values(stack, np.stack(values))
 
 
 @pytest.mark.parametrize("kind, bound", [("int8", 0.5001), ("nf4", 0.152)])
@@ -251,7 +271,7 @@ def test_loss_and_gradients_are_those_of_the_dequantised_weights(
   # 96 inputs of `down` are no multiple of 64
   assert len(codes) == layers * (7 if how == "keep" else 6)
   if how == "keep":  # `up` has layers in four bits and in eight
-    assert sorted(x.format for x in codes) == ["int8"] * 2 + ["uint4"] * 5
+    assert sorted(x.format for x in codes) == ["Q4_1"] * 5 + ["int8"] * 2
   bare = jax.tree.map(plain, model.frozen, is_leaf=is_quantised)
   found, expected = (
     loss_and_slopes(model, x, batch) for x in (model.frozen, bare)

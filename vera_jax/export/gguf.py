@@ -314,7 +314,7 @@ def _check_return(
     name: Tensor(x.shape, x.format, 0, (x is factors) * data.size)
     for name, x in tensors.items()
   }
-  fields = config_fields(Gguf(folder, dict(metadata), places, data))
+  fields = config_fields(Gguf(folder, dict(metadata), places, (data,)))
   read = vars(config_of(fields))
   for name, value in vars(config).items():
     if name in ("model_type", "tie_word_embeddings") or name.endswith(TRAINING):

@@ -13,6 +13,8 @@ that it speaks of were found to be inside the file; llama.cpp's own package
 """
 
 import math
+import os
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +35,8 @@ VERSIONS = (2, 3)  # 3 differs by allowing big-endian files, which are refused
 ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
 NAME = 63  # bytes of a tensor's name at most, as in llama.cpp
 TEXT, ARRAY = 8, 9
+# How llama-gguf-split names the parts of a model: which one, and of how many.
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 # The struct letters of a value's other types, by their number in the file.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 
@@ -58,33 +62,36 @@ LARGEST = {
 
 
 class Tensor(NamedTuple):
-  """Where a tensor is in its file; `shape` has the innermost axis last."""
+  """Where a tensor is in its file, or in which part of it; `shape` has the
+  innermost axis last."""
 
   shape: tuple[int, ...]
   format: str
   start: int
   size: int
+  part: int = 0
 
 
 class Gguf(NamedTuple):
   """An open file; its tensors are read when they are asked for.
 
   Attributes:
-    file: its path.
+    file: its path, of a model in parts that of the first.
     metadata: by key; arrays of numbers are numpy's, those of texts are lists.
     tensors: by name.
-    data: the file's bytes, mapped.
+    data: the bytes of each part, mapped.
   """
 
   file: Path
   metadata: dict[str, Any]
   tensors: dict[str, Tensor]
-  data: np.ndarray
+  data: tuple[np.ndarray, ...]
 
   def stored(self, name: str) -> UInt8[np.ndarray, " bytes"]:
     """A tensor's bytes as they are in the file."""
     tensor = self.tensors[name]
-    return self.data[tensor.start : tensor.start + tensor.size]
+    data = self.data[tensor.part]
+    return data[tensor.start : tensor.start + tensor.size]
 
   def values(self, name: str) -> Float[np.ndarray, "..."]:
     """A tensor's values: float32, or float16 and bfloat16 as stored."""
@@ -100,14 +107,84 @@ class Written(NamedTuple):
   values: Callable[[], np.ndarray]
 
 
-def read_gguf(file: str | Path) -> Gguf:
-  """Open a file: its metadata, and where its tensors are.
+def files_of(file: Path) -> list[Path]:
+  """A model's files: this one, or all parts if it is named as the first one.
+
+  Of a link the first name counts that is a part's.
 
   Raises:
-    UserError: it can't be read, is damaged, or has what isn't read here
-      (version 1, big-endian, one part of several, other quantisations).
+    UserError: it is another part, or one is missing.
+  """
+  named = file
+  for _ in range(8):  # links may lead in a circle
+    part = PART.fullmatch(named.name)
+    if part or not named.is_symlink():
+      break
+    named = named.parent / os.readlink(named)
+  if not part or int(part[3]) < 2:
+    return [file]
+  parts = [
+    named.with_name(f"{part[1]}-{number:05}-of-{part[3]}.gguf")
+    for number in range(1, int(part[3]) + 1)
+  ]
+  if part[2] != "00001":
+    raise UserError(
+      f"{file} is not the first part of its model: name {parts[0].name}, which"
+      " has the header."
+    )
+  if absent := [x.name for x in parts if not x.exists()]:
+    raise UserError(
+      f"{file} is one of {len(parts)} parts, and beside it lack"
+      f" {', '.join(absent[:3])}{', ...' if absent[3:] else ''}. Fetch them"
+      " too."
+    )
+  return parts
+
+
+def read_gguf(file: str | Path) -> Gguf:
+  """Open a model: its metadata, and where its tensors are.
+
+  Args:
+    file: its file, or the first of its parts.
+
+  Raises:
+    UserError: it can't be read, is damaged or not whole, or has what isn't read
+      here (version 1, big-endian, other quantisations).
   """
   file = Path(file)
+  files = files_of(file)
+  model, *others = (_read_part(part) for part in files)
+  tensors: dict[str, Tensor] = {}
+  data: list[np.ndarray] = []
+  for number, part in enumerate([model, *others]):
+    stated = _split(part, "no"), _split(part, "count")
+    if stated != (number, len(files)) and (others or stated[1] > 1):
+      raise UserError(
+        f"{part.file} says that it is part {stated[0]} (of 0, 1, ...) of"
+        f" {stated[1]}, which its name does not: parts are found by names such"
+        " as NAME-00001-of-00003.gguf. Give them these again."
+      )
+    if twice := tensors.keys() & part.tensors.keys():
+      raise UserError(f"{part.file} has {min(twice)!r}, as another part does.")
+    for name, tensor in part.tensors.items():
+      tensors[name] = tensor._replace(part=number)
+    data += part.data
+  if others and (count := _split(model, "tensors.count")) != len(tensors):
+    raise UserError(
+      f"{file} and its other parts have {len(tensors)} tensors, not the {count}"
+      " of the header. Fetch them again."
+    )
+  return Gguf(file, model.metadata, tensors, tuple(data))
+
+
+def _split(part: Gguf, key: str) -> int:
+  """A number of the header about the parts; -1 for what is none."""
+  value = part.metadata.get(f"split.{key}", 0)
+  return value if isinstance(value, int) else -1
+
+
+def _read_part(file: Path) -> Gguf:
+  """Open one file, which has a whole model or a part of it."""
   if file.exists():
     check_file(file, inside=None, limit=TENSORS)  # no pipe, no device
   try:
@@ -134,11 +211,6 @@ def read_gguf(file: str | Path) -> Gguf:
     if key in metadata:
       header.refuse(f"it has {key!r} twice")
     metadata[key] = header.value(header.number("I"))
-  if isinstance(parts := metadata.get("split.count"), int) and parts > 1:
-    raise UserError(
-      f"{file} is one of {parts} parts; join them first: llama-gguf-split"
-      " --merge FIRST_PART OUT.gguf"
-    )
   described: dict[str, tuple[tuple[int, ...], int, int]] = {}
   for _ in range(tensor_count):
     name = header.text()
@@ -176,7 +248,7 @@ def read_gguf(file: str | Path) -> Gguf:
       header.refuse(f"its tensor {name!r} is not behind the one before it")
     tensors[name] = Tensor(shape, format, start, size)
     end += -(-size // step) * step
-  return Gguf(file, metadata, tensors, data)
+  return Gguf(file, metadata, tensors, (data,))
 
 
 def block_of(format: str) -> tuple[int, int]:

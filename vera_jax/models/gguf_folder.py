@@ -2,8 +2,9 @@
 
 Everything here that takes a model takes such a folder. So a file gets one, in
 the cache and by its checksum: config.json and the tokenizer's files, made from
-the header, and a link to the file itself. The weights stay where they are and
-are dequantised one by one as they are loaded, under Hugging Face's names.
+the header, and a link to the file itself, or one to each of its parts. The
+weights stay where they are and are dequantised one by one as they are loaded,
+under Hugging Face's names.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from vera_jax.files import (
   sha256_of,
   write_json,
 )
-from vera_jax.models.gguf_file import Gguf, read_gguf
+from vera_jax.models.gguf_file import Gguf, files_of, read_gguf
 from vera_jax.models.gguf_keys import GPT2, ROTATING, Keys
 from vera_jax.models.gguf_tokenizer import (
   MORE_ENDS,
@@ -34,7 +35,7 @@ from vera_jax.models.gguf_tokenizer import (
   tokenizer_files,
 )
 from vera_jax.models.sizes import check_sizes
-from vera_jax.operations.quantised import Blocks, take_apart
+from vera_jax.operations.gguf_codes import Blocks, take_apart
 
 LINK = "model.gguf"
 LAYOUT = 2  # counted up when the folder of the same file becomes another
@@ -207,7 +208,7 @@ class Tensors:
     return values if heads is None else from_pairs(values, heads=heads)
 
   def get_codes(self, name: str) -> Blocks | None:
-    """A matrix's codes [outputs, blocks, ...]; None where it has none.
+    """A matrix's codes [outputs, blocks, ...]; None where they can't be kept.
 
     The rows are in Hugging Face's order, and are the outputs also where
     Hugging Face has the matrix the other way.
@@ -223,12 +224,7 @@ class Tensors:
       part = part.reshape(tensor.shape[0], -1, part.shape[-1])
       return part if heads is None else from_pairs(part, heads=heads)
 
-    return Blocks(
-      rows(blocks.codes),
-      rows(blocks.scale),
-      None if blocks.minimum is None else rows(blocks.minimum),
-      blocks.format,
-    )
+    return blocks.with_parts(rows)
 
 
 class _Slice(NamedTuple):
@@ -257,12 +253,14 @@ def gguf_folder(file: Path) -> Path:
   Raises:
     UserError: the file can't be read, or holds what isn't known here.
   """
-  file = file.expanduser().resolve()
-  check_file(file, inside=None, limit=TENSORS)
-  # The place counts too: a copy elsewhere gets a link of its own, which no
-  # other process turns elsewhere.
-  about = f"{LAYOUT} {sha256_of(file)} ".encode() + os.fsencode(file)
-  key = hashlib.sha256(about).hexdigest()
+  file = file.expanduser()
+  parts = [part.resolve() for part in files_of(file)]
+  key = hashlib.sha256()
+  for part in parts:
+    check_file(part, inside=None, limit=TENSORS)
+    # The place counts too: a copy elsewhere gets a link of its own, which no
+    # other process turns elsewhere.
+    key.update(f"{LAYOUT} {sha256_of(part)} ".encode() + os.fsencode(part))
 
   def fill(new: Path) -> None:
     gguf = read_gguf(file)
@@ -271,9 +269,18 @@ def gguf_folder(file: Path) -> Path:
     write_json(new / "config.json", fields)
     for name, value in tokenizer_files(gguf.metadata, source=file).items():
       write_json(new / name, value)
-    (new / LINK).symlink_to(file)
+    if len(parts) == 1:
+      (new / LINK).symlink_to(parts[0])
+      return
+    names = [
+      f"model-{number:05}-of-{len(parts):05}.gguf"
+      for number in range(1, len(parts) + 1)
+    ]
+    for name, part in zip(names, parts, strict=True):
+      (new / name).symlink_to(part)
+    (new / LINK).symlink_to(names[0])  # whose name says which are the others
 
-  return cached_folder("gguf", file, key[:32], fill)
+  return cached_folder("gguf", file, key.hexdigest()[:32], fill)
 
 
 def architecture_of(gguf: Gguf) -> Architecture:

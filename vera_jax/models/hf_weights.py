@@ -28,15 +28,16 @@ from vera_jax.models.family import (
   family_of,
   read_fields,
 )
+from vera_jax.models.gguf_file import files_of
 from vera_jax.models.gguf_folder import LINK, open_tensors
 from vera_jax.models.sizes import check_sizes
+from vera_jax.operations.gguf_codes import keep
 from vera_jax.operations.quantised import (
   INT8,
   KEEP,
   NF4,
   NONE,
   Quantised,
-  keep,
   stack_layers,
 )
 from vera_jax.operations.quantised import quantise as quantise_kernel
@@ -237,8 +238,9 @@ def fingerprint(folder: Path) -> str:
   """sha256 over the weight files, which tells one base from another."""
   sha = hashlib.sha256()
   for file in tensor_files(folder):
-    with open_file(file, inside=None, limit=TENSORS) as opened:
-      sha.update(hashlib.file_digest(opened, "sha256").digest())
+    for part in files_of(file):
+      with open_file(part, inside=None, limit=TENSORS) as opened:
+        sha.update(hashlib.file_digest(opened, "sha256").digest())
   return sha.hexdigest()
 
 

@@ -3,7 +3,7 @@
 A weight is scale · level (+ minimum), with one scale for a block of weights
 along the input:
 
-  keep   a GGUF file's own codes: blocks of 32, as Q4_0, Q4_1 and Q8_0 have them
+  keep   a GGUF file's own codes, in blocks of 16 or 32 (`gguf_codes.py`)
   int8   one scale for each output, level = round(weight / scale)
   nf4    blocks of 64, 16 levels at a normal distribution's quantiles (QLoRA,
          arXiv 2305.14314, appendix E; its scales are not quantised again here)
@@ -19,7 +19,7 @@ temporary memory in products.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,17 +28,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from vera_jax.errors import UserError
 
 CHOICES = ("none", "keep", "int8", "nf4", "bfloat16")
 NONE, KEEP, INT8, NF4, HALF = CHOICES
 BLOCK = 64  # weights that share a scale in nf4
-GGUF_BLOCK = 32  # weights that share a scale in a GGUF file's codes
-# Formats of a GGUF file whose codes can be kept: their levels, and the bytes
-# of a block before the codes: a scale and perhaps a minimum.
-KEPT = {"Q4_0": ("int4", 2), "Q4_1": ("uint4", 4), "Q8_0": ("int8", 2)}
 # By QLoRA's appendix E; bitsandbytes has the same numbers.
 NF4_LEVELS = (
   *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -49,56 +45,45 @@ NF4_LEVELS = (
 )
 
 
-def _whole(codes: Array) -> Float[Array, "..."]:
-  return codes.astype(jnp.float32)
+class Packed(NamedTuple):
+  """Codes of fewer bits than a byte has.
+
+  A byte has the codes of weights that are `stride` apart, the first of them in
+  its lowest bits: of four bits and a stride of 16, byte j of 16 has the weights
+  j and j + 16.
+  """
+
+  bits: int
+  stride: int
 
 
-def _nf4(codes: Array) -> Float[Array, "..."]:
-  return jnp.asarray(NF4_LEVELS, jnp.float32)[codes]
-
-
-# The level of a code, by the format's name.
-LEVELS: dict[str, Callable[[Array], Array]] = {
-  "int8": _whole,
-  "uint4": _whole,
-  "int4": lambda codes: _whole(codes) - 8,
-  "nf4": _nf4,
-}
-
-
-class Blocks(NamedTuple):
-  """A quantised tensor's codes; its values are scale · level (+ minimum).
+class Layout(NamedTuple):
+  """How the levels of a format are stored.
 
   Attributes:
-    codes: [..., 32] int8, which are the levels, or [..., 16] uint8: a byte has
-      weight i in its low half and weight i + 16 in its high one.
-    scale, minimum: [..., 1] float16; no minimum is 0.
-    format: the levels of codes in four bits: "uint4" 0 to 15, "int4" -8 to 7;
-      "int8" for the others.
+    low: of each code the low bits, which are packed in `Quantised.codes`.
+    high: the bits above these, in `Quantised.high`; None for none.
+    offset: a level is its code less this.
   """
 
-  codes: np.ndarray
-  scale: np.ndarray
-  minimum: np.ndarray | None
-  format: str
+  low: Packed
+  high: Packed | None = None
+  offset: int = 0
 
 
-def take_apart(
-  stored: UInt8[np.ndarray, " bytes"], *, format: str
-) -> Blocks | None:
-  """The blocks of a GGUF file's tensor: views into its bytes.
-
-  Returns:
-    None where codes of the format can't be kept.
-  """
-  if format not in KEPT:
-    return None
-  levels, header = KEPT[format]
-  wide = levels == "int8"
-  blocks = stored.reshape(-1, header + GGUF_BLOCK // (1 if wide else 2))
-  scale, codes = blocks[:, :2].view("<f2"), blocks[:, header:]
-  minimum = blocks[:, 2:4].view("<f2") if header == 4 else None
-  return Blocks(codes.view(np.int8) if wide else codes, scale, minimum, levels)
+# int8 has its levels as they are; Q8_0 of a GGUF file is that as well.
+LAYOUTS = {
+  "Q2_K": Layout(Packed(2, 32)),
+  "Q3_K": Layout(Packed(2, 32), Packed(1, 32), offset=4),
+  "Q4_0": Layout(Packed(4, 16), offset=8),
+  "Q4_1": Layout(Packed(4, 16)),
+  "Q4_K": Layout(Packed(4, 32)),
+  "Q5_0": Layout(Packed(4, 16), Packed(1, 1), offset=16),
+  "Q5_1": Layout(Packed(4, 16), Packed(1, 1)),
+  "Q5_K": Layout(Packed(4, 32), Packed(1, 32)),
+  "Q6_K": Layout(Packed(4, 64), Packed(2, 32), offset=32),
+  NF4: Layout(Packed(4, BLOCK // 2)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +91,18 @@ class Quantised:
   """A kernel's codes; it has the shape and type of the kernel that they make.
 
   Attributes:
-    codes: int8 or bfloat16 (*stack, i, o), or uint8 (*stack, i / 2, o), where
-      byte j of a block has weight j in its low half and, in its high half, the
-      weight half a block further.
+    codes: int8 or bfloat16 (*stack, i, o), or packed as uint8, in fewer rows
+      (`LAYOUTS`).
     scale: (*stack, blocks, o); blocks are equal parts of i. None for 1.
     minimum: as the scale, added to the products; None for 0.
-    format: a name in `LEVELS`, or "bfloat16", whose codes are the weights.
+    format: a name in `LAYOUTS`, "int8", or "bfloat16", whose codes are the
+      weights.
     axes: the kernel's own shape, without the stack: (i, o), or more axes as
       `nn.DenseGeneral` has them.
     dtype: of the kernel, once dequantised.
+    high: packed bits above those in `codes`, or None.
+    scale_unit, minimum_unit: float16 (*stack, larger blocks, o), with which
+      scales and minima are multiplied, which are whole numbers then; or None.
   """
 
   codes: Any
@@ -123,6 +111,9 @@ class Quantised:
   format: str
   axes: tuple[int, ...]
   dtype: Any
+  high: Any = None
+  scale_unit: Any = None
+  minimum_unit: Any = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -138,13 +129,15 @@ class Quantised:
 
   @property
   def nbytes(self) -> int:
-    """Bytes of codes, scales and minima, as they are allocated."""
+    """Bytes of codes and scales, as they are allocated."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
 jax.tree_util.register_dataclass(
   Quantised,
-  data_fields=["codes", "scale", "minimum"],
+  data_fields=[
+    *("codes", "scale", "minimum", "high", "scale_unit", "minimum_unit")
+  ],
   meta_fields=["format", "axes", "dtype"],
 )
 
@@ -176,16 +169,57 @@ def dequantise(kernel: Any) -> Float[Array, "*stack i o"]:
     return dequantize(kernel)
   if kernel.format == HALF:
     return jnp.asarray(kernel.codes).astype(kernel.dtype)
+  kernel = jax.tree.map(jnp.asarray, kernel)
   *stack, blocks, outputs = kernel.scale.shape
-  codes = jnp.asarray(kernel.codes).reshape(*stack, blocks, -1, outputs)
-  if codes.dtype == jnp.uint8:
-    codes = jnp.concatenate([codes & 15, codes >> 4], axis=-2)
-  along = (*stack, blocks, 1, outputs)
-  scale = jnp.asarray(kernel.scale, jnp.float32).reshape(along)
-  weights = LEVELS[kernel.format](codes) * scale
+  levels = levels_of(kernel)
+  if kernel.format == NF4:
+    levels = jnp.asarray(NF4_LEVELS, jnp.float32)[levels]
+  levels = levels.astype(jnp.float32).reshape(*stack, blocks, -1, outputs)
+  weights = levels * _steps(kernel.scale, kernel.scale_unit)[..., None, :]
   if kernel.minimum is not None:
-    weights += jnp.asarray(kernel.minimum, jnp.float32).reshape(along)
+    weights += _steps(kernel.minimum, kernel.minimum_unit)[..., None, :]
   return weights.reshape(*stack, -1, outputs).astype(kernel.dtype)
+
+
+def levels_of(kernel: Quantised) -> Any:
+  """A kernel's levels (*stack, i, o) as whole numbers of eight bits; of nf4
+  their places in `NF4_LEVELS`. numpy's or JAX's, as the codes are."""
+  if kernel.format == INT8:
+    return kernel.codes
+  low, high, offset = LAYOUTS[kernel.format]
+  codes = unpack(kernel.codes, low)
+  if high is not None:
+    codes = codes | unpack(kernel.high, high) << low.bits
+  return codes.astype(np.int8) - np.int8(offset)
+
+
+def unpack(codes: Any, packed: Packed) -> Any:
+  """Packed codes (*stack, bytes, o) as one in each byte (*stack, i, o)."""
+  *stack, _, outputs = codes.shape
+  groups = codes.reshape(*stack, -1, packed.stride, outputs)
+  mask = 2**packed.bits - 1
+  parts = [groups >> shift & mask for shift in range(0, 8, packed.bits)]
+  join = jnp.concatenate if isinstance(codes, Array) else np.concatenate
+  return join(parts, axis=-2).reshape(*stack, -1, outputs)
+
+
+def pack(codes: np.ndarray, packed: Packed) -> np.ndarray:
+  """The inverse of `unpack`, of one layer on the host."""
+  shifts = np.arange(0, 8, packed.bits, dtype=np.uint8)[:, None, None]
+  groups = codes.reshape(-1, len(shifts), packed.stride, codes.shape[-1])
+  parts = np.bitwise_or.reduce(groups << shifts, axis=1)
+  return parts.reshape(-1, codes.shape[-1])
+
+
+def _steps(numbers: Any, unit: Any) -> Any:
+  """Scales or minima in float32, times their units; see `Quantised`."""
+  numbers = numbers.astype(np.float32)
+  if unit is None:
+    return numbers
+  *stack, units, outputs = unit.shape
+  wide = numbers.reshape(*stack, units, -1, outputs)
+  wide = wide * unit.astype(np.float32)[..., None, :]
+  return wide.reshape(numbers.shape)
 
 
 @jax.custom_vjp
@@ -260,8 +294,7 @@ def quantise(
     codes = np.zeros(weights.shape, np.uint8)
     for border in (levels[1:] + levels[:-1]) / 2:
       codes += weights > border
-    low, high = np.split(codes, 2, axis=1)
-    codes = low | high << 4
+    codes = pack(codes, LAYOUTS[NF4].low)
   return Quantised(
     codes.reshape(-1, outputs),
     scale,
@@ -306,61 +339,57 @@ def abstract_kernel(
   )
 
 
-def keep(
-  blocks: Blocks | None, *, dtype: DTypeLike = jnp.float32
-) -> Quantised | None:
-  """The codes of a matrix of a GGUF file, which has outputs before inputs.
-
-  Args:
-    blocks: of `gguf_folder.Tensors.get_codes`; None, and the result too, where
-      the file has the values themselves.
-    dtype: as in `Quantised`.
-  """
-  if blocks is None:
-    return None
-
-  def turned(part: np.ndarray | None) -> Any:
-    """[outputs, blocks, n] as (blocks n, outputs)."""
-    if part is None:
-      return None
-    return np.ascontiguousarray(part.reshape(len(part), -1).T)
-
-  outputs, count, _ = blocks.codes.shape
-  codes, scale, minimum = map(turned, blocks[:3])
-  return Quantised(
-    codes,
-    scale,
-    minimum,
-    blocks.format,
-    (count * GGUF_BLOCK, outputs),
-    jnp.dtype(dtype),
-  )
-
-
 def stack_layers(layers: Sequence[Quantised]) -> Quantised:
   """Layers' kernels as one leaf with their axis in front.
 
-  Layers of different formats become int8 with minima, which holds all of them
-  exactly.
+  Layers of different formats become Q6_K, with minima where one has them, which
+  holds the numbers of all k-quants exactly, or else int8, which holds all.
   """
   if len({layer.format for layer in layers}) > 1:
+    units = all(layer.scale_unit is not None for layer in layers)
+    blocks = max(len(layer.scale) for layer in layers)
     some = any(layer.minimum is not None for layer in layers)
-    layers = [_widen(layer, minimum=some) for layer in layers]
+    layers = [
+      _widen(layer, blocks=blocks, minimum=some, units=units)
+      for layer in layers
+    ]
   return jax.tree.map(lambda *parts: np.stack(parts), *layers)
 
 
-def _widen(kernel: Quantised, *, minimum: bool) -> Quantised:
-  """The same numbers with a byte for each code."""
-  codes, (blocks, outputs) = kernel.codes, kernel.scale.shape
-  if kernel.format != "int8":
-    pairs = codes.reshape(blocks, -1, outputs)
-    codes = np.concatenate([pairs & 15, pairs >> 4], axis=1)
-    codes = codes.astype(np.int8) - np.int8(8 * (kernel.format == "int4"))
-    codes = codes.reshape(-1, outputs)
-  least = kernel.minimum
+def _widen(
+  kernel: Quantised, *, blocks: int, minimum: bool, units: bool
+) -> Quantised:
+  """The same numbers with more bits and scales; `units`: as a k-quant has."""
+
+  def repeated(numbers: np.ndarray) -> np.ndarray:
+    return np.repeat(numbers, blocks // len(numbers), axis=0)
+
+  levels, scale, least = levels_of(kernel), kernel.scale, kernel.minimum
+  scale_unit, least_unit = kernel.scale_unit, kernel.minimum_unit
   if minimum and least is None:
-    least = np.zeros_like(kernel.scale)
-  return dataclasses.replace(kernel, codes=codes, minimum=least, format="int8")
+    least = np.zeros_like(scale)
+    least_unit = None if scale_unit is None else np.zeros_like(scale_unit)
+  if not units and scale_unit is not None:
+    scale, scale_unit = _steps(scale, scale_unit), None
+    least = None if least is None else _steps(least, least_unit)
+    least_unit = None
+  codes, high, format = levels, None, INT8
+  if units:
+    format = "Q6_K"
+    low, above, offset = LAYOUTS[format]
+    raised = (levels + np.int8(offset)).view(np.uint8)
+    codes = pack(raised & 2**low.bits - 1, low)
+    high = pack(raised >> low.bits, above)
+  return dataclasses.replace(
+    kernel,
+    codes=codes,
+    scale=repeated(scale),
+    minimum=None if least is None else repeated(least),
+    format=format,
+    high=high,
+    scale_unit=scale_unit,
+    minimum_unit=least_unit,
+  )
 
 
 def codes_digest(params: Mapping[str, Any]) -> str | None:

@@ -407,7 +407,8 @@ def find_codes(plan: Blueprint, params: Any) -> tuple[str | None, list[str]]:
   coded = [leaf for leaf in kernels if is_quantised(leaf)]
   if not coded:
     why = {
-      KEEP: "the file has none of them in codes (Q4_0, Q4_1 or Q8_0)",
+      KEEP: "the file has none of them in codes that are kept (Q2_K to Q6_K,"
+      " Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0)",
       NF4: f"their inputs are no multiples of {BLOCK}",
     }.get(plan.quantise, "the method trains them all")
     why = why if kernels else "the method trains them all, or there are none"
