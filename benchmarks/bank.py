@@ -47,11 +47,11 @@ from vera_jax.models.paper_sizes import SIZES, roberta
 from vera_jax.peft_io import export_adapter
 from vera_jax.pretrained.blueprint import blueprint
 from vera_jax.pretrained.classifier import restore_adapter
-from vera_jax.serve.bank import AdapterBank, set_slot
+from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.predictor import Predictor
 from vera_jax.tasks.glue_data import load_split
 from vera_jax.tasks.glue_facts import glue_task
-from vera_jax.train.multi_adapter import empty_stack
+from vera_jax.train.multi_adapter import empty_stack, set_slot
 
 BANK, PASSES, SINGLE = "bank, mixed", "one pass per adapter", "one for all"
 PEFT, PEFT_SINGLE = "PEFT, switching", "PEFT, one for all"

@@ -78,8 +78,9 @@ def test_the_adapter_goes_back_on_its_base(trained, folder):
   assert words.hidden.shape == (1, 6, 8) and words.kernel.shape == (8, 24)
   with pytest.raises(UserError, match="writes texts; a Predictor answers"):
     Predictor(model)
-  with pytest.raises(UserError, match="writes texts, but a bank answers"):
-    AdapterBank({"one": folder / "run/adapter"})
+  bank = AdapterBank({"one": folder / "run/adapter"})
+  with pytest.raises(UserError, match="write texts, and answer no questions"):
+    bank.logits(["w1"], adapters="one")
 
 
 def test_a_method_that_would_train_nothing_is_refused(config, tmp_path):

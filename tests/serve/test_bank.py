@@ -184,6 +184,8 @@ def test_a_full_bank_and_a_taken_name(adapters):
     AdapterBank(adapters, capacity=2)
   with pytest.raises(UserError, match="none was given"):
     AdapterBank({})
+  with pytest.raises(UserError, match="write none: ask for answers"):
+    bank.generate(["Once"], adapters="one")
   with pytest.raises(UserError, match="2 texts and 1 names"):
     bank.logits(TEXTS[:2], adapters=["one"])
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.core import meta
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import PRNGKeyArray
 
@@ -229,6 +229,31 @@ def first_leaves(
     keys[path] = site_key
   made = map_sites(lambda site, key: start(key, site), sites, projections, keys)
   return _tree(root, made)
+
+
+def identity_leaves(
+  adapter: Adapter,
+  targets: Mapping[Path, Target],
+  params: Tree,
+  projections: Tree,
+) -> dict[str, Any]:
+  """Leaves with which the adapted weights are those of `params` themselves.
+
+  A low-rank delta is 0 where all that is trained of it is. Other methods start
+  at the weights that are there. A method that a bank takes is one of these.
+  """
+  first = first_leaves(adapter, targets, params, projections, jax.random.key(0))
+  return unflatten_dict(
+    {
+      path: jnp.zeros_like(leaf)
+      if any(
+        link.low_rank is not None and link.owns(path[-1])
+        for link in adapter.methods
+      )
+      else leaf
+      for path, leaf in flatten_dict(first).items()
+    }
+  )
 
 
 def prepared_leaves(

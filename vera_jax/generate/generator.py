@@ -14,7 +14,7 @@ in codes (`operations/quantised.py`), of which one layer's kernels at a time are
 dequantised.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,7 @@ from vera_jax.generate.sampling import (
   are_numbers,
   compiled_next,
 )
+from vera_jax.generate.text_pieces import TextPieces
 from vera_jax.models.decoder import empty_cache, grow
 from vera_jax.models.kinds import WORDS
 from vera_jax.operations.quantised import is_quantised
@@ -53,7 +54,6 @@ from vera_jax.pretrained.blueprint import decoder_in
 from vera_jax.pretrained.classifier import Classifier
 
 STEP = 32  # prompts are padded to multiples of it: few shapes are compiled
-BROKEN = "\ufffd"  # what a tokenizer gives for half of a character
 Ids = list[int]
 
 
@@ -89,12 +89,8 @@ class Generator:
       )
     plain = decoder_in(decoder.module, decoder.config)
     self.rows = rows
-    self.template = template or decoder.about.get("template") or PLAIN
-    if self.template not in TEMPLATES:
-      raise UserError(
-        f"There is no template {self.template!r} for prompts; choose"
-        f" {', '.join(TEMPLATES)}."
-      )
+    self.template = template or template_in(decoder.about)
+    check_template(self.template)
     self.tokenizer = load_tokenizer(decoder.folder)
     if self.template == CHAT:  # what fails is reported before a prompt is read
       message_ids(self.tokenizer, "Hello.")
@@ -119,22 +115,35 @@ class Generator:
     self.dtype = plain.dtype
     self.eos = _ends(decoder, self.tokenizer)
 
-  def encode(self, prompt: str, *, max_new_tokens: int) -> Ids:
+  def encode(
+    self,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    about: Mapping[str, Any] | None = None,
+  ) -> Ids:
     """A prompt's tokens, as the decoder was trained on them.
 
     They begin with what the tokenizer puts before a text, and end with an
     end-of-text token if that stood behind the prompts of training. A template
     alone says what is around a message.
 
+    Args:
+      prompt: a text.
+      max_new_tokens: the most tokens of the answer.
+      about: what an adapter other than the decoder's says of its training.
+
     Raises:
       UserError: there is none, they and the answer have no room, or the model
         lacks one of them.
     """
-    if self.template != PLAIN:
+    template = self.template if about is None else template_in(about)
+    if template != PLAIN:
       asked = [{"role": "user", "content": prompt}]
-      ids = conversation_ids(self.tokenizer, asked, template=self.template)
+      ids = conversation_ids(self.tokenizer, asked, template=template)
     else:
-      separate = self.decoder.about.get("separate") is True
+      about = self.decoder.about if about is None else about
+      separate = about.get("separate") is True
       how = Completions("left", separate)
       [ids] = prompt_ids(self.tokenizer, [prompt], how=how)
     self.check(ids, max_new_tokens=max_new_tokens)
@@ -235,7 +244,7 @@ class Generator:
         self.variables,
         tokens,
         lengths,
-        _keys(seed, [numbers[i] for i in filled]),
+        row_keys(seed, [numbers[i] for i in filled]),
         how=how,
         eos=self.eos if eos is None else tuple(eos),
         max_new_tokens=max_new_tokens,
@@ -304,7 +313,7 @@ class Generator:
     self.check(tokens, max_new_tokens=max_new_tokens)
     past = past or Past()
     ids, lengths = self._padded([tokens])
-    keys = _keys(seed, [0])
+    keys = row_keys(seed, [0])
     history = append(ids, lengths, jnp.zeros((1, max_new_tokens), jnp.int32))
     cache = past.cache
     if cache is None:
@@ -319,7 +328,7 @@ class Generator:
       self.module, self.variables, cache, *self._padded([tokens[same:]])
     )
     answer: Ids = []
-    shown = ""
+    pieces = TextPieces(self.decode)
     while True:
       self._check_numbers(are_numbers(logits)[0])
       token = compiled_next(
@@ -333,17 +342,15 @@ class Generator:
       history = history.at[0, len(tokens) + len(answer)].set(token[0])
       answer.append(int(token[0]))
       past.cache, past.ids = cache, [*tokens, *answer]
-      text = self.decode(answer)
-      if not text.endswith(BROKEN) and len(text) > len(shown):
-        yield text[len(shown) :]
-        shown = text
+      if text := pieces.add(answer[-1]):
+        yield text
       if answer[-1] in self.eos or len(answer) == max_new_tokens:
         break
       logits, cache = compiled_read(
         self.module, self.variables, cache, token[:, None]
       )
-    if len(text) > len(shown):
-      yield text[len(shown) :]
+    if text := pieces.finish():
+      yield text
 
   def decode(self, ids: Sequence[int]) -> str:
     """An answer's text, without what ends it and other special tokens."""
@@ -354,13 +361,17 @@ class Generator:
 
   def _check_numbers(self, fine: Any, prompt: str = "") -> None:
     if not fine:
-      raise UserError(
-        f"{prompt}The next word can't be chosen, for its logits are not finite"
-        " numbers. Either a weight of the model or its adapter is not: see"
-        " whether the loss of its training was finite to the end. Or computing"
-        f" in {jnp.dtype(self.dtype).name} overflows: load the model"
-        " in float32."
-      )
+      raise UserError(prompt + self.not_numbers())
+
+  def not_numbers(self) -> str:
+    """What to do where logits are not finite numbers, in words."""
+    return (
+      "The next word can't be chosen, for its logits are not finite"
+      " numbers. Either a weight of the model or its adapter is not: see"
+      " whether the loss of its training was finite to the end. Or computing"
+      f" in {jnp.dtype(self.dtype).name} overflows: load the model"
+      " in float32."
+    )
 
   def _padded(
     self, prompts: Sequence[Sequence[int]]
@@ -371,6 +382,20 @@ class Generator:
     for row, ids in zip(padded, prompts, strict=True):
       row[: len(ids)] = ids
     return jnp.asarray(padded, jnp.int32), jnp.asarray(lengths)
+
+
+def template_in(about: Mapping[str, Any]) -> str:
+  """The template of a decoder's prompts, by what it says of its training."""
+  return about.get("template") or PLAIN
+
+
+def check_template(name: str) -> None:
+  """Raises a UserError where there is no such template."""
+  if name not in TEMPLATES:
+    raise UserError(
+      f"There is no template {name!r} for prompts; choose"
+      f" {', '.join(TEMPLATES)}."
+    )
 
 
 def _unrolled(module: Any, variables: Any) -> tuple[Any, dict[str, Any]]:
@@ -397,7 +422,7 @@ def _unrolled(module: Any, variables: Any) -> tuple[Any, dict[str, Any]]:
   return module, unflatten_dict(leaves)
 
 
-def _keys(seed: int, numbers: Sequence[int]) -> jax.Array:
+def row_keys(seed: int, numbers: Sequence[int]) -> jax.Array:
   """A key for each prompt's number."""
   key = jax.random.key(seed)
   return jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(numbers))

@@ -4,7 +4,10 @@
   bank.add("grammar", "runs/b/adapter")
   bank.logits(["A fine film.", "Him go."], adapters=["films", "grammar"])
 
-Of a base that reads images, these are images (`image_predictor.Images`).
+Of a base that reads images, these are images (`image_predictor.Images`). Of one
+that writes, they are prompts, and each row has a rule of its own:
+
+  bank.generate(["Dear Ann,", "Once"], adapters=["ann", None], seed=[1, 2])
 
 A VeRA adapter is two vectors per layer beside a base and a pair A, B that all
 share, so a bank stacks thousands of them in little memory, and each batch
@@ -13,13 +16,18 @@ the same code and take their own size each. A method whose product would need a
 kernel per row is prepared when an adapter is added (`Adapter.prepare`), or is
 refused where it can't be.
 
+With `resident` only so many adapters lie on the device, and those that were
+used least recently wait in the host's memory, in float32 as on the device.
+Bringing one back compiles nothing.
+
 A bank may be used by several threads at once: they take turns. All answers of
 a call come from the adapters that had those names when its turn began.
 """
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +49,14 @@ from vera_jax.adapters.labels import join
 from vera_jax.adapters.methods import by_link, links_of, make_adapter
 from vera_jax.adapters.projections import STORED, digest
 from vera_jax.adapters.saved import is_held, leaves_by_path, misfits
-from vera_jax.adapters.sites import prepared_leaves
+from vera_jax.adapters.sites import identity_leaves, prepared_leaves
 from vera_jax.data.packing import Batch
 from vera_jax.data.tokenizer import load_tokenizer
 from vera_jax.errors import UserError
+from vera_jax.generate.generator import Generator, check_template, template_in
+from vera_jax.generate.sampling import GREEDY, Sampling
 from vera_jax.models.family import IMAGES
+from vera_jax.models.hf_weights import load_params
 from vera_jax.models.kinds import KINDS, TAGS, WORDS, kind_of
 from vera_jax.pretrained.classifier import Classifier, restore_adapter
 from vera_jax.serve.image_predictor import (
@@ -63,21 +74,47 @@ from vera_jax.serve.predictor import (
   packed_logits,
   task_of,
 )
-from vera_jax.train.multi_adapter import empty_stack, mixed_logits
+from vera_jax.serve.rows import Request, Rows, Token
+from vera_jax.train.multi_adapter import (
+  empty_stack,
+  get_slot,
+  mixed_logits,
+  set_slot,
+)
 from vera_jax.train.step import Frozen
+
+ROWS = 16  # prompts that are answered together
+
+
+@dataclass(eq=False)
+class Held:
+  """An adapter that a bank has, or had: replacing one makes another `Held`.
+
+  Attributes:
+    name: in the bank; None for the base alone.
+    owner: what is known of it, without parameters.
+    slot: where on the leading axis of the bank's `params` it lies.
+    vectors: its leaves where it has no slot.
+  """
+
+  name: str | None
+  owner: Classifier
+  slot: int | None = None
+  vectors: Any = None
 
 
 class AdapterBank:
   """Adapters by name over one base and one pair, up to a capacity.
 
   Attributes:
-    params: the trained leaves, [capacity, ...]. Adding and replacing donate it
+    params: the trained leaves, [resident, ...]. Adding and replacing donate it
       and write in place. It is replaced as a whole after training
       (`multi_adapter.mixed_step`), which donates it too: until then nothing
       else may use the bank.
     frozen: the base and the projections.
     model: the adapted module and its inputs' names, for `mixed_step`.
     capacity: how many adapters have room.
+    resident: how many of them lie on the device.
     truncated: texts that were cut, so far.
   """
 
@@ -86,6 +123,7 @@ class AdapterBank:
     adapters: Mapping[str, str | Path | SavedAdapter],
     *,
     capacity: int | None = None,
+    resident: int | None = None,
     base: str | Path | None = None,
     dtype: DTypeLike = jnp.float32,
     max_length: int | None = None,
@@ -95,6 +133,7 @@ class AdapterBank:
     Args:
       adapters: folders, or what `load_adapter` gave, by name; at least one.
       capacity: None for no more than these.
+      resident: the most adapters that lie on the device at once; None for all.
       base: as in `restore_adapter`.
       dtype: as in `restore_adapter`.
       max_length: the most tokens of a text; None: as each adapter's training.
@@ -109,18 +148,23 @@ class AdapterBank:
       raise UserError(
         f"A capacity of {capacity} has no room for {len(adapters)} adapters."
       )
+    self.resident = self.capacity if resident is None else resident
+    if self.resident < 1:
+      raise UserError(f"resident is {resident}; give 1 or more.")
     first = _loaded(next(iter(adapters.values())))
     # factored: any other plan would make a kernel for every row
-    classifier = restore_adapter(first, base, dtype=dtype, plan="factored")
+    classifier = restore_adapter(
+      first,
+      base,
+      dtype=dtype,
+      # looped layers write quicker (`generate.generator`)
+      scan=first.about.get("kind") != WORDS,
+      plan="factored",
+    )
     if classifier.kind == TAGS:
       raise UserError(
         f"The adapter {first.folder} tags words, but a bank answers whole"
         " texts. Use a Predictor."
-      )
-    if classifier.kind == WORDS:
-      raise UserError(
-        f"The adapter {first.folder} writes texts, but a bank answers"
-        " questions about whole ones."
       )
     if classifier.adapter.prepare is None:
       raise UserError(
@@ -140,7 +184,7 @@ class AdapterBank:
     links = classifier.adapter.methods
     self._is_prepared = any(link.prepare is not as_they_are for link in links)
     leaves = jax.eval_shape(self._prepare, unflatten_dict(stacked))
-    self.params = empty_stack(leaves, capacity=self.capacity)
+    self.params = empty_stack(leaves, capacity=self.resident)
     self.model: dict[str, Any] = {
       "module": classifier.module,
       "inputs": classifier.inputs,
@@ -148,74 +192,221 @@ class AdapterBank:
     self.truncated = 0
     self._max_length = max_length
     self._reads_images = classifier.family.reads == IMAGES
-    if not self._reads_images:
+    self._generator = None
+    if classifier.kind == WORDS:
+      self._generator = Generator(classifier, keep_adapter=True)
+      self._writing = threading.Lock()  # of `_rows`
+      self._rows: Rows | None = None
+    elif not self._reads_images:
       self._tokenizer = load_tokenizer(classifier.folder)
     self._run = jax.jit(partial(mixed_logits, **self.model))
     self._lock = threading.RLock()  # of all that follows, and of `params`
-    self._free = list(reversed(range(self.capacity)))
-    self._slots: dict[str, int] = {}
-    self._adapters: dict[str, Classifier] = {}  # without parameters
+    self._free = list(reversed(range(self.resident)))
+    self._adapters: dict[str, Held] = {}
+    self._recent: dict[int, Held] = {}  # by slot, the last one used at the end
     for name, adapter in adapters.items():
       self.add(name, adapter)
 
   def __contains__(self, name: object) -> bool:
-    return name in self._slots
+    return name in self._adapters
 
   def __len__(self) -> int:
-    return len(self._slots)
+    return len(self._adapters)
 
   def __iter__(self) -> Iterator[str]:
     with self._lock:
-      return iter(list(self._slots))
+      return iter(list(self._adapters))
 
   @property
   def nbytes(self) -> int:
-    """Bytes of all leaves at full capacity, heads among them."""
+    """Bytes of all leaves on the device when it is full, heads among them."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
-  def add(self, name: str, adapter: str | Path | SavedAdapter) -> None:
-    """Put an adapter into a free slot; nothing is compiled anew.
+  @property
+  def generator(self) -> Generator:
+    """What knows the decoder's tokenizer, templates and ends of texts.
 
     Raises:
-      UserError: the name is taken, no slot is free, or it does not fit.
+      UserError: the bank's adapters write no texts.
+    """
+    if self._generator is None:
+      raise UserError(
+        "The adapters of this bank answer questions about whole texts, or"
+        " images, and write none: ask for answers or logits."
+      )
+    return self._generator
+
+  def add(self, name: str, adapter: str | Path | SavedAdapter) -> None:
+    """Put an adapter into the bank; nothing is compiled anew.
+
+    Where the device is full, it waits on the host until it is first used.
+
+    Raises:
+      UserError: the name is taken, there is no room, or it does not fit.
     """
     made = self._fitted(name, adapter)
     with self._lock:
       if name in self:
         raise UserError(f"The bank has {name!r} already: replace or remove it.")
-      if not self._free:
+      if len(self) >= self.capacity:
         raise UserError(
           f"The bank is full: its capacity is {self.capacity}. Remove an"
           " adapter first, or make a bank with a larger one to add"
           f" {name!r}."
         )
-      self._put(name, self._free[-1], *made)
-      self._free.pop()
+      self._put(name, *made)
 
   def replace(self, name: str, adapter: str | Path | SavedAdapter) -> None:
-    """Put another adapter in the place of one; errors as for `add`."""
+    """Put another adapter in the place of one; errors as for `add`.
+
+    Answers that are being written by the old one are finished by it.
+    """
     made = self._fitted(name, adapter)
     with self._lock:
-      self._put(name, int(self.slots([name])[0]), *made)
+      self._let_go(self.held(name))
+      self._put(name, *made)
 
   def remove(self, name: str) -> None:
-    """Give a slot back."""
+    """Give an adapter's room back; answers by it are finished."""
     with self._lock:
-      self._free.append(int(self.slots([name])[0]))
-      del self._slots[name], self._adapters[name]
+      self._let_go(self.held(name))
+      del self._adapters[name]
+
+  def held(self, name: str | None) -> Held:
+    """The adapter that has this name now; None is the base alone.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name is None:
+      return self._base_alone
+    with self._lock:
+      self._check_names([name])
+      return self._adapters[name]
+
+  def vectors(self, held: Held) -> Any:
+    """A copy of an adapter's leaves on the device, also of one that the bank
+    has no more."""
+    with self._lock:
+      if held.name is None or self._adapters.get(held.name) is not held:
+        return held.vectors
+      slot = self._bring(held)  # which makes `params` anew
+      return get_slot(self.params, np.int32(slot))
 
   def slots(self, names: Iterable[str]) -> Int[np.ndarray, " names"]:
-    """Where on the leading axis of `params` these adapters lie."""
+    """Where on the leading axis of `params` these adapters lie.
+
+    Those that wait on the host are brought back. With `resident`, another call
+    may send them there again.
+
+    Raises:
+      UserError: one of them is not there, or they are more than `resident`.
+    """
     names = list(names)
     with self._lock:
-      unknown = [name for name in dict.fromkeys(names) if name not in self]
-      if unknown:
-        there = ", ".join(list(self)[:9]) + (", ..." if len(self) > 9 else "")
+      self._check_names(names)
+      if len(set(names)) > self.resident:
         raise UserError(
-          f"The bank has no adapter {', '.join(map(repr, unknown))}. It has:"
-          f" {there or 'none'}."
+          f"{len(set(names))} adapters are asked for at once, but only"
+          f" {self.resident} lie on the device (resident)."
         )
-      return np.array([self._slots[name] for name in names], np.int64)
+      # each is the last one used by then, so that none displaces another
+      slots = [self._bring(self._adapters[name]) for name in names]
+      return np.array(slots, np.int64)
+
+  def encode(
+    self, prompt: str, adapter: str | None = None, *, max_new_tokens: int = 1
+  ) -> list[int]:
+    """A prompt's tokens, in the form that an adapter was trained on.
+
+    Raises:
+      UserError: as for `Generator.encode`, or there is no such adapter.
+    """
+    about = self.held(adapter).owner.about
+    return self.generator.encode(
+      prompt, max_new_tokens=max_new_tokens, about=about
+    )
+
+  def generate(
+    self,
+    prompts: Sequence[str],
+    *,
+    adapters: str | None | Sequence[str | None],
+    how: Sampling | Sequence[Sampling] = GREEDY,
+    max_new_tokens: int | Sequence[int] = 64,
+    seed: int | Sequence[int] = 0,
+    stop: Sequence[str] | Sequence[Sequence[str]] = (),
+  ) -> list[str]:
+    """What each prompt's adapter writes behind it, whatever stands beside it.
+
+    It is what a `Generator` of that adapter writes with `keep_adapter=True`,
+    asked for this prompt alone with the same rule, length and seed.
+
+    Args:
+      prompts: the texts.
+      adapters: a name for each prompt, or one for all; None is the base alone.
+      how: the rule by which words are chosen, for each or for all, as the
+        following are.
+      max_new_tokens: the most tokens of an answer.
+      seed: of the words that are drawn. Unlike a generator's, a prompt's
+        place in the list counts for nothing: give each a seed of its own.
+      stop: texts that end an answer and are no part of it.
+
+    Raises:
+      UserError: as for `encode` and `Rows.submit`, of which the prompt is
+        named; or the lists differ in length.
+    """
+    if isinstance(prompts, str):
+      raise UserError("A list of prompts is needed, also for one: ['Once'].")
+    single = all(isinstance(text, str) for text in stop)
+    columns = {
+      "adapters": _for_each(adapters, prompts, str | None),
+      "how": _for_each(how, prompts, Sampling),
+      "max_new_tokens": _for_each(max_new_tokens, prompts, int),
+      "seed": _for_each(seed, prompts, int),
+      "stop": [stop] * len(prompts) if single else list(stop),
+    }
+    for name, column in columns.items():
+      if len(column) != len(prompts):
+        raise UserError(
+          f"There are {len(prompts)} prompts and {len(column)} {name}: give one"
+          " for each, or one for all."
+        )
+    requests = []
+    for number, (prompt, *row) in enumerate(
+      zip(prompts, *columns.values(), strict=True), 1
+    ):
+      try:
+        tokens = self.encode(prompt, row[0], max_new_tokens=row[2])
+      except UserError as error:
+        raise UserError(f"Prompt {number}: {error}") from error
+      adapter, rule, length, start, ends = row
+      requests.append(
+        Request(tuple(tokens), adapter, rule, length, tuple(ends), start)
+      )
+    texts = [""] * len(prompts)
+
+    def write(number: int, token: Token) -> None:
+      texts[number] += token.text
+
+    with self._writing:
+      if self._rows is None:
+        self._rows = Rows(self, rows=ROWS, queue=None)
+      with self._lock:  # all names are looked up at once
+        tickets = [
+          self._rows.submit(request, partial(write, number))
+          for number, request in enumerate(requests)
+        ]
+      try:
+        while self._rows.step():
+          pass
+      except BaseException:
+        self._rows = None  # whose rows are half written
+        raise
+    for number, ticket in enumerate(tickets, 1):
+      if ticket.error:
+        raise UserError(f"Prompt {number}: {ticket.error}")
+    return texts
 
   def logits(
     self,
@@ -272,6 +463,11 @@ class AdapterBank:
     adapters: str | Sequence[str],
   ) -> tuple[Logits, list[Classifier]]:
     """The logits of every text, and the adapter that each comes from."""
+    if self._generator is not None:
+      raise UserError(
+        "The adapters of this bank write texts, and answer no questions about"
+        " whole ones: ask it to generate."
+      )
     if not self._reads_images:
       check_texts(first, second)
     names = [adapters] * len(first) if isinstance(adapters, str) else adapters
@@ -287,17 +483,16 @@ class AdapterBank:
       return self._run(self.params, self.frozen, batch)
 
     with self._lock:
-      slots = self.slots(names)
-      owners = [self._adapters[name] for name in names]
+      self._check_names(names)
+      owners = [self._adapters[name].owner for name in names]
       limits = list(map(self._limit, owners))
-      for limit in set(limits):
-        mine = [i for i, other in enumerate(limits) if other == limit]
+      for mine in self._batches(names, limits):
+        slots = self.slots([names[i] for i in mine])
+        limit = limits[mine[0]]
         if self._reads_images:
           processor = processor_of(self._plain, limit)
           pixels = read_images([first[i] for i in mine], processor)
-          out[mine] = image_logits(
-            run, pixels, outputs=outputs, adapters=slots[mine]
-          )
+          out[mine] = image_logits(run, pixels, outputs=outputs, adapters=slots)
           continue
         assert limit is not None  # of texts
         tokens = encode(
@@ -308,9 +503,7 @@ class AdapterBank:
           limit=limit,
         )
         self.truncated += tokens.truncated
-        out[mine] = packed_logits(
-          run, tokens, outputs=outputs, adapters=slots[mine]
-        )
+        out[mine] = packed_logits(run, tokens, outputs=outputs, adapters=slots)
     return check_finite(out), owners
 
   def save(self, name: str, folder: str | Path) -> None:
@@ -320,7 +513,7 @@ class AdapterBank:
       UserError: the bank has no such adapter, or keeps what was computed from
         its trained leaves and not these themselves.
     """
-    slot = self.slots([name])[0]
+    held = self.held(name)
     if self._is_prepared:
       method = self._plain.about["method"]
       raise UserError(
@@ -328,12 +521,28 @@ class AdapterBank:
         " what was computed from the trained numbers, not these themselves."
         " Copy the folder that the adapter was added from."
       )
-    with self._lock:
-      trained = jax.tree.map(lambda leaf: np.asarray(leaf[slot]), self.params)
-      about = self._adapters[name].about
+    trained = jax.device_get(self.vectors(held))
+    about = held.owner.about
     if about["settings"].get("init") == STORED:
       trained = {**trained, "projections": self.frozen.projections}
     save_adapter(folder, trained, about=about)
+
+  def _batches(
+    self, names: Sequence[str], limits: Sequence[Any]
+  ) -> Iterator[list[int]]:
+    """Places of texts with one limit, whose adapters lie on the device at
+    once."""
+    distinct = list(dict.fromkeys(names))
+    for start in range(0, len(distinct), self.resident):
+      some = set(distinct[start : start + self.resident])
+      for limit in set(limits):
+        mine = [
+          i
+          for i, name in enumerate(names)
+          if name in some and limits[i] == limit
+        ]
+        if mine:
+          yield mine
 
   def _limit(self, owner: Classifier) -> int | None:
     """The most tokens of a text, or the pixels of an image's side."""
@@ -387,12 +596,76 @@ class AdapterBank:
     owner = self._plain._replace(
       about=saved.about, labels=labels, kind=kind_of(saved.about, labels)
     )
+    if self._generator is not None:
+      check_template(template_in(saved.about))
     return self._prepare(leaves), owner
 
-  def _put(self, name: str, slot: int, leaves: Any, owner: Classifier) -> None:
-    """Write an adapter into a slot, in place."""
-    self.params = set_slot(self.params, np.int32(slot), leaves)
-    self._slots[name], self._adapters[name] = slot, owner
+  @cached_property
+  def _base_alone(self) -> Held:
+    """Leaves with which the adapted model is the base."""
+    generator = self.generator
+    plain, frozen = self._plain, self.frozen
+    adapter, decoder = plain.adapter, generator.decoder
+    flat = {p: x for p, x in self._shapes.items() if not adapter.owns(p[-1])}
+    base: Any = {}  # what the method trains of it
+    if flat:
+      base = load_params(decoder.folder, unflatten_dict(flat)).params
+      base = jax.tree.map(jnp.asarray, base)
+    params = join(base, frozen.params)
+    own = identity_leaves(adapter, plain.targets, params, frozen.projections)
+    leaves = self._prepare(join(own, base))
+    about: dict[str, Any] = {}
+    return Held(None, plain._replace(about=about), vectors=leaves)
+
+  def _check_names(self, names: Iterable[str]) -> None:
+    unknown = [name for name in dict.fromkeys(names) if name not in self]
+    if unknown:
+      there = ", ".join(list(self)[:9]) + (", ..." if len(self) > 9 else "")
+      raise UserError(
+        f"The bank has no adapter {', '.join(map(repr, unknown))}. It has:"
+        f" {there or 'none'}."
+      )
+
+  def _put(self, name: str, leaves: Any, owner: Classifier) -> None:
+    """Give a name to an adapter, in a free slot or on the host."""
+    held = Held(name, owner, vectors=jax.device_get(leaves))
+    if self._free:
+      self._bring(held)
+    self._adapters[name] = held
+
+  def _let_go(self, held: Held) -> None:
+    """Take an adapter's slot; answers by it that wait go on with a copy."""
+    if held.slot is not None:
+      self._free.append(self._to_host(held))
+
+  def _bring(self, held: Held) -> int:
+    """The slot of an adapter, which is written to the device if it waits."""
+    if held.slot is None:
+      oldest = next(iter(self._recent.values()), None)
+      if not self._free:
+        assert oldest is not None
+        self._free.append(self._to_host(oldest))
+      slot = self._free[-1]
+      self.params = set_slot(self.params, np.int32(slot), held.vectors)
+      held.slot, held.vectors = self._free.pop(), None
+    self._recent[held.slot] = self._recent.pop(held.slot, held)
+    return held.slot
+
+  def _to_host(self, held: Held) -> int:
+    """Takes an adapter from the device, and gives the slot that it had."""
+    slot = held.slot
+    assert slot is not None
+    held.vectors = jax.device_get(get_slot(self.params, np.int32(slot)))
+    held.slot = None
+    del self._recent[slot]
+    return slot
+
+
+def _for_each(value: Any, prompts: Sequence[str], single: Any) -> list[Any]:
+  """One value for each prompt, of which one may have been given for all."""
+  if isinstance(value, single):
+    return [value] * len(prompts)
+  return list(value)
 
 
 def _loaded(adapter: str | Path | SavedAdapter) -> SavedAdapter:
@@ -439,11 +712,3 @@ def _program(
     **fixed,
     "projections (digest)": checksum and checksum[:12],
   }
-
-
-@partial(jax.jit, donate_argnums=0)  # the stack is written in place
-def set_slot(stack: Any, slot: Array, leaves: Any) -> Any:
-  """The stack with one adapter's leaves in a slot."""
-  return jax.tree.map(
-    lambda stacked, leaf: stacked.at[slot].set(leaf), stack, leaves
-  )

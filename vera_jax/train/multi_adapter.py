@@ -16,6 +16,7 @@ each on the examples that are its own:
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -34,6 +35,20 @@ def empty_stack(leaves: Tree, *, capacity: int) -> Tree:
   return jax.tree.map(
     lambda leaf: jnp.zeros((capacity, *leaf.shape), leaf.dtype), leaves
   )
+
+
+@partial(jax.jit, donate_argnums=0)  # the stack is written in place
+def set_slot(stack: Tree, slot: Array, leaves: Tree) -> Tree:
+  """The stack with one adapter's leaves in a slot."""
+  return jax.tree.map(
+    lambda stacked, leaf: stacked.at[slot].set(leaf), stack, leaves
+  )
+
+
+@jax.jit
+def get_slot(stack: Tree, slot: Array) -> Tree:
+  """A copy of one adapter's leaves."""
+  return jax.tree.map(lambda stacked: stacked[slot], stack)
 
 
 def mixed_logits(

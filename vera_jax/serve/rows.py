@@ -1,0 +1,480 @@
+"""Answers of many requests at once: a fixed number of rows, which come and go.
+
+  rows = Rows(bank, rows=16)
+  rows.warm_up()
+  ticket = rows.submit(Request(tokens, adapter="ann"), on_token=print)
+  rows.run(stop)  # in a thread of its own
+
+Each row is one request's: its prompt, its adapter, its rule. A step reads a
+piece of one prompt and writes a word of every row whose prompt is read, so that
+nobody waits longer than for one piece of another's. A row whose answer has
+ended is the next request's at the next step, in the order of arrival.
+
+The cache is as long as the longest row needs, by doubling, and for each of its
+lengths two programs read; one more chooses the words. `warm_up` compiles them,
+and then nothing is compiled, whatever adapters, rules and lengths are asked
+for.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vera_jax.errors import UserError
+from vera_jax.generate.generator import row_keys
+from vera_jax.generate.row_sampling import (
+  TOP,
+  NextWords,
+  next_words,
+  no_rules,
+)
+from vera_jax.generate.sampling import GREEDY, Sampling
+from vera_jax.generate.text_pieces import TextPieces
+from vera_jax.models.decoder import MULTIPLE, empty_cache
+from vera_jax.serve.row_programs import decode_rows, read_piece, resized
+from vera_jax.train.multi_adapter import empty_stack, set_slot
+
+if TYPE_CHECKING:
+  from vera_jax.serve.bank import AdapterBank
+
+log = logging.getLogger(__name__)
+SHORTEST = 128  # slots of the shortest cache; each next one has twice as many
+STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error"
+IDLE = 0.2  # seconds after which a scheduler that waits looks for its end
+
+
+class QueueFull(UserError):
+  """As many requests wait, of all clients or of this one, as may."""
+
+
+@dataclass(frozen=True)
+class Request:
+  """What is asked for.
+
+  Attributes:
+    prompt: its tokens.
+    adapter: its name in the bank; None for the base alone.
+    how: the rule by which words are chosen.
+    max_new_tokens: the most tokens of the answer.
+    stop: texts that end the answer, and are no part of it.
+    seed: of the words that are drawn.
+    logprobs: how many alternatives come with each token, 0 for its own log
+      probability alone; None for neither.
+    client: whose share it counts to.
+  """
+
+  prompt: tuple[int, ...]
+  adapter: str | None = None
+  how: Sampling = GREEDY
+  max_new_tokens: int = 64
+  stop: tuple[str, ...] = ()
+  seed: int = 0
+  logprobs: int | None = None
+  client: str = ""
+
+
+class Token(NamedTuple):
+  """A token of an answer.
+
+  Attributes:
+    id: -1 where an answer ends without one: it was cancelled, or failed.
+    text: that became certain with it; "" while a character, or what may become
+      a stop text, is incomplete.
+    logprob: by the model itself, before the rule; None if it wasn't asked for.
+    top: the likeliest tokens with theirs.
+    finish: in an answer's last token why it ends: "stop" (a token or text that
+      ends it), "length", "cancelled", or "error", which the ticket has in
+      words. None in all others.
+  """
+
+  id: int
+  text: str
+  logprob: float | None = None
+  top: tuple[tuple[int, float], ...] = ()
+  finish: str | None = None
+
+
+@dataclass(eq=False)
+class Ticket:
+  """A request that was taken.
+
+  Attributes:
+    request: as submitted.
+    number: in the order of arrival.
+    error: why the answer failed, if it did.
+  """
+
+  request: Request
+  number: int
+  error: str = ""
+  on_token: Callable[[Token], None] = field(repr=False, kw_only=True)
+  adapter: Any = field(repr=False, kw_only=True)  # the bank's `Held`
+  key: Any = field(repr=False, kw_only=True)
+  pieces: TextPieces = field(repr=False, kw_only=True)
+  cancelled: bool = False
+  read: int = 0  # tokens of the prompt
+  written: int = 0  # tokens of the answer
+
+
+class Rows:
+  """The scheduler. One thread steps; others submit and cancel.
+
+  Attributes:
+    length: the most tokens of a request, prompt and answer.
+  """
+
+  def __init__(
+    self,
+    bank: "AdapterBank",
+    *,
+    rows: int = 16,
+    length: int | None = None,
+    piece: int = 64,
+    queue: int | None = 256,
+    per_client: int | None = None,
+  ) -> None:
+    """Rows over a bank that writes.
+
+    Args:
+      bank: of decoders.
+      rows: how many requests are answered at once.
+      length: the most tokens of a request, prompt and answer; None: as many as
+        the model has room for.
+      piece: tokens of a prompt that are read between two words of the others.
+      queue: how many requests may wait for a row; None for any number.
+      per_client: how many requests of one client may wait or be answered; None
+        for any number.
+
+    Raises:
+      UserError: the bank's adapters write nothing, or a number is none of
+        these.
+    """
+    generator = bank.generator
+    room = generator.decoder.room
+    self.length = room if length is None else length
+    numbers = {"rows": rows, "piece": piece, "length": self.length}
+    for name, number in numbers.items():
+      if number < 1:
+        raise UserError(f"{name} is {number}; give 1 or more.")
+    if self.length > room:
+      raise UserError(f"length is {length}, but the model has room for {room}.")
+    self._bank, self._piece = bank, piece
+    self._queue, self._per_client = queue, per_client
+    config, dtype = generator.decoder.config, generator.dtype
+    longest = -(-self.length // MULTIPLE) * MULTIPLE
+    self._sizes = [
+      SHORTEST << i for i in range(32) if SHORTEST << i < longest
+    ] + [longest]
+    cache = empty_cache(config, rows, self._sizes[0], dtype)
+    self._cache = jax.tree.map(jnp.copy, cache)  # donated: no array twice
+    base = bank.vectors(bank.held(None))
+    self._leaves = empty_stack(base, capacity=rows)
+    self._rows: list[Ticket | None] = [None] * rows
+    self._waiting: deque[Ticket] = deque()
+    self._numbers = count()
+    self._lock = threading.Lock()  # of the two above and `cancelled`
+    self._wake = threading.Event()
+    # What is known of each row, as the programs take it.
+    self._history = np.zeros((rows, longest + 1), np.int32)
+    self._lengths = np.ones(rows, np.int32)
+    self._running = np.zeros(rows, bool)
+    self._rules = no_rules(rows)
+
+  @property
+  def running(self) -> int:
+    """Requests that have a row."""
+    return sum(ticket is not None for ticket in self._rows)
+
+  @property
+  def waiting(self) -> int:
+    """Requests that wait for a row."""
+    return len(self._waiting)
+
+  def submit(
+    self, request: Request, on_token: Callable[[Token], None]
+  ) -> Ticket:
+    """Takes a request, and returns at once.
+
+    It is answered by the adapter that has the name now, also if that is
+    replaced or removed before the answer ends.
+
+    Args:
+      request: what is asked for.
+      on_token: called with each token, in the thread that steps. If it raises,
+        the request is given up.
+
+    Raises:
+      QueueFull: too many requests wait.
+      UserError: the bank has no such adapter, the prompt has no room, or a
+        setting is none.
+    """
+    how, generator = request.how, self._bank.generator
+    how.check()
+    generator.check(request.prompt, max_new_tokens=request.max_new_tokens)
+    total = len(request.prompt) + request.max_new_tokens
+    if total > self.length:
+      raise UserError(
+        f"The prompt has {len(request.prompt)} tokens, and with"
+        f" {request.max_new_tokens} new ones they are more than the"
+        f" {self.length} of a row: shorten it, or lower max_new_tokens."
+      )
+    if request.logprobs is not None and not 0 <= request.logprobs <= TOP:
+      raise UserError(
+        f"logprobs is {request.logprobs}; it is a number from 0 to {TOP}."
+      )
+    if not -(2**63) <= request.seed < 2**63:
+      raise UserError(f"seed is {request.seed}; it is an integer of 64 bits.")
+    key = jax.random.key_data(row_keys(request.seed, [0]))[0]
+    ticket = Ticket(
+      request,
+      next(self._numbers),
+      on_token=on_token,
+      adapter=self._bank.held(request.adapter),
+      key=np.asarray(key),
+      pieces=TextPieces(generator.decode, request.stop),
+    )
+    with self._lock:
+      if self._queue is not None and len(self._waiting) >= self._queue:
+        raise QueueFull(
+          f"{len(self._waiting)} requests wait already; ask again later."
+        )
+      mine = [
+        other
+        for other in (*self._rows, *self._waiting)
+        if other is not None and other.request.client == request.client
+      ]
+      if self._per_client is not None and len(mine) >= self._per_client:
+        raise QueueFull(
+          f"{len(mine)} of your requests wait or are being answered, as many as"
+          " one client may have; ask again when one has ended."
+        )
+      self._waiting.append(ticket)
+    self._wake.set()
+    return ticket
+
+  def cancel(self, ticket: Ticket) -> None:
+    """Gives a request up; its row is free at the next step. Nothing happens
+    where it has ended."""
+    with self._lock:
+      ticket.cancelled = True
+    self._wake.set()
+
+  def run(self, stop: threading.Event) -> None:
+    """Steps until `stop` is set and all that was taken has ended.
+
+    What fails in a step ends all requests with "error", and is raised.
+    """
+    try:
+      while True:
+        self._wake.clear()
+        if not self.step():
+          if stop.is_set():
+            return
+          self._wake.wait(IDLE)
+    except BaseException as error:
+      with self._lock:
+        rest = [*filter(None, self._rows), *self._waiting]
+        self._waiting.clear()
+      for ticket in rest:
+        ticket.error = f"The scheduler failed: {error}"
+        self._end(ticket, ERROR)
+      raise
+
+  def step(self) -> bool:
+    """A piece of one prompt, and a word of every row whose prompt is read.
+
+    Returns:
+      Whether there was anything to do.
+    """
+    busy = self._change_rows()
+    reading = [
+      (ticket.number, row)
+      for row, ticket in enumerate(self._rows)
+      if ticket is not None and not self._running[row]
+    ]
+    if reading:
+      self._read(min(reading)[1])
+    if self._running.any():
+      self._decode()
+    return busy or bool(reading)
+
+  def warm_up(self) -> None:
+    """Compiles all that `step` and `submit` need.
+
+    Raises:
+      UserError: requests are being answered.
+    """
+    if self.running:
+      raise UserError("Warm up before requests are answered.")
+    bank = self._bank
+    row_keys(0, [0])
+    for name in (None, *list(bank)[:1]):
+      vectors = bank.vectors(bank.held(name))
+      self._leaves = set_slot(self._leaves, np.int32(0), vectors)
+    for size in self._sizes:
+      self._fit(size)
+      self._choose(self._read_piece(0, 0, ()), [0])
+      self._choose(self._decode_rows(), list(range(len(self._rows))))
+    self._fit(1)
+    jax.block_until_ready(self._cache)
+
+  def _change_rows(self) -> bool:
+    """Frees the rows of what was cancelled, and gives free rows away."""
+    with self._lock:
+      gone = [x for x in (*self._rows, *self._waiting) if x and x.cancelled]
+      for ticket in gone:
+        if ticket in self._waiting:
+          self._waiting.remove(ticket)
+    for ticket in gone:
+      self._end(ticket, CANCELLED)
+    begun: list[tuple[int, Ticket]] = []
+    with self._lock:
+      for row, held in enumerate(self._rows):
+        if held is None and self._waiting:
+          self._rows[row] = ticket = self._waiting.popleft()
+          begun.append((row, ticket))
+    for row, ticket in begun:
+      vectors = self._bank.vectors(ticket.adapter)
+      self._leaves = set_slot(self._leaves, np.int32(row), vectors)
+      request = ticket.request
+      self._history[row, : len(request.prompt)] = request.prompt
+      self._lengths[row] = len(request.prompt)
+      told = request.logprobs is not None
+      self._rules.set(row, request.how, ticket.key, told=told)
+    return bool(gone) or self.running > 0
+
+  def _read(self, row: int) -> None:
+    """A piece of a row's prompt; behind the last one, the first word."""
+    ticket = self._rows[row]
+    assert ticket is not None
+    prompt = ticket.request.prompt
+    piece = prompt[ticket.read : ticket.read + self._piece]
+    self._fit(self._needed(ticket.read + len(piece)))
+    logits = self._read_piece(row, ticket.read, piece)
+    ticket.read += len(piece)
+    if ticket.read == len(prompt):
+      self._running[row] = True
+      self._hand_out(logits, [row])
+
+  def _decode(self) -> None:
+    """The next word of every running row."""
+    self._fit(self._needed(0))
+    rows = np.flatnonzero(self._running).tolist()
+    self._hand_out(self._decode_rows(), rows)
+
+  def _needed(self, least: int) -> int:
+    """Slots for all rows' tokens."""
+    tokens = self._lengths[self._running].max(initial=least)
+    read = (t.read for t in self._rows if t is not None)
+    return max(int(tokens), *read, 1)
+
+  def _fit(self, slots: int) -> None:
+    """Makes the cache as long as it has to be, by one size after another."""
+    wanted = next(i for i, size in enumerate(self._sizes) if size >= slots)
+    at = self._sizes.index(self._cache.slots)
+    while at != wanted:
+      at += 1 if at < wanted else -1
+      self._cache = resized(self._cache, slots=self._sizes[at])
+
+  def _read_piece(self, row: int, start: int, tokens: Sequence[int]) -> Any:
+    piece = np.zeros(self._piece, np.int32)
+    piece[: len(tokens)] = tokens
+    logits, self._cache = read_piece(
+      self._bank.model["module"],
+      self._bank.frozen,
+      self._leaves,
+      self._cache,
+      np.int32(row),
+      np.int32(start),
+      piece,
+      np.int32(len(tokens)),
+    )
+    return logits
+
+  def _decode_rows(self) -> Any:
+    last = self._history[np.arange(len(self._rows)), self._lengths - 1]
+    logits, self._cache = decode_rows(
+      self._bank.model["module"],
+      self._bank.frozen,
+      self._leaves,
+      self._cache,
+      last,
+      self._running.copy(),  # written to while the program may still run
+    )
+    return logits
+
+  def _choose(self, logits: Any, rows: Any) -> NextWords:
+    """The words of these rows, one for each of the logits."""
+    facts = (self._history, self._lengths, self._rules)
+    mine = jax.tree.map(lambda x: x[rows], facts)  # copies
+    return jax.device_get(next_words(logits, *mine))
+
+  def _hand_out(self, logits: Any, rows: list[int]) -> None:
+    """The next word of each of the rows, from their logits or all rows'."""
+    all_rows = len(logits) == len(self._rows)
+    chosen = list(range(len(self._rows))) if all_rows else rows
+    words = self._choose(logits, chosen)
+    for row in rows:
+      self._take(row, words, chosen.index(row))
+
+  def _take(self, row: int, words: NextWords, at: int) -> None:
+    """Hands out a row's next word, and ends its answer where it does."""
+    ticket = self._rows[row]
+    assert ticket is not None
+    request, pieces = ticket.request, ticket.pieces
+    if not words.finite[at]:
+      ticket.error = self._bank.generator.not_numbers()
+      self._end(ticket, ERROR)
+      return
+    token = int(words.ids[at])
+    self._history[row, self._lengths[row]] = token
+    self._lengths[row] += 1
+    self._rules.step[row] += 1
+    ticket.written += 1
+    text = pieces.add(token)
+    finish = None
+    if pieces.stopped or token in self._bank.generator.eos:
+      finish = STOP
+    elif ticket.written == request.max_new_tokens:
+      finish = LENGTH
+    if finish is not None and not pieces.stopped:
+      text += pieces.finish()
+      finish = STOP if pieces.stopped else finish
+    told = Token(token, text, finish=finish)
+    if request.logprobs is not None:
+      likeliest = zip(
+        words.top[at].tolist(), words.top_logprobs[at].tolist(), strict=True
+      )
+      told = told._replace(
+        logprob=float(words.logprobs[at]),
+        top=tuple(likeliest)[: request.logprobs],
+      )
+    self._end(ticket, finish, told)
+
+  def _end(
+    self, ticket: Ticket, finish: str | None, token: Token | None = None
+  ) -> None:
+    """Hands out a token; with a `finish` it is the last, and the row is free.
+
+    The row is free first, so that who hears of the end finds it so.
+    """
+    if finish is not None:
+      with self._lock:
+        if ticket in self._rows:
+          row = self._rows.index(ticket)
+          self._rows[row] = None
+          self._running[row] = False
+          self._rules.set(row, GREEDY, ticket.key, told=False)
+    try:
+      ticket.on_token(token or Token(-1, "", finish=finish))
+    except Exception as error:
+      log.exception("A request is given up: its on_token failed.")
+      ticket.error, ticket.cancelled = str(error), finish is None
