@@ -65,6 +65,17 @@ CASES = {
     "layer_types": ["sliding_attention", "full_attention"],
     "rope_parameters": YARN,
   },
+  "gemma3_text": {
+    **LLAMA,
+    "model_type": "gemma3_text",
+    "head_dim": 8,
+    "query_pre_attn_scalar": 6,
+    "sliding_window": 4,
+    "sliding_window_pattern": 2,
+    "rope_theta": 300.0,
+    "rope_local_base_freq": 20.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+  },
 }
 LENGTHS = (9, 3, 7)
 

@@ -31,6 +31,15 @@ KINDS: dict[str, dict[str, Any]] = {
   "mistral": {**LLAMA, "sliding_window": 3},
   "qwen2": LLAMA,
   "qwen3": {**LLAMA, "head_dim": 32},
+  "gemma3_text": {
+    **{name: x for name, x in LLAMA.items() if name != "hidden_act"},
+    "head_dim": 32,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 4,
+    "sliding_window_pattern": 2,
+    "query_pre_attn_scalar": 32,
+    "rope_local_base_freq": 50.0,
+  },
   "gpt2": {
     "n_embd": WIDTH,
     "n_layer": LAYERS,
@@ -81,9 +90,12 @@ def tensors_of(
         shapes[f"{layer}{name}.weight"] = outer, inner
         if kind == "qwen2" and name[10:] in ("q_proj", "k_proj", "v_proj"):
           shapes[f"{layer}{name}.bias"] = (outer,)
-      for name in ("input_layernorm", "post_attention_layernorm"):
+      norms = ["input_layernorm", "post_attention_layernorm"]
+      if kind == "gemma3_text":
+        norms += [f"{x}_feedforward_layernorm" for x in ("pre", "post")]
+      for name in norms:
         shapes[f"{layer}{name}.weight"] = (WIDTH,)
-      if kind == "qwen3":
+      if kind in ("qwen3", "gemma3_text"):
         for name in ("q_norm", "k_norm"):
           shapes[f"{layer}self_attn.{name}.weight"] = (size,)
     shapes = {f"model.{name}": shape for name, shape in shapes.items()}

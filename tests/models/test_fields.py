@@ -41,6 +41,7 @@ BASES = {
     kind: {**LLAMA, "model_type": kind, "head_dim": 4}
     for kind in ("llama", "mistral", "ministral", "qwen2", "qwen3")
   },
+  "gemma3_text": {**LLAMA, "model_type": "gemma3_text", "head_dim": 8},
 }
 ORIGINAL = "original_max_position_embeddings"
 SLIDES = ["sliding_attention", "full_attention"]
@@ -99,6 +100,7 @@ OTHERS = {
   "per_layer_config": {"per_layer_config": {"0": {"hidden_size": 8}}},
   "pooler_act": "relu",
   "position_embedding_type": "relative_key",
+  "query_pre_attn_scalar": 4,
   "pruned_heads": {"pruned_heads": {"0": [1]}},
   "quantization_config": {"quantization_config": {"quant_method": "gptq"}},
   "return_dict": True,
@@ -118,8 +120,10 @@ OTHERS = {
     },
   ],
   "rope_scaling": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+  "rope_local_base_freq": 30.0,
   "rope_theta": 30.0,
   "sliding_window": 4,
+  "sliding_window_pattern": 2,
   "stage_names": ["stem", "stage1"],
   "summary_activation": "tanh",
   "summary_type": "mean",
@@ -143,6 +147,24 @@ SPECIAL = {
       "sliding_attention": {"rope_type": "default", "rope_theta": 5.0},
     }
   },
+  ("gemma3_text", "rope_parameters"): [
+    {
+      "rope_parameters": {
+        "full_attention": {**LLAMA3, ORIGINAL: 6, "rope_theta": 20.0},
+        "sliding_attention": {"rope_type": "linear", "factor": 2.0},
+      },
+      "sliding_window_pattern": 2,
+    },
+    {"rope_parameters": {"full_attention": {"rope_theta": 20.0}}},
+  ],
+  ("gemma3_text", "rope_scaling"): {
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    "sliding_window_pattern": 2,
+  },
+  ("gemma3_text", "rope_theta"): {
+    "rope_theta": 30.0,
+    "sliding_window_pattern": 2,
+  },
   ("roberta", "pad_token_id"): 3,
   ("distilbert", "hidden_size"): {"dim": DROP, "hidden_size": 32},
   ("distilbert", "num_hidden_layers"): {
@@ -164,7 +186,9 @@ SPECIAL = {
   ("dinov2", "image_size"): 16,
 }
 QWEN = {"use_sliding_window": True, "sliding_window": 3}
-for _kind in ("gpt2", "llama", "mistral", "ministral", "qwen2", "qwen3"):
+for _kind in ("gpt2", "llama", "mistral", "ministral", "qwen2", "qwen3") + (
+  "gemma3_text",
+):
   SPECIAL[_kind, "is_causal"] = False
 SPECIAL["qwen2", "attention_bias"] = False
 QWENS = ("qwen2", "qwen3")

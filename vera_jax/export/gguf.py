@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Float
 
 from vera_jax.errors import UserError
-from vera_jax.models.family import config_of, read_fields
+from vera_jax.models import gemma3
+from vera_jax.models.family import FULL, config_of, read_fields
 from vera_jax.models.gguf_file import (
   FORMATS,
   Gguf,
@@ -35,11 +36,13 @@ from vera_jax.models.gguf_folder import (
   Architecture,
   config_fields,
   interleaved_heads,
+  is_norm,
   is_transposed,
   llama3_factors,
   open_tensors,
   to_pairs,
 )
+from vera_jax.models.gguf_keys import GEMMA3
 from vera_jax.models.gguf_tokenizer import tokenizer_metadata
 from vera_jax.models.hf_weights import (
   open_safetensors,
@@ -155,6 +158,7 @@ def write_gguf_of(
             name,
             turned=turned,
             heads=interleaved_heads(ours, architecture, vars(config)),
+            shift=architecture.shift if is_norm(ours) else 0.0,
           ),
         )
     if not config.tie_word_embeddings and "output.weight" not in tensors:
@@ -172,7 +176,10 @@ def write_gguf_of(
       **_sizes(prefix, architecture, config),
     }
     if architecture is not ARCHITECTURES["gpt2"]:
-      rope = rotation_fields(fields, room=config.max_position_embeddings)
+      turned_by = fields
+      if architecture.keys is GEMMA3:  # of the layers that see all
+        turned_by = gemma3.rotation_fields(fields, FULL)
+      rope = rotation_fields(turned_by, room=config.max_position_embeddings)
       factors = _scaling(prefix, rope, metadata, folder)
       if factors is not None:
         tensors[FREQUENCIES] = Written("F32", factors.shape, lambda: factors)
@@ -219,9 +226,11 @@ def _activation(value: Any) -> Any:
 
 
 def _values(
-  opened: Any, name: str, *, turned: bool, heads: int | None
+  opened: Any, name: str, *, turned: bool, heads: int | None, shift: float
 ) -> np.ndarray:
   values = opened.get_tensor(name)
+  if shift:
+    return values.astype(np.float32) + np.float32(shift)
   if turned:
     return values.T
   return values if heads is None else to_pairs(values, heads=heads)
@@ -243,6 +252,14 @@ def _sizes(
   for key in ("attention.key_length", "attention.value_length"):
     sizes[f"{prefix}.{key}"] = config.head_dim
   sizes[f"{prefix}.rope.dimension_count"] = config.head_dim
+  if architecture.keys is GEMMA3 and any(config.slides):
+    whole = [i for i, slides in enumerate(config.slides, 1) if not slides]
+    every, theta = (whole or [0])[0], config.local_frequencies[-1]
+    # the last frequency is the base to the power of 2 / width - 1
+    theta **= config.head_dim / (2 - config.head_dim)
+    sizes[f"{prefix}.attention.sliding_window"] = config.sliding_window
+    sizes[f"{prefix}.attention.sliding_window_pattern"] = every
+    sizes[f"{prefix}.rope.freq_base_swa"] = float(theta)
   if architecture is MISTRAL and any(config.slides):
     window, room = config.sliding_window, config.max_position_embeddings
     sizes[f"{prefix}.attention.sliding_window"] = window
@@ -319,7 +336,7 @@ def _check_return(
   for name, value in vars(config).items():
     if name in ("model_type", "tie_word_embeddings") or name.endswith(TRAINING):
       continue  # a Mistral without a window is a Llama; the head was compared
-    numbers = name == "frequencies" or isinstance(value, float)
+    numbers = name.endswith("frequencies") or isinstance(value, float)
     if not (
       np.allclose(read[name], value, rtol=1e-5, atol=0)
       if numbers

@@ -23,7 +23,8 @@ from vera_jax.files import read_json
 log = logging.getLogger(__name__)
 TEXTS, IMAGES = "texts", "images"
 LABELS = 100_000  # at most, where config.json names none of them
-SLIDING = "sliding_attention"  # a kind of layers in config.json's layer_types
+# Kinds of layers in config.json's layer_types: those that see all, and a window.
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class Names(NamedTuple):
@@ -239,10 +240,21 @@ FAMILIES = {
   "ministral": "llama",
   "qwen2": "llama",
   "qwen3": "llama",
+  "gemma3_text": "gemma3",
   "vit": "vit",
   "dinov2": "dinov2",
   "efficientnet_lite": "other_networks.efficientnet",
   "char_lstm": "other_networks.char_lstm",
+}
+
+# The model_type of networks that read more than texts: that of their text part,
+# and the fields of config.json that are of the other parts.
+TEXT_PARTS = {
+  "gemma3": (
+    "gemma3_text",
+    "architectures boi_token_index eoi_token_index image_token_index"
+    " mm_tokens_per_image text_config vision_config",
+  )
 }
 
 
@@ -263,9 +275,18 @@ def family_of(fields: Mapping[str, Any]) -> Family:
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-  """A folder's config.json."""
+  """A folder's config.json; of a network that reads more than texts, those of
+  its text part as a config.json of its own."""
   hint = "config.model.name takes a folder in Hugging Face's layout."
-  return read_json(folder / "config.json", hint=hint)
+  fields = read_json(folder / "config.json", hint=hint)
+  if (kind := str(fields.get("model_type"))) not in TEXT_PARTS:
+    return fields
+  part, others = TEXT_PARTS[kind]
+  inner = fields.get("text_config")
+  if not isinstance(inner, dict):
+    raise UserError(f"{folder}/config.json: a {kind} without a text_config.")
+  outer = {k: v for k, v in fields.items() if k not in others.split()}
+  return {**outer, "model_type": part, **inner}
 
 
 def label_names(fields: Mapping[str, Any]) -> list[str]:
@@ -371,7 +392,7 @@ def sliding_layers(
   Raises:
     UserError: a kind of layer that isn't known, or another number of layers.
   """
-  types, kinds = fields.get("layer_types"), ("full_attention", SLIDING)
+  types, kinds = fields.get("layer_types"), (FULL, SLIDING)
   if types is None:
     return None
   if not isinstance(types, list | tuple) or len(types) != layers:

@@ -26,8 +26,9 @@ from vera_jax.files import (
   sha256_of,
   write_json,
 )
+from vera_jax.models.family import FULL, SLIDING
 from vera_jax.models.gguf_file import Gguf, files_of, read_gguf
-from vera_jax.models.gguf_keys import GPT2, ROTATING, Keys
+from vera_jax.models.gguf_keys import GEMMA3, GPT2, ROTATING, Keys
 from vera_jax.models.gguf_tokenizer import (
   MORE_ENDS,
   check_keys,
@@ -40,6 +41,7 @@ from vera_jax.operations.gguf_codes import Blocks, take_apart
 LINK = "model.gguf"
 LAYOUT = 2  # counted up when the folder of the same file becomes another
 FREQUENCIES = "rope_freqs.weight"
+LARGEST_GEMMA3 = 62  # layers of the one whose heads are narrower than its scale
 
 
 class Architecture(NamedTuple):
@@ -58,6 +60,7 @@ class Architecture(NamedTuple):
     interleaved: whether the rows of q and k are kept as pairs that are rotated
       together, not as two halves of each head.
     transposed: modules whose kernels Hugging Face keeps as (in, out).
+    shift: what a norm's weight is more in the file than Hugging Face has it.
   """
 
   model_type: str
@@ -70,6 +73,7 @@ class Architecture(NamedTuple):
   keys: Keys = ROTATING
   interleaved: bool = False
   transposed: tuple[str, ...] = ()
+  shift: float = 0.0
 
 
 LLAMA = Architecture(
@@ -120,18 +124,33 @@ QWEN2 = LLAMA._replace(
   always={"hidden_act": "silu", "use_sliding_window": False},
   interleaved=False,
 )
+# The modules of a Llama with norms of each head's queries and keys.
+HEAD_NORMS = dict(LLAMA.modules) | {
+  f"blk.{{}}.attn_{x}_norm": f"model.layers.{{}}.self_attn.{x}_norm"
+  for x in ("q", "k")
+}
 ARCHITECTURES = {
   "llama": LLAMA,
   "qwen2": QWEN2,
   "qwen3": QWEN2._replace(
     model_type="qwen3",
     model_class="Qwen3ForCausalLM",
-    modules=dict(QWEN2.modules)
-    | {
-      f"blk.{{}}.attn_{x}_norm": f"model.layers.{{}}.self_attn.{x}_norm"
-      for x in ("q", "k")
+    modules=HEAD_NORMS,
+    biases={},
+  ),
+  "gemma3": QWEN2._replace(
+    model_type="gemma3_text",
+    model_class="Gemma3ForCausalLM",
+    modules={
+      **HEAD_NORMS,
+      "blk.{}.post_attention_norm": "model.layers.{}.post_attention_layernorm",
+      "blk.{}.ffn_norm": "model.layers.{}.pre_feedforward_layernorm",
+      "blk.{}.post_ffw_norm": "model.layers.{}.post_feedforward_layernorm",
     },
     biases={},
+    always={"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False},
+    keys=GEMMA3,
+    shift=1.0,
   ),
   "gpt2": Architecture(
     model_type="gpt2",
@@ -204,6 +223,8 @@ class Tensors:
     values = self.gguf.values(ours)
     if is_transposed(ours, self.architecture):
       return values.T
+    if is_norm(ours) and self.architecture.shift:
+      return values - np.float32(self.architecture.shift)
     heads = interleaved_heads(ours, self.architecture, self.fields)
     return values if heads is None else from_pairs(values, heads=heads)
 
@@ -357,7 +378,7 @@ def config_fields(gguf: Gguf) -> dict[str, Any]:
   turned = get("rope.dimension_count", default=size)
   if (
     size % 2
-    or architecture.keys is ROTATING
+    or architecture.keys is not GPT2
     and turned != size
     or get("attention.value_length", default=size) != size
   ):
@@ -394,15 +415,31 @@ def config_fields(gguf: Gguf) -> dict[str, Any]:
   window = get("attention.sliding_window", default=0)
   if architecture.model_type == MISTRAL.model_type:
     fields["sliding_window"] = window
-  elif 0 < window < room:
+  elif 0 < window < room and architecture.keys is not GEMMA3:
     raise UserError(
       f"{gguf.file}: its {prefix}.attention.sliding_window is {window}; no"
       f" {prefix} has a window here."
     )
-  if architecture.keys is ROTATING:
+  if architecture.keys is not GPT2:
     fields["head_dim"] = size
     fields["rope_theta"] = _short(get("rope.freq_base", float, 10000.0))
     fields["rope_scaling"] = _scaling(gguf, fields)
+  if architecture.keys is GEMMA3:
+    if (fields["rope_scaling"] or {}).get("rope_type") == "yarn":
+      raise UserError(f"{gguf.file}: a gemma3 with yarn is not known here.")
+    every = get("attention.sliding_window_pattern", default=6) if window else 1
+    fields |= {
+      "sliding_window": window or None,
+      "layer_types": [
+        SLIDING if every == 0 or (i + 1) % every else FULL
+        for i in range(len(layers))
+      ],
+      "rope_local_base_freq": _short(get("rope.freq_base_swa", float, 10000.0)),
+      # which no header has: llama.cpp knows the largest one by its layers
+      "query_pre_attn_scalar": (
+        width // heads if len(layers) == LARGEST_GEMMA3 else size
+      ),
+    }
   return fields | biases
 
 
@@ -468,6 +505,11 @@ def is_transposed(name: str, architecture: Architecture) -> bool:
   """Whether Hugging Face keeps a tensor, by its name here, the other way."""
   module, leaf = name.split(".")[-2:]
   return leaf == "weight" and module in architecture.transposed
+
+
+def is_norm(name: str) -> bool:
+  """Whether a tensor, by its name here, is a norm's weight."""
+  return name.endswith("norm.weight")
 
 
 def interleaved_heads(

@@ -172,6 +172,11 @@ ROTATING = Keys(
   unused=frozenset(f"{_UNUSED} {_LAYER_NORM}".split()),
   fixed=_FIXED,
 )
+# Rotations of the layers with a window, and every how many layers one has none.
+GEMMA3 = ROTATING._replace(
+  used=ROTATING.used
+  | {"attention.sliding_window_pattern", "rope.freq_base_swa"}
+)
 GPT2 = Keys(  # whose positions are learned
   used=frozenset(f"{_SIZES} {_LAYER_NORM}".split()),
   unused=frozenset(f"{_UNUSED} {_ROTATIONS} {_RMS}".split()),

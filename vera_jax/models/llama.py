@@ -176,31 +176,41 @@ class LlamaConfig:
     if kind.startswith("qwen") and not known.get("use_sliding_window"):
       derived["sliding_window"] = None
     config = take_fields(cls, {**known, **derived})
-    if config.num_attention_heads % config.num_key_value_heads:
-      raise UserError(
-        f"config.json: num_attention_heads {config.num_attention_heads} does"
-        f" not divide into num_key_value_heads {config.num_key_value_heads}."
-      )
-    if config.sliding_window is not None:
-      positive(known, "sliding_window")
-    if config.head_dim % 2:
-      raise UserError(
-        f"config.json: heads of width {config.head_dim}; rotations need an even"
-        " one."
-      )
-    frequencies, scale = _rotations(known, config)
+    check_heads(config)
+    frequencies, scale = rotations(known, config)
     return dataclasses.replace(
       config,
-      slides=_slides(known, config),
+      slides=slides_of(known, config),
       frequencies=frequencies,
       rotation_scale=scale,
     )
 
+  @property
+  def score_scale(self) -> float:
+    """What the products of queries and keys are multiplied by."""
+    return self.head_dim**-0.5
 
-def _slides(fields: Mapping[str, Any], config: LlamaConfig) -> tuple[bool, ...]:
+
+def check_heads(config: Any) -> None:
+  """Refuses heads that can't be grouped, or whose width has no halves."""
+  if config.num_attention_heads % config.num_key_value_heads:
+    raise UserError(
+      f"config.json: num_attention_heads {config.num_attention_heads} does"
+      f" not divide into num_key_value_heads {config.num_key_value_heads}."
+    )
+  if config.head_dim % 2:
+    raise UserError(
+      f"config.json: heads of width {config.head_dim}; rotations need an even"
+      " one."
+    )
+
+
+def slides_of(fields: Mapping[str, Any], config: Any) -> tuple[bool, ...]:
   """Which layers have the sliding window, by `layer_types`; without it, those
   from `max_window_layers` on."""
   layers, window = config.num_hidden_layers, config.sliding_window
+  if window is not None:
+    positive(fields, "sliding_window")
   slides = sliding_layers(fields, layers)
   if slides is None:
     first = fields.get("max_window_layers", 0)
@@ -248,8 +258,8 @@ def rotation_fields(fields: Mapping[str, Any], *, room: int) -> dict[str, Any]:
   return rope
 
 
-def _rotations(
-  fields: Mapping[str, Any], config: LlamaConfig
+def rotations(
+  fields: Mapping[str, Any], config: Any
 ) -> tuple[tuple[float, ...], float]:
   """The frequencies, and the scale, by `rope_parameters` or `rope_scaling`.
 
@@ -351,12 +361,19 @@ class Shared(NamedTuple):
 
 def share(config: LlamaConfig, reach: Reach) -> Shared:
   """The masks, with the rotations at the tokens' positions."""
-  frequencies = jnp.asarray(config.frequencies, jnp.float32)
-  angles = reach.positions[..., None, None] * frequencies[None, None, None]
-  scale = config.rotation_scale
+  frequencies, scale = config.frequencies, config.rotation_scale
+  return Shared(reach, *turns(reach.positions, frequencies, scale))
+
+
+def turns(
+  positions: Ids, frequencies: tuple[float, ...], scale: float
+) -> tuple[Turn, Turn]:
+  """The cosines and sines of the rotations at some positions."""
+  each = jnp.asarray(frequencies, jnp.float32)[None, None, None]
+  angles = positions[..., None, None] * each
   # XLA would compute them anew in each layer
   cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
-  return Shared(reach, scale * cos, scale * sin)
+  return scale * cos, scale * sin
 
 
 class Embeddings(Part):
@@ -369,6 +386,10 @@ class Embeddings(Part):
 
 
 class Attention(Part):
+  """Attention; `norm` makes the modules that normalise queries and keys."""
+
+  norm: Callable[[Part, str], nn.Module] = norm
+
   @nn.compact
   def __call__(
     self, hidden: Hidden, index: Any, past: Pair | None, shared: Shared
@@ -385,7 +406,8 @@ class Attention(Part):
       )
     )
     if config.head_norms:
-      query, key = norm(self, "q_norm")(query), norm(self, "k_norm")(key)
+      query = self.norm(self, "q_norm")(query)
+      key = self.norm(self, "k_norm")(key)
     query, key = (rotate(x, shared.cos, shared.sin) for x in (query, key))
     if past is not None:
       past = write(past, key, value, shared.reach)
@@ -395,14 +417,14 @@ class Attention(Part):
       value,
       _mask(config, index, shared.reach),
       past=past,
-      scale=config.head_dim**-0.5,
+      scale=config.score_scale,
       dropout=lambda x: self.dropout(x, config.attention_dropout),
     )
     dense = self.dense(config.hidden_size, "o_proj", bias=config.out_bias)
     return dense(context), past
 
 
-def _mask(config: LlamaConfig, index: Any, reach: Reach) -> Mask:
+def _mask(config: Any, index: Any, reach: Reach) -> Mask:
   """That of a layer, whose number is an array where layers are scanned."""
   if reach.window is None or not any(config.slides):
     return reach.whole
@@ -448,12 +470,12 @@ class Layer(Part):
 PIECES = Pieces(Embeddings, Layer, norm, share)
 
 
-def _to_file(name: str) -> str:
+def to_file(name: str) -> str:
   name = re.sub(r"^encoder\.layer\b", "layers", name)
   return re.sub(r"^(encoder|embeddings)\.", "", name)
 
 
-def _to_tree(name: str) -> str:
+def to_tree(name: str) -> str:
   # frequencies that older files have among the weights
   name = re.sub(r"^(layers\..*\.inv_freq)$", r"buffers.\1", name)
   name = re.sub(r"^embed_tokens\b", "embeddings.embed_tokens", name)
@@ -461,6 +483,12 @@ def _to_tree(name: str) -> str:
   return re.sub(r"^norm\b", "encoder.norm", name)
 
 
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+  (r"encoder/.*(q|k|v|gate|up)_proj/kernel", ("fsdp", "tensor")),
+  (r"encoder/.*(q|k|v|gate|up)_proj/bias", ("tensor",)),
+  (r"encoder/.*(o|down)_proj/kernel", ("tensor", "fsdp")),
+  (r"(embeddings/.*|lm_head)/embedding", (None, "fsdp")),
+)
 FAMILY = {
   kind: Family(
     config=LlamaConfig.from_dict,
@@ -472,15 +500,10 @@ FAMILY = {
       outside=("lm_head",),
       unused=("buffers.",),
       tied=("lm_head.weight", "embeddings.embed_tokens.weight"),
-      to_file=_to_file,
-      to_tree=_to_tree,
+      to_file=to_file,
+      to_tree=to_tree,
     ),
-    rules=(
-      (r"encoder/.*(q|k|v|gate|up)_proj/kernel", ("fsdp", "tensor")),
-      (r"encoder/.*(q|k|v|gate|up)_proj/bias", ("tensor",)),
-      (r"encoder/.*(o|down)_proj/kernel", ("tensor", "fsdp")),
-      (r"(embeddings/.*|lm_head)/embedding", (None, "fsdp")),
-    ),
+    rules=RULES,
     room=lambda config: config.max_position_embeddings,
     classes={HEAD: name},
   )
