@@ -36,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "head_dim": 32,
     "hidden_activation": "gelu_pytorch_tanh",
     "sliding_window": 4,
-    "sliding_window_pattern": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
     "query_pre_attn_scalar": 32,
     "rope_local_base_freq": 50.0,
   },

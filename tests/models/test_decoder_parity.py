@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
 from tests.models.decoders import (
@@ -137,6 +138,33 @@ def test_shards_and_bfloat16(tmp_path):
   want = torch_logits(peer, text)
   difference = np.abs(logits(words)[0] - want).max() / np.abs(want).max()
   assert 1e-5 < difference < 0.05
+
+
+def test_the_text_part_of_a_network_that_reads_images_too(tmp_path):
+  """As its files have had their names so far, and as new ones have them."""
+  text = {k: v for k, v in CASES["gemma3_text"].items() if k != "model_type"}
+  vision = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 8}
+  vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+  torch.manual_seed(0)
+  config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+  peer = transformers.Gemma3ForConditionalGeneration(config).eval()
+  with torch.no_grad():
+    for value in peer.parameters():
+      value.normal_(std=0.3)
+  peer.save_pretrained(tmp_path)
+  file, ids = tmp_path / "model.safetensors", texts()[0]
+  want = torch_logits(peer, ids)
+  stored = safetensors.numpy.load_file(file)
+  old, new = "language_model.model.", "model.language_model."
+  assert any(name.startswith(old) for name in stored)
+  for prefix in (old, new):
+    renamed = {name.replace(old, prefix): x for name, x in stored.items()}
+    safetensors.numpy.save_file(renamed, file)
+    model = load_classifier(tmp_path, scan=False)
+    assert model.config.model_type == "gemma3_text"
+    run = jax.jit(model.module.apply)
+    found = logits(run(model.variables, jnp.asarray([ids])))[0]
+    np.testing.assert_allclose(found, want, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama", "mistral", "qwen2", "qwen3"])

@@ -31,6 +31,7 @@ NAMES = {
     "encoder/layer_3/self_attn/q_proj",
     "model.layers.3.self_attn.q_proj",
   ),
+  "gemma3_text": ("encoder/layer_0/mlp/up_proj", "model.layers.0.mlp.up_proj"),
 }
 LLAMA = CASES["llama_biases"]
 each_kind = pytest.mark.parametrize("kind", BASES)
@@ -62,7 +63,10 @@ def test_names_there_and_back_and_rules_of_leaves_that_are_there(kind):
     assert names.to_class(in_file) == f"{kind}.{newer}"
   if kind in LIKE:  # whose rules are another kind's
     return
-  fields = LLAMA if kind == "llama" else BASES[kind]
+  fields = {
+    "llama": LLAMA,
+    "gemma3_text": {**BASES["gemma3_text"], "attention_bias": True},
+  }.get(kind, BASES[kind])
   shapes = blueprint(fields, outputs=3, head=head_of(kind)).shapes
   paths = ["/".join(path) for path in shapes]
   for pattern, axes in plan.family.rules:

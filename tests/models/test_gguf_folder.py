@@ -256,7 +256,7 @@ def rewritten(file, out, *, tensors=None, **metadata):
 
 
 REFUSED = [
-  ({"general__architecture": "gemma3"}, "its architecture is 'gemma3'"),
+  ({"general__architecture": "gemma2"}, "its architecture is 'gemma2'"),
   ({"llama__block_count": 3}, "holds 2 layers of width 64, not the 3"),
   ({"llama__embedding_length": 32}, "not the 2 of width 32"),
   ({"llama__attention__head_count": 5}, "doesn't divide into 5 heads"),

@@ -23,7 +23,7 @@ from vera_jax.files import read_json
 log = logging.getLogger(__name__)
 TEXTS, IMAGES = "texts", "images"
 LABELS = 100_000  # at most, where config.json names none of them
-# Kinds of layers in config.json's layer_types: those that see all, and a window.
+# Kinds of layers in config.json's layer_types: without and with a window.
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
