@@ -40,7 +40,7 @@ WITH_NETWORKS := $(VENV)/.networks
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart e2e instruct images networks test test-all check site \
-  parity tunix maxtext library-tests smoke faults clean
+  parity llamacpp tunix maxtext library-tests smoke faults clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-11s%s\n", $$1, $$2}' \
@@ -81,6 +81,9 @@ site: $(WITH_DEV) ## build the documentation in build/site
 
 parity: $(WITH_PARITY) $(WITH_ENCODER) $(WITH_DECODER) $(WITH_NETWORK) $(WITH_NETWORKS) images networks ## compare with torch and PEFT, live
 	$(PYTEST) -m parity
+
+llamacpp: $(WITH_PARITY) $(WITH_DECODER) ## compare GGUF models and adapters with llama.cpp
+	LLAMACPP=1 $(PYTEST) -m parity tests -k llama_cpp
 
 tunix: ## test nnx models with tunix and qwix, in .venv-tunix
 	$(MAKE) .venv-tunix/.decoder library-tests VENV=.venv-tunix LIBRARY=tunix \

@@ -20,7 +20,7 @@ from experiments import handle_ctrl_c
 FOLDER = Path(__file__).parent
 # The commands that --help lists, in the order in which one comes to need them.
 COMMANDS = (
-  *("train", "predict", "generate", "chat", "merge", "peft", "push"),
+  *("train", "predict", "generate", "chat", "merge", "peft", "gguf", "push"),
   *("sweep", "report", "plan", "launch"),
 )
 # These run too: what a command above, or a page, names for a purpose.

@@ -18,7 +18,6 @@ takes such a file too. Formats of fewer than eight bits are refused: they would
 round away what the adapter learned (docs/gguf.md).
 """
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from rich.table import Table
 
 from experiments import cli
 from vera_jax.errors import UserError
-from vera_jax.places import is_remote, place
+from vera_jax.places import place
 from vera_jax.terminal import Console
 
 MODEL = cli.define_model(
@@ -43,7 +42,8 @@ DTYPE = flags.DEFINE_string(
 FORMAT = flags.DEFINE_string(
   "format",
   "safetensors",
-  "safetensors (a folder), or one file: gguf-f16 or gguf-q8_0.",
+  "safetensors (a folder), or one file: gguf-f32, gguf-f16, gguf-bf16 or"
+  " gguf-q8_0.",
 )
 
 cli.define_json()
@@ -57,7 +57,7 @@ def main() -> None:
     write_as_gguf(place(OUT.value))
     return
   if MODEL.model.value:
-    raise UserError("--model is for --format=gguf-f16 or gguf-q8_0.")
+    raise UserError("--model is for --format=gguf-f16 and its like.")
   # after the flags' errors
   cli.say_importing()
   from vera_jax.export.hf import check_dtype, write_merged
@@ -75,22 +75,16 @@ def write_as_gguf(out: Path) -> None:
   """Write --model, or the merged --adapter, as one file."""
   cli.say_importing()
   from vera_jax.export import gguf as export_gguf  # after the flags' errors
-  from vera_jax.export.hf import write_merged
+  from vera_jax.models.gguf_file import refuse_there
 
   kind = FORMAT.value
   export_gguf.check_kind(kind)
-  export_gguf.refuse_there(out)
+  refuse_there(out)  # before the base is loaded
   if merged_before := MODEL.model.value:
     formats = export_gguf.write_gguf_of(merged_before, out, kind=kind)
   else:
-    model = MODEL.load()
-    export_gguf.check_model(model.folder)
-    beside = None if is_remote(out) else out.parent
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=beside) as temporary:
-      merged = Path(temporary) / "merged"
-      show(write_merged(model, merged))  # in float32, checked on probe texts
-      formats = export_gguf.write_gguf_of(merged, out, kind=kind)
+    about, formats = export_gguf.write_merged_gguf(MODEL.load(), out, kind=kind)
+    show(about)
   cli.give({"out": str(out), "tensors": formats})
   stored = ", ".join(f"{count} in {name}" for name, count in formats.items())
   Console().print(f"{out}: tensors {stored}")

@@ -63,6 +63,10 @@ PLACES = {
   "peft": (["export", "--adapter={}"], ["out"]),
   "peft ": (["export", "--out=x"], ["adapter"]),
   "peft  ": (["export", "--adapter={}", "--out=x"], ["base"]),
+  "gguf": (["export", "--adapter={}"], ["out"]),
+  "gguf ": (["export", "--out=x"], ["adapter"]),
+  "gguf  ": (["export", "--adapter={}", "--out=x"], ["base"]),
+  "gguf   ": (["export", "--out=x"], ["model"]),
   "push": (["--to=owner/name"], ["adapter"]),
   "report": ([f"{ROOT}/results/minilm/cola/vera-seed2"], ["out"]),
   "report ": (

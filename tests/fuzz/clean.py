@@ -152,6 +152,17 @@ def write_peft(folder: Path, method: str) -> None:
   folders.write(folder / "adapter", tensors, config)
 
 
+def write_gguf_adapter(folder: Path) -> None:
+  """A LoRA adapter of llama.cpp's, and its base."""
+  from tests.models.gguf_folders import random_folder
+  from tests.random_adapter import write_adapter
+  from vera_jax.peft_io.gguf import export_gguf_adapter
+
+  base, ours = random_folder(folder / "base", "llama"), folder / "ours"
+  write_adapter(ours, base=base, kind="language_modelling", targets=["q_proj"])
+  export_gguf_adapter(ours, folder / "adapter.gguf")
+
+
 def write_gguf(folder: Path, kind: str, *, form: str) -> None:
   import shutil
 

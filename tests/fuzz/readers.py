@@ -79,6 +79,13 @@ def read_gguf(folder: Path) -> None:
   load_classifier(made, scan=False)
 
 
+def read_gguf_adapter(folder: Path) -> None:
+  from vera_jax.peft_io.gguf import import_gguf_adapter
+
+  base, out = str(folder / "base"), folder / "imported"
+  import_gguf_adapter(folder / "adapter.gguf", out, base=base)
+
+
 def read_decoder(folder: Path) -> None:
   """As what writes texts, and as what becomes a GGUF file."""
   from vera_jax.export.gguf import write_gguf_of
@@ -281,6 +288,9 @@ READERS: dict[str, Reader] = {
     partial(clean.write_gguf, kind="gpt2", form="gguf-f16"),
     read_gguf,
     named=True,
+  ),
+  "GGUF adapter": Reader(
+    clean.write_gguf_adapter, read_gguf_adapter, "adapter.gguf", named=True
   ),
   **{
     f"table {suffix}": Reader(

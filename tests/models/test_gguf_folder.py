@@ -430,7 +430,7 @@ def test_what_gguf_has_no_place_for_is_refused(folder, tiny_model, tmp_path):
   out = tmp_path / "a.gguf"
   with pytest.raises(UserError, match="is a 'bert'; GGUF files are written"):
     write_gguf_of(tiny_model, out, kind="gguf-f16")
-  with pytest.raises(UserError, match="no format 'f16'; choose gguf-f16"):
+  with pytest.raises(UserError, match="no format 'f16'; choose gguf-f32"):
     write_gguf_of(tiny_model, out, kind="f16")
   place = tmp_path / "model"
   shutil.copytree(folder("qwen2"), place)

@@ -1,11 +1,13 @@
 """A decoder's folder in Hugging Face's layout as one GGUF file.
 
-Weights come out as F16 or Q8_0. Four bits are refused for a merged model: the
-change that an adapter makes is smaller than their steps, so that rounding the
-merged weights again takes most of it back (docs/gguf.md has the measurements).
+Weights come out as F32, F16, BF16 or Q8_0. Four bits are refused for a merged
+model: the change that an adapter makes is smaller than their steps, so that
+rounding the merged weights again takes most of it back (docs/gguf.md has the
+measurements).
 """
 
 import logging
+import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -16,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vera_jax.errors import UserError
+from vera_jax.export.hf import write_merged
 from vera_jax.models import gemma3
 from vera_jax.models.family import FULL, config_of, read_fields
 from vera_jax.models.gguf_file import (
@@ -24,21 +27,23 @@ from vera_jax.models.gguf_file import (
   Tensor,
   Written,
   block_of,
+  refuse_there,
   write_gguf,
 )
 from vera_jax.models.gguf_folder import (
   ARCHITECTURES,
   FREQUENCIES,
-  LAYER,
   LINK,
   LLAMA,
   MISTRAL,
   Architecture,
+  architecture_for,
   config_fields,
   interleaved_heads,
   is_norm,
   is_transposed,
   llama3_factors,
+  module_in_file,
   open_tensors,
   to_pairs,
 )
@@ -51,10 +56,16 @@ from vera_jax.models.hf_weights import (
 )
 from vera_jax.models.llama import ORIGINAL, rotation_fields
 from vera_jax.operations.attention import ACTIVATIONS
-from vera_jax.places import local_copy, place
+from vera_jax.places import is_remote, local_copy, place
+from vera_jax.pretrained.classifier import Classifier
 
 log = logging.getLogger(__name__)
-KINDS = {"gguf-f16": ("F16", 1), "gguf-q8_0": ("Q8_0", 7)}  # and file_type
+KINDS = {  # the format of matrices, and llama.cpp's number of such a file
+  "gguf-f32": ("F32", 0),
+  "gguf-f16": ("F16", 1),
+  "gguf-bf16": ("BF16", 32),
+  "gguf-q8_0": ("Q8_0", 7),
+}
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 TRAINING = ("dropout", "pdrop", "initializer_range")  # endings of their fields
 FOUR_BITS = ("q2", "q3", "q4", "q5", "iq")
@@ -83,10 +94,31 @@ def check_model(folder: Path) -> None:
   _architecture(read_fields(folder), folder)
 
 
-def refuse_there(file: Path) -> None:
-  """Raises a UserError if a file is there."""
-  if file.exists():
-    raise UserError(f"{file} is there already; choose another --out.")
+def write_merged_gguf(
+  model: Classifier, file: str | Path, *, kind: str
+) -> tuple[dict[str, Any], dict[str, int]]:
+  """Write a decoder with its adapter folded in.
+
+  Args:
+    model: from `restore_adapter`, in float32.
+    file, kind: as for `write_gguf_of`.
+
+  Returns:
+    What `write_merged` says of the merge, and the tensors of each format.
+
+  Raises:
+    UserError: as these two do; nothing is written then.
+  """
+  check_kind(kind)
+  file = place(file)
+  refuse_there(file)
+  check_model(model.folder)
+  file.parent.mkdir(parents=True, exist_ok=True)
+  beside = None if is_remote(file) else file.parent
+  with tempfile.TemporaryDirectory(dir=beside) as temporary:
+    merged = Path(temporary) / "merged"
+    about = write_merged(model, merged)  # in float32, checked on probe texts
+    return about, write_gguf_of(merged, file, kind=kind)
 
 
 def write_gguf_of(
@@ -116,9 +148,7 @@ def write_gguf_of(
   prefix, architecture = _architecture(fields, folder)
   config = config_of(fields)  # what the model here computes with
   format, file_type = KINDS[kind]
-  names = {theirs: ours for ours, theirs in architecture.modules.items()}
   biased = {x for modules in architecture.biases.values() for x in modules}
-  base = architecture.modules["token_embd"].split(".")[0]
   tensors: dict[str, Written] = {}
   with ExitStack() as stack:
     for source in tensor_files(folder):
@@ -128,21 +158,19 @@ def write_gguf_of(
         else stack.enter_context(open_safetensors(source))
       )
       for name in opened.keys():
-        layer = LAYER.search(f".{name}")
-        module, _, leaf = LAYER.sub("{}", f".{name}", 1)[1:].rpartition(".")
+        module, _, leaf = name.rpartition(".")
         # a config ties only what is one, by `read_model`
         tied = config.tie_word_embeddings and module == "lm_head"
         if name.endswith(BUFFERS) or tied:
           continue
-        # a file of the network without its head has no first word in its names
-        known = names.get(module, names.get(f"{base}.{module}", ""))
+        known = module_in_file(module, architecture)
         leaves = ("weight", "bias")[: 1 + (known.split(".")[-1] in biased)]
         if not known or leaf not in leaves:
           raise UserError(
             f"{folder} can't be written as GGUF: there is no place in a"
             f" {prefix!r} for its tensor {name!r}."
           )
-        ours = known.format(layer[0] if layer else "") + f".{leaf}"
+        ours = f"{known}.{leaf}"
         turned = is_transposed(ours, architecture)
         shape = tuple(opened.get_slice(name).get_shape())
         shape = shape[::-1] if turned else shape
@@ -197,17 +225,8 @@ def write_gguf_of(
 def _architecture(
   fields: Mapping[str, Any], folder: Path
 ) -> tuple[str, Architecture]:
-  kinds = {
-    architecture.model_type: (name, architecture)
-    for name, architecture in ARCHITECTURES.items()
-  } | {MISTRAL.model_type: ("llama", MISTRAL)}
   model_type = fields.get("model_type")
-  if model_type not in kinds:
-    raise UserError(
-      f"{folder} is a {model_type!r}; GGUF files are written here of"
-      f" {', '.join(kinds)}."
-    )
-  _, architecture = kinds[model_type]
+  prefix, architecture = architecture_for(model_type, folder)
   rope = fields.get("rope_parameters") or {}
   plain = {**architecture.always, "partial_rotary_factor": 1}
   for name, value in plain.items():
@@ -217,7 +236,7 @@ def _architecture(
         f"{folder} can't be written as GGUF: its {name} is {stated!r}, for"
         f" which the header of a {model_type} has no place."
       )
-  return kinds[model_type]
+  return prefix, architecture
 
 
 def _activation(value: Any) -> Any:

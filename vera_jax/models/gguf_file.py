@@ -288,6 +288,12 @@ def encode(values: Float[np.ndarray, "..."], *, format: str) -> bytes:
   return quantize(values, GGMLQuantizationType[format]).tobytes()
 
 
+def refuse_there(file: Path) -> None:
+  """Raises a UserError if a file is there."""
+  if file.exists():
+    raise UserError(f"{file} is there already; choose another --out.")
+
+
 def write_gguf(
   file: str | Path, metadata: Mapping[str, Any], tensors: Mapping[str, Written]
 ) -> None:

@@ -318,6 +318,45 @@ def architecture_of(gguf: Gguf) -> Architecture:
   return ARCHITECTURES[name]
 
 
+def architecture_for(
+  model_type: str | None, source: Any
+) -> tuple[str, Architecture]:
+  """llama.cpp's architecture of one of Hugging Face's, after its name.
+
+  Raises:
+    UserError: there is none here; `source` is named as what has this type.
+  """
+  kinds = {
+    architecture.model_type: (name, architecture)
+    for name, architecture in ARCHITECTURES.items()
+  } | {MISTRAL.model_type: ("llama", MISTRAL)}
+  if model_type not in kinds:
+    raise UserError(
+      f"{source} is a {model_type!r}; GGUF files are written here of"
+      f" {', '.join(kinds)}."
+    )
+  return kinds[model_type]
+
+
+def module_in_file(name: str, architecture: Architecture) -> str:
+  """llama.cpp's name of one of Hugging Face's modules; "" where it has none."""
+  layer = LAYER.search(f".{name}.")
+  module = LAYER.sub("{}", f".{name}.", count=1)[1:-1]
+  names = {theirs: ours for ours, theirs in architecture.modules.items()}
+  # a file of the network without its head has no first word in its names
+  base = architecture.modules["token_embd"].split(".")[0]
+  found = names.get(module, names.get(f"{base}.{module}", ""))
+  return found.format(layer[0] if layer else "")
+
+
+def module_of(name: str, architecture: Architecture) -> str:
+  """Hugging Face's name of a module in a file; "" where it has none."""
+  layer = LAYER.search(f".{name}.")
+  module = LAYER.sub("{}", f".{name}.", count=1)[1:-1]
+  theirs = architecture.modules.get(module, "")
+  return theirs.format(layer[0] if layer else "")
+
+
 def config_fields(gguf: Gguf) -> dict[str, Any]:
   """config.json's fields for a file.
 
@@ -640,14 +679,12 @@ def _scaling(gguf: Gguf, fields: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _names(gguf: Gguf) -> Iterator[tuple[str, str]]:
   """The file's name of each tensor, and Hugging Face's."""
-  modules = architecture_of(gguf).modules
+  architecture = architecture_of(gguf)
   tied = _is_tied(gguf)
   for name in gguf.tensors:
-    layer = LAYER.search(name)
-    module, _, leaf = LAYER.sub("{}", name, count=1).rpartition(".")
+    module, _, leaf = name.rpartition(".")
     if name != FREQUENCIES and not (tied and name == "output.weight"):
-      number = layer[0] if layer else ""
-      yield name, modules[module].format(number) + f".{leaf}"
+      yield name, f"{module_of(module, architecture)}.{leaf}"
 
 
 def _is_tied(gguf: Gguf) -> bool:

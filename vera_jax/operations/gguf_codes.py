@@ -7,7 +7,7 @@ The packed codes are kept as they lie in the file; a k-quant's scales, of four
 or six bits, get a byte each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -53,25 +53,21 @@ BLOCKS = {
 
 
 class Blocks(NamedTuple):
-  """A tensor's blocks, each part as [..., numbers of a block].
+  """A tensor's blocks.
 
-  The parts are those of `Quantised`, views into the file where they can be.
+  Attributes:
+    parts: those of a `Quantised` that the format has, by name, each as
+      [..., numbers of a block]; views into the file where they can be.
+    format: as in `Quantised`.
   """
 
-  codes: np.ndarray
-  scale: np.ndarray
-  minimum: np.ndarray | None
-  high: np.ndarray | None
-  scale_unit: np.ndarray | None
-  minimum_unit: np.ndarray | None
+  parts: Mapping[str, np.ndarray]
   format: str
 
   def with_parts(self, change: Callable[[np.ndarray], np.ndarray]) -> "Blocks":
-    """The blocks with each part that there is changed."""
-    return Blocks(
-      *(part if part is None else change(part) for part in self[:-1]),
-      self.format,
-    )
+    """The blocks with each part changed."""
+    parts = {name: change(part) for name, part in self.parts.items()}
+    return Blocks(parts, self.format)
 
 
 def take_apart(
@@ -81,13 +77,12 @@ def take_apart(
   if format not in BLOCKS:
     return None
   blocks = stored.view(BLOCKS[format])
-  parts = {name: blocks[name] for name in BLOCKS[format].names}
+  parts = {name: blocks[name] for name in BLOCKS[format].names or ()}
   if (packed := parts.pop("packed", None)) is not None:
     parts |= _scales(packed, format)
   if "minimum_unit" in parts:  # the file has what is subtracted
     parts["minimum_unit"] = -parts["minimum_unit"]
-  known = {name: parts.get(name) for name in Blocks._fields[:-1]}
-  return Blocks(**known, format=INT8 if format == "Q8_0" else format)
+  return Blocks(parts, INT8 if format == "Q8_0" else format)
 
 
 def _scales(packed: np.ndarray, format: str) -> dict[str, np.ndarray]:
@@ -115,14 +110,16 @@ def keep(
   """
   if blocks is None:
     return None
-  outputs, count, codes = blocks.codes.shape
+  outputs, count, codes = blocks.parts["codes"].shape
   # as many weights as bytes, or as their low bits make
   packed = 1 if blocks.format == INT8 else 8 // LAYOUTS[blocks.format].low.bits
-  turned = blocks.with_parts(
-    lambda part: np.ascontiguousarray(part.reshape(outputs, -1).T)
-  )
+  turned = {
+    name: np.ascontiguousarray(part.reshape(outputs, -1).T)
+    for name, part in blocks.parts.items()
+  }
   return Quantised(
-    **turned._asdict(),
+    **{"minimum": None, **turned},
+    format=blocks.format,
     axes=(count * codes * packed, outputs),
     dtype=jnp.dtype(dtype),
   )

@@ -377,6 +377,7 @@ def _widen(
   if units:
     format = "Q6_K"
     low, above, offset = LAYOUTS[format]
+    assert above is not None
     raised = (levels + np.int8(offset)).view(np.uint8)
     codes = pack(raised & 2**low.bits - 1, low)
     high = pack(raised >> low.bits, above)

@@ -7,6 +7,8 @@ that a layer uses. Of a rank beyond a layer's widths the smaller one remains
 `use_dora`. The other way round there is no such identity.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from vera_jax.adapters.lora import SCALES
@@ -94,6 +96,34 @@ def join(ours: Ours, exported: Exported) -> Exported:
     },
     {**fields, "r": rank * most, "lora_alpha": scale * rank * most},
   )
+
+
+def truncated(
+  leaves: Mapping[str, Tensors], rank: int
+) -> tuple[dict[str, Tensors], float]:
+  """LoRA's matrices of a lower rank, nearest to those that are there.
+
+  Returns:
+    The matrices, each of this rank or its own if that is lower, and how much of
+    a module's change of weights is lost at most, as a share of its norm.
+  """
+  nearest: dict[str, Tensors] = {}
+  lost = 0.0
+  for module, tensors in leaves.items():
+    # B A = Q (R S') P' with orthonormal Q and P: R S' has its singular values
+    left, small_left = np.linalg.qr(tensors["lora_B"].astype(np.float64))
+    right, small_right = np.linalg.qr(tensors["lora_A"].T.astype(np.float64))
+    U, values, V = np.linalg.svd(small_left @ small_right.T)
+    roots = np.sqrt(values[:rank])
+    nearest[module] = tensors | {
+      "lora_A": (roots[:, None] * (V[: len(roots)] @ right.T)).astype(
+        np.float32
+      ),
+      "lora_B": (left @ U[:, : len(roots)] * roots).astype(np.float32),
+    }
+    if norm := float(np.linalg.norm(values)):
+      lost = max(lost, float(np.linalg.norm(values[rank:])) / norm)
+  return nearest, lost
 
 
 LORA = Form(
