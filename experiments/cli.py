@@ -390,11 +390,6 @@ class ModelFlags(NamedTuple):
     """The adapter on its base, or the whole model, as a `Classifier`."""
     # Imported only now: a mistake in the flags is reported without the wait.
     say_importing()
-    from vera_jax.adapters.files import (
-      adapter_folder,
-      is_pefts,
-      load_adapter,
-    )
     from vera_jax.pretrained.classifier import load_classifier, restore_adapter
     from vera_jax.progress import show_stage
 
@@ -402,12 +397,23 @@ class ModelFlags(NamedTuple):
 
     if self.model.value:
       return load_classifier(self.model.value, **options)
-    folder = adapter_folder(self.adapter.value)
-    if is_pefts(folder):
-      saved = _imported(folder, self.adapter.value, self.base.value)
-    else:
-      saved = load_adapter(folder)
+    saved = load_any_adapter(self.adapter.value, self.base.value)
     return restore_adapter(saved, self.base.value, **options)
+
+
+def load_any_adapter(name: str | Path, base: str | None) -> Any:
+  """An adapter of ours or PEFT's, by its folder or hub id.
+
+  Args:
+    name: the folder or id.
+    base: of PEFT's; None: what it names.
+  """
+  from vera_jax.adapters.files import adapter_folder, is_pefts, load_adapter
+
+  folder = adapter_folder(name)
+  if is_pefts(folder):
+    return _imported(folder, str(name), base)
+  return load_adapter(folder)
 
 
 def _imported(folder: Path, name: str, base: str | None) -> Any:

@@ -20,8 +20,8 @@ from experiments import handle_ctrl_c
 FOLDER = Path(__file__).parent
 # The commands that --help lists, in the order in which one comes to need them.
 COMMANDS = (
-  *("train", "predict", "generate", "chat", "merge", "peft", "gguf", "push"),
-  *("sweep", "report", "plan", "launch"),
+  *("train", "predict", "generate", "chat", "serve", "merge", "peft"),
+  *("gguf", "push", "sweep", "report", "plan", "launch"),
 )
 # These run too: what a command above, or a page, names for a purpose.
 OTHERS = (

@@ -21,7 +21,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
 EXPERIMENTS = Path(ROOT, "experiments")
 # Flags with texts that are no places, in all commands.
 TEXTS = {
-  *("prompt", "to", "task", "dtype", "format", "model_id", "template", "width"),
+  *(
+    "host",
+    "name",
+    "prompt",
+    "to",
+    "task",
+    "dtype",
+    "format",
+    "model_id",
+    "template",
+    "width",
+  ),
   *(
     "shard",
     "seeds",
@@ -53,6 +64,8 @@ PLACES = {
   "generate  ": (["--adapter={}", "--prompt=a"], ["base"]),
   "chat": ([], ["adapter", "model"]),
   "chat ": (["--adapter={}"], ["base"]),
+  "serve": (["--port=0", "--adapters={}"], ["model", "token_file"]),
+  "serve ": (["--port=0"], ["adapters"]),
   "answer": (["--adapter={}"], ["choices"]),
   "answer ": (["--adapter={}", "--out=x"], ["questions"]),
   "answer  ": (["--adapter={}", "--questions=x.jsonl"], ["out"]),
