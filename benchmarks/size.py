@@ -50,7 +50,10 @@ PARTS = {
   ),
   "PEFT's format": ("peft_io/*",),
   "whole models as files": ("export/*",),
-  "many adapters in one batch": ("serve/bank.py", "train/multi_adapter.py"),
+  "many adapters in one batch": (
+    *("serve/bank.py", "serve/row*.py", "train/multi_adapter.py"),
+    *("serve/http.py", "serve/bodies.py"),
+  ),
   "answers to texts": ("serve/*",),
   "models of flax.nnx": ("nnx/*",),
   "sweeps": ("sweep/*",),

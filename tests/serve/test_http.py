@@ -2,13 +2,9 @@
 
 import json
 import logging
-import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -494,39 +490,3 @@ def test_texts_are_classified_each_by_its_own_adapter(random_adapter):
     "a",
     "b",
   ]
-
-
-@pytest.mark.slow
-def test_sigterm_finishes_what_is_running(stories, folder, tmp_path):
-  """As a process of its own, with the base alone and with a folder."""
-  token = tmp_path / "token"
-  token.write_text(TOKEN + "\n")
-  command = [
-    *(sys.executable, "-m", "experiments.serve", "--port=0"),
-    *(f"--model={stories}", f"--token_file={token}", "--length=512"),
-    *("--rows=2", f"--adapters={folder}/ann,other={folder}/bob"),
-  ]
-  with subprocess.Popen(
-    command,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-  ) as process:
-    assert process.stdout is not None
-    first = process.stdout.readline()
-    assert first.startswith("2 adapters of stories260K on http://127.0.0.1:")
-    with openai.OpenAI(
-      base_url=first.split()[-1] + "/v1", api_key=TOKEN, max_retries=0
-    ) as client:
-      stream = write(client, "other", max_tokens=400, stream=True)
-      parts = [next(iter(stream))]
-      process.send_signal(signal.SIGTERM)
-      time.sleep(0.3)
-      parts += list(stream)
-      with pytest.raises(openai.APIConnectionError):
-        write(client, "ann")
-    _, log = process.communicate(timeout=30)
-  assert parts[-1].choices[0].finish_reason in ("length", "stop")
-  assert process.returncode == 0
-  assert "model=other" in log and TOKEN not in log and "Traceback" not in log

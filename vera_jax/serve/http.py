@@ -13,7 +13,6 @@ given up when it goes away, and its row is free at the next step.
 
 import asyncio
 import base64
-import binascii
 import difflib
 import hmac
 import logging
@@ -162,6 +161,7 @@ class Service:
     self.began = int(time.time())
     self.token, self._read_adapter, self._on_failure = token, load, on_failure
     self._loading = threading.Lock()  # one load or removal at a time
+    self._tokenizing = threading.Lock()  # a tokenizer is one thread's
     self._open: set[_Answers] = set()
     self._stop = threading.Event()
     self._loop: asyncio.AbstractEventLoop | None = None
@@ -238,10 +238,10 @@ class Service:
 
   async def models(self, request: HttpRequest) -> Response:
     """GET /v1/models: the base, where it answers, and all adapters."""
-    names = [*([self.base] if self.rows else []), *self.bank]
-    return JSONResponse(
-      {"object": "list", "data": [self._described(name) for name in names]}
-    )
+    names = [self.base] if self.rows else []
+    names += await run_in_threadpool(list, self.bank)  # it may wait for a lock
+    data = [self._described(name) for name in names]
+    return JSONResponse({"object": "list", "data": data})
 
   async def model(self, request: HttpRequest) -> Response:
     """GET /v1/models/NAME."""
@@ -312,21 +312,17 @@ class Service:
     adapter = await self._adapter(request, body.model)
     texts: Any = [body.input] if isinstance(body.input, str) else body.input
     self._check_texts(texts, "input")
-    first, second = texts, None
-    if isinstance(texts[0], list):
-      if not all(len(pair) == 2 for pair in texts):
-        raise Refused(400, "A pair has two texts.", param="input")
-      first, second = map(list, zip(*texts, strict=True))
-    elif self.bank.held(adapter).owner.family.reads == IMAGES:
-      try:  # data:image/png;base64,...
-        coded = [text.rpartition(",")[2] for text in texts]
-        first = [base64.b64decode(text, validate=True) for text in coded]
-      except (ValueError, binascii.Error) as error:
-        raise Refused(400, "An image is no base64.", param="input") from error
 
     def ask() -> tuple[Sequence[str], Sequence[Any]]:
+      first, second = texts, None
+      if isinstance(texts[0], list):
+        if not all(len(pair) == 2 for pair in texts):
+          raise Refused(400, "A pair has two texts.", param="input")
+        first, second = map(list, zip(*texts, strict=True))
       while True:  # again, if it was replaced meanwhile: labels are one's own
         held = self.bank.held(adapter)
+        if held.owner.family.reads == IMAGES:
+          first = [_image(text) for text in texts]
         answers = self.bank.answers(first, second, adapters=str(adapter))
         if self.bank.held(adapter) is held:
           return held.owner.labels, answers
@@ -427,10 +423,12 @@ class Service:
     if name == self.base and self.rows is not None:
       request.scope["told"]["model"] = name
       return None
-    names = [self.base, *self.bank]
-    near = await run_in_threadpool(
-      difflib.get_close_matches, name, names, 5, 0.5
-    )
+
+    def nearest() -> list[str]:
+      names = [self.base, *self.bank]
+      return difflib.get_close_matches(name, names, 5, 0.5)
+
+    near = await run_in_threadpool(nearest)
     hint = f" The nearest names: {', '.join(near)}." if near else ""
     if name == self.base:
       hint = " It is a base that answers only with an adapter."
@@ -452,7 +450,7 @@ class Service:
 
     Links are followed before that is asked.
     """
-    for root in self.folders:
+    for root in self.folders if name.isprintable() else ():
       folder = (root / name).resolve()
       if folder.is_relative_to(root) and folder != root and folder.is_dir():
         return folder
@@ -476,7 +474,8 @@ class Service:
     told = request.scope["told"]
     while True:
       held = self.bank.held(adapter)
-      prompts = await run_in_threadpool(encode, held.owner.about)
+      about = held.owner.about
+      prompts = await run_in_threadpool(self._encoded, encode, about)
       requests = [
         self._request(request, body, adapter, prompt, rows.length)
         for prompt in prompts
@@ -504,6 +503,12 @@ class Service:
     finally:
       answers.close()
     return JSONResponse(form.whole(whole))
+
+  def _encoded(
+    self, encode: Callable[[Any], list[list[int]]], about: dict[str, Any]
+  ) -> list[list[int]]:
+    with self._tokenizing:
+      return encode(about)
 
   def _request(
     self,
@@ -843,6 +848,14 @@ async def _unless_gone(request: HttpRequest, work: Awaitable[T]) -> T:
   finally:
     left.cancel()
     task.cancel()
+
+
+def _image(text: str) -> bytes:
+  """The bytes of an image in base64, or of data:image/png;base64,..."""
+  try:
+    return base64.b64decode(text.rpartition(",")[2], validate=True)
+  except ValueError as error:
+    raise Refused(400, "An image is no base64.", param="input") from error
 
 
 def _head(prefix: str, kind: str, model: str) -> dict[str, Any]:
