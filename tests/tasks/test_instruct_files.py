@@ -209,6 +209,8 @@ def test_of_a_small_file_half_is_held_out(tmp_path):
   small = read_splits(ConfigDict(data))
   tuned = read_splits(ConfigDict({**data, "tune": True}))
   assert [len(x) for x in (small.dev, tuned.dev, small.train)] == [3, 2, 5]
+  few = read_splits(ConfigDict({**data, "dev_examples": 2}))
+  assert len(few.dev) == 2 and "dev_examples" not in few.where.split(":")[-1]
   said = "dev_examples 3 in place of 30, tuning_examples 2 in place of 20"
   assert said in small.where and "only 10 different questions" in small.where
   two = str(table(tmp_path, *rows[:2], name="b.jsonl"))

@@ -359,10 +359,12 @@ def _hold_out(
     )
   shrunk = ""
   if dev + tuning > min(len(keys), len(groups) - 1):
-    # of a small file half is held out, in the same proportion
+    # Of a small file half is held out, in the same proportion; few rows to be
+    # scored aren't made fewer for the sake of those that nobody may score.
     apart_at_most = min(len(keys), len(groups) // 2)
     asked_for = {"dev_examples": dev, "tuning_examples": tuning}
-    dev = dev and max(1, apart_at_most * dev // (dev + tuning))
+    proportion = apart_at_most * dev // (dev + tuning)
+    dev = dev and max(1, proportion, min(dev, apart_at_most // 2))
     tuning = apart_at_most - dev
     shrunk = "; fewer are held out than config.data says, for there are only"
     shrunk += f" {len(groups)} different questions: " + ", ".join(
