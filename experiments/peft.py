@@ -43,7 +43,9 @@ cli.define_json()
 
 def main(words: list[str]) -> None:
   if words not in (["import"], ["export"]):
-    raise UserError("Say import or export; --help shows how.")
+    raise UserError(
+      "Say import or export: vera-jax peft import --adapter=FOLDER --out=FOLDER"
+    )
   if not ADAPTER.value or not OUT.value:
     raise UserError("--adapter and --out are needed.")
   # Imported only now: a mistake in the flags is reported without the wait.

@@ -127,12 +127,13 @@ def show_examples(config: ConfigDict, number: int) -> None:
   from vera_jax.train.config import check_settings
 
   check_settings(config)
-  task: Any = task_for(config)
   if "template" not in config.data:
     raise UserError(
       "--preview shows what a decoder is tuned on by configs/instruct.py;"
       f" config.task={config.task} has no such thing."
     )
+  config.data.max_test_examples = 0  # nothing is written, nor scored
+  task: Any = task_for(config)
   folder = resolve(config.model.name)
   data = task.load(config, folder)
   for line in (*task.presentation.notes, *data.introduction()):

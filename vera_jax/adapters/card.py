@@ -90,7 +90,7 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "method", f"{line.title}, arXiv {line.paper}" if line else name
     chosen = settings.get(name, settings)
     for key, _, text in line.described() if line else ():
-      if chosen.get(key) is not None:
+      if chosen.get(key) not in (None, ""):
         yield key, f"{_listed(chosen[key])} ({text})"
   if about.get("base") is not None:
     yield "base", public_name(str(about["base"]))
@@ -178,7 +178,7 @@ The base is a linen model that whoever loads this has. Adapted with the method,
 settings and targets above, it takes the adapter by
 
 ```python
-variables = adapted.load("ADAPTER", {"params": pretrained}, example_inputs)
+variables = adapted.load("ADAPTER", pretrained_variables, example_inputs)
 ```
 """
 USE_OF_WORDS = """\
