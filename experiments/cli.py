@@ -115,7 +115,13 @@ def run(
 
   def parse(argv: list[str]) -> list[str]:
     try:
-      return flags.FLAGS(argv, known_only=others)
+      rest = flags.FLAGS(argv, known_only=others)
+      if flags.FLAGS.only_check_args:  # asked by `launch`, before a pod is paid
+        config = flags.FLAGS["config"].value if "config" in flags.FLAGS else {}
+        method = config.get("base", config).get("method")
+        if isinstance(method, str):
+          links_of(method)
+      return rest
     except (flags.Error, UserError) as error:
       text = NO_NUMBER.sub("a whole number is needed", f"{error}")
       complain(f"{text}{_flag_meant(error)}\n--help shows the flags.")

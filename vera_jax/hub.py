@@ -45,10 +45,10 @@ def call_error(call: Callable[[], Any], *, seconds: float) -> Exception | None:
 
 
 ADVICE = (
-  "To work without the hub, set\n"
-  "  config.model.name   to a folder with config.json, the tokenizer's files"
-  " and model.safetensors\n"
-  "  config.data.source  to a folder with the task's files"
+  "To work without the hub, name folders (of a sweep, config.base.…):\n"
+  "  --config.model.name=FOLDER   with config.json, the tokenizer's files and"
+  " model.safetensors\n"
+  "  --config.data.source=FOLDER  with the task's files"
 )
 
 

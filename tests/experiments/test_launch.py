@@ -366,10 +366,12 @@ def test_what_can_not_be_launched_is_said_before_it_costs(words, said, typed):
 def test_the_command_writes_a_file_and_says_how_to_use_it(tmp_path):
   """The flags that are not its own are the command's, in their order."""
   flags = [*TPU_VM, V5E_8, f"--out={tmp_path}", "--", "--noconfig.predict_test"]
-  done, refused = command.run_each(
+  done, refused, unknown = command.run_each(
     ["experiments.launch", *flags],
     ["experiments.launch", *TPU_VM, V5E_8, "--topologi=v5e:4x4"],
+    ["experiments.launch", *TPU_VM, V5E_8, "--config.method=lorra"],
   )
+  assert "method is 'lorra'" in unknown.stderr and unknown.returncode == 1
   assert refused.returncode == 1  # by the command, whose flag it is not either
   assert "Unknown command line flag 'topologi'" in refused.stderr
   assert done.returncode == 0, done.stderr
