@@ -3,10 +3,11 @@
   python -m benchmarks.docs
 
 What a page has between `<!-- from PATH -->` and `<!-- end -->` is replaced: by
-a table where PATH is a file in results/plans, by the report where it is a
-sweep's folder (of the initialisers' studies by a shorter one, and by a row per
-method where the mark says `from PATH in brief`), by the tables
-that it makes where it is benchmarks/methods.py or benchmarks/initialisers.py,
+a table where PATH is a file in results/plans, or its folder scale; by the
+report where it is a sweep's folder (of the initialisers' studies by a shorter
+one, and by a row per method where the mark says `from PATH in brief`), by the
+tables that it makes where it is benchmarks/methods.py or
+benchmarks/initialisers.py,
 by what is below its title where it is a page, such as the report's outputs.md.
 The figures that a page shows as figures/SWEEP-NAME.png are drawn, and those of
 results/peft_steps.
@@ -35,6 +36,7 @@ from vera_jax.report.frame import load_sweep, method_title
 from vera_jax.report.summary import summary
 
 DOCS, SWEEPS = Path("docs"), Path("results/sweeps")
+SCALE = Path("results/plans/scale")
 MADE = re.compile(
   r"<!-- from (\S+)( in brief)? -->\n.*?<!-- end -->", re.DOTALL
 )
@@ -66,6 +68,8 @@ def filled(page: str) -> str:
       made = initialisers.scores(source)
     elif match[2]:
       made = brief(tables.columns(summary(load_sweep(source))))
+    elif source == SCALE:
+      made = plans.at_scale(map(read_json, sorted(SCALE.glob("*.json"))))
     elif source.is_dir():
       sweep = load_sweep(source)
       made = tables.page(sweep, summary(sweep)).strip()

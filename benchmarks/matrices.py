@@ -44,6 +44,7 @@ from configs import rte
 from experiments import cli
 from experiments.markdown import markdown_table
 from experiments.plans.chips import device_named, use_no_accelerator
+from experiments.plans.frozen import column_bias
 from vera_jax.adapters.adapted_product import adapted_product
 from vera_jax.adapters.interface import Adapter, Leaves, Site, Target
 from vera_jax.adapters.interface import Path as Place
@@ -200,7 +201,7 @@ def count_whole(
   if row["pair"] == NONE:
     targets = tuple(config.vera.targets)
     config.method = "head"
-    variant = step.Variant(config, (step.column_bias(), targets))
+    variant = step.Variant(config, (column_bias(), targets))
   else:
     config.vera.init, config.model.contraction = row["pair"], row["plan"]
     variant = step.Variant(config)

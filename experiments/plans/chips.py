@@ -8,14 +8,32 @@ import jax
 from jax.experimental import topologies
 
 from vera_jax.errors import UserError
+from vera_jax.train.flops import PEAK
 
 GIB = 2**30
-# Bytes of HBM per chip, by the kind that JAX calls it: Google's figures.
-MEMORY = {
-  "TPU v4": 32 * GIB,
-  "TPU v5 lite": 16 * GIB,
-  "TPU v5": 95 * GIB,
-  "TPU v6 lite": 32 * GIB,
+
+
+class Chip(NamedTuple):
+  """Google's figures of a kind of chip.
+
+  Attributes:
+    memory: bytes of HBM.
+    bandwidth: bytes per second that HBM reads or writes.
+    links: bytes per second that it receives from other chips of its slice, by
+      all its links together (ICI).
+  """
+
+  memory: int
+  bandwidth: float
+  links: float
+
+
+# By the name that JAX has for the kind.
+CHIPS = {
+  "TPU v4": Chip(32 * GIB, 1228e9, 300e9),
+  "TPU v5 lite": Chip(16 * GIB, 819e9, 200e9),
+  "TPU v5": Chip(95 * GIB, 2765e9, 600e9),
+  "TPU v6 lite": Chip(32 * GIB, 1640e9, 448e9),
 }
 INSTALL = "pip install libtpu"
 
@@ -26,17 +44,23 @@ class Pod(NamedTuple):
   Attributes:
     memory: bytes of HBM for each of `devices`; where a chip is two devices,
       half of the chip's.
+    flops: FLOP/s of each at most, in bfloat16.
+    bandwidth, links: bytes per second of each at most, as `Chip` has them.
   """
 
   name: str
   devices: Sequence[Any]
   kind: str
   memory: int
+  flops: float
+  bandwidth: float
+  links: float
 
 
 def use_no_accelerator() -> None:
   """Compile on the CPU, for whatever chips; call it before JAX is used."""
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no cloud for a TPU
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # there is no TPU
   if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
 
@@ -76,9 +100,18 @@ def describe_pod(name: str) -> Pod:
       " process at a time."
     ) from error
   kind = devices[0].device_kind
-  if kind not in MEMORY:
+  if kind not in CHIPS:
     raise UserError(
-      f"{name} has chips of kind {kind}; known are {', '.join(MEMORY)}."
+      f"{name} has chips of kind {kind}; known are {', '.join(CHIPS)}."
     )
-  chips = {tuple(device.coords) for device in devices}
-  return Pod(name, devices, kind, MEMORY[kind] * len(chips) // len(devices))
+  chip, chips = CHIPS[kind], {tuple(device.coords) for device in devices}
+  share = len(chips) / len(devices)
+  return Pod(
+    name,
+    devices,
+    kind,
+    int(share * chip.memory),
+    PEAK[kind],
+    share * chip.bandwidth,
+    share * chip.links,
+  )

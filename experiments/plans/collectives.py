@@ -2,13 +2,16 @@
 
 Every collective with its bytes and how often a step runs it: one inside a loop
 (a scanned stack's body) runs once per iteration. Bytes are those of one chip's
-result, or, of a reduce-scatter, of its input.
+result, or, of a reduce-scatter, of its input. What runs beside other work is
+written down several times, at its start, between and at its end, under one
+channel: it counts once.
 """
 
 import math
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
+
+from experiments.plans.hlo import Run, arrays, runs, width
 
 KINDS = (
   "all-reduce",
@@ -17,21 +20,11 @@ KINDS = (
   "all-to-all",
   "collective-permute",
 )
-_WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5}  # others say their bits: bf16, s32
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(
-  r"^\s*(?:ROOT )?%?[\w.\-]+ = "
-  r"(?P<shape>.*?) (?P<operation>[a-z][\w\-]*)\((?P<rest>.*)$"
-)
-_CALLED = re.compile(
-  r"(?:body|condition|calls|to_apply|true_computation|false_computation"
-  r"|branch_computations)=(\{[^}]*\}|[%\w.\-]+)"
-)
-_ITERATIONS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-# The chips of a group are either listed or counted.
+# The chips of a group are listed, counted, or those along axes of a mesh.
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_ALONG = re.compile(r"replica_groups=@?mesh\[([^\]]*)\] *\{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
 class Collective(NamedTuple):
@@ -41,6 +34,7 @@ class Collective(NamedTuple):
     bytes: of one run of it, on one chip.
     times: how often a step runs it.
     looped: whether it is inside a loop.
+    group: chips that take part; 0 where the text doesn't say.
   """
 
   kind: str
@@ -48,6 +42,18 @@ class Collective(NamedTuple):
   bytes: int
   times: int
   looped: bool
+  group: int = 0
+
+  @property
+  def wire(self) -> float:
+    """Bytes that a chip receives in a step, by the rings that send least."""
+    if self.kind == "collective-permute" or not self.group:
+      share = 1.0
+    else:
+      share = (self.group - 1) / self.group
+    if self.kind == "all-reduce":  # every part is sent to be added, and back
+      share *= 2
+    return self.times * self.bytes * share
 
 
 def collectives(text: str) -> list[Collective]:
@@ -56,51 +62,35 @@ def collectives(text: str) -> list[Collective]:
   Args:
     text: a compiled module's, as `compiled.as_text()` gives it.
   """
-  bodies: dict[str, list[re.Match[str]]] = {}
-  entry, current = "", []
-  for line in text.splitlines():
-    if head := _COMPUTATION.match(line):
-      current = bodies.setdefault(head[2], [])
-      entry = head[2] if head[1] else entry
-    elif match := _INSTRUCTION.match(line):
-      current.append(match)
-
-  def walk(name: str, times: int, looped: bool) -> Iterator[Collective]:
-    for match in bodies.get(name, []):
-      operation, rest = match["operation"], match["rest"]
-      if operation.removesuffix("-start") in KINDS:
-        types, size = _sent(match["shape"], operation, rest)
-        kind = operation.removesuffix("-start")
-        yield Collective(kind, types, size, times, looped)
-        continue  # what it calls is the addition
-      loops = operation == "while"
-      known = _ITERATIONS.search(rest) if loops else None
-      runs = times * int(known[1]) if known else times
-      for called in _CALLED.findall(rest):
-        for computation in re.findall(r"[\w.\-]+", called):
-          yield from walk(computation, runs, looped or loops)
-
-  return list(walk(entry, 1, False))
+  by_channel: dict[str, Collective] = {}
+  for number, run in enumerate(runs(text, whole=KINDS)):
+    if run.operation.removesuffix("-start") not in KINDS:
+      continue
+    channel = _CHANNEL.search(run.rest)
+    key = channel[0] if channel else f"the {number}th"
+    by_channel.setdefault(key, _collective(run))
+  return list(by_channel.values())
 
 
-def _sent(shape: str, operation: str, rest: str) -> tuple[tuple[str, ...], int]:
-  """(element types, bytes) of a collective, from its result's shape."""
-  arrays = []
-  for name, sizes in _SHAPE.findall(re.sub(r"\{[^}]*\}", "", shape)):
-    count = math.prod(int(size) for size in sizes.split(",") if size)
-    bits = re.match(r"[a-z]+(\d+)", name)  # a token has none
-    width = _WIDTHS.get(name, int(bits[1]) / 8 if bits else 0)
-    arrays.append((name, count * width))
+def _collective(run: Run) -> Collective:
+  """The types and bytes come from the result's shape."""
+  kind, group = run.operation.removesuffix("-start"), 0
+  results = arrays(run.shape)
   # These two list their input, then their output (and a permutation also two
   # contexts).
-  if operation == "all-gather-start":
-    arrays = arrays[len(arrays) // 2 :]
-  elif operation == "collective-permute-start":
-    arrays = arrays[1:2]
-  size = sum(width for _, width in arrays)
-  if operation.startswith("reduce-scatter"):
-    if listed := _LISTED.search(rest):
-      size *= len(listed[1].split(","))
-    elif counted := _COUNTED.search(rest):
-      size *= int(counted[1])
-  return tuple(sorted({name for name, _ in arrays})), int(size)
+  if run.operation == "all-gather-start":
+    results = results[len(results) // 2 :]
+  elif run.operation == "collective-permute-start":
+    results = results[1:2]
+  if listed := _LISTED.search(run.rest):
+    group = len(listed[1].split(","))
+  elif counted := _COUNTED.search(run.rest):
+    group = int(counted[1])
+  elif along := _ALONG.search(run.rest):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", along[1]))
+    group = math.prod(int(sizes[x]) for x in re.findall(r"'(\w+)'", along[2]))
+  size = sum(width(name) * math.prod(shape) for name, shape in results)
+  if kind == "reduce-scatter":
+    size *= group
+  types = tuple(sorted({name for name, _ in results}))
+  return Collective(kind, types, int(size), run.times, run.looped, group)

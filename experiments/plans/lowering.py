@@ -4,6 +4,7 @@ No weight, no text and no device of the kind is needed: the mesh may be made of
 a topology's described chips. The program is a whole step of one microbatch.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,16 +17,30 @@ from ml_collections import ConfigDict
 
 from vera_jax.models.family import read_fields
 from vera_jax.models.folder import resolve
-from vera_jax.models.paper_sizes import SIZES, roberta
+from vera_jax.models.known_shapes import KNOWN
 from vera_jax.pretrained.blueprint import Model, abstract_model
 from vera_jax.pretrained.sharding import BATCH, REPLICATED
-from vera_jax.tasks.task import task_for
+from vera_jax.tasks.task import Task, task_for
 from vera_jax.train.compiled_step import CompiledStep, state_shape
 from vera_jax.train.optim import optimiser, rates_of
 from vera_jax.train.setup import build_blueprint, stacked
 from vera_jax.train.step import Frozen, State, outputs_of
 
 EFFORTS = ("exec_time_optimization_effort", "memory_fitting_effort")
+
+
+class Rows(NamedTuple):
+  """The rows of a step or of one of its microbatches, on all chips.
+
+  Attributes:
+    rows: how many.
+    length: of each, in tokens; of images the pixels of a side.
+    learned: places of each that are learned.
+  """
+
+  rows: int
+  length: int
+  learned: int = 1
 
 
 class AbstractStep(NamedTuple):
@@ -76,11 +91,40 @@ def placed(tree: Any, mesh: Mesh, spec: Any) -> Any:
 
 
 def architecture(config: ConfigDict) -> dict[str, Any]:
-  """config.json of the model; RoBERTa's two are known without a download."""
+  """config.json of the model; some are known without a download."""
   name = config.model.name
-  if name in SIZES and not Path(name).exists():
-    return roberta(*SIZES[name])
+  if name in KNOWN and not Path(name).exists():
+    return dict(KNOWN[name])
   return read_fields(resolve(name))
+
+
+def numbers_on_a_chip(shapes: Any) -> int:
+  """Numbers that one chip has of arrays, which have places on a mesh."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape))
+    for leaf in jax.tree.leaves(shapes)
+  )
+
+
+def bytes_on_a_chip(shapes: Any) -> int:
+  """Bytes of the same, without padding."""
+  return sum(
+    leaf.dtype.itemsize * numbers_on_a_chip(leaf)
+    for leaf in jax.tree.leaves(shapes)
+  )
+
+
+def optimiser_of(
+  config: ConfigDict, model: Model, *, steps: int = 1000
+) -> Callable[..., Any]:
+  """Makes the transformation from `optim.rates_of`, as a run's does."""
+  return partial(
+    optimiser,
+    model.labels,
+    steps=steps,
+    warmup_ratio=config.optim.warmup_ratio,
+    grad_clip=config.optim.grad_clip,
+  )
 
 
 def abstract_step(
@@ -90,6 +134,7 @@ def abstract_step(
   *,
   steps: int = 1000,
   runs: int | None = None,
+  task: Task | None = None,
   **options: Any,
 ) -> AbstractStep:
   """The step that a run of this config trains with.
@@ -100,19 +145,14 @@ def abstract_step(
     mesh: of any devices, described ones among them.
     steps: of the learning rate's schedule; no count depends on it.
     runs: of an ensemble, as many for each part of the mesh; None for one alone.
+    task: the config's; None to make it, which may read data.
     **options: what `models.pretrained.blueprint` takes in place of the config's
       own, such as `dtype` or `adapter`.
   """
-  task = task_for(config)
-  network = build_blueprint(config, fields, task, **options)
+  task = task or task_for(config)
+  network = build_blueprint(config, fields, task, mesh=mesh, **options)
   model = abstract_model(network, mesh=mesh)
-  make_optimiser: Callable[..., Any] = partial(
-    optimiser,
-    model.labels,
-    steps=steps,
-    warmup_ratio=config.optim.warmup_ratio,
-    grad_clip=config.optim.grad_clip,
-  )
+  make_optimiser = optimiser_of(config, model, steps=steps)
   state = state_shape(model, make_optimiser(**rates_of(config)), mesh)
   if runs is not None:
     state = stacked(state, runs)

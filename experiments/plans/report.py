@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from experiments.markdown import markdown_table
 from experiments.plans.chips import Pod
+from vera_jax.errors import UserError
 from vera_jax.results import provenance
 
 NONE = "none: none fits; --rows=N plans microbatches of fewer rows"
@@ -23,15 +24,26 @@ KINDS = {
 }
 
 
-def metadata(config: ConfigDict, pod: Pod, words: str) -> dict[str, Any]:
+def metadata(
+  config: ConfigDict,
+  pod: Pod,
+  words: str,
+  mesh: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
   """What was planned, on what, by which command, and what trains there.
 
   The training command has the same settings, and is the same on every host.
+  With `mesh` it has the sizes of that, which was searched.
   """
   settings = [
     word
     for word in shlex.split(words)
     if word.lstrip("-").startswith(("config", "seeds"))
+  ]
+  settings += [
+    f"--config.mesh.{axis}={mesh[axis]}"
+    for axis in ("fsdp", "tensor")
+    if mesh and mesh[axis] > 1
   ]
   return {
     "model": config.model.name,
@@ -65,8 +77,20 @@ def rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
     most = made["largest"]
     return f"{most['rows']:,} ({most['rows_a_chip']:,})"
 
+  def mesh(made: Mapping[str, Any]) -> str:
+    sizes = made["mesh"]
+    return f"{sizes['data']} × {sizes['fsdp']} × {sizes['tensor']}"
+
+  def seconds(made: Mapping[str, Any]) -> str:
+    if "bound" not in made:
+      return "-"
+    return f"{made['bound']:.3g} ({_binding(made)})"
+
+  # what older files lack has no row
+  newer = [made for made in result["methods"].values() if "checkpoint" in made]
   texts: dict[str, Callable[[Any], str]] = {
-    "rows per batch (per chip)": lambda m: f"{m['rows']} ({m['rows_a_chip']})",
+    **({"mesh: data × fsdp × tensor": mesh} if newer else {}),
+    "rows per batch (per chip)": _rows,
     **{f"MB {name}": partial(stored, kind) for kind, name in KINDS.items()},
     "MB temporaries": lambda m: _megabytes(m.get("temporaries")),
     "MB in all, as laid out": lambda m: _megabytes(m["total"]),
@@ -75,6 +99,17 @@ def rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
     "TFLOP per step, all chips": all_chips,
     "all-reduces per step": _all_reduces,
     "other collectives": _others,
+    **(
+      {
+        "GB received per step": lambda m: (
+          f"{m['wire'] / 1e9:.2f}" if "wire" in m else "-"
+        ),
+        "seconds per step, at least (bound by)": seconds,
+        "MB of a checkpoint": lambda m: _megabytes(m["checkpoint"]),
+      }
+      if newer
+      else {}
+    ),
     "largest batch, rows (per chip)": largest,
     "programs compiled (XLA's effort)": lambda m: (
       f"{m['compiles']} ({m['effort']:+.0f})"
@@ -82,6 +117,17 @@ def rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
   }
   for name, text in texts.items():
     yield [name, *map(text, result["methods"].values())]
+
+
+def _rows(made: Mapping[str, Any]) -> str:
+  text = f"{made['rows']} ({made['rows_a_chip']})"
+  parts = made.get("microbatches", 1)
+  return text if parts == 1 else f"{text} in {parts} microbatches"
+
+
+def _binding(made: Mapping[str, Any]) -> str:
+  """What a step's bound in seconds comes from."""
+  return max(made["seconds"], key=made["seconds"].get)
 
 
 def _megabytes(size: int | None) -> str:
@@ -146,3 +192,44 @@ def markdown(result: Mapping[str, Any]) -> str:
   """The table as a docs page has it."""
   drawn = markdown_table(["one chip", *result["methods"]], rows(result))
   return f"**{title(result)}**\n\n{drawn}"
+
+
+def at_scale(results: Iterable[Mapping[str, Any]]) -> str:
+  """One table of several plans, a row for each method.
+
+  Raises:
+    UserError: a plan has no frozen network, against which FLOPs are held.
+  """
+  columns = (
+    *("model", "chips", "data × fsdp × tensor", "rows × tokens", "method"),
+    *("GiB a chip", "FLOPs over frozen", "GB received"),
+    *("MB of a checkpoint", "seconds at least"),
+  )
+  lines = []
+  for result in results:
+    methods = result["methods"]
+    if "frozen" not in methods:
+      raise UserError(f"{result['command']}: plan the frozen network too.")
+    for name, made in methods.items():
+      sizes = [made["mesh"][axis] for axis in ("data", "fsdp", "tensor")]
+      total = f"{made['total'] / 2**30:.2f}" if made["total"] else "too much"
+      line = [
+        result["model"].rpartition("/")[2],
+        result["topology"],
+        " × ".join(map(str, sizes)),
+        f"{made['rows']} × {made['length']:,}",
+        name,
+        total if made["fits"] else f"{total}: does not fit",
+      ]
+      if made["fits"]:
+        frozen = methods["frozen"]["flops"]["a_chip"]
+        line += [
+          f"{made['flops']['a_chip'] / frozen:.3f}",
+          f"{made['wire'] / 1e9:.1f}",
+          _megabytes(made["checkpoint"]),
+          f"{made['bound']:.2f} ({_binding(made)})",
+        ]
+      else:
+        line += ["-", "-", _megabytes(made["checkpoint"]), "-"]
+      lines.append(line)
+  return markdown_table(columns, lines)

@@ -49,9 +49,13 @@ def assert_alike(one, other, slope):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("longest", [33, None])
+@pytest.mark.parametrize("longest", [33, None, "in turn"])
 @pytest.mark.parametrize("window", [None, 5])
-def test_blocks_are_whole_rows(longest, window):
+def test_blocks_are_whole_rows(longest, window, monkeypatch):
+  if longest == "in turn":  # as rows of more than LONG columns are
+    monkeypatch.setattr(bands, "LONG", 64)
+    monkeypatch.setattr(bands, "QUERIES", 32)
+    longest = None
   segments, positions = rows()
   column = np.arange(LENGTH)
   mask = (segments[:, :, None] == segments[:, None]) & (

@@ -110,6 +110,24 @@ def test_a_shape_that_does_not_divide_is_refused(sizes, shape, words):
     param_shardings(tree, make_mesh(*sizes), rules)
 
 
+def test_large_leaves_without_a_rule_are_split():
+  """LoRA's; and a vocabulary that does not divide is on every device."""
+  tree = {
+    "lora_A": jax.ShapeDtypeStruct((4, 64, 2**16), jnp.float32),
+    "lora_B": jax.ShapeDtypeStruct((4, 2**16, 63), jnp.float32),
+    "lm_head": {"embedding": jax.ShapeDtypeStruct((32001, 64), jnp.float32)},
+  }
+  rules = ((r"lm_head/embedding", ("tensor", "fsdp")),)
+  placed = flatten_dict(param_shardings(tree, make_mesh(2, 2, 2), rules))
+  assert [leaf.spec for leaf in placed.values()] == [
+    PartitionSpec(None, None, "fsdp"),
+    REPLICATED,
+    PartitionSpec(None, "fsdp"),
+  ]
+  alone = flatten_dict(param_shardings(tree, make_mesh(4, 1, 2), rules))
+  assert alone["lora_A",].spec == REPLICATED
+
+
 def test_put_keeps_values_and_splits_them():
   rows = NamedSharding(make_mesh(2, 2, 2), BATCH)
   batch = {"x": np.arange(16).reshape(8, 2), "y": np.arange(8)}

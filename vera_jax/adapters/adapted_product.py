@@ -10,7 +10,14 @@ from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
 from vera_jax.adapters.interface import Adapter, Leaves, LowRank, Site
-from vera_jax.adapters.plans import AUTO, FACTORED, choose, no_factored
+from vera_jax.adapters.plans import (
+  AUTO,
+  FACTORED,
+  WHOLE,
+  Split,
+  choose,
+  no_factored,
+)
 from vera_jax.adapters.products import (
   Forward,
   Weights,
@@ -19,6 +26,7 @@ from vera_jax.adapters.products import (
   folded_forward,
   folded_kernel,
   plus,
+  scaled_up,
   thin_products,
 )
 from vera_jax.adapters.sites import is_on
@@ -32,6 +40,7 @@ def adapted_product(
   *,
   plan: str = AUTO,
   forwards: int = 1,
+  split: Split = WHOLE,
   remake: bool = False,
   key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, "*t o"], Float[Array, ""] | None]:
@@ -42,7 +51,7 @@ def adapted_product(
     leaves: the site's.
     site: kernel and bias of x's type.
     x: (*t, i), or what else the layer's products take.
-    plan, forwards: as in `choose`.
+    plan, forwards, split: as in `choose`.
     remake: whether the backward pass makes the kernels that it needs again,
       from what they were made of, in place of keeping them all from the forward
       pass: for kernels that are stored in fewer bits.
@@ -68,8 +77,9 @@ def adapted_product(
       if link.draws:  # more than weights say, so that no kernel stands for it
         plan = FACTORED
     elif link.low_rank is not None:
+      pick = partial(choose, plan=plan, forwards=forwards, split=split)
       product, folded_site = _by_plan(
-        link, link_leaves, site, product, plan, forwards, kept
+        link, link_leaves, site, product, pick, split, kept
       )
       after = folded_site or after
     elif link.weights is not None:
@@ -112,26 +122,24 @@ def _by_plan(
   leaves: Leaves,
   site: Site,
   inner: Forward,
-  plan: str,
-  forwards: int,
+  pick: Callable[..., str],
+  split: Split,
   kept: Callable[[Forward], Forward],
 ) -> tuple[Forward, Callable[[], Site] | None]:
   """The product with a low-rank delta by the plan that suits it, and the site
   with the kernel that was made for that, if one was."""
   assert link.low_rank is not None and site.rows is not None
   factors = link.low_rank(leaves, site)
-  how = choose(
-    site.rows,
-    factors,
-    plan=plan,
-    forwards=forwards,
-    view=site.view,
-    path=site.path,
-  )
+  how = pick(site.rows, factors, view=site.view, path=site.path)
   if how == FACTORED:
     thin = link.product or partial(thin_products, link.low_rank)
     delta = partial(thin, leaves, site)
     return partial(factored, inner=inner, delta=delta), None
+  if split.everywhere is not None:
+    # Each device has all of `up`, and scales it. XLA would scale parts, as the
+    # kernel's lie, and gather them in float32.
+    up = jax.lax.with_sharding_constraint(scaled_up(factors), split.everywhere)
+    factors = factors._replace(up=up, inner=None, outer=None)
   by_plan = {"folded": folded, "folded_forward": folded_forward}[how]
   product = kept(partial(by_plan, site=site, factors=factors))
   return product, partial(_folded_site, site, factors)

@@ -24,7 +24,7 @@ from vera_jax.adapters.interface import (
 from vera_jax.adapters.labels import join
 from vera_jax.adapters.layer_calls import IN_MODEL
 from vera_jax.adapters.merge import merge
-from vera_jax.adapters.plans import AUTO, check_plan
+from vera_jax.adapters.plans import AUTO, Split, check_plan
 from vera_jax.adapters.sites import (
   EVERY,
   Fused,
@@ -40,7 +40,12 @@ from vera_jax.errors import UserError
 
 
 class Adapted(nn.Module):
-  """A model and the adapter on it; made by `adapt`."""
+  """A model and the adapter on it; made by `adapt`.
+
+  Attributes:
+    model, adapter, targets, fused, plan, forwards: as `adapt` has them.
+    splits: how a mesh divides the products of the sites that it divides.
+  """
 
   model: nn.Module
   adapter: Adapter
@@ -48,6 +53,7 @@ class Adapted(nn.Module):
   fused: Fused
   plan: str
   forwards: int
+  splits: Mapping[Path, Split] = FrozenDict()
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     if self.is_initializing():  # `init` below has no need of this call
@@ -68,6 +74,7 @@ class Adapted(nn.Module):
       self.fused,
       self.plan,
       self.forwards,
+      self.splits,
       self.variables,
       self.has_rng(KEYS),
     )

@@ -8,8 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vera_jax.adapters.interface import Adapter, Leaves, Path, Site, Target
-from vera_jax.adapters.plans import AUTO, FACTORED, choose
+from vera_jax.adapters.interface import (
+  EMPTY,
+  Adapter,
+  Leaves,
+  Path,
+  Site,
+  Target,
+)
+from vera_jax.adapters.plans import AUTO, FACTORED, WHOLE, Split, choose
 from vera_jax.adapters.sites import (
   all_sites,
   arrays_at,
@@ -41,6 +48,7 @@ def plans_at(
   *,
   plan: str = AUTO,
   forwards: int = 1,
+  splits: Mapping[Path, Split] = EMPTY,
 ) -> dict[Path, str]:
   """How each low-rank delta multiplies.
 
@@ -49,6 +57,7 @@ def plans_at(
     targets: the sites.
     tokens: rows of x at each.
     plan, forwards: as for `adapt`.
+    splits: of the sites that a mesh divides.
 
   Raises:
     UserError: the method can't be multiplied by this plan.
@@ -68,6 +77,7 @@ def plans_at(
         plan=plan,
         forwards=forwards,
         view=targets[site.path].view,
+        split=splits.get(site.path, WHOLE),
         path=site.path,
       )
 

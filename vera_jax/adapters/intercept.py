@@ -18,7 +18,7 @@ from vera_jax.adapters.adapted_product import adapted_product
 from vera_jax.adapters.interface import Adapter, Leaves, Path, Site
 from vera_jax.adapters.layer_calls import LayerCall, is_apart, is_own_call
 from vera_jax.adapters.layers import place_of, see_call
-from vera_jax.adapters.plans import FACTORED, no_factored
+from vera_jax.adapters.plans import FACTORED, WHOLE, Split, no_factored
 from vera_jax.adapters.products import Weights, plus
 from vera_jax.adapters.sites import (
   EVERY,
@@ -96,7 +96,8 @@ class Interception:
   """One call of an adapted module, as `nn.intercept_methods` takes it.
 
   Attributes:
-    adapter, targets, fused, plan, forwards: as `apply.adapt` has them.
+    adapter, targets, fused, plan, forwards, splits: as `apply.Adapted` has
+      them.
     variables: the model's own and the adapter's.
     keyed: whether the call was given keys for methods that draw numbers.
     surroundings: the modules that are running and have prepared their layers.
@@ -107,6 +108,7 @@ class Interception:
   fused: Fused
   plan: str
   forwards: int
+  splits: Mapping[Path, Split]
   variables: Mapping[str, Any]
   keyed: bool
   surroundings: dict[Path, Surrounding] = dataclasses.field(
@@ -197,6 +199,7 @@ class Interception:
         call.x,
         plan=self.plan,
         forwards=self.forwards,
+        split=self.splits.get(site.path, WHOLE),
         remake=remake,
         key=draw() if draw and adapter.is_random else None,
       )

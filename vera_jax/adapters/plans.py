@@ -9,6 +9,9 @@ matrix may be structured: then its products cost what they cost.
 """
 
 import math
+from typing import NamedTuple
+
+from jax.sharding import Sharding
 
 from vera_jax.adapters.interface import (
   MATRIX,
@@ -22,6 +25,26 @@ from vera_jax.adapters.structured import Structured
 from vera_jax.errors import UserError
 
 AUTO, FACTORED = "auto", "factored"
+
+
+class Split(NamedTuple):
+  """How a mesh divides a layer's products, beside the rows that they have.
+
+  Attributes:
+    fsdp: parts in which the kernel is stored, each of which is adapted where it
+      is, before they are gathered.
+    inputs, outputs: parts of the kernel that are multiplied with where they
+      are: the mesh's `tensor` on one side.
+    everywhere: how an array lies that every device has whole.
+  """
+
+  fsdp: int = 1
+  inputs: int = 1
+  outputs: int = 1
+  everywhere: Sharding | None = None
+
+
+WHOLE = Split()
 
 
 def check_plan(name: str) -> str:
@@ -43,8 +66,9 @@ def costs(
   *,
   forwards: int = 1,
   view: View = MATRIX,
-) -> dict[str, int]:
-  """Multiply-adds that a delta costs per training step, by plan.
+  split: Split = WHOLE,
+) -> dict[str, float]:
+  """Multiply-adds that a delta costs a device per training step, by plan.
 
   Args:
     tokens: rows of x.
@@ -53,14 +77,20 @@ def costs(
     forwards: how often a step runs the forward pass: twice with remat.
     view: of the layer's kernel. Where x are row numbers, rows of `down` are
       taken; where the layer forms matrices, x @ down is a dense product.
+    split: of the kernel over the devices.
   """
   down, up = factors.down, factors.up
   (inputs, rank), outputs = down.shape, up.shape[-1]
+  parts = split.inputs * split.outputs
   to_thin = tokens * inputs * rank if view.forms else _cost(down, tokens)
-  to_kernel = tokens * inputs * outputs
+  to_thin /= split.inputs
+  to_wide = tokens * rank * outputs / split.outputs
+  to_kernel = tokens * inputs * outputs / parts
   if view.looked_up:
     to_thin = to_kernel = 0
-  build = _cost(down, outputs)
+  # the kernel's gradient is each device's own, from its rows
+  back = _cost(down, outputs) / parts
+  build = back / split.fsdp
   formed = _cost(up, rank) if isinstance(up, Structured) else 0
   formed_down = 0
   if view.forms and isinstance(down, Structured):
@@ -68,17 +98,18 @@ def costs(
   to_down, to_up = int(factors.trains_down), int(factors.trains_up)
   scales = factors.inner is not None or factors.outer is not None
   plans = {
-    "factored": (forwards + 1) * (to_thin + _cost(up, tokens))
+    "factored": (forwards + 1) * (to_thin + _cost(up, tokens) / split.outputs)
     + to_down * to_thin
-    + to_up * tokens * rank * outputs
+    + to_up * to_wide
     + forwards * formed_down,
     # to trained vectors, too, the gradient goes by way of that of `up`
-    "folded": (forwards + to_down + int(to_up or scales)) * build
+    "folded": forwards * build
+    + (to_down + int(to_up or scales)) * back
     + forwards * formed
     + to_kernel,
   }
   if not factors.trains_down:
-    backward = formed_down + to_thin + tokens * rank * outputs
+    backward = formed_down + to_thin + to_wide
     plans["folded_forward"] = forwards * (build + formed) + backward
   return plans
 
@@ -97,6 +128,7 @@ def choose(
   plan: str = AUTO,
   forwards: int = 1,
   view: View = MATRIX,
+  split: Split = WHOLE,
   path: Path = (),
 ) -> str:
   """The plan that is asked for, or for "auto" the cheapest for these shapes.
@@ -117,7 +149,7 @@ def choose(
     )
   if plan in view.plans:
     return plan
-  priced = costs(tokens, factors, forwards=forwards, view=view)
+  priced = costs(tokens, factors, forwards=forwards, view=view, split=split)
   return min((x for x in priced if x in view.plans), key=lambda x: priced[x])
 
 

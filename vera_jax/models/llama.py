@@ -487,7 +487,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"encoder/.*(q|k|v|gate|up)_proj/kernel", ("fsdp", "tensor")),
   (r"encoder/.*(q|k|v|gate|up)_proj/bias", ("tensor",)),
   (r"encoder/.*(o|down)_proj/kernel", ("tensor", "fsdp")),
-  (r"(embeddings/.*|lm_head)/embedding", (None, "fsdp")),
+  (r"embeddings/.*/embedding", (None, "fsdp")),
+  (r"lm_head/embedding", ("tensor", "fsdp")),
 )
 FAMILY = {
   kind: Family(

@@ -14,7 +14,8 @@ block is compared whole.
 
 The softmax's weights are the layer's largest array. The backward pass computes
 them anew instead of keeping them, which takes no longer and a tenth less
-memory.
+memory. Of a row that is compared whole and has more than LONG columns, they are
+never there at once: some queries are compared after others.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Shaped
 
 BLOCK = 32  # columns; 16 to 48 are as fast
+LONG, QUERIES = 2048, 128  # columns; and those of the queries compared at once
 
 Blocks = Bool[Array, "_ blocks queries keys"]  # of each row
 
@@ -129,6 +131,10 @@ def attend(
     x.reshape(rows, number * block, groups, width).swapaxes(1, 2)
     for x in (key, value)
   )
+  one = jnp.ones(())
+  if block > LONG and block % QUERIES == 0 and dropout(one) is one:
+    context = _attend_in_turn(query[:, :, 0], key, value, mask[:, 0])
+    return context.transpose(0, 3, 1, 2, 4).reshape(*shape, -1)
   mask = jnp.broadcast_to(
     mask[:, None, :, None], (*query.shape[:-1], keys)
   ).reshape(*below, keys)
@@ -143,6 +149,77 @@ def attend(
   )
   context = context.reshape(query.shape).transpose(0, 2, 4, 1, 3, 5)
   return context.reshape(*shape, -1)
+
+
+@jax.custom_vjp
+def _attend_in_turn(
+  query: Float[Array, "rows groups heads length k"],
+  key: Float[Array, "rows groups length k"],
+  value: Float[Array, "rows groups length k"],
+  mask: Bool[Array, "rows length keys"],
+) -> Float[Array, "rows groups heads length k"]:
+  """As `_attend` of whole rows, for QUERIES columns after others."""
+  return _forward_in_turn(query, key, value, mask)[0]
+
+
+def _in_turn(x: Array, axis: int) -> Array:
+  """An axis of columns as one in front, of turns, and one in its place."""
+  shape = (*x.shape[:axis], -1, QUERIES, *x.shape[axis + 1 :])
+  return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+
+def _turn(query: Array, mask: Array) -> tuple[Array, Array]:
+  """A turn's queries and mask as `_forward` and `_backward` take them."""
+  rows, groups, heads, _, width = query.shape
+  query = query.reshape(rows, groups, 1, heads * QUERIES, width)
+  mask = jnp.broadcast_to(
+    mask[:, None, None, None], (rows, groups, 1, heads, *mask.shape[1:])
+  )
+  return query, mask.reshape(*query.shape[:-1], -1)
+
+
+def _forward_in_turn(query, key, value, mask):
+  length = key.shape[2]
+
+  def compare(turn):
+    one, seen = _turn(*turn)
+    context, (*_, total) = _forward(one, key, value, seen, None, length, 0)
+    of_heads = turn[0].shape[:-1]
+    return context.reshape(turn[0].shape), total.reshape(*of_heads, 1)
+
+  turns = _in_turn(query, 3), _in_turn(mask, 1)
+  found = jax.lax.map(compare, turns)
+  context, total = (
+    jnp.moveaxis(x, 0, 3).reshape(*query.shape[:4], -1) for x in found
+  )
+  return context, (query, key, value, mask, context, total)
+
+
+def _backward_in_turn(saved, slope):
+  query, key, value, mask, context, total = saved
+  length = key.shape[2]
+
+  def compare(sums, turn):
+    one, seen, *others = turn
+    one, seen = _turn(one, seen)
+    context, total, slope = (
+      x.reshape(*one.shape[:-1], x.shape[-1]) for x in others
+    )
+    kept = one, key, value, seen, None, context, total
+    to_query, *to_both, _, _ = _backward(length, 0, kept, slope)
+    sums = [x + y.astype(x.dtype) for x, y in zip(sums, to_both, strict=True)]
+    return sums, to_query.reshape(turn[0].shape)
+
+  wide = jnp.promote_types(key.dtype, jnp.float32)
+  zeros = [jnp.zeros(x.shape, wide) for x in (key, value)]
+  columns = (_in_turn(x, 3) for x in (context, total, slope))
+  turns = _in_turn(query, 3), _in_turn(mask, 1), *columns
+  (to_key, to_value), to_query = jax.lax.scan(compare, zeros, turns)
+  to_query = jnp.moveaxis(to_query, 0, 3).reshape(query.shape)
+  return to_query, to_key.astype(key.dtype), to_value.astype(value.dtype), None
+
+
+_attend_in_turn.defvjp(_forward_in_turn, _backward_in_turn)
 
 
 def _product(letters: str, one: Array, two: Array) -> Array:

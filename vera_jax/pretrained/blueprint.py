@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
@@ -54,6 +55,7 @@ from vera_jax.pretrained.sharding import (
   check_heads,
   param_shardings,
   put,
+  splits_of,
 )
 
 LOOPED = 12  # layers at most; their compiling takes seconds on a CPU
@@ -90,6 +92,12 @@ class Blueprint(NamedTuple):
     return self.module.adapter
 
   @property
+  def heads(self) -> int:
+    """How many heads a mesh's `tensor` has to divide."""
+    heads = self.config.num_attention_heads
+    return getattr(self.config, "num_key_value_heads", heads)
+
+  @property
   def plans(self) -> dict[TreePath, str]:
     """How each low-rank delta multiplies, by path."""
     return plans_at(
@@ -98,6 +106,7 @@ class Blueprint(NamedTuple):
       self.tokens,
       plan=self.module.plan,
       forwards=self.module.forwards,
+      splits=self.module.splits,
     )
 
   def own_shapes(self) -> tuple[Any, Any]:
@@ -213,6 +222,7 @@ def blueprint(
   sizes: tuple[int, int, int] | None = None,
   longest: int | None = None,
   quantise: str = NONE,
+  mesh: Mesh | None = None,
 ) -> Blueprint:
   """A model by its config.json and its method.
 
@@ -232,6 +242,8 @@ def blueprint(
     longest: tokens of the longest text, for a decoder that is given long rows
       of many texts (`bands.py`).
     quantise: how the frozen kernels are stored, a name in `quantised.CHOICES`.
+    mesh: that it will be trained on, by which plans are priced; None for one
+      device.
 
   Raises:
     UserError: a family, setting or target that is not there.
@@ -272,6 +284,9 @@ def blueprint(
     fused=module.fused,
     **family.inputs(*(sizes or family.example)),
   )
+  if mesh is not None:
+    splits = splits_of(sites, mesh, family.rules)
+    module = module.clone(splits=FrozenDict(splits))
   return Blueprint(
     family=family,
     config=config,
@@ -338,8 +353,7 @@ def load_model(
   loop restores it), the pretrained files, fresh random numbers. The adapter's
   leaves are made on the loaded weights.
   """
-  heads = plan.config.num_attention_heads
-  check_heads(getattr(plan.config, "num_key_value_heads", heads), mesh)
+  check_heads(plan.heads, mesh)
   labels = flatten_dict(plan.label(unflatten_dict(plan.shapes)))
   template = {
     path: jax.ShapeDtypeStruct(
@@ -430,6 +444,7 @@ def find_codes(plan: Blueprint, params: Any) -> tuple[str | None, list[str]]:
 
 def abstract_model(plan: Blueprint, *, mesh: Mesh) -> Model:
   """`load_model`'s result as shapes with places: enough to compile a step."""
+  check_heads(plan.heads, mesh)
   everywhere = NamedSharding(mesh, REPLICATED)
   own, projections = plan.own_shapes()
   shapes = unflatten_dict(plan.shapes | flatten_dict(own))

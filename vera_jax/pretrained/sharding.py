@@ -3,8 +3,8 @@
 Axes: `runs` splits the runs of an ensemble, each of which has the other three
 for itself. `data` splits the batch, `fsdp` splits the batch and the base's
 weights, `tensor` splits heads and feed-forward width. d, b, the projections and
-the head lie on every device: they are small, and split they would have to be
-gathered for every product.
+a task's head lie on every device: they are small, and split they would have to
+be gathered for every product. So do LoRA's matrices, but where they are large.
 """
 
 import math
@@ -17,6 +17,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vera_jax.adapters.interface import Path, Target
+from vera_jax.adapters.plans import WHOLE, Split
+from vera_jax.adapters.sites import layer_path
 from vera_jax.data.packing import ProcessShard
 from vera_jax.errors import UserError
 
@@ -24,6 +27,7 @@ RUNS = "runs"
 AXES = (RUNS, "data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
+LARGE = 2**24  # numbers of a leaf that not every device need have
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
@@ -143,6 +147,9 @@ def _spec(
       split = (None,) * (len(shape) - len(axes)) + axes
       # one scale for all inputs is on every device
       spec = [a if n > 1 else None for n, a in zip(shape, split, strict=True)]
+      # a vocabulary has the size that it has, such as 32,001
+      if path[-1] == "embedding" and shape[0] % mesh.shape[spec[0] or RUNS]:
+        spec[0] = None
       for size, axis in zip(shape, spec, strict=True):
         if axis and size % mesh.shape[axis]:
           raise UserError(
@@ -150,6 +157,16 @@ def _spec(
             f" {axis}={mesh.shape[axis]}; choose a divisor of {size}."
           )
       return PartitionSpec(*spec)
+  return _spec_of_others(shape, mesh.shape["fsdp"])
+
+
+def _spec_of_others(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+  """That of a leaf without a rule: LoRA's matrices of a large model, with their
+  gradients and the optimiser's state, are split over `fsdp`."""
+  if len(shape) > 1 and fsdp > 1 and math.prod(shape) >= LARGE:
+    longest = max(range(len(shape)), key=lambda axis: shape[axis])
+    if shape[longest] % fsdp == 0:
+      return PartitionSpec(*(None,) * longest, "fsdp")
   return REPLICATED
 
 
@@ -174,6 +191,26 @@ def param_shardings(
   return unflatten_dict(
     {p: place(p, leaf) for p, leaf in flatten_dict(dict(params)).items()}
   )
+
+
+def splits_of(
+  sites: Mapping[Path, Target], mesh: Mesh, rules: Rules
+) -> dict[Path, Split]:
+  """How the mesh divides the products of the sites whose kernels it splits."""
+  splits: dict[Path, Split] = {}
+  for path, target in sites.items():
+    name = "/".join((*layer_path(path, target), "kernel"))
+    axes = next((a for pattern, a in rules if re.fullmatch(pattern, name)), ())
+    if len(axes) == 2:
+      fsdp = mesh.shape["fsdp"] if "fsdp" in axes else 1
+      tensor = (mesh.shape["tensor"] if a == "tensor" else 1 for a in axes)
+      splits[path] = Split(fsdp, *tensor)
+  everywhere = NamedSharding(mesh, REPLICATED)
+  return {
+    path: split._replace(everywhere=everywhere)
+    for path, split in splits.items()
+    if split != WHOLE
+  }
 
 
 def put(tree: Any, shardings: Any) -> Any:

@@ -274,7 +274,7 @@ def build_setup(config: ConfigDict, *, runs: int = 1) -> Setup:
   rows_together, length, reads, longest = data.sizes
   sizes = rows_together // batch_shards(mesh), length, reads
   plan = build_blueprint(
-    config, read_model(base), task, sizes=sizes, longest=longest
+    config, read_model(base), task, sizes=sizes, longest=longest, mesh=mesh
   )
   data.check(plan.family, plan.config)
   if task.write_texts is not None:  # at the end, when it is too late to say so
