@@ -8,13 +8,12 @@ import logging as standard_logging
 import os
 import re
 import select
-import statistics
 import sys
 import tempfile
 import textwrap
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from importlib.util import find_spec
@@ -25,7 +24,6 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from rich.markup import escape
-from rich.table import Column, Table
 
 from configs import common
 from experiments.console import as_typed
@@ -33,7 +31,7 @@ from experiments.settings import CONFIGS, settings
 from vera_jax.adapters.method import IN_CONFIG
 from vera_jax.adapters.methods import METHODS, check_key, links_of, near_keys
 from vera_jax.errors import EXIT_CODE, Interrupted, UserError
-from vera_jax.places import local_copy, place
+from vera_jax.places import local_copy
 from vera_jax.terminal import LINES, Console, printable
 from vera_jax.train.start import count_from_process_start
 
@@ -183,7 +181,6 @@ class Answered(Exception):
 
 # Why the system refuses to write; it doesn't say into which file.
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-MOST = 8  # classes whose answers have room in a table
 
 
 def exit_code(main: Callable[[], None]) -> int:
@@ -665,123 +662,3 @@ def default_workdir(config: ConfigDict) -> Path:
   check_settings(config)
   name = f"{config.method}-seed{config.seed}-{identity_code(config.to_dict())}"
   return Path("runs") / str(config.task) / name
-
-
-def show_result(result: Mapping[str, Any], workdir: Path | str) -> None:
-  """The result's main numbers as a table on standard output."""
-  table = Table(
-    "",
-    *(Column(f"{which} epoch", justify="right") for which in ("best", "last")),
-    title=f"{result['task']}, {result['method']}",
-    min_width=48,
-  )
-  best, last = result["best"], result["last"]
-  table.add_row("epoch", str(best["epoch"]), str(last["epoch"]))
-  for name, value in best["metrics"].items():
-    table.add_row(name, f"{value:.4f}", f"{last['metrics'][name]:.4f}")
-  test = result.get("test")
-  if test is not None:
-    table.add_section()
-    for name, value in test["scores"].items():
-      table.add_row(f"test {name}", "", f"{value:.4f}")
-  table.add_section()
-  parameters = result["parameters"]
-  table.add_row("adapter parameters", f"{parameters['adapter']:,}", "")
-  table.add_row("head parameters", f"{parameters['head']:,}", "")
-  table.add_row("seconds", f"{result['seconds']:.0f}", "")
-  Console().print(table)
-  if counts := best.get("confusion"):
-    show_classes(result["labels"], counts)
-  show_speed(result)
-  if test is not None and test["missing"]:
-    Console().print(test["missing"])
-  Console().print(f"{workdir}")
-
-
-def show_classes(
-  labels: Sequence[str], counts: Sequence[Sequence[int]]
-) -> None:
-  """Each class's scores in the best epoch, and the answers that it got."""
-  from vera_jax.tasks.metrics import class_scores
-
-  names = [escape(printable(label)) for label in labels]
-  taken_for = names if len(names) <= MOST else []  # that have room beside it
-  table = Table(
-    "class",
-    *(
-      Column(x, justify="right") for x in ("rows", "precision", "recall", "F1")
-    ),
-    *(Column(f"as {name}", justify="right") for name in taken_for),
-    title="classes in the best epoch"
-    + (", and what they were taken for" if taken_for else ""),
-  )
-  for name, scores, row in zip(
-    names, class_scores(counts), counts, strict=True
-  ):
-    rows, *shares = scores
-    shown = (f"{share:.4f}" for share in shares)
-    table.add_row(
-      name, f"{rows:,}", *shown, *(f"{n:,}" for n in row[: len(taken_for)])
-    )
-  Console().print(table)
-
-
-def show_speed(result: Mapping[str, Any], who: str = "") -> None:
-  """A line; none for results of before it was measured."""
-  if speed := result.get("speed"):
-    from vera_jax.train.clock import sentence
-
-    Console().print(who + sentence(speed), soft_wrap=True)
-
-
-def show_trace(config: ConfigDict, workdirs: Iterable[Path | str]) -> None:
-  """Where the trace is that --profile asked for, or that there is none."""
-  steps = config.log.get("profile")
-  folders = [place(workdir) / "profile" for workdir in workdirs]
-  if steps and (traced := [folder for folder in folders if folder.exists()]):
-    Console().print(f"trace: {traced[0]}")
-  elif steps:
-    complain(f"No trace: steps {steps} had been trained before.")
-
-
-def show_seeds(
-  results: Sequence[Mapping[str, Any]], workdirs: Sequence[Path | str]
-) -> None:
-  """Runs that differ in their seeds: one row each, and the median.
-
-  Scores in percent.
-  """
-  done = [result for result in results if "failed" not in result]
-  names = ("best epoch", "its score", "last score")
-  table = Table(
-    "seed",
-    *(Column(name, justify="right") for name in names),
-    title="{task}, {method}, {score_name}".format(**done[0]) if done else None,
-    min_width=48,
-  )
-  for result in results:
-    seed = str(result["seed"])
-    if "failed" in result:
-      table.add_row(seed, f"failed at step {result['step']}", "", "")
-      continue
-    best, last = result["best"], result["last"]
-    scores = (f"{100 * epoch['score']:.1f}" for epoch in (best, last))
-    table.add_row(seed, str(best["epoch"]), *scores)
-  if done:
-    shown = []
-    for which in ("best", "last"):
-      values = sorted(100 * result[which]["score"] for result in done)
-      shown.append(f"{statistics.median(values):.1f}")
-      if len(values) > 1:
-        shown[-1] += f" ({values[0]:.1f} to {values[-1]:.1f})"
-    table.add_section()
-    table.add_row("median", "", *shown)
-  Console().print(table)
-  if done:
-    show_speed(done[0], "each run: ")
-  for result in results:
-    if missing := result.get("test", {}).get("missing"):
-      line = f"seed {result['seed']}: {missing}"
-      Console().print(line)
-  for workdir in workdirs:
-    Console().print(f"{workdir}")

@@ -10,7 +10,7 @@ images. The result stands beside those of experiments.images in reports.
 
 from absl import flags
 
-from experiments import cli
+from experiments import cli, closing
 from vera_jax.errors import UserError
 
 CONFIG = cli.define_config()
@@ -23,7 +23,7 @@ def main() -> None:
     raise UserError("Say where the result goes: --workdir=DIR")
   from vera_jax.train.ridge import ridge  # after the flags' errors
 
-  cli.show_result(ridge(config, WORKDIR.value), WORKDIR.value)
+  closing.show_result(ridge(config, WORKDIR.value), WORKDIR.value)
 
 
 if __name__ == "__main__":

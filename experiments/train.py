@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli
+from experiments import cli, closing
 from vera_jax.errors import UserError
 from vera_jax.places import place
 from vera_jax.terminal import Console, printable
@@ -88,11 +88,11 @@ def main() -> None:
     result = train_and_evaluate(config, workdir)
     if distributed.is_first():
       cli.give(result)
-      cli.show_result(result, workdir)
+      closing.show_result(result, workdir)
       writes = result["kind"] == WORDS
       asked = "generate --prompt=TEXT" if writes else "predict --input=FILE"
       Console().print(f"vera-jax {asked} --adapter={workdir}/adapter")
-      cli.show_trace(config, [workdir])
+      closing.show_trace(config, [workdir])
     return
 
   configs = cli.with_seeds(config, seeds)
@@ -105,8 +105,8 @@ def main() -> None:
   results = train_ensemble(configs, workdirs, members=MEMBERS.value)
   if distributed.is_first():
     cli.give({"runs": results})
-    cli.show_seeds(results, workdirs)
-    cli.show_trace(config, workdirs)
+    closing.show_seeds(results, workdirs)
+    closing.show_trace(config, workdirs)
   failed = [
     f"seed {r['seed']}: {r['failed']}" for r in results if "failed" in r
   ]

@@ -99,6 +99,7 @@ def test_a_snapshot_of_the_hubs_cache_has_its_files_in_blobs(tmp_path):
   "way, words",
   [
     ("none", "There is no .*none"),
+    ("tenn", "There is no .*tenn. Is it .*ten[?]"),
     ("loop", "loop can't be read: Too many levels"),
     ("a\0b", "'.*a.x00b' is no name of a file"),
     ("a" * 300, "can't be read: File name too long"),

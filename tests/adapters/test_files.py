@@ -301,3 +301,8 @@ def test_a_full_disk_leaves_no_part_of_an_adapter(there, tmp_path, monkeypatch):
   assert sorted(tmp_path.rglob("*")) == before
   save_adapter(folder, make(True), about={**ABOUT, "score": 3})
   assert json.loads((folder / "adapter.json").read_text())["score"] == 3
+
+
+def test_a_runs_folder_stands_for_its_adapter(random_adapter, tmp_path):
+  shutil.copytree(random_adapter(), tmp_path / "run/adapter")
+  assert load_adapter(tmp_path / "run").folder == tmp_path / "run/adapter"

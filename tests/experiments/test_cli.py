@@ -12,7 +12,7 @@ import pytest
 
 from configs import rte
 from configs.sweeps import rank
-from experiments import cli, interrupt
+from experiments import cli, closing, interrupt
 from tests.experiments.command import ROOT
 from vera_jax.errors import UserError
 from vera_jax.train.preemption import Interrupted
@@ -248,3 +248,16 @@ def test_an_input_is_a_file_or_what_the_shell_has_opened(tmp_path):
   ):
     with pytest.raises(UserError, match=words), cli.opened(name):
       pass
+
+
+def test_the_numbers_of_classes_are_whole_at_any_width(capsys, monkeypatch):
+  labels = ["entailment", "not_entailment [x]"]
+  for columns in (40, 60, 80):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(cli.Console, "is_terminal", True)
+    closing.show_classes(labels, [[42, 104], [33, 98]])
+    shown = capsys.readouterr().out
+    for text in ("146", "0.5600", "0.2877", "0.3801", "131", "0.5886"):
+      assert text in shown, columns
+    assert ("104" in shown) == ("taken for" in shown) == (columns == 80)
+    assert max(map(len, shown.splitlines())) <= columns

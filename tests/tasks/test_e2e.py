@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import e2e
-from experiments import cli
+from experiments import cli, closing
 from tests.tasks.decoder_files import GPT2, write_decoder
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
@@ -163,8 +163,8 @@ def test_an_adapter_is_kept_when_its_texts_can_not_be_written(
   again = load_adapter(run / "adapter")
   for name, leaf in saved.tensors.items():
     np.testing.assert_array_equal(again.tensors[name], leaf)
-  cli.show_result(result, run)
-  cli.show_seeds([result], [run])
+  closing.show_result(result, run)
+  closing.show_seeds([result], [run])
   shown = " ".join(capsys.readouterr().out.split())
   assert shown.count("The run's texts were not written") == 2
   # too little memory for texts is no reason to begin again either
