@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
-from rich.markup import escape
 from rich.table import Column, Table
 
 from experiments.cli import complain
@@ -89,13 +88,13 @@ def show_classes(
   table.title = title
   for i, heading in enumerate(headings[:shown]):
     table.add_column(
-      escape(heading),
+      heading,
       justify="right" if i else "left",
       overflow="fold",
       min_width=widths[i],
     )
   for line in lines:
-    table.add_row(*map(escape, line[:shown]))
+    table.add_row(*line[:shown])
   console.print(table)
 
 

@@ -99,7 +99,6 @@ def test_a_snapshot_of_the_hubs_cache_has_its_files_in_blobs(tmp_path):
   "way, words",
   [
     ("none", "There is no .*none"),
-    ("tenn", "There is no .*tenn. Is it .*ten[?]"),
     ("loop", "loop can't be read: Too many levels"),
     ("a\0b", "'.*a.x00b' is no name of a file"),
     ("a" * 300, "can't be read: File name too long"),
@@ -111,6 +110,16 @@ def test_a_file_that_cannot_be_opened_is_named(way, words, tmp_path):
   (tmp_path / "ten").write_bytes(b"0123456789")
   with pytest.raises(UserError, match=words):
     open_file(tmp_path / way, inside=tmp_path, limit=9)
+
+
+def test_a_person_is_told_the_name_beside(tmp_path):
+  (tmp_path / "reviews.csv").write_bytes(b"")
+  for inside, words in (
+    (None, r"reviw.csv\. Is it .*reviews.csv"),
+    (tmp_path, r"csv\.$"),
+  ):
+    with pytest.raises(UserError, match=words):
+      open_file(tmp_path / "reviw.csv", inside=inside, limit=9)
 
 
 def test_a_file_without_a_size_is_read_no_further_than_allowed():

@@ -254,10 +254,10 @@ def test_the_numbers_of_classes_are_whole_at_any_width(capsys, monkeypatch):
   labels = ["entailment", "not_entailment [x]"]
   for columns in (40, 60, 80):
     monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr(cli.Console, "is_terminal", True)
     closing.show_classes(labels, [[42, 104], [33, 98]])
     shown = capsys.readouterr().out
     for text in ("146", "0.5600", "0.2877", "0.3801", "131", "0.5886"):
       assert text in shown, columns
     assert ("104" in shown) == ("taken for" in shown) == (columns == 80)
+    assert "[x]" in shown and "\\" not in shown
     assert max(map(len, shown.splitlines())) <= columns
