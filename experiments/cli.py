@@ -115,7 +115,8 @@ def run(
     try:
       rest = flags.FLAGS(argv, known_only=others)
       if flags.FLAGS.only_check_args:  # asked by `launch`, before a pod is paid
-        config = flags.FLAGS["config"].value if "config" in flags.FLAGS else {}
+        set_there = "config" in flags.FLAGS and flags.FLAGS["config"].value
+        config: Any = set_there or {}
         method = config.get("base", config).get("method")
         if isinstance(method, str):
           links_of(method)
