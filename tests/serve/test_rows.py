@@ -1,6 +1,7 @@
 """A row writes what its adapter writes alone, whatever stands beside it."""
 
 import threading
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from vera_jax.errors import UserError
 from vera_jax.generate.generator import Generator
 from vera_jax.generate.sampling import GREEDY, Sampling
 from vera_jax.pretrained.classifier import load_classifier, restore_adapter
+from vera_jax.serve import bank as bank_module
 from vera_jax.serve import rows as rows_module
 from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.rows import QueueFull, Request, Rows
@@ -45,8 +47,11 @@ SEEDS = list(range(len(PROMPTS)))
 
 @pytest.fixture(autouse=True)
 def short_caches(monkeypatch):
-  """The cache grows and shrinks within the tiny model's 48 tokens."""
-  monkeypatch.setattr(rows_module, "SHORTEST", 16)
+  """The cache grows and shrinks within the tiny model's 48 tokens, and all
+  tests have the same programs."""
+  monkeypatch.setattr(rows_module, "SHORTEST", 32)
+  monkeypatch.setattr(bank_module, "ROWS", 4)
+  monkeypatch.setattr(bank_module, "Rows", partial(Rows, piece=8))
 
 
 def three(folder):
@@ -102,16 +107,9 @@ def expected(writers):
   return [alone(writers[who], number) for number, who in enumerate(WHO)]
 
 
-@pytest.fixture(scope="module")
-def shared(bank):
-  return Rows(bank, rows=4, piece=8)
-
-
 @pytest.fixture
-def rows(shared):
-  yield shared
-  while shared.step():
-    pass
+def rows(bank):
+  return Rows(bank, rows=4, piece=8)
 
 
 class Heard(list):
@@ -385,7 +383,8 @@ def test_the_least_recently_used_wait_on_the_host(saved, expected, compiled):  #
       ("bitfit", {}),
       ("vera+bitfit", {}),
       ("ia3", {"targets": ["key", "value"]}),
-    ]
+    ],
+    quick=0,
   ),
 )
 def test_other_methods_write_as_well(

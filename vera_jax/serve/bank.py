@@ -44,6 +44,7 @@ from vera_jax.adapters.files import (
   load_adapter,
   save_adapter,
 )
+from vera_jax.adapters.interface import Path as TreePath
 from vera_jax.adapters.interface import as_they_are
 from vera_jax.adapters.labels import join
 from vera_jax.adapters.methods import by_link, links_of, make_adapter
@@ -56,8 +57,9 @@ from vera_jax.errors import UserError
 from vera_jax.generate.generator import Generator, check_template, template_in
 from vera_jax.generate.sampling import GREEDY, Sampling
 from vera_jax.models.family import IMAGES
-from vera_jax.models.hf_weights import load_params
+from vera_jax.models.hf_weights import load_params, read_model
 from vera_jax.models.kinds import KINDS, TAGS, WORDS, kind_of
+from vera_jax.pretrained.blueprint import blueprint
 from vera_jax.pretrained.classifier import Classifier, restore_adapter
 from vera_jax.serve.image_predictor import (
   image_logits,
@@ -84,6 +86,7 @@ from vera_jax.train.multi_adapter import (
 from vera_jax.train.step import Frozen
 
 ROWS = 16  # prompts that are answered together
+LOW = -1e9  # the logit of a label that an adapter has not
 
 
 @dataclass(eq=False)
@@ -128,7 +131,8 @@ class AdapterBank:
     dtype: DTypeLike = jnp.float32,
     max_length: int | None = None,
   ) -> None:
-    """The first adapter decides what all others must fit.
+    """The first adapter decides what all others must fit, but for the number
+    of labels: there is room for as many as the widest of these has.
 
     Args:
       adapters: folders, or what `load_adapter` gave, by name; at least one.
@@ -152,6 +156,9 @@ class AdapterBank:
     if self.resident < 1:
       raise UserError(f"resident is {resident}; give 1 or more.")
     first = _loaded(next(iter(adapters.values())))
+    if first.about["labels"]:  # heads are as wide as the widest of these
+      loaded = map(_loaded, adapters.values())
+      first = max(loaded, key=lambda saved: len(saved.about["labels"]))
     # factored: any other plan would make a kernel for every row
     classifier = restore_adapter(
       first,
@@ -417,6 +424,9 @@ class AdapterBank:
   ) -> Logits:
     """The logits of every text, or pair of texts, in their order.
 
+    They are as many as the adapter with most labels has; -inf stands for those
+    that a text's adapter has not.
+
     Adapters share a batch if their training cut texts at the same length (or
     the bank has a `max_length`), or resized images to the same size; the others
     get one of their own.
@@ -452,7 +462,7 @@ class AdapterBank:
           " logits of such texts alone."
         )
     return [
-      next(answers(row[None], owner.labels, kind=owner.kind))
+      next(answers(row[None, : owner.outputs], owner.labels, kind=owner.kind))
       for row, owner in zip(logits, owners, strict=True)
     ]
 
@@ -504,7 +514,10 @@ class AdapterBank:
         )
         self.truncated += tokens.truncated
         out[mine] = packed_logits(run, tokens, outputs=outputs, adapters=slots)
-    return check_finite(out), owners
+    check_finite(out)
+    for row, owner in zip(out, owners, strict=True):
+      row[owner.outputs :] = -np.inf
+    return out, owners
 
   def save(self, name: str, folder: str | Path) -> None:
     """Write an adapter, as trained in the bank, as `save_adapter` does.
@@ -522,7 +535,14 @@ class AdapterBank:
         " Copy the folder that the adapter was added from."
       )
     trained = jax.device_get(self.vectors(held))
-    about = held.owner.about
+    about, outputs = held.owner.about, held.owner.outputs
+    if outputs < self._plain.outputs:
+      trained = unflatten_dict(
+        {
+          path: leaf[..., :outputs] if path in self._output_paths else leaf
+          for path, leaf in flatten_dict(trained).items()
+        }
+      )
     if about["settings"].get("init") == STORED:
       trained = {**trained, "projections": self.frozen.projections}
     save_adapter(folder, trained, about=about)
@@ -585,20 +605,59 @@ class AdapterBank:
       for key, value in saved.tensors.items()
       if not key.startswith("projections.")
     }
-    wrong += misfits(tensors, self._shapes)
+    labels = tuple(map(str, saved.about["labels"]))
+    owner = self._plain._replace(
+      about=saved.about, labels=labels, kind=kind_of(saved.about, labels)
+    )
+    if owner.outputs > self._plain.outputs:
+      wrong.append(
+        f"number of labels: {owner.outputs} there, at most"
+        f" {self._plain.outputs} in the bank; make the bank with this adapter"
+        " among its first"
+      )
+    shapes = self._shapes_with(owner.outputs)
+    wrong += misfits(tensors, shapes)
     if wrong:
       raise UserError(
         f"The adapter {name!r} ({saved.folder}) does not fit this bank:\n  "
         + "\n  ".join(wrong)
       )
-    leaves = unflatten_dict(leaves_by_path(tensors, self._shapes))
-    labels = tuple(map(str, saved.about["labels"]))
-    owner = self._plain._replace(
-      about=saved.about, labels=labels, kind=kind_of(saved.about, labels)
-    )
+    leaves = leaves_by_path(tensors, shapes)
+    for path, leaf in leaves.items():
+      lacking = self._shapes[path].shape[-1] - leaf.shape[-1]
+      if lacking:  # the logits of labels that it has not
+        widths = [(0, 0)] * (leaf.ndim - 1) + [(0, lacking)]
+        never = LOW if path[-1] == "bias" else 0.0
+        leaves[path] = np.pad(leaf, widths, constant_values=never)
     if self._generator is not None:
       check_template(template_in(saved.about))
-    return self._prepare(leaves), owner
+    return self._prepare(unflatten_dict(leaves)), owner
+
+  @cached_property
+  def _output_paths(self) -> set[TreePath]:
+    """Of the head's leaves, whose last axis has the labels."""
+    plain = self._plain
+    other = blueprint(
+      read_model(plain.folder),
+      outputs=plain.outputs + 1,
+      head=KINDS[plain.kind].head,
+    )
+    return {
+      path
+      for path, leaf in self._shapes.items()
+      if path in other.shapes and other.shapes[path].shape != leaf.shape
+    }
+
+  def _shapes_with(self, outputs: int) -> Mapping[TreePath, Any]:
+    """The shapes of an adapter's leaves that has so many outputs."""
+    if outputs >= self._plain.outputs:
+      return self._shapes
+    return {
+      path: jax.ShapeDtypeStruct((*leaf.shape[:-1], outputs), leaf.dtype)
+      if path in self._output_paths
+      else leaf
+      for path, leaf in self._shapes.items()
+    }
 
   @cached_property
   def _base_alone(self) -> Held:
@@ -707,7 +766,6 @@ def _program(
     "base (fingerprint)": about["base_fingerprint"][:12],
     "base (quantised)": about.get("quantise") or "none",
     "base (codes)": str(about.get("codes_digest"))[:12],
-    "number of labels": len(about["labels"]),
     "head": KINDS[kind_of(about, about["labels"])].head,
     **fixed,
     "projections (digest)": checksum and checksum[:12],

@@ -166,7 +166,8 @@ class Rows:
         raise UserError(f"{name} is {number}; give 1 or more.")
     if self.length > room:
       raise UserError(f"length is {length}, but the model has room for {room}.")
-    self._bank, self._piece = bank, piece
+    self._bank = bank
+    self._pieces = sorted({-(-piece // 4), piece})  # short prompts are quicker
     self._queue, self._per_client = queue, per_client
     config, dtype = generator.decoder.config, generator.dtype
     longest = -(-self.length // MULTIPLE) * MULTIPLE
@@ -321,8 +322,9 @@ class Rows:
       self._leaves = set_slot(self._leaves, np.int32(0), vectors)
     for size in self._sizes:
       self._fit(size)
-      self._choose(self._read_piece(0, 0, ()), [0])
-      self._choose(self._decode_rows(), list(range(len(self._rows))))
+      for piece in self._pieces:
+        self._choose(self._read_piece(0, 0, [0] * piece), slice(1))
+      self._choose(self._decode_rows(), slice(None))
     self._fit(1)
     jax.block_until_ready(self._cache)
 
@@ -356,19 +358,21 @@ class Rows:
     ticket = self._rows[row]
     assert ticket is not None
     prompt = ticket.request.prompt
-    piece = prompt[ticket.read : ticket.read + self._piece]
+    piece = prompt[ticket.read : ticket.read + self._pieces[-1]]
     self._fit(self._needed(ticket.read + len(piece)))
     logits = self._read_piece(row, ticket.read, piece)
     ticket.read += len(piece)
     if ticket.read == len(prompt):
       self._running[row] = True
-      self._hand_out(logits, [row])
+      self._take(row, self._choose(logits, slice(row, row + 1)), 0)
 
   def _decode(self) -> None:
     """The next word of every running row."""
     self._fit(self._needed(0))
     rows = np.flatnonzero(self._running).tolist()
-    self._hand_out(self._decode_rows(), rows)
+    words = self._choose(self._decode_rows(), slice(None))
+    for row in rows:
+      self._take(row, words, row)
 
   def _needed(self, least: int) -> int:
     """Slots for all rows' tokens."""
@@ -385,7 +389,8 @@ class Rows:
       self._cache = resized(self._cache, slots=self._sizes[at])
 
   def _read_piece(self, row: int, start: int, tokens: Sequence[int]) -> Any:
-    piece = np.zeros(self._piece, np.int32)
+    size = next(size for size in self._pieces if size >= len(tokens))
+    piece = np.zeros(size, np.int32)
     piece[: len(tokens)] = tokens
     logits, self._cache = read_piece(
       self._bank.model["module"],
@@ -411,19 +416,11 @@ class Rows:
     )
     return logits
 
-  def _choose(self, logits: Any, rows: Any) -> NextWords:
-    """The words of these rows, one for each of the logits."""
+  def _choose(self, logits: Any, rows: slice) -> NextWords:
+    """The next words of these rows, whose logits are given."""
     facts = (self._history, self._lengths, self._rules)
-    mine = jax.tree.map(lambda x: x[rows], facts)  # copies
+    mine = jax.tree.map(lambda x: x[rows], facts)
     return jax.device_get(next_words(logits, *mine))
-
-  def _hand_out(self, logits: Any, rows: list[int]) -> None:
-    """The next word of each of the rows, from their logits or all rows'."""
-    all_rows = len(logits) == len(self._rows)
-    chosen = list(range(len(self._rows))) if all_rows else rows
-    words = self._choose(logits, chosen)
-    for row in rows:
-      self._take(row, words, chosen.index(row))
 
   def _take(self, row: int, words: NextWords, at: int) -> None:
     """Hands out a row's next word, and ends its answer where it does."""
