@@ -57,7 +57,8 @@ LAYERS = {
   ),
 }
 BASE, MERGED, PEFT = "base alone", "one merged adapter", "PEFT, LoRA r = 8"
-ROWS, SHORT = 16, 2  # prompts; words of the answer that is subtracted
+ROWS, PIECE = 16, 64
+SHORT = 2  # words of the answer whose time is subtracted
 
 
 def define_flags() -> None:
@@ -125,8 +126,11 @@ def measure(
   for number in range(1, count):
     bank.add(str(number), make())
   added = time.perf_counter()
-  length = max(map(len, prompts)) + options.words + ROWS + 8
-  rows = Rows(bank, rows=ROWS, length=length)
+  longest = max(map(len, prompts))
+  # words of the first row, while the others' prompts are read piece by piece
+  reading = ROWS * (longest // PIECE + 1)
+  length = longest + options.words + reading + SHORT
+  rows = Rows(bank, rows=ROWS, length=length, piece=PIECE)
   rows.warm_up()
   bank.generator.eos = ()
   chosen = np.random.default_rng(0).permutation(count)[np.arange(ROWS) % count]
@@ -214,17 +218,18 @@ def step_of(
   rows: Rows, prompts: list[list[int]], chosen: np.ndarray, *, words: int
 ) -> float:
   """Seconds of a step in which every row writes."""
-  heard: list[Token] = []
-  for prompt, name in zip(prompts, chosen, strict=True):
-    asked = Request(tuple(prompt), str(name), max_new_tokens=words + ROWS + 8)
-    rows.submit(asked, heard.append)
-  for _ in prompts:  # a prompt is read in one piece
+  heard: list[list[Token]] = [[] for _ in prompts]
+  new = rows.length - max(map(len, prompts))
+  for prompt, name, tokens in zip(prompts, chosen, heard, strict=True):
+    asked = Request(tuple(prompt), str(name), max_new_tokens=new)
+    rows.submit(asked, tokens.append)
+  while not all(heard):  # prompts are read
     rows.step()
-  before, start = len(heard), time.perf_counter()
+  before, start = sum(map(len, heard)), time.perf_counter()
   for _ in range(words):
     rows.step()
   seconds = (time.perf_counter() - start) / words
-  assert len(heard) - before == words * ROWS
+  assert sum(map(len, heard)) - before == words * ROWS
   while rows.step():
     pass
   return seconds
