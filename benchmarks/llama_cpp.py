@@ -52,6 +52,7 @@ class LlamaCpp:
     self.context = self.lib.llama_init_from_model(self.model, settings)
     if not self.model or not self.context:
       raise ValueError(f"llama.cpp can't load {file}.")
+    self.size = int(self.lib.llama_model_size(self.model))
     self.words = self.lib.llama_vocab_n_tokens(
       self.lib.llama_model_get_vocab(self.model)
     )

@@ -37,7 +37,7 @@ def environment(name: str) -> dict[str, Any]:
   Call it before the measurement: the load afterwards is the benchmark's own.
   """
   made = provenance()
-  for package in ("torch", "peft"):
+  for package in ("torch", "peft", "llama-cpp-py-sync"):
     try:
       made["versions"][package] = version(package)
     except PackageNotFoundError:

@@ -203,9 +203,19 @@ def restore_adapter(
 
 
 def load_classifier(
-  name: str | Path, *, dtype: DTypeLike = jnp.float32, scan: bool = True
+  name: str | Path,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  scan: bool = True,
+  quantise: str = NONE,
 ) -> Classifier:
   """A whole classifier or decoder from a folder in Hugging Face's layout.
+
+  Args:
+    name: the folder, a GGUF file, or a hub id.
+    dtype: of weights and of computing.
+    scan: whether the layers are stacked.
+    quantise: how kernels are stored, a name in `quantised.CHOICES`.
 
   Raises:
     UserError: also where the folder holds an encoder without a head.
@@ -218,9 +228,19 @@ def load_classifier(
     names = []
   head = KINDS[kind].head
   made = blueprint(
-    fields, outputs=len(names), head=head, dtype=dtype, scan=scan
+    fields,
+    outputs=len(names),
+    head=head,
+    dtype=dtype,
+    scan=scan,
+    quantise=quantise,
   )
-  loaded = load_params(folder, unflatten_dict(made.shapes))
+  loaded = load_params(
+    folder,
+    unflatten_dict(made.shapes),
+    quantise=quantise,
+    kernels=made.kernels if quantise != NONE else (),
+  )
   if loaded.missing:
     raise UserError(
       f"{folder} is no whole {'decoder' if kind == WORDS else 'classifier'}: it"
