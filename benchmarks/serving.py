@@ -183,7 +183,7 @@ def random_adapters(
     scan=False,
   )
   projections = plan.projections(unflatten_dict(plan.shapes))
-  about = {
+  about: dict[str, Any] = {
     "method": method,
     "settings": settings,
     "base": str(folder),

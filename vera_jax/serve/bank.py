@@ -648,7 +648,7 @@ class AdapterBank:
       if path in other.shapes and other.shapes[path].shape != leaf.shape
     }
 
-  def _shapes_with(self, outputs: int) -> Mapping[TreePath, Any]:
+  def _shapes_with(self, outputs: int) -> dict[TreePath, Any]:
     """The shapes of an adapter's leaves that has so many outputs."""
     if outputs >= self._plain.outputs:
       return self._shapes
