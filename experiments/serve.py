@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from configs.language import TARGETS
+from configs import language
 from experiments import cli
 from vera_jax.errors import UserError, install
 from vera_jax.files import JSON, read_bytes
@@ -306,15 +306,16 @@ def base_alone(base: str) -> "SavedAdapter":
   import numpy as np
 
   from vera_jax.adapters.files import SavedAdapter, tensors
+  from vera_jax.adapters.methods import settings_in
   from vera_jax.models.folder import resolve
   from vera_jax.models.hf_weights import fingerprint, read_model
   from vera_jax.models.kinds import KINDS, WORDS
   from vera_jax.pretrained.blueprint import blueprint
 
   folder = resolve(base)
-  method = "lora"
-  settings: dict[str, Any] = {"rank": 1, "alpha": 1.0, "scaling": "rank"}
-  settings["targets"] = list(TARGETS)
+  config, method = language.get_config(), "lora"
+  config.lora.rank = 1
+  settings = settings_in(config, method)
   try:
     made = blueprint(
       read_model(folder),

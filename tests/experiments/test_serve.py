@@ -13,6 +13,7 @@ from tests.experiments.command import ROOT
 from vera_jax.errors import UserError
 
 pytest.importorskip("uvicorn", reason="requirements-serve.txt is missing")
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
 PORT = "--port=0"
 
 
