@@ -272,7 +272,15 @@ GEMMA = Path("networks/gemma-3-270m-q4_k_m.gguf")
 MORE_SIGNS = [
   *("<bos>", "<start_of_turn>", "<unused9>", "<0x0A>", "</td>", "▁", "\ufeff"),
   *(" " * 40, "\n" * 33, "\t\t", "_____", "aaaaa", "한국어", "مرحبا", "नमस्ते"),
-  *("👩\u200d👩\u200d👧", "ﬁ", "\ue000", "\U000f0000", "\x7f", "\u3042", "\u0e01"),
+  *(
+    "👩\u200d👩\u200d👧",
+    "ﬁ",
+    "\ue000",
+    "\U000f0000",
+    "\x7f",
+    "\u3042",
+    "\u0e01",
+  ),
 ]
 
 
@@ -280,7 +288,7 @@ def test_gemma_s_ids_of_odd_texts_are_llama_cpp_s(load):
   if not GEMMA.is_file():
     pytest.skip("make gemma brings the file")
   rng = random.Random(1)
-  drawn = [chr(rng.choice([rng.randrange(1, 0x3000)])) for _ in range(400)]
+  drawn = [chr(rng.randrange(1, 0x3000)) for _ in range(400)]
   odd = texts([*SIGNS, *MORE_SIGNS, *drawn], 1000)
   assert our_ids(GEMMA, odd) == their_ids(GEMMA, load, odd)
 

@@ -27,7 +27,7 @@ from vera_jax.files import (
   write_json,
 )
 from vera_jax.models.family import FULL, SLIDING
-from vera_jax.models.gguf_file import Gguf, files_of, read_gguf
+from vera_jax.models.gguf_file import Gguf, decode, files_of, read_gguf
 from vera_jax.models.gguf_keys import GEMMA3, GPT2, ROTATING, Keys
 from vera_jax.models.gguf_tokenizer import (
   MORE_ENDS,
@@ -40,7 +40,8 @@ from vera_jax.operations.gguf_codes import Blocks, take_apart
 
 LINK = "model.gguf"
 LAYOUT = 2  # counted up when the folder of the same file becomes another
-FREQUENCIES = "rope_freqs.weight"
+FREQUENCIES, TABLE = "rope_freqs.weight", "token_embd.weight"
+ROWS = 4096  # of the table of words that are dequantised together
 LARGEST_GEMMA3 = 62  # layers of the one whose heads are narrower than its scale
 
 
@@ -227,6 +228,21 @@ class Tensors:
       return values - np.float32(self.architecture.shift)
     heads = interleaved_heads(ours, self.architecture, self.fields)
     return values if heads is None else from_pairs(values, heads=heads)
+
+  def fill(self, name: str, out: Float[np.ndarray, "..."]) -> None:
+    """Writes the values into an array, of a large table some rows at a time."""
+    ours = self.names[name]
+    tensor = self.gguf.tensors[ours]
+    if ours != TABLE:
+      out[...] = self.get_tensor(name)
+      return
+    stored = self.gguf.stored(ours).reshape(len(out), -1)
+    for start in range(0, len(out), ROWS):
+      rows = stored[start : start + ROWS]
+      shape = (len(rows), *tensor.shape[1:])
+      out[start : start + ROWS] = decode(
+        rows.reshape(-1), format=tensor.format, shape=shape
+      )
 
   def get_codes(self, name: str) -> Blocks | None:
     """A matrix's codes [outputs, blocks, ...]; None where they can't be kept.

@@ -8,12 +8,14 @@ that a checkpoint numbers, but for the last.
 
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
@@ -29,7 +31,7 @@ from vera_jax.models.family import (
   read_fields,
 )
 from vera_jax.models.gguf_file import files_of
-from vera_jax.models.gguf_folder import LINK, open_tensors
+from vera_jax.models.gguf_folder import LINK, Tensors, open_tensors
 from vera_jax.models.sizes import check_sizes
 from vera_jax.operations.gguf_codes import keep
 from vera_jax.operations.quantised import (
@@ -52,6 +54,7 @@ LEAVES = {
   "var": "running_var",
   **{name: name for name in ("cls_token", "position_embeddings", "lambda1")},
 }
+ALIGNED = 64  # bytes
 FLOATS = ("F64", "F32", "F16", "BF16")
 CONVERT = (
   'python -c "import torch, safetensors.torch as s; s.save_file('
@@ -163,7 +166,12 @@ def load_params(
             path, leaf.shape, parts, quantise, dtype, known.transposed
           )
         filled[path] = codes or _read_leaf(
-          path, leaf.shape, parts, dtype=dtype, transposed=known.transposed
+          path,
+          leaf.shape,
+          parts,
+          dtype=dtype,
+          transposed=known.transposed,
+          frozen=quantise != NONE,
         )
     rest = {
       name: source
@@ -282,20 +290,36 @@ def _read_leaf(
   *,
   dtype: DTypeLike,
   transposed: bool,
+  frozen: bool,
 ) -> np.ndarray:
   # checked before there is room for it, for the shape is somebody's config.json
   one = np.broadcast_to(0, shape[1:] if "layer" in path else shape)
   turned = transposed and path[-1] == "kernel"
   for source in sources:
     _check_tensor(source, (_in_file(one) if turned else one).shape)
-  leaf = np.empty(shape, dtype)
+  leaf = _lasting(shape, dtype) if frozen else np.empty(shape, dtype)
   for slot, source in zip(
     leaf if "layer" in path else leaf[None], sources, strict=True
   ):
     if transposed and path[-1] == "kernel":
       slot = _in_file(slot)
-    slot[...] = source.file.get_tensor(source.name)
+    if isinstance(source.file, Tensors):
+      source.file.fill(source.name, slot)
+    else:
+      slot[...] = source.file.get_tensor(source.name)
   return leaf
+
+
+def _lasting(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+  """An empty array whose memory JAX takes for its own on a CPU, uncopied.
+
+  It does so where an array begins at a multiple of 64 bytes. A base in codes is
+  trained by no method, so nobody writes into it later.
+  """
+  size = math.prod(shape) * jnp.dtype(dtype).itemsize
+  data = np.empty(size + ALIGNED, np.uint8)
+  first = -data.ctypes.data % ALIGNED
+  return data[first : first + size].view(dtype).reshape(shape)
 
 
 def _check_tensor(source: Source, shape: tuple[int, ...]) -> None:
