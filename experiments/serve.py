@@ -149,11 +149,13 @@ def serve(
 
   show_stage("loading the weights")
   adapters: dict[str, Any] = {name: load(x) for name, x in places.items()}
-  first = next(iter(adapters.values()), None)
+  alone: dict[str, Any] = {}
+  if not adapters:
+    alone[""] = base_alone(MODEL.value or "")
+  first = next(iter((adapters or alone).values()))
   capacity = CAPACITY.value
   if capacity is None:
     capacity = len(adapters) + (MORE if roots else 0)
-  alone = {} if adapters else {"": base_alone(MODEL.value)}
   bank = AdapterBank(
     adapters or alone,
     capacity=max(capacity, 1),
@@ -164,7 +166,7 @@ def serve(
   for name in alone:
     bank.remove(name)
   rows = None
-  if first is None or first.about.get("kind") == WORDS:
+  if first.about.get("kind") == WORDS:
     rows = Rows(
       bank,
       rows=ROWS.value,
@@ -330,7 +332,7 @@ def base_alone(base: str) -> "SavedAdapter":
     ) from error
   shapes, _ = made.own_shapes()
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
-  about = {
+  about: dict[str, Any] = {
     "base": base,
     "base_fingerprint": fingerprint(folder),
     "method": method,
