@@ -12,7 +12,6 @@ of the resource that takes longest: products, weights from memory, or bytes from
 other chips.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -36,8 +35,8 @@ class Candidate(NamedTuple):
     fsdp, tensor: sizes of the mesh's axes; `data` is what is left.
     microbatches: of a step.
     rows: of the step's batch, of all chips.
-    bytes: on a chip at once.
-    seconds: a step's, at least.
+    bytes: on a chip at once; 0 where it is refused.
+    seconds: a step's, at least; likewise.
     refused: why a run would refuse the mesh; "" where it wouldn't.
   """
 
@@ -45,8 +44,8 @@ class Candidate(NamedTuple):
   tensor: int
   microbatches: int
   rows: int
-  bytes: float = math.inf
-  seconds: float = math.inf
+  bytes: float = 0.0
+  seconds: float = 0.0
   refused: str = ""
 
 

@@ -1,6 +1,6 @@
 """Every plan is the same function; the cheapest is chosen by counted FLOPs."""
 
-from functools import cache
+from functools import cache, partial
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ from vera_jax.adapters.apply import adapt
 from vera_jax.adapters.interface import PLANS, LowRank, Site
 from vera_jax.adapters.lora import lora, lora_fa
 from vera_jax.adapters.magnitude import dvora
-from vera_jax.adapters.plans import check_plan, choose, costs
+from vera_jax.adapters.plans import Split, check_plan, choose, costs
 from vera_jax.adapters.projections import make_pair
 from vera_jax.adapters.randlora import randlora
 from vera_jax.adapters.sites import arrays_at
@@ -326,3 +326,26 @@ def test_a_magnitudes_norm_needs_no_delta_of_its_own(plan):
     counts[method.name] = compiled.cost_analysis()["flops"]
   more = counts["vera+magnitude"] - counts["vera"]
   assert 0 < more < rank * width * width  # half of a product that forms it
+
+
+@pytest.mark.smoke
+def test_a_plan_is_priced_by_what_a_device_computes():
+  """A fold is shared by the devices that store the kernel, its gradient is
+  not; and `tensor` divides products."""
+  shape = jax.ShapeDtypeStruct
+  factors = LowRank(
+    shape((8192, 1024), jnp.float32),
+    shape((1024, 28672), jnp.float32),
+    inner=shape((1024,), jnp.float32),
+  )
+  pick = partial(choose, 2048, factors, forwards=2)
+  assert pick() == "factored"
+  assert pick(split=Split(fsdp=256)) == "folded_forward"
+  whole = costs(2048, factors, forwards=2)
+  fsdp = costs(2048, factors, forwards=2, split=Split(fsdp=256))
+  tensor = costs(2048, factors, split=Split(8, 1, 8))
+  assert fsdp["factored"] == whole["factored"]
+  build, thin = 8192 * 1024 * 28672, 2048 * 8192 * 1024
+  assert whole["folded"] - fsdp["folded"] == 2 * build * 255 / 256
+  wide = 2048 * 1024 * 28672
+  assert tensor["folded_forward"] == build / 64 + (thin + wide) / 8

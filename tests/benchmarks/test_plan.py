@@ -271,7 +271,8 @@ def test_meshes_that_a_run_would_refuse_are_refused(tmp_path):
   assert seconds == sorted(seconds)
   made = made._replace(config=replace(made.config, num_key_value_heads=2))
   last = candidates(made, pod, Rows(8, 16), stored)[-1]
-  assert (last.tensor, last.fsdp) == (4, 1)
+  assert (last.tensor, last.fsdp, last.bytes) == (4, 1, 0)
+  json.dumps([one._asdict() for one in tried], allow_nan=False)
   assert "2 attention heads do not divide" in last.refused
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -26,6 +27,7 @@ from vera_jax.pretrained.sharding import (
   process_shard,
   put,
   put_rows,
+  splits_of,
 )
 from vera_jax.tasks.classification import loss
 from vera_jax.train.compiled_step import (
@@ -205,7 +207,12 @@ def test_a_step_is_the_same_on_every_mesh(method, sizes):
   want, loss_of_one = on_one_device(method)
   mesh, model = make_mesh(**sizes), random_model(method)
   before = flatten_dict(model.trainable)
-  rules = model.blueprint.family.rules
+  plan = model.blueprint
+  rules = plan.family.rules
+  splits = FrozenDict(splits_of(plan.targets, mesh, rules))
+  order = "folded_forward" if method == "vera" else "auto"
+  module = plan.module.clone(splits=splits, plan=order)
+  model = model._replace(blueprint=plan._replace(module=module))
   model = model._replace(
     trainable=put(
       model.trainable, param_shardings(model.trainable, mesh, rules)

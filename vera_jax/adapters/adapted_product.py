@@ -135,12 +135,15 @@ def _by_plan(
     thin = link.product or partial(thin_products, link.low_rank)
     delta = partial(thin, leaves, site)
     return partial(factored, inner=inner, delta=delta), None
-  if split.everywhere is not None:
-    # Each device has all of `up`, and scales it. XLA would scale parts, as the
-    # kernel's lie, and gather them in float32.
-    up = jax.lax.with_sharding_constraint(scaled_up(factors), split.everywhere)
+  if split.up is not None:
+    # Each device scales all of `up` that it multiplies with. XLA would scale
+    # parts, as the kernel's lie, and gather them in float32.
+    up = jax.lax.with_sharding_constraint(scaled_up(factors), split.up)
     factors = factors._replace(up=up, inner=None, outer=None)
-  by_plan = {"folded": folded, "folded_forward": folded_forward}[how]
+  by_plan = {
+    "folded": folded,
+    "folded_forward": partial(folded_forward, split=split),
+  }[how]
   product = kept(partial(by_plan, site=site, factors=factors))
   return product, partial(_folded_site, site, factors)
 

@@ -35,13 +35,17 @@ class Split(NamedTuple):
       is, before they are gathered.
     inputs, outputs: parts of the kernel that are multiplied with where they
       are: the mesh's `tensor` on one side.
-    everywhere: how an array lies that every device has whole.
+    up: how `up`, scaled, lies where a kernel is folded: None on one device.
+    thin: how the rank of x @ down is divided, [rows, rank].
+    tensor: into how many parts.
   """
 
   fsdp: int = 1
   inputs: int = 1
   outputs: int = 1
-  everywhere: Sharding | None = None
+  up: Sharding | None = None
+  thin: Sharding | None = None
+  tensor: int = 1
 
 
 WHOLE = Split()
@@ -82,12 +86,14 @@ def costs(
   down, up = factors.down, factors.up
   (inputs, rank), outputs = down.shape, up.shape[-1]
   parts = split.inputs * split.outputs
-  to_thin = tokens * inputs * rank if view.forms else _cost(down, tokens)
-  to_thin /= split.inputs
+  thin = tokens * inputs * rank if view.forms else _cost(down, tokens)
+  if view.looked_up:
+    thin = 0
+  to_thin = thin / split.inputs
   to_wide = tokens * rank * outputs / split.outputs
   to_kernel = tokens * inputs * outputs / parts
   if view.looked_up:
-    to_thin = to_kernel = 0
+    to_kernel = 0
   # the kernel's gradient is each device's own, from its rows
   back = _cost(down, outputs) / parts
   build = back / split.fsdp
@@ -109,7 +115,8 @@ def costs(
     + to_kernel,
   }
   if not factors.trains_down:
-    backward = formed_down + to_thin + to_wide
+    # the rank is divided where inputs or outputs are not
+    backward = formed_down + (thin + tokens * rank * outputs) / parts
     plans["folded_forward"] = forwards * (build + formed) + backward
   return plans
 

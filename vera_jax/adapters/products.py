@@ -34,6 +34,7 @@ from vera_jax.adapters.interface import (
   Matrix,
   Site,
 )
+from vera_jax.adapters.plans import WHOLE, Split
 from vera_jax.adapters.structured import Structured, as_array
 
 Forward = Callable[[Array], Array]  # x -> x times the weights so far
@@ -60,7 +61,7 @@ def folded(x: Array, *, site: Site, factors: LowRank) -> Float[Array, "*t o"]:
 
 
 def folded_forward(
-  x: Array, *, site: Site, factors: LowRank
+  x: Array, *, site: Site, factors: LowRank, split: Split = WHOLE
 ) -> Float[Array, "*t o"]:
   """As `folded`, but the gradient of `up` is (x @ down)^T g, in which no matrix
   of the kernel's size is made."""
@@ -79,7 +80,11 @@ def folded_forward(
     to_x, to_kernel = through(g)  # for a frozen kernel that is dead code
     to_down = None if isinstance(down, Structured) else to_kernel @ up.T
     thin = site.project(x, down)
-    to_up = thin.reshape(-1, thin.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+    thin = thin.reshape(-1, thin.shape[-1])
+    if split.thin is not None and thin.shape[-1] % split.tensor == 0:
+      # each device along `tensor` has x, and would else compute all of it
+      thin = jax.lax.with_sharding_constraint(thin, split.thin)
+    to_up = thin.T @ g.reshape(-1, g.shape[-1])
     return to_x, to_kernel, to_down, to_up
 
   product.defvjp(forward, backward)

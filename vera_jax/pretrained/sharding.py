@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vera_jax.adapters.interface import Path, Target
-from vera_jax.adapters.plans import WHOLE, Split
+from vera_jax.adapters.plans import Split
 from vera_jax.adapters.sites import layer_path
 from vera_jax.data.packing import ProcessShard
 from vera_jax.errors import UserError
@@ -202,15 +202,22 @@ def splits_of(
     name = "/".join((*layer_path(path, target), "kernel"))
     axes = next((a for pattern, a in rules if re.fullmatch(pattern, name)), ())
     if len(axes) == 2:
-      fsdp = mesh.shape["fsdp"] if "fsdp" in axes else 1
-      tensor = (mesh.shape["tensor"] if a == "tensor" else 1 for a in axes)
-      splits[path] = Split(fsdp, *tensor)
-  everywhere = NamedSharding(mesh, REPLICATED)
-  return {
-    path: split._replace(everywhere=everywhere)
-    for path, split in splits.items()
-    if split != WHOLE
-  }
+      sizes = {axis: mesh.shape[axis] for axis in axes if axis}
+      fsdp, tensor = sizes.get("fsdp", 1), sizes.get("tensor", 1)
+      if fsdp == tensor == 1:
+        continue
+      inputs, outputs = (tensor if a == "tensor" else 1 for a in axes)
+      up = PartitionSpec(None, "tensor" if outputs > 1 else None)
+      thin = PartitionSpec(PartitionSpec.UNCONSTRAINED, "tensor")
+      splits[path] = Split(
+        fsdp,
+        inputs,
+        outputs,
+        up=NamedSharding(mesh, up),
+        thin=NamedSharding(mesh, thin) if tensor > 1 else None,
+        tensor=tensor,
+      )
+  return splits
 
 
 def put(tree: Any, shardings: Any) -> Any:
