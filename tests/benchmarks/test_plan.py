@@ -312,8 +312,8 @@ def test_a_pod_that_is_not_there(tmp_path):
 
 
 def test_the_table_of_large_models_is_the_files():
-  """VeRA computes at most 7 % more than the frozen network, and sends as many
-  bytes at the end as it trains."""
+  """VeRA computes at most 7 % more than the frozen network, and sums at the end
+  what it trains, of which `tensor` may have parts."""
   results = [
     json.loads(path.read_text())
     for path in sorted((ROOT / "results/plans/scale").glob("*.json"))
@@ -323,5 +323,8 @@ def test_the_table_of_large_models_is_the_files():
     vera, bare = (result["methods"][name] for name in ("vera", "frozen"))
     assert vera["flops"]["a_chip"] < 1.07 * bare["flops"]["a_chip"]
     trained = vera["parameters"]["adapter"]
-    ends = [x for x in vera["collectives"] if not x["looped"]]
-    assert 4 * (trained + 2) in [x["bytes"] for x in ends if x["times"] == 1]
+    *_, last = (x for x in vera["collectives"] if x["kind"] == "all-reduce")
+    assert (last["types"], last["times"]) == (["f32"], 1)
+    assert last["bytes"] <= 4 * (trained + 2)
+    if vera["mesh"]["tensor"] == 1:
+      assert last["bytes"] == 4 * (trained + 2)
