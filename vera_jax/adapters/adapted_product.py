@@ -140,11 +140,11 @@ def _by_plan(
     # parts, as the kernel's lie, and gather them in float32.
     up = jax.lax.with_sharding_constraint(scaled_up(factors), split.up)
     factors = factors._replace(up=up, inner=None, outer=None)
-  by_plan = {
+  orders: dict[str, Callable[..., Array]] = {
     "folded": folded,
     "folded_forward": partial(folded_forward, split=split),
-  }[how]
-  product = kept(partial(by_plan, site=site, factors=factors))
+  }
+  product = kept(partial(orders[how], site=site, factors=factors))
   return product, partial(_folded_site, site, factors)
 
 

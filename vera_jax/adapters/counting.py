@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vera_jax.adapters.interface import (
-  EMPTY,
   Adapter,
   Leaves,
   Path,
@@ -48,7 +47,7 @@ def plans_at(
   *,
   plan: str = AUTO,
   forwards: int = 1,
-  splits: Mapping[Path, Split] = EMPTY,
+  splits: Mapping[Path, Split] | None = None,
 ) -> dict[Path, str]:
   """How each low-rank delta multiplies.
 
@@ -77,7 +76,7 @@ def plans_at(
         plan=plan,
         forwards=forwards,
         view=targets[site.path].view,
-        split=splits.get(site.path, WHOLE),
+        split=(splits or {}).get(site.path, WHOLE),
         path=site.path,
       )
 
