@@ -332,20 +332,21 @@ def test_a_magnitudes_norm_needs_no_delta_of_its_own(plan):
 def test_a_plan_is_priced_by_what_a_device_computes():
   """A fold is shared by the devices that store the kernel, its gradient is
   not; and `tensor` divides products."""
-  shape = jax.ShapeDtypeStruct
-  factors = LowRank(
-    shape((8192, 1024), jnp.float32),
-    shape((1024, 28672), jnp.float32),
-    inner=shape((1024,), jnp.float32),
-  )
-  pick = partial(choose, 2048, factors, forwards=2)
-  assert pick() == "factored"
-  assert pick(split=Split(fsdp=256)) == "folded_forward"
-  whole = costs(2048, factors, forwards=2)
-  fsdp = costs(2048, factors, forwards=2, split=Split(fsdp=256))
-  tensor = costs(2048, factors, split=Split(8, 1, 8))
-  assert fsdp["factored"] == whole["factored"]
-  build, thin = 8192 * 1024 * 28672, 2048 * 8192 * 1024
-  assert whole["folded"] - fsdp["folded"] == 2 * build * 255 / 256
-  wide = 2048 * 1024 * 28672
-  assert tensor["folded_forward"] == build / 64 + (thin + wide) / 8
+
+  def check(down, up, inner):
+    factors = LowRank(down, up, inner=inner)
+    pick = partial(choose, 2048, factors, forwards=2)
+    assert pick() == "factored"
+    assert pick(split=Split(fsdp=256)) == "folded_forward"
+    whole = costs(2048, factors, forwards=2)
+    fsdp = costs(2048, factors, forwards=2, split=Split(fsdp=256))
+    tensor = costs(2048, factors, split=Split(8, 1, 8))
+    assert fsdp["factored"] == whole["factored"]
+    build, thin = 8192 * 1024 * 28672, 2048 * 8192 * 1024
+    assert whole["folded"] - fsdp["folded"] == 2 * build * 255 / 256
+    wide = 2048 * 1024 * 28672
+    assert tensor["folded_forward"] == build / 64 + (thin + wide) / 8
+
+  sizes = (8192, 1024), (1024, 28672), (1024,)
+  shapes = (jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes)
+  jax.eval_shape(check, *shapes)  # only the shapes are read
