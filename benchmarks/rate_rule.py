@@ -23,6 +23,7 @@ from scipy import stats
 from configs.sweeps.rate_rule import FACTORS, PREDICTED, RATE_SEEDS, TARGETS
 from experiments import cli
 from vera_jax import results
+from vera_jax.adapters.vera import vera
 from vera_jax.errors import UserError
 from vera_jax.report import tables
 from vera_jax.report.frame import method_title
@@ -35,30 +36,11 @@ from vera_jax.report.style import (
 from vera_jax.report.words import task_title
 from vera_jax.sweep.estimate import steps
 
-CHANGE = 0.6  # C of docs/rates.md, from six published rates
 STEPS = 300
 GLUE = ("sst2", "mrpc", "cola", "qnli", "rte", "stsb")
 NETWORKS = {"minilm": "MiniLM", "dinov2": "DINOv2", "smollm2": "SmolLM2"}
 LAYERS = {"qv": "q, v", "all": "all linear"}
 Setting = tuple[str, str, int, float, str]  # network, and a key of PREDICTED
-
-
-def vera_distance(d_init: float, shares: Sequence[float]) -> float:
-  """How far b and d are to go: s of docs/rates.md.
-
-  Args:
-    d_init: of d.
-    shares: i / I of each adapted layer, its inputs over the widest one's.
-  """
-  change = CHANGE**2 / sum(shares)
-  return math.sqrt((math.sqrt(d_init**4 + change) - d_init**2) / 2)
-
-
-def lora_distance(alpha: float, inputs: Sequence[int]) -> float:
-  """How far A and B are to go, on layers of so many inputs."""
-  start = len(inputs) / 3
-  root = math.sqrt(start**2 + 4 * sum(inputs) * (CHANGE / alpha) ** 2)
-  return math.sqrt((root - start) / (2 * sum(inputs)))
 
 
 def rate(distance: float, steps: int) -> float:
@@ -245,7 +227,9 @@ def papers() -> str:
     for task in GLUE:
       config = importlib.import_module(f"configs.{task}").get_config(size)
       count = steps(config)
-      made = rate(vera_distance(config.vera.d_init, [1.0] * 2 * layers), count)
+      assert vera.distance is not None
+      settings = vera.read(config.vera)
+      made = rate(vera.distance(settings, [1] * 2 * layers), count)
       rows.append(
         {
           "task": task_title(task),

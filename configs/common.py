@@ -48,7 +48,8 @@ def get_config() -> ConfigDict:
   config.optim.epochs = placeholder(int)  # to be set
   config.optim.batch_size = 64  # examples of a step
   config.optim.microbatch_rows = placeholder(int)  # per microbatch; unset: all
-  config.optim.adapter_lr = placeholder(float)  # unset: the method's own lr
+  # Unset: the method's own lr. auto: by the rule of docs/rates.md.
+  config.optim.adapter_lr = FieldReference(None, field_type=object)
   config.optim.head_lr = placeholder(float)  # unset: the method's own
   config.optim.warmup_ratio = 0.06  # the share of steps in which rates rise
   # AdamW's, of the trained leaves

@@ -13,6 +13,7 @@ from experiments.plans.chips import Pod
 from experiments.plans.collectives import collectives
 from experiments.plans.hlo import product_flops
 from experiments.plans.lowering import (
+  ANY_RATES,
   AbstractStep,
   Rows,
   abstract_step,
@@ -33,7 +34,6 @@ from vera_jax.pretrained.blueprint import (
 )
 from vera_jax.pretrained.sharding import RUNS, batch_shards, make_mesh
 from vera_jax.train.compiled_step import state_shape
-from vera_jax.train.optim import rates_of
 from vera_jax.train.setup import build_blueprint, compute_dtype
 
 MESHES = CONFIG, SEARCH = ("config", "search")
@@ -100,7 +100,7 @@ def plan(
   network = build_blueprint(config, fields, task, **options)
 
   def stored(model: Model, mesh: Mesh) -> int:
-    tx = optimiser_of(config, model)(**rates_of(config))
+    tx = optimiser_of(config, model)(**ANY_RATES)
     state = state_shape(model, tx, mesh)
     return bytes_on_a_chip((model.frozen, model.projections, state))
 

@@ -22,10 +22,12 @@ from vera_jax.pretrained.blueprint import Model, abstract_model
 from vera_jax.pretrained.sharding import BATCH, REPLICATED
 from vera_jax.tasks.task import Task, task_for
 from vera_jax.train.compiled_step import CompiledStep, state_shape
-from vera_jax.train.optim import optimiser, rates_of
+from vera_jax.train.optim import optimiser
 from vera_jax.train.setup import build_blueprint, stacked
 from vera_jax.train.step import Frozen, State, outputs_of
 
+NUMBERS = ("adapter_lr", "head_lr", "weight_decay")  # the optimiser's
+ANY_RATES = dict.fromkeys(NUMBERS, 0.0)  # the state's shape is the same
 EFFORTS = ("exec_time_optimization_effort", "memory_fitting_effort")
 
 
@@ -73,8 +75,7 @@ class AbstractStep(NamedTuple):
       "weights": jax.ShapeDtypeStruct((rows, slots), jnp.float32),
     }
     rate = jax.ShapeDtypeStruct((), jnp.float32)
-    names = ("adapter_lr", "head_lr", "weight_decay")
-    small = jax.eval_shape(jax.random.key, 0), dict.fromkeys(names, rate)
+    small = jax.eval_shape(jax.random.key, 0), dict.fromkeys(NUMBERS, rate)
     key, rates = placed(small, self.mesh, REPLICATED)
     batch = placed(batch, self.mesh, BATCH)
     if self.runs is not None:
@@ -153,7 +154,7 @@ def abstract_step(
   network = build_blueprint(config, fields, task, mesh=mesh, **options)
   model = abstract_model(network, mesh=mesh)
   make_optimiser = optimiser_of(config, model, steps=steps)
-  state = state_shape(model, make_optimiser(**rates_of(config)), mesh)
+  state = state_shape(model, make_optimiser(**ANY_RATES), mesh)
   if runs is not None:
     state = stacked(state, runs)
   step = CompiledStep(

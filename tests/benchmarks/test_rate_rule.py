@@ -12,7 +12,10 @@ from benchmarks import rate_rows, rate_rule
 from configs.sweeps.rate_rule import FACTORS, PREDICTED
 from vera_jax import lora, vera
 from vera_jax.adapters.interface import Site
+from vera_jax.adapters.lora import Settings as lora_settings
+from vera_jax.adapters.methods import METHODS
 from vera_jax.adapters.projections import make_pair
+from vera_jax.adapters.rate_rule import distance
 
 WIDE = 1536  # the feed-forward layer of all three networks
 SHAPES = {
@@ -30,15 +33,14 @@ def inputs_of(network, layers):
 
 @pytest.mark.parametrize("network", PREDICTED)
 def test_the_predictions_are_the_rules(network):
-  for (method, _, size, layers), predicted in PREDICTED[network].items():
+  for (method, rank, size, layers), predicted in PREDICTED[network].items():
     inputs = inputs_of(network, layers)
-    shares = [i / max(inputs) for i in inputs]
-    distance = (
-      rate_rule.vera_distance(size, shares)
-      if method == "vera"
-      else rate_rule.lora_distance(size, inputs)
-    )
-    made = rate_rule.rate(distance, rate_rule.STEPS)
+    if method == "vera":
+      far = distance(size, [i / max(inputs) for i in inputs])
+    else:
+      settings = lora_settings(rank=rank, alpha=size)
+      far = METHODS[method].distance(settings, inputs)
+    made = rate_rule.rate(far, rate_rule.STEPS)
     assert float(f"{made:.3g}") == pytest.approx(predicted, rel=5e-3)
 
 

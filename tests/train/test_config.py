@@ -79,6 +79,24 @@ def test_all_that_is_wrong_is_in_one_message():
     ({"optim.grad_clip": -1.0}, "grad_clip is -1.0"),
     ({"optim.warmup_ratio": 1.5}, "warmup_ratio is 1.5; it is a share"),
     ({"optim.adapter_lr": -0.1}, "optim.adapter_lr is -0.1; it must be"),
+    ({"optim.adapter_lr": "best"}, "adapter_lr is 'best'; a number, or auto"),
+    ({"optim.adapter_lr": True}, "adapter_lr is True; a number, or auto"),
+    (
+      {"method": "dvora", "optim.adapter_lr": "auto"},
+      "no rule is known for dvora, only for vera and lora. Give",
+    ),
+    (
+      {"method": "vera+bitfit", "optim.adapter_lr": "auto"},
+      "no rule is known for vera\\+bitfit",
+    ),
+    (
+      {"vera.init": "uniform", "optim.adapter_lr": "auto"},
+      "vera.init is uniform, vera.train both. Give a number",
+    ),
+    (
+      {"vera.d_init": 1.0, "optim.adapter_lr": "auto"},
+      "vera.d_init is 1, and where d starts at 1 the rule's rates",
+    ),
     ({"vera.head_lr": -0.1}, "config.vera.head_lr is -0.1"),
     ({"optim.head_lr": float("nan")}, "head_lr is nan; it must be a finite"),
     ({"optim.weight_decay": -1.0}, "weight_decay is -1.0"),

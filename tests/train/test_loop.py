@@ -70,6 +70,19 @@ def check_result(config, folder, result):
   assert len(losses(folder)) == 10 * count and np.isfinite(losses(folder)).all()
 
 
+def test_an_automatic_rate_is_the_rules(tiny_config, tmp_path, capsys):
+  """The number that a run trained with is in its result, and said at first."""
+  config = tiny_config(optim__adapter_lr="auto", optim__epochs=1)
+  result = train_and_evaluate(config, tmp_path)
+  # equation: (0.6)^2 = 4 s^2 (0.1^2 + s^2) for each of four layers
+  rate = result["learning_rates"]["adapter_lr"]
+  s = rate * (10 / 3) ** 0.5  # ten steps
+  assert 4 * s**2 * (0.1**2 + s**2) * 4 == pytest.approx(0.6**2)
+  assert result["config"]["optim"]["adapter_lr"] == "auto"
+  said = f"adapter_lr {rate:.3g}, by the rule of docs/rates.md for vera on"
+  assert said in capsys.readouterr().err
+
+
 @pytest.mark.smoke
 def test_a_run_leaves_what_was_promised(finished):
   check_result(*finished)

@@ -11,7 +11,7 @@ import pytest
 from configs import rte
 from vera_jax.adapters.labels import ADAPTER, FROZEN, HEAD, label_tree, split
 from vera_jax.errors import UserError
-from vera_jax.train.optim import optimiser, rates_at, schedule
+from vera_jax.train.optim import Extent, optimiser, rates_at, schedule
 
 PARAMS = {
   "encoder": {
@@ -56,7 +56,7 @@ def test_the_rates_that_are_logged_are_the_schedules(ratio, decay):
   config.optim.adapter_lr, config.optim.head_lr = 0.3, 0.1
   rate = schedule(0.3, steps=30, warmup_ratio=ratio, decay=decay)
   for step in (1, 2, 3, 4, 15, 30):  # optax counts from 0
-    rates = rates_at(step, config, steps=30)
+    rates = rates_at(step, config, extent=Extent((), 30))
     assert rates["adapter_lr"] == pytest.approx(float(rate(step - 1)), abs=1e-7)
     assert rates["head_lr"] == pytest.approx(rates["adapter_lr"] / 3)
 

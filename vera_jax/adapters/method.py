@@ -81,6 +81,8 @@ class Method(Generic[P]):
       program.
     per_run: settings -> the names of those that only leaves' first values come
       from: the runs of an ensemble may each have their own.
+    distance: (settings, inputs of each adapted layer) -> how far each trained
+      number is to go (docs/rates.md); None where no rule is known.
     group: the config's group that holds its settings. A variant of a method
       takes the method's; for all others it is the name.
   """
@@ -95,6 +97,7 @@ class Method(Generic[P]):
   paper: str = ""
   starts: Callable[[Any], tuple[str, ...]] = lambda settings: ()
   per_run: Callable[[Any], tuple[str, ...]] = lambda settings: ()
+  distance: Callable[[Any, Sequence[int]], float] | None = None
   group: str = ""
 
   def __post_init__(self) -> None:

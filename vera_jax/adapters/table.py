@@ -8,6 +8,7 @@ configs and --help need not wait for them.
 from dataclasses import KW_ONLY, dataclass, replace
 
 from vera_jax.adapters.method import QUERY_VALUE, Method, NoSettings, setting
+from vera_jax.adapters.rate_rule import lora_distance, vera_distance
 
 ALL = r".*"  # the pattern of every leaf
 # The init of projections that no seed gives: A and B lie in the adapter's file.
@@ -179,6 +180,7 @@ vera = Method(
     else ("d_init", "init", "pair", "projection_seed")
   ),
   per_run=lambda s: ("d_init",) if s.train == "both" else (),
+  distance=vera_distance,
   title="VeRA",
   weights="W0 + diag(b) B diag(d) A",
   trained="r + o",
@@ -189,6 +191,7 @@ lora = Method(
   "lora:make_lora",
   LoraSettings,
   config=dict(targets=QUERY_VALUE, lr=4e-4, head_lr=4e-4),
+  distance=lora_distance,
   title="LoRA",
   weights="W0 + (alpha / r) B A",
   trained="r (i + o)",
@@ -213,6 +216,7 @@ dora = replace(
   lora,
   name="dora",
   make="magnitude:make_dora",
+  distance=None,  # the rule knows nothing of magnitudes
   title="DoRA",
   weights="m W / ‖W‖ of LoRA's W",
   trained="r (i + o) + o",
@@ -222,6 +226,7 @@ dvora = replace(
   vera,
   name="dvora",
   make="magnitude:make_dvora",
+  distance=None,
   title="DVoRA",
   weights="m W / ‖W‖ of VeRA's W",
   trained="r + 2 o",

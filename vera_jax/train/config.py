@@ -21,7 +21,8 @@ from vera_jax.models.part import REMATS
 from vera_jax.operations.quantised import NONE, check_quantise
 from vera_jax.pretrained.blueprint import choose_scan
 from vera_jax.tasks import task
-from vera_jax.train.optim import SCHEDULES
+from vera_jax.train.optim import AUTO as AUTO_RATE
+from vera_jax.train.optim import SCHEDULES, Extent, automatic_rate
 from vera_jax.train.profile import steps_in
 
 MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.runs")
@@ -35,10 +36,10 @@ NEEDED: dict[str, type] = {
   **dict.fromkeys(("optim.epochs", "optim.batch_size"), int),
   **dict.fromkeys(("optim.microbatch_rows", "optim.patience"), int),
   **dict.fromkeys(MESH, int),
-  **dict.fromkeys(("optim.adapter_lr", "optim.head_lr"), float),
+  "optim.head_lr": float,
   **dict.fromkeys(("optim.grad_clip", "optim.weight_decay"), float),
   "optim.warmup_ratio": float,
-  "model.scan": object,
+  **dict.fromkeys(("model.scan", "optim.adapter_lr"), object),
   "predict_test": bool,
 }
 SET = (  # and those that can't be left open
@@ -105,6 +106,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     f"choose a whole number from 0 to {SEEDS - 1}",
   ),
 )
+RATE = "optim.adapter_lr"
 KINDS = {
   str: "a text",
   int: "a whole number",
@@ -148,11 +150,18 @@ def check_settings(config: ConfigDict) -> None:
         refuse(name, words)
   for name in (*NOT_NEGATIVE, f"{group}.lr", f"{group}.head_lr"):
     value = values.get(name)
-    if value is not None and not 0 <= value < math.inf:
+    if value is None or (name == RATE and value == AUTO_RATE):
+      continue
+    if not 0 <= value < math.inf:
       refuse(name, "it must be a finite number, 0 or above")
   for name, choices in CHOICES.items():
     if name in values and values[name] not in choices:
       refuse(name, f"choose {', '.join(choices)}")
+  if values[RATE] == AUTO_RATE:
+    try:  # of one layer and step: whether there is a rule
+      automatic_rate(config, Extent((1,), 1))
+    except UserError as error:
+      wrong.append(str(error))
   epochs, between = values["optim.epochs"], values.get("eval_epochs") or 1
   if epochs is not None and epochs % between:
     refuse("eval_epochs", f"a divisor of the {epochs} epochs is needed")
@@ -195,8 +204,12 @@ def _check_form(config: ConfigDict) -> None:
       fits = kind in (bool, object)
     if value is None:
       fits = name not in SET
+    needed = KINDS[kind]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name == RATE and not (number or value is None):
+      fits, needed = value == AUTO_RATE, f"a number, or {AUTO_RATE},"
     if not fits:
-      wrong.append(f"config.{name} is {value!r}; {KINDS[kind]} is needed.")
+      wrong.append(f"config.{name} is {value!r}; {needed} is needed.")
   if wrong:
     raise UserError("\n".join(wrong))
 

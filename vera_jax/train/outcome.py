@@ -120,7 +120,7 @@ def write_outcome(
       **({} if trained is None else {"test": _texts(setup, trained, folder)}),
       **({"general": general} if general else {}),
       "stopped_early": history[-1]["epoch"] < config.optim.epochs,
-      "learning_rates": learning_rates(config),
+      "learning_rates": learning_rates(config, setup.extent),
       "norms": as_json(adapter_norms(tensors(params))),
       "history": history,
       "seconds": progress["seconds"],

@@ -229,7 +229,7 @@ class Run:
 
   @cached_property
   def rates(self) -> dict[str, Array]:
-    rates = rates_of(self.config)
+    rates = rates_of(self.config, self.setup.extent)
     return {name: jnp.float32(value) for name, value in rates.items()}
 
   @property
@@ -284,7 +284,7 @@ class Run:
       scored=not self.lacks_scores,
       primary=is_first(),
       wandb=self.config.log.wandb,
-      rates=partial(rates_at, config=self.config, steps=self.steps),
+      rates=partial(rates_at, config=self.config, extent=self.setup.extent),
     ) as self._writer:
       yield
 

@@ -56,10 +56,24 @@ from vera_jax.train.compiled_step import (
 from vera_jax.train.config import DTYPES
 from vera_jax.train.distributed import is_first
 from vera_jax.train.each_run import each_run
-from vera_jax.train.optim import EPS, LINEAR, optimiser, rates_of
+from vera_jax.train.optim import (
+  AUTO,
+  EPS,
+  LINEAR,
+  Extent,
+  automatic_rate,
+  optimiser,
+  rates_of,
+)
 from vera_jax.train.preemption import Stop
 from vera_jax.train.runtime import Background, compiler_options
 from vera_jax.train.step import Frozen, State, Tree, outputs_of
+
+MANY = 1500  # steps, for which the rule's rates are probably too low
+MANY_STEPS = (
+  "; tried with 300 steps, and for thousands the paper's rates are up to 7"
+  " times higher"
+)
 
 
 class Setup(NamedTuple):
@@ -68,6 +82,7 @@ class Setup(NamedTuple):
   Attributes:
     base: the base's folder.
     optimiser: makes the transformation from `optim.rates_of`.
+    extent: what an automatic rate depends on.
     shape: of a run's `State`, with places.
     evaluate: the compiled model: (params, frozen, batch) -> what the task
       measures, which every process has whole.
@@ -83,6 +98,7 @@ class Setup(NamedTuple):
   model: Model
   frozen: Frozen
   optimiser: Callable[..., optax.GradientTransformation]
+  extent: Extent
   shape: State
   evaluate: jax.stages.Wrapped
   evaluate_runs: jax.stages.Wrapped
@@ -90,7 +106,7 @@ class Setup(NamedTuple):
 
   @property
   def steps(self) -> int:
-    return self.data.epoch_steps * self.config.optim.epochs
+    return self.extent.steps
 
   @property
   def steps_between_evaluations(self) -> int:
@@ -118,7 +134,7 @@ class Setup(NamedTuple):
     model = self.model
     if config is not self.config:
       model = restart(model, config, self.mesh)
-    tx = self.optimiser(**rates_of(config))
+    tx = self.optimiser(**rates_of(config, self.extent))
     return init_state(model.trainable, tx, self.shape)
 
   def put_batch(
@@ -294,10 +310,12 @@ def build_setup(config: ConfigDict, *, runs: int = 1) -> Setup:
       f"config.method={config.method} trains nothing here: the task has no head"
       " of its own. Choose a method with an adapter."
     )
+  inputs = [t.inputs for t in plan.targets.values() for _ in range(t.layers)]
+  extent = Extent(inputs, data.epoch_steps * config.optim.epochs)
   make_optimiser: Callable[..., optax.GradientTransformation] = partial(
     optimiser,
     model.labels,
-    steps=data.epoch_steps * config.optim.epochs,
+    steps=extent.steps,
     warmup_ratio=config.optim.warmup_ratio,
     grad_clip=config.optim.grad_clip,
     eps=config.optim.get("eps", EPS),
@@ -322,7 +340,7 @@ def build_setup(config: ConfigDict, *, runs: int = 1) -> Setup:
     out_shardings=NamedSharding(mesh, REPLICATED),  # each process reads all
     compiler_options=compiler_options(jax.default_backend()),
   )
-  tx = make_optimiser(**rates_of(config))
+  tx = make_optimiser(**rates_of(config, extent))
   return Setup(
     config=config,
     base=base,
@@ -332,6 +350,7 @@ def build_setup(config: ConfigDict, *, runs: int = 1) -> Setup:
     model=model,
     frozen=Frozen(model.frozen, model.projections),
     optimiser=make_optimiser,
+    extent=extent,
     shape=state_shape(model, tx, mesh),
     evaluate=jit(measured),
     evaluate_runs=jit(measured_in_parts),
@@ -390,6 +409,14 @@ def introduction(setup: Setup, titles: Sequence[str]) -> Iterator[str]:
   yield data
   if plan.targets:
     yield f"adapter on {count_layers(plan.targets)}"
+  if config.optim.adapter_lr == AUTO:
+    rate, steps = automatic_rate(config, setup.extent), setup.steps
+    yield (
+      f"adapter_lr {rate:.3g}, by the rule of docs/rates.md for {config.method}"
+      f" on {len(setup.extent.inputs)} layers and {steps} steps"
+      + (", of the first run" if len(titles) > 1 else "")
+      + (MANY_STEPS if steps > MANY else "")
+    )
   plans = plan.plans
   if plans:
     shown = ", ".join(
