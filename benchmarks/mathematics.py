@@ -56,7 +56,9 @@ def factors(rank: int, lora: bool) -> LowRank:
   return LowRank(down, up, inner=up[:, 0], outer=down[:, 0])
 
 
-def step_costs(tokens: int, rank: int, *, lora: bool = False) -> dict[str, int]:
+def step_costs(
+  tokens: int, rank: int, *, lora: bool = False
+) -> dict[str, float]:
   """Multiply-adds of a training step on that layer, by plan."""
   return costs(tokens, factors(rank, lora))
 

@@ -27,7 +27,7 @@ LORA: dict[str, Any] = {"rank": 2, "alpha": 4.0, **QUERY_VALUE}
 SETTINGS: dict[str, dict[str, Any]] = {
   "vera": {
     **{"rank": 8, "d_init": 0.1, **DRAWN},
-    **{"train": "both", "sharing": "shared", "conv": "whole", "pair": ""},
+    **{"train": "both", "sharing": "shared", "conv": "whole"},
   },
   "lora": {**LORA, "scaling": "rank"},
   "ia3": {"targets": ["key", "value"], "feedforward": []},

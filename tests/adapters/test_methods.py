@@ -28,7 +28,6 @@ VERA = {
   "train": "both",
   "sharing": "shared",
   "conv": "whole",
-  "pair": "",
   "targets": ["query"],
 }
 

@@ -70,7 +70,6 @@ VERA = {
   "train": "both",
   "sharing": "shared",
   "conv": "whole",
-  "pair": "",
   "targets": ["query", "value"],
 }
 

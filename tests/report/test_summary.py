@@ -118,7 +118,7 @@ def test_a_folder_is_read_with_its_title_and_its_failures(
   assert [failure["run"] for failure in sweep.failed] == ["c"]
   by_seed = sweep.runs.set_index("seed")
   assert by_seed.loc[0, "folder"] == tmp_path / "runs/a"
-  with pytest.raises(UserError, match="no result.json.*; 1 runs failed"):
+  with pytest.raises(UserError, match="no result.json.*: 1 runs failed"):
     load_sweep(tmp_path / "runs/c")
 
 

@@ -74,9 +74,9 @@ class Adapted(nn.Module):
       self.fused,
       self.plan,
       self.forwards,
-      self.splits,
       self.variables,
       self.has_rng(KEYS),
+      self.splits,
     )
     with nn.intercept_methods(layer_calls):
       return model(*args, **kwargs)

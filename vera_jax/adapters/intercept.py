@@ -108,9 +108,9 @@ class Interception:
   fused: Fused
   plan: str
   forwards: int
-  splits: Mapping[Path, Split]
   variables: Mapping[str, Any]
   keyed: bool
+  splits: Mapping[Path, Split] = dataclasses.field(default_factory=dict)
   surroundings: dict[Path, Surrounding] = dataclasses.field(
     default_factory=dict
   )

@@ -161,7 +161,11 @@ class Method(Generic[P]):
     Raises:
       UserError: one is missing, or has a wrong type or value.
     """
-    chosen = {field.name: values.get(field.name) for field in self.fields}
+    # a text that is empty unless it is set need not be there
+    empty = {field.name: "" for field in self.fields if field.default == ""}
+    chosen = {
+      f.name: values.get(f.name, empty.get(f.name)) for f in self.fields
+    }
     unusable = [f.name for f in self.fields if not _fits(chosen[f.name], f)]
     if unusable:
       named = ", ".join(f"{name}={chosen[name]!r}" for name in unusable)

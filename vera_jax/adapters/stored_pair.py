@@ -70,12 +70,11 @@ def is_stored(about: Mapping[str, Any]) -> bool:
 
 def in_file(settings: Mapping[str, Any]) -> dict[str, Any]:
   """The settings that an adapter's file keeps: it holds the pair itself, and
-  so needs no folder that it is from."""
-  if "pair" in settings:
-    return {**settings, "pair": ""}
+  so not the folder that this is from."""
   return {
     name: in_file(value) if isinstance(value, Mapping) else value
     for name, value in settings.items()
+    if name != "pair"
   }
 
 

@@ -118,7 +118,11 @@ class Gemma3Config:
     one_of(known, "model_type", ("gemma3_text",))
     act = one_of(known, "hidden_activation", ACTIVATIONS)
     positive(known, "query_pre_attn_scalar")
-    derived = {"frequencies": (), "local_frequencies": (), "slides": ()}
+    derived: dict[str, Any] = {
+      "frequencies": (),
+      "local_frequencies": (),
+      "slides": (),
+    }
     derived |= {"rotation_scale": 1.0, "local_scale": 1.0, "hidden_act": act}
     config = take_fields(cls, {**known, **derived})
     llama.check_heads(config)

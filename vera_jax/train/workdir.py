@@ -42,9 +42,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 FREE = ("log", "predict_test")
 # And in groups: how the runs beside it are split; and whether bad rows are left
 # out, which the data's fingerprint shows.
-FREE_IN = {"mesh": (RUNS,), "data": ("skip_bad_rows",)}
+FREE_IN = {"mesh": (RUNS,), "data": ("skip_bad_rows",), "vera": ()}
 # In these groups, what is a part of the identity only where it is set.
-IF_SET = ("general",)
+IF_SET = ("general", "pair")
 SCAN = "model.scan"
 
 
@@ -57,7 +57,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     if left := {
       k: v
       for k, v in settings.get(group, {}).items()
-      if k not in names and not (k in IF_SET and v is None)
+      if k not in names and (v or k not in IF_SET)
     }:
       settings[group] = left
   return settings

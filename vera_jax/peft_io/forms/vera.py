@@ -22,8 +22,7 @@ def settings(fields: Fields) -> tuple[str, Settings]:
   method = str(fields["peft_type"]).lower()
   of_vera = {}
   if method == "vera":
-    of_vera = {"sharing": "shared", "train": "both"}
-    of_vera |= {"conv": "whole", "pair": ""}
+    of_vera = {"sharing": "shared", "train": "both", "conv": "whole"}
   return method, {
     "rank": count(fields, "r", 256),
     "d_init": number(fields, "d_initial", 0.1),
