@@ -15,6 +15,7 @@ from vera_jax import results
 from vera_jax.adapters.card import model_card
 from vera_jax.adapters.files import load_adapter
 from vera_jax.adapters.methods import settings_in
+from vera_jax.adapters.stored_pair import in_file
 from vera_jax.data.loader import PackedData
 from vera_jax.errors import UserError
 from vera_jax.pretrained.classifier import restore_adapter
@@ -137,7 +138,7 @@ def test_a_chain_goes_by_the_same_loop(tiny_config, quiet_model, tmp_path):
   assert result["speed"]["seconds"]["profiling"] > 0
   saved = load_adapter(folder / "adapter")
   assert saved.about["settings"] == json.loads(
-    json.dumps(settings_in(config, config.method))
+    json.dumps(in_file(settings_in(config, config.method)))
   )
   restore_adapter(saved)
 

@@ -42,22 +42,22 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 FREE = ("log", "predict_test")
 # And in groups: how the runs beside it are split; and whether bad rows are left
 # out, which the data's fingerprint shows.
-FREE_IN = {"mesh": (RUNS,), "data": ("skip_bad_rows",), "vera": ()}
-# In these groups, what is a part of the identity only where it is set.
+FREE_IN = {"mesh": (RUNS,), "data": ("skip_bad_rows",)}
+# In these and a method's, what is a part of the identity only where it is set.
 IF_SET = ("general", "pair")
 SCAN = "model.scan"
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
   """The settings that make a run what it is; of methods, those that it uses."""
-  others = {line.group or name for name, line in METHODS.items()}
-  others -= {*groups_of(str(config.get("method"))).values()}
+  used = [*groups_of(str(config.get("method"))).values()]
+  others = {line.group or name for name, line in METHODS.items()} - {*used}
   settings = {k: v for k, v in config.items() if k not in {*FREE, *others}}
-  for group, names in FREE_IN.items():
+  for group in (*FREE_IN, *used):
     if left := {
       k: v
       for k, v in settings.get(group, {}).items()
-      if k not in names and (v or k not in IF_SET)
+      if k not in FREE_IN.get(group, ()) and (v or k not in IF_SET)
     }:
       settings[group] = left
   return settings
