@@ -31,7 +31,7 @@ PARTS = {
     f"adapters/{name}.py"
     for name in (
       *("base_leaves", "chain", "ia3", "magnitude", "pvera"),
-      *("randlora", "unilora", "lora_xs"),
+      *("randlora", "unilora", "lora_xs", "tied_lora"),
     )
   ),
   "examples of other networks": ("models/other_networks/*",),
@@ -43,6 +43,7 @@ PARTS = {
   ),
   "decoders and what they write": (
     *("models/decoder.py", "models/gpt2.py", "models/llama.py"),
+    "models/gemma3.py",
     *("generate/*", "tasks/e2e*.py", "tasks/instruct*.py"),
     *("tasks/language*.py", "data/chat*.py", "data/answers.py"),
     *("data/completions.py", "data/templates.py", "data/preview.py"),
