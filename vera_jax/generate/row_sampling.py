@@ -22,13 +22,13 @@ OfRows = Int[Array | np.ndarray, " rows"]
 
 
 class RowRules(NamedTuple):
-  """How each row's next word is chosen, and what is told of it.
+  """How each row's next word is chosen, and whether with its probability.
 
   Attributes:
     temperature, top_k, top_p, no_repeat_ngram: as in `Sampling`, of each row.
     keys: the data of each row's key, the same for all words of an answer.
     step: the number of each row's next word, from 0.
-    told: whether the word's probability is wanted.
+    logprobs: whether the word's probability is wanted.
   """
 
   temperature: Float[Array | np.ndarray, " rows"]
@@ -37,19 +37,19 @@ class RowRules(NamedTuple):
   no_repeat_ngram: OfRows
   keys: Array | np.ndarray
   step: OfRows
-  told: Bool[Array | np.ndarray, " rows"]
+  logprobs: Bool[Array | np.ndarray, " rows"]
 
   def set(
-    self, row: int, how: Sampling, key: Sequence[int], *, told: bool
+    self, row: int, how: Sampling, key: Sequence[int], *, logprobs: bool
   ) -> None:
     """Puts an answer's settings into a row of numpy's arrays."""
-    values = (*how, key, 0, told)
+    values = (*how, key, 0, logprobs)
     for column, value in zip(self, values, strict=True):
       column[row] = value
 
 
 class NextWords(NamedTuple):
-  """The words that were chosen, and what is told of them.
+  """The words that were chosen, and their probabilities.
 
   Attributes:
     ids: of the words.
@@ -76,7 +76,7 @@ def no_rules(rows: int) -> RowRules:
     no_repeat_ngram=whole.copy(),
     keys=np.zeros((rows, *key.shape), key.dtype),
     step=whole.copy(),
-    told=np.zeros(rows, bool),
+    logprobs=np.zeros(rows, bool),
   )
 
 
@@ -124,17 +124,17 @@ def next_words(
   ids = jax.lax.cond(warmest > 0, drawn, lambda: likeliest)
   count = min(TOP, vocab)
 
-  def told() -> tuple[Array, Array, Array]:
+  def computed() -> tuple[Array, Array, Array]:
     chances = jax.nn.log_softmax(logits)
     values, words = jax.lax.top_k(chances, count)
     chosen = jnp.take_along_axis(chances, ids[:, None], axis=1)[:, 0]
     return chosen, words, values
 
-  def untold() -> tuple[Array, Array, Array]:
+  def left_out() -> tuple[Array, Array, Array]:
     none = jnp.zeros((len(logits), count))
     return none[:, 0], none.astype(jnp.int32), none
 
-  asked = jax.lax.cond(jnp.any(rules.told), told, untold)
+  asked = jax.lax.cond(jnp.any(rules.logprobs), computed, left_out)
   return NextWords(ids, are_numbers(logits), *asked)
 
 

@@ -221,7 +221,7 @@ class Service:
   def _step(self, rows: Rows) -> None:
     try:
       rows.run(self._stop)
-    except Exception:  # those who wait have been told
+    except Exception:  # those who wait have an error
       self.failed = True
       log.exception("The scheduler failed: nothing is answered any more.")
       self._on_failure()
@@ -367,7 +367,7 @@ class Service:
         change(body.lora_name, self._read_adapter(folder))
 
     await run_in_threadpool(change)
-    request.scope["told"]["model"] = body.lora_name
+    request.scope["logged"]["model"] = body.lora_name
     return JSONResponse({"loaded": body.lora_name})
 
   async def unload(self, request: HttpRequest) -> Response:
@@ -418,10 +418,10 @@ class Service:
   async def _adapter(self, request: HttpRequest, name: str) -> str | None:
     """The adapter of a name; None for the base."""
     if name in self.bank:
-      request.scope["told"]["model"] = name
+      request.scope["logged"]["model"] = name
       return name
     if name == self.base and self.rows is not None:
-      request.scope["told"]["model"] = name
+      request.scope["logged"]["model"] = name
       return None
 
     def nearest() -> list[str]:
@@ -471,7 +471,7 @@ class Service:
     if rows is None:
       raise Refused(400, "The models here classify: ask /v1/classify.")
     adapter = await self._adapter(request, body.model)
-    told = request.scope["told"]
+    logged = request.scope["logged"]
     while True:
       held = self.bank.held(adapter)
       about = held.owner.about
@@ -480,16 +480,16 @@ class Service:
         self._request(request, body, adapter, prompt, rows.length)
         for prompt in prompts
       ]
-      told["prompt_tokens"] = sum(map(len, prompts))
+      logged["prompt_tokens"] = sum(map(len, prompts))
       if self._stop.is_set() or self.failed:
         raise _ends()
-      answers = _Answers(rows, requests, told)
+      answers = _Answers(rows, requests, logged)
       if all(ticket.adapter is held for ticket in answers.tickets):
         break
       answers.close()  # replaced meanwhile: it may want another form of prompts
     self._open.add(answers)
     answers.closed = partial(self._open.discard, answers)
-    form = _Form(body, self.bank.generator.tokenizer.decode, told)
+    form = _Form(body, self.bank.generator.tokenizer.decode, logged)
     if body.stream:
       return _Stream(answers, form.events(answers))
     whole: list[list[Token]] = [[] for _ in prompts]
@@ -545,7 +545,7 @@ class _Answers:
   """The tokens of some requests, as the scheduler writes them."""
 
   def __init__(
-    self, rows: Rows, requests: Sequence[Request], told: dict[str, Any]
+    self, rows: Rows, requests: Sequence[Request], logged: dict[str, Any]
   ) -> None:
     """Submits the requests: all are taken, or none is.
 
@@ -554,10 +554,10 @@ class _Answers:
     """
     self.tickets: list[Ticket] = []
     self.closed: Callable[[], None] = lambda: None
-    self._rows, self._told = rows, told
+    self._rows, self._logged = rows, logged
     self._loop = asyncio.get_running_loop()
     self._queue: asyncio.Queue[tuple[int, Token]] = asyncio.Queue()
-    told.update(answer_tokens=0, left=len(requests))
+    logged.update(answer_tokens=0, left=len(requests))
     try:
       for number, request in enumerate(requests):
         put = partial(self._put, number)
@@ -571,14 +571,14 @@ class _Answers:
     self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, token))
 
   async def __aiter__(self) -> AsyncIterator[tuple[int, Token]]:
-    while self._told["left"]:
+    while self._logged["left"]:
       number, token = await self._queue.get()
       if token.finish == CANCELLED:  # by `give_up`: the client is still there
         raise _ends()
       if token.finish == ERROR:
         raise Refused(500, self.tickets[number].error)
-      self._told["answer_tokens"] += 1
-      self._told["left"] -= token.finish is not None
+      self._logged["answer_tokens"] += 1
+      self._logged["left"] -= token.finish is not None
       yield number, token
 
   def close(self) -> None:
@@ -610,12 +610,12 @@ class _Form:
     self,
     body: Completion | Chat,
     decode: Callable[[list[int]], str],
-    told: dict[str, Any],
+    logged: dict[str, Any],
   ) -> None:
     self._is_chat, self._model = isinstance(body, Chat), body.model
     self._alternatives = body.alternatives
     self._count = body.stream_options.include_usage
-    self._decode, self._told = decode, told
+    self._decode, self._logged = decode, logged
     self._written: dict[int, int] = {}  # characters of each answer
 
   def whole(self, answers: Sequence[Sequence[Token]]) -> dict[str, Any]:
@@ -696,7 +696,10 @@ class _Form:
     return {"token": text, "logprob": _at_least(logprob), "bytes": coded}
 
   def _usage(self) -> dict[str, int]:
-    asked, answered = self._told["prompt_tokens"], self._told["answer_tokens"]
+    asked, answered = (
+      self._logged["prompt_tokens"],
+      self._logged["answer_tokens"],
+    )
     return {
       "prompt_tokens": asked,
       "completion_tokens": answered,
@@ -715,11 +718,11 @@ class _Guard:
       await self._app(scope, receive, send)
       return
     began, limits = time.monotonic(), self._service.limits
-    told = scope["told"] = {"status": 0}
+    logged = scope["logged"] = {"status": 0}
 
     async def watched(message: Message) -> None:
       if message["type"] == "http.response.start":
-        told["status"] = message["status"]
+        logged["status"] = message["status"]
       await send(message)
 
     self._clients += 1
@@ -738,7 +741,7 @@ class _Guard:
         code="timeout",
         **{"X-Should-Retry": "false"},
       )
-      if not told["status"]:
+      if not logged["status"]:
         await late.response()(scope, receive, watched)
       else:  # a stream; whoever doesn't read it gets no more
         body = _event(late.object).encode()
@@ -780,9 +783,11 @@ class _Guard:
 
   def _log(self, scope: Scope, seconds: float) -> None:
     """One line; what was asked and answered is not in it."""
-    told = scope["told"]
+    logged = scope["logged"]
     status = (
-      GONE if told.get("left") and told["status"] == 200 else told["status"]
+      GONE
+      if logged.get("left") and logged["status"] == 200
+      else logged["status"]
     )
     client = scope["client"][0] if scope.get("client") else "-"
     log.info(
@@ -791,9 +796,9 @@ class _Guard:
       scope["method"],
       printable(scope["path"])[:80],
       status or GONE,
-      printable(told.get("model", "-")),
-      told.get("prompt_tokens", "-"),
-      told.get("answer_tokens", "-"),
+      printable(logged.get("model", "-")),
+      logged.get("prompt_tokens", "-"),
+      logged.get("answer_tokens", "-"),
       seconds,
     )
 

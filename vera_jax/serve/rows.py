@@ -349,8 +349,8 @@ class Rows:
       request = ticket.request
       self._history[row, : len(request.prompt)] = request.prompt
       self._lengths[row] = len(request.prompt)
-      told = request.logprobs is not None
-      self._rules.set(row, request.how, ticket.key, told=told)
+      logprobs = request.logprobs is not None
+      self._rules.set(row, request.how, ticket.key, logprobs=logprobs)
     return bool(gone) or self.running > 0
 
   def _read(self, row: int) -> None:
@@ -445,16 +445,16 @@ class Rows:
     if finish is not None and not pieces.stopped:
       text += pieces.finish()
       finish = STOP if pieces.stopped else finish
-    told = Token(token, text, finish=finish)
+    answer = Token(token, text, finish=finish)
     if request.logprobs is not None:
       likeliest = zip(
         words.top[at].tolist(), words.top_logprobs[at].tolist(), strict=True
       )
-      told = told._replace(
+      answer = answer._replace(
         logprob=float(words.logprobs[at]),
         top=tuple(likeliest)[: request.logprobs],
       )
-    self._end(ticket, finish, told)
+    self._end(ticket, finish, answer)
 
   def _end(
     self, ticket: Ticket, finish: str | None, token: Token | None = None
@@ -469,7 +469,7 @@ class Rows:
           row = self._rows.index(ticket)
           self._rows[row] = None
           self._running[row] = False
-          self._rules.set(row, GREEDY, ticket.key, told=False)
+          self._rules.set(row, GREEDY, ticket.key, logprobs=False)
     try:
       ticket.on_token(token or Token(-1, "", finish=finish))
     except Exception as error:
