@@ -13,6 +13,9 @@ each on the examples that are its own:
   batch = pack_by_adapter(tokens, indices, bank.slots(names), layout)
   state, metrics = step(state, bank.frozen, batch, key)
   bank.params = state.params
+
+Train with a bank whose adapters all lie on the device (`resident=None`): the
+optimiser's state belongs to a place in the stack, and not to a name.
 """
 
 from collections.abc import Sequence
