@@ -26,6 +26,7 @@ from benchmarks import (
   methods,
   others,
   peft_curves,
+  serving_figure,
 )
 from experiments import cli
 from experiments.plans import report as plans
@@ -37,6 +38,7 @@ from vera_jax.report.summary import summary
 
 DOCS, SWEEPS = Path("docs"), Path("results/sweeps")
 SCALE = Path("results/plans/scale")
+SERVING = Path("results/benchmarks/serving")
 MADE = re.compile(
   r"<!-- from (\S+)( in brief)? -->\n.*?<!-- end -->", re.DOTALL
 )
@@ -70,6 +72,8 @@ def filled(page: str) -> str:
       made = brief(tables.columns(summary(load_sweep(source))))
     elif source == SCALE:
       made = plans.at_scale(map(read_json, sorted(SCALE.glob("*.json"))))
+    elif source == SERVING:
+      made = serving_figure.markdown(source)
     elif source.is_dir():
       sweep = load_sweep(source)
       made = tables.page(sweep, summary(sweep)).strip()

@@ -20,17 +20,24 @@ from vera_jax.tasks.glue_facts import glue_task
 SOURCE = flags.DEFINE_string("source", None, "GLUE's folders and files.")
 OUT = flags.DEFINE_string("out", None, "The new folder.")
 TASK = flags.DEFINE_string("task", "sst2", "Whose files are parted.")
-TRAIN, DEV = 1200, 872  # examples for the rates: as many as the study has
+TRAIN = flags.DEFINE_integer(
+  "train", 1200, "Training examples for the rates: as many as the study has."
+)
+DEV = 872  # as many as SST-2's own development file has
 
 
 def main() -> None:
   if not SOURCE.value or not OUT.value:
     raise UserError("--source and --out are needed.")
-  sizes = part(Path(SOURCE.value), Path(OUT.value), TASK.value)
+  sizes = part(
+    Path(SOURCE.value), Path(OUT.value), TASK.value, train_rows=TRAIN.value
+  )
   print(", ".join(f"{name}: {size:,} lines" for name, size in sizes.items()))
 
 
-def part(source: Path, out: Path, name: str) -> dict[str, int]:
+def part(
+  source: Path, out: Path, name: str, *, train_rows: int
+) -> dict[str, int]:
   """Writes both folders; the lines of each file, by its path below `out`.
 
   Raises:
@@ -45,10 +52,10 @@ def part(source: Path, out: Path, name: str) -> dict[str, int]:
     raise UserError(f"{train} or {dev} is missing: --source=FOLDER of GLUE.")
   lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
   header = [] if task.headerless else [lines.pop(0)]
-  if len(lines) <= TRAIN + DEV:
+  if len(lines) <= train_rows + DEV:
     raise UserError(f"{train} has {len(lines):,} examples, too few to part.")
   order = np.random.default_rng(0).permutation(len(lines))
-  pieces = np.split(order, [TRAIN, TRAIN + DEV])
+  pieces = np.split(order, [train_rows, train_rows + DEV])
   rates_train, rates_dev, study = (
     "".join([*header, *(lines[i] for i in sorted(piece))]) for piece in pieces
   )

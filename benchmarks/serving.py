@@ -94,10 +94,11 @@ def main() -> None:
           folder, method, rank, LAYERS[layers], count, sides, prompts
         )
         result["rows"].append(row)
+        result["load_after"] = load()
+        written = write("serving", result, folder=options.out)
         print(row, flush=True)
         gc.collect()
-  result["load_after"] = load()
-  print(write("serving", result, folder=options.out))
+  print(written)
 
 
 def measure(

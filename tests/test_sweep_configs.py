@@ -51,6 +51,7 @@ COUNTS = {
   ("rate_rule", "minilm"): 7 * 5 * 2,
   ("rate_rule", "dinov2"): 4 * 5 * 2,
   ("rate_rule", "smollm2"): 4 * 5 * 2,
+  ("data", "rates"): 5 * 3 * 2,
   ("methods", "minilm"): 11 * 5,
   ("methods", "rates"): 44 * 2,
   ("methods", "cola"): 6 * 3,

@@ -91,7 +91,8 @@ def test_sentences_say_what_results_say(path, monkeypatch):
   def sources(page):
     named = {*SOURCE.findall(page)}
     named |= {f"results/sweeps/{name}" for name in FIGURE_OF.findall(page)}
-    return {x.rstrip("/") for x in named if Path(x).is_dir()}
+    sweeps = {x.rstrip("/") for x in named if x.startswith("results/sweeps/")}
+    return {x for x in sweeps if Path(x).is_dir()}
 
   page = path.read_text(encoding="utf-8")
   named = sources(page)

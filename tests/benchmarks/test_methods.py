@@ -35,19 +35,20 @@ def test_every_method_is_in_the_table():
 
 
 def test_rates_and_study_share_no_example(tmp_path, monkeypatch):
-  monkeypatch.setattr(held_out, "TRAIN", 5)
   monkeypatch.setattr(held_out, "DEV", 3)
   folder = tmp_path / "SST-2"
   folder.mkdir()
   rows = [f"text {i}\t{i % 2}\n" for i in range(20)]
   (folder / "train.tsv").write_text("".join(["sentence\tlabel\n", *rows]))
   (folder / "dev.tsv").write_text("sentence\tlabel\nown\t1\n")
-  sizes = held_out.part(tmp_path, tmp_path / "out", "sst2")
+  sizes = held_out.part(tmp_path, tmp_path / "out", "sst2", train_rows=5)
   assert list(sizes.values()) == [6, 4, 13, 2]
   read = [(tmp_path / "out" / p).read_text().splitlines()[1:] for p in sizes]
   assert sorted(sum(read[:3], [])) == sorted(row.strip() for row in rows)
   assert read[3] == ["own\t1"]
   with pytest.raises(UserError, match="too few"):
-    held_out.part(tmp_path / "out/rates", tmp_path / "again", "sst2")
+    held_out.part(
+      tmp_path / "out/rates", tmp_path / "again", "sst2", train_rows=5
+    )
   with pytest.raises(UserError, match="is missing"):
-    held_out.part(tmp_path / "none", tmp_path / "again", "sst2")
+    held_out.part(tmp_path / "none", tmp_path / "again", "sst2", train_rows=5)

@@ -1,0 +1,179 @@
+"""Score against data, and where the methods' curves cross (docs/data.md).
+
+  python -m benchmarks.data_curve DIR [FOLDER]
+
+DIR is the sweep of configs/sweeps/data.py. Prints a table of means with their
+95 % intervals, one of each method's difference from VeRA by pairs of seeds, and
+the sizes of data at which a difference changes its sign; draws into FOLDER.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from scipy import stats
+
+from configs.sweeps.data import METHODS
+from experiments import cli
+from experiments.markdown import markdown_table
+from vera_jax.errors import UserError
+from vera_jax.report.frame import load_sweep
+from vera_jax.report.style import METHOD_COLORS, STYLE, grid, save
+
+NAMES = {
+  "vera": "VeRA, r = 256",
+  "lora 1": "LoRA, r = 1",
+  "lora 8": "LoRA, r = 8",
+  "lora_xs": "LoRA-XS, r = 25",
+  "full": "full fine-tuning",
+}
+DRAWS = 20_000  # of curves, for the interval of a crossing
+# A method's scores in percent, by its name and the number of sentences, in the
+# order of the seeds.
+Scores = Mapping[str, Mapping[int, Sequence[float]]]
+
+
+def read(folder: Path) -> Scores:
+  """Raises:
+  UserError: a method or a size has another number of seeds than the others.
+  """
+  scores: dict[str, dict[int, dict[int, float]]] = {
+    name: defaultdict(dict) for name in METHODS
+  }
+  for run in load_sweep(folder).runs.to_dict("records"):
+    config = run["result"]["config"]
+    name = run["method"]
+    if name == "lora":
+      name += f" {config['lora']['rank']}"
+    size = config["data"]["max_train_examples"]
+    scores[name][size][run["seed"]] = run["score"]
+  cells = {
+    (name, size): tuple(sorted(by_seed))
+    for name, sizes in scores.items()
+    for size, by_seed in sizes.items()
+  }
+  if len(set(cells.values())) != 1:
+    raise UserError(f"{folder} is not finished: its seeds are {cells}.")
+  return {
+    name: {
+      size: [by_seed[seed] for seed in sorted(by_seed)]
+      for size, by_seed in sorted(sizes.items())
+    }
+    for name, sizes in scores.items()
+  }
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+  """The mean, and half of its 95 % interval by Student's t."""
+  error = stats.sem(values)
+  return float(np.mean(values)), float(
+    stats.t.ppf(0.975, len(values) - 1) * error
+  )
+
+
+def differences(scores: Scores, name: str) -> dict[int, list[float]]:
+  """A method's score minus VeRA's on the same sentences, by size."""
+  return {
+    size: [a - b for a, b in zip(values, scores["vera"][size], strict=True)]
+    for size, values in scores[name].items()
+  }
+
+
+def crossings(sizes: Sequence[int], means: np.ndarray) -> list[float]:
+  """Where a line through the points, in the logarithm of the size, is 0."""
+  logs = np.log2(sizes)
+  return [
+    2 ** (x0 - y0 * (x1 - x0) / (y1 - y0))
+    for (x0, x1), (y0, y1) in zip(
+      zip(logs, logs[1:], strict=False),
+      zip(means, means[1:], strict=False),
+      strict=True,
+    )
+    if (y0 < 0) != (y1 < 0)
+  ]
+
+
+def crossing(by_size: Mapping[int, Sequence[float]]) -> str:
+  """In words: the last crossing, and its interval.
+
+  Curves are drawn whose points are the means, each moved by its standard error
+  times a number of Student's distribution. The interval is that of the last
+  crossings of those that cross at all.
+  """
+  sizes = list(by_size)
+  means = np.array([np.mean(x) for x in by_size.values()])
+  errors = np.array([stats.sem(x) for x in by_size.values()])
+  rng = np.random.default_rng(0)
+  degrees = len(next(iter(by_size.values()))) - 1
+  moved = means + errors * rng.standard_t(degrees, (DRAWS, len(sizes)))
+  last = [points[-1] for x in moved if (points := crossings(sizes, x))]
+  share = len(last) / DRAWS
+  points = crossings(sizes, means)
+  best = f"{points[-1]:,.0f}" if points else "none"
+  if not last:
+    return best
+  low, high = np.quantile(last, (0.025, 0.975))
+  return f"{best} ({low:,.0f} to {high:,.0f} in {share:.0%} of the draws)"
+
+
+def markdown(scores: Scores) -> str:
+  sizes = list(scores["vera"])
+  header = ["method", *(f"{size:,}" for size in sizes)]
+  curves, against = [], []
+  for name, by_size in scores.items():
+    parts = [interval(by_size[size]) for size in sizes]
+    curves.append([NAMES[name], *(f"{m:.1f} ± {h:.1f}" for m, h in parts)])
+    if name != "vera":
+      apart = differences(scores, name)
+      parts = [interval(apart[size]) for size in sizes]
+      cells = [f"{m:+.1f} ± {h:.1f}" for m, h in parts]
+      against.append([NAMES[name], *cells, crossing(apart)])
+  return "\n\n".join(
+    [
+      markdown_table(header, curves),
+      markdown_table([*header, "crosses VeRA at"], against),
+    ]
+  )
+
+
+def figure(scores: Scores) -> Figure:
+  """A line per method, through the means; bars over the seeds' range."""
+  with mpl.rc_context(STYLE):
+    title = "SST-2 on MiniLM, 1,024 steps of 8 sentences each"
+    made, (ax,) = grid([3.4], width=None, least=5.0, title=title)
+    for number, (name, by_size) in enumerate(scores.items()):
+      color, marker = METHOD_COLORS[name.split()[0]]
+      means = np.array([np.mean(x) for x in by_size.values()])
+      ends = np.array([(min(x), max(x)) for x in by_size.values()]).T
+      ax.errorbar(
+        np.array(list(by_size)) * 1.04 ** (number - 2),  # no bar hides another
+        means,
+        yerr=np.abs(ends - means),
+        label=NAMES[name],
+        color=color,
+        marker=marker,
+        markerfacecolor="white" if name == "lora 1" else color,
+        capsize=2,
+      )
+    ax.set(xscale="log", xlabel="training sentences", ylabel="accuracy (%)")
+    ax.set_xticks(sizes := list(scores["vera"]), [f"{n:,}" for n in sizes])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.legend(loc="lower right")
+  return made
+
+
+def main(words: list[str]) -> None:
+  if len(words) not in (1, 2):
+    raise UserError("Name the sweep's folder, then the figure's.")
+  scores = read(Path(words[0]))
+  print(markdown(scores))
+  for out in map(Path, words[1:]):
+    print(*save(figure(scores), out, "data_curve", ["png"]))
+
+
+if __name__ == "__main__":
+  cli.run(main, usage=__doc__, operands=True)
