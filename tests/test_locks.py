@@ -127,6 +127,14 @@ def test_another_machine_is_believed_while_it_renews(folder, grow_old):
   assert not is_locked(path) and acquire(path)
 
 
+def test_a_clock_that_was_set_back_keeps_no_dead_machines_lock(tmp_path):
+  path, now = tmp_path / "run", time.time()
+  leave(path, host="elsewhere", pid=1)
+  for ahead, counts in ((60, True), (86_400, False)):
+    os.utime(path, (now + ahead, now + ahead))
+    assert is_locked(path) is counts
+
+
 def test_a_lost_machines_lock_is_waited_for(folder, grow_old, monkeypatch):
   """Until it is stale; a living owner's only until it is renewed."""
   dead, living = folder / "dead", folder / "living"

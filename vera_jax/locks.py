@@ -284,7 +284,8 @@ def _is_alive(lock: _File | _Object, record: str | None) -> bool:
   owner = _owner(record)
   if owner.get("host") == _host():
     return _runs(owner["pid"], owner["started"])
-  return lock.age() < STALE
+  # Whose renewal lies in the future has not renewed since a clock was set back.
+  return abs(lock.age()) < STALE
 
 
 def _me() -> dict[str, Any]:

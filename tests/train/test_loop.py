@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -278,7 +279,7 @@ def test_a_damaged_save_costs_steps_and_nothing_else(
   assert_same_run(folder, finished.folder, 30)
 
 
-def test_a_run_that_began_with_other_data_is_refused(
+def test_a_run_that_began_with_other_data_or_another_base_is_refused(
   finished, tiny_tasks, tmp_path, monkeypatch
 ):
   folder, file = tmp_path / "run", tiny_tasks / "RTE/train.tsv"
@@ -297,6 +298,14 @@ def test_a_run_that_began_with_other_data_is_refused(
       train_and_evaluate(finished.config, folder)
   finally:
     file.write_text(text)
+  weights = Path(finished.config.model.name) / "model.safetensors"
+  data = weights.read_bytes()
+  try:
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UserError, match="The weights in .* have changed since"):
+      train_and_evaluate(finished.config, folder)
+  finally:
+    weights.write_bytes(data)
   also_tested = finished.config.copy_and_resolve_references()
   also_tested.predict_test = True  # a split that was not read before
   with pytest.raises(Interrupted, match="it would train"):

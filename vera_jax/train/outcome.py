@@ -20,7 +20,6 @@ from vera_jax.adapters.stored_pair import in_file, is_stored
 from vera_jax.adapters.vector_norms import adapter_norms, as_json
 from vera_jax.errors import UserError
 from vera_jax.files import make_folder
-from vera_jax.models.hf_weights import fingerprint
 from vera_jax.pretrained.classifier import Classifier
 from vera_jax.train.clock import with_result
 from vera_jax.train.distributed import on_first
@@ -89,7 +88,7 @@ def write_outcome(
     "score": best["score"],
     "settings": in_file(settings_in(config, config.method)),
     "projection_prng": PRNG,
-    "base_fingerprint": fingerprint(setup.base),
+    "base_fingerprint": setup.fingerprint.result(),
     "quantise": setup.model.blueprint.quantise,
     "codes_digest": setup.model.codes,
     "max_length": config.data.max_length,

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -49,6 +50,7 @@ from vera_jax.train.workdir import (
 )
 
 log = logging.getLogger(__name__)
+PATIENCE = 60.0  # seconds in which a resumed run looks at the base's weights
 
 
 def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -73,7 +75,7 @@ class Run:
     progress: JSON values that a resumed run goes on from: the epochs' history,
       the losses summed since the last epoch, the loss of general texts at the
       start, the seconds trained and those of them that were for evaluation, the
-      fingerprints of the data, and what `Speed.report` says.
+      fingerprints of the data and of the base, and what `Speed.report` says.
     result, failure: what result.json or failed.json says, if it is there.
     has_begun: whether its folder had its config before this process.
     setup, saves: what it is made of and its checkpoints, while `is_open`.
@@ -182,6 +184,8 @@ class Run:
       )
       self.saves.forget_after(step - 1)
     self._check_data()
+    patience = PATIENCE if "base" in self.progress else 0.0
+    on_first(partial(self._check_base, patience=patience))
 
   def close(self) -> None:
     self._open.close()
@@ -190,8 +194,8 @@ class Run:
   def go_back(self, step: int) -> None:
     """Forget what was trained after a save, or after the start."""
     self.saves.forget_after(step)
-    data = {"data": self.progress["data"]}
-    self.progress = _no_progress() | data
+    same = {k: self.progress[k] for k in ("data", "base") if k in self.progress}
+    self.progress = _no_progress() | same
     if step:
       self.progress |= self.saves.progress(step)
 
@@ -212,6 +216,26 @@ class Run:
         " Pillow for images). Put the files back, or choose another --workdir."
       )
     self.progress["data"] = before | now
+
+  def _check_base(self, *, patience: float | None = 0.0) -> None:
+    """Refuse a base whose weights are not those that the run began with.
+
+    All are read for that. Those of a large base are not within the patience;
+    then a later save asks again.
+
+    Args:
+      patience: the most seconds to wait; None: as long as it takes.
+    """
+    wait([self.setup.fingerprint], patience)
+    if not self.setup.fingerprint.done():
+      return
+    now = self.setup.fingerprint.result()
+    if self.progress.setdefault("base", now) != now and self.result is None:
+      raise UserError(
+        f"The weights in {self.setup.base} have changed since the run in"
+        f" {self.folder} began. Put the files back, or choose another"
+        " --workdir."
+      )
 
   # What the loop asks of a run; see `Trainable`.
 
@@ -331,6 +355,7 @@ class Run:
 
   def save(self, step: int, state: State) -> None:
     on_first(partial(require_lock, self.folder))
+    on_first(self._check_base)
     self.progress["seconds"] = self._seconds()
     self.progress["speed"] = self._speed.report()
     best = best_epoch(self.history)["step"] if self.history else None
@@ -375,6 +400,7 @@ class Run:
     They are of the best epoch, or of the last one where the task selects none.
     """
     setup, best, began = self.setup, self.history[-1], time.monotonic()
+    on_first(partial(self._check_base, patience=None))
     if setup.task.selects:
       best = best_epoch(self.history)
     params = setup.replicated(

@@ -9,12 +9,13 @@ import ctypes
 import errno
 import os
 import platform
+import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.stages import Compiled, Traced
@@ -26,6 +27,7 @@ from vera_jax.train.flops import flops_of
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 _NEVER, _PAD = 2**31 - 1, 2**26  # bytes
 _CORES = 4  # that the compiling of one program can use
+T = TypeVar("T")
 
 
 def prepare() -> None:
@@ -111,6 +113,20 @@ def compiler_options(platform: str) -> dict[str, Any] | None:
   if platform != "cpu" or level in os.environ.get("XLA_FLAGS", ""):
     return None
   return {level: 1}
+
+
+def meanwhile(function: Callable[[], T]) -> Future[T]:
+  """What a function gives, in a thread that no end of the process waits for."""
+  future: Future[T] = Future()
+
+  def work() -> None:
+    try:
+      future.set_result(function())
+    except BaseException as error:  # raised where the result is asked for
+      future.set_exception(error)
+
+  threading.Thread(target=work, daemon=True, name="meanwhile").start()
+  return future
 
 
 class Background:

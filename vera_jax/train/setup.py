@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from vera_jax.data.data import MeasureBatch, TaskData
 from vera_jax.data.packing import Batch as HostBatch
 from vera_jax.errors import UserError
 from vera_jax.models.folder import resolve
-from vera_jax.models.hf_weights import read_model
+from vera_jax.models.hf_weights import fingerprint, read_model
 from vera_jax.operations.quantised import NONE
 from vera_jax.pretrained.blueprint import (
   Blueprint,
@@ -66,7 +67,11 @@ from vera_jax.train.optim import (
   rates_of,
 )
 from vera_jax.train.preemption import Stop
-from vera_jax.train.runtime import Background, compiler_options
+from vera_jax.train.runtime import (
+  Background,
+  compiler_options,
+  meanwhile,
+)
 from vera_jax.train.step import Frozen, State, Tree, outputs_of
 
 MANY = 1500  # steps, for which the rule's rates are probably too low
@@ -81,6 +86,8 @@ class Setup(NamedTuple):
 
   Attributes:
     base: the base's folder.
+    fingerprint: of the base's weights as they are now, which is computed while
+      the run begins; "" but in the first process.
     optimiser: makes the transformation from `optim.rates_of`.
     extent: what an automatic rate depends on.
     shape: of a run's `State`, with places.
@@ -92,6 +99,7 @@ class Setup(NamedTuple):
 
   config: ConfigDict
   base: Path
+  fingerprint: Future[str]
   mesh: Mesh
   task: Task
   data: TaskData
@@ -281,6 +289,8 @@ def build_setup(config: ConfigDict, *, runs: int = 1) -> Setup:
       " no loss of general texts: leave it unset."
     )
   base = resolve(config.model.name)
+  first = is_first()
+  digest = meanwhile(lambda: fingerprint(base) if first else "")
   rows = NamedSharding(mesh, BATCH)
   if is_first():
     show_stage("reading the data")
@@ -344,6 +354,7 @@ def build_setup(config: ConfigDict, *, runs: int = 1) -> Setup:
   return Setup(
     config=config,
     base=base,
+    fingerprint=digest,
     mesh=mesh,
     task=task,
     data=data,

@@ -28,7 +28,13 @@ from vera_jax.adapters.methods import METHODS, groups_of
 from vera_jax.adapters.plans import AUTO
 from vera_jax.errors import UserError
 from vera_jax.files import read_bytes, read_json, write_json, write_text
-from vera_jax.locks import await_owner, describe_owner, is_mine, locked
+from vera_jax.locks import (
+  await_owner,
+  describe_owner,
+  is_locked,
+  is_mine,
+  locked,
+)
 from vera_jax.places import is_remote, store_error
 from vera_jax.pretrained.sharding import RUNS
 from vera_jax.train.distributed import are_several, on_first
@@ -183,9 +189,11 @@ def require_lock(workdir: Path) -> None:
   """
   path = workdir / "lock"
   if not is_mine(path):
+    owner = f"by {describe_owner(path)} now"
     raise LockLost(
-      f"{workdir} is locked by {describe_owner(path)} now, for this process was"
-      " stopped, or out of reach, for minutes. It ends here and writes nothing"
+      f"{workdir} is locked {owner if is_locked(path) else 'by nobody now'}:"
+      " this process has lost its lock, since it was stopped, or out of reach,"
+      " for minutes, or the lock was removed. It ends here and writes nothing"
       " more; what it saved before is good."
     )
 
