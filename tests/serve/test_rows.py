@@ -2,6 +2,7 @@
 
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,25 @@ def test_a_row_writes_what_its_adapter_writes_alone(bank, expected):
   )
   assert texts == expected
   assert len(set(expected)) > 8
+
+
+def test_few_prompts_take_few_rows(bank, monkeypatch):
+  made = []
+
+  class Idle:
+    def __init__(self, bank, *, rows, queue):
+      made.append(rows)
+
+    def submit(self, request, on_token):
+      return SimpleNamespace(error="")
+
+    def step(self):
+      return False
+
+  monkeypatch.setattr(bank_module, "Rows", Idle)
+  for count in (1, 2, 3, 4, 9):
+    bank.generate(PROMPTS[:count], adapters="a", max_new_tokens=2)
+  assert made == [1, 2, 4, 4, 4]
 
 
 def test_rows_join_and_leave_and_nothing_is_compiled(
@@ -371,6 +391,8 @@ def test_the_least_recently_used_wait_on_the_host(saved, expected, compiled):  #
   assert not compiled
   with pytest.raises(UserError, match="only 2 lie on the device"):
     bank.slots(NAMES)
+  with pytest.raises(UserError, match="to train them, make the bank without"):
+    bank.model  # noqa: B018
 
 
 @pytest.mark.parametrize(

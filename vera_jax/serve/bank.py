@@ -115,7 +115,8 @@ class AdapterBank:
       (`multi_adapter.mixed_step`), which donates it too: until then nothing
       else may use the bank.
     frozen: the base and the projections.
-    model: the adapted module and its inputs' names, for `mixed_step`.
+    module: the adapted module.
+    lock: who holds it sees the same adapters in several calls; others wait.
     capacity: how many adapters have room.
     resident: how many of them lie on the device.
     truncated: texts that were cut, so far.
@@ -186,28 +187,26 @@ class AdapterBank:
     }
     frozen = {path: leaf for path, leaf in flat.items() if path not in stacked}
     self.frozen = Frozen(unflatten_dict(frozen), classifier.projections)
-    self._shapes = jax.eval_shape(lambda: stacked)
     self._plain = classifier._replace(params={}, about=first.about)
+    shapes: Any = jax.eval_shape(lambda: stacked)
+    self._shapes_of = {self._plain.outputs: shapes}  # by number of outputs
     links = classifier.adapter.methods
     self._is_prepared = any(link.prepare is not as_they_are for link in links)
     leaves = jax.eval_shape(self._prepare, unflatten_dict(stacked))
     self.params = empty_stack(leaves, capacity=self.resident)
-    self.model: dict[str, Any] = {
-      "module": classifier.module,
-      "inputs": classifier.inputs,
-    }
+    self.module = classifier.module
     self.truncated = 0
     self._max_length = max_length
     self._reads_images = classifier.family.reads == IMAGES
     self._generator = None
     if classifier.kind == WORDS:
       self._generator = Generator(classifier, keep_adapter=True)
-      self._writing = threading.Lock()  # of `_rows`
-      self._rows: Rows | None = None
     elif not self._reads_images:
       self._tokenizer = load_tokenizer(classifier.folder)
-    self._run = jax.jit(partial(mixed_logits, **self.model))
-    self._lock = threading.RLock()  # of all that follows, and of `params`
+    model = {"module": classifier.module, "inputs": classifier.inputs}
+    self._run = jax.jit(partial(mixed_logits, **model))
+    self.lock = threading.RLock()  # of all that follows, and of `params`
+    self._writing = threading.Lock()  # one call writes at a time
     self._free = list(reversed(range(self.resident)))
     self._adapters: dict[str, Held] = {}
     self._recent: dict[int, Held] = {}  # by slot, the last one used at the end
@@ -221,13 +220,28 @@ class AdapterBank:
     return len(self._adapters)
 
   def __iter__(self) -> Iterator[str]:
-    with self._lock:
+    with self.lock:
       return iter(list(self._adapters))
 
   @property
   def nbytes(self) -> int:
     """Bytes of all leaves on the device when it is full, heads among them."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
+  @property
+  def model(self) -> dict[str, Any]:
+    """The adapted module and its inputs' names, as `mixed_step` takes them.
+
+    Raises:
+      UserError: adapters may wait on the host, where no step trains them.
+    """
+    if self.resident < self.capacity:
+      raise UserError(
+        f"Of this bank's {self.capacity} adapters only {self.resident} lie on"
+        " the device at once, and their places change: to train them, make the"
+        " bank without resident."
+      )
+    return {"module": self.module, "inputs": self._plain.inputs}
 
   @property
   def generator(self) -> Generator:
@@ -252,7 +266,7 @@ class AdapterBank:
       UserError: the name is taken, there is no room, or it does not fit.
     """
     made = self._fitted(name, adapter)
-    with self._lock:
+    with self.lock:
       if name in self:
         raise UserError(f"The bank has {name!r} already: replace or remove it.")
       if len(self) >= self.capacity:
@@ -269,32 +283,35 @@ class AdapterBank:
     Answers that are being written by the old one are finished by it.
     """
     made = self._fitted(name, adapter)
-    with self._lock:
+    with self.lock:
       self._let_go(self.held(name))
       self._put(name, *made)
 
   def remove(self, name: str) -> None:
     """Give an adapter's room back; answers by it are finished."""
-    with self._lock:
+    with self.lock:
       self._let_go(self.held(name))
       del self._adapters[name]
 
-  def held(self, name: str | None) -> Held:
-    """The adapter that has this name now; None is the base alone.
+  def held(self, name: Held | str | None) -> Held:
+    """The adapter that has this name now, or had it when it was looked up;
+    None is the base alone.
 
     Raises:
       UserError: there is none.
     """
+    if isinstance(name, Held):
+      return name
     if name is None:
       return self._base_alone
-    with self._lock:
+    with self.lock:
       self._check_names([name])
       return self._adapters[name]
 
   def vectors(self, held: Held) -> Any:
     """A copy of an adapter's leaves on the device, also of one that the bank
     has no more."""
-    with self._lock:
+    with self.lock:
       if held.name is None or self._adapters.get(held.name) is not held:
         return held.vectors
       slot = self._bring(held)  # which makes `params` anew
@@ -310,7 +327,7 @@ class AdapterBank:
       UserError: one of them is not there, or they are more than `resident`.
     """
     names = list(names)
-    with self._lock:
+    with self.lock:
       self._check_names(names)
       if len(set(names)) > self.resident:
         raise UserError(
@@ -322,7 +339,11 @@ class AdapterBank:
       return np.array(slots, np.int64)
 
   def encode(
-    self, prompt: str, adapter: str | None = None, *, max_new_tokens: int = 1
+    self,
+    prompt: str,
+    adapter: Held | str | None = None,
+    *,
+    max_new_tokens: int = 1,
   ) -> list[int]:
     """A prompt's tokens, in the form that an adapter was trained on.
 
@@ -366,12 +387,13 @@ class AdapterBank:
     if isinstance(prompts, str):
       raise UserError("A list of prompts is needed, also for one: ['Once'].")
     single = all(isinstance(text, str) for text in stop)
+    stops = [stop] * len(prompts) if single else stop
     columns = {
       "adapters": _for_each(adapters, prompts, str | None),
       "how": _for_each(how, prompts, Sampling),
       "max_new_tokens": _for_each(max_new_tokens, prompts, int),
+      "stop": list(map(tuple, stops)),
       "seed": _for_each(seed, prompts, int),
-      "stop": [stop] * len(prompts) if single else list(stop),
     }
     for name, column in columns.items():
       if len(column) != len(prompts):
@@ -379,37 +401,28 @@ class AdapterBank:
           f"There are {len(prompts)} prompts and {len(column)} {name}: give one"
           " for each, or one for all."
         )
-    requests = []
-    for number, (prompt, *row) in enumerate(
-      zip(prompts, *columns.values(), strict=True), 1
-    ):
-      try:
-        tokens = self.encode(prompt, row[0], max_new_tokens=row[2])
-      except UserError as error:
-        raise UserError(f"Prompt {number}: {error}") from error
-      adapter, rule, length, start, ends = row
-      requests.append(
-        Request(tuple(tokens), adapter, rule, length, tuple(ends), start)
-      )
-    texts = [""] * len(prompts)
+    texts, tickets = [""] * len(prompts), []
 
-    def write(number: int, token: Token) -> None:
-      texts[number] += token.text
+    def write(at: int, token: Token) -> None:
+      texts[at] += token.text
 
     with self._writing:
-      if self._rows is None:
-        self._rows = Rows(self, rows=ROWS, queue=None)
-      with self._lock:  # all names are looked up at once
-        tickets = [
-          self._rows.submit(request, partial(write, number))
-          for number, request in enumerate(requests)
-        ]
-      try:
-        while self._rows.step():
-          pass
-      except BaseException:
-        self._rows = None  # whose rows are half written
-        raise
+      with self.lock:  # all names are looked up at once
+        columns["adapters"] = [self.held(name) for name in columns["adapters"]]
+      # all rows are computed, so no more than hold the prompts
+      count = min(ROWS, 1 << (len(prompts) - 1).bit_length())
+      rows = Rows(self, rows=count, queue=None)
+      for at, (prompt, *row) in enumerate(
+        zip(prompts, *columns.values(), strict=True)
+      ):
+        try:
+          tokens = self.encode(prompt, row[0], max_new_tokens=row[2])
+          request = Request(tuple(tokens), *row)
+          tickets.append(rows.submit(request, partial(write, at)))
+        except UserError as error:
+          raise UserError(f"Prompt {at + 1}: {error}") from error
+      while rows.step():
+        pass
     for number, ticket in enumerate(tickets, 1):
       if ticket.error:
         raise UserError(f"Prompt {number}: {ticket.error}")
@@ -492,7 +505,7 @@ class AdapterBank:
     def run(batch: Batch) -> Array:
       return self._run(self.params, self.frozen, batch)
 
-    with self._lock:
+    with self.lock:
       self._check_names(names)
       owners = [self._adapters[name].owner for name in names]
       limits = list(map(self._limit, owners))
@@ -537,9 +550,10 @@ class AdapterBank:
     trained = jax.device_get(self.vectors(held))
     about, outputs = held.owner.about, held.owner.outputs
     if outputs < self._plain.outputs:
+      shapes = self._shapes(outputs)
       trained = unflatten_dict(
         {
-          path: leaf[..., :outputs] if path in self._output_paths else leaf
+          path: leaf[..., : shapes[path].shape[-1]]
           for path, leaf in flatten_dict(trained).items()
         }
       )
@@ -615,7 +629,7 @@ class AdapterBank:
         f" {self._plain.outputs} in the bank; make the bank with this adapter"
         " among its first"
       )
-    shapes = self._shapes_with(owner.outputs)
+    shapes = self._shapes(min(owner.outputs, self._plain.outputs))
     wrong += misfits(tensors, shapes)
     if wrong:
       raise UserError(
@@ -623,8 +637,9 @@ class AdapterBank:
         + "\n  ".join(wrong)
       )
     leaves = leaves_by_path(tensors, shapes)
-    for path, leaf in leaves.items():
-      lacking = self._shapes[path].shape[-1] - leaf.shape[-1]
+    for path, widest in self._shapes(self._plain.outputs).items():
+      leaf = leaves[path]
+      lacking = widest.shape[-1] - leaf.shape[-1]
       if lacking:  # the logits of labels that it has not
         widths = [(0, 0)] * (leaf.ndim - 1) + [(0, lacking)]
         never = LOW if path[-1] == "bias" else 0.0
@@ -633,31 +648,17 @@ class AdapterBank:
       check_template(template_in(saved.about))
     return self._prepare(unflatten_dict(leaves)), owner
 
-  @cached_property
-  def _output_paths(self) -> set[TreePath]:
-    """Of the head's leaves, whose last axis has the labels."""
-    plain = self._plain
-    other = blueprint(
-      read_model(plain.folder),
-      outputs=plain.outputs + 1,
-      head=KINDS[plain.kind].head,
-    )
-    return {
-      path
-      for path, leaf in self._shapes.items()
-      if path in other.shapes and other.shapes[path].shape != leaf.shape
-    }
-
-  def _shapes_with(self, outputs: int) -> dict[TreePath, Any]:
+  def _shapes(self, outputs: int) -> dict[TreePath, Any]:
     """The shapes of an adapter's leaves that has so many outputs."""
-    if outputs >= self._plain.outputs:
-      return self._shapes
-    return {
-      path: jax.ShapeDtypeStruct((*leaf.shape[:-1], outputs), leaf.dtype)
-      if path in self._output_paths
-      else leaf
-      for path, leaf in self._shapes.items()
-    }
+    if outputs not in self._shapes_of:
+      plain = self._plain
+      widest = self._shapes_of[plain.outputs]
+      head = KINDS[plain.kind].head
+      made = blueprint(read_model(plain.folder), outputs=outputs, head=head)
+      self._shapes_of[outputs] = {
+        path: made.shapes.get(path, leaf) for path, leaf in widest.items()
+      }
+    return self._shapes_of[outputs]
 
   @cached_property
   def _base_alone(self) -> Held:
@@ -665,7 +666,8 @@ class AdapterBank:
     generator = self.generator
     plain, frozen = self._plain, self.frozen
     adapter, decoder = plain.adapter, generator.decoder
-    flat = {p: x for p, x in self._shapes.items() if not adapter.owns(p[-1])}
+    shapes = self._shapes(plain.outputs)
+    flat = {p: x for p, x in shapes.items() if not adapter.owns(p[-1])}
     base: Any = {}  # what the method trains of it
     if flat:
       base = load_params(decoder.folder, unflatten_dict(flat)).params

@@ -13,42 +13,47 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from vera_jax.adapters.labels import join
-from vera_jax.models.decoder import Cache, logits
+from vera_jax.generate.decode import prefill
+from vera_jax.models.decoder import Cache
 from vera_jax.train.step import Frozen, Tree
 
 
-def _apply(
-  module: nn.Module,
-  frozen: Frozen,
-  leaves: Tree,
-  cache: Cache,
-  ids: Int[Array, "1 tokens"],
-  real: Bool[Array, "1 tokens"],
-) -> tuple[Array, Cache]:
-  """Logits [1, vocab] behind a row's last real token, and its cache."""
-  variables = {"params": join(leaves, frozen.params)}
-  if frozen.projections:
-    variables["projections"] = frozen.projections
-  outputs: Any = module.apply(
-    variables,
-    ids,
-    segment_ids=real.astype(jnp.int32),
-    read_positions=jnp.maximum(jnp.sum(real, axis=1, keepdims=True) - 1, 0),
-    cache=cache,
-  )
-  words, cache = outputs
-  return logits(words)[:, 0], cache
+@struct.dataclass
+class RowModel:
+  """A decoder of which every row has an adapter of its own.
+
+  Attributes:
+    module: with an adapter on it, by the factored plan.
+    frozen: what all rows share.
+    leaves: the adapters', [rows, ...].
+  """
+
+  module: nn.Module = struct.field(pytree_node=False)
+  frozen: Frozen
+  leaves: Tree
+
+  def read(
+    self,
+    leaves: Tree,
+    cache: Cache,
+    ids: Int[Array, " tokens"],
+    count: Int[Array, ""],
+  ) -> tuple[Float[Array, "1 vocab"], Cache]:
+    """Reads the first tokens, so many, by one row's leaves and cache."""
+    variables = {"params": join(leaves, self.frozen.params)}
+    if self.frozen.projections:
+      variables["projections"] = self.frozen.projections
+    return prefill(self.module, variables, cache, ids[None], count[None])
 
 
-@partial(jax.jit, static_argnames="module", donate_argnames="cache")
+@partial(jax.jit, donate_argnames="cache")
 def decode_rows(
-  module: nn.Module,
-  frozen: Frozen,
-  leaves: Tree,
+  model: RowModel,
   cache: Cache,
   ids: Int[Array, " rows"],
   running: Bool[Array, " rows"],
@@ -56,29 +61,24 @@ def decode_rows(
   """Reads a word of each running row: the logits of the next ones.
 
   Args:
-    module: a decoder with an adapter on it, by the factored plan.
-    frozen: what all rows share.
-    leaves: the adapters', [rows, ...].
+    model: with the adapters of all rows.
     cache: of all rows; donated.
     ids: each row's last word.
     running: the rows that have one; the others are computed and not written.
   """
 
-  def one_row(leaves: Tree, cache: Cache, token: Array, real: Array):
+  def one_row(leaves: Tree, cache: Cache, token: Array, count: Array):
     cache = jax.tree.map(lambda x: x[None], cache)
-    scores, cache = _apply(
-      module, frozen, leaves, cache, token[None, None], real[None, None]
-    )
+    scores, cache = model.read(leaves, cache, token[None], count)
     return scores[0], jax.tree.map(lambda x: x[0], cache)
 
-  return jax.vmap(one_row)(leaves, cache, ids, running)
+  counts = running.astype(jnp.int32)
+  return jax.vmap(one_row)(model.leaves, cache, ids, counts)
 
 
-@partial(jax.jit, static_argnames="module", donate_argnames="cache")
+@partial(jax.jit, donate_argnames="cache")
 def read_piece(
-  module: nn.Module,
-  frozen: Frozen,
-  leaves: Tree,
+  model: RowModel,
   cache: Cache,
   row: Int[Array, ""],
   start: Int[Array, ""],
@@ -88,7 +88,7 @@ def read_piece(
   """Reads a piece of one row's prompt: the logits of the word behind it.
 
   Args:
-    module, frozen, leaves, cache: as for `decode_rows`.
+    model, cache: as for `decode_rows`.
     row: whose prompt it is.
     start: how many of its tokens were read before. What else the row's part of
       the cache holds is another answer's, and is forgotten.
@@ -104,14 +104,10 @@ def read_piece(
   own = of_row(cache)
   # a masked slot counts 0 times, which of infinity would be no number
   past = (jnp.arange(cache.slots) < start)[None, None, :, None]
-  own = Cache(
-    own.keys,
-    tuple(jnp.where(past, x, 0) for x in own.values),
-    start[None].astype(jnp.int32),
-  )
-  mine = jax.tree.map(lambda x: x[0], of_row(leaves))
-  real = (jnp.arange(piece.shape[0]) < count)[None]
-  scores, own = _apply(module, frozen, mine, own, piece[None], real)
+  values = tuple(jnp.where(past, x, 0) for x in own.values)
+  own = Cache(own.keys, values, start[None].astype(jnp.int32))
+  mine = jax.tree.map(lambda x: x[0], of_row(model.leaves))
+  scores, own = model.read(mine, own, piece, count)
   cache = jax.tree.map(
     lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, row, axis=0),
     cache,

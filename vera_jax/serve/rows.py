@@ -18,9 +18,10 @@ for.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,11 +40,16 @@ from vera_jax.generate.row_sampling import (
 from vera_jax.generate.sampling import GREEDY, Sampling
 from vera_jax.generate.text_pieces import TextPieces
 from vera_jax.models.decoder import MULTIPLE, empty_cache
-from vera_jax.serve.row_programs import decode_rows, read_piece, resized
+from vera_jax.serve.row_programs import (
+  RowModel,
+  decode_rows,
+  read_piece,
+  resized,
+)
 from vera_jax.train.multi_adapter import empty_stack, set_slot
 
 if TYPE_CHECKING:
-  from vera_jax.serve.bank import AdapterBank
+  from vera_jax.serve.bank import AdapterBank, Held
 
 log = logging.getLogger(__name__)
 SHORTEST = 128  # slots of the shortest cache; each next one has twice as many
@@ -55,15 +61,21 @@ class QueueFull(UserError):
   """As many requests wait, of all clients or of this one, as may."""
 
 
+class TooLong(UserError):
+  """Prompt and answer are longer than a row."""
+
+
 @dataclass(frozen=True)
 class Request:
   """What is asked for.
 
   Attributes:
     prompt: its tokens.
-    adapter: its name in the bank; None for the base alone.
+    adapter: its name in the bank, or what the bank had under a name; None for
+      the base alone.
     how: the rule by which words are chosen.
-    max_new_tokens: the most tokens of the answer.
+    max_new_tokens: the most tokens of the answer; None: as many as a row has
+      room for.
     stop: texts that end the answer, and are no part of it.
     seed: of the words that are drawn.
     logprobs: how many alternatives come with each token, 0 for its own log
@@ -72,9 +84,9 @@ class Request:
   """
 
   prompt: tuple[int, ...]
-  adapter: str | None = None
+  adapter: "Held | str | None" = None
   how: Sampling = GREEDY
-  max_new_tokens: int = 64
+  max_new_tokens: int | None = 64
   stop: tuple[str, ...] = ()
   seed: int = 0
   logprobs: int | None = None
@@ -95,8 +107,8 @@ class Token(NamedTuple):
       words. None in all others.
   """
 
-  id: int
-  text: str
+  id: int = -1
+  text: str = ""
   logprob: float | None = None
   top: tuple[tuple[int, float], ...] = ()
   finish: str | None = None
@@ -107,18 +119,21 @@ class Ticket:
   """A request that was taken.
 
   Attributes:
-    request: as submitted.
+    request: as submitted, with the most tokens that its answer may have.
     number: in the order of arrival.
     error: why the answer failed, if it did.
+    waited: seconds until it had a row.
   """
 
   request: Request
   number: int
   error: str = ""
+  waited: float = 0.0
   on_token: Callable[[Token], None] = field(repr=False, kw_only=True)
-  adapter: Any = field(repr=False, kw_only=True)  # the bank's `Held`
+  adapter: "Held" = field(repr=False, kw_only=True)
   key: Any = field(repr=False, kw_only=True)
   pieces: TextPieces = field(repr=False, kw_only=True)
+  submitted: float = field(default_factory=time.monotonic, repr=False)
   cancelled: bool = False
   read: int = 0  # tokens of the prompt
   written: int = 0  # tokens of the answer
@@ -177,7 +192,8 @@ class Rows:
     cache = empty_cache(config, rows, self._sizes[0], dtype)
     self._cache = jax.tree.map(jnp.copy, cache)  # donated: no array twice
     base = bank.vectors(bank.held(None))
-    self._leaves = empty_stack(base, capacity=rows)
+    leaves = empty_stack(base, capacity=rows)
+    self._model = RowModel(bank.module, bank.frozen, leaves)
     self._rows: list[Ticket | None] = [None] * rows
     self._waiting: deque[Ticket] = deque()
     self._numbers = count()
@@ -214,19 +230,23 @@ class Rows:
 
     Raises:
       QueueFull: too many requests wait.
-      UserError: the bank has no such adapter, the prompt has no room, or a
-        setting is none.
+      TooLong: prompt and answer have no room in a row.
+      UserError: the bank has no such adapter, or a setting is none.
     """
-    how, generator = request.how, self._bank.generator
-    how.check()
-    generator.check(request.prompt, max_new_tokens=request.max_new_tokens)
-    total = len(request.prompt) + request.max_new_tokens
-    if total > self.length:
-      raise UserError(
-        f"The prompt has {len(request.prompt)} tokens, and with"
-        f" {request.max_new_tokens} new ones they are more than the"
-        f" {self.length} of a row: shorten it, or lower max_new_tokens."
+    request.how.check()
+    generator, prompt = self._bank.generator, request.prompt
+    room = self.length - len(prompt)
+    if request.max_new_tokens is None:
+      request = replace(request, max_new_tokens=max(room, 1))
+    most = request.max_new_tokens
+    assert most is not None
+    if most > room:
+      raise TooLong(
+        f"The prompt has {len(prompt)} tokens, and with {most} new ones they"
+        f" are more than the {self.length} of a row: shorten it, or lower"
+        " max_new_tokens."
       )
+    generator.check(prompt, max_new_tokens=most)
     if request.logprobs is not None and not 0 <= request.logprobs <= TOP:
       raise UserError(
         f"logprobs is {request.logprobs}; it is a number from 0 to {TOP}."
@@ -286,7 +306,7 @@ class Rows:
         self._waiting.clear()
       for ticket in rest:
         ticket.error = f"The scheduler failed: {error}"
-        self._end(ticket, ERROR)
+        self._hand_out(ticket, Token(finish=ERROR))
       raise
 
   def step(self) -> bool:
@@ -318,8 +338,7 @@ class Rows:
     bank = self._bank
     row_keys(0, [0])
     for name in (None, *list(bank)[:1]):
-      vectors = bank.vectors(bank.held(name))
-      self._leaves = set_slot(self._leaves, np.int32(0), vectors)
+      self._load(0, bank.held(name))
     for size in self._sizes:
       self._fit(size)
       for piece in self._pieces:
@@ -332,26 +351,28 @@ class Rows:
     """Frees the rows of what was cancelled, and gives free rows away."""
     with self._lock:
       gone = [x for x in (*self._rows, *self._waiting) if x and x.cancelled]
-      for ticket in gone:
-        if ticket in self._waiting:
-          self._waiting.remove(ticket)
+      self._waiting = deque(x for x in self._waiting if not x.cancelled)
     for ticket in gone:
-      self._end(ticket, CANCELLED)
-    begun: list[tuple[int, Ticket]] = []
-    with self._lock:
-      for row, held in enumerate(self._rows):
-        if held is None and self._waiting:
-          self._rows[row] = ticket = self._waiting.popleft()
-          begun.append((row, ticket))
-    for row, ticket in begun:
-      vectors = self._bank.vectors(ticket.adapter)
-      self._leaves = set_slot(self._leaves, np.int32(row), vectors)
+      self._hand_out(ticket, Token(finish=CANCELLED))
+    for row, held in enumerate(self._rows):
+      if held is not None or not self._waiting:
+        continue
+      with self._lock:
+        self._rows[row] = ticket = self._waiting.popleft()
+      ticket.waited = time.monotonic() - ticket.submitted
+      self._load(row, ticket.adapter)
       request = ticket.request
       self._history[row, : len(request.prompt)] = request.prompt
       self._lengths[row] = len(request.prompt)
       logprobs = request.logprobs is not None
       self._rules.set(row, request.how, ticket.key, logprobs=logprobs)
     return bool(gone) or self.running > 0
+
+  def _load(self, row: int, adapter: "Held") -> None:
+    """Puts an adapter's vectors into a row."""
+    vectors = self._bank.vectors(adapter)
+    leaves = set_slot(self._model.leaves, np.int32(row), vectors)
+    self._model = self._model.replace(leaves=leaves)
 
   def _read(self, row: int) -> None:
     """A piece of a row's prompt; behind the last one, the first word."""
@@ -392,27 +413,17 @@ class Rows:
     size = next(size for size in self._pieces if size >= len(tokens))
     piece = np.zeros(size, np.int32)
     piece[: len(tokens)] = tokens
+    at = map(np.int32, (row, start))
     logits, self._cache = read_piece(
-      self._bank.model["module"],
-      self._bank.frozen,
-      self._leaves,
-      self._cache,
-      np.int32(row),
-      np.int32(start),
-      piece,
-      np.int32(len(tokens)),
+      self._model, self._cache, *at, piece, np.int32(len(tokens))
     )
     return logits
 
   def _decode_rows(self) -> Any:
     last = self._history[np.arange(len(self._rows)), self._lengths - 1]
+    # copied, for it is written to while the program may still run
     logits, self._cache = decode_rows(
-      self._bank.model["module"],
-      self._bank.frozen,
-      self._leaves,
-      self._cache,
-      last,
-      self._running.copy(),  # written to while the program may still run
+      self._model, self._cache, last, self._running.copy()
     )
     return logits
 
@@ -429,7 +440,7 @@ class Rows:
     request, pieces = ticket.request, ticket.pieces
     if not words.finite[at]:
       ticket.error = self._bank.generator.not_numbers()
-      self._end(ticket, ERROR)
+      self._hand_out(ticket, Token(finish=ERROR))
       return
     token = int(words.ids[at])
     self._history[row, self._lengths[row]] = token
@@ -454,16 +465,14 @@ class Rows:
         logprob=float(words.logprobs[at]),
         top=tuple(likeliest)[: request.logprobs],
       )
-    self._end(ticket, finish, answer)
+    self._hand_out(ticket, answer)
 
-  def _end(
-    self, ticket: Ticket, finish: str | None, token: Token | None = None
-  ) -> None:
-    """Hands out a token; with a `finish` it is the last, and the row is free.
+  def _hand_out(self, ticket: Ticket, token: Token) -> None:
+    """Hands out a token; behind the last one the row is free.
 
     The row is free first, so that who hears of the end finds it so.
     """
-    if finish is not None:
+    if token.finish is not None:
       with self._lock:
         if ticket in self._rows:
           row = self._rows.index(ticket)
@@ -471,7 +480,7 @@ class Rows:
           self._running[row] = False
           self._rules.set(row, GREEDY, ticket.key, logprobs=False)
     try:
-      ticket.on_token(token or Token(-1, "", finish=finish))
+      ticket.on_token(token)
     except Exception as error:
       log.exception("A request is given up: its on_token failed.")
-      ticket.error, ticket.cancelled = str(error), finish is None
+      ticket.error, ticket.cancelled = str(error), token.finish is None

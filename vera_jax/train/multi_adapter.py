@@ -14,8 +14,8 @@ each on the examples that are its own:
   state, metrics = step(state, bank.frozen, batch, key)
   bank.params = state.params
 
-Train with a bank whose adapters all lie on the device (`resident=None`): the
-optimiser's state belongs to a place in the stack, and not to a name.
+The bank's adapters all lie on the device (`resident=None`, else `bank.model` is
+refused): the optimiser's state belongs to a place in the stack, not to a name.
 """
 
 from collections.abc import Sequence
