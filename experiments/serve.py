@@ -205,7 +205,7 @@ def serve(
 
   server = Server(
     uvicorn.Config(
-      service.application(),
+      service,
       log_config=None,
       access_log=False,
       proxy_headers=False,

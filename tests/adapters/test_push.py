@@ -35,8 +35,19 @@ for ask in (
   except UserError as error:
     print(error)
 from absl import flags
-from experiments import merge
-base = f"--base={load_adapter(adapter).about['base']}"
+from starlette.testclient import TestClient
+from experiments import cli, merge
+from experiments.serve import named_adapters
+from vera_jax.serve.bank import AdapterBank
+from vera_jax.serve.http import Service
+folder = load_adapter(adapter).about["base"]
+places, _ = named_adapters([f"films={name}@v1"])
+served = {key: cli.load_any_adapter(x, None) for key, x in places.items()}
+bank = AdapterBank(served, base=folder)
+client = TestClient(Service(bank, base="tiny"), base_url="http://localhost")
+asked = client.post("/v1/classify", json={"model": "films", "input": "word1"})
+print(asked.json()["data"][0]["score"])
+base = f"--base={folder}"
 flags.FLAGS(["merge", f"--adapter={name}@v1", f"--out={out}", base])
 merge.main()
 """
@@ -44,7 +55,9 @@ merge.main()
 
 @pytest.mark.slow
 def test_to_the_hub_and_back(random_adapter, tiny_model, tmp_path):
-  """All that the hub gets is as it is here, but for this machine's paths."""
+  """All that the hub gets is as it is here, but for this machine's paths; by
+  its id it is loaded, merged and served."""
+  pytest.importorskip("starlette.testclient")
   adapter, store = random_adapter("head", task="sst2"), tmp_path / "store"
   store.mkdir()
   about = json.loads((adapter / "adapter.json").read_text())
@@ -84,7 +97,7 @@ def test_to_the_hub_and_back(random_adapter, tiny_model, tmp_path):
       capture_output=True,
       text=True,
     )
-    newest, v1, v2, refused, *_ = asked.stdout.splitlines()
+    newest, v1, v2, refused, served, *_ = asked.stdout.splitlines()
     for found in (newest, v1):
       assert sorted(file.name for file in Path(found).iterdir()) == files
     assert v2.startswith(f"There is no adapter folder {NAME}@v2 here, and")
@@ -98,6 +111,7 @@ def test_to_the_hub_and_back(random_adapter, tiny_model, tmp_path):
   label, score, *_ = answer.stdout.split("\t")
   assert label == wanted.label
   assert float(score) == pytest.approx(wanted.score, abs=2e-6)
+  assert float(served) == pytest.approx(wanted.score, abs=2e-6)
   merged = Predictor(load_classifier(tmp_path / "merged"))
   assert merged.answers(["word1"])[0].score == pytest.approx(wanted.score)
 

@@ -9,6 +9,7 @@ from typing import Any
 from vera_jax.data.chat import chat_ids
 from vera_jax.data.completions import begin_of_text
 from vera_jax.data.templates import CHAT, PLAIN, alpaca_prompt
+from vera_jax.errors import UserError
 from vera_jax.models.decoder import Cache
 
 
@@ -45,10 +46,18 @@ def conversation_ids(
     template: a name in `data.templates.TEMPLATES`.
 
   Raises:
-    UserError: as for `chat_ids`.
+    UserError: as for `chat_ids`, or without a chat template the messages are
+      no such turns.
   """
   if template == CHAT:
     return chat_ids(tokenizer, messages)
+  roles = [message["role"] for message in messages]
+  turns = [("user", "assistant")[i % 2] for i in range(len(roles))]
+  if roles != turns or roles[-1] != "user":
+    raise UserError(
+      f"In the form {template} there are messages of user and assistant by"
+      " turns, the last one the user's."
+    )
   text = ""
   for message in messages:
     content = message["content"]

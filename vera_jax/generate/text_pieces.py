@@ -33,22 +33,22 @@ class TextPieces:
   def add(self, token: int) -> str:
     """The text that is certain now, "" for none."""
     self._ids.append(token)
-    shown = self._decode(self._ids[self._first : self._next])
-    text = self._decode(self._ids[self._first :])
-    if text.endswith(BROKEN) or len(text) <= len(shown):
+    text = self._new()
+    if not text or text.endswith(BROKEN):
       return ""
     self._first, self._next = self._next, len(self._ids)
-    return self._certain(text[len(shown) :])
+    return self._certain(text)
 
   def finish(self) -> str:
     """What was held back, once there are no more tokens."""
+    piece = self._certain(self._new())
+    held, self._held = self._held, ""
+    return piece + held
+
+  def _new(self) -> str:
+    """The text of the tokens that have given none."""
     shown = self._decode(self._ids[self._first : self._next])
-    text = self._decode(self._ids[self._first :])
-    piece = self._certain(text[len(shown) :])
-    if self.stopped:
-      return piece
-    piece, self._held = piece + self._held, ""
-    return piece
+    return self._decode(self._ids[self._first :])[len(shown) :]
 
   def _certain(self, more: str) -> str:
     if self.stopped:

@@ -6,12 +6,20 @@ refused by its name unless it has the value that changes nothing.
 """
 
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+  BaseModel,
+  BeforeValidator,
+  ConfigDict,
+  Field,
+  model_validator,
+)
 
 from vera_jax.generate.row_sampling import TOP
 from vera_jax.generate.sampling import GREEDY, Sampling
+from vera_jax.serve.bank import Held
+from vera_jax.serve.rows import Request
 
 # Fields that change no answer.
 WITHOUT_EFFECT = (
@@ -35,9 +43,22 @@ UNUSED: dict[str, tuple[Any, ...]] = {
   "response_format": ({"type": "text"},),
 }
 SMALLEST = 1e-3  # temperature; logits divided by less may overflow
-Name = Annotated[str, Field(min_length=1, max_length=200)]
+T = TypeVar("T")
+Name = Annotated[  # without characters that can't be shown
+  str, Field(min_length=1, max_length=200, pattern=r"^\P{C}*$")
+]
 Positive = Annotated[int, Field(ge=1)]
-Tokens = list[Annotated[int, Field(ge=0)]]
+Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# what one request may have: prompts, or texts to classify
+Several = Annotated[list[T], Field(min_length=1, max_length=256)]
+
+
+@BeforeValidator
+def listed(value: Any) -> Any:
+  """One text, or one text's tokens, counts as a list of one."""
+  tokens = isinstance(value, list) and value and isinstance(value[0], int)
+  return [value] if tokens or isinstance(value, str) else value
 
 
 class Fields(BaseModel):
@@ -78,7 +99,7 @@ class Writing(Fields):
   top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
   top_k: Annotated[int, Field(ge=-1, le=10**6)] = 0  # 0, -1: all
   seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-  stop: str | Annotated[list[str], Field(max_length=4)] = []
+  stop: Annotated[list[str], listed, Field(max_length=4)] = []
   stream: bool = False
   stream_options: StreamOptions = StreamOptions()
 
@@ -86,43 +107,19 @@ class Writing(Fields):
   def _fit(self) -> "Writing":
     if 0 < self.temperature < SMALLEST:
       raise ValueError(f"temperature is 0, or {SMALLEST} and more")
-    if "" in self.stops:
+    if "" in self.stop:
       raise ValueError("stop has an empty text, which would end any answer")
     if "stream_options" in self.model_fields_set and not self.stream:
       raise ValueError("stream_options has an effect only with stream")
     return self
 
-  @property
-  def how(self) -> Sampling:
-    """The rule by which words are chosen."""
-    if not self.temperature:  # top_p and top_k can leave out no likeliest word
-      return GREEDY
-    return Sampling(self.temperature, max(self.top_k, 0), self.top_p)
-
-  @property
-  def stops(self) -> tuple[str, ...]:
-    return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-  @property
-  def drawn_by(self) -> int:
-    """The seed; without one the words are others each time."""
-    return secrets.randbelow(2**31) if self.seed is None else self.seed
-
 
 class Completion(Writing):
   """POST /v1/completions; one answer to each prompt."""
 
-  prompt: str | list[str] | Tokens | list[Tokens]
+  prompt: Annotated[Several[str] | Several[Tokens], listed]
   max_tokens: Positive | None = 16
   logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
-
-  @property
-  def prompts(self) -> list[str] | list[Tokens]:
-    """Texts, or texts as tokens."""
-    prompt: Any = self.prompt
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-      return [prompt]
-    return prompt
 
   @property
   def alternatives(self) -> int | None:
@@ -176,11 +173,39 @@ class Chat(Writing):
     return self.top_logprobs if self.logprobs else None
 
 
+def as_request(
+  body: Completion | Chat, prompt: list[int], adapter: Held, client: str
+) -> Request:
+  """What the scheduler is asked for."""
+  how = Sampling(body.temperature, max(body.top_k, 0), body.top_p)
+  if not body.temperature:  # top_p and top_k can leave out no likeliest word
+    how = GREEDY
+  return Request(
+    tuple(prompt),
+    adapter,
+    how,
+    body.max_tokens,
+    tuple(body.stop),
+    # without a seed the words are others each time
+    secrets.randbelow(2**31) if body.seed is None else body.seed,
+    body.alternatives,
+    client,
+  )
+
+
 class Classification(Fields):
   """POST /v1/classify: texts, pairs of texts, or images in base64."""
 
   model: Name
-  input: str | list[str] | list[Annotated[list[str], Field(max_length=2)]]
+  input: Annotated[Several[str] | Several[Pair], listed]
+
+  @property
+  def columns(self) -> tuple[list[str], list[str] | None]:
+    """The first texts, and of pairs the second ones."""
+    texts: Any = self.input
+    if isinstance(texts[0], str):
+      return texts, None
+    return [first for first, _ in texts], [second for _, second in texts]
 
 
 class Load(Fields):

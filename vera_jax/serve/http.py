@@ -1,7 +1,6 @@
 """A bank's answers over HTTP, in the words of OpenAI's and vLLM's interfaces.
 
-  app = Service(bank, base="smollm2", rows=Rows(bank)).application()
-  uvicorn.run(app)
+  uvicorn.run(Service(bank, base="smollm2", rows=Rows(bank)))
 
 A request's `model` names the adapter that answers, or the base. The name is
 looked up once, when the request is taken: the answer is by the vectors that it
@@ -19,23 +18,24 @@ import logging
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from vera_jax.adapters.files import SavedAdapter, load_adapter
 from vera_jax.data.completions import Completions, prompt_ids
@@ -44,7 +44,7 @@ from vera_jax.errors import UserError
 from vera_jax.generate.conversation import conversation_ids
 from vera_jax.generate.text_pieces import BROKEN
 from vera_jax.models.family import IMAGES
-from vera_jax.serve.bank import AdapterBank
+from vera_jax.serve.bank import AdapterBank, Held
 from vera_jax.serve.bodies import (
   Chat,
   Classification,
@@ -52,7 +52,9 @@ from vera_jax.serve.bodies import (
   Fields,
   Load,
   Unload,
+  as_request,
 )
+from vera_jax.serve.predictor import Answer
 from vera_jax.serve.rows import (
   CANCELLED,
   ERROR,
@@ -61,14 +63,24 @@ from vera_jax.serve.rows import (
   Rows,
   Ticket,
   Token,
+  TooLong,
 )
 from vera_jax.terminal import json_line, printable
 
 log = logging.getLogger(__name__)
 GONE = 499  # what proxies log for a client that has gone away
 HEALTH = "/healthz"
-LOCAL = ("127.0.0.1", "localhost", "[::1]")  # names of this machine
-STREAM = "text/event-stream"
+LOCAL = {"127.0.0.1", "localhost", "[::1]"}  # names of this machine
+HEADERS = {  # that go with errors
+  401: {"WWW-Authenticate": "Bearer"},
+  408: {"X-Should-Retry": "false"},
+  429: {"Retry-After": "1"},
+  503: {"Retry-After": "5"},
+}
+CODES = {  # what the package refuses, as OpenAI names it
+  QueueFull: (429, "queue_full"),
+  TooLong: (400, "context_length_exceeded"),
+}
 F = TypeVar("F", bound=Fields)
 T = TypeVar("T")
 
@@ -79,124 +91,108 @@ class Limits:
 
   Attributes:
     body: bytes of a request's body.
-    texts: prompts, or texts to classify, in one request.
     clients: requests that are open at once.
     seconds: from a request's first byte to its answer's last.
   """
 
   body: int = 2**20
-  texts: int = 256
   clients: int = 256
   seconds: float = 300.0
 
 
-class Refused(Exception):
+class Refused(HTTPException):
   """An error that the client gets, as OpenAI writes them."""
 
   def __init__(
     self,
     status: int,
     message: str,
-    *,
     code: str | None = None,
     param: str | None = None,
-    **headers: str,
   ) -> None:
-    super().__init__(message)
-    self.status = status
+    super().__init__(status, message, HEADERS.get(status))
     kind = "invalid_request_error" if status < 500 else "server_error"
-    if status == HTTPStatus.TOO_MANY_REQUESTS:
-      kind = "rate_limit_error"
+    kind = "rate_limit_error" if status == 429 else kind
     fields = {"message": message, "type": kind, "param": param, "code": code}
     self.object = {"error": fields}
-    self.headers = headers
-
-  def response(self) -> JSONResponse:
-    return JSONResponse(self.object, self.status, headers=self.headers)
+    self.response = JSONResponse(self.object, status, self.headers)
 
 
+@dataclass(eq=False)
 class Service:
-  """What the server knows, and what it does at each address."""
+  """An application that a server such as uvicorn runs.
 
-  def __init__(
-    self,
-    bank: AdapterBank,
-    *,
-    base: str,
-    rows: Rows | None = None,
-    template: str | None = None,
-    token: str | None = None,
-    limits: Limits | None = None,
-    folders: Sequence[Path] = (),
-    load: Callable[[Path], SavedAdapter] = load_adapter,
-    on_failure: Callable[[], None] = lambda: None,
-  ) -> None:
-    """A service; `application` makes it known to a server.
+  Attributes:
+    bank: of the adapters that may be named.
+    base: the name by which the base alone is asked.
+    rows: of a bank that writes; it steps in a thread of the application.
+    template: what messages are put into; None: what the adapter was trained
+      with, else the tokenizer's chat template.
+    token: what clients have to bring; None: nothing.
+    limits: what is refused.
+    folders: below which adapters may be loaded; none: nowhere.
+    load: reads an adapter's folder.
+    on_failure: called where the scheduler fails, and nothing can be answered
+      any more.
+    failed: whether it has.
 
-    Args:
-      bank: of the adapters that may be named.
-      base: the name by which the base alone is asked.
-      rows: of a bank that writes; it steps in a thread of the application.
-      template: what messages are put into; None: what the adapter was trained
-        with, else the tokenizer's chat template.
-      token: what clients have to bring; None: nothing.
-      limits: what is refused.
-      folders: below which adapters may be loaded; none: nowhere.
-      load: reads an adapter's folder.
-      on_failure: called where the scheduler fails, and nothing can be answered
-        any more.
+  Raises:
+    UserError: an adapter has the base's name.
+  """
 
-    Raises:
-      UserError: an adapter has the base's name.
-    """
-    if base in bank:
+  bank: AdapterBank
+  _: KW_ONLY
+  base: str
+  rows: Rows | None = None
+  template: str | None = None
+  token: str | None = None
+  limits: Limits = Limits()
+  folders: Sequence[Path] = ()
+  load: Callable[[Path], SavedAdapter] = load_adapter
+  on_failure: Callable[[], None] = lambda: None
+  failed: bool = field(default=False, init=False)
+
+  def __post_init__(self) -> None:
+    if self.base in self.bank:
       raise UserError(
-        f"An adapter and the base have the same name, {base!r}: give the base"
-        " another (--name)."
+        f"An adapter and the base have the same name, {self.base!r}: give the"
+        " base another (--name)."
       )
-    self.bank, self.base, self.rows = bank, base, rows
-    self.template = template
-    self.limits = limits or Limits()
-    self.folders = [folder.resolve() for folder in folders]
-    self.began = int(time.time())
-    self.token, self._read_adapter, self._on_failure = token, load, on_failure
-    self._loading = threading.Lock()  # one load or removal at a time
+    self.folders = [folder.resolve() for folder in self.folders]
+    self._began = int(time.time())
     self._tokenizing = threading.Lock()  # a tokenizer is one thread's
-    self._open: set[_Answers] = set()
+    self._open: set[_Call] = set()
     self._stop = threading.Event()
     self._loop: asyncio.AbstractEventLoop | None = None
-    self.failed = False  # the scheduler
 
-  def application(self) -> ASGIApp:
-    """What a server such as uvicorn takes."""
-    post, get = ["POST"], ["GET"]
-    app = Starlette(
+    def post(path: str, answer: Callable[..., Any], **form: Any) -> Route:
+      return Route(path, partial(answer, **form), methods=["POST"])
+
+    self._routes = Starlette(
       routes=[
-        Route(HEALTH, self.health, methods=get),
-        Route("/v1/models", self.models, methods=get),
-        Route("/v1/models/{name:path}", self.model, methods=get),
-        Route("/v1/completions", self.complete, methods=post),
-        Route("/v1/chat/completions", self.chat, methods=post),
-        Route("/v1/classify", self.classify, methods=post),
-        Route("/v1/load_lora_adapter", self.load, methods=post),
-        Route("/v1/unload_lora_adapter", self.unload, methods=post),
+        Route(HEALTH, self.health),
+        Route("/v1/models", self.models),
+        Route("/v1/models/{name:path}", self.model),
+        post("/v1/completions", self.write, form=Completion),
+        post("/v1/chat/completions", self.write, form=Chat),
+        post("/v1/classify", self.classify),
+        post("/v1/load_lora_adapter", self.change, form=Load),
+        post("/v1/unload_lora_adapter", self.change, form=Unload),
       ],
       exception_handlers={
-        Refused: _refuse,
-        UserError: _refuse,
         HTTPException: _refuse,
+        UserError: _refuse,
         Exception: _refuse,
         ClientDisconnect: lambda *_: Response(status_code=GONE),
       },
       lifespan=self._running,
     )
-    return _Guard(app, self)
 
   def give_up(self) -> None:
     """Ends all answers that are being written, with an error for each."""
     self._stop.set()
-    for answers in list(self._open):
-      answers.close()
+    for call in list(self._open):
+      call.close()
 
   def give_up_after(self, seconds: float) -> None:
     """The same in some time; a handler of signals may call this."""
@@ -207,10 +203,7 @@ class Service:
   async def _running(self, app: Starlette) -> AsyncIterator[None]:
     """The scheduler's thread, as long as the application runs."""
     self._loop = asyncio.get_running_loop()
-    if self.rows is None:
-      yield
-      return
-    thread = threading.Thread(target=self._step, args=[self.rows], name="rows")
+    thread = threading.Thread(target=self._step, name="rows")
     thread.start()
     try:
       yield
@@ -218,116 +211,182 @@ class Service:
       self.give_up()
       await run_in_threadpool(thread.join)
 
-  def _step(self, rows: Rows) -> None:
+  def _step(self) -> None:
     try:
-      rows.run(self._stop)
+      if self.rows is not None:
+        self.rows.run(self._stop)
     except Exception:  # those who wait have an error
       self.failed = True
       log.exception("The scheduler failed: nothing is answered any more.")
-      self._on_failure()
+      self.on_failure()
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    """What holds for every request: its token, its time, a line of log."""
+    if scope["type"] != "http":  # the server's start and end
+      await self._routes(scope, receive, send)
+      return
+    began = time.monotonic()
+    call = scope["call"] = _Call()
+
+    async def watched(message: Message) -> None:
+      if message["type"] == "http.response.start":
+        call.status = message["status"]
+      await send(message)
+
+    self._open.add(call)
+    try:
+      async with asyncio.timeout(self.limits.seconds) as within:
+        refused = self._refused(scope["path"], Headers(scope=scope))
+        answer = refused.response if refused else self._routes
+        await answer(scope, receive, watched)
+    except TimeoutError:
+      if not within.expired():
+        raise
+      late = Refused(
+        408, f"It took longer than {self.limits.seconds:g} seconds.", "timeout"
+      )
+      if not call.status:
+        await late.response(scope, receive, watched)
+      else:  # a stream; whoever doesn't read it gets no more
+        body = _event(late.object).encode()
+        with suppress(TimeoutError):
+          async with asyncio.timeout(1.0):
+            await send({"type": "http.response.body", "body": body})
+    finally:
+      call.close()
+      self._open.discard(call)
+      client = (scope.get("client") or "-")[0]
+      path = printable(scope["path"])[:80]
+      left = call.left and call.status == 200
+      status = GONE if left else call.status or GONE
+      waited = max((ticket.waited for ticket in call.tickets), default=0.0)
+      seconds = time.monotonic() - began
+      # what was asked and answered is not in it
+      log.info(
+        f"{client} {scope['method']} {path} {status}"
+        f" model={printable(call.model)} in={call.asked} out={call.answered}"
+        f" waited={waited:.3f}s {seconds:.3f}s"
+      )
+
+  def _refused(self, path: str, headers: Headers) -> Refused | None:
+    """What is wrong with a request whatever it asks for."""
+    if path == HEALTH:
+      return None
+    if self.token is None:
+      # A page of the web may have given its own name this machine's address.
+      host = headers.get("host", "")
+      if not LOCAL & {host, host.rpartition(":")[0]}:
+        return Refused(403, "Without a token only this machine is answered.")
+    else:
+      brought = headers.get("authorization", "").encode()
+      if not hmac.compare_digest(brought, f"Bearer {self.token}".encode()):
+        return Refused(
+          401,
+          "The token is missing or wrong: Authorization: Bearer TOKEN.",
+          "invalid_api_key",
+        )
+    if len(self._open) > self.limits.clients:
+      text = "Too many requests are open at once; ask again later."
+      return Refused(429, text, "too_many_clients")
+    return None
 
   # What is asked for.
 
   async def health(self, request: HttpRequest) -> Response:
     """GET /healthz, without a token."""
-    rows = self.rows
+    rows, ends = self.rows, self.failed or self._stop.is_set()
     waits = {"running": rows.running, "waiting": rows.waiting} if rows else {}
-    if self.failed or self._stop.is_set():
-      return JSONResponse({"status": "ends", **waits}, 503)
-    return JSONResponse({"status": "ok", **waits})
+    status = {"status": "ends" if ends else "ok", **waits}
+    return JSONResponse(status, 503 if ends else 200)
 
   async def models(self, request: HttpRequest) -> Response:
     """GET /v1/models: the base, where it answers, and all adapters."""
     names = [self.base] if self.rows else []
     names += await run_in_threadpool(list, self.bank)  # it may wait for a lock
-    data = [self._described(name) for name in names]
+    data = list(map(self._described, names))
     return JSONResponse({"object": "list", "data": data})
 
   async def model(self, request: HttpRequest) -> Response:
     """GET /v1/models/NAME."""
     name = request.path_params["name"]
-    await self._adapter(request, name)
+    await run_in_threadpool(self._held, name)
     return JSONResponse(self._described(name))
 
   def _described(self, name: str) -> dict[str, Any]:
-    is_base = name == self.base
     return {
       "id": name,
       "object": "model",
-      "created": self.began,
+      "created": self._began,
       "owned_by": "vera_jax",
       "root": self.base,
-      "parent": None if is_base else self.base,
+      "parent": None if name == self.base else self.base,
     }
 
-  async def complete(self, request: HttpRequest) -> Response:
-    """POST /v1/completions."""
-    body = await self._body(request, Completion)
-    prompts = body.prompts
-    self._check_texts(prompts, "prompt")
+  async def write(
+    self, request: HttpRequest, *, form: type[Completion] | type[Chat]
+  ) -> Response:
+    """POST /v1/completions and /v1/chat/completions: the answer to each
+    prompt, at once or as it is written."""
+    body = await self._body(request, form)
+    call: _Call = request.scope["call"]
+    if self.rows is None:
+      raise Refused(400, "The models here classify: ask /v1/classify.")
 
-    def encoded(about: dict[str, Any]) -> list[list[int]]:
-      texts: Any = prompts
+    def encoded() -> tuple[Held, list[list[int]]]:
+      held = self._held(body.model)
+      with self._tokenizing:
+        return held, self._encoded(body, held.owner.about)
+
+    held, prompts = await run_in_threadpool(encoded)
+    call.model, call.asked = body.model, sum(map(len, prompts))
+    if self._stop.is_set() or self.failed:
+      raise _ends()
+    client = request.client.host if request.client else ""
+    requests = [as_request(body, x, held, client) for x in prompts]
+    call.submit(self.rows, requests)
+    answer = _Answer(body, self.bank.generator.tokenizer.decode, call)
+    if body.stream:
+      never = {"Cache-Control": "no-cache"}
+      events = answer.events()
+      return StreamingResponse(events, 200, never, "text/event-stream")
+    return JSONResponse(await _unless_gone(request, answer.whole()))
+
+  def _encoded(
+    self, body: Completion | Chat, about: dict[str, Any]
+  ) -> list[list[int]]:
+    """The prompts' tokens, in the form that an adapter was trained on."""
+    tokenizer = self.bank.generator.tokenizer
+    if isinstance(body, Completion):
+      prompts: Any = body.prompt
       if not isinstance(prompts[0], str):
-        return texts
+        return prompts
       how = Completions("left", about.get("separate") is True)
-      return prompt_ids(self.bank.generator.tokenizer, texts, how=how)
-
-    return await self._write(request, body, encoded)
-
-  async def chat(self, request: HttpRequest) -> Response:
-    """POST /v1/chat/completions."""
-    body = await self._body(request, Chat)
+      return prompt_ids(tokenizer, prompts, how=how)
+    template = self.template or about.get("template")
+    if not template and not tokenizer.chat_template:
+      raise Refused(
+        400,
+        f"{body.model} was not trained to answer messages: ask it by"
+        " /v1/completions to continue a text.",
+      )
     messages = [message.written for message in body.messages]
-
-    def encoded(about: dict[str, Any]) -> list[list[int]]:
-      tokenizer = self.bank.generator.tokenizer
-      template = self.template or about.get("template")
-      if not template and not tokenizer.chat_template:
-        raise Refused(
-          400,
-          f"{body.model} was not trained to answer messages: ask it by"
-          " /v1/completions to continue a text.",
-          param="model",
-        )
-      template = template or CHAT
-      turns = [message["role"] for message in messages]
-      by_turns = (["user", "assistant"] * len(turns))[: len(turns)]
-      if template != CHAT and (turns != by_turns or turns[-1] != "user"):
-        raise Refused(
-          400,
-          f"In the form {template} there are messages of user and assistant by"
-          " turns, the last one the user's.",
-          param="messages",
-        )
-      return [conversation_ids(tokenizer, messages, template=template)]
-
-    return await self._write(request, body, encoded)
+    return [conversation_ids(tokenizer, messages, template=template or CHAT)]
 
   async def classify(self, request: HttpRequest) -> Response:
     """POST /v1/classify, by adapters that classify."""
     body = await self._body(request, Classification)
-    if self.rows is not None:
-      raise Refused(400, "The models here write texts and classify none.")
-    adapter = await self._adapter(request, body.model)
-    texts: Any = [body.input] if isinstance(body.input, str) else body.input
-    self._check_texts(texts, "input")
 
-    def ask() -> tuple[Sequence[str], Sequence[Any]]:
-      first, second = texts, None
-      if isinstance(texts[0], list):
-        if not all(len(pair) == 2 for pair in texts):
-          raise Refused(400, "A pair has two texts.", param="input")
-        first, second = map(list, zip(*texts, strict=True))
-      while True:  # again, if it was replaced meanwhile: labels are one's own
-        held = self.bank.held(adapter)
-        if held.owner.family.reads == IMAGES:
-          first = [_image(text) for text in texts]
-        answers = self.bank.answers(first, second, adapters=str(adapter))
-        if self.bank.held(adapter) is held:
-          return held.owner.labels, answers
+    def ask() -> tuple[Sequence[str], list[Answer]]:
+      first, second = body.columns
+      with self.bank.lock:  # labels and answers are one adapter's
+        owner = self._held(body.model).owner
+        if owner.family.reads == IMAGES:
+          first = list(map(_image, first))
+        answers = self.bank.answers(first, second, adapters=body.model)
+      return owner.labels, answers
 
     labels, answers = await _unless_gone(request, run_in_threadpool(ask))
+    request.scope["call"].model = body.model
     data = [
       {
         "index": index,
@@ -339,51 +398,41 @@ class Service:
       }
       for index, answer in enumerate(answers)
     ]
-    return JSONResponse(
-      {**_head("classify", "list", body.model), "classes": labels, "data": data}
-    )
+    head = _head("classify", "list", body.model)
+    return JSONResponse({**head, "classes": labels, "data": data})
 
-  async def load(self, request: HttpRequest) -> Response:
-    """POST /v1/load_lora_adapter."""
-    self._check_loading()
-    body = await self._body(request, Load)
-    if body.lora_name == self.base or not body.lora_name.isprintable():
+  async def change(
+    self, request: HttpRequest, *, form: type[Load] | type[Unload]
+  ) -> Response:
+    """POST /v1/load_lora_adapter and /v1/unload_lora_adapter; what an adapter
+    is writing is finished."""
+    if not self.folders:
       raise Refused(
-        400, "The base has this name, or it can't be shown.", param="lora_name"
+        403, "Adapters can't be loaded here: see --allow_loading.", "off"
+      )
+    body = await self._body(request, form)
+    name = request.scope["call"].model = body.lora_name
+    if name == self.base:
+      raise Refused(
+        400, "The base has this name, and stays.", None, "lora_name"
       )
 
-    def change() -> None:
-      folder = self._below(body.lora_path)
-      with self._loading:
-        there = body.lora_name in self.bank
-        if there and not body.load_inplace:
-          raise Refused(
-            400,
-            f"There is an adapter {body.lora_name} already: unload it, or"
-            " replace it by load_inplace.",
-            param="lora_name",
-          )
-        change = self.bank.replace if there else self.bank.add
-        change(body.lora_name, self._read_adapter(folder))
+    def load() -> None:
+      assert isinstance(body, Load)
+      adapter = self.load(self._below(body.lora_path))
+      with self.bank.lock:
+        there = body.load_inplace and name in self.bank
+        put = self.bank.replace if there else self.bank.add
+        put(name, adapter)
 
-    await run_in_threadpool(change)
-    request.scope["logged"]["model"] = body.lora_name
-    return JSONResponse({"loaded": body.lora_name})
+    def unload() -> None:
+      with self.bank.lock:
+        self._held(name)
+        self.bank.remove(name)
 
-  async def unload(self, request: HttpRequest) -> Response:
-    """POST /v1/unload_lora_adapter; what it is writing is finished."""
-    self._check_loading()
-    body = await self._body(request, Unload)
-    adapter = await self._adapter(request, body.lora_name)
-    if adapter is None:
-      raise Refused(400, "The base can't be unloaded.", param="lora_name")
-
-    def remove() -> None:
-      with self._loading:
-        self.bank.remove(adapter)
-
-    await run_in_threadpool(remove)
-    return JSONResponse({"unloaded": adapter})
+    done, work = ("loaded", load) if form is Load else ("unloaded", unload)
+    await run_in_threadpool(work)
+    return JSONResponse({done: name})
 
   # What these have in common.
 
@@ -393,264 +442,150 @@ class Service:
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind.lower() != "application/json":
       raise Refused(415, "The body is JSON: Content-Type: application/json.")
-    data = bytearray()
+    data, most = bytearray(), self.limits.body
     async for chunk in request.stream():
       data += chunk
-      if len(data) > self.limits.body:
-        raise Refused(
-          413,
-          f"A body has at most {self.limits.body:,} bytes here.",
-          code="request_too_large",
-        )
+      if len(data) > most:
+        text = f"A body has at most {most:,} bytes here."
+        raise Refused(413, text, "request_too_large")
     try:
       return form.model_validate_json(bytes(data))
     except ValidationError as error:
       raise _misfit(error) from None  # whose text has what was sent
 
-  def _check_texts(self, texts: Sequence[Any], param: str) -> None:
-    if not 1 <= len(texts) <= self.limits.texts:
-      raise Refused(
-        400,
-        f"{param} has {len(texts)} texts; give 1 to {self.limits.texts}.",
-        param=param,
-      )
-
-  async def _adapter(self, request: HttpRequest, name: str) -> str | None:
-    """The adapter of a name; None for the base."""
-    if name in self.bank:
-      request.scope["logged"]["model"] = name
-      return name
+  def _held(self, name: str) -> Held:
+    """The adapter of a name, or the base; what it answers, it answers whole."""
     if name == self.base and self.rows is not None:
-      request.scope["logged"]["model"] = name
-      return None
-
-    def nearest() -> list[str]:
-      names = [self.base, *self.bank]
-      return difflib.get_close_matches(name, names, 5, 0.5)
-
-    near = await run_in_threadpool(nearest)
-    hint = f" The nearest names: {', '.join(near)}." if near else ""
+      return self.bank.held(None)
+    if name in self.bank:
+      return self.bank.held(name)
+    names = [self.base, *self.bank]
+    near = ", ".join(difflib.get_close_matches(name, names, 5, 0.5))
+    hint = f" The nearest names: {near}." if near else ""
     if name == self.base:
       hint = " It is a base that answers only with an adapter."
-    raise Refused(
-      404,
-      f"There is no model {printable(name)!r}.{hint}",
-      code="model_not_found",
-      param="model",
-    )
-
-  def _check_loading(self) -> None:
-    if not self.folders:
-      raise Refused(
-        403, "Adapters can't be loaded here: see --allow_loading.", code="off"
-      )
+    text = f"There is no model {printable(name)!r}.{hint}"
+    raise Refused(404, text, "model_not_found", "model")
 
   def _below(self, name: str) -> Path:
     """An adapter's folder, if it lies below those from which may be loaded.
 
     Links are followed before that is asked.
     """
-    for root in self.folders if name.isprintable() else ():
+    for root in self.folders:
       folder = (root / name).resolve()
       if folder.is_relative_to(root) and folder != root and folder.is_dir():
         return folder
-    raise Refused(
-      400,
-      "lora_path names no folder below those that adapters come from.",
-      param="lora_path",
-    )
-
-  async def _write(
-    self,
-    request: HttpRequest,
-    body: Completion | Chat,
-    encode: Callable[[dict[str, Any]], list[list[int]]],
-  ) -> Response:
-    """The answer to each prompt, at once or as it is written."""
-    rows = self.rows
-    if rows is None:
-      raise Refused(400, "The models here classify: ask /v1/classify.")
-    adapter = await self._adapter(request, body.model)
-    logged = request.scope["logged"]
-    while True:
-      held = self.bank.held(adapter)
-      about = held.owner.about
-      prompts = await run_in_threadpool(self._encoded, encode, about)
-      requests = [
-        self._request(request, body, adapter, prompt, rows.length)
-        for prompt in prompts
-      ]
-      logged["prompt_tokens"] = sum(map(len, prompts))
-      if self._stop.is_set() or self.failed:
-        raise _ends()
-      answers = _Answers(rows, requests, logged)
-      if all(ticket.adapter is held for ticket in answers.tickets):
-        break
-      answers.close()  # replaced meanwhile: it may want another form of prompts
-    self._open.add(answers)
-    answers.closed = partial(self._open.discard, answers)
-    form = _Form(body, self.bank.generator.tokenizer.decode, logged)
-    if body.stream:
-      return _Stream(answers, form.events(answers))
-    whole: list[list[Token]] = [[] for _ in prompts]
-
-    async def collect() -> None:
-      async for number, token in answers:
-        whole[number].append(token)
-
-    try:
-      await _unless_gone(request, collect())
-    finally:
-      answers.close()
-    return JSONResponse(form.whole(whole))
-
-  def _encoded(
-    self, encode: Callable[[Any], list[list[int]]], about: dict[str, Any]
-  ) -> list[list[int]]:
-    with self._tokenizing:
-      return encode(about)
-
-  def _request(
-    self,
-    request: HttpRequest,
-    body: Completion | Chat,
-    adapter: str | None,
-    prompt: Sequence[int],
-    length: int,
-  ) -> Request:
-    """What the scheduler is asked for."""
-    room = length - len(prompt)
-    most = body.max_tokens or max(room, 1)
-    if most > room:
-      raise Refused(
-        400,
-        f"The prompt has {len(prompt)} tokens and {most} may be written; both"
-        f" together are at most {length} here.",
-        code="context_length_exceeded",
-        param="messages" if isinstance(body, Chat) else "prompt",
-      )
-    return Request(
-      tuple(prompt),
-      adapter,
-      body.how,
-      most,
-      body.stops,
-      body.drawn_by,
-      body.alternatives,
-      request.client.host if request.client else "",
-    )
+    text = "lora_path names no folder below those that adapters come from."
+    raise Refused(400, text, None, "lora_path")
 
 
-class _Answers:
-  """The tokens of some requests, as the scheduler writes them."""
+@dataclass(eq=False)
+class _Call:
+  """A request while it is open.
 
-  def __init__(
-    self, rows: Rows, requests: Sequence[Request], logged: dict[str, Any]
-  ) -> None:
-    """Submits the requests: all are taken, or none is.
+  Attributes:
+    status: of the answer; 0 before it begins.
+    model: which is asked.
+    asked, answered: tokens of prompts and answers.
+    tickets: of its prompts.
+    left: how many of them haven't ended.
+  """
+
+  status: int = 0
+  model: str = "-"
+  asked: int = 0
+  answered: int = 0
+  tickets: list[Ticket] = field(default_factory=list)
+  left: int = 0
+  _rows: Rows | None = None
+  _queue: asyncio.Queue[tuple[int, Token]] = field(
+    default_factory=asyncio.Queue
+  )
+
+  def submit(self, rows: Rows, requests: Sequence[Request]) -> None:
+    """Asks the scheduler; where it doesn't take one, `close` ends the others.
 
     Raises:
       UserError: as for `Rows.submit`.
     """
-    self.tickets: list[Ticket] = []
-    self.closed: Callable[[], None] = lambda: None
-    self._rows, self._logged = rows, logged
-    self._loop = asyncio.get_running_loop()
-    self._queue: asyncio.Queue[tuple[int, Token]] = asyncio.Queue()
-    logged.update(answer_tokens=0, left=len(requests))
-    try:
-      for number, request in enumerate(requests):
-        put = partial(self._put, number)
-        self.tickets.append(rows.submit(request, put))
-    except BaseException:
-      self.close()
-      raise
+    loop = asyncio.get_running_loop()
+    self._rows, self.left = rows, len(requests)
 
-  def _put(self, number: int, token: Token) -> None:
-    """Called in the scheduler's thread."""
-    self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, token))
+    def put(number: int, token: Token) -> None:  # in the scheduler's thread
+      loop.call_soon_threadsafe(self._queue.put_nowait, (number, token))
 
-  async def __aiter__(self) -> AsyncIterator[tuple[int, Token]]:
-    while self._logged["left"]:
+    for number, request in enumerate(requests):
+      self.tickets.append(rows.submit(request, partial(put, number)))
+
+  async def tokens(self) -> AsyncIterator[tuple[int, Token]]:
+    """Each token, with its prompt's number, as the scheduler writes it."""
+    while self.left:
       number, token = await self._queue.get()
       if token.finish == CANCELLED:  # by `give_up`: the client is still there
         raise _ends()
       if token.finish == ERROR:
         raise Refused(500, self.tickets[number].error)
-      self._logged["answer_tokens"] += 1
-      self._logged["left"] -= token.finish is not None
+      self.answered += 1
+      self.left -= token.finish is not None
       yield number, token
 
   def close(self) -> None:
     """Gives up what has not ended; its rows are free at the next step."""
     for ticket in self.tickets:
+      assert self._rows is not None
       self._rows.cancel(ticket)
-    self.closed()
 
 
-class _Stream(StreamingResponse):
-  """Events, and an end of the answers behind them also if nobody listens."""
-
-  def __init__(self, answers: _Answers, events: AsyncIterator[str]) -> None:
-    super().__init__(events, media_type=STREAM)
-    self.headers["Cache-Control"] = "no-cache"
-    self._answers = answers
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    try:
-      await super().__call__(scope, receive, send)
-    finally:
-      self._answers.close()
-
-
-class _Form:
-  """Answers as OpenAI writes them, those of chats and of completions."""
+class _Answer:
+  """An answer as OpenAI writes it, to a chat or a completion."""
 
   def __init__(
     self,
     body: Completion | Chat,
     decode: Callable[[list[int]], str],
-    logged: dict[str, Any],
+    call: _Call,
   ) -> None:
-    self._is_chat, self._model = isinstance(body, Chat), body.model
-    self._alternatives = body.alternatives
-    self._count = body.stream_options.include_usage
-    self._decode, self._logged = decode, logged
-    self._written: dict[int, int] = {}  # characters of each answer
-
-  def whole(self, answers: Sequence[Sequence[Token]]) -> dict[str, Any]:
-    """All answers."""
+    self._body, self._decode, self._call = body, decode, call
+    self._is_chat = isinstance(body, Chat)
     kind = "chat.completion" if self._is_chat else "text_completion"
-    choices = [self._choice(*answer) for answer in enumerate(answers)]
-    head = _head("chatcmpl" if self._is_chat else "cmpl", kind, self._model)
-    return {**head, "choices": choices, "usage": self._usage()}
+    kind += ".chunk" if self._is_chat and body.stream else ""
+    prefix = "chatcmpl" if self._is_chat else "cmpl"
+    self._head = _head(prefix, kind, body.model)
+    self._written: dict[int, int] = defaultdict(int)  # characters
 
-  async def events(self, answers: _Answers) -> AsyncIterator[str]:
+  async def whole(self) -> dict[str, Any]:
+    """All at once."""
+    answers: list[list[Token]] = [[] for _ in self._call.tickets]
+    async for number, token in self._call.tokens():
+      answers[number].append(token)
+    choices = [self._choice(*answer) for answer in enumerate(answers)]
+    return {**self._head, "choices": choices, "usage": self._usage()}
+
+  async def events(self) -> AsyncIterator[str]:
     """The same in parts, as a stream of events."""
-    kind = "chat.completion.chunk" if self._is_chat else "text_completion"
-    head = _head("chatcmpl" if self._is_chat else "cmpl", kind, self._model)
-    head |= {"usage": None} if self._count else {}
+    count = self._body.stream_options.include_usage
+    head = self._head | ({"usage": None} if count else {})
+    logprobs = self._body.alternatives is not None
     if self._is_chat:
       role = {"role": "assistant", "content": ""}
       choice = {"index": 0, "delta": role, "finish_reason": None}
       yield _event({**head, "choices": [choice]})
     try:
-      async for number, token in answers:
-        if token.text or token.finish or self._alternatives is not None:
-          choice = self._choice(number, [token], streamed=True)
-          yield _event({**head, "choices": [choice]})
-      if self._count:
+      async for number, token in self._call.tokens():
+        if token.text or token.finish or logprobs:
+          choices = [self._choice(number, [token])]
+          yield _event({**head, "choices": choices})
+      if count:
         yield _event({**head, "choices": [], "usage": self._usage()})
       yield "data: [DONE]\n\n"
     except Refused as error:
       yield _event(error.object)
 
-  def _choice(
-    self, number: int, tokens: Sequence[Token], *, streamed: bool = False
-  ) -> dict[str, Any]:
+  def _choice(self, number: int, tokens: Sequence[Token]) -> dict[str, Any]:
     text = "".join(token.text for token in tokens)
     content: dict[str, Any] = {"text": text}
-    if self._is_chat and streamed:
+    if self._is_chat and self._body.stream:
       content = {"delta": {"content": text} if text else {}}
     elif self._is_chat:
       content = {"message": {"role": "assistant", "content": text}}
@@ -664,22 +599,19 @@ class _Form:
   def _logprobs(
     self, number: int, tokens: Sequence[Token]
   ) -> dict[str, Any] | None:
-    if self._alternatives is None:
+    if self._body.alternatives is None:
       return None
     if self._is_chat:
-      return {
-        "content": [
-          {
-            **self._token(token.id, token.logprob),
-            "top_logprobs": [self._token(*other) for other in token.top],
-          }
-          for token in tokens
-        ]
-      }
+      content = [
+        self._token(token.id, token.logprob)
+        | {"top_logprobs": [self._token(*other) for other in token.top]}
+        for token in tokens
+      ]
+      return {"content": content}
     offsets = []
     for token in tokens:
-      offsets.append(self._written.get(number, 0))
-      self._written[number] = offsets[-1] + len(token.text)
+      offsets.append(self._written[number])
+      self._written[number] += len(token.text)
     return {
       "tokens": [self._decode([token.id]) for token in tokens],
       "token_logprobs": [_at_least(token.logprob) for token in tokens],
@@ -696,10 +628,7 @@ class _Form:
     return {"token": text, "logprob": _at_least(logprob), "bytes": coded}
 
   def _usage(self) -> dict[str, int]:
-    asked, answered = (
-      self._logged["prompt_tokens"],
-      self._logged["answer_tokens"],
-    )
+    asked, answered = self._call.asked, self._call.answered
     return {
       "prompt_tokens": asked,
       "completion_tokens": answered,
@@ -707,134 +636,35 @@ class _Form:
     }
 
 
-class _Guard:
-  """What holds for every request: token, number, time, a line of log."""
-
-  def __init__(self, app: ASGIApp, service: Service) -> None:
-    self._app, self._service, self._clients = app, service, 0
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] != "http":  # the server's start and end
-      await self._app(scope, receive, send)
-      return
-    began, limits = time.monotonic(), self._service.limits
-    logged = scope["logged"] = {"status": 0}
-
-    async def watched(message: Message) -> None:
-      if message["type"] == "http.response.start":
-        logged["status"] = message["status"]
-      await send(message)
-
-    self._clients += 1
-    try:
-      async with asyncio.timeout(limits.seconds) as within:
-        if refused := self._refusal(scope):
-          await refused.response()(scope, receive, watched)
-        else:
-          await self._app(scope, receive, watched)
-    except TimeoutError:
-      if not within.expired():
-        raise
-      late = Refused(
-        408,
-        f"It took longer than {limits.seconds:g} seconds.",
-        code="timeout",
-        **{"X-Should-Retry": "false"},
-      )
-      if not logged["status"]:
-        await late.response()(scope, receive, watched)
-      else:  # a stream; whoever doesn't read it gets no more
-        body = _event(late.object).encode()
-        with suppress(TimeoutError):
-          async with asyncio.timeout(1.0):
-            await send({"type": "http.response.body", "body": body})
-    finally:
-      self._clients -= 1
-      self._log(scope, time.monotonic() - began)
-
-  def _refusal(self, scope: Scope) -> Refused | None:
-    if scope["path"] == HEALTH:
-      return None
-    headers = dict(scope["headers"])
-    token = self._service.token
-    if token is None:
-      # A page of the web may have given its own name this machine's address.
-      host = headers.get(b"host", b"").decode("latin-1")
-      if host.rpartition(":")[0] not in LOCAL and host not in LOCAL:
-        return Refused(403, "Without a token only this machine is answered.")
-    else:
-      brought = headers.get(b"authorization", b"")
-      wanted = f"Bearer {token}".encode()
-      if not hmac.compare_digest(brought, wanted):
-        return Refused(
-          401,
-          "The token is missing or wrong: Authorization: Bearer TOKEN.",
-          code="invalid_api_key",
-          **{"WWW-Authenticate": "Bearer"},
-        )
-    if self._clients > self._service.limits.clients:
-      return Refused(
-        429,
-        "Too many requests are open at once; ask again later.",
-        code="too_many_clients",
-        **{"Retry-After": "1"},
-      )
-    return None
-
-  def _log(self, scope: Scope, seconds: float) -> None:
-    """One line; what was asked and answered is not in it."""
-    logged = scope["logged"]
-    status = (
-      GONE
-      if logged.get("left") and logged["status"] == 200
-      else logged["status"]
-    )
-    client = scope["client"][0] if scope.get("client") else "-"
-    log.info(
-      "%s %s %s %s model=%s in=%s out=%s %.3fs",
-      client,
-      scope["method"],
-      printable(scope["path"])[:80],
-      status or GONE,
-      printable(logged.get("model", "-")),
-      logged.get("prompt_tokens", "-"),
-      logged.get("answer_tokens", "-"),
-      seconds,
-    )
-
-
 def _refuse(request: HttpRequest, error: Exception) -> Response:
   """The answer to a request that led to an error."""
   match error:
     case Refused():
-      return error.response()
-    case QueueFull():
-      more = {"Retry-After": "1"}
-      return Refused(429, str(error), code="queue_full", **more).response()
+      return error.response
     case UserError():
-      return Refused(400, str(error)).response()
+      status, code = CODES.get(type(error), (400, None))
+      return Refused(status, str(error), code).response
     case HTTPException():
       what = f"{request.method} {request.url.path}"
-      return Refused(error.status_code, f"{what}: {error.detail}.").response()
-  return Refused(500, "The server failed; its log says how.").response()
+      return Refused(error.status_code, f"{what}: {error.detail}.").response
+  return Refused(500, "The server failed; its log says how.").response
 
 
 def _ends() -> Refused:
-  return Refused(503, "The server ends.", **{"Retry-After": "5"})
+  return Refused(503, "The server ends.")
 
 
 def _misfit(error: ValidationError) -> Refused:
   """What is wrong with a body, without what it says."""
   wrong = error.errors(include_url=False, include_input=False)
-  where = ".".join(map(str, wrong[0]["loc"][:1]))
-  same = [x["msg"] for x in wrong if x["loc"][:1] == wrong[0]["loc"][:1]]
+  place = wrong[0]["loc"]
+  field = ".".join(map(str, place[:1]))
+  same = [x["msg"] for x in wrong if x["loc"][:1] == place[:1]]
   what = "; or: ".join(dict.fromkeys(same)).replace("Value error, ", "")
   if wrong[0]["type"] == "extra_forbidden":
-    where = ".".join(map(str, wrong[0]["loc"]))
+    field = ".".join(map(str, place))
     what = "this field is not known here: leave it out"
-  return Refused(
-    400, f"{where}: {what}." if where else what, param=where or None
-  )
+  return Refused(400, f"{field}: {what}." if field else what, None, field)
 
 
 async def _unless_gone(request: HttpRequest, work: Awaitable[T]) -> T:
@@ -860,7 +690,7 @@ def _image(text: str) -> bytes:
   try:
     return base64.b64decode(text.rpartition(",")[2], validate=True)
   except ValueError as error:
-    raise Refused(400, "An image is no base64.", param="input") from error
+    raise Refused(400, "An image is no base64.", None, "input") from error
 
 
 def _head(prefix: str, kind: str, model: str) -> dict[str, Any]:
