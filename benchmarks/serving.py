@@ -170,9 +170,15 @@ def measure(
 
 
 def random_adapters(
-  folder: Path, method: str, rank: int, targets: Sequence[str]
+  folder: Path,
+  method: str,
+  rank: int,
+  targets: Sequence[str],
+  *,
+  spread: float = 0.02,
 ) -> Callable[[], SavedAdapter]:
-  """Makes adapters with random numbers, as if they were read from files."""
+  """Makes adapters with random numbers, as if they were read from files;
+  `spread` is their deviation."""
   settings = {**vars(METHODS[method].settings()), "rank": rank}
   settings["targets"] = list(targets)
   plan = blueprint(
@@ -197,7 +203,7 @@ def random_adapters(
   rng = np.random.default_rng(0)
 
   def draw(leaf: Any) -> np.ndarray:
-    return 0.02 * rng.standard_normal(leaf.shape, np.float32)
+    return spread * rng.standard_normal(leaf.shape, np.float32)
 
   shapes = plan.own_shapes()[0]
   return lambda: SavedAdapter(
