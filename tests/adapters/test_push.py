@@ -37,13 +37,11 @@ for ask in (
 from absl import flags
 from starlette.testclient import TestClient
 from experiments import cli, merge
-from experiments.serve import named_adapters
 from vera_jax.serve.bank import AdapterBank
 from vera_jax.serve.http import Service
 folder = load_adapter(adapter).about["base"]
-places, _ = named_adapters([f"films={name}@v1"])
-served = {key: cli.load_any_adapter(x, None) for key, x in places.items()}
-bank = AdapterBank(served, base=folder)
+films = cli.load_any_adapter(f"{name}@v1", None)  # as experiments.serve does
+bank = AdapterBank({"films": films}, base=folder)
 client = TestClient(Service(bank, base="tiny"), base_url="http://localhost")
 asked = client.post("/v1/classify", json={"model": "films", "input": "word1"})
 print(asked.json()["data"][0]["score"])
