@@ -31,7 +31,7 @@ from vera_jax.adapters.interface import (
 )
 from vera_jax.adapters.products import Forward, add_low_rank, scaled
 from vera_jax.adapters.projections import make_projections, pair_of
-from vera_jax.adapters.table import PveraSettings as Settings
+from vera_jax.adapters.table import PairSettings as Settings
 from vera_jax.adapters.table import pvera as pvera
 
 D, B_VECTOR = "pvera_d", "pvera_b"

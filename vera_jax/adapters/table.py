@@ -24,7 +24,9 @@ OUTPUT_LAYERS = r"layer(_\d+)?/output/dense|lin2|mlp/Wo"
 
 
 @dataclass(frozen=True)
-class VeraSettings:
+class PairSettings:
+  """What a method with VeRA's d, b, A and B has, and all that PVeRA has."""
+
   rank: int = setting(256, "r; may exceed the layers' widths", least=1)
   _: KW_ONLY
   d_init: float = setting(
@@ -34,6 +36,11 @@ class VeraSettings:
     "kaiming_uniform", "how A and B are drawn", choices=(*INITIALISERS, STORED)
   )
   projection_seed: int = setting(0, "the seed of A and B", least=0)
+
+
+@dataclass(frozen=True)
+class VeraSettings(PairSettings):
+  _: KW_ONLY
   train: str = setting(
     "both",
     "the trained vectors (Table 6); where b isn't, it counts as 1 and d starts"
@@ -90,21 +97,6 @@ class Ia3Settings:
     "patterns of those targets whose inputs are scaled; of all others the"
     " outputs are",
   )
-
-
-@dataclass(frozen=True)
-class PveraSettings:
-  rank: int = setting(256, "r, the number of activations drawn", least=1)
-  _: KW_ONLY
-  d_init: float = setting(
-    0.1, "the value that every entry of d starts from; b starts at 0"
-  )
-  init: str = setting(
-    "kaiming_uniform",
-    "how A and B are drawn",
-    choices=(*INITIALISERS, STORED),
-  )
-  projection_seed: int = setting(0, "the seed of A and B", least=0)
 
 
 @dataclass(frozen=True)
@@ -235,7 +227,7 @@ dvora = replace(
 pvera = Method(
   "pvera",
   "pvera:make_pvera",
-  PveraSettings,
+  PairSettings,
   config=dict(targets=QUERY_VALUE, lr=1e-2, head_lr=4e-3),
   starts=lambda s: ("d_init", "init", "projection_seed"),
   per_run=lambda s: ("d_init",),
