@@ -41,6 +41,14 @@ def test_the_command_names_an_extra_that_there_is(extra, monkeypatch):
   assert errors.install(extra) == f"pip install 'vera_jax[{extra}]'"
 
 
+def test_a_long_message_keeps_its_beginning_and_its_end():
+  text = "It is wrong: " + "x" * 10**6 + ". Mend it."
+  shown = str(errors.UserError(text))
+  assert len(shown) == 500
+  assert shown.startswith("It is wrong: x") and shown.endswith("x. Mend it.")
+  assert str(errors.UserError(text[:500])) == text[:500]
+
+
 def test_what_a_plain_install_lacks_is_named_where_it_is_needed(
   tmp_path, monkeypatch
 ):

@@ -1,10 +1,21 @@
 """Errors that scripts print without a traceback, and how a run may end."""
 
 EXIT_CODE = 75  # EX_TEMPFAIL: the same command, run again, goes on
+START, END = 350, 147  # characters of a long message that are shown
 
 
 class UserError(Exception):
-  """Says what is wrong with the user's input and what to do about it."""
+  """Says what is wrong with the user's input and what to do about it.
+
+  What a message quotes out of a file may be of any length: of a long one the
+  middle is left out.
+  """
+
+  def __str__(self) -> str:
+    text = super().__str__()
+    if len(text) <= START + len(" … ") + END:
+      return text
+    return f"{text[:START]} … {text[-END:]}"
 
 
 class Interrupted(Exception):

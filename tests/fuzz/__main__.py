@@ -1,11 +1,12 @@
 """Harmed files for every reader of files that come from elsewhere.
 
-  python -m tests.fuzz --count=2000 --out=docs    # writes docs/fuzz.md
-  python -m tests.fuzz --minutes=60               # as many as there is time for
+  python -m tests.fuzz --minutes=60               # others each time
+  python -m tests.fuzz --minutes=60 --out=docs    # writes docs/fuzz.md too
   python -m tests.fuzz --reader=E2E --number=17   # one of them again
 
 Each reader has a process of its own, so that a crash, a hang or a full memory
-ends that process alone, which is a finding too.
+ends that process alone, which is a finding too. The harmed file of a finding is
+kept in `found/`, where `test_fuzz.py` has it read for ever.
 """
 
 import faulthandler
@@ -23,22 +24,24 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from tests.fuzz.harness import FINE, REFUSED, ROOT, Attempt, Sandbox
+from tests.fuzz.harness import FINE, LONGEST, REFUSED, ROOT, Attempt, Sandbox
 from tests.fuzz.readers import READERS
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json, write_text
 
-COUNT = flags.DEFINE_integer("count", 2000, "Mutations of each reader.", 1)
+COUNT = flags.DEFINE_integer("count", 1000, "Mutations of each reader.", 1)
 MINUTES = flags.DEFINE_float("minutes", None, "In place of --count.", 0)
 READER = flags.DEFINE_list(
   "reader", list(READERS), "Only these; the others' rows in --out stay."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of the mutations.")
+SEED = flags.DEFINE_integer(
+  "seed", None, "Of the mutations. Unset: the time with --minutes, else 0."
+)
 FIRST = flags.DEFINE_integer("first", 0, "The first mutation's number.", 0)
 NUMBER = flags.DEFINE_integer("number", None, "This mutation alone.", 0)
 OUT = flags.DEFINE_string("out", None, "Where fuzz.json and fuzz.md go, if so.")
 HERE = flags.DEFINE_bool("here", False, "Try one reader's in this process.")
-ROUND = 200  # of a reader with --minutes, before it is the next one's turn
+ROUND = 500  # of a reader with --minutes, before it is the next one's turn
 HANG = 30  # seconds after which a reader is ended
 SPACE = 4 * 2**30  # bytes that a reader may ask for, at the most
 
@@ -61,6 +64,8 @@ def try_here(reader: str) -> None:
       faulthandler.dump_traceback_later(HANG, exit=True)
       found = sandbox.attempt(number, seed=SEED.value)
       faulthandler.cancel_dump_traceback_later()
+      if found.is_finding:
+        sandbox.keep(f"{SEED.value}-{number}")
       print(json.dumps(found), file=lines)
 
 
@@ -134,20 +139,28 @@ def page(found: dict[str, Any]) -> str:
 
 For those who read files of strangers.
 
-Files of every kind that the project reads, each with one change: bits, a cut,
-a number, a value of its JSON, or a link, a device, a pipe or a folder in its
-place. Written by `{found["command"]}`.
+Files of every kind that the project reads, and what is asked of the server,
+each with one change: bits, a cut, a number; a value of JSON, left out, of
+another type, nested or extreme; a cell of a table, a part of a chat template, a
+length, type or offset of a header; or a link, a device, a pipe or a folder in
+the file's place. Written by `{found["command"]}`.
 
 | reader | tried | read all the same | refused | findings | seconds | MB |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {table}
 
-- **Refused**: by an error that says what is wrong with the file.
+- **Refused**: by an error of at most {LONGEST} characters that says what is
+  wrong with the file.
 - **Findings**: any other exception; a program started, a connection made; a
   device or a file outside of the folder opened; 10 s or 2 GB more than for the
   clean files; a crash; no end within {HANG} s.
 - **Seconds**, **MB**: the most processor time and memory of one reading.
-- `tests/fuzz/readers.py` has the list of what is tried.
+- `tests/fuzz/readers.py` has the list of what is tried. A test holds that each
+  function of the package that opens such a file is reached by it, and that each
+  family, method and format is in it.
+- Files of findings are kept in `tests/fuzz/found/`, and the tests read them.
+- Commands, mistyped, starved and interrupted, are tried by
+  `python -m tests.fuzz.commands`.
 """
 
 
@@ -158,6 +171,8 @@ def main() -> None:
   if HERE.value:
     try_here(READER.value[0])
     return
+  if SEED.value is None:
+    flags.FLAGS["seed"].value = int(time.time()) if MINUTES.value else 0
   first, count = FIRST.value, COUNT.value
   if NUMBER.value is not None:
     first, count = NUMBER.value, 1

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ WIDTHS = {
 TEXTS = {**WIDTHS, "vocab_size": 30, "max_position_embeddings": 24}
 DECODER = {**TEXTS, "num_key_value_heads": 1, "head_dim": 4}
 IMAGES = {**WIDTHS, "image_size": 8, "patch_size": 4}
+STAGE = {"layers": 1, "kernel": 3, "stride": 1, "expand": 1, "width": 4}
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
 ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 # config.json's fields by model_type.
@@ -42,12 +44,27 @@ MODELS: dict[str, dict[str, Any]] = {
   "mistral": {**DECODER, "sliding_window": 4},
   "qwen2": {**DECODER, "use_sliding_window": True, "max_window_layers": 1},
   "qwen3": DECODER,
+  "gemma3_text": {**DECODER, "sliding_window": 4, "sliding_window_pattern": 2},
+  # of a network that sees too, the part that reads texts
+  "gemma3": {"text_config": {**DECODER, "rope_local_base_freq": 50.0}},
   "vit": IMAGES,
   "dinov2": {**IMAGES, "mlp_ratio": 2},
+  "efficientnet_lite": {
+    "stem_width": 4,
+    "stages": [{**STAGE, "layers": 2}, {**STAGE, "stride": 2, "expand": 2}],
+    "last_width": 12,
+    "image_size": 8,
+  },
+  "char_lstm": {
+    "vocab_size": 30,
+    "embedding_size": 5,
+    "hidden_size": 4,
+    "num_hidden_layers": 2,
+    "window": 6,
+  },
 }
 WORDS = [f"word{i}" for i in range(25)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-METHODS = ("vera", "lora", "randlora", "unilora", "vera+bitfit")
 ROWS = [
   {"premise": f"a fine film {i}", "hypothesis": "it is fine", "label": word}
   for i, word in enumerate(["no", "yes"] * 4)
@@ -70,20 +87,21 @@ def write_model(
   from flax.traverse_util import unflatten_dict
   from safetensors.numpy import save_file
 
-  from vera_jax.models.family import family_of
+  from vera_jax.models.family import family_of, read_fields
   from vera_jax.models.hf_weights import to_hf
   from vera_jax.pretrained.blueprint import blueprint
 
   fields = {"model_type": kind, **MODELS[kind], **more}
-  head = next(iter(family_of(fields).classes))
-  plan = blueprint(fields, outputs=2, head=head, scan=False)
+  _json(folder / "config.json", fields)
+  of_texts = read_fields(folder)
+  head = next(iter(family_of(of_texts).classes))
+  plan = blueprint(of_texts, outputs=2, head=head, scan=False)
   rng = np.random.default_rng(0)
   leaves = {
     path: rng.standard_normal(leaf.shape).astype(np.float32)
     for path, leaf in sorted(plan.shapes.items())
   }
   tensors = to_hf(unflatten_dict(leaves), plan.config)
-  _json(folder / "config.json", fields)
   if shards == 1:
     save_file(tensors, folder / "model.safetensors")
     return fields
@@ -115,6 +133,16 @@ def write_tokenizer(folder: Path) -> None:
   _json(folder / "special_tokens_map.json", {"eos_token": "<end>"})
 
 
+def write_template(folder: Path) -> None:
+  """The same, with a template that marks answers, and one among several."""
+  write_tokenizer(folder)
+  said = "{% generation %}{{ message.content }}{% endgeneration %}"
+  said = "{% if message.role == 'assistant' %}" + said + "{% else %}"
+  said += "{{ message['content'] | trim }}{% endif %}{{ eos_token }}\n"
+  loop = "{% for message in messages %}" + said + "{% endfor %}"
+  (folder / "chat_template.jinja").write_text(loop)
+
+
 def write_wordpiece(folder: Path) -> None:
   (folder / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]) + "\n")
   _json(folder / "config.json", {"model_type": "bert", **TEXTS})
@@ -133,23 +161,29 @@ def write_adapter(folder: Path, method: str) -> None:
   """A random adapter beside its base, without a checksum of the tensors."""
   from tests import random_adapter
   from vera_jax.adapters.files import ABOUT, SHA256
+  from vera_jax.adapters.methods import links_of
 
   base, out = folder / "base", folder / "adapter"
   write_model(base, "bert")
-  random_adapter.write_adapter(out, method, base=base)
+  (link, *_) = links_of(method).values()
+  usual = {name: default for name, default, _ in link.described()}
+  usual |= {"rank": 2, "targets": ["query", "value"]}
+  if method in random_adapter.SETTINGS:
+    usual = {}
+  random_adapter.write_adapter(out, method, base=base, **usual)
   written = json.loads((out / ABOUT).read_text())
   _json(out / ABOUT, {k: x for k, x in written.items() if k != SHA256})
 
 
-def write_peft(folder: Path, method: str) -> None:
-  from tests.peft_io import folders
+def write_peft(folder: Path, form: str) -> None:
+  """An adapter of ours that was written as one of PEFT's; DoRA is its LoRA."""
+  from tests.random_adapter import write_adapter
+  from vera_jax.peft_io import export_adapter
 
-  sizes = {"hidden_size": 16, "intermediate_size": 32}
-  write_model(folder / "base", "bert", **sizes)
-  tensors, config = folders.matrices(), folders.LORA
-  if method == "vera":
-    tensors, config = folders.vectors() | folders.pair(), folders.VERA
-  folders.write(folder / "adapter", tensors, config)
+  base, ours = folder / "base", folder / "ours"
+  write_model(base, "bert")
+  write_adapter(ours, form, base=base)
+  export_adapter(ours, folder / "adapter")
 
 
 def write_gguf_adapter(folder: Path) -> None:
@@ -163,15 +197,30 @@ def write_gguf_adapter(folder: Path) -> None:
   export_gguf_adapter(ours, folder / "adapter.gguf")
 
 
-def write_gguf(folder: Path, kind: str, *, form: str) -> None:
+def write_gguf(folder: Path, kind: str, *, form: str, parts: int = 1) -> None:
   import shutil
 
   from tests.models.gguf_folders import random_folder
   from vera_jax.export.gguf import write_gguf_of
+  from vera_jax.models import gguf_file
 
   model = random_folder(folder / "model", kind)
-  write_gguf_of(model, folder / "model.gguf", kind=form)
+  whole = folder / "model.gguf"
+  write_gguf_of(model, whole, kind=form)
   shutil.rmtree(model)
+  if parts == 1:
+    return
+  read = gguf_file.read_gguf(whole)
+  keys = {"split.count": parts, "split.tensors.count": len(read.tensors)}
+  for number in range(parts):
+    tensors = {
+      name: gguf_file.Written(x.format, x.shape, partial(read.values, name))
+      for name, x in list(read.tensors.items())[number::parts]
+    }
+    first = read.metadata if number == 0 else {}
+    file = folder / f"model-{number + 1:05}-of-{parts:05}.gguf"
+    gguf_file.write_gguf(file, {**first, "split.no": number, **keys}, tensors)
+  whole.unlink()
 
 
 def write_decoder(folder: Path) -> None:
@@ -347,6 +396,7 @@ def write_run(folder: Path) -> None:
   _json(folder / "sweep.json", {"title": "x", "runs": {"run": {}}})
   run = folder / "run"
   _json(run / "result.json", result)
+  (run / "began").write_text("1700000000.5\n")
   _json(run / "config.json", config)
   _json(folder / "other" / "failed.json", {"reason": "NaN", "step": 3})
   _json(folder / "third" / "result.json", {**result, "seed": 1})
@@ -359,6 +409,68 @@ def write_run(folder: Path) -> None:
   with locked([run / "lock"]):
     owner = (run / "lock").read_text()
   (run / "lock").write_text(owner)
+
+
+def sweep_plan(folder: Path) -> Any:
+  """Three runs, by their ranks."""
+  from ml_collections import ConfigDict
+
+  from configs import rte
+  from vera_jax.sweep.plan import make_plan
+
+  fields = {"title": "ranks", "paper": "", "members": 2}
+  ranks = tuple((("vera.rank", rank),) for rank in (2, 3, 4))
+  base = rte.get_config("large")
+  sweep = ConfigDict({**fields, "base": base, "overrides": ranks})
+  return make_plan(sweep, folder)
+
+
+def write_sweep(folder: Path) -> None:
+  """A run that is done, one that failed and one that has begun."""
+  from vera_jax.sweep.plan import write_plan
+
+  plan = sweep_plan(folder)
+  write_plan(plan)
+  done, failed, begun = plan.runs
+  best = {"epoch": 1, "step": 10, "score": 0.6, "collapsed": False}
+  result = {"score_name": "accuracy", "best": best, "seconds": 9.0}
+  config = json.loads(json.dumps(done.config.to_dict()))
+  _json(done.folder / "result.json", {**result, "config": config})
+  _json(failed.folder / "failed.json", {"failed": "the loss is NaN"})
+  _json(begun.folder / "config.json", config)
+  _lines(begun.folder / "metrics.jsonl", [{"step": 3, "loss": 0.5}])
+
+
+def write_requests(folder: Path) -> None:
+  """Bodies by the last word of their address; and adapters, a base."""
+  from tests.models.gguf_folders import random_folder
+  from tests.random_adapter import write_adapter
+
+  base = random_folder(folder / "base", "llama")
+  for name in ("ann", "bob"):
+    ours = folder / "adapters" / name
+    write_adapter(
+      ours, base=base, kind="language_modelling", targets=["q_proj"]
+    )
+  asked = {"model": "ann", "max_tokens": 2, "seed": 1, "temperature": 0.5}
+  asked |= {"top_p": 0.9, "top_k": 5, "stop": ["x"], "stream": False, "n": 1}
+  bodies: dict[str, dict[str, Any]] = {
+    "completions": {**asked, "prompt": ["the river", "low"], "logprobs": 2},
+    "chat-completions": {
+      **asked,
+      "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "the river"}]}
+      ],
+      "stream": True,
+      "stream_options": {"include_usage": True},
+    },
+    "classify": {"model": "ann", "input": [["the river", "low"]]},
+    "load_lora_adapter": {"lora_name": "eve", "lora_path": "bob"},
+    "unload_lora_adapter": {"lora_name": "eve"},
+  }
+  for name, body in bodies.items():
+    _json(folder / "bodies" / f"{name}.json", body)
+  (folder / "bodies" / "name.txt").write_text("ann")
 
 
 CONFIG: Mapping[str, Any] = {"task": "rte", "seed": 0}

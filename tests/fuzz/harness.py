@@ -11,6 +11,7 @@ import ctypes
 import os
 import random
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -23,13 +24,17 @@ from typing import Any, NamedTuple
 from tests.fuzz.mutations import DEVICE, harm
 from tests.fuzz.readers import READERS
 from vera_jax.errors import UserError
+from vera_jax.terminal import LINES, printable
 
 FINE, REFUSED = "fine", "refused"
 SECONDS, MEMORY = 10.0, 2 * 2**30  # beyond the clean files
+LONGEST = 500  # characters of an error, as it is printed
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = f"{ROOT}/vera_jax/"
-# Where Python, its libraries and the kernel's own figures lie.
+FOUND = Path(__file__).with_name("found")  # by reader, and by mutation
+# Where Python, its libraries, compiled programs and the kernel's figures lie.
 PLACES = (
+  os.environ.get("JAX_COMPILATION_CACHE_DIR", sys.prefix),
   *(sys.prefix, sys.base_prefix, str(ROOT), "/proc", "/sys", "/usr", "/lib"),
   *("/dev/null", "/dev/urandom", "/etc/localtime", "/etc/ld.so"),
 )
@@ -89,7 +94,25 @@ class Sandbox:
     """The files after the mutation of this number."""
     return self._attempt(number, random.Random(f"{seed} {self.name} {number}"))
 
-  def _attempt(self, number: int, rng: random.Random | None) -> Attempt:
+  def keep(self, name: str) -> None:
+    """Copy to `FOUND` the files that the last mutation has changed."""
+    for file in self.harmed.rglob("*"):
+      inside = file.relative_to(self.harmed)
+      before = self.clean / inside
+      if not (stat.S_ISREG(file.lstat().st_mode) and before.is_file()):
+        continue  # what is no file, and what the reader has written
+      if file.read_bytes() != before.read_bytes():
+        kept = FOUND / self.name / name / inside
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, kept)
+
+  def again(self, kept: Path) -> Attempt:
+    """The files of a finding once more, which `keep` has kept."""
+    return self._attempt(0, None, kept)
+
+  def _attempt(
+    self, number: int, rng: random.Random | None, kept: Path | None = None
+  ) -> Attempt:
     for folder in self._folders[1:]:
       shutil.rmtree(folder, ignore_errors=True)
     for folder in (self.outside, self.home):
@@ -98,7 +121,9 @@ class Sandbox:
     # caches and temporary files lie in the sandbox too
     os.environ["HOME"] = os.environ["TMPDIR"] = str(self.home)
     tempfile.tempdir = str(self.home)
-    done, places = "nothing", [self.harmed, self.home]
+    if kept is not None:
+      shutil.copytree(kept, self.harmed, dirs_exist_ok=True)
+    done, places = str(kept or "nothing"), [self.harmed, self.home]
     if rng is not None:
       done = harm(self.harmed, self.reader.harmed, rng, self.outside)
     watched = [Path(DEVICE)]
@@ -107,12 +132,14 @@ class Sandbox:
     opens = _Opens(watched)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, started = _memory("VmRSS"), time.process_time()
-    _watch.update(places=places, seen=[])
+    _watch.update(places=places, seen=[], starts=self.reader.starts)
     outcome = FINE
     try:
       self.reader.read(self.harmed)
-    except UserError:
+    except UserError as error:
       outcome = REFUSED
+      if (size := len(printable(error, keep=LINES))) > LONGEST:
+        outcome = f"a message of {size:,} characters: {str(error)[:99]}"
     except BaseException as error:
       outcome = _where(error)
     finally:
@@ -121,31 +148,33 @@ class Sandbox:
     memory = _memory("VmHWM") - before
     if seen := [*_watch["seen"], *opens.names()]:
       outcome = "; ".join(dict.fromkeys(seen))
-    elif seconds > self.seconds + SECONDS and rng is not None:
+    elif seconds > self.seconds + SECONDS and number >= 0:
       outcome = f"{seconds:.0f} seconds"
-    elif memory > self.memory + MEMORY and rng is not None:
+    elif memory > self.memory + MEMORY and number >= 0:
       outcome = f"{memory / 2**30:.1f} GiB"
     return Attempt(number, done, outcome, seconds, memory)
 
 
 # Python's audit hooks stay for ever: there is one, and what it watches for.
-_watch: dict[str, Any] = {"places": None, "seen": []}
-callers: set[str] = set()  # files of the package that have opened others
+_watch: dict[str, Any] = {"places": None, "seen": [], "starts": False}
+# Functions of the package that have opened files, as "models/family.py:read".
+callers: set[str] = set()
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
   if _watch["places"] is None:
     return
   if event in EVENTS:
-    _watch["seen"].append(f"{event} {args[0]!r}"[:200])
+    if not (_watch["starts"] and args[0] == sys.executable):
+      _watch["seen"].append(f"{event} {args[0]!r}"[:200])
   elif event == "open" and isinstance(args[0], str | bytes):
     path = os.path.realpath(os.fsdecode(args[0]))
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:  # the first one that isn't the door itself
-      name = frame.f_code.co_filename
-      if name.startswith(PACKAGE) and not name.endswith("/files.py"):
-        callers.add(name.removeprefix(PACKAGE))
-        break
+    while frame is not None:
+      code = frame.f_code
+      if code.co_filename.startswith(PACKAGE):
+        name = code.co_qualname.partition(".<locals>")[0]
+        callers.add(f"{code.co_filename.removeprefix(PACKAGE)}:{name}")
       frame = frame.f_back
     if not path.startswith((*PLACES, *map(str, _watch["places"]))):
       _watch["seen"].append(f"open {path}")

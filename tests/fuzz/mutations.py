@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import zipfile
@@ -36,6 +37,37 @@ TEXTS = (
   *(b"," * 70_000, b"\n" * 3000, b"\r", b"a" * 10**6, b"\x1b[2J", b"{", b"["),
   *(b"[" * 20_000, b'{"a":' * 20_000, b"\xe2\x80\xa8", b"1e400", b"-"),
 )
+# Parts of chat templates: what they may not do, what has no end, or no sense.
+PIECES = r"""
+{% include '/etc/passwd' %}
+{% import 'os' as os %}
+{{ cycler.__init__.__globals__.os.system('true') }}
+{{ messages.__class__.__mro__ }}
+{{ messages[9].content.x.y }}
+{{ messages | tojson }}
+{{ messages.pop() }}
+{% set messages = 1 %}
+{{ self }}
+{{ 1 / 0 }}
+{{ 9 ** 9 ** 9 }}
+{{ 'x' * 10**10 }}
+{{ 'x' | indent(10**9) }}
+{{ range(10**10) | list }}
+{% for i in range(10**9) %}x{% endfor %}
+{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}
+{{ raise_exception('no') }}
+{{ strftime_now('%Y' * 999) }}
+{{ '\x1b]0;x\x07' * 999 }}
+{{ '\ud800' }}
+{% generation %}
+{% endgeneration %}
+{% break %}
+{% raw %}
+{% if %}
+{{
+%}
+{#
+""".strip().splitlines()
 # What stands in the place of a file: starts of formats that run or expand.
 OTHERS = (
   b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\nshowpage\n",
@@ -179,6 +211,91 @@ def _lines(data: bytes, rng: Rng) -> bytes:
   return b"\n".join(lines)
 
 
+def _cells(data: bytes, rng: Rng) -> bytes:
+  """A cell of a table changed, left out or added, its row's others kept."""
+  lines = data.split(b"\n")
+  number = rng.randrange(len(lines))
+  apart = b"\t" if b"\t" in lines[0] else b","
+  cells = lines[number].split(apart)
+  at = rng.randrange(len(cells))
+  value = str(rng.choice(VALUES)).encode("utf-8", "surrogatepass")
+  what = rng.choice(("value", "value", "quoted", "drop", "double", "reverse"))
+  if what == "value":
+    cells[at] = value
+  elif what == "quoted":
+    cells[at] = b'"' + value.replace(b'"', b'""') + b'\n"'
+  elif what == "drop":
+    del cells[at]
+  else:
+    cells = cells + cells if what == "double" else cells[::-1]
+  lines[number] = apart.join(cells)
+  return b"\n".join(lines)
+
+
+def _template(data: bytes, rng: Rng) -> bytes:
+  """A part put into a chat template, or one of its own left out or moved."""
+  parts = re.split(r"(?={[{%])|(?<=[%}]})", data.decode())
+  at = rng.randrange(len(parts))
+  what = rng.choice(("piece", "piece", "drop", "move"))
+  if what == "piece":
+    parts.insert(at, rng.choice(PIECES))
+  else:
+    moved = parts.pop(at)
+    if what == "move":
+      parts.insert(rng.randrange(len(parts) + 1), moved)
+  return "".join(parts).encode()
+
+
+def _gguf(data: bytes, rng: Rng) -> bytes:
+  """A count, length, type, value, dimension or offset of the header changed, or
+  one of its texts, with its length."""
+  numbers, texts = [(4, 4)], []  # (where, how many bytes) of each
+  at = 8
+
+  def number(size: int) -> int:
+    nonlocal at
+    numbers.append((at, size))
+    at += size
+    return int.from_bytes(data[at - size : at], "little")
+
+  def text() -> None:
+    nonlocal at
+    size = number(8)
+    texts.append((at, size))
+    at += size
+
+  def value(kind: int) -> None:
+    if kind == 8:
+      text()
+    elif kind == 9:
+      inner, count = number(4), number(8)
+      for _ in range(count):
+        value(inner)
+    else:
+      number((1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8)[kind])
+
+  tensors, entries = number(8), number(8)
+  for _ in range(entries):
+    text()
+    value(number(4))
+  for _ in range(tensors):
+    text()
+    for _ in range(number(4)):
+      number(8)
+    number(4), number(8)
+  if rng.random() < 0.3:
+    where, size = rng.choice(texts)
+    new = str(rng.choice(VALUES)).encode("utf-8", "surrogatepass")[:5000]
+    new += b" " * ((size - len(new)) % 32)  # what is behind stays aligned
+    length = len(new).to_bytes(8, "little")
+    return data[: where - 8] + length + new + data[where + size :]
+  where, size = rng.choice(numbers)
+  old = int.from_bytes(data[where : where + size], "little")
+  new_number = rng.choice((*NUMBERS, old + 1, old - 1, 2 * old, -1))
+  written = (new_number % 256**size).to_bytes(size, "little")
+  return data[:where] + written + data[where + size :]
+
+
 def _safetensors(data: bytes, rng: Rng) -> bytes:
   """The header's JSON changed, its length right; or values that are none."""
   size = int.from_bytes(data[:8], "little")
@@ -298,6 +415,10 @@ def _as_bytes(value: Any) -> Any:
 FORMATS: dict[str, Callable[[bytes, Rng], bytes]] = {
   ".json": _json,
   ".jsonl": _lines,
+  ".csv": _cells,
+  ".tsv": _cells,
+  ".jinja": _template,
+  ".gguf": _gguf,
   ".safetensors": _safetensors,
   ".gz": _gzip,
   ".png": _png,

@@ -7,14 +7,27 @@ and a line in `READERS`.
 
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 
 from tests.fuzz import clean
+from vera_jax.adapters.table import METHODS
 from vera_jax.errors import UserError
+
+# PEFT's forms, by the first of our methods that each holds; DoRA is its LoRA.
+FORMS = ("vera", "lora", "dora", "ia3", "pvera", "randlora", "unilora")
+# The files of llama.cpp's architectures, by the model that is written as one.
+GGUFS = {
+  "llama": ("llama", "gguf-q8_0"),
+  "qwen2": ("qwen2", "gguf-q8_0"),
+  "qwen3": ("qwen3", "gguf-f16"),
+  "gemma3": ("gemma3_text", "gguf-q8_0"),
+  "gpt2": ("gpt2", "gguf-f16"),
+}
 
 
 class Reader(NamedTuple):
@@ -25,12 +38,14 @@ class Reader(NamedTuple):
     read: that folder's, as a user's command does.
     harmed: a pattern of those files that a mutation may change.
     named: whether the user names these files, and may have them elsewhere.
+    starts: whether a Python process is started, to run what is in them.
   """
 
   write: Callable[[Path], Any]
   read: Callable[[Path], Any]
   harmed: str = "**/*"
   named: bool = False
+  starts: bool = False
 
 
 def read_model(folder: Path) -> None:
@@ -50,16 +65,32 @@ def read_tokenizer(folder: Path) -> None:
   tokenise(examples, FolderTokenizer(folder, cache), 16, cache)
 
 
+def read_template(folder: Path) -> None:
+  """A conversation as it is learned, and a question as it is asked."""
+  from vera_jax.data.chat import message_ids, render_conversation
+  from vera_jax.data.tokenizer import load_tokenizer
+
+  tokenizer = load_tokenizer(folder)
+  said = [("user", "Why?"), ("assistant", "So."), ("user", "How?")]
+  messages = [{"role": role, "content": text} for role, text in said]
+  render_conversation(tokenizer, [*messages, messages[1]])
+  message_ids(tokenizer, "the river")
+
+
 def write_cached(folder: Path) -> None:
   clean.write_wordpiece(folder)
   read_tokenizer(folder)
 
 
 def read_adapter(folder: Path) -> None:
+  """As it is used, and as it is shown on the hub."""
+  from vera_jax.adapters.card import model_card, published
   from vera_jax.adapters.files import load_adapter
   from vera_jax.pretrained.classifier import restore_adapter
 
-  restore_adapter(load_adapter(folder / "adapter"), folder / "base")
+  saved = load_adapter(folder / "adapter")
+  model_card(published(saved.about))
+  restore_adapter(saved, folder / "base")
 
 
 def read_peft(folder: Path) -> None:
@@ -74,7 +105,9 @@ def read_gguf(folder: Path) -> None:
   from vera_jax.models.folder import resolve
   from vera_jax.pretrained.classifier import load_classifier
 
-  made = resolve(folder / "model.gguf")
+  whole = folder / "model.gguf"
+  parts = sorted(folder.glob("model-00001-of-*.gguf"))
+  made = resolve(parts[0] if parts else whole)
   load_tokenizer(made)
   load_classifier(made, scan=False)
 
@@ -218,7 +251,7 @@ def read_run(folder: Path) -> None:
   from vera_jax.report.outputs import side_by_side
   from vera_jax.sweep.table import read_progress
   from vera_jax.train.logging import MetricWriter
-  from vera_jax.train.workdir import check_workdir
+  from vera_jax.train.workdir import check_workdir, first_start
 
   run = folder / "run"
   config = json.loads(json.dumps(rte.get_config("large").to_dict()))
@@ -236,6 +269,7 @@ def read_run(folder: Path) -> None:
 
   _all(
     partial(check_workdir, run, config),
+    partial(first_start, run, 1.7e9),
     partial(results.read, run),
     partial(is_locked, run / "lock"),
     partial(describe_owner, run / "lock"),
@@ -243,6 +277,73 @@ def read_run(folder: Path) -> None:
     report,
     resume,
   )
+
+
+def read_sweep(folder: Path) -> None:
+  """As a sweep that goes on shows it, at a terminal and elsewhere."""
+  from vera_jax.sweep.plan import make_units
+  from vera_jax.sweep.table import LiveTable
+
+  plan = clean.sweep_plan(folder)
+  units = make_units(plan.runs, most=2)
+  table = LiveTable(plan, units)
+  with table.console.capture():
+    table.console.print(table._draw())
+    for unit in units:
+      table.end(unit)
+
+
+@cache
+def _writers(folder: Path) -> Any:
+  """A bank of `write_requests` with its rows, compiled once."""
+  from vera_jax.serve.bank import AdapterBank
+  from vera_jax.serve.rows import Rows
+
+  ann = folder / "adapters" / "ann"
+  bank = AdapterBank({"ann": ann}, capacity=3, base=folder / "base")
+  rows = Rows(bank, rows=2, length=32, piece=16)
+  rows.warm_up()
+  return bank, rows
+
+
+def ask_server(folder: Path) -> None:
+  """Each body to its address; what is refused has a status below 500."""
+  from starlette.testclient import TestClient
+
+  from vera_jax.files import JSON, read_bytes
+  from vera_jax.serve.http import Limits, Service
+
+  bank, rows = _writers(folder)
+  service = Service(
+    bank,
+    base="base",
+    rows=rows,
+    template="plain",
+    limits=Limits(body=2**18, seconds=20),
+    folders=[folder / "adapters"],
+  )
+  refused = ""
+  app = service.application()
+  with TestClient(app, base_url="http://localhost") as client:
+    for file in sorted((folder / "bodies").iterdir()):
+      body = read_bytes(file, inside=folder, limit=JSON)
+      if file.suffix == ".txt":
+        answer = client.get(f"/v1/models/{quote(body[:5000])}")
+      else:
+        answer = client.post(
+          f"/v1/{file.stem.replace('-', '/')}",
+          content=body,
+          headers={"Content-Type": "application/json"},
+        )
+      assert answer.status_code < 500, answer.text
+      if answer.is_error and file.stem != "classify":  # the bank writes
+        refused = answer.json()["error"]["message"]
+  for name in {*bank} - {"ann"}:
+    bank.remove(name)
+  if "ann" not in bank:
+    bank.add("ann", folder / "adapters" / "ann")
+  if refused:
+    raise UserError(refused)
 
 
 def read_saves(folder: Path) -> None:
@@ -264,6 +365,9 @@ READERS: dict[str, Reader] = {
   "model merged": Reader(clean.write_merged, read_model, "*.json"),
   "decoder": Reader(clean.write_decoder, read_decoder, "*.json"),
   "tokenizer": Reader(clean.write_tokenizer, read_tokenizer),
+  "chat template": Reader(
+    clean.write_template, read_template, "*.j*n*", starts=True
+  ),
   "tokenizer vocab.txt": Reader(clean.write_wordpiece, read_tokenizer),
   "tokenizer merges.txt": Reader(clean.write_merges, read_tokenizer),
   "tokens cached": Reader(write_cached, read_tokenizer, "cache/*"),
@@ -271,21 +375,22 @@ READERS: dict[str, Reader] = {
     f"adapter {method}": Reader(
       partial(clean.write_adapter, method=method), read_adapter, "adapter/*"
     )
-    for method in clean.METHODS
+    for method in (*METHODS, "vera+bitfit")
   },
   **{
-    f"PEFT {method}": Reader(
-      partial(clean.write_peft, method=method), read_peft, "adapter/*"
+    f"PEFT {form}": Reader(
+      partial(clean.write_peft, form=form), read_peft, "adapter/*"
     )
-    for method in ("vera", "lora")
+    for form in FORMS
   },
-  "GGUF llama": Reader(
-    partial(clean.write_gguf, kind="llama", form="gguf-q8_0"),
-    read_gguf,
-    named=True,
-  ),
-  "GGUF gpt2": Reader(
-    partial(clean.write_gguf, kind="gpt2", form="gguf-f16"),
+  **{
+    f"GGUF {name}": Reader(
+      partial(clean.write_gguf, kind=kind, form=form), read_gguf, named=True
+    )
+    for name, (kind, form) in GGUFS.items()
+  },
+  "GGUF in parts": Reader(
+    partial(clean.write_gguf, kind="llama", form="gguf-f16", parts=2),
     read_gguf,
     named=True,
   ),
@@ -316,5 +421,7 @@ READERS: dict[str, Reader] = {
   "pictures preparation": Reader(clean.write_pictures, read_pictures, "base/*"),
   "pictures cached": Reader(write_cached_pictures, read_pictures, "cache/*"),
   "run": Reader(clean.write_run, read_run),
+  "sweep": Reader(clean.write_sweep, read_sweep),
   "checkpoints": Reader(clean.write_saves, read_saves),
+  "requests": Reader(clean.write_requests, ask_server, "bodies/*"),
 }
