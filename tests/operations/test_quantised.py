@@ -21,6 +21,8 @@ from vera_jax.models import gguf_file
 from vera_jax.models.family import read_fields
 from vera_jax.models.folder import resolve
 from vera_jax.models.gguf_file import decode
+from vera_jax.operations import coded_table
+from vera_jax.operations.cross_entropy import cross_entropy, score_words
 from vera_jax.operations.gguf_codes import BLOCKS, keep, take_apart
 from vera_jax.operations.quantised import (
   codes_digest,
@@ -100,9 +102,10 @@ def stored(format, outputs, blocks):
   return data
 
 
-def kept(format, data, outputs):
+def kept(format, data, outputs, **options):
   blocks = take_apart(data, format=format)
-  return keep(blocks.with_parts(lambda x: x.reshape(outputs, -1, x.shape[-1])))
+  blocks = blocks.with_parts(lambda x: x.reshape(outputs, -1, x.shape[-1]))
+  return keep(blocks, **options)
 
 
 def test_products_in_bfloat16_round_their_factors_and_nothing_else():
@@ -142,6 +145,38 @@ def test_kept_codes_have_the_file_s_values_and_size(format):
   weights, size = gguf_file.block_of(format)
   packed = {"Q2_K": 16, "Q3_K": 4, "Q4_K": 4, "Q5_K": 4}.get(format, 0)
   assert layer.nbytes == 5 * 512 // weights * (size + packed)
+
+
+@pytest.mark.parametrize("format", ["Q8_0", "Q6_K"])
+def test_a_table_in_codes_is_the_table(format, monkeypatch):
+  """Rows, losses, gradients and scores, in blocks of words and a rest."""
+  monkeypatch.setattr(coded_table, "WORDS", 16)
+  data = stored(format, 41, 256 // gguf_file.block_of(format)[0])
+  table = decode(data, format=format, shape=(41, 256))
+  coded = jax.tree.map(jnp.asarray, kept(format, data, 41, table=True))
+  assert coded.shape == table.shape
+  np.testing.assert_allclose(plain(coded), table, rtol=1e-6)
+  ids = jnp.array([[40, 0, 3], [7, 7, 39]])
+  np.testing.assert_allclose(
+    coded_table.look_up(coded, ids), table[ids], rtol=1e-6
+  )
+  hidden = jnp.float32(RNG.standard_normal((2, 3, 256)))
+  hidden /= 16 * np.abs(table).mean()
+
+  @jax.jit
+  def learn(hidden, kernel):
+    def mean(hidden):
+      losses = cross_entropy(hidden, kernel, ids, smoothing=0.1, block=100)
+      return losses.mean()
+
+    return jax.value_and_grad(mean)(hidden), score_words(hidden, kernel, ids)
+
+  for one, two in zip(
+    *map(jax.tree.leaves, (learn(hidden, coded), learn(hidden, table.T))),
+    strict=True,
+  ):
+    most = float(np.abs(two).max())
+    np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * most)
 
 
 @pytest.mark.parametrize(
@@ -269,9 +304,9 @@ def test_loss_and_gradients_are_those_of_the_dequantised_weights(
   codes = [x for x in flatten_dict(model.frozen).values() if is_quantised(x)]
   layers = 1 if scan else 2
   # 96 inputs of `down` are no multiple of 64
-  assert len(codes) == layers * (7 if how == "keep" else 6)
-  if how == "keep":  # `up` has layers in four bits and in eight
-    assert sorted(x.format for x in codes) == ["Q4_1"] * 5 + ["int8"] * 2
+  assert len(codes) == (8 if how == "keep" else layers * 6)
+  if how == "keep":  # `up` has layers in four bits and in eight, words eight
+    assert sorted(x.format for x in codes) == ["Q4_1"] * 5 + ["int8"] * 3
   bare = jax.tree.map(plain, model.frozen, is_leaf=is_quantised)
   found, expected = (
     loss_and_slopes(model, x, batch) for x in (model.frozen, bare)

@@ -126,7 +126,7 @@ class Interception:
       return next_fun(*args, **kwargs)
     params = self.params_of(layer)
     path = (*layer.path, *place_of(layer))
-    quantised = is_quantised(params.get("kernel"))
+    quantised = any(map(is_quantised, params.values()))
     if not (quantised or self.is_adapted(path)):
       return next_fun(*args, **kwargs)
     # the model's own interceptors lie inside of this one

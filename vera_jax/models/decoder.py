@@ -19,6 +19,8 @@ from jaxtyping import Bool, Float, Float32, Int
 from vera_jax.models.part import Part, apply_layers, with_remat
 from vera_jax.operations import bands
 from vera_jax.operations.attention import Ids
+from vera_jax.operations.coded_table import times_words
+from vera_jax.operations.quantised import Quantised, is_quantised
 
 HEAD = "language_modelling"
 INPUTS = ("input_ids", "positions", "segment_ids", "read_positions")
@@ -27,6 +29,7 @@ Hidden = Float[Array, "rows length width"]
 Heads = Float[Array, "rows length heads k"]
 Reads = Int[Array, "rows reads"]
 Mask = Bool[Array, "rows length keys"] | bands.Blocks
+Table = Float[Array, "vocab width"] | Quantised
 
 
 class Cache(NamedTuple):
@@ -57,11 +60,11 @@ class Words(NamedTuple):
 
   Attributes:
     hidden: the last hidden states at the read positions, normalised.
-    kernel: the output embedding.
+    kernel: the output embedding, of one in codes its table.
   """
 
   hidden: Float[Array, "rows reads width"]
-  kernel: Float[Array, "width vocab"]
+  kernel: Float[Array, "width vocab"] | Quantised
 
 
 class Reach(NamedTuple):
@@ -89,6 +92,8 @@ Pair = tuple[Array, Array]  # keys and values
 
 def logits(words: Words) -> Float32[Array, "rows reads vocab"]:
   """The scores of every word at every read position."""
+  if is_quantised(words.kernel):
+    return times_words(words.hidden, words.kernel)
   return jnp.matmul(
     words.hidden, words.kernel, preferred_element_type=jnp.float32
   )
@@ -250,6 +255,12 @@ class Pieces(NamedTuple):
   shared: Callable[[Any, Reach], Any]
 
 
+def table_of(words: nn.Embed, dtype: DTypeLike) -> Table:
+  """The table of words that a tied network ends with; codes stay codes."""
+  stored = words.get_variable("params", "embedding")
+  return stored if is_quantised(stored) else jnp.asarray(words.embedding, dtype)
+
+
 def _layer(
   layer: nn.Module,
   hidden: Hidden,
@@ -360,7 +371,7 @@ class Decoder(nn.Module):
     hidden, new = stack(hidden, read_positions, cache, shared, rows=rows)
     if not config.tie_word_embeddings:
       table = Head(*settings, name="lm_head")()
-    words = Words(hidden, table.T)
+    words = Words(hidden, table if is_quantised(table) else table.T)
     if cache is None:
       return words
     keys, values = zip(*new, strict=True)
@@ -376,7 +387,9 @@ class Head(Part):
   """
 
   @nn.compact
-  def __call__(self) -> Float[Array, "vocab width"]:
+  def __call__(self) -> Table:
+    if is_quantised(stored := self.get_variable("params", "embedding")):
+      return stored
     config = self.config
     start = nn.initializers.normal(config.initializer_range)
     shape = (config.vocab_size, config.hidden_size)

@@ -27,8 +27,10 @@ from vera_jax.models.decoder import (
   Pair,
   Pieces,
   Reach,
+  Table,
   input_shapes,
   module,
+  table_of,
 )
 from vera_jax.models.family import (
   CAUSAL,
@@ -70,24 +72,19 @@ FIELDS = field_table(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Gemma3Config:
-  """The fields of a Hugging Face config.json that the model reads.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma3Config(llama.LlamaConfig):
+  """A Llama's fields, with Gemma's values where a config.json lacks them.
 
   Attributes:
     frequencies, rotation_scale: as a Llama's, of the layers that see all.
     local_frequencies, local_scale: of those with the sliding window.
-    slides: whether a layer is one of these, of each.
     hidden_act: config.json's hidden_activation.
     query_pre_attn_scalar: scores are divided by its root.
   """
 
-  model_type: str
-  frequencies: tuple
-  rotation_scale: float
-  local_frequencies: tuple
-  local_scale: float
-  slides: tuple
+  local_frequencies: tuple = ()
+  local_scale: float = 1.0
   vocab_size: int = 262_208
   hidden_size: int = 2304
   num_hidden_layers: int = 26
@@ -98,12 +95,8 @@ class Gemma3Config:
   max_position_embeddings: int = 131_072
   query_pre_attn_scalar: float = 256
   sliding_window: int | None = 4096
-  attention_bias: bool = False
   tie_word_embeddings: bool = True
   hidden_act: str = "gelu_pytorch_tanh"
-  rms_norm_eps: float = 1e-6
-  initializer_range: float = 0.02
-  attention_dropout: float = 0.0
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> "Gemma3Config":
@@ -113,17 +106,17 @@ class Gemma3Config:
       "query_pre_attn_scalar": cls.query_pre_attn_scalar,
       "sliding_window": cls.sliding_window,
       "sliding_window_pattern": 6,  # the last of so many layers sees all
+      "attention_bias": False,
       **fields,
     }
     one_of(known, "model_type", ("gemma3_text",))
+    bias = one_of(known, "attention_bias", (True, False))
     act = one_of(known, "hidden_activation", ACTIVATIONS)
     positive(known, "query_pre_attn_scalar")
-    derived: dict[str, Any] = {
-      "frequencies": (),
-      "local_frequencies": (),
-      "slides": (),
+    derived = {"frequencies": (), "rotation_scale": 1.0, "slides": ()} | {
+      **{"qkv_bias": bias, "out_bias": bias, "head_norms": True},
+      "hidden_act": act,
     }
-    derived |= {"rotation_scale": 1.0, "local_scale": 1.0, "hidden_act": act}
     config = take_fields(cls, {**known, **derived})
     llama.check_heads(config)
     if known.get("layer_types") is None:
@@ -143,18 +136,6 @@ class Gemma3Config:
       local_frequencies=near,
       local_scale=near_scale,
     )
-
-  # what the parts of a Llama ask for beside its own fields
-  head_norms = True
-  mlp_bias = False
-
-  @property
-  def qkv_bias(self) -> bool:
-    return self.attention_bias
-
-  @property
-  def out_bias(self) -> bool:
-    return self.attention_bias
 
   @property
   def score_scale(self) -> float:
@@ -239,13 +220,11 @@ class Embeddings(Part):
   """The table of words; those that come in are scaled, the head's are not."""
 
   @nn.compact
-  def __call__(
-    self, input_ids: Ids, positions: Ids
-  ) -> tuple[Hidden, Float[Array, "vocab width"]]:
+  def __call__(self, input_ids: Ids, positions: Ids) -> tuple[Hidden, Table]:
     words = self.embed(self.config.vocab_size, "embed_tokens")
     # rounded as the words are: in bfloat16 transformers has 25.25 for 25.298
     scale = jnp.asarray(self.config.hidden_size**0.5, self.dtype)
-    return scale * words(input_ids), jnp.asarray(words.embedding, self.dtype)
+    return scale * words(input_ids), table_of(words, self.dtype)
 
 
 class Layer(Part):

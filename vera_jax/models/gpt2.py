@@ -13,8 +13,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float
 
 from vera_jax.models.decoder import (
   HEAD,
@@ -22,9 +20,11 @@ from vera_jax.models.decoder import (
   Pair,
   Pieces,
   Reach,
+  Table,
   attend_cached,
   input_shapes,
   module,
+  table_of,
   write,
 )
 from vera_jax.models.family import (
@@ -111,14 +111,12 @@ def norm(part: Part, name: str) -> LayerNorm:
 
 class Embeddings(Part):
   @nn.compact
-  def __call__(
-    self, input_ids: Ids, positions: Ids
-  ) -> tuple[Hidden, Float[Array, "vocab width"]]:
+  def __call__(self, input_ids: Ids, positions: Ids) -> tuple[Hidden, Table]:
     config = self.config
     words = self.embed(config.vocab_size, "wte")
     places = self.embed(config.max_position_embeddings, "wpe")
     hidden = words(input_ids) + places(positions)
-    table = jnp.asarray(words.embedding, self.dtype)
+    table = table_of(words, self.dtype)
     return self.dropout(hidden, config.embd_pdrop), table
 
 

@@ -347,14 +347,16 @@ def _read_codes(
   transposed: bool,
 ) -> Quantised | None:
   """A leaf in codes; None where a layer of it can't be."""
-  stacked = "layer" in path
-  inputs, outputs = shape[-2:]
+  stacked, table = "layer" in path, path[-1] == "embedding"
+  in_file = shape[-2:]
+  if transposed and not table:
+    in_file = in_file[::-1]
   layers = []
   for source in sources:
-    in_file = (outputs, inputs) if transposed else (inputs, outputs)
     _check_tensor(source, in_file)
     if kind == KEEP:
-      layer = keep(source.file.get_codes(source.name), dtype=dtype)
+      codes = source.file.get_codes(source.name)
+      layer = keep(codes, dtype=dtype, table=table)
     else:
       kernel = source.file.get_tensor(source.name)
       kernel = kernel.T if transposed else kernel

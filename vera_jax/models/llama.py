@@ -26,9 +26,11 @@ from vera_jax.models.decoder import (
   Pair,
   Pieces,
   Reach,
+  Table,
   attend_cached,
   input_shapes,
   module,
+  table_of,
   write,
 )
 from vera_jax.models.family import (
@@ -378,11 +380,9 @@ def turns(
 
 class Embeddings(Part):
   @nn.compact
-  def __call__(
-    self, input_ids: Ids, positions: Ids
-  ) -> tuple[Hidden, Float[Array, "vocab width"]]:
+  def __call__(self, input_ids: Ids, positions: Ids) -> tuple[Hidden, Table]:
     words = self.embed(self.config.vocab_size, "embed_tokens")
-    return words(input_ids), jnp.asarray(words.embedding, self.dtype)
+    return words(input_ids), table_of(words, self.dtype)
 
 
 class Attention(Part):

@@ -8,7 +8,9 @@ the hidden states, and making them in the forward pass saves the backward pass
 from computing the logits again.
 
 A loop's arguments are copied where they are transposed, so the loops take the
-embedding as [vocab, width]: tied ones are stored like that.
+embedding as [vocab, width]: tied ones are stored like that. One in codes is
+dequantised in blocks of words (`coded_table.py`), once for the logits and once
+for the gradient.
 
 With z the logits of a position, y its label, V the vocabulary's size and e the
 smoothing, its loss and that one's gradient for the logits are
@@ -26,12 +28,15 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Bool, Float, Float32, Int
 
+from vera_jax.operations.coded_table import from_words, times_words
+from vera_jax.operations.quantised import Quantised, is_quantised
+
 LOGITS = 2**24  # at most so many in a block: 64 MiB in float32
 
 
 def cross_entropy(
   hidden: Float[Array, "rows reads width"],
-  kernel: Float[Array, "width vocab"],
+  kernel: Float[Array, "width vocab"] | Quantised,
   labels: Int[Array, "rows reads"],
   *,
   smoothing: float = 0.0,
@@ -41,7 +46,7 @@ def cross_entropy(
 
   Args:
     hidden: the last hidden states at the positions that are learned.
-    kernel: the output embedding.
+    kernel: the output embedding, or its table in codes.
     labels: the word that follows each position.
     smoothing: e; (1 - e) of the loss is that of the label, and e the mean of
       -log p over the whole vocabulary, the label included, as in
@@ -54,21 +59,21 @@ def cross_entropy(
 
 def score_words(
   hidden: Float[Array, "rows reads width"],
-  kernel: Float[Array, "width vocab"],
+  kernel: Float[Array, "width vocab"] | Quantised,
   labels: Int[Array, "rows reads"],
   *,
   block: int = LOGITS,
 ) -> tuple[Float32[Array, "rows reads"], Bool[Array, "rows reads"]]:
   """-log p of each label in nats, and whether it is the likeliest word."""
-
-  embedding = kernel.T
+  embedding = _embedding(kernel)
 
   def score(read: Any, label: Any) -> Any:
     logits = _logits(read, embedding)
     loss, _ = _smoothed(logits, label, 0.0)
     return loss, logits.argmax(-1) == label
 
-  return _by_blocks(score, hidden, labels, positions=block // kernel.shape[1])
+  positions = block // embedding.shape[0]
+  return _by_blocks(score, hidden, labels, positions=positions)
 
 
 def _by_blocks(
@@ -106,7 +111,14 @@ def _blocks(*arrays: Any, positions: int) -> tuple[Any, ...]:
   return tuple(map(split, arrays))
 
 
+def _embedding(kernel: Any) -> Any:
+  """The words' rows [vocab, width], which a table in codes has already."""
+  return kernel if is_quantised(kernel) else kernel.T
+
+
 def _logits(read: Any, embedding: Any) -> Any:
+  if is_quantised(embedding):
+    return times_words(read, embedding)
   return jnp.einsum(
     "rcd,vd->rcv", read, embedding, preferred_element_type=jnp.float32
   )
@@ -137,32 +149,36 @@ def _loss_and_slope(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _losses(hidden, kernel, labels, smoothing, block):
-  embedding = kernel.T
+  embedding = _embedding(kernel)
 
   def losses(read: Any, label: Any) -> Any:
     return _smoothed(_logits(read, embedding), label, smoothing)[0]
 
-  positions = block // kernel.shape[1]
+  positions = block // embedding.shape[0]
   return _by_blocks(losses, hidden, labels, positions=positions)
 
 
 def _forward(hidden, kernel, labels, smoothing, block):
   """The losses; for the backward pass each one's gradient for its hidden
   state, and what the kernel's gradient is made of if that is trained."""
-  trains_kernel = kernel.perturbed
-  hidden, kernel, labels = hidden.value, kernel.value, labels.value
-
-  embedding = kernel.T
+  trains_kernel = any(leaf.perturbed for leaf in jax.tree.leaves(kernel))
+  hidden, kernel, labels = jax.tree.map(
+    lambda leaf: leaf.value, (hidden, kernel, labels)
+  )
+  embedding = _embedding(kernel)
 
   def both(read: Any, label: Any) -> Any:
     losses, slope = _loss_and_slope(read, label, embedding, smoothing)
-    to_hidden = jnp.einsum(
-      "rcv,vd->rcd", slope, embedding, preferred_element_type=jnp.float32
-    )
+    if is_quantised(embedding):
+      to_hidden = from_words(slope, embedding)
+    else:
+      to_hidden = jnp.einsum(
+        "rcv,vd->rcd", slope, embedding, preferred_element_type=jnp.float32
+      )
     return losses, to_hidden.astype(hidden.dtype)
 
   losses, to_hidden = _by_blocks(
-    both, hidden, labels, positions=block // kernel.shape[1]
+    both, hidden, labels, positions=block // embedding.shape[0]
   )
   for_kernel = (hidden, kernel, labels) if trains_kernel else None
   return losses, (to_hidden, for_kernel)

@@ -99,7 +99,10 @@ def _scales(packed: np.ndarray, format: str) -> dict[str, np.ndarray]:
 
 
 def keep(
-  blocks: Blocks | None, *, dtype: DTypeLike = jnp.float32
+  blocks: Blocks | None,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  table: bool = False,
 ) -> Quantised | None:
   """The codes of a matrix of a GGUF file, which has outputs before inputs.
 
@@ -107,19 +110,21 @@ def keep(
     blocks: of `gguf_folder.Tensors.get_codes`, each part [outputs, blocks, n];
       None, and the result too, where the file's format isn't kept.
     dtype: as in `Quantised`.
+    table: whether it is one of words, see `coded_table.py`.
   """
   if blocks is None:
     return None
   outputs, count, codes = blocks.parts["codes"].shape
   # as many weights as bytes, or as their low bits make
   packed = 1 if blocks.format == INT8 else 8 // LAYOUTS[blocks.format].low.bits
-  turned = {
-    name: np.ascontiguousarray(part.reshape(outputs, -1).T)
-    for name, part in blocks.parts.items()
-  }
+  inputs = count * codes * packed
+  turned = {}
+  for name, part in blocks.parts.items():
+    rows = part.reshape(outputs, -1)
+    turned[name] = np.ascontiguousarray(rows[..., None] if table else rows.T)
   return Quantised(
     **{"minimum": None, **turned},
     format=blocks.format,
-    axes=(count * codes * packed, outputs),
+    axes=(inputs,) if table else (inputs, outputs),
     dtype=jnp.dtype(dtype),
   )

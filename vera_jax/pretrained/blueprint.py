@@ -120,19 +120,22 @@ class Blueprint(NamedTuple):
 
   @property
   def kernels(self) -> tuple[TreePath, ...]:
-    """What `quantise` is about: the frozen kernels of dense layers.
-
-    Embeddings are not among them, nor is a decoder's head, which is one: the
-    head multiplies by all of its table at once, and would dequantise it whole.
-    """
+    """What `quantise` is about: the frozen kernels of dense layers, and of a
+    GGUF file the tables of words as well, unless an adapter is on them, which
+    would dequantise them whole."""
     labels = flatten_dict(self.label(unflatten_dict(self.shapes)))
+
+    def has_codes(path: TreePath, axes: int) -> bool:
+      if path[-1] == "embedding":
+        return self.quantise == KEEP and path[:-1] not in self.targets
+      head = re.fullmatch(self.family.output, "/".join(path))
+      return path[-1] == "kernel" and not head and axes == 2
+
     return tuple(
       path
       for path, leaf in self.shapes.items()
-      if path[-1] == "kernel"
-      and not re.fullmatch(self.family.output, "/".join(path))
-      and labels[path] == FROZEN
-      and len(leaf.shape) - ("layer" in path) == 2
+      if labels[path] == FROZEN
+      and has_codes(path, len(leaf.shape) - ("layer" in path))
     )
 
   def label(self, params: Any, new: Any = ()) -> dict[str, Any]:

@@ -142,6 +142,8 @@ def _spec(
   path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules
 ) -> PartitionSpec:
   name = "/".join(path)
+  if path[-1] == "embedding" and len(shape) == 3:  # a table's codes
+    return REPLICATED
   for pattern, axes in rules:
     if re.fullmatch(pattern, name):
       split = (None,) * (len(shape) - len(axes)) + axes

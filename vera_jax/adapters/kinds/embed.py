@@ -15,6 +15,8 @@ from vera_jax.adapters.interface import Matrix, Site, View
 from vera_jax.adapters.layer_calls import LayerCall, Params, bound_call
 from vera_jax.adapters.layers import KINDS, Kind, site_of
 from vera_jax.adapters.structured import as_array
+from vera_jax.operations.coded_table import look_up
+from vera_jax.operations.quantised import is_quantised
 
 
 def _see(
@@ -37,13 +39,17 @@ def _call(layer: Any, params: Params, inputs: Array) -> LayerCall | str:
   def take(ids: Array, table: Matrix) -> Array:
     return jnp.take(as_array(table, like.dtype), ids, axis=0)
 
+  def take_coded(ids: Array, table: Matrix) -> Array:
+    del table  # it has no adapter (`Blueprint.kernels`), and isn't made
+    return look_up(params["embedding"], ids).astype(like.dtype)
+
   site = site_of(
     params,
     *_see(layer, params),
     dtype=like.dtype,
     bias=None,
     rows=inputs.size,
-    multiply=take,
+    multiply=take_coded if is_quantised(params["embedding"]) else take,
     project=take,
   )
   return LayerCall(site, inputs)
@@ -73,5 +79,15 @@ def _attend(
   )
 
 
+def _set_up(
+  interception: Interception, next_fun: Any, args: Any, kwargs: Any, layer: Any
+) -> Any:
+  """flax would refuse a table in codes for its shape; `_call` reads it."""
+  del interception
+  if not is_quantised(layer.get_variable("params", "embedding")):
+    next_fun(*args, **kwargs)
+
+
 KINDS[nn.Embed] = Kind(_see, _call)
 SPECIAL.append(Special(nn.Embed, "attend", _attend))
+SPECIAL.append(Special(nn.Embed, "setup", _set_up))
