@@ -6,7 +6,8 @@
 VeRA, PVeRA, LoRA, DoRA, RandLoRA, Uni-LoRA and IA3 go both ways; any VeRA
 adapter is also a LoRA adapter of the same rank, exactly (--as=lora), and so are
 PVeRA's mean, Uni-LoRA and, with use_dora, DVoRA. --base names the base where
-the adapter's own name for it is not found.
+the adapter's own name for it is not found. For a server that takes no such rank
+--max_rank refuses the adapter, and --truncate cuts it and says what is lost.
 """
 
 from absl import flags
@@ -37,6 +38,16 @@ MAX_LENGTH = flags.DEFINE_integer(
   "import: tokens that longer texts are cut at. Unset: as our own export knew"
   " it, else the model's room, for PEFT's files do not say it.",
 )
+TRUNCATE = flags.DEFINE_integer(
+  "truncate", None, "export --as=lora: cut to this rank.", lower_bound=1
+)
+MAX_RANK = flags.DEFINE_integer(
+  "max_rank",
+  None,
+  "export --as=lora: refuse ranks above this one, if your server has a limit"
+  " (vLLM 512).",
+  lower_bound=1,
+)
 
 cli.define_json()
 
@@ -55,10 +66,22 @@ def main(words: list[str]) -> None:
 
   folder, out = adapter_folder(ADAPTER.value), place(OUT.value)
   if words == ["export"]:
-    warnings = export_adapter(folder, out, method=AS.value, base=BASE.value)
-    cli.give({"out": OUT.value, "warnings": warnings})
+    warnings, lost = export_adapter(
+      folder,
+      out,
+      method=AS.value,
+      base=BASE.value,
+      truncate=TRUNCATE.value,
+      max_rank=MAX_RANK.value,
+    )
+    cli.give({"out": OUT.value, "warnings": warnings, "lost": lost})
     for warning in warnings:
       cli.complain(f"Warning: {warning}")
+    if TRUNCATE.value:
+      print(
+        f"Of a module's change of weights at most {lost:.2%} is lost (Frobenius"
+        " norm)."
+      )
   else:
     about = import_adapter(
       folder,

@@ -10,10 +10,14 @@ from tests.models.gguf_folders import ROWS, random_folder
 from tests.random_adapter import write_adapter
 from vera_jax.adapters.files import load_adapter
 from vera_jax.errors import UserError
+from vera_jax.files import read_json
 from vera_jax.models.decoder import logits
 from vera_jax.models.gguf_file import Written, read_gguf, write_gguf
+from vera_jax.peft_io import export_adapter
 from vera_jax.peft_io.forms.lora import truncated
 from vera_jax.peft_io.gguf import export_gguf_adapter, import_gguf_adapter
+from vera_jax.peft_io.settings import FILE as SETTINGS
+from vera_jax.peft_io.tensors import FILE, read_tensors
 from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 
 IDS = np.random.default_rng(1).integers(0, ROWS, (2, 9)).astype(np.int32)
@@ -83,7 +87,7 @@ def test_the_nearest_adapter_of_a_lower_rank_says_what_is_lost():
   for rank in (1, 4, 6, 9):
     nearest, lost = truncated({"x": pair}, rank)
     made = nearest["x"]["lora_B"] @ nearest["x"]["lora_A"]
-    assert len(nearest["x"]["lora_A"]) == min(rank, 6)
+    assert len(nearest["x"]["lora_A"]) == rank
     gap = np.linalg.norm(made - change) / np.linalg.norm(change)
     share = np.linalg.norm(values[rank:]) / np.linalg.norm(values)
     np.testing.assert_allclose([gap, lost], share, atol=1e-6)
@@ -91,7 +95,7 @@ def test_the_nearest_adapter_of_a_lower_rank_says_what_is_lost():
 
 def test_a_rank_beyond_the_server_s_is_cut_or_refused(vera, tmp_path):
   file = tmp_path / "a.gguf"
-  with pytest.raises(UserError, match="has rank 64 as LoRA.*--truncate=16 wri"):
+  with pytest.raises(UserError, match="LoRA .* has rank 64, .*--truncate=16 w"):
     export_gguf_adapter(vera, file, max_rank=16)
   assert not file.exists()
   about = export_gguf_adapter(
@@ -99,6 +103,54 @@ def test_a_rank_beyond_the_server_s_is_cut_or_refused(vera, tmp_path):
   )
   assert about["rank"] == 16 and 0 < about["lost"] < 1
   assert {x.format for x in read_gguf(file).tensors.values()} == {"F16"}
+
+
+@pytest.mark.parametrize("method", ["vera", "lora_fa"])
+def test_peft_s_lora_is_cut_to_a_rank_and_says_what_is_lost(
+  method, bases, tmp_path
+):
+  write_adapter(
+    tmp_path / "a",
+    method,
+    base=bases["llama"],
+    kind=KIND,
+    rank=48,
+    targets=LLAMA,
+  )
+  limits = {"truncate": 40, "max_rank": 40}
+  _, nothing = export_adapter(tmp_path / "a", tmp_path / "x", method="lora")
+  _, lost = export_adapter(
+    tmp_path / "a", tmp_path / "y", method="lora", **limits
+  )
+  shares = [nothing]
+  for name, change in changes_of(tmp_path / "x").items():
+    U, values, V = np.linalg.svd(change, full_matrices=False)
+    nearest = (U[:, :40] * values[:40]) @ V[:40]
+    found = changes_of(tmp_path / "y")[name]
+    np.testing.assert_allclose(found, nearest, atol=1e-5 * values[0])
+    shares.append(np.linalg.norm(values[40:]) / np.linalg.norm(values))
+  assert lost == pytest.approx(max(shares), rel=1e-4) and lost > 1e-3
+  with pytest.raises(UserError, match="has rank 48, more than --max_rank=47"):
+    export_adapter(tmp_path / "a", tmp_path / "z", method="lora", max_rank=47)
+  if method == "vera":
+    with pytest.raises(UserError, match="--max_rank are for --as=lora"):
+      export_adapter(tmp_path / "a", tmp_path / "z", truncate=40)
+  assert not (tmp_path / "z").exists()
+
+
+def changes_of(folder):
+  """A PEFT folder's change of each module's weights."""
+  fields, tensors = read_json(folder / SETTINGS), read_tensors(folder / FILE)[0]
+  rank = fields["r"]
+  scale = fields["lora_alpha"] / (
+    rank**0.5 if fields.get("use_rslora") else rank
+  )
+  assert {x.shape[0] for k, x in tensors.items() if "lora_A" in k} == {rank}
+  return {
+    key: scale * tensors[key.replace("lora_A", "lora_B")] @ value
+    for key, value in tensors.items()
+    if "lora_A" in key
+  }
 
 
 def test_what_has_no_place_in_a_file_is_refused(bases, vera, tmp_path):

@@ -45,7 +45,7 @@ def export(random_adapter, tmp_path):
     file = ours / "adapter.json"
     about = json.loads(file.read_text()) | {"seed": 1, "score": 0.5}
     file.write_text(json.dumps(about))
-    warnings = export_adapter(ours, tmp_path / "theirs", method=method)
+    warnings, _ = export_adapter(ours, tmp_path / "theirs", method=method)
     config = json.loads((tmp_path / "theirs/adapter_config.json").read_text())
     theirs = tmp_path / "theirs/adapter_model.safetensors"
     return load_adapter(ours), config, theirs, warnings

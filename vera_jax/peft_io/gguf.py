@@ -39,7 +39,6 @@ from vera_jax.models.gguf_folder import (
   to_pairs,
 )
 from vera_jax.peft_io.forms import HELD_BY
-from vera_jax.peft_io.forms.lora import truncated
 from vera_jax.peft_io.reading import import_adapter
 from vera_jax.peft_io.settings import FILE as SETTINGS
 from vera_jax.peft_io.tensors import FILE, PREFIX, read_tensors, write_tensors
@@ -66,8 +65,7 @@ def export_gguf_adapter(
     file: the new file.
     base: as for `export_adapter`.
     format: of the matrices, a name in `FORMATS`.
-    truncate: the rank that modules are cut to; None for their own, exactly.
-    max_rank: the rank that the server takes at most; None for any.
+    truncate, max_rank: as for `export_adapter`.
 
   Returns:
     The largest "rank", the number of "modules", and of a module's change of
@@ -87,7 +85,14 @@ def export_gguf_adapter(
     )
   with TemporaryDirectory() as temporary:
     peft = Path(temporary) / "peft"
-    export_adapter(folder, peft, method="lora", base=base)
+    _, lost = export_adapter(
+      folder,
+      peft,
+      method="lora",
+      base=base,
+      truncate=truncate,
+      max_rank=max_rank,
+    )
     fields = read_json(peft / SETTINGS)
     tensors, about = read_tensors(peft / FILE)
   if fields.get("use_dora") or fields["task_type"] != "CAUSAL_LM":
@@ -104,20 +109,11 @@ def export_gguf_adapter(
   for key, value in tensors.items():
     module, _, matrix = key.removeprefix(PREFIX).partition(".lora_")
     leaves.setdefault(module, {})[f"lora_{matrix[0]}"] = value
-  lost = 0.0
-  if truncate is not None:
-    leaves, lost = truncated(leaves, truncate)
   for pair in leaves.values():  # PEFT's one r is more than some modules need
     used = np.any(pair["lora_A"], axis=1) & np.any(pair["lora_B"], axis=0)
     used = used if used.any() else np.arange(len(used)) == 0
     pair |= {"lora_A": pair["lora_A"][used], "lora_B": pair["lora_B"][:, used]}
   rank = max(len(pair["lora_A"]) for pair in leaves.values())
-  if max_rank is not None and rank > max_rank:
-    raise UserError(
-      f"{folder} has rank {rank} as LoRA, more than --max_rank={max_rank}."
-      f" --truncate={max_rank} writes the nearest adapter of that rank, and"
-      " says what is lost; or merge it: --as=merged."
-    )
   scaling = SCALES["root" if fields.get("use_rslora") else "rank"]
   scale = fields["lora_alpha"] / scaling(fields["r"])
   written: dict[str, Written] = {}

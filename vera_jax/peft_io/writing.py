@@ -19,6 +19,7 @@ from vera_jax.hub import PACKAGE, is_here
 from vera_jax.models.kinds import KINDS, kind_of
 from vera_jax.peft_io.base import TASK_TYPES, module_list, open_base
 from vera_jax.peft_io.forms import FORMS, HELD_BY, Ours
+from vera_jax.peft_io.forms.lora import limited
 from vera_jax.peft_io.fused import with_parts
 from vera_jax.peft_io.settings import FILE
 from vera_jax.peft_io.tensors import FILE as TENSORS
@@ -33,8 +34,14 @@ WARNING = (
 
 
 def export_adapter(
-  folder: Path, out: Path, *, method: str | None = None, base: str | None = None
-) -> list[str]:
+  folder: Path,
+  out: Path,
+  *,
+  method: str | None = None,
+  base: str | None = None,
+  truncate: int | None = None,
+  max_rank: int | None = None,
+) -> tuple[list[str], float]:
   """Write our adapter as PEFT's: adapter_config.json and the tensors.
 
   Args:
@@ -44,9 +51,11 @@ def export_adapter(
       for the adapter's method.
     base: folder or hub id of the base, where it isn't the one that the adapter
       names. It must be the same weights.
+    truncate, max_rank: as `forms.lora.limited` has them.
 
   Returns:
-    Warnings for whoever loads it.
+    Warnings for whoever loads it, and the share of a module's change of weights
+    that is lost at most by `truncate`.
 
   Raises:
     UserError: naming what PEFT can't hold, is missing or doesn't fit.
@@ -155,6 +164,14 @@ def export_adapter(
         f" targets=({fused!r},), the whole layer."
       )
     exported = form.join(ours, exported)
+  lost = 0.0
+  if method == "lora":
+    exported, lost = limited(exported, truncate=truncate, max_rank=max_rank)
+  elif truncate or max_rank:
+    raise UserError(
+      f"PEFT's {method} is not cut by rank: --truncate and --max_rank are for"
+      " --as=lora."
+    )
   tensors |= {theirs: exported.root[leaf] for theirs, leaf in form.root.items()}
   tensors |= {
     f"{PREFIX}{module}.{theirs}": leaves[leaf]
@@ -192,4 +209,4 @@ def export_adapter(
       f"{FILE} names the base by a path of this machine, {config[BASE]}. For"
       f" other machines export it with --base=HUB_ID, or change {BASE}."
     )
-  return warnings
+  return warnings, lost

@@ -68,11 +68,7 @@ def write(ours: Ours) -> Exported:
     if "magnitude_m" in tensors:
       leaves[module]["magnitude_m"] = tensors["magnitude_m"]
   rank = max(len(tensors["lora_A"]) for tensors in leaves.values())
-  for tensors in leaves.values():  # zeros up to the one r that PEFT has
-    for leaf, axis in (("lora_A", 0), ("lora_B", 1)):
-      widths = [(0, 0), (0, 0)]
-      widths[axis] = (0, rank - tensors[leaf].shape[axis])
-      tensors[leaf] = np.pad(tensors[leaf], widths)
+  leaves = {name: _padded(tensors, rank) for name, tensors in leaves.items()}
   fields = {"r": rank, "bias": "none", "lora_alpha": rank}  # scale 1
   if own_matrices:
     fields["lora_alpha"] = ours.settings["alpha"]
@@ -98,15 +94,58 @@ def join(ours: Ours, exported: Exported) -> Exported:
   )
 
 
+def _padded(tensors: Tensors, rank: int) -> Tensors:
+  """A and B with zeros up to a rank, for PEFT has one r for all modules."""
+  A, B = tensors["lora_A"], tensors["lora_B"]
+  more = rank - len(A)
+  return tensors | {
+    "lora_A": np.pad(A, [(0, more), (0, 0)]),
+    "lora_B": np.pad(B, [(0, 0), (0, more)]),
+  }
+
+
+def limited(
+  exported: Exported, *, truncate: int | None, max_rank: int | None
+) -> tuple[Exported, float]:
+  """LoRA for a server that takes no higher rank than one.
+
+  Args:
+    exported: at its own rank.
+    truncate: the rank that it is cut to if it has more; None for none.
+    max_rank: the rank that the server takes at most; None for any.
+
+  Returns:
+    The nearest adapter of that rank, and how much of a module's change of
+    weights is lost at most, as a share of its norm.
+
+  Raises:
+    UserError: the rank is beyond `max_rank`, or DoRA's would be cut.
+  """
+  fields, lost = exported.fields, 0.0
+  if truncate is not None and truncate < fields["r"]:
+    if fields.get("use_dora"):
+      raise UserError(
+        "DoRA's magnitudes belong to its weights as they are, so its rank is"
+        " not cut: leave --truncate out, or merge the adapter."
+      )
+    scaling = SCALES["root" if fields.get("use_rslora") else "rank"]
+    alpha = fields["lora_alpha"] / scaling(fields["r"]) * truncate
+    fields = fields | {"r": truncate, "lora_alpha": alpha, "use_rslora": False}
+    leaves, lost = truncated(exported.leaves, truncate)
+    exported = Exported(leaves, fields)
+  if max_rank is not None and fields["r"] > max_rank:
+    raise UserError(
+      f"As LoRA the adapter has rank {fields['r']}, more than"
+      f" --max_rank={max_rank}. --truncate={max_rank} writes the nearest"
+      " adapter of that rank, and says what is lost; or merge it."
+    )
+  return exported, lost
+
+
 def truncated(
   leaves: Mapping[str, Tensors], rank: int
 ) -> tuple[dict[str, Tensors], float]:
-  """LoRA's matrices of a lower rank, nearest to those that are there.
-
-  Returns:
-    The matrices, each of this rank or its own if that is lower, and how much of
-    a module's change of weights is lost at most, as a share of its norm.
-  """
+  """The nearest matrices of a lower rank, and what is lost as in `limited`."""
   nearest: dict[str, Tensors] = {}
   lost = 0.0
   for module, tensors in leaves.items():
@@ -115,12 +154,10 @@ def truncated(
     right, small_right = np.linalg.qr(tensors["lora_A"].T.astype(np.float64))
     U, values, V = np.linalg.svd(small_left @ small_right.T)
     roots = np.sqrt(values[:rank])
-    nearest[module] = tensors | {
-      "lora_A": (roots[:, None] * (V[: len(roots)] @ right.T)).astype(
-        np.float32
-      ),
-      "lora_B": (left @ U[:, : len(roots)] * roots).astype(np.float32),
-    }
+    A = roots[:, None] * (V[: len(roots)] @ right.T)
+    B = left @ U[:, : len(roots)] * roots
+    pair = {"lora_A": A.astype(np.float32), "lora_B": B.astype(np.float32)}
+    nearest[module] = _padded(pair, rank)
     if norm := float(np.linalg.norm(values)):
       lost = max(lost, float(np.linalg.norm(values[rank:])) / norm)
   return nearest, lost
