@@ -21,11 +21,11 @@ from jax.sharding import Mesh
 from experiments.plans.chips import Pod
 from experiments.plans.lowering import Rows, numbers_on_a_chip
 from vera_jax.errors import UserError
+from vera_jax.operations.cross_entropy import LOGITS
 from vera_jax.pretrained.blueprint import Blueprint, Model, abstract_model
 from vera_jax.pretrained.sharding import batch_shards, make_mesh
 
 ROOM = 0.9  # of a chip's memory, at most, by the estimate
-LOGITS = 3 * 2**26  # bytes that a block of logits, and what is made of it, take
 
 
 class Candidate(NamedTuple):
@@ -162,7 +162,10 @@ def working_bytes(model: Model, mesh: Mesh, rows: Rows) -> float:
   gathered = sizes.number / tensor if mesh.shape["fsdp"] > 1 else 0
   # a layer's weights, and the next one's while it is computed
   layer = 2 * sizes.layer * gathered + values + scores
-  head = sizes.rest / 2 * gathered + LOGITS
+  # a block's words, and what is summed up over all blocks
+  words = min(LOGITS / tokens, sizes.rest / 2 / sizes.width / tensor)
+  head = words * sizes.width * sizes.number + 3 * 4 * LOGITS
+  head += 3 * 4 * tokens * sizes.width
   gradients = numbers_on_a_chip(model.trainable) * 4
   return kept + max(layer, head) + gradients
 
@@ -177,15 +180,16 @@ def _seconds(model: Model, mesh: Mesh, rows: Rows, pod: Pod) -> float:
   attended = 2 * rows.length * sizes.width
   products = passes * tokens * sizes.layers * (sizes.layer + attended)
   products += 2 * each * rows.learned * sizes.rest / 2
-  weights = sizes.number * (sizes.layers * sizes.layer + sizes.rest) / tensor
   gathers = min(2, passes)  # in the forward pass, and in the backward pass
-  received = gathers * weights * (fsdp - 1) / fsdp
+  weights = gathers * sizes.layers * sizes.layer + sizes.rest / 2
+  weights *= sizes.number / tensor
+  received = weights * (fsdp - 1) / fsdp
   if tensor > 1:  # behind a layer's two halves, on the way there and back
     sums = 2 * passes * sizes.layers * tokens * sizes.width * sizes.number
     received += sums * 2 * (tensor - 1) / tensor
   received += 2 * 4 * numbers_on_a_chip(model.trainable)
   return max(
     2 * products / tensor / pod.flops,
-    gathers * weights / pod.bandwidth,
+    weights / pod.bandwidth,
     received / pod.links,
   )

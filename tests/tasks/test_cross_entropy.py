@@ -1,14 +1,19 @@
 """Cross-entropy in blocks: the plain one's values, slopes, and less memory."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vera_jax.operations.cross_entropy import cross_entropy, score_words
+from vera_jax.operations.split_words import Split, words_are_split
+from vera_jax.pretrained.sharding import make_mesh
 
 ROWS, READS, WIDTH, VOCABULARY = 2, 7, 5, 11
 BLOCK = 3 * ROWS * VOCABULARY  # three columns, and the last block has one
+WORDS = 2 * ROWS * READS  # two words, of a vocabulary that two do not divide
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +38,31 @@ def oracle(hidden, kernel, labels, weights, smoothing):
   return losses, slope @ kernel.T, np.einsum("rcd,rcv->dv", hidden, slope)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_values_and_slopes_are_those_in_float64(words, smoothing):
+def on_a_mesh():
+  """A context in which the words are split over two devices."""
+  return words_are_split(Split(make_mesh(2, 2, 2), rows=1))
+
+
+@pytest.mark.parametrize(
+  "context, block, smoothing",
+  [(nullcontext, BLOCK, 0.0), (nullcontext, BLOCK, 0.1),
+   (on_a_mesh, WORDS, 0.1)],
+)  # fmt: skip
+def test_values_and_slopes_are_those_in_float64(
+  words, context, block, smoothing
+):
   hidden, kernel, labels, weights = words
   single = [jnp.float32(array) for array in (hidden, kernel)]
   words_after = jnp.asarray(labels)
 
   def summed(hidden, kernel):
     losses = cross_entropy(
-      hidden, kernel, words_after, smoothing=smoothing, block=BLOCK
+      hidden, kernel, words_after, smoothing=smoothing, block=block
     )
     return jnp.sum(losses * jnp.float32(weights)), losses
 
-  slopes, losses = jax.jit(jax.grad(summed, (0, 1), has_aux=True))(*single)
+  with context():
+    slopes, losses = jax.jit(jax.grad(summed, (0, 1), has_aux=True))(*single)
   want = oracle(hidden, kernel, labels, weights, smoothing)
   for got, true in zip((losses, *slopes), want, strict=True):
     np.testing.assert_allclose(got, true, rtol=1e-6, atol=1e-6)

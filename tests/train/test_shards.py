@@ -6,10 +6,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from ml_collections import ConfigDict
 
+from configs import instruct
 from configs.common import get_config
 from experiments.plans.collectives import collectives
 from experiments.plans.lowering import abstract_step
+from experiments.plans.tasks import planned_task
 from vera_jax.errors import UserError
+from vera_jax.models import known_shapes
 from vera_jax.pretrained.sharding import make_mesh
 from vera_jax.train.shards import ONE, divide, shards_of
 
@@ -76,6 +79,19 @@ def test_under_fsdp_kernels_are_gathered_and_gradients_sent_once():
   gathered = [one for one in found if one.kind == "all-gather" and one.looped]
   kernels = {16 * 16 * 4, 16 * 32 * 4}
   assert gathered and {one.bytes for one in gathered} <= kernels
+
+
+def test_a_decoders_step_gathers_its_head_once():
+  """A device's words of it, however many tokens there are."""
+  fields = known_shapes.llama(16, 32, 3, 4, vocab_size=96)
+  config = instruct.get_config("smollm2")
+  config.model.scan, config.vera.rank = True, 8
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  step = abstract_step(config, fields, mesh, task=planned_task(config))
+  compiled = step.compile(rows=4, length=2, slots=2)
+  table = 96 * 16 * 4 // 2
+  (head,) = (x for x in collectives(compiled.as_text()) if x.bytes == table)
+  assert (head.kind, head.times, head.group) == ("all-gather", 1, 2)
 
 
 def test_leaves_that_fsdp_splits_are_added_over_it_at_once():

@@ -12,6 +12,9 @@ embedding as [vocab, width]: tied ones are stored like that. One in codes is
 dequantised in blocks of words (`coded_table.py`), once for the logits and once
 for the gradient.
 
+Where a mesh splits the embedding, blocks of words take the place of blocks of
+positions (`split_words.py`).
+
 With z the logits of a position, y its label, V the vocabulary's size and e the
 smoothing, its loss and that one's gradient for the logits are
 
@@ -30,6 +33,7 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from vera_jax.operations.coded_table import from_words, times_words
 from vera_jax.operations.quantised import Quantised, is_quantised
+from vera_jax.operations.split_words import cross_entropy_of, split_of_words
 
 LOGITS = 2**24  # at most so many in a block: 64 MiB in float32
 
@@ -54,6 +58,9 @@ def cross_entropy(
     block: the most logits that are computed together, for every row at least
       those of one position.
   """
+  split = split_of_words()
+  if split is not None and not is_quantised(kernel):
+    return cross_entropy_of(hidden, kernel.T, labels, smoothing, split, block)
   return _losses(hidden, kernel, labels, smoothing, block)
 
 

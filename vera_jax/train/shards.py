@@ -20,8 +20,8 @@ no device could hold a whole one. Then the shards are those of `data` alone.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -39,6 +39,7 @@ from jax.sharding import (
 from jaxtyping import Float, PRNGKeyArray
 
 from vera_jax.errors import UserError
+from vera_jax.operations.split_words import Split, words_are_split
 from vera_jax.pretrained.sharding import BATCH
 from vera_jax.train.step import Batch, Frozen, Sums, Tree
 
@@ -159,15 +160,20 @@ def divide(
   return {name: split(array) for name, array in batch.items()}
 
 
-def rows_stay(shards: Shards) -> AbstractContextManager[None]:
+@contextmanager
+def rows_stay(shards: Shards) -> Iterator[None]:
   """A context in which every layer's output is split by its rows.
 
   XLA may else split it as the layer's kernel is, over `fsdp`, and send
   activations about where it could gather the kernel.
+
+  And one in which a decoder's logits are made of blocks of words, of which each
+  device gathers one after another.
   """
   mesh = shards.mesh
   if mesh is None or mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
-    return nullcontext()
+    yield
+    return
 
   def interceptor(next_fun, args, kwargs, context):
     y = next_fun(*args, **kwargs)
@@ -182,7 +188,9 @@ def rows_stay(shards: Shards) -> AbstractContextManager[None]:
     )
     return jax.lax.with_sharding_constraint(y, NamedSharding(mesh, spec))
 
-  return nn.intercept_methods(interceptor)
+  parts = math.prod(mesh.shape[axis] for axis in shards.rows)
+  with nn.intercept_methods(interceptor), words_are_split(Split(mesh, parts)):
+    yield
 
 
 def total(sums: Sums, shards: Shards) -> Sums:
