@@ -26,12 +26,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from absl import flags
-from flax.traverse_util import unflatten_dict
 
 from benchmarks.decode import DECODER, PROMPTS
 from benchmarks.report import environment, load, write
 from benchmarks.serve_load import served
-from benchmarks.serving import LAYERS, random_adapters
+from benchmarks.serving import LAYERS, random_leaves
 from experiments import cli
 from vera_jax.adapters.files import save_adapter
 from vera_jax.models.folder import resolve
@@ -57,13 +56,10 @@ def main() -> None:
   result = environment("serve_first_token")
   with tempfile.TemporaryDirectory() as temporary:
     adapters, log = Path(temporary) / "adapters", Path(temporary) / "log"
-    make = random_adapters(
-      resolve(options.model), "vera", options.rank, LAYERS["qv"]
-    )
+    base, layers = resolve(options.model), LAYERS["qv"]
+    about, draw = random_leaves(base, "vera", options.rank, layers, spread=0.02)
     for number in range(ADAPTERS):
-      saved = make()
-      leaves = unflatten_dict(saved.tensors, sep=".")
-      save_adapter(adapters / f"a{number}", leaves, about=saved.about)
+      save_adapter(adapters / f"a{number}", draw(), about=about)
     with served(
       log,
       *(f"--model={options.model}", "--name=base", f"--adapters={adapters}"),

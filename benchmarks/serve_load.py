@@ -23,6 +23,7 @@ where anything went wrong, but for the memory, which is told.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,12 +39,11 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from flax.traverse_util import unflatten_dict
 
 from benchmarks.report import environment, load, write
-from benchmarks.serving import LAYERS, random_adapters
+from benchmarks.serving import LAYERS, random_leaves
 from experiments import cli
-from vera_jax.adapters.files import save_adapter
+from vera_jax.adapters.files import SavedAdapter, save_adapter, tensors
 from vera_jax.adapters.labels import join
 from vera_jax.errors import UserError
 from vera_jax.files import read_json, write_json
@@ -62,7 +62,7 @@ ASKED = [
 ]
 CHANGED = 10  # adapters that are unloaded, loaded and replaced
 CLOSE = 1e-3  # of logits between which rounding might choose
-COMPILED = "Finished XLA compilation"  # in jax's log
+COMPILED = re.compile(r"Finished XLA compilation of (.*?) in ")  # jax's log
 
 
 def define_flags() -> None:
@@ -98,7 +98,7 @@ def main() -> None:
       "--allow_loading",
       JAX_LOG_COMPILES="1",
     ) as (server, address):
-      before = log.read_text().count(COMPILED)
+      before = len(COMPILED.findall(log.read_text()))
       clients = subprocess.Popen(
         [
           *(options.locust, "--headless", "--only-summary"),
@@ -121,7 +121,7 @@ def main() -> None:
       "seconds": options.seconds,
       **read_json(folder / "clients.json"),
       "compiled_before_listening": before,
-      "compiled_afterwards": said.count(COMPILED) - before,
+      "compiled_afterwards": COMPILED.findall(said)[before:],
       "tracebacks": said.count("Traceback"),
       "exit_code": code,
     }
@@ -148,18 +148,18 @@ def write_adapters(
 ) -> dict[str, list[str]]:
   """Adapters' folders, and the text that each writes behind each prompt."""
   options = flags.FLAGS
-  make = random_adapters(
+  about, draw = random_leaves(
     base, "vera", options.rank, LAYERS["qv"], spread=options.spread
   )
-  generator = Generator(restore_adapter(make()), keep_adapter=True)
+  first = restore_adapter(SavedAdapter(about, tensors(draw()), base))
+  generator = Generator(first, keep_adapter=True)
   prompts = [generator.encode(text, max_new_tokens=n) for text, n in ASKED]
   texts: dict[str, list[str]] = {}
   known: set[tuple[int, str]] = set()
   for _ in range(10 * count):
     if len(texts) == count:
       return texts
-    saved = make()
-    leaves = unflatten_dict(saved.tensors, sep=".")
+    leaves = draw()
     params = join(generator.variables["params"], leaves)
     generator.variables = {**generator.variables, "params": params}
     answers = generator.ids(prompts, max_new_tokens=max(n for _, n in ASKED))
@@ -168,7 +168,7 @@ def write_adapters(
     if known.isdisjoint(written) and is_certain(generator, prompts, answers):
       known.update(written)
       name = f"a{len(texts)}"
-      save_adapter(folder / name, leaves, about=saved.about)
+      save_adapter(folder / name, leaves, about=about)
       texts[name] = [text for _, text in written]
   raise UserError(
     f"Of {10 * count} adapters only {len(texts)} write a text of their own:"

@@ -170,15 +170,23 @@ def measure(
 
 
 def random_adapters(
+  folder: Path, method: str, rank: int, targets: Sequence[str]
+) -> Callable[[], SavedAdapter]:
+  """Makes adapters with random numbers, as if they were read from files."""
+  about, draw = random_leaves(folder, method, rank, targets, spread=0.02)
+  return lambda: SavedAdapter(about, tensors(draw()), folder)
+
+
+def random_leaves(
   folder: Path,
   method: str,
   rank: int,
   targets: Sequence[str],
   *,
-  spread: float = 0.02,
-) -> Callable[[], SavedAdapter]:
-  """Makes adapters with random numbers, as if they were read from files;
-  `spread` is their deviation."""
+  spread: float,
+) -> tuple[dict[str, Any], Callable[[], Any]]:
+  """What all such adapters say of themselves, and a function that draws the
+  leaves of one, whose deviation is `spread`."""
   settings = {**vars(METHODS[method].settings()), "rank": rank}
   settings["targets"] = list(targets)
   plan = blueprint(
@@ -201,14 +209,12 @@ def random_adapters(
     "projection_digest": kept_digest(plan.adapter, projections),
   }
   rng = np.random.default_rng(0)
+  shapes = plan.own_shapes()[0]
 
   def draw(leaf: Any) -> np.ndarray:
     return spread * rng.standard_normal(leaf.shape, np.float32)
 
-  shapes = plan.own_shapes()[0]
-  return lambda: SavedAdapter(
-    about, tensors(jax.tree.map(draw, shapes)), folder
-  )
+  return about, lambda: jax.tree.map(draw, shapes)
 
 
 def time_to_first(rows: Rows, prompt: list[int], adapter: str) -> float:

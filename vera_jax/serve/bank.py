@@ -203,8 +203,8 @@ class AdapterBank:
       self._generator = Generator(classifier, keep_adapter=True)
     elif not self._reads_images:
       self._tokenizer = load_tokenizer(classifier.folder)
-    model = {"module": classifier.module, "inputs": classifier.inputs}
-    self._run = jax.jit(partial(mixed_logits, **model))
+    run = partial(mixed_logits, module=self.module, inputs=classifier.inputs)
+    self._run = jax.jit(run)
     self.lock = threading.RLock()  # of all that follows, and of `params`
     self._writing = threading.Lock()  # one call writes at a time
     self._free = list(reversed(range(self.resident)))

@@ -377,6 +377,7 @@ class Service:
     body = await self._body(request, Classification)
 
     def ask() -> tuple[Sequence[str], list[Answer]]:
+      first: list[Any]
       first, second = body.columns
       with self.bank.lock:  # labels and answers are one adapter's
         owner = self._held(body.model).owner

@@ -253,13 +253,12 @@ class Rows:
       )
     if not -(2**63) <= request.seed < 2**63:
       raise UserError(f"seed is {request.seed}; it is an integer of 64 bits.")
-    key = jax.random.key_data(row_keys(request.seed, [0]))[0]
     ticket = Ticket(
       request,
       next(self._numbers),
       on_token=on_token,
       adapter=self._bank.held(request.adapter),
-      key=np.asarray(key),
+      key=_key(request.seed),
       pieces=TextPieces(generator.decode, request.stop),
     )
     with self._lock:
@@ -336,7 +335,7 @@ class Rows:
     if self.running:
       raise UserError("Warm up before requests are answered.")
     bank = self._bank
-    row_keys(0, [0])
+    _key(0)
     for name in (None, *list(bank)[:1]):
       self._load(0, bank.held(name))
     for size in self._sizes:
@@ -372,7 +371,7 @@ class Rows:
     """Puts an adapter's vectors into a row."""
     vectors = self._bank.vectors(adapter)
     leaves = set_slot(self._model.leaves, np.int32(row), vectors)
-    self._model = self._model.replace(leaves=leaves)
+    self._model = replace(self._model, leaves=leaves)
 
   def _read(self, row: int) -> None:
     """A piece of a row's prompt; behind the last one, the first word."""
@@ -484,3 +483,8 @@ class Rows:
     except Exception as error:
       log.exception("A request is given up: its on_token failed.")
       ticket.error, ticket.cancelled = str(error), token.finish is None
+
+
+def _key(seed: int) -> np.ndarray:
+  """The data of the key by which an answer's words are drawn."""
+  return np.asarray(jax.random.key_data(row_keys(seed, [0])))[0]
