@@ -323,8 +323,7 @@ def ask_server(folder: Path) -> None:
     folders=[folder / "adapters"],
   )
   refused = ""
-  app = service.application()
-  with TestClient(app, base_url="http://localhost") as client:
+  with TestClient(service, base_url="http://localhost") as client:
     for file in sorted((folder / "bodies").iterdir()):
       body = read_bytes(file, inside=folder, limit=JSON)
       if file.suffix == ".txt":
