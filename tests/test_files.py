@@ -153,7 +153,6 @@ BESIDE = {
   "locks.py": 'Path(f"/proc/',
   "models/gguf_file.py": "np.memmap(file",
   "models/gguf_tokenizer.py": ".to_str())",
-  "models/hf_weights.py": "return safe_open(file",
   "peft_io/tensors.py": "safe_open(file",
   "report/verdict.py": "json.loads(json.dumps(",
   "results.py": "json.loads(json.dumps(",

@@ -1,7 +1,12 @@
 """The progress of long work, for a person: a bar and lines above it."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
 from rich.progress import (
   BarColumn,
+  DownloadColumn,
   MofNCompleteColumn,
   Progress,
   TextColumn,
@@ -16,6 +21,27 @@ def show_stage(text: str) -> None:
   console = Console(stderr=True)
   if console.is_terminal:
     console.print(f"{text} ...")
+
+
+@contextmanager
+def bytes_bar(
+  total: int, *, doing: str, primary: bool = True
+) -> Iterator[Callable[[int], None]]:
+  """A bar in bytes, in a terminal; nothing elsewhere.
+
+  Yields:
+    What is told of more bytes.
+  """
+  console = Console(stderr=True, quiet=not primary)
+  with Progress(
+    TextColumn("{task.description}", markup=False),
+    BarColumn(),
+    DownloadColumn(),
+    TimeRemainingColumn(),
+    console=console,
+    disable=not console.is_terminal,
+  ) as progress:
+    yield partial(progress.advance, progress.add_task(doing, total=total))
 
 
 class ProgressBar:

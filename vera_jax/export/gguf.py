@@ -49,12 +49,9 @@ from vera_jax.models.gguf_folder import (
 )
 from vera_jax.models.gguf_keys import GEMMA3
 from vera_jax.models.gguf_tokenizer import tokenizer_metadata
-from vera_jax.models.hf_weights import (
-  open_safetensors,
-  read_model,
-  tensor_files,
-)
+from vera_jax.models.hf_weights import read_model, tensor_files
 from vera_jax.models.llama import ORIGINAL, rotation_fields
+from vera_jax.models.safetensors_file import SafetensorsFile
 from vera_jax.operations.attention import ACTIVATIONS
 from vera_jax.places import is_remote, local_copy, place
 from vera_jax.pretrained.classifier import Classifier
@@ -155,7 +152,7 @@ def write_gguf_of(
       opened: Any = (
         open_tensors(source)
         if source.name == LINK
-        else stack.enter_context(open_safetensors(source))
+        else stack.enter_context(SafetensorsFile(source))
       )
       for name in opened.keys():
         module, _, leaf = name.rpartition(".")

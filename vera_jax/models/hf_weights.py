@@ -8,10 +8,14 @@ that a checkpoint numbers, but for the last.
 
 import hashlib
 import logging
-import math
 import re
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import (
+  Callable,
+  Collection,
+  Mapping,
+  Sequence,
+)
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
 from vera_jax.errors import UserError
 from vera_jax.files import TENSORS, check_file, open_file, read_json
@@ -31,20 +34,22 @@ from vera_jax.models.family import (
   read_fields,
 )
 from vera_jax.models.gguf_file import files_of
-from vera_jax.models.gguf_folder import LINK, Tensors, open_tensors
-from vera_jax.models.sizes import check_sizes
-from vera_jax.operations.gguf_codes import keep
-from vera_jax.operations.quantised import (
-  INT8,
-  KEEP,
-  NF4,
-  NONE,
-  Quantised,
-  stack_layers,
+from vera_jax.models.gguf_folder import LINK, open_tensors
+from vera_jax.models.leaves import (
+  Leaf,
+  Place,
+  Source,
+  file_axes,
+  put_parts,
+  read_codes,
+  read_leaf,
 )
-from vera_jax.operations.quantised import quantise as quantise_kernel
+from vera_jax.models.safetensors_file import SafetensorsFile
+from vera_jax.models.sizes import check_sizes
+from vera_jax.operations.quantised import INT8, KEEP, NF4, NONE
 
 log = logging.getLogger(__name__)
+Bar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 LEAVES = {
   "kernel": "weight",
   "scale": "weight",
@@ -54,13 +59,16 @@ LEAVES = {
   "var": "running_var",
   **{name: name for name in ("cls_token", "position_embeddings", "lambda1")},
 }
-ALIGNED = 64  # bytes
-FLOATS = ("F64", "F32", "F16", "BF16")
 CONVERT = (
   'python -c "import torch, safetensors.torch as s; s.save_file('
   "{k: v.clone().contiguous() for k, v in torch.load('pytorch_model.bin', "
   "weights_only=True).items()}, 'model.safetensors')\""
 )
+
+
+def no_bar(total: int) -> AbstractContextManager[Callable[[int], None]]:
+  """The `Bar` that shows nothing."""
+  return nullcontext(lambda count: None)
 
 
 class Loaded(NamedTuple):
@@ -75,13 +83,6 @@ class Loaded(NamedTuple):
   missing: tuple[str, ...]
   unexpected: tuple[str, ...]
   dropped: tuple[str, ...]
-
-
-class Source(NamedTuple):
-  """One tensor of a checkpoint: its name there and the open file."""
-
-  name: str
-  file: Any
 
 
 def module_name(
@@ -115,43 +116,52 @@ def load_params(
   param_dtype: DTypeLike | None = None,
   quantise: str = NONE,
   kernels: Collection[tuple[str, ...]] = (),
+  place: Place | None = None,
+  bar: Bar = no_bar,
 ) -> Loaded:
-  """Fills a tree of shapes from a checkpoint, one tensor in memory at a time.
+  """Fills a tree of shapes from a checkpoint, some of its bytes at a time.
 
   Args:
     folder: the checkpoint.
     template: one `jax.ShapeDtypeStruct` per leaf: the "params" of an
       `eval_shape` of the model's init.
-    param_dtype: of the leaves, which come as numpy arrays; None for the
-      template's own types.
+    param_dtype: of the leaves; None for the template's own types.
     quantise: what the `kernels`, by their paths, become: a name in
       `quantised.CHOICES`. Those that can't, since their blocks would not be
       whole or the file has no codes of them, stay arrays.
+    place: where each leaf lies, or each part of one in codes. Of safetensors a
+      process then reads the slices that its devices hold; a GGUF file's leaves
+      are made whole, one after another. None for numpy arrays.
+    bar: the bytes that this process will read -> a context of what is told of
+      each part of them, such as `progress.bytes_bar`.
 
   Raises:
     UserError: a file or tensor that can't be used; codes are to be kept, and
       the checkpoint is no GGUF file.
   """
   known = family_of(read_fields(folder)).names
-  if quantise == KEEP and tensor_files(folder)[0].name != LINK:
+  is_gguf = tensor_files(folder)[0].name == LINK
+  there = None if is_gguf else place
+  if quantise == KEEP and not is_gguf:
     raise UserError(
       f"config.model.quantise is {KEEP}, but {folder} is no GGUF file, so it"
       f" has no codes to keep: choose {INT8} or {NF4}, or name a quantised GGUF"
       " file (config.model.name)."
     )
   filled: dict[tuple[str, ...], Any] = {}
+  leaves: list[Leaf] = []
   missing: list[str] = []
   used: set[str] = set()
   with ExitStack() as stack:
     sources = _open_sources(folder, known, stack)
-    for path, leaf in flatten_dict(dict(template)).items():
-      names = _tensor_names(path, leaf.shape)
+    for path, wanted in flatten_dict(dict(template)).items():
+      names = _tensor_names(path, wanted.shape)
       parts = [sources[name] for name in names if name in sources]
       used.update(source.name for source in parts)
       if not parts:
         missing.append("/".join(path))
       elif len(parts) < len(names):
-        written = _tensor_names(path, leaf.shape, names=known)
+        written = _tensor_names(path, wanted.shape, names=known)
         absent = next(
           file
           for file, name in zip(written, names, strict=True)
@@ -159,20 +169,26 @@ def load_params(
         )
         raise UserError(f"{folder} lacks the tensor {absent!r}.")
       else:
-        dtype = leaf.dtype if param_dtype is None else param_dtype
-        codes = None
-        if quantise != NONE and path in kernels:
-          codes = _read_codes(
-            path, leaf.shape, parts, quantise, dtype, known.transposed
-          )
-        filled[path] = codes or _read_leaf(
+        leaf = Leaf(
           path,
-          leaf.shape,
+          wanted.shape,
+          jnp.dtype(wanted.dtype if param_dtype is None else param_dtype),
           parts,
-          dtype=dtype,
-          transposed=known.transposed,
-          frozen=quantise != NONE,
+          turned=known.transposed and path[-1] == "kernel",
         )
+        # before there is room for it: its shape is of somebody's config.json
+        leaf.check()
+        leaves.append(leaf)
+    with bar(sum(leaf.share(there) for leaf in leaves)) as advance:
+      for leaf in leaves:
+        leaf, made = leaf._replace(advance=advance), None
+        if quantise != NONE and leaf.path in kernels:
+          made = read_codes(leaf, quantise, there)
+        if made is None:
+          made = read_leaf(leaf, there)
+        if is_gguf and place is not None:
+          made = put_parts(leaf.path, made, place)
+        filled[leaf.path] = made
     rest = {
       name: source
       for name, source in sources.items()
@@ -247,9 +263,22 @@ def fingerprint(folder: Path) -> str:
   sha = hashlib.sha256()
   for file in tensor_files(folder):
     for part in files_of(file):
-      with open_file(part, inside=None, limit=TENSORS) as opened:
-        sha.update(hashlib.file_digest(opened, "sha256").digest())
+      sha.update(_digest(part))
   return sha.hexdigest()
+
+
+def _digest(file: Path) -> bytes:
+  with open_file(file, inside=None, limit=TENSORS) as opened:
+    digest = hashlib.file_digest(opened, "sha256")
+  # as which the hub's cache names a large file
+  name = file.resolve().name
+  if re.fullmatch("[0-9a-f]{64}", name) and name != digest.hexdigest():
+    log.warning(
+      "%s is not as the hub has it: its checksum is %s, and was %s. Delete it,"
+      " and it is fetched again.",
+      *(file, digest.hexdigest(), name),
+    )
+  return digest.digest()
 
 
 def to_hf(params: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
@@ -262,7 +291,7 @@ def to_hf(params: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
     layers = value if "layer" in path else [value]
     for name, array in zip(names, layers, strict=True):
       if known.transposed and path[-1] == "kernel":
-        array = _in_file(array)
+        array = array.transpose(file_axes(array.ndim))
       tensors[name] = np.ascontiguousarray(array)
   return tensors
 
@@ -283,100 +312,6 @@ def _tensor_names(
   ]
 
 
-def _read_leaf(
-  path: tuple[str, ...],
-  shape: tuple[int, ...],
-  sources: Sequence[Source],
-  *,
-  dtype: DTypeLike,
-  transposed: bool,
-  frozen: bool,
-) -> np.ndarray:
-  # checked before there is room for it, for the shape is somebody's config.json
-  one = np.broadcast_to(0, shape[1:] if "layer" in path else shape)
-  turned = transposed and path[-1] == "kernel"
-  for source in sources:
-    _check_tensor(source, (_in_file(one) if turned else one).shape)
-  leaf = _lasting(shape, dtype) if frozen else np.empty(shape, dtype)
-  for slot, source in zip(
-    leaf if "layer" in path else leaf[None], sources, strict=True
-  ):
-    if transposed and path[-1] == "kernel":
-      slot = _in_file(slot)
-    if isinstance(source.file, Tensors):
-      source.file.fill(source.name, slot)
-    else:
-      slot[...] = source.file.get_tensor(source.name)
-  return leaf
-
-
-def _lasting(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-  """An empty array whose memory JAX takes for its own on a CPU, uncopied.
-
-  It does so where an array begins at a multiple of 64 bytes. A base in codes is
-  trained by no method, so nobody writes into it later.
-  """
-  size = math.prod(shape) * jnp.dtype(dtype).itemsize
-  data = np.empty(size + ALIGNED, np.uint8)
-  first = -data.ctypes.data % ALIGNED
-  return data[first : first + size].view(dtype).reshape(shape)
-
-
-def _check_tensor(source: Source, shape: tuple[int, ...]) -> None:
-  """Refuse a tensor of another shape, or of numbers that are not read."""
-  header = source.file.get_slice(source.name)
-  stored = tuple(header.get_shape())
-  if stored != shape:
-    raise UserError(
-      f"Tensor {source.name!r} has shape {stored} in the checkpoint, but "
-      f"the model of its config.json and task needs {shape}."
-    )
-  if header.get_dtype() not in FLOATS:
-    raise UserError(
-      f"Tensor {source.name!r} is stored as {header.get_dtype()}; only "
-      f"{', '.join(FLOATS)} can be read. Use an unquantised checkpoint."
-    )
-
-
-def _read_codes(
-  path: tuple[str, ...],
-  shape: tuple[int, ...],
-  sources: Sequence[Source],
-  kind: str,
-  dtype: DTypeLike,
-  transposed: bool,
-) -> Quantised | None:
-  """A leaf in codes; None where a layer of it can't be."""
-  stacked, table = "layer" in path, path[-1] == "embedding"
-  in_file = shape[-2:]
-  if transposed and not table:
-    in_file = in_file[::-1]
-  layers = []
-  for source in sources:
-    _check_tensor(source, in_file)
-    if kind == KEEP:
-      codes = source.file.get_codes(source.name)
-      layer = keep(codes, dtype=dtype, table=table)
-    else:
-      kernel = source.file.get_tensor(source.name)
-      kernel = kernel.T if transposed else kernel
-      try:
-        layer = quantise_kernel(kernel, kind, dtype=dtype)
-      except UserError as error:
-        raise UserError(
-          f"Tensor {source.name!r} can't be quantised: {error}"
-        ) from error
-    if layer is None:
-      return None
-    layers.append(layer)
-  return stack_layers(layers) if stacked else layers[0]
-
-
-def _in_file(kernel: np.ndarray) -> np.ndarray:
-  """A kernel's view as torch has it: (out, in), or (out, in, height, width)."""
-  return kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T
-
-
 def _open_sources(
   folder: Path, names: Names, stack: ExitStack
 ) -> dict[str, Source]:
@@ -386,7 +321,7 @@ def _open_sources(
     if file.name == LINK:
       opened: Any = open_tensors(file)
     else:
-      opened = stack.enter_context(open_safetensors(file))
+      opened = stack.enter_context(SafetensorsFile(file))
     for name in opened.keys():
       known = _known_name(name, names)
       if known in sources:
@@ -398,15 +333,17 @@ def _open_sources(
   return sources
 
 
-def _differ(one: Source, other: Source, *, rows: int = 4096) -> bool:
+def _differ(one: Source, other: Source) -> bool:
   """Whether two tensors' numbers do, of which few are read at a time."""
   first, second = (s.file.get_slice(s.name) for s in (one, other))
   shape = first.get_shape()
   if not shape or shape != second.get_shape():
     return True
-  starts = range(0, shape[0], rows)
-  parts = [slice(i, min(i + rows, shape[0])) for i in starts]
-  return not all(np.array_equal(first[part], second[part]) for part in parts)
+  everything = (slice(None),) * len(shape)
+  return not all(
+    np.array_equal(block, second[part, *everything[1:]])
+    for part, block in first.blocks(everything)
+  )
 
 
 def _known_name(name: str, names: Names) -> str:
@@ -416,17 +353,6 @@ def _known_name(name: str, names: Names) -> str:
   for old, new in names.renamed:
     name = name.replace(old, new)
   return names.to_tree(name)
-
-
-def open_safetensors(file: Path) -> Any:
-  """An open file; a UserError where it is damaged."""
-  try:
-    return safe_open(file, framework="numpy")
-  except (SafetensorError, OSError) as error:
-    raise UserError(
-      f"{file} is missing or no whole safetensors file ({error}); fetch or copy"
-      " it again."
-    ) from error
 
 
 def tensor_files(folder: Path) -> list[Path]:

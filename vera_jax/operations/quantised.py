@@ -18,6 +18,7 @@ temporary memory in products.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -260,6 +262,7 @@ def quantise(
   *,
   axes: Sequence[int] | None = None,
   dtype: DTypeLike = jnp.float32,
+  largest: Float[np.ndarray, "1 o"] | None = None,
 ) -> Quantised | None:
   """A kernel's nearest codes, on the host; None where it isn't whole blocks.
 
@@ -267,6 +270,8 @@ def quantise(
     kernel: one layer's.
     kind: "int8", "nf4" or "bfloat16".
     axes, dtype: as in `Quantised`; None for the kernel's own two.
+    largest: of each output's weights in absolute value, where the kernel has
+      some of the inputs alone; for int8.
 
   Raises:
     UserError: it has values that are not finite numbers.
@@ -280,7 +285,8 @@ def quantise(
     return None
   length = BLOCK if kind == NF4 else inputs
   weights = kernel.astype(np.float32).reshape(-1, length, outputs)
-  largest = np.abs(weights).max(axis=1)
+  if largest is None:
+    largest = np.abs(weights).max(axis=1)
   if not np.isfinite(largest).all():
     raise UserError("it has values that are not finite numbers.")
   # Half a step beyond 127 is still nearest to it: qwix scales so too.
@@ -407,8 +413,7 @@ def codes_digest(params: Mapping[str, Any]) -> str | None:
     for i in range(len(leaf.codes) if stacked else 1):
       sha = hashlib.sha256(leaf.format.encode())
       for part in jax.tree.leaves(leaf):
-        value = np.asarray(part[i] if stacked else part)
-        sha.update(value.tobytes())
+        sha.update(_on_host(part, i if stacked else None).tobytes())
       layer = name.replace("/layer/", f"/layer_{i}/") if stacked else name
       digests[layer] = sha.digest()
   if not digests:
@@ -417,3 +422,19 @@ def codes_digest(params: Mapping[str, Any]) -> str | None:
   for name in sorted(digests):
     total.update(name.encode() + digests[name])
   return total.hexdigest()
+
+
+def _on_host(part: Any, layer: int | None) -> np.ndarray:
+  """An array, or a layer of it, which may lie on several devices or hosts."""
+  if not isinstance(part, Array) or part.sharding.num_devices == 1:
+    return np.asarray(part) if layer is None else np.asarray(part)[layer]
+  assert isinstance(part.sharding, NamedSharding)
+  everywhere = NamedSharding(part.sharding.mesh, PartitionSpec())
+  return np.asarray(_gather(everywhere, layer is not None)(part, layer or 0))
+
+
+@functools.cache
+def _gather(everywhere: NamedSharding, stacked: bool) -> jax.stages.Wrapped:
+  return jax.jit(
+    lambda x, layer: x[layer] if stacked else x, out_shardings=everywhere
+  )

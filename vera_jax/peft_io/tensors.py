@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from vera_jax.adapters.method import LARGEST
 from vera_jax.errors import UserError
 from vera_jax.files import DATA, check_file, parse_json
-from vera_jax.models.hf_weights import FLOATS
+from vera_jax.models.safetensors_file import FLOATS
 
 FILE = "adapter_model.safetensors"
 # Entries of the header: our adapter.json, the checksum.

@@ -8,6 +8,7 @@ saved adapter or of a whole folder.
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,12 @@ from vera_jax.adapters.targets import trace_sites
 from vera_jax.errors import UserError
 from vera_jax.models.decoder import Decoder
 from vera_jax.models.family import Family, config_of, family_of
-from vera_jax.models.hf_weights import load_params, refuse_gaps
+from vera_jax.models.hf_weights import (
+  Bar,
+  load_params,
+  no_bar,
+  refuse_gaps,
+)
 from vera_jax.operations.quantised import (
   BLOCK,
   KEEP,
@@ -53,6 +59,7 @@ from vera_jax.operations.quantised import (
 from vera_jax.pretrained.sharding import (
   REPLICATED,
   check_heads,
+  leaf_sharding,
   param_shardings,
   put,
   splits_of,
@@ -348,13 +355,13 @@ class Model(NamedTuple):
 
 
 def load_model(
-  plan: Blueprint, folder: Path, *, mesh: Mesh, seed: int
+  plan: Blueprint, folder: Path, *, mesh: Mesh, seed: int, bar: Bar = no_bar
 ) -> Model:
   """The pretrained base with the method's first leaves and a new head.
 
   A leaf's value comes from, first that applies: a checkpoint of this run (the
   loop restores it), the pretrained files, fresh random numbers. The adapter's
-  leaves are made on the loaded weights.
+  leaves are made on the loaded weights. `bar` is as for `load_params`.
   """
   check_heads(plan.heads, mesh)
   labels = flatten_dict(plan.label(unflatten_dict(plan.shapes)))
@@ -369,16 +376,12 @@ def load_model(
     unflatten_dict(template),
     quantise=plan.quantise,
     kernels=plan.kernels,
+    place=partial(leaf_sharding, mesh=mesh, rules=plan.family.rules),
+    bar=bar,
   )
   refuse_gaps(folder, loaded.missing)
-  codes, quantised = find_codes(plan, loaded.params)
-  places = param_shardings(loaded.params, mesh, plan.family.rules)
-  read, there = flatten_dict(loaded.params), flatten_dict(places)
-  loaded = loaded._replace(params={})
-  # each leaf is let go once it is placed: never two copies of the whole base
-  base = unflatten_dict(
-    {path: put(read.pop(path), there[path]) for path in list(read)}
-  )
+  base = loaded.params
+  codes, quantised = find_codes(plan, base)
   projections = put(plan.projections(base), NamedSharding(mesh, REPLICATED))
   new = [path for path in plan.shapes if path not in flatten_dict(base)]
   fresh = plan.fresh_leaves(base, projections, new, seed)

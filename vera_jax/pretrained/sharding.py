@@ -138,6 +138,13 @@ def check_heads(heads: int, mesh: Mesh) -> None:
     )
 
 
+def leaf_sharding(
+  path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules
+) -> NamedSharding:
+  """Where one leaf lies; see `param_shardings`."""
+  return NamedSharding(mesh, _spec(path, shape, mesh, rules))
+
+
 def _spec(
   path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules
 ) -> PartitionSpec:
@@ -184,10 +191,7 @@ def param_shardings(
 
   def place(path: tuple[str, ...], leaf: Any) -> Any:
     return jax.tree.map(
-      lambda part: NamedSharding(
-        mesh, _spec(path, tuple(part.shape), mesh, rules)
-      ),
-      leaf,
+      lambda part: leaf_sharding(path, tuple(part.shape), mesh, rules), leaf
     )
 
   return unflatten_dict(

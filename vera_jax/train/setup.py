@@ -47,7 +47,7 @@ from vera_jax.pretrained.sharding import (
   put,
   put_rows,
 )
-from vera_jax.progress import show_stage
+from vera_jax.progress import bytes_bar, show_stage
 from vera_jax.tasks.task import Batch, Task, task_for
 from vera_jax.train.compiled_step import (
   CompiledStep,
@@ -312,9 +312,8 @@ def build_setup(config: ConfigDict, *, runs: int = 1) -> Setup:
         " model, or ask for no texts (config.data.test=false, or"
         " config.data.max_test_examples=0 and no config.data.choices)."
       ) from error
-  if is_first():
-    show_stage("loading the base's weights")
-  model = load_model(plan, base, mesh=mesh, seed=config.seed)
+  bar = partial(bytes_bar, doing="loading the base", primary=is_first())
+  model = load_model(plan, base, mesh=mesh, seed=config.seed, bar=bar)
   if not model.counts.adapter + model.counts.head:
     raise UserError(
       f"config.method={config.method} trains nothing here: the task has no head"
