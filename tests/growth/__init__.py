@@ -1,0 +1,1 @@
+"""Growth over time, measured; `python -m tests.growth` is the long form."""
