@@ -78,7 +78,15 @@ check: $(WITH_DEV) ## lint, format, type and import check, and the site
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(AUDIT)
 	$(SITE)
+
+# The index tells of each version of a package. Where it doesn't, as without a
+# network, that is no failure of the check.
+AUDIT = @if $(BIN)/python -c "from urllib.request import urlopen; \
+  urlopen('https://pypi.org/pypi/pip/25.0/json', timeout=10)" 2>/dev/null; \
+  then $(BIN)/pip-audit --skip-editable --progress-spinner=off; \
+  else echo "pip-audit: skipped, the package index does not answer"; fi
 
 # Its theme tells of a successor at every start.
 SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

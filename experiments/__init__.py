@@ -7,16 +7,17 @@ from types import FrameType
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-  """What Ctrl-C does: KeyboardInterrupt, or the end in the middle of an import.
+  """What Ctrl-C does: KeyboardInterrupt, or the end in the middle of an import
+  and where no `cli.exit_code` catches that exception yet, or any more.
 
   A library that is being loaded might keep the exception to itself, or crash.
   """
-  while frame:
-    if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-      os.write(2, b"Stopped.\n")
-      os._exit(128 + number)
+  while frame and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+    if frame.f_code.co_name == "exit_code":
+      raise KeyboardInterrupt
     frame = frame.f_back
-  raise KeyboardInterrupt
+  os.write(2, b"Stopped.\n")
+  os._exit(128 + number)
 
 
 def handle_ctrl_c() -> None:

@@ -3,6 +3,7 @@
 import _thread
 import difflib
 import errno
+import io
 import json
 import logging as standard_logging
 import os
@@ -79,6 +80,8 @@ def run(
   if sys.stdout is None:
     print("Standard output is closed; > /dev/null drops it.", file=sys.stderr)
     sys.exit(1)
+  if isinstance(sys.stdout, io.TextIOWrapper):  # of a terminal without UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")
   # where absl looks for it
   sys.modules["__main__"].__doc__ = usage = usage and as_typed(usage)
   sys.argv[1:] = ["--help" if x == "-h" else x for x in sys.argv[1:]]

@@ -65,7 +65,7 @@ def is_here(name: str) -> bool:
   if name.startswith(PACKAGE):
     return False
   by_form = name.startswith(("/", ".", "~")) or name.count("/") > 1
-  return by_form or Path(name).expanduser().exists()
+  return by_form or os.path.exists(name)  # also of what can be no name
 
 
 def public_name(name: str) -> str:
@@ -76,7 +76,7 @@ def public_name(name: str) -> str:
   """
   if not is_here(name):
     return name
-  return Path(os.path.abspath(Path(name).expanduser())).name
+  return Path(os.path.abspath(os.path.expanduser(name))).name
 
 
 def snapshot(

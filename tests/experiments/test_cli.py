@@ -117,9 +117,28 @@ import slow
   assert (done.returncode, done.stderr) == (130, "Stopped.\n")
 
 
-def test_ctrl_c_elsewhere_can_be_caught():
-  with pytest.raises(KeyboardInterrupt):
-    interrupt(signal.SIGINT, None)
+def test_ctrl_c_is_caught_by_the_command():
+  def main():
+    signal.raise_signal(signal.SIGINT)
+
+  before = signal.signal(signal.SIGINT, interrupt)
+  try:
+    assert cli.exit_code(main) == 130
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_before_the_command_begins_is_one_line():
+  script = """
+import signal
+from experiments import handle_ctrl_c
+handle_ctrl_c()
+signal.raise_signal(signal.SIGINT)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
+  )
+  assert (done.returncode, done.stderr) == (130, "Stopped.\n")
 
 
 def test_ctrl_c_in_a_callback_is_not_lost(monkeypatch, capsys):

@@ -41,7 +41,7 @@ FIRST = flags.DEFINE_integer("first", 0, "The first mutation's number.", 0)
 NUMBER = flags.DEFINE_integer("number", None, "This mutation alone.", 0)
 OUT = flags.DEFINE_string("out", None, "Where fuzz.json and fuzz.md go, if so.")
 HERE = flags.DEFINE_bool("here", False, "Try one reader's in this process.")
-ROUND = 500  # of a reader with --minutes, before it is the next one's turn
+ROUND = 200  # of a reader with --minutes, before it is the next one's turn
 HANG = 30  # seconds after which a reader is ended
 SPACE = 4 * 2**30  # bytes that a reader may ask for, at the most
 
@@ -101,7 +101,11 @@ def attempts(reader: str, first: int, count: int) -> Iterator[Attempt]:
       raise UserError(f"{reader}, clean: {clean.outcome} {last}")
     if first < end:
       outcome = f"its process ended with {child.returncode}: {last}"
-      yield Attempt(first, "", outcome, 0.0, 0)
+      with tempfile.TemporaryDirectory() as folder:
+        sandbox = Sandbox(Path(folder), reader)
+        done = sandbox.harm(first, seed=SEED.value)
+        sandbox.keep(f"{SEED.value}-{first}")
+      yield Attempt(first, done, outcome, 0.0, 0)
       first += 1
 
 

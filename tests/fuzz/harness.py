@@ -86,13 +86,14 @@ class Sandbox:
 
   def read_clean(self) -> Attempt:
     """Read the clean files, which says what is usual."""
-    found = self._attempt(-1, None)
+    self._renew()
+    found = self._attempt(-1, "nothing")
     self.seconds, self.memory = found.seconds, found.memory
     return found
 
   def attempt(self, number: int, *, seed: int = 0) -> Attempt:
     """The files after the mutation of this number."""
-    return self._attempt(number, random.Random(f"{seed} {self.name} {number}"))
+    return self._attempt(number, self.harm(number, seed=seed))
 
   def keep(self, name: str) -> None:
     """Copy to `FOUND` the files that the last mutation has changed."""
@@ -108,24 +109,28 @@ class Sandbox:
 
   def again(self, kept: Path) -> Attempt:
     """The files of a finding once more, which `keep` has kept."""
-    return self._attempt(0, None, kept)
+    self._renew()
+    shutil.copytree(kept, self.harmed, dirs_exist_ok=True)
+    return self._attempt(0, str(kept))
 
-  def _attempt(
-    self, number: int, rng: random.Random | None, kept: Path | None = None
-  ) -> Attempt:
+  def harm(self, number: int, *, seed: int = 0) -> str:
+    """Make the folders anew, with the mutation of this number; says which."""
+    self._renew()
+    rng = random.Random(f"{seed} {self.name} {number}")
+    return harm(self.harmed, self.reader.harmed, rng, self.outside)
+
+  def _renew(self) -> None:
     for folder in self._folders[1:]:
       shutil.rmtree(folder, ignore_errors=True)
     for folder in (self.outside, self.home):
       folder.mkdir()
     shutil.copytree(self.clean, self.harmed)
+
+  def _attempt(self, number: int, done: str) -> Attempt:
     # caches and temporary files lie in the sandbox too
     os.environ["HOME"] = os.environ["TMPDIR"] = str(self.home)
     tempfile.tempdir = str(self.home)
-    if kept is not None:
-      shutil.copytree(kept, self.harmed, dirs_exist_ok=True)
-    done, places = str(kept or "nothing"), [self.harmed, self.home]
-    if rng is not None:
-      done = harm(self.harmed, self.reader.harmed, rng, self.outside)
+    places = [self.harmed, self.home]
     watched = [Path(DEVICE)]
     # who names a file may have it lie elsewhere
     (places if self.reader.named else watched).append(self.outside)

@@ -1,11 +1,15 @@
 """The short form of `python -m tests.fuzz`: a few harmed files of each kind."""
 
 import ast
+import subprocess
+import sys
 import tempfile
 
 import pytest
 
+from experiments import console
 from tests.fuzz import harness
+from tests.fuzz.commands import COMMANDS
 from tests.fuzz.harness import FINE, FOUND, PACKAGE, ROOT, Sandbox
 from tests.fuzz.readers import READERS
 from vera_jax.adapters.methods import METHODS
@@ -109,3 +113,15 @@ def test_each_family_method_and_format_has_a_reader():
     ("table", tables.FORMATS),
   ):
     assert {f"{kind} {name}" for name in names} <= READERS.keys()
+
+
+def test_commands_that_are_mistyped_starved_and_interrupted():
+  words = [sys.executable, "-m", "tests.fuzz.commands", "--quick", "--count=8"]
+  done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_command_is_one_of_those():
+  given = {line.split()[0] for line in COMMANDS}
+  given.add("quickstart")  # has no words to change, and trains for a minute
+  assert given == {*console.COMMANDS, *console.OTHERS, "help"}

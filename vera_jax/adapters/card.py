@@ -89,6 +89,7 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     line = METHODS.get(name)
     yield "method", f"{line.title}, arXiv {line.paper}" if line else name
     chosen = settings.get(name, settings)
+    chosen = chosen if isinstance(chosen, dict) else {}
     for key, _, text in line.described() if line else ():
       if chosen.get(key) not in (None, ""):
         yield key, f"{_listed(chosen[key])} ({text})"

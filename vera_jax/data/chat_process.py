@@ -91,6 +91,10 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
   finally:
     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
   (text,), spans = rendered
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return {"error": "it makes a text with half a character"}
   spans = spans[0] if request["tags"] else []
   written = sum(len(message["content"]) for message in request["messages"])
   most = SIZE + TIMES * written
