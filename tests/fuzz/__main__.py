@@ -35,7 +35,7 @@ READER = flags.DEFINE_list(
   "reader", list(READERS), "Only these; the others' rows in --out stay."
 )
 SEED = flags.DEFINE_integer(
-  "seed", None, "Of the mutations. Unset: the time with --minutes, else 0."
+  "seed", 0, "Of the mutations. Unset, with --minutes: another each time."
 )
 FIRST = flags.DEFINE_integer("first", 0, "The first mutation's number.", 0)
 NUMBER = flags.DEFINE_integer("number", None, "This mutation alone.", 0)
@@ -175,8 +175,8 @@ def main() -> None:
   if HERE.value:
     try_here(READER.value[0])
     return
-  if SEED.value is None:
-    flags.FLAGS["seed"].value = int(time.time()) if MINUTES.value else 0
+  if MINUTES.value and not SEED.present:
+    flags.FLAGS["seed"].value = int(time.time())
   first, count = FIRST.value, COUNT.value
   if NUMBER.value is not None:
     first, count = NUMBER.value, 1

@@ -76,8 +76,10 @@ COMMANDS = (
   TEXT,
 )
 # These compile, draw figures or start Java.
-HEAVY = ("train --config=text", "report runs --format=csv", "answer", "merge")
-HEAVY += ("predict", "generate", "chat", "gguf", "peft export", "e2e_score")
+HEAVY = (
+  *("train --config=text", "report runs --format=csv", "answer", "merge"),
+  *("predict", "generate", "chat", "gguf", "peft export", "e2e_score"),
+)
 VALUES = (
   *("", " ", "-1", "0", "1e400", "nan", "9" * 30, "None", "[]", "()", "'"),
   *("..", "/dev/full", "/dev/random", "/proc/self/mem", "x" * 1000),
