@@ -7,6 +7,7 @@ fast this machine really is, and then only the ratios matter.
 import json
 import statistics
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -117,11 +118,11 @@ def rate(
   """The machine's rate: as given, else by the results of finished runs."""
   if tflops:
     return Rate(tflops * 1e12, f"at {tflops:g} TFLOP/s, as given")
-  rates = [
-    flops(ConfigDict(result["config"]))
-    / max(result["seconds"] / result.get("members", 1), 1e-3)
-    for result in finished
-  ]
+  rates = []
+  for result in finished:
+    with suppress(Exception):  # an estimate is no reason to stop
+      seconds = max(result["seconds"] / result.get("members", 1), 1e-3)
+      rates.append(flops(ConfigDict(result["config"])) / seconds)
   if rates:
     return Rate(
       statistics.median(rates), f"by {len(rates)} finished runs of this sweep"

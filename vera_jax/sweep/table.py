@@ -4,6 +4,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from vera_jax.sweep.plan import (
 from vera_jax.terminal import Console
 
 STYLES = {DONE: "green", FAILED: "bold red", RUNNING: "cyan"}
+NUMBER = (int, float)
 TAIL = 4096  # bytes of metrics.jsonl that are looked at
 
 
@@ -59,10 +61,12 @@ def read_progress(folder: Path) -> Progress:
     if line.error or type(values.get("step")) is not int:
       continue  # its beginning lies before the tail, or its end is new
     now = now._replace(step=values.pop("step"))
-    if "loss" in values:
-      now = now._replace(loss=values["loss"])
+    loss = values.get("loss")
+    if isinstance(loss, NUMBER):
+      now = now._replace(loss=loss)
     if values.pop("epoch", None) is not None:  # then the scores of its end
-      now = now._replace(score=next(iter(values.values()), None))
+      score = next(iter(values.values()), None)
+      now = now._replace(score=score if isinstance(score, NUMBER) else None)
   return now
 
 
@@ -149,7 +153,7 @@ class LiveTable:
       elif result := self._result(run):
         best = result["best"]
         mark = ", collapsed" if best.get("collapsed") else ""
-        text = f"{result['score_name']} {best['score']:.4f}{mark}"
+        text = f"{result.get('score_name')} {best['score']:.4f}{mark}"
       self.say(f"{run.name}: {state} {text}".rstrip())
     left = self._seconds_left(self._rate())
     end = f", about {span(left)} left" if left else ""
@@ -162,10 +166,13 @@ class LiveTable:
       self.console.print(text, soft_wrap=True)
 
   def _result(self, run: SweepRun) -> dict | None:
+    """None where it has no score to be shown; a report says why."""
     if run.name not in self._results:
-      result = results.read(run.folder)
-      if result is not None:
-        self._results[run.name] = result
+      with suppress(UserError):
+        result = results.read(run.folder) or {}
+        best = result.get("best")
+        if isinstance(best, dict) and isinstance(best.get("score"), NUMBER):
+          self._results[run.name] = result
     return self._results.get(run.name)
 
   def _rate(self) -> Rate:
@@ -199,7 +206,7 @@ class LiveTable:
       if state == DONE and (result := self._result(run)):
         best = result["best"]
         mark = " collapsed" if best.get("collapsed") else ""
-        epoch, score = f"{best['epoch']} best", f"{best['score']:.4f}"
+        epoch, score = f"{best.get('epoch')} best", f"{best['score']:.4f}"
       if state in (RUNNING, UNFINISHED):
         progress = read_progress(run.folder)
         epochs = run.config.optim.epochs
