@@ -84,6 +84,13 @@ EFFORT = flags.DEFINE_float(
   -1,
   1,
 )
+MEMORY = flags.DEFINE_float(
+  "memory",
+  None,
+  "GiB of temporaries that XLA plans for at most. It makes use of what a chip"
+  " has, to send ahead of time, and does with less where told. Unset: all.",
+  0.1,
+)
 OUT = flags.DEFINE_string("out", "results/plans", "Where the JSON goes.")
 
 
@@ -134,6 +141,7 @@ def main() -> None:
         mesh_of=MESH.value,
         search=SEARCH.value,
         effort=EFFORT.value,
+        memory=MEMORY.value and int(MEMORY.value * 2**30),
         **(frozen_network(chosen) if method == FROZEN else {}),
       )
       # Written after each, so that an interrupted plan keeps the others.

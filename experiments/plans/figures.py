@@ -66,6 +66,7 @@ def plan(
   mesh_of: str | None = None,
   search: bool | None = None,
   effort: float = 0.0,
+  memory: int | None = None,
   **options: Any,
 ) -> dict[str, Any]:
   """The figures of a config's method on a pod, as the plan's JSON has them.
@@ -82,6 +83,7 @@ def plan(
     search: whether to find the largest batch that fits; None for networks of
       fewer than `LARGE` numbers alone.
     effort: XLA's own setting, from -1 to 1.
+    memory: bytes of a chip that XLA plans for; None for all that it has.
     **options: of the model, in place of the config's method.
   """
   config = config.copy_and_resolve_references()
@@ -129,7 +131,7 @@ def plan(
 
   def compile(rows: int) -> Any:
     one = asked._replace(rows=rows)
-    compiled = compile_if_it_fits(step, one, effort=effort)
+    compiled = compile_if_it_fits(step, one, effort=effort, memory=memory)
     totals[rows] = None if isinstance(compiled, TooLarge) else total(compiled)
     return compiled
 
@@ -226,10 +228,12 @@ def sent_and_computed(
   }
 
 
-def compile_if_it_fits(step: AbstractStep, rows: Rows, *, effort: float) -> Any:
+def compile_if_it_fits(
+  step: AbstractStep, rows: Rows, *, effort: float, memory: int | None = None
+) -> Any:
   """XLA's program of a step, or `TooLarge`."""
   try:
-    return step.compile(*rows, effort=effort)
+    return step.compile(*rows, effort=effort, memory=memory)
   except jax.errors.JaxRuntimeError as error:
     if match := _NEEDED.search(str(error)):
       needed, unit, room, room_unit = filter(None, match.groups())

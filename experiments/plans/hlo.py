@@ -17,6 +17,8 @@ _CALLED = re.compile(
   r"|branch_computations)=(\{[^}]*\}|[%\w.\-]+)"
 )
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_BODY = re.compile(r"body=%?([\w.\-]+)")
+_INDEX = re.compile(r"index=(\d+)")
 _CONSTANT = re.compile(r"^(\d+)\)")
 _ITERATIONS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
@@ -75,16 +77,22 @@ def runs(text: str, *, whole: tuple[str, ...] = ()) -> Iterator[Run]:
 
   def iterations(rest: str) -> int:
     """Those of a loop; where the text doesn't say, the condition's bound, which
-    a counter from 0 is compared with."""
+    a counter from 0 is compared with, by what the body adds to the counter."""
     if known := _ITERATIONS.search(rest):
       return int(known[1])
-    condition = _CONDITION.search(rest)
-    body = bodies.get(condition[1], []) if condition else []
-    bounds = {x["name"]: _CONSTANT.match(x["rest"]) for x in body}
-    for match in body:
+    condition, body = _CONDITION.search(rest), _BODY.search(rest)
+    if condition is None or body is None:
+      return 1
+    of_condition, of_body = (
+      {match["name"]: match for match in bodies.get(found[1], [])}
+      for found in (condition, body)
+    )
+    for match in of_condition.values():
       if match["operation"] == "compare" and "direction=LT" in match["rest"]:
-        bound = bounds.get(_OPERANDS.findall(match["rest"])[1])
-        return int(bound[1]) if bound else 1
+        counter, bound = _OPERANDS.findall(match["rest"])[:2]
+        last = _constant(of_condition, bound)
+        step = _step(of_body, _INDEX.search(of_condition[counter]["rest"]))
+        return -(-last // step) if last else 1
     return 1
 
   def walk(name: str, times: int, looped: bool) -> Iterator[Run]:
@@ -103,6 +111,29 @@ def runs(text: str, *, whole: tuple[str, ...] = ()) -> Iterator[Run]:
           yield from walk(computation, inner, looped or loops)
 
   return walk(entry, 1, False)
+
+
+def _constant(body: Mapping[str, re.Match[str]], name: str) -> int | None:
+  """The number that an instruction is, if it is one."""
+  match = body.get(name)
+  number = match and _CONSTANT.match(match["rest"])
+  return int(number[1]) if number else None
+
+
+def _step(
+  body: Mapping[str, re.Match[str]], index: re.Match[str] | None
+) -> int:
+  """What a loop's body adds to this element of its tuple: a loop that XLA has
+  unrolled adds more than 1, which is what is taken where it can't be seen."""
+  results = [x for x in body.values() if x["operation"] == "tuple"]
+  if index is None or not results:
+    return 1
+  counter = _OPERANDS.findall(results[-1]["rest"])[int(index[1])]
+  added = body[counter]
+  if added["operation"] != "add":
+    return 1
+  terms = (_constant(body, x) for x in _OPERANDS.findall(added["rest"])[:2])
+  return next(filter(None, terms), 1)
 
 
 def arrays(shape: str) -> Arrays:

@@ -59,7 +59,13 @@ class AbstractStep(NamedTuple):
     return Frozen(self.model.frozen, self.model.projections)
 
   def compile(
-    self, rows: int, length: int, slots: int = 1, *, effort: float = 0.0
+    self,
+    rows: int,
+    length: int,
+    slots: int = 1,
+    *,
+    effort: float = 0.0,
+    memory: int | None = None,
   ) -> Any:
     """XLA's program of a step of one microbatch.
 
@@ -67,6 +73,7 @@ class AbstractStep(NamedTuple):
       rows, length: of the microbatch, in rows and in tokens per row.
       slots: examples per row at most.
       effort: XLA's own setting, from -1 (least) to 1; 0 is its default.
+      memory: bytes of a TPU chip that XLA plans for; None for what it has.
     """
     inputs = self.model.blueprint.family.inputs(rows, length, slots)
     batch = {
@@ -81,8 +88,10 @@ class AbstractStep(NamedTuple):
     if self.runs is not None:
       batch, key, rates = stacked((batch, key, rates), self.runs)
     lowered = self.step.lower_whole(self.frozen, batch, key, rates)
-    options: dict[str, Any] = dict.fromkeys(EFFORTS, effort)
-    return lowered.compile(options if effort else None)
+    options: dict[str, Any] = dict.fromkeys(EFFORTS, effort) if effort else {}
+    if memory is not None:
+      options["xla_tpu_max_hbm_size_mib"] = memory // 2**20
+    return lowered.compile(options or None)
 
 
 def placed(tree: Any, mesh: Mesh, spec: Any) -> Any:

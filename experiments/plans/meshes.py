@@ -154,6 +154,8 @@ def working_bytes(model: Model, mesh: Mesh, rows: Rows) -> float:
   each = rows.rows // batch_shards(mesh)
   tokens = each * rows.length
   kept = sizes.layers * tokens * sizes.width * sizes.number
+  if rows.length % tensor == 0:
+    kept /= tensor
   values = tokens * (12 * sizes.width + 8 * sizes.inner / tensor) * sizes.number
   scores = 3 * 4 * each * sizes.heads / tensor * rows.length
   scores *= min(rows.length, 512)

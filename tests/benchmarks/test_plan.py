@@ -45,7 +45,16 @@ TPU = """HloModule step
   ROOT %lt = pred[] compare(%i, %n), direction=LT
 }
 
+%body.2 (p: (f32[4])) -> (s32[]) {
+  %two = s32[]{:T(128)} constant(2)
+  %j = s32[] get-tuple-element(%p), index=0
+  %k = s32[] add(%j, %two)
+  %q = f32[4]{0:T(256)} collective-permute(%y), channel_id=9
+  ROOT %t = (s32[]) tuple(%k)
+}
+
 ENTRY %main (a: f32[4]) -> f32[4] {
+  %v = (f32[4]) while(%i), condition=%cond.1, body=%body.2
   %w = (f32[4]) while(%i), condition=%cond.1, body=%body.1
   %s = (f32[4]{0}, pred[9]{0}) all-reduce(%a, %b), replica_groups=mesh['x'=2,'y'=4] {'y'}, to_apply=%add
   ROOT %o = f32[4] get-tuple-element(%w), index=0
@@ -54,7 +63,8 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 
 
 def test_collectives_in_a_tpus_program():
-  gathered, scattered, reduced = collectives(TPU)
+  by_two, gathered, scattered, reduced = collectives(TPU)
+  assert by_two == ("collective-permute", ("f32",), 16, 6, True, 0)
   assert gathered == ("all-gather", ("bf16",), 2 * 64 * 2, 11, True, 8)
   assert scattered == ("reduce-scatter", ("f32",), 3 * 16, 11, True, 3)
   assert reduced == ("all-reduce", ("f32", "pred"), 16 + 9, 1, False, 4)

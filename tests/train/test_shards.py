@@ -81,17 +81,22 @@ def test_under_fsdp_kernels_are_gathered_and_gradients_sent_once():
   assert gathered and {one.bytes for one in gathered} <= kernels
 
 
-def test_a_decoders_step_gathers_its_head_once():
-  """A device's words of it, however many tokens there are."""
+def test_a_decoders_step_on_a_mesh_gathers_no_more_than_it_multiplies_with():
+  """The head once; of kernels the parts that `tensor` leaves; and what layers
+  keep of a row of eight tokens is four on each device."""
   fields = known_shapes.llama(16, 32, 3, 4, vocab_size=96)
   config = instruct.get_config("smollm2")
-  config.model.scan, config.vera.rank = True, 8
+  config.model.scan, config.model.remat = True, "full"
+  config.vera.rank = 8
   mesh = make_mesh(data=2, fsdp=2, tensor=2)
   step = abstract_step(config, fields, mesh, task=planned_task(config))
-  compiled = step.compile(rows=4, length=2, slots=2)
-  table = 96 * 16 * 4 // 2
-  (head,) = (x for x in collectives(compiled.as_text()) if x.bytes == table)
+  text = step.compile(rows=4, length=8, slots=8).as_text()
+  found, table = collectives(text), 96 * 16 * 4 // 2
+  (head,) = (x for x in found if x.bytes == table)
   assert (head.kind, head.times, head.group) == ("all-gather", 1, 2)
+  looped = [x for x in found if x.kind == "all-gather" and x.looped]
+  assert looped and max(x.bytes for x in looped) <= 16 * 32 * 4 // 2
+  assert "f32[3,1,1,4,16]" in text and "f32[3,1,1,8,16]" not in text
 
 
 def test_leaves_that_fsdp_splits_are_added_over_it_at_once():

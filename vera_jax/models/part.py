@@ -1,5 +1,6 @@
 """A piece of a transformer: what all share, and how layers are stacked."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 REMATS = ("none", *REMAT_POLICIES)
+_LAYER = re.compile(r"layer(_\d+)?")
 
 
 class Part(nn.Module):
@@ -106,6 +108,11 @@ def with_remat(layer: Any, remat: str, *, scan: bool = False) -> Any:
     return layer
   # A scan's body is compiled apart: XLA has nothing there to join again.
   return nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+
+
+def is_layer(module: nn.Module) -> bool:
+  """Whether it is one of a stack's, as `apply_layers` names them."""
+  return isinstance(module, Part) and bool(_LAYER.fullmatch(module.name or ""))
 
 
 def apply_layers(

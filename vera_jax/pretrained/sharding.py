@@ -2,9 +2,10 @@
 
 Axes: `runs` splits the runs of an ensemble, each of which has the other three
 for itself. `data` splits the batch, `fsdp` splits the batch and the base's
-weights, `tensor` splits heads and feed-forward width. d, b, the projections and
-a task's head lie on every device: they are small, and split they would have to
-be gathered for every product. So do LoRA's matrices, but where they are large.
+weights, `tensor` splits heads and feed-forward width, and between layers the
+tokens of a row. d, b, the projections and a task's head lie on every device:
+they are small, and split they would have to be gathered for every product. So
+do LoRA's matrices, but where they are large.
 """
 
 import math

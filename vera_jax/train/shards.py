@@ -39,12 +39,12 @@ from jax.sharding import (
 from jaxtyping import Float, PRNGKeyArray
 
 from vera_jax.errors import UserError
+from vera_jax.models.part import is_layer
 from vera_jax.operations.split_words import Split, words_are_split
 from vera_jax.pretrained.sharding import BATCH
 from vera_jax.train.step import Batch, Frozen, Sums, Tree
 
 _TOGETHER = 2**24  # bytes of a leaf that is worth copying into a joint buffer
-_LAYERS = (nn.Dense, nn.Embed, nn.LayerNorm)
 
 
 class Shards(NamedTuple):
@@ -167,6 +167,12 @@ def rows_stay(shards: Shards) -> Iterator[None]:
   XLA may else split it as the layer's kernel is, over `fsdp`, and send
   activations about where it could gather the kernel.
 
+  The hidden states that go from one layer of the stack to the next are split
+  over `tensor` too, by their columns: they are what the backward pass keeps of
+  each layer. Behind a layer's norms they are put together, and so is what comes
+  back to its products: left to itself, XLA would gather kernels over `tensor`
+  to multiply a few columns each.
+
   And one in which a decoder's logits are made of blocks of words, of which each
   device gathers one after another.
   """
@@ -175,18 +181,34 @@ def rows_stay(shards: Shards) -> Iterator[None]:
     yield
     return
 
+  tensor = mesh.shape["tensor"]
+
+  def split(x: Array, *columns: str | None) -> Array:
+    # how features are split is tensor parallelism's business
+    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1 - len(columns))
+    spec = PartitionSpec(shards.rows, *columns, *rest)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+  @jax.custom_vjp
+  def of_dense(y: Array) -> Array:
+    return split(y)
+
+  of_dense.defvjp(lambda y: (split(y), None), lambda _, g: (split(g, None),))
+
   def interceptor(next_fun, args, kwargs, context):
+    module = context.module
+    if context.method_name != "__call__":
+      return next_fun(*args, **kwargs)
+    if tensor > 1 and is_layer(module) and args[0].shape[1] % tensor == 0:
+      hidden = split(args[0], "tensor")
+      args = tuple(hidden if x is args[0] else x for x in args)
     y = next_fun(*args, **kwargs)
-    if (
-      not isinstance(context.module, _LAYERS)
-      or context.method_name != "__call__"
-    ):
+    is_norm = type(module).__name__.endswith("Norm")
+    if not is_norm and not isinstance(module, (nn.Dense, nn.Embed)):
       return y
-    # only the rows: how features are split is tensor parallelism's business
-    spec = PartitionSpec(
-      shards.rows, *(PartitionSpec.UNCONSTRAINED,) * (y.ndim - 1)
-    )
-    return jax.lax.with_sharding_constraint(y, NamedSharding(mesh, spec))
+    if tensor == 1 or y.ndim < 3:
+      return split(y)
+    return split(y, None) if is_norm else of_dense(y)
 
   parts = math.prod(mesh.shape[axis] for axis in shards.rows)
   with nn.intercept_methods(interceptor), words_are_split(Split(mesh, parts)):
