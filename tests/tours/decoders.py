@@ -38,6 +38,7 @@ from vera_jax.models.decoder import logits
 from vera_jax.models.gguf_folder import gguf_folder
 from vera_jax.peft_io import export_adapter, import_adapter
 from vera_jax.peft_io.forms import HELD_BY
+from vera_jax.peft_io.gguf import export_gguf_adapter, import_gguf_adapter
 from vera_jax.pretrained.classifier import (
   Classifier,
   load_classifier,
@@ -57,8 +58,10 @@ PROMPTS = ["the", "the river", "12", "low river don't", "run", "the run low"]
 NEW = 12  # tokens of a text
 IDS = np.random.default_rng(0).integers(0, ROWS, (6, 16)).astype(np.int32)
 # Of a logit, by format. A weight is rounded by at most 2^-11 of itself in F16,
-# and in Q8_0 by 1/254 of the largest of its 32: some twenty times as much.
-BOUNDS = {"gguf-f16": 5e-2, "gguf-q8_0": 1.0}
+# 2^-9 in BF16, and in Q8_0 by 1/254 of the largest of its 32: some twenty times
+# as much as in F16.
+BOUNDS = {"gguf-f16": 5e-2, "gguf-bf16": 0.2, "gguf-q8_0": 1.0}
+LLAMA_CPP = {"llama": ROUND, "gpt2": 2e-3}  # its GELU is a table of float16
 
 
 class Answers(NamedTuple):
@@ -155,6 +158,27 @@ def decoder_trips(
       written=files_size(ours),
     )
 
+  beside = folder / "adapter.gguf"
+  export_gguf_adapter(adapter, beside)
+  if with_torch:  # then the other references are here too
+    yield _compare(
+      "adapter folder → GGUF adapter → llama.cpp loads it",
+      "adapter, llama.cpp",
+      before,
+      _llama_cpp(adapted, base, folder / "base.gguf", beside),
+      LLAMA_CPP[kind],
+      written=beside.stat().st_size,
+    )
+  import_gguf_adapter(beside, folder / "gguf-back", base=str(base))
+  yield _compare(
+    "GGUF adapter → import",
+    "adapter, imported adapter",
+    before,
+    _ours(restore_adapter(load_adapter(folder / "gguf-back"))),
+    ROUND,
+    written=files_size(folder / "gguf-back"),
+  )
+
   for format, bound in BOUNDS.items():
     file = folder / f"{format}.gguf"
     write_gguf_of(merged, file, kind=format)
@@ -168,7 +192,7 @@ def decoder_trips(
       before,
       here,
       bound,
-      exact=name != "Q8_0",  # eight bits may change a word
+      exact=name == "F16",  # eight bits, or of mantissa, may change a word
       written=file.stat().st_size,
     )
     if with_torch:
@@ -233,6 +257,24 @@ def _ours(decoder: Classifier, *, keep_adapter: bool = False) -> Answers:
 @partial(jax.jit, static_argnums=0)
 def _all_logits(module: Any, variables: Any, ids: jax.Array) -> jax.Array:
   return logits(module.apply(variables, ids))
+
+
+def _llama_cpp(
+  decoder: Classifier, base: Path, file: Path, adapter: Path
+) -> Answers:
+  """The base as a GGUF file in float32, and the adapter, in llama.cpp."""
+  from benchmarks.llama_cpp import LlamaCpp
+
+  write_gguf_of(base, file, kind="gguf-f32")
+  generator = Generator(decoder, rows=1)
+  model = LlamaCpp(file, adapter=adapter)
+  texts = []
+  for prompt in PROMPTS:
+    ids = generator.encode(prompt, max_new_tokens=NEW)
+    (answer,) = model.greedy([ids], NEW)
+    ends = [place for place, i in enumerate(answer) if i in generator.eos]
+    texts.append(generator.decode(answer[: min(ends, default=NEW)]))
+  return Answers(np.stack([model.logits(row) for row in IDS.tolist()]), texts)
 
 
 def _theirs(model: Any, tokenizer: Any) -> Answers:

@@ -16,6 +16,7 @@ from vera_jax import results
 HEADER = ("step", "compared", "largest difference", "bound", "bytes written")
 TEXTS = (*HEADER, "same texts")
 SIZES = ("adapter", "trained numbers", "bytes here", "bytes in PEFT")
+PEERS = ("torch", "peft", "gguf", "llama-cpp-py-sync")
 
 
 class Texts(NamedTuple):
@@ -139,8 +140,9 @@ A tiny random Llama and a tiny random GPT-2 learn 32 lines by VeRA with r = 16
 on query and value, by `configs/language.py`. Beside the logits, which are those
 of 6 rows of 16 tokens, the last column compares what is written greedily behind
 6 prompts, 12 tokens each, with the tokenizer that the format brings. All texts
-have to be the same, but in two steps: training has to change one of them at
-least, and rounding to Q8_0 may change some, so their number is only stated.
+have to be the same, but in three steps: training has to change one of them at
+least, and rounding to BF16 or Q8_0 may change some, so their number is only
+stated.
 
 {decoders}
 
@@ -148,10 +150,12 @@ GPT-2's query and value are parts of its fused `c_attn`, which PEFT adapts
 whole: the exported adapter has twice the rank ([peft.md](peft.md)), and comes
 back as one of the whole layer. "Unmerged" texts are written with the adapter
 beside the weights, all others with merged weights. In F16 a weight is rounded
-by at most 2^-11 of itself, in Q8_0 by 1/254 of the largest of its 32; the
-bounds are below what training changed. transformers dequantises a GGUF file to
-float32, as we do, so that both agree as closely as they do on a folder; sizes
-that it doesn't read from GPT-2's header come from the folder's config.json.
+by at most 2^-11 of itself, in BF16 by 2^-9, in Q8_0 by 1/254 of the largest of
+its 32; the bounds are below what training changed. llama.cpp has the adapter's
+file beside the base in float32, and computes GPT-2's GELU by a table of
+float16. transformers dequantises a GGUF file to float32, as we do, so that both
+agree as closely as they do on a folder; sizes that it doesn't read from GPT-2's
+header come from the folder's config.json.
 
 Where torch is not installed, `make test` takes GPT-2's steps without it.
 
@@ -204,7 +208,7 @@ def _markdown(header: Sequence[str], rows: Iterable[Step | Size]) -> str:
 
 def provenance() -> dict[str, Any]:
   versions = results.provenance()["versions"]
-  versions |= {name: version(name) for name in ("torch", "peft", "gguf")}
+  versions |= {name: version(name) for name in PEERS}
   cores = len(os.sched_getaffinity(0))
   hardware = f"{cores} CPU core{'s'[: cores != 1]}, {platform.machine()}"
   return {"versions": versions, "hardware": hardware}

@@ -32,7 +32,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], float]] = {
 
 
 def need_torch() -> None:
-  for name in ("torch", "peft", "gguf"):
+  for name in ("torch", "peft", "gguf", "llama_cpp_py_sync"):
     if find_spec(name) is None:
       raise UserError(
         f"The tour needs {name}, which is not installed:"

@@ -9,7 +9,7 @@ method that both have, into our format and back. After each arrow the logits of
 the same 32 pairs are compared. Two tiny decoders follow (`decoders.py`), which
 have GGUF files as well, and whose texts are compared too. A difference past its
 bound ends the tour with exit code 1, and nothing is written. About two minutes
-on one core. Needs torch, peft and gguf beside our own requirements:
+on one core. Needs torch, PEFT and llama.cpp beside our own requirements:
 requirements-parity.txt.
 """
 
