@@ -22,6 +22,7 @@ from tests.faults.fixtures import (
   differing,
   wait_until,
 )
+from tests.faults.table import KILLED
 from vera_jax.errors import UserError
 
 
@@ -145,6 +146,7 @@ def by_ray(
 
   return try_faults(
     "Ray: 2 of 3 nodes lost in a sweep",
+    "ray",
     2,
     lose_nodes,
     launcher,
@@ -186,6 +188,7 @@ def by_submitit(
 
   return try_faults(
     "submitit: 2 jobs lost, 1 preempted in a sweep",
+    "submitit",
     3,
     lose_jobs,
     launcher,
@@ -197,6 +200,7 @@ def by_submitit(
 
 def try_faults(
   fault: str,
+  program: str,
   faults: int,
   harm: Callable[[Path, random.Random], Ended],
   launcher: Launcher,
@@ -219,4 +223,5 @@ def try_faults(
     failed + unlike + twice,
     not unlike,
     f"{times} sweeps of {runs} runs; {twice} runs were trained twice at once",
+    *(program, KILLED),
   )

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -66,6 +67,7 @@ class Outcome(NamedTuple):
     tried, lost: how often, and how often the run did not end as it should.
     same: whether all bits are those of a run left alone; None if not compared.
     seen: a sentence for the table.
+    program, kind: the cell of the table of programs and faults, if it has one.
   """
 
   fault: str
@@ -73,6 +75,8 @@ class Outcome(NamedTuple):
   lost: int
   same: bool | None
   seen: str
+  program: str = ""
+  kind: str = ""
 
 
 class Ended(NamedTuple):
@@ -114,18 +118,33 @@ class Process(subprocess.Popen[str]):
 
 
 class Launcher:
-  """Starts processes of one tiny config, whose workdirs are in `folder`."""
+  """Starts processes of one tiny config, whose workdirs are in `folder`.
+
+  Attributes:
+    name: of the program, for a table.
+    module, config: what is started.
+    seeds: those that train at once; none: one run.
+    elsewhere: what a command begins with, so that its locks are those of
+      another machine.
+  """
+
+  name = "classifier"
+  module, config = "experiments.glue", "configs/quickstart.py"
+  seeds: tuple[int, ...] = ()
+  elsewhere = ("unshare", "--uts", "sh", "-c", 'hostname other; exec "$@"', "-")
 
   def __init__(
-    self, folder: Path, *, epochs: int, dropout: bool = True
+    self, folder: Path, *, epochs: int, dropout: bool = True, **fields: Any
   ) -> None:
+    """`fields` are of the encoder's config.json."""
     self.folder = folder
-    encoder = folder / "encoder"
+    encoder, data = folder / "encoder", folder / "data"
     if not encoder.exists():
-      _make_encoder(encoder, **({} if dropout else NO_DROPOUT))
+      _make_encoder(encoder, **({} if dropout else NO_DROPOUT) | fields)
+      shutil.copytree(DATA, data)
     self.settings: dict[str, Any] = {
       "model.name": encoder,
-      "data.source": DATA,
+      "data.source": data,
       "data.max_train_examples": 40,
       "data.max_length": 64,
       "data.cache_dir": folder / "tokens",
@@ -151,6 +170,7 @@ class Launcher:
     devices: int = 1,
     environment: Mapping[str, str] | None = None,
     sweep: str | None = None,
+    elsewhere: bool = False,
     **settings: Any,
   ) -> Process:
     """Start training in a workdir; `settings` change the config.
@@ -158,12 +178,15 @@ class Launcher:
     It is that of one run, or the base of a sweep.
     """
     given = {**self.settings, **settings}
-    command = [sys.executable, "-m", "experiments.glue"]
-    key_of, config = "config", "configs/quickstart.py"
+    module, key_of, config = self.module, "config", self.config
     if sweep:
-      command[-1], key_of, config = "experiments.sweep", "config.base", sweep
+      module, key_of, config = "experiments.sweep", "config.base", sweep
+    command = [*self.elsewhere] if elsewhere else []
+    command += [sys.executable, "-m", module]
     command += [f"--config={config}", f"--workdir={workdir}"]
     command += [f"--{key_of}.{key}={value}" for key, value in given.items()]
+    if self.seeds:
+      command.append(f"--seeds={','.join(map(str, self.seeds))}")
     return Process(
       [*command, *flags],
       output=self.folder / f"output-{time.monotonic_ns()}",
@@ -187,15 +210,21 @@ class Launcher:
     slurm: bool = False,
     count: int = 2,
     devices: int = 4,
+    port: int | None = None,
+    ports: Mapping[int, int] | None = None,
+    environment: Mapping[str, str] | None = None,
     **settings: Any,
   ) -> list[Process]:
-    """Processes of one run, which find each other by flags or as in SLURM."""
-    port = free_port()
+    """Processes of one run, which find each other by flags or as in SLURM.
+
+    `ports` are those by which some of them, by number, reach the coordinator.
+    """
+    port = port or free_port()
     processes = []
     for number in range(count):
-      flags, environment = [], {}
+      flags, variables = [], dict(environment or {})
       if slurm:
-        environment = {
+        variables |= {
           "SLURM_JOB_ID": str(port),
           "JAX_COORDINATOR_PORT": str(port),
           "SLURM_STEP_NODELIST": "localhost",
@@ -204,7 +233,9 @@ class Launcher:
           "SLURM_LOCALID": str(number),
         }
       else:
-        flags = [f"--coordinator=localhost:{port}", f"--process_id={number}"]
+        reached = (ports or {}).get(number, port)
+        flags = [f"--coordinator=localhost:{reached}"]
+        flags += [f"--process_id={number}"]
         flags += [f"--num_processes={count}"]
       processes.append(
         self.start(
@@ -212,7 +243,7 @@ class Launcher:
           *more,
           *flags,
           devices=devices,
-          environment=environment,
+          environment=variables,
           **settings,
         )
       )
@@ -224,6 +255,15 @@ class Launcher:
     """As `start_several`, until all processes end."""
     processes = self.start_several(workdir, *more, **options)
     return [process.end() for process in processes]
+
+  def runs(self, workdir: Path) -> list[Path]:
+    """The folders of a workdir's runs."""
+    return [workdir / f"seed{seed}" for seed in self.seeds] or [workdir]
+
+  def differing(self, one: Path, two: Path) -> list[str]:
+    """What differs between two finished workdirs, to the last bit."""
+    pairs = zip(self.runs(one), self.runs(two), strict=True)
+    return [what for pair in pairs for what in differing(*pair)]
 
   def run_alone(self) -> Path:
     """The workdir of a run that nothing happens to; others are compared to it.

@@ -17,6 +17,7 @@ from tests.faults.fixtures import (
   saves,
   wait_until,
 )
+from tests.faults.table import HARMED, KILLED, SAVING, TWICE
 from vera_jax.train import manifest
 
 EPOCH = 10  # steps
@@ -29,62 +30,77 @@ def kills(
   """SIGKILL in a save of one run and, every other time, at a random moment."""
   rng, workdir = random.Random(seed), launcher.folder / "killed"
   shutil.rmtree(workdir, ignore_errors=True)
-  folder = workdir / "checkpoints"
-
-  def complete() -> list[int]:
-    """The saves with a checksum manifest, which is written last."""
-    found = saves(workdir)
-    return [s for s in found if (folder / str(s) / manifest.FILE).exists()]
-
-  def is_saving() -> bool:
-    """Whether a save is under way, or was when the process was killed."""
-    return any(folder.glob(TEMPORARY)) or complete() != saves(workdir)
-
+  run = launcher.runs(workdir)[0]
   killed = in_saves = again = 0
   while killed < times:
     process = launcher.start(workdir)
     in_save = killed % 2 == 0
-    goal = last_step(workdir) + rng.randint(1, 2 * EPOCH)
-    ready = reach(workdir, goal, process)
+    goal = last_step(run) + rng.randint(1, 2 * EPOCH)
+    ready = reach(run, goal, process)
     if ready and in_save:
-      ready = wait_until(is_saving, process)
+      ready = wait_until(lambda: is_saving(run), process)
     time.sleep(rng.uniform(0, 0.05 if in_save else 0.3))
     if not ready or process.poll() is not None:
       break  # the run has ended
     process.kill_now()
     killed += 1
-    in_saves += is_saving()
-    again += last_step(workdir) - max(complete(), default=0)
+    in_saves += is_saving(run)
+    again += last_step(run) - max(complete(run), default=0)
   ended = launcher.run(workdir)
-  same = ended.code == 0 and not differing(workdir, alone)
+  same = ended.code == 0 and not launcher.differing(workdir, alone)
   seen = f"{in_saves} of them in mid-save; {again} steps were done again"
-  return Outcome("kill -9 in one run", killed, int(not same), same, seen)
+  cell = launcher.name, KILLED
+  fault = f"{launcher.name}: kill -9"
+  return Outcome(fault, killed, int(not same), same, seen, *cell)
+
+
+def complete(run: Path) -> list[int]:
+  """The saves with a checksum manifest, which is written last."""
+  folder = run / "checkpoints"
+  found = saves(run)
+  return [s for s in found if (folder / str(s) / manifest.FILE).exists()]
+
+
+def is_saving(run: Path) -> bool:
+  """Whether a save is under way, or was when the process was killed."""
+  folder = run / "checkpoints"
+  return any(folder.glob(TEMPORARY)) or complete(run) != saves(run)
 
 
 def preemptions(
-  launcher: Launcher, alone: Path, *, times: int, seed: int = 0
+  launcher: Launcher,
+  alone: Path,
+  *,
+  times: int,
+  seed: int = 0,
+  in_saves: bool = False,
 ) -> Outcome:
-  """SIGTERM at random moments of one run."""
-  rng, workdir = random.Random(seed), launcher.folder / "preempted"
+  """SIGTERM at random moments of one run, or in the middle of its saves."""
+  rng, workdir = random.Random(seed), launcher.folder / f"preempted-{in_saves}"
   shutil.rmtree(workdir, ignore_errors=True)
+  run = launcher.runs(workdir)[0]
   tried = lost = late = 0
   for _ in range(times):
     process = launcher.start(workdir)
-    goal = last_step(workdir) + rng.randint(1, 2 * EPOCH)
-    if not reach(workdir, goal, process):
+    goal = last_step(run) + rng.randint(1, 2 * EPOCH)
+    if not reach(run, goal, process):
       break
-    time.sleep(rng.uniform(0, 0.2))
-    before = last_step(workdir)
+    if in_saves and not wait_until(lambda: is_saving(run), process):
+      break
+    time.sleep(rng.uniform(0, 0.02 if in_saves else 0.2))
+    before = last_step(run)
     process.send_signal(signal.SIGTERM)
     ended = process.end()
     tried += 1
-    lost += ended.code != 75 or saves(workdir)[-1] < last_step(workdir)
-    late = max(late, saves(workdir)[-1] - before)
+    lost += ended.code != 75 or saves(run)[-1] < last_step(run)
+    late = max(late, saves(run)[-1] - before)
   done = launcher.run(workdir)
-  same = done.code == 0 and not differing(workdir, alone)
+  same = done.code == 0 and not launcher.differing(workdir, alone)
   steps = "1 step" if late == 1 else f"{late} steps"
   seen = f"exit code 75; saved at most {steps} after the last logged metrics"
-  return Outcome("SIGTERM", tried, lost + (not same), same, seen)
+  cell = (launcher.name, SAVING) if in_saves else ()
+  fault = f"{launcher.name}: SIGTERM{' in a save' * in_saves}"
+  return Outcome(fault, tried, lost + (not same), same, seen, *cell)
 
 
 def _cut(file: Path) -> None:
@@ -111,7 +127,7 @@ def stopped_run(launcher: Launcher) -> Path:
   workdir = launcher.folder / "stopped"
   if not workdir.exists():
     process = launcher.start(workdir)
-    reach(workdir, EPOCH + 3, process)
+    reach(launcher.runs(workdir)[0], EPOCH + 3, process)
     process.send_signal(signal.SIGTERM)
     process.end()
   return workdir
@@ -142,6 +158,7 @@ def damages(launcher: Launcher, alone: Path) -> list[Outcome]:
         int(not good),
         same,
         f"{seen}, not {newest}",
+        *(launcher.name, HARMED),
       )
     )
   return outcomes
@@ -152,13 +169,16 @@ def second_run(launcher: Launcher) -> Outcome:
   workdir = launcher.folder / "locked"
   shutil.rmtree(workdir, ignore_errors=True)
   first = launcher.start(workdir)
-  reach(workdir, 1, first)
+  reach(launcher.runs(workdir)[0], 1, first)
+  first.send_signal(signal.SIGSTOP)  # lest it has ended before
   second = launcher.run(workdir)
   refused = second.code == 1 and f"process {first.pid} on" in second.output
-  first.send_signal(signal.SIGTERM)
-  first.end()
+  first.send_signal(signal.SIGCONT)
+  first.kill_now()
   seen = "refused, with the first one's process and host"
-  return Outcome("second run on one workdir", 1, int(not refused), None, seen)
+  fault = f"{launcher.name}: a second one on its folder"
+  cell = launcher.name, TWICE
+  return Outcome(fault, 1, int(not refused), None, seen, *cell)
 
 
 def other_config(launcher: Launcher) -> Outcome:

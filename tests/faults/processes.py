@@ -16,6 +16,7 @@ from tests.faults.fixtures import (
   saves,
 )
 from tests.faults.stores import MOST, fetch, wait_for_changes
+from tests.faults.table import KILLED
 from tests.store import BUCKET, Store
 from tests.untimed import untimed_metrics
 from vera_jax.errors import UserError
@@ -159,6 +160,7 @@ def killed_hosts(
       same if 4 in counts else None,
       f"after {moment} writes; the others name it and end with 75 within"
       f" {seconds:.0f} s; gone on with, losses differ by {', '.join(gaps)}",
+      *("four", KILLED),
     )
 
 

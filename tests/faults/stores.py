@@ -22,6 +22,7 @@ from tests.faults.fixtures import (
   Process,
   differing,
 )
+from tests.faults.table import KILLED
 from tests.store import BUCKET, Store
 from vera_jax import results
 
@@ -230,4 +231,4 @@ def sweep_kills(
   )
   lost = len(bad) + len(stolen) + done.code
   fault = "in a store: kill -9 to a sweep"
-  return Outcome(fault, killed, lost, not bad, seen)
+  return Outcome(fault, killed, lost, not bad, seen, "sweep", KILLED)

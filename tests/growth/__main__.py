@@ -141,8 +141,9 @@ def main() -> None:
       print(f"{name}, {rows[name]['seconds']} s:", *grown, flush=True)
       rows = {name: rows[name] for name in PROGRAMS if name in rows}
       write(out, rows)
-  if grown := grown_in(rows):
-    raise UserError(f"More than {MOST:.0%} was grown: {', '.join(grown)}.")
+  if too_much := grown_in(rows):
+    names = ", ".join(too_much)
+    raise UserError(f"More than {MOST:.0%} was grown: {names}.")
 
 
 if __name__ == "__main__":

@@ -38,12 +38,12 @@ class Program(NamedTuple):
 
   Attributes:
     what: is counted, for a table.
-    count: how many.
+    number: how many.
     start: begins with a folder and a count, and ends it with its context.
   """
 
   what: str
-  count: int
+  number: int
   start: Callable[[Path, int], Any]
 
 
@@ -68,7 +68,7 @@ class Lines:
 def steps(folder: Path, count: int) -> Iterator[Running]:
   """Training, with an evaluation and a save every 500 steps."""
   launcher = Launcher(folder, epochs=-(-count // 500))
-  settings = {"data.max_train_examples": 2000, "log.every": 10}
+  settings: dict[str, Any] = {"data.max_train_examples": 2000, "log.every": 10}
   process = launcher.start(folder / "run", **settings)
   metrics = folder / "run/metrics.jsonl"
   with ended(process):

@@ -92,7 +92,7 @@ def growth(samples: Sequence[Sample], held: str) -> float:
 
 def measure(folder: Path, program: Program, *, scale: float) -> dict[str, Any]:
   """A row of growth.json."""
-  count = max(1, round(scale * program.count))
+  count = max(1, round(scale * program.number))
   folder.mkdir(parents=True)
   began = time.monotonic()
   with program.start(folder, count) as running:
