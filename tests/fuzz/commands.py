@@ -295,7 +295,7 @@ class Place:
     if wrong := _wrong(tried, attempt.words[0]):
       return wrong
     line = " ".join(attempt.words)
-    if attempt.how in FAULTS and line in COMMANDS:
+    if tried.code and attempt.how in FAULTS and line in COMMANDS:
       os.chmod(self.now, 0o755)
       again = give(attempt._replace(how="plain"), self.now)
       wrong = _wrong(again, attempt.words[0])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from vera_jax.adapters.method import LARGEST
 from vera_jax.errors import UserError
@@ -79,11 +79,11 @@ def write_tensors(
 ) -> None:
   """Write the tensors, with our adapter.json and a checksum in the header."""
   metadata = {METADATA: json.dumps(about), SHA256: checksum(tensors)}
-  save_file(
+  written = save(
     {name: np.ascontiguousarray(value) for name, value in tensors.items()},
-    file,
     metadata={"format": "pt", **metadata},
   )
+  file.write_bytes(written)  # a full disk is an OSError, as elsewhere
 
 
 def checksum(tensors: Mapping[str, np.ndarray]) -> str:
