@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 from tests.fuzz.mutations import DEVICE, harm
 from tests.fuzz.readers import READERS
 from vera_jax.errors import UserError
-from vera_jax.terminal import LINES, printable
 
 FINE, REFUSED = "fine", "refused"
 SECONDS, MEMORY = 10.0, 2 * 2**30  # beyond the clean files
-LONGEST = 500  # characters of an error, as it is printed
+LONGEST = 500  # characters of an error, before some are printed as escapes
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = f"{ROOT}/vera_jax/"
 FOUND = Path(__file__).with_name("found")  # by reader, and by mutation
@@ -143,7 +142,7 @@ class Sandbox:
       self.reader.read(self.harmed)
     except UserError as error:
       outcome = REFUSED
-      if (size := len(printable(error, keep=LINES))) > LONGEST:
+      if (size := len(str(error))) > LONGEST:
         outcome = f"a message of {size:,} characters: {str(error)[:99]}"
     except BaseException as error:
       outcome = _where(error)
