@@ -118,7 +118,7 @@ class Refused(HTTPException):
     self.response = JSONResponse(self.object, status, self.headers)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # which would show the token
 class Service:
   """An application that a server such as uvicorn runs.
 
