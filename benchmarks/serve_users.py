@@ -43,7 +43,8 @@ class Client(HttpUser):
   def judge(self, answer: Any, adapter: str, number: int) -> None:
     """Whether an answer is whole, and this adapter's."""
     if answer.status_code != 200:
-      answer.failure(f"lost: status {answer.status_code} {answer.text[:200]}")
+      why = getattr(answer, "error", None) or answer.text[:200]
+      answer.failure(f"lost: status {answer.status_code} {why!r}")
       return
     if answer.headers["content-type"].startswith("text/event-stream"):
       lines = [x for x in answer.iter_lines(decode_unicode=True) if x]

@@ -210,6 +210,9 @@ def serve(
       access_log=False,
       proxy_headers=False,
       server_header=False,
+      # clients keep connections for some seconds, and uvicorn 5: one that is
+      # used again as it is closed loses a request
+      timeout_keep_alive=75,
       timeout_graceful_shutdown=int(GRACE.value) + 5,
     )
   )
