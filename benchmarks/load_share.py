@@ -60,7 +60,6 @@ def load_once(
   limits = resource.getrlimit(resource.RLIMIT_AS)
   most = _number("status", "VmSize") * 1024 + room
   resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
-  start = time.perf_counter()
   params = load_params(
     folder,
     unflatten_dict(plan.shapes),
@@ -68,7 +67,6 @@ def load_once(
     kernels=plan.kernels,
     place=place,
   ).params
-  seconds = time.perf_counter() - start
   resource.setrlimit(resource.RLIMIT_AS, limits)
   return {
     "quantise": kind,
@@ -76,7 +74,6 @@ def load_once(
     "room": room,
     "peak": peak_bytes() - before,
     "read": _number("io", "rchar") - read,
-    "seconds": seconds,
     "codes": codes_digest(params),
     "checksums": checksums(params),
   }

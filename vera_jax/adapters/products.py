@@ -36,6 +36,7 @@ from vera_jax.adapters.interface import (
 )
 from vera_jax.adapters.plans import WHOLE, Split
 from vera_jax.adapters.structured import Structured, as_array
+from vera_jax.operations.precision import exact
 
 Forward = Callable[[Array], Array]  # x -> x times the weights so far
 Weights = tuple[Array, Array | None]  # a kernel (i, o) and its bias (o,)
@@ -164,8 +165,8 @@ def add_low_rank(
   """The `weights` of a method whose adapted kernel is kernel + delta."""
 
   def weights(leaves: Leaves, site: Site) -> Weights:
-    factors = low_rank(leaves, site)
-    with jax.default_matmul_precision("highest"):
+    with exact():
+      factors = low_rank(leaves, site)
       delta = factors.down @ scaled_up(factors)
     return site.kernel().astype(jnp.float32) + delta, site.bias
 

@@ -33,6 +33,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int8, PRNGKeyArray
 
+from vera_jax.operations.precision import exact
+
 LARGEST = 128  # rows of a block: a TPU's matrix unit is as wide
 
 
@@ -91,7 +93,7 @@ class Structured(struct.PyTreeNode):
     return entries.T if self.turned else entries
 
   def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-    with jax.default_matmul_precision("highest"):
+    with exact():
       return np.asarray(jax.jit(Structured.matrix)(self), dtype)
 
   def __rmatmul__(self, x: Float[Array, "*t _"]) -> Float[Array, "*t _"]:

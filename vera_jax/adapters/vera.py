@@ -18,7 +18,6 @@ whichever is cheaper: `products.py` has the orders of multiplication.
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -46,6 +45,7 @@ from vera_jax.adapters.table import VeraSettings as Settings
 from vera_jax.adapters.table import onelora as onelora
 from vera_jax.adapters.table import vera
 from vera_jax.errors import UserError
+from vera_jax.operations.precision import exact
 
 D, B_VECTOR = "vera_d", "vera_b"
 
@@ -108,7 +108,7 @@ def make_vera(s: Settings) -> Adapter:
     """The definition: the kernel (i, o) that x is multiplied with, and bias."""
     A, B, d, b = parts(s, leaves, site)
     B = as_array(B, jnp.float32)
-    with jax.default_matmul_precision("highest"):
+    with exact():
       delta = A.T @ (d[:, None] * (B.T * b[None]))
     return site.kernel().astype(jnp.float32) + delta, site.bias
 

@@ -40,6 +40,7 @@ from vera_jax.nnx.adapt import (
 )
 from vera_jax.nnx.layers import Seen, see
 from vera_jax.nnx.twins import twin_of
+from vera_jax.operations.precision import exact
 from vera_jax.operations.quantised import plain
 from vera_jax.pretrained.blueprint import blueprint
 from vera_jax.pretrained.classifier import find_base
@@ -238,7 +239,7 @@ def to_lora(model: nnx.Module) -> nnx.State[Any, Any]:
     )
   if parts := [path for path, site in sites.items() if site.columns]:
     raise UserError(f"{'/'.join(parts[0])} is a part of a kernel: merge it.")
-  with jax.default_matmul_precision("highest"):
+  with exact():
     on_weights = all_sites(adapter, sites, params, projections)
     factors = map_sites(
       lambda site, leaves: exact_factors(low_rank(leaves, site)),
