@@ -306,7 +306,8 @@ def test_a_broken_adapter_harms_no_other_row(bank, saved, rows, writers):
   assert first[0].text == alone(writers["a"], 2, how=UNLIKE)
   assert {t.text for t in after} == {alone(writers["b"], 2, how=UNLIKE)}
   with pytest.raises(UserError, match="Prompt 2: The next word can't"):
-    bank.generate(PROMPTS[:2], adapters=["a", "broken"], max_new_tokens=4)
+    named = ["a", "broken", "a"]  # in four rows, which are compiled already
+    bank.generate(PROMPTS[:3], adapters=named, max_new_tokens=4)
   bank.remove("broken")
 
 
