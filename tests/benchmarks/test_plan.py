@@ -321,6 +321,24 @@ def test_a_pod_that_is_not_there(tmp_path):
   assert (last["bytes"], last["times"]) == (4 * (trained + 2), 1)
 
 
+def test_what_70b_receives_is_what_a_hand_counts():
+  """The frozen network's step on 256 shards, as docs/scale.md counts it."""
+  path = ROOT / "results/plans/scale/llama3_70b-v5e-16x16.json"
+  made = json.loads(path.read_text())["methods"]["frozen"]
+  fields = known_shapes.KNOWN["meta-llama/Llama-3.1-70B"]
+  width, inner, layers = (
+    fields[name]
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
+  )
+  attention = 2 * width * (width + width // 8)  # q, o; k, v have fewer heads
+  feed_forward = 3 * width * inner
+  numbers = layers * (3 * attention + 2 * feed_forward)
+  numbers += width * fields["vocab_size"]
+  trained = 4 * made["parameters"]["adapter"]
+  by_hand = 255 / 256 * (2 * numbers + 2 * trained)
+  assert made["wire"] == pytest.approx(by_hand, rel=0.05)
+
+
 def test_the_table_of_large_models_is_the_files():
   """VeRA computes at most 7 % more than the frozen network, and sums at the end
   what it trains, of which `tensor` may have parts."""
