@@ -38,7 +38,8 @@ Hidden = Float[Array, "rows height width channels"]
 Made = Float[Array, "rows tall wide made"]
 KIND = "efficientnet_lite"
 STEM_STRIDE = 2
-LARGEST = 31  # side of a filter, whose taps are computed one by one
+# Sides of a filter, whose taps are computed one by one, and layers, at most.
+LARGEST, DEEPEST = 31, 128
 
 
 class Stage(NamedTuple):
@@ -89,8 +90,11 @@ class EfficientNetConfig:
       for number in (*sizes, *(n for stage in config.stages for n in stage)):
         if not isinstance(number, int) or number < 1:
           raise ValueError(f"{number!r} is no size")
-      if (side := max(stage.kernel for stage in config.stages)) > LARGEST:
+      side = max((stage.kernel for stage in config.stages), default=0)
+      if side > LARGEST:
         raise ValueError(f"a kernel of {side}; at most {LARGEST} are possible")
+      if (layers := sum(stage.layers for stage in config.stages)) > DEEPEST:
+        raise ValueError(f"{layers} layers; at most {DEEPEST} are possible")
       if not config.stages or not 0 < config.batch_norm_eps < 1:
         raise ValueError("there are no stages, or no batch_norm_eps")
     except (KeyError, TypeError, ValueError) as error:
