@@ -141,7 +141,7 @@ def main() -> None:
         mesh_of=MESH.value,
         search=SEARCH.value,
         effort=EFFORT.value,
-        memory=MEMORY.value and int(MEMORY.value * 2**30),
+        memory=int(MEMORY.value * 2**30) if MEMORY.value else None,
         **(frozen_network(chosen) if method == FROZEN else {}),
       )
       # Written after each, so that an interrupted plan keeps the others.

@@ -158,10 +158,10 @@ def plan(
     result["total"] = compiled.needed or None
     result["room"] = compiled.room or pod.memory
   else:
-    memory = compiled.memory_analysis()
+    used = compiled.memory_analysis()
     result |= {
-      "temporaries": memory.temp_size_in_bytes,
-      "arguments": memory.argument_size_in_bytes,
+      "temporaries": used.temp_size_in_bytes,
+      "arguments": used.argument_size_in_bytes,
       "total": totals[rows],
       "room": pod.memory,
       "fits": total(compiled) <= pod.memory,

@@ -92,7 +92,7 @@ Pair = tuple[Array, Array]  # keys and values
 
 def logits(words: Words) -> Float32[Array, "rows reads vocab"]:
   """The scores of every word at every read position."""
-  if is_quantised(words.kernel):
+  if isinstance(words.kernel, Quantised):
     return times_words(words.hidden, words.kernel)
   return jnp.matmul(
     words.hidden, words.kernel, preferred_element_type=jnp.float32
@@ -257,7 +257,7 @@ class Pieces(NamedTuple):
 
 def table_of(words: nn.Embed, dtype: DTypeLike) -> Table:
   """The table of words that a tied network ends with; codes stay codes."""
-  stored = words.get_variable("params", "embedding")
+  stored: Any = words.get_variable("params", "embedding")
   return stored if is_quantised(stored) else jnp.asarray(words.embedding, dtype)
 
 
@@ -388,7 +388,8 @@ class Head(Part):
 
   @nn.compact
   def __call__(self) -> Table:
-    if is_quantised(stored := self.get_variable("params", "embedding")):
+    stored: Any = self.get_variable("params", "embedding")
+    if is_quantised(stored):
       return stored
     config = self.config
     start = nn.initializers.normal(config.initializer_range)

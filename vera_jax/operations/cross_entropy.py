@@ -59,7 +59,7 @@ def cross_entropy(
       those of one position.
   """
   split = split_of_words()
-  if split is not None and not is_quantised(kernel):
+  if split is not None and not isinstance(kernel, Quantised):
     return cross_entropy_of(hidden, kernel.T, labels, smoothing, split, block)
   return _losses(hidden, kernel, labels, smoothing, block)
 

@@ -117,7 +117,10 @@ def _backward(smoothing, split, most, kept, slope):
     slope = jnp.zeros(slope.shape, slope.dtype)
   to_table = None
   if for_table is not None:
-    to_table = _table_slope(*for_table, slope, smoothing, split, most)
+    hidden, table, labels, log_total = for_table
+    to_table = _table_slope(
+      hidden, table, labels, log_total, slope, smoothing, split, most
+    )
   to_hidden = (slope[..., None] * to_hidden).astype(to_hidden.dtype)
   return to_hidden, to_table, None
 
