@@ -47,6 +47,9 @@ def test_a_long_message_keeps_its_beginning_and_its_end():
   assert len(shown) == 500
   assert shown.startswith("It is wrong: x") and shown.endswith("x. Mend it.")
   assert str(errors.UserError(text[:500])) == text[:500]
+  rows = [f"row {number}" for number in range(100)]
+  shown = str(errors.UserError("\n".join(rows))).split("\n")
+  assert shown == [*rows[:40], "…", *rows[-10:]]
 
 
 def test_what_a_plain_install_lacks_is_named_where_it_is_needed(

@@ -1,21 +1,27 @@
 """Errors that scripts print without a traceback, and how a run may end."""
 
 EXIT_CODE = 75  # EX_TEMPFAIL: the same command, run again, goes on
-START, END = 350, 147  # characters of a long message that are shown
+START, END = 350, 147  # characters of a long line that are shown
+FIRST, LAST = 40, 10  # lines of a long message that are shown
 
 
 class UserError(Exception):
   """Says what is wrong with the user's input and what to do about it.
 
-  What a message quotes out of a file may be of any length: of a long one the
-  middle is left out.
+  What a message quotes out of a file may be of any length: of long lines, and of
+  many, the middle is left out.
   """
 
   def __str__(self) -> str:
-    text = super().__str__()
-    if len(text) <= START + len(" … ") + END:
-      return text
-    return f"{text[:START]} … {text[-END:]}"
+    lines = super().__str__().split("\n")
+    if len(lines) > FIRST + 1 + LAST:
+      lines = [*lines[:FIRST], "…", *lines[-LAST:]]
+    return "\n".join(
+      line
+      if len(line) <= START + len(" … ") + END
+      else f"{line[:START]} … {line[-END:]}"
+      for line in lines
+    )
 
 
 class Interrupted(Exception):

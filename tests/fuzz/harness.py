@@ -27,7 +27,7 @@ from vera_jax.errors import UserError
 
 FINE, REFUSED = "fine", "refused"
 SECONDS, MEMORY = 10.0, 2 * 2**30  # beyond the clean files
-LONGEST = 500  # characters of an error, before some are printed as escapes
+LONGEST = 500  # characters of an error's line, before some become escapes
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = f"{ROOT}/vera_jax/"
 FOUND = Path(__file__).with_name("found")  # by reader, and by mutation
@@ -142,8 +142,8 @@ class Sandbox:
       self.reader.read(self.harmed)
     except UserError as error:
       outcome = REFUSED
-      if (size := len(str(error))) > LONGEST:
-        outcome = f"a message of {size:,} characters: {str(error)[:99]}"
+      if (size := max(map(len, str(error).split("\n")))) > LONGEST:
+        outcome = f"a line of {size:,} characters: {str(error)[:99]}"
     except BaseException as error:
       outcome = _where(error)
     finally:
