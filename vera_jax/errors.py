@@ -8,8 +8,8 @@ FIRST, LAST = 40, 10  # lines of a long message that are shown
 class UserError(Exception):
   """Says what is wrong with the user's input and what to do about it.
 
-  What a message quotes out of a file may be of any length: of long lines, and of
-  many, the middle is left out.
+  What a message quotes out of a file may be of any length: the middle of long
+  lines, and of very many, is left out.
   """
 
   def __str__(self) -> str:

@@ -153,8 +153,8 @@ the file's place. Written by `{found["command"]}`.
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {table}
 
-- **Refused**: by an error of at most {LONGEST} characters per line that says what is
-  wrong with the file.
+- **Refused**: by an error of at most {LONGEST} characters per line that says
+  what is wrong with the file.
 - **Findings**: any other exception; a program started, a connection made; a
   device or a file outside of the folder opened; 10 s or 2 GB more than for the
   clean files; a crash; no end within {HANG} s.
