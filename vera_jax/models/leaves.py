@@ -166,6 +166,10 @@ def read_codes(leaf: Leaf, kind: str, place: Place | None) -> Quantised | None:
   def read(index: Index) -> np.ndarray:
     *stack, rows, outputs = bounds(index, shapes.codes.shape)
     first, last = (row * inputs // shapes.codes.shape[-2] for row in rows)
+    cut = slice(None)
+    if kind != INT8 and (first * blocks % inputs or last * blocks % inputs):
+      # parts of a block, which has one scale: the whole column is read
+      cut, first, last = slice(*rows), 0, inputs
     # of int8 the one row of scales, also where the inputs are split
     row = first * blocks // inputs, -(-last * blocks // inputs)
     key = (*stack, row, outputs)
@@ -182,7 +186,7 @@ def read_codes(leaf: Leaf, kind: str, place: Place | None) -> Quantised | None:
           f"Tensor {source.name!r} can't be quantised: {error}"
         ) from error
       assert made is not None  # its blocks are whole
-      codes[number][:, part] = made.codes
+      codes[number][:, part] = made.codes[cut]
       if blocks:
         scale[number][:, part] = made.scale
     scales[key] = scale

@@ -171,7 +171,8 @@ def rows_stay(shards: Shards) -> Iterator[None]:
   over `tensor` too, by their columns: they are what the backward pass keeps of
   each layer. Behind a layer's norms they are put together, and so is what comes
   back to its products: left to itself, XLA would gather kernels over `tensor`
-  to multiply a few columns each.
+  to multiply a few columns each. In an ensemble they stay whole: XLA would send
+  them between the runs, whose models are small enough.
 
   And one in which a decoder's logits are made of blocks of words, of which each
   device gathers one after another.
@@ -181,7 +182,7 @@ def rows_stay(shards: Shards) -> Iterator[None]:
     yield
     return
 
-  tensor = mesh.shape["tensor"]
+  tensor = mesh.shape["tensor"] if mesh.shape["runs"] == 1 else 1
 
   def split(x: Array, *columns: str | None) -> Array:
     # how features are split is tensor parallelism's business
