@@ -3,10 +3,10 @@
   python -m benchmarks.docs
 
 What a page has between `<!-- from PATH -->` and `<!-- end -->` is replaced: by
-a table where PATH is a file in results/plans, or its folder scale; by the
-report where it is a sweep's folder (of the initialisers' studies by a shorter
-one, and by a row per method where the mark says `from PATH in brief`), by the
-tables that it makes where it is benchmarks/methods.py or
+a table where PATH is a file in results/plans, or a folder in its folder scale;
+by the report where it is a sweep's folder (of the initialisers' studies by a
+shorter one, and by a row per method where the mark says `from PATH in brief`),
+by the tables that it makes where it is benchmarks/methods.py or
 benchmarks/initialisers.py,
 by what is below its title where it is a page, such as the report's outputs.md.
 The figures that a page shows as figures/SWEEP-NAME.png are drawn, and those of
@@ -21,6 +21,7 @@ import pandas as pd
 from benchmarks import (
   decode,
   initialisers,
+  loading,
   matrices,
   meshes,
   methods,
@@ -70,8 +71,8 @@ def filled(page: str) -> str:
       made = initialisers.scores(source)
     elif match[2]:
       made = brief(tables.columns(summary(load_sweep(source))))
-    elif source == SCALE:
-      made = plans.at_scale(map(read_json, sorted(SCALE.glob("*.json"))))
+    elif SCALE in source.parents:
+      made = plans.at_scale(map(read_json, sorted(source.rglob("*.json"))))
     elif source == SERVING:
       made = serving_figure.markdown(source)
     elif source.is_dir():
@@ -91,6 +92,8 @@ def filled(page: str) -> str:
       made = matrices.markdown(read_json(source))
     elif source.name == "meshes.json":
       made = meshes.markdown(read_json(source))
+    elif source.name == "loading.json":
+      made = loading.markdown(read_json(source))
     elif source.name == "others.json":
       made = others.markdown(read_json(source))
     elif source.name.startswith("decode-"):

@@ -44,7 +44,7 @@ def load(settings: dict[str, Any]) -> dict[str, Any]:
 def load_once(
   folder: Path, mesh: Mesh, kind: str, dtype: str
 ) -> dict[str, Any]:
-  """Bytes of the share, of what was read, and of the most memory."""
+  """Bytes of the share, of what was read, and of the most memory; seconds."""
   plan = blueprint(
     read_fields(folder),
     head="language_modelling",
@@ -60,6 +60,7 @@ def load_once(
   limits = resource.getrlimit(resource.RLIMIT_AS)
   most = _number("status", "VmSize") * 1024 + room
   resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+  start = time.perf_counter()
   params = load_params(
     folder,
     unflatten_dict(plan.shapes),
@@ -67,9 +68,12 @@ def load_once(
     kernels=plan.kernels,
     place=place,
   ).params
+  jax.block_until_ready(params)
+  seconds = time.perf_counter() - start
   resource.setrlimit(resource.RLIMIT_AS, limits)
   return {
     "quantise": kind,
+    "seconds": seconds,
     "share": share,
     "room": room,
     "peak": peak_bytes() - before,

@@ -7,7 +7,7 @@ safetensors files and their index, and lets processes load it together onto
 several meshes, plain and in codes: each reads what its one device holds. Above
 what it had before, none may address more than 1.25 times its share and 100 MB,
 or it fails (RLIMIT_AS). Prints each mesh's share, the bytes read, the most
-memory beyond the imports, of the process that had most.
+memory beyond the imports and the seconds, of the process that had most.
 """
 
 import itertools
@@ -46,6 +46,7 @@ HEADER = [
   "MB read",
   "MB of memory, most",
   "MB allowed",
+  "seconds",
 ]
 
 
@@ -66,7 +67,7 @@ def main() -> None:
     for mesh, kind in itertools.product(MESHES, KINDS):
       answers = together(folder, mesh, quantise=[kind])
       loads = [answer["loads"][0] for answer in answers]
-      names = ("share", "room", "peak", "read")
+      names = ("share", "room", "peak", "read", "seconds")
       most = {name: max(load[name] for load in loads) for name in names}
       meshes.append({"mesh": mesh, "quantise": kind, **most})
       result = {**about, "base": BASE, "bytes": size, "meshes": meshes}
@@ -153,6 +154,7 @@ def rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
       " × ".join(map(str, load["mesh"])),
       load["quantise"],
       *(f"{load[name] / 1e6:,.0f}" for name in names),
+      f"{load['seconds']:.1f}",
     ]
 
 
