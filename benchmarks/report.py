@@ -42,7 +42,11 @@ def environment(name: str) -> dict[str, Any]:
       made["versions"][package] = version(package)
     except PackageNotFoundError:
       made["versions"][package] = None
-  words = [word for word in sys.argv[1:] if not word.startswith("--out=")]
+  words = [
+    word
+    for word in sys.argv[1:]
+    if not word.startswith(("--out=", "--scratch="))
+  ]
   cpu = platform.processor()
   if Path("/proc/cpuinfo").exists():
     for line in Path("/proc/cpuinfo").read_text().splitlines():
