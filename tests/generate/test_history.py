@@ -24,6 +24,18 @@ def test_the_words_that_would_repeat_an_n_gram(size):
   assert found.any() and not found.all()
 
 
+def test_each_row_may_have_a_size_of_its_own():
+  rng = np.random.default_rng(0)
+  tokens = jnp.asarray(rng.integers(0, 3, (20, 12)), jnp.int32)
+  lengths = jnp.asarray(rng.integers(0, 13, 20), jnp.int32)
+  sizes = jnp.arange(20) % 4
+  found = repeats(tokens, lengths, size=sizes, vocab=5)
+  assert not found[::4].any()  # 0 forbids nothing
+  for size in (1, 2, 3):
+    own = repeats(tokens, lengths, size=size, vocab=5)
+    np.testing.assert_array_equal(found[size::4], own[size::4])
+
+
 def test_rows_shorter_than_the_n_gram_forbid_nothing():
   tokens = jnp.zeros((2, 3), jnp.int32)
   assert not repeats(tokens, jnp.array([3, 3]), size=4, vocab=2).any()

@@ -223,7 +223,7 @@ def test_a_chat_is_put_into_the_template(client):
     ({"extra_body": {"max_tokens": True}}, "max_tokens: "),
     ({"temperature": 1e-9}, "temperature is 0, or"),
     ({"top_p": 0.0}, "top_p: "),
-    ({"max_tokens": LENGTH}, "more than the 128 of a row"),
+    ({"max_tokens": LENGTH}, "more than the 128 that"),
     ({"logprobs": 21}, "logprobs: "),
     ({"stop": ""}, "stop has an empty text"),
     ({"stream_options": {"include_usage": True}}, "only with stream"),

@@ -125,7 +125,7 @@ class Heard(list):
 
 
 def request(bank, number=0, **changes):
-  tokens = bank.encode(PROMPTS[number])
+  tokens = bank.generator.encode(PROMPTS[number], max_new_tokens=1)
   settings = {"adapter": WHO[number], "how": HOW[number], "seed": SEEDS[number]}
   settings |= {"max_new_tokens": NEW[number]}
   return Request(tuple(tokens), **settings | changes)

@@ -57,6 +57,10 @@ STEP = 32  # prompts are padded to multiples of it: few shapes are compiled
 Ids = list[int]
 
 
+class TooLong(UserError):
+  """Prompt and answer are longer than there is room for."""
+
+
 class Generator:
   """A decoder with its tokenizer, compiled for a few shapes."""
 
@@ -149,21 +153,25 @@ class Generator:
     self.check(ids, max_new_tokens=max_new_tokens)
     return ids
 
-  def check(self, ids: Sequence[int], *, max_new_tokens: int) -> None:
-    """Raises a UserError for tokens that the decoder can't continue."""
+  def check(
+    self, ids: Sequence[int], *, max_new_tokens: int, room: int | None = None
+  ) -> None:
+    """Raises a UserError for tokens that the decoder can't continue, with
+    `room` for prompt and answer; None: as the model has."""
     if not len(ids):
       raise UserError(
         "The prompt is empty, and this tokenizer puts nothing before a text:"
         " give one word at least."
       )
-    room, vocab = self.decoder.room, self.decoder.config.vocab_size
+    room = self.decoder.room if room is None else room
+    vocab = self.decoder.config.vocab_size
     if max_new_tokens < 1:
       raise UserError(f"max_new_tokens is {max_new_tokens}; give 1 or more.")
     if len(ids) + max_new_tokens > room:
-      raise UserError(
+      raise TooLong(
         f"The prompt has {len(ids)} tokens, and with {max_new_tokens} new ones"
-        f" they are more than the {room} that the model has room for: shorten"
-        " it, or lower max_new_tokens."
+        f" they are more than the {room} that there is room for: shorten it, or"
+        " lower max_new_tokens."
       )
     if not 0 <= min(ids) <= max(ids) < vocab:
       raise UserError(

@@ -1,6 +1,10 @@
 """The tokens of each row so far, and the words that they forbid."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Int
 
@@ -28,7 +32,7 @@ def repeats(
   tokens: Int[Array, "rows length"],
   lengths: Int[Array, " rows"],
   *,
-  size: int,
+  size: int | Int[Array | np.ndarray, " rows"],
   vocab: int,
 ) -> Bool[Array, "rows words"]:
   """The words that would complete an n-gram which the row already has.
@@ -36,21 +40,28 @@ def repeats(
   Args:
     tokens: each row's tokens so far; behind its length they count for nothing.
     lengths: the number of tokens of each row.
-    size: the length of the n-grams, 1 or more. 1 forbids every word that was
-      there.
+    size: the length of the n-grams, of all rows or of each. 1 forbids every
+      word that was there, 0 none.
     vocab: the number of words.
   """
-  rows, length = tokens.shape
-  windows = length - size + 1
-  if windows < 1:
-    return jnp.zeros((rows, vocab), bool)
-  # a window forbids its last word if the others are the row's last ones
-  same = jnp.arange(size - 1, length)[None] < lengths[:, None]
-  for k in range(size - 1):
-    column = jnp.maximum(lengths - (size - 1) + k, 0)[:, None]
-    last = jnp.take_along_axis(tokens, column, axis=1)
-    same &= tokens[:, k : k + windows] == last
-  forbidden = jnp.where(same, tokens[:, size - 1 :], vocab)
-  none = jnp.zeros((rows, vocab), bool)
-  rows_of = jnp.arange(rows)[:, None]
-  return none.at[rows_of, forbidden].set(True, mode="drop")
+  sizes = jnp.broadcast_to(size, lengths.shape)[:, None]
+  columns = jnp.arange(tokens.shape[1])[None]
+
+  def match(back: Any, same: Array) -> Array:
+    """Whether also the token so far back is the row's own so far back."""
+    before = jnp.roll(tokens, back, axis=1)
+    place = jnp.maximum(lengths - back, 0)[:, None]
+    equal = before == jnp.take_along_axis(tokens, place, axis=1)
+    return same & (equal & (columns >= back) | (back >= sizes))
+
+  # a word is forbidden if those before it are the row's last ones
+  same = (columns < lengths[:, None]) & (sizes > 0)
+  if isinstance(size, int):
+    for back in range(1, size):
+      same = match(back, same)
+  else:
+    same = jax.lax.fori_loop(1, jnp.max(sizes), match, same)
+  forbidden = jnp.where(same, tokens, vocab)
+  none = jnp.zeros((len(tokens), vocab), bool)
+  rows = jnp.arange(len(tokens))[:, None]
+  return none.at[rows, forbidden].set(True, mode="drop")

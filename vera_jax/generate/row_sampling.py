@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from vera_jax.generate.history import repeats
 from vera_jax.generate.sampling import Sampling, are_numbers
 
 TOP = 20  # alternatives of each word that can be asked for, at most
@@ -101,7 +102,7 @@ def next_words(
   allowed = jax.lax.cond(
     jnp.any(sizes > 0),
     lambda: jnp.where(
-      _repeats(history, lengths, sizes, vocab=vocab), -jnp.inf, logits
+      repeats(history, lengths, size=sizes, vocab=vocab), -jnp.inf, logits
     ),
     lambda: logits,
   )
@@ -156,30 +157,3 @@ def _filtered(
   kept = kept.at[:, 0].set(True)
   nucleus = jnp.min(jnp.where(kept, falling, jnp.inf), axis=1, keepdims=True)
   return jnp.where(logits < jnp.maximum(least, nucleus), -jnp.inf, logits)
-
-
-def _repeats(
-  tokens: Int[Array, "rows length"],
-  lengths: Int[Array, " rows"],
-  sizes: OfRows,
-  *,
-  vocab: int,
-) -> Bool[Array, "rows vocab"]:
-  """As `history.repeats`, with n-grams of each row's size; 0 forbids none."""
-  columns = jnp.arange(tokens.shape[1])[None]
-
-  def match(back: Array, same: Array) -> Array:
-    """Whether also the token so far back is the row's own so far back."""
-    before = jnp.roll(tokens, back, axis=1)
-    last = jnp.take_along_axis(
-      tokens, jnp.maximum(lengths - back, 0)[:, None], axis=1
-    )
-    equal = (before == last) & (columns >= back)
-    return same & (equal | (back >= sizes)[:, None])
-
-  same = (columns < lengths[:, None]) & (sizes > 0)[:, None]
-  same = jax.lax.fori_loop(1, jnp.max(sizes), match, same)
-  forbidden = jnp.where(same, tokens, vocab)
-  none = jnp.zeros((len(tokens), vocab), bool)
-  rows = jnp.arange(len(tokens))[:, None]
-  return none.at[rows, forbidden].set(True, mode="drop")

@@ -338,23 +338,6 @@ class AdapterBank:
       slots = [self._bring(self._adapters[name]) for name in names]
       return np.array(slots, np.int64)
 
-  def encode(
-    self,
-    prompt: str,
-    adapter: Held | str | None = None,
-    *,
-    max_new_tokens: int = 1,
-  ) -> list[int]:
-    """A prompt's tokens, in the form that an adapter was trained on.
-
-    Raises:
-      UserError: as for `Generator.encode`, or there is no such adapter.
-    """
-    about = self.held(adapter).owner.about
-    return self.generator.encode(
-      prompt, max_new_tokens=max_new_tokens, about=about
-    )
-
   def generate(
     self,
     prompts: Sequence[str],
@@ -381,8 +364,9 @@ class AdapterBank:
       stop: texts that end an answer and are no part of it.
 
     Raises:
-      UserError: as for `encode` and `Rows.submit`, of which the prompt is
-        named; or the lists differ in length.
+      UserError: as for `Generator.encode` and `Rows.submit`, of which the
+        prompt is named; there is no such adapter; or the lists differ in
+        length.
     """
     if isinstance(prompts, str):
       raise UserError("A list of prompts is needed, also for one: ['Once'].")
@@ -412,12 +396,14 @@ class AdapterBank:
       # all rows are computed, so no more than hold the prompts
       count = min(ROWS, 1 << (len(prompts) - 1).bit_length())
       rows = Rows(self, rows=count, queue=None)
-      for at, (prompt, *row) in enumerate(
+      for at, (prompt, held, rule, most, *row) in enumerate(
         zip(prompts, *columns.values(), strict=True)
       ):
         try:
-          tokens = self.encode(prompt, row[0], max_new_tokens=row[2])
-          request = Request(tuple(tokens), *row)
+          tokens = self.generator.encode(
+            prompt, max_new_tokens=most, about=held.owner.about
+          )
+          request = Request(tuple(tokens), held, rule, most, *row)
           tickets.append(rows.submit(request, partial(write, at)))
         except UserError as error:
           raise UserError(f"Prompt {at + 1}: {error}") from error

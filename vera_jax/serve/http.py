@@ -38,10 +38,10 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from vera_jax.adapters.files import SavedAdapter, load_adapter
-from vera_jax.data.completions import Completions, prompt_ids
-from vera_jax.data.templates import CHAT
+from vera_jax.data.templates import CHAT, PLAIN
 from vera_jax.errors import UserError
 from vera_jax.generate.conversation import conversation_ids
+from vera_jax.generate.generator import TooLong
 from vera_jax.generate.text_pieces import BROKEN
 from vera_jax.models.family import IMAGES
 from vera_jax.serve.bank import AdapterBank, Held
@@ -63,7 +63,6 @@ from vera_jax.serve.rows import (
   Rows,
   Ticket,
   Token,
-  TooLong,
 )
 from vera_jax.terminal import json_line, printable
 
@@ -355,13 +354,14 @@ class Service:
     self, body: Completion | Chat, about: dict[str, Any]
   ) -> list[list[int]]:
     """The prompts' tokens, in the form that an adapter was trained on."""
-    tokenizer = self.bank.generator.tokenizer
+    generator = self.bank.generator
     if isinstance(body, Completion):
       prompts: Any = body.prompt
       if not isinstance(prompts[0], str):
         return prompts
-      how = Completions("left", about.get("separate") is True)
-      return prompt_ids(tokenizer, prompts, how=how)
+      plain = partial(generator.encode, about={**about, "template": PLAIN})
+      return [plain(prompt, max_new_tokens=1) for prompt in prompts]
+    tokenizer = generator.tokenizer
     template = self.template or about.get("template")
     if not template and not tokenizer.chat_template:
       raise Refused(

@@ -61,10 +61,6 @@ class QueueFull(UserError):
   """As many requests wait, of all clients or of this one, as may."""
 
 
-class TooLong(UserError):
-  """Prompt and answer are longer than a row."""
-
-
 @dataclass(frozen=True)
 class Request:
   """What is asked for.
@@ -230,23 +226,15 @@ class Rows:
 
     Raises:
       QueueFull: too many requests wait.
-      TooLong: prompt and answer have no room in a row.
+      TooLong: prompt and answer are longer than a row.
       UserError: the bank has no such adapter, or a setting is none.
     """
     request.how.check()
     generator, prompt = self._bank.generator, request.prompt
-    room = self.length - len(prompt)
-    if request.max_new_tokens is None:
-      request = replace(request, max_new_tokens=max(room, 1))
     most = request.max_new_tokens
-    assert most is not None
-    if most > room:
-      raise TooLong(
-        f"The prompt has {len(prompt)} tokens, and with {most} new ones they"
-        f" are more than the {self.length} of a row: shorten it, or lower"
-        " max_new_tokens."
-      )
-    generator.check(prompt, max_new_tokens=most)
+    if most is None:
+      most = max(self.length - len(prompt), 1)
+    generator.check(prompt, max_new_tokens=most, room=self.length)
     if request.logprobs is not None and not 0 <= request.logprobs <= TOP:
       raise UserError(
         f"logprobs is {request.logprobs}; it is a number from 0 to {TOP}."
@@ -254,7 +242,7 @@ class Rows:
     if not -(2**63) <= request.seed < 2**63:
       raise UserError(f"seed is {request.seed}; it is an integer of 64 bits.")
     ticket = Ticket(
-      request,
+      replace(request, max_new_tokens=most),
       next(self._numbers),
       on_token=on_token,
       adapter=self._bank.held(request.adapter),
@@ -379,7 +367,7 @@ class Rows:
     assert ticket is not None
     prompt = ticket.request.prompt
     piece = prompt[ticket.read : ticket.read + self._pieces[-1]]
-    self._fit(self._needed(ticket.read + len(piece)))
+    self._fit(ticket.read + len(piece))
     logits = self._read_piece(row, ticket.read, piece)
     ticket.read += len(piece)
     if ticket.read == len(prompt):
@@ -388,20 +376,17 @@ class Rows:
 
   def _decode(self) -> None:
     """The next word of every running row."""
-    self._fit(self._needed(0))
+    self._fit(1)
     rows = np.flatnonzero(self._running).tolist()
     words = self._choose(self._decode_rows(), slice(None))
     for row in rows:
       self._take(row, words, row)
 
-  def _needed(self, least: int) -> int:
-    """Slots for all rows' tokens."""
-    tokens = self._lengths[self._running].max(initial=least)
-    read = (t.read for t in self._rows if t is not None)
-    return max(int(tokens), *read, 1)
-
-  def _fit(self, slots: int) -> None:
-    """Makes the cache as long as it has to be, by one size after another."""
+  def _fit(self, least: int) -> None:
+    """Makes the cache as long as it has to be for all rows' tokens, by one size
+    after another."""
+    used = (t.read + t.written for t in self._rows if t is not None)
+    slots = max(least, *used, 0)
     wanted = next(i for i, size in enumerate(self._sizes) if size >= slots)
     at = self._sizes.index(self._cache.slots)
     while at != wanted:
@@ -447,14 +432,12 @@ class Rows:
     self._rules.step[row] += 1
     ticket.written += 1
     text = pieces.add(token)
-    finish = None
-    if pieces.stopped or token in self._bank.generator.eos:
-      finish = STOP
-    elif ticket.written == request.max_new_tokens:
-      finish = LENGTH
-    if finish is not None and not pieces.stopped:
+    ended = token in self._bank.generator.eos
+    last = ended or ticket.written == request.max_new_tokens
+    if last:  # it may end with a text that stops it, and that was held back
       text += pieces.finish()
-      finish = STOP if pieces.stopped else finish
+    stopped = ended or pieces.stopped
+    finish = STOP if stopped else LENGTH if last else None
     answer = Token(token, text, finish=finish)
     if request.logprobs is not None:
       likeliest = zip(
