@@ -108,7 +108,7 @@ def sleep(launcher: Launcher, alone: Path) -> Outcome:
   reach(launcher.runs(workdir)[0], EPOCH + 3, first)
   first.send_signal(signal.SIGSTOP)
   began = time.monotonic()
-  second = launcher.run(workdir, elsewhere=True)
+  second = launcher.run(workdir, before=launcher.elsewhere)
   waited = time.monotonic() - began
   first.send_signal(signal.SIGCONT)
   woken, woke = time.monotonic(), first.end()

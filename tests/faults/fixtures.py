@@ -125,7 +125,7 @@ class Launcher:
     module, config: what is started.
     seeds: those that train at once; none: one run.
     elsewhere: what a command begins with, so that its locks are those of
-      another machine.
+      another machine; see `start`.
   """
 
   name = "classifier"
@@ -170,19 +170,19 @@ class Launcher:
     devices: int = 1,
     environment: Mapping[str, str] | None = None,
     sweep: str | None = None,
-    elsewhere: bool = False,
+    before: Sequence[str] = (),
     **settings: Any,
   ) -> Process:
     """Start training in a workdir; `settings` change the config.
 
-    It is that of one run, or the base of a sweep.
+    It is that of one run, or the base of a sweep. `before` is what the command
+    begins with.
     """
     given = {**self.settings, **settings}
     module, key_of, config = self.module, "config", self.config
     if sweep:
       module, key_of, config = "experiments.sweep", "config.base", sweep
-    command = [*self.elsewhere] if elsewhere else []
-    command += [sys.executable, "-m", module]
+    command = [*before, sys.executable, "-m", module]
     command += [f"--config={config}", f"--workdir={workdir}"]
     command += [f"--{key_of}.{key}={value}" for key, value in given.items()]
     if self.seeds:

@@ -196,7 +196,11 @@ def relay(port: int) -> Iterator[tuple[int, Callable[[], None]]]:
     with suppress(OSError):
       while True:
         near, _ = server.accept()
-        far = socket.create_connection(("127.0.0.1", port))
+        try:
+          far = socket.create_connection(("127.0.0.1", port))
+        except OSError:  # nobody listens yet: it is asked again
+          near.close()
+          continue
         lines.extend((near, far))
         for pair in ((near, far), (far, near)):
           threading.Thread(target=pump, args=pair, daemon=True).start()

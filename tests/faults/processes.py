@@ -1,11 +1,13 @@
 """Several processes: equal to one, stopped by one, left by one."""
 
+import math
 import random
 import shutil
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.faults.fixtures import (
   Launcher,
@@ -22,16 +24,32 @@ from tests.untimed import untimed_metrics
 from vera_jax.errors import UserError
 
 CLOSE = 1e-5  # losses of about 0.7, where sums are added in another order
+ROUNDING = 1e-6  # dev scores that are losses, as shares of them
 
 
 def largest_difference(one: Path, two: Path) -> float:
-  """Of the losses of two runs' steps; their dev scores have to be equal."""
+  """Of the losses of two runs' steps; their dev scores have to be equal.
+
+  Those of a decoder are made from its loss, so they differ by rounding, too. A
+  share of right answers that is another one differs by more than that.
+  """
   a, b = lines(one), lines(two)
   assert [line["step"] for line in a] == [line["step"] for line in b]
-  scores = [[x for x in run if "epoch" in x] for run in (a, b)]
-  assert scores[0] == scores[1]
+  for x, y in zip(a, b, strict=True):
+    if "epoch" in x:
+      assert _is_close(x, y), (x, y)
   pairs = zip(a, b, strict=True)
   return max(abs(x["loss"] - y["loss"]) for x, y in pairs if "loss" in x)
+
+
+def _is_close(one: Any, two: Any) -> bool:
+  """Whether values of JSON are equal, but for the rounding of numbers."""
+  if isinstance(one, dict):
+    same = one.keys() == two.keys()
+    return same and all(_is_close(one[name], two[name]) for name in one)
+  if isinstance(one, float):
+    return math.isclose(one, two, rel_tol=ROUNDING)
+  return bool(one == two)
 
 
 def equal_layouts(launcher: Launcher) -> list[Outcome]:

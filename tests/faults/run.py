@@ -29,6 +29,7 @@ from tests.faults import (
   processes,
   server,
   stores,
+  sweeps,
 )
 from tests.faults.fixtures import Launcher, Outcome
 from tests.faults.programs import TRAINING
@@ -127,6 +128,10 @@ def four_processes(folder: Path) -> Iterator[Outcome]:
   yield from four.troubles(launcher)
 
 
+def local_sweep(folder: Path) -> Iterator[Outcome]:
+  yield from sweeps.troubles(Launcher(folder, epochs=3))
+
+
 def serving(folder: Path) -> Iterator[Outcome]:
   options = {"times": KILLS.value, "seed": SEED.value}
   yield from server.troubles(folder, **options)
@@ -162,6 +167,7 @@ GROUPS: dict[str, Callable[[Path], Iterator[Outcome]]] = {
   **{f.__name__: f for f in KINDS},
   **{name: partial(training, name) for name in TRAINING},
   **{f"kill_{n}": partial(killed, n) for n in TRAINING if n != "classifier"},
+  "sweep": local_sweep,
   "four": four_processes,
   "server": serving,
 }
@@ -260,16 +266,24 @@ def main() -> None:
   rows: list[dict[str, Any]] = []
   earlier = out / "faults.json"
   if len(chosen) < len(GROUPS) and earlier.exists():
-    rows = [r for r in read_json(earlier)["trials"] if r["group"] not in chosen]
+    rows = read_json(earlier)["trials"]
   with tempfile.TemporaryDirectory() as temporary:
     folder = Path(FOLDER.value or temporary).absolute()
     for group in chosen:
+      tried = set()
       for outcome in GROUPS[group](folder / group):
         row = as_row(group, outcome)
-        rows.append(row)
+        name = group, row["fault"]
+        tried.add(name)
+        rows = [r for r in rows if (r["group"], r["fault"]) != name] + [row]
         rows.sort(key=lambda row: list(GROUPS).index(row["group"]))
         write(out, rows)
         print(table([row]).splitlines()[-1], flush=True)
+      # what the group tries no more
+      rows = [
+        r for r in rows if r["group"] != group or (group, r["fault"]) in tried
+      ]
+  write(out, rows)
   if any(row["lost"] for row in rows):
     raise UserError(f"Not all came through: {out / 'faults.md'}")
 

@@ -40,9 +40,11 @@ SEED = flags.DEFINE_integer(
 FIRST = flags.DEFINE_integer("first", 0, "The first mutation's number.", 0)
 NUMBER = flags.DEFINE_integer("number", None, "This mutation alone.", 0)
 OUT = flags.DEFINE_string("out", None, "Where fuzz.json and fuzz.md go, if so.")
+HANG = flags.DEFINE_integer(
+  "hang", 30, "Seconds after which a reader is ended; more beside other work."
+)
 HERE = flags.DEFINE_bool("here", False, "Try one reader's in this process.")
 ROUND = 200  # of a reader with --minutes, before it is the next one's turn
-HANG = 30  # seconds after which a reader is ended
 SPACE = 4 * 2**30  # bytes that a reader may ask for, at the most
 
 
@@ -61,7 +63,7 @@ def try_here(reader: str) -> None:
     most = used * resource.getpagesize() + SPACE
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     for number in range(FIRST.value, FIRST.value + COUNT.value):
-      faulthandler.dump_traceback_later(HANG, exit=True)
+      faulthandler.dump_traceback_later(HANG.value, exit=True)
       found = sandbox.attempt(number, seed=SEED.value)
       faulthandler.cancel_dump_traceback_later()
       if found.is_finding:
@@ -76,6 +78,7 @@ def attempts(reader: str, first: int, count: int) -> Iterator[Attempt]:
   while first < end:
     given = [f"--first={first}", f"--count={end - first}"]
     given += [f"--seed={SEED.value}", f"--reader={reader}", "--here"]
+    given += [f"--hang={HANG.value}"]
     with tempfile.TemporaryFile("w+") as said:
       child = subprocess.Popen(
         [sys.executable, "-m", "tests.fuzz", *given],
@@ -112,6 +115,7 @@ def attempts(reader: str, first: int, count: int) -> Iterator[Attempt]:
 def fuzz(reader: str, first: int, count: int) -> dict[str, Any]:
   """A row of the table; each finding is printed once per place."""
   row: dict[str, Any] = {"reader": reader, "tried": 0, FINE: 0, REFUSED: 0}
+  row["seed"] = SEED.value
   row |= {"findings": 0, "seconds": 0.0, "memory": 0}
   places: dict[str, int] = {}
   for found in attempts(reader, first, count):
@@ -138,7 +142,10 @@ def page(found: dict[str, Any]) -> str:
     f" {row['findings']} | {row['seconds']:.1f} | {row['memory'] / 1e6:,.0f} |"
     for row in found["rows"]
   ]
-  table = "\n".join(rows)
+  table, seed = "\n".join(rows), found["seed"]
+  now = sum(row["seed"] == seed for row in found["rows"])
+  others = len(rows) - now
+  rest = f"; {others} rows are of earlier ones" * bool(others)
   return f"""# Harmed files
 
 For those who read files of strangers.
@@ -147,7 +154,8 @@ Files of every kind that the project reads, and what is asked of the server,
 each with one change: bits, a cut, a number; a value of JSON, left out, of
 another type, nested or extreme; a cell of a table, a part of a chat template, a
 length, type or offset of a header; or a link, a device, a pipe or a folder in
-the file's place. Written by `{found["command"]}`.
+the file's place. Written by `{found["command"]}`:
+{now} readers were tried by it, with seed {seed}{rest}.
 
 | reader | tried | read all the same | refused | findings | seconds | MB |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -157,7 +165,7 @@ the file's place. Written by `{found["command"]}`.
   what is wrong with the file.
 - **Findings**: any other exception; a program started, a connection made; a
   device or a file outside of the folder opened; 10 s or 2 GB more than for the
-  clean files; a crash; no end within {HANG} s.
+  clean files; a crash; no end within {HANG.value} s.
 - **Seconds**, **MB**: the most processor time and memory of one reading.
 - `tests/fuzz/readers.py` has the list of what is tried. A test holds that each
   function of the package that opens such a file is reached by it, and that each
@@ -201,10 +209,11 @@ def main() -> None:
 
 def write(out: Path, rows: dict[str, dict[str, Any]]) -> None:
   """Both files, after each reader: all of them take long."""
-  own = (MINUTES, COUNT, SEED, FIRST)
+  own = (MINUTES, COUNT, SEED, FIRST, HANG)
   given = "".join(f" --{f.name}={f.value}" for f in own if f.present)
   found = {
     "command": f"python -m tests.fuzz{given} --out=docs",
+    "seed": SEED.value,
     "rows": [rows[name] for name in READERS if name in rows],
   }
   out.mkdir(parents=True, exist_ok=True)
@@ -220,7 +229,7 @@ def _sum(one: dict[str, Any] | None, two: dict[str, Any]) -> dict[str, Any]:
     key: x
     if isinstance(x, str)
     else max(x, two[key])
-    if key in ("seconds", "memory")
+    if key in ("seconds", "memory", "seed")
     else x + two[key]
     for key, x in one.items()
   }

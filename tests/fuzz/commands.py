@@ -2,11 +2,13 @@
 
   python -m tests.fuzz.commands --minutes=10
   python -m tests.fuzz.commands --seed=1 --number=17     # one of them again
+  python -m tests.fuzz.commands --count=0 --disk         # each on a full disk
 
 Each command of `COMMANDS` is given as it should be, which tells its exit code,
 and then again and again with one or two words changed or in other surroundings:
 standard output full or closed, no home, a folder that can't be written, no
-space in the middle of a write, Ctrl-C at a random moment. It must end by a
+space in the middle of a write, a disk that is full or almost, Ctrl-C at a
+random moment. It must end by a
 documented exit code, without a traceback and with five lines of errors at most.
 After what it could do nothing about, the same command must work.
 
@@ -23,12 +25,14 @@ import resource
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,9 +92,12 @@ VALUES = (
 )
 HOWS = (
   *("plain", "plain", "plain", "full", "pipe", "ascii", "no home", "narrow"),
-  *("read-only", "small", "small", "interrupt", "interrupt"),
+  *("read-only", "small", "small", "disk", "interrupt", "interrupt"),
 )
-FAULTS = {"full", "pipe", "read-only", "small", "interrupt"}
+FAULTS = {"full", "pipe", "read-only", "small", "disk", "interrupt"}
+FILLER = "filler"  # the file that leaves no more room on a disk
+ROOMS = 0, 100, 2000, 20_000  # bytes that a file, or a disk, has left
+DISK = 2**26  # bytes of a disk
 SECONDS = 120.0  # after which a command hangs
 CAPABILITIES = 0x20080522  # the version of capset's arguments
 
@@ -273,14 +280,33 @@ class Place:
     # what each says when it is given as it should be
     self.usual: dict[str, Tried] = {}
 
-  def renew(self) -> None:
-    if self.now.exists():
-      os.chmod(self.now, 0o755)
-      shutil.rmtree(self.now, ignore_errors=True)
-    shutil.copytree(self.clean, self.now)
+  def renew(self, room: float | None = None) -> None:
+    """Make the folder anew.
+
+    Args:
+      room: if given, it is a disk of its own, with so many bytes left.
+    """
+    self.clear()
+    self.now.mkdir(parents=True)
+    if room is not None:
+      kind = ["-t", "tmpfs", "-o", f"size={DISK}", "tmpfs"]
+      subprocess.run(["mount", *kind, str(self.now)], check=True)
+    shutil.copytree(self.clean, self.now, dirs_exist_ok=True)
     for name in ("home", "tmp", "locked"):
       (self.now / name).mkdir()
     (self.now / "locked").chmod(0o000)
+    if room is not None:
+      with (self.now / FILLER).open("wb", buffering=0) as file:
+        with suppress(OSError):
+          while shutil.disk_usage(self.now).free > room:
+            file.write(bytes(4096))
+
+  def clear(self) -> None:
+    if self.now.exists():
+      os.chmod(self.now, 0o755)
+      if self.now.is_mount():
+        subprocess.run(["umount", "--lazy", str(self.now)], check=True)
+      shutil.rmtree(self.now, ignore_errors=True)
 
   def give_usual(self, line: str) -> Tried:
     if line not in self.usual:
@@ -290,13 +316,14 @@ class Place:
 
   def finding(self, attempt: Attempt) -> str:
     """What is wrong with how a command ended; "" if nothing is."""
-    self.renew()
+    self.renew(attempt.amount if attempt.how == "disk" else None)
     tried = give(attempt, self.now)
     if wrong := _wrong(tried, attempt.words[0]):
       return wrong
     line = " ".join(attempt.words)
     if tried.code and attempt.how in FAULTS and line in COMMANDS:
       os.chmod(self.now, 0o755)
+      (self.now / FILLER).unlink(missing_ok=True)
       again = give(attempt._replace(how="plain"), self.now)
       wrong = _wrong(again, attempt.words[0])
       if wrong or again.code != self.give_usual(line).code:
@@ -324,11 +351,13 @@ def _wrong(tried: Tried, command: str) -> str:
 def drawn(rng: random.Random, place: Place, lines: Sequence[str]) -> Attempt:
   line = rng.choice(lines)
   words, how = tuple(line.split()), rng.choice(HOWS)
+  if how == "disk" and os.geteuid():  # mounting one needs root
+    how = "small"
   if how not in FAULTS or rng.random() < 0.2:
     words = changed(words, rng)
   if how == "interrupt":
     return Attempt(words, how, place.give_usual(line).seconds * rng.random())
-  return Attempt(words, how, rng.choice((0, 100, 2000, 20_000)))
+  return Attempt(words, how, rng.choice(ROOMS))
 
 
 def main() -> None:
@@ -338,6 +367,7 @@ def main() -> None:
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--number", type=int, help="this attempt alone")
   parser.add_argument("--quick", action="store_true", help="not the slow ones")
+  parser.add_argument("--disk", action="store_true", help="full ones, for all")
   parser.add_argument("--usual", action="store_true", help="all, as they are")
   chosen = parser.parse_args()
   sys.argv[1:] = []
@@ -368,6 +398,11 @@ def main() -> None:
         tried = place.give_usual(line)
         print(f"{tried.code} {tried.seconds:.1f} s {line}\n{tried.said}")
         look(Attempt(tuple(line.split())), line)
+    for line in lines if chosen.disk else ():
+      for room in (0, 20_000):
+        look(
+          Attempt(tuple(line.split()), "disk", room), f"{line}, {room} bytes"
+        )
     for words, *rest in json.loads(FOUND.read_text()) if FOUND.exists() else ():
       look(Attempt(tuple(words), *rest), "found before")
     number, one = chosen.number or 0, chosen.number is not None
@@ -377,6 +412,7 @@ def main() -> None:
       number += 1
       if one:
         break
+    place.clear()
   print(f"{number} commands, {len(wrong)} findings")
   for attempt in wrong:
     print(json.dumps(attempt))

@@ -88,3 +88,17 @@ def test_one_process_is_the_first_and_waits_for_nobody(monkeypatch):
   assert not ended
   leave(75)  # a program that is being compiled would be waited for
   assert ended == [75]
+
+
+def test_a_clock_that_jumps_by_days_ends_no_process(monkeypatch):
+  """jax's coordinator goes by the wall clock."""
+  given = []
+
+  def start(*args, **options):
+    given.append(options)
+    raise RuntimeError("enough")
+
+  monkeypatch.setattr(jax.distributed, "initialize", start)
+  with pytest.raises(UserError, match="did not come together.*enough"):
+    initialize("host:1", 2, 1)
+  assert given[0]["heartbeat_timeout_seconds"] > 2 * 86_400

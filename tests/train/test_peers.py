@@ -7,6 +7,7 @@ at once. `python -m tests.faults.run --only=hosts` has whole runs of four.
 import os
 import signal
 import sys
+import threading
 import time
 from typing import NamedTuple
 
@@ -89,3 +90,16 @@ def test_the_others_end_and_name_it(name, ended):
   for run in (folder / name, folder / name / "another run"):
     file = run / peers.ERRORS / f"host{case.victim}.txt"
     assert case.file in file.read_text()
+
+
+def test_the_first_process_ends_though_its_coordinator_does_not_answer(
+  monkeypatch,
+):
+  monkeypatch.setattr(peers, "PAUSE", 0.1)
+  first = object.__new__(peers.Peers)  # no coordinator, no thread
+  first.folders, first._records, first._number = (), {}, 0
+  first._changed = dict.fromkeys(range(3), time.monotonic())
+  monkeypatch.setattr(first, "_exchange", threading.Event().wait)
+  began = time.monotonic()
+  first._outlast()
+  assert time.monotonic() - began < peers.LOST / 2

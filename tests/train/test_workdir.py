@@ -6,12 +6,16 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 from etils import epath
 
+from configs import quickstart
 from vera_jax.errors import UserError
 from vera_jax.places import list_files, place
+from vera_jax.train import loop
+from vera_jax.train.run import Run
 from vera_jax.train.workdir import (
   StoreLost,
   check_workdir,
@@ -139,6 +143,30 @@ def test_a_full_disk_is_explained_wherever_it_is_met(tmp_path):
   for other in (OSError(errno.EACCES, "denied"), ValueError("x")):
     with pytest.raises(type(other)), explain_full_disk(tmp_path):
       raise other
+
+
+def test_other_processes_hear_of_a_full_disk_what_it_means(
+  tmp_path, monkeypatch
+):
+  heard = []
+
+  @contextmanager
+  def errors_in(*folders):
+    try:
+      yield
+    except Exception as error:
+      heard.append(str(error))
+      raise
+
+  def build(*args, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(loop, "errors_in", errors_in)
+  monkeypatch.setattr(loop, "build_setup", build)
+  run = Run(quickstart.get_config(), tmp_path)
+  with pytest.raises(UserError, match=f"disk of {tmp_path} is full"):
+    loop.carry_out([run], lambda setup: ())
+  assert f"disk of {tmp_path} is full" in heard[0]
 
 
 def test_a_store_that_does_not_answer_is_named_with_what_to_do():

@@ -21,6 +21,10 @@ from vera_jax.hub import call_error
 from vera_jax.train.peers import watch_others
 
 PATIENCE = 300.0  # seconds until missing processes are given up
+# Seconds without a heartbeat until jax's coordinator ends all. It goes
+# by the wall clock, and a clock that is set forward is no loss; `peers.py` sees
+# within a minute who is lost.
+HEARTBEAT = 10 * 86_400
 _SLURM = (  # what srun sets in each task of a step
   "SLURM_JOB_ID",
   "SLURM_STEP_NODELIST",
@@ -92,6 +96,7 @@ def initialize(
     process_id,
     # we give up first, since jax then ends the process without an exception
     initialization_timeout=int(patience) + 600,
+    heartbeat_timeout_seconds=HEARTBEAT,
     shutdown_timeout_seconds=60,
   )
   error = call_error(start, seconds=patience)

@@ -33,6 +33,7 @@ from vera_jax.train.setup import Setup, build_setup, introduction
 from vera_jax.train.start import begin
 from vera_jax.train.step import Metrics
 from vera_jax.train.trainable import Trainable
+from vera_jax.train.workdir import explain_full_disk
 
 
 def train_and_evaluate(
@@ -88,6 +89,8 @@ def carry_out(
     for run in runs:
       stack.enter_context(run.locked())
     stack.enter_context(errors_in(*(run.folder for run in runs)))
+    for run in runs:  # inside, so that other processes hear it explained
+      stack.enter_context(explain_full_disk(run.folder))
     setup = build_setup(runs[0].config, runs=together)
     for run in runs:
       stack.callback(run.close)

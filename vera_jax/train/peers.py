@@ -230,7 +230,8 @@ class Peers:
       for n in others
     ):
       time.sleep(BEAT / 4)
-      self._exchange()
+      if call_error(self._exchange, seconds=PAUSE):
+        break  # jax's coordinator has ended before
     ends: dict[str, list[str]] = {}
     for number in others:
       record = self._records.get(number, {})

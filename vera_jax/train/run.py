@@ -148,13 +148,9 @@ class Run:
   def locked(self) -> Iterator[None]:
     """Keep other processes out of the folder, which is made if missing."""
     with ExitStack() as stack:
-
-      def lock() -> None:
-        stack.enter_context(lock_workdir(self.folder))
-        stack.enter_context(explain_full_disk(self.folder))
-
-      on_first(lock)
-      check_shared(self.folder)
+      on_first(lambda: stack.enter_context(lock_workdir(self.folder)))
+      with explain_full_disk(self.folder):
+        check_shared(self.folder)
       yield
 
   def open(self, setup: Setup) -> None:

@@ -1,0 +1,308 @@
+"""A sweep that this machine trains: sleep, stops, harm, changes, a full disk.
+
+It has four runs, of which two train at once, and each pair has a process of its
+own. All that is tried begins in the second epoch of the first pair.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.faults.engines import kill_tree, run_alone, unequal, watched
+from tests.faults.everyday import (
+  DAY,
+  SECONDS,
+  is_sentence,
+  last_line,
+  movable_clock,
+  set_clock,
+  short,
+  with_other_texts,
+)
+from tests.faults.fixtures import (
+  Ended,
+  Launcher,
+  Outcome,
+  Process,
+  last_step,
+  saves,
+  wait_until,
+)
+from tests.faults.interruption import EPOCH, is_saving
+from tests.faults.table import (
+  CHANGED,
+  CLOCK,
+  HARMED,
+  REMOVED,
+  SAVING,
+  SLEPT,
+  TWICE,
+)
+
+SWEEP = "tests/faults/sweep.py:2"  # two methods, two seeds
+MEMBERS = "--members=2"
+RETRY = "--retry_failed"
+# Somebody else, who may read all files and write none that are not theirs.
+SOMEBODY = (
+  *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+  *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+)
+
+
+class Sweep:
+  """Starts sweeps, and compares them with one left alone."""
+
+  def __init__(self, launcher: Launcher) -> None:
+    self.launcher = launcher
+    self.alone = run_alone(launcher, SWEEP, members=2)
+
+  def start(self, workdir: Path, *flags: str, **options: Any) -> Process:
+    return self.launcher.start(workdir, MEMBERS, *flags, sweep=SWEEP, **options)
+
+  def begun(self, name: str, **options: Any) -> tuple[Path, Process]:
+    """A sweep whose first runs are in their second epoch."""
+    workdir = self.launcher.folder / name
+    process = self.start(workdir, **options)
+    wait_until(lambda: bool(training(workdir)), process, every=0.01)
+    return workdir, process
+
+  def stopped(self, name: str) -> Path:
+    """A copy of a sweep that SIGTERM stopped in that epoch."""
+    first = self.launcher.folder / "stopped"
+    if not first.exists():
+      _, process = self.begun("stopped")
+      process.send_signal(signal.SIGTERM)
+      process.end()
+    return shutil.copytree(first, self.launcher.folder / name)
+
+  def again(self, workdir: Path, *flags: str) -> bool:
+    """Whether the same command ends as if nothing had happened."""
+    ended = self.start(workdir, *flags).end()
+    return self.is_whole(workdir, ended)
+
+  def is_whole(self, workdir: Path, *ended: Ended) -> bool:
+    """Whether all ended well, and the runs are those of the one left alone."""
+    unlike = unequal(workdir, self.alone)
+    good = not any(end.code for end in ended) and not unlike
+    if not good:
+      print(unlike, *(end.output[-3000:] for end in ended), sep="\n---\n")
+    return good
+
+
+def training(workdir: Path) -> list[Path]:
+  """The runs that are in their second epoch, or further."""
+  return [run for run in workdir.glob("runs/*") if last_step(run) >= EPOCH + 3]
+
+
+def outcome(kind: str, fault: str, good: bool, seen: str) -> Outcome:
+  cell = ("sweep", kind) if kind else ()
+  return Outcome(f"sweep: {fault}", 1, int(not good), good, seen, *cell)
+
+
+def tree(process: Process, number: signal.Signals) -> None:
+  """A signal to the sweep and to its worker."""
+  parent = psutil.Process(process.pid)
+  for one in (parent, *parent.children(recursive=True)):
+    with suppress(psutil.NoSuchProcess):
+      one.send_signal(number)
+
+
+def twice(sweep: Sweep) -> Outcome:
+  """The same command twice at once."""
+  workdir = sweep.launcher.folder / "twice"
+  with watched(workdir) as both:
+    processes = [sweep.start(workdir) for _ in range(2)]
+    ended = [process.end() for process in processes]
+  good = sweep.is_whole(workdir, *ended) and not both
+  seen = "both end with 0; no run was trained twice at once"
+  return outcome(TWICE, "the same command twice at once", good, seen)
+
+
+def two_users(sweep: Sweep) -> Outcome:
+  """Somebody else goes on with a sweep that isn't theirs."""
+  workdir = sweep.stopped("two-users")
+  home = sweep.launcher.folder / "home"
+  home.mkdir()
+  os.chown(home, 65534, 65534)
+  ended = sweep.start(
+    workdir,
+    before=SOMEBODY,
+    environment={
+      "HOME": str(home),
+      "TMPDIR": str(home),
+      "JAX_COMPILATION_CACHE_DIR": str(home),
+    },
+  ).end()
+  good = is_sentence(ended) and "Permission denied" in ended.output
+  if not good:
+    print(ended.output[-3000:])
+  seen = f"refused: {short(last_line(ended), sweep.launcher.folder)}"
+  good = good and sweep.again(workdir)
+  return outcome(TWICE, "another user, who may only read", good, seen)
+
+
+def asleep(sweep: Sweep) -> Outcome:
+  """Stopped for longer than its lease; another machine takes over meanwhile."""
+  workdir, first = sweep.begun("slept")
+  tree(first, signal.SIGSTOP)
+  began = time.monotonic()
+  # runs that are locked are left to their owner, until its lease has ended
+  while True:
+    second = sweep.start(workdir, before=sweep.launcher.elsewhere).end()
+    if second.code or not unequal(workdir, sweep.alone):
+      break
+    time.sleep(60)
+  seconds = time.monotonic() - began
+  tree(first, signal.SIGCONT)
+  woke = first.end()
+  good = sweep.is_whole(workdir, second, woke)
+  return outcome(
+    SLEPT,
+    "asleep while another machine takes over",
+    good,
+    f"all was done elsewhere after {seconds:.0f} s; the sleeper woke, wrote"
+    " nothing, and ended with 0",
+  )
+
+
+def in_a_save(sweep: Sweep) -> Outcome:
+  """SIGTERM in the middle of a save."""
+  workdir, process = sweep.begun("in-a-save")
+  wait_until(lambda: any(map(is_saving, training(workdir))), process)
+  process.send_signal(signal.SIGTERM)
+  ended = process.end()
+  good = ended.code == 75
+  steps = sorted({saves(run)[-1] for run in training(workdir)})
+  seen = (
+    f"its runs save at step {steps[-1]}, exit code 75; the same command goes"
+  )
+  if not good:
+    print(ended.output[-3000:])
+  good = good and sweep.again(workdir)
+  return outcome(SAVING, "SIGTERM in a save", good, f"{seen} on")
+
+
+def harmed(sweep: Sweep) -> Outcome:
+  """A file of a run's newest save is cut."""
+  workdir = sweep.stopped("harmed")
+  run = training(workdir)[0]
+  before, newest = saves(run)[-2:]
+  save = run / "checkpoints" / str(newest)
+  file = max(save.rglob("*"), key=lambda path: path.stat().st_size)
+  file.write_bytes(file.read_bytes()[:-2])
+  good = sweep.again(workdir) and (run / "damaged" / str(newest)).is_dir()
+  seen = f"the save is set aside; on from step {before}"
+  return outcome(HARMED, "a harmed save of a run", good, seen)
+
+
+def changed(sweep: Sweep) -> Iterator[Outcome]:
+  """Words of the data, or a bit of the base; then all is as before."""
+  folder = sweep.launcher.folder
+  train, weights = (
+    folder / "data/train.tsv",
+    folder / "encoder/model.safetensors",
+  )
+  for file, what, said in (
+    (train, "the data", "data have changed"),
+    (weights, "the base", "have changed since"),
+  ):
+    workdir = sweep.stopped(f"changed-{file.name}")
+    before = file.read_bytes()
+    other = before[:-2] + bytes([before[-2] ^ 1]) + before[-1:]
+    file.write_bytes(with_other_texts(before) if file == train else other)
+    ended = sweep.start(workdir).end()
+    file.write_bytes(before)
+    good = is_sentence(ended) and said in ended.output
+    if not good:
+      print(ended.output[-3000:])
+    good = good and sweep.again(workdir, RETRY)
+    seen = f"refused until the file was put back, by all runs: {what} changed"
+    yield outcome(CHANGED, f"{what} changed before it goes on", good, seen)
+
+
+def clock(sweep: Sweep) -> Iterator[Outcome]:
+  """The clock of the sweep and of its workers jumps."""
+  if not shutil.which("cc"):
+    return
+  with movable_clock(sweep.launcher.folder / "clock") as (jump, environment):
+    for name, seconds in (("forward", DAY), ("back", -DAY)):
+      set_clock(jump, 0)
+      workdir, process = sweep.begun(f"clock-{name}", environment=environment)
+      set_clock(jump, seconds)
+      good = sweep.is_whole(workdir, process.end())
+      yield outcome(CLOCK, f"the clock jumps a day {name}", good, "it goes on")
+
+
+def removed(sweep: Sweep) -> Iterator[Outcome]:
+  """What a sweep has beside its runs, the first run, and all of it."""
+  for what in ("locks", "logs", "sweep.json", "a run", "its folder"):
+    workdir, process = sweep.begun(f"removed-{what}".replace(" ", "-"))
+    targets = {"a run": training(workdir)[0], "its folder": workdir}
+    target = targets.get(what, workdir / what)
+    tree(process, signal.SIGSTOP)
+    away = sweep.launcher.folder / "away"
+    target.rename(away)
+    began = time.monotonic()
+    tree(process, signal.SIGCONT)
+    ended = process.end()
+    seconds = time.monotonic() - began
+    shutil.rmtree(away) if away.is_dir() else away.unlink()
+    good = ended.code == 0 or (is_sentence(ended) and seconds < SECONDS)
+    if not good:
+      print(ended.code, seconds, ended.output[-3000:])
+    seen = "it goes on"
+    if ended.code or unequal(workdir, sweep.alone):
+      line = short(last_line(ended), sweep.launcher.folder)
+      seen = f"{line} The same command went on"
+      good = good and sweep.again(workdir, RETRY)
+    yield outcome(REMOVED, f"{what} removed", good, seen)
+
+
+def full_disk(sweep: Sweep) -> Outcome:
+  """Its folder is on a disk that fills up."""
+  disk = sweep.launcher.folder / "disk"
+  disk.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
+  if subprocess.run(mount, capture_output=True).returncode != 0:
+    seen = "not tried: mounting a small disk needs root"
+    return Outcome("sweep: full disk", 0, 0, None, seen)
+  try:
+    workdir, process = sweep.begun("disk/sweep")
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+      while True:
+        file.write(bytes(4096))
+    ended = process.end()
+    filler.unlink()
+    lines = ended.output.strip().splitlines()
+    good = is_sentence(ended) and "disk" in lines[-1]
+    if not good:
+      print(ended.output[-3000:])
+    good = good and sweep.again(workdir)
+  finally:
+    kill_tree(process.pid)
+    subprocess.run(["umount", str(disk)], check=True)
+  seen = short(lines[-1], sweep.launcher.folder)
+  return outcome("", "full disk", good, seen)
+
+
+def troubles(launcher: Launcher) -> Iterator[Outcome]:
+  """All of these."""
+  sweep = Sweep(launcher)
+  yield twice(sweep)
+  yield two_users(sweep)
+  yield in_a_save(sweep)
+  yield harmed(sweep)
+  yield full_disk(sweep)
+  yield from removed(sweep)
+  yield from clock(sweep)
+  yield from changed(sweep)
+  yield asleep(sweep)
