@@ -1,15 +1,18 @@
 """Score against data, and where the methods' curves cross (docs/data.md).
 
-  python -m benchmarks.data_curve DIR [FOLDER]
+  python -m benchmarks.data_curve DIR FOLDER [LIMITS]
 
-DIR is the sweep of configs/sweeps/data.py. Prints a table of means with their
-95 % intervals, one of each method's difference from VeRA by pairs of seeds, and
-the sizes of data at which a difference changes its sign; draws into FOLDER.
+DIR is the sweep of configs/sweeps/data.py, LIMITS that of what may limit VeRA.
+Prints a table of means with their 95 % intervals, one of each method's
+difference from VeRA by pairs of seeds, with the sizes of data at which it
+changes its sign, and one of how near each of LIMITS comes to LoRA, r = 8. Draws
+the first into FOLDER.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -17,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from scipy import stats
 
-from configs.sweeps.data import METHODS
+from configs.sweeps.data import DRAWS, LIMITS, METHODS
 from experiments import cli
 from experiments.markdown import markdown_table
 from vera_jax.errors import UserError
@@ -30,8 +33,13 @@ NAMES = {
   "lora 8": "LoRA, r = 8",
   "lora_xs": "LoRA-XS, r = 25",
   "full": "full fine-tuning",
+  "rank": "VeRA, r = 1,024",
+  "dvora": "DVoRA, r = 256",
 }
-DRAWS = 20_000  # of curves, for the interval of a crossing
+DRAWN = {
+  f"draw {seed}": f"VeRA, r = 256, draw {seed} of A and B" for seed in DRAWS
+}
+CURVES = 20_000  # that are drawn for the interval of a crossing
 # A method's scores in percent, by its name and the number of sentences, in the
 # order of the seeds.
 Scores = Mapping[str, Mapping[int, Sequence[float]]]
@@ -41,16 +49,13 @@ def read(folder: Path) -> Scores:
   """Raises:
   UserError: a method or a size has another number of seeds than the others.
   """
-  scores: dict[str, dict[int, dict[int, float]]] = {
-    name: defaultdict(dict) for name in METHODS
-  }
+  scores: dict[str, dict[int, dict[int, float]]] = defaultdict(
+    lambda: defaultdict(dict)
+  )
   for run in load_sweep(folder).runs.to_dict("records"):
     config = run["result"]["config"]
-    name = run["method"]
-    if name == "lora":
-      name += f" {config['lora']['rank']}"
     size = config["data"]["max_train_examples"]
-    scores[name][size][run["seed"]] = run["score"]
+    scores[named(config)][size][run["seed"]] = run["score"]
   cells = {
     (name, size): tuple(sorted(by_seed))
     for name, sizes in scores.items()
@@ -61,10 +66,23 @@ def read(folder: Path) -> Scores:
   return {
     name: {
       size: [by_seed[seed] for seed in sorted(by_seed)]
-      for size, by_seed in sorted(sizes.items())
+      for size, by_seed in sorted(scores[name].items())
     }
-    for name, sizes in scores.items()
+    for name in [*METHODS, *LIMITS, *DRAWN]
+    if name in scores
   }
+
+
+def named(config: Mapping[str, Any]) -> str:
+  """The name in `configs.sweeps.data` of what a run has."""
+  method, vera = config["method"], config["vera"]
+  if method == "lora":
+    return f"lora {config['lora']['rank']}"
+  if method != "vera":
+    return str(method)
+  if vera["projection_seed"]:
+    return f"draw {vera['projection_seed']}"
+  return "rank" if vera["rank"] == LIMITS["rank"]["vera.rank"] else "vera"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -109,9 +127,9 @@ def crossing(by_size: Mapping[int, Sequence[float]]) -> str:
   errors = np.array([stats.sem(x) for x in by_size.values()])
   rng = np.random.default_rng(0)
   degrees = len(next(iter(by_size.values()))) - 1
-  moved = means + errors * rng.standard_t(degrees, (DRAWS, len(sizes)))
+  moved = means + errors * rng.standard_t(degrees, (CURVES, len(sizes)))
   last = [points[-1] for x in moved if (points := crossings(sizes, x))]
-  share = len(last) / DRAWS
+  share = len(last) / CURVES
   points = crossings(sizes, means)
   best = f"{points[-1]:,.0f}" if points else "none"
   if not last:
@@ -140,10 +158,31 @@ def markdown(scores: Scores) -> str:
   )
 
 
+def limits(scores: Scores, others: Scores) -> str:
+  """The largest size alone: VeRA and what may limit it, beside LoRA r = 8."""
+  size = max(scores["vera"])
+  rows = []
+  for name, by_size in {**scores, **others}.items():
+    mean, half = interval(by_size[size])
+    cells = [{**NAMES, **DRAWN}[name], f"{mean:.1f} ± {half:.1f}"]
+    for reference in ("vera", "lora 8"):
+      pairs = zip(by_size[size], scores[reference][size], strict=True)
+      mean, half = interval([a - b for a, b in pairs])
+      cells.append("" if name == reference else f"{mean:+.1f} ± {half:.1f}")
+    rows.append(cells)
+  header = [
+    f"{size:,} sentences",
+    "accuracy (%)",
+    "over VeRA",
+    "over LoRA, r = 8",
+  ]
+  return markdown_table(header, rows)
+
+
 def figure(scores: Scores) -> Figure:
   """A line per method, through the means; bars over the seeds' range."""
   with mpl.rc_context(STYLE):
-    title = "SST-2 on MiniLM, 1,024 steps of 8 sentences each"
+    title = "SST-2 on MiniLM, 512 steps of 8 sentences each"
     made, (ax,) = grid([3.4], width=None, least=5.0, title=title)
     for number, (name, by_size) in enumerate(scores.items()):
       color, marker = METHOD_COLORS[name.split()[0]]
@@ -167,12 +206,14 @@ def figure(scores: Scores) -> Figure:
 
 
 def main(words: list[str]) -> None:
-  if len(words) not in (1, 2):
-    raise UserError("Name the sweep's folder, then the figure's.")
-  scores = read(Path(words[0]))
+  if len(words) not in (2, 3):
+    raise UserError("Name the study's folder, the figure's, and the limits'.")
+  study, out, *limiting = map(Path, words)
+  scores = read(study)
   print(markdown(scores))
-  for out in map(Path, words[1:]):
-    print(*save(figure(scores), out, "data_curve", ["png"]))
+  for folder in limiting:
+    print("", limits(scores, read(folder)), sep="\n")
+  print(*save(figure(scores), out, "data_curve", ["png"]))
 
 
 if __name__ == "__main__":
