@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from vera_jax import patterns
 from vera_jax.adapters.sites import matches
 from vera_jax.errors import UserError
 from vera_jax.peft_io.settings import PeftSettings, is_target
@@ -56,6 +57,20 @@ def test_no_pattern_takes_for_ever(pattern):
     except UserError as error:
       assert "takes too long" in str(error)
   assert time.process_time() - started < 2
+
+
+def test_a_pause_in_the_middle_of_a_match_refuses_nothing(monkeypatch):
+  """A study on a busy machine lost a run to one."""
+  answers = iter([TimeoutError(), "found"])
+
+  class Paused:
+    def match(self, name, *, timeout):
+      if isinstance(answer := next(answers), Exception):
+        raise answer
+      return answer
+
+  monkeypatch.setattr(patterns, "_compiled", lambda *_: Paused())
+  assert patterns.find("query", "query") == "found"
 
 
 @pytest.mark.parametrize(
