@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,34 @@ ENCODER = {
 }
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LIMIT = 1800.0  # seconds that a process may take; the machine may be busy
+
+
+@contextmanager
+def small_disk(folder: Path, *, megabytes: int) -> Iterator[Path | None]:
+  """A disk in a folder; None where this user may not mount one."""
+  disk = folder / "disk"
+  disk.mkdir(exist_ok=True)
+  kind = ["-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs"]
+  mount = ["mount", *kind, str(disk)]
+  if subprocess.run(mount, capture_output=True).returncode != 0:
+    yield None
+    return
+  try:
+    yield disk
+  finally:  # lazily: a process that a failure left may still use it
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+  """Leaves no space on a disk; the file that takes it."""
+  filler = disk / "filler"
+  with filler.open("wb", buffering=0) as file, suppress(OSError):
+    while True:
+      file.write(bytes(4096))
+  return filler
+
+
+NO_DISK = "not tried: mounting a small disk needs root"
 
 
 def random_encoder(fields: Mapping[str, Any]) -> dict[str, np.ndarray]:

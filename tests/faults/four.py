@@ -4,7 +4,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +21,16 @@ from tests.faults.everyday import (
   with_other_texts,
 )
 from tests.faults.fixtures import (
+  NO_DISK,
   Ended,
   Launcher,
   Outcome,
   Process,
+  fill,
   free_port,
   reach,
   saves,
+  small_disk,
   wait_until,
 )
 from tests.faults.interruption import EPOCH, is_saving
@@ -157,26 +159,17 @@ def no_memory(four: Four) -> Outcome:
 
 def full_disk(four: Four) -> Outcome:
   """Their folder is on a disk that fills up in the second epoch."""
-  disk = four.launcher.folder / "disk"
-  disk.mkdir()
-  mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-  if subprocess.run(mount, capture_output=True).returncode != 0:
-    seen = "not tried: mounting a small disk needs root"
-    return Outcome("four processes: full disk", 0, 0, None, seen)
-  try:
+  with small_disk(four.launcher.folder, megabytes=4) as disk:
+    if disk is None:
+      return Outcome("four processes: full disk", 0, 0, None, NO_DISK)
     workdir, processes = four.begun("disk/run")
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file, suppress(OSError):
-      while True:
-        file.write(bytes(4096))
+    filler = fill(disk)
     ended, seconds = ends(processes)
     filler.unlink()
     good = all(is_sentence(end) and "disk" in end.output for end in ended)
     if not good:
       print(*(end.output[-1500:] for end in ended), sep="\n---\n")
     good = good and seconds < SECONDS and four.again(workdir)
-  finally:
-    subprocess.run(["umount", str(disk)], check=True)
   seen = f"all say so within {seconds:.0f} s; with space, the same command goes"
   return outcome(ONE, "out of disk", good, f"{seen} on")
 

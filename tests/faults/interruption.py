@@ -3,18 +3,20 @@
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.fixtures import (
+  NO_DISK,
   Launcher,
   Outcome,
   differing,
+  fill,
   last_step,
   reach,
   saves,
+  small_disk,
   wait_until,
 )
 from tests.faults.table import HARMED, KILLED, SAVING, TWICE
@@ -205,28 +207,18 @@ def other_config(launcher: Launcher) -> Outcome:
 
 def full_disk(launcher: Launcher, alone: Path) -> Outcome:
   """The workdir lies on a disk of 3 MB that fills up in the second epoch."""
-  name, disk = "full disk", launcher.folder / "disk"
-  disk.mkdir(exist_ok=True)
-  mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
-  if subprocess.run(mount, capture_output=True).returncode != 0:
-    seen = "not tried: mounting a small disk needs root"
-    return Outcome(name, 0, 0, None, seen)
-  try:
-    workdir, filler = disk / "run", disk / "filler"
+  name = "full disk"
+  with small_disk(launcher.folder, megabytes=3) as disk:
+    if disk is None:
+      return Outcome(name, 0, 0, None, NO_DISK)
+    workdir = disk / "run"
     process = launcher.start(workdir)
     reach(workdir, EPOCH + 1, process)
-    with filler.open("wb", buffering=0) as file:
-      try:
-        while True:
-          file.write(bytes(4096))
-      except OSError:
-        pass
+    filler = fill(disk)
     ended = process.end()
     filler.unlink()
     done = launcher.run(workdir)
     same = done.code == 0 and not differing(workdir, alone)
-  finally:
-    subprocess.run(["umount", str(disk)], check=True)
   clear = "disk" in ended.output and "full" in ended.output
   good = ended.code == 1 and clear and "Traceback" not in ended.output
   good = good and same and "resumed at" in done.output

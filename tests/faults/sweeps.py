@@ -7,7 +7,6 @@ own. All that is tried begins in the second epoch of the first pair.
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from tests.faults.engines import kill_tree, run_alone, unequal, watched
+from tests.faults.engines import run_alone, unequal, watched
 from tests.faults.everyday import (
   DAY,
   SECONDS,
@@ -28,12 +27,15 @@ from tests.faults.everyday import (
   with_other_texts,
 )
 from tests.faults.fixtures import (
+  NO_DISK,
   Ended,
   Launcher,
   Outcome,
   Process,
+  fill,
   last_step,
   saves,
+  small_disk,
   wait_until,
 )
 from tests.faults.interruption import EPOCH, is_saving
@@ -268,18 +270,11 @@ def removed(sweep: Sweep) -> Iterator[Outcome]:
 
 def full_disk(sweep: Sweep) -> Outcome:
   """Its folder is on a disk that fills up."""
-  disk = sweep.launcher.folder / "disk"
-  disk.mkdir()
-  mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
-  if subprocess.run(mount, capture_output=True).returncode != 0:
-    seen = "not tried: mounting a small disk needs root"
-    return Outcome("sweep: full disk", 0, 0, None, seen)
-  try:
+  with small_disk(sweep.launcher.folder, megabytes=6) as disk:
+    if disk is None:
+      return Outcome("sweep: full disk", 0, 0, None, NO_DISK)
     workdir, process = sweep.begun("disk/sweep")
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file, suppress(OSError):
-      while True:
-        file.write(bytes(4096))
+    filler = fill(disk)
     ended = process.end()
     filler.unlink()
     lines = ended.output.strip().splitlines()
@@ -287,9 +282,6 @@ def full_disk(sweep: Sweep) -> Outcome:
     if not good:
       print(ended.output[-3000:])
     good = good and sweep.again(workdir)
-  finally:
-    kill_tree(process.pid)
-    subprocess.run(["umount", str(disk)], check=True)
   seen = short(lines[-1], sweep.launcher.folder)
   return outcome("", "full disk", good, seen)
 

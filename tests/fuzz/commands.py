@@ -8,9 +8,9 @@ Each command of `COMMANDS` is given as it should be, which tells its exit code,
 and then again and again with one or two words changed or in other surroundings:
 standard output full or closed, no home, a folder that can't be written, no
 space in the middle of a write, a disk that is full or almost, Ctrl-C at a
-random moment. It must end by a
-documented exit code, without a traceback and with five lines of errors at most.
-After what it could do nothing about, the same command must work.
+random moment. It must end by a documented exit code, without a traceback and
+with five lines of errors at most. After what it could do nothing about, the
+same command must work.
 
 One process imports what takes seconds; each command is a fork of it, without
 the rights of root, to whom no folder is closed.

@@ -170,8 +170,8 @@ class Generator:
     if len(ids) + max_new_tokens > room:
       raise TooLong(
         f"The prompt has {len(ids)} tokens, and with {max_new_tokens} new ones"
-        f" they are more than the {room} that there is room for: shorten it, or"
-        " lower max_new_tokens."
+        f" they are more than the {room} that fit: shorten it, or lower"
+        " max_new_tokens."
       )
     if not 0 <= min(ids) <= max(ids) < vocab:
       raise UserError(

@@ -1,7 +1,5 @@
 """The tokens of each row so far, and the words that they forbid."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +45,7 @@ def repeats(
   sizes = jnp.broadcast_to(size, lengths.shape)[:, None]
   columns = jnp.arange(tokens.shape[1])[None]
 
-  def match(back: Any, same: Array) -> Array:
+  def match(back: Array, same: Array) -> Array:
     """Whether also the token so far back is the row's own so far back."""
     before = jnp.roll(tokens, back, axis=1)
     place = jnp.maximum(lengths - back, 0)[:, None]
@@ -56,11 +54,7 @@ def repeats(
 
   # a word is forbidden if those before it are the row's last ones
   same = (columns < lengths[:, None]) & (sizes > 0)
-  if isinstance(size, int):
-    for back in range(1, size):
-      same = match(back, same)
-  else:
-    same = jax.lax.fori_loop(1, jnp.max(sizes), match, same)
+  same = jax.lax.fori_loop(1, jnp.max(sizes), match, same)
   forbidden = jnp.where(same, tokens, vocab)
   none = jnp.zeros((len(tokens), vocab), bool)
   rows = jnp.arange(len(tokens))[:, None]
