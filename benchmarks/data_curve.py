@@ -1,12 +1,12 @@
 """Score against data, and where the methods' curves cross (docs/data.md).
 
-  python -m benchmarks.data_curve DIR FOLDER [LIMITS]
+  python -m benchmarks.data_curve DIR LIMITS FOLDER
 
 DIR is the sweep of configs/sweeps/data.py, LIMITS that of what may limit VeRA.
 Prints a table of means with their 95 % intervals, one of each method's
 difference from VeRA by pairs of seeds, with the sizes of data at which it
 changes its sign, and one of how near each of LIMITS comes to LoRA, r = 8. Draws
-the first into FOLDER.
+the first into FOLDER. `benchmarks.docs` puts the tables into the page.
 """
 
 from collections import defaultdict
@@ -39,6 +39,10 @@ NAMES = {
 DRAWN = {
   f"draw {seed}": f"VeRA, r = 256, draw {seed} of A and B" for seed in DRAWS
 }
+STUDY, LIMITING = (
+  Path("results/sweeps/data"),
+  Path("results/sweeps/data_limits"),
+)
 CURVES = 20_000  # that are drawn for the interval of a crossing
 # A method's scores in percent, by its name and the number of sentences, in the
 # order of the seeds.
@@ -138,7 +142,9 @@ def crossing(by_size: Mapping[int, Sequence[float]]) -> str:
   return f"{best} ({low:,.0f} to {high:,.0f} in {share:.0%} of the draws)"
 
 
-def markdown(scores: Scores) -> str:
+def markdown(study: Path = STUDY, limiting: Path = LIMITING) -> str:
+  """The three tables."""
+  scores, others = read(study), read(limiting)
   sizes = list(scores["vera"])
   header = ["method", *(f"{size:,}" for size in sizes)]
   curves, against = [], []
@@ -154,6 +160,7 @@ def markdown(scores: Scores) -> str:
     [
       markdown_table(header, curves),
       markdown_table([*header, "crosses VeRA at"], against),
+      limits(scores, others),
     ]
   )
 
@@ -206,14 +213,11 @@ def figure(scores: Scores) -> Figure:
 
 
 def main(words: list[str]) -> None:
-  if len(words) not in (2, 3):
-    raise UserError("Name the study's folder, the figure's, and the limits'.")
-  study, out, *limiting = map(Path, words)
-  scores = read(study)
-  print(markdown(scores))
-  for folder in limiting:
-    print("", limits(scores, read(folder)), sep="\n")
-  print(*save(figure(scores), out, "data_curve", ["png"]))
+  if len(words) != 3:
+    raise UserError("Name the study's folder, its limits', and the figure's.")
+  study, limiting, out = map(Path, words)
+  print(markdown(study, limiting))
+  print(*save(figure(read(study)), out, "data_curve", ["png"]))
 
 
 if __name__ == "__main__":

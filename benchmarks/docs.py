@@ -6,8 +6,8 @@ What a page has between `<!-- from PATH -->` and `<!-- end -->` is replaced: by
 a table where PATH is a file in results/plans, or a folder in its folder scale;
 by the report where it is a sweep's folder (of the initialisers' studies by a
 shorter one, and by a row per method where the mark says `from PATH in brief`),
-by the tables that it makes where it is benchmarks/methods.py or
-benchmarks/initialisers.py,
+by the tables that it makes where it is benchmarks/methods.py,
+benchmarks/initialisers.py or benchmarks/data_curve.py,
 by what is below its title where it is a page, such as the report's outputs.md.
 The figures that a page shows as figures/SWEEP-NAME.png are drawn, and those of
 results/peft_steps.
@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import (
+  data_curve,
   decode,
   initialisers,
   loading,
@@ -88,6 +89,8 @@ def filled(page: str) -> str:
       )
     elif source.name == "initialisers.py":
       made = initialisers.markdown()
+    elif source.name == "data_curve.py":
+      made = data_curve.markdown()
     elif source.name.startswith("matrices-"):
       made = matrices.markdown(read_json(source))
     elif source.name == "meshes.json":

@@ -5,7 +5,7 @@
     --workdir=RATES --config.base.data.source=PARTS/rates
   python -m experiments.sweep --config=configs/sweeps/data.py \\
     --workdir=DIR --config.base.data.source=PARTS/study
-  python -m benchmarks.data_curve DIR FOLDER
+  python -m benchmarks.data_curve DIR LIMITS FOLDER
 
 Every run has 512 steps of 8 sentences, so that a sentence is seen once of 4,096
 and 256 times of 16, and is scored once, after its last step, on SST-2's 872. A
@@ -31,8 +31,8 @@ optimisation?
 pairs: Tied-LoRA, r = 256, on 4,096 sentences of CoLA, for a pair A, B that VeRA
 would keep. Every run gave one and the same answer to all, so that there is
 no such pair; three more seeds are at 0.0005.
-limit_rates: three rates for DVoRA.
-limits, not run yet: r = 1,024; DVoRA; another draw of A and B.
+limit_rates: DVoRA's rates.
+limits: r = 1,024; DVoRA; another draw of A and B.
 
 Written before any of these runs:
 
@@ -76,7 +76,7 @@ LIMITS: dict[str, dict[str, object]] = {
   "rank": {"method": "vera", "vera.rank": 1024},
   "dvora": {"method": "dvora", "vera.rank": 256},
 }
-LIMIT_RATES = {"dvora": (0.009, 0.018, 0.036)}
+LIMIT_RATES = {"dvora": (0.009, 0.018, 0.036, 0.072)}
 PAIR_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 # What the rates' runs chose: at 64 and at 4,096 sentences.
 BEST: dict[str, tuple[float, float]] = {
@@ -87,7 +87,6 @@ BEST: dict[str, tuple[float, float]] = {
   "full": (3e-5, 3e-5),
 }
 # That of r = 1,024 is VeRA's: by docs/rates.md it does not depend on the rank.
-# DVoRA's is the first guess, until limit_rates has run.
 BEST_LIMIT = {"rank": 0.018, "dvora": 0.018}
 PAIR_RATE = 5e-4
 RATE_SEED = (10,)
