@@ -92,7 +92,7 @@ def test_a_worker_waits_for_a_lock_and_trains_then(tiny_sweep, monkeypatch):
   trained = []
   monkeypatch.setattr(
     "vera_jax.train.ensemble.train_ensemble",
-    lambda *x, members: trained.append(x),
+    lambda *x, **options: trained.append(x),
   )
   taken = locked([run.lock])
   taken.__enter__()

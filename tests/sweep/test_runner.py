@@ -20,6 +20,7 @@ from vera_jax.sweep.runner import run_units
 from vera_jax.train.config import check_settings
 from vera_jax.train.ensemble import group_key
 from vera_jax.train.preemption import Interrupted
+from vera_jax.train.workdir import DiskFull
 
 
 def pretend(monkeypatch, code):
@@ -166,6 +167,7 @@ def work(runs, *, retry_failed=False, patience=0.0):
         }
         for run in runs
       ],
+      "inputs": str(runs[0].folder.parents[1] / "inputs"),
       "retry_failed": retry_failed,
       "patience": patience,
       "members": 8,
@@ -178,7 +180,7 @@ def test_a_worker_trains_its_unit(tiny_sweep, monkeypatch):
   given = []
   monkeypatch.setattr(
     "vera_jax.train.ensemble.train_ensemble",
-    lambda *group, members: given.append((*group, members)),
+    lambda *group, members, inputs: given.append((*group, members)),
   )
   runs = tiny_sweep(seeds((0, 1, 2))).runs
   with locked([runs[2].lock]):
@@ -198,7 +200,7 @@ def test_a_worker_trains_its_unit(tiny_sweep, monkeypatch):
 def test_whatever_ends_a_worker_is_noted_in_the_folders(
   tiny_sweep, monkeypatch, error
 ):
-  def fail(configs, folders, members):
+  def fail(configs, folders, **options):
     folders[0].mkdir(parents=True)
     results.write(folders[0], {"score": 1.0})  # was done before the others
     raise error
@@ -210,6 +212,19 @@ def test_whatever_ends_a_worker_is_noted_in_the_folders(
   assert type(error).__name__ in plan.runs[1].failure()
 
 
+def test_a_full_disk_is_no_failure_of_a_run(tiny_sweep, monkeypatch):
+  """So the same command goes on, without --retry_failed."""
+
+  def fill(configs, folders, **options):
+    folders[0].mkdir(parents=True)
+    raise DiskFull("free some space")
+
+  monkeypatch.setattr("vera_jax.train.ensemble.train_ensemble", fill)
+  plan = tiny_sweep(seeds((0, 1)))
+  assert work(plan.runs) == 1
+  assert [run.state for run in plan.runs] == ["new", "new"]
+
+
 def test_a_worker_takes_what_is_left(tiny_sweep, monkeypatch):
   plan = tiny_sweep()
   done, failed, *left = plan.runs
@@ -218,7 +233,7 @@ def test_a_worker_takes_what_is_left(tiny_sweep, monkeypatch):
     results.write(run.folder, {}, file)
   taken = []
   monkeypatch.setattr(
-    worker, "train", lambda runs, members, hosts: taken.append(runs) or 0
+    worker, "train", lambda runs, task: taken.append(runs) or 0
   )
   work(plan.runs)
   work(plan.runs, retry_failed=True)

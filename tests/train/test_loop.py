@@ -25,6 +25,7 @@ from vera_jax.tasks.glue import glue_task
 from vera_jax.tasks.glue_data import load_split
 from vera_jax.tasks.metrics import accuracy
 from vera_jax.train import compiled_step, loop, workdir
+from vera_jax.train.ensemble import train_ensemble
 from vera_jax.train.loop import train_and_evaluate
 from vera_jax.train.preemption import Interrupted
 from vera_jax.train.run import Run, best_epoch
@@ -310,6 +311,37 @@ def test_a_run_that_began_with_other_data_or_another_base_is_refused(
   also_tested.predict_test = True  # a split that was not read before
   with pytest.raises(Interrupted, match="it would train"):
     train_and_evaluate(also_tested, folder)
+
+
+def test_a_run_of_a_sweep_begins_with_what_the_others_began_with(
+  tiny_config, tiny_tasks, tmp_path, monkeypatch
+):
+  """It has no save that would show a change."""
+  inputs, file = tmp_path / "inputs", tiny_tasks / "RTE/train.tsv"
+
+  def begin(seed):
+    config = tiny_config()
+    config.seed = seed
+    train_ensemble([config], [tmp_path / f"seed{seed}"], inputs=inputs)
+
+  def go_on(*args):
+    raise Interrupted("it would train")
+
+  monkeypatch.setattr(loop, "train", go_on)
+  for seed in (0, 1):
+    with pytest.raises(Interrupted, match="it would train"):
+      begin(seed)
+  text = file.read_text()
+  try:
+    file.write_text("".join(text.splitlines(keepends=True)[:5]))
+    with pytest.raises(UserError, match="have changed .* began: train, or wh"):
+      begin(2)
+  finally:
+    file.write_text(text)
+  (kept,) = inputs.iterdir()
+  kept.write_text(json.dumps(json.loads(kept.read_text()) | {"base": "other"}))
+  with pytest.raises(UserError, match="The weights in .* have changed since"):
+    begin(3)
 
 
 def test_a_run_beyond_its_epochs_has_ended(tiny_config, tmp_path):

@@ -71,6 +71,7 @@ def run_units(
             for run in runs
           ],
           "log": str(logs / runs[0].name),
+          "inputs": str(logs.parent / "inputs"),
           # of the whole unit: what is done leaves the others' program as it is
           "members": min(members or len(unit), len(unit)),
           "retry_failed": retry_failed,

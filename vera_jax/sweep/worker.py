@@ -31,7 +31,12 @@ from vera_jax.locks import is_locked, locked
 from vera_jax.places import place
 from vera_jax.train import distributed, peers
 from vera_jax.train.preemption import EXIT_CODE, Interrupted
-from vera_jax.train.workdir import LockLost, StoreLost, write_failure
+from vera_jax.train.workdir import (
+  DiskFull,
+  LockLost,
+  StoreLost,
+  write_failure,
+)
 
 LOST = 76  # an exit code: the unit is to be tried again
 
@@ -40,10 +45,11 @@ def main(task: dict[str, Any]) -> int:
   """Train what is left of a unit's runs; returns the exit code.
 
   Args:
-    task: {"runs": [{"config", "folder", "lock"}], "members": how many of them
-      train at once, "retry_failed", "patience": seconds to wait for runs that
-      another process has, "hosts": how many train them together, and if
-      several: "coordinator", "process_id"}.
+    task: {"runs": [{"config", "folder", "lock"}], "inputs": the sweep's folder
+      of checksums of what its runs read, "members": how many of them train at
+      once, "retry_failed", "patience": seconds to wait for runs that another
+      process has, "hosts": how many train them together, and if several:
+      "coordinator", "process_id"}.
   """
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   from absl import logging
@@ -83,7 +89,7 @@ def main(task: dict[str, Any]) -> int:
       taken = np.array([run in left for run in task["runs"]])
       taken = multihost_utils.broadcast_one_to_all(taken)
       left = [run for run, i in zip(task["runs"], taken, strict=True) if i]
-    return train(left, task["members"], hosts) if left else 0
+    return train(left, task) if left else 0
 
 
 def leave(number: int, frame: FrameType | None) -> None:
@@ -105,21 +111,28 @@ def stop_when_closed(stdin: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(runs: list[dict[str, Any]], members: int, hosts: int) -> int:
-  """Train them, `members` at once; an error that ends all is written to each
-  folder."""
+def train(runs: list[dict[str, Any]], task: dict[str, Any]) -> int:
+  """Train them; an error that ends all is written to each folder."""
   from vera_jax.train.ensemble import train_ensemble  # the training stack, late
 
   configs = [ConfigDict(run["config"]) for run in runs]
   folders = [place(run["folder"]) for run in runs]
   try:
-    train_ensemble(configs, folders, members=members)
+    train_ensemble(
+      configs,
+      folders,
+      members=task["members"],
+      inputs=place(task["inputs"]),
+    )
   except Interrupted as error:
     print(error, file=sys.stderr)
     return EXIT_CODE
   except (LockLost, StoreLost) as error:  # it can go on, here or elsewhere
     print(error, file=sys.stderr)
     return LOST
+  except DiskFull as error:  # no run's failure: the same command goes on
+    print(error, file=sys.stderr)
+    return 1
   except UserError as error:
     print(error, file=sys.stderr)
     with suppress(OSError):  # a full disk; the sweep sees that nothing is there
@@ -127,7 +140,9 @@ def train(runs: list[dict[str, Any]], members: int, hosts: int) -> int:
     return 1
   except Exception as error:  # whatever it is, the sweep goes on to the next
     traceback.print_exc()
-    if hosts > 1:  # perhaps another host is lost: that is no run's failure
+    if (
+      task["hosts"] > 1
+    ):  # perhaps another host is lost: that is no run's failure
       return LOST
     note_failure(runs, f"{type(error).__name__}: {error}")
     return 1

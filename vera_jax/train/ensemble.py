@@ -57,6 +57,7 @@ def train_ensemble(
   workdirs: Sequence[str | Path],
   *,
   members: int | None = None,
+  inputs: Path | None = None,
 ) -> list[dict[str, Any]]:
   """Train several runs at once, each in a folder of its own.
 
@@ -66,6 +67,7 @@ def train_ensemble(
     workdirs: the folder of each.
     members: how many train at once; the others wait, in their order, until one
       ends or fails. None: all.
+    inputs: as for `Run`, where they are runs of a sweep.
 
   Returns:
     For each the contents of its result.json, or of its failed.json where a loss
@@ -80,7 +82,7 @@ def train_ensemble(
   _check_group(configs)
   titles = _titles(configs)
   runs = [
-    Run(config, folder, title=title)
+    Run(config, folder, title=title, inputs=inputs)
     for config, folder, title in zip(configs, workdirs, titles, strict=True)
   ]
   if len({run.folder for run in runs}) < len(runs):

@@ -6,6 +6,8 @@ at its end is in `outcome.py`.
 """
 
 import copy
+import hashlib
+import json
 import logging
 import math
 import time
@@ -88,9 +90,21 @@ class Run:
   saves: Checkpoints
 
   def __init__(
-    self, config: ConfigDict, workdir: str | Path, *, title: str = ""
+    self,
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    title: str = "",
+    inputs: Path | None = None,
   ) -> None:
     """Look at the folder; nothing is written.
+
+    Args:
+      config: of the run.
+      workdir: its folder.
+      title: what tells it from the other runs of an ensemble.
+      inputs: a sweep's folder with the checksums of what its runs read: one
+        that has not begun has no save that would show a change.
 
     Raises:
       UserError: it holds the run of another config.
@@ -105,6 +119,7 @@ class Run:
     self.progress = _no_progress()
     self.result = results.read(self.folder)
     self.failure = results.read(self.folder, results.FAILED)
+    self._inputs = inputs
     self._open = ExitStack()
 
   def choose_scan(self, scan: bool | str) -> None:
@@ -179,6 +194,12 @@ class Run:
         *(self.folder, step, best_epoch(history)["step"]),
       )
       self.saves.forget_after(step - 1)
+    if self._inputs is not None:
+      begun = results.read(self._inputs, self._inputs_file) or {}
+      data = self.progress.get("data", {})
+      self.progress["data"] = begun.get("data", {}) | data
+      if "base" in begun:
+        self.progress.setdefault("base", begun["base"])
     self._check_data()
     patience = PATIENCE if "base" in self.progress else 0.0
     on_first(partial(self._check_base, patience=patience))
@@ -212,6 +233,7 @@ class Run:
         " Pillow for images). Put the files back, or choose another --workdir."
       )
     self.progress["data"] = before | now
+    on_first(self._keep_inputs)
 
   def _check_base(self, *, patience: float | None = 0.0) -> None:
     """Refuse a base whose weights are not those that the run began with.
@@ -232,6 +254,27 @@ class Run:
         f" {self.folder} began. Put the files back, or choose another"
         " --workdir."
       )
+    self._keep_inputs()
+
+  @property
+  def _inputs_file(self) -> str:
+    """Runs that read the same have one file of checksums."""
+    config = self.config.to_dict()
+    reads = [config["task"], config["data"], config["model"]["name"]]
+    text = json.dumps(reads, sort_keys=True)
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+
+  def _keep_inputs(self) -> None:
+    """What other runs of the sweep have to find."""
+    if self._inputs is None:
+      return
+    splits = self.setup.data.record()  # the pair A, B is each run's own
+    kept = {"data": {x: self.progress["data"][x] for x in splits}}
+    if "base" in self.progress:
+      kept["base"] = self.progress["base"]
+    if results.read(self._inputs, self._inputs_file) != kept:
+      self._inputs.mkdir(parents=True, exist_ok=True)
+      results.write(self._inputs, kept, self._inputs_file)
 
   # What the loop asks of a run; see `Trainable`.
 

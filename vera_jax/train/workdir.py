@@ -177,6 +177,10 @@ class LockLost(UserError):
   """Another process has taken a run over, and this one must not write on."""
 
 
+class DiskFull(UserError):
+  """There is no space left; a run goes on from its last save when there is."""
+
+
 class StoreLost(UserError):
   """The store did not answer, after all attempts; it may later."""
 
@@ -287,7 +291,7 @@ def explain_full_disk(workdir: Path) -> Iterator[None]:
   """Turn errors of a full disk, or of a store, into one that says what to do.
 
   Raises:
-    StoreLost: a store could not be asked.
+    DiskFull, StoreLost: no space is left; a store could not be asked.
   """
   try:
     yield
@@ -301,7 +305,7 @@ def explain_full_disk(workdir: Path) -> Iterator[None]:
       ) from error
     if not is_disk_full(error, workdir):
       raise
-    raise UserError(
+    raise DiskFull(
       f"The disk of {workdir} is full. What was saved there is good: free some"
       " space, and the same command goes on from the last save."
     ) from error
