@@ -129,7 +129,8 @@ def four_processes(folder: Path) -> Iterator[Outcome]:
 
 
 def local_sweep(folder: Path) -> Iterator[Outcome]:
-  yield from sweeps.troubles(Launcher(folder, epochs=3))
+  # so long that none of its runs ends before a signal has come to its process
+  yield from sweeps.troubles(Launcher(folder, epochs=12))
 
 
 def serving(folder: Path) -> Iterator[Outcome]:
