@@ -18,7 +18,7 @@ written.
 
 Writes serve_load.json: requests by kind, what went wrong, what was compiled
 once the server listened, its memory in the second half. Ends with exit code 1
-where anything went wrong, but for the memory, which is told.
+where anything went wrong, but for the memory, which is reported alone.
 """
 
 import json

@@ -88,7 +88,7 @@ MEMORY = flags.DEFINE_float(
   "memory",
   None,
   "GiB of temporaries that XLA plans for at most. It makes use of what a chip"
-  " has, to send ahead of time, and does with less where told. Unset: all.",
+  " has, to send ahead of time, and does with less under a limit. Unset: all.",
   0.1,
 )
 OUT = flags.DEFINE_string("out", "results/plans", "Where the JSON goes.")

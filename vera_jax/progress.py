@@ -30,7 +30,7 @@ def bytes_bar(
   """A bar in bytes, in a terminal; nothing elsewhere.
 
   Yields:
-    What is told of more bytes.
+    A function that moves the bar on by so many bytes.
   """
   console = Console(stderr=True, quiet=not primary)
   with Progress(

@@ -132,8 +132,8 @@ def load_params(
     place: where each leaf lies, or each part of one in codes. Of safetensors a
       process then reads the slices that its devices hold; a GGUF file's leaves
       are made whole, one after another. None for numpy arrays.
-    bar: the bytes that this process will read -> a context of what is told of
-      each part of them, such as `progress.bytes_bar`.
+    bar: the bytes that this process will read -> a context that yields a
+      function of each part's bytes, such as `progress.bytes_bar`.
 
   Raises:
     UserError: a file or tensor that can't be used; codes are to be kept, and

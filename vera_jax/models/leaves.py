@@ -58,7 +58,7 @@ class Source(NamedTuple):
 
 
 def _unseen(count: int) -> None:
-  """Tells nobody of the bytes."""
+  """Where no bar is shown."""
 
 
 class Leaf(NamedTuple):
@@ -68,7 +68,7 @@ class Leaf(NamedTuple):
     path, shape, dtype: in the tree.
     sources: one tensor, or one per layer where layers are stacked.
     turned: whether a file has it as (out, in), or (out, in, height, width).
-    advance: is told of the bytes that were read.
+    advance: receives the number of bytes after each read.
   """
 
   path: tuple[str, ...]
