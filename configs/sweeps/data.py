@@ -84,15 +84,15 @@ RATES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 LIMITS: dict[str, dict[str, object]] = {
   "rank": {"method": "vera", "vera.rank": 1024},
   "dvora": {"method": "dvora", "vera.rank": 256},
-}
-PAIRS: dict[str, dict[str, object]] = {
-  f"pair {task}": {
-    "method": "vera",
-    "vera.rank": 256,
-    "vera.init": "stored",
-    "vera.pair": f"parts/pair_{task}",
-  }
-  for task in ("cola", "sst2")
+  **{
+    f"pair {task}": {
+      "method": "vera",
+      "vera.rank": 256,
+      "vera.init": "stored",
+      "vera.pair": f"parts/pair_{task}",
+    }
+    for task in ("cola", "sst2")
+  },
 }
 LIMIT_RATES = {
   "dvora": (0.009, 0.018, 0.036, 0.072),
@@ -117,7 +117,12 @@ BEST: dict[str, tuple[float, float]] = {
 }
 # That of r = 1,024 is VeRA's: by docs/rates.md it does not depend on the rank.
 # SST-2's pair takes that of CoLA's: its own sentences are those of the rates.
-BEST_LIMIT = {"rank": 0.018, "dvora": 0.018, "pair cola": 0.018, "pair sst2": 0.018}
+BEST_LIMIT = {
+  "rank": 0.018,
+  "dvora": 0.018,
+  "pair cola": 0.018,
+  "pair sst2": 0.018,
+}
 PAIR_RATE = 5e-4
 RATE_SEED = (10,)
 DRAWS = (1,)  # of A and B, beside 0, the study's
@@ -163,14 +168,14 @@ def get_config(part: str = "study") -> ConfigDict:
     return sweep(f"Pairs trained on {source}, MiniLM", base, runs)
   if part == "limit_rates":
     runs = [
-      {**{**LIMITS, **PAIRS}[name], "optim.adapter_lr": rate}
+      {**LIMITS[name], "optim.adapter_lr": rate}
       for name, rates in LIMIT_RATES.items()
       for rate in rates
     ]
     title = "Rates of what may limit VeRA, MiniLM"
     return sweep(title, base, with_seeds(runs, RATE_SEED))
   runs = [
-    {**{**LIMITS, **PAIRS}[name], "optim.adapter_lr": rate}
+    {**LIMITS[name], "optim.adapter_lr": rate}
     for name, rate in BEST_LIMIT.items()
   ] + [
     {

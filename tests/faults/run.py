@@ -128,9 +128,9 @@ def four_processes(folder: Path) -> Iterator[Outcome]:
   yield from four.troubles(launcher)
 
 
-def local_sweep(folder: Path) -> Iterator[Outcome]:
+def sweep_by(program: str, folder: Path) -> Iterator[Outcome]:
   # so long that none of its runs ends before a signal has come to its process
-  yield from sweeps.troubles(Launcher(folder, epochs=12))
+  yield from sweeps.troubles(Launcher(folder, epochs=12), program)
 
 
 def serving(folder: Path) -> Iterator[Outcome]:
@@ -168,7 +168,7 @@ GROUPS: dict[str, Callable[[Path], Iterator[Outcome]]] = {
   **{f.__name__: f for f in KINDS},
   **{name: partial(training, name) for name in TRAINING},
   **{f"kill_{n}": partial(killed, n) for n in TRAINING if n != "classifier"},
-  "sweep": local_sweep,
+  **{name: partial(sweep_by, name) for name in sweeps.STARTED_BY},
   "four": four_processes,
   "server": serving,
 }

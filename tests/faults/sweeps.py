@@ -1,7 +1,8 @@
 """A sweep that this machine trains: sleep, stops, harm, changes, a full disk.
 
 It has four runs, of which two train at once, and each pair has a process of its
-own. All that is tried begins in the second epoch of the first pair.
+own. All that is tried begins in the second epoch of the first pair. By submitit
+each pair is a job, and both jobs run at once.
 """
 
 import os
@@ -51,6 +52,10 @@ from tests.faults.table import (
 
 SWEEP = "tests/faults/sweep.py:2"  # two methods, two seeds
 MEMBERS = "--members=2"
+STARTED_BY = {
+  "sweep": (),
+  "submitit": ("--launcher=slurm", "--launcher_options=cluster=local"),
+}
 RETRY = "--retry_failed"
 # Somebody else, who may read all files and write none that are not theirs.
 SOMEBODY = (
@@ -60,14 +65,24 @@ SOMEBODY = (
 
 
 class Sweep:
-  """Starts sweeps, and compares them with one left alone."""
+  """Starts sweeps, and compares them with one left alone.
 
-  def __init__(self, launcher: Launcher) -> None:
-    self.launcher = launcher
+  Attributes:
+    program: the column of the table: `sweep`, or what else starts the workers.
+  """
+
+  def __init__(self, launcher: Launcher, program: str) -> None:
+    self.launcher, self.program = launcher, program
     self.alone = run_alone(launcher, SWEEP, members=2)
 
   def start(self, workdir: Path, *flags: str, **options: Any) -> Process:
-    return self.launcher.start(workdir, MEMBERS, *flags, sweep=SWEEP, **options)
+    words = (MEMBERS, *STARTED_BY[self.program], *flags)
+    return self.launcher.start(workdir, *words, sweep=SWEEP, **options)
+
+  def outcome(self, kind: str, fault: str, good: bool, seen: str) -> Outcome:
+    cell = (self.program, kind) if kind else ()
+    title = f"{self.program}: {fault}"
+    return Outcome(title, 1, int(not good), good, seen, *cell)
 
   def begun(self, name: str, **options: Any) -> tuple[Path, Process]:
     """A sweep whose first runs are in their second epoch."""
@@ -80,7 +95,9 @@ class Sweep:
     """A copy of a sweep that SIGTERM stopped in that epoch."""
     first = self.launcher.folder / "stopped"
     if not first.exists():
-      _, process = self.begun("stopped")
+      # by no launcher of ours, whose jobs would go on without it
+      process = self.launcher.start(first, MEMBERS, sweep=SWEEP)
+      wait_until(lambda: bool(training(first)), process, every=0.01)
       process.send_signal(signal.SIGTERM)
       process.end()
     return shutil.copytree(first, self.launcher.folder / name)
@@ -104,11 +121,6 @@ def training(workdir: Path) -> list[Path]:
   return [run for run in workdir.glob("runs/*") if last_step(run) >= EPOCH + 3]
 
 
-def outcome(kind: str, fault: str, good: bool, seen: str) -> Outcome:
-  cell = ("sweep", kind) if kind else ()
-  return Outcome(f"sweep: {fault}", 1, int(not good), good, seen, *cell)
-
-
 def tree(process: Process, number: signal.Signals) -> None:
   """A signal to the sweep and to its worker."""
   parent = psutil.Process(process.pid)
@@ -125,7 +137,7 @@ def twice(sweep: Sweep) -> Outcome:
     ended = [process.end() for process in processes]
   good = sweep.is_whole(workdir, *ended) and not both
   seen = "both end with 0; no run was trained twice at once"
-  return outcome(TWICE, "the same command twice at once", good, seen)
+  return sweep.outcome(TWICE, "the same command twice at once", good, seen)
 
 
 def two_users(sweep: Sweep) -> Outcome:
@@ -148,7 +160,7 @@ def two_users(sweep: Sweep) -> Outcome:
     print(ended.output[-3000:])
   seen = f"refused: {short(last_line(ended), sweep.launcher.folder)}"
   good = good and sweep.again(workdir)
-  return outcome(TWICE, "another user, who may only read", good, seen)
+  return sweep.outcome(TWICE, "another user, who may only read", good, seen)
 
 
 def asleep(sweep: Sweep) -> Outcome:
@@ -166,7 +178,7 @@ def asleep(sweep: Sweep) -> Outcome:
   tree(first, signal.SIGCONT)
   woke = first.end()
   good = sweep.is_whole(workdir, second, woke)
-  return outcome(
+  return sweep.outcome(
     SLEPT,
     "asleep while another machine takes over",
     good,
@@ -179,6 +191,14 @@ def in_a_save(sweep: Sweep) -> Outcome:
   """SIGTERM in the middle of a save."""
   workdir, process = sweep.begun("in-a-save")
   wait_until(lambda: any(map(is_saving, training(workdir))), process)
+  if sweep.program == "submitit":
+    jobs = psutil.Process(process.pid).children()
+    tasks = [task for job in jobs for task in job.children()]
+    for task in tasks:
+      task.send_signal(signal.SIGTERM)
+    good = sweep.is_whole(workdir, process.end())
+    seen = f"{len(tasks)} jobs save and end; they are started again"
+    return sweep.outcome(SAVING, "SIGTERM in a save", good, seen)
   process.send_signal(signal.SIGTERM)
   ended = process.end()
   good = ended.code == 75
@@ -189,7 +209,7 @@ def in_a_save(sweep: Sweep) -> Outcome:
   if not good:
     print(ended.output[-3000:])
   good = good and sweep.again(workdir)
-  return outcome(SAVING, "SIGTERM in a save", good, f"{seen} on")
+  return sweep.outcome(SAVING, "SIGTERM in a save", good, f"{seen} on")
 
 
 def harmed(sweep: Sweep) -> Outcome:
@@ -202,7 +222,7 @@ def harmed(sweep: Sweep) -> Outcome:
   file.write_bytes(file.read_bytes()[:-2])
   good = sweep.again(workdir) and (run / "damaged" / str(newest)).is_dir()
   seen = f"the save is set aside; on from step {before}"
-  return outcome(HARMED, "a harmed save of a run", good, seen)
+  return sweep.outcome(HARMED, "a harmed save of a run", good, seen)
 
 
 def changed(sweep: Sweep) -> Iterator[Outcome]:
@@ -227,7 +247,9 @@ def changed(sweep: Sweep) -> Iterator[Outcome]:
       print(ended.output[-3000:])
     good = good and sweep.again(workdir, RETRY)
     seen = f"refused until the file was put back, by all runs: {what} changed"
-    yield outcome(CHANGED, f"{what} changed before it goes on", good, seen)
+    yield sweep.outcome(
+      CHANGED, f"{what} changed before it goes on", good, seen
+    )
 
 
 def clock(sweep: Sweep) -> Iterator[Outcome]:
@@ -240,7 +262,9 @@ def clock(sweep: Sweep) -> Iterator[Outcome]:
       workdir, process = sweep.begun(f"clock-{name}", environment=environment)
       set_clock(jump, seconds)
       good = sweep.is_whole(workdir, process.end())
-      yield outcome(CLOCK, f"the clock jumps a day {name}", good, "it goes on")
+      yield sweep.outcome(
+        CLOCK, f"the clock jumps a day {name}", good, "it goes on"
+      )
 
 
 def removed(sweep: Sweep) -> Iterator[Outcome]:
@@ -265,7 +289,7 @@ def removed(sweep: Sweep) -> Iterator[Outcome]:
       line = short(last_line(ended), sweep.launcher.folder)
       seen = f"{line} The same command went on"
       good = good and sweep.again(workdir, RETRY)
-    yield outcome(REMOVED, f"{what} removed", good, seen)
+    yield sweep.outcome(REMOVED, f"{what} removed", good, seen)
 
 
 def full_disk(sweep: Sweep) -> Outcome:
@@ -283,12 +307,12 @@ def full_disk(sweep: Sweep) -> Outcome:
       print(ended.output[-3000:])
     good = good and sweep.again(workdir)
   seen = short(lines[-1], sweep.launcher.folder)
-  return outcome("", "full disk", good, seen)
+  return sweep.outcome("", "full disk", good, seen)
 
 
-def troubles(launcher: Launcher) -> Iterator[Outcome]:
+def troubles(launcher: Launcher, program: str = "sweep") -> Iterator[Outcome]:
   """All of these."""
-  sweep = Sweep(launcher)
+  sweep = Sweep(launcher, program)
   yield twice(sweep)
   yield two_users(sweep)
   yield in_a_save(sweep)
