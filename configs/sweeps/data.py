@@ -35,8 +35,8 @@ optimisation?
 pairs: Tied-LoRA, r = 256, on CoLA, for a pair A, B that VeRA keeps. On 4,096
 sentences, 512 steps of 8, every run gave one and the same answer to all; hence
 five epochs of all sentences, 32 per step, beside them.
-own_pairs: the same on SST-2's other sentences: an upper bound for what a pair of
-another task can do.
+own_pairs: the same on SST-2's other sentences, an upper bound for what a pair
+of another task can do.
 limit_rates: DVoRA's rates, and those on CoLA's pair.
 limits: r = 1,024; DVoRA; another draw of A and B; the trained pairs.
 
