@@ -13,7 +13,6 @@ import sys
 import tempfile
 import textwrap
 import threading
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
@@ -206,11 +205,10 @@ def exit_code(main: Callable[[], None]) -> int:
       text = f"{error.filename} can't be used: {error.strerror}."
     elif error.errno in UNWRITTEN:
       text = f"A file, or standard output, can't be written: {error.strerror}."
-  except Exception:
-    distributed = sys.modules.get("vera_jax.train.distributed")
-    if distributed is None or not distributed.are_several():
+  except Exception as error:
+    peers = sys.modules.get("vera_jax.train.peers")
+    if peers is None or not peers.hold(error):
       raise
-    traceback.print_exc()
     text = "This process failed, or another one did: that is looked into now."
     code = 1
   refusal = _finish_output()

@@ -87,9 +87,16 @@ def test_the_others_end_and_name_it(name, ended):
     assert any(named in line and case.says in line for line in lines), lines
   if (name, case.victim) in outcomes:
     assert outcomes[name, case.victim].code == case.code
+  # what fails in the others, for the lack of one, is no error to be shown
+  shown = {n for n in range(3) if "Traceback" in printed(outcomes, name, n)}
+  assert case.victim in shown if case.mishap == "crash" else not shown
   for run in (folder / name, folder / name / "another run"):
     file = run / peers.ERRORS / f"host{case.victim}.txt"
     assert case.file in file.read_text()
+
+
+def printed(outcomes, name, number):
+  return outcomes[name, number].output if (name, number) in outcomes else ""
 
 
 def test_the_first_process_ends_though_its_coordinator_does_not_answer(

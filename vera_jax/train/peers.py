@@ -76,6 +76,7 @@ class Peers:
     self._changed = dict.fromkeys(range(processes), time.monotonic())
     self._noticed = float("inf")  # when another was first seen to have stopped
     self._ending = threading.Lock()
+    self._traceback = ""  # of an error that another process may have caused
     # jax calls abort() as soon as its coordinator's connection closes
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
     self._handler = handler  # as long as this process lives
@@ -141,6 +142,8 @@ class Peers:
       causes = {n for n in ended if self._records[n]["sure"]} or ended
       codes = {self._records[n]["code"] for n in causes}
       reasons = [self._reason(n) for n in sorted(causes - {self._number})]
+      if not any(self._records[n]["sure"] for n in causes):
+        self._show_traceback()
       self._end(reasons, min(codes - {EXIT_CODE}, default=EXIT_CODE))
 
   def _reason(self, number: int) -> str:
@@ -187,6 +190,14 @@ class Peers:
       lines = [text] if expected else traceback.format_exception(error)
       self.write(self._number, "".join(lines))
 
+  def hold(self, error: Exception) -> None:
+    """Keep its traceback until no other process is found to be the cause."""
+    self._traceback = "".join(traceback.format_exception(error))
+
+  def _show_traceback(self) -> None:
+    _print(self._traceback.splitlines())
+    self._traceback = ""
+
   def write(self, number: int, text: str) -> None:
     """Add to a process's files of errors, whatever state its disk is in."""
 
@@ -212,6 +223,7 @@ class Peers:
     self._mine["code"] = code
     if main and not self._mine["sure"]:
       time.sleep(LOST + 2 * PAUSE)
+      self._show_traceback()
     self._ending.acquire()  # and keep: one thread ends the process
     self._mine["gone"] = True
     call_error(self._exchange, seconds=PAUSE)
@@ -274,6 +286,14 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def hold(error: Exception) -> bool:
+  """Whether there are other processes, one of which may be the cause; if so,
+  `leave` shows the traceback once it is known that none is."""
+  if _peers is not None:
+    _peers.hold(error)
+  return _peers is not None
 
 
 @contextmanager
