@@ -22,8 +22,8 @@ from vera_jax.train.peers import watch_others
 
 PATIENCE = 300.0  # seconds until missing processes are given up
 # Seconds without a heartbeat until jax's coordinator ends all. It goes
-# by the wall clock, and a clock that is set forward is no loss; `peers.py` sees
-# within a minute who is lost.
+# by the wall clock, and a clock that is set forward is no loss; one that is set
+# back always ends all, with 75. `peers.py` sees within a minute who is lost.
 HEARTBEAT = 10 * 86_400
 _SLURM = (  # what srun sets in each task of a step
   "SLURM_JOB_ID",

@@ -76,6 +76,7 @@ class Peers:
     self._changed = dict.fromkeys(range(processes), time.monotonic())
     self._noticed = float("inf")  # when another was first seen to have stopped
     self._ending = threading.Lock()
+    self._began = clock_ahead()
     self._traceback = ""  # of an error that another process may have caused
     # jax calls abort() as soon as its coordinator's connection closes
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
@@ -160,7 +161,12 @@ class Peers:
     if self._ending.locked():
       os._exit(self._mine["code"])
     if call_error(self._exchange, seconds=BEAT):
-      self._lose({0: "is lost: its connections were closed"})
+      reason = "is lost: its connections were closed"
+      # jax's coordinator subtracts times of the wall clock without a sign, and
+      # so gives all processes up, whatever its patience
+      if (back := self._began - clock_ahead()) > BEAT:
+        reason += f", as this machine's clock was set back by {back:,.0f} s"
+      self._lose({0: reason})
 
   def _name(self, number: int) -> str:
     host = self._records.get(number, {}).get("host", "its host is not known")
@@ -260,6 +266,11 @@ class Peers:
     if lines and self.folders:
       lines.append(f"What each had to say is in {self.folders[0] / ERRORS}.")
     _print(lines)
+
+
+def clock_ahead() -> float:
+  """Seconds from the clock that nobody sets to the one that shows the date."""
+  return time.time() - time.monotonic()
 
 
 def _print(lines: list[str]) -> None:
