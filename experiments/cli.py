@@ -205,6 +205,8 @@ def exit_code(main: Callable[[], None]) -> int:
       text = f"{error.filename} can't be used: {error.strerror}."
     elif error.errno in UNWRITTEN:
       text = f"A file, or standard output, can't be written: {error.strerror}."
+      if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text += " Once its disk has space, the same command goes on."
   except Exception as error:
     peers = sys.modules.get("vera_jax.train.peers")
     if peers is None or not peers.hold(error):

@@ -28,6 +28,7 @@ from vera_jax.train.manifest import find_damage, read_manifest, write_manifest
 from vera_jax.train.step import Tree
 from vera_jax.train.workdir import (
   DAMAGED,
+  DiskFull,
   changed_settings,
   identity,
   is_disk_full,
@@ -148,7 +149,7 @@ class Checkpoints:
       best: the step of the best epoch so far, whose save is kept.
 
     Raises:
-      UserError: the disk is full.
+      DiskFull: step and last good save are named.
     """
     last, self._best.step = self.latest_step, best
     if step == (last or 0):  # nothing was trained since
@@ -177,7 +178,7 @@ class Checkpoints:
     except Exception as error:  # of whichever layer met the full disk
       if not is_disk_full(error, self._folder):
         raise
-      raise UserError(
+      raise DiskFull(
         f"The disk is full: step {step} could not be saved in {self._folder}."
         f" {good_save(last)} Free some space; the same command goes on from"
         " there."
