@@ -138,14 +138,14 @@ def get_config(part: str = "study") -> ConfigDict:
   if part in ("pairs", "own_pairs"):
     base.tied_lora.rank = 256
     base.method = "tied_lora"
-    own = part == "own_pairs"
-    rates = OWN_RATES if own else PAIR_RATES
+    on_cola = part == "pairs"
+    rates = PAIR_RATES if on_cola else OWN_RATES
     runs = with_seeds([{"optim.adapter_lr": rate} for rate in rates], RATE_SEED)
-    if not own:
+    if on_cola:
       runs += with_seeds([{"optim.adapter_lr": PAIR_RATE}], FEWER)
       longer = [{**LONG, "optim.adapter_lr": rate} for rate in LONG_RATES]
       runs += with_seeds(longer, RATE_SEED)
-    source = "SST-2's other sentences" if own else "CoLA"
+    source = "CoLA" if on_cola else "SST-2's other sentences"
     return sweep(f"Pairs trained on {source}, MiniLM", base, runs)
   if part == "limit_rates":
     runs = [

@@ -140,10 +140,8 @@ def train(runs: list[dict[str, Any]], task: dict[str, Any]) -> int:
     return 1
   except Exception as error:  # whatever it is, the sweep goes on to the next
     traceback.print_exc()
-    if (
-      task["hosts"] > 1
-    ):  # perhaps another host is lost: that is no run's failure
-      return LOST
+    if task["hosts"] > 1:
+      return LOST  # perhaps another host is: that is no run's failure
     note_failure(runs, f"{type(error).__name__}: {error}")
     return 1
   return 0

@@ -143,7 +143,11 @@ class Peers:
       causes = {n for n in ended if self._records[n]["sure"]} or ended
       codes = {self._records[n]["code"] for n in causes}
       reasons = [self._reason(n) for n in sorted(causes - {self._number})]
-      if not any(self._records[n]["sure"] for n in causes):
+      # One that is sure has an error of its own, or says whose it ended for;
+      # that may be this process's, if the other was the first to end.
+      mine = self._name(self._number)
+      certain = [self._records[n] for n in causes if self._records[n]["sure"]]
+      if all(mine in record["because"] for record in certain):
         self._show_traceback()
       self._end(reasons, min(codes - {EXIT_CODE}, default=EXIT_CODE))
 
