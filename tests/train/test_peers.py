@@ -110,3 +110,22 @@ def test_the_first_process_ends_though_its_coordinator_does_not_answer(
   began = time.monotonic()
   first._outlast()
   assert time.monotonic() - began < peers.LOST / 2
+
+
+@pytest.mark.parametrize("because, shown", [("", False), (2, True), (1, False)])
+def test_a_traceback_is_shown_where_no_other_process_is_the_cause(
+  because, shown, monkeypatch, capsys
+):
+  """Process 0 has ended before: by itself, or because of 2 or of 1."""
+  crashed = object.__new__(peers.Peers)  # no coordinator, no thread
+  record = {"code": 1, "host": "here", "text": "", "because": "", "sure": False}
+  record |= {"batch": 0, "waits": 0.0}
+  said = f"Process {because} (here) stopped" if because else ""
+  first = record | {"because": said, "sure": True}
+  crashed._number, crashed._records = 2, {0: first, 2: record}
+  crashed._changed = dict.fromkeys((0, 2), time.monotonic())
+  crashed._noticed, crashed._ending = -peers.LOST, threading.Lock()
+  crashed.hold(ZeroDivisionError("A mistake of ours."))
+  monkeypatch.setattr(crashed, "_end", lambda reasons, code: None)
+  crashed._judge()
+  assert ("A mistake of ours" in capsys.readouterr().err) == shown
