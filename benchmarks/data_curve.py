@@ -35,6 +35,8 @@ NAMES = {
   "full": "full fine-tuning",
   "rank": "VeRA, r = 1,024",
   "dvora": "DVoRA, r = 256",
+  "pair cola": "VeRA, r = 256, a pair trained on CoLA",
+  "pair sst2": "VeRA, r = 256, a pair trained on SST-2's other sentences",
 }
 DRAWN = {
   f"draw {seed}": f"VeRA, r = 256, draw {seed} of A and B" for seed in DRAWS
@@ -84,6 +86,8 @@ def named(config: Mapping[str, Any]) -> str:
     return f"lora {config['lora']['rank']}"
   if method != "vera":
     return str(method)
+  if vera["pair"]:
+    return Path(vera["pair"]).name.replace("_", " ")
   if vera["projection_seed"]:
     return f"draw {vera['projection_seed']}"
   return "rank" if vera["rank"] == LIMITS["rank"]["vera.rank"] else "vera"

@@ -35,9 +35,10 @@ sentences, 512 steps of 8, every run gave one and the same answer to all; hence
 five epochs of all sentences, 32 per step, beside them.
 own_pairs: the same on SST-2's other sentences, an upper bound for what a pair
 of another task can do.
-limit_rates: DVoRA's rates.
-limits: r = 1,024; DVoRA; another draw of A and B. VeRA on a trained pair, by
-vera.init=stored and vera.pair=…/adapter, has not run yet.
+limit_rates: rates of DVoRA, and of VeRA on either pair. The adapters of the best
+runs were copied: `cp -r PAIRS/runs/BEST/adapter parts/pair_cola` and
+`cp -r OWN_PAIRS/runs/BEST/adapter parts/pair_sst2`.
+limits: r = 1,024; DVoRA; another draw of A and B; either pair.
 
 Written before any of these runs:
 
@@ -83,8 +84,21 @@ RATES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 LIMITS: dict[str, dict[str, object]] = {
   "rank": {"method": "vera", "vera.rank": 1024},
   "dvora": {"method": "dvora", "vera.rank": 256},
+  **{
+    f"pair {name}": {
+      "method": "vera",
+      "vera.rank": 256,
+      "vera.init": "stored",
+      "vera.pair": f"parts/pair_{name}",
+    }
+    for name in ("cola", "sst2")
+  },
 }
-LIMIT_RATES = {"dvora": (0.009, 0.018, 0.036, 0.072)}
+LIMIT_RATES = {
+  "dvora": (0.009, 0.018, 0.036, 0.072),
+  "pair cola": (0.009, 0.018, 0.036),
+  "pair sst2": (0.0045, 0.009, 0.018, 0.036),
+}
 PAIR_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 LONG_RATES = (5e-4, 1e-3, 2e-3)
 OWN_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -103,7 +117,12 @@ BEST: dict[str, tuple[float, float]] = {
   "full": (3e-5, 3e-5),
 }
 # That of r = 1,024 is VeRA's: by docs/rates.md it does not depend on the rank.
-BEST_LIMIT = {"rank": 0.018, "dvora": 0.018}
+BEST_LIMIT = {
+  "rank": 0.018,
+  "dvora": 0.018,
+  "pair cola": 0.018,
+  "pair sst2": 0.009,
+}
 PAIR_RATE = 5e-4
 RATE_SEED = (10,)
 DRAWS = (1,)  # of A and B, beside 0, the study's
