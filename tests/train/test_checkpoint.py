@@ -189,3 +189,22 @@ def test_a_disk_that_fills_up_is_one_error(tmp_path, capfd):
   finally:
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
   assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_folder_that_is_removed_in_a_save_leaves_nothing(
+  tmp_path, monkeypatch
+):
+  """Orbax would make it anew, and the next start would refuse it."""
+  folder, away = tmp_path / "run/checkpoints", tmp_path / "away"
+  with Checkpoints(folder) as saves:
+    saves.save(1, state(), {})
+    real = saves._manager.save
+
+    def after_removal(*args, **options):
+      folder.rename(away)
+      return real(*args, **options)
+
+    monkeypatch.setattr(saves._manager, "save", after_removal)
+    with pytest.raises(FileNotFoundError, match="run/checkpoints"):
+      saves.save(2, state(), {})
+  assert not folder.exists() and steps(away) == [1]

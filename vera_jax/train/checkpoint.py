@@ -171,9 +171,20 @@ class Checkpoints:
       ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def check_folder() -> None:
+      # Orbax makes a folder anew that was removed meanwhile. What it put there
+      # alone would be taken for a run whose config is missing.
+      if inode is not None and self._folder.stat().st_ino != inode:
+        shutil.rmtree(self._folder)
+        gone = errno.ENOENT
+        raise FileNotFoundError(gone, os.strerror(gone), str(self._folder))
+
     try:
       on_first(check_room)
+      local = not is_remote(self._folder)
+      inode = self._folder.stat().st_ino if local else None
       self._manager.save(step, args=items)
+      on_first(check_folder)
       on_first(lambda: write_manifest(self._folder / str(step), fields))
     except Exception as error:  # of whichever layer met the full disk
       if not is_disk_full(error, self._folder):
