@@ -48,7 +48,8 @@ FOLDER = flags.DEFINE_string("folder", None, "Unset: a temporary one.")
 ONLY = flags.DEFINE_list(
   "only",
   [],
-  "Only these groups; `ray` needs requirements-ray.txt. The others' rows stay.",
+  "Only these groups; those of Ray need requirements-ray.txt. The others' rows"
+  " stay.",
 )
 SWEEP = "tests/faults/sweep.py"  # of twelve runs
 WORDS = {None: "not compared", True: "yes", False: "no"}
@@ -84,17 +85,9 @@ def several(folder: Path) -> Iterator[Outcome]:
   yield processes.no_coordinator(launcher)
 
 
-def slurm(folder: Path) -> Iterator[Outcome]:
-  yield _sweeps(folder, engines.by_submitit)
-
-
-def ray(folder: Path) -> Iterator[Outcome]:
-  yield _sweeps(folder, engines.by_ray)
-
-
-def _sweeps(folder: Path, fault: Callable[..., Outcome]) -> Outcome:
+def losing(fault: Callable[..., Outcome], folder: Path) -> Iterator[Outcome]:
   options = {"times": SWEEPS.value, "seed": SEED.value}
-  return fault(Launcher(folder, epochs=3), sweep=SWEEP, **options)
+  yield fault(Launcher(folder, epochs=3), sweep=SWEEP, **options)
 
 
 def hosts(folder: Path) -> Iterator[Outcome]:
@@ -163,12 +156,14 @@ def killed(name: str, folder: Path) -> Iterator[Outcome]:
   yield interruption.kills(launcher, alone, times=times, seed=SEED.value)
 
 
-KINDS = (kills, terms, harm, several, hosts, slurm, ray, store, store_sweep)
+KINDS = (kills, terms, harm, several, hosts, store, store_sweep)
 GROUPS: dict[str, Callable[[Path], Iterator[Outcome]]] = {
   **{f.__name__: f for f in KINDS},
   **{name: partial(training, name) for name in TRAINING},
   **{f"kill_{n}": partial(killed, n) for n in TRAINING if n != "classifier"},
-  **{name: partial(sweep_by, name) for name in sweeps.STARTED_BY},
+  "kill_submitit": partial(losing, engines.by_submitit),
+  "kill_ray": partial(losing, engines.by_ray),
+  **{name: partial(sweep_by, name) for name in ("sweep", "submitit", "ray")},
   "four": four_processes,
   "server": serving,
 }

@@ -2,21 +2,22 @@
 
 It has four runs, of which two train at once, and each pair has a process of its
 own. All that is tried begins in the second epoch of the first pair. By submitit
-each pair is a job, and both jobs run at once.
+each pair is a job, by Ray a task, and both run at once.
 """
 
 import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 
-from tests.faults.engines import run_alone, unequal, watched
+from tests.faults.engines import cluster, run_alone, unequal, watched
 from tests.faults.everyday import (
   DAY,
   SECONDS,
@@ -52,10 +53,7 @@ from tests.faults.table import (
 
 SWEEP = "tests/faults/sweep.py:2"  # two methods, two seeds
 MEMBERS = "--members=2"
-STARTED_BY = {
-  "sweep": (),
-  "submitit": ("--launcher=slurm", "--launcher_options=cluster=local"),
-}
+SUBMITIT = ("--launcher=slurm", "--launcher_options=cluster=local")
 RETRY = "--retry_failed"
 # Somebody else, who may read all files and write none that are not theirs.
 SOMEBODY = (
@@ -74,10 +72,44 @@ class Sweep:
   def __init__(self, launcher: Launcher, program: str) -> None:
     self.launcher, self.program = launcher, program
     self.alone = run_alone(launcher, SWEEP, members=2)
+    self.flags = SUBMITIT if program == "submitit" else ()
+    self.nodes: list[Any] = []  # Ray's
+
+  @contextmanager
+  def engine(self, environment: Mapping[str, str] = {}) -> Iterator[None]:
+    """What starts the workers, if it has to be there before the sweep."""
+    if self.program != "ray":
+      yield
+      return
+    with (
+      patch.dict(os.environ, environment),
+      cluster(self.launcher, nodes=4) as (ray, nodes),
+    ):
+      self.flags = (
+        "--launcher=ray",
+        f"--launcher_options=address={ray.address}",
+      )
+      self.nodes = [ray.head_node, *nodes]
+      yield
 
   def start(self, workdir: Path, *flags: str, **options: Any) -> Process:
-    words = (MEMBERS, *STARTED_BY[self.program], *flags)
+    words = (MEMBERS, *self.flags, *flags)
     return self.launcher.start(workdir, *words, sweep=SWEEP, **options)
+
+  def signal(self, process: Process, number: signal.Signals) -> None:
+    """To the sweep, its workers, and all of Ray's processes."""
+    started = [
+      one.process
+      for node in self.nodes
+      for kind in node.all_processes.values()
+      for one in kind
+    ]
+    for root in (process, *started):
+      with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(root.pid)
+        for one in (parent, *parent.children(recursive=True)):
+          with suppress(psutil.NoSuchProcess):
+            one.send_signal(number)
 
   def outcome(self, kind: str, fault: str, good: bool, seen: str) -> Outcome:
     cell = (self.program, kind) if kind else ()
@@ -121,14 +153,6 @@ def training(workdir: Path) -> list[Path]:
   return [run for run in workdir.glob("runs/*") if last_step(run) >= EPOCH + 3]
 
 
-def tree(process: Process, number: signal.Signals) -> None:
-  """A signal to the sweep and to its worker."""
-  parent = psutil.Process(process.pid)
-  for one in (parent, *parent.children(recursive=True)):
-    with suppress(psutil.NoSuchProcess):
-      one.send_signal(number)
-
-
 def twice(sweep: Sweep) -> Outcome:
   """The same command twice at once."""
   workdir = sweep.launcher.folder / "twice"
@@ -166,16 +190,18 @@ def two_users(sweep: Sweep) -> Outcome:
 def asleep(sweep: Sweep) -> Outcome:
   """Stopped for longer than its lease; another machine takes over meanwhile."""
   workdir, first = sweep.begun("slept")
-  tree(first, signal.SIGSTOP)
+  sweep.signal(first, signal.SIGSTOP)
   began = time.monotonic()
   # runs that are locked are left to their owner, until its lease has ended
   while True:
-    second = sweep.start(workdir, before=sweep.launcher.elsewhere).end()
+    second = sweep.launcher.start(
+      workdir, MEMBERS, sweep=SWEEP, before=sweep.launcher.elsewhere
+    ).end()
     if second.code or not unequal(workdir, sweep.alone):
       break
     time.sleep(60)
   seconds = time.monotonic() - began
-  tree(first, signal.SIGCONT)
+  sweep.signal(first, signal.SIGCONT)
   woke = first.end()
   good = sweep.is_whole(workdir, second, woke)
   return sweep.outcome(
@@ -256,7 +282,10 @@ def clock(sweep: Sweep) -> Iterator[Outcome]:
   """The clock of the sweep and of its workers jumps."""
   if not shutil.which("cc"):
     return
-  with movable_clock(sweep.launcher.folder / "clock") as (jump, environment):
+  with (
+    movable_clock(sweep.launcher.folder / "clock") as (jump, environment),
+    sweep.engine(environment),
+  ):
     for name, seconds in (("forward", DAY), ("back", -DAY)):
       set_clock(jump, 0)
       workdir, process = sweep.begun(f"clock-{name}", environment=environment)
@@ -273,11 +302,11 @@ def removed(sweep: Sweep) -> Iterator[Outcome]:
     workdir, process = sweep.begun(f"removed-{what}".replace(" ", "-"))
     targets = {"a run": training(workdir)[0], "its folder": workdir}
     target = targets.get(what, workdir / what)
-    tree(process, signal.SIGSTOP)
+    sweep.signal(process, signal.SIGSTOP)
     away = sweep.launcher.folder / "away"
     target.rename(away)
     began = time.monotonic()
-    tree(process, signal.SIGCONT)
+    sweep.signal(process, signal.SIGCONT)
     ended = process.end()
     seconds = time.monotonic() - began
     shutil.rmtree(away) if away.is_dir() else away.unlink()
@@ -310,15 +339,16 @@ def full_disk(sweep: Sweep) -> Outcome:
   return sweep.outcome("", "full disk", good, seen)
 
 
-def troubles(launcher: Launcher, program: str = "sweep") -> Iterator[Outcome]:
+def troubles(launcher: Launcher, program: str) -> Iterator[Outcome]:
   """All of these."""
   sweep = Sweep(launcher, program)
-  yield twice(sweep)
-  yield two_users(sweep)
-  yield in_a_save(sweep)
-  yield harmed(sweep)
-  yield full_disk(sweep)
-  yield from removed(sweep)
+  with sweep.engine():
+    yield twice(sweep)
+    yield two_users(sweep)
+    yield in_a_save(sweep)
+    yield harmed(sweep)
+    yield full_disk(sweep)
+    yield from removed(sweep)
+    yield from changed(sweep)
+    yield asleep(sweep)
   yield from clock(sweep)
-  yield from changed(sweep)
-  yield asleep(sweep)
