@@ -9,8 +9,8 @@ shorter one, and by a row per method where the mark says `from PATH in brief`),
 by the tables that it makes where it is benchmarks/methods.py,
 benchmarks/initialisers.py or benchmarks/data_curve.py,
 by what is below its title where it is a page, such as the report's outputs.md.
-The figures that a page shows as figures/SWEEP-NAME.png are drawn, and those of
-results/peft_steps.
+The figures that a page shows as figures/SWEEP-NAME.png are drawn, those of
+results/peft_steps, and that of a step's growth.
 """
 
 import re
@@ -29,6 +29,7 @@ from benchmarks import (
   others,
   peft_curves,
   serving_figure,
+  step_growth,
 )
 from experiments import cli
 from experiments.plans import report as plans
@@ -41,6 +42,7 @@ from vera_jax.report.summary import summary
 DOCS, SWEEPS = Path("docs"), Path("results/sweeps")
 SCALE = Path("results/plans/scale")
 SERVING = Path("results/benchmarks/serving")
+GROWTH = Path("results/benchmarks/step_growth.json")
 MADE = re.compile(
   r"<!-- from (\S+)( in brief)? -->\n.*?<!-- end -->", re.DOTALL
 )
@@ -99,6 +101,8 @@ def filled(page: str) -> str:
       made = loading.markdown(read_json(source))
     elif source.name == "others.json":
       made = others.markdown(read_json(source))
+    elif source == GROWTH:
+      made = step_growth.markdown(read_json(source))
     elif source.name.startswith("decode-"):
       made = decode.markdown(read_json(source)).strip()
     else:
@@ -134,6 +138,9 @@ def draw(page: str) -> None:
     peft_curves.draw(
       read_json(Path(f"{match[1]}.json")), Path(f"{match[1]}.png")
     )
+  if f"figures/{GROWTH.stem}.png" in page:
+    growth = step_growth.figure(read_json(GROWTH))
+    plots.save(growth, DOCS / "figures", GROWTH.stem, ["png"])
   shown = {(match["sweep"], match["name"]) for match in FIGURE.finditer(page)}
   for name in sorted({sweep for sweep, _ in shown}):
     sweep = load_sweep(SWEEPS / name)

@@ -3,7 +3,9 @@
   python -m benchmarks.serving_figure results/benchmarks/serving docs/figures
 
 The base alone, the merged adapter and PEFT take turns with the bank in every
-row, and were measured in each anew: the figure has the medians of all rows.
+row. Rows were measured on two machines. So what is compared is a row's share of
+the speed that its own base alone had; of the merged adapter and of PEFT it is
+the median of all rows.
 """
 
 import statistics
@@ -23,7 +25,7 @@ from vera_jax.report.frame import method_title
 from vera_jax.report.style import METHOD_COLORS, STYLE, grid, save
 
 LAYERS = {"qv": "q and v", "all": "all linear layers"}
-SIDES = {BASE: "-", MERGED: "--", PEFT: ":"}
+SIDES = {MERGED: "--", PEFT: ":"}
 # The marker's filling tells VeRA's ranks apart.
 FILLINGS = {64: "white", 256: "#9ccbe8", 1024: None}
 Row = Mapping[str, Any]
@@ -32,9 +34,9 @@ Row = Mapping[str, Any]
 def read(results: Path) -> list[Row]:
   """The rows of all files, in the order of the table."""
   rows = [
-    row
-    for file in sorted(results.glob("*.json"))
-    for row in read_json(file)["rows"]
+    {**row, "cpu": whole["cpu"]}
+    for whole in map(read_json, sorted(results.glob("*.json")))
+    for row in whole["rows"]
   ]
   return sorted(
     rows,
@@ -53,25 +55,24 @@ def of_bank(row: Row) -> float:
 
 
 def of_side(rows: Sequence[Row], side: str) -> float | None:
-  values = [
-    row["tokens_per_second"][side]
-    for row in rows
-    if side in row["tokens_per_second"]
-  ]
-  return statistics.median(values) if values else None
+  """Its share of the base's speed; None where it was not timed."""
+  speeds = [row["tokens_per_second"] for row in rows]
+  shares = [speed[side] / speed[BASE] for speed in speeds if side in speed]
+  return statistics.median(shares) if shares else None
 
 
 def markdown(results: Path) -> str:
   """Two tables: of the banks, and of what was timed beside them."""
   rows = read(results)
   header = [
-    *("layers", "adapters of", "how many", "tokens/s", "of the base"),
-    *("first token, s", "MB of vectors"),
+    *("layers", "adapters of", "processor", "how many", "tokens/s"),
+    *("of the base", "first token, s", "MB of vectors"),
   ]
   banks = [
     [
       LAYERS[row["layers"]],
       f"{method_title(row['method'])}, r = {row['rank']:,}",
+      row["cpu"].replace("(R)", "").removesuffix(" Processor"),
       f"{row['adapters']:,}",
       f"{of_bank(row):.0f}",
       f"{row['of_base']:.2f}",
@@ -84,17 +85,18 @@ def markdown(results: Path) -> str:
   for layers, name in LAYERS.items():
     here = [row for row in rows if row["layers"] == layers]
     heights = [of_side(here, side) for side in SIDES]
-    sides.append([name, *(f"{height:.0f}" for height in heights if height)])
+    sides.append([name, *(f"{height:.2f}" for height in heights if height)])
   return "\n\n".join(
     [
-      markdown_table(header, banks, texts=2),
-      markdown_table(["tokens/s", *SIDES], sides),
+      markdown_table(header, banks, texts=3),
+      markdown_table(["of the base", *SIDES], sides),
     ]
   )
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-  """Tokens per second against the number of adapters, a panel per layers."""
+  """Share of the base's speed against the number of adapters, a panel per
+  layers."""
   with mpl.rc_context(STYLE):
     title = "16 rows, each by another adapter"
     made, axes = grid([3.2, 3.2], width=None, least=2.6, title=title)
@@ -103,7 +105,7 @@ def figure(rows: Sequence[Row]) -> Figure:
       for kind in dict.fromkeys((row["method"], row["rank"]) for row in here):
         method, rank = kind
         line = sorted(
-          (row["adapters"], of_bank(row))
+          (row["adapters"], row["of_base"])
           for row in here
           if (row["method"], row["rank"]) == kind
         )
@@ -121,8 +123,8 @@ def figure(rows: Sequence[Row]) -> Figure:
           ax.axhline(height, color="#555555", lw=1, ls=dashes, label=side)
       ax.set(xscale="log", xlabel="adapters in the bank", title=name)
       ax.set_ylim(bottom=0)
-    axes[0].set_ylabel("tokens per second")
-    axes[-1].legend(loc="lower left", fontsize=6.5)
+    axes[0].set_ylabel("speed, of the base alone")
+    axes[0].legend(loc="lower left", fontsize=6.5)
   return made
 
 

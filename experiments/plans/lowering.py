@@ -58,6 +58,22 @@ class AbstractStep(NamedTuple):
   def frozen(self) -> Frozen:
     return Frozen(self.model.frozen, self.model.projections)
 
+  def arguments(self, rows: int, length: int, slots: int = 1) -> Any:
+    """(a microbatch, the key, the rates) as shapes, for the same numbers."""
+    inputs = self.model.blueprint.family.inputs(rows, length, slots)
+    batch = {
+      **inputs,
+      "labels": jax.ShapeDtypeStruct((rows, slots), jnp.int32),
+      "weights": jax.ShapeDtypeStruct((rows, slots), jnp.float32),
+    }
+    rate = jax.ShapeDtypeStruct((), jnp.float32)
+    small = jax.eval_shape(jax.random.key, 0), dict.fromkeys(NUMBERS, rate)
+    made = (
+      placed(batch, self.mesh, BATCH),
+      *placed(small, self.mesh, REPLICATED),
+    )
+    return made if self.runs is None else stacked(made, self.runs)
+
   def compile(
     self,
     rows: int,
@@ -75,18 +91,7 @@ class AbstractStep(NamedTuple):
       effort: XLA's own setting, from -1 (least) to 1; 0 is its default.
       memory: bytes of a TPU chip that XLA plans for; None for what it has.
     """
-    inputs = self.model.blueprint.family.inputs(rows, length, slots)
-    batch = {
-      **inputs,
-      "labels": jax.ShapeDtypeStruct((rows, slots), jnp.int32),
-      "weights": jax.ShapeDtypeStruct((rows, slots), jnp.float32),
-    }
-    rate = jax.ShapeDtypeStruct((), jnp.float32)
-    small = jax.eval_shape(jax.random.key, 0), dict.fromkeys(NUMBERS, rate)
-    key, rates = placed(small, self.mesh, REPLICATED)
-    batch = placed(batch, self.mesh, BATCH)
-    if self.runs is not None:
-      batch, key, rates = stacked((batch, key, rates), self.runs)
+    batch, key, rates = self.arguments(rows, length, slots)
     lowered = self.step.lower_whole(self.frozen, batch, key, rates)
     options: dict[str, Any] = dict.fromkeys(EFFORTS, effort) if effort else {}
     if memory is not None:

@@ -172,7 +172,7 @@ the file's place. Written by `{found["command"]}`:
   family, method and format is in it.
 - Files of findings are kept in `tests/fuzz/found/`, and the tests read them.
 - Commands, mistyped, starved and interrupted, are tried by
-  `python -m tests.fuzz.commands`.
+  `python -m tests.fuzz.commands`; by `--disk` each on a full disk.
 """
 
 
