@@ -383,14 +383,14 @@ def main() -> None:
   lines = [
     line for line in COMMANDS if not (chosen.quick and line.startswith(HEAVY))
   ]
-  tried: list[Attempt] = []
+  attempts: list[Attempt] = []
   wrong: list[Attempt] = []
   ends = time.monotonic() + 60 * (chosen.minutes or 0)
   with tempfile.TemporaryDirectory() as top:
     place = Place(Path(top))
 
     def look(attempt: Attempt, number: int | str) -> None:
-      tried.append(attempt)
+      attempts.append(attempt)
       if finding := place.finding(attempt):
         wrong.append(attempt)
         print(f"{number}: {attempt}\n  {finding}", flush=True)
@@ -415,7 +415,7 @@ def main() -> None:
       if one:
         break
     place.clear()
-  print(f"{len(tried)} commands, {len(wrong)} findings")
+  print(f"{len(attempts)} commands, {len(wrong)} findings")
   for attempt in wrong:
     print(json.dumps(attempt))
   sys.exit(bool(wrong))
