@@ -35,8 +35,8 @@ sentences, 512 steps of 8, every run gave one and the same answer to all; hence
 five epochs of all sentences, 32 per step, beside them.
 own_pairs: the same on SST-2's other sentences, an upper bound for what a pair
 of another task can do.
-limit_rates: rates of DVoRA, and of VeRA on either pair. The adapters of the best
-runs were copied: `cp -r PAIRS/runs/BEST/adapter parts/pair_cola` and
+limit_rates: rates of DVoRA, and of VeRA on either pair. The best runs' adapters
+were copied: `cp -r PAIRS/runs/BEST/adapter parts/pair_cola` and
 `cp -r OWN_PAIRS/runs/BEST/adapter parts/pair_sst2`.
 limits: r = 1,024; DVoRA; another draw of A and B; either pair.
 
