@@ -2,7 +2,6 @@
 
   XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \\
     python -m benchmarks.step_growth
-  python -m benchmarks.step_growth --only=rank,layers  # the others' rows stay
 
 One step of VeRA (r = 256), of LoRA (r = 8) and of the frozen network, which
 trains one number per output of the same layers, on an encoder of MiniLM's width
@@ -18,7 +17,6 @@ and the figure of docs/scale.md.
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,10 +32,10 @@ from benchmarks.report import environment, interleaved, load, write
 from configs import minilm
 from experiments import cli
 from experiments.markdown import markdown_table
+from experiments.plans.figures import total
 from experiments.plans.frozen import frozen_network
 from experiments.plans.lowering import AbstractStep, abstract_step
 from vera_jax.errors import UserError
-from vera_jax.files import read_json
 from vera_jax.models.paper_sizes import roberta
 from vera_jax.pretrained.sharding import make_mesh
 from vera_jax.report.style import BLACK, METHOD_COLORS, STYLE, TEXT
@@ -51,7 +49,7 @@ GROWS = {
 }
 HERE = {"rank": 256, "tokens": 128, "layers": 6, "members": 1, "shards": 1}
 METHODS = {"vera": "VeRA", "lora": "LoRA", "frozen": "frozen network"}
-LORA_RANK = 8  # but where the rank grows
+LORA_RANK = 8  # where another number than the rank grows
 ROWS, VOCABULARY = 8, 1000
 MEASURED = {"seconds": "seconds per step", "bytes": "MB per device"}
 HEADER = [
@@ -66,25 +64,20 @@ Row = Mapping[str, Any]
 
 
 def define_flags() -> None:
-  flags.DEFINE_list("only", list(GROWS), "What grows; see above.")
   flags.DEFINE_integer("repetitions", 5, "Steps that are timed.", 1)
   flags.DEFINE_string("out", "results/benchmarks", "Where the file goes.")
 
 
 def main() -> None:
   options = flags.FLAGS
-  if unknown := [name for name in options.only if name not in GROWS]:
-    raise UserError(f"--only={unknown[0]}: choose from {', '.join(GROWS)}.")
   if jax.device_count() < max(GROWS["shards"]):
     raise UserError(
       f"There are {jax.device_count()} devices; eight are needed:"
       " XLA_FLAGS=--xla_force_host_platform_device_count=8"
     )
-  path = Path(options.out) / "step_growth.json"
   result = environment("step_growth")
-  kept = read_json(path)["rows"] if path.exists() else []
-  rows = [row for row in kept if row["grows"] not in options.only]
-  points = [(name, value) for name in options.only for value in GROWS[name]]
+  rows: list[Row] = []
+  points = [(name, value) for name, values in GROWS.items() for value in values]
   for name, value in track(points, "steps", len(points)):
     steps, memory = {}, {}
     for method in METHODS:
@@ -101,9 +94,8 @@ def main() -> None:
       }
       for method in METHODS
     ]
-    write(path.stem, {**result, "rows": rows}, folder=options.out)
   result |= {"load_after": load(), "rows": rows}
-  write(path.stem, result, folder=options.out)
+  path = write("step_growth", result, folder=options.out)
   print(markdown(result), path, sep="\n")
 
 
@@ -114,13 +106,6 @@ def prepared(
   size = {**HERE, name: value}
   shapes = step_of(method, size, rank_grows=name == "rank")
   program = shapes.compile(ROWS, size["tokens"])
-  planned = program.memory_analysis()
-  memory = (
-    planned.argument_size_in_bytes
-    + planned.output_size_in_bytes
-    + planned.temp_size_in_bytes
-    - planned.alias_size_in_bytes  # results in the place of arguments
-  )
   rng = np.random.default_rng(0)
 
   def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -143,7 +128,7 @@ def prepared(
     jax.block_until_ready(metrics)
 
   step()
-  return step, memory
+  return step, total(program)
 
 
 def step_of(

@@ -96,7 +96,7 @@ class Sweep:
     words = (MEMBERS, *self.flags, *flags)
     return self.launcher.start(workdir, *words, sweep=SWEEP, **options)
 
-  def signal(self, process: Process, number: signal.Signals) -> None:
+  def send(self, process: Process, number: signal.Signals) -> None:
     """To the sweep, its workers, and all of Ray's processes."""
     started = [
       one.process
@@ -190,7 +190,7 @@ def two_users(sweep: Sweep) -> Outcome:
 def asleep(sweep: Sweep) -> Outcome:
   """Stopped for longer than its lease; another machine takes over meanwhile."""
   workdir, first = sweep.begun("slept")
-  sweep.signal(first, signal.SIGSTOP)
+  sweep.send(first, signal.SIGSTOP)
   began = time.monotonic()
   # runs that are locked are left to their owner, until its lease has ended
   while True:
@@ -201,7 +201,7 @@ def asleep(sweep: Sweep) -> Outcome:
       break
     time.sleep(60)
   seconds = time.monotonic() - began
-  sweep.signal(first, signal.SIGCONT)
+  sweep.send(first, signal.SIGCONT)
   woke = first.end()
   good = sweep.is_whole(workdir, second, woke)
   return sweep.outcome(
@@ -302,11 +302,11 @@ def removed(sweep: Sweep) -> Iterator[Outcome]:
     workdir, process = sweep.begun(f"removed-{what}".replace(" ", "-"))
     targets = {"a run": training(workdir)[0], "its folder": workdir}
     target = targets.get(what, workdir / what)
-    sweep.signal(process, signal.SIGSTOP)
+    sweep.send(process, signal.SIGSTOP)
     away = sweep.launcher.folder / "away"
     target.rename(away)
     began = time.monotonic()
-    sweep.signal(process, signal.SIGCONT)
+    sweep.send(process, signal.SIGCONT)
     ended = process.end()
     seconds = time.monotonic() - began
     shutil.rmtree(away) if away.is_dir() else away.unlink()

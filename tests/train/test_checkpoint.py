@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 from contextlib import ExitStack
 
@@ -191,20 +192,21 @@ def test_a_disk_that_fills_up_is_one_error(tmp_path, capfd):
   assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("remove", [shutil.rmtree, lambda f: f.rename(f"{f}-")])
 def test_a_folder_that_is_removed_in_a_save_leaves_nothing(
-  tmp_path, monkeypatch
+  remove, tmp_path, monkeypatch
 ):
   """Orbax would make it anew, and the next start would refuse it."""
-  folder, away = tmp_path / "run/checkpoints", tmp_path / "away"
+  folder = tmp_path / "run/checkpoints"
   with Checkpoints(folder) as saves:
     saves.save(1, state(), {})
     real = saves._manager.save
 
     def after_removal(*args, **options):
-      folder.rename(away)
+      remove(folder)
       return real(*args, **options)
 
     monkeypatch.setattr(saves._manager, "save", after_removal)
     with pytest.raises(FileNotFoundError, match="run/checkpoints"):
       saves.save(2, state(), {})
-  assert not folder.exists() and steps(away) == [1]
+  assert not folder.exists()

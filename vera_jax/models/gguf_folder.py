@@ -361,8 +361,8 @@ def module_in_file(name: str, architecture: Architecture) -> str:
   names = {theirs: ours for ours, theirs in architecture.modules.items()}
   # a file of the network without its head has no first word in its names
   base = architecture.modules["token_embd"].split(".")[0]
-  found = names.get(module, names.get(f"{base}.{module}", ""))
-  return found.format(layer[0] if layer else "")
+  pattern = names.get(module, names.get(f"{base}.{module}", ""))
+  return pattern.format(layer[0] if layer else "")
 
 
 def module_of(name: str, architecture: Architecture) -> str:

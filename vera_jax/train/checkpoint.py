@@ -10,7 +10,8 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -171,20 +172,10 @@ class Checkpoints:
       ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def check_folder() -> None:
-      # Orbax makes a folder anew that was removed meanwhile. What it put there
-      # alone would be taken for a run whose config is missing.
-      if inode is not None and self._folder.stat().st_ino != inode:
-        shutil.rmtree(self._folder)
-        gone = errno.ENOENT
-        raise FileNotFoundError(gone, os.strerror(gone), str(self._folder))
-
     try:
       on_first(check_room)
-      local = not is_remote(self._folder)
-      inode = self._folder.stat().st_ino if local else None
-      self._manager.save(step, args=items)
-      on_first(check_folder)
+      with not_anew(self._folder):
+        self._manager.save(step, args=items)
       on_first(lambda: write_manifest(self._folder / str(step), fields))
     except Exception as error:  # of whichever layer met the full disk
       if not is_disk_full(error, self._folder):
@@ -237,6 +228,32 @@ class Checkpoints:
       f"The save of step {step} can't be read: {reason}. The same command sets"
       f" it aside and goes on from the save before it, or without {folder}."
     )
+
+
+@contextmanager
+def not_anew(folder: Path) -> Iterator[None]:
+  """Holds that a local folder which is removed meanwhile stays removed.
+
+  Orbax would make it anew for a save, and the next start would take that for a
+  run whose config is missing.
+
+  Raises:
+    FileNotFoundError: it was removed; a new one in its place is removed, too.
+  """
+  if is_remote(folder):  # a store has no folders
+    yield
+    return
+  held = os.open(folder, os.O_RDONLY)  # no other folder can get its inode
+  try:
+    yield
+    if not os.path.samestat(os.fstat(held), folder.stat()):
+      # each process does this, where there are several
+      shutil.rmtree(folder, ignore_errors=True)
+      raise FileNotFoundError(
+        errno.ENOENT, os.strerror(errno.ENOENT), str(folder)
+      )
+  finally:
+    os.close(held)
 
 
 def good_save(step: int | None) -> str:

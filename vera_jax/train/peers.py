@@ -143,8 +143,8 @@ class Peers:
       causes = {n for n in ended if self._records[n]["sure"]} or ended
       codes = {self._records[n]["code"] for n in causes}
       reasons = [self._reason(n) for n in sorted(causes - {self._number})]
-      # One that is sure has an error of its own, or says whose it ended for;
-      # that may be this process's, if the other was the first to end.
+      # A process that is sure had an error of its own, or says which process
+      # made it end: it may be this one, whose traceback is then needed.
       mine = self._name(self._number)
       certain = [self._records[n] for n in causes if self._records[n]["sure"]]
       if all(mine in record["because"] for record in certain):
@@ -201,7 +201,7 @@ class Peers:
       self.write(self._number, "".join(lines))
 
   def hold(self, error: Exception) -> None:
-    """Keep its traceback until no other process is found to be the cause."""
+    """Keep its traceback until no other process turns out to be the cause."""
     self._traceback = "".join(traceback.format_exception(error))
 
   def _show_traceback(self) -> None:
