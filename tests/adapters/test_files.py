@@ -73,6 +73,11 @@ def test_both_files_are_there(tmp_path, scan):
   }
 
 
+def test_leaves_are_read_in_the_same_order_each_time(random_adapter):
+  folder = random_adapter()
+  assert len({tuple(load_adapter(folder).tensors) for _ in range(5)}) == 1
+
+
 def test_what_was_saved_is_read(random_adapter):
   folder = random_adapter()
   saved = load_adapter(str(folder))

@@ -327,7 +327,8 @@ def load_adapter(name: str | Path) -> SavedAdapter:
       " differs. It is damaged or another adapter's; copy both again."
     )
   try:
-    arrays = unstack_layers(load(data))
+    # sorted, for safetensors gives them in another order each time
+    arrays = unstack_layers(dict(sorted(load(data).items())))
   except UserError as error:
     raise UserError(f"{file}: {error}") from error
   except (SafetensorError, ValueError, KeyError, OverflowError) as error:
