@@ -60,9 +60,12 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
   others = {line.group or name for name, line in METHODS.items()} - {*used}
   settings = {k: v for k, v in config.items() if k not in {*FREE, *others}}
   for group in (*FREE_IN, *used):
+    of_group = settings.get(group)
+    if not isinstance(of_group, Mapping):  # in a config.json that was changed
+      continue
     if left := {
       k: v
-      for k, v in settings.get(group, {}).items()
+      for k, v in of_group.items()
       if k not in FREE_IN.get(group, ()) and (v or k not in IF_SET)
     }:
       settings[group] = left
