@@ -17,9 +17,11 @@ from vera_jax.places import list_files, place
 from vera_jax.train import loop
 from vera_jax.train.run import Run
 from vera_jax.train.workdir import (
+  BEGAN,
   StoreLost,
   check_workdir,
   explain_full_disk,
+  first_start,
   identity_code,
   lock_workdir,
   write_config,
@@ -226,3 +228,13 @@ def test_a_folder_that_not_all_hosts_share_is_refused_by_all(tmp_path, bucket):
   for said, code in [*of_two(one, one), *of_two(*[f"{bucket}/shared"] * 2)]:
     assert code == 0, said
   assert not list(one.iterdir()) and not list_files(place(f"{bucket}/shared"))
+
+
+def test_when_a_run_began_is_kept_but_not_in_a_folder(tmp_path):
+  assert first_start(tmp_path, 5.5) == first_start(tmp_path, 9) == 5.5
+  (tmp_path / BEGAN).write_text("yesterday")
+  assert first_start(tmp_path, 9) == 9
+  (tmp_path / BEGAN).unlink()
+  (tmp_path / BEGAN).mkdir()
+  with pytest.raises(UserError, match="Remove it"):
+    first_start(tmp_path, 9)

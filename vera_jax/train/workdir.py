@@ -142,6 +142,11 @@ def first_start(workdir: Path, now: float) -> float:
   try:
     return float(read_bytes(path, inside=workdir, limit=100))
   except (FileNotFoundError, UserError, ValueError):
+    if path.is_dir():
+      raise UserError(
+        f"{path} is a folder, and a run keeps the time when it began there."
+        " Remove it."
+      ) from None
     write_text(path, f"{now}\n")
   return now
 
