@@ -133,10 +133,13 @@ def load_sweep(*folders: str | Path) -> Sweep:
       _check(result, READ, "it")
       for group in groups_of(result["method"]).values():
         _check(result["config"].get(group, {}).get("rank", 0), NUMBER, "rank")
-      if result.get("test"):
+      if "test" in result:
         _check(result["test"], TEST, "test")
-        _check(dict(result["test"]["scores"]), NUMBER, "test.scores")
-      _check(result.get("learning_rates", {}), NUMBER, "learning_rates")
+        _check_numbers(result["test"]["scores"], "test.scores")
+      if "general" in result:
+        _check(result["general"], {}, "general")
+        _check(result["general"].get(FORGETTING, 0), NUMBER, FORGETTING)
+      _check_numbers(result.get("learning_rates", {}), "learning_rates")
       names = ("task", "method", "seed", "data")
       same = [settings_of(result), *(result.get(name) for name in names)]
       key = json.dumps(same, sort_keys=True)
@@ -181,18 +184,19 @@ def _check(value: Any, kind: Any, name: str) -> None:
 
   Args:
     value: the part.
-    kind: its types; by name, those of what it holds. An object in place of a
-      number is one of numbers.
+    kind: its types; by name, those of what it holds.
     name: the part's name.
   """
   if isinstance(kind, Mapping) and isinstance(value, Mapping):
     for key, inner in kind.items():
       _check(value.get(key), inner, key)
-  elif isinstance(value, Mapping) and kind is NUMBER:
-    for key, inner in value.items():
-      _check(inner, NUMBER, key)
   elif isinstance(kind, Mapping) or not isinstance(value, kind):
     raise TypeError(f"{name} is {value!r}"[:100])
+
+
+def _check_numbers(value: Any, name: str) -> None:
+  """The same of an object of numbers."""
+  _check(value, dict.fromkeys(value, NUMBER), name)
 
 
 def frame(
