@@ -375,4 +375,4 @@ def show(result: Mapping[str, Any]) -> None:
 
 if __name__ == "__main__":
   define_flags()
-  cli.run(main, usage=__doc__)
+  cli.run(main, usage=__doc__, torch=True)

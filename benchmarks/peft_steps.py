@@ -286,4 +286,4 @@ def _distances(method: str, ours: Trained, theirs: Trained) -> dict[str, Any]:
 
 if __name__ == "__main__":
   define_flags()
-  cli.run(main, usage=__doc__)
+  cli.run(main, usage=__doc__, torch=True)

@@ -313,4 +313,4 @@ def by_difference(write_words: Callable[[int], None], words: int) -> float:
 
 if __name__ == "__main__":
   define_flags()
-  cli.run(main, usage=__doc__)
+  cli.run(main, usage=__doc__, torch=True)

@@ -14,7 +14,7 @@ import tempfile
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,7 @@ from experiments.settings import CONFIGS, settings
 from vera_jax.adapters.method import IN_CONFIG
 from vera_jax.adapters.methods import METHODS, check_key, links_of, near_keys
 from vera_jax.errors import EXIT_CODE, Interrupted, UserError
+from vera_jax.imports import without
 from vera_jax.places import local_copy
 from vera_jax.terminal import LINES, Console, printable
 from vera_jax.train.start import count_from_process_start
@@ -61,6 +62,7 @@ def run(
   usage: str | None,
   operands: bool = False,
   others: bool = False,
+  torch: bool = False,
 ) -> None:
   """Parse the flags, call `main` and exit by `EXIT_CODES`.
 
@@ -71,6 +73,9 @@ def run(
     usage: what --help shows first.
     operands: whether `main` takes a list of the arguments that are no flags.
     others: whether flags that are not defined are in that list too.
+    torch: whether it uses torch. Else no library imports it where it is
+      installed: transformers would, for its models, which takes seconds and
+      150 MB.
   """
   count_from_process_start()
   sys.unraisablehook = raise_again
@@ -108,7 +113,8 @@ def run(
     work = partial(main, argv[1:]) if operands else main
     if is_set("json"):
       work = partial(_as_json, work)
-    code = exit_code(work)
+    with nullcontext() if torch else without("torch"):
+      code = exit_code(work)
     if "vera_jax.train.peers" in sys.modules:
       sys.modules["vera_jax.train.peers"].leave(code)
     sys.exit(code)

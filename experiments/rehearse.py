@@ -371,4 +371,4 @@ def _make_images(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-  cli.run(main, usage=__doc__)
+  cli.run(main, usage=__doc__, torch=True)

@@ -232,4 +232,4 @@ def predicted(classifier: Classifier, fixtures: Fixtures) -> np.ndarray:
 
 if __name__ == "__main__":  # the flag too, since a test imports this module
   OUT = flags.DEFINE_string("out", "docs", "Where tour.md and tour.json go.")
-  cli.run(main, usage=__doc__)
+  cli.run(main, usage=__doc__, torch=True)

@@ -8,7 +8,6 @@ speed/tokens_per_second, with the step's learning rates.
 import errno
 import json
 import logging
-import sys
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from flax.traverse_util import flatten_dict
 from vera_jax import results
 from vera_jax.errors import UserError
 from vera_jax.files import DATA, read_bytes, write_file, write_text
+from vera_jax.imports import without
 from vera_jax.places import Mirror, is_remote
 from vera_jax.train.workdir import DAMAGED, require_lock
 
@@ -236,14 +236,8 @@ def _summary_writer() -> "type[SummaryWriter]":
   Where they are installed tensorboardX imports them, torch to know its arrays:
   190 MB of memory, and seconds. Its files are local here.
   """
-  hidden = {"torch", "boto3", "google.cloud.storage"} - sys.modules.keys()
-  for name in hidden:
-    sys.modules[name] = None  # type: ignore[assignment]  # not found then
-  try:
+  with without("torch", "boto3", "google.cloud.storage"):
     from tensorboardX import SummaryWriter
-  finally:
-    for name in hidden:
-      del sys.modules[name]
   return SummaryWriter
 
 
