@@ -17,6 +17,7 @@ from tests.faults.fixtures import DATA, Launcher, Process
 from vera_jax.errors import UserError
 
 CLIENTS = 8  # requests at once
+PACE = 20  # requests begun in a second, at most: 72,000 take an hour
 NEW = 8  # tokens of a text
 LONG = {"n_positions": 64}  # tokens of the decoder
 
@@ -153,13 +154,13 @@ def requests(folder: Path, count: int) -> Iterator[Running]:
   with ended(process):
     port = address(process)
     answered = itertools.count(1)
-    so_far = 0
+    so_far, began = 0, time.monotonic()
     stop = threading.Event()
 
     def ask_on(client: int) -> None:
       nonlocal so_far
       for number in range(client, count, CLIENTS):
-        if stop.is_set():
+        if stop.wait(max(0, began + number / PACE - time.monotonic())):
           return
         ask(port, number, folder)
         so_far = next(answered)
