@@ -24,7 +24,7 @@ from vera_jax.files import HOME, say_uncached
 from vera_jax.train.flops import flops_of
 
 # glibc's mallopt(3): numbers from malloc.h
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _NEVER, _PAD = 2**31 - 1, 2**26  # bytes
 _CORES = 4  # that the compiling of one program can use
 T = TypeVar("T")
@@ -85,6 +85,7 @@ def keep_freed_memory() -> None:
     (_MMAP_MAX, 0),  # large blocks come from the heap, where they stay
     (_TRIM_THRESHOLD, _NEVER),  # the heap's end is not given back
     (_TOP_PAD, _PAD),  # and it grows in pieces that are worth a system call
+    (_ARENA_MAX, 1),  # later threads share it: memory lies in fewer pieces
   ):
     libc.mallopt(option, value)
 
