@@ -15,4 +15,4 @@ def without(*names: str) -> Iterator[None]:
     yield
   finally:
     for name in hidden:
-      del sys.modules[name]
+      sys.modules.pop(name, None)
