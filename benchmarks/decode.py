@@ -354,4 +354,4 @@ def markdown(result: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
   define_flags()
-  cli.run(main, usage=__doc__, torch=True)
+  cli.run(main, usage=__doc__)

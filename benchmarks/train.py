@@ -402,4 +402,4 @@ def compared(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 if __name__ == "__main__":
   define_flags()
-  cli.run(main, usage=__doc__, torch=True)
+  cli.run(main, usage=__doc__)

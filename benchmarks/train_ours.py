@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks.process import Settings, serve
-from vera_jax.imports import without
+from vera_jax.imports import no_torch_in_transformers
 from vera_jax.train.loop import train_and_evaluate
 
 
@@ -15,7 +15,7 @@ def train(settings: Settings) -> dict[str, Any]:
   """Scores of each epoch, numbers trained."""
   imported = time.time()
   config = ConfigDict(settings["config"])
-  with without("torch"):  # as in a command
+  with no_torch_in_transformers():  # as in a command
     result = train_and_evaluate(config, settings["workdir"])
   parameters = result["parameters"]
   memory = jax.local_devices()[0].memory_stats() or {}

@@ -31,7 +31,7 @@ from experiments.settings import CONFIGS, settings
 from vera_jax.adapters.method import IN_CONFIG
 from vera_jax.adapters.methods import METHODS, check_key, links_of, near_keys
 from vera_jax.errors import EXIT_CODE, Interrupted, UserError
-from vera_jax.imports import without
+from vera_jax.imports import no_torch_in_transformers
 from vera_jax.places import local_copy
 from vera_jax.terminal import LINES, Console, printable
 from vera_jax.train.start import count_from_process_start
@@ -73,9 +73,7 @@ def run(
     usage: what --help shows first.
     operands: whether `main` takes a list of the arguments that are no flags.
     others: whether flags that are not defined are in that list too.
-    torch: whether it uses torch. Else no library imports it where it is
-      installed: transformers would, for its models, which takes seconds and
-      150 MB.
+    torch: whether it uses torch. Else transformers doesn't import it either.
   """
   count_from_process_start()
   sys.unraisablehook = raise_again
@@ -113,7 +111,7 @@ def run(
     work = partial(main, argv[1:]) if operands else main
     if is_set("json"):
       work = partial(_as_json, work)
-    with nullcontext() if torch else without("torch"):
+    with nullcontext() if torch else no_torch_in_transformers():
       code = exit_code(work)
     if "vera_jax.train.peers" in sys.modules:
       sys.modules["vera_jax.train.peers"].leave(code)

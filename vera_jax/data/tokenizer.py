@@ -5,6 +5,7 @@ from typing import Any
 
 from vera_jax.errors import UserError
 from vera_jax.files import read_json
+from vera_jax.imports import transformers
 from vera_jax.models.family import FAMILIES, family_of
 from vera_jax.models.tokenizer_files import check_tokenizer
 from vera_jax.places import local_copy
@@ -40,13 +41,11 @@ def load_tokenizer(folder: str | Path) -> Any:
       "or vocab.json and merges.txt."
     )
   configs = ("config.json", "tokenizer_config.json", "tokenizer.json")
-  import transformers  # takes seconds, so not before it is needed
-
   name = "AutoTokenizer" if any(map(has, configs)) else by_vocabulary
   if _is_own(folder):  # AutoTokenizer would warn of a config it can't place
     name = "PreTrainedTokenizerFast"
   try:
-    tokenizer = getattr(transformers, name).from_pretrained(
+    tokenizer = getattr(transformers(), name).from_pretrained(
       str(folder), local_files_only=True, trust_remote_code=False
     )
     # Some damaged ones panic only here, and one without a token for what it

@@ -233,8 +233,7 @@ class TensorBoard:
 def _summary_writer() -> "type[SummaryWriter]":
   """tensorboardX's writer, imported without torch and clients of stores.
 
-  Where they are installed tensorboardX imports them, torch to know its arrays:
-  190 MB of memory, and seconds. Its files are local here.
+  Its files are local here, and torch it imports to know its arrays.
   """
   with without("torch", "boto3", "google.cloud.storage"):
     from tensorboardX import SummaryWriter
