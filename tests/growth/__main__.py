@@ -88,17 +88,16 @@ jax {jax}.
 
 - **Training** evaluates and saves every 500 steps, **evaluating** every ten.
 - **Predicting** and **writing** read a file of as many lines.
-- **Serving** answers eight clients at once, 20 requests in a second, so for an
-  hour. Three in ten requests are streams, one of which is left after its first
-  bytes; one in ten names an adapter that there is not; one replaces an adapter
-  by itself from its folder.
+- **Serving** answers eight clients at once, at most 20 requests in a second.
+  Three in ten requests are streams, one of which is left after its first bytes;
+  one in ten names an adapter that there is not; one replaces an adapter by
+  itself from its folder.
 - The models are tiny, so that what is lost in a step shows beside them: the
   classifier has two layers of width 16, the decoder two of width 8.
 - What grows in **evaluating** are saves: alone in a process 1,200 of them leave
-  26 kB each, in one arena of glibc's. Three fifths are lists of tensorstore's
-  metrics, which orbax asks for at each save and tensorstore (0.1.75 to 0.1.86)
-  does not free: without that question 11 kB are left. In several arenas the
-  memory is in more pieces, and 240 saves leave 60 kB each, 48 kB without.
+  26 kB each. Three fifths of it are lists of tensorstore's metrics, which orbax
+  asks for at each save and tensorstore (0.1.75 to 0.1.86) does not free; where
+  the rest is was not found.
 - `growth.json` has all samples. A short form is part of `make test-all`.
 """
 

@@ -17,7 +17,7 @@ from tests.faults.fixtures import DATA, Launcher, Process
 from vera_jax.errors import UserError
 
 CLIENTS = 8  # requests at once
-PACE = 20  # requests begun in a second, at most: 72,000 take an hour
+PACE = 20  # requests begun in a second, at most
 NEW = 8  # tokens of a text
 LONG = {"n_positions": 64}  # tokens of the decoder
 
