@@ -42,7 +42,7 @@ from vera_jax.results import provenance
 OUT = flags.DEFINE_string("out", "docs", "Where faults.md and faults.json go.")
 KILLS = flags.DEFINE_integer("kills", 20, "Times of kill -9 in one run.")
 TERMS = flags.DEFINE_integer("terms", 5, "Times of SIGTERM in one run.")
-SWEEPS = flags.DEFINE_integer("sweeps", 5, "Sweeps that each engine trains.")
+SWEEPS = flags.DEFINE_integer("sweeps", 10, "Sweeps that each engine trains.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the random moments.")
 FOLDER = flags.DEFINE_string("folder", None, "Unset: a temporary one.")
 ONLY = flags.DEFINE_list(
