@@ -44,8 +44,9 @@ def load_tokenizer(folder: str | Path) -> Any:
   name = "AutoTokenizer" if any(map(has, configs)) else by_vocabulary
   if _is_own(folder):  # AutoTokenizer would warn of a config it can't place
     name = "PreTrainedTokenizerFast"
+  library = transformers()  # its errors are not the tokenizer's
   try:
-    tokenizer = getattr(transformers(), name).from_pretrained(
+    tokenizer = getattr(library, name).from_pretrained(
       str(folder), local_files_only=True, trust_remote_code=False
     )
     # Some damaged ones panic only here, and one without a token for what it
