@@ -185,7 +185,7 @@ PROGRAMS = {
   "evaluating": Program("evaluations and saves", 200, evaluations),
   "predicting": Program("lines", 20_000, lines),
   "writing": Program("texts", 2_000, texts),
-  "serving": Program("requests", 45_000, requests),
+  "serving": Program("requests", 72_000, requests),
 }
 
 
