@@ -76,7 +76,12 @@ def test_libtpu_is_left_alone_where_there_is_no_tpu(
     jax.config.update("jax_platforms", before)
 
 
-def test_a_program_compiled_in_the_background_is_not_compiled_again():
+@pytest.mark.parametrize("cores", [1, 4])
+def test_a_program_compiled_in_the_background_is_not_compiled_again(
+  cores, monkeypatch
+):
+  """On one core it is compiled where it is waited for."""
+  monkeypatch.setattr(os, "cpu_count", lambda: cores)
   traced = []
 
   @jax.jit
@@ -88,6 +93,7 @@ def test_a_program_compiled_in_the_background_is_not_compiled_again():
   for size in (2, 3, 2):
     x = jax.ShapeDtypeStruct((size,), jnp.float32)
     programs.compile(size, lambda x=x: double.trace(x))
+  assert cores > 1 or not traced
   for size in (2, 3):
     programs.wait(size)
     assert double(jnp.ones(size)).tolist() == [2.0] * size

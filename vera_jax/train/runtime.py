@@ -134,8 +134,10 @@ class Background:
   """Compiles programs in other threads while what is compiled runs.
 
   Few at a time, in the order in which they are asked for: one keeps several
-  cores busy. Calls of a jitted function wait for nothing: `wait` before them,
-  or it is compiled twice.
+  cores busy. Where steps run on fewer cores than that, each program waits until
+  it is needed: compiling beside a step would save no time, and take memory on
+  top of the step's. Calls of a jitted function wait for nothing: `wait` before
+  them, or it is compiled twice.
 
   Attributes:
     flops: of each program that has been waited for.
@@ -144,13 +146,17 @@ class Background:
   def __init__(self) -> None:
     # at most so many at once, or they would only slow down each other and the
     # one that is waited for
-    count = max(1, (os.cpu_count() or 1) // _CORES)
-    self._pool = ThreadPoolExecutor(count, "compile")
+    count = (os.cpu_count() or 1) // _CORES
+    self._pool = ThreadPoolExecutor(max(1, count), "compile")
+    self._ahead = count > 0 or jax.default_backend() != "cpu"
+    self._later: dict[Hashable, Callable[[], Compiled]] = {}
     self._tasks: dict[Hashable, Future[Compiled]] = {}
     self.flops: dict[Hashable, float] = {}
 
   def compile(self, name: Hashable, trace: Callable[[], Traced]) -> None:
-    """Begin with a program, unless it has been begun.
+    """Begin with a program, at once or when it is waited for.
+
+    Nothing happens where it has been asked for before.
 
     Args:
       name: what `wait` knows it by.
@@ -160,6 +166,8 @@ class Background:
     def compiled() -> Compiled:
       # What it returns is kept by nobody: jax finds the program by itself when
       # the jitted function is called with such arguments.
+      if not self._ahead:  # no step runs, and what the last one used is free
+        return_freed_memory()
       traced = trace()
       self.flops[name] = flops_of(traced.jaxpr.jaxpr)
       program = traced.lower().compile()
@@ -167,18 +175,25 @@ class Background:
       return program
 
     if name not in self._tasks:
-      self._tasks[name] = self._pool.submit(compiled)
+      self._later.setdefault(name, compiled)
+      if self._ahead:
+        self._begin(name)
 
   def wait(
     self, name: Hashable, *, unless: Callable[[], bool] = lambda: False
   ) -> None:
     """Until the program is compiled; its errors are raised here.
 
-    One that was not begun is compiled by its first call. `unless` is asked now
-    and then, and when it holds this returns before.
+    One that was not asked for is compiled by its first call. `unless` is asked
+    now and then, and when it holds this returns before.
     """
+    if name in self._later:
+      self._begin(name)
     task = self._tasks.get(name)
     while task and not task.done() and not unless():
       wait([task], 0.5)
     if task and task.done():
       task.result()
+
+  def _begin(self, name: Hashable) -> None:
+    self._tasks[name] = self._pool.submit(self._later.pop(name))
