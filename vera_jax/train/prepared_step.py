@@ -23,7 +23,8 @@ class PreparedStep:
   program, which an ensemble's runs share.
 
   It compiles for each shape of a microbatch in other threads: the shapes of the
-  first step while nothing else can be done, the others while steps run.
+  first step while nothing else can be done, the others while steps run, or as
+  they come (`Background`).
   """
 
   def __init__(

@@ -237,7 +237,7 @@ class Setup(NamedTuple):
     )
 
   def compile_evaluation(self) -> None:
-    """In the background, while the first steps run."""
+    """In the background: it is waited for before an evaluation."""
     batch = self.put_sample(self.data.eval_sample())
     params, evaluate = self.shape.params, self.evaluate
     if (parts := self.mesh.shape[RUNS]) > 1:
