@@ -95,7 +95,7 @@ jax {jax}.
 - The models are tiny, so that what is lost in a step shows beside them: the
   classifier has two layers of width 16, the decoder two of width 8.
 - What grows in **evaluating** are saves: alone in a process each leaves 11 kB.
-  Four of them are JSON values that tensorstore (0.1.75 to 0.1.86) gives to orbax
+  Four of them are JSON values that tensorstore (0.1.75 to 0.1.86) gives orbax
   and never frees; where the rest is was not found. `train/checkpoint.py` has it
   not asked for its metrics, which were 18 kB more.
 - `growth.json` has all samples. A short form is part of `make test-all`.
