@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vera_jax.errors import UserError
 from vera_jax.pretrained.sharding import make_mesh
-from vera_jax.train.checkpoint import Checkpoints
+from vera_jax.train.checkpoint import Checkpoints, without_metrics
 
 
 def state(value=0.0, sharding=None):
@@ -63,6 +64,23 @@ def test_the_same_step_twice_is_harmless(tmp_path):
     saves.save(1, state(2.0), {"a": 2})
     restored, progress = saves.restore(1, state())
   assert progress == {"a": 1} and restored["d"][0] == 1.0
+
+
+def test_a_save_asks_for_no_metrics(tmp_path, monkeypatch):
+  """tensorstore would never free them."""
+  name, asked = "experimental_collect_matching_metrics", []
+
+  def collect(*args, **options):
+    asked.append(args)
+    return []
+
+  monkeypatch.setattr(tensorstore, name, collect)
+  with Checkpoints(tmp_path) as saves:
+    saves.save(1, state(), {})
+  assert not asked and getattr(tensorstore, name) is collect
+  monkeypatch.delattr(tensorstore, name)  # as a later version may lack it
+  with without_metrics():
+    assert not hasattr(tensorstore, name)
 
 
 def test_a_save_goes_on_another_mesh(tmp_path):
