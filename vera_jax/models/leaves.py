@@ -258,11 +258,11 @@ def _largest(leaf: Leaf, place: Place | None) -> dict[Any, np.ndarray]:
   def read(index: Index) -> np.ndarray:
     *_, rows, _ = bounds(index, shape)
     first, last = (row * part_inputs for row in rows)
-    found = np.zeros([b - a for a, b in bounds(index, shape)], np.float32)
+    largest = np.zeros([b - a for a, b in bounds(index, shape)], np.float32)
     inside = (*index[:-2], slice(first, last), index[-1])
     for number, _, part, kernel in _kernels(leaf, inside):
-      found[number][:, part] = np.abs(kernel.astype(np.float32)).max(axis=0)
-    return found
+      largest[number][:, part] = np.abs(kernel.astype(np.float32)).max(axis=0)
+    return largest
 
   leaf = leaf._replace(advance=_unseen)
   shape = (*stack, inputs // part_inputs, outputs)

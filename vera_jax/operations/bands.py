@@ -188,9 +188,9 @@ def _forward_in_turn(query, key, value, mask):
     return context.reshape(turn[0].shape), total.reshape(*of_heads, 1)
 
   turns = _in_turn(query, 3), _in_turn(mask, 1)
-  found = jax.lax.map(compare, turns)
+  compared = jax.lax.map(compare, turns)
   context, total = (
-    jnp.moveaxis(x, 0, 3).reshape(*query.shape[:4], -1) for x in found
+    jnp.moveaxis(x, 0, 3).reshape(*query.shape[:4], -1) for x in compared
   )
   return context, (query, key, value, mask, context, total)
 
