@@ -75,8 +75,9 @@ For those whose runs and servers stay up.
 
 What a command holds while it runs for long: memory of its own, open files and
 threads. The last three columns say by what share each is more at the end than
-in the middle, on the straight line that fits the second half. At most
-{MOST:.0%} is allowed; beyond it: {grown}.
+in the middle, on a straight line through the second half whose slope is the
+median of those between any two samples. At most {MOST:.0%} is allowed; beyond
+it: {grown}.
 
 Written by `{made["command"]}` on {made["cores"]} CPU cores, beside other work;
 jax {jax}.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from tests.growth.programs import Program, Running
 from vera_jax.errors import UserError
@@ -79,14 +80,18 @@ def watch(running: Running, count: int) -> list[Sample]:
 def growth(samples: Sequence[Sample], held: str) -> float:
   """By what share more is held at the end than in the middle.
 
-  The ends are those of the straight line that fits the second half best: what
-  is held goes up and down.
+  The ends are those of a straight line through the second half. Its slope is
+  the median of the slopes between any two samples (Theil and Sen), which a file
+  that is open at one of them doesn't move.
   """
   done = np.array([sample.done for sample in samples], float)
   values = np.array([getattr(sample, held) for sample in samples], float)
   later = done >= done[-1] / 2
-  slope, start = np.polyfit(done[later], values[later], 1)
-  middle, end = (start + slope * x for x in (done[-1] / 2, done[-1]))
+  with np.errstate(invalid="ignore"):  # of the interval, when samples are equal
+    line = stats.theilslopes(values[later], done[later])
+  middle, end = (
+    line.intercept + line.slope * x for x in (done[-1] / 2, done[-1])
+  )
   return float(end / middle - 1)
 
 

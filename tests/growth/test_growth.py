@@ -9,13 +9,13 @@ SHORT = 0.1  # by which memory may grow: caches fill in the first minute
 
 
 def test_growth_is_that_of_the_second_half():
-  values = [100, 50, 110, 111, 112, 113, 114]  # it begins with what it loads
-  samples = [
-    Sample(done, value, 7, 3 + done % 2) for done, value in enumerate(values)
-  ]
-  assert growth(samples, "memory") == pytest.approx(114 / 111 - 1)
+  values = [100, 50, 60, 70, *range(110, 115)]  # it begins with what it loads
+  samples = [Sample(done, value, 7, 3) for done, value in enumerate(values)]
+  assert growth(samples, "memory") == pytest.approx(114 / 110 - 1)
+  samples[-1] = samples[-1]._replace(files=9)
   assert growth(samples, "files") == pytest.approx(0)
-  assert growth([*samples, Sample(7, 130, 9, 3)], "files") > MOST
+  leaking = [Sample(done, 100, 4 + done // 4, 3) for done in range(25)]
+  assert growth(leaking, "files") > MOST
 
 
 @pytest.mark.slow
