@@ -162,6 +162,7 @@ def plan(
     result |= {
       "temporaries": used.temp_size_in_bytes,
       "arguments": used.argument_size_in_bytes,
+      "peak": used.peak_memory_in_bytes + used.generated_code_size_in_bytes,
       "total": totals[rows],
       "room": pod.memory,
       "fits": total(compiled) <= pod.memory,

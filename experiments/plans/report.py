@@ -81,18 +81,24 @@ def rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
     sizes = made["mesh"]
     return f"{sizes['data']} × {sizes['fsdp']} × {sizes['tensor']}"
 
+  def peak(made: Mapping[str, Any]) -> str:
+    return _megabytes(made.get("peak"))
+
   def seconds(made: Mapping[str, Any]) -> str:
     if "bound" not in made:
       return "-"
     return f"{made['bound']:.3g} ({_binding(made)})"
 
   # what older files lack has no row
-  newer = [made for made in result["methods"].values() if "checkpoint" in made]
+  methods = result["methods"].values()
+  newer = [made for made in methods if "checkpoint" in made]
+  newest = [made for made in methods if "peak" in made]
   texts: dict[str, Callable[[Any], str]] = {
     **({"mesh: data × fsdp × tensor": mesh} if newer else {}),
     "rows per batch (per chip)": _rows,
     **{f"MB {name}": partial(stored, kind) for kind, name in KINDS.items()},
     "MB temporaries": lambda m: _megabytes(m.get("temporaries")),
+    **({"MB at once, at most": peak} if newest else {}),
     "MB in all, as laid out": lambda m: _megabytes(m["total"]),
     "fits": lambda m: "yes" if m["fits"] else "NO",
     "TFLOP per step and chip": lambda m: teraflop(m, 1),
@@ -202,7 +208,7 @@ def at_scale(results: Iterable[Mapping[str, Any]]) -> str:
   """
   columns = (
     *("model", "chips", "data × fsdp × tensor", "rows × tokens", "method"),
-    *("GiB a chip", "FLOPs over frozen", "GB received"),
+    *("GiB a chip (laid out)", "FLOPs over frozen", "GB received"),
     *("MB of a checkpoint", "seconds at least"),
   )
   lines = []
@@ -213,6 +219,8 @@ def at_scale(results: Iterable[Mapping[str, Any]]) -> str:
     for name, made in methods.items():
       sizes = [made["mesh"][axis] for axis in ("data", "fsdp", "tensor")]
       total = f"{made['total'] / 2**30:.2f}" if made["total"] else "too much"
+      if made["fits"]:
+        total = f"{made['peak'] / 2**30:.2f} ({total})"
       line = [
         result["model"].rpartition("/")[2],
         result["topology"],

@@ -52,7 +52,7 @@ def assert_alike(one, other, slope):
 @pytest.mark.parametrize("longest", [33, None, "in turn"])
 @pytest.mark.parametrize("window", [None, 5])
 def test_blocks_are_whole_rows(longest, window, monkeypatch):
-  if longest == "in turn":  # as rows of more than LONG columns are
+  if longest == "in turn":  # as rows of LONG columns are
     monkeypatch.setattr(bands, "LONG", 64)
     monkeypatch.setattr(bands, "QUERIES", 32)
     longest = None

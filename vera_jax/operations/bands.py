@@ -14,7 +14,7 @@ block is compared whole.
 
 The softmax's weights are the layer's largest array. The backward pass computes
 them anew instead of keeping them, which takes no longer and a tenth less
-memory. Of a row that is compared whole and has more than LONG columns, they are
+memory. Of a row that is compared whole and has LONG columns or more, they are
 never there at once: some queries are compared after others.
 """
 
@@ -132,7 +132,7 @@ def attend(
     for x in (key, value)
   )
   one = jnp.ones(())
-  if block > LONG and block % QUERIES == 0 and dropout(one) is one:
+  if block >= LONG and block % QUERIES == 0 and dropout(one) is one:
     context = _attend_in_turn(query[:, :, 0], key, value, mask[:, 0])
     return context.transpose(0, 3, 1, 2, 4).reshape(*shape, -1)
   mask = jnp.broadcast_to(
