@@ -30,6 +30,7 @@ from vera_jax.adapters.products import (
   thin_products,
 )
 from vera_jax.adapters.sites import is_on
+from vera_jax.adapters.structured import Structured
 
 
 def adapted_product(
@@ -136,10 +137,16 @@ def _by_plan(
     delta = partial(thin, leaves, site)
     return partial(factored, inner=inner, delta=delta), None
   if split.up is not None:
-    # Each device scales all of `up` that it multiplies with. XLA would scale
-    # parts, as the kernel's lie, and gather them in float32.
+    # Each device scales all of `up` that it multiplies with, and cuts its rows
+    # from the `down` that it has. XLA would scale and cast parts, as the
+    # kernel's lie, and gather them, `up` in float32.
     up = jax.lax.with_sharding_constraint(scaled_up(factors), split.up)
-    factors = factors._replace(up=up, inner=None, outer=None)
+    down = factors.down
+    if not isinstance(down, Structured):
+      down = jax.lax.with_sharding_constraint(
+        down.astype(site.dtype), split.down
+      )
+    factors = factors._replace(down=down, up=up, inner=None, outer=None)
   orders: dict[str, Callable[..., Array]] = {
     "folded": folded,
     "folded_forward": partial(folded_forward, split=split),

@@ -36,6 +36,7 @@ class Split(NamedTuple):
     inputs, outputs: parts of the kernel that are multiplied with where they
       are: the mesh's `tensor` on one side.
     up: how `up`, scaled, lies where a kernel is folded: None on one device.
+    down: how `down` does.
     thin: how the rank of x @ down is divided, [rows, rank].
     tensor: into how many parts.
   """
@@ -44,6 +45,7 @@ class Split(NamedTuple):
   inputs: int = 1
   outputs: int = 1
   up: Sharding | None = None
+  down: Sharding | None = None
   thin: Sharding | None = None
   tensor: int = 1
 

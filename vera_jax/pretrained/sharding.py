@@ -221,6 +221,9 @@ def splits_of(
         inputs,
         outputs,
         up=NamedSharding(mesh, up),
+        down=NamedSharding(
+          mesh, PartitionSpec("tensor" if inputs > 1 else None)
+        ),
         thin=NamedSharding(mesh, thin) if tensor > 1 else None,
         tensor=tensor,
       )
