@@ -322,10 +322,12 @@ def test_a_pod_that_is_not_there(tmp_path):
   assert (last["bytes"], last["times"]) == (4 * (trained + 2), 1)
 
 
-def test_what_70b_receives_is_what_a_hand_counts():
-  """The frozen network's step on 256 shards, as docs/scale.md counts it."""
+@pytest.mark.parametrize("method", ["frozen", "vera"])
+def test_what_70b_receives_is_what_a_hand_counts(method):
+  """A step on 256 shards, as docs/scale.md counts it: A and B are sent by no
+  chip to another."""
   path = ROOT / "results/plans/scale/pod/Llama-3.1-70B-v5e-16x16.json"
-  made = json.loads(path.read_text())["methods"]["frozen"]
+  made = json.loads(path.read_text())["methods"][method]
   fields = known_shapes.KNOWN["meta-llama/Llama-3.1-70B"]
   width, inner, layers = (
     fields[name]
